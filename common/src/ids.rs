@@ -1,0 +1,73 @@
+//! Identifiers. Each is a type of its own, so that a node cannot be passed for a job.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+macro_rules! number_id {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub u64);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($prefix, "-{}"), self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseIdError;
+            /// Accepts both `job-7` and `7`.
+            fn from_str(text: &str) -> Result<Self, ParseIdError> {
+                text.strip_prefix(concat!($prefix, "-"))
+                    .unwrap_or(text)
+                    .parse()
+                    .map($name)
+                    .map_err(|_| ParseIdError { text: text.to_owned(), example: concat!($prefix, "-1") })
+            }
+        }
+    };
+}
+
+number_id!(
+    /// A job, numbered from 1 in the order in which jobs were submitted.
+    JobId,
+    "job"
+);
+number_id!(
+    /// A machine that joined the cluster. Never reused.
+    NodeId,
+    "node"
+);
+
+/// Counts the starts of one job's gang of ranks; a message from an older generation is refused.
+pub type Generation = u64;
+
+/// Global rank of a process within its job, `0..world_size`.
+pub type Rank = u32;
+
+/// Identifies one client installation; with a sequence number it makes a request unique.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ClientId(pub u128);
+
+#[derive(Debug, thiserror::Error)]
+#[error("`{text}` is not an id; write it like `{example}`")]
+pub struct ParseIdError {
+    text: String,
+    example: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_reads_back_with_and_without_its_prefix() {
+        assert_eq!(JobId(7).to_string(), "job-7");
+        assert_eq!("job-7".parse::<JobId>().unwrap(), JobId(7));
+        assert_eq!("7".parse::<JobId>().unwrap(), JobId(7));
+        assert!("node-7".parse::<JobId>().is_err());
+    }
+}

@@ -1,0 +1,231 @@
+//! A training job as fleet understands it: every field decided, nothing contradictory.
+//!
+//! A `Job` is made only by parsing a job file (`job::load`) or by reading back the canonical JSON that `Job::to_json`
+//! wrote, which is how it travels and is stored. Its fields are valid together; what depends on the machine or the data (does
+//! the file exist, are there enough slots) is checked where it is known.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A valid job. The canonical field names are those of the seeds (requirements G, H); aliases exist only in job files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Job {
+    pub task_name: String,
+    /// Names the run and its directory below `output_dir`.
+    pub run_name: String,
+    /// Absolute. Checkpoints lie in `output_dir/checkpoints/run_name/`.
+    pub output_dir: PathBuf,
+    /// The directory in which the job file's relative paths were resolved.
+    pub working_dir: PathBuf,
+    pub seed: u64,
+    pub strategy: Strategy,
+    pub devices: Devices,
+    pub num_nodes: u32,
+    pub device: Device,
+    pub precision: Precision,
+    /// Sequences per rank in one micro-batch.
+    pub batch_size: u32,
+    pub accumulate_grad_batches: u32,
+    /// Tokens in one sequence; a window of this length gives `max_seq_len - 1` predictions.
+    pub max_seq_len: u32,
+    pub epochs: u32,
+    /// Optimizer steps; wins over `epochs` where present (M12).
+    pub max_steps: Option<u64>,
+    /// Emit a step event every this many optimizer steps.
+    pub logging_steps: u64,
+    /// Record the run's series in the cluster's history.
+    pub log_to_db: bool,
+    /// Stop the job after this many seconds.
+    pub max_time_s: Option<u64>,
+    /// libtorch threads per rank; `None`: cores of the node divided by its ranks, at least 1.
+    pub threads_per_rank: Option<u32>,
+    pub model: Model,
+    pub tokenizer: Tokenizer,
+    pub data: Data,
+    pub optimizer: Optimizer,
+    pub checkpoint: Checkpoint,
+    pub eval: Eval,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// One rank: plain; more: ddp.
+    Auto,
+    Ddp,
+    Fsdp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Devices {
+    /// As many ranks as `fleet launch -n` or `fleet submit -n` asks for, else one.
+    Auto,
+    Count(u32),
+    Ids(Vec<u32>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+    Mps,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    #[serde(rename = "32")]
+    Fp32,
+    /// fp32 master weights, bf16 copy for the products; design section 5.
+    #[serde(rename = "bf16-mixed")]
+    Bf16Mixed,
+    /// fp16 products with a loss scaler. CUDA only.
+    #[serde(rename = "16-mixed")]
+    Fp16Mixed,
+    /// Everything in bf16.
+    #[serde(rename = "bf16-true")]
+    Bf16True,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Model {
+    /// Fresh weights of this shape.
+    New(LlamaConfig),
+    /// Weights, config.json and tokenizer.json from a Hugging Face directory. Absolute path.
+    Pretrained(PathBuf),
+}
+
+/// A Llama decoder in the words of Hugging Face's `config.json`. Also what is written there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LlamaConfig {
+    pub vocab_size: u32,
+    pub hidden_size: u32,
+    pub intermediate_size: u32,
+    pub num_hidden_layers: u32,
+    pub num_attention_heads: u32,
+    /// Divides `num_attention_heads`.
+    pub num_key_value_heads: u32,
+    /// Default `hidden_size / num_attention_heads`; even.
+    pub head_dim: u32,
+    pub max_position_embeddings: u32,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of fresh weights.
+    pub initializer_range: f64,
+    pub bos_token_id: Option<u32>,
+    pub eos_token_id: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tokenizer {
+    /// Train a byte-level BPE of the model's `vocab_size` on the training documents.
+    Train { vocab_size: u32 },
+    /// A given `tokenizer.json`. Absolute path.
+    File(PathBuf),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Files and directories. Absolute paths, in the order given.
+    pub paths: Vec<PathBuf>,
+    /// Globs, relative to a directory in `paths`, of the files to take from it. A file named in `paths` is always taken.
+    pub include: Vec<String>,
+    /// Globs of the files and folders to leave out. Hidden files and `target` are always left out.
+    pub exclude: Vec<String>,
+    /// Field of a JSONL or CSV row that holds the text.
+    pub text_field: String,
+    /// Share of the documents held out for evaluation, `0.0..1.0`.
+    pub validation_fraction: f64,
+    pub clean: Clean,
+}
+
+/// Cleaning, in this order (requirements 157-160). All off by default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Clean {
+    pub remove_html: bool,
+    pub normalize_whitespace: bool,
+    /// Documents of fewer characters are dropped.
+    pub min_chars: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Optimizer {
+    pub learning_rate: f64,
+    pub schedule: Schedule,
+    /// Steps of linear rise from 0.
+    pub warmup_steps: u64,
+    /// The cosine ends at this share of `learning_rate`.
+    pub min_lr_ratio: f64,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Gradients are scaled down to this norm; 0 turns clipping off.
+    pub max_grad_norm: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Save every this many steps, and at the end; 0: only at the end.
+    pub save_steps: u64,
+    /// Keep this many newest checkpoints.
+    pub save_total_limit: u32,
+    pub resume: Resume,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    /// Start from the model's fresh or pretrained weights.
+    No,
+    /// The newest valid checkpoint of this run, if there is one.
+    Latest,
+    /// This checkpoint. Absolute path.
+    Path(PathBuf),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Eval {
+    /// Evaluate every this many steps, before the first step and at the end; 0: never.
+    pub eval_steps: u64,
+    /// Sequences per rank in one evaluation batch.
+    pub batch_size: u32,
+    /// Evaluate on at most this many windows; `None`: all.
+    pub max_eval_examples: Option<u64>,
+}
+
+impl Job {
+    /// Canonical JSON: how a job travels and is stored.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("a Job holds only strings, numbers and UTF-8 paths")
+    }
+
+    /// Reads what `to_json` wrote.
+    pub fn from_json(text: &str) -> Result<Job, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
+    /// `output_dir/checkpoints/run_name`.
+    pub fn checkpoint_dir(&self) -> PathBuf {
+        self.output_dir.join("checkpoints").join(&self.run_name)
+    }
+}

@@ -1,0 +1,308 @@
+//! The messages between fleet's processes. All are bincode in length-prefixed frames (`codec`).
+//!
+//! | protocol (ALPN) | from -> to | stream |
+//! |---|---|---|
+//! | `fleet-join/1` | anyone with a token -> coordinator | one `JoinRequest`, one `JoinReply`; the only thing open without a certificate |
+//! | `fleet/1`, role client | `fleet` -> coordinator | one bidirectional stream per request: `ClientFrame`, then one `Reply` (or many for `Watch`) |
+//! | `fleet/1`, role worker | agent -> coordinator | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
+//! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
+
+use crate::events::{CheckpointRecord, DataStats, Event, EventBatch, JobError, Outcome};
+use crate::ids::{ClientId, Generation, JobId, NodeId, Rank};
+use serde::{Deserialize, Serialize};
+
+/// Raised when a message changes its shape; both sides refuse another one.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+// ---- joining ----------------------------------------------------------------------------------------------------------
+
+/// What a certificate lets its holder do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Coordinator,
+    Worker,
+    Client,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JoinRequest {
+    pub version: u32,
+    pub token_id: String,
+    pub token_secret: String,
+    /// DER of a PKCS#10 request signed by the joiner's own key. The CA takes only the public key from it.
+    pub csr_der: Vec<u8>,
+    /// A wish, shown in listings; the CA decides the identity.
+    pub name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum JoinReply {
+    Accepted {
+        cluster_id: String,
+        role: Role,
+        /// Set for workers.
+        node: Option<NodeId>,
+        certificate_der: Vec<u8>,
+        ca_der: Vec<u8>,
+    },
+    Refused(String),
+}
+
+// ---- clients ----------------------------------------------------------------------------------------------------------
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClientFrame {
+    pub version: u32,
+    /// With `seq`, makes a change happen once however often it is sent. Queries ignore both.
+    pub client: ClientId,
+    /// Rises with every new change; the same on a retry.
+    pub seq: u64,
+    pub request: Request,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Request {
+    Submit(SubmitJob),
+    /// The first stops with a checkpoint, `now` at once.
+    Cancel { job: JobId, now: bool },
+    CreateToken { role: Role, ttl_s: u64, uses: u32 },
+    ClusterStatus,
+    Nodes,
+    Jobs,
+    Job(JobId),
+    Checkpoints { job: Option<JobId> },
+    /// The job's events from the `from`-th on (1 is the first); the stream stays open until the job's `Finished` event was sent if `follow`.
+    Watch { job: JobId, from: u64, follow: bool },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SubmitJob {
+    /// Ranks to start.
+    pub world_size: u32,
+    pub work: Work,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Work {
+    /// `Job::to_json`.
+    Train { job_json: String },
+    /// Any program, as torchrun would run it.
+    Program(Program),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// Program and arguments; found by the agent in `PATH` of `env` or relative to `working_dir`.
+    pub argv: Vec<String>,
+    pub working_dir: String,
+    /// The whole environment, before RANK and the like are set.
+    pub env: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    Submitted { job: JobId },
+    CancelAccepted,
+    Token { text: String },
+    Cluster(ClusterView),
+    Nodes(Vec<NodeView>),
+    Jobs(Vec<JobView>),
+    Job(Box<JobView>),
+    Checkpoints(Vec<CheckpointView>),
+    /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
+    Event { index: u64, event: Event },
+    /// The end of a `Watch`.
+    EndOfEvents,
+    Refused(Refusal),
+}
+
+/// One line, and what kind of refusal it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub kind: RefusalKind,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RefusalKind {
+    /// The request cannot be carried out as it is.
+    Invalid,
+    NotFound,
+    /// The certificate's role does not allow it.
+    Forbidden,
+    /// Not now: no leader, disk full. Try again.
+    Unavailable,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterView {
+    pub cluster_id: String,
+    pub leader: Option<u64>,
+    pub term: u64,
+    pub commit_index: u64,
+    pub applied_index: u64,
+    pub nodes: u32,
+    pub jobs_running: u32,
+    pub jobs_queued: u32,
+    /// Why the coordinator refuses writes, if it does (full disk).
+    pub read_only: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    pub node: NodeId,
+    pub name: String,
+    pub connected: bool,
+    pub slots: u32,
+    pub slots_used: u32,
+    pub device: String,
+    pub version: String,
+    /// Since the last heartbeat; `None` when none was heard by this leader.
+    pub heard_ms_ago: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobView {
+    pub job: JobId,
+    pub name: String,
+    pub state: JobState,
+    /// A sentence: why it waits, what it does, how it ended.
+    pub reason: String,
+    pub world_size: u32,
+    pub node: Option<NodeId>,
+    pub generation: Generation,
+    pub submitted_unix_ms: u64,
+    pub finished_unix_ms: Option<u64>,
+    pub step: u64,
+    pub total_steps: u64,
+    pub loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub events: u64,
+    pub checkpoint: Option<CheckpointRecord>,
+    pub error: Option<JobError>,
+    pub data: Option<DataStats>,
+    /// Canonical JSON of the job; empty for a program. Only in answers to `Request::Job`.
+    pub job_json: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    Queued,
+    /// The gang was assigned to a node.
+    Starting,
+    Running,
+    /// Asked to stop.
+    Stopping,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl JobState {
+    pub fn is_final(self) -> bool {
+        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointView {
+    pub job: JobId,
+    pub run_name: String,
+    pub checkpoint: CheckpointRecord,
+    pub unix_ms: u64,
+}
+
+// ---- agents -----------------------------------------------------------------------------------------------------------
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromAgent {
+    /// First on every connection.
+    Hello(AgentHello),
+    Heartbeat { unix_ms: u64 },
+    /// Sent again from the first unacknowledged event after a reconnect.
+    Events(EventBatch),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentHello {
+    pub version: u32,
+    pub name: String,
+    pub slots: u32,
+    pub device: String,
+    /// Version of the worker program.
+    pub program_version: String,
+    /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
+    pub gangs: Vec<(JobId, Generation)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToAgent {
+    Welcome { node: NodeId },
+    /// Idempotent: an agent that has this generation already does nothing.
+    StartGang(Gang),
+    /// Idempotent. `now: false` stops after a checkpoint.
+    StopGang { job: JobId, generation: Generation, now: bool },
+    /// Events up to `seq` are committed. After a `Finished` event is, the agent forgets the gang.
+    EventsCommitted { job: JobId, generation: Generation, seq: u64 },
+    /// The coordinator has a different idea of the stream: send again from `next_seq`.
+    ResendEvents { job: JobId, generation: Generation, next_seq: u64 },
+    /// The connection ends for this reason; reconnecting does not help if `fatal`.
+    Refused { message: String, fatal: bool },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gang {
+    pub job: JobId,
+    pub generation: Generation,
+    pub world_size: u32,
+    pub work: Work,
+}
+
+// ---- ranks ------------------------------------------------------------------------------------------------------------
+
+/// Environment variable with the number of the inherited socket to the agent.
+pub const RANK_SOCKET_ENV: &str = "FLEET_RANK_SOCKET";
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToRank {
+    /// First.
+    Start(Box<RankStart>),
+    /// Stop at the next step that all ranks agree on, with a checkpoint.
+    Stop,
+    /// The checkpoint of this step is recorded: older ones may be rotated away.
+    CheckpointCommitted { step: u64 },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankStart {
+    pub job: JobId,
+    pub generation: Generation,
+    pub rank: Rank,
+    pub world_size: u32,
+    pub local_rank: u32,
+    /// `Job::to_json`.
+    pub job_json: String,
+    /// Directory of the token cache (`fleet_data::TokenCache::open`).
+    pub cache_dir: String,
+    /// The checkpoint to continue from, already verified by the agent.
+    pub resume: Option<String>,
+    /// libtorch threads.
+    pub threads: u32,
+    /// `cpu`, `cuda:0`, `mps`.
+    pub device: String,
+    /// Inherited file descriptor of the gang's shared segment; `None` for one rank.
+    pub shm_fd: Option<i32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromRank {
+    /// Passed on by the agent in order. Step, eval and checkpoint events come from rank 0 only.
+    Event(Event),
+    /// The rank is done and will exit with 0.
+    Done(Outcome),
+    /// The rank cannot go on and will exit with 1.
+    Failed(JobError),
+}
