@@ -1,0 +1,32 @@
+# The two commands are `make demo` and `make test`. Each does all the set-up that it needs.
+# One cargo profile (dev, optimised) serves everything, so that RocksDB is compiled once.
+
+BIN := $(or $(CARGO_TARGET_DIR),target)/debug
+
+.PHONY: demo test build setup lint bench clean
+
+setup:
+	@deploy/setup.sh
+
+build: setup
+	cargo build --workspace --locked --bins
+
+# A coordinator, a node and four ranks train on this clone's own source and documents, then the checkpoint speaks.
+demo: build
+	@deploy/demo.sh $(BIN)
+
+test: build
+	cargo test --workspace --locked --no-fail-fast
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	deploy/deny.sh
+
+# fleet beside PyTorch, in turn; needs the environment that bench/README.md describes.
+bench: build
+	bench/run.sh $(BIN)
+
+clean:
+	cargo clean
+	rm -rf .libtorch training_output

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Makes this clone ready to build: Debian packages that are missing, and libtorch in .libtorch/ from the PyPI wheels.
+# Run as often as you like; what is there already is left alone. Nothing outside the clone changes but Debian packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TORCH=2.11.0 # the version that tch 0.24.0 speaks
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: error: %s\n' "$*" >&2; exit 4; }
+
+debian_packages() {
+    local missing=()
+    ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || missing+=(libclang-dev)
+    command -v protoc >/dev/null || missing+=(protobuf-compiler)
+    command -v c++ >/dev/null || missing+=(g++)
+    command -v unzip >/dev/null || missing+=(unzip)
+    [ ${#missing[@]} -eq 0 ] && return
+    command -v apt-get >/dev/null || die "missing: ${missing[*]}; install them with your package manager (RocksDB's bindings want libclang, raft's messages protoc)"
+    local sudo=""
+    [ "$(id -u)" -eq 0 ] || sudo="sudo"
+    say "installing Debian packages: ${missing[*]}"
+    $sudo apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq "${missing[@]}" >/dev/null
+}
+
+libtorch() {
+    if [ -n "${LIBTORCH:-}" ]; then
+        [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] || die "LIBTORCH=$LIBTORCH has no lib/libtorch_cpu.so; unset it to let setup fetch libtorch $TORCH"
+        say "using LIBTORCH=$LIBTORCH"
+        return
+    fi
+    if [ -e .libtorch/complete-$TORCH ]; then
+        return
+    fi
+    [ "$(uname -sm)" = "Linux x86_64" ] || [ "$(uname -sm)" = "Linux aarch64" ] || [ "$(uname -s)" = Darwin ] || die "no libtorch wheel for $(uname -sm); set LIBTORCH"
+    command -v python3 >/dev/null || die "python3 with pip is needed once, to fetch libtorch; or set LIBTORCH"
+    say "fetching libtorch $TORCH (530 MB to fetch, 1.2 GB on disk) into .libtorch/"
+    rm -rf .libtorch
+    mkdir -p .libtorch/wheels
+    local extra=()
+    [ "$(uname -s)" = Linux ] && extra=('nvidia-cuda-cupti==13.0.*' 'nvidia-cuda-runtime==13.0.*')
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest .libtorch/wheels "torch==$TORCH" "${extra[@]}" ||
+        die "pip could not fetch torch==$TORCH; check the network, or set LIBTORCH to an unpacked libtorch $TORCH"
+    for wheel in .libtorch/wheels/*.whl; do unzip -q -o "$wheel" -d .libtorch; done
+    rm -r .libtorch/wheels
+    touch .libtorch/complete-$TORCH
+}
+
+debian_packages
+libtorch
+say "ready"
