@@ -1,7 +1,13 @@
 //! Vocabulary of fleet: what all its processes agree on. No raft, no torch.
 
+pub mod codec;
+pub mod endpoint;
 pub mod events;
 pub mod exit;
+pub mod files;
 pub mod ids;
 pub mod job;
+pub mod mapped;
+pub mod net;
 pub mod protocol;
+pub mod telemetry;

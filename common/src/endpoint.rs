@@ -1,0 +1,61 @@
+//! How local programs find a coordinator: a file in its data directory, written when it listens.
+
+use crate::files;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::Path;
+
+/// `DIR/endpoint.json`. Holds no secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    pub pid: u32,
+    /// `HOST:PORT` that agents and clients connect to.
+    pub quic: String,
+    /// `HOST:PORT` of the HTTP views.
+    pub http: String,
+    pub cluster_id: String,
+    /// SHA-256 of the cluster CA's certificate, in hex.
+    pub ca_fingerprint: String,
+}
+
+const FILE: &str = "endpoint.json";
+
+impl Endpoint {
+    /// Writes the file atomically into an existing directory.
+    pub fn store(&self, dir: &Path) -> io::Result<()> {
+        let text = serde_json::to_string_pretty(self).map_err(io::Error::other)? + "\n";
+        files::write_atomic(&dir.join(FILE), text.as_bytes(), files::PUBLIC)
+    }
+
+    /// `None` where no coordinator has listened yet.
+    pub fn load(dir: &Path) -> io::Result<Option<Endpoint>> {
+        let path = dir.join(FILE);
+        let Some(text) = files::read_optional(&path)? else { return Ok(None) };
+        serde_json::from_str(&text).map(Some).map_err(|error| {
+            let what = format!("{} is damaged ({error}); remove it and restart the coordinator", path.display());
+            io::Error::new(io::ErrorKind::InvalidData, what)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_reads_back_and_a_damaged_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Endpoint::load(dir.path()).unwrap(), None);
+        let endpoint = Endpoint {
+            pid: 7,
+            quic: "127.0.0.1:7070".into(),
+            http: "127.0.0.1:7080".into(),
+            cluster_id: "c1".into(),
+            ca_fingerprint: "ab".into(),
+        };
+        endpoint.store(dir.path()).unwrap();
+        assert_eq!(Endpoint::load(dir.path()).unwrap(), Some(endpoint));
+        std::fs::write(dir.path().join(FILE), "{\"pid\":").unwrap();
+        assert!(Endpoint::load(dir.path()).unwrap_err().to_string().contains("endpoint.json is damaged"));
+    }
+}

@@ -1,0 +1,180 @@
+//! The certificate authority of a cluster. It alone decides what a certificate says: of a signing request it takes the public key.
+
+use super::identity::{Identity, PrivateKey};
+use super::peer::Peer;
+use crate::files;
+use crate::ids::NodeId;
+use crate::protocol::Role;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
+};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use sha2::{Digest, Sha256};
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+/// The CA's certificate and its key (ECDSA P-256).
+pub struct ClusterCa {
+    cluster_id: String,
+    der: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    #[error("the signing request cannot be used: {0}")]
+    BadRequest(#[source] rcgen::Error),
+    #[error("no certificate can be made for this name or cluster: {0}")]
+    BadName(String),
+    #[error("the certificate could not be made: {0}")]
+    Signing(#[from] rcgen::Error),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the cluster's CA in {dir} is damaged: {what}; restore ca.pem and ca.key from a backup")]
+    Damaged { dir: String, what: String },
+}
+
+const CERTIFICATE: &str = "ca.pem";
+const KEY: &str = "ca.key";
+
+/// A cluster outlives its machines.
+const CA_VALIDITY: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+/// Certificates hold from this long before they are made, for peers whose clock is behind.
+const CLOCK_SKEW: Duration = Duration::from_secs(3600);
+
+const SUBJECT: &str = "fleet cluster ";
+
+impl ClusterCa {
+    /// A new CA for a new cluster. The key is random.
+    pub fn create(cluster_id: &str, now: SystemTime) -> Result<ClusterCa, CaError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, format!("{SUBJECT}{cluster_id}"));
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        (params.not_before, params.not_after) = ((now - CLOCK_SKEW).into(), (now + CA_VALIDITY).into());
+        let der = params.self_signed(&key)?.der().clone();
+        Ok(ClusterCa { cluster_id: cluster_id.to_owned(), der, issuer: Issuer::new(params, key) })
+    }
+
+    /// Reads `DIR/ca.pem` and `DIR/ca.key`; `None` where there is no `ca.pem`.
+    pub fn load(dir: &Path) -> Result<Option<ClusterCa>, CaError> {
+        let damaged = |what: String| CaError::Damaged { dir: dir.display().to_string(), what };
+        let Some(certificate) = files::read_optional(&dir.join(CERTIFICATE))? else { return Ok(None) };
+        let key = files::read_optional(&dir.join(KEY))?.ok_or_else(|| damaged("ca.key is missing".into()))?;
+        let key = KeyPair::from_pem(&key).map_err(|error| damaged(format!("ca.key: {error}")))?;
+        let der = pem::parse(certificate).map_err(|error| damaged(format!("ca.pem: {error}")))?;
+        let der = CertificateDer::from(der.into_contents());
+        let cluster_id = match subject(&der) {
+            Ok((name, public)) if public == key.der_bytes() => name.strip_prefix(SUBJECT).map(str::to_owned),
+            Ok(_) => return Err(damaged("ca.key is not the key of ca.pem".into())),
+            Err(what) => return Err(damaged(format!("ca.pem: {what}"))),
+        };
+        let cluster_id = cluster_id.ok_or_else(|| damaged("ca.pem is not a fleet cluster's".into()))?;
+        let issuer = Issuer::from_ca_cert_der(&der, key)?;
+        Ok(Some(ClusterCa { cluster_id, der, issuer }))
+    }
+
+    /// Writes both files, the key first and private, so that a certificate is never without its key.
+    pub fn store(&self, dir: &Path) -> io::Result<()> {
+        files::create_dir(dir)?;
+        let key = self.issuer.key().serialize_pem();
+        files::write_atomic(&dir.join(KEY), key.as_bytes(), files::SECRET)?;
+        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes(), files::PUBLIC)
+    }
+
+    pub fn cluster_id(&self) -> &str {
+        &self.cluster_id
+    }
+
+    /// The CA's certificate.
+    pub fn der(&self) -> &[u8] {
+        &self.der
+    }
+
+    /// SHA-256 of the CA's certificate, in hex: what tokens carry.
+    pub fn fingerprint(&self) -> String {
+        fingerprint(&self.der)
+    }
+
+    /// Signs a request that was made elsewhere. Only its public key counts, and that the requester has the private one.
+    #[expect(clippy::too_many_arguments, reason = "these are the fields of a certificate")]
+    pub fn sign(
+        &self,
+        csr_der: &[u8],
+        cluster_id: &str,
+        name: &str,
+        role: Role,
+        node: Option<NodeId>,
+        not_before: SystemTime,
+        validity: Duration,
+    ) -> Result<Vec<u8>, CaError> {
+        let request = CertificateSigningRequestDer::from(csr_der);
+        let request = CertificateSigningRequestParams::from_der(&request).map_err(CaError::BadRequest)?;
+        let peer = Peer { role, node, name: name.to_owned(), cluster_id: cluster_id.to_owned() };
+        self.certify(&request.public_key, &peer, not_before, validity)
+    }
+
+    /// Makes a key and its certificate, valid from shortly before `now`.
+    pub fn issue(
+        &self,
+        cluster_id: &str,
+        name: &str,
+        role: Role,
+        node: Option<NodeId>,
+        now: SystemTime,
+        validity: Duration,
+    ) -> Result<Identity, CaError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let peer = Peer { role, node, name: name.to_owned(), cluster_id: cluster_id.to_owned() };
+        let certificate_der = self.certify(&key, &peer, now - CLOCK_SKEW, validity + CLOCK_SKEW)?;
+        Ok(Identity {
+            cluster_id: peer.cluster_id,
+            role,
+            node,
+            name: peer.name,
+            certificate_der,
+            key_pkcs8_der: PrivateKey::new(key.serialize_der()),
+            ca_der: self.der.to_vec(),
+        })
+    }
+
+    fn certify(
+        &self,
+        key: &impl PublicKeyData,
+        peer: &Peer,
+        not_before: SystemTime,
+        validity: Duration,
+    ) -> Result<Vec<u8>, CaError> {
+        let mut params = peer.certificate_params().map_err(CaError::BadName)?;
+        (params.not_before, params.not_after) = (not_before.into(), (not_before + validity).into());
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = match peer.role {
+            Role::Coordinator => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Worker | Role::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
+        };
+        params.use_authority_key_identifier_extension = true;
+        Ok(params.signed_by(key, &self.issuer)?.der().to_vec())
+    }
+}
+
+/// SHA-256 of a certificate in hex.
+pub(super) fn fingerprint(der: &[u8]) -> String {
+    hex::encode(Sha256::digest(der))
+}
+
+pub(super) fn certificate_pem(der: &[u8]) -> String {
+    pem::encode(&pem::Pem::new("CERTIFICATE", der))
+}
+
+/// Common name and public key of a certificate.
+fn subject(der: &[u8]) -> Result<(String, Vec<u8>), String> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(der).map_err(|error| error.to_string())?;
+    let name = certificate.subject().iter_common_name().next().and_then(|cn| cn.as_str().ok());
+    let key = certificate.public_key().subject_public_key.data.to_vec();
+    Ok((name.unwrap_or_default().to_owned(), key))
+}

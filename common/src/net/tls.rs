@@ -1,0 +1,148 @@
+//! TLS settings of every connection: version 1.3 and ring, nothing resumed, nothing before the handshake, trust in one CA.
+
+use super::ca::fingerprint;
+use super::identity::Identity;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use std::sync::{Arc, OnceLock};
+
+/// Protocol (ALPN) of members.
+pub(super) const FLEET: &[u8] = b"fleet/1";
+/// Protocol (ALPN) of those who want to become one.
+pub(super) const JOIN: &[u8] = b"fleet-join/1";
+
+/// Never the process default: another crate could install a second provider.
+fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(ring::default_provider())).clone()
+}
+
+fn roots(ca_der: &[u8]) -> Result<Arc<RootCertStore>, rustls::Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(ca_der.to_vec()))?;
+    Ok(Arc::new(roots))
+}
+
+/// The certificate with its CA behind it, by whose fingerprint a joiner knows the cluster.
+fn chain(identity: &Identity) -> Vec<CertificateDer<'static>> {
+    vec![identity.certificate_der.clone().into(), identity.ca_der.clone().into()]
+}
+
+fn key(identity: &Identity) -> PrivateKeyDer<'static> {
+    PrivatePkcs8KeyDer::from(identity.key_pkcs8_der.secret_der().to_vec()).into()
+}
+
+/// For a listener: offers both protocols. A certificate may be absent here; `classify` demands it for `fleet/1`.
+pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots(&identity.ca_der)?, provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain(identity), key(identity))?;
+    config.alpn_protocols = vec![FLEET.to_vec(), JOIN.to_vec()];
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// For a member that connects to a coordinator.
+pub(super) fn client(identity: &Identity) -> Result<ClientConfig, rustls::Error> {
+    let verifier = server_verifier(&identity.ca_der)?;
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_webpki_verifier(verifier)
+        .with_client_auth_cert(chain(identity), key(identity))?;
+    Ok(without_memory(config, FLEET))
+}
+
+/// For a joiner, which has nothing but the fingerprint of the CA. `seen` gets the fingerprint that was shown instead.
+pub(super) fn joiner(ca_fingerprint: &str, seen: Arc<OnceLock<String>>) -> Result<ClientConfig, rustls::Error> {
+    let verifier = ByFingerprint {
+        wanted: ca_fingerprint.to_owned(),
+        seen,
+        algorithms: provider().signature_verification_algorithms,
+    };
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    Ok(without_memory(config, JOIN))
+}
+
+/// Fails unless certificate, key and CA belong together. Says nothing about the time.
+pub(super) fn check(identity: &Identity) -> Result<(), rustls::Error> {
+    roots(&identity.ca_der)?;
+    let signer = provider().key_provider.load_private_key(key(identity))?;
+    rustls::sign::CertifiedKey::new(chain(identity), signer).keys_match()
+}
+
+fn without_memory(mut config: ClientConfig, alpn: &[u8]) -> ClientConfig {
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    config
+}
+
+fn server_verifier(ca_der: &[u8]) -> Result<Arc<WebPkiServerVerifier>, rustls::Error> {
+    WebPkiServerVerifier::builder_with_provider(roots(ca_der)?, provider())
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))
+}
+
+/// Trusts a coordinator's certificate if the CA beside it has the wanted fingerprint and signed it.
+#[derive(Debug)]
+struct ByFingerprint {
+    wanted: String,
+    seen: Arc<OnceLock<String>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for ByFingerprint {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(ca) = intermediates.iter().find(|der| fingerprint(der) == self.wanted) else {
+            let shown = intermediates.last().map(|der| fingerprint(der)).unwrap_or_default();
+            let _ = self.seen.set(shown);
+            return Err(rustls::CertificateError::UnknownIssuer.into());
+        };
+        server_verifier(ca)?.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls13RequiredForQuic.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
