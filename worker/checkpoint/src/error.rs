@@ -1,0 +1,67 @@
+//! What can be wrong with a checkpoint, each in one line that names the path and the cure.
+
+use fleet_common::exit::Fault;
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// Writing failed: disk full, no permission. Nothing is left behind, older checkpoints are untouched.
+    #[error("checkpoint of step {step} was not saved: cannot write {path}: {source}{}", full_disk_hint(source))]
+    Write {
+        step: u64,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot read {path}: {source}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew")]
+    Missing(PathBuf),
+    /// Not written by fleet.
+    #[error("{path} is not a fleet checkpoint: {what}")]
+    Foreign { path: PathBuf, what: String },
+    /// Written by fleet, but not as it was.
+    #[error("the checkpoint {path} is damaged: {what}; resume from an older one")]
+    Damaged { path: PathBuf, what: String },
+    #[error("{path} is not a usable safetensors file: {what}")]
+    Tensors { path: PathBuf, what: String },
+    /// A good checkpoint of another run.
+    #[error("the checkpoint does not fit this job: {0}")]
+    Incompatible(String),
+}
+
+impl CheckpointError {
+    /// A disk that fails or is full is the environment's; everything else was named by the user.
+    pub fn fault(&self) -> Fault {
+        match self {
+            CheckpointError::Write { .. } | CheckpointError::Read { .. } => Fault::Environment,
+            _ => Fault::Input,
+        }
+    }
+
+    pub(crate) fn read(path: &Path, source: io::Error) -> Self {
+        CheckpointError::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn damaged(path: &Path, what: impl Into<String>) -> Self {
+        CheckpointError::Damaged { path: path.to_owned(), what: what.into() }
+    }
+
+    pub(crate) fn foreign(path: &Path, what: impl Into<String>) -> Self {
+        CheckpointError::Foreign { path: path.to_owned(), what: what.into() }
+    }
+}
+
+fn full_disk_hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; make room or lower save_total_limit, the next save will try again"
+        }
+        _ => "",
+    }
+}

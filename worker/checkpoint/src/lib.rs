@@ -1,0 +1,37 @@
+//! Checkpoints on disk: written whole or not at all, every byte covered by a hash, read back without copies.
+//!
+//! ```text
+//! <checkpoint_dir>/step-00000100/
+//!   model.safetensors      weights under Hugging Face names
+//!   config.json            Hugging Face model description
+//!   tokenizer.json
+//!   optimizer.safetensors  state of AdamW
+//!   trainer_state.json     step, cursor, seed, what the run was made of
+//!   manifest.json          length and SHA-256 of every other file; written last
+//! ```
+//!
+//! A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
+//! checkpoint counts is decided elsewhere, when its record is committed.
+
+mod error;
+mod manifest;
+mod search;
+mod state;
+mod tensors;
+mod writer;
+
+pub use error::CheckpointError;
+pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
+pub use safetensors::Dtype;
+pub use search::{Search, latest, rotate};
+pub use state::TrainerState;
+pub use tensors::{TensorSlice, Tensors};
+pub use writer::{TensorRef, Writer, step_dir};
+
+/// Weights, in Hugging Face's names.
+pub const MODEL_FILE: &str = "model.safetensors";
+pub const CONFIG_FILE: &str = "config.json";
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+pub const STATE_FILE: &str = "trainer_state.json";
+pub const MANIFEST_FILE: &str = "manifest.json";

@@ -1,0 +1,161 @@
+//! The manifest: length and SHA-256 of every file of a checkpoint, and the check of a directory against it.
+
+use crate::{CheckpointError, MANIFEST_FILE, MODEL_FILE};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Raised when the layout changes; other layouts are refused.
+pub(crate) const FORMAT: &str = "fleet-checkpoint/1";
+
+/// No honest manifest is near this many bytes; more is not read.
+const MANIFEST_MAX: u64 = 1 << 20;
+
+/// Bytes hashed at a time.
+const HASH_CHUNK: usize = 1 << 20;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// `fleet-checkpoint/1`.
+    pub format: String,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Rises with every checkpoint of a directory; the highest is the newest, also after a run was started over.
+    pub serial: u64,
+    /// Training loss of the last step, in nats; `None` where it was not a number.
+    pub loss: Option<f64>,
+    /// By name, without the manifest itself.
+    pub files: BTreeMap<String, ManifestFile>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestFile {
+    pub bytes: u64,
+    /// Hex.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Of all files together, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.files.values().fold(0u64, |sum, f| sum.saturating_add(f.bytes))
+    }
+
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, String> {
+        let manifest: Manifest =
+            serde_json::from_slice(bytes).map_err(|e| format!("{MANIFEST_FILE} cannot be read: {e}"))?;
+        if manifest.format != FORMAT {
+            return Err(format!("its format is `{}` and this fleet reads `{FORMAT}`", manifest.format));
+        }
+        for name in manifest.files.keys() {
+            if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
+                return Err(format!("{MANIFEST_FILE} names a file `{}`", name.escape_default()));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Reads the manifest of a checkpoint directory without checking the files it names.
+    pub fn read(dir: &Path) -> Result<Manifest, CheckpointError> {
+        let bytes = manifest_bytes(dir)?;
+        Manifest::parse(&bytes).map_err(|what| CheckpointError::damaged(dir, what))
+    }
+}
+
+/// SHA-256 of the manifest file, in hex: what a `CheckpointRecord` holds.
+pub fn manifest_sha256(dir: &Path) -> Result<String, CheckpointError> {
+    Ok(hex::encode(Sha256::digest(manifest_bytes(dir)?)))
+}
+
+/// Checks that `dir` is a checkpoint of fleet and that every file has the length and hash it was written with. Reads all of it.
+pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest = Manifest::read(dir)?;
+    let checks = std::thread::scope(|scope| {
+        let threads: Vec<_> = manifest
+            .files
+            .iter()
+            .map(|(name, expected)| scope.spawn(move || check_file(dir, name, expected)))
+            .collect();
+        let results: Vec<_> = threads.into_iter().map(|t| t.join()).collect();
+        results
+    });
+    for check in checks {
+        check.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    }
+    Ok(manifest)
+}
+
+fn check_file(dir: &Path, name: &str, expected: &ManifestFile) -> Result<(), CheckpointError> {
+    let path = dir.join(name);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(CheckpointError::damaged(dir, format!("{name} is missing")));
+        }
+        Err(e) => return Err(CheckpointError::read(&path, e)),
+    };
+    let bytes = file.metadata().map_err(|e| CheckpointError::read(&path, e))?.len();
+    if bytes != expected.bytes {
+        let what = format!("{name} has {bytes} bytes and should have {}", expected.bytes);
+        return Err(CheckpointError::damaged(dir, what));
+    }
+    let found = hash_reader(file).map_err(|e| CheckpointError::read(&path, e))?;
+    if found != expected.sha256 {
+        return Err(CheckpointError::damaged(dir, format!("the contents of {name} have changed since it was written")));
+    }
+    Ok(())
+}
+
+fn hash_reader(mut reader: impl Read) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0u8; HASH_CHUNK];
+    loop {
+        match reader.read(&mut chunk)? {
+            0 => return Ok(hex::encode(hasher.finalize())),
+            n => hasher.update(&chunk[..n]),
+        }
+    }
+}
+
+fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
+    let path = dir.join(MANIFEST_FILE);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(_) if !dir.exists() => return Err(CheckpointError::Missing(dir.to_owned())),
+        Err(_) if !dir.is_dir() => {
+            let what = "it is a single file (a Lightning .ckpt or a PyTorch .pt holds pickled Python objects, which fleet does not \
+                        read); name a directory step-* that fleet wrote";
+            return Err(CheckpointError::foreign(dir, what));
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(no_manifest(dir)),
+        Err(e) => return Err(CheckpointError::read(&path, e)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MANIFEST_MAX + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::read(&path, e))?;
+    if bytes.len() as u64 > MANIFEST_MAX {
+        return Err(CheckpointError::damaged(dir, format!("{MANIFEST_FILE} is larger than {MANIFEST_MAX} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Says what a directory without a manifest seems to be.
+fn no_manifest(dir: &Path) -> CheckpointError {
+    if let Some(step) = crate::search::step_dirs(dir).ok().and_then(|dirs| dirs.into_iter().next_back()) {
+        let name = step.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        return CheckpointError::foreign(dir, format!("it holds checkpoints; name one of them, such as {name}, or \"latest\""));
+    }
+    let weights = [MODEL_FILE, "model.safetensors.index.json", "pytorch_model.bin"];
+    if let Some(name) = weights.iter().find(|name| dir.join(name).exists()) {
+        let what = format!(
+            "it has {name} but no {MANIFEST_FILE}, as a Hugging Face model has; to start from its weights set [model] \
+             pretrained to it and leave resume_from_checkpoint out"
+        );
+        return CheckpointError::foreign(dir, what);
+    }
+    CheckpointError::foreign(dir, format!("it has no {MANIFEST_FILE}"))
+}

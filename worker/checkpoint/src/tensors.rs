@@ -1,0 +1,122 @@
+//! Reads safetensors by memory mapping: one file, or a directory with `model.safetensors` or its sharded index.
+
+use crate::{CheckpointError, MODEL_FILE};
+use fleet_common::mapped::Mapped;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// Shards of one model; ten thousand of 5 GB are beyond any model.
+const SHARDS_MAX: usize = 10_000;
+
+/// The tensors of a model, by name, their bytes paged in as they are touched.
+#[derive(Debug)]
+pub struct Tensors {
+    files: Vec<Mapped>,
+    index: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// In the file.
+    begin: usize,
+    end: usize,
+}
+
+/// A tensor of a mapped file: row-major, little-endian.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorSlice<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub data: &'a [u8],
+}
+
+impl Tensors {
+    /// `path` is a safetensors file, or a directory as Hugging Face writes it.
+    pub fn open(path: &Path) -> Result<Tensors, CheckpointError> {
+        let mut tensors = Tensors { files: Vec::new(), index: BTreeMap::new() };
+        for file in files_of(path)? {
+            tensors.add(&file)?;
+        }
+        Ok(tensors)
+    }
+
+    pub fn get(&self, name: &str) -> Option<TensorSlice<'_>> {
+        self.index.get(name).map(|e| TensorSlice {
+            dtype: e.dtype,
+            shape: &e.shape,
+            data: &self.files[e.file][e.begin..e.end],
+        })
+    }
+
+    /// In alphabetical order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.index.keys().map(String::as_str)
+    }
+
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.index.is_empty()
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
+        let mapped = Mapped::open(path).map_err(|e| CheckpointError::read(path, e))?;
+        let (header, metadata) = SafeTensors::read_metadata(&mapped).map_err(|e| bad(e.to_string()))?;
+        let data = header + size_of::<u64>();
+        for (name, info) in metadata.tensors() {
+            let (begin, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), begin, end };
+            if self.index.insert(name.clone(), entry).is_some() {
+                return Err(bad(format!("the tensor {name} is in two files")));
+            }
+        }
+        self.files.push(mapped);
+        Ok(())
+    }
+}
+
+fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let index = path.join(INDEX_FILE);
+    if !index.exists() {
+        let single = path.join(MODEL_FILE);
+        if !single.exists() {
+            let what = format!("the directory has neither {MODEL_FILE} nor {INDEX_FILE}");
+            return Err(CheckpointError::Tensors { path: path.to_owned(), what });
+        }
+        return Ok(vec![single]);
+    }
+    let bytes = std::fs::read(&index).map_err(|e| CheckpointError::read(&index, e))?;
+    let names = shard_names(&bytes).map_err(|what| CheckpointError::Tensors { path: index, what })?;
+    Ok(names.into_iter().map(|name| path.join(name)).collect())
+}
+
+/// The files that an index names, in order, each once.
+fn shard_names(index: &[u8]) -> Result<Vec<String>, String> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index: Index = serde_json::from_slice(index).map_err(|e| e.to_string())?;
+    let mut names: Vec<String> = index.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    if names.is_empty() || names.len() > SHARDS_MAX {
+        return Err(format!("it names {} files", names.len()));
+    }
+    match names.iter().find(|n| n.contains(['/', '\\', '\0']) || n.as_str() == "..") {
+        Some(name) => Err(format!("it names a file outside its directory: {}", name.escape_default())),
+        None => Ok(names),
+    }
+}
