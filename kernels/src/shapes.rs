@@ -1,0 +1,194 @@
+//! What kernels are told besides slices: shapes, tables, constants of a step, and scratch memory. No arithmetic of theirs.
+
+use crate::Element;
+use std::ops::Range;
+
+/// A target that contributes neither loss nor gradient, as in PyTorch and Hugging Face.
+pub const IGNORED: i64 = -100;
+
+/// Whether a kernel overwrites its output or adds to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    Set,
+    Add,
+}
+
+/// Shape of an attention. Its fused buffer `qkv` is `[b, s, (h + 2 kv) * hd]`: in each token's row first all query heads,
+/// then all key heads, then all value heads. Query head `i` reads key/value head `i / (h / kv)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    pub batch: usize,
+    pub seq: usize,
+    pub q_heads: usize,
+    /// Divides `q_heads`.
+    pub kv_heads: usize,
+    /// Even.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Numbers in one token's row of the fused buffer.
+    pub fn qkv_width(&self) -> usize {
+        (self.q_heads + 2 * self.kv_heads) * self.head_dim
+    }
+    /// Numbers in one token's row of the attention's output.
+    pub fn out_width(&self) -> usize {
+        self.q_heads * self.head_dim
+    }
+    /// Numbers in the fused buffer.
+    pub fn qkv_len(&self) -> usize {
+        self.batch * self.seq * self.qkv_width()
+    }
+    /// Numbers in the attention's output `[b, s, h * hd]`.
+    pub fn out_len(&self) -> usize {
+        self.batch * self.seq * self.out_width()
+    }
+    /// Numbers in the saved log-sum-exp `[b, h, s]`.
+    pub fn lse_len(&self) -> usize {
+        self.batch * self.q_heads * self.seq
+    }
+}
+
+/// Cosines and sines of the rotary embedding, `[positions, hd / 2]`, rounded to f32 where Hugging Face rounds.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    pub(crate) half: usize,
+}
+
+impl RopeTable {
+    pub fn new(positions: usize, head_dim: usize, theta: f64) -> RopeTable {
+        assert!(head_dim.is_multiple_of(2), "head size {head_dim} is odd");
+        let half = head_dim / 2;
+        let inverse_frequency: Vec<f32> =
+            (0..half).map(|i| 1.0 / theta.powf(f64::from(2.0 * i as f32 / head_dim as f32)) as f32).collect();
+        let angles: Vec<f32> =
+            (0..positions).flat_map(|p| inverse_frequency.iter().map(move |f| p as f32 * f)).collect();
+        RopeTable {
+            cos: angles.iter().map(|a| f64::from(*a).cos() as f32).collect(),
+            sin: angles.iter().map(|a| f64::from(*a).sin() as f32).collect(),
+            half,
+        }
+    }
+
+    /// Number of positions in the table.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+
+    pub(crate) fn row(&self, position: usize) -> (&[f32], &[f32]) {
+        let range = position * self.half..(position + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+/// One optimizer step of AdamW as PyTorch defines it: decoupled weight decay, bias correction by `step`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// 0 for a range that does not decay.
+    pub weight_decay: f64,
+    /// Counts from 1.
+    pub step: u64,
+    /// Every gradient is multiplied by this first (clipping, and the mean over what was summed).
+    pub grad_scale: f32,
+}
+
+/// A matrix in memory, with any strides: `element(r, c) = data[r * row_stride + c * col_stride]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, T> {
+    pub data: &'a [T],
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
+}
+
+impl<'a, T: Element> Matrix<'a, T> {
+    /// A dense row-major matrix.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "a {rows} x {cols} matrix has {} numbers", data.len());
+        Matrix { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+    /// The transpose of the same memory.
+    pub fn t(self) -> Self {
+        Matrix {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+    pub(crate) fn check(&self) {
+        if self.rows > 0 && self.cols > 0 {
+            let last = (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride;
+            assert!(last < self.data.len(), "matrix {} x {} ends outside its memory", self.rows, self.cols);
+        }
+    }
+}
+
+/// Memory that a kernel needs while it runs, kept by the caller between calls. It grows to the largest need and stays.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    buffer: Vec<f32>,
+}
+
+/// Scratch starts on a cache line.
+const ALIGN: usize = 64 / size_of::<f32>();
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        Scratch::default()
+    }
+    /// `len` numbers of unspecified value, aligned to 64 bytes.
+    pub(crate) fn take(&mut self, len: usize) -> &mut [f32] {
+        if self.buffer.len() < len + ALIGN {
+            self.buffer = vec![0.0; len + ALIGN];
+        }
+        let skip = self.buffer.as_ptr().align_offset(64).min(ALIGN);
+        &mut self.buffer[skip..skip + len]
+    }
+}
+
+/// Splits `len` items over `parts` threads: part `i`'s range, a multiple of `align` except the last, in order.
+pub fn split(len: usize, parts: usize, i: usize, align: usize) -> Range<usize> {
+    let align = align.max(1);
+    let blocks = len.div_ceil(align);
+    let at = |i: usize| (blocks * i / parts.max(1) * align).min(len);
+    at(i)..at(i + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn split_covers_everything_once_in_aligned_parts() {
+        for len in [0, 1, 15, 16, 17, 1000] {
+            for parts in 1..6 {
+                let mut end = 0;
+                for i in 0..parts {
+                    let r = split(len, parts, i, 16);
+                    assert_eq!(r.start, end);
+                    assert!(r.start.is_multiple_of(16) || r.start == len);
+                    end = r.end;
+                }
+                assert_eq!(end, len);
+            }
+        }
+    }
+
+    #[test]
+    fn scratch_is_aligned_and_grows() {
+        let mut scratch = Scratch::new();
+        for len in [1, 100, 10, 5000] {
+            let part = scratch.take(len);
+            assert_eq!((part.len(), part.as_ptr() as usize % 64), (len, 0));
+        }
+    }
+}
