@@ -1,0 +1,39 @@
+//! What can go wrong in a collective, each with the rank that is to blame.
+
+use std::sync::Arc;
+
+pub type Result<T> = std::result::Result<T, CollectiveError>;
+
+/// Cloned into every later call of the rank that met it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CollectiveError {
+    #[error("rank {rank} did not enter {operation} within {seconds} s; {doing}")]
+    Deadline {
+        rank: usize,
+        /// With its number: `all_reduce #412`.
+        operation: String,
+        seconds: f64,
+        /// What the late rank did last: `it is loading data since 31.0 s`.
+        doing: String,
+    },
+    #[error("rank {rank} called {theirs} where rank {me} called {ours}; all ranks must make the same calls")]
+    Mismatch { rank: usize, me: usize, theirs: String, ours: String },
+    #[error("aborted: {reason}")]
+    Aborted { reason: String },
+    #[error("{operation}: {message}")]
+    Refused { operation: &'static str, message: String },
+    #[error("the shared segment belongs to generation {segment} of the gang, this rank to {rank}")]
+    Generation { segment: u64, rank: u64 },
+    #[error("shared memory: {what}: {source}")]
+    Memory { what: &'static str, source: Arc<std::io::Error> },
+}
+
+impl CollectiveError {
+    /// The rank that caused the error, where one is known.
+    pub fn culprit(&self) -> Option<usize> {
+        match self {
+            CollectiveError::Deadline { rank, .. } | CollectiveError::Mismatch { rank, .. } => Some(*rank),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The gang of one rank: every reduction is the identity, every wait is over at once.
+
+use crate::collective::{Activity, Collective, DType, Keep, Op};
+use crate::error::{CollectiveError, Result};
+use crate::shm::memory::{Common, PerRank};
+use std::ops::Range;
+use std::time::Duration;
+
+/// Rank 0 of 1. Its "shared" buffers are private memory.
+#[derive(Debug, Default)]
+pub struct Solo {
+    generation: u64,
+}
+
+impl Solo {
+    pub fn new(generation: u64) -> Solo {
+        Solo { generation }
+    }
+}
+
+fn copy(operation: &'static str, input: &[u8], output: &mut [u8]) -> Result<()> {
+    if input.len() != output.len() {
+        let message = format!("input of {} and output of {} bytes differ", input.len(), output.len());
+        return Err(CollectiveError::Refused { operation, message });
+    }
+    output.copy_from_slice(input);
+    Ok(())
+}
+
+impl Collective for Solo {
+    fn rank(&self) -> usize {
+        0
+    }
+    fn world_size(&self) -> usize {
+        1
+    }
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+    fn set_deadline(&mut self, _deadline: Duration) {}
+    fn note(&mut self, _activity: Activity) {}
+    fn all_reduce(&mut self, _data: &mut [u8], _dtype: DType, _op: Op) -> Result<()> {
+        Ok(())
+    }
+    fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], _dtype: DType, _op: Op) -> Result<()> {
+        copy("reduce_scatter", input, output)
+    }
+    fn all_gather(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
+        copy("all_gather", input, output)
+    }
+    fn broadcast(&mut self, _data: &mut [u8], _root: usize) -> Result<()> {
+        Ok(())
+    }
+    fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
+        copy("all_to_all", input, output)
+    }
+    fn barrier(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
+        Common::private(bytes)
+    }
+    fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank> {
+        PerRank::private(bytes)
+    }
+    fn post_reduce(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+        _op: Op,
+        _keep: Keep,
+    ) -> Result<()> {
+        buffers.check(&bytes, dtype)
+    }
+    fn progress(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_rank_keeps_its_data_and_refuses_wrong_sizes() {
+        let mut solo = Solo::new(7);
+        let mut values = [1.5, -2.0];
+        solo.all_reduce_f64(&mut values, Op::Sum).unwrap();
+        assert_eq!(values, [1.5, -2.0]);
+        let mut out = [0u8; 3];
+        solo.all_gather(&[1, 2, 3], &mut out).unwrap();
+        assert_eq!(out, [1, 2, 3]);
+        assert!(solo.all_to_all(&[1, 2], &mut out).is_err());
+        let grads = solo.allocate_per_rank(8).unwrap();
+        grads.write(0, &2.5f32.to_ne_bytes());
+        solo.post_reduce(&grads, 0..8, DType::F32, Op::Sum, Keep::MyPart).unwrap();
+        solo.finish().unwrap();
+        let mut four = [0u8; 4];
+        grads.read(0, &mut four);
+        assert_eq!(f32::from_ne_bytes(four), 2.5);
+        assert!(solo.post_reduce(&grads, 0..9, DType::F32, Op::Sum, Keep::MyPart).is_err());
+        assert!(solo.post_reduce(&grads, 4..12, DType::F32, Op::Sum, Keep::MyPart).is_err());
+    }
+}
