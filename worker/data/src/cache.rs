@@ -1,0 +1,219 @@
+//! The token cache: a data set tokenised once, packed and mapped, found again by a hash of everything it was made from.
+//!
+//! ```text
+//! <output_dir>/cache/<hash>/
+//!   train.bin validation.bin   token ids, 2 or 4 bytes little-endian, every document followed by the end of text
+//!   tokenizer.json
+//!   meta.json                  counts and SHA-256 of the others
+//! ```
+//!
+//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole.
+
+use crate::DataError;
+use crate::build;
+use crate::files::{Kind, SourceFile, find};
+use crate::tokenizer::ModelIds;
+use crate::windows::{Width, Windows};
+use fleet_common::events::DataStats;
+use fleet_common::job::{Job, Tokenizer};
+use fleet_common::mapped::Mapped;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Raised when anything changes that makes the same data give other files: cutting, splitting, tokenising, layout.
+pub(crate) const FORMAT: &str = "fleet-tokens/1";
+
+pub(crate) const TRAIN: &str = "train.bin";
+pub(crate) const VALIDATION: &str = "validation.bin";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const META: &str = "meta.json";
+
+/// What `meta.json` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Meta {
+    pub format: String,
+    /// Names the cache.
+    pub hash: String,
+    /// Tokens of a window.
+    pub max_seq_len: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Stands after every document.
+    pub eos_id: u32,
+    pub train_documents: u64,
+    pub validation_documents: u64,
+    pub train_tokens: u64,
+    pub validation_tokens: u64,
+    /// Bytes of UTF-8 per token, ends of text included, of the validation part; of the training part where nothing is held out.
+    pub validation_bytes_per_token: f64,
+    pub tokenizer_sha256: String,
+    pub train_sha256: String,
+    pub validation_sha256: String,
+}
+
+/// An open cache. The windows of both parts are mapped, so ranks on one machine share them.
+#[derive(Debug)]
+pub struct TokenCache {
+    dir: PathBuf,
+    meta: Meta,
+    train: Windows,
+    validation: Windows,
+}
+
+impl TokenCache {
+    /// Finds the cache of this job's data, or builds it. `progress` gets one line before each stage that takes time.
+    pub fn build_or_open(job: &Job, progress: &dyn Fn(&str)) -> Result<(TokenCache, DataStats), DataError> {
+        let started = Instant::now();
+        let files = find(&job.data)?;
+        let ids = ModelIds::of(&job.model)?;
+        let hashes = hash_files(&files)?;
+        let hash = cache_hash(job, &files, &hashes, &ids)?;
+        let caches = job.output_dir.join("cache");
+        let target = caches.join(&hash);
+
+        let mut cached = true;
+        let cache = match TokenCache::open_verified(&target) {
+            Some(cache) => cache,
+            None => {
+                let _lock = build::lock(&caches)?;
+                match TokenCache::open_verified(&target) {
+                    Some(cache) => cache, // another process built it while this one waited
+                    None => {
+                        cached = false;
+                        build::build(job, &files, &hashes, &ids, &target, progress)?;
+                        TokenCache::open(&target)?
+                    }
+                }
+            }
+        };
+        ids.check_holds(cache.meta.vocab_size)?;
+        let stats = DataStats { cached, seconds: started.elapsed().as_secs_f64(), ..cache.stats() };
+        Ok((cache, stats))
+    }
+
+    /// Opens a cache that is there. Checks lengths, not hashes: ranks do this at every start.
+    pub fn open(dir: &Path) -> Result<TokenCache, DataError> {
+        let bad = |what: String| DataError::Cache { path: dir.to_owned(), what };
+        let bytes = fs::read(dir.join(META)).map_err(|e| bad(format!("{META}: {e}")))?;
+        let meta: Meta = serde_json::from_slice(&bytes).map_err(|e| bad(format!("{META}: {e}")))?;
+        if meta.format != FORMAT || meta.max_seq_len == 0 {
+            return Err(bad(format!("its format is `{}` and this fleet reads `{FORMAT}`", meta.format)));
+        }
+        let width = Width::of_vocabulary(meta.vocab_size);
+        let windows = |name: &str, tokens: u64| {
+            let mapped = Mapped::open(&dir.join(name)).map_err(|e| bad(format!("{name}: {e}")))?;
+            if mapped.len() as u64 != tokens.saturating_mul(width.bytes() as u64) {
+                return Err(bad(format!("{name} has {} bytes and should hold {tokens} tokens", mapped.len())));
+            }
+            Ok(Windows::new(mapped, width, meta.max_seq_len as usize))
+        };
+        let (train, validation) = (windows(TRAIN, meta.train_tokens)?, windows(VALIDATION, meta.validation_tokens)?);
+        Ok(TokenCache { dir: dir.to_owned(), meta, train, validation })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// Names data, tokenizer, window length and cleaning together.
+    pub fn hash(&self) -> &str {
+        &self.meta.hash
+    }
+
+    pub fn train(&self) -> &Windows {
+        &self.train
+    }
+
+    pub fn validation(&self) -> &Windows {
+        &self.validation
+    }
+
+    pub fn tokenizer_path(&self) -> PathBuf {
+        self.dir.join(TOKENIZER)
+    }
+
+    /// As when it was built, `cached` true, no time.
+    pub fn stats(&self) -> DataStats {
+        DataStats {
+            documents: self.meta.train_documents + self.meta.validation_documents,
+            train_windows: self.train.len(),
+            validation_windows: self.validation.len(),
+            train_tokens: self.meta.train_tokens,
+            validation_bytes_per_token: self.meta.validation_bytes_per_token,
+            vocab_size: self.meta.vocab_size,
+            cached: true,
+            seconds: 0.0,
+        }
+    }
+
+    /// The cache, if it is there and every file has its hash. A damaged one is built again.
+    fn open_verified(dir: &Path) -> Option<TokenCache> {
+        if !dir.exists() {
+            return None;
+        }
+        let checked = TokenCache::open(dir).and_then(|cache| {
+            let meta = &cache.meta;
+            let expected =
+                [(TRAIN, &meta.train_sha256), (VALIDATION, &meta.validation_sha256), (TOKENIZER, &meta.tokenizer_sha256)];
+            expected.into_par_iter().try_for_each(|(name, sha256)| {
+                let path = dir.join(name);
+                let bytes = Mapped::open(&path).map_err(|source| DataError::Read { path, source })?;
+                match hex::encode(Sha256::digest(&*bytes)) == *sha256 {
+                    true => Ok(()),
+                    false => Err(DataError::Cache { path: dir.to_owned(), what: format!("{name} has changed") }),
+                }
+            })?;
+            Ok(cache)
+        });
+        checked.inspect_err(|e| tracing::warn!("building a token cache again: {e}")).ok()
+    }
+}
+
+// ---- the hash ---------------------------------------------------------------------------------------------------------
+
+fn hash_files(files: &[SourceFile]) -> Result<Vec<[u8; 32]>, DataError> {
+    let hash = |file: &SourceFile| {
+        let read = |source| DataError::Read { path: file.path.clone(), source };
+        let mut hasher = Sha256::new();
+        io::copy(&mut File::open(&file.path).map_err(read)?, &mut hasher).map_err(read)?;
+        Ok(hasher.finalize().into())
+    };
+    files.par_iter().map(hash).collect()
+}
+
+/// Hex of SHA-256 over all that decides what is in the cache. Paths do not: the same data elsewhere are the same.
+fn cache_hash(job: &Job, files: &[SourceFile], hashes: &[[u8; 32]], ids: &ModelIds) -> Result<String, DataError> {
+    let tokenizer = match &job.tokenizer {
+        Tokenizer::Train { vocab_size } => format!("train {vocab_size}"),
+        Tokenizer::File(path) => {
+            let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.clone(), source })?;
+            format!("file {} eos {:?}", hex::encode(Sha256::digest(bytes)), ids.eos_id)
+        }
+    };
+    let clean = serde_json::to_string(&job.data.clean).expect("plain data");
+    let fraction = job.data.validation_fraction.to_bits();
+    let field = &job.data.text_field;
+    let mut hasher = Sha256::new();
+    let head = format!("{FORMAT}\n{tokenizer}\n{}\n{fraction:x}\n{clean}\n{field:?}\n", job.max_seq_len);
+    hasher.update(head);
+    for (file, hash) in files.iter().zip(hashes) {
+        let kind = match file.kind {
+            Kind::Text => b't',
+            Kind::Jsonl => b'j',
+            Kind::Csv(separator) => separator,
+        };
+        hasher.update([kind]);
+        hasher.update(hash);
+    }
+    Ok(hex::encode(&hasher.finalize()[..16]))
+}

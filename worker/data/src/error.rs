@@ -1,0 +1,53 @@
+//! What can be wrong with data, each in one line that names the thing and the cure.
+
+use fleet_common::exit::Fault;
+use std::io;
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error("the data path {0} does not exist; check data.path (relative paths start at the job file)")]
+    Missing(PathBuf),
+    #[error("cannot read {path}: {source}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("`{glob}` in data.{key} is not a glob: {what}")]
+    Glob { key: &'static str, glob: String, what: String },
+    #[error("{0}")]
+    Empty(String),
+    #[error("{path} is not UTF-8 text: bad byte at offset {offset}; convert it, or leave it out with data.exclude")]
+    NotUtf8 { path: PathBuf, offset: usize },
+    /// A JSONL or CSV row; `line` counts from 1.
+    #[error("{path}, line {line}: {what}")]
+    Row { path: PathBuf, line: u64, what: String },
+    #[error("{0} changed while it was being read; start the job again when it is complete")]
+    Changed(PathBuf),
+    #[error("tokenizer {path}: {what}")]
+    Tokenizer { path: PathBuf, what: String },
+    #[error("{0}")]
+    Vocabulary(String),
+    #[error("{0}")]
+    TooLittle(String),
+    /// Writing the cache.
+    #[error("cannot write the token cache {path}: {source}; make room or choose another output_dir")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the token cache {path} cannot be used: {what}; delete the directory and start again")]
+    Cache { path: PathBuf, what: String },
+}
+
+impl DataError {
+    /// A disk that fails is the environment's; everything else is the input's.
+    pub fn fault(&self) -> Fault {
+        match self {
+            DataError::Write { .. } | DataError::Cache { .. } => Fault::Environment,
+            _ => Fault::Input,
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! From files to batches: reading, cleaning, tokenising, packing, and the order in which windows are trained on.
+//!
+//! The agent builds a `TokenCache` once per data set, before the ranks start; every rank opens it and computes from `Order`
+//! alone which windows are its own. Nothing here knows of tensors or of the cluster.
+
+mod build;
+mod cache;
+mod clean;
+mod documents;
+mod error;
+mod files;
+mod order;
+mod permutation;
+mod split;
+mod tokenizer;
+mod windows;
+
+pub use cache::{Meta, TokenCache};
+pub use error::DataError;
+pub use order::{Cursor, Order, evaluation_part};
+pub use tokenizer::END_OF_TEXT;
+pub use windows::Windows;

@@ -1,0 +1,179 @@
+//! Which windows are trained on when and by whom: a pure function of (seed, epoch, step).
+//!
+//! The global batch of a step does not depend on the number of ranks; each rank computes its part from its position. A checkpoint
+//! holds a cursor, not a list.
+
+use crate::DataError;
+use crate::permutation::Permutation;
+use std::ops::Range;
+
+/// The order of a run. Steps count from 0 over the whole run: step `s` is the one that makes `s + 1` steps done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    seed: u64,
+    windows: u64,
+    global_batch: u64,
+    micro_batches: u64,
+}
+
+/// Position in the data: `epoch` passes are complete, and `step` optimizer steps of the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cursor {
+    pub epoch: u64,
+    pub step: u64,
+}
+
+impl Order {
+    /// `windows`: of the training part. `global_batch`: windows of one optimizer step, which is
+    /// ranks x `batch_size` x `micro_batches`. Refuses data smaller than one global batch.
+    ///
+    /// # Panics
+    /// If `global_batch` or `micro_batches` is 0.
+    pub fn new(seed: u64, windows: u64, global_batch: u64, micro_batches: u64) -> Result<Order, DataError> {
+        assert!(global_batch > 0 && micro_batches > 0, "a batch holds at least one window");
+        if windows < global_batch {
+            return Err(DataError::TooLittle(format!(
+                "the training data fills {windows} sequences, and one optimizer step takes {global_batch} (ranks x batch_size x \
+                 accumulate_grad_batches); lower batch_size or max_seq_len, or add data"
+            )));
+        }
+        Ok(Order { seed, windows, global_batch, micro_batches })
+    }
+
+    pub fn windows(&self) -> u64 {
+        self.windows
+    }
+
+    pub fn global_batch(&self) -> u64 {
+        self.global_batch
+    }
+
+    /// Full global batches of one pass; the windows left over are others in every epoch.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.windows / self.global_batch
+    }
+
+    /// Optimizer steps of a run; `max_steps` wins over `epochs`.
+    pub fn total_steps(&self, epochs: u32, max_steps: Option<u64>) -> u64 {
+        max_steps.unwrap_or_else(|| self.steps_per_epoch().saturating_mul(u64::from(epochs)))
+    }
+
+    /// Where the run stands when `step` steps are done.
+    pub fn cursor(&self, step: u64) -> Cursor {
+        Cursor { epoch: step / self.steps_per_epoch(), step: step % self.steps_per_epoch() }
+    }
+
+    /// Passes over the data when `step` steps are done.
+    pub fn epochs_done(&self, step: u64) -> f64 {
+        step as f64 / self.steps_per_epoch() as f64
+    }
+
+    /// Labels of one step over all ranks: what its loss is divided by. Windows have `max_seq_len` tokens.
+    pub fn predictions_per_step(&self, max_seq_len: u32) -> u64 {
+        self.global_batch * (u64::from(max_seq_len) - 1)
+    }
+
+    /// Indices of the windows of the global batch of `step`.
+    pub fn batch(&self, step: u64) -> impl Iterator<Item = u64> + use<> {
+        self.positions(step, 0..self.global_batch)
+    }
+
+    /// Indices of the windows that `rank` of `world` takes in micro-batch `micro` of `step`: `global_batch / world / micro_batches`
+    /// of them. Over all ranks and micro-batches they are exactly `batch(step)`, in that order.
+    ///
+    /// # Panics
+    /// If the global batch does not divide evenly, or `rank` or `micro` is out of range.
+    pub fn rank_part(&self, step: u64, micro: u64, rank: u64, world: u64) -> Vec<u64> {
+        let parts = world * self.micro_batches;
+        assert!(micro < self.micro_batches && rank < world, "micro-batch {micro} of rank {rank} of {world}");
+        assert!(self.global_batch.is_multiple_of(parts), "{} windows for {parts} parts", self.global_batch);
+        let size = self.global_batch / parts;
+        let first = (micro * world + rank) * size;
+        self.positions(step, first..first + size).collect()
+    }
+
+    /// Windows at these positions of the global batch of `step`.
+    fn positions(&self, step: u64, within: Range<u64>) -> impl Iterator<Item = u64> + use<> {
+        let Cursor { epoch, step } = self.cursor(step);
+        let permutation = Permutation::new(self.windows, self.seed, epoch);
+        let first = step * self.global_batch;
+        within.map(move |i| permutation.at(first + i))
+    }
+}
+
+/// The validation windows that `rank` of `world` evaluates: consecutive ones of the first `limit`, as evenly as they divide.
+pub fn evaluation_part(windows: u64, limit: Option<u64>, rank: u64, world: u64) -> Range<u64> {
+    assert!(rank < world, "rank {rank} of {world}");
+    let windows = limit.map_or(windows, |limit| windows.min(limit));
+    let (each, rest) = (windows / world, windows % world);
+    let first = rank * each + rank.min(rest);
+    first..first + each + u64::from(rank < rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_parts_of_all_ranks_are_the_global_batch(
+            seed: u64, size in 1u64..5, micros in 1u64..4, world in 1u64..9, spare in 0u64..500, step in 0u64..200
+        ) {
+            let batch = size * micros * world;
+            let order = Order::new(seed, batch + spare, batch, micros).unwrap();
+            let mut parts = Vec::new();
+            for micro in 0..micros {
+                for rank in 0..world {
+                    parts.extend(order.rank_part(step, micro, rank, world));
+                }
+            }
+            prop_assert_eq!(parts, order.batch(step).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn an_epoch_shows_no_window_twice(seed: u64, batch in 1u64..20, windows in 20u64..400, epoch in 0u64..5) {
+            let order = Order::new(seed, windows, batch, 1).unwrap();
+            let steps = order.steps_per_epoch();
+            let mut seen: Vec<u64> = (epoch * steps..(epoch + 1) * steps).flat_map(|s| order.batch(s)).collect();
+            prop_assert_eq!(seen.len() as u64, steps * batch);
+            seen.sort_unstable();
+            seen.dedup();
+            prop_assert_eq!(seen.len() as u64, steps * batch);
+            prop_assert!(seen.iter().all(|&w| w < windows));
+        }
+
+        #[test]
+        fn evaluation_covers_every_window_once(windows in 0u64..300, limit in proptest::option::of(0u64..400), world in 1u64..9) {
+            let all: Vec<u64> = (0..world).flat_map(|rank| evaluation_part(windows, limit, rank, world)).collect();
+            prop_assert!(all.into_iter().eq(0..windows.min(limit.unwrap_or(u64::MAX))));
+        }
+    }
+
+    /// Checkpoints hold a cursor into this order: if it moves, resumed runs train on other data than they say.
+    #[test]
+    fn the_order_never_changes() {
+        let order = Order::new(42, 1000, 8, 1).unwrap();
+        assert_eq!(order.batch(0).collect::<Vec<_>>(), GOLDEN_FIRST);
+        assert_eq!(order.batch(125).collect::<Vec<_>>(), GOLDEN_SECOND_EPOCH);
+    }
+
+    const GOLDEN_FIRST: [u64; 8] = [0; 8];
+    const GOLDEN_SECOND_EPOCH: [u64; 8] = [0; 8];
+
+    #[test]
+    fn cursor_and_totals() {
+        let order = Order::new(1, 103, 10, 2).unwrap();
+        assert_eq!(order.steps_per_epoch(), 10);
+        assert_eq!(order.cursor(25), Cursor { epoch: 2, step: 5 });
+        assert_eq!(order.total_steps(3, None), 30);
+        assert_eq!(order.total_steps(3, Some(7)), 7);
+        assert_eq!(order.predictions_per_step(256), 2550);
+    }
+
+    #[test]
+    fn data_smaller_than_a_batch_is_refused_with_the_numbers() {
+        let error = Order::new(1, 7, 8, 1).unwrap_err().to_string();
+        assert!(error.contains("fills 7 sequences") && error.contains("takes 8"), "{error}");
+    }
+}

@@ -1,0 +1,190 @@
+//! Byte-level BPE: trained on the training documents, or read from a given `tokenizer.json`.
+
+use crate::DataError;
+use fleet_common::job;
+use rayon::prelude::*;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer};
+
+/// Stands after every document.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// The 256 bytes and the end of text.
+const VOCABULARY_MIN: u32 = 257;
+
+/// A pair that is seen only once is not worth a token; also the default of Hugging Face.
+const MIN_FREQUENCY: u64 = 2;
+
+/// What given tokenizers call the end of a text, the likeliest first.
+const END_NAMES: [&str; 8] = [
+    END_OF_TEXT,
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "<end_of_turn>",
+];
+
+/// A tokenizer and the bytes of its `tokenizer.json`.
+pub(crate) struct Encoder {
+    tokenizer: Tokenizer,
+    pub json: Vec<u8>,
+    /// Ids are below this.
+    pub vocab_size: u32,
+    pub eos_id: u32,
+}
+
+impl Encoder {
+    /// Trains as Hugging Face's `ByteLevelBPETokenizer` does. The same texts give the same bytes.
+    pub fn train(texts: &[&str], vocab_size: u32) -> Result<Encoder, DataError> {
+        if vocab_size < VOCABULARY_MIN {
+            return Err(DataError::Vocabulary(format!(
+                "vocab_size is {vocab_size}; a byte-level tokenizer needs at least {VOCABULARY_MIN} (256 bytes and {END_OF_TEXT})"
+            )));
+        }
+        let trained = train(texts, vocab_size).map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
+        let found = trained.get_vocab_size(true);
+        if found < vocab_size as usize {
+            return Err(DataError::Vocabulary(format!(
+                "the training data gave {found} tokens and vocab_size asks for {vocab_size}; set vocab_size = {found} or lower, or \
+                 add data"
+            )));
+        }
+        let json = trained.to_string(false).map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
+        Encoder::from_json(json.into_bytes(), None)
+            .map_err(|what| DataError::Vocabulary(format!("training the tokenizer: {what}")))
+    }
+
+    /// A given `tokenizer.json`. `eos_id`, where the model says it, wins over the usual names.
+    pub fn open(path: &Path, eos_id: Option<u32>) -> Result<Encoder, DataError> {
+        let json = read(path)?;
+        Encoder::from_json(json, eos_id).map_err(|what| DataError::Tokenizer { path: path.to_owned(), what })
+    }
+
+    fn from_json(json: Vec<u8>, eos_id: Option<u32>) -> Result<Encoder, String> {
+        let mut tokenizer = Tokenizer::from_bytes(&json).map_err(|e| format!("not a tokenizer.json: {e}"))?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
+        tokenizer.set_encode_special_tokens(true); // in data, `<|endoftext|>` is thirteen characters and no end
+        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |id| id + 1);
+        let eos_id = eos_id
+            .filter(|&id| tokenizer.id_to_token(id).is_some())
+            .or_else(|| END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)))
+            .ok_or_else(|| format!("it has no end-of-text token (looked for {}); set [model] eos_token_id", END_NAMES.join(" ")))?;
+        Ok(Encoder { tokenizer, json, vocab_size, eos_id })
+    }
+
+    /// Token ids of each text, without special tokens, on all cores.
+    pub fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>, DataError> {
+        let one = |text: &&str| self.tokenizer.encode_fast(*text, false).map(|encoding| encoding.get_ids().to_vec());
+        let all: Result<Vec<Vec<u32>>, _> = texts.par_iter().map(one).collect();
+        all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
+    }
+}
+
+fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
+    let byte_level = ByteLevel::new(false, true, true);
+    let mut tokenizer = Tokenizer::new(BPE::default());
+    tokenizer.with_pre_tokenizer(Some(byte_level));
+    tokenizer.with_decoder(Some(byte_level));
+    tokenizer.with_post_processor(Some(ByteLevel::new(false, false, true)));
+    let trainer = BpeTrainerBuilder::new()
+        .show_progress(false)
+        .vocab_size(vocab_size as usize)
+        .min_frequency(MIN_FREQUENCY)
+        .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect::<HashSet<char>>())
+        .build();
+    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter())?;
+    Ok(tokenizer)
+}
+
+/// What the model says about ids: how many there are, and the end of text.
+pub(crate) struct ModelIds {
+    pub vocab_size: u32,
+    pub eos_id: Option<u32>,
+}
+
+impl ModelIds {
+    pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
+        match model {
+            job::Model::New(config) => Ok(ModelIds { vocab_size: config.vocab_size, eos_id: config.eos_token_id }),
+            job::Model::Pretrained(dir) => ModelIds::of_config(&dir.join("config.json")),
+        }
+    }
+
+    /// Whether the model has an embedding for every id of a tokenizer of this size.
+    pub fn check_holds(&self, tokenizer_size: u32) -> Result<(), DataError> {
+        if tokenizer_size > self.vocab_size {
+            return Err(DataError::Vocabulary(format!(
+                "the tokenizer has {tokenizer_size} tokens and the model's vocab_size is {}; set vocab_size = {tokenizer_size} in \
+                 [model], or choose a smaller tokenizer",
+                self.vocab_size
+            )));
+        }
+        Ok(())
+    }
+
+    fn of_config(path: &Path) -> Result<ModelIds, DataError> {
+        let bad = |what: String| DataError::Tokenizer { path: path.to_owned(), what };
+        let config: serde_json::Value = serde_json::from_slice(&read(path)?).map_err(|e| bad(format!("not JSON: {e}")))?;
+        let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let eos = &config["eos_token_id"];
+        Ok(ModelIds {
+            vocab_size: id(&config["vocab_size"]).ok_or_else(|| bad("it has no vocab_size".into()))?,
+            eos_id: id(eos).or_else(|| eos.as_array().and_then(|list| list.first()).and_then(id)),
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, DataError> {
+    std::fs::read(path).map_err(|source| DataError::Read { path: PathBuf::from(path), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "the cat sat on the mat and the dog sat on the log; the end of the cat and the dog.\n";
+
+    #[test]
+    fn a_trained_tokenizer_reads_back_what_it_wrote() {
+        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280).unwrap();
+        assert_eq!((encoder.vocab_size, encoder.eos_id), (280, 0));
+        let text = "the cat\u{1F600} é\n<|endoftext|>";
+        let ids = encoder.encode(&[text]).unwrap().remove(0);
+        assert!(!ids.contains(&encoder.eos_id), "the name of a special token in data is text: {ids:?}");
+        assert_eq!(encoder.tokenizer.decode(&ids, false).unwrap(), text);
+        assert!(ids.len() < text.len());
+    }
+
+    #[test]
+    fn a_vocabulary_larger_than_the_data_allows_names_what_it_gave() {
+        let error = Encoder::train(&[TEXT], 4096).err().unwrap().to_string();
+        let found: u32 = error.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
+        assert!((258..400).contains(&found) && error.contains("asks for 4096"), "{error}");
+        assert_eq!(Encoder::train(&[TEXT], found).unwrap().vocab_size, found);
+        assert!(Encoder::train(&[TEXT], 256).err().unwrap().to_string().contains("at least 257"));
+    }
+
+    #[test]
+    fn a_given_tokenizer_is_kept_byte_for_byte_and_its_end_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let json = r#"{"version":"1.0","added_tokens":[{"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,
+            "normalized":false,"special":true}],"model":{"type":"WordLevel","vocab":{"a":0,"b":1,"</s>":2},"unk_token":"a"}}"#;
+        std::fs::write(&path, json).unwrap();
+        let encoder = Encoder::open(&path, None).unwrap();
+        assert_eq!((encoder.vocab_size, encoder.eos_id, encoder.json.as_slice()), (3, 2, json.as_bytes()));
+        assert_eq!(Encoder::open(&path, Some(1)).unwrap().eos_id, 1);
+        std::fs::write(&path, "{}").unwrap();
+        let error = Encoder::open(&path, None).err().unwrap().to_string();
+        assert!(error.contains(&path.display().to_string()) && error.contains("not a tokenizer.json"), "{error}");
+    }
+}
