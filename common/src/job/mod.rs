@@ -4,6 +4,21 @@
 //! wrote, which is how it travels and is stored. Its fields are valid together; what depends on the machine or the data (does
 //! the file exist, are there enough slots) is checked where it is known.
 
+mod error;
+mod fields;
+mod formats;
+mod load;
+mod ranks;
+mod render;
+mod set;
+pub mod suggest;
+mod value;
+mod vocabulary;
+
+pub use error::{JobFileError, Warning};
+pub use load::{RANKS_MAX, VOCAB_MIN, load};
+pub use ranks::RanksError;
+
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -219,7 +234,7 @@ impl Job {
         serde_json::to_string(self).expect("a Job holds only strings, numbers and UTF-8 paths")
     }
 
-    /// Reads what `to_json` wrote.
+    /// Reads what `to_json` wrote. Numbers of up to 15 digits come back bit for bit, longer ones to the last bit but one.
     pub fn from_json(text: &str) -> Result<Job, serde_json::Error> {
         serde_json::from_str(text)
     }
@@ -229,3 +244,6 @@ impl Job {
         self.output_dir.join("checkpoints").join(&self.run_name)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,88 @@
+//! A `Job` written back as a job file: every setting by its name, every default spelled out. Loading it gives the same job.
+
+use super::*;
+use serde_json::{Map, Value, json};
+
+impl Job {
+    /// The job file as an ordered table: scalars first, then the tables. Settings without a value are left out.
+    pub fn to_file(&self) -> Map<String, Value> {
+        let mut file = table(json!({
+            "task_name": self.task_name,
+            "run_name": self.run_name,
+            "output_dir": self.output_dir,
+            "seed": self.seed,
+            "strategy": self.strategy,
+            "devices": match &self.devices {
+                Devices::Auto => json!("auto"),
+                Devices::Count(n) => json!(n),
+                Devices::Ids(ids) => json!(ids),
+            },
+            "num_nodes": self.num_nodes,
+            "device": self.device,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "accumulate_grad_batches": self.accumulate_grad_batches,
+            "max_seq_len": self.max_seq_len,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "logging_steps": self.logging_steps,
+            "log_to_db": self.log_to_db,
+            "max_time_s": self.max_time_s,
+            "threads_per_rank": self.threads_per_rank,
+        }));
+        let model = match &self.model {
+            Model::New(config) => table(json!(config)),
+            Model::Pretrained(path) => table(json!({ "path": path })),
+        };
+        // the model's vocabulary is written in [model]; a tokenizer that is trained has the same
+        let tokenizer = match &self.tokenizer {
+            Tokenizer::Train { .. } => Map::new(),
+            Tokenizer::File(path) => table(json!({ "path": path })),
+        };
+        let data = table(json!({
+            "path": self.data.paths,
+            "include": self.data.include,
+            "exclude": self.data.exclude,
+            "text_field": self.data.text_field,
+            "validation_fraction": self.data.validation_fraction,
+            "clean": self.data.clean,
+        }));
+        let checkpoint = table(json!({
+            "save_steps": self.checkpoint.save_steps,
+            "save_total_limit": self.checkpoint.save_total_limit,
+            "resume": match &self.checkpoint.resume {
+                Resume::No => json!("no"),
+                Resume::Latest => json!("latest"),
+                Resume::Path(path) => json!(path),
+            },
+        }));
+        let optimizer = table(json!(self.optimizer));
+        let eval = table(json!(self.eval));
+        for (name, part) in [
+            ("model", model),
+            ("tokenizer", tokenizer),
+            ("data", data),
+            ("optimizer", optimizer),
+            ("checkpoint", checkpoint),
+            ("eval", eval),
+        ] {
+            if !part.is_empty() {
+                file.insert(name.to_owned(), Value::Object(part));
+            }
+        }
+        file
+    }
+
+    /// `to_file` as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(&self.to_file()).expect("a job file has no nulls and its integers fit 63 bits")
+    }
+}
+
+/// The entries of a JSON object that have a value.
+fn table(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(entries) => entries.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+        _ => Map::new(),
+    }
+}
