@@ -158,8 +158,8 @@ mod tests {
         assert_eq!(order.batch(125).collect::<Vec<_>>(), GOLDEN_SECOND_EPOCH);
     }
 
-    const GOLDEN_FIRST: [u64; 8] = [0; 8];
-    const GOLDEN_SECOND_EPOCH: [u64; 8] = [0; 8];
+    const GOLDEN_FIRST: [u64; 8] = [148, 714, 306, 474, 115, 772, 48, 321];
+    const GOLDEN_SECOND_EPOCH: [u64; 8] = [806, 879, 321, 628, 312, 891, 787, 194];
 
     #[test]
     fn cursor_and_totals() {
