@@ -16,8 +16,11 @@ pub enum CollectiveError {
         /// What the late rank did last: `it is loading data since 31.0 s`.
         doing: String,
     },
-    #[error("rank {rank} called {theirs} where rank {me} called {ours}; all ranks must make the same calls")]
-    Mismatch { rank: usize, me: usize, theirs: String, ours: String },
+    /// `rank` is not with the majority, `other` is.
+    #[error(
+        "rank {rank} called {theirs} where rank {other} called {others}; all ranks must make the same calls"
+    )]
+    Mismatch { rank: usize, other: usize, theirs: String, others: String },
     #[error("aborted: {reason}")]
     Aborted { reason: String },
     #[error("{operation}: {message}")]

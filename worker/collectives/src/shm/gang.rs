@@ -98,14 +98,11 @@ impl Mark {
     }
 
     fn has(&self, signature: Signature) -> bool {
-        self.sequence.load(Relaxed) == signature.sequence
-            && self.what.load(Relaxed) == signature.call.word()
-            && self.bytes.load(Relaxed) == signature.bytes
-            && self.place.load(Relaxed) == signature.place
+        self.content() == [signature.sequence, signature.call.word(), signature.bytes, signature.place]
     }
 
-    fn describe(&self) -> String {
-        trace::describe(self.sequence.load(Relaxed), self.what.load(Relaxed), self.bytes.load(Relaxed))
+    fn content(&self) -> [u64; 4] {
+        [&self.sequence, &self.what, &self.bytes, &self.place].map(|word| word.load(Relaxed))
     }
 }
 
@@ -171,7 +168,11 @@ impl ShmCollective {
         };
         if let Err(error) = &result {
             self.failed = Some(error.clone());
-            self.control.abort(Abort::RankFailed(self.rank));
+            self.control.abort(match error {
+                CollectiveError::Deadline { rank, .. } => Abort::RankLate(*rank),
+                CollectiveError::Mismatch { rank, .. } => Abort::RankDiffers(*rank),
+                _ => Abort::RankFailed(self.rank),
+            });
         }
         result
     }
@@ -210,21 +211,23 @@ impl ShmCollective {
         }
     }
 
-    /// Compares what the ranks say they do; all have marked it.
+    /// Compares what the ranks say they do; all have marked it. Names the first rank that is not with the majority.
     fn compare<'a>(&'a self, signature: Signature, mark: impl Fn(&'a Slot) -> &'a Mark) -> Result<()> {
-        for rank in 0..self.world() {
-            let theirs = mark(self.control.slot(rank));
-            if !theirs.has(signature) {
-                let ours = mark(self.slot());
-                return Err(CollectiveError::Mismatch {
-                    rank,
-                    me: self.rank,
-                    theirs: theirs.describe(),
-                    ours: ours.describe(),
-                });
-            }
+        let ranks = || (0..self.world()).map(|rank| (rank, mark(self.control.slot(rank))));
+        if ranks().all(|(_, mark)| mark.has(signature)) {
+            return Ok(());
         }
-        Ok(())
+        let says: Vec<[u64; 4]> = ranks().map(|(_, mark)| mark.content()).collect();
+        let agree = |rank: usize| says.iter().filter(|other| **other == says[rank]).count();
+        let most = (0..says.len()).rev().max_by_key(|rank| agree(*rank)).unwrap_or(0);
+        let odd = (0..says.len()).find(|rank| says[*rank] != says[most]).unwrap_or(self.rank);
+        let describe = |rank: usize| trace::describe(says[rank][0], says[rank][1], says[rank][2]);
+        Err(CollectiveError::Mismatch {
+            rank: odd,
+            other: most,
+            theirs: describe(odd),
+            others: describe(most),
+        })
     }
 
     /// One phase: mark, wait for all, compare.

@@ -73,6 +73,10 @@ pub enum Abort {
     Stopped,
     /// A rank met an error of its own; its log has it.
     RankFailed(usize),
+    /// The others waited for the rank until their deadline.
+    RankLate(usize),
+    /// The rank made another call than the others.
+    RankDiffers(usize),
 }
 
 impl Abort {
@@ -81,6 +85,8 @@ impl Abort {
             Abort::RankDied(rank) => (1 << 32) | rank as u64,
             Abort::Stopped => 2 << 32,
             Abort::RankFailed(rank) => (3 << 32) | rank as u64,
+            Abort::RankLate(rank) => (4 << 32) | rank as u64,
+            Abort::RankDiffers(rank) => (5 << 32) | rank as u64,
         }
     }
 
@@ -89,6 +95,8 @@ impl Abort {
         match word >> 32 {
             1 => format!("rank {rank} died"),
             2 => "the job was stopped".to_owned(),
+            4 => format!("rank {rank} did not come to a collective in time"),
+            5 => format!("rank {rank} made another call than the others"),
             _ => format!("rank {rank} failed in a collective; its log says why"),
         }
     }

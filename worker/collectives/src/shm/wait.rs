@@ -37,7 +37,7 @@ impl Event {
         }
     }
 
-    /// Waits until `ready`, until `stopped`, or until the deadline has passed. Both look at memory with `SeqCst`.
+    /// Waits until `ready`, until `stopped`, or until the deadline has passed. Both look at memory with `SeqCst`; `ready` wins.
     pub fn wait(&self, deadline: Duration, ready: impl Fn() -> bool, stopped: impl Fn() -> bool) -> Woken {
         for _ in 0..SPINS {
             if ready() {
@@ -49,11 +49,11 @@ impl Event {
         self.sleepers.fetch_add(1, SeqCst);
         let woken = loop {
             let epoch = self.epoch.load(SeqCst);
-            if stopped() {
-                break Woken::Stopped;
-            }
             if ready() {
                 break Woken::Ready;
+            }
+            if stopped() {
+                break Woken::Stopped;
             }
             let Some(left) = deadline.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else {
                 break Woken::TimedOut;
