@@ -1,0 +1,324 @@
+//! The agent's decisions, pure: what happened and the time go in, what to do comes out. It opens nothing, waits for nothing, and
+//! draws no random numbers; `driver` does what it says. The simulator runs this same code.
+
+use crate::gang::{Blow, GangId, GangInput, Stop, Supervised};
+use crate::verdict;
+use fleet_common::exit::Fault;
+use fleet_common::ids::{NodeId, Rank};
+use fleet_common::job::{Device, Devices, Job};
+use fleet_common::protocol::{AgentHello, FromAgent, Gang, PROTOCOL_VERSION, ToAgent, ToRank};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Between two heartbeats; the coordinator calls a node lost after ten of them.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// An agent that ends waits this long for its last events to be committed.
+pub const FAREWELL: Duration = Duration::from_secs(1);
+/// A coordinator that has committed nothing for this long does not hold up the ranks' output any more.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Both clocks of the node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Since the agent started. Deadlines are measured on it.
+    pub mono: Duration,
+    /// Milliseconds since 1970, for people.
+    pub unix_ms: u64,
+}
+
+/// What this node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub name: String,
+    pub slots: u32,
+    pub accelerator: Accelerator,
+    /// Cores that the ranks share.
+    pub cores: u32,
+    pub program_version: String,
+}
+
+/// What ranks compute on where the job does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    Cpu,
+    Cuda { devices: u32 },
+    Mps,
+}
+
+impl Config {
+    /// libtorch threads of each of `ranks` ranks.
+    pub fn threads(&self, job: &Job, ranks: u32) -> u32 {
+        job.threads_per_rank.unwrap_or(self.cores / ranks.max(1)).max(1)
+    }
+
+    /// The device of a rank, or why there is none, in one line.
+    pub fn device_of(&self, job: &Job, local_rank: Rank) -> Result<String, String> {
+        let index = match &job.devices {
+            Devices::Ids(ids) => ids.get(local_rank as usize).copied().unwrap_or(local_rank),
+            Devices::Auto | Devices::Count(_) => local_rank,
+        };
+        let name = &self.name;
+        match (job.device, self.accelerator) {
+            (Device::Cpu, _) | (Device::Auto, Accelerator::Cpu) => Ok("cpu".to_owned()),
+            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) if index < devices => Ok(format!("cuda:{index}")),
+            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) => {
+                Err(format!("{name} has {devices} CUDA devices, the job asks for number {index}; start fewer ranks"))
+            }
+            (Device::Auto | Device::Mps, Accelerator::Mps) => Ok("mps".to_owned()),
+            (Device::Cuda, _) => Err(format!("{name} has no CUDA device; set device = \"cpu\" or use another node")),
+            (Device::Mps, _) => Err(format!("{name} has no Metal device; set device = \"cpu\" or use another node")),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A connection to the coordinator is open; nothing was sent on it yet.
+    Connected,
+    Disconnected,
+    Message(ToAgent),
+    Gang(GangId, GangInput),
+    /// What `fleet-rank --probe` said: nothing, or why ranks cannot run here.
+    Probed(Result<(), String>),
+    /// The agent shall end: the first time with checkpoints, the second time at once.
+    Stop,
+    /// `Agent::deadline` has passed.
+    Tick,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// On the present connection.
+    Send(FromAgent),
+    /// The first welcome.
+    Registered(NodeId),
+    /// Start all ranks of the gang, for training with a shared segment.
+    Spawn(Box<Gang>),
+    /// Build or find the token cache, and find and verify the checkpoint to resume from.
+    Prepare {
+        gang: GangId,
+        job: Box<Job>,
+    },
+    /// The driver fills in `RankStart::shm_fd`, which only it knows.
+    ToRank {
+        gang: GangId,
+        rank: Rank,
+        message: ToRank,
+    },
+    Strike {
+        gang: GangId,
+        rank: Rank,
+        blow: Blow,
+    },
+    /// The rank is gone: those that wait for it in a collective shall not.
+    AbortCollectives {
+        gang: GangId,
+        rank: Rank,
+    },
+    SampleMemory(GangId),
+    Forget(GangId),
+    /// The process ends; with a message if the coordinator does not want it.
+    Exit {
+        refused: Option<String>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    /// Hello was sent.
+    Greeting,
+    Up,
+}
+
+#[derive(Debug)]
+pub struct Agent {
+    config: Config,
+    gangs: BTreeMap<GangId, Supervised>,
+    link: Link,
+    registered: bool,
+    heartbeat_at: Duration,
+    /// When the coordinator last committed something, or connected.
+    heard_at: Duration,
+    /// Why ranks cannot run here.
+    unfit: Option<String>,
+    stopping: bool,
+    /// Set when an ending agent has no living gang any more.
+    leave_at: Option<Duration>,
+}
+
+impl Agent {
+    pub fn new(config: Config) -> Agent {
+        Agent {
+            config,
+            gangs: BTreeMap::new(),
+            link: Link::Down,
+            registered: false,
+            heartbeat_at: Duration::ZERO,
+            heard_at: Duration::ZERO,
+            unfit: None,
+            stopping: false,
+            leave_at: None,
+        }
+    }
+
+    pub fn handle(&mut self, now: Now, input: Input) -> Vec<Action> {
+        let mut out = Vec::new();
+        match input {
+            Input::Connected => {
+                self.link = Link::Greeting;
+                self.heard_at = now.mono;
+                self.gangs.values_mut().for_each(|gang| gang.stream().reconnected());
+                out.push(Action::Send(FromAgent::Hello(self.hello())));
+            }
+            Input::Disconnected => self.link = Link::Down,
+            Input::Message(message) => self.on_message(message, now, &mut out),
+            Input::Gang(id, input) => {
+                if let Some(gang) = self.gangs.get_mut(&id) {
+                    gang.handle(input, &self.config, now, &mut out);
+                }
+            }
+            Input::Probed(Ok(())) => self.unfit = None,
+            Input::Probed(Err(reason)) => {
+                for gang in self.gangs.values_mut().filter(|gang| gang.needs_libtorch()) {
+                    gang.fail(verdict::agent_error(Fault::Environment, &self.config.name, reason.clone()), now);
+                }
+                self.unfit = Some(reason);
+            }
+            Input::Stop => {
+                let how = if self.stopping { Stop::Now } else { Stop::Soon };
+                self.stopping = true;
+                self.gangs.values_mut().for_each(|gang| gang.stop(how, &self.config, now, &mut out));
+            }
+            Input::Tick => {}
+        }
+        self.gangs.values_mut().for_each(|gang| gang.tick(&self.config, now, &mut out));
+        self.forget_what_is_done(&mut out);
+        self.send_what_is_due(now, &mut out);
+        self.leave_if_done(now, &mut out);
+        out
+    }
+
+    /// When `Input::Tick` is wanted next.
+    pub fn deadline(&self) -> Option<Duration> {
+        let heartbeat = (self.link == Link::Up).then_some(self.heartbeat_at);
+        let gangs = self.gangs.values().filter_map(Supervised::deadline);
+        gangs.chain(heartbeat).chain(self.leave_at).min()
+    }
+
+    /// Whether the ranks' output shall be read on. If not, the coordinator is only a little behind, and ranks that print too
+    /// much wait for it as they would for a slow terminal; otherwise lines are read, and dropped if there are too many.
+    pub fn accepts_lines(&self, now: Now) -> bool {
+        let crowded = self.gangs.values().any(Supervised::is_crowded);
+        !crowded || self.link != Link::Up || now.mono.saturating_sub(self.heard_at) > PATIENCE
+    }
+
+    fn hello(&self) -> AgentHello {
+        let device = match self.config.accelerator {
+            Accelerator::Cpu => "cpu",
+            Accelerator::Cuda { .. } => "cuda",
+            Accelerator::Mps => "mps",
+        };
+        AgentHello {
+            version: PROTOCOL_VERSION,
+            name: self.config.name.clone(),
+            slots: self.config.slots,
+            device: device.to_owned(),
+            program_version: self.config.program_version.clone(),
+            gangs: self.gangs.keys().map(|id| (id.job, id.generation)).collect(),
+        }
+    }
+
+    fn on_message(&mut self, message: ToAgent, now: Now, out: &mut Vec<Action>) {
+        match message {
+            ToAgent::Welcome { node } => {
+                self.link = Link::Up;
+                self.heartbeat_at = now.mono;
+                if !self.registered {
+                    self.registered = true;
+                    out.push(Action::Registered(node));
+                }
+            }
+            ToAgent::StartGang(gang) => self.on_start(gang, now, out),
+            ToAgent::StopGang { job, generation, now: at_once } => {
+                if let Some(gang) = self.gangs.get_mut(&GangId { job, generation }) {
+                    let how = if at_once { Stop::Now } else { Stop::WhenSaved };
+                    gang.stop(how, &self.config, now, out);
+                }
+            }
+            ToAgent::EventsCommitted { job, generation, seq } => {
+                self.heard_at = now.mono;
+                let id = GangId { job, generation };
+                if let Some(gang) = self.gangs.get_mut(&id) {
+                    let committed = gang.stream().committed(seq);
+                    gang.on_committed(&committed, out);
+                }
+            }
+            ToAgent::ResendEvents { job, generation, next_seq } => {
+                self.heard_at = now.mono;
+                let id = GangId { job, generation };
+                if let Some(gang) = self.gangs.get_mut(&id) {
+                    gang.resend_from(next_seq, &self.config, now, out);
+                }
+            }
+            ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),
+            // The connection ends by itself; the next one may go better.
+            ToAgent::Refused { fatal: false, .. } => {}
+        }
+    }
+
+    fn on_start(&mut self, gang: Gang, now: Now, out: &mut Vec<Action>) {
+        let id = GangId { job: gang.job, generation: gang.generation };
+        if self.gangs.range(id..).next().is_some_and(|(known, _)| known.job == id.job) {
+            return; // this generation or a newer one is here already
+        }
+        for (_, older) in self.gangs.range_mut(GangId { generation: 0, ..id }..id) {
+            older.stop(Stop::Now, &self.config, now, out);
+        }
+        let mut supervised = Supervised::start(gang, self.unfit.as_deref(), &self.config, now, out);
+        if self.stopping {
+            let message = format!("{} is being shut down", self.config.name);
+            supervised.fail(verdict::agent_error(Fault::Environment, &self.config.name, message), now);
+        }
+        self.gangs.insert(id, supervised);
+    }
+
+    fn forget_what_is_done(&mut self, out: &mut Vec<Action>) {
+        self.gangs.retain(|&id, gang| {
+            let done = gang.can_be_forgotten();
+            if done {
+                out.push(Action::Forget(id));
+            }
+            !done
+        });
+    }
+
+    fn send_what_is_due(&mut self, now: Now, out: &mut Vec<Action>) {
+        if self.link != Link::Up {
+            return;
+        }
+        for gang in self.gangs.values_mut() {
+            while let Some(batch) = gang.stream().next_batch() {
+                out.push(Action::Send(FromAgent::Events(batch)));
+            }
+        }
+        if now.mono >= self.heartbeat_at {
+            self.heartbeat_at = now.mono + HEARTBEAT;
+            out.push(Action::Send(FromAgent::Heartbeat { unix_ms: now.unix_ms }));
+        }
+    }
+
+    fn leave_if_done(&mut self, now: Now, out: &mut Vec<Action>) {
+        if !self.stopping || !self.gangs.values().all(Supervised::is_finished) {
+            return;
+        }
+        let leave_at = *self.leave_at.get_or_insert(now.mono + FAREWELL);
+        if self.gangs.is_empty() || self.link != Link::Up || now.mono >= leave_at {
+            out.push(Action::Exit { refused: None });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

@@ -1,0 +1,620 @@
+//! Scripts: a line that begins with `>` is something that happens, the lines below it are what the agent does about it. `play` acts
+//! the script and writes down what really came out; the two texts must be equal. Heartbeats and looks at memory are left out.
+
+use super::*;
+use crate::gang::Prepared;
+use crate::verdict::{Exit, agent_error};
+use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Step};
+use fleet_common::ids::JobId;
+use fleet_common::job::*;
+use fleet_common::protocol::{FromRank, Program, Work};
+use std::path::PathBuf;
+
+const GANG: GangId = GangId { job: JobId(1), generation: 1 };
+
+fn config() -> Config {
+    Config { name: "box".into(), slots: 4, accelerator: Accelerator::Cpu, cores: 8, program_version: "0".into() }
+}
+
+fn job() -> Job {
+    Job {
+        task_name: "t".into(),
+        run_name: "r".into(),
+        output_dir: "/out".into(),
+        working_dir: "/".into(),
+        seed: 1,
+        strategy: Strategy::Auto,
+        devices: Devices::Auto,
+        num_nodes: 1,
+        device: Device::Auto,
+        precision: Precision::Fp32,
+        batch_size: 1,
+        accumulate_grad_batches: 1,
+        max_seq_len: 8,
+        epochs: 1,
+        max_steps: None,
+        logging_steps: 1,
+        log_to_db: false,
+        max_time_s: None,
+        threads_per_rank: None,
+        model: Model::Pretrained("/model".into()),
+        tokenizer: Tokenizer::Train { vocab_size: 300 },
+        data: Data {
+            paths: vec![PathBuf::from("/data")],
+            include: vec![],
+            exclude: vec![],
+            text_field: "text".into(),
+            validation_fraction: 0.1,
+            clean: Clean::default(),
+        },
+        optimizer: Optimizer {
+            learning_rate: 0.1,
+            schedule: Schedule::Constant,
+            warmup_steps: 0,
+            min_lr_ratio: 0.0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            max_grad_norm: 1.0,
+        },
+        checkpoint: Checkpoint { save_steps: 0, save_total_limit: 1, resume: Resume::No },
+        eval: Eval { eval_steps: 0, batch_size: 1, max_eval_examples: None },
+    }
+}
+
+fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
+    let work = match work {
+        "train" => Work::Train { job_json: job().to_json() },
+        _ => Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] }),
+    };
+    Gang { job: JobId(1), generation, world_size, work }
+}
+
+struct Stage {
+    agent: Agent,
+    now: Now,
+    seen: Vec<String>,
+}
+
+/// Acts the `>` lines of a script and returns what came of it, in the script's form.
+fn play(script: &str) -> String {
+    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: Vec::new() };
+    for line in script.lines().filter_map(|line| line.trim().strip_prefix("> ")) {
+        stage.seen.push(format!("> {line}"));
+        let words: Vec<&str> = line.split(' ').collect();
+        if let ["wait", ms] = words[..] {
+            stage.wait(ms.parse().unwrap());
+        } else {
+            stage.happen(input(&words, stage.now));
+        }
+    }
+    stage.seen.join("\n")
+}
+
+fn input(words: &[&str], now: Now) -> Input {
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let rank = |text: &str| text.parse::<Rank>().unwrap();
+    let event = |body| FromRank::Event(Event { unix_ms: 0, body });
+    let of_gang = |input| Input::Gang(GANG, input);
+    let (job, generation) = (GANG.job, GANG.generation);
+    match words {
+        ["connected"] => Input::Connected,
+        ["disconnected"] => Input::Disconnected,
+        ["welcome"] => Input::Message(ToAgent::Welcome { node: NodeId(1) }),
+        ["refused", why @ ..] => Input::Message(ToAgent::Refused { message: why.join(" "), fatal: true }),
+        ["start", work, ranks] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), 1))),
+        ["start", work, ranks, "generation", n] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), number(n)))),
+        ["committed", seq] => Input::Message(ToAgent::EventsCommitted { job, generation, seq: number(seq) }),
+        ["resend", "from", seq] => Input::Message(ToAgent::ResendEvents { job, generation, next_seq: number(seq) }),
+        ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
+        ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
+        ["signal"] => Input::Stop,
+        ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
+        ["prepared"] => {
+            let prepared = Prepared { cache_dir: "/cache".into(), stats: DataStats::default(), resume: None };
+            of_gang(GangInput::Prepared(Ok(prepared)))
+        }
+        ["data", "bad", why @ ..] => of_gang(GangInput::Prepared(Err(agent_error(Fault::Input, "box", why.join(" "))))),
+        ["no", "process", n] => of_gang(GangInput::SpawnFailed { rank: rank(n), error: "too many processes".into() }),
+        ["rank", n, rest @ ..] => {
+            let n = rank(n);
+            of_gang(match rest {
+                ["prints", words @ ..] => GangInput::Lines { rank: n, level: Level::Info, lines: vec![words.join(" ")] },
+                ["step", step] => {
+                    let step = Step { step: number(step), total_steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
+                    GangInput::Rank(n, event(EventBody::Step(step)))
+                }
+                ["saved", step] => {
+                    let record = CheckpointRecord { step: number(step), path: "/c".into(), manifest_sha256: "".into(), bytes: 1, loss: 1.0 };
+                    GangInput::Rank(n, event(EventBody::Checkpoint(record)))
+                }
+                ["done", steps] => {
+                    let outcome = Outcome::Succeeded { steps: number(steps), final_loss: None, tokens_per_s: 1.0 };
+                    GangInput::Rank(n, FromRank::Done(outcome))
+                }
+                ["stopped", steps] => GangInput::Rank(n, FromRank::Done(Outcome::Stopped { steps: number(steps) })),
+                ["fails", why @ ..] => {
+                    let error = fleet_common::events::JobError { node: None, ..agent_error(Fault::Job, "", why.join(" ")) };
+                    GangInput::Rank(n, FromRank::Failed(error))
+                }
+                ["exits", code] => GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) },
+                ["dies", signal] => GangInput::Exited { rank: n, at: now.mono, exit: Exit::Signal(signal.parse().unwrap()) },
+                other => panic!("a rank cannot {other:?}"),
+            })
+        }
+        other => panic!("nothing like {other:?} happens"),
+    }
+}
+
+impl Stage {
+    fn happen(&mut self, input: Input) {
+        let actions = self.agent.handle(self.now, input);
+        self.seen.extend(actions.iter().filter_map(describe));
+    }
+
+    /// Time goes by, and the agent is woken when it asked to be.
+    fn wait(&mut self, ms: u64) {
+        let end = self.now.mono + Duration::from_millis(ms);
+        while let Some(deadline) = self.agent.deadline().filter(|&deadline| deadline <= end) {
+            self.now.mono = self.now.mono.max(deadline);
+            self.happen(Input::Tick);
+        }
+        self.now.mono = end;
+    }
+}
+
+fn describe(action: &Action) -> Option<String> {
+    Some(match action {
+        Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) => return None,
+        Action::Send(FromAgent::Hello(hello)) => {
+            let gangs: Vec<String> = hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
+            format!("send hello{}", gangs.concat())
+        }
+        Action::Send(FromAgent::Events(batch)) => {
+            let events: Vec<String> = batch.events.iter().map(|event| tell(&event.body)).collect();
+            format!("send {}: {}", batch.first_seq, events.join(", "))
+        }
+        Action::Registered(node) => format!("registered as {node}"),
+        Action::Spawn(gang) => format!("spawn {} ranks", gang.world_size),
+        Action::Prepare { .. } => "prepare".into(),
+        Action::ToRank { rank, message: ToRank::Start(start), .. } => {
+            format!("rank {rank}: start on {} with {} threads", start.device, start.threads)
+        }
+        Action::ToRank { rank, message: ToRank::Stop, .. } => format!("rank {rank}: stop"),
+        Action::ToRank { rank, message: ToRank::CheckpointCommitted { step }, .. } => format!("rank {rank}: checkpoint {step} counts"),
+        Action::Strike { rank, blow, .. } => format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" }),
+        Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
+        Action::Forget(gang) => format!("forget {gang}"),
+        Action::Exit { refused: None } => "exit".into(),
+        Action::Exit { refused: Some(why) } => format!("exit: {why}"),
+    })
+}
+
+fn tell(body: &EventBody) -> String {
+    match body {
+        EventBody::DataReady(_) => "data ready".into(),
+        EventBody::Step(step) => format!("step {}", step.step),
+        EventBody::Checkpoint(record) => format!("checkpoint {}", record.step),
+        EventBody::Log { line, .. } => format!("`{line}`"),
+        EventBody::Memory { rss_mib, .. } => format!("memory {rss_mib:?}"),
+        EventBody::Finished(Outcome::Succeeded { steps, .. }) => format!("succeeded after {steps}"),
+        EventBody::Finished(Outcome::Stopped { steps }) => format!("stopped after {steps}"),
+        EventBody::Finished(Outcome::Failed(error)) => format!("failed ({:?}): {}", error.fault, error.message),
+        other => format!("{other:?}"),
+    }
+}
+
+fn check(script: &str) {
+    let wanted: Vec<&str> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(play(script), wanted.join("\n"));
+}
+
+#[test]
+fn a_job_from_its_start_to_its_last_event() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 2
+         prepare
+         spawn 2 ranks
+         > start train 2
+         > prepared
+         rank 0: start on cpu with 4 threads
+         rank 1: start on cpu with 4 threads
+         send 1: data ready
+         > rank 0 step 1
+         send 2: step 1
+         > rank 0 saved 1
+         send 3: checkpoint 1
+         > committed 3
+         rank 0: checkpoint 1 counts
+         > rank 0 done 1
+         > rank 1 done 1
+         > rank 0 exits 0
+         > rank 1 exits 0
+         send 4: succeeded after 1
+         > committed 4
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn a_lost_connection_is_invisible_to_the_ranks_and_nothing_is_sent_twice_or_never() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         send 1: data ready
+         > rank 0 step 1
+         send 2: step 1
+         > committed 1
+         > disconnected
+         > rank 0 step 2
+         > rank 0 saved 2
+         > wait 30000
+         > connected
+         send hello job-1.1
+         > welcome
+         send 2: step 1, step 2, checkpoint 2
+         > resend from 4
+         send 4: checkpoint 2
+         > committed 4
+         rank 0: checkpoint 2 counts",
+    );
+}
+
+#[test]
+fn the_rank_that_was_killed_is_named_and_not_those_that_noticed() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 2
+         prepare
+         spawn 2 ranks
+         > prepared
+         rank 0: start on cpu with 4 threads
+         rank 1: start on cpu with 4 threads
+         send 1: data ready
+         > rank 0 fails all_reduce #3: aborted: rank 1 died
+         > wait 100
+         > rank 1 dies 11
+         abort collectives: rank 1
+         kill rank 0
+         > rank 0 dies 9
+         send 2: failed (Job): rank 1 on box was killed by signal 11 (SIGSEGV)",
+    );
+}
+
+#[test]
+fn the_others_get_half_a_second_after_a_failure_and_are_killed_then() {
+    check(
+        "> start train 2
+         prepare
+         spawn 2 ranks
+         > prepared
+         rank 0: start on cpu with 4 threads
+         rank 1: start on cpu with 4 threads
+         > rank 1 fails the loss is not a number
+         > rank 1 exits 1
+         abort collectives: rank 1
+         > wait 499
+         > wait 1
+         kill rank 0
+         > rank 0 dies 9
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: data ready, failed (Job): the loss is not a number",
+    );
+}
+
+#[test]
+fn a_rank_that_leaves_without_a_result_fails_the_job() {
+    check(
+        "> start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         > rank 0 exits 0
+         abort collectives: rank 0
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: data ready, failed (Job): rank 0 on box ended before the job was done",
+    );
+}
+
+#[test]
+fn bad_data_ends_the_job_before_it_starts() {
+    check(
+        "> start train 2
+         prepare
+         spawn 2 ranks
+         > data bad data.path /x does not exist
+         kill rank 0
+         kill rank 1
+         > rank 0 dies 9
+         > rank 1 dies 9
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: failed (Input): data.path /x does not exist",
+    );
+}
+
+#[test]
+fn without_libtorch_training_is_refused_at_once_and_programs_still_run() {
+    check(
+        "> probe fails libtorch_cpu.so is missing
+         > start train 2
+         > start program 1 generation 2
+         spawn 1 ranks
+         > connected
+         send hello job-1.1 job-1.2
+         > welcome
+         registered as node-1
+         send 1: failed (Environment): libtorch_cpu.so is missing",
+    );
+}
+
+#[test]
+fn a_cancelled_job_stops_with_a_checkpoint_and_the_second_request_kills() {
+    check(
+        "> start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         > rank 0 step 7
+         > cancel
+         rank 0: stop
+         > wait 60000
+         > cancel
+         > cancel now
+         kill rank 0
+         > rank 0 dies 9
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: data ready, step 7, stopped after 7",
+    );
+}
+
+#[test]
+fn a_job_that_is_cancelled_while_its_data_is_prepared_is_over_at_once() {
+    check(
+        "> start train 1
+         prepare
+         spawn 1 ranks
+         > cancel
+         kill rank 0
+         > rank 0 dies 9
+         > prepared
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: stopped after 0",
+    );
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_saves_first_but_not_for_ever() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         send 1: data ready
+         > signal
+         rank 0: stop
+         > wait 9999
+         > wait 1
+         kill rank 0
+         > rank 0 dies 9
+         send 2: stopped after 0
+         > wait 999
+         > wait 1
+         exit",
+    );
+}
+
+#[test]
+fn an_agent_that_ends_leaves_once_its_last_events_are_committed() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         send 1: data ready
+         > signal
+         rank 0: stop
+         > rank 0 saved 5
+         send 2: checkpoint 5
+         > rank 0 stopped 5
+         > rank 0 exits 0
+         send 3: stopped after 5
+         > committed 3
+         forget job-1.1
+         exit",
+    );
+}
+
+#[test]
+fn the_second_signal_ends_everything_at_once() {
+    check(
+        "> start program 2
+         spawn 2 ranks
+         > signal
+         terminate rank 0
+         terminate rank 1
+         > signal
+         kill rank 0
+         kill rank 1
+         > rank 0 dies 9
+         > rank 1 dies 9
+         exit",
+    );
+}
+
+#[test]
+fn of_a_program_the_first_failing_rank_is_named_with_its_code() {
+    check(
+        "> start program 3
+         spawn 3 ranks
+         > rank 2 exits 0
+         > rank 1 exits 3
+         > wait 100
+         > rank 0 dies 6
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: failed (Job): rank 1 on box ended with exit code 3",
+    );
+}
+
+#[test]
+fn a_program_that_prints_and_succeeds() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 1
+         spawn 1 ranks
+         > rank 0 prints hello world
+         send 1: `hello world`
+         > rank 0 exits 0
+         send 2: succeeded after 0
+         > committed 2
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn a_process_that_cannot_be_started_fails_the_job() {
+    check(
+        "> start train 2
+         prepare
+         spawn 2 ranks
+         > no process 1
+         > wait 500
+         kill rank 0
+         > rank 0 dies 9
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: failed (Environment): rank 1 could not be started: too many processes",
+    );
+}
+
+#[test]
+fn a_newer_generation_replaces_an_older_one_and_never_the_other_way_round() {
+    check(
+        "> start program 1 generation 3
+         spawn 1 ranks
+         > start program 1
+         > connected
+         send hello job-1.3",
+    );
+}
+
+#[test]
+fn a_coordinator_with_another_stream_gets_the_gang_ended_instead_of_gaps() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 1
+         spawn 1 ranks
+         > rank 0 prints a
+         send 1: `a`
+         > resend from 7
+         kill rank 0
+         > rank 0 dies 9
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn a_node_that_is_not_wanted_leaves() {
+    check(
+        "> connected
+         send hello
+         > refused node-1 was removed
+         exit: node-1 was removed",
+    );
+}
+
+#[test]
+fn heartbeats_go_out_every_second_while_connected_and_only_then() {
+    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+    let beats = |agent: &mut Agent, from_ms: u64, to_ms: u64| {
+        let mut beats = 0;
+        while let Some(at) = agent.deadline().filter(|at| *at < Duration::from_millis(to_ms)) {
+            let now = Now { mono: at.max(Duration::from_millis(from_ms)), unix_ms: 0 };
+            beats += agent.handle(now, Input::Tick).iter().filter(|a| matches!(a, Action::Send(FromAgent::Heartbeat { .. }))).count();
+        }
+        beats
+    };
+    stage.happen(Input::Connected);
+    assert_eq!(beats(&mut stage.agent, 0, 5000), 0, "not before the welcome");
+    stage.happen(Input::Message(ToAgent::Welcome { node: NodeId(1) }));
+    assert_eq!(beats(&mut stage.agent, 0, 5000), 4, "the first went out with the welcome");
+    stage.happen(Input::Disconnected);
+    assert_eq!(beats(&mut stage.agent, 5000, 9000), 0);
+}
+
+#[test]
+fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
+    let cuda = Config { accelerator: Accelerator::Cuda { devices: 2 }, ..config() };
+    let with = |device, devices| Job { device, devices, ..job() };
+    assert_eq!(cuda.device_of(&with(Device::Auto, Devices::Auto), 1), Ok("cuda:1".into()));
+    assert_eq!(cuda.device_of(&with(Device::Cuda, Devices::Ids(vec![1])), 0), Ok("cuda:1".into()));
+    assert_eq!(cuda.device_of(&with(Device::Cpu, Devices::Auto), 3), Ok("cpu".into()));
+    assert!(cuda.device_of(&with(Device::Auto, Devices::Auto), 2).is_err());
+    assert!(config().device_of(&with(Device::Cuda, Devices::Auto), 0).unwrap_err().contains("no CUDA device"));
+}
+
+#[test]
+fn memory_is_reported_as_peaks_before_the_outcome() {
+    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+    let memory = |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
+    stage.happen(Input::Connected);
+    stage.happen(Input::Message(ToAgent::Welcome { node: NodeId(1) }));
+    stage.happen(Input::Message(ToAgent::StartGang(gang("program", 2, 1))));
+    stage.happen(memory(&[10, 20]));
+    stage.happen(memory(&[15, 0]));
+    stage.happen(input(&["rank", "0", "exits", "0"], stage.now));
+    stage.happen(input(&["rank", "1", "exits", "0"], stage.now));
+    assert_eq!(stage.seen[3..], ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: memory [15, 20], succeeded after 0"]);
+}

@@ -1,0 +1,436 @@
+//! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
+
+use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
+use crate::gang::{GangId, GangInput};
+use crate::link::{self, LinkEvent};
+use crate::memory;
+use crate::prepare;
+use crate::rank_io::{self, Deliveries};
+use crate::ranks::{Launcher, NewGang, Probe, Warm};
+use crate::spawn::{Exited, Spawner};
+use anyhow::Context;
+use fleet_collectives::Segment;
+use fleet_collectives::shm::Abort;
+use fleet_common::exit;
+use fleet_common::ids::{NodeId, Rank};
+use fleet_common::net::Identity;
+use fleet_common::protocol::{FromAgent, Gang, ToRank};
+use rand::SeedableRng;
+use std::collections::{BTreeMap, VecDeque};
+use std::future::pending;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+/// Messages of ranks that wait for the driver; more make the senders wait.
+const MESSAGES_MAX: usize = 1024;
+/// Chunks of output that wait, each of at most 16 KiB.
+const LINES_MAX: usize = 64;
+/// Directories of ended gangs that are kept for their log files.
+const GANG_DIRS_KEPT: usize = 32;
+/// For the last packet to leave the socket.
+const CLOSING: Duration = Duration::from_millis(50);
+
+/// What `worker join` was asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `HOST:PORT` of the coordinators.
+    pub addrs: Vec<String>,
+    pub data_dir: PathBuf,
+    /// `None`: one per accelerator, else one.
+    pub slots: Option<u32>,
+    pub device: DeviceWish,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceWish {
+    Auto,
+    Cpu,
+    Cuda,
+    Mps,
+}
+
+/// Runs the agent until it is told to end; returns the exit code.
+pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
+    let stop = StopSignals::listen()?;
+    let mut child = signal(SignalKind::child())?; // before there is a child
+    let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
+    let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+    let launcher = Launcher::new(spawner, cores)?;
+
+    let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
+        Ok(found) => found,
+        Err(line) => {
+            eprintln!("error: {line}");
+            return Ok(exit::ENVIRONMENT);
+        }
+    };
+    let slots = options.slots.unwrap_or(match accelerator {
+        Accelerator::Cuda { devices } => devices.max(1),
+        Accelerator::Cpu | Accelerator::Mps => 1,
+    });
+    let config = Config {
+        name: identity.name.clone(),
+        slots,
+        accelerator,
+        cores,
+        program_version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
+    let link = tokio::spawn(link::keep(options.addrs, identity, events_sender, rand::rngs::StdRng::from_os_rng()));
+    let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };
+
+    let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
+    let (lines_sender, lines) = mpsc::channel(LINES_MAX);
+    let driver = Driver {
+        agent: Agent::new(config.clone()),
+        name: config.name,
+        begin: Instant::now(),
+        launcher,
+        data_dir: options.data_dir,
+        gangs: BTreeMap::new(),
+        attended: BTreeMap::new(),
+        outbox: None,
+        warm,
+        inputs: unfit.map(|line| Input::Probed(Err(line))).into_iter().collect(),
+        messages_sender,
+        lines_sender,
+    };
+    driver.run(Sources { stop, child, exits, link_events, messages, lines, link }).await
+}
+
+/// Everything that the driver waits for.
+struct Sources {
+    stop: StopSignals,
+    child: Signal,
+    exits: mpsc::UnboundedReceiver<Exited>,
+    link_events: mpsc::Receiver<LinkEvent>,
+    messages: mpsc::Receiver<(GangId, GangInput)>,
+    lines: mpsc::Receiver<(GangId, GangInput)>,
+    link: JoinHandle<()>,
+}
+
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl StopSignals {
+    fn listen() -> std::io::Result<StopSignals> {
+        Ok(StopSignals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The number of a signal that asks the agent to end.
+    async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.terminate.recv() => 15,
+            _ = self.interrupt.recv() => 2,
+            _ = self.hangup.recv() => 1,
+        }
+    }
+}
+
+/// A gang's processes and shared memory.
+struct Running {
+    ranks: Vec<Option<Child>>,
+    segment: Option<Segment>,
+}
+
+struct Child {
+    pid: u32,
+    shm_fd: Option<i32>,
+    to_rank: mpsc::UnboundedSender<ToRank>,
+}
+
+struct Driver {
+    agent: Agent,
+    name: String,
+    begin: Instant,
+    launcher: Launcher,
+    data_dir: PathBuf,
+    gangs: BTreeMap<GangId, Running>,
+    /// Living ranks by process id, each with whom to tell of its end.
+    attended: BTreeMap<u32, oneshot::Sender<Exited>>,
+    outbox: Option<mpsc::UnboundedSender<FromAgent>>,
+    warm: Option<Warm>,
+    /// Inputs that the driver itself has to offer.
+    inputs: VecDeque<Input>,
+    messages_sender: mpsc::Sender<(GangId, GangInput)>,
+    lines_sender: mpsc::Sender<(GangId, GangInput)>,
+}
+
+impl Driver {
+    async fn run(mut self, mut sources: Sources) -> anyhow::Result<u8> {
+        let mut stopped_by = None;
+        loop {
+            let input = match self.inputs.pop_front() {
+                Some(input) => Some(input),
+                None => {
+                    let accepts_lines = self.agent.accepts_lines(self.now());
+                    tokio::select! {
+                        biased;
+                        number = sources.stop.next() => {
+                            stopped_by.get_or_insert(number);
+                            Some(Input::Stop)
+                        }
+                        _ = sources.child.recv() => {
+                            self.launcher.spawner.reap();
+                            None
+                        }
+                        Some(exited) = sources.exits.recv() => self.on_exit(exited),
+                        Some(event) = sources.link_events.recv() => match event {
+                            LinkEvent::Connected(outbox) => {
+                                self.outbox = Some(outbox);
+                                Some(Input::Connected)
+                            }
+                            LinkEvent::Message(message) => Some(Input::Message(message)),
+                            LinkEvent::Disconnected => {
+                                self.outbox = None;
+                                Some(Input::Disconnected)
+                            }
+                            LinkEvent::Hopeless(error) => {
+                                eprintln!("error: {error}");
+                                self.end_all();
+                                return Ok(error.exit_code());
+                            }
+                        },
+                        Some((gang, input)) = sources.messages.recv() => Some(Input::Gang(gang, input)),
+                        Some((gang, input)) = sources.lines.recv(), if accepts_lines => Some(Input::Gang(gang, input)),
+                        () = sleep_until(self.deadline()) => Some(Input::Tick),
+                    }
+                }
+            };
+            let Some(input) = input else { continue };
+            self.end_ranks_that_waited_too_long();
+            for action in self.agent.handle(self.now(), input) {
+                if let Action::Exit { refused } = action {
+                    self.end_all();
+                    drop((self.outbox.take(), sources.link_events));
+                    let _ = tokio::time::timeout(CLOSING, sources.link).await;
+                    if let Some(message) = refused {
+                        eprintln!("error: the coordinator refuses this node: {message}");
+                        return Ok(exit::REFUSED_INPUT);
+                    }
+                    return Ok(stopped_by.map_or(exit::SUCCEEDED, |number| 128 + number));
+                }
+                self.perform(action).await;
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Now { mono: self.begin.elapsed(), unix_ms: unix.as_millis() as u64 }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let agent = self.agent.deadline().map(|deadline| self.begin + deadline);
+        agent.into_iter().chain(self.warm.as_ref().map(|warm| warm.until)).min()
+    }
+
+    async fn perform(&mut self, action: Action) {
+        match action {
+            Action::Send(message) => {
+                if let Some(outbox) = &self.outbox {
+                    let _ = outbox.send(message); // lost with its connection; sent again on the next
+                }
+            }
+            Action::Registered(node) => announce(node),
+            Action::Spawn(gang) => self.spawn(&gang).await,
+            Action::Prepare { gang, job } => {
+                let (sender, name) = (self.messages_sender.clone(), self.name.clone());
+                tokio::task::spawn_blocking(move || {
+                    let progress = |level, line| {
+                        let _ = sender.blocking_send((gang, GangInput::Progress(level, line)));
+                    };
+                    let result = prepare::prepare(&job, &name, &progress);
+                    let _ = sender.blocking_send((gang, GangInput::Prepared(result)));
+                });
+            }
+            Action::ToRank { gang, rank, mut message } => {
+                if let Some(child) = self.child(gang, rank) {
+                    if let ToRank::Start(start) = &mut message {
+                        start.shm_fd = child.shm_fd;
+                    }
+                    let _ = child.to_rank.send(message); // a rank that is gone is reported by its exit
+                }
+            }
+            Action::Strike { gang, rank, blow } => {
+                if let Some(child) = self.child(gang, rank) {
+                    self.launcher.spawner.strike(child.pid, blow);
+                }
+            }
+            Action::AbortCollectives { gang, rank } => {
+                if let Some(segment) = self.gangs.get(&gang).and_then(|running| running.segment.as_ref()) {
+                    segment.abort(Abort::RankDied(rank as usize));
+                }
+            }
+            Action::SampleMemory(gang) => self.sample_memory(gang),
+            Action::Forget(gang) => {
+                tracing::info!(%gang, "gang ended");
+                self.gangs.remove(&gang);
+                if self.attended.is_empty() {
+                    self.launcher.spawner.sweep();
+                }
+            }
+            Action::Exit { .. } => {} // the loop's own
+        }
+    }
+
+    async fn spawn(&mut self, gang: &Gang) {
+        let id = GangId { job: gang.job, generation: gang.generation };
+        tracing::info!(gang = %id, ranks = gang.world_size, "starting ranks");
+        let new = match self.warm.take() {
+            Some(warm) if warm.fits(gang) => warm.take(),
+            other => {
+                other.into_iter().for_each(|warm| warm.end(&self.launcher.spawner));
+                self.launcher.gang(gang).await
+            }
+        };
+        let dir = self.data_dir.join("gangs").join(id.to_string());
+        if let Err(error) = make_gang_dir(&dir) {
+            tracing::warn!(dir = %dir.display(), %error, "no log files for this gang");
+        }
+        let running = self.attend(id, new, &dir);
+        self.gangs.insert(id, running);
+    }
+
+    fn attend(&mut self, id: GangId, new: NewGang, dir: &Path) -> Running {
+        let mut ranks = Vec::new();
+        for (rank, new_rank) in new.ranks.into_iter().enumerate() {
+            let rank = rank as Rank;
+            let child = new_rank.and_then(|new_rank| {
+                let (pid, shm_fd) = (new_rank.started.pid, new_rank.shm_fd);
+                let log = dir.join(format!("rank-{rank}.log"));
+                let deliveries =
+                    Deliveries { key: id, messages: self.messages_sender.clone(), lines: self.lines_sender.clone() };
+                let io = rank_io::attend(rank, new_rank.started, new_rank.socket, &log, deliveries, self.begin);
+                let io = io.map_err(|error| error.to_string())?;
+                self.attended.insert(pid, io.exited);
+                Ok(Child { pid, shm_fd, to_rank: io.to_rank })
+            });
+            if let Err(error) = &child {
+                self.inputs.push_back(Input::Gang(id, GangInput::SpawnFailed { rank, error: error.clone() }));
+            }
+            ranks.push(child.ok());
+        }
+        Running { ranks, segment: new.segment }
+    }
+
+    fn child(&self, gang: GangId, rank: Rank) -> Option<&Child> {
+        self.gangs.get(&gang)?.ranks.get(rank as usize)?.as_ref()
+    }
+
+    fn on_exit(&mut self, exited: Exited) -> Option<Input> {
+        if let Some(rank) = self.attended.remove(&exited.pid) {
+            let _ = rank.send(exited); // its task reports it once all output is read
+            return None;
+        }
+        let warm = self.warm.take_if(|warm| warm.contains(exited.pid))?;
+        let reason = warm.died(exited, &self.launcher.spawner)?;
+        tracing::warn!("{reason}");
+        Some(Input::Probed(Err(reason)))
+    }
+
+    fn sample_memory(&mut self, id: GangId) {
+        let Some(running) = self.gangs.get(&id) else { return };
+        let sample = |child: &Option<Child>| {
+            let living = child.as_ref().filter(|child| self.attended.contains_key(&child.pid));
+            living.and_then(|child| memory::of_process(child.pid)).unwrap_or_default()
+        };
+        let samples: Vec<memory::Memory> = running.ranks.iter().map(sample).collect();
+        let rss_mib = samples.iter().map(|memory| memory.peak_rss).collect();
+        let pss_mib = samples.iter().map(|memory| memory.pss).collect();
+        self.inputs.push_back(Input::Gang(id, GangInput::Memory { rss_mib, pss_mib }));
+    }
+
+    fn end_ranks_that_waited_too_long(&mut self) {
+        if let Some(warm) = self.warm.take_if(|warm| Instant::now() >= warm.until) {
+            warm.end(&self.launcher.spawner);
+        }
+    }
+
+    /// No child outlives the agent.
+    fn end_all(&mut self) {
+        self.launcher.spawner.end_all();
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
+
+/// The first line on stdout, for whoever started the agent.
+fn announce(node: NodeId) {
+    use std::io::Write;
+    let line = serde_json::json!({ "node": node.to_string(), "pid": std::process::id() });
+    let mut stdout = std::io::stdout();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush()); // a closed stdout does not matter to the cluster
+    tracing::info!(%node, "registered");
+}
+
+/// What ranks compute on here, and why none can run, if so. Only looks closer where there may be something to see: loading libtorch
+/// takes a moment that a plain CPU node can spend better.
+async fn accelerator(
+    launcher: &Launcher,
+    wish: DeviceWish,
+    exits: &mut mpsc::UnboundedReceiver<Exited>,
+    child: &mut Signal,
+) -> Result<(Accelerator, Option<String>), String> {
+    let worth_a_look = match wish {
+        DeviceWish::Cpu => false,
+        DeviceWish::Auto => cfg!(target_os = "macos") || Path::new("/dev/nvidiactl").exists(),
+        DeviceWish::Cuda | DeviceWish::Mps => true,
+    };
+    if !worth_a_look {
+        return Ok((Accelerator::Cpu, None));
+    }
+    let probe = launcher.probe(async |pid| {
+        loop {
+            tokio::select! {
+                _ = child.recv() => launcher.spawner.reap(),
+                exited = exits.recv() => match exited {
+                    Some(exited) if exited.pid == pid => return Some(exited),
+                    Some(_) => {}
+                    None => return None,
+                },
+            }
+        }
+    });
+    match (wish, probe.await) {
+        (DeviceWish::Auto | DeviceWish::Cuda, Ok(Probe { cuda_devices: devices @ 1.., .. })) => Ok((Accelerator::Cuda { devices }, None)),
+        (DeviceWish::Auto | DeviceWish::Mps, Ok(Probe { mps: true, .. })) => Ok((Accelerator::Mps, None)),
+        (DeviceWish::Auto, Ok(_)) => Ok((Accelerator::Cpu, None)),
+        (DeviceWish::Auto, Err(reason)) => {
+            tracing::warn!("{reason}");
+            Ok((Accelerator::Cpu, Some(reason)))
+        }
+        (_, Ok(probe)) => Err(format!("libtorch {} finds no such device; use --device auto or cpu", probe.libtorch)),
+        (_, Err(reason)) => Err(reason),
+    }
+}
+
+/// Makes the directory of a gang's log files and removes the oldest ones.
+fn make_gang_dir(dir: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    let mut dirs = Vec::new();
+    for entry in std::fs::read_dir(parent)? {
+        let entry = entry?;
+        dirs.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    dirs.sort();
+    let excess = dirs.len().saturating_sub(GANG_DIRS_KEPT);
+    dirs[..excess].iter().try_for_each(|(_, old)| std::fs::remove_dir_all(old))
+}

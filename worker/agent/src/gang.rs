@@ -1,0 +1,525 @@
+//! One gang of ranks from `StartGang` to its committed `Finished` event. Pure: inputs and the time in, actions out.
+//!
+//! ```text
+//! preparing --cache ready--> running --all ranks gone--> finished --all events committed--> (forgotten by `Agent`)
+//!     |  ranks load libtorch meanwhile   |
+//!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace, then finished
+//! ```
+
+use crate::agent::{Action, Config, Now};
+use crate::stream::EventStream;
+use crate::verdict::{self, Cause, Exit, Suspicion};
+use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::exit::Fault;
+use fleet_common::ids::{Generation, JobId, Rank};
+use fleet_common::job::Job;
+use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
+use std::collections::VecDeque;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// After the first failure the others may still say what they know, so that the true culprit is found.
+pub const BLAME_GRACE: Duration = Duration::from_millis(500);
+/// Between a polite request to stop with a deadline (the agent ends, a program is stopped) and the kill.
+pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// For ranks that are done, to leave on their own.
+pub const EXIT_GRACE: Duration = Duration::from_secs(5);
+/// Between two looks at the ranks' memory.
+pub const MEMORY_PERIOD: Duration = Duration::from_secs(5);
+/// Lines kept of each rank for the error report.
+pub const LAST_LINES: usize = 20;
+/// Longest log line in bytes; the rest is cut.
+pub const LINE_MAX: usize = 4096;
+/// Ranks of one gang on one node; so many can share memory.
+pub const RANKS_MAX: u32 = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GangId {
+    pub job: JobId,
+    pub generation: Generation,
+}
+
+impl fmt::Display for GangId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.job, self.generation)
+    }
+}
+
+/// What happens to a gang.
+#[derive(Clone, Debug)]
+pub enum GangInput {
+    Rank(Rank, FromRank),
+    /// What a rank printed.
+    Lines {
+        rank: Rank,
+        level: Level,
+        lines: Vec<String>,
+    },
+    /// The process is gone and everything it wrote has been read.
+    Exited {
+        rank: Rank,
+        at: Duration,
+        exit: Exit,
+    },
+    /// There is no process and there will be none.
+    SpawnFailed {
+        rank: Rank,
+        error: String,
+    },
+    /// The token cache and the checkpoint to resume from.
+    Prepared(Result<Prepared, JobError>),
+    /// A line about the preparation.
+    Progress(Level, String),
+    /// In MiB and rank order; zeros for ranks that are gone.
+    Memory {
+        rss_mib: Vec<u64>,
+        pss_mib: Vec<u64>,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    pub cache_dir: PathBuf,
+    pub stats: DataStats,
+    pub resume: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    /// SIGTERM to the rank's process group.
+    Terminate,
+    /// SIGKILL to the rank's process group.
+    Kill,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// With a checkpoint, however long that takes.
+    WhenSaved,
+    /// With a checkpoint within `STOP_GRACE`.
+    Soon,
+    Now,
+}
+
+#[derive(Debug, Default)]
+struct RankState {
+    exit: Option<Exit>,
+    done: Option<Outcome>,
+    struck: bool,
+    last_lines: VecDeque<String>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Train(Box<Job>),
+    Program,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Preparing,
+    Running,
+    Finished,
+}
+
+/// A gang that the agent knows. Invariant: after `Phase::Finished` the stream ends with the only `Finished` event.
+#[derive(Debug)]
+pub struct Supervised {
+    id: GangId,
+    kind: Kind,
+    phase: Phase,
+    ranks: Vec<RankState>,
+    stream: EventStream,
+    stop: Option<Stop>,
+    suspicions: Vec<Suspicion>,
+    /// The agent's own reason for the failure.
+    own_error: Option<JobError>,
+    /// The coordinator's idea of the stream is another one.
+    unrecordable: bool,
+    kill_at: Option<Duration>,
+    sample_at: Duration,
+    last_step: u64,
+    peak_rss_mib: Vec<u64>,
+    peak_pss_mib: Vec<u64>,
+}
+
+impl Supervised {
+    /// Takes the gang on: its ranks are spawned at once, so that they load libtorch while the data is prepared.
+    /// `unfit` says why training cannot run on this node, if so.
+    pub fn start(gang: Gang, unfit: Option<&str>, config: &Config, now: Now, out: &mut Vec<Action>) -> Supervised {
+        let id = GangId { job: gang.job, generation: gang.generation };
+        let kind = match &gang.work {
+            Work::Program(_) => Ok(Kind::Program),
+            Work::Train { job_json } => Job::from_json(job_json).map(|job| Kind::Train(Box::new(job))).map_err(|e| {
+                let message = format!("the job cannot be read: {e}; is the coordinator of another version?");
+                verdict::agent_error(Fault::Input, &config.name, message)
+            }),
+        };
+        let (kind, refusal) = match kind {
+            Ok(kind) => (kind, None),
+            Err(error) => (Kind::Program, Some(error)),
+        };
+        let refusal = refusal.or_else(|| refuse(&gang, &kind, unfit, config));
+        let (preparing, count) = match (&kind, &refusal) {
+            (_, Some(_)) => (false, 0),
+            (Kind::Train(_), None) => (true, gang.world_size),
+            (Kind::Program, None) => (false, gang.world_size),
+        };
+        let mut supervised = Supervised {
+            id,
+            kind,
+            phase: if preparing { Phase::Preparing } else { Phase::Running },
+            ranks: (0..count).map(|_| RankState::default()).collect(),
+            stream: EventStream::new(id.job, id.generation),
+            stop: None,
+            suspicions: Vec::new(),
+            own_error: refusal,
+            unrecordable: false,
+            kill_at: None,
+            sample_at: now.mono + MEMORY_PERIOD,
+            last_step: 0,
+            peak_rss_mib: vec![0; count as usize],
+            peak_pss_mib: vec![0; count as usize],
+        };
+        if supervised.own_error.is_some() {
+            supervised.finish(config, now);
+            return supervised;
+        }
+        if let Kind::Train(job) = &supervised.kind {
+            out.push(Action::Prepare { gang: id, job: job.clone() });
+        }
+        out.push(Action::Spawn(Box::new(gang)));
+        supervised
+    }
+
+    pub fn handle(&mut self, input: GangInput, config: &Config, now: Now, out: &mut Vec<Action>) {
+        if self.phase == Phase::Finished {
+            return;
+        }
+        match input {
+            GangInput::Rank(rank, message) => self.on_message(rank, message, now, out),
+            GangInput::Lines { rank, level, lines } => {
+                lines.into_iter().for_each(|line| self.on_line(Some(rank), level, line, now));
+            }
+            GangInput::Progress(level, line) => self.on_line(None, level, line, now),
+            GangInput::Exited { rank, at, exit } => self.on_exit(rank, at, exit, now, out),
+            GangInput::SpawnFailed { rank, error } => {
+                let message = format!("rank {rank} could not be started: {error}");
+                let error = verdict::agent_error(Fault::Environment, &config.name, message);
+                self.suspect(rank, now.mono, Cause::Said(error));
+                if let Some(state) = self.ranks.get_mut(rank as usize) {
+                    state.exit = Some(Exit::Code(127));
+                }
+            }
+            GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
+            GangInput::Prepared(Err(error)) => self.fail(error, now),
+            GangInput::Memory { rss_mib, pss_mib } => self.on_memory(&rss_mib, &pss_mib, now),
+        }
+        self.tick(config, now, out);
+    }
+
+    /// Asks the gang to end. A stronger request replaces a weaker one.
+    pub fn stop(&mut self, how: Stop, config: &Config, now: Now, out: &mut Vec<Action>) {
+        let known = self.stop;
+        if self.phase == Phase::Finished || known == Some(Stop::Now) || known == Some(how) {
+            return;
+        }
+        self.stop = Some(how);
+        let before_training = self.phase == Phase::Preparing;
+        if how == Stop::Now || before_training {
+            self.kill_within(Duration::ZERO, now);
+        } else {
+            match self.kind {
+                Kind::Program => {
+                    self.kill_within(STOP_GRACE, now);
+                    if known.is_none() {
+                        self.to_living(out, |gang, rank| Action::Strike { gang, rank, blow: Blow::Terminate });
+                    }
+                }
+                Kind::Train(_) => {
+                    if how == Stop::Soon {
+                        self.kill_within(STOP_GRACE, now);
+                    }
+                    if known.is_none() {
+                        self.to_living(out, |gang, rank| Action::ToRank { gang, rank, message: ToRank::Stop });
+                    }
+                }
+            }
+        }
+        self.tick(config, now, out);
+    }
+
+    /// Ends the gang for a reason that is the agent's own.
+    pub fn fail(&mut self, error: JobError, now: Now) {
+        if self.phase != Phase::Finished {
+            self.own_error.get_or_insert(error);
+            self.kill_within(Duration::ZERO, now);
+        }
+    }
+
+    /// Does what is due: kills, looks at memory, finishes.
+    pub fn tick(&mut self, config: &Config, now: Now, out: &mut Vec<Action>) {
+        if self.phase == Phase::Finished {
+            return;
+        }
+        if self.kill_at.is_some_and(|at| now.mono >= at) {
+            self.kill_at = None;
+            for (rank, state) in self.ranks.iter_mut().enumerate().filter(|(_, state)| state.exit.is_none() && !state.struck) {
+                state.struck = true;
+                out.push(Action::Strike { gang: self.id, rank: rank as Rank, blow: Blow::Kill });
+            }
+        }
+        if self.ranks.iter().all(|state| state.exit.is_some()) {
+            self.finish(config, now);
+        } else if now.mono >= self.sample_at {
+            self.sample_at = now.mono + MEMORY_PERIOD;
+            out.push(Action::SampleMemory(self.id));
+        }
+    }
+
+    /// When `tick` has something to do.
+    pub fn deadline(&self) -> Option<Duration> {
+        let sample = (self.phase != Phase::Finished).then_some(self.sample_at);
+        self.kill_at.into_iter().chain(sample).min()
+    }
+
+    pub fn stream(&mut self) -> &mut EventStream {
+        &mut self.stream
+    }
+
+    pub fn is_crowded(&self) -> bool {
+        self.stream.is_crowded()
+    }
+
+    pub fn is_finished(&self) -> bool {
+        self.phase == Phase::Finished
+    }
+
+    pub fn needs_libtorch(&self) -> bool {
+        matches!(self.kind, Kind::Train(_))
+    }
+
+    /// Finished, and every event is committed or never can be.
+    pub fn can_be_forgotten(&self) -> bool {
+        self.is_finished() && (self.stream.is_drained() || self.unrecordable)
+    }
+
+    /// The coordinator expects `next_seq` next.
+    pub fn resend_from(&mut self, next_seq: u64, config: &Config, now: Now, out: &mut Vec<Action>) {
+        match self.stream.resend_from(next_seq) {
+            Ok(committed) => self.on_committed(&committed, out),
+            Err(diverged) => {
+                // No event of this gang can be recorded any more: it must not go on unseen.
+                self.unrecordable = true;
+                self.fail(verdict::agent_error(Fault::Environment, &config.name, diverged.to_string()), now);
+            }
+        }
+    }
+
+    /// Events that the coordinator has committed: a checkpoint among them is valid now.
+    pub fn on_committed(&mut self, events: &[Event], out: &mut Vec<Action>) {
+        let alive = self.ranks.first().is_some_and(|rank| rank.exit.is_none());
+        for event in events.iter().filter(|_| alive) {
+            if let EventBody::Checkpoint(record) = &event.body {
+                let message = ToRank::CheckpointCommitted { step: record.step };
+                out.push(Action::ToRank { gang: self.id, rank: 0, message });
+            }
+        }
+    }
+
+    fn on_message(&mut self, rank: Rank, message: FromRank, now: Now, out: &mut Vec<Action>) {
+        match message {
+            FromRank::Event(event) => self.on_event(rank, event, now, out),
+            FromRank::Done(outcome) => {
+                if let Some(state) = self.ranks.get_mut(rank as usize) {
+                    state.done = Some(outcome);
+                    out.push(Action::SampleMemory(self.id));
+                }
+                if self.ranks.iter().all(|state| state.done.is_some() || state.exit.is_some()) {
+                    self.kill_within(EXIT_GRACE, now);
+                }
+            }
+            FromRank::Failed(error) => self.suspect(rank, now.mono, Cause::of_report(rank, error)),
+        }
+    }
+
+    fn on_event(&mut self, rank: Rank, event: Event, now: Now, out: &mut Vec<Action>) {
+        match event.body {
+            EventBody::Log { level, line, .. } => return self.on_line(Some(rank), level, line, now),
+            // How the gang ended is the agent's to say, when all ranks are gone.
+            EventBody::Finished(_) => return,
+            EventBody::Step(step) => self.last_step = step.step,
+            EventBody::Started { .. } => {
+                self.sample_at = now.mono + MEMORY_PERIOD;
+                out.push(Action::SampleMemory(self.id));
+            }
+            _ => {}
+        }
+        self.stream.push(event);
+    }
+
+    fn on_line(&mut self, rank: Option<Rank>, level: Level, mut line: String, now: Now) {
+        truncate(&mut line);
+        if let Some(state) = rank.and_then(|rank| self.ranks.get_mut(rank as usize)) {
+            if state.last_lines.len() == LAST_LINES {
+                state.last_lines.pop_front();
+            }
+            state.last_lines.push_back(line.clone());
+        }
+        self.push(now, EventBody::Log { rank, level, line });
+    }
+
+    fn on_exit(&mut self, rank: Rank, at: Duration, exit: Exit, now: Now, out: &mut Vec<Action>) {
+        let trains = matches!(self.kind, Kind::Train(_));
+        let Some(state) = self.ranks.get_mut(rank as usize).filter(|state| state.exit.is_none()) else { return };
+        state.exit = Some(exit);
+        let expected = state.struck || (self.stop.is_some() && !trains);
+        let done = state.done.is_some();
+        let reported = self.suspicions.iter().any(|suspicion| suspicion.rank == rank);
+        match exit {
+            _ if expected => {}
+            _ if done && exit.is_success() => {}
+            _ if done => {
+                let line = format!("rank {rank} had done its work but did not leave cleanly: {exit:?}");
+                self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
+            }
+            Exit::Signal(signal) => self.suspect(rank, at, Cause::Signal(signal)),
+            Exit::Code(0) if !trains => {}
+            Exit::Code(_) if reported => {}
+            Exit::Code(code) => self.suspect(rank, at, Cause::Code(code)),
+        }
+        if trains && !done {
+            out.push(Action::AbortCollectives { gang: self.id, rank });
+        }
+    }
+
+    fn on_prepared(&mut self, prepared: Prepared, config: &Config, now: Now, out: &mut Vec<Action>) {
+        let ending = self.stop.is_some() || self.own_error.is_some() || !self.suspicions.is_empty();
+        let Kind::Train(job) = &self.kind else { return };
+        if ending || self.phase != Phase::Preparing {
+            return;
+        }
+        let world_size = self.ranks.len() as u32;
+        let job_json = job.to_json();
+        let threads = config.threads(job, world_size);
+        for rank in 0..world_size {
+            // `Supervised::start` refused the job if there was no such device.
+            let device = config.device_of(job, rank).unwrap_or_else(|_| "cpu".to_owned());
+            let start = RankStart {
+                job: self.id.job,
+                generation: self.id.generation,
+                rank,
+                world_size,
+                local_rank: rank,
+                job_json: job_json.clone(),
+                cache_dir: prepared.cache_dir.to_string_lossy().into_owned(),
+                resume: prepared.resume.as_ref().map(|path| path.to_string_lossy().into_owned()),
+                threads,
+                device,
+                shm_fd: None,
+            };
+            out.push(Action::ToRank { gang: self.id, rank, message: ToRank::Start(Box::new(start)) });
+        }
+        self.phase = Phase::Running;
+        self.push(now, EventBody::DataReady(prepared.stats));
+    }
+
+    fn on_memory(&mut self, rss_mib: &[u64], pss_mib: &[u64], now: Now) {
+        for (peak, seen) in self.peak_rss_mib.iter_mut().zip(rss_mib).chain(self.peak_pss_mib.iter_mut().zip(pss_mib)) {
+            *peak = (*peak).max(*seen);
+        }
+        let anyone_done = self.ranks.iter().any(|state| state.done.is_some());
+        if !anyone_done {
+            self.push_memory(now);
+        }
+    }
+
+    fn push_memory(&mut self, now: Now) {
+        if self.peak_rss_mib.iter().any(|&mib| mib > 0) {
+            let body = EventBody::Memory { rss_mib: self.peak_rss_mib.clone(), pss_mib: self.peak_pss_mib.clone() };
+            self.push(now, body);
+        }
+    }
+
+    fn suspect(&mut self, rank: Rank, at: Duration, cause: Cause) {
+        // A signal needs no further evidence; the rest may wait for a better explanation.
+        let grace = if matches!(cause, Cause::Signal(_)) { Duration::ZERO } else { BLAME_GRACE };
+        self.suspicions.push(Suspicion { at, rank, cause });
+        let at = at + grace;
+        self.kill_at = Some(self.kill_at.map_or(at, |known| known.min(at)));
+    }
+
+    fn kill_within(&mut self, grace: Duration, now: Now) {
+        let at = now.mono + grace;
+        self.kill_at = Some(self.kill_at.map_or(at, |known| known.min(at)));
+    }
+
+    fn to_living(&self, out: &mut Vec<Action>, action: impl Fn(GangId, Rank) -> Action) {
+        let living = self.ranks.iter().enumerate().filter(|(_, state)| state.exit.is_none());
+        out.extend(living.map(|(rank, _)| action(self.id, rank as Rank)));
+    }
+
+    fn finish(&mut self, config: &Config, now: Now) {
+        let outcome = self.outcome(config);
+        self.push_memory(now);
+        self.push(now, EventBody::Finished(outcome));
+        self.phase = Phase::Finished;
+        self.kill_at = None;
+    }
+
+    fn outcome(&self, config: &Config) -> Outcome {
+        if let Some(error) = &self.own_error {
+            return Outcome::Failed(error.clone());
+        }
+        let suspicion = match self.kind {
+            Kind::Train(_) => verdict::culprit(&self.suspicions),
+            Kind::Program => self.suspicions.iter().min_by_key(|suspicion| suspicion.at),
+        };
+        if let Some(suspicion) = suspicion {
+            let state = self.ranks.get(suspicion.rank as usize);
+            let lines = state.map(|state| state.last_lines.iter().cloned().collect()).unwrap_or_default();
+            let mut error = verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
+            if matches!(self.kind, Kind::Program) && matches!(suspicion.cause, Cause::Code(_)) {
+                error.fault = Fault::Job; // the codes are the program's own
+            }
+            return Outcome::Failed(error);
+        }
+        match (self.ranks.first().and_then(|rank| rank.done.clone()), self.stop) {
+            (Some(outcome), _) => outcome,
+            (None, Some(_)) => Outcome::Stopped { steps: self.last_step },
+            (None, None) => Outcome::Succeeded { steps: 0, final_loss: None, tokens_per_s: 0.0 },
+        }
+    }
+
+    fn push(&mut self, now: Now, body: EventBody) {
+        self.stream.push(Event { unix_ms: now.unix_ms, body });
+    }
+}
+
+/// Why this node cannot run the gang at all.
+fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Option<JobError> {
+    let error = |fault, message| Some(verdict::agent_error(fault, &config.name, message));
+    if gang.world_size == 0 || gang.world_size > RANKS_MAX {
+        let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.world_size);
+        return error(Fault::Input, message);
+    }
+    match (kind, &gang.work) {
+        (_, Work::Program(program)) if program.argv.is_empty() => error(Fault::Input, "no program was named".to_owned()),
+        (Kind::Train(job), _) => {
+            let device = || (0..gang.world_size).find_map(|rank| config.device_of(job, rank).err());
+            let reason = unfit.map(str::to_owned).or_else(device)?;
+            error(Fault::Environment, reason)
+        }
+        _ => None,
+    }
+}
+
+/// Cuts a line to `LINE_MAX` bytes at a character boundary and says so.
+pub fn truncate(line: &mut String) {
+    if line.len() > LINE_MAX {
+        let end = (0..=LINE_MAX).rev().find(|&end| line.is_char_boundary(end)).unwrap_or(0);
+        line.truncate(end);
+        line.push_str(" [cut]");
+    }
+}

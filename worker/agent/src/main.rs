@@ -1,0 +1,176 @@
+//! `worker`: puts this machine into a cluster and supervises its ranks.
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use fleet_agent::driver::{self, DeviceWish, Options};
+use fleet_agent::exec_rank;
+use fleet_common::exit;
+use fleet_common::net::{self, Identity, JoinToken};
+use fleet_common::protocol::Role;
+use fleet_common::telemetry::{self, LogFormat};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "worker", version, about = "The node agent of a fleet cluster")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Join a cluster with this machine and run its ranks until stopped.
+    Join(Join),
+}
+
+#[derive(clap::Args)]
+struct Join {
+    /// Address of a coordinator, HOST:PORT; several separated by commas.
+    #[arg(value_delimiter = ',', required = true)]
+    addr: Vec<String>,
+    /// The join token; needed once. Also taken from FLEET_TOKEN.
+    #[arg(long)]
+    token: Option<String>,
+    /// File that holds the join token.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// Keeps this node's identity and the log files of its ranks [default: ~/.local/share/fleet/worker].
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// Ranks that may run here at a time [default: one per accelerator, else 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    slots: Option<u32>,
+    /// What ranks compute on.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceWish,
+    /// Name of this node in listings [default: the host name].
+    #[arg(long)]
+    name: Option<String>,
+    /// How log lines look: auto, human or json.
+    #[arg(long, default_value = "auto")]
+    log_format: LogFormat,
+    /// End when the process that started this one ends.
+    #[arg(long)]
+    die_with_parent: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == exec_rank::MODE) {
+        return ExitCode::from(exec_rank::run(&arguments[1..]));
+    }
+    let Command::Join(join) = Cli::parse().command;
+    let code = run(join).unwrap_or_else(|failure| {
+        eprintln!("error: {:#}", failure.error);
+        failure.code
+    });
+    ExitCode::from(code)
+}
+
+/// An error and the exit code that belongs to it.
+struct Failure {
+    code: u8,
+    error: anyhow::Error,
+}
+
+impl Failure {
+    fn new(code: u8) -> impl FnOnce(anyhow::Error) -> Failure {
+        move |error| Failure { code, error }
+    }
+}
+
+fn run(join: Join) -> Result<u8, Failure> {
+    telemetry::init(join.log_format, "info");
+    bind_to_processes(join.die_with_parent).map_err(Failure::new(exit::ENVIRONMENT))?;
+    let data_dir = match &join.data_dir {
+        Some(dir) => dir.clone(),
+        None => default_data_dir().map_err(Failure::new(exit::REFUSED_INPUT))?,
+    };
+    let _lock = lock(&data_dir).map_err(Failure::new(exit::ENVIRONMENT))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime").map_err(Failure::new(exit::ENVIRONMENT))?;
+    let code = runtime.block_on(async {
+        let identity = identity(&join, &data_dir).await?;
+        let options = Options { addrs: join.addr, data_dir, slots: join.slots, device: join.device };
+        driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
+    });
+    // A cache that is being built for a job that is over does not hold up the end.
+    runtime.shutdown_background();
+    code
+}
+
+/// The kept identity, or a new one for the token.
+async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
+    let dir = data_dir.join("identity");
+    let kept = Identity::load(&dir).context("cannot use the kept identity").map_err(Failure::new(exit::ENVIRONMENT))?;
+    if let Some(identity) = kept {
+        return Ok(identity);
+    }
+    let env = std::env::var("FLEET_TOKEN").ok();
+    let token = JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref());
+    let token = token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })?;
+    let refused = |text: &str| Failure { code: exit::REFUSED_INPUT, error: anyhow::anyhow!("{text}") };
+    let token = token.ok_or_else(|| {
+        refused("a join token is needed the first time: give --token-file, --token or FLEET_TOKEN (the coordinator has it in tokens/worker.token)")
+    })?;
+    if token.role != Role::Worker {
+        return Err(refused("this token is for clients; a worker needs the cluster's worker token"));
+    }
+    let name = join.name.clone().unwrap_or_else(host_name);
+    let mut last = None;
+    for addr in &join.addr {
+        match net::join(addr, &token, &name).await {
+            Ok(identity) => {
+                let stored = identity.store(&dir).with_context(|| format!("cannot keep the identity in {}", dir.display()));
+                return stored.map(|()| identity).map_err(Failure::new(exit::ENVIRONMENT));
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    let error = last.ok_or_else(|| refused("no address was given"))?;
+    Err(Failure { code: error.exit_code(), error: error.into() })
+}
+
+/// Ties this process to the one that started it, if asked to, and what its ranks leave behind to this process.
+fn bind_to_processes(die_with_parent: bool) -> anyhow::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::{prctl, signal::Signal};
+        let parent = nix::unistd::getppid();
+        if die_with_parent {
+            prctl::set_pdeathsig(Signal::SIGTERM).context("cannot be tied to the parent's life")?;
+            anyhow::ensure!(nix::unistd::getppid() == parent, "the process that started this one is gone");
+        }
+        prctl::set_child_subreaper(true).context("cannot adopt what ranks leave behind")?;
+    }
+    #[cfg(not(target_os = "linux"))]
+    anyhow::ensure!(!die_with_parent, "--die-with-parent works on Linux only");
+    Ok(())
+}
+
+/// One agent per directory: two would share an identity.
+fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
+    std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
+    let path = data_dir.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        anyhow::anyhow!("another worker uses {} ({error}); stop it or give --data-dir another directory", data_dir.display())
+    })
+}
+
+fn default_data_dir() -> anyhow::Result<PathBuf> {
+    let share = match (std::env::var_os("XDG_DATA_HOME"), std::env::var_os("HOME")) {
+        (Some(share), _) if !share.is_empty() => PathBuf::from(share),
+        (_, Some(home)) if !home.is_empty() => PathBuf::from(home).join(".local/share"),
+        _ => anyhow::bail!("no home directory is known; give --data-dir"),
+    };
+    Ok(share.join("fleet/worker"))
+}
+
+fn host_name() -> String {
+    let name = nix::sys::utsname::uname().ok().and_then(|uname| uname.nodename().to_str().map(str::to_owned));
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "worker".to_owned())
+}

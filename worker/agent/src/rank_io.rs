@@ -1,0 +1,180 @@
+//! What flows between the agent and one rank: its socket, its output and its end. Everything a rank wrote is delivered before its
+//! exit is. Decides nothing.
+
+use crate::gang::GangInput;
+use crate::lines::LineSplitter;
+use crate::spawn::{Exited, Started};
+use fleet_common::codec;
+use fleet_common::events::{EventBody, Level};
+use fleet_common::ids::Rank;
+use fleet_common::protocol::{FromRank, ToRank};
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Bytes read at once from a pipe; the lines in it travel together.
+const READ_MAX: usize = 16 << 10;
+/// A rank that is gone may have left its pipe to a process that got away: what has not come by then does not come.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// The file of one rank's output does not grow beyond this; a job's disk is for checkpoints.
+const LOG_FILE_MAX: u64 = 64 << 20;
+
+/// Where a rank's messages go. Lines have a queue of their own, which the driver may leave full for a while.
+#[derive(Clone, Debug)]
+pub struct Deliveries<K> {
+    /// Names the gang to the driver.
+    pub key: K,
+    pub messages: mpsc::Sender<(K, GangInput)>,
+    pub lines: mpsc::Sender<(K, GangInput)>,
+}
+
+/// The driver's ends.
+#[derive(Debug)]
+pub struct RankIo {
+    pub to_rank: mpsc::UnboundedSender<ToRank>,
+    /// To be told when the process was reaped.
+    pub exited: oneshot::Sender<Exited>,
+}
+
+/// Starts the tasks that serve one rank. `started_at` is the zero of the times reported.
+pub fn attend<K: Copy + Send + Sync + 'static>(
+    rank: Rank,
+    started: Started,
+    socket: Option<UnixStream>,
+    log: &Path,
+    deliveries: Deliveries<K>,
+    started_at: Instant,
+) -> std::io::Result<RankIo> {
+    let stdout = tokio::process::ChildStdout::from_std(started.stdout)?;
+    let stderr = tokio::process::ChildStderr::from_std(started.stderr)?;
+    let log = LogFile::create(log);
+    let (to_rank, outbox) = mpsc::unbounded_channel(); // a handful of messages in a rank's life
+    let (exited, exit) = oneshot::channel::<Exited>();
+    let (gone_sender, gone) = watch::channel(false);
+
+    let mut readers = tokio::task::JoinSet::new();
+    readers.spawn(read_lines(stdout, rank, Level::Info, log.clone(), deliveries.clone(), gone.clone()));
+    readers.spawn(read_lines(stderr, rank, Level::Warn, log.clone(), deliveries.clone(), gone.clone()));
+    if let Some(socket) = socket {
+        let (read, write) = socket.into_split();
+        readers.spawn(read_messages(read, rank, log, deliveries.clone(), gone));
+        tokio::spawn(write_messages(write, outbox));
+    }
+    tokio::spawn(async move {
+        let Ok(exited) = exit.await else { return };
+        let _ = gone_sender.send(true);
+        readers.join_all().await;
+        let at = exited.at.saturating_duration_since(started_at);
+        let input = GangInput::Exited { rank, at, exit: exited.exit };
+        let _ = deliveries.messages.send((deliveries.key, input)).await;
+    });
+    Ok(RankIo { to_rank, exited })
+}
+
+async fn read_lines<K: Copy>(
+    mut pipe: impl AsyncRead + Unpin,
+    rank: Rank,
+    level: Level,
+    log: LogFile,
+    deliveries: Deliveries<K>,
+    gone: watch::Receiver<bool>,
+) {
+    let mut splitter = LineSplitter::default();
+    let mut buffer = vec![0; READ_MAX];
+    loop {
+        let read = tokio::select! {
+            read = pipe.read(&mut buffer) => read.unwrap_or(0),
+            () = silence_after_the_end(gone.clone()) => 0,
+        };
+        let lines = if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
+        if !lines.is_empty() {
+            log.write(&lines);
+            let _ = deliveries.lines.send((deliveries.key, GangInput::Lines { rank, level, lines })).await;
+        }
+        if read == 0 {
+            return;
+        }
+    }
+}
+
+async fn read_messages<K: Copy>(
+    mut socket: OwnedReadHalf,
+    rank: Rank,
+    log: LogFile,
+    deliveries: Deliveries<K>,
+    gone: watch::Receiver<bool>,
+) {
+    loop {
+        // A frame cut off by the time limit is lost with its rank; nothing is read after it.
+        let message = tokio::select! {
+            message = codec::read_frame::<_, FromRank>(&mut socket) => message,
+            () = silence_after_the_end(gone.clone()) => Ok(None),
+        };
+        match message {
+            Ok(Some(message)) => {
+                if let FromRank::Event(event) = &message
+                    && let EventBody::Log { line, .. } = &event.body
+                {
+                    log.write(std::slice::from_ref(line));
+                }
+                let _ = deliveries.messages.send((deliveries.key, GangInput::Rank(rank, message))).await;
+            }
+            Ok(None) => return,
+            Err(error) if *gone.borrow() => {
+                tracing::debug!(rank, %error, "the rank died in the middle of a message");
+                return;
+            }
+            Err(error) => {
+                let line = format!("rank {rank} sent something that cannot be read: {error}");
+                let _ = deliveries.messages.send((deliveries.key, GangInput::Progress(Level::Warn, line))).await;
+                return;
+            }
+        }
+    }
+}
+
+async fn write_messages(mut socket: tokio::net::unix::OwnedWriteHalf, mut outbox: mpsc::UnboundedReceiver<ToRank>) {
+    while let Some(message) = outbox.recv().await {
+        if let Err(error) = codec::write_frame(&mut socket, &message).await {
+            // Its exit is reported by another way.
+            tracing::debug!(%error, "a message did not reach its rank");
+            return;
+        }
+    }
+}
+
+async fn silence_after_the_end(mut gone: watch::Receiver<bool>) {
+    let _ = gone.wait_for(|gone| *gone).await;
+    tokio::time::sleep(LAST_WORDS).await;
+}
+
+/// A rank's output on disk. Losing it to a full disk does not disturb the rank.
+#[derive(Clone)]
+struct LogFile(Arc<Mutex<Option<(File, u64)>>>);
+
+impl LogFile {
+    fn create(path: &Path) -> LogFile {
+        let file = File::create(path).inspect_err(|error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"));
+        LogFile(Arc::new(Mutex::new(file.ok().map(|file| (file, LOG_FILE_MAX)))))
+    }
+
+    fn write(&self, lines: &[String]) {
+        let Ok(mut slot) = self.0.lock() else { return };
+        let Some((file, room)) = slot.as_mut() else { return };
+        let mut text = lines.join("\n");
+        text.push('\n');
+        *room = room.saturating_sub(text.len() as u64);
+        if *room == 0 {
+            let _ = file.write_all(b"[the log file is full; the rest is only in the event stream]\n");
+        }
+        if *room == 0 || file.write_all(text.as_bytes()).is_err() {
+            *slot = None;
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Starting ranks: `fleet-rank` processes with a socket and a shared segment, or a user's PROGRAM. Also the ranks that are started before
+//! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
+
+use crate::program;
+use crate::gang::{Blow, GangId};
+use crate::spawn::{Exited, Launch, Spawner, Started};
+use crate::verdict::Exit;
+use anyhow::Context;
+use fleet_collectives::Segment;
+use fleet_common::protocol::{Gang, Program, RANK_SOCKET_ENV, Work};
+use serde::Deserialize;
+use std::ffi::OsString;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+
+/// Ranks that wait for a first job longer than this are ended: an idle node should cost nothing.
+pub const WARM_FOR: Duration = Duration::from_secs(60);
+/// The generation that a job starts with; ranks that wait are made for it.
+const FIRST_GENERATION: u64 = 1;
+
+/// A rank process that nobody attends to yet.
+#[derive(Debug)]
+pub struct NewRank {
+    pub started: Started,
+    pub socket: Option<UnixStream>,
+    /// Number of the shared segment in the process.
+    pub shm_fd: Option<i32>,
+}
+
+/// All ranks of a gang, each started or not, and the memory that they share.
+#[derive(Debug)]
+pub struct NewGang {
+    pub ranks: Vec<Result<NewRank, String>>,
+    pub segment: Option<Segment>,
+}
+
+/// Where programs are and how many threads a rank gets.
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    pub spawner: Spawner,
+    pub fleet_rank: PathBuf,
+    pub cores: u32,
+}
+
+impl Launcher {
+    /// Finds `fleet-rank` beside the own executable.
+    pub fn new(spawner: Spawner, cores: u32) -> anyhow::Result<Launcher> {
+        let own = std::env::current_exe().context("cannot find the own executable")?;
+        Ok(Launcher { spawner, fleet_rank: own.with_file_name("fleet-rank"), cores })
+    }
+
+    pub async fn gang(&self, gang: &Gang) -> NewGang {
+        match &gang.work {
+            Work::Train { .. } => self.training(gang.world_size, gang.generation).await,
+            Work::Program(program) => self.program(gang, program).await,
+        }
+    }
+
+    async fn training(&self, world_size: u32, generation: u64) -> NewGang {
+        let segment = match world_size {
+            1 => Ok(None),
+            _ => Segment::create(world_size as usize, generation).map(Some).map_err(|error| error.to_string()),
+        };
+        let segment = match segment {
+            Ok(segment) => segment,
+            Err(error) => return NewGang { ranks: (0..world_size).map(|_| Err(error.clone())).collect(), segment: None },
+        };
+        let mut ranks = Vec::new();
+        for _ in 0..world_size {
+            ranks.push(self.fleet_rank(segment.as_ref(), world_size).await.map_err(|error| format!("{error:#}")));
+        }
+        NewGang { ranks, segment }
+    }
+
+    async fn fleet_rank(&self, segment: Option<&Segment>, world_size: u32) -> anyhow::Result<NewRank> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().context("no socket for it")?;
+        ours.set_nonblocking(true)?;
+        let mut inherit = vec![(Arc::new(OwnedFd::from(theirs)), Some(RANK_SOCKET_ENV))];
+        if let Some(segment) = segment {
+            inherit.push((Arc::new(segment.fd().try_clone_to_owned()?), None));
+        }
+        let env = match std::env::var_os("OMP_NUM_THREADS") {
+            Some(_) => Vec::new(),
+            None => vec![("OMP_NUM_THREADS".to_owned(), (self.cores / world_size).max(1).to_string())],
+        };
+        let argv = vec![self.fleet_rank.clone().into_os_string()];
+        let started = self.spawner.spawn(Launch { argv, env, inherit, ..Launch::default() }).await?;
+        let shm_fd = started.inherited.get(1).copied();
+        Ok(NewRank { started, socket: Some(UnixStream::from_std(ours)?), shm_fd })
+    }
+
+    async fn program(&self, gang: &Gang, program: &Program) -> NewGang {
+        let id = GangId { job: gang.job, generation: gang.generation };
+        let port = match program::free_port() {
+            Ok(port) => port,
+            Err(error) => {
+                let error = format!("no free port for its peers to meet at: {error}");
+                return NewGang { ranks: (0..gang.world_size).map(|_| Err(error.clone())).collect(), segment: None };
+            }
+        };
+        let mut ranks = Vec::new();
+        for rank in 0..gang.world_size {
+            let launch = Launch {
+                argv: program.argv.iter().map(OsString::from).collect(),
+                env: program::environment(&program.env, id, rank, gang.world_size, port),
+                clear_env: true,
+                dir: PathBuf::from(&program.working_dir),
+                inherit: Vec::new(),
+            };
+            let started = self.spawner.spawn(launch).await;
+            ranks.push(started.map(|started| NewRank { started, socket: None, shm_fd: None }).map_err(|error| error.to_string()));
+        }
+        NewGang { ranks, segment: None }
+    }
+
+    /// Runs `fleet-rank --probe`. `exited` waits for the process that is named to it.
+    pub async fn probe<F: Future<Output = Option<Exited>>>(&self, exited: impl FnOnce(u32) -> F) -> Result<Probe, String> {
+        let argv = vec![self.fleet_rank.clone().into_os_string(), "--probe".into()];
+        let started = self.spawner.spawn(Launch { argv, ..Launch::default() }).await.map_err(|error| error.to_string())?;
+        let exit = exited(started.pid).await.map(|exited| exited.exit);
+        let output = read_all(started.stdout);
+        if exit != Some(Exit::Code(0)) {
+            return Err(unfit(&read_all(started.stderr)));
+        }
+        let line = output.lines().next().unwrap_or_default();
+        serde_json::from_str(line).map_err(|error| format!("fleet-rank --probe said `{line}`: {error}; install one version of fleet"))
+    }
+
+    /// Starts a full set of ranks before any job asks for them.
+    pub async fn warm(&self, slots: u32) -> Option<Warm> {
+        if slots > self.cores {
+            return None; // they would only be in each other's way
+        }
+        let gang = self.training(slots, FIRST_GENERATION).await;
+        let warm = Warm { gang, until: Instant::now() + WARM_FOR };
+        if warm.gang.ranks.iter().all(Result::is_ok) {
+            return Some(warm);
+        }
+        warm.end(&self.spawner);
+        None
+    }
+}
+
+/// What the machine can do, as `fleet-rank --probe` prints it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Probe {
+    pub libtorch: String,
+    pub cuda_devices: u32,
+    pub mps: bool,
+}
+
+/// Ranks that wait for a job.
+#[derive(Debug)]
+pub struct Warm {
+    gang: NewGang,
+    pub until: Instant,
+}
+
+impl Warm {
+    pub fn fits(&self, gang: &Gang) -> bool {
+        let same = gang.world_size as usize == self.gang.ranks.len() && gang.generation == FIRST_GENERATION;
+        same && matches!(gang.work, Work::Train { .. })
+    }
+
+    pub fn take(self) -> NewGang {
+        self.gang
+    }
+
+    pub fn end(self, spawner: &Spawner) {
+        self.gang.ranks.into_iter().flatten().for_each(|rank| spawner.strike(rank.started.pid, Blow::Kill));
+    }
+
+    /// One of them is gone before its first job. Says why no rank can run here, if that is the reason.
+    pub fn died(self, exited: Exited, spawner: &Spawner) -> Option<String> {
+        let mut reason = None;
+        for rank in self.gang.ranks.into_iter().flatten() {
+            if rank.started.pid != exited.pid {
+                spawner.strike(rank.started.pid, Blow::Kill);
+            } else if let Exit::Code(4 | 126 | 127) = exited.exit {
+                reason = Some(unfit(&read_all(rank.started.stderr)));
+            }
+        }
+        reason
+    }
+
+    pub fn contains(&self, pid: u32) -> bool {
+        self.gang.ranks.iter().flatten().any(|rank| rank.started.pid == pid)
+    }
+}
+
+/// The output of a process that is gone, with its whole group: nobody else holds the pipe.
+fn read_all(pipe: impl Read) -> String {
+    let mut bytes = Vec::new();
+    let _ = pipe.take(64 << 10).read_to_end(&mut bytes); // what could be read is what there is to show
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn unfit(stderr: &str) -> String {
+    let line = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("fleet-rank ended without a word");
+    let line = line.trim().trim_start_matches("error: ");
+    format!("ranks cannot run on this node: {line}; is libtorch in place (`make setup`)?")
+}

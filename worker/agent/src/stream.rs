@@ -1,0 +1,311 @@
+//! One gang's events on their way to the coordinator: numbered from 1, sent until committed, bounded.
+//!
+//! An event gets its number when it is first sent, so that log lines can still be dropped before that without a gap in the numbers.
+//! Steps, evaluations, checkpoints and the outcome are never dropped. Knows nothing of connections beyond "there is a new one".
+
+use fleet_common::events::{Event, EventBatch, EventBody, Level};
+use fleet_common::ids::{Generation, JobId};
+use std::collections::VecDeque;
+
+/// Numbered events that the coordinator has not committed yet. Above it events wait, so a slow coordinator is not flooded.
+pub const IN_FLIGHT_MAX: usize = 4096;
+/// Events in one message: with lines of at most `LINE_MAX` bytes far below the codec's frame limit.
+pub const BATCH_MAX: usize = 256;
+/// Log lines that wait unnumbered; above it the older half goes. A minute of a talkative gang.
+pub const WAITING_LINES_MAX: usize = 16_384;
+/// Bytes of those lines, in case they are long.
+pub const WAITING_BYTES_MAX: usize = 8 << 20;
+
+/// The coordinator's idea of the stream cannot be served: it wants numbers that were committed and dropped, or never given.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the coordinator asks for event {wanted} of a stream that is at {first}..{end}")]
+pub struct Diverged {
+    wanted: u64,
+    first: u64,
+    end: u64,
+}
+
+#[derive(Debug)]
+enum Waiting {
+    Event(Event),
+    /// Stands where lines were dropped.
+    Dropped { unix_ms: u64, lines: u64 },
+}
+
+/// Invariant: `in_flight` holds the numbers `first..first + in_flight.len()`, and the first `sent` of them went out on this connection.
+#[derive(Debug)]
+pub struct EventStream {
+    job: JobId,
+    generation: Generation,
+    first: u64,
+    in_flight: VecDeque<Event>,
+    sent: usize,
+    waiting: VecDeque<Waiting>,
+    waiting_lines: usize,
+    waiting_bytes: usize,
+}
+
+impl EventStream {
+    pub fn new(job: JobId, generation: Generation) -> EventStream {
+        EventStream {
+            job,
+            generation,
+            first: 1,
+            in_flight: VecDeque::new(),
+            sent: 0,
+            waiting: VecDeque::new(),
+            waiting_lines: 0,
+            waiting_bytes: 0,
+        }
+    }
+
+    pub fn push(&mut self, event: Event) {
+        if let EventBody::Log { line, .. } = &event.body {
+            self.waiting_lines += 1;
+            self.waiting_bytes += line.len();
+        }
+        self.waiting.push_back(Waiting::Event(event));
+        if self.waiting_lines > WAITING_LINES_MAX || self.waiting_bytes > WAITING_BYTES_MAX {
+            self.drop_older_half_of_the_lines();
+        }
+    }
+
+    /// Whether the backlog is so long that more lines would soon cause a drop.
+    pub fn is_crowded(&self) -> bool {
+        self.waiting_lines > WAITING_LINES_MAX / 2 || self.waiting_bytes > WAITING_BYTES_MAX / 2
+    }
+
+    /// The next events to send on the present connection.
+    pub fn next_batch(&mut self) -> Option<EventBatch> {
+        while self.in_flight.len() < IN_FLIGHT_MAX
+            && let Some(waiting) = self.waiting.pop_front()
+        {
+            self.number(waiting);
+        }
+        let count = (self.in_flight.len() - self.sent).min(BATCH_MAX);
+        if count == 0 {
+            return None;
+        }
+        let events = self.in_flight.range(self.sent..self.sent + count).cloned().collect();
+        let first_seq = self.first + self.sent as u64;
+        self.sent += count;
+        Some(EventBatch { job: self.job, generation: self.generation, first_seq, events })
+    }
+
+    /// A new connection: what was sent on the old one may be lost.
+    pub fn reconnected(&mut self) {
+        self.sent = 0;
+    }
+
+    /// Events up to `seq` are committed. Returns those that were not known to be.
+    pub fn committed(&mut self, seq: u64) -> Vec<Event> {
+        let count = seq.saturating_add(1).saturating_sub(self.first).min(self.in_flight.len() as u64) as usize;
+        self.first += count as u64;
+        self.sent = self.sent.saturating_sub(count);
+        self.in_flight.drain(..count).collect()
+    }
+
+    /// The coordinator expects `next_seq` next. Returns the events that it thereby commits.
+    pub fn resend_from(&mut self, next_seq: u64) -> Result<Vec<Event>, Diverged> {
+        let end = self.first + self.in_flight.len() as u64;
+        if next_seq < self.first || next_seq > end {
+            return Err(Diverged { wanted: next_seq, first: self.first, end });
+        }
+        let committed = self.committed(next_seq - 1);
+        self.sent = 0;
+        Ok(committed)
+    }
+
+    /// Nothing waits and nothing is unacknowledged.
+    pub fn is_drained(&self) -> bool {
+        self.in_flight.is_empty() && self.waiting.is_empty()
+    }
+
+    fn number(&mut self, waiting: Waiting) {
+        let event = match waiting {
+            Waiting::Event(event) => event,
+            Waiting::Dropped { unix_ms, lines } => {
+                let line = format!("{lines} log lines were dropped here: the coordinator did not take them in time");
+                Event { unix_ms, body: EventBody::Log { rank: None, level: Level::Warn, line } }
+            }
+        };
+        if let EventBody::Log { line, .. } = &event.body {
+            self.waiting_lines = self.waiting_lines.saturating_sub(1);
+            self.waiting_bytes = self.waiting_bytes.saturating_sub(line.len());
+        }
+        self.in_flight.push_back(event);
+    }
+
+    fn drop_older_half_of_the_lines(&mut self) {
+        let mut to_drop = self.waiting_lines / 2 + 1;
+        let (mut dropped, mut since) = (0, 0);
+        let mut place = None;
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        for waiting in self.waiting.drain(..) {
+            match waiting {
+                Waiting::Event(Event { unix_ms, body: EventBody::Log { line, .. } }) if to_drop > 0 => {
+                    to_drop -= 1;
+                    dropped += 1;
+                    since = unix_ms;
+                    place.get_or_insert(kept.len());
+                    self.waiting_lines -= 1;
+                    self.waiting_bytes -= line.len();
+                }
+                Waiting::Dropped { unix_ms, lines } => {
+                    dropped += lines;
+                    since = unix_ms.max(since);
+                    place.get_or_insert(kept.len());
+                }
+                other => kept.push_back(other),
+            }
+        }
+        if let Some(place) = place {
+            kept.insert(place, Waiting::Dropped { unix_ms: since, lines: dropped });
+        }
+        self.waiting = kept;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet_common::events::Step;
+    use proptest::prelude::*;
+
+    fn log(line: &str) -> Event {
+        Event { unix_ms: 0, body: EventBody::Log { rank: Some(0), level: Level::Info, line: line.to_owned() } }
+    }
+
+    fn step(step: u64) -> Event {
+        let body = Step { step, total_steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
+        Event { unix_ms: 0, body: EventBody::Step(body) }
+    }
+
+    fn stream() -> EventStream {
+        EventStream::new(JobId(1), 1)
+    }
+
+    #[test]
+    fn events_are_numbered_from_one_and_forgotten_once_committed() {
+        let mut stream = stream();
+        stream.push(step(1));
+        stream.push(step(2));
+        let batch = stream.next_batch().unwrap();
+        assert_eq!((batch.first_seq, batch.events.len()), (1, 2));
+        assert_eq!(stream.next_batch(), None, "an event is sent once per connection");
+        assert_eq!(stream.committed(1), vec![step(1)]);
+        assert!(!stream.is_drained());
+        assert_eq!(stream.committed(2), vec![step(2)]);
+        assert_eq!(stream.committed(2), vec![], "an acknowledgement may be repeated");
+        assert!(stream.is_drained());
+    }
+
+    #[test]
+    fn a_new_connection_gets_everything_that_is_not_committed() {
+        let mut stream = stream();
+        (1..=3).for_each(|n| stream.push(step(n)));
+        stream.next_batch();
+        stream.committed(1);
+        stream.reconnected();
+        stream.push(step(4));
+        let batch = stream.next_batch().unwrap();
+        assert_eq!((batch.first_seq, batch.events), (2, vec![step(2), step(3), step(4)]));
+    }
+
+    #[test]
+    fn the_coordinator_can_ask_again_for_what_it_did_not_commit_but_for_nothing_else() {
+        let mut stream = stream();
+        (1..=3).for_each(|n| stream.push(step(n)));
+        stream.next_batch();
+        assert_eq!(stream.resend_from(3), Ok(vec![step(1), step(2)]));
+        assert_eq!(stream.next_batch().unwrap().first_seq, 3);
+        assert!(stream.resend_from(2).is_err());
+        assert!(stream.resend_from(5).is_err());
+    }
+
+    #[test]
+    fn a_flood_of_lines_loses_the_oldest_with_a_notice_and_no_step() {
+        let mut stream = stream();
+        stream.push(step(1));
+        let lines = WAITING_LINES_MAX * 3;
+        for n in 0..lines {
+            stream.push(log(&n.to_string()));
+            if n % 1000 == 0 {
+                stream.push(step(n as u64 + 2));
+            }
+        }
+        let mut seen = Vec::new();
+        while let Some(batch) = stream.next_batch() {
+            stream.committed(batch.first_seq + batch.events.len() as u64 - 1);
+            seen.extend(batch.events);
+        }
+        let steps = seen.iter().filter(|event| matches!(event.body, EventBody::Step(_))).count();
+        assert_eq!(steps, 1 + lines.div_ceil(1000));
+        let texts: Vec<&str> = seen.iter().filter_map(|e| if let EventBody::Log { line, .. } = &e.body { Some(line.as_str()) } else { None }).collect();
+        let notices: Vec<u64> = texts.iter().filter_map(|text| text.split_once(" log lines were dropped")?.0.parse().ok()).collect();
+        assert_eq!(notices.len(), 1, "the notices of several drops become one");
+        assert_eq!(texts.len() - 1 + notices[0] as usize, lines, "every line was delivered or is counted");
+        assert_eq!(*texts.last().unwrap(), (lines - 1).to_string(), "the newest lines stay");
+    }
+
+    /// What can happen to a stream, in any order.
+    #[derive(Clone, Debug)]
+    enum Happening {
+        Push(u16),
+        /// The agent sends what it has; `lost` of the batches never arrive because the connection breaks.
+        Send { arrive: usize },
+        /// The coordinator's acknowledgement arrives.
+        Acknowledge,
+        Reconnect,
+        /// A new leader says where it is.
+        AskAgain,
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        prop_oneof![
+            3 => (1u16..400).prop_map(Happening::Push),
+            3 => (0usize..4).prop_map(|arrive| Happening::Send { arrive }),
+            2 => Just(Happening::Acknowledge),
+            1 => Just(Happening::Reconnect),
+            1 => Just(Happening::AskAgain),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_event_is_lost_or_doubled_however_often_the_connection_breaks(script in prop::collection::vec(happening(), 0..80)) {
+            let mut stream = stream();
+            let mut recorded: Vec<Event> = Vec::new();
+            let mut pushed = 0;
+            let record = |recorded: &mut Vec<Event>, batch: EventBatch| {
+                let next = recorded.len() as u64 + 1;
+                assert!(batch.first_seq <= next, "a gap would be refused");
+                let known = (next - batch.first_seq) as usize;
+                recorded.extend(batch.events.into_iter().skip(known));
+            };
+            for happening in script {
+                match happening {
+                    Happening::Push(count) => (0..count).for_each(|_| { pushed += 1; stream.push(step(pushed)); }),
+                    Happening::Send { arrive } => {
+                        let mut arrived = 0;
+                        while let Some(batch) = stream.next_batch() {
+                            if arrived < arrive { record(&mut recorded, batch); }
+                            arrived += 1;
+                        }
+                        if arrived > arrive { stream.reconnected(); }
+                    }
+                    Happening::Acknowledge => { stream.committed(recorded.len() as u64); }
+                    Happening::Reconnect => stream.reconnected(),
+                    Happening::AskAgain => { stream.resend_from(recorded.len() as u64 + 1).unwrap(); }
+                }
+            }
+            stream.reconnected();
+            while !stream.is_drained() {
+                let batch = stream.next_batch().expect("what is not drained can be sent");
+                record(&mut recorded, batch);
+                stream.committed(recorded.len() as u64);
+            }
+            prop_assert_eq!(recorded, (1..=pushed).map(step).collect::<Vec<_>>());
+        }
+    }
+}

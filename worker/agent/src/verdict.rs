@@ -1,0 +1,204 @@
+//! Which rank is to blame when a gang fails, and how that is said. Pure: evidence in, one `JobError` out.
+//!
+//! When one rank dies the others fail a moment later, in whatever they were doing together. So evidence is gathered for a short
+//! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, and what a rank says only because a
+//! peer was gone counts last. Within a class the earliest wins.
+
+use fleet_common::events::JobError;
+use fleet_common::exit::Fault;
+use fleet_common::ids::Rank;
+use nix::sys::signal::Signal;
+use std::time::Duration;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+}
+
+impl Exit {
+    pub fn is_success(self) -> bool {
+        self == Exit::Code(0)
+    }
+}
+
+/// Why a rank is suspected. The order is the order of weight.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Cause {
+    /// Killed by a signal that the agent did not send.
+    Signal(i32),
+    /// The rank said what is wrong with it, or could not be started.
+    Said(JobError),
+    /// The rank ended with this code and without a word.
+    Code(i32),
+    /// The rank failed because of a peer.
+    Peer(JobError),
+}
+
+impl Cause {
+    /// What a rank's own report amounts to.
+    pub fn of_report(rank: Rank, error: JobError) -> Cause {
+        // `CollectiveError::Aborted` is what every rank meets after the first one left.
+        let about_a_peer = error.message.contains("aborted: ") || error.rank.is_some_and(|blamed| blamed != rank);
+        if about_a_peer { Cause::Peer(error) } else { Cause::Said(error) }
+    }
+
+    fn weight(&self) -> u8 {
+        match self {
+            Cause::Signal(_) => 0,
+            Cause::Said(_) | Cause::Code(_) => 1,
+            Cause::Peer(_) => 2,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Suspicion {
+    pub at: Duration,
+    pub rank: Rank,
+    pub cause: Cause,
+}
+
+/// The strongest and then earliest suspicion.
+pub fn culprit(suspicions: &[Suspicion]) -> Option<&Suspicion> {
+    suspicions.iter().min_by_key(|suspicion| (suspicion.cause.weight(), suspicion.at))
+}
+
+/// Says what happened. `exit` is how the culprit ended and `last_lines` what it printed last.
+pub fn sentence(suspicion: &Suspicion, node: &str, exit: Option<Exit>, last_lines: Vec<String>) -> JobError {
+    let rank = suspicion.rank;
+    let (signal, exit_code) = match exit {
+        Some(Exit::Signal(signal)) => (Some(signal), None),
+        Some(Exit::Code(code)) => (None, Some(code)),
+        None => (None, None),
+    };
+    match &suspicion.cause {
+        Cause::Signal(signal) => JobError {
+            fault: Fault::Job,
+            rank: Some(rank),
+            node: Some(node.to_owned()),
+            signal: Some(*signal),
+            exit_code: None,
+            message: format!("rank {rank} on {node} was killed by {}{}", signal_name(*signal), hint(*signal)),
+            last_lines,
+        },
+        Cause::Code(code) => JobError {
+            fault: fault_of(*code),
+            rank: Some(rank),
+            node: Some(node.to_owned()),
+            signal: None,
+            exit_code: Some(*code),
+            message: match (code, last_lines.iter().rev().find(|line| !line.trim().is_empty())) {
+                (126 | 127, Some(line)) => format!("rank {rank} on {node} could not start: {}", line.trim()),
+                (0, _) => format!("rank {rank} on {node} ended before the job was done"),
+                (code, _) => format!("rank {rank} on {node} ended with exit code {code}"),
+            },
+            last_lines,
+        },
+        Cause::Said(error) | Cause::Peer(error) => JobError {
+            rank: error.rank.or(Some(rank)),
+            node: error.node.clone().or_else(|| Some(node.to_owned())),
+            signal: error.signal.or(signal),
+            exit_code: error.exit_code.or(exit_code),
+            last_lines: if error.last_lines.is_empty() { last_lines } else { error.last_lines.clone() },
+            ..error.clone()
+        },
+    }
+}
+
+/// An error of the agent itself, with no rank to blame.
+pub fn agent_error(fault: Fault, node: &str, message: impl Into<String>) -> JobError {
+    JobError {
+        fault,
+        rank: None,
+        node: Some(node.to_owned()),
+        signal: None,
+        exit_code: None,
+        message: message.into(),
+        last_lines: Vec::new(),
+    }
+}
+
+/// fleet's own programs end with these codes; 126 and 127 are the shell's and the loader's.
+fn fault_of(code: i32) -> Fault {
+    match u8::try_from(code) {
+        Ok(fleet_common::exit::REFUSED_INPUT) => Fault::Input,
+        Ok(fleet_common::exit::ENVIRONMENT | 126 | 127) => Fault::Environment,
+        _ => Fault::Job,
+    }
+}
+
+/// `signal 9 (SIGKILL)`.
+pub fn signal_name(signal: i32) -> String {
+    match Signal::try_from(signal) {
+        Ok(known) => format!("signal {signal} ({known})"),
+        Err(_) => format!("signal {signal}"),
+    }
+}
+
+fn hint(signal: i32) -> &'static str {
+    match Signal::try_from(signal) {
+        Ok(Signal::SIGKILL) => "; if nobody did that, the machine ran out of memory: lower batch_size or the number of ranks",
+        Ok(Signal::SIGBUS) => "; a full disk or no memory left for shared segments does that",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(message: &str) -> JobError {
+        JobError { node: None, ..agent_error(Fault::Job, "", message) }
+    }
+
+    fn suspicion(at_ms: u64, rank: Rank, cause: Cause) -> Suspicion {
+        Suspicion { at: Duration::from_millis(at_ms), rank, cause }
+    }
+
+    #[test]
+    fn a_rank_killed_by_a_signal_is_blamed_before_those_that_noticed_first() {
+        let aborted = Cause::of_report(0, said("all_reduce #7: aborted: rank 2 is gone"));
+        let all = [
+            suspicion(10, 0, aborted),
+            suspicion(11, 1, Cause::Said(said("broken pipe"))),
+            suspicion(30, 2, Cause::Signal(9)),
+            suspicion(31, 3, Cause::Signal(11)),
+        ];
+        assert_eq!(culprit(&all).unwrap().rank, 2);
+    }
+
+    #[test]
+    fn a_rank_with_an_error_of_its_own_is_blamed_before_those_that_were_aborted() {
+        let all = [
+            suspicion(10, 0, Cause::of_report(0, said("aborted: rank 1 left"))),
+            suspicion(20, 1, Cause::of_report(1, said("the loss is not a number"))),
+        ];
+        assert_eq!(culprit(&all).unwrap().rank, 1);
+    }
+
+    #[test]
+    fn a_report_that_names_another_rank_counts_last_but_keeps_that_name() {
+        let late = JobError { rank: Some(3), ..said("rank 3 did not enter all_reduce #4 within 60 s") };
+        let all = [suspicion(5, 0, Cause::of_report(0, late))];
+        let error = sentence(culprit(&all).unwrap(), "node-1", Some(Exit::Code(1)), vec![]);
+        assert_eq!((error.rank, error.exit_code), (Some(3), Some(1)));
+    }
+
+    #[test]
+    fn the_sentence_names_rank_node_and_signal() {
+        let error = sentence(&suspicion(0, 2, Cause::Signal(11)), "node-1", None, vec!["bye".into()]);
+        assert_eq!(error.message, "rank 2 on node-1 was killed by signal 11 (SIGSEGV)");
+        assert_eq!((error.rank, error.signal, error.exit_code), (Some(2), Some(11), None));
+        assert_eq!(error.last_lines, ["bye"]);
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_loaded_is_the_environments_fault_with_the_loaders_line() {
+        let lines = vec!["fleet-rank: error while loading shared libraries: libtorch_cpu.so".to_owned(), String::new()];
+        let error = sentence(&suspicion(0, 0, Cause::Code(127)), "node-1", None, lines);
+        assert_eq!(error.fault, Fault::Environment);
+        assert!(error.message.contains("libtorch_cpu.so"), "{}", error.message);
+    }
+}
