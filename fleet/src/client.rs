@@ -1,0 +1,199 @@
+//! A client of the coordinator: one request, one answer; or a job's events. Reconnects while a coordinator restarts.
+
+use crate::cluster::Cluster;
+use crate::failure::Failure;
+use crate::sequence;
+use fleet_common::codec;
+use fleet_common::events::Event;
+use fleet_common::ids::{ClientId, JobId};
+use fleet_common::net;
+use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, RefusalKind, Reply, Request};
+use quinn::{Connection, RecvStream};
+use std::time::{Duration, Instant};
+
+/// How long a question is asked again before the cluster counts as unreachable.
+pub const ASK_PATIENCE: Duration = Duration::from_secs(3);
+/// Changes are worth waiting for: a coordinator that is restarted is back within seconds.
+pub const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+/// Between attempts; doubles up to the second.
+const PAUSE_FIRST: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// An answer takes milliseconds; a coordinator that takes this long without losing its connection is stuck.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
+
+pub struct Client {
+    cluster: Cluster,
+    connection: Option<Connection>,
+    patience: Option<Duration>,
+}
+
+impl Client {
+    pub fn new(cluster: Cluster) -> Client {
+        Client { cluster, connection: None, patience: None }
+    }
+
+    /// A client that waits this long for an unreachable coordinator, whatever it asks.
+    pub fn patient(cluster: Cluster, patience: Duration) -> Client {
+        Client { cluster, connection: None, patience: Some(patience) }
+    }
+
+    /// Asks without changing anything.
+    pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
+        let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, request };
+        self.exchange(&frame, self.patience.unwrap_or(ASK_PATIENCE)).await
+    }
+
+    /// Asks for a change, which happens once however often it has to be sent.
+    pub async fn change(&mut self, request: Request) -> Result<Reply, Failure> {
+        let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
+        let encoded = codec::encode(&request).map_err(|e| Failure::input(format!("the request cannot be sent: {e}")))?;
+        // a first connection proves that there is a coordinator, and that its client directory is there
+        self.connect(Instant::now() + patience).await?;
+        let change = sequence::number(&self.cluster.client_dir, &encoded)?;
+        let frame = ClientFrame { version: PROTOCOL_VERSION, client: change.client, seq: change.seq, request };
+        let reply = self.exchange(&frame, patience).await;
+        // a refusal is an answer; only silence leaves it open whether the change happened
+        if !matches!(&reply, Err(failure) if failure.code == fleet_common::exit::UNREACHABLE) {
+            change.answered()?;
+        }
+        reply
+    }
+
+    async fn exchange(&mut self, frame: &ClientFrame, patience: Duration) -> Result<Reply, Failure> {
+        let deadline = Instant::now() + patience;
+        let mut pause = PAUSE_FIRST;
+        loop {
+            let attempt = match self.connect(deadline).await {
+                Ok(connection) => tokio::time::timeout(ANSWER_MAX, once(&connection, frame)).await,
+                Err(failure) => return Err(failure),
+            };
+            let failure = match attempt {
+                Ok(Ok(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => Failure::from(refusal),
+                Ok(Ok(Reply::Refused(refusal))) => return Err(refusal.into()),
+                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Err(why)) => {
+                    self.connection = None;
+                    Failure::unreachable(format!("the coordinator went away before it answered: {why}"))
+                }
+                Err(_) => {
+                    self.connection = None;
+                    Failure::unreachable(format!("the coordinator did not answer within {} s", ANSWER_MAX.as_secs()))
+                }
+            };
+            if Instant::now() + pause > deadline {
+                return Err(failure);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// The connection, made anew where it is closed.
+    async fn connect(&mut self, deadline: Instant) -> Result<Connection, Failure> {
+        if let Some(connection) = self.connection.as_ref().filter(|c| c.close_reason().is_none()) {
+            return Ok(connection.clone());
+        }
+        let mut pause = PAUSE_FIRST;
+        loop {
+            let failure = match self.attempt().await {
+                Ok(connection) => return Ok(self.connection.insert(connection).clone()),
+                Err(failure) if failure.code != fleet_common::exit::UNREACHABLE => return Err(failure),
+                Err(failure) => failure,
+            };
+            if Instant::now() + pause > deadline {
+                return Err(failure);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    async fn attempt(&self) -> Result<Connection, Failure> {
+        let addresses = self.cluster.addresses()?;
+        let identity = self.cluster.identity()?;
+        Ok(net::connect(&addresses, &identity).await?)
+    }
+
+    /// Hands every event of the job from the `from`-th on to `on`, in order, each once. With `follow`, until the job has ended.
+    pub async fn watch(
+        &mut self,
+        job: JobId,
+        mut from: u64,
+        follow: bool,
+        mut on: impl FnMut(Event) -> Flow,
+    ) -> Result<(), Failure> {
+        let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
+        let mut give_up = Instant::now() + patience;
+        loop {
+            let connection = self.connect(give_up).await?;
+            let request = Request::Watch { job, from, follow };
+            let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, request };
+            let why = match open(&connection, &frame).await {
+                Err(why) => why,
+                Ok(mut stream) => loop {
+                    match codec::read_frame(&mut stream).await {
+                        Ok(Some(Reply::Event { index, event })) => {
+                            give_up = Instant::now() + patience;
+                            if index < from {
+                                continue;
+                            }
+                            from = index + 1;
+                            if on(event) == Flow::Stop {
+                                return Ok(());
+                            }
+                        }
+                        Ok(Some(Reply::EndOfEvents)) => return Ok(()),
+                        Ok(Some(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => break refusal.message,
+                        Ok(Some(Reply::Refused(refusal))) => return Err(refusal.into()),
+                        Ok(Some(other)) => return Err(unexpected(&other)),
+                        Ok(None) => break "the stream ended early".to_owned(),
+                        Err(error) => break error.to_string(),
+                    }
+                },
+            };
+            if Instant::now() > give_up {
+                return Err(Failure::unreachable(format!("the coordinator went away: {why}")));
+            }
+            if connection.close_reason().is_some() {
+                self.connection = None;
+            }
+            tokio::time::sleep(PAUSE_FIRST).await;
+        }
+    }
+}
+
+/// Whether to go on with the events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    Stop,
+}
+
+/// For an answer that does not belong to the question.
+pub fn unexpected(reply: &Reply) -> Failure {
+    let text = format!("{reply:?}");
+    let name: String = text.chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
+    Failure::unreachable(format!("the coordinator gave an answer of another kind ({name}); are both of the same version?"))
+}
+
+async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, String> {
+    let (mut send, receive) = connection.open_bi().await.map_err(|error| net::describe(&error))?;
+    codec::write_frame(&mut send, frame).await.map_err(|error| error.to_string())?;
+    send.finish().map_err(|error| error.to_string())?;
+    Ok(receive)
+}
+
+async fn once(connection: &Connection, frame: &ClientFrame) -> Result<Reply, String> {
+    let mut stream = open(connection, frame).await?;
+    let reply = codec::read_frame(&mut stream).await.map_err(|error| match connection.close_reason() {
+        Some(reason) => net::describe(&reason),
+        None => error.to_string(),
+    })?;
+    reply.ok_or_else(|| "it closed the stream".to_owned())
+}
+
+/// A runtime for one command. Everything happens on the calling thread.
+pub fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| Failure::environment(format!("cannot start: {e}")))?.block_on(work)
+}

@@ -1,0 +1,35 @@
+//! `fleet cancel`: stops a job.
+
+use super::ClusterArgs;
+use crate::client::{block_on, unexpected};
+use crate::failure::Failure;
+use crate::out;
+use fleet_common::exit;
+use fleet_common::ids::JobId;
+use fleet_common::protocol::{Reply, Request};
+use serde_json::json;
+
+/// Stop a job after a checkpoint
+#[derive(clap::Args)]
+pub struct Args {
+    /// A job, such as job-1
+    job: JobId,
+    /// At once, without a checkpoint
+    #[arg(long)]
+    now: bool,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    let mut client = args.cluster.client()?;
+    let reply = block_on(client.change(Request::Cancel { job: args.job, now: args.now }))?;
+    if reply != Reply::CancelAccepted {
+        return Err(unexpected(&reply));
+    }
+    match args.cluster.json {
+        true => out::json(&json!({"job": args.job.to_string(), "now": args.now, "accepted": true})),
+        false => out::line(&format!("{} is being stopped", args.job)),
+    }
+    Ok(exit::SUCCEEDED)
+}

@@ -1,0 +1,57 @@
+//! `fleet generate`: text from a model. `fleet-rank` does it, because only it links libtorch; this process becomes it.
+
+use crate::failure::Failure;
+use crate::programs;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Generate text from a checkpoint or any Hugging Face directory of a Llama
+#[derive(clap::Args)]
+pub struct Args {
+    /// Directory with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// The beginning of the text
+    #[arg(long, allow_hyphen_values = true)]
+    prompt: String,
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<u32>,
+    /// 0 always takes the likeliest token
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Choose among the K likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Choose among the likeliest tokens that together have probability P
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    if !args.model.is_dir() {
+        return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
+    }
+    let mut command = Command::new(programs::beside("fleet-rank")?);
+    command.arg("generate").arg("--model").arg(&args.model).arg("--prompt").arg(&args.prompt);
+    let mut option = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            command.arg(name).arg(value);
+        }
+    };
+    option("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string()));
+    option("--temperature", args.temperature.map(|x| x.to_string()));
+    option("--top-k", args.top_k.map(|k| k.to_string()));
+    option("--top-p", args.top_p.map(|p| p.to_string()));
+    option("--seed", args.seed.map(|seed| seed.to_string()));
+    if args.json {
+        command.arg("--json");
+    }
+    let error = command.exec();
+    Err(Failure::environment(format!("cannot start fleet-rank: {error}")))
+}

@@ -1,0 +1,64 @@
+//! `fleet jobs`: the jobs of a cluster.
+
+use super::ClusterArgs;
+use crate::client::{Client, block_on, unexpected};
+use crate::failure::Failure;
+use crate::{json, out, text};
+use fleet_common::exit;
+use fleet_common::protocol::{JobState, JobView, Reply, Request};
+
+/// List the cluster's jobs
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    let mut client = args.cluster.client()?;
+    let jobs = block_on(list(&mut client))?;
+    match args.cluster.json {
+        true => out::json(&jobs.iter().map(json::job).collect()),
+        false => print(&jobs),
+    }
+    Ok(exit::SUCCEEDED)
+}
+
+pub async fn list(client: &mut Client) -> Result<Vec<JobView>, Failure> {
+    match client.ask(Request::Jobs).await? {
+        Reply::Jobs(jobs) => Ok(jobs),
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub fn print(jobs: &[JobView]) {
+    let rows: Vec<_> = jobs
+        .iter()
+        .map(|job| {
+            let of = if job.total_steps > 0 { format!("/{}", job.total_steps) } else { String::new() };
+            vec![
+                job.job.to_string(),
+                job.name.clone(),
+                state_name(job.state).to_owned(),
+                job.world_size.to_string(),
+                format!("{}{of}", job.step),
+                text::loss(job.loss),
+                text::loss(job.eval_loss),
+                job.reason.clone(),
+            ]
+        })
+        .collect();
+    out::table(&["JOB", "NAME", "STATE", "RANKS", "STEP", "LOSS", "EVAL", "WHY"], &rows);
+}
+
+pub fn state_name(state: JobState) -> &'static str {
+    match state {
+        JobState::Queued => "queued",
+        JobState::Starting => "starting",
+        JobState::Running => "running",
+        JobState::Stopping => "stopping",
+        JobState::Succeeded => "succeeded",
+        JobState::Failed => "failed",
+        JobState::Cancelled => "cancelled",
+    }
+}

@@ -1,0 +1,63 @@
+//! `fleet login`: stores a credential for a cluster that runs elsewhere.
+
+use crate::client::block_on;
+use crate::cluster::Login;
+use crate::failure::Failure;
+use crate::{out, places};
+use fleet_common::net::{self, JoinToken, NAME_MAX};
+use fleet_common::protocol::Role;
+use fleet_common::{exit, files};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Store a credential for a cluster, with a client token made there
+#[derive(clap::Args)]
+pub struct Args {
+    /// HOST:PORT of a coordinator
+    address: String,
+    /// File with the token; FLEET_TOKEN works too
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The token itself, visible to other users of this machine while the command runs
+    #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
+    token: Option<String>,
+    /// What to call the cluster in --cluster; without it HOST
+    #[arg(long)]
+    name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    let env = std::env::var("FLEET_TOKEN").ok();
+    let token = JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
+        .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
+    if token.role != Role::Client {
+        return Err(Failure::input("this token is not for clients; make one with `fleet token create --role client`"));
+    }
+    let host = args.address.rsplit_once(':').map(|(host, _)| host);
+    let host = host.ok_or_else(|| Failure::input(format!("`{}` is not of the form HOST:PORT", args.address)))?;
+    let name = args.name.unwrap_or_else(|| host.trim_matches(['[', ']']).replace(':', "-"));
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+        return Err(Failure::input(format!("`{name}` cannot name a cluster; use letters, digits and . _ -")));
+    }
+    let me: String = user_name().chars().take(NAME_MAX).collect();
+    let identity = block_on(async { Ok(net::join(&args.address, &token, &me).await?) })?;
+    let dir = places::login_dir(&name);
+    std::fs::create_dir_all(&dir).map_err(|e| Failure::io("create", &dir, &e))?;
+    identity.store(&dir).map_err(|e| Failure::io("write to", &dir, &e))?;
+    let login = json!(Login { addresses: vec![args.address.clone()] }).to_string();
+    let file = dir.join("cluster.json");
+    files::write_atomic(&file, login.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))?;
+    match args.json {
+        true => out::json(&json!({"name": name, "address": args.address, "cluster_id": identity.cluster_id})),
+        false => out::line(&format!("logged in; use it with --cluster {name}")),
+    }
+    Ok(exit::SUCCEEDED)
+}
+
+fn user_name() -> String {
+    let user = nix::unistd::User::from_uid(nix::unistd::getuid()).ok().flatten().map(|user| user.name);
+    user.unwrap_or_else(|| "client".to_owned())
+}

@@ -1,0 +1,83 @@
+//! `fleet status`: the cluster at a glance, or one job in full.
+
+use super::{ClusterArgs, jobs, nodes, submit};
+use crate::client::{block_on, unexpected};
+use crate::failure::Failure;
+use crate::{json, out, text};
+use fleet_common::exit;
+use fleet_common::ids::JobId;
+use fleet_common::protocol::{ClusterView, JobView, Reply, Request};
+use serde_json::json;
+
+/// Show the cluster, or one job
+#[derive(clap::Args)]
+pub struct Args {
+    /// A job, such as job-1
+    job: Option<JobId>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    let mut client = args.cluster.client()?;
+    block_on(async {
+        if let Some(job) = args.job {
+            let view = submit::job_view(&mut client, job).await?;
+            match args.cluster.json {
+                true => out::json(&json::job(&view)),
+                false => print_job(&view),
+            }
+            return Ok(exit::SUCCEEDED);
+        }
+        let cluster = match client.ask(Request::ClusterStatus).await? {
+            Reply::Cluster(view) => view,
+            other => return Err(unexpected(&other)),
+        };
+        let nodes = nodes::list(&mut client).await?;
+        let jobs = jobs::list(&mut client).await?;
+        if args.cluster.json {
+            let nodes: Vec<_> = nodes.iter().map(json::node_view).collect();
+            let jobs: Vec<_> = jobs.iter().map(json::job).collect();
+            out::json(&json!({"cluster": json::cluster_view(&cluster), "nodes": nodes, "jobs": jobs}));
+        } else {
+            print_cluster(&cluster);
+            out::line("");
+            nodes::print(&nodes);
+            out::line("");
+            jobs::print(&jobs);
+        }
+        Ok(exit::SUCCEEDED)
+    })
+}
+
+fn print_cluster(view: &ClusterView) {
+    let leader = view.leader.map_or("no leader".to_owned(), |leader| format!("leader {leader}"));
+    out::line(&format!("cluster {}: {leader}, term {}, log at {}", view.cluster_id, view.term, view.applied_index));
+    out::line(&format!("{} nodes, {} jobs running, {} queued", view.nodes, view.jobs_running, view.jobs_queued));
+    if let Some(why) = &view.read_only {
+        out::line(&format!("refuses changes: {why}"));
+    }
+}
+
+fn print_job(job: &JobView) {
+    out::line(&format!("{} {}: {}, {}", job.job, job.name, jobs::state_name(job.state), job.reason));
+    let node = job.node.map_or("no node yet".to_owned(), |node| node.to_string());
+    out::line(&format!("ranks: {} on {node}, generation {}", job.world_size, job.generation));
+    if job.total_steps > 0 {
+        let rate = job.tokens_per_s.map_or(String::new(), |rate| format!(", {} tokens/s", text::thousands(rate.max(0.0) as u64)));
+        out::line(&format!(
+            "step: {}/{}, loss {}, evaluation loss {}{rate}",
+            job.step,
+            job.total_steps,
+            text::loss(job.loss),
+            text::loss(job.eval_loss)
+        ));
+    }
+    if let Some(checkpoint) = &job.checkpoint {
+        out::line(&format!("checkpoint: {} (step {}, {}B)", checkpoint.path, checkpoint.step, text::short(checkpoint.bytes)));
+    }
+    if let Some(error) = &job.error {
+        out::line(&format!("error: {}", error.message));
+        error.last_lines.iter().for_each(|line| out::line(&format!("  | {line}")));
+    }
+}

@@ -1,0 +1,87 @@
+//! `fleet token create`: a token that lets a machine or a person join.
+
+use super::ClusterArgs;
+use crate::client::{block_on, unexpected};
+use crate::failure::Failure;
+use crate::out;
+use fleet_common::exit;
+use fleet_common::protocol::{Reply, Request, Role};
+use serde_json::json;
+
+/// Make tokens that let machines and people join
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// Make a token and print it; it is shown this once
+    Create(Create),
+}
+
+#[derive(clap::Args)]
+struct Create {
+    /// What its holder may be
+    #[arg(long, value_enum)]
+    role: Holder,
+    /// How long it is good for: 30m, 12h, 7d
+    #[arg(long, default_value = "24h", value_parser = seconds)]
+    ttl: u64,
+    /// How many times it can be used
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    uses: u32,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Holder {
+    Worker,
+    Client,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    let Action::Create(args) = args.action;
+    let role = match args.role {
+        Holder::Worker => Role::Worker,
+        Holder::Client => Role::Client,
+    };
+    let mut client = args.cluster.client()?;
+    let request = Request::CreateToken { role, ttl_s: args.ttl, uses: args.uses };
+    match block_on(client.change(request))? {
+        Reply::Token { text } if args.cluster.json => out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses})),
+        Reply::Token { text } => out::line(&text),
+        other => return Err(unexpected(&other)),
+    }
+    Ok(exit::SUCCEEDED)
+}
+
+/// `90`, `90s`, `30m`, `12h`, `7d` in seconds.
+fn seconds(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err("write it like 30m, 12h or 7d".to_owned()),
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).filter(|n| *n > 0);
+    seconds.ok_or_else(|| "write it like 30m, 12h or 7d".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_to_live_has_a_unit() {
+        assert_eq!([seconds("90"), seconds("2m"), seconds("12h"), seconds("1d")], [Ok(90), Ok(120), Ok(43_200), Ok(86_400)]);
+        for bad in ["", "h", "0", "5w", "-1h", "99999999999999999999d"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
+}

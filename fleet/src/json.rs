@@ -1,0 +1,184 @@
+//! Every JSON shape that `fleet` prints, in one place. A number that is not finite is written as null, so that each line stays valid JSON.
+
+use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::protocol::{CheckpointView, ClusterView, JobView, NodeView};
+use serde_json::{Map, Value, json};
+
+/// `cluster`: the first line of `fleet launch --json`.
+pub fn cluster(address: &str, http: &str, cluster_id: &str, directory: &str, pids: [(&str, Option<u32>); 3]) -> Value {
+    let pids: Map<String, Value> = pids.into_iter().map(|(name, pid)| (name.to_owned(), json!(pid))).collect();
+    json!({"event": "cluster", "address": address, "http": http, "cluster_id": cluster_id, "data_dir": directory, "pids": pids})
+}
+
+/// `node`: a process of the local cluster changed its state (`joined`, `lost`, `coordinator_restarted`).
+pub fn node(name: &str, state: &str, pid: Option<u32>, message: &str) -> Value {
+    json!({"event": "node", "node": name, "state": state, "pid": pid, "message": message})
+}
+
+/// `submitted`: the job has its number.
+pub fn submitted(job: &str, ranks: u32) -> Value {
+    json!({"event": "submitted", "job": job, "ranks": ranks})
+}
+
+/// One event of a job. `time` is the node's clock in milliseconds since 1970.
+pub fn event(event: &Event) -> Value {
+    let mut line = match &event.body {
+        EventBody::DataReady(data) => with_event("data", json!(data)),
+        EventBody::Started { step, parameters, device } => {
+            json!({"event": "started", "step": step, "parameters": parameters, "device": device})
+        }
+        EventBody::Step(step) => json!({
+            "event": "step", "step": step.step, "loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm,
+            "tokens_per_s": step.tokens_per_s, "total_steps": step.total_steps, "epoch": step.epoch,
+        }),
+        EventBody::Eval(eval) => json!({
+            "event": "eval", "step": eval.step, "loss": eval.loss, "bits_per_byte": eval.bits_per_byte, "tokens": eval.tokens,
+        }),
+        EventBody::Checkpoint(checkpoint) => with_event("checkpoint", record(checkpoint)),
+        EventBody::CheckpointFailed { step, error } => json!({"event": "checkpoint", "step": step, "path": null, "error": error}),
+        EventBody::Log { rank, level, line } => {
+            json!({"event": "log", "rank": rank, "level": level_name(*level), "line": line})
+        }
+        EventBody::Memory { rss_mib, pss_mib } => json!({"event": "memory", "rss_mib": rss_mib, "pss_mib": pss_mib}),
+        EventBody::Finished(outcome) => finished(outcome),
+    };
+    line["time"] = json!(event.unix_ms);
+    line
+}
+
+fn finished(outcome: &Outcome) -> Value {
+    match outcome {
+        Outcome::Succeeded { steps, final_loss, tokens_per_s } => json!({
+            "event": "finished", "status": "succeeded", "steps": steps, "final_loss": final_loss, "tokens_per_s": tokens_per_s,
+        }),
+        Outcome::Stopped { steps } => json!({"event": "finished", "status": "cancelled", "steps": steps}),
+        Outcome::Failed(error) => json!({"event": "finished", "status": "failed", "error": job_error(error)}),
+    }
+}
+
+fn record(checkpoint: &CheckpointRecord) -> Value {
+    json!({
+        "step": checkpoint.step, "path": checkpoint.path, "bytes": checkpoint.bytes, "loss": checkpoint.loss,
+        "manifest_sha256": checkpoint.manifest_sha256,
+    })
+}
+
+/// `error` of a summary.
+pub fn job_error(error: &JobError) -> Value {
+    json!({
+        "rank": error.rank, "node": error.node, "signal": error.signal, "exit_code": error.exit_code, "message": error.message,
+        "fault": error.fault, "last_lines": error.last_lines,
+    })
+}
+
+/// `error` of a summary where no rank is to blame.
+pub fn plain_error(message: &str, exit_code: Option<u8>) -> Value {
+    json!({"rank": null, "node": null, "signal": null, "exit_code": exit_code, "message": message})
+}
+
+/// What the last line of `fleet launch --json` says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Summary {
+    /// `succeeded`, `failed` or `cancelled`.
+    pub status: &'static str,
+    /// `job-1`; `None` where none was submitted.
+    pub job: Option<String>,
+    pub steps: u64,
+    pub final_loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub first_step_s: Option<f64>,
+    pub peak_rss_mib: Vec<u64>,
+    pub checkpoint: Option<String>,
+    pub error: Option<Value>,
+}
+
+pub fn summary(summary: &Summary) -> Value {
+    let mut line = json!({
+        "event": "summary", "status": summary.status, "job": summary.job, "steps": summary.steps,
+        "final_loss": summary.final_loss, "eval_loss": summary.eval_loss, "tokens_per_s": summary.tokens_per_s,
+        "first_step_s": summary.first_step_s, "peak_rss_mib": summary.peak_rss_mib, "checkpoint": summary.checkpoint,
+    });
+    if let Some(error) = &summary.error {
+        line["error"] = error.clone();
+    }
+    line
+}
+
+// ---- listings ---------------------------------------------------------------------------------------------------------
+
+/// As in the cluster's own views, with ids as people write them (`job-1`, `node-1`).
+pub fn job(view: &JobView) -> Value {
+    let mut value = json!(view);
+    value["job"] = json!(view.job.to_string());
+    value["node"] = json!(view.node.map(|node| node.to_string()));
+    // the canonical job is an object, not a text within a text
+    let job = value.as_object_mut().and_then(|object| object.shift_remove("job_json"));
+    if let Some(parsed) = job.and_then(|text| serde_json::from_str::<Value>(text.as_str()?).ok()) {
+        value["config"] = parsed;
+    }
+    value
+}
+
+pub fn node_view(view: &NodeView) -> Value {
+    let mut value = json!(view);
+    value["node"] = json!(view.node.to_string());
+    value
+}
+
+pub fn checkpoint(view: &CheckpointView) -> Value {
+    let mut value = record(&view.checkpoint);
+    value["job"] = json!(view.job.to_string());
+    value["run_name"] = json!(view.run_name);
+    value["unix_ms"] = json!(view.unix_ms);
+    value
+}
+
+pub fn cluster_view(view: &ClusterView) -> Value {
+    json!(view)
+}
+
+/// `info`, `warn`, `error`.
+pub fn level_name(level: Level) -> &'static str {
+    match level {
+        Level::Info => "info",
+        Level::Warn => "warn",
+        Level::Error => "error",
+    }
+}
+
+fn with_event(name: &str, fields: Value) -> Value {
+    let mut line = Map::new();
+    line.insert("event".to_owned(), json!(name));
+    if let Value::Object(fields) = fields {
+        line.extend(fields);
+    }
+    Value::Object(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet_common::events::Step;
+
+    #[test]
+    fn a_step_line_begins_as_documented_and_survives_numbers_that_are_not_finite() {
+        let step = Step { step: 3, total_steps: 9, epoch: 0.5, loss: f64::NAN, lr: 1e-3, grad_norm: f64::INFINITY, tokens_per_s: 12.5 };
+        let line = event(&Event { unix_ms: 5, body: EventBody::Step(step) }).to_string();
+        assert_eq!(
+            line,
+            r#"{"event":"step","step":3,"loss":null,"lr":0.001,"grad_norm":null,"tokens_per_s":12.5,"total_steps":9,"epoch":0.5,"time":5}"#
+        );
+    }
+
+    #[test]
+    fn a_summary_has_its_fields_in_order_and_an_error_only_when_there_is_one() {
+        let mut it = Summary { status: "succeeded", job: Some("job-1".into()), peak_rss_mib: vec![7, 8], ..Summary::default() };
+        assert_eq!(
+            summary(&it).to_string(),
+            r#"{"event":"summary","status":"succeeded","job":"job-1","steps":0,"final_loss":null,"eval_loss":null,"tokens_per_s":null,"first_step_s":null,"peak_rss_mib":[7,8],"checkpoint":null}"#
+        );
+        it.error = Some(plain_error("no", Some(2)));
+        assert_eq!(summary(&it)["error"]["message"], "no");
+    }
+}

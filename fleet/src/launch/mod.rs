@@ -1,0 +1,255 @@
+//! `fleet launch`: a cluster of this machine, one job, its progress, its exit code. Leaves no process behind.
+
+mod local;
+mod signals;
+mod work;
+
+use crate::client::{Client, Flow};
+use crate::cluster::Cluster;
+use crate::commands::submit;
+use crate::failure::Failure;
+use crate::json;
+use crate::out;
+use crate::places::Registration;
+use crate::report::{End, Report, Style};
+use fleet_common::events::Event;
+use fleet_common::exit;
+use fleet_common::ids::JobId;
+use fleet_common::protocol::{JobView, Reply, Request, SubmitJob};
+use local::{Incident, Local};
+use signals::Signals;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use work::Prepared;
+
+/// Train on this machine: brings up a cluster, runs one job, takes the cluster down
+///
+/// With `-- PROGRAM ARGS` it starts N copies of any program instead, with RANK, WORLD_SIZE and the rest as torchrun sets them.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Ranks to start; without it the job's `devices`, else one per accelerator, else one
+    #[arg(short = 'n', long = "ranks", alias = "nproc-per-node", alias = "nproc_per_node", value_name = "N")]
+    ranks: Option<u32>,
+    /// Job file: .toml, .yaml or .json
+    #[arg(required_unless_present = "program", conflicts_with = "program")]
+    job: Option<PathBuf>,
+    /// Replace a setting of the job file, such as --set data.path=FILE
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "program")]
+    sets: Vec<String>,
+    /// One JSON object per line on stdout, the summary last
+    #[arg(long)]
+    json: bool,
+    /// Where the local cluster keeps its state; without it a directory that is removed at the end
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Any program, as torchrun would start it
+    #[arg(last = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
+}
+
+/// The coordinator is restarted when it dies, so its absence is worth waiting out.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Events read ahead of the screen.
+const EVENTS_MAX: usize = 1024;
+/// After a second signal the cluster is told, but not waited for.
+const LAST_WORD: Duration = Duration::from_millis(300);
+
+pub fn run(args: Args, started_unix_ms: u64) -> Result<u8, Failure> {
+    let style = match (args.json, args.program.is_empty()) {
+        (true, _) => Style::Json,
+        (false, true) => Style::of_training(false),
+        (false, false) => Style::Program { ranks: args.ranks.unwrap_or_else(work::accelerators) },
+    };
+    let mut report = Report::new(style, Some(started_unix_ms));
+    let done = work::prepare(&args).and_then(|prepared| run_prepared(prepared, &args, &mut report));
+    match done {
+        Ok(code) => Ok(code),
+        Err(Failure { code, message }) if args.json => {
+            out::note(&format!("error: {message}"));
+            report.finish(End::Failed { message, code });
+            Ok(code)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<u8, Failure> {
+    for warning in &prepared.warnings {
+        report.note(&format!("warning: {warning}"));
+    }
+    // children die with the thread that started them: this runtime is the main thread, which lives as long as the process
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| Failure::environment(format!("cannot start: {e}")))?;
+    let done = runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let mut entry = Registration::enter(args.data_dir.as_deref())?;
+        let mut local = Local::new(&entry.launch.data_dir, prepared.submit.world_size)?;
+        let done = session(&mut local, &mut signals, prepared, report).await;
+        local.end(&mut signals).await;
+        if !matches!(done, Ok(exit::SUCCEEDED)) {
+            entry.keep();
+        }
+        done
+    });
+    runtime.shutdown_background();
+    done
+}
+
+/// What the tasks that talk to the coordinator tell the main loop.
+enum News {
+    Submitted(JobId),
+    Event(Box<Event>),
+    Ended(Box<JobView>),
+    Failed(Failure),
+}
+
+async fn session(
+    local: &mut Local,
+    signals: &mut Signals,
+    prepared: Prepared,
+    report: &mut Report,
+) -> Result<u8, Failure> {
+    let Prepared { submit, program, .. } = prepared;
+    let ranks = submit.world_size;
+    let started = tokio::select! {
+        started = local.start() => started?,
+        signal = signals.next() => {
+            report.finish(End::Cancelled);
+            return Ok(signal.exit_code());
+        }
+    };
+    report.say(&started.as_json(), &started.as_text());
+
+    let (tell, mut news) = mpsc::channel(EVENTS_MAX);
+    let cluster = Cluster::in_data_dir(local.data_dir());
+    tokio::spawn(converse(cluster.clone(), submit, tell));
+
+    let mut job = None;
+    let mut stopped_by = None;
+    loop {
+        tokio::select! {
+            item = news.recv() => match item {
+                Some(News::Submitted(id)) => {
+                    job = Some(id);
+                    report.submitted(&id.to_string(), ranks);
+                }
+                Some(News::Event(event)) => report.event(&event),
+                Some(News::Ended(view)) => {
+                    let code = exit_code(&view, program, stopped_by);
+                    report.finish(End::Job(view));
+                    return Ok(code);
+                }
+                Some(News::Failed(failure)) => return Ok(failed(report, failure)),
+                None => return Ok(failed(report, Failure::unreachable("the coordinator's answers ended early"))),
+            },
+            incident = local.incident() => match incident {
+                Incident::NodeJoined { node, pid } => {
+                    if report.is_json() {
+                        report.say(&json::node(&node, "joined", Some(pid), "the node is registered"), "");
+                    }
+                }
+                Incident::CoordinatorRestarted { pid, why } => {
+                    let text = format!("the coordinator ended ({why}) and was started again; the ranks go on");
+                    report.say(&json::node("coordinator", "restarted", Some(pid), &text), &format!("warning: {text}"));
+                }
+                Incident::Lost(failure) => return Ok(failed(report, failure)),
+            },
+            signal = signals.next() => match (job, stopped_by) {
+                (Some(job), None) => {
+                    stopped_by = Some(signal.exit_code());
+                    report.note(&format!("{}: stopping after a checkpoint; once more stops at once", signal.name()));
+                    tokio::spawn(cancel(cluster.clone(), job, false, PATIENCE));
+                }
+                (None, None) => {
+                    report.finish(End::Cancelled);
+                    return Ok(signal.exit_code());
+                }
+                (_, Some(code)) => {
+                    if let Some(job) = job {
+                        // the checkpoint that may be half written is left behind by the ranks' end; the last valid one stays
+                        let _ = tokio::time::timeout(LAST_WORD, cancel(cluster, job, true, LAST_WORD)).await;
+                    }
+                    report.finish(End::Cancelled);
+                    return Ok(code);
+                }
+            },
+        }
+    }
+}
+
+/// Submits the job and passes its events on until it has ended.
+async fn converse(cluster: Cluster, submit: SubmitJob, tell: mpsc::Sender<News>) {
+    let mut client = Client::patient(cluster, PATIENCE);
+    let last = match talk(&mut client, submit, &tell).await {
+        Ok(view) => News::Ended(Box::new(view)),
+        Err(failure) => News::Failed(failure),
+    };
+    let _ = tell.send(last).await;
+}
+
+async fn talk(client: &mut Client, submit: SubmitJob, tell: &mpsc::Sender<News>) -> Result<JobView, Failure> {
+    let job = submit::submit(client, submit).await?;
+    let _ = tell.send(News::Submitted(job)).await;
+    let mut from = 1;
+    loop {
+        // a watch hands events to a plain function; this one puts them into the channel as there is room
+        let (pass, mut passed) = mpsc::unbounded_channel();
+        let watch = async {
+            let mut seen = 0;
+            let watched = client
+                .watch(job, from, true, |event| {
+                    seen += 1;
+                    match pass.send(event) {
+                        Ok(()) => Flow::Continue,
+                        Err(_) => Flow::Stop,
+                    }
+                })
+                .await;
+            drop(pass);
+            watched.map(|()| seen)
+        };
+        let forward = async {
+            while let Some(event) = passed.recv().await {
+                let _ = tell.send(News::Event(Box::new(event))).await;
+            }
+        };
+        let (seen, ()) = tokio::join!(watch, forward);
+        from += seen?;
+        let view = submit::job_view(client, job).await?;
+        if view.state.is_final() {
+            return Ok(view);
+        }
+    }
+}
+
+async fn cancel(cluster: Cluster, job: JobId, now: bool, patience: Duration) {
+    let mut client = Client::patient(cluster, patience);
+    match client.change(Request::Cancel { job, now }).await {
+        // a job that has ended meanwhile cannot be cancelled, and need not be
+        Ok(Reply::CancelAccepted) | Err(Failure { code: exit::REFUSED_INPUT, .. }) => {}
+        Ok(other) => out::note(&format!("warning: {}", crate::client::unexpected(&other))),
+        Err(failure) => out::note(&format!("warning: the job could not be told to stop: {failure}")),
+    }
+}
+
+fn failed(report: &mut Report, failure: Failure) -> u8 {
+    let Failure { message, code } = failure;
+    report.finish(End::Failed { message, code });
+    code
+}
+
+/// A signal's code where one stopped the job; else the job's; for a program its own, as a shell would give it.
+fn exit_code(view: &JobView, program: bool, stopped_by: Option<u8>) -> u8 {
+    use fleet_common::protocol::JobState;
+    if let (JobState::Cancelled, Some(code)) = (view.state, stopped_by) {
+        return code;
+    }
+    let own = view.error.as_ref().filter(|_| program).and_then(|error| match (error.signal, error.exit_code) {
+        (Some(signal), _) => u8::try_from(128 + signal).ok(),
+        (None, Some(code)) => u8::try_from(code).ok().filter(|code| *code != 0),
+        (None, None) => None,
+    });
+    own.unwrap_or_else(|| submit::exit_code(view))
+}

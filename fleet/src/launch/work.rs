@@ -1,0 +1,73 @@
+//! The command line of a launch into what is submitted. Everything that can be refused without starting anything is refused here.
+
+use super::Args;
+use crate::failure::Failure;
+use crate::programs;
+use fleet_common::job::{self, Warning};
+use fleet_common::protocol::{Program, SubmitJob, Work};
+use std::ffi::OsStr;
+use std::path::Path;
+
+/// The worker's own limit of slots on one machine.
+const RANKS_MAX: u32 = 64;
+
+pub struct Prepared {
+    pub submit: SubmitJob,
+    pub program: bool,
+    pub warnings: Vec<Warning>,
+}
+
+pub fn prepare(args: &Args) -> Result<Prepared, Failure> {
+    let prepared = match &args.job {
+        Some(path) => training(path, args)?,
+        None => program(args)?,
+    };
+    let ranks = prepared.submit.world_size;
+    if !(1..=RANKS_MAX).contains(&ranks) {
+        return Err(Failure::input(format!("{ranks} ranks: one machine runs 1 to {RANKS_MAX}")));
+    }
+    // looked for before anything is started
+    for name in ["coordinator", "worker"] {
+        programs::beside(name)?;
+    }
+    if !prepared.program {
+        programs::beside("fleet-rank")?;
+    }
+    Ok(prepared)
+}
+
+fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
+    let (mut job, mut warnings) = job::load(path, &args.sets, &here()?)?;
+    let (world_size, warning) = job.settle_ranks(args.ranks)?;
+    warnings.extend(warning);
+    Ok(Prepared { submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() } }, program: false, warnings })
+}
+
+fn program(args: &Args) -> Result<Prepared, Failure> {
+    let argv = args.program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
+    let working_dir = utf8(here()?.as_os_str(), "the current directory")?;
+    // what is not UTF-8 cannot be passed on through the cluster
+    let env = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let program = Program { argv, working_dir, env: env.collect() };
+    let world_size = args.ranks.unwrap_or_else(accelerators);
+    Ok(Prepared { submit: SubmitJob { world_size, work: Work::Program(program) }, program: true, warnings: Vec::new() })
+}
+
+fn here() -> Result<std::path::PathBuf, Failure> {
+    std::env::current_dir().map_err(|e| Failure::environment(format!("the current directory cannot be used: {e}")))
+}
+
+fn utf8(text: &OsStr, what: &str) -> Result<String, Failure> {
+    let bad = || Failure::input(format!("{what} {} is not UTF-8", text.to_string_lossy()));
+    text.to_str().map(str::to_owned).ok_or_else(bad)
+}
+
+/// CUDA devices of this machine, at least 1.
+pub fn accelerators() -> u32 {
+    let names = std::fs::read_dir("/dev").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let is_gpu = |name: &std::ffi::OsString| {
+        let number = name.to_str().and_then(|name| name.strip_prefix("nvidia"));
+        number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+    };
+    u32::try_from(names.filter(is_gpu).count()).unwrap_or(1).max(1)
+}

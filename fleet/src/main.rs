@@ -1,0 +1,70 @@
+//! `fleet`: the command line. Starts in milliseconds; links neither torch nor raft nor RocksDB, but starts the programs that do.
+
+mod client;
+mod cluster;
+mod commands;
+mod failure;
+mod json;
+mod launch;
+mod out;
+mod places;
+mod programs;
+mod report;
+mod sequence;
+mod text;
+
+use clap::{Parser, Subcommand};
+use failure::Failure;
+use fleet_common::telemetry::{self, LogFormat};
+use std::process::ExitCode;
+
+/// Trains neural networks on a cluster.
+#[derive(Parser)]
+#[command(name = "fleet", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Launch(launch::Args),
+    Submit(commands::submit::Args),
+    Status(commands::status::Args),
+    Jobs(commands::jobs::Args),
+    Nodes(commands::nodes::Args),
+    Logs(commands::logs::Args),
+    Cancel(commands::cancel::Args),
+    Checkpoints(commands::checkpoints::Args),
+    Token(commands::token::Args),
+    Login(commands::login::Args),
+    Generate(commands::generate::Args),
+    Config(commands::config::Args),
+}
+
+fn main() -> ExitCode {
+    let started_unix_ms = places::unix_ms();
+    let cli = Cli::parse();
+    telemetry::init(LogFormat::Human, "warn");
+    let done = match cli.command {
+        Command::Launch(args) => launch::run(args, started_unix_ms),
+        Command::Submit(args) => commands::submit::run(args),
+        Command::Status(args) => commands::status::run(args),
+        Command::Jobs(args) => commands::jobs::run(args),
+        Command::Nodes(args) => commands::nodes::run(args),
+        Command::Logs(args) => commands::logs::run(args),
+        Command::Cancel(args) => commands::cancel::run(args),
+        Command::Checkpoints(args) => commands::checkpoints::run(args),
+        Command::Token(args) => commands::token::run(args),
+        Command::Login(args) => commands::login::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Config(args) => commands::config::run(args),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(Failure { code, message }) => {
+            out::note(&format!("error: {message}"));
+            ExitCode::from(code)
+        }
+    }
+}

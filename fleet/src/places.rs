@@ -1,0 +1,181 @@
+//! Where fleet keeps its own state on this machine: running launches and the clusters that `fleet login` joined.
+
+use crate::failure::Failure;
+use fleet_common::files;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Directories of ended launches that are kept, for their logs.
+const ENDED_KEPT: usize = 3;
+
+/// `${XDG_STATE_HOME:-~/.local/state}/fleet`; without a home a directory of this user below the temporary one.
+pub fn state_dir() -> PathBuf {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_STATE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .unwrap_or_else(|| std::env::temp_dir().join(format!("fleet-{}", nix::unistd::getuid())))
+        .join("fleet")
+}
+
+/// The directory of a cluster that `fleet login` knows by `name`.
+pub fn login_dir(name: &str) -> PathBuf {
+    state_dir().join("clusters").join(name)
+}
+
+pub fn launches_dir() -> PathBuf {
+    state_dir().join("launches")
+}
+
+/// One `fleet launch`, in `launches/NAME/launch.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    pub name: String,
+    pub pid: u32,
+    /// Tells the process from a later one with the same number.
+    pub pid_start: Option<u64>,
+    pub started_unix_ms: u64,
+    /// The coordinator's data directory.
+    pub data_dir: PathBuf,
+}
+
+/// A running launch's entry; taken out when dropped.
+#[derive(Debug)]
+pub struct Registration {
+    pub launch: Launch,
+    dir: PathBuf,
+    own_data: bool,
+    keep: bool,
+}
+
+impl Registration {
+    /// Enters this process. Without a `data_dir` it gets one below the entry.
+    pub fn enter(data_dir: Option<&Path>) -> Result<Registration, Failure> {
+        Registration::enter_in(&launches_dir(), data_dir)
+    }
+
+    fn enter_in(launches: &Path, data_dir: Option<&Path>) -> Result<Registration, Failure> {
+        prune(launches);
+        let (pid, started_unix_ms) = (std::process::id(), unix_ms());
+        let name = format!("{started_unix_ms}-{pid}");
+        let dir = launches.join(&name);
+        let data = match data_dir {
+            Some(given) => std::path::absolute(given).map_err(|e| Failure::io("use", given, &e))?,
+            None => dir.join("data"),
+        };
+        for path in [&dir, &data] {
+            std::fs::create_dir_all(path).map_err(|e| Failure::io("create", path, &e))?;
+        }
+        let launch = Launch { name, pid, pid_start: pid_start(pid), started_unix_ms, data_dir: data };
+        let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
+        let file = dir.join("launch.json");
+        files::write_atomic(&file, text.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))?;
+        Ok(Registration { launch, dir, own_data: data_dir.is_none(), keep: false })
+    }
+
+    /// Leaves the data directory in place after the end, because somebody may want to read its logs.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.dir.join("launch.json"));
+        if !(self.own_data && self.keep) {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// The launches that run, newest first.
+pub fn running() -> Vec<Launch> {
+    running_in(&launches_dir())
+}
+
+fn running_in(launches: &Path) -> Vec<Launch> {
+    let mut found: Vec<Launch> = directories(launches).iter().filter_map(|dir| read(dir)).filter(is_running).collect();
+    found.sort_by_key(|launch| std::cmp::Reverse(launch.started_unix_ms));
+    found
+}
+
+fn read(dir: &Path) -> Option<Launch> {
+    serde_json::from_slice(&std::fs::read(dir.join("launch.json")).ok()?).ok()
+}
+
+fn is_running(launch: &Launch) -> bool {
+    is_alive(launch.pid) && (launch.pid_start.is_none() || launch.pid_start == pid_start(launch.pid))
+}
+
+/// Removes what older launches left, but for the newest few.
+fn prune(launches: &Path) {
+    let mut ended: Vec<PathBuf> =
+        directories(launches).into_iter().filter(|dir| !read(dir).is_some_and(|l| is_running(&l))).collect();
+    ended.sort();
+    for dir in ended.iter().rev().skip(ENDED_KEPT) {
+        // entered a moment ago and not yet written
+        let age = dir.metadata().and_then(|m| m.modified()).ok().and_then(|m| m.elapsed().ok());
+        if age.is_some_and(|age| age.as_secs() > 60) {
+            let _ = std::fs::remove_dir_all(dir);
+        }
+    }
+}
+
+fn directories(parent: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+}
+
+pub fn is_alive(pid: u32) -> bool {
+    let Ok(pid) = i32::try_from(pid) else { return false };
+    !matches!(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None), Err(nix::errno::Errno::ESRCH))
+}
+
+/// When a process started, in the kernel's ticks since boot; only Linux says it.
+pub fn pid_start(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // the second field is the name in brackets and may hold spaces; the start is the 22nd
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_is_found_while_it_runs_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = Registration::enter_in(dir.path(), None).unwrap();
+        assert_eq!(running_in(dir.path()), [entry.launch.clone()]);
+        assert!(entry.launch.data_dir.is_dir());
+        drop(entry);
+        assert_eq!(running_in(dir.path()), []);
+        assert_eq!(directories(dir.path()), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn a_failed_launch_keeps_its_logs_but_is_not_running() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut entry = Registration::enter_in(dir.path(), None).unwrap();
+        let data = entry.launch.data_dir.clone();
+        entry.keep();
+        drop(entry);
+        assert!(data.is_dir());
+        assert_eq!(running_in(dir.path()), []);
+    }
+
+    #[test]
+    fn a_given_directory_is_never_removed_and_a_dead_process_is_not_running() {
+        let (dir, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let entry = Registration::enter_in(dir.path(), Some(data.path())).unwrap();
+        let mut other = entry.launch.clone();
+        other.pid_start = Some(1);
+        assert!(is_running(&entry.launch) && !is_running(&other));
+        drop(entry);
+        assert!(data.path().is_dir());
+    }
+}
