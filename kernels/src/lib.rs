@@ -12,12 +12,37 @@
 //!
 //! # Panics
 //! Slices whose lengths do not fit together are a bug of the caller: every kernel checks them once and panics.
+#![allow(unsafe_code)] // intrinsics; each block says why it is sound
 
+mod adamw;
+mod attention;
+mod cross_entropy;
 mod element;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod math;
 pub mod reference;
+mod rms_norm;
+mod rope;
 mod shapes;
+mod simd;
+mod softmax;
+mod swiglu;
+#[cfg(test)]
+mod testing;
 
+pub use adamw::adamw;
+pub use attention::{attention, attention_backward, attention_decode};
+pub use cross_entropy::{cross_entropy, cross_entropy_loss, cross_entropy_to};
 pub use element::Element;
+pub use elementwise::{add, all_finite, convert, max_abs, scale, sum_squares};
+pub use embedding::{embedding, embedding_backward};
+pub use gemm::gemm;
 pub use half::bf16;
-pub use reference::*;
+pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
+pub use rope::{merge_heads, merge_qkv_backward, rope, rope_backward, split_heads, split_qkv};
 pub use shapes::{AdamWStep, Heads, IGNORED, Matrix, RopeTable, Scratch, Store, split};
+pub use simd::Level;
+pub use softmax::{causal_softmax, causal_softmax_backward};
+pub use swiglu::{swiglu, swiglu_backward};

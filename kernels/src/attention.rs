@@ -1,0 +1,2 @@
+//! Skeleton.
+pub use crate::reference::{attention, attention_backward, attention_decode};

@@ -1,0 +1,163 @@
+//! Cross-entropy of logits `[rows, V]` with one target per row, loss and gradient in one visit. Rows whose target is
+//! [`IGNORED`] have no loss and a zero gradient. The loss is a sum: `scale` carries the mean over the global batch.
+
+use crate::element::{load, store};
+use crate::math::exp;
+use crate::simd::{Vector, simd_fn};
+use crate::softmax::log_sum_exp;
+use crate::{Element, IGNORED};
+
+/// Columns, after checking that lengths fit and targets exist.
+fn vocabulary(logits: usize, targets: &[i64]) -> usize {
+    if targets.is_empty() {
+        assert_eq!(logits, 0, "cross_entropy: logits without targets");
+        return 1;
+    }
+    assert!(
+        logits > 0 && logits.is_multiple_of(targets.len()),
+        "cross_entropy: {logits} logits, {} targets",
+        targets.len()
+    );
+    let vocab = logits / targets.len();
+    let bad = targets.iter().find(|t| **t != IGNORED && !(0..vocab as i64).contains(*t));
+    assert!(bad.is_none(), "cross_entropy: target {bad:?} of {vocab}");
+    vocab
+}
+
+/// What a row's loss and gradient are made of.
+struct Row {
+    max: f32,
+    log: f64,
+    at_target: f32,
+}
+
+impl Row {
+    #[inline(always)]
+    fn new<V: Vector, L: Element>(logits: &[L], target: i64) -> Row {
+        let (max, log) = log_sum_exp::<V, L>(logits, 1.0);
+        Row { max, log, at_target: logits[target as usize].to_f32() }
+    }
+    /// Logarithm of the target's probability.
+    #[inline(always)]
+    fn log_probability(&self) -> f64 {
+        f64::from(self.at_target - self.max) - self.log
+    }
+    /// Probability times `scale`: the gradient of all logits but the target's.
+    #[inline(always)]
+    fn gradient<V: Vector>(&self, logit: V, scale: f32) -> V {
+        exp(logit.sub(V::splat(self.max)).sub(V::splat(self.log as f32))).mul(V::splat(scale))
+    }
+    #[inline(always)]
+    fn gradient_of_target<G: Element>(&self, scale: f32) -> G {
+        G::from_f32((self.log_probability().exp_m1() * f64::from(scale)) as f32)
+    }
+}
+
+simd_fn! {
+    /// Sum of the losses, without a gradient.
+    pub fn cross_entropy_loss<V, L: Element>(logits: &[L], targets: &[i64]) -> f64 {
+        let vocab = vocabulary(logits.len(), targets);
+        let mut loss = 0.0;
+        for (row, target) in logits.chunks_exact(vocab).zip(targets) {
+            if *target != IGNORED {
+                loss -= Row::new::<V, L>(row, *target).log_probability();
+            }
+        }
+        loss
+    }
+}
+
+simd_fn! {
+    /// Sum of the losses; the logits become their gradient times `scale`.
+    pub fn cross_entropy<V, L: Element>(logits: &mut [L], targets: &[i64], scale: f32) -> f64 {
+        let vocab = vocabulary(logits.len(), targets);
+        let mut loss = 0.0;
+        for (row, target) in logits.chunks_exact_mut(vocab).zip(targets) {
+            if *target == IGNORED {
+                row.fill(L::default());
+                continue;
+            }
+            let this = Row::new::<V, L>(row, *target);
+            loss -= this.log_probability();
+            for i in (0..vocab).step_by(V::LANES) {
+                let v: V = load(&row[i..]);
+                store(this.gradient(v, scale), &mut row[i..]);
+            }
+            row[*target as usize] = this.gradient_of_target(scale);
+        }
+        loss
+    }
+}
+
+simd_fn! {
+    /// Sum of the losses; the gradient times `scale` goes to `grad: [rows, V]`, the logits stay.
+    pub fn cross_entropy_to<V, L: Element, G: Element>(logits: &[L], targets: &[i64], scale: f32, grad: &mut [G]) -> f64 {
+        let vocab = vocabulary(logits.len(), targets);
+        assert_eq!(logits.len(), grad.len(), "cross_entropy_to: length of grad");
+        let mut loss = 0.0;
+        for ((row, grad), target) in logits.chunks_exact(vocab).zip(grad.chunks_exact_mut(vocab)).zip(targets) {
+            if *target == IGNORED {
+                grad.fill(G::default());
+                continue;
+            }
+            let this = Row::new::<V, L>(row, *target);
+            loss -= this.log_probability();
+            for i in (0..vocab).step_by(V::LANES) {
+                store(this.gradient::<V>(load(&row[i..]), scale), &mut grad[i..]);
+            }
+            grad[*target as usize] = this.gradient_of_target(scale);
+        }
+        loss
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::at_every_level;
+    use crate::testing::*;
+    use crate::{bf16, reference};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn equals_its_oracle(rows in 0usize..6, vocab in 1usize..200, seed: u64) {
+            let pick = |r: usize| (seed.rotate_left(7 * r as u32) % (vocab as u64 + 1)) as i64;
+            let targets: Vec<i64> =
+                (0..rows).map(pick).map(|t| if t == vocab as i64 { IGNORED } else { t }).collect();
+            at_every_level(|| {
+                let logits: Vec<f32> = numbers::<f32>(seed, rows * vocab).iter().map(|v| v * 20.0).collect();
+                let (mut grad, mut exact) = (logits.clone(), logits.clone());
+                let loss = cross_entropy(&mut grad, &targets, 0.25);
+                let loss_exact = reference::cross_entropy(&mut exact, &targets, 0.25);
+                assert!((loss - loss_exact).abs() <= 1e-6 * loss_exact + 1e-5, "{loss} is not {loss_exact}");
+                assert_close(&grad, &exact, 5e-6, 2e-7); // where p is near 1, p - 1 has an absolute error
+                assert_eq!(cross_entropy_loss(&logits, &targets), loss);
+
+                let mut separate = vec![bf16::ZERO; logits.len()];
+                let mut exact = separate.clone();
+                assert_eq!(cross_entropy_to(&logits, &targets, 0.25, &mut separate), loss);
+                reference::cross_entropy_to(&logits, &targets, 0.25, &mut exact);
+                assert_close(&separate, &exact, BF16_STEP, 2e-7);
+            });
+        }
+    }
+
+    #[test]
+    fn extreme_logits_give_finite_losses_and_nan_shows() {
+        at_every_level(|| {
+            let mut row = [1e30, -1e30, 0.0, f32::NEG_INFINITY];
+            assert_eq!(cross_entropy(&mut row, &[0], 1.0), 0.0);
+            assert_eq!(row, [0.0; 4]);
+            let mut row = [0.0, f32::NAN];
+            assert!(cross_entropy(&mut row, &[0], 1.0).is_nan());
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "target Some(3) of 3")]
+    fn a_target_outside_the_vocabulary_is_refused() {
+        cross_entropy(&mut [0.0; 3], &[3], 1.0);
+    }
+}

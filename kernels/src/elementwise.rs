@@ -1,0 +1,140 @@
+//! Kernels over flat buffers, one number at a time, and reductions of them. The loops are plain: the compiler vectorises
+//! them for each level, and every reduction has a fixed number of lanes, so its bits are the same at every level.
+
+use crate::Element;
+use crate::simd::simd_fn;
+
+/// Lanes of the reductions.
+const LANES: usize = 16;
+
+simd_fn! {
+    /// `x *= factor`.
+    pub fn scale<V>(x: &mut [f32], factor: f32) {
+        for x in x {
+            *x *= factor;
+        }
+    }
+}
+
+simd_fn! {
+    /// `x += y`.
+    pub fn add<V, T: Element>(x: &mut [f32], y: &[T]) {
+        assert_eq!(x.len(), y.len(), "add: lengths differ");
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y.to_f32();
+        }
+    }
+}
+
+simd_fn! {
+    /// `y = x` in the format of `y`.
+    pub fn convert<V, I: Element, O: Element>(x: &[I], y: &mut [O]) {
+        assert_eq!(x.len(), y.len(), "convert: lengths differ");
+        for (x, y) in x.iter().zip(y) {
+            *y = O::from_f32(x.to_f32());
+        }
+    }
+}
+
+simd_fn! {
+    /// Sum of squares in f64. The same bits on every machine; for a sum that does not depend on how a buffer is divided,
+    /// add the sums of fixed parts of it in a fixed order.
+    pub fn sum_squares<V, T: Element>(x: &[T]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let chunks = x.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                let value = f64::from(value.to_f32());
+                *lane += value * value;
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane += f64::from(value.to_f32()).powi(2);
+        }
+        lanes.iter().sum()
+    }
+}
+
+simd_fn! {
+    /// Largest magnitude; NaN if there is any NaN; 0 for nothing.
+    pub fn max_abs<V, T: Element>(x: &[T]) -> f32 {
+        // Magnitudes of floats are ordered as their bits are, infinity after all numbers and NaN after infinity.
+        let mut lanes = [0u32; LANES];
+        let chunks = x.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane = (*lane).max(value.to_f32().to_bits() & 0x7fff_ffff);
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane = (*lane).max(value.to_f32().to_bits() & 0x7fff_ffff);
+        }
+        f32::from_bits(lanes.into_iter().fold(0, u32::max))
+    }
+}
+
+/// Whether there is neither NaN nor infinity.
+pub fn all_finite<T: Element>(x: &[T]) -> bool {
+    max_abs(x).is_finite()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::at_every_level;
+    use crate::testing::*;
+    use crate::{bf16, reference};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn equal_their_oracles(len in 0usize..300, seed: u64) {
+            at_every_level(|| {
+                let (x, y, z) = (numbers::<f32>(seed, len), numbers::<f32>(seed ^ 1, len), numbers::<bf16>(seed ^ 2, len));
+                let (mut fast, mut exact) = (x.clone(), x.clone());
+                add(&mut fast, &y);
+                add(&mut fast, &z);
+                scale(&mut fast, 0.3);
+                reference::add(&mut exact, &y);
+                reference::add(&mut exact, &z);
+                reference::scale(&mut exact, 0.3);
+                assert_eq!(fast, exact);
+                let (mut fast, mut exact) = (vec![bf16::ZERO; len], vec![bf16::ZERO; len]);
+                convert(&x, &mut fast);
+                reference::convert(&x, &mut exact);
+                assert_eq!(fast, exact);
+                let (mut fast, mut exact) = (vec![0.0f32; len], vec![0.0f32; len]);
+                convert(&z, &mut fast);
+                reference::convert(&z, &mut exact);
+                assert_eq!(fast, exact);
+                let (sum, exact) = (sum_squares(&x), reference::sum_squares(&x));
+                assert!((sum - exact).abs() <= 1e-13 * exact, "{sum} is not {exact}");
+                assert_eq!((max_abs(&x), max_abs(&z)), (reference::max_abs(&x), reference::max_abs(&z)));
+            });
+        }
+    }
+
+    #[test]
+    fn the_sum_of_squares_is_the_same_at_every_level() {
+        let x = numbers::<f32>(5, 10_007);
+        let best = sum_squares(&x);
+        at_every_level(|| assert_eq!(sum_squares(&x).to_bits(), best.to_bits()));
+    }
+
+    #[test]
+    fn one_bad_number_is_found_wherever_it_is() {
+        at_every_level(|| {
+            for at in 0..70 {
+                let mut x = numbers::<f32>(at as u64, 70);
+                assert!(all_finite(&x));
+                x[at] = f32::NEG_INFINITY;
+                assert!(!all_finite(&x) && max_abs(&x) == f32::INFINITY);
+                x[at] = -f32::NAN;
+                assert!(!all_finite(&x) && max_abs(&x).is_nan());
+            }
+        });
+    }
+}

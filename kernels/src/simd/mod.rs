@@ -1,0 +1,169 @@
+//! One vector of f32 numbers, in the widths that machines have, and the choice between them at run time.
+//!
+//! A kernel is written once, generic over [`Vector`], by [`simd_fn!`]; the macro compiles it for every level and calls the
+//! best. Plain loops in such a kernel are vectorised by the compiler for the same level.
+
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
+pub mod plain;
+
+use std::sync::OnceLock;
+
+/// What the CPU can do. Ordered from least to most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Plain,
+    /// AVX2 with FMA: 8 lanes.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL: 16 lanes.
+    Avx512,
+}
+
+impl Level {
+    /// The best level of this machine.
+    pub fn best() -> Level {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(detect)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Level {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let avx512 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    match (avx2, avx512) {
+        (true, true) => Level::Avx512,
+        (true, false) => Level::Avx2,
+        (false, _) => Level::Plain,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect() -> Level {
+    Level::Plain
+}
+
+/// The level that kernels use in this thread: the best, unless a test forces a lower one.
+#[cfg(not(test))]
+#[inline]
+pub fn level() -> Level {
+    Level::best()
+}
+
+#[cfg(test)]
+pub use forced::{at_every_level, level};
+
+#[cfg(test)]
+mod forced {
+    use super::Level;
+    use std::cell::Cell;
+
+    thread_local!(static FORCED: Cell<Option<Level>> = const { Cell::new(None) });
+
+    pub fn level() -> Level {
+        FORCED.get().unwrap_or(Level::best())
+    }
+
+    /// Runs a test at each level that this machine has, and says which it has not.
+    pub fn at_every_level(test: impl Fn()) {
+        for level in [Level::Plain, Level::Avx2, Level::Avx512] {
+            if level > Level::best() {
+                println!("skipped {level:?}: this CPU has only {:?}", Level::best());
+                continue;
+            }
+            FORCED.set(Some(level));
+            test();
+            FORCED.set(None);
+        }
+    }
+}
+
+/// `LANES` numbers of f32. All loads and stores are unaligned.
+///
+/// The implementations for AVX2 and AVX-512 may only be used in code that is compiled for, and runs on, such a CPU;
+/// [`simd_fn!`] sees to both, and nothing else names them.
+pub trait Vector: Copy {
+    const LANES: usize;
+
+    /// # Safety
+    /// `LANES` numbers are readable at `from`.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// `LANES` numbers are writable at `to`.
+    unsafe fn store(self, to: *mut f32);
+    /// Widens bf16.
+    /// # Safety
+    /// `LANES` numbers are readable at `from`.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Rounds to the nearest bf16, ties to even; a NaN stays one.
+    /// # Safety
+    /// `LANES` numbers are writable at `to`.
+    unsafe fn store_bf16(self, to: *mut u16);
+
+    fn splat(value: f32) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// `self * a + b`; one rounding where the CPU has it.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    /// `self > other ? self : other`: the other when either is NaN.
+    fn max(self, other: Self) -> Self;
+    /// `self < other ? self : other`: the other when either is NaN.
+    fn min(self, other: Self) -> Self;
+    fn sqrt(self) -> Self;
+    /// To the nearest whole number, ties to even.
+    fn round(self) -> Self;
+    /// 2 to the power of `self`, a whole number in -126..=127.
+    fn exp2_whole(self) -> Self;
+    /// `self < limit ? 0 : value`.
+    fn zero_where_less(self, limit: Self, value: Self) -> Self;
+    /// Sum of the lanes.
+    fn sum(self) -> f32;
+    /// Largest of the lanes.
+    fn max_lane(self) -> f32;
+}
+
+/// Defines a kernel for all levels. The first generic parameter names the vector; it is not part of the signature.
+macro_rules! simd_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident<$V:ident $(, $G:ident: $bound:ident)* $(,)?>
+        ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name<$($G: $bound),*>($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<$V: $crate::simd::Vector, $($G: $bound),*>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2<$($G: $bound),*>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::avx2::F32x8, $($G),*>($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn avx512<$($G: $bound),*>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::avx512::F32x16, $($G),*>($($arg),*)
+            }
+
+            match $crate::simd::level() {
+                // SAFETY: the level is chosen only when the CPU has these features.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx512 => unsafe { avx512::<$($G),*>($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx2 => unsafe { avx2::<$($G),*>($($arg),*) },
+                _ => body::<$crate::simd::plain::F32x8, $($G),*>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use simd_fn;
