@@ -61,6 +61,21 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     }
 }
 
+/// Encodes a record that stays on this machine's disk and may be larger than a frame, such as a snapshot of the state.
+pub fn encode_record<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
+    bincode::serde::encode_to_vec(value, bincode::config::standard()).map_err(CodecError::Encode)
+}
+
+/// Decodes what `encode_record` wrote. Only for bytes whose checksum was verified: there is no limit on sizes.
+pub fn decode_record<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+    let (value, used) =
+        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).map_err(CodecError::Decode)?;
+    match bytes.len() - used {
+        0 => Ok(value),
+        extra => Err(CodecError::Trailing(extra)),
+    }
+}
+
 /// Writes one frame and flushes.
 pub async fn write_frame<W: AsyncWrite + Unpin, T: Serialize>(w: &mut W, value: &T) -> Result<(), CodecError> {
     w.write_all(&frame(value)?).await?;
@@ -134,4 +149,167 @@ fn finish<T: DeserializeOwned>(body: &[u8], length: usize) -> Result<T, CodecErr
 
 fn check_length(bytes: usize, max: usize) -> Result<(), CodecError> {
     if bytes > max { Err(CodecError::TooLarge { bytes, max }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::{Event, EventBatch, EventBody, Level, Step};
+    use crate::ids::{ClientId, JobId, NodeId};
+    use crate::protocol::{
+        ClientFrame, FromAgent, FromRank, JoinReply, JoinRequest, Reply, Request, Role, ToAgent, ToRank,
+    };
+    use proptest::prelude::*;
+
+    fn golden<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: T, hex: &str) {
+        assert_eq!(hex::encode(encode(&value).unwrap()), hex);
+        assert_eq!(decode::<T>(&hex::decode(hex).unwrap()).unwrap(), value);
+    }
+
+    /// A change of these bytes is a change of the protocol: raise `PROTOCOL_VERSION`.
+    #[test]
+    fn messages_have_the_bytes_they_always_had() {
+        golden(
+            ClientFrame { version: 1, client: ClientId(300), seq: 2, request: Request::Job(JobId(7)) },
+            "01fb2c01020607",
+        );
+        golden(Reply::Submitted { job: JobId(251) }, "00fbfb00");
+        golden(ToAgent::Welcome { node: NodeId(1) }, "0001");
+        golden(ToRank::CheckpointCommitted { step: 100 }, "0264");
+        golden(
+            JoinRequest {
+                version: 1,
+                token_id: "ab".into(),
+                token_secret: "cd".into(),
+                csr_der: vec![1, 2],
+                name: "n".into(),
+            },
+            "01026162026364020102016e",
+        );
+        golden(
+            JoinReply::Accepted {
+                cluster_id: "c".into(),
+                role: Role::Worker,
+                node: Some(NodeId(3)),
+                certificate_der: vec![9],
+                ca_der: vec![],
+            },
+            "000163010103010900",
+        );
+        let step = Step { step: 1, total_steps: 20, epoch: 0.0, loss: 1.5, lr: 0.0, grad_norm: 2.0, tokens_per_s: 0.0 };
+        golden(
+            FromAgent::Events(EventBatch {
+                job: JobId(1),
+                generation: 1,
+                first_seq: 4,
+                events: vec![Event { unix_ms: 1000, body: EventBody::Step(step) }],
+            }),
+            concat!(
+                "0201010401", "fbe803", "02", "0114", "0000000000000000", "000000000000f83f",
+                "0000000000000000", "0000000000000040", "0000000000000000",
+            ),
+        );
+    }
+
+    fn frames(lines: &[&str]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for line in lines {
+            let body = EventBody::Log { rank: Some(0), level: Level::Info, line: (*line).into() };
+            write_frame_blocking(&mut bytes, &FromRank::Event(Event { unix_ms: 1, body })).unwrap();
+        }
+        bytes
+    }
+
+    #[tokio::test]
+    async fn frames_are_read_to_the_clean_end_of_a_stream() {
+        let bytes = frames(&["one", "two"]);
+        let (mut blocking, mut asynchronous) = (bytes.as_slice(), bytes.as_slice());
+        for _ in 0..2 {
+            let a: Option<FromRank> = read_frame_blocking(&mut blocking).unwrap();
+            let b: Option<FromRank> = read_frame(&mut asynchronous).await.unwrap();
+            assert!(a.is_some());
+            assert_eq!(a, b);
+        }
+        assert!(read_frame_blocking::<_, FromRank>(&mut blocking).unwrap().is_none());
+        assert!(read_frame::<_, FromRank>(&mut asynchronous).await.unwrap().is_none());
+        let mut written = Vec::new();
+        write_frame(&mut written, &ToRank::Stop).await.unwrap();
+        assert_eq!(written, [1, 0, 0, 0, 1]);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_inside_a_frame_is_an_error_wherever_it_ends() {
+        let bytes = frames(&["line"]);
+        for end in 1..bytes.len() {
+            let cut = &bytes[..end];
+            assert!(matches!(read_frame_blocking::<_, FromRank>(&mut &*cut), Err(CodecError::Truncated)));
+            assert!(matches!(read_frame::<_, FromRank>(&mut &*cut).await, Err(CodecError::Truncated)));
+        }
+    }
+
+    #[tokio::test]
+    async fn lengths_over_the_limit_are_refused_before_anything_is_read_or_reserved() {
+        let mut claim: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0];
+        let refused = read_frame::<_, ToRank>(&mut claim).await;
+        assert!(matches!(refused, Err(CodecError::TooLarge { bytes: 0xffff_ffff, max: FRAME_MAX })));
+        assert_eq!(claim.len(), 1);
+        let long = Reply::Token { text: "x".repeat(FRAME_MAX) };
+        assert!(matches!(encode(&long), Err(CodecError::TooLarge { .. })));
+        assert!(matches!(write_frame_blocking(&mut Vec::new(), &long), Err(CodecError::TooLarge { .. })));
+        let mut small = Vec::new();
+        write_frame_blocking(&mut small, &Reply::Token { text: "x".repeat(100) }).unwrap();
+        let refused = read_frame_limited::<_, Reply>(&mut small.as_slice(), 64).await;
+        assert!(matches!(refused, Err(CodecError::TooLarge { max: 64, .. })));
+    }
+
+    #[test]
+    fn a_text_longer_than_its_message_is_refused_by_the_limit_and_not_by_running_out_of_bytes() {
+        // `Reply::Token` and a length of 2^32 bytes, then nothing.
+        let claim = hex::decode("02fd0000000001000000").unwrap();
+        let error = decode::<Reply>(&claim).unwrap_err();
+        assert!(matches!(error, CodecError::Decode(bincode::error::DecodeError::LimitExceeded)), "{error:?}");
+    }
+
+    #[test]
+    fn a_message_at_the_limit_passes_and_trailing_bytes_do_not() {
+        let long = Reply::Token { text: "x".repeat(FRAME_MAX - 16) };
+        assert_eq!(decode::<Reply>(&encode(&long).unwrap()).unwrap(), long);
+        let batch = vec![u64::MAX >> 60; FRAME_MAX - 16]; // one byte each on the wire, eight in memory
+        assert_eq!(decode::<Vec<u64>>(&encode(&batch).unwrap()).unwrap(), batch);
+        let mut bytes = encode(&ToRank::Stop).unwrap();
+        bytes.push(0);
+        assert!(matches!(decode::<ToRank>(&bytes), Err(CodecError::Trailing(1))));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = decode::<JoinRequest>(&bytes);
+            let _ = decode::<JoinReply>(&bytes);
+            let _ = decode::<ClientFrame>(&bytes);
+            let _ = decode::<Reply>(&bytes);
+            let _ = decode::<FromAgent>(&bytes);
+            let _ = decode::<ToAgent>(&bytes);
+            let _ = decode::<FromRank>(&bytes);
+            let _ = decode::<ToRank>(&bytes);
+            let _ = read_frame_blocking::<_, FromAgent>(&mut bytes.as_slice());
+        }
+
+        #[test]
+        fn a_damaged_message_is_an_error_or_another_message(at in 0usize..60, bit in 0u8..8) {
+            let mut bytes = encode(&JoinReply::Accepted {
+                cluster_id: "cluster".into(), role: Role::Client, node: None,
+                certificate_der: vec![7; 20], ca_der: vec![8; 20],
+            }).unwrap();
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            let _ = decode::<JoinReply>(&bytes);
+        }
+
+        #[test]
+        fn lines_of_any_text_survive(line in any::<String>(), rank in any::<Option<u32>>(), unix_ms in any::<u64>()) {
+            let event = FromRank::Event(Event { unix_ms, body: EventBody::Log { rank, level: Level::Warn, line } });
+            prop_assert_eq!(decode::<FromRank>(&encode(&event).unwrap()).unwrap(), event);
+        }
+    }
 }

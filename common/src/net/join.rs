@@ -9,7 +9,7 @@ use super::token::JoinToken;
 use crate::codec::{read_frame, read_frame_limited, write_frame};
 use crate::protocol::{JoinReply, JoinRequest, PROTOCOL_VERSION};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Connection, SendStream, VarInt};
+use quinn::{Connection, ConnectionError, SendStream, VarInt};
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -104,17 +104,20 @@ pub async fn receive_join(connection: &Connection) -> Result<JoinExchange, NetEr
 }
 
 impl JoinExchange {
-    /// Sends the reply, waits until the joiner has it and closes the connection.
+    /// Sends the reply and waits until the joiner, which has read it then, closes the connection.
     pub async fn answer(mut self, reply: &JoinReply) -> Result<(), NetError> {
         let sent = async {
             write_frame(&mut self.send, reply).await.map_err(|error| error.to_string())?;
             self.send.finish().map_err(|error| error.to_string())?;
-            self.send.stopped().await.map_err(|error| error.to_string())
+            match self.connection.closed().await {
+                ConnectionError::ApplicationClosed(close) if close.error_code == DONE => Ok(()),
+                error => Err(describe(&error)),
+            }
         };
         let sent = timeout(REPLY_DEADLINE, sent).await;
         self.connection.close(DONE, b"");
         match sent {
-            Ok(Ok(_)) => Ok(()),
+            Ok(Ok(())) => Ok(()),
             Ok(Err(why)) => Err(NetError::Lost(why)),
             Err(_) => Err(NetError::Lost("the joiner did not take its answer".into())),
         }

@@ -16,7 +16,7 @@ pub use identity::{Identity, IdentityError, PrivateKey};
 pub use join::{JoinExchange, join, receive_join};
 pub use peer::{NAME_MAX, Peer};
 pub use quic::{Accepted, accept, classify, connect, describe, serve};
-pub use token::{JoinToken, TokenError, secret_matches};
+pub use token::{JoinToken, TOKEN_ENV, TokenError, secret_matches};
 
 use crate::exit;
 use std::net::SocketAddr;
