@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// Writing failed: disk full, no permission. Nothing is left behind, older checkpoints are untouched.
-    #[error("checkpoint of step {step} was not saved: cannot write {path}: {source}{}", full_disk_hint(source))]
+    #[error(
+        "checkpoint of step {step} was not saved: cannot write {path}: {source}{}",
+        full_disk_hint(source)
+    )]
     Write {
         step: u64,
         path: PathBuf,
@@ -20,7 +23,9 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
-    #[error("there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew")]
+    #[error(
+        "there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew"
+    )]
     Missing(PathBuf),
     /// Not written by fleet.
     #[error("{path} is not a fleet checkpoint: {what}")]

@@ -14,6 +14,9 @@ pub(crate) const FORMAT: &str = "fleet-checkpoint/1";
 /// No honest manifest is near this many bytes; more is not read.
 const MANIFEST_MAX: u64 = 1 << 20;
 
+/// A checkpoint has six files; a manifest that names more than this is not one of ours, and each file costs a thread.
+const FILES_MAX: usize = 64;
+
 /// Bytes hashed at a time.
 const HASH_CHUNK: usize = 1 << 20;
 
@@ -52,6 +55,9 @@ impl Manifest {
         if manifest.format != FORMAT {
             return Err(format!("its format is `{}` and this fleet reads `{FORMAT}`", manifest.format));
         }
+        if manifest.files.len() > FILES_MAX {
+            return Err(format!("{MANIFEST_FILE} names {} files", manifest.files.len()));
+        }
         for name in manifest.files.keys() {
             if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
                 return Err(format!("{MANIFEST_FILE} names a file `{}`", name.escape_default()));
@@ -81,8 +87,7 @@ pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
             .iter()
             .map(|(name, expected)| scope.spawn(move || check_file(dir, name, expected)))
             .collect();
-        let results: Vec<_> = threads.into_iter().map(|t| t.join()).collect();
-        results
+        threads.into_iter().map(|t| t.join()).collect::<Vec<_>>()
     });
     for check in checks {
         check.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -106,7 +111,10 @@ fn check_file(dir: &Path, name: &str, expected: &ManifestFile) -> Result<(), Che
     }
     let found = hash_reader(file).map_err(|e| CheckpointError::read(&path, e))?;
     if found != expected.sha256 {
-        return Err(CheckpointError::damaged(dir, format!("the contents of {name} have changed since it was written")));
+        return Err(CheckpointError::damaged(
+            dir,
+            format!("the contents of {name} have changed since it was written"),
+        ));
     }
     Ok(())
 }
@@ -138,7 +146,10 @@ fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
     let mut bytes = Vec::new();
     file.take(MANIFEST_MAX + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::read(&path, e))?;
     if bytes.len() as u64 > MANIFEST_MAX {
-        return Err(CheckpointError::damaged(dir, format!("{MANIFEST_FILE} is larger than {MANIFEST_MAX} bytes")));
+        return Err(CheckpointError::damaged(
+            dir,
+            format!("{MANIFEST_FILE} is larger than {MANIFEST_MAX} bytes"),
+        ));
     }
     Ok(bytes)
 }
@@ -147,7 +158,10 @@ fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
 fn no_manifest(dir: &Path) -> CheckpointError {
     if let Some(step) = crate::search::step_dirs(dir).ok().and_then(|dirs| dirs.into_iter().next_back()) {
         let name = step.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        return CheckpointError::foreign(dir, format!("it holds checkpoints; name one of them, such as {name}, or \"latest\""));
+        return CheckpointError::foreign(
+            dir,
+            format!("it holds checkpoints; name one of them, such as {name}, or \"latest\""),
+        );
     }
     let weights = [MODEL_FILE, "model.safetensors.index.json", "pytorch_model.bin"];
     if let Some(name) = weights.iter().find(|name| dir.join(name).exists()) {
@@ -158,4 +172,38 @@ fn no_manifest(dir: &Path) -> CheckpointError {
         return CheckpointError::foreign(dir, what);
     }
     CheckpointError::foreign(dir, format!("it has no {MANIFEST_FILE}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            prop_assert!(Manifest::parse(&bytes).is_err());
+        }
+
+        #[test]
+        fn a_manifest_with_a_changed_byte_never_panics(at in 0usize..200, byte: u8) {
+            let files = [("model.safetensors".to_owned(), ManifestFile { bytes: 7, sha256: "00".into() })].into();
+            let manifest = Manifest { format: FORMAT.into(), step: 3, serial: 1, loss: Some(1.5), files };
+            let mut bytes = serde_json::to_vec(&manifest).unwrap();
+            prop_assert_eq!(Manifest::parse(&bytes).unwrap(), manifest);
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            let _ = Manifest::parse(&bytes);
+        }
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for name in ["../x", "a/b", "..", "", "/etc/passwd"] {
+            let text = format!(
+                r#"{{"format":"{FORMAT}","step":1,"serial":1,"loss":null,"files":{{"{name}":{{"bytes":1,"sha256":""}}}}}}"#
+            );
+            assert!(Manifest::parse(text.as_bytes()).unwrap_err().contains("names a file"), "{name}");
+        }
+    }
 }

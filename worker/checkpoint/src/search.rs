@@ -33,9 +33,13 @@ pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
 /// Removes the oldest checkpoints so that `keep` remain, counting up to and including the one of `committed`, which is known to
 /// be good and is never removed; newer ones are not touched. Returns what was removed.
 pub fn rotate(checkpoint_dir: &Path, keep: u32, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
-    let fail = |path: &Path, source| CheckpointError::Write { step: committed, path: path.to_owned(), source };
-    let mut dirs: Vec<PathBuf> =
-        by_age(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?.into_iter().map(|(_, dir)| dir).collect();
+    let fail =
+        |path: &Path, source| CheckpointError::Write { step: committed, path: path.to_owned(), source };
+    let mut dirs: Vec<PathBuf> = by_age(checkpoint_dir)
+        .map_err(|e| fail(checkpoint_dir, e))?
+        .into_iter()
+        .map(|(_, dir)| dir)
+        .collect();
     let protected = crate::step_dir(checkpoint_dir, committed);
     let Some(last) = dirs.iter().position(|dir| *dir == protected) else {
         return Ok(Vec::new()); // not written here: nothing is known to be good, so nothing is removed
@@ -45,7 +49,7 @@ pub fn rotate(checkpoint_dir: &Path, keep: u32, committed: u64) -> Result<Vec<Pa
     dirs.truncate(excess);
     for dir in &dirs {
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let doomed = checkpoint_dir.join(format!("{TEMPORARY}removed-{name}"));
+        let doomed = checkpoint_dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
         fs::rename(dir, &doomed).map_err(|e| fail(dir, e))?; // at no moment is half a checkpoint called one
         fs::remove_dir_all(&doomed).map_err(|e| fail(&doomed, e))?;
     }
@@ -81,15 +85,23 @@ pub(crate) fn highest_serial(dir: &Path) -> io::Result<u64> {
     Ok(by_age(dir)?.last().map_or(0, |(serial, _)| *serial))
 }
 
-/// Removes what writers and rotations that died have left.
+/// Removes what writers and rotations that died have left. Their names end with the process; this process has no other writer.
 pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let writer = name.rsplit('-').next().and_then(|pid| pid.parse::<i32>().ok());
+        if name.starts_with(TEMPORARY) && !writer.is_some_and(is_another_live_process) {
             fs::remove_dir_all(entry.path())?;
         }
     }
     Ok(())
+}
+
+fn is_another_live_process(pid: i32) -> bool {
+    let found = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
+    pid > 0 && pid != std::process::id() as i32 && found != Err(nix::errno::Errno::ESRCH)
 }
 
 /// Oldest first. One whose manifest cannot be read has no serial: it takes the place that its step gives it.

@@ -17,7 +17,8 @@ pub struct TrainerState {
     /// Where the learning-rate schedule ends, in optimizer steps.
     pub total_steps: u64,
     pub tokens_seen: u64,
-    /// Training loss of the last step, in nats.
+    /// Training loss of the last step, in nats. NaN is `null` in JSON, which has no such number.
+    #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
     /// Of the last evaluation, in nats.
     pub eval_loss: Option<f64>,
@@ -56,7 +57,9 @@ impl TrainerState {
             return refuse(format!("{difference}; give the job the model of the checkpoint"));
         }
         if self.tokenizer_sha256 != job.tokenizer_sha256 {
-            return refuse("it was trained with another tokenizer; use the checkpoint's tokenizer.json".into());
+            return refuse(
+                "it was trained with another tokenizer; use the checkpoint's tokenizer.json".into(),
+            );
         }
         if self.cache_hash != job.cache_hash {
             return refuse(format!(
@@ -66,18 +69,15 @@ impl TrainerState {
                 short(&job.cache_hash)
             ));
         }
+        let same_batch = "choose ranks x batch_size x accumulate_grad_batches to give the same";
         let fixed = [
-            ("seed", self.seed, job.seed),
-            ("windows of training data", self.train_windows, job.train_windows),
-            ("sequences per optimizer step", self.global_batch, job.global_batch),
+            ("seed", self.seed, job.seed, "the order of the data hangs on it; restore it"),
+            ("number of training windows", self.train_windows, job.train_windows, "restore the data"),
+            ("number of sequences per optimizer step", self.global_batch, job.global_batch, same_batch),
         ];
-        for (what, was, is) in fixed {
+        for (what, was, is, cure) in fixed {
             if was != is {
-                let cure = match what {
-                    "sequences per optimizer step" => "choose ranks x batch_size x accumulate_grad_batches to give the same",
-                    _ => "the order of the data hangs on it; restore it",
-                };
-                return refuse(format!("its {what} were {was} and the job's are {is}; {cure}"));
+                return refuse(format!("its {what} was {was} and the job's is {is}; {cure}"));
             }
         }
         if self.step > job.total_steps {
@@ -101,6 +101,10 @@ impl TrainerState {
     }
 }
 
+fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 /// The first field in which two models differ so that weights do not fit or mean something else.
 fn model_difference(was: &LlamaConfig, is: &LlamaConfig) -> Option<String> {
     let fields = |model: &LlamaConfig| serde_json::to_value(model).expect("a model is plain data");
@@ -114,4 +118,78 @@ fn model_difference(was: &LlamaConfig, is: &LlamaConfig) -> Option<String> {
 
 fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> TrainerState {
+        let model = r#"{"vocab_size":300,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":1,"num_attention_heads":2,
+            "num_key_value_heads":1,"head_dim":4,"max_position_embeddings":32,"rms_norm_eps":1e-5,"rope_theta":10000.0,
+            "tie_word_embeddings":true,"initializer_range":0.02,"bos_token_id":null,"eos_token_id":0}"#;
+        TrainerState {
+            step: 10,
+            epoch: 1,
+            epoch_step: 2,
+            total_steps: 40,
+            tokens_seen: 1000,
+            loss: 3.25,
+            eval_loss: None,
+            seed: 1,
+            global_batch: 8,
+            train_windows: 64,
+            cache_hash: "0123456789abcdef".into(),
+            tokenizer_sha256: "ff".into(),
+            model: serde_json::from_str(model).unwrap(),
+            precision: Precision::Fp32,
+            world_size: 4,
+            batch_size: 2,
+            accumulate_grad_batches: 1,
+            threads_per_rank: 1,
+        }
+    }
+
+    fn refusal(change: impl Fn(&mut TrainerState)) -> String {
+        let mut job = state();
+        change(&mut job);
+        state().check_compatible(&job).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn another_model_tokenizer_or_order_is_refused_by_name() {
+        assert!(refusal(|j| j.model.hidden_size = 16).contains("hidden_size = 8 and the job's 16"));
+        assert!(refusal(|j| j.model.tie_word_embeddings = false).contains("tie_word_embeddings"));
+        assert!(refusal(|j| j.tokenizer_sha256 = "ee".into()).contains("another tokenizer"));
+        assert!(
+            refusal(|j| j.cache_hash = "fedcba9876543210".into())
+                .contains("cache 0123456789ab and now fedcba987654")
+        );
+        assert!(refusal(|j| j.seed = 2).contains("its seed was 1 and the job's is 2"));
+        assert!(refusal(|j| j.global_batch = 4).contains("sequences per optimizer step"));
+        assert!(refusal(|j| j.total_steps = 9).contains("has done 10 steps and the job ends after 9"));
+    }
+
+    #[test]
+    fn what_only_costs_the_last_bits_is_noted() {
+        assert_eq!(state().check_compatible(&state()).unwrap(), [] as [String; 0]);
+        let mut job = state();
+        (job.world_size, job.batch_size) = (2, 4);
+        job.model.eos_token_id = None;
+        let notes = state().check_compatible(&job).unwrap();
+        assert_eq!(notes.len(), 2);
+        assert!(notes[0].contains("ranks 4, this job has 2"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_state_reads_back_and_a_loss_that_is_no_number_does_not_spoil_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for loss in [3.25, f64::NAN, f64::INFINITY] {
+            let state = TrainerState { loss, ..state() };
+            std::fs::write(dir.path().join(STATE_FILE), serde_json::to_vec(&state).unwrap()).unwrap();
+            let back = TrainerState::read(dir.path()).unwrap();
+            assert_eq!(back.loss.to_bits(), if loss.is_finite() { loss } else { f64::NAN }.to_bits());
+            assert_eq!(TrainerState { loss: 0.0, ..back }, TrainerState { loss: 0.0, ..state });
+        }
+    }
 }

@@ -43,7 +43,7 @@ pub fn step_dir(checkpoint_dir: &Path, step: u64) -> PathBuf {
 
 impl Writer {
     /// Starts the checkpoint of `step` (optimizer steps done) in `checkpoint_dir`, which is made if missing. What dead writers
-    /// left there is removed: one job writes to one directory, from one process.
+    /// left there is removed. One process writes one checkpoint of a directory at a time.
     pub fn begin(checkpoint_dir: &Path, step: u64) -> Result<Writer, CheckpointError> {
         let fail = |path: &Path, source| CheckpointError::Write { step, path: path.to_owned(), source };
         fs::create_dir_all(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
@@ -51,7 +51,14 @@ impl Writer {
         let serial = search::highest_serial(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))? + 1;
         let temporary = checkpoint_dir.join(format!("{TEMPORARY}step-{step:08}-{}", std::process::id()));
         fs::create_dir(&temporary).map_err(|e| fail(&temporary, e))?;
-        Ok(Writer { dir: checkpoint_dir.to_owned(), temporary, step, serial, files: BTreeMap::new(), finished: false })
+        Ok(Writer {
+            dir: checkpoint_dir.to_owned(),
+            temporary,
+            step,
+            serial,
+            files: BTreeMap::new(),
+            finished: false,
+        })
     }
 
     /// Writes tensors as a safetensors file, straight from their memory, hashing on a second thread.
@@ -155,10 +162,17 @@ fn header(tensors: &[&TensorRef]) -> Vec<u8> {
     let mut begin = 0usize;
     for tensor in tensors {
         let bits = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize();
-        assert_eq!(tensor.data.len() * 8, bits, "bytes of tensor {} of shape {:?}", tensor.name, tensor.shape);
+        assert_eq!(
+            tensor.data.len() * 8,
+            bits,
+            "bytes of tensor {} of shape {:?}",
+            tensor.name,
+            tensor.shape
+        );
         assert!(names.insert(tensor.name), "two tensors are called {}", tensor.name);
         let end = begin + tensor.data.len();
-        let entry = serde_json::json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end] });
+        let entry =
+            serde_json::json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end] });
         entries.insert(tensor.name.to_owned(), entry);
         begin = end;
     }
@@ -198,9 +212,7 @@ fn exchange(a: &Path, b: &Path) -> io::Result<()> {
 
 /// For systems and file systems without an atomic exchange; `a` is temporary, and so is the name between.
 fn exchange_in_two_renames(a: &Path, b: &Path) -> io::Result<()> {
-    let mut name = a.as_os_str().to_owned();
-    name.push("-replaced");
-    let between = PathBuf::from(name);
+    let between = a.with_file_name(format!("{TEMPORARY}replaced-{}", std::process::id()));
     fs::rename(b, &between)?;
     fs::rename(a, b)?;
     fs::rename(&between, a)

@@ -90,7 +90,8 @@ pub(crate) fn build(
 /// The contents of the files, checked against the hashes that named the cache.
 fn read_files(files: &[SourceFile], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
     let read = |(file, hash): (&SourceFile, &[u8; 32])| {
-        let bytes = fs::read(&file.path).map_err(|source| DataError::Read { path: file.path.clone(), source })?;
+        let bytes =
+            fs::read(&file.path).map_err(|source| DataError::Read { path: file.path.clone(), source })?;
         match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
             true => Ok(bytes),
             false => Err(DataError::Changed(file.path.clone())),

@@ -109,11 +109,15 @@ impl TokenCache {
         let windows = |name: &str, tokens: u64| {
             let mapped = Mapped::open(&dir.join(name)).map_err(|e| bad(format!("{name}: {e}")))?;
             if mapped.len() as u64 != tokens.saturating_mul(width.bytes() as u64) {
-                return Err(bad(format!("{name} has {} bytes and should hold {tokens} tokens", mapped.len())));
+                return Err(bad(format!(
+                    "{name} has {} bytes and should hold {tokens} tokens",
+                    mapped.len()
+                )));
             }
             Ok(Windows::new(mapped, width, meta.max_seq_len as usize))
         };
-        let (train, validation) = (windows(TRAIN, meta.train_tokens)?, windows(VALIDATION, meta.validation_tokens)?);
+        let (train, validation) =
+            (windows(TRAIN, meta.train_tokens)?, windows(VALIDATION, meta.validation_tokens)?);
         Ok(TokenCache { dir: dir.to_owned(), meta, train, validation })
     }
 
@@ -163,14 +167,19 @@ impl TokenCache {
         }
         let checked = TokenCache::open(dir).and_then(|cache| {
             let meta = &cache.meta;
-            let expected =
-                [(TRAIN, &meta.train_sha256), (VALIDATION, &meta.validation_sha256), (TOKENIZER, &meta.tokenizer_sha256)];
+            let expected = [
+                (TRAIN, &meta.train_sha256),
+                (VALIDATION, &meta.validation_sha256),
+                (TOKENIZER, &meta.tokenizer_sha256),
+            ];
             expected.into_par_iter().try_for_each(|(name, sha256)| {
                 let path = dir.join(name);
                 let bytes = Mapped::open(&path).map_err(|source| DataError::Read { path, source })?;
                 match hex::encode(Sha256::digest(&*bytes)) == *sha256 {
                     true => Ok(()),
-                    false => Err(DataError::Cache { path: dir.to_owned(), what: format!("{name} has changed") }),
+                    false => {
+                        Err(DataError::Cache { path: dir.to_owned(), what: format!("{name} has changed") })
+                    }
                 }
             })?;
             Ok(cache)
@@ -192,7 +201,12 @@ fn hash_files(files: &[SourceFile]) -> Result<Vec<[u8; 32]>, DataError> {
 }
 
 /// Hex of SHA-256 over all that decides what is in the cache. Paths do not: the same data elsewhere are the same.
-fn cache_hash(job: &Job, files: &[SourceFile], hashes: &[[u8; 32]], ids: &ModelIds) -> Result<String, DataError> {
+fn cache_hash(
+    job: &Job,
+    files: &[SourceFile],
+    hashes: &[[u8; 32]],
+    ids: &ModelIds,
+) -> Result<String, DataError> {
     let tokenizer = match &job.tokenizer {
         Tokenizer::Train { vocab_size } => format!("train {vocab_size}"),
         Tokenizer::File(path) => {

@@ -17,15 +17,24 @@ const PIECE: usize = 2 << 10;
 const PIECE_MIN: usize = 256;
 
 /// The documents of `files`, whose `contents` are given in the same order, cut and cleaned. Never empty.
-pub(crate) fn parse(files: &[SourceFile], contents: Vec<Vec<u8>>, data: &Data) -> Result<Vec<String>, DataError> {
-    let parsed: Result<Vec<Vec<String>>, DataError> =
-        files.par_iter().zip(contents).map(|(file, bytes)| parse_file(file, bytes, &data.text_field)).collect();
-    let mut documents: Vec<String> = parsed?.into_iter().flatten().filter(|text| !text.trim().is_empty()).collect();
+pub(crate) fn parse(
+    files: &[SourceFile],
+    contents: Vec<Vec<u8>>,
+    data: &Data,
+) -> Result<Vec<String>, DataError> {
+    let parsed: Result<Vec<Vec<String>>, DataError> = files
+        .par_iter()
+        .zip(contents)
+        .map(|(file, bytes)| parse_file(file, bytes, &data.text_field))
+        .collect();
+    let mut documents: Vec<String> =
+        parsed?.into_iter().flatten().filter(|text| !text.trim().is_empty()).collect();
     if documents.len() < DOCUMENTS_MIN {
         documents = cut_all(&documents);
     }
     let found = documents.len();
-    let documents: Vec<String> = documents.into_par_iter().filter_map(|text| clean(text, &data.clean)).collect();
+    let documents: Vec<String> =
+        documents.into_par_iter().filter_map(|text| clean(text, &data.clean)).collect();
     if documents.is_empty() {
         let first = files.first().map(|f| f.path.display().to_string()).unwrap_or_default();
         let what = match found {
@@ -73,8 +82,10 @@ fn csv(path: &Path, text: &str, field: &str, separator: u8) -> Result<Vec<String
     }
     let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(text.as_bytes());
     let headers = reader.headers().map_err(of_csv)?.clone();
-    let column =
-        headers.iter().position(|name| name.trim() == field).ok_or_else(|| bad(1, no_field(field, headers.iter())))?;
+    let column = headers
+        .iter()
+        .position(|name| name.trim() == field)
+        .ok_or_else(|| bad(1, no_field(field, headers.iter())))?;
     let mut documents = Vec::new();
     for row in reader.records() {
         documents.push(row.map_err(of_csv)?.get(column).unwrap_or_default().to_owned());
@@ -147,7 +158,10 @@ mod tests {
     #[test]
     fn bad_rows_and_bytes_are_named() {
         let message = |name, bytes: &[u8]| documents(name, bytes).unwrap_err().to_string();
-        assert!(message("a.jsonl", b"{\"text\":\"x\"}\n{\"body\":1}").contains("a.jsonl, line 2: no field `text`"));
+        assert!(
+            message("a.jsonl", b"{\"text\":\"x\"}\n{\"body\":1}")
+                .contains("a.jsonl, line 2: no field `text`")
+        );
         assert!(message("a.jsonl", b"{\"text\":3}").contains("is not text but 3"));
         assert!(message("a.jsonl", b"{").contains("line 1: not JSON"));
         assert!(message("a.csv", b"id,body\n1,x\n").contains("one of: id, body"));
@@ -158,7 +172,8 @@ mod tests {
 
     #[test]
     fn one_long_text_becomes_pieces_that_end_at_blank_lines() {
-        let text: String = (0..400).map(|i| format!("Speech number {i} goes on for a while.\nSecond line.\n\n")).collect();
+        let text: String =
+            (0..400).map(|i| format!("Speech number {i} goes on for a while.\nSecond line.\n\n")).collect();
         let pieces = documents("a.txt", text.as_bytes()).unwrap();
         assert!(pieces.len() >= 10, "{} pieces", pieces.len());
         for piece in &pieces[..pieces.len() - 1] {

@@ -18,7 +18,9 @@ pub enum DataError {
     Glob { key: &'static str, glob: String, what: String },
     #[error("{0}")]
     Empty(String),
-    #[error("{path} is not UTF-8 text: bad byte at offset {offset}; convert it, or leave it out with data.exclude")]
+    #[error(
+        "{path} is not UTF-8 text: bad byte at offset {offset}; convert it, or leave it out with data.exclude"
+    )]
     NotUtf8 { path: PathBuf, offset: usize },
     /// A JSONL or CSV row; `line` counts from 1.
     #[error("{path}, line {line}: {what}")]

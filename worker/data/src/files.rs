@@ -87,7 +87,11 @@ fn left_out(entry: &DirEntry) -> bool {
 }
 
 fn globs(key: &'static str, list: &[String]) -> Result<GlobSet, DataError> {
-    let bad = |glob: &str, e: globset::Error| DataError::Glob { key, glob: glob.to_owned(), what: e.kind().to_string() };
+    let bad = |glob: &str, e: globset::Error| DataError::Glob {
+        key,
+        glob: glob.to_owned(),
+        what: e.kind().to_string(),
+    };
     let mut set = GlobSetBuilder::new();
     for glob in list {
         let trimmed = glob.trim_end_matches('/');
@@ -115,7 +119,16 @@ pub(crate) mod tests {
     #[test]
     fn files_are_sorted_and_hidden_ones_and_target_are_left_out() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["b.md", "a/z.rs", "a/y.txt", ".git/x.md", "target/debug/w.rs", "a/.v.md", "c/skip/u.md", "c/t.MD"] {
+        for name in [
+            "b.md",
+            "a/z.rs",
+            "a/y.txt",
+            ".git/x.md",
+            "target/debug/w.rs",
+            "a/.v.md",
+            "c/skip/u.md",
+            "c/t.MD",
+        ] {
             let path = dir.path().join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "x").unwrap();
@@ -149,6 +162,8 @@ pub(crate) mod tests {
         let error = |d: Data| find(&d).unwrap_err().to_string();
         assert!(error(data(vec![missing.clone()], &[], &[])).contains(&missing.display().to_string()));
         assert!(error(data(vec![dir.path().to_owned()], &["*.md"], &[])).contains("data.include: *.md"));
-        assert!(error(data(vec![dir.path().to_owned()], &["a[.md"], &[])).contains("`a[.md` in data.include"));
+        assert!(
+            error(data(vec![dir.path().to_owned()], &["a[.md"], &[])).contains("`a[.md` in data.include")
+        );
     }
 }

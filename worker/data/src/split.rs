@@ -24,7 +24,8 @@ pub(crate) fn split(documents: &[String], fraction: f64, max_seq_len: u32) -> Sp
     let window = u64::from(max_seq_len) * BYTES_PER_TOKEN;
     let target = ((total as f64 * fraction) as u64).max(window).min(total / 2);
 
-    let mut by_hash: Vec<(u64, usize)> = documents.iter().enumerate().map(|(i, d)| (content_hash(d), i)).collect();
+    let mut by_hash: Vec<(u64, usize)> =
+        documents.iter().enumerate().map(|(i, d)| (content_hash(d), i)).collect();
     by_hash.sort_unstable();
     let mut held_out = vec![false; documents.len()];
     let mut validation = Vec::new();

@@ -48,7 +48,8 @@ impl Encoder {
                 "vocab_size is {vocab_size}; a byte-level tokenizer needs at least {VOCABULARY_MIN} (256 bytes and {END_OF_TEXT})"
             )));
         }
-        let trained = train(texts, vocab_size).map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
+        let trained = train(texts, vocab_size)
+            .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
         let found = trained.get_vocab_size(true);
         if found < vocab_size as usize {
             return Err(DataError::Vocabulary(format!(
@@ -56,7 +57,9 @@ impl Encoder {
                  add data"
             )));
         }
-        let json = trained.to_string(false).map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
+        let json = trained
+            .to_string(false)
+            .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
         Encoder::from_json(json.into_bytes(), None)
             .map_err(|what| DataError::Vocabulary(format!("training the tokenizer: {what}")))
     }
@@ -76,13 +79,20 @@ impl Encoder {
         let eos_id = eos_id
             .filter(|&id| tokenizer.id_to_token(id).is_some())
             .or_else(|| END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)))
-            .ok_or_else(|| format!("it has no end-of-text token (looked for {}); set [model] eos_token_id", END_NAMES.join(" ")))?;
+            .ok_or_else(|| {
+                format!(
+                    "it has no end-of-text token (looked for {}); set [model] eos_token_id",
+                    END_NAMES.join(" ")
+                )
+            })?;
         Ok(Encoder { tokenizer, json, vocab_size, eos_id })
     }
 
     /// Token ids of each text, without special tokens, on all cores.
     pub fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>, DataError> {
-        let one = |text: &&str| self.tokenizer.encode_fast(*text, false).map(|encoding| encoding.get_ids().to_vec());
+        let one = |text: &&str| {
+            self.tokenizer.encode_fast(*text, false).map(|encoding| encoding.get_ids().to_vec())
+        };
         let all: Result<Vec<Vec<u32>>, _> = texts.par_iter().map(one).collect();
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
     }
@@ -114,7 +124,9 @@ pub(crate) struct ModelIds {
 impl ModelIds {
     pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
         match model {
-            job::Model::New(config) => Ok(ModelIds { vocab_size: config.vocab_size, eos_id: config.eos_token_id }),
+            job::Model::New(config) => {
+                Ok(ModelIds { vocab_size: config.vocab_size, eos_id: config.eos_token_id })
+            }
             job::Model::Pretrained(dir) => ModelIds::of_config(&dir.join("config.json")),
         }
     }
@@ -133,7 +145,8 @@ impl ModelIds {
 
     fn of_config(path: &Path) -> Result<ModelIds, DataError> {
         let bad = |what: String| DataError::Tokenizer { path: path.to_owned(), what };
-        let config: serde_json::Value = serde_json::from_slice(&read(path)?).map_err(|e| bad(format!("not JSON: {e}")))?;
+        let config: serde_json::Value =
+            serde_json::from_slice(&read(path)?).map_err(|e| bad(format!("not JSON: {e}")))?;
         let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let eos = &config["eos_token_id"];
         Ok(ModelIds {
@@ -185,6 +198,9 @@ mod tests {
         assert_eq!(Encoder::open(&path, Some(1)).unwrap().eos_id, 1);
         std::fs::write(&path, "{}").unwrap();
         let error = Encoder::open(&path, None).err().unwrap().to_string();
-        assert!(error.contains(&path.display().to_string()) && error.contains("not a tokenizer.json"), "{error}");
+        assert!(
+            error.contains(&path.display().to_string()) && error.contains("not a tokenizer.json"),
+            "{error}"
+        );
     }
 }

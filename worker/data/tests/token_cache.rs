@@ -2,8 +2,8 @@
 
 use fleet_common::exit::Fault;
 use fleet_common::job::{
-    Checkpoint, Clean, Data, Device, Devices, Eval, Job, LlamaConfig, Model, Optimizer, Precision, Resume, Schedule, Strategy,
-    Tokenizer,
+    Checkpoint, Clean, Data, Device, Devices, Eval, Job, LlamaConfig, Model, Optimizer, Precision, Resume,
+    Schedule, Strategy, Tokenizer,
 };
 use fleet_data::{DataError, Order, TokenCache};
 use std::fs;
@@ -12,14 +12,26 @@ use std::process::Command;
 
 /// A file of sentences that a small vocabulary learns well; the same on every call.
 fn corpus(path: &Path, paragraphs: u64) {
-    let words = ["ship", "harbour", "captain", "storm", "lantern", "rope", "island", "gull", "anchor", "tide", "chart", "crew"];
+    let words = [
+        "ship", "harbour", "captain", "storm", "lantern", "rope", "island", "gull", "anchor", "tide",
+        "chart", "crew",
+    ];
     let mut state = 1u64;
     let mut word = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         words[(state >> 33) as usize % words.len()]
     };
     let text: String = (0..paragraphs)
-        .map(|i| format!("{i}. The {} saw a {} near the {}; \"{}!\" cried the {}.\n\n", word(), word(), word(), word(), word()))
+        .map(|i| {
+            format!(
+                "{i}. The {} saw a {} near the {}; \"{}!\" cried the {}.\n\n",
+                word(),
+                word(),
+                word(),
+                word(),
+                word()
+            )
+        })
         .collect();
     fs::write(path, text).unwrap();
 }
@@ -174,7 +186,13 @@ fn every_process_makes_the_same_bytes() {
         let (cache, stats) = build(&job).unwrap();
         assert!(stats.cached);
         let bytes = |name: &str| fs::read(cache.dir().join(name)).unwrap();
-        (cache.hash().to_owned(), bytes("tokenizer.json"), bytes("train.bin"), bytes("validation.bin"), bytes("meta.json"))
+        (
+            cache.hash().to_owned(),
+            bytes("tokenizer.json"),
+            bytes("train.bin"),
+            bytes("validation.bin"),
+            bytes("meta.json"),
+        )
     };
     let first = build_in_child();
     for _ in 0..3 {
@@ -190,7 +208,12 @@ fn the_tokens_of_a_known_text_never_change() {
     let (cache, _) = build(&job(dir.path())).unwrap();
     let meta = cache.meta();
     assert_eq!(
-        [&meta.hash[..], &meta.tokenizer_sha256[..16], &meta.train_sha256[..16], &meta.validation_sha256[..16]],
+        [
+            &meta.hash[..],
+            &meta.tokenizer_sha256[..16],
+            &meta.train_sha256[..16],
+            &meta.validation_sha256[..16]
+        ],
         ["82f53979729670e576f76b6f79d51157", "f7400dd2015911fd", "44f2e202f6635ef2", "a808128b254cbf71"]
     );
 }
@@ -265,7 +288,10 @@ fn bad_data_is_refused_in_one_line_and_leaves_no_cache() {
     assert!(with(&|job| grow(job, 30_000)).contains("asks for 30000"));
     let error = with(&|job| job.tokenizer = Tokenizer::Train { vocab_size: 310 });
     assert!(error.contains("310 tokens and the model's vocab_size is 300"), "{error}");
-    assert!(with(&|job| job.max_seq_len = 1_000_000).contains("a sequence is longer than the data: max_seq_len is 1000000"));
+    assert!(
+        with(&|job| job.max_seq_len = 1_000_000)
+            .contains("a sequence is longer than the data: max_seq_len is 1000000")
+    );
     assert!(with(&|job| job.data.clean.min_chars = 1_000_000).contains("cleaning left nothing"));
 
     let caches: Vec<_> = fs::read_dir(good.output_dir.join("cache"))
@@ -295,5 +321,9 @@ fn nothing_is_held_out_when_the_fraction_is_zero() {
     let mut job = job(dir.path());
     job.data.validation_fraction = 0.0;
     let (cache, stats) = build(&job).unwrap();
-    assert!(cache.validation().is_empty() && stats.validation_windows == 0 && stats.validation_bytes_per_token > 1.0);
+    assert!(
+        cache.validation().is_empty()
+            && stats.validation_windows == 0
+            && stats.validation_bytes_per_token > 1.0
+    );
 }
