@@ -1,0 +1,107 @@
+//! `fleet-rank generate`: continues a text from a model directory.
+
+mod sampler;
+mod text;
+
+pub use sampler::Sampling;
+pub use text::TextStream;
+
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::model::Cache;
+use fleet_checkpoint::{MANIFEST_FILE, TOKENIZER_FILE};
+use std::path::Path;
+use std::time::Instant;
+use tokenizers::Tokenizer;
+
+/// Why a text ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    EndOfText,
+    MaxNewTokens,
+    /// The model was made for no more positions.
+    Context,
+}
+
+/// What was generated.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Generated {
+    pub prompt: String,
+    pub text: String,
+    pub prompt_tokens: usize,
+    pub new_tokens: usize,
+    pub end: End,
+    pub tokens_per_s: f64,
+}
+
+/// Continues `prompt`; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
+pub fn generate(
+    dir: &Path,
+    prompt: &str,
+    max_new_tokens: usize,
+    sampling: &Sampling,
+    threads: u32,
+    emit: &mut dyn FnMut(&str) -> bool,
+) -> Result<Generated> {
+    if dir.join(MANIFEST_FILE).exists() {
+        fleet_checkpoint::verify(dir)?;
+    }
+    let mut engine = Engine::<f32>::open(dir, threads, None)?;
+    let config = engine.model().config.clone();
+    let path = dir.join(TOKENIZER_FILE);
+    let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
+    let tokenizer = Tokenizer::from_file(&path).map_err(|e| refuse(format!("is not a usable tokenizer.json: {e}")))?;
+    let encoded = tokenizer.encode(prompt, false).map_err(|e| refuse(format!("cannot encode the prompt: {e}")))?;
+    let mut ids: Vec<i64> = encoded.get_ids().iter().map(|id| i64::from(*id)).collect();
+    if ids.is_empty() {
+        // A text begins where another one ended.
+        let start = config.bos_token_id.or(config.eos_token_id).unwrap_or(0);
+        ids.push(i64::from(start));
+    }
+    let vocab = i64::from(config.vocab_size);
+    if let Some(id) = ids.iter().find(|id| **id >= vocab) {
+        return Err(refuse(format!("gives token {id}, but the model knows {vocab}; it belongs to another model")));
+    }
+    let context = config.max_position_embeddings as usize;
+    if ids.len() >= context {
+        return Err(Error::Input(format!(
+            "the prompt has {} tokens and the model was made for {context}; shorten it",
+            ids.len()
+        )));
+    }
+
+    let prompt_tokens = ids.len();
+    let mut cache = Cache::new(engine.model());
+    let mut stream = TextStream::new(&tokenizer);
+    let mut text = String::new();
+    let mut new_tokens = 0;
+    let began = Instant::now();
+    let mut logits = if max_new_tokens > 0 { engine.prefill(&ids, &mut cache) } else { Vec::new() };
+    let end = loop {
+        if new_tokens == max_new_tokens {
+            break End::MaxNewTokens;
+        }
+        let id = sampling.pick(&logits, new_tokens as u64) as u32;
+        if config.eos_token_id == Some(id) {
+            break End::EndOfText;
+        }
+        new_tokens += 1;
+        let piece = stream.push(id).map_err(|e| refuse(format!("cannot decode token {id}: {e}")))?;
+        text.push_str(&piece);
+        if !emit(&piece) {
+            break End::MaxNewTokens;
+        }
+        if cache.len() == context {
+            break End::Context;
+        }
+        if new_tokens < max_new_tokens {
+            logits = engine.decode(i64::from(id), &mut cache);
+        }
+    };
+    let rest = stream.finish().map_err(|e| refuse(format!("cannot decode: {e}")))?;
+    emit(&rest);
+    text.push_str(&rest);
+    let tokens_per_s = new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+    Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s })
+}

@@ -1,0 +1,16 @@
+//! The training engine: one process per device, a child of the node agent. The only package that links libtorch.
+//!
+//! `model` computes, `engine` holds weights and optimizer and takes steps with its peers, `trainer` decides what happens when, `agent_link`
+//! speaks with the agent. `generate` continues a text from a model directory.
+
+pub mod agent_link;
+pub mod engine;
+pub mod error;
+pub mod generate;
+pub mod model;
+pub mod product;
+pub mod shim;
+#[doc(hidden)]
+pub mod testing;
+pub mod trainer;
+pub mod workers;

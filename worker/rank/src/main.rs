@@ -1,0 +1,164 @@
+//! `fleet-rank`: without arguments a rank of a training job, started by the node agent; also the probe, and text generation.
+
+mod bench;
+
+use clap::{Parser, Subcommand};
+use fleet_common::events::{JobError, Outcome};
+use fleet_common::exit::{self, Fault};
+use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
+use fleet_rank::agent_link::AgentLink;
+use fleet_rank::error::Error;
+use fleet_rank::generate::{Sampling, generate};
+use fleet_rank::{product, shim, trainer};
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+
+/// The training engine of fleet. Started by `worker`; run by hand it can only probe and generate.
+#[derive(Parser)]
+#[command(name = "fleet-rank", version, about)]
+struct Args {
+    /// Print what this machine can do as one line of JSON.
+    #[arg(long)]
+    probe: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text with a trained model.
+    Generate(GenerateArgs),
+    /// Time training steps on made-up data.
+    #[command(hide = true)]
+    Bench(bench::BenchArgs),
+}
+
+#[derive(clap::Args)]
+struct GenerateArgs {
+    /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long)]
+    prompt: String,
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// 0 takes the likeliest token every time.
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Choose among this many likeliest tokens; 0: among all.
+    #[arg(long, default_value_t = 50)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object at the end instead of the text as it comes.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let code = match args.command {
+        None if args.probe => probe(),
+        None => be_a_rank(),
+        Some(Command::Generate(args)) => report(run_generate(&args)),
+        Some(Command::Bench(args)) => report(bench::run(&args)),
+    };
+    ExitCode::from(code)
+}
+
+fn report(result: Result<(), Error>) -> u8 {
+    match result {
+        Ok(()) => exit::SUCCEEDED,
+        Err(e) => {
+            eprintln!("error: {e}");
+            e.fault().exit_code()
+        }
+    }
+}
+
+fn probe() -> u8 {
+    let line = serde_json::json!({
+        "libtorch": shim::libtorch_version(),
+        "cuda_devices": tch::Cuda::device_count(),
+        "mps": tch::utils::has_mps(),
+        "bf16_products": product::cpu_has_bf16(),
+    });
+    println!("{line}");
+    exit::SUCCEEDED
+}
+
+fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
+    if !(0.0..=1.0).contains(&args.top_p) || args.top_p == 0.0 {
+        return Err(Error::Input(format!("--top-p is {}; give a number above 0, at most 1", args.top_p)));
+    }
+    if !args.temperature.is_finite() || args.temperature < 0.0 {
+        return Err(Error::Input(format!("--temperature is {}; give 0 or a positive number", args.temperature)));
+    }
+    let sampling =
+        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let mut out = std::io::stdout().lock();
+    // A reader that went away ends the text, not with an error.
+    let mut emit = |piece: &str| args.json || out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_ok();
+    let generated = generate(&args.model, &args.prompt, args.max_new_tokens, &sampling, threads, &mut emit)?;
+    let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };
+    let _ = writeln!(out, "{line}");
+    Ok(())
+}
+
+/// The message of the last panic, in one line.
+static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+fn be_a_rank() -> u8 {
+    let Some(fd) = std::env::var(RANK_SOCKET_ENV).ok().and_then(|text| text.parse().ok()) else {
+        eprintln!("error: fleet-rank is started by `worker`; to train, use `fleet launch`");
+        return exit::REFUSED_INPUT;
+    };
+    let opened = shim::inherited_socket(fd).and_then(AgentLink::open);
+    let (mut link, start) = match opened {
+        Ok(opened) => opened,
+        Err(e) => {
+            eprintln!("error: the agent cannot be understood: {e}");
+            return exit::ENVIRONMENT;
+        }
+    };
+    std::panic::set_hook(Box::new(|info| {
+        let what = info.payload().downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let what = what.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
+        let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
+        let line = format!("fleet-rank failed{place}: {what}").replace('\n', " ");
+        eprintln!("{line}");
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
+    }));
+    let failed = |fault: Fault, message: String| JobError {
+        fault,
+        rank: Some(start.rank),
+        node: None,
+        signal: None,
+        exit_code: None,
+        message,
+        last_lines: Vec::new(),
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| trainer::run(&start, &mut link)));
+    let error = match outcome {
+        Ok(Ok(outcome @ (Outcome::Succeeded { .. } | Outcome::Stopped { .. }))) => {
+            link.send(&FromRank::Done(outcome));
+            return exit::SUCCEEDED;
+        }
+        Ok(Ok(Outcome::Failed(error))) => error,
+        Ok(Err(e)) => failed(e.fault(), e.to_string()),
+        Err(_) => {
+            let line = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
+            failed(Fault::Job, line.unwrap_or_else(|| "fleet-rank failed".into()))
+        }
+    };
+    link.send(&FromRank::Failed(error));
+    exit::JOB_FAILED
+}

@@ -1,0 +1,95 @@
+//! Fresh weights: each a pure function of (seed, parameter name, position), so that any number of ranks or threads makes the same model.
+
+use super::layout::Parameter;
+use std::ops::Range;
+
+/// Numbers drawn from one stream; streams can be drawn in any order.
+const STREAM: usize = 4096;
+
+/// Fills the elements of `parameter` that lie in `range` (of the flat buffer). `out` begins at the flat element `out_start` and covers
+/// them. Norms become 1, everything else N(0, `std`).
+pub fn fill(parameter: &Parameter, range: Range<usize>, seed: u64, std: f32, out: &mut [f32], out_start: usize) {
+    let begin = range.start.max(parameter.range.start);
+    let end = range.end.min(parameter.range.end);
+    if begin >= end {
+        return;
+    }
+    if parameter.is_norm() {
+        out[begin - out_start..end - out_start].fill(1.0);
+        return;
+    }
+    let base = parameter.range.start;
+    let key = mix(seed ^ fnv(parameter.name.as_bytes()));
+    let mut block = [0.0; STREAM];
+    for stream in (begin - base) / STREAM..(end - base).div_ceil(STREAM) {
+        normals(mix(key.wrapping_add(stream as u64)), std, &mut block);
+        let first = base + stream * STREAM;
+        let (from, to) = (begin.max(first), end.min(first + STREAM));
+        out[from - out_start..to - out_start].copy_from_slice(&block[from - first..to - first]);
+    }
+}
+
+/// Box-Muller over splitmix64.
+fn normals(mut state: u64, std: f32, out: &mut [f32; STREAM]) {
+    for pair in out.chunks_exact_mut(2) {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let bits = mix(state);
+        // In (0, 1] and [0, 1).
+        let a = ((bits >> 40) as f32 + 1.0) * (1.0 / 16_777_216.0);
+        let b = ((bits >> 8) as u32 >> 8) as f32 * (1.0 / 16_777_216.0);
+        let radius = (-2.0 * a.ln()).sqrt() * std;
+        let (sin, cos) = (std::f32::consts::TAU * b).sin_cos();
+        pair[0] = radius * cos;
+        pair[1] = radius * sin;
+    }
+}
+
+/// The finaliser of splitmix64.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameter(name: &str, range: Range<usize>) -> Parameter {
+        Parameter { name: name.into(), shape: vec![1, range.len()], range }
+    }
+
+    #[test]
+    fn any_cut_of_a_parameter_gives_the_same_numbers() {
+        let p = parameter("w", 64..64 + 10_000);
+        let mut whole = vec![0.0; 10_000];
+        fill(&p, 0..usize::MAX, 1, 0.02, &mut whole, 64);
+        let mut parts = vec![0.0; 10_000];
+        fill(&p, 0..5_001, 1, 0.02, &mut parts, 64);
+        fill(&p, 5_001..20_000, 1, 0.02, &mut parts, 64);
+        assert_eq!(whole, parts);
+    }
+
+    #[test]
+    fn numbers_are_normal_and_hang_on_seed_and_name() {
+        let draw = |seed, name: &str| {
+            let mut out = vec![0.0; 100_000];
+            fill(&parameter(name, 0..100_000), 0..100_000, seed, 0.02, &mut out, 0);
+            out
+        };
+        let x = draw(1, "a");
+        let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / 1e5;
+        let var = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 1e5;
+        assert!(mean.abs() < 3e-4, "{mean}");
+        assert!((var.sqrt() - 0.02).abs() < 2e-4, "{}", var.sqrt());
+        let beyond = x.iter().filter(|v| v.abs() > 0.04).count() as f64 / 1e5;
+        assert!((beyond - 0.0455).abs() < 0.004, "{beyond}");
+        assert_ne!(x, draw(2, "a"));
+        assert_ne!(x, draw(1, "b"));
+        assert_ne!(x[..50], x[STREAM..STREAM + 50]);
+    }
+}

@@ -1,0 +1,368 @@
+//! Matrix products of the model: which library computes them, on how many threads.
+//!
+//! Weights and activations are stored as `E`: f32, or bf16 under `bf16-mixed`. Sums are kept in fp32. bf16 operands are multiplied by
+//! bf16 instructions where the CPU has them, else widened first, which gives the same products.
+//!
+//! Legend: t rows (tokens), i inputs, o outputs; x_ti activations, w_oi weights, dy_to gradients of outputs.
+
+use crate::shim::{DnnElement, Matrix, dnn_matmul, mkl_matmul};
+use crate::workers::Workers;
+use fleet_kernels as kernels;
+use half::bf16;
+
+/// Rows of a product that one thread takes at least: below, the libraries lose more than threads win.
+const GRANULE: usize = 16;
+
+/// Numbers per piece when a buffer is converted on several threads: whole cache lines of both types.
+const CONVERT_GRANULE: usize = 4096;
+
+/// How products are computed. A function of the CPU alone, so that a resumed run computes what the first one did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Library {
+    Mkl,
+    Dnn,
+}
+
+/// Where a product goes.
+#[derive(Debug)]
+pub enum Out<'a, E> {
+    Store(&'a mut [E]),
+    /// Into fp32: weight gradients of a first micro-batch.
+    Set(&'a mut [f32]),
+    /// Added to fp32: the residual stream, further weight gradients.
+    Add(&'a mut [f32]),
+}
+
+/// What products work on.
+pub trait Storage: kernels::Element + DnnElement {
+    const NAME: &'static str;
+    /// The weights that products read: the masters themselves or their bf16 copy.
+    fn weights<'a>(master: &'a [f32], copy: &'a [bf16]) -> &'a [Self];
+    /// `x` as operand; `room` is as long as `x` where it is needed.
+    fn narrow<'a>(x: &'a [f32], room: &'a mut [Self], workers: &Workers) -> &'a [Self];
+    #[doc(hidden)]
+    fn product(products: &mut Products, job: Job<Self>, out: Out<Self>);
+}
+
+/// One product, to be cut by rows of its output.
+#[doc(hidden)]
+#[derive(Clone, Copy)]
+pub struct Job<'a, E> {
+    m: usize,
+    n: usize,
+    k: usize,
+    a: &'a [E],
+    a_stride: usize,
+    a_transposed: bool,
+    b: &'a [E],
+    b_stride: usize,
+    b_transposed: bool,
+}
+
+impl<'a, E> Job<'a, E> {
+    /// The operand of the output's rows from `row` on.
+    fn a(&self, row: usize) -> Matrix<'a, E> {
+        match self.a_transposed {
+            true => Matrix::transposed(&self.a[row..], self.a_stride),
+            false => Matrix::new(&self.a[row * self.a_stride..], self.a_stride),
+        }
+    }
+
+    fn b(&self) -> Matrix<'a, E> {
+        match self.b_transposed {
+            true => Matrix::transposed(self.b, self.b_stride),
+            false => Matrix::new(self.b, self.b_stride),
+        }
+    }
+}
+
+pub struct Products {
+    fp32: Library,
+    /// bf16 products by oneDNN.
+    bf16: bool,
+    workers: Workers,
+    narrow_out: Vec<bf16>,
+    wide_a: Vec<f32>,
+    wide_b: Vec<f32>,
+    wide_out: Vec<f32>,
+}
+
+impl Products {
+    pub fn new(workers: Workers) -> Self {
+        Self {
+            fp32: if dnn_is_faster() && dnn_works::<f32>() { Library::Dnn } else { Library::Mkl },
+            bf16: cpu_has_bf16() && dnn_works::<bf16>(),
+            workers,
+            narrow_out: Vec::new(),
+            wide_a: Vec::new(),
+            wide_b: Vec::new(),
+            wide_out: Vec::new(),
+        }
+    }
+
+    pub fn workers(&self) -> &Workers {
+        &self.workers
+    }
+
+    /// In words, for the log.
+    pub fn describe<E: Storage>(&self) -> &'static str {
+        match (E::IS_BF16, self.bf16, self.fp32) {
+            (true, true, _) => "bf16 products by oneDNN",
+            (true, false, Library::Mkl) => "bf16 operands widened for fp32 products by MKL",
+            (true, false, Library::Dnn) => "bf16 operands widened for fp32 products by oneDNN",
+            (false, _, Library::Mkl) => "fp32 products by MKL",
+            (false, _, Library::Dnn) => "fp32 products by oneDNN",
+        }
+    }
+
+    /// `out_to = x_ti w_oi^T`.
+    pub fn forward<E: Storage>(&mut self, x: &[E], w: &[E], out: Out<E>, (t, i, o): (usize, usize, usize)) {
+        let job = Job {
+            m: t,
+            n: o,
+            k: i,
+            a: x,
+            a_stride: i,
+            a_transposed: false,
+            b: w,
+            b_stride: i,
+            b_transposed: true,
+        };
+        E::product(self, job, out);
+    }
+
+    /// `out_ti = dy_to w_oi`.
+    pub fn backward_input<E: Storage>(&mut self, dy: &[E], w: &[E], out: Out<E>, (t, i, o): (usize, usize, usize)) {
+        let job = Job {
+            m: t,
+            n: i,
+            k: o,
+            a: dy,
+            a_stride: o,
+            a_transposed: false,
+            b: w,
+            b_stride: i,
+            b_transposed: false,
+        };
+        E::product(self, job, out);
+    }
+
+    /// `out_oi = dy_to^T x_ti`.
+    pub fn backward_weight<E: Storage>(&mut self, dy: &[E], x: &[E], out: Out<E>, (t, i, o): (usize, usize, usize)) {
+        let job = Job {
+            m: o,
+            n: i,
+            k: t,
+            a: dy,
+            a_stride: o,
+            a_transposed: true,
+            b: x,
+            b_stride: i,
+            b_transposed: false,
+        };
+        E::product(self, job, out);
+    }
+
+    fn fp32(&self, job: Job<f32>, out: &mut [f32], beta: f32) {
+        let rows = self.workers.share(job.m, GRANULE);
+        self.workers.pieces(&mut out[..job.m * job.n], rows * job.n, |piece, out| {
+            let shape = (out.len() / job.n, job.n, job.k);
+            let (a, b) = (job.a(piece * rows), job.b());
+            match self.fp32 {
+                Library::Mkl => mkl_matmul(shape, a, b, beta, out, job.n),
+                Library::Dnn => dnn_matmul(shape, a, b, beta, out, job.n)
+                    .expect("oneDNN computed such a product when it was tried at start"),
+            }
+        });
+    }
+}
+
+impl Storage for f32 {
+    const NAME: &'static str = "32";
+
+    fn weights<'a>(master: &'a [f32], _copy: &'a [bf16]) -> &'a [f32] {
+        master
+    }
+
+    fn narrow<'a>(x: &'a [f32], _room: &'a mut [f32], _workers: &Workers) -> &'a [f32] {
+        x
+    }
+
+    fn product(products: &mut Products, job: Job<f32>, out: Out<f32>) {
+        match out {
+            Out::Store(out) | Out::Set(out) => products.fp32(job, out, 0.0),
+            Out::Add(out) => products.fp32(job, out, 1.0),
+        }
+    }
+}
+
+impl Storage for bf16 {
+    const NAME: &'static str = "bf16-mixed";
+
+    fn weights<'a>(_master: &'a [f32], copy: &'a [bf16]) -> &'a [bf16] {
+        copy
+    }
+
+    fn narrow<'a>(x: &'a [f32], room: &'a mut [bf16], workers: &Workers) -> &'a [bf16] {
+        convert(workers, x, room);
+        room
+    }
+
+    fn product(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
+        match products.bf16 {
+            true => native(products, job, out),
+            false => widened(products, job, out),
+        }
+    }
+}
+
+fn native(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
+    let Products { workers, narrow_out, .. } = products;
+    let rows = workers.share(job.m, GRANULE);
+    let multiply = |out: &mut [bf16]| {
+        workers.pieces(out, rows * job.n, |piece, out| {
+            dnn_matmul((out.len() / job.n, job.n, job.k), job.a(piece * rows), job.b(), 0.0, out, job.n)
+                .expect("oneDNN computed such a product when it was tried at start");
+        });
+    };
+    let len = job.m * job.n;
+    // oneDNN writes bf16 only: what goes into fp32 takes a detour.
+    match out {
+        Out::Store(out) => multiply(&mut out[..len]),
+        Out::Set(out) => {
+            multiply(grown(narrow_out, len));
+            convert(workers, &narrow_out[..len], &mut out[..len]);
+        }
+        Out::Add(out) => {
+            multiply(grown(narrow_out, len));
+            let piece = workers.share(len, CONVERT_GRANULE);
+            workers.pieces(&mut out[..len], piece, |i, out| {
+                kernels::add(out, &narrow_out[i * piece..][..out.len()]);
+            });
+        }
+    }
+}
+
+fn widened(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
+    let [mut wide_a, mut wide_b, mut wide_out] =
+        [&mut products.wide_a, &mut products.wide_b, &mut products.wide_out].map(std::mem::take);
+    convert(&products.workers, job.a, grown(&mut wide_a, job.a.len()));
+    convert(&products.workers, job.b, grown(&mut wide_b, job.b.len()));
+    let wide = Job {
+        a: &wide_a[..job.a.len()],
+        b: &wide_b[..job.b.len()],
+        m: job.m,
+        n: job.n,
+        k: job.k,
+        a_stride: job.a_stride,
+        a_transposed: job.a_transposed,
+        b_stride: job.b_stride,
+        b_transposed: job.b_transposed,
+    };
+    let len = job.m * job.n;
+    match out {
+        Out::Store(out) => {
+            products.fp32(wide, grown(&mut wide_out, len), 0.0);
+            convert(&products.workers, &wide_out[..len], &mut out[..len]);
+        }
+        Out::Set(out) => products.fp32(wide, out, 0.0),
+        Out::Add(out) => products.fp32(wide, out, 1.0),
+    }
+    (products.wide_a, products.wide_b, products.wide_out) = (wide_a, wide_b, wide_out);
+}
+
+/// The first `len` numbers of a buffer that only grows.
+fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        *buffer = vec![T::default(); len];
+    }
+    &mut buffer[..len]
+}
+
+fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I], out: &mut [O]) {
+    let piece = workers.share(x.len(), CONVERT_GRANULE);
+    workers.pieces(&mut out[..x.len()], piece, |i, out| kernels::convert(&x[i * piece..][..out.len()], out));
+}
+
+/// MKL is as fast as the CPU where there is no AVX-512, but does not use it on AMD (measured: 115 and 250 GFLOP/s per core).
+#[cfg(target_arch = "x86_64")]
+fn dnn_is_faster() -> bool {
+    std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512dq")
+}
+#[cfg(not(target_arch = "x86_64"))]
+fn dnn_is_faster() -> bool {
+    false
+}
+
+/// Whether the CPU multiplies bf16 faster than fp32.
+#[cfg(target_arch = "x86_64")]
+pub fn cpu_has_bf16() -> bool {
+    std::arch::is_x86_feature_detected!("avx512bf16")
+}
+#[cfg(not(target_arch = "x86_64"))]
+pub fn cpu_has_bf16() -> bool {
+    false
+}
+
+/// Tries a small product with a transposed operand against a plain loop.
+fn dnn_works<T: DnnElement + kernels::Element>() -> bool {
+    let (m, n, k) = (16, 24, 32);
+    let number = |i: usize, modulus: usize| (i % modulus) as f32 / 8.0 - 0.5;
+    let a: Vec<T> = (0..m * k).map(|i| T::from_f32(number(i, 9))).collect();
+    let b: Vec<T> = (0..n * k).map(|i| T::from_f32(number(i, 7))).collect();
+    let mut out = vec![T::from_f32(1.0); m * n];
+    if dnn_matmul((m, n, k), Matrix::new(&a, k), Matrix::transposed(&b, k), 0.0, &mut out, n).is_err() {
+        return false;
+    }
+    (0..m * n).all(|at| {
+        let (row, col) = (at / n, at % n);
+        let sum: f32 = (0..k).map(|j| a[row * k + j].to_f32() * b[col * k + j].to_f32()).sum();
+        (sum - out[at].to_f32()).abs() < 0.05
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(len: usize, seed: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + seed * 104_729) % 1000) as f32 / 500.0 - 1.0).collect()
+    }
+
+    fn check<E: Storage>(threads: u32, tolerance: f32) {
+        let mut products = Products::new(Workers::new(threads).unwrap());
+        let (t, i, o) = (37, 48, 33);
+        let [x, w, dy] = [(t * i, 1), (o * i, 2), (t * o, 3)]
+            .map(|(len, seed)| numbers(len, seed).into_iter().map(E::from_f32).collect::<Vec<E>>());
+        let dot = |n: usize, f: &dyn Fn(usize) -> (E, E)| -> f32 {
+            (0..n).map(f).map(|(a, b)| a.to_f32() * b.to_f32()).sum()
+        };
+        let close = |got: &[f32], want: &dyn Fn(usize) -> f32| {
+            for (at, got) in got.iter().enumerate() {
+                assert!((got - want(at)).abs() < tolerance, "{at}: {got} {}", want(at));
+            }
+        };
+        let forward = |at: usize| dot(i, &|j| (x[at / o * i + j], w[at % o * i + j]));
+        let mut out = vec![E::default(); t * o];
+        products.forward(&x, &w, Out::Store(&mut out), (t, i, o));
+        close(&out.iter().map(|v| v.to_f32()).collect::<Vec<_>>(), &forward);
+        let mut sum = vec![2.0; t * o];
+        products.forward(&x, &w, Out::Add(&mut sum), (t, i, o));
+        close(&sum, &|at| forward(at) + 2.0);
+
+        let mut dx = vec![0.0; t * i];
+        products.backward_input(&dy, &w, Out::Set(&mut dx), (t, i, o));
+        close(&dx, &|at| dot(o, &|j| (dy[at / i * o + j], w[j * i + at % i])));
+        let mut dw = vec![1.0; o * i];
+        products.backward_weight(&dy, &x, Out::Add(&mut dw), (t, i, o));
+        close(&dw, &|at| dot(t, &|j| (dy[j * o + at / i], x[j * i + at % i])) + 1.0);
+    }
+
+    #[test]
+    fn products_equal_plain_loops_in_both_precisions_and_on_any_number_of_threads() {
+        for threads in [1, 3] {
+            check::<f32>(threads, 1e-4);
+            check::<bf16>(threads, 0.15);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Numbers in memory that ranks share, seen as slices.
+//!
+//! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::Collective`
+//! (reduce, finish, update the own part, barrier), which `trainer::step` follows. Within the process the borrow checker holds.
+
+#![allow(unsafe_code)]
+
+use number::Number;
+use fleet_collectives::{Common, PerRank};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+mod number {
+    /// Types of which every bit pattern is a value.
+    pub trait Number: Copy + Send + Sync + 'static {}
+    impl Number for f32 {}
+    impl Number for half::bf16 {}
+}
+
+/// One buffer for all ranks of the host: master weights, optimizer state, the bf16 copy.
+pub struct SharedSlice<T> {
+    memory: Common,
+    len: usize,
+    kind: PhantomData<T>,
+}
+
+impl<T: Number> SharedSlice<T> {
+    /// `memory` is page-aligned and zeroed, as `Collective::allocate_common` gives it.
+    pub fn new(memory: Common) -> Self {
+        let len = memory.len() / size_of::<T>();
+        assert!(memory.as_mut_ptr().cast::<T>().is_aligned(), "shared memory is page-aligned");
+        Self { memory, len, kind: PhantomData }
+    }
+
+    /// To be read between a barrier and the next update.
+    pub fn all(&self) -> &[T] {
+        // SAFETY: the mapping is `len` numbers long and lives as long as `memory`; all bit patterns are values; no rank writes
+        // between a barrier and the next update, and this process writes only through `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.memory.as_mut_ptr().cast(), self.len) }
+    }
+
+    /// The part that this rank alone updates. Panics outside of the buffer.
+    pub fn part_mut(&mut self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "a part inside of the buffer");
+        // SAFETY: inside the mapping; `&mut self` excludes other uses in this process, the partition of `fleet_collectives::part`
+        // those in others.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<T>().add(range.start), range.len())
+        }
+    }
+}
+
+/// This rank's gradients, which its peers reduce in place.
+pub struct Gradients {
+    memory: PerRank,
+    len: usize,
+}
+
+impl Gradients {
+    pub fn new(memory: PerRank) -> Self {
+        let len = memory.len() / size_of::<f32>();
+        assert!(memory.as_mut_ptr().cast::<f32>().is_aligned(), "shared memory is page-aligned");
+        Self { memory, len }
+    }
+
+    /// For `Collective::post_reduce`.
+    pub fn memory(&self) -> &PerRank {
+        &self.memory
+    }
+
+    /// A range that is not being reduced: between `post_reduce` and `finish` its peers own it. Panics outside of the buffer.
+    pub fn range_mut(&mut self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "a range inside of the buffer");
+        // SAFETY: inside the mapping, which lives as long as `memory`; `&mut self` excludes other uses in this process; peers write
+        // only what was posted, and the trainer does not touch that until `finish`.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<f32>().add(range.start), range.len())
+        }
+    }
+}
+
+/// Numbers as the bytes in which they lie in memory: little-endian on every machine fleet runs on.
+pub fn as_bytes<T: Number>(numbers: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding, every byte is initialised, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// The reverse of `as_bytes`; `None` where the bytes are not aligned or not whole numbers.
+pub fn from_bytes<T: Number>(bytes: &[u8]) -> Option<&[T]> {
+    let fits = bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>());
+    // SAFETY: aligned, of whole numbers, and every bit pattern is a value.
+    fits.then(|| unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) })
+}

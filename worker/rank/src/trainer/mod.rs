@@ -1,0 +1,310 @@
+//! The training loop: what happens when. Data, step, log, evaluate, save.
+//!
+//! Every rank runs it. What depends on time or on the agent (stop, the time limit) is agreed in the step's own reduction, so that all
+//! ranks leave the loop after the same step. It never touches a tensor.
+
+mod batches;
+mod saving;
+mod schedule;
+
+pub use batches::TokenBatch;
+pub use schedule::learning_rate;
+
+use crate::agent_link::AgentLink;
+use crate::engine::{AdamW, Engine, Votes};
+use crate::error::{Error, Result};
+use crate::model::{Llama, files};
+use crate::product::Storage;
+use crate::workers::Workers;
+use fleet_checkpoint::TrainerState;
+use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
+use fleet_common::events::{EventBody, Evaluation, Level, Outcome, Step};
+use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy};
+use fleet_common::protocol::RankStart;
+use fleet_data::{Order, TokenCache, evaluation_part};
+use half::bf16;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Longest wait for a peer: the others wait while rank 0 writes a checkpoint. A dead peer ends the gang at once by other means.
+const DEADLINE: Duration = Duration::from_secs(900);
+
+/// Longest wait for the cluster to record the last checkpoint, after which older ones are left to the next run.
+const LAST_COMMIT: Duration = Duration::from_secs(5);
+
+/// Trains as the agent asked, to the end or until stopped.
+pub fn run(start: &RankStart, link: &mut AgentLink) -> Result<Outcome> {
+    let began = Instant::now();
+    let job = Job::from_json(&start.job_json).map_err(|e| Error::Input(format!("the job cannot be read: {e}")))?;
+    if start.device != "cpu" {
+        return Err(Error::Environment(format!("this fleet-rank trains on the CPU, not on {}; set device = \"cpu\"", start.device)));
+    }
+    if job.strategy == Strategy::Fsdp {
+        return Err(Error::Input("strategy \"fsdp\" is not available yet; use \"ddp\"".into()));
+    }
+    match job.precision {
+        Precision::Fp32 => Trainer::<f32>::new(start, job, began, link)?.train(link),
+        Precision::Bf16Mixed => Trainer::<bf16>::new(start, job, began, link)?.train(link),
+        Precision::Fp16Mixed | Precision::Bf16True => {
+            Err(Error::Input("this precision is not available on the CPU; use \"32\" or \"bf16-mixed\"".into()))
+        }
+    }
+}
+
+struct Trainer<E> {
+    job: Job,
+    rank: u64,
+    world: u64,
+    engine: Engine<E>,
+    cache: TokenCache,
+    order: Order,
+    adamw: AdamW,
+    total_steps: u64,
+    began: Instant,
+    /// Grows with every step; what a checkpoint stores.
+    state: TrainerState,
+    meter: Meter,
+}
+
+impl<E: Storage> Trainer<E> {
+    fn new(start: &RankStart, job: Job, began: Instant, link: &mut AgentLink) -> Result<Self> {
+        let collective = join(start)?;
+        let cache = TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
+        let (config, pretrained) = model_of(&job, &cache)?;
+        let world = u64::from(start.world_size);
+        let micro_batches = u64::from(job.accumulate_grad_batches);
+        let global_batch = world * u64::from(job.batch_size) * micro_batches;
+        let order = Order::new(job.seed, cache.train().len(), global_batch, micro_batches)
+            .map_err(|e| Error::Input(e.to_string()))?;
+        let total_steps = order.total_steps(job.epochs, job.max_steps);
+
+        let workers = Workers::new(start.threads)
+            .map_err(|e| Error::Environment(format!("cannot start {} threads: {e}", start.threads)))?;
+        let model = Llama::new(config.clone(), job.max_seq_len as usize);
+        let mut engine = Engine::<E>::new(model, workers, collective)?;
+        let mut state = TrainerState {
+            step: 0,
+            epoch: 0,
+            epoch_step: 0,
+            total_steps,
+            tokens_seen: 0,
+            loss: f64::NAN,
+            eval_loss: None,
+            seed: job.seed,
+            global_batch,
+            train_windows: cache.train().len(),
+            cache_hash: cache.hash().to_owned(),
+            tokenizer_sha256: cache.meta().tokenizer_sha256.clone(),
+            model: config,
+            precision: job.precision,
+            world_size: start.world_size,
+            batch_size: job.batch_size,
+            accumulate_grad_batches: job.accumulate_grad_batches,
+            threads_per_rank: start.threads,
+        };
+        match (&start.resume, &pretrained) {
+            (Some(checkpoint), _) => {
+                let checkpoint = Path::new(checkpoint);
+                let was = TrainerState::read(checkpoint)?;
+                let notes = was.check_compatible(&state)?;
+                if start.rank == 0 {
+                    notes.into_iter().for_each(|note| link.log(Level::Warn, note));
+                }
+                engine.load_weights(checkpoint)?;
+                engine.load_optimizer(checkpoint)?;
+                state = TrainerState {
+                    step: was.step,
+                    epoch: was.epoch,
+                    epoch_step: was.epoch_step,
+                    tokens_seen: was.tokens_seen,
+                    loss: was.loss,
+                    eval_loss: was.eval_loss,
+                    ..state
+                };
+            }
+            (None, Some(dir)) => engine.load_weights(dir)?,
+            (None, None) => engine.fresh_weights(job.seed)?,
+        }
+        let o = &job.optimizer;
+        let adamw = AdamW {
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: o.eps,
+            weight_decay: o.weight_decay,
+            max_grad_norm: o.max_grad_norm,
+        };
+        let rank = u64::from(start.rank);
+        let meter = Meter::default();
+        Ok(Self { job, rank, world, engine, cache, order, adamw, total_steps, began, state, meter })
+    }
+
+    fn train(mut self, link: &mut AgentLink) -> Result<Outcome> {
+        if self.rank == 0 {
+            let parameters = self.engine.model().layout.count();
+            let products = self.engine.products().describe::<E>();
+            link.event(EventBody::Started { step: self.state.step, parameters, device: "cpu".into() });
+            link.log(Level::Info, format!("{} threads, {products}", self.engine.products().workers().count()));
+        }
+        if self.state.step == 0 && self.total_steps > 0 {
+            self.evaluate(link)?;
+        }
+        let first = self.state.step + 1;
+        let mut saved = Ok(());
+        while self.state.step < self.total_steps {
+            let votes = self.step(link)?;
+            let step = self.state.step;
+            let over = step == self.total_steps || votes.stop || votes.time;
+            if self.rank == 0 && (step == first || step.is_multiple_of(self.job.logging_steps) || over) {
+                link.event(EventBody::Step(self.meter.event(&self.state, self.order.epochs_done(step))));
+            }
+            let every = |steps: u64| steps > 0 && step.is_multiple_of(steps);
+            if !votes.stop && (every(self.job.eval.eval_steps) || over) {
+                self.evaluate(link)?;
+            }
+            if every(self.job.checkpoint.save_steps) || over {
+                saved = self.save(link);
+            }
+            self.rotate(link);
+            if votes.stop {
+                return Ok(Outcome::Stopped { steps: step });
+            }
+            if votes.time {
+                break;
+            }
+        }
+        if self.rank == 0 && saved.is_ok() && self.state.step >= first && link.wait_committed(self.state.step, LAST_COMMIT) {
+            self.rotate(link);
+        }
+        saved?;
+        let final_loss = Some(self.state.loss).filter(|loss| loss.is_finite());
+        Ok(Outcome::Succeeded { steps: self.state.step, final_loss, tokens_per_s: self.meter.mean() })
+    }
+
+    /// One optimizer step; tells what the ranks agreed on.
+    fn step(&mut self, link: &AgentLink) -> Result<Votes> {
+        let began = Instant::now();
+        let step = self.state.step;
+        self.engine.collective().note(Activity::LoadingData);
+        let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
+            .map(|micro| {
+                let indices = self.order.rank_part(step, micro, self.rank, self.world);
+                TokenBatch::read(self.cache.train(), indices.into_iter())
+            })
+            .collect();
+        let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
+        let mine = Votes {
+            stop: link.stop_asked(),
+            time: self.job.max_time_s.is_some_and(|limit| self.began.elapsed() >= Duration::from_secs(limit)),
+        };
+        let tokens = self.order.predictions_per_step(self.job.max_seq_len);
+        let batches = micro_batches.iter().map(TokenBatch::view);
+        let report = self.engine.step(batches, tokens, &self.adamw, lr, step + 1, mine)?;
+
+        let cursor = self.order.cursor(step + 1);
+        let state = &mut self.state;
+        (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
+        state.loss = report.loss;
+        let tokens = state.global_batch * u64::from(self.job.max_seq_len);
+        state.tokens_seen += tokens;
+        self.meter.add(tokens, began.elapsed(), lr, report.grad_norm);
+        Ok(report.votes)
+    }
+
+    /// Loss on the validation part, if it is to be measured and there is one.
+    fn evaluate(&mut self, link: &mut AgentLink) -> Result<()> {
+        let windows = self.cache.validation();
+        if self.job.eval.eval_steps == 0 || windows.is_empty() {
+            return Ok(());
+        }
+        let mine = evaluation_part(windows.len(), self.job.eval.max_eval_examples, self.rank, self.world);
+        // No more at once than a training batch: evaluation then needs no memory of its own.
+        let size = u64::from(self.job.eval.batch_size.min(self.job.batch_size)).max(1);
+        let batches: Vec<TokenBatch> = mine
+            .clone()
+            .step_by(size as usize)
+            .map(|at| TokenBatch::read(windows, at..(at + size).min(mine.end)))
+            .collect();
+        let loss = self.engine.evaluate(batches.iter().map(TokenBatch::view))?;
+        let mean = loss.sum / loss.tokens.max(1) as f64;
+        self.state.eval_loss = Some(mean);
+        if self.rank == 0 {
+            let bytes_per_token = self.cache.meta().validation_bytes_per_token;
+            link.event(EventBody::Eval(Evaluation {
+                step: self.state.step,
+                loss: mean,
+                bits_per_byte: mean / std::f64::consts::LN_2 / bytes_per_token,
+                tokens: loss.tokens,
+            }));
+        }
+        Ok(())
+    }
+}
+
+fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
+    let mut collective: Box<dyn Collective> = match (start.world_size, start.shm_fd) {
+        (1, _) => Box::new(Solo::new(start.generation)),
+        (world, Some(fd)) => {
+            Box::new(ShmCollective::attach(fd, start.rank as usize, world as usize, start.generation)?)
+        }
+        (_, None) => return Err(Error::Environment("the agent gave no shared segment to a gang of several ranks".into())),
+    };
+    collective.set_deadline(DEADLINE);
+    Ok(collective)
+}
+
+/// The model's shape, and where its weights come from if they are not fresh.
+fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(LlamaConfig, Option<&'a Path>)> {
+    let (mut config, pretrained) = match &job.model {
+        Model::New(config) => (config.clone(), None),
+        Model::Pretrained(dir) => (files::read_config(dir)?, Some(dir.as_path())),
+    };
+    files::check_config(&config).map_err(Error::Input)?;
+    if cache.meta().vocab_size > config.vocab_size {
+        return Err(Error::Input(format!(
+            "the tokenizer has {} tokens and the model's vocab_size is {}; raise it or use the model's own tokenizer",
+            cache.meta().vocab_size,
+            config.vocab_size
+        )));
+    }
+    config.eos_token_id = config.eos_token_id.or(Some(cache.meta().eos_id));
+    Ok((config, pretrained))
+}
+
+/// Counts tokens and the time of steps alone: evaluation and saving do not slow training down on paper.
+#[derive(Default)]
+struct Meter {
+    tokens: u64,
+    time: Duration,
+    all_tokens: u64,
+    all_time: Duration,
+    lr: f64,
+    grad_norm: f64,
+}
+
+impl Meter {
+    fn add(&mut self, tokens: u64, time: Duration, lr: f64, grad_norm: f64) {
+        self.tokens += tokens;
+        self.time += time;
+        self.all_tokens += tokens;
+        self.all_time += time;
+        (self.lr, self.grad_norm) = (lr, grad_norm);
+    }
+
+    fn event(&mut self, state: &TrainerState, epoch: f64) -> Step {
+        let tokens_per_s = self.tokens as f64 / self.time.as_secs_f64().max(1e-9);
+        (self.tokens, self.time) = (0, Duration::ZERO);
+        Step {
+            step: state.step,
+            total_steps: state.total_steps,
+            epoch,
+            loss: state.loss,
+            lr: self.lr,
+            grad_norm: self.grad_norm,
+            tokens_per_s,
+        }
+    }
+
+    fn mean(&self) -> f64 {
+        self.all_tokens as f64 / self.all_time.as_secs_f64().max(1e-9)
+    }
+}

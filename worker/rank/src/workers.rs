@@ -1,0 +1,63 @@
+//! The threads of one rank. Work is cut into pieces that do not depend on timing, so results depend on the number of threads at most.
+
+use crate::shim;
+
+/// A fixed number of threads; with one, everything runs on the caller.
+pub struct Workers {
+    pool: Option<rayon::ThreadPool>,
+    count: usize,
+}
+
+impl Workers {
+    pub fn new(threads: u32) -> Result<Self, rayon::ThreadPoolBuildError> {
+        let count = threads.max(1) as usize;
+        // Products are cut here, not inside the libraries: one pool, one order.
+        shim::set_threads(1);
+        let pool = match count {
+            1 => None,
+            _ => Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(count)
+                    .thread_name(|i| format!("engine-{i}"))
+                    .start_handler(|_| shim::set_threads(1))
+                    .build()?,
+            ),
+        };
+        Ok(Self { pool, count })
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Calls `work(i, piece i)` for the pieces of `data`, each `piece` long (the last may be shorter).
+    pub fn pieces<T: Send>(&self, data: &mut [T], piece: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+        match &self.pool {
+            None => data.chunks_mut(piece).enumerate().for_each(|(i, chunk)| work(i, chunk)),
+            Some(pool) => pool.scope(|scope| {
+                for (i, chunk) in data.chunks_mut(piece).enumerate() {
+                    let work = &work;
+                    scope.spawn(move |_| work(i, chunk));
+                }
+            }),
+        }
+    }
+
+    /// Calls `work` for each item, in any order.
+    pub fn each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
+        match &self.pool {
+            None => items.for_each(work),
+            Some(pool) => pool.in_place_scope(|scope| {
+                for item in items {
+                    let work = &work;
+                    scope.spawn(move |_| work(item));
+                }
+            }),
+        }
+    }
+
+    /// Rows per piece when `rows` are shared out evenly, in whole multiples of `granule`.
+    pub fn share(&self, rows: usize, granule: usize) -> usize {
+        rows.div_ceil(self.count).next_multiple_of(granule).max(1)
+    }
+}

@@ -1,0 +1,131 @@
+//! The explicit forward and backward against the same model written with tch operations and differentiated by autograd.
+
+use fleet_common::job::LlamaConfig;
+use fleet_rank::model::{Batch, Layout, Llama, Weights, Workspace, init};
+use fleet_rank::product::{Products, Storage};
+use fleet_rank::testing::{VecSink, tiny_config, token_ids};
+use fleet_rank::workers::Workers;
+use half::bf16;
+use tch::{Kind, Tensor};
+
+/// Loss (summed) and gradients by name, by autograd in fp64.
+fn oracle(config: &LlamaConfig, layout: &Layout, flat: &[f32], batch: Batch, scale: f64) -> (f64, Vec<Vec<f64>>) {
+    let [h, heads, kv, hd] = [config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim].map(i64::from);
+    let weights: Vec<Tensor> = layout
+        .parameters
+        .iter()
+        .map(|p| {
+            let shape: Vec<i64> = p.shape.iter().map(|n| *n as i64).collect();
+            Tensor::from_slice(&flat[p.range.clone()]).to_kind(Kind::Double).reshape(shape).set_requires_grad(true)
+        })
+        .collect();
+    let get = |name: &str| &weights[layout.parameters.iter().position(|p| p.name == name).unwrap()];
+    let s = batch.seq as i64;
+    let b = batch.ids.len() as i64 / s;
+    let norm = |x: &Tensor, w: &Tensor| {
+        x * (x.square().mean_dim(-1, true, Kind::Double) + config.rms_norm_eps).rsqrt() * w
+    };
+    let frequency = (Tensor::arange_start_step(0, hd, 2, (Kind::Double, tch::Device::Cpu)) / hd as f64 * -config.rope_theta.ln()).exp();
+    let angle = Tensor::arange(s, (Kind::Double, tch::Device::Cpu)).outer(&frequency);
+    let angle = Tensor::cat(&[&angle, &angle], -1);
+    let rotate = |x: &Tensor| {
+        let half = hd / 2;
+        let turned = Tensor::cat(&[-x.narrow(-1, half, half), x.narrow(-1, 0, half)], -1);
+        x * angle.cos() + turned * angle.sin()
+    };
+    let mask = Tensor::full([s, s], f64::NEG_INFINITY, (Kind::Double, tch::Device::Cpu)).triu(1);
+
+    let ids = Tensor::from_slice(batch.ids);
+    let mut x = get("model.embed_tokens.weight").index_select(0, &ids).reshape([b, s, h]);
+    for layer in 0..config.num_hidden_layers {
+        let get = |part: &str| get(&format!("model.layers.{layer}.{part}.weight"));
+        let n = norm(&x, get("input_layernorm"));
+        let split = |w: &Tensor, count: i64| n.matmul(&w.tr()).reshape([b, s, count, hd]).transpose(1, 2);
+        let q = rotate(&split(get("self_attn.q_proj"), heads));
+        let k = rotate(&split(get("self_attn.k_proj"), kv)).repeat_interleave_self_int(heads / kv, 1, None);
+        let v = split(get("self_attn.v_proj"), kv).repeat_interleave_self_int(heads / kv, 1, None);
+        let p = (q.matmul(&k.transpose(-1, -2)) / (hd as f64).sqrt() + &mask).softmax(-1, Kind::Double);
+        let o = p.matmul(&v).transpose(1, 2).reshape([b, s, heads * hd]);
+        x = x + o.matmul(&get("self_attn.o_proj").tr());
+        let n = norm(&x, get("post_attention_layernorm"));
+        let inner = n.matmul(&get("mlp.gate_proj").tr()).silu() * n.matmul(&get("mlp.up_proj").tr());
+        x = x + inner.matmul(&get("mlp.down_proj").tr());
+    }
+    let n = norm(&x, get("model.norm.weight"));
+    let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let logits = n.matmul(&get(head).tr()).reshape([b * s, i64::from(config.vocab_size)]);
+    let targets = Tensor::from_slice(batch.targets);
+    let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Sum, -100, 0.0);
+    (&loss * scale).backward();
+    let grads = weights.iter().map(|w| Vec::try_from(w.grad().reshape([-1])).unwrap()).collect();
+    (loss.double_value(&[]), grads)
+}
+
+/// Relative distance of two vectors.
+fn distance(got: &[f32], want: &[f64]) -> f64 {
+    let norm = want.iter().map(|v| v * v).sum::<f64>().sqrt();
+    got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt() / norm.max(1e-12)
+}
+
+fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
+    let seq = 13;
+    let ids = token_ids(3 * seq, 97, 1);
+    let mut targets = token_ids(3 * seq, 97, 2);
+    targets[5] = -100;
+    targets[12] = -100;
+    let batch = Batch { ids: &ids, targets: &targets, seq };
+    let model = Llama::new(config.clone(), 32);
+    let mut flat = vec![0.0; model.layout.len];
+    for p in &model.layout.parameters {
+        init::fill(p, 0..usize::MAX, 3, 0.1, &mut flat, 0);
+    }
+    // Norm weights that are not all 1.
+    for p in model.layout.parameters.iter().filter(|p| p.is_norm()) {
+        flat[p.range.clone()].iter_mut().enumerate().for_each(|(i, w)| *w = 0.75 + (i % 7) as f32 / 8.0);
+    }
+    let copy: Vec<bf16> = flat.iter().map(|v| bf16::from_f32(*v)).collect();
+    let weights = Weights::<E>::new(&flat, &copy);
+    let mut products = Products::new(Workers::new(threads).unwrap());
+    let mut work = Workspace::<E>::new();
+    let mut sink = VecSink { grads: vec![f32::NAN; model.layout.len], fresh: true, done: Vec::new() };
+    let loss = model.forward_backward(weights, batch, 0.5, &mut products, &mut work, &mut sink).unwrap();
+
+    let (want, grads) = oracle(&config, &model.layout, &flat, batch, 0.5);
+    assert_eq!(loss.tokens, 37);
+    assert!((loss.sum - want).abs() / want < tolerance, "loss {} {want}", loss.sum);
+    for (p, want) in model.layout.parameters.iter().zip(&grads) {
+        let off = distance(&sink.grads[p.range.clone()], want);
+        assert!(off < tolerance, "{}: {off}", p.name);
+    }
+    let mut units: Vec<_> = model.layout.units().cloned().collect();
+    units.reverse();
+    assert_eq!(sink.done, units);
+
+    // A second micro-batch adds; evaluation gives the same loss.
+    sink.fresh = false;
+    let again = model.forward_backward(weights, batch, 0.5, &mut products, &mut work, &mut sink).unwrap();
+    assert_eq!(again, loss);
+    for (p, want) in model.layout.parameters.iter().zip(&grads) {
+        let doubled: Vec<f64> = want.iter().map(|v| 2.0 * v).collect();
+        let off = distance(&sink.grads[p.range.clone()], &doubled);
+        assert!(off < tolerance, "{} twice: {off}", p.name);
+    }
+    let evaluated = model.loss(weights, batch, &mut products, &mut Workspace::<E>::new());
+    assert!((evaluated.sum - loss.sum).abs() < 1e-3 * loss.sum, "{} {}", evaluated.sum, loss.sum);
+}
+
+#[test]
+fn fp32_gradients_are_autograds() {
+    for tied in [false, true] {
+        for threads in [1, 2] {
+            check::<f32>(LlamaConfig { tie_word_embeddings: tied, ..tiny_config() }, threads, 2e-5);
+        }
+    }
+}
+
+#[test]
+fn bf16_gradients_are_autograds_within_bf16() {
+    for tied in [false, true] {
+        check::<bf16>(LlamaConfig { tie_word_embeddings: tied, ..tiny_config() }, 1, 3e-2);
+    }
+}

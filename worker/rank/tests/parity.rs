@@ -1,0 +1,124 @@
+//! Against PyTorch and Hugging Face transformers, by the golden files that tests/parity/generate.py made.
+
+use fleet_checkpoint::{Dtype, Tensors};
+use fleet_common::job::{Optimizer, Schedule};
+use fleet_rank::engine::{AdamW, Engine, Votes};
+use fleet_rank::generate::Sampling;
+use fleet_rank::model::Cache;
+use fleet_rank::product::Storage;
+use fleet_rank::trainer::{TokenBatch, learning_rate};
+use half::bf16;
+use std::path::PathBuf;
+
+const MODELS: [&str; 2] = ["gqa", "tied"];
+
+fn golden() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden")
+}
+
+fn numbers<const N: usize, T>(tensors: &Tensors, name: &str, dtype: Dtype, read: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let tensor = tensors.get(name).unwrap_or_else(|| panic!("golden {name}"));
+    assert_eq!(tensor.dtype, dtype, "{name}");
+    tensor.data.chunks_exact(N).map(|bytes| read(bytes.try_into().unwrap())).collect()
+}
+
+fn ids(tensors: &Tensors, name: &str) -> Vec<i64> {
+    numbers(tensors, name, Dtype::I64, i64::from_le_bytes)
+}
+
+fn reals(tensors: &Tensors, name: &str) -> Vec<f64> {
+    numbers(tensors, name, Dtype::F64, f64::from_le_bytes)
+}
+
+#[test]
+fn logits_are_hugging_faces() {
+    for model in MODELS {
+        let dir = golden().join(model);
+        let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
+        let input = ids(&tensors, "input_ids");
+        let want = numbers(&tensors, "logits", Dtype::F32, f32::from_le_bytes);
+        let got = Engine::<f32>::open(&dir, 1, None).unwrap().logits(&input, 48);
+        assert_eq!(got.len(), want.len());
+        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-5, "{model}: {worst}");
+    }
+}
+
+#[test]
+fn greedy_generation_with_a_cache_is_hugging_faces() {
+    for model in MODELS {
+        let dir = golden().join(model);
+        let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
+        let want = ids(&tensors, "greedy");
+        let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+        let mut engine = Engine::<f32>::open(&dir, 1, None).unwrap();
+        let mut cache = Cache::new(engine.model());
+        let mut logits = engine.prefill(&want[..8], &mut cache);
+        let mut got = want[..8].to_vec();
+        while got.len() < want.len() {
+            got.push(greedy.pick(&logits, 0) as i64);
+            logits = engine.decode(got[got.len() - 1], &mut cache);
+        }
+        assert_eq!(got, want, "{model}");
+        // The cache holds what a whole forward computes.
+        let whole = engine.logits(&got, got.len());
+        let last = &whole[whole.len() - logits.len()..];
+        let worst = logits.iter().zip(last).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4, "{model}: {worst}");
+    }
+}
+
+fn train<E: Storage>(kind: &str, tolerance: f64) {
+    let hyper: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden().join("hyper.json")).unwrap()).unwrap();
+    let hyper = |key: &str| hyper[key].as_f64().unwrap_or_else(|| panic!("{key}"));
+    let optimizer = Optimizer {
+        learning_rate: hyper("learning_rate"),
+        schedule: Schedule::Cosine,
+        warmup_steps: hyper("warmup_steps") as u64,
+        min_lr_ratio: 0.0,
+        weight_decay: hyper("weight_decay"),
+        beta1: hyper("beta1"),
+        beta2: hyper("beta2"),
+        eps: hyper("eps"),
+        max_grad_norm: hyper("max_grad_norm"),
+    };
+    let adamw = AdamW {
+        beta1: optimizer.beta1,
+        beta2: optimizer.beta2,
+        eps: optimizer.eps,
+        weight_decay: optimizer.weight_decay,
+        max_grad_norm: optimizer.max_grad_norm,
+    };
+    for model in MODELS {
+        let dir = golden().join(model);
+        let tensors = Tensors::open(&dir.join(format!("train_{kind}.safetensors"))).unwrap();
+        let (batches, losses) = (ids(&tensors, "batches"), reals(&tensors, "losses"));
+        let (norms, rates) = (reals(&tensors, "grad_norms"), reals(&tensors, "learning_rates"));
+        let shape = tensors.get("batches").unwrap().shape.to_vec();
+        let total = hyper("total_steps") as u64;
+        let mut engine = Engine::<E>::open(&dir, 1, Some(shape[2])).unwrap();
+        for (step, tokens) in batches.chunks_exact(shape[1] * shape[2]).enumerate() {
+            let lr = learning_rate(&optimizer, step as u64, total);
+            assert!((lr - rates[step]).abs() < 1e-12, "rate of step {step}");
+            let batch = TokenBatch::from_tokens(tokens, shape[2]);
+            let predictions = (shape[1] * (shape[2] - 1)) as u64;
+            let views = std::iter::once(batch.view());
+            let report = engine.step(views, predictions, &adamw, lr, step as u64 + 1, Votes::default()).unwrap();
+            let close = |got: f64, want: f64| (got / want - 1.0).abs() < tolerance;
+            assert!(close(report.loss, losses[step]), "{model} loss of step {step}: {} {}", report.loss, losses[step]);
+            let norm = report.grad_norm;
+            assert!(close(norm, norms[step]), "{model} gradient norm of step {step}: {norm} {}", norms[step]);
+        }
+    }
+}
+
+#[test]
+fn twenty_fp32_steps_are_pytorchs() {
+    train::<f32>("fp32", 1e-4);
+}
+
+#[test]
+fn twenty_bf16_steps_are_pytorchs_autocast() {
+    train::<bf16>("bf16", 1e-2);
+}
