@@ -1,0 +1,108 @@
+"""The peer: the Llama of llama_13m.toml in plain PyTorch with DistributedDataParallel over gloo. Run by torchrun.
+
+Rank 0 prints one JSON object per step, {"step": n, "loss": x, "time": seconds since 1970 at the end of the step}.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, SEQUENCE, BATCH = 4096, 384, 1024, 6, 6, 256, 4
+
+
+def rotary(length, width, theta=10000.0):
+    angle = torch.outer(torch.arange(length).float(), theta ** (-torch.arange(0, width, 2).float() / width))
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(HIDDEN, eps=1e-5), nn.RMSNorm(HIDDEN, eps=1e-5)
+        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+        self.gate, self.up = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(HIDDEN, INNER, bias=False)
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x, cos, sin):
+        batch, length, _ = x.shape
+        normed = self.norm1(x)
+        q, k, v = (f(normed).view(batch, length, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
+        normed = self.norm2(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+class Llama(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(HIDDEN, eps=1e-5)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        cos, sin = rotary(SEQUENCE, HIDDEN // HEADS)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.head(self.norm(x))
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    arguments.add_argument("--steps", type=int, default=25)
+    arguments.add_argument("--limit-s", type=float, default=float("inf"), help="stop after these seconds and at least 4 steps")
+    arguments.add_argument("--compile", action="store_true")
+    arguments = arguments.parse_args()
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(1)
+    model = Llama()
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if arguments.compile:
+        parallel = torch.compile(parallel)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    start = time.monotonic()
+    for step in range(1, arguments.steps + 1):
+        tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.precision == "bf16"):
+            logits = parallel(tokens)
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if dist.get_rank() == 0:
+            print(json.dumps({"step": step, "loss": loss.item(), "time": time.time()}), flush=True)
+        over = torch.tensor(float(time.monotonic() - start > arguments.limit_s))
+        if step >= 4 and arguments.limit_s < float("inf"):
+            dist.broadcast(over, 0)
+            if over:
+                break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

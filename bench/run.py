@@ -1,0 +1,258 @@
+"""Runs fleet and PyTorch in turn and prints medians and ratios; the README beside it says what is measured and how.
+
+Only the standard library is used here; PyTorch is in the peers that it starts.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SEQUENCE, BATCH = 256, 4
+UNSTEADY_STEPS = 5
+STEPS_MIN = 4
+SAMPLE_S = 0.5
+
+
+class Failed(Exception):
+    pass
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------------
+
+
+class MemorySampler(threading.Thread):
+    """The highest RSS and PSS, in MiB, of each descendant of a process whose command line has `wanted` and not `unwanted`."""
+
+    def __init__(self, root, wanted, unwanted=None):
+        super().__init__(daemon=True)
+        self.root, self.wanted, self.unwanted = root, wanted, unwanted
+        self.rss, self.pss, self.ended = {}, {}, threading.Event()
+
+    def run(self):
+        while not self.ended.wait(SAMPLE_S):
+            for pid in self.ranks():
+                try:
+                    self.keep(self.rss, pid, "status", "VmHWM")
+                    self.keep(self.pss, pid, "smaps_rollup", "Pss")
+                except OSError:
+                    pass  # it has just ended
+
+    def keep(self, table, pid, file, field):
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.M)
+        if found:
+            table[pid] = max(table.get(pid, 0), int(found.group(1)) / 1024)
+
+    def ranks(self):
+        parents = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                except OSError:
+                    pass
+        for pid in parents:
+            ancestor = parents[pid]
+            while ancestor > 1 and ancestor != self.root:
+                ancestor = parents.get(ancestor, 0)
+            if ancestor == self.root:
+                try:
+                    line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                except OSError:
+                    continue
+                if self.wanted in line and not (self.unwanted and self.unwanted in line):
+                    yield pid
+
+
+def run(command, wanted, unwanted=None):
+    """Runs a command to its end: (start in seconds since 1970, the JSON objects of its stdout, the memory of its ranks).
+
+    `wanted` and `unwanted` tell its ranks by their command lines; without `wanted` no memory is looked at.
+    """
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.time()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment)
+        memory = MemorySampler(process.pid, wanted, unwanted)
+        if wanted:
+            memory.start()
+        lines = [json.loads(line) for line in process.stdout if line.startswith("{")]
+        code = process.wait()
+        memory.ended.set()
+        if wanted:
+            memory.join()
+        if code != 0:
+            errors.seek(0)
+            last = lines[-1].get("error") if lines else None
+            raise Failed(f"{' '.join(command)} ended with {code}: {last or errors.read()[-2000:]}")
+    return start, lines, memory
+
+
+def summarise(start, step_ends, ranks, memory):
+    if len(step_ends) < STEPS_MIN:
+        raise Failed(f"only {len(step_ends)} steps were seen; at least {STEPS_MIN} are needed")
+    gaps = [b - a for a, b in zip(step_ends, step_ends[1:])]
+    gaps = gaps[min(UNSTEADY_STEPS, len(gaps) - 2):]
+    step_s = statistics.median(gaps)
+    return {
+        "tokens_per_s": ranks * BATCH * SEQUENCE / step_s,
+        "startup_s": step_ends[0] - start - step_s,
+        "rss_mib": statistics.mean(memory.rss.values()) if memory.rss else float("nan"),
+        "pss_mib": statistics.mean(memory.pss.values()) if memory.pss else float("nan"),
+    }
+
+
+def run_fleet(arguments, work, ranks, precision):
+    settings = {
+        "precision": {"fp32": "32", "bf16": "bf16-mixed"}[precision],
+        "output_dir": work / "output",
+        "run_name": f"bench-{time.time_ns()}",
+        "max_steps": arguments.steps,
+    }
+    command = [str(arguments.bin / "fleet"), "launch", "-n", str(ranks), str(HERE / "llama_13m.toml"), "--json"]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    start, lines, memory = run(command, "fleet-rank")
+    ends = [line["time"] / 1000 for line in lines if line.get("event") == "step"]
+    shutil.rmtree(work / "output" / "checkpoints", ignore_errors=True)
+    return summarise(start, ends, ranks, memory)
+
+
+def torchrun(ranks, *words):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *map(str, words)]
+
+
+def run_peer(arguments, _work, ranks, precision):
+    command = torchrun(ranks, HERE / "peer_ddp.py", "--precision", precision, "--steps", arguments.steps,
+                       "--limit-s", arguments.limit)
+    command += ["--compile"] if arguments.compile else []
+    start, lines, memory = run(command, "peer_ddp.py", "torch.distributed.run")
+    return summarise(start, [line["time"] for line in lines if "step" in line], ranks, memory)
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------------
+
+
+def training(arguments, work):
+    rows = ["| ranks | precision | | tokens/s | start-up s | RSS MiB | PSS MiB |", "|---|---|---|---|---|---|---|"]
+    for ranks in arguments.ranks:
+        for precision in arguments.precision:
+            sides = {"fleet": [], "PyTorch DDP": []}
+            for turn in range(arguments.runs):
+                for name, runner in (("fleet", run_fleet), ("PyTorch DDP", run_peer)):
+                    sides[name].append(runner(arguments, work, ranks, precision))
+                    tell(f"{ranks} ranks, {precision}, run {turn + 1}, {name}: {shown(sides[name][-1])}")
+            median = {name: medians(runs) for name, runs in sides.items()}
+            for name, runs in sides.items():
+                low, high = (pick(run["tokens_per_s"] for run in runs) for pick in (min, max))
+                it = median[name]
+                rows.append(f"| {ranks} | {precision} | {name} | {it['tokens_per_s']:.0f} ({low:.0f}-{high:.0f}) | {it['startup_s']:.2f} "
+                            f"| {it['rss_mib']:.0f} | {it['pss_mib']:.0f} |")
+            fleet, peer = median["fleet"], median["PyTorch DDP"]
+            ratio = {key: fleet[key] / peer[key] for key in fleet}
+            rows.append(f"| {ranks} | {precision} | **fleet / PyTorch** | **{ratio['tokens_per_s']:.2f}** | **{ratio['startup_s']:.2f}** "
+                        f"| **{ratio['rss_mib']:.2f}** | **{ratio['pss_mib']:.2f}** |")
+    return rows
+
+
+def collectives(arguments):
+    found = {}
+    for ranks in arguments.ranks:
+        for command in ([str(arguments.bin / "examples" / "collectives"), str(ranks)], torchrun(ranks, HERE / "peer_gloo.py")):
+            for line in run(command, None)[1]:
+                side = line["memory"] if line["library"] == "fleet shm" else "gloo"
+                found[(ranks, line["operation"], line["bytes"], side)] = (line["median_us"], line["gb_per_s"])
+    rows = ["| ranks | operation | bytes | gloo | fleet, copies | fleet, in place | gloo / in place |", "|---|---|---|---|---|---|---|"]
+    for ranks, operation, size in sorted({key[:3] for key in found}):
+        cells = [found.get((ranks, operation, size, side)) for side in ("gloo", "copies", "in place")]
+        text = ["-" if cell is None else f"{cell[0]:.1f} us, {cell[1]:.1f} GB/s" for cell in cells]
+        ratio = "-" if None in (cells[0], cells[2]) else f"**{cells[0][0] / cells[2][0]:.1f}**"
+        rows.append(f"| {ranks} | {operation} | {size} | {' | '.join(text)} | {ratio} |")
+    return rows
+
+
+def medians(runs):
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def shown(run):
+    return f"{run['tokens_per_s']:.0f} tokens/s, start-up {run['startup_s']:.2f} s, RSS {run['rss_mib']:.0f}, PSS {run['pss_mib']:.0f} MiB"
+
+
+def tell(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def output(*command):
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def cpu():
+    fields = dict(re.findall(r"^([^:\n]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+    numbers = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return f"{fields.get('model name', 'unknown CPU').strip()} ({numbers})"
+
+
+def conditions(arguments):
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    torch = output(sys.executable, "-c", "import torch; print(torch.__version__)")
+    busy = os.getloadavg()[0]
+    bf16 = [word for word in ("avx512_bf16", "amx_bf16") if word in Path("/proc/cpuinfo").read_text()]
+    return [
+        f"- {cpu()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, Linux {os.uname().release}; load average at the start {busy:.1f}",
+        f"- bf16 instructions: {', '.join(bf16) or 'none; PyTorch does bf16 products by a slow fallback on such a CPU'}",
+        f"- fleet {output('git', 'rev-parse', '--short', 'HEAD')} ({output('rustc', '--version')}), torch {torch}, Python {sys.version.split()[0]}",
+        f"- one thread per rank, {BATCH} sequences of {SEQUENCE} tokens per rank and step, {arguments.steps} steps, {arguments.runs} runs of each "
+        "in turn; medians, tokens/s with the range of the runs"
+        + ("; PyTorch with torch.compile" if arguments.compile else ""),
+    ]
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--bin", type=Path, default=ROOT / "target/debug", help="folder of fleet's programs")
+    options.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    options.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--steps", type=int, default=25)
+    options.add_argument("--limit", type=float, default=90, help="seconds after which a run of the peer stops (at least 4 steps)")
+    options.add_argument("--compile", action="store_true", help="torch.compile in the peer")
+    options.add_argument("--only", choices=["training", "collectives"])
+    options.add_argument("--results", type=Path, default=HERE / "results", help="folder for the table")
+    arguments = options.parse_args()
+    arguments.bin = arguments.bin.resolve()
+
+    date = datetime.date.today().isoformat()
+    report = [f"# fleet beside PyTorch, {date}", "", *conditions(arguments)]
+    with tempfile.TemporaryDirectory(prefix="fleet-bench-") as work:
+        if arguments.only != "collectives":
+            tell("the first launch builds the token cache")
+            cold = run_fleet(arguments, Path(work), arguments.ranks[0], arguments.precision[0])
+            report += ["", "## Training: Llama of 13.8 M parameters, data-parallel", "", *training(arguments, Path(work)), ""]
+            report += [f"The first launch, which also trained the tokenizer and built the token cache: start-up {cold['startup_s']:.2f} s."]
+        if arguments.only != "training":
+            report += ["", "## Collectives between processes, medians", "", *collectives(arguments)]
+    text = "\n".join(report) + "\n"
+    print(text)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{date}-{cpu()}".lower()).strip("-")
+    (arguments.results / f"{name}.md").write_text(text)
+    tell(f"written to {arguments.results / name}.md")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failed as why:
+        sys.exit(f"error: {why}")
