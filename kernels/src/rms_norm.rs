@@ -17,12 +17,12 @@ fn check(name: &str, w: &[f32], rstd: &[f32], lengths: &[usize]) {
 /// Normalises one row and returns its `rstd`.
 #[inline(always)]
 fn norm_row<V: Vector, Y: Element>(x: &[f32], w: &[f32], eps: f32, y: &mut [Y]) -> f32 {
-    let mut squares = [V::splat(0.0); 2];
-    for (n, i) in (0..x.len()).step_by(V::LANES).enumerate() {
+    let mut squares = V::splat(0.0);
+    for i in (0..x.len()).step_by(V::LANES) {
         let v: V = load(&x[i..]);
-        squares[n & 1] = v.mul_add(v, squares[n & 1]);
+        squares = v.mul_add(v, squares);
     }
-    let rstd = 1.0 / (squares[0].add(squares[1]).sum() / x.len() as f32 + eps).sqrt();
+    let rstd = 1.0 / (squares.sum() / x.len() as f32 + eps).sqrt();
     for i in (0..x.len()).step_by(V::LANES) {
         let v: V = load(&x[i..]);
         store(v.mul(V::splat(rstd)).mul(load(&w[i..])), &mut y[i..]);
@@ -69,12 +69,12 @@ simd_fn! {
         let d = w.len();
         let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(rstd);
         for (((dy, x), dx), rstd) in rows {
-            let mut dots = [V::splat(0.0); 2];
-            for (n, i) in (0..d).step_by(V::LANES).enumerate() {
+            let mut dots = V::splat(0.0);
+            for i in (0..d).step_by(V::LANES) {
                 let gw = load::<V, G>(&dy[i..]).mul(load(&w[i..]));
-                dots[n & 1] = gw.mul_add(load(&x[i..]), dots[n & 1]);
+                dots = gw.mul_add(load(&x[i..]), dots);
             }
-            let dot = dots[0].add(dots[1]).sum();
+            let dot = dots.sum();
             let (scale, pull) = (V::splat(*rstd), V::splat(-dot * rstd * rstd * rstd / d as f32));
             for i in (0..d).step_by(V::LANES) {
                 let (g, v): (V, V) = (load(&dy[i..]), load(&x[i..]));

@@ -11,18 +11,18 @@ use crate::simd::{Vector, simd_fn};
 #[inline(always)]
 pub(crate) fn log_sum_exp<V: Vector, T: Element>(x: &[T], scale: f32) -> (f32, f64) {
     let scale_v = V::splat(scale);
-    let mut max = [V::splat(f32::NEG_INFINITY); 2];
-    for (n, i) in (0..x.len()).step_by(V::LANES).enumerate() {
-        max[n & 1] = max[n & 1].max(load_filled::<V, T>(&x[i..], f32::NEG_INFINITY));
+    let mut max = V::splat(f32::NEG_INFINITY);
+    for i in (0..x.len()).step_by(V::LANES) {
+        max = max.max(load_filled::<V, T>(&x[i..], f32::NEG_INFINITY));
     }
-    let max = max[0].max(max[1]).max_lane() * scale;
+    let max = max.max_lane() * scale;
     let shift = V::splat(-max);
-    let mut sum = [V::splat(0.0); 2];
-    for (n, i) in (0..x.len()).step_by(V::LANES).enumerate() {
+    let mut sum = V::splat(0.0);
+    for i in (0..x.len()).step_by(V::LANES) {
         let v: V = load_filled(&x[i..], f32::NEG_INFINITY);
-        sum[n & 1] = sum[n & 1].add(exp(v.mul_add(scale_v, shift)));
+        sum = sum.add(exp(v.mul_add(scale_v, shift)));
     }
-    (max, f64::from(sum[0].add(sum[1]).sum()).ln())
+    (max, f64::from(sum.sum()).ln())
 }
 
 simd_fn! {
@@ -51,11 +51,11 @@ simd_fn! {
         for (r, (p, dp)) in p.chunks_exact(cols).zip(dp.chunks_exact_mut(cols)).enumerate() {
             let (dp, hidden) = dp.split_at_mut((r + offset + 1).min(cols));
             let p = &p[..dp.len()];
-            let mut dots = [V::splat(0.0); 2];
-            for (n, i) in (0..dp.len()).step_by(V::LANES).enumerate() {
-                dots[n & 1] = load::<V, P>(&p[i..]).mul_add(load(&dp[i..]), dots[n & 1]);
+            let mut dots = V::splat(0.0);
+            for i in (0..dp.len()).step_by(V::LANES) {
+                dots = load::<V, P>(&p[i..]).mul_add(load(&dp[i..]), dots);
             }
-            let dot = V::splat(dots[0].add(dots[1]).sum());
+            let dot = V::splat(dots.sum());
             for i in (0..dp.len()).step_by(V::LANES) {
                 let (p, g): (V, V) = (load(&p[i..]), load(&dp[i..]));
                 store(p.mul(g.sub(dot)).mul(V::splat(scale)), &mut dp[i..]);

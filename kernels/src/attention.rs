@@ -1,2 +1,0 @@
-//! Skeleton.
-pub use crate::reference::{attention, attention_backward, attention_decode};
