@@ -197,6 +197,17 @@ mod tests {
         }
     }
 
+    /// As checkpoints on users' disks have it: a change that does not read this needs a new `FORMAT` and a reader of the old one.
+    #[test]
+    fn the_layout_on_disk_never_changes() {
+        let text = r#"{"format":"fleet-checkpoint/1","step":100,"serial":2,"loss":null,
+            "files":{"config.json":{"bytes":12,"sha256":"ab"}}}"#;
+        let manifest = Manifest::parse(text.as_bytes()).unwrap();
+        assert_eq!((manifest.step, manifest.serial, manifest.loss, manifest.bytes()), (100, 2, None, 12));
+        let written: serde_json::Value = serde_json::to_value(&manifest).unwrap();
+        assert_eq!(written, serde_json::from_str::<serde_json::Value>(text).unwrap());
+    }
+
     #[test]
     fn names_that_leave_the_directory_are_refused() {
         for name in ["../x", "a/b", "..", "", "/etc/passwd"] {

@@ -150,6 +150,17 @@ mod tests {
         }
     }
 
+    /// As checkpoints on users' disks have it.
+    #[test]
+    fn the_layout_on_disk_never_changes() {
+        let written = serde_json::to_value(state()).unwrap();
+        let names: Vec<&str> = written.as_object().unwrap().keys().map(String::as_str).collect();
+        let expected = "step epoch epoch_step total_steps tokens_seen loss eval_loss seed global_batch train_windows cache_hash \
+                        tokenizer_sha256 model precision world_size batch_size accumulate_grad_batches threads_per_rank";
+        assert_eq!(names, expected.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(written["precision"], "32");
+    }
+
     fn refusal(change: impl Fn(&mut TrainerState)) -> String {
         let mut job = state();
         change(&mut job);

@@ -46,7 +46,7 @@ impl Writer {
     /// left there is removed. One process writes one checkpoint of a directory at a time.
     pub fn begin(checkpoint_dir: &Path, step: u64) -> Result<Writer, CheckpointError> {
         let fail = |path: &Path, source| CheckpointError::Write { step, path: path.to_owned(), source };
-        fs::create_dir_all(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
+        create_dir_durably(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
         search::remove_leftovers(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
         let serial = search::highest_serial(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))? + 1;
         let temporary = checkpoint_dir.join(format!("{TEMPORARY}step-{step:08}-{}", std::process::id()));
@@ -181,6 +181,14 @@ fn header(tensors: &[&TensorRef]) -> Vec<u8> {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend(json);
     header
+}
+
+/// Makes a directory and the missing ones above it so that they are still there after a power cut.
+fn create_dir_durably(dir: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> =
+        dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists()).collect();
+    fs::create_dir_all(dir)?;
+    missing.iter().filter_map(|d| d.parent()).filter(|d| !d.as_os_str().is_empty()).try_for_each(sync_dir)
 }
 
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {

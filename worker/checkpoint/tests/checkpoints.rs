@@ -1,5 +1,7 @@
 //! Checkpoints from the outside: written, found, damaged, rotated, and written to a disk that is full.
 
+#![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
+
 use fleet_checkpoint::{
     CheckpointError, Dtype, MANIFEST_FILE, MODEL_FILE, TensorRef, Tensors, Writer, latest, manifest_sha256,
     rotate, step_dir, verify,

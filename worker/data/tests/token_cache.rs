@@ -1,5 +1,7 @@
 //! The token cache as the agent and the ranks use it: built once, found again, the same in every process, never half there.
 
+#![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
+
 use fleet_common::exit::Fault;
 use fleet_common::job::{
     Checkpoint, Clean, Data, Device, Devices, Eval, Job, LlamaConfig, Model, Optimizer, Precision, Resume,
