@@ -1,0 +1,243 @@
+//! A coordinator, workers and clients that are started one by one.
+
+use fleet_common::codec::{read_frame, write_frame};
+use fleet_common::ids::ClientId;
+use fleet_common::net::{self, Identity, JoinToken};
+use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, Program, Reply, Request, SubmitJob, Work};
+use fleet_tests::{Running, Standing, TinyJob, World, eventually, program};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+
+const ANY: &str = "127.0.0.1:0";
+
+/// The answer of `fleet COMMAND --json` as one value.
+fn ask(world: &World, cluster: &Standing, args: &[&str]) -> Value {
+    let done = world.run("fleet", &[args, &["--json", "--cluster", cluster.cluster()]].concat()).expect(0);
+    serde_json::from_str(&done.stdout.concat()).unwrap_or_else(|error| panic!("{error}: {}", done.all()))
+}
+
+fn submit(world: &World, cluster: &Standing, name: &str) -> Running {
+    let job = world.job(&TinyJob::default()).display().to_string();
+    let name = format!("run_name={name}");
+    world.start("fleet", &["submit", &job, "--json", "--cluster", cluster.cluster(), "--set", &name])
+}
+
+#[test]
+fn no_acknowledged_job_is_lost_when_the_coordinator_is_killed_in_the_middle() {
+    let world = World::new();
+    let data = world.path("cluster");
+    let mut cluster = world.coordinator(&data, ANY);
+    let listen = cluster.endpoint.quic.clone();
+    let mut acknowledged = BTreeMap::new();
+    for round in 0..3 {
+        let names: Vec<String> = (0..5).map(|number| format!("r{round}-{number}")).collect();
+        let mut submits: Vec<Running> = names.iter().map(|name| submit(&world, &cluster, name)).collect();
+        // Killed when some have their answer and others are under way.
+        for submit in &mut submits[..round] {
+            submit.line();
+        }
+        drop(cluster);
+        cluster = world.coordinator(&data, &listen);
+        for (submit, name) in submits.into_iter().zip(names) {
+            let done = submit.finish().expect(0);
+            acknowledged.insert(done.json()[0]["job"].as_str().unwrap().to_owned(), name);
+        }
+    }
+    assert_eq!(acknowledged.len(), 15, "two submits got the same job");
+    let jobs = ask(&world, &cluster, &["jobs"]);
+    let listed: BTreeMap<String, String> = jobs
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|job| (job["job"].as_str().unwrap().to_owned(), job["name"].as_str().unwrap().to_owned()))
+        .collect();
+    assert_eq!(listed, acknowledged);
+    assert!(jobs[0]["reason"].as_str().unwrap_or_default().len() > 10, "why it waits: {}", jobs[0]);
+}
+
+#[test]
+fn a_request_that_is_sent_again_is_one_job_even_after_a_restart() {
+    let world = World::new();
+    let data = world.path("cluster");
+    let cluster = world.coordinator(&data, ANY);
+    let work = Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: Vec::new() });
+    let request = Request::Submit(SubmitJob { world_size: 1, work });
+    let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(77), seq: 1, request };
+    let first = send(&cluster, &frame);
+    assert!(matches!(first, Reply::Submitted { .. }), "{first:?}");
+    assert_eq!(send(&cluster, &frame), first);
+    let listen = cluster.endpoint.quic.clone();
+    drop(cluster);
+    let cluster = world.coordinator(&data, &listen);
+    assert_eq!(send(&cluster, &frame), first);
+    let next = send(&cluster, &ClientFrame { seq: 2, ..frame });
+    assert!(matches!(next, Reply::Submitted { .. }) && next != first, "{next:?}");
+    assert_eq!(ask(&world, &cluster, &["jobs"]).as_array().map(Vec::len), Some(2));
+}
+
+/// One request on a connection of its own.
+fn send(cluster: &Standing, frame: &ClientFrame) -> Reply {
+    let identity = Identity::load(&cluster.data_dir.join("client")).unwrap().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let connection = net::connect(&[cluster.endpoint.quic.clone()], &identity).await.unwrap();
+        let (mut up, mut down) = connection.open_bi().await.unwrap();
+        write_frame(&mut up, frame).await.unwrap();
+        read_frame(&mut down).await.unwrap().unwrap()
+    })
+}
+
+#[test]
+fn a_job_that_is_submitted_runs_on_a_worker_and_is_seen_by_every_command() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let worker = world.worker(&cluster, 2);
+    let job = world.job(&TinyJob { save_steps: 10, ..TinyJob::default() }).display().to_string();
+    let args = ["submit", "-n", "2", &job, "--wait", "--json", "--cluster", cluster.cluster()];
+    let done = world.run("fleet", &args).expect(0);
+    assert_eq!(done.losses().len(), 20);
+    assert_eq!(done.summary()["status"], "succeeded");
+    let jobs = ask(&world, &cluster, &["jobs"]);
+    assert_eq!((&jobs[0]["state"], &jobs[0]["step"]), (&"succeeded".into(), &20.into()), "{jobs}");
+    let checkpoints = ask(&world, &cluster, &["checkpoints"]);
+    assert_eq!(checkpoints.as_array().map(Vec::len), Some(2), "{checkpoints}");
+    let logs = world.run("fleet", &["logs", "job-1", "--events", "--json", "--cluster", cluster.cluster()]).expect(0);
+    assert_eq!(logs.losses(), done.losses(), "the history is what was watched");
+    // A node keeps its name and certificate: no token is needed again.
+    drop(worker);
+    let mut again = world.command("worker");
+    again.args(["join", &cluster.endpoint.quic, "--device", "cpu", "--slots", "2"]).arg("--data-dir").arg(world.path("node"));
+    let mut again = Running::start(again);
+    assert_eq!(again.until("registration", |line| line["node"].is_string())["node"], "node-1");
+    assert_eq!(ask(&world, &cluster, &["nodes"]).as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn a_client_logs_in_with_a_token_that_only_clients_may_use() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let addr = &cluster.endpoint.quic;
+    let token = |name: &str| cluster.data_dir.join("tokens").join(name).display().to_string();
+    let done = world.run("fleet", &["login", addr, "--token-file", &token("worker.token"), "--name", "here"]).expect(2);
+    done.says("not for clients");
+    world.run("fleet", &["login", addr, "--token-file", &token("client.token"), "--name", "here"]).expect(0);
+    world.run("fleet", &["jobs", "--cluster", "here"]).expect(0);
+    let key = world.path("home/.local/state/fleet/clusters/here/key.pem");
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&fs::metadata(key).unwrap().permissions()) & 0o777, 0o600);
+}
+
+#[test]
+fn tokens_that_are_damaged_unknown_or_of_another_cluster() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let good: JoinToken = fs::read_to_string(cluster.data_dir.join("tokens/worker.token")).unwrap().trim().parse().unwrap();
+    let join = |token: &str| {
+        let mut command = world.command("worker");
+        command.args(["join", &cluster.endpoint.quic, "--token", token, "--slots", "1"]);
+        command.arg("--data-dir").arg(world.path("node"));
+        Running::start(command).finish().expect(2)
+    };
+    join("fleet_worker_12").says("the token in --token is damaged");
+    let wrong = JoinToken { secret: "0".repeat(64), ..good.clone() };
+    join(&wrong.to_string()).says("this token is not known here");
+    let other = JoinToken { ca_fingerprint: "ab".repeat(32), ..good };
+    let done = join(&other.to_string());
+    done.says("the token is of another cluster");
+    assert!(!done.all().contains(&other.secret) || done.what.contains(&other.secret), "the secret was printed");
+    assert!(!world.path("node/identity").exists());
+    assert_eq!(ask(&world, &cluster, &["nodes"]), Value::Array(Vec::new()));
+}
+
+#[test]
+fn ports_that_are_in_use_and_a_directory_that_is() {
+    let world = World::new();
+    let (udp, tcp) = (UdpSocket::bind(ANY).unwrap(), TcpListener::bind(ANY).unwrap());
+    let (quic, http) = (udp.local_addr().unwrap().to_string(), tcp.local_addr().unwrap().to_string());
+    let start = |data: &Path, listen: &str, http: &str| {
+        let mut command = world.command("coordinator");
+        command.arg("start").arg("--data-dir").arg(data).args(["--listen", listen, "--http", http]);
+        Running::start(command).finish().expect(4)
+    };
+    start(&world.path("one"), &quic, ANY).says(&quic);
+    start(&world.path("two"), ANY, &http).says(&http);
+    let running = world.coordinator(&world.path("three"), ANY);
+    start(&world.path("three"), ANY, ANY).says("another coordinator runs on");
+    drop(running);
+}
+
+#[test]
+fn a_coordinator_that_is_not_there() {
+    let world = World::new();
+    let data = world.path("cluster");
+    let cluster = world.coordinator(&data, ANY);
+    let addr = cluster.endpoint.quic.clone();
+    let worker = ["join", &addr, "--slots", "1", "--token-file", "cluster/tokens/worker.token", "--data-dir", "node"];
+    drop(cluster);
+    let done = world.run("fleet", &["jobs", "--cluster", data.to_str().unwrap()]).expect(3);
+    done.says(&format!("{addr}: no answer within 1 s"));
+    world.run("fleet", &["jobs"]).expect(3).says("no `fleet launch` runs on this machine");
+    world.run("fleet", &["jobs", "--cluster", "nowhere/at/all"]).expect(3).says("no coordinator has listened there");
+    world.run("worker", &worker).expect(3).says(&addr);
+}
+
+#[test]
+fn http_shows_and_never_changes_anything() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let http = cluster.endpoint.http.as_str();
+    let request = |method: &str, path: &str, host: &str| {
+        let mut stream = TcpStream::connect(http).unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let status = |answer: &str| answer.split(' ').nth(1).map(str::to_owned).unwrap_or_default();
+    assert_eq!(status(&request("GET", "/healthz", http)), "200");
+    let metrics = request("GET", "/metrics", http);
+    assert!(metrics.contains("# TYPE fleet_"), "{metrics}");
+    submit(&world, &cluster, "seen").finish().expect(0);
+    for path in ["/api/v1/nodes", "/api/v1/jobs", "/api/v1/jobs/1", "/api/v1/checkpoints"] {
+        let answer = request("GET", path, http);
+        assert_eq!(status(&answer), "200", "{path}: {answer}");
+        let body = answer.split_once("\r\n\r\n").unwrap().1;
+        assert!(serde_json::from_str::<Value>(body).is_ok(), "{path}: {body}");
+    }
+    assert!(request("GET", "/api/v1/jobs", http).contains("seen"));
+    assert_eq!(status(&request("POST", "/api/v1/jobs", http)), "405");
+    assert_eq!(status(&request("GET", "/nothing", http)), "404");
+    // A page of another site that resolves to this machine.
+    assert!(status(&request("GET", "/api/v1/jobs", "evil.example:80")).starts_with('4'));
+}
+
+#[test]
+fn a_coordinator_on_a_full_disk_refuses_changes_and_recovers() {
+    let world = World::new();
+    let disk = world.path("disk");
+    fs::create_dir(&disk).unwrap();
+    let coordinator = program("coordinator").display().to_string();
+    let args = [&coordinator, "start", "--data-dir", "disk/cluster", "--listen", ANY, "--http", ANY];
+    let Some(command) = world.on_a_disk_of("96M", &disk, "exec \"$@\"", &args) else { return };
+    let process = Running::start(command);
+    // The mount is seen through the process that has it.
+    let inside = PathBuf::from(format!("/proc/{}/root{}", process.pid(), disk.display()));
+    let cluster = world.standing(process, &inside.join("cluster"));
+    submit(&world, &cluster, "before").finish().expect(0);
+    let free = || {
+        let found = nix::sys::statvfs::statvfs(&inside).unwrap();
+        found.blocks_available() * found.fragment_size()
+    };
+    fs::write(inside.join("filler"), vec![0; (free() - (6 << 20)) as usize]).unwrap();
+    eventually("the coordinator notices", || ask(&world, &cluster, &["status"]).to_string().contains("disk"));
+    let refused = submit(&world, &cluster, "during").finish();
+    assert_ne!(refused.code(), 0, "{}", refused.all());
+    refused.says("disk");
+    fs::remove_file(inside.join("filler")).unwrap();
+    eventually("the coordinator writes again", || submit(&world, &cluster, "after").finish().code() == 0);
+    let jobs = ask(&world, &cluster, &["jobs"]).to_string();
+    assert!(jobs.contains("before") && jobs.contains("after") && !jobs.contains("during"), "{jobs}");
+}

@@ -1,0 +1,139 @@
+//! Processes that are killed, stopped or not listened to, under `fleet launch`.
+
+use fleet_tests::{TinyJob, World, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+fn strike(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid as i32), signal).unwrap();
+}
+
+/// A job that would go on for longer than a test.
+fn endless() -> TinyJob {
+    TinyJob { max_steps: 1_000_000, ..TinyJob::default() }
+}
+
+#[test]
+fn a_rank_that_is_killed_fails_the_job_with_its_name_and_signal() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(2);
+    strike(world.ranks()[0], Signal::SIGKILL);
+    let done = launch.finish().expect(1);
+    let summary = done.summary();
+    assert_eq!(summary["status"], "failed", "{summary}");
+    let error = &summary["error"];
+    assert!(error["rank"].as_u64() < Some(2), "{summary}");
+    assert_eq!(error["signal"], 9);
+    assert!(error["node"].is_string(), "{summary}");
+    assert!(error["message"].as_str().unwrap_or_default().contains("SIGKILL"), "{summary}");
+    world.is_empty_soon();
+}
+
+#[test]
+fn nothing_outlives_a_fleet_that_is_killed() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(2);
+    assert!(world.processes().len() >= 5, "fleet, coordinator, worker and two ranks: {:?}", world.processes());
+    launch.signal(Signal::SIGKILL);
+    assert_eq!(launch.finish().code(), 128 + 9);
+    world.is_empty_soon();
+}
+
+#[test]
+fn stopping_signals_end_the_job_with_a_checkpoint() {
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
+        let world = World::new();
+        let mut launch = world.launch(2, &endless(), &[]);
+        launch.until_step(2);
+        launch.signal(signal);
+        let done = launch.finish().expect(code);
+        let summary = done.summary();
+        assert_eq!(summary["status"], "cancelled", "{summary}");
+        let checkpoint = summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all()));
+        assert!(Path::new(checkpoint).join("model.safetensors").is_file());
+        world.is_empty_soon();
+    }
+}
+
+#[test]
+fn a_second_ctrl_c_stops_at_once() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(2);
+    // Ranks that are stopped cannot come to the next step, so the first Ctrl-C waits for them.
+    world.ranks().into_iter().for_each(|pid| strike(pid, Signal::SIGSTOP));
+    launch.signal(Signal::SIGINT);
+    // Standard signals do not queue: the second counts only after the first was taken.
+    launch.until_it_says("once more stops at once");
+    let second = Instant::now();
+    launch.signal(Signal::SIGINT);
+    launch.finish().expect(130);
+    assert!(second.elapsed() < Duration::from_secs(10), "{:?}", second.elapsed());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_closed_stdout_stops_the_printing_and_not_the_job() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 200, ..TinyJob::default() };
+    let mut launch = world.launch(1, &job, &[]);
+    launch.until_step(1);
+    assert_eq!(launch.finish_unheard().code(), 0);
+    let last = world.path("out/checkpoints/tiny/step-00000200/model.safetensors");
+    assert!(last.is_file(), "{}", last.display());
+}
+
+#[test]
+fn a_coordinator_that_dies_under_a_launch_costs_nothing() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 600, save_steps: 300, ..TinyJob::default() };
+    let mut launch = world.launch(2, &job, &[]);
+    let cluster = launch.until_event("cluster");
+    let coordinator = cluster["pids"]["coordinator"].as_u64().unwrap_or_else(|| panic!("no pid: {cluster}"));
+    launch.until_step(50);
+    let ranks = world.ranks();
+    strike(coordinator as u32, Signal::SIGKILL);
+    launch.until("the coordinator's return", |line| line["node"] == "coordinator" && line["state"] == "restarted");
+    let same = world.ranks();
+    assert!(same.is_empty() || same == ranks, "the ranks must not notice: {ranks:?}, {same:?}");
+    let done = launch.finish().expect(0);
+    assert_eq!(done.summary()["status"], "succeeded");
+    let steps: Vec<u64> = done.losses().into_iter().map(|(step, _)| step).collect();
+    assert_eq!(steps, (1..=600).collect::<Vec<_>>(), "a step was lost or doubled");
+    world.is_empty_soon();
+}
+
+#[test]
+fn two_launches_run_side_by_side() {
+    let world = World::new();
+    let job = |run_name| TinyJob { run_name, max_steps: 100, ..TinyJob::default() };
+    let mut launches = ["left", "right"].map(|name| world.launch(2, &job(name), &[]));
+    let directories = launches.each_mut().map(|launch| launch.until_event("cluster")["data_dir"].to_string());
+    assert_ne!(directories[0], directories[1]);
+    for (launch, name) in launches.into_iter().zip(["left", "right"]) {
+        let done = launch.finish().expect(0);
+        assert_eq!(done.losses().len(), 100);
+        assert!(done.summary()["checkpoint"].as_str().unwrap_or_default().contains(name), "{}", done.all());
+    }
+    world.is_empty_soon();
+}
+
+#[test]
+fn ranks_run_while_their_log_and_events_are_read_from_elsewhere() {
+    let world = World::new();
+    let mut launch = world.launch(1, &endless(), &[]);
+    launch.until_step(1);
+    // Without --cluster: the newest local launch.
+    let nodes = world.run("fleet", &["nodes", "--json"]).expect(0);
+    assert!(nodes.stdout.concat().contains("\"slots_used\":1"), "{}", nodes.all());
+    let jobs = world.run("fleet", &["jobs", "--json"]).expect(0);
+    assert!(jobs.stdout.concat().contains("\"running\""), "{}", jobs.all());
+    world.run("fleet", &["cancel", "job-1"]).expect(0);
+    let done = launch.finish();
+    assert_eq!(done.summary()["status"], "cancelled", "{}", done.all());
+    eventually("the launch is gone", || world.run("fleet", &["jobs"]).code() == 3);
+}

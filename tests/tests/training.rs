@@ -1,0 +1,77 @@
+//! The numbers: the same losses on any number of ranks, and the same bits after a kill.
+
+use fleet_tests::{Finished, TinyJob, World};
+use nix::sys::signal::Signal;
+use std::fs;
+use std::path::PathBuf;
+
+/// The checkpoint that the summary names, which must be there.
+fn checkpoint(done: &Finished) -> PathBuf {
+    let summary = done.summary();
+    let path = PathBuf::from(summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all())));
+    assert!(path.join("model.safetensors").is_file(), "{}", path.display());
+    path
+}
+
+#[test]
+fn one_two_and_four_ranks_have_the_same_loss_curve_at_the_same_global_batch() {
+    let world = World::new();
+    let curve = |ranks: u32, run_name: &'static str| {
+        let job = TinyJob { run_name, batch_size: 8 / ranks, ..TinyJob::default() };
+        let done = world.launch(ranks, &job, &[]).finish().expect(0);
+        assert_eq!(done.summary()["status"], "succeeded");
+        assert_eq!(done.summary()["peak_rss_mib"].as_array().map(Vec::len), Some(ranks as usize));
+        done.losses()
+    };
+    let one = curve(1, "one");
+    assert_eq!(one.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
+    assert!(one[19].1 < one[0].1 - 0.3, "it does not learn: {one:?}");
+    for (ranks, name) in [(2, "two"), (4, "four")] {
+        for (a, b) in one.iter().zip(curve(ranks, name)) {
+            assert_eq!(a.0, b.0);
+            assert!((a.1 - b.1).abs() <= 1e-4 * a.1, "{ranks} ranks, step {}: {} and {}", a.0, a.1, b.1);
+        }
+    }
+}
+
+#[test]
+fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
+    let job = |run_name| TinyJob { run_name, max_steps: 60, save_steps: 20, batch_size: 8, ..TinyJob::default() };
+    let world = World::new();
+    let whole = world.launch(2, &job("whole"), &[]).finish().expect(0);
+    let mut killed = world.launch(2, &job("killed"), &[]);
+    let saved = killed.until("checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_string());
+    assert_eq!(saved["step"], 20);
+    killed.signal(Signal::SIGKILL);
+    let killed = killed.finish().expect(128 + 9);
+    world.is_empty_soon();
+    let resumed = world.launch(2, &job("killed"), &["--set", "resume_from_checkpoint=latest"]).finish().expect(0);
+    let (whole_losses, losses) = (whole.losses(), resumed.losses());
+    let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", killed.all())).0;
+    assert!([21, 41].contains(&first), "resumed at {first}");
+    assert_eq!(losses, whole_losses[first as usize - 1..], "the losses differ");
+    for file in ["model.safetensors", "tokenizer.json", "config.json"] {
+        let read = |done: &Finished| fs::read(checkpoint(done).join(file)).unwrap();
+        assert!(read(&whole) == read(&resumed), "{file} differs");
+    }
+}
+
+#[test]
+fn a_job_trains_in_bf16_evaluates_and_its_checkpoint_generates_text() {
+    let world = World::new();
+    let more = "precision = \"bf16-mixed\"\naccumulate_grad_batches = 2";
+    let job = TinyJob { max_steps: 30, more, ..TinyJob::default() };
+    let done = world.launch(2, &job, &["--set", "eval.eval_steps=15"]).finish().expect(0);
+    let evals: Vec<f64> = done.events("eval").iter().filter_map(|eval| eval["loss"].as_f64()).collect();
+    assert_eq!(evals.len(), 3, "before the first step, in the middle and at the end: {}", done.all());
+    assert!(evals[2] < evals[0] - 0.3, "{evals:?}");
+    assert_eq!(done.summary()["eval_loss"].as_f64(), Some(evals[2]));
+    let model = checkpoint(&done).display().to_string();
+    let generate = |seed: &str| {
+        let args = ["generate", "--model", &model, "--prompt", "the river", "--max-new-tokens", "12", "--seed", seed];
+        world.run("fleet", &args).expect(0).stdout.join("\n")
+    };
+    let text = generate("1");
+    assert!(text.len() > "the river".len(), "{text}");
+    assert_eq!(text, generate("1"));
+}

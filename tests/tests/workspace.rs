@@ -1,0 +1,92 @@
+//! Rules about the source that no compiler checks: who may link libtorch and where `unsafe` lives.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn cargo_tree(args: &[&str]) -> String {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let output = Command::new(cargo).current_dir(root()).args(["tree", "--offline"]).args(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Names of the workspace's packages in what `cargo tree` printed.
+fn own_packages(tree: &str) -> Vec<String> {
+    let own = |line: &str| {
+        let name = line.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).split(' ').next()?;
+        (line.contains(&format!("({}", root().display()))).then(|| name.to_owned())
+    };
+    let mut names: Vec<String> = tree.lines().filter_map(own).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[test]
+fn only_the_rank_reaches_libtorch() {
+    let tree = cargo_tree(&["--workspace", "--edges", "all", "--invert", "torch-sys"]);
+    assert_eq!(own_packages(&tree), ["fleet-rank"], "{tree}");
+}
+
+#[test]
+fn only_the_coordinator_reaches_rocksdb() {
+    let tree = cargo_tree(&["--workspace", "--edges", "all", "--invert", "librocksdb-sys"]);
+    assert_eq!(own_packages(&tree), ["fleet-coordinator"], "{tree}");
+}
+
+#[test]
+fn there_is_one_tls_provider() {
+    let tree = cargo_tree(&["--workspace", "--edges", "normal,build", "--prefix", "none"]);
+    let found: Vec<&str> = tree.lines().filter(|line| line.starts_with("aws-lc-") || line.starts_with("openssl-sys")).collect();
+    assert_eq!(found, Vec::<&str>::new());
+}
+
+/// Folders that may hold `unsafe`; design, section 8.
+const UNSAFE_HOMES: [&str; 5] = [
+    "kernels",
+    "worker/collectives/src/shm",
+    "worker/collectives/src/nccl",
+    "worker/rank/src/shim",
+    // Maps files into memory, for all readers of weights and token caches.
+    "common/src/mapped.rs",
+];
+
+#[test]
+fn unsafe_code_lives_only_in_its_homes() {
+    let mut found = Vec::new();
+    let mut files = 0;
+    for folder in ["common", "coordinator", "worker", "kernels", "fleet", "tests", "bench"] {
+        visit(&root().join(folder), &mut |path, text| {
+            files += 1;
+            let relative = path.strip_prefix(root()).unwrap();
+            if !UNSAFE_HOMES.iter().any(|home| relative.starts_with(home)) {
+                let lines = text.lines().enumerate().filter(|(_, line)| is_unsafe(line));
+                found.extend(lines.map(|(at, line)| format!("{}:{}: {}", relative.display(), at + 1, line.trim())));
+            }
+        });
+    }
+    assert!(files > 50, "the source was not found");
+    assert_eq!(found, Vec::<String>::new(), "unsafe code outside its homes");
+}
+
+fn is_unsafe(line: &str) -> bool {
+    let code = line.split("//").next().unwrap_or_default();
+    let words = ["unsafe {", "unsafe fn ", "unsafe impl ", "unsafe extern ", "allow(unsafe_code"];
+    // This file names them in quotes.
+    words.iter().any(|word| code.contains(word) && !code.contains(&format!("\"{word}")))
+}
+
+fn visit(folder: &Path, each: &mut impl FnMut(&Path, &str)) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            visit(&path, each);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            each(&path, &std::fs::read_to_string(&path).unwrap());
+        }
+    }
+}
