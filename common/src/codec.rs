@@ -34,7 +34,7 @@ pub enum CodecError {
     Trailing(usize),
     #[error("the stream ended inside a message")]
     Truncated,
-    #[error("the stream failed")]
+    #[error(transparent)]
     Io(#[from] io::Error),
 }
 
@@ -77,14 +77,19 @@ pub fn decode_record<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError>
 }
 
 /// Writes one frame and flushes.
-pub async fn write_frame<W: AsyncWrite + Unpin, T: Serialize>(w: &mut W, value: &T) -> Result<(), CodecError> {
+pub async fn write_frame<W: AsyncWrite + Unpin, T: Serialize>(
+    w: &mut W,
+    value: &T,
+) -> Result<(), CodecError> {
     w.write_all(&frame(value)?).await?;
     w.flush().await?;
     Ok(())
 }
 
 /// Reads one frame; `None` where the stream ended between two. Not cancel-safe: a read that was begun must be finished.
-pub async fn read_frame<R: AsyncRead + Unpin, T: DeserializeOwned>(r: &mut R) -> Result<Option<T>, CodecError> {
+pub async fn read_frame<R: AsyncRead + Unpin, T: DeserializeOwned>(
+    r: &mut R,
+) -> Result<Option<T>, CodecError> {
     read_frame_limited(r, FRAME_MAX).await
 }
 
@@ -196,7 +201,15 @@ mod tests {
             },
             "000163010103010900",
         );
-        let step = Step { step: 1, total_steps: 20, epoch: 0.0, loss: 1.5, lr: 0.0, grad_norm: 2.0, tokens_per_s: 0.0 };
+        let step = Step {
+            step: 1,
+            total_steps: 20,
+            epoch: 0.0,
+            loss: 1.5,
+            lr: 0.0,
+            grad_norm: 2.0,
+            tokens_per_s: 0.0,
+        };
         golden(
             FromAgent::Events(EventBatch {
                 job: JobId(1),
@@ -205,8 +218,15 @@ mod tests {
                 events: vec![Event { unix_ms: 1000, body: EventBody::Step(step) }],
             }),
             concat!(
-                "0201010401", "fbe803", "02", "0114", "0000000000000000", "000000000000f83f",
-                "0000000000000000", "0000000000000040", "0000000000000000",
+                "0201010401",
+                "fbe803",
+                "02",
+                "0114",
+                "0000000000000000",
+                "000000000000f83f",
+                "0000000000000000",
+                "0000000000000040",
+                "0000000000000000",
             ),
         );
     }

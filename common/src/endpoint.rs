@@ -32,7 +32,8 @@ impl Endpoint {
         let path = dir.join(FILE);
         let Some(text) = files::read_optional(&path)? else { return Ok(None) };
         serde_json::from_str(&text).map(Some).map_err(|error| {
-            let what = format!("{} is damaged ({error}); remove it and restart the coordinator", path.display());
+            let what =
+                format!("{} is damaged ({error}); remove it and restart the coordinator", path.display());
             io::Error::new(io::ErrorKind::InvalidData, what)
         })
     }

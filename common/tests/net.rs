@@ -165,14 +165,20 @@ async fn a_port_in_use_is_named() {
     let first = serve(ANY.parse().unwrap(), &identity).unwrap();
     let addr = first.local_addr().unwrap();
     let error = serve(addr, &identity).map(|_| ()).unwrap_err();
-    assert!(error.to_string().starts_with(&format!("cannot listen on {addr}: Address already in use")), "{error}");
+    assert!(
+        error.to_string().starts_with(&format!("cannot listen on {addr}: Address already in use")),
+        "{error}"
+    );
     assert_eq!(error.exit_code(), 4);
 }
 
 // ---- joining ----------------------------------------------------------------------------------------------------------
 
 /// A coordinator that answers every joiner by `decide`.
-fn joinable(identity: &Identity, decide: impl Fn(&JoinRequest) -> JoinReply + Send + Sync + 'static) -> String {
+fn joinable(
+    identity: &Identity,
+    decide: impl Fn(&JoinRequest) -> JoinReply + Send + Sync + 'static,
+) -> String {
     let endpoint = serve(ANY.parse().unwrap(), identity).unwrap();
     let addr = endpoint.local_addr().unwrap().to_string();
     let decide = Arc::new(decide);
@@ -210,7 +216,8 @@ async fn a_joiner_becomes_what_the_ca_decides_and_can_connect() {
         }
     });
     let identity = join(&addr, &token, "gpu").await.unwrap();
-    let expected = Peer { role: Role::Worker, node: Some(NodeId(4)), name: "gpu-2".into(), cluster_id: "c1".into() };
+    let expected =
+        Peer { role: Role::Worker, node: Some(NodeId(4)), name: "gpu-2".into(), cluster_id: "c1".into() };
     assert_eq!(identity.peer(), expected);
     let (addr, mut seen) = listen(&coordinator);
     let _connection = connect(&[addr], &identity).await.unwrap();
@@ -236,7 +243,10 @@ async fn a_token_of_another_cluster_is_not_shown_to_this_one() {
     let token = JoinToken::generate(Role::Worker, ca("c2").fingerprint()).unwrap();
     let error = join(&addr, &token, "me").await.unwrap_err().to_string();
     assert!(error.contains("the token is of another cluster"), "{error}");
-    assert!(error.contains(&token.ca_fingerprint[..12]) && error.contains(&ca1.fingerprint()[..12]), "{error}");
+    assert!(
+        error.contains(&token.ca_fingerprint[..12]) && error.contains(&ca1.fingerprint()[..12]),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -266,7 +276,9 @@ async fn a_coordinator_cannot_give_a_joiner_another_role_or_key() {
     };
     let signer = ca.clone();
     let addr = accept_with(Box::new(move |request| {
-        signer.sign(&request.csr_der, "c1", "me", Role::Worker, None, SystemTime::now() - DAY, 2 * DAY).unwrap()
+        signer
+            .sign(&request.csr_der, "c1", "me", Role::Worker, None, SystemTime::now() - DAY, 2 * DAY)
+            .unwrap()
     }));
     let error = join(&addr, &token, "me").await.unwrap_err().to_string();
     assert!(error.contains("another role"), "{error}");
@@ -365,5 +377,8 @@ fn the_ca_refuses_damaged_requests_and_names_that_would_lie() {
     for name in ["", "two\nlines", &"x".repeat(NAME_MAX + 1)] {
         assert!(matches!(ca.issue("c1", name, Role::Worker, None, now, DAY), Err(CaError::BadName(_))));
     }
-    assert!(matches!(ca.issue("c1/coordinator", "me", Role::Worker, None, now, DAY), Err(CaError::BadName(_))));
+    assert!(matches!(
+        ca.issue("c1/coordinator", "me", Role::Worker, None, now, DAY),
+        Err(CaError::BadName(_))
+    ));
 }

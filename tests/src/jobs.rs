@@ -66,17 +66,16 @@ eval_steps = 0
 
 /// `documents` documents of some hundred words in JSONL, the same every time.
 pub fn corpus(documents: usize) -> String {
-    const WORDS: [&str; 24] = [
-        "harbour", "winter", "the", "of", "and", "lantern", "a", "slowly", "crossed", "river", "stone", "morning", "over",
-        "their", "letters", "forgotten", "machine", "to", "learned", "in", "quiet", "counting", "northern", "light",
-    ];
+    const WORDS: &str = "harbour winter the of and lantern a slowly crossed river stone morning over their letters forgotten \
+                         machine to learned in quiet counting northern light";
+    let words: Vec<&str> = WORDS.split_whitespace().collect();
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut word = || {
         // xorshift64
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        WORDS[(state % WORDS.len() as u64) as usize]
+        words[(state % words.len() as u64) as usize]
     };
     let mut text = String::new();
     for _ in 0..documents {

@@ -22,7 +22,11 @@ pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its executable");
     let target = test.parent().and_then(|deps| deps.parent()).expect("tests lie in target/PROFILE/deps");
     let program = target.join(name);
-    assert!(program.is_file(), "{} is missing; run `cargo build --workspace --bins` first", program.display());
+    assert!(
+        program.is_file(),
+        "{} is missing; run `cargo build --workspace --bins` first",
+        program.display()
+    );
     program
 }
 

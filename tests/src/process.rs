@@ -176,7 +176,8 @@ impl Finished {
     /// The lines on stdout, all of which are JSON.
     pub fn json(&self) -> Vec<Value> {
         let parse = |line: &String| {
-            serde_json::from_str(line).unwrap_or_else(|error| panic!("not JSON ({error}): {line}\n{}", self.all()))
+            serde_json::from_str(line)
+                .unwrap_or_else(|error| panic!("not JSON ({error}): {line}\n{}", self.all()))
         };
         self.stdout.iter().map(parse).collect()
     }
@@ -205,6 +206,12 @@ impl Finished {
     }
 
     pub fn all(&self) -> String {
-        format!("{} ended with {}\nstdout:\n{}\nstderr:\n{}", self.what, self.status, self.stdout.join("\n"), self.stderr)
+        format!(
+            "{} ended with {}\nstdout:\n{}\nstderr:\n{}",
+            self.what,
+            self.status,
+            self.stdout.join("\n"),
+            self.stderr
+        )
     }
 }

@@ -33,7 +33,10 @@ impl Default for World {
 impl World {
     /// A fresh one, with `corpus.jsonl` in it.
     pub fn new() -> World {
-        let dir = tempfile::Builder::new().prefix("fleet-test-").tempdir().expect("the temporary directory is writable");
+        let dir = tempfile::Builder::new()
+            .prefix("fleet-test-")
+            .tempdir()
+            .expect("the temporary directory is writable");
         let world = World { dir };
         fs::create_dir(world.path("home")).expect("the world is empty");
         world.write("corpus.jsonl", corpus(60));
@@ -62,7 +65,14 @@ impl World {
 
     /// Lets any command run in this world: its directory, its home, its mark, and nothing of the user's cluster.
     pub fn enter(&self, mut command: Command) -> Command {
-        for name in ["FLEET_CLUSTER", "FLEET_TOKEN", "FLEET_LOG", "XDG_STATE_HOME", "XDG_DATA_HOME", "OMP_NUM_THREADS"] {
+        for name in [
+            "FLEET_CLUSTER",
+            "FLEET_TOKEN",
+            "FLEET_LOG",
+            "XDG_STATE_HOME",
+            "XDG_DATA_HOME",
+            "OMP_NUM_THREADS",
+        ] {
             command.env_remove(name);
         }
         command.current_dir(self.dir.path()).env("HOME", self.path("home")).env(MARK, self.dir.path());
@@ -89,7 +99,12 @@ impl World {
     /// `coordinator start` on free ports, once it listens.
     pub fn coordinator(&self, data_dir: &Path, listen: &str) -> Standing {
         let mut command = self.command("coordinator");
-        command.arg("start").arg("--data-dir").arg(data_dir).args(["--listen", listen, "--http", "127.0.0.1:0"]);
+        command.arg("start").arg("--data-dir").arg(data_dir).args([
+            "--listen",
+            listen,
+            "--http",
+            "127.0.0.1:0",
+        ]);
         self.standing(Running::start(command), data_dir)
     }
 
@@ -121,7 +136,9 @@ impl World {
     pub fn on_a_disk_of(&self, size: &str, place: &Path, script: &str, args: &[&str]) -> Option<Command> {
         let allowed = Command::new("unshare").args(["-Urm", "true"]).output();
         if !allowed.is_ok_and(|output| output.status.success()) {
-            eprintln!("skipped: this machine does not allow `unshare -Urm`, which a disk of limited size needs");
+            eprintln!(
+                "skipped: this machine does not allow `unshare -Urm`, which a disk of limited size needs"
+            );
             return None;
         }
         let mut command = self.enter(Command::new("unshare"));
@@ -148,7 +165,11 @@ impl World {
 
     /// The ranks of this world.
     pub fn ranks(&self) -> Vec<u32> {
-        self.processes().into_iter().filter(|(_, line)| line.contains("fleet-rank")).map(|(pid, _)| pid).collect()
+        self.processes()
+            .into_iter()
+            .filter(|(_, line)| line.contains("fleet-rank"))
+            .map(|(pid, _)| pid)
+            .collect()
     }
 
     /// Waits until no process of this world lives.

@@ -33,7 +33,11 @@ fn settings_that_are_wrong_or_contradict_each_other() {
     let twice = TinyJob { more: "per_device_train_batch_size = 8", ..TinyJob::default() };
     let file = world.write("twice.toml", twice.toml()).display().to_string();
     let done = world.run("fleet", &["launch", &file]);
-    is_refused(done, 2, &["`per_device_train_batch_size` is 8", "`batch_size`", "another name of it", "keep one"]);
+    is_refused(
+        done,
+        2,
+        &["`per_device_train_batch_size` is 8", "`batch_size`", "another name of it", "keep one"],
+    );
     let file = world.write("broken.toml", "max_steps = = 3\n").display().to_string();
     is_refused(world.run("fleet", &["launch", &file]), 2, &["broken.toml:1", "not valid TOML"]);
     is_refused(world.run("fleet", &["launch", "absent.toml"]), 2, &["absent.toml"]);
@@ -89,11 +93,16 @@ fn a_machine_without_libtorch() {
     let rank = program("fleet-rank");
     let libraries = Command::new("ldd").arg(&rank).output().unwrap();
     let libraries = String::from_utf8_lossy(&libraries.stdout).into_owned();
-    let torch = libraries.lines().find_map(|line| line.trim().strip_prefix("libtorch_cpu.so => ")?.split(' ').next());
-    let folder = std::path::Path::new(torch.unwrap_or_else(|| panic!("no libtorch: {libraries}"))).parent().unwrap();
+    let torch =
+        libraries.lines().find_map(|line| line.trim().strip_prefix("libtorch_cpu.so => ")?.split(' ').next());
+    let folder =
+        std::path::Path::new(torch.unwrap_or_else(|| panic!("no libtorch: {libraries}"))).parent().unwrap();
     let job = world.job(&TinyJob::default()).display().to_string();
     let (fleet, script) = (program("fleet").display().to_string(), "exec \"$@\"");
-    let Some(mut command) = world.on_a_disk_of("1M", folder, script, &[&fleet, "launch", "-n", "2", &job]) else { return };
+    let Some(mut command) = world.on_a_disk_of("1M", folder, script, &[&fleet, "launch", "-n", "2", &job])
+    else {
+        return;
+    };
     command.process_group(0);
     let done = fleet_tests::Running::start(command).finish();
     is_refused(done, 4, &["libtorch"]);
@@ -110,11 +119,20 @@ fn a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_job() {
     let fleet = program("fleet").display().to_string();
     // The namespace ends with its last process, so what is on the disk is told before.
     let script = "\"$@\"; code=$?; find out/checkpoints -type f -printf 'left %P %s\\n' >&2; exit $code";
-    let Some(command) = world.on_a_disk_of("3M", &out, script, &[&fleet, "launch", "-n", "1", "--json", &file]) else { return };
+    let Some(command) =
+        world.on_a_disk_of("3M", &out, script, &[&fleet, "launch", "-n", "1", "--json", &file])
+    else {
+        return;
+    };
     let done = fleet_tests::Running::start(command).finish().expect(0);
     assert_eq!(done.losses().len(), 80);
-    let (failed, saved): (Vec<_>, Vec<_>) = done.events("checkpoint").into_iter().partition(|event| event["path"].is_null());
-    assert!(!failed.is_empty() && !saved.is_empty(), "the disk is of the wrong size for this test: {}", done.all());
+    let (failed, saved): (Vec<_>, Vec<_>) =
+        done.events("checkpoint").into_iter().partition(|event| event["path"].is_null());
+    assert!(
+        !failed.is_empty() && !saved.is_empty(),
+        "the disk is of the wrong size for this test: {}",
+        done.all()
+    );
     for event in &failed {
         assert!(event["error"].as_str().unwrap_or_default().contains("No space left on device"), "{event}");
     }
@@ -122,7 +140,8 @@ fn a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_job() {
     assert_eq!(done.summary()["checkpoint"], last);
     let name = last.rsplit('/').next().unwrap();
     done.says(&format!("left tiny/{name}/model.safetensors"));
-    let left = done.stderr.lines().filter(|line| line.starts_with("left ") && line.contains("model.safetensors"));
+    let left =
+        done.stderr.lines().filter(|line| line.starts_with("left ") && line.contains("model.safetensors"));
     assert_eq!(left.count(), saved.len(), "a half checkpoint was left: {}", done.all());
     world.is_empty_soon();
 }

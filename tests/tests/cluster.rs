@@ -105,12 +105,17 @@ fn a_job_that_is_submitted_runs_on_a_worker_and_is_seen_by_every_command() {
     assert_eq!((&jobs[0]["state"], &jobs[0]["step"]), (&"succeeded".into(), &20.into()), "{jobs}");
     let checkpoints = ask(&world, &cluster, &["checkpoints"]);
     assert_eq!(checkpoints.as_array().map(Vec::len), Some(2), "{checkpoints}");
-    let logs = world.run("fleet", &["logs", "job-1", "--events", "--json", "--cluster", cluster.cluster()]).expect(0);
+    let logs = world
+        .run("fleet", &["logs", "job-1", "--events", "--json", "--cluster", cluster.cluster()])
+        .expect(0);
     assert_eq!(logs.losses(), done.losses(), "the history is what was watched");
     // A node keeps its name and certificate: no token is needed again.
     drop(worker);
     let mut again = world.command("worker");
-    again.args(["join", &cluster.endpoint.quic, "--device", "cpu", "--slots", "2"]).arg("--data-dir").arg(world.path("node"));
+    again
+        .args(["join", &cluster.endpoint.quic, "--device", "cpu", "--slots", "2"])
+        .arg("--data-dir")
+        .arg(world.path("node"));
     let mut again = Running::start(again);
     assert_eq!(again.until("registration", |line| line["node"].is_string())["node"], "node-1");
     assert_eq!(ask(&world, &cluster, &["nodes"]).as_array().map(Vec::len), Some(1));
@@ -122,19 +127,25 @@ fn a_client_logs_in_with_a_token_that_only_clients_may_use() {
     let cluster = world.coordinator(&world.path("cluster"), ANY);
     let addr = &cluster.endpoint.quic;
     let token = |name: &str| cluster.data_dir.join("tokens").join(name).display().to_string();
-    let done = world.run("fleet", &["login", addr, "--token-file", &token("worker.token"), "--name", "here"]).expect(2);
+    let done = world
+        .run("fleet", &["login", addr, "--token-file", &token("worker.token"), "--name", "here"])
+        .expect(2);
     done.says("not for clients");
     world.run("fleet", &["login", addr, "--token-file", &token("client.token"), "--name", "here"]).expect(0);
     world.run("fleet", &["jobs", "--cluster", "here"]).expect(0);
     let key = world.path("home/.local/state/fleet/clusters/here/key.pem");
-    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&fs::metadata(key).unwrap().permissions()) & 0o777, 0o600);
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&fs::metadata(key).unwrap().permissions()) & 0o777,
+        0o600
+    );
 }
 
 #[test]
 fn tokens_that_are_damaged_unknown_or_of_another_cluster() {
     let world = World::new();
     let cluster = world.coordinator(&world.path("cluster"), ANY);
-    let good: JoinToken = fs::read_to_string(cluster.data_dir.join("tokens/worker.token")).unwrap().trim().parse().unwrap();
+    let good: JoinToken =
+        fs::read_to_string(cluster.data_dir.join("tokens/worker.token")).unwrap().trim().parse().unwrap();
     let join = |token: &str| {
         let mut command = world.command("worker");
         command.args(["join", &cluster.endpoint.quic, "--token", token, "--slots", "1"]);
@@ -147,7 +158,10 @@ fn tokens_that_are_damaged_unknown_or_of_another_cluster() {
     let other = JoinToken { ca_fingerprint: "ab".repeat(32), ..good };
     let done = join(&other.to_string());
     done.says("the token is of another cluster");
-    assert!(!done.all().contains(&other.secret) || done.what.contains(&other.secret), "the secret was printed");
+    assert!(
+        !done.all().contains(&other.secret) || done.what.contains(&other.secret),
+        "the secret was printed"
+    );
     assert!(!world.path("node/identity").exists());
     assert_eq!(ask(&world, &cluster, &["nodes"]), Value::Array(Vec::new()));
 }
@@ -175,12 +189,16 @@ fn a_coordinator_that_is_not_there() {
     let data = world.path("cluster");
     let cluster = world.coordinator(&data, ANY);
     let addr = cluster.endpoint.quic.clone();
-    let worker = ["join", &addr, "--slots", "1", "--token-file", "cluster/tokens/worker.token", "--data-dir", "node"];
+    let worker =
+        ["join", &addr, "--slots", "1", "--token-file", "cluster/tokens/worker.token", "--data-dir", "node"];
     drop(cluster);
     let done = world.run("fleet", &["jobs", "--cluster", data.to_str().unwrap()]).expect(3);
     done.says(&format!("{addr}: no answer within 1 s"));
     world.run("fleet", &["jobs"]).expect(3).says("no `fleet launch` runs on this machine");
-    world.run("fleet", &["jobs", "--cluster", "nowhere/at/all"]).expect(3).says("no coordinator has listened there");
+    world
+        .run("fleet", &["jobs", "--cluster", "nowhere/at/all"])
+        .expect(3)
+        .says("no coordinator has listened there");
     world.run("worker", &worker).expect(3).says(&addr);
 }
 

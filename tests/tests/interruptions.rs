@@ -37,7 +37,11 @@ fn nothing_outlives_a_fleet_that_is_killed() {
     let world = World::new();
     let mut launch = world.launch(2, &endless(), &[]);
     launch.until_step(2);
-    assert!(world.processes().len() >= 5, "fleet, coordinator, worker and two ranks: {:?}", world.processes());
+    assert!(
+        world.processes().len() >= 5,
+        "fleet, coordinator, worker and two ranks: {:?}",
+        world.processes()
+    );
     launch.signal(Signal::SIGKILL);
     assert_eq!(launch.finish().code(), 128 + 9);
     world.is_empty_soon();
@@ -53,7 +57,8 @@ fn stopping_signals_end_the_job_with_a_checkpoint() {
         let done = launch.finish().expect(code);
         let summary = done.summary();
         assert_eq!(summary["status"], "cancelled", "{summary}");
-        let checkpoint = summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all()));
+        let checkpoint =
+            summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all()));
         assert!(Path::new(checkpoint).join("model.safetensors").is_file());
         world.is_empty_soon();
     }
@@ -97,7 +102,9 @@ fn a_coordinator_that_dies_under_a_launch_costs_nothing() {
     launch.until_step(50);
     let ranks = world.ranks();
     strike(coordinator as u32, Signal::SIGKILL);
-    launch.until("the coordinator's return", |line| line["node"] == "coordinator" && line["state"] == "restarted");
+    launch.until("the coordinator's return", |line| {
+        line["node"] == "coordinator" && line["state"] == "restarted"
+    });
     let same = world.ranks();
     assert!(same.is_empty() || same == ranks, "the ranks must not notice: {ranks:?}, {same:?}");
     let done = launch.finish().expect(0);

@@ -16,7 +16,9 @@ fn a_program_finds_its_rank_and_its_peers_in_the_environment() {
     let mut ports = BTreeSet::new();
     for rank in 0..2 {
         let logs = done.events("log");
-        let line = logs.iter().find(|log| log["rank"] == rank && log["line"].as_str().unwrap_or_default().starts_with("env "));
+        let line = logs
+            .iter()
+            .find(|log| log["rank"] == rank && log["line"].as_str().unwrap_or_default().starts_with("env "));
         let line = line.unwrap_or_else(|| panic!("rank {rank} printed nothing: {}", done.all()));
         let words: Vec<&str> = line["line"].as_str().unwrap().split(' ').collect();
         let rank = rank.to_string();
@@ -34,7 +36,11 @@ fn the_exit_code_is_that_of_the_first_rank_that_fails() {
     let script = "if [ $RANK = 1 ]; then echo last words; exit 7; fi; sleep 60";
     let done = world.run("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", script]).expect(7);
     let error = &done.summary()["error"];
-    assert_eq!((&error["rank"], &error["exit_code"], &error["signal"]), (&1.into(), &7.into(), &().into()), "{error}");
+    assert_eq!(
+        (&error["rank"], &error["exit_code"], &error["signal"]),
+        (&1.into(), &7.into(), &().into()),
+        "{error}"
+    );
     assert!(error["last_lines"].to_string().contains("last words"), "{error}");
     world.is_empty_soon();
 }
@@ -43,7 +49,8 @@ fn the_exit_code_is_that_of_the_first_rank_that_fails() {
 fn a_rank_that_dies_by_a_signal_gives_128_and_the_signal() {
     let world = World::new();
     let script = "if [ $RANK = 1 ]; then kill -SEGV $$; fi; sleep 60";
-    let done = world.run("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", script]).expect(128 + 11);
+    let done =
+        world.run("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", script]).expect(128 + 11);
     let error = &done.summary()["error"];
     assert_eq!((&error["rank"], &error["signal"]), (&1.into(), &11.into()), "{error}");
     world.is_empty_soon();
@@ -64,7 +71,9 @@ fn what_a_program_left_behind_ends_with_fleet() {
     let script = "setsid sleep 600 & echo ready; sleep 600";
     let mut launch = world.start("fleet", &["launch", "-n", "1", "--json", "--", "sh", "-c", script]);
     launch.until("ready", |line| line["line"] == "ready");
-    eventually("the stray child runs", || world.processes().iter().any(|(_, line)| line.starts_with("sleep 600")));
+    eventually("the stray child runs", || {
+        world.processes().iter().any(|(_, line)| line.starts_with("sleep 600"))
+    });
     launch.signal(Signal::SIGTERM);
     launch.finish().expect(143);
     world.is_empty_soon();

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 /// The checkpoint that the summary names, which must be there.
 fn checkpoint(done: &Finished) -> PathBuf {
     let summary = done.summary();
-    let path = PathBuf::from(summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all())));
+    let path = PathBuf::from(
+        summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all())),
+    );
     assert!(path.join("model.safetensors").is_file(), "{}", path.display());
     path
 }
@@ -36,7 +38,8 @@ fn one_two_and_four_ranks_have_the_same_loss_curve_at_the_same_global_batch() {
 
 #[test]
 fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
-    let job = |run_name| TinyJob { run_name, max_steps: 60, save_steps: 20, batch_size: 8, ..TinyJob::default() };
+    let job =
+        |run_name| TinyJob { run_name, max_steps: 60, save_steps: 20, batch_size: 8, ..TinyJob::default() };
     let world = World::new();
     let whole = world.launch(2, &job("whole"), &[]).finish().expect(0);
     let mut killed = world.launch(2, &job("killed"), &[]);
@@ -45,7 +48,8 @@ fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
     killed.signal(Signal::SIGKILL);
     let killed = killed.finish().expect(128 + 9);
     world.is_empty_soon();
-    let resumed = world.launch(2, &job("killed"), &["--set", "resume_from_checkpoint=latest"]).finish().expect(0);
+    let resumed =
+        world.launch(2, &job("killed"), &["--set", "resume_from_checkpoint=latest"]).finish().expect(0);
     let (whole_losses, losses) = (whole.losses(), resumed.losses());
     let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", killed.all())).0;
     assert!([21, 41].contains(&first), "resumed at {first}");
@@ -68,7 +72,17 @@ fn a_job_trains_in_bf16_evaluates_and_its_checkpoint_generates_text() {
     assert_eq!(done.summary()["eval_loss"].as_f64(), Some(evals[2]));
     let model = checkpoint(&done).display().to_string();
     let generate = |seed: &str| {
-        let args = ["generate", "--model", &model, "--prompt", "the river", "--max-new-tokens", "12", "--seed", seed];
+        let args = [
+            "generate",
+            "--model",
+            &model,
+            "--prompt",
+            "the river",
+            "--max-new-tokens",
+            "12",
+            "--seed",
+            seed,
+        ];
         world.run("fleet", &args).expect(0).stdout.join("\n")
     };
     let text = generate("1");

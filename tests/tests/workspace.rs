@@ -9,7 +9,8 @@ fn root() -> PathBuf {
 
 fn cargo_tree(args: &[&str]) -> String {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let output = Command::new(cargo).current_dir(root()).args(["tree", "--offline"]).args(args).output().unwrap();
+    let output =
+        Command::new(cargo).current_dir(root()).args(["tree", "--offline"]).args(args).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -41,7 +42,8 @@ fn only_the_coordinator_reaches_rocksdb() {
 #[test]
 fn there_is_one_tls_provider() {
     let tree = cargo_tree(&["--workspace", "--edges", "normal,build", "--prefix", "none"]);
-    let found: Vec<&str> = tree.lines().filter(|line| line.starts_with("aws-lc-") || line.starts_with("openssl-sys")).collect();
+    let found: Vec<&str> =
+        tree.lines().filter(|line| line.starts_with("aws-lc-") || line.starts_with("openssl-sys")).collect();
     assert_eq!(found, Vec::<&str>::new());
 }
 
@@ -65,7 +67,9 @@ fn unsafe_code_lives_only_in_its_homes() {
             let relative = path.strip_prefix(root()).unwrap();
             if !UNSAFE_HOMES.iter().any(|home| relative.starts_with(home)) {
                 let lines = text.lines().enumerate().filter(|(_, line)| is_unsafe(line));
-                found.extend(lines.map(|(at, line)| format!("{}:{}: {}", relative.display(), at + 1, line.trim())));
+                found.extend(
+                    lines.map(|(at, line)| format!("{}:{}: {}", relative.display(), at + 1, line.trim())),
+                );
             }
         });
     }

@@ -24,13 +24,13 @@ pub struct ClusterCa {
 
 #[derive(Debug, thiserror::Error)]
 pub enum CaError {
-    #[error("the signing request cannot be used: {0}")]
+    #[error("the signing request cannot be used")]
     BadRequest(#[source] rcgen::Error),
     #[error("no certificate can be made for this name or cluster: {0}")]
     BadName(String),
-    #[error("the certificate could not be made: {0}")]
+    #[error("the certificate could not be made")]
     Signing(#[from] rcgen::Error),
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     #[error("the cluster's CA in {dir} is damaged: {what}; restore ca.pem and ca.key from a backup")]
     Damaged { dir: String, what: String },
@@ -154,7 +154,9 @@ impl ClusterCa {
         (params.not_before, params.not_after) = (not_before.into(), (not_before + validity).into());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match peer.role {
-            Role::Coordinator => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Coordinator => {
+                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
+            }
             Role::Worker | Role::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         params.use_authority_key_identifier_extension = true;

@@ -53,7 +53,7 @@ impl fmt::Debug for PrivateKey {
 
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     #[error("the identity in {dir} is damaged: {what}; remove that directory and join again with a token")]
     Damaged { dir: String, what: String },
@@ -73,8 +73,7 @@ impl Identity {
         ca_der: Vec<u8>,
     ) -> Result<Identity, String> {
         let Peer { role, node, name, cluster_id } = Peer::from_certificate(&certificate_der)?;
-        let identity =
-            Identity { cluster_id, role, node, name, certificate_der, key_pkcs8_der: key, ca_der };
+        let identity = Identity { cluster_id, role, node, name, certificate_der, key_pkcs8_der: key, ca_der };
         tls::check(&identity).map_err(|error| error.to_string())?;
         Ok(identity)
     }
@@ -90,7 +89,11 @@ impl Identity {
             "name": self.name,
         });
         files::write_atomic(&dir.join(KEY), key.as_bytes(), files::SECRET)?;
-        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.certificate_der).as_bytes(), files::PUBLIC)?;
+        files::write_atomic(
+            &dir.join(CERTIFICATE),
+            certificate_pem(&self.certificate_der).as_bytes(),
+            files::PUBLIC,
+        )?;
         files::write_atomic(&dir.join(CA), certificate_pem(&self.ca_der).as_bytes(), files::PUBLIC)?;
         files::write_atomic(&dir.join(SUMMARY), format!("{summary:#}\n").as_bytes(), files::PUBLIC)
     }

@@ -24,8 +24,8 @@ use std::net::SocketAddr;
 /// Why a connection could not be made or kept. Each is one line with the cure.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    #[error("cannot listen on {addr}: {reason}; stop what uses that port or choose another", reason = .source)]
-    Bind { addr: SocketAddr, source: std::io::Error },
+    #[error("cannot listen on {addr}: {reason}; stop what uses that port or choose another")]
+    Bind { addr: SocketAddr, reason: std::io::Error },
     /// Nothing answered.
     #[error("cannot reach the coordinator ({0}); is it running?")]
     Unreachable(String),

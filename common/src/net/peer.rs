@@ -67,7 +67,8 @@ impl Peer {
         let mut parts = uri.split('/');
         let cluster_id = parts.next().unwrap_or_default().to_owned();
         let role = parts.next().and_then(parse_role).ok_or("the certificate names no role")?;
-        let node = parts.next().map(str::parse).transpose().map_err(|_| "the certificate's node is no node id")?;
+        let node =
+            parts.next().map(str::parse).transpose().map_err(|_| "the certificate's node is no node id")?;
         Ok(Peer { role, node, name, cluster_id })
     }
 

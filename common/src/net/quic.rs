@@ -61,7 +61,8 @@ pub enum Accepted {
 
 /// Listens for members and joiners. Needs a tokio runtime; port 0 takes a free one (`local_addr`).
 pub fn serve(listen: SocketAddr, identity: &Identity) -> Result<Endpoint, NetError> {
-    let crypto = QuicServerConfig::try_from(tls::server(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
+    let crypto =
+        QuicServerConfig::try_from(tls::server(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config
         .transport_config(Arc::new(transport(STREAMS_MAX, 0)))
@@ -69,7 +70,7 @@ pub fn serve(listen: SocketAddr, identity: &Identity) -> Result<Endpoint, NetErr
         .max_incoming(INCOMING_MAX)
         .incoming_buffer_size(INCOMING_BYTES)
         .incoming_buffer_size_total(INCOMING_BYTES_TOTAL);
-    let bind = |source| NetError::Bind { addr: listen, source };
+    let bind = |reason| NetError::Bind { addr: listen, reason };
     let socket = UdpSocket::bind(listen).map_err(bind)?;
     Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(TokioRuntime)).map_err(bind)
 }
@@ -105,7 +106,8 @@ pub async fn classify(conn: &Connection) -> Result<Accepted, NetError> {
 
 /// Connects to the first of these coordinators (`HOST:PORT`) that answers and accepts this identity.
 pub async fn connect(addrs: &[String], identity: &Identity) -> Result<Connection, NetError> {
-    let crypto = QuicClientConfig::try_from(tls::client(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
+    let crypto =
+        QuicClientConfig::try_from(tls::client(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(Arc::new(transport(0, 1)));
     let mut attempts = JoinSet::new();
@@ -133,7 +135,9 @@ pub fn describe(error: &ConnectionError) -> String {
         ConnectionError::TimedOut => "the other side stopped answering".into(),
         ConnectionError::LocallyClosed => "closed here".into(),
         ConnectionError::Reset => "the other side was restarted".into(),
-        ConnectionError::ApplicationClosed(close) if close.reason.is_empty() => "closed by the other side".into(),
+        ConnectionError::ApplicationClosed(close) if close.reason.is_empty() => {
+            "closed by the other side".into()
+        }
         ConnectionError::ApplicationClosed(close) => String::from_utf8_lossy(&close.reason).into_owned(),
         ConnectionError::ConnectionClosed(close) => match alert_of(close.error_code) {
             Some(alert) => their_verdict(alert, &close.reason),
@@ -188,9 +192,9 @@ pub(super) async fn attempt(
         }
         Err(last)
     };
-    timeout(CONNECT_DEADLINE, work)
-        .await
-        .unwrap_or_else(|_| Err(Failure::Silent(format!("no answer within {} s", CONNECT_DEADLINE.as_secs()))))
+    timeout(CONNECT_DEADLINE, work).await.unwrap_or_else(|_| {
+        Err(Failure::Silent(format!("no answer within {} s", CONNECT_DEADLINE.as_secs())))
+    })
 }
 
 async fn handshake(
@@ -198,7 +202,8 @@ async fn handshake(
     config: quinn::ClientConfig,
     cluster_id: Option<&str>,
 ) -> Result<Connection, Failure> {
-    let any = if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any =
+        if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
     let local = Endpoint::client((any, 0).into()).map_err(|error| Failure::Silent(error.to_string()))?;
     let connecting = local.connect_with(config, address, COORDINATOR_DNS);
     let connecting = connecting.map_err(|error| Failure::Silent(error.to_string()))?;
@@ -217,7 +222,9 @@ fn failure(error: ConnectionError) -> Failure {
     let why = describe(&error);
     match error {
         ConnectionError::ApplicationClosed(_) => Failure::Refused(why),
-        ConnectionError::ConnectionClosed(close) if alert_of(close.error_code).is_some() => Failure::Refused(why),
+        ConnectionError::ConnectionClosed(close) if alert_of(close.error_code).is_some() => {
+            Failure::Refused(why)
+        }
         ConnectionError::TransportError(error) if alert_of(error.code).is_some() => Failure::Refused(why),
         _ => Failure::Silent(why),
     }
@@ -240,7 +247,8 @@ fn summarise(failures: Vec<Failure>) -> NetError {
 fn peer(conn: &Connection) -> Result<Peer, String> {
     let chain = conn.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
     let certificate = chain.as_deref().and_then(|chain| chain.first());
-    let certificate = certificate.ok_or("a certificate of this cluster is needed; join it with a token first")?;
+    let certificate =
+        certificate.ok_or("a certificate of this cluster is needed; join it with a token first")?;
     Peer::from_certificate(certificate)
 }
 
@@ -276,20 +284,28 @@ fn alert_of(code: quinn::TransportErrorCode) -> Option<u8> {
 /// The other side did not like our certificate or protocol.
 fn their_verdict(alert: u8, reason: &[u8]) -> String {
     match alert {
-        alert::CERTIFICATE_EXPIRED => "this side's certificate is expired or not valid yet; compare the clocks or join again".into(),
-        alert::UNKNOWN_CA | alert::DECRYPT_ERROR => "this side's certificate is of another cluster; join this one with a token".into(),
+        alert::CERTIFICATE_EXPIRED => {
+            "this side's certificate is expired or not valid yet; compare the clocks or join again".into()
+        }
+        alert::UNKNOWN_CA | alert::DECRYPT_ERROR => {
+            "this side's certificate is of another cluster; join this one with a token".into()
+        }
         alert::BAD_CERTIFICATE | alert::UNSUPPORTED_CERTIFICATE => {
             "the other side does not accept this side's certificate; join again with a token".into()
         }
         alert::NO_APPLICATION_PROTOCOL => "the two sides have different versions of fleet".into(),
-        alert => format!("refused by the other side (TLS alert {alert}: {})", String::from_utf8_lossy(reason)),
+        alert => {
+            format!("refused by the other side (TLS alert {alert}: {})", String::from_utf8_lossy(reason))
+        }
     }
 }
 
 /// We did not like theirs.
 fn our_verdict(alert: u8, reason: &str) -> String {
     match alert {
-        alert::CERTIFICATE_EXPIRED => "the other side's certificate is expired or not valid yet; compare the clocks".into(),
+        alert::CERTIFICATE_EXPIRED => {
+            "the other side's certificate is expired or not valid yet; compare the clocks".into()
+        }
         alert::UNKNOWN_CA | alert::DECRYPT_ERROR => "the other side belongs to another cluster".into(),
         alert::BAD_CERTIFICATE | alert::UNSUPPORTED_CERTIFICATE => NOT_OUR_COORDINATOR.into(),
         alert::NO_APPLICATION_PROTOCOL => "the two sides have different versions of fleet".into(),

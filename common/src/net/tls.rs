@@ -65,7 +65,10 @@ pub(super) fn client(identity: &Identity) -> Result<ClientConfig, rustls::Error>
 }
 
 /// For a joiner, which has nothing but the fingerprint of the CA. `seen` gets the fingerprint that was shown instead.
-pub(super) fn joiner(ca_fingerprint: &str, seen: Arc<OnceLock<String>>) -> Result<ClientConfig, rustls::Error> {
+pub(super) fn joiner(
+    ca_fingerprint: &str,
+    seen: Arc<OnceLock<String>>,
+) -> Result<ClientConfig, rustls::Error> {
     let verifier = ByFingerprint {
         wanted: ca_fingerprint.to_owned(),
         seen,

@@ -34,8 +34,8 @@ const FINGERPRINT_BYTES: usize = 32;
 pub enum TokenError {
     #[error("the token in {place} is damaged: {what}; copy it whole, it begins with `fleet_`")]
     Damaged { place: String, what: &'static str },
-    #[error("cannot read the token file {path}: {reason}", path = .path.display(), reason = .source)]
-    File { path: PathBuf, source: std::io::Error },
+    #[error("cannot read the token file {path}: {reason}", path = .path.display())]
+    File { path: PathBuf, reason: std::io::Error },
     #[error("give the token once, by --token-file or by --token")]
     Twice,
     #[error("the operating system gave no random bytes: {0}")]
@@ -66,7 +66,7 @@ impl JoinToken {
             (Some(_), Some(_), _) => Err(TokenError::Twice),
             (Some(path), None, _) => {
                 let text = std::fs::read_to_string(path)
-                    .map_err(|source| TokenError::File { path: path.to_owned(), source })?;
+                    .map_err(|reason| TokenError::File { path: path.to_owned(), reason })?;
                 parse(&text, || path.display().to_string()).map(Some)
             }
             (None, Some(text), _) => parse(text, || "--token".to_owned()).map(Some),
@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn a_damaged_token_says_where_it_came_from_and_never_what_it_was() {
         let text = token().to_string();
-        let error = JoinToken::from_sources(None, Some(&text[..text.len() - 3]), None).unwrap_err().to_string();
+        let error =
+            JoinToken::from_sources(None, Some(&text[..text.len() - 3]), None).unwrap_err().to_string();
         assert!(error.contains("FLEET_TOKEN is damaged: characters are missing"), "{error}");
         assert!(!error.contains(&text[20..60]));
         assert!("hello".parse::<JoinToken>().is_err());
