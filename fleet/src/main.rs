@@ -22,6 +22,9 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "fleet", version, about, max_term_width = 100)]
 struct Cli {
+    /// A coordinator's data directory, HOST:PORT, or a name; without it the newest local launch
+    #[arg(long, global = true, env = "FLEET_CLUSTER", value_name = "NAME|HOST:PORT|DIR")]
+    cluster: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -46,16 +49,18 @@ fn main() -> ExitCode {
     let started_unix_ms = places::unix_ms();
     let cli = Cli::parse();
     telemetry::init(LogFormat::Human, "warn");
+    // an empty variable is an unset one
+    let cluster = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
     let done = match cli.command {
         Command::Launch(args) => launch::run(args, started_unix_ms),
-        Command::Submit(args) => commands::submit::run(args),
-        Command::Status(args) => commands::status::run(args),
-        Command::Jobs(args) => commands::jobs::run(args),
-        Command::Nodes(args) => commands::nodes::run(args),
-        Command::Logs(args) => commands::logs::run(args),
-        Command::Cancel(args) => commands::cancel::run(args),
-        Command::Checkpoints(args) => commands::checkpoints::run(args),
-        Command::Token(args) => commands::token::run(args),
+        Command::Submit(args) => commands::submit::run(args, cluster),
+        Command::Status(args) => commands::status::run(args, cluster),
+        Command::Jobs(args) => commands::jobs::run(args, cluster),
+        Command::Nodes(args) => commands::nodes::run(args, cluster),
+        Command::Logs(args) => commands::logs::run(args, cluster),
+        Command::Cancel(args) => commands::cancel::run(args, cluster),
+        Command::Checkpoints(args) => commands::checkpoints::run(args, cluster),
+        Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Config(args) => commands::config::run(args),

@@ -125,6 +125,10 @@ impl Fields {
         let mut flat = Vec::new();
         flatten("", table, &mut flat)?;
         for (key, value) in flat {
+            // a null of the seeds (`baseline_run_id`) switches something off that is not there
+            if matches!(value.kind, Kind::Null) && later(&key).is_some() {
+                continue;
+            }
             let name = known(&key, &value)?;
             match fields.given.get(name) {
                 Some((other, old)) if !old.same(&value) => {
@@ -277,12 +281,15 @@ fn known(key: &str, value: &Value) -> Result<&'static str, JobFileError> {
         return Ok(names[0]);
     }
     let (place, key) = (value.place.clone(), key.to_owned());
-    // `export.formats` from `--set` belongs to the table `export`
-    let later = LATER.iter().find(|(name, _)| key == *name || key.strip_prefix(name).is_some_and(|r| r.starts_with('.')));
-    if let Some((_, instead)) = later {
-        // a null of the seeds switches something off that is not there
-        return Err(JobFileError::Later { place, key, instead: (*instead).to_owned() });
+    if let Some(instead) = later(&key) {
+        return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
     }
     let suggestion = nearest(&key, SETTINGS.iter().copied().flatten().copied()).map(str::to_owned);
     Err(JobFileError::UnknownKey { place, key, suggestion })
+}
+
+/// What to do instead of a setting that belongs to a later version. `export.formats` from `--set` belongs to the table `export`.
+fn later(key: &str) -> Option<&'static str> {
+    let within = |table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    LATER.iter().find(|(name, _)| within(name)).map(|(_, instead)| *instead)
 }

@@ -210,7 +210,7 @@ fn syntax_errors_name_line_and_format() {
 
 #[test]
 fn a_null_is_not_given() {
-    let (job, _) = parse(Format::Json, r#"{"max_steps": null, "model": null, "data": {"path": "x"}}"#, &[]).unwrap();
+    let (job, _) = parse(Format::Json, r#"{"max_steps": null, "model": null, "baseline_run_id": null, "data": {"path": "x"}}"#, &[]).unwrap();
     assert_eq!(job.max_steps, None);
 }
 

@@ -1,6 +1,6 @@
 //! `fleet cancel`: stops a job.
 
-use super::ClusterArgs;
+use super::{OutputArgs, connect};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::out;
@@ -18,16 +18,16 @@ pub struct Args {
     #[arg(long)]
     now: bool,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
-    let mut client = args.cluster.client()?;
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
     let reply = block_on(client.change(Request::Cancel { job: args.job, now: args.now }))?;
     if reply != Reply::CancelAccepted {
         return Err(unexpected(&reply));
     }
-    match args.cluster.json {
+    match args.output.json {
         true => out::json(&json!({"job": args.job.to_string(), "now": args.now, "accepted": true})),
         false => out::line(&format!("{} is being stopped", args.job)),
     }

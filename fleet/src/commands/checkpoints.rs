@@ -1,6 +1,6 @@
 //! `fleet checkpoints`: the checkpoints that were recorded as valid.
 
-use super::ClusterArgs;
+use super::{OutputArgs, connect};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -14,16 +14,16 @@ pub struct Args {
     /// Only this job's
     job: Option<JobId>,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
-    let mut client = args.cluster.client()?;
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
     let checkpoints = match block_on(client.ask(Request::Checkpoints { job: args.job }))? {
         Reply::Checkpoints(checkpoints) => checkpoints,
         other => return Err(unexpected(&other)),
     };
-    if args.cluster.json {
+    if args.output.json {
         out::json(&checkpoints.iter().map(json::checkpoint).collect());
         return Ok(exit::SUCCEEDED);
     }

@@ -1,14 +1,15 @@
-//! `fleet logs`: what a job's ranks wrote.
+//! `fleet logs`: what happened in a job: the ranks' lines, steps, evaluations, checkpoints.
 
-use super::{ClusterArgs, jobs};
+use super::{OutputArgs, connect, jobs};
 use crate::client::{Flow, block_on};
 use crate::failure::Failure;
-use crate::{json, out};
+use crate::out;
+use crate::report::{Report, Style};
 use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::{JobId, Rank};
 
-/// Print what a job's ranks wrote
+/// Print what happened in a job: the ranks' lines, steps, evaluations, checkpoints
 #[derive(clap::Args)]
 pub struct Args {
     /// A job, such as job-1; without it the newest
@@ -19,15 +20,12 @@ pub struct Args {
     /// Go on until the job ends
     #[arg(short, long)]
     follow: bool,
-    /// All events, not only lines
-    #[arg(long)]
-    events: bool,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
-    let mut client = args.cluster.client()?;
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
     block_on(async {
         let job = match args.job {
             Some(job) => job,
@@ -36,9 +34,11 @@ pub fn run(args: Args) -> Result<u8, Failure> {
                 newest.ok_or_else(|| Failure::input("the cluster has had no job yet"))?
             }
         };
+        let style = if args.output.json { Style::Json } else { Style::Lines };
+        let mut report = Report::new(style, None);
         let print = |event: Event| {
-            if let Some(text) = line(&event, &args) {
-                out::line(&text);
+            if args.rank.is_none_or(|rank| is_of(&event, rank)) {
+                report.event(&event);
             }
             if out::is_closed() { Flow::Stop } else { Flow::Continue }
         };
@@ -47,17 +47,6 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     })
 }
 
-fn line(event: &Event, args: &Args) -> Option<String> {
-    let text = match &event.body {
-        EventBody::Log { rank, level, line } => {
-            if args.rank.is_some() && args.rank != *rank {
-                return None;
-            }
-            let who = rank.map_or("node".to_owned(), |rank| format!("rank {rank}"));
-            format!("[{who}] {}: {line}", json::level_name(*level))
-        }
-        _ if args.events && args.rank.is_none() => json::event(event).to_string(),
-        _ => return None,
-    };
-    Some(if args.cluster.json { json::event(event).to_string() } else { text })
+fn is_of(event: &Event, wanted: Rank) -> bool {
+    matches!(&event.body, EventBody::Log { rank: Some(rank), .. } if *rank == wanted)
 }

@@ -19,23 +19,17 @@ use crate::out;
 use fleet_common::job::{self, Job};
 use std::path::{Path, PathBuf};
 
-/// Which cluster, and how the answer is printed.
+/// How the answer is printed.
 #[derive(clap::Args)]
-pub struct ClusterArgs {
-    /// A coordinator's data directory, HOST:PORT, or a name; without it the newest local launch
-    #[arg(long, env = "FLEET_CLUSTER", value_name = "NAME|HOST:PORT|DIR")]
-    pub cluster: Option<String>,
+pub struct OutputArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
 
-impl ClusterArgs {
-    pub fn client(&self) -> Result<Client, Failure> {
-        // an empty variable is an unset one
-        let wish = self.cluster.as_deref().filter(|wish| !wish.is_empty());
-        Ok(Client::new(Cluster::find(wish)?))
-    }
+/// A client of the wished cluster, or of the newest local launch. Talks to nobody yet.
+pub fn connect(cluster: Option<&str>) -> Result<Client, Failure> {
+    Ok(Client::new(Cluster::find(cluster)?))
 }
 
 /// A job file and what is laid over it.

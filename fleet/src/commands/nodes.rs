@@ -1,6 +1,6 @@
 //! `fleet nodes`: the machines of a cluster.
 
-use super::ClusterArgs;
+use super::{OutputArgs, connect};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -11,13 +11,13 @@ use fleet_common::protocol::{NodeView, Reply, Request};
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
-    let mut client = args.cluster.client()?;
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
     let nodes = block_on(list(&mut client))?;
-    match args.cluster.json {
+    match args.output.json {
         true => out::json(&nodes.iter().map(json::node_view).collect()),
         false => print(&nodes),
     }

@@ -1,6 +1,6 @@
 //! `fleet status`: the cluster at a glance, or one job in full.
 
-use super::{ClusterArgs, jobs, nodes, submit};
+use super::{OutputArgs, connect, jobs, nodes, submit};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -15,15 +15,15 @@ pub struct Args {
     /// A job, such as job-1
     job: Option<JobId>,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
-    let mut client = args.cluster.client()?;
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
     block_on(async {
         if let Some(job) = args.job {
             let view = submit::job_view(&mut client, job).await?;
-            match args.cluster.json {
+            match args.output.json {
                 true => out::json(&json::job(&view)),
                 false => print_job(&view),
             }
@@ -35,7 +35,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         };
         let nodes = nodes::list(&mut client).await?;
         let jobs = jobs::list(&mut client).await?;
-        if args.cluster.json {
+        if args.output.json {
             let nodes: Vec<_> = nodes.iter().map(json::node_view).collect();
             let jobs: Vec<_> = jobs.iter().map(json::job).collect();
             out::json(&json!({"cluster": json::cluster_view(&cluster), "nodes": nodes, "jobs": jobs}));

@@ -1,6 +1,6 @@
 //! `fleet submit`: gives a job to a running cluster.
 
-use super::{ClusterArgs, JobArgs, load_job};
+use super::{OutputArgs, connect, JobArgs, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
 use crate::report::{End, Report, Style};
@@ -22,10 +22,10 @@ pub struct Args {
     #[arg(long)]
     wait: bool,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let started_unix_ms = places::unix_ms();
     let mut job = load_job(&args.job.job, &args.job.sets)?;
     let (world_size, warning) = job.settle_ranks(args.ranks)?;
@@ -33,17 +33,17 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         out::note(&format!("warning: {warning}"));
     }
     let work = Work::Train { job_json: job.to_json() };
-    let mut client = args.cluster.client()?;
+    let mut client = connect(cluster)?;
     block_on(async {
         let job = submit(&mut client, SubmitJob { world_size, work }).await?;
         if !args.wait {
-            match args.cluster.json {
+            match args.output.json {
                 true => out::json(&json!({"job": job.to_string(), "ranks": world_size})),
                 false => out::line(&job.to_string()),
             }
             return Ok(exit::SUCCEEDED);
         }
-        let mut report = Report::new(Style::of_training(args.cluster.json), Some(started_unix_ms));
+        let mut report = Report::new(Style::of_training(args.output.json), Some(started_unix_ms));
         report.submitted(&job.to_string(), world_size);
         follow(&mut client, job, &mut report).await
     })

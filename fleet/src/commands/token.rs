@@ -1,6 +1,6 @@
 //! `fleet token create`: a token that lets a machine or a person join.
 
-use super::ClusterArgs;
+use super::{OutputArgs, connect};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::out;
@@ -33,7 +33,7 @@ struct Create {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    output: OutputArgs,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -42,16 +42,16 @@ enum Holder {
     Client,
 }
 
-pub fn run(args: Args) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let Action::Create(args) = args.action;
     let role = match args.role {
         Holder::Worker => Role::Worker,
         Holder::Client => Role::Client,
     };
-    let mut client = args.cluster.client()?;
+    let mut client = connect(cluster)?;
     let request = Request::CreateToken { role, ttl_s: args.ttl, uses: args.uses };
     match block_on(client.change(request))? {
-        Reply::Token { text } if args.cluster.json => out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses})),
+        Reply::Token { text } if args.output.json => out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses})),
         Reply::Token { text } => out::line(&text),
         other => return Err(unexpected(&other)),
     }
