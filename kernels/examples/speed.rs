@@ -183,6 +183,11 @@ fn main() {
     report.bytes("copy (memcpy) 14.7M", 8 * P, || v.copy_from_slice(&g));
     drop((p, g, m, v, copy));
 
+    let (x, w, mut y) = (numbers::<bf16>(F), numbers::<bf16>(F * F * 2), vec![bf16::ZERO; 2 * F]);
+    let mut scratch = Scratch::new();
+    report.bytes("bf16 product of one row", 2 * w.len(), || {
+        gemm(Matrix::new(&x, 1, F), Matrix::new(&w, 2 * F, F).t(), Store::Set, &mut y, &mut scratch)
+    });
     products::<f32>(&report, "f32");
     products::<bf16>(&report, "bf16");
     attentions::<f32>(&report, "f32");

@@ -43,12 +43,8 @@ pub(crate) fn load_filled<V: Vector, T: Element>(from: &[T], fill: f32) -> V {
         // SAFETY: the slice has a full vector.
         return unsafe { T::load(from.as_ptr()) };
     }
-    let mut lanes = [fill; MAX_LANES];
-    for (lane, value) in lanes.iter_mut().zip(from) {
-        *lane = value.to_f32();
-    }
-    // SAFETY: the array has at least a full vector.
-    unsafe { V::load(lanes.as_ptr()) }
+    // SAFETY: so many numbers are in the slice.
+    unsafe { T::load_part(from.as_ptr(), from.len(), fill) }
 }
 
 /// Reads up to one vector from the start of `from`; lanes past its end are 0.
@@ -64,20 +60,16 @@ pub(crate) fn store<V: Vector, T: Element>(value: V, to: &mut [T]) {
         // SAFETY: the slice has room for a full vector.
         return unsafe { T::store(value, to.as_mut_ptr()) };
     }
-    let mut lanes = [0.0; MAX_LANES];
-    // SAFETY: the array has room for a full vector.
-    unsafe { value.store(lanes.as_mut_ptr()) };
-    for (out, lane) in to.iter_mut().zip(lanes) {
-        *out = T::from_f32(lane);
-    }
+    // SAFETY: so many numbers have room in the slice.
+    unsafe { T::store_part(value, to.as_mut_ptr(), to.len()) }
 }
-
-/// Lanes of the widest vector.
-pub(crate) const MAX_LANES: usize = 16;
 
 /// Vectors of each format. Kept out of the public interface, which also closes `Element` to other types.
 pub(crate) mod lanes {
-    use super::{Vector, bf16};
+    use super::{Element, Vector, bf16};
+
+    /// Lanes of the widest vector.
+    const MAX_LANES: usize = 16;
 
     pub trait Lanes: Sized {
         /// # Safety
@@ -86,6 +78,14 @@ pub(crate) mod lanes {
         /// # Safety
         /// `V::LANES` numbers are writable at `to`.
         unsafe fn store<V: Vector>(value: V, to: *mut Self);
+        /// Fewer than a vector; see [`Vector::load_part`].
+        /// # Safety
+        /// `count` numbers are readable at `from`.
+        unsafe fn load_part<V: Vector>(from: *const Self, count: usize, fill: f32) -> V;
+        /// Fewer than a vector.
+        /// # Safety
+        /// `count` numbers are writable at `to`.
+        unsafe fn store_part<V: Vector>(value: V, to: *mut Self, count: usize);
     }
 
     impl Lanes for f32 {
@@ -99,6 +99,16 @@ pub(crate) mod lanes {
             // SAFETY: the caller's promise.
             unsafe { value.store(to) }
         }
+        #[inline(always)]
+        unsafe fn load_part<V: Vector>(from: *const f32, count: usize, fill: f32) -> V {
+            // SAFETY: the caller's promise.
+            unsafe { V::load_part(from, count, fill) }
+        }
+        #[inline(always)]
+        unsafe fn store_part<V: Vector>(value: V, to: *mut f32, count: usize) {
+            // SAFETY: the caller's promise.
+            unsafe { value.store_part(to, count) }
+        }
     }
 
     impl Lanes for bf16 {
@@ -111,6 +121,26 @@ pub(crate) mod lanes {
         unsafe fn store<V: Vector>(value: V, to: *mut bf16) {
             // SAFETY: as above.
             unsafe { value.store_bf16(to.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn load_part<V: Vector>(from: *const bf16, count: usize, fill: f32) -> V {
+            let mut lanes = [fill; MAX_LANES];
+            for (i, lane) in lanes.iter_mut().enumerate().take(count) {
+                // SAFETY: the caller's promise.
+                *lane = unsafe { (*from.add(i)).to_f32() };
+            }
+            // SAFETY: the array has at least a full vector.
+            unsafe { V::load(lanes.as_ptr()) }
+        }
+        #[inline(always)]
+        unsafe fn store_part<V: Vector>(value: V, to: *mut bf16, count: usize) {
+            let mut lanes = [0.0; MAX_LANES];
+            // SAFETY: the array has room for a full vector.
+            unsafe { value.store(lanes.as_mut_ptr()) };
+            for (i, lane) in lanes.into_iter().enumerate().take(count) {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(i) = Element::from_f32(lane) };
+            }
         }
     }
 }

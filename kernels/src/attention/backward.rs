@@ -19,7 +19,7 @@ simd_fn! {
     pub fn run<V, T: Element, O: Element, G: Element>(
         qkv: &[T], out: &[O], lse: &[f32], dout: &[O], shape: &Heads, dqkv: &mut [G], memory: &mut [f32],
     ) {
-        match tile_rows(V::LANES) {
+        match const { tile_rows(V::LANES) } {
             12 => heads::<V, T, O, G, 12>(qkv, out, lse, dout, shape, dqkv, memory),
             _ => heads::<V, T, O, G, 6>(qkv, out, lse, dout, shape, dqkv, memory),
         }

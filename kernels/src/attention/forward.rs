@@ -18,7 +18,7 @@ simd_fn! {
     pub fn run<V, T: Element, O: Element>(
         qkv: &[T], shape: &Heads, out: &mut [O], lse: &mut [f32], memory: &mut [f32],
     ) {
-        match tile_rows(V::LANES) {
+        match const { tile_rows(V::LANES) } {
             12 => heads::<V, T, O, 12>(qkv, shape, out, lse, memory),
             _ => heads::<V, T, O, 6>(qkv, shape, out, lse, memory),
         }

@@ -78,7 +78,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(24))]
+        #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
         fn equals_its_oracle(
             batch in 1usize..3, seq in 1usize..130, kv_heads in 1usize..3, group in 1usize..4,

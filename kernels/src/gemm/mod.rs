@@ -39,6 +39,9 @@ pub fn gemm<A: Element, B: Element, C: Element>(
         }
         return;
     }
+    if a.rows <= NARROW && a.col_stride == 1 && b.row_stride == 1 {
+        return narrow(a, b, mode, c);
+    }
     let blocks = a.cols.div_ceil(KC);
     let packed = PACKED_A + PACKED_B;
     if size_of::<C>() == size_of::<f32>() || blocks == 1 {
@@ -54,6 +57,30 @@ pub fn gemm<A: Element, B: Element, C: Element>(
     crate::convert(wide, c);
 }
 
+/// Up to this many rows, copying `b` would cost more than the product.
+const NARROW: usize = 3;
+
+simd_fn! {
+    /// A few rows times a transposed matrix, as when generating token by token: reads `b` once, in place.
+    fn narrow<V, A: Element, B: Element, C: Element>(a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C]) {
+        let (n, k) = (b.cols, b.rows);
+        for j in 0..n {
+            let column = &b.data[j * b.col_stride..][..k];
+            for i in 0..a.rows {
+                let row = &a.data[i * a.row_stride..][..k];
+                let mut sums = (V::splat(0.0), V::splat(0.0));
+                for t in (0..k).step_by(2 * V::LANES) {
+                    let middle = k.min(t + V::LANES);
+                    sums.0 = load::<V, A>(&row[t..]).mul_add(load(&column[t..]), sums.0);
+                    sums.1 = load::<V, A>(&row[middle..]).mul_add(load(&column[middle..]), sums.1);
+                }
+                let before = if mode == Store::Add { c[i * n + j].to_f32() } else { 0.0 };
+                c[i * n + j] = C::from_f32(before + sums.0.add(sums.1).sum());
+            }
+        }
+    }
+}
+
 const PACKED_A: usize = MC * KC;
 const PACKED_B: usize = NC * KC;
 
@@ -61,7 +88,7 @@ simd_fn! {
     fn blocked<V, A: Element, B: Element, C: Element>(
         a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C], packed: &mut [f32],
     ) {
-        match tile_rows(V::LANES) {
+        match const { tile_rows(V::LANES) } {
             12 => blocked_with::<V, A, B, C, 12>(a, b, mode, c, packed),
             _ => blocked_with::<V, A, B, C, 6>(a, b, mode, c, packed),
         }

@@ -15,6 +15,15 @@ macro_rules! cpu {
     };
 }
 
+/// All bits of the first `count` lanes.
+#[inline(always)]
+fn first(count: usize) -> __m256i {
+    cpu!({
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes)
+    })
+}
+
 impl Vector for F32x8 {
     const LANES: usize = 8;
 
@@ -25,6 +34,18 @@ impl Vector for F32x8 {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         cpu!(_mm256_storeu_ps(to, self.0))
+    }
+    #[inline(always)]
+    unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
+        cpu!({
+            let mask = first(count);
+            let values = _mm256_maskload_ps(from, mask);
+            F32x8(_mm256_blendv_ps(_mm256_set1_ps(fill), values, _mm256_castsi256_ps(mask)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_part(self, to: *mut f32, count: usize) {
+        cpu!(_mm256_maskstore_ps(to, first(count), self.0))
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self {

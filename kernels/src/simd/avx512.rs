@@ -15,6 +15,12 @@ macro_rules! cpu {
     };
 }
 
+/// A bit for each of the first `count` lanes, fewer than all.
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    (1 << count) - 1
+}
+
 impl Vector for F32x16 {
     const LANES: usize = 16;
 
@@ -25,6 +31,14 @@ impl Vector for F32x16 {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         cpu!(_mm512_storeu_ps(to, self.0))
+    }
+    #[inline(always)]
+    unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
+        cpu!(F32x16(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), from)))
+    }
+    #[inline(always)]
+    unsafe fn store_part(self, to: *mut f32, count: usize) {
+        cpu!(_mm512_mask_storeu_ps(to, first(count), self.0))
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self {

@@ -96,6 +96,14 @@ pub trait Vector: Copy {
     /// # Safety
     /// `LANES` numbers are writable at `to`.
     unsafe fn store(self, to: *mut f32);
+    /// The first `count` lanes, fewer than `LANES`; the others are `fill`.
+    /// # Safety
+    /// `count` numbers are readable at `from`.
+    unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self;
+    /// Writes the first `count` lanes, fewer than `LANES`.
+    /// # Safety
+    /// `count` numbers are writable at `to`.
+    unsafe fn store_part(self, to: *mut f32, count: usize);
     /// Widens bf16.
     /// # Safety
     /// `LANES` numbers are readable at `from`.

@@ -28,6 +28,18 @@ impl Vector for F32x8 {
         unsafe { *to.cast() = self.0 }
     }
     #[inline(always)]
+    unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
+        // SAFETY: the caller's promise.
+        F32x8(std::array::from_fn(|i| if i < count { unsafe { *from.add(i) } } else { fill }))
+    }
+    #[inline(always)]
+    unsafe fn store_part(self, to: *mut f32, count: usize) {
+        for (i, value) in self.0.into_iter().enumerate().take(count) {
+            // SAFETY: the caller's promise.
+            unsafe { *to.add(i) = value }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self {
         // SAFETY: the caller's promise.
         let bits: [u16; 8] = unsafe { *from.cast() };
