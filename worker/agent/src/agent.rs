@@ -60,13 +60,19 @@ impl Config {
         let name = &self.name;
         match (job.device, self.accelerator) {
             (Device::Cpu, _) | (Device::Auto, Accelerator::Cpu) => Ok("cpu".to_owned()),
-            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) if index < devices => Ok(format!("cuda:{index}")),
-            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) => {
-                Err(format!("{name} has {devices} CUDA devices, the job asks for number {index}; start fewer ranks"))
+            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) if index < devices => {
+                Ok(format!("cuda:{index}"))
             }
+            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) => Err(format!(
+                "{name} has {devices} CUDA devices, the job asks for number {index}; start fewer ranks"
+            )),
             (Device::Auto | Device::Mps, Accelerator::Mps) => Ok("mps".to_owned()),
-            (Device::Cuda, _) => Err(format!("{name} has no CUDA device; set device = \"cpu\" or use another node")),
-            (Device::Mps, _) => Err(format!("{name} has no Metal device; set device = \"cpu\" or use another node")),
+            (Device::Cuda, _) => {
+                Err(format!("{name} has no CUDA device; set device = \"cpu\" or use another node"))
+            }
+            (Device::Mps, _) => {
+                Err(format!("{name} has no Metal device; set device = \"cpu\" or use another node"))
+            }
         }
     }
 }
@@ -181,7 +187,10 @@ impl Agent {
             Input::Probed(Ok(())) => self.unfit = None,
             Input::Probed(Err(reason)) => {
                 for gang in self.gangs.values_mut().filter(|gang| gang.needs_libtorch()) {
-                    gang.fail(verdict::agent_error(Fault::Environment, &self.config.name, reason.clone()), now);
+                    gang.fail(
+                        verdict::agent_error(Fault::Environment, &self.config.name, reason.clone()),
+                        now,
+                    );
                 }
                 self.unfit = Some(reason);
             }

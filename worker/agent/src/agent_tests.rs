@@ -13,7 +13,13 @@ use std::path::PathBuf;
 const GANG: GangId = GangId { job: JobId(1), generation: 1 };
 
 fn config() -> Config {
-    Config { name: "box".into(), slots: 4, accelerator: Accelerator::Cpu, cores: 8, program_version: "0".into() }
+    Config {
+        name: "box".into(),
+        slots: 4,
+        accelerator: Accelerator::Cpu,
+        cores: 8,
+        program_version: "0".into(),
+    }
 }
 
 fn job() -> Job {
@@ -104,9 +110,13 @@ fn input(words: &[&str], now: Now) -> Input {
         ["welcome"] => Input::Message(ToAgent::Welcome { node: NodeId(1) }),
         ["refused", why @ ..] => Input::Message(ToAgent::Refused { message: why.join(" "), fatal: true }),
         ["start", work, ranks] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), 1))),
-        ["start", work, ranks, "generation", n] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), number(n)))),
+        ["start", work, ranks, "generation", n] => {
+            Input::Message(ToAgent::StartGang(gang(work, rank(ranks), number(n))))
+        }
         ["committed", seq] => Input::Message(ToAgent::EventsCommitted { job, generation, seq: number(seq) }),
-        ["resend", "from", seq] => Input::Message(ToAgent::ResendEvents { job, generation, next_seq: number(seq) }),
+        ["resend", "from", seq] => {
+            Input::Message(ToAgent::ResendEvents { job, generation, next_seq: number(seq) })
+        }
         ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
         ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
         ["signal"] => Input::Stop,
@@ -115,31 +125,61 @@ fn input(words: &[&str], now: Now) -> Input {
             let prepared = Prepared { cache_dir: "/cache".into(), stats: DataStats::default(), resume: None };
             of_gang(GangInput::Prepared(Ok(prepared)))
         }
-        ["data", "bad", why @ ..] => of_gang(GangInput::Prepared(Err(agent_error(Fault::Input, "box", why.join(" "))))),
-        ["no", "process", n] => of_gang(GangInput::SpawnFailed { rank: rank(n), error: "too many processes".into() }),
+        ["data", "bad", why @ ..] => {
+            of_gang(GangInput::Prepared(Err(agent_error(Fault::Input, "box", why.join(" ")))))
+        }
+        ["no", "process", n] => {
+            of_gang(GangInput::SpawnFailed { rank: rank(n), error: "too many processes".into() })
+        }
         ["rank", n, rest @ ..] => {
             let n = rank(n);
             of_gang(match rest {
-                ["prints", words @ ..] => GangInput::Lines { rank: n, level: Level::Info, lines: vec![words.join(" ")] },
+                ["prints", words @ ..] => {
+                    GangInput::Lines { rank: n, level: Level::Info, lines: vec![words.join(" ")] }
+                }
                 ["step", step] => {
-                    let step = Step { step: number(step), total_steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
+                    let step = Step {
+                        step: number(step),
+                        total_steps: 9,
+                        epoch: 0.0,
+                        loss: 1.0,
+                        lr: 0.1,
+                        grad_norm: 1.0,
+                        tokens_per_s: 1.0,
+                    };
                     GangInput::Rank(n, event(EventBody::Step(step)))
                 }
                 ["saved", step] => {
-                    let record = CheckpointRecord { step: number(step), path: "/c".into(), manifest_sha256: "".into(), bytes: 1, loss: 1.0 };
+                    let record = CheckpointRecord {
+                        step: number(step),
+                        path: "/c".into(),
+                        manifest_sha256: "".into(),
+                        bytes: 1,
+                        loss: 1.0,
+                    };
                     GangInput::Rank(n, event(EventBody::Checkpoint(record)))
                 }
                 ["done", steps] => {
-                    let outcome = Outcome::Succeeded { steps: number(steps), final_loss: None, tokens_per_s: 1.0 };
+                    let outcome =
+                        Outcome::Succeeded { steps: number(steps), final_loss: None, tokens_per_s: 1.0 };
                     GangInput::Rank(n, FromRank::Done(outcome))
                 }
-                ["stopped", steps] => GangInput::Rank(n, FromRank::Done(Outcome::Stopped { steps: number(steps) })),
+                ["stopped", steps] => {
+                    GangInput::Rank(n, FromRank::Done(Outcome::Stopped { steps: number(steps) }))
+                }
                 ["fails", why @ ..] => {
-                    let error = fleet_common::events::JobError { node: None, ..agent_error(Fault::Job, "", why.join(" ")) };
+                    let error = fleet_common::events::JobError {
+                        node: None,
+                        ..agent_error(Fault::Job, "", why.join(" "))
+                    };
                     GangInput::Rank(n, FromRank::Failed(error))
                 }
-                ["exits", code] => GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) },
-                ["dies", signal] => GangInput::Exited { rank: n, at: now.mono, exit: Exit::Signal(signal.parse().unwrap()) },
+                ["exits", code] => {
+                    GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) }
+                }
+                ["dies", signal] => {
+                    GangInput::Exited { rank: n, at: now.mono, exit: Exit::Signal(signal.parse().unwrap()) }
+                }
                 other => panic!("a rank cannot {other:?}"),
             })
         }
@@ -148,9 +188,11 @@ fn input(words: &[&str], now: Now) -> Input {
 }
 
 impl Stage {
-    fn happen(&mut self, input: Input) {
+    /// False once the agent has left.
+    fn happen(&mut self, input: Input) -> bool {
         let actions = self.agent.handle(self.now, input);
         self.seen.extend(actions.iter().filter_map(describe));
+        !actions.iter().any(|action| matches!(action, Action::Exit { .. }))
     }
 
     /// Time goes by, and the agent is woken when it asked to be.
@@ -158,7 +200,9 @@ impl Stage {
         let end = self.now.mono + Duration::from_millis(ms);
         while let Some(deadline) = self.agent.deadline().filter(|&deadline| deadline <= end) {
             self.now.mono = self.now.mono.max(deadline);
-            self.happen(Input::Tick);
+            if !self.happen(Input::Tick) {
+                return;
+            }
         }
         self.now.mono = end;
     }
@@ -168,7 +212,8 @@ fn describe(action: &Action) -> Option<String> {
     Some(match action {
         Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) => return None,
         Action::Send(FromAgent::Hello(hello)) => {
-            let gangs: Vec<String> = hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
+            let gangs: Vec<String> =
+                hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
             format!("send hello{}", gangs.concat())
         }
         Action::Send(FromAgent::Events(batch)) => {
@@ -182,8 +227,12 @@ fn describe(action: &Action) -> Option<String> {
             format!("rank {rank}: start on {} with {} threads", start.device, start.threads)
         }
         Action::ToRank { rank, message: ToRank::Stop, .. } => format!("rank {rank}: stop"),
-        Action::ToRank { rank, message: ToRank::CheckpointCommitted { step }, .. } => format!("rank {rank}: checkpoint {step} counts"),
-        Action::Strike { rank, blow, .. } => format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" }),
+        Action::ToRank { rank, message: ToRank::CheckpointCommitted { step }, .. } => {
+            format!("rank {rank}: checkpoint {step} counts")
+        }
+        Action::Strike { rank, blow, .. } => {
+            format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" })
+        }
         Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
         Action::Forget(gang) => format!("forget {gang}"),
         Action::Exit { refused: None } => "exit".into(),
@@ -200,7 +249,9 @@ fn tell(body: &EventBody) -> String {
         EventBody::Memory { rss_mib, .. } => format!("memory {rss_mib:?}"),
         EventBody::Finished(Outcome::Succeeded { steps, .. }) => format!("succeeded after {steps}"),
         EventBody::Finished(Outcome::Stopped { steps }) => format!("stopped after {steps}"),
-        EventBody::Finished(Outcome::Failed(error)) => format!("failed ({:?}): {}", error.fault, error.message),
+        EventBody::Finished(Outcome::Failed(error)) => {
+            format!("failed ({:?}): {}", error.fault, error.message)
+        }
         other => format!("{other:?}"),
     }
 }
@@ -582,7 +633,11 @@ fn heartbeats_go_out_every_second_while_connected_and_only_then() {
         let mut beats = 0;
         while let Some(at) = agent.deadline().filter(|at| *at < Duration::from_millis(to_ms)) {
             let now = Now { mono: at.max(Duration::from_millis(from_ms)), unix_ms: 0 };
-            beats += agent.handle(now, Input::Tick).iter().filter(|a| matches!(a, Action::Send(FromAgent::Heartbeat { .. }))).count();
+            beats += agent
+                .handle(now, Input::Tick)
+                .iter()
+                .filter(|a| matches!(a, Action::Send(FromAgent::Heartbeat { .. })))
+                .count();
         }
         beats
     };
@@ -602,13 +657,16 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
     assert_eq!(cuda.device_of(&with(Device::Cuda, Devices::Ids(vec![1])), 0), Ok("cuda:1".into()));
     assert_eq!(cuda.device_of(&with(Device::Cpu, Devices::Auto), 3), Ok("cpu".into()));
     assert!(cuda.device_of(&with(Device::Auto, Devices::Auto), 2).is_err());
-    assert!(config().device_of(&with(Device::Cuda, Devices::Auto), 0).unwrap_err().contains("no CUDA device"));
+    assert!(
+        config().device_of(&with(Device::Cuda, Devices::Auto), 0).unwrap_err().contains("no CUDA device")
+    );
 }
 
 #[test]
 fn memory_is_reported_as_peaks_before_the_outcome() {
     let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
-    let memory = |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
+    let memory =
+        |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
     stage.happen(Input::Connected);
     stage.happen(Input::Message(ToAgent::Welcome { node: NodeId(1) }));
     stage.happen(Input::Message(ToAgent::StartGang(gang("program", 2, 1))));
@@ -616,5 +674,8 @@ fn memory_is_reported_as_peaks_before_the_outcome() {
     stage.happen(memory(&[15, 0]));
     stage.happen(input(&["rank", "0", "exits", "0"], stage.now));
     stage.happen(input(&["rank", "1", "exits", "0"], stage.now));
-    assert_eq!(stage.seen[3..], ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: memory [15, 20], succeeded after 0"]);
+    assert_eq!(
+        stage.seen[3..],
+        ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: memory [15, 20], succeeded after 0"]
+    );
 }

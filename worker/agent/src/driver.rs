@@ -80,7 +80,8 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
-    let link = tokio::spawn(link::keep(options.addrs, identity, events_sender, rand::rngs::StdRng::from_os_rng()));
+    let link =
+        tokio::spawn(link::keep(options.addrs, identity, events_sender, rand::rngs::StdRng::from_os_rng()));
     let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };
 
     let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
@@ -310,9 +311,13 @@ impl Driver {
             let child = new_rank.and_then(|new_rank| {
                 let (pid, shm_fd) = (new_rank.started.pid, new_rank.shm_fd);
                 let log = dir.join(format!("rank-{rank}.log"));
-                let deliveries =
-                    Deliveries { key: id, messages: self.messages_sender.clone(), lines: self.lines_sender.clone() };
-                let io = rank_io::attend(rank, new_rank.started, new_rank.socket, &log, deliveries, self.begin);
+                let deliveries = Deliveries {
+                    key: id,
+                    messages: self.messages_sender.clone(),
+                    lines: self.lines_sender.clone(),
+                };
+                let io =
+                    rank_io::attend(rank, new_rank.started, new_rank.socket, &log, deliveries, self.begin);
                 let io = io.map_err(|error| error.to_string())?;
                 self.attended.insert(pid, io.exited);
                 Ok(Child { pid, shm_fd, to_rank: io.to_rank })
@@ -409,14 +414,18 @@ async fn accelerator(
         }
     });
     match (wish, probe.await) {
-        (DeviceWish::Auto | DeviceWish::Cuda, Ok(Probe { cuda_devices: devices @ 1.., .. })) => Ok((Accelerator::Cuda { devices }, None)),
+        (DeviceWish::Auto | DeviceWish::Cuda, Ok(Probe { cuda_devices: devices @ 1.., .. })) => {
+            Ok((Accelerator::Cuda { devices }, None))
+        }
         (DeviceWish::Auto | DeviceWish::Mps, Ok(Probe { mps: true, .. })) => Ok((Accelerator::Mps, None)),
         (DeviceWish::Auto, Ok(_)) => Ok((Accelerator::Cpu, None)),
         (DeviceWish::Auto, Err(reason)) => {
             tracing::warn!("{reason}");
             Ok((Accelerator::Cpu, Some(reason)))
         }
-        (_, Ok(probe)) => Err(format!("libtorch {} finds no such device; use --device auto or cpu", probe.libtorch)),
+        (_, Ok(probe)) => {
+            Err(format!("libtorch {} finds no such device; use --device auto or cpu", probe.libtorch))
+        }
         (_, Err(reason)) => Err(reason),
     }
 }

@@ -34,7 +34,8 @@ pub fn run(arguments: &[OsString]) -> u8 {
 fn prepare(parent: &OsStr, dir: &OsStr) -> anyhow::Result<()> {
     let parent: i32 = parent.to_str().and_then(|pid| pid.parse().ok()).context("no parent was named")?;
     #[cfg(target_os = "linux")]
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).context("cannot be tied to the agent's life")?;
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+        .context("cannot be tied to the agent's life")?;
     // The agent may have died before the line above.
     anyhow::ensure!(nix::unistd::getppid().as_raw() == parent, "the agent is gone");
     if !dir.is_empty() {

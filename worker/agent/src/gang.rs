@@ -147,14 +147,23 @@ pub struct Supervised {
 impl Supervised {
     /// Takes the gang on: its ranks are spawned at once, so that they load libtorch while the data is prepared.
     /// `unfit` says why training cannot run on this node, if so.
-    pub fn start(gang: Gang, unfit: Option<&str>, config: &Config, now: Now, out: &mut Vec<Action>) -> Supervised {
+    pub fn start(
+        gang: Gang,
+        unfit: Option<&str>,
+        config: &Config,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) -> Supervised {
         let id = GangId { job: gang.job, generation: gang.generation };
         let kind = match &gang.work {
             Work::Program(_) => Ok(Kind::Program),
-            Work::Train { job_json } => Job::from_json(job_json).map(|job| Kind::Train(Box::new(job))).map_err(|e| {
-                let message = format!("the job cannot be read: {e}; is the coordinator of another version?");
-                verdict::agent_error(Fault::Input, &config.name, message)
-            }),
+            Work::Train { job_json } => {
+                Job::from_json(job_json).map(|job| Kind::Train(Box::new(job))).map_err(|e| {
+                    let message =
+                        format!("the job cannot be read: {e}; is the coordinator of another version?");
+                    verdict::agent_error(Fault::Input, &config.name, message)
+                })
+            }
         };
         let (kind, refusal) = match kind {
             Ok(kind) => (kind, None),
@@ -234,7 +243,11 @@ impl Supervised {
                 Kind::Program => {
                     self.kill_within(STOP_GRACE, now);
                     if known.is_none() {
-                        self.to_living(out, |gang, rank| Action::Strike { gang, rank, blow: Blow::Terminate });
+                        self.to_living(out, |gang, rank| Action::Strike {
+                            gang,
+                            rank,
+                            blow: Blow::Terminate,
+                        });
                     }
                 }
                 Kind::Train(_) => {
@@ -242,7 +255,11 @@ impl Supervised {
                         self.kill_within(STOP_GRACE, now);
                     }
                     if known.is_none() {
-                        self.to_living(out, |gang, rank| Action::ToRank { gang, rank, message: ToRank::Stop });
+                        self.to_living(out, |gang, rank| Action::ToRank {
+                            gang,
+                            rank,
+                            message: ToRank::Stop,
+                        });
                     }
                 }
             }
@@ -265,7 +282,9 @@ impl Supervised {
         }
         if self.kill_at.is_some_and(|at| now.mono >= at) {
             self.kill_at = None;
-            for (rank, state) in self.ranks.iter_mut().enumerate().filter(|(_, state)| state.exit.is_none() && !state.struck) {
+            for (rank, state) in
+                self.ranks.iter_mut().enumerate().filter(|(_, state)| state.exit.is_none() && !state.struck)
+            {
                 state.struck = true;
                 out.push(Action::Strike { gang: self.id, rank: rank as Rank, blow: Blow::Kill });
             }
@@ -372,7 +391,9 @@ impl Supervised {
 
     fn on_exit(&mut self, rank: Rank, at: Duration, exit: Exit, now: Now, out: &mut Vec<Action>) {
         let trains = matches!(self.kind, Kind::Train(_));
-        let Some(state) = self.ranks.get_mut(rank as usize).filter(|state| state.exit.is_none()) else { return };
+        let Some(state) = self.ranks.get_mut(rank as usize).filter(|state| state.exit.is_none()) else {
+            return;
+        };
         state.exit = Some(exit);
         let expected = state.struck || (self.stop.is_some() && !trains);
         let done = state.done.is_some();
@@ -389,7 +410,7 @@ impl Supervised {
             Exit::Code(_) if reported => {}
             Exit::Code(code) => self.suspect(rank, at, Cause::Code(code)),
         }
-        if trains && !done {
+        if trains && !done && !expected {
             out.push(Action::AbortCollectives { gang: self.id, rank });
         }
     }
@@ -426,7 +447,9 @@ impl Supervised {
     }
 
     fn on_memory(&mut self, rss_mib: &[u64], pss_mib: &[u64], now: Now) {
-        for (peak, seen) in self.peak_rss_mib.iter_mut().zip(rss_mib).chain(self.peak_pss_mib.iter_mut().zip(pss_mib)) {
+        for (peak, seen) in
+            self.peak_rss_mib.iter_mut().zip(rss_mib).chain(self.peak_pss_mib.iter_mut().zip(pss_mib))
+        {
             *peak = (*peak).max(*seen);
         }
         let anyone_done = self.ranks.iter().any(|state| state.done.is_some());
@@ -437,7 +460,8 @@ impl Supervised {
 
     fn push_memory(&mut self, now: Now) {
         if self.peak_rss_mib.iter().any(|&mib| mib > 0) {
-            let body = EventBody::Memory { rss_mib: self.peak_rss_mib.clone(), pss_mib: self.peak_pss_mib.clone() };
+            let body =
+                EventBody::Memory { rss_mib: self.peak_rss_mib.clone(), pss_mib: self.peak_pss_mib.clone() };
             self.push(now, body);
         }
     }
@@ -479,7 +503,8 @@ impl Supervised {
         if let Some(suspicion) = suspicion {
             let state = self.ranks.get(suspicion.rank as usize);
             let lines = state.map(|state| state.last_lines.iter().cloned().collect()).unwrap_or_default();
-            let mut error = verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
+            let mut error =
+                verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
             if matches!(self.kind, Kind::Program) && matches!(suspicion.cause, Cause::Code(_)) {
                 error.fault = Fault::Job; // the codes are the program's own
             }
@@ -505,7 +530,9 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
         return error(Fault::Input, message);
     }
     match (kind, &gang.work) {
-        (_, Work::Program(program)) if program.argv.is_empty() => error(Fault::Input, "no program was named".to_owned()),
+        (_, Work::Program(program)) if program.argv.is_empty() => {
+            error(Fault::Input, "no program was named".to_owned())
+        }
         (Kind::Train(job), _) => {
             let device = || (0..gang.world_size).find_map(|rank| config.device_of(job, rank).err());
             let reason = unfit.map(str::to_owned).or_else(device)?;

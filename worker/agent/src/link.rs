@@ -26,7 +26,12 @@ pub enum LinkEvent {
 }
 
 /// Keeps a connection until `events` is closed.
-pub async fn keep(addrs: Vec<String>, identity: Identity, events: mpsc::Sender<LinkEvent>, mut rng: impl Rng) {
+pub async fn keep(
+    addrs: Vec<String>,
+    identity: Identity,
+    events: mpsc::Sender<LinkEvent>,
+    mut rng: impl Rng,
+) {
     let begin = Instant::now();
     let mut backoff = Backoff::default();
     let mut was_connected = false;
@@ -58,14 +63,23 @@ pub async fn keep(addrs: Vec<String>, identity: Identity, events: mpsc::Sender<L
     }
 }
 
-async fn connect(addrs: &[String], identity: &Identity) -> Result<(Connection, SendStream, RecvStream), NetError> {
+async fn connect(
+    addrs: &[String],
+    identity: &Identity,
+) -> Result<(Connection, SendStream, RecvStream), NetError> {
     let connection = net::connect(addrs, identity).await?;
-    let (send, receive) = connection.open_bi().await.map_err(|error| NetError::Lost(net::describe(&error)))?;
+    let (send, receive) =
+        connection.open_bi().await.map_err(|error| NetError::Lost(net::describe(&error)))?;
     Ok((connection, send, receive))
 }
 
 /// Passes messages both ways until the connection ends, and says why it did.
-async fn serve(connection: &Connection, mut send: SendStream, mut receive: RecvStream, events: &mpsc::Sender<LinkEvent>) -> String {
+async fn serve(
+    connection: &Connection,
+    mut send: SendStream,
+    mut receive: RecvStream,
+    events: &mpsc::Sender<LinkEvent>,
+) -> String {
     let (outbox, mut outgoing) = mpsc::unbounded_channel::<FromAgent>();
     if events.send(LinkEvent::Connected(outbox)).await.is_err() {
         return "the agent ends".to_owned();

@@ -105,7 +105,9 @@ fn run(join: Join) -> Result<u8, Failure> {
 /// The kept identity, or a new one for the token.
 async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
     let dir = data_dir.join("identity");
-    let kept = Identity::load(&dir).context("cannot use the kept identity").map_err(Failure::new(exit::ENVIRONMENT))?;
+    let kept = Identity::load(&dir)
+        .context("cannot use the kept identity")
+        .map_err(Failure::new(exit::ENVIRONMENT))?;
     if let Some(identity) = kept {
         return Ok(identity);
     }
@@ -124,7 +126,9 @@ async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
     for addr in &join.addr {
         match net::join(addr, &token, &name).await {
             Ok(identity) => {
-                let stored = identity.store(&dir).with_context(|| format!("cannot keep the identity in {}", dir.display()));
+                let stored = identity
+                    .store(&dir)
+                    .with_context(|| format!("cannot keep the identity in {}", dir.display()));
                 return stored.map(|()| identity).map_err(Failure::new(exit::ENVIRONMENT));
             }
             Err(error) => last = Some(error),
@@ -157,7 +161,10 @@ fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
     let path = data_dir.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
-        anyhow::anyhow!("another worker uses {} ({error}); stop it or give --data-dir another directory", data_dir.display())
+        anyhow::anyhow!(
+            "another worker uses {} ({error}); stop it or give --data-dir another directory",
+            data_dir.display()
+        )
     })
 }
 

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 
 /// Prepares a job on the node `node`, telling `progress` what goes on.
 pub fn prepare(job: &Job, node: &str, progress: &dyn Fn(Level, String)) -> Result<Prepared, JobError> {
-    let resume = resume(job, progress).map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
+    let resume =
+        resume(job, progress).map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
     let cache = TokenCache::build_or_open(job, &|line| progress(Level::Info, line.to_owned()));
     let (cache, stats) = cache.map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume })
@@ -32,7 +33,10 @@ fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>
             }
             let Some((dir, _)) = search.newest else {
                 let place = job.checkpoint_dir();
-                progress(Level::Info, format!("no checkpoint in {} yet: starting from the beginning", place.display()));
+                progress(
+                    Level::Info,
+                    format!("no checkpoint in {} yet: starting from the beginning", place.display()),
+                );
                 return Ok(None);
             };
             dir

@@ -13,7 +13,13 @@ pub fn free_port() -> std::io::Result<u16> {
 }
 
 /// `given` with the variables of one rank set over it.
-pub fn environment(given: &[(String, String)], gang: GangId, rank: Rank, world_size: u32, master_port: u16) -> Vec<(String, String)> {
+pub fn environment(
+    given: &[(String, String)],
+    gang: GangId,
+    rank: Rank,
+    world_size: u32,
+    master_port: u16,
+) -> Vec<(String, String)> {
     let world = world_size.to_string();
     let set = [
         ("RANK", rank.to_string()),
@@ -49,9 +55,12 @@ mod tests {
 
     #[test]
     fn a_rank_finds_itself_and_its_peers_and_keeps_what_the_user_set() {
-        let given = [("RANK", "9"), ("OMP_NUM_THREADS", "3"), ("HOME", "/root")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let given = [("RANK", "9"), ("OMP_NUM_THREADS", "3"), ("HOME", "/root")]
+            .map(|(k, v)| (k.to_owned(), v.to_owned()));
         let env = environment(&given, GangId { job: JobId(7), generation: 2 }, 1, 4, 5555);
-        let get = |name: &str| env.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str()).collect::<Vec<_>>();
+        let get = |name: &str| {
+            env.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str()).collect::<Vec<_>>()
+        };
         assert_eq!(get("RANK"), ["1"]);
         assert_eq!(get("WORLD_SIZE"), ["4"]);
         assert_eq!(get("MASTER_PORT"), ["5555"]);
@@ -59,6 +68,9 @@ mod tests {
         assert_eq!(get("TORCHELASTIC_RESTART_COUNT"), ["1"]);
         assert_eq!(get("OMP_NUM_THREADS"), ["3"]);
         assert_eq!(get("HOME"), ["/root"]);
-        assert!(environment(&[], GangId { job: JobId(7), generation: 1 }, 0, 1, 1).contains(&("OMP_NUM_THREADS".into(), "1".into())));
+        assert!(
+            environment(&[], GangId { job: JobId(7), generation: 1 }, 0, 1, 1)
+                .contains(&("OMP_NUM_THREADS".into(), "1".into()))
+        );
     }
 }

@@ -92,7 +92,8 @@ async fn read_lines<K: Copy>(
             read = pipe.read(&mut buffer) => read.unwrap_or(0),
             () = silence_after_the_end(gone.clone()) => 0,
         };
-        let lines = if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
+        let lines =
+            if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
         if !lines.is_empty() {
             log.write(&lines);
             let _ = deliveries.lines.send((deliveries.key, GangInput::Lines { rank, level, lines })).await;
@@ -132,14 +133,18 @@ async fn read_messages<K: Copy>(
             }
             Err(error) => {
                 let line = format!("rank {rank} sent something that cannot be read: {error}");
-                let _ = deliveries.messages.send((deliveries.key, GangInput::Progress(Level::Warn, line))).await;
+                let _ =
+                    deliveries.messages.send((deliveries.key, GangInput::Progress(Level::Warn, line))).await;
                 return;
             }
         }
     }
 }
 
-async fn write_messages(mut socket: tokio::net::unix::OwnedWriteHalf, mut outbox: mpsc::UnboundedReceiver<ToRank>) {
+async fn write_messages(
+    mut socket: tokio::net::unix::OwnedWriteHalf,
+    mut outbox: mpsc::UnboundedReceiver<ToRank>,
+) {
     while let Some(message) = outbox.recv().await {
         if let Err(error) = codec::write_frame(&mut socket, &message).await {
             // Its exit is reported by another way.
@@ -160,7 +165,8 @@ struct LogFile(Arc<Mutex<Option<(File, u64)>>>);
 
 impl LogFile {
     fn create(path: &Path) -> LogFile {
-        let file = File::create(path).inspect_err(|error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"));
+        let file = File::create(path)
+            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"));
         LogFile(Arc::new(Mutex::new(file.ok().map(|file| (file, LOG_FILE_MAX)))))
     }
 

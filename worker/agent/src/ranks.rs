@@ -1,8 +1,8 @@
 //! Starting ranks: `fleet-rank` processes with a socket and a shared segment, or a user's PROGRAM. Also the ranks that are started before
 //! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
 
-use crate::program;
 use crate::gang::{Blow, GangId};
+use crate::program;
 use crate::spawn::{Exited, Launch, Spawner, Started};
 use crate::verdict::Exit;
 use anyhow::Context;
@@ -19,6 +19,8 @@ use tokio::net::UnixStream;
 
 /// Ranks that wait for a first job longer than this are ended: an idle node should cost nothing.
 pub const WARM_FOR: Duration = Duration::from_secs(60);
+/// More ranks than this are not kept waiting: each holds some 100 MiB.
+const WARM_MAX: u32 = 8;
 /// The generation that a job starts with; ranks that wait are made for it.
 const FIRST_GENERATION: u64 = 1;
 
@@ -63,15 +65,24 @@ impl Launcher {
     async fn training(&self, world_size: u32, generation: u64) -> NewGang {
         let segment = match world_size {
             1 => Ok(None),
-            _ => Segment::create(world_size as usize, generation).map(Some).map_err(|error| error.to_string()),
+            _ => {
+                Segment::create(world_size as usize, generation).map(Some).map_err(|error| error.to_string())
+            }
         };
         let segment = match segment {
             Ok(segment) => segment,
-            Err(error) => return NewGang { ranks: (0..world_size).map(|_| Err(error.clone())).collect(), segment: None },
+            Err(error) => {
+                return NewGang {
+                    ranks: (0..world_size).map(|_| Err(error.clone())).collect(),
+                    segment: None,
+                };
+            }
         };
         let mut ranks = Vec::new();
         for _ in 0..world_size {
-            ranks.push(self.fleet_rank(segment.as_ref(), world_size).await.map_err(|error| format!("{error:#}")));
+            ranks.push(
+                self.fleet_rank(segment.as_ref(), world_size).await.map_err(|error| format!("{error:#}")),
+            );
         }
         NewGang { ranks, segment }
     }
@@ -99,7 +110,10 @@ impl Launcher {
             Ok(port) => port,
             Err(error) => {
                 let error = format!("no free port for its peers to meet at: {error}");
-                return NewGang { ranks: (0..gang.world_size).map(|_| Err(error.clone())).collect(), segment: None };
+                return NewGang {
+                    ranks: (0..gang.world_size).map(|_| Err(error.clone())).collect(),
+                    segment: None,
+                };
             }
         };
         let mut ranks = Vec::new();
@@ -112,28 +126,41 @@ impl Launcher {
                 inherit: Vec::new(),
             };
             let started = self.spawner.spawn(launch).await;
-            ranks.push(started.map(|started| NewRank { started, socket: None, shm_fd: None }).map_err(|error| error.to_string()));
+            ranks.push(
+                started
+                    .map(|started| NewRank { started, socket: None, shm_fd: None })
+                    .map_err(|error| error.to_string()),
+            );
         }
         NewGang { ranks, segment: None }
     }
 
     /// Runs `fleet-rank --probe`. `exited` waits for the process that is named to it.
-    pub async fn probe<F: Future<Output = Option<Exited>>>(&self, exited: impl FnOnce(u32) -> F) -> Result<Probe, String> {
+    pub async fn probe<F: Future<Output = Option<Exited>>>(
+        &self,
+        exited: impl FnOnce(u32) -> F,
+    ) -> Result<Probe, String> {
         let argv = vec![self.fleet_rank.clone().into_os_string(), "--probe".into()];
-        let started = self.spawner.spawn(Launch { argv, ..Launch::default() }).await.map_err(|error| error.to_string())?;
+        let started = self
+            .spawner
+            .spawn(Launch { argv, ..Launch::default() })
+            .await
+            .map_err(|error| error.to_string())?;
         let exit = exited(started.pid).await.map(|exited| exited.exit);
         let output = read_all(started.stdout);
         if exit != Some(Exit::Code(0)) {
             return Err(unfit(&read_all(started.stderr)));
         }
         let line = output.lines().next().unwrap_or_default();
-        serde_json::from_str(line).map_err(|error| format!("fleet-rank --probe said `{line}`: {error}; install one version of fleet"))
+        serde_json::from_str(line).map_err(|error| {
+            format!("fleet-rank --probe said `{line}`: {error}; install one version of fleet")
+        })
     }
 
     /// Starts a full set of ranks before any job asks for them.
     pub async fn warm(&self, slots: u32) -> Option<Warm> {
-        if slots > self.cores {
-            return None; // they would only be in each other's way
+        if slots > WARM_MAX {
+            return None;
         }
         let gang = self.training(slots, FIRST_GENERATION).await;
         let warm = Warm { gang, until: Instant::now() + WARM_FOR };
@@ -200,7 +227,11 @@ fn read_all(pipe: impl Read) -> String {
 }
 
 fn unfit(stderr: &str) -> String {
-    let line = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("fleet-rank ended without a word");
+    let line = stderr
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("fleet-rank ended without a word");
     let line = line.trim().trim_start_matches("error: ");
     format!("ranks cannot run on this node: {line}; is libtorch in place (`make setup`)?")
 }

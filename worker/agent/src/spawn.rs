@@ -148,10 +148,12 @@ impl Children {
 
     fn spawn(&mut self, launch: &Launch) -> io::Result<Started> {
         // `dup` gives descriptors that survive exec; they are closed here as soon as the child has its own.
-        let inheritable: Vec<OwnedFd> = launch.inherit.iter().map(|(fd, _)| nix::unistd::dup(fd)).collect::<Result<_, _>>()?;
+        let inheritable: Vec<OwnedFd> =
+            launch.inherit.iter().map(|(fd, _)| nix::unistd::dup(fd)).collect::<Result<_, _>>()?;
         let inherited: Vec<i32> = inheritable.iter().map(AsRawFd::as_raw_fd).collect();
         // The running image, also after it was replaced on disk.
-        let own_image = if cfg!(target_os = "linux") { "/proc/self/exe".into() } else { std::env::current_exe()? };
+        let own_image =
+            if cfg!(target_os = "linux") { "/proc/self/exe".into() } else { std::env::current_exe()? };
         let mut command = Command::new(own_image);
         if launch.clear_env {
             command.env_clear();
@@ -189,7 +191,9 @@ impl Children {
 
     fn reap(&mut self) {
         // Looking first and reaping after the group is killed: until then the group's number is taken.
-        while let Ok(status) = waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT) {
+        while let Ok(status) =
+            waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT)
+        {
             let Some(pid) = status.pid() else { return };
             self.bury(pid);
         }
@@ -216,7 +220,11 @@ impl Children {
         let end = Instant::now() + SWEEP_MAX;
         loop {
             self.reap();
-            let adopted: Vec<Pid> = children_of(std::process::id()).into_iter().filter(|pid| !self.living.contains(pid)).map(|pid| Pid::from_raw(pid as i32)).collect();
+            let adopted: Vec<Pid> = children_of(std::process::id())
+                .into_iter()
+                .filter(|pid| !self.living.contains(pid))
+                .map(|pid| Pid::from_raw(pid as i32))
+                .collect();
             if adopted.is_empty() || Instant::now() > end {
                 return;
             }

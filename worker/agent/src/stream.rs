@@ -29,7 +29,10 @@ pub struct Diverged {
 enum Waiting {
     Event(Event),
     /// Stands where lines were dropped.
-    Dropped { unix_ms: u64, lines: u64 },
+    Dropped {
+        unix_ms: u64,
+        lines: u64,
+    },
 }
 
 /// Invariant: `in_flight` holds the numbers `first..first + in_flight.len()`, and the first `sent` of them went out on this connection.
@@ -99,7 +102,8 @@ impl EventStream {
 
     /// Events up to `seq` are committed. Returns those that were not known to be.
     pub fn committed(&mut self, seq: u64) -> Vec<Event> {
-        let count = seq.saturating_add(1).saturating_sub(self.first).min(self.in_flight.len() as u64) as usize;
+        let count =
+            seq.saturating_add(1).saturating_sub(self.first).min(self.in_flight.len() as u64) as usize;
         self.first += count as u64;
         self.sent = self.sent.saturating_sub(count);
         self.in_flight.drain(..count).collect()
@@ -125,7 +129,8 @@ impl EventStream {
         let event = match waiting {
             Waiting::Event(event) => event,
             Waiting::Dropped { unix_ms, lines } => {
-                let line = format!("{lines} log lines were dropped here: the coordinator did not take them in time");
+                let line =
+                    format!("{lines} log lines were dropped here: the coordinator did not take them in time");
                 Event { unix_ms, body: EventBody::Log { rank: None, level: Level::Warn, line } }
             }
         };
@@ -173,11 +178,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn log(line: &str) -> Event {
-        Event { unix_ms: 0, body: EventBody::Log { rank: Some(0), level: Level::Info, line: line.to_owned() } }
+        Event {
+            unix_ms: 0,
+            body: EventBody::Log { rank: Some(0), level: Level::Info, line: line.to_owned() },
+        }
     }
 
     fn step(step: u64) -> Event {
-        let body = Step { step, total_steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
+        let body =
+            Step { step, total_steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
         Event { unix_ms: 0, body: EventBody::Step(body) }
     }
 
@@ -241,8 +250,16 @@ mod tests {
         }
         let steps = seen.iter().filter(|event| matches!(event.body, EventBody::Step(_))).count();
         assert_eq!(steps, 1 + lines.div_ceil(1000));
-        let texts: Vec<&str> = seen.iter().filter_map(|e| if let EventBody::Log { line, .. } = &e.body { Some(line.as_str()) } else { None }).collect();
-        let notices: Vec<u64> = texts.iter().filter_map(|text| text.split_once(" log lines were dropped")?.0.parse().ok()).collect();
+        let texts: Vec<&str> = seen
+            .iter()
+            .filter_map(
+                |e| if let EventBody::Log { line, .. } = &e.body { Some(line.as_str()) } else { None },
+            )
+            .collect();
+        let notices: Vec<u64> = texts
+            .iter()
+            .filter_map(|text| text.split_once(" log lines were dropped")?.0.parse().ok())
+            .collect();
         assert_eq!(notices.len(), 1, "the notices of several drops become one");
         assert_eq!(texts.len() - 1 + notices[0] as usize, lines, "every line was delivered or is counted");
         assert_eq!(*texts.last().unwrap(), (lines - 1).to_string(), "the newest lines stay");
@@ -253,7 +270,9 @@ mod tests {
     enum Happening {
         Push(u16),
         /// The agent sends what it has; `lost` of the batches never arrive because the connection breaks.
-        Send { arrive: usize },
+        Send {
+            arrive: usize,
+        },
         /// The coordinator's acknowledgement arrives.
         Acknowledge,
         Reconnect,

@@ -40,7 +40,8 @@ impl Cause {
     /// What a rank's own report amounts to.
     pub fn of_report(rank: Rank, error: JobError) -> Cause {
         // `CollectiveError::Aborted` is what every rank meets after the first one left.
-        let about_a_peer = error.message.contains("aborted: ") || error.rank.is_some_and(|blamed| blamed != rank);
+        let about_a_peer =
+            error.message.contains("aborted: ") || error.rank.is_some_and(|blamed| blamed != rank);
         if about_a_peer { Cause::Peer(error) } else { Cause::Said(error) }
     }
 
@@ -139,7 +140,9 @@ pub fn signal_name(signal: i32) -> String {
 
 fn hint(signal: i32) -> &'static str {
     match Signal::try_from(signal) {
-        Ok(Signal::SIGKILL) => "; if nobody did that, the machine ran out of memory: lower batch_size or the number of ranks",
+        Ok(Signal::SIGKILL) => {
+            "; if nobody did that, the machine ran out of memory: lower batch_size or the number of ranks"
+        }
         Ok(Signal::SIGBUS) => "; a full disk or no memory left for shared segments does that",
         _ => "",
     }
@@ -196,7 +199,10 @@ mod tests {
 
     #[test]
     fn a_program_that_cannot_be_loaded_is_the_environments_fault_with_the_loaders_line() {
-        let lines = vec!["fleet-rank: error while loading shared libraries: libtorch_cpu.so".to_owned(), String::new()];
+        let lines = vec![
+            "fleet-rank: error while loading shared libraries: libtorch_cpu.so".to_owned(),
+            String::new(),
+        ];
         let error = sentence(&suspicion(0, 0, Cause::Code(127)), "node-1", None, lines);
         assert_eq!(error.fault, Fault::Environment);
         assert!(error.message.contains("libtorch_cpu.so"), "{}", error.message);
