@@ -1,0 +1,126 @@
+//! What happened in a gang, in order and each event once. The last event ends the job.
+
+use crate::cluster::{Answer, Context, Effect, State};
+use fleet_common::events::{EventBatch, EventBody};
+use fleet_common::ids::NodeId;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecordEvents {
+    /// Who says so; must be where the gang was placed.
+    pub node: NodeId,
+    pub batch: EventBatch,
+}
+
+impl RecordEvents {
+    pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
+        let EventBatch { job: id, generation, first_seq, events } = self.batch;
+        let end_seq = first_seq.saturating_add(events.len() as u64);
+        let outdated = Answer::EventsTaken { seq: end_seq.saturating_sub(1) };
+        let Some(job) = state.jobs.get_mut(&id) else { return outdated };
+        if job.state.is_final() {
+            return outdated;
+        }
+        let Some(at) = job.placement.as_mut().filter(|at| at.node == self.node && at.generation == generation) else {
+            return outdated;
+        };
+        let next_seq = at.next_seq;
+        if first_seq > next_seq {
+            return Answer::EventsGap { next_seq };
+        }
+        let known = (next_seq - first_seq) as usize;
+        if known < events.len() {
+            at.next_seq = end_seq;
+            for event in events.into_iter().skip(known) {
+                let last = matches!(event.body, EventBody::Finished(_));
+                job.record(id, event, context);
+                if last {
+                    context.effects.push(Effect::Plan);
+                    break;
+                }
+            }
+            context.effects.push(Effect::Job(id));
+        }
+        Answer::EventsTaken { seq: end_seq.max(next_seq) - 1 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::commands::Change;
+    use crate::cluster::tests::{Script, checkpoint, finished, step};
+    use fleet_common::events::{Event, Outcome};
+    use fleet_common::ids::JobId;
+    use fleet_common::protocol::JobState;
+
+    fn record(script: &mut Script, job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> Answer {
+        let events = bodies.into_iter().map(|body| Event { unix_ms: 5, body }).collect();
+        let batch = EventBatch { job, generation: 1, first_seq, events };
+        script.run(Change::RecordEvents(RecordEvents { node: script.node(), batch }))
+    }
+
+    fn running() -> (Script, JobId) {
+        let mut script = Script::with_node(4);
+        let job = script.submit(2);
+        script.assign(job);
+        (script, job)
+    }
+
+    #[test]
+    fn an_overlapping_batch_adds_only_what_is_new() {
+        let (mut script, job) = running();
+        assert_eq!(record(&mut script, job, 1, vec![step(1), step(2)]), Answer::EventsTaken { seq: 2 });
+        assert_eq!(record(&mut script, job, 1, vec![step(1), step(2), step(3)]), Answer::EventsTaken { seq: 3 });
+        assert_eq!(record(&mut script, job, 1, vec![step(1)]), Answer::EventsTaken { seq: 3 });
+        assert_eq!(script.state.jobs()[&job].events, 3);
+        assert_eq!(script.steps_in_history(job), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_gap_is_refused_with_the_place_to_resend_from() {
+        let (mut script, job) = running();
+        record(&mut script, job, 1, vec![step(1)]);
+        assert_eq!(record(&mut script, job, 3, vec![step(3)]), Answer::EventsGap { next_seq: 2 });
+        assert_eq!(script.state.jobs()[&job].events, 1);
+    }
+
+    #[test]
+    fn started_makes_it_run_and_finished_ends_it() {
+        let (mut script, job) = running();
+        record(&mut script, job, 1, vec![EventBody::Started { step: 0, parameters: 1, device: "cpu".into() }]);
+        assert_eq!(script.state.jobs()[&job].state, JobState::Running);
+        record(&mut script, job, 2, vec![step(7), finished()]);
+        let ended = &script.state.jobs()[&job];
+        assert_eq!((ended.state, ended.progress.step, ended.work.is_none()), (JobState::Succeeded, 7, true));
+        assert_eq!(script.state.slots_used(script.node()), 0);
+        assert_eq!(record(&mut script, job, 3, vec![finished()]), Answer::EventsTaken { seq: 3 });
+        assert_eq!(script.state.jobs()[&job].events, 3);
+    }
+
+    #[test]
+    fn a_stopped_job_is_cancelled() {
+        let (mut script, job) = running();
+        record(&mut script, job, 1, vec![EventBody::Finished(Outcome::Stopped { steps: 3 })]);
+        assert_eq!(script.state.jobs()[&job].state, JobState::Cancelled);
+    }
+
+    #[test]
+    fn only_as_many_checkpoints_are_valid_as_are_kept_on_disk() {
+        let (mut script, job) = running();
+        let keep = u64::from(script.state.jobs()[&job].keep_checkpoints);
+        record(&mut script, job, 1, (1..=keep + 2).map(checkpoint).collect());
+        let steps: Vec<u64> = script.state.jobs()[&job].checkpoints.iter().map(|known| known.record.step).collect();
+        assert_eq!(steps, (3..=keep + 2).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn another_node_or_generation_changes_nothing() {
+        let (mut script, job) = running();
+        for (node, generation) in [(NodeId(2), 1), (NodeId(1), 2)] {
+            let batch = EventBatch { job, generation, first_seq: 1, events: vec![Event { unix_ms: 1, body: finished() }] };
+            assert_eq!(script.run(Change::RecordEvents(RecordEvents { node, batch })), Answer::EventsTaken { seq: 1 });
+        }
+        assert_eq!(script.state.jobs()[&job].state, JobState::Starting);
+    }
+}

@@ -1,0 +1,97 @@
+//! What the log store needs of a disk: ordered tables, atomic batches, and a write that returns when it is durable.
+//!
+//! Writes become visible and durable in the order in which they were made: a synced write makes all earlier ones durable.
+
+use std::fmt;
+
+/// Rows are ordered by their key's bytes within a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Table {
+    /// Single rows: format, hard state, snapshot, state.
+    Meta,
+    /// Raft entries by index.
+    Log,
+    /// Events by job and index.
+    Events,
+    /// What each job was asked to do, by job.
+    Works,
+}
+
+impl Table {
+    pub const ALL: [Table; 4] = [Table::Meta, Table::Log, Table::Events, Table::Works];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Table::Meta => "meta",
+            Table::Log => "log",
+            Table::Events => "events",
+            Table::Works => "works",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    Put { table: Table, key: Vec<u8>, value: Vec<u8> },
+    /// Removes `from <= key < to`.
+    DeleteRange { table: Table, from: Vec<u8>, to: Vec<u8> },
+}
+
+/// Changes that are made together or not at all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub ops: Vec<Op>,
+}
+
+impl Batch {
+    pub fn put(&mut self, table: Table, key: &[u8], value: Vec<u8>) {
+        self.ops.push(Op::Put { table, key: key.to_vec(), value });
+    }
+
+    pub fn delete_range(&mut self, table: Table, from: &[u8], to: &[u8]) {
+        self.ops.push(Op::DeleteRange { table, from: from.to_vec(), to: to.to_vec() });
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Survives kill -9 of the process; a power failure may lose it.
+    Written,
+    /// Survives a power failure.
+    Synced,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskError {
+    /// No room. Nothing of the batch counts; trying again after `recover` may work.
+    Full(String),
+    /// The disk or what lies on it cannot be trusted any more.
+    Failed(String),
+}
+
+impl fmt::Display for DiskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DiskError::Full(what) => write!(f, "the disk is full: {what}"),
+            DiskError::Failed(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for DiskError {}
+
+pub trait Disk: Send + Sync + 'static {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError>;
+
+    /// Shows the rows with `from <= key < to` in order, until `visit` returns false.
+    fn scan(&self, table: Table, from: &[u8], to: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), DiskError>;
+
+    fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError>;
+
+    /// Makes the disk usable again after `Full`, where it can be.
+    fn recover(&self) -> Result<(), DiskError>;
+}

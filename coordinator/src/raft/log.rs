@@ -1,0 +1,432 @@
+//! Raft's log, hard state and snapshot on a disk.
+//!
+//! Every batch is atomic and says how far the log reaches, every row carries a checksum, and indexes are contiguous. A log that is
+//! damaged or shorter than it promised does not open: a replica that forgot what it acknowledged must not vote again.
+
+use super::disk::{Batch, Disk, DiskError, Durability, Table};
+use super::seal;
+use fleet_common::codec;
+use prost::Message;
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Version of the rows; another one is refused.
+const FORMAT: u32 = 1;
+/// Where a new log begins: the first state counts as a snapshot at this position.
+const GENESIS: Position = Position { index: 1, term: 1 };
+/// Newest entries kept in memory, so that what was just written is not read back.
+const TAIL_BYTES: usize = 4 << 20;
+/// Entries kept behind a snapshot for replicas that are a little behind.
+const KEEP_BEHIND: u64 = 1_024;
+
+const FORMAT_KEY: &[u8] = b"format";
+const HARD_KEY: &[u8] = b"hard";
+const SNAPSHOT_KEY: &[u8] = b"snapshot";
+const STATE_KEY: &[u8] = b"state";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    pub index: u64,
+    pub term: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// This replica must not take part any more.
+    #[error("the log of this replica is damaged: {0}; set the directory aside and restore it from a backup")]
+    Damaged(String),
+    #[error("the log has format {found}, this program knows {FORMAT}; use the version of fleet that wrote it")]
+    Format { found: u32 },
+}
+
+#[derive(Serialize, Deserialize)]
+struct FormatRow {
+    version: u32,
+    replica: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct HardRow {
+    term: u64,
+    vote: u64,
+    commit: u64,
+    /// The log reaches at least to here.
+    last_index: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SnapshotRow {
+    at: Position,
+    /// The entry before the first one that is still there.
+    floor: Position,
+    voters: Vec<u64>,
+    learners: Vec<u64>,
+    voters_outgoing: Vec<u64>,
+    learners_next: Vec<u64>,
+    auto_leave: bool,
+}
+
+/// Changes of the log that go to the disk together.
+#[derive(Clone, Debug, Default)]
+pub struct Staged {
+    pub batch: Batch,
+    hard: Option<HardState>,
+    entries: Vec<Entry>,
+    snapshot: Option<NewSnapshot>,
+}
+
+#[derive(Clone, Debug)]
+struct NewSnapshot {
+    at: Position,
+    floor: Position,
+    conf: ConfState,
+    /// From a leader, instead of the log that was here.
+    replaces_log: bool,
+}
+
+/// Invariants: entries `floor.index + 1 ..= last` are on the disk; `floor.index <= snapshot.index <= hard.commit <= last`.
+pub struct LogStore<D> {
+    disk: Arc<D>,
+    replica: u64,
+    hard: HardState,
+    snapshot: Position,
+    floor: Position,
+    /// As of `snapshot`; later changes of membership are in the log.
+    conf: ConfState,
+    last: Position,
+    /// The newest entries, contiguous up to `last`.
+    tail: VecDeque<Entry>,
+    tail_bytes: usize,
+}
+
+impl<D: Disk> LogStore<D> {
+    /// Begins a log on an empty disk, for a cluster of these voters with this encoded state.
+    pub fn create(disk: Arc<D>, replica: u64, voters: &[u64], state: Vec<u8>) -> Result<Self, LogError> {
+        let conf = ConfState { voters: voters.to_vec(), ..ConfState::default() };
+        let hard = HardState { term: GENESIS.term, vote: 0, commit: GENESIS.index };
+        let mut batch = Batch::default();
+        put(&mut batch, FORMAT_KEY, &FormatRow { version: FORMAT, replica })?;
+        put(&mut batch, HARD_KEY, &hard_row(&hard, GENESIS.index))?;
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(GENESIS, GENESIS, &conf))?;
+        batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, state));
+        disk.write(&batch, Durability::Synced)?;
+        let (tail, tail_bytes) = (VecDeque::new(), 0);
+        Ok(LogStore { disk, replica, hard, snapshot: GENESIS, floor: GENESIS, conf, last: GENESIS, tail, tail_bytes })
+    }
+
+    /// Opens the log on this disk and checks all of it; `None` when the disk is empty.
+    pub fn open(disk: Arc<D>) -> Result<Option<Self>, LogError> {
+        let Some(format) = get::<D, FormatRow>(&disk, FORMAT_KEY)? else {
+            let mut rows = 0;
+            disk.scan(Table::Log, &[], &[0xFF; 9], &mut |_, _| {
+                rows += 1;
+                false
+            })?;
+            return if rows == 0 { Ok(None) } else { Err(LogError::Damaged("its format row is missing".into())) };
+        };
+        if format.version != FORMAT {
+            return Err(LogError::Format { found: format.version });
+        }
+        let missing = |what: &str| LogError::Damaged(format!("its {what} row is missing"));
+        let hard = get::<D, HardRow>(&disk, HARD_KEY)?.ok_or_else(|| missing("hard state"))?;
+        let row = get::<D, SnapshotRow>(&disk, SNAPSHOT_KEY)?.ok_or_else(|| missing("snapshot"))?;
+        let mut log = LogStore {
+            disk,
+            replica: format.replica,
+            hard: HardState { term: hard.term, vote: hard.vote, commit: hard.commit },
+            snapshot: row.at,
+            floor: row.floor,
+            conf: ConfState {
+                voters: row.voters,
+                learners: row.learners,
+                voters_outgoing: row.voters_outgoing,
+                learners_next: row.learners_next,
+                auto_leave: row.auto_leave,
+            },
+            last: row.floor,
+            tail: VecDeque::new(),
+            tail_bytes: 0,
+        };
+        log.check_entries()?;
+        if log.last.index != hard.last_index {
+            return Err(LogError::Damaged(format!("it ends at entry {} and promised {}", log.last.index, hard.last_index)));
+        }
+        if log.snapshot.index > hard.commit || hard.commit > log.last.index || log.last.term > hard.term {
+            let (snapshot, last) = (log.snapshot.index, log.last.index);
+            return Err(LogError::Damaged(format!("snapshot {snapshot}, commit {} and last entry {last} do not fit together", hard.commit)));
+        }
+        Ok(Some(log))
+    }
+
+    /// Reads every entry: checksums, contiguous indexes, terms that never fall.
+    fn check_entries(&mut self) -> Result<(), LogError> {
+        let disk = self.disk.clone();
+        let mut damage = None;
+        disk.scan(Table::Log, &(self.floor.index + 1).to_be_bytes(), &[0xFF; 9], &mut |key, value| {
+            let expected = self.last.index + 1;
+            match read_entry(key, value) {
+                Some(entry) if entry.index == expected && entry.term >= self.last.term => self.push_tail(entry),
+                Some(entry) => damage = Some(format!("entry {expected} is missing; {} follows", entry.index)),
+                None => damage = Some(format!("entry {expected} has a wrong checksum")),
+            }
+            damage.is_none()
+        })?;
+        damage.map_or(Ok(()), |what| Err(LogError::Damaged(what)))
+    }
+
+    pub fn replica(&self) -> u64 {
+        self.replica
+    }
+
+    pub fn disk(&self) -> &Arc<D> {
+        &self.disk
+    }
+
+    pub fn snapshot_position(&self) -> Position {
+        self.snapshot
+    }
+
+    pub fn conf(&self) -> &ConfState {
+        &self.conf
+    }
+
+    /// As it is on the disk.
+    pub fn hard_state(&self) -> &HardState {
+        &self.hard
+    }
+
+    /// The encoded state of the snapshot.
+    pub fn snapshot_state(&self) -> Result<Vec<u8>, LogError> {
+        let sealed = self.disk.get(Table::Meta, STATE_KEY)?;
+        let sealed = sealed.ok_or_else(|| LogError::Damaged("its state row is missing".into()))?;
+        let payload = seal::open(Table::Meta, STATE_KEY, &sealed);
+        payload.map(<[u8]>::to_vec).ok_or_else(|| LogError::Damaged("its state has a wrong checksum".into()))
+    }
+
+    /// New entries, which replace all from the first one's index on, and a new hard state.
+    pub fn stage(&self, entries: Vec<Entry>, hard: Option<HardState>) -> Result<Staged, LogError> {
+        let mut batch = Batch::default();
+        let mut last = self.last.index;
+        if let Some(first) = entries.first() {
+            if first.index <= last {
+                batch.delete_range(Table::Log, &first.index.to_be_bytes(), &(last + 1).to_be_bytes());
+            }
+            for entry in &entries {
+                let key = entry.index.to_be_bytes();
+                batch.put(Table::Log, &key, seal::seal(Table::Log, &key, entry.encode_to_vec()));
+                last = entry.index;
+            }
+        }
+        if !entries.is_empty() || hard.is_some() {
+            put(&mut batch, HARD_KEY, &hard_row(hard.as_ref().unwrap_or(&self.hard), last))?;
+        }
+        Ok(Staged { batch, hard, entries, snapshot: None })
+    }
+
+    /// A snapshot of the applied state at `at`, and the entries long before it gone.
+    pub fn stage_compaction(&self, at: Position, conf: ConfState, state: Vec<u8>) -> Result<Staged, LogError> {
+        let floor_index = at.index.saturating_sub(KEEP_BEHIND).max(self.floor.index);
+        let floor = Position { index: floor_index, term: self.term_at(floor_index)? };
+        let mut batch = Batch::default();
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, floor, &conf))?;
+        batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, state));
+        let mut hard = self.hard.clone();
+        hard.commit = hard.commit.max(at.index);
+        put(&mut batch, HARD_KEY, &hard_row(&hard, self.last.index))?;
+        batch.delete_range(Table::Log, &(self.floor.index + 1).to_be_bytes(), &(floor.index + 1).to_be_bytes());
+        Ok(Staged { batch, hard: Some(hard), entries: Vec::new(), snapshot: Some(NewSnapshot { at, floor, conf, replaces_log: false }) })
+    }
+
+    /// A leader's snapshot in place of the whole log.
+    pub fn stage_installation(&self, snapshot: &Snapshot, hard: Option<HardState>) -> Result<Staged, LogError> {
+        let metadata = snapshot.get_metadata();
+        let at = Position { index: metadata.index, term: metadata.term };
+        let conf = metadata.get_conf_state().clone();
+        let mut hard = hard.unwrap_or_else(|| self.hard.clone());
+        hard.commit = hard.commit.max(at.index);
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Log, &[], &[0xFF; 9]);
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, at, &conf))?;
+        batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, snapshot.data.clone()));
+        put(&mut batch, HARD_KEY, &hard_row(&hard, at.index))?;
+        Ok(Staged { batch, hard: Some(hard), entries: Vec::new(), snapshot: Some(NewSnapshot { at, floor: at, conf, replaces_log: true }) })
+    }
+
+    /// Writes what was staged. After an error nothing has changed and the same may be tried again.
+    pub fn write(&mut self, staged: &Staged, durability: Durability) -> Result<(), DiskError> {
+        if staged.batch.is_empty() {
+            return Ok(());
+        }
+        self.disk.write(&staged.batch, durability)?;
+        if let Some(hard) = &staged.hard {
+            self.hard = hard.clone();
+        }
+        if let Some(new) = &staged.snapshot {
+            (self.snapshot, self.floor, self.conf) = (new.at, new.floor, new.conf.clone());
+            while self.tail.front().is_some_and(|entry| new.replaces_log || entry.index <= new.floor.index) {
+                self.pop_oldest();
+            }
+            if new.replaces_log {
+                self.last = new.at;
+            }
+        }
+        if let Some(first) = staged.entries.first() {
+            while self.tail.back().is_some_and(|entry| entry.index >= first.index) {
+                if let Some(entry) = self.tail.pop_back() {
+                    self.tail_bytes -= cost(&entry);
+                }
+            }
+            for entry in &staged.entries {
+                self.push_tail(entry.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn push_tail(&mut self, entry: Entry) {
+        self.last = Position { index: entry.index, term: entry.term };
+        self.tail_bytes += cost(&entry);
+        self.tail.push_back(entry);
+        while self.tail_bytes > TAIL_BYTES && self.tail.len() > 1 {
+            self.pop_oldest();
+        }
+    }
+
+    fn pop_oldest(&mut self) {
+        if let Some(entry) = self.tail.pop_front() {
+            self.tail_bytes -= cost(&entry);
+        }
+    }
+
+    fn from_tail(&self, index: u64) -> Option<&Entry> {
+        let first = self.tail.front()?.index;
+        self.tail.get(usize::try_from(index.checked_sub(first)?).ok()?)
+    }
+
+    fn term_at(&self, index: u64) -> Result<u64, LogError> {
+        for known in [self.floor, self.snapshot, self.last] {
+            if index == known.index {
+                return Ok(known.term);
+            }
+        }
+        match self.from_tail(index) {
+            Some(entry) => Ok(entry.term),
+            None => self.from_disk(index).map(|entry| entry.term),
+        }
+    }
+
+    fn from_disk(&self, index: u64) -> Result<Entry, LogError> {
+        let key = index.to_be_bytes();
+        let value = self.disk.get(Table::Log, &key)?.ok_or_else(|| LogError::Damaged(format!("entry {index} is missing")))?;
+        read_entry(&key, &value).ok_or_else(|| LogError::Damaged(format!("entry {index} has a wrong checksum")))
+    }
+}
+
+impl<D: Disk> Storage for LogStore<D> {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        Ok(RaftState::new(self.hard.clone(), self.conf.clone()))
+    }
+
+    fn entries(&self, low: u64, high: u64, max_size: impl Into<Option<u64>>, _: GetEntriesContext) -> raft::Result<Vec<Entry>> {
+        if low <= self.floor.index {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if high > self.last.index + 1 {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        let max_size = max_size.into().unwrap_or(u64::MAX);
+        let mut entries = Vec::new();
+        let mut size = 0;
+        for index in low..high {
+            let entry = match self.from_tail(index) {
+                Some(entry) => entry.clone(),
+                None => self.from_disk(index).map_err(to_raft)?,
+            };
+            size += entry.encoded_len() as u64;
+            if size > max_size && !entries.is_empty() {
+                break;
+            }
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index < self.floor.index {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if index > self.last.index {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        self.term_at(index).map_err(to_raft)
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.floor.index + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last.index)
+    }
+
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        if request_index > self.snapshot.index {
+            return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
+        }
+        let metadata =
+            SnapshotMetadata { conf_state: Some(self.conf.clone()), index: self.snapshot.index, term: self.snapshot.term };
+        Ok(Snapshot { data: self.snapshot_state().map_err(to_raft)?, metadata: Some(metadata) })
+    }
+}
+
+fn to_raft(error: LogError) -> raft::Error {
+    raft::Error::Store(StorageError::Other(Box::new(error)))
+}
+
+/// What an entry takes in memory, roughly.
+fn cost(entry: &Entry) -> usize {
+    size_of::<Entry>() + entry.data.len() + entry.context.len()
+}
+
+fn read_entry(key: &[u8], value: &[u8]) -> Option<Entry> {
+    let entry = Entry::decode(seal::open(Table::Log, key, value)?).ok()?;
+    (entry.index.to_be_bytes() == key).then_some(entry)
+}
+
+fn hard_row(hard: &HardState, last_index: u64) -> HardRow {
+    HardRow { term: hard.term, vote: hard.vote, commit: hard.commit, last_index }
+}
+
+fn snapshot_row(at: Position, floor: Position, conf: &ConfState) -> SnapshotRow {
+    SnapshotRow {
+        at,
+        floor,
+        voters: conf.voters.clone(),
+        learners: conf.learners.clone(),
+        voters_outgoing: conf.voters_outgoing.clone(),
+        learners_next: conf.learners_next.clone(),
+        auto_leave: conf.auto_leave,
+    }
+}
+
+fn put<T: Serialize>(batch: &mut Batch, key: &[u8], row: &T) -> Result<(), LogError> {
+    let payload = codec::encode(row).map_err(|error| DiskError::Failed(format!("a row cannot be encoded: {error}")))?;
+    batch.put(Table::Meta, key, seal::seal(Table::Meta, key, payload));
+    Ok(())
+}
+
+fn get<D: Disk, T: serde::de::DeserializeOwned>(disk: &D, key: &[u8]) -> Result<Option<T>, LogError> {
+    let damaged = || LogError::Damaged(format!("its {} row has a wrong checksum", String::from_utf8_lossy(key)));
+    let Some(value) = disk.get(Table::Meta, key)? else { return Ok(None) };
+    let payload = seal::open(Table::Meta, key, &value).ok_or_else(damaged)?;
+    codec::decode(payload).map(Some).map_err(|_| damaged())
+}
+
+#[cfg(test)]
+#[path = "log_tests.rs"]
+mod tests;

@@ -1,0 +1,166 @@
+//! The disk of a real replica: RocksDB with little memory and one column family per table.
+
+use super::disk::{Batch, Disk, DiskError, Durability, Op, Table};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error, IteratorMode, LogLevel, Options, ReadOptions,
+    WriteBatch, WriteOptions,
+};
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+/// Memory for writes that are not yet in a sorted file, over all tables.
+const WRITE_BUFFERS: usize = 8 << 20;
+/// One table's share of it; with it goes the size of a write-ahead log file that is allocated ahead.
+const WRITE_BUFFER: usize = 2 << 20;
+/// The write-ahead log is cut when it is longer than this, which bounds the time to open.
+const WAL_MAX: u64 = 8 << 20;
+/// Blocks of sorted files kept in memory, over all tables.
+const BLOCK_CACHE: usize = 8 << 20;
+/// Sorted files held open.
+const OPEN_FILES: i32 = 64;
+
+/// Invariant: `db` is `None` only while `recover` failed to open it again.
+pub struct RocksDisk {
+    path: PathBuf,
+    db: RwLock<Option<DB>>,
+}
+
+impl RocksDisk {
+    /// Opens or creates the database in this directory.
+    pub fn open(path: &Path) -> Result<Self, DiskError> {
+        let db = open(path)?;
+        Ok(RocksDisk { path: path.to_owned(), db: RwLock::new(Some(db)) })
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Option<DB>> {
+        self.db.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&DB) -> Result<T, DiskError>) -> Result<T, DiskError> {
+        match self.read().as_ref() {
+            Some(db) => act(db),
+            None => Err(DiskError::Full(format!("{} could not be opened again yet", self.path.display()))),
+        }
+    }
+
+    fn error(&self, error: Error) -> DiskError {
+        classify(&self.path, &error)
+    }
+}
+
+impl Disk for RocksDisk {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError> {
+        self.with(|db| db.get_cf(family(db, table)?, key).map_err(|error| self.error(error)))
+    }
+
+    fn scan(&self, table: Table, from: &[u8], to: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), DiskError> {
+        if from >= to {
+            return Ok(());
+        }
+        self.with(|db| {
+            let mut options = ReadOptions::default();
+            options.set_iterate_upper_bound(to);
+            let mode = IteratorMode::From(from, Direction::Forward);
+            for row in db.iterator_cf_opt(family(db, table)?, options, mode) {
+                let (key, value) = row.map_err(|error| self.error(error))?;
+                if !visit(&key, &value) {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError> {
+        self.with(|db| {
+            let mut native = WriteBatch::default();
+            for op in &batch.ops {
+                match op {
+                    Op::Put { table, key, value } => native.put_cf(family(db, *table)?, key, value),
+                    Op::DeleteRange { table, from, to } => native.delete_range_cf(family(db, *table)?, from, to),
+                }
+            }
+            let mut options = WriteOptions::default();
+            options.set_sync(durability == Durability::Synced);
+            db.write_opt(native, &options).map_err(|error| self.error(error))
+        })
+    }
+
+    /// RocksDB refuses all writes after one that found no room, until it is opened again.
+    fn recover(&self) -> Result<(), DiskError> {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        *db = None;
+        *db = Some(open(&self.path)?);
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> Result<DB, DiskError> {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_paranoid_checks(true);
+    // A record cut off at the end was never acknowledged; damage before the end is an error and not a shorter log.
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_db_write_buffer_size(WRITE_BUFFERS);
+    options.set_max_total_wal_size(WAL_MAX);
+    options.set_max_open_files(OPEN_FILES);
+    options.set_max_background_jobs(2);
+    options.set_skip_stats_update_on_db_open(true);
+    options.set_stats_dump_period_sec(0);
+    options.set_log_level(LogLevel::Error);
+    options.set_keep_log_file_num(1);
+    let cache = Cache::new_lru_cache(BLOCK_CACHE);
+    let families = Table::ALL.map(|table| {
+        let mut blocks = BlockBasedOptions::default();
+        blocks.set_block_cache(&cache);
+        blocks.set_cache_index_and_filter_blocks(true);
+        let mut options = Options::default();
+        options.set_block_based_table_factory(&blocks);
+        options.set_write_buffer_size(WRITE_BUFFER);
+        ColumnFamilyDescriptor::new(table.name(), options)
+    });
+    DB::open_cf_descriptors(&options, path, families).map_err(|error| classify(path, &error))
+}
+
+fn family(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, DiskError> {
+    db.cf_handle(table.name()).ok_or_else(|| DiskError::Failed(format!("table {} is missing", table.name())))
+}
+
+/// RocksDB tells causes in text only.
+fn classify(path: &Path, error: &Error) -> DiskError {
+    let text = error.to_string();
+    let full = ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached"].iter().any(|mark| text.contains(mark));
+    let what = format!("{}: {text}", path.display());
+    if full { DiskError::Full(what) } else { DiskError::Failed(what) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn behaves_as_a_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        super::super::conformance::check(&mut |n| Box::new(RocksDisk::open(&dir.path().join(n.to_string())).unwrap()));
+    }
+
+    #[test]
+    fn what_was_written_is_there_after_opening_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut batch = Batch::default();
+        batch.put(Table::Works, b"k", b"v".to_vec());
+        RocksDisk::open(dir.path()).unwrap().write(&batch, Durability::Synced).unwrap();
+        let disk = RocksDisk::open(dir.path()).unwrap();
+        assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
+        disk.recover().unwrap();
+        assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
+    }
+
+    #[test]
+    fn a_second_opening_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = RocksDisk::open(dir.path()).unwrap();
+        assert!(matches!(RocksDisk::open(dir.path()), Err(DiskError::Failed(_))));
+    }
+}
