@@ -52,7 +52,7 @@ pub fn rms_norm_backward<G: Element>(
     for r in 0..rstd.len() {
         let at = |i: usize| (f64::from(dy[r * d + i].to_f32()), f64::from(x[r * d + i]), f64::from(w[i]));
         let s = f64::from(rstd[r]);
-        let dot: f64 = (0..d).map(|i| at(i)).map(|(g, x, w)| g * w * x).sum::<f64>() * s / d as f64;
+        let dot: f64 = (0..d).map(at).map(|(g, x, w)| g * w * x).sum::<f64>() * s / d as f64;
         for i in 0..d {
             let (g, x, w) = at(i);
             put(&mut dx[r * d + i], (s * (g * w - x * s * dot)) as f32, store);

@@ -58,31 +58,6 @@ pub fn level() -> Level {
 #[cfg(test)]
 pub use forced::{at_every_level, level};
 
-#[cfg(test)]
-mod forced {
-    use super::Level;
-    use std::cell::Cell;
-
-    thread_local!(static FORCED: Cell<Option<Level>> = const { Cell::new(None) });
-
-    pub fn level() -> Level {
-        FORCED.get().unwrap_or(Level::best())
-    }
-
-    /// Runs a test at each level that this machine has, and says which it has not.
-    pub fn at_every_level(test: impl Fn()) {
-        for level in [Level::Plain, Level::Avx2, Level::Avx512] {
-            if level > Level::best() {
-                println!("skipped {level:?}: this CPU has only {:?}", Level::best());
-                continue;
-            }
-            FORCED.set(Some(level));
-            test();
-            FORCED.set(None);
-        }
-    }
-}
-
 /// `LANES` numbers of f32. All loads and stores are unaligned.
 ///
 /// The implementations for AVX2 and AVX-512 may only be used in code that is compiled for, and runs on, such a CPU;
@@ -175,3 +150,28 @@ macro_rules! simd_fn {
     };
 }
 pub(crate) use simd_fn;
+
+#[cfg(test)]
+mod forced {
+    use super::Level;
+    use std::cell::Cell;
+
+    thread_local!(static FORCED: Cell<Option<Level>> = const { Cell::new(None) });
+
+    pub fn level() -> Level {
+        FORCED.get().unwrap_or(Level::best())
+    }
+
+    /// Runs a test at each level that this machine has, and says which it has not.
+    pub fn at_every_level(test: impl Fn()) {
+        for level in [Level::Plain, Level::Avx2, Level::Avx512] {
+            if level > Level::best() {
+                println!("skipped {level:?}: this CPU has only {:?}", Level::best());
+                continue;
+            }
+            FORCED.set(Some(level));
+            test();
+            FORCED.set(None);
+        }
+    }
+}
