@@ -1,6 +1,7 @@
 //! Gangs of threads and of real processes against a plain reference, and every way in which a gang can break.
 
 #![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)] // helpers of tests, too
 
 use fleet_collectives::{
     Abort, Activity, Collective, CollectiveError, DType, Doing, Keep, Op, Segment, ShmCollective, part,
