@@ -37,24 +37,17 @@ impl<'a> TextStream<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokenizers::decoders::byte_level::ByteLevel;
-    use tokenizers::models::bpe::BPE;
+    use serde_json::json;
 
     /// Each byte a token of its own.
     fn bytes() -> Tokenizer {
-        let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
-        let mut letters: Vec<char> = alphabet.into_iter().collect();
+        let mut letters: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         letters.sort();
-        let vocab = letters.iter().enumerate().map(|(i, c)| (c.to_string(), i as u32)).collect();
-        let model = BPE::builder().vocab_and_merges::<ahash_map::Map, _>(vocab, vec![]).build().unwrap();
-        let mut tokenizer = Tokenizer::new(model);
-        tokenizer.with_pre_tokenizer(Some(tokenizers::pre_tokenizers::byte_level::ByteLevel::new(false, true, false)));
-        tokenizer.with_decoder(Some(ByteLevel::default()));
-        tokenizer
-    }
-
-    mod ahash_map {
-        pub type Map = std::collections::HashMap<String, u32>;
+        let vocab: serde_json::Map<_, _> = letters.iter().zip(0..).map(|(c, i)| (c.to_string(), json!(i))).collect();
+        let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
+        let json = json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model});
+        Tokenizer::from_bytes(json.to_string()).unwrap()
     }
 
     #[test]
