@@ -25,7 +25,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The file of one rank's output does not grow beyond this; a job's disk is for checkpoints.
 const LOG_FILE_MAX: u64 = 64 << 20;
 
-/// Where a rank's messages go. Lines have a queue of their own, which the driver may leave full for a while.
+/// Where a rank's messages go. Its lines and, behind them, its exit have a queue of their own, which the driver reads after the messages
+/// and may leave full for a while.
 #[derive(Clone, Debug)]
 pub struct Deliveries<K> {
     /// Names the gang to the driver.
@@ -72,7 +73,8 @@ pub fn attend<K: Copy + Send + Sync + 'static>(
         readers.join_all().await;
         let at = exited.at.saturating_duration_since(started_at);
         let input = GangInput::Exited { rank, at, exit: exited.exit };
-        let _ = deliveries.messages.send((deliveries.key, input)).await;
+        // Behind the lines, in their queue; messages are taken before lines.
+        let _ = deliveries.lines.send((deliveries.key, input)).await;
     });
     Ok(RankIo { to_rank, exited })
 }

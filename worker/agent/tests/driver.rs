@@ -300,7 +300,7 @@ async fn a_terminated_agent_lets_its_ranks_finish_what_they_do() {
     while !matches!(events.last().map(|event| &event.body), Some(EventBody::Finished(_))) {
         events.extend(link.batch().await.1);
     }
-    assert_eq!(logged(&events, None), ["saved"]);
+    assert!(logged(&events, None).contains(&"saved".to_owned()));
     assert!(matches!(events.last().unwrap().body, EventBody::Finished(Outcome::Stopped { .. })));
     link.commit(1 + events.len() as u64).await;
     assert_eq!(ends(worker).await.0, Some(143));
