@@ -76,7 +76,12 @@ fn run(start: Start) -> Result<u8> {
 async fn serve(start: Start) -> Result<u8> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let options = Options { data_dir: start.data_dir, listen: start.listen, http: start.http, advertise: start.advertise };
+    let options = Options {
+        data_dir: start.data_dir,
+        listen: start.listen,
+        http: start.http,
+        advertise: start.advertise,
+    };
     let mut coordinator = tokio::select! {
         started = Coordinator::start(options) => started?,
         _ = terminate.recv() => return Ok(exit::SIGTERM),
@@ -97,7 +102,8 @@ async fn serve(start: Start) -> Result<u8> {
 /// Asks the system for SIGTERM when the parent ends, and ends now if that has happened already.
 fn die_with_parent() -> Result<()> {
     let parent = nix::unistd::getppid();
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM).context("cannot tie this process to its parent")?;
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)
+        .context("cannot tie this process to its parent")?;
     if nix::unistd::getppid() != parent || parent.as_raw() == 1 {
         anyhow::bail!("the process that started this coordinator has ended");
     }

@@ -50,7 +50,8 @@ pub fn plan(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why
     let mut decisions = lost_nodes(state, observed, now_ms);
     for (job, placing) in place(state, observed) {
         if let Placing::On { node, generation } = placing {
-            let why = format!("{job} goes to {} ({node}), which has enough free slots", state.node_name(node));
+            let why =
+                format!("{job} goes to {} ({node}), which has enough free slots", state.node_name(node));
             decisions.push((Change::AssignGang(AssignGang { job, node, generation }), why));
         }
     }
@@ -69,16 +70,29 @@ pub fn explain(state: &State, observed: &Observed, id: JobId) -> String {
     let silent = job.placement.is_some_and(|at| !observed.connected(at.node));
     let beware = if silent { format!("; {} is out of touch at the moment", node()) } else { String::new() };
     match job.state {
-        JobState::Queued => place(state, observed).remove(&id).map_or_else(String::new, |placing| placing.sentence(state, job.world_size)),
-        JobState::Starting => format!("node {} prepares the data and starts {} ranks{beware}", node(), job.world_size),
+        JobState::Queued => place(state, observed)
+            .remove(&id)
+            .map_or_else(String::new, |placing| placing.sentence(state, job.world_size)),
+        JobState::Starting => {
+            format!("node {} prepares the data and starts {} ranks{beware}", node(), job.world_size)
+        }
         JobState::Running => match job.progress.total_steps {
             0 => format!("{} ranks run on node {}{beware}", job.world_size, node()),
-            total => format!("step {} of {total} with {} ranks on node {}{beware}", job.progress.step, job.world_size, node()),
+            total => format!(
+                "step {} of {total} with {} ranks on node {}{beware}",
+                job.progress.step,
+                job.world_size,
+                node()
+            ),
         },
-        JobState::Stopping => format!("asked to stop; node {} writes a checkpoint if there is time{beware}", node()),
+        JobState::Stopping => {
+            format!("asked to stop; node {} writes a checkpoint if there is time{beware}", node())
+        }
         JobState::Succeeded => format!("done after {} steps", job.progress.step),
         JobState::Cancelled => format!("stopped on request after {} steps", job.progress.step),
-        JobState::Failed => job.error.as_ref().map_or_else(|| "failed".to_owned(), |error| error.message.clone()),
+        JobState::Failed => {
+            job.error.as_ref().map_or_else(|| "failed".to_owned(), |error| error.message.clone())
+        }
     }
 }
 
@@ -108,10 +122,15 @@ impl Placing {
             Placing::On { node, .. } => format!("about to start on node {}", state.node_name(*node)),
             Placing::NoNode => "waits for a node: none is connected; start one with `worker join`".to_owned(),
             Placing::TooLarge { largest } => {
-                format!("waits for a larger node: it has {ranks} ranks, and the largest connected node has {largest} slots")
+                format!(
+                    "waits for a larger node: it has {ranks} ranks, and the largest connected node has {largest} slots"
+                )
             }
             Placing::Full { best, free } => {
-                format!("waits for free slots: it needs {ranks} on one node, and {} has {free} free", state.node_name(*best))
+                format!(
+                    "waits for free slots: it needs {ranks} on one node, and {} has {free} free",
+                    state.node_name(*best)
+                )
             }
             Placing::Behind(job) => format!("waits behind {job}, which was submitted earlier"),
         }
@@ -120,13 +139,15 @@ impl Placing {
 
 /// Nodes that can take work, with all their slots.
 fn usable(state: &State, observed: &Observed) -> impl Iterator<Item = (NodeId, u32)> {
-    let nodes = state.nodes().iter().filter(|(id, node)| !node.lost && node.slots > 0 && observed.connected(**id));
+    let nodes =
+        state.nodes().iter().filter(|(id, node)| !node.lost && node.slots > 0 && observed.connected(**id));
     nodes.map(|(id, node)| (*id, node.slots))
 }
 
 fn place(state: &State, observed: &Observed) -> BTreeMap<JobId, Placing> {
     let used = state.slots_in_use();
-    let free = |(id, slots): (NodeId, u32)| (id, slots.saturating_sub(used.get(&id).copied().unwrap_or_default()));
+    let free =
+        |(id, slots): (NodeId, u32)| (id, slots.saturating_sub(used.get(&id).copied().unwrap_or_default()));
     let mut free: BTreeMap<NodeId, u32> = usable(state, observed).map(free).collect();
     let largest = largest_node(state, observed);
     let mut first_waiting = None;
@@ -134,7 +155,11 @@ fn place(state: &State, observed: &Observed) -> BTreeMap<JobId, Placing> {
     for (id, job) in state.queued_jobs() {
         let ranks = job.world_size;
         // The fullest node that still fits: it keeps large holes for large jobs.
-        let fit = free.iter().filter(|(_, free)| **free >= ranks).min_by_key(|(node, free)| (**free, **node)).map(|(node, _)| *node);
+        let fit = free
+            .iter()
+            .filter(|(_, free)| **free >= ranks)
+            .min_by_key(|(node, free)| (**free, **node))
+            .map(|(node, _)| *node);
         let placing = match (largest, first_waiting, fit) {
             (None, _, _) => Placing::NoNode,
             (Some(largest), _, _) if largest < ranks => Placing::TooLarge { largest },
@@ -164,11 +189,21 @@ mod tests {
     /// Node 1 has `slots[0]`, and so on.
     fn cluster(slots: &[u32]) -> Script {
         let mut script = Script::new();
-        let create = CreateToken { id: "w".into(), secret_sha256: [1; 32], role: Role::Worker, ttl_ms: 1 << 40, uses: 99 };
+        let create = CreateToken {
+            id: "w".into(),
+            secret_sha256: [1; 32],
+            role: Role::Worker,
+            ttl_ms: 1 << 40,
+            uses: 99,
+        };
         script.run(Change::CreateToken(create));
         for (at, slots) in slots.iter().enumerate() {
             let name = format!("n{}", at + 1);
-            script.run(Change::RedeemToken(RedeemToken { id: "w".into(), secret_sha256: [1; 32], name: name.clone() }));
+            script.run(Change::RedeemToken(RedeemToken {
+                id: "w".into(),
+                secret_sha256: [1; 32],
+                name: name.clone(),
+            }));
             let node = NodeId(at as u64 + 1);
             let (device, version) = ("cpu".into(), "0".into());
             script.run(Change::DescribeNode(DescribeNode { node, name, slots: *slots, device, version }));
@@ -210,8 +245,14 @@ mod tests {
         let jobs: Vec<JobId> = [3, 2, 1].map(|ranks| script.submit(ranks)).into();
         let observed = all_connected(&script);
         assert_eq!(settle(&mut script, &observed), [(1, 1)]);
-        assert_eq!(explain(&script.state, &observed, jobs[1]), "waits for free slots: it needs 2 on one node, and n1 has 1 free");
-        assert_eq!(explain(&script.state, &observed, jobs[2]), "waits behind job-2, which was submitted earlier");
+        assert_eq!(
+            explain(&script.state, &observed, jobs[1]),
+            "waits for free slots: it needs 2 on one node, and n1 has 1 free"
+        );
+        assert_eq!(
+            explain(&script.state, &observed, jobs[2]),
+            "waits behind job-2, which was submitted earlier"
+        );
     }
 
     #[test]
@@ -239,9 +280,15 @@ mod tests {
         let script = cluster(&[4]);
         let mut observed = Observed { leader_since_ms: 5_000, ..Observed::default() };
         assert!(plan(&script.state, &observed, 5_000 + LEASE_MS - 1).is_empty());
-        assert!(matches!(&plan(&script.state, &observed, 5_000 + LEASE_MS)[..], [(Change::MarkNodeLost(_), _)]));
+        assert!(matches!(
+            &plan(&script.state, &observed, 5_000 + LEASE_MS)[..],
+            [(Change::MarkNodeLost(_), _)]
+        ));
         observed.nodes.insert(NodeId(1), Seen { connected: false, heard_ms: 9_000 });
         assert!(plan(&script.state, &observed, 9_000 + LEASE_MS - 1).is_empty());
-        assert!(matches!(&plan(&script.state, &observed, 9_000 + LEASE_MS)[..], [(Change::MarkNodeLost(_), _)]));
+        assert!(matches!(
+            &plan(&script.state, &observed, 9_000 + LEASE_MS)[..],
+            [(Change::MarkNodeLost(_), _)]
+        ));
     }
 }

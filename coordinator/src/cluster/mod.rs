@@ -52,14 +52,25 @@ pub struct Applied {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
     Done,
-    Submitted { job: JobId },
-    TokenCreated { id: String },
+    Submitted {
+        job: JobId,
+    },
+    TokenCreated {
+        id: String,
+    },
     /// The holder of the token may have a certificate of this role; `node` is its new id if it is a worker.
-    Redeemed { role: Role, node: Option<NodeId> },
+    Redeemed {
+        role: Role,
+        node: Option<NodeId>,
+    },
     /// All events up to `seq` are recorded, or belong to a generation that is over.
-    EventsTaken { seq: u64 },
+    EventsTaken {
+        seq: u64,
+    },
     /// Nothing was recorded: events from `next_seq` on are missing.
-    EventsGap { next_seq: u64 },
+    EventsGap {
+        next_seq: u64,
+    },
     Rejected(Refusal),
 }
 

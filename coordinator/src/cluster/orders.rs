@@ -25,7 +25,11 @@ impl State {
         let Some(record) = self.jobs.get(&job) else { return GangStanding::Unwanted };
         match record.placement {
             Some(at) if at.node == node && at.generation == generation => {
-                if record.state.is_final() { GangStanding::Over { seq: at.next_seq - 1 } } else { GangStanding::Wanted { seq: at.next_seq - 1 } }
+                if record.state.is_final() {
+                    GangStanding::Over { seq: at.next_seq - 1 }
+                } else {
+                    GangStanding::Wanted { seq: at.next_seq - 1 }
+                }
             }
             _ => GangStanding::Unwanted,
         }

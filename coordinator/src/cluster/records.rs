@@ -107,7 +107,8 @@ impl JobRecord {
             EventBody::Eval(evaluation) => self.progress.eval_loss = Some(evaluation.loss),
             EventBody::Checkpoint(checkpoint) => {
                 self.checkpoints.retain(|known| known.record.path != checkpoint.path);
-                self.checkpoints.push(RecordedCheckpoint { record: checkpoint.clone(), unix_ms: event.unix_ms });
+                self.checkpoints
+                    .push(RecordedCheckpoint { record: checkpoint.clone(), unix_ms: event.unix_ms });
                 let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
                 self.checkpoints.drain(..surplus);
             }
@@ -157,5 +158,13 @@ impl State {
 
 /// The error of a job whose node failed it.
 pub(crate) fn node_error(node: String, message: String) -> JobError {
-    JobError { fault: Fault::Job, rank: None, node: Some(node), signal: None, exit_code: None, message, last_lines: Vec::new() }
+    JobError {
+        fault: Fault::Job,
+        rank: None,
+        node: Some(node),
+        signal: None,
+        exit_code: None,
+        message,
+        last_lines: Vec::new(),
+    }
 }

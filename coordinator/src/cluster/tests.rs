@@ -26,9 +26,19 @@ impl Script {
     /// With node 1, called `box`.
     pub fn with_node(slots: u32) -> Self {
         let mut script = Script::new();
-        let create = CreateToken { id: "w".into(), secret_sha256: [1; 32], role: Role::Worker, ttl_ms: 1 << 40, uses: 9 };
+        let create = CreateToken {
+            id: "w".into(),
+            secret_sha256: [1; 32],
+            role: Role::Worker,
+            ttl_ms: 1 << 40,
+            uses: 9,
+        };
         script.run(Change::CreateToken(create));
-        script.run(Change::RedeemToken(RedeemToken { id: "w".into(), secret_sha256: [1; 32], name: "box".into() }));
+        script.run(Change::RedeemToken(RedeemToken {
+            id: "w".into(),
+            secret_sha256: [1; 32],
+            name: "box".into(),
+        }));
         script.describe(slots);
         script
     }
@@ -54,7 +64,13 @@ impl Script {
     }
 
     pub fn describe(&mut self, slots: u32) {
-        let describe = DescribeNode { node: self.node(), name: "box".into(), slots, device: "cpu".into(), version: "0".into() };
+        let describe = DescribeNode {
+            node: self.node(),
+            name: "box".into(),
+            slots,
+            device: "cpu".into(),
+            version: "0".into(),
+        };
         assert_eq!(self.run(Change::DescribeNode(describe)), Answer::Done);
     }
 
@@ -105,11 +121,25 @@ pub(crate) fn submit(world_size: u32, largest_node: Option<u32>) -> Change {
 }
 
 pub(crate) fn step(step: u64) -> EventBody {
-    EventBody::Step(Step { step, total_steps: 10, epoch: 0.0, loss: 2.5, lr: 1e-3, grad_norm: 1.0, tokens_per_s: 100.0 })
+    EventBody::Step(Step {
+        step,
+        total_steps: 10,
+        epoch: 0.0,
+        loss: 2.5,
+        lr: 1e-3,
+        grad_norm: 1.0,
+        tokens_per_s: 100.0,
+    })
 }
 
 pub(crate) fn checkpoint(step: u64) -> EventBody {
-    let record = CheckpointRecord { step, path: format!("/c/step-{step}"), manifest_sha256: "00".into(), bytes: 1, loss: 1.0 };
+    let record = CheckpointRecord {
+        step,
+        path: format!("/c/step-{step}"),
+        manifest_sha256: "00".into(),
+        bytes: 1,
+        loss: 1.0,
+    };
     EventBody::Checkpoint(record)
 }
 
@@ -135,25 +165,54 @@ fn any_change() -> impl Strategy<Value = Change> {
     prop_oneof![
         (0..3u8, 1..4u32).prop_map(|(id, uses)| {
             let id = format!("t{id}");
-            Change::CreateToken(CreateToken { id, secret_sha256: [1; 32], role: Role::Worker, ttl_ms: 500, uses })
+            Change::CreateToken(CreateToken {
+                id,
+                secret_sha256: [1; 32],
+                role: Role::Worker,
+                ttl_ms: 500,
+                uses,
+            })
         }),
         (0..3u8, 1..3u8).prop_map(|(id, secret)| {
-            Change::RedeemToken(RedeemToken { id: format!("t{id}"), secret_sha256: [secret; 32], name: "n".into() })
+            Change::RedeemToken(RedeemToken {
+                id: format!("t{id}"),
+                secret_sha256: [secret; 32],
+                name: "n".into(),
+            })
         }),
         (node(), 1..=SLOTS).prop_map(|(node, slots)| {
-            Change::DescribeNode(DescribeNode { node, name: "n".into(), slots, device: "cpu".into(), version: "0".into() })
+            Change::DescribeNode(DescribeNode {
+                node,
+                name: "n".into(),
+                slots,
+                device: "cpu".into(),
+                version: "0".into(),
+            })
         }),
         node().prop_map(|node| Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 10_000 })),
         (1..4u32).prop_map(|world_size| submit(world_size, None)),
-        (job(), node(), 1..3u64).prop_map(|(job, node, generation)| Change::AssignGang(AssignGang { job, node, generation })),
-        (job(), node(), 1..6u64, prop::collection::vec(body, 1..4)).prop_map(|(job, node, first_seq, bodies)| {
-            let events = bodies.into_iter().map(|body| Event { unix_ms: 1, body }).collect();
-            Change::RecordEvents(RecordEvents { node, batch: EventBatch { job, generation: 1, first_seq, events } })
-        }),
+        (job(), node(), 1..3u64).prop_map(|(job, node, generation)| Change::AssignGang(AssignGang {
+            job,
+            node,
+            generation
+        })),
+        (job(), node(), 1..6u64, prop::collection::vec(body, 1..4)).prop_map(
+            |(job, node, first_seq, bodies)| {
+                let events = bodies.into_iter().map(|body| Event { unix_ms: 1, body }).collect();
+                Change::RecordEvents(RecordEvents {
+                    node,
+                    batch: EventBatch { job, generation: 1, first_seq, events },
+                })
+            }
+        ),
         (job(), any::<bool>()).prop_map(|(job, now)| {
             Change::CancelJob(CancelJob { job, stop: if now { Stop::Now } else { Stop::AfterCheckpoint } })
         }),
-        (job(), 1..3u64).prop_map(|(job, generation)| Change::FailJob(FailJob { job, generation, message: "m".into() })),
+        (job(), 1..3u64).prop_map(|(job, generation)| Change::FailJob(FailJob {
+            job,
+            generation,
+            message: "m".into()
+        })),
     ]
 }
 

@@ -32,9 +32,17 @@ impl Table {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    Put { table: Table, key: Vec<u8>, value: Vec<u8> },
+    Put {
+        table: Table,
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
     /// Removes `from <= key < to`.
-    DeleteRange { table: Table, from: Vec<u8>, to: Vec<u8> },
+    DeleteRange {
+        table: Table,
+        from: Vec<u8>,
+        to: Vec<u8>,
+    },
 }
 
 /// Changes that are made together or not at all.
@@ -88,7 +96,13 @@ pub trait Disk: Send + Sync + 'static {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError>;
 
     /// Shows the rows with `from <= key < to` in order, until `visit` returns false.
-    fn scan(&self, table: Table, from: &[u8], to: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), DiskError>;
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), DiskError>;
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError>;
 

@@ -49,16 +49,21 @@ impl<D: Disk + ?Sized> History<D> {
 /// Adds a row to a batch.
 pub fn stage(row: &HistoryRow, batch: &mut Batch) -> Result<(), DiskError> {
     let (table, key, encoded) = match row {
-        HistoryRow::Event { job, index, event } => (Table::Events, event_key(*job, *index), codec::encode(event)),
+        HistoryRow::Event { job, index, event } => {
+            (Table::Events, event_key(*job, *index), codec::encode(event))
+        }
         HistoryRow::Work { job, work } => (Table::Works, job.0.to_be_bytes().to_vec(), codec::encode(work)),
     };
-    let payload = encoded.map_err(|error| DiskError::Failed(format!("a row of {} cannot be encoded: {error}", table.name())))?;
+    let payload = encoded.map_err(|error| {
+        DiskError::Failed(format!("a row of {} cannot be encoded: {error}", table.name()))
+    })?;
     batch.put(table, &key, seal::seal(table, &key, payload));
     Ok(())
 }
 
 fn open<T: serde::de::DeserializeOwned>(table: Table, key: &[u8], value: &[u8]) -> Result<T, DiskError> {
-    let damaged = || DiskError::Failed(format!("row {} of table {} is damaged", hex::encode(key), table.name()));
+    let damaged =
+        || DiskError::Failed(format!("row {} of table {} is damaged", hex::encode(key), table.name()));
     let payload = seal::open(table, key, value).ok_or_else(damaged)?;
     codec::decode(payload).map_err(|_| damaged())
 }
@@ -91,7 +96,10 @@ mod tests {
         disk.write(&batch, Durability::Written).unwrap();
         let history = History::new(disk);
         let read = history.events(JobId(2), 255, 3).unwrap();
-        assert_eq!(read.iter().map(|(index, event)| (*index, event.unix_ms)).collect::<Vec<_>>(), [(255, 255), (256, 256), (257, 257)]);
+        assert_eq!(
+            read.iter().map(|(index, event)| (*index, event.unix_ms)).collect::<Vec<_>>(),
+            [(255, 255), (256, 256), (257, 257)]
+        );
         assert_eq!(history.events(JobId(1), 1, 1_000).unwrap().len(), 300);
         assert!(history.events(JobId(1), 301, 9).unwrap().is_empty());
     }

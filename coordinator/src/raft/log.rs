@@ -40,7 +40,9 @@ pub enum LogError {
     /// This replica must not take part any more.
     #[error("the log of this replica is damaged: {0}; set the directory aside and restore it from a backup")]
     Damaged(String),
-    #[error("the log has format {found}, this program knows {FORMAT}; use the version of fleet that wrote it")]
+    #[error(
+        "the log has format {found}, this program knows {FORMAT}; use the version of fleet that wrote it"
+    )]
     Format { found: u32 },
 }
 
@@ -116,7 +118,17 @@ impl<D: Disk> LogStore<D> {
         batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, state));
         disk.write(&batch, Durability::Synced)?;
         let (tail, tail_bytes) = (VecDeque::new(), 0);
-        Ok(LogStore { disk, replica, hard, snapshot: GENESIS, floor: GENESIS, conf, last: GENESIS, tail, tail_bytes })
+        Ok(LogStore {
+            disk,
+            replica,
+            hard,
+            snapshot: GENESIS,
+            floor: GENESIS,
+            conf,
+            last: GENESIS,
+            tail,
+            tail_bytes,
+        })
     }
 
     /// Opens the log on this disk and checks all of it; `None` when the disk is empty.
@@ -127,7 +139,11 @@ impl<D: Disk> LogStore<D> {
                 rows += 1;
                 false
             })?;
-            return if rows == 0 { Ok(None) } else { Err(LogError::Damaged("its format row is missing".into())) };
+            return if rows == 0 {
+                Ok(None)
+            } else {
+                Err(LogError::Damaged("its format row is missing".into()))
+            };
         };
         if format.version != FORMAT {
             return Err(LogError::Format { found: format.version });
@@ -154,11 +170,17 @@ impl<D: Disk> LogStore<D> {
         };
         log.check_entries()?;
         if log.last.index != hard.last_index {
-            return Err(LogError::Damaged(format!("it ends at entry {} and promised {}", log.last.index, hard.last_index)));
+            return Err(LogError::Damaged(format!(
+                "it ends at entry {} and promised {}",
+                log.last.index, hard.last_index
+            )));
         }
         if log.snapshot.index > hard.commit || hard.commit > log.last.index || log.last.term > hard.term {
             let (snapshot, last) = (log.snapshot.index, log.last.index);
-            return Err(LogError::Damaged(format!("snapshot {snapshot}, commit {} and last entry {last} do not fit together", hard.commit)));
+            return Err(LogError::Damaged(format!(
+                "snapshot {snapshot}, commit {} and last entry {last} do not fit together",
+                hard.commit
+            )));
         }
         Ok(Some(log))
     }
@@ -170,7 +192,9 @@ impl<D: Disk> LogStore<D> {
         disk.scan(Table::Log, &(self.floor.index + 1).to_be_bytes(), &[0xFF; 9], &mut |key, value| {
             let expected = self.last.index + 1;
             match read_entry(key, value) {
-                Some(entry) if entry.index == expected && entry.term >= self.last.term => self.push_tail(entry),
+                Some(entry) if entry.index == expected && entry.term >= self.last.term => {
+                    self.push_tail(entry)
+                }
                 Some(entry) => damage = Some(format!("entry {expected} is missing; {} follows", entry.index)),
                 None => damage = Some(format!("entry {expected} has a wrong checksum")),
             }
@@ -229,7 +253,12 @@ impl<D: Disk> LogStore<D> {
     }
 
     /// A snapshot of the applied state at `at`, and the entries long before it gone.
-    pub fn stage_compaction(&self, at: Position, conf: ConfState, state: Vec<u8>) -> Result<Staged, LogError> {
+    pub fn stage_compaction(
+        &self,
+        at: Position,
+        conf: ConfState,
+        state: Vec<u8>,
+    ) -> Result<Staged, LogError> {
         let floor_index = at.index.saturating_sub(KEEP_BEHIND).max(self.floor.index);
         let floor = Position { index: floor_index, term: self.term_at(floor_index)? };
         let mut batch = Batch::default();
@@ -238,12 +267,25 @@ impl<D: Disk> LogStore<D> {
         let mut hard = self.hard.clone();
         hard.commit = hard.commit.max(at.index);
         put(&mut batch, HARD_KEY, &hard_row(&hard, self.last.index))?;
-        batch.delete_range(Table::Log, &(self.floor.index + 1).to_be_bytes(), &(floor.index + 1).to_be_bytes());
-        Ok(Staged { batch, hard: Some(hard), entries: Vec::new(), snapshot: Some(NewSnapshot { at, floor, conf, replaces_log: false }) })
+        batch.delete_range(
+            Table::Log,
+            &(self.floor.index + 1).to_be_bytes(),
+            &(floor.index + 1).to_be_bytes(),
+        );
+        Ok(Staged {
+            batch,
+            hard: Some(hard),
+            entries: Vec::new(),
+            snapshot: Some(NewSnapshot { at, floor, conf, replaces_log: false }),
+        })
     }
 
     /// A leader's snapshot in place of the whole log.
-    pub fn stage_installation(&self, snapshot: &Snapshot, hard: Option<HardState>) -> Result<Staged, LogError> {
+    pub fn stage_installation(
+        &self,
+        snapshot: &Snapshot,
+        hard: Option<HardState>,
+    ) -> Result<Staged, LogError> {
         let metadata = snapshot.get_metadata();
         let at = Position { index: metadata.index, term: metadata.term };
         let conf = metadata.get_conf_state().clone();
@@ -254,7 +296,12 @@ impl<D: Disk> LogStore<D> {
         put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, at, &conf))?;
         batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, snapshot.data.clone()));
         put(&mut batch, HARD_KEY, &hard_row(&hard, at.index))?;
-        Ok(Staged { batch, hard: Some(hard), entries: Vec::new(), snapshot: Some(NewSnapshot { at, floor: at, conf, replaces_log: true }) })
+        Ok(Staged {
+            batch,
+            hard: Some(hard),
+            entries: Vec::new(),
+            snapshot: Some(NewSnapshot { at, floor: at, conf, replaces_log: true }),
+        })
     }
 
     /// Writes what was staged. After an error nothing has changed and the same may be tried again.
@@ -322,8 +369,12 @@ impl<D: Disk> LogStore<D> {
 
     fn from_disk(&self, index: u64) -> Result<Entry, LogError> {
         let key = index.to_be_bytes();
-        let value = self.disk.get(Table::Log, &key)?.ok_or_else(|| LogError::Damaged(format!("entry {index} is missing")))?;
-        read_entry(&key, &value).ok_or_else(|| LogError::Damaged(format!("entry {index} has a wrong checksum")))
+        let value = self
+            .disk
+            .get(Table::Log, &key)?
+            .ok_or_else(|| LogError::Damaged(format!("entry {index} is missing")))?;
+        read_entry(&key, &value)
+            .ok_or_else(|| LogError::Damaged(format!("entry {index} has a wrong checksum")))
     }
 }
 
@@ -332,7 +383,13 @@ impl<D: Disk> Storage for LogStore<D> {
         Ok(RaftState::new(self.hard.clone(), self.conf.clone()))
     }
 
-    fn entries(&self, low: u64, high: u64, max_size: impl Into<Option<u64>>, _: GetEntriesContext) -> raft::Result<Vec<Entry>> {
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
         if low <= self.floor.index {
             return Err(raft::Error::Store(StorageError::Compacted));
         }
@@ -378,8 +435,11 @@ impl<D: Disk> Storage for LogStore<D> {
         if request_index > self.snapshot.index {
             return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
         }
-        let metadata =
-            SnapshotMetadata { conf_state: Some(self.conf.clone()), index: self.snapshot.index, term: self.snapshot.term };
+        let metadata = SnapshotMetadata {
+            conf_state: Some(self.conf.clone()),
+            index: self.snapshot.index,
+            term: self.snapshot.term,
+        };
         Ok(Snapshot { data: self.snapshot_state().map_err(to_raft)?, metadata: Some(metadata) })
     }
 }
@@ -415,13 +475,15 @@ fn snapshot_row(at: Position, floor: Position, conf: &ConfState) -> SnapshotRow 
 }
 
 fn put<T: Serialize>(batch: &mut Batch, key: &[u8], row: &T) -> Result<(), LogError> {
-    let payload = codec::encode(row).map_err(|error| DiskError::Failed(format!("a row cannot be encoded: {error}")))?;
+    let payload =
+        codec::encode(row).map_err(|error| DiskError::Failed(format!("a row cannot be encoded: {error}")))?;
     batch.put(Table::Meta, key, seal::seal(Table::Meta, key, payload));
     Ok(())
 }
 
 fn get<D: Disk, T: serde::de::DeserializeOwned>(disk: &D, key: &[u8]) -> Result<Option<T>, LogError> {
-    let damaged = || LogError::Damaged(format!("its {} row has a wrong checksum", String::from_utf8_lossy(key)));
+    let damaged =
+        || LogError::Damaged(format!("its {} row has a wrong checksum", String::from_utf8_lossy(key)));
     let Some(value) = disk.get(Table::Meta, key)? else { return Ok(None) };
     let payload = seal::open(Table::Meta, key, &value).ok_or_else(damaged)?;
     codec::decode(payload).map(Some).map_err(|_| damaged())

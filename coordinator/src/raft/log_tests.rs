@@ -73,7 +73,8 @@ fn a_log_with_less_than_it_promised_does_not_open() {
 fn a_flipped_bit_is_named() {
     let mut log = new_log();
     append(&mut log, vec![entry(2, 1), entry(3, 1)], hard(1, 2));
-    let places = [(Table::Log, 2u64.to_be_bytes().to_vec(), "entry 2"), (Table::Meta, HARD_KEY.to_vec(), "hard row")];
+    let places =
+        [(Table::Log, 2u64.to_be_bytes().to_vec(), "entry 2"), (Table::Meta, HARD_KEY.to_vec(), "hard row")];
     for (table, key, named) in places {
         let disk = log.disk().after_power_failure(0);
         let mut value = disk.get(table, &key).unwrap().unwrap();
@@ -99,7 +100,10 @@ fn compaction_drops_the_oldest_entries_and_keeps_the_rest_readable() {
         assert_eq!(log.first_index().unwrap(), last - 5 - KEEP_BEHIND + 1);
         assert_eq!(terms(log).len() as u64, KEEP_BEHIND + 5);
         assert_eq!(log.snapshot_state().unwrap(), b"later");
-        assert!(matches!(log.entries(2, 3, None, GetEntriesContext::empty(false)), Err(raft::Error::Store(StorageError::Compacted))));
+        assert!(matches!(
+            log.entries(2, 3, None, GetEntriesContext::empty(false)),
+            Err(raft::Error::Store(StorageError::Compacted))
+        ));
     }
 }
 
@@ -124,7 +128,10 @@ fn a_leaders_snapshot_replaces_everything() {
     log.write(&staged, Durability::Synced).unwrap();
     let reopened = reopen(&log).unwrap();
     for log in [&log, &reopened] {
-        assert_eq!((log.first_index().unwrap(), log.last_index().unwrap(), log.term(900).unwrap()), (901, 900, 4));
+        assert_eq!(
+            (log.first_index().unwrap(), log.last_index().unwrap(), log.term(900).unwrap()),
+            (901, 900, 4)
+        );
         assert_eq!(log.snapshot_state().unwrap(), b"theirs");
         assert_eq!(log.conf().voters, [1, 2, 3]);
     }

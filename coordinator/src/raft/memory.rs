@@ -70,7 +70,13 @@ impl Disk for MemoryDisk {
         Ok(self.lock().visible.get(&(table, key.to_vec())).cloned())
     }
 
-    fn scan(&self, table: Table, from: &[u8], to: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), DiskError> {
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), DiskError> {
         if from >= to {
             return Ok(());
         }
@@ -116,14 +122,19 @@ mod tests {
     #[test]
     fn a_power_failure_keeps_what_was_synced_and_a_prefix_of_the_rest() {
         let disk = MemoryDisk::default();
-        for (n, durability) in [Durability::Written, Durability::Synced, Durability::Written, Durability::Written].into_iter().enumerate() {
+        for (n, durability) in
+            [Durability::Written, Durability::Synced, Durability::Written, Durability::Written]
+                .into_iter()
+                .enumerate()
+        {
             let mut batch = Batch::default();
             batch.put(Table::Log, &[n as u8], vec![n as u8]);
             disk.write(&batch, durability).unwrap();
         }
         for kept in 0..3 {
             let after = disk.after_power_failure(kept);
-            let present: Vec<bool> = (0..4u8).map(|n| after.get(Table::Log, &[n]).unwrap().is_some()).collect();
+            let present: Vec<bool> =
+                (0..4u8).map(|n| after.get(Table::Log, &[n]).unwrap().is_some()).collect();
             assert_eq!(present, [true, true, kept >= 1, kept >= 2]);
         }
     }

@@ -100,7 +100,8 @@ impl<D: Disk> Replica<D> {
     /// Continues from what is on the disk; `None` when it is empty.
     pub fn open(disk: Arc<D>) -> Result<Option<Self>, ReplicaError> {
         let Some(log) = LogStore::open(disk)? else { return Ok(None) };
-        let state = codec::decode_record(&log.snapshot_state()?).map_err(|error| ReplicaError::State(error.to_string()))?;
+        let state = codec::decode_record(&log.snapshot_state()?)
+            .map_err(|error| ReplicaError::State(error.to_string()))?;
         Self::start(log, state).map(Some)
     }
 
@@ -124,7 +125,17 @@ impl<D: Disk> Replica<D> {
             node.campaign()?;
         }
         let (rows, reads) = (Batch::default(), Vec::new());
-        Ok(Replica { node, state, applied, conf, rows, reads, bytes_since_snapshot: 0, stuck: None, full: None })
+        Ok(Replica {
+            node,
+            state,
+            applied,
+            conf,
+            rows,
+            reads,
+            bytes_since_snapshot: 0,
+            stuck: None,
+            full: None,
+        })
     }
 
     pub fn state(&self) -> &State {
@@ -207,7 +218,9 @@ impl<D: Disk> Replica<D> {
         let mut output = Output::default();
         match self.round(send, &mut output) {
             Ok(()) => self.full = None,
-            Err(ReplicaError::Log(LogError::Disk(DiskError::Full(why)))) => self.full = Some(why),
+            Err(ReplicaError::Log(LogError::Disk(error @ DiskError::Full(_)))) => {
+                self.full = Some(error.to_string())
+            }
             Err(error) => return Err(error),
         }
         Ok(output)
@@ -229,7 +242,8 @@ impl<D: Disk> Replica<D> {
             let mut ready = self.node.ready();
             ready.take_messages().into_iter().for_each(&mut *send);
             let reads = ready.take_read_states();
-            self.reads.extend(reads.into_iter().filter_map(|read| Some((read.index, ticket(&read.request_ctx)?))));
+            self.reads
+                .extend(reads.into_iter().filter_map(|read| Some((read.index, ticket(&read.request_ctx)?))));
             let staged = if ready.snapshot().is_empty() {
                 self.node.store().stage(ready.take_entries(), ready.hs().cloned())?
             } else {
@@ -277,7 +291,8 @@ impl<D: Disk> Replica<D> {
     fn install(&mut self, ready: &Ready) -> Result<(), ReplicaError> {
         let snapshot = ready.snapshot();
         let metadata = snapshot.get_metadata();
-        self.state = codec::decode_record(&snapshot.data).map_err(|error| ReplicaError::State(error.to_string()))?;
+        self.state =
+            codec::decode_record(&snapshot.data).map_err(|error| ReplicaError::State(error.to_string()))?;
         self.applied = Position { index: metadata.index, term: metadata.term };
         self.conf = metadata.get_conf_state().clone();
         self.rows = Batch::default();
@@ -341,7 +356,8 @@ impl<D: Disk> Replica<D> {
 
     /// Makes the applied state durable, so that the log before it is not needed any more.
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
-        let state = codec::encode_record(&self.state).map_err(|error| ReplicaError::State(error.to_string()))?;
+        let state =
+            codec::encode_record(&self.state).map_err(|error| ReplicaError::State(error.to_string()))?;
         let staged = self.node.store().stage_compaction(self.applied, self.conf.clone(), state)?;
         self.node.mut_store().write(&staged, Durability::Synced)?;
         self.bytes_since_snapshot = 0;

@@ -8,11 +8,13 @@ use crate::cluster::tests::submit;
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::protocol::Role;
 use raft::eraftpb::MessageType;
+use std::collections::BTreeMap;
 
 type TestReplica = Replica<MemoryDisk>;
 
 fn alone() -> TestReplica {
-    let mut replica = Replica::create(Arc::new(MemoryDisk::default()), 1, &[1], State::new("test".into())).unwrap();
+    let mut replica =
+        Replica::create(Arc::new(MemoryDisk::default()), 1, &[1], State::new("test".into())).unwrap();
     settle(&mut replica);
     replica
 }
@@ -106,7 +108,13 @@ fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
         for n in 0..400 {
             let ttl_ms = if n % 2 == 0 { 1 } else { 0 };
             let id = format!("{round}-{n}");
-            let change = Change::CreateToken(CreateToken { id, secret_sha256: [1; 32], role: Role::Worker, ttl_ms, uses: 1 });
+            let change = Change::CreateToken(CreateToken {
+                id,
+                secret_sha256: [1; 32],
+                role: Role::Worker,
+                ttl_ms,
+                uses: 1,
+            });
             replica.propose(n, &Command { unix_ms: round * 10, request: None, change }).unwrap();
         }
         settle(&mut replica);
@@ -144,14 +152,18 @@ fn a_follower_declines_proposals() {
 /// Three replicas and the messages between them.
 struct Cluster {
     replicas: Vec<TestReplica>,
-    answers: Vec<(Ticket, Answer)>,
+    /// What every replica answered, by ticket.
+    answers: BTreeMap<Ticket, Answer>,
     cut: Option<u64>,
 }
 
 impl Cluster {
     fn new() -> Self {
-        let replica = |id| Replica::create(Arc::new(MemoryDisk::default()), id, &[1, 2, 3], State::new("test".into())).unwrap();
-        Cluster { replicas: (1..=3).map(replica).collect(), answers: Vec::new(), cut: None }
+        let replica = |id| {
+            Replica::create(Arc::new(MemoryDisk::default()), id, &[1, 2, 3], State::new("test".into()))
+                .unwrap()
+        };
+        Cluster { replicas: (1..=3).map(replica).collect(), answers: BTreeMap::new(), cut: None }
     }
 
     /// Delivers messages until none is left. A message counts as sent only with what its sender's disk holds by then.
@@ -159,7 +171,9 @@ impl Cluster {
         loop {
             let mut sent = Vec::new();
             for replica in &mut self.replicas {
-                self.answers.extend(replica.process(&mut |message| sent.push(message)).unwrap().answers);
+                for (ticket, answer) in replica.process(&mut |message| sent.push(message)).unwrap().answers {
+                    assert_eq!(self.answers.entry(ticket).or_insert(answer.clone()), &answer);
+                }
             }
             sent.retain(|message| self.cut.is_none_or(|cut| message.from != cut && message.to != cut));
             if sent.is_empty() {
@@ -223,9 +237,10 @@ fn a_leader_that_is_cut_off_is_replaced_and_loses_only_what_it_never_acknowledge
     cluster.replicas[new].propose(3, &command(3)).unwrap();
     cluster.settle();
     cluster.cut = None;
-    cluster.run_until(|cluster| cluster.replicas[old].applied_index() == cluster.replicas[new].applied_index());
+    cluster
+        .run_until(|cluster| cluster.replicas[old].applied_index() == cluster.replicas[new].applied_index());
     assert_eq!(cluster.replicas[old].state(), cluster.replicas[new].state());
-    assert_eq!(cluster.answers.iter().map(|(ticket, _)| *ticket).collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(cluster.answers.keys().copied().collect::<Vec<_>>(), [1, 3]);
 }
 
 #[test]
@@ -264,7 +279,12 @@ fn a_vote_is_sent_only_after_it_is_durable() {
     replica
         .process(&mut |message| {
             let after = LogStore::open(Arc::new(disk.after_power_failure(0))).unwrap().unwrap();
-            votes.push((message.get_msg_type(), message.reject, after.hard_state().vote, after.hard_state().term));
+            votes.push((
+                message.get_msg_type(),
+                message.reject,
+                after.hard_state().vote,
+                after.hard_state().term,
+            ));
         })
         .unwrap();
     assert_eq!(votes, [(MessageType::MsgRequestVoteResponse, false, 2, 5)]);

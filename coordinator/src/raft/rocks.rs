@@ -2,8 +2,8 @@
 
 use super::disk::{Batch, Disk, DiskError, Durability, Op, Table};
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error, IteratorMode, LogLevel, Options, ReadOptions,
-    WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error, IteratorMode,
+    LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
@@ -53,7 +53,13 @@ impl Disk for RocksDisk {
         self.with(|db| db.get_cf(family(db, table)?, key).map_err(|error| self.error(error)))
     }
 
-    fn scan(&self, table: Table, from: &[u8], to: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), DiskError> {
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), DiskError> {
         if from >= to {
             return Ok(());
         }
@@ -77,7 +83,9 @@ impl Disk for RocksDisk {
             for op in &batch.ops {
                 match op {
                     Op::Put { table, key, value } => native.put_cf(family(db, *table)?, key, value),
-                    Op::DeleteRange { table, from, to } => native.delete_range_cf(family(db, *table)?, from, to),
+                    Op::DeleteRange { table, from, to } => {
+                        native.delete_range_cf(family(db, *table)?, from, to)
+                    }
                 }
             }
             let mut options = WriteOptions::default();
@@ -130,7 +138,9 @@ fn family(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, DiskError> {
 /// RocksDB tells causes in text only.
 fn classify(path: &Path, error: &Error) -> DiskError {
     let text = error.to_string();
-    let full = ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached"].iter().any(|mark| text.contains(mark));
+    let full = ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached"]
+        .iter()
+        .any(|mark| text.contains(mark));
     let what = format!("{}: {text}", path.display());
     if full { DiskError::Full(what) } else { DiskError::Failed(what) }
 }
@@ -142,7 +152,9 @@ mod tests {
     #[test]
     fn behaves_as_a_disk() {
         let dir = tempfile::tempdir().unwrap();
-        super::super::conformance::check(&mut |n| Box::new(RocksDisk::open(&dir.path().join(n.to_string())).unwrap()));
+        super::super::conformance::check(&mut |n| {
+            Box::new(RocksDisk::open(&dir.path().join(n.to_string())).unwrap())
+        });
     }
 
     #[test]

@@ -32,7 +32,10 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Why a connection ends.
 enum End {
     /// The agent is told; it may come back unless `fatal`.
-    Refused { message: String, fatal: bool },
+    Refused {
+        message: String,
+        fatal: bool,
+    },
     Gone(String),
 }
 
@@ -98,11 +101,15 @@ async fn converse(
 async fn greet(shared: &Shared, node: NodeId, hello: &AgentHello) -> Result<(), End> {
     if hello.version != PROTOCOL_VERSION {
         let ours = PROTOCOL_VERSION;
-        let message = format!("this cluster speaks version {ours} of the protocol, the worker {}; install the same version of fleet", hello.version);
+        let message = format!(
+            "this cluster speaks version {ours} of the protocol, the worker {}; install the same version of fleet",
+            hello.version
+        );
         return Err(refused(message, true));
     }
     let gangs = hello.gangs.clone();
-    let seen = shared.handle.read(move |state| (state.nodes().get(&node).cloned(), state.lost_gangs(node, &gangs)));
+    let seen =
+        shared.handle.read(move |state| (state.nodes().get(&node).cloned(), state.lost_gangs(node, &gangs)));
     let (known, lost) = seen.await.map_err(|refusal| refused(refusal.message, false))?;
     if !known.is_some_and(|record| as_described(&record, hello)) {
         let describe = DescribeNode {
@@ -115,7 +122,10 @@ async fn greet(shared: &Shared, node: NodeId, hello: &AgentHello) -> Result<(), 
         commit(shared, Change::DescribeNode(describe)).await?;
     }
     for (job, generation) in lost {
-        let message = format!("agent restarted: the worker on {} came back without {job}; its ranks are gone", hello.name);
+        let message = format!(
+            "agent restarted: the worker on {} came back without {job}; its ranks are gone",
+            hello.name
+        );
         commit(shared, Change::FailJob(FailJob { job, generation, message })).await?;
     }
     Ok(())
@@ -138,7 +148,12 @@ async fn commit(shared: &Shared, change: Change) -> Result<(), End> {
 }
 
 /// Reads until the connection ends.
-async fn listen(shared: &Shared, node: NodeId, receive: &mut RecvStream, batches: mpsc::Sender<EventBatch>) -> End {
+async fn listen(
+    shared: &Shared,
+    node: NodeId,
+    receive: &mut RecvStream,
+    batches: mpsc::Sender<EventBatch>,
+) -> End {
     loop {
         match read_frame(receive).await {
             Ok(Some(FromAgent::Heartbeat { .. })) => shared.roster.heard(node),
@@ -156,7 +171,12 @@ async fn listen(shared: &Shared, node: NodeId, receive: &mut RecvStream, batches
 }
 
 /// Commits events, in order, and acknowledges them.
-async fn record(shared: &Shared, node: NodeId, mut batches: mpsc::Receiver<EventBatch>, outbox: mpsc::Sender<ToAgent>) -> End {
+async fn record(
+    shared: &Shared,
+    node: NodeId,
+    mut batches: mpsc::Receiver<EventBatch>,
+    outbox: mpsc::Sender<ToAgent>,
+) -> End {
     // Halves of a batch that was too large for the log, the first one last.
     let mut rest: Vec<EventBatch> = Vec::new();
     loop {
@@ -179,7 +199,9 @@ async fn record(shared: &Shared, node: NodeId, mut batches: mpsc::Receiver<Event
                 rest.extend(halves(batch));
                 continue;
             }
-            Err(refusal) if refusal.kind == RefusalKind::Invalid => return refused(format!("an event of {job}: {}", refusal.message), true),
+            Err(refusal) if refusal.kind == RefusalKind::Invalid => {
+                return refused(format!("an event of {job}: {}", refusal.message), true);
+            }
             Err(refusal) => {
                 debug!("events of {job} wait: {}", refusal.message);
                 rest.push(batch);
@@ -210,7 +232,10 @@ async fn speak(
 ) -> End {
     let gangs = hello.gangs.clone();
     let standing = shared.handle.read(move |state| {
-        gangs.into_iter().map(|(job, generation)| (job, generation, state.gang_standing(node, job, generation))).collect::<Vec<_>>()
+        gangs
+            .into_iter()
+            .map(|(job, generation)| (job, generation, state.gang_standing(node, job, generation)))
+            .collect::<Vec<_>>()
     });
     let standing = match standing.await {
         Ok(standing) => standing,
@@ -235,9 +260,14 @@ async fn speak(
             return gone(error);
         }
     }
-    let mut told: BTreeSet<Told> = hello.gangs.iter().map(|(job, generation)| Told::Start(*job, *generation)).collect();
+    let mut told: BTreeSet<Told> =
+        hello.gangs.iter().map(|(job, generation)| Told::Start(*job, *generation)).collect();
     loop {
-        let orders = match shared.handle.read(move |state| (state.nodes().get(&node).is_some_and(|node| node.lost), state.orders(node))).await {
+        let orders = match shared
+            .handle
+            .read(move |state| (state.nodes().get(&node).is_some_and(|node| node.lost), state.orders(node)))
+            .await
+        {
             Ok((true, _)) => return refused("the cluster has given this node up; greet again", false),
             Ok((false, orders)) => orders,
             // Not now; the next wake-up or try asks again.

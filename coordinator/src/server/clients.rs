@@ -13,7 +13,9 @@ use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::JobId;
 use fleet_common::job::Job;
 use fleet_common::net::JoinToken;
-use fleet_common::protocol::{self, ClientFrame, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role, Work};
+use fleet_common::protocol::{
+    self, ClientFrame, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role, Work,
+};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,7 +58,9 @@ async fn answer(shared: Arc<Shared>, mut send: SendStream, mut receive: RecvStre
             shared.metrics.count(name, true);
             return watch(&shared, &mut send, job, from, follow).await;
         }
-        ClientFrame { client, seq, request, .. } => carry_out(&shared, RequestId { client, seq }, request).await,
+        ClientFrame { client, seq, request, .. } => {
+            carry_out(&shared, RequestId { client, seq }, request).await
+        }
     };
     shared.metrics.count(name, result.is_ok());
     let reply = result.unwrap_or_else(Reply::Refused);
@@ -99,20 +103,28 @@ async fn submit(shared: &Shared, id: RequestId, job: protocol::SubmitJob) -> Res
     }
     let (name, keep_checkpoints) = match &job.work {
         Work::Train { job_json } => {
-            let job = Job::from_json(job_json).map_err(|error| invalid(format!("this is not a job: {error}")))?;
+            let job =
+                Job::from_json(job_json).map_err(|error| invalid(format!("this is not a job: {error}")))?;
             if job.num_nodes > 1 {
-                return Err(invalid(format!("num_nodes = {}: all ranks of a job run on one node; set num_nodes = 1", job.num_nodes)));
+                return Err(invalid(format!(
+                    "num_nodes = {}: all ranks of a job run on one node; set num_nodes = 1",
+                    job.num_nodes
+                )));
             }
             (job.run_name.clone(), job.checkpoint.save_total_limit)
         }
         Work::Program(program) => {
-            let name = program.argv.first().ok_or_else(|| invalid("a program has at least its own name as an argument"))?;
+            let name = program
+                .argv
+                .first()
+                .ok_or_else(|| invalid("a program has at least its own name as an argument"))?;
             (name.rsplit('/').next().unwrap_or(name).to_owned(), 1)
         }
     };
     let observed = shared.roster.observed(shared.handle.status().leading_since);
     let largest_node = shared.handle.read(move |state| planner::largest_node(state, &observed)).await?;
-    let submit = SubmitJob { name, world_size: job.world_size, work: job.work, keep_checkpoints, largest_node };
+    let submit =
+        SubmitJob { name, world_size: job.world_size, work: job.work, keep_checkpoints, largest_node };
     match change(shared, id, Change::SubmitJob(submit)).await? {
         Answer::Submitted { job } => {
             info!("{job} was submitted");
@@ -122,12 +134,22 @@ async fn submit(shared: &Shared, id: RequestId, job: protocol::SubmitJob) -> Res
     }
 }
 
-async fn create_token(shared: &Shared, id: RequestId, role: Role, ttl_s: u64, uses: u32) -> Result<Reply, Refusal> {
+async fn create_token(
+    shared: &Shared,
+    id: RequestId,
+    role: Role,
+    ttl_s: u64,
+    uses: u32,
+) -> Result<Reply, Refusal> {
     if role == Role::Coordinator {
-        return Err(invalid("this cluster has one coordinator and takes no other; make a token for a worker or a client"));
+        return Err(invalid(
+            "this cluster has one coordinator and takes no other; make a token for a worker or a client",
+        ));
     }
     if ttl_s == 0 || ttl_s > TOKEN_TTL_MAX_S || uses == 0 {
-        return Err(invalid(format!("a token has at least one use and lives 1 to {TOKEN_TTL_MAX_S} seconds")));
+        return Err(invalid(format!(
+            "a token has at least one use and lives 1 to {TOKEN_TTL_MAX_S} seconds"
+        )));
     }
     let token = new_token(shared, Some(id), role, ttl_s, uses).await?;
     info!("a token {} for a {role:?} was made", token.id);
@@ -135,9 +157,22 @@ async fn create_token(shared: &Shared, id: RequestId, role: Role, ttl_s: u64, us
 }
 
 /// Makes a token whose secret is known only to the caller.
-pub async fn new_token(shared: &Shared, id: Option<RequestId>, role: Role, ttl_s: u64, uses: u32) -> Result<JoinToken, Refusal> {
-    let token = JoinToken::generate(role, shared.ca.fingerprint()).map_err(|error| unavailable(error.to_string()))?;
-    let create = CreateToken { id: token.id.clone(), secret_sha256: token.secret_hash(), role, ttl_ms: ttl_s.saturating_mul(1000), uses };
+pub async fn new_token(
+    shared: &Shared,
+    id: Option<RequestId>,
+    role: Role,
+    ttl_s: u64,
+    uses: u32,
+) -> Result<JoinToken, Refusal> {
+    let token =
+        JoinToken::generate(role, shared.ca.fingerprint()).map_err(|error| unavailable(error.to_string()))?;
+    let create = CreateToken {
+        id: token.id.clone(),
+        secret_sha256: token.secret_hash(),
+        role,
+        ttl_ms: ttl_s.saturating_mul(1000),
+        uses,
+    };
     match shared.handle.propose(id, Change::CreateToken(create)).await? {
         Answer::TokenCreated { id } if id == token.id => Ok(token),
         Answer::TokenCreated { id } => Err(invalid(format!(
@@ -158,11 +193,20 @@ async fn watch(shared: &Shared, send: &mut SendStream, job: JobId, from: u64, fo
     }
 }
 
-async fn stream_events(shared: &Shared, send: &mut SendStream, job: JobId, mut next: u64, follow: bool) -> Result<(), Refusal> {
+async fn stream_events(
+    shared: &Shared,
+    send: &mut SendStream,
+    job: JobId,
+    mut next: u64,
+    follow: bool,
+) -> Result<(), Refusal> {
     let mut news = shared.roster.watch(job);
     loop {
         news.borrow_and_update();
-        let stand = shared.handle.read(move |state| state.jobs().get(&job).map(|record| (record.events, record.state.is_final()))).await;
+        let stand = shared
+            .handle
+            .read(move |state| state.jobs().get(&job).map(|record| (record.events, record.state.is_final())))
+            .await;
         let (events, ended) = match stand {
             Ok(stand) => stand.ok_or_else(|| views::no_such_job(job))?,
             // The recorded events are still there to follow when a leader is.

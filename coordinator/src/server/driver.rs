@@ -65,7 +65,10 @@ impl Handle {
     }
 
     /// Looks at a state that has everything which was acknowledged before the call. `look` runs on the raft thread: it must be quick.
-    pub async fn read<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T, Refusal> {
+    pub async fn read<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&State) -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
         let (seen, result) = oneshot::channel();
         let look = move |state: &State| {
             // The caller may have given up.
@@ -85,7 +88,11 @@ impl Handle {
         match led {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(anyhow!("the raft thread ended while starting")),
-            Err(_) => Err(anyhow!("no leader after {} s{}", ANSWER_DEADLINE.as_secs(), reason(self.status().read_only))),
+            Err(_) => Err(anyhow!(
+                "no leader after {} s{}",
+                ANSWER_DEADLINE.as_secs(),
+                reason(self.status().read_only)
+            )),
         }
     }
 
@@ -94,7 +101,9 @@ impl Handle {
             self.inbox.send(input).await.map_err(|_| unavailable("the coordinator is stopping"))?;
             result.await.map_err(|_| unavailable("leadership moved before this was done; try again"))
         };
-        timeout(ANSWER_DEADLINE, work).await.unwrap_or_else(|_| Err(unavailable("not done in time; try again")))
+        timeout(ANSWER_DEADLINE, work)
+            .await
+            .unwrap_or_else(|_| Err(unavailable("not done in time; try again")))
     }
 }
 
@@ -220,7 +229,9 @@ impl<D: Disk> Driver<D> {
                 }
             }
             // Nobody else can have changed anything: a full disk does not keep a lone replica from answering.
-            Input::Read(look) if self.replica.is_alone() && self.replica.full().is_some() => look(self.replica.state()),
+            Input::Read(look) if self.replica.is_alone() && self.replica.full().is_some() => {
+                look(self.replica.state())
+            }
             Input::Read(look) => {
                 self.next_ticket = self.next_ticket.wrapping_add(1);
                 self.reads.insert(self.next_ticket, WaitingRead { look, since: Instant::now() });
@@ -240,7 +251,9 @@ impl<D: Disk> Driver<D> {
             Declined::NotLeader => unavailable("this coordinator does not lead at the moment; try again"),
             Declined::Busy => unavailable("too much is waiting to be written; try again"),
             Declined::DiskFull(why) => unavailable(why),
-            Declined::TooLarge => Refusal { kind: RefusalKind::Invalid, message: "this request is too large".into() },
+            Declined::TooLarge => {
+                Refusal { kind: RefusalKind::Invalid, message: "this request is too large".into() }
+            }
         })
     }
 

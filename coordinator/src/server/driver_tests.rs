@@ -87,7 +87,11 @@ async fn writing_stops_before_the_disk_is_full() {
     fixture.free.store(RESERVE_BYTES - 1, Ordering::SeqCst);
     fixture.until(|status| status.read_only.is_some()).await;
     let refusal = fixture.submit(1).await.unwrap_err();
-    assert!(refusal.kind == RefusalKind::Unavailable && refusal.message.contains("15 MiB"), "{}", refusal.message);
+    assert!(
+        refusal.kind == RefusalKind::Unavailable && refusal.message.contains("15 MiB"),
+        "{}",
+        refusal.message
+    );
     fixture.free.store(RESERVE_BYTES, Ordering::SeqCst);
     assert!(fixture.submit(1).await.is_err());
     fixture.free.store(RESUME_BYTES, Ordering::SeqCst);

@@ -97,11 +97,18 @@ async fn respond(shared: &Shared, head: &str) -> Response {
         "/metrics" => return metrics(shared).await,
         "/api/v1/nodes" => views::nodes(shared).await.map(|nodes| Response::json(&nodes)),
         "/api/v1/jobs" => views::jobs(shared).await.map(|jobs| Response::json(&jobs)),
-        "/api/v1/checkpoints" => views::checkpoints(shared, None).await.map(|checkpoints| Response::json(&checkpoints)),
+        "/api/v1/checkpoints" => {
+            views::checkpoints(shared, None).await.map(|checkpoints| Response::json(&checkpoints))
+        }
         path => match path.strip_prefix("/api/v1/jobs/").map(str::parse::<JobId>) {
             Some(Ok(job)) => views::job(shared, job).await.map(|job| Response::json(&job)),
             Some(Err(error)) => return Response::text(400, error.to_string()),
-            None => return Response::text(404, "there is /healthz, /metrics and /api/v1/{nodes,jobs,jobs/ID,checkpoints}"),
+            None => {
+                return Response::text(
+                    404,
+                    "there is /healthz, /metrics and /api/v1/{nodes,jobs,jobs/ID,checkpoints}",
+                );
+            }
         },
     };
     result.unwrap_or_else(Response::refused)
@@ -137,13 +144,16 @@ struct HttpRequest<'a> {
 fn parse(head: &str) -> Result<HttpRequest<'_>, &'static str> {
     let mut lines = head.split("\r\n");
     let mut words = lines.next().unwrap_or_default().split(' ');
-    let (Some(method), Some(target), Some(version), None) = (words.next(), words.next(), words.next(), words.next()) else {
+    let (Some(method), Some(target), Some(version), None) =
+        (words.next(), words.next(), words.next(), words.next())
+    else {
         return Err("this is not an HTTP request");
     };
     if !version.starts_with("HTTP/1.") || !target.starts_with('/') {
         return Err("this is not an HTTP/1.1 request for a path");
     }
-    let mut hosts = lines.filter_map(|line| line.split_once(':')).filter(|(name, _)| name.eq_ignore_ascii_case("host"));
+    let mut hosts =
+        lines.filter_map(|line| line.split_once(':')).filter(|(name, _)| name.eq_ignore_ascii_case("host"));
     match (hosts.next(), hosts.next()) {
         (Some((_, host)), None) => {
             let path = target.split_once('?').map_or(target, |(path, _)| path);
@@ -164,7 +174,9 @@ pub fn host_of(address: &str) -> &str {
 fn host_allowed(header: &str, hosts: &[String]) -> bool {
     let host = host_of(header);
     let loopback = host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    loopback || host.eq_ignore_ascii_case("localhost") || hosts.iter().any(|known| known.eq_ignore_ascii_case(host))
+    loopback
+        || host.eq_ignore_ascii_case("localhost")
+        || hosts.iter().any(|known| known.eq_ignore_ascii_case(host))
 }
 
 struct Response {
@@ -228,7 +240,10 @@ mod tests {
     #[test]
     fn a_request_is_taken_apart_or_refused() {
         let head = "GET /api/v1/jobs?x=1 HTTP/1.1\r\nAccept: */*\r\nhOST: localhost:7080\r\n\r\n";
-        assert_eq!(parse(head), Ok(HttpRequest { method: "GET", path: "/api/v1/jobs", host: "localhost:7080" }));
+        assert_eq!(
+            parse(head),
+            Ok(HttpRequest { method: "GET", path: "/api/v1/jobs", host: "localhost:7080" })
+        );
         for bad in [
             "",
             "GET /\r\nHost: a\r\n\r\n",
@@ -245,10 +260,19 @@ mod tests {
     #[test]
     fn only_loopback_and_the_configured_names_are_served() {
         let hosts = ["box.example".to_owned()];
-        for good in ["localhost", "LOCALHOST:80", "127.0.0.1:7080", "127.1.2.3", "[::1]:7080", "[::1]", "Box.Example:7080"] {
+        for good in [
+            "localhost",
+            "LOCALHOST:80",
+            "127.0.0.1:7080",
+            "127.1.2.3",
+            "[::1]:7080",
+            "[::1]",
+            "Box.Example:7080",
+        ] {
             assert!(host_allowed(good, &hosts), "{good}");
         }
-        for bad in ["", "evil.example", "127.0.0.1.evil.example:80", "localhost.evil", "10.0.0.1", "[::2]:80"] {
+        for bad in ["", "evil.example", "127.0.0.1.evil.example:80", "localhost.evil", "10.0.0.1", "[::2]:80"]
+        {
             assert!(!host_allowed(bad, &hosts), "{bad}");
         }
     }

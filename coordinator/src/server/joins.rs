@@ -45,7 +45,9 @@ async fn admit(shared: &Shared, request: &JoinRequest) -> Result<JoinReply, Stri
     };
     // Guesses are turned away here, so that they do not fill the log.
     let (id, secret) = (redeem.id.clone(), redeem.secret_sha256);
-    let known = shared.handle.read(move |state| state.tokens().get(&id).is_some_and(|token| token.secret_sha256 == secret));
+    let known = shared
+        .handle
+        .read(move |state| state.tokens().get(&id).is_some_and(|token| token.secret_sha256 == secret));
     if !known.await.map_err(|refusal| refusal.message)? {
         return Err("this token is not known here; use one that this cluster issued".into());
     }
@@ -54,14 +56,20 @@ async fn admit(shared: &Shared, request: &JoinRequest) -> Result<JoinReply, Stri
     let mut client = [0; 16];
     client.copy_from_slice(&hash[..16]);
     let id = RequestId { client: ClientId(u128::from_be_bytes(client)), seq: 1 };
-    let answer = shared.handle.propose(Some(id), Change::RedeemToken(redeem)).await.map_err(|refusal| refusal.message)?;
+    let answer = shared
+        .handle
+        .propose(Some(id), Change::RedeemToken(redeem))
+        .await
+        .map_err(|refusal| refusal.message)?;
     let (role, node) = match answer {
         Answer::Redeemed { role, node } => (role, node),
         Answer::Rejected(refusal) => return Err(refusal.message),
         other => return Err(format!("the cluster gave an answer that does not fit: {other:?}")),
     };
     let name = match node {
-        Some(node) => shared.handle.read(move |state| state.node_name(node)).await.map_err(|refusal| refusal.message)?,
+        Some(node) => {
+            shared.handle.read(move |state| state.node_name(node)).await.map_err(|refusal| refusal.message)?
+        }
         None => client_name(&request.name),
     };
     let ca = &shared.ca;
@@ -70,11 +78,18 @@ async fn admit(shared: &Shared, request: &JoinRequest) -> Result<JoinReply, Stri
         .sign(&request.csr_der, ca.cluster_id(), &name, role, node, not_before, CERTIFICATE_VALIDITY)
         .map_err(|error| error.to_string())?;
     info!("{name} joined as {}", described(role, node));
-    Ok(JoinReply::Accepted { cluster_id: ca.cluster_id().to_owned(), role, node, certificate_der, ca_der: ca.der().to_vec() })
+    Ok(JoinReply::Accepted {
+        cluster_id: ca.cluster_id().to_owned(),
+        role,
+        node,
+        certificate_der,
+        ca_der: ca.der().to_vec(),
+    })
 }
 
 fn client_name(wish: &str) -> String {
-    let name: String = wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(63).collect();
+    let name: String =
+        wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(63).collect();
     if name.is_empty() { "client".to_owned() } else { name }
 }
 

@@ -38,7 +38,10 @@ impl Metrics {
             commit_index: gauge("fleet_raft_commit_index", "Last committed entry")?,
             applied_index: gauge("fleet_raft_applied_index", "Last applied entry")?,
             is_leader: gauge("fleet_raft_is_leader", "1 while this replica leads")?,
-            read_only: gauge("fleet_read_only", "1 while writes are refused, for example because the disk is full")?,
+            read_only: gauge(
+                "fleet_read_only",
+                "1 while writes are refused, for example because the disk is full",
+            )?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,
             nodes_connected: gauge("fleet_nodes_connected", "Nodes that are connected")?,
             slots: gauge("fleet_slots", "Slots of the connected nodes")?,
@@ -47,10 +50,14 @@ impl Metrics {
             jobs_queued: gauge("fleet_jobs_queued", "Jobs that wait for a place")?,
         };
         let buckets = prometheus::exponential_buckets(0.0001, 2.0, 16)?;
-        let opts = HistogramOpts::new("fleet_commit_seconds", "From a proposal to its durable answer").buckets(buckets);
+        let opts = HistogramOpts::new("fleet_commit_seconds", "From a proposal to its durable answer")
+            .buckets(buckets);
         let commit_seconds = Histogram::with_opts(opts)?;
         registry.register(Box::new(commit_seconds.clone()))?;
-        let requests = IntCounterVec::new(Opts::new("fleet_requests_total", "Clients' requests"), &["request", "result"])?;
+        let requests = IntCounterVec::new(
+            Opts::new("fleet_requests_total", "Clients' requests"),
+            &["request", "result"],
+        )?;
         registry.register(Box::new(requests.clone()))?;
         Ok(Metrics { registry, commit_seconds, requests, gauges })
     }
@@ -67,7 +74,12 @@ impl Metrics {
     }
 
     /// The text that Prometheus reads.
-    pub fn render(&self, cluster: &ClusterView, is_leader: bool, nodes: &[NodeView]) -> prometheus::Result<Vec<u8>> {
+    pub fn render(
+        &self,
+        cluster: &ClusterView,
+        is_leader: bool,
+        nodes: &[NodeView],
+    ) -> prometheus::Result<Vec<u8>> {
         let connected = || nodes.iter().filter(|node| node.connected);
         let gauges = &self.gauges;
         gauges.term.set(cluster.term as i64);

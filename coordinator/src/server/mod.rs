@@ -148,9 +148,12 @@ async fn listen(options: &Options, prepared: &setup::Prepared) -> Result<(quinn:
         let port = before.and_then(|before| before.rsplit_once(':')).and_then(|(_, port)| port.parse().ok());
         port.filter(|_| address.port() == 0).map(|port| SocketAddr::new(address.ip(), port))
     };
-    let quic = again(options.listen, before.as_ref().filter(|_| options.advertise.is_none()).map(|before| before.quic.as_str()))
-        .and_then(|address| net::serve(address, &prepared.identity).ok())
-        .map_or_else(|| net::serve(options.listen, &prepared.identity), Ok)?;
+    let quic = again(
+        options.listen,
+        before.as_ref().filter(|_| options.advertise.is_none()).map(|before| before.quic.as_str()),
+    )
+    .and_then(|address| net::serve(address, &prepared.identity).ok())
+    .map_or_else(|| net::serve(options.listen, &prepared.identity), Ok)?;
     let http = match again(options.http, before.as_ref().map(|before| before.http.as_str())) {
         Some(address) => TcpListener::bind(address).await.ok(),
         None => None,
@@ -158,11 +161,17 @@ async fn listen(options: &Options, prepared: &setup::Prepared) -> Result<(quinn:
     let http = match http {
         Some(http) => http,
         None => TcpListener::bind(options.http).await.with_context(|| {
-            format!("cannot listen on {} for HTTP; stop what uses that port or choose another with --http", options.http)
+            format!(
+                "cannot listen on {} for HTTP; stop what uses that port or choose another with --http",
+                options.http
+            )
         })?,
     };
     if !options.http.ip().is_loopback() {
-        warn!("HTTP is open to other machines on {}: anyone who reaches it can read what the cluster does", options.http);
+        warn!(
+            "HTTP is open to other machines on {}: anyone who reaches it can read what the cluster does",
+            options.http
+        );
     }
     Ok((quic, http))
 }

@@ -79,7 +79,10 @@ impl Roster {
     pub fn disconnected(&self, node: NodeId, connection: &Connection) {
         let now = self.now_ms();
         let mut inner = self.lock();
-        let newest = inner.agents.get(&node).is_some_and(|agent| agent.connection.stable_id() == connection.stable_id());
+        let newest = inner
+            .agents
+            .get(&node)
+            .is_some_and(|agent| agent.connection.stable_id() == connection.stable_id());
         if newest {
             inner.agents.remove(&node);
             inner.seen.insert(node, Seen { connected: false, heard_ms: now });

@@ -50,7 +50,11 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
 
     let known = ClusterCa::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
-        bail!("{} has a cluster's log but not its CA; restore {} from a backup", dir.display(), cluster_dir.display());
+        bail!(
+            "{} has a cluster's log but not its CA; restore {} from a backup",
+            dir.display(),
+            cluster_dir.display()
+        );
     }
     let now = SystemTime::now();
     let (ca, new) = match known {
@@ -62,15 +66,25 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
         }
     };
 
-    let disk = Arc::new(RocksDisk::open(&raft_dir).with_context(|| format!("cannot open the log in {}", raft_dir.display()))?);
+    let disk = Arc::new(
+        RocksDisk::open(&raft_dir)
+            .with_context(|| format!("cannot open the log in {}", raft_dir.display()))?,
+    );
     let identity = Identity::load(&identity_dir)?;
     let replica = match (Replica::open(disk.clone())?, &identity) {
         (Some(replica), _) => replica,
         (None, Some(_)) => bail!("the log in {} is gone; restore it from a backup", raft_dir.display()),
-        (None, None) => Replica::create(disk.clone(), REPLICA, &[REPLICA], State::new(ca.cluster_id().to_owned()))?,
+        (None, None) => {
+            Replica::create(disk.clone(), REPLICA, &[REPLICA], State::new(ca.cluster_id().to_owned()))?
+        }
     };
     if replica.state().cluster_id() != ca.cluster_id() {
-        bail!("the log in {} belongs to cluster {}, the CA to {}", raft_dir.display(), replica.state().cluster_id(), ca.cluster_id());
+        bail!(
+            "the log in {} belongs to cluster {}, the CA to {}",
+            raft_dir.display(),
+            replica.state().cluster_id(),
+            ca.cluster_id()
+        );
     }
     let identity = match identity {
         Some(identity) if identity.cluster_id == ca.cluster_id() => identity,
@@ -93,7 +107,9 @@ pub async fn write_credentials(dir: &Path, shared: &Shared) -> Result<()> {
     for role in [Role::Worker, Role::Client] {
         let path = token_path(dir, role);
         if files::read_optional(&path)?.is_none() {
-            let token = new_token(shared, None, role, TOKEN_TTL_S, u32::MAX).await.map_err(|refusal| anyhow!(refusal.message))?;
+            let token = new_token(shared, None, role, TOKEN_TTL_S, u32::MAX)
+                .await
+                .map_err(|refusal| anyhow!(refusal.message))?;
             files::write_atomic(&path, format!("{token}\n").as_bytes(), files::SECRET)?;
         }
     }
@@ -120,6 +136,8 @@ fn lock(dir: &Path) -> Result<File> {
         Err(TryLockError::WouldBlock) => {
             bail!("another coordinator runs on {}; stop it or choose another --data-dir", dir.display())
         }
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
     }
 }

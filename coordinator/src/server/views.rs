@@ -10,8 +10,11 @@ use fleet_common::protocol::{
 
 pub async fn cluster(shared: &Shared) -> Result<ClusterView, Refusal> {
     let counted = shared.handle.read(|state| {
-        let in_state = |wanted: fn(JobState) -> bool| state.jobs().values().filter(|job| wanted(job.state)).count() as u32;
-        let running = in_state(|state| matches!(state, JobState::Starting | JobState::Running | JobState::Stopping));
+        let in_state = |wanted: fn(JobState) -> bool| {
+            state.jobs().values().filter(|job| wanted(job.state)).count() as u32
+        };
+        let running =
+            in_state(|state| matches!(state, JobState::Starting | JobState::Running | JobState::Stopping));
         (state.nodes().len() as u32, running, in_state(|state| state == JobState::Queued))
     });
     let (nodes, jobs_running, jobs_queued) = counted.await?;
@@ -55,7 +58,10 @@ pub async fn nodes(shared: &Shared) -> Result<Vec<NodeView>, Refusal> {
 
 pub async fn jobs(shared: &Shared) -> Result<Vec<JobView>, Refusal> {
     let observed = observed(shared);
-    shared.handle.read(move |state| state.jobs().keys().filter_map(|id| job_view(state, &observed, *id)).collect()).await
+    shared
+        .handle
+        .read(move |state| state.jobs().keys().filter_map(|id| job_view(state, &observed, *id)).collect())
+        .await
 }
 
 /// With the job's own JSON, if it is a training job.

@@ -21,14 +21,20 @@ impl AssignGang {
             return Answer::not_found(format!("there is no {}", self.job));
         };
         if job.state != JobState::Queued || self.generation != job.generation() + 1 {
-            return Answer::invalid(format!("{} no longer waits for generation {}", self.job, self.generation));
+            return Answer::invalid(format!(
+                "{} no longer waits for generation {}",
+                self.job, self.generation
+            ));
         }
         let free = match state.nodes.get(&self.node) {
             Some(node) if !node.lost => node.slots.saturating_sub(used),
             _ => 0,
         };
         if free < job.world_size {
-            return Answer::invalid(format!("{} has {free} free slots, {} needs {}", self.node, self.job, job.world_size));
+            return Answer::invalid(format!(
+                "{} has {free} free slots, {} needs {}",
+                self.node, self.job, job.world_size
+            ));
         }
         job.state = JobState::Starting;
         job.placement = Some(Placement { node: self.node, generation: self.generation, next_seq: 1 });
@@ -50,7 +56,9 @@ mod tests {
         let job = script.submit(4);
         script.assign(job);
         let orders = script.state.orders(script.node());
-        assert!(matches!(&orders[..], [ToAgent::StartGang(gang)] if gang.job == job && gang.generation == 1 && gang.world_size == 4));
+        assert!(
+            matches!(&orders[..], [ToAgent::StartGang(gang)] if gang.job == job && gang.generation == 1 && gang.world_size == 4)
+        );
     }
 
     #[test]

@@ -49,7 +49,13 @@ mod tests {
     use fleet_common::protocol::Role;
 
     fn token(id: &str, ttl_ms: u64) -> Change {
-        Change::CreateToken(CreateToken { id: id.into(), secret_sha256: [7; 32], role: Role::Worker, ttl_ms, uses: 1 })
+        Change::CreateToken(CreateToken {
+            id: id.into(),
+            secret_sha256: [7; 32],
+            role: Role::Worker,
+            ttl_ms,
+            uses: 1,
+        })
     }
 
     #[test]

@@ -24,7 +24,10 @@ impl DescribeNode {
             return Answer::invalid(format!("a node offers 1 to {SLOTS_MAX} slots, not {}", self.slots));
         }
         let Some(node) = state.nodes.get_mut(&self.node) else {
-            return Answer::not_found(format!("{} is not registered in this cluster; join again with a token", self.node));
+            return Answer::not_found(format!(
+                "{} is not registered in this cluster; join again with a token",
+                self.node
+            ));
         };
         node.name = super::redeem_token::node_name(&self.name, self.node);
         node.slots = self.slots;
@@ -45,7 +48,13 @@ mod tests {
     #[test]
     fn a_node_that_never_joined_is_refused() {
         let mut script = Script::new();
-        let describe = DescribeNode { node: NodeId(9), name: "n".into(), slots: 4, device: "cpu".into(), version: "1".into() };
+        let describe = DescribeNode {
+            node: NodeId(9),
+            name: "n".into(),
+            slots: 4,
+            device: "cpu".into(),
+            version: "1".into(),
+        };
         assert!(why(script.run(Change::DescribeNode(describe))).contains("node-9 is not registered"));
     }
 

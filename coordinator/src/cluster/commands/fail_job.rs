@@ -19,7 +19,8 @@ impl FailJob {
         let Some(job) = state.jobs.get(&self.job) else {
             return Answer::not_found(format!("there is no {}", self.job));
         };
-        let Some(at) = job.placement.filter(|at| at.generation == self.generation && !job.state.is_final()) else {
+        let Some(at) = job.placement.filter(|at| at.generation == self.generation && !job.state.is_final())
+        else {
             return Answer::Done;
         };
         let node = state.node_name(at.node);
@@ -40,7 +41,8 @@ mod tests {
         let mut script = Script::with_node(1);
         let job = script.submit(1);
         script.assign(job);
-        let fail = |generation| Change::FailJob(FailJob { job, generation, message: "agent restarted".into() });
+        let fail =
+            |generation| Change::FailJob(FailJob { job, generation, message: "agent restarted".into() });
         script.run(fail(2));
         assert_eq!(script.state.jobs()[&job].state, JobState::Starting);
         script.run(fail(1));

@@ -21,7 +21,9 @@ impl RecordEvents {
         if job.state.is_final() {
             return outdated;
         }
-        let Some(at) = job.placement.as_mut().filter(|at| at.node == self.node && at.generation == generation) else {
+        let Some(at) =
+            job.placement.as_mut().filter(|at| at.node == self.node && at.generation == generation)
+        else {
             return outdated;
         };
         let next_seq = at.next_seq;
@@ -71,7 +73,10 @@ mod tests {
     fn an_overlapping_batch_adds_only_what_is_new() {
         let (mut script, job) = running();
         assert_eq!(record(&mut script, job, 1, vec![step(1), step(2)]), Answer::EventsTaken { seq: 2 });
-        assert_eq!(record(&mut script, job, 1, vec![step(1), step(2), step(3)]), Answer::EventsTaken { seq: 3 });
+        assert_eq!(
+            record(&mut script, job, 1, vec![step(1), step(2), step(3)]),
+            Answer::EventsTaken { seq: 3 }
+        );
         assert_eq!(record(&mut script, job, 1, vec![step(1)]), Answer::EventsTaken { seq: 3 });
         assert_eq!(script.state.jobs()[&job].events, 3);
         assert_eq!(script.steps_in_history(job), [1, 2, 3]);
@@ -88,7 +93,12 @@ mod tests {
     #[test]
     fn started_makes_it_run_and_finished_ends_it() {
         let (mut script, job) = running();
-        record(&mut script, job, 1, vec![EventBody::Started { step: 0, parameters: 1, device: "cpu".into() }]);
+        record(
+            &mut script,
+            job,
+            1,
+            vec![EventBody::Started { step: 0, parameters: 1, device: "cpu".into() }],
+        );
         assert_eq!(script.state.jobs()[&job].state, JobState::Running);
         record(&mut script, job, 2, vec![step(7), finished()]);
         let ended = &script.state.jobs()[&job];
@@ -110,7 +120,8 @@ mod tests {
         let (mut script, job) = running();
         let keep = u64::from(script.state.jobs()[&job].keep_checkpoints);
         record(&mut script, job, 1, (1..=keep + 2).map(checkpoint).collect());
-        let steps: Vec<u64> = script.state.jobs()[&job].checkpoints.iter().map(|known| known.record.step).collect();
+        let steps: Vec<u64> =
+            script.state.jobs()[&job].checkpoints.iter().map(|known| known.record.step).collect();
         assert_eq!(steps, (3..=keep + 2).collect::<Vec<_>>());
     }
 
@@ -118,8 +129,16 @@ mod tests {
     fn another_node_or_generation_changes_nothing() {
         let (mut script, job) = running();
         for (node, generation) in [(NodeId(2), 1), (NodeId(1), 2)] {
-            let batch = EventBatch { job, generation, first_seq: 1, events: vec![Event { unix_ms: 1, body: finished() }] };
-            assert_eq!(script.run(Change::RecordEvents(RecordEvents { node, batch })), Answer::EventsTaken { seq: 1 });
+            let batch = EventBatch {
+                job,
+                generation,
+                first_seq: 1,
+                events: vec![Event { unix_ms: 1, body: finished() }],
+            };
+            assert_eq!(
+                script.run(Change::RecordEvents(RecordEvents { node, batch })),
+                Answer::EventsTaken { seq: 1 }
+            );
         }
         assert_eq!(script.state.jobs()[&job].state, JobState::Starting);
     }

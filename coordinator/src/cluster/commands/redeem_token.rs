@@ -56,7 +56,8 @@ impl RedeemToken {
 
 /// The joiner's wish with only letters, digits, `.`, `_` and `-`, or the id where nothing is left.
 pub fn node_name(wish: &str, node: NodeId) -> String {
-    let name: String = wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(NAME_MAX).collect();
+    let name: String =
+        wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(NAME_MAX).collect();
     if name.is_empty() { node.to_string() } else { name }
 }
 
@@ -70,20 +71,36 @@ mod tests {
     use fleet_common::protocol::Role;
 
     fn redeem(id: &str, secret: u8) -> Change {
-        Change::RedeemToken(RedeemToken { id: id.into(), secret_sha256: [secret; 32], name: "gpu box".into() })
+        Change::RedeemToken(RedeemToken {
+            id: id.into(),
+            secret_sha256: [secret; 32],
+            name: "gpu box".into(),
+        })
     }
 
     fn with_token(uses: u32) -> Script {
         let mut script = Script::new();
-        script.run(Change::CreateToken(CreateToken { id: "t".into(), secret_sha256: [7; 32], role: Role::Worker, ttl_ms: 1_000, uses }));
+        script.run(Change::CreateToken(CreateToken {
+            id: "t".into(),
+            secret_sha256: [7; 32],
+            role: Role::Worker,
+            ttl_ms: 1_000,
+            uses,
+        }));
         script
     }
 
     #[test]
     fn each_use_registers_a_node_until_none_is_left() {
         let mut script = with_token(2);
-        assert_eq!(script.run(redeem("t", 7)), Answer::Redeemed { role: Role::Worker, node: Some(NodeId(1)) });
-        assert_eq!(script.run(redeem("t", 7)), Answer::Redeemed { role: Role::Worker, node: Some(NodeId(2)) });
+        assert_eq!(
+            script.run(redeem("t", 7)),
+            Answer::Redeemed { role: Role::Worker, node: Some(NodeId(1)) }
+        );
+        assert_eq!(
+            script.run(redeem("t", 7)),
+            Answer::Redeemed { role: Role::Worker, node: Some(NodeId(2)) }
+        );
         assert!(why(script.run(redeem("t", 7))).contains("used up"));
         assert_eq!(script.state.nodes()[&NodeId(1)].name, "gpubox");
     }

@@ -32,7 +32,9 @@ impl SubmitJob {
             ));
         }
         if state.jobs.values().filter(|job| !job.state.is_final()).count() >= UNFINISHED_MAX {
-            return Answer::invalid(format!("{UNFINISHED_MAX} jobs are unfinished, which is the limit; cancel some or wait"));
+            return Answer::invalid(format!(
+                "{UNFINISHED_MAX} jobs are unfinished, which is the limit; cancel some or wait"
+            ));
         }
         state.last_job += 1;
         let job = JobId(state.last_job);
