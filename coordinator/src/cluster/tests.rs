@@ -283,3 +283,26 @@ proptest! {
         prop_assert_eq!(repeated.state.tokens(), once.state.tokens());
     }
 }
+
+/// The bytes of commands as they lie in logs. A change here needs a new format version.
+#[test]
+fn commands_keep_their_bytes() {
+    let request = Some(RequestId { client: ClientId(7), seq: 2 });
+    let bytes =
+        |change| hex::encode(fleet_common::codec::encode(&Command { unix_ms: 1, request, change }).unwrap());
+    let (job, node) = (JobId(5), NodeId(3));
+    assert_eq!(
+        bytes(Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 })),
+        "0101070203".to_owned() + "0304"
+    );
+    assert_eq!(
+        bytes(Change::AssignGang(AssignGang { job, node, generation: 1 })),
+        "0101070205".to_owned() + "050301"
+    );
+    assert_eq!(
+        bytes(Change::CancelJob(CancelJob { job, stop: Stop::Now })),
+        "0101070207".to_owned() + "0501"
+    );
+    let fail = FailJob { job, generation: 1, message: "m".into() };
+    assert_eq!(bytes(Change::FailJob(fail)), "0101070208".to_owned() + "0501016d");
+}
