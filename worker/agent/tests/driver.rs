@@ -314,14 +314,15 @@ async fn without_fleet_rank_a_training_job_fails_as_the_environments_fault() {
     std::fs::copy(env!("CARGO_BIN_EXE_worker"), &program).unwrap();
     let _worker = node.worker_from(&program);
     let mut link = node.welcome().await;
-    std::fs::write(node.dir.path().join("text.txt"), "some words. ".repeat(2000)).unwrap();
+    let text: String = (0..5000).map(|n| format!("line {n} says {}\n", n * 7919)).collect();
+    std::fs::write(node.dir.path().join("text.txt"), text).unwrap();
     let file = node.dir.path().join("job.toml");
     let text = "data.path = \"text.txt\"\nmax_seq_len = 16\n[model]\nvocab_size = 300\nhidden_size = 16\nnum_hidden_layers = 1\nnum_attention_heads = 2\nintermediate_size = 32\n";
     std::fs::write(&file, text).unwrap();
     let (job, _) = job::load(&file, &[], node.dir.path()).unwrap();
     link.start(1, Work::Train { job_json: job.to_json() }).await;
     let error = failure(link.until_finished().await.1);
-    assert_eq!(error.fault, Fault::Environment);
+    assert_eq!(error.fault, Fault::Environment, "{}", error.message);
     assert!(error.message.contains("fleet-rank"), "{}", error.message);
 }
 
@@ -347,7 +348,7 @@ async fn wrong_use_is_one_line_and_an_exit_code() {
             .args(["join", &format!("127.0.0.1:{port}"), "--data-dir"])
             .arg(dir.path())
             .env_remove("FLEET_TOKEN");
-        token.into_iter().for_each(|token| drop(command.args(["--token", token])));
+        command.args(token.into_iter().flat_map(|token| ["--token", token]));
         async move {
             let output = command.output().await.unwrap();
             drop(dir);
