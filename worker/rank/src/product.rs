@@ -5,7 +5,7 @@
 //!
 //! Legend: t rows (tokens), i inputs, o outputs; x_ti activations, w_oi weights, dy_to gradients of outputs.
 
-use crate::shim::{DnnElement, Matrix, dnn_matmul, mkl_matmul};
+use crate::shim::{DnnElement, Matrix, dnn_linear, dnn_matmul, mkl_matmul};
 use crate::workers::Workers;
 use fleet_kernels as kernels;
 use half::bf16;
@@ -20,7 +20,10 @@ const CONVERT_GRANULE: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Library {
     Mkl,
+    /// oneDNN for AVX-512.
     Dnn,
+    /// oneDNN for AVX2, which cannot add in place: MKL takes the weight gradients.
+    DnnLinear,
 }
 
 /// Where a product goes.
@@ -90,8 +93,8 @@ pub struct Products {
 impl Products {
     pub fn new(workers: Workers) -> Self {
         Self {
-            fp32: if dnn_is_faster() && dnn_works::<f32>() { Library::Dnn } else { Library::Mkl },
-            bf16: cpu_has_bf16() && dnn_works::<bf16>(),
+            fp32: fp32_library(),
+            bf16: cpu_has_bf16() && dnn_works::<bf16>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)),
             workers,
             narrow_out: Vec::new(),
             wide_a: Vec::new(),
@@ -109,9 +112,9 @@ impl Products {
         match (E::IS_BF16, self.bf16, self.fp32) {
             (true, true, _) => "bf16 products by oneDNN",
             (true, false, Library::Mkl) => "bf16 operands widened for fp32 products by MKL",
-            (true, false, Library::Dnn) => "bf16 operands widened for fp32 products by oneDNN",
+            (true, false, _) => "bf16 operands widened for fp32 products by oneDNN",
             (false, _, Library::Mkl) => "fp32 products by MKL",
-            (false, _, Library::Dnn) => "fp32 products by oneDNN",
+            (false, _, _) => "fp32 products by oneDNN",
         }
     }
 
@@ -169,7 +172,11 @@ impl Products {
             let shape = (out.len() / job.n, job.n, job.k);
             let (a, b) = (job.a(piece * rows), job.b());
             match self.fp32 {
-                Library::Mkl => mkl_matmul(shape, a, b, beta, out, job.n),
+                Library::DnnLinear if !job.a_transposed && shape.0 >= GRANULE => {
+                    dnn_linear(shape, a, b, beta != 0.0, out, job.n)
+                        .expect("oneDNN computed such a product when it was tried at start")
+                }
+                Library::Mkl | Library::DnnLinear => mkl_matmul(shape, a, b, beta, out, job.n),
                 Library::Dnn => dnn_matmul(shape, a, b, beta, out, job.n)
                     .expect("oneDNN computed such a product when it was tried at start"),
             }
@@ -284,14 +291,23 @@ fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I],
     workers.pieces(&mut out[..x.len()], piece, |i, out| kernels::convert(&x[i * piece..][..out.len()], out));
 }
 
-/// MKL is as fast as the CPU where there is no AVX-512, but does not use it on AMD (measured: 115 and 250 GFLOP/s per core).
+/// MKL does not use AVX-512 on AMD CPUs (measured there: MKL 115, oneDNN 250 GFLOP/s per core), and with AVX2 oneDNN is ahead too
+/// (measured with two busy threads per core: 57 and 70).
 #[cfg(target_arch = "x86_64")]
-fn dnn_is_faster() -> bool {
-    std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512dq")
+fn fp32_library() -> Library {
+    if std::arch::is_x86_feature_detected!("avx512f") && dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)) {
+        Library::Dnn
+    } else if std::arch::is_x86_feature_detected!("avx2")
+        && dnn_works::<f32>(|shape, a, b, out| dnn_linear(shape, a, b, false, out, shape.1))
+    {
+        Library::DnnLinear
+    } else {
+        Library::Mkl
+    }
 }
 #[cfg(not(target_arch = "x86_64"))]
-fn dnn_is_faster() -> bool {
-    false
+fn fp32_library() -> Library {
+    Library::Mkl
 }
 
 /// Whether the CPU multiplies bf16 faster than fp32.
@@ -305,13 +321,15 @@ pub fn cpu_has_bf16() -> bool {
 }
 
 /// Tries a small product with a transposed operand against a plain loop.
-fn dnn_works<T: DnnElement + kernels::Element>() -> bool {
+fn dnn_works<T: DnnElement + kernels::Element>(
+    multiply: impl Fn((usize, usize, usize), Matrix<T>, Matrix<T>, &mut [T]) -> Result<(), String>,
+) -> bool {
     let (m, n, k) = (16, 24, 32);
     let number = |i: usize, modulus: usize| (i % modulus) as f32 / 8.0 - 0.5;
     let a: Vec<T> = (0..m * k).map(|i| T::from_f32(number(i, 9))).collect();
     let b: Vec<T> = (0..n * k).map(|i| T::from_f32(number(i, 7))).collect();
     let mut out = vec![T::from_f32(1.0); m * n];
-    if dnn_matmul((m, n, k), Matrix::new(&a, k), Matrix::transposed(&b, k), 0.0, &mut out, n).is_err() {
+    if multiply((m, n, k), Matrix::new(&a, k), Matrix::transposed(&b, k), &mut out).is_err() {
         return false;
     }
     (0..m * n).all(|at| {
