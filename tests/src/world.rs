@@ -53,9 +53,13 @@ impl World {
         path
     }
 
-    /// Writes `NAME.toml`.
+    /// Writes `NAME.toml`, unless it is there: a process may be reading it.
     pub fn job(&self, job: &TinyJob) -> PathBuf {
-        self.write(&format!("{}.toml", job.run_name), job.toml())
+        let (name, text) = (format!("{}.toml", job.run_name), job.toml());
+        match fs::read_to_string(self.path(&name)) {
+            Ok(there) if there == text => self.path(&name),
+            _ => self.write(&name, text),
+        }
     }
 
     /// A program of this workspace that will run in this world.
@@ -163,6 +167,13 @@ impl World {
         pids.filter(|pid| *pid != std::process::id()).filter(marked).map(line).collect()
     }
 
+    /// Ends every process of this world at once, as a power cut would.
+    pub fn strike_all(&self) {
+        for (pid, _) in self.processes() {
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL); // ended in this moment
+        }
+    }
+
     /// The ranks of this world.
     pub fn ranks(&self) -> Vec<u32> {
         self.processes()
@@ -186,9 +197,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        for (pid, _) in self.processes() {
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
-        }
+        self.strike_all();
     }
 }
 

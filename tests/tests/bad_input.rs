@@ -1,6 +1,8 @@
 //! What cannot work is refused in one line that names the thing, with its exit code, and nothing half done.
 
-use fleet_tests::{Finished, TinyJob, World, program};
+use fleet_tests::{Finished, Running, TinyJob, World, program};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -104,44 +106,71 @@ fn a_machine_without_libtorch() {
         return;
     };
     command.process_group(0);
-    let done = fleet_tests::Running::start(command).finish();
+    let done = Running::start(command).finish();
     is_refused(done, 4, &["libtorch"]);
     world.is_empty_soon();
 }
 
-#[test]
-fn a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_job() {
-    let world = World::new();
+/// Launches the job with its output on a disk of `size` on which a file of `filler` lies. `None` where that is not allowed.
+fn launch_on_a_disk(world: &World, size: &str, filler: &str, job: &TinyJob) -> Option<Running> {
     let out = world.path("out");
     fs::create_dir(&out).unwrap();
-    let job = TinyJob { max_steps: 80, save_steps: 20, ..TinyJob::default() };
-    let file = world.job(&job).display().to_string();
-    let fleet = program("fleet").display().to_string();
+    let (file, fleet) = (world.job(job).display().to_string(), program("fleet").display().to_string());
     // The namespace ends with its last process, so what is on the disk is told before.
-    let script = "\"$@\"; code=$?; find out/checkpoints -type f -printf 'left %P %s\\n' >&2; exit $code";
-    let Some(command) =
-        world.on_a_disk_of("3M", &out, script, &[&fleet, "launch", "-n", "1", "--json", &file])
-    else {
-        return;
-    };
-    let done = fleet_tests::Running::start(command).finish().expect(0);
-    assert_eq!(done.losses().len(), 80);
+    let script = format!(
+        "head -c {filler} /dev/zero > out/filler; \"$@\"; code=$?; find out/checkpoints -type f -printf 'left %P\\n' >&2; exit $code"
+    );
+    let args = [&fleet, "launch", "-n", "1", "--json", &file];
+    world.on_a_disk_of(size, &out, &script, &args).map(Running::start)
+}
+
+/// Saved checkpoints as paths, failed ones as errors; of the failed nothing may be left.
+fn saved_and_failed(done: &Finished) -> (Vec<String>, Vec<String>) {
     let (failed, saved): (Vec<_>, Vec<_>) =
         done.events("checkpoint").into_iter().partition(|event| event["path"].is_null());
+    let text = |event: &Value, key: &str| event[key].as_str().unwrap_or_else(|| panic!("{event}")).to_owned();
+    let saved: Vec<String> = saved.iter().map(|event| text(event, "path")).collect();
+    let left: BTreeSet<&str> =
+        done.stderr.lines().filter_map(|line| line.strip_prefix("left tiny/")?.split('/').next()).collect();
+    let names: BTreeSet<&str> = saved.iter().filter_map(|path| path.rsplit('/').next()).collect();
+    assert_eq!(left, names, "{}", done.all());
+    (saved, failed.iter().map(|event| text(event, "error")).collect())
+}
+
+#[test]
+fn a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_job() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 400, save_steps: 100, ..TinyJob::default() };
+    let Some(mut launch) = launch_on_a_disk(&world, "8M", "6M", &job) else { return };
+    launch.until("failed checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_null());
+    // The disk is seen through the process that mounted it.
+    fs::remove_file(format!("/proc/{}/root{}", launch.pid(), world.path("out/filler").display())).unwrap();
+    let done = launch.finish().expect(0);
+    assert_eq!(done.losses().len(), 400);
+    let (saved, failed) = saved_and_failed(&done);
+    assert!(failed[0].contains("step 200") && failed[0].contains("No space left on device"), "{failed:?}");
     assert!(
-        !failed.is_empty() && !saved.is_empty(),
-        "the disk is of the wrong size for this test: {}",
-        done.all()
+        saved[0].ends_with("step-00000100") && saved.last().unwrap().ends_with("step-00000400"),
+        "{saved:?}"
     );
-    for event in &failed {
-        assert!(event["error"].as_str().unwrap_or_default().contains("No space left on device"), "{event}");
-    }
-    let last = saved.last().unwrap()["path"].as_str().unwrap();
-    assert_eq!(done.summary()["checkpoint"], last);
-    let name = last.rsplit('/').next().unwrap();
-    done.says(&format!("left tiny/{name}/model.safetensors"));
-    let left =
-        done.stderr.lines().filter(|line| line.starts_with("left ") && line.contains("model.safetensors"));
-    assert_eq!(left.count(), saved.len(), "a half checkpoint was left: {}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_disk_that_is_full_at_the_end_is_a_failure_that_names_it_and_keeps_the_last_checkpoint() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 60, save_steps: 20, ..TinyJob::default() };
+    let Some(launch) = launch_on_a_disk(&world, "8M", "6M", &job) else { return };
+    let done = launch.finish().expect(4);
+    let (saved, failed) = saved_and_failed(&done);
+    assert_eq!((saved.len(), failed.len()), (1, 2), "{}", done.all());
+    let summary = done.summary();
+    assert_eq!(
+        (&summary["checkpoint"], &summary["steps"]),
+        (&saved[0].as_str().into(), &60.into()),
+        "{summary}"
+    );
+    let message = summary["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("step 60") && message.contains("No space left on device"), "{message}");
     world.is_empty_soon();
 }

@@ -49,7 +49,7 @@ fn nothing_outlives_a_fleet_that_is_killed() {
 
 #[test]
 fn stopping_signals_end_the_job_with_a_checkpoint() {
-    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
         let world = World::new();
         let mut launch = world.launch(2, &endless(), &[]);
         launch.until_step(2);
