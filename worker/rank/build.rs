@@ -8,7 +8,9 @@ fn main() {
     // tch passes on where torch-sys found libtorch.
     let lib = PathBuf::from(
         std::env::var_os("DEP_TCH_LIBTORCH_LIB")
-            .or_else(|| std::env::var_os("LIBTORCH").map(|dir| PathBuf::from(dir).join("lib").into_os_string()))
+            .or_else(|| {
+                std::env::var_os("LIBTORCH").map(|dir| PathBuf::from(dir).join("lib").into_os_string())
+            })
             .expect("LIBTORCH is set by .cargo/config.toml; run `make setup`"),
     );
     let include = lib.parent().expect("the lib folder of libtorch has a parent").join("include");

@@ -37,7 +37,9 @@ impl AgentLink {
     pub fn open(mut socket: UnixStream) -> io::Result<(AgentLink, RankStart)> {
         let start = match codec::read_frame_blocking::<_, ToRank>(&mut socket).map_err(io::Error::other)? {
             Some(ToRank::Start(start)) => *start,
-            Some(other) => return Err(io::Error::other(format!("the agent's first message is {other:?}, not Start"))),
+            Some(other) => {
+                return Err(io::Error::other(format!("the agent's first message is {other:?}, not Start")));
+            }
             None => return Err(io::Error::other("the agent closed the socket before it said what to do")),
         };
         let shared = Arc::new(Shared::default());
@@ -69,9 +71,9 @@ impl AgentLink {
         inbox.stop || inbox.gone
     }
 
-    /// The newest checkpoint that was recorded since the last call.
-    pub fn take_committed(&self) -> Option<u64> {
-        self.inbox().committed.take()
+    /// The newest checkpoint that is recorded.
+    pub fn committed(&self) -> Option<u64> {
+        self.inbox().committed
     }
 
     /// Waits until the checkpoint of `step` is recorded, at most `timeout`.
@@ -99,7 +101,9 @@ fn read(mut socket: UnixStream, shared: &Shared) {
         let mut inbox = shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         match message {
             Ok(Some(ToRank::Stop)) => inbox.stop = true,
-            Ok(Some(ToRank::CheckpointCommitted { step })) => inbox.committed = inbox.committed.max(Some(step)),
+            Ok(Some(ToRank::CheckpointCommitted { step })) => {
+                inbox.committed = inbox.committed.max(Some(step))
+            }
             Ok(Some(ToRank::Start(_))) => {}
             Ok(None) | Err(_) => inbox.gone = true,
         }

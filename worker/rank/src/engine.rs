@@ -75,14 +75,25 @@ impl<E: Storage> Engine<E> {
         let copy = SharedSlice::new(collective.allocate_common(if E::IS_BF16 { len * 2 } else { 0 })?);
         let grads = Gradients::new(collective.allocate_per_rank(len * 4)?);
         let products = Products::new(workers);
-        Ok(Self { model, products, work: Workspace::new(), collective, master, copy, moment1, moment2, grads })
+        Ok(Self {
+            model,
+            products,
+            work: Workspace::new(),
+            collective,
+            master,
+            copy,
+            moment1,
+            moment2,
+            grads,
+        })
     }
 
     /// A model directory on one rank, for sequences of at most `positions` tokens (`None`: as many as the model was made for).
     pub fn open(dir: &Path, threads: u32, positions: Option<usize>) -> Result<Self> {
         let config = files::read_config(dir)?;
         let positions = positions.unwrap_or(config.max_position_embeddings as usize);
-        let workers = Workers::new(threads).map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
+        let workers = Workers::new(threads)
+            .map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
         let mut engine = Self::new(Llama::new(config, positions), workers, Box::new(Solo::new(0)))?;
         engine.load_weights(dir)?;
         Ok(engine)
@@ -135,10 +146,10 @@ impl<E: Storage> Engine<E> {
         for (slot, moment) in [(MOMENT1, &mut self.moment1), (MOMENT2, &mut self.moment2)] {
             for p in &self.model.layout.parameters {
                 let name = moment_name(&p.name, slot);
-                let tensor = tensors
-                    .get(&name)
-                    .filter(|t| t.shape == p.shape && t.dtype == Dtype::F32)
-                    .ok_or_else(|| Error::Input(format!("{}: the optimizer state lacks {name}", dir.display())))?;
+                let tensor =
+                    tensors.get(&name).filter(|t| t.shape == p.shape && t.dtype == Dtype::F32).ok_or_else(
+                        || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display())),
+                    )?;
                 for range in &parts {
                     files::copy_part(p, tensor, range.clone(), moment.part_mut(range.clone()), range.start);
                 }
@@ -164,7 +175,12 @@ impl<E: Storage> Engine<E> {
     /// This rank's part of each unit, in elements of the flat buffer.
     fn own_parts(&self) -> Vec<Range<usize>> {
         let (rank, world) = (self.collective.rank(), self.collective.world_size());
-        self.model.layout.units().map(|unit| part_of(unit, rank, world)).filter(|part| !part.is_empty()).collect()
+        self.model
+            .layout
+            .units()
+            .map(|unit| part_of(unit, rank, world))
+            .filter(|part| !part.is_empty())
+            .collect()
     }
 
     /// One optimizer step over `micro_batches`, this rank's share of the global batch, which has `global_tokens` targets on all ranks.
@@ -203,7 +219,8 @@ impl<E: Storage> Engine<E> {
         self.collective.note(Activity::Optimizer);
 
         let parts = self.own_parts();
-        let squares: f64 = parts.iter().map(|part| kernels::sum_squares(self.grads.range_mut(part.clone()))).sum();
+        let squares: f64 =
+            parts.iter().map(|part| kernels::sum_squares(self.grads.range_mut(part.clone()))).sum();
         let [stop, time] = [votes.stop, votes.time].map(|vote| f64::from(u8::from(vote)));
         let mut sums = [squares, loss.sum, stop, time];
         self.collective.all_reduce_f64(&mut sums, Op::Sum)?;
@@ -222,7 +239,8 @@ impl<E: Storage> Engine<E> {
     }
 
     fn update(&mut self, parts: &[Range<usize>], adamw: &AdamW, lr: f64, step: u64, norm: f64) {
-        let clip = if adamw.max_grad_norm > 0.0 { (adamw.max_grad_norm / (norm + CLIP_EPS)).min(1.0) } else { 1.0 };
+        let clip =
+            if adamw.max_grad_norm > 0.0 { (adamw.max_grad_norm / (norm + CLIP_EPS)).min(1.0) } else { 1.0 };
         for parameter in &self.model.layout.parameters {
             let update = AdamWStep {
                 lr,
@@ -247,7 +265,9 @@ impl<E: Storage> Engine<E> {
                 let slices = p.zip(g).zip(m).zip(v);
                 if E::IS_BF16 {
                     let copy = self.copy.part_mut(range).chunks_mut(share);
-                    workers.each(slices.zip(copy), |((((p, g), m), v), c)| kernels::adamw(&update, p, g, m, v, Some(c)));
+                    workers.each(slices.zip(copy), |((((p, g), m), v), c)| {
+                        kernels::adamw(&update, p, g, m, v, Some(c))
+                    });
                 } else {
                     workers.each(slices, |(((p, g), m), v)| kernels::adamw(&update, p, g, m, v, None));
                 }
@@ -304,7 +324,8 @@ impl<E: Storage> Engine<E> {
     /// Optimizer state, for writing: names from `moment_names`, in that order.
     pub fn moment_refs<'a>(&'a self, names: &'a [String]) -> Vec<TensorRef<'a>> {
         let layout = &self.model.layout;
-        let both = [&self.moment1, &self.moment2].into_iter().flat_map(|m| files::tensor_refs(layout, m.all()));
+        let both =
+            [&self.moment1, &self.moment2].into_iter().flat_map(|m| files::tensor_refs(layout, m.all()));
         both.zip(names).map(|(tensor, name)| TensorRef { name, ..tensor }).collect()
     }
 

@@ -99,14 +99,18 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
         return Err(Error::Input(format!("--top-p is {}; give a number above 0, at most 1", args.top_p)));
     }
     if !args.temperature.is_finite() || args.temperature < 0.0 {
-        return Err(Error::Input(format!("--temperature is {}; give 0 or a positive number", args.temperature)));
+        return Err(Error::Input(format!(
+            "--temperature is {}; give 0 or a positive number",
+            args.temperature
+        )));
     }
     let sampling =
         Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let mut out = std::io::stdout().lock();
     // A reader that went away ends the text, not with an error.
-    let mut emit = |piece: &str| args.json || out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_ok();
+    let mut emit =
+        |piece: &str| args.json || out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_ok();
     let generated = generate(&args.model, &args.prompt, args.max_new_tokens, &sampling, threads, &mut emit)?;
     let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };
     let _ = writeln!(out, "{line}");

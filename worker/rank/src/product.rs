@@ -94,7 +94,8 @@ impl Products {
     pub fn new(workers: Workers) -> Self {
         Self {
             fp32: fp32_library(),
-            bf16: cpu_has_bf16() && dnn_works::<bf16>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)),
+            bf16: cpu_has_bf16()
+                && dnn_works::<bf16>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)),
             workers,
             narrow_out: Vec::new(),
             wide_a: Vec::new(),
@@ -135,7 +136,13 @@ impl Products {
     }
 
     /// `out_ti = dy_to w_oi`.
-    pub fn backward_input<E: Storage>(&mut self, dy: &[E], w: &[E], out: Out<E>, (t, i, o): (usize, usize, usize)) {
+    pub fn backward_input<E: Storage>(
+        &mut self,
+        dy: &[E],
+        w: &[E],
+        out: Out<E>,
+        (t, i, o): (usize, usize, usize),
+    ) {
         let job = Job {
             m: t,
             n: i,
@@ -151,7 +158,13 @@ impl Products {
     }
 
     /// `out_oi = dy_to^T x_ti`.
-    pub fn backward_weight<E: Storage>(&mut self, dy: &[E], x: &[E], out: Out<E>, (t, i, o): (usize, usize, usize)) {
+    pub fn backward_weight<E: Storage>(
+        &mut self,
+        dy: &[E],
+        x: &[E],
+        out: Out<E>,
+        (t, i, o): (usize, usize, usize),
+    ) {
         let job = Job {
             m: o,
             n: i,
@@ -295,7 +308,9 @@ fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I],
 /// (measured with two busy threads per core: 57 and 70).
 #[cfg(target_arch = "x86_64")]
 fn fp32_library() -> Library {
-    if std::arch::is_x86_feature_detected!("avx512f") && dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)) {
+    if std::arch::is_x86_feature_detected!("avx512f")
+        && dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1))
+    {
         Library::Dnn
     } else if std::arch::is_x86_feature_detected!("avx2")
         && dnn_works::<f32>(|shape, a, b, out| dnn_linear(shape, a, b, false, out, shape.1))

@@ -26,7 +26,9 @@ pub fn tiny_config() -> LlamaConfig {
 
 /// Token ids that look random but are not.
 pub fn token_ids(count: usize, vocab: usize, seed: u64) -> Vec<i64> {
-    (0..count as u64).map(|i| ((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ (seed << 7)) >> 33) as i64 % vocab as i64).collect()
+    (0..count as u64)
+        .map(|i| ((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ (seed << 7)) >> 33) as i64 % vocab as i64)
+        .collect()
 }
 
 /// Gradients in a plain vector.

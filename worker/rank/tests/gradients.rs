@@ -1,5 +1,8 @@
 //! The explicit forward and backward against the same model written with tch operations and differentiated by autograd.
 
+#![allow(clippy::unwrap_used)] // a test may panic
+#![allow(clippy::assign_op_pattern)] // in tch `+=` works in place, which autograd would refuse
+
 use fleet_common::job::LlamaConfig;
 use fleet_rank::model::{Batch, Layout, Llama, Weights, Workspace, init};
 use fleet_rank::product::{Products, Storage};
@@ -9,14 +12,25 @@ use half::bf16;
 use tch::{Kind, Tensor};
 
 /// Loss (summed) and gradients by name, by autograd in fp64.
-fn oracle(config: &LlamaConfig, layout: &Layout, flat: &[f32], batch: Batch, scale: f64) -> (f64, Vec<Vec<f64>>) {
-    let [h, heads, kv, hd] = [config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim].map(i64::from);
+fn oracle(
+    config: &LlamaConfig,
+    layout: &Layout,
+    flat: &[f32],
+    batch: Batch,
+    scale: f64,
+) -> (f64, Vec<Vec<f64>>) {
+    let [h, heads, kv, hd] =
+        [config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim]
+            .map(i64::from);
     let weights: Vec<Tensor> = layout
         .parameters
         .iter()
         .map(|p| {
             let shape: Vec<i64> = p.shape.iter().map(|n| *n as i64).collect();
-            Tensor::from_slice(&flat[p.range.clone()]).to_kind(Kind::Double).reshape(shape).set_requires_grad(true)
+            Tensor::from_slice(&flat[p.range.clone()])
+                .to_kind(Kind::Double)
+                .reshape(shape)
+                .set_requires_grad(true)
         })
         .collect();
     let get = |name: &str| &weights[layout.parameters.iter().position(|p| p.name == name).unwrap()];
@@ -25,7 +39,9 @@ fn oracle(config: &LlamaConfig, layout: &Layout, flat: &[f32], batch: Batch, sca
     let norm = |x: &Tensor, w: &Tensor| {
         x * (x.square().mean_dim(-1, true, Kind::Double) + config.rms_norm_eps).rsqrt() * w
     };
-    let frequency = (Tensor::arange_start_step(0, hd, 2, (Kind::Double, tch::Device::Cpu)) / hd as f64 * -config.rope_theta.ln()).exp();
+    let frequency = (Tensor::arange_start_step(0, hd, 2, (Kind::Double, tch::Device::Cpu)) / hd as f64
+        * -config.rope_theta.ln())
+    .exp();
     let angle = Tensor::arange(s, (Kind::Double, tch::Device::Cpu)).outer(&frequency);
     let angle = Tensor::cat(&[&angle, &angle], -1);
     let rotate = |x: &Tensor| {

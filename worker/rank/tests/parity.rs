@@ -1,5 +1,7 @@
 //! Against PyTorch and Hugging Face transformers, by the golden files that tests/parity/generate.py made.
 
+#![allow(clippy::unwrap_used)] // a test may panic
+
 use fleet_checkpoint::{Dtype, Tensors};
 use fleet_common::job::{Optimizer, Schedule};
 use fleet_rank::engine::{AdamW, Engine, Votes};
@@ -16,7 +18,12 @@ fn golden() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden")
 }
 
-fn numbers<const N: usize, T>(tensors: &Tensors, name: &str, dtype: Dtype, read: impl Fn([u8; N]) -> T) -> Vec<T> {
+fn numbers<const N: usize, T>(
+    tensors: &Tensors,
+    name: &str,
+    dtype: Dtype,
+    read: impl Fn([u8; N]) -> T,
+) -> Vec<T> {
     let tensor = tensors.get(name).unwrap_or_else(|| panic!("golden {name}"));
     assert_eq!(tensor.dtype, dtype, "{name}");
     tensor.data.chunks_exact(N).map(|bytes| read(bytes.try_into().unwrap())).collect()
@@ -104,9 +111,15 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
             let batch = TokenBatch::from_tokens(tokens, shape[2]);
             let predictions = (shape[1] * (shape[2] - 1)) as u64;
             let views = std::iter::once(batch.view());
-            let report = engine.step(views, predictions, &adamw, lr, step as u64 + 1, Votes::default()).unwrap();
+            let report =
+                engine.step(views, predictions, &adamw, lr, step as u64 + 1, Votes::default()).unwrap();
             let close = |got: f64, want: f64| (got / want - 1.0).abs() < tolerance;
-            assert!(close(report.loss, losses[step]), "{model} loss of step {step}: {} {}", report.loss, losses[step]);
+            assert!(
+                close(report.loss, losses[step]),
+                "{model} loss of step {step}: {} {}",
+                report.loss,
+                losses[step]
+            );
             let norm = report.grad_norm;
             assert!(close(norm, norms[step]), "{model} gradient norm of step {step}: {norm} {}", norms[step]);
         }

@@ -1,5 +1,7 @@
 //! The whole trainer on real text, spoken to as the agent does: over a socket, with ranks as threads of this process.
 
+#![allow(clippy::unwrap_used)] // a test may panic
+
 use fleet_collectives::Segment;
 use fleet_common::codec::{read_frame_blocking, write_frame_blocking};
 use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
@@ -41,7 +43,11 @@ fn job(dir: &Path) -> Job {
         log_to_db: false,
         max_time_s: None,
         threads_per_rank: Some(1),
-        model: Model::New(LlamaConfig { vocab_size: 270, max_position_embeddings: 16, ..fleet_rank::testing::tiny_config() }),
+        model: Model::New(LlamaConfig {
+            vocab_size: 270,
+            max_position_embeddings: 16,
+            ..fleet_rank::testing::tiny_config()
+        }),
         tokenizer: Tokenizer::Train { vocab_size: 270 },
         data: Data {
             paths: vec![dir.to_owned()],
@@ -75,13 +81,22 @@ struct Ended {
 
 impl Ended {
     fn losses(&self) -> Vec<f64> {
-        self.events.iter().filter_map(|e| if let EventBody::Step(s) = e { Some(s.loss) } else { None }).collect()
+        self.events
+            .iter()
+            .filter_map(|e| if let EventBody::Step(s) = e { Some(s.loss) } else { None })
+            .collect()
     }
     fn evaluations(&self) -> Vec<(u64, f64)> {
-        self.events.iter().filter_map(|e| if let EventBody::Eval(v) = e { Some((v.step, v.loss)) } else { None }).collect()
+        self.events
+            .iter()
+            .filter_map(|e| if let EventBody::Eval(v) = e { Some((v.step, v.loss)) } else { None })
+            .collect()
     }
     fn checkpoints(&self) -> Vec<CheckpointRecord> {
-        self.events.iter().filter_map(|e| if let EventBody::Checkpoint(c) = e { Some(c.clone()) } else { None }).collect()
+        self.events
+            .iter()
+            .filter_map(|e| if let EventBody::Checkpoint(c) = e { Some(c.clone()) } else { None })
+            .collect()
     }
 }
 
@@ -117,8 +132,10 @@ fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u64>) 
                 (trainer, events)
             })
             .collect();
-        let (outcomes, mut events): (Vec<_>, Vec<_>) =
-            ranks.into_iter().map(|(trainer, events)| (trainer.join().unwrap(), events.join().unwrap())).unzip();
+        let (outcomes, mut events): (Vec<_>, Vec<_>) = ranks
+            .into_iter()
+            .map(|(trainer, events)| (trainer.join().unwrap(), events.join().unwrap()))
+            .unzip();
         Ended { events: events.remove(0), outcomes }
     })
 }
@@ -193,8 +210,10 @@ fn old_checkpoints_make_room_once_newer_ones_are_recorded() {
     job.checkpoint.save_steps = 2;
     let ended = launch(&job, 1, None, None);
     assert_eq!(ended.checkpoints().len(), 6);
-    let mut left: Vec<_> =
-        std::fs::read_dir(job.checkpoint_dir()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut left: Vec<_> = std::fs::read_dir(job.checkpoint_dir())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     left.sort();
     assert_eq!(left, ["step-00000010", "step-00000012"]);
 }

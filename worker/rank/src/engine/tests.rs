@@ -10,7 +10,12 @@ const SEQUENCES: usize = 8;
 
 /// Trains `steps` on `world` ranks (threads of this process) with the global batch cut into `micro` micro-batches; gives each rank's
 /// reports and weights.
-fn train<E: Storage>(config: &LlamaConfig, world: usize, micro: usize, steps: u64) -> Vec<(Vec<Report>, Vec<f32>)> {
+fn train<E: Storage>(
+    config: &LlamaConfig,
+    world: usize,
+    micro: usize,
+    steps: u64,
+) -> Vec<(Vec<Report>, Vec<f32>)> {
     let segment = Segment::create(world, 1).unwrap();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
@@ -19,7 +24,9 @@ fn train<E: Storage>(config: &LlamaConfig, world: usize, micro: usize, steps: u6
                 scope.spawn(move || {
                     let collective: Box<dyn Collective> = match world {
                         1 => Box::new(Solo::new(1)),
-                        _ => Box::new(ShmCollective::attach(segment.fd().as_raw_fd(), rank, world, 1).unwrap()),
+                        _ => {
+                            Box::new(ShmCollective::attach(segment.fd().as_raw_fd(), rank, world, 1).unwrap())
+                        }
                     };
                     run::<E>(config, collective, micro, steps)
                 })
@@ -29,9 +36,15 @@ fn train<E: Storage>(config: &LlamaConfig, world: usize, micro: usize, steps: u6
     })
 }
 
-fn run<E: Storage>(config: &LlamaConfig, collective: Box<dyn Collective>, micro: usize, steps: u64) -> (Vec<Report>, Vec<f32>) {
+fn run<E: Storage>(
+    config: &LlamaConfig,
+    collective: Box<dyn Collective>,
+    micro: usize,
+    steps: u64,
+) -> (Vec<Report>, Vec<f32>) {
     let (rank, world) = (collective.rank(), collective.world_size());
-    let mut engine = Engine::<E>::new(Llama::new(config.clone(), SEQ), Workers::new(1).unwrap(), collective).unwrap();
+    let mut engine =
+        Engine::<E>::new(Llama::new(config.clone(), SEQ), Workers::new(1).unwrap(), collective).unwrap();
     engine.fresh_weights(5).unwrap();
     let size = SEQUENCES / micro / world * SEQ;
     let reports = (1..=steps)
@@ -45,7 +58,16 @@ fn run<E: Storage>(config: &LlamaConfig, collective: Box<dyn Collective>, micro:
                 })
                 .collect();
             let tokens = (SEQUENCES * SEQ) as u64;
-            engine.step(batches.into_iter(), tokens, &ADAMW, 3e-3, step, Votes { stop: rank == 1 && step == 4, time: false }).unwrap()
+            engine
+                .step(
+                    batches.into_iter(),
+                    tokens,
+                    &ADAMW,
+                    3e-3,
+                    step,
+                    Votes { stop: rank == 1 && step == 4, time: false },
+                )
+                .unwrap()
         })
         .collect();
     (reports, engine.weights().to_vec())
@@ -54,7 +76,12 @@ fn run<E: Storage>(config: &LlamaConfig, collective: Box<dyn Collective>, micro:
 fn same_curve(a: &[Report], b: &[Report], tolerance: f64) {
     for (step, (a, b)) in a.iter().zip(b).enumerate() {
         assert!((a.loss / b.loss - 1.0).abs() < tolerance, "loss of step {step}: {} {}", a.loss, b.loss);
-        assert!((a.grad_norm / b.grad_norm - 1.0).abs() < tolerance, "norm of step {step}: {} {}", a.grad_norm, b.grad_norm);
+        assert!(
+            (a.grad_norm / b.grad_norm - 1.0).abs() < tolerance,
+            "norm of step {step}: {} {}",
+            a.grad_norm,
+            b.grad_norm
+        );
     }
 }
 
@@ -71,7 +98,11 @@ fn any_number_of_ranks_and_micro_batches_trains_the_same_model() {
                 assert_eq!(weights, &ranks[0].1, "every rank has the same weights");
                 let stops: Vec<bool> = reports.iter().map(|r| r.votes.stop).collect();
                 assert_eq!(stops.iter().any(|s| *s), world > 1);
-                assert_eq!(stops[3], world > 1, "all ranks learn of a stop in the step in which one was asked");
+                assert_eq!(
+                    stops[3],
+                    world > 1,
+                    "all ranks learn of a stop in the step in which one was asked"
+                );
             }
         }
     }

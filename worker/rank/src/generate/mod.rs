@@ -51,8 +51,10 @@ pub fn generate(
     let config = engine.model().config.clone();
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
-    let tokenizer = Tokenizer::from_file(&path).map_err(|e| refuse(format!("is not a usable tokenizer.json: {e}")))?;
-    let encoded = tokenizer.encode(prompt, false).map_err(|e| refuse(format!("cannot encode the prompt: {e}")))?;
+    let tokenizer =
+        Tokenizer::from_file(&path).map_err(|e| refuse(format!("is not a usable tokenizer.json: {e}")))?;
+    let encoded =
+        tokenizer.encode(prompt, false).map_err(|e| refuse(format!("cannot encode the prompt: {e}")))?;
     let mut ids: Vec<i64> = encoded.get_ids().iter().map(|id| i64::from(*id)).collect();
     if ids.is_empty() {
         // A text begins where another one ended.
@@ -61,7 +63,9 @@ pub fn generate(
     }
     let vocab = i64::from(config.vocab_size);
     if let Some(id) = ids.iter().find(|id| **id >= vocab) {
-        return Err(refuse(format!("gives token {id}, but the model knows {vocab}; it belongs to another model")));
+        return Err(refuse(format!(
+            "gives token {id}, but the model knows {vocab}; it belongs to another model"
+        )));
     }
     let context = config.max_position_embeddings as usize;
     if ids.len() >= context {

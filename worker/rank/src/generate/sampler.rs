@@ -15,7 +15,8 @@ pub struct Sampling {
 impl Sampling {
     /// The token number `position` of the text.
     pub fn pick(&self, logits: &[f32], position: u64) -> usize {
-        let best = || (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a))).unwrap_or(0);
+        let best =
+            || (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a))).unwrap_or(0);
         if self.temperature <= 0.0 {
             return best();
         }
@@ -27,7 +28,8 @@ impl Sampling {
         }
         order.sort_unstable_by(by_logit);
         let top = f64::from(logits[order[0]]);
-        let weights: Vec<f64> = order.iter().map(|i| ((f64::from(logits[*i]) - top) / self.temperature).exp()).collect();
+        let weights: Vec<f64> =
+            order.iter().map(|i| ((f64::from(logits[*i]) - top) / self.temperature).exp()).collect();
         let total: f64 = weights.iter().sum();
         let mut kept = 0.0;
         let mut count = 0;
@@ -51,7 +53,9 @@ impl Sampling {
 
 /// In `[0, 1)`.
 fn uniform(seed: u64, counter: u64) -> f64 {
-    let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add((counter + 1).wrapping_mul(0xd1b5_4a32_d192_ed03));
+    let mut z = seed
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add((counter + 1).wrapping_mul(0xd1b5_4a32_d192_ed03));
     for _ in 0..2 {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -88,7 +92,10 @@ mod tests {
     #[test]
     fn limits_cut_the_tail() {
         let base = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 3 };
-        assert_eq!(shares(Sampling { temperature: 0.0, ..base })[1], shares(Sampling { top_k: 1, ..base })[1]);
+        assert_eq!(
+            shares(Sampling { temperature: 0.0, ..base })[1],
+            shares(Sampling { top_k: 1, ..base })[1]
+        );
         let two = shares(Sampling { top_k: 2, ..base });
         assert!(two[0] == 0.0 && two[3] == 0.0 && two[2] > 0.2);
         // 0.64 and 0.24 of the probability: 0.7 needs both, 0.6 only the first.

@@ -41,10 +41,13 @@ mod tests {
 
     /// Each byte a token of its own.
     fn bytes() -> Tokenizer {
-        let mut letters: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        let mut letters: Vec<char> =
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         letters.sort();
-        let vocab: serde_json::Map<_, _> = letters.iter().zip(0..).map(|(c, i)| (c.to_string(), json!(i))).collect();
-        let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let vocab: serde_json::Map<_, _> =
+            letters.iter().zip(0..).map(|(c, i)| (c.to_string(), json!(i))).collect();
+        let level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
         let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
         let json = json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model});
         Tokenizer::from_bytes(json.to_string()).unwrap()

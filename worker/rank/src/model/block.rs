@@ -31,13 +31,27 @@ impl Llama {
         let gate_up = &mut saved.gate_up[..d.t * 2 * d.f];
         let out = &mut out[..d.t * d.h];
 
-        norm(products.workers(), x, &w.master[block.input_norm.clone()], self.eps(), normed, &mut rstd[..d.t]);
+        norm(
+            products.workers(),
+            x,
+            &w.master[block.input_norm.clone()],
+            self.eps(),
+            normed,
+            &mut rstd[..d.t],
+        );
         products.forward(normed, w.of(&block.qkv), Out::Store(qkv), (d.t, d.h, d.qkv));
         attend(products.workers(), qkv, heads, &self.rope, attention, &mut saved.lse, &mut scratch.kernels);
         middle.copy_from_slice(x);
         products.forward(attention, w.of(&block.o), Out::Add(middle), (d.t, d.q, d.h));
 
-        norm(products.workers(), middle, &w.master[block.post_norm.clone()], self.eps(), normed, &mut rstd[..d.t]);
+        norm(
+            products.workers(),
+            middle,
+            &w.master[block.post_norm.clone()],
+            self.eps(),
+            normed,
+            &mut rstd[..d.t],
+        );
         products.forward(normed, w.of(&block.gate_up), Out::Store(gate_up), (d.t, d.h, 2 * d.f));
         let rows = products.workers().share(d.t, 1);
         products.workers().pieces(inner, rows * d.f, |i, y| {
@@ -60,7 +74,18 @@ impl Llama {
         sink: &mut impl Sink,
     ) {
         let d = Dims::new(self, heads);
-        let Scratch { normed, rstd, inner, rows: rows_buffer, dqkv, g, g_narrow, norm_sums, kernels: kernel_scratch, .. } = scratch;
+        let Scratch {
+            normed,
+            rstd,
+            inner,
+            rows: rows_buffer,
+            dqkv,
+            g,
+            g_narrow,
+            norm_sums,
+            kernels: kernel_scratch,
+            ..
+        } = scratch;
         let (normed, inner) = (&mut normed[..d.t * d.h], &mut inner[..d.t * d.f]);
         let (rstd, dqkv, g) = (&mut rstd[..d.t], &mut dqkv[..heads.qkv_len()], &mut g[..d.t * d.h]);
         let gate_up = &mut saved.gate_up[..d.t * 2 * d.f];
@@ -78,7 +103,18 @@ impl Llama {
         let dn = &mut rows_buffer[..d.t * d.h];
         products.backward_input(gate_up, w.of(&block.gate_up), Out::Store(dn), (d.t, d.h, 2 * d.f));
         let norm_w = &w.master[block.post_norm.clone()];
-        norm_backward(products.workers(), dn, middle, norm_w, rstd, g, Store::Add, norm_sums, sink, &block.post_norm);
+        norm_backward(
+            products.workers(),
+            dn,
+            middle,
+            norm_w,
+            rstd,
+            g,
+            Store::Add,
+            norm_sums,
+            sink,
+            &block.post_norm,
+        );
 
         // The attention half.
         let gn = E::narrow(g, g_narrow, products.workers());
@@ -87,14 +123,35 @@ impl Llama {
         let da = &mut rows_buffer[..d.t * d.q];
         products.backward_input(gn, w.of(&block.o), Out::Store(da), (d.t, d.q, d.h));
         let qkv = &saved.qkv[..heads.qkv_len()];
-        attend_backward(products.workers(), qkv, attention, &saved.lse, da, heads, &self.rope, dqkv, kernel_scratch);
+        attend_backward(
+            products.workers(),
+            qkv,
+            attention,
+            &saved.lse,
+            da,
+            heads,
+            &self.rope,
+            dqkv,
+            kernel_scratch,
+        );
         let x = &saved.x[..d.t * d.h];
         norm(products.workers(), x, &w.master[block.input_norm.clone()], self.eps(), normed, rstd);
         products.backward_weight(dqkv, normed, grad(sink, &block.qkv), (d.t, d.h, d.qkv));
         let dn = &mut rows_buffer[..d.t * d.h];
         products.backward_input(dqkv, w.of(&block.qkv), Out::Store(dn), (d.t, d.h, d.qkv));
         let norm_w = &w.master[block.input_norm.clone()];
-        norm_backward(products.workers(), dn, x, norm_w, rstd, g, Store::Add, norm_sums, sink, &block.input_norm);
+        norm_backward(
+            products.workers(),
+            dn,
+            x,
+            norm_w,
+            rstd,
+            g,
+            Store::Add,
+            norm_sums,
+            sink,
+            &block.input_norm,
+        );
     }
 }
 
@@ -132,7 +189,14 @@ impl Dims {
     }
 }
 
-pub(super) fn norm<E: Storage>(workers: &Workers, x: &[f32], w: &[f32], eps: f32, y: &mut [E], rstd: &mut [f32]) {
+pub(super) fn norm<E: Storage>(
+    workers: &Workers,
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    y: &mut [E],
+    rstd: &mut [f32],
+) {
     let (h, share) = (w.len(), workers.share(rstd.len(), 1));
     let pieces = x.chunks(share * h).zip(y.chunks_mut(share * h)).zip(rstd.chunks_mut(share));
     workers.each(pieces, |((x, y), rstd)| kernels::rms_norm(x, w, eps, y, rstd));
@@ -157,7 +221,9 @@ pub(super) fn norm_backward<E: Storage>(
     sums.resize(rstd.len().div_ceil(share) * h, 0.0);
     let pieces = dy.chunks(share * h).zip(x.chunks(share * h)).zip(rstd.chunks(share));
     let pieces = pieces.zip(dx.chunks_mut(share * h)).zip(sums.chunks_mut(h));
-    workers.each(pieces, |((((dy, x), rstd), dx), dw)| kernels::rms_norm_backward(dy, x, w, rstd, dx, store, dw));
+    workers.each(pieces, |((((dy, x), rstd), dx), dw)| {
+        kernels::rms_norm_backward(dy, x, w, rstd, dx, store, dw)
+    });
     let fresh = sink.fresh();
     let dw = sink.range(range.clone());
     if fresh {

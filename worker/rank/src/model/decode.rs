@@ -84,7 +84,15 @@ impl Llama {
             kernels::rope(qkv, &heads, &self.rope, position);
             keys.extend_from_slice(&qkv[q..q + kv]);
             values.extend_from_slice(&qkv[q + kv..]);
-            kernels::attention_decode(&qkv[..q], keys, values, position + 1, &heads, attention, &mut scratch.kernels[0]);
+            kernels::attention_decode(
+                &qkv[..q],
+                keys,
+                values,
+                position + 1,
+                &heads,
+                attention,
+                &mut scratch.kernels[0],
+            );
             products.forward(attention, w.of(&block.o), Out::Add(x), (1, q, h));
             norm(products.workers(), x, &w.master[block.post_norm.clone()], self.eps(), normed, &mut rstd);
             products.forward(normed, w.of(&block.gate_up), Out::Store(gate_up), (1, h, 2 * f));

@@ -15,13 +15,18 @@ pub fn read_config(dir: &Path) -> Result<LlamaConfig> {
     let path = dir.join(CONFIG_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
     if !dir.is_dir() {
-        return Err(Error::Input(format!("{}: there is no such model directory; check the path", dir.display())));
+        return Err(Error::Input(format!(
+            "{}: there is no such model directory; check the path",
+            dir.display()
+        )));
     }
     let text = std::fs::read_to_string(&path).map_err(|e| {
-        refuse(format!("cannot be read ({e}); a model directory holds config.json, model.safetensors and tokenizer.json"))
+        refuse(format!(
+            "cannot be read ({e}); a model directory holds config.json, model.safetensors and tokenizer.json"
+        ))
     })?;
-    let json: Map<String, Value> =
-        serde_json::from_str(&text).map_err(|e| refuse(format!("is not a JSON object ({e}); restore the file")))?;
+    let json: Map<String, Value> = serde_json::from_str(&text)
+        .map_err(|e| refuse(format!("is not a JSON object ({e}); restore the file")))?;
     parse_config(&json).map_err(refuse)
 }
 
@@ -40,7 +45,8 @@ pub fn parse_config(json: &Map<String, Value>) -> std::result::Result<LlamaConfi
         return Err("hidden_act is not `silu`".into());
     }
     let rope = json.get("rope_parameters").or_else(|| json.get("rope_scaling")).and_then(Value::as_object);
-    if let Some(kind) = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Value::as_str)
+    if let Some(kind) =
+        rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Value::as_str)
         && kind != "default"
     {
         return Err(format!("rotary scaling `{kind}` is not supported; only `default` is"));
@@ -58,11 +64,17 @@ pub fn parse_config(json: &Map<String, Value>) -> std::result::Result<LlamaConfi
     let real = |key: &str, default: f64| -> std::result::Result<f64, String> {
         match json.get(key).or_else(|| rope.and_then(|r| r.get(key))).filter(|v| !v.is_null()) {
             None => Ok(default),
-            Some(value) => value.as_f64().filter(|v| *v > 0.0).ok_or(format!("{key} is {value}, not a positive number")),
+            Some(value) => {
+                value.as_f64().filter(|v| *v > 0.0).ok_or(format!("{key} is {value}, not a positive number"))
+            }
         }
     };
     // Some models name several end tokens; the first one counts.
-    let token = |key: &str| json.get(key).and_then(|v| v.as_array().and_then(|a| a.first()).unwrap_or(v).as_u64()).map(|v| v as u32);
+    let token = |key: &str| {
+        json.get(key)
+            .and_then(|v| v.as_array().and_then(|a| a.first()).unwrap_or(v).as_u64())
+            .map(|v| v as u32)
+    };
     let hidden_size = whole("hidden_size", None)?;
     let heads = whole("num_attention_heads", None)?;
     let config = LlamaConfig {
@@ -121,10 +133,16 @@ pub fn check_weights(tensors: &Tensors, layout: &Layout, dir: &Path) -> Result<(
     let refuse = |what: String| Error::Input(format!("{}: {what}", dir.display()));
     for p in &layout.parameters {
         let Some(tensor) = tensors.get(&p.name) else {
-            return Err(refuse(format!("the weights lack {}; they do not belong to this config.json", p.name)));
+            return Err(refuse(format!(
+                "the weights lack {}; they do not belong to this config.json",
+                p.name
+            )));
         };
         if tensor.shape != p.shape {
-            return Err(refuse(format!("{} is {:?}, config.json asks for {:?}", p.name, tensor.shape, p.shape)));
+            return Err(refuse(format!(
+                "{} is {:?}, config.json asks for {:?}",
+                p.name, tensor.shape, p.shape
+            )));
         }
         if !matches!(tensor.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
             return Err(refuse(format!("{} is {:?}; fleet reads F32, BF16 and F16", p.name, tensor.dtype)));
@@ -134,7 +152,13 @@ pub fn check_weights(tensors: &Tensors, layout: &Layout, dir: &Path) -> Result<(
 }
 
 /// Copies the part of `parameter` that lies in `range` (of the flat buffer) from `tensor`. `out` begins at the flat element `out_start`.
-pub fn copy_part(parameter: &Parameter, tensor: TensorSlice, range: Range<usize>, out: &mut [f32], out_start: usize) {
+pub fn copy_part(
+    parameter: &Parameter,
+    tensor: TensorSlice,
+    range: Range<usize>,
+    out: &mut [f32],
+    out_start: usize,
+) {
     let (begin, end) = (range.start.max(parameter.range.start), range.end.min(parameter.range.end));
     if begin >= end {
         return;
@@ -170,7 +194,12 @@ pub fn tensor_refs<'a>(layout: &'a Layout, flat: &'a [f32]) -> Vec<TensorRef<'a>
     layout
         .parameters
         .iter()
-        .map(|p| TensorRef { name: &p.name, dtype: Dtype::F32, shape: &p.shape, data: as_bytes(&flat[p.range.clone()]) })
+        .map(|p| TensorRef {
+            name: &p.name,
+            dtype: Dtype::F32,
+            shape: &p.shape,
+            data: as_bytes(&flat[p.range.clone()]),
+        })
         .collect()
 }
 

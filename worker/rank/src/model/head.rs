@@ -60,7 +60,18 @@ impl Llama {
         }
         let range = &self.layout.final_norm;
         let g = &mut g[..t * h];
-        norm_backward(products.workers(), &rows[..t * h], x, norm_w, rstd, g, Store::Set, norm_sums, sink, range);
+        norm_backward(
+            products.workers(),
+            &rows[..t * h],
+            x,
+            norm_w,
+            rstd,
+            g,
+            Store::Set,
+            norm_sums,
+            sink,
+            range,
+        );
         Loss { sum, tokens: count(targets) }
     }
 

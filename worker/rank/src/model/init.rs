@@ -8,7 +8,14 @@ const STREAM: usize = 4096;
 
 /// Fills the elements of `parameter` that lie in `range` (of the flat buffer). `out` begins at the flat element `out_start` and covers
 /// them. Norms become 1, everything else N(0, `std`).
-pub fn fill(parameter: &Parameter, range: Range<usize>, seed: u64, std: f32, out: &mut [f32], out_start: usize) {
+pub fn fill(
+    parameter: &Parameter,
+    range: Range<usize>,
+    seed: u64,
+    std: f32,
+    out: &mut [f32],
+    out_start: usize,
+) {
     let begin = range.start.max(parameter.range.start);
     let end = range.end.min(parameter.range.end);
     if begin >= end {
@@ -52,7 +59,9 @@ fn mix(mut z: u64) -> u64 {
 }
 
 fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]

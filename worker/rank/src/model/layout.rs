@@ -99,7 +99,16 @@ impl Layout {
             false => b.add("lm_head.weight", &[vocab, hidden]),
         };
         let head_unit = b.end_unit();
-        Self { parameters: b.parameters, embedding, embedding_unit, blocks, head_unit, final_norm, head, len: b.next }
+        Self {
+            parameters: b.parameters,
+            embedding,
+            embedding_unit,
+            blocks,
+            head_unit,
+            final_norm,
+            head,
+            len: b.next,
+        }
     }
 
     /// All units in the order of the forward pass.
@@ -126,7 +135,11 @@ impl Builder {
     fn add(&mut self, name: &str, shape: &[usize]) -> Range<usize> {
         let range = self.next..self.next + shape.iter().product::<usize>();
         self.next = range.end;
-        self.parameters.push(Parameter { name: name.to_owned(), shape: shape.to_vec(), range: range.clone() });
+        self.parameters.push(Parameter {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            range: range.clone(),
+        });
         range
     }
 

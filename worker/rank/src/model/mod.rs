@@ -110,7 +110,12 @@ impl Llama {
         work.resize(self, t, self.layout.blocks.len());
         let Workspace { saved, last, scratch } = work;
 
-        kernels::embedding(&weights.master[self.layout.embedding.clone()], h, batch.ids, &mut saved[0].x[..t * h]);
+        kernels::embedding(
+            &weights.master[self.layout.embedding.clone()],
+            h,
+            batch.ids,
+            &mut saved[0].x[..t * h],
+        );
         for (layer, block) in self.layout.blocks.iter().enumerate() {
             let (now, later) = saved[layer..].split_at_mut(1);
             let out = later.first_mut().map_or(&mut *last, |next| &mut next.x);

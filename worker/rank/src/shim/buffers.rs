@@ -5,8 +5,8 @@
 
 #![allow(unsafe_code)]
 
-use number::Number;
 use fleet_collectives::{Common, PerRank};
+use number::Number;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -74,7 +74,10 @@ impl Gradients {
         // SAFETY: inside the mapping, which lives as long as `memory`; `&mut self` excludes other uses in this process; peers write
         // only what was posted, and the trainer does not touch that until `finish`.
         unsafe {
-            std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<f32>().add(range.start), range.len())
+            std::slice::from_raw_parts_mut(
+                self.memory.as_mut_ptr().cast::<f32>().add(range.start),
+                range.len(),
+            )
         }
     }
 }

@@ -260,7 +260,8 @@ pub fn inherited_socket(fd: i32) -> std::io::Result<std::os::unix::net::UnixStre
     let mut kind: c_int = 0;
     let mut len = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: getsockopt writes at most `len` bytes into `kind`; a number that is no socket is an error, not undefined.
-    let rc = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &mut len) };
+    let rc =
+        unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &mut len) };
     if rc != 0 {
         return Err(std::io::Error::last_os_error());
     }

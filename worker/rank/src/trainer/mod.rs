@@ -18,7 +18,7 @@ use crate::product::Storage;
 use crate::workers::Workers;
 use fleet_checkpoint::TrainerState;
 use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
-use fleet_common::events::{EventBody, Evaluation, Level, Outcome, Step};
+use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
 use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_data::{Order, TokenCache, evaluation_part};
@@ -35,9 +35,13 @@ const LAST_COMMIT: Duration = Duration::from_secs(5);
 /// Trains as the agent asked, to the end or until stopped.
 pub fn run(start: &RankStart, link: &mut AgentLink) -> Result<Outcome> {
     let began = Instant::now();
-    let job = Job::from_json(&start.job_json).map_err(|e| Error::Input(format!("the job cannot be read: {e}")))?;
+    let job =
+        Job::from_json(&start.job_json).map_err(|e| Error::Input(format!("the job cannot be read: {e}")))?;
     if start.device != "cpu" {
-        return Err(Error::Environment(format!("this fleet-rank trains on the CPU, not on {}; set device = \"cpu\"", start.device)));
+        return Err(Error::Environment(format!(
+            "this fleet-rank trains on the CPU, not on {}; set device = \"cpu\"",
+            start.device
+        )));
     }
     if job.strategy == Strategy::Fsdp {
         return Err(Error::Input("strategy \"fsdp\" is not available yet; use \"ddp\"".into()));
@@ -45,9 +49,9 @@ pub fn run(start: &RankStart, link: &mut AgentLink) -> Result<Outcome> {
     match job.precision {
         Precision::Fp32 => Trainer::<f32>::new(start, job, began, link)?.train(link),
         Precision::Bf16Mixed => Trainer::<bf16>::new(start, job, began, link)?.train(link),
-        Precision::Fp16Mixed | Precision::Bf16True => {
-            Err(Error::Input("this precision is not available on the CPU; use \"32\" or \"bf16-mixed\"".into()))
-        }
+        Precision::Fp16Mixed | Precision::Bf16True => Err(Error::Input(
+            "this precision is not available on the CPU; use \"32\" or \"bf16-mixed\"".into(),
+        )),
     }
 }
 
@@ -64,12 +68,15 @@ struct Trainer<E> {
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
     meter: Meter,
+    /// The recorded checkpoint after which older ones were removed last.
+    rotated: Option<u64>,
 }
 
 impl<E: Storage> Trainer<E> {
     fn new(start: &RankStart, job: Job, began: Instant, link: &mut AgentLink) -> Result<Self> {
         let collective = join(start)?;
-        let cache = TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
+        let cache =
+            TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
         let (config, pretrained) = model_of(&job, &cache)?;
         let world = u64::from(start.world_size);
         let micro_batches = u64::from(job.accumulate_grad_batches);
@@ -135,7 +142,20 @@ impl<E: Storage> Trainer<E> {
         };
         let rank = u64::from(start.rank);
         let meter = Meter::default();
-        Ok(Self { job, rank, world, engine, cache, order, adamw, total_steps, began, state, meter })
+        Ok(Self {
+            job,
+            rank,
+            world,
+            engine,
+            cache,
+            order,
+            adamw,
+            total_steps,
+            began,
+            state,
+            meter,
+            rotated: None,
+        })
     }
 
     fn train(mut self, link: &mut AgentLink) -> Result<Outcome> {
@@ -143,7 +163,10 @@ impl<E: Storage> Trainer<E> {
             let parameters = self.engine.model().layout.count();
             let products = self.engine.products().describe::<E>();
             link.event(EventBody::Started { step: self.state.step, parameters, device: "cpu".into() });
-            link.log(Level::Info, format!("{} threads, {products}", self.engine.products().workers().count()));
+            link.log(
+                Level::Info,
+                format!("{} threads, {products}", self.engine.products().workers().count()),
+            );
         }
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
@@ -172,7 +195,11 @@ impl<E: Storage> Trainer<E> {
                 break;
             }
         }
-        if self.rank == 0 && saved.is_ok() && self.state.step >= first && link.wait_committed(self.state.step, LAST_COMMIT) {
+        if self.rank == 0
+            && saved.is_ok()
+            && self.state.step >= first
+            && link.wait_committed(self.state.step, LAST_COMMIT)
+        {
             self.rotate(link);
         }
         saved?;
@@ -246,7 +273,11 @@ fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
         (world, Some(fd)) => {
             Box::new(ShmCollective::attach(fd, start.rank as usize, world as usize, start.generation)?)
         }
-        (_, None) => return Err(Error::Environment("the agent gave no shared segment to a gang of several ranks".into())),
+        (_, None) => {
+            return Err(Error::Environment(
+                "the agent gave no shared segment to a gang of several ranks".into(),
+            ));
+        }
     };
     collective.set_deadline(DEADLINE);
     Ok(collective)

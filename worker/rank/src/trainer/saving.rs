@@ -31,7 +31,8 @@ impl<E: Storage> Trainer<E> {
 
     fn write(&self) -> Result<CheckpointRecord, CheckpointError> {
         let tokenizer = self.cache.tokenizer_path();
-        let tokenizer = std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
+        let tokenizer =
+            std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
         let mut writer = Writer::begin(&self.job.checkpoint_dir(), self.state.step)?;
         writer.write_safetensors(MODEL_FILE, &self.engine.weight_refs())?;
         let names = self.engine.moment_names();
@@ -43,13 +44,14 @@ impl<E: Storage> Trainer<E> {
     }
 
     /// Removes what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
-    pub(super) fn rotate(&self, link: &mut AgentLink) {
-        if self.rank != 0 {
+    pub(super) fn rotate(&mut self, link: &mut AgentLink) {
+        let committed = link.committed();
+        if self.rank != 0 || committed == self.rotated {
             return;
         }
-        if let Some(committed) = link.take_committed()
-            && let Err(e) = fleet_checkpoint::rotate(&self.job.checkpoint_dir(), self.job.checkpoint.save_total_limit, committed)
-        {
+        self.rotated = committed;
+        let (dir, keep) = (self.job.checkpoint_dir(), self.job.checkpoint.save_total_limit);
+        if let Err(e) = fleet_checkpoint::rotate(&dir, keep, committed.unwrap_or(0)) {
             link.log(Level::Warn, format!("an old checkpoint stays: {e}"));
         }
     }
