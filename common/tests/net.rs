@@ -1,5 +1,7 @@
 //! Who gets in, who does not, and what each is told: real endpoints on loopback.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_common::ids::NodeId;
 use fleet_common::net::*;
 use fleet_common::protocol::{JoinReply, JoinRequest, Role};
@@ -56,7 +58,7 @@ async fn a_member_is_welcome_as_what_its_certificate_says() {
     let (addr, mut seen) = listen(&issue(&ca, Role::Coordinator));
     for role in [Role::Worker, Role::Client, Role::Coordinator] {
         let member = issue(&ca, role);
-        let connection = connect(&[addr.clone()], &member).await.unwrap();
+        let connection = connect(std::slice::from_ref(&addr), &member).await.unwrap();
         assert_eq!(seen.recv().await.unwrap(), Ok(Accepted::Peer(member.peer())));
         drop(connection);
     }
@@ -260,30 +262,35 @@ async fn a_coordinator_that_shows_our_ca_but_was_not_certified_by_it_is_refused(
     assert!(matches!(error, NetError::Refused(_)), "{error}");
 }
 
+/// A coordinator of `ca` that accepts every client with the certificate that `certificate` makes of its request.
+fn accepting(
+    ca: &ClusterCa,
+    certificate: impl Fn(&JoinRequest) -> Vec<u8> + Send + Sync + 'static,
+) -> String {
+    let ca_der = ca.der().to_vec();
+    joinable(&issue(ca, Role::Coordinator), move |request| JoinReply::Accepted {
+        cluster_id: "c1".into(),
+        role: Role::Client,
+        node: None,
+        certificate_der: certificate(request),
+        ca_der: ca_der.clone(),
+    })
+}
+
 #[tokio::test]
 async fn a_coordinator_cannot_give_a_joiner_another_role_or_key() {
     let ca = Arc::new(ca("c1"));
     let token = JoinToken::generate(Role::Client, ca.fingerprint()).unwrap();
-    let accept_with = |certificate: Box<dyn Fn(&JoinRequest) -> Vec<u8> + Send + Sync>| {
-        let ca_der = ca.der().to_vec();
-        joinable(&issue(&ca, Role::Coordinator), move |request| JoinReply::Accepted {
-            cluster_id: "c1".into(),
-            role: Role::Client,
-            node: None,
-            certificate_der: certificate(request),
-            ca_der: ca_der.clone(),
-        })
-    };
     let signer = ca.clone();
-    let addr = accept_with(Box::new(move |request| {
+    let addr = accepting(&ca, move |request| {
         signer
             .sign(&request.csr_der, "c1", "me", Role::Worker, None, SystemTime::now() - DAY, 2 * DAY)
             .unwrap()
-    }));
+    });
     let error = join(&addr, &token, "me").await.unwrap_err().to_string();
     assert!(error.contains("another role"), "{error}");
     let foreign = issue(&ca, Role::Client).certificate_der;
-    let addr = accept_with(Box::new(move |_| foreign.clone()));
+    let addr = accepting(&ca, move |_| foreign.clone());
     assert!(matches!(join(&addr, &token, "me").await, Err(NetError::Tls(_))));
 }
 

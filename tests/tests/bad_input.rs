@@ -1,5 +1,7 @@
 //! What cannot work is refused in one line that names the thing, with its exit code, and nothing half done.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_tests::{Finished, Running, TinyJob, World, program};
 use serde_json::Value;
 use std::collections::BTreeSet;

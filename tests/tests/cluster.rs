@@ -1,5 +1,7 @@
 //! A coordinator, workers and clients that are started one by one.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::ClientId;
 use fleet_common::net::{self, Identity, JoinToken};
@@ -84,7 +86,7 @@ fn send(cluster: &Standing, frame: &ClientFrame) -> Reply {
     let identity = Identity::load(&cluster.data_dir.join("client")).unwrap().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let connection = net::connect(&[cluster.endpoint.quic.clone()], &identity).await.unwrap();
+        let connection = net::connect(std::slice::from_ref(&cluster.endpoint.quic), &identity).await.unwrap();
         let (mut up, mut down) = connection.open_bi().await.unwrap();
         write_frame(&mut up, frame).await.unwrap();
         read_frame(&mut down).await.unwrap().unwrap()

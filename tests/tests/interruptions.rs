@@ -1,5 +1,7 @@
 //! Processes that are killed, stopped or not listened to, under `fleet launch`.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_tests::{TinyJob, World, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

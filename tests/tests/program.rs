@@ -1,5 +1,7 @@
 //! `fleet launch -- PROGRAM`: any program, as torchrun would run it.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_tests::{World, eventually};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;

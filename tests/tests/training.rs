@@ -1,5 +1,7 @@
 //! The numbers: the same losses on any number of ranks, and the same bits after a kill.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use fleet_tests::{Finished, TinyJob, World};
 use std::fs;
 use std::path::PathBuf;

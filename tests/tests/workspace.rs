@@ -1,5 +1,7 @@
 //! Rules about the source that no compiler checks: who may link libtorch and where `unsafe` lives.
 
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
