@@ -11,6 +11,7 @@ use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, RankStart, ToRank};
 use fleet_rank::agent_link::AgentLink;
 use fleet_rank::error::Error;
+use fleet_rank::generate::{Sampling, generate};
 use fleet_rank::trainer;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -264,4 +265,33 @@ fn the_time_limit_ends_a_run_well() {
     let ended = launch(&job, 1, None, None);
     assert!(matches!(ended.outcomes[0], Ok(Outcome::Succeeded { steps: 1, .. })), "{:?}", ended.outcomes);
     assert_eq!(ended.checkpoints().len(), 1);
+}
+
+#[test]
+fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let record = launch(&job(dir.path()), 1, None, None).checkpoints().pop().unwrap();
+    let checkpoint = Path::new(&record.path);
+    let sample = |seed| {
+        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed };
+        let mut pieces = String::new();
+        let mut emit = |piece: &str| {
+            pieces.push_str(piece);
+            true
+        };
+        let generated = generate(checkpoint, "the", 12, &sampling, 1, &mut emit).unwrap();
+        assert_eq!(generated.text, pieces);
+        generated.text
+    };
+    assert_eq!(sample(1), sample(1));
+    assert_ne!(sample(1), sample(2));
+
+    let weights = checkpoint.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    let error = generate(checkpoint, "the", 12, &greedy, 1, &mut |_| true).unwrap_err();
+    assert_eq!(error.fault(), Fault::Input);
+    assert!(error.to_string().contains("model.safetensors"), "{error}");
 }
