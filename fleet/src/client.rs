@@ -46,11 +46,13 @@ impl Client {
     /// Asks for a change, which happens once however often it has to be sent.
     pub async fn change(&mut self, request: Request) -> Result<Reply, Failure> {
         let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
-        let encoded = codec::encode(&request).map_err(|e| Failure::input(format!("the request cannot be sent: {e}")))?;
+        let encoded = codec::encode(&request)
+            .map_err(|e| Failure::input(format!("the request cannot be sent: {e}")))?;
         // a first connection proves that there is a coordinator, and that its client directory is there
         self.connect(Instant::now() + patience).await?;
         let change = sequence::number(&self.cluster.client_dir, &encoded)?;
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: change.client, seq: change.seq, request };
+        let frame =
+            ClientFrame { version: PROTOCOL_VERSION, client: change.client, seq: change.seq, request };
         let reply = self.exchange(&frame, patience).await;
         // a refusal is an answer; only silence leaves it open whether the change happened
         if !matches!(&reply, Err(failure) if failure.code == fleet_common::exit::UNREACHABLE) {
@@ -68,7 +70,9 @@ impl Client {
                 Err(failure) => return Err(failure),
             };
             let failure = match attempt {
-                Ok(Ok(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => Failure::from(refusal),
+                Ok(Ok(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => {
+                    Failure::from(refusal)
+                }
                 Ok(Ok(Reply::Refused(refusal))) => return Err(refusal.into()),
                 Ok(Ok(reply)) => return Ok(reply),
                 Ok(Err(why)) => {
@@ -77,7 +81,10 @@ impl Client {
                 }
                 Err(_) => {
                     self.connection = None;
-                    Failure::unreachable(format!("the coordinator did not answer within {} s", ANSWER_MAX.as_secs()))
+                    Failure::unreachable(format!(
+                        "the coordinator did not answer within {} s",
+                        ANSWER_MAX.as_secs()
+                    ))
                 }
             };
             if Instant::now() + pause > deadline {
@@ -143,7 +150,9 @@ impl Client {
                             }
                         }
                         Ok(Some(Reply::EndOfEvents)) => return Ok(()),
-                        Ok(Some(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => break refusal.message,
+                        Ok(Some(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => {
+                            break refusal.message;
+                        }
                         Ok(Some(Reply::Refused(refusal))) => return Err(refusal.into()),
                         Ok(Some(other)) => return Err(unexpected(&other)),
                         Ok(None) => break "the stream ended early".to_owned(),
@@ -173,7 +182,9 @@ pub enum Flow {
 pub fn unexpected(reply: &Reply) -> Failure {
     let text = format!("{reply:?}");
     let name: String = text.chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
-    Failure::unreachable(format!("the coordinator gave an answer of another kind ({name}); are both of the same version?"))
+    Failure::unreachable(format!(
+        "the coordinator gave an answer of another kind ({name}); are both of the same version?"
+    ))
 }
 
 async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, String> {

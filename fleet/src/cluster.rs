@@ -46,8 +46,14 @@ impl Cluster {
         if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
-        if let Some(cluster) = logins().into_iter().find(|(name, login)| name == wish || login.addresses.iter().any(|a| a == wish)) {
-            return Ok(Cluster { addresses: Addresses::Fixed(cluster.1.addresses), client_dir: places::login_dir(&cluster.0) });
+        if let Some(cluster) = logins()
+            .into_iter()
+            .find(|(name, login)| name == wish || login.addresses.iter().any(|a| a == wish))
+        {
+            return Ok(Cluster {
+                addresses: Addresses::Fixed(cluster.1.addresses),
+                client_dir: places::login_dir(&cluster.0),
+            });
         }
         let local = places::running().into_iter().find(|launch| {
             Endpoint::load(&launch.data_dir).ok().flatten().is_some_and(|endpoint| endpoint.quic == wish)
@@ -56,9 +62,13 @@ impl Cluster {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
         Err(Failure::input(if wish.contains(':') {
-            format!("no credential for {wish}; make a token there with `fleet token create --role client` and run `fleet login {wish} --token-file FILE`")
+            format!(
+                "no credential for {wish}; make a token there with `fleet token create --role client` and run `fleet login {wish} --token-file FILE`"
+            )
         } else {
-            format!("no cluster `{wish}` is known; give a coordinator's data directory, HOST:PORT, or a name given to `fleet login`")
+            format!(
+                "no cluster `{wish}` is known; give a coordinator's data directory, HOST:PORT, or a name given to `fleet login`"
+            )
         }))
     }
 
@@ -70,20 +80,25 @@ impl Cluster {
     pub fn addresses(&self) -> Result<Vec<String>, Failure> {
         match &self.addresses {
             Addresses::Fixed(addresses) => Ok(addresses.clone()),
-            Addresses::DataDir(dir) => match Endpoint::load(dir).map_err(|e| Failure::unreachable(e.to_string()))? {
-                Some(endpoint) => Ok(vec![endpoint.quic]),
-                None => Err(Failure::unreachable(format!(
-                    "{} has no endpoint.json: no coordinator has listened there; start one with `coordinator start --data-dir {}`",
-                    dir.display(),
-                    dir.display()
-                ))),
-            },
+            Addresses::DataDir(dir) => {
+                match Endpoint::load(dir).map_err(|e| Failure::unreachable(e.to_string()))? {
+                    Some(endpoint) => Ok(vec![endpoint.quic]),
+                    None => Err(Failure::unreachable(format!(
+                        "{} has no endpoint.json: no coordinator has listened there; start one with `coordinator start --data-dir {}`",
+                        dir.display(),
+                        dir.display()
+                    ))),
+                }
+            }
         }
     }
 
     pub fn identity(&self) -> Result<Identity, Failure> {
         Identity::load(&self.client_dir)?.ok_or_else(|| {
-            Failure::unreachable(format!("{} has no client credential; has its coordinator started?", self.client_dir.display()))
+            Failure::unreachable(format!(
+                "{} has no client credential; has its coordinator started?",
+                self.client_dir.display()
+            ))
         })
     }
 }
@@ -92,7 +107,8 @@ fn logins() -> Vec<(String, Login)> {
     let entries = std::fs::read_dir(places::state_dir().join("clusters")).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
-            let login = serde_json::from_slice(&std::fs::read(entry.path().join("cluster.json")).ok()?).ok()?;
+            let login =
+                serde_json::from_slice(&std::fs::read(entry.path().join("cluster.json")).ok()?).ok()?;
             Some((entry.file_name().into_string().ok()?, login))
         })
         .collect()

@@ -5,8 +5,15 @@ use fleet_common::protocol::{CheckpointView, ClusterView, JobView, NodeView};
 use serde_json::{Map, Value, json};
 
 /// `cluster`: the first line of `fleet launch --json`.
-pub fn cluster(address: &str, http: &str, cluster_id: &str, directory: &str, pids: [(&str, Option<u32>); 3]) -> Value {
-    let pids: Map<String, Value> = pids.into_iter().map(|(name, pid)| (name.to_owned(), json!(pid))).collect();
+pub fn cluster(
+    address: &str,
+    http: &str,
+    cluster_id: &str,
+    directory: &str,
+    pids: [(&str, Option<u32>); 3],
+) -> Value {
+    let pids: Map<String, Value> =
+        pids.into_iter().map(|(name, pid)| (name.to_owned(), json!(pid))).collect();
     json!({"event": "cluster", "address": address, "http": http, "cluster_id": cluster_id, "data_dir": directory, "pids": pids})
 }
 
@@ -35,11 +42,15 @@ pub fn event(event: &Event) -> Value {
             "event": "eval", "step": eval.step, "loss": eval.loss, "bits_per_byte": eval.bits_per_byte, "tokens": eval.tokens,
         }),
         EventBody::Checkpoint(checkpoint) => with_event("checkpoint", record(checkpoint)),
-        EventBody::CheckpointFailed { step, error } => json!({"event": "checkpoint", "step": step, "path": null, "error": error}),
+        EventBody::CheckpointFailed { step, error } => {
+            json!({"event": "checkpoint", "step": step, "path": null, "error": error})
+        }
         EventBody::Log { rank, level, line } => {
             json!({"event": "log", "rank": rank, "level": level_name(*level), "line": line})
         }
-        EventBody::Memory { rss_mib, pss_mib } => json!({"event": "memory", "rss_mib": rss_mib, "pss_mib": pss_mib}),
+        EventBody::Memory { rss_mib, pss_mib } => {
+            json!({"event": "memory", "rss_mib": rss_mib, "pss_mib": pss_mib})
+        }
         EventBody::Finished(outcome) => finished(outcome),
     };
     line["time"] = json!(event.unix_ms);
@@ -163,7 +174,15 @@ mod tests {
 
     #[test]
     fn a_step_line_begins_as_documented_and_survives_numbers_that_are_not_finite() {
-        let step = Step { step: 3, total_steps: 9, epoch: 0.5, loss: f64::NAN, lr: 1e-3, grad_norm: f64::INFINITY, tokens_per_s: 12.5 };
+        let step = Step {
+            step: 3,
+            total_steps: 9,
+            epoch: 0.5,
+            loss: f64::NAN,
+            lr: 1e-3,
+            grad_norm: f64::INFINITY,
+            tokens_per_s: 12.5,
+        };
         let line = event(&Event { unix_ms: 5, body: EventBody::Step(step) }).to_string();
         assert_eq!(
             line,
@@ -173,7 +192,12 @@ mod tests {
 
     #[test]
     fn a_summary_has_its_fields_in_order_and_an_error_only_when_there_is_one() {
-        let mut it = Summary { status: "succeeded", job: Some("job-1".into()), peak_rss_mib: vec![7, 8], ..Summary::default() };
+        let mut it = Summary {
+            status: "succeeded",
+            job: Some("job-1".into()),
+            peak_rss_mib: vec![7, 8],
+            ..Summary::default()
+        };
         assert_eq!(
             summary(&it).to_string(),
             r#"{"event":"summary","status":"succeeded","job":"job-1","steps":0,"final_loss":null,"eval_loss":null,"tokens_per_s":null,"first_step_s":null,"peak_rss_mib":[7,8],"checkpoint":null}"#

@@ -69,7 +69,8 @@ impl Registration {
         let launch = Launch { name, pid, pid_start: pid_start(pid), started_unix_ms, data_dir: data };
         let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
         let file = dir.join("launch.json");
-        files::write_atomic(&file, text.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))?;
+        files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
+            .map_err(|e| Failure::io("write", &file, &e))?;
         Ok(Registration { launch, dir, own_data: data_dir.is_none(), keep: false })
     }
 
@@ -94,7 +95,8 @@ pub fn running() -> Vec<Launch> {
 }
 
 fn running_in(launches: &Path) -> Vec<Launch> {
-    let mut found: Vec<Launch> = directories(launches).iter().filter_map(|dir| read(dir)).filter(is_running).collect();
+    let mut found: Vec<Launch> =
+        directories(launches).iter().filter_map(|dir| read(dir)).filter(is_running).collect();
     found.sort_by_key(|launch| std::cmp::Reverse(launch.started_unix_ms));
     found
 }

@@ -18,7 +18,9 @@ pub enum Style {
     Lines,
     Json,
     /// As `Lines`, without the training: a program's own output.
-    Program { ranks: u32 },
+    Program {
+        ranks: u32,
+    },
 }
 
 impl Style {
@@ -62,6 +64,13 @@ impl Report {
 
     pub fn is_json(&self) -> bool {
         self.style == Style::Json
+    }
+
+    /// Where the cluster is. Nothing is said over a program's own output.
+    pub fn cluster(&mut self, json: &Value, text: &str) {
+        if !matches!(self.style, Style::Program { .. }) {
+            self.say(json, text);
+        }
     }
 
     /// A line of fleet itself: JSON as given, for people the text.
@@ -165,7 +174,9 @@ impl Report {
             ),
             EventBody::Eval(eval) => {
                 let first = self.first_eval.filter(|first| eval.loss < *first);
-                let share = first.map_or(String::new(), |first| format!(" ({:.0}% of the first)", 100.0 * eval.loss / first));
+                let share = first.map_or(String::new(), |first| {
+                    format!(" ({:.0}% of the first)", 100.0 * eval.loss / first)
+                });
                 format!(
                     "evaluation at step {}: loss {:.4}{share}, {:.3} bits per byte over {} tokens",
                     eval.step,
@@ -175,10 +186,17 @@ impl Report {
                 )
             }
             EventBody::Checkpoint(checkpoint) => {
-                format!("checkpoint at step {}: {} ({}B)", checkpoint.step, checkpoint.path, text::short(checkpoint.bytes))
+                format!(
+                    "checkpoint at step {}: {} ({}B)",
+                    checkpoint.step,
+                    checkpoint.path,
+                    text::short(checkpoint.bytes)
+                )
             }
             EventBody::CheckpointFailed { step, error } => {
-                format!("warning: the checkpoint at step {step} could not be saved, training goes on: {error}")
+                format!(
+                    "warning: the checkpoint at step {step} could not be saved, training goes on: {error}"
+                )
             }
             EventBody::Log { rank, level, line } => {
                 let who = rank.map_or("node".to_owned(), |rank| format!("rank {rank}"));
@@ -231,7 +249,8 @@ impl Report {
         if done == 0 {
             return String::new();
         }
-        let seconds = since.elapsed().as_secs_f64() / done as f64 * step.total_steps.saturating_sub(step.step) as f64;
+        let seconds =
+            since.elapsed().as_secs_f64() / done as f64 * step.total_steps.saturating_sub(step.step) as f64;
         format!("  {} left", text::clock(seconds.round() as u64))
     }
 
@@ -262,7 +281,9 @@ impl Report {
         if self.style == Style::Json {
             out::json(&json::summary(&self.summary));
         } else {
-            for line in last_words(&self.summary, self.first_eval, matches!(self.style, Style::Program { .. })) {
+            for line in
+                last_words(&self.summary, self.first_eval, matches!(self.style, Style::Program { .. }))
+            {
                 out::note(&line);
             }
         }
@@ -274,7 +295,10 @@ impl Report {
 pub enum End {
     Job(Box<JobView>),
     /// It failed outside the job: the cluster could not be started, or was lost.
-    Failed { message: String, code: u8 },
+    Failed {
+        message: String,
+        code: u8,
+    },
     /// Stopped before there was a job.
     Cancelled,
 }
@@ -328,7 +352,8 @@ fn last_words(summary: &Summary, first_eval: Option<f64>, program: bool) -> Vec<
 
 fn new_bar(steps: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
     bar.set_style(style);
     bar
 }
@@ -361,7 +386,15 @@ mod tests {
     }
 
     fn step(step: u64, loss: f64) -> EventBody {
-        EventBody::Step(Step { step, total_steps: 10, epoch: 0.1, loss, lr: 1e-3, grad_norm: 1.0, tokens_per_s: 1234.5 })
+        EventBody::Step(Step {
+            step,
+            total_steps: 10,
+            epoch: 0.1,
+            loss,
+            lr: 1e-3,
+            grad_norm: 1.0,
+            tokens_per_s: 1234.5,
+        })
     }
 
     #[test]

@@ -92,15 +92,16 @@ fn with_book<T>(dir: &Path, work: impl FnOnce(&mut Book) -> Result<T, Failure>) 
         Some(text) => serde_json::from_str(&text).map_err(|_| damaged(dir))?,
         None => {
             let mut id = [0; 16];
-            rand::rngs::OsRng
-                .try_fill_bytes(&mut id)
-                .map_err(|e| Failure::environment(format!("the operating system gave no random bytes: {e}")))?;
+            rand::rngs::OsRng.try_fill_bytes(&mut id).map_err(|e| {
+                Failure::environment(format!("the operating system gave no random bytes: {e}"))
+            })?;
             Book { client: hex::encode(id), next: 1, pending: Vec::new() }
         }
     };
     let done = work(&mut book)?;
     let text = serde_json::to_string(&book).map_err(|e| Failure::environment(e.to_string()))?;
-    files::write_atomic(&path, text.as_bytes(), files::SECRET).map_err(|e| Failure::io("write", &path, &e))?;
+    files::write_atomic(&path, text.as_bytes(), files::SECRET)
+        .map_err(|e| Failure::io("write", &path, &e))?;
     Ok(done)
 }
 

@@ -5,7 +5,7 @@ pub fn thousands(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (position, digit) in digits.chars().enumerate() {
-        if position > 0 && (digits.len() - position) % 3 == 0 {
+        if position > 0 && (digits.len() - position).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
@@ -59,7 +59,10 @@ mod tests {
         assert_eq!([thousands(7), thousands(1234), thousands(1_234_567)], ["7", "1,234", "1,234,567"]);
         assert_eq!([short(999), short(1500), short(4_012_345)], ["999", "1.5 k", "4.01 M"]);
         assert_eq!([clock(5), clock(65), clock(3725)], ["0:05", "1:05", "1:02:05"]);
-        assert_eq!([age(1500), age(180_000), age(7_200_000), age(200_000_000)], ["1 s", "3 min", "2 h", "2 d"]);
+        assert_eq!(
+            [age(1500), age(180_000), age(7_200_000), age(200_000_000)],
+            ["1 s", "3 min", "2 h", "2 d"]
+        );
         assert_eq!(loss(Some(f64::NAN)), "NaN");
         assert_eq!(small(0.0005), "5.00e-4");
     }

@@ -1,5 +1,7 @@
 //! The real `fleet` where no cluster is needed: what it prints, what it refuses, and with which exit code.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -52,7 +54,11 @@ fn config_prints_a_job_file_that_means_the_same() {
     place.file("job.yaml", "num_epochs: 3\ndata: {path: text.txt}\n");
     let toml = place.run(&["config", "job.yaml", "--set", "lr=2e-3"]);
     assert!(toml.status.success());
-    assert!(stdout(&toml).contains("epochs = 3\n") && stdout(&toml).contains("learning_rate = 0.002\n"), "{}", stdout(&toml));
+    assert!(
+        stdout(&toml).contains("epochs = 3\n") && stdout(&toml).contains("learning_rate = 0.002\n"),
+        "{}",
+        stdout(&toml)
+    );
     place.file("job.toml", stdout(&toml));
     assert_eq!(stdout(&place.run(&["config", "job.toml"])), stdout(&toml));
 
@@ -72,12 +78,24 @@ fn bad_input_is_one_line_and_exit_code_2() {
         assert_eq!(place.refusal(args), (2, unknown.to_owned()));
     }
     let cases: [(&[&str], &str); 6] = [
-        (&["launch", "no.toml"], "error: cannot read the job file `no.toml`: No such file or directory (os error 2)"),
-        (&["launch", "-n", "4", "two.toml"], "error: `devices` asks for 2 ranks and -n for 4; leave one of them out"),
+        (
+            &["launch", "no.toml"],
+            "error: cannot read the job file `no.toml`: No such file or directory (os error 2)",
+        ),
+        (
+            &["launch", "-n", "4", "two.toml"],
+            "error: `devices` asks for 2 ranks and -n for 4; leave one of them out",
+        ),
         (&["launch", "-n", "65", "--", "true"], "error: 65 ranks: one machine runs 1 to 64"),
         (&["generate", "--model", "none", "--prompt", "x"], "error: --model none is not a directory"),
-        (&["login", "127.0.0.1:7", "--token", "fleet_x"], "error: the token in --token is damaged: it does not have the form fleet_ROLE_ID_SECRET_FINGERPRINT; copy it whole, it begins with `fleet_`"),
-        (&["nodes", "--cluster", "nowhere"], "error: no cluster `nowhere` is known; give a coordinator's data directory, HOST:PORT, or a name given to `fleet login`"),
+        (
+            &["login", "127.0.0.1:7", "--token", "fleet_x"],
+            "error: the token in --token is damaged: it does not have the form fleet_ROLE_ID_SECRET_FINGERPRINT; copy it whole, it begins with `fleet_`",
+        ),
+        (
+            &["nodes", "--cluster", "nowhere"],
+            "error: no cluster `nowhere` is known; give a coordinator's data directory, HOST:PORT, or a name given to `fleet login`",
+        ),
     ];
     for (args, wanted) in cases {
         assert_eq!(place.refusal(args), (2, wanted.to_owned()), "{args:?}");
@@ -93,8 +111,14 @@ fn with_json_even_a_refused_launch_ends_with_a_summary() {
     let output = place.run(&["launch", "--json", "bad.toml"]);
     assert_eq!(output.status.code(), Some(2));
     let summary: Value = serde_json::from_str(stdout(&output).lines().last().unwrap()).unwrap();
-    assert_eq!((&summary["event"], &summary["status"], &summary["job"]), (&"summary".into(), &"failed".into(), &Value::Null));
-    assert_eq!(summary["error"]["message"], "bad.toml:1: `epochs` is 0; a whole number from 1 to 1000000 is wanted");
+    assert_eq!(
+        (&summary["event"], &summary["status"], &summary["job"]),
+        (&"summary".into(), &"failed".into(), &Value::Null)
+    );
+    assert_eq!(
+        summary["error"]["message"],
+        "bad.toml:1: `epochs` is 0; a whole number from 1 to 1000000 is wanted"
+    );
     assert_eq!(summary["error"]["exit_code"], 2);
 }
 
@@ -128,7 +152,12 @@ fn a_missing_program_is_named_and_the_exit_code_is_4() {
 fn a_reader_that_goes_away_is_no_error() {
     let place = Place::new();
     place.file("job.toml", "[data]\npath = \"x\"\n");
-    let mut child = place.command(Path::new(FLEET), &["config", "job.toml"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = place
+        .command(Path::new(FLEET), &["config", "job.toml"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0));

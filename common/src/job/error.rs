@@ -23,8 +23,17 @@ pub enum JobFileError {
     Twice { place: Place, key: String },
     #[error("{place}: `{key}` is {given}; {wanted} is wanted")]
     Value { place: Place, key: String, given: String, wanted: String },
-    #[error("{place}: `{key}` is {given}, but `{other}` ({other_place}), another name of it, is {other_given}; keep one")]
-    Aliases { place: Place, key: String, given: String, other_place: Place, other: String, other_given: String },
+    #[error(
+        "{place}: `{key}` is {given}, but `{other}` ({other_place}), another name of it, is {other_given}; keep one"
+    )]
+    Aliases {
+        place: Place,
+        key: String,
+        given: String,
+        other_place: Place,
+        other: String,
+        other_given: String,
+    },
     #[error("{place}: `{key}` is not in this version of fleet: {instead}")]
     Later { place: Place, key: String, instead: String },
     /// Fields that are fine alone and not together, or a value that this version cannot train with.

@@ -120,7 +120,11 @@ pub(super) struct Fields {
 
 impl Fields {
     /// Takes the file's top-level table and, over it, the values of `--set`, the last one winning.
-    pub fn new(file: &str, table: Vec<(String, Value)>, sets: Vec<(String, Value)>) -> Result<Self, JobFileError> {
+    pub fn new(
+        file: &str,
+        table: Vec<(String, Value)>,
+        sets: Vec<(String, Value)>,
+    ) -> Result<Self, JobFileError> {
         let mut fields = Fields { given: BTreeMap::new(), file: file.into() };
         let mut flat = Vec::new();
         flatten("", table, &mut flat)?;
@@ -175,7 +179,9 @@ impl Fields {
     /// A whole number from `min` to `max`.
     pub fn int(&self, name: &'static str, min: u64, max: u64) -> Result<Option<u64>, JobFileError> {
         let wanted = format!("a whole number from {min} to {max}");
-        self.get(name, &wanted, |v| v.int().and_then(|n| u64::try_from(n).ok()).filter(|n| (min..=max).contains(n)))
+        self.get(name, &wanted, |v| {
+            v.int().and_then(|n| u64::try_from(n).ok()).filter(|n| (min..=max).contains(n))
+        })
     }
 
     /// As `int`, for fields of 32 bits.
@@ -232,7 +238,8 @@ impl Fields {
 
     /// An error about a combination, at the first of `names` that is given.
     pub fn refuse(&self, names: &[&'static str], message: String) -> JobFileError {
-        let place = names.iter().find_map(|name| self.given.get(name)).map_or(&self.file, |(_, value)| &value.place);
+        let place =
+            names.iter().find_map(|name| self.given.get(name)).map_or(&self.file, |(_, value)| &value.place);
         JobFileError::Refused { place: place.clone(), message }
     }
 
@@ -242,11 +249,17 @@ impl Fields {
 }
 
 /// Tables dissolved into dotted names.
-fn flatten(prefix: &str, table: Vec<(String, Value)>, flat: &mut Vec<(String, Value)>) -> Result<(), JobFileError> {
+fn flatten(
+    prefix: &str,
+    table: Vec<(String, Value)>,
+    flat: &mut Vec<(String, Value)>,
+) -> Result<(), JobFileError> {
     for (key, value) in table {
         let key = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
         match value {
-            Value { kind: Kind::Table(inner), .. } if TABLES.contains(&key.as_str()) => flatten(&key, inner, flat)?,
+            Value { kind: Kind::Table(inner), .. } if TABLES.contains(&key.as_str()) => {
+                flatten(&key, inner, flat)?
+            }
             // a YAML table whose keys are all commented out
             Value { kind: Kind::Null, .. } if TABLES.contains(&key.as_str()) => {}
             value if TABLES.contains(&key.as_str()) => {
@@ -290,6 +303,7 @@ fn known(key: &str, value: &Value) -> Result<&'static str, JobFileError> {
 
 /// What to do instead of a setting that belongs to a later version. `export.formats` from `--set` belongs to the table `export`.
 fn later(key: &str) -> Option<&'static str> {
-    let within = |table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    let within =
+        |table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     LATER.iter().find(|(name, _)| within(name)).map(|(_, instead)| *instead)
 }

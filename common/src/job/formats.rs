@@ -45,7 +45,10 @@ struct Lines<'a> {
 
 impl Lines<'_> {
     fn place(&self, byte: usize) -> Place {
-        self.line(1 + self.text.as_bytes()[..byte.min(self.text.len())].iter().filter(|b| **b == b'\n').count() as u64)
+        self.line(
+            1 + self.text.as_bytes()[..byte.min(self.text.len())].iter().filter(|b| **b == b'\n').count()
+                as u64,
+        )
     }
 
     fn line(&self, line: u64) -> Place {
@@ -58,7 +61,10 @@ impl Lines<'_> {
     }
 
     fn not_a_table(&self, place: Place, given: &Value) -> JobFileError {
-        JobFileError::Syntax { place, message: format!("a job file is a table of settings, not {}", given.describe()) }
+        JobFileError::Syntax {
+            place,
+            message: format!("a job file is a table of settings, not {}", given.describe()),
+        }
     }
 }
 
@@ -92,7 +98,10 @@ fn toml_kind(value: &DeValue<'_>, place: &Place, lines: &Lines<'_>) -> Result<Ki
         DeValue::Boolean(b) => Kind::Bool(*b),
         DeValue::Integer(n) => {
             let digits = n.as_str().replace('_', "");
-            Kind::Int(i64::from_str_radix(&digits, n.radix()).map_err(|_| bad(format!("{n} does not fit 64 bits")))?)
+            Kind::Int(
+                i64::from_str_radix(&digits, n.radix())
+                    .map_err(|_| bad(format!("{n} does not fit 64 bits")))?,
+            )
         }
         DeValue::Float(x) => {
             let digits = x.as_str().replace('_', "");
@@ -174,12 +183,11 @@ fn json_value(value: &ast::Value<'_>, lines: &Lines<'_>) -> Result<Value, JobFil
         ast::Value::StringLit(text) => Kind::Text(text.value.to_string()),
         ast::Value::BooleanLit(b) => Kind::Bool(b.value),
         ast::Value::NullKeyword(_) => Kind::Null,
-        ast::Value::NumberLit(number) => number
-            .value
-            .parse()
-            .map(Kind::Int)
-            .or_else(|_| number.value.parse().map(Kind::Float))
-            .map_err(|_| lines.syntax(place.clone(), "JSON", &format!("{} is not a number", number.value)))?,
+        ast::Value::NumberLit(number) => {
+            number.value.parse().map(Kind::Int).or_else(|_| number.value.parse().map(Kind::Float)).map_err(
+                |_| lines.syntax(place.clone(), "JSON", &format!("{} is not a number", number.value)),
+            )?
+        }
         ast::Value::Array(array) => {
             Kind::List(array.elements.iter().map(|item| json_value(item, lines)).collect::<Result<_, _>>()?)
         }

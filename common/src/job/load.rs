@@ -58,13 +58,18 @@ fn job(f: &Fields, run_name: &str, dir: &Path, warnings: &mut Vec<Warning>) -> R
     };
     let num_nodes = f.int32("num_nodes", 1, RANKS_MAX)?.unwrap_or(1);
     if num_nodes != 1 {
-        let message = format!("`num_nodes` is {num_nodes}, and this version keeps a job's ranks on one node; leave it at 1");
+        let message = format!(
+            "`num_nodes` is {num_nodes}, and this version keeps a job's ranks on one node; leave it at 1"
+        );
         return Err(f.refuse(&["num_nodes"], message));
     }
     Ok(Job {
         task_name: f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned()),
         run_name: run_name_of(f, run_name)?,
-        output_dir: absolute(dir, &f.text("output_dir", "a directory")?.unwrap_or_else(|| "training_output".to_owned())),
+        output_dir: absolute(
+            dir,
+            &f.text("output_dir", "a directory")?.unwrap_or_else(|| "training_output".to_owned()),
+        ),
         working_dir: dir.to_owned(),
         seed: f.int("seed", 0, INT_MAX)?.unwrap_or(42),
         strategy: strategy(f)?,
@@ -128,12 +133,17 @@ fn devices(f: &Fields) -> Result<Devices, JobFileError> {
     let wanted = "a number of ranks, \"auto\" or a list of different device ids";
     let given = f.get("devices", wanted, |v| match &v.kind {
         super::value::Kind::List(items) => {
-            let ids: Vec<u32> = items.iter().map(|i| i.int().and_then(|n| u32::try_from(n).ok())).collect::<Option<_>>()?;
+            let ids: Vec<u32> =
+                items.iter().map(|i| i.int().and_then(|n| u32::try_from(n).ok())).collect::<Option<_>>()?;
             let different = ids.iter().collect::<std::collections::BTreeSet<_>>().len() == ids.len();
             (!ids.is_empty() && ids.len() <= RANKS_MAX as usize && different).then_some(Devices::Ids(ids))
         }
         _ if v.text() == Some("auto") || v.int() == Some(-1) => Some(Devices::Auto),
-        _ => v.int().and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=RANKS_MAX).contains(n)).map(Devices::Count),
+        _ => v
+            .int()
+            .and_then(|n| u32::try_from(n).ok())
+            .filter(|n| (1..=RANKS_MAX).contains(n))
+            .map(Devices::Count),
     })?;
     Ok(given.unwrap_or(Devices::Auto))
 }
@@ -141,7 +151,15 @@ fn devices(f: &Fields) -> Result<Devices, JobFileError> {
 /// M28 for the names. This version trains on the CPU.
 fn device(f: &Fields) -> Result<Device, JobFileError> {
     use Device::{Auto, Cpu, Cuda, Mps};
-    let words = [("auto", Auto), ("cpu", Cpu), ("cuda", Cuda), ("gpu", Cuda), ("mps", Mps), ("mlx", Mps), ("pytorch", Auto)];
+    let words = [
+        ("auto", Auto),
+        ("cpu", Cpu),
+        ("cuda", Cuda),
+        ("gpu", Cuda),
+        ("mps", Mps),
+        ("mlx", Mps),
+        ("pytorch", Auto),
+    ];
     let device = f.word("device", &words)?;
     let use_gpu = f.flag("use_gpu")?;
     match (device, use_gpu) {
@@ -149,9 +167,10 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
             let message = "`device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\"";
             Err(f.refuse(&["device"], message.to_owned()))
         }
-        (Some(Cpu), Some(true)) => {
-            Err(f.refuse(&["use_gpu"], "`use_gpu` = true and `device` = \"cpu\" contradict each other; keep one".to_owned()))
-        }
+        (Some(Cpu), Some(true)) => Err(f.refuse(
+            &["use_gpu"],
+            "`use_gpu` = true and `device` = \"cpu\" contradict each other; keep one".to_owned(),
+        )),
         (None | Some(Auto), Some(true)) => Err(f.refuse(
             &["use_gpu"],
             "`use_gpu` = true: this version of fleet trains on the CPU; take it out".to_owned(),
@@ -201,7 +220,11 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
 
 // ---- the model --------------------------------------------------------------------------------------------------------
 
-fn pretrained(f: &Fields, path: PathBuf, tokenizer: Option<PathBuf>) -> Result<(Model, Tokenizer), JobFileError> {
+fn pretrained(
+    f: &Fields,
+    path: PathBuf,
+    tokenizer: Option<PathBuf>,
+) -> Result<(Model, Tokenizer), JobFileError> {
     let shape = f.first_with("model.").filter(|name| *name != "model.path");
     let other = SHAPE.iter().copied().find(|name| f.is_given(name)).or(shape);
     if let Some(name) = other {
@@ -230,11 +253,19 @@ const SHAPE: [&str; 10] = [
     "model.tie_word_embeddings",
 ];
 
-fn fresh(f: &Fields, max_seq_len: u32, tokenizer: Option<PathBuf>) -> Result<(Model, Tokenizer), JobFileError> {
+fn fresh(
+    f: &Fields,
+    max_seq_len: u32,
+    tokenizer: Option<PathBuf>,
+) -> Result<(Model, Tokenizer), JobFileError> {
     only_llama(f)?;
     let (vocab_size, tokenizer) = vocabulary(f, tokenizer)?;
     let hidden = f.int32("model.hidden_size", 1, SIZE_MAX)?.unwrap_or(256);
-    let heads = f.int32("model.num_attention_heads", 1, 4096)?.unwrap_or(if hidden % 64 == 0 { hidden / 64 } else { 4 });
+    let heads = f.int32("model.num_attention_heads", 1, 4096)?.unwrap_or(if hidden % 64 == 0 {
+        hidden / 64
+    } else {
+        4
+    });
     if hidden % heads != 0 {
         let below = hidden / heads * heads;
         let near = if below == 0 { heads.to_string() } else { format!("{below} or {}", below + heads) };
@@ -284,7 +315,9 @@ fn fresh(f: &Fields, max_seq_len: u32, tokenizer: Option<PathBuf>) -> Result<(Mo
         rms_norm_eps: f.float("model.rms_norm_eps", "a number above 0", |x| x > 0.0)?.unwrap_or(1e-6),
         rope_theta: f.float("model.rope_theta", "a number above 1", |x| x > 1.0)?.unwrap_or(10_000.0),
         tie_word_embeddings: f.flag("model.tie_word_embeddings")?.unwrap_or(false),
-        initializer_range: f.float("model.initializer_range", "a number of at least 0", |x| x >= 0.0)?.unwrap_or(0.02),
+        initializer_range: f
+            .float("model.initializer_range", "a number of at least 0", |x| x >= 0.0)?
+            .unwrap_or(0.02),
         bos_token_id: f.int32("model.bos_token_id", 0, vocab_size - 1)?,
         eos_token_id: f.int32("model.eos_token_id", 0, vocab_size - 1)?,
     };
@@ -360,9 +393,14 @@ fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
     })
 }
 
-fn optimizer(f: &Fields, max_steps: Option<u64>, warnings: &mut Vec<Warning>) -> Result<Optimizer, JobFileError> {
+fn optimizer(
+    f: &Fields,
+    max_steps: Option<u64>,
+    warnings: &mut Vec<Warning>,
+) -> Result<Optimizer, JobFileError> {
     let share = |x: f64| (0.0..1.0).contains(&x);
-    let schedules = [("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
+    let schedules =
+        [("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
     Ok(Optimizer {
         learning_rate: f.float("optimizer.learning_rate", "a number above 0", |x| x > 0.0)?.unwrap_or(5e-4),
         schedule: f.word("optimizer.schedule", &schedules)?.unwrap_or(Schedule::Cosine),
@@ -370,24 +408,34 @@ fn optimizer(f: &Fields, max_steps: Option<u64>, warnings: &mut Vec<Warning>) ->
         min_lr_ratio: f
             .float("optimizer.min_lr_ratio", "a number from 0 to 1", |x| (0.0..=1.0).contains(&x))?
             .unwrap_or(0.0),
-        weight_decay: f.float("optimizer.weight_decay", "a number of at least 0", |x| x >= 0.0)?.unwrap_or(0.01),
+        weight_decay: f
+            .float("optimizer.weight_decay", "a number of at least 0", |x| x >= 0.0)?
+            .unwrap_or(0.01),
         beta1: f.float("optimizer.beta1", "a number from 0 to below 1", share)?.unwrap_or(0.9),
         beta2: f.float("optimizer.beta2", "a number from 0 to below 1", share)?.unwrap_or(0.999),
         eps: f.float("optimizer.eps", "a number above 0", |x| x > 0.0)?.unwrap_or(1e-8),
         max_grad_norm: f
-            .float("optimizer.max_grad_norm", "a number of at least 0, where 0 turns clipping off,", |x| x >= 0.0)?
+            .float("optimizer.max_grad_norm", "a number of at least 0, where 0 turns clipping off,", |x| {
+                x >= 0.0
+            })?
             .unwrap_or(1.0),
     })
 }
 
 /// M13: a warm-up longer than the run is cut to a tenth of it.
-fn warmup_steps(f: &Fields, max_steps: Option<u64>, warnings: &mut Vec<Warning>) -> Result<u64, JobFileError> {
+fn warmup_steps(
+    f: &Fields,
+    max_steps: Option<u64>,
+    warnings: &mut Vec<Warning>,
+) -> Result<u64, JobFileError> {
     let given = f.int("optimizer.warmup_steps", 0, INT_MAX)?;
     let tenth = max_steps.map(|steps| steps / 10);
     match (given, max_steps, tenth) {
         (Some(warmup), Some(steps), Some(tenth)) if warmup > steps => {
             let spelling = f.spelling("optimizer.warmup_steps");
-            warnings.push(Warning(format!("`{spelling}` ({warmup}) is larger than `max_steps` ({steps}): cut to {tenth}")));
+            warnings.push(Warning(format!(
+                "`{spelling}` ({warmup}) is larger than `max_steps` ({steps}): cut to {tenth}"
+            )));
             Ok(tenth)
         }
         (Some(warmup), _, _) => Ok(warmup),

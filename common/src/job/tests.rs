@@ -55,7 +55,8 @@ fn the_three_formats_say_the_same() {
 
 #[test]
 fn every_spelling_reaches_its_field() {
-    let cases: &[(&str, fn(&Job) -> bool)] = &[
+    type Holds = fn(&Job) -> bool;
+    let cases: &[(&str, Holds)] = &[
         ("num_train_epochs = 7", |j| j.epochs == 7),
         ("per_device_train_batch_size = 3", |j| j.batch_size == 3 && j.eval.batch_size == 3),
         ("per_device_batch_size = 3", |j| j.batch_size == 3),
@@ -69,7 +70,9 @@ fn every_spelling_reaches_its_field() {
         ("max_steps = 100", |j| j.optimizer.warmup_steps == 10),
         ("max_steps = 100\nwarmup_steps = 60", |j| j.optimizer.warmup_steps == 60),
         ("resume_from_checkpoint = \"latest\"", |j| j.checkpoint.resume == Resume::Latest),
-        ("resume_from_checkpoint = \"c/step-1\"", |j| j.checkpoint.resume == Resume::Path("/work/dir/c/step-1".into())),
+        ("resume_from_checkpoint = \"c/step-1\"", |j| {
+            j.checkpoint.resume == Resume::Path("/work/dir/c/step-1".into())
+        }),
         ("checkpoint.resume = \"/c\"", |j| j.checkpoint.resume == Resume::Path("/c".into())),
         ("vocab_size = 300", |j| j.tokenizer == Tokenizer::Train { vocab_size: 300 }),
         ("tokenizer.vocab_size = 300", |j| matches!(&j.model, Model::New(c) if c.vocab_size == 300)),
@@ -100,8 +103,14 @@ fn set_replaces_any_spelling_and_the_last_one_wins() {
     assert_eq!(job.data.paths, [PathBuf::from("/y z.txt")]);
 
     let bad = |set: &str| parse(Format::Toml, "", &["data.path=x", set]).unwrap_err().to_string();
-    assert_eq!(bad("learnig_rate=1"), "--set learnig_rate=1: unknown key `learnig_rate`; did you mean `learning_rate`?");
-    assert_eq!(bad("epochs=many"), "--set epochs=many: `epochs` is the text \"many\"; a whole number from 1 to 1000000 is wanted");
+    assert_eq!(
+        bad("learnig_rate=1"),
+        "--set learnig_rate=1: unknown key `learnig_rate`; did you mean `learning_rate`?"
+    );
+    assert_eq!(
+        bad("epochs=many"),
+        "--set epochs=many: `epochs` is the text \"many\"; a whole number from 1 to 1000000 is wanted"
+    );
     assert_eq!(
         bad("export.formats=[\"onnx\"]"),
         "--set export.formats=[\"onnx\"]: `export.formats` is not in this version of fleet: it writes Hugging Face safetensors with every \
@@ -114,18 +123,33 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
     let cases = [
         ("\nlearnig_rate = 1", "job:2: unknown key `learnig_rate`; did you mean `learning_rate`?"),
         ("hidden_size = 64", "job:1: unknown key `hidden_size`; did you mean `model.hidden_size`?"),
-        ("[model]\nhiden_size = 64", "job:2: unknown key `model.hiden_size`; did you mean `model.hidden_size`?"),
+        (
+            "[model]\nhiden_size = 64",
+            "job:2: unknown key `model.hiden_size`; did you mean `model.hidden_size`?",
+        ),
         ("colour = \"red\"", "job:1: unknown key `colour`"),
         ("[optimizr]\nlr = 1", "job:1: unknown key `optimizr`"),
-        ("epochs = \"three\"", "job:1: `epochs` is the text \"three\"; a whole number from 1 to 1000000 is wanted"),
+        (
+            "epochs = \"three\"",
+            "job:1: `epochs` is the text \"three\"; a whole number from 1 to 1000000 is wanted",
+        ),
         ("epochs = 0", "job:1: `epochs` is 0; a whole number from 1 to 1000000 is wanted"),
         ("num_epochs = 1.5", "job:1: `num_epochs` is 1.5; a whole number from 1 to 1000000 is wanted"),
         ("learning_rate = nan", "job:1: `learning_rate` is NaN; a number above 0 is wanted"),
         ("lr = -1", "job:1: `lr` is -1; a number above 0 is wanted"),
         ("log_to_db = 1", "job:1: `log_to_db` is 1; true or false is wanted"),
-        ("model = \"llama\"", "job:1: `model` is the text \"llama\"; a table such as { hidden_size = 256 } or { path = \"DIR\" } is wanted"),
-        ("strategy = \"dpp\"", "job:1: `strategy` is the text \"dpp\"; one of \"auto\", \"ddp\", \"fsdp\", \"fsdp_native\", \"fsdp2\" is wanted"),
-        ("devices = [0, 0]", "job:1: `devices` is a list of 2; a number of ranks, \"auto\" or a list of different device ids is wanted"),
+        (
+            "model = \"llama\"",
+            "job:1: `model` is the text \"llama\"; a table such as { hidden_size = 256 } or { path = \"DIR\" } is wanted",
+        ),
+        (
+            "strategy = \"dpp\"",
+            "job:1: `strategy` is the text \"dpp\"; one of \"auto\", \"ddp\", \"fsdp\", \"fsdp_native\", \"fsdp2\" is wanted",
+        ),
+        (
+            "devices = [0, 0]",
+            "job:1: `devices` is a list of 2; a number of ranks, \"auto\" or a list of different device ids is wanted",
+        ),
         (
             "epochs = 2\nnum_train_epochs = 3",
             "job:2: `num_train_epochs` is 3, but `epochs` (job:1), another name of it, is 2; keep one",
@@ -134,15 +158,30 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "learning_rate = 1e-3\n[optimizer]\nlearning_rate = 2e-3",
             "job:3: `optimizer.learning_rate` is 0.002, but `learning_rate` (job:1), another name of it, is 0.001; keep one",
         ),
-        ("use_amp = true\nprecision = \"32\"", "job:1: `use_amp` = true and `precision` = \"32\" contradict each other; keep one"),
-        ("strategy = \"fsdp_native\"", "job:1: `strategy` = \"fsdp\" is not in this version of fleet; use \"ddp\" or \"auto\""),
+        (
+            "use_amp = true\nprecision = \"32\"",
+            "job:1: `use_amp` = true and `precision` = \"32\" contradict each other; keep one",
+        ),
+        (
+            "strategy = \"fsdp_native\"",
+            "job:1: `strategy` = \"fsdp\" is not in this version of fleet; use \"ddp\" or \"auto\"",
+        ),
         (
             "precision = \"16-mixed\"",
             "job:1: `precision` = \"16-mixed\" needs CUDA, which this version of fleet does not use yet; write \"bf16-mixed\"",
         ),
-        ("device = \"cuda\"", "job:1: `device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\""),
-        ("num_nodes = 2", "job:1: `num_nodes` is 2, and this version keeps a job's ranks on one node; leave it at 1"),
-        ("lora_r = 8", "job:1: `lora_r` is not in this version of fleet: it trains all weights; adapters (LoRA) come later"),
+        (
+            "device = \"cuda\"",
+            "job:1: `device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\"",
+        ),
+        (
+            "num_nodes = 2",
+            "job:1: `num_nodes` is 2, and this version keeps a job's ranks on one node; leave it at 1",
+        ),
+        (
+            "lora_r = 8",
+            "job:1: `lora_r` is not in this version of fleet: it trains all weights; adapters (LoRA) come later",
+        ),
         (
             "gist_id = \"abc\"",
             "job:1: `gist_id` is not in this version of fleet: describe a Llama in [model], or give a Hugging Face directory as `model.path`",
@@ -171,7 +210,10 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "job:2: `model.max_position_embeddings` (256) is smaller than `max_seq_len` (512): raise it or shorten the sequences",
         ),
         ("vocab_size = 101", "job:1: `vocab_size` is 101; a whole number from 257 to 1048576 is wanted"),
-        ("model.hidden_act = \"gelu\"", "job:1: `model.hidden_act` is the text \"gelu\"; one of \"silu\" is wanted"),
+        (
+            "model.hidden_act = \"gelu\"",
+            "job:1: `model.hidden_act` is the text \"gelu\"; one of \"silu\" is wanted",
+        ),
         (
             "vocab_size = 300\nmodel.path = \"m\"",
             "job:1: `vocab_size` and `model.path` do not go together: the shape comes from /work/dir/m/config.json; take one out",
@@ -180,7 +222,10 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "run_name = \"../up\"",
             "job:1: `run_name` is the text \"../up\"; a name of at most 128 letters, digits and . _ - =, not beginning with a dot, is wanted",
         ),
-        ("data.validation_fraction = 1", "job:1: `data.validation_fraction` is 1; a number from 0 to below 1 is wanted"),
+        (
+            "data.validation_fraction = 1",
+            "job:1: `data.validation_fraction` is 1; a number from 0 to below 1 is wanted",
+        ),
     ];
     for (text, wanted) in cases {
         assert_eq!(error(text), wanted);
@@ -203,22 +248,33 @@ fn syntax_errors_name_line_and_format() {
     assert!(line(Format::Yaml, "lr: 1\n  epochs: [\n").starts_with("job:"));
     assert_eq!(line(Format::Yaml, "lr: 1\nepoch: 2\n"), "job:2: unknown key `epoch`; did you mean `epochs`?");
     assert_eq!(line(Format::Yaml, "- 1\n"), "job:1: a job file is a table of settings, not a list of 1");
-    for text in [line(Format::Yaml, "lr: [1\n"), line(Format::Json, "{\"lr\" 1}"), line(Format::Toml, "lr =\n")] {
+    for text in
+        [line(Format::Yaml, "lr: [1\n"), line(Format::Json, "{\"lr\" 1}"), line(Format::Toml, "lr =\n")]
+    {
         assert!(!text.contains('\n'), "{text}");
     }
 }
 
 #[test]
 fn a_null_is_not_given() {
-    let (job, _) = parse(Format::Json, r#"{"max_steps": null, "model": null, "baseline_run_id": null, "data": {"path": "x"}}"#, &[]).unwrap();
+    let (job, _) = parse(
+        Format::Json,
+        r#"{"max_steps": null, "model": null, "baseline_run_id": null, "data": {"path": "x"}}"#,
+        &[],
+    )
+    .unwrap();
     assert_eq!(job.max_steps, None);
 }
 
 #[test]
 fn a_warm_up_longer_than_the_run_is_cut_with_a_warning() {
-    let (job, warnings) = parse(Format::Toml, "max_steps = 100\nwarmup_steps = 200", &["data.path=x"]).unwrap();
+    let (job, warnings) =
+        parse(Format::Toml, "max_steps = 100\nwarmup_steps = 200", &["data.path=x"]).unwrap();
     assert_eq!(job.optimizer.warmup_steps, 10);
-    assert_eq!(warnings, [Warning("`warmup_steps` (200) is larger than `max_steps` (100): cut to 10".into())]);
+    assert_eq!(
+        warnings,
+        [Warning("`warmup_steps` (200) is larger than `max_steps` (100): cut to 10".into())]
+    );
 }
 
 #[test]
@@ -250,7 +306,10 @@ fn a_file_is_read_by_its_extension() {
     let missing = load(&dir.path().join("no.toml"), &[], Path::new(DIR)).unwrap_err();
     assert!(matches!(missing, JobFileError::Read { .. }));
     assert!(matches!(load(&file("a.txt", b""), &[], Path::new(DIR)), Err(JobFileError::Extension { .. })));
-    assert!(matches!(load(&file("b.toml", b"\xff\xfe"), &[], Path::new(DIR)), Err(JobFileError::Read { .. })));
+    assert!(matches!(
+        load(&file("b.toml", b"\xff\xfe"), &[], Path::new(DIR)),
+        Err(JobFileError::Read { .. })
+    ));
     let large = vec![b'\n'; (1 << 20) + 1];
     assert!(matches!(load(&file("c.toml", &large), &[], Path::new(DIR)), Err(JobFileError::TooLarge { .. })));
 }
@@ -279,45 +338,61 @@ fn any_job() -> impl Generator<Value = Job> {
     let sizes = (1u32..100, 0u32..5, 1u32..8, 0u32..1000, any::<bool>(), any::<u32>());
     let run = ("[a-z][a-z0-9_.-]{0,12}", any::<u32>(), 1u32..1000, prop::option::of(1u64..1_000_000), 0u8..3);
     let floats = (decimal(), decimal(), decimal(), decimal());
-    let texts = (prop::collection::vec("[^\u{0}/.]{1,10}", 1..4), prop::collection::vec("[ -~]{0,10}", 0..3), "\\PC{0,12}");
-    (sizes, run, floats, texts).prop_map(|((k, kv, dim, vocab, tie, seed), (name, n, seq, steps, pick), (a, b, c, d), (paths, globs, text))| {
-        let heads = k * (kv + 1);
-        let mut job = job("");
-        job.run_name = name;
-        job.task_name = format!("t{text}");
-        job.seed = seed.into();
-        job.devices = [Devices::Auto, Devices::Count(n % 1024 + 1), Devices::Ids((0..n % 9 + 1).collect())][pick as usize].clone();
-        job.precision = if tie { Precision::Bf16Mixed } else { Precision::Fp32 };
-        job.strategy = if tie { Strategy::Ddp } else { Strategy::Auto };
-        job.max_seq_len = seq + 1;
-        job.max_steps = steps;
-        job.max_time_s = steps;
-        job.threads_per_rank = tie.then_some(n % 1024 + 1);
-        job.data.paths = paths.iter().map(|path| Path::new(DIR).join(path)).collect();
-        job.data.include = globs.clone();
-        job.data.exclude = globs;
-        job.data.validation_fraction = d;
-        job.data.clean = Clean { remove_html: tie, normalize_whitespace: !tie, min_chars: vocab as usize };
-        job.optimizer.learning_rate = a;
-        job.optimizer.min_lr_ratio = b;
-        job.optimizer.eps = c;
-        job.optimizer.warmup_steps = steps.unwrap_or(7);
-        job.optimizer.schedule = [Schedule::Cosine, Schedule::Linear, Schedule::Constant][pick as usize];
-        job.checkpoint.resume = [Resume::No, Resume::Latest, Resume::Path("/c p/step-1".into())][pick as usize].clone();
-        job.eval.max_eval_examples = steps;
-        job.tokenizer = Tokenizer::Train { vocab_size: VOCAB_MIN + vocab };
-        let Model::New(config) = &mut job.model else { unreachable!("fresh") };
-        config.vocab_size = VOCAB_MIN + vocab;
-        config.num_attention_heads = heads;
-        config.num_key_value_heads = k;
-        config.head_dim = dim * 2;
-        config.hidden_size = heads * dim * 2;
-        config.max_position_embeddings = seq + 1;
-        config.tie_word_embeddings = tie;
-        config.eos_token_id = tie.then_some(vocab);
-        config.rms_norm_eps = c;
-        job
-    })
+    let texts = (
+        prop::collection::vec("[^\u{0}/.]{1,10}", 1..4),
+        prop::collection::vec("[ -~]{0,10}", 0..3),
+        "\\PC{0,12}",
+    );
+    (sizes, run, floats, texts).prop_map(
+        |(
+            (k, kv, dim, vocab, tie, seed),
+            (name, n, seq, steps, pick),
+            (a, b, c, d),
+            (paths, globs, text),
+        )| {
+            let heads = k * (kv + 1);
+            let mut job = job("");
+            job.run_name = name;
+            job.task_name = format!("t{text}");
+            job.seed = seed.into();
+            job.devices =
+                [Devices::Auto, Devices::Count(n % 1024 + 1), Devices::Ids((0..n % 9 + 1).collect())]
+                    [pick as usize]
+                    .clone();
+            job.precision = if tie { Precision::Bf16Mixed } else { Precision::Fp32 };
+            job.strategy = if tie { Strategy::Ddp } else { Strategy::Auto };
+            job.max_seq_len = seq + 1;
+            job.max_steps = steps;
+            job.max_time_s = steps;
+            job.threads_per_rank = tie.then_some(n % 1024 + 1);
+            job.data.paths = paths.iter().map(|path| Path::new(DIR).join(path)).collect();
+            job.data.include = globs.clone();
+            job.data.exclude = globs;
+            job.data.validation_fraction = d;
+            job.data.clean =
+                Clean { remove_html: tie, normalize_whitespace: !tie, min_chars: vocab as usize };
+            job.optimizer.learning_rate = a;
+            job.optimizer.min_lr_ratio = b;
+            job.optimizer.eps = c;
+            job.optimizer.warmup_steps = steps.unwrap_or(7);
+            job.optimizer.schedule = [Schedule::Cosine, Schedule::Linear, Schedule::Constant][pick as usize];
+            job.checkpoint.resume =
+                [Resume::No, Resume::Latest, Resume::Path("/c p/step-1".into())][pick as usize].clone();
+            job.eval.max_eval_examples = steps;
+            job.tokenizer = Tokenizer::Train { vocab_size: VOCAB_MIN + vocab };
+            let Model::New(config) = &mut job.model else { unreachable!("fresh") };
+            config.vocab_size = VOCAB_MIN + vocab;
+            config.num_attention_heads = heads;
+            config.num_key_value_heads = k;
+            config.head_dim = dim * 2;
+            config.hidden_size = heads * dim * 2;
+            config.max_position_embeddings = seq + 1;
+            config.tie_word_embeddings = tie;
+            config.eos_token_id = tie.then_some(vocab);
+            config.rms_norm_eps = c;
+            job
+        },
+    )
 }
 
 proptest! {

@@ -31,7 +31,8 @@ pub(super) fn count(path: &Path) -> Result<u32, String> {
         return Err(format!("{shown} has {size} bytes, too many for a tokenizer.json"));
     }
     let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {shown}: {e}"))?;
-    let file: File = serde_json::from_str(&text).map_err(|e| format!("{shown} is not a tokenizer.json: {e}"))?;
+    let file: File =
+        serde_json::from_str(&text).map_err(|e| format!("{shown} is not a tokenizer.json: {e}"))?;
     let ids = file.model.vocab.into_values().chain(file.added_tokens.into_iter().map(|token| token.id));
     ids.max().and_then(|id| id.checked_add(1)).ok_or_else(|| format!("{shown} has no tokens"))
 }

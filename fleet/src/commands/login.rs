@@ -31,15 +31,22 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<u8, Failure> {
     let env = std::env::var("FLEET_TOKEN").ok();
-    let token = JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
-        .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
+    let token =
+        JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
+            .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
     if token.role != Role::Client {
-        return Err(Failure::input("this token is not for clients; make one with `fleet token create --role client`"));
+        return Err(Failure::input(
+            "this token is not for clients; make one with `fleet token create --role client`",
+        ));
     }
     let host = args.address.rsplit_once(':').map(|(host, _)| host);
-    let host = host.ok_or_else(|| Failure::input(format!("`{}` is not of the form HOST:PORT", args.address)))?;
+    let host =
+        host.ok_or_else(|| Failure::input(format!("`{}` is not of the form HOST:PORT", args.address)))?;
     let name = args.name.unwrap_or_else(|| host.trim_matches(['[', ']']).replace(':', "-"));
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+    if name.is_empty()
+        || name.starts_with('.')
+        || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    {
         return Err(Failure::input(format!("`{name}` cannot name a cluster; use letters, digits and . _ -")));
     }
     let me: String = user_name().chars().take(NAME_MAX).collect();
@@ -49,7 +56,8 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     identity.store(&dir).map_err(|e| Failure::io("write to", &dir, &e))?;
     let login = json!(Login { addresses: vec![args.address.clone()] }).to_string();
     let file = dir.join("cluster.json");
-    files::write_atomic(&file, login.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))?;
+    files::write_atomic(&file, login.as_bytes(), files::PUBLIC)
+        .map_err(|e| Failure::io("write", &file, &e))?;
     match args.json {
         true => out::json(&json!({"name": name, "address": args.address, "cluster_id": identity.cluster_id})),
         false => out::line(&format!("logged in; use it with --cluster {name}")),

@@ -52,8 +52,14 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
 
 fn print_cluster(view: &ClusterView) {
     let leader = view.leader.map_or("no leader".to_owned(), |leader| format!("leader {leader}"));
-    out::line(&format!("cluster {}: {leader}, term {}, log at {}", view.cluster_id, view.term, view.applied_index));
-    out::line(&format!("{} nodes, {} jobs running, {} queued", view.nodes, view.jobs_running, view.jobs_queued));
+    out::line(&format!(
+        "cluster {}: {leader}, term {}, log at {}",
+        view.cluster_id, view.term, view.applied_index
+    ));
+    out::line(&format!(
+        "{} nodes, {} jobs running, {} queued",
+        view.nodes, view.jobs_running, view.jobs_queued
+    ));
     if let Some(why) = &view.read_only {
         out::line(&format!("refuses changes: {why}"));
     }
@@ -64,7 +70,9 @@ fn print_job(job: &JobView) {
     let node = job.node.map_or("no node yet".to_owned(), |node| node.to_string());
     out::line(&format!("ranks: {} on {node}, generation {}", job.world_size, job.generation));
     if job.total_steps > 0 {
-        let rate = job.tokens_per_s.map_or(String::new(), |rate| format!(", {} tokens/s", text::thousands(rate.max(0.0) as u64)));
+        let rate = job
+            .tokens_per_s
+            .map_or(String::new(), |rate| format!(", {} tokens/s", text::thousands(rate.max(0.0) as u64)));
         out::line(&format!(
             "step: {}/{}, loss {}, evaluation loss {}{rate}",
             job.step,
@@ -74,7 +82,12 @@ fn print_job(job: &JobView) {
         ));
     }
     if let Some(checkpoint) = &job.checkpoint {
-        out::line(&format!("checkpoint: {} (step {}, {}B)", checkpoint.path, checkpoint.step, text::short(checkpoint.bytes)));
+        out::line(&format!(
+            "checkpoint: {} (step {}, {}B)",
+            checkpoint.path,
+            checkpoint.step,
+            text::short(checkpoint.bytes)
+        ));
     }
     if let Some(error) = &job.error {
         out::line(&format!("error: {}", error.message));

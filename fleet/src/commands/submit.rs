@@ -1,6 +1,6 @@
 //! `fleet submit`: gives a job to a running cluster.
 
-use super::{OutputArgs, connect, JobArgs, load_job};
+use super::{JobArgs, OutputArgs, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
 use crate::report::{End, Report, Style};

@@ -51,7 +51,9 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let request = Request::CreateToken { role, ttl_s: args.ttl, uses: args.uses };
     match block_on(client.change(request))? {
-        Reply::Token { text } if args.output.json => out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses})),
+        Reply::Token { text } if args.output.json => {
+            out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses}))
+        }
         Reply::Token { text } => out::line(&text),
         other => return Err(unexpected(&other)),
     }
@@ -79,7 +81,10 @@ mod tests {
 
     #[test]
     fn a_time_to_live_has_a_unit() {
-        assert_eq!([seconds("90"), seconds("2m"), seconds("12h"), seconds("1d")], [Ok(90), Ok(120), Ok(43_200), Ok(86_400)]);
+        assert_eq!(
+            [seconds("90"), seconds("2m"), seconds("12h"), seconds("1d")],
+            [Ok(90), Ok(120), Ok(43_200), Ok(86_400)]
+        );
         for bad in ["", "h", "0", "5w", "-1h", "99999999999999999999d"] {
             assert!(seconds(bad).is_err(), "{bad}");
         }

@@ -55,8 +55,14 @@ struct Registered {
 
 /// Something that happened to a process.
 pub enum Incident {
-    NodeJoined { node: String, pid: u32 },
-    CoordinatorRestarted { pid: u32, why: String },
+    NodeJoined {
+        node: String,
+        pid: u32,
+    },
+    CoordinatorRestarted {
+        pid: u32,
+        why: String,
+    },
     /// The launch cannot go on.
     Lost(Failure),
 }
@@ -71,12 +77,18 @@ pub struct Started {
 impl Started {
     pub fn as_json(&self) -> Value {
         let e = &self.endpoint;
-        let pids = [("fleet", Some(std::process::id())), ("coordinator", Some(e.pid)), ("worker", self.worker_pid)];
+        let pids =
+            [("fleet", Some(std::process::id())), ("coordinator", Some(e.pid)), ("worker", self.worker_pid)];
         json::cluster(&e.quic, &e.http, &e.cluster_id, &self.data_dir.display().to_string(), pids)
     }
 
     pub fn as_text(&self) -> String {
-        format!("cluster at {} (http://{}), in {}", self.endpoint.quic, self.endpoint.http, self.data_dir.display())
+        format!(
+            "cluster at {} (http://{}), in {}",
+            self.endpoint.quic,
+            self.endpoint.http,
+            self.data_dir.display()
+        )
     }
 }
 
@@ -112,7 +124,8 @@ impl Local {
     /// On the first start ports of its choice, later the ones it had, which the worker and the clients go on trying.
     fn spawn_coordinator(&mut self) -> Result<u32, Failure> {
         let free = "127.0.0.1:0";
-        let (listen, http) = self.endpoint.as_ref().map_or((free, free), |e| (e.quic.as_str(), e.http.as_str()));
+        let (listen, http) =
+            self.endpoint.as_ref().map_or((free, free), |e| (e.quic.as_str(), e.http.as_str()));
         let mut command = Command::new(&self.coordinator_program);
         command.arg("start").arg("--data-dir").arg(&self.data_dir);
         command.args(["--listen", listen, "--http", http, "--log-format", "json", "--die-with-parent"]);
@@ -139,7 +152,8 @@ impl Local {
             if Instant::now() > deadline {
                 let log = self.log_path("coordinator");
                 let waited = READY_MAX.as_secs();
-                let message = format!("the coordinator does not listen after {waited} s; its log is {}", log.display());
+                let message =
+                    format!("the coordinator does not listen after {waited} s; its log is {}", log.display());
                 return Err(Failure::environment(message));
             }
             tokio::time::sleep(POLL).await;
@@ -162,7 +176,11 @@ impl Local {
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<Child, Failure> {
         let path = self.log_path(name);
-        let log = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Failure::io("write", &path, &e))?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(|e| Failure::io("write", &path, &e))?;
         command.stdin(Stdio::null()).stderr(Stdio::from(log)).process_group(0).kill_on_drop(true);
         command.spawn().map_err(|e| Failure::environment(format!("cannot start {name}: {e}")))
     }
@@ -226,12 +244,17 @@ impl Local {
     /// One line with how it ended and the last thing that it said.
     fn ended_early(&self, name: &str, status: ExitStatus) -> Failure {
         let path = self.log_path(name);
-        let last = last_words(&path).map_or(String::new(), |line| format!(": {line}"));
+        // what was killed had no last words
+        let last =
+            status.code().and_then(|_| last_words(&path)).map_or(String::new(), |line| format!(": {line}"));
         let code = match status.code().map(u8::try_from) {
             Some(Ok(code @ (exit::REFUSED_INPUT | exit::UNREACHABLE | exit::ENVIRONMENT))) => code,
             _ => exit::ENVIRONMENT,
         };
-        Failure { code, message: format!("the {name} ended ({}){last}; its log is {}", how(status), path.display()) }
+        Failure {
+            code,
+            message: format!("the {name} ended ({}){last}; its log is {}", how(status), path.display()),
+        }
     }
 
     /// Ends both: SIGTERM, then SIGKILL for what is still there after the grace, or at once when a signal comes meanwhile.
@@ -272,7 +295,8 @@ fn how(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(number)) => {
-            let name = Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
+            let name = Signal::try_from(number)
+                .map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
             format!("killed by {name}")
         }
         (None, None) => "ended".to_owned(),
@@ -290,7 +314,8 @@ fn last_words(path: &Path) -> Option<String> {
     file.take(TAIL).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
     let line = text.lines().rev().find(|line| !line.trim().is_empty())?.trim();
-    let message = serde_json::from_str::<Value>(line).ok().and_then(|json| json["message"].as_str().map(str::to_owned));
+    let message =
+        serde_json::from_str::<Value>(line).ok().and_then(|json| json["message"].as_str().map(str::to_owned));
     let line = message.unwrap_or_else(|| line.to_owned());
     Some(line.strip_prefix("error: ").unwrap_or(&line).to_owned())
 }

@@ -120,7 +120,7 @@ async fn session(
             return Ok(signal.exit_code());
         }
     };
-    report.say(&started.as_json(), &started.as_text());
+    report.cluster(&started.as_json(), &started.as_text());
 
     let (tell, mut news) = mpsc::channel(EVENTS_MAX);
     let cluster = Cluster::in_data_dir(local.data_dir());
@@ -246,10 +246,11 @@ fn exit_code(view: &JobView, program: bool, stopped_by: Option<u8>) -> u8 {
     if let (JobState::Cancelled, Some(code)) = (view.state, stopped_by) {
         return code;
     }
-    let own = view.error.as_ref().filter(|_| program).and_then(|error| match (error.signal, error.exit_code) {
-        (Some(signal), _) => u8::try_from(128 + signal).ok(),
-        (None, Some(code)) => u8::try_from(code).ok().filter(|code| *code != 0),
-        (None, None) => None,
-    });
+    let own =
+        view.error.as_ref().filter(|_| program).and_then(|error| match (error.signal, error.exit_code) {
+            (Some(signal), _) => u8::try_from(128 + signal).ok(),
+            (None, Some(code)) => u8::try_from(code).ok().filter(|code| *code != 0),
+            (None, None) => None,
+        });
     own.unwrap_or_else(|| submit::exit_code(view))
 }

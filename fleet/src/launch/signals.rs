@@ -38,9 +38,15 @@ pub struct Signals {
 
 impl Signals {
     pub fn listen() -> Result<Signals, Failure> {
-        let on = |kind| unix::signal(kind).map_err(|e| Failure::environment(format!("cannot listen for signals: {e}")));
+        let on = |kind| {
+            unix::signal(kind).map_err(|e| Failure::environment(format!("cannot listen for signals: {e}")))
+        };
         let hang_up = if hang_up_is_ignored() { None } else { Some(on(SignalKind::hangup())?) };
-        Ok(Signals { interrupt: on(SignalKind::interrupt())?, terminate: on(SignalKind::terminate())?, hang_up })
+        Ok(Signals {
+            interrupt: on(SignalKind::interrupt())?,
+            terminate: on(SignalKind::terminate())?,
+            hang_up,
+        })
     }
 
     pub async fn next(&mut self) -> Signal {

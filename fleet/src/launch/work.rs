@@ -40,21 +40,32 @@ fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
     let (mut job, mut warnings) = job::load(path, &args.sets, &here()?)?;
     let (world_size, warning) = job.settle_ranks(args.ranks)?;
     warnings.extend(warning);
-    Ok(Prepared { submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() } }, program: false, warnings })
+    Ok(Prepared {
+        submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() } },
+        program: false,
+        warnings,
+    })
 }
 
 fn program(args: &Args) -> Result<Prepared, Failure> {
-    let argv = args.program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
+    let argv =
+        args.program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
     let working_dir = utf8(here()?.as_os_str(), "the current directory")?;
     // what is not UTF-8 cannot be passed on through the cluster
-    let env = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let env = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let program = Program { argv, working_dir, env: env.collect() };
     let world_size = args.ranks.unwrap_or_else(accelerators);
-    Ok(Prepared { submit: SubmitJob { world_size, work: Work::Program(program) }, program: true, warnings: Vec::new() })
+    Ok(Prepared {
+        submit: SubmitJob { world_size, work: Work::Program(program) },
+        program: true,
+        warnings: Vec::new(),
+    })
 }
 
 fn here() -> Result<std::path::PathBuf, Failure> {
-    std::env::current_dir().map_err(|e| Failure::environment(format!("the current directory cannot be used: {e}")))
+    std::env::current_dir()
+        .map_err(|e| Failure::environment(format!("the current directory cannot be used: {e}")))
 }
 
 fn utf8(text: &OsStr, what: &str) -> Result<String, Failure> {
