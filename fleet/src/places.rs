@@ -152,7 +152,7 @@ mod tests {
     fn a_launch_is_found_while_it_runs_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let entry = Registration::enter_in(dir.path(), None).unwrap();
-        assert_eq!(running_in(dir.path()), [entry.launch.clone()]);
+        assert_eq!(running_in(dir.path()), std::slice::from_ref(&entry.launch));
         assert!(entry.launch.data_dir.is_dir());
         drop(entry);
         assert_eq!(running_in(dir.path()), []);
