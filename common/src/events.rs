@@ -19,17 +19,31 @@ pub enum EventBody {
     /// The token cache is there; the ranks start.
     DataReady(DataStats),
     /// All ranks have loaded the model and met; training starts at `step`.
-    Started { step: u64, parameters: u64, device: String },
+    Started {
+        step: u64,
+        parameters: u64,
+        device: String,
+    },
     Step(Step),
     Eval(Evaluation),
     /// A checkpoint is durable on disk. It becomes valid by being committed.
     Checkpoint(CheckpointRecord),
     /// Saving failed; training goes on, the last valid checkpoint stays.
-    CheckpointFailed { step: u64, error: String },
+    CheckpointFailed {
+        step: u64,
+        error: String,
+    },
     /// A line that a rank, or with `rank: None` the agent, wrote.
-    Log { rank: Option<Rank>, level: Level, line: String },
+    Log {
+        rank: Option<Rank>,
+        level: Level,
+        line: String,
+    },
     /// Resident and proportional set size of each rank, in MiB, in rank order.
-    Memory { rss_mib: Vec<u64>, pss_mib: Vec<u64> },
+    Memory {
+        rss_mib: Vec<u64>,
+        pss_mib: Vec<u64>,
+    },
     /// The last event of a generation.
     Finished(Outcome),
 }
@@ -94,9 +108,15 @@ pub struct CheckpointRecord {
 /// How a generation of a job ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Outcome {
-    Succeeded { steps: u64, final_loss: Option<f64>, tokens_per_s: f64 },
+    Succeeded {
+        steps: u64,
+        final_loss: Option<f64>,
+        tokens_per_s: f64,
+    },
     /// Stopped on request, after a checkpoint where there was time for one.
-    Stopped { steps: u64 },
+    Stopped {
+        steps: u64,
+    },
     Failed(JobError),
 }
 

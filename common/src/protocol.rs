@@ -65,15 +65,28 @@ pub struct ClientFrame {
 pub enum Request {
     Submit(SubmitJob),
     /// The first stops with a checkpoint, `now` at once.
-    Cancel { job: JobId, now: bool },
-    CreateToken { role: Role, ttl_s: u64, uses: u32 },
+    Cancel {
+        job: JobId,
+        now: bool,
+    },
+    CreateToken {
+        role: Role,
+        ttl_s: u64,
+        uses: u32,
+    },
     ClusterStatus,
     Nodes,
     Jobs,
     Job(JobId),
-    Checkpoints { job: Option<JobId> },
+    Checkpoints {
+        job: Option<JobId>,
+    },
     /// The job's events from the `from`-th on (1 is the first); the stream stays open until the job's `Finished` event was sent if `follow`.
-    Watch { job: JobId, from: u64, follow: bool },
+    Watch {
+        job: JobId,
+        from: u64,
+        follow: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,16 +115,23 @@ pub struct Program {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
-    Submitted { job: JobId },
+    Submitted {
+        job: JobId,
+    },
     CancelAccepted,
-    Token { text: String },
+    Token {
+        text: String,
+    },
     Cluster(ClusterView),
     Nodes(Vec<NodeView>),
     Jobs(Vec<JobView>),
     Job(Box<JobView>),
     Checkpoints(Vec<CheckpointView>),
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
-    Event { index: u64, event: Event },
+    Event {
+        index: u64,
+        event: Event,
+    },
     /// The end of a `Watch`.
     EndOfEvents,
     Refused(Refusal),
@@ -221,7 +241,9 @@ pub struct CheckpointView {
 pub enum FromAgent {
     /// First on every connection.
     Hello(AgentHello),
-    Heartbeat { unix_ms: u64 },
+    Heartbeat {
+        unix_ms: u64,
+    },
     /// Sent again from the first unacknowledged event after a reconnect.
     Events(EventBatch),
 }
@@ -240,17 +262,34 @@ pub struct AgentHello {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToAgent {
-    Welcome { node: NodeId },
+    Welcome {
+        node: NodeId,
+    },
     /// Idempotent: an agent that has this generation already does nothing.
     StartGang(Gang),
     /// Idempotent. `now: false` stops after a checkpoint.
-    StopGang { job: JobId, generation: Generation, now: bool },
+    StopGang {
+        job: JobId,
+        generation: Generation,
+        now: bool,
+    },
     /// Events up to `seq` are committed. After a `Finished` event is, the agent forgets the gang.
-    EventsCommitted { job: JobId, generation: Generation, seq: u64 },
+    EventsCommitted {
+        job: JobId,
+        generation: Generation,
+        seq: u64,
+    },
     /// The coordinator has a different idea of the stream: send again from `next_seq`.
-    ResendEvents { job: JobId, generation: Generation, next_seq: u64 },
+    ResendEvents {
+        job: JobId,
+        generation: Generation,
+        next_seq: u64,
+    },
     /// The connection ends for this reason; reconnecting does not help if `fatal`.
-    Refused { message: String, fatal: bool },
+    Refused {
+        message: String,
+        fatal: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
