@@ -9,5 +9,6 @@ pub mod ids;
 pub mod job;
 pub mod mapped;
 pub mod net;
+pub mod parent;
 pub mod protocol;
 pub mod telemetry;

@@ -43,9 +43,9 @@ struct Start {
     /// auto, human or json.
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     log_format: LogFormat,
-    /// Stop when the process that started this one ends.
-    #[arg(long)]
-    die_with_parent: bool,
+    /// Stop when this process, which started this one, ends.
+    #[arg(long, value_name = "PID")]
+    die_with_parent: Option<u32>,
 }
 
 fn main() -> ExitCode {
@@ -61,8 +61,8 @@ fn main() -> ExitCode {
 }
 
 fn run(start: Start) -> Result<u8> {
-    if start.die_with_parent {
-        die_with_parent()?;
+    if let Some(parent) = start.die_with_parent {
+        fleet_common::parent::die_with(parent)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Connections wait most of the time; the raft thread is its own.
@@ -97,15 +97,4 @@ async fn serve(start: Start) -> Result<u8> {
     info!("stopping");
     coordinator.stop().await;
     Ok(code)
-}
-
-/// Asks the system for SIGTERM when the parent ends, and ends now if that has happened already.
-fn die_with_parent() -> Result<()> {
-    let parent = nix::unistd::getppid();
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)
-        .context("cannot tie this process to its parent")?;
-    if nix::unistd::getppid() != parent || parent.as_raw() == 1 {
-        anyhow::bail!("the process that started this coordinator has ended");
-    }
-    Ok(())
 }

@@ -121,13 +121,14 @@ impl Client {
         Ok(net::connect(&addresses, &identity).await?)
     }
 
-    /// Hands every event of the job from the `from`-th on to `on`, in order, each once. With `follow`, until the job has ended.
-    pub async fn watch(
+    /// Hands every event of the job from the `from`-th on to `on`, in order, each once, and reads on when `on` is done with it. With
+    /// `follow`, until the job has ended.
+    pub async fn watch<F: Future<Output = Flow>>(
         &mut self,
         job: JobId,
         mut from: u64,
         follow: bool,
-        mut on: impl FnMut(Event) -> Flow,
+        mut on: impl FnMut(Event) -> F,
     ) -> Result<(), Failure> {
         let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
         let mut give_up = Instant::now() + patience;
@@ -145,7 +146,7 @@ impl Client {
                                 continue;
                             }
                             from = index + 1;
-                            if on(event) == Flow::Stop {
+                            if on(event).await == Flow::Stop {
                                 return Ok(());
                             }
                         }

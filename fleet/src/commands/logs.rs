@@ -40,7 +40,7 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
             if args.rank.is_none_or(|rank| is_of(&event, rank)) {
                 report.event(&event);
             }
-            if out::is_closed() { Flow::Stop } else { Flow::Continue }
+            std::future::ready(if out::is_closed() { Flow::Stop } else { Flow::Continue })
         };
         client.watch(job, 1, args.follow, print).await?;
         Ok(exit::SUCCEEDED)

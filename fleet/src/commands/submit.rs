@@ -61,7 +61,7 @@ async fn follow(client: &mut Client, job: JobId, report: &mut Report) -> Result<
     let watched = client
         .watch(job, 1, true, |event| {
             report.event(&event);
-            Flow::Continue
+            std::future::ready(Flow::Continue)
         })
         .await;
     let end = match watched {

@@ -128,7 +128,7 @@ impl Local {
             self.endpoint.as_ref().map_or((free, free), |e| (e.quic.as_str(), e.http.as_str()));
         let mut command = Command::new(&self.coordinator_program);
         command.arg("start").arg("--data-dir").arg(&self.data_dir);
-        command.args(["--listen", listen, "--http", http, "--log-format", "json", "--die-with-parent"]);
+        command.args(["--listen", listen, "--http", http, "--log-format", "json"]);
         command.stdout(Stdio::null());
         let child = self.spawn(command, "coordinator")?;
         let pid = child.id().unwrap_or_default();
@@ -166,7 +166,7 @@ impl Local {
         command.arg("--token-file").arg(self.data_dir.join("tokens/worker.token"));
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
-        command.args(["--name", "local", "--log-format", "json", "--die-with-parent"]);
+        command.args(["--name", "local", "--log-format", "json"]);
         command.stdout(Stdio::piped());
         let mut child = self.spawn(command, "worker")?;
         let pid = child.id().unwrap_or_default();
@@ -175,6 +175,7 @@ impl Local {
     }
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<Child, Failure> {
+        command.arg("--die-with-parent").arg(std::process::id().to_string());
         let path = self.log_path(name);
         let log = OpenOptions::new()
             .create(true)

@@ -194,29 +194,18 @@ async fn talk(client: &mut Client, submit: SubmitJob, tell: &mpsc::Sender<News>)
     let _ = tell.send(News::Submitted(job)).await;
     let mut from = 1;
     loop {
-        // a watch hands events to a plain function; this one puts them into the channel as there is room
-        let (pass, mut passed) = mpsc::unbounded_channel();
-        let watch = async {
-            let mut seen = 0;
-            let watched = client
-                .watch(job, from, true, |event| {
-                    seen += 1;
-                    match pass.send(event) {
-                        Ok(()) => Flow::Continue,
-                        Err(_) => Flow::Stop,
-                    }
-                })
-                .await;
-            drop(pass);
-            watched.map(|()| seen)
-        };
-        let forward = async {
-            while let Some(event) = passed.recv().await {
-                let _ = tell.send(News::Event(Box::new(event))).await;
+        let mut seen = 0;
+        let pass_on = |event| {
+            seen += 1;
+            async move {
+                match tell.send(News::Event(Box::new(event))).await {
+                    Ok(()) => Flow::Continue,
+                    Err(_) => Flow::Stop,
+                }
             }
         };
-        let (seen, ()) = tokio::join!(watch, forward);
-        from += seen?;
+        client.watch(job, from, true, pass_on).await?;
+        from += seen;
         let view = submit::job_view(client, job).await?;
         if view.state.is_final() {
             return Ok(view);

@@ -52,9 +52,9 @@ struct Join {
     /// How log lines look: auto, human or json.
     #[arg(long, default_value = "auto")]
     log_format: LogFormat,
-    /// End when the process that started this one ends.
-    #[arg(long)]
-    die_with_parent: bool,
+    /// End when this process, which started this one, ends.
+    #[arg(long, value_name = "PID")]
+    die_with_parent: Option<u32>,
 }
 
 fn main() -> ExitCode {
@@ -139,19 +139,12 @@ async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
 }
 
 /// Ties this process to the one that started it, if asked to, and what its ranks leave behind to this process.
-fn bind_to_processes(die_with_parent: bool) -> anyhow::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use nix::sys::{prctl, signal::Signal};
-        let parent = nix::unistd::getppid();
-        if die_with_parent {
-            prctl::set_pdeathsig(Signal::SIGTERM).context("cannot be tied to the parent's life")?;
-            anyhow::ensure!(nix::unistd::getppid() == parent, "the process that started this one is gone");
-        }
-        prctl::set_child_subreaper(true).context("cannot adopt what ranks leave behind")?;
+fn bind_to_processes(parent: Option<u32>) -> anyhow::Result<()> {
+    if let Some(parent) = parent {
+        fleet_common::parent::die_with(parent)?;
     }
-    #[cfg(not(target_os = "linux"))]
-    anyhow::ensure!(!die_with_parent, "--die-with-parent works on Linux only");
+    #[cfg(target_os = "linux")]
+    nix::sys::prctl::set_child_subreaper(true).context("cannot adopt what ranks leave behind")?;
     Ok(())
 }
 
