@@ -1,5 +1,7 @@
 //! The coordinator over its real protocols, in one process: joining, submitting, watching, agents, restarts, HTTP.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod common;
 
 use common::*;

@@ -281,11 +281,10 @@ impl Report {
         if self.style == Style::Json {
             out::json(&json::summary(&self.summary));
         } else {
-            for line in
-                last_words(&self.summary, self.first_eval, matches!(self.style, Style::Program { .. }))
-            {
-                out::note(&line);
-            }
+            let program = matches!(self.style, Style::Program { .. });
+            // a program's own output stays alone on stdout
+            let say = if program || self.summary.status != "succeeded" { out::note } else { out::line };
+            last_words(&self.summary, self.first_eval, program).iter().for_each(|line| say(line));
         }
         self.summary.clone()
     }

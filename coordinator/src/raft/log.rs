@@ -350,7 +350,7 @@ impl<D: Disk> LogStore<D> {
         }
     }
 
-    fn from_tail(&self, index: u64) -> Option<&Entry> {
+    fn in_tail(&self, index: u64) -> Option<&Entry> {
         let first = self.tail.front()?.index;
         self.tail.get(usize::try_from(index.checked_sub(first)?).ok()?)
     }
@@ -361,13 +361,13 @@ impl<D: Disk> LogStore<D> {
                 return Ok(known.term);
             }
         }
-        match self.from_tail(index) {
+        match self.in_tail(index) {
             Some(entry) => Ok(entry.term),
-            None => self.from_disk(index).map(|entry| entry.term),
+            None => self.on_disk(index).map(|entry| entry.term),
         }
     }
 
-    fn from_disk(&self, index: u64) -> Result<Entry, LogError> {
+    fn on_disk(&self, index: u64) -> Result<Entry, LogError> {
         let key = index.to_be_bytes();
         let value = self
             .disk
@@ -400,9 +400,9 @@ impl<D: Disk> Storage for LogStore<D> {
         let mut entries = Vec::new();
         let mut size = 0;
         for index in low..high {
-            let entry = match self.from_tail(index) {
+            let entry = match self.in_tail(index) {
                 Some(entry) => entry.clone(),
-                None => self.from_disk(index).map_err(to_raft)?,
+                None => self.on_disk(index).map_err(to_raft)?,
             };
             size += entry.encoded_len() as u64;
             if size > max_size && !entries.is_empty() {

@@ -14,6 +14,7 @@ pub fn probe(dir: &Path) -> Probe {
     let dir = dir.to_owned();
     Box::new(move || {
         let found = nix::sys::statvfs::statvfs(&dir).ok()?;
+        #[allow(clippy::useless_conversion)] // u32 on macOS
         Some(u64::from(found.blocks_available()).saturating_mul(u64::from(found.fragment_size())))
     })
 }

@@ -1,6 +1,8 @@
 //! The real `worker` program on this machine: real processes, real QUIC with real certificates. The test speaks the coordinator's side of
 //! the protocol itself, so that it decides when messages are acknowledged and connections break.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::events::{Event, EventBody, JobError, Outcome};
 use fleet_common::exit::Fault;
