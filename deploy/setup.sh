@@ -11,7 +11,7 @@ die() { printf 'setup: error: %s\n' "$*" >&2; exit 4; }
 
 debian_packages() {
     local missing=()
-    ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || missing+=(libclang-dev)
+    compgen -G "/usr/lib/llvm-*/lib/libclang.so*" >/dev/null || compgen -G "/usr/lib/*/libclang-[0-9]*.so*" >/dev/null || missing+=(libclang-dev)
     command -v protoc >/dev/null || missing+=(protobuf-compiler)
     command -v c++ >/dev/null || missing+=(g++)
     command -v unzip >/dev/null || missing+=(unzip)
