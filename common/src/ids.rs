@@ -41,6 +41,16 @@ number_id!(
     NodeId,
     "node"
 );
+number_id!(
+    /// One coordinator of the cluster, and its number within raft. Never reused, not even after a removal.
+    ReplicaId,
+    "replica"
+);
+number_id!(
+    /// The holder of a client's certificate. Never reused.
+    UserId,
+    "user"
+);
 
 /// Counts the starts of one job's gang of ranks; a message from an older generation is refused.
 pub type Generation = u64;

@@ -8,8 +8,9 @@
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 
 use crate::events::{CheckpointRecord, DataStats, Event, EventBatch, JobError, Outcome};
-use crate::ids::{ClientId, Generation, JobId, NodeId, Rank};
+use crate::ids::{ClientId, Generation, JobId, NodeId, Rank, ReplicaId, UserId};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Raised when a message changes its shape; both sides refuse another one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -23,6 +24,45 @@ pub enum Role {
     Coordinator,
     Worker,
     Client,
+}
+
+/// Whom a certificate names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Member {
+    Coordinator(ReplicaId),
+    Worker(NodeId),
+    Client(UserId),
+}
+
+impl Member {
+    pub fn role(self) -> Role {
+        match self {
+            Member::Coordinator(_) => Role::Coordinator,
+            Member::Worker(_) => Role::Worker,
+            Member::Client(_) => Role::Client,
+        }
+    }
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Member::Coordinator(replica) => replica.fmt(f),
+            Member::Worker(node) => node.fmt(f),
+            Member::Client(user) => user.fmt(f),
+        }
+    }
+}
+
+/// Where a coordinator is reached, each as HOST:PORT.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorAddress {
+    pub replica: ReplicaId,
+    /// By clients, and by those who join.
+    pub client: String,
+    /// By the other coordinators and by agents.
+    pub member: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
