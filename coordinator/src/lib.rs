@@ -1,8 +1,10 @@
 //! A replica of the control plane.
 //!
-//! `cluster` decides (pure), `raft` makes decisions durable and agreed, `server` talks to the world.
+//! `cluster` decides (pure), `raft` makes decisions durable and agreed, `control` is a whole coordinator without the world (pure), `server`
+//! talks to the world.
 
 pub mod cluster;
+pub mod control;
 pub mod planner;
 pub mod raft;
 #[cfg(feature = "rocksdb")]

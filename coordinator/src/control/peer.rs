@@ -1,0 +1,68 @@
+//! What coordinators say to each other. Raft's own messages are only one kind; changes, questions and observations travel beside
+//! them, so that any coordinator can serve anybody.
+//!
+//! Nothing here is relied on to arrive: raft sends again by itself, everything else is sent again by who waits for it.
+
+use crate::cluster::Command;
+use crate::raft::replica::Ticket;
+use fleet_common::ids::NodeId;
+use fleet_common::protocol::{Refusal, Reply, Request};
+use serde::{Deserialize, Serialize};
+
+/// Nodes in one report: 10,000 agents at one coordinator, all heard since the last report, twice over.
+pub const SIGHTINGS_MAX: usize = 20_000;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// A message of raft, in its own encoding.
+    Raft(Vec<u8>),
+    /// Please propose this, you lead. There is no answer when it is: it comes back under the same ticket when the sender applies it.
+    Propose {
+        ticket: Ticket,
+        command: Box<Command>,
+    },
+    /// Please answer this query, you lead.
+    Query {
+        ticket: Ticket,
+        request: Box<Request>,
+    },
+    /// What became of a `Propose` that was not taken, or of a `Query`.
+    Told {
+        ticket: Ticket,
+        told: Told,
+    },
+    Observations(Report),
+    /// The report was taken; only what changes from now on need be told.
+    ObservationsTaken {
+        seq: u64,
+    },
+    /// The receiver was removed from the cluster.
+    Removed,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Told {
+    Reply(Box<Reply>),
+    Refused(Refusal),
+    /// The asked one does not lead.
+    Elsewhere,
+}
+
+/// What a coordinator has seen of the agents that it holds. Times are ages, because no two clocks agree.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub seq: u64,
+    /// All that the sender holds; what it told before does not count any more.
+    pub whole: bool,
+    pub nodes: Vec<Sighting>,
+    /// The sender has no room for writes, so leadership should not go there.
+    pub read_only: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sighting {
+    pub node: NodeId,
+    /// Its agent is connected to the sender.
+    pub connected: bool,
+    pub heard_ms_ago: u64,
+}
