@@ -7,10 +7,16 @@
 //! | `fleet/1`, role worker | agent -> coordinator | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 
-use crate::events::{CheckpointRecord, DataStats, Event, EventBatch, JobError, Outcome};
-use crate::ids::{ClientId, Generation, JobId, NodeId, Rank, ReplicaId, UserId};
+use crate::events::{Event, EventBatch, JobError, Outcome};
+use crate::ids::{Generation, JobId, NodeId, Rank, ReplicaId, UserId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+
+mod client;
+mod views;
+
+pub use client::*;
+pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -87,192 +93,6 @@ pub enum JoinReply {
         ca_der: Vec<u8>,
     },
     Refused(String),
-}
-
-// ---- clients ----------------------------------------------------------------------------------------------------------
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ClientFrame {
-    pub version: u32,
-    /// With `seq`, makes a change happen once however often it is sent. Queries ignore both.
-    pub client: ClientId,
-    /// Rises with every new change; the same on a retry.
-    pub seq: u64,
-    pub request: Request,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Request {
-    Submit(SubmitJob),
-    /// The first stops with a checkpoint, `now` at once.
-    Cancel {
-        job: JobId,
-        now: bool,
-    },
-    CreateToken {
-        role: Role,
-        ttl_s: u64,
-        uses: u32,
-    },
-    ClusterStatus,
-    Nodes,
-    Jobs,
-    Job(JobId),
-    Checkpoints {
-        job: Option<JobId>,
-    },
-    /// The job's events from the `from`-th on (1 is the first); the stream stays open until the job's `Finished` event was sent if `follow`.
-    Watch {
-        job: JobId,
-        from: u64,
-        follow: bool,
-    },
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SubmitJob {
-    /// Ranks to start.
-    pub world_size: u32,
-    pub work: Work,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Work {
-    /// `Job::to_json`.
-    Train { job_json: String },
-    /// Any program, as torchrun would run it.
-    Program(Program),
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Program {
-    /// Program and arguments; found by the agent in `PATH` of `env` or relative to `working_dir`.
-    pub argv: Vec<String>,
-    pub working_dir: String,
-    /// The whole environment, before RANK and the like are set.
-    pub env: Vec<(String, String)>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Reply {
-    Submitted {
-        job: JobId,
-    },
-    CancelAccepted,
-    Token {
-        text: String,
-    },
-    Cluster(ClusterView),
-    Nodes(Vec<NodeView>),
-    Jobs(Vec<JobView>),
-    Job(Box<JobView>),
-    Checkpoints(Vec<CheckpointView>),
-    /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
-    Event {
-        index: u64,
-        event: Event,
-    },
-    /// The end of a `Watch`.
-    EndOfEvents,
-    Refused(Refusal),
-}
-
-/// One line, and what kind of refusal it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
-    pub kind: RefusalKind,
-    pub message: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RefusalKind {
-    /// The request cannot be carried out as it is.
-    Invalid,
-    NotFound,
-    /// The certificate's role does not allow it.
-    Forbidden,
-    /// Not now: no leader, disk full. Try again.
-    Unavailable,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ClusterView {
-    pub cluster_id: String,
-    pub leader: Option<u64>,
-    pub term: u64,
-    pub commit_index: u64,
-    pub applied_index: u64,
-    pub nodes: u32,
-    pub jobs_running: u32,
-    pub jobs_queued: u32,
-    /// Why the coordinator refuses writes, if it does (full disk).
-    pub read_only: Option<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct NodeView {
-    pub node: NodeId,
-    pub name: String,
-    pub connected: bool,
-    pub slots: u32,
-    pub slots_used: u32,
-    pub device: String,
-    pub version: String,
-    /// Since the last heartbeat; `None` when none was heard by this leader.
-    pub heard_ms_ago: Option<u64>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct JobView {
-    pub job: JobId,
-    pub name: String,
-    pub state: JobState,
-    /// A sentence: why it waits, what it does, how it ended.
-    pub reason: String,
-    pub world_size: u32,
-    pub node: Option<NodeId>,
-    pub generation: Generation,
-    pub submitted_unix_ms: u64,
-    pub finished_unix_ms: Option<u64>,
-    pub step: u64,
-    pub total_steps: u64,
-    pub loss: Option<f64>,
-    pub eval_loss: Option<f64>,
-    pub tokens_per_s: Option<f64>,
-    pub events: u64,
-    pub checkpoint: Option<CheckpointRecord>,
-    pub error: Option<JobError>,
-    pub data: Option<DataStats>,
-    /// Canonical JSON of the job; empty for a program. Only in answers to `Request::Job`.
-    pub job_json: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum JobState {
-    Queued,
-    /// The gang was assigned to a node.
-    Starting,
-    Running,
-    /// Asked to stop.
-    Stopping,
-    Succeeded,
-    Failed,
-    Cancelled,
-}
-
-impl JobState {
-    pub fn is_final(self) -> bool {
-        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct CheckpointView {
-    pub job: JobId,
-    pub run_name: String,
-    pub checkpoint: CheckpointRecord,
-    pub unix_ms: u64,
 }
 
 // ---- agents -----------------------------------------------------------------------------------------------------------

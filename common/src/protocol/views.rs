@@ -1,0 +1,85 @@
+//! What the cluster shows of itself.
+
+use crate::events::{CheckpointRecord, DataStats, JobError};
+use crate::ids::{Generation, JobId, NodeId};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterView {
+    pub cluster_id: String,
+    pub leader: Option<u64>,
+    pub term: u64,
+    pub commit_index: u64,
+    pub applied_index: u64,
+    pub nodes: u32,
+    pub jobs_running: u32,
+    pub jobs_queued: u32,
+    /// Why the coordinator refuses writes, if it does (full disk).
+    pub read_only: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    pub node: NodeId,
+    pub name: String,
+    pub connected: bool,
+    pub slots: u32,
+    pub slots_used: u32,
+    pub device: String,
+    pub version: String,
+    /// Since the last heartbeat; `None` when none was heard by this leader.
+    pub heard_ms_ago: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobView {
+    pub job: JobId,
+    pub name: String,
+    pub state: JobState,
+    /// A sentence: why it waits, what it does, how it ended.
+    pub reason: String,
+    pub world_size: u32,
+    pub node: Option<NodeId>,
+    pub generation: Generation,
+    pub submitted_unix_ms: u64,
+    pub finished_unix_ms: Option<u64>,
+    pub step: u64,
+    pub total_steps: u64,
+    pub loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub events: u64,
+    pub checkpoint: Option<CheckpointRecord>,
+    pub error: Option<JobError>,
+    pub data: Option<DataStats>,
+    /// Canonical JSON of the job; empty for a program. Only in answers to `Request::Job`.
+    pub job_json: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    Queued,
+    /// The gang was assigned to a node.
+    Starting,
+    Running,
+    /// Asked to stop.
+    Stopping,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl JobState {
+    pub fn is_final(self) -> bool {
+        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointView {
+    pub job: JobId,
+    pub run_name: String,
+    pub checkpoint: CheckpointRecord,
+    pub unix_ms: u64,
+}
