@@ -182,28 +182,17 @@ fn place(state: &State, observed: &Observed) -> BTreeMap<JobId, Placing> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::commands::{CreateToken, DescribeNode, RedeemToken};
-    use crate::cluster::tests::Script;
+    use crate::cluster::commands::DescribeNode;
+    use crate::cluster::tests::{Script, redeem, token};
     use fleet_common::protocol::Role;
 
     /// Node 1 has `slots[0]`, and so on.
     fn cluster(slots: &[u32]) -> Script {
         let mut script = Script::new();
-        let create = CreateToken {
-            id: "w".into(),
-            secret_sha256: [1; 32],
-            role: Role::Worker,
-            ttl_ms: 1 << 40,
-            uses: 99,
-        };
-        script.run(Change::CreateToken(create));
+        script.run(token("w", Role::Worker, 99));
         for (at, slots) in slots.iter().enumerate() {
             let name = format!("n{}", at + 1);
-            script.run(Change::RedeemToken(RedeemToken {
-                id: "w".into(),
-                secret_sha256: [1; 32],
-                name: name.clone(),
-            }));
+            script.run(redeem("w", &name));
             let node = NodeId(at as u64 + 1);
             let (device, version) = ("cpu".into(), "0".into());
             script.run(Change::DescribeNode(DescribeNode { node, name, slots: *slots, device, version }));

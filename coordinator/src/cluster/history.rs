@@ -1,10 +1,17 @@
 //! What is kept for ever and therefore not in memory: rows that a command adds to the history tables of the store.
 //!
-//! Writing a row twice is harmless, which is what lets the log be replayed from the last snapshot.
+//! A row is an immutable fact under a key that follows from the log: it is never deleted and never written with another content.
+//! So writing one twice is harmless, which is what lets the log be replayed from the last snapshot.
 
+use crate::raft::disk::Table;
+use fleet_common::codec::{self, CodecError};
 use fleet_common::events::Event;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::Work;
+use serde::{Deserialize, Serialize};
+
+/// Characters of a reason.
+pub const WHY_MAX: usize = 1_000;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum HistoryRow {
@@ -12,4 +19,44 @@ pub enum HistoryRow {
     Event { job: JobId, index: u64, event: Event },
     /// What a job was asked to do.
     Work { job: JobId, work: Work },
+    /// Why the command at position `index` of the log was made.
+    Decision { index: u64, decision: Decision },
+}
+
+/// What the planner decided and why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    pub unix_ms: u64,
+    pub why: String,
+}
+
+impl HistoryRow {
+    pub fn table(&self) -> Table {
+        match self {
+            HistoryRow::Event { .. } => Table::Events,
+            HistoryRow::Work { .. } => Table::Works,
+            HistoryRow::Decision { .. } => Table::Decisions,
+        }
+    }
+
+    pub fn key(&self) -> Vec<u8> {
+        match self {
+            HistoryRow::Event { job, index, .. } => key(&[job.0, *index]),
+            HistoryRow::Work { job, .. } => key(&[job.0]),
+            HistoryRow::Decision { index, .. } => key(&[*index]),
+        }
+    }
+
+    pub fn encode(&self) -> Result<Vec<u8>, CodecError> {
+        match self {
+            HistoryRow::Event { event, .. } => codec::encode(event),
+            HistoryRow::Work { work, .. } => codec::encode(work),
+            HistoryRow::Decision { decision, .. } => codec::encode(decision),
+        }
+    }
+}
+
+/// Numbers as bytes that sort like them.
+pub fn key(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_be_bytes()).collect()
 }

@@ -5,29 +5,37 @@
 
 pub mod commands;
 pub mod history;
+pub mod members;
 pub mod orders;
 pub mod records;
 pub mod session;
 
 use commands::Change;
-use fleet_common::ids::{JobId, NodeId};
-use fleet_common::protocol::{JobState, Refusal, RefusalKind, Role};
-use history::HistoryRow;
-use records::{JobRecord, NodeRecord, TokenRecord};
+use fleet_common::ids::{JobId, NodeId, ReplicaId, UserId};
+use fleet_common::protocol::{JobState, Member, Refusal, RefusalKind};
+use history::{Decision, HistoryRow};
+use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
+use records::JobRecord;
 use serde::{Deserialize, Serialize};
 use session::{Lookup, RequestId, Sessions};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All that the cluster has decided. Invariants: the slots of a node are never promised twice; a job that is final has no work,
 /// a finish time, and a `Finished` event as the last of its history; ids are never reused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     cluster_id: String,
+    replicas: BTreeMap<ReplicaId, ReplicaRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
+    users: BTreeMap<UserId, UserRecord>,
+    /// Cut off for ever. A coordinator that was taken out is one of them.
+    revoked: BTreeSet<Member>,
     jobs: BTreeMap<JobId, JobRecord>,
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
+    last_replica: u64,
     last_node: u64,
+    last_user: u64,
     last_job: u64,
 }
 
@@ -38,6 +46,8 @@ pub struct Command {
     pub unix_ms: u64,
     /// Set for clients' requests, which may arrive more than once.
     pub request: Option<RequestId>,
+    /// Why the planner wants it. Kept in the history if the change is made.
+    pub why: Option<String>,
     pub change: Change,
 }
 
@@ -58,10 +68,9 @@ pub enum Answer {
     TokenCreated {
         id: String,
     },
-    /// The holder of the token may have a certificate of this role; `node` is its new id if it is a worker.
+    /// The holder of the token may have a certificate as this new member.
     Redeemed {
-        role: Role,
-        node: Option<NodeId>,
+        member: Member,
     },
     /// All events up to `seq` are recorded, or belong to a generation that is over.
     EventsTaken {
@@ -83,6 +92,8 @@ pub enum Effect {
     Node(NodeId),
     /// The job has new events.
     Job(JobId),
+    /// Coordinators, their addresses or revocations have changed.
+    Members,
 }
 
 /// What a command sees besides the state, and where it leaves what is to be done.
@@ -96,11 +107,16 @@ impl State {
     pub fn new(cluster_id: String) -> Self {
         State {
             cluster_id,
+            replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            users: BTreeMap::new(),
+            revoked: BTreeSet::new(),
             jobs: BTreeMap::new(),
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
+            last_replica: 0,
             last_node: 0,
+            last_user: 0,
             last_job: 0,
         }
     }
@@ -116,6 +132,15 @@ impl State {
             ),
             Some(Lookup::New) | None => {
                 let answer = command.change.apply(self, &mut context);
+                if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
+                    context.history.push(HistoryRow::Decision {
+                        index,
+                        decision: Decision {
+                            unix_ms: command.unix_ms,
+                            why: why.chars().take(history::WHY_MAX).collect(),
+                        },
+                    });
+                }
                 if let Some(request) = command.request {
                     self.sessions.remember(request, answer.clone(), index);
                 }
@@ -130,16 +155,8 @@ impl State {
         &self.cluster_id
     }
 
-    pub fn nodes(&self) -> &BTreeMap<NodeId, NodeRecord> {
-        &self.nodes
-    }
-
     pub fn jobs(&self) -> &BTreeMap<JobId, JobRecord> {
         &self.jobs
-    }
-
-    pub fn tokens(&self) -> &BTreeMap<String, TokenRecord> {
-        &self.tokens
     }
 
     /// Slots of `node` that unfinished jobs hold.
@@ -169,10 +186,6 @@ impl State {
     /// Jobs that wait for a place, oldest first.
     pub fn queued_jobs(&self) -> impl Iterator<Item = (JobId, &JobRecord)> {
         self.jobs.iter().filter(|(_, job)| job.state == JobState::Queued).map(|(id, job)| (*id, job))
-    }
-
-    pub fn node_name(&self, node: NodeId) -> String {
-        self.nodes.get(&node).map_or_else(|| node.to_string(), |record| record.name.clone())
     }
 }
 

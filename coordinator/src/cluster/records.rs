@@ -1,36 +1,15 @@
-//! The records that the state is made of, and the one way in which a job ends.
+//! What is known of a job, and the one way in which it ends.
 
 use super::{Context, Effect, State};
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{JobState, Role, Work};
+use fleet_common::protocol::{JobState, Work};
 use serde::{Deserialize, Serialize};
 
 /// Events of one job that are kept; beyond it lines of output are dropped and only the rest is kept (a year of steps fits).
 pub const LOGGED_EVENTS_MAX: u64 = 1_000_000;
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct NodeRecord {
-    pub name: String,
-    pub slots: u32,
-    /// `cpu`, `cuda`, `mps`; empty until the agent's first greeting.
-    pub device: String,
-    /// Of the worker program.
-    pub version: String,
-    /// Not heard for a lease; true until it greets again.
-    pub lost: bool,
-    pub joined_unix_ms: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TokenRecord {
-    pub role: Role,
-    pub secret_sha256: [u8; 32],
-    pub expires_unix_ms: u64,
-    pub uses_left: u32,
-}
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobRecord {
@@ -152,6 +131,15 @@ impl State {
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         if let Some(at) = job.placement {
             context.effects.push(Effect::Node(at.node));
+        }
+    }
+
+    /// Nothing more will be heard from the node: its jobs fail.
+    pub(crate) fn give_up_node(&mut self, node: NodeId, why: &str, context: &mut Context) {
+        let name = self.node_name(node);
+        let jobs: Vec<_> = self.active_jobs(node).map(|(id, _)| id).collect();
+        for id in jobs {
+            self.finish(id, Outcome::Failed(node_error(name.clone(), why.to_owned())), context);
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use super::commands::*;
 use super::history::HistoryRow;
+use super::members::Standing;
 use super::records::Stop;
 use super::session::RequestId;
 use super::*;
 use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, Outcome, Step};
 use fleet_common::ids::ClientId;
-use fleet_common::protocol::{Program, Work};
+use fleet_common::protocol::{CoordinatorAddress, Program, Role, Work};
 use proptest::prelude::*;
 
 /// Applies commands one after the other and keeps all history.
@@ -26,21 +27,32 @@ impl Script {
     /// With node 1, called `box`.
     pub fn with_node(slots: u32) -> Self {
         let mut script = Script::new();
-        let create = CreateToken {
-            id: "w".into(),
-            secret_sha256: [1; 32],
-            role: Role::Worker,
-            ttl_ms: 1 << 40,
-            uses: 9,
-        };
-        script.run(Change::CreateToken(create));
-        script.run(Change::RedeemToken(RedeemToken {
-            id: "w".into(),
-            secret_sha256: [1; 32],
-            name: "box".into(),
-        }));
+        script.run(token("w", Role::Worker, 9));
+        script.run(redeem("w", "box"));
         script.describe(slots);
         script
+    }
+
+    /// With coordinators 1 to `voters`.
+    pub fn with_replicas(voters: u64) -> Self {
+        let founders = (1..=voters).map(|id| {
+            let record = ReplicaRecord {
+                address: address(id),
+                name: format!("c{id}"),
+                version: "0".into(),
+                level: COMMAND_LEVEL,
+                joined_unix_ms: 0,
+                standing: Standing::Voter,
+            };
+            (ReplicaId(id), record)
+        });
+        Script { state: State::founded("test".into(), founders.collect()), ..Script::new() }
+    }
+
+    /// A coordinator's token is redeemed; it is not registered yet.
+    pub fn admit_coordinator(&mut self) {
+        self.run(token("c", Role::Coordinator, 9));
+        assert!(matches!(self.run(redeem("c", "")), Answer::Redeemed { member: Member::Coordinator(_) }));
     }
 
     pub fn at(&mut self, now: u64) -> &mut Self {
@@ -54,7 +66,7 @@ impl Script {
 
     pub fn run_as(&mut self, request: Option<RequestId>, change: Change) -> Answer {
         self.index += 1;
-        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, change });
+        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, why: None, change });
         self.history.extend(applied.history);
         applied.answer
     }
@@ -111,6 +123,28 @@ impl Script {
             _ => None,
         });
         steps.collect()
+    }
+}
+
+pub(crate) fn token(id: &str, role: Role, uses: u32) -> Change {
+    let secret_sha256 = [1; 32];
+    Change::CreateToken(CreateToken { id: id.into(), secret_sha256, role, ttl_ms: 1 << 40, uses })
+}
+
+pub(crate) fn redeem(id: &str, name: &str) -> Change {
+    Change::RedeemToken(RedeemToken { id: id.into(), secret_sha256: [1; 32], name: name.into() })
+}
+
+pub(crate) fn address(id: u64) -> CoordinatorAddress {
+    CoordinatorAddress { replica: ReplicaId(id), client: format!("c{id}:1"), member: format!("c{id}:2") }
+}
+
+pub(crate) fn replica(id: u64) -> RegisterReplica {
+    RegisterReplica {
+        address: address(id),
+        name: format!("c{id}"),
+        version: "0".into(),
+        level: COMMAND_LEVEL,
     }
 }
 
@@ -221,6 +255,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     (any_change(), request, 0..5_000u64).prop_map(|(change, request, unix_ms)| Command {
         unix_ms,
         request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }),
+        why: None,
         change,
     })
 }
@@ -288,21 +323,22 @@ proptest! {
 #[test]
 fn commands_keep_their_bytes() {
     let request = Some(RequestId { client: ClientId(7), seq: 2 });
-    let bytes =
-        |change| hex::encode(fleet_common::codec::encode(&Command { unix_ms: 1, request, change }).unwrap());
+    let bytes = |change| {
+        hex::encode(fleet_common::codec::encode(&Command { unix_ms: 1, request, why: None, change }).unwrap())
+    };
     let (job, node) = (JobId(5), NodeId(3));
     assert_eq!(
         bytes(Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 })),
-        "0101070203".to_owned() + "0304"
+        "010107020003".to_owned() + "0304"
     );
     assert_eq!(
         bytes(Change::AssignGang(AssignGang { job, node, generation: 1 })),
-        "0101070205".to_owned() + "050301"
+        "010107020005".to_owned() + "050301"
     );
     assert_eq!(
         bytes(Change::CancelJob(CancelJob { job, stop: Stop::Now })),
-        "0101070207".to_owned() + "0501"
+        "010107020007".to_owned() + "0501"
     );
     let fail = FailJob { job, generation: 1, message: "m".into() };
-    assert_eq!(bytes(Change::FailJob(fail)), "0101070208".to_owned() + "0501016d");
+    assert_eq!(bytes(Change::FailJob(fail)), "010107020008".to_owned() + "0501016d");
 }

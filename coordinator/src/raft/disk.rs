@@ -15,10 +15,48 @@ pub enum Table {
     Events,
     /// What each job was asked to do, by job.
     Works,
+    /// Jobs that ended long ago, by job.
+    Jobs,
+    /// Runs of clients that ended long ago, by run.
+    Runs,
+    /// What the planner decided and why, by position in the log.
+    Decisions,
+    /// Points of runs' series, by run and batch.
+    Metrics,
+    /// Exports, by number.
+    Exports,
+    /// Drift profiles, by number.
+    Profiles,
+    /// A snapshot that is being fetched.
+    Staging,
 }
 
 impl Table {
-    pub const ALL: [Table; 4] = [Table::Meta, Table::Log, Table::Events, Table::Works];
+    pub const ALL: [Table; 11] = [
+        Table::Meta,
+        Table::Log,
+        Table::Events,
+        Table::Works,
+        Table::Jobs,
+        Table::Runs,
+        Table::Decisions,
+        Table::Metrics,
+        Table::Exports,
+        Table::Profiles,
+        Table::Staging,
+    ];
+
+    /// Immutable facts under keys that follow from the log: rows are added, never changed and never removed.
+    pub const HISTORY: [Table; 8] = [
+        Table::Events,
+        Table::Works,
+        Table::Jobs,
+        Table::Runs,
+        Table::Decisions,
+        Table::Metrics,
+        Table::Exports,
+        Table::Profiles,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -26,6 +64,13 @@ impl Table {
             Table::Log => "log",
             Table::Events => "events",
             Table::Works => "works",
+            Table::Jobs => "jobs",
+            Table::Runs => "runs",
+            Table::Decisions => "decisions",
+            Table::Metrics => "metrics",
+            Table::Exports => "exports",
+            Table::Profiles => "profiles",
+            Table::Staging => "staging",
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use super::disk::{Batch, Disk, DiskError, Table};
 use super::seal;
-use crate::cluster::history::HistoryRow;
+use crate::cluster::history::{HistoryRow, key};
 use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::Work;
+use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
 /// Reads what is recorded. Cheap to clone.
@@ -27,53 +28,69 @@ impl<D: Disk + ?Sized> History<D> {
 
     /// At most `max` events of a job from the `from`-th on, each with its index.
     pub fn events(&self, job: JobId, from: u64, max: usize) -> Result<Vec<(u64, Event)>, DiskError> {
-        let (first, end) = (event_key(job, from), event_key(job, u64::MAX));
-        let mut events = Vec::new();
+        self.scan(Table::Events, &key(&[job.0, from]), &key(&[job.0, u64::MAX]), max)
+    }
+
+    /// At most `max` rows of a table with one number for a key, from `from` on, each with its key.
+    pub fn rows<T: DeserializeOwned>(
+        &self,
+        table: Table,
+        from: u64,
+        max: usize,
+    ) -> Result<Vec<(u64, T)>, DiskError> {
+        self.scan(table, &key(&[from]), &key(&[u64::MAX]), max)
+    }
+
+    /// The row of a table with one number for a key.
+    pub fn row<T: DeserializeOwned>(&self, table: Table, number: u64) -> Result<Option<T>, DiskError> {
+        let key = key(&[number]);
+        self.disk.get(table, &key)?.map(|value| open(table, &key, &value)).transpose()
+    }
+
+    /// Rows from `first` up to `end`, each with the last number of its key.
+    fn scan<T: DeserializeOwned>(
+        &self,
+        table: Table,
+        first: &[u8],
+        end: &[u8],
+        max: usize,
+    ) -> Result<Vec<(u64, T)>, DiskError> {
+        let mut rows = Vec::new();
         let mut damage = None;
-        self.disk.scan(Table::Events, &first, &end, &mut |key, value| {
-            match open(Table::Events, key, value) {
-                Ok(event) => events.push((index_of(key), event)),
+        self.disk.scan(table, first, end, &mut |key, value| {
+            match open(table, key, value) {
+                Ok(row) => rows.push((last_number(key), row)),
                 Err(error) => damage = Some(error),
             }
-            damage.is_none() && events.len() < max
+            damage.is_none() && rows.len() < max
         })?;
-        damage.map_or(Ok(events), Err)
+        damage.map_or(Ok(rows), Err)
     }
 
     pub fn work(&self, job: JobId) -> Result<Option<Work>, DiskError> {
-        let key = job.0.to_be_bytes();
-        self.disk.get(Table::Works, &key)?.map(|value| open(Table::Works, &key, &value)).transpose()
+        self.row(Table::Works, job.0)
     }
 }
 
 /// Adds a row to a batch.
 pub fn stage(row: &HistoryRow, batch: &mut Batch) -> Result<(), DiskError> {
-    let (table, key, encoded) = match row {
-        HistoryRow::Event { job, index, event } => {
-            (Table::Events, event_key(*job, *index), codec::encode(event))
-        }
-        HistoryRow::Work { job, work } => (Table::Works, job.0.to_be_bytes().to_vec(), codec::encode(work)),
-    };
-    let payload = encoded.map_err(|error| {
+    let (table, key) = (row.table(), row.key());
+    let payload = row.encode().map_err(|error| {
         DiskError::Failed(format!("a row of {} cannot be encoded: {error}", table.name()))
     })?;
     batch.put(table, &key, seal::seal(table, &key, payload));
     Ok(())
 }
 
-fn open<T: serde::de::DeserializeOwned>(table: Table, key: &[u8], value: &[u8]) -> Result<T, DiskError> {
+fn open<T: DeserializeOwned>(table: Table, key: &[u8], value: &[u8]) -> Result<T, DiskError> {
     let damaged =
         || DiskError::Failed(format!("row {} of table {} is damaged", hex::encode(key), table.name()));
     let payload = seal::open(table, key, value).ok_or_else(damaged)?;
     codec::decode(payload).map_err(|_| damaged())
 }
 
-fn event_key(job: JobId, index: u64) -> Vec<u8> {
-    [job.0.to_be_bytes(), index.to_be_bytes()].concat()
-}
-
-fn index_of(key: &[u8]) -> u64 {
-    key.iter().skip(8).fold(0, |n, byte| n << 8 | u64::from(*byte))
+fn last_number(key: &[u8]) -> u64 {
+    key.iter().rev().take(8).rev().fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ fn settle(replica: &mut TestReplica) -> Output {
 
 fn command(seq: u64) -> Command {
     let request = Some(RequestId { client: ClientId(1), seq });
-    Command { unix_ms: 1_000 + seq, request, change: submit(1, None) }
+    Command { unix_ms: 1_000 + seq, request, why: None, change: submit(1, None) }
 }
 
 fn disk(replica: &TestReplica) -> Arc<MemoryDisk> {
@@ -115,7 +115,7 @@ fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
                 ttl_ms,
                 uses: 1,
             });
-            replica.propose(n, &Command { unix_ms: round * 10, request: None, change }).unwrap();
+            replica.propose(n, &Command { unix_ms: round * 10, request: None, why: None, change }).unwrap();
         }
         settle(&mut replica);
     }
@@ -137,7 +137,10 @@ fn what_is_too_large_is_declined() {
     let mut replica = alone();
     let Change::SubmitJob(job) = submit(1, None) else { unreachable!() };
     let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX), ..job });
-    assert_eq!(replica.propose(1, &Command { unix_ms: 0, request: None, change }), Err(Declined::TooLarge));
+    assert_eq!(
+        replica.propose(1, &Command { unix_ms: 0, request: None, why: None, change }),
+        Err(Declined::TooLarge)
+    );
 }
 
 #[test]
@@ -252,7 +255,9 @@ fn a_replica_that_missed_a_snapshots_worth_gets_the_snapshot() {
     cluster.cut = Some(cluster.replicas[lagging].id());
     for seq in 1..=3_000 {
         let change = submit(1, Some(0));
-        cluster.replicas[leader].propose(seq, &Command { unix_ms: seq, request: None, change }).unwrap();
+        cluster.replicas[leader]
+            .propose(seq, &Command { unix_ms: seq, request: None, why: None, change })
+            .unwrap();
         if seq % 500 == 0 {
             cluster.settle();
         }

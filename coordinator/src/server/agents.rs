@@ -6,8 +6,8 @@
 use super::Shared;
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
+use crate::cluster::members::NodeRecord;
 use crate::cluster::orders::GangStanding;
-use crate::cluster::records::NodeRecord;
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::events::EventBatch;
 use fleet_common::ids::{Generation, JobId, NodeId};

@@ -246,7 +246,7 @@ impl<D: Disk> Driver<D> {
         }
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.next_ticket = self.next_ticket.wrapping_add(1);
-        let command = Command { unix_ms: now.as_millis() as u64, request, change };
+        let command = Command { unix_ms: now.as_millis() as u64, request, why: None, change };
         self.replica.propose(self.next_ticket, &command).map_err(|declined| match declined {
             Declined::NotLeader => unavailable("this coordinator does not lead at the moment; try again"),
             Declined::Busy => unavailable("too much is waiting to be written; try again"),

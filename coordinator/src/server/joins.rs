@@ -6,7 +6,7 @@ use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::session::RequestId;
 use fleet_common::ids::{ClientId, NodeId};
 use fleet_common::net;
-use fleet_common::protocol::{JoinReply, JoinRequest, Role};
+use fleet_common::protocol::{JoinReply, JoinRequest, Member, Role};
 use sha2::{Digest, Sha256};
 use std::time::{Duration, SystemTime};
 use tracing::{debug, info};
@@ -61,10 +61,14 @@ async fn admit(shared: &Shared, request: &JoinRequest) -> Result<JoinReply, Stri
         .propose(Some(id), Change::RedeemToken(redeem))
         .await
         .map_err(|refusal| refusal.message)?;
-    let (role, node) = match answer {
-        Answer::Redeemed { role, node } => (role, node),
+    let member = match answer {
+        Answer::Redeemed { member } => member,
         Answer::Rejected(refusal) => return Err(refusal.message),
         other => return Err(format!("the cluster gave an answer that does not fit: {other:?}")),
+    };
+    let (role, node) = match member {
+        Member::Worker(node) => (Role::Worker, Some(node)),
+        other => (other.role(), None),
     };
     let name = match node {
         Some(node) => {

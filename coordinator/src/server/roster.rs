@@ -99,6 +99,7 @@ impl Roster {
                         agent.wake.notify_one();
                     }
                 }
+                Effect::Members => {}
                 Effect::Job(job) => {
                     if let Some(watchers) = inner.watchers.get(job) {
                         watchers.send_replace(());

@@ -14,13 +14,17 @@ use super::clients::new_token;
 use super::joins::CERTIFICATE_VALIDITY;
 use super::{Options, Shared};
 use crate::cluster::State;
+use crate::cluster::commands::COMMAND_LEVEL;
+use crate::cluster::members::{ReplicaRecord, Standing};
 use crate::raft::disk::Disk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, anyhow, bail};
 use fleet_common::files;
+use fleet_common::ids::ReplicaId;
 use fleet_common::net::{ClusterCa, Identity};
-use fleet_common::protocol::Role;
+use fleet_common::protocol::{CoordinatorAddress, Role};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,9 +78,7 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
     let replica = match (Replica::open(disk.clone())?, &identity) {
         (Some(replica), _) => replica,
         (None, Some(_)) => bail!("the log in {} is gone; restore it from a backup", raft_dir.display()),
-        (None, None) => {
-            Replica::create(disk.clone(), REPLICA, &[REPLICA], State::new(ca.cluster_id().to_owned()))?
-        }
+        (None, None) => Replica::create(disk.clone(), REPLICA, &[REPLICA], first_state(ca.cluster_id()))?,
     };
     if replica.state().cluster_id() != ca.cluster_id() {
         bail!(
@@ -95,6 +97,20 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
         info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
     }
     Ok(Prepared { lock, ca, identity, disk, replica, raft_dir })
+}
+
+/// A new cluster's state with this coordinator in it. Its address is told when it is known.
+fn first_state(cluster_id: &str) -> State {
+    let replica = ReplicaId(REPLICA);
+    let record = ReplicaRecord {
+        address: CoordinatorAddress { replica, client: String::new(), member: String::new() },
+        name: "coordinator-1".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        level: COMMAND_LEVEL,
+        joined_unix_ms: 0,
+        standing: Standing::Voter,
+    };
+    State::founded(cluster_id.to_owned(), BTreeMap::from([(replica, record)]))
 }
 
 /// Writes the tokens and the client's identity that are not there yet.

@@ -38,7 +38,7 @@ pub async fn nodes(shared: &Shared) -> Result<Vec<NodeView>, Refusal> {
         .handle
         .read(move |state| {
             let used = state.slots_in_use();
-            let view = |(id, node): (&NodeId, &crate::cluster::records::NodeRecord)| {
+            let view = |(id, node): (&NodeId, &crate::cluster::members::NodeRecord)| {
                 let seen = observed.nodes.get(id);
                 NodeView {
                     node: *id,

@@ -1,6 +1,6 @@
 //! A new join token. Only the hash of its secret comes here.
 
-use crate::cluster::records::TokenRecord;
+use crate::cluster::members::TokenRecord;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::protocol::Role;
 use serde::{Deserialize, Serialize};

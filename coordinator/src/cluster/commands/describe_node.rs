@@ -1,13 +1,13 @@
 //! An agent has greeted: what its node offers from now on.
 
+use crate::cluster::members::{clean_name, clip};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::NodeId;
+use fleet_common::protocol::Member;
 use serde::{Deserialize, Serialize};
 
 /// Slots of one node: far above any machine, low enough that sums do not overflow.
 pub const SLOTS_MAX: u32 = 4_096;
-/// Characters of the device's and the program's description.
-const TEXT_MAX: usize = 128;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DescribeNode {
@@ -29,10 +29,10 @@ impl DescribeNode {
                 self.node
             ));
         };
-        node.name = super::redeem_token::node_name(&self.name, self.node);
+        node.name = clean_name(&self.name, Member::Worker(self.node));
         node.slots = self.slots;
-        node.device = self.device.chars().take(TEXT_MAX).collect();
-        node.version = self.version.chars().take(TEXT_MAX).collect();
+        node.device = clip(&self.device);
+        node.version = clip(&self.version);
         node.lost = false;
         context.effects.extend([Effect::Plan, Effect::Node(self.node)]);
         Answer::Done

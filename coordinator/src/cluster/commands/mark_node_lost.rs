@@ -1,8 +1,6 @@
 //! A node was silent for a whole lease: its jobs fail.
 
-use crate::cluster::records::node_error;
 use crate::cluster::{Answer, Context, Effect, State};
-use fleet_common::events::Outcome;
 use fleet_common::ids::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -19,14 +17,11 @@ impl MarkNodeLost {
         };
         node.lost = true;
         let name = node.name.clone();
-        let jobs: Vec<_> = state.active_jobs(self.node).map(|(id, _)| id).collect();
-        for id in jobs {
-            let message = format!(
-                "node {name} was lost: not heard for {} s; see that its worker runs, then start the job again with resume = \"latest\"",
-                self.silent_ms / 1000
-            );
-            state.finish(id, Outcome::Failed(node_error(name.clone(), message)), context);
-        }
+        let message = format!(
+            "node {name} was lost: not heard for {} s; see that its worker runs, then start the job again with resume = \"latest\"",
+            self.silent_ms / 1000
+        );
+        state.give_up_node(self.node, &message, context);
         context.effects.extend([Effect::Plan, Effect::Node(self.node)]);
         Answer::Done
     }

@@ -1,29 +1,45 @@
 //! The commands: every way in which the state can change, one file each.
 //!
-//! Variants are only ever added at the end: their position is how they are stored in the log.
+//! Variants are only ever added at the end: their position is how they are stored in the log. A new one gets a higher level, so that
+//! it is proposed only once every coordinator knows it.
 
 mod assign_gang;
 mod cancel_job;
 mod create_token;
 mod describe_node;
+mod describe_replica;
 mod fail_job;
 mod mark_node_lost;
+mod promote_replica;
 mod record_events;
 mod redeem_token;
+mod register_replica;
+mod remove_replica;
+mod revoke_member;
+mod revoke_token;
 mod submit_job;
 
 pub use assign_gang::AssignGang;
 pub use cancel_job::CancelJob;
 pub use create_token::CreateToken;
 pub use describe_node::DescribeNode;
+pub use describe_replica::DescribeReplica;
 pub use fail_job::FailJob;
 pub use mark_node_lost::MarkNodeLost;
+pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
 pub use redeem_token::RedeemToken;
+pub use register_replica::RegisterReplica;
+pub use remove_replica::RemoveReplica;
+pub use revoke_member::RevokeMember;
+pub use revoke_token::RevokeToken;
 pub use submit_job::SubmitJob;
 
 use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
+
+/// The newest commands that this program knows.
+pub const COMMAND_LEVEL: u32 = 1;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
@@ -36,6 +52,12 @@ pub enum Change {
     RecordEvents(RecordEvents),
     CancelJob(CancelJob),
     FailJob(FailJob),
+    RevokeToken(RevokeToken),
+    RegisterReplica(RegisterReplica),
+    PromoteReplica(PromoteReplica),
+    RemoveReplica(RemoveReplica),
+    DescribeReplica(DescribeReplica),
+    RevokeMember(RevokeMember),
 }
 
 impl Change {
@@ -50,7 +72,18 @@ impl Change {
             Change::RecordEvents(command) => command.apply(state, context),
             Change::CancelJob(command) => command.apply(state, context),
             Change::FailJob(command) => command.apply(state, context),
+            Change::RevokeToken(command) => command.apply(state, context),
+            Change::RegisterReplica(command) => command.apply(state, context),
+            Change::PromoteReplica(command) => command.apply(state, context),
+            Change::RemoveReplica(command) => command.apply(state, context),
+            Change::DescribeReplica(command) => command.apply(state, context),
+            Change::RevokeMember(command) => command.apply(state, context),
         }
+    }
+
+    /// What a coordinator must know to apply it. Proposed only where `State::level` is at least that.
+    pub fn level(&self) -> u32 {
+        1
     }
 
     /// For logs and metrics.
@@ -65,6 +98,12 @@ impl Change {
             Change::RecordEvents(_) => "record_events",
             Change::CancelJob(_) => "cancel_job",
             Change::FailJob(_) => "fail_job",
+            Change::RevokeToken(_) => "revoke_token",
+            Change::RegisterReplica(_) => "register_replica",
+            Change::PromoteReplica(_) => "promote_replica",
+            Change::RemoveReplica(_) => "remove_replica",
+            Change::DescribeReplica(_) => "describe_replica",
+            Change::RevokeMember(_) => "revoke_member",
         }
     }
 }

@@ -1,15 +1,11 @@
-//! A token is used to join. For a worker this registers its node and decides its id.
+//! A token is used to join. This decides the joiner's id, whatever its role; a worker or a client is a member with it, a coordinator
+//! when it is registered.
 
-use crate::cluster::records::NodeRecord;
+use crate::cluster::members::{NODES_MAX, NodeRecord, USERS_MAX, UserRecord, clean_name};
 use crate::cluster::{Answer, Context, State};
-use fleet_common::ids::NodeId;
-use fleet_common::protocol::Role;
+use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::protocol::{Member, Role};
 use serde::{Deserialize, Serialize};
-
-/// Nodes that a cluster can know.
-pub const NODES_MAX: usize = 20_000;
-/// Characters of a node's name.
-pub const NAME_MAX: usize = 63;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RedeemToken {
@@ -31,98 +27,88 @@ impl RedeemToken {
         if token.uses_left == 0 {
             return Answer::forbidden("this token has been used up; create a new one");
         }
-        let role = token.role;
-        if role == Role::Worker && state.nodes.len() >= NODES_MAX {
-            return Answer::invalid(format!("the cluster has {NODES_MAX} nodes, which is its limit"));
+        let full = match token.role {
+            Role::Worker => (state.nodes.len() >= NODES_MAX).then(|| format!("{NODES_MAX} nodes")),
+            Role::Client => (state.users.len() >= USERS_MAX).then(|| format!("{USERS_MAX} clients")),
+            Role::Coordinator => None,
+        };
+        if let Some(full) = full {
+            return Answer::invalid(format!("the cluster has {full}, which is its limit; revoke some"));
         }
         token.uses_left -= 1;
-        if role != Role::Worker {
-            return Answer::Redeemed { role, node: None };
-        }
-        state.last_node += 1;
-        let node = NodeId(state.last_node);
-        let record = NodeRecord {
-            name: node_name(&self.name, node),
-            slots: 0,
-            device: String::new(),
-            version: String::new(),
-            lost: false,
-            joined_unix_ms: context.unix_ms,
+        let member = match token.role {
+            Role::Coordinator => {
+                state.last_replica += 1;
+                Member::Coordinator(ReplicaId(state.last_replica))
+            }
+            Role::Worker => {
+                state.last_node += 1;
+                Member::Worker(NodeId(state.last_node))
+            }
+            Role::Client => {
+                state.last_user += 1;
+                Member::Client(UserId(state.last_user))
+            }
         };
-        state.nodes.insert(node, record);
-        Answer::Redeemed { role, node: Some(node) }
+        let name = clean_name(&self.name, member);
+        match member {
+            Member::Coordinator(_) => {}
+            Member::Worker(node) => {
+                state.nodes.insert(node, NodeRecord::joined(name, context.unix_ms));
+            }
+            Member::Client(user) => {
+                state.users.insert(user, UserRecord { name, joined_unix_ms: context.unix_ms });
+            }
+        }
+        Answer::Redeemed { member }
     }
-}
-
-/// The joiner's wish with only letters, digits, `.`, `_` and `-`, or the id where nothing is left.
-pub fn node_name(wish: &str, node: NodeId) -> String {
-    let name: String =
-        wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(NAME_MAX).collect();
-    if name.is_empty() { node.to_string() } else { name }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::node_name;
-    use crate::cluster::Answer;
-    use crate::cluster::commands::{Change, CreateToken, RedeemToken};
-    use crate::cluster::tests::{Script, why};
-    use fleet_common::ids::NodeId;
-    use fleet_common::protocol::Role;
+    use super::*;
+    use crate::cluster::commands::Change;
+    use crate::cluster::tests::{Script, redeem, token, why};
 
-    fn redeem(id: &str, secret: u8) -> Change {
-        Change::RedeemToken(RedeemToken {
-            id: id.into(),
-            secret_sha256: [secret; 32],
-            name: "gpu box".into(),
-        })
-    }
-
-    fn with_token(uses: u32) -> Script {
-        let mut script = Script::new();
-        script.run(Change::CreateToken(CreateToken {
-            id: "t".into(),
-            secret_sha256: [7; 32],
-            role: Role::Worker,
-            ttl_ms: 1_000,
-            uses,
-        }));
-        script
+    #[test]
+    fn each_use_makes_a_member_until_none_is_left() {
+        for (role, members) in [
+            (Role::Worker, [Member::Worker(NodeId(1)), Member::Worker(NodeId(2))]),
+            (Role::Client, [Member::Client(UserId(1)), Member::Client(UserId(2))]),
+            (Role::Coordinator, [Member::Coordinator(ReplicaId(1)), Member::Coordinator(ReplicaId(2))]),
+        ] {
+            let mut script = Script::new();
+            script.run(token("t", role, 2));
+            for member in members {
+                assert_eq!(script.run(redeem("t", "gpu box")), Answer::Redeemed { member });
+            }
+            assert!(why(script.run(redeem("t", "gpu box"))).contains("used up"));
+        }
     }
 
     #[test]
-    fn each_use_registers_a_node_until_none_is_left() {
-        let mut script = with_token(2);
-        assert_eq!(
-            script.run(redeem("t", 7)),
-            Answer::Redeemed { role: Role::Worker, node: Some(NodeId(1)) }
-        );
-        assert_eq!(
-            script.run(redeem("t", 7)),
-            Answer::Redeemed { role: Role::Worker, node: Some(NodeId(2)) }
-        );
-        assert!(why(script.run(redeem("t", 7))).contains("used up"));
+    fn a_wish_for_a_name_is_cleaned() {
+        let mut script = Script::new();
+        script.run(token("t", Role::Worker, 1));
+        script.run(redeem("t", "gpu box"));
         assert_eq!(script.state.nodes()[&NodeId(1)].name, "gpubox");
     }
 
     #[test]
     fn a_wrong_secret_looks_like_an_unknown_token() {
-        let mut script = with_token(1);
-        assert_eq!(why(script.run(redeem("t", 8))), why(script.run(redeem("other", 7))));
+        let mut script = Script::new();
+        script.run(token("t", Role::Worker, 1));
+        let wrong = RedeemToken { id: "t".into(), secret_sha256: [8; 32], name: "n".into() };
+        let wrong = why(script.run(Change::RedeemToken(wrong)));
+        assert_eq!(wrong, why(script.run(redeem("other", "n"))));
         assert_eq!(script.state.tokens()["t"].uses_left, 1);
     }
 
     #[test]
     fn an_expired_token_is_refused() {
-        let mut script = with_token(1);
-        script.now += 1_000;
-        assert!(why(script.run(redeem("t", 7))).contains("expired"));
-    }
-
-    #[test]
-    fn a_name_never_breaks_a_line_or_a_path() {
-        assert_eq!(node_name("a/../b\n", NodeId(3)), "a..b");
-        assert_eq!(node_name("///", NodeId(3)), "node-3");
-        assert_eq!(node_name(&"x".repeat(500), NodeId(3)).len(), super::NAME_MAX);
+        let mut script = Script::new();
+        script.run(token("t", Role::Worker, 1));
+        script.now += 1 << 40;
+        assert!(why(script.run(redeem("t", "n"))).contains("expired"));
     }
 }

@@ -1,0 +1,70 @@
+//! A coordinator becomes part of the cluster, at first without a vote. Travels in the entry that makes it a learner.
+
+use crate::cluster::members::{REPLICAS_MAX, ReplicaRecord, Standing, clean_name, clip};
+use crate::cluster::{Answer, Context, Effect, State};
+use fleet_common::ids::ReplicaId;
+use fleet_common::protocol::{CoordinatorAddress, Member};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RegisterReplica {
+    pub address: CoordinatorAddress,
+    pub name: String,
+    pub version: String,
+    pub level: u32,
+}
+
+impl RegisterReplica {
+    pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
+        let replica = self.address.replica;
+        let member = Member::Coordinator(replica);
+        if replica == ReplicaId(0) || replica.0 > state.last_replica || state.revoked.contains(&member) {
+            return Answer::forbidden(format!(
+                "{replica} is no coordinator that this cluster admitted; join with a new token"
+            ));
+        }
+        if !state.replicas.contains_key(&replica) && state.replicas.len() >= REPLICAS_MAX {
+            return Answer::invalid(format!(
+                "the cluster has {REPLICAS_MAX} coordinators, which is its limit; remove one first"
+            ));
+        }
+        // Asked a second time it is described anew and keeps its vote.
+        let known = state.replicas.get(&replica);
+        let record = ReplicaRecord {
+            address: self.address,
+            name: clean_name(&self.name, member),
+            version: clip(&self.version),
+            level: self.level,
+            joined_unix_ms: known.map_or(context.unix_ms, |known| known.joined_unix_ms),
+            standing: known.map_or(Standing::Learner, |known| known.standing),
+        };
+        state.replicas.insert(replica, record);
+        context.effects.push(Effect::Members);
+        Answer::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::commands::{Change, PromoteReplica};
+    use crate::cluster::tests::{Script, replica, why};
+
+    #[test]
+    fn an_admitted_coordinator_begins_as_a_learner_and_asking_twice_is_once() {
+        let mut script = Script::with_replicas(1);
+        script.admit_coordinator();
+        assert_eq!(script.run(Change::RegisterReplica(replica(2))), Answer::Done);
+        assert_eq!(script.state.replicas()[&ReplicaId(2)].standing, Standing::Learner);
+        script.run(Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }));
+        assert_eq!(script.run(Change::RegisterReplica(replica(2))), Answer::Done);
+        assert_eq!(script.state.replicas()[&ReplicaId(2)].standing, Standing::Voter);
+    }
+
+    #[test]
+    fn one_that_never_joined_is_refused() {
+        let mut script = Script::with_replicas(1);
+        assert!(why(script.run(Change::RegisterReplica(replica(2)))).contains("new token"));
+        assert!(why(script.run(Change::RegisterReplica(replica(0)))).contains("new token"));
+    }
+}

@@ -1,0 +1,183 @@
+//! Who belongs to the cluster: coordinators, nodes, holders of clients' certificates, and the tokens by which they come.
+
+use super::State;
+use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::protocol::{CoordinatorAddress, Member, Role};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Registered coordinators: five that vote, and room for those that replace them.
+pub const REPLICAS_MAX: usize = 9;
+/// Nodes that a cluster can know.
+pub const NODES_MAX: usize = 20_000;
+/// Clients' certificates that a cluster can know.
+pub const USERS_MAX: usize = 20_000;
+/// Members that were cut off. Certificates run out, so this bounds what an operator can do in their lifetime.
+pub const REVOKED_MAX: usize = 100_000;
+/// Characters of a member's name.
+pub const NAME_MAX: usize = 63;
+/// Characters of an address, a version, a device.
+pub const TEXT_MAX: usize = 256;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    pub address: CoordinatorAddress,
+    pub name: String,
+    /// Of the coordinator program.
+    pub version: String,
+    /// The newest commands that it knows (`Change::level`).
+    pub level: u32,
+    pub joined_unix_ms: u64,
+    pub standing: Standing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Standing {
+    /// Is being brought up to date; does not count for majorities.
+    Learner,
+    Voter,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    pub name: String,
+    pub slots: u32,
+    /// `cpu`, `cuda`, `mps`; empty until the agent's first greeting.
+    pub device: String,
+    /// Of the worker program.
+    pub version: String,
+    /// Not heard for a lease; true until it greets again.
+    pub lost: bool,
+    pub joined_unix_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    pub role: Role,
+    pub secret_sha256: [u8; 32],
+    pub expires_unix_ms: u64,
+    pub uses_left: u32,
+}
+
+impl NodeRecord {
+    /// Before its agent's first greeting.
+    pub(crate) fn joined(name: String, unix_ms: u64) -> NodeRecord {
+        NodeRecord {
+            name,
+            slots: 0,
+            device: String::new(),
+            version: String::new(),
+            lost: false,
+            joined_unix_ms: unix_ms,
+        }
+    }
+}
+
+/// The holder of a client's certificate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UserRecord {
+    pub name: String,
+    pub joined_unix_ms: u64,
+}
+
+/// Whether somebody with a certificate of this cluster may do anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    Known,
+    /// Cut off for ever: ids are never reused.
+    Revoked,
+    /// This state has not heard of the member; a newer one may have.
+    Unknown,
+}
+
+impl State {
+    /// The first state of a new cluster with these coordinators, which all vote.
+    pub fn founded(cluster_id: String, founders: BTreeMap<ReplicaId, ReplicaRecord>) -> State {
+        let last_replica = founders.keys().last().map_or(0, |replica| replica.0);
+        State { replicas: founders, last_replica, ..State::new(cluster_id) }
+    }
+
+    pub fn replicas(&self) -> &BTreeMap<ReplicaId, ReplicaRecord> {
+        &self.replicas
+    }
+
+    pub fn nodes(&self) -> &BTreeMap<NodeId, NodeRecord> {
+        &self.nodes
+    }
+
+    pub fn users(&self) -> &BTreeMap<UserId, UserRecord> {
+        &self.users
+    }
+
+    pub fn tokens(&self) -> &BTreeMap<String, TokenRecord> {
+        &self.tokens
+    }
+
+    pub fn revoked(&self) -> impl Iterator<Item = Member> {
+        self.revoked.iter().copied()
+    }
+
+    pub fn membership(&self, member: Member) -> Membership {
+        // A coordinator has its certificate before it is registered.
+        let (id, last) = match member {
+            Member::Coordinator(replica) => (replica.0, self.last_replica),
+            Member::Worker(node) => (node.0, self.last_node),
+            Member::Client(user) => (user.0, self.last_user),
+        };
+        match self.revoked.contains(&member) {
+            true => Membership::Revoked,
+            false if id == 0 || id > last => Membership::Unknown,
+            false => Membership::Known,
+        }
+    }
+
+    /// The newest commands that every coordinator knows. Nothing above it may be proposed.
+    pub fn level(&self) -> u32 {
+        self.replicas.values().map(|replica| replica.level).min().unwrap_or(super::commands::COMMAND_LEVEL)
+    }
+
+    pub fn node_name(&self, node: NodeId) -> String {
+        self.nodes.get(&node).map_or_else(|| node.to_string(), |record| record.name.clone())
+    }
+
+    pub(crate) fn voters(&self) -> usize {
+        self.replicas.values().filter(|replica| replica.standing == Standing::Voter).count()
+    }
+}
+
+/// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left.
+pub fn clean_name(wish: &str, member: Member) -> String {
+    let name: String =
+        wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(NAME_MAX).collect();
+    if name.is_empty() { member.to_string() } else { name }
+}
+
+/// The beginning of a text that a member says of itself.
+pub(crate) fn clip(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_never_breaks_a_line_or_a_path() {
+        let node = Member::Worker(NodeId(3));
+        assert_eq!(clean_name("a/../b\n", node), "a..b");
+        assert_eq!(clean_name("///", node), "node-3");
+        assert_eq!(clean_name(&"x".repeat(500), node).len(), NAME_MAX);
+    }
+
+    #[test]
+    fn a_member_is_known_from_its_id_on_and_until_it_is_cut_off() {
+        let mut state = State::new("test".into());
+        let user = Member::Client(UserId(1));
+        assert_eq!(state.membership(user), Membership::Unknown);
+        state.last_user = 1;
+        assert_eq!(state.membership(user), Membership::Known);
+        assert_eq!(state.membership(Member::Client(UserId(0))), Membership::Unknown);
+        state.revoked.insert(user);
+        assert_eq!(state.membership(user), Membership::Revoked);
+    }
+}
