@@ -27,12 +27,10 @@ pub enum Table {
     Exports,
     /// Drift profiles, by number.
     Profiles,
-    /// A snapshot that is being fetched.
-    Staging,
 }
 
 impl Table {
-    pub const ALL: [Table; 11] = [
+    pub const ALL: [Table; 10] = [
         Table::Meta,
         Table::Log,
         Table::Events,
@@ -43,7 +41,6 @@ impl Table {
         Table::Metrics,
         Table::Exports,
         Table::Profiles,
-        Table::Staging,
     ];
 
     /// Immutable facts under keys that follow from the log: rows are added, never changed and never removed.
@@ -70,7 +67,6 @@ impl Table {
             Table::Metrics => "metrics",
             Table::Exports => "exports",
             Table::Profiles => "profiles",
-            Table::Staging => "staging",
         }
     }
 }

@@ -5,11 +5,13 @@
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
 use super::seal;
+use super::transfer::Descriptor;
 use fleet_common::codec;
 use prost::Message;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -17,17 +19,19 @@ use std::sync::Arc;
 const FORMAT: u32 = 1;
 /// Where a new log begins: the first state counts as a snapshot at this position.
 const GENESIS: Position = Position { index: 1, term: 1 };
+/// Where the log of a replica is that waits to be let into a cluster: before everything.
+const NOTHING: Position = Position { index: 0, term: 0 };
 /// Newest entries kept in memory, so that what was just written is not read back.
 const TAIL_BYTES: usize = 4 << 20;
-/// Entries kept behind a snapshot for replicas that are a little behind.
-const KEEP_BEHIND: u64 = 1_024;
+/// Entries kept behind a snapshot for replicas that are a little behind: a restart's worth at a high rate.
+const KEEP_BEHIND: u64 = 10_000;
 
 const FORMAT_KEY: &[u8] = b"format";
 const HARD_KEY: &[u8] = b"hard";
 const SNAPSHOT_KEY: &[u8] = b"snapshot";
 const STATE_KEY: &[u8] = b"state";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Position {
     pub index: u64,
     pub term: u64,
@@ -38,7 +42,9 @@ pub enum LogError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// This replica must not take part any more.
-    #[error("the log of this replica is damaged: {0}; set the directory aside and restore it from a backup")]
+    #[error(
+        "the log of this replica is damaged: {0}; it must not take part any more: set its directory aside, join a new one with `coordinator join`, and take this one out with `fleet coordinators remove`"
+    )]
     Damaged(String),
     #[error(
         "the log has format {found}, this program knows {FORMAT}; use the version of fleet that wrote it"
@@ -64,6 +70,7 @@ struct HardRow {
 #[derive(Serialize, Deserialize)]
 struct SnapshotRow {
     at: Position,
+    state: Descriptor,
     /// The entry before the first one that is still there.
     floor: Position,
     voters: Vec<u64>,
@@ -85,6 +92,7 @@ pub struct Staged {
 #[derive(Clone, Debug)]
 struct NewSnapshot {
     at: Position,
+    state: Descriptor,
     floor: Position,
     conf: ConfState,
     /// From a leader, instead of the log that was here.
@@ -97,6 +105,10 @@ pub struct LogStore<D> {
     replica: u64,
     hard: HardState,
     snapshot: Position,
+    /// Of the snapshot's state.
+    descriptor: Descriptor,
+    /// A replica needs a newer snapshot than there is.
+    outdated: Cell<bool>,
     floor: Position,
     /// As of `snapshot`; later changes of membership are in the log.
     conf: ConfState,
@@ -109,23 +121,41 @@ pub struct LogStore<D> {
 impl<D: Disk> LogStore<D> {
     /// Begins a log on an empty disk, for a cluster of these voters with this encoded state.
     pub fn create(disk: Arc<D>, replica: u64, voters: &[u64], state: Vec<u8>) -> Result<Self, LogError> {
+        Self::begin(disk, replica, GENESIS, voters, state)
+    }
+
+    /// Begins the log of a replica that waits for a leader to let it in. It has no members and cannot vote.
+    pub fn join(disk: Arc<D>, replica: u64, state: Vec<u8>) -> Result<Self, LogError> {
+        Self::begin(disk, replica, NOTHING, &[], state)
+    }
+
+    fn begin(
+        disk: Arc<D>,
+        replica: u64,
+        at: Position,
+        voters: &[u64],
+        state: Vec<u8>,
+    ) -> Result<Self, LogError> {
         let conf = ConfState { voters: voters.to_vec(), ..ConfState::default() };
-        let hard = HardState { term: GENESIS.term, vote: 0, commit: GENESIS.index };
+        let hard = HardState { term: at.term, vote: 0, commit: at.index };
+        let descriptor = Descriptor::of(&state);
         let mut batch = Batch::default();
         put(&mut batch, FORMAT_KEY, &FormatRow { version: FORMAT, replica })?;
-        put(&mut batch, HARD_KEY, &hard_row(&hard, GENESIS.index))?;
-        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(GENESIS, GENESIS, &conf))?;
+        put(&mut batch, HARD_KEY, &hard_row(&hard, at.index))?;
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, descriptor, at, &conf))?;
         batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, state));
         disk.write(&batch, Durability::Synced)?;
-        let (tail, tail_bytes) = (VecDeque::new(), 0);
+        let (tail, tail_bytes, outdated) = (VecDeque::new(), 0, Cell::new(false));
         Ok(LogStore {
             disk,
             replica,
             hard,
-            snapshot: GENESIS,
-            floor: GENESIS,
+            snapshot: at,
+            descriptor,
+            outdated,
+            floor: at,
             conf,
-            last: GENESIS,
+            last: at,
             tail,
             tail_bytes,
         })
@@ -156,6 +186,8 @@ impl<D: Disk> LogStore<D> {
             replica: format.replica,
             hard: HardState { term: hard.term, vote: hard.vote, commit: hard.commit },
             snapshot: row.at,
+            descriptor: row.state,
+            outdated: Cell::new(false),
             floor: row.floor,
             conf: ConfState {
                 voters: row.voters,
@@ -219,6 +251,21 @@ impl<D: Disk> LogStore<D> {
         &self.conf
     }
 
+    /// Bytes of the snapshot's state.
+    pub fn state_bytes(&self) -> u64 {
+        self.descriptor.state_bytes
+    }
+
+    /// Raft asked for a newer snapshot than there is, for example because a new member is not in it.
+    pub fn is_snapshot_outdated(&self) -> bool {
+        self.outdated.get()
+    }
+
+    /// The last entry on the disk.
+    pub fn last(&self) -> Position {
+        self.last
+    }
+
     /// As it is on the disk.
     pub fn hard_state(&self) -> &HardState {
         &self.hard
@@ -262,7 +309,8 @@ impl<D: Disk> LogStore<D> {
         let floor_index = at.index.saturating_sub(KEEP_BEHIND).max(self.floor.index);
         let floor = Position { index: floor_index, term: self.term_at(floor_index)? };
         let mut batch = Batch::default();
-        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, floor, &conf))?;
+        let descriptor = Descriptor::of(&state);
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, descriptor, floor, &conf))?;
         batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, state));
         let mut hard = self.hard.clone();
         hard.commit = hard.commit.max(at.index);
@@ -276,7 +324,7 @@ impl<D: Disk> LogStore<D> {
             batch,
             hard: Some(hard),
             entries: Vec::new(),
-            snapshot: Some(NewSnapshot { at, floor, conf, replaces_log: false }),
+            snapshot: Some(NewSnapshot { at, state: descriptor, floor, conf, replaces_log: false }),
         })
     }
 
@@ -293,14 +341,15 @@ impl<D: Disk> LogStore<D> {
         hard.commit = hard.commit.max(at.index);
         let mut batch = Batch::default();
         batch.delete_range(Table::Log, &[], &[0xFF; 9]);
-        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, at, &conf))?;
+        let state = Descriptor::of(&snapshot.data);
+        put(&mut batch, SNAPSHOT_KEY, &snapshot_row(at, state, at, &conf))?;
         batch.put(Table::Meta, STATE_KEY, seal::seal(Table::Meta, STATE_KEY, snapshot.data.clone()));
         put(&mut batch, HARD_KEY, &hard_row(&hard, at.index))?;
         Ok(Staged {
             batch,
             hard: Some(hard),
             entries: Vec::new(),
-            snapshot: Some(NewSnapshot { at, floor: at, conf, replaces_log: true }),
+            snapshot: Some(NewSnapshot { at, state, floor: at, conf, replaces_log: true }),
         })
     }
 
@@ -315,6 +364,8 @@ impl<D: Disk> LogStore<D> {
         }
         if let Some(new) = &staged.snapshot {
             (self.snapshot, self.floor, self.conf) = (new.at, new.floor, new.conf.clone());
+            self.descriptor = new.state;
+            self.outdated.set(false);
             while self.tail.front().is_some_and(|entry| new.replaces_log || entry.index <= new.floor.index) {
                 self.pop_oldest();
             }
@@ -431,8 +482,11 @@ impl<D: Disk> Storage for LogStore<D> {
         Ok(self.last.index)
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        if request_index > self.snapshot.index {
+    /// A descriptor only; `transfer` brings the content.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let knows = self.conf.voters.contains(&to) || self.conf.learners.contains(&to);
+        if request_index > self.snapshot.index || !knows {
+            self.outdated.set(true);
             return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
         }
         let metadata = SnapshotMetadata {
@@ -440,7 +494,9 @@ impl<D: Disk> Storage for LogStore<D> {
             index: self.snapshot.index,
             term: self.snapshot.term,
         };
-        Ok(Snapshot { data: self.snapshot_state().map_err(to_raft)?, metadata: Some(metadata) })
+        let data = codec::encode(&self.descriptor)
+            .map_err(|error| to_raft(LogError::Damaged(format!("its descriptor: {error}"))))?;
+        Ok(Snapshot { data, metadata: Some(metadata) })
     }
 }
 
@@ -462,9 +518,10 @@ fn hard_row(hard: &HardState, last_index: u64) -> HardRow {
     HardRow { term: hard.term, vote: hard.vote, commit: hard.commit, last_index }
 }
 
-fn snapshot_row(at: Position, floor: Position, conf: &ConfState) -> SnapshotRow {
+fn snapshot_row(at: Position, state: Descriptor, floor: Position, conf: &ConfState) -> SnapshotRow {
     SnapshotRow {
         at,
+        state,
         floor,
         voters: conf.voters.clone(),
         learners: conf.learners.clone(),

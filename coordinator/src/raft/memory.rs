@@ -59,7 +59,11 @@ fn apply(rows: &mut Rows, batch: &Batch) {
                 rows.insert((*table, key.clone()), value.clone());
             }
             Op::DeleteRange { table, from, to } => {
-                rows.retain(|(of, key), _| of != table || key < from || key >= to);
+                if from < to {
+                    let gone = rows.range((*table, from.clone())..(*table, to.clone()));
+                    let gone: Vec<_> = gone.map(|(key, _)| key.clone()).collect();
+                    gone.iter().for_each(|key| drop(rows.remove(key)));
+                }
             }
         }
     }

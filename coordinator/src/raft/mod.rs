@@ -1,7 +1,7 @@
 //! Decisions made durable and agreed: raft-rs over a log store, applied to the cluster's state.
 //!
 //! `disk` is what a log needs of a disk; `rocks` and `memory` are the two there are; `log` keeps raft's log on one; `replica` drives
-//! raft and the state machine. No clock, no network, no threads in here.
+//! raft and the state machine; `transfer` brings snapshots over; `shape` keeps out messages that raft would panic on. No clock, no network, no threads in here.
 
 pub mod conformance;
 pub mod disk;
@@ -13,3 +13,5 @@ pub mod replica;
 #[cfg(feature = "rocksdb")]
 pub mod rocks;
 mod seal;
+pub mod shape;
+pub mod transfer;

@@ -2,26 +2,38 @@
 //! comes out of `process`.
 //!
 //! Nothing leaves `process` as answered that is not durable. When the disk is full the replica stands still: it keeps what raft wanted
-//! written and goes on from there when there is room. No clock, no threads, no network.
+//! written and goes on from there when there is room. No clock, no threads, no network, no randomness: the election timeout is a
+//! function of a seed, the replica and the term.
 
 use super::disk::{Batch, Disk, DiskError, Durability};
 use super::history;
 use super::log::{LogError, LogStore, Position};
 use super::logger::logger;
+use super::shape::{BadMessage, Fits};
+use super::transfer::{self, Chunk, Fetch, Incoming, Taken};
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use prost::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message};
-use raft::{Config, RawNode, Ready, StateRole, Storage};
+use raft::eraftpb::{
+    ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message, MessageType,
+};
+use raft::{Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole, Storage};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Ticks of silence after which a follower asks for an election, at least; raft adds up to as many again at random.
+/// Ticks of silence after which a follower asks for an election, at least; up to as many again by replica and term.
 pub const ELECTION_TICKS: usize = 10;
 /// Ticks between a leader's heartbeats.
 pub const HEARTBEAT_TICKS: usize = 2;
-/// A snapshot is taken when the log has grown by this much since the last one: bounds the time to restart.
-const SNAPSHOT_BYTES: usize = 8 << 20;
-const SNAPSHOT_ENTRIES: u64 = 10_000;
+/// A snapshot is taken when the log has grown by this much since the last one, or by some times the state's own size: bounds the time
+/// to restart and what is written for it.
+const SNAPSHOT_BYTES: usize = 16 << 20;
+const SNAPSHOT_STATES: usize = 4;
+const SNAPSHOT_ENTRIES: u64 = 50_000;
+/// Ticks that a snapshot is kept for a receiver that does not ask for more of it: ten seconds.
+const TRANSFER_LEASE_TICKS: u64 = 200;
+/// Messages with entries that a peer may have unanswered.
+const INFLIGHT_MAX: usize = 128;
 /// Proposals that are not committed yet.
 const UNCOMMITTED_BYTES: u64 = 32 << 20;
 /// Entries in one message to a peer, and entries applied at once.
@@ -57,6 +69,32 @@ pub enum Declined {
     Busy,
     TooLarge,
     DiskFull(String),
+    /// Another change of membership is under way.
+    Pending,
+    /// It makes no sense for the members that there are.
+    Misfit(String),
+}
+
+/// A change of who takes part. One at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// Gets the log and does not vote.
+    AddLearner(u64),
+    /// Makes a learner a voter.
+    Promote(u64),
+    Remove(u64),
+}
+
+/// How far another replica is, as the leader knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub id: u64,
+    pub voter: bool,
+    /// It has the log up to here.
+    pub matched: u64,
+    /// Heard since the last check of the quorum, one to two election timeouts ago.
+    pub recent_active: bool,
+    pub snapshot_pending: bool,
 }
 
 /// What came of a round.
@@ -88,24 +126,48 @@ pub struct Replica<D: Disk> {
     bytes_since_snapshot: usize,
     stuck: Option<Stuck>,
     full: Option<String>,
+    /// This replica has lost what it had acknowledged.
+    forgot: Option<String>,
+    seed: u64,
+    ticks: u64,
+    incoming: Option<Incoming>,
+    /// Who fetches the snapshot, and until which tick it is kept for them.
+    outgoing: BTreeMap<u64, u64>,
+    /// The snapshot's state while somebody fetches it.
+    outgoing_state: Option<Vec<u8>>,
 }
 
 impl<D: Disk> Replica<D> {
-    /// Makes the first replica of a new cluster.
-    pub fn create(disk: Arc<D>, id: u64, voters: &[u64], state: State) -> Result<Self, ReplicaError> {
-        let encoded = codec::encode_record(&state).map_err(|error| ReplicaError::State(error.to_string()))?;
-        Self::start(LogStore::create(disk, id, voters, encoded)?, state)
+    /// Makes a replica of a new cluster. `seed` decides the election timeouts.
+    pub fn create(
+        disk: Arc<D>,
+        id: u64,
+        voters: &[u64],
+        state: State,
+        seed: u64,
+    ) -> Result<Self, ReplicaError> {
+        let log = LogStore::create(disk, id, voters, encode(&state)?)?;
+        Self::start(log, state, seed)
     }
 
-    /// Continues from what is on the disk; `None` when it is empty.
-    pub fn open(disk: Arc<D>) -> Result<Option<Self>, ReplicaError> {
+    /// Makes a replica that waits to be added to a cluster. It has no members, cannot vote, and takes everything from a leader's
+    /// snapshot.
+    pub fn join(disk: Arc<D>, id: u64, cluster_id: &str, seed: u64) -> Result<Self, ReplicaError> {
+        let state = State::new(cluster_id.to_owned());
+        let log = LogStore::join(disk, id, encode(&state)?)?;
+        Self::start(log, state, seed)
+    }
+
+    /// Continues from what is on the disk; `None` when it is empty. A damaged or shortened log is an error: such a replica must not
+    /// take part any more.
+    pub fn open(disk: Arc<D>, seed: u64) -> Result<Option<Self>, ReplicaError> {
         let Some(log) = LogStore::open(disk)? else { return Ok(None) };
         let state = codec::decode_record(&log.snapshot_state()?)
             .map_err(|error| ReplicaError::State(error.to_string()))?;
-        Self::start(log, state).map(Some)
+        Self::start(log, state, seed).map(Some)
     }
 
-    fn start(log: LogStore<D>, state: State) -> Result<Self, ReplicaError> {
+    fn start(log: LogStore<D>, state: State, seed: u64) -> Result<Self, ReplicaError> {
         let id = log.replica();
         let (applied, conf) = (log.snapshot_position(), log.conf().clone());
         let config = Config {
@@ -114,6 +176,7 @@ impl<D: Disk> Replica<D> {
             election_tick: ELECTION_TICKS,
             heartbeat_tick: HEARTBEAT_TICKS,
             max_size_per_msg: MESSAGE_BYTES,
+            max_inflight_msgs: INFLIGHT_MAX,
             max_committed_size_per_ready: MESSAGE_BYTES,
             max_uncommitted_size: UNCOMMITTED_BYTES,
             check_quorum: true,
@@ -121,20 +184,25 @@ impl<D: Disk> Replica<D> {
             ..Config::default()
         };
         let mut node = RawNode::new(&config, log, &logger())?;
-        if conf.voters == [id] && conf.voters_outgoing.is_empty() {
+        if conf.voters == [id] {
             node.campaign()?;
         }
-        let (rows, reads) = (Batch::default(), Vec::new());
         Ok(Replica {
             node,
             state,
             applied,
             conf,
-            rows,
-            reads,
+            rows: Batch::default(),
+            reads: Vec::new(),
             bytes_since_snapshot: 0,
             stuck: None,
             full: None,
+            forgot: None,
+            seed,
+            ticks: 0,
+            incoming: None,
+            outgoing: BTreeMap::new(),
+            outgoing_state: None,
         })
     }
 
@@ -169,7 +237,41 @@ impl<D: Disk> Replica<D> {
 
     /// No other replica can have committed anything that this one has not applied.
     pub fn is_alone(&self) -> bool {
-        self.conf.voters == [self.id()] && self.conf.voters_outgoing.is_empty()
+        self.conf.voters == [self.id()]
+    }
+
+    /// The members, as of `applied_index`.
+    pub fn conf(&self) -> &ConfState {
+        &self.conf
+    }
+
+    pub fn is_voter(&self) -> bool {
+        self.conf.voters.contains(&self.id())
+    }
+
+    /// The others have gone on without this one. One that was never let in was not removed.
+    pub fn was_removed(&self) -> bool {
+        !self.conf.voters.is_empty() && !self.is_voter() && !self.conf.learners.contains(&self.id())
+    }
+
+    /// How far the others are; empty where this replica does not lead.
+    pub fn progress(&self) -> Vec<Progress> {
+        if self.node.raft.state != StateRole::Leader {
+            return Vec::new();
+        }
+        let id = self.id();
+        let others = self.node.raft.prs().iter().filter(|(other, _)| **other != id);
+        let mut progress: Vec<Progress> = others
+            .map(|(other, progress)| Progress {
+                id: *other,
+                voter: self.conf.voters.contains(other),
+                matched: progress.matched,
+                recent_active: progress.recent_active,
+                snapshot_pending: progress.state == ProgressState::Snapshot,
+            })
+            .collect();
+        progress.sort_by_key(|progress| progress.id);
+        progress
     }
 
     /// Why nothing can be written at the moment.
@@ -178,43 +280,198 @@ impl<D: Disk> Replica<D> {
     }
 
     pub fn tick(&mut self) {
-        if self.stuck.is_none() {
-            self.node.tick();
+        if self.stuck.is_some() {
+            return;
+        }
+        self.ticks += 1;
+        let timeout = ELECTION_TICKS as u64 + spread(self.seed, self.id(), self.term()) % ELECTION_TICKS as u64;
+        self.node.raft.set_randomized_election_timeout(timeout as usize);
+        self.node.tick();
+        self.end_silent_transfers();
+    }
+
+    /// A message from another replica, whom the caller has authenticated as `message.from`. An error means that it made no sense.
+    pub fn step(&mut self, message: Message) -> Result<(), BadMessage> {
+        if self.stuck.is_some() {
+            return Ok(());
+        }
+        self.fits().check(&message)?;
+        match message.get_msg_type() {
+            // A leader never sends this for more than was acknowledged to it.
+            MessageType::MsgHeartbeat
+                if message.term >= self.term() && message.commit > self.node.raft.raft_log.last_index() =>
+            {
+                self.forgot = Some(format!(
+                    "it acknowledged the entries up to {} to replica-{} and ends at {}",
+                    message.commit,
+                    message.from,
+                    self.node.raft.raft_log.last_index()
+                ));
+            }
+            MessageType::MsgSnapshot => {
+                let new = Incoming::new(message).ok_or(BadMessage("its snapshot is described by nothing"))?;
+                let known = self.incoming.as_mut().is_some_and(|incoming| incoming.renew(&new));
+                if !known {
+                    self.incoming = Some(new);
+                }
+            }
+            // Errors here are about the message, for example one from a replica that was removed.
+            _ => drop(self.node.step(message)),
+        }
+        Ok(())
+    }
+
+    fn fits(&self) -> Fits {
+        let log = &self.node.raft.raft_log;
+        Fits {
+            id: self.id(),
+            last_index: log.last_index(),
+            committed: log.committed,
+            committed_term: log.term(log.committed).unwrap_or_default(),
         }
     }
 
-    /// A message from another replica. One that does not fit is dropped; raft sends it again.
-    pub fn step(&mut self, message: Message) {
-        if self.stuck.is_none() {
-            // Errors here are about the message, for example one from a replica that was removed.
-            let _ = self.node.step(message);
+    /// The snapshot that this replica waits for: from whom, and what comes next. Ask for it, and again when no answer comes.
+    pub fn wants(&self) -> Option<(u64, Fetch)> {
+        self.incoming.as_ref().map(|incoming| (incoming.source(), incoming.fetch()))
+    }
+
+    /// What another replica wants of this one's snapshot.
+    pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Chunk, ReplicaError> {
+        if !self.outgoing.contains_key(&to) || fetch.at != self.node.store().snapshot_position() {
+            self.end_transfer(to, SnapshotStatus::Failure);
+            return Ok(Chunk::gone(fetch));
         }
+        self.outgoing.insert(to, self.ticks + TRANSFER_LEASE_TICKS);
+        let state = match self.outgoing_state.take() {
+            Some(state) => state,
+            None => self.node.store().snapshot_state()?,
+        };
+        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch)?;
+        self.outgoing_state = Some(state);
+        Ok(chunk)
+    }
+
+    /// An answer to `wants`. Others than the one that is waited for are dropped.
+    pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
+        let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
+            return Ok(());
+        };
+        match incoming.take(chunk, self.node.store().disk().as_ref()) {
+            Ok(Taken::Nothing | Taken::More) => {}
+            Ok(Taken::Lost) => self.incoming = None,
+            Ok(Taken::Complete(message)) => {
+                self.incoming = None;
+                drop(self.node.step(message));
+            }
+            // The rows come again when there is room.
+            Err(DiskError::Full(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    fn end_silent_transfers(&mut self) {
+        let silent = self.outgoing.iter().filter(|(_, until)| **until <= self.ticks).map(|(to, _)| *to);
+        for to in silent.collect::<Vec<_>>() {
+            self.end_transfer(to, SnapshotStatus::Failure);
+        }
+        let (leads, outgoing) = (self.node.raft.state == StateRole::Leader, &mut self.outgoing);
+        if leads {
+            let prs = self.node.raft.prs();
+            outgoing.retain(|to, _| prs.get(*to).is_some_and(|it| it.state == ProgressState::Snapshot));
+        }
+        if outgoing.is_empty() {
+            self.outgoing_state = None;
+        }
+    }
+
+    fn end_transfer(&mut self, to: u64, status: SnapshotStatus) {
+        self.outgoing.remove(&to);
+        if self.node.raft.state == StateRole::Leader {
+            self.node.report_snapshot(to, status);
+        }
+    }
+
+    /// A message to this replica could not be delivered.
+    pub fn report_unreachable(&mut self, id: u64) {
+        if self.stuck.is_none() {
+            self.node.report_unreachable(id);
+        }
+    }
+
+    /// Gives leadership to a voter that is up to date or nearly so. May fail silently: look who leads after an election timeout.
+    pub fn transfer_leadership(&mut self, to: u64) {
+        if self.stuck.is_none() {
+            self.node.transfer_leader(to);
+        }
+    }
+
+    /// Proposes a change of the members, together with the command that records it: both happen, or neither when the state machine
+    /// rejects the command.
+    pub fn propose_membership(
+        &mut self,
+        ticket: Ticket,
+        change: Membership,
+        command: &Command,
+    ) -> Result<(), Declined> {
+        let context = self.admit(command)?;
+        if self.node.raft.has_pending_conf() {
+            return Err(Declined::Pending);
+        }
+        let is = |members: &[u64], id: u64| members.contains(&id);
+        let (kind, node_id, fits) = match change {
+            Membership::AddLearner(id) => {
+                let new = !is(&self.conf.voters, id) && !is(&self.conf.learners, id);
+                (ConfChangeType::AddLearnerNode, id, new)
+            }
+            Membership::Promote(id) => (ConfChangeType::AddNode, id, is(&self.conf.learners, id)),
+            Membership::Remove(id) => {
+                let known = is(&self.conf.voters, id) || is(&self.conf.learners, id);
+                (ConfChangeType::RemoveNode, id, known && id != self.id())
+            }
+        };
+        if !fits {
+            return Err(Declined::Misfit(format!("{change:?} does not fit the members {:?}", self.conf)));
+        }
+        let mut entry = ConfChange { node_id, context, ..ConfChange::default() };
+        entry.set_change_type(kind);
+        self.node
+            .propose_conf_change(ticket.to_be_bytes().to_vec(), entry)
+            .map_err(|_| Declined::Busy)
     }
 
     /// Proposes a command; its answer comes out of `process` under this ticket, or never if leadership is lost.
     pub fn propose(&mut self, ticket: Ticket, command: &Command) -> Result<(), Declined> {
-        if let Some(why) = &self.full {
-            return Err(Declined::DiskFull(why.clone()));
-        }
-        if self.node.raft.state != StateRole::Leader {
-            return Err(Declined::NotLeader);
-        }
-        let data = codec::encode(command).map_err(|_| Declined::TooLarge)?;
-        if data.len() > COMMAND_MAX {
-            return Err(Declined::TooLarge);
-        }
+        let data = self.admit(command)?;
         self.node.propose(ticket.to_be_bytes().to_vec(), data).map_err(|_| Declined::Busy)
     }
 
-    /// Asks for a linearizable read; the ticket comes out of `process`. May vanish while a leader is not confirmed: ask again.
+    /// The command's bytes, if anything can be proposed here and now.
+    fn admit(&self, command: &Command) -> Result<Vec<u8>, Declined> {
+        if let Some(why) = &self.full {
+            return Err(Declined::DiskFull(why.clone()));
+        }
+        if self.node.raft.state != StateRole::Leader || self.node.raft.lead_transferee.is_some() {
+            return Err(Declined::NotLeader);
+        }
+        let data = codec::encode(command).map_err(|_| Declined::TooLarge)?;
+        if data.len() > COMMAND_MAX { Err(Declined::TooLarge) } else { Ok(data) }
+    }
+
+    /// Asks for a linearizable read, on any replica; the ticket comes out of `process`. May vanish while a leader is not confirmed:
+    /// ask again.
     pub fn read_index(&mut self, ticket: Ticket) {
         if self.stuck.is_none() {
-            self.node.read_index(ticket.to_be_bytes().to_vec());
+            self.node.read_index([self.id().to_be_bytes(), ticket.to_be_bytes()].concat());
         }
     }
 
     /// Does all that raft wants done. `send` gets messages for peers, a leader's before its own disk is asked, all others after.
     pub fn process(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, ReplicaError> {
+        if let Some(what) = &self.forgot {
+            return Err(LogError::Damaged(what.clone()).into());
+        }
         let mut output = Output::default();
         match self.round(send, &mut output) {
             Ok(()) => self.full = None,
@@ -240,10 +497,11 @@ impl<D: Disk> Replica<D> {
         }
         while self.node.has_ready() {
             let mut ready = self.node.ready();
-            ready.take_messages().into_iter().for_each(&mut *send);
+            self.send_all(ready.take_messages(), send);
             let reads = ready.take_read_states();
-            self.reads
-                .extend(reads.into_iter().filter_map(|read| Some((read.index, ticket(&read.request_ctx)?))));
+            self.reads.extend(
+                reads.into_iter().filter_map(|read| Some((read.index, ticket(read.request_ctx.get(8..)?)?))),
+            );
             let staged = if ready.snapshot().is_empty() {
                 self.node.store().stage(ready.take_entries(), ready.hs().cloned())?
             } else {
@@ -264,6 +522,16 @@ impl<D: Disk> Replica<D> {
         self.compact()
     }
 
+    /// A snapshot that is announced is kept until it was fetched.
+    fn send_all(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Message)) {
+        for message in messages {
+            if message.get_msg_type() == MessageType::MsgSnapshot {
+                self.outgoing.insert(message.to, self.ticks + TRANSFER_LEASE_TICKS);
+            }
+            send(message);
+        }
+    }
+
     /// Makes a `Ready` durable and lets raft go on with it.
     fn persist(
         &mut self,
@@ -280,9 +548,9 @@ impl<D: Disk> Replica<D> {
         if !ready.snapshot().is_empty() {
             self.install(&ready)?;
         }
-        ready.take_persisted_messages().into_iter().for_each(&mut *send);
+        self.send_all(ready.take_persisted_messages(), send);
         let mut light = self.node.advance_append(ready);
-        light.take_messages().into_iter().for_each(&mut *send);
+        self.send_all(light.take_messages(), send);
         self.apply(light.take_committed_entries(), output)?;
         self.node.advance_apply_to(self.applied.index);
         Ok(())
@@ -307,29 +575,40 @@ impl<D: Disk> Replica<D> {
             match entry.get_entry_type() {
                 EntryType::EntryNormal if entry.data.is_empty() => {}
                 EntryType::EntryNormal => {
-                    let command: Command = codec::decode(&entry.data)
-                        .map_err(|error| ReplicaError::UnknownCommand { index, why: error.to_string() })?;
-                    let applied = self.state.apply(index, command);
-                    for row in &applied.history {
-                        history::stage(row, &mut self.rows)?;
-                    }
-                    output.effects.extend(applied.effects);
-                    output.answers.extend(ticket(&entry.context).map(|ticket| (ticket, applied.answer)));
+                    self.apply_command(index, &entry.data, &entry.context, output)?;
                 }
                 EntryType::EntryConfChange => {
-                    let change = ConfChange::decode(&entry.data[..])
-                        .map_err(|error| ReplicaError::UnknownCommand { index, why: error.to_string() })?;
-                    self.conf = self.node.apply_conf_change(&change)?;
+                    let change = ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
+                    if self.apply_command(index, &change.context, &entry.context, output)? {
+                        self.conf = self.node.apply_conf_change(&change)?;
+                    }
                 }
                 EntryType::EntryConfChangeV2 => {
-                    let change = ConfChangeV2::decode(&entry.data[..])
-                        .map_err(|error| ReplicaError::UnknownCommand { index, why: error.to_string() })?;
-                    self.conf = self.node.apply_conf_change(&change)?;
+                    return Err(unknown(index, "fleet changes one member at a time"));
                 }
             }
             self.applied = Position { index, term: entry.term };
         }
         Ok(())
+    }
+
+    /// Returns false if the state machine rejected it.
+    fn apply_command(
+        &mut self,
+        index: u64,
+        data: &[u8],
+        context: &[u8],
+        output: &mut Output,
+    ) -> Result<bool, ReplicaError> {
+        let command: Command = codec::decode(data).map_err(|error| unknown(index, error))?;
+        let applied = self.state.apply(index, command);
+        for row in &applied.history {
+            history::stage(row, &mut self.rows)?;
+        }
+        let accepted = !matches!(applied.answer, Answer::Rejected(_));
+        output.effects.extend(applied.effects);
+        output.answers.extend(ticket(context).map(|ticket| (ticket, applied.answer)));
+        Ok(accepted)
     }
 
     /// Writes the history of what was applied, and with it how far the log is committed. Not synced: the log has it all.
@@ -347,8 +626,14 @@ impl<D: Disk> Replica<D> {
     }
 
     fn compact(&mut self) -> Result<(), ReplicaError> {
-        let entries = self.applied.index - self.node.store().snapshot_position().index;
-        if self.bytes_since_snapshot >= SNAPSHOT_BYTES || entries >= SNAPSHOT_ENTRIES {
+        let store = self.node.store();
+        let entries = self.applied.index - store.snapshot_position().index;
+        let bytes = SNAPSHOT_BYTES.max(SNAPSHOT_STATES * store.state_bytes() as usize);
+        let due = self.bytes_since_snapshot >= bytes
+            || entries >= SNAPSHOT_ENTRIES
+            || (store.is_snapshot_outdated() && entries > 0);
+        // Who fetches the snapshot needs it, and the log behind it, until the end.
+        if due && self.outgoing.is_empty() {
             self.snapshot()?;
         }
         Ok(())
@@ -356,8 +641,7 @@ impl<D: Disk> Replica<D> {
 
     /// Makes the applied state durable, so that the log before it is not needed any more.
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
-        let state =
-            codec::encode_record(&self.state).map_err(|error| ReplicaError::State(error.to_string()))?;
+        let state = encode(&self.state)?;
         let staged = self.node.store().stage_compaction(self.applied, self.conf.clone(), state)?;
         self.node.mut_store().write(&staged, Durability::Synced)?;
         self.bytes_since_snapshot = 0;
@@ -368,6 +652,24 @@ impl<D: Disk> Replica<D> {
     pub fn first_index(&self) -> u64 {
         self.node.store().first_index().unwrap_or_default()
     }
+}
+
+fn encode(state: &State) -> Result<Vec<u8>, ReplicaError> {
+    codec::encode_record(state).map_err(|error| ReplicaError::State(error.to_string()))
+}
+
+fn unknown(index: u64, why: impl ToString) -> ReplicaError {
+    ReplicaError::UnknownCommand { index, why: why.to_string() }
+}
+
+/// A number that is as good as random, the same for the same seed, replica and term (SplitMix64's mixer, Steele et al. 2014).
+fn spread(seed: u64, id: u64, term: u64) -> u64 {
+    let mut z = [seed, id, term].iter().fold(0u64, |z, part| {
+        (z ^ part).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
+    });
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 fn ticket(bytes: &[u8]) -> Option<Ticket> {

@@ -14,7 +14,7 @@ type TestReplica = Replica<MemoryDisk>;
 
 fn alone() -> TestReplica {
     let mut replica =
-        Replica::create(Arc::new(MemoryDisk::default()), 1, &[1], State::new("test".into())).unwrap();
+        Replica::create(Arc::new(MemoryDisk::default()), 1, &[1], State::new("test".into()), 7).unwrap();
     settle(&mut replica);
     replica
 }
@@ -33,7 +33,7 @@ fn disk(replica: &TestReplica) -> Arc<MemoryDisk> {
 }
 
 fn restart(replica: &TestReplica, kept: usize) -> TestReplica {
-    let mut restarted = Replica::open(Arc::new(disk(replica).after_power_failure(kept))).unwrap().unwrap();
+    let mut restarted = Replica::open(Arc::new(disk(replica).after_power_failure(kept)), 7).unwrap().unwrap();
     settle(&mut restarted);
     restarted
 }
@@ -104,7 +104,7 @@ fn a_full_disk_acknowledges_nothing_and_goes_on_when_there_is_room() {
 #[test]
 fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
     let mut replica = alone();
-    for round in 0..30 {
+    for round in 0..160 {
         for n in 0..400 {
             let ttl_ms = if n % 2 == 0 { 1 } else { 0 };
             let id = format!("{round}-{n}");
@@ -119,7 +119,7 @@ fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
         }
         settle(&mut replica);
     }
-    assert!(replica.first_index() > 8_000, "{}", replica.first_index());
+    assert!(replica.first_index() > 40_000, "{}", replica.first_index());
     assert_eq!(restart(&replica, 0).state(), replica.state());
 }
 
@@ -146,46 +146,73 @@ fn what_is_too_large_is_declined() {
 #[test]
 fn a_follower_declines_proposals() {
     let disk = Arc::new(MemoryDisk::default());
-    let mut replica = Replica::create(disk, 1, &[1, 2, 3], State::new("test".into())).unwrap();
+    let mut replica = Replica::create(disk, 1, &[1, 2, 3], State::new("test".into()), 7).unwrap();
     settle(&mut replica);
     assert_eq!(replica.propose(1, &command(1)), Err(Declined::NotLeader));
     assert!(!replica.is_alone());
 }
 
-/// Three replicas and the messages between them.
+/// Replicas, the messages between them, and the snapshots that they fetch.
 struct Cluster {
-    replicas: Vec<TestReplica>,
+    replicas: BTreeMap<u64, TestReplica>,
     /// What every replica answered, by ticket.
     answers: BTreeMap<Ticket, Answer>,
     cut: Option<u64>,
+    /// Reads that came back, by replica.
+    reads: Vec<(u64, Ticket)>,
+}
+
+fn replica(id: u64) -> TestReplica {
+    Replica::create(Arc::new(MemoryDisk::default()), id, &[1, 2, 3], State::new("test".into()), 7).unwrap()
 }
 
 impl Cluster {
     fn new() -> Self {
-        let replica = |id| {
-            Replica::create(Arc::new(MemoryDisk::default()), id, &[1, 2, 3], State::new("test".into()))
-                .unwrap()
-        };
-        Cluster { replicas: (1..=3).map(replica).collect(), answers: BTreeMap::new(), cut: None }
+        let replicas = (1..=3).map(|id| (id, replica(id))).collect();
+        Cluster { replicas, answers: BTreeMap::new(), cut: None, reads: Vec::new() }
+    }
+
+    fn is_cut(&self, a: u64, b: u64) -> bool {
+        self.cut.is_some_and(|cut| cut == a || cut == b)
     }
 
     /// Delivers messages until none is left. A message counts as sent only with what its sender's disk holds by then.
     fn settle(&mut self) {
         loop {
             let mut sent = Vec::new();
-            for replica in &mut self.replicas {
-                for (ticket, answer) in replica.process(&mut |message| sent.push(message)).unwrap().answers {
+            for (id, replica) in &mut self.replicas {
+                let output = replica.process(&mut |message| sent.push(message)).unwrap();
+                for (ticket, answer) in output.answers {
                     assert_eq!(self.answers.entry(ticket).or_insert(answer.clone()), &answer);
                 }
+                self.reads.extend(output.reads.into_iter().map(|ticket| (*id, ticket)));
             }
-            sent.retain(|message| self.cut.is_none_or(|cut| message.from != cut && message.to != cut));
-            if sent.is_empty() {
+            let fetched = self.fetch();
+            sent.retain(|message| !self.is_cut(message.from, message.to));
+            if sent.is_empty() && !fetched {
                 break;
             }
             for message in sent {
-                self.replicas[message.to as usize - 1].step(message);
+                if let Some(to) = self.replicas.get_mut(&message.to) {
+                    to.step(message).unwrap();
+                }
             }
         }
+    }
+
+    /// One chunk for everybody who wants one.
+    fn fetch(&mut self) -> bool {
+        let wants: Vec<_> =
+            self.replicas.iter().filter_map(|(id, replica)| replica.wants().map(|want| (*id, want))).collect();
+        let mut moved = false;
+        for (id, (from, fetch)) in wants {
+            if !self.is_cut(id, from) {
+                let chunk = self.replicas.get_mut(&from).unwrap().serve(id, &fetch).unwrap();
+                self.replicas.get_mut(&id).unwrap().take_chunk(from, chunk).unwrap();
+                moved = true;
+            }
+        }
+        moved
     }
 
     fn run_until(&mut self, done: impl Fn(&Cluster) -> bool) {
@@ -193,93 +220,273 @@ impl Cluster {
             if done(self) {
                 return;
             }
-            self.replicas.iter_mut().for_each(Replica::tick);
+            self.replicas.values_mut().for_each(Replica::tick);
             self.settle();
         }
         panic!("not reached in 200 ticks");
     }
 
-    fn leader(&self) -> Option<usize> {
-        let connected = |id: u64| self.cut != Some(id);
-        (0..3).find(|at| self.replicas[*at].leads() && connected(self.replicas[*at].id()))
+    fn leader(&self) -> Option<u64> {
+        let mut leaders = self.replicas.values().filter(|it| it.leads() && self.cut != Some(it.id()));
+        leaders.next().map(Replica::id)
+    }
+
+    /// With a leader.
+    fn led() -> (Self, u64) {
+        let mut cluster = Cluster::new();
+        cluster.run_until(|cluster| cluster.leader().is_some());
+        let leader = cluster.leader().unwrap();
+        (cluster, leader)
+    }
+
+    fn at(&mut self, id: u64) -> &mut TestReplica {
+        self.replicas.get_mut(&id).unwrap()
+    }
+
+    fn propose(&mut self, id: u64, seq: u64) {
+        self.at(id).propose(seq, &command(seq)).unwrap();
+        self.settle();
+    }
+
+    fn agree(&self, a: u64, b: u64) -> bool {
+        let (a, b) = (&self.replicas[&a], &self.replicas[&b]);
+        a.applied_index() == b.applied_index() && a.state() == b.state()
     }
 }
 
 #[test]
 fn three_replicas_agree_and_one_that_lagged_catches_up() {
-    let mut cluster = Cluster::new();
-    cluster.run_until(|cluster| cluster.leader().is_some());
-    let leader = cluster.leader().unwrap();
-    let lagging = (leader + 1) % 3;
-    cluster.cut = Some(cluster.replicas[lagging].id());
-    for seq in 1..=5 {
-        cluster.replicas[leader].propose(seq, &command(seq)).unwrap();
-        cluster.settle();
-    }
+    let (mut cluster, leader) = Cluster::led();
+    let lagging = leader % 3 + 1;
+    cluster.cut = Some(lagging);
+    (1..=5).for_each(|seq| cluster.propose(leader, seq));
     assert_eq!(cluster.answers.len(), 5);
-    assert!(cluster.replicas[lagging].state().jobs().is_empty());
+    assert!(cluster.at(lagging).state().jobs().is_empty());
     cluster.cut = None;
-    cluster.run_until(|cluster| cluster.replicas[lagging].state().jobs().len() == 5);
-    assert_eq!(cluster.replicas[lagging].state(), cluster.replicas[leader].state());
+    cluster.run_until(|cluster| cluster.agree(leader, lagging));
+    assert_eq!(cluster.at(lagging).state().jobs().len(), 5);
 }
 
 #[test]
 fn a_leader_that_is_cut_off_is_replaced_and_loses_only_what_it_never_acknowledged() {
-    let mut cluster = Cluster::new();
-    cluster.run_until(|cluster| cluster.leader().is_some());
-    let old = cluster.leader().unwrap();
-    cluster.replicas[old].propose(1, &command(1)).unwrap();
-    cluster.settle();
-    cluster.cut = Some(cluster.replicas[old].id());
-    cluster.replicas[old].propose(2, &command(2)).unwrap();
-    cluster.settle();
+    let (mut cluster, old) = Cluster::led();
+    cluster.propose(old, 1);
+    cluster.cut = Some(old);
+    cluster.propose(old, 2);
     assert_eq!(cluster.answers.len(), 1);
     cluster.run_until(|cluster| cluster.leader().is_some());
     let new = cluster.leader().unwrap();
     assert_ne!(new, old);
-    cluster.replicas[new].propose(3, &command(3)).unwrap();
-    cluster.settle();
+    cluster.propose(new, 3);
     cluster.cut = None;
-    cluster
-        .run_until(|cluster| cluster.replicas[old].applied_index() == cluster.replicas[new].applied_index());
-    assert_eq!(cluster.replicas[old].state(), cluster.replicas[new].state());
+    cluster.run_until(|cluster| cluster.agree(old, new));
     assert_eq!(cluster.answers.keys().copied().collect::<Vec<_>>(), [1, 3]);
 }
 
 #[test]
-fn a_replica_that_missed_a_snapshots_worth_gets_the_snapshot() {
-    let mut cluster = Cluster::new();
+fn a_read_at_a_leader_that_was_deposed_does_not_come_back_and_one_at_a_follower_does() {
+    let (mut cluster, old) = Cluster::led();
+    cluster.cut = Some(old);
+    cluster.at(old).read_index(77);
+    cluster.settle();
+    assert!(cluster.reads.is_empty());
     cluster.run_until(|cluster| cluster.leader().is_some());
-    let leader = cluster.leader().unwrap();
-    let lagging = (leader + 1) % 3;
-    cluster.cut = Some(cluster.replicas[lagging].id());
-    for seq in 1..=3_000 {
+    let new = cluster.leader().unwrap();
+    cluster.propose(new, 1);
+    let follower = (1..=3).find(|id| *id != old && *id != new).unwrap();
+    cluster.at(follower).read_index(78);
+    cluster.settle();
+    cluster.cut = None;
+    cluster.run_until(|cluster| cluster.agree(old, new));
+    assert_eq!(cluster.reads, [(follower, 78)]);
+}
+
+#[test]
+fn a_replica_that_missed_a_snapshots_worth_gets_the_snapshot_with_its_history() {
+    let (mut cluster, leader) = Cluster::led();
+    let lagging = leader % 3 + 1;
+    cluster.cut = Some(lagging);
+    (1..=40).for_each(|seq| cluster.propose(leader, seq));
+    for seq in 0..20_000 {
         let change = submit(1, Some(0));
-        cluster.replicas[leader]
-            .propose(seq, &Command { unix_ms: seq, request: None, why: None, change })
-            .unwrap();
+        let command = Command { unix_ms: seq, request: None, why: None, change };
+        cluster.at(leader).propose(1 << 32 | seq, &command).unwrap();
         if seq % 500 == 0 {
             cluster.settle();
         }
     }
-    cluster.replicas[leader].propose(9_999, &command(1)).unwrap();
     cluster.settle();
-    cluster.replicas[leader].snapshot().unwrap();
-    assert!(cluster.replicas[leader].first_index() > 1_000);
+    cluster.at(leader).snapshot().unwrap();
+    assert!(cluster.at(leader).first_index() > 1_000);
     cluster.cut = None;
-    cluster.run_until(|cluster| cluster.replicas[lagging].state().jobs().len() == 1);
-    assert_eq!(cluster.replicas[lagging].state(), cluster.replicas[leader].state());
-    assert_eq!(restart(&cluster.replicas[lagging], 0).state(), cluster.replicas[leader].state());
+    cluster.run_until(|cluster| cluster.agree(leader, lagging));
+    let restarted = restart(cluster.at(lagging), 0);
+    assert_eq!(restarted.state(), cluster.at(leader).state());
+    let history = history::History::new(disk(&restarted));
+    assert!((1..=40).all(|job| history.work(JobId(job)).unwrap().is_some()));
+}
+
+#[test]
+fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
+    let (mut cluster, leader) = Cluster::led();
+    let new = 4;
+    cluster.replicas.insert(new, joining(new));
+    cluster.propose(leader, 1);
+    let add = Command { unix_ms: 9, request: None, why: None, change: token("a") };
+    cluster.at(leader).propose_membership(500, Membership::AddLearner(new), &add).unwrap();
+    let announced = |cluster: &Cluster| cluster.replicas[&new].wants().is_some();
+    for _ in 0..200 {
+        if announced(&cluster) {
+            break;
+        }
+        cluster.replicas.values_mut().for_each(Replica::tick);
+        let mut sent = Vec::new();
+        for replica in cluster.replicas.values_mut() {
+            replica.process(&mut |message| sent.push(message)).unwrap();
+        }
+        for message in sent {
+            cluster.at(message.to).step(message).unwrap();
+        }
+    }
+    let (from, fetch) = cluster.at(new).wants().unwrap();
+    assert_eq!(from, leader);
+    let chunk = cluster.at(leader).serve(new, &fetch).unwrap();
+    cluster.at(new).take_chunk(leader, chunk).unwrap();
+    let (_, later) = cluster.at(new).wants().unwrap();
+    assert!(later.cursor > fetch.cursor);
+    assert!(cluster.at(leader).progress().iter().any(|it| it.id == new && it.snapshot_pending));
+    for _ in 0..=TRANSFER_LEASE_TICKS {
+        cluster.at(leader).tick();
+    }
+    let refused = cluster.at(leader).serve(new, &later).unwrap();
+    assert_eq!(refused.content, transfer::Content::Gone);
+    cluster.at(new).take_chunk(leader, refused).unwrap();
+    assert_eq!(cluster.at(new).wants(), None);
+    cluster.run_until(|cluster| cluster.leader().is_some_and(|leader| cluster.agree(leader, new)));
+}
+
+fn joining(id: u64) -> TestReplica {
+    Replica::join(Arc::new(MemoryDisk::default()), id, "test", 7).unwrap()
+}
+
+fn token(id: &str) -> Change {
+    Change::CreateToken(CreateToken {
+        id: id.into(),
+        secret_sha256: [1; 32],
+        role: Role::Worker,
+        ttl_ms: 1 << 40,
+        uses: 1,
+    })
+}
+
+/// Proposes a change of members with a command that leaves a trace, and lets it happen.
+fn change_members(cluster: &mut Cluster, ticket: Ticket, change: Membership) -> Result<(), Declined> {
+    let leader = cluster.leader().unwrap();
+    let command = Command { unix_ms: 1, request: None, why: None, change: token(&ticket.to_string()) };
+    cluster.at(leader).propose_membership(ticket, change, &command)?;
+    cluster.run_until(|cluster| cluster.answers.contains_key(&ticket));
+    Ok(())
+}
+
+#[test]
+fn a_replica_joins_votes_and_is_taken_out_and_the_command_travels_with_the_change() {
+    let (mut cluster, leader) = Cluster::led();
+    cluster.propose(leader, 1);
+    cluster.replicas.insert(4, joining(4));
+    for _ in 0..50 {
+        cluster.at(4).tick();
+        cluster.settle();
+    }
+    assert!(!cluster.at(4).was_removed() && cluster.at(4).leader().is_none());
+    change_members(&mut cluster, 100, Membership::AddLearner(4)).unwrap();
+    cluster.run_until(|cluster| cluster.agree(leader, 4));
+    assert!(!cluster.at(4).is_voter() && cluster.at(4).state().tokens().contains_key("100"));
+    assert!(matches!(change_members(&mut cluster, 101, Membership::AddLearner(4)), Err(Declined::Misfit(_))));
+    change_members(&mut cluster, 102, Membership::Promote(4)).unwrap();
+    cluster.run_until(|cluster| cluster.replicas[&4].is_voter());
+    let own = change_members(&mut cluster, 103, Membership::Remove(leader));
+    assert!(matches!(own, Err(Declined::Misfit(_))));
+    let out = leader % 3 + 1;
+    change_members(&mut cluster, 104, Membership::Remove(out)).unwrap();
+    cluster.run_until(|cluster| cluster.replicas[&leader].conf().voters.len() == 3);
+    assert!(!cluster.at(leader).conf().voters.contains(&out));
+    let restarted = restart(cluster.at(leader), 0);
+    assert_eq!(restarted.conf(), cluster.at(leader).conf());
+    assert_eq!(restarted.state(), cluster.at(leader).state());
+}
+
+#[test]
+fn one_change_of_members_at_a_time() {
+    let (mut cluster, leader) = Cluster::led();
+    let command = Command { unix_ms: 1, request: None, why: None, change: token("x") };
+    cluster.at(leader).propose_membership(1, Membership::AddLearner(4), &command).unwrap();
+    let second = cluster.at(leader).propose_membership(2, Membership::AddLearner(5), &command);
+    assert_eq!(second, Err(Declined::Pending));
+}
+
+#[test]
+fn members_do_not_change_when_the_command_is_rejected() {
+    let (mut cluster, leader) = Cluster::led();
+    let change = submit(0, None);
+    let command = Command { unix_ms: 1, request: None, why: None, change };
+    cluster.at(leader).propose_membership(1, Membership::AddLearner(4), &command).unwrap();
+    cluster.settle();
+    assert!(matches!(cluster.answers[&1], Answer::Rejected(_)));
+    assert!(cluster.replicas.values().all(|replica| replica.conf().learners.is_empty()));
+    change_members(&mut cluster, 2, Membership::AddLearner(4)).unwrap();
+}
+
+#[test]
+fn leadership_moves_on_request() {
+    let (mut cluster, leader) = Cluster::led();
+    let to = leader % 3 + 1;
+    cluster.at(leader).transfer_leadership(to);
+    assert_eq!(cluster.at(leader).propose(1, &command(1)), Err(Declined::NotLeader));
+    cluster.settle();
+    cluster.run_until(|cluster| cluster.leader() == Some(to));
+}
+
+#[test]
+fn a_replica_that_forgot_what_it_acknowledged_stops_and_says_so() {
+    let (mut cluster, leader) = Cluster::led();
+    (1..=5).for_each(|seq| cluster.propose(leader, seq));
+    let follower = leader % 3 + 1;
+    *cluster.at(follower) = replica(follower);
+    let mut heartbeats = Vec::new();
+    for _ in 0..HEARTBEAT_TICKS {
+        cluster.at(leader).tick();
+        cluster.at(leader).process(&mut |message| heartbeats.push(message)).unwrap();
+    }
+    let damage = heartbeats.into_iter().filter(|message| message.to == follower).find_map(|message| {
+        cluster.at(follower).step(message).unwrap();
+        cluster.at(follower).process(&mut |_| {}).err()
+    });
+    assert!(damage.unwrap().to_string().contains("acknowledged the entries up to"));
+}
+
+#[test]
+fn the_same_seed_elects_the_same_leader_at_the_same_tick() {
+    let run = || {
+        let mut cluster = Cluster::new();
+        let mut ticks = 0;
+        while cluster.leader().is_none() {
+            cluster.replicas.values_mut().for_each(Replica::tick);
+            cluster.settle();
+            ticks += 1;
+        }
+        (cluster.leader(), ticks)
+    };
+    assert_eq!(run(), run());
 }
 
 #[test]
 fn a_vote_is_sent_only_after_it_is_durable() {
     let disk = Arc::new(MemoryDisk::default());
-    let mut replica = Replica::create(disk.clone(), 1, &[1, 2], State::new("test".into())).unwrap();
+    let mut replica = Replica::create(disk.clone(), 1, &[1, 2], State::new("test".into()), 7).unwrap();
     settle(&mut replica);
     let mut request = Message { to: 1, from: 2, term: 5, log_term: 9, index: 9, ..Message::default() };
     request.set_msg_type(MessageType::MsgRequestVote);
-    replica.step(request);
+    replica.step(request).unwrap();
     let mut votes = Vec::new();
     replica
         .process(&mut |message| {

@@ -1,0 +1,150 @@
+//! Is a message one that raft-rs can take? It panics on some that no honest replica sends, and a peer must not be able to stop this one.
+
+use raft::eraftpb::{ConfState, Message, MessageType};
+use std::collections::BTreeSet;
+
+/// A message that does not fit. It was dropped and has changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a message of a peer was dropped: {0}")]
+pub struct BadMessage(pub &'static str);
+
+/// What this replica's log is like, as far as a message has to fit it.
+pub struct Fits {
+    pub id: u64,
+    pub last_index: u64,
+    pub committed: u64,
+    pub committed_term: u64,
+}
+
+impl Fits {
+    pub fn check(&self, message: &Message) -> Result<(), BadMessage> {
+        use MessageType::*;
+        let ensure = |fits: bool, why: &'static str| if fits { Ok(()) } else { Err(BadMessage(why)) };
+        ensure(message.to == self.id, "it is for another replica")?;
+        ensure(message.from != raft::INVALID_ID && message.from != self.id, "its sender is nobody")?;
+        let kind = message.get_msg_type();
+        // A term of zero marks messages that never travel, and questions about the commit index.
+        ensure((message.term == 0) == (kind == MsgReadIndex), "its term does not fit its kind")?;
+        match kind {
+            MsgAppend => {
+                let mut previous = (message.index, message.log_term);
+                for entry in &message.entries {
+                    ensure(entry.index == previous.0 + 1, "its entries are not contiguous")?;
+                    ensure(entry.term >= previous.1, "the terms of its entries fall")?;
+                    ensure(entry.term <= message.term, "an entry is younger than its leader")?;
+                    previous = (entry.index, entry.term);
+                }
+                let agrees = message.index < self.committed
+                    || message.log_term > self.committed_term
+                    || (message.log_term == self.committed_term && message.index >= self.committed);
+                ensure(agrees, "it contradicts what is committed")
+            }
+            MsgAppendResponse => ensure(
+                message.reject || message.index <= self.last_index,
+                "it acknowledges entries that were never sent",
+            ),
+            MsgSnapshot => {
+                let metadata = message.snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
+                let metadata = metadata.ok_or(BadMessage("its snapshot has no position"))?;
+                ensure(metadata.index > 0 && metadata.term > 0, "its snapshot has no position")?;
+                let conf = metadata.conf_state.as_ref().ok_or(BadMessage("its snapshot has no members"))?;
+                ensure(is_consistent(conf), "the members of its snapshot contradict each other")
+            }
+            MsgReadIndex | MsgReadIndexResp => {
+                ensure(message.entries.len() == 1, "a question for the commit index has one entry")
+            }
+            MsgRequestVote | MsgRequestVoteResponse | MsgRequestPreVote | MsgRequestPreVoteResponse
+            | MsgHeartbeat | MsgHeartbeatResponse | MsgTimeoutNow => Ok(()),
+            _ => Err(BadMessage("its kind does not travel between replicas")),
+        }
+    }
+}
+
+/// fleet changes one member at a time, so there are never joint members.
+fn is_consistent(conf: &ConfState) -> bool {
+    let members: BTreeSet<u64> = conf.voters.iter().chain(&conf.learners).copied().collect();
+    !conf.voters.is_empty()
+        && members.len() == conf.voters.len() + conf.learners.len()
+        && !members.contains(&raft::INVALID_ID)
+        && conf.voters_outgoing.is_empty()
+        && conf.learners_next.is_empty()
+        && !conf.auto_leave
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use raft::eraftpb::{Entry, Snapshot, SnapshotMetadata};
+
+    const HERE: Fits = Fits { id: 1, last_index: 10, committed: 8, committed_term: 3 };
+
+    fn message(kind: MessageType) -> Message {
+        let mut message = Message { to: 1, from: 2, term: 5, ..Message::default() };
+        message.set_msg_type(kind);
+        message
+    }
+
+    fn append(index: u64, log_term: u64, entries: &[(u64, u64)]) -> Message {
+        let entry = |(index, term): &(u64, u64)| Entry { index: *index, term: *term, ..Entry::default() };
+        Message {
+            index,
+            log_term,
+            entries: entries.iter().map(entry).collect(),
+            ..message(MessageType::MsgAppend)
+        }
+    }
+
+    #[test]
+    fn honest_messages_fit() {
+        for kind in [MessageType::MsgHeartbeat, MessageType::MsgRequestVote, MessageType::MsgTimeoutNow] {
+            assert_eq!(HERE.check(&message(kind)), Ok(()));
+        }
+        assert_eq!(HERE.check(&append(8, 3, &[(9, 3), (10, 5)])), Ok(()));
+        assert_eq!(HERE.check(&append(3, 1, &[])), Ok(()));
+    }
+
+    #[test]
+    fn appends_that_raft_would_panic_on_are_refused() {
+        for (bad, why) in [
+            (append(8, 3, &[(10, 3)]), "contiguous"),
+            (append(8, 3, &[(9, 2)]), "fall"),
+            (append(8, 3, &[(9, 6)]), "younger"),
+            (append(9, 2, &[]), "contradicts"),
+            (append(8, 2, &[]), "contradicts"),
+        ] {
+            assert!(HERE.check(&bad).unwrap_err().to_string().contains(why), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_speaks_for_this_replica_or_with_messages_that_do_not_travel() {
+        let bad = [
+            Message { from: 1, ..message(MessageType::MsgHeartbeat) },
+            Message { to: 2, ..message(MessageType::MsgHeartbeat) },
+            Message { term: 0, ..message(MessageType::MsgHeartbeat) },
+            Message { index: 11, ..message(MessageType::MsgAppendResponse) },
+            message(MessageType::MsgHup),
+            message(MessageType::MsgPropose),
+            message(MessageType::MsgSnapStatus),
+            message(MessageType::MsgReadIndexResp),
+            message(MessageType::MsgSnapshot),
+        ];
+        for bad in bad {
+            assert!(HERE.check(&bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_names_members_that_can_be() {
+        let snapshot = |voters: &[u64], learners: &[u64]| {
+            let conf = ConfState { voters: voters.into(), learners: learners.into(), ..ConfState::default() };
+            let metadata = SnapshotMetadata { conf_state: Some(conf), index: 20, term: 4 };
+            let snapshot = Some(Snapshot { data: Vec::new(), metadata: Some(metadata) });
+            Message { snapshot, ..message(MessageType::MsgSnapshot) }
+        };
+        assert_eq!(HERE.check(&snapshot(&[2, 3], &[1])), Ok(()));
+        for bad in [snapshot(&[], &[1]), snapshot(&[2, 2], &[1]), snapshot(&[1, 2], &[1]), snapshot(&[0], &[1])] {
+            assert!(HERE.check(&bad).is_err());
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! A snapshot's content on its way between replicas. Raft carries a small descriptor; the receiver fetches the rest in chunks, one
+//! after the other, each from where the last one ended, and may lose the connection in between.
+//!
+//! The state comes first, then the rows of the history. Those are facts that never change, so the source may already have more of
+//! them than the snapshot's position says, and the receiver may keep them whatever becomes of the snapshot.
+
+use super::disk::{Batch, Disk, DiskError, Durability, Table};
+use super::log::Position;
+use super::seal;
+use fleet_common::codec;
+use raft::eraftpb::{Message, Snapshot};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Content of one chunk, but for a single row that is larger.
+const CHUNK_BYTES: usize = 256 << 10;
+/// Largest state that is taken from a peer.
+const STATE_MAX: u64 = 1 << 30;
+/// Above every key.
+const END_OF_KEYS: [u8; 64] = [0xFF; 64];
+
+/// What raft carries in place of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    pub state_bytes: u64,
+    pub state_sha256: [u8; 32],
+}
+
+/// How far a transfer has come.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Cursor {
+    State {
+        offset: u64,
+    },
+    Rows {
+        /// Position in `Table::HISTORY`.
+        table: u8,
+        /// The last key that was sent.
+        after: Vec<u8>,
+    },
+    End,
+}
+
+/// "Give me what follows."
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetch {
+    pub at: Position,
+    pub cursor: Cursor,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk {
+    pub at: Position,
+    pub cursor: Cursor,
+    pub content: Content,
+    pub next: Cursor,
+    /// SHA-256 over all of the above.
+    pub sha256: [u8; 32],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    State(Vec<u8>),
+    /// Keys and sealed values.
+    Rows(Vec<(Vec<u8>, Vec<u8>)>),
+    /// The source has another snapshot by now.
+    Gone,
+}
+
+impl Descriptor {
+    pub fn of(state: &[u8]) -> Descriptor {
+        Descriptor { state_bytes: state.len() as u64, state_sha256: Sha256::digest(state).into() }
+    }
+}
+
+impl Chunk {
+    fn new(fetch: &Fetch, content: Content, next: Cursor) -> Chunk {
+        let mut chunk = Chunk { at: fetch.at, cursor: fetch.cursor.clone(), content, next, sha256: [0; 32] };
+        chunk.sha256 = chunk.digest();
+        chunk
+    }
+
+    pub fn gone(fetch: &Fetch) -> Chunk {
+        Chunk::new(fetch, Content::Gone, Cursor::End)
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        let encoded = codec::encode(&(&self.at, &self.cursor, &self.content, &self.next));
+        // One that cannot be encoded was never received, and is not sent either.
+        encoded.map_or([0; 32], |bytes| Sha256::digest(bytes).into())
+    }
+}
+
+/// The part of the snapshot that a receiver asks for.
+pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch) -> Result<Chunk, DiskError> {
+    match &fetch.cursor {
+        Cursor::State { offset } => {
+            let begin = usize::try_from(*offset).unwrap_or(usize::MAX).min(state.len());
+            let end = (begin + CHUNK_BYTES).min(state.len());
+            let next = if end < state.len() { Cursor::State { offset: end as u64 } } else { first_rows(0) };
+            Ok(Chunk::new(fetch, Content::State(state[begin..end].to_vec()), next))
+        }
+        Cursor::Rows { table, after } => {
+            let Some(of) = Table::HISTORY.get(usize::from(*table)) else { return Ok(Chunk::gone(fetch)) };
+            let mut from = after.clone();
+            if !after.is_empty() {
+                from.push(0);
+            }
+            let (mut rows, mut bytes) = (Vec::new(), 0);
+            disk.scan(*of, &from, &END_OF_KEYS, &mut |key, value| {
+                bytes += key.len() + value.len();
+                rows.push((key.to_vec(), value.to_vec()));
+                bytes < CHUNK_BYTES
+            })?;
+            let next = match rows.last() {
+                Some((key, _)) if bytes >= CHUNK_BYTES => Cursor::Rows { table: *table, after: key.clone() },
+                _ => first_rows(table + 1),
+            };
+            Ok(Chunk::new(fetch, Content::Rows(rows), next))
+        }
+        Cursor::End => Ok(Chunk::gone(fetch)),
+    }
+}
+
+fn first_rows(table: u8) -> Cursor {
+    if usize::from(table) < Table::HISTORY.len() {
+        Cursor::Rows { table, after: Vec::new() }
+    } else {
+        Cursor::End
+    }
+}
+
+/// A snapshot that is being fetched. The message waits until its content is here.
+pub struct Incoming {
+    message: Message,
+    at: Position,
+    descriptor: Descriptor,
+    state: Vec<u8>,
+    cursor: Cursor,
+}
+
+/// What a chunk did.
+pub enum Taken {
+    /// It was not the one that was asked for, or damaged: ask again.
+    Nothing,
+    More,
+    /// All is here: raft may have the message, with the state in it.
+    Complete(Message),
+    /// The source cannot go on; a new snapshot will come.
+    Lost,
+}
+
+impl Incoming {
+    /// `None` if the descriptor makes no sense.
+    pub fn new(message: Message) -> Option<Incoming> {
+        let snapshot = message.snapshot.as_ref()?;
+        let metadata = snapshot.metadata.as_ref()?;
+        let descriptor: Descriptor = codec::decode(&snapshot.data).ok()?;
+        let at = Position { index: metadata.index, term: metadata.term };
+        let fits = descriptor.state_bytes <= STATE_MAX;
+        fits.then_some(Incoming {
+            message,
+            at,
+            descriptor,
+            state: Vec::new(),
+            cursor: Cursor::State { offset: 0 },
+        })
+    }
+
+    pub fn source(&self) -> u64 {
+        self.message.from
+    }
+
+    pub fn fetch(&self) -> Fetch {
+        Fetch { at: self.at, cursor: self.cursor.clone() }
+    }
+
+    /// Whether another message announces the same content from the same source. The newer message counts, the progress stays.
+    pub fn renew(&mut self, other: &Incoming) -> bool {
+        let same = other.source() == self.source() && other.at == self.at && other.descriptor == self.descriptor;
+        if same {
+            self.message = other.message.clone();
+        }
+        same
+    }
+
+    pub fn take<D: Disk>(&mut self, chunk: Chunk, disk: &D) -> Result<Taken, DiskError> {
+        if chunk.at != self.at || chunk.cursor != self.cursor || chunk.digest() != chunk.sha256 {
+            return Ok(Taken::Nothing);
+        }
+        match (chunk.content, &chunk.next) {
+            (Content::Gone, _) => return Ok(Taken::Lost),
+            (Content::State(bytes), next) => {
+                self.state.extend_from_slice(&bytes);
+                let whole = !matches!(next, Cursor::State { .. });
+                if self.state.len() as u64 > self.descriptor.state_bytes
+                    || (whole && Descriptor::of(&self.state) != self.descriptor)
+                {
+                    return Ok(Taken::Lost);
+                }
+            }
+            (Content::Rows(rows), _) => {
+                let Cursor::Rows { table, .. } = &self.cursor else { return Ok(Taken::Lost) };
+                let Some(table) = Table::HISTORY.get(usize::from(*table)) else { return Ok(Taken::Lost) };
+                let mut batch = Batch::default();
+                for (key, value) in rows {
+                    if seal::open(*table, &key, &value).is_none() {
+                        return Ok(Taken::Lost);
+                    }
+                    batch.put(*table, &key, value);
+                }
+                if !batch.is_empty() {
+                    disk.write(&batch, Durability::Written)?;
+                }
+            }
+        }
+        if chunk.next <= self.cursor {
+            return Ok(Taken::Lost);
+        }
+        self.cursor = chunk.next;
+        if self.cursor != Cursor::End {
+            return Ok(Taken::More);
+        }
+        let mut message = std::mem::take(&mut self.message);
+        let metadata = message.snapshot.take().and_then(|snapshot| snapshot.metadata);
+        message.snapshot = Some(Snapshot { data: std::mem::take(&mut self.state), metadata });
+        Ok(Taken::Complete(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::MemoryDisk;
+    use super::*;
+    use raft::eraftpb::{ConfState, MessageType, SnapshotMetadata};
+
+    const AT: Position = Position { index: 9, term: 2 };
+
+    fn source(rows: u64) -> MemoryDisk {
+        let disk = MemoryDisk::default();
+        for table in &Table::HISTORY {
+            let mut batch = Batch::default();
+            for n in 0..rows {
+                let key = n.to_be_bytes();
+                batch.put(*table, &key, seal::seal(*table, &key, vec![n as u8; 1000]));
+            }
+            disk.write(&batch, Durability::Written).unwrap();
+        }
+        disk
+    }
+
+    fn announced(state: &[u8]) -> Incoming {
+        let data = codec::encode(&Descriptor::of(state)).unwrap();
+        let conf_state = Some(ConfState { voters: vec![1], learners: vec![2], ..ConfState::default() });
+        let metadata = SnapshotMetadata { conf_state, index: AT.index, term: AT.term };
+        let snapshot = Some(Snapshot { data, metadata: Some(metadata) });
+        let mut message = Message { to: 2, from: 1, term: 2, snapshot, ..Message::default() };
+        message.set_msg_type(MessageType::MsgSnapshot);
+        Incoming::new(message).unwrap()
+    }
+
+    fn all_rows(disk: &MemoryDisk) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut rows = Vec::new();
+        for table in &Table::HISTORY {
+            disk.scan(*table, &[], &END_OF_KEYS, &mut |key, value| {
+                rows.push((key.to_vec(), value.to_vec()));
+                true
+            })
+            .unwrap();
+        }
+        rows
+    }
+
+    #[test]
+    fn a_snapshot_arrives_whole_through_lost_repeated_and_damaged_chunks() {
+        let (disk, state) = (source(700), vec![7; 3 * CHUNK_BYTES + 5]);
+        let target = MemoryDisk::default();
+        let mut incoming = announced(&state);
+        let mut previous: Option<Chunk> = None;
+        for round in 0.. {
+            assert!(round < 1_000);
+            let chunk = cut(&disk, &state, &incoming.fetch()).unwrap();
+            if round % 3 == 0 {
+                let mut damaged = chunk.clone();
+                damaged.next = Cursor::End;
+                assert!(matches!(incoming.take(damaged, &target).unwrap(), Taken::Nothing));
+            }
+            if let Some(previous) = previous.replace(chunk.clone()) {
+                assert!(matches!(incoming.take(previous, &target).unwrap(), Taken::Nothing));
+            }
+            match incoming.take(chunk, &target).unwrap() {
+                Taken::More => {}
+                Taken::Complete(message) => {
+                    assert_eq!(message.snapshot.unwrap().data, state);
+                    break;
+                }
+                Taken::Nothing | Taken::Lost => panic!("round {round}"),
+            }
+        }
+        assert_eq!(all_rows(&target), all_rows(&disk));
+    }
+
+    #[test]
+    fn a_source_that_moved_on_or_a_wrong_state_ends_the_transfer() {
+        let disk = source(1);
+        let mut incoming = announced(b"right");
+        let gone = Chunk::gone(&incoming.fetch());
+        assert!(matches!(incoming.take(gone, &disk).unwrap(), Taken::Lost));
+        let wrong = cut(&disk, b"wrong", &incoming.fetch()).unwrap();
+        assert!(matches!(incoming.take(wrong, &disk).unwrap(), Taken::Lost));
+    }
+
+    #[test]
+    fn a_damaged_row_is_not_kept() {
+        let disk = MemoryDisk::default();
+        let mut batch = Batch::default();
+        batch.put(Table::HISTORY[0], b"k", b"not sealed".to_vec());
+        disk.write(&batch, Durability::Written).unwrap();
+        let target = MemoryDisk::default();
+        let mut incoming = announced(b"s");
+        let state = cut(&disk, b"s", &incoming.fetch()).unwrap();
+        assert!(matches!(incoming.take(state, &target).unwrap(), Taken::More));
+        let rows = cut(&disk, b"s", &incoming.fetch()).unwrap();
+        assert!(matches!(incoming.take(rows, &target).unwrap(), Taken::Lost));
+        assert!(all_rows(&target).is_empty());
+    }
+}
