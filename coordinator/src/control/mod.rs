@@ -50,7 +50,7 @@ impl<D: Disk> Control<D> {
             Input::Tick => self.replica.tick(),
             Input::Peer { message: PeerMessage::Raft(bytes), .. } => {
                 if let Ok(message) = Message::decode(&bytes[..]) {
-                    self.replica.step(message);
+                    let _ = self.replica.step(message);
                 }
             }
             _ => {}

@@ -284,7 +284,8 @@ impl<D: Disk> Replica<D> {
             return;
         }
         self.ticks += 1;
-        let timeout = ELECTION_TICKS as u64 + spread(self.seed, self.id(), self.term()) % ELECTION_TICKS as u64;
+        let timeout =
+            ELECTION_TICKS as u64 + spread(self.seed, self.id(), self.term()) % ELECTION_TICKS as u64;
         self.node.raft.set_randomized_election_timeout(timeout as usize);
         self.node.tick();
         self.end_silent_transfers();
@@ -436,9 +437,7 @@ impl<D: Disk> Replica<D> {
         }
         let mut entry = ConfChange { node_id, context, ..ConfChange::default() };
         entry.set_change_type(kind);
-        self.node
-            .propose_conf_change(ticket.to_be_bytes().to_vec(), entry)
-            .map_err(|_| Declined::Busy)
+        self.node.propose_conf_change(ticket.to_be_bytes().to_vec(), entry).map_err(|_| Declined::Busy)
     }
 
     /// Proposes a command; its answer comes out of `process` under this ticket, or never if leadership is lost.
@@ -578,7 +577,8 @@ impl<D: Disk> Replica<D> {
                     self.apply_command(index, &entry.data, &entry.context, output)?;
                 }
                 EntryType::EntryConfChange => {
-                    let change = ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
+                    let change =
+                        ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
                     if self.apply_command(index, &change.context, &entry.context, output)? {
                         self.conf = self.node.apply_conf_change(&change)?;
                     }
@@ -664,9 +664,9 @@ fn unknown(index: u64, why: impl ToString) -> ReplicaError {
 
 /// A number that is as good as random, the same for the same seed, replica and term (SplitMix64's mixer, Steele et al. 2014).
 fn spread(seed: u64, id: u64, term: u64) -> u64 {
-    let mut z = [seed, id, term].iter().fold(0u64, |z, part| {
-        (z ^ part).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
-    });
+    let mut z = [seed, id, term]
+        .iter()
+        .fold(0u64, |z, part| (z ^ part).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)

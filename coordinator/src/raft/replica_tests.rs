@@ -202,8 +202,11 @@ impl Cluster {
 
     /// One chunk for everybody who wants one.
     fn fetch(&mut self) -> bool {
-        let wants: Vec<_> =
-            self.replicas.iter().filter_map(|(id, replica)| replica.wants().map(|want| (*id, want))).collect();
+        let wants: Vec<_> = self
+            .replicas
+            .iter()
+            .filter_map(|(id, replica)| replica.wants().map(|want| (*id, want)))
+            .collect();
         let mut moved = false;
         for (id, (from, fetch)) in wants {
             if !self.is_cut(id, from) {

@@ -53,8 +53,13 @@ impl Fits {
             MsgReadIndex | MsgReadIndexResp => {
                 ensure(message.entries.len() == 1, "a question for the commit index has one entry")
             }
-            MsgRequestVote | MsgRequestVoteResponse | MsgRequestPreVote | MsgRequestPreVoteResponse
-            | MsgHeartbeat | MsgHeartbeatResponse | MsgTimeoutNow => Ok(()),
+            MsgRequestVote
+            | MsgRequestVoteResponse
+            | MsgRequestPreVote
+            | MsgRequestPreVoteResponse
+            | MsgHeartbeat
+            | MsgHeartbeatResponse
+            | MsgTimeoutNow => Ok(()),
             _ => Err(BadMessage("its kind does not travel between replicas")),
         }
     }
@@ -143,7 +148,9 @@ mod tests {
             Message { snapshot, ..message(MessageType::MsgSnapshot) }
         };
         assert_eq!(HERE.check(&snapshot(&[2, 3], &[1])), Ok(()));
-        for bad in [snapshot(&[], &[1]), snapshot(&[2, 2], &[1]), snapshot(&[1, 2], &[1]), snapshot(&[0], &[1])] {
+        for bad in
+            [snapshot(&[], &[1]), snapshot(&[2, 2], &[1]), snapshot(&[1, 2], &[1]), snapshot(&[0], &[1])]
+        {
             assert!(HERE.check(&bad).is_err());
         }
     }

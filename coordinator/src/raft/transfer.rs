@@ -177,7 +177,8 @@ impl Incoming {
 
     /// Whether another message announces the same content from the same source. The newer message counts, the progress stays.
     pub fn renew(&mut self, other: &Incoming) -> bool {
-        let same = other.source() == self.source() && other.at == self.at && other.descriptor == self.descriptor;
+        let same =
+            other.source() == self.source() && other.at == self.at && other.descriptor == self.descriptor;
         if same {
             self.message = other.message.clone();
         }

@@ -17,7 +17,7 @@ struct Fixture {
 async fn start() -> Fixture {
     let disk = Arc::new(MemoryDisk::default());
     let free = Arc::new(AtomicU64::new(1 << 40));
-    let replica = Replica::create(disk.clone(), 1, &[1], State::new("test".into())).unwrap();
+    let replica = Replica::create(disk.clone(), 1, &[1], State::new("test".into()), 7).unwrap();
     let probe = free.clone();
     let driver = Driver::new(replica, Box::new(move || Some(probe.load(Ordering::SeqCst))), Box::new(|_| {}));
     let (handle, thread) = driver.spawn().unwrap();

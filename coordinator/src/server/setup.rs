@@ -75,10 +75,13 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
             .with_context(|| format!("cannot open the log in {}", raft_dir.display()))?,
     );
     let identity = Identity::load(&identity_dir)?;
-    let replica = match (Replica::open(disk.clone())?, &identity) {
+    let seed = rand::random();
+    let replica = match (Replica::open(disk.clone(), seed)?, &identity) {
         (Some(replica), _) => replica,
         (None, Some(_)) => bail!("the log in {} is gone; restore it from a backup", raft_dir.display()),
-        (None, None) => Replica::create(disk.clone(), REPLICA, &[REPLICA], first_state(ca.cluster_id()))?,
+        (None, None) => {
+            Replica::create(disk.clone(), REPLICA, &[REPLICA], first_state(ca.cluster_id()), seed)?
+        }
     };
     if replica.state().cluster_id() != ca.cluster_id() {
         bail!(
