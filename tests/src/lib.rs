@@ -5,6 +5,7 @@
 
 mod jobs;
 mod process;
+pub mod sim;
 mod world;
 
 pub use jobs::{TinyJob, corpus};

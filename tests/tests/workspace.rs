@@ -36,9 +36,13 @@ fn only_the_rank_reaches_libtorch() {
 }
 
 #[test]
-fn only_the_coordinator_reaches_rocksdb() {
+fn only_the_coordinator_reaches_rocksdb_and_the_simulator_goes_without() {
     let tree = cargo_tree(&["--workspace", "--edges", "all", "--invert", "librocksdb-sys"]);
-    assert_eq!(own_packages(&tree), ["fleet-coordinator"], "{tree}");
+    assert_eq!(own_packages(&tree), ["fleet-coordinator", "fleet-tests"], "{tree}");
+    let tree = cargo_tree(&["--package", "fleet-tests", "--edges", "all", "--prefix", "none"]);
+    let found =
+        tree.lines().find(|line| ["librocksdb-sys", "torch-sys"].iter().any(|name| line.starts_with(name)));
+    assert_eq!(found, None, "`cargo run -p fleet-tests --bin simulate` builds in a moment");
 }
 
 #[test]

@@ -1,24 +1,36 @@
-//! A disk in memory for tests and the simulator: it can lose what was not synced, and be full.
+//! A disk in memory for tests and the simulator: it can lose what was not synced, be full, break off in the middle of a round of
+//! writes, and rot.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Op, Table};
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-type Rows = BTreeMap<(Table, Vec<u8>), Vec<u8>>;
+type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
 
 #[derive(Debug, Default)]
 pub struct MemoryDisk {
     inner: Mutex<Inner>,
 }
 
+/// Invariant: undoing `unsynced` from the newest to the oldest gives what is durable.
 #[derive(Clone, Debug, Default)]
 struct Inner {
-    durable: Rows,
-    /// What a reader sees: `durable` and the unsynced batches on top.
-    visible: Rows,
-    unsynced: Vec<Batch>,
+    tables: BTreeMap<Table, Rows>,
+    /// For each unsynced batch what brings its rows back, in the order in which they were changed.
+    unsynced: Vec<Vec<Former>>,
     full: bool,
+    /// Writes that still succeed; after them the machine has no power.
+    fuse: Option<u64>,
     syncs: u64,
+}
+
+/// A row before it was changed.
+#[derive(Clone, Debug)]
+struct Former {
+    table: Table,
+    key: Vec<u8>,
+    value: Option<Vec<u8>>,
 }
 
 impl MemoryDisk {
@@ -28,13 +40,29 @@ impl MemoryDisk {
 
     /// What a machine finds after a power failure that kept the first `kept` unsynced batches.
     pub fn after_power_failure(&self, kept: usize) -> MemoryDisk {
-        let inner = self.lock();
-        let mut rows = inner.durable.clone();
-        for batch in inner.unsynced.iter().take(kept) {
-            apply(&mut rows, batch);
-        }
-        let inner = Inner { durable: rows.clone(), visible: rows, ..Inner::default() };
+        let mut inner = self.lock().clone();
+        inner.lose_power(kept);
         MemoryDisk { inner: Mutex::new(inner) }
+    }
+
+    /// A power failure that keeps the first `kept` unsynced batches. The machine can start again.
+    pub fn lose_power(&self, kept: usize) {
+        self.lock().lose_power(kept);
+    }
+
+    /// The process was killed: all that it wrote is there, and its successor may write again.
+    pub fn restart(&self) {
+        self.lock().fuse = None;
+    }
+
+    /// After `writes` more writes every one fails and changes nothing, until `lose_power` or `restart`.
+    pub fn set_fuse(&self, writes: u64) {
+        self.lock().fuse = Some(writes);
+    }
+
+    /// Whether a write was cut off.
+    pub fn is_dead(&self) -> bool {
+        self.lock().fuse == Some(0)
     }
 
     pub fn unsynced_batches(&self) -> usize {
@@ -50,28 +78,81 @@ impl MemoryDisk {
     pub fn set_full(&self, full: bool) {
         self.lock().full = full;
     }
+
+    /// Flips a bit of the `row`-th row of a table, both counted round. False when the table is empty.
+    pub fn rot(&self, table: Table, row: usize, bit: usize) -> bool {
+        let mut inner = self.lock();
+        let Some(rows) = inner.tables.get_mut(&table).filter(|rows| !rows.is_empty()) else { return false };
+        let row = row % rows.len();
+        let Some(value) = rows.values_mut().nth(row).filter(|value| !value.is_empty()) else { return false };
+        let bit = bit % (value.len() * 8);
+        value[bit / 8] ^= 1 << (bit % 8);
+        true
+    }
+
+    /// Loses the last `count` rows of a table, synced or not.
+    pub fn lose_rows(&self, table: Table, count: usize) {
+        let mut inner = self.lock();
+        let rows = inner.tables.entry(table).or_default();
+        (0..count).for_each(|_| drop(rows.pop_last()));
+    }
+
+    /// The last key of a table.
+    pub fn last_key(&self, table: Table) -> Option<Vec<u8>> {
+        self.lock().tables.get(&table)?.last_key_value().map(|(key, _)| key.clone())
+    }
+
+    pub fn rows(&self, table: Table) -> usize {
+        self.lock().tables.get(&table).map_or(0, BTreeMap::len)
+    }
 }
 
-fn apply(rows: &mut Rows, batch: &Batch) {
-    for op in &batch.ops {
-        match op {
-            Op::Put { table, key, value } => {
-                rows.insert((*table, key.clone()), value.clone());
-            }
-            Op::DeleteRange { table, from, to } => {
-                if from < to {
-                    let gone = rows.range((*table, from.clone())..(*table, to.clone()));
-                    let gone: Vec<_> = gone.map(|(key, _)| key.clone()).collect();
-                    gone.iter().for_each(|key| drop(rows.remove(key)));
-                }
+impl Inner {
+    fn lose_power(&mut self, kept: usize) {
+        let lost = self.unsynced.drain(kept.min(self.unsynced.len())..).rev().collect::<Vec<_>>();
+        for former in lost.into_iter().flat_map(|batch| batch.into_iter().rev()) {
+            let rows = self.tables.entry(former.table).or_default();
+            match former.value {
+                Some(value) => drop(rows.insert(former.key, value)),
+                None => drop(rows.remove(&former.key)),
             }
         }
+        self.unsynced.clear();
+        self.fuse = None;
+    }
+
+    /// Makes a batch's changes visible. Returns how the rows were.
+    fn apply(&mut self, batch: &Batch, undoable: bool) -> Vec<Former> {
+        let mut formers = Vec::new();
+        for op in &batch.ops {
+            match op {
+                Op::Put { table, key, value } => {
+                    let former = self.tables.entry(*table).or_default().insert(key.clone(), value.clone());
+                    if undoable {
+                        formers.push(Former { table: *table, key: key.clone(), value: former });
+                    }
+                }
+                Op::DeleteRange { table, from, to } if from < to => {
+                    let rows = self.tables.entry(*table).or_default();
+                    let keys: Vec<Vec<u8>> =
+                        rows.range(from.clone()..to.clone()).map(|(key, _)| key.clone()).collect();
+                    for key in keys {
+                        let value = rows.remove(&key);
+                        if undoable {
+                            formers.push(Former { table: *table, key, value });
+                        }
+                    }
+                }
+                Op::DeleteRange { .. } => {}
+            }
+        }
+        formers
     }
 }
 
 impl Disk for MemoryDisk {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError> {
-        Ok(self.lock().visible.get(&(table, key.to_vec())).cloned())
+        Ok(self.lock().tables.get(&table).and_then(|rows| rows.get(key)).cloned())
     }
 
     fn scan(
@@ -85,7 +166,8 @@ impl Disk for MemoryDisk {
             return Ok(());
         }
         let inner = self.lock();
-        for ((_, key), value) in inner.visible.range((table, from.to_vec())..(table, to.to_vec())) {
+        let Some(rows) = inner.tables.get(&table) else { return Ok(()) };
+        for (key, value) in rows.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))) {
             if !visit(key, value) {
                 break;
             }
@@ -95,16 +177,21 @@ impl Disk for MemoryDisk {
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError> {
         let mut inner = self.lock();
+        match &mut inner.fuse {
+            Some(0) => return Err(DiskError::Failed("the machine has no power".into())),
+            Some(left) => *left -= 1,
+            None => {}
+        }
         if inner.full {
             return Err(DiskError::Full("no room in memory".into()));
         }
-        apply(&mut inner.visible, batch);
-        inner.unsynced.push(batch.clone());
-        if durability == Durability::Synced {
+        let synced = durability == Durability::Synced;
+        let formers = inner.apply(batch, !synced);
+        if synced {
             inner.syncs += 1;
-            for batch in std::mem::take(&mut inner.unsynced) {
-                apply(&mut inner.durable, &batch);
-            }
+            inner.unsynced.clear();
+        } else {
+            inner.unsynced.push(formers);
         }
         Ok(())
     }
@@ -123,6 +210,12 @@ mod tests {
         super::super::conformance::check(&mut |_| Box::new(MemoryDisk::default()));
     }
 
+    fn put(disk: &MemoryDisk, key: u8, value: u8, durability: Durability) -> Result<(), DiskError> {
+        let mut batch = Batch::default();
+        batch.put(Table::Log, &[key], vec![value]);
+        disk.write(&batch, durability)
+    }
+
     #[test]
     fn a_power_failure_keeps_what_was_synced_and_a_prefix_of_the_rest() {
         let disk = MemoryDisk::default();
@@ -131,9 +224,7 @@ mod tests {
                 .into_iter()
                 .enumerate()
         {
-            let mut batch = Batch::default();
-            batch.put(Table::Log, &[n as u8], vec![n as u8]);
-            disk.write(&batch, durability).unwrap();
+            put(&disk, n as u8, n as u8, durability).unwrap();
         }
         for kept in 0..3 {
             let after = disk.after_power_failure(kept);
@@ -141,5 +232,36 @@ mod tests {
                 (0..4u8).map(|n| after.get(Table::Log, &[n]).unwrap().is_some()).collect();
             assert_eq!(present, [true, true, kept >= 1, kept >= 2]);
         }
+    }
+
+    #[test]
+    fn a_power_failure_brings_back_what_was_overwritten_and_deleted() {
+        let disk = MemoryDisk::default();
+        (0..4).for_each(|n| put(&disk, n, 1, Durability::Synced).unwrap());
+        put(&disk, 0, 2, Durability::Written).unwrap();
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Log, &[0], &[3]);
+        batch.put(Table::Log, &[1], vec![3]);
+        disk.write(&batch, Durability::Written).unwrap();
+        let rows =
+            |disk: &MemoryDisk| (0..4u8).map(|n| disk.get(Table::Log, &[n]).unwrap()).collect::<Vec<_>>();
+        let row = |n: u8| Some(vec![n]);
+        assert_eq!(rows(&disk), [None, row(3), None, row(1)]);
+        assert_eq!(rows(&disk.after_power_failure(1)), [row(2), row(1), row(1), row(1)]);
+        disk.lose_power(0);
+        assert_eq!(rows(&disk), [row(1), row(1), row(1), row(1)]);
+    }
+
+    #[test]
+    fn a_fuse_cuts_a_round_of_writes_off() {
+        let disk = MemoryDisk::default();
+        disk.set_fuse(1);
+        put(&disk, 1, 1, Durability::Written).unwrap();
+        assert!(matches!(put(&disk, 2, 2, Durability::Synced), Err(DiskError::Failed(_))));
+        assert!(disk.is_dead());
+        disk.restart();
+        assert_eq!((disk.rows(Table::Log), disk.unsynced_batches()), (1, 1));
+        put(&disk, 2, 2, Durability::Synced).unwrap();
+        assert_eq!(disk.last_key(Table::Log), Some(vec![2]));
     }
 }

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Puts known bugs back, one at a time, and sees the simulator catch each. Every patch beside this script is applied to a copy of HEAD
+# in a worktree of its own; nothing here is ever part of the product.
+#
+#   tests/planted/check.sh [NAME...]      SEEDS=1..500 HOURS=0.5 PLANTED_TARGET=DIR
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(git -C "$here" rev-parse --show-toplevel)
+seeds=${SEEDS:-1..500}
+hours=${HOURS:-0.5}
+# A target directory of its own, kept between patches and runs, so that only what a patch touches is compiled again.
+target=${PLANTED_TARGET:-$root/target/planted}
+tree=$target/tree
+
+mkdir -p "$target"
+git -C "$root" worktree prune
+[ -e "$tree" ] || git -C "$root" worktree add --detach --force "$tree" HEAD >/dev/null
+git -C "$tree" checkout --quiet --force --detach "$(git -C "$root" rev-parse HEAD)"
+trap 'git -C "$tree" checkout --quiet --force' EXIT
+
+names=("$@")
+if [ ${#names[@]} -eq 0 ]; then
+    for patch in "$here"/*.patch; do names+=("$(basename "$patch" .patch)"); done
+fi
+
+missed=0
+for name in "${names[@]}"; do
+    git -C "$tree" checkout --quiet --force
+    git -C "$tree" apply "$here/$name.patch"
+    (cd "$tree" && CARGO_TARGET_DIR=$target cargo build --quiet -p fleet-tests --bin simulate)
+    begun=$SECONDS
+    if output=$("$target/debug/simulate" --seeds "$seeds" --hours "$hours"); then
+        echo "MISSED  $name: $(tail -1 <<<"$output")"
+        missed=$((missed + 1))
+    else
+        count=$(tail -1 <<<"$output" | cut -d' ' -f1)
+        echo "caught  $name after $count seeds ($((SECONDS - begun)) s): $(grep -m1 VIOLATION: <<<"$output" | cut -d' ' -f1-30 | cut -c1-200)"
+    fi
+done
+exit $((missed > 0))

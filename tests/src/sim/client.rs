@@ -1,0 +1,309 @@
+//! Clients: they ask any coordinator, ask again elsewhere when it is not heard of, under the same number, and keep in mind that what
+//! failed may have happened. The first of them is the operator, who lets machines and coordinators join and takes them out.
+
+use super::jobs;
+use super::net::{ConnId, Site};
+use super::queue::{MS, Micros, SECOND};
+use super::world::{Answered, Event, Payload, Purpose, Question, World};
+use fleet_common::ids::{ClientId, JobId, UserId};
+use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, RefusalKind, Reply, Request};
+use fleet_coordinator::cluster::commands::RedeemToken;
+use fleet_coordinator::cluster::session::RequestId;
+use std::collections::VecDeque;
+
+/// The operator's number.
+pub const OPERATOR: u32 = 0;
+/// For an answer; longer than a coordinator takes to give up itself.
+const PATIENCE: Micros = 7 * SECOND;
+/// Tries of an ordinary client before it gives up and does not know.
+const TRIES: u32 = 12;
+
+/// What is wanted.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Want {
+    Submit {
+        name: String,
+    },
+    Cancel(JobId),
+    Job(JobId),
+    Jobs,
+    Nodes,
+    Status,
+    Watch {
+        job: JobId,
+        seen: u64,
+    },
+    /// Any other change that needs no more than to happen.
+    Change(&'static str),
+    JoinMachine(u32),
+    JoinHost(u32),
+}
+
+impl Want {
+    fn is_read(&self) -> bool {
+        matches!(self, Want::Job(_) | Want::Jobs | Want::Nodes | Want::Status | Want::Watch { .. })
+    }
+}
+
+struct Pending {
+    want: Want,
+    question: Question,
+    /// When this try began.
+    asked: Micros,
+    tries: u32,
+    conn: Option<ConnId>,
+    /// An answer came already, and the same question is asked again to see that nothing happens twice.
+    again: Option<JobId>,
+}
+
+pub struct Client {
+    id: ClientId,
+    user: UserId,
+    seq: u64,
+    pending: Option<Pending>,
+    tasks: VecDeque<(Want, Question)>,
+    think: Micros,
+}
+
+impl Client {
+    pub fn new(number: u32, think: Micros) -> Client {
+        let (id, user) = (ClientId(0xC11E_0000 + u128::from(number)), UserId(u64::from(number) + 1));
+        Client { id, user, seq: 0, pending: None, tasks: VecDeque::new(), think }
+    }
+
+    fn frame(&mut self, request: Request) -> Question {
+        self.seq += 1;
+        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: self.seq, request };
+        Question::Client { caller: Member::Client(self.user), frame }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_none() && self.tasks.is_empty()
+    }
+}
+
+impl World {
+    /// The operator does this when it comes to it.
+    pub fn order(&mut self, want: Want, request: Request) {
+        let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
+        let question = operator.frame(request);
+        operator.tasks.push_back((want, question));
+        self.queue.after(0, Event::ClientNext { client: OPERATOR });
+    }
+
+    pub fn order_join(&mut self, want: Want, redeem: RedeemToken) {
+        let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
+        operator.seq += 1;
+        let request = RequestId { client: operator.id, seq: operator.seq };
+        operator.tasks.push_back((want, Question::Join { redeem, request }));
+        self.queue.after(0, Event::ClientNext { client: OPERATOR });
+    }
+
+    pub fn on_client_next(&mut self, number: u32) {
+        let now = self.queue.now();
+        let idle = self.clients.get(&number).is_some_and(|client| client.pending.is_none());
+        if !idle {
+            return;
+        }
+        let next = match self.clients.get_mut(&number) {
+            Some(client) if number == OPERATOR => client.tasks.pop_front(),
+            Some(_) if self.calm => None,
+            _ => self.choose(number),
+        };
+        let Some((want, question)) = next else { return };
+        let pending = Pending { want, question, asked: now, tries: 0, conn: None, again: None };
+        if let Some(client) = self.clients.get_mut(&number) {
+            client.pending = Some(pending);
+        }
+        self.ask(number);
+    }
+
+    fn choose(&mut self, number: u32) -> Option<(Want, Question)> {
+        let jobs: Vec<JobId> = self.oracle.state().jobs().keys().copied().collect();
+        let unfinished = self.oracle.unfinished();
+        // Mostly jobs on which something happens.
+        let of_interest =
+            if self.random.chance(3, 4) && !unfinished.is_empty() { &unfinished } else { &jobs };
+        let job = self.random.pick(of_interest).copied();
+        let draw = self.random.range(0..100);
+        let many = unfinished.len() >= 8;
+        let client = self.clients.get_mut(&number)?;
+        let (want, request) = match (draw, job) {
+            (0..6, _) if !many => {
+                let name = format!("c{number}-{}", client.seq + 1);
+                (Want::Submit { name: name.clone() }, jobs::submit(&name, &mut self.random, &self.machines))
+            }
+            (6..8, Some(job)) => {
+                let now = self.random.chance(1, 2);
+                (Want::Cancel(job), Request::Cancel { job, now })
+            }
+            (8..60, Some(job)) => (Want::Job(job), Request::Job(job)),
+            (60..75, _) => (Want::Jobs, Request::Jobs),
+            (75..82, _) => (Want::Nodes, Request::Nodes),
+            (82..90, Some(job)) => {
+                (Want::Watch { job, seen: 0 }, Request::Watch { job, from: 1, follow: false })
+            }
+            _ => (Want::Status, Request::ClusterStatus),
+        };
+        let question = client.frame(request);
+        Some((want, question))
+    }
+
+    /// Tries the pending question at any coordinator.
+    fn ask(&mut self, number: u32) {
+        let now = self.queue.now();
+        let targets: Vec<u32> = self.addresses.values().copied().collect();
+        let target = self.random.pick(&targets).copied();
+        let site = Site::Client(number);
+        let connected = target.and_then(|to| self.net.connect(site, Site::Host(to), now, &mut self.random));
+        let Some(pending) = self.clients.get_mut(&number).and_then(|client| client.pending.as_mut()) else {
+            return;
+        };
+        pending.asked = now;
+        pending.tries += 1;
+        let tries = pending.tries;
+        if let Want::Watch { seen, .. } = &mut pending.want {
+            *seen = 0;
+        }
+        if let Some(old) = pending.conn.take() {
+            self.net.close(old, 0);
+        }
+        match connected {
+            Some((conn, at)) => {
+                pending.conn = Some(conn);
+                self.purposes.insert(conn, Purpose::Call { client: number });
+                self.queue.at(at[0], Event::Connected { conn, end: 0 });
+                self.queue.after(PATIENCE, Event::ClientRetry { client: number, tries });
+            }
+            None => self.queue.after(SECOND, Event::ClientRetry { client: number, tries }),
+        }
+    }
+
+    pub fn client_connected(&mut self, number: u32, conn: ConnId) {
+        let pending = self.clients.get(&number).and_then(|client| client.pending.as_ref());
+        if let Some(pending) = pending.filter(|pending| pending.conn == Some(conn)) {
+            let question = pending.question.clone();
+            self.send(conn, 0, Payload::Question(question), 500);
+        }
+    }
+
+    pub fn client_loses(&mut self, number: u32, conn: ConnId) {
+        let pending = self.clients.get(&number).and_then(|client| client.pending.as_ref());
+        if let Some(pending) = pending.filter(|pending| pending.conn == Some(conn)) {
+            let tries = pending.tries;
+            self.queue.after(10 * MS, Event::ClientRetry { client: number, tries });
+        }
+    }
+
+    pub fn on_client_retry(&mut self, number: u32, tries: u32) {
+        let pending = self.clients.get(&number).and_then(|client| client.pending.as_ref());
+        let Some(pending) = pending.filter(|pending| pending.tries == tries) else { return };
+        if number != OPERATOR && (tries >= TRIES || pending.want.is_read() && self.calm) {
+            let want = pending.want.clone();
+            self.say(format_args!("client-{number} gives up {want:?}"));
+            self.finish_call(number);
+        } else {
+            self.ask(number);
+        }
+    }
+
+    fn finish_call(&mut self, number: u32) {
+        let Some(client) = self.clients.get_mut(&number) else { return };
+        if let Some(conn) = client.pending.take().and_then(|pending| pending.conn) {
+            self.net.close(conn, 0);
+        }
+        let think = if number == OPERATOR { 10 * MS } else { self.random.around(client.think) };
+        self.queue.after(think, Event::ClientNext { client: number });
+    }
+
+    pub fn client_hears(&mut self, number: u32, conn: ConnId, answered: Answered) {
+        let now = self.queue.now();
+        let pending = self.clients.get_mut(&number).and_then(|client| client.pending.as_mut());
+        let Some(pending) = pending.filter(|pending| pending.conn == Some(conn)) else { return };
+        let (asked, tries) = (pending.asked, pending.tries);
+        let refused = match &answered {
+            Answered::Reply(Reply::Refused(refusal)) => Some(refusal.clone()),
+            Answered::Joined(Err(refusal)) | Answered::Proposed(Err(refusal)) => Some(refusal.clone()),
+            _ => None,
+        };
+        if refused.as_ref().is_some_and(|refusal| refusal.kind == RefusalKind::Unavailable) {
+            pending.conn = None;
+            self.net.close(conn, 0);
+            let wait = self.random.range(50 * MS..SECOND);
+            self.queue.after(wait, Event::ClientRetry { client: number, tries });
+            return;
+        }
+        let want = pending.want.clone();
+        let again = pending.again;
+        let verdict = match (&want, answered) {
+            (Want::Submit { name }, Answered::Reply(Reply::Submitted { job })) => {
+                if again.is_some_and(|known| known != job) {
+                    Err(format!("`{name}` was acknowledged twice, as {again:?} and as {job}"))
+                } else {
+                    let verdict = self.oracle.submitted(name, job, now);
+                    self.say(format_args!("client-{number} has {job} for `{name}`"));
+                    if verdict.is_ok() && again.is_none() && self.random.chance(1, 6) {
+                        if let Some(pending) =
+                            self.clients.get_mut(&number).and_then(|client| client.pending.as_mut())
+                        {
+                            pending.again = Some(job);
+                        }
+                        self.ask(number);
+                        return;
+                    }
+                    verdict
+                }
+            }
+            (Want::Cancel(job), Answered::Reply(Reply::CancelAccepted)) => self.oracle.cancelled(*job, now),
+            (Want::Job(job), Answered::Reply(Reply::Job(view))) => {
+                self.oracle.shown(*job, Some(&view), asked, now)
+            }
+            (Want::Jobs, Answered::Reply(Reply::Jobs(views))) => {
+                views.iter().try_for_each(|view| self.oracle.shown(view.job, Some(view), asked, now))
+            }
+            (Want::Watch { job, seen }, Answered::Reply(Reply::Event { index, .. })) => {
+                let (job, seen) = (*job, *seen);
+                if index != seen + 1 {
+                    Err(format!("a watch of {job} showed event {index} after {seen}"))
+                } else {
+                    if let Some(pending) =
+                        self.clients.get_mut(&number).and_then(|client| client.pending.as_mut())
+                    {
+                        pending.want = Want::Watch { job, seen: index };
+                    }
+                    return;
+                }
+            }
+            (Want::Watch { job, seen }, Answered::Reply(Reply::EndOfEvents)) => {
+                self.oracle.watched(*job, *seen, asked)
+            }
+            (Want::Job(job), Answered::Reply(Reply::Refused(refusal)))
+                if refusal.kind == RefusalKind::NotFound =>
+            {
+                self.oracle.shown(*job, None, asked, now)
+            }
+            (Want::JoinMachine(machine), Answered::Joined(Ok(admission))) => {
+                let (machine, member) = (*machine, admission.member);
+                self.machine_joined(machine, member);
+                Ok(())
+            }
+            (Want::JoinHost(host), Answered::Joined(Ok(admission))) => {
+                let (host, member) = (*host, admission.member);
+                self.host_joined(host, member);
+                Ok(())
+            }
+            (want, answered) => {
+                if let Some(refusal) = refused {
+                    self.say(format_args!("client-{number} is refused {want:?}: {}", refusal.message));
+                } else if !want.is_read() {
+                    self.say(format_args!("client-{number} has {answered:?} for {want:?}"));
+                }
+                Ok(())
+            }
+        };
+        if let Err(what) = verdict {
+            self.violated(what);
+        }
+        self.finish_call(number);
+    }
+}

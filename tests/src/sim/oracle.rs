@@ -1,0 +1,446 @@
+//! What must hold, whoever fails: a state machine of its own that gets every committed command once, from whichever replica commits it
+//! first, and compares. It also remembers what clients and agents were told.
+//!
+//! - All replicas commit the same entries, and at equal positions hold equal states and equal histories.
+//! - A request changes something at most once.
+//! - Whatever was acknowledged is committed, and a read sees all that was acknowledged before it was asked.
+//! - Slots are never promised twice, and no gang is placed on a node that is drained or lost.
+//! - The steps that a gang tells are recorded without a gap, and a job fails only for a reason that the simulation knows of.
+//! - No node is called lost that a healthy coordinator heard within the lease.
+
+use super::queue::{MS, Micros, SECOND};
+use fleet_common::codec;
+use fleet_common::events::{EventBody, Outcome};
+use fleet_common::ids::{Generation, JobId, NodeId};
+use fleet_common::protocol::{JobState, JobView};
+use fleet_coordinator::cluster::commands::Change;
+use fleet_coordinator::cluster::history::HistoryRow;
+use fleet_coordinator::cluster::session::RequestId;
+use fleet_coordinator::cluster::{Answer, Command, Effect, State};
+use fleet_coordinator::planner::LEASE_MS;
+use fleet_coordinator::raft::disk::{Batch, Disk, Durability, Table};
+use fleet_coordinator::raft::history;
+use fleet_coordinator::raft::memory::MemoryDisk;
+use raft::eraftpb::{Entry, EntryType};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Times at which a coordinator heard a node that are remembered.
+const HEARD_KEPT: usize = 16;
+/// What was heard has reached the leader after so long.
+const REPORTED: Micros = 2 * SECOND;
+/// A connection that broke before is there again, and a new leader known.
+pub const SETTLED: Micros = 6 * SECOND;
+
+pub struct Oracle {
+    state: State,
+    applied: u64,
+    /// Content of each committed entry.
+    entries: BTreeMap<u64, u64>,
+    rows: MemoryDisk,
+    changed_by: BTreeSet<RequestId>,
+    jobs: BTreeMap<JobId, JobFacts>,
+    by_name: BTreeMap<String, JobId>,
+    /// When something that had been acknowledged was in the log at this index; both rise.
+    floor: VecDeque<(Micros, u64)>,
+    heard: BTreeMap<(NodeId, u32), VecDeque<Micros>>,
+    /// When a leader put an entry into its log, by term and index, where that matters.
+    proposed: BTreeMap<(u64, u64), (Micros, u32)>,
+    pub commands: u64,
+}
+
+#[derive(Debug, Default)]
+struct JobFacts {
+    /// Index of the log, and how many events the job had from then on.
+    events: Vec<(u64, u64)>,
+    /// The last index of each generation's streams.
+    cancelled_at: Option<u64>,
+    excuse: Option<&'static str>,
+    last_step: BTreeMap<Generation, u64>,
+    checkpoint: Option<String>,
+}
+
+/// A node was called lost: by whom and when, to be judged by who knows the network.
+pub struct Loss {
+    pub node: NodeId,
+    pub leader: u32,
+    pub at: Micros,
+}
+
+/// The last lines of what an applied entry did.
+pub struct Done {
+    pub line: Option<String>,
+    pub loss: Option<Loss>,
+}
+
+impl Oracle {
+    /// `state` as the first replica was made with.
+    pub fn new(state: State, applied: u64) -> Oracle {
+        Oracle {
+            state,
+            applied,
+            entries: BTreeMap::new(),
+            rows: MemoryDisk::default(),
+            changed_by: BTreeSet::new(),
+            jobs: BTreeMap::new(),
+            by_name: BTreeMap::new(),
+            floor: VecDeque::new(),
+            heard: BTreeMap::new(),
+            proposed: BTreeMap::new(),
+            commands: 0,
+        }
+    }
+
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+
+    // ---- what replicas do ---------------------------------------------------------------------------------------------
+
+    /// A leader has put this entry into its log.
+    pub fn logged(&mut self, host: u32, entry: &Entry, now: Micros) {
+        self.proposed.entry((entry.term, entry.index)).or_insert((now, host));
+    }
+
+    /// A replica has committed this entry.
+    pub fn committed(&mut self, entry: &Entry) -> Result<Option<Done>, String> {
+        let index = entry.index;
+        let content = hash(&[&entry.term.to_be_bytes()[..], &entry.data, &entry.context].concat());
+        if let Some(known) = self.entries.get(&index) {
+            if *known != content {
+                return Err(format!(
+                    "entry {index} of term {} was committed with another content before",
+                    entry.term
+                ));
+            }
+            return Ok(None);
+        }
+        if index != self.applied + 1 {
+            return Ok(None); // somebody else will show the ones between
+        }
+        self.entries.insert(index, content);
+        self.applied = index;
+        match command_of(entry)? {
+            Some(command) => self.apply(entry, command).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn apply(&mut self, entry: &Entry, command: Command) -> Result<Done, String> {
+        let index = entry.index;
+        self.commands += 1;
+        let (request, change) = (command.request, command.change.clone());
+        if let Change::MarkNodeLost(lost) = &change {
+            let on_it: Vec<JobId> = self.state.active_jobs(lost.node).map(|(job, _)| job).collect();
+            on_it.into_iter().for_each(|job| self.excuse(job, "its node was lost"));
+        }
+        let applied = self.state.apply(index, command);
+        let rejected = matches!(applied.answer, Answer::Rejected(_));
+        if let Some(request) = request
+            && !(applied.effects.is_empty() && applied.history.is_empty())
+            && !self.changed_by.insert(request)
+        {
+            return Err(format!(
+                "request {} of client {:x} was applied twice, now as entry {index}",
+                request.seq, request.client.0
+            ));
+        }
+        let mut batch = Batch::default();
+        for row in &applied.history {
+            history::stage(row, &mut batch).map_err(|error| error.to_string())?;
+            if let HistoryRow::Event { job, event, .. } = row {
+                self.recorded(*job, &event.body)?;
+            }
+        }
+        self.rows.write(&batch, Durability::Synced).map_err(|error| error.to_string())?;
+        for effect in &applied.effects {
+            if let Effect::Job(job) = effect {
+                self.job_changed(*job, index)?;
+            }
+        }
+        let mut done = Done { line: None, loss: None };
+        match &change {
+            Change::MarkNodeLost(lost) if !rejected => {
+                done.loss = self.proposed.get(&(entry.term, index)).map(|&(at, leader)| Loss {
+                    node: lost.node,
+                    leader,
+                    at,
+                });
+            }
+            Change::CancelJob(cancel) if !rejected => {
+                self.jobs.entry(cancel.job).or_default().cancelled_at.get_or_insert(index);
+            }
+            _ => {}
+        }
+        if !rejected {
+            self.check_slots(&change)?;
+        }
+        if !matches!(change, Change::RecordEvents(_)) {
+            done.line = Some(format!("entry {index}: {} {}", change.name(), short(&applied.answer)));
+        }
+        Ok(done)
+    }
+
+    fn check_slots(&self, change: &Change) -> Result<(), String> {
+        let Change::AssignGang(assign) = change else { return Ok(()) };
+        for node in nodes_of(assign) {
+            let Some(record) = self.state.nodes().get(&node) else {
+                return Err(format!("{} was placed on {node}, which there is not", assign.job));
+            };
+            let used = self.state.slots_used(node);
+            if used > record.slots {
+                return Err(format!("{used} slots of {node} are promised and it has {}", record.slots));
+            }
+            if record.lost {
+                return Err(format!("{} was placed on {node}, which is lost", assign.job));
+            }
+        }
+        Ok(())
+    }
+
+    fn job_changed(&mut self, id: JobId, index: u64) -> Result<(), String> {
+        let Some(job) = self.state.jobs().get(&id) else { return Ok(()) };
+        if let Some(other) = self.by_name.insert(job.name.clone(), id).filter(|other| *other != id) {
+            return Err(format!("the request for `{}` made both {other} and {id}", job.name));
+        }
+        let facts = self.jobs.entry(id).or_default();
+        if facts.events.last().is_none_or(|(_, events)| *events != job.events) {
+            facts.events.push((index, job.events));
+        }
+        facts.checkpoint = job.checkpoints.last().map(|newest| newest.record.path.clone());
+        Ok(())
+    }
+
+    fn recorded(&mut self, id: JobId, body: &EventBody) -> Result<(), String> {
+        let generation = self.state.jobs().get(&id).map_or(0, |job| job.generation());
+        let facts = self.jobs.entry(id).or_default();
+        match body {
+            EventBody::Started { step, .. } => drop(facts.last_step.insert(generation, *step)),
+            EventBody::Step(step) => {
+                let known = facts.last_step.insert(generation, step.step).unwrap_or(0);
+                if step.step != known + 1 {
+                    return Err(format!("{id}.{generation} recorded step {} after step {known}", step.step));
+                }
+            }
+            EventBody::Finished(Outcome::Failed(error))
+                if facts.excuse.is_none() && !is_own_fault(&error.message) =>
+            {
+                return Err(format!("{id} failed and nothing had happened to it: {}", error.message));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Compares a replica that has come as far as this.
+    pub fn compare(&self, state: &State, applied: u64) -> Result<(), String> {
+        if applied == self.applied && *state != self.state {
+            let (mine, theirs) = (format!("{:?}", self.state), format!("{state:?}"));
+            let at = mine.bytes().zip(theirs.bytes()).position(|(a, b)| a != b).unwrap_or(0);
+            let part = |text: &str| text.chars().skip(at.saturating_sub(80)).take(200).collect::<String>();
+            return Err(format!(
+                "its state at {applied} differs: {} instead of {}",
+                part(&theirs),
+                part(&mine)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Compares the whole history of a replica that has come as far as this.
+    pub fn compare_history(&self, disk: &MemoryDisk, applied: u64) -> Result<(), String> {
+        if applied != self.applied {
+            return Ok(());
+        }
+        for table in Table::ALL.into_iter().filter(|table| !matches!(table, Table::Meta | Table::Log)) {
+            let (mine, theirs) = (all_rows(&self.rows, table), all_rows(disk, table));
+            if mine != theirs {
+                let missing = mine.iter().find(|(key, value)| theirs.get(*key) != Some(*value));
+                let what = missing.map_or("has too many".to_owned(), |(key, _)| format!("lacks row {key:?}"));
+                return Err(format!(
+                    "its table {} with {} rows instead of {} {what}",
+                    table.name(),
+                    theirs.len(),
+                    mine.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    // ---- what was told ------------------------------------------------------------------------------------------------
+
+    /// Something that is in the log at `index` was acknowledged at this time.
+    pub fn acknowledged(&mut self, now: Micros, index: u64) {
+        if self.floor.back().is_none_or(|(_, known)| *known < index) {
+            self.floor.push_back((now, index));
+        }
+        while self.floor.len() > 4096 {
+            self.floor.pop_front();
+        }
+    }
+
+    /// How far the log must be seen by who asks at this time.
+    fn floor_at(&self, asked: Micros) -> u64 {
+        let before = self.floor.partition_point(|(at, _)| *at < asked);
+        before.checked_sub(1).map_or(0, |last| self.floor[last].1)
+    }
+
+    /// A client was told that its job has this number.
+    pub fn submitted(&mut self, name: &str, job: JobId, now: Micros) -> Result<(), String> {
+        match self.by_name.get(name) {
+            Some(known) if *known == job => {
+                let index = self.jobs[&job].events.first().map_or(0, |(index, _)| *index);
+                self.acknowledged(now, index);
+                Ok(())
+            }
+            Some(known) => Err(format!("`{name}` was acknowledged as {job} and is {known}")),
+            None => Err(format!("`{name}` was acknowledged as {job} and is not committed")),
+        }
+    }
+
+    /// A client was told that its job will be cancelled.
+    pub fn cancelled(&mut self, job: JobId, now: Micros) -> Result<(), String> {
+        let Some(index) = self.jobs.get(&job).and_then(|facts| facts.cancelled_at) else {
+            return Err(format!("the end of {job} was acknowledged and is not committed"));
+        };
+        self.acknowledged(now, index);
+        Ok(())
+    }
+
+    /// A client who asked at `asked` was shown this job, or that there is none.
+    pub fn shown(
+        &mut self,
+        id: JobId,
+        view: Option<&JobView>,
+        asked: Micros,
+        now: Micros,
+    ) -> Result<(), String> {
+        let floor = self.floor_at(asked);
+        let Some(facts) = self.jobs.get(&id) else {
+            return match view {
+                Some(_) => Err(format!("{id} was shown and is not committed")),
+                None => Ok(()),
+            };
+        };
+        let then = facts.events.partition_point(|(index, _)| *index <= floor);
+        let Some(view) = view else {
+            return match then {
+                0 => Ok(()),
+                _ => Err(format!("{id} was not found by who asked after entry {floor} was acknowledged")),
+            };
+        };
+        let least = then.checked_sub(1).map_or(0, |last| facts.events[last].1);
+        if view.events < least {
+            return Err(format!(
+                "{id} was shown with {} events to who asked after entry {floor} was acknowledged, when it had {least}",
+                view.events
+            ));
+        }
+        let ended = view.state.is_final() || view.state == JobState::Stopping;
+        if facts.cancelled_at.is_some_and(|index| index <= floor) && !ended {
+            return Err(format!("{id} was shown as {:?} after its end was acknowledged", view.state));
+        }
+        let seen = facts.events.iter().find(|(_, events)| *events == view.events).map(|(index, _)| *index);
+        match seen {
+            Some(index) => self.acknowledged(now, index),
+            None => return Err(format!("{id} was shown with {} events, which it never had", view.events)),
+        }
+        Ok(())
+    }
+
+    /// A client who asked at `asked` was shown so many events of this job, all that there were.
+    pub fn watched(&mut self, id: JobId, seen: u64, asked: Micros) -> Result<(), String> {
+        let floor = self.floor_at(asked);
+        let Some(facts) = self.jobs.get(&id) else { return Ok(()) };
+        let then = facts.events.partition_point(|(index, _)| *index <= floor);
+        let least = then.checked_sub(1).map_or(0, |last| facts.events[last].1);
+        if seen < least {
+            return Err(format!(
+                "a watch of {id} ended after {seen} events, and it had {least} at entry {floor}, which was acknowledged"
+            ));
+        }
+        Ok(())
+    }
+
+    // ---- what happens to nodes and gangs ------------------------------------------------------------------------------
+
+    /// A coordinator heard a node.
+    pub fn heard(&mut self, node: NodeId, host: u32, now: Micros) {
+        let times = self.heard.entry((node, host)).or_default();
+        if times.back().is_none_or(|last| *last + 100 * MS < now) {
+            times.push_back(now);
+        }
+        if times.len() > HEARD_KEPT {
+            times.pop_front();
+        }
+    }
+
+    /// Who heard a lost node lately enough that its leader should have known, and when.
+    pub fn witnesses(&self, loss: &Loss) -> Vec<(u32, Micros)> {
+        let lease = LEASE_MS * MS - SECOND / 2;
+        let recent = |at: &&Micros| **at + REPORTED < loss.at && loss.at < **at + lease;
+        let of = self.heard.iter().filter(|((node, _), _)| *node == loss.node);
+        of.filter_map(|((_, host), times)| Some((*host, *times.iter().filter(recent).next_back()?))).collect()
+    }
+
+    /// Whatever becomes of this job is no wonder.
+    pub fn excuse(&mut self, job: JobId, why: &'static str) {
+        self.jobs.entry(job).or_default().excuse.get_or_insert(why);
+    }
+
+    pub fn newest_checkpoint(&self, job: JobId) -> Option<String> {
+        self.jobs.get(&job)?.checkpoint.clone()
+    }
+
+    pub fn unfinished(&self) -> Vec<JobId> {
+        self.state.jobs().iter().filter(|(_, job)| !job.state.is_final()).map(|(id, _)| *id).collect()
+    }
+}
+
+/// Nodes that a gang is placed on.
+fn nodes_of(assign: &fleet_coordinator::cluster::commands::AssignGang) -> Vec<NodeId> {
+    vec![assign.node]
+}
+
+/// Failures that follow from what the job is.
+fn is_own_fault(_message: &str) -> bool {
+    false
+}
+
+fn short(answer: &Answer) -> String {
+    let mut text = format!("{answer:?}");
+    if text.len() > 160 {
+        text.truncate((0..=160).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0));
+    }
+    text
+}
+
+pub fn command_of(entry: &Entry) -> Result<Option<Command>, String> {
+    if entry.data.is_empty() || entry.get_entry_type() != EntryType::EntryNormal {
+        return Ok(None);
+    }
+    codec::decode(&entry.data)
+        .map(Some)
+        .map_err(|error| format!("entry {} cannot be read: {error}", entry.index))
+}
+
+fn all_rows(disk: &MemoryDisk, table: Table) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut rows = BTreeMap::new();
+    let scanned = disk.scan(table, &[], &[0xFF; 40], &mut |key, value| {
+        rows.insert(key.to_vec(), value.to_vec());
+        true
+    });
+    scanned.expect("a disk in memory can be read");
+    rows
+}
+
+/// FNV-1a.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}

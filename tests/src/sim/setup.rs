@@ -1,0 +1,211 @@
+//! How a run begins, and how coordinators and machines come and go.
+
+use super::client::{Client, OPERATOR, Want};
+use super::engine::Engine;
+use super::host::{Clock, Host};
+use super::machine::Machine;
+use super::net::{Net, Site};
+use super::oracle::Oracle;
+use super::queue::{Micros, Queue, SECOND};
+use super::random::{Random, mix};
+use super::trace::Trace;
+use super::watch::Watch;
+use super::world::{Event, World};
+use fleet_common::ids::ReplicaId;
+use fleet_common::protocol::{CoordinatorAddress, Member, Role};
+use fleet_coordinator::cluster::commands::{COMMAND_LEVEL, Change, CreateToken, RedeemToken};
+use fleet_coordinator::cluster::members::{ReplicaRecord, Standing};
+use fleet_coordinator::cluster::{Command, State};
+use fleet_coordinator::control::{Control, Myself, TICK_MS};
+use fleet_coordinator::raft::history::History;
+use fleet_coordinator::raft::replica::Replica;
+use std::collections::BTreeMap;
+
+/// Index of the log at which the first state counts as known.
+const GENESIS: u64 = 1;
+const VERSION: &str = "0";
+const CLIENTS_MAX: u32 = 7;
+const SECRET: [u8; 32] = [7; 32];
+
+impl World {
+    pub fn new(seed: u64, faults_end: Micros, print: bool) -> World {
+        let mut random = Random::new(seed);
+        let state = genesis(3);
+        let fault_every = [4, 15, 15, 40][random.index(4)] * SECOND;
+        let mut world = World {
+            seed,
+            queue: Queue::default(),
+            trace: Trace::new(print),
+            net: Net::default(),
+            purposes: BTreeMap::new(),
+            sessions_of: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            machines: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            engine: Engine::default(),
+            oracle: Oracle::new(state.clone(), GENESIS),
+            watch: Watch::default(),
+            fault_every,
+            calm: false,
+            calm_at: 0,
+            violation: None,
+            done: false,
+            events: 0,
+            random,
+        };
+        world.people(&state);
+        world.queue.after(0, Event::Look);
+        world.queue.after(SECOND, Event::Compare);
+        world.queue.after(10 * SECOND, Event::Fault);
+        world.queue.at(faults_end, Event::Calm);
+        world
+    }
+
+    fn people(&mut self, state: &State) {
+        for number in 1..=3 {
+            let clock = self.clock();
+            let mut host = Host::new(number, clock);
+            host.replica = Some(ReplicaId(u64::from(number)));
+            let id = u64::from(number);
+            let created = Replica::create(host.disk.clone(), id, &[1, 2, 3], state.clone(), self.seed);
+            drop(created.expect("an empty disk takes a new replica"));
+            self.hosts.insert(number, host);
+            self.addresses.insert(ReplicaId(id), number);
+            self.start_host(number);
+        }
+        for number in 0..self.random.range(4..u64::from(CLIENTS_MAX) + 1) as u32 {
+            self.net.up(Site::Client(number), 1);
+            let think = self.random.range(SECOND / 2..4 * SECOND);
+            self.clients.insert(number, Client::new(number, think));
+            let after = self.random.range(SECOND..10 * SECOND);
+            if number != OPERATOR {
+                self.queue.after(after, Event::ClientNext { client: number });
+            }
+        }
+        for number in 1..=self.random.range(2..7) as u32 {
+            let (slots, clock) = (1 + self.random.range(0..8) as u32, self.clock());
+            self.machines.insert(number, Machine::new(number, slots, clock));
+            let name = format!("machine-{number}");
+            self.order_join(Want::JoinMachine(number), redeem(Role::Worker, name));
+        }
+    }
+
+    fn clock(&mut self) -> Clock {
+        let wall_offset_ms = self.random.range(0..2000) as i64 - 1000;
+        Clock { wall_offset_ms, drift_ppm: self.random.range(0..400) as i64 - 200 }
+    }
+
+    /// Starts the coordinator of a host from what is on its disk.
+    pub fn start_host(&mut self, number: u32) {
+        let now = self.queue.now();
+        let Some(host) = self.hosts.get_mut(&number) else { return };
+        let (None, None, Some(id)) = (&host.control, &host.retired, host.replica) else { return };
+        host.disk.restart();
+        host.life += 1;
+        let life = host.life;
+        let seed = mix(self.seed ^ u64::from(number) << 40 ^ life << 20);
+        let opened = Replica::open(host.disk.clone(), seed);
+        let replica = match opened {
+            Ok(Some(replica)) => replica,
+            Ok(None) => return self.control_failed(number, "its disk is empty"),
+            Err(error) => return self.control_failed(number, &error.to_string()),
+        };
+        let promised = self.watch.restarted(id.0, replica.term(), replica.commit_index(), &host.disk);
+        let myself = Myself {
+            address: address_of(id, number),
+            name: format!("host-{number}"),
+            version: VERSION.into(),
+            seeds: self.addresses.keys().copied().filter(|known| *known != id).collect(),
+        };
+        let history = History::new(host.disk.clone());
+        let at = host.now(now);
+        host.begin(Control::new(replica, history, myself, seed, at));
+        if host.stable_since != Micros::MAX {
+            host.stable_since = now;
+        }
+        host.logged = 0;
+        let first = u64::from(number) * 7 + self.random.range(0..TICK_MS);
+        self.net.up(Site::Host(number), life);
+        self.queue.after(first * 1000, Event::Tick { host: number, life });
+        self.say(format_args!("host-{number} starts as {id}"));
+        if let Err(what) = promised {
+            self.violated(what);
+        }
+    }
+
+    /// A machine has its certificate.
+    pub fn machine_joined(&mut self, number: u32, member: Member) {
+        let Member::Worker(node) = member else {
+            self.violated(format!("machine-{number} joined and is {member}"));
+            return;
+        };
+        if let Some(machine) = self.machines.get_mut(&number).filter(|machine| machine.node.is_none()) {
+            machine.node = Some(node);
+            self.say(format_args!("machine-{number} is {node}"));
+            self.start_agent(number);
+        }
+    }
+
+    /// A new coordinator has its certificate.
+    pub fn host_joined(&mut self, _number: u32, _member: Member) {}
+
+    pub fn replace_host(&mut self, _number: u32) {}
+
+    pub fn change_members(&mut self) {}
+
+    pub fn members_changed(&mut self, _number: u32) {}
+
+    /// An agent has ended by itself. Somebody starts it again.
+    pub fn agent_exited(&mut self, number: u32) {
+        self.queue.after(SECOND, Event::Mend(super::faults::Mend::StartAgent(number)));
+    }
+}
+
+fn address_of(replica: ReplicaId, host: u32) -> CoordinatorAddress {
+    CoordinatorAddress { replica, client: format!("host-{host}:1"), member: format!("host-{host}:2") }
+}
+
+fn token_of(role: Role) -> &'static str {
+    match role {
+        Role::Coordinator => "coordinator",
+        Role::Worker => "worker",
+        Role::Client => "client",
+    }
+}
+
+fn redeem(role: Role, name: String) -> RedeemToken {
+    RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name }
+}
+
+/// A cluster of these coordinators, in which there are tokens for everybody already, and the clients have joined.
+fn genesis(founders: u64) -> State {
+    let founder = |id: u64| {
+        let record = ReplicaRecord {
+            address: address_of(ReplicaId(id), id as u32),
+            name: format!("host-{id}"),
+            version: VERSION.into(),
+            level: COMMAND_LEVEL,
+            joined_unix_ms: 0,
+            standing: Standing::Voter,
+        };
+        (ReplicaId(id), record)
+    };
+    let mut state = State::founded("simulated".into(), (1..=founders).map(founder).collect());
+    let mut change = |change| {
+        state.apply(GENESIS, Command { unix_ms: 0, request: None, why: None, change });
+    };
+    for role in [Role::Coordinator, Role::Worker, Role::Client] {
+        change(Change::CreateToken(CreateToken {
+            id: token_of(role).into(),
+            secret_sha256: SECRET,
+            role,
+            ttl_ms: 1 << 50,
+            uses: 1000,
+        }));
+    }
+    (0..CLIENTS_MAX).for_each(|number| {
+        change(Change::RedeemToken(redeem(Role::Client, format!("client-{number}"))));
+    });
+    state
+}
