@@ -175,8 +175,14 @@ mod tests {
     #[test]
     fn messages_have_the_bytes_they_always_had() {
         golden(
-            ClientFrame { version: 1, client: ClientId(300), seq: 2, request: Request::Job(JobId(7)) },
-            "01fb2c01020607",
+            ClientFrame {
+                version: 1,
+                client: ClientId(300),
+                seq: 2,
+                stale: false,
+                request: Request::Job(JobId(7)),
+            },
+            "01fb2c0102000607",
         );
         golden(Reply::Submitted { job: JobId(251) }, "00fbfb00");
         golden(ToAgent::Welcome { node: NodeId(1) }, "0001");

@@ -68,7 +68,7 @@ async fn client(
         let request = Request::Cancel { job: JobId(u64::MAX), now: true };
         write_frame(
             &mut send,
-            &ClientFrame { version: PROTOCOL_VERSION, client: ClientId(id), seq, request },
+            &ClientFrame { version: PROTOCOL_VERSION, client: ClientId(id), seq, stale: false, request },
         )
         .await?;
         send.finish()?;

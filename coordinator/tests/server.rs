@@ -275,6 +275,7 @@ async fn a_workers_certificate_does_no_clients_work() {
         version: PROTOCOL_VERSION,
         client: fleet_common::ids::ClientId(1),
         seq: 1,
+        stale: false,
         request: Request::Jobs,
     };
     fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();

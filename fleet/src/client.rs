@@ -39,7 +39,8 @@ impl Client {
 
     /// Asks without changing anything.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, request };
+        let frame =
+            ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request };
         self.exchange(&frame, self.patience.unwrap_or(ASK_PATIENCE)).await
     }
 
@@ -51,8 +52,13 @@ impl Client {
         // a first connection proves that there is a coordinator, and that its client directory is there
         self.connect(Instant::now() + patience).await?;
         let change = sequence::number(&self.cluster.client_dir, &encoded)?;
-        let frame =
-            ClientFrame { version: PROTOCOL_VERSION, client: change.client, seq: change.seq, request };
+        let frame = ClientFrame {
+            version: PROTOCOL_VERSION,
+            client: change.client,
+            seq: change.seq,
+            stale: false,
+            request,
+        };
         let reply = self.exchange(&frame, patience).await;
         // a refusal is an answer; only silence leaves it open whether the change happened
         if !matches!(&reply, Err(failure) if failure.code == fleet_common::exit::UNREACHABLE) {
@@ -135,7 +141,8 @@ impl Client {
         loop {
             let connection = self.connect(give_up).await?;
             let request = Request::Watch { job, from, follow };
-            let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, request };
+            let frame =
+                ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request };
             let why = match open(&connection, &frame).await {
                 Err(why) => why,
                 Ok(mut stream) => loop {

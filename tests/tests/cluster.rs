@@ -68,7 +68,8 @@ fn a_request_that_is_sent_again_is_one_job_even_after_a_restart() {
     let cluster = world.coordinator(&data, ANY);
     let work = Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: Vec::new() });
     let request = Request::Submit(SubmitJob { world_size: 1, work });
-    let frame = ClientFrame { version: PROTOCOL_VERSION, client: ClientId(77), seq: 1, request };
+    let frame =
+        ClientFrame { version: PROTOCOL_VERSION, client: ClientId(77), seq: 1, stale: false, request };
     let first = send(&cluster, &frame);
     assert!(matches!(first, Reply::Submitted { .. }), "{first:?}");
     assert_eq!(send(&cluster, &frame), first);

@@ -12,6 +12,8 @@ pub struct ClientFrame {
     pub client: ClientId,
     /// Rises with every new change; the same on a retry.
     pub seq: u64,
+    /// A query may be answered from what this coordinator has, which may be old, without asking the others.
+    pub stale: bool,
     pub request: Request,
 }
 

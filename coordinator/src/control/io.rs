@@ -97,6 +97,8 @@ pub enum Input {
     },
     /// Why nothing may be written, or that there is room again.
     LowSpace(Option<String>),
+    /// This coordinator is about to be stopped: if it leads, another one shall.
+    StepDown,
 }
 
 #[derive(Clone, Debug, PartialEq)]

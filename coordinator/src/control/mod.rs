@@ -15,8 +15,20 @@
 //! What the driver does: it authenticates (`Input` carries who somebody is by his certificate), encodes, signs certificates, makes
 //! tokens, acknowledges heartbeats, and keeps to the two credits `AGENT_BATCHES_MAX` and `REPLIES_MAX`.
 
+mod agents;
+mod asks;
+mod calls;
 mod io;
+mod members;
+mod observations;
 mod peer;
+mod planning;
+mod reads;
+mod requests;
+mod session;
+mod transfers;
+mod views;
+mod watches;
 
 pub use io::{
     AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Session,
@@ -24,54 +36,285 @@ pub use io::{
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
 
-use crate::cluster::State;
+use crate::cluster::{Effect, State};
 use crate::raft::disk::Disk;
 use crate::raft::history::History;
-use crate::raft::replica::Replica;
-use fleet_common::ids::ReplicaId;
+use crate::raft::replica::{Replica, Ticket};
+use agents::Agents;
+use asks::Ask;
+use calls::Calls;
+use fleet_common::ids::{JobId, NodeId, ReplicaId};
+use fleet_common::protocol::Member;
+use observations::Observations;
 use prost::Message as _;
 use raft::eraftpb::Message;
+use reads::Reads;
+use std::collections::{BTreeMap, BTreeSet};
+use transfers::Transfers;
+use watches::Watches;
 
+/// Open calls of clients, joiners and the driver: what a thousand impatient users have.
+pub const CALLS_MAX: usize = 4_096;
+/// Agents at one coordinator: all of a cluster of 10,000 nodes, and as many again that reconnect.
+pub const AGENTS_MAX: usize = 20_000;
+/// Between looks at what is seldom due.
+const HOUSEKEEPING_MS: u64 = 1_000;
+/// Between attempts to use a full disk again.
+const RECOVER_EVERY_MS: u64 = 250;
+
+/// Invariants: what is in `out` was caused by what is durable, unless it is a message that raft allows before; a ticket belongs to
+/// one ask at most; every call in `calls` will be answered or was given up by its caller.
 pub struct Control<D: Disk> {
     replica: Replica<D>,
     history: History<D>,
+    myself: Myself,
+    last_ticket: Ticket,
+    lead: Option<Lead>,
+    asks: BTreeMap<Ticket, Ask>,
+    reads: Reads,
+    calls: Calls,
+    watches: Watches,
+    agents: Agents,
+    observations: Observations,
+    transfers: Transfers,
+    low_space: Option<String>,
+    removed: Option<String>,
+    /// When this coordinator last led or was heard by who leads.
+    in_touch_ms: u64,
+    plan_now: bool,
+    planned_ms: u64,
+    /// Decisions of the planner that are under way.
+    decisions: usize,
+    promoting: bool,
+    members_ms: u64,
+    describing: bool,
+    describe_at_ms: u64,
+    housekeeping_ms: u64,
+    recovered_ms: u64,
+    /// Who led, and in which term, when it was looked last.
+    followed: (Option<u64>, u64),
+    /// Something was handed to raft since its last round.
+    raft_touched: bool,
     out: Vec<Action>,
+}
+
+/// Leadership that a quorum has confirmed.
+struct Lead {
+    term: u64,
+    since_ms: u64,
 }
 
 impl<D: Disk> Control<D> {
     /// `seed` makes the tickets of this life of the coordinator: it must be another one at every start.
-    pub fn new(replica: Replica<D>, history: History<D>, _myself: Myself, _seed: u64, _now: Now) -> Self {
-        Control { replica, history, out: Vec::new() }
+    pub fn new(replica: Replica<D>, history: History<D>, myself: Myself, seed: u64, now: Now) -> Self {
+        // Tickets are in the log: one of another coordinator or of an earlier life must not be taken for one of this.
+        let last_ticket = spread(seed ^ replica.id().rotate_left(32));
+        Control {
+            replica,
+            history,
+            myself,
+            last_ticket,
+            lead: None,
+            asks: BTreeMap::new(),
+            reads: Reads::default(),
+            calls: Calls::default(),
+            watches: Watches::default(),
+            agents: Agents::default(),
+            observations: Observations::default(),
+            transfers: Transfers::default(),
+            low_space: None,
+            removed: None,
+            in_touch_ms: now.mono_ms,
+            plan_now: false,
+            planned_ms: now.mono_ms,
+            decisions: 0,
+            promoting: false,
+            members_ms: now.mono_ms,
+            describing: false,
+            describe_at_ms: now.mono_ms,
+            housekeeping_ms: now.mono_ms,
+            recovered_ms: now.mono_ms,
+            followed: (None, 0),
+            raft_touched: true,
+            out: Vec::new(),
+        }
     }
 
     /// Takes what happened. Cheap, and touches no disk.
-    pub fn handle(&mut self, _now: Now, input: Input) {
+    pub fn handle(&mut self, now: Now, input: Input) {
         match input {
-            Input::Tick => self.replica.tick(),
-            Input::Peer { message: PeerMessage::Raft(bytes), .. } => {
-                if let Ok(message) = Message::decode(&bytes[..]) {
+            Input::Tick => self.tick(now),
+            Input::Peer { from, message } => self.peer_said(now, from, message),
+            Input::PeerLost(peer) => self.replica.report_unreachable(peer.0),
+            Input::AgentConnected { session, node } => self.agent_connected(now, session, node),
+            Input::Agent { session, message } => self.agent_said(now, session, message),
+            Input::AgentHeard { node } => self.observations.heard(node, now),
+            Input::AgentLost { session } => self.agent_lost(session),
+            Input::Client { call, caller, frame } => self.take_client(now, call, caller, frame),
+            Input::Taken { call, replies } => self.replies_taken(call, replies),
+            Input::CallLost(call) => drop(self.calls.remove(call)),
+            Input::Join { call, redeem, request } => self.take_join(call, redeem, request),
+            Input::Propose { call, request, change } => self.take_change(now, call, request, change),
+            Input::LowSpace(why) => self.low_space = why,
+            Input::StepDown => self.hand_over(now),
+        }
+    }
+
+    fn tick(&mut self, now: Now) {
+        self.replica.tick();
+        self.look_after_asks(now);
+        self.look_after_reads(now);
+        self.look_after_agents(now);
+        self.look_after_members(now);
+        if now.mono_ms.saturating_sub(self.housekeeping_ms) >= HOUSEKEEPING_MS {
+            self.housekeeping_ms = now.mono_ms;
+            self.describe_myself(now);
+            self.look_after_watches(now);
+            self.observations.forget(now);
+        }
+    }
+
+    fn peer_said(&mut self, now: Now, from: ReplicaId, message: PeerMessage) {
+        if self.is_revoked(Member::Coordinator(from)) {
+            return self.out.push(Action::ToPeer { to: from, message: PeerMessage::Removed });
+        }
+        if self.removed.is_some() {
+            return;
+        }
+        match message {
+            PeerMessage::Raft(bytes) => {
+                // One that does not fit is dropped; raft sends what matters again.
+                if let Ok(message) = Message::decode(&bytes[..])
+                    && message.from == from.0
+                {
                     let _ = self.replica.step(message);
                 }
             }
-            _ => {}
+            PeerMessage::Propose { ticket, command } => self.propose_for(now, from, ticket, *command),
+            PeerMessage::Query { ticket, request } => self.query_for(from, ticket, request),
+            PeerMessage::Told { ticket, told } => self.told(now, from, ticket, told),
+            PeerMessage::Observations(report) => self.take_report(now, from, report),
+            PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
+            PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
+            PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
+            PeerMessage::Removed => self.was_removed(),
         }
     }
 
     /// Does the work of all that was handled since the last call: one sync of the disk for all of it.
-    pub fn process(&mut self, _now: Now) -> Result<Vec<Action>, ControlError> {
-        let out = &mut self.out;
-        self.replica.process(&mut |message| {
-            out.push(Action::ToPeer {
-                to: ReplicaId(message.to),
-                message: PeerMessage::Raft(message.encode_to_vec()),
-            });
-        })?;
+    pub fn process(&mut self, now: Now) -> Result<Vec<Action>, ControlError> {
+        if self.removed.is_none() {
+            self.round(now)?;
+        }
         Ok(std::mem::take(&mut self.out))
     }
 
-    /// There is work left that waits for no input: call `process` again soon.
+    fn round(&mut self, now: Now) -> Result<(), ControlError> {
+        self.recover(now)?;
+        self.take_chunk()?;
+        self.plan(now);
+        self.record_events(now);
+        self.ask_for_reads(now);
+        let out = &mut self.out;
+        self.raft_touched = false;
+        let output = self.replica.process(&mut |message| {
+            let to = ReplicaId(message.to);
+            out.push(Action::ToPeer { to, message: PeerMessage::Raft(message.encode_to_vec()) });
+        })?;
+        self.note_leadership(now);
+        for (ticket, answer) in output.answers {
+            self.answered(now, ticket, answer);
+        }
+        if output.installed {
+            self.everything_is_new();
+        }
+        self.note(output.effects);
+        self.confirmed_reads(now, output.reads);
+        if let Some(why) = self.replica.full().map(str::to_owned) {
+            self.refuse_for_lack_of_room(now, &why);
+        }
+        self.give_orders();
+        self.serve_watches();
+        self.exchange_chunks(now)?;
+        self.report(now);
+        if self.replica.was_removed() {
+            self.was_removed();
+        }
+        Ok(())
+    }
+
+    /// There is work left that waits for no input: call `process` again when its actions are under way.
     pub fn busy(&self) -> bool {
-        false
+        let plans = self.plan_now && self.lead.is_some() && self.read_only().is_none() && self.decisions == 0;
+        let waits = self.raft_touched || plans || self.reads.are_due();
+        self.removed.is_none() && (waits || self.watches.are_busy() || self.agents.are_busy())
+    }
+
+    fn recover(&mut self, now: Now) -> Result<(), ControlError> {
+        let due = now.mono_ms.saturating_sub(self.recovered_ms) >= RECOVER_EVERY_MS;
+        if due && self.replica.full().is_some() && self.low_space.is_none() {
+            self.recovered_ms = now.mono_ms;
+            self.replica.recover()?;
+        }
+        Ok(())
+    }
+
+    /// Notes who leads since the last round. Asks follow the leader at once, and the leader's own plans end with its leadership.
+    fn note_leadership(&mut self, now: Now) {
+        let term = self.replica.term();
+        match &self.lead {
+            Some(lead) if lead.term != term || !self.replica.leads() => {
+                self.lead = None;
+                self.drop_leaders_asks();
+                (self.decisions, self.promoting) = (0, false);
+            }
+            None if self.replica.leads() => {
+                self.lead = Some(Lead { term, since_ms: now.mono_ms });
+                self.plan_now = true;
+            }
+            _ => {}
+        }
+        let follows = (self.replica.leader(), term);
+        if self.followed != follows {
+            self.followed = follows;
+            // First who is there, then what they want.
+            self.report(now);
+            self.look_after_asks(now);
+        }
+    }
+
+    fn note(&mut self, effects: Vec<Effect>) {
+        let mut nodes: BTreeSet<NodeId> = BTreeSet::new();
+        let mut jobs: BTreeSet<JobId> = BTreeSet::new();
+        let mut members = false;
+        for effect in effects {
+            match effect {
+                Effect::Plan => self.plan_now = true,
+                Effect::Node(node) => drop(nodes.insert(node)),
+                Effect::Job(job) => drop(jobs.insert(job)),
+                Effect::Members => members = true,
+            }
+        }
+        self.wake_agents(nodes.into_iter());
+        self.wake_watches(&jobs);
+        if members {
+            self.members_are_new();
+        }
+    }
+
+    fn members_are_new(&mut self) {
+        self.out.push(Action::Members);
+        self.wake_all_agents();
+        if self.is_revoked(Member::Coordinator(self.me())) {
+            self.was_removed();
+        }
+    }
+
+    /// The state was replaced as a whole, by a snapshot.
+    fn everything_is_new(&mut self) {
+        self.plan_now = true;
+        self.wake_all_watches();
+        self.members_are_new();
     }
 
     pub fn state(&self) -> &State {
@@ -86,13 +329,39 @@ impl<D: Disk> Control<D> {
         &self.history
     }
 
+    /// Why nothing can be written here.
+    fn read_only(&self) -> Option<&str> {
+        self.replica.full().or(self.low_space.as_deref())
+    }
+
+    /// The disk is full, and the others go on without this replica: what it knows may be old.
+    fn is_stuck(&self) -> bool {
+        self.replica.full().is_some() && !self.replica.is_alone()
+    }
+
     pub fn status(&self) -> Status {
         Status {
             leader: self.replica.leader().map(ReplicaId),
             term: self.replica.term(),
             commit_index: self.replica.commit_index(),
             applied_index: self.replica.applied_index(),
-            ..Status::default()
+            leading_since_ms: self.lead.as_ref().map(|lead| lead.since_ms),
+            voter: self.replica.is_voter(),
+            read_only: self.read_only().map(str::to_owned),
+            removed: self.removed.clone(),
+            agents: self.agents.len(),
+            calls: self.calls.len(),
         }
     }
 }
+
+/// A number that is as good as random (SplitMix64's mixer, Steele et al. 2014).
+fn spread(seed: u64) -> u64 {
+    let z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests;

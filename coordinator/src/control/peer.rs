@@ -5,6 +5,7 @@
 
 use crate::cluster::Command;
 use crate::raft::replica::Ticket;
+use crate::raft::transfer::{Chunk, Fetch};
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::{Refusal, Reply, Request};
 use serde::{Deserialize, Serialize};
@@ -36,7 +37,10 @@ pub enum PeerMessage {
     ObservationsTaken {
         seq: u64,
     },
-    /// The receiver was removed from the cluster.
+    /// A piece of the receiver's snapshot, please.
+    Fetch(Fetch),
+    Chunk(Box<Chunk>),
+    /// The receiver was removed from the cluster. A driver whose connections are refused for that reason hands this in as well.
     Removed,
 }
 

@@ -105,6 +105,8 @@ pub struct Output {
     pub effects: Vec<Effect>,
     /// Reads that may look at the state now.
     pub reads: Vec<Ticket>,
+    /// The state was replaced by a snapshot; the effects of what was skipped are not told.
+    pub installed: bool,
 }
 
 /// What raft wanted written when the disk was full.
@@ -546,6 +548,7 @@ impl<D: Disk> Replica<D> {
         }
         if !ready.snapshot().is_empty() {
             self.install(&ready)?;
+            output.installed = true;
         }
         self.send_all(ready.take_persisted_messages(), send);
         let mut light = self.node.advance_append(ready);

@@ -61,7 +61,7 @@ impl Client {
 
     /// A request with this sequence number, which may have been used.
     pub async fn send(&self, seq: u64, request: Request) -> Reply {
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq, request };
+        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq, stale: false, request };
         let ask = async {
             let (mut send, mut receive) = self.connection.open_bi().await.unwrap();
             write_frame(&mut send, &frame).await.unwrap();
@@ -88,7 +88,7 @@ impl Client {
     /// All events of a watch, which must end.
     pub async fn watch(&self, job: JobId, from: u64, follow: bool) -> Vec<(u64, Event)> {
         let request = Request::Watch { job, from, follow };
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: 0, request };
+        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: 0, stale: false, request };
         let watch = async {
             let (mut send, mut receive) = self.connection.open_bi().await.unwrap();
             write_frame(&mut send, &frame).await.unwrap();

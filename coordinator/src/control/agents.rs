@@ -1,0 +1,357 @@
+//! The agents that this coordinator holds: their greetings, their orders, their events.
+//!
+//! Orders follow from the state, so a lost wake-up or connection costs nothing. A greeting is answered from a state that is known to be
+//! new enough; after that the local state does: what is applied here was decided. Events are acknowledged only when they are committed,
+//! and heartbeats never touch the log.
+
+use super::asks::{Asker, Outcome, What};
+use super::reads::Reader;
+use super::session::{AgentSession, Phase};
+use super::{AGENT_BATCHES_MAX, AGENTS_MAX, Action, Control, Now, Session};
+use crate::cluster::Answer;
+use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
+use crate::cluster::members::NodeRecord;
+use crate::cluster::orders::GangStanding;
+use crate::planner::LEASE_MS;
+use crate::raft::disk::Disk;
+use fleet_common::events::EventBatch;
+use fleet_common::ids::NodeId;
+use fleet_common::protocol::{
+    AgentHello, FromAgent, Member, PROTOCOL_VERSION, Refusal, RefusalKind, ToAgent,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// From the connection to the welcome. An election fits into it.
+const GREETING_DEADLINE_MS: u64 = 5_000;
+/// Between attempts to record events while nothing can be written.
+const RETRY_MS: u64 = 200;
+/// Without a leader for this long, a coordinator sends its agents to another one, which may have it: they shall be heard there before
+/// their lease ends.
+const PATIENCE_MS: u64 = LEASE_MS * 2 / 5;
+
+#[derive(Default)]
+pub(super) struct Agents {
+    sessions: BTreeMap<Session, AgentSession>,
+    /// The newest session of each node; it speaks for the node.
+    by_node: BTreeMap<NodeId, Session>,
+    /// Sessions for which there may be orders.
+    woken: BTreeSet<Session>,
+    /// Sessions that may have events to record.
+    queued: BTreeSet<Session>,
+}
+
+impl Agents {
+    pub fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    pub fn are_busy(&self) -> bool {
+        !self.queued.is_empty() || !self.woken.is_empty()
+    }
+}
+
+impl<D: Disk> Control<D> {
+    pub(super) fn agent_connected(&mut self, now: Now, session: Session, node: NodeId) {
+        let refused = if let Some(why) = &self.removed {
+            Some((why.clone(), false))
+        } else if self.is_revoked(Member::Worker(node)) {
+            Some((format!("{node} was revoked; join again with a new token"), true))
+        } else if self.agents.len() >= AGENTS_MAX {
+            Some((format!("this coordinator holds {AGENTS_MAX} agents already; try another one"), false))
+        } else {
+            None
+        };
+        if let Some((message, fatal)) = refused {
+            return self.out.push(Action::CloseAgent { session, message, fatal });
+        }
+        if let Some(older) = self.agents.by_node.insert(node, session) {
+            self.agents.sessions.remove(&older);
+            let message = format!("{node} has connected anew");
+            self.out.push(Action::CloseAgent { session: older, message, fatal: false });
+        }
+        let greeting = AgentSession::new(node, now.mono_ms + GREETING_DEADLINE_MS);
+        self.agents.sessions.insert(session, greeting);
+    }
+
+    pub(super) fn agent_lost(&mut self, session: Session) {
+        if let Some(gone) = self.agents.sessions.remove(&session)
+            && self.agents.by_node.get(&gone.node) == Some(&session)
+        {
+            self.agents.by_node.remove(&gone.node);
+            self.observations.disconnected(gone.node);
+            self.plan_now = true;
+        }
+    }
+
+    fn close_agent(&mut self, session: Session, message: impl Into<String>, fatal: bool) {
+        if self.agents.sessions.contains_key(&session) {
+            self.agent_lost(session);
+            self.out.push(Action::CloseAgent { session, message: message.into(), fatal });
+        }
+    }
+
+    pub(super) fn close_all_agents(&mut self, why: &str) {
+        for session in self.agents.sessions.keys().copied().collect::<Vec<_>>() {
+            self.close_agent(session, why, false);
+        }
+    }
+
+    pub(super) fn agent_said(&mut self, now: Now, session: Session, message: FromAgent) {
+        let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
+        match &message {
+            FromAgent::Hello(_) => self.observations.greets(agent.node, now),
+            _ => self.observations.heard(agent.node, now),
+        }
+        match message {
+            FromAgent::Heartbeat { .. } => {}
+            FromAgent::Hello(_) if agent.phase != Phase::Silent => {
+                self.close_agent(session, "a worker greets once per connection", false);
+            }
+            FromAgent::Hello(hello) if hello.version != PROTOCOL_VERSION => {
+                let why = format!(
+                    "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the worker {}; install the same version of fleet",
+                    hello.version
+                );
+                self.close_agent(session, why, true);
+            }
+            FromAgent::Hello(hello) => {
+                agent.hello = Some(hello);
+                agent.phase = Phase::Reading;
+                self.reads.add(Reader::Greeting(session));
+            }
+            FromAgent::Events(_) if agent.phase == Phase::Silent => {
+                self.close_agent(session, "a worker greets first", true);
+            }
+            FromAgent::Events(batch) => {
+                if agent.queue(batch) > AGENT_BATCHES_MAX {
+                    let why = format!("more than {AGENT_BATCHES_MAX} batches of events at once");
+                    return self.close_agent(session, why, false);
+                }
+                self.agents.queued.insert(session);
+            }
+        }
+    }
+
+    /// A look at a state that has all that was acknowledged before the agent greeted.
+    pub(super) fn greeting_read(&mut self, now: Now, session: Session) {
+        let Some(agent) = self.agents.sessions.get(&session) else { return };
+        let (node, phase) = (agent.node, agent.phase);
+        let Some(hello) = agent.hello.clone() else { return };
+        let state = self.replica.state();
+        let Some(record) = state.nodes().get(&node) else {
+            let why = format!("{node} is not registered in this cluster; join again with a token");
+            return self.close_agent(session, why, true);
+        };
+        if phase == Phase::Confirming {
+            return match record.lost {
+                // It was called lost while it greeted.
+                true => self.close_agent(session, "the cluster has given this node up; greet again", false),
+                false => self.welcome(now, session, &hello),
+            };
+        }
+        let mut changes = Vec::new();
+        if !as_described(record, &hello) {
+            changes.push(Change::DescribeNode(DescribeNode {
+                node,
+                name: hello.name.clone(),
+                slots: hello.slots,
+                device: hello.device.clone(),
+                version: hello.program_version.clone(),
+            }));
+        }
+        for (job, generation) in state.lost_gangs(node, &hello.gangs) {
+            let name = &hello.name;
+            let message =
+                format!("agent restarted: the worker on {name} came back without {job}; its ranks are gone");
+            changes.push(Change::FailJob(FailJob { job, generation, message }));
+        }
+        if changes.is_empty() {
+            return self.welcome(now, session, &hello);
+        }
+        self.set_phase(session, Phase::Recording { left: changes.len() });
+        for change in changes {
+            self.ask(now, Asker::Agent(session), What::change(None, change));
+        }
+    }
+
+    fn set_phase(&mut self, session: Session, phase: Phase) {
+        if let Some(agent) = self.agents.sessions.get_mut(&session) {
+            agent.phase = phase;
+        }
+    }
+
+    /// Welcomes an agent, and tells it how the gangs stand that it knows.
+    fn welcome(&mut self, now: Now, session: Session, hello: &AgentHello) {
+        let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
+        let node = agent.node;
+        agent.phase = Phase::Up;
+        agent.knows(&hello.gangs);
+        let mut tell = |message| self.out.push(Action::ToAgent { session, message });
+        tell(ToAgent::Welcome { node });
+        for (job, generation) in hello.gangs.iter().copied() {
+            let (seq, wanted) = match self.replica.state().gang_standing(node, job, generation) {
+                GangStanding::Wanted { seq } => (seq, true),
+                GangStanding::Over { seq } => (seq, false),
+                GangStanding::Unwanted => (0, false),
+            };
+            if seq > 0 {
+                tell(ToAgent::EventsCommitted { job, generation, seq });
+            }
+            if !wanted {
+                tell(ToAgent::StopGang { job, generation, now: true });
+            }
+        }
+        self.observations.connected(node, now);
+        self.agents.woken.insert(session);
+        self.agents.queued.insert(session);
+        self.plan_now = true;
+    }
+
+    pub(super) fn wake_agents(&mut self, nodes: impl Iterator<Item = NodeId>) {
+        let Agents { by_node, woken, .. } = &mut self.agents;
+        woken.extend(nodes.filter_map(|node| by_node.get(&node).copied()));
+    }
+
+    pub(super) fn wake_all_agents(&mut self) {
+        self.agents.woken.extend(self.agents.sessions.keys().copied());
+    }
+
+    /// Sends the orders that are new, and away who is not wanted any more.
+    pub(super) fn give_orders(&mut self) {
+        for session in std::mem::take(&mut self.agents.woken) {
+            let Some(agent) = self.agents.sessions.get_mut(&session) else { continue };
+            let node = agent.node;
+            let state = self.replica.state();
+            if self.is_revoked(Member::Worker(node)) {
+                self.close_agent(session, format!("{node} was revoked; join again with a new token"), true);
+                continue;
+            }
+            let Some(agent) = self.agents.sessions.get_mut(&session).filter(|agent| agent.phase == Phase::Up)
+            else {
+                continue;
+            };
+            if state.nodes().get(&node).is_none_or(|record| record.lost) {
+                self.close_agent(session, "the cluster has given this node up; greet again", false);
+                continue;
+            }
+            for message in state.orders(node) {
+                if agent.is_news(&message) {
+                    self.out.push(Action::ToAgent { session, message });
+                }
+            }
+        }
+    }
+
+    /// Passes on the events that wait, one piece of every agent at a time.
+    pub(super) fn record_events(&mut self, now: Now) {
+        for session in std::mem::take(&mut self.agents.queued) {
+            let Some(agent) = self.agents.sessions.get_mut(&session) else { continue };
+            let (node, mut given_back) = (agent.node, 0);
+            let next = agent.next(now.mono_ms, &mut given_back);
+            for _ in 0..given_back {
+                self.out.push(Action::AgentTaken { session });
+            }
+            if let Some(batch) = next {
+                let change = Change::RecordEvents(RecordEvents { node, batch });
+                self.ask(now, Asker::Agent(session), What::change(None, change));
+            }
+        }
+    }
+
+    pub(super) fn agents_change_settled(
+        &mut self,
+        now: Now,
+        session: Session,
+        what: What,
+        result: Result<Outcome, Refusal>,
+    ) {
+        let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
+        let refusal = match result {
+            Ok(Outcome::Answer(Answer::Rejected(refusal))) => {
+                return self.close_agent(session, refusal.message, true);
+            }
+            Ok(Outcome::Answer(answer)) => return self.agents_change_done(session, what, answer),
+            Ok(Outcome::Reply(_)) => return,
+            Err(refusal) => refusal,
+        };
+        // Not recorded.
+        match what {
+            What::Change(command) => match command.change {
+                Change::RecordEvents(RecordEvents { batch, .. }) if refusal.kind == RefusalKind::Invalid => {
+                    let job = batch.job;
+                    if agent.halve(batch) {
+                        self.agents.queued.insert(session);
+                    } else {
+                        self.close_agent(session, format!("an event of {job}: {}", refusal.message), true);
+                    }
+                }
+                Change::RecordEvents(RecordEvents { batch, .. }) => {
+                    agent.put_back(batch, now.mono_ms + RETRY_MS);
+                }
+                _ => self.close_agent(session, refusal.message, refusal.kind != RefusalKind::Unavailable),
+            },
+            What::Query(_) => {}
+        }
+    }
+
+    fn agents_change_done(&mut self, session: Session, what: What, answer: Answer) {
+        let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
+        let What::Change(command) = what else { return };
+        let Change::RecordEvents(RecordEvents { batch: EventBatch { job, generation, .. }, .. }) =
+            command.change
+        else {
+            if let Phase::Recording { left } = &mut agent.phase {
+                *left -= 1;
+                if *left == 0 {
+                    agent.phase = Phase::Confirming;
+                    self.reads.add(Reader::Greeting(session));
+                }
+            }
+            return;
+        };
+        let (message, done) = match answer {
+            Answer::EventsTaken { seq } => {
+                (ToAgent::EventsCommitted { job, generation, seq }, agent.recorded())
+            }
+            Answer::EventsGap { next_seq } => {
+                (ToAgent::ResendEvents { job, generation, next_seq }, agent.gap(job, generation, next_seq))
+            }
+            other => {
+                let why = format!("the events of {job} cannot be recorded: {other:?}");
+                return self.close_agent(session, why, false);
+            }
+        };
+        self.out.push(Action::ToAgent { session, message });
+        if done {
+            self.out.push(Action::AgentTaken { session });
+        }
+        self.agents.queued.insert(session);
+    }
+
+    /// Ends greetings that take too long, tries again what could not be recorded, and sends agents away from a coordinator that has
+    /// lost the others.
+    pub(super) fn look_after_agents(&mut self, now: Now) {
+        let alone = now.mono_ms.saturating_sub(self.in_touch_ms) >= PATIENCE_MS;
+        let mut away = Vec::new();
+        for (session, agent) in &self.agents.sessions {
+            if agent.phase != Phase::Up && now.mono_ms >= agent.deadline_ms {
+                away.push((*session, "no greeting in time, or no coordinator leads; connect again"));
+            } else if agent.phase == Phase::Up && alone {
+                away.push((*session, "this coordinator has lost the others; connect to another one"));
+            } else if agent.retry_ms != 0 && now.mono_ms >= agent.retry_ms {
+                self.agents.queued.insert(*session);
+            }
+        }
+        for (session, why) in away {
+            self.close_agent(session, why, false);
+        }
+    }
+}
+
+fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
+    !record.lost
+        && record.name == hello.name
+        && record.slots == hello.slots
+        && record.device == hello.device
+        && record.version == hello.program_version
+}

@@ -1,0 +1,278 @@
+//! Requests from outside: clients', joiners' and the driver's. Each is open until it was answered or its caller is gone.
+
+use super::asks::{Asker, Outcome, What, invalid, unavailable};
+use super::reads::Reader;
+use super::watches::Watch;
+use super::{Action, Admission, CALLS_MAX, Call, Control, Now, requests};
+use crate::cluster::Answer;
+use crate::cluster::commands::{Change, RedeemToken};
+use crate::cluster::members::clean_name;
+use crate::cluster::session::{ANSWERS_PER_CLIENT, RequestId};
+use crate::raft::disk::Disk;
+use fleet_common::ids::ClientId;
+use fleet_common::protocol::{
+    ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
+};
+use std::collections::BTreeMap;
+
+/// Open calls of one certificate: a quarter of all.
+const CALLS_PER_MEMBER_MAX: usize = CALLS_MAX / 4;
+
+pub(super) struct OpenCall {
+    caller: Option<Member>,
+    kind: Kind,
+}
+
+enum Kind {
+    /// Answered by its ask.
+    Once,
+    /// A change of this client.
+    Change(ClientId),
+    Watch(Watch),
+    Join {
+        redeem: Box<RedeemToken>,
+        request: RequestId,
+    },
+}
+
+/// All open calls, counted.
+#[derive(Default)]
+pub(super) struct Calls {
+    open: BTreeMap<Call, OpenCall>,
+    of_member: BTreeMap<Member, usize>,
+    /// Changes under way: the state remembers no more answers of a client than this.
+    of_client: BTreeMap<ClientId, usize>,
+}
+
+impl Calls {
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    fn insert(&mut self, id: Call, call: OpenCall) -> Result<(), Refusal> {
+        if self.open.contains_key(&id) {
+            return Err(invalid(format!(
+                "the number {id} of a call was given twice; this is a bug in fleet"
+            )));
+        }
+        if self.open.len() >= CALLS_MAX {
+            return Err(unavailable(format!(
+                "this coordinator has {CALLS_MAX} requests open already; try again, or ask another one"
+            )));
+        }
+        let of_member = call.caller.map(|member| self.of_member.entry(member).or_default());
+        if of_member.as_ref().is_some_and(|open| **open >= CALLS_PER_MEMBER_MAX) {
+            return Err(unavailable(format!(
+                "you have {CALLS_PER_MEMBER_MAX} requests open already; try again"
+            )));
+        }
+        if let Kind::Change(client) = call.kind {
+            let of_client = self.of_client.entry(client).or_default();
+            if *of_client >= ANSWERS_PER_CLIENT {
+                return Err(unavailable(format!(
+                    "this client has {ANSWERS_PER_CLIENT} changes under way already; wait for some of them"
+                )));
+            }
+            *of_client += 1;
+        }
+        of_member.into_iter().for_each(|open| *open += 1);
+        self.open.insert(id, call);
+        Ok(())
+    }
+
+    pub fn remove(&mut self, id: Call) -> Option<OpenCall> {
+        let call = self.open.remove(&id)?;
+        if let Some(member) = call.caller {
+            decrement(&mut self.of_member, member);
+        }
+        if let Kind::Change(client) = call.kind {
+            decrement(&mut self.of_client, client);
+        }
+        Some(call)
+    }
+
+    pub fn watch(&mut self, id: Call) -> Option<&mut Watch> {
+        match &mut self.open.get_mut(&id)?.kind {
+            Kind::Watch(watch) => Some(watch),
+            _ => None,
+        }
+    }
+
+    pub fn watches(&mut self) -> impl Iterator<Item = (Call, &mut Watch)> {
+        self.open.iter_mut().filter_map(|(id, call)| match &mut call.kind {
+            Kind::Watch(watch) => Some((*id, watch)),
+            _ => None,
+        })
+    }
+
+    pub fn ids(&self) -> Vec<Call> {
+        self.open.keys().copied().collect()
+    }
+}
+
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: K) {
+    if let Some(count) = counts.get_mut(&key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&key);
+        }
+    }
+}
+
+impl<D: Disk> Control<D> {
+    pub(super) fn take_client(&mut self, now: Now, call: Call, caller: Member, frame: ClientFrame) {
+        if let Err(refusal) = self.begin(now, call, caller, frame) {
+            self.calls.remove(call);
+            self.out.push(Action::Reply { call, reply: Reply::Refused(refusal) });
+        }
+    }
+
+    fn begin(&mut self, now: Now, call: Call, caller: Member, frame: ClientFrame) -> Result<(), Refusal> {
+        self.is_serving()?;
+        self.may_ask(caller)?;
+        if frame.version != PROTOCOL_VERSION {
+            return Err(invalid(format!(
+                "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the client {}; install the same version of fleet",
+                frame.version
+            )));
+        }
+        let id = RequestId { client: frame.client, seq: frame.seq };
+        let mut open = |kind| self.calls.insert(call, OpenCall { caller: Some(caller), kind });
+        match frame.request {
+            Request::Watch { job, from, follow } => {
+                open(Kind::Watch(Watch::new(job, from, follow, now)))?;
+                self.start_watch(call, frame.stale);
+            }
+            request if requests::is_query(&request) => {
+                open(Kind::Once)?;
+                if frame.stale {
+                    let reply = self.query(now, &request);
+                    self.reply_to_client(call, reply.map(|reply| Outcome::Reply(Box::new(reply))));
+                } else {
+                    self.ask(now, Asker::Client(call), What::Query(Box::new(request)));
+                }
+            }
+            request => {
+                open(Kind::Change(frame.client))?;
+                let change = requests::change(request)?;
+                self.ask(now, Asker::Client(call), What::change(Some(id), change));
+            }
+        }
+        Ok(())
+    }
+
+    /// A coordinator that was taken out, or cannot follow the others for lack of room, sends everybody elsewhere.
+    fn is_serving(&self) -> Result<(), Refusal> {
+        match (&self.removed, self.replica.full()) {
+            (Some(why), _) => Err(unavailable(why.clone())),
+            (None, Some(why)) if self.is_stuck() => {
+                Err(unavailable(format!("this coordinator cannot go on: {why}; ask another one")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The driver has seen the certificate; whether it still counts is in the state.
+    fn may_ask(&self, caller: Member) -> Result<(), Refusal> {
+        let forbidden = |message: String| Err(Refusal { kind: RefusalKind::Forbidden, message });
+        if caller.role() != Role::Client {
+            return forbidden(format!(
+                "the certificate of {caller} is not a client's; join with a token for clients"
+            ));
+        }
+        if self.is_revoked(caller) {
+            return forbidden(format!("{caller} was revoked; join again with a new token"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_join(&mut self, call: Call, redeem: RedeemToken, request: RequestId) {
+        let kind = Kind::Join { redeem: Box::new(redeem), request };
+        let opened =
+            self.is_serving().and_then(|()| self.calls.insert(call, OpenCall { caller: None, kind }));
+        match opened {
+            Ok(()) => self.reads.add(Reader::Join(call)),
+            Err(refusal) => self.out.push(Action::Joined { call, result: Err(refusal) }),
+        }
+    }
+
+    /// Guesses of a token are turned away here, so that they do not fill the log.
+    pub(super) fn join_read(&mut self, now: Now, call: Call) {
+        let Some(Kind::Join { redeem, request }) = self.calls.open.get(&call).map(|call| &call.kind) else {
+            return;
+        };
+        let (redeem, request) = (redeem.clone(), *request);
+        let token = self.replica.state().tokens().get(&redeem.id);
+        if token.is_some_and(|token| token.secret_sha256 == redeem.secret_sha256) {
+            return self.ask(
+                now,
+                Asker::Join(call),
+                What::change(Some(request), Change::RedeemToken(*redeem)),
+            );
+        }
+        let why = "this token is not known here; use one that this cluster issued";
+        self.admit(call, Err(Refusal { kind: RefusalKind::Forbidden, message: why.into() }));
+    }
+
+    pub(super) fn admit(&mut self, call: Call, result: Result<Outcome, Refusal>) {
+        let Some(OpenCall { kind: Kind::Join { redeem, .. }, .. }) = self.calls.remove(call) else { return };
+        let result = result.and_then(|outcome| match outcome {
+            Outcome::Answer(Answer::Redeemed { member }) => Ok(Admission {
+                member,
+                name: match member {
+                    Member::Worker(node) => self.replica.state().node_name(node),
+                    Member::Client(_) | Member::Coordinator(_) => clean_name(&redeem.name, member),
+                },
+            }),
+            Outcome::Answer(answer) => Err(requests::refusal_in(answer)),
+            Outcome::Reply(reply) => Err(requests::misfit(&reply)),
+        });
+        self.out.push(Action::Joined { call, result });
+    }
+
+    pub(super) fn take_change(&mut self, now: Now, call: Call, request: RequestId, change: Change) {
+        let open = OpenCall { caller: None, kind: Kind::Once };
+        let opened = self.is_serving().and_then(|()| self.calls.insert(call, open));
+        match opened {
+            Ok(()) => self.ask(now, Asker::Driver(call), What::change(Some(request), change)),
+            Err(refusal) => self.out.push(Action::Proposed { call, result: Err(refusal) }),
+        }
+    }
+
+    pub(super) fn tell_driver(&mut self, call: Call, result: Result<Outcome, Refusal>) {
+        if self.calls.remove(call).is_none() {
+            return;
+        }
+        let result = result.and_then(|outcome| match outcome {
+            Outcome::Answer(Answer::Rejected(refusal)) => Err(refusal),
+            Outcome::Answer(answer) => Ok(answer),
+            Outcome::Reply(reply) => Err(requests::misfit(&reply)),
+        });
+        self.out.push(Action::Proposed { call, result });
+    }
+
+    pub(super) fn reply_to_client(&mut self, call: Call, result: Result<Outcome, Refusal>) {
+        if self.calls.remove(call).is_none() {
+            return;
+        }
+        let reply = match result {
+            Ok(Outcome::Answer(answer)) => requests::reply(answer),
+            Ok(Outcome::Reply(reply)) => *reply,
+            Err(refusal) => Reply::Refused(refusal),
+        };
+        self.out.push(Action::Reply { call, reply });
+    }
+
+    /// Answers everybody who waits: this coordinator serves nobody any more.
+    pub(super) fn refuse_all(&mut self, why: &str) {
+        for call in self.calls.ids() {
+            let Some(open) = self.calls.remove(call) else { continue };
+            let refusal = unavailable(why);
+            self.out.push(match open.kind {
+                Kind::Join { .. } => Action::Joined { call, result: Err(refusal) },
+                _ if open.caller.is_none() => Action::Proposed { call, result: Err(refusal) },
+                _ => Action::Reply { call, reply: Reply::Refused(refusal) },
+            });
+        }
+    }
+}

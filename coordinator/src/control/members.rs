@@ -1,0 +1,194 @@
+//! Which coordinators there are: this one's record of itself, promotion of learners that have caught up, removal, and whom leadership
+//! goes to. One change at a time, and none that would leave fewer than a majority of those that are heard.
+
+use super::asks::{Asker, Outcome, Unproposed, What, invalid, unavailable};
+use super::{Action, Control, Now};
+use crate::cluster::Answer;
+use crate::cluster::Command;
+use crate::cluster::commands::{COMMAND_LEVEL, Change, DescribeReplica, PromoteReplica, RegisterReplica};
+use crate::cluster::members::{Membership, Standing, clip};
+use crate::planner::Why;
+use crate::raft::disk::Disk;
+use crate::raft::replica::{self, Declined, Ticket};
+use fleet_common::ids::ReplicaId;
+use fleet_common::protocol::{Member, Refusal};
+
+/// Between attempts to have this coordinator's record set right.
+const DESCRIBE_EVERY_MS: u64 = 1_000;
+/// Between looks at the learners, and at who should lead.
+const LOOK_EVERY_MS: u64 = 250;
+/// A learner that lacks no more entries than this has caught up: some rounds of a busy cluster.
+const CAUGHT_UP: u64 = 1_000;
+
+impl<D: Disk> Control<D> {
+    pub(super) fn me(&self) -> ReplicaId {
+        ReplicaId(self.replica.id())
+    }
+
+    /// Part of the cluster as far as is known here.
+    pub(super) fn is_member(&self) -> bool {
+        self.is_in_raft(self.me())
+    }
+
+    fn is_in_raft(&self, replica: ReplicaId) -> bool {
+        let conf = self.replica.conf();
+        conf.voters.contains(&replica.0) || conf.learners.contains(&replica.0)
+    }
+
+    pub(super) fn is_revoked(&self, member: Member) -> bool {
+        self.replica.state().membership(member) == Membership::Revoked
+    }
+
+    /// Sees to it that the cluster's record of this coordinator is right: it is registered, with its address and what it knows.
+    pub(super) fn describe_myself(&mut self, now: Now) {
+        if self.describing || now.mono_ms < self.describe_at_ms {
+            return;
+        }
+        self.describe_at_ms = now.mono_ms + DESCRIBE_EVERY_MS;
+        let (address, version) = (self.myself.address.clone(), self.myself.version.clone());
+        let level = COMMAND_LEVEL;
+        let change = match self.replica.state().replicas().get(&self.me()) {
+            None => {
+                let name = self.myself.name.clone();
+                Change::RegisterReplica(RegisterReplica { address, name, version, level })
+            }
+            Some(record)
+                if record.address != address || record.version != clip(&version) || record.level != level =>
+            {
+                Change::DescribeReplica(DescribeReplica { address, version, level })
+            }
+            Some(_) => return,
+        };
+        self.describing = true;
+        self.ask(now, Asker::Myself, What::change(None, change));
+    }
+
+    pub(super) fn described(&mut self) {
+        self.describing = false;
+    }
+
+    /// Promotes who has caught up, and gives leadership away if this replica cannot write.
+    pub(super) fn look_after_members(&mut self, now: Now) {
+        if self.lead.is_none() || now.mono_ms.saturating_sub(self.members_ms) < LOOK_EVERY_MS {
+            return;
+        }
+        self.members_ms = now.mono_ms;
+        if self.read_only().is_some() {
+            return self.hand_over(now);
+        }
+        if self.promoting {
+            return;
+        }
+        let commit = self.replica.commit_index();
+        let ready = self.replica.progress().into_iter().find(|peer| {
+            let known = self.replica.state().replicas().get(&ReplicaId(peer.id));
+            !peer.voter
+                && !peer.snapshot_pending
+                && peer.matched + CAUGHT_UP >= commit
+                && self.is_active(peer, now)
+                && known.is_some_and(|record| record.standing == Standing::Learner)
+        });
+        if let Some(peer) = ready {
+            let replica = ReplicaId(peer.id);
+            let why = format!("{replica} has caught up and gets its vote");
+            let change = Change::PromoteReplica(PromoteReplica { replica });
+            self.promoting = true;
+            self.ask(now, Asker::Members(why.clone()), What::decision(change, why));
+        }
+    }
+
+    pub(super) fn members_changed(&mut self, why: Why, result: Result<Outcome, Refusal>) {
+        self.promoting = false;
+        if matches!(result, Ok(Outcome::Answer(answer)) if !matches!(answer, Answer::Rejected(_))) {
+            self.out.push(Action::Decided(why));
+        }
+    }
+
+    /// Heard lately. Raft's own mark is wiped at every election timeout, so a report counts as well.
+    fn is_active(&self, peer: &replica::Progress, now: Now) -> bool {
+        peer.recent_active || self.observations.reported_lately(ReplicaId(peer.id), now)
+    }
+
+    /// Gives leadership to the voter that is most up to date among those that can write.
+    pub(super) fn hand_over(&mut self, now: Now) {
+        if let Some(to) = self.successor(now) {
+            self.replica.transfer_leadership(to.0);
+        }
+    }
+
+    fn successor(&self, now: Now) -> Option<ReplicaId> {
+        let peers = self
+            .replica
+            .progress()
+            .into_iter()
+            .filter(|peer| peer.voter && self.observations.fit_to_lead(ReplicaId(peer.id), now));
+        peers.max_by_key(|peer| (peer.matched, peer.id)).map(|peer| ReplicaId(peer.id))
+    }
+
+    /// Puts a command into the leader's log that may change the members.
+    pub(super) fn propose_by_kind(
+        &mut self,
+        now: Now,
+        ticket: Ticket,
+        command: &Command,
+    ) -> Result<Result<(), Declined>, Unproposed> {
+        let change = match &command.change {
+            Change::RegisterReplica(it) if !self.is_in_raft(it.address.replica) => {
+                replica::Membership::AddLearner(it.address.replica.0)
+            }
+            Change::PromoteReplica(it) if self.replica.conf().learners.contains(&it.replica.0) => {
+                replica::Membership::Promote(it.replica.0)
+            }
+            Change::RemoveReplica(it) if self.is_in_raft(it.replica) => {
+                self.may_remove(now, it.replica)?;
+                replica::Membership::Remove(it.replica.0)
+            }
+            _ => return Ok(self.replica.propose(ticket, command)),
+        };
+        Ok(self.replica.propose_membership(ticket, change, command))
+    }
+
+    /// Refuses a removal that would leave no majority of voters that are heard. A leader gives its leadership away first.
+    fn may_remove(&mut self, now: Now, replica: ReplicaId) -> Result<(), Unproposed> {
+        let voters = &self.replica.conf().voters;
+        let stay: Vec<u64> = voters.iter().copied().filter(|voter| *voter != replica.0).collect();
+        let peers = self.replica.progress();
+        let active = |peer: &replica::Progress| stay.contains(&peer.id) && self.is_active(peer, now);
+        let me = usize::from(stay.contains(&self.replica.id()));
+        let heard = me + peers.iter().filter(|peer| active(peer)).count();
+        if stay.is_empty() {
+            let why = format!("{replica} is the only coordinator that votes; add another one first");
+            return Err(Unproposed::Refused(invalid(why)));
+        }
+        if voters.contains(&replica.0) && heard <= stay.len() / 2 {
+            let why = format!(
+                "without {replica} the cluster could decide nothing: of the {} voting coordinators that would be left only {heard} {} heard; bring the others back first",
+                stay.len(),
+                if heard == 1 { "is" } else { "are" }
+            );
+            return Err(Unproposed::Refused(invalid(why)));
+        }
+        if replica == self.me() {
+            if self.successor(now).is_none() {
+                let why = "no other coordinator can lead at the moment; try again";
+                return Err(Unproposed::Refused(unavailable(why)));
+            }
+            self.hand_over(now);
+            return Err(Unproposed::Elsewhere);
+        }
+        Ok(())
+    }
+
+    /// Somebody who must know says that this coordinator is none any more, or it has seen so itself.
+    pub(super) fn was_removed(&mut self) {
+        if self.removed.is_some() {
+            return;
+        }
+        let why =
+            format!("{} was removed from the cluster; join with a new token to take part again", self.me());
+        self.refuse_all(&why);
+        self.close_all_agents(&why);
+        self.out.push(Action::Removed(why.clone()));
+        self.removed = Some(why);
+    }
+}

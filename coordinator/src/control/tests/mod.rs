@@ -1,0 +1,6 @@
+//! Coordinators on simulated disks and wires: what they do together, and what becomes of it when some fail.
+
+mod agents;
+mod calls;
+mod members;
+mod net;
