@@ -413,7 +413,7 @@ fn a_replica_joins_votes_and_is_taken_out_and_the_command_travels_with_the_chang
     change_members(&mut cluster, 104, Membership::Remove(out)).unwrap();
     cluster.run_until(|cluster| cluster.replicas[&leader].conf().voters.len() == 3);
     assert!(!cluster.at(leader).conf().voters.contains(&out));
-    let restarted = restart(cluster.at(leader), 0);
+    let restarted = restart(cluster.at(leader), 9);
     assert_eq!(restarted.conf(), cluster.at(leader).conf());
     assert_eq!(restarted.state(), cluster.at(leader).state());
 }
