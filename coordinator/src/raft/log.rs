@@ -23,8 +23,6 @@ const GENESIS: Position = Position { index: 1, term: 1 };
 const NOTHING: Position = Position { index: 0, term: 0 };
 /// Newest entries kept in memory, so that what was just written is not read back.
 const TAIL_BYTES: usize = 4 << 20;
-/// Entries kept behind a snapshot for replicas that are a little behind: a restart's worth at a high rate.
-const KEEP_BEHIND: u64 = 10_000;
 
 const FORMAT_KEY: &[u8] = b"format";
 const HARD_KEY: &[u8] = b"hard";
@@ -299,14 +297,15 @@ impl<D: Disk> LogStore<D> {
         Ok(Staged { batch, hard, entries, snapshot: None })
     }
 
-    /// A snapshot of the applied state at `at`, and the entries long before it gone.
+    /// A snapshot of the applied state at `at`, and the entries gone that lie more than `keep` before it.
     pub fn stage_compaction(
         &self,
         at: Position,
         conf: ConfState,
         state: Vec<u8>,
+        keep: u64,
     ) -> Result<Staged, LogError> {
-        let floor_index = at.index.saturating_sub(KEEP_BEHIND).max(self.floor.index);
+        let floor_index = at.index.saturating_sub(keep).max(self.floor.index);
         let floor = Position { index: floor_index, term: self.term_at(floor_index)? };
         let mut batch = Batch::default();
         let descriptor = Descriptor::of(&state);

@@ -11,6 +11,9 @@ fn hard(term: u64, commit: u64) -> HardState {
     HardState { term, vote: 1, commit }
 }
 
+/// Entries kept behind a snapshot.
+const KEEP: u64 = 1_000;
+
 fn new_log() -> LogStore<MemoryDisk> {
     LogStore::create(Arc::new(MemoryDisk::default()), 1, &[1], b"genesis".to_vec()).unwrap()
 }
@@ -90,15 +93,15 @@ fn a_flipped_bit_is_named() {
 #[test]
 fn compaction_drops_the_oldest_entries_and_keeps_the_rest_readable() {
     let mut log = new_log();
-    let last = 3 * KEEP_BEHIND;
+    let last = 3 * KEEP;
     append(&mut log, (2..=last).map(|index| entry(index, 1)).collect(), hard(1, last));
     let at = Position { index: last - 5, term: 1 };
-    let staged = log.stage_compaction(at, log.conf().clone(), b"later".to_vec()).unwrap();
+    let staged = log.stage_compaction(at, log.conf().clone(), b"later".to_vec(), KEEP).unwrap();
     log.write(&staged, Durability::Synced).unwrap();
     let reopened = reopen(&log).unwrap();
     for log in [&log, &reopened] {
-        assert_eq!(log.first_index().unwrap(), last - 5 - KEEP_BEHIND + 1);
-        assert_eq!(terms(log).len() as u64, KEEP_BEHIND + 5);
+        assert_eq!(log.first_index().unwrap(), last - 5 - KEEP + 1);
+        assert_eq!(terms(log).len() as u64, KEEP + 5);
         assert_eq!(log.snapshot_state().unwrap(), b"later");
         assert!(matches!(
             log.entries(2, 3, None, GetEntriesContext::empty(false)),
@@ -111,7 +114,7 @@ fn compaction_drops_the_oldest_entries_and_keeps_the_rest_readable() {
 fn compacting_at_the_very_beginning_keeps_the_log() {
     let mut log = new_log();
     append(&mut log, vec![entry(2, 1), entry(3, 1)], hard(1, 3));
-    let staged = log.stage_compaction(GENESIS, log.conf().clone(), b"same".to_vec()).unwrap();
+    let staged = log.stage_compaction(GENESIS, log.conf().clone(), b"same".to_vec(), KEEP).unwrap();
     log.write(&staged, Durability::Synced).unwrap();
     assert_eq!(terms(&log), [(2, 1), (3, 1)]);
     assert_eq!(terms(&reopen(&log).unwrap()), [(2, 1), (3, 1)]);

@@ -25,11 +25,8 @@ use std::sync::Arc;
 pub const ELECTION_TICKS: usize = 10;
 /// Ticks between a leader's heartbeats.
 pub const HEARTBEAT_TICKS: usize = 2;
-/// A snapshot is taken when the log has grown by this much since the last one, or by some times the state's own size: bounds the time
-/// to restart and what is written for it.
-const SNAPSHOT_BYTES: usize = 16 << 20;
+/// A snapshot is taken when the log has grown by some times the state's own size: bounds what is written for it.
 const SNAPSHOT_STATES: usize = 4;
-const SNAPSHOT_ENTRIES: u64 = 50_000;
 /// Ticks that a snapshot is kept for a receiver that does not ask for more of it: ten seconds.
 const TRANSFER_LEASE_TICKS: u64 = 200;
 /// Messages with entries that a peer may have unanswered.
@@ -59,6 +56,29 @@ pub enum ReplicaError {
 impl From<DiskError> for ReplicaError {
     fn from(error: DiskError) -> Self {
         ReplicaError::Log(error.into())
+    }
+}
+
+/// When snapshots are taken and in which pieces they travel. The simulator makes them small, so that all of it happens often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// A snapshot is taken when the log has grown by so many bytes or entries since the last one: bounds the time to restart.
+    pub snapshot_bytes: usize,
+    pub snapshot_entries: u64,
+    /// Entries kept behind a snapshot for replicas that are a little behind: a restart's worth at a high rate.
+    pub keep_behind: u64,
+    /// Content of one chunk, but for a single row that is larger.
+    pub chunk_bytes: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Sizes {
+            snapshot_bytes: 16 << 20,
+            snapshot_entries: 50_000,
+            keep_behind: 10_000,
+            chunk_bytes: 256 << 10,
+        }
     }
 }
 
@@ -131,6 +151,7 @@ pub struct Replica<D: Disk> {
     /// This replica has lost what it had acknowledged.
     forgot: Option<String>,
     seed: u64,
+    sizes: Sizes,
     ticks: u64,
     incoming: Option<Incoming>,
     /// Who fetches the snapshot, and until which tick it is kept for them.
@@ -201,11 +222,17 @@ impl<D: Disk> Replica<D> {
             full: None,
             forgot: None,
             seed,
+            sizes: Sizes::default(),
             ticks: 0,
             incoming: None,
             outgoing: BTreeMap::new(),
             outgoing_state: None,
         })
+    }
+
+    /// The same with other sizes.
+    pub fn sized(self, sizes: Sizes) -> Self {
+        Replica { sizes, ..self }
     }
 
     pub fn state(&self) -> &State {
@@ -350,7 +377,7 @@ impl<D: Disk> Replica<D> {
             Some(state) => state,
             None => self.node.store().snapshot_state()?,
         };
-        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch)?;
+        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch, self.sizes.chunk_bytes)?;
         self.outgoing_state = Some(state);
         Ok(chunk)
     }
@@ -631,9 +658,9 @@ impl<D: Disk> Replica<D> {
     fn compact(&mut self) -> Result<(), ReplicaError> {
         let store = self.node.store();
         let entries = self.applied.index - store.snapshot_position().index;
-        let bytes = SNAPSHOT_BYTES.max(SNAPSHOT_STATES * store.state_bytes() as usize);
+        let bytes = self.sizes.snapshot_bytes.max(SNAPSHOT_STATES * store.state_bytes() as usize);
         let due = self.bytes_since_snapshot >= bytes
-            || entries >= SNAPSHOT_ENTRIES
+            || entries >= self.sizes.snapshot_entries
             || (store.is_snapshot_outdated() && entries > 0);
         // Who fetches the snapshot needs it, and the log behind it, until the end.
         if due && self.outgoing.is_empty() {
@@ -645,7 +672,12 @@ impl<D: Disk> Replica<D> {
     /// Makes the applied state durable, so that the log before it is not needed any more.
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
         let state = encode(&self.state)?;
-        let staged = self.node.store().stage_compaction(self.applied, self.conf.clone(), state)?;
+        let staged = self.node.store().stage_compaction(
+            self.applied,
+            self.conf.clone(),
+            state,
+            self.sizes.keep_behind,
+        )?;
         self.node.mut_store().write(&staged, Durability::Synced)?;
         self.bytes_since_snapshot = 0;
         Ok(())

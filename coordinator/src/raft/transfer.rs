@@ -12,8 +12,6 @@ use raft::eraftpb::{Message, Snapshot};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Content of one chunk, but for a single row that is larger.
-const CHUNK_BYTES: usize = 256 << 10;
 /// Largest state that is taken from a peer.
 const STATE_MAX: u64 = 1 << 30;
 /// Above every key.
@@ -91,12 +89,12 @@ impl Chunk {
     }
 }
 
-/// The part of the snapshot that a receiver asks for.
-pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch) -> Result<Chunk, DiskError> {
+/// The part of the snapshot that a receiver asks for: so many bytes, but for a single row that is larger.
+pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch, chunk_bytes: usize) -> Result<Chunk, DiskError> {
     match &fetch.cursor {
         Cursor::State { offset } => {
             let begin = usize::try_from(*offset).unwrap_or(usize::MAX).min(state.len());
-            let end = (begin + CHUNK_BYTES).min(state.len());
+            let end = (begin + chunk_bytes).min(state.len());
             let next = if end < state.len() { Cursor::State { offset: end as u64 } } else { first_rows(0) };
             Ok(Chunk::new(fetch, Content::State(state[begin..end].to_vec()), next))
         }
@@ -110,10 +108,10 @@ pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch) -> Result<Chunk, Disk
             disk.scan(*of, &from, &END_OF_KEYS, &mut |key, value| {
                 bytes += key.len() + value.len();
                 rows.push((key.to_vec(), value.to_vec()));
-                bytes < CHUNK_BYTES
+                bytes < chunk_bytes
             })?;
             let next = match rows.last() {
-                Some((key, _)) if bytes >= CHUNK_BYTES => Cursor::Rows { table: *table, after: key.clone() },
+                Some((key, _)) if bytes >= chunk_bytes => Cursor::Rows { table: *table, after: key.clone() },
                 _ => first_rows(table + 1),
             };
             Ok(Chunk::new(fetch, Content::Rows(rows), next))
@@ -235,6 +233,7 @@ mod tests {
     use super::*;
     use raft::eraftpb::{ConfState, MessageType, SnapshotMetadata};
 
+    const CHUNK_BYTES: usize = 256 << 10;
     const AT: Position = Position { index: 9, term: 2 };
 
     fn source(rows: u64) -> MemoryDisk {
@@ -280,7 +279,7 @@ mod tests {
         let mut previous: Option<Chunk> = None;
         for round in 0.. {
             assert!(round < 1_000);
-            let chunk = cut(&disk, &state, &incoming.fetch()).unwrap();
+            let chunk = cut(&disk, &state, &incoming.fetch(), CHUNK_BYTES).unwrap();
             if round % 3 == 0 {
                 let mut damaged = chunk.clone();
                 damaged.sha256[0] ^= 1;
@@ -307,7 +306,7 @@ mod tests {
         let mut incoming = announced(b"right");
         let gone = Chunk::gone(&incoming.fetch());
         assert!(matches!(incoming.take(gone, &disk).unwrap(), Taken::Lost));
-        let wrong = cut(&disk, b"wrong", &incoming.fetch()).unwrap();
+        let wrong = cut(&disk, b"wrong", &incoming.fetch(), CHUNK_BYTES).unwrap();
         assert!(matches!(incoming.take(wrong, &disk).unwrap(), Taken::Lost));
     }
 
@@ -319,9 +318,9 @@ mod tests {
         disk.write(&batch, Durability::Written).unwrap();
         let target = MemoryDisk::default();
         let mut incoming = announced(b"s");
-        let state = cut(&disk, b"s", &incoming.fetch()).unwrap();
+        let state = cut(&disk, b"s", &incoming.fetch(), CHUNK_BYTES).unwrap();
         assert!(matches!(incoming.take(state, &target).unwrap(), Taken::More));
-        let rows = cut(&disk, b"s", &incoming.fetch()).unwrap();
+        let rows = cut(&disk, b"s", &incoming.fetch(), CHUNK_BYTES).unwrap();
         assert!(matches!(incoming.take(rows, &target).unwrap(), Taken::Lost));
         assert!(all_rows(&target).is_empty());
     }

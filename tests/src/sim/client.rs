@@ -5,9 +5,10 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, JobId, UserId};
+use fleet_common::ids::{ClientId, JobId, ReplicaId, UserId};
 use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, RefusalKind, Reply, Request};
-use fleet_coordinator::cluster::commands::RedeemToken;
+use fleet_coordinator::cluster::Answer;
+use fleet_coordinator::cluster::commands::{Change, RedeemToken, RemoveReplica};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::VecDeque;
 
@@ -33,10 +34,10 @@ pub enum Want {
         job: JobId,
         seen: u64,
     },
-    /// Any other change that needs no more than to happen.
-    Change(&'static str),
     JoinMachine(u32),
     JoinHost(u32),
+    /// Takes a coordinator out, however often it has to be asked for.
+    Remove(ReplicaId),
 }
 
 impl Want {
@@ -84,19 +85,21 @@ impl Client {
 
 impl World {
     /// The operator does this when it comes to it.
-    pub fn order(&mut self, want: Want, request: Request) {
+    fn order(&mut self, want: Want, question: impl FnOnce(RequestId) -> Question) {
         let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
-        let question = operator.frame(request);
-        operator.tasks.push_back((want, question));
+        operator.seq += 1;
+        let request = RequestId { client: operator.id, seq: operator.seq };
+        operator.tasks.push_back((want, question(request)));
         self.queue.after(0, Event::ClientNext { client: OPERATOR });
     }
 
     pub fn order_join(&mut self, want: Want, redeem: RedeemToken) {
-        let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
-        operator.seq += 1;
-        let request = RequestId { client: operator.id, seq: operator.seq };
-        operator.tasks.push_back((want, Question::Join { redeem, request }));
-        self.queue.after(0, Event::ClientNext { client: OPERATOR });
+        self.order(want, |request| Question::Join { redeem, request });
+    }
+
+    pub fn order_removal(&mut self, replica: ReplicaId) {
+        let change = Change::RemoveReplica(RemoveReplica { replica });
+        self.order(Want::Remove(replica), |request| Question::Propose { request, change });
     }
 
     pub fn on_client_next(&mut self, number: u32) {
@@ -290,6 +293,15 @@ impl World {
             (Want::JoinHost(host), Answered::Joined(Ok(admission))) => {
                 let (host, member) = (*host, admission.member);
                 self.host_joined(host, member);
+                Ok(())
+            }
+            (Want::Remove(replica), Answered::Proposed(result)) => {
+                let replica = *replica;
+                let rejected = match result {
+                    Ok(Answer::Rejected(refusal)) | Err(refusal) => Some(refusal.message),
+                    Ok(_) => None,
+                };
+                self.removal_answered(replica, rejected);
                 Ok(())
             }
             (want, answered) => {

@@ -4,6 +4,7 @@ use super::host::Doom;
 use super::net::{GOOD, Path, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, World};
+use fleet_common::ids::ReplicaId;
 use fleet_coordinator::raft::disk::Table;
 
 /// The end of a fault.
@@ -15,6 +16,8 @@ pub enum Mend {
     Resume(Site),
     StartHost(u32),
     StartAgent(u32),
+    /// Not an end, but another try.
+    Remove(ReplicaId),
 }
 
 impl World {
@@ -232,11 +235,9 @@ impl World {
         }
     }
 
-    /// A disk forgets or confuses something. Never a second one while a first is not replaced: that would be a majority.
+    /// A disk forgets or confuses something. Never a second one while a first is not replaced: that could be a majority.
     fn damage(&mut self) {
-        if self.hosts.values().any(|host| host.damaged)
-            || self.hosts.values().filter(|host| host.counts()).count() < 3
-        {
+        if !self.is_complete() {
             return;
         }
         let Some(number) = self.any_serving() else { return };
@@ -285,6 +286,7 @@ impl World {
             Mend::Resume(Site::Client(_)) => {}
             Mend::StartHost(number) => self.start_host(number),
             Mend::StartAgent(number) => self.start_agent(number),
+            Mend::Remove(replica) => self.order_removal(replica),
         }
     }
 

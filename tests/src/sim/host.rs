@@ -298,7 +298,8 @@ impl World {
                 Action::Proposed { call, result } => {
                     self.answer(number, call, Answered::Proposed(result), true);
                 }
-                Action::Members => self.members_changed(number),
+                // Who may connect is for `Control` to say here; the server asks its state as well.
+                Action::Members => {}
                 Action::Decided(why) => self.say(format_args!("host-{number} decides: {why}")),
                 Action::Removed(why) => self.retire(number, &why),
             }

@@ -10,6 +10,7 @@ mod faults;
 mod host;
 mod jobs;
 mod machine;
+mod members;
 mod net;
 mod oracle;
 mod queue;

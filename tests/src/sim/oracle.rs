@@ -21,7 +21,8 @@ use fleet_coordinator::planner::LEASE_MS;
 use fleet_coordinator::raft::disk::{Batch, Disk, Durability, Table};
 use fleet_coordinator::raft::history;
 use fleet_coordinator::raft::memory::MemoryDisk;
-use raft::eraftpb::{Entry, EntryType};
+use prost::Message as _;
+use raft::eraftpb::{ConfChange, Entry, EntryType};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Times at which a coordinator heard a node that are remembered.
@@ -420,12 +421,17 @@ fn short(answer: &Answer) -> String {
 }
 
 pub fn command_of(entry: &Entry) -> Result<Option<Command>, String> {
-    if entry.data.is_empty() || entry.get_entry_type() != EntryType::EntryNormal {
+    let unreadable = |why: String| format!("entry {} cannot be read: {why}", entry.index);
+    let bytes = match entry.get_entry_type() {
+        EntryType::EntryConfChange => {
+            ConfChange::decode(&entry.data[..]).map_err(|error| unreadable(error.to_string()))?.context
+        }
+        _ => entry.data.clone(),
+    };
+    if bytes.is_empty() {
         return Ok(None);
     }
-    codec::decode(&entry.data)
-        .map(Some)
-        .map_err(|error| format!("entry {} cannot be read: {error}", entry.index))
+    codec::decode(&bytes).map(Some).map_err(|error| unreadable(error.to_string()))
 }
 
 fn all_rows(disk: &MemoryDisk, table: Table) -> BTreeMap<Vec<u8>, Vec<u8>> {

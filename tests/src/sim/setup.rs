@@ -18,11 +18,15 @@ use fleet_coordinator::cluster::members::{ReplicaRecord, Standing};
 use fleet_coordinator::cluster::{Command, State};
 use fleet_coordinator::control::{Control, Myself, TICK_MS};
 use fleet_coordinator::raft::history::History;
-use fleet_coordinator::raft::replica::Replica;
+use fleet_coordinator::raft::replica::{Replica, Sizes};
 use std::collections::BTreeMap;
 
 /// Index of the log at which the first state counts as known.
 const GENESIS: u64 = 1;
+/// Small, so that snapshots are taken and travel often.
+const SIZES: Sizes =
+    Sizes { snapshot_bytes: 1 << 20, snapshot_entries: 150, keep_behind: 30, chunk_bytes: 4 << 10 };
+const CLUSTER: &str = "simulated";
 const VERSION: &str = "0";
 const CLIENTS_MAX: u32 = 7;
 const SECRET: [u8; 32] = [7; 32];
@@ -91,7 +95,7 @@ impl World {
         }
     }
 
-    fn clock(&mut self) -> Clock {
+    pub fn clock(&mut self) -> Clock {
         let wall_offset_ms = self.random.range(0..2000) as i64 - 1000;
         Clock { wall_offset_ms, drift_ppm: self.random.range(0..400) as i64 - 200 }
     }
@@ -105,9 +109,12 @@ impl World {
         host.life += 1;
         let life = host.life;
         let seed = mix(self.seed ^ u64::from(number) << 40 ^ life << 20);
-        let opened = Replica::open(host.disk.clone(), seed);
+        let opened = match Replica::open(host.disk.clone(), seed) {
+            Ok(None) => Replica::join(host.disk.clone(), id.0, CLUSTER, seed).map(Some),
+            opened => opened,
+        };
         let replica = match opened {
-            Ok(Some(replica)) => replica,
+            Ok(Some(replica)) => replica.sized(SIZES),
             Ok(None) => return self.control_failed(number, "its disk is empty"),
             Err(error) => return self.control_failed(number, &error.to_string()),
         };
@@ -147,15 +154,6 @@ impl World {
         }
     }
 
-    /// A new coordinator has its certificate.
-    pub fn host_joined(&mut self, _number: u32, _member: Member) {}
-
-    pub fn replace_host(&mut self, _number: u32) {}
-
-    pub fn change_members(&mut self) {}
-
-    pub fn members_changed(&mut self, _number: u32) {}
-
     /// An agent has ended by itself. Somebody starts it again.
     pub fn agent_exited(&mut self, number: u32) {
         self.queue.after(SECOND, Event::Mend(super::faults::Mend::StartAgent(number)));
@@ -174,7 +172,7 @@ fn token_of(role: Role) -> &'static str {
     }
 }
 
-fn redeem(role: Role, name: String) -> RedeemToken {
+pub fn redeem(role: Role, name: String) -> RedeemToken {
     RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name }
 }
 
@@ -191,7 +189,7 @@ fn genesis(founders: u64) -> State {
         };
         (ReplicaId(id), record)
     };
-    let mut state = State::founded("simulated".into(), (1..=founders).map(founder).collect());
+    let mut state = State::founded(CLUSTER.into(), (1..=founders).map(founder).collect());
     let mut change = |change| {
         state.apply(GENESIS, Command { unix_ms: 0, request: None, why: None, change });
     };

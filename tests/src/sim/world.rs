@@ -16,6 +16,7 @@ use fleet_agent::gang::GangId;
 use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{ClientFrame, FromAgent, Member, Refusal, Reply, ToAgent};
 use fleet_coordinator::cluster::commands::{Change, RedeemToken};
+use fleet_coordinator::cluster::members::Standing;
 use fleet_coordinator::cluster::session::RequestId;
 use fleet_coordinator::cluster::{self};
 use fleet_coordinator::control::{Action, Admission, PeerMessage, Session};
@@ -351,6 +352,12 @@ impl World {
                 ));
             }
         }
+        for (replica, record) in self.oracle.state().replicas() {
+            let there = self.addresses.get(replica).and_then(|host| self.hosts.get(host));
+            if there.is_none_or(|host| host.control.is_none()) || record.standing != Standing::Voter {
+                return Some(format!("{replica} is {:?} and not all there", record.standing));
+            }
+        }
         if !self
             .hosts
             .values()
@@ -400,17 +407,6 @@ impl World {
             return;
         }
         self.retire(number, why);
-    }
-
-    /// This host's replica takes part no more.
-    pub fn retire(&mut self, number: u32, why: &str) {
-        let Some(host) = self.hosts.get_mut(&number) else { return };
-        host.control = None;
-        host.retired = Some(why.to_owned());
-        let site = host.site();
-        self.net.down(site);
-        self.say(format_args!("host-{number} is out: {why}"));
-        self.replace_host(number);
     }
 }
 
