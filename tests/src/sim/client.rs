@@ -74,7 +74,8 @@ impl Client {
 
     fn frame(&mut self, request: Request) -> Question {
         self.seq += 1;
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: self.seq, stale: false, request };
+        let frame =
+            ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: self.seq, stale: false, request };
         Question::Client { caller: Member::Client(self.user), frame }
     }
 

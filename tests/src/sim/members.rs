@@ -16,7 +16,8 @@ const COORDINATORS: std::ops::RangeInclusive<usize> = 3..=5;
 impl World {
     /// The operator wants one coordinator more or less.
     pub fn change_members(&mut self) {
-        let members: Vec<u32> = self.hosts.values().filter(|host| host.counts()).map(|host| host.number).collect();
+        let members: Vec<u32> =
+            self.hosts.values().filter(|host| host.counts()).map(|host| host.number).collect();
         if !self.is_complete() {
             return; // one thing after the other
         }
@@ -82,7 +83,9 @@ impl World {
         if !damaged {
             let known = self.oracle.state().membership(Member::Coordinator(replica));
             if known != Membership::Revoked {
-                self.violated(format!("host-{number} says that {replica} was removed, and it was not: {why}"));
+                self.violated(format!(
+                    "host-{number} says that {replica} was removed, and it was not: {why}"
+                ));
             }
         } else if self.random.chance(1, 2) {
             self.order_removal(replica);
