@@ -10,7 +10,8 @@ use crate::cluster::session::RequestId;
 use crate::cluster::{Answer, Command};
 use crate::planner::Why;
 use crate::raft::disk::Disk;
-use crate::raft::replica::{Declined, Ticket};
+use crate::raft::replica::{COMMAND_MAX, Declined, Ticket};
+use fleet_common::codec;
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{Refusal, RefusalKind, Reply, Request};
 
@@ -22,6 +23,8 @@ const ASK_RETRY_MS: u64 = 1_000;
 const ELSEWHERE_RETRY_MS: u64 = 100;
 /// Asks under way: every call and one batch of every agent.
 const ASKS_MAX: usize = super::CALLS_MAX + super::AGENTS_MAX;
+
+const TOO_LARGE: &str = "this request is too large";
 
 pub(super) enum What {
     Change(Box<Command>),
@@ -94,6 +97,17 @@ impl What {
     }
 }
 
+impl What {
+    /// The leader would take it, and it can travel there.
+    fn fits(&self) -> bool {
+        match self {
+            What::Change(command) => codec::encode(command).is_ok_and(|bytes| bytes.len() <= COMMAND_MAX),
+            // Small: questions have no lists.
+            What::Query(_) => true,
+        }
+    }
+}
+
 impl Asker {
     /// Only of use while this replica leads.
     fn is_leaders_own(&self) -> bool {
@@ -141,6 +155,7 @@ impl<D: Disk> Control<D> {
             },
             // Dropped: the leader decides for itself.
             Some(_) if ask.asker.is_leaders_own() => return,
+            Some(_) if !ask.what.fits() => return self.settle(now, ask, Err(invalid(TOO_LARGE))),
             Some(leader) => {
                 let message = match &ask.what {
                     What::Change(command) => PeerMessage::Propose { ticket, command: command.clone() },
@@ -283,7 +298,7 @@ impl<D: Disk> Control<D> {
                 "another change of the coordinators is under way; try again when it is done",
             )),
             Err(Declined::DiskFull(why)) => refuse(unavailable(why)),
-            Err(Declined::TooLarge) => refuse(invalid("this request is too large")),
+            Err(Declined::TooLarge) => refuse(invalid(TOO_LARGE)),
             Err(Declined::Misfit(why)) => refuse(invalid(why)),
         }
     }

@@ -1,6 +1,6 @@
 //! Requests from outside: clients', joiners' and the driver's. Each is open until it was answered or its caller is gone.
 
-use super::asks::{Asker, Outcome, What, invalid, unavailable};
+use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now, requests};
@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 /// Open calls of one certificate: a quarter of all.
 const CALLS_PER_MEMBER_MAX: usize = CALLS_MAX / 4;
 
+/// For a look at the state and for the change after it.
+const JOIN_DEADLINE_MS: u64 = 2 * ASK_DEADLINE_MS;
+
 pub(super) struct OpenCall {
     caller: Option<Member>,
     kind: Kind,
@@ -32,6 +35,7 @@ enum Kind {
     Join {
         redeem: Box<RedeemToken>,
         request: RequestId,
+        deadline_ms: u64,
     },
 }
 
@@ -186,8 +190,9 @@ impl<D: Disk> Control<D> {
         Ok(())
     }
 
-    pub(super) fn take_join(&mut self, call: Call, redeem: RedeemToken, request: RequestId) {
-        let kind = Kind::Join { redeem: Box::new(redeem), request };
+    pub(super) fn take_join(&mut self, now: Now, call: Call, redeem: RedeemToken, request: RequestId) {
+        let deadline_ms = now.mono_ms + JOIN_DEADLINE_MS;
+        let kind = Kind::Join { redeem: Box::new(redeem), request, deadline_ms };
         let opened =
             self.is_serving().and_then(|()| self.calls.insert(call, OpenCall { caller: None, kind }));
         match opened {
@@ -198,7 +203,8 @@ impl<D: Disk> Control<D> {
 
     /// Guesses of a token are turned away here, so that they do not fill the log.
     pub(super) fn join_read(&mut self, now: Now, call: Call) {
-        let Some(Kind::Join { redeem, request }) = self.calls.open.get(&call).map(|call| &call.kind) else {
+        let Some(Kind::Join { redeem, request, .. }) = self.calls.open.get(&call).map(|call| &call.kind)
+        else {
             return;
         };
         let (redeem, request) = (redeem.clone(), *request);
@@ -212,6 +218,16 @@ impl<D: Disk> Control<D> {
         }
         let why = "this token is not known here; use one that this cluster issued";
         self.admit(call, Err(Refusal { kind: RefusalKind::Forbidden, message: why.into() }));
+    }
+
+    pub(super) fn look_after_joins(&mut self, now: Now) {
+        let late = |(id, call): (&Call, &OpenCall)| match call.kind {
+            Kind::Join { deadline_ms, .. } if now.mono_ms >= deadline_ms => Some(*id),
+            _ => None,
+        };
+        for call in self.calls.open.iter().filter_map(late).collect::<Vec<_>>() {
+            self.admit(call, Err(unavailable("no coordinator leads at the moment; try again")));
+        }
     }
 
     pub(super) fn admit(&mut self, call: Call, result: Result<Outcome, Refusal>) {

@@ -89,7 +89,8 @@ pub enum Input {
         redeem: RedeemToken,
         request: RequestId,
     },
-    /// A change that only the driver can word, because it holds the secrets (`CreateToken`). Answered by `Action::Proposed`.
+    /// A change that only the driver can word, because it holds the secrets (`CreateToken`), or that it makes on its own behalf. It has
+    /// seen to it that whoever wants it may. Answered by `Action::Proposed`.
     Propose {
         call: Call,
         request: RequestId,

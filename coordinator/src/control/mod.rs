@@ -153,7 +153,7 @@ impl<D: Disk> Control<D> {
             Input::Client { call, caller, frame } => self.take_client(now, call, caller, frame),
             Input::Taken { call, replies } => self.replies_taken(call, replies),
             Input::CallLost(call) => drop(self.calls.remove(call)),
-            Input::Join { call, redeem, request } => self.take_join(call, redeem, request),
+            Input::Join { call, redeem, request } => self.take_join(now, call, redeem, request),
             Input::Propose { call, request, change } => self.take_change(now, call, request, change),
             Input::LowSpace(why) => self.low_space = why,
             Input::StepDown => self.hand_over(now),
@@ -168,8 +168,12 @@ impl<D: Disk> Control<D> {
         self.look_after_members(now);
         if now.mono_ms.saturating_sub(self.housekeeping_ms) >= HOUSEKEEPING_MS {
             self.housekeeping_ms = now.mono_ms;
+            if self.is_revoked(Member::Coordinator(self.me())) {
+                return self.was_removed();
+            }
             self.describe_myself(now);
             self.look_after_watches(now);
+            self.look_after_joins(now);
             self.observations.forget(now);
         }
     }

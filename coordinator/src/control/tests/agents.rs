@@ -101,12 +101,14 @@ fn a_batch_too_large_for_the_log_is_recorded_in_parts() {
     let line = |n: u64| fleet_common::events::EventBody::Log {
         rank: None,
         level: fleet_common::events::Level::Info,
-        line: format!("{n}{}", "x".repeat(1_000_000)),
+        line: format!("{n}{}", "x".repeat(1 << 20)),
     };
-    net.say(session, events(job, 1, (1..=7).map(line).collect()));
-    net.run_until("the acknowledgement", |net| net.acknowledged(session) == 7);
+    // Too large even to be passed on with an envelope.
+    let all = events(job, 1, (1..=7).map(line).chain(std::iter::repeat_n(step(8), 4_000)).collect());
+    net.say(session, all);
+    net.run_until("the acknowledgement", |net| net.acknowledged(session) == 4_007);
     assert_eq!(net.taken[&session], 1);
-    assert_eq!(net.controls[&follower].history().events(job, 1, 99).unwrap().len(), 7);
+    assert_eq!(net.controls[&follower].history().events(job, 1, 9_999).unwrap().len(), 4_007);
 }
 
 #[test]
@@ -268,4 +270,16 @@ fn the_leader_shows_agents_wherever_they_are_held() {
     }
     assert!(!net.controls[&follower].state().nodes()[&NodeId(1)].lost);
     let _: Option<FromAgent> = None;
+}
+
+#[test]
+fn agents_of_one_coordinator_are_bounded() {
+    let mut net = Net::new(1);
+    for n in 1..=AGENTS_MAX as u64 + 1 {
+        net.handle(1, Input::AgentConnected { session: n, node: NodeId(n) });
+    }
+    net.settle();
+    assert_eq!(net.closed.keys().copied().collect::<Vec<_>>(), [AGENTS_MAX as u64 + 1]);
+    net.run(6_000);
+    assert_eq!(net.controls[&1].status().agents, 0, "none has greeted in time");
 }

@@ -252,3 +252,16 @@ fn a_leader_whose_disk_is_full_is_replaced_and_sends_its_clients_away() {
     assert_eq!(job, Reply::Submitted { job: JobId(1) });
     net.run_until("the old leader follows", |net| net.state(old).jobs().len() == 1);
 }
+
+#[test]
+fn a_joiner_is_answered_even_where_nobody_leads() {
+    let mut net = Net::new(3);
+    let leader = net.leading();
+    net.cut.insert(leader);
+    net.run(3_000);
+    let Change::RedeemToken(redeem) = redeem("t", "box") else { unreachable!() };
+    net.redeem(leader, 500, redeem);
+    net.run(12_000);
+    assert_eq!(net.joined[&500].as_ref().unwrap_err().kind, RefusalKind::Unavailable);
+    assert_eq!(net.controls[&leader].status().calls, 0);
+}
