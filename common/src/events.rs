@@ -39,8 +39,9 @@ pub enum EventBody {
         level: Level,
         line: String,
     },
-    /// Resident and proportional set size of each rank, in MiB, in rank order.
+    /// Resident and proportional set size of each rank of one node, in MiB, from `first_rank` on.
     Memory {
+        first_rank: Rank,
         rss_mib: Vec<u64>,
         pss_mib: Vec<u64>,
     },
@@ -103,6 +104,21 @@ pub struct CheckpointRecord {
     pub manifest_sha256: String,
     pub bytes: u64,
     pub loss: f64,
+    /// How many ranks wrote it.
+    pub writers: u32,
+    /// Every file but the manifest.
+    pub shards: Vec<Shard>,
+}
+
+/// A file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Which of the writers wrote it.
+    pub writer: Rank,
+    pub name: String,
+    pub bytes: u64,
+    /// In hex.
+    pub sha256: String,
 }
 
 /// How a generation of a job ended.

@@ -25,7 +25,7 @@ macro_rules! number_id {
                     .unwrap_or(text)
                     .parse()
                     .map($name)
-                    .map_err(|_| ParseIdError { text: text.to_owned(), example: concat!($prefix, "-1") })
+                    .map_err(|_| ParseIdError::new(text, concat!($prefix, "-1")))
             }
         }
     };
@@ -51,6 +51,21 @@ number_id!(
     UserId,
     "user"
 );
+number_id!(
+    /// A run that a client records by itself.
+    RunId,
+    "run"
+);
+number_id!(
+    /// A model that was exported from a checkpoint.
+    ExportId,
+    "export"
+);
+number_id!(
+    /// A record of what data looked like.
+    ProfileId,
+    "profile"
+);
 
 /// Counts the starts of one job's gang of ranks; a message from an older generation is refused.
 pub type Generation = u64;
@@ -67,6 +82,12 @@ pub struct ClientId(pub u128);
 pub struct ParseIdError {
     text: String,
     example: &'static str,
+}
+
+impl ParseIdError {
+    pub(crate) fn new(text: &str, example: &'static str) -> ParseIdError {
+        ParseIdError { text: text.to_owned(), example }
+    }
 }
 
 #[cfg(test)]

@@ -8,14 +8,18 @@
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 
 use crate::events::{Event, EventBatch, JobError, Outcome};
-use crate::ids::{Generation, JobId, NodeId, Rank, ReplicaId, UserId};
+use crate::ids::{Generation, JobId, NodeId, ParseIdError, Rank, ReplicaId, UserId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::str::FromStr;
 
 mod client;
+mod records;
 mod views;
 
 pub use client::*;
+pub use records::*;
 pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
@@ -57,6 +61,19 @@ impl fmt::Display for Member {
             Member::Coordinator(replica) => replica.fmt(f),
             Member::Worker(node) => node.fmt(f),
             Member::Client(user) => user.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Member {
+    type Err = ParseIdError;
+    /// Only with its prefix, which tells the role: `replica-2`, `node-1`, `user-5`.
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        match text.split_once('-') {
+            Some(("replica", _)) => text.parse().map(Member::Coordinator),
+            Some(("node", _)) => text.parse().map(Member::Worker),
+            Some(("user", _)) => text.parse().map(Member::Client),
+            _ => Err(ParseIdError::new(text, "node-1")),
         }
     }
 }
@@ -116,6 +133,10 @@ pub struct AgentHello {
     pub device: String,
     /// Version of the worker program.
     pub program_version: String,
+    /// What jobs may ask for, such as `gpu` = `h200`.
+    pub labels: BTreeMap<String, String>,
+    /// Where other nodes reach this one: a name or an address, without a port.
+    pub host: String,
     /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
     pub gangs: Vec<(JobId, Generation)>,
 }
@@ -156,8 +177,28 @@ pub enum ToAgent {
 pub struct Gang {
     pub job: JobId,
     pub generation: Generation,
+    /// Ranks of the whole job.
     pub world_size: u32,
+    /// This node's ranks are `first_rank..first_rank + ranks`.
+    pub first_rank: Rank,
+    pub ranks: u32,
+    /// Nodes of the job, and which of them this is.
+    pub nodes: u32,
+    pub node_index: u32,
+    /// Where ranks on several nodes meet; ranks on one node meet as they like.
+    pub meeting: Option<Meeting>,
+    /// The agent ends the gang when it has run for so long.
+    pub max_time_ms: Option<u64>,
+    /// The checkpoint to go on from, which an earlier generation wrote.
+    pub resume: Option<String>,
     pub work: Work,
+}
+
+/// Where rank 0 of a gang listens for the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meeting {
+    pub host: String,
+    pub port: u16,
 }
 
 // ---- ranks ------------------------------------------------------------------------------------------------------------

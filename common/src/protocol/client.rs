@@ -1,9 +1,12 @@
 //! What clients ask and what they are answered.
 
-use super::{Role, views::*};
+use super::records::*;
+use super::views::*;
+use super::{Member, PROTOCOL_VERSION, Role};
 use crate::events::Event;
-use crate::ids::{ClientId, JobId};
+use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClientFrame {
@@ -15,6 +18,18 @@ pub struct ClientFrame {
     /// A query may be answered from what this coordinator has, which may be old, without asking the others.
     pub stale: bool,
     pub request: Request,
+}
+
+impl ClientFrame {
+    /// A query that sees everything which was acknowledged before it.
+    pub fn query(request: Request) -> ClientFrame {
+        ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request }
+    }
+
+    /// A change, which happens once for this client and number.
+    pub fn change(client: ClientId, seq: u64, request: Request) -> ClientFrame {
+        ClientFrame { version: PROTOCOL_VERSION, client, seq, stale: false, request }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,10 +47,15 @@ pub enum Request {
     },
     ClusterStatus,
     Nodes,
-    Jobs,
+    /// The unfinished jobs and the newest of the others; `Some`: all jobs there ever were, in pages.
+    Jobs {
+        all: Option<Page>,
+    },
     Job(JobId),
+    /// Of one job, or of all jobs in pages by job.
     Checkpoints {
         job: Option<JobId>,
+        page: Page,
     },
     /// The job's events from the `from`-th on (1 is the first); the stream stays open until the job's `Finished` event was sent if `follow`.
     Watch {
@@ -43,6 +63,115 @@ pub enum Request {
         from: u64,
         follow: bool,
     },
+    Coordinators,
+    RemoveCoordinator(ReplicaId),
+    Tokens,
+    RevokeToken {
+        id: String,
+    },
+    /// Cuts a worker or a client off for ever.
+    Revoke(Member),
+    /// The node gets no more work. With `now` its jobs write a checkpoint and go back to the queue.
+    Drain {
+        node: NodeId,
+        now: bool,
+    },
+    Undrain(NodeId),
+    /// What the planner decided and why.
+    Decisions(Page),
+    /// One checkpoint with its shards.
+    Checkpoint {
+        job: JobId,
+        step: u64,
+    },
+    StartRun {
+        name: String,
+    },
+    /// At most `POINTS_MAX` points.
+    RecordMetrics {
+        run: RunId,
+        points: Vec<Point>,
+    },
+    FinishRun {
+        run: RunId,
+        succeeded: bool,
+    },
+    Runs(Page),
+    Run(RunKey),
+    /// Points of a run from the `from`-th batch on (1 is the first).
+    RunMetrics {
+        run: RunKey,
+        from: u64,
+    },
+    RecordExport(NewExport),
+    Exports(Page),
+    Export(ExportId),
+    RecordProfile(NewProfile),
+    Profiles(Page),
+    Profile(ProfileId),
+}
+
+impl Request {
+    /// Whether it changes anything, and so needs a number of its own.
+    pub fn is_change(&self) -> bool {
+        match self {
+            Request::Submit(_)
+            | Request::Cancel { .. }
+            | Request::CreateToken { .. }
+            | Request::RemoveCoordinator(_)
+            | Request::RevokeToken { .. }
+            | Request::Revoke(_)
+            | Request::Drain { .. }
+            | Request::Undrain(_)
+            | Request::StartRun { .. }
+            | Request::RecordMetrics { .. }
+            | Request::FinishRun { .. }
+            | Request::RecordExport(_)
+            | Request::RecordProfile(_) => true,
+            Request::ClusterStatus
+            | Request::Nodes
+            | Request::Jobs { .. }
+            | Request::Job(_)
+            | Request::Checkpoints { .. }
+            | Request::Watch { .. }
+            | Request::Coordinators
+            | Request::Tokens
+            | Request::Decisions(_)
+            | Request::Checkpoint { .. }
+            | Request::Runs(_)
+            | Request::Run(_)
+            | Request::RunMetrics { .. }
+            | Request::Exports(_)
+            | Request::Export(_)
+            | Request::Profiles(_)
+            | Request::Profile(_) => false,
+        }
+    }
+}
+
+/// Part of a long list, newest first: what has a number below `before`, at most `max` items and `PAGE_MAX`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// `None`: from the newest on.
+    pub before: Option<u64>,
+    pub max: u32,
+}
+
+/// Items of one page: a page of full jobs stays far below a frame.
+pub const PAGE_MAX: u32 = 200;
+
+impl Default for Page {
+    fn default() -> Self {
+        Page { before: None, max: PAGE_MAX }
+    }
+}
+
+/// One page, and how to ask for the next one, if there is one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listing<T> {
+    pub items: Vec<T>,
+    /// For `Page::before`.
+    pub next: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +179,37 @@ pub struct SubmitJob {
     /// Ranks to start.
     pub world_size: u32,
     pub work: Work,
+    pub wish: Wish,
+}
+
+/// Where and when a job may run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
+    /// Higher ones first; among equals the older job.
+    pub priority: i32,
+    /// On exactly so many nodes, with as many ranks on each; `None`: on as few as possible.
+    pub nodes: Option<u32>,
+    /// Slots that each rank takes.
+    pub slots_per_rank: u32,
+    /// Labels that each node must have.
+    pub labels: BTreeMap<String, String>,
+    /// The job ends after this long at the latest. Lets it go ahead where that delays nobody.
+    pub max_time_s: Option<u64>,
+    /// Wait for nodes to join where all those that are registered could never hold the job.
+    pub queue: bool,
+}
+
+impl Default for Wish {
+    fn default() -> Self {
+        Wish {
+            priority: 0,
+            nodes: None,
+            slots_per_rank: 1,
+            labels: BTreeMap::new(),
+            max_time_s: None,
+            queue: false,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,9 +240,9 @@ pub enum Reply {
     },
     Cluster(ClusterView),
     Nodes(Vec<NodeView>),
-    Jobs(Vec<JobView>),
+    Jobs(Listing<JobView>),
     Job(Box<JobView>),
-    Checkpoints(Vec<CheckpointView>),
+    Checkpoints(Listing<CheckpointView>),
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
     Event {
         index: u64,
@@ -91,6 +251,26 @@ pub enum Reply {
     /// The end of a `Watch`.
     EndOfEvents,
     Refused(Refusal),
+    /// The change is made; there is nothing to say about it.
+    Done,
+    Coordinators(Vec<CoordinatorView>),
+    Tokens(Vec<TokenView>),
+    Decisions(Listing<DecisionView>),
+    Checkpoint(Box<CheckpointView>),
+    RunStarted(RunId),
+    Runs(Listing<RunView>),
+    Run(Box<RunView>),
+    Points {
+        points: Vec<Point>,
+        /// For `RunMetrics::from`, if there are more.
+        next: Option<u64>,
+    },
+    ExportRecorded(ExportId),
+    Exports(Listing<ExportView>),
+    Export(Box<ExportView>),
+    ProfileRecorded(ProfileId),
+    Profiles(Listing<ProfileView>),
+    Profile(Box<ProfileView>),
 }
 
 /// One line, and what kind of refusal it is.

@@ -1,13 +1,15 @@
 //! What the cluster shows of itself.
 
+use super::{CoordinatorAddress, Role, Wish};
 use crate::events::{CheckpointRecord, DataStats, JobError};
-use crate::ids::{Generation, JobId, NodeId};
+use crate::ids::{Generation, JobId, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClusterView {
     pub cluster_id: String,
-    pub leader: Option<u64>,
+    pub leader: Option<ReplicaId>,
     pub term: u64,
     pub commit_index: u64,
     pub applied_index: u64,
@@ -25,6 +27,13 @@ pub struct NodeView {
     pub connected: bool,
     pub slots: u32,
     pub slots_used: u32,
+    /// Silent for so long that its jobs were given up.
+    pub lost: bool,
+    /// Gets no more work.
+    pub drained: bool,
+    pub labels: BTreeMap<String, String>,
+    /// Where other nodes reach it.
+    pub host: String,
     pub device: String,
     pub version: String,
     /// Since the last heartbeat; `None` when none was heard by this leader.
@@ -39,7 +48,9 @@ pub struct JobView {
     /// A sentence: why it waits, what it does, how it ended.
     pub reason: String,
     pub world_size: u32,
-    pub node: Option<NodeId>,
+    pub wish: Wish,
+    /// Where its ranks are, in rank order.
+    pub parts: Vec<PartView>,
     pub generation: Generation,
     pub submitted_unix_ms: u64,
     pub finished_unix_ms: Option<u64>,
@@ -54,6 +65,13 @@ pub struct JobView {
     pub data: Option<DataStats>,
     /// Canonical JSON of the job; empty for a program. Only in answers to `Request::Job`.
     pub job_json: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PartView {
+    pub node: NodeId,
+    pub name: String,
+    pub ranks: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +98,37 @@ impl JobState {
 pub struct CheckpointView {
     pub job: JobId,
     pub run_name: String,
+    /// Its shards are only in answers to `Request::Checkpoint`.
     pub checkpoint: CheckpointRecord,
     pub unix_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CoordinatorView {
+    pub address: CoordinatorAddress,
+    pub name: String,
+    pub version: String,
+    /// Counts for majorities; a learner is still being brought up to date.
+    pub voter: bool,
+    pub leads: bool,
+    /// How far its log agrees with the leader's; `None` where the answer does not come from the leader.
+    pub matched_index: Option<u64>,
+    /// Heard by the leader within the last election timeout.
+    pub alive: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenView {
+    pub id: String,
+    pub role: Role,
+    pub expires_unix_ms: u64,
+    pub uses_left: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecisionView {
+    /// Decisions are counted from 1.
+    pub number: u64,
+    pub unix_ms: u64,
+    pub why: String,
 }

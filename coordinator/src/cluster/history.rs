@@ -3,11 +3,13 @@
 //! A row is an immutable fact under a key that follows from the log: it is never deleted and never written with another content.
 //! So writing one twice is harmless, which is what lets the log be replayed from the last snapshot.
 
+use super::records::JobRecord;
+use super::runs::RunRecord;
 use crate::raft::disk::Table;
 use fleet_common::codec::{self, CodecError};
 use fleet_common::events::Event;
-use fleet_common::ids::JobId;
-use fleet_common::protocol::Work;
+use fleet_common::ids::{ExportId, JobId, ProfileId, RunId};
+use fleet_common::protocol::{ExportView, Point, ProfileView, Work};
 use serde::{Deserialize, Serialize};
 
 /// Characters of a reason.
@@ -16,11 +18,45 @@ pub const WHY_MAX: usize = 1_000;
 #[derive(Clone, Debug, PartialEq)]
 pub enum HistoryRow {
     /// The `index`-th event of a job, from 1, over all its generations.
-    Event { job: JobId, index: u64, event: Event },
+    Event {
+        job: JobId,
+        index: u64,
+        event: Event,
+    },
     /// What a job was asked to do.
-    Work { job: JobId, work: Work },
-    /// Why the command at position `index` of the log was made.
-    Decision { index: u64, decision: Decision },
+    Work {
+        job: JobId,
+        work: Work,
+    },
+    /// A job as it ended.
+    Job {
+        job: JobId,
+        record: Box<JobRecord>,
+    },
+    /// A run of a client as it ended.
+    Run {
+        run: RunId,
+        record: Box<RunRecord>,
+    },
+    /// The `batch`-th points of a run of a client, from 1.
+    Points {
+        run: RunId,
+        batch: u64,
+        points: Vec<Point>,
+    },
+    Export {
+        export: ExportId,
+        record: Box<ExportView>,
+    },
+    Profile {
+        profile: ProfileId,
+        record: Box<ProfileView>,
+    },
+    /// Decisions are numbered from 1.
+    Decision {
+        number: u64,
+        decision: Decision,
+    },
 }
 
 /// What the planner decided and why.
@@ -35,6 +71,11 @@ impl HistoryRow {
         match self {
             HistoryRow::Event { .. } => Table::Events,
             HistoryRow::Work { .. } => Table::Works,
+            HistoryRow::Job { .. } => Table::Jobs,
+            HistoryRow::Run { .. } => Table::Runs,
+            HistoryRow::Points { .. } => Table::Metrics,
+            HistoryRow::Export { .. } => Table::Exports,
+            HistoryRow::Profile { .. } => Table::Profiles,
             HistoryRow::Decision { .. } => Table::Decisions,
         }
     }
@@ -43,7 +84,12 @@ impl HistoryRow {
         match self {
             HistoryRow::Event { job, index, .. } => key(&[job.0, *index]),
             HistoryRow::Work { job, .. } => key(&[job.0]),
-            HistoryRow::Decision { index, .. } => key(&[*index]),
+            HistoryRow::Job { job, .. } => key(&[job.0]),
+            HistoryRow::Run { run, .. } => key(&[run.0]),
+            HistoryRow::Points { run, batch, .. } => key(&[run.0, *batch]),
+            HistoryRow::Export { export, .. } => key(&[export.0]),
+            HistoryRow::Profile { profile, .. } => key(&[profile.0]),
+            HistoryRow::Decision { number, .. } => key(&[*number]),
         }
     }
 
@@ -51,6 +97,11 @@ impl HistoryRow {
         match self {
             HistoryRow::Event { event, .. } => codec::encode(event),
             HistoryRow::Work { work, .. } => codec::encode(work),
+            HistoryRow::Job { record, .. } => codec::encode(record),
+            HistoryRow::Run { record, .. } => codec::encode(record),
+            HistoryRow::Points { points, .. } => codec::encode(points),
+            HistoryRow::Export { record, .. } => codec::encode(record),
+            HistoryRow::Profile { record, .. } => codec::encode(record),
             HistoryRow::Decision { decision, .. } => codec::encode(decision),
         }
     }

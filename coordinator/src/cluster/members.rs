@@ -2,7 +2,7 @@
 
 use super::State;
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
-use fleet_common::protocol::{CoordinatorAddress, Member, Role};
+use fleet_common::protocol::{CoordinatorAddress, Member, Role, Wish};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -16,6 +16,8 @@ pub const USERS_MAX: usize = 20_000;
 pub const REVOKED_MAX: usize = 100_000;
 /// Characters of a member's name.
 pub const NAME_MAX: usize = 63;
+/// Labels of a node, and labels that a job asks for.
+pub const LABELS_MAX: usize = 16;
 /// Characters of an address, a version, a device.
 pub const TEXT_MAX: usize = 256;
 
@@ -46,8 +48,14 @@ pub struct NodeRecord {
     pub device: String,
     /// Of the worker program.
     pub version: String,
+    /// What jobs may ask for.
+    pub labels: BTreeMap<String, String>,
+    /// Where other nodes reach it.
+    pub host: String,
     /// Not heard for a lease; true until it greets again.
     pub lost: bool,
+    /// Gets no more work, until an operator says otherwise.
+    pub drained: bool,
     pub joined_unix_ms: u64,
 }
 
@@ -60,6 +68,11 @@ pub struct TokenRecord {
 }
 
 impl NodeRecord {
+    /// Whether it has the labels that a job wants.
+    pub fn suits(&self, wish: &Wish) -> bool {
+        wish.labels.iter().all(|(name, value)| self.labels.get(name) == Some(value))
+    }
+
     /// Before its agent's first greeting.
     pub(crate) fn joined(name: String, unix_ms: u64) -> NodeRecord {
         NodeRecord {
@@ -67,7 +80,10 @@ impl NodeRecord {
             slots: 0,
             device: String::new(),
             version: String::new(),
+            labels: BTreeMap::new(),
+            host: String::new(),
             lost: false,
+            drained: false,
             joined_unix_ms: unix_ms,
         }
     }
@@ -145,11 +161,27 @@ impl State {
     }
 }
 
+/// Whether this can be a label: two words without spaces or signs that mean something elsewhere.
+pub(crate) fn is_label(name: &str, value: &str) -> bool {
+    let word = |text: &str| {
+        let fine = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+        (1..=NAME_MAX).contains(&text.len()) && text.chars().all(fine)
+    };
+    word(name) && word(value)
+}
+
 /// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left.
 pub fn clean_name(wish: &str, member: Member) -> String {
     let name: String =
         wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(NAME_MAX).collect();
     if name.is_empty() { member.to_string() } else { name }
+}
+
+/// A title without signs that break a line; `None` where nothing is left or it is too long.
+pub(crate) fn clean_text(text: &str) -> Option<String> {
+    let text = text.trim();
+    let fits = !text.is_empty() && text.chars().count() <= TEXT_MAX && !text.chars().any(char::is_control);
+    fits.then(|| text.to_owned())
 }
 
 /// The beginning of a text that a member says of itself.

@@ -4,21 +4,26 @@
 //! hold equal states. A refused command is an `Answer::Rejected`, not an error.
 
 pub mod commands;
+pub mod ends;
+pub mod fit;
 pub mod history;
+pub mod jobs;
 pub mod members;
 pub mod orders;
 pub mod records;
+pub mod runs;
 pub mod session;
 
 use commands::Change;
-use fleet_common::ids::{JobId, NodeId, ReplicaId, UserId};
-use fleet_common::protocol::{JobState, Member, Refusal, RefusalKind};
+use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
+use fleet_common::protocol::{Member, Refusal, RefusalKind};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
+use runs::RunRecord;
 use serde::{Deserialize, Serialize};
 use session::{Lookup, RequestId, Sessions};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// All that the cluster has decided. Invariants: the slots of a node are never promised twice; a job that is final has no work,
 /// a finish time, and a `Finished` event as the last of its history; ids are never reused.
@@ -30,13 +35,25 @@ pub struct State {
     users: BTreeMap<UserId, UserRecord>,
     /// Cut off for ever. A coordinator that was taken out is one of them.
     revoked: BTreeSet<Member>,
+    /// The unfinished ones and those that ended last.
     jobs: BTreeMap<JobId, JobRecord>,
+    /// Jobs that have ended and are still in `jobs`, in the order of their ends.
+    finished: VecDeque<JobId>,
+    /// Checkpoints that training jobs left which are not in `jobs` any more: step and hash of the manifest.
+    archived: BTreeMap<JobId, Vec<(u64, String)>>,
+    /// The open ones and those that ended last.
+    runs: BTreeMap<RunId, RunRecord>,
+    finished_runs: VecDeque<RunId>,
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
     last_replica: u64,
     last_node: u64,
     last_user: u64,
     last_job: u64,
+    last_run: u64,
+    last_export: u64,
+    last_profile: u64,
+    last_decision: u64,
 }
 
 /// One entry of the log: a change, when its proposer made it, and whose request it is.
@@ -80,6 +97,15 @@ pub enum Answer {
     EventsGap {
         next_seq: u64,
     },
+    RunStarted {
+        run: RunId,
+    },
+    ExportRecorded {
+        export: ExportId,
+    },
+    ProfileRecorded {
+        profile: ProfileId,
+    },
     Rejected(Refusal),
 }
 
@@ -112,12 +138,20 @@ impl State {
             users: BTreeMap::new(),
             revoked: BTreeSet::new(),
             jobs: BTreeMap::new(),
+            finished: VecDeque::new(),
+            archived: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            finished_runs: VecDeque::new(),
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
             last_replica: 0,
             last_node: 0,
             last_user: 0,
             last_job: 0,
+            last_run: 0,
+            last_export: 0,
+            last_profile: 0,
+            last_decision: 0,
         }
     }
 
@@ -133,13 +167,7 @@ impl State {
             Some(Lookup::New) | None => {
                 let answer = command.change.apply(self, &mut context);
                 if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
-                    context.history.push(HistoryRow::Decision {
-                        index,
-                        decision: Decision {
-                            unix_ms: command.unix_ms,
-                            why: why.chars().take(history::WHY_MAX).collect(),
-                        },
-                    });
+                    self.decided(command.unix_ms, &why, &mut context);
                 }
                 if let Some(request) = command.request {
                     self.sessions.remember(request, answer.clone(), index);
@@ -151,41 +179,22 @@ impl State {
         Applied { answer, effects: context.effects, history: context.history }
     }
 
+    /// Keeps the reason of what was done.
+    fn decided(&mut self, unix_ms: u64, why: &str, context: &mut Context) {
+        self.last_decision += 1;
+        let why = why.chars().take(history::WHY_MAX).collect();
+        context
+            .history
+            .push(HistoryRow::Decision { number: self.last_decision, decision: Decision { unix_ms, why } });
+    }
+
+    /// Decisions so far; they are numbered from 1.
+    pub fn last_decision(&self) -> u64 {
+        self.last_decision
+    }
+
     pub fn cluster_id(&self) -> &str {
         &self.cluster_id
-    }
-
-    pub fn jobs(&self) -> &BTreeMap<JobId, JobRecord> {
-        &self.jobs
-    }
-
-    /// Slots of `node` that unfinished jobs hold.
-    pub fn slots_used(&self, node: NodeId) -> u32 {
-        self.active_jobs(node).map(|(_, job)| job.world_size).sum()
-    }
-
-    /// Slots that unfinished jobs hold, by node.
-    pub fn slots_in_use(&self) -> BTreeMap<NodeId, u32> {
-        let mut used = BTreeMap::new();
-        for job in self.jobs.values().filter(|job| !job.state.is_final()) {
-            if let Some(at) = job.placement {
-                *used.entry(at.node).or_default() += job.world_size;
-            }
-        }
-        used
-    }
-
-    /// Unfinished jobs placed on `node`, oldest first.
-    pub fn active_jobs(&self, node: NodeId) -> impl Iterator<Item = (JobId, &JobRecord)> {
-        self.jobs
-            .iter()
-            .filter(move |(_, job)| !job.state.is_final() && job.placement.is_some_and(|at| at.node == node))
-            .map(|(id, job)| (*id, job))
-    }
-
-    /// Jobs that wait for a place, oldest first.
-    pub fn queued_jobs(&self) -> impl Iterator<Item = (JobId, &JobRecord)> {
-        self.jobs.iter().filter(|(_, job)| job.state == JobState::Queued).map(|(id, job)| (*id, job))
     }
 }
 
@@ -203,5 +212,7 @@ impl Answer {
     }
 }
 
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 pub(crate) mod tests;

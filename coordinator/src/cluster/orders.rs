@@ -1,18 +1,19 @@
 //! What an agent has to be told, worked out from the state alone: the same after a lost wake-up, a reconnect or a new leader.
 
 use super::State;
-use super::records::Stop;
+use super::records::{JobRecord, Part, Placement, Stop};
 use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{Gang, ToAgent};
+use fleet_common::protocol::{Gang, Meeting, ToAgent, Work};
 
 impl State {
     /// The gangs that `node` should have, and those that it should stop, oldest job first.
     pub fn orders(&self, node: NodeId) -> Vec<ToAgent> {
         let mut orders = Vec::new();
         for (job, record) in self.active_jobs(node) {
-            let Some((at, work)) = record.placement.zip(record.work.clone()) else { continue };
+            let (Some(at), Some(work)) = (&record.placement, &record.work) else { continue };
+            let Some(part) = at.part(node) else { continue };
             let generation = at.generation;
-            orders.push(ToAgent::StartGang(Gang { job, generation, world_size: record.world_size, work }));
+            orders.push(ToAgent::StartGang(self.gang(job, record, at, part, work)));
             if let Some(stop) = record.stop {
                 orders.push(ToAgent::StopGang { job, generation, now: stop == Stop::Now });
             }
@@ -20,27 +21,45 @@ impl State {
         orders
     }
 
-    /// How a reconnected agent's gang stands: whether it is still wanted, and the last event of it that is recorded.
-    pub fn gang_standing(&self, node: NodeId, job: JobId, generation: Generation) -> GangStanding {
-        let Some(record) = self.jobs.get(&job) else { return GangStanding::Unwanted };
-        match record.placement {
-            Some(at) if at.node == node && at.generation == generation => {
-                if record.state.is_final() {
-                    GangStanding::Over { seq: at.next_seq - 1 }
-                } else {
-                    GangStanding::Wanted { seq: at.next_seq - 1 }
-                }
-            }
-            _ => GangStanding::Unwanted,
+    fn gang(&self, job: JobId, record: &JobRecord, at: &Placement, part: &Part, work: &Work) -> Gang {
+        let leader = at.parts.first().and_then(|part| self.nodes.get(&part.node));
+        let meeting = at.port.zip(leader).map(|(port, leader)| Meeting { host: leader.host.clone(), port });
+        // The first start does what the job says; what an earlier one saved counts for the next.
+        let saved = record.checkpoints.last().filter(|_| at.generation > 1);
+        Gang {
+            job,
+            generation: at.generation,
+            world_size: record.world_size,
+            first_rank: part.first_rank,
+            ranks: part.ranks,
+            nodes: at.parts.len() as u32,
+            node_index: at.parts.iter().take_while(|other| other.node != part.node).count() as u32,
+            meeting,
+            max_time_ms: record.wish.max_time_s.map(|seconds| seconds.saturating_mul(1_000)),
+            resume: saved.map(|known| known.record.path.clone()),
+            work: work.clone(),
         }
     }
 
-    /// Jobs placed on `node` that an agent which knows only `gangs` has lost: they had begun to report.
+    /// How a reconnected agent's gang stands: whether it is still wanted, and the last event of it that is recorded.
+    pub fn gang_standing(&self, node: NodeId, job: JobId, generation: Generation) -> GangStanding {
+        let Some(part) = self.placement(job, generation).and_then(|at| at.part(node)) else {
+            return GangStanding::Unwanted;
+        };
+        let seq = part.next_seq - 1;
+        match self.jobs.get(&job).and_then(|record| record.live_part(node)) {
+            Some(_) => GangStanding::Wanted { seq },
+            None => GangStanding::Over { seq },
+        }
+    }
+
+    /// Gangs on `node` that an agent which knows only `gangs` has lost: they had begun to report.
     pub fn lost_gangs(&self, node: NodeId, gangs: &[(JobId, Generation)]) -> Vec<(JobId, Generation)> {
+        let begun = |part: &Part| part.next_seq > 1;
         self.active_jobs(node)
-            .filter_map(|(job, record)| record.placement.map(|at| (job, at)))
-            .filter(|(job, at)| at.next_seq > 1 && !gangs.contains(&(*job, at.generation)))
-            .map(|(job, at)| (job, at.generation))
+            .filter(|(_, record)| record.live_part(node).is_some_and(begun))
+            .map(|(job, record)| (job, record.generation))
+            .filter(|gang| !gangs.contains(gang))
             .collect()
     }
 }
@@ -49,7 +68,7 @@ impl State {
 pub enum GangStanding {
     /// It should run on; events up to `seq` are recorded.
     Wanted { seq: u64 },
-    /// The job is final; events up to `seq` were recorded before.
+    /// The gang, or this node's part of it, is over; events up to `seq` were recorded before.
     Over { seq: u64 },
     /// The cluster knows no such gang on this node.
     Unwanted,

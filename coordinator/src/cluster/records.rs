@@ -1,28 +1,42 @@
-//! What is known of a job, and the one way in which it ends.
+//! What is known of a job, and what its events tell about it.
 
-use super::{Context, Effect, State};
+use super::Context;
 use crate::cluster::history::HistoryRow;
-use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Outcome};
+use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome};
 use fleet_common::exit::Fault;
-use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{JobState, Work};
+use fleet_common::ids::{Generation, JobId, NodeId, Rank};
+use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// Events of one job that are kept; beyond it lines of output are dropped and only the rest is kept (a year of steps fits).
 pub const LOGGED_EVENTS_MAX: u64 = 1_000_000;
+/// Files of one checkpoint: what fits into one command.
+pub const SHARDS_MAX: usize = 16_384;
 
+/// Invariant: `placement` is there from the assignment to the end of the job or its return to the queue, and with it
+/// `generation > 0`. A job that is final has no work and a finish time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobRecord {
     pub name: String,
     pub world_size: u32,
+    pub wish: Wish,
+    /// A training job, which is a run as well.
+    pub trains: bool,
     /// Until the job is final; afterwards it is in the history.
     pub work: Option<Work>,
     pub keep_checkpoints: u32,
     pub state: JobState,
     pub submitted_unix_ms: u64,
     pub finished_unix_ms: Option<u64>,
+    /// Starts so far.
+    pub generation: Generation,
     pub placement: Option<Placement>,
     pub stop: Option<Stop>,
+    /// Stops only to start again: goes back to the queue when every part has ended.
+    pub requeue: bool,
+    /// How the parts that have ended did: the worst of them.
+    pub ending: Option<Outcome>,
     /// Events in the history.
     pub events: u64,
     pub progress: Progress,
@@ -32,13 +46,26 @@ pub struct JobRecord {
     pub error: Option<JobError>,
 }
 
-/// Where a job's gang is, and how far its stream of events has come.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// Where a job's gang is. Invariants: `parts` is not empty and in rank order; no node is in it twice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Placement {
-    pub node: NodeId,
     pub generation: Generation,
-    /// Number of the next event of this generation.
+    pub parts: Vec<Part>,
+    pub placed_unix_ms: u64,
+    /// Where rank 0 listens, if there are several parts. No other job has it on that node.
+    pub port: Option<u16>,
+}
+
+/// The ranks of a gang on one node, and how far their stream of events has come.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub node: NodeId,
+    pub first_rank: Rank,
+    pub ranks: u32,
+    /// Number of the next event of this part.
     pub next_seq: u64,
+    /// No rank of it is alive any more.
+    pub finished: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -58,24 +85,49 @@ pub struct Progress {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecordedCheckpoint {
+    /// Without its shards, which are in the event.
     pub record: CheckpointRecord,
+    /// The job's event that has all of it.
+    pub event: u64,
     pub unix_ms: u64,
 }
 
+impl Placement {
+    pub fn part(&self, node: NodeId) -> Option<&Part> {
+        self.parts.iter().find(|part| part.node == node)
+    }
+
+    pub fn all_finished(&self) -> bool {
+        self.parts.iter().all(|part| part.finished)
+    }
+}
+
 impl JobRecord {
-    pub fn generation(&self) -> Generation {
-        self.placement.map_or(0, |at| at.generation)
+    /// The part of the gang on `node` that is not over.
+    pub fn live_part(&self, node: NodeId) -> Option<&Part> {
+        if self.state.is_final() {
+            return None;
+        }
+        self.placement.as_ref()?.part(node).filter(|part| !part.finished)
+    }
+
+    /// Slots that the job holds, by node.
+    pub fn slots(&self) -> impl Iterator<Item = (NodeId, u32)> {
+        let parts = match &self.placement {
+            Some(at) if !self.state.is_final() => &at.parts[..],
+            _ => &[],
+        };
+        let live = parts.iter().filter(|part| !part.finished);
+        live.map(|part| (part.node, part.ranks.saturating_mul(self.wish.slots_per_rank)))
     }
 
     /// Puts an event into the history and what it tells into the record.
-    pub(crate) fn record(&mut self, id: JobId, event: Event, context: &mut Context) {
-        match &event.body {
+    pub(crate) fn record(&mut self, id: JobId, mut event: Event, context: &mut Context) {
+        match &mut event.body {
             EventBody::DataReady(stats) => self.data = Some(stats.clone()),
             EventBody::Started { step, .. } => {
                 self.progress.step = *step;
-                if self.state == JobState::Starting {
-                    self.state = JobState::Running;
-                }
+                self.runs();
             }
             EventBody::Step(step) => {
                 self.progress.step = step.step;
@@ -84,25 +136,50 @@ impl JobRecord {
                 self.progress.tokens_per_s = Some(step.tokens_per_s);
             }
             EventBody::Eval(evaluation) => self.progress.eval_loss = Some(evaluation.loss),
-            EventBody::Checkpoint(checkpoint) => {
-                self.checkpoints.retain(|known| known.record.path != checkpoint.path);
-                self.checkpoints
-                    .push(RecordedCheckpoint { record: checkpoint.clone(), unix_ms: event.unix_ms });
-                let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
-                self.checkpoints.drain(..surplus);
-            }
-            EventBody::CheckpointFailed { .. } | EventBody::Memory { .. } => {}
-            EventBody::Log { .. } if self.events >= LOGGED_EVENTS_MAX => return,
-            EventBody::Log { .. } => {}
+            EventBody::Checkpoint(checkpoint) => match flaw(checkpoint) {
+                None => self.keep(checkpoint.clone(), event.unix_ms),
+                Some(flaw) => {
+                    let (step, error) = (checkpoint.step, format!("its manifest is not whole: {flaw}"));
+                    event.body = EventBody::CheckpointFailed { step, error };
+                }
+            },
+            EventBody::CheckpointFailed { .. } => {}
+            EventBody::Log { .. } | EventBody::Memory { .. } if self.events >= LOGGED_EVENTS_MAX => return,
+            // A program says nothing else.
+            EventBody::Log { .. } | EventBody::Memory { .. } if !self.trains => self.runs(),
+            EventBody::Log { .. } | EventBody::Memory { .. } => {}
             EventBody::Finished(outcome) => self.close(outcome, context.unix_ms),
         }
         self.events += 1;
         context.history.push(HistoryRow::Event { job: id, index: self.events, event });
     }
 
+    /// A line of the cluster's own in the job's history.
+    pub(crate) fn note(&mut self, id: JobId, line: String, context: &mut Context) {
+        let body = EventBody::Log { rank: None, level: Level::Info, line };
+        self.record(id, Event { unix_ms: context.unix_ms, body }, context);
+    }
+
+    fn runs(&mut self) {
+        if self.state == JobState::Starting {
+            self.state = JobState::Running;
+        }
+    }
+
+    fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64) {
+        record.shards = Vec::new();
+        self.checkpoints.retain(|known| known.record.path != record.path);
+        self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms });
+        let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
+        self.checkpoints.drain(..surplus);
+    }
+
     fn close(&mut self, outcome: &Outcome, unix_ms: u64) {
         self.finished_unix_ms = Some(unix_ms);
         self.work = None;
+        self.stop = None;
+        self.requeue = false;
+        self.ending = None;
         match outcome {
             Outcome::Succeeded { steps, final_loss, tokens_per_s } => {
                 self.state = JobState::Succeeded;
@@ -122,26 +199,50 @@ impl JobRecord {
     }
 }
 
-impl State {
-    /// Ends a job by decision of the cluster. Its history gets the `Finished` event that no agent will send.
-    pub(crate) fn finish(&mut self, id: JobId, outcome: Outcome, context: &mut Context) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let event = Event { unix_ms: context.unix_ms, body: EventBody::Finished(outcome) };
-        job.record(id, event, context);
-        context.effects.extend([Effect::Job(id), Effect::Plan]);
-        if let Some(at) = job.placement {
-            context.effects.push(Effect::Node(at.node));
-        }
+/// What is wrong with a checkpoint's manifest: every writer must have a shard, every shard a name of its own and a hash.
+fn flaw(checkpoint: &CheckpointRecord) -> Option<String> {
+    let CheckpointRecord { writers, shards, manifest_sha256, bytes, .. } = checkpoint;
+    if shards.len() > SHARDS_MAX {
+        return Some(format!("it names {} files, and {SHARDS_MAX} is the limit", shards.len()));
     }
+    if !is_sha256(manifest_sha256) {
+        return Some(format!("`{}` is not the hash of a manifest", clip(manifest_sha256)));
+    }
+    let mut names = BTreeSet::new();
+    let mut wrote = BTreeSet::new();
+    for shard in shards {
+        if !is_file_name(&shard.name) || !names.insert(&shard.name) {
+            return Some(format!("the name `{}` is wrong or there twice", clip(&shard.name)));
+        }
+        if !is_sha256(&shard.sha256) {
+            return Some(format!("{} has no hash", shard.name));
+        }
+        if shard.writer >= *writers {
+            return Some(format!("{} is by rank {} of {writers}", shard.name, shard.writer));
+        }
+        wrote.insert(shard.writer);
+    }
+    if let Some(missing) = (0..*writers).find(|writer| !wrote.contains(writer)) {
+        return Some(format!("there is no shard of rank {missing} of {writers}"));
+    }
+    let sum = shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.bytes));
+    match (*writers, sum) {
+        (0, _) => Some("nobody wrote it".to_owned()),
+        (_, sum) if sum > *bytes => Some(format!("its shards have {sum} bytes, and it {bytes}")),
+        _ => None,
+    }
+}
 
-    /// Nothing more will be heard from the node: its jobs fail.
-    pub(crate) fn give_up_node(&mut self, node: NodeId, why: &str, context: &mut Context) {
-        let name = self.node_name(node);
-        let jobs: Vec<_> = self.active_jobs(node).map(|(id, _)| id).collect();
-        for id in jobs {
-            self.finish(id, Outcome::Failed(node_error(name.clone(), why.to_owned())), context);
-        }
-    }
+pub(crate) fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= 255 && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
+
+fn clip(text: &str) -> String {
+    text.chars().take(80).collect()
 }
 
 /// The error of a job whose node failed it.
@@ -154,5 +255,34 @@ pub(crate) fn node_error(node: String, message: String) -> JobError {
         exit_code: None,
         message,
         last_lines: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::tests::checkpoint_of;
+    use fleet_common::events::Shard;
+
+    fn spoiled(spoil: impl Fn(&mut CheckpointRecord)) -> Option<String> {
+        let mut record = checkpoint_of(7, 2);
+        spoil(&mut record);
+        flaw(&record)
+    }
+
+    #[test]
+    fn a_manifest_needs_every_shard_once_and_with_its_hash() {
+        assert_eq!(spoiled(|_| {}), None);
+        let says =
+            |what: &str, flaw: Option<String>| assert!(flaw.as_ref().unwrap().contains(what), "{flaw:?}");
+        says("no shard of rank 1 of 2", spoiled(|record| record.shards.truncate(1)));
+        says("no shard of rank 2 of 3", spoiled(|record| record.writers = 3));
+        says("by rank 1 of 1", spoiled(|record| record.writers = 1));
+        says("there twice", spoiled(|record| record.shards[1].name = record.shards[0].name.clone()));
+        says("`../x` is wrong", spoiled(|record| record.shards[1].name = "../x".into()));
+        says("has no hash", spoiled(|record| record.shards[0].sha256 = "zz".into()));
+        says("not the hash of a manifest", spoiled(|record| record.manifest_sha256.clear()));
+        says("its shards have", spoiled(|record| record.bytes = 1));
+        says("nobody wrote it", spoiled(|record| (record.writers, record.shards) = (0, Vec::<Shard>::new())));
     }
 }

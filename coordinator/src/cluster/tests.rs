@@ -1,4 +1,4 @@
-//! Scripts for the commands' tests, and the properties that hold for all commands together.
+//! Scripts for the commands' tests.
 
 use super::commands::*;
 use super::history::HistoryRow;
@@ -6,10 +6,11 @@ use super::members::Standing;
 use super::records::Stop;
 use super::session::RequestId;
 use super::*;
-use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, Outcome, Step};
+use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, Outcome, Shard, Step};
 use fleet_common::ids::ClientId;
-use fleet_common::protocol::{CoordinatorAddress, Program, Role, Work};
-use proptest::prelude::*;
+use fleet_common::protocol::{
+    CoordinatorAddress, Feature, NewExport, NewProfile, Point, Program, Role, RunKey, Wish, Work,
+};
 
 /// Applies commands one after the other and keeps all history.
 pub(crate) struct Script {
@@ -30,6 +31,18 @@ impl Script {
         script.run(token("w", Role::Worker, 9));
         script.run(redeem("w", "box"));
         script.describe(slots);
+        script
+    }
+
+    /// Node 1 has `slots[0]`, and so on.
+    pub fn with_nodes(slots: &[u32]) -> Self {
+        let mut script = Script::new();
+        script.run(token("w", Role::Worker, 999));
+        for (at, slots) in slots.iter().enumerate() {
+            let node = NodeId(at as u64 + 1);
+            script.run(redeem("w", ""));
+            assert_eq!(script.run(describe(node, &format!("n{}", node.0), *slots, &[])), Answer::Done);
+        }
         script
     }
 
@@ -76,27 +89,42 @@ impl Script {
     }
 
     pub fn describe(&mut self, slots: u32) {
-        let describe = DescribeNode {
-            node: self.node(),
-            name: "box".into(),
-            slots,
-            device: "cpu".into(),
-            version: "0".into(),
-        };
-        assert_eq!(self.run(Change::DescribeNode(describe)), Answer::Done);
+        assert_eq!(self.run(describe(self.node(), "box", slots, &[])), Answer::Done);
     }
 
     pub fn submit(&mut self, world_size: u32) -> JobId {
-        match self.run(submit(world_size, None)) {
+        self.submit_as(submit(world_size))
+    }
+
+    pub fn submit_training(&mut self, world_size: u32) -> JobId {
+        self.submit_as(job(training(), world_size, Wish { queue: true, ..Wish::default() }))
+    }
+
+    pub fn submit_as(&mut self, submit: Change) -> JobId {
+        match self.run(submit) {
             Answer::Submitted { job } => job,
             other => panic!("{other:?}"),
         }
     }
 
+    /// All of it to node 1.
     pub fn assign(&mut self, job: JobId) {
-        let generation = self.state.jobs()[&job].generation() + 1;
-        let assign = AssignGang { job, node: self.node(), generation };
-        assert_eq!(self.run(Change::AssignGang(assign)), Answer::Done);
+        let ranks = self.state.jobs()[&job].world_size;
+        self.place(job, &[(1, ranks)]);
+    }
+
+    pub fn place(&mut self, job: JobId, parts: &[(u64, u32)]) {
+        let generation = self.state.jobs()[&job].generation + 1;
+        let parts = parts.iter().map(|(node, ranks)| (NodeId(*node), *ranks)).collect();
+        assert_eq!(self.run(Change::AssignGang(AssignGang { job, generation, parts })), Answer::Done);
+    }
+
+    /// The agent of `node` reports of the job's present generation.
+    pub fn tell(&mut self, job: JobId, node: u64, first_seq: u64, bodies: Vec<EventBody>) -> Answer {
+        let events = bodies.into_iter().map(|body| Event { unix_ms: 5, body }).collect();
+        let generation = self.state.jobs()[&job].generation;
+        let batch = EventBatch { job, generation, first_seq, events };
+        self.run(Change::RecordEvents(RecordEvents { node: NodeId(node), batch }))
     }
 
     pub fn lose_node(&mut self) {
@@ -148,10 +176,33 @@ pub(crate) fn replica(id: u64) -> RegisterReplica {
     }
 }
 
-pub(crate) fn submit(world_size: u32, largest_node: Option<u32>) -> Change {
-    let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] };
-    let work = Work::Program(program);
-    Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, keep_checkpoints: 3, largest_node })
+pub(crate) fn describe(node: NodeId, name: &str, slots: u32, labels: &[(&str, &str)]) -> Change {
+    Change::DescribeNode(DescribeNode {
+        node,
+        name: name.into(),
+        slots,
+        device: "cpu".into(),
+        version: "0".into(),
+        labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        host: format!("host-{}", node.0),
+    })
+}
+
+pub(crate) fn program() -> Work {
+    Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] })
+}
+
+pub(crate) fn training() -> Work {
+    Work::Train { job_json: "{}".into() }
+}
+
+pub(crate) fn job(work: Work, world_size: u32, wish: Wish) -> Change {
+    Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: 3 })
+}
+
+/// A program that may wait for nodes.
+pub(crate) fn submit(world_size: u32) -> Change {
+    job(program(), world_size, Wish { queue: true, ..Wish::default() })
 }
 
 pub(crate) fn step(step: u64) -> EventBody {
@@ -167,14 +218,50 @@ pub(crate) fn step(step: u64) -> EventBody {
 }
 
 pub(crate) fn checkpoint(step: u64) -> EventBody {
-    let record = CheckpointRecord {
+    EventBody::Checkpoint(checkpoint_of(step, 1))
+}
+
+pub(crate) fn checkpoint_of(step: u64, writers: u32) -> CheckpointRecord {
+    let shards = (0..writers).map(|writer| Shard {
+        writer,
+        name: format!("part-{writer}"),
+        bytes: 10,
+        sha256: "ab".repeat(32),
+    });
+    CheckpointRecord {
         step,
         path: format!("/c/step-{step}"),
-        manifest_sha256: "00".into(),
-        bytes: 1,
+        manifest_sha256: "cd".repeat(32),
+        bytes: 1_000,
         loss: 1.0,
+        writers,
+        shards: shards.collect(),
+    }
+}
+
+pub(crate) fn stopped(steps: u64) -> EventBody {
+    EventBody::Finished(Outcome::Stopped { steps })
+}
+
+pub(crate) fn point(series: &str, step: u64, value: f64) -> Point {
+    Point { series: series.into(), step, value, unix_ms: step }
+}
+
+pub(crate) fn export(job: u64, step: u64) -> NewExport {
+    let (format, path, sha256) = ("onnx".into(), "/m.onnx".into(), "ef".repeat(32));
+    NewExport { job: JobId(job), step, format, path, bytes: 9, sha256 }
+}
+
+pub(crate) fn profile(run: RunKey) -> NewProfile {
+    let feature = Feature {
+        name: "length".into(),
+        samples: 10,
+        mean: 1.0,
+        std_dev: 0.5,
+        edges: vec![0.0, 1.0, 2.0],
+        counts: vec![4, 6],
     };
-    EventBody::Checkpoint(record)
+    NewProfile { run, name: "p".into(), features: vec![feature] }
 }
 
 pub(crate) fn finished() -> EventBody {
@@ -186,159 +273,4 @@ pub(crate) fn why(answer: Answer) -> String {
         Answer::Rejected(refusal) => refusal.message,
         other => panic!("not refused: {other:?}"),
     }
-}
-
-/// The largest node of the properties below; a node may shrink under its jobs, but never had more.
-const SLOTS: u32 = 4;
-
-/// Commands over few ids, so that they meet.
-fn any_change() -> impl Strategy<Value = Change> {
-    let job = || (1..5u64).prop_map(JobId);
-    let node = || (1..4u64).prop_map(NodeId);
-    let body = prop_oneof![(1..20u64).prop_map(step), (1..20u64).prop_map(checkpoint), Just(finished())];
-    prop_oneof![
-        (0..3u8, 1..4u32).prop_map(|(id, uses)| {
-            let id = format!("t{id}");
-            Change::CreateToken(CreateToken {
-                id,
-                secret_sha256: [1; 32],
-                role: Role::Worker,
-                ttl_ms: 500,
-                uses,
-            })
-        }),
-        (0..3u8, 1..3u8).prop_map(|(id, secret)| {
-            Change::RedeemToken(RedeemToken {
-                id: format!("t{id}"),
-                secret_sha256: [secret; 32],
-                name: "n".into(),
-            })
-        }),
-        (node(), 1..=SLOTS).prop_map(|(node, slots)| {
-            Change::DescribeNode(DescribeNode {
-                node,
-                name: "n".into(),
-                slots,
-                device: "cpu".into(),
-                version: "0".into(),
-            })
-        }),
-        node().prop_map(|node| Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 10_000 })),
-        (1..4u32).prop_map(|world_size| submit(world_size, None)),
-        (job(), node(), 1..3u64).prop_map(|(job, node, generation)| Change::AssignGang(AssignGang {
-            job,
-            node,
-            generation
-        })),
-        (job(), node(), 1..6u64, prop::collection::vec(body, 1..4)).prop_map(
-            |(job, node, first_seq, bodies)| {
-                let events = bodies.into_iter().map(|body| Event { unix_ms: 1, body }).collect();
-                Change::RecordEvents(RecordEvents {
-                    node,
-                    batch: EventBatch { job, generation: 1, first_seq, events },
-                })
-            }
-        ),
-        (job(), any::<bool>()).prop_map(|(job, now)| {
-            Change::CancelJob(CancelJob { job, stop: if now { Stop::Now } else { Stop::AfterCheckpoint } })
-        }),
-        (job(), 1..3u64).prop_map(|(job, generation)| Change::FailJob(FailJob {
-            job,
-            generation,
-            message: "m".into()
-        })),
-    ]
-}
-
-fn any_command() -> impl Strategy<Value = Command> {
-    let request = prop::option::of((1..4u128, 1..12u64));
-    (any_change(), request, 0..5_000u64).prop_map(|(change, request, unix_ms)| Command {
-        unix_ms,
-        request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }),
-        why: None,
-        change,
-    })
-}
-
-fn check_invariants(state: &State) {
-    for id in state.nodes().keys() {
-        assert!(state.slots_used(*id) <= SLOTS, "slots of {id} are promised twice");
-    }
-    for (id, job) in state.jobs() {
-        assert_eq!(job.state.is_final(), job.finished_unix_ms.is_some(), "{id}");
-        assert_eq!(job.state.is_final(), job.work.is_none(), "{id}");
-        assert!(job.checkpoints.len() <= job.keep_checkpoints as usize);
-    }
-}
-
-proptest! {
-    #[test]
-    fn a_snapshot_continues_like_the_state_it_was_taken_from(
-        before in prop::collection::vec(any_command(), 0..60),
-        after in prop::collection::vec(any_command(), 0..30),
-    ) {
-        let mut state = State::new("test".into());
-        for (index, command) in before.into_iter().enumerate() {
-            state.apply(index as u64 + 1, command);
-            check_invariants(&state);
-        }
-        let mut restored: State = fleet_common::codec::decode(&fleet_common::codec::encode(&state).unwrap()).unwrap();
-        prop_assert_eq!(&restored, &state);
-        for (index, command) in after.into_iter().enumerate() {
-            let index = index as u64 + 1_000;
-            prop_assert_eq!(restored.apply(index, command.clone()), state.apply(index, command));
-        }
-        prop_assert_eq!(restored, state);
-    }
-
-    #[test]
-    fn duplicated_requests_apply_once_in_any_interleaving(
-        changes in prop::collection::vec(any_change(), 1..20),
-        repeats in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..40),
-    ) {
-        // Each change is a request of its own; a repeat is put anywhere after its original.
-        let mut order: Vec<usize> = (0..changes.len()).collect();
-        for (which, place) in repeats {
-            let original = which.index(changes.len());
-            let first = order.iter().position(|at| *at == original).unwrap();
-            let place = first + 1 + place.index(order.len() - first);
-            order.insert(place, original);
-        }
-        let mut once = Script::new();
-        let answers: Vec<Answer> =
-            changes.iter().map(|change| once.run_as(None, change.clone())).collect();
-        let mut repeated = Script::new();
-        for at in order {
-            let request = RequestId { client: ClientId(1), seq: at as u64 + 1 };
-            prop_assert_eq!(&repeated.run_as(Some(request), changes[at].clone()), &answers[at]);
-        }
-        prop_assert_eq!(&repeated.history, &once.history);
-        prop_assert_eq!(repeated.state.jobs(), once.state.jobs());
-        prop_assert_eq!(repeated.state.nodes(), once.state.nodes());
-        prop_assert_eq!(repeated.state.tokens(), once.state.tokens());
-    }
-}
-
-/// The bytes of commands as they lie in logs. A change here needs a new format version.
-#[test]
-fn commands_keep_their_bytes() {
-    let request = Some(RequestId { client: ClientId(7), seq: 2 });
-    let bytes = |change| {
-        hex::encode(fleet_common::codec::encode(&Command { unix_ms: 1, request, why: None, change }).unwrap())
-    };
-    let (job, node) = (JobId(5), NodeId(3));
-    assert_eq!(
-        bytes(Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 })),
-        "010107020003".to_owned() + "0304"
-    );
-    assert_eq!(
-        bytes(Change::AssignGang(AssignGang { job, node, generation: 1 })),
-        "010107020005".to_owned() + "050301"
-    );
-    assert_eq!(
-        bytes(Change::CancelJob(CancelJob { job, stop: Stop::Now })),
-        "010107020007".to_owned() + "0501"
-    );
-    let fail = FailJob { job, generation: 1, message: "m".into() };
-    assert_eq!(bytes(Change::FailJob(fail)), "010107020008".to_owned() + "0501016d");
 }

@@ -19,7 +19,7 @@ pub enum Table {
     Jobs,
     /// Runs of clients that ended long ago, by run.
     Runs,
-    /// What the planner decided and why, by position in the log.
+    /// What the planner decided and why, by number.
     Decisions,
     /// Points of runs' series, by run and batch.
     Metrics,

@@ -1,5 +1,6 @@
 //! A job is asked to stop. One that waits ends at once, one that runs is told through its agent.
 
+use crate::cluster::ends::wake_parts;
 use crate::cluster::records::Stop;
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::events::Outcome;
@@ -16,18 +17,26 @@ pub struct CancelJob {
 impl CancelJob {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         let Some(job) = state.jobs.get_mut(&self.job) else {
-            return Answer::not_found(format!("there is no {}", self.job));
+            // One that ended so long ago that it is only in the history.
+            return match self.job.0 {
+                id if id > 0 && id <= state.last_job => Answer::Done,
+                _ => Answer::not_found(format!("there is no {}", self.job)),
+            };
         };
         if job.state.is_final() {
             return Answer::Done;
         }
-        let Some(at) = job.placement else {
-            state.finish(self.job, Outcome::Stopped { steps: 0 }, context);
+        if job.placement.is_none() {
+            let steps = job.progress.step;
+            state.finish(self.job, Outcome::Stopped { steps }, context);
             return Answer::Done;
-        };
+        }
         job.state = JobState::Stopping;
         job.stop = job.stop.max(Some(self.stop));
-        context.effects.extend([Effect::Node(at.node), Effect::Job(self.job)]);
+        // It was asked to end, not to start again elsewhere.
+        job.requeue = false;
+        wake_parts(job, context);
+        context.effects.push(Effect::Job(self.job));
         Answer::Done
     }
 }

@@ -1,10 +1,11 @@
 //! An agent has greeted: what its node offers from now on.
 
-use crate::cluster::members::{clean_name, clip};
+use crate::cluster::members::{LABELS_MAX, NAME_MAX, clean_name, clip, is_label};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::Member;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Slots of one node: far above any machine, low enough that sums do not overflow.
 pub const SLOTS_MAX: u32 = 4_096;
@@ -16,12 +17,19 @@ pub struct DescribeNode {
     pub slots: u32,
     pub device: String,
     pub version: String,
+    pub labels: BTreeMap<String, String>,
+    pub host: String,
 }
 
 impl DescribeNode {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         if self.slots == 0 || self.slots > SLOTS_MAX {
             return Answer::invalid(format!("a node offers 1 to {SLOTS_MAX} slots, not {}", self.slots));
+        }
+        if self.labels.len() > LABELS_MAX || self.labels.iter().any(|(name, value)| !is_label(name, value)) {
+            return Answer::invalid(format!(
+                "a node has at most {LABELS_MAX} labels like `gpu=h200` of at most {NAME_MAX} characters each"
+            ));
         }
         let Some(node) = state.nodes.get_mut(&self.node) else {
             return Answer::not_found(format!(
@@ -33,6 +41,8 @@ impl DescribeNode {
         node.slots = self.slots;
         node.device = clip(&self.device);
         node.version = clip(&self.version);
+        node.labels = self.labels;
+        node.host = clip(&self.host);
         node.lost = false;
         context.effects.extend([Effect::Plan, Effect::Node(self.node)]);
         Answer::Done
@@ -54,6 +64,8 @@ mod tests {
             slots: 4,
             device: "cpu".into(),
             version: "1".into(),
+            labels: BTreeMap::new(),
+            host: "h".into(),
         };
         assert!(why(script.run(Change::DescribeNode(describe))).contains("node-9 is not registered"));
     }

@@ -1,9 +1,9 @@
-//! The cluster gives a job up, because its agent lost it.
+//! An agent has lost its ranks of a job: nothing more will be heard of them, and the job fails.
 
 use crate::cluster::records::node_error;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::events::Outcome;
-use fleet_common::ids::{Generation, JobId};
+use fleet_common::ids::{Generation, JobId, NodeId};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -11,20 +11,18 @@ pub struct FailJob {
     pub job: JobId,
     /// Only if this is still the job's generation.
     pub generation: Generation,
+    /// Whose ranks are gone.
+    pub node: NodeId,
     pub message: String,
 }
 
 impl FailJob {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
-        let Some(job) = state.jobs.get(&self.job) else {
-            return Answer::not_found(format!("there is no {}", self.job));
-        };
-        let Some(at) = job.placement.filter(|at| at.generation == self.generation && !job.state.is_final())
-        else {
-            return Answer::Done;
-        };
-        let node = state.node_name(at.node);
-        state.finish(self.job, Outcome::Failed(node_error(node, self.message)), context);
+        if state.placement(self.job, self.generation).is_some() {
+            let name = state.node_name(self.node);
+            let outcome = Outcome::Failed(node_error(name, self.message));
+            state.end_part(self.job, self.node, outcome, context);
+        }
         Answer::Done
     }
 }
@@ -41,8 +39,10 @@ mod tests {
         let mut script = Script::with_node(1);
         let job = script.submit(1);
         script.assign(job);
-        let fail =
-            |generation| Change::FailJob(FailJob { job, generation, message: "agent restarted".into() });
+        let node = script.node();
+        let fail = |generation| {
+            Change::FailJob(FailJob { job, generation, node, message: "agent restarted".into() })
+        };
         script.run(fail(2));
         assert_eq!(script.state.jobs()[&job].state, JobState::Starting);
         script.run(fail(1));

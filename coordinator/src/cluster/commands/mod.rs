@@ -8,38 +8,52 @@ mod cancel_job;
 mod create_token;
 mod describe_node;
 mod describe_replica;
+mod drain_node;
 mod fail_job;
+mod finish_run;
 mod mark_node_lost;
 mod promote_replica;
 mod record_events;
+mod record_export;
+mod record_metrics;
+mod record_profile;
 mod redeem_token;
 mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod start_run;
 mod submit_job;
+mod undrain_node;
 
 pub use assign_gang::AssignGang;
 pub use cancel_job::CancelJob;
 pub use create_token::CreateToken;
 pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
+pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
+pub use finish_run::FinishRun;
 pub use mark_node_lost::MarkNodeLost;
 pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
+pub use record_export::RecordExport;
+pub use record_metrics::RecordMetrics;
+pub use record_profile::RecordProfile;
 pub use redeem_token::RedeemToken;
 pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
+pub use undrain_node::UndrainNode;
 
 use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
 /// The newest commands that this program knows.
-pub const COMMAND_LEVEL: u32 = 1;
+pub const COMMAND_LEVEL: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
@@ -58,6 +72,13 @@ pub enum Change {
     RemoveReplica(RemoveReplica),
     DescribeReplica(DescribeReplica),
     RevokeMember(RevokeMember),
+    DrainNode(DrainNode),
+    UndrainNode(UndrainNode),
+    StartRun(StartRun),
+    RecordMetrics(RecordMetrics),
+    FinishRun(FinishRun),
+    RecordExport(RecordExport),
+    RecordProfile(RecordProfile),
 }
 
 impl Change {
@@ -78,12 +99,27 @@ impl Change {
             Change::RemoveReplica(command) => command.apply(state, context),
             Change::DescribeReplica(command) => command.apply(state, context),
             Change::RevokeMember(command) => command.apply(state, context),
+            Change::DrainNode(command) => command.apply(state, context),
+            Change::UndrainNode(command) => command.apply(state, context),
+            Change::StartRun(command) => command.apply(state, context),
+            Change::RecordMetrics(command) => command.apply(state, context),
+            Change::FinishRun(command) => command.apply(state, context),
+            Change::RecordExport(command) => command.apply(state, context),
+            Change::RecordProfile(command) => command.apply(state, context),
         }
     }
 
-    /// What a coordinator must know to apply it. Proposed only where `State::level` is at least that.
+    /// What a coordinator must know to apply it: 1 is membership and jobs, 2 adds what is recorded of runs. Proposed only where
+    /// `State::level` is at least that.
     pub fn level(&self) -> u32 {
-        1
+        match self {
+            Change::StartRun(_)
+            | Change::RecordMetrics(_)
+            | Change::FinishRun(_)
+            | Change::RecordExport(_)
+            | Change::RecordProfile(_) => 2,
+            _ => 1,
+        }
     }
 
     /// For logs and metrics.
@@ -104,6 +140,13 @@ impl Change {
             Change::RemoveReplica(_) => "remove_replica",
             Change::DescribeReplica(_) => "describe_replica",
             Change::RevokeMember(_) => "revoke_member",
+            Change::DrainNode(_) => "drain_node",
+            Change::UndrainNode(_) => "undrain_node",
+            Change::StartRun(_) => "start_run",
+            Change::RecordMetrics(_) => "record_metrics",
+            Change::FinishRun(_) => "finish_run",
+            Change::RecordExport(_) => "record_export",
+            Change::RecordProfile(_) => "record_profile",
         }
     }
 }

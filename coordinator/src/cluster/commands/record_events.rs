@@ -1,5 +1,6 @@
-//! What happened in a gang, in order and each event once. The last event ends the job.
+//! What happened in a gang on one node, in order and each event once. The last event ends this part of the gang.
 
+use crate::cluster::records::Part;
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::events::{EventBatch, EventBody};
 use fleet_common::ids::NodeId;
@@ -17,34 +18,43 @@ impl RecordEvents {
         let EventBatch { job: id, generation, first_seq, events } = self.batch;
         let end_seq = first_seq.saturating_add(events.len() as u64);
         let outdated = Answer::EventsTaken { seq: end_seq.saturating_sub(1) };
-        let Some(job) = state.jobs.get_mut(&id) else { return outdated };
-        if job.state.is_final() {
-            return outdated;
-        }
-        let Some(at) =
-            job.placement.as_mut().filter(|at| at.node == self.node && at.generation == generation)
-        else {
+        let Some(job) = state.jobs.get_mut(&id).filter(|job| !job.state.is_final()) else { return outdated };
+        let Some(at) = job.placement.as_mut().filter(|at| at.generation == generation) else {
             return outdated;
         };
-        let next_seq = at.next_seq;
+        let live = |part: &&mut Part| part.node == self.node && !part.finished;
+        let Some(part) = at.parts.iter_mut().find(live) else { return outdated };
+        let next_seq = part.next_seq;
         if first_seq > next_seq {
             return Answer::EventsGap { next_seq };
         }
         let known = (next_seq - first_seq) as usize;
         if known < events.len() {
-            at.next_seq = end_seq;
+            part.next_seq = end_seq;
+            let leads = part.first_rank == 0;
+            context.effects.push(Effect::Job(id));
             for event in events.into_iter().skip(known) {
-                let last = matches!(event.body, EventBody::Finished(_));
-                job.record(id, event, context);
-                if last {
-                    context.effects.push(Effect::Plan);
-                    break;
+                match event.body {
+                    EventBody::Finished(outcome) => {
+                        state.end_part(id, self.node, outcome, context);
+                        break;
+                    }
+                    _ => {
+                        if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
+                        {
+                            job.record(id, event, context);
+                        }
+                    }
                 }
             }
-            context.effects.push(Effect::Job(id));
         }
         Answer::EventsTaken { seq: end_seq.max(next_seq) - 1 }
     }
+}
+
+/// Tells of the node that says it. All else is said by the part with rank 0, for the whole job.
+fn is_local(body: &EventBody) -> bool {
+    matches!(body, EventBody::Log { .. } | EventBody::Memory { .. } | EventBody::CheckpointFailed { .. })
 }
 
 #[cfg(test)]

@@ -1,35 +1,36 @@
 //! A new job. It waits until the planner finds a place for it.
 
+use crate::cluster::fit::fit;
 use crate::cluster::history::HistoryRow;
+use crate::cluster::members::{LABELS_MAX, NAME_MAX, is_label};
 use crate::cluster::records::{JobRecord, Progress};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{JobState, Work};
+use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
 
 /// Unfinished jobs: bounds what the state holds of them, at most some tens of KiB each.
 pub const UNFINISHED_MAX: usize = 1_000;
+/// Ranks of one job: what the largest cluster has.
+pub const WORLD_MAX: u32 = 65_536;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SubmitJob {
     pub name: String,
     pub world_size: u32,
     pub work: Work,
+    pub wish: Wish,
     pub keep_checkpoints: u32,
-    /// Slots of the largest node that the proposer heard; `None` when it heard none yet, then the job waits for one.
-    pub largest_node: Option<u32>,
 }
 
 impl SubmitJob {
-    pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
-        if self.world_size == 0 {
-            return Answer::invalid("a job needs at least one rank");
+    pub(super) fn apply(mut self, state: &mut State, context: &mut Context) -> Answer {
+        let trains = matches!(self.work, Work::Train { .. });
+        if trains {
+            self.wish.nodes.get_or_insert(1);
         }
-        if let Some(largest) = self.largest_node.filter(|largest| *largest < self.world_size) {
-            return Answer::invalid(format!(
-                "the job has {} ranks, and the largest node has {largest} slots; ask for fewer ranks or join a larger node",
-                self.world_size
-            ));
+        if let Err(message) = self.check().and_then(|()| self.check_room(state)) {
+            return Answer::invalid(message);
         }
         if state.jobs.values().filter(|job| !job.state.is_final()).count() >= UNFINISHED_MAX {
             return Answer::invalid(format!(
@@ -43,13 +44,18 @@ impl SubmitJob {
         let record = JobRecord {
             name: self.name,
             world_size: self.world_size,
+            wish: self.wish,
+            trains,
             work: Some(self.work),
             keep_checkpoints: self.keep_checkpoints,
             state: JobState::Queued,
             submitted_unix_ms: context.unix_ms,
             finished_unix_ms: None,
+            generation: 0,
             placement: None,
             stop: None,
+            requeue: false,
+            ending: None,
             events: 0,
             progress: Progress::default(),
             data: None,
@@ -59,29 +65,161 @@ impl SubmitJob {
         state.jobs.insert(job, record);
         Answer::Submitted { job }
     }
+
+    /// What no cluster could do.
+    fn check(&self) -> Result<(), String> {
+        let Wish { nodes, slots_per_rank, labels, max_time_s, .. } = &self.wish;
+        if self.world_size == 0 || self.world_size > WORLD_MAX {
+            return Err(format!("a job has 1 to {WORLD_MAX} ranks, not {}", self.world_size));
+        }
+        if *slots_per_rank == 0 || slots_per_rank.checked_mul(self.world_size).is_none() {
+            return Err(format!("each rank takes at least one slot and not {slots_per_rank}"));
+        }
+        if let Some(nodes) = nodes
+            && (*nodes == 0 || !self.world_size.is_multiple_of(*nodes))
+        {
+            return Err(format!(
+                "{} ranks cannot be divided evenly over {nodes} nodes; choose a number of ranks that can",
+                self.world_size
+            ));
+        }
+        if matches!(self.work, Work::Train { .. }) && *nodes != Some(1) {
+            return Err("a training job runs on one node; leave out the number of nodes or make it 1".into());
+        }
+        if labels.len() > LABELS_MAX || labels.iter().any(|(name, value)| !is_label(name, value)) {
+            return Err(format!(
+                "a job asks for at most {LABELS_MAX} labels like `gpu=h200` of at most {NAME_MAX} characters each"
+            ));
+        }
+        if *max_time_s == Some(0) {
+            return Err("a job needs more time than none".into());
+        }
+        Ok(())
+    }
+
+    /// What all nodes that ever joined could not do, even idle.
+    fn check_room(&self, state: &State) -> Result<(), String> {
+        // Nobody knows yet what a node has that never greeted.
+        if self.wish.queue || state.nodes.values().any(|node| node.slots == 0) {
+            return Ok(());
+        }
+        let suitable = state.nodes.iter().filter(|(_, node)| node.suits(&self.wish));
+        let slots: Vec<_> = suitable.map(|(id, node)| (*id, node.slots)).collect();
+        let room: Vec<_> = slots.iter().map(|(id, slots)| (*id, slots / self.wish.slots_per_rank)).collect();
+        if fit(&room, self.world_size, self.wish.nodes).is_some() {
+            return Ok(());
+        }
+        let labels: Vec<_> = self.wish.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let like = match labels.is_empty() {
+            true => String::new(),
+            false => format!(" with {}", labels.join(",")),
+        };
+        let ranks = match self.wish.slots_per_rank {
+            1 => format!("{} ranks", self.world_size),
+            each => format!("{} ranks of {each} slots", self.world_size),
+        };
+        let cure = "ask for less, join more nodes, or wait for them with --queue";
+        let largest = slots.iter().map(|(_, slots)| *slots).max();
+        Err(match (largest, self.wish.nodes) {
+            (None, _) if like.is_empty() => {
+                "no node has joined; start one with `worker join`, or wait for one with --queue".into()
+            }
+            (None, _) => format!("no node{like} has joined; {cure}"),
+            (Some(largest), Some(1)) => {
+                format!(
+                    "the job has {ranks} on one node, and the largest node{like} has {largest} slots; {cure}"
+                )
+            }
+            (Some(largest), Some(nodes)) => format!(
+                "the job has {ranks} on {nodes} nodes, and there are {} nodes{like}, the largest with {largest} slots; {cure}",
+                slots.len()
+            ),
+            (Some(_), None) => {
+                let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
+                format!(
+                    "the job has {ranks}, and all {} nodes{like} together have {sum} slots; {cure}",
+                    slots.len()
+                )
+            }
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::cluster::Answer;
-    use crate::cluster::tests::{Script, submit, why};
-    use fleet_common::ids::JobId;
-    use fleet_common::protocol::JobState;
+    use super::*;
+    use crate::cluster::commands::Change;
+    use crate::cluster::tests::{Script, program, submit, training, why};
+
+    fn wishing(world_size: u32, wish: Wish) -> Change {
+        Change::SubmitJob(SubmitJob {
+            name: "n".into(),
+            world_size,
+            work: program(),
+            wish,
+            keep_checkpoints: 1,
+        })
+    }
 
     #[test]
     fn jobs_are_numbered_and_wait() {
         let mut script = Script::new();
-        assert_eq!(script.run(submit(2, None)), Answer::Submitted { job: JobId(1) });
-        assert_eq!(script.run(submit(2, None)), Answer::Submitted { job: JobId(2) });
+        assert_eq!(script.run(submit(2)), Answer::Submitted { job: JobId(1) });
+        assert_eq!(script.run(submit(2)), Answer::Submitted { job: JobId(2) });
         assert_eq!(script.state.jobs()[&JobId(2)].state, JobState::Queued);
     }
 
     #[test]
-    fn more_ranks_than_the_largest_node_has_are_refused_with_what_there_is() {
-        let mut script = Script::new();
-        let refusal = why(script.run(submit(8, Some(4))));
-        assert!(refusal.contains("8 ranks") && refusal.contains("4 slots"), "{refusal}");
+    fn more_than_all_nodes_have_is_refused_with_what_there_is_unless_it_may_wait() {
+        let mut script = Script::with_nodes(&[4, 2]);
+        let refusal = why(script.run(wishing(8, Wish::default())));
+        assert!(
+            refusal.contains("8 ranks") && refusal.contains("2 nodes together have 6 slots"),
+            "{refusal}"
+        );
+        let refusal = why(script.run(wishing(8, Wish { nodes: Some(1), ..Wish::default() })));
+        assert!(refusal.contains("8 ranks") && refusal.contains("largest node has 4 slots"), "{refusal}");
+        let labels = [("gpu".to_owned(), "h200".to_owned())].into();
+        let refusal = why(script.run(wishing(1, Wish { labels, ..Wish::default() })));
+        assert!(refusal.contains("no node with gpu=h200 has joined"), "{refusal}");
         assert!(script.state.jobs().is_empty());
-        assert!(matches!(script.run(submit(4, Some(4))), Answer::Submitted { .. }));
+        assert!(matches!(script.run(wishing(6, Wish::default())), Answer::Submitted { .. }));
+        assert!(matches!(
+            script.run(wishing(8, Wish { queue: true, ..Wish::default() })),
+            Answer::Submitted { .. }
+        ));
+    }
+
+    #[test]
+    fn lost_and_drained_nodes_count_and_none_at_all_is_said() {
+        let mut script = Script::with_node(4);
+        script.lose_node();
+        assert!(matches!(script.run(wishing(4, Wish::default())), Answer::Submitted { .. }));
+        let mut script = Script::new();
+        assert!(why(script.run(wishing(1, Wish::default()))).contains("no node has joined"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let mut script = Script::with_nodes(&[4, 4]);
+        let mut refusal = |world, wish| why(script.run(wishing(world, wish)));
+        assert!(refusal(0, Wish::default()).contains("1 to 65536 ranks"));
+        assert!(refusal(5, Wish { nodes: Some(2), ..Wish::default() }).contains("divided evenly"));
+        assert!(refusal(1, Wish { max_time_s: Some(0), ..Wish::default() }).contains("more time"));
+        assert!(refusal(1, Wish { slots_per_rank: 0, ..Wish::default() }).contains("at least one slot"));
+        let labels = [("a b".to_owned(), "c".to_owned())].into();
+        assert!(refusal(1, Wish { labels, ..Wish::default() }).contains("labels like"));
+    }
+
+    #[test]
+    fn a_training_job_keeps_to_one_node() {
+        let mut script = Script::with_nodes(&[2, 2]);
+        let train = |nodes| {
+            let wish = Wish { nodes, ..Wish::default() };
+            let work = training();
+            Change::SubmitJob(SubmitJob { name: "t".into(), world_size: 4, work, wish, keep_checkpoints: 1 })
+        };
+        assert!(why(script.run(train(Some(2)))).contains("runs on one node"));
+        assert!(why(script.run(train(None))).contains("4 ranks on one node"));
     }
 }

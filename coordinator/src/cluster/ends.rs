@@ -1,0 +1,119 @@
+//! How parts of a gang end, and with the last of them the job, or only this start of it.
+//!
+//! A gang lives or dies as a whole: when one part ends badly the others are told to stop at once, and nothing new is started before
+//! every part has reported its end or its node was given up.
+
+use super::records::{JobRecord, Stop, node_error};
+use super::{Context, Effect, State};
+use crate::cluster::history::HistoryRow;
+use fleet_common::events::{Event, EventBody, Outcome};
+use fleet_common::ids::{JobId, NodeId};
+use fleet_common::protocol::JobState;
+
+/// Jobs that ended last and are kept in memory with the unfinished ones.
+pub const FINISHED_IN_STATE: usize = 1_000;
+/// Training jobs older than those of which it is still known which checkpoints they left.
+pub const ARCHIVED_MAX: usize = 100_000;
+
+impl State {
+    /// No rank of this part of the job is alive any more.
+    pub(crate) fn end_part(&mut self, id: JobId, node: NodeId, outcome: Outcome, context: &mut Context) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.state.is_final()) else { return };
+        let Some(at) = job.placement.as_mut() else { return };
+        let Some(part) = at.parts.iter_mut().find(|part| part.node == node && !part.finished) else { return };
+        part.finished = true;
+        let leads = part.first_rank == 0;
+        context.effects.extend([Effect::Job(id), Effect::Plan]);
+        let all = at.all_finished();
+        let ended_well = matches!(outcome, Outcome::Succeeded { .. });
+        job.ending = Some(worse(job.ending.take(), outcome, leads));
+        if all {
+            return self.settle(id, context);
+        }
+        if !ended_well && job.stop.is_none_or(|_| matches!(job.ending, Some(Outcome::Failed(_)))) {
+            job.state = JobState::Stopping;
+            job.stop = Some(Stop::Now);
+            wake_parts(job, context);
+        }
+    }
+
+    /// All parts have ended.
+    fn settle(&mut self, id: JobId, context: &mut Context) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let outcome = job.ending.take().unwrap_or(Outcome::Stopped { steps: job.progress.step });
+        match outcome {
+            Outcome::Stopped { .. } if job.requeue => {
+                job.state = JobState::Queued;
+                job.placement = None;
+                job.stop = None;
+                job.requeue = false;
+                job.note(id, format!("back in the queue after step {}", job.progress.step), context);
+                context.effects.push(Effect::Plan);
+            }
+            outcome => self.finish(id, outcome, context),
+        }
+    }
+
+    /// Ends a job. Its history gets the only `Finished` event.
+    pub(crate) fn finish(&mut self, id: JobId, outcome: Outcome, context: &mut Context) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let event = Event { unix_ms: context.unix_ms, body: EventBody::Finished(outcome) };
+        job.record(id, event, context);
+        context.effects.extend([Effect::Job(id), Effect::Plan]);
+        wake_parts(job, context);
+        self.finished.push_back(id);
+        while self.finished.len() > FINISHED_IN_STATE {
+            if let Some(oldest) = self.finished.pop_front() {
+                self.archive(oldest, context);
+            }
+        }
+    }
+
+    /// Moves a job that has ended into the history. What is left of it here is what later records may refer to.
+    fn archive(&mut self, id: JobId, context: &mut Context) {
+        let Some(record) = self.jobs.remove(&id) else { return };
+        if record.trains {
+            let checkpoints = record.checkpoints.iter();
+            let left = checkpoints.map(|known| (known.record.step, known.record.manifest_sha256.clone()));
+            self.archived.insert(id, left.collect());
+            while self.archived.len() > ARCHIVED_MAX {
+                self.archived.pop_first();
+            }
+        }
+        context.history.push(HistoryRow::Job { job: id, record: Box::new(record) });
+    }
+
+    /// Nothing more will be heard from the node: its parts of jobs have ended.
+    pub(crate) fn give_up_node(&mut self, node: NodeId, why: &str, context: &mut Context) {
+        let name = self.node_name(node);
+        let jobs: Vec<_> = self.active_jobs(node).map(|(id, _)| id).collect();
+        for id in jobs {
+            let outcome = Outcome::Failed(node_error(name.clone(), why.to_owned()));
+            self.end_part(id, node, outcome, context);
+        }
+    }
+}
+
+/// The nodes of the job's parts have new orders.
+pub(crate) fn wake_parts(job: &JobRecord, context: &mut Context) {
+    let parts = job.placement.iter().flat_map(|at| &at.parts);
+    context.effects.extend(parts.map(|part| Effect::Node(part.node)));
+}
+
+/// The first failure counts most, then a stop; how a success looked is for rank 0 to say.
+fn worse(known: Option<Outcome>, new: Outcome, leads: bool) -> Outcome {
+    let weight = |outcome: &Outcome| match outcome {
+        Outcome::Failed(_) => 2,
+        Outcome::Stopped { .. } => 1,
+        Outcome::Succeeded { .. } => 0,
+    };
+    match known {
+        Some(known) if weight(&known) > weight(&new) || (weight(&known) == weight(&new) && !leads) => known,
+        Some(known @ Outcome::Failed(_)) => known,
+        _ => new,
+    }
+}
+
+#[cfg(test)]
+#[path = "ends_tests.rs"]
+mod tests;

@@ -1,0 +1,112 @@
+use super::*;
+use crate::cluster::commands::{CancelJob, Change, FailJob, MarkNodeLost};
+use crate::cluster::orders::GangStanding;
+use crate::cluster::tests::{Script, finished, step, stopped};
+use fleet_common::events::{EventBody, JobError};
+use fleet_common::protocol::ToAgent;
+
+fn failed(message: &str) -> EventBody {
+    let error = node_error("n2".into(), message.into());
+    EventBody::Finished(Outcome::Failed(JobError { rank: Some(3), ..error }))
+}
+
+/// A job of four ranks, two on node 1 and two on node 2.
+fn on_two_nodes() -> (Script, JobId) {
+    let mut script = Script::with_nodes(&[2, 2]);
+    let job = script.submit(4);
+    script.place(job, &[(1, 2), (2, 2)]);
+    (script, job)
+}
+
+#[test]
+fn a_job_is_over_when_all_its_parts_are_and_their_slots_are_free_before() {
+    let (mut script, job) = on_two_nodes();
+    script.tell(job, 2, 1, vec![finished()]);
+    assert_eq!(script.state.jobs()[&job].state, JobState::Starting);
+    assert_eq!(script.state.slots_used(NodeId(2)), 0);
+    assert_eq!(script.state.gang_standing(NodeId(2), job, 1), GangStanding::Over { seq: 1 });
+    assert!(script.state.orders(NodeId(2)).is_empty());
+    script.tell(job, 1, 1, vec![step(7), finished()]);
+    assert_eq!(script.state.jobs()[&job].state, JobState::Succeeded);
+    let ends = script.events(job).iter().filter(|e| matches!(e.body, EventBody::Finished(_))).count();
+    assert_eq!(ends, 1);
+    assert!(script.last_event_is_finished(job));
+}
+
+#[test]
+fn the_first_failure_stops_the_others_at_once_and_is_the_job_s() {
+    let (mut script, job) = on_two_nodes();
+    script.tell(job, 2, 1, vec![failed("rank 3 broke")]);
+    let orders = script.state.orders(NodeId(1));
+    assert!(matches!(orders[1], ToAgent::StopGang { now: true, generation: 1, .. }), "{orders:?}");
+    script.tell(job, 1, 1, vec![failed("rank 0 lost its peer")]);
+    let record = &script.state.jobs()[&job];
+    assert_eq!(
+        (record.state, record.error.as_ref().unwrap().message.as_str()),
+        (JobState::Failed, "rank 3 broke")
+    );
+}
+
+#[test]
+fn only_the_part_with_rank_0_speaks_for_the_job() {
+    let (mut script, job) = on_two_nodes();
+    script.tell(job, 2, 1, vec![step(9)]);
+    script.tell(job, 1, 1, vec![step(3)]);
+    assert_eq!(script.steps_in_history(job), [3]);
+    assert_eq!(script.state.jobs()[&job].progress.step, 3);
+}
+
+#[test]
+fn each_part_has_a_stream_of_its_own() {
+    let (mut script, job) = on_two_nodes();
+    let log = || EventBody::Log { rank: Some(0), level: fleet_common::events::Level::Info, line: "l".into() };
+    script.tell(job, 1, 1, vec![log(), log()]);
+    script.tell(job, 2, 1, vec![log()]);
+    assert_eq!(script.state.gang_standing(NodeId(1), job, 1), GangStanding::Wanted { seq: 2 });
+    assert_eq!(script.state.gang_standing(NodeId(2), job, 1), GangStanding::Wanted { seq: 1 });
+    assert_eq!(script.state.lost_gangs(NodeId(2), &[]), [(job, 1)]);
+    assert_eq!(script.state.lost_gangs(NodeId(2), &[(job, 1)]), []);
+    assert_eq!(script.state.jobs()[&job].events, 3);
+}
+
+#[test]
+fn a_lost_node_fails_the_job_once_the_others_have_ended() {
+    let (mut script, job) = on_two_nodes();
+    script.run(Change::MarkNodeLost(MarkNodeLost { node: NodeId(2), silent_ms: 10_000 }));
+    assert_eq!(script.state.jobs()[&job].state, JobState::Stopping);
+    assert_eq!(script.state.gang_standing(NodeId(2), job, 1), GangStanding::Over { seq: 0 });
+    script.tell(job, 1, 1, vec![stopped(3)]);
+    let record = &script.state.jobs()[&job];
+    assert_eq!(record.state, JobState::Failed);
+    assert!(record.error.as_ref().unwrap().message.contains("n2 was lost"));
+}
+
+#[test]
+fn ranks_that_an_agent_lost_end_its_part_only() {
+    let (mut script, job) = on_two_nodes();
+    let fail = FailJob { job, generation: 1, node: NodeId(1), message: "agent restarted".into() };
+    script.run(Change::FailJob(fail));
+    assert_eq!(script.state.jobs()[&job].state, JobState::Stopping);
+    script.tell(job, 2, 1, vec![stopped(0)]);
+    assert_eq!(script.state.jobs()[&job].error.as_ref().unwrap().message, "agent restarted");
+}
+
+#[test]
+fn a_node_that_shuts_down_takes_the_rest_of_the_gang_along() {
+    let (mut script, job) = on_two_nodes();
+    script.tell(job, 1, 1, vec![stopped(2)]);
+    assert!(matches!(script.state.orders(NodeId(2))[1], ToAgent::StopGang { now: true, .. }));
+    script.tell(job, 2, 1, vec![stopped(2)]);
+    assert_eq!(script.state.jobs()[&job].state, JobState::Cancelled);
+}
+
+#[test]
+fn a_cancelled_gang_is_told_everywhere_and_saves_what_it_has() {
+    let (mut script, job) = on_two_nodes();
+    script.run(Change::CancelJob(CancelJob { job, stop: Stop::AfterCheckpoint }));
+    script.tell(job, 1, 1, vec![stopped(2)]);
+    let orders = script.state.orders(NodeId(2));
+    assert!(matches!(orders[1], ToAgent::StopGang { now: false, .. }), "{orders:?}");
+    script.tell(job, 2, 1, vec![stopped(2)]);
+    assert_eq!(script.state.jobs()[&job].state, JobState::Cancelled);
+}

@@ -1,0 +1,186 @@
+//! How a job stands, in a sentence: why it waits, what it does, how it ended.
+
+use super::Observed;
+use super::outlook::{Outlook, Placing};
+use crate::cluster::State;
+use crate::cluster::records::JobRecord;
+use fleet_common::ids::{JobId, NodeId};
+use fleet_common::protocol::{JobState, Wish};
+
+impl Outlook {
+    /// Empty for a job that is not in the state.
+    pub fn explain(&self, state: &State, observed: &Observed, id: JobId) -> String {
+        let Some(job) = state.jobs().get(&id) else { return String::new() };
+        let ranks = count(job.world_size, "rank");
+        let nodes = || nodes_of(state, job);
+        let beware = beware(state, observed, job);
+        match job.state {
+            JobState::Queued => {
+                let waits = self.placing(id).map(|placing| sentence(placing, state, observed, id, job));
+                let again = if job.generation > 0 {
+                    format!("; has been started {}", times(job.generation))
+                } else {
+                    String::new()
+                };
+                format!("{}{again}", waits.unwrap_or_default())
+            }
+            JobState::Starting if job.trains => {
+                format!("{} prepares the data and starts {ranks}{beware}", nodes())
+            }
+            JobState::Starting => format!("{} starts {ranks}{beware}", nodes()),
+            JobState::Running => match job.progress.total_steps {
+                0 => format!(
+                    "{ranks} {} on {}{beware}",
+                    if job.world_size == 1 { "runs" } else { "run" },
+                    nodes()
+                ),
+                total => format!("step {} of {total} with {ranks} on {}{beware}", job.progress.step, nodes()),
+            },
+            JobState::Stopping if job.requeue => {
+                format!(
+                    "goes back to the queue, since a node is drained; {} saves what it has if there is time{beware}",
+                    nodes()
+                )
+            }
+            JobState::Stopping if job.ending.is_some() => {
+                format!("a part of it has ended; the others are being stopped{beware}")
+            }
+            JobState::Stopping => {
+                format!("asked to stop; {} writes a checkpoint if there is time{beware}", nodes())
+            }
+            JobState::Succeeded | JobState::Failed | JobState::Cancelled => ended(job),
+        }
+    }
+}
+
+/// How a job ended.
+pub fn ended(job: &JobRecord) -> String {
+    match (&job.state, &job.error) {
+        (JobState::Cancelled, _) => format!("stopped on request after {} steps", job.progress.step),
+        (JobState::Failed, Some(error)) => error.message.clone(),
+        (JobState::Failed, None) => "failed".to_owned(),
+        _ => format!("done after {} steps", job.progress.step),
+    }
+}
+
+fn sentence(placing: &Placing, state: &State, observed: &Observed, id: JobId, job: &JobRecord) -> String {
+    match placing {
+        Placing::On { parts, .. } => {
+            format!("about to start on {}", names(state, parts.iter().map(|(node, _)| *node)))
+        }
+        Placing::NoNode => {
+            "waits for a node: none that takes work is connected; start one with `worker join`".to_owned()
+        }
+        Placing::TooLarge { drained: 0 } => {
+            format!("waits for more nodes to join: {}", needs(state, job, None))
+        }
+        Placing::TooLarge { drained } => {
+            format!("waits for more nodes: {}; {} drained", needs(state, job, None), are(*drained, "node"))
+        }
+        Placing::Full { start_ms } => {
+            format!("waits for free slots: {}{}", needs(state, job, Some(observed)), at_latest(*start_ms))
+        }
+        Placing::Behind { job: first, start_ms } => {
+            let order = match state.jobs().get(first) {
+                Some(other) if other.wish.priority > job.wish.priority => "has a higher priority",
+                _ if *first < id => "was submitted earlier",
+                _ => "comes first",
+            };
+            format!("waits behind {first}, which {order}{}", at_latest(*start_ms))
+        }
+    }
+}
+
+fn at_latest(start_ms: Option<u64>) -> String {
+    match start_ms.map(|ms| ms.div_ceil(1_000)) {
+        Some(seconds) if seconds < 120 => format!("; starts within {seconds} s"),
+        Some(seconds) => format!("; starts within {} min", seconds.div_ceil(60)),
+        None => String::new(),
+    }
+}
+
+/// What the job needs and what there is: free slots, or all slots where it is not about those.
+fn needs(state: &State, job: &JobRecord, free: Option<&Observed>) -> String {
+    let used = state.slots_in_use();
+    let takes_work = |id: NodeId| free.is_none_or(|observed| observed.connected(id));
+    let nodes = state.nodes().iter().filter(|(id, node)| !node.lost && !node.drained && takes_work(**id));
+    let suitable = nodes.filter(|(_, node)| node.slots > 0 && node.suits(&job.wish));
+    let slots: Vec<(&str, u32)> = suitable
+        .map(|(id, node)| {
+            let used = if free.is_some() { used.get(id).copied().unwrap_or_default() } else { 0 };
+            (node.name.as_str(), node.slots.saturating_sub(used))
+        })
+        .collect();
+    let like = labels(&job.wish);
+    let needed = job.world_size.saturating_mul(job.wish.slots_per_rank);
+    let what = if free.is_some() { " free" } else { "" };
+    let best = slots.iter().max_by_key(|(_, slots)| *slots);
+    match (best, job.wish.nodes) {
+        (None, _) => format!("it needs {}{like}, and there is no such node", count(needed, "slot")),
+        (Some((name, best)), Some(1)) => {
+            format!("it needs {needed} on one node{like}, and {name} has {best}{what}")
+        }
+        (Some((name, best)), Some(nodes)) => {
+            let each = needed / nodes.max(1);
+            format!(
+                "it needs {each} on each of {nodes} nodes{like}, and of {} the best, {name}, has {best}{what}",
+                slots.len()
+            )
+        }
+        (Some(_), None) => {
+            let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
+            let all = if slots.len() == 1 {
+                "one node has".to_owned()
+            } else {
+                format!("{} nodes together have", slots.len())
+            };
+            format!("it needs {needed}{like}, and {all} {sum}{what}")
+        }
+    }
+}
+
+fn labels(wish: &Wish) -> String {
+    let labels: Vec<String> = wish.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    if labels.is_empty() { String::new() } else { format!(" with {}", labels.join(",")) }
+}
+
+fn nodes_of(state: &State, job: &JobRecord) -> String {
+    let parts = job.placement.iter().flat_map(|at| &at.parts);
+    names(state, parts.map(|part| part.node))
+}
+
+/// `node a`, `nodes a and b`, `5 nodes`.
+pub(super) fn names(state: &State, nodes: impl Iterator<Item = NodeId>) -> String {
+    let names: Vec<String> = nodes.map(|node| state.node_name(node)).collect();
+    match &names[..] {
+        [one] => format!("node {one}"),
+        [first @ .., last] if first.len() < 4 => format!("nodes {} and {last}", first.join(", ")),
+        _ => format!("{} nodes", names.len()),
+    }
+}
+
+/// That a node of the job is out of touch.
+fn beware(state: &State, observed: &Observed, job: &JobRecord) -> String {
+    let parts = job.placement.iter().flat_map(|at| &at.parts).filter(|part| !part.finished);
+    let silent: Vec<NodeId> = parts.map(|part| part.node).filter(|node| !observed.connected(*node)).collect();
+    match silent.len() {
+        0 => String::new(),
+        n => format!(
+            "; {} {} out of touch at the moment",
+            names(state, silent.into_iter()),
+            if n == 1 { "is" } else { "are" }
+        ),
+    }
+}
+
+fn count(number: u32, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+fn are(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what} is") } else { format!("{number} {what}s are") }
+}
+
+fn times(number: u64) -> String {
+    if number == 1 { "once".to_owned() } else { format!("{number} times") }
+}

@@ -1,0 +1,110 @@
+//! Decides what should happen next. Pure: it looks at the state, at what has been observed and at the time, and returns commands, each
+//! with its reason. It never waits, sends or writes. The same input gives the same plan, and once a plan is carried out there is
+//! nothing left to do at that moment.
+//!
+//! Order is priority, then age. All ranks of a job get a place or none does; few nodes are better than many. Nothing that runs is
+//! interrupted for something else. `outlook` says who starts and why the others wait.
+
+mod explain;
+mod outlook;
+mod timeline;
+
+pub use explain::ended;
+pub use outlook::{OVERRUN_MS, Outlook, Placing};
+
+use crate::cluster::commands::{AssignGang, Change, MarkNodeLost};
+use crate::cluster::{Command, State};
+use fleet_common::ids::{JobId, NodeId};
+use std::collections::BTreeMap;
+
+/// A node that is silent for this long is lost with its jobs. Long enough for a coordinator to restart and an agent to find it.
+pub const LEASE_MS: u64 = 10_000;
+
+/// Why the planner wants a command; logged, and shown by `fleet status`.
+pub type Why = String;
+
+/// What this leader has seen, in milliseconds of its own monotonic clock. Gone with it.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Since when this replica leads. Nobody is called silent for longer than that.
+    pub leader_since_ms: u64,
+    pub nodes: BTreeMap<NodeId, Seen>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub connected: bool,
+    /// Last sign of life.
+    pub heard_ms: u64,
+}
+
+impl Observed {
+    pub fn connected(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|seen| seen.connected)
+    }
+
+    fn silent_ms(&self, node: NodeId, now_ms: u64) -> u64 {
+        match self.nodes.get(&node) {
+            Some(seen) if seen.connected => 0,
+            Some(seen) => now_ms.saturating_sub(seen.heard_ms.max(self.leader_since_ms)),
+            None => now_ms.saturating_sub(self.leader_since_ms),
+        }
+    }
+}
+
+/// The commands that the state and the observations call for at `now_ms` of the leader's clock and `unix_ms` of the world's.
+pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
+    let mut decisions = lost_nodes(state, observed, now_ms);
+    if decisions.is_empty() {
+        decisions.extend(starts(state, observed, unix_ms));
+        return decisions;
+    }
+    // Who starts follows from what there will be without them.
+    let mut without = state.clone();
+    for (change, _) in &decisions {
+        let command = Command { unix_ms, request: None, why: None, change: change.clone() };
+        without.apply(0, command);
+    }
+    decisions.extend(starts(&without, observed, unix_ms));
+    decisions
+}
+
+fn starts(state: &State, observed: &Observed, unix_ms: u64) -> Vec<(Change, Why)> {
+    let outlook = Outlook::new(state, observed, unix_ms);
+    let starts = outlook.starts().filter_map(|(id, parts, ahead_of)| {
+        let generation = state.jobs().get(&id)?.generation + 1;
+        let why = why(state, id, parts, ahead_of);
+        Some((Change::AssignGang(AssignGang { job: id, generation, parts: parts.to_vec() }), why))
+    });
+    starts.collect()
+}
+
+/// A sentence on how a job stands: why it waits, what it does, how it ended.
+pub fn explain(state: &State, observed: &Observed, unix_ms: u64, id: JobId) -> String {
+    Outlook::new(state, observed, unix_ms).explain(state, observed, id)
+}
+
+fn why(state: &State, id: JobId, parts: &[(NodeId, u32)], ahead_of: Option<JobId>) -> Why {
+    let ranks: u32 = parts.iter().map(|(_, ranks)| ranks).sum();
+    let nodes = explain::names(state, parts.iter().map(|(node, _)| *node));
+    let ranks = if ranks == 1 { "1 rank".to_owned() } else { format!("{ranks} ranks") };
+    let place = format!("{id} starts with {ranks} on {nodes}: the tightest place with room for all of them");
+    match ahead_of {
+        None => place,
+        Some(first) => format!("{place}; it goes ahead of {first}, which it cannot delay"),
+    }
+}
+
+fn lost_nodes(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why)> {
+    let silent = state.nodes().iter().filter(|(_, record)| !record.lost).filter_map(|(node, record)| {
+        let silent_ms = observed.silent_ms(*node, now_ms);
+        (silent_ms >= LEASE_MS).then(|| {
+            let why = format!("node {} ({node}) was not heard for {silent_ms} ms", record.name);
+            (Change::MarkNodeLost(MarkNodeLost { node: *node, silent_ms }), why)
+        })
+    });
+    silent.collect()
+}
+
+#[cfg(test)]
+mod tests;
