@@ -7,5 +7,7 @@ pub mod cluster;
 pub mod control;
 pub mod planner;
 pub mod raft;
+pub mod requests;
 #[cfg(feature = "rocksdb")]
 pub mod server;
+pub mod views;

@@ -283,11 +283,11 @@ fn jobs_that_ended_long_ago_are_only_in_the_history() {
         script.tell(job, 1, 1, vec![checkpoint(5), finished()]);
     }
     assert_eq!(script.state.jobs().len(), FINISHED_IN_STATE);
-    let moved: Vec<_> = script.history.iter().filter_map(|row| match row {
+    let moved = script.history.iter().filter_map(|row| match row {
         HistoryRow::Job { job, record } => Some((job.0, record.state, record.checkpoints.len())),
         _ => None,
     });
-    assert_eq!(moved, [1, 2, 3].map(|job| (job, JobState::Succeeded, 1)));
+    assert_eq!(moved.collect::<Vec<_>>(), [1, 2, 3].map(|job| (job, JobState::Succeeded, 1)));
     let cancel = CancelJob { job: JobId(1), stop: Stop::Now };
     assert_eq!(script.run(Change::CancelJob(cancel)), Answer::Done, "it has ended long ago");
     // What they left may still be referred to.

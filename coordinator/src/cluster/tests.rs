@@ -3,11 +3,9 @@
 use super::commands::*;
 use super::history::HistoryRow;
 use super::members::Standing;
-use super::records::Stop;
 use super::session::RequestId;
 use super::*;
 use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, Outcome, Shard, Step};
-use fleet_common::ids::ClientId;
 use fleet_common::protocol::{
     CoordinatorAddress, Feature, NewExport, NewProfile, Point, Program, Role, RunKey, Wish, Work,
 };
@@ -17,7 +15,7 @@ pub(crate) struct Script {
     pub state: State,
     pub now: u64,
     pub history: Vec<HistoryRow>,
-    index: u64,
+    pub index: u64,
 }
 
 impl Script {
@@ -77,9 +75,18 @@ impl Script {
         self.run_as(None, change)
     }
 
+    /// A decision of the planner.
+    pub fn decide(&mut self, why: &str, change: Change) -> Answer {
+        self.apply(None, Some(why.to_owned()), change)
+    }
+
     pub fn run_as(&mut self, request: Option<RequestId>, change: Change) -> Answer {
+        self.apply(request, None, change)
+    }
+
+    fn apply(&mut self, request: Option<RequestId>, why: Option<String>, change: Change) -> Answer {
         self.index += 1;
-        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, why: None, change });
+        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, why, change });
         self.history.extend(applied.history);
         applied.answer
     }

@@ -5,8 +5,8 @@ use super::seal;
 use crate::cluster::history::{HistoryRow, key};
 use fleet_common::codec;
 use fleet_common::events::Event;
-use fleet_common::ids::JobId;
-use fleet_common::protocol::Work;
+use fleet_common::ids::{JobId, RunId};
+use fleet_common::protocol::{Point, Work};
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
@@ -31,14 +31,21 @@ impl<D: Disk + ?Sized> History<D> {
         self.scan(Table::Events, &key(&[job.0, from]), &key(&[job.0, u64::MAX]), max)
     }
 
-    /// At most `max` rows of a table with one number for a key, from `from` on, each with its key.
-    pub fn rows<T: DeserializeOwned>(
+    /// Rows of a table with one number for a key, `from <= number < to`.
+    pub fn rows_between<T: DeserializeOwned>(
         &self,
         table: Table,
         from: u64,
+        to: u64,
         max: usize,
     ) -> Result<Vec<(u64, T)>, DiskError> {
-        self.scan(table, &key(&[from]), &key(&[u64::MAX]), max)
+        self.scan(table, &key(&[from]), &key(&[to]), max)
+    }
+
+    /// One batch of a run's points.
+    pub fn points(&self, run: RunId, batch: u64) -> Result<Option<Vec<Point>>, DiskError> {
+        let key = key(&[run.0, batch]);
+        self.disk.get(Table::Metrics, &key)?.map(|value| open(Table::Metrics, &key, &value)).transpose()
     }
 
     /// The row of a table with one number for a key.

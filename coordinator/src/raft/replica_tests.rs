@@ -25,7 +25,7 @@ fn settle(replica: &mut TestReplica) -> Output {
 
 fn command(seq: u64) -> Command {
     let request = Some(RequestId { client: ClientId(1), seq });
-    Command { unix_ms: 1_000 + seq, request, why: None, change: submit(1, None) }
+    Command { unix_ms: 1_000 + seq, request, why: None, change: submit(1) }
 }
 
 fn disk(replica: &TestReplica) -> Arc<MemoryDisk> {
@@ -135,7 +135,7 @@ fn a_read_comes_back_when_the_state_is_new_enough() {
 #[test]
 fn what_is_too_large_is_declined() {
     let mut replica = alone();
-    let Change::SubmitJob(job) = submit(1, None) else { unreachable!() };
+    let Change::SubmitJob(job) = submit(1) else { unreachable!() };
     let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX), ..job });
     assert_eq!(
         replica.propose(1, &Command { unix_ms: 0, request: None, why: None, change }),
@@ -311,7 +311,7 @@ fn a_replica_that_missed_a_snapshots_worth_gets_the_snapshot_with_its_history() 
     cluster.cut = Some(lagging);
     (1..=40).for_each(|seq| cluster.propose(leader, seq));
     for seq in 0..20_000 {
-        let change = submit(1, Some(0));
+        let change = submit(0);
         let command = Command { unix_ms: seq, request: None, why: None, change };
         cluster.at(leader).propose(1 << 32 | seq, &command).unwrap();
         if seq % 500 == 0 {
@@ -430,7 +430,7 @@ fn one_change_of_members_at_a_time() {
 #[test]
 fn members_do_not_change_when_the_command_is_rejected() {
     let (mut cluster, leader) = Cluster::led();
-    let change = submit(0, None);
+    let change = submit(0);
     let command = Command { unix_ms: 1, request: None, why: None, change };
     cluster.at(leader).propose_membership(1, Membership::AddLearner(4), &command).unwrap();
     cluster.settle();

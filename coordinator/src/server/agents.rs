@@ -118,6 +118,8 @@ async fn greet(shared: &Shared, node: NodeId, hello: &AgentHello) -> Result<(), 
             slots: hello.slots,
             device: hello.device.clone(),
             version: hello.program_version.clone(),
+            labels: hello.labels.clone(),
+            host: hello.host.clone(),
         };
         commit(shared, Change::DescribeNode(describe)).await?;
     }
@@ -126,7 +128,7 @@ async fn greet(shared: &Shared, node: NodeId, hello: &AgentHello) -> Result<(), 
             "agent restarted: the worker on {} came back without {job}; its ranks are gone",
             hello.name
         );
-        commit(shared, Change::FailJob(FailJob { job, generation, message })).await?;
+        commit(shared, Change::FailJob(FailJob { job, generation, node, message })).await?;
     }
     Ok(())
 }
@@ -137,6 +139,8 @@ fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
         && record.slots == hello.slots
         && record.device == hello.device
         && record.version == hello.program_version
+        && record.labels == hello.labels
+        && record.host == hello.host
 }
 
 async fn commit(shared: &Shared, change: Change) -> Result<(), End> {

@@ -5,17 +5,13 @@ use super::Shared;
 use super::driver::unavailable;
 use super::views;
 use crate::cluster::Answer;
-use crate::cluster::commands::{CancelJob, Change, CreateToken, SubmitJob};
-use crate::cluster::records::Stop;
+use crate::cluster::commands::{Change, CreateToken};
 use crate::cluster::session::RequestId;
-use crate::planner;
+use crate::requests;
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::JobId;
-use fleet_common::job::Job;
 use fleet_common::net::JoinToken;
-use fleet_common::protocol::{
-    self, ClientFrame, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role, Work,
-};
+use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,8 +26,6 @@ const WATCH_CHUNK: usize = 256;
 const WATCH_RECHECK: Duration = Duration::from_secs(1);
 /// Longest life of a token: ten years.
 const TOKEN_TTL_MAX_S: u64 = 10 * 365 * 24 * 3600;
-/// Ranks of one job: what the largest cluster has.
-const WORLD_MAX: u32 = 65_536;
 
 pub async fn serve(shared: Arc<Shared>, connection: &Connection) {
     // quinn bounds the streams that are open at once.
@@ -49,7 +43,7 @@ async fn answer(shared: Arc<Shared>, mut send: SendStream, mut receive: RecvStre
         }
         _ => return,
     };
-    let name = name_of(&frame.request);
+    let name = requests::name(&frame.request);
     let result = match frame {
         ClientFrame { version, .. } if version != PROTOCOL_VERSION => Err(invalid(format!(
             "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the client {version}; install the same version of fleet"
@@ -73,64 +67,17 @@ async fn answer(shared: Arc<Shared>, mut send: SendStream, mut receive: RecvStre
 
 async fn carry_out(shared: &Shared, id: RequestId, request: Request) -> Result<Reply, Refusal> {
     match request {
-        Request::Submit(job) => submit(shared, id, job).await,
-        Request::Cancel { job, now } => {
-            let stop = if now { Stop::Now } else { Stop::AfterCheckpoint };
-            change(shared, id, Change::CancelJob(CancelJob { job, stop })).await?;
-            Ok(Reply::CancelAccepted)
-        }
         Request::CreateToken { role, ttl_s, uses } => create_token(shared, id, role, ttl_s, uses).await,
-        Request::ClusterStatus => views::cluster(shared).await.map(Reply::Cluster),
-        Request::Nodes => views::nodes(shared).await.map(Reply::Nodes),
-        Request::Jobs => views::jobs(shared).await.map(Reply::Jobs),
-        Request::Job(job) => views::job(shared, job).await.map(|view| Reply::Job(Box::new(view))),
-        Request::Checkpoints { job } => views::checkpoints(shared, job).await.map(Reply::Checkpoints),
         Request::Watch { .. } => Err(invalid("a watch has many answers")),
-    }
-}
-
-/// Makes a change; the state machine's refusal is a refusal.
-async fn change(shared: &Shared, id: RequestId, change: Change) -> Result<Answer, Refusal> {
-    match shared.metrics.time_commit(shared.handle.propose(Some(id), change)).await? {
-        Answer::Rejected(refusal) => Err(refusal),
-        answer => Ok(answer),
-    }
-}
-
-async fn submit(shared: &Shared, id: RequestId, job: protocol::SubmitJob) -> Result<Reply, Refusal> {
-    if job.world_size == 0 || job.world_size > WORLD_MAX {
-        return Err(invalid(format!("a job has 1 to {WORLD_MAX} ranks, not {}", job.world_size)));
-    }
-    let (name, keep_checkpoints) = match &job.work {
-        Work::Train { job_json } => {
-            let job =
-                Job::from_json(job_json).map_err(|error| invalid(format!("this is not a job: {error}")))?;
-            if job.num_nodes > 1 {
-                return Err(invalid(format!(
-                    "num_nodes = {}: all ranks of a job run on one node; set num_nodes = 1",
-                    job.num_nodes
-                )));
-            }
-            (job.run_name.clone(), job.checkpoint.save_total_limit)
+        request if request.is_change() => {
+            let change = requests::change(request)?;
+            let name = change.name();
+            let answer = shared.metrics.time_commit(shared.handle.propose(Some(id), change)).await?;
+            let reply = requests::reply(answer)?;
+            info!("a client's {name} was carried out");
+            Ok(reply)
         }
-        Work::Program(program) => {
-            let name = program
-                .argv
-                .first()
-                .ok_or_else(|| invalid("a program has at least its own name as an argument"))?;
-            (name.rsplit('/').next().unwrap_or(name).to_owned(), 1)
-        }
-    };
-    let observed = shared.roster.observed(shared.handle.status().leading_since);
-    let largest_node = shared.handle.read(move |state| planner::largest_node(state, &observed)).await?;
-    let submit =
-        SubmitJob { name, world_size: job.world_size, work: job.work, keep_checkpoints, largest_node };
-    match change(shared, id, Change::SubmitJob(submit)).await? {
-        Answer::Submitted { job } => {
-            info!("{job} was submitted");
-            Ok(Reply::Submitted { job })
-        }
-        other => Err(misfit(&other)),
+        request => views::ask(shared, request).await,
     }
 }
 
@@ -203,14 +150,11 @@ async fn stream_events(
     let mut news = shared.roster.watch(job);
     loop {
         news.borrow_and_update();
-        let stand = shared
-            .handle
-            .read(move |state| state.jobs().get(&job).map(|record| (record.events, record.state.is_final())))
-            .await;
+        let stand = views::events(shared, job).await;
         let (events, ended) = match stand {
-            Ok(stand) => stand.ok_or_else(|| views::no_such_job(job))?,
+            Ok(stand) => stand,
             // The recorded events are still there to follow when a leader is.
-            Err(_) if follow => (0, false),
+            Err(refusal) if follow && refusal.kind == RefusalKind::Unavailable => (0, false),
             Err(refusal) => return Err(refusal),
         };
         while next <= events {
@@ -244,18 +188,4 @@ pub fn invalid(message: impl Into<String>) -> Refusal {
 
 fn misfit(answer: &Answer) -> Refusal {
     unavailable(format!("the cluster gave an answer that does not fit: {answer:?}"))
-}
-
-fn name_of(request: &Request) -> &'static str {
-    match request {
-        Request::Submit(_) => "submit",
-        Request::Cancel { .. } => "cancel",
-        Request::CreateToken { .. } => "create_token",
-        Request::ClusterStatus => "cluster_status",
-        Request::Nodes => "nodes",
-        Request::Jobs => "jobs",
-        Request::Job(_) => "job",
-        Request::Checkpoints { .. } => "checkpoints",
-        Request::Watch { .. } => "watch",
-    }
 }

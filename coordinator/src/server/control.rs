@@ -4,7 +4,7 @@ use super::Shared;
 use crate::cluster::Answer;
 use crate::planner;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
 use tracing::{debug, info};
 
@@ -21,7 +21,9 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let observed = shared.roster.observed(status.leading_since);
         let now_ms = shared.roster.now_ms();
-        let planned = shared.handle.read(move |state| planner::plan(state, &observed, now_ms)).await;
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let unix_ms = unix.as_millis() as u64;
+        let planned = shared.handle.read(move |state| planner::plan(state, &observed, now_ms, unix_ms)).await;
         for (change, why) in planned.unwrap_or_default() {
             let name = change.name();
             match shared.handle.propose(None, change).await {

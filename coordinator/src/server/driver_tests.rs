@@ -27,7 +27,7 @@ async fn start() -> Fixture {
 
 impl Fixture {
     async fn submit(&self, seq: u64) -> Result<Answer, Refusal> {
-        self.handle.propose(Some(RequestId { client: ClientId(1), seq }), submit(1, None)).await
+        self.handle.propose(Some(RequestId { client: ClientId(1), seq }), submit(1)).await
     }
 
     async fn until(&self, wanted: impl FnMut(&Status) -> bool) {
@@ -49,7 +49,7 @@ async fn callers_share_syncs_and_each_gets_its_own_answer() {
         let handle = handle.clone();
         tokio::spawn(async move {
             let request = RequestId { client: ClientId(client.into()), seq: 1 };
-            handle.propose(Some(request), submit(1, None)).await.unwrap()
+            handle.propose(Some(request), submit(1)).await.unwrap()
         })
     });
     let mut jobs = Vec::new();

@@ -6,7 +6,7 @@
 use super::Shared;
 use super::views;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{Refusal, RefusalKind};
+use fleet_common::protocol::{Page, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -98,7 +98,11 @@ async fn respond(shared: &Shared, head: &str) -> Response {
         "/api/v1/nodes" => views::nodes(shared).await.map(|nodes| Response::json(&nodes)),
         "/api/v1/jobs" => views::jobs(shared).await.map(|jobs| Response::json(&jobs)),
         "/api/v1/checkpoints" => {
-            views::checkpoints(shared, None).await.map(|checkpoints| Response::json(&checkpoints))
+            let request = Request::Checkpoints { job: None, page: Page::default() };
+            views::ask(shared, request).await.map(|reply| match reply {
+                Reply::Checkpoints(checkpoints) => Response::json(&checkpoints.items),
+                _ => Response::json(&()),
+            })
         }
         path => match path.strip_prefix("/api/v1/jobs/").map(str::parse::<JobId>) {
             Some(Ok(job)) => views::job(shared, job).await.map(|job| Response::json(&job)),

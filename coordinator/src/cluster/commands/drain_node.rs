@@ -68,7 +68,7 @@ mod tests {
     #[test]
     fn drained_now_a_job_starts_again_from_its_checkpoint_once_every_part_has_ended() {
         let mut script = Script::with_nodes(&[2, 2, 4]);
-        let job = script.submit_training(4);
+        let job = script.submit(4);
         script.place(job, &[(1, 2), (2, 2)]);
         drain(&mut script, true);
         for node in [1, 2] {

@@ -67,9 +67,7 @@ mod tests {
     use fleet_common::protocol::JobState;
 
     fn record(script: &mut Script, job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> Answer {
-        let events = bodies.into_iter().map(|body| Event { unix_ms: 5, body }).collect();
-        let batch = EventBatch { job, generation: 1, first_seq, events };
-        script.run(Change::RecordEvents(RecordEvents { node: script.node(), batch }))
+        script.tell(job, 1, first_seq, bodies)
     }
 
     fn running() -> (Script, JobId) {

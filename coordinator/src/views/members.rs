@@ -1,0 +1,60 @@
+//! Coordinators, tokens and nodes.
+
+use super::View;
+use crate::cluster::members::Standing;
+use crate::raft::disk::Disk;
+use fleet_common::protocol::{CoordinatorView, NodeView, TokenView};
+
+impl<D: Disk + ?Sized> View<'_, D> {
+    pub(super) fn coordinators(&self) -> Vec<CoordinatorView> {
+        let known = |replica| self.raft.progress.iter().find(|(of, _, _)| *of == replica);
+        let views = self.state.replicas().iter().map(|(id, replica)| CoordinatorView {
+            address: replica.address.clone(),
+            name: replica.name.clone(),
+            version: replica.version.clone(),
+            voter: replica.standing == Standing::Voter,
+            leads: self.raft.leader == Some(*id),
+            matched_index: known(*id).map(|(_, matched, _)| *matched),
+            alive: known(*id).map(|(_, _, alive)| *alive),
+        });
+        views.collect()
+    }
+
+    /// Those that are still of use.
+    pub(super) fn tokens(&self) -> Vec<TokenView> {
+        let useful = self
+            .state
+            .tokens()
+            .iter()
+            .filter(|(_, token)| token.expires_unix_ms > self.unix_ms && token.uses_left > 0);
+        let views = useful.map(|(id, token)| TokenView {
+            id: id.clone(),
+            role: token.role,
+            expires_unix_ms: token.expires_unix_ms,
+            uses_left: token.uses_left,
+        });
+        views.collect()
+    }
+
+    pub(super) fn nodes(&self) -> Vec<NodeView> {
+        let used = self.state.slots_in_use();
+        let views = self.state.nodes().iter().map(|(id, node)| {
+            let seen = self.observed.nodes.get(id);
+            NodeView {
+                node: *id,
+                name: node.name.clone(),
+                connected: seen.is_some_and(|seen| seen.connected),
+                slots: node.slots,
+                slots_used: used.get(id).copied().unwrap_or_default(),
+                lost: node.lost,
+                drained: node.drained,
+                labels: node.labels.clone(),
+                host: node.host.clone(),
+                device: node.device.clone(),
+                version: node.version.clone(),
+                heard_ms_ago: seen.map(|seen| self.now_ms.saturating_sub(seen.heard_ms)),
+            }
+        });
+        views.collect()
+    }
+}

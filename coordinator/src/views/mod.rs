@@ -1,0 +1,114 @@
+//! What the cluster shows of itself: state, observations and history in the words of the protocol. Holds no secrets, changes nothing.
+//!
+//! Pure but for reading rows of the history, which never change.
+
+mod jobs;
+mod members;
+mod paging;
+mod records;
+
+pub use jobs::{events_of, no_such_job};
+
+use crate::cluster::State;
+use crate::planner::Observed;
+use crate::raft::disk::{Disk, DiskError};
+use crate::raft::history::History;
+use fleet_common::ids::ReplicaId;
+use fleet_common::protocol::{ClusterView, JobState, Refusal, RefusalKind, Reply, Request};
+
+/// What there is to be seen, at one moment.
+pub struct View<'a, D: Disk + ?Sized> {
+    pub state: &'a State,
+    pub observed: &'a Observed,
+    pub history: &'a History<D>,
+    pub raft: Raft,
+    /// Of the clock that `Observed` uses.
+    pub now_ms: u64,
+    pub unix_ms: u64,
+}
+
+/// How the replica that answers stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Raft {
+    pub leader: Option<ReplicaId>,
+    pub term: u64,
+    pub commit_index: u64,
+    pub applied_index: u64,
+    pub read_only: Option<String>,
+    /// What the leader knows of the others: how far their logs are, and whether they were heard of late. Empty elsewhere.
+    pub progress: Vec<(ReplicaId, u64, bool)>,
+}
+
+impl<D: Disk + ?Sized> View<'_, D> {
+    /// The answer to a query. Changes and watches are refused.
+    pub fn answer(&self, request: &Request) -> Result<Reply, Refusal> {
+        Ok(match request {
+            Request::ClusterStatus => Reply::Cluster(self.cluster()),
+            Request::Coordinators => Reply::Coordinators(self.coordinators()),
+            Request::Tokens => Reply::Tokens(self.tokens()),
+            Request::Nodes => Reply::Nodes(self.nodes()),
+            Request::Jobs { all: None } => Reply::Jobs(self.present_jobs()),
+            Request::Jobs { all: Some(page) } => Reply::Jobs(self.all_jobs(*page)?),
+            Request::Job(job) => Reply::Job(Box::new(self.job(*job)?)),
+            Request::Checkpoints { job, page } => Reply::Checkpoints(self.checkpoints(*job, *page)?),
+            Request::Checkpoint { job, step } => Reply::Checkpoint(Box::new(self.checkpoint(*job, *step)?)),
+            Request::Decisions(page) => Reply::Decisions(self.decisions(*page)?),
+            Request::Runs(page) => Reply::Runs(self.runs(*page)?),
+            Request::Run(run) => Reply::Run(Box::new(self.run(*run)?)),
+            Request::RunMetrics { run, from } => {
+                let (points, next) = self.points(*run, *from)?;
+                Reply::Points { points, next }
+            }
+            Request::Exports(page) => Reply::Exports(self.exports(*page)?),
+            Request::Export(export) => Reply::Export(Box::new(self.export(*export)?)),
+            Request::Profiles(page) => Reply::Profiles(self.profiles(*page)?),
+            Request::Profile(profile) => Reply::Profile(Box::new(self.profile(*profile)?)),
+            Request::Submit(_)
+            | Request::Cancel { .. }
+            | Request::CreateToken { .. }
+            | Request::Watch { .. }
+            | Request::RemoveCoordinator(_)
+            | Request::RevokeToken { .. }
+            | Request::Revoke(_)
+            | Request::Drain { .. }
+            | Request::Undrain(_)
+            | Request::StartRun { .. }
+            | Request::RecordMetrics { .. }
+            | Request::FinishRun { .. }
+            | Request::RecordExport(_)
+            | Request::RecordProfile(_) => {
+                let message = "this is no question with one answer".to_owned();
+                return Err(Refusal { kind: RefusalKind::Invalid, message });
+            }
+        })
+    }
+
+    fn cluster(&self) -> ClusterView {
+        let jobs = self.state.jobs();
+        let in_state =
+            |wanted: fn(JobState) -> bool| jobs.values().filter(|job| wanted(job.state)).count() as u32;
+        let runs = |state| matches!(state, JobState::Starting | JobState::Running | JobState::Stopping);
+        ClusterView {
+            cluster_id: self.state.cluster_id().to_owned(),
+            leader: self.raft.leader,
+            term: self.raft.term,
+            commit_index: self.raft.commit_index,
+            applied_index: self.raft.applied_index,
+            nodes: self.state.nodes().len() as u32,
+            jobs_running: in_state(runs),
+            jobs_queued: in_state(|state| state == JobState::Queued),
+            read_only: self.raft.read_only.clone(),
+        }
+    }
+}
+
+fn unreadable(error: DiskError) -> Refusal {
+    Refusal { kind: RefusalKind::Unavailable, message: error.to_string() }
+}
+
+fn not_found(message: String) -> Refusal {
+    Refusal { kind: RefusalKind::NotFound, message }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! Decisions, runs with their series, exports and profiles.
+
+use super::{View, not_found, unreadable};
+use crate::cluster::history::Decision;
+use crate::cluster::records::JobRecord;
+use crate::cluster::runs::RunRecord;
+use crate::raft::disk::{Disk, Table};
+use fleet_common::events::{Event, EventBody};
+use fleet_common::ids::{ExportId, JobId, ProfileId, RunId};
+use fleet_common::protocol::{
+    DecisionView, ExportView, JobState, Listing, POINTS_MAX, Page, Point, ProfileView, Refusal, RunKey,
+    RunState, RunView,
+};
+
+/// Events of a job that are looked through for one answer.
+const EVENTS_MAX: usize = 2_000;
+
+impl<D: Disk + ?Sized> View<'_, D> {
+    pub(super) fn decisions(&self, page: Page) -> Result<Listing<DecisionView>, Refusal> {
+        let show = |number, Decision { unix_ms, why }| Some(DecisionView { number, unix_ms, why });
+        self.page(page, self.state.last_decision(), Table::Decisions, |_| None, show)
+    }
+
+    /// The runs of clients. Training jobs are runs too and are listed as jobs.
+    pub(super) fn runs(&self, page: Page) -> Result<Listing<RunView>, Refusal> {
+        let remembered = |id| self.state.runs().get(&RunId(id)).map(|run| own_run(id, run));
+        let show = |id, run: RunRecord| Some(own_run(id, &run));
+        self.page(page, self.state.last_run(), Table::Runs, remembered, show)
+    }
+
+    pub(super) fn run(&self, run: RunKey) -> Result<RunView, Refusal> {
+        match run {
+            RunKey::Job(id) => {
+                let job = self.record(id)?;
+                if !job.trains {
+                    return Err(not_found(format!("{id} runs a program, which records no series")));
+                }
+                Ok(job_run(id, &job))
+            }
+            RunKey::Own(id) => {
+                if let Some(run) = self.state.runs().get(&id) {
+                    return Ok(own_run(id.0, run));
+                }
+                let run: Option<RunRecord> = self.history.row(Table::Runs, id.0).map_err(unreadable)?;
+                run.map(|run| own_run(id.0, &run))
+                    .ok_or_else(|| not_found(format!("there is no {id}; `fleet runs ls` lists them")))
+            }
+        }
+    }
+
+    /// Points from the `from`-th batch (or, of a job, event) on, and where to go on.
+    pub(super) fn points(&self, run: RunKey, from: u64) -> Result<(Vec<Point>, Option<u64>), Refusal> {
+        self.run(run)?;
+        let from = from.max(1);
+        match run {
+            RunKey::Job(id) => {
+                let events = self.history.events(id, from, EVENTS_MAX).map_err(unreadable)?;
+                let next = (events.len() == EVENTS_MAX).then(|| from + EVENTS_MAX as u64);
+                Ok((events.into_iter().flat_map(|(_, event)| points_of(&event)).collect(), next))
+            }
+            RunKey::Own(id) => {
+                let mut points = Vec::new();
+                let mut next = from;
+                while points.len() < POINTS_MAX {
+                    let batch = self.history.points(id, next).map_err(unreadable)?;
+                    let Some(batch) = batch else { return Ok((points, None)) };
+                    points.extend(batch);
+                    next += 1;
+                }
+                Ok((points, Some(next)))
+            }
+        }
+    }
+
+    pub(super) fn exports(&self, page: Page) -> Result<Listing<ExportView>, Refusal> {
+        self.page(page, self.state.last_export(), Table::Exports, |_| None, |_, export| Some(export))
+    }
+
+    pub(super) fn export(&self, id: ExportId) -> Result<ExportView, Refusal> {
+        let export = self.history.row(Table::Exports, id.0).map_err(unreadable)?;
+        export.ok_or_else(|| not_found(format!("there is no {id}; `fleet exports ls` lists them")))
+    }
+
+    /// Without their histograms.
+    pub(super) fn profiles(&self, page: Page) -> Result<Listing<ProfileView>, Refusal> {
+        let show = |_, mut profile: ProfileView| {
+            for feature in &mut profile.record.features {
+                (feature.edges, feature.counts) = (Vec::new(), Vec::new());
+            }
+            Some(profile)
+        };
+        // A profile may have many features.
+        let page = Page { max: page.max.min(20), ..page };
+        self.page(page, self.state.last_profile(), Table::Profiles, |_| None, show)
+    }
+
+    pub(super) fn profile(&self, id: ProfileId) -> Result<ProfileView, Refusal> {
+        let profile = self.history.row(Table::Profiles, id.0).map_err(unreadable)?;
+        profile.ok_or_else(|| not_found(format!("there is no {id}; `fleet profiles ls` lists them")))
+    }
+}
+
+fn own_run(id: u64, run: &RunRecord) -> RunView {
+    RunView {
+        run: RunKey::Own(RunId(id)),
+        name: run.name.clone(),
+        state: run.state,
+        started_unix_ms: run.started_unix_ms,
+        finished_unix_ms: run.finished_unix_ms,
+        points: run.points,
+        last: run.last.iter().map(|(name, value)| (name.clone(), *value)).collect(),
+    }
+}
+
+fn job_run(id: JobId, job: &JobRecord) -> RunView {
+    let progress = &job.progress;
+    let last =
+        [("loss", progress.loss), ("eval_loss", progress.eval_loss), ("tokens_per_s", progress.tokens_per_s)];
+    RunView {
+        run: RunKey::Job(id),
+        name: job.name.clone(),
+        state: match job.state {
+            JobState::Succeeded => RunState::Succeeded,
+            JobState::Failed | JobState::Cancelled => RunState::Failed,
+            _ => RunState::Open,
+        },
+        started_unix_ms: job.submitted_unix_ms,
+        finished_unix_ms: job.finished_unix_ms,
+        points: job.events,
+        last: last.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect(),
+    }
+}
+
+fn points_of(event: &Event) -> Vec<Point> {
+    let point =
+        |series: &str, step, value| Point { series: series.into(), step, value, unix_ms: event.unix_ms };
+    match &event.body {
+        EventBody::Step(at) => vec![
+            point("loss", at.step, at.loss),
+            point("lr", at.step, at.lr),
+            point("grad_norm", at.step, at.grad_norm),
+            point("tokens_per_s", at.step, at.tokens_per_s),
+        ],
+        EventBody::Eval(at) => {
+            vec![point("eval_loss", at.step, at.loss), point("bits_per_byte", at.step, at.bits_per_byte)]
+        }
+        _ => Vec::new(),
+    }
+}
