@@ -5,7 +5,7 @@
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::net::{self, Identity};
-use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, Reply, Request};
+use fleet_common::protocol::{ClientFrame, Reply, Request};
 use fleet_coordinator::server::{Coordinator, Options};
 use std::io::Write;
 use std::path::Path;
@@ -68,7 +68,7 @@ async fn client(
         let request = Request::Cancel { job: JobId(u64::MAX), now: true };
         write_frame(
             &mut send,
-            &ClientFrame { version: PROTOCOL_VERSION, client: ClientId(id), seq, stale: false, request },
+            &ClientFrame::change(ClientId(id), seq, request),
         )
         .await?;
         send.finish()?;

@@ -32,9 +32,9 @@ async fn a_retried_submit_is_one_job_also_over_a_restart() {
     again.seq = client.seq;
     let next = again.submit(2).await;
     assert_eq!(next, JobId(job.0 + 1));
-    let Reply::Jobs(jobs) = again.ask(Request::Jobs).await else { panic!() };
-    assert_eq!(jobs.len(), 2);
-    assert!(jobs[0].reason.contains("none is connected"), "{}", jobs[0].reason);
+    let Reply::Jobs(jobs) = again.ask(Request::Jobs { all: None }).await else { panic!() };
+    assert_eq!(jobs.items.len(), 2);
+    assert!(jobs.items[0].reason.contains("none is connected"), "{}", jobs.items[0].reason);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -51,8 +51,8 @@ async fn a_copy_of_the_data_directory_taken_while_it_runs_has_everything_acknowl
     coordinator.stop().await;
     let coordinator = start(copy.path()).await;
     let mut client = Client::local(copy.path(), &coordinator).await;
-    let Reply::Jobs(jobs) = client.ask(Request::Jobs).await else { panic!() };
-    assert_eq!(jobs.len(), 20);
+    let Reply::Jobs(jobs) = client.ask(Request::Jobs { all: None }).await else { panic!() };
+    assert_eq!(jobs.items.len(), 20);
 }
 
 fn copy_tree(from: &Path, to: &Path) {
@@ -110,7 +110,7 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
     assert_eq!(events.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(events[5].1.body, succeeded());
     assert_eq!(client.watch(job, 5, false).await, events[4..]);
-    let Reply::Checkpoints(checkpoints) = client.ask(Request::Checkpoints { job: Some(job) }).await else {
+    let Reply::Checkpoints(checkpoints) = client.ask(Request::Checkpoints { job: Some(job), page: Page::default() }).await else {
         panic!()
     };
     assert_eq!(checkpoints[0].checkpoint, record);
@@ -124,9 +124,9 @@ async fn cancelling_reaches_the_agent_and_now_follows() {
     let mut agent = Agent::join(dir.path(), &coordinator, 1).await;
     let job = client.submit(1).await;
     agent.gang().await;
-    assert_eq!(client.ask(Request::Cancel { job, now: false }).await, Reply::CancelAccepted);
+    assert_eq!(client.ask(Request::Cancel { job, now: false }).await, Reply::Done);
     assert_eq!(agent.next().await, ToAgent::StopGang { job, generation: 1, now: false });
-    assert_eq!(client.ask(Request::Cancel { job, now: true }).await, Reply::CancelAccepted);
+    assert_eq!(client.ask(Request::Cancel { job, now: true }).await, Reply::Done);
     assert_eq!(agent.next().await, ToAgent::StopGang { job, generation: 1, now: true });
     agent
         .events((job, 1), 1, vec![EventBody::Finished(fleet_common::events::Outcome::Stopped { steps: 0 })])
@@ -220,14 +220,14 @@ async fn bad_requests_are_refused_in_a_line() {
     let coordinator = start(dir.path()).await;
     let mut client = Client::local(dir.path(), &coordinator).await;
     let train = |job_json: &str| {
-        Request::Submit(SubmitJob { world_size: 1, work: Work::Train { job_json: job_json.into() } })
+        Request::Submit(SubmitJob { world_size: 1, work: Work::Train { job_json: job_json.into() }, wish: Wish::default() })
     };
     for (request, kind, named) in [
         (train("{}"), RefusalKind::Invalid, "not a job"),
         (program(0), RefusalKind::Invalid, "ranks"),
         (Request::Job(JobId(99)), RefusalKind::NotFound, "job-99"),
         (Request::Cancel { job: JobId(99), now: true }, RefusalKind::NotFound, "job-99"),
-        (Request::Checkpoints { job: Some(JobId(99)) }, RefusalKind::NotFound, "job-99"),
+        (Request::Checkpoints { job: Some(JobId(99)), page: Page::default() }, RefusalKind::NotFound, "job-99"),
         (Request::Watch { job: JobId(99), from: 1, follow: true }, RefusalKind::NotFound, "job-99"),
         (
             Request::CreateToken { role: Role::Coordinator, ttl_s: 9, uses: 1 },
@@ -276,7 +276,7 @@ async fn a_workers_certificate_does_no_clients_work() {
         client: fleet_common::ids::ClientId(1),
         seq: 1,
         stale: false,
-        request: Request::Jobs,
+        request: Request::Jobs { all: None },
     };
     fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();
     let answer = fleet_common::codec::read_frame::<_, Reply>(&mut receive).await;
@@ -340,7 +340,7 @@ async fn http_answers_people_and_nobody_else() {
     );
     let (_, body) = get(&coordinator, &path("/api/v1/jobs")).await;
     let jobs: serde_json::Value = serde_json::from_str(&body).unwrap();
-    assert_eq!((jobs[0]["job"].as_u64(), jobs[0]["state"].as_str()), (Some(job.0), Some("queued")));
+    assert_eq!((jobs.items[0]["job"].as_u64(), jobs.items[0]["state"].as_str()), (Some(job.0), Some("queued")));
     let (status, body) = get(&coordinator, &path(&format!("/api/v1/jobs/{job}"))).await;
     assert!(status == 200 && !body.contains("hidden"), "{body}");
     for (request, expected) in [

@@ -5,7 +5,7 @@
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::ClientId;
 use fleet_common::net::{self, Identity, JoinToken};
-use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, Program, Reply, Request, SubmitJob, Work};
+use fleet_common::protocol::{ClientFrame, Program, Reply, Request, SubmitJob, Wish, Work};
 use fleet_tests::{Running, Standing, TinyJob, World, eventually, program};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -67,9 +67,8 @@ fn a_request_that_is_sent_again_is_one_job_even_after_a_restart() {
     let data = world.path("cluster");
     let cluster = world.coordinator(&data, ANY);
     let work = Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: Vec::new() });
-    let request = Request::Submit(SubmitJob { world_size: 1, work });
-    let frame =
-        ClientFrame { version: PROTOCOL_VERSION, client: ClientId(77), seq: 1, stale: false, request };
+    let request = Request::Submit(SubmitJob { world_size: 1, work, wish: Wish { queue: true, ..Wish::default() } });
+    let frame = ClientFrame::change(ClientId(77), 1, request);
     let first = send(&cluster, &frame);
     assert!(matches!(first, Reply::Submitted { .. }), "{first:?}");
     assert_eq!(send(&cluster, &frame), first);

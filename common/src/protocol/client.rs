@@ -234,7 +234,6 @@ pub enum Reply {
     Submitted {
         job: JobId,
     },
-    CancelAccepted,
     Token {
         text: String,
     },

@@ -250,7 +250,8 @@ impl<D: Disk> Driver<D> {
         self.replica.propose(self.next_ticket, &command).map_err(|declined| match declined {
             Declined::NotLeader => unavailable("this coordinator does not lead at the moment; try again"),
             Declined::Busy => unavailable("too much is waiting to be written; try again"),
-            Declined::DiskFull(why) => unavailable(why),
+            Declined::DiskFull(why) | Declined::Misfit(why) => unavailable(why),
+            Declined::Pending => unavailable("another change of the coordinators is under way; try again"),
             Declined::TooLarge => {
                 Refusal { kind: RefusalKind::Invalid, message: "this request is too large".into() }
             }

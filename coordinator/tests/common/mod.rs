@@ -6,6 +6,7 @@ use fleet_common::ids::{ClientId, Generation, JobId, NodeId};
 use fleet_common::net::{self, Identity, JoinToken};
 use fleet_common::protocol::*;
 use fleet_coordinator::server::{Coordinator, Options};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -32,7 +33,7 @@ pub fn program(ranks: u32) -> Request {
         working_dir: "/".into(),
         env: vec![("SECRET".into(), "hidden".into())],
     };
-    Request::Submit(SubmitJob { world_size: ranks, work: Work::Program(program) })
+    Request::Submit(SubmitJob { world_size: ranks, work: Work::Program(program), wish: Wish { queue: true, ..Wish::default() } })
 }
 
 pub struct Client {
@@ -61,7 +62,7 @@ impl Client {
 
     /// A request with this sequence number, which may have been used.
     pub async fn send(&self, seq: u64, request: Request) -> Reply {
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq, stale: false, request };
+        let frame = ClientFrame::change(self.id, seq, request);
         let ask = async {
             let (mut send, mut receive) = self.connection.open_bi().await.unwrap();
             write_frame(&mut send, &frame).await.unwrap();
@@ -88,7 +89,7 @@ impl Client {
     /// All events of a watch, which must end.
     pub async fn watch(&self, job: JobId, from: u64, follow: bool) -> Vec<(u64, Event)> {
         let request = Request::Watch { job, from, follow };
-        let frame = ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: 0, stale: false, request };
+        let frame = ClientFrame::query(request);
         let watch = async {
             let (mut send, mut receive) = self.connection.open_bi().await.unwrap();
             write_frame(&mut send, &frame).await.unwrap();
@@ -135,6 +136,8 @@ impl Agent {
             slots,
             device,
             program_version,
+            labels: BTreeMap::new(),
+            host: "127.0.0.1".into(),
             gangs,
         };
         agent.tell(FromAgent::Hello(hello)).await;
