@@ -66,11 +66,7 @@ async fn client(
         let began = Instant::now();
         let (mut send, mut receive) = connection.open_bi().await?;
         let request = Request::Cancel { job: JobId(u64::MAX), now: true };
-        write_frame(
-            &mut send,
-            &ClientFrame::change(ClientId(id), seq, request),
-        )
-        .await?;
+        write_frame(&mut send, &ClientFrame::change(ClientId(id), seq, request)).await?;
         send.finish()?;
         let reply: Option<Reply> = read_frame(&mut receive).await?;
         anyhow::ensure!(

@@ -110,7 +110,9 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
     assert_eq!(events.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(events[5].1.body, succeeded());
     assert_eq!(client.watch(job, 5, false).await, events[4..]);
-    let Reply::Checkpoints(checkpoints) = client.ask(Request::Checkpoints { job: Some(job), page: Page::default() }).await else {
+    let Reply::Checkpoints(checkpoints) =
+        client.ask(Request::Checkpoints { job: Some(job), page: Page::default() }).await
+    else {
         panic!()
     };
     assert_eq!(checkpoints[0].checkpoint, record);
@@ -220,14 +222,22 @@ async fn bad_requests_are_refused_in_a_line() {
     let coordinator = start(dir.path()).await;
     let mut client = Client::local(dir.path(), &coordinator).await;
     let train = |job_json: &str| {
-        Request::Submit(SubmitJob { world_size: 1, work: Work::Train { job_json: job_json.into() }, wish: Wish::default() })
+        Request::Submit(SubmitJob {
+            world_size: 1,
+            work: Work::Train { job_json: job_json.into() },
+            wish: Wish::default(),
+        })
     };
     for (request, kind, named) in [
         (train("{}"), RefusalKind::Invalid, "not a job"),
         (program(0), RefusalKind::Invalid, "ranks"),
         (Request::Job(JobId(99)), RefusalKind::NotFound, "job-99"),
         (Request::Cancel { job: JobId(99), now: true }, RefusalKind::NotFound, "job-99"),
-        (Request::Checkpoints { job: Some(JobId(99)), page: Page::default() }, RefusalKind::NotFound, "job-99"),
+        (
+            Request::Checkpoints { job: Some(JobId(99)), page: Page::default() },
+            RefusalKind::NotFound,
+            "job-99",
+        ),
         (Request::Watch { job: JobId(99), from: 1, follow: true }, RefusalKind::NotFound, "job-99"),
         (
             Request::CreateToken { role: Role::Coordinator, ttl_s: 9, uses: 1 },
@@ -340,7 +350,10 @@ async fn http_answers_people_and_nobody_else() {
     );
     let (_, body) = get(&coordinator, &path("/api/v1/jobs")).await;
     let jobs: serde_json::Value = serde_json::from_str(&body).unwrap();
-    assert_eq!((jobs.items[0]["job"].as_u64(), jobs.items[0]["state"].as_str()), (Some(job.0), Some("queued")));
+    assert_eq!(
+        (jobs.items[0]["job"].as_u64(), jobs.items[0]["state"].as_str()),
+        (Some(job.0), Some("queued"))
+    );
     let (status, body) = get(&coordinator, &path(&format!("/api/v1/jobs/{job}"))).await;
     assert!(status == 200 && !body.contains("hidden"), "{body}");
     for (request, expected) in [

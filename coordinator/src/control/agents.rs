@@ -157,13 +157,15 @@ impl<D: Disk> Control<D> {
                 slots: hello.slots,
                 device: hello.device.clone(),
                 version: hello.program_version.clone(),
+                labels: hello.labels.clone(),
+                host: hello.host.clone(),
             }));
         }
         for (job, generation) in state.lost_gangs(node, &hello.gangs) {
             let name = &hello.name;
             let message =
                 format!("agent restarted: the worker on {name} came back without {job}; its ranks are gone");
-            changes.push(Change::FailJob(FailJob { job, generation, message }));
+            changes.push(Change::FailJob(FailJob { job, generation, node, message }));
         }
         if changes.is_empty() {
             return self.welcome(now, session, &hello);
@@ -354,4 +356,6 @@ fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
         && record.slots == hello.slots
         && record.device == hello.device
         && record.version == hello.program_version
+        && record.labels == hello.labels
+        && record.host == hello.host
 }

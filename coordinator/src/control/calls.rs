@@ -3,12 +3,13 @@
 use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable};
 use super::reads::Reader;
 use super::watches::Watch;
-use super::{Action, Admission, CALLS_MAX, Call, Control, Now, requests};
+use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWERS_PER_CLIENT, RequestId};
 use crate::raft::disk::Disk;
+use crate::requests;
 use fleet_common::ids::ClientId;
 use fleet_common::protocol::{
     ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
@@ -147,7 +148,7 @@ impl<D: Disk> Control<D> {
                 open(Kind::Watch(Watch::new(job, from, follow, now)))?;
                 self.start_watch(call, frame.stale);
             }
-            request if requests::is_query(&request) => {
+            request if !request.is_change() => {
                 open(Kind::Once)?;
                 if frame.stale {
                     let reply = self.query(now, &request);
@@ -240,8 +241,8 @@ impl<D: Disk> Control<D> {
                     Member::Client(_) | Member::Coordinator(_) => clean_name(&redeem.name, member),
                 },
             }),
-            Outcome::Answer(answer) => Err(requests::refusal_in(answer)),
-            Outcome::Reply(reply) => Err(requests::misfit(&reply)),
+            Outcome::Answer(answer) => Err(refusal_in(answer)),
+            Outcome::Reply(reply) => Err(misfit(&reply)),
         });
         self.out.push(Action::Joined { call, result });
     }
@@ -262,7 +263,7 @@ impl<D: Disk> Control<D> {
         let result = result.and_then(|outcome| match outcome {
             Outcome::Answer(Answer::Rejected(refusal)) => Err(refusal),
             Outcome::Answer(answer) => Ok(answer),
-            Outcome::Reply(reply) => Err(requests::misfit(&reply)),
+            Outcome::Reply(reply) => Err(misfit(&reply)),
         });
         self.out.push(Action::Proposed { call, result });
     }
@@ -272,7 +273,7 @@ impl<D: Disk> Control<D> {
             return;
         }
         let reply = match result {
-            Ok(Outcome::Answer(answer)) => requests::reply(answer),
+            Ok(Outcome::Answer(answer)) => requests::reply(answer).unwrap_or_else(Reply::Refused),
             Ok(Outcome::Reply(reply)) => *reply,
             Err(refusal) => Reply::Refused(refusal),
         };
@@ -291,4 +292,16 @@ impl<D: Disk> Control<D> {
             });
         }
     }
+}
+
+/// Why an answer is none of those that were expected.
+fn refusal_in(answer: Answer) -> Refusal {
+    match answer {
+        Answer::Rejected(refusal) => refusal,
+        other => misfit(&other),
+    }
+}
+
+fn misfit(answer: &impl std::fmt::Debug) -> Refusal {
+    unavailable(format!("the cluster gave an answer that does not fit: {answer:?}"))
 }

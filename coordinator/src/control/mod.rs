@@ -24,7 +24,6 @@ mod observations;
 mod peer;
 mod planning;
 mod reads;
-mod requests;
 mod session;
 mod transfers;
 mod views;

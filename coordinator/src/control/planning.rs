@@ -21,7 +21,7 @@ impl<D: Disk> Control<D> {
         }
         (self.plan_now, self.planned_ms) = (false, now.mono_ms);
         let observed = self.observed(now);
-        let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms);
+        let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms, now.unix_ms);
         planned.truncate(DECISIONS_MAX);
         self.decisions = planned.len();
         for (change, why) in planned {

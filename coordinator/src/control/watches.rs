@@ -6,8 +6,9 @@
 
 use super::asks::unavailable;
 use super::reads::Reader;
-use super::{Action, Call, Control, Now, REPLIES_MAX, views};
+use super::{Action, Call, Control, Now, REPLIES_MAX};
 use crate::raft::disk::Disk;
+use crate::views::events_of;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{Refusal, Reply};
 use std::collections::BTreeSet;
@@ -124,7 +125,7 @@ impl<D: Disk> Control<D> {
 
     fn serve_watch(&mut self, call: Call, read: &mut usize) -> Result<Served, Refusal> {
         let Some(watch) = self.calls.watch(call) else { return Ok(Served::Waits) };
-        let (recorded, over) = views::events_of(self.replica.state(), &self.history, watch.job)?;
+        let (recorded, over) = events_of(self.replica.state(), &self.history, watch.job)?;
         let left = (recorded + 1).saturating_sub(watch.next);
         let room = REPLIES_MAX.saturating_sub(watch.untaken).min(CHUNK);
         if left > 0 && room > 0 {

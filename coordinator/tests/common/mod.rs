@@ -33,7 +33,11 @@ pub fn program(ranks: u32) -> Request {
         working_dir: "/".into(),
         env: vec![("SECRET".into(), "hidden".into())],
     };
-    Request::Submit(SubmitJob { world_size: ranks, work: Work::Program(program), wish: Wish { queue: true, ..Wish::default() } })
+    Request::Submit(SubmitJob {
+        world_size: ranks,
+        work: Work::Program(program),
+        wish: Wish { queue: true, ..Wish::default() },
+    })
 }
 
 pub struct Client {

@@ -48,7 +48,11 @@ pub(super) fn program() -> Request {
         working_dir: "/".into(),
         env: vec![],
     });
-    Request::Submit(fleet_common::protocol::SubmitJob { world_size: 1, work })
+    Request::Submit(fleet_common::protocol::SubmitJob {
+        world_size: 1,
+        work,
+        wish: fleet_common::protocol::Wish { queue: true, ..Default::default() },
+    })
 }
 
 pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
