@@ -5,7 +5,7 @@
 mod common;
 
 use common::*;
-use fleet_common::events::{CheckpointRecord, EventBody};
+use fleet_common::events::{CheckpointRecord, EventBody, Shard};
 use fleet_common::ids::JobId;
 use fleet_common::net::{self, Identity};
 use fleet_common::protocol::*;
@@ -88,10 +88,13 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
     let record = CheckpointRecord {
         step: 2,
         path: "/c/step-2".into(),
-        manifest_sha256: "00".into(),
+        manifest_sha256: "cd".repeat(32),
         bytes: 9,
         loss: 2.0,
+        writers: 1,
+        shards: vec![Shard { writer: 0, name: "model".into(), bytes: 8, sha256: "ab".repeat(32) }],
     };
+    let listed = CheckpointRecord { shards: vec![], ..record.clone() };
     agent
         .events(
             (job, 1),
@@ -104,7 +107,7 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
     let view = client.job(job).await;
     assert_eq!(
         (view.state, view.step, view.events, view.checkpoint.as_ref()),
-        (JobState::Succeeded, 3, 6, Some(&record))
+        (JobState::Succeeded, 3, 6, Some(&listed))
     );
     let events = watch.await.unwrap();
     assert_eq!(events.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
@@ -115,7 +118,9 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
     else {
         panic!()
     };
-    assert_eq!(checkpoints[0].checkpoint, record);
+    assert_eq!(checkpoints.items[0].checkpoint, listed);
+    let Reply::Checkpoint(whole) = client.ask(Request::Checkpoint { job, step: 2 }).await else { panic!() };
+    assert_eq!(whole.checkpoint, record);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -350,10 +355,7 @@ async fn http_answers_people_and_nobody_else() {
     );
     let (_, body) = get(&coordinator, &path("/api/v1/jobs")).await;
     let jobs: serde_json::Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(
-        (jobs.items[0]["job"].as_u64(), jobs.items[0]["state"].as_str()),
-        (Some(job.0), Some("queued"))
-    );
+    assert_eq!((jobs[0]["job"].as_u64(), jobs[0]["state"].as_str()), (Some(job.0), Some("queued")));
     let (status, body) = get(&coordinator, &path(&format!("/api/v1/jobs/{job}"))).await;
     assert!(status == 200 && !body.contains("hidden"), "{body}");
     for (request, expected) in [

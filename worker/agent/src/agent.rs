@@ -35,6 +35,10 @@ pub struct Config {
     /// Cores that the ranks share.
     pub cores: u32,
     pub program_version: String,
+    /// What jobs may ask for.
+    pub labels: BTreeMap<String, String>,
+    /// Where other nodes reach this one.
+    pub host: String,
 }
 
 /// What ranks compute on where the job does not say.
@@ -234,6 +238,8 @@ impl Agent {
             slots: self.config.slots,
             device: device.to_owned(),
             program_version: self.config.program_version.clone(),
+            labels: self.config.labels.clone(),
+            host: self.config.host.clone(),
             gangs: self.gangs.keys().map(|id| (id.job, id.generation)).collect(),
         }
     }

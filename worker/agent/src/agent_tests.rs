@@ -19,6 +19,8 @@ fn config() -> Config {
         accelerator: Accelerator::Cpu,
         cores: 8,
         program_version: "0".into(),
+        labels: BTreeMap::new(),
+        host: "box".into(),
     }
 }
 
@@ -74,7 +76,19 @@ fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
         "train" => Work::Train { job_json: job().to_json() },
         _ => Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] }),
     };
-    Gang { job: JobId(1), generation, world_size, work }
+    Gang {
+        job: JobId(1),
+        generation,
+        world_size,
+        first_rank: 0,
+        ranks: world_size,
+        nodes: 1,
+        node_index: 0,
+        meeting: None,
+        max_time_ms: None,
+        resume: None,
+        work,
+    }
 }
 
 struct Stage {
@@ -112,6 +126,20 @@ fn input(words: &[&str], now: Now) -> Input {
         ["start", work, ranks] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), 1))),
         ["start", work, ranks, "generation", n] => {
             Input::Message(ToAgent::StartGang(gang(work, rank(ranks), number(n))))
+        }
+        ["start", work, ranks, "for", ms] => {
+            let gang = Gang { max_time_ms: Some(number(ms)), ..gang(work, rank(ranks), 1) };
+            Input::Message(ToAgent::StartGang(gang))
+        }
+        ["start", work, ranks, "from", first] => {
+            let (ranks, first_rank) = (rank(ranks), rank(first));
+            let (world_size, node_index) = (first_rank + ranks, 1);
+            let gang = Gang { first_rank, ranks, node_index, nodes: 2, ..gang(work, world_size, 1) };
+            Input::Message(ToAgent::StartGang(gang))
+        }
+        ["start", work, ranks, "resumes", path] => {
+            let gang = Gang { generation: 1, resume: Some((*path).into()), ..gang(work, rank(ranks), 1) };
+            Input::Message(ToAgent::StartGang(gang))
         }
         ["committed", seq] => Input::Message(ToAgent::EventsCommitted { job, generation, seq: number(seq) }),
         ["resend", "from", seq] => {
@@ -156,6 +184,8 @@ fn input(words: &[&str], now: Now) -> Input {
                         manifest_sha256: "".into(),
                         bytes: 1,
                         loss: 1.0,
+                        writers: 1,
+                        shards: vec![],
                     };
                     GangInput::Rank(n, event(EventBody::Checkpoint(record)))
                 }
@@ -221,8 +251,11 @@ fn describe(action: &Action) -> Option<String> {
             format!("send {}: {}", batch.first_seq, events.join(", "))
         }
         Action::Registered(node) => format!("registered as {node}"),
-        Action::Spawn(gang) => format!("spawn {} ranks", gang.world_size),
-        Action::Prepare { .. } => "prepare".into(),
+        Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
+        Action::Prepare { job, .. } => match &job.checkpoint.resume {
+            Resume::Path(path) => format!("prepare from {}", path.display()),
+            _ => "prepare".into(),
+        },
         Action::ToRank { rank, message: ToRank::Start(start), .. } => {
             format!("rank {rank}: start on {} with {} threads", start.device, start.threads)
         }
@@ -245,6 +278,7 @@ fn tell(body: &EventBody) -> String {
         EventBody::DataReady(_) => "data ready".into(),
         EventBody::Step(step) => format!("step {}", step.step),
         EventBody::Checkpoint(record) => format!("checkpoint {}", record.step),
+        EventBody::Log { rank: Some(rank @ 10..), line, .. } => format!("rank {rank}: `{line}`"),
         EventBody::Log { line, .. } => format!("`{line}`"),
         EventBody::Memory { rss_mib, .. } => format!("memory {rss_mib:?}"),
         EventBody::Finished(Outcome::Succeeded { steps, .. }) => format!("succeeded after {steps}"),
@@ -289,6 +323,61 @@ fn a_job_from_its_start_to_its_last_event() {
          send 4: succeeded after 1
          > committed 4
          forget job-1.1",
+    );
+}
+
+#[test]
+fn the_second_node_of_a_job_counts_its_ranks_on() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 2 from 10
+         spawn 2 ranks
+         > rank 1 prints hello
+         send 1: rank 11: `hello`
+         > rank 1 exits 3
+         > wait 500
+         kill rank 0
+         > rank 0 dies 9
+         send 2: failed (Job): rank 11 on box exited with code 3
+         > committed 2
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn a_gang_that_has_had_its_time_saves_what_it_can_and_fails_for_it() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1 for 60000
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         send 1: data ready
+         > wait 60000
+         rank 0: stop
+         > rank 0 stopped 4
+         > rank 0 exits 0
+         send 2: failed (Job): the job had its maximum time of 60 s and was stopped; give it more with --max-time, or go on from its last checkpoint",
+    );
+}
+
+#[test]
+fn a_later_generation_goes_on_from_the_recorded_checkpoint() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1 resumes /c/step-5
+         prepare from /c/step-5
+         spawn 1 ranks",
     );
 }
 

@@ -18,6 +18,7 @@ use fleet_common::protocol::{FromAgent, Gang, ToRank};
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
+use std::net::{ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -42,6 +43,9 @@ pub struct Options {
     /// `None`: one per accelerator, else one.
     pub slots: Option<u32>,
     pub device: DeviceWish,
+    pub labels: BTreeMap<String, String>,
+    /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
+    pub host: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -78,6 +82,8 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         accelerator,
         cores,
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
+        labels: options.labels,
+        host: options.host.unwrap_or_else(|| own_address(&options.addrs)),
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
     let link =
@@ -288,7 +294,7 @@ impl Driver {
 
     async fn spawn(&mut self, gang: &Gang) {
         let id = GangId { job: gang.job, generation: gang.generation };
-        tracing::info!(gang = %id, ranks = gang.world_size, "starting ranks");
+        tracing::info!(gang = %id, ranks = gang.ranks, "starting ranks");
         let new = match self.warm.take() {
             Some(warm) if warm.fits(gang) => warm.take(),
             other => {
@@ -367,6 +373,18 @@ impl Driver {
     fn end_all(&mut self) {
         self.launcher.spawner.end_all();
     }
+}
+
+/// The address of this machine on the way to the first coordinator that has one. Nothing is sent.
+fn own_address(addrs: &[String]) -> String {
+    let on_the_way = |addr: &String| {
+        let to = addr.to_socket_addrs().ok()?.next()?;
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any).ok()?;
+        socket.connect(to).ok()?;
+        Some(socket.local_addr().ok()?.ip().to_string())
+    };
+    addrs.iter().find_map(on_the_way).unwrap_or_else(|| "127.0.0.1".to_owned())
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

@@ -12,7 +12,7 @@ use crate::verdict::{self, Cause, Exit, Suspicion};
 use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
-use fleet_common::job::Job;
+use fleet_common::job::{Job, Resume};
 use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
 use std::collections::VecDeque;
 use std::fmt;
@@ -128,6 +128,9 @@ enum Phase {
 pub struct Supervised {
     id: GangId,
     kind: Kind,
+    /// Ranks are counted from here within the job, and from 0 on this node: everywhere but in what leaves the agent.
+    first_rank: Rank,
+    world_size: u32,
     phase: Phase,
     ranks: Vec<RankState>,
     stream: EventStream,
@@ -138,6 +141,10 @@ pub struct Supervised {
     /// The coordinator's idea of the stream is another one.
     unrecordable: bool,
     kill_at: Option<Duration>,
+    /// When the gang's time is over, and how many seconds it had.
+    expires_at: Option<(Duration, u64)>,
+    /// It has had its time and is being ended for it.
+    expired: Option<u64>,
     sample_at: Duration,
     last_step: u64,
     peak_rss_mib: Vec<u64>,
@@ -158,7 +165,13 @@ impl Supervised {
         let kind = match &gang.work {
             Work::Program(_) => Ok(Kind::Program),
             Work::Train { job_json } => {
-                Job::from_json(job_json).map(|job| Kind::Train(Box::new(job))).map_err(|e| {
+                let resumed = |mut job: Job| {
+                    if let Some(path) = &gang.resume {
+                        job.checkpoint.resume = Resume::Path(path.into());
+                    }
+                    Kind::Train(Box::new(job))
+                };
+                Job::from_json(job_json).map(resumed).map_err(|e| {
                     let message =
                         format!("the job cannot be read: {e}; is the coordinator of another version?");
                     verdict::agent_error(Fault::Input, &config.name, message)
@@ -172,12 +185,14 @@ impl Supervised {
         let refusal = refusal.or_else(|| refuse(&gang, &kind, unfit, config));
         let (preparing, count) = match (&kind, &refusal) {
             (_, Some(_)) => (false, 0),
-            (Kind::Train(_), None) => (true, gang.world_size),
-            (Kind::Program, None) => (false, gang.world_size),
+            (Kind::Train(_), None) => (true, gang.ranks),
+            (Kind::Program, None) => (false, gang.ranks),
         };
         let mut supervised = Supervised {
             id,
             kind,
+            first_rank: gang.first_rank,
+            world_size: gang.world_size,
             phase: if preparing { Phase::Preparing } else { Phase::Running },
             ranks: (0..count).map(|_| RankState::default()).collect(),
             stream: EventStream::new(id.job, id.generation),
@@ -186,6 +201,8 @@ impl Supervised {
             own_error: refusal,
             unrecordable: false,
             kill_at: None,
+            expires_at: gang.max_time_ms.map(|ms| (now.mono + Duration::from_millis(ms), ms / 1_000)),
+            expired: None,
             sample_at: now.mono + MEMORY_PERIOD,
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
@@ -214,7 +231,7 @@ impl Supervised {
             GangInput::Progress(level, line) => self.on_line(None, level, line, now),
             GangInput::Exited { rank, at, exit } => self.on_exit(rank, at, exit, now, out),
             GangInput::SpawnFailed { rank, error } => {
-                let message = format!("rank {rank} could not be started: {error}");
+                let message = format!("rank {} could not be started: {error}", self.global(rank));
                 let error = verdict::agent_error(Fault::Environment, &config.name, message);
                 self.suspect(rank, now.mono, Cause::Said(error));
                 if let Some(state) = self.ranks.get_mut(rank as usize) {
@@ -280,6 +297,13 @@ impl Supervised {
         if self.phase == Phase::Finished {
             return;
         }
+        if let Some((at, seconds)) = self.expires_at
+            && now.mono >= at
+        {
+            self.expires_at = None;
+            self.expired = Some(seconds);
+            return self.stop(Stop::Soon, config, now, out);
+        }
         if self.kill_at.is_some_and(|at| now.mono >= at) {
             self.kill_at = None;
             for (rank, state) in
@@ -299,8 +323,11 @@ impl Supervised {
 
     /// When `tick` has something to do.
     pub fn deadline(&self) -> Option<Duration> {
-        let sample = (self.phase != Phase::Finished).then_some(self.sample_at);
-        self.kill_at.into_iter().chain(sample).min()
+        if self.phase == Phase::Finished {
+            return None;
+        }
+        let expires_at = self.expires_at.map(|(at, _)| at);
+        self.kill_at.into_iter().chain(expires_at).chain([self.sample_at]).min()
     }
 
     pub fn stream(&mut self) -> &mut EventStream {
@@ -359,7 +386,9 @@ impl Supervised {
                     self.kill_within(EXIT_GRACE, now);
                 }
             }
-            FromRank::Failed(error) => self.suspect(rank, now.mono, Cause::of_report(rank, error)),
+            FromRank::Failed(error) => {
+                self.suspect(rank, now.mono, Cause::of_report(self.global(rank), error))
+            }
         }
     }
 
@@ -386,23 +415,25 @@ impl Supervised {
             }
             state.last_lines.push_back(line.clone());
         }
+        let rank = rank.map(|rank| self.global(rank));
         self.push(now, EventBody::Log { rank, level, line });
     }
 
     fn on_exit(&mut self, rank: Rank, at: Duration, exit: Exit, now: Now, out: &mut Vec<Action>) {
         let trains = matches!(self.kind, Kind::Train(_));
+        let global = self.global(rank);
         let Some(state) = self.ranks.get_mut(rank as usize).filter(|state| state.exit.is_none()) else {
             return;
         };
         state.exit = Some(exit);
         let expected = state.struck || (self.stop.is_some() && !trains);
         let done = state.done.is_some();
-        let reported = self.suspicions.iter().any(|suspicion| suspicion.rank == rank);
+        let reported = self.suspicions.iter().any(|suspicion| suspicion.rank == global);
         match exit {
             _ if expected => {}
             _ if done && exit.is_success() => {}
             _ if done => {
-                let line = format!("rank {rank} had done its work but did not leave cleanly: {exit:?}");
+                let line = format!("rank {global} had done its work but did not leave cleanly: {exit:?}");
                 self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
             }
             Exit::Signal(signal) => self.suspect(rank, at, Cause::Signal(signal)),
@@ -421,17 +452,17 @@ impl Supervised {
         if ending || self.phase != Phase::Preparing {
             return;
         }
-        let world_size = self.ranks.len() as u32;
+        let ranks = self.ranks.len() as u32;
         let job_json = job.to_json();
-        let threads = config.threads(job, world_size);
-        for rank in 0..world_size {
+        let threads = config.threads(job, ranks);
+        for rank in 0..ranks {
             // `Supervised::start` refused the job if there was no such device.
             let device = config.device_of(job, rank).unwrap_or_else(|_| "cpu".to_owned());
             let start = RankStart {
                 job: self.id.job,
                 generation: self.id.generation,
-                rank,
-                world_size,
+                rank: self.first_rank + rank,
+                world_size: self.world_size,
                 local_rank: rank,
                 job_json: job_json.clone(),
                 cache_dir: prepared.cache_dir.to_string_lossy().into_owned(),
@@ -460,8 +491,11 @@ impl Supervised {
 
     fn push_memory(&mut self, now: Now) {
         if self.peak_rss_mib.iter().any(|&mib| mib > 0) {
-            let body =
-                EventBody::Memory { rss_mib: self.peak_rss_mib.clone(), pss_mib: self.peak_pss_mib.clone() };
+            let body = EventBody::Memory {
+                first_rank: self.first_rank,
+                rss_mib: self.peak_rss_mib.clone(),
+                pss_mib: self.peak_pss_mib.clone(),
+            };
             self.push(now, body);
         }
     }
@@ -469,9 +503,14 @@ impl Supervised {
     fn suspect(&mut self, rank: Rank, at: Duration, cause: Cause) {
         // A signal needs no further evidence; the rest may wait for a better explanation.
         let grace = if matches!(cause, Cause::Signal(_)) { Duration::ZERO } else { BLAME_GRACE };
-        self.suspicions.push(Suspicion { at, rank, cause });
+        self.suspicions.push(Suspicion { at, rank: self.global(rank), cause });
         let at = at + grace;
         self.kill_at = Some(self.kill_at.map_or(at, |known| known.min(at)));
+    }
+
+    /// The number of a rank of this node within the job.
+    fn global(&self, rank: Rank) -> Rank {
+        self.first_rank.saturating_add(rank)
     }
 
     fn kill_within(&mut self, grace: Duration, now: Now) {
@@ -501,7 +540,7 @@ impl Supervised {
             Kind::Program => self.suspicions.iter().min_by_key(|suspicion| suspicion.at),
         };
         if let Some(suspicion) = suspicion {
-            let state = self.ranks.get(suspicion.rank as usize);
+            let state = self.ranks.get(suspicion.rank.saturating_sub(self.first_rank) as usize);
             let lines = state.map(|state| state.last_lines.iter().cloned().collect()).unwrap_or_default();
             let mut error =
                 verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
@@ -510,7 +549,14 @@ impl Supervised {
             }
             return Outcome::Failed(error);
         }
-        match (self.ranks.first().and_then(|rank| rank.done.clone()), self.stop) {
+        let done = self.ranks.first().and_then(|rank| rank.done.clone());
+        if let Some(seconds) = self.expired.filter(|_| !matches!(done, Some(Outcome::Succeeded { .. }))) {
+            let message = format!(
+                "the job had its maximum time of {seconds} s and was stopped; give it more with --max-time, or go on from its last checkpoint"
+            );
+            return Outcome::Failed(verdict::agent_error(Fault::Job, &config.name, message));
+        }
+        match (done, self.stop) {
             (Some(outcome), _) => outcome,
             (None, Some(_)) => Outcome::Stopped { steps: self.last_step },
             (None, None) => Outcome::Succeeded { steps: 0, final_loss: None, tokens_per_s: 0.0 },
@@ -525,16 +571,23 @@ impl Supervised {
 /// Why this node cannot run the gang at all.
 fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Option<JobError> {
     let error = |fault, message| Some(verdict::agent_error(fault, &config.name, message));
-    if gang.world_size == 0 || gang.world_size > RANKS_MAX {
-        let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.world_size);
+    if gang.ranks == 0 || gang.ranks > RANKS_MAX {
+        let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.ranks);
+        return error(Fault::Input, message);
+    }
+    if gang.first_rank.checked_add(gang.ranks).is_none_or(|end| end > gang.world_size) {
+        let message = format!("there are no ranks {}.. of {}", gang.first_rank, gang.world_size);
         return error(Fault::Input, message);
     }
     match (kind, &gang.work) {
         (_, Work::Program(program)) if program.argv.is_empty() => {
             error(Fault::Input, "no program was named".to_owned())
         }
+        (Kind::Train(_), _) if gang.ranks != gang.world_size => {
+            error(Fault::Input, "a training job runs on one node".to_owned())
+        }
         (Kind::Train(job), _) => {
-            let device = || (0..gang.world_size).find_map(|rank| config.device_of(job, rank).err());
+            let device = || (0..gang.ranks).find_map(|rank| config.device_of(job, rank).err());
             let reason = unfit.map(str::to_owned).or_else(device)?;
             error(Fault::Environment, reason)
         }

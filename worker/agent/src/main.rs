@@ -49,6 +49,12 @@ struct Join {
     /// Name of this node in listings [default: the host name].
     #[arg(long)]
     name: Option<String>,
+    /// What jobs may ask this node for, such as gpu=h200; several separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "NAME=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// Name or address under which other nodes reach this one [default: the address on the way to the coordinator].
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
     /// How log lines look: auto, human or json.
     #[arg(long, default_value = "auto")]
     log_format: LogFormat,
@@ -94,7 +100,14 @@ fn run(join: Join) -> Result<u8, Failure> {
     let runtime = runtime.context("cannot start the runtime").map_err(Failure::new(exit::ENVIRONMENT))?;
     let code = runtime.block_on(async {
         let identity = identity(&join, &data_dir).await?;
-        let options = Options { addrs: join.addr, data_dir, slots: join.slots, device: join.device };
+        let options = Options {
+            addrs: join.addr,
+            data_dir,
+            slots: join.slots,
+            device: join.device,
+            labels: join.labels.into_iter().collect(),
+            host: join.host,
+        };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
     // A cache that is being built for a job that is over does not hold up the end.
@@ -159,6 +172,15 @@ fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
             data_dir.display()
         )
     })
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !value.is_empty() => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
+        _ => Err(format!("`{text}` is not a label; write it like gpu=h200")),
+    }
 }
 
 fn default_data_dir() -> anyhow::Result<PathBuf> {

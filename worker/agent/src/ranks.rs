@@ -1,7 +1,7 @@
 //! Starting ranks: `fleet-rank` processes with a socket and a shared segment, or a user's PROGRAM. Also the ranks that are started before
 //! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
 
-use crate::gang::{Blow, GangId};
+use crate::gang::Blow;
 use crate::program;
 use crate::spawn::{Exited, Launch, Spawner, Started};
 use crate::verdict::Exit;
@@ -57,7 +57,7 @@ impl Launcher {
 
     pub async fn gang(&self, gang: &Gang) -> NewGang {
         match &gang.work {
-            Work::Train { .. } => self.training(gang.world_size, gang.generation).await,
+            Work::Train { .. } => self.training(gang.ranks, gang.generation).await,
             Work::Program(program) => self.program(gang, program).await,
         }
     }
@@ -105,22 +105,25 @@ impl Launcher {
     }
 
     async fn program(&self, gang: &Gang, program: &Program) -> NewGang {
-        let id = GangId { job: gang.job, generation: gang.generation };
-        let port = match program::free_port() {
-            Ok(port) => port,
+        let meeting = match &gang.meeting {
+            Some(meeting) => Ok(meeting.clone()),
+            None => program::local_meeting(),
+        };
+        let meeting = match meeting {
+            Ok(meeting) => meeting,
             Err(error) => {
                 let error = format!("no free port for its peers to meet at: {error}");
                 return NewGang {
-                    ranks: (0..gang.world_size).map(|_| Err(error.clone())).collect(),
+                    ranks: (0..gang.ranks).map(|_| Err(error.clone())).collect(),
                     segment: None,
                 };
             }
         };
         let mut ranks = Vec::new();
-        for rank in 0..gang.world_size {
+        for local_rank in 0..gang.ranks {
             let launch = Launch {
                 argv: program.argv.iter().map(OsString::from).collect(),
-                env: program::environment(&program.env, id, rank, gang.world_size, port),
+                env: program::environment(&program.env, gang, local_rank, &meeting),
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
                 inherit: Vec::new(),
@@ -189,7 +192,7 @@ pub struct Warm {
 
 impl Warm {
     pub fn fits(&self, gang: &Gang) -> bool {
-        let same = gang.world_size as usize == self.gang.ranks.len() && gang.generation == FIRST_GENERATION;
+        let same = gang.ranks as usize == self.gang.ranks.len() && gang.generation == FIRST_GENERATION;
         same && matches!(gang.work, Work::Train { .. })
     }
 

@@ -93,7 +93,20 @@ impl Link {
     }
 
     async fn start(&mut self, world_size: u32, work: Work) {
-        self.tell(ToAgent::StartGang(Gang { job: JOB, generation: 1, world_size, work })).await;
+        self.tell(ToAgent::StartGang(Gang {
+            job: JOB,
+            generation: 1,
+            world_size,
+            first_rank: 0,
+            ranks: world_size,
+            nodes: 1,
+            node_index: 0,
+            meeting: None,
+            max_time_ms: None,
+            resume: None,
+            work,
+        }))
+        .await;
     }
 
     /// The next batch: its first number and its events.

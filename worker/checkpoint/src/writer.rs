@@ -2,7 +2,7 @@
 
 use crate::manifest::{FORMAT, Manifest, ManifestFile};
 use crate::{CheckpointError, MANIFEST_FILE, STATE_FILE, TrainerState, search};
-use fleet_common::events::CheckpointRecord;
+use fleet_common::events::{CheckpointRecord, Shard};
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashSet};
@@ -102,6 +102,12 @@ impl Writer {
         publish(&self.temporary, &target).map_err(|e| self.failed(&target, e))?;
         self.finished = true;
         sync_dir(&self.dir).map_err(|e| self.failed(&self.dir, e))?;
+        let shards = manifest.files.iter().map(|(name, file)| Shard {
+            writer: 0,
+            name: name.clone(),
+            bytes: file.bytes,
+            sha256: file.sha256.clone(),
+        });
         let path = fs::canonicalize(&target).unwrap_or(target);
         Ok(CheckpointRecord {
             step: self.step,
@@ -109,6 +115,9 @@ impl Writer {
             manifest_sha256,
             bytes: manifest.bytes() + bytes.len() as u64,
             loss,
+            // Whatever their number, rank 0 writes for all.
+            writers: 1,
+            shards: shards.collect(),
         })
     }
 

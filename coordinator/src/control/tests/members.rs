@@ -25,7 +25,7 @@ fn standing(net: &Net, id: u64) -> Option<Standing> {
 fn a_coordinator_joins_gets_a_snapshot_and_then_its_vote() {
     let mut net = Net::new(1);
     for n in 0..20u64 {
-        let Change::SubmitJob(job) = submit(1, None) else { unreachable!() };
+        let Change::SubmitJob(job) = submit(1) else { unreachable!() };
         let change = Change::SubmitJob(SubmitJob { name: format!("{n}{}", "x".repeat(200_000)), ..job });
         net.propose(1, change).unwrap();
     }

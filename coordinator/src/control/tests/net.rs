@@ -61,7 +61,16 @@ pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
 
 pub(super) fn hello(gangs: Vec<(JobId, u64)>) -> FromAgent {
     let (name, device, program_version) = ("box".into(), "cpu".into(), "0".into());
-    FromAgent::Hello(AgentHello { version: PROTOCOL_VERSION, name, slots: 8, device, program_version, gangs })
+    FromAgent::Hello(AgentHello {
+        version: PROTOCOL_VERSION,
+        name,
+        slots: 8,
+        device,
+        program_version,
+        labels: Default::default(),
+        host: "h".into(),
+        gangs,
+    })
 }
 
 pub(super) fn events(job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> FromAgent {
