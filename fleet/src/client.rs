@@ -5,9 +5,9 @@ use crate::failure::Failure;
 use crate::sequence;
 use fleet_common::codec;
 use fleet_common::events::Event;
-use fleet_common::ids::{ClientId, JobId};
+use fleet_common::ids::JobId;
 use fleet_common::net;
-use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, RefusalKind, Reply, Request};
+use fleet_common::protocol::{ClientFrame, RefusalKind, Reply, Request};
 use quinn::{Connection, RecvStream};
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,7 @@ impl Client {
 
     /// Asks without changing anything.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
-        let frame =
-            ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request };
+        let frame = ClientFrame::query(request);
         self.exchange(&frame, self.patience.unwrap_or(ASK_PATIENCE)).await
     }
 
@@ -52,13 +51,7 @@ impl Client {
         // a first connection proves that there is a coordinator, and that its client directory is there
         self.connect(Instant::now() + patience).await?;
         let change = sequence::number(&self.cluster.client_dir, &encoded)?;
-        let frame = ClientFrame {
-            version: PROTOCOL_VERSION,
-            client: change.client,
-            seq: change.seq,
-            stale: false,
-            request,
-        };
+        let frame = ClientFrame::change(change.client, change.seq, request);
         let reply = self.exchange(&frame, patience).await;
         // a refusal is an answer; only silence leaves it open whether the change happened
         if !matches!(&reply, Err(failure) if failure.code == fleet_common::exit::UNREACHABLE) {
@@ -141,8 +134,7 @@ impl Client {
         loop {
             let connection = self.connect(give_up).await?;
             let request = Request::Watch { job, from, follow };
-            let frame =
-                ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request };
+            let frame = ClientFrame::query(request);
             let why = match open(&connection, &frame).await {
                 Err(why) => why,
                 Ok(mut stream) => loop {

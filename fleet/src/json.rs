@@ -1,7 +1,9 @@
 //! Every JSON shape that `fleet` prints, in one place. A number that is not finite is written as null, so that each line stays valid JSON.
 
 use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome};
-use fleet_common::protocol::{CheckpointView, ClusterView, JobView, NodeView};
+use fleet_common::protocol::{
+    CheckpointView, ClusterView, CoordinatorView, ExportView, JobView, NodeView, ProfileView, RunView,
+};
 use serde_json::{Map, Value, json};
 
 /// `cluster`: the first line of `fleet launch --json`.
@@ -48,8 +50,8 @@ pub fn event(event: &Event) -> Value {
         EventBody::Log { rank, level, line } => {
             json!({"event": "log", "rank": rank, "level": level_name(*level), "line": line})
         }
-        EventBody::Memory { rss_mib, pss_mib } => {
-            json!({"event": "memory", "rss_mib": rss_mib, "pss_mib": pss_mib})
+        EventBody::Memory { first_rank, rss_mib, pss_mib } => {
+            json!({"event": "memory", "first_rank": first_rank, "rss_mib": rss_mib, "pss_mib": pss_mib})
         }
         EventBody::Finished(outcome) => finished(outcome),
     };
@@ -122,7 +124,13 @@ pub fn summary(summary: &Summary) -> Value {
 pub fn job(view: &JobView) -> Value {
     let mut value = json!(view);
     value["job"] = json!(view.job.to_string());
-    value["node"] = json!(view.node.map(|node| node.to_string()));
+    // where rank 0 is; all places are in `parts`
+    value["node"] = json!(view.parts.first().map(|part| part.node.to_string()));
+    value["parts"] = view
+        .parts
+        .iter()
+        .map(|part| json!({"node": part.node.to_string(), "name": part.name, "ranks": part.ranks}))
+        .collect();
     // the canonical job is an object, not a text within a text
     let job = value.as_object_mut().and_then(|object| object.shift_remove("job_json"));
     if let Some(parsed) = job.and_then(|text| serde_json::from_str::<Value>(text.as_str()?).ok()) {
@@ -142,7 +150,43 @@ pub fn checkpoint(view: &CheckpointView) -> Value {
     value["job"] = json!(view.job.to_string());
     value["run_name"] = json!(view.run_name);
     value["unix_ms"] = json!(view.unix_ms);
+    if !view.checkpoint.shards.is_empty() {
+        value["shards"] = json!(view.checkpoint.shards);
+    }
     value
+}
+
+pub fn coordinator(view: &CoordinatorView) -> Value {
+    json!({
+        "replica": view.address.replica.to_string(), "name": view.name, "address": view.address.client,
+        "member_address": view.address.member, "version": view.version, "voter": view.voter, "leads": view.leads,
+        "matched_index": view.matched_index, "alive": view.alive,
+    })
+}
+
+pub fn run(view: &RunView) -> Value {
+    let last: Map<String, Value> =
+        view.last.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    json!({
+        "run": view.run.to_string(), "name": view.name, "state": view.state, "points": view.points, "last": last,
+        "started_unix_ms": view.started_unix_ms, "finished_unix_ms": view.finished_unix_ms,
+    })
+}
+
+pub fn export(view: &ExportView) -> Value {
+    let mut value = json!(view.record);
+    value["export"] = json!(view.export.to_string());
+    value["job"] = json!(view.record.job.to_string());
+    value["manifest_sha256"] = json!(view.manifest_sha256);
+    value["unix_ms"] = json!(view.unix_ms);
+    value
+}
+
+pub fn profile(view: &ProfileView) -> Value {
+    json!({
+        "profile": view.profile.to_string(), "run": view.record.run.to_string(), "name": view.record.name,
+        "unix_ms": view.unix_ms, "features": view.record.features,
+    })
 }
 
 pub fn cluster_view(view: &ClusterView) -> Value {

@@ -127,10 +127,11 @@ impl Report {
                 summary.eval_loss = Some(eval.loss);
             }
             EventBody::Checkpoint(checkpoint) => summary.checkpoint = Some(checkpoint.path.clone()),
-            EventBody::Memory { rss_mib, .. } => {
+            EventBody::Memory { first_rank, rss_mib, .. } => {
                 self.memory_mib = rss_mib.iter().copied().max().unwrap_or_default();
-                summary.peak_rss_mib.resize(summary.peak_rss_mib.len().max(rss_mib.len()), 0);
-                for (peak, now) in summary.peak_rss_mib.iter_mut().zip(rss_mib) {
+                let first = *first_rank as usize;
+                summary.peak_rss_mib.resize(summary.peak_rss_mib.len().max(first + rss_mib.len()), 0);
+                for (peak, now) in summary.peak_rss_mib.iter_mut().skip(first).zip(rss_mib) {
                     *peak = (*peak).max(*now);
                 }
             }
@@ -399,9 +400,15 @@ mod tests {
     #[test]
     fn the_summary_is_gathered_from_the_events() {
         let mut report = Report::new(Style::Program { ranks: 1 }, Some(1_000));
-        report.event(&event(1_500, EventBody::Memory { rss_mib: vec![100, 300], pss_mib: vec![1, 1] }));
+        report.event(&event(
+            1_500,
+            EventBody::Memory { first_rank: 0, rss_mib: vec![100, 300], pss_mib: vec![1, 1] },
+        ));
         report.event(&event(3_500, step(1, 7.0)));
-        report.event(&event(4_000, EventBody::Memory { rss_mib: vec![200, 250], pss_mib: vec![1, 1] }));
+        report.event(&event(
+            4_000,
+            EventBody::Memory { first_rank: 0, rss_mib: vec![200, 250], pss_mib: vec![1, 1] },
+        ));
         report.event(&event(4_500, step(2, 6.0)));
         let eval = Evaluation { step: 2, loss: 6.5, bits_per_byte: 2.0, tokens: 9 };
         report.event(&event(4_600, EventBody::Eval(eval)));
@@ -426,6 +433,6 @@ mod tests {
             report.line(&step(3, 7.25)).unwrap(),
             "step 3/10  loss 7.2500  lr 1.00e-3  grad norm 1.000  1,234 tokens/s"
         );
-        assert_eq!(report.line(&EventBody::Memory { rss_mib: vec![], pss_mib: vec![] }), None);
+        assert_eq!(report.line(&EventBody::Memory { first_rank: 0, rss_mib: vec![], pss_mib: vec![] }), None);
     }
 }

@@ -105,7 +105,7 @@ fn a_job_that_is_submitted_runs_on_a_worker_and_is_seen_by_every_command() {
     assert_eq!(done.summary()["status"], "succeeded");
     let jobs = ask(&world, &cluster, &["jobs"]);
     assert_eq!((&jobs[0]["state"], &jobs[0]["step"]), (&"succeeded".into(), &20.into()), "{jobs}");
-    let checkpoints = ask(&world, &cluster, &["checkpoints"]);
+    let checkpoints = ask(&world, &cluster, &["checkpoints", "ls"]);
     assert_eq!(checkpoints.as_array().map(Vec::len), Some(2), "{checkpoints}");
     let logs = world.run("fleet", &["logs", "job-1", "--json", "--cluster", cluster.cluster()]).expect(0);
     assert_eq!(logs.losses(), done.losses(), "the history is what was watched");

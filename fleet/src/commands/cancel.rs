@@ -1,12 +1,12 @@
 //! `fleet cancel`: stops a job.
 
-use super::{OutputArgs, connect};
-use crate::client::{block_on, unexpected};
+use super::{OutputArgs, connect, done};
+use crate::client::block_on;
 use crate::failure::Failure;
 use crate::out;
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{Reply, Request};
+use fleet_common::protocol::Request;
 use serde_json::json;
 
 /// Stop a job after a checkpoint
@@ -24,9 +24,7 @@ pub struct Args {
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let reply = block_on(client.change(Request::Cancel { job: args.job, now: args.now }))?;
-    if reply != Reply::CancelAccepted {
-        return Err(unexpected(&reply));
-    }
+    done(reply)?;
     match args.output.json {
         true => out::json(&json!({"job": args.job.to_string(), "now": args.now, "accepted": true})),
         false => out::line(&format!("{} is being stopped", args.job)),

@@ -1,32 +1,79 @@
 //! `fleet checkpoints`: the checkpoints that were recorded as valid.
 
 use super::{OutputArgs, connect};
-use crate::client::{block_on, unexpected};
+use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{Reply, Request};
+use fleet_common::protocol::{CheckpointView, Page, Reply, Request};
 
-/// List valid checkpoints
+/// List valid checkpoints, or show one with its files
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only this job's
-    job: Option<JobId>,
-    #[command(flatten)]
-    output: OutputArgs,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// List them, of the newest jobs first
+    Ls {
+        /// Only this job's
+        job: Option<JobId>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one with its files and their hashes
+    Show {
+        job: JobId,
+        step: u64,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
 }
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
-    let checkpoints = match block_on(client.ask(Request::Checkpoints { job: args.job }))? {
-        Reply::Checkpoints(checkpoints) => checkpoints,
-        other => return Err(unexpected(&other)),
-    };
-    if args.output.json {
-        out::json(&checkpoints.iter().map(json::checkpoint).collect());
-        return Ok(exit::SUCCEEDED);
+    match args.action {
+        Action::Ls { job, output } => {
+            let checkpoints = block_on(list(&mut client, job))?;
+            match output.json {
+                true => out::json(&checkpoints.iter().map(json::checkpoint).collect()),
+                false => print(&checkpoints),
+            }
+        }
+        Action::Show { job, step, output } => {
+            let view = match block_on(client.ask(Request::Checkpoint { job, step }))? {
+                Reply::Checkpoint(view) => *view,
+                other => return Err(unexpected(&other)),
+            };
+            match output.json {
+                true => out::json(&json::checkpoint(&view)),
+                false => print_one(&view),
+            }
+        }
     }
+    Ok(exit::SUCCEEDED)
+}
+
+async fn list(client: &mut Client, job: Option<JobId>) -> Result<Vec<CheckpointView>, Failure> {
+    let (mut all, mut page) = (Vec::new(), Page::default());
+    loop {
+        match client.ask(Request::Checkpoints { job, page }).await? {
+            Reply::Checkpoints(listing) => {
+                all.extend(listing.items);
+                match listing.next {
+                    Some(_) => page.before = listing.next,
+                    None => return Ok(all),
+                }
+            }
+            other => return Err(unexpected(&other)),
+        }
+    }
+}
+
+fn print(checkpoints: &[CheckpointView]) {
     let now = places::unix_ms();
     let rows: Vec<_> = checkpoints
         .iter()
@@ -43,5 +90,23 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
         })
         .collect();
     out::table(&["JOB", "RUN", "STEP", "LOSS", "SIZE", "SAVED", "PATH"], &rows);
-    Ok(exit::SUCCEEDED)
+}
+
+fn print_one(view: &CheckpointView) {
+    print(std::slice::from_ref(view));
+    out::line(&format!("sha256 of the manifest: {}", view.checkpoint.manifest_sha256));
+    let rows: Vec<_> = view
+        .checkpoint
+        .shards
+        .iter()
+        .map(|shard| {
+            vec![
+                shard.name.clone(),
+                shard.writer.to_string(),
+                format!("{}B", text::short(shard.bytes)),
+                shard.sha256.clone(),
+            ]
+        })
+        .collect();
+    out::table(&["FILE", "RANK", "SIZE", "SHA256"], &rows);
 }

@@ -1,6 +1,6 @@
 //! `fleet jobs`: the jobs of a cluster.
 
-use super::{OutputArgs, connect};
+use super::{OutputArgs, connect, pages};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -10,13 +10,19 @@ use fleet_common::protocol::{JobState, JobView, Reply, Request};
 /// List the cluster's jobs
 #[derive(clap::Args)]
 pub struct Args {
+    /// All there ever were, and not only the unfinished and the newest
+    #[arg(long)]
+    all: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
-    let jobs = block_on(list(&mut client))?;
+    let jobs = match args.all {
+        true => block_on(everything(&mut client))?,
+        false => block_on(list(&mut client))?,
+    };
     match args.output.json {
         true => out::json(&jobs.iter().map(json::job).collect()),
         false => print(&jobs),
@@ -25,10 +31,22 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
 }
 
 pub async fn list(client: &mut Client) -> Result<Vec<JobView>, Failure> {
-    match client.ask(Request::Jobs).await? {
-        Reply::Jobs(jobs) => Ok(jobs),
+    match client.ask(Request::Jobs { all: None }).await? {
+        Reply::Jobs(jobs) => Ok(jobs.items),
         other => Err(unexpected(&other)),
     }
+}
+
+/// Oldest first.
+async fn everything(client: &mut Client) -> Result<Vec<JobView>, Failure> {
+    let ask = |page| Request::Jobs { all: Some(page) };
+    let mut jobs = pages(client, usize::MAX, ask, |reply| match reply {
+        Reply::Jobs(listing) => Ok(listing),
+        other => Err(other),
+    })
+    .await?;
+    jobs.reverse();
+    Ok(jobs)
 }
 
 pub fn print(jobs: &[JobView]) {

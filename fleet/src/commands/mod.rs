@@ -3,20 +3,29 @@
 pub mod cancel;
 pub mod checkpoints;
 pub mod config;
+pub mod coordinators;
+pub mod drain;
+pub mod events;
+pub mod exports;
 pub mod generate;
 pub mod jobs;
 pub mod login;
 pub mod logs;
 pub mod nodes;
+pub mod profiles;
+pub mod revoke;
+pub mod runs;
 pub mod status;
 pub mod submit;
 pub mod token;
 
-use crate::client::Client;
+use crate::client::{Client, unexpected};
 use crate::cluster::Cluster;
 use crate::failure::Failure;
 use crate::out;
 use fleet_common::job::{self, Job};
+use fleet_common::protocol::{Listing, PAGE_MAX, Page, Reply, Request};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// How the answer is printed.
@@ -25,6 +34,45 @@ pub struct OutputArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+impl OutputArgs {
+    /// One answer, as it was wished for.
+    pub fn say(&self, json: &Value, text: &str) {
+        match self.json {
+            true => out::json(json),
+            false => out::line(text),
+        }
+    }
+}
+
+/// The change was made.
+pub fn done(reply: Reply) -> Result<(), Failure> {
+    match reply {
+        Reply::Done => Ok(()),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// The newest `count` items of a list that comes in pages.
+pub async fn pages<T>(
+    client: &mut Client,
+    count: usize,
+    ask: impl Fn(Page) -> Request,
+    take: impl Fn(Reply) -> Result<Listing<T>, Reply>,
+) -> Result<Vec<T>, Failure> {
+    let (mut items, mut before) = (Vec::new(), None);
+    while items.len() < count {
+        let max = u32::try_from(count - items.len()).unwrap_or(PAGE_MAX).min(PAGE_MAX);
+        let listing =
+            take(client.ask(ask(Page { before, max })).await?).map_err(|other| unexpected(&other))?;
+        items.extend(listing.items);
+        before = listing.next;
+        if before.is_none() {
+            break;
+        }
+    }
+    Ok(items)
 }
 
 /// A client of the wished cluster, or of the newest local launch. Talks to nobody yet.

@@ -5,6 +5,7 @@ use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
 use fleet_common::exit;
+use fleet_common::ids::NodeId;
 use fleet_common::protocol::{NodeView, Reply, Request};
 
 /// List the cluster's machines
@@ -38,13 +39,43 @@ pub fn print(nodes: &[NodeView]) {
             vec![
                 node.node.to_string(),
                 node.name.clone(),
-                if node.connected { "connected" } else { "away" }.to_owned(),
+                state(node),
                 format!("{}/{}", node.slots_used, node.slots),
                 node.device.clone(),
                 node.heard_ms_ago.map_or("-".to_owned(), |ms| format!("{} ago", text::age(ms))),
+                labels(node),
                 node.version.clone(),
             ]
         })
         .collect();
-    out::table(&["NODE", "NAME", "STATE", "SLOTS", "DEVICE", "HEARD", "VERSION"], &rows);
+    out::table(&["NODE", "NAME", "STATE", "SLOTS", "DEVICE", "HEARD", "LABELS", "VERSION"], &rows);
+}
+
+fn state(node: &NodeView) -> String {
+    let state = match (node.connected, node.lost) {
+        (true, _) => "connected",
+        (false, true) => "lost",
+        (false, false) => "away",
+    };
+    if node.drained { format!("{state}, drained") } else { state.to_owned() }
+}
+
+fn labels(node: &NodeView) -> String {
+    let labels: Vec<String> = node.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    if labels.is_empty() { "-".to_owned() } else { labels.join(",") }
+}
+
+/// The node of this number or name.
+pub async fn find(client: &mut Client, wish: &str) -> Result<NodeId, Failure> {
+    let nodes = list(client).await?;
+    let mut named = nodes.iter().filter(|node| node.name == wish || node.node.to_string() == wish);
+    match (named.next(), named.next()) {
+        (Some(node), None) => Ok(node.node),
+        (Some(_), Some(_)) => {
+            Err(Failure::input(format!("several nodes are called {wish}; use a number from `fleet nodes`")))
+        }
+        (None, _) => wish
+            .parse()
+            .map_err(|_| Failure::input(format!("there is no node {wish}; `fleet nodes` lists them"))),
+    }
 }

@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::{json, out, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{ClusterView, JobView, Reply, Request};
+use fleet_common::protocol::{ClusterView, JobView, Reply, Request, Wish};
 use serde_json::json;
 
 /// Show the cluster, or one job
@@ -65,10 +65,28 @@ fn print_cluster(view: &ClusterView) {
     }
 }
 
+/// What the job asked for beyond its ranks.
+fn wish(wish: &Wish) -> Option<String> {
+    let mut parts = Vec::new();
+    parts.extend((wish.priority != 0).then(|| format!("priority {}", wish.priority)));
+    parts.extend(
+        wish.nodes.map(|nodes| if nodes == 1 { "1 node".to_owned() } else { format!("{nodes} nodes") }),
+    );
+    parts.extend((wish.slots_per_rank > 1).then(|| format!("{} slots per rank", wish.slots_per_rank)));
+    parts.extend(wish.labels.iter().map(|(name, value)| format!("{name}={value}")));
+    parts.extend(wish.max_time_s.map(|seconds| format!("at most {}", text::clock(seconds))));
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
 fn print_job(job: &JobView) {
     out::line(&format!("{} {}: {}, {}", job.job, job.name, jobs::state_name(job.state), job.reason));
-    let node = job.node.map_or("no node yet".to_owned(), |node| node.to_string());
-    out::line(&format!("ranks: {} on {node}, generation {}", job.world_size, job.generation));
+    let parts: Vec<String> =
+        job.parts.iter().map(|part| format!("{} on {}", part.ranks, part.name)).collect();
+    let place = if parts.is_empty() { "no node yet".to_owned() } else { parts.join(", ") };
+    out::line(&format!("ranks: {} ({place}), generation {}", job.world_size, job.generation));
+    if let Some(wish) = wish(&job.wish) {
+        out::line(&format!("asked for: {wish}"));
+    }
     if job.total_steps > 0 {
         let rate = job
             .tokens_per_s

@@ -1,5 +1,6 @@
 //! `fleet submit`: gives a job to a running cluster.
 
+use super::token::seconds;
 use super::{JobArgs, OutputArgs, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
@@ -7,7 +8,7 @@ use crate::report::{End, Report, Style};
 use crate::{out, places};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{JobState, JobView, Reply, Request, SubmitJob, Work};
+use fleet_common::protocol::{JobState, JobView, Reply, Request, SubmitJob, Wish, Work};
 use serde_json::json;
 
 /// Give a job to a running cluster
@@ -18,11 +19,58 @@ pub struct Args {
     /// Ranks to start; without it the job's `devices`, else one
     #[arg(short = 'n', long = "ranks", alias = "nproc-per-node", value_name = "N")]
     ranks: Option<u32>,
+    #[command(flatten)]
+    wish: WishArgs,
     /// Show the job's progress and end as it ends
     #[arg(long)]
     wait: bool,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// Where and when the job may run.
+#[derive(clap::Args)]
+pub struct WishArgs {
+    /// Higher ones start first; among equals the older job
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
+    /// On exactly so many nodes, with as many ranks on each
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    nodes: Option<u32>,
+    /// Slots that each rank takes
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    slots_per_rank: u32,
+    /// Only on nodes with these labels, such as gpu=h200; several separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "NAME=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// End the job after this long: 30m, 12h, 7d. Lets it go ahead of others where that delays nobody
+    #[arg(long, value_parser = seconds)]
+    max_time: Option<u64>,
+    /// Wait for nodes to join if all that there are could never hold the job
+    #[arg(long)]
+    queue: bool,
+}
+
+impl WishArgs {
+    fn wish(&self) -> Wish {
+        Wish {
+            priority: self.priority,
+            nodes: self.nodes,
+            slots_per_rank: self.slots_per_rank,
+            labels: self.labels.iter().cloned().collect(),
+            max_time_s: self.max_time,
+            queue: self.queue,
+        }
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() && !value.is_empty() => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
+        _ => Err(format!("`{text}` is not a label; write it like gpu=h200")),
+    }
 }
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
@@ -32,10 +80,11 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     if let Some(warning) = warning {
         out::note(&format!("warning: {warning}"));
     }
+    let wish = args.wish.wish();
     let work = Work::Train { job_json: job.to_json() };
     let mut client = connect(cluster)?;
     block_on(async {
-        let job = submit(&mut client, SubmitJob { world_size, work }).await?;
+        let job = submit(&mut client, SubmitJob { world_size, work, wish }).await?;
         if !args.wait {
             match args.output.json {
                 true => out::json(&json!({"job": job.to_string(), "ranks": world_size})),

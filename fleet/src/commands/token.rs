@@ -1,9 +1,9 @@
-//! `fleet token create`: a token that lets a machine or a person join.
+//! `fleet token`: tokens that let machines and people join.
 
-use super::{OutputArgs, connect};
+use super::{OutputArgs, connect, done};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
-use crate::out;
+use crate::{out, places, text};
 use fleet_common::exit;
 use fleet_common::protocol::{Reply, Request, Role};
 use serde_json::json;
@@ -19,6 +19,18 @@ pub struct Args {
 enum Action {
     /// Make a token and print it; it is shown this once
     Create(Create),
+    /// List the tokens that are still good for something, without their secrets
+    Ls {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Make a token useless
+    Revoke {
+        /// Its id, as `fleet token ls` shows it
+        id: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
 }
 
 #[derive(clap::Args)]
@@ -38,13 +50,56 @@ struct Create {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Holder {
+    Coordinator,
     Worker,
     Client,
 }
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
-    let Action::Create(args) = args.action;
+    match args.action {
+        Action::Create(args) => create(args, cluster),
+        Action::Ls { output } => list(&output, cluster),
+        Action::Revoke { id, output } => {
+            let mut client = connect(cluster)?;
+            done(block_on(client.change(Request::RevokeToken { id: id.clone() }))?)?;
+            output.say(&json!({"token": id, "revoked": true}), &format!("nobody joins with {id} any more"));
+            Ok(exit::SUCCEEDED)
+        }
+    }
+}
+
+fn list(output: &OutputArgs, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
+    let tokens = match block_on(client.ask(Request::Tokens))? {
+        Reply::Tokens(tokens) => tokens,
+        other => return Err(unexpected(&other)),
+    };
+    if output.json {
+        out::json(&tokens.iter().map(|token| json!(token)).collect());
+        return Ok(exit::SUCCEEDED);
+    }
+    let now = places::unix_ms();
+    let rows: Vec<_> = tokens
+        .iter()
+        .map(|token| {
+            let role = json!(token.role).as_str().unwrap_or_default().to_owned();
+            let uses =
+                if token.uses_left == u32::MAX { "any".to_owned() } else { token.uses_left.to_string() };
+            vec![
+                token.id.clone(),
+                role,
+                uses,
+                format!("in {}", text::age(token.expires_unix_ms.saturating_sub(now))),
+            ]
+        })
+        .collect();
+    out::table(&["TOKEN", "ROLE", "USES LEFT", "EXPIRES"], &rows);
+    Ok(exit::SUCCEEDED)
+}
+
+fn create(args: Create, cluster: Option<&str>) -> Result<u8, Failure> {
     let role = match args.role {
+        Holder::Coordinator => Role::Coordinator,
         Holder::Worker => Role::Worker,
         Holder::Client => Role::Client,
     };
@@ -61,7 +116,7 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
 }
 
 /// `90`, `90s`, `30m`, `12h`, `7d` in seconds.
-fn seconds(text: &str) -> Result<u64, String> {
+pub fn seconds(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor = match unit {

@@ -217,7 +217,7 @@ async fn cancel(cluster: Cluster, job: JobId, now: bool, patience: Duration) {
     let mut client = Client::patient(cluster, patience);
     match client.change(Request::Cancel { job, now }).await {
         // a job that has ended meanwhile cannot be cancelled, and need not be
-        Ok(Reply::CancelAccepted) | Err(Failure { code: exit::REFUSED_INPUT, .. }) => {}
+        Ok(Reply::Done) | Err(Failure { code: exit::REFUSED_INPUT, .. }) => {}
         Ok(other) => out::note(&format!("warning: {}", crate::client::unexpected(&other))),
         Err(failure) => out::note(&format!("warning: the job could not be told to stop: {failure}")),
     }

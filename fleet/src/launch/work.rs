@@ -4,7 +4,7 @@ use super::Args;
 use crate::failure::Failure;
 use crate::programs;
 use fleet_common::job::{self, Warning};
-use fleet_common::protocol::{Program, SubmitJob, Work};
+use fleet_common::protocol::{Program, SubmitJob, Wish, Work};
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -41,7 +41,7 @@ fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
     let (world_size, warning) = job.settle_ranks(args.ranks)?;
     warnings.extend(warning);
     Ok(Prepared {
-        submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() } },
+        submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() }, wish: wish() },
         program: false,
         warnings,
     })
@@ -57,10 +57,15 @@ fn program(args: &Args) -> Result<Prepared, Failure> {
     let program = Program { argv, working_dir, env: env.collect() };
     let world_size = args.ranks.unwrap_or_else(accelerators);
     Ok(Prepared {
-        submit: SubmitJob { world_size, work: Work::Program(program) },
+        submit: SubmitJob { world_size, work: Work::Program(program), wish: wish() },
         program: true,
         warnings: Vec::new(),
     })
+}
+
+/// The node of a launch may join after its job is there.
+fn wish() -> Wish {
+    Wish { queue: true, ..Wish::default() }
 }
 
 fn here() -> Result<std::path::PathBuf, Failure> {

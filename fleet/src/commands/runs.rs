@@ -1,0 +1,111 @@
+//! `fleet runs`: runs that clients recorded, and the series of any run.
+
+use super::{OutputArgs, connect, pages};
+use crate::client::{Client, block_on, unexpected};
+use crate::failure::Failure;
+use crate::{json, out, places, text};
+use fleet_common::exit;
+use fleet_common::protocol::{Point, Reply, Request, RunKey, RunState, RunView};
+use serde_json::{Value, json};
+
+/// List recorded runs, or show one with its series
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// List runs that clients recorded, newest first; training jobs are runs too and are listed by `fleet jobs`
+    Ls {
+        /// How many
+        #[arg(short = 'n', long, default_value_t = 50)]
+        lines: usize,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show a run: its newest values, and with --points all of them
+    Show {
+        /// Such as run-3 or job-7
+        run: RunKey,
+        /// Print every point of every series
+        #[arg(long)]
+        points: bool,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+    let mut client = connect(cluster)?;
+    match args.action {
+        Action::Ls { lines, output } => {
+            let runs = block_on(pages(&mut client, lines, Request::Runs, |reply| match reply {
+                Reply::Runs(listing) => Ok(listing),
+                other => Err(other),
+            }))?;
+            match output.json {
+                true => out::json(&runs.iter().map(json::run).collect()),
+                false => print(&runs),
+            }
+        }
+        Action::Show { run, points, output } => block_on(show(&mut client, run, points, &output))?,
+    }
+    Ok(exit::SUCCEEDED)
+}
+
+async fn show(client: &mut Client, run: RunKey, points: bool, output: &OutputArgs) -> Result<(), Failure> {
+    let view = match client.ask(Request::Run(run)).await? {
+        Reply::Run(view) => *view,
+        other => return Err(unexpected(&other)),
+    };
+    if !output.json {
+        print(std::slice::from_ref(&view));
+        view.last.iter().for_each(|(series, value)| out::line(&format!("{series}: {value}")));
+    }
+    let mut all: Vec<Point> = Vec::new();
+    let mut from = points.then_some(1);
+    while let Some(next) = from {
+        match client.ask(Request::RunMetrics { run, from: next }).await? {
+            Reply::Points { points, next } => {
+                all.extend(points);
+                from = next;
+            }
+            other => return Err(unexpected(&other)),
+        }
+    }
+    if output.json {
+        let mut value = json::run(&view);
+        if points {
+            value["series"] = all.iter().map(|point| json!(point)).collect::<Value>();
+        }
+        out::json(&value);
+    } else if points {
+        let row = |point: &Point| vec![point.series.clone(), point.step.to_string(), point.value.to_string()];
+        out::table(&["SERIES", "STEP", "VALUE"], &all.iter().map(row).collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+fn print(runs: &[RunView]) {
+    let now = places::unix_ms();
+    let rows: Vec<_> = runs
+        .iter()
+        .map(|run| {
+            let state = match run.state {
+                RunState::Open => "open",
+                RunState::Succeeded => "succeeded",
+                RunState::Failed => "failed",
+            };
+            vec![
+                run.run.to_string(),
+                run.name.clone(),
+                state.to_owned(),
+                run.points.to_string(),
+                format!("{} ago", text::age(now.saturating_sub(run.started_unix_ms))),
+            ]
+        })
+        .collect();
+    out::table(&["RUN", "NAME", "STATE", "POINTS", "STARTED"], &rows);
+}
