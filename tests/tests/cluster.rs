@@ -67,7 +67,8 @@ fn a_request_that_is_sent_again_is_one_job_even_after_a_restart() {
     let data = world.path("cluster");
     let cluster = world.coordinator(&data, ANY);
     let work = Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: Vec::new() });
-    let request = Request::Submit(SubmitJob { world_size: 1, work, wish: Wish { queue: true, ..Wish::default() } });
+    let request =
+        Request::Submit(SubmitJob { world_size: 1, work, wish: Wish { queue: true, ..Wish::default() } });
     let frame = ClientFrame::change(ClientId(77), 1, request);
     let first = send(&cluster, &frame);
     assert!(matches!(first, Reply::Submitted { .. }), "{first:?}");

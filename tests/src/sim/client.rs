@@ -142,7 +142,7 @@ impl World {
                 (Want::Cancel(job), Request::Cancel { job, now })
             }
             (8..60, Some(job)) => (Want::Job(job), Request::Job(job)),
-            (60..75, _) => (Want::Jobs, Request::Jobs),
+            (60..75, _) => (Want::Jobs, Request::Jobs { all: None }),
             (75..82, _) => (Want::Nodes, Request::Nodes),
             (82..90, Some(job)) => {
                 (Want::Watch { job, seen: 0 }, Request::Watch { job, from: 1, follow: false })
@@ -258,12 +258,12 @@ impl World {
                     verdict
                 }
             }
-            (Want::Cancel(job), Answered::Reply(Reply::CancelAccepted)) => self.oracle.cancelled(*job, now),
+            (Want::Cancel(job), Answered::Reply(Reply::Done)) => self.oracle.cancelled(*job, now),
             (Want::Job(job), Answered::Reply(Reply::Job(view))) => {
                 self.oracle.shown(*job, Some(&view), asked, now)
             }
             (Want::Jobs, Answered::Reply(Reply::Jobs(views))) => {
-                views.iter().try_for_each(|view| self.oracle.shown(view.job, Some(view), asked, now))
+                views.items.iter().try_for_each(|view| self.oracle.shown(view.job, Some(view), asked, now))
             }
             (Want::Watch { job, seen }, Answered::Reply(Reply::Event { index, .. })) => {
                 let (job, seen) = (*job, *seen);

@@ -9,7 +9,7 @@ use super::world::{Event, World};
 use fleet_agent::agent::Input;
 use fleet_agent::gang::{Blow, GangId, GangInput, Prepared};
 use fleet_agent::verdict::{Exit, agent_error};
-use fleet_common::events::{CheckpointRecord, DataStats, Event as Told, EventBody, Outcome, Step};
+use fleet_common::events::{CheckpointRecord, DataStats, Event as Told, EventBody, Outcome, Shard, Step};
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::job::Job;
@@ -108,7 +108,7 @@ impl World {
         };
         let chance = mix(id.job.0 ^ id.generation << 32);
         let run = self.engine.runs.entry(id).or_insert_with(|| Run {
-            world_size: gang.world_size,
+            world_size: gang.ranks,
             train,
             procs: BTreeMap::new(),
             step: 0,
@@ -315,6 +315,13 @@ impl World {
             manifest_sha256: format!("{:064x}", mix(step)),
             bytes: 1000,
             loss: 1.0,
+            writers: 1,
+            shards: vec![Shard {
+                writer: 0,
+                name: "model".into(),
+                bytes: 900,
+                sha256: format!("{:064x}", step),
+            }],
         };
         self.from_rank(id, 0, EventBody::Checkpoint(record));
     }
@@ -361,5 +368,5 @@ impl World {
 
 /// The ranks of a gang that its part here has.
 fn ranks_of(gang: &Gang) -> std::ops::Range<Rank> {
-    0..gang.world_size
+    0..gang.ranks
 }

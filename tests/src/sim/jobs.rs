@@ -3,7 +3,7 @@
 use super::machine::Machine;
 use super::random::Random;
 use fleet_common::job::*;
-use fleet_common::protocol::{Program, Request, SubmitJob, Work};
+use fleet_common::protocol::{Program, Request, SubmitJob, Wish, Work};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -16,7 +16,11 @@ pub fn submit(name: &str, random: &mut Random, machines: &BTreeMap<u32, Machine>
     } else {
         Work::Train { job_json: training(name, 3 + random.around(15), random.range(0..4) * 3).to_json() }
     };
-    Request::Submit(SubmitJob { world_size, work })
+    Request::Submit(SubmitJob {
+        world_size,
+        work,
+        wish: Wish { nodes: Some(1), queue: true, ..Wish::default() },
+    })
 }
 
 fn training(name: &str, steps: u64, save_steps: u64) -> Job {

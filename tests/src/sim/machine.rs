@@ -8,7 +8,7 @@ use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now};
 use fleet_agent::gang::GangInput;
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::ToAgent;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 const BACKOFF_FIRST: Micros = 50 * MS;
@@ -68,6 +68,8 @@ impl Machine {
             accelerator: Accelerator::Cpu,
             cores: self.slots,
             program_version: "0".into(),
+            labels: BTreeMap::new(),
+            host: format!("machine-{}", self.number),
         }
     }
 }

@@ -216,7 +216,7 @@ impl Oracle {
     }
 
     fn recorded(&mut self, id: JobId, body: &EventBody) -> Result<(), String> {
-        let generation = self.state.jobs().get(&id).map_or(0, |job| job.generation());
+        let generation = self.state.jobs().get(&id).map_or(0, |job| job.generation);
         let facts = self.jobs.entry(id).or_default();
         match body {
             EventBody::Started { step, .. } => drop(facts.last_step.insert(generation, *step)),
@@ -404,7 +404,7 @@ impl Oracle {
 
 /// Nodes that a gang is placed on.
 fn nodes_of(assign: &fleet_coordinator::cluster::commands::AssignGang) -> Vec<NodeId> {
-    vec![assign.node]
+    assign.parts.iter().map(|(node, _)| *node).collect()
 }
 
 /// Failures that follow from what the job is.
