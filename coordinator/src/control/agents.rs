@@ -218,20 +218,24 @@ impl<D: Disk> Control<D> {
         self.agents.woken.extend(self.agents.sessions.keys().copied());
     }
 
+    /// Sends away who was cut off.
+    pub(super) fn close_revoked_agents(&mut self) {
+        let sessions = self.agents.sessions.iter();
+        let revoked = sessions.filter(|(_, agent)| self.is_revoked(Member::Worker(agent.node)));
+        for (session, node) in revoked.map(|(session, agent)| (*session, agent.node)).collect::<Vec<_>>() {
+            self.close_agent(session, format!("{node} was revoked; join again with a new token"), true);
+        }
+    }
+
     /// Sends the orders that are new, and away who is not wanted any more.
     pub(super) fn give_orders(&mut self) {
         for session in std::mem::take(&mut self.agents.woken) {
             let Some(agent) = self.agents.sessions.get_mut(&session) else { continue };
             let node = agent.node;
             let state = self.replica.state();
-            if self.is_revoked(Member::Worker(node)) {
-                self.close_agent(session, format!("{node} was revoked; join again with a new token"), true);
+            if agent.phase != Phase::Up {
                 continue;
             }
-            let Some(agent) = self.agents.sessions.get_mut(&session).filter(|agent| agent.phase == Phase::Up)
-            else {
-                continue;
-            };
             if state.nodes().get(&node).is_none_or(|record| record.lost) {
                 self.close_agent(session, "the cluster has given this node up; greet again", false);
                 continue;

@@ -105,7 +105,7 @@ impl<D: Disk> Control<D> {
     }
 
     /// Heard lately. Raft's own mark is wiped at every election timeout, so a report counts as well.
-    fn is_active(&self, peer: &replica::Progress, now: Now) -> bool {
+    pub(super) fn is_active(&self, peer: &replica::Progress, now: Now) -> bool {
         peer.recent_active || self.observations.reported_lately(ReplicaId(peer.id), now)
     }
 

@@ -248,8 +248,7 @@ impl<D: Disk> Control<D> {
 
     /// There is work left that waits for no input: call `process` again when its actions are under way.
     pub fn busy(&self) -> bool {
-        let plans = self.plan_now && self.lead.is_some() && self.read_only().is_none() && self.decisions == 0;
-        let waits = self.raft_touched || plans || self.reads.are_due();
+        let waits = self.raft_touched || self.plans_at_once() || self.reads.are_due();
         self.removed.is_none() && (waits || self.watches.are_busy() || self.agents.are_busy())
     }
 
@@ -307,7 +306,7 @@ impl<D: Disk> Control<D> {
 
     fn members_are_new(&mut self) {
         self.out.push(Action::Members);
-        self.wake_all_agents();
+        self.close_revoked_agents();
         if self.is_revoked(Member::Coordinator(self.me())) {
             self.was_removed();
         }
@@ -317,6 +316,7 @@ impl<D: Disk> Control<D> {
     fn everything_is_new(&mut self) {
         self.plan_now = true;
         self.wake_all_watches();
+        self.wake_all_agents();
         self.members_are_new();
     }
 

@@ -9,14 +9,16 @@ use fleet_common::protocol::Refusal;
 
 /// At the latest; wake-ups come sooner. Leases run out without one.
 const PLAN_EVERY_MS: u64 = 250;
+/// Nodes for which a plan may take a millisecond: a large cluster that reconnects does not plan at every greeting.
+const NODES_PER_MS: u64 = 100;
 /// Decisions of one round; the rest is decided in the next one.
 const DECISIONS_MAX: usize = 256;
 
 impl<D: Disk> Control<D> {
-    /// Plans if it is time to. Never while earlier decisions are under way: they would be made twice.
+    /// Plans if it is time to.
     pub(super) fn plan(&mut self, now: Now) {
-        let due = self.plan_now || now.mono_ms.saturating_sub(self.planned_ms) >= PLAN_EVERY_MS;
-        if !due || self.lead.is_none() || self.read_only().is_some() || self.decisions > 0 {
+        let gap_ms = if self.plan_now { self.plan_gap_ms().min(PLAN_EVERY_MS) } else { PLAN_EVERY_MS };
+        if now.mono_ms.saturating_sub(self.planned_ms) < gap_ms || !self.may_plan() {
             return;
         }
         (self.plan_now, self.planned_ms) = (false, now.mono_ms);
@@ -27,6 +29,20 @@ impl<D: Disk> Control<D> {
         for (change, why) in planned {
             self.ask(now, Asker::Planner(why.clone()), What::decision(change, why));
         }
+    }
+
+    /// The next round will plan, whenever it comes.
+    pub(super) fn plans_at_once(&self) -> bool {
+        self.plan_now && self.plan_gap_ms() == 0 && self.may_plan()
+    }
+
+    /// Never while earlier decisions are under way: they would be made twice.
+    fn may_plan(&self) -> bool {
+        self.lead.is_some() && self.decisions == 0 && self.read_only().is_none()
+    }
+
+    fn plan_gap_ms(&self) -> u64 {
+        self.replica.state().nodes().len() as u64 / NODES_PER_MS
     }
 
     pub(super) fn planned(&mut self, why: Why, result: Result<Outcome, Refusal>) {

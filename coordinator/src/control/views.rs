@@ -16,7 +16,10 @@ impl<D: Disk> Control<D> {
             commit_index: status.commit_index,
             applied_index: status.applied_index,
             read_only: status.read_only,
-            progress: progress.map(|of| (ReplicaId(of.id), of.matched, of.recent_active)).collect(),
+            progress: progress
+                .map(|of| (ReplicaId(of.id), of.matched, self.is_active(&of, now)))
+                .chain(self.lead.as_ref().map(|_| (self.me(), status.commit_index, true)))
+                .collect(),
         };
         let view = View {
             state: self.replica.state(),
