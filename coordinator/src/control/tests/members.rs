@@ -1,7 +1,7 @@
 //! Coordinators come and go: learners, votes, removals, and what each is told.
 
 use super::net::*;
-use crate::cluster::commands::{Change, RemoveReplica, SubmitJob};
+use crate::cluster::commands::{Change, DescribeReplica, RemoveReplica, SubmitJob};
 use crate::cluster::members::Standing;
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::{submit, token};
@@ -167,4 +167,17 @@ fn a_leader_that_stops_hands_over_first() {
     net.settle();
     net.run(2 * TICK_MS);
     assert_ne!(net.leading(), old);
+}
+
+#[test]
+fn nothing_is_proposed_that_a_coordinator_does_not_know() {
+    let mut net = Net::new(3);
+    let leader = net.leading();
+    let address = crate::cluster::tests::address(net.follower());
+    let old = DescribeReplica { address, version: "0".into(), level: 0 };
+    net.propose(leader, Change::DescribeReplica(old)).unwrap();
+    for at in [leader, net.follower()] {
+        let Reply::Refused(refusal) = net.ask(at, frame(9, 1, program())) else { panic!("not refused") };
+        assert!(refusal.message.contains("update them first"), "{}", refusal.message);
+    }
 }
