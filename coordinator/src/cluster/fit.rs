@@ -33,7 +33,11 @@ fn evenly(room: &[Room], ranks: u32, nodes: u32) -> Option<Vec<Room>> {
 }
 
 fn on_few(room: &[Room], ranks: u32) -> Option<Vec<Room>> {
+    // Most nodes of a busy cluster are full: those need not be sorted.
     let mut largest: Vec<Room> = room.iter().copied().filter(|(_, free)| *free > 0).collect();
+    if largest.iter().fold(0, |sum: u32, (_, free)| sum.saturating_add(*free)) < ranks {
+        return None;
+    }
     largest.sort_by_key(|(node, free)| (std::cmp::Reverse(*free), *node));
     let (mut left, mut taken) = (ranks, Vec::new());
     for (at, (node, free)) in largest.iter().enumerate() {

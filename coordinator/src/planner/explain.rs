@@ -16,7 +16,7 @@ impl Outlook {
         let beware = beware(state, observed, job);
         match job.state {
             JobState::Queued => {
-                let waits = self.placing(id).map(|placing| sentence(placing, state, observed, id, job));
+                let waits = self.placing(id).map(|placing| self.sentence(placing, state, observed, id, job));
                 let again = if job.generation > 0 {
                     format!("; has been started {}", times(job.generation))
                 } else {
@@ -51,6 +51,88 @@ impl Outlook {
             JobState::Succeeded | JobState::Failed | JobState::Cancelled => ended(job),
         }
     }
+
+    fn sentence(
+        &self,
+        placing: &Placing,
+        state: &State,
+        observed: &Observed,
+        id: JobId,
+        job: &JobRecord,
+    ) -> String {
+        match placing {
+            Placing::On { parts, .. } => {
+                format!("about to start on {}", names(state, parts.iter().map(|(node, _)| *node)))
+            }
+            Placing::NoNode => {
+                "waits for a node: none that takes work is connected; start one with `worker join`".to_owned()
+            }
+            Placing::TooLarge { drained: 0 } => {
+                format!("waits for more nodes to join: {}", self.needs(state, job, None))
+            }
+            Placing::TooLarge { drained } => {
+                format!(
+                    "waits for more nodes: {}; {} drained",
+                    self.needs(state, job, None),
+                    are(*drained, "node")
+                )
+            }
+            Placing::Full { start_ms } => {
+                format!(
+                    "waits for free slots: {}{}",
+                    self.needs(state, job, Some(observed)),
+                    at_latest(*start_ms)
+                )
+            }
+            Placing::Behind { job: first, start_ms } => {
+                let order = match state.jobs().get(first) {
+                    Some(other) if other.wish.priority > job.wish.priority => "has a higher priority",
+                    _ if *first < id => "was submitted earlier",
+                    _ => "comes first",
+                };
+                format!("waits behind {first}, which {order}{}", at_latest(*start_ms))
+            }
+        }
+    }
+
+    /// What the job needs and what there is: free slots, or all slots where it is not about those.
+    fn needs(&self, state: &State, job: &JobRecord, free: Option<&Observed>) -> String {
+        let takes_work = |id: NodeId| free.is_none_or(|observed| observed.connected(id));
+        let nodes = state.nodes().iter().filter(|(id, node)| !node.lost && !node.drained && takes_work(**id));
+        let suitable = nodes.filter(|(_, node)| node.slots > 0 && node.suits(&job.wish));
+        let slots: Vec<(&str, u32)> = suitable
+            .map(|(id, node)| {
+                let used = if free.is_some() { self.used.get(id).copied().unwrap_or_default() } else { 0 };
+                (node.name.as_str(), node.slots.saturating_sub(used))
+            })
+            .collect();
+        let like = labels(&job.wish);
+        let needed = job.world_size.saturating_mul(job.wish.slots_per_rank);
+        let what = if free.is_some() { " free" } else { "" };
+        let best = slots.iter().max_by_key(|(_, slots)| *slots);
+        match (best, job.wish.nodes) {
+            (None, _) => format!("it needs {}{like}, and there is no such node", count(needed, "slot")),
+            (Some((name, best)), Some(1)) => {
+                format!("it needs {needed} on one node{like}, and {name} has {best}{what}")
+            }
+            (Some((name, best)), Some(nodes)) => {
+                let each = needed / nodes.max(1);
+                format!(
+                    "it needs {each} on each of {nodes} nodes{like}, and of {} the best, {name}, has {best}{what}",
+                    slots.len()
+                )
+            }
+            (Some(_), None) => {
+                let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
+                let all = if slots.len() == 1 {
+                    "one node has".to_owned()
+                } else {
+                    format!("{} nodes together have", slots.len())
+                };
+                format!("it needs {needed}{like}, and {all} {sum}{what}")
+            }
+        }
+    }
 }
 
 /// How a job ended.
@@ -63,79 +145,11 @@ pub fn ended(job: &JobRecord) -> String {
     }
 }
 
-fn sentence(placing: &Placing, state: &State, observed: &Observed, id: JobId, job: &JobRecord) -> String {
-    match placing {
-        Placing::On { parts, .. } => {
-            format!("about to start on {}", names(state, parts.iter().map(|(node, _)| *node)))
-        }
-        Placing::NoNode => {
-            "waits for a node: none that takes work is connected; start one with `worker join`".to_owned()
-        }
-        Placing::TooLarge { drained: 0 } => {
-            format!("waits for more nodes to join: {}", needs(state, job, None))
-        }
-        Placing::TooLarge { drained } => {
-            format!("waits for more nodes: {}; {} drained", needs(state, job, None), are(*drained, "node"))
-        }
-        Placing::Full { start_ms } => {
-            format!("waits for free slots: {}{}", needs(state, job, Some(observed)), at_latest(*start_ms))
-        }
-        Placing::Behind { job: first, start_ms } => {
-            let order = match state.jobs().get(first) {
-                Some(other) if other.wish.priority > job.wish.priority => "has a higher priority",
-                _ if *first < id => "was submitted earlier",
-                _ => "comes first",
-            };
-            format!("waits behind {first}, which {order}{}", at_latest(*start_ms))
-        }
-    }
-}
-
 fn at_latest(start_ms: Option<u64>) -> String {
     match start_ms.map(|ms| ms.div_ceil(1_000)) {
         Some(seconds) if seconds < 120 => format!("; starts within {seconds} s"),
         Some(seconds) => format!("; starts within {} min", seconds.div_ceil(60)),
         None => String::new(),
-    }
-}
-
-/// What the job needs and what there is: free slots, or all slots where it is not about those.
-fn needs(state: &State, job: &JobRecord, free: Option<&Observed>) -> String {
-    let used = state.slots_in_use();
-    let takes_work = |id: NodeId| free.is_none_or(|observed| observed.connected(id));
-    let nodes = state.nodes().iter().filter(|(id, node)| !node.lost && !node.drained && takes_work(**id));
-    let suitable = nodes.filter(|(_, node)| node.slots > 0 && node.suits(&job.wish));
-    let slots: Vec<(&str, u32)> = suitable
-        .map(|(id, node)| {
-            let used = if free.is_some() { used.get(id).copied().unwrap_or_default() } else { 0 };
-            (node.name.as_str(), node.slots.saturating_sub(used))
-        })
-        .collect();
-    let like = labels(&job.wish);
-    let needed = job.world_size.saturating_mul(job.wish.slots_per_rank);
-    let what = if free.is_some() { " free" } else { "" };
-    let best = slots.iter().max_by_key(|(_, slots)| *slots);
-    match (best, job.wish.nodes) {
-        (None, _) => format!("it needs {}{like}, and there is no such node", count(needed, "slot")),
-        (Some((name, best)), Some(1)) => {
-            format!("it needs {needed} on one node{like}, and {name} has {best}{what}")
-        }
-        (Some((name, best)), Some(nodes)) => {
-            let each = needed / nodes.max(1);
-            format!(
-                "it needs {each} on each of {nodes} nodes{like}, and of {} the best, {name}, has {best}{what}",
-                slots.len()
-            )
-        }
-        (Some(_), None) => {
-            let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
-            let all = if slots.len() == 1 {
-                "one node has".to_owned()
-            } else {
-                format!("{} nodes together have", slots.len())
-            };
-            format!("it needs {needed}{like}, and {all} {sum}{what}")
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub const NEVER: u64 = u64::MAX;
 /// Times at which the start of a waiting job is tried. Where there are more, some are left out, which proves a later start than
 /// would be possible but never a wrong one.
-const TIMES_MAX: usize = 32;
+const TIMES_MAX: usize = 16;
 
 /// Slots that somebody holds on a node.
 #[derive(Clone, Copy, Debug)]

@@ -341,7 +341,7 @@ fn the_second_node_of_a_job_counts_its_ranks_on() {
          > wait 500
          kill rank 0
          > rank 0 dies 9
-         send 2: failed (Job): rank 11 on box exited with code 3
+         send 2: failed (Job): rank 11 on box ended with exit code 3
          > committed 2
          forget job-1.1",
     );
