@@ -1,21 +1,34 @@
 //! `fleet submit`: gives a job to a running cluster.
 
 use super::token::seconds;
-use super::{JobArgs, OutputArgs, connect, load_job};
+use super::{OutputArgs, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
+use crate::launch::work::work_of;
 use crate::report::{End, Report, Style};
 use crate::{out, places};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, JobView, Reply, Request, SubmitJob, Wish, Work};
 use serde_json::json;
+use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// Give a job to a running cluster
+///
+/// With `-- PROGRAM ARGS` the ranks are copies of any program, with RANK, WORLD_SIZE, MASTER_ADDR and the rest as torchrun sets them,
+/// on one node or several.
 #[derive(clap::Args)]
 pub struct Args {
-    #[command(flatten)]
-    job: JobArgs,
+    /// Job file: .toml, .yaml or .json
+    #[arg(required_unless_present = "program", conflicts_with = "program")]
+    job: Option<PathBuf>,
+    /// Replace a setting of the job file, such as --set data.path=FILE
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "program")]
+    sets: Vec<String>,
+    /// Any program, in this directory and with this environment
+    #[arg(last = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
     /// Ranks to start; without it the job's `devices`, else one
     #[arg(short = 'n', long = "ranks", alias = "nproc-per-node", value_name = "N")]
     ranks: Option<u32>,
@@ -75,13 +88,8 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     let started_unix_ms = places::unix_ms();
-    let mut job = load_job(&args.job.job, &args.job.sets)?;
-    let (world_size, warning) = job.settle_ranks(args.ranks)?;
-    if let Some(warning) = warning {
-        out::note(&format!("warning: {warning}"));
-    }
+    let (world_size, work) = work(&args)?;
     let wish = args.wish.wish();
-    let work = Work::Train { job_json: job.to_json() };
     let mut client = connect(cluster)?;
     block_on(async {
         let job = submit(&mut client, SubmitJob { world_size, work, wish }).await?;
@@ -92,10 +100,27 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
             }
             return Ok(exit::SUCCEEDED);
         }
-        let mut report = Report::new(Style::of_training(args.output.json), Some(started_unix_ms));
+        let style = match args.job {
+            None if !args.output.json => Style::Program { ranks: world_size },
+            _ => Style::of_training(args.output.json),
+        };
+        let mut report = Report::new(style, Some(started_unix_ms));
         report.submitted(&job.to_string(), world_size);
         follow(&mut client, job, &mut report).await
     })
+}
+
+/// What is to be done, and by how many ranks.
+fn work(args: &Args) -> Result<(u32, Work), Failure> {
+    let Some(path) = &args.job else {
+        return Ok((args.ranks.unwrap_or(1), work_of(&args.program)?));
+    };
+    let mut job = load_job(path, &args.sets)?;
+    let (world_size, warning) = job.settle_ranks(args.ranks)?;
+    if let Some(warning) = warning {
+        out::note(&format!("warning: {warning}"));
+    }
+    Ok((world_size, Work::Train { job_json: job.to_json() }))
 }
 
 pub async fn submit(client: &mut Client, request: SubmitJob) -> Result<JobId, Failure> {

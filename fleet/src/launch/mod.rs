@@ -2,7 +2,7 @@
 
 mod local;
 mod signals;
-mod work;
+pub mod work;
 
 use crate::client::{Client, Flow};
 use crate::cluster::Cluster;

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::programs;
 use fleet_common::job::{self, Warning};
 use fleet_common::protocol::{Program, SubmitJob, Wish, Work};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 /// The worker's own limit of slots on one machine.
@@ -48,19 +48,20 @@ fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
 }
 
 fn program(args: &Args) -> Result<Prepared, Failure> {
+    let work = work_of(&args.program)?;
+    let world_size = args.ranks.unwrap_or_else(accelerators);
+    Ok(Prepared { submit: SubmitJob { world_size, work, wish: wish() }, program: true, warnings: Vec::new() })
+}
+
+/// Any program, to be run where and as it would run here.
+pub fn work_of(program: &[OsString]) -> Result<Work, Failure> {
     let argv =
-        args.program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
+        program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
     let working_dir = utf8(here()?.as_os_str(), "the current directory")?;
     // what is not UTF-8 cannot be passed on through the cluster
     let env = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let program = Program { argv, working_dir, env: env.collect() };
-    let world_size = args.ranks.unwrap_or_else(accelerators);
-    Ok(Prepared {
-        submit: SubmitJob { world_size, work: Work::Program(program), wish: wish() },
-        program: true,
-        warnings: Vec::new(),
-    })
+    Ok(Work::Program(Program { argv, working_dir, env: env.collect() }))
 }
 
 /// The node of a launch may join after its job is there.
