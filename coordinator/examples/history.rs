@@ -33,12 +33,10 @@ fn main() -> Result<()> {
 
     let begun = Instant::now();
     let disk = Arc::new(RocksDisk::open(dir.path())?);
-    let replica = Replica::open(disk.clone(), 1)?.context("the log is gone")?;
-    println!(
-        "opened again in {:.2} s, applied to {}",
-        begun.elapsed().as_secs_f64(),
-        replica.applied_index()
-    );
+    let mut replica = Replica::open(disk.clone(), 1)?.context("the log is gone")?;
+    replica.process(&mut |_| {})?;
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("opened again and caught up in {seconds:.2} s, applied to {}", replica.applied_index());
     let history = History::new(disk);
     let begun = Instant::now();
     let mut read = 0;

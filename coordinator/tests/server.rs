@@ -34,7 +34,7 @@ async fn a_retried_submit_is_one_job_also_over_a_restart() {
     assert_eq!(next, JobId(job.0 + 1));
     let Reply::Jobs(jobs) = again.ask(Request::Jobs { all: None }).await else { panic!() };
     assert_eq!(jobs.items.len(), 2);
-    assert!(jobs.items[0].reason.contains("none is connected"), "{}", jobs.items[0].reason);
+    assert!(jobs.items[0].reason.contains("none that takes work is connected"), "{}", jobs.items[0].reason);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -201,7 +201,9 @@ async fn jobs_queue_for_slots_and_impossible_ones_are_refused() {
     let coordinator = start(dir.path()).await;
     let mut client = Client::local(dir.path(), &coordinator).await;
     let mut agent = Agent::join(dir.path(), &coordinator, 2).await;
-    let Reply::Refused(refusal) = client.ask(program(3)).await else { panic!() };
+    let Request::Submit(impatient) = program(3) else { unreachable!() };
+    let impatient = SubmitJob { wish: Wish::default(), ..impatient };
+    let Reply::Refused(refusal) = client.ask(Request::Submit(impatient)).await else { panic!() };
     assert!(
         refusal.kind == RefusalKind::Invalid && refusal.message.contains("2 slots"),
         "{}",

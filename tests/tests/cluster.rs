@@ -25,7 +25,10 @@ fn ask(world: &World, cluster: &Standing, args: &[&str]) -> Value {
 fn submit(world: &World, cluster: &Standing, name: &str) -> Running {
     let job = world.job(&TinyJob::default()).display().to_string();
     let name = format!("run_name={name}");
-    world.start("fleet", &["submit", &job, "--json", "--cluster", cluster.cluster(), "--set", &name])
+    world.start(
+        "fleet",
+        &["submit", &job, "--queue", "--json", "--cluster", cluster.cluster(), "--set", &name],
+    )
 }
 
 #[test]
