@@ -3,6 +3,7 @@
 //! The only file that names bincode. It never allocates for a length that a peer merely claims.
 
 use bincode::config::{Configuration, Limit, LittleEndian, Varint};
+use bytes::BytesMut;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
@@ -106,6 +107,45 @@ pub async fn read_frame_limited<R: AsyncRead + Unpin, T: DeserializeOwned>(
     finish(&body, length).map(Some)
 }
 
+/// Frames out of pieces as they come. Unlike `read_frame`, a reader that stops between two pieces has lost nothing.
+#[derive(Debug)]
+pub struct Frames {
+    bytes: BytesMut,
+    max: usize,
+}
+
+impl Frames {
+    /// Refuses frames over `max` bytes as soon as their length is known.
+    pub fn new(max: usize) -> Frames {
+        Frames { bytes: BytesMut::new(), max }
+    }
+
+    pub fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+    }
+
+    /// Between two frames: the stream may end here.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Bytes that wait for the rest of their frame.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The next whole frame.
+    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, CodecError> {
+        let Some(header) = self.bytes.get(..HEADER) else { return Ok(None) };
+        let length = parse_header(header, self.max)?.unwrap_or_default();
+        if self.bytes.len() < HEADER + length {
+            return Ok(None);
+        }
+        let frame = self.bytes.split_to(HEADER + length);
+        decode(&frame[HEADER..]).map(Some)
+    }
+}
+
 /// Writes one frame and flushes.
 pub fn write_frame_blocking<W: Write, T: Serialize>(w: &mut W, value: &T) -> Result<(), CodecError> {
     w.write_all(&frame(value)?)?;
@@ -126,13 +166,28 @@ pub fn read_frame_blocking<R: Read, T: DeserializeOwned>(r: &mut R) -> Result<Op
 const HEADER: usize = size_of::<u32>();
 
 /// Header and body in one buffer, so that a writer needs one system call and never leaves half a header.
-fn frame<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
-    let mut bytes = vec![0; HEADER];
-    let length =
-        bincode::serde::encode_into_std_write(value, &mut bytes, CONFIG).map_err(CodecError::Encode)?;
-    check_length(length, FRAME_MAX)?;
-    bytes[..HEADER].copy_from_slice(&(length as u32).to_le_bytes());
+pub fn frame<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
+    let mut bytes = Vec::new();
+    append_frame(value, &mut bytes)?;
     Ok(bytes)
+}
+
+/// Adds a frame to others, so that one write serves several. On an error `bytes` is as it was.
+pub fn append_frame<T: Serialize>(value: &T, bytes: &mut Vec<u8>) -> Result<(), CodecError> {
+    let begin = bytes.len();
+    bytes.extend_from_slice(&[0; HEADER]);
+    let encoded = bincode::serde::encode_into_std_write(value, bytes, CONFIG).map_err(CodecError::Encode);
+    let length = encoded.and_then(|length| check_length(length, FRAME_MAX).map(|()| length));
+    match length {
+        Ok(length) => {
+            bytes[begin..begin + HEADER].copy_from_slice(&(length as u32).to_le_bytes());
+            Ok(())
+        }
+        Err(error) => {
+            bytes.truncate(begin);
+            Err(error)
+        }
+    }
 }
 
 fn parse_header(header: &[u8], max: usize) -> Result<Option<usize>, CodecError> {
@@ -160,9 +215,11 @@ fn check_length(bytes: usize, max: usize) -> Result<(), CodecError> {
 mod tests {
     use super::*;
     use crate::events::{Event, EventBatch, EventBody, Level, Step};
-    use crate::ids::{ClientId, JobId, NodeId};
+    use crate::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
+    use crate::net::PrivateKey;
     use crate::protocol::{
-        ClientFrame, FromAgent, FromRank, JoinReply, JoinRequest, Reply, Request, Role, ToAgent, ToRank,
+        Admission, ClientFrame, CoordinatorAddress, FromAgent, FromRank, JoinReply, JoinRequest, Member,
+        Reply, Request, ToAgent, ToRank,
     };
     use proptest::prelude::*;
 
@@ -188,16 +245,18 @@ mod tests {
             },
             "01026162026364020102016e",
         );
-        golden(
-            JoinReply::Accepted {
-                cluster_id: "c".into(),
-                role: Role::Worker,
-                node: Some(NodeId(3)),
-                certificate_der: vec![9],
-                ca_der: vec![],
-            },
-            "000163010103010900",
-        );
+        let admission = Admission {
+            member: Member::Worker(NodeId(3)),
+            certificate_der: vec![9],
+            ca_der: vec![],
+            coordinators: vec![CoordinatorAddress {
+                replica: ReplicaId(2),
+                client: "a".into(),
+                member: "b".into(),
+            }],
+            ca_key: Some(PrivateKey::new(vec![7])),
+        };
+        golden(JoinReply::Accepted(Box::new(admission)), "000103010900010201610162010107");
         let step = Step {
             step: 1,
             total_steps: 20,
@@ -252,6 +311,30 @@ mod tests {
         let mut written = Vec::new();
         write_frame(&mut written, &ToRank::Stop).await.unwrap();
         assert_eq!(written, [1, 0, 0, 0, 1]);
+    }
+
+    #[test]
+    fn frames_come_out_of_pieces_of_any_size() {
+        let mut bytes = Vec::new();
+        for step in 0..20 {
+            append_frame(&ToRank::CheckpointCommitted { step: step * 100 }, &mut bytes).unwrap();
+        }
+        for size in [1, 3, 7, 64, bytes.len()] {
+            let (mut frames, mut steps) = (Frames::new(64), Vec::new());
+            for piece in bytes.chunks(size) {
+                frames.push(piece);
+                while let Some(message) = frames.next::<ToRank>().unwrap() {
+                    steps.push(message);
+                }
+            }
+            assert!(frames.is_empty() && steps.len() == 20, "pieces of {size}");
+        }
+        let mut frames = Frames::new(64);
+        frames.push(&[65, 0, 0, 0]);
+        assert!(matches!(frames.next::<ToRank>(), Err(CodecError::TooLarge { bytes: 65, max: 64 })));
+        let kept = bytes.len();
+        assert!(append_frame(&Reply::Token { text: "x".repeat(FRAME_MAX) }, &mut bytes).is_err());
+        assert_eq!(bytes.len(), kept);
     }
 
     #[tokio::test]
@@ -314,10 +397,10 @@ mod tests {
 
         #[test]
         fn a_damaged_message_is_an_error_or_another_message(at in 0usize..60, bit in 0u8..8) {
-            let mut bytes = encode(&JoinReply::Accepted {
-                cluster_id: "cluster".into(), role: Role::Client, node: None,
-                certificate_der: vec![7; 20], ca_der: vec![8; 20],
-            }).unwrap();
+            let mut bytes = encode(&JoinReply::Accepted(Box::new(Admission {
+                member: Member::Client(UserId(5)), certificate_der: vec![7; 20], ca_der: vec![8; 20],
+                coordinators: Vec::new(), ca_key: None,
+            }))).unwrap();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;
             let _ = decode::<JoinReply>(&bytes);

@@ -1,6 +1,7 @@
 //! How local programs find a coordinator: a file in its data directory, written when it listens.
 
 use crate::files;
+use crate::ids::ReplicaId;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::Path;
@@ -9,13 +10,18 @@ use std::path::Path;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     pub pid: u32,
-    /// `HOST:PORT` that agents and clients connect to.
+    pub replica: ReplicaId,
+    /// `HOST:PORT` that clients connect to, and those who join.
     pub quic: String,
+    /// `HOST:PORT` that agents and other coordinators connect to.
+    pub member: String,
     /// `HOST:PORT` of the HTTP views.
     pub http: String,
     pub cluster_id: String,
     /// SHA-256 of the cluster CA's certificate, in hex.
     pub ca_fingerprint: String,
+    /// `HOST:PORT` for clients of all coordinators of the cluster, this one included.
+    pub coordinators: Vec<String>,
 }
 
 const FILE: &str = "endpoint.json";
@@ -49,10 +55,13 @@ mod tests {
         assert_eq!(Endpoint::load(dir.path()).unwrap(), None);
         let endpoint = Endpoint {
             pid: 7,
+            replica: ReplicaId(1),
             quic: "127.0.0.1:7070".into(),
+            member: "127.0.0.1:7071".into(),
             http: "127.0.0.1:7080".into(),
             cluster_id: "c1".into(),
             ca_fingerprint: "ab".into(),
+            coordinators: vec!["127.0.0.1:7070".into()],
         };
         endpoint.store(dir.path()).unwrap();
         assert_eq!(Endpoint::load(dir.path()).unwrap(), Some(endpoint));

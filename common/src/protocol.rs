@@ -2,13 +2,15 @@
 //!
 //! | protocol (ALPN) | from -> to | stream |
 //! |---|---|---|
-//! | `fleet-join/1` | anyone with a token -> coordinator | one `JoinRequest`, one `JoinReply`; the only thing open without a certificate |
-//! | `fleet/1`, role client | `fleet` -> coordinator | one bidirectional stream per request: `ClientFrame`, then one `Reply` (or many for `Watch`) |
-//! | `fleet/1`, role worker | agent -> coordinator | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
+//! | `fleet-join/1` | anyone with a token -> coordinator, clients' socket | one `JoinRequest`, one `JoinReply`; the only thing open without a certificate |
+//! | `fleet/1`, role client | `fleet` -> coordinator, clients' socket | bidirectional streams of requests, one after another on each: `ClientFrame`, then one `Reply` (or many for `Watch`, which is the last of its stream) |
+//! | `fleet/1`, role worker | agent -> coordinator, members' socket | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
+//! | `fleet/1`, role coordinator | coordinator -> coordinator, members' socket | unidirectional streams of `PeerMessage`: one for raft, one for what is large |
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 
 use crate::events::{Event, EventBatch, JobError, Outcome};
 use crate::ids::{Generation, JobId, NodeId, ParseIdError, Rank, ReplicaId, UserId};
+use crate::net::PrivateKey;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -101,15 +103,19 @@ pub struct JoinRequest {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JoinReply {
-    Accepted {
-        cluster_id: String,
-        role: Role,
-        /// Set for workers.
-        node: Option<NodeId>,
-        certificate_der: Vec<u8>,
-        ca_der: Vec<u8>,
-    },
-    Refused(String),
+    Accepted(Box<Admission>),
+    Refused(Refusal),
+}
+
+/// All that a new member needs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Admission {
+    pub member: Member,
+    pub certificate_der: Vec<u8>,
+    pub ca_der: Vec<u8>,
+    pub coordinators: Vec<CoordinatorAddress>,
+    /// The key of the CA, which every coordinator has. For nobody else.
+    pub ca_key: Option<PrivateKey>,
 }
 
 // ---- agents -----------------------------------------------------------------------------------------------------------
@@ -123,6 +129,10 @@ pub enum FromAgent {
     },
     /// Sent again from the first unacknowledged event after a reconnect.
     Events(EventBatch),
+    /// The agent's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    Renew {
+        csr_der: Vec<u8>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -165,6 +175,16 @@ pub enum ToAgent {
         job: JobId,
         generation: Generation,
         next_seq: u64,
+    },
+    /// The answer to a heartbeat, with its time.
+    Heard {
+        unix_ms: u64,
+    },
+    /// Where the coordinators are: after the welcome, and when it has changed.
+    Coordinators(Vec<CoordinatorAddress>),
+    /// The answer to `Renew`.
+    Certificate {
+        certificate_der: Vec<u8>,
     },
     /// The connection ends for this reason; reconnecting does not help if `fatal`.
     Refused {

@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_common::ids::NodeId;
+use fleet_common::ids::{NodeId, ReplicaId, UserId};
 use fleet_common::net::*;
-use fleet_common::protocol::{JoinReply, JoinRequest, Role};
+use fleet_common::protocol::{
+    Admission, CoordinatorAddress, JoinReply, JoinRequest, Member, Refusal, RefusalKind, Role,
+};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -18,21 +20,43 @@ fn ca(cluster: &str) -> ClusterCa {
     ClusterCa::create(cluster, SystemTime::now()).unwrap()
 }
 
+fn member(role: Role) -> Member {
+    match role {
+        Role::Coordinator => Member::Coordinator(ReplicaId(3)),
+        Role::Worker => Member::Worker(NodeId(1)),
+        Role::Client => Member::Client(UserId(5)),
+    }
+}
+
 fn issue(ca: &ClusterCa, role: Role) -> Identity {
-    let node = (role == Role::Worker).then_some(NodeId(1));
-    ca.issue(ca.cluster_id(), "somebody", role, node, SystemTime::now(), DAY).unwrap()
+    ca.issue(member(role), "somebody", SystemTime::now(), DAY).unwrap()
+}
+
+fn refused(kind: RefusalKind, message: &str) -> JoinReply {
+    JoinReply::Refused(Refusal { kind, message: message.into() })
+}
+
+fn admission(ca: &ClusterCa, request: &JoinRequest, member: Member) -> Admission {
+    let certificate = ca.sign(&request.csr_der, member, &request.name, SystemTime::now(), DAY);
+    Admission {
+        member,
+        certificate_der: certificate.unwrap(),
+        ca_der: ca.der().to_vec(),
+        coordinators: Vec::new(),
+        ca_key: None,
+    }
 }
 
 /// A coordinator that only decides who came. Verdicts arrive on the channel.
 fn listen(identity: &Identity) -> (String, mpsc::UnboundedReceiver<Result<Accepted, String>>) {
-    let endpoint = serve(ANY.parse().unwrap(), identity).unwrap();
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, identity).unwrap();
     let addr = endpoint.local_addr().unwrap().to_string();
     let (verdicts, seen) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             let verdicts = verdicts.clone();
             tokio::spawn(async move {
-                match accept(incoming).await {
+                match accept(incoming, Socket::Clients, |_| Ok(())).await {
                     Ok((connection, accepted)) => {
                         let _ = verdicts.send(Ok(accepted));
                         connection.closed().await;
@@ -94,7 +118,7 @@ async fn silence_is_unreachable_within_its_deadline_and_names_every_address() {
 async fn an_expired_certificate_is_refused_on_both_sides_with_the_reason() {
     let ca = ca("c1");
     let past = SystemTime::now() - 10 * DAY;
-    let expired = |role| ca.issue("c1", "old", role, None, past, DAY).unwrap();
+    let expired = |role| ca.issue(member(role), "old", past, DAY).unwrap();
     let (addr, mut seen) = listen(&issue(&ca, Role::Coordinator));
     let error = refusal(&addr, &expired(Role::Client)).await;
     assert!(error.to_string().contains("this side's certificate is expired"), "{error}");
@@ -128,7 +152,7 @@ async fn a_worker_or_client_cannot_pose_as_a_coordinator() {
         let error = refusal(&addr, &issue(&ca, Role::Worker)).await.to_string();
         assert!(error.contains("what answers there is no coordinator of this cluster"), "{error}");
         let token = JoinToken::generate(Role::Worker, ca.fingerprint()).unwrap();
-        let error = join(&addr, &token, "me").await.unwrap_err().to_string();
+        let error = join(std::slice::from_ref(&addr), &token, "me").await.unwrap_err().to_string();
         assert!(error.contains("what answers there is no coordinator"), "{error}");
     }
 }
@@ -164,9 +188,9 @@ async fn without_a_certificate_only_joining_is_open() {
 #[tokio::test]
 async fn a_port_in_use_is_named() {
     let identity = issue(&ca("c1"), Role::Coordinator);
-    let first = serve(ANY.parse().unwrap(), &identity).unwrap();
+    let first = serve(ANY.parse().unwrap(), Socket::Clients, &identity).unwrap();
     let addr = first.local_addr().unwrap();
-    let error = serve(addr, &identity).map(|_| ()).unwrap_err();
+    let error = serve(addr, Socket::Members, &identity).map(|_| ()).unwrap_err();
     assert!(
         error.to_string().starts_with(&format!("cannot listen on {addr}: Address already in use")),
         "{error}"
@@ -181,14 +205,17 @@ fn joinable(
     identity: &Identity,
     decide: impl Fn(&JoinRequest) -> JoinReply + Send + Sync + 'static,
 ) -> String {
-    let endpoint = serve(ANY.parse().unwrap(), identity).unwrap();
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, identity).unwrap();
     let addr = endpoint.local_addr().unwrap().to_string();
     let decide = Arc::new(decide);
     tokio::spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             let decide = decide.clone();
             tokio::spawn(async move {
-                let Ok((connection, Accepted::Join)) = accept(incoming).await else { return };
+                let Ok((connection, Accepted::Join)) = accept(incoming, Socket::Clients, |_| Ok(())).await
+                else {
+                    return;
+                };
                 let Ok(exchange) = receive_join(&connection).await else { return };
                 let reply = decide(&exchange.request);
                 let _ = exchange.answer(&reply).await;
@@ -206,21 +233,13 @@ async fn a_joiner_becomes_what_the_ca_decides_and_can_connect() {
     let (kept, signer) = (token.secret_hash(), ca.clone());
     let addr = joinable(&coordinator, move |request| {
         assert!(secret_matches(&kept, &request.token_secret));
-        let (now, node) = (SystemTime::now(), Some(NodeId(4)));
-        let name = format!("{}-2", request.name);
-        let certificate = signer.sign(&request.csr_der, "c1", &name, Role::Worker, node, now - DAY, 2 * DAY);
-        JoinReply::Accepted {
-            cluster_id: "c1".into(),
-            role: Role::Worker,
-            node,
-            certificate_der: certificate.unwrap(),
-            ca_der: signer.der().to_vec(),
-        }
+        JoinReply::Accepted(Box::new(admission(&signer, request, Member::Worker(NodeId(4)))))
     });
-    let identity = join(&addr, &token, "gpu").await.unwrap();
-    let expected =
-        Peer { role: Role::Worker, node: Some(NodeId(4)), name: "gpu-2".into(), cluster_id: "c1".into() };
-    assert_eq!(identity.peer(), expected);
+    let joined = join(&[addr], &token, "gpu").await.unwrap();
+    let expected = Peer { member: Member::Worker(NodeId(4)), name: "gpu".into(), cluster_id: "c1".into() };
+    assert_eq!(joined.identity.peer(), expected);
+    assert!(joined.ca.is_none());
+    let identity = joined.identity;
     let (addr, mut seen) = listen(&coordinator);
     let _connection = connect(&[addr], &identity).await.unwrap();
     assert_eq!(seen.recv().await.unwrap(), Ok(Accepted::Peer(expected)));
@@ -231,8 +250,8 @@ async fn a_token_that_is_refused_says_why_in_one_line() {
     let ca = ca("c1");
     let token = JoinToken::generate(Role::Worker, ca.fingerprint()).unwrap();
     for reason in ["the token is unknown", "the token expired", "the token was used as often as it may be"] {
-        let addr = joinable(&issue(&ca, Role::Coordinator), |_| JoinReply::Refused(reason.into()));
-        let error = join(&addr, &token, "me").await.unwrap_err();
+        let addr = joinable(&issue(&ca, Role::Coordinator), |_| refused(RefusalKind::Invalid, reason));
+        let error = join(std::slice::from_ref(&addr), &token, "me").await.unwrap_err();
         assert_eq!(error.to_string(), format!("{addr}: {reason}"));
         assert_eq!(error.exit_code(), 2);
     }
@@ -243,7 +262,7 @@ async fn a_token_of_another_cluster_is_not_shown_to_this_one() {
     let ca1 = ca("c1");
     let addr = joinable(&issue(&ca1, Role::Coordinator), |_| panic!("the secret was sent"));
     let token = JoinToken::generate(Role::Worker, ca("c2").fingerprint()).unwrap();
-    let error = join(&addr, &token, "me").await.unwrap_err().to_string();
+    let error = join(std::slice::from_ref(&addr), &token, "me").await.unwrap_err().to_string();
     assert!(error.contains("the token is of another cluster"), "{error}");
     assert!(
         error.contains(&token.ca_fingerprint[..12]) && error.contains(&ca1.fingerprint()[..12]),
@@ -258,23 +277,8 @@ async fn a_coordinator_that_shows_our_ca_but_was_not_certified_by_it_is_refused(
     impostor.ca_der = ours.der().to_vec();
     let addr = joinable(&impostor, |_| panic!("the secret was sent"));
     let token = JoinToken::generate(Role::Worker, ours.fingerprint()).unwrap();
-    let error = join(&addr, &token, "me").await.unwrap_err();
+    let error = join(std::slice::from_ref(&addr), &token, "me").await.unwrap_err();
     assert!(matches!(error, NetError::Refused(_)), "{error}");
-}
-
-/// A coordinator of `ca` that accepts every client with the certificate that `certificate` makes of its request.
-fn accepting(
-    ca: &ClusterCa,
-    certificate: impl Fn(&JoinRequest) -> Vec<u8> + Send + Sync + 'static,
-) -> String {
-    let ca_der = ca.der().to_vec();
-    joinable(&issue(ca, Role::Coordinator), move |request| JoinReply::Accepted {
-        cluster_id: "c1".into(),
-        role: Role::Client,
-        node: None,
-        certificate_der: certificate(request),
-        ca_der: ca_der.clone(),
-    })
 }
 
 #[tokio::test]
@@ -282,25 +286,153 @@ async fn a_coordinator_cannot_give_a_joiner_another_role_or_key() {
     let ca = Arc::new(ca("c1"));
     let token = JoinToken::generate(Role::Client, ca.fingerprint()).unwrap();
     let signer = ca.clone();
-    let addr = accepting(&ca, move |request| {
-        signer
-            .sign(&request.csr_der, "c1", "me", Role::Worker, None, SystemTime::now() - DAY, 2 * DAY)
-            .unwrap()
+    let addr = joinable(&issue(&ca, Role::Coordinator), move |request| {
+        JoinReply::Accepted(Box::new(admission(&signer, request, member(Role::Worker))))
     });
-    let error = join(&addr, &token, "me").await.unwrap_err().to_string();
+    let error = join(&[addr], &token, "me").await.unwrap_err().to_string();
     assert!(error.contains("another role"), "{error}");
-    let foreign = issue(&ca, Role::Client).certificate_der;
-    let addr = accepting(&ca, move |_| foreign.clone());
-    assert!(matches!(join(&addr, &token, "me").await, Err(NetError::Tls(_))));
+    let (signer, foreign) = (ca.clone(), issue(&ca, Role::Client).certificate_der);
+    let addr = joinable(&issue(&ca, Role::Coordinator), move |request| {
+        let admission = admission(&signer, request, member(Role::Client));
+        JoinReply::Accepted(Box::new(Admission { certificate_der: foreign.clone(), ..admission }))
+    });
+    assert!(matches!(join(&[addr], &token, "me").await, Err(NetError::Tls(_))));
+}
+
+#[tokio::test]
+async fn a_new_coordinator_gets_the_key_of_the_ca_and_only_that_one() {
+    let ca = Arc::new(ca("c1"));
+    let token = JoinToken::generate(Role::Coordinator, ca.fingerprint()).unwrap();
+    let address = CoordinatorAddress { replica: ReplicaId(1), client: "a:1".into(), member: "a:2".into() };
+    let keys = [Some(ca.key()), Some(self::ca("c1").key()), None];
+    let mut results = Vec::new();
+    for ca_key in keys {
+        let (signer, address) = (ca.clone(), address.clone());
+        let addr = joinable(&issue(&ca, Role::Coordinator), move |request| {
+            let admission = admission(&signer, request, member(Role::Coordinator));
+            let (ca_key, coordinators) = (ca_key.clone(), vec![address.clone()]);
+            let admission = Admission { ca_key, coordinators, ..admission };
+            assert!(!format!("{admission:?}").contains(&format!("{:?}", signer.key().secret_der())));
+            JoinReply::Accepted(Box::new(admission))
+        });
+        results.push(join(&[addr], &token, "c").await);
+    }
+    let joined = results.remove(0).unwrap();
+    assert_eq!(joined.coordinators, [address]);
+    assert_eq!(joined.ca.unwrap().fingerprint(), ca.fingerprint());
+    for (error, named) in results.into_iter().zip(["is not the key", "did not send the CA's key"]) {
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_cluster_that_cannot_admit_now_is_asked_again_with_the_same_request() {
+    let ca = Arc::new(ca("c1"));
+    let token = JoinToken::generate(Role::Client, ca.fingerprint()).unwrap();
+    let (signer, requests) = (ca.clone(), Arc::new(std::sync::Mutex::new(Vec::new())));
+    let seen = requests.clone();
+    let addr = joinable(&issue(&ca, Role::Coordinator), move |request| {
+        let mut seen = seen.lock().unwrap();
+        seen.push(request.clone());
+        match seen.len() {
+            1 => refused(RefusalKind::Unavailable, "no leader"),
+            _ => JoinReply::Accepted(Box::new(admission(&signer, request, member(Role::Client)))),
+        }
+    });
+    let silent = std::net::UdpSocket::bind(ANY).unwrap();
+    let silent = silent.local_addr().unwrap().to_string();
+    join(&[silent, addr], &token, "me").await.unwrap();
+    let requests = requests.lock().unwrap();
+    assert!(requests.len() == 2 && requests[0] == requests[1], "one use of the token");
+}
+
+#[tokio::test]
+async fn the_members_socket_lets_nobody_join_and_says_what_it_is() {
+    let ca = ca("c1");
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Members, &issue(&ca, Role::Coordinator)).unwrap();
+    let addr = endpoint.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            tokio::spawn(async move {
+                let only_workers = |peer: &Peer| match peer.member {
+                    Member::Worker(_) => Ok(()),
+                    Member::Client(_) => Err(Turned::Later("full".into())),
+                    Member::Coordinator(_) => Err(Turned::Forever("removed".into())),
+                };
+                if let Ok((connection, _)) = accept(incoming, Socket::Members, only_workers).await {
+                    connection.closed().await;
+                }
+            });
+        }
+    });
+    let reached = reach(std::slice::from_ref(&addr), &issue(&ca, Role::Worker)).await.unwrap();
+    assert_eq!(reached.socket, Socket::Members);
+    let error =
+        connect(std::slice::from_ref(&addr), &issue(&ca, Role::Client)).await.map(|_| ()).unwrap_err();
+    assert!(
+        matches!(&error, NetError::Unreachable(why) if why.contains("full")),
+        "a refusal that passes: {error}"
+    );
+    let removed = connect(std::slice::from_ref(&addr), &issue(&ca, Role::Coordinator)).await;
+    assert!(matches!(removed, Err(NetError::Revoked(why)) if why.contains("removed")));
+    let token = JoinToken::generate(Role::Client, ca.fingerprint()).unwrap();
+    let error = join(&[addr], &token, "me").await.unwrap_err().to_string();
+    assert!(error.contains("join at the one for clients"), "{error}");
+}
+
+/// A coordinator with a runtime of its own, so that it can vanish as a process does that is killed.
+fn listen_apart(
+    addr: std::net::SocketAddr,
+    identity: &Identity,
+) -> (tokio::runtime::Runtime, std::net::SocketAddr) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let entered = runtime.enter();
+    let endpoint = serve(addr, Socket::Members, identity).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    runtime.spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            tokio::spawn(async move {
+                if let Ok((connection, _)) = accept(incoming, Socket::Members, |_| Ok(())).await {
+                    connection.closed().await;
+                }
+            });
+        }
+    });
+    drop(entered);
+    (runtime, addr)
+}
+
+#[test]
+fn a_coordinator_that_was_restarted_ends_the_connections_of_its_former_life_at_once() {
+    let ca = ca("c1");
+    let identity = issue(&ca, Role::Coordinator);
+    let (first, addr) = listen_apart(ANY.parse().unwrap(), &identity);
+    let client = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let connection = client.block_on(connect(&[addr.to_string()], &issue(&ca, Role::Worker))).unwrap();
+    // Stopped, it takes nothing from its peers' point of view: their packets wait in the socket, which goes with it.
+    first.shutdown_background();
+    while std::net::UdpSocket::bind(addr).is_err() {
+        std::thread::yield_now();
+    }
+    let (second, _) = listen_apart(addr, &identity);
+    let told = client.block_on(async {
+        let (mut send, _receive) = connection.open_bi().await.unwrap();
+        send.write_all(&[0; 100]).await.unwrap();
+        describe(&connection.closed().await)
+    });
+    assert_eq!(told, "the other side was restarted");
+    second.shutdown_background();
 }
 
 #[tokio::test]
 async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
     let ca = ca("c1");
-    let endpoint = serve(ANY.parse().unwrap(), &issue(&ca, Role::Coordinator)).unwrap();
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, &issue(&ca, Role::Coordinator)).unwrap();
     let addr = endpoint.local_addr().unwrap();
     let server = tokio::spawn(async move {
-        let (connection, accepted) = accept(endpoint.accept().await.unwrap()).await.unwrap();
+        let incoming = endpoint.accept().await.unwrap();
+        let (connection, accepted) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
         assert_eq!(accepted, Accepted::Join);
         receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
     });
@@ -376,16 +508,43 @@ async fn a_ca_reads_back_with_its_private_key_and_goes_on_signing() {
 #[test]
 fn the_ca_refuses_damaged_requests_and_names_that_would_lie() {
     let ca = ca("c1");
-    let now = SystemTime::now();
-    assert!(matches!(
-        ca.sign(b"not a request", "c1", "me", Role::Worker, None, now, DAY),
-        Err(CaError::BadRequest(_))
-    ));
+    let (now, worker) = (SystemTime::now(), member(Role::Worker));
+    assert!(matches!(ca.sign(b"not a request", worker, "me", now, DAY), Err(CaError::BadRequest(_))));
     for name in ["", "two\nlines", &"x".repeat(NAME_MAX + 1)] {
-        assert!(matches!(ca.issue("c1", name, Role::Worker, None, now, DAY), Err(CaError::BadName(_))));
+        assert!(matches!(ca.issue(worker, name, now, DAY), Err(CaError::BadName(_))));
     }
-    assert!(matches!(
-        ca.issue("c1/coordinator", "me", Role::Worker, None, now, DAY),
-        Err(CaError::BadName(_))
-    ));
+    let lying = ClusterCa::create("c1/coordinator", now).unwrap();
+    assert!(matches!(lying.issue(worker, "me", now, DAY), Err(CaError::BadName(_))));
+}
+
+#[test]
+fn a_certificate_is_renewed_over_the_same_key_and_never_for_somebody_else() {
+    let (ca, now, dir) = (ca("c1"), SystemTime::now(), tempfile::tempdir().unwrap());
+    let old = ca.issue(member(Role::Worker), "box", now, 30 * DAY).unwrap();
+    old.store(dir.path()).unwrap();
+    assert!(!old.is_due(now + 19 * DAY) && old.is_due(now + 21 * DAY));
+    assert_eq!(old.remaining(now + 40 * DAY), Duration::ZERO);
+    let later = now + 21 * DAY;
+    let csr = old.signing_request().unwrap();
+    let new = old.renewed(ca.sign(&csr, old.member, "box", later, 30 * DAY).unwrap()).unwrap();
+    assert!(!new.is_due(later));
+    new.store_certificate(dir.path()).unwrap();
+    assert_eq!(Identity::load(dir.path()).unwrap().unwrap().certificate_der, new.certificate_der);
+    let other = ca.sign(&csr, member(Role::Client), "box", later, 30 * DAY).unwrap();
+    assert!(old.renewed(other).unwrap_err().contains("is for user-5, not for node-1"));
+    let shorter = ca.sign(&csr, old.member, "box", now, DAY).unwrap();
+    assert!(old.renewed(shorter).unwrap_err().contains("compare the clocks"));
+    let foreign = self::ca("c1").issue(old.member, "box", later, 30 * DAY).unwrap();
+    assert!(old.renewed(foreign.certificate_der).is_err(), "another key");
+}
+
+#[tokio::test]
+async fn a_coordinators_clock_that_jumps_ahead_locks_nobody_out() {
+    let ca = ca("c1");
+    let now = SystemTime::now();
+    let old = ca.issue(member(Role::Coordinator), "c", now, 30 * DAY).unwrap();
+    // A month later by its own clock, today by everybody else's.
+    let new = ca.reissue(&old, now + 40 * DAY, 30 * DAY).unwrap();
+    let (addr, _seen) = listen(&new);
+    connect(&[addr], &issue(&ca, Role::Client)).await.unwrap();
 }

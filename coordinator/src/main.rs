@@ -1,14 +1,16 @@
-//! `coordinator`: starts a replica of the control plane.
+//! `coordinator`: starts a replica of the control plane, adds one to a cluster, saves and restores one.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
 use fleet_common::exit;
+use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_coordinator::server::{Coordinator, Options};
+use fleet_coordinator::server::{Coordinator, Options, backup};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
@@ -24,22 +26,83 @@ struct Cli {
 enum Command {
     /// Start a coordinator; on an empty data directory this makes a new cluster.
     Start(Start),
+    /// Add a coordinator to a cluster, with a token made there, and run it. Later it is started with `coordinator start`.
+    Join(Join),
+    /// Write all that a coordinator has recorded to a file. It may be running. The file contains the CA's private key.
+    Backup(Backup),
+    /// Make a cluster of one coordinator from a backup, in an empty data directory.
+    Restore(Restore),
 }
 
 #[derive(Args)]
 struct Start {
+    #[command(flatten)]
+    run: Run,
+    /// Fail rather than make a new cluster, should the data directory be empty.
+    #[arg(long)]
+    expect_existing: bool,
+}
+
+#[derive(Args)]
+struct Join {
+    /// A coordinator's address for clients, HOST:PORT; several separated by commas.
+    #[arg(value_delimiter = ',', required = true)]
+    addr: Vec<String>,
+    /// A token for coordinators (`fleet token create --role coordinator`). Also taken from FLEET_TOKEN.
+    #[arg(long)]
+    token: Option<String>,
+    /// File that holds the token.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Args)]
+struct Backup {
+    /// The coordinator's data directory.
+    #[arg(long, value_name = "DIR", default_value = "fleet-data")]
+    data_dir: PathBuf,
+    /// Where to write the backup.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+#[derive(Args)]
+struct Restore {
+    /// The backup.
+    file: PathBuf,
+    /// Directory to make, which must hold no coordinator.
+    #[arg(long, value_name = "DIR", default_value = "fleet-data")]
+    data_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct Run {
     /// Where the cluster's CA, log and tokens are kept.
     #[arg(long, value_name = "DIR", default_value = "fleet-data")]
     data_dir: PathBuf,
-    /// Where workers and clients connect (QUIC); port 0 takes a free one.
+    /// Where clients connect and members join (QUIC); port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     listen: SocketAddr,
-    /// Under which address others find this coordinator, where that is not the one of --listen.
+    /// Where workers and other coordinators connect (QUIC) [default: the port after the one of --listen].
+    #[arg(long, value_name = "ADDR")]
+    member_listen: Option<SocketAddr>,
+    /// Under which address clients find this coordinator, where that is not the one of --listen.
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
+    /// Under which address workers and coordinators find it, where that is not the one of --member-listen.
+    #[arg(long, value_name = "HOST:PORT")]
+    member_advertise: Option<String>,
     /// Where people and Prometheus look (HTTP); port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7080")]
     http: SocketAddr,
+    /// Name of this coordinator in listings.
+    #[arg(long)]
+    name: Option<String>,
+    /// How long certificates hold, such as 30d; they are renewed when a third is left.
+    #[arg(long, value_name = "TIME", value_parser = life, default_value = "30d")]
+    certificate_life: Duration,
     /// auto, human or json.
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     log_format: LogFormat,
@@ -48,42 +111,106 @@ struct Start {
     die_with_parent: Option<u32>,
 }
 
+/// Certificates shorter than this could end before they are renewed.
+const LIFE_MIN: Duration = Duration::from_secs(3);
+
+fn life(text: &str) -> Result<Duration, String> {
+    let bad = || "write it like 12h or 30d, at least 3s and at most 30d".to_owned();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let seconds = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(bad()),
+    };
+    let life = number.parse::<u32>().ok().and_then(|number| u64::from(number).checked_mul(seconds));
+    let life = life.map(Duration::from_secs);
+    life.filter(|life| (LIFE_MIN..=CERTIFICATE_LIFE).contains(life)).ok_or_else(bad)
+}
+
 fn main() -> ExitCode {
-    let Cli { command: Command::Start(start) } = Cli::parse();
-    telemetry::init(start.log_format, "info");
-    match run(start) {
+    let done = match Cli::parse().command {
+        Command::Start(start) => run(start.run, start.expect_existing, None),
+        Command::Join(join) => token(&join).and_then(|token| run(join.run, false, Some((join.addr, token)))),
+        Command::Backup(args) => save(&args),
+        Command::Restore(args) => load(&args),
+    };
+    match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(exit::ENVIRONMENT)
+            let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
+            ExitCode::from(net.unwrap_or(exit::ENVIRONMENT))
         }
     }
 }
 
-fn run(start: Start) -> Result<u8> {
-    if let Some(parent) = start.die_with_parent {
-        fleet_common::parent::die_with(parent)?;
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        // Connections wait most of the time; the raft thread is its own.
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start threads")?;
-    runtime.block_on(serve(start))
+fn token(join: &Join) -> Result<JoinToken> {
+    let env = std::env::var("FLEET_TOKEN").ok();
+    let token = JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref())?;
+    token.ok_or_else(|| {
+        anyhow!("a token is needed: give --token-file, --token or FLEET_TOKEN, from `fleet token create --role coordinator`")
+    })
 }
 
-async fn serve(start: Start) -> Result<u8> {
+fn save(args: &Backup) -> Result<u8> {
+    telemetry::init(LogFormat::Auto, "warn");
+    let summary = backup::backup(&args.data_dir, &args.out)?;
+    println!(
+        "{}: cluster {} up to entry {}; it contains the CA's private key, so keep it as secret as that",
+        args.out.display(),
+        summary.cluster_id,
+        summary.log_index
+    );
+    Ok(exit::SUCCEEDED)
+}
+
+fn load(args: &Restore) -> Result<u8> {
+    telemetry::init(LogFormat::Auto, "warn");
+    let summary = backup::restore(&args.file, &Options::local(args.data_dir.clone()))?;
+    println!(
+        "{}: cluster {} as it was at entry {}; start it with `coordinator start --data-dir {}` and join the others anew",
+        args.data_dir.display(),
+        summary.cluster_id,
+        summary.log_index,
+        args.data_dir.display()
+    );
+    Ok(exit::SUCCEEDED)
+}
+
+fn run(run: Run, expect_existing: bool, join: Option<(Vec<String>, JoinToken)>) -> Result<u8> {
+    telemetry::init(run.log_format, "info");
+    if let Some(parent) = run.die_with_parent {
+        fleet_common::parent::die_with(parent)?;
+    }
+    let options = Options {
+        data_dir: run.data_dir,
+        listen: run.listen,
+        member_listen: run.member_listen,
+        http: run.http,
+        advertise: run.advertise,
+        member_advertise: run.member_advertise,
+        expect_existing,
+        name: run.name,
+        certificate_life: run.certificate_life,
+    };
+    // This thread only waits for the end; the work is done on others.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start an event loop")?.block_on(serve(options, join))
+}
+
+async fn serve(options: Options, join: Option<(Vec<String>, JoinToken)>) -> Result<u8> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let options = Options {
-        data_dir: start.data_dir,
-        listen: start.listen,
-        http: start.http,
-        advertise: start.advertise,
+    let start = async {
+        match join {
+            Some((addrs, token)) => Coordinator::join(&addrs, &token, options).await,
+            None => Coordinator::start(options).await,
+        }
     };
     let mut coordinator = tokio::select! {
-        started = Coordinator::start(options) => started?,
+        started = start => started?,
         _ = terminate.recv() => return Ok(exit::SIGTERM),
         _ = interrupt.recv() => return Ok(exit::SIGINT),
     };
@@ -97,4 +224,18 @@ async fn serve(start: Start) -> Result<u8> {
     info!("stopping");
     coordinator.stop().await;
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_hold_for_a_time_between_seconds_and_a_month() {
+        assert_eq!(life("30d"), Ok(CERTIFICATE_LIFE));
+        assert_eq!(life("12h"), Ok(Duration::from_secs(43_200)));
+        for bad in ["", "d", "1s", "31d", "5w", "-1h", "99999999999d"] {
+            assert!(life(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -37,6 +37,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Checkpoints { .. }
         | Request::Watch { .. }
         | Request::Coordinators
+        | Request::Addresses
+        | Request::Renew { .. }
         | Request::Tokens
         | Request::Decisions(_)
         | Request::Checkpoint { .. }
@@ -99,6 +101,8 @@ pub fn name(request: &Request) -> &'static str {
         Request::Checkpoints { .. } => "checkpoints",
         Request::Watch { .. } => "watch",
         Request::Coordinators => "coordinators",
+        Request::Addresses => "addresses",
+        Request::Renew { .. } => "renew",
         Request::RemoveCoordinator(_) => "remove_coordinator",
         Request::Tokens => "tokens",
         Request::RevokeToken { .. } => "revoke_token",

@@ -1,18 +1,22 @@
-//! A client of the coordinator: one request, one answer; or a job's events. Reconnects while a coordinator restarts.
+//! A client of the coordinators: one request, one answer; or a job's events. Any coordinator will do; when one goes away or cannot answer,
+//! the next is asked.
 
 use crate::cluster::Cluster;
 use crate::failure::Failure;
-use crate::sequence;
+use crate::{out, sequence};
 use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::JobId;
-use fleet_common::net;
+use fleet_common::net::{self, Identity};
 use fleet_common::protocol::{ClientFrame, RefusalKind, Reply, Request};
 use quinn::{Connection, RecvStream};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
 
 /// How long a question is asked again before the cluster counts as unreachable.
 pub const ASK_PATIENCE: Duration = Duration::from_secs(3);
+/// Where there are several coordinators, an answer may have to wait for an election.
+const ASK_PATIENCE_SEVERAL: Duration = Duration::from_secs(8);
 /// Changes are worth waiting for: a coordinator that is restarted is back within seconds.
 pub const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts; doubles up to the second.
@@ -20,27 +24,32 @@ const PAUSE_FIRST: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// An answer takes milliseconds; a coordinator that takes this long without losing its connection is stuck.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
+/// Or cut off from the others, one of which is asked then.
+const ANSWER_MAX_SEVERAL: Duration = Duration::from_secs(3);
 
 pub struct Client {
     cluster: Cluster,
     connection: Option<Connection>,
     patience: Option<Duration>,
+    /// How often another coordinator was chosen.
+    turn: usize,
 }
 
 impl Client {
     pub fn new(cluster: Cluster) -> Client {
-        Client { cluster, connection: None, patience: None }
+        Client { cluster, connection: None, patience: None, turn: 0 }
     }
 
     /// A client that waits this long for an unreachable coordinator, whatever it asks.
     pub fn patient(cluster: Cluster, patience: Duration) -> Client {
-        Client { cluster, connection: None, patience: Some(patience) }
+        Client { cluster, connection: None, patience: Some(patience), turn: 0 }
     }
 
     /// Asks without changing anything.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
         let frame = ClientFrame::query(request);
-        self.exchange(&frame, self.patience.unwrap_or(ASK_PATIENCE)).await
+        let usual = if self.cluster.has_several() { ASK_PATIENCE_SEVERAL } else { ASK_PATIENCE };
+        self.exchange(&frame, self.patience.unwrap_or(usual)).await
     }
 
     /// Asks for a change, which happens once however often it has to be sent.
@@ -63,26 +72,30 @@ impl Client {
     async fn exchange(&mut self, frame: &ClientFrame, patience: Duration) -> Result<Reply, Failure> {
         let deadline = Instant::now() + patience;
         let mut pause = PAUSE_FIRST;
+        let answer_max = if self.cluster.has_several() { ANSWER_MAX_SEVERAL } else { ANSWER_MAX };
         loop {
             let attempt = match self.connect(deadline).await {
-                Ok(connection) => tokio::time::timeout(ANSWER_MAX, once(&connection, frame)).await,
+                Ok(connection) => tokio::time::timeout(answer_max, once(&connection, frame)).await,
                 Err(failure) => return Err(failure),
             };
             let failure = match attempt {
                 Ok(Ok(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => {
+                    self.ask_another();
                     Failure::from(refusal)
                 }
                 Ok(Ok(Reply::Refused(refusal))) => return Err(refusal.into()),
                 Ok(Ok(reply)) => return Ok(reply),
                 Ok(Err(why)) => {
                     self.connection = None;
+                    self.turn += 1;
                     Failure::unreachable(format!("the coordinator went away before it answered: {why}"))
                 }
                 Err(_) => {
                     self.connection = None;
+                    self.turn += 1;
                     Failure::unreachable(format!(
                         "the coordinator did not answer within {} s",
-                        ANSWER_MAX.as_secs()
+                        answer_max.as_secs()
                     ))
                 }
             };
@@ -114,10 +127,33 @@ impl Client {
         }
     }
 
-    async fn attempt(&self) -> Result<Connection, Failure> {
-        let addresses = self.cluster.addresses()?;
+    async fn attempt(&mut self) -> Result<Connection, Failure> {
+        let mut addresses = self.cluster.addresses()?;
+        if !addresses.is_empty() {
+            let first = self.turn % addresses.len();
+            addresses.rotate_left(first);
+        }
         let identity = self.cluster.identity()?;
-        Ok(net::connect(&addresses, &identity).await?)
+        let connection = net::connect(&addresses, &identity).await?;
+        if identity.is_due(SystemTime::now())
+            && let Err(why) = renew(&connection, &identity, &self.cluster.client_dir).await
+        {
+            out::note(&format!("warning: the certificate of {} was not renewed: {why}", identity.member));
+        }
+        if self.cluster.wants_addresses()
+            && let Ok(Reply::Addresses(known)) = once(&connection, &ClientFrame::query(Request::Addresses)).await
+        {
+            self.cluster.learn(known);
+        }
+        Ok(connection)
+    }
+
+    /// The next connection is to another coordinator, where there are several.
+    fn ask_another(&mut self) {
+        if self.connection.as_ref().is_some_and(|c| c.close_reason().is_some()) || self.cluster.has_several() {
+            self.connection = None;
+            self.turn += 1;
+        }
     }
 
     /// Hands every event of the job from the `from`-th on to `on`, in order, each once, and reads on when `on` is done with it. With
@@ -163,9 +199,7 @@ impl Client {
             if Instant::now() > give_up {
                 return Err(Failure::unreachable(format!("the coordinator went away: {why}")));
             }
-            if connection.close_reason().is_some() {
-                self.connection = None;
-            }
+            self.ask_another();
             tokio::time::sleep(PAUSE_FIRST).await;
         }
     }
@@ -185,6 +219,18 @@ pub fn unexpected(reply: &Reply) -> Failure {
     Failure::unreachable(format!(
         "the coordinator gave an answer of another kind ({name}); are both of the same version?"
     ))
+}
+
+async fn renew(connection: &Connection, identity: &Identity, dir: &Path) -> Result<(), String> {
+    let request = Request::Renew { csr_der: identity.signing_request()? };
+    match once(connection, &ClientFrame::query(request)).await? {
+        Reply::Certificate { certificate_der } => {
+            let renewed = identity.renewed(certificate_der)?;
+            renewed.store_certificate(dir).map_err(|error| error.to_string())
+        }
+        Reply::Refused(refusal) => Err(refusal.message),
+        other => Err(unexpected(&other).message),
+    }
 }
 
 async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, String> {

@@ -3,9 +3,12 @@
 use crate::failure::Failure;
 use crate::places;
 use fleet_common::endpoint::Endpoint;
+use fleet_common::files;
 use fleet_common::net::Identity;
+use fleet_common::protocol::CoordinatorAddress;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A cluster that can be talked to.
 #[derive(Clone, Debug)]
@@ -19,14 +22,28 @@ pub struct Cluster {
 enum Addresses {
     /// Where a coordinator on this machine listens is read anew for every attempt: it may have been restarted.
     DataDir(PathBuf),
-    Fixed(Vec<String>),
+    /// A login, whose directory says it.
+    Login(PathBuf, Login),
 }
 
 /// `cluster.json` beside the identity that `fleet login` stored.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Login {
+    /// Of all coordinators, for clients.
     pub addresses: Vec<String>,
 }
+
+impl Login {
+    pub fn store(&self, dir: &Path) -> Result<(), Failure> {
+        let file = dir.join(LOGIN);
+        let text = serde_json::to_string_pretty(self).map_err(|e| Failure::environment(e.to_string()))?;
+        files::write_atomic(&file, text.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))
+    }
+}
+
+const LOGIN: &str = "cluster.json";
+/// Coordinators come and go seldom.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
 impl Cluster {
     /// `wish` is `--cluster` or FLEET_CLUSTER: a data directory, HOST:PORT, or the name of a login or a local launch. Without it the newest
@@ -46,14 +63,12 @@ impl Cluster {
         if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
-        if let Some(cluster) = logins()
+        if let Some((name, login)) = logins()
             .into_iter()
             .find(|(name, login)| name == wish || login.addresses.iter().any(|a| a == wish))
         {
-            return Ok(Cluster {
-                addresses: Addresses::Fixed(cluster.1.addresses),
-                client_dir: places::login_dir(&cluster.0),
-            });
+            let dir = places::login_dir(&name);
+            return Ok(Cluster { addresses: Addresses::Login(dir.clone(), login), client_dir: dir });
         }
         let local = places::running().into_iter().find(|launch| {
             Endpoint::load(&launch.data_dir).ok().flatten().is_some_and(|endpoint| endpoint.quic == wish)
@@ -79,10 +94,14 @@ impl Cluster {
 
     pub fn addresses(&self) -> Result<Vec<String>, Failure> {
         match &self.addresses {
-            Addresses::Fixed(addresses) => Ok(addresses.clone()),
+            Addresses::Login(_, login) => Ok(login.addresses.clone()),
             Addresses::DataDir(dir) => {
                 match Endpoint::load(dir).map_err(|e| Failure::unreachable(e.to_string()))? {
-                    Some(endpoint) => Ok(vec![endpoint.quic]),
+                    // The one on this machine first.
+                    Some(Endpoint { quic, coordinators, .. }) => {
+                        let others = coordinators.into_iter().filter(|other| *other != quic);
+                        Ok(std::iter::once(quic.clone()).chain(others).collect())
+                    }
                     None => Err(Failure::unreachable(format!(
                         "{} has no endpoint.json: no coordinator has listened there; start one with `coordinator start --data-dir {}`",
                         dir.display(),
@@ -90,6 +109,27 @@ impl Cluster {
                     ))),
                 }
             }
+        }
+    }
+
+    pub fn has_several(&self) -> bool {
+        self.addresses().is_ok_and(|addresses| addresses.len() > 1)
+    }
+
+    /// Whether what is known of a cluster elsewhere is so old that it should be asked for.
+    pub fn wants_addresses(&self) -> bool {
+        let Addresses::Login(dir, _) = &self.addresses else { return false };
+        let age = dir.join(LOGIN).metadata().and_then(|file| file.modified()).ok().and_then(|at| at.elapsed().ok());
+        age.is_none_or(|age| age > ASK_AGAIN_AFTER)
+    }
+
+    /// Keeps where the coordinators are. What cannot be kept is asked for again.
+    pub fn learn(&mut self, known: Vec<CoordinatorAddress>) {
+        if let Addresses::Login(dir, login) = &mut self.addresses
+            && !known.is_empty()
+        {
+            login.addresses = known.into_iter().map(|address| address.client).collect();
+            let _ = login.store(dir);
         }
     }
 
@@ -108,7 +148,7 @@ fn logins() -> Vec<(String, Login)> {
     entries
         .filter_map(|entry| {
             let login =
-                serde_json::from_slice(&std::fs::read(entry.path().join("cluster.json")).ok()?).ok()?;
+                serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
             Some((entry.file_name().into_string().ok()?, login))
         })
         .collect()

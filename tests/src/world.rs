@@ -112,6 +112,52 @@ impl World {
         self.standing(Running::start(command), data_dir)
     }
 
+    /// `coordinator join` on free ports with a fresh token, once it listens. `more` goes to the command line.
+    pub fn join_coordinator(&self, cluster: &Standing, data_dir: &Path, more: &[&str]) -> Standing {
+        let token = self.token(cluster, &["--role", "coordinator"]);
+        let mut command = self.command("coordinator");
+        let any = "127.0.0.1:0";
+        command.args(["join", &cluster.endpoint.quic, "--token", &token, "--listen", any, "--http", any]);
+        command.arg("--data-dir").arg(data_dir).args(more);
+        self.standing(Running::start(command), data_dir)
+    }
+
+    /// `coordinator start` where there is one already, on the ports that it had.
+    pub fn restart_coordinator(&self, data_dir: &Path) -> Standing {
+        let mut command = self.command("coordinator");
+        command.args(["start", "--expect-existing", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        command.arg("--data-dir").arg(data_dir);
+        self.standing(Running::start(command), data_dir)
+    }
+
+    /// Three coordinators that vote, each with its own process and data directory.
+    pub fn three_coordinators(&self) -> Vec<Standing> {
+        let mut all = vec![self.coordinator(&self.path("coordinator-1"), "127.0.0.1:0")];
+        for number in 2..=3 {
+            let joined = self.join_coordinator(&all[0], &self.path(&format!("coordinator-{number}")), &[]);
+            all.push(joined);
+        }
+        eventually("three coordinators vote", || {
+            self.coordinators(&all[0]).iter().filter(|view| view["voter"] == true).count() == 3
+        });
+        all
+    }
+
+    /// What `fleet coordinators ls` says.
+    pub fn coordinators(&self, cluster: &Standing) -> Vec<serde_json::Value> {
+        let args = ["coordinators", "ls", "--json", "--cluster", cluster.cluster()];
+        let done = self.run("fleet", &args).expect(0);
+        let list: serde_json::Value = serde_json::from_str(&done.stdout.concat()).expect("it prints JSON");
+        list.as_array().cloned().unwrap_or_default()
+    }
+
+    /// A fresh join token.
+    pub fn token(&self, cluster: &Standing, args: &[&str]) -> String {
+        let command = ["token", "create", "--cluster", cluster.cluster()];
+        let done = self.run("fleet", &[&command, args].concat()).expect(0);
+        done.stdout.concat().trim().to_owned()
+    }
+
     /// Waits until the coordinator that `process` is listens.
     pub fn standing(&self, process: Running, data_dir: &Path) -> Standing {
         let (mut found, pid) = (None, process.pid());

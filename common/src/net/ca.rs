@@ -1,16 +1,17 @@
 //! The certificate authority of a cluster. It alone decides what a certificate says: of a signing request it takes the public key.
 
-use super::identity::{Identity, PrivateKey};
+use super::identity::{self, Identity};
 use super::peer::Peer;
+use super::secret::{PrivateKey, wipe};
 use crate::files;
-use crate::ids::NodeId;
-use crate::protocol::Role;
+use crate::protocol::{Member, Role};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
 };
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use sha2::{Digest, Sha256};
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -32,6 +33,8 @@ pub enum CaError {
     Signing(#[from] rcgen::Error),
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error("this is not the CA of a cluster: {0}")]
+    Foreign(String),
     #[error("the cluster's CA in {dir} is damaged: {what}; restore ca.pem and ca.key from a backup")]
     Damaged { dir: String, what: String },
 }
@@ -42,10 +45,20 @@ const KEY: &str = "ca.key";
 /// A cluster outlives its machines.
 const CA_VALIDITY: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
-/// Certificates hold from this long before they are made, for peers whose clock is behind.
-const CLOCK_SKEW: Duration = Duration::from_secs(3600);
+/// How long a member's certificate holds, unless the coordinator was told otherwise. Renewed when a third is left.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Certificates hold from this long before they are made. As much as one has left when it is renewed: a clock may be wrong by ten days
+/// in either direction, and locks nobody out.
+pub(super) const CLOCK_SKEW: Duration = Duration::from_secs(10 * 24 * 3600);
 
 const SUBJECT: &str = "fleet cluster ";
+
+impl fmt::Debug for ClusterCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ClusterCa({}, ..)", self.cluster_id)
+    }
+}
 
 impl ClusterCa {
     /// A new CA for a new cluster. The key is random.
@@ -68,23 +81,39 @@ impl ClusterCa {
         let key = files::read_optional(&dir.join(KEY))?.ok_or_else(|| damaged("ca.key is missing".into()))?;
         let key = KeyPair::from_pem(&key).map_err(|error| damaged(format!("ca.key: {error}")))?;
         let der = pem::parse(certificate).map_err(|error| damaged(format!("ca.pem: {error}")))?;
-        let der = CertificateDer::from(der.into_contents());
+        ClusterCa::of(CertificateDer::from(der.into_contents()), key).map(Some).map_err(damaged)
+    }
+
+    /// The CA that another coordinator sent. Refuses a key that is not the certificate's.
+    pub fn from_parts(der: Vec<u8>, key: &PrivateKey) -> Result<ClusterCa, CaError> {
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key.secret_der()))?;
+        ClusterCa::of(der.into(), key).map_err(CaError::Foreign)
+    }
+
+    fn of(der: CertificateDer<'static>, key: KeyPair) -> Result<ClusterCa, String> {
         let cluster_id = match subject(&der) {
             Ok((name, public)) if public == key.der_bytes() => name.strip_prefix(SUBJECT).map(str::to_owned),
-            Ok(_) => return Err(damaged("ca.key is not the key of ca.pem".into())),
-            Err(what) => return Err(damaged(format!("ca.pem: {what}"))),
+            Ok(_) => return Err("ca.key is not the key of ca.pem".into()),
+            Err(what) => return Err(format!("ca.pem: {what}")),
         };
-        let cluster_id = cluster_id.ok_or_else(|| damaged("ca.pem is not a fleet cluster's".into()))?;
-        let issuer = Issuer::from_ca_cert_der(&der, key)?;
-        Ok(Some(ClusterCa { cluster_id, der, issuer }))
+        let cluster_id = cluster_id.ok_or("ca.pem is not a fleet cluster's")?;
+        let issuer = Issuer::from_ca_cert_der(&der, key).map_err(|error| format!("ca.pem: {error}"))?;
+        Ok(ClusterCa { cluster_id, der, issuer })
     }
 
     /// Writes both files, the key first and private, so that a certificate is never without its key.
     pub fn store(&self, dir: &Path) -> io::Result<()> {
         files::create_dir(dir)?;
-        let key = self.issuer.key().serialize_pem();
-        files::write_atomic(&dir.join(KEY), key.as_bytes(), files::SECRET)?;
+        let mut key = self.issuer.key().serialize_pem().into_bytes();
+        let written = files::write_atomic(&dir.join(KEY), &key, files::SECRET);
+        wipe(&mut key);
+        written?;
         files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes(), files::PUBLIC)
+    }
+
+    /// The CA's key, for a new coordinator. Goes into no log.
+    pub fn key(&self) -> PrivateKey {
+        PrivateKey::new(self.issuer.key().serialize_der())
     }
 
     pub fn cluster_id(&self) -> &str {
@@ -102,40 +131,33 @@ impl ClusterCa {
     }
 
     /// Signs a request that was made elsewhere. Only its public key counts, and that the requester has the private one.
-    #[expect(clippy::too_many_arguments, reason = "these are the fields of a certificate")]
     pub fn sign(
         &self,
         csr_der: &[u8],
-        cluster_id: &str,
+        member: Member,
         name: &str,
-        role: Role,
-        node: Option<NodeId>,
-        not_before: SystemTime,
-        validity: Duration,
+        now: SystemTime,
+        life: Duration,
     ) -> Result<Vec<u8>, CaError> {
         let request = CertificateSigningRequestDer::from(csr_der);
         let request = CertificateSigningRequestParams::from_der(&request).map_err(CaError::BadRequest)?;
-        let peer = Peer { role, node, name: name.to_owned(), cluster_id: cluster_id.to_owned() };
-        self.certify(&request.public_key, &peer, not_before, validity)
+        self.certify(&request.public_key, &self.peer(member, name), now - CLOCK_SKEW, now + life)
     }
 
-    /// Makes a key and its certificate, valid from shortly before `now`.
+    /// Makes a key and its certificate.
     pub fn issue(
         &self,
-        cluster_id: &str,
+        member: Member,
         name: &str,
-        role: Role,
-        node: Option<NodeId>,
         now: SystemTime,
-        validity: Duration,
+        life: Duration,
     ) -> Result<Identity, CaError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let peer = Peer { role, node, name: name.to_owned(), cluster_id: cluster_id.to_owned() };
-        let certificate_der = self.certify(&key, &peer, now - CLOCK_SKEW, validity + CLOCK_SKEW)?;
+        let peer = self.peer(member, name);
+        let certificate_der = self.certify(&key, &peer, now - CLOCK_SKEW, now + life)?;
         Ok(Identity {
             cluster_id: peer.cluster_id,
-            role,
-            node,
+            member,
             name: peer.name,
             certificate_der,
             key_pkcs8_der: PrivateKey::new(key.serialize_der()),
@@ -143,17 +165,30 @@ impl ClusterCa {
         })
     }
 
+    /// A new certificate for an identity that this process holds. It begins when the old one did: should this machine's clock have jumped
+    /// ahead, others still see a certificate that holds.
+    pub fn reissue(&self, old: &Identity, now: SystemTime, life: Duration) -> Result<Identity, CaError> {
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(old.key_pkcs8_der.secret_der()))?;
+        let from = identity::validity(&old.certificate_der).0.min(now - CLOCK_SKEW);
+        let certificate_der = self.certify(&key, &self.peer(old.member, &old.name), from, now + life)?;
+        Ok(Identity { certificate_der, ca_der: self.der.to_vec(), ..old.clone() })
+    }
+
+    fn peer(&self, member: Member, name: &str) -> Peer {
+        Peer { member, name: name.to_owned(), cluster_id: self.cluster_id.clone() }
+    }
+
     fn certify(
         &self,
         key: &impl PublicKeyData,
         peer: &Peer,
-        not_before: SystemTime,
-        validity: Duration,
+        from: SystemTime,
+        to: SystemTime,
     ) -> Result<Vec<u8>, CaError> {
         let mut params = peer.certificate_params().map_err(CaError::BadName)?;
-        (params.not_before, params.not_after) = (not_before.into(), (not_before + validity).into());
+        (params.not_before, params.not_after) = (from.into(), to.into());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = match peer.role {
+        params.extended_key_usages = match peer.member.role() {
             Role::Coordinator => {
                 vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
             }

@@ -1,54 +1,30 @@
 //! A member's certificate and key, and their four files: `identity.json`, `cert.pem`, `ca.pem`, and `key.pem`, which only the owner reads.
+//!
+//! A renewal keeps the key, so that it replaces one file, which is atomic.
 
-use super::ca::certificate_pem;
+use super::ca::{CLOCK_SKEW, certificate_pem};
 use super::peer::{Peer, role_name};
+use super::secret::PrivateKey;
 use super::tls;
 use crate::files;
 use crate::ids::NodeId;
-use crate::protocol::Role;
+use crate::protocol::{Member, Role};
+use rcgen::{CertificateParams, KeyPair};
+use rustls_pki_types::PrivatePkcs8KeyDer;
 use serde_json::json;
-use std::fmt;
 use std::io;
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// What a process shows to others. The first four fields are what the certificate says.
+/// What a process shows to others. The first three fields are what the certificate says.
 #[derive(Clone, Debug)]
 pub struct Identity {
     pub cluster_id: String,
-    pub role: Role,
-    /// Set for workers.
-    pub node: Option<NodeId>,
+    pub member: Member,
     pub name: String,
     pub certificate_der: Vec<u8>,
     pub key_pkcs8_der: PrivateKey,
     pub ca_der: Vec<u8>,
-}
-
-/// A private key, PKCS#8 in DER. Not shown by `Debug`, wiped when dropped.
-#[derive(Clone)]
-pub struct PrivateKey(Vec<u8>);
-
-impl PrivateKey {
-    pub fn new(pkcs8_der: Vec<u8>) -> PrivateKey {
-        PrivateKey(pkcs8_der)
-    }
-
-    pub fn secret_der(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl Drop for PrivateKey {
-    fn drop(&mut self) {
-        self.0.fill(0);
-        std::hint::black_box(&self.0);
-    }
-}
-
-impl fmt::Debug for PrivateKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("PrivateKey(..)")
-    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +48,8 @@ impl Identity {
         key: PrivateKey,
         ca_der: Vec<u8>,
     ) -> Result<Identity, String> {
-        let Peer { role, node, name, cluster_id } = Peer::from_certificate(&certificate_der)?;
-        let identity = Identity { cluster_id, role, node, name, certificate_der, key_pkcs8_der: key, ca_der };
+        let Peer { member, name, cluster_id } = Peer::from_certificate(&certificate_der)?;
+        let identity = Identity { cluster_id, member, name, certificate_der, key_pkcs8_der: key, ca_der };
         tls::check(&identity).map_err(|error| error.to_string())?;
         Ok(identity)
     }
@@ -84,18 +60,20 @@ impl Identity {
         let key = pem::encode(&pem::Pem::new("PRIVATE KEY", self.key_pkcs8_der.secret_der()));
         let summary = json!({
             "cluster_id": self.cluster_id,
-            "role": role_name(self.role),
-            "node": self.node.map(|node| node.to_string()),
+            "role": role_name(self.role()),
+            "member": self.member.to_string(),
             "name": self.name,
         });
         files::write_atomic(&dir.join(KEY), key.as_bytes(), files::SECRET)?;
-        files::write_atomic(
-            &dir.join(CERTIFICATE),
-            certificate_pem(&self.certificate_der).as_bytes(),
-            files::PUBLIC,
-        )?;
+        self.store_certificate(dir)?;
         files::write_atomic(&dir.join(CA), certificate_pem(&self.ca_der).as_bytes(), files::PUBLIC)?;
         files::write_atomic(&dir.join(SUMMARY), format!("{summary:#}\n").as_bytes(), files::PUBLIC)
+    }
+
+    /// Replaces the certificate alone, as after a renewal.
+    pub fn store_certificate(&self, dir: &Path) -> io::Result<()> {
+        let pem = certificate_pem(&self.certificate_der);
+        files::write_atomic(&dir.join(CERTIFICATE), pem.as_bytes(), files::PUBLIC)
     }
 
     /// Reads what `store` wrote; `None` where there is no `identity.json`. Refuses files that do not belong together.
@@ -116,7 +94,65 @@ impl Identity {
 
     /// Who this is, as others see it.
     pub fn peer(&self) -> Peer {
-        let Identity { role, node, name, cluster_id, .. } = self.clone();
-        Peer { role, node, name, cluster_id }
+        let Identity { member, name, cluster_id, .. } = self.clone();
+        Peer { member, name, cluster_id }
+    }
+
+    pub fn role(&self) -> Role {
+        self.member.role()
+    }
+
+    /// Of a worker's identity.
+    pub fn node(&self) -> Option<NodeId> {
+        match self.member {
+            Member::Worker(node) => Some(node),
+            _ => None,
+        }
+    }
+
+    /// How long the certificate still holds; zero when it does not any more.
+    pub fn remaining(&self, now: SystemTime) -> Duration {
+        validity(&self.certificate_der).1.duration_since(now).unwrap_or_default()
+    }
+
+    /// Whether a third of the certificate's life, or less, is left.
+    pub fn is_due(&self, now: SystemTime) -> bool {
+        let (from, to) = validity(&self.certificate_der);
+        let life = to.duration_since(from + CLOCK_SKEW).unwrap_or_default();
+        self.remaining(now) < life / 3
+    }
+
+    /// A request for a new certificate over the same key.
+    pub fn signing_request(&self) -> Result<Vec<u8>, String> {
+        let key = PrivatePkcs8KeyDer::from(self.key_pkcs8_der.secret_der());
+        let key = KeyPair::try_from(&key).map_err(|error| error.to_string())?;
+        let request =
+            CertificateParams::default().serialize_request(&key).map_err(|error| error.to_string())?;
+        Ok(request.der().to_vec())
+    }
+
+    /// This identity with a certificate that was made for its `signing_request`. Refuses one that says something else or ends sooner.
+    pub fn renewed(&self, certificate_der: Vec<u8>) -> Result<Identity, String> {
+        let new = Identity::from_parts(certificate_der, self.key_pkcs8_der.clone(), self.ca_der.clone())?;
+        if new.peer() != self.peer() {
+            return Err(format!("the new certificate is for {}, not for {}", new.member, self.member));
+        }
+        if validity(&new.certificate_der).1 < validity(&self.certificate_der).1 {
+            return Err("the new certificate ends before the one that is here; compare the clocks".into());
+        }
+        Ok(new)
+    }
+}
+
+/// From when to when a certificate holds. Nothing holds that cannot be read.
+pub(super) fn validity(certificate_der: &[u8]) -> (SystemTime, SystemTime) {
+    let time = |time: x509_parser::time::ASN1Time| {
+        UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
+    };
+    match x509_parser::parse_x509_certificate(certificate_der) {
+        Ok((_, certificate)) => {
+            (time(certificate.validity().not_before), time(certificate.validity().not_after))
+        }
+        Err(_) => (UNIX_EPOCH, UNIX_EPOCH),
     }
 }

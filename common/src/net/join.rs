@@ -1,19 +1,23 @@
 //! Becoming a member: one `JoinRequest`, one `JoinReply`. The joiner's key never leaves it.
 
 use super::NetError;
-use super::ca::fingerprint;
-use super::identity::{Identity, PrivateKey};
-use super::quic::{attempt, describe, join_transport};
-use super::tls;
+use super::ca::{ClusterCa, fingerprint};
+use super::connect::attempt;
+use super::identity::Identity;
+use super::secret::{PrivateKey, wipe};
 use super::token::JoinToken;
-use crate::codec::{read_frame, read_frame_limited, write_frame};
-use crate::protocol::{JoinReply, JoinRequest, PROTOCOL_VERSION};
+use super::verdict::{DONE, REFUSED, describe};
+use super::{limits, tls};
+use crate::codec::{self, read_frame, read_frame_limited, write_frame};
+use crate::protocol::{
+    Admission, CoordinatorAddress, JoinReply, JoinRequest, PROTOCOL_VERSION, Refusal, RefusalKind, Role,
+};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Connection, ConnectionError, SendStream, VarInt};
+use quinn::{ClientConfig, Connection, ConnectionError, SendStream};
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
-use tokio::time::timeout;
+use std::time::{Duration, Instant};
+use tokio::time::{sleep, timeout};
 
 /// A joiner that has not sent its request by then is dropped: it holds a connection and has shown nothing.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(3);
@@ -24,24 +28,22 @@ const JOIN_DEADLINE: Duration = Duration::from_secs(15);
 /// A request is a token, a name and a key: less than one kilobyte.
 const REQUEST_MAX: usize = 16 << 10;
 
-const DONE: VarInt = VarInt::from_u32(0);
-const REFUSED: VarInt = VarInt::from_u32(1);
+/// So long a cluster that cannot admit anybody at the moment, or cannot be reached, is asked again.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(100);
 
-/// Joins the cluster of `token` through the coordinator at `addr` (`HOST:PORT`): makes a key and has it certified.
-pub async fn join(addr: &str, token: &JoinToken, name: &str) -> Result<Identity, NetError> {
-    let seen = Arc::new(OnceLock::new());
-    let crypto = tls::joiner(&token.ca_fingerprint, seen.clone())?;
-    let crypto = QuicClientConfig::try_from(crypto).map_err(|error| NetError::Tls(error.to_string()))?;
-    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(join_transport());
-    let connection = attempt(addr, config, None).await.map_err(|failure| match seen.get() {
-        Some(shown) => NetError::Refused(format!(
-            "{addr}: the token is of another cluster (its CA is {}, the coordinator's is {}); ask for a token there",
-            short(&token.ca_fingerprint),
-            short(shown),
-        )),
-        None => failure.at(addr).into(),
-    })?;
+/// What a joiner has become.
+#[derive(Debug)]
+pub struct Joined {
+    pub identity: Identity,
+    pub coordinators: Vec<CoordinatorAddress>,
+    /// Of a coordinator.
+    pub ca: Option<ClusterCa>,
+}
+
+/// Joins the cluster of `token` through the first of these coordinators (`HOST:PORT`) that lets it in: makes a key and has it certified.
+/// However often the request is sent, it is one use of the token.
+pub async fn join(addrs: &[String], token: &JoinToken, name: &str) -> Result<Joined, NetError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(tls_error)?;
     let csr = CertificateParams::default().serialize_request(&key).map_err(tls_error)?;
     let request = JoinRequest {
@@ -51,22 +53,93 @@ pub async fn join(addr: &str, token: &JoinToken, name: &str) -> Result<Identity,
         csr_der: csr.der().to_vec(),
         name: name.to_owned(),
     };
-    let reply = timeout(JOIN_DEADLINE, exchange(&connection, &request)).await;
-    let reply = reply.map_err(|_| NetError::Lost(format!("{addr} did not answer the request to join")))??;
+    let begun = Instant::now();
+    let mut asked = false;
+    loop {
+        let mut last = NetError::Unreachable("no address was given".into());
+        for addr in addrs {
+            match ask(addr, token, &request).await {
+                Ok(admission) => return settle(addr, token, key, admission),
+                Err(Asked::Refused(error)) => return Err(error),
+                Err(Asked::Later(error)) => (asked, last) = (true, error),
+                Err(Asked::Silent(error)) => last = error,
+            }
+        }
+        // Nobody has heard the request: there is nothing to wait for.
+        if !asked || begun.elapsed() > PATIENCE {
+            return Err(last);
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Why one coordinator did not admit.
+enum Asked {
+    Refused(NetError),
+    /// It may have been heard, and may be admitted later.
+    Later(NetError),
+    Silent(NetError),
+}
+
+async fn ask(addr: &str, token: &JoinToken, request: &JoinRequest) -> Result<Admission, Asked> {
+    let seen = Arc::new(OnceLock::new());
+    let config = config(token, seen.clone()).map_err(Asked::Refused)?;
+    let connection = attempt(addr, config).await.map_err(|failure| match seen.get() {
+        Some(shown) => Asked::Refused(NetError::Refused(format!(
+            "{addr}: the token is of another cluster (its CA is {}, the coordinator's is {}); ask for a token there",
+            short(&token.ca_fingerprint),
+            short(shown),
+        ))),
+        None => match NetError::from(failure.at(addr)) {
+            error @ NetError::Unreachable(_) => Asked::Silent(error),
+            error => Asked::Refused(error),
+        },
+    })?;
+    let reply = timeout(JOIN_DEADLINE, exchange(&connection, request)).await;
+    let reply = reply.map_err(|_| NetError::Lost(format!("{addr} did not answer the request to join")));
+    let reply = reply.and_then(|reply| reply).map_err(Asked::Later)?;
     connection.close(DONE, b"");
-    let (certificate_der, ca_der) = match reply {
-        JoinReply::Refused(reason) => return Err(NetError::Refused(format!("{addr}: {reason}"))),
-        JoinReply::Accepted { certificate_der, ca_der, .. } => (certificate_der, ca_der),
-    };
+    match reply {
+        JoinReply::Accepted(admission) => Ok(*admission),
+        JoinReply::Refused(refusal) => {
+            let message = format!("{addr}: {}", refusal.message);
+            Err(match refusal.kind {
+                RefusalKind::Unavailable => Asked::Later(NetError::Unavailable(message)),
+                _ => Asked::Refused(NetError::Refused(message)),
+            })
+        }
+    }
+}
+
+fn config(token: &JoinToken, seen: Arc<OnceLock<String>>) -> Result<ClientConfig, NetError> {
+    let crypto = tls::joiner(&token.ca_fingerprint, seen)?;
+    let crypto = QuicClientConfig::try_from(crypto).map_err(|error| NetError::Tls(error.to_string()))?;
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(limits::joining());
+    Ok(config)
+}
+
+/// Believes an admission only as far as the token's fingerprint and role go.
+fn settle(addr: &str, token: &JoinToken, key: KeyPair, admission: Admission) -> Result<Joined, NetError> {
+    let refused = |what: &str| NetError::Refused(format!("{addr}: the coordinator {what}"));
+    let Admission { certificate_der, ca_der, coordinators, ca_key, .. } = admission;
     if fingerprint(&ca_der) != token.ca_fingerprint {
-        return Err(NetError::Refused(format!("{addr}: the coordinator sent the CA of another cluster")));
+        return Err(refused("sent the CA of another cluster"));
     }
-    let identity = Identity::from_parts(certificate_der, PrivateKey::new(key.serialize_der()), ca_der);
+    let identity =
+        Identity::from_parts(certificate_der, PrivateKey::new(key.serialize_der()), ca_der.clone());
     let identity = identity.map_err(NetError::Tls)?;
-    if identity.role != token.role {
-        return Err(NetError::Refused(format!("{addr}: the coordinator gave another role than the token's")));
+    if identity.role() != token.role {
+        return Err(refused("gave another role than the token's"));
     }
-    Ok(identity)
+    let ca = match (token.role, ca_key) {
+        (Role::Coordinator, Some(key)) => Some(
+            ClusterCa::from_parts(ca_der, &key).map_err(|error| refused(&format!("sent no CA: {error}")))?,
+        ),
+        (Role::Coordinator, None) => return Err(refused("did not send the CA's key")),
+        _ => None,
+    };
+    Ok(Joined { identity, coordinators, ca })
 }
 
 /// A joiner that waits for its answer.
@@ -99,7 +172,8 @@ pub async fn receive_join(connection: &Connection) -> Result<JoinExchange, NetEr
         "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the joiner {}; install the same version of fleet",
         exchange.request.version
     );
-    exchange.answer(&JoinReply::Refused(reason.clone())).await?;
+    let refusal = Refusal { kind: RefusalKind::Invalid, message: reason.clone() };
+    exchange.answer(&JoinReply::Refused(refusal)).await?;
     Err(NetError::Refused(reason))
 }
 
@@ -107,7 +181,11 @@ impl JoinExchange {
     /// Sends the reply and waits until the joiner, which has read it then, closes the connection.
     pub async fn answer(mut self, reply: &JoinReply) -> Result<(), NetError> {
         let sent = async {
-            write_frame(&mut self.send, reply).await.map_err(|error| error.to_string())?;
+            // It may hold the CA's key.
+            let mut bytes = codec::frame(reply).map_err(|error| error.to_string())?;
+            let written = self.send.write_all(&bytes).await;
+            wipe(&mut bytes);
+            written.map_err(|error| error.to_string())?;
             self.send.finish().map_err(|error| error.to_string())?;
             match self.connection.closed().await {
                 ConnectionError::ApplicationClosed(close) if close.error_code == DONE => Ok(()),

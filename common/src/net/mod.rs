@@ -4,22 +4,55 @@
 //! resumes a session (an expired certificate would come back) and never sends data before the handshake is done.
 
 mod ca;
+mod connect;
 mod identity;
 mod join;
+mod limits;
+mod listen;
 mod peer;
-mod quic;
+mod secret;
 mod tls;
 mod token;
+mod verdict;
 
-pub use ca::{CaError, ClusterCa};
-pub use identity::{Identity, IdentityError, PrivateKey};
-pub use join::{JoinExchange, join, receive_join};
+pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa};
+pub use connect::{Reached, connect, reach};
+pub use identity::{Identity, IdentityError};
+pub use join::{JoinExchange, Joined, join, receive_join};
+pub use limits::widen;
+pub use listen::{Accepted, Turned, accept, remote, renew, serve};
 pub use peer::{NAME_MAX, Peer};
-pub use quic::{Accepted, accept, classify, connect, describe, serve};
+pub use secret::PrivateKey;
 pub use token::{JoinToken, TOKEN_ENV, TokenError, secret_matches};
+pub use verdict::{BUSY, DONE, REFUSED, REVOKED, describe};
 
 use crate::exit;
 use std::net::SocketAddr;
+
+/// A coordinator has two sockets, so that a flood on one does not reach the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// For clients and those who join.
+    Clients = 1,
+    /// For agents and the other coordinators.
+    Members = 2,
+}
+
+impl TryFrom<u8> for Socket {
+    type Error = u8;
+
+    fn try_from(byte: u8) -> Result<Socket, u8> {
+        [Socket::Clients, Socket::Members].into_iter().find(|socket| *socket as u8 == byte).ok_or(byte)
+    }
+}
+
+/// Who connects, which decides how a connection is kept.
+#[derive(Clone, Copy, Debug)]
+enum Link {
+    Client,
+    Agent,
+    Coordinator,
+}
 
 /// Why a connection could not be made or kept. Each is one line with the cure.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +65,12 @@ pub enum NetError {
     /// The other side, or this one on seeing it, said no.
     #[error("{0}")]
     Refused(String),
+    /// This side was cut off from the cluster; no other coordinator will take it either.
+    #[error("{0}")]
+    Revoked(String),
+    /// The other side cannot do it at the moment.
+    #[error("{0}")]
+    Unavailable(String),
     #[error("the connection failed: {0}")]
     Lost(String),
     #[error("this identity cannot be used for TLS: {0}; remove it and join again")]
@@ -43,8 +82,8 @@ impl NetError {
     pub fn exit_code(&self) -> u8 {
         match self {
             NetError::Bind { .. } => exit::ENVIRONMENT,
-            NetError::Unreachable(_) | NetError::Lost(_) => exit::UNREACHABLE,
-            NetError::Refused(_) | NetError::Tls(_) => exit::REFUSED_INPUT,
+            NetError::Unreachable(_) | NetError::Unavailable(_) | NetError::Lost(_) => exit::UNREACHABLE,
+            NetError::Refused(_) | NetError::Revoked(_) | NetError::Tls(_) => exit::REFUSED_INPUT,
         }
     }
 }

@@ -1,19 +1,16 @@
 //! Who a certificate says its holder is.
 //!
-//! The common name is the display name; a URI says the rest: `fleet://CLUSTER/worker/node-1`, `fleet://CLUSTER/client`. Trust in what
-//! is read here comes from the CA's signature, which TLS has checked before.
+//! The common name is the display name; a URI says the rest: `fleet://CLUSTER/coordinator/replica-2`, `fleet://CLUSTER/worker/node-1`,
+//! `fleet://CLUSTER/client/user-5`. Trust in what is read here comes from the CA's signature, which TLS has checked before.
 
-use crate::ids::NodeId;
-use crate::protocol::Role;
+use crate::protocol::{Member, Role};
 use rcgen::{CertificateParams, DistinguishedName, DnType, SanType};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// The other end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    pub role: Role,
-    /// Set for workers.
-    pub node: Option<NodeId>,
+    pub member: Member,
     pub name: String,
     pub cluster_id: String,
 }
@@ -45,7 +42,7 @@ impl Peer {
         params.distinguished_name.push(DnType::CommonName, self.name.as_str());
         let uri = self.uri().try_into().map_err(|error| format!("{error}"))?;
         params.subject_alt_names.push(SanType::URI(uri));
-        if self.role == Role::Coordinator {
+        if self.member.role() == Role::Coordinator {
             let dns = COORDINATOR_DNS.try_into().map_err(|error| format!("{error}"))?;
             params.subject_alt_names.push(SanType::DnsName(dns));
         }
@@ -64,17 +61,20 @@ impl Peer {
             _ => None,
         });
         let uri = uri.ok_or("the certificate is not one of a fleet cluster")?;
-        let mut parts = uri.split('/');
-        let cluster_id = parts.next().unwrap_or_default().to_owned();
-        let role = parts.next().and_then(parse_role).ok_or("the certificate names no role")?;
-        let node =
-            parts.next().map(str::parse).transpose().map_err(|_| "the certificate's node is no node id")?;
-        Ok(Peer { role, node, name, cluster_id })
+        let parts: Vec<&str> = uri.split('/').collect();
+        let [cluster_id, role, id] = parts[..] else {
+            return Err("the certificate does not say who its holder is".into());
+        };
+        let member = id
+            .parse()
+            .ok()
+            .filter(|member: &Member| role_name(member.role()) == role && member.to_string() == id);
+        let member = member.ok_or("the certificate names no member")?;
+        Ok(Peer { member, name, cluster_id: cluster_id.to_owned() })
     }
 
     fn uri(&self) -> String {
-        let base = format!("{SCHEME}{}/{}", self.cluster_id, role_name(self.role));
-        self.node.map_or(base.clone(), |node| format!("{base}/{node}"))
+        format!("{SCHEME}{}/{}/{}", self.cluster_id, role_name(self.member.role()), self.member)
     }
 }
 

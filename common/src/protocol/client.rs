@@ -2,7 +2,7 @@
 
 use super::records::*;
 use super::views::*;
-use super::{Member, PROTOCOL_VERSION, Role};
+use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::events::Event;
 use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,12 @@ pub enum Request {
     Checkpoints {
         job: Option<JobId>,
         page: Page,
+    },
+    /// Where the coordinators are. The only request that a worker may make.
+    Addresses,
+    /// The client's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    Renew {
+        csr_der: Vec<u8>,
     },
     /// The job's events from the `from`-th on (1 is the first); the stream stays open until the job's `Finished` event was sent if `follow`.
     Watch {
@@ -135,6 +141,8 @@ impl Request {
             | Request::Checkpoints { .. }
             | Request::Watch { .. }
             | Request::Coordinators
+            | Request::Addresses
+            | Request::Renew { .. }
             | Request::Tokens
             | Request::Decisions(_)
             | Request::Checkpoint { .. }
@@ -242,6 +250,10 @@ pub enum Reply {
     Jobs(Listing<JobView>),
     Job(Box<JobView>),
     Checkpoints(Listing<CheckpointView>),
+    Addresses(Vec<CoordinatorAddress>),
+    Certificate {
+        certificate_der: Vec<u8>,
+    },
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
     Event {
         index: u64,

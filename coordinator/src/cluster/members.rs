@@ -113,6 +113,22 @@ impl State {
         State { replicas: founders, last_replica, ..State::new(cluster_id) }
     }
 
+    /// The state of a backup as the first one of a cluster of one: the coordinators of then are gone for ever.
+    pub fn restored(mut self, founder: ReplicaRecord) -> State {
+        let id = founder.address.replica;
+        for gone in std::mem::take(&mut self.replicas).into_keys() {
+            self.revoked.insert(Member::Coordinator(gone));
+        }
+        self.last_replica = self.last_replica.max(id.0);
+        self.replicas.insert(id, founder);
+        self
+    }
+
+    /// The id that no coordinator has had.
+    pub fn next_replica(&self) -> ReplicaId {
+        ReplicaId(self.last_replica + 1)
+    }
+
     pub fn replicas(&self) -> &BTreeMap<ReplicaId, ReplicaRecord> {
         &self.replicas
     }

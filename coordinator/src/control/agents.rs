@@ -103,7 +103,8 @@ impl<D: Disk> Control<D> {
             _ => self.observations.heard(agent.node, now),
         }
         match message {
-            FromAgent::Heartbeat { .. } => {}
+            // The driver's own: it has the CA.
+            FromAgent::Heartbeat { .. } | FromAgent::Renew { .. } => {}
             FromAgent::Hello(_) if agent.phase != Phase::Silent => {
                 self.close_agent(session, "a worker greets once per connection", false);
             }

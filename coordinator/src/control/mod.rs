@@ -204,25 +204,28 @@ impl<D: Disk> Control<D> {
         }
     }
 
-    /// Does the work of all that was handled since the last call: one sync of the disk for all of it.
-    pub fn process(&mut self, now: Now) -> Result<Vec<Action>, ControlError> {
+    /// Does the work of all that was handled since the last call: one sync of the disk for all of it. `send` gets raft's messages while
+    /// it goes on, a leader's before the sync, so that the followers' disks work at the same time as this one.
+    pub fn process(
+        &mut self,
+        now: Now,
+        send: &mut dyn FnMut(ReplicaId, PeerMessage),
+    ) -> Result<Vec<Action>, ControlError> {
         if self.removed.is_none() {
-            self.round(now)?;
+            self.round(now, send)?;
         }
         Ok(std::mem::take(&mut self.out))
     }
 
-    fn round(&mut self, now: Now) -> Result<(), ControlError> {
+    fn round(&mut self, now: Now, send: &mut dyn FnMut(ReplicaId, PeerMessage)) -> Result<(), ControlError> {
         self.recover(now)?;
         self.take_chunk()?;
         self.plan(now);
         self.record_events(now);
         self.ask_for_reads(now);
-        let out = &mut self.out;
         self.raft_touched = false;
         let output = self.replica.process(&mut |message| {
-            let to = ReplicaId(message.to);
-            out.push(Action::ToPeer { to, message: PeerMessage::Raft(message.encode_to_vec()) });
+            send(ReplicaId(message.to), PeerMessage::Raft(message.encode_to_vec()));
         })?;
         self.note_leadership(now);
         for (ticket, answer) in output.answers {

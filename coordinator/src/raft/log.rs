@@ -127,7 +127,8 @@ impl<D: Disk> LogStore<D> {
         Self::begin(disk, replica, NOTHING, &[], state)
     }
 
-    fn begin(
+    /// Begins a log at any position, which counts as that of a snapshot.
+    pub fn begin(
         disk: Arc<D>,
         replica: u64,
         at: Position,

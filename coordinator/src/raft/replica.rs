@@ -181,6 +181,19 @@ impl<D: Disk> Replica<D> {
         Self::start(log, state, seed)
     }
 
+    /// Makes the only replica of a cluster whose state at this position (index and term) comes from a backup. Positions go on from there,
+    /// because the history is kept under them.
+    pub fn restore(
+        disk: Arc<D>,
+        id: u64,
+        (index, term): (u64, u64),
+        state: State,
+        seed: u64,
+    ) -> Result<Self, ReplicaError> {
+        let log = LogStore::begin(disk, id, Position { index, term }, &[id], encode(&state)?)?;
+        Self::start(log, state, seed)
+    }
+
     /// Continues from what is on the disk; `None` when it is empty. A damaged or shortened log is an error: such a replica must not
     /// take part any more.
     pub fn open(disk: Arc<D>, seed: u64) -> Result<Option<Self>, ReplicaError> {

@@ -32,6 +32,16 @@ impl RocksDisk {
         Ok(RocksDisk { path: path.to_owned(), db: RwLock::new(Some(db)) })
     }
 
+    /// A look at the database as it is at this moment. Another process may have it open and go on writing.
+    pub fn open_read_only(path: &Path) -> Result<Self, DiskError> {
+        let (mut options, families) = options();
+        options.create_if_missing(false);
+        options.create_missing_column_families(false);
+        let db = DB::open_cf_descriptors_read_only(&options, path, families, false);
+        let db = db.map_err(|error| classify(path, &error))?;
+        Ok(RocksDisk { path: path.to_owned(), db: RwLock::new(Some(db)) })
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Option<DB>> {
         self.db.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,6 +114,11 @@ impl Disk for RocksDisk {
 }
 
 fn open(path: &Path) -> Result<DB, DiskError> {
+    let (options, families) = options();
+    DB::open_cf_descriptors(&options, path, families).map_err(|error| classify(path, &error))
+}
+
+fn options() -> (Options, Vec<ColumnFamilyDescriptor>) {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
@@ -128,7 +143,7 @@ fn open(path: &Path) -> Result<DB, DiskError> {
         options.set_write_buffer_size(WRITE_BUFFER);
         ColumnFamilyDescriptor::new(table.name(), options)
     });
-    DB::open_cf_descriptors(&options, path, families).map_err(|error| classify(path, &error))
+    (options, families.into())
 }
 
 fn family(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, DiskError> {

@@ -1,321 +1,173 @@
-//! One agent's connection: its greeting, its orders, its events.
-//!
-//! Orders follow from the state, so a lost wake-up or connection costs nothing. Events are acknowledged only when they are committed,
-//! and heartbeats never touch the log.
+//! An agent's connection: one stream, on which `Control` and the agent speak. Here are only deadlines, credits and heartbeats.
 
 use super::Shared;
-use crate::cluster::Answer;
-use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
-use crate::cluster::members::NodeRecord;
-use crate::cluster::orders::GangStanding;
-use fleet_common::codec::{read_frame, write_frame};
-use fleet_common::events::EventBatch;
-use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{AgentHello, FromAgent, PROTOCOL_VERSION, RefusalKind, ToAgent};
+use super::desk::Down;
+use super::inbox::Event;
+use crate::control::{AGENT_BATCHES_MAX, Input, Session};
+use fleet_common::codec::{self, FRAME_MAX, Frames};
+use fleet_common::ids::NodeId;
+use fleet_common::net;
+use fleet_common::protocol::{FromAgent, Member, ToAgent};
 use quinn::{Connection, RecvStream, SendStream};
-use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::{Notify, mpsc};
-use tokio::time::{sleep, timeout};
-use tracing::{debug, info, warn};
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+use tracing::{debug, info};
 
-/// For the stream and the greeting on it.
-const HELLO_DEADLINE: Duration = Duration::from_secs(5);
-/// Batches of one agent that wait for the log. The stream waits beyond it, and the agent keeps what is not acknowledged.
-const BATCHES_MAX: usize = 16;
-/// Messages to one agent that wait for the stream.
-const OUTBOX_MAX: usize = 256;
-/// Between attempts to record events while nothing can be written.
-const RETRY: Duration = Duration::from_millis(200);
+/// For the stream of an agent that has connected.
+const STREAM_DEADLINE: Duration = Duration::from_secs(5);
+/// For an agent to close when it was told why it must go.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
+/// Between certificates for one agent: each costs a signature.
+const SIGN_EVERY: Duration = Duration::from_secs(1);
+/// Bytes taken from the stream at once.
+const READ_MAX: usize = 64 << 10;
+/// Messages written at once.
+const WRITE_MAX: usize = 64;
 
-/// Why a connection ends.
-enum End {
-    /// The agent is told; it may come back unless `fatal`.
-    Refused {
-        message: String,
-        fatal: bool,
-    },
-    Gone(String),
+/// Tells of the session's end however it comes.
+struct Attendance<'a> {
+    shared: &'a Shared,
+    session: Session,
 }
 
-fn gone(error: impl std::fmt::Display) -> End {
-    End::Gone(error.to_string())
+impl Drop for Attendance<'_> {
+    fn drop(&mut self) {
+        let lost = Input::AgentLost { session: self.session };
+        self.shared.calls.inbox().must_take(Event::Input(lost));
+    }
 }
 
-fn refused(message: impl Into<String>, fatal: bool) -> End {
-    End::Refused { message: message.into(), fatal }
-}
-
-pub async fn serve(shared: &Arc<Shared>, connection: &Connection, node: NodeId) {
-    let stream = timeout(HELLO_DEADLINE, connection.accept_bi()).await;
-    let Ok(Ok((mut send, receive))) = stream else {
-        return connection.close(1u32.into(), b"a worker opens a stream and greets");
+pub async fn serve(shared: &Arc<Shared>, connection: &Connection, node: NodeId, name: &str) {
+    let stream = timeout(STREAM_DEADLINE, connection.accept_bi()).await;
+    let Ok(Ok((send, receive))) = stream else {
+        return connection.close(net::REFUSED, b"a worker opens a stream and greets");
     };
-    let end = converse(shared, connection, node, &mut send, receive).await;
-    shared.roster.disconnected(node, connection);
-    shared.roster.plan.notify_one();
-    match end {
-        End::Refused { message, fatal } => {
-            info!("{node} was sent away: {message}");
-            let _ = write_frame(&mut send, &ToAgent::Refused { message: message.clone(), fatal }).await;
-            let _ = send.finish();
-            // The agent closes when it has read the reason.
-            let _ = timeout(HELLO_DEADLINE, connection.closed()).await;
-            connection.close(1u32.into(), message.as_bytes());
-        }
-        End::Gone(why) => {
-            info!("{node} is out of touch: {why}");
-            connection.close(0u32.into(), b"");
-        }
-    }
-}
-
-async fn converse(
-    shared: &Arc<Shared>,
-    connection: &Connection,
-    node: NodeId,
-    send: &mut SendStream,
-    mut receive: RecvStream,
-) -> End {
-    let hello = match timeout(HELLO_DEADLINE, read_frame(&mut receive)).await {
-        Ok(Ok(Some(FromAgent::Hello(hello)))) => hello,
-        Ok(Err(error)) => return gone(error),
-        _ => return refused("a worker greets first", true),
+    let session = shared.calls.next_session();
+    let (sink, down) = mpsc::unbounded_channel();
+    let (say, said) = mpsc::channel(WRITE_MAX);
+    let inbox = shared.calls.inbox();
+    inbox.put(vec![Event::Agent(session, node, sink)]).await;
+    let attendance = Attendance { shared, session };
+    let credit = Semaphore::new(AGENT_BATCHES_MAX);
+    let agent = Agent { shared, node, name, session, credit: &credit, say };
+    let why = tokio::select! {
+        why = agent.listen(receive) => why,
+        why = speak(shared, connection, send, down, said, &credit) => why,
     };
-    if let Err(end) = greet(shared, node, &hello).await {
-        return end;
-    }
-    let wake = shared.roster.connected(node, connection);
-    info!("{node} ({}) is connected with {} slots", hello.name, hello.slots);
-    let (outbox, out) = mpsc::channel(OUTBOX_MAX);
-    let (batches, to_record) = mpsc::channel(BATCHES_MAX);
-    tokio::select! {
-        end = listen(shared, node, &mut receive, batches) => end,
-        end = record(shared, node, to_record, outbox) => end,
-        end = speak(shared, node, &hello, send, &wake, out) => end,
-    }
+    drop(attendance);
+    debug!("{node} is out of touch: {why}");
+    connection.close(net::DONE, why.as_bytes());
 }
 
-/// Registers what the node offers, and gives up the jobs that its agent has lost.
-async fn greet(shared: &Shared, node: NodeId, hello: &AgentHello) -> Result<(), End> {
-    if hello.version != PROTOCOL_VERSION {
-        let ours = PROTOCOL_VERSION;
-        let message = format!(
-            "this cluster speaks version {ours} of the protocol, the worker {}; install the same version of fleet",
-            hello.version
-        );
-        return Err(refused(message, true));
-    }
-    let gangs = hello.gangs.clone();
-    let seen =
-        shared.handle.read(move |state| (state.nodes().get(&node).cloned(), state.lost_gangs(node, &gangs)));
-    let (known, lost) = seen.await.map_err(|refusal| refused(refusal.message, false))?;
-    if !known.is_some_and(|record| as_described(&record, hello)) {
-        let describe = DescribeNode {
-            node,
-            name: hello.name.clone(),
-            slots: hello.slots,
-            device: hello.device.clone(),
-            version: hello.program_version.clone(),
-            labels: hello.labels.clone(),
-            host: hello.host.clone(),
-        };
-        commit(shared, Change::DescribeNode(describe)).await?;
-    }
-    for (job, generation) in lost {
-        let message = format!(
-            "agent restarted: the worker on {} came back without {job}; its ranks are gone",
-            hello.name
-        );
-        commit(shared, Change::FailJob(FailJob { job, generation, node, message })).await?;
-    }
-    Ok(())
-}
-
-fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
-    !record.lost
-        && record.name == hello.name
-        && record.slots == hello.slots
-        && record.device == hello.device
-        && record.version == hello.program_version
-        && record.labels == hello.labels
-        && record.host == hello.host
-}
-
-async fn commit(shared: &Shared, change: Change) -> Result<(), End> {
-    match shared.handle.propose(None, change).await {
-        Ok(Answer::Rejected(refusal)) => Err(refused(refusal.message, true)),
-        Ok(_) => Ok(()),
-        Err(refusal) => Err(refused(refusal.message, false)),
-    }
-}
-
-/// Reads until the connection ends.
-async fn listen(
-    shared: &Shared,
+struct Agent<'a> {
+    shared: &'a Shared,
     node: NodeId,
-    receive: &mut RecvStream,
-    batches: mpsc::Sender<EventBatch>,
-) -> End {
-    loop {
-        match read_frame(receive).await {
-            Ok(Some(FromAgent::Heartbeat { .. })) => shared.roster.heard(node),
-            Ok(Some(FromAgent::Events(batch))) => {
-                shared.roster.heard(node);
-                if batches.send(batch).await.is_err() {
-                    return gone("its events cannot be recorded any more");
+    name: &'a str,
+    session: Session,
+    credit: &'a Semaphore,
+    /// What the driver itself answers. Lost where the agent does not read.
+    say: mpsc::Sender<ToAgent>,
+}
+
+impl Agent<'_> {
+    /// Reads until the stream ends, and says why it did.
+    async fn listen(&self, mut receive: RecvStream) -> String {
+        let inbox = self.shared.calls.inbox();
+        let mut frames = Frames::new(FRAME_MAX);
+        let mut signed_at: Option<Instant> = None;
+        loop {
+            match receive.read_chunk(READ_MAX, true).await {
+                Ok(Some(piece)) => frames.push(&piece.bytes),
+                Ok(None) => return "it closed the connection".to_owned(),
+                Err(error) => return error.to_string(),
+            }
+            loop {
+                let message = match frames.next() {
+                    Ok(Some(message)) => message,
+                    Ok(None) => break,
+                    Err(error) => return error.to_string(),
+                };
+                match message {
+                    FromAgent::Heartbeat { unix_ms } => {
+                        inbox.heard(self.node);
+                        let _ = self.say.try_send(ToAgent::Heard { unix_ms });
+                    }
+                    // It asks again when it was asked too often.
+                    FromAgent::Renew { .. } if signed_at.is_some_and(|at| at.elapsed() < SIGN_EVERY) => {}
+                    FromAgent::Renew { csr_der } => {
+                        signed_at = Some(Instant::now());
+                        match self.shared.trust.sign(&csr_der, Member::Worker(self.node), self.name) {
+                            Ok(certificate_der) => {
+                                let _ = self.say.try_send(ToAgent::Certificate { certificate_der });
+                            }
+                            Err(why) => return why,
+                        }
+                    }
+                    message => {
+                        if matches!(message, FromAgent::Events(_)) {
+                            let Ok(credit) = self.credit.acquire().await else { break };
+                            credit.forget();
+                        }
+                        inbox.put(vec![Event::Input(Input::Agent { session: self.session, message })]).await;
+                    }
                 }
             }
-            Ok(Some(FromAgent::Hello(_))) => return refused("a worker greets once per connection", false),
-            Ok(None) => return gone("it closed the connection"),
-            Err(error) => return gone(error),
         }
     }
 }
 
-/// Commits events, in order, and acknowledges them.
-async fn record(
-    shared: &Shared,
-    node: NodeId,
-    mut batches: mpsc::Receiver<EventBatch>,
-    outbox: mpsc::Sender<ToAgent>,
-) -> End {
-    // Halves of a batch that was too large for the log, the first one last.
-    let mut rest: Vec<EventBatch> = Vec::new();
-    loop {
-        let Some(batch) = (match rest.pop() {
-            Some(batch) => Some(batch),
-            None => batches.recv().await,
-        }) else {
-            return gone("it closed the connection");
-        };
-        let (job, generation) = (batch.job, batch.generation);
-        let change = Change::RecordEvents(RecordEvents { node, batch: batch.clone() });
-        let told = match shared.metrics.time_commit(shared.handle.propose(None, change)).await {
-            Ok(Answer::EventsTaken { seq }) => ToAgent::EventsCommitted { job, generation, seq },
-            Ok(Answer::EventsGap { next_seq }) => {
-                rest.clear();
-                ToAgent::ResendEvents { job, generation, next_seq }
-            }
-            Ok(other) => return refused(format!("the events of {job} cannot be recorded: {other:?}"), false),
-            Err(refusal) if refusal.kind == RefusalKind::Invalid && batch.events.len() > 1 => {
-                rest.extend(halves(batch));
-                continue;
-            }
-            Err(refusal) if refusal.kind == RefusalKind::Invalid => {
-                return refused(format!("an event of {job}: {}", refusal.message), true);
-            }
-            Err(refusal) => {
-                debug!("events of {job} wait: {}", refusal.message);
-                rest.push(batch);
-                sleep(RETRY).await;
-                continue;
-            }
-        };
-        if outbox.send(told).await.is_err() {
-            return gone("nothing can be sent to it any more");
-        }
-    }
-}
-
-fn halves(mut batch: EventBatch) -> [EventBatch; 2] {
-    let later = batch.events.split_off(batch.events.len() / 2);
-    let first_seq = batch.first_seq + batch.events.len() as u64;
-    [EventBatch { first_seq, events: later, ..batch.clone() }, batch]
-}
-
-/// Sends the welcome, how its gangs stand, and from then on orders and acknowledgements.
+/// Writes what `Control` and the driver say, as much at once as waits, until the session is closed.
 async fn speak(
     shared: &Shared,
-    node: NodeId,
-    hello: &AgentHello,
-    send: &mut SendStream,
-    wake: &Notify,
-    mut out: mpsc::Receiver<ToAgent>,
-) -> End {
-    let gangs = hello.gangs.clone();
-    let standing = shared.handle.read(move |state| {
-        gangs
-            .into_iter()
-            .map(|(job, generation)| (job, generation, state.gang_standing(node, job, generation)))
-            .collect::<Vec<_>>()
-    });
-    let standing = match standing.await {
-        Ok(standing) => standing,
-        Err(refusal) => return refused(refusal.message, false),
-    };
-    let mut first = vec![ToAgent::Welcome { node }];
-    for (job, generation, standing) in standing {
-        let (seq, wanted) = match standing {
-            GangStanding::Wanted { seq } => (seq, true),
-            GangStanding::Over { seq } => (seq, false),
-            GangStanding::Unwanted => (0, false),
-        };
-        if seq > 0 {
-            first.push(ToAgent::EventsCommitted { job, generation, seq });
-        }
-        if !wanted {
-            first.push(ToAgent::StopGang { job, generation, now: true });
-        }
-    }
-    for message in first {
-        if let Err(error) = write_frame(send, &message).await {
-            return gone(error);
-        }
-    }
-    let mut told: BTreeSet<Told> =
-        hello.gangs.iter().map(|(job, generation)| Told::Start(*job, *generation)).collect();
+    connection: &Connection,
+    mut send: SendStream,
+    mut down: mpsc::UnboundedReceiver<Down>,
+    mut said: mpsc::Receiver<ToAgent>,
+    credit: &Semaphore,
+) -> String {
+    let (mut downs, mut bytes) = (Vec::new(), Vec::new());
     loop {
-        let orders = match shared
-            .handle
-            .read(move |state| (state.nodes().get(&node).is_some_and(|node| node.lost), state.orders(node)))
-            .await
-        {
-            Ok((true, _)) => return refused("the cluster has given this node up; greet again", false),
-            Ok((false, orders)) => orders,
-            // Not now; the next wake-up or try asks again.
-            Err(refusal) => {
-                warn!("the orders of {node} wait: {}", refusal.message);
-                sleep(RETRY).await;
-                continue;
+        let (mut taken, mut end) = (0, None);
+        bytes.clear();
+        let mut encode = |message: &ToAgent| codec::append_frame(message, &mut bytes);
+        let encoded = tokio::select! {
+            count = down.recv_many(&mut downs, WRITE_MAX) => {
+                if count == 0 {
+                    return "this coordinator is stopping".to_owned();
+                }
+                downs.drain(..).try_for_each(|down| match down {
+                    Down::Say(message @ ToAgent::Welcome { .. }) => {
+                        let coordinators = shared.addresses.borrow().clone();
+                        encode(&message).and_then(|()| encode(&ToAgent::Coordinators(coordinators)))
+                    }
+                    Down::Say(message) => encode(&message),
+                    Down::Taken => {
+                        taken += 1;
+                        Ok(())
+                    }
+                    Down::Close { message, fatal } => {
+                        end = Some(message.clone());
+                        encode(&ToAgent::Refused { message, fatal })
+                    }
+                })
             }
+            Some(message) = said.recv() => encode(&message),
         };
-        for order in orders {
-            if told.insert(Told::from(&order))
-                && let Err(error) = write_frame(send, &order).await
-            {
-                return gone(error);
-            }
+        if let Err(error) = encoded {
+            return error.to_string();
         }
-        loop {
-            tokio::select! {
-                () = wake.notified() => break,
-                message = out.recv() => match message {
-                    Some(message) => if let Err(error) = write_frame(send, &message).await {
-                        return gone(error);
-                    },
-                    None => return gone("its events cannot be recorded any more"),
-                },
-            }
+        if let Err(error) = send.write_all(&bytes).await {
+            return error.to_string();
         }
-    }
-}
-
-/// An order that was sent on this connection already.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum Told {
-    Start(JobId, Generation),
-    Stop(JobId, Generation, bool),
-    Other,
-}
-
-impl From<&ToAgent> for Told {
-    fn from(order: &ToAgent) -> Told {
-        match order {
-            ToAgent::StartGang(gang) => Told::Start(gang.job, gang.generation),
-            ToAgent::StopGang { job, generation, now } => Told::Stop(*job, *generation, *now),
-            _ => Told::Other,
+        // Only what was written gives credit back: an agent that does not listen is not listened to.
+        credit.add_permits(taken);
+        if let Some(why) = end {
+            info!("an agent was sent away: {why}");
+            let _ = send.finish();
+            let _ = timeout(LEAVE_DEADLINE, connection.closed()).await;
+            return why;
         }
     }
 }

@@ -1,191 +1,234 @@
-//! Clients: one stream per request. Changes go through the log and are answered when they are durable; queries look at a state that has
-//! everything which was acknowledged before.
+//! Clients' connections: streams of requests, answered one after another on each stream.
 
-use super::Shared;
-use super::driver::unavailable;
-use super::views;
-use crate::cluster::Answer;
-use crate::cluster::commands::{Change, CreateToken};
-use crate::cluster::session::RequestId;
+use super::calls::unavailable;
+use super::{Shared, tokens};
 use crate::requests;
-use fleet_common::codec::{read_frame, write_frame};
-use fleet_common::ids::JobId;
-use fleet_common::net::JoinToken;
-use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role};
+use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
+use fleet_common::net;
+use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 use tracing::{debug, info};
 
-/// For a request to arrive on its stream.
+/// For the first stream of a connection: who connects has something to ask.
+const FIRST_DEADLINE: Duration = Duration::from_secs(10);
+/// A connection without a request is closed after this long; its owner makes another one when he needs it.
+const IDLE: Duration = Duration::from_secs(60);
+/// For a request to arrive, once it has begun.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
-/// Events read from the history at once.
-const WATCH_CHUNK: usize = 256;
-/// A watcher looks again after this long at the latest, in case a wake-up was lost with a leader.
-const WATCH_RECHECK: Duration = Duration::from_secs(1);
-/// Longest life of a token: ten years.
-const TOKEN_TTL_MAX_S: u64 = 10 * 365 * 24 * 3600;
+/// Bytes taken from a stream at once.
+const READ_MAX: usize = 64 << 10;
+/// Above this a request needs a share of `LARGE_BYTES` for as long as it is read and answered.
+const SMALL: usize = 64 << 10;
+/// Events of a watch that are written at once, and their bytes.
+const WRITE_MAX: usize = 256;
+const WRITE_BYTES: usize = 256 << 10;
 
-pub async fn serve(shared: Arc<Shared>, connection: &Connection) {
-    // quinn bounds the streams that are open at once.
-    while let Ok((send, receive)) = connection.accept_bi().await {
-        tokio::spawn(answer(shared.clone(), send, receive));
-    }
-}
-
-async fn answer(shared: Arc<Shared>, mut send: SendStream, mut receive: RecvStream) {
-    let frame = match timeout(REQUEST_DEADLINE, read_frame::<_, ClientFrame>(&mut receive)).await {
-        Ok(Ok(Some(frame))) => frame,
-        Ok(Err(error)) => {
-            debug!("a request could not be read: {error}");
-            return drop(write_frame(&mut send, &Reply::Refused(invalid(error.to_string()))).await);
-        }
-        _ => return,
-    };
-    let name = requests::name(&frame.request);
-    let result = match frame {
-        ClientFrame { version, .. } if version != PROTOCOL_VERSION => Err(invalid(format!(
-            "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the client {version}; install the same version of fleet"
-        ))),
-        ClientFrame { request: Request::Watch { job, from, follow }, .. } => {
-            shared.metrics.count(name, true);
-            return watch(&shared, &mut send, job, from, follow).await;
-        }
-        ClientFrame { client, seq, request, .. } => {
-            carry_out(&shared, RequestId { client, seq }, request).await
-        }
-    };
-    shared.metrics.count(name, result.is_ok());
-    let reply = result.unwrap_or_else(Reply::Refused);
-    if write_frame(&mut send, &reply).await.is_ok() {
-        let _ = send.finish();
-        // Until the client has it, or is gone.
-        let _ = send.stopped().await;
-    }
-}
-
-async fn carry_out(shared: &Shared, id: RequestId, request: Request) -> Result<Reply, Refusal> {
-    match request {
-        Request::CreateToken { role, ttl_s, uses } => create_token(shared, id, role, ttl_s, uses).await,
-        Request::Watch { .. } => Err(invalid("a watch has many answers")),
-        request if request.is_change() => {
-            let change = requests::change(request)?;
-            let name = change.name();
-            let answer = shared.metrics.time_commit(shared.handle.propose(Some(id), change)).await?;
-            let reply = requests::reply(answer)?;
-            info!("a client's {name} was carried out");
-            Ok(reply)
-        }
-        request => views::ask(shared, request).await,
-    }
-}
-
-async fn create_token(
-    shared: &Shared,
-    id: RequestId,
-    role: Role,
-    ttl_s: u64,
-    uses: u32,
-) -> Result<Reply, Refusal> {
-    if role == Role::Coordinator {
-        return Err(invalid(
-            "this cluster has one coordinator and takes no other; make a token for a worker or a client",
-        ));
-    }
-    if ttl_s == 0 || ttl_s > TOKEN_TTL_MAX_S || uses == 0 {
-        return Err(invalid(format!(
-            "a token has at least one use and lives 1 to {TOKEN_TTL_MAX_S} seconds"
-        )));
-    }
-    let token = new_token(shared, Some(id), role, ttl_s, uses).await?;
-    info!("a token {} for a {role:?} was made", token.id);
-    Ok(Reply::Token { text: token.to_string() })
-}
-
-/// Makes a token whose secret is known only to the caller.
-pub async fn new_token(
-    shared: &Shared,
-    id: Option<RequestId>,
-    role: Role,
-    ttl_s: u64,
-    uses: u32,
-) -> Result<JoinToken, Refusal> {
-    let token =
-        JoinToken::generate(role, shared.ca.fingerprint()).map_err(|error| unavailable(error.to_string()))?;
-    let create = CreateToken {
-        id: token.id.clone(),
-        secret_sha256: token.secret_hash(),
-        role,
-        ttl_ms: ttl_s.saturating_mul(1000),
-        uses,
-    };
-    match shared.handle.propose(id, Change::CreateToken(create)).await? {
-        Answer::TokenCreated { id } if id == token.id => Ok(token),
-        Answer::TokenCreated { id } => Err(invalid(format!(
-            "an earlier try of this request made the token {id}, and its secret is kept nowhere; ask for another with a new request"
-        ))),
-        Answer::Rejected(refusal) => Err(refusal),
-        other => Err(misfit(&other)),
-    }
-}
-
-/// Sends a job's events: what is recorded, then what comes.
-async fn watch(shared: &Shared, send: &mut SendStream, job: JobId, from: u64, follow: bool) {
-    let sent = stream_events(shared, send, job, from.max(1), follow).await;
-    let last = sent.map_or_else(Reply::Refused, |()| Reply::EndOfEvents);
-    if write_frame(send, &last).await.is_ok() {
-        let _ = send.finish();
-        let _ = send.stopped().await;
-    }
-}
-
-async fn stream_events(
-    shared: &Shared,
-    send: &mut SendStream,
-    job: JobId,
-    mut next: u64,
-    follow: bool,
-) -> Result<(), Refusal> {
-    let mut news = shared.roster.watch(job);
+/// Serves a connection until it ends or nothing is asked on it.
+pub async fn serve(shared: Arc<Shared>, connection: &Connection, caller: Member, name: String, open: Arc<AtomicUsize>) {
+    let mut patience = FIRST_DEADLINE;
+    let name: Arc<str> = name.into();
     loop {
-        news.borrow_and_update();
-        let stand = views::events(shared, job).await;
-        let (events, ended) = match stand {
-            Ok(stand) => stand,
-            // The recorded events are still there to follow when a leader is.
-            Err(refusal) if follow && refusal.kind == RefusalKind::Unavailable => (0, false),
-            Err(refusal) => return Err(refusal),
-        };
-        while next <= events {
-            let chunk = shared.history.events(job, next, WATCH_CHUNK.min((events - next + 1) as usize));
-            let chunk = chunk.map_err(|error| unavailable(error.to_string()))?;
-            if chunk.is_empty() {
-                // Recorded, but not in the history yet because the disk is full.
+        match timeout(patience, connection.accept_bi()).await {
+            Ok(Ok((send, receive))) => {
+                patience = IDLE;
+                // quinn bounds the streams that are open at once.
+                let stream = Stream {
+                    shared: shared.clone(),
+                    caller,
+                    name: name.clone(),
+                    send,
+                    open: open.clone(),
+                    bytes: Vec::new(),
+                };
+                open.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(stream.serve(receive));
+            }
+            Ok(Err(_)) => return,
+            Err(_) if open.load(Ordering::Relaxed) > 0 => {}
+            Err(_) => return connection.close(net::DONE, b"nothing was asked for a while"),
+        }
+    }
+}
+
+struct Stream {
+    shared: Arc<Shared>,
+    caller: Member,
+    /// In its certificate.
+    name: Arc<str>,
+    send: SendStream,
+    open: Arc<AtomicUsize>,
+    bytes: Vec<u8>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Stream {
+    async fn serve(mut self, mut receive: RecvStream) {
+        let mut frames = Frames::new(FRAME_MAX);
+        loop {
+            let (frame, _room) = match self.request(&mut receive, &mut frames).await {
+                Ok(Some(request)) => request,
+                Ok(None) => break,
+                Err(refusal) => {
+                    debug!("a request could not be read: {}", refusal.message);
+                    let _ = self.write(&Reply::Refused(refusal)).await;
+                    break;
+                }
+            };
+            if !self.answer(frame).await {
                 break;
             }
-            for (index, event) in chunk {
-                if write_frame(send, &Reply::Event { index, event }).await.is_err() {
-                    // The client is gone, and nobody is left to be told.
-                    return Ok(());
-                }
-                next = index + 1;
+        }
+        let _ = self.send.finish(); // fails only on a connection that is gone
+    }
+
+    /// The next request, and its share of the room for large ones. `None` at the end.
+    async fn request(
+        &self,
+        receive: &mut RecvStream,
+        frames: &mut Frames,
+    ) -> Result<Option<(ClientFrame, Option<tokio::sync::OwnedSemaphorePermit>)>, Refusal> {
+        let bad = |error: CodecError| invalid(error.to_string());
+        let mut room = None;
+        loop {
+            if let Some(frame) = frames.next().map_err(bad)? {
+                return Ok(Some((frame, room)));
+            }
+            let piece = receive.read_chunk(READ_MAX, true);
+            let piece = if frames.is_empty() {
+                // Between two requests the stream may rest; the connection's own deadline counts.
+                piece.await
+            } else {
+                let piece = timeout(REQUEST_DEADLINE, piece).await;
+                piece.map_err(|_| invalid("the request did not arrive in time"))?
+            };
+            match piece {
+                Ok(Some(piece)) => frames.push(&piece.bytes),
+                Ok(None) if frames.is_empty() => return Ok(None),
+                Ok(None) => return Err(bad(CodecError::Truncated)),
+                Err(_) => return Ok(None),
+            }
+            if frames.len() > SMALL && room.is_none() {
+                let all = self.shared.large.clone();
+                let share = timeout(REQUEST_DEADLINE, all.acquire_many_owned(FRAME_MAX as u32)).await;
+                room = Some(share.ok().and_then(Result::ok).ok_or_else(|| {
+                    unavailable("many large requests come at the same time; try again")
+                })?);
             }
         }
-        if !follow || (ended && next > events) {
-            return Ok(());
+    }
+
+    /// Whether another request may follow.
+    async fn answer(&mut self, frame: ClientFrame) -> bool {
+        let name = requests::name(&frame.request);
+        if let Request::Watch { .. } = frame.request {
+            self.shared.metrics.count(name, true);
+            self.watch(frame).await;
+            return false;
         }
-        tokio::select! {
-            _ = send.stopped() => return Ok(()),
-            changed = timeout(WATCH_RECHECK, news.changed()) => drop(changed),
+        let begun = std::time::Instant::now();
+        let is_change = frame.request.is_change();
+        let reply = match self.carry_out(frame).await {
+            Ok(reply) => reply,
+            Err(refusal) => Reply::Refused(refusal),
+        };
+        let done = !matches!(reply, Reply::Refused(_));
+        if is_change && done {
+            self.shared.metrics.committed(begun.elapsed());
         }
+        self.shared.metrics.count(name, done);
+        self.write(&reply).await.is_ok()
+    }
+
+    async fn carry_out(&self, frame: ClientFrame) -> Result<Reply, Refusal> {
+        if frame.version != PROTOCOL_VERSION {
+            return Err(invalid(format!(
+                "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the client {}; install the same version of fleet",
+                frame.version
+            )));
+        }
+        let shared = &self.shared;
+        if let Request::Addresses = frame.request {
+            return Ok(Reply::Addresses(shared.addresses.borrow().clone()));
+        }
+        if self.caller.role() != Role::Client {
+            let message = format!(
+                "the certificate of {} is not a client's; use one made with a token for clients",
+                self.caller
+            );
+            return Err(Refusal { kind: RefusalKind::Forbidden, message });
+        }
+        match frame.request {
+            Request::CreateToken { role, ttl_s, uses } => {
+                let id = crate::cluster::session::RequestId { client: frame.client, seq: frame.seq };
+                let token = tokens::create(shared, id, role, ttl_s, uses).await?;
+                info!("{} made the token {} for a {role:?}", self.caller, token.id);
+                Ok(Reply::Token { text: token.to_string() })
+            }
+            Request::Renew { csr_der } => {
+                if shared.gate.is_revoked(self.caller) {
+                    let message = format!("{} was revoked", self.caller);
+                    return Err(Refusal { kind: RefusalKind::Forbidden, message });
+                }
+                let certificate_der =
+                    shared.trust.sign(&csr_der, self.caller, &self.name).map_err(invalid)?;
+                Ok(Reply::Certificate { certificate_der })
+            }
+            _ => Ok(shared.calls.ask(self.caller, frame).await),
+        }
+    }
+
+    async fn watch(&mut self, frame: ClientFrame) {
+        let mut watching = match self.shared.calls.watch(self.caller, frame) {
+            Ok(watching) => watching,
+            Err(refusal) => {
+                let _ = self.write(&Reply::Refused(refusal)).await; // a caller that is gone needs none
+                return;
+            }
+        };
+        loop {
+            let reply = tokio::select! {
+                reply = watching.next() => reply,
+                _ = self.send.stopped() => return,
+            };
+            let reply = reply.unwrap_or_else(|| {
+                Reply::Refused(unavailable("this coordinator is stopping; ask another one"))
+            });
+            let mut last = !matches!(reply, Reply::Event { .. });
+            self.bytes.clear();
+            let mut encoded = codec::append_frame(&reply, &mut self.bytes);
+            for _ in 1..WRITE_MAX {
+                if last || encoded.is_err() || self.bytes.len() > WRITE_BYTES {
+                    break;
+                }
+                let Some(reply) = watching.try_next() else { break };
+                last = !matches!(reply, Reply::Event { .. });
+                encoded = codec::append_frame(&reply, &mut self.bytes);
+            }
+            if encoded.is_err() || self.send.write_all(&self.bytes).await.is_err() || last {
+                return;
+            }
+        }
+    }
+
+    async fn write(&mut self, reply: &Reply) -> Result<(), ()> {
+        self.bytes.clear();
+        if let Err(error) = codec::append_frame(reply, &mut self.bytes) {
+            let refusal = Reply::Refused(invalid(format!("the answer cannot be sent: {error}")));
+            codec::append_frame(&refusal, &mut self.bytes).map_err(|_| ())?;
+        }
+        self.send.write_all(&self.bytes).await.map_err(|_| ())
     }
 }
 
-pub fn invalid(message: impl Into<String>) -> Refusal {
+fn invalid(message: impl Into<String>) -> Refusal {
     Refusal { kind: RefusalKind::Invalid, message: message.into() }
-}
-
-fn misfit(answer: &Answer) -> Refusal {
-    unavailable(format!("the cluster gave an answer that does not fit: {answer:?}"))
 }

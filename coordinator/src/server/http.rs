@@ -4,9 +4,8 @@
 //! machine shows cannot read the cluster through a name of its own (DNS rebinding).
 
 use super::Shared;
-use super::views;
-use fleet_common::ids::JobId;
-use fleet_common::protocol::{Page, Refusal, RefusalKind, Reply, Request};
+use fleet_common::ids::{JobId, UserId};
+use fleet_common::protocol::{ClientFrame, Member, Page, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -92,47 +91,64 @@ async fn respond(shared: &Shared, head: &str) -> Response {
     if request.method != "GET" {
         return Response { allow: true, ..Response::text(405, "only GET is served here") };
     }
-    let result = match request.path.trim_end_matches('/') {
+    let asked = match request.path.trim_end_matches('/') {
         "/healthz" => return health(shared),
         "/metrics" => return metrics(shared).await,
-        "/api/v1/nodes" => views::nodes(shared).await.map(|nodes| Response::json(&nodes)),
-        "/api/v1/jobs" => views::jobs(shared).await.map(|jobs| Response::json(&jobs)),
-        "/api/v1/checkpoints" => {
-            let request = Request::Checkpoints { job: None, page: Page::default() };
-            views::ask(shared, request).await.map(|reply| match reply {
-                Reply::Checkpoints(checkpoints) => Response::json(&checkpoints.items),
-                _ => Response::json(&()),
-            })
-        }
+        "/api/v1/cluster" => Request::ClusterStatus,
+        "/api/v1/coordinators" => Request::Coordinators,
+        "/api/v1/nodes" => Request::Nodes,
+        "/api/v1/jobs" => Request::Jobs { all: None },
+        "/api/v1/checkpoints" => Request::Checkpoints { job: None, page: Page::default() },
         path => match path.strip_prefix("/api/v1/jobs/").map(str::parse::<JobId>) {
-            Some(Ok(job)) => views::job(shared, job).await.map(|job| Response::json(&job)),
+            Some(Ok(job)) => Request::Job(job),
             Some(Err(error)) => return Response::text(400, error.to_string()),
             None => {
                 return Response::text(
                     404,
-                    "there is /healthz, /metrics and /api/v1/{nodes,jobs,jobs/ID,checkpoints}",
+                    "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,jobs,jobs/ID,checkpoints}",
                 );
             }
         },
     };
-    result.unwrap_or_else(Response::refused)
+    match ask(shared, asked, false).await {
+        Reply::Cluster(view) => Response::json(&view),
+        Reply::Coordinators(views) => Response::json(&views),
+        Reply::Nodes(views) => Response::json(&views),
+        Reply::Jobs(views) => Response::json(&views.items),
+        Reply::Job(view) => Response::json(&view),
+        Reply::Checkpoints(views) => Response::json(&views.items),
+        Reply::Refused(refusal) => Response::refused(refusal),
+        _ => Response::text(500, "the cluster gave an answer that does not fit"),
+    }
 }
 
+/// A question from this machine. Nobody has this number: ids begin with 1.
+async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
+    let frame = ClientFrame { stale, ..ClientFrame::query(request) };
+    shared.calls.ask(Member::Client(UserId(0)), frame).await
+}
+
+/// Whether this coordinator can serve, which it can by any leader.
 fn health(shared: &Shared) -> Response {
-    let status = shared.handle.status();
-    match (status.leading_since, status.read_only) {
+    let status = shared.status.borrow().clone();
+    match (status.leader, status.read_only) {
         (Some(_), None) => Response::text(200, "ok"),
         (_, Some(why)) => Response::text(503, format!("read-only: {why}")),
         (None, None) => Response::text(503, "no leader"),
     }
 }
 
+/// What this coordinator itself knows, with or without a leader.
 async fn metrics(shared: &Shared) -> Response {
-    let (cluster, nodes) = match (views::cluster(shared).await, views::nodes(shared).await) {
-        (Ok(cluster), Ok(nodes)) => (cluster, nodes),
-        (Err(refusal), _) | (_, Err(refusal)) => return Response::refused(refusal),
+    let (cluster, nodes) =
+        (ask(shared, Request::ClusterStatus, true).await, ask(shared, Request::Nodes, true).await);
+    let (cluster, nodes) = match (cluster, nodes) {
+        (Reply::Cluster(cluster), Reply::Nodes(nodes)) => (cluster, nodes),
+        (Reply::Refused(refusal), _) | (_, Reply::Refused(refusal)) => return Response::refused(refusal),
+        _ => return Response::text(500, "the cluster gave an answer that does not fit"),
     };
-    match shared.metrics.render(&cluster, shared.handle.status().leading_since.is_some(), &nodes) {
+    let status = shared.status.borrow().clone();
+    match shared.metrics.render(&cluster, &status, &nodes) {
         Ok(body) => Response { status: 200, kind: "text/plain; version=0.0.4", body, allow: false },
         Err(error) => Response::text(500, error.to_string()),
     }

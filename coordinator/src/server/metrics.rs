@@ -1,8 +1,9 @@
 //! Numbers for Prometheus. Gauges are set when they are asked for; only counts and times are kept.
 
+use crate::control::Status;
 use fleet_common::protocol::{ClusterView, NodeView};
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
-use std::time::Instant;
+use std::time::Duration;
 
 pub struct Metrics {
     registry: Registry,
@@ -17,6 +18,7 @@ struct Gauges {
     applied_index: IntGauge,
     is_leader: IntGauge,
     read_only: IntGauge,
+    agents: IntGauge,
     nodes: IntGauge,
     nodes_connected: IntGauge,
     slots: IntGauge,
@@ -42,6 +44,7 @@ impl Metrics {
                 "fleet_read_only",
                 "1 while writes are refused, for example because the disk is full",
             )?,
+            agents: gauge("fleet_agents", "Agents that this coordinator holds")?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,
             nodes_connected: gauge("fleet_nodes_connected", "Nodes that are connected")?,
             slots: gauge("fleet_slots", "Slots of the connected nodes")?,
@@ -62,11 +65,9 @@ impl Metrics {
         Ok(Metrics { registry, commit_seconds, requests, gauges })
     }
 
-    pub async fn time_commit<T>(&self, commit: impl Future<Output = T>) -> T {
-        let start = Instant::now();
-        let result = commit.await;
-        self.commit_seconds.observe(start.elapsed().as_secs_f64());
-        result
+    /// A change was answered after this long.
+    pub fn committed(&self, after: Duration) {
+        self.commit_seconds.observe(after.as_secs_f64());
     }
 
     pub fn count(&self, request: &str, done: bool) {
@@ -77,16 +78,17 @@ impl Metrics {
     pub fn render(
         &self,
         cluster: &ClusterView,
-        is_leader: bool,
+        status: &Status,
         nodes: &[NodeView],
     ) -> prometheus::Result<Vec<u8>> {
         let connected = || nodes.iter().filter(|node| node.connected);
         let gauges = &self.gauges;
-        gauges.term.set(cluster.term as i64);
-        gauges.commit_index.set(cluster.commit_index as i64);
-        gauges.applied_index.set(cluster.applied_index as i64);
-        gauges.is_leader.set(i64::from(is_leader));
-        gauges.read_only.set(i64::from(cluster.read_only.is_some()));
+        gauges.term.set(status.term as i64);
+        gauges.commit_index.set(status.commit_index as i64);
+        gauges.applied_index.set(status.applied_index as i64);
+        gauges.is_leader.set(i64::from(status.leading_since_ms.is_some()));
+        gauges.read_only.set(i64::from(status.read_only.is_some()));
+        gauges.agents.set(status.agents as i64);
         gauges.nodes.set(i64::from(cluster.nodes));
         gauges.nodes_connected.set(connected().count() as i64);
         gauges.slots.set(connected().map(|node| i64::from(node.slots)).sum());

@@ -1,121 +1,267 @@
-//! The coordinator as a process: one raft thread, a QUIC server for agents, clients and joiners, and HTTP for people.
+//! The coordinator as a process: a raft thread, a thread for each of its two sockets, and HTTP for people beside the clients' one.
 //!
 //! Everything here may be lost and started again: what is outstanding follows from the state and from what agents say when they
 //! come back.
 
 mod agents;
+pub mod backup;
+mod calls;
 mod clients;
-mod control;
-pub mod driver;
+mod credentials;
+mod desk;
+mod driver;
+mod gate;
 mod http;
+mod inbox;
 mod joins;
 mod metrics;
-mod roster;
+mod peers;
 mod setup;
+mod sockets;
 mod space;
-mod views;
+mod tokens;
+mod trust;
 
-use crate::raft::disk::Disk;
+use crate::control::{Control, Myself, Status};
 use crate::raft::history::History;
-use anyhow::{Context, Result};
-use driver::{Driver, Handle};
+use anyhow::{Context, Result, bail};
+use calls::Calls;
+use driver::{Surroundings, Thread};
+use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
-use fleet_common::net::{self, Accepted, ClusterCa};
-use fleet_common::protocol::Role;
+use fleet_common::net::{self, Accepted, CERTIFICATE_LIFE, JoinToken, Socket};
+use fleet_common::protocol::{CoordinatorAddress, Member, Role};
+use gate::{Gate, Verdict};
+use inbox::Inbox;
 use metrics::Metrics;
-use roster::Roster;
+use peers::{Knocks, Peers};
+use sockets::Lane;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
+use trust::Trust;
 
-/// Connections at once: the nodes of a large cluster and some clients.
-const CONNECTIONS_MAX: usize = 12_000;
-/// Joins at once: each costs a signature and a commit.
-const JOINS_MAX: usize = 32;
+/// Room for large requests that are read or answered at the same time.
+const LARGE_BYTES: usize = 8 * FRAME_MAX;
+/// For a cluster of one to lead itself.
+const ALONE_DEADLINE: Duration = Duration::from_secs(10);
+/// For another coordinator to take over from one that is stopped.
+const HAND_OVER: Duration = Duration::from_millis(500);
 
 /// What `coordinator start` was told.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub data_dir: PathBuf,
-    /// For QUIC. Port 0: the one of before, else a free one.
+    /// For clients and joiners. Port 0: the one of before, else a free one.
     pub listen: SocketAddr,
+    /// For agents and coordinators; `None`: beside `listen`.
+    pub member_listen: Option<SocketAddr>,
     /// For HTTP; port 0 likewise.
     pub http: SocketAddr,
-    /// `HOST:PORT` under which others find this coordinator, where that is not `listen`.
+    /// `HOST:PORT` under which others find these sockets, where that is not where they are bound.
     pub advertise: Option<String>,
+    pub member_advertise: Option<String>,
+    /// Refuse to make a new cluster.
+    pub expect_existing: bool,
+    /// In listings.
+    pub name: Option<String>,
+    pub certificate_life: Duration,
+}
+
+impl Options {
+    /// On loopback, with free ports.
+    pub fn local(data_dir: PathBuf) -> Options {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Options {
+            data_dir,
+            listen: any,
+            member_listen: None,
+            http: any,
+            advertise: None,
+            member_advertise: None,
+            expect_existing: false,
+            name: None,
+            certificate_life: CERTIFICATE_LIFE,
+        }
+    }
 }
 
 /// What all connections share.
 pub(crate) struct Shared {
-    pub handle: Handle,
-    pub roster: Arc<Roster>,
-    pub history: History<dyn Disk>,
-    pub ca: ClusterCa,
-    pub metrics: Metrics,
-    pub joins: Semaphore,
+    calls: Calls,
+    gate: Arc<Gate>,
+    trust: Arc<Trust>,
+    knocks: Knocks,
+    addresses: watch::Receiver<Vec<CoordinatorAddress>>,
+    status: watch::Receiver<Status>,
+    metrics: Metrics,
+    large: Arc<Semaphore>,
     /// Host names under which HTTP may be asked, besides loopback.
-    pub hosts: Vec<String>,
+    hosts: Vec<String>,
 }
 
 /// A running coordinator. Dropping it without `stop` is like a crash, which is safe.
 pub struct Coordinator {
     endpoint: Endpoint,
-    quic: quinn::Endpoint,
-    driver: Option<driver::Thread>,
-    tasks: JoinSet<()>,
+    inbox: Inbox,
+    status: watch::Receiver<Status>,
+    sockets: [quinn::Endpoint; 2],
+    thread: Option<Thread>,
+    lanes: [Lane; 2],
     _lock: std::fs::File,
 }
 
 impl Coordinator {
-    /// Starts on a data directory, making a new cluster if it is empty. Returns when it listens and leads.
+    /// Becomes a replica of the cluster of this token and starts. The directory must be empty.
+    pub async fn join(addrs: &[String], token: &JoinToken, options: Options) -> Result<Coordinator> {
+        let dir = &options.data_dir;
+        let lock = setup::lock_empty(dir)?;
+        if token.role != Role::Coordinator {
+            bail!("this token is not for coordinators; make one with `fleet token create --role coordinator`");
+        }
+        let name = options.name.clone().unwrap_or_else(|| "coordinator".to_owned());
+        let joined = net::join(addrs, token, &name).await?;
+        setup::store_joined(dir, &joined)?;
+        info!("joined cluster {} as {}", joined.identity.cluster_id, joined.identity.member);
+        drop(lock);
+        Coordinator::start(Options { expect_existing: true, ..options }).await
+    }
+
+    /// Starts on a data directory, making a new cluster if it is empty. Returns when it listens; a cluster of one leads then.
     pub async fn start(options: Options) -> Result<Coordinator> {
-        let prepared = setup::prepare(&options)?;
-        let (quic, http) = listen(&options, &prepared).await?;
+        let opened = setup::open(&options)?;
+        let (clients, members) = (Lane::start("clients")?, Lane::start("members")?);
+        let sockets = sockets::listen(&options, &opened.identity, &clients, &members).await?;
+        let me = opened.replica;
+        let address = CoordinatorAddress {
+            replica: me,
+            client: sockets.client_address.clone(),
+            member: sockets.member_address.clone(),
+        };
+        let name = setup::name(&options, me);
+        let seeds = opened.coordinators.clone();
+        let history = History::new(opened.disk.clone());
+        let (lock, ca, identity, replica) = opened.begin(&address, &name)?;
+
         let endpoint = Endpoint {
             pid: std::process::id(),
-            quic: options.advertise.clone().unwrap_or(quic.local_addr()?.to_string()),
-            http: http.local_addr()?.to_string(),
-            cluster_id: prepared.ca.cluster_id().to_owned(),
-            ca_fingerprint: prepared.ca.fingerprint(),
+            replica: me,
+            quic: address.client.clone(),
+            member: address.member.clone(),
+            http: sockets.http.local_addr()?.to_string(),
+            cluster_id: ca.cluster_id().to_owned(),
+            ca_fingerprint: ca.fingerprint(),
+            coordinators: seeds.iter().map(|seed| seed.client.clone()).collect(),
         };
-
-        let roster = Arc::new(Roster::new());
-        let history = History::new(prepared.disk.clone());
-        let space = space::probe(&prepared.raft_dir);
-        let waker = roster.clone();
-        let driver = Driver::new(prepared.replica, space, Box::new(move |effects| waker.wake(effects)));
-        let (handle, thread) = driver.spawn().context("cannot start the raft thread")?;
-        handle.until_leading().await?;
+        let dir = options.data_dir.clone();
+        let (inbox, gate) = (Inbox::default(), Gate::new(ca.cluster_id(), me));
+        let trust = Trust::new(ca, options.certificate_life, identity, dir.join("identity"), dir.join("client"));
+        let (trust, knocks) = (Arc::new(trust), Knocks::default());
+        let (publish_addresses, addresses) = watch::channel(Vec::new());
+        let runtime = members.handle().clone();
+        let around = Surroundings {
+            inbox: inbox.clone(),
+            gate: gate.clone(),
+            peers: Peers::new(me, &seeds, runtime, inbox.clone(), trust.clone(), knocks.clone()),
+            space: space::Watermark::new(space::probe(&dir)),
+            addresses: publish_addresses,
+        };
+        let is_alone = replica.is_alone();
+        let begun = Instant::now();
+        let myself = Myself {
+            address,
+            name,
+            version: setup::VERSION.to_owned(),
+            seeds: seeds.iter().map(|seed| seed.replica).filter(|seed| *seed != me).collect(),
+        };
+        let control = Control::new(replica, history, myself, rand::random(), driver::now(begun));
+        let (status, thread) = driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
         let hosts = [&endpoint.quic, &endpoint.http].map(|address| http::host_of(address).to_owned());
         let shared = Arc::new(Shared {
-            handle,
-            roster,
-            history,
-            ca: prepared.ca,
+            calls: Calls::new(inbox.clone()),
+            gate,
+            trust: trust.clone(),
+            knocks,
+            addresses,
+            status: status.clone(),
             metrics: Metrics::new()?,
-            joins: Semaphore::new(JOINS_MAX),
+            large: Arc::new(Semaphore::new(LARGE_BYTES)),
             hosts: hosts.into(),
         });
-        setup::write_credentials(&options.data_dir, &shared).await?;
-        endpoint.store(&options.data_dir)?;
-        info!(
-            "listening on {} (HTTP {}); join a worker with: worker join {} --token-file {}",
-            endpoint.quic,
-            endpoint.http,
-            endpoint.quic,
-            setup::token_path(&options.data_dir, Role::Worker).display()
-        );
+        let both = [(Socket::Clients, sockets.clients.clone()), (Socket::Members, sockets.members.clone())];
+        members.handle().spawn(accept(shared.clone(), Socket::Members, sockets.members.clone()));
+        clients.handle().spawn(accept(shared.clone(), Socket::Clients, sockets.clients.clone()));
+        let http = sockets.http.into_std()?;
+        let serving = shared.clone();
+        clients.handle().spawn(async move {
+            match tokio::net::TcpListener::from_std(http) {
+                Ok(listener) => http::run(serving, listener).await,
+                Err(error) => warn!("HTTP is not served: {error}"),
+            }
+        });
+        clients.handle().spawn(trust.keep_fresh(both));
 
-        let mut tasks = JoinSet::new();
-        tasks.spawn(control::run(shared.clone()));
-        tasks.spawn(http::run(shared.clone(), http));
-        tasks.spawn(accept(shared, quic.clone()));
-        Ok(Coordinator { endpoint, quic, driver: Some(thread), tasks, _lock: prepared.lock })
+        let coordinator = Coordinator {
+            endpoint,
+            inbox,
+            status,
+            sockets: [sockets.clients, sockets.members],
+            thread: Some(thread),
+            lanes: [clients, members],
+            _lock: lock,
+        };
+        coordinator.ready(&dir, shared, is_alone).await
+    }
+
+    /// Lets others find it. A cluster of one is ready when it leads and has its credentials; a replica among others when it listens.
+    async fn ready(mut self, dir: &std::path::Path, shared: Arc<Shared>, is_alone: bool) -> Result<Coordinator> {
+        if is_alone {
+            let mut status = self.status.clone();
+            let leads = status.wait_for(|status| status.leading_since_ms.is_some());
+            let wait = timeout(ALONE_DEADLINE, async {
+                leads.await.context("the raft thread ended while starting")?;
+                credentials::write(dir, &shared).await
+            });
+            let thread = self.thread.as_mut().context("it was just started")?;
+            let waited = tokio::select! {
+                waited = wait => waited,
+                error = thread.failed() => return Err(error),
+            };
+            match waited {
+                Ok(done) => done?,
+                Err(_) => {
+                    let why = self.status.borrow().read_only.clone();
+                    let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                    bail!("no leader after {} s{why}", ALONE_DEADLINE.as_secs());
+                }
+            }
+        }
+        let addresses = shared.addresses.clone();
+        self.endpoint.coordinators = client_addresses(&addresses.borrow(), self.endpoint.coordinators.clone());
+        self.endpoint.store(dir)?;
+        let lane = self.lanes[0].handle();
+        lane.spawn(remember_addresses(dir.to_owned(), self.endpoint.clone(), addresses));
+        let kept = dir.to_owned();
+        lane.spawn(async move {
+            if let Err(error) = credentials::write(&kept, &shared).await {
+                warn!("no credentials for this machine: {error:#}");
+            }
+        });
+        info!(
+            "{} is listening on {} (members {}, HTTP {}); join a worker with: worker join {} --token-file {}",
+            self.endpoint.replica,
+            self.endpoint.quic,
+            self.endpoint.member,
+            self.endpoint.http,
+            self.endpoint.quic,
+            credentials::token_path(dir, Role::Worker).display()
+        );
+        Ok(self)
     }
 
     pub fn endpoint(&self) -> &Endpoint {
@@ -124,85 +270,96 @@ impl Coordinator {
 
     /// Returns when the coordinator cannot go on, with the reason.
     pub async fn failed(&mut self) -> anyhow::Error {
-        match &mut self.driver {
-            Some(driver) => driver.failed().await,
+        match &mut self.thread {
+            Some(thread) => thread.failed().await,
             None => std::future::pending().await,
         }
     }
 
-    /// Stops cleanly: peers are told, the log is closed.
+    /// Stops cleanly: leadership goes to another one, peers are told, the log is closed.
     pub async fn stop(mut self) {
-        self.tasks.shutdown().await;
-        self.quic.close(0u32.into(), b"the coordinator is stopping");
-        if let Some(driver) = self.driver.take() {
-            driver.stop().await;
+        let leads = |status: &Status| status.leading_since_ms.is_some();
+        if leads(&self.status.borrow()) {
+            self.inbox.must_take(inbox::Event::Input(crate::control::Input::StepDown));
+            // One that is alone, or whose others are away, goes anyway.
+            let _ = timeout(HAND_OVER, self.status.wait_for(|status| !leads(status))).await;
         }
-        self.quic.wait_idle().await;
-    }
-}
-
-/// Binds both sockets. With port 0 the ports of the last start come first, so that agents and clients find a restarted coordinator.
-async fn listen(options: &Options, prepared: &setup::Prepared) -> Result<(quinn::Endpoint, TcpListener)> {
-    let before = Endpoint::load(&options.data_dir).ok().flatten();
-    let again = |address: SocketAddr, before: Option<&str>| {
-        let port = before.and_then(|before| before.rsplit_once(':')).and_then(|(_, port)| port.parse().ok());
-        port.filter(|_| address.port() == 0).map(|port| SocketAddr::new(address.ip(), port))
-    };
-    let quic = again(
-        options.listen,
-        before.as_ref().filter(|_| options.advertise.is_none()).map(|before| before.quic.as_str()),
-    )
-    .and_then(|address| net::serve(address, &prepared.identity).ok())
-    .map_or_else(|| net::serve(options.listen, &prepared.identity), Ok)?;
-    let http = match again(options.http, before.as_ref().map(|before| before.http.as_str())) {
-        Some(address) => TcpListener::bind(address).await.ok(),
-        None => None,
-    };
-    let http = match http {
-        Some(http) => http,
-        None => TcpListener::bind(options.http).await.with_context(|| {
-            format!(
-                "cannot listen on {} for HTTP; stop what uses that port or choose another with --http",
-                options.http
-            )
-        })?,
-    };
-    if !options.http.ip().is_loopback() {
-        warn!(
-            "HTTP is open to other machines on {}: anyone who reaches it can read what the cluster does",
-            options.http
-        );
-    }
-    Ok((quic, http))
-}
-
-async fn accept(shared: Arc<Shared>, quic: quinn::Endpoint) {
-    let mut connections = JoinSet::new();
-    while let Some(incoming) = quic.accept().await {
-        while connections.try_join_next().is_some() {}
-        if connections.len() >= CONNECTIONS_MAX {
-            incoming.refuse();
-            continue;
+        for socket in &self.sockets {
+            socket.close(net::DONE, b"the coordinator is stopping");
         }
-        connections.spawn(serve(shared.clone(), incoming));
+        if let Some(thread) = self.thread.take() {
+            thread.stop().await;
+        }
+        for socket in &self.sockets {
+            // Peers that are gone already do not answer.
+            let _ = timeout(HAND_OVER, socket.wait_idle()).await;
+        }
     }
 }
 
-async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming) {
+/// Keeps in the data directory where the coordinators are: for `fleet` on this machine, and for the next start.
+async fn remember_addresses(
+    dir: PathBuf,
+    mut endpoint: Endpoint,
+    mut addresses: watch::Receiver<Vec<CoordinatorAddress>>,
+) {
+    loop {
+        let known = addresses.borrow_and_update().clone();
+        if !known.is_empty() {
+            endpoint.coordinators = client_addresses(&known, Vec::new());
+            let kept = setup::store_coordinators(&dir, &known).and_then(|()| Ok(endpoint.store(&dir)?));
+            if let Err(error) = kept {
+                warn!("where the coordinators are was not written down: {error:#}");
+            }
+        }
+        if addresses.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn client_addresses(known: &[CoordinatorAddress], otherwise: Vec<String>) -> Vec<String> {
+    if known.is_empty() { otherwise } else { known.iter().map(|address| address.client.clone()).collect() }
+}
+
+async fn accept(shared: Arc<Shared>, socket: Socket, endpoint: quinn::Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        let proven = incoming.remote_address_validated();
+        match shared.gate.incoming(socket, incoming.remote_address().ip(), proven) {
+            Verdict::Shake(pass) => drop(tokio::spawn(serve(shared.clone(), socket, incoming, pass))),
+            // One that cannot be asked to prove itself has done so.
+            Verdict::Prove => drop(incoming.retry()),
+            Verdict::Refuse => incoming.refuse(),
+        }
+    }
+}
+
+async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, shaking: gate::Pass) {
     let from = incoming.remote_address();
-    let (connection, accepted) = match net::accept(incoming).await {
+    let accepted = net::accept(incoming, socket, |peer| shared.gate.admit(socket, peer)).await;
+    drop(shaking);
+    let (connection, accepted) = match accepted {
         Ok(accepted) => accepted,
         Err(error) => return debug!("{from} did not get in: {error}"),
     };
-    match accepted {
-        Accepted::Join => joins::serve(&shared, &connection).await,
-        Accepted::Peer(peer) if peer.cluster_id != shared.ca.cluster_id() => {
-            connection.close(1u32.into(), b"this certificate is of another cluster");
+    let peer = match accepted {
+        Accepted::Join => {
+            return match shared.gate.joiner(from.ip()) {
+                Some(pass) => joins::serve(&shared, &connection, pass).await,
+                None => connection.close(net::BUSY, b"too many are joining at once; try again"),
+            };
         }
-        Accepted::Peer(peer) => match (peer.role, peer.node) {
-            (Role::Worker, Some(node)) => agents::serve(&shared, &connection, node).await,
-            (Role::Client, _) => clients::serve(shared, &connection).await,
-            _ => connection.close(1u32.into(), b"this certificate is for neither a worker nor a client"),
-        },
+        Accepted::Peer(peer) => peer,
+    };
+    let Some((_pass, open)) = shared.gate.enter(socket, peer.member, &connection) else { return };
+    match (socket, peer.member) {
+        (Socket::Clients, member) => clients::serve(shared.clone(), &connection, member, peer.name, open).await,
+        (Socket::Members, Member::Worker(node)) => agents::serve(&shared, &connection, node, &peer.name).await,
+        (Socket::Members, Member::Coordinator(replica)) => {
+            net::widen(&connection);
+            peers::serve(shared.calls.inbox(), &shared.knocks, &connection, replica).await;
+        }
+        // The gate lets none in.
+        (Socket::Members, Member::Client(_)) => connection.close(net::REFUSED, b"not here"),
     }
 }

@@ -6,52 +6,74 @@
 //! | `cluster/` | the CA's certificate and key (0600) |
 //! | `raft/` | RocksDB: log, state, history |
 //! | `identity/` | this coordinator's certificate and key |
+//! | `joining.json` | after `coordinator join`, until its log has begun |
+//! | `coordinators.json` | where the coordinators were when it last knew |
 //! | `client/` | a client's certificate and key, for `fleet` on this machine |
 //! | `tokens/` | `worker.token`, `client.token` (0600) |
 //! | `endpoint.json` | where it listens |
 
-use super::clients::new_token;
-use super::joins::CERTIFICATE_VALIDITY;
-use super::{Options, Shared};
+use super::Options;
 use crate::cluster::State;
 use crate::cluster::commands::COMMAND_LEVEL;
 use crate::cluster::members::{ReplicaRecord, Standing};
-use crate::raft::disk::Disk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
+use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{ClusterCa, Identity};
-use fleet_common::protocol::{CoordinatorAddress, Role};
+use fleet_common::net::{ClusterCa, Identity, Joined};
+use fleet_common::protocol::{CoordinatorAddress, Member};
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::info;
 
-/// The only replica there is.
-const REPLICA: u64 = 1;
-/// Life of the tokens in the data directory: ten years.
-const TOKEN_TTL_S: u64 = 10 * 365 * 24 * 3600;
+/// The first replica of a new cluster.
+const FOUNDER: ReplicaId = ReplicaId(1);
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What a start needs, opened and checked.
-pub struct Prepared {
+/// A data directory that was opened and checked.
+pub struct Opened {
     pub lock: File,
     pub ca: ClusterCa,
+    pub replica: ReplicaId,
     pub identity: Identity,
-    pub disk: Arc<dyn Disk>,
-    pub replica: Replica<RocksDisk>,
-    pub raft_dir: PathBuf,
+    pub disk: Arc<RocksDisk>,
+    pub begin: Begin,
+    /// Where others were.
+    pub coordinators: Vec<CoordinatorAddress>,
+    dir: PathBuf,
 }
 
-pub fn prepare(options: &Options) -> Result<Prepared> {
-    let dir = &options.data_dir;
-    files::create_dir(dir)?;
-    let lock = lock(dir)?;
-    let (cluster_dir, raft_dir, identity_dir) = (dir.join("cluster"), dir.join("raft"), dir.join("identity"));
+/// How the replica of this start comes to be.
+pub enum Begin {
+    Continue(Box<Replica<RocksDisk>>),
+    /// A new cluster.
+    Found,
+    /// A new replica of a cluster that there is.
+    Join,
+}
 
+fn raft_dir(dir: &Path) -> PathBuf {
+    dir.join("raft")
+}
+
+fn joining(dir: &Path) -> PathBuf {
+    dir.join("joining.json")
+}
+
+/// Takes the directory's lock and opens what is in it. A directory without a cluster gets a new one, unless one is expected.
+pub fn open(options: &Options) -> Result<Opened> {
+    let dir = &options.data_dir;
+    if !options.expect_existing {
+        files::create_dir(dir)?;
+    }
+    let lock = lock(dir)?;
+    let (cluster_dir, identity_dir, raft_dir) = (dir.join("cluster"), dir.join("identity"), raft_dir(dir));
+    let now = SystemTime::now();
     let known = ClusterCa::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
         bail!(
@@ -60,55 +82,108 @@ pub fn prepare(options: &Options) -> Result<Prepared> {
             cluster_dir.display()
         );
     }
-    let now = SystemTime::now();
-    let (ca, new) = match known {
-        Some(ca) => (ca, false),
+    if options.expect_existing && (known.is_none() || (!raft_dir.exists() && !joining(dir).exists())) {
+        bail!(
+            "{} has no cluster, and --expect-existing says that there must be one; check --data-dir, or restore a backup with `coordinator restore`",
+            dir.display()
+        );
+    }
+    let ca = match known {
+        Some(ca) => ca,
         None => {
             let ca = ClusterCa::create(&hex::encode(rand::random::<[u8; 8]>()), now)?;
             ca.store(&cluster_dir)?;
-            (ca, true)
+            info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
+            ca
         }
     };
-
-    let disk = Arc::new(
-        RocksDisk::open(&raft_dir)
-            .with_context(|| format!("cannot open the log in {}", raft_dir.display()))?,
-    );
     let identity = Identity::load(&identity_dir)?;
-    let seed = rand::random();
-    let replica = match (Replica::open(disk.clone(), seed)?, &identity) {
-        (Some(replica), _) => replica,
-        (None, Some(_)) => bail!("the log in {} is gone; restore it from a backup", raft_dir.display()),
-        (None, None) => {
-            Replica::create(disk.clone(), REPLICA, &[REPLICA], first_state(ca.cluster_id()), seed)?
+    if identity.as_ref().is_some_and(|identity| identity.cluster_id != ca.cluster_id()) {
+        bail!("the identity in {} is of another cluster; remove it", identity_dir.display());
+    }
+    let (disk, found) = open_log(&raft_dir)?;
+    let (begin, replica) = match (found, &identity) {
+        (Some(replica), _) => {
+            let id = ReplicaId(replica.id());
+            (Begin::Continue(Box::new(replica)), id)
         }
-    };
-    if replica.state().cluster_id() != ca.cluster_id() {
-        bail!(
-            "the log in {} belongs to cluster {}, the CA to {}",
+        (None, Some(Identity { member: Member::Coordinator(id), .. })) if joining(dir).exists() => {
+            (Begin::Join, *id)
+        }
+        (None, Some(_)) => bail!(
+            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
             raft_dir.display(),
-            replica.state().cluster_id(),
-            ca.cluster_id()
-        );
-    }
-    let identity = match identity {
-        Some(identity) if identity.cluster_id == ca.cluster_id() => identity,
-        Some(_) => bail!("the identity in {} is of another cluster; remove it", identity_dir.display()),
-        None => issue(&ca, &identity_dir, Role::Coordinator, now)?,
+            dir.display()
+        ),
+        (None, None) => (Begin::Found, FOUNDER),
     };
-    if new {
-        info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
+    if let Begin::Continue(found) = &begin
+        && found.state().cluster_id() != ca.cluster_id()
+    {
+        let log = found.state().cluster_id();
+        bail!("the log in {} belongs to cluster {log}, the CA to {}", raft_dir.display(), ca.cluster_id());
     }
-    Ok(Prepared { lock, ca, identity, disk, replica, raft_dir })
+    let member = Member::Coordinator(replica);
+    let identity = match identity {
+        Some(identity) if identity.member != member => {
+            bail!("the identity in {} is {}, the log {replica}'s; they do not belong together", identity_dir.display(), identity.member)
+        }
+        Some(identity) if identity.remaining(now).is_zero() => {
+            // It holds the CA itself.
+            let renewed = ca.reissue(&identity, now, options.certificate_life)?;
+            renewed.store_certificate(&identity_dir)?;
+            renewed
+        }
+        Some(identity) => identity,
+        None => ca.issue(member, &name(options, replica), now, options.certificate_life)?,
+    };
+    let coordinators = load_coordinators(dir)?;
+    Ok(Opened { lock, ca, replica, identity, disk, begin, coordinators, dir: dir.clone() })
 }
 
-/// A new cluster's state with this coordinator in it. Its address is told when it is known.
-fn first_state(cluster_id: &str) -> State {
-    let replica = ReplicaId(REPLICA);
+/// A damaged log is an error here: the replica must not take part any more.
+pub fn open_log(raft_dir: &Path) -> Result<(Arc<RocksDisk>, Option<Replica<RocksDisk>>)> {
+    let advice = || format!("cannot open the log in {}", raft_dir.display());
+    let disk = Arc::new(RocksDisk::open(raft_dir).with_context(advice)?);
+    let replica = Replica::open(disk.clone(), rand::random()).with_context(advice)?;
+    Ok((disk, replica))
+}
+
+pub fn name(options: &Options, replica: ReplicaId) -> String {
+    options.name.clone().unwrap_or_else(|| format!("coordinator-{}", replica.0))
+}
+
+impl Opened {
+    /// The replica, begun where it is new. From then on the directory is one that continues.
+    pub fn begin(self, address: &CoordinatorAddress, name: &str) -> Result<(File, ClusterCa, Identity, Replica<RocksDisk>)> {
+        let Opened { lock, ca, replica: id, identity, disk, begin, dir, .. } = self;
+        let replica = match begin {
+            Begin::Continue(replica) => *replica,
+            Begin::Found => {
+                let state = first_state(ca.cluster_id(), address.clone(), name);
+                Replica::create(disk, id.0, &[id.0], state, rand::random())?
+            }
+            Begin::Join => Replica::join(disk, id.0, ca.cluster_id(), rand::random())?,
+        };
+        // After the log: an identity without one is a log that was lost.
+        let identity_dir = dir.join("identity");
+        if Identity::load(&identity_dir)?.is_none() {
+            identity.store(&identity_dir)?;
+        }
+        if joining(&dir).exists() {
+            fs::remove_file(joining(&dir)).with_context(|| format!("cannot remove {}", joining(&dir).display()))?;
+        }
+        Ok((lock, ca, identity, replica))
+    }
+}
+
+/// A new cluster's state with this coordinator in it.
+fn first_state(cluster_id: &str, address: CoordinatorAddress, name: &str) -> State {
+    let replica = address.replica;
     let record = ReplicaRecord {
-        address: CoordinatorAddress { replica, client: String::new(), member: String::new() },
-        name: "coordinator-1".to_owned(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address,
+        name: name.to_owned(),
+        version: VERSION.to_owned(),
         level: COMMAND_LEVEL,
         joined_unix_ms: 0,
         standing: Standing::Voter,
@@ -116,37 +191,48 @@ fn first_state(cluster_id: &str) -> State {
     State::founded(cluster_id.to_owned(), BTreeMap::from([(replica, record)]))
 }
 
-/// Writes the tokens and the client's identity that are not there yet.
-pub async fn write_credentials(dir: &Path, shared: &Shared) -> Result<()> {
-    let client_dir = dir.join("client");
-    if Identity::load(&client_dir)?.is_none() {
-        issue(&shared.ca, &client_dir, Role::Client, SystemTime::now())?;
-    }
-    files::create_dir(&dir.join("tokens"))?;
-    for role in [Role::Worker, Role::Client] {
-        let path = token_path(dir, role);
-        if files::read_optional(&path)?.is_none() {
-            let token = new_token(shared, None, role, TOKEN_TTL_S, u32::MAX)
-                .await
-                .map_err(|refusal| anyhow!(refusal.message))?;
-            files::write_atomic(&path, format!("{token}\n").as_bytes(), files::SECRET)?;
-        }
-    }
+/// Keeps what a cluster gave to a new coordinator. The next start begins its log.
+pub fn store_joined(dir: &Path, joined: &Joined) -> Result<()> {
+    let ca = joined.ca.as_ref().context("the cluster did not send its CA")?;
+    ca.store(&dir.join("cluster"))?;
+    store_coordinators(dir, &joined.coordinators)?;
+    files::write_atomic(&joining(dir), b"{}\n", files::PUBLIC)?;
+    joined.identity.store(&dir.join("identity"))?;
     Ok(())
 }
 
-pub fn token_path(dir: &Path, role: Role) -> PathBuf {
-    dir.join("tokens").join(if role == Role::Worker { "worker.token" } else { "client.token" })
+/// Takes the lock of a directory that must not have a cluster yet.
+pub fn lock_empty(dir: &Path) -> Result<File> {
+    files::create_dir(dir)?;
+    let lock = lock(dir)?;
+    for name in ["cluster", "identity", "raft"] {
+        if dir.join(name).exists() {
+            bail!(
+                "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
+                dir.display()
+            );
+        }
+    }
+    Ok(lock)
 }
 
-fn issue(ca: &ClusterCa, dir: &Path, role: Role, now: SystemTime) -> Result<Identity> {
-    let name = if role == Role::Coordinator { "coordinator-1" } else { "local" };
-    let identity = ca.issue(ca.cluster_id(), name, role, None, now, CERTIFICATE_VALIDITY)?;
-    identity.store(dir)?;
-    Ok(identity)
+pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Result<()> {
+    let text = serde_json::to_string_pretty(coordinators)? + "\n";
+    Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes(), files::PUBLIC)?)
 }
 
-fn lock(dir: &Path) -> Result<File> {
+fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
+    let path = dir.join("coordinators.json");
+    let Some(text) = files::read_optional(&path)? else { return Ok(Vec::new()) };
+    serde_json::from_str(&text).with_context(|| format!("{} is damaged; remove it", path.display()))
+}
+
+/// What is remembered of the last start, to listen where others look.
+pub fn last_endpoint(dir: &Path) -> Option<Endpoint> {
+    Endpoint::load(dir).ok().flatten()
+}
+
+pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;

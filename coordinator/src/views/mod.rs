@@ -67,6 +67,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
             | Request::Watch { .. }
+            | Request::Addresses
+            | Request::Renew { .. }
             | Request::RemoveCoordinator(_)
             | Request::RevokeToken { .. }
             | Request::Revoke(_)

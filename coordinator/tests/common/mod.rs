@@ -15,8 +15,7 @@ use tokio::time::timeout;
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 pub fn options(dir: &Path) -> Options {
-    let any = "127.0.0.1:0".parse().unwrap();
-    Options { data_dir: dir.to_owned(), listen: any, http: any, advertise: None }
+    Options::local(dir.to_owned())
 }
 
 pub async fn start(dir: &Path) -> Coordinator {
@@ -25,6 +24,11 @@ pub async fn start(dir: &Path) -> Coordinator {
 
 pub fn token(dir: &Path, role: &str) -> JoinToken {
     std::fs::read_to_string(dir.join(format!("tokens/{role}.token"))).unwrap().trim().parse().unwrap()
+}
+
+pub async fn join(coordinator: &Coordinator, token: &JoinToken, name: &str) -> Result<Identity, net::NetError> {
+    let at = [coordinator.endpoint().quic.clone()];
+    net::join(&at, token, name).await.map(|joined| joined.identity)
 }
 
 pub fn program(ranks: u32) -> Request {
@@ -55,6 +59,10 @@ impl Client {
 
     pub async fn connect(identity: &Identity, coordinator: &Coordinator) -> Client {
         let connection = net::connect(&[coordinator.endpoint().quic.clone()], identity).await.unwrap();
+        Client::over(connection)
+    }
+
+    pub fn over(connection: quinn::Connection) -> Client {
         Client { connection, id: ClientId(7), seq: 0 }
     }
 
@@ -119,7 +127,7 @@ pub struct Agent {
 
 impl Agent {
     pub async fn join(dir: &Path, coordinator: &Coordinator, slots: u32) -> Agent {
-        let identity = net::join(&coordinator.endpoint().quic, &token(dir, "worker"), "box").await.unwrap();
+        let identity = join(coordinator, &token(dir, "worker"), "box").await.unwrap();
         Agent::greet(identity, coordinator, slots, vec![]).await
     }
 
@@ -130,7 +138,7 @@ impl Agent {
         slots: u32,
         gangs: Vec<(JobId, Generation)>,
     ) -> Agent {
-        let connection = net::connect(&[coordinator.endpoint().quic.clone()], &identity).await.unwrap();
+        let connection = net::connect(&[coordinator.endpoint().member.clone()], &identity).await.unwrap();
         let (send, receive) = connection.open_bi().await.unwrap();
         let mut agent = Agent { identity, connection, send, receive };
         let (device, program_version) = ("cpu".into(), "test".into());
@@ -151,14 +159,29 @@ impl Agent {
     }
 
     pub fn node(&self) -> NodeId {
-        self.identity.node.unwrap()
+        self.identity.node().unwrap()
+    }
+
+    /// Waits until the coordinator ends the connection, and returns its words.
+    pub async fn closed(&self) -> String {
+        net::describe(&timeout(DEADLINE, self.connection.closed()).await.unwrap())
     }
 
     pub async fn tell(&mut self, message: FromAgent) {
         write_frame(&mut self.send, &message).await.unwrap();
     }
 
+    /// The next message that is not about connections.
     pub async fn next(&mut self) -> ToAgent {
+        loop {
+            match self.next_of_any().await {
+                ToAgent::Coordinators(_) | ToAgent::Heard { .. } => {}
+                message => return message,
+            }
+        }
+    }
+
+    pub async fn next_of_any(&mut self) -> ToAgent {
         timeout(DEADLINE, read_frame(&mut self.receive)).await.unwrap().unwrap().unwrap()
     }
 

@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::{out, places};
 use fleet_common::net::{self, JoinToken, NAME_MAX};
 use fleet_common::protocol::Role;
-use fleet_common::{exit, files};
+use fleet_common::exit;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -50,14 +50,16 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         return Err(Failure::input(format!("`{name}` cannot name a cluster; use letters, digits and . _ -")));
     }
     let me: String = user_name().chars().take(NAME_MAX).collect();
-    let identity = block_on(async { Ok(net::join(&args.address, &token, &me).await?) })?;
+    let at = std::slice::from_ref(&args.address);
+    let joined = block_on(async { Ok(net::join(at, &token, &me).await?) })?;
+    let identity = joined.identity;
     let dir = places::login_dir(&name);
     std::fs::create_dir_all(&dir).map_err(|e| Failure::io("create", &dir, &e))?;
     identity.store(&dir).map_err(|e| Failure::io("write to", &dir, &e))?;
-    let login = json!(Login { addresses: vec![args.address.clone()] }).to_string();
-    let file = dir.join("cluster.json");
-    files::write_atomic(&file, login.as_bytes(), files::PUBLIC)
-        .map_err(|e| Failure::io("write", &file, &e))?;
+    let mut addresses = vec![args.address.clone()];
+    let others = joined.coordinators.into_iter().map(|coordinator| coordinator.client);
+    addresses.extend(others.filter(|other| *other != args.address));
+    Login { addresses }.store(&dir)?;
     match args.json {
         true => out::json(&json!({"name": name, "address": args.address, "cluster_id": identity.cluster_id})),
         false => out::line(&format!("logged in; use it with --cluster {name}")),

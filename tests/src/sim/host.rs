@@ -229,9 +229,19 @@ impl World {
             control.handle(at, input);
         }
         let syncs = host.disk.syncs();
-        let done = control.process(at);
+        // What is sent before the sync leaves at once, and stays sent if the host dies in the middle of it.
+        let (disk, mut early, mut late) = (&host.disk, Vec::new(), Vec::new());
+        let done = control.process(at, &mut |to, message| {
+            let sent = if disk.syncs() == syncs { &mut early } else { &mut late };
+            sent.push(Action::ToPeer { to, message });
+        });
         let busy = control.busy();
         let synced = host.disk.syncs() != syncs;
+        let done = done.map(|actions| late.into_iter().chain(actions).collect::<Vec<_>>());
+        if !early.is_empty() {
+            self.emit(number, early);
+        }
+        let Some(host) = self.hosts.get_mut(&number) else { return };
         match done {
             Ok(actions) => {
                 if synced {

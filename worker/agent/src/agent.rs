@@ -279,6 +279,8 @@ impl Agent {
             ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),
             // The connection ends by itself; the next one may go better.
             ToAgent::Refused { fatal: false, .. } => {}
+            // The link's own.
+            ToAgent::Heard { .. } | ToAgent::Coordinators(_) | ToAgent::Certificate { .. } => {}
         }
     }
 

@@ -1,5 +1,6 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
+use crate::coordinators::Coordinators;
 use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
 use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
@@ -35,10 +36,9 @@ const GANG_DIRS_KEPT: usize = 32;
 const CLOSING: Duration = Duration::from_millis(50);
 
 /// What `worker join` was asked for.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
-    /// `HOST:PORT` of the coordinators.
-    pub addrs: Vec<String>,
+    pub coordinators: Coordinators,
     pub data_dir: PathBuf,
     /// `None`: one per accelerator, else one.
     pub slots: Option<u32>,
@@ -86,8 +86,12 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         host: options.host.unwrap_or_else(|| own_address(&options.addrs)),
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
-    let link =
-        tokio::spawn(link::keep(options.addrs, identity, events_sender, rand::rngs::StdRng::from_os_rng()));
+    let node = link::Node {
+        identity,
+        identity_dir: options.data_dir.join("identity"),
+        coordinators: options.coordinators,
+    };
+    let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
     let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };
 
     let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);

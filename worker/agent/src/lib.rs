@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backoff;
+pub mod coordinators;
 pub mod driver;
 pub mod exec_rank;
 pub mod gang;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use fleet_agent::coordinators::Coordinators;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_common::exit;
@@ -12,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
@@ -28,7 +30,7 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Join {
-    /// Address of a coordinator, HOST:PORT; several separated by commas.
+    /// Address of a coordinator for clients, HOST:PORT; several separated by commas.
     #[arg(value_delimiter = ',', required = true)]
     addr: Vec<String>,
     /// The join token; needed once. Also taken from FLEET_TOKEN.
@@ -99,9 +101,11 @@ fn run(join: Join) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime").map_err(Failure::new(exit::ENVIRONMENT))?;
     let code = runtime.block_on(async {
-        let identity = identity(&join, &data_dir).await?;
+        let mut coordinators =
+            Coordinators::load(&data_dir, join.addr.clone()).map_err(Failure::new(exit::ENVIRONMENT))?;
+        let identity = identity(&join, &data_dir, &mut coordinators).await?;
         let options = Options {
-            addrs: join.addr,
+            coordinators,
             data_dir,
             slots: join.slots,
             device: join.device,
@@ -116,17 +120,33 @@ fn run(join: Join) -> Result<u8, Failure> {
 }
 
 /// The kept identity, or a new one for the token.
-async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
+async fn identity(
+    join: &Join,
+    data_dir: &Path,
+    coordinators: &mut Coordinators,
+) -> Result<Identity, Failure> {
     let dir = data_dir.join("identity");
     let kept = Identity::load(&dir)
         .context("cannot use the kept identity")
         .map_err(Failure::new(exit::ENVIRONMENT))?;
-    if let Some(identity) = kept {
-        return Ok(identity);
-    }
-    let env = std::env::var("FLEET_TOKEN").ok();
-    let token = JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref());
-    let token = token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })?;
+    let token = || {
+        let env = std::env::var("FLEET_TOKEN").ok();
+        let token =
+            JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref());
+        token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })
+    };
+    let token = match kept {
+        Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => return Ok(identity),
+        // By this machine's clock. Without a token the coordinator has the last word.
+        Some(identity) => match token()? {
+            None => return Ok(identity),
+            token => {
+                tracing::warn!("the certificate of {} has ended; joining as a new node", identity.member);
+                token
+            }
+        },
+        None => token()?,
+    };
     let refused = |text: &str| Failure { code: exit::REFUSED_INPUT, error: anyhow::anyhow!("{text}") };
     let token = token.ok_or_else(|| {
         refused("a join token is needed the first time: give --token-file, --token or FLEET_TOKEN (the coordinator has it in tokens/worker.token)")
@@ -135,20 +155,15 @@ async fn identity(join: &Join, data_dir: &Path) -> Result<Identity, Failure> {
         return Err(refused("this token is for clients; a worker needs the cluster's worker token"));
     }
     let name = join.name.clone().unwrap_or_else(host_name);
-    let mut last = None;
-    for addr in &join.addr {
-        match net::join(addr, &token, &name).await {
-            Ok(identity) => {
-                let stored = identity
-                    .store(&dir)
-                    .with_context(|| format!("cannot keep the identity in {}", dir.display()));
-                return stored.map(|()| identity).map_err(Failure::new(exit::ENVIRONMENT));
-            }
-            Err(error) => last = Some(error),
-        }
-    }
-    let error = last.ok_or_else(|| refused("no address was given"))?;
-    Err(Failure { code: error.exit_code(), error: error.into() })
+    let joined = net::join(&join.addr, &token, &name).await;
+    let joined = joined.map_err(|error| Failure { code: error.exit_code(), error: error.into() })?;
+    let stored = joined
+        .identity
+        .store(&dir)
+        .with_context(|| format!("cannot keep the identity in {}", dir.display()));
+    stored.map_err(Failure::new(exit::ENVIRONMENT))?;
+    coordinators.learn(joined.coordinators);
+    Ok(joined.identity)
 }
 
 /// Ties this process to the one that started it, if asked to, and what its ranks leave behind to this process.

@@ -6,10 +6,10 @@
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::events::{Event, EventBody, JobError, Outcome};
 use fleet_common::exit::Fault;
-use fleet_common::ids::{JobId, NodeId};
+use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::job;
-use fleet_common::net::{self, Accepted, ClusterCa, Identity};
-use fleet_common::protocol::{AgentHello, FromAgent, Gang, Program, Role, ToAgent, Work};
+use fleet_common::net::{self, Accepted, ClusterCa, Identity, Socket};
+use fleet_common::protocol::{AgentHello, FromAgent, Gang, Member, Program, ToAgent, Work};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -43,11 +43,11 @@ impl Node {
         let now = SystemTime::now();
         let ca = ClusterCa::create("cluster-test", now).unwrap();
         let coordinator =
-            ca.issue("cluster-test", "coordinator", Role::Coordinator, None, now, YEAR).unwrap();
+            ca.issue(Member::Coordinator(ReplicaId(1)), "coordinator", now, YEAR).unwrap();
         let worker: Identity =
-            ca.issue("cluster-test", "box", Role::Worker, Some(NodeId(1)), now, YEAR).unwrap();
+            ca.issue(Member::Worker(NodeId(1)), "box", now, YEAR).unwrap();
         worker.store(&dir.path().join("identity")).unwrap();
-        let endpoint = net::serve("127.0.0.1:0".parse().unwrap(), &coordinator).unwrap();
+        let endpoint = net::serve("127.0.0.1:0".parse().unwrap(), Socket::Members, &coordinator).unwrap();
         Node { dir, endpoint }
     }
 
@@ -68,8 +68,8 @@ impl Node {
             loop {
                 // An attempt that its maker gave up comes to nothing; the next one counts.
                 let incoming = self.endpoint.accept().await.unwrap();
-                let Ok((connection, Accepted::Peer(peer))) = net::accept(incoming).await else { continue };
-                assert_eq!((peer.role, peer.node), (Role::Worker, Some(NodeId(1))));
+                let Ok((connection, Accepted::Peer(peer))) = net::accept(incoming, Socket::Members, |_| Ok(())).await else { continue };
+                assert_eq!(peer.member, Member::Worker(NodeId(1)));
                 let Ok((send, mut receive)) = connection.accept_bi().await else { continue };
                 if let Ok(Some(FromAgent::Hello(hello))) = read_frame(&mut receive).await {
                     return Link { connection, send, receive, hello };
@@ -120,7 +120,7 @@ impl Link {
                 {
                     FromAgent::Events(batch) => return (batch.first_seq, batch.events),
                     FromAgent::Heartbeat { .. } => {}
-                    FromAgent::Hello(_) => panic!("a second greeting"),
+                    other => panic!("a second greeting, or {other:?}"),
                 }
             }
         };

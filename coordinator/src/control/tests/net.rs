@@ -182,8 +182,14 @@ impl Net {
         for id in self.controls.keys().copied().collect::<Vec<_>>() {
             let now = self.now;
             let control = self.controls.get_mut(&id).unwrap();
-            let actions = control.process(now).unwrap();
-            quiet &= actions.is_empty() && !control.busy();
+            let wire = &mut self.wire;
+            let mut sent = 0;
+            let actions = control.process(now, &mut |to, message| {
+                sent += 1;
+                wire.push_back((id, to.0, message));
+            });
+            let actions = actions.unwrap();
+            quiet &= sent == 0 && actions.is_empty() && !control.busy();
             actions.into_iter().for_each(|action| self.act(id, action));
         }
         quiet &= self.wire.is_empty();

@@ -1,0 +1,117 @@
+//! Connecting to the first coordinator that answers.
+
+use super::identity::Identity;
+use super::listen::remote;
+use super::peer::COORDINATOR_DNS;
+use super::verdict::{Failure, NOT_OUR_COORDINATOR, summarise};
+use super::{Link, NetError, Socket, limits, tls};
+use crate::protocol::Role;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, Endpoint};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// A connection that the other side has welcomed.
+#[derive(Debug)]
+pub struct Reached {
+    pub connection: Connection,
+    /// Which of the coordinator's sockets it is.
+    pub socket: Socket,
+}
+
+/// Connects to the first of these coordinators (`HOST:PORT`) that answers and accepts this identity.
+pub async fn connect(addrs: &[String], identity: &Identity) -> Result<Connection, NetError> {
+    reach(addrs, identity).await.map(|reached| reached.connection)
+}
+
+/// Like `connect`. The addresses are tried in their order, each as soon as the one before was silent for a moment or has failed.
+pub async fn reach(addrs: &[String], identity: &Identity) -> Result<Reached, NetError> {
+    let config = client_config(identity)?;
+    let mut attempts = JoinSet::new();
+    let mut rest = addrs.iter().cloned().enumerate();
+    let mut failures = Vec::new();
+    loop {
+        let next = rest.next();
+        let more = next.is_some();
+        if let Some((position, addr)) = next {
+            let (config, cluster_id) = (config.clone(), identity.cluster_id.clone());
+            attempts.spawn(async move {
+                let attempt = welcomed(&addr, config, &cluster_id).await;
+                (position, attempt.map_err(|failure| failure.at(&addr)))
+            });
+        }
+        tokio::select! {
+            Some(done) = attempts.join_next() => match done.map_err(|error| NetError::Lost(error.to_string()))? {
+                (_, Ok(reached)) => return Ok(reached),
+                (position, Err(failure)) => failures.push((position, failure)),
+            },
+            () = sleep(limits::STAGGER), if more => {}
+            else => break,
+        }
+    }
+    failures.sort_by_key(|(position, _)| *position);
+    Err(summarise(failures.into_iter().map(|(_, failure)| failure).collect()))
+}
+
+fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
+    let crypto =
+        QuicClientConfig::try_from(tls::client(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(limits::connecting(match identity.role() {
+        Role::Client => Link::Client,
+        Role::Worker => Link::Agent,
+        Role::Coordinator => Link::Coordinator,
+    }));
+    Ok(config)
+}
+
+/// A connection to one `HOST:PORT` once the coordinator of that cluster has said welcome.
+async fn welcomed(addr: &str, config: ClientConfig, cluster_id: &str) -> Result<Reached, Failure> {
+    let work = async {
+        let connection = attempt(addr, config).await?;
+        let peer = remote(&connection).map_err(Failure::Refused)?;
+        if peer.member.role() != Role::Coordinator || peer.cluster_id != cluster_id {
+            return Err(Failure::Refused(NOT_OUR_COORDINATOR.into()));
+        }
+        let mut welcome = connection.accept_uni().await?;
+        let mut byte = [0];
+        let read = welcome.read_exact(&mut byte).await;
+        match (read, Socket::try_from(byte[0])) {
+            (Ok(()), Ok(socket)) => Ok(Reached { connection, socket }),
+            (Err(_), _) if connection.close_reason().is_some() => Err(connection.closed().await.into()),
+            _ => Err(Failure::Refused("the two sides have different versions of fleet".into())),
+        }
+    };
+    timeout(limits::CONNECT_DEADLINE, work).await.unwrap_or_else(|_| Err(silent()))
+}
+
+fn silent() -> Failure {
+    Failure::Silent(format!("no answer within {} s", limits::CONNECT_DEADLINE.as_secs()))
+}
+
+/// A connection to the first address of one `HOST:PORT`, whoever answers there.
+pub(super) async fn attempt(addr: &str, config: ClientConfig) -> Result<Connection, Failure> {
+    let work = async {
+        let mut last = Failure::Silent("the name has no address".into());
+        let resolved = tokio::net::lookup_host(addr).await;
+        for address in resolved.map_err(|error| Failure::Silent(format!("not an address ({error})")))? {
+            match handshake(address, config.clone()).await {
+                Ok(connection) => return Ok(connection),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    };
+    timeout(limits::CONNECT_DEADLINE, work).await.unwrap_or_else(|_| Err(silent()))
+}
+
+async fn handshake(address: SocketAddr, config: ClientConfig) -> Result<Connection, Failure> {
+    let any =
+        if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let local = Endpoint::client((any, 0).into()).map_err(|error| Failure::Silent(error.to_string()))?;
+    let connecting = local.connect_with(config, address, COORDINATOR_DNS);
+    let connecting = connecting.map_err(|error| Failure::Silent(error.to_string()))?;
+    Ok(connecting.await?)
+}

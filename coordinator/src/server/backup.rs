@@ -1,0 +1,284 @@
+//! `coordinator backup` and `coordinator restore`: all that a cluster has recorded, in one file.
+//!
+//! A backup holds the CA's key, because a cluster without it is none: the file is made 0600 and says so in its first line. It is
+//! read from the disk of a replica that may be running. A restore makes a cluster of one, with the old cluster's id and CA and a new
+//! replica, from which others are joined; the replicas of before are removed for ever.
+
+use super::{Options, setup};
+use crate::cluster::State;
+use crate::cluster::commands::COMMAND_LEVEL;
+use crate::cluster::members::{ReplicaRecord, Standing};
+use crate::raft::disk::{Batch, Disk, Durability, Table};
+use crate::raft::memory::MemoryDisk;
+use crate::raft::replica::Replica;
+use crate::raft::rocks::RocksDisk;
+use anyhow::{Context, Result, anyhow, bail};
+use fleet_common::codec;
+use fleet_common::files;
+use fleet_common::ids::ReplicaId;
+use fleet_common::net::{ClusterCa, PrivateKey};
+use fleet_common::protocol::{CoordinatorAddress, Member};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tracing::info;
+
+/// Of the file; another one is refused.
+const FORMAT: u32 = 1;
+/// Bytes of rows in one record.
+const ROWS_BYTES: usize = 1 << 20;
+/// Largest record: the state of the largest cluster.
+const RECORD_MAX: u64 = 1 << 30;
+/// Above every key.
+const END_OF_KEYS: [u8; 64] = [0xFF; 64];
+/// A running coordinator may remove a file in the moment in which it is read.
+const ATTEMPTS: usize = 5;
+
+/// The first line, for people.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    format: u32,
+    cluster_id: String,
+    log_index: u64,
+    made_unix_ms: u64,
+    note: String,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Record {
+    Ca { der: Vec<u8>, key: PrivateKey },
+    State { index: u64, term: u64, state: Vec<u8> },
+    Rows { table: String, rows: Vec<(Vec<u8>, Vec<u8>)> },
+    /// The last one: a file without it was cut off.
+    End,
+}
+
+/// What a backup has, for its report.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Summary {
+    pub cluster_id: String,
+    pub log_index: u64,
+    pub rows: u64,
+}
+
+/// Writes a backup of a coordinator's data directory. It may be running.
+pub fn backup(data_dir: &Path, out: &Path) -> Result<Summary> {
+    let mut last = anyhow!("nothing was tried");
+    for _ in 0..ATTEMPTS {
+        match attempt(data_dir, out) {
+            Ok(summary) => return Ok(summary),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
+    let ca = ClusterCa::load(&data_dir.join("cluster"))?
+        .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
+    let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
+        .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
+    let (position, state, replayed) = applied(&disk)?;
+    let header = Header {
+        format: FORMAT,
+        cluster_id: ca.cluster_id().to_owned(),
+        log_index: position.0,
+        made_unix_ms: unix_ms(),
+        note: "contains the private key of the cluster's CA: keep it as secret as that".to_owned(),
+    };
+    let mut name = out.file_name().context("--out names a file")?.to_owned();
+    name.push(".part");
+    let part = out.with_file_name(name);
+    let cannot = || format!("cannot write {}", part.display());
+    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(files::SECRET).open(&part);
+    let mut writer = Writer { out: BufWriter::new(file.with_context(cannot)?), hash: Sha256::new() };
+    writer.line(&serde_json::to_string(&header)?).with_context(cannot)?;
+    writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
+    writer.record(&Record::State { index: position.0, term: position.1, state }).with_context(cannot)?;
+    let mut rows = 0;
+    // What the replay wrote is the same as what the disk has of it; the disk may not have all.
+    for source in [&disk as &dyn Disk, replayed.as_ref()] {
+        for table in Table::HISTORY {
+            rows += write_rows(source, table, &mut writer).with_context(cannot)?;
+        }
+    }
+    writer.record(&Record::End).with_context(cannot)?;
+    writer.finish().with_context(cannot)?;
+    std::fs::rename(&part, out).with_context(|| format!("cannot write {}", out.display()))?;
+    Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
+}
+
+/// The state of all that is committed, encoded, and where it ends. Replayed in memory: a running replica's disk is not touched.
+fn applied(disk: &RocksDisk) -> Result<((u64, u64), Vec<u8>, Arc<MemoryDisk>)> {
+    let memory = Arc::new(MemoryDisk::default());
+    for table in [Table::Meta, Table::Log] {
+        let mut batch = Batch::default();
+        disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {
+            batch.put(table, key, value.to_vec());
+            true
+        })?;
+        memory.write(&batch, Durability::Written)?;
+    }
+    let replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
+    let mut replica = replica;
+    replica.process(&mut |_| {})?;
+    let state = codec::encode_record(replica.state())?;
+    Ok(((replica.applied_index(), replica.term()), state, memory))
+}
+
+fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer) -> Result<u64> {
+    let (mut rows, mut bytes, mut count) = (Vec::new(), 0, 0);
+    let mut failed = Ok(());
+    disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {
+        bytes += key.len() + value.len();
+        count += 1;
+        rows.push((key.to_vec(), value.to_vec()));
+        if bytes >= ROWS_BYTES {
+            bytes = 0;
+            failed = writer.record(&Record::Rows { table: table.name().into(), rows: std::mem::take(&mut rows) });
+        }
+        failed.is_ok()
+    })?;
+    failed?;
+    if !rows.is_empty() {
+        writer.record(&Record::Rows { table: table.name().into(), rows })?;
+    }
+    Ok(count)
+}
+
+/// Makes a cluster of one in an empty directory from a backup. The first start makes its credentials.
+pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
+    let dir = &options.data_dir;
+    let _lock = setup::lock_empty(dir)?;
+    let damaged = || format!("{} cannot be restored", file.display());
+    let header = read(file, &mut |_| Ok(())).with_context(damaged)?;
+    // Whole and unchanged: only now is anything written.
+    let disk = Arc::new(RocksDisk::open(&dir.join("raft"))?);
+    let (mut ca, mut state, mut rows) = (None, None, 0);
+    read(file, &mut |record| {
+        match record {
+            Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
+            Record::State { index, term, state: encoded } => {
+                state = Some(((index, term), codec::decode_record::<State>(&encoded)?));
+            }
+            Record::Rows { table, rows: some } => {
+                let known = Table::HISTORY.into_iter().find(|known| known.name() == table);
+                let table = known.with_context(|| format!("it has rows of a table {table}, made by a newer fleet"))?;
+                let mut batch = Batch::default();
+                rows += some.len() as u64;
+                some.into_iter().for_each(|(key, value)| batch.put(table, &key, value));
+                disk.write(&batch, Durability::Written)?;
+            }
+            Record::End => {}
+        }
+        Ok(())
+    })
+    .with_context(damaged)?;
+    let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
+    let id = state.next_replica();
+    let name = setup::name(options, id);
+    let state = state.restored(record(id, &name));
+    Replica::restore(disk, id.0, position, state, rand::random())?;
+    ca.store(&dir.join("cluster"))?;
+    let identity = ca.issue(Member::Coordinator(id), &name, SystemTime::now(), options.certificate_life)?;
+    identity.store(&dir.join("identity"))?;
+    info!("{} has cluster {} as it was at entry {}", dir.display(), header.cluster_id, header.log_index);
+    Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
+}
+
+/// Its address is told when it listens.
+fn record(replica: ReplicaId, name: &str) -> ReplicaRecord {
+    ReplicaRecord {
+        address: CoordinatorAddress { replica, client: String::new(), member: String::new() },
+        name: name.to_owned(),
+        version: setup::VERSION.to_owned(),
+        level: COMMAND_LEVEL,
+        joined_unix_ms: unix_ms(),
+        standing: Standing::Voter,
+    }
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+struct Writer {
+    out: BufWriter<File>,
+    hash: Sha256,
+}
+
+impl Writer {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        Ok(self.out.write_all(bytes)?)
+    }
+
+    fn line(&mut self, line: &str) -> Result<()> {
+        self.put(line.as_bytes())?;
+        self.put(b"\n")
+    }
+
+    fn record(&mut self, record: &Record) -> Result<()> {
+        let bytes = codec::encode_record(record)?;
+        self.put(&(bytes.len() as u64).to_le_bytes())?;
+        self.put(&bytes)
+    }
+
+    /// The checksum of everything, and all of it on the disk.
+    fn finish(mut self) -> Result<()> {
+        let hash = self.hash.finalize();
+        self.out.write_all(&hash)?;
+        self.out.flush()?;
+        Ok(self.out.get_ref().sync_all()?)
+    }
+}
+
+/// Hands all records to `take` and checks that the file is whole. Nothing of a damaged one may be kept.
+fn read(file: &Path, take: &mut dyn FnMut(Record) -> Result<()>) -> Result<Header> {
+    let mut input = BufReader::new(File::open(file)?);
+    let mut hash = Sha256::new();
+    let mut fill = |bytes: &mut [u8], hash: &mut Sha256| -> Result<()> {
+        input.read_exact(bytes).context("it ends too soon")?;
+        hash.update(&*bytes);
+        Ok(())
+    };
+    let (mut line, mut byte) = (Vec::new(), [0]);
+    while byte != *b"\n" {
+        if line.len() > 4096 {
+            bail!("it is not a backup of fleet");
+        }
+        fill(&mut byte, &mut hash)?;
+        line.push(byte[0]);
+    }
+    let header: Header = serde_json::from_slice(&line).context("it is not a backup of fleet")?;
+    if header.format != FORMAT {
+        bail!("it has format {}, this program knows {FORMAT}", header.format);
+    }
+    loop {
+        let mut length = [0; 8];
+        fill(&mut length, &mut hash)?;
+        let length = u64::from_le_bytes(length);
+        if length > RECORD_MAX {
+            bail!("it is damaged: a record of {length} bytes");
+        }
+        let mut bytes = vec![0; length as usize];
+        fill(&mut bytes, &mut hash)?;
+        let record = codec::decode_record(&bytes).context("it is damaged")?;
+        let ends = matches!(record, Record::End);
+        take(record)?;
+        if ends {
+            break;
+        }
+    }
+    let mut kept = [0; 32];
+    input.read_exact(&mut kept).context("it ends too soon")?;
+    if kept != *hash.finalize() {
+        bail!("it is damaged: its checksum is wrong");
+    }
+    Ok(header)
+}

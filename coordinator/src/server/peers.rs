@@ -1,0 +1,275 @@
+//! The links to the other coordinators: one connection from here to each of them, with raft's messages in order on one stream and
+//! pieces of snapshots on another.
+//!
+//! Nothing here makes the raft thread wait: what finds no room is dropped, and sent again by who needs it. A link is made anew as soon as
+//! it is lost, and at once when the other side shows that it is there by connecting itself.
+
+use super::inbox::{Event, Inbox};
+use super::trust::Trust;
+use crate::control::{Input, PeerMessage};
+use fleet_common::codec::{self, Frames};
+use fleet_common::ids::ReplicaId;
+use fleet_common::net::{self, NetError};
+use fleet_common::protocol::{CoordinatorAddress, Member};
+use quinn::{Connection, RecvStream, SendStream};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::AbortHandle;
+use tracing::{debug, info, warn};
+
+/// Messages that wait for a stream: some seconds of a busy leader. A peer that is slower gets raft's messages again later.
+const QUEUE_MAX: usize = 1_024;
+/// Pieces of a snapshot, asked for one by one.
+const BULK_MAX: usize = 16;
+/// Messages that are written at once.
+const WRITE_MAX: usize = 128;
+/// Between attempts to connect.
+const RETRY: Duration = Duration::from_millis(100);
+/// Between lines in the log about a peer that does not answer.
+const SAY_EVERY: u32 = 300;
+/// Raft's messages first.
+const RAFT_PRIORITY: i32 = 1;
+/// Bytes taken from a stream at once.
+const READ_MAX: usize = 256 << 10;
+
+/// Wakes the link to a coordinator that has just connected to this one.
+pub type Knocks = Arc<Mutex<BTreeMap<ReplicaId, Arc<Notify>>>>;
+
+/// Belongs to the raft thread.
+pub struct Peers {
+    me: ReplicaId,
+    links: BTreeMap<ReplicaId, Link>,
+    runtime: tokio::runtime::Handle,
+    inbox: Inbox,
+    trust: Arc<Trust>,
+    knocks: Knocks,
+}
+
+struct Link {
+    raft: mpsc::Sender<PeerMessage>,
+    bulk: mpsc::Sender<PeerMessage>,
+    up: Arc<AtomicBool>,
+    address: watch::Sender<String>,
+    task: AbortHandle,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Peers {
+    /// `seeds` are where others were when this coordinator was last told.
+    pub fn new(
+        me: ReplicaId,
+        seeds: &[CoordinatorAddress],
+        runtime: tokio::runtime::Handle,
+        inbox: Inbox,
+        trust: Arc<Trust>,
+        knocks: Knocks,
+    ) -> Peers {
+        let mut peers = Peers { me, links: BTreeMap::new(), runtime, inbox, trust, knocks };
+        peers.follow(seeds);
+        peers
+    }
+
+    /// Takes over where the others are. Without any, as before the first snapshot, what is known stays.
+    pub fn follow(&mut self, addresses: &[CoordinatorAddress]) {
+        if addresses.is_empty() {
+            return;
+        }
+        let gone = |replica: &ReplicaId| addresses.iter().all(|address| address.replica != *replica);
+        for replica in self.links.keys().filter(|replica| gone(replica)).copied().collect::<Vec<_>>() {
+            self.links.remove(&replica);
+            self.knocks.lock().unwrap_or_else(PoisonError::into_inner).remove(&replica);
+        }
+        for address in addresses.iter().filter(|address| address.replica != self.me) {
+            match self.links.get(&address.replica) {
+                Some(link) => {
+                    link.address.send_if_modified(|known| {
+                        let moved = *known != address.member;
+                        known.clone_from(&address.member);
+                        moved
+                    });
+                }
+                None => drop(self.links.insert(address.replica, self.link(address))),
+            }
+        }
+    }
+
+    fn link(&self, to: &CoordinatorAddress) -> Link {
+        let (raft, raft_queue) = mpsc::channel(QUEUE_MAX);
+        let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
+        let (address, at) = watch::channel(to.member.clone());
+        let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+        self.knocks.lock().unwrap_or_else(PoisonError::into_inner).insert(to.replica, knock.clone());
+        let keeper = Keeper {
+            to: to.replica,
+            at,
+            raft: raft_queue,
+            bulk: bulk_queue,
+            up: up.clone(),
+            knock,
+            inbox: self.inbox.clone(),
+            trust: self.trust.clone(),
+        };
+        let task = self.runtime.spawn(keeper.run()).abort_handle();
+        Link { raft, bulk, up, address, task }
+    }
+
+    /// Sends if it can. What is lost is sent again by who needs it.
+    pub fn send(&mut self, to: ReplicaId, message: PeerMessage) {
+        let Some(link) = self.links.get(&to) else { return };
+        // Raft's messages to one that is not there are stale when it comes.
+        if !link.up.load(Ordering::Relaxed) {
+            return;
+        }
+        let queue = if matches!(message, PeerMessage::Chunk(_)) { &link.bulk } else { &link.raft };
+        let _ = queue.try_send(message);
+    }
+}
+
+/// The task that keeps one link.
+struct Keeper {
+    to: ReplicaId,
+    at: watch::Receiver<String>,
+    raft: mpsc::Receiver<PeerMessage>,
+    bulk: mpsc::Receiver<PeerMessage>,
+    up: Arc<AtomicBool>,
+    knock: Arc<Notify>,
+    inbox: Inbox,
+    trust: Arc<Trust>,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut failures = 0u32;
+        loop {
+            let address = self.at.borrow_and_update().clone();
+            let attempt = tokio::select! {
+                attempt = connect(&address, self.to, &self.trust) => attempt,
+                // It has just come up, or moved: what was sent before that is lost.
+                () = self.knock.notified() => continue,
+                _ = self.at.changed() => continue,
+            };
+            match attempt {
+                Ok(connection) => {
+                    info!("connected to {} at {address}", self.to);
+                    failures = 0;
+                    let why = self.serve(&connection).await;
+                    self.up.store(false, Ordering::Relaxed);
+                    connection.close(net::DONE, b"");
+                    info!("lost the connection to {}: {why}", self.to);
+                    let _ = self.inbox.offer(vec![Event::Input(Input::PeerLost(self.to))]);
+                }
+                Err(NetError::Revoked(why)) => {
+                    warn!("{why}");
+                    let removed = Input::Peer { from: self.to, message: PeerMessage::Removed };
+                    let _ = self.inbox.offer(vec![Event::Input(removed)]);
+                }
+                Err(error) => {
+                    if failures % SAY_EVERY == 0 {
+                        warn!("cannot reach {}: {error}", self.to);
+                    }
+                    failures += 1;
+                    debug!("no connection to {}: {error}", self.to);
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(RETRY) => {}
+                () = self.knock.notified() => {}
+            }
+        }
+    }
+
+    /// Writes what is to be sent until the connection ends, and says why it did.
+    async fn serve(&mut self, connection: &Connection) -> String {
+        let streams = async {
+            let (raft, bulk) = (connection.open_uni().await?, connection.open_uni().await?);
+            let _ = raft.set_priority(RAFT_PRIORITY); // only a closed stream has none
+            Ok::<_, quinn::ConnectionError>((raft, bulk))
+        };
+        let (raft, bulk) = match streams.await {
+            Ok(streams) => streams,
+            Err(error) => return net::describe(&error),
+        };
+        // Of an earlier connection.
+        while self.raft.try_recv().is_ok() {}
+        while self.bulk.try_recv().is_ok() {}
+        self.up.store(true, Ordering::Relaxed);
+        let mut address = self.at.clone();
+        tokio::select! {
+            error = pump(&mut self.raft, raft) => error,
+            error = pump(&mut self.bulk, bulk) => error,
+            error = connection.closed() => net::describe(&error),
+            _ = address.changed() => "it has moved".to_owned(),
+        }
+    }
+}
+
+async fn connect(address: &str, to: ReplicaId, trust: &Trust) -> Result<Connection, NetError> {
+    let identity = trust.identity();
+    let connection = net::connect(&[address.to_owned()], &identity).await?;
+    match net::remote(&connection) {
+        Ok(peer) if peer.member == Member::Coordinator(to) => Ok(connection),
+        Ok(peer) => Err(NetError::Refused(format!("{address}: {} answers there, not {to}", peer.member))),
+        Err(why) => Err(NetError::Refused(why)),
+    }
+}
+
+/// Writes messages, as many at once as wait.
+async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream) -> String {
+    let (mut messages, mut bytes) = (Vec::new(), Vec::new());
+    while queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
+        for message in messages.drain(..) {
+            if let Err(error) = codec::append_frame(&message, &mut bytes) {
+                warn!("a message to another coordinator cannot be sent: {error}");
+            }
+        }
+        if let Err(error) = stream.write_all(&bytes).await {
+            return error.to_string();
+        }
+        bytes.clear();
+        bytes.shrink_to(READ_MAX);
+    }
+    "this coordinator stops".to_owned()
+}
+
+/// Serves a connection that another coordinator made to this one, until it ends.
+pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from: ReplicaId) {
+    let knock = knocks.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned();
+    if let Some(knock) = knock {
+        knock.notify_waiters();
+    }
+    let mut streams = tokio::task::JoinSet::new();
+    while let Ok(stream) = connection.accept_uni().await {
+        let (inbox, connection) = (inbox.clone(), connection.clone());
+        streams.spawn(async move {
+            if let Err(why) = listen(&inbox, stream, from).await {
+                connection.close(net::REFUSED, why.as_bytes());
+            }
+        });
+    }
+}
+
+/// Hands in what comes. Where there is no room it is dropped, as a network would.
+async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId) -> Result<(), String> {
+    let mut frames = Frames::new(codec::FRAME_MAX);
+    while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
+        frames.push(&piece.bytes);
+        let mut events = Vec::new();
+        while let Some(message) = frames.next().map_err(|error| error.to_string())? {
+            events.push(Event::Input(Input::Peer { from, message }));
+        }
+        if !events.is_empty()
+            && let Err(lost) = inbox.offer(events)
+        {
+            debug!("{} messages of {from} found no room", lost.len());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! Join tokens. Their secrets are made here and kept nowhere: the state has only hashes.
+
+use super::Shared;
+use super::calls::unavailable;
+use crate::cluster::Answer;
+use crate::cluster::commands::{Change, CreateToken};
+use crate::cluster::session::RequestId;
+use fleet_common::net::JoinToken;
+use fleet_common::protocol::{Refusal, RefusalKind, Role};
+
+/// Longest life of a token: ten years.
+const TTL_MAX_S: u64 = 10 * 365 * 24 * 3600;
+
+/// Makes a token whose secret is known only to the caller.
+pub async fn create(
+    shared: &Shared,
+    id: RequestId,
+    role: Role,
+    ttl_s: u64,
+    uses: u32,
+) -> Result<JoinToken, Refusal> {
+    if ttl_s == 0 || ttl_s > TTL_MAX_S || uses == 0 {
+        return Err(invalid(format!("a token has at least one use and lives 1 to {TTL_MAX_S} seconds")));
+    }
+    let token = JoinToken::generate(role, shared.trust.ca().fingerprint())
+        .map_err(|error| unavailable(error.to_string()))?;
+    let create = CreateToken {
+        id: token.id.clone(),
+        secret_sha256: token.secret_hash(),
+        role,
+        ttl_ms: ttl_s.saturating_mul(1000),
+        uses,
+    };
+    match shared.calls.propose(id, Change::CreateToken(create)).await? {
+        Answer::TokenCreated { id } if id == token.id => Ok(token),
+        Answer::TokenCreated { id } => Err(invalid(format!(
+            "an earlier try of this request made the token {id}, and its secret is kept nowhere; ask for another with a new request"
+        ))),
+        Answer::Rejected(refusal) => Err(refusal),
+        other => Err(unavailable(format!("the cluster gave an answer that does not fit: {other:?}"))),
+    }
+}
+
+fn invalid(message: String) -> Refusal {
+    Refusal { kind: RefusalKind::Invalid, message }
+}
