@@ -45,6 +45,11 @@ impl Client {
         Client { cluster, connection: None, patience: Some(patience), turn: 0 }
     }
 
+    /// Of the cluster, where it is on this machine.
+    pub fn data_dir(&self) -> Option<&Path> {
+        self.cluster.data_dir()
+    }
+
     /// Asks without changing anything.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
         let frame = ClientFrame::query(request);

@@ -4,6 +4,7 @@ use crate::failure::Failure;
 use crate::places;
 use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
+use fleet_common::ids::ReplicaId;
 use fleet_common::net::Identity;
 use fleet_common::protocol::CoordinatorAddress;
 use serde::{Deserialize, Serialize};
@@ -112,6 +113,14 @@ impl Cluster {
         }
     }
 
+    /// Of a coordinator on this machine.
+    pub fn data_dir(&self) -> Option<&Path> {
+        match &self.addresses {
+            Addresses::DataDir(dir) => Some(dir),
+            Addresses::Login(..) => None,
+        }
+    }
+
     pub fn has_several(&self) -> bool {
         self.addresses().is_ok_and(|addresses| addresses.len() > 1)
     }
@@ -141,6 +150,14 @@ impl Cluster {
             ))
         })
     }
+}
+
+/// The process of a replica that runs on this machine, if it is one of those of this data directory.
+pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32> {
+    let below = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut endpoints = std::iter::once(dir.to_owned()).chain(below).filter_map(|dir| Endpoint::load(&dir).ok()?);
+    let endpoint = endpoints.find(|endpoint| endpoint.cluster_id == cluster_id && endpoint.replica == replica)?;
+    places::is_alive(endpoint.pid).then_some(endpoint.pid)
 }
 
 fn logins() -> Vec<(String, Login)> {

@@ -7,12 +7,12 @@ use fleet_common::protocol::{
 use serde_json::{Map, Value, json};
 
 /// `cluster`: the first line of `fleet launch --json`.
-pub fn cluster(
+pub fn cluster<'a>(
     address: &str,
     http: &str,
     cluster_id: &str,
     directory: &str,
-    pids: [(&str, Option<u32>); 3],
+    pids: impl Iterator<Item = (&'a str, Option<u32>)>,
 ) -> Value {
     let pids: Map<String, Value> =
         pids.into_iter().map(|(name, pid)| (name.to_owned(), json!(pid))).collect();

@@ -1,5 +1,7 @@
 //! A coordinator in this process on free ports, and a client and an agent that speak the real protocol to it.
 
+#![allow(dead_code, reason = "each test program uses a part")]
+
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::events::{Event, EventBatch, EventBody, Outcome, Step};
 use fleet_common::ids::{ClientId, Generation, JobId, NodeId};

@@ -1,25 +1,33 @@
 //! `fleet status`: the cluster at a glance, or one job in full.
 
-use super::{OutputArgs, connect, jobs, nodes, submit};
-use crate::client::{block_on, unexpected};
+use super::{OutputArgs, connect, coordinators, jobs, nodes, submit};
+use crate::client::{Client, block_on, unexpected};
+use crate::cluster::{Cluster, local_pid};
 use crate::failure::Failure;
 use crate::{json, out, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{ClusterView, JobView, Reply, Request, Wish};
+use fleet_common::protocol::{ClusterView, CoordinatorView, JobView, Reply, Request, Wish};
 use serde_json::json;
+use std::path::PathBuf;
 
 /// Show the cluster, or one job
 #[derive(clap::Args)]
 pub struct Args {
     /// A job, such as job-1
     job: Option<JobId>,
+    /// The data directory of a local launch or of a coordinator; the same as --cluster DIR
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
-    let mut client = connect(cluster)?;
+    let mut client = match &args.data_dir {
+        Some(dir) => Client::new(Cluster::in_data_dir(dir)),
+        None => connect(cluster)?,
+    };
     block_on(async {
         if let Some(job) = args.job {
             let view = submit::job_view(&mut client, job).await?;
@@ -33,14 +41,35 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
             Reply::Cluster(view) => view,
             other => return Err(unexpected(&other)),
         };
+        let replicas = coordinators::list(&mut client).await?;
         let nodes = nodes::list(&mut client).await?;
         let jobs = jobs::list(&mut client).await?;
         if args.output.json {
             let nodes: Vec<_> = nodes.iter().map(json::node_view).collect();
             let jobs: Vec<_> = jobs.iter().map(json::job).collect();
-            out::json(&json!({"cluster": json::cluster_view(&cluster), "nodes": nodes, "jobs": jobs}));
+            let dir = client.data_dir();
+            let pid = |view: &CoordinatorView| dir.and_then(|dir| local_pid(dir, &cluster.cluster_id, view.address.replica));
+            let leader = replicas.iter().find(|view| Some(view.address.replica) == cluster.leader);
+            let leader = leader.map(|view| {
+                json!({"id": view.address.replica.to_string(), "address": view.address.client, "pid": pid(view)})
+            });
+            let replicas: Vec<_> = replicas
+                .iter()
+                .map(|view| {
+                    let mut value = json::coordinator(view);
+                    value["pid"] = json!(pid(view));
+                    value
+                })
+                .collect();
+            out::json(&json!({
+                "cluster": json::cluster_view(&cluster), "leader": leader, "replicas": replicas, "nodes": nodes, "jobs": jobs,
+            }));
         } else {
             print_cluster(&cluster);
+            if replicas.len() > 1 {
+                out::line("");
+                coordinators::print(&replicas);
+            }
             out::line("");
             nodes::print(&nodes);
             out::line("");

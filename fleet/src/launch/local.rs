@@ -1,12 +1,15 @@
-//! The processes of a launch: one coordinator, one worker. Starts them, notices when one ends, brings the coordinator back, and ends both.
+//! The processes of a launch: its coordinators, one worker. Starts them, notices when one ends, brings coordinators back, and ends all.
 //!
-//! Both get `--die-with-parent` and process groups of their own: a Ctrl-C on the terminal reaches `fleet` alone, which decides.
+//! All get `--die-with-parent` and process groups of their own: a Ctrl-C on the terminal reaches `fleet` alone, which decides.
 
 use super::signals::Signals;
+use crate::client::{Client, unexpected};
+use crate::cluster::Cluster;
 use crate::failure::Failure;
 use crate::{json, programs};
 use fleet_common::endpoint::Endpoint;
 use fleet_common::exit;
+use fleet_common::protocol::{Reply, Request, Role};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
@@ -15,7 +18,9 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
@@ -29,13 +34,26 @@ const RESTART_WINDOW: Duration = Duration::from_secs(60);
 /// How long a child may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// For new replicas to be caught up and vote.
+const VOTERS_MAX: Duration = Duration::from_secs(30);
+const VOTERS_POLL: Duration = Duration::from_millis(20);
+/// Life of the token by which the other coordinators join, which happens at once.
+const TOKEN_TTL_S: u64 = 600;
+
 pub struct Local {
     data_dir: PathBuf,
     slots: u32,
     coordinator_program: PathBuf,
     worker_program: PathBuf,
-    coordinator: Option<Child>,
+    /// The first one has the launch's own data directory.
+    coordinators: Vec<Coordinator>,
     worker: Option<Worker>,
+}
+
+struct Coordinator {
+    name: String,
+    dir: PathBuf,
+    child: Option<Child>,
     endpoint: Option<Endpoint>,
     restarts: VecDeque<Instant>,
 }
@@ -60,6 +78,7 @@ pub enum Incident {
         pid: u32,
     },
     CoordinatorRestarted {
+        name: String,
         pid: u32,
         why: String,
     },
@@ -69,7 +88,9 @@ pub enum Incident {
 
 /// What `cluster` says.
 pub struct Started {
+    /// The first coordinator's.
     endpoint: Endpoint,
+    coordinators: Vec<(String, u32)>,
     data_dir: PathBuf,
     worker_pid: Option<u32>,
 }
@@ -77,14 +98,19 @@ pub struct Started {
 impl Started {
     pub fn as_json(&self) -> Value {
         let e = &self.endpoint;
-        let pids =
-            [("fleet", Some(std::process::id())), ("coordinator", Some(e.pid)), ("worker", self.worker_pid)];
+        let fleet = std::iter::once(("fleet", Some(std::process::id())));
+        let coordinators = self.coordinators.iter().map(|(name, pid)| (name.as_str(), Some(*pid)));
+        let pids = fleet.chain(coordinators).chain([("worker", self.worker_pid)]);
         json::cluster(&e.quic, &e.http, &e.cluster_id, &self.data_dir.display().to_string(), pids)
     }
 
     pub fn as_text(&self) -> String {
+        let count = match self.coordinators.len() {
+            1 => String::new(),
+            count => format!(" with {count} coordinators"),
+        };
         format!(
-            "cluster at {} (http://{}), in {}",
+            "cluster at {} (http://{}){count}, in {}",
             self.endpoint.quic,
             self.endpoint.http,
             self.data_dir.display()
@@ -93,16 +119,20 @@ impl Started {
 }
 
 impl Local {
-    pub fn new(data_dir: &Path, slots: u32) -> Result<Local, Failure> {
+    /// `coordinators` of them: 1, 3 or 5.
+    pub fn new(data_dir: &Path, slots: u32, coordinators: u32) -> Result<Local, Failure> {
+        let coordinator = |number: u32| {
+            let name = if number == 1 { "coordinator".to_owned() } else { format!("coordinator-{number}") };
+            let dir = if number == 1 { data_dir.to_owned() } else { data_dir.join(&name) };
+            Coordinator { name, dir, child: None, endpoint: None, restarts: VecDeque::new() }
+        };
         Ok(Local {
             data_dir: data_dir.to_owned(),
             slots,
             coordinator_program: programs::beside("coordinator")?,
             worker_program: programs::beside("worker")?,
-            coordinator: None,
+            coordinators: (1..=coordinators).map(coordinator).collect(),
             worker: None,
-            endpoint: None,
-            restarts: VecDeque::new(),
         })
     }
 
@@ -110,59 +140,132 @@ impl Local {
         &self.data_dir
     }
 
-    /// Starts both. Returns when the coordinator listens; the worker joins meanwhile.
+    /// Starts all. Returns when the coordinators listen and vote; the worker joins meanwhile.
     pub async fn start(&mut self) -> Result<Started, Failure> {
-        let pid = self.spawn_coordinator()?;
-        let endpoint = self.coordinator_listens(pid).await?;
-        let worker = self.start_worker(&endpoint.quic)?;
+        self.start_coordinator(0, None)?;
+        let endpoint = self.listens(0).await?;
+        // Those of an earlier launch in this directory are members already.
+        let token = match self.coordinators.iter().skip(1).any(|other| !other.dir.join("identity").exists()) {
+            true => Some(self.coordinator_token().await?),
+            false => None,
+        };
+        for index in 1..self.coordinators.len() {
+            let joins = !self.coordinators[index].dir.join("identity").exists();
+            self.start_coordinator(index, token.as_deref().filter(|_| joins))?;
+        }
+        let mut addresses = vec![endpoint.quic.clone()];
+        for index in 1..self.coordinators.len() {
+            addresses.push(self.listens(index).await?.quic);
+        }
+        let worker = self.start_worker(&addresses.join(","))?;
         let worker_pid = Some(worker.pid);
         self.worker = Some(worker);
-        self.endpoint = Some(endpoint.clone());
-        Ok(Started { endpoint, data_dir: self.data_dir.clone(), worker_pid })
+        self.all_vote().await?;
+        let pid = |coordinator: &Coordinator| {
+            let pid = coordinator.child.as_ref().and_then(Child::id).unwrap_or_default();
+            (coordinator.name.clone(), pid)
+        };
+        let coordinators = self.coordinators.iter().map(pid).collect();
+        Ok(Started { endpoint, coordinators, data_dir: self.data_dir.clone(), worker_pid })
     }
 
-    /// On the first start ports of its choice, later the ones it had, which the worker and the clients go on trying.
-    fn spawn_coordinator(&mut self) -> Result<u32, Failure> {
+    async fn coordinator_token(&self) -> Result<String, Failure> {
+        let mut client = Client::patient(Cluster::in_data_dir(&self.data_dir), READY_MAX);
+        let uses = self.coordinators.len() as u32;
+        let request = Request::CreateToken { role: Role::Coordinator, ttl_s: TOKEN_TTL_S, uses };
+        match client.change(request).await? {
+            Reply::Token { text } => Ok(text),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A cluster of three that is not one yet would lose its quorum with the first that dies.
+    async fn all_vote(&self) -> Result<(), Failure> {
+        if self.coordinators.len() == 1 {
+            return Ok(());
+        }
+        let deadline = Instant::now() + VOTERS_MAX;
+        let mut client = Client::patient(Cluster::in_data_dir(&self.data_dir), VOTERS_MAX);
+        loop {
+            let voters = match client.ask(Request::Coordinators).await? {
+                Reply::Coordinators(views) => views.iter().filter(|view| view.voter).count(),
+                other => return Err(unexpected(&other)),
+            };
+            if voters >= self.coordinators.len() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let waited = VOTERS_MAX.as_secs();
+                let message = format!(
+                    "after {waited} s only {voters} of {} coordinators vote; their logs are below {}",
+                    self.coordinators.len(),
+                    self.data_dir.display()
+                );
+                return Err(Failure::environment(message));
+            }
+            tokio::time::sleep(VOTERS_POLL).await;
+        }
+    }
+
+    /// On the first start ports of its choice, later the ones it had, which the worker and the clients go on trying. With a token it joins.
+    fn start_coordinator(&mut self, index: usize, token: Option<&str>) -> Result<u32, Failure> {
+        let coordinator = &self.coordinators[index];
         let free = "127.0.0.1:0";
-        let (listen, http) =
-            self.endpoint.as_ref().map_or((free, free), |e| (e.quic.as_str(), e.http.as_str()));
+        let (listen, member, http) = match &coordinator.endpoint {
+            Some(e) => (e.quic.as_str(), e.member.as_str(), e.http.as_str()),
+            None => (free, free, free),
+        };
         let mut command = Command::new(&self.coordinator_program);
-        command.arg("start").arg("--data-dir").arg(&self.data_dir);
-        command.args(["--listen", listen, "--http", http, "--log-format", "json"]);
+        match (token, &self.coordinators[0].endpoint) {
+            (Some(token), Some(first)) => {
+                command.arg("join").arg(&first.quic).env("FLEET_TOKEN", token);
+            }
+            _ => {
+                command.arg("start").env_remove("FLEET_TOKEN");
+            }
+        }
+        std::fs::create_dir_all(&coordinator.dir).map_err(|e| Failure::io("create", &coordinator.dir, &e))?;
+        command.arg("--data-dir").arg(&coordinator.dir);
+        command.args(["--listen", listen, "--member-listen", member, "--http", http, "--log-format", "json"]);
         command.stdout(Stdio::null());
-        let child = self.spawn(command, "coordinator")?;
+        let child = self.spawn(command, &coordinator.name)?;
         let pid = child.id().unwrap_or_default();
-        self.coordinator = Some(child);
+        self.coordinators[index].child = Some(child);
         Ok(pid)
     }
 
-    async fn coordinator_listens(&mut self, pid: u32) -> Result<Endpoint, Failure> {
+    async fn listens(&mut self, index: usize) -> Result<Endpoint, Failure> {
         let deadline = Instant::now() + READY_MAX;
         loop {
-            let ended = self.coordinator.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            let coordinator = &mut self.coordinators[index];
+            let pid = coordinator.child.as_ref().and_then(Child::id);
+            let ended = coordinator.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            let name = coordinator.name.clone();
             if let Some(status) = ended {
-                self.coordinator = None;
-                return Err(self.ended_early("coordinator", status));
+                coordinator.child = None;
+                return Err(self.ended_early(&name, status));
             }
             // an older file may lie there: only the one that names this process counts
-            let endpoint = Endpoint::load(&self.data_dir).map_err(|e| Failure::environment(e.to_string()))?;
-            if let Some(endpoint) = endpoint.filter(|endpoint| endpoint.pid == pid) {
+            let endpoint =
+                Endpoint::load(&coordinator.dir).map_err(|e| Failure::environment(e.to_string()))?;
+            if let Some(endpoint) = endpoint.filter(|endpoint| Some(endpoint.pid) == pid) {
+                coordinator.endpoint = Some(endpoint.clone());
                 return Ok(endpoint);
             }
             if Instant::now() > deadline {
-                let log = self.log_path("coordinator");
+                let log = self.log_path(&name);
                 let waited = READY_MAX.as_secs();
                 let message =
-                    format!("the coordinator does not listen after {waited} s; its log is {}", log.display());
+                    format!("the {name} does not listen after {waited} s; its log is {}", log.display());
                 return Err(Failure::environment(message));
             }
             tokio::time::sleep(POLL).await;
         }
     }
 
-    fn start_worker(&self, address: &str) -> Result<Worker, Failure> {
+    fn start_worker(&self, addresses: &str) -> Result<Worker, Failure> {
         let mut command = Command::new(&self.worker_program);
-        command.arg("join").arg(address);
+        command.arg("join").arg(addresses);
         command.arg("--token-file").arg(self.data_dir.join("tokens/worker.token"));
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
@@ -192,7 +295,7 @@ impl Local {
 
     /// Waits until something happens to a process. May be dropped and called again.
     pub async fn incident(&mut self) -> Incident {
-        let (Some(coordinator), Some(worker)) = (self.coordinator.as_mut(), self.worker.as_mut()) else {
+        let Local { coordinators, worker: Some(worker), .. } = self else {
             return std::future::pending().await;
         };
         let first_line = async {
@@ -212,7 +315,7 @@ impl Local {
                     Err(_) => return Box::pin(self.incident()).await,
                 }
             }
-            status = coordinator.wait() => (Some(status), None),
+            ended = first_to_end(coordinators) => (Some(ended), None),
             status = worker.child.wait() => (None, Some(status)),
         };
         if let Some(status) = worker_ended {
@@ -224,20 +327,26 @@ impl Local {
             }
             return Incident::Lost(failure);
         }
-        self.coordinator = None;
-        self.restart_coordinator(coordinator_ended.and_then(Result::ok).unwrap_or_default())
+        let (index, status) = coordinator_ended.unwrap_or_default();
+        self.restart_coordinator(index, status)
     }
 
     /// On its data directory. Should it not come up, it ends, which is the next incident.
-    fn restart_coordinator(&mut self, status: ExitStatus) -> Incident {
-        let now = Instant::now();
-        self.restarts.retain(|then| now.duration_since(*then) < RESTART_WINDOW);
-        self.restarts.push_back(now);
-        if self.restarts.len() > RESTARTS_MAX {
-            return Incident::Lost(self.ended_early("coordinator", status));
+    fn restart_coordinator(&mut self, index: usize, status: ExitStatus) -> Incident {
+        let (now, several) = (Instant::now(), self.coordinators.len() > 1);
+        let coordinator = &mut self.coordinators[index];
+        coordinator.child = None;
+        coordinator.restarts.retain(|then| now.duration_since(*then) < RESTART_WINDOW);
+        // Who kills one of several, and that often, wants to see it come back; one that ends by itself does not get well.
+        if !several || status.code().is_some() {
+            coordinator.restarts.push_back(now);
         }
-        match self.spawn_coordinator() {
-            Ok(pid) => Incident::CoordinatorRestarted { pid, why: how(status) },
+        let name = coordinator.name.clone();
+        if coordinator.restarts.len() > RESTARTS_MAX {
+            return Incident::Lost(self.ended_early(&name, status));
+        }
+        match self.start_coordinator(index, None) {
+            Ok(pid) => Incident::CoordinatorRestarted { name, pid, why: how(status) },
             Err(failure) => Incident::Lost(failure),
         }
     }
@@ -258,11 +367,11 @@ impl Local {
         }
     }
 
-    /// Ends both: SIGTERM, then SIGKILL for what is still there after the grace, or at once when a signal comes meanwhile.
+    /// Ends all: SIGTERM, then SIGKILL for what is still there after the grace, or at once when a signal comes meanwhile.
     pub async fn end(&mut self, signals: &mut Signals) {
         let worker = self.worker.take().map(|worker| worker.child);
-        let coordinator = self.coordinator.take();
-        let mut children: Vec<Child> = worker.into_iter().chain(coordinator).collect();
+        let coordinators = self.coordinators.iter_mut().filter_map(|coordinator| coordinator.child.take());
+        let mut children: Vec<Child> = worker.into_iter().chain(coordinators).collect();
         for child in &children {
             signal(child, Signal::SIGTERM);
         }
@@ -283,6 +392,20 @@ impl Local {
             let _ = child.wait().await;
         }
     }
+}
+
+/// Waits until one of the coordinators has ended.
+async fn first_to_end(coordinators: &mut [Coordinator]) -> (usize, ExitStatus) {
+    std::future::poll_fn(|context| {
+        for (index, coordinator) in coordinators.iter_mut().enumerate() {
+            let Some(child) = coordinator.child.as_mut() else { continue };
+            if let Poll::Ready(status) = pin!(child.wait()).poll(context) {
+                return Poll::Ready((index, status.unwrap_or_default()));
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 fn signal(child: &Child, signal: Signal) {

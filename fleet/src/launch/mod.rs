@@ -44,9 +44,17 @@ pub struct Args {
     /// Where the local cluster keeps its state; without it a directory that is removed at the end
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Coordinators to run, each its own process: with three, any one may die
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = coordinators)]
+    coordinators: u32,
     /// Any program, as torchrun would start it
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
+}
+
+fn coordinators(text: &str) -> Result<u32, String> {
+    let odd = text.parse().ok().filter(|count| [1, 3, 5].contains(count));
+    odd.ok_or_else(|| "1, 3 or 5: an even number survives no more deaths than the one below it".to_owned())
 }
 
 /// The coordinator is restarted when it dies, so its absence is worth waiting out.
@@ -85,7 +93,7 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
     let done = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut entry = Registration::enter(args.data_dir.as_deref())?;
-        let mut local = Local::new(&entry.launch.data_dir, prepared.submit.world_size)?;
+        let mut local = Local::new(&entry.launch.data_dir, prepared.submit.world_size, args.coordinators)?;
         let done = session(&mut local, &mut signals, prepared, report).await;
         local.end(&mut signals).await;
         if !matches!(done, Ok(exit::SUCCEEDED)) {
@@ -150,9 +158,9 @@ async fn session(
                         report.say(&json::node(&node, "joined", Some(pid), "the node is registered"), "");
                     }
                 }
-                Incident::CoordinatorRestarted { pid, why } => {
-                    let text = format!("the coordinator ended ({why}) and was started again; the ranks go on");
-                    report.say(&json::node("coordinator", "restarted", Some(pid), &text), &format!("warning: {text}"));
+                Incident::CoordinatorRestarted { name, pid, why } => {
+                    let text = format!("the {name} ended ({why}) and was started again; the ranks go on");
+                    report.say(&json::node(&name, "restarted", Some(pid), &text), &format!("warning: {text}"));
                 }
                 Incident::Lost(failure) => return Ok(failed(report, failure)),
             },

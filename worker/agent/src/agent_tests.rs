@@ -250,6 +250,7 @@ fn describe(action: &Action) -> Option<String> {
             let events: Vec<String> = batch.events.iter().map(|event| tell(&event.body)).collect();
             format!("send {}: {}", batch.first_seq, events.join(", "))
         }
+        Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
         Action::Prepare { job, .. } => match &job.checkpoint.resume {
