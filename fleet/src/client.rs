@@ -146,7 +146,8 @@ impl Client {
             out::note(&format!("warning: the certificate of {} was not renewed: {why}", identity.member));
         }
         if self.cluster.wants_addresses()
-            && let Ok(Reply::Addresses(known)) = once(&connection, &ClientFrame::query(Request::Addresses)).await
+            && let Ok(Reply::Addresses(known)) =
+                once(&connection, &ClientFrame::query(Request::Addresses)).await
         {
             self.cluster.learn(known);
         }
@@ -155,7 +156,8 @@ impl Client {
 
     /// The next connection is to another coordinator, where there are several.
     fn ask_another(&mut self) {
-        if self.connection.as_ref().is_some_and(|c| c.close_reason().is_some()) || self.cluster.has_several() {
+        if self.connection.as_ref().is_some_and(|c| c.close_reason().is_some()) || self.cluster.has_several()
+        {
             self.connection = None;
             self.turn += 1;
         }

@@ -38,7 +38,8 @@ impl Login {
     pub fn store(&self, dir: &Path) -> Result<(), Failure> {
         let file = dir.join(LOGIN);
         let text = serde_json::to_string_pretty(self).map_err(|e| Failure::environment(e.to_string()))?;
-        files::write_atomic(&file, text.as_bytes(), files::PUBLIC).map_err(|e| Failure::io("write", &file, &e))
+        files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
+            .map_err(|e| Failure::io("write", &file, &e))
     }
 }
 
@@ -128,7 +129,8 @@ impl Cluster {
     /// Whether what is known of a cluster elsewhere is so old that it should be asked for.
     pub fn wants_addresses(&self) -> bool {
         let Addresses::Login(dir, _) = &self.addresses else { return false };
-        let age = dir.join(LOGIN).metadata().and_then(|file| file.modified()).ok().and_then(|at| at.elapsed().ok());
+        let age =
+            dir.join(LOGIN).metadata().and_then(|file| file.modified()).ok().and_then(|at| at.elapsed().ok());
         age.is_none_or(|age| age > ASK_AGAIN_AFTER)
     }
 
@@ -155,8 +157,10 @@ impl Cluster {
 /// The process of a replica that runs on this machine, if it is one of those of this data directory.
 pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32> {
     let below = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut endpoints = std::iter::once(dir.to_owned()).chain(below).filter_map(|dir| Endpoint::load(&dir).ok()?);
-    let endpoint = endpoints.find(|endpoint| endpoint.cluster_id == cluster_id && endpoint.replica == replica)?;
+    let mut endpoints =
+        std::iter::once(dir.to_owned()).chain(below).filter_map(|dir| Endpoint::load(&dir).ok()?);
+    let endpoint =
+        endpoints.find(|endpoint| endpoint.cluster_id == cluster_id && endpoint.replica == replica)?;
     places::is_alive(endpoint.pid).then_some(endpoint.pid)
 }
 
@@ -164,8 +168,7 @@ fn logins() -> Vec<(String, Login)> {
     let entries = std::fs::read_dir(places::state_dir().join("clusters")).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
-            let login =
-                serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
+            let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
             Some((entry.file_name().into_string().ok()?, login))
         })
         .collect()

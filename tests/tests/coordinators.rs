@@ -15,7 +15,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 fn work() -> Request {
     let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env: Vec::new() };
-    Request::Submit(SubmitJob { world_size: 1, work: Work::Program(program), wish: Wish { queue: true, ..Wish::default() } })
+    Request::Submit(SubmitJob {
+        world_size: 1,
+        work: Work::Program(program),
+        wish: Wish { queue: true, ..Wish::default() },
+    })
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -27,7 +31,12 @@ fn local(cluster: &Standing) -> Identity {
 }
 
 /// Asks until somebody answers, as `fleet` does, and says how long the longest pause was.
-async fn submit_until(addresses: &[String], identity: &Identity, client: u128, enough: impl Fn(u64) -> bool) -> Vec<String> {
+async fn submit_until(
+    addresses: &[String],
+    identity: &Identity,
+    client: u128,
+    enough: impl Fn(u64) -> bool,
+) -> Vec<String> {
     let (mut acknowledged, mut seq) = (Vec::new(), 1);
     let mut first = 0;
     while !enough(acknowledged.len() as u64) {
@@ -132,11 +141,12 @@ fn a_coordinator_is_taken_out_and_another_takes_its_place_under_a_new_number() {
     });
     // The one that was taken out does not come back.
     let mut again = world.command("coordinator");
-    again.args(["start", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir"]).arg(&gone.data_dir);
+    again
+        .args(["start", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir"])
+        .arg(&gone.data_dir);
     gone.process.signal(Signal::SIGKILL);
-    eventually("its process is gone", || !Path::new(&format!("/proc/{}/environ", gone.process.pid())).exists() || {
-        fs::read(format!("/proc/{}/environ", gone.process.pid())).is_ok_and(|environment| environment.is_empty())
-    });
+    let environment = format!("/proc/{}/environ", gone.process.pid());
+    eventually("its process is gone", || !fs::read(&environment).is_ok_and(|found| !found.is_empty()));
     Running::start(again).finish().expect(4).says("removed");
 }
 
@@ -165,7 +175,9 @@ fn a_certificate_does_the_work_of_its_role_only() {
         };
         let Reply::Addresses(known) = ask(Request::Addresses).await else { panic!() };
         assert_eq!(known[0].member, member);
-        for request in [work(), Request::Nodes, Request::CreateToken { role: Role::Client, ttl_s: 9, uses: 1 }] {
+        for request in
+            [work(), Request::Nodes, Request::CreateToken { role: Role::Client, ttl_s: 9, uses: 1 }]
+        {
             let Reply::Refused(refusal) = ask(request).await else { panic!() };
             assert_eq!(refusal.kind, RefusalKind::Forbidden, "{}", refusal.message);
         }

@@ -51,9 +51,19 @@ struct Header {
 
 #[derive(Serialize, Deserialize)]
 enum Record {
-    Ca { der: Vec<u8>, key: PrivateKey },
-    State { index: u64, term: u64, state: Vec<u8> },
-    Rows { table: String, rows: Vec<(Vec<u8>, Vec<u8>)> },
+    Ca {
+        der: Vec<u8>,
+        key: PrivateKey,
+    },
+    State {
+        index: u64,
+        term: u64,
+        state: Vec<u8>,
+    },
+    Rows {
+        table: String,
+        rows: Vec<(Vec<u8>, Vec<u8>)>,
+    },
     /// The last one: a file without it was cut off.
     End,
 }
@@ -140,7 +150,8 @@ fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer) -> Result<u64>
         rows.push((key.to_vec(), value.to_vec()));
         if bytes >= ROWS_BYTES {
             bytes = 0;
-            failed = writer.record(&Record::Rows { table: table.name().into(), rows: std::mem::take(&mut rows) });
+            failed =
+                writer.record(&Record::Rows { table: table.name().into(), rows: std::mem::take(&mut rows) });
         }
         failed.is_ok()
     })?;
@@ -168,7 +179,8 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
             }
             Record::Rows { table, rows: some } => {
                 let known = Table::HISTORY.into_iter().find(|known| known.name() == table);
-                let table = known.with_context(|| format!("it has rows of a table {table}, made by a newer fleet"))?;
+                let table = known
+                    .with_context(|| format!("it has rows of a table {table}, made by a newer fleet"))?;
                 let mut batch = Batch::default();
                 rows += some.len() as u64;
                 some.into_iter().for_each(|(key, value)| batch.put(table, &key, value));

@@ -5,7 +5,9 @@ use super::{Shared, tokens};
 use crate::requests;
 use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
 use fleet_common::net;
-use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role};
+use fleet_common::protocol::{
+    ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
+};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +30,13 @@ const WRITE_MAX: usize = 256;
 const WRITE_BYTES: usize = 256 << 10;
 
 /// Serves a connection until it ends or nothing is asked on it.
-pub async fn serve(shared: Arc<Shared>, connection: &Connection, caller: Member, name: String, open: Arc<AtomicUsize>) {
+pub async fn serve(
+    shared: Arc<Shared>,
+    connection: &Connection,
+    caller: Member,
+    name: String,
+    open: Arc<AtomicUsize>,
+) {
     let mut patience = FIRST_DEADLINE;
     let name: Arc<str> = name.into();
     loop {
@@ -119,9 +127,10 @@ impl Stream {
             if frames.len() > SMALL && room.is_none() {
                 let all = self.shared.large.clone();
                 let share = timeout(REQUEST_DEADLINE, all.acquire_many_owned(FRAME_MAX as u32)).await;
-                room = Some(share.ok().and_then(Result::ok).ok_or_else(|| {
-                    unavailable("many large requests come at the same time; try again")
-                })?);
+                room =
+                    Some(share.ok().and_then(Result::ok).ok_or_else(|| {
+                        unavailable("many large requests come at the same time; try again")
+                    })?);
             }
         }
     }

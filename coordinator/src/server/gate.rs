@@ -145,12 +145,12 @@ impl Gate {
             (Socket::Clients, Member::Coordinator(_)) => {
                 Err(Turned::Away("this address is for clients; coordinators meet at the members' one".into()))
             }
-            (Socket::Members, Member::Client(_)) => {
-                Err(Turned::Away("this address is for workers and coordinators; use the one for clients".into()))
-            }
-            (Socket::Members, Member::Coordinator(replica)) if *replica == self.replica => Err(Turned::Away(format!(
-                "{replica} runs twice; a copy of its data directory must not be started"
-            ))),
+            (Socket::Members, Member::Client(_)) => Err(Turned::Away(
+                "this address is for workers and coordinators; use the one for clients".into(),
+            )),
+            (Socket::Members, Member::Coordinator(replica)) if *replica == self.replica => Err(Turned::Away(
+                format!("{replica} runs twice; a copy of its data directory must not be started"),
+            )),
             // A worker may ask at the clients' socket where the members' ones are.
             _ => Ok(()),
         }
@@ -244,7 +244,9 @@ fn index(socket: Socket) -> usize {
 
 fn cut_off(member: Member) -> String {
     match member.role() {
-        Role::Coordinator => format!("{member} was removed from the cluster; set its directory aside and join again with a token"),
+        Role::Coordinator => format!(
+            "{member} was removed from the cluster; set its directory aside and join again with a token"
+        ),
         Role::Worker | Role::Client => format!("{member} was revoked; join again with a new token"),
     }
 }
@@ -282,7 +284,9 @@ mod tests {
         let worker = peer(Member::Worker(fleet_common::ids::NodeId(1)));
         let other = peer(Member::Coordinator(ReplicaId(2)));
         let copy = peer(Member::Coordinator(ReplicaId(1)));
-        assert!(gate.admit(Socket::Clients, &client).is_ok() && gate.admit(Socket::Members, &client).is_err());
+        assert!(
+            gate.admit(Socket::Clients, &client).is_ok() && gate.admit(Socket::Members, &client).is_err()
+        );
         assert!(gate.admit(Socket::Members, &worker).is_ok());
         assert!(gate.admit(Socket::Members, &other).is_ok() && gate.admit(Socket::Clients, &other).is_err());
         let Err(Turned::Away(why)) = gate.admit(Socket::Members, &copy) else { panic!() };

@@ -121,7 +121,9 @@ impl Coordinator {
         let dir = &options.data_dir;
         let lock = setup::lock_empty(dir)?;
         if token.role != Role::Coordinator {
-            bail!("this token is not for coordinators; make one with `fleet token create --role coordinator`");
+            bail!(
+                "this token is not for coordinators; make one with `fleet token create --role coordinator`"
+            );
         }
         let name = options.name.clone().unwrap_or_else(|| "coordinator".to_owned());
         let joined = net::join(addrs, token, &name).await?;
@@ -159,7 +161,8 @@ impl Coordinator {
         };
         let dir = options.data_dir.clone();
         let (inbox, gate) = (Inbox::default(), Gate::new(ca.cluster_id(), me));
-        let trust = Trust::new(ca, options.certificate_life, identity, dir.join("identity"), dir.join("client"));
+        let trust =
+            Trust::new(ca, options.certificate_life, identity, dir.join("identity"), dir.join("client"));
         let (trust, knocks) = (Arc::new(trust), Knocks::default());
         let (publish_addresses, addresses) = watch::channel(Vec::new());
         let runtime = members.handle().clone();
@@ -179,7 +182,8 @@ impl Coordinator {
             seeds: seeds.iter().map(|seed| seed.replica).filter(|seed| *seed != me).collect(),
         };
         let control = Control::new(replica, history, myself, rand::random(), driver::now(begun));
-        let (status, thread) = driver::spawn(control, begun, around).context("cannot start the raft thread")?;
+        let (status, thread) =
+            driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
         let hosts = [&endpoint.quic, &endpoint.http].map(|address| http::host_of(address).to_owned());
         let shared = Arc::new(Shared {
@@ -219,7 +223,12 @@ impl Coordinator {
     }
 
     /// Lets others find it. A cluster of one is ready when it leads and has its credentials; a replica among others when it listens.
-    async fn ready(mut self, dir: &std::path::Path, shared: Arc<Shared>, is_alone: bool) -> Result<Coordinator> {
+    async fn ready(
+        mut self,
+        dir: &std::path::Path,
+        shared: Arc<Shared>,
+        is_alone: bool,
+    ) -> Result<Coordinator> {
         if is_alone {
             let mut status = self.status.clone();
             let leads = status.wait_for(|status| status.leading_since_ms.is_some());
@@ -242,7 +251,8 @@ impl Coordinator {
             }
         }
         let addresses = shared.addresses.clone();
-        self.endpoint.coordinators = client_addresses(&addresses.borrow(), self.endpoint.coordinators.clone());
+        self.endpoint.coordinators =
+            client_addresses(&addresses.borrow(), self.endpoint.coordinators.clone());
         self.endpoint.store(dir)?;
         let lane = self.lanes[0].handle();
         lane.spawn(remember_addresses(dir.to_owned(), self.endpoint.clone(), addresses));
@@ -353,8 +363,12 @@ async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, s
     };
     let Some((_pass, open)) = shared.gate.enter(socket, peer.member, &connection) else { return };
     match (socket, peer.member) {
-        (Socket::Clients, member) => clients::serve(shared.clone(), &connection, member, peer.name, open).await,
-        (Socket::Members, Member::Worker(node)) => agents::serve(&shared, &connection, node, &peer.name).await,
+        (Socket::Clients, member) => {
+            clients::serve(shared.clone(), &connection, member, peer.name, open).await
+        }
+        (Socket::Members, Member::Worker(node)) => {
+            agents::serve(&shared, &connection, node, &peer.name).await
+        }
         (Socket::Members, Member::Coordinator(replica)) => {
             net::widen(&connection);
             peers::serve(shared.calls.inbox(), &shared.knocks, &connection, replica).await;

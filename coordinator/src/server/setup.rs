@@ -126,7 +126,11 @@ pub fn open(options: &Options) -> Result<Opened> {
     let member = Member::Coordinator(replica);
     let identity = match identity {
         Some(identity) if identity.member != member => {
-            bail!("the identity in {} is {}, the log {replica}'s; they do not belong together", identity_dir.display(), identity.member)
+            bail!(
+                "the identity in {} is {}, the log {replica}'s; they do not belong together",
+                identity_dir.display(),
+                identity.member
+            )
         }
         Some(identity) if identity.remaining(now).is_zero() => {
             // It holds the CA itself.
@@ -155,7 +159,11 @@ pub fn name(options: &Options, replica: ReplicaId) -> String {
 
 impl Opened {
     /// The replica, begun where it is new. From then on the directory is one that continues.
-    pub fn begin(self, address: &CoordinatorAddress, name: &str) -> Result<(File, ClusterCa, Identity, Replica<RocksDisk>)> {
+    pub fn begin(
+        self,
+        address: &CoordinatorAddress,
+        name: &str,
+    ) -> Result<(File, ClusterCa, Identity, Replica<RocksDisk>)> {
         let Opened { lock, ca, replica: id, identity, disk, begin, dir, .. } = self;
         let replica = match begin {
             Begin::Continue(replica) => *replica,
@@ -171,7 +179,8 @@ impl Opened {
             identity.store(&identity_dir)?;
         }
         if joining(&dir).exists() {
-            fs::remove_file(joining(&dir)).with_context(|| format!("cannot remove {}", joining(&dir).display()))?;
+            fs::remove_file(joining(&dir))
+                .with_context(|| format!("cannot remove {}", joining(&dir).display()))?;
         }
         Ok((lock, ca, identity, replica))
     }

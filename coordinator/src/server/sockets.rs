@@ -50,7 +50,12 @@ pub struct Sockets {
 }
 
 /// Binds all three. With port 0 the ports of the last start come first, so that agents and clients find a restarted coordinator.
-pub async fn listen(options: &Options, identity: &Identity, clients: &Lane, members: &Lane) -> Result<Sockets> {
+pub async fn listen(
+    options: &Options,
+    identity: &Identity,
+    clients: &Lane,
+    members: &Lane,
+) -> Result<Sockets> {
     let before = setup::last_endpoint(&options.data_dir);
     let before = |of: fn(&Endpoint) -> &str, advertised: bool| {
         before.as_ref().filter(|_| !advertised).and_then(|endpoint| port(of(endpoint)))
@@ -91,7 +96,12 @@ fn port(address: &str) -> Option<u16> {
     address.rsplit_once(':')?.1.parse().ok()
 }
 
-fn serve(listen: SocketAddr, before: Option<u16>, socket: Socket, identity: &Identity) -> Result<quinn::Endpoint> {
+fn serve(
+    listen: SocketAddr,
+    before: Option<u16>,
+    socket: Socket,
+    identity: &Identity,
+) -> Result<quinn::Endpoint> {
     let again = before.filter(|_| listen.port() == 0).map(|port| SocketAddr::new(listen.ip(), port));
     let again = again.and_then(|address| net::serve(address, socket, identity).ok());
     Ok(again.map_or_else(|| net::serve(listen, socket, identity), Ok)?)

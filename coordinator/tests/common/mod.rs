@@ -28,7 +28,11 @@ pub fn token(dir: &Path, role: &str) -> JoinToken {
     std::fs::read_to_string(dir.join(format!("tokens/{role}.token"))).unwrap().trim().parse().unwrap()
 }
 
-pub async fn join(coordinator: &Coordinator, token: &JoinToken, name: &str) -> Result<Identity, net::NetError> {
+pub async fn join(
+    coordinator: &Coordinator,
+    token: &JoinToken,
+    name: &str,
+) -> Result<Identity, net::NetError> {
     let at = [coordinator.endpoint().quic.clone()];
     net::join(&at, token, name).await.map(|joined| joined.identity)
 }

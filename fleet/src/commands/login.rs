@@ -4,9 +4,9 @@ use crate::client::block_on;
 use crate::cluster::Login;
 use crate::failure::Failure;
 use crate::{out, places};
+use fleet_common::exit;
 use fleet_common::net::{self, JoinToken, NAME_MAX};
 use fleet_common::protocol::Role;
-use fleet_common::exit;
 use serde_json::json;
 use std::path::PathBuf;
 

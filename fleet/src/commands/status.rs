@@ -48,7 +48,9 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
             let nodes: Vec<_> = nodes.iter().map(json::node_view).collect();
             let jobs: Vec<_> = jobs.iter().map(json::job).collect();
             let dir = client.data_dir();
-            let pid = |view: &CoordinatorView| dir.and_then(|dir| local_pid(dir, &cluster.cluster_id, view.address.replica));
+            let pid = |view: &CoordinatorView| {
+                dir.and_then(|dir| local_pid(dir, &cluster.cluster_id, view.address.replica))
+            };
             let leader = replicas.iter().find(|view| Some(view.address.replica) == cluster.leader);
             let leader = leader.map(|view| {
                 json!({"id": view.address.replica.to_string(), "address": view.address.client, "pid": pid(view)})

@@ -73,7 +73,8 @@ mod tests {
         coordinators.learn(Vec::new());
         let again = Coordinators::load(dir.path(), vec!["given:1".into()]).unwrap();
         assert_eq!(again.given(), ["given:1"]);
-        let orders: std::collections::BTreeSet<Vec<String>> = (0..50).map(|_| again.known(&mut rng)).collect();
+        let orders: std::collections::BTreeSet<Vec<String>> =
+            (0..50).map(|_| again.known(&mut rng)).collect();
         let expected = [vec!["a:1".to_owned(), "b:1".to_owned()], vec!["b:1".to_owned(), "a:1".to_owned()]];
         assert_eq!(orders, expected.into(), "all agents would go to one");
     }

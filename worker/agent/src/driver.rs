@@ -1,7 +1,7 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
-use crate::coordinators::Coordinators;
 use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
+use crate::coordinators::Coordinators;
 use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;

@@ -157,10 +157,8 @@ async fn identity(
     let name = join.name.clone().unwrap_or_else(host_name);
     let joined = net::join(&join.addr, &token, &name).await;
     let joined = joined.map_err(|error| Failure { code: error.exit_code(), error: error.into() })?;
-    let stored = joined
-        .identity
-        .store(&dir)
-        .with_context(|| format!("cannot keep the identity in {}", dir.display()));
+    let stored =
+        joined.identity.store(&dir).with_context(|| format!("cannot keep the identity in {}", dir.display()));
     stored.map_err(Failure::new(exit::ENVIRONMENT))?;
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)

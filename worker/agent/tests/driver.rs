@@ -42,10 +42,8 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         let now = SystemTime::now();
         let ca = ClusterCa::create("cluster-test", now).unwrap();
-        let coordinator =
-            ca.issue(Member::Coordinator(ReplicaId(1)), "coordinator", now, YEAR).unwrap();
-        let worker: Identity =
-            ca.issue(Member::Worker(NodeId(1)), "box", now, YEAR).unwrap();
+        let coordinator = ca.issue(Member::Coordinator(ReplicaId(1)), "coordinator", now, YEAR).unwrap();
+        let worker: Identity = ca.issue(Member::Worker(NodeId(1)), "box", now, YEAR).unwrap();
         worker.store(&dir.path().join("identity")).unwrap();
         let endpoint = net::serve("127.0.0.1:0".parse().unwrap(), Socket::Members, &coordinator).unwrap();
         Node { dir, endpoint }
@@ -68,7 +66,11 @@ impl Node {
             loop {
                 // An attempt that its maker gave up comes to nothing; the next one counts.
                 let incoming = self.endpoint.accept().await.unwrap();
-                let Ok((connection, Accepted::Peer(peer))) = net::accept(incoming, Socket::Members, |_| Ok(())).await else { continue };
+                let Ok((connection, Accepted::Peer(peer))) =
+                    net::accept(incoming, Socket::Members, |_| Ok(())).await
+                else {
+                    continue;
+                };
                 assert_eq!(peer.member, Member::Worker(NodeId(1)));
                 let Ok((send, mut receive)) = connection.accept_bi().await else { continue };
                 if let Ok(Some(FromAgent::Hello(hello))) = read_frame(&mut receive).await {
