@@ -117,6 +117,36 @@ fn a_coordinator_that_dies_under_a_launch_costs_nothing() {
 }
 
 #[test]
+fn the_leader_of_three_dies_under_a_launch_and_no_step_is_lost() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 600, save_steps: 300, ..TinyJob::default() };
+    let mut launch = world.launch(2, &job, &["--coordinators", "3"]);
+    let cluster = launch.until_event("cluster");
+    let dir = cluster["data_dir"].as_str().unwrap().to_owned();
+    let pids = cluster["pids"].as_object().unwrap();
+    assert!(
+        ["coordinator", "coordinator-2", "coordinator-3"].iter().all(|name| pids[*name].is_u64()),
+        "{cluster}"
+    );
+    launch.until_step(50);
+    let ranks = world.ranks();
+    for _ in 0..2 {
+        let status = world.run("fleet", &["status", "--json", "--data-dir", &dir]).expect(0);
+        let status: serde_json::Value = serde_json::from_str(&status.stdout.concat()).unwrap();
+        assert_eq!(status["replicas"].as_array().map(Vec::len), Some(3), "{status}");
+        assert!(status["replicas"][0]["matched_index"].is_u64(), "{status}");
+        strike(status["leader"]["pid"].as_u64().unwrap() as u32, Signal::SIGKILL);
+        launch.until("the coordinator's return", |line| line["state"] == "restarted");
+    }
+    let same = world.ranks();
+    assert!(same.is_empty() || same == ranks, "the ranks must not notice: {ranks:?}, {same:?}");
+    let done = launch.finish().expect(0);
+    let steps: Vec<u64> = done.losses().into_iter().map(|(step, _)| step).collect();
+    assert_eq!(steps, (1..=600).collect::<Vec<_>>(), "a step was lost or doubled");
+    world.is_empty_soon();
+}
+
+#[test]
 fn two_launches_run_side_by_side() {
     let world = World::new();
     let job = |run_name| TinyJob { run_name, max_steps: 100, ..TinyJob::default() };

@@ -217,7 +217,7 @@ impl<D: Disk> Control<D> {
                 What::change(Some(request), Change::RedeemToken(*redeem)),
             );
         }
-        let why = "this token is not known here; use one that this cluster issued";
+        let why = "this token is not known here: it was used up, has expired, or is not of this cluster; create a new one";
         self.admit(call, Err(Refusal { kind: RefusalKind::Forbidden, message: why.into() }));
     }
 

@@ -19,7 +19,11 @@ impl RedeemToken {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         let token = match state.tokens.get_mut(&self.id) {
             Some(token) if token.secret_sha256 == self.secret_sha256 => token,
-            _ => return Answer::forbidden("this token is not known here; use one that this cluster issued"),
+            _ => {
+                return Answer::forbidden(
+                    "this token is not known here: it was used up, has expired, or is not of this cluster; create a new one",
+                );
+            }
         };
         if token.expires_unix_ms <= context.unix_ms {
             return Answer::forbidden("this token has expired; create a new one");
