@@ -133,7 +133,7 @@ impl<D: Disk> Control<D> {
         }
     }
 
-    /// A look at a state that has all that was acknowledged before the agent greeted.
+    /// A look at a state that has all that was acknowledged before the agent greeted, and what its greeting has changed.
     pub(super) fn greeting_read(&mut self, now: Now, session: Session) {
         let Some(agent) = self.agents.sessions.get(&session) else { return };
         let (node, phase) = (agent.node, agent.phase);
@@ -143,7 +143,7 @@ impl<D: Disk> Control<D> {
             let why = format!("{node} is not registered in this cluster; join again with a token");
             return self.close_agent(session, why, true);
         };
-        if phase == Phase::Confirming {
+        if phase == Phase::Recorded {
             return match record.lost {
                 // It was called lost while it greeted.
                 true => self.close_agent(session, "the cluster has given this node up; greet again", false),
@@ -277,7 +277,7 @@ impl<D: Disk> Control<D> {
             Ok(Outcome::Answer(Answer::Rejected(refusal))) => {
                 return self.close_agent(session, refusal.message, true);
             }
-            Ok(Outcome::Answer(answer)) => return self.agents_change_done(session, what, answer),
+            Ok(Outcome::Answer(answer)) => return self.agents_change_done(now, session, what, answer),
             Ok(Outcome::Reply(_)) => return,
             Err(refusal) => refusal,
         };
@@ -301,7 +301,7 @@ impl<D: Disk> Control<D> {
         }
     }
 
-    fn agents_change_done(&mut self, session: Session, what: What, answer: Answer) {
+    fn agents_change_done(&mut self, now: Now, session: Session, what: What, answer: Answer) {
         let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
         let What::Change(command) = what else { return };
         let Change::RecordEvents(RecordEvents { batch: EventBatch { job, generation, .. }, .. }) =
@@ -310,8 +310,9 @@ impl<D: Disk> Control<D> {
             if let Phase::Recording { left } = &mut agent.phase {
                 *left -= 1;
                 if *left == 0 {
-                    agent.phase = Phase::Confirming;
-                    self.reads.add(Reader::Greeting(session));
+                    // Applied here, so the state has them.
+                    agent.phase = Phase::Recorded;
+                    self.greeting_read(now, session);
                 }
             }
             return;

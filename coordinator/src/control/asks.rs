@@ -168,6 +168,10 @@ impl<D: Disk> Control<D> {
         self.asks.insert(ticket, ask);
     }
 
+    pub(super) fn is_asked_here(&self, ticket: Ticket) -> bool {
+        self.asks.get(&ticket).is_some_and(|ask| matches!(ask.place, Place::Here { .. }))
+    }
+
     /// The leader. A coordinator that is no member yet asks those it was told of, one each second.
     fn whom_to_ask(&self, now: Now) -> Option<u64> {
         self.replica.leader().or_else(|| {

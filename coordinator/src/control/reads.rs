@@ -126,8 +126,8 @@ impl<D: Disk> Control<D> {
     fn look(&mut self, now: Now, reader: Reader) {
         match reader {
             Reader::Query { ticket, request } => {
-                // Whoever asked may have given up.
-                if self.asks.contains_key(&ticket) {
+                // Whoever asked may have given up, or another one leads by now and is asked.
+                if self.is_asked_here(ticket) {
                     let result = self.query(now, &request);
                     self.replied(now, ticket, result);
                 }

@@ -14,8 +14,8 @@ pub(super) enum Phase {
     Reading,
     /// What its greeting changes is being recorded; this many changes are left.
     Recording { left: usize },
-    /// Waits for a look at a state that has them.
-    Confirming,
+    /// They are recorded.
+    Recorded,
     /// Welcomed.
     Up,
 }
