@@ -175,7 +175,7 @@ impl World {
         match connected {
             Some((conn, at)) => {
                 pending.conn = Some(conn);
-                self.purposes.insert(conn, Purpose::Call { client: number });
+                self.purposes.insert(conn, Purpose::Call);
                 self.queue.at(at[0], Event::Connected { conn, end: 0 });
                 self.queue.after(PATIENCE, Event::ClientRetry { client: number, tries });
             }

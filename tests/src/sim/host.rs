@@ -244,6 +244,8 @@ impl World {
         let Some(host) = self.hosts.get_mut(&number) else { return };
         match done {
             Ok(actions) => {
+                self.look_at_host(number);
+                let Some(host) = self.hosts.get_mut(&number) else { return };
                 if synced {
                     let mean = host.sync;
                     host.busy_until = now + mean / 2 + self.random.range(0..mean + 1);
@@ -254,7 +256,6 @@ impl World {
                 } else {
                     self.emit(number, actions);
                 }
-                self.look_at_host(number);
                 if busy && let Some(host) = self.hosts.get_mut(&number).filter(|host| !host.run_planned) {
                     host.run_planned = true;
                     let at = host.busy_until.max(now);
@@ -415,7 +416,7 @@ impl World {
                     self.read_on(number, session);
                 }
             }
-            (Payload::Question(question), Some(Purpose::Call { .. })) => {
+            (Payload::Question(question), Some(Purpose::Call)) => {
                 let call = self.host(number).number();
                 self.host(number).calls.insert(call, conn);
                 let input = match question {
@@ -463,7 +464,7 @@ impl World {
                     self.to_control(number, Input::AgentLost { session });
                 }
             }
-            Some(Purpose::Call { .. }) => {
+            Some(Purpose::Call) => {
                 let call = host.calls.iter().find(|(_, of)| **of == conn).map(|(call, _)| *call);
                 if let Some(call) = call {
                     host.calls.remove(&call);

@@ -83,11 +83,7 @@ pub enum NetEvent<P> {
         payload: P,
     },
     /// This end has given up, or hears that the other has.
-    Lost {
-        conn: ConnId,
-        end: usize,
-        site: Site,
-    },
+    Lost { conn: ConnId, site: Site },
 }
 
 #[derive(Debug)]
@@ -264,7 +260,7 @@ impl<P> Net<P> {
                     conn.ends[end].heard = conn.ends[end].heard.max(now);
                 } else if closed && now > conn.last_arrival[end] || now > mine.heard + IDLE {
                     conn.ends[end].open = false;
-                    found.push(NetEvent::Lost { conn: id, end, site: mine.site });
+                    found.push(NetEvent::Lost { conn: id, site: mine.site });
                 }
             }
             if conn.ends.iter().all(|end| !end.open || !self.lives.contains_key(&end.site)) {
@@ -325,15 +321,15 @@ mod tests {
 
     #[test]
     fn a_long_cut_one_way_ends_it_at_both_ends_one_after_the_other() {
-        let (mut net, mut random, conn) = pair();
+        let (mut net, mut random, _) = pair();
         cut(&mut net, A, B, true, 0);
-        let lost = |events: Vec<NetEvent<u32>>| -> Vec<usize> {
-            let end = |event| if let NetEvent::Lost { end, .. } = event { Some(end) } else { None };
-            events.into_iter().filter_map(end).collect()
+        let lost = |events: Vec<NetEvent<u32>>| -> Vec<Site> {
+            let by = |event| if let NetEvent::Lost { site, .. } = event { Some(site) } else { None };
+            events.into_iter().filter_map(by).collect()
         };
-        assert_eq!(lost(net.look(SECOND, &mut random)), [0usize; 0]);
-        assert_eq!(lost(net.look(4 * SECOND, &mut random)), [1]);
-        assert_eq!(lost(net.look(5 * SECOND, &mut random)), [0], "the other end closed and says so");
+        assert_eq!(lost(net.look(SECOND, &mut random)), []);
+        assert_eq!(lost(net.look(4 * SECOND, &mut random)), [B]);
+        assert_eq!(lost(net.look(5 * SECOND, &mut random)), [A], "the other end closed and says so");
     }
 
     #[test]
@@ -343,7 +339,7 @@ mod tests {
         net.down(B);
         net.up(B, 2);
         assert!(net.look(2 * SECOND, &mut random).is_empty());
-        assert!(matches!(net.look(3 * SECOND + 2, &mut random)[..], [NetEvent::Lost { end: 0, .. }]));
+        assert!(matches!(net.look(3 * SECOND + 2, &mut random)[..], [NetEvent::Lost { site: A, .. }]));
         assert!(!net.is_open(conn, 1));
     }
 }

@@ -13,13 +13,12 @@ const KEPT: usize = 120;
 pub struct Trace {
     print: bool,
     hash: u64,
-    lines: u64,
     last: VecDeque<String>,
 }
 
 impl Trace {
     pub fn new(print: bool) -> Trace {
-        Trace { print, hash: 0, lines: 0, last: VecDeque::new() }
+        Trace { print, hash: 0, last: VecDeque::new() }
     }
 
     pub fn line(&mut self, now: Micros, text: fmt::Arguments<'_>) {
@@ -27,7 +26,6 @@ impl Trace {
         for chunk in line.as_bytes().chunks(8) {
             self.count(chunk.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)));
         }
-        self.lines += 1;
         if self.print {
             println!("{line}");
         }
@@ -44,10 +42,6 @@ impl Trace {
 
     pub fn hash(&self) -> u64 {
         self.hash
-    }
-
-    pub fn lines(&self) -> u64 {
-        self.lines
     }
 
     pub fn last(&self) -> Vec<String> {

@@ -81,7 +81,7 @@ pub enum Answered {
 pub enum Purpose {
     Peer { from: ReplicaId, to: ReplicaId },
     Agent { node: NodeId },
-    Call { client: u32 },
+    Call,
 }
 
 pub struct World {
@@ -183,9 +183,9 @@ impl World {
             NetEvent::Arrives { at, conn, end, payload } => {
                 self.queue.at(at, Event::Arrives { conn, end, payload });
             }
-            NetEvent::Lost { conn, site: Site::Host(host), .. } => self.host_loses(host, conn),
-            NetEvent::Lost { conn, site: Site::Machine(machine), .. } => self.machine_loses(machine, conn),
-            NetEvent::Lost { conn, site: Site::Client(client), .. } => self.client_loses(client, conn),
+            NetEvent::Lost { conn, site: Site::Host(host) } => self.host_loses(host, conn),
+            NetEvent::Lost { conn, site: Site::Machine(machine) } => self.machine_loses(machine, conn),
+            NetEvent::Lost { conn, site: Site::Client(client) } => self.client_loses(client, conn),
         }
     }
 
