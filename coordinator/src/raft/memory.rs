@@ -22,6 +22,8 @@ struct Inner {
     full: bool,
     /// Writes that still succeed; after them the machine has no power.
     fuse: Option<u64>,
+    /// A write that deletes anything is the last one that succeeds.
+    fuse_at_deletion: bool,
     syncs: u64,
 }
 
@@ -52,12 +54,18 @@ impl MemoryDisk {
 
     /// The process was killed: all that it wrote is there, and its successor may write again.
     pub fn restart(&self) {
-        self.lock().fuse = None;
+        let mut inner = self.lock();
+        (inner.fuse, inner.fuse_at_deletion) = (None, false);
     }
 
     /// After `writes` more writes every one fails and changes nothing, until `lose_power` or `restart`.
     pub fn set_fuse(&self, writes: u64) {
         self.lock().fuse = Some(writes);
+    }
+
+    /// The same after the next write that deletes anything: that is when a log is cut.
+    pub fn set_fuse_at_deletion(&self) {
+        self.lock().fuse_at_deletion = true;
     }
 
     /// Whether a write was cut off.
@@ -118,7 +126,7 @@ impl Inner {
             }
         }
         self.unsynced.clear();
-        self.fuse = None;
+        (self.fuse, self.fuse_at_deletion) = (None, false);
     }
 
     /// Makes a batch's changes visible. Returns how the rows were.
@@ -184,6 +192,9 @@ impl Disk for MemoryDisk {
         }
         if inner.full {
             return Err(DiskError::Full("no room in memory".into()));
+        }
+        if inner.fuse_at_deletion && batch.ops.iter().any(|op| matches!(op, Op::DeleteRange { .. })) {
+            inner.fuse = Some(0);
         }
         let synced = durability == Durability::Synced;
         let formers = inner.apply(batch, !synced);
@@ -263,5 +274,12 @@ mod tests {
         assert_eq!((disk.rows(Table::Log), disk.unsynced_batches()), (1, 1));
         put(&disk, 2, 2, Durability::Synced).unwrap();
         assert_eq!(disk.last_key(Table::Log), Some(vec![2]));
+        disk.set_fuse_at_deletion();
+        put(&disk, 3, 3, Durability::Synced).unwrap();
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Log, &[1], &[2]);
+        disk.write(&batch, Durability::Synced).unwrap();
+        assert!(put(&disk, 4, 4, Durability::Synced).is_err());
+        assert_eq!(disk.rows(Table::Log), 2);
     }
 }

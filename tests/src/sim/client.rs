@@ -5,10 +5,9 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, JobId, ReplicaId, UserId};
+use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
 use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, RefusalKind, Reply, Request};
-use fleet_coordinator::cluster::Answer;
-use fleet_coordinator::cluster::commands::{Change, RedeemToken, RemoveReplica};
+use fleet_coordinator::cluster::commands::{Change, CreateToken, RedeemToken};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::VecDeque;
 
@@ -34,6 +33,10 @@ pub enum Want {
         job: JobId,
         seen: u64,
     },
+    Drain(NodeId),
+    Undrain(NodeId),
+    /// For those who join.
+    Token,
     JoinMachine(u32),
     JoinHost(u32),
     /// Takes a coordinator out, however often it has to be asked for.
@@ -94,13 +97,30 @@ impl World {
         self.queue.after(0, Event::ClientNext { client: OPERATOR });
     }
 
+    fn order_request(&mut self, want: Want, request: Request) {
+        let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
+        let question = operator.frame(request);
+        operator.tasks.push_back((want, question));
+        self.queue.after(0, Event::ClientNext { client: OPERATOR });
+    }
+
+    /// All nodes may have work again.
+    pub fn order_undrain(&mut self) {
+        let nodes: Vec<NodeId> = self.oracle.state().nodes().keys().copied().collect();
+        nodes.into_iter().for_each(|node| self.order_request(Want::Undrain(node), Request::Undrain(node)));
+    }
+
     pub fn order_join(&mut self, want: Want, redeem: RedeemToken) {
         self.order(want, |request| Question::Join { redeem, request });
     }
 
+    pub fn order_token(&mut self, token: CreateToken) {
+        let change = Change::CreateToken(token);
+        self.order(Want::Token, |request| Question::Propose { request, change });
+    }
+
     pub fn order_removal(&mut self, replica: ReplicaId) {
-        let change = Change::RemoveReplica(RemoveReplica { replica });
-        self.order(Want::Remove(replica), |request| Question::Propose { request, change });
+        self.order_request(Want::Remove(replica), Request::RemoveCoordinator(replica));
     }
 
     pub fn on_client_next(&mut self, number: u32) {
@@ -131,6 +151,7 @@ impl World {
         let job = self.random.pick(of_interest).copied();
         let draw = self.random.range(0..100);
         let many = unfinished.len() >= 8;
+        let nodes: Vec<NodeId> = self.oracle.state().nodes().keys().copied().collect();
         let client = self.clients.get_mut(&number)?;
         let (want, request) = match (draw, job) {
             (0..6, _) if !many => {
@@ -141,7 +162,15 @@ impl World {
                 let now = self.random.chance(1, 2);
                 (Want::Cancel(job), Request::Cancel { job, now })
             }
-            (8..60, Some(job)) => (Want::Job(job), Request::Job(job)),
+            (8..9, _) if !nodes.is_empty() => {
+                let node = nodes[self.random.index(nodes.len())];
+                (Want::Drain(node), Request::Drain { node, now: self.random.chance(1, 2) })
+            }
+            (9..11, _) if !nodes.is_empty() => {
+                let node = nodes[self.random.index(nodes.len())];
+                (Want::Undrain(node), Request::Undrain(node))
+            }
+            (11..60, Some(job)) => (Want::Job(job), Request::Job(job)),
             (60..75, _) => (Want::Jobs, Request::Jobs { all: None }),
             (75..82, _) => (Want::Nodes, Request::Nodes),
             (82..90, Some(job)) => {
@@ -259,6 +288,14 @@ impl World {
                 }
             }
             (Want::Cancel(job), Answered::Reply(Reply::Done)) => self.oracle.cancelled(*job, now),
+            (Want::Drain(node) | Want::Undrain(node), Answered::Reply(Reply::Done)) => {
+                let node = *node;
+                self.say(format_args!("client-{number} has done {want:?}"));
+                self.oracle.drained(node, now)
+            }
+            (Want::Nodes, Answered::Reply(Reply::Nodes(views))) => {
+                views.iter().try_for_each(|view| self.oracle.node_shown(view.node, view.drained, asked))
+            }
             (Want::Job(job), Answered::Reply(Reply::Job(view))) => {
                 self.oracle.shown(*job, Some(&view), asked, now)
             }
@@ -296,11 +333,11 @@ impl World {
                 self.host_joined(host, member);
                 Ok(())
             }
-            (Want::Remove(replica), Answered::Proposed(result)) => {
+            (Want::Remove(replica), Answered::Reply(reply)) => {
                 let replica = *replica;
-                let rejected = match result {
-                    Ok(Answer::Rejected(refusal)) | Err(refusal) => Some(refusal.message),
-                    Ok(_) => None,
+                let rejected = match reply {
+                    Reply::Refused(refusal) => Some(refusal.message),
+                    _ => None,
                 };
                 self.removal_answered(replica, rejected);
                 Ok(())

@@ -12,16 +12,17 @@ use fleet_agent::verdict::{Exit, agent_error};
 use fleet_common::events::{CheckpointRecord, DataStats, Event as Told, EventBody, Outcome, Shard, Step};
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
-use fleet_common::job::Job;
+use fleet_common::job::{Job, Resume};
 use fleet_common::protocol::{FromRank, Gang, ToRank, Work};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 /// A gang that has not gone on for so long says so and fails; the collectives' deadline.
 const STALL: Micros = 60 * SECOND;
 
 #[derive(Clone, Debug)]
 pub enum EngineEvent {
-    Prepared(u32, GangId),
+    Prepared(u32, Option<PathBuf>),
     /// A rank without a training job has run its time.
     Ran(Rank),
     Step,
@@ -44,6 +45,8 @@ enum Stage {
 #[derive(Clone, Debug)]
 struct Proc {
     machine: u32,
+    /// Its number on that machine.
+    local: Rank,
     /// Of the agent whose child it is.
     life: u64,
     stage: Stage,
@@ -56,6 +59,8 @@ pub struct Run {
     procs: BTreeMap<Rank, Proc>,
     step: u64,
     stepping: bool,
+    /// A rank is gone that the others need: they will never meet again.
+    broken: bool,
     stop: bool,
     step_takes: Micros,
     stepped_at: Micros,
@@ -64,6 +69,12 @@ pub struct Run {
 impl Run {
     fn total_steps(&self) -> u64 {
         self.train.as_ref().and_then(|job| job.max_steps).unwrap_or(0)
+    }
+
+    /// The number within the job of a machine's rank.
+    fn global(&self, machine: u32, local: Rank) -> Option<Rank> {
+        let here = |process: &Proc| process.machine == machine && process.local == local;
+        self.procs.iter().find(|(_, process)| here(process)).map(|(rank, _)| *rank)
     }
 
     fn lives(&self) -> impl Iterator<Item = (Rank, &Proc)> {
@@ -107,19 +118,24 @@ impl World {
             Work::Program(_) => None,
         };
         let chance = mix(id.job.0 ^ id.generation << 32);
+        // An agent that was started again before it could tell anything gets the same gang again.
+        if self.engine.runs.get(&id).is_some_and(|run| run.lives().next().is_none()) {
+            self.engine.runs.remove(&id);
+        }
         let run = self.engine.runs.entry(id).or_insert_with(|| Run {
-            world_size: gang.ranks,
+            world_size: gang.world_size,
             train,
             procs: BTreeMap::new(),
             step: 0,
             stepping: false,
+            broken: false,
             stop: false,
             step_takes: 500 * MS + chance % (8 * SECOND),
             stepped_at: now,
         });
         let mut twice = None;
         for rank in ranks_of(gang) {
-            let process = Proc { machine, life, stage: Stage::Loading };
+            let process = Proc { machine, local: rank - gang.first_rank, life, stage: Stage::Loading };
             if run.procs.insert(rank, process).is_some_and(|old| old.stage != Stage::Gone) {
                 twice = Some(rank);
             }
@@ -138,13 +154,18 @@ impl World {
     }
 
     /// The agent asks for the token cache and the checkpoint to go on from.
-    pub fn prepare(&mut self, machine: u32, id: GangId) {
+    pub fn prepare(&mut self, machine: u32, id: GangId, job: &Job) {
         let takes = self.random.range(100 * MS..4 * SECOND);
-        self.queue.after(takes, Event::Engine(id, EngineEvent::Prepared(machine, id)));
+        let resume = match &job.checkpoint.resume {
+            Resume::Path(path) => Some(path.clone()),
+            _ => None,
+        };
+        self.queue.after(takes, Event::Engine(id, EngineEvent::Prepared(machine, resume)));
     }
 
-    pub fn to_rank(&mut self, id: GangId, rank: Rank, message: ToRank) {
+    pub fn to_rank(&mut self, machine: u32, id: GangId, local: Rank, message: ToRank) {
         let Some(run) = self.engine.runs.get_mut(&id) else { return };
+        let Some(rank) = run.global(machine, local) else { return };
         match message {
             ToRank::Start(start) => {
                 if let Some(process) =
@@ -177,7 +198,8 @@ impl World {
         }
     }
 
-    pub fn strike(&mut self, id: GangId, rank: Rank, blow: Blow) {
+    pub fn strike(&mut self, machine: u32, id: GangId, local: Rank, blow: Blow) {
+        let Some(rank) = self.engine.runs.get(&id).and_then(|run| run.global(machine, local)) else { return };
         let (after, exit) = match blow {
             Blow::Kill => (MS, Exit::Signal(9)),
             Blow::Terminate => (self.random.range(MS..500 * MS), Exit::Signal(15)),
@@ -201,6 +223,7 @@ impl World {
         let mut touched = Vec::new();
         for (id, run) in &mut self.engine.runs {
             for process in run.procs.values_mut().filter(|process| process.machine == machine) {
+                run.broken |= process.stage != Stage::Done;
                 process.stage = Stage::Gone;
                 touched.push(id.job);
             }
@@ -223,7 +246,7 @@ impl World {
             self.queue.after(0, Event::Engine(id, EngineEvent::Gone(rank, exit)));
         } else {
             let error = agent_error(Fault::Job, "", "the loss is not a number");
-            self.tell_agent(id, rank, GangInput::Rank(rank, FromRank::Failed(error)));
+            self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
             self.queue.after(20 * MS, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
         }
         Some(format!("rank {rank} of {id} breaks"))
@@ -231,7 +254,7 @@ impl World {
 
     pub fn on_engine(&mut self, id: GangId, event: EngineEvent) {
         match event {
-            EngineEvent::Prepared(machine, id) => self.prepared(machine, id),
+            EngineEvent::Prepared(machine, resume) => self.prepared(machine, id, resume),
             EngineEvent::Step => self.step(id),
             EngineEvent::Ran(rank) => self.exit(id, rank, Exit::Code(0)),
             EngineEvent::Left(rank) => self.exit(id, rank, Exit::Code(0)),
@@ -244,16 +267,15 @@ impl World {
                 };
                 if self.engine.runs.get(&id).filter(living).is_some() {
                     let error = agent_error(Fault::Job, "", "all_reduce: aborted: a rank is gone");
-                    self.tell_agent(id, rank, GangInput::Rank(rank, FromRank::Failed(error)));
+                    self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
                     self.queue.after(20 * MS, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
                 }
             }
         }
     }
 
-    fn prepared(&mut self, machine: u32, id: GangId) {
+    fn prepared(&mut self, machine: u32, id: GangId, resume: Option<PathBuf>) {
         let stats = DataStats { documents: 1, train_windows: 1, cached: true, ..DataStats::default() };
-        let resume = self.oracle.newest_checkpoint(id.job).map(Into::into);
         let prepared = Prepared { cache_dir: "/cache".into(), stats, resume };
         self.to_agent_core(machine, Input::Gang(id, GangInput::Prepared(Ok(prepared))));
     }
@@ -262,7 +284,7 @@ impl World {
         let now = self.queue.now();
         let Some(run) = self.engine.runs.get_mut(&id) else { return };
         let total = run.total_steps();
-        let broken = run.procs.values().any(|process| process.stage == Stage::Gone);
+        let broken = run.broken;
         if run.procs.values().all(|process| process.stage == Stage::Gone) {
             return;
         }
@@ -334,8 +356,9 @@ impl World {
             return;
         }
         process.stage = Stage::Done;
-        self.tell_agent(id, rank, GangInput::Rank(rank, FromRank::Done(outcome)));
-        self.queue.after(50 * MS, Event::Engine(id, EngineEvent::Left(rank)));
+        self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Done(outcome)));
+        let leaves = self.random.range(10 * MS..2 * SECOND);
+        self.queue.after(leaves, Event::Engine(id, EngineEvent::Left(rank)));
     }
 
     fn exit(&mut self, id: GangId, rank: Rank, exit: Exit) {
@@ -343,10 +366,11 @@ impl World {
         let Some(process) = run.procs.get_mut(&rank).filter(|process| process.stage != Stage::Gone) else {
             return;
         };
+        let (machine, local) = (process.machine, process.local);
+        run.broken |= process.stage != Stage::Done;
         process.stage = Stage::Gone;
-        let machine = process.machine;
         let at = self.machines[&machine].now(self.queue.now()).mono;
-        self.tell_agent(id, rank, GangInput::Exited { rank, at, exit });
+        self.tell_agent(id, rank, |_| GangInput::Exited { rank: local, at, exit });
     }
 
     fn from_rank(&mut self, id: GangId, rank: Rank, body: EventBody) {
@@ -355,18 +379,19 @@ impl World {
             return;
         };
         let unix_ms = self.machines[&machine].now(self.queue.now()).unix_ms;
-        self.tell_agent(id, rank, GangInput::Rank(rank, FromRank::Event(Told { unix_ms, body })));
+        self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Event(Told { unix_ms, body })));
     }
 
     /// To the agent whose child the rank is, if it still lives.
-    fn tell_agent(&mut self, id: GangId, rank: Rank, input: GangInput) {
+    fn tell_agent(&mut self, id: GangId, rank: Rank, input: impl FnOnce(Rank) -> GangInput) {
         let Some(process) = self.engine.runs.get(&id).and_then(|run| run.procs.get(&rank)) else { return };
-        let (machine, life, input) = (process.machine, process.life, Box::new(Input::Gang(id, input)));
+        let (machine, life) = (process.machine, process.life);
+        let input = Box::new(Input::Gang(id, input(process.local)));
         self.queue.after(MS, Event::ToAgentCore { machine, life, input });
     }
 }
 
 /// The ranks of a gang that its part here has.
 fn ranks_of(gang: &Gang) -> std::ops::Range<Rank> {
-    0..gang.ranks
+    gang.first_rank..gang.first_rank + gang.ranks
 }

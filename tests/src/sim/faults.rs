@@ -80,11 +80,16 @@ impl World {
         let writes = self.random.range(0..4);
         let kept = self.random.index(4);
         let doom = if self.random.chance(1, 3) { Doom::Killed } else { Doom::PowerFailure(kept) };
-        if let Some(host) = self.hosts.get_mut(&number) {
+        let when_cutting = self.random.chance(1, 2);
+        let Some(host) = self.hosts.get_mut(&number) else { return };
+        host.doom = Some(doom);
+        if when_cutting {
+            host.disk.set_fuse_at_deletion();
+            self.say(format_args!("fault: host-{number} will break off when it cuts its log, {doom:?}"));
+        } else {
             host.disk.set_fuse(writes);
-            host.doom = Some(doom);
+            self.say(format_args!("fault: host-{number} will break off after {writes} writes, {doom:?}"));
         }
-        self.say(format_args!("fault: host-{number} will break off after {writes} writes, {doom:?}"));
     }
 
     fn pause_one(&mut self) {
@@ -305,6 +310,7 @@ impl World {
             }
             self.start_host(number);
         }
+        self.order_undrain();
         let machines: Vec<u32> = self.machines.keys().copied().collect();
         for number in machines {
             self.resume_agent(number);

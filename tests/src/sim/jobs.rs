@@ -7,20 +7,53 @@ use fleet_common::protocol::{Program, Request, SubmitJob, Wish, Work};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// A job that some machine or other can run. `name` is in no other job.
+/// What machines are labelled with: every other one has the better device.
+pub fn labels(machine: u32) -> BTreeMap<String, String> {
+    let better = (machine % 2 == 0).then(|| ("gpu".to_owned(), "h200".to_owned()));
+    better.into_iter().collect()
+}
+
+/// A job that fits when all machines are there and free. `name` is in no other job.
 pub fn submit(name: &str, random: &mut Random, machines: &BTreeMap<u32, Machine>) -> Request {
-    let largest = machines.values().map(|machine| machine.slots).max().unwrap_or(1);
-    let world_size = 1 + random.around(2).min(u64::from(largest) - 1) as u32;
-    let work = if random.chance(1, 5) {
-        Work::Program(Program { argv: vec![name.to_owned()], working_dir: "/".into(), env: vec![] })
-    } else {
-        Work::Train { job_json: training(name, 3 + random.around(15), random.range(0..4) * 3).to_json() }
+    let wants_better = machines.len() > 1 && random.chance(1, 6);
+    let labels = if wants_better { labels(2) } else { BTreeMap::new() };
+    let fits = |machine: &&Machine| labels.iter().all(|(key, value)| machine.labels.get(key) == Some(value));
+    let mut slots: Vec<u32> = machines.values().filter(fits).map(|machine| machine.slots).collect();
+    slots.sort_unstable_by(|a, b| b.cmp(a));
+    let largest = slots.first().copied().unwrap_or(1);
+    let slots_per_rank = if largest >= 4 && random.chance(1, 6) { 2 } else { 1 };
+    // Training keeps to one node; any other program may have ranks on several.
+    let trains = random.chance(2, 3);
+    let (nodes, world_size) = match if trains { 2 } else { random.range(0..3) } {
+        // As many on each of some machines.
+        0 => {
+            let nodes = 1 + random.index(slots.len().min(3));
+            let each = (slots[nodes - 1] / slots_per_rank).max(1);
+            (Some(nodes as u32), nodes as u32 * (1 + random.range(0..u64::from(each)) as u32))
+        }
+        // Wherever there is room.
+        1 => {
+            let all: u32 = slots.iter().map(|slots| slots / slots_per_rank).sum();
+            (None, 1 + random.range(0..u64::from(all.max(1))) as u32)
+        }
+        _ => (None, 1 + random.around(1).min(u64::from(largest / slots_per_rank) - 1) as u32),
     };
-    Request::Submit(SubmitJob {
-        world_size,
-        work,
-        wish: Wish { nodes: Some(1), queue: true, ..Wish::default() },
-    })
+    let each = nodes.map_or(0, |nodes| world_size / nodes);
+    let slots_per_rank = if nodes.is_some_and(|nodes| each * slots_per_rank > slots[nodes as usize - 1]) { 1 } else { slots_per_rank };
+    let work = if trains {
+        Work::Train { job_json: training(name, 3 + random.around(15), random.range(0..4) * 3).to_json() }
+    } else {
+        Work::Program(Program { argv: vec![name.to_owned()], working_dir: "/".into(), env: vec![] })
+    };
+    let wish = Wish {
+        priority: random.range(0..3) as i32 - 1,
+        nodes,
+        slots_per_rank,
+        labels,
+        max_time_s: random.chance(1, 3).then(|| random.range(20..600)),
+        queue: true,
+    };
+    Request::Submit(SubmitJob { world_size, work, wish })
 }
 
 fn training(name: &str, steps: u64, save_steps: u64) -> Job {

@@ -1,6 +1,7 @@
 //! A machine of the cluster: the real agent's core and the driver around it.
 
 use super::host::Clock;
+use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, Payload, Purpose, World};
@@ -18,6 +19,7 @@ pub struct Machine {
     pub number: u32,
     pub clock: Clock,
     pub slots: u32,
+    pub labels: BTreeMap<String, String>,
     /// Its identity, once it has joined.
     pub node: Option<NodeId>,
     pub agent: Option<Agent>,
@@ -39,6 +41,7 @@ impl Machine {
             number,
             clock,
             slots,
+            labels: jobs::labels(number),
             node: None,
             agent: None,
             life: 0,
@@ -68,7 +71,7 @@ impl Machine {
             accelerator: Accelerator::Cpu,
             cores: self.slots,
             program_version: "0".into(),
-            labels: BTreeMap::new(),
+            labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
         }
     }
@@ -242,9 +245,9 @@ impl World {
             }
             Action::Registered(_) => {}
             Action::Spawn(gang) => self.spawn(number, &gang),
-            Action::Prepare { gang, .. } => self.prepare(number, gang),
-            Action::ToRank { gang, rank, message } => self.to_rank(gang, rank, message),
-            Action::Strike { gang, rank, blow } => self.strike(gang, rank, blow),
+            Action::Prepare { gang, job } => self.prepare(number, gang, &job),
+            Action::ToRank { gang, rank, message } => self.to_rank(number, gang, rank, message),
+            Action::Strike { gang, rank, blow } => self.strike(number, gang, rank, blow),
             Action::AbortCollectives { gang, .. } => self.abort_collectives(gang, number),
             Action::SampleMemory(gang) => {
                 // Zeros are not passed on, and so keep the log short.

@@ -13,7 +13,7 @@ use fleet_common::codec;
 use fleet_common::events::{EventBody, Outcome};
 use fleet_common::ids::{Generation, JobId, NodeId};
 use fleet_common::protocol::{JobState, JobView};
-use fleet_coordinator::cluster::commands::Change;
+use fleet_coordinator::cluster::commands::{Change, DrainNode, UndrainNode};
 use fleet_coordinator::cluster::history::HistoryRow;
 use fleet_coordinator::cluster::session::RequestId;
 use fleet_coordinator::cluster::{Answer, Command, Effect, State};
@@ -41,6 +41,8 @@ pub struct Oracle {
     changed_by: BTreeSet<RequestId>,
     jobs: BTreeMap<JobId, JobFacts>,
     by_name: BTreeMap<String, JobId>,
+    /// Since which index each node is drained, or not.
+    drains: BTreeMap<NodeId, Vec<(u64, bool)>>,
     /// When something that had been acknowledged was in the log at this index; both rise.
     floor: VecDeque<(Micros, u64)>,
     heard: BTreeMap<(NodeId, u32), VecDeque<Micros>>,
@@ -57,7 +59,6 @@ struct JobFacts {
     cancelled_at: Option<u64>,
     excuse: Option<&'static str>,
     last_step: BTreeMap<Generation, u64>,
-    checkpoint: Option<String>,
 }
 
 /// A node was called lost: by whom and when, to be judged by who knows the network.
@@ -84,6 +85,7 @@ impl Oracle {
             changed_by: BTreeSet::new(),
             jobs: BTreeMap::new(),
             by_name: BTreeMap::new(),
+            drains: BTreeMap::new(),
             floor: VecDeque::new(),
             heard: BTreeMap::new(),
             proposed: BTreeMap::new(),
@@ -171,6 +173,12 @@ impl Oracle {
                     at,
                 });
             }
+            Change::DrainNode(DrainNode { node, .. }) | Change::UndrainNode(UndrainNode { node })
+                if !rejected =>
+            {
+                let drained = self.state.nodes().get(node).is_some_and(|record| record.drained);
+                self.drains.entry(*node).or_default().push((index, drained));
+            }
             Change::CancelJob(cancel) if !rejected => {
                 self.jobs.entry(cancel.job).or_default().cancelled_at.get_or_insert(index);
             }
@@ -195,8 +203,9 @@ impl Oracle {
             if used > record.slots {
                 return Err(format!("{used} slots of {node} are promised and it has {}", record.slots));
             }
-            if record.lost {
-                return Err(format!("{} was placed on {node}, which is lost", assign.job));
+            if record.lost || record.drained {
+                let how = if record.lost { "lost" } else { "drained" };
+                return Err(format!("{} was placed on {node}, which is {how}", assign.job));
             }
         }
         Ok(())
@@ -211,7 +220,6 @@ impl Oracle {
         if facts.events.last().is_none_or(|(_, events)| *events != job.events) {
             facts.events.push((index, job.events));
         }
-        facts.checkpoint = job.checkpoints.last().map(|newest| newest.record.path.clone());
         Ok(())
     }
 
@@ -367,6 +375,30 @@ impl Oracle {
         Ok(())
     }
 
+    /// A client was told that a node is drained, or not any more.
+    pub fn drained(&mut self, node: NodeId, now: Micros) -> Result<(), String> {
+        let Some((index, _)) = self.drains.get(&node).and_then(|changes| changes.first()).copied() else {
+            return Err(format!("the drain of {node} was acknowledged and is not committed"));
+        };
+        // The first is surely among those that are acknowledged; which of the later ones, nobody knows.
+        self.acknowledged(now, index);
+        Ok(())
+    }
+
+    /// A client who asked at `asked` was shown whether this node is drained.
+    pub fn node_shown(&self, node: NodeId, drained: bool, asked: Micros) -> Result<(), String> {
+        let floor = self.floor_at(asked);
+        let Some(changes) = self.drains.get(&node) else {
+            return if drained { Err(format!("{node} was shown as drained and never was")) } else { Ok(()) };
+        };
+        let then = changes.partition_point(|(index, _)| *index <= floor);
+        let before = then.checked_sub(1).is_some_and(|last| changes[last].1);
+        if before == drained || changes[then..].iter().any(|(_, later)| *later == drained) {
+            return Ok(());
+        }
+        Err(format!("{node} was shown with drained = {drained} to who asked after entry {floor} was acknowledged"))
+    }
+
     // ---- what happens to nodes and gangs ------------------------------------------------------------------------------
 
     /// A coordinator heard a node.
@@ -393,9 +425,6 @@ impl Oracle {
         self.jobs.entry(job).or_default().excuse.get_or_insert(why);
     }
 
-    pub fn newest_checkpoint(&self, job: JobId) -> Option<String> {
-        self.jobs.get(&job)?.checkpoint.clone()
-    }
 
     pub fn unfinished(&self) -> Vec<JobId> {
         self.state.jobs().iter().filter(|(_, job)| !job.state.is_final()).map(|(id, _)| *id).collect()
@@ -408,8 +437,8 @@ fn nodes_of(assign: &fleet_coordinator::cluster::commands::AssignGang) -> Vec<No
 }
 
 /// Failures that follow from what the job is.
-fn is_own_fault(_message: &str) -> bool {
-    false
+fn is_own_fault(message: &str) -> bool {
+    message.contains("had its maximum time")
 }
 
 fn short(answer: &Answer) -> String {

@@ -87,6 +87,7 @@ impl World {
                 self.queue.after(after, Event::ClientNext { client: number });
             }
         }
+        self.order_token(token(Role::Worker));
         for number in 1..=self.random.range(2..7) as u32 {
             let (slots, clock) = (1 + self.random.range(0..8) as u32, self.clock());
             self.machines.insert(number, Machine::new(number, slots, clock));
@@ -172,6 +173,11 @@ fn token_of(role: Role) -> &'static str {
     }
 }
 
+pub fn token(role: Role) -> CreateToken {
+    let id = token_of(role).into();
+    CreateToken { id, secret_sha256: SECRET, role, ttl_ms: 1 << 50, uses: 1000 }
+}
+
 pub fn redeem(role: Role, name: String) -> RedeemToken {
     RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name }
 }
@@ -193,14 +199,8 @@ fn genesis(founders: u64) -> State {
     let mut change = |change| {
         state.apply(GENESIS, Command { unix_ms: 0, request: None, why: None, change });
     };
-    for role in [Role::Coordinator, Role::Worker, Role::Client] {
-        change(Change::CreateToken(CreateToken {
-            id: token_of(role).into(),
-            secret_sha256: SECRET,
-            role,
-            ttl_ms: 1 << 50,
-            uses: 1000,
-        }));
+    for role in [Role::Coordinator, Role::Client] {
+        change(Change::CreateToken(token(role)));
     }
     (0..CLIENTS_MAX).for_each(|number| {
         change(Change::RedeemToken(redeem(Role::Client, format!("client-{number}"))));

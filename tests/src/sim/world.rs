@@ -366,8 +366,10 @@ impl World {
             return Some("nobody leads".to_owned());
         }
         if let Some(job) = self.oracle.unfinished().first() {
-            let state = self.oracle.state().jobs().get(job).map(|job| job.state);
-            return Some(format!("{job} is {state:?}"));
+            let slots: Vec<u32> = self.machines.values().map(|machine| machine.slots).collect();
+            let Some(record) = self.oracle.state().jobs().get(job) else { return Some(format!("{job} is gone")) };
+            let (state, ranks, wish) = (record.state, record.world_size, &record.wish);
+            return Some(format!("{job} is {state:?} with {ranks} ranks and {wish:?} on machines with {slots:?}"));
         }
         let waiting = self.clients.iter().find(|(_, client)| !client.is_idle());
         waiting.map(|(number, _)| format!("client-{number} waits for an answer"))
