@@ -39,7 +39,11 @@ pub fn submit(name: &str, random: &mut Random, machines: &BTreeMap<u32, Machine>
         _ => (None, 1 + random.around(1).min(u64::from(largest / slots_per_rank) - 1) as u32),
     };
     let each = nodes.map_or(0, |nodes| world_size / nodes);
-    let slots_per_rank = if nodes.is_some_and(|nodes| each * slots_per_rank > slots[nodes as usize - 1]) { 1 } else { slots_per_rank };
+    let slots_per_rank = if nodes.is_some_and(|nodes| each * slots_per_rank > slots[nodes as usize - 1]) {
+        1
+    } else {
+        slots_per_rank
+    };
     let work = if trains {
         Work::Train { job_json: training(name, 3 + random.around(15), random.range(0..4) * 3).to_json() }
     } else {

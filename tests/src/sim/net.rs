@@ -83,7 +83,10 @@ pub enum NetEvent<P> {
         payload: P,
     },
     /// This end has given up, or hears that the other has.
-    Lost { conn: ConnId, site: Site },
+    Lost {
+        conn: ConnId,
+        site: Site,
+    },
 }
 
 #[derive(Debug)]

@@ -396,7 +396,9 @@ impl Oracle {
         if before == drained || changes[then..].iter().any(|(_, later)| *later == drained) {
             return Ok(());
         }
-        Err(format!("{node} was shown with drained = {drained} to who asked after entry {floor} was acknowledged"))
+        Err(format!(
+            "{node} was shown with drained = {drained} to who asked after entry {floor} was acknowledged"
+        ))
     }
 
     // ---- what happens to nodes and gangs ------------------------------------------------------------------------------
@@ -424,7 +426,6 @@ impl Oracle {
     pub fn excuse(&mut self, job: JobId, why: &'static str) {
         self.jobs.entry(job).or_default().excuse.get_or_insert(why);
     }
-
 
     pub fn unfinished(&self) -> Vec<JobId> {
         self.state.jobs().iter().filter(|(_, job)| !job.state.is_final()).map(|(id, _)| *id).collect()

@@ -367,9 +367,13 @@ impl World {
         }
         if let Some(job) = self.oracle.unfinished().first() {
             let slots: Vec<u32> = self.machines.values().map(|machine| machine.slots).collect();
-            let Some(record) = self.oracle.state().jobs().get(job) else { return Some(format!("{job} is gone")) };
+            let Some(record) = self.oracle.state().jobs().get(job) else {
+                return Some(format!("{job} is gone"));
+            };
             let (state, ranks, wish) = (record.state, record.world_size, &record.wish);
-            return Some(format!("{job} is {state:?} with {ranks} ranks and {wish:?} on machines with {slots:?}"));
+            return Some(format!(
+                "{job} is {state:?} with {ranks} ranks and {wish:?} on machines with {slots:?}"
+            ));
         }
         let waiting = self.clients.iter().find(|(_, client)| !client.is_idle());
         waiting.map(|(number, _)| format!("client-{number} waits for an answer"))
