@@ -163,7 +163,7 @@ impl World {
         self.queue.after(takes, Event::Engine(id, EngineEvent::Prepared(machine, resume)));
     }
 
-    pub fn to_rank(&mut self, machine: u32, id: GangId, local: Rank, message: ToRank) {
+    pub fn tell_rank(&mut self, machine: u32, id: GangId, local: Rank, message: ToRank) {
         let Some(run) = self.engine.runs.get_mut(&id) else { return };
         let Some(rank) = run.global(machine, local) else { return };
         match message {
@@ -183,7 +183,7 @@ impl World {
                     run.stepping = true;
                     run.stepped_at = self.queue.now();
                     let step = run.step;
-                    self.from_rank(id, 0, EventBody::Started { step, parameters: 1, device: "cpu".into() });
+                    self.rank_says(id, 0, EventBody::Started { step, parameters: 1, device: "cpu".into() });
                     self.queue.after(SECOND, Event::Engine(id, EngineEvent::Step));
                 }
             }
@@ -277,7 +277,7 @@ impl World {
     fn prepared(&mut self, machine: u32, id: GangId, resume: Option<PathBuf>) {
         let stats = DataStats { documents: 1, train_windows: 1, cached: true, ..DataStats::default() };
         let prepared = Prepared { cache_dir: "/cache".into(), stats, resume };
-        self.to_agent_core(machine, Input::Gang(id, GangInput::Prepared(Ok(prepared))));
+        self.tell_agent_core(machine, Input::Gang(id, GangInput::Prepared(Ok(prepared))));
     }
 
     fn step(&mut self, id: GangId) {
@@ -318,7 +318,7 @@ impl World {
         let loss = 1.0 + 1.0 / step as f64;
         let body =
             Step { step, total_steps: total, epoch: 0.0, loss, lr: 0.1, grad_norm: 1.0, tokens_per_s: 1.0 };
-        self.from_rank(id, 0, EventBody::Step(body));
+        self.rank_says(id, 0, EventBody::Step(body));
         if step >= total || save_steps > 0 && step % save_steps == 0 {
             self.save(id, step);
         }
@@ -345,7 +345,7 @@ impl World {
                 sha256: format!("{:064x}", step),
             }],
         };
-        self.from_rank(id, 0, EventBody::Checkpoint(record));
+        self.rank_says(id, 0, EventBody::Checkpoint(record));
     }
 
     fn rank_done(&mut self, id: GangId, rank: Rank, outcome: Outcome) {
@@ -373,7 +373,7 @@ impl World {
         self.tell_agent(id, rank, |_| GangInput::Exited { rank: local, at, exit });
     }
 
-    fn from_rank(&mut self, id: GangId, rank: Rank, body: EventBody) {
+    fn rank_says(&mut self, id: GangId, rank: Rank, body: EventBody) {
         let Some(machine) = self.engine.runs.get(&id).and_then(|run| Some(run.procs.get(&rank)?.machine))
         else {
             return;

@@ -166,7 +166,7 @@ impl Host {
 
 impl World {
     /// Something happened to a coordinator.
-    pub fn to_control(&mut self, number: u32, input: Input) {
+    pub fn tell_control(&mut self, number: u32, input: Input) {
         let now = self.queue.now();
         let Some(host) = self.hosts.get_mut(&number).filter(|host| host.control.is_some()) else { return };
         host.inbox.push_back(input);
@@ -186,7 +186,7 @@ impl World {
         let period = (TICK_MS * MS) as i64 * 1_000_000 / (1_000_000 + host.clock.drift_ppm);
         let (period, paused) = (period as u64, host.paused);
         if !paused {
-            self.to_control(number, Input::Tick);
+            self.tell_control(number, Input::Tick);
         }
         self.queue.after(period, Event::Tick { host: number, life });
     }
@@ -213,7 +213,7 @@ impl World {
             host.inbox = calls.into_iter().chain(others).collect();
         }
         self.net.pause(site, false);
-        self.to_control(number, Input::Tick);
+        self.tell_control(number, Input::Tick);
     }
 
     /// One round of the coordinator's thread: all that waits, one sync, then what is to be done.
@@ -284,8 +284,8 @@ impl World {
     fn emit(&mut self, number: u32, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::ToPeer { to, message } => self.to_peer(number, to, message),
-                Action::ToAgent { session, message } => self.to_agent(number, session, message),
+                Action::ToPeer { to, message } => self.send_peer(number, to, message),
+                Action::ToAgent { session, message } => self.send_agent(number, session, message),
                 Action::AgentTaken { session } => {
                     if let Some(held) = self.host(number).sessions.get_mut(&session) {
                         held.taken = held.taken.saturating_sub(1);
@@ -293,7 +293,7 @@ impl World {
                     }
                 }
                 Action::CloseAgent { session, message, fatal } => {
-                    self.to_agent(number, session, ToAgent::Refused { message, fatal });
+                    self.send_agent(number, session, ToAgent::Refused { message, fatal });
                     if let Some(held) = self.host(number).sessions.remove(&session) {
                         self.net.close(held.conn, 1);
                     }
@@ -302,7 +302,7 @@ impl World {
                     let more = matches!(reply, Reply::Event { .. });
                     self.answer(number, call, Answered::Reply(reply), !more);
                     if more {
-                        self.to_control(number, Input::Taken { call, replies: 1 });
+                        self.tell_control(number, Input::Taken { call, replies: 1 });
                     }
                 }
                 Action::Joined { call, result } => self.answer(number, call, Answered::Joined(result), true),
@@ -330,13 +330,13 @@ impl World {
         }
     }
 
-    fn to_agent(&mut self, number: u32, session: Session, message: ToAgent) {
+    fn send_agent(&mut self, number: u32, session: Session, message: ToAgent) {
         if let Some(conn) = self.host(number).sessions.get(&session).map(|held| held.conn) {
             self.send(conn, 1, Payload::ToAgent(message), 400);
         }
     }
 
-    fn to_peer(&mut self, number: u32, to: ReplicaId, message: PeerMessage) {
+    fn send_peer(&mut self, number: u32, to: ReplicaId, message: PeerMessage) {
         let now = self.queue.now();
         self.look_at_message(number, to, &message);
         let Some(&target) = self.addresses.get(&to) else { return };
@@ -377,7 +377,7 @@ impl World {
     pub fn on_peer_unreachable(&mut self, number: u32, life: u64, peer: ReplicaId) {
         if let Some(host) = self.hosts.get_mut(&number).filter(|host| host.life == life) {
             host.links.entry(peer).or_default().waiting.clear();
-            self.to_control(number, Input::PeerLost(peer));
+            self.tell_control(number, Input::PeerLost(peer));
         }
     }
 
@@ -398,19 +398,19 @@ impl World {
         let session = host.number();
         host.sessions.insert(session, Held { conn, taken: 0, unread: VecDeque::new() });
         self.sessions_of.insert(conn, session);
-        self.to_control(number, Input::AgentConnected { session, node });
+        self.tell_control(number, Input::AgentConnected { session, node });
     }
 
     pub fn host_hears(&mut self, number: u32, conn: ConnId, payload: Payload) {
         match (payload, self.purposes.get(&conn).cloned()) {
             (Payload::Peer(message), Some(Purpose::Peer { from, .. })) => {
-                self.to_control(number, Input::Peer { from, message });
+                self.tell_control(number, Input::Peer { from, message });
             }
             (Payload::FromAgent(message), Some(Purpose::Agent { node })) => {
                 self.oracle.heard(node, number, self.queue.now());
                 let Some(&session) = self.sessions_of.get(&conn) else { return };
                 if matches!(message, FromAgent::Heartbeat { .. }) {
-                    self.to_control(number, Input::AgentHeard { node });
+                    self.tell_control(number, Input::AgentHeard { node });
                 } else if let Some(held) = self.host(number).sessions.get_mut(&session) {
                     held.unread.push_back(message);
                     self.read_on(number, session);
@@ -424,7 +424,7 @@ impl World {
                     Question::Join { redeem, request } => Input::Join { call, redeem, request },
                     Question::Propose { request, change } => Input::Propose { call, request, change },
                 };
-                self.to_control(number, input);
+                self.tell_control(number, input);
             }
             _ => {}
         }
@@ -442,7 +442,7 @@ impl World {
             };
             held.taken += usize::from(is_batch);
             let Some(message) = held.unread.pop_front() else { return };
-            self.to_control(number, Input::Agent { session, message });
+            self.tell_control(number, Input::Agent { session, message });
         }
     }
 
@@ -456,19 +456,19 @@ impl World {
                     return;
                 };
                 *link = Link { not_before: self.queue.now() + DIAL_AGAIN, ..Link::default() };
-                self.to_control(number, Input::PeerLost(to));
+                self.tell_control(number, Input::PeerLost(to));
             }
             Some(Purpose::Agent { .. }) => {
                 let Some(session) = self.sessions_of.get(&conn).copied() else { return };
                 if host.sessions.remove(&session).is_some() {
-                    self.to_control(number, Input::AgentLost { session });
+                    self.tell_control(number, Input::AgentLost { session });
                 }
             }
             Some(Purpose::Call) => {
                 let call = host.calls.iter().find(|(_, of)| **of == conn).map(|(call, _)| *call);
                 if let Some(call) = call {
                     host.calls.remove(&call);
-                    self.to_control(number, Input::CallLost(call));
+                    self.tell_control(number, Input::CallLost(call));
                 }
             }
             None => {}

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 /// What machines are labelled with: every other one has the better device.
 pub fn labels(machine: u32) -> BTreeMap<String, String> {
-    let better = (machine % 2 == 0).then(|| ("gpu".to_owned(), "h200".to_owned()));
+    let better = machine.is_multiple_of(2).then(|| ("gpu".to_owned(), "h200".to_owned()));
     better.into_iter().collect()
 }
 

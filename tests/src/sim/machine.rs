@@ -123,8 +123,8 @@ impl World {
         let waiting = std::mem::take(&mut machine.inbox);
         let site = machine.site();
         self.net.pause(site, false);
-        self.to_agent_core(number, Input::Tick);
-        waiting.into_iter().for_each(|input| self.to_agent_core(number, input));
+        self.tell_agent_core(number, Input::Tick);
+        waiting.into_iter().for_each(|input| self.tell_agent_core(number, input));
     }
 
     pub fn on_dial(&mut self, number: u32, life: u64) {
@@ -169,7 +169,7 @@ impl World {
                 "machine-{number} is connected to {}",
                 host.map_or_else(String::new, |host| host.to_string())
             ));
-            self.to_agent_core(number, Input::Connected);
+            self.tell_agent_core(number, Input::Connected);
         }
     }
 
@@ -181,7 +181,7 @@ impl World {
         if matches!(message, ToAgent::Welcome { .. }) {
             machine.backoff = BACKOFF_FIRST;
         }
-        self.to_agent_core(number, Input::Message(message));
+        self.tell_agent_core(number, Input::Message(message));
     }
 
     pub fn machine_loses(&mut self, number: u32, conn: ConnId) {
@@ -191,7 +191,7 @@ impl World {
         };
         machine.conn = None;
         self.say(format_args!("machine-{number} has lost its coordinator"));
-        self.to_agent_core(number, Input::Disconnected);
+        self.tell_agent_core(number, Input::Disconnected);
         self.dial_later(number);
     }
 
@@ -202,11 +202,11 @@ impl World {
         };
         if machine.due.is_some_and(|due| due <= now) {
             machine.due = None;
-            self.to_agent_core(number, Input::Tick);
+            self.tell_agent_core(number, Input::Tick);
         }
     }
 
-    pub fn to_agent_core(&mut self, number: u32, input: Input) {
+    pub fn tell_agent_core(&mut self, number: u32, input: Input) {
         let now = self.queue.now();
         let Some(machine) = self.machines.get_mut(&number) else { return };
         let at = machine.now(now);
@@ -246,13 +246,13 @@ impl World {
             Action::Registered(_) => {}
             Action::Spawn(gang) => self.spawn(number, &gang),
             Action::Prepare { gang, job } => self.prepare(number, gang, &job),
-            Action::ToRank { gang, rank, message } => self.to_rank(number, gang, rank, message),
+            Action::ToRank { gang, rank, message } => self.tell_rank(number, gang, rank, message),
             Action::Strike { gang, rank, blow } => self.strike(number, gang, rank, blow),
             Action::AbortCollectives { gang, .. } => self.abort_collectives(gang, number),
             Action::SampleMemory(gang) => {
                 // Zeros are not passed on, and so keep the log short.
                 let input = GangInput::Memory { rss_mib: Vec::new(), pss_mib: Vec::new() };
-                self.to_agent_later(number, Input::Gang(gang, input));
+                self.tell_agent_later(number, Input::Gang(gang, input));
             }
             Action::Forget(gang) => self.say(format_args!("machine-{number} forgets {gang}")),
             Action::Exit { refused } => {
@@ -264,7 +264,7 @@ impl World {
         }
     }
 
-    fn to_agent_later(&mut self, number: u32, input: Input) {
+    fn tell_agent_later(&mut self, number: u32, input: Input) {
         let life = self.machines[&number].life;
         self.queue.after(MS, Event::ToAgentCore { machine: number, life, input: Box::new(input) });
     }

@@ -419,7 +419,7 @@ impl Oracle {
         let lease = LEASE_MS * MS - SECOND / 2;
         let recent = |at: &&Micros| **at + REPORTED < loss.at && loss.at < **at + lease;
         let of = self.heard.iter().filter(|((node, _), _)| *node == loss.node);
-        of.filter_map(|((_, host), times)| Some((*host, *times.iter().filter(recent).next_back()?))).collect()
+        of.filter_map(|((_, host), times)| Some((*host, *times.iter().rfind(recent)?))).collect()
     }
 
     /// Whatever becomes of this job is no wonder.

@@ -154,7 +154,7 @@ impl World {
             Event::AgentDue { machine, life } => self.on_agent_due(machine, life),
             Event::ToAgentCore { machine, life, input } => {
                 if self.machines.get(&machine).is_some_and(|machine| machine.life == life) {
-                    self.to_agent_core(machine, *input);
+                    self.tell_agent_core(machine, *input);
                 }
             }
             Event::Engine(id, event) => self.on_engine(id, event),
