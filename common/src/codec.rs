@@ -135,7 +135,7 @@ impl Frames {
     }
 
     /// The next whole frame.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, CodecError> {
+    pub fn next_frame<T: DeserializeOwned>(&mut self) -> Result<Option<T>, CodecError> {
         let Some(header) = self.bytes.get(..HEADER) else { return Ok(None) };
         let length = parse_header(header, self.max)?.unwrap_or_default();
         if self.bytes.len() < HEADER + length {
@@ -323,7 +323,7 @@ mod tests {
             let (mut frames, mut steps) = (Frames::new(64), Vec::new());
             for piece in bytes.chunks(size) {
                 frames.push(piece);
-                while let Some(message) = frames.next::<ToRank>().unwrap() {
+                while let Some(message) = frames.next_frame::<ToRank>().unwrap() {
                     steps.push(message);
                 }
             }
@@ -331,7 +331,7 @@ mod tests {
         }
         let mut frames = Frames::new(64);
         frames.push(&[65, 0, 0, 0]);
-        assert!(matches!(frames.next::<ToRank>(), Err(CodecError::TooLarge { bytes: 65, max: 64 })));
+        assert!(matches!(frames.next_frame::<ToRank>(), Err(CodecError::TooLarge { bytes: 65, max: 64 })));
         let kept = bytes.len();
         assert!(append_frame(&Reply::Token { text: "x".repeat(FRAME_MAX) }, &mut bytes).is_err());
         assert_eq!(bytes.len(), kept);

@@ -19,8 +19,7 @@ async fn main() -> anyhow::Result<()> {
     let parent = std::env::args().nth(1).unwrap_or_else(|| std::env::temp_dir().display().to_string());
     let dir = tempfile::tempdir_in(parent)?;
     print("write and sync of 256 bytes", sync_times(dir.path())?, Duration::ZERO);
-    let any = "127.0.0.1:0".parse()?;
-    let options = Options { data_dir: dir.path().join("data"), listen: any, http: any, advertise: None };
+    let options = Options::local(dir.path().join("data"));
     let began = Instant::now();
     let coordinator = Coordinator::start(options.clone()).await?;
     println!("first start: {:.0} ms", began.elapsed().as_secs_f64() * 1e3);

@@ -84,7 +84,7 @@ impl Agent<'_> {
                 Err(error) => return error.to_string(),
             }
             loop {
-                let message = match frames.next() {
+                let message = match frames.next_frame() {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
                     Err(error) => return error.to_string(),

@@ -93,7 +93,7 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
     let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
-    let (position, state, replayed) = applied(&disk)?;
+    let Applied { position, state, replayed } = applied(&disk)?;
     let header = Header {
         format: FORMAT,
         cluster_id: ca.cluster_id().to_owned(),
@@ -123,8 +123,18 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
     Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
 }
 
-/// The state of all that is committed, encoded, and where it ends. Replayed in memory: a running replica's disk is not touched.
-fn applied(disk: &RocksDisk) -> Result<((u64, u64), Vec<u8>, Arc<MemoryDisk>)> {
+/// All that is committed.
+struct Applied {
+    /// Index and term of the last entry.
+    position: (u64, u64),
+    /// Encoded.
+    state: Vec<u8>,
+    /// What the log's entries added to the history.
+    replayed: Arc<MemoryDisk>,
+}
+
+/// Replays the log in memory: a running replica's disk is not touched.
+fn applied(disk: &RocksDisk) -> Result<Applied> {
     let memory = Arc::new(MemoryDisk::default());
     for table in [Table::Meta, Table::Log] {
         let mut batch = Batch::default();
@@ -134,11 +144,10 @@ fn applied(disk: &RocksDisk) -> Result<((u64, u64), Vec<u8>, Arc<MemoryDisk>)> {
         })?;
         memory.write(&batch, Durability::Written)?;
     }
-    let replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
-    let mut replica = replica;
+    let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
     let state = codec::encode_record(replica.state())?;
-    Ok(((replica.applied_index(), replica.term()), state, memory))
+    Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory })
 }
 
 fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer) -> Result<u64> {

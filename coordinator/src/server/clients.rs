@@ -107,7 +107,7 @@ impl Stream {
         let bad = |error: CodecError| invalid(error.to_string());
         let mut room = None;
         loop {
-            if let Some(frame) = frames.next().map_err(bad)? {
+            if let Some(frame) = frames.next_frame().map_err(bad)? {
                 return Ok(Some((frame, room)));
             }
             let piece = receive.read_chunk(READ_MAX, true);

@@ -53,10 +53,11 @@ async fn token(shared: &Shared, role: Role, ttl_s: u64, uses: u32) -> Result<Joi
 
 /// Before the next attempt, where there is any sense in one.
 async fn wait(refusal: Refusal) -> Result<()> {
-    match refusal.kind {
-        RefusalKind::Unavailable => Ok(tokio::time::sleep(RETRY).await),
-        _ => Err(anyhow!(refusal.message)),
+    if refusal.kind != RefusalKind::Unavailable {
+        return Err(anyhow!(refusal.message));
     }
+    tokio::time::sleep(RETRY).await;
+    Ok(())
 }
 
 pub fn token_path(dir: &Path, role: Role) -> PathBuf {

@@ -172,7 +172,7 @@ impl Keeper {
                     let _ = self.inbox.offer(vec![Event::Input(removed)]);
                 }
                 Err(error) => {
-                    if failures % SAY_EVERY == 0 {
+                    if failures.is_multiple_of(SAY_EVERY) {
                         warn!("cannot reach {}: {error}", self.to);
                     }
                     failures += 1;
@@ -262,7 +262,7 @@ async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId) -> Resul
     while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
         frames.push(&piece.bytes);
         let mut events = Vec::new();
-        while let Some(message) = frames.next().map_err(|error| error.to_string())? {
+        while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {
             events.push(Event::Input(Input::Peer { from, message }));
         }
         if !events.is_empty()

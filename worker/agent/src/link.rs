@@ -186,7 +186,7 @@ async fn pass_on(
     node: &mut Node,
     events: &mpsc::Sender<LinkEvent>,
 ) -> Result<(), String> {
-    while let Some(message) = frames.next().map_err(|error| error.to_string())? {
+    while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {
         match message {
             ToAgent::Heard { .. } => {}
             ToAgent::Coordinators(known) => node.coordinators.learn(known),
