@@ -16,7 +16,8 @@ pub enum Mend {
     Resume(Site),
     StartHost(u32),
     StartAgent(u32),
-    /// Not an end, but another try.
+    /// Not ends, but things that come later: a kill if it is still the same process, another try.
+    Restart(u32, u64),
     Remove(ReplicaId),
 }
 
@@ -89,6 +90,25 @@ impl World {
         } else {
             host.disk.set_fuse(writes);
             self.say(format_args!("fault: host-{number} will break off after {writes} writes, {doom:?}"));
+        }
+    }
+
+    /// Now and then a replica dies right after it voted, and is back while that election is still going on.
+    pub fn after_a_vote(&mut self, number: u32) {
+        if self.calm || !self.random.chance(1, 10) {
+            return;
+        }
+        let life = self.hosts.get(&number).map_or(0, |host| host.life);
+        let after = self.random.range(0..20 * MS);
+        self.queue.after(after, Event::Mend(Mend::Restart(number, life)));
+    }
+
+    fn restart_at_once(&mut self, number: u32, life: u64) {
+        if !self.calm && self.hosts.get(&number).is_some_and(|host| host.life == life && host.is_serving()) {
+            self.say(format_args!("fault: host-{number} is killed after its vote"));
+            self.crash_host(number, Doom::Killed);
+            let back = self.random.range(10 * MS..200 * MS);
+            self.queue.after(back, Event::Mend(Mend::StartHost(number)));
         }
     }
 
@@ -291,6 +311,7 @@ impl World {
             Mend::Resume(Site::Client(_)) => {}
             Mend::StartHost(number) => self.start_host(number),
             Mend::StartAgent(number) => self.start_agent(number),
+            Mend::Restart(number, life) => self.restart_at_once(number, life),
             Mend::Remove(replica) => self.order_removal(replica),
         }
     }

@@ -338,7 +338,7 @@ impl World {
 
     fn send_peer(&mut self, number: u32, to: ReplicaId, message: PeerMessage) {
         let now = self.queue.now();
-        self.look_at_message(number, to, &message);
+        self.look_at_message(number, &message);
         let Some(&target) = self.addresses.get(&to) else { return };
         let link = self.host(number).links.entry(to).or_default();
         match link.conn {

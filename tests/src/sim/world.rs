@@ -22,7 +22,7 @@ use fleet_coordinator::cluster::{self};
 use fleet_coordinator::control::{Action, Admission, PeerMessage, Session};
 use fleet_coordinator::raft::disk::{Disk, Table};
 use prost::Message as _;
-use raft::eraftpb::{Entry, Message};
+use raft::eraftpb::{Entry, Message, MessageType};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -222,10 +222,13 @@ impl World {
     // ---- what the simulation looks at -----------------------------------------------------------------------------------
 
     /// A message of a coordinator is about to leave.
-    pub fn look_at_message(&mut self, _host: u32, _to: ReplicaId, message: &PeerMessage) {
+    pub fn look_at_message(&mut self, host: u32, message: &PeerMessage) {
         let PeerMessage::Raft(bytes) = message else { return };
         let seen = match Message::decode(&bytes[..]) {
             Ok(message) => {
+                if message.get_msg_type() == MessageType::MsgRequestVoteResponse && !message.reject {
+                    self.after_a_vote(host);
+                }
                 self.trace.count(message.from << 48 ^ message.to << 40 ^ message.term << 20 ^ message.index);
                 self.watch.sent(&message)
             }
