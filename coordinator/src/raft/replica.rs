@@ -624,6 +624,7 @@ impl<D: Disk> Replica<D> {
                         ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
                     if self.apply_command(index, &change.context, &entry.context, output)? {
                         self.conf = self.node.apply_conf_change(&change)?;
+                        self.leave_if_removed();
                     }
                 }
                 EntryType::EntryConfChangeV2 => {
@@ -633,6 +634,15 @@ impl<D: Disk> Replica<D> {
             self.applied = Position { index, term: entry.term };
         }
         Ok(())
+    }
+
+    /// A leader whose removal was decided under an earlier one is no leader any more. raft-rs would go on leading, and panic when it
+    /// looks for its own progress.
+    fn leave_if_removed(&mut self) {
+        let raft = &mut self.node.raft;
+        if raft.state == StateRole::Leader && raft.prs().get(raft.id).is_none() {
+            raft.become_follower(raft.term, raft::INVALID_ID);
+        }
     }
 
     /// Returns false if the state machine rejected it.

@@ -21,6 +21,7 @@ mod watch;
 mod world;
 
 use queue::{MINUTE, Micros};
+use std::panic::AssertUnwindSafe;
 use world::World;
 
 /// What came of one run.
@@ -46,7 +47,10 @@ pub struct Violation {
 pub fn run(seed: u64, minutes: u64, print: bool) -> Report {
     let faults_end: Micros = minutes * MINUTE;
     let mut world = World::new(seed, faults_end, print);
-    world.run();
+    let ran = std::panic::catch_unwind(AssertUnwindSafe(|| world.run()));
+    if ran.is_err() {
+        world.violated("something panicked".to_owned());
+    }
     let trace = world.trace.last();
     Report {
         seed,
