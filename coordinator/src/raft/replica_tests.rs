@@ -419,6 +419,38 @@ fn a_replica_joins_votes_and_is_taken_out_and_the_command_travels_with_the_chang
 }
 
 #[test]
+fn a_leader_whose_removal_its_predecessor_proposed_steps_down() {
+    let (mut cluster, first) = Cluster::led();
+    let (out, stays) = (first % 3 + 1, (first + 1) % 3 + 1);
+    let command_with_it = Command { unix_ms: 1, request: None, why: None, change: token("x") };
+    cluster.at(first).propose_membership(1, Membership::Remove(out), &command_with_it).unwrap();
+    // Only the one that is to leave gets it before the leader is cut off: it alone can lead now, and writes all the time.
+    let mut sent = Vec::new();
+    cluster.at(first).process(&mut |message| sent.push(message)).unwrap();
+    for message in sent.into_iter().filter(|message| message.to == out) {
+        cluster.at(out).step(message).unwrap();
+    }
+    for seq in 2..2_000 {
+        if cluster.at(out).was_removed() {
+            break;
+        }
+        let _ = cluster.at(out).propose(seq, &command(seq));
+        let mut sent = Vec::new();
+        for id in [out, stays] {
+            cluster.at(id).tick();
+            cluster.at(id).process(&mut |message| sent.push(message)).unwrap();
+        }
+        for message in sent.into_iter().filter(|message| message.to != first) {
+            cluster.at(message.to).step(message).unwrap();
+        }
+    }
+    assert!(cluster.at(out).was_removed() && cluster.at(out).leader().is_none());
+    cluster.replicas.remove(&out);
+    cluster.run_until(|cluster| cluster.replicas.values().all(|replica| replica.conf().voters.len() == 2));
+    cluster.run_until(|cluster| cluster.agree(first, stays));
+}
+
+#[test]
 fn one_change_of_members_at_a_time() {
     let (mut cluster, leader) = Cluster::led();
     let command = Command { unix_ms: 1, request: None, why: None, change: token("x") };
