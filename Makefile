@@ -3,7 +3,7 @@
 
 BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
-.PHONY: demo test build setup lint bench clean
+.PHONY: demo test build setup lint chaos bench clean
 
 setup:
 	@deploy/setup.sh
@@ -22,6 +22,10 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	deploy/deny.sh
+
+# Trains while coordinators are killed and stopped, for some minutes; prints its seed.
+chaos: build
+	$(BIN)/chaos
 
 # fleet beside PyTorch, in turn; needs the environment that bench/README.md describes.
 bench: build

@@ -32,17 +32,23 @@ pub fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-/// Columns padded to their widest cell, two spaces between, under a heading.
+/// Prints `columns`.
 pub fn table(heading: &[&str], rows: &[Vec<String>]) {
+    columns(heading, rows).iter().for_each(|text| line(text));
+}
+
+/// Columns padded to their widest cell, two spaces between, under a heading.
+pub fn columns(heading: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([heading[column].len()]).max().unwrap_or_default()
     };
     let widths: Vec<usize> = (0..heading.len()).map(width).collect();
     let heading: Vec<String> = heading.iter().map(|name| (*name).to_owned()).collect();
-    for row in std::iter::once(&heading).chain(rows) {
+    let lines = std::iter::once(&heading).chain(rows).map(|row| {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        line(cells.join("  ").trim_end());
-    }
+        cells.join("  ").trim_end().to_owned()
+    });
+    lines.collect()
 }

@@ -3,12 +3,19 @@
 //! Nothing here is built: the programs are those beside the test's own executable (`cargo build --workspace --bins` makes them). Tests run in
 //! any order and side by side, as many as the machine has cores (cargo's default).
 
+mod client;
+mod coordinators;
+pub mod fuzz;
 mod jobs;
+mod network;
 mod process;
 pub mod sim;
 mod world;
 
+pub use client::Client;
+pub use coordinators::Coordinators;
 pub use jobs::{TinyJob, corpus};
+pub use network::{Network, Relay};
 pub use process::{Finished, Running};
 pub use world::{Standing, World};
 
@@ -18,17 +25,13 @@ use std::time::{Duration, Instant};
 /// How long anything may take on a machine that does much else at the same time.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
-/// The program `name` of this workspace.
+/// The program `name` of this workspace: beside this one, or a folder above where this is a test.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test knows its executable");
-    let target = test.parent().and_then(|deps| deps.parent()).expect("tests lie in target/PROFILE/deps");
-    let program = target.join(name);
-    assert!(
-        program.is_file(),
-        "{} is missing; run `cargo build --workspace --bins` first",
-        program.display()
-    );
-    program
+    let own = std::env::current_exe().expect("a program knows where it lies");
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!("{name} is not beside {}; run `cargo build --workspace --bins` first", own.display())
+    })
 }
 
 /// Waits until `condition` holds; panics with `what` when it does not in time.

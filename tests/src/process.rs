@@ -101,6 +101,11 @@ impl Running {
         self.until("step", |value| value["event"] == "step" && value["step"].as_u64() >= Some(step))
     }
 
+    /// What it wrote to stderr up to now.
+    pub fn complaints(&self) -> String {
+        self.stderr.lock().expect("no reader panics").clone()
+    }
+
     /// Waits until stderr has this text.
     pub fn until_it_says(&self, text: &str) {
         eventually(text, || self.stderr.lock().expect("no reader panics").contains(text));

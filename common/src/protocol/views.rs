@@ -59,6 +59,8 @@ pub struct JobView {
     pub loss: Option<f64>,
     pub eval_loss: Option<f64>,
     pub tokens_per_s: Option<f64>,
+    /// Of all its ranks, shared pages counted once.
+    pub memory_mib: Option<u64>,
     pub events: u64,
     pub checkpoint: Option<CheckpointRecord>,
     pub error: Option<JobError>,

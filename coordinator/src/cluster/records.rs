@@ -66,6 +66,8 @@ pub struct Part {
     pub next_seq: u64,
     /// No rank of it is alive any more.
     pub finished: bool,
+    /// What its ranks had in memory when that was looked at last, shared pages counted once.
+    pub memory_mib: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -119,6 +121,12 @@ impl JobRecord {
         };
         let live = parts.iter().filter(|part| !part.finished);
         live.map(|part| (part.node, part.ranks.saturating_mul(self.wish.slots_per_rank)))
+    }
+
+    /// Of all its parts; `None` where no part has said.
+    pub fn memory_mib(&self) -> Option<u64> {
+        let said = self.placement.iter().flat_map(|at| &at.parts).filter_map(|part| part.memory_mib);
+        said.reduce(u64::saturating_add)
     }
 
     /// Puts an event into the history and what it tells into the record.

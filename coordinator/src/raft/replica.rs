@@ -405,7 +405,7 @@ impl<D: Disk> Replica<D> {
             Ok(Taken::Lost) => self.incoming = None,
             Ok(Taken::Complete(message)) => {
                 self.incoming = None;
-                drop(self.node.step(message));
+                drop(self.node.step(*message));
             }
             // The rows come again when there is room.
             Err(DiskError::Full(_)) => {}

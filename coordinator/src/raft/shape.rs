@@ -34,9 +34,7 @@ impl Fits {
                     ensure(entry.term <= message.term, "an entry is younger than its leader")?;
                     previous = (entry.index, entry.term);
                 }
-                let agrees = message.index < self.committed
-                    || message.log_term > self.committed_term
-                    || (message.log_term == self.committed_term && message.index >= self.committed);
+                let agrees = message.index < self.committed || message.log_term >= self.committed_term;
                 ensure(agrees, "it contradicts what is committed")
             }
             MsgAppendResponse => ensure(

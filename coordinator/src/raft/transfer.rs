@@ -143,7 +143,7 @@ pub enum Taken {
     Nothing,
     More,
     /// All is here: raft may have the message, with the state in it.
-    Complete(Message),
+    Complete(Box<Message>),
     /// The source cannot go on; a new snapshot will come.
     Lost,
 }
@@ -223,7 +223,7 @@ impl Incoming {
         let mut message = std::mem::take(&mut self.message);
         let metadata = message.snapshot.take().and_then(|snapshot| snapshot.metadata);
         message.snapshot = Some(Snapshot { data: std::mem::take(&mut self.state), metadata });
-        Ok(Taken::Complete(message))
+        Ok(Taken::Complete(Box::new(message)))
     }
 }
 

@@ -142,6 +142,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             loss: job.progress.loss,
             eval_loss: job.progress.eval_loss,
             tokens_per_s: job.progress.tokens_per_s,
+            memory_mib: job.memory_mib(),
             events: job.events,
             checkpoint: job.checkpoints.last().map(|known| known.record.clone()),
             error: job.error.clone(),

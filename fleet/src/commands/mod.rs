@@ -18,6 +18,7 @@ pub mod runs;
 pub mod status;
 pub mod submit;
 pub mod token;
+pub mod top;
 
 use crate::client::{Client, unexpected};
 use crate::cluster::Cluster;

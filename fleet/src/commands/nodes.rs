@@ -33,6 +33,10 @@ pub async fn list(client: &mut Client) -> Result<Vec<NodeView>, Failure> {
 }
 
 pub fn print(nodes: &[NodeView]) {
+    lines(nodes).iter().for_each(|line| out::line(line));
+}
+
+pub fn lines(nodes: &[NodeView]) -> Vec<String> {
     let rows: Vec<_> = nodes
         .iter()
         .map(|node| {
@@ -48,7 +52,7 @@ pub fn print(nodes: &[NodeView]) {
             ]
         })
         .collect();
-    out::table(&["NODE", "NAME", "STATE", "SLOTS", "DEVICE", "HEARD", "LABELS", "VERSION"], &rows);
+    out::columns(&["NODE", "NAME", "STATE", "SLOTS", "DEVICE", "HEARD", "LABELS", "VERSION"], &rows)
 }
 
 fn state(node: &NodeView) -> String {

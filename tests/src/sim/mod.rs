@@ -14,7 +14,7 @@ mod members;
 mod net;
 mod oracle;
 mod queue;
-mod random;
+pub mod random;
 mod setup;
 mod trace;
 mod watch;

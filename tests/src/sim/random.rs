@@ -25,6 +25,7 @@ impl Random {
         Random { s }
     }
 
+    #[expect(clippy::should_implement_trait, reason = "it never ends, and an iterator would read worse")]
     pub fn next(&mut self) -> u64 {
         let result = self.s[1].wrapping_mul(5).rotate_left(7).wrapping_mul(9);
         let t = self.s[1] << 17;

@@ -28,7 +28,14 @@ impl AssignGang {
         };
         let mut first_rank = 0;
         let parts = self.parts.iter().map(|(node, ranks)| {
-            let part = Part { node: *node, first_rank, ranks: *ranks, next_seq: 1, finished: false };
+            let part = Part {
+                node: *node,
+                first_rank,
+                ranks: *ranks,
+                next_seq: 1,
+                finished: false,
+                memory_mib: None,
+            };
             first_rank += ranks;
             part
         });

@@ -33,6 +33,11 @@ impl RecordEvents {
             part.next_seq = end_seq;
             let leads = part.first_rank == 0;
             context.effects.push(Effect::Job(id));
+            for event in &events[known..] {
+                if let EventBody::Memory { pss_mib, .. } = &event.body {
+                    part.memory_mib = Some(pss_mib.iter().fold(0, |sum, mib| sum.saturating_add(*mib)));
+                }
+            }
             for event in events.into_iter().skip(known) {
                 match event.body {
                     EventBody::Finished(outcome) => {

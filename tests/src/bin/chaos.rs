@@ -1,0 +1,198 @@
+//! `make chaos`: three coordinators and two nodes train, while a coordinator is killed or stopped every few seconds.
+//!
+//! At the end every acknowledged change must be there, the loss curve must be that of an undisturbed run bit for bit, and no step may have
+//! been done twice or lost. Prints its seed; the same seed makes the same plan of faults.
+
+use clap::Parser;
+use fleet_common::ids::{JobId, RunId};
+use fleet_common::protocol::{JobState, Point, Reply, Request, RunKey};
+use fleet_tests::sim::random::Random;
+use fleet_tests::{Client, Coordinators, TinyJob, World};
+use nix::sys::signal::Signal;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+#[derive(Parser)]
+struct Args {
+    /// Of the plan of faults.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Steps of the training job: some hundred a second.
+    #[arg(long, default_value_t = 12_000)]
+    steps: u64,
+}
+
+/// Step and loss, the latter as bits.
+type Curve = Vec<(u64, u64)>;
+
+/// Between looks at a job that nobody disturbs.
+const LOOK: Duration = Duration::from_millis(500);
+
+fn main() {
+    let args = Args::parse();
+    let seed = args.seed.unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(1, |now| now.as_nanos() as u64)
+    });
+    println!("seed {seed}");
+    let job = TinyJob { max_steps: args.steps, save_steps: args.steps / 4, ..TinyJob::default() };
+
+    let calm_world = World::new();
+    let mut calm = Coordinators::start(&calm_world, 1);
+    let calm_nodes = [calm.worker(0, 2), calm.worker(1, 2)];
+    let begun = Instant::now();
+    let calm_curve = train(&calm_world, &mut calm, &job, |_| std::thread::sleep(LOOK));
+    let calm_curve = calm_curve.expect("nothing disturbs it");
+    println!("undisturbed: {} steps in {:.0} s", calm_curve.len(), begun.elapsed().as_secs_f64());
+    drop((calm_nodes, calm));
+
+    let world = World::new();
+    let mut coordinators = Coordinators::start(&world, 3);
+    let nodes = [coordinators.worker(3, 2), coordinators.worker(4, 2)];
+    let over = AtomicBool::new(false);
+    let begun = Instant::now();
+    let mut random = Random::new(seed);
+    let mut faults = Faults::default();
+    let mut writer = coordinators.any_client();
+    let (written, curve) = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| write(&mut writer, &over));
+        let curve = train(&world, &mut coordinators, &job, |coordinators| {
+            faults.strike(coordinators, &mut random);
+        });
+        over.store(true, Ordering::Relaxed);
+        (writing.join().expect("the writer does not panic"), curve)
+    });
+    let curve = curve.unwrap_or_else(|why| {
+        println!("FAILED with seed {seed} after {} kills and {} pauses: {why}", faults.kills, faults.pauses);
+        nodes.iter().for_each(|node| println!("a node said:\n{}", node.complaints()));
+        std::process::exit(1);
+    });
+    println!(
+        "disturbed: {} steps in {:.0} s, {} kills, {} pauses, {} acknowledged changes, {} attempts of unknown end",
+        curve.len(),
+        begun.elapsed().as_secs_f64(),
+        faults.kills,
+        faults.pauses,
+        written.acknowledged,
+        written.unknown
+    );
+
+    let found = points(&mut coordinators.any_client(), written.run);
+    let lost = written.steps.iter().filter(|step| !found.contains(step)).count();
+    let doubled = found.len() - found.iter().collect::<BTreeSet<_>>().len();
+    let steps: Vec<u64> = curve.iter().map(|(step, _)| *step).collect();
+    let missing = (1..=args.steps).filter(|step| !steps.contains(step)).count();
+    let repeated = steps.len() - steps.iter().collect::<BTreeSet<_>>().len();
+    let identical = curve == calm_curve;
+    println!("acknowledged changes lost: {lost}, applied twice: {doubled}");
+    println!("steps lost: {missing}, done twice: {repeated}; loss curve bit-identical: {identical}");
+    drop(nodes);
+    if lost + doubled + missing + repeated > 0 || !identical {
+        println!("FAILED with seed {seed}");
+        std::process::exit(1);
+    }
+    println!("passed");
+}
+
+/// Submits the job, calls `meanwhile` again and again until it has ended, and returns its curve.
+fn train(
+    world: &World,
+    coordinators: &mut Coordinators,
+    job: &TinyJob,
+    mut meanwhile: impl FnMut(&mut Coordinators),
+) -> Result<Curve, String> {
+    let file = world.job(job).display().to_string();
+    let submitted = coordinators.ask(&["submit", "-n", "2", &file]);
+    let id: JobId = submitted["job"].as_str().and_then(|id| id.parse().ok()).expect("the job has an id");
+    let mut client = coordinators.any_client();
+    loop {
+        meanwhile(coordinators);
+        let Ok(Reply::Job(view)) = client.query(Request::Job(id)) else { continue };
+        match view.state {
+            JobState::Succeeded => break,
+            state if state.is_final() => return Err(format!("{id} ended as {state:?}: {:?}", view.error)),
+            _ => {}
+        }
+    }
+    let cluster = coordinators.data_dir(0).display().to_string();
+    let logs = world.run("fleet", &["logs", &id.to_string(), "--json", "--cluster", &cluster]).expect(0);
+    Ok(logs.losses().into_iter().map(|(step, loss)| (step, loss.to_bits())).collect())
+}
+
+#[derive(Default)]
+struct Faults {
+    kills: u32,
+    pauses: u32,
+}
+
+impl Faults {
+    /// One coordinator dies or stands still for a while, then all is calm for a while.
+    fn strike(&mut self, coordinators: &mut Coordinators, random: &mut Random) {
+        let victim = random.index(coordinators.count());
+        let away = Duration::from_millis(random.range(200..3_000));
+        if random.chance(2, 3) {
+            self.kills += 1;
+            coordinators.kill(victim);
+            std::thread::sleep(away);
+            coordinators.start_again(victim);
+        } else {
+            self.pauses += 1;
+            coordinators.signal(victim, Signal::SIGSTOP);
+            std::thread::sleep(away);
+            coordinators.signal(victim, Signal::SIGCONT);
+        }
+        std::thread::sleep(Duration::from_millis(random.range(500..3_000)));
+    }
+}
+
+/// What was written beside the training.
+struct Written {
+    run: RunId,
+    acknowledged: usize,
+    unknown: usize,
+    /// Acknowledged ones.
+    steps: Vec<u64>,
+}
+
+/// Records one point after the other until it is over.
+fn write(client: &mut Client, over: &AtomicBool) -> Written {
+    let Ok(Reply::RunStarted(run)) = client.change(Request::StartRun { name: "chaos".into() }) else {
+        panic!("no run was started")
+    };
+    let mut written = Written { run, acknowledged: 0, unknown: 0, steps: Vec::new() };
+    for step in 1.. {
+        if over.load(Ordering::Relaxed) {
+            break;
+        }
+        let points = vec![Point { series: "n".into(), step, value: step as f64, unix_ms: step }];
+        match client.change(Request::RecordMetrics { run, points }) {
+            Ok(Reply::Done) => {
+                written.acknowledged += 1;
+                written.steps.push(step);
+            }
+            Ok(other) => panic!("a point was refused: {other:?}"),
+            Err(_) => written.unknown += 1,
+        }
+        // Many small changes, not as many as possible: the machine trains too.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    written
+}
+
+/// The steps of all points that are recorded.
+fn points(client: &mut Client, run: RunId) -> Vec<u64> {
+    let (mut steps, mut from) = (Vec::new(), 1);
+    loop {
+        match client.query(Request::RunMetrics { run: RunKey::Own(run), from }) {
+            Ok(Reply::Points { points, next }) => {
+                steps.extend(points.iter().map(|point| point.step));
+                match next {
+                    Some(next) => from = next,
+                    None => return steps,
+                }
+            }
+            other => panic!("the points cannot be read: {other:?}"),
+        }
+    }
+}
