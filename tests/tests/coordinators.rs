@@ -158,7 +158,9 @@ fn a_certificate_does_the_work_of_its_role_only() {
     let token = |role: &str| world.token(&cluster, &["--role", role]).parse::<JoinToken>().unwrap();
     let (worker, coordinator) = (token("worker"), token("coordinator"));
     runtime().block_on(async {
-        let join = async |token: &JoinToken| net::join(&[quic.clone()], token, "x").await.unwrap().identity;
+        let join = async |token: &JoinToken| {
+            net::join(std::slice::from_ref(&quic), token, "x").await.unwrap().identity
+        };
         let (worker, coordinator) = (join(&worker).await, join(&coordinator).await);
         let refused = async |at: &String, identity: &Identity| {
             net::connect(std::slice::from_ref(at), identity).await.map(|_| ()).unwrap_err().to_string()
@@ -166,7 +168,7 @@ fn a_certificate_does_the_work_of_its_role_only() {
         assert!(refused(&member, &local(&cluster)).await.contains("is for workers and coordinators"));
         assert!(refused(&quic, &coordinator).await.contains("is for clients"));
         // A worker learns at the clients' socket where its own is, and nothing else.
-        let connection = net::connect(&[quic.clone()], &worker).await.unwrap();
+        let connection = net::connect(std::slice::from_ref(&quic), &worker).await.unwrap();
         let ask = async |request| {
             let (mut send, mut receive) = connection.open_bi().await.unwrap();
             let frame = ClientFrame::change(ClientId(1), 1, request);
@@ -182,7 +184,7 @@ fn a_certificate_does_the_work_of_its_role_only() {
             assert_eq!(refusal.kind, RefusalKind::Forbidden, "{}", refusal.message);
         }
         // A coordinator's work is not done by a worker's certificate: its streams are not read as such.
-        let connection = net::connect(&[member.clone()], &worker).await.unwrap();
+        let connection = net::connect(std::slice::from_ref(&member), &worker).await.unwrap();
         let (mut send, _receive) = connection.open_bi().await.unwrap();
         let frame = ClientFrame::query(Request::Nodes);
         fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();
