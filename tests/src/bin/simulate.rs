@@ -75,7 +75,7 @@ fn many(seeds: Range<u64>, minutes: u64, arguments: &Arguments) -> u64 {
                         failures.fetch_add(1, Ordering::Relaxed);
                         stop.fetch_or(!arguments.keep_going, Ordering::Relaxed);
                         show(&report, true);
-                    } else if done.0 % 50 == 0 {
+                    } else if done.0.is_multiple_of(50) {
                         println!("{} seeds, {:.0} s", done.0, begun.elapsed().as_secs_f64());
                     }
                 }
