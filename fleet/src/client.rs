@@ -33,16 +33,22 @@ pub struct Client {
     patience: Option<Duration>,
     /// How often another coordinator was chosen.
     turn: usize,
+    stale: bool,
 }
 
 impl Client {
     pub fn new(cluster: Cluster) -> Client {
-        Client { cluster, connection: None, patience: None, turn: 0 }
+        Client { cluster, connection: None, patience: None, turn: 0, stale: false }
     }
 
     /// A client that waits this long for an unreachable coordinator, whatever it asks.
     pub fn patient(cluster: Cluster, patience: Duration) -> Client {
-        Client { cluster, connection: None, patience: Some(patience), turn: 0 }
+        Client { cluster, connection: None, patience: Some(patience), turn: 0, stale: false }
+    }
+
+    /// Whether its queries may be answered from what one coordinator has.
+    pub fn stale(self, stale: bool) -> Client {
+        Client { stale, ..self }
     }
 
     /// Of the cluster, where it is on this machine.
@@ -52,7 +58,7 @@ impl Client {
 
     /// Asks without changing anything.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
-        let frame = ClientFrame::query(request);
+        let frame = ClientFrame { stale: self.stale, ..ClientFrame::query(request) };
         let usual = if self.cluster.has_several() { ASK_PATIENCE_SEVERAL } else { ASK_PATIENCE };
         self.exchange(&frame, self.patience.unwrap_or(usual)).await
     }

@@ -25,6 +25,9 @@ struct Cli {
     /// A coordinator's data directory, HOST:PORT, or a name; without it the newest local launch
     #[arg(long, global = true, env = "FLEET_CLUSTER", value_name = "NAME|HOST:PORT|DIR")]
     cluster: Option<String>,
+    /// Queries are answered from what one coordinator has, which may be old, without asking the others
+    #[arg(long, global = true)]
+    stale: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -59,7 +62,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     telemetry::init(LogFormat::Human, "warn");
     // an empty variable is an unset one
-    let cluster = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
+    let name = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
+    let cluster = commands::Target { name, stale: cli.stale };
     let done = match cli.command {
         Command::Launch(args) => launch::run(args, started_unix_ms),
         Command::Submit(args) => commands::submit::run(args, cluster),

@@ -1,6 +1,6 @@
 //! `fleet cancel`: stops a job.
 
-use super::{OutputArgs, connect, done};
+use super::{OutputArgs, Target, connect, done};
 use crate::client::block_on;
 use crate::failure::Failure;
 use crate::out;
@@ -21,7 +21,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let reply = block_on(client.change(Request::Cancel { job: args.job, now: args.now }))?;
     done(reply)?;

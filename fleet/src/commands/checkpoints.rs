@@ -1,6 +1,6 @@
 //! `fleet checkpoints`: the checkpoints that were recorded as valid.
 
-use super::{OutputArgs, connect};
+use super::{OutputArgs, Target, connect};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -33,7 +33,7 @@ enum Action {
     },
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     match args.action {
         Action::Ls { job, output } => {

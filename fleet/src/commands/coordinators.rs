@@ -1,6 +1,6 @@
 //! `fleet coordinators`: the replicas of the control plane.
 
-use super::{OutputArgs, connect, done};
+use super::{OutputArgs, Target, connect, done};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out};
@@ -32,7 +32,7 @@ enum Action {
     },
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     match args.action {
         Action::Ls { output } => {

@@ -1,6 +1,6 @@
 //! `fleet drain` and `fleet undrain`: a node gets no more work, and gets some again.
 
-use super::{OutputArgs, connect, done, nodes};
+use super::{OutputArgs, Target, connect, done, nodes};
 use crate::client::block_on;
 use crate::failure::Failure;
 use fleet_common::exit;
@@ -28,7 +28,7 @@ pub struct UndrainArgs {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     block_on(async {
         let node = nodes::find(&mut client, &args.node).await?;
@@ -40,7 +40,7 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     })
 }
 
-pub fn undo(args: UndrainArgs, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn undo(args: UndrainArgs, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     block_on(async {
         let node = nodes::find(&mut client, &args.node).await?;

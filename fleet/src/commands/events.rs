@@ -1,6 +1,6 @@
 //! `fleet events`: what the planner decided, and why.
 
-use super::{OutputArgs, connect, pages};
+use super::{OutputArgs, Target, connect, pages};
 use crate::client::block_on;
 use crate::failure::Failure;
 use crate::{out, places, text};
@@ -18,7 +18,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let mut decisions = block_on(pages(&mut client, args.lines, Request::Decisions, |reply| match reply {
         Reply::Decisions(listing) => Ok(listing),

@@ -1,6 +1,6 @@
 //! `fleet jobs`: the jobs of a cluster.
 
-use super::{OutputArgs, connect, pages};
+use super::{OutputArgs, Target, connect, pages};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -17,7 +17,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let jobs = match args.all {
         true => block_on(everything(&mut client))?,

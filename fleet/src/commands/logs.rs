@@ -1,6 +1,6 @@
 //! `fleet logs`: what happened in a job: the ranks' lines, steps, evaluations, checkpoints.
 
-use super::{OutputArgs, connect, jobs};
+use super::{OutputArgs, Target, connect, jobs};
 use crate::client::{Flow, block_on};
 use crate::failure::Failure;
 use crate::out;
@@ -24,7 +24,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     block_on(async {
         let job = match args.job {

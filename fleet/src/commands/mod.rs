@@ -29,6 +29,14 @@ use fleet_common::protocol::{Listing, PAGE_MAX, Page, Reply, Request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
+/// Which cluster is asked, and how.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub name: Option<&'a str>,
+    /// What one coordinator has will do.
+    pub stale: bool,
+}
+
 /// How the answer is printed.
 #[derive(clap::Args)]
 pub struct OutputArgs {
@@ -77,8 +85,8 @@ pub async fn pages<T>(
 }
 
 /// A client of the wished cluster, or of the newest local launch. Talks to nobody yet.
-pub fn connect(cluster: Option<&str>) -> Result<Client, Failure> {
-    Ok(Client::new(Cluster::find(cluster)?))
+pub fn connect(cluster: Target<'_>) -> Result<Client, Failure> {
+    Ok(Client::new(Cluster::find(cluster.name)?).stale(cluster.stale))
 }
 
 /// A job file and what is laid over it.

@@ -1,6 +1,6 @@
 //! `fleet nodes`: the machines of a cluster.
 
-use super::{OutputArgs, connect};
+use super::{OutputArgs, Target, connect};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -15,7 +15,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let nodes = block_on(list(&mut client))?;
     match args.output.json {

@@ -1,6 +1,6 @@
 //! `fleet revoke`: cuts a machine or a person off for ever.
 
-use super::{OutputArgs, connect, done};
+use super::{OutputArgs, Target, connect, done};
 use crate::client::block_on;
 use crate::failure::Failure;
 use fleet_common::exit;
@@ -16,7 +16,7 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     done(block_on(client.change(Request::Revoke(args.member)))?)?;
     let json = json!({"member": args.member.to_string(), "revoked": true});

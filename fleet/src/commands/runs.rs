@@ -1,6 +1,6 @@
 //! `fleet runs`: runs that clients recorded, and the series of any run.
 
-use super::{OutputArgs, connect, pages};
+use super::{OutputArgs, Target, connect, pages};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -37,7 +37,7 @@ enum Action {
     },
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     match args.action {
         Action::Ls { lines, output } => {

@@ -1,6 +1,6 @@
 //! `fleet status`: the cluster at a glance, or one job in full.
 
-use super::{OutputArgs, connect, coordinators, jobs, nodes, submit};
+use super::{OutputArgs, Target, connect, coordinators, jobs, nodes, submit};
 use crate::client::{Client, block_on, unexpected};
 use crate::cluster::{Cluster, local_pid};
 use crate::failure::Failure;
@@ -23,9 +23,9 @@ pub struct Args {
     output: OutputArgs,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = match &args.data_dir {
-        Some(dir) => Client::new(Cluster::in_data_dir(dir)),
+        Some(dir) => Client::new(Cluster::in_data_dir(dir)).stale(cluster.stale),
         None => connect(cluster)?,
     };
     block_on(async {

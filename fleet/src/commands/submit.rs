@@ -1,7 +1,7 @@
 //! `fleet submit`: gives a job to a running cluster.
 
 use super::token::seconds;
-use super::{OutputArgs, connect, load_job};
+use super::{OutputArgs, Target, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
 use crate::launch::work::work_of;
@@ -86,7 +86,7 @@ fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let started_unix_ms = places::unix_ms();
     let (world_size, work) = work(&args)?;
     let wish = args.wish.wish();

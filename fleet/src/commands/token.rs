@@ -1,6 +1,6 @@
 //! `fleet token`: tokens that let machines and people join.
 
-use super::{OutputArgs, connect, done};
+use super::{OutputArgs, Target, connect, done};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{out, places, text};
@@ -55,7 +55,7 @@ enum Holder {
     Client,
 }
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     match args.action {
         Action::Create(args) => create(args, cluster),
         Action::Ls { output } => list(&output, cluster),
@@ -68,7 +68,7 @@ pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
     }
 }
 
-fn list(output: &OutputArgs, cluster: Option<&str>) -> Result<u8, Failure> {
+fn list(output: &OutputArgs, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let tokens = match block_on(client.ask(Request::Tokens))? {
         Reply::Tokens(tokens) => tokens,
@@ -97,7 +97,7 @@ fn list(output: &OutputArgs, cluster: Option<&str>) -> Result<u8, Failure> {
     Ok(exit::SUCCEEDED)
 }
 
-fn create(args: Create, cluster: Option<&str>) -> Result<u8, Failure> {
+fn create(args: Create, cluster: Target<'_>) -> Result<u8, Failure> {
     let role = match args.role {
         Holder::Coordinator => Role::Coordinator,
         Holder::Worker => Role::Worker,

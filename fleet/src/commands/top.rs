@@ -1,6 +1,6 @@
 //! `fleet top`: nodes and jobs as they change, until Ctrl-C.
 
-use super::{connect, jobs, nodes};
+use super::{Target, connect, jobs, nodes};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{out, text};
@@ -25,7 +25,7 @@ pub struct Args {
 const INTERVAL_MIN: f64 = 0.2;
 const INTERVAL_MAX: f64 = 3_600.0;
 
-pub fn run(args: Args, cluster: Option<&str>) -> Result<u8, Failure> {
+pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&args.interval) {
         return Err(Failure::input(format!("--interval takes {INTERVAL_MIN} to {INTERVAL_MAX} seconds")));
     }
