@@ -1,6 +1,6 @@
 //! Is a message one that raft-rs can take? It panics on some that no honest replica sends, and a peer must not be able to stop this one.
 
-use raft::eraftpb::{ConfState, Message, MessageType};
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType};
 use std::collections::BTreeSet;
 
 /// A message that does not fit. It was dropped and has changed nothing.
@@ -22,7 +22,10 @@ impl Fits {
         let ensure = |fits: bool, why: &'static str| if fits { Ok(()) } else { Err(BadMessage(why)) };
         ensure(message.to == self.id, "it is for another replica")?;
         ensure(message.from != raft::INVALID_ID && message.from != self.id, "its sender is nobody")?;
-        let kind = message.get_msg_type();
+        // Only numbers that mean something may be asked for by name.
+        let kind = MessageType::from_i32(message.msg_type).ok_or(BadMessage("its kind is unknown"))?;
+        let known = |entry: &Entry| EntryType::from_i32(entry.entry_type).is_some();
+        ensure(message.entries.iter().all(known), "the kind of an entry is unknown")?;
         // A term of zero marks messages that never travel, and questions about the commit index.
         ensure((message.term == 0) == (kind == MsgReadIndex), "its term does not fit its kind")?;
         match kind {
@@ -77,7 +80,7 @@ fn is_consistent(conf: &ConfState) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use raft::eraftpb::{Entry, Snapshot, SnapshotMetadata};
+    use raft::eraftpb::{Snapshot, SnapshotMetadata};
 
     const HERE: Fits = Fits { id: 1, last_index: 10, committed: 8, committed_term: 3 };
 
@@ -125,6 +128,11 @@ mod tests {
             Message { from: 1, ..message(MessageType::MsgHeartbeat) },
             Message { to: 2, ..message(MessageType::MsgHeartbeat) },
             Message { term: 0, ..message(MessageType::MsgHeartbeat) },
+            Message { msg_type: 99, ..message(MessageType::MsgHeartbeat) },
+            Message {
+                entries: vec![Entry { entry_type: 7, index: 9, term: 3, ..Entry::default() }],
+                ..append(8, 3, &[])
+            },
             Message { index: 11, ..message(MessageType::MsgAppendResponse) },
             message(MessageType::MsgHup),
             message(MessageType::MsgPropose),
