@@ -125,8 +125,10 @@ fn with_json_even_a_refused_launch_ends_with_a_summary() {
 #[test]
 fn without_a_cluster_the_exit_code_is_3() {
     let place = Place::new();
-    for command in ["status", "jobs", "nodes", "logs", "checkpoints"] {
-        let (code, line) = place.refusal(&[command]);
+    let commands: [&[&str]; 6] =
+        [&["status"], &["jobs"], &["nodes"], &["logs"], &["checkpoints", "ls"], &["top", "--once"]];
+    for command in commands {
+        let (code, line) = place.refusal(command);
         assert_eq!(code, 3);
         assert!(line.starts_with("error: no `fleet launch` runs on this machine"), "{line}");
     }
