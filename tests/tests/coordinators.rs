@@ -30,43 +30,53 @@ fn local(cluster: &Standing) -> Identity {
     Identity::load(&cluster.data_dir.join("client")).unwrap().unwrap()
 }
 
-/// Asks until somebody answers, as `fleet` does, and says how long the longest pause was.
-async fn submit_until(
-    addresses: &[String],
-    identity: &Identity,
+/// How many changes one client may have made by now. It ends when nobody can allow more.
+type Allowance = tokio::sync::watch::Receiver<usize>;
+
+async fn ask(connection: &quinn::Connection, frame: &ClientFrame) -> Option<Reply> {
+    let asked = async {
+        let (mut send, mut receive) = connection.open_bi().await.ok()?;
+        fleet_common::codec::write_frame(&mut send, frame).await.ok()?;
+        fleet_common::codec::read_frame::<_, Reply>(&mut receive).await.ok()?
+    };
+    tokio::time::timeout(Duration::from_secs(3), asked).await.ok()?
+}
+
+/// Submits as many jobs as it may, asking one coordinator after the other until one answers, as `fleet` does, and tells of each that
+/// was acknowledged.
+async fn submit(
+    addresses: Vec<String>,
+    identity: Identity,
     client: u128,
-    enough: impl Fn(u64) -> bool,
+    mut allowed: Allowance,
+    told: tokio::sync::mpsc::UnboundedSender<()>,
 ) -> Vec<String> {
-    let (mut acknowledged, mut seq) = (Vec::new(), 1);
-    let mut first = 0;
-    while !enough(acknowledged.len() as u64) {
-        let mut order = addresses.to_vec();
-        order.rotate_left(first % addresses.len());
-        let Ok(connection) = net::connect(&order, identity).await else { continue };
-        loop {
-            let frame = ClientFrame::change(ClientId(client), seq, work());
-            let asked = async {
-                let (mut send, mut receive) = connection.open_bi().await.ok()?;
-                fleet_common::codec::write_frame(&mut send, &frame).await.ok()?;
-                fleet_common::codec::read_frame::<_, Reply>(&mut receive).await.ok()?
-            };
-            match tokio::time::timeout(Duration::from_secs(3), asked).await {
-                Ok(Some(Reply::Submitted { job })) => {
-                    acknowledged.push(job.to_string());
-                    seq += 1;
-                }
-                Ok(Some(Reply::Refused(refusal))) if refusal.kind != RefusalKind::Unavailable => {
+    let mut acknowledged = Vec::new();
+    let mut order = addresses;
+    'connect: loop {
+        order.rotate_left(1);
+        let Ok(connection) = net::connect(&order, &identity).await else { continue };
+        while allowed.wait_for(|allowed| *allowed > acknowledged.len()).await.is_ok() {
+            let seq = acknowledged.len() as u64 + 1;
+            match ask(&connection, &ClientFrame::change(ClientId(client), seq, work())).await {
+                Some(Reply::Submitted { job }) => acknowledged.push(job.to_string()),
+                Some(Reply::Refused(refusal)) if refusal.kind != RefusalKind::Unavailable => {
                     panic!("{}", refusal.message)
                 }
-                _ => break,
+                _ => continue 'connect,
             }
-            if enough(acknowledged.len() as u64) {
-                break;
-            }
+            let _ = told.send(());
         }
-        first += 1;
+        return acknowledged;
     }
-    acknowledged
+}
+
+/// Asks as fast as it is answered, whatever the answer.
+async fn flood(address: String, identity: Identity, client: u128) {
+    let connection = net::connect(&[address], &identity).await.unwrap();
+    for seq in 1.. {
+        ask(&connection, &ClientFrame::change(ClientId(client), seq, work())).await;
+    }
 }
 
 fn addresses(all: &[Standing]) -> Vec<String> {
@@ -85,28 +95,38 @@ fn a_leader_that_is_killed_in_the_middle_of_submits_loses_nothing_acknowledged()
     let mut all = world.three_coordinators();
     let (addresses, identity) = (addresses(&all), local(&all[0]));
     let runtime = runtime();
-    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (allow, allowance) = tokio::sync::watch::channel(0);
+    let (told, mut acknowledgements) = tokio::sync::mpsc::unbounded_channel();
     let clients: Vec<_> = (1..=4)
         .map(|client| {
-            let (addresses, identity, stop) = (addresses.clone(), identity.clone(), stop.clone());
-            runtime.spawn(async move {
-                let stopped = |done| done > 20 && stop.load(std::sync::atomic::Ordering::Relaxed);
-                submit_until(&addresses, &identity, client, stopped).await
-            })
+            let (addresses, identity) = (addresses.clone(), identity.clone());
+            runtime.spawn(submit(addresses, identity, client, allowance.clone(), told.clone()))
         })
         .collect();
-    for _ in 0..3 {
+    for round in 1..=3 {
         let mut found = None;
         eventually("a leader", || {
             found = all.iter().position(|one| leader(&world, &all[0]).as_ref() == Some(&one.endpoint.quic));
             found.is_some()
         });
+        // In the middle: a few of this round's 320 are acknowledged, most are not. All together stay below the limit of 1,000 jobs.
+        allow.send_replace(round * 80);
+        runtime.block_on(async {
+            for _ in 0..20 {
+                acknowledgements.recv().await.unwrap();
+            }
+        });
         let killed = all.remove(found.unwrap());
         let dir = killed.data_dir.clone();
         drop(killed); // kill -9
         all.push(world.restart_coordinator(&dir));
+        runtime.block_on(async {
+            for _ in 20..320 {
+                acknowledgements.recv().await.unwrap();
+            }
+        });
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    drop(allow);
     let mut acknowledged = BTreeSet::new();
     let mut count = 0;
     for client in clients {
@@ -169,12 +189,8 @@ fn a_certificate_does_the_work_of_its_role_only() {
         assert!(refused(&quic, &coordinator).await.contains("is for clients"));
         // A worker learns at the clients' socket where its own is, and nothing else.
         let connection = net::connect(std::slice::from_ref(&quic), &worker).await.unwrap();
-        let ask = async |request| {
-            let (mut send, mut receive) = connection.open_bi().await.unwrap();
-            let frame = ClientFrame::change(ClientId(1), 1, request);
-            fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();
-            fleet_common::codec::read_frame::<_, Reply>(&mut receive).await.unwrap().unwrap()
-        };
+        let ask =
+            async |request| ask(&connection, &ClientFrame::change(ClientId(1), 1, request)).await.unwrap();
         let Reply::Addresses(known) = ask(Request::Addresses).await else { panic!() };
         assert_eq!(known[0].member, member);
         for request in
@@ -218,7 +234,7 @@ fn a_thousand_silent_connections_and_a_flood_starve_nobody() {
     let floods: Vec<_> = (0..4)
         .map(|client| {
             let (quic, identity) = (quic.clone(), identity.clone());
-            runtime.spawn(async move { submit_until(&[quic], &identity, 1000 + client, |_| false).await })
+            runtime.spawn(flood(quic, identity, 1000 + client))
         })
         .collect();
     let held = runtime.block_on(silent).unwrap();
