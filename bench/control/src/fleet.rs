@@ -42,7 +42,7 @@ impl Fleet {
         }
         let started = fleet.ask(0, ClientFrame::change(ClientId(1), 1, Request::StartRun { name: "bench".into() }));
         fleet.run = match started.await? {
-            Reply::RunStarted { run } => run,
+            Reply::RunStarted(run) => run,
             other => bail!("no run was started: {other:?}"),
         };
         Ok(fleet)
@@ -76,8 +76,8 @@ impl Fleet {
         self.members[n] = Some(Server::start(&mut command, &log)?);
         let begin = std::time::Instant::now();
         loop {
-            if let Ok(view) = self.stand(n).await
-                && view.coordinators.iter().filter(|it| it.voter).count() > n.min(self.members.len() - 1)
+            if let Ok(Reply::Coordinators(all)) = self.ask(n, ClientFrame::query(Request::Coordinators)).await
+                && all.iter().filter(|it| it.voter).count() > n.min(self.members.len() - 1)
             {
                 return Ok(());
             }
@@ -98,8 +98,8 @@ impl Fleet {
     }
 
     pub async fn connect(&self, n: usize) -> Result<Connection> {
-        let connecting = net::connect(&[self.endpoint(n)?.quic], &self.identity()?);
-        Ok(tokio::time::timeout(Duration::from_secs(2), connecting).await??)
+        let (at, identity) = ([self.endpoint(n)?.quic], self.identity()?);
+        Ok(tokio::time::timeout(Duration::from_secs(2), net::connect(&at, &identity)).await??)
     }
 
     async fn ask(&self, n: usize, frame: ClientFrame) -> Result<Reply> {

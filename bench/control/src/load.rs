@@ -92,7 +92,9 @@ pub async fn beside_etcd(
     if kills > 0 {
         println!("\nfailover over {kills} kills of the leader, to the first change that a survivor acknowledges:");
         for (name, times) in [(Fleet::NAME, &ours), (Etcd::NAME, &theirs)] {
-            println!("  {name}: median {:.2} s, worst {:.2} s", median(times.iter().copied()), worst(times));
+            let each: Vec<String> = times.iter().map(|time| format!("{time:.2}")).collect();
+            let (median, worst) = (median(times.iter().copied()), worst(times));
+            println!("  {name}: median {median:.2} s, worst {worst:.2} s ({})", each.join(" "));
         }
     }
     Ok(())

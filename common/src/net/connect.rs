@@ -26,8 +26,26 @@ pub async fn connect(addrs: &[String], identity: &Identity) -> Result<Connection
     reach(addrs, identity).await.map(|reached| reached.connection)
 }
 
+/// Like `connect`, from a socket that others use too: a thousand connections need no thousand sockets.
+pub async fn connect_from(
+    local: &Endpoint,
+    addrs: &[String],
+    identity: &Identity,
+) -> Result<Connection, NetError> {
+    first(Some(local), addrs, identity).await.map(|reached| reached.connection)
+}
+
 /// Like `connect`. The addresses are tried in their order, each as soon as the one before was silent for a moment or has failed.
 pub async fn reach(addrs: &[String], identity: &Identity) -> Result<Reached, NetError> {
+    first(None, addrs, identity).await
+}
+
+/// Without a socket each attempt has its own.
+async fn first(
+    local: Option<&Endpoint>,
+    addrs: &[String],
+    identity: &Identity,
+) -> Result<Reached, NetError> {
     let config = client_config(identity)?;
     let mut attempts = JoinSet::new();
     let mut rest = addrs.iter().cloned().enumerate();
@@ -36,9 +54,9 @@ pub async fn reach(addrs: &[String], identity: &Identity) -> Result<Reached, Net
         let next = rest.next();
         let more = next.is_some();
         if let Some((position, addr)) = next {
-            let (config, cluster_id) = (config.clone(), identity.cluster_id.clone());
+            let (local, config, cluster_id) = (local.cloned(), config.clone(), identity.cluster_id.clone());
             attempts.spawn(async move {
-                let attempt = welcomed(&addr, config, &cluster_id).await;
+                let attempt = welcomed(local, &addr, config, &cluster_id).await;
                 (position, attempt.map_err(|failure| failure.at(&addr)))
             });
         }
@@ -68,9 +86,14 @@ fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
 }
 
 /// A connection to one `HOST:PORT` once the coordinator of that cluster has said welcome.
-async fn welcomed(addr: &str, config: ClientConfig, cluster_id: &str) -> Result<Reached, Failure> {
+async fn welcomed(
+    local: Option<Endpoint>,
+    addr: &str,
+    config: ClientConfig,
+    cluster_id: &str,
+) -> Result<Reached, Failure> {
     let work = async {
-        let connection = attempt(addr, config).await?;
+        let connection = attempt(local, addr, config).await?;
         let peer = remote(&connection).map_err(Failure::Refused)?;
         if peer.member.role() != Role::Coordinator || peer.cluster_id != cluster_id {
             return Err(Failure::Refused(NOT_OUR_COORDINATOR.into()));
@@ -92,12 +115,16 @@ fn silent() -> Failure {
 }
 
 /// A connection to the first address of one `HOST:PORT`, whoever answers there.
-pub(super) async fn attempt(addr: &str, config: ClientConfig) -> Result<Connection, Failure> {
+pub(super) async fn attempt(
+    local: Option<Endpoint>,
+    addr: &str,
+    config: ClientConfig,
+) -> Result<Connection, Failure> {
     let work = async {
         let mut last = Failure::Silent("the name has no address".into());
         let resolved = tokio::net::lookup_host(addr).await;
         for address in resolved.map_err(|error| Failure::Silent(format!("not an address ({error})")))? {
-            match handshake(address, config.clone()).await {
+            match handshake(local.clone(), address, config.clone()).await {
                 Ok(connection) => return Ok(connection),
                 Err(failure) => last = failure,
             }
@@ -107,10 +134,15 @@ pub(super) async fn attempt(addr: &str, config: ClientConfig) -> Result<Connecti
     timeout(limits::CONNECT_DEADLINE, work).await.unwrap_or_else(|_| Err(silent()))
 }
 
-async fn handshake(address: SocketAddr, config: ClientConfig) -> Result<Connection, Failure> {
+async fn handshake(
+    local: Option<Endpoint>,
+    address: SocketAddr,
+    config: ClientConfig,
+) -> Result<Connection, Failure> {
     let any =
         if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
-    let local = Endpoint::client((any, 0).into()).map_err(|error| Failure::Silent(error.to_string()))?;
+    let local = local.map_or_else(|| Endpoint::client((any, 0).into()), Ok);
+    let local = local.map_err(|error| Failure::Silent(error.to_string()))?;
     let connecting = local.connect_with(config, address, COORDINATOR_DNS);
     let connecting = connecting.map_err(|error| Failure::Silent(error.to_string()))?;
     Ok(connecting.await?)

@@ -84,7 +84,7 @@ enum Asked {
 async fn ask(addr: &str, token: &JoinToken, request: &JoinRequest) -> Result<Admission, Asked> {
     let seen = Arc::new(OnceLock::new());
     let config = config(token, seen.clone()).map_err(Asked::Refused)?;
-    let connection = attempt(addr, config).await.map_err(|failure| match seen.get() {
+    let connection = attempt(None, addr, config).await.map_err(|failure| match seen.get() {
         Some(shown) => Asked::Refused(NetError::Refused(format!(
             "{addr}: the token is of another cluster (its CA is {}, the coordinator's is {}); ask for a token there",
             short(&token.ca_fingerprint),

@@ -8,14 +8,15 @@
 
 use super::Link;
 use quinn::congestion::CubicConfig;
-use quinn::{Connection, IdleTimeout, TransportConfig, VarInt};
+use quinn::{Connection, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// A dead UDP port gives no error: this long and no answer counts as unreachable.
 pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
-/// The next coordinator is tried when one has not answered for so long; a handshake within a data centre takes some milliseconds.
-pub(super) const STAGGER: Duration = Duration::from_millis(100);
+/// The next coordinator is tried when one has not answered for so long (RFC 8305, section 8). Less makes a crowd that comes back at once
+/// shake hands with everybody.
+pub(super) const STAGGER: Duration = Duration::from_millis(250);
 /// For one peer's handshake as the listener sees it.
 pub(super) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -102,10 +103,13 @@ fn peers(bidi: u32, uni: u32) -> TransportConfig {
     let mut config = windows(&PEER, IDLE, bidi, uni);
     let mut congestion = CubicConfig::default();
     congestion.initial_window(PEER_WINDOW);
-    config.congestion_controller_factory(Arc::new(congestion));
+    config
+        .congestion_controller_factory(Arc::new(congestion))
+        .mtu_discovery_config(Some(MtuDiscoveryConfig::default()));
     config
 }
 
+/// Small messages on many connections: looking for the largest packet that a path takes would cost more than it saves.
 fn windows(windows: &Windows, idle: Duration, bidi: u32, uni: u32) -> TransportConfig {
     let mut config = TransportConfig::default();
     let idle = VarInt::from_u32(idle.as_millis() as u32);
@@ -117,6 +121,7 @@ fn windows(windows: &Windows, idle: Duration, bidi: u32, uni: u32) -> TransportC
         .stream_receive_window(windows.stream.into())
         .receive_window(windows.connection.into())
         .send_window(windows.send)
+        .mtu_discovery_config(None)
         .datagram_receive_buffer_size(None);
     config
 }

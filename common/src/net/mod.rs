@@ -16,7 +16,7 @@ mod token;
 mod verdict;
 
 pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa};
-pub use connect::{Reached, connect, reach};
+pub use connect::{Reached, connect, connect_from, reach};
 pub use identity::{Identity, IdentityError};
 pub use join::{JoinExchange, Joined, join, receive_join};
 pub use limits::widen;

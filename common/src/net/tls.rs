@@ -28,7 +28,7 @@ fn roots(ca_der: &[u8]) -> Result<Arc<RootCertStore>, rustls::Error> {
     Ok(Arc::new(roots))
 }
 
-/// The certificate with its CA behind it, by whose fingerprint a joiner knows the cluster.
+/// A coordinator's certificate with its CA behind it, by whose fingerprint a joiner knows the cluster.
 fn chain(identity: &Identity) -> Vec<CertificateDer<'static>> {
     vec![identity.certificate_der.clone().into(), identity.ca_der.clone().into()]
 }
@@ -60,7 +60,7 @@ pub(super) fn client(identity: &Identity) -> Result<ClientConfig, rustls::Error>
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_webpki_verifier(verifier)
-        .with_client_auth_cert(chain(identity), key(identity))?;
+        .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
     Ok(without_memory(config, FLEET))
 }
 
