@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod control;
+pub mod http;
 pub mod planner;
 pub mod raft;
 pub mod requests;

@@ -9,6 +9,7 @@ use fleet_common::protocol::{
 };
 use fleet_coordinator::cluster::{Command, State};
 use fleet_coordinator::control::PeerMessage;
+use fleet_coordinator::http;
 use fleet_coordinator::raft::disk::{Batch, Disk, Durability, Table};
 use fleet_coordinator::raft::memory::MemoryDisk;
 use fleet_coordinator::raft::replica::Replica;
@@ -43,6 +44,14 @@ fn round_trip<T: Serialize + DeserializeOwned>(body: &[u8]) {
     let again: T = codec::decode(&bytes).expect("what was encoded decodes");
     // Compared as bytes: a number that is not a number is unequal to itself.
     assert_eq!(codec::encode(&again).ok(), Some(bytes));
+}
+
+/// The head of an HTTP request.
+pub fn http(data: &[u8]) {
+    let hosts = ["box.example".to_owned()];
+    if let Err(why) = http::asked(&String::from_utf8_lossy(data), &hosts) {
+        assert!((400..500).contains(&why.status) && !why.message.contains('\n'), "{why:?}");
+    }
 }
 
 /// Messages of another replica, one after the other, each with its length before it: whatever they say, the replica goes on or stops with an

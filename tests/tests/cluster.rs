@@ -223,7 +223,16 @@ fn http_shows_and_never_changes_anything() {
     let metrics = request("GET", "/metrics", http);
     assert!(metrics.contains("# TYPE fleet_"), "{metrics}");
     submit(&world, &cluster, "seen").finish().expect(0);
-    for path in ["/api/v1/nodes", "/api/v1/jobs", "/api/v1/jobs/1", "/api/v1/checkpoints"] {
+    for path in [
+        "/api/v1/nodes",
+        "/api/v1/jobs",
+        "/api/v1/jobs/1",
+        "/api/v1/checkpoints",
+        "/api/v1/events",
+        "/api/v1/runs/job-1/points",
+        "/api/v1/exports",
+        "/api/v1/profiles",
+    ] {
         let answer = request("GET", path, http);
         assert_eq!(status(&answer), "200", "{path}: {answer}");
         let body = answer.split_once("\r\n\r\n").unwrap().1;

@@ -57,6 +57,12 @@ fn damaged_messages_are_refused_or_understood() {
 }
 
 #[test]
+fn damaged_requests_over_http_are_refused_or_understood() {
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").into_bytes();
+    try_all(fuzz::http, ["/metrics", "/api/v1/runs/run-3/points?from=9", "/api/v1/jobs/7"].map(get).to_vec());
+}
+
+#[test]
 fn a_replica_survives_whatever_another_one_says() {
     let kinds = [
         MessageType::MsgAppend,

@@ -41,11 +41,7 @@ pub async fn reach(addrs: &[String], identity: &Identity) -> Result<Reached, Net
 }
 
 /// Without a socket each attempt has its own.
-async fn first(
-    local: Option<&Endpoint>,
-    addrs: &[String],
-    identity: &Identity,
-) -> Result<Reached, NetError> {
+async fn first(local: Option<&Endpoint>, addrs: &[String], identity: &Identity) -> Result<Reached, NetError> {
     let config = client_config(identity)?;
     let mut attempts = JoinSet::new();
     let mut rest = addrs.iter().cloned().enumerate();

@@ -117,6 +117,9 @@ pub enum Request {
     Profile(ProfileId),
 }
 
+/// `uses` of a token that is not used up.
+pub const UNLIMITED_USES: u32 = u32::MAX;
+
 impl Request {
     /// Whether it changes anything, and so needs a number of its own.
     pub fn is_change(&self) -> bool {

@@ -5,19 +5,19 @@
 //! written and goes on from there when there is room. No clock, no threads, no network, no randomness: the election timeout is a
 //! function of a seed, the replica and the term.
 
-use super::disk::{Batch, Disk, DiskError, Durability};
-use super::history;
+mod rounds;
+mod transfers;
+
+use super::disk::{Batch, Disk, DiskError};
 use super::log::{LogError, LogStore, Position};
 use super::logger::logger;
 use super::shape::{BadMessage, Fits};
-use super::transfer::{self, Chunk, Fetch, Incoming, Taken};
+use super::transfer::Incoming;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use prost::Message as _;
-use raft::eraftpb::{
-    ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message, MessageType,
-};
-use raft::{Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole, Storage};
+use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
+use raft::{Config, ProgressState, RawNode, Ready, StateRole, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -374,68 +374,6 @@ impl<D: Disk> Replica<D> {
         }
     }
 
-    /// The snapshot that this replica waits for: from whom, and what comes next. Ask for it, and again when no answer comes.
-    pub fn wants(&self) -> Option<(u64, Fetch)> {
-        self.incoming.as_ref().map(|incoming| (incoming.source(), incoming.fetch()))
-    }
-
-    /// What another replica wants of this one's snapshot.
-    pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Chunk, ReplicaError> {
-        if !self.outgoing.contains_key(&to) || fetch.at != self.node.store().snapshot_position() {
-            self.end_transfer(to, SnapshotStatus::Failure);
-            return Ok(Chunk::gone(fetch));
-        }
-        self.outgoing.insert(to, self.ticks + TRANSFER_LEASE_TICKS);
-        let state = match self.outgoing_state.take() {
-            Some(state) => state,
-            None => self.node.store().snapshot_state()?,
-        };
-        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch, self.sizes.chunk_bytes)?;
-        self.outgoing_state = Some(state);
-        Ok(chunk)
-    }
-
-    /// An answer to `wants`. Others than the one that is waited for are dropped.
-    pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
-        let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
-            return Ok(());
-        };
-        match incoming.take(chunk, self.node.store().disk().as_ref()) {
-            Ok(Taken::Nothing | Taken::More) => {}
-            Ok(Taken::Lost) => self.incoming = None,
-            Ok(Taken::Complete(message)) => {
-                self.incoming = None;
-                drop(self.node.step(*message));
-            }
-            // The rows come again when there is room.
-            Err(DiskError::Full(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
-        Ok(())
-    }
-
-    fn end_silent_transfers(&mut self) {
-        let silent = self.outgoing.iter().filter(|(_, until)| **until <= self.ticks).map(|(to, _)| *to);
-        for to in silent.collect::<Vec<_>>() {
-            self.end_transfer(to, SnapshotStatus::Failure);
-        }
-        let (leads, outgoing) = (self.node.raft.state == StateRole::Leader, &mut self.outgoing);
-        if leads {
-            let prs = self.node.raft.prs();
-            outgoing.retain(|to, _| prs.get(*to).is_some_and(|it| it.state == ProgressState::Snapshot));
-        }
-        if outgoing.is_empty() {
-            self.outgoing_state = None;
-        }
-    }
-
-    fn end_transfer(&mut self, to: u64, status: SnapshotStatus) {
-        self.outgoing.remove(&to);
-        if self.node.raft.state == StateRole::Leader {
-            self.node.report_snapshot(to, status);
-        }
-    }
-
     /// A message to this replica could not be delivered.
     pub fn report_unreachable(&mut self, id: u64) {
         if self.stuck.is_none() {
@@ -506,209 +444,6 @@ impl<D: Disk> Replica<D> {
         if self.stuck.is_none() {
             self.node.read_index([self.id().to_be_bytes(), ticket.to_be_bytes()].concat());
         }
-    }
-
-    /// Does all that raft wants done. `send` gets messages for peers, a leader's before its own disk is asked, all others after.
-    pub fn process(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, ReplicaError> {
-        if let Some(what) = &self.forgot {
-            return Err(LogError::Damaged(what.clone()).into());
-        }
-        let mut output = Output::default();
-        match self.round(send, &mut output) {
-            Ok(()) => self.full = None,
-            Err(ReplicaError::Log(LogError::Disk(error @ DiskError::Full(_)))) => {
-                self.full = Some(error.to_string())
-            }
-            Err(error) => return Err(error),
-        }
-        Ok(output)
-    }
-
-    /// Tries to make a full disk usable; `process` then goes on where it stopped.
-    pub fn recover(&mut self) -> Result<(), ReplicaError> {
-        match self.node.store().disk().recover() {
-            Ok(()) | Err(DiskError::Full(_)) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn round(&mut self, send: &mut dyn FnMut(Message), output: &mut Output) -> Result<(), ReplicaError> {
-        if let Some(Stuck { ready, staged }) = self.stuck.take() {
-            self.persist(ready, staged, send, output)?;
-        }
-        while self.node.has_ready() {
-            let mut ready = self.node.ready();
-            self.send_all(ready.take_messages(), send);
-            let reads = ready.take_read_states();
-            self.reads.extend(
-                reads.into_iter().filter_map(|read| Some((read.index, ticket(read.request_ctx.get(8..)?)?))),
-            );
-            let staged = if ready.snapshot().is_empty() {
-                self.node.store().stage(ready.take_entries(), ready.hs().cloned())?
-            } else {
-                self.node.store().stage_installation(ready.snapshot(), ready.hs().cloned())?
-            };
-            let committed = ready.take_committed_entries();
-            self.apply(committed, output)?;
-            self.persist(ready, staged, send, output)?;
-        }
-        self.write_rows()?;
-        self.reads.retain(|(index, ticket)| {
-            let wait = *index > self.applied.index;
-            if !wait {
-                output.reads.push(*ticket);
-            }
-            wait
-        });
-        self.compact()
-    }
-
-    /// A snapshot that is announced is kept until it was fetched.
-    fn send_all(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Message)) {
-        for message in messages {
-            if message.get_msg_type() == MessageType::MsgSnapshot {
-                self.outgoing.insert(message.to, self.ticks + TRANSFER_LEASE_TICKS);
-            }
-            send(message);
-        }
-    }
-
-    /// Makes a `Ready` durable and lets raft go on with it.
-    fn persist(
-        &mut self,
-        mut ready: Ready,
-        staged: super::log::Staged,
-        send: &mut dyn FnMut(Message),
-        output: &mut Output,
-    ) -> Result<(), ReplicaError> {
-        let durability = if ready.must_sync() { Durability::Synced } else { Durability::Written };
-        if let Err(error) = self.node.mut_store().write(&staged, durability) {
-            self.stuck = Some(Stuck { ready, staged });
-            return Err(error.into());
-        }
-        if !ready.snapshot().is_empty() {
-            self.install(&ready)?;
-            output.installed = true;
-        }
-        self.send_all(ready.take_persisted_messages(), send);
-        let mut light = self.node.advance_append(ready);
-        self.send_all(light.take_messages(), send);
-        self.apply(light.take_committed_entries(), output)?;
-        self.node.advance_apply_to(self.applied.index);
-        Ok(())
-    }
-
-    fn install(&mut self, ready: &Ready) -> Result<(), ReplicaError> {
-        let snapshot = ready.snapshot();
-        let metadata = snapshot.get_metadata();
-        self.state =
-            codec::decode_record(&snapshot.data).map_err(|error| ReplicaError::State(error.to_string()))?;
-        self.applied = Position { index: metadata.index, term: metadata.term };
-        self.conf = metadata.get_conf_state().clone();
-        self.rows = Batch::default();
-        self.bytes_since_snapshot = 0;
-        Ok(())
-    }
-
-    fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), ReplicaError> {
-        for entry in entries {
-            let index = entry.index;
-            self.bytes_since_snapshot += entry.data.len();
-            match entry.get_entry_type() {
-                EntryType::EntryNormal if entry.data.is_empty() => {}
-                EntryType::EntryNormal => {
-                    self.apply_command(index, &entry.data, &entry.context, output)?;
-                }
-                EntryType::EntryConfChange => {
-                    let change =
-                        ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
-                    if self.apply_command(index, &change.context, &entry.context, output)? {
-                        self.conf = self.node.apply_conf_change(&change)?;
-                        self.leave_if_removed();
-                    }
-                }
-                EntryType::EntryConfChangeV2 => {
-                    return Err(unknown(index, "fleet changes one member at a time"));
-                }
-            }
-            self.applied = Position { index, term: entry.term };
-        }
-        Ok(())
-    }
-
-    /// A leader whose removal was decided under an earlier one is no leader any more. raft-rs would go on leading, and panic when it
-    /// looks for its own progress.
-    fn leave_if_removed(&mut self) {
-        let raft = &mut self.node.raft;
-        if raft.state == StateRole::Leader && raft.prs().get(raft.id).is_none() {
-            raft.become_follower(raft.term, raft::INVALID_ID);
-        }
-    }
-
-    /// Returns false if the state machine rejected it.
-    fn apply_command(
-        &mut self,
-        index: u64,
-        data: &[u8],
-        context: &[u8],
-        output: &mut Output,
-    ) -> Result<bool, ReplicaError> {
-        let command: Command = codec::decode(data).map_err(|error| unknown(index, error))?;
-        let applied = self.state.apply(index, command);
-        for row in &applied.history {
-            history::stage(row, &mut self.rows)?;
-        }
-        let accepted = !matches!(applied.answer, Answer::Rejected(_));
-        output.effects.extend(applied.effects);
-        output.answers.extend(ticket(context).map(|ticket| (ticket, applied.answer)));
-        Ok(accepted)
-    }
-
-    /// Writes the history of what was applied, and with it how far the log is committed. Not synced: the log has it all.
-    fn write_rows(&mut self) -> Result<(), ReplicaError> {
-        let commit = self.commit_index();
-        if self.rows.is_empty() && self.node.store().hard_state().commit == commit {
-            return Ok(());
-        }
-        let hard = HardState { commit, ..self.node.store().hard_state().clone() };
-        let mut staged = self.node.store().stage(Vec::new(), Some(hard))?;
-        staged.batch.ops.extend(self.rows.ops.iter().cloned());
-        self.node.mut_store().write(&staged, Durability::Written)?;
-        self.rows = Batch::default();
-        Ok(())
-    }
-
-    fn compact(&mut self) -> Result<(), ReplicaError> {
-        let store = self.node.store();
-        let entries = self.applied.index - store.snapshot_position().index;
-        let bytes = self.sizes.snapshot_bytes.max(SNAPSHOT_STATES * store.state_bytes() as usize);
-        let due = self.bytes_since_snapshot >= bytes
-            || entries >= self.sizes.snapshot_entries
-            || (store.is_snapshot_outdated() && entries > 0);
-        // Who fetches the snapshot needs it, and the log behind it, until the end.
-        if due && self.outgoing.is_empty() {
-            self.snapshot()?;
-        }
-        Ok(())
-    }
-
-    /// Makes the applied state durable, so that the log before it is not needed any more.
-    pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
-        let state = encode(&self.state)?;
-        let staged = self.node.store().stage_compaction(
-            self.applied,
-            self.conf.clone(),
-            state,
-            self.sizes.keep_behind,
-        )?;
-        self.node.mut_store().write(&staged, Durability::Synced)?;
-        self.bytes_since_snapshot = 0;
-        Ok(())
-    }
-
-    /// First entry that is still in the log.
-    pub fn first_index(&self) -> u64 {
-        self.node.store().first_index().unwrap_or_default()
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use fleet_common::files;
 use fleet_common::ids::ClientId;
 use fleet_common::net::JoinToken;
-use fleet_common::protocol::{Refusal, RefusalKind, Role};
+use fleet_common::protocol::{Refusal, RefusalKind, Role, UNLIMITED_USES};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub async fn write(dir: &Path, shared: &Shared) -> Result<()> {
     for role in [Role::Worker, Role::Client] {
         let path = token_path(dir, role);
         if files::read_optional(&path)?.is_none() {
-            let token = token(shared, role, TOKEN_TTL_S, u32::MAX).await?;
+            let token = token(shared, role, TOKEN_TTL_S, UNLIMITED_USES).await?;
             files::write_atomic(&path, format!("{token}\n").as_bytes(), files::SECRET)?;
         }
     }

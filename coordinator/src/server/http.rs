@@ -1,13 +1,11 @@
-//! HTTP for people and Prometheus: GET only, one request per connection, no secrets.
-//!
-//! The Host header must name this machine's loopback or the address that was configured, so that a web page that a browser on this
-//! machine shows cannot read the cluster through a name of its own (DNS rebinding).
+//! HTTP for people and Prometheus: one request per connection, no secrets. What is served is decided by `crate::http`.
 
 use super::Shared;
-use fleet_common::ids::{JobId, UserId};
-use fleet_common::protocol::{ClientFrame, Member, Page, Refusal, RefusalKind, Reply, Request};
+use crate::http::{self, Asked, Unserved};
+use fleet_common::ids::UserId;
+use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
-use std::net::IpAddr;
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -81,34 +79,11 @@ async fn read_head(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
 }
 
 async fn respond(shared: &Shared, head: &str) -> Response {
-    let request = match parse(head) {
-        Ok(request) => request,
-        Err(why) => return Response::text(400, why),
-    };
-    if !host_allowed(request.host, &shared.hosts) {
-        return Response::text(421, "this Host is not served here; ask by the coordinator's address");
-    }
-    if request.method != "GET" {
-        return Response { allow: true, ..Response::text(405, "only GET is served here") };
-    }
-    let asked = match request.path.trim_end_matches('/') {
-        "/healthz" => return health(shared),
-        "/metrics" => return metrics(shared).await,
-        "/api/v1/cluster" => Request::ClusterStatus,
-        "/api/v1/coordinators" => Request::Coordinators,
-        "/api/v1/nodes" => Request::Nodes,
-        "/api/v1/jobs" => Request::Jobs { all: None },
-        "/api/v1/checkpoints" => Request::Checkpoints { job: None, page: Page::default() },
-        path => match path.strip_prefix("/api/v1/jobs/").map(str::parse::<JobId>) {
-            Some(Ok(job)) => Request::Job(job),
-            Some(Err(error)) => return Response::text(400, error.to_string()),
-            None => {
-                return Response::text(
-                    404,
-                    "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,jobs,jobs/ID,checkpoints}",
-                );
-            }
-        },
+    let asked = match http::asked(head, &shared.hosts) {
+        Ok(Asked::Health) => return health(shared),
+        Ok(Asked::Metrics) => return metrics(shared).await,
+        Ok(Asked::Api(request)) => request,
+        Err(Unserved { status, message }) => return Response::text(status, message),
     };
     match ask(shared, asked, false).await {
         Reply::Cluster(view) => Response::json(&view),
@@ -117,6 +92,15 @@ async fn respond(shared: &Shared, head: &str) -> Response {
         Reply::Jobs(views) => Response::json(&views.items),
         Reply::Job(view) => Response::json(&view),
         Reply::Checkpoints(views) => Response::json(&views.items),
+        Reply::Checkpoint(view) => Response::json(&view),
+        Reply::Decisions(views) => Response::json(&views.items),
+        Reply::Runs(views) => Response::json(&views.items),
+        Reply::Run(view) => Response::json(&view),
+        Reply::Points { points, next } => Response::json(&json!({"points": points, "next": next})),
+        Reply::Exports(views) => Response::json(&views.items),
+        Reply::Export(view) => Response::json(&view),
+        Reply::Profiles(views) => Response::json(&views.items),
+        Reply::Profile(view) => Response::json(&view),
         Reply::Refused(refusal) => Response::refused(refusal),
         _ => Response::text(500, "the cluster gave an answer that does not fit"),
     }
@@ -149,73 +133,27 @@ async fn metrics(shared: &Shared) -> Response {
     };
     let status = shared.status.borrow().clone();
     match shared.metrics.render(&cluster, &status, &nodes) {
-        Ok(body) => Response { status: 200, kind: "text/plain; version=0.0.4", body, allow: false },
+        Ok(body) => Response { status: 200, kind: "text/plain; version=0.0.4", body },
         Err(error) => Response::text(500, error.to_string()),
     }
-}
-
-#[derive(Debug, PartialEq)]
-struct HttpRequest<'a> {
-    method: &'a str,
-    path: &'a str,
-    host: &'a str,
-}
-
-fn parse(head: &str) -> Result<HttpRequest<'_>, &'static str> {
-    let mut lines = head.split("\r\n");
-    let mut words = lines.next().unwrap_or_default().split(' ');
-    let (Some(method), Some(target), Some(version), None) =
-        (words.next(), words.next(), words.next(), words.next())
-    else {
-        return Err("this is not an HTTP request");
-    };
-    if !version.starts_with("HTTP/1.") || !target.starts_with('/') {
-        return Err("this is not an HTTP/1.1 request for a path");
-    }
-    let mut hosts =
-        lines.filter_map(|line| line.split_once(':')).filter(|(name, _)| name.eq_ignore_ascii_case("host"));
-    match (hosts.next(), hosts.next()) {
-        (Some((_, host)), None) => {
-            let path = target.split_once('?').map_or(target, |(path, _)| path);
-            Ok(HttpRequest { method, path, host: host.trim() })
-        }
-        _ => Err("a request has exactly one Host"),
-    }
-}
-
-/// `HOST` of `HOST` or `HOST:PORT`, where an IPv6 address stands in brackets.
-pub fn host_of(address: &str) -> &str {
-    match address.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or(rest, |(host, _)| host),
-        None => address.rsplit_once(':').map_or(address, |(host, _)| host),
-    }
-}
-
-fn host_allowed(header: &str, hosts: &[String]) -> bool {
-    let host = host_of(header);
-    let loopback = host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    loopback
-        || host.eq_ignore_ascii_case("localhost")
-        || hosts.iter().any(|known| known.eq_ignore_ascii_case(host))
 }
 
 struct Response {
     status: u16,
     kind: &'static str,
     body: Vec<u8>,
-    allow: bool,
 }
 
 impl Response {
     fn text(status: u16, line: impl Into<String>) -> Response {
         let mut body: String = line.into();
         body.push('\n');
-        Response { status, kind: "text/plain; charset=utf-8", body: body.into_bytes(), allow: false }
+        Response { status, kind: "text/plain; charset=utf-8", body: body.into_bytes() }
     }
 
     fn json(value: &impl Serialize) -> Response {
         match serde_json::to_vec(value) {
-            Ok(body) => Response { status: 200, kind: "application/json", body, allow: false },
+            Ok(body) => Response { status: 200, kind: "application/json", body },
             Err(error) => Response::text(500, error.to_string()),
         }
     }
@@ -242,7 +180,7 @@ impl Response {
             503 => "Service Unavailable",
             _ => "Internal Server Error",
         };
-        let allow = if self.allow { "Allow: GET\r\n" } else { "" };
+        let allow = if self.status == 405 { "Allow: GET\r\n" } else { "" };
         let head = format!(
             "HTTP/1.1 {} {reason}\r\nContent-Type: {}\r\nContent-Length: {}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n{allow}Connection: close\r\n\r\n",
             self.status,
@@ -250,50 +188,5 @@ impl Response {
             self.body.len()
         );
         [head.as_bytes(), &self.body].concat()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_request_is_taken_apart_or_refused() {
-        let head = "GET /api/v1/jobs?x=1 HTTP/1.1\r\nAccept: */*\r\nhOST: localhost:7080\r\n\r\n";
-        assert_eq!(
-            parse(head),
-            Ok(HttpRequest { method: "GET", path: "/api/v1/jobs", host: "localhost:7080" })
-        );
-        for bad in [
-            "",
-            "GET /\r\nHost: a\r\n\r\n",
-            "GET / HTTP/2\r\nHost: a\r\n\r\n",
-            "GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n",
-            "GET / HTTP/1.1\r\n\r\n",
-            "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-            "GET / x HTTP/1.1\r\nHost: a\r\n\r\n",
-        ] {
-            assert!(parse(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn only_loopback_and_the_configured_names_are_served() {
-        let hosts = ["box.example".to_owned()];
-        for good in [
-            "localhost",
-            "LOCALHOST:80",
-            "127.0.0.1:7080",
-            "127.1.2.3",
-            "[::1]:7080",
-            "[::1]",
-            "Box.Example:7080",
-        ] {
-            assert!(host_allowed(good, &hosts), "{good}");
-        }
-        for bad in ["", "evil.example", "127.0.0.1.evil.example:80", "localhost.evil", "10.0.0.1", "[::2]:80"]
-        {
-            assert!(!host_allowed(bad, &hosts), "{bad}");
-        }
     }
 }

@@ -185,7 +185,7 @@ impl Coordinator {
         let (status, thread) =
             driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
-        let hosts = [&endpoint.quic, &endpoint.http].map(|address| http::host_of(address).to_owned());
+        let hosts = [&endpoint.quic, &endpoint.http].map(|address| crate::http::host_of(address).to_owned());
         let shared = Arc::new(Shared {
             calls: Calls::new(inbox.clone()),
             gate,

@@ -1,6 +1,6 @@
 //! `fleet exports`: models that were exported from checkpoints.
 
-use super::{OutputArgs, Target, connect, pages};
+use super::{ListArgs, OutputArgs, Target, connect, list};
 use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -18,13 +18,7 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum Action {
     /// List them, newest first
-    Ls {
-        /// How many
-        #[arg(short = 'n', long, default_value_t = 50)]
-        lines: usize,
-        #[command(flatten)]
-        output: OutputArgs,
-    },
+    Ls(ListArgs),
     /// Show one in full
     Show {
         /// Such as export-2
@@ -37,15 +31,12 @@ enum Action {
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     match args.action {
-        Action::Ls { lines, output } => {
-            let exports = block_on(pages(&mut client, lines, Request::Exports, |reply| match reply {
+        Action::Ls(args) => {
+            let take = |reply| match reply {
                 Reply::Exports(listing) => Ok(listing),
                 other => Err(other),
-            }))?;
-            match output.json {
-                true => out::json(&exports.iter().map(json::export).collect()),
-                false => print(&exports),
-            }
+            };
+            list(&mut client, &args, Request::Exports, take, json::export, print)?;
         }
         Action::Show { export, output } => {
             let view = match block_on(client.ask(Request::Export(export)))? {

@@ -20,7 +20,7 @@ pub mod submit;
 pub mod token;
 pub mod top;
 
-use crate::client::{Client, unexpected};
+use crate::client::{Client, block_on, unexpected};
 use crate::cluster::Cluster;
 use crate::failure::Failure;
 use crate::out;
@@ -63,6 +63,16 @@ pub fn done(reply: Reply) -> Result<(), Failure> {
     }
 }
 
+/// How much of a long list to print, newest first.
+#[derive(clap::Args)]
+pub struct ListArgs {
+    /// How many
+    #[arg(short = 'n', long, default_value_t = 50)]
+    lines: usize,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 /// The newest `count` items of a list that comes in pages.
 pub async fn pages<T>(
     client: &mut Client,
@@ -82,6 +92,23 @@ pub async fn pages<T>(
         }
     }
     Ok(items)
+}
+
+/// Prints the newest items of such a list.
+pub fn list<T>(
+    client: &mut Client,
+    args: &ListArgs,
+    ask: impl Fn(Page) -> Request,
+    take: impl Fn(Reply) -> Result<Listing<T>, Reply>,
+    json: impl Fn(&T) -> Value,
+    print: impl Fn(&[T]),
+) -> Result<(), Failure> {
+    let items = block_on(pages(client, args.lines, ask, take))?;
+    match args.output.json {
+        true => out::json(&items.iter().map(json).collect()),
+        false => print(&items),
+    }
+    Ok(())
 }
 
 /// A client of the wished cluster, or of the newest local launch. Talks to nobody yet.

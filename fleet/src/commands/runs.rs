@@ -1,6 +1,6 @@
 //! `fleet runs`: runs that clients recorded, and the series of any run.
 
-use super::{OutputArgs, Target, connect, pages};
+use super::{ListArgs, OutputArgs, Target, connect, list};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -18,13 +18,7 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum Action {
     /// List runs that clients recorded, newest first; training jobs are runs too and are listed by `fleet jobs`
-    Ls {
-        /// How many
-        #[arg(short = 'n', long, default_value_t = 50)]
-        lines: usize,
-        #[command(flatten)]
-        output: OutputArgs,
-    },
+    Ls(ListArgs),
     /// Show a run: its newest values, and with --points all of them
     Show {
         /// Such as run-3 or job-7
@@ -40,15 +34,12 @@ enum Action {
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     match args.action {
-        Action::Ls { lines, output } => {
-            let runs = block_on(pages(&mut client, lines, Request::Runs, |reply| match reply {
+        Action::Ls(args) => {
+            let take = |reply| match reply {
                 Reply::Runs(listing) => Ok(listing),
                 other => Err(other),
-            }))?;
-            match output.json {
-                true => out::json(&runs.iter().map(json::run).collect()),
-                false => print(&runs),
-            }
+            };
+            list(&mut client, &args, Request::Runs, take, json::run, print)?;
         }
         Action::Show { run, points, output } => block_on(show(&mut client, run, points, &output))?,
     }

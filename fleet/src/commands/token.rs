@@ -5,7 +5,7 @@ use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{out, places, text};
 use fleet_common::exit;
-use fleet_common::protocol::{Reply, Request, Role};
+use fleet_common::protocol::{Reply, Request, Role, UNLIMITED_USES};
 use serde_json::json;
 
 /// Make tokens that let machines and people join
@@ -83,8 +83,11 @@ fn list(output: &OutputArgs, cluster: Target<'_>) -> Result<u8, Failure> {
         .iter()
         .map(|token| {
             let role = json!(token.role).as_str().unwrap_or_default().to_owned();
-            let uses =
-                if token.uses_left == u32::MAX { "any".to_owned() } else { token.uses_left.to_string() };
+            let uses = if token.uses_left == UNLIMITED_USES {
+                "any".to_owned()
+            } else {
+                token.uses_left.to_string()
+            };
             vec![
                 token.id.clone(),
                 role,

@@ -4,7 +4,7 @@
 use crate::cluster::members::{NODES_MAX, NodeRecord, USERS_MAX, UserRecord, clean_name};
 use crate::cluster::{Answer, Context, State};
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
-use fleet_common::protocol::{Member, Role};
+use fleet_common::protocol::{Member, Role, UNLIMITED_USES};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,7 +39,9 @@ impl RedeemToken {
         if let Some(full) = full {
             return Answer::invalid(format!("the cluster has {full}, which is its limit; revoke some"));
         }
-        token.uses_left -= 1;
+        if token.uses_left != UNLIMITED_USES {
+            token.uses_left -= 1;
+        }
         let member = match token.role {
             Role::Coordinator => {
                 state.last_replica += 1;
@@ -106,6 +108,14 @@ mod tests {
         let wrong = why(script.run(Change::RedeemToken(wrong)));
         assert_eq!(wrong, why(script.run(redeem("other", "n"))));
         assert_eq!(script.state.tokens()["t"].uses_left, 1);
+    }
+
+    #[test]
+    fn an_unlimited_token_stays_unlimited() {
+        let mut script = Script::new();
+        script.run(token("t", Role::Worker, UNLIMITED_USES));
+        script.run(redeem("t", "n"));
+        assert_eq!(script.state.tokens()["t"].uses_left, UNLIMITED_USES);
     }
 
     #[test]

@@ -1,0 +1,70 @@
+//! The two ends of a snapshot's way from one replica to another: what this one waits for, and what it keeps for those who fetch.
+
+use super::{Replica, ReplicaError, TRANSFER_LEASE_TICKS};
+use crate::raft::disk::{Disk, DiskError};
+use crate::raft::transfer::{self, Chunk, Fetch, Taken};
+use raft::SnapshotStatus;
+
+impl<D: Disk> Replica<D> {
+    /// The snapshot that this replica waits for: from whom, and what comes next. Ask for it, and again when no answer comes.
+    pub fn wants(&self) -> Option<(u64, Fetch)> {
+        self.incoming.as_ref().map(|incoming| (incoming.source(), incoming.fetch()))
+    }
+
+    /// What another replica wants of this one's snapshot.
+    pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Chunk, ReplicaError> {
+        if !self.outgoing.contains_key(&to) || fetch.at != self.node.store().snapshot_position() {
+            self.end_transfer(to, SnapshotStatus::Failure);
+            return Ok(Chunk::gone(fetch));
+        }
+        self.outgoing.insert(to, self.ticks + TRANSFER_LEASE_TICKS);
+        let state = match self.outgoing_state.take() {
+            Some(state) => state,
+            None => self.node.store().snapshot_state()?,
+        };
+        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch, self.sizes.chunk_bytes)?;
+        self.outgoing_state = Some(state);
+        Ok(chunk)
+    }
+
+    /// An answer to `wants`. Others than the one that is waited for are dropped.
+    pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
+        let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
+            return Ok(());
+        };
+        match incoming.take(chunk, self.node.store().disk().as_ref()) {
+            Ok(Taken::Nothing | Taken::More) => {}
+            Ok(Taken::Lost) => self.incoming = None,
+            Ok(Taken::Complete(message)) => {
+                self.incoming = None;
+                drop(self.node.step(*message));
+            }
+            // The rows come again when there is room.
+            Err(DiskError::Full(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    pub(super) fn end_silent_transfers(&mut self) {
+        let silent = self.outgoing.iter().filter(|(_, until)| **until <= self.ticks).map(|(to, _)| *to);
+        for to in silent.collect::<Vec<_>>() {
+            self.end_transfer(to, SnapshotStatus::Failure);
+        }
+        let (leads, outgoing) = (self.node.raft.state == StateRole::Leader, &mut self.outgoing);
+        if leads {
+            let prs = self.node.raft.prs();
+            outgoing.retain(|to, _| prs.get(*to).is_some_and(|it| it.state == ProgressState::Snapshot));
+        }
+        if outgoing.is_empty() {
+            self.outgoing_state = None;
+        }
+    }
+
+    pub(super) fn end_transfer(&mut self, to: u64, status: SnapshotStatus) {
+        self.outgoing.remove(&to);
+        if self.node.raft.state == StateRole::Leader {
+            self.node.report_snapshot(to, status);
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Acts scripts with an agent.
+
+use super::super::*;
+use crate::gang::Prepared;
+use crate::verdict::{Exit, agent_error};
+use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Step};
+use fleet_common::ids::JobId;
+use fleet_common::job::*;
+use fleet_common::protocol::{FromRank, Program, Work};
+use std::path::PathBuf;
+
+pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
+
+pub fn config() -> Config {
+    Config {
+        name: "box".into(),
+        slots: 4,
+        accelerator: Accelerator::Cpu,
+        cores: 8,
+        program_version: "0".into(),
+        labels: BTreeMap::new(),
+        host: "box".into(),
+    }
+}
+
+pub fn job() -> Job {
+    Job {
+        task_name: "t".into(),
+        run_name: "r".into(),
+        output_dir: "/out".into(),
+        working_dir: "/".into(),
+        seed: 1,
+        strategy: Strategy::Auto,
+        devices: Devices::Auto,
+        num_nodes: 1,
+        device: Device::Auto,
+        precision: Precision::Fp32,
+        batch_size: 1,
+        accumulate_grad_batches: 1,
+        max_seq_len: 8,
+        epochs: 1,
+        max_steps: None,
+        logging_steps: 1,
+        log_to_db: false,
+        max_time_s: None,
+        threads_per_rank: None,
+        model: Model::Pretrained("/model".into()),
+        tokenizer: Tokenizer::Train { vocab_size: 300 },
+        data: Data {
+            paths: vec![PathBuf::from("/data")],
+            include: vec![],
+            exclude: vec![],
+            text_field: "text".into(),
+            validation_fraction: 0.1,
+            clean: Clean::default(),
+        },
+        optimizer: Optimizer {
+            learning_rate: 0.1,
+            schedule: Schedule::Constant,
+            warmup_steps: 0,
+            min_lr_ratio: 0.0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            max_grad_norm: 1.0,
+        },
+        checkpoint: Checkpoint { save_steps: 0, save_total_limit: 1, resume: Resume::No },
+        eval: Eval { eval_steps: 0, batch_size: 1, max_eval_examples: None },
+    }
+}
+
+pub fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
+    let work = match work {
+        "train" => Work::Train { job_json: job().to_json() },
+        _ => Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] }),
+    };
+    Gang {
+        job: JobId(1),
+        generation,
+        world_size,
+        first_rank: 0,
+        ranks: world_size,
+        nodes: 1,
+        node_index: 0,
+        meeting: None,
+        max_time_ms: None,
+        resume: None,
+        work,
+    }
+}
+
+pub struct Stage {
+    pub agent: Agent,
+    pub now: Now,
+    pub seen: Vec<String>,
+}
+
+/// Acts the `>` lines of a script and returns what came of it, in the script's form.
+fn play(script: &str) -> String {
+    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: Vec::new() };
+    for line in script.lines().filter_map(|line| line.trim().strip_prefix("> ")) {
+        stage.seen.push(format!("> {line}"));
+        let words: Vec<&str> = line.split(' ').collect();
+        if let ["wait", ms] = words[..] {
+            stage.wait(ms.parse().unwrap());
+        } else {
+            stage.happen(input(&words, stage.now));
+        }
+    }
+    stage.seen.join("\n")
+}
+
+pub fn input(words: &[&str], now: Now) -> Input {
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let rank = |text: &str| text.parse::<Rank>().unwrap();
+    let event = |body| FromRank::Event(Event { unix_ms: 0, body });
+    let of_gang = |input| Input::Gang(GANG, input);
+    let (job, generation) = (GANG.job, GANG.generation);
+    match words {
+        ["connected"] => Input::Connected,
+        ["disconnected"] => Input::Disconnected,
+        ["welcome"] => Input::Message(ToAgent::Welcome { node: NodeId(1) }),
+        ["refused", why @ ..] => Input::Message(ToAgent::Refused { message: why.join(" "), fatal: true }),
+        ["start", work, ranks] => Input::Message(ToAgent::StartGang(gang(work, rank(ranks), 1))),
+        ["start", work, ranks, "generation", n] => {
+            Input::Message(ToAgent::StartGang(gang(work, rank(ranks), number(n))))
+        }
+        ["start", work, ranks, "for", ms] => {
+            let gang = Gang { max_time_ms: Some(number(ms)), ..gang(work, rank(ranks), 1) };
+            Input::Message(ToAgent::StartGang(gang))
+        }
+        ["start", work, ranks, "from", first] => {
+            let (ranks, first_rank) = (rank(ranks), rank(first));
+            let (world_size, node_index) = (first_rank + ranks, 1);
+            let gang = Gang { first_rank, ranks, node_index, nodes: 2, ..gang(work, world_size, 1) };
+            Input::Message(ToAgent::StartGang(gang))
+        }
+        ["start", work, ranks, "resumes", path] => {
+            let gang = Gang { generation: 1, resume: Some((*path).into()), ..gang(work, rank(ranks), 1) };
+            Input::Message(ToAgent::StartGang(gang))
+        }
+        ["committed", seq] => Input::Message(ToAgent::EventsCommitted { job, generation, seq: number(seq) }),
+        ["resend", "from", seq] => {
+            Input::Message(ToAgent::ResendEvents { job, generation, next_seq: number(seq) })
+        }
+        ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
+        ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
+        ["signal"] => Input::Stop,
+        ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
+        ["prepared"] => {
+            let prepared = Prepared { cache_dir: "/cache".into(), stats: DataStats::default(), resume: None };
+            of_gang(GangInput::Prepared(Ok(prepared)))
+        }
+        ["data", "bad", why @ ..] => {
+            of_gang(GangInput::Prepared(Err(agent_error(Fault::Input, "box", why.join(" ")))))
+        }
+        ["no", "process", n] => {
+            of_gang(GangInput::SpawnFailed { rank: rank(n), error: "too many processes".into() })
+        }
+        ["rank", n, rest @ ..] => {
+            let n = rank(n);
+            of_gang(match rest {
+                ["prints", words @ ..] => {
+                    GangInput::Lines { rank: n, level: Level::Info, lines: vec![words.join(" ")] }
+                }
+                ["step", step] => {
+                    let step = Step {
+                        step: number(step),
+                        total_steps: 9,
+                        epoch: 0.0,
+                        loss: 1.0,
+                        lr: 0.1,
+                        grad_norm: 1.0,
+                        tokens_per_s: 1.0,
+                    };
+                    GangInput::Rank(n, event(EventBody::Step(step)))
+                }
+                ["saved", step] => {
+                    let record = CheckpointRecord {
+                        step: number(step),
+                        path: "/c".into(),
+                        manifest_sha256: "".into(),
+                        bytes: 1,
+                        loss: 1.0,
+                        writers: 1,
+                        shards: vec![],
+                    };
+                    GangInput::Rank(n, event(EventBody::Checkpoint(record)))
+                }
+                ["done", steps] => {
+                    let outcome =
+                        Outcome::Succeeded { steps: number(steps), final_loss: None, tokens_per_s: 1.0 };
+                    GangInput::Rank(n, FromRank::Done(outcome))
+                }
+                ["stopped", steps] => {
+                    GangInput::Rank(n, FromRank::Done(Outcome::Stopped { steps: number(steps) }))
+                }
+                ["fails", why @ ..] => {
+                    let error = fleet_common::events::JobError {
+                        node: None,
+                        ..agent_error(Fault::Job, "", why.join(" "))
+                    };
+                    GangInput::Rank(n, FromRank::Failed(error))
+                }
+                ["exits", code] => {
+                    GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) }
+                }
+                ["dies", signal] => {
+                    GangInput::Exited { rank: n, at: now.mono, exit: Exit::Signal(signal.parse().unwrap()) }
+                }
+                other => panic!("a rank cannot {other:?}"),
+            })
+        }
+        other => panic!("nothing like {other:?} happens"),
+    }
+}
+
+impl Stage {
+    /// False once the agent has left.
+    pub fn happen(&mut self, input: Input) -> bool {
+        let actions = self.agent.handle(self.now, input);
+        self.seen.extend(actions.iter().filter_map(describe));
+        !actions.iter().any(|action| matches!(action, Action::Exit { .. }))
+    }
+
+    /// Time goes by, and the agent is woken when it asked to be.
+    fn wait(&mut self, ms: u64) {
+        let end = self.now.mono + Duration::from_millis(ms);
+        while let Some(deadline) = self.agent.deadline().filter(|&deadline| deadline <= end) {
+            self.now.mono = self.now.mono.max(deadline);
+            if !self.happen(Input::Tick) {
+                return;
+            }
+        }
+        self.now.mono = end;
+    }
+}
+
+fn describe(action: &Action) -> Option<String> {
+    Some(match action {
+        Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) => return None,
+        Action::Send(FromAgent::Hello(hello)) => {
+            let gangs: Vec<String> =
+                hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
+            format!("send hello{}", gangs.concat())
+        }
+        Action::Send(FromAgent::Events(batch)) => {
+            let events: Vec<String> = batch.events.iter().map(|event| tell(&event.body)).collect();
+            format!("send {}: {}", batch.first_seq, events.join(", "))
+        }
+        Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
+        Action::Registered(node) => format!("registered as {node}"),
+        Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
+        Action::Prepare { job, .. } => match &job.checkpoint.resume {
+            Resume::Path(path) => format!("prepare from {}", path.display()),
+            _ => "prepare".into(),
+        },
+        Action::ToRank { rank, message: ToRank::Start(start), .. } => {
+            format!("rank {rank}: start on {} with {} threads", start.device, start.threads)
+        }
+        Action::ToRank { rank, message: ToRank::Stop, .. } => format!("rank {rank}: stop"),
+        Action::ToRank { rank, message: ToRank::CheckpointCommitted { step }, .. } => {
+            format!("rank {rank}: checkpoint {step} counts")
+        }
+        Action::Strike { rank, blow, .. } => {
+            format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" })
+        }
+        Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
+        Action::Forget(gang) => format!("forget {gang}"),
+        Action::Exit { refused: None } => "exit".into(),
+        Action::Exit { refused: Some(why) } => format!("exit: {why}"),
+    })
+}
+
+fn tell(body: &EventBody) -> String {
+    match body {
+        EventBody::DataReady(_) => "data ready".into(),
+        EventBody::Step(step) => format!("step {}", step.step),
+        EventBody::Checkpoint(record) => format!("checkpoint {}", record.step),
+        EventBody::Log { rank: Some(rank @ 10..), line, .. } => format!("rank {rank}: `{line}`"),
+        EventBody::Log { line, .. } => format!("`{line}`"),
+        EventBody::Memory { rss_mib, .. } => format!("memory {rss_mib:?}"),
+        EventBody::Finished(Outcome::Succeeded { steps, .. }) => format!("succeeded after {steps}"),
+        EventBody::Finished(Outcome::Stopped { steps }) => format!("stopped after {steps}"),
+        EventBody::Finished(Outcome::Failed(error)) => {
+            format!("failed ({:?}): {}", error.fault, error.message)
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+pub fn check(script: &str) {
+    let wanted: Vec<&str> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(play(script), wanted.join("\n"));
+}
