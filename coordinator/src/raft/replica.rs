@@ -15,9 +15,8 @@ use super::shape::{BadMessage, Fits};
 use super::transfer::Incoming;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
-use prost::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
-use raft::{Config, ProgressState, RawNode, Ready, StateRole, Storage};
+use raft::{Config, ProgressState, RawNode, Ready, StateRole};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

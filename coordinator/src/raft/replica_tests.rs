@@ -5,6 +5,7 @@ use super::*;
 use crate::cluster::commands::{Change, CreateToken, SubmitJob};
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::submit;
+use crate::raft::{history, transfer};
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::protocol::Role;
 use raft::eraftpb::MessageType;

@@ -5,7 +5,6 @@
 mod stage;
 
 use super::*;
-use fleet_common::job::*;
 use stage::{GANG, Stage, check, config, gang, input, job};
 
 #[test]

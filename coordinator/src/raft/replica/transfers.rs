@@ -3,7 +3,7 @@
 use super::{Replica, ReplicaError, TRANSFER_LEASE_TICKS};
 use crate::raft::disk::{Disk, DiskError};
 use crate::raft::transfer::{self, Chunk, Fetch, Taken};
-use raft::SnapshotStatus;
+use raft::{ProgressState, SnapshotStatus, StateRole};
 
 impl<D: Disk> Replica<D> {
     /// The snapshot that this replica waits for: from whom, and what comes next. Ask for it, and again when no answer comes.
