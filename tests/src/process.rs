@@ -106,6 +106,13 @@ impl Running {
         self.stderr.lock().expect("no reader panics").clone()
     }
 
+    /// Panics with what it said if it has ended.
+    pub fn must_live(&mut self) {
+        if let Some(status) = self.child.try_wait().expect("the child is ours") {
+            panic!("ended with {status}: {}", self.so_far());
+        }
+    }
+
     /// Waits until stderr has this text.
     pub fn until_it_says(&self, text: &str) {
         eventually(text, || self.stderr.lock().expect("no reader panics").contains(text));

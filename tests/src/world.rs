@@ -159,9 +159,10 @@ impl World {
     }
 
     /// Waits until the coordinator that `process` is listens.
-    pub fn standing(&self, process: Running, data_dir: &Path) -> Standing {
+    pub fn standing(&self, mut process: Running, data_dir: &Path) -> Standing {
         let (mut found, pid) = (None, process.pid());
         eventually("the coordinator listens", || {
+            process.must_live();
             found = Endpoint::load(data_dir).ok().flatten().filter(|endpoint| endpoint.pid == pid);
             found.is_some()
         });

@@ -16,7 +16,7 @@ use super::transfer::Incoming;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
-use raft::{Config, ProgressState, RawNode, Ready, StateRole};
+use raft::{Config, ProgressState, RawNode, Ready, StateRole, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -276,9 +276,11 @@ impl<D: Disk> Replica<D> {
         self.node.raft.state == StateRole::Leader && self.node.raft.commit_to_current_term()
     }
 
-    /// No other replica can have committed anything that this one has not applied.
+    /// No other replica can have committed anything that this one has not applied. What is in the log and not applied yet may be the
+    /// admission of others: a replica that has just been opened knows its members as of its snapshot.
     pub fn is_alone(&self) -> bool {
-        self.conf.voters == [self.id()]
+        let logged = self.node.store().last_index();
+        self.conf.voters == [self.id()] && logged.is_ok_and(|last| self.applied.index >= last)
     }
 
     /// The members, as of `applied_index`.

@@ -153,6 +153,17 @@ fn a_follower_declines_proposals() {
     assert!(!replica.is_alone());
 }
 
+#[test]
+fn a_replica_that_was_just_opened_does_not_take_itself_for_alone() {
+    let mut replica = alone();
+    replica.propose(6, &command(1)).unwrap();
+    settle(&mut replica);
+    let mut opened = Replica::open(Arc::new(disk(&replica).after_power_failure(0)), 7).unwrap().unwrap();
+    assert!(!opened.is_alone(), "its log may admit others");
+    settle(&mut opened);
+    assert!(opened.is_alone());
+}
+
 /// Replicas, the messages between them, and the snapshots that they fetch.
 struct Cluster {
     replicas: BTreeMap<u64, TestReplica>,
