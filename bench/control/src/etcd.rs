@@ -123,7 +123,11 @@ impl Cluster for Etcd {
             channels.push(self.client(&[at]).await?);
         }
         Ok((0..count)
-            .map(|n| EtcdClient { client: channels[n % channels.len()].clone(), key: format!("bench/{n}"), n: 0 })
+            .map(|n| EtcdClient {
+                client: channels[n % channels.len()].clone(),
+                key: format!("bench/{n}"),
+                n: 0,
+            })
             .collect())
     }
 

@@ -40,7 +40,8 @@ impl Fleet {
             fleet.members.push(None);
             fleet.launch(n).await?;
         }
-        let started = fleet.ask(0, ClientFrame::change(ClientId(1), 1, Request::StartRun { name: "bench".into() }));
+        let started =
+            fleet.ask(0, ClientFrame::change(ClientId(1), 1, Request::StartRun { name: "bench".into() }));
         fleet.run = match started.await? {
             Reply::RunStarted(run) => run,
             other => bail!("no run was started: {other:?}"),

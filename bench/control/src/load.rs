@@ -43,17 +43,14 @@ pub trait Cluster {
     fn cpu_s(&self) -> Result<f64>;
 }
 
-pub async fn beside_etcd(
-    bin: &Path,
-    disk: &Path,
-    plan: &Plan,
-    kills: usize,
-    burn: Duration,
-) -> Result<()> {
+pub async fn beside_etcd(bin: &Path, disk: &Path, plan: &Plan, kills: usize, burn: Duration) -> Result<()> {
     let mut etcd = Etcd::start(&disk.join("etcd")).await.context("etcd (Debian: etcd-server)")?;
     let mut fleet = Fleet::start(bin, &disk.join("fleet"), 3).await.context("fleet")?;
     println!("fsync of 256 bytes: median {:.3} ms on {}", fsync_ms(disk)?, disk.display());
-    println!("clients share {CONNECTIONS} connections to the leader; medians of {} rounds, in turn\n", plan.rounds);
+    println!(
+        "clients share {CONNECTIONS} connections to the leader; medians of {} rounds, in turn\n",
+        plan.rounds
+    );
     println!("| clients | | puts/s | p50 ms | p99 ms | cores | throughput | p99 |");
     println!("|---|---|---|---|---|---|---|---|");
     for count in &plan.clients {
@@ -90,7 +87,9 @@ pub async fn beside_etcd(
         theirs.push(failover(&mut etcd).await?);
     }
     if kills > 0 {
-        println!("\nfailover over {kills} kills of the leader, to the first change that a survivor acknowledges:");
+        println!(
+            "\nfailover over {kills} kills of the leader, to the first change that a survivor acknowledges:"
+        );
         for (name, times) in [(Fleet::NAME, &ours), (Etcd::NAME, &theirs)] {
             let each: Vec<String> = times.iter().map(|time| format!("{time:.2}")).collect();
             let (median, worst) = (median(times.iter().copied()), worst(times));

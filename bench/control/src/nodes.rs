@@ -73,7 +73,9 @@ pub async fn run(bin: &Path, dir: &Path, count: usize, length: Duration) -> Resu
         addresses,
         latencies: std::sync::Mutex::default(),
         connecting: Semaphore::new(AT_ONCE),
-        sockets: (0..SOCKETS).map(|_| Ok(Endpoint::client("127.0.0.1:0".parse()?)?)).collect::<Result<_>>()?,
+        sockets: (0..SOCKETS)
+            .map(|_| Ok(Endpoint::client("127.0.0.1:0".parse()?)?))
+            .collect::<Result<_>>()?,
     });
     let beats: Vec<Arc<Beat>> = (0..count).map(|_| Arc::default()).collect();
     let mut tasks = JoinSet::new();
@@ -155,8 +157,10 @@ async fn live(n: usize, identity: Identity, beat: Arc<Beat>, common: Arc<Common>
     addresses.rotate_left(n % common.addresses.len());
     loop {
         let _ended = session(n, &identity, &addresses, &beat, &common).await;
-        // The others share those that one coordinator held.
-        addresses.rotate_left(1 + (n / common.addresses.len()) % 2);
+        // The one that was lost comes last, and the others share those that it held.
+        let lost = beat.port.load(Ordering::Relaxed);
+        addresses.sort_by_key(|address| port_of(address).is_ok_and(|port| u64::from(port) == lost));
+        addresses.swap(0, (n / common.addresses.len()) % 2);
     }
 }
 

@@ -5,16 +5,20 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
-use fleet_common::protocol::{ClientFrame, Member, PROTOCOL_VERSION, RefusalKind, Reply, Request};
+use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId, UserId};
+use fleet_common::protocol::{
+    ClientFrame, Member, PROTOCOL_VERSION, Point, RefusalKind, Reply, Request, RunKey,
+};
 use fleet_coordinator::cluster::commands::{Change, CreateToken, RedeemToken};
 use fleet_coordinator::cluster::session::RequestId;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// The operator's number.
 pub const OPERATOR: u32 = 0;
 /// For an answer; longer than a coordinator takes to give up itself.
 const PATIENCE: Micros = 7 * SECOND;
+/// Open runs of one client.
+const RUNS_MAX: usize = 2;
 /// Tries of an ordinary client before it gives up and does not know.
 const TRIES: u32 = 12;
 
@@ -26,6 +30,8 @@ pub enum Want {
     },
     Cancel(JobId),
     Job(JobId),
+    /// Whatever the coordinator that is asked knows of it.
+    OldJob(JobId),
     Jobs,
     Nodes,
     Status,
@@ -35,6 +41,13 @@ pub enum Want {
     },
     Drain(NodeId),
     Undrain(NodeId),
+    StartRun {
+        name: String,
+    },
+    /// One more point of a run that nobody else writes.
+    Record(RunId),
+    Run(RunId),
+    FinishRun(RunId),
     /// For those who join.
     Token,
     JoinMachine(u32),
@@ -45,7 +58,16 @@ pub enum Want {
 
 impl Want {
     fn is_read(&self) -> bool {
-        matches!(self, Want::Job(_) | Want::Jobs | Want::Nodes | Want::Status | Want::Watch { .. })
+        matches!(
+            self,
+            Want::Job(_)
+                | Want::OldJob(_)
+                | Want::Jobs
+                | Want::Nodes
+                | Want::Status
+                | Want::Run(_)
+                | Want::Watch { .. }
+        )
     }
 }
 
@@ -67,12 +89,14 @@ pub struct Client {
     pending: Option<Pending>,
     tasks: VecDeque<(Want, Question)>,
     think: Micros,
+    /// Its open runs: how many points it asked to record, and how many were acknowledged.
+    runs: BTreeMap<RunId, (u64, u64)>,
 }
 
 impl Client {
     pub fn new(number: u32, think: Micros) -> Client {
         let (id, user) = (ClientId(0xC11E_0000 + u128::from(number)), UserId(u64::from(number) + 1));
-        Client { id, user, seq: 0, pending: None, tasks: VecDeque::new(), think }
+        Client { id, user, seq: 0, pending: None, tasks: VecDeque::new(), think, runs: BTreeMap::new() }
     }
 
     fn frame(&mut self, request: Request) -> Question {
@@ -153,6 +177,8 @@ impl World {
         let many = unfinished.len() >= 8;
         let nodes: Vec<NodeId> = self.oracle.state().nodes().keys().copied().collect();
         let client = self.clients.get_mut(&number)?;
+        let runs: Vec<RunId> = client.runs.keys().copied().collect();
+        let run = self.random.pick(&runs).copied();
         let (want, request) = match (draw, job) {
             (0..6, _) if !many => {
                 let name = format!("c{number}-{}", client.seq + 1);
@@ -170,15 +196,35 @@ impl World {
                 let node = nodes[self.random.index(nodes.len())];
                 (Want::Undrain(node), Request::Undrain(node))
             }
-            (11..60, Some(job)) => (Want::Job(job), Request::Job(job)),
+            (11..50, Some(job)) => (Want::Job(job), Request::Job(job)),
+            (50..60, Some(job)) => (Want::OldJob(job), Request::Job(job)),
             (60..75, _) => (Want::Jobs, Request::Jobs { all: None }),
             (75..82, _) => (Want::Nodes, Request::Nodes),
             (82..90, Some(job)) => {
                 (Want::Watch { job, seen: 0 }, Request::Watch { job, from: 1, follow: false })
             }
+            (90..91, _) if runs.len() < RUNS_MAX => {
+                let name = format!("c{number}-{}", client.seq + 1);
+                (Want::StartRun { name: name.clone() }, Request::StartRun { name })
+            }
+            (91..96, _) if run.is_some() => {
+                let run = run?;
+                let (asked, _) = client.runs.get_mut(&run)?;
+                *asked += 1;
+                let (step, value) = (*asked, *asked as f64);
+                let points = vec![Point { series: "n".into(), step, value, unix_ms: step }];
+                (Want::Record(run), Request::RecordMetrics { run, points })
+            }
+            (96..98, _) if run.is_some() => (Want::Run(run?), Request::Run(RunKey::Own(run?))),
+            (98..99, _) if runs.len() == RUNS_MAX => {
+                (Want::FinishRun(run?), Request::FinishRun { run: run?, succeeded: true })
+            }
             _ => (Want::Status, Request::ClusterStatus),
         };
-        let question = client.frame(request);
+        let mut question = client.frame(request);
+        if let (Want::OldJob(_), Question::Client { frame, .. }) = (&want, &mut question) {
+            frame.stale = true;
+        }
         Some((want, question))
     }
 
@@ -288,6 +334,43 @@ impl World {
                 }
             }
             (Want::Cancel(job), Answered::Reply(Reply::Done)) => self.oracle.cancelled(*job, now),
+            (Want::OldJob(job), Answered::Reply(Reply::Job(view))) => {
+                self.oracle.shown(*job, Some(&view), 0, now)
+            }
+            (Want::StartRun { name }, Answered::Reply(Reply::RunStarted(run))) => {
+                let (name, run) = (name.clone(), run);
+                if let Some(client) = self.clients.get_mut(&number) {
+                    client.runs.insert(run, (0, 0));
+                }
+                self.oracle.run_started(&name, run)
+            }
+            (Want::Record(run), Answered::Reply(Reply::Done)) => {
+                let run = *run;
+                let known = self.clients.get_mut(&number).and_then(|client| client.runs.get_mut(&run));
+                let least = known.map_or(0, |(_, acknowledged)| {
+                    *acknowledged += 1;
+                    *acknowledged
+                });
+                self.oracle.recorded_points(run, least)
+            }
+            (Want::Run(run), Answered::Reply(Reply::Run(view))) => {
+                let known = self.clients.get(&number).and_then(|client| client.runs.get(run));
+                let (most, least) = known.copied().unwrap_or_default();
+                match (least..=most).contains(&view.points) {
+                    true => Ok(()),
+                    false => Err(format!(
+                        "{run} was shown with {} points to who recorded {least} and tried {most}",
+                        view.points
+                    )),
+                }
+            }
+            (Want::FinishRun(run), Answered::Reply(Reply::Done)) => {
+                let run = *run;
+                if let Some(client) = self.clients.get_mut(&number) {
+                    client.runs.remove(&run);
+                }
+                Ok(())
+            }
             (Want::Drain(node) | Want::Undrain(node), Answered::Reply(Reply::Done)) => {
                 let node = *node;
                 self.say(format_args!("client-{number} has done {want:?}"));

@@ -5,6 +5,7 @@ use super::net::{GOOD, Path, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
+use fleet_coordinator::control::Input;
 use fleet_coordinator::raft::disk::Table;
 
 /// The end of a fault.
@@ -12,6 +13,7 @@ use fleet_coordinator::raft::disk::Table;
 pub enum Mend {
     Heal(Vec<(Site, Site)>),
     Room(u32),
+    Space(u32),
     FastDisk(u32),
     Resume(Site),
     StartHost(u32),
@@ -33,7 +35,8 @@ impl World {
             12..22 => self.power_off(),
             22..32 => self.burn_fuse(),
             32..42 => self.pause_one(),
-            42..46 => self.fill_disk(),
+            42..45 => self.fill_disk(),
+            45..46 => self.run_low(),
             46..50 => self.slow_disk(),
             50..64 => self.cut_off(),
             64..70 => self.bad_path(),
@@ -133,6 +136,15 @@ impl World {
             host.stable_since = Micros::MAX;
         }
         self.queue.after(takes, Event::Mend(Mend::Room(host)));
+    }
+
+    /// There is little room left on the disk: the driver has nothing more written before it is full.
+    fn run_low(&mut self) {
+        let Some(number) = self.any_serving() else { return };
+        let takes = self.random.range(SECOND..30 * SECOND);
+        self.say(format_args!("fault: host-{number} has little room for {} s", takes / SECOND));
+        self.tell_control(number, Input::LowSpace(Some("little room".to_owned())));
+        self.queue.after(takes, Event::Mend(Mend::Space(number)));
     }
 
     fn slow_disk(&mut self) {
@@ -300,6 +312,7 @@ impl World {
                     host.stable_since = now;
                 }
             }
+            Mend::Space(number) => self.tell_control(number, Input::LowSpace(None)),
             Mend::FastDisk(number) => {
                 if let Some(host) = self.hosts.get_mut(&number) {
                     host.sync = super::host::SYNC;
@@ -324,6 +337,7 @@ impl World {
         let hosts: Vec<u32> = self.hosts.keys().copied().collect();
         for number in hosts {
             self.on_mend(Mend::Room(number));
+            self.on_mend(Mend::Space(number));
             self.on_mend(Mend::FastDisk(number));
             self.resume_host(number);
             if let Some(host) = self.hosts.get_mut(&number) {

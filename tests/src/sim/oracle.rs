@@ -11,7 +11,7 @@
 use super::queue::{MS, Micros, SECOND};
 use fleet_common::codec;
 use fleet_common::events::{EventBody, Outcome};
-use fleet_common::ids::{Generation, JobId, NodeId};
+use fleet_common::ids::{Generation, JobId, NodeId, RunId};
 use fleet_common::protocol::{JobState, JobView};
 use fleet_coordinator::cluster::commands::{Change, DrainNode, UndrainNode};
 use fleet_coordinator::cluster::history::HistoryRow;
@@ -308,6 +308,24 @@ impl Oracle {
             }
             Some(known) => Err(format!("`{name}` was acknowledged as {job} and is {known}")),
             None => Err(format!("`{name}` was acknowledged as {job} and is not committed")),
+        }
+    }
+
+    /// A client was told that its run has this number.
+    pub fn run_started(&mut self, name: &str, run: RunId) -> Result<(), String> {
+        match self.state.runs().get(&run) {
+            Some(record) if record.name == name => Ok(()),
+            Some(record) => Err(format!("`{name}` was acknowledged as {run}, which is `{}`", record.name)),
+            None => Err(format!("`{name}` was acknowledged as {run} and is not committed")),
+        }
+    }
+
+    /// A client was told that so many points of its run are recorded.
+    pub fn recorded_points(&self, run: RunId, least: u64) -> Result<(), String> {
+        let points = self.state.runs().get(&run).map_or(0, |record| record.points);
+        match points >= least {
+            true => Ok(()),
+            false => Err(format!("{least} points of {run} were acknowledged and {points} are committed")),
         }
     }
 
