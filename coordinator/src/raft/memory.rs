@@ -87,6 +87,10 @@ impl MemoryDisk {
         self.lock().full = full;
     }
 
+    pub fn is_full(&self) -> bool {
+        self.lock().full
+    }
+
     /// Flips a bit of the `row`-th row of a table, both counted round. False when the table is empty.
     pub fn rot(&self, table: Table, row: usize, bit: usize) -> bool {
         let mut inner = self.lock();

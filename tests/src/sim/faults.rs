@@ -309,14 +309,14 @@ impl World {
             Mend::Room(number) => {
                 if let Some(host) = self.hosts.get_mut(&number) {
                     host.disk.set_full(false);
-                    host.stable_since = now;
+                    host.is_stable_from(now);
                 }
             }
             Mend::Space(number) => self.tell_control(number, Input::LowSpace(None)),
             Mend::FastDisk(number) => {
                 if let Some(host) = self.hosts.get_mut(&number) {
                     host.sync = super::host::SYNC;
-                    host.stable_since = now;
+                    host.is_stable_from(now);
                 }
             }
             Mend::Resume(Site::Host(number)) => self.resume_host(number),

@@ -100,6 +100,12 @@ pub struct Host {
 }
 
 impl Host {
+    /// A fault of its disk has ended; there may be another one.
+    pub fn is_stable_from(&mut self, now: Micros) {
+        let well = self.sync == SYNC && !self.disk.is_full();
+        self.stable_since = if well { now } else { Micros::MAX };
+    }
+
     pub fn new(number: u32, clock: Clock) -> Host {
         Host {
             number,

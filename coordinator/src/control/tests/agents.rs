@@ -248,6 +248,19 @@ fn strangers_the_revoked_and_the_rude_are_sent_away_for_good() {
 }
 
 #[test]
+fn a_coordinator_with_a_full_disk_sends_an_agent_on_at_once() {
+    let mut net = Net::new(3);
+    let (follower, node, _, _) = running(&mut net);
+    net.disks[&follower].set_full(true);
+    net.submit(net.leading());
+    net.run_until("no room", |net| net.controls[&follower].status().read_only.is_some());
+    let sent_on = net.connect(follower, node, vec![]);
+    net.settle();
+    let (message, fatal) = &net.closed[&sent_on];
+    assert!(message.contains("full") && !fatal, "{message}");
+}
+
+#[test]
 fn an_agent_that_lost_its_gang_fails_the_job() {
     let mut net = Net::new(3);
     let (follower, node, session, job) = running(&mut net);
