@@ -134,6 +134,15 @@ impl World {
         nodes.into_iter().for_each(|node| self.order_request(Want::Undrain(node), Request::Undrain(node)));
     }
 
+    /// A drain that somebody wanted before all faults ended came late.
+    fn undrain_in_the_calm(&mut self, want: &Want) {
+        if let Want::Drain(node) = *want
+            && self.calm
+        {
+            self.order_request(Want::Undrain(node), Request::Undrain(node));
+        }
+    }
+
     pub fn order_join(&mut self, want: Want, redeem: RedeemToken) {
         self.order(want, |request| Question::Join { redeem, request });
     }
@@ -280,6 +289,7 @@ impl World {
         if number != OPERATOR && (tries >= TRIES || pending.want.is_read() && self.calm) {
             let want = pending.want.clone();
             self.say(format_args!("client-{number} gives up {want:?}"));
+            self.undrain_in_the_calm(&want);
             self.finish_call(number);
         } else {
             self.ask(number);
@@ -374,6 +384,7 @@ impl World {
             (Want::Drain(node) | Want::Undrain(node), Answered::Reply(Reply::Done)) => {
                 let node = *node;
                 self.say(format_args!("client-{number} has done {want:?}"));
+                self.undrain_in_the_calm(&want);
                 self.oracle.drained(node, now)
             }
             (Want::Nodes, Answered::Reply(Reply::Nodes(views))) => {
