@@ -216,7 +216,6 @@ fn a_thousand_silent_connections_and_a_flood_starve_nobody() {
     let identity = local(&cluster);
     let runtime = runtime();
     let quic = cluster.endpoint.quic.clone();
-    // One endpoint, so that a thousand sockets are not needed.
     let silent = runtime.spawn({
         let (quic, identity) = (quic.clone(), identity.clone());
         async move {
