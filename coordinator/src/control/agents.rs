@@ -52,8 +52,8 @@ impl Agents {
 
 impl<D: Disk> Control<D> {
     pub(super) fn agent_connected(&mut self, now: Now, session: Session, node: NodeId) {
-        let refused = if let Some(why) = &self.removed {
-            Some((why.clone(), false))
+        let refused = if let Some(leaving) = &self.leaving {
+            Some((leaving.why.clone(), false))
         } else if self.is_revoked(Member::Worker(node)) {
             Some((format!("{node} was revoked; join again with a new token"), true))
         } else if self.is_stuck() {

@@ -168,8 +168,8 @@ impl<D: Disk> Control<D> {
 
     /// A coordinator that was taken out, or cannot follow the others for lack of room, sends everybody elsewhere.
     fn is_serving(&self) -> Result<(), Refusal> {
-        match (&self.removed, self.replica.full()) {
-            (Some(why), _) => Err(unavailable(why.clone())),
+        match (&self.leaving, self.replica.full()) {
+            (Some(leaving), _) => Err(unavailable(leaving.why.clone())),
             (None, Some(why)) if self.is_stuck() => {
                 Err(unavailable(format!("this coordinator cannot go on: {why}; ask another one")))
             }

@@ -178,17 +178,4 @@ impl<D: Disk> Control<D> {
         }
         Ok(())
     }
-
-    /// Somebody who must know says that this coordinator is none any more, or it has seen so itself.
-    pub(super) fn was_removed(&mut self) {
-        if self.removed.is_some() {
-            return;
-        }
-        let why =
-            format!("{} was removed from the cluster; join with a new token to take part again", self.me());
-        self.refuse_all(&why);
-        self.close_all_agents(&why);
-        self.out.push(Action::Removed(why.clone()));
-        self.removed = Some(why);
-    }
 }

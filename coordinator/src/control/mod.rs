@@ -19,6 +19,7 @@ mod agents;
 mod asks;
 mod calls;
 mod io;
+mod leaving;
 mod members;
 mod observations;
 mod peer;
@@ -44,6 +45,7 @@ use asks::Ask;
 use calls::Calls;
 use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::protocol::Member;
+use leaving::Leaving;
 use observations::Observations;
 use prost::Message as _;
 use raft::eraftpb::Message;
@@ -77,7 +79,8 @@ pub struct Control<D: Disk> {
     observations: Observations,
     transfers: Transfers,
     low_space: Option<String>,
-    removed: Option<String>,
+    /// Since this coordinator was taken out.
+    leaving: Option<Leaving>,
     /// When this coordinator last led or was heard by who leads.
     in_touch_ms: u64,
     plan_now: bool,
@@ -122,7 +125,7 @@ impl<D: Disk> Control<D> {
             observations: Observations::default(),
             transfers: Transfers::default(),
             low_space: None,
-            removed: None,
+            leaving: None,
             in_touch_ms: now.mono_ms,
             plan_now: false,
             planned_ms: now.mono_ms,
@@ -161,15 +164,15 @@ impl<D: Disk> Control<D> {
 
     fn tick(&mut self, now: Now) {
         self.replica.tick();
+        if self.leaving.is_some() {
+            return self.look_after_leaving(now);
+        }
         self.look_after_asks(now);
         self.look_after_reads(now);
         self.look_after_agents(now);
         self.look_after_members(now);
         if now.mono_ms.saturating_sub(self.housekeeping_ms) >= HOUSEKEEPING_MS {
             self.housekeeping_ms = now.mono_ms;
-            if self.is_revoked(Member::Coordinator(self.me())) {
-                return self.was_removed();
-            }
             self.describe_myself(now);
             self.look_after_watches(now);
             self.look_after_joins(now);
@@ -179,9 +182,13 @@ impl<D: Disk> Control<D> {
 
     fn peer_said(&mut self, now: Now, from: ReplicaId, message: PeerMessage) {
         if self.is_revoked(Member::Coordinator(from)) {
-            return self.out.push(Action::ToPeer { to: from, message: PeerMessage::Removed });
+            // Not while the removal may be applied here and not yet on the disk.
+            if self.replica.full().is_none() {
+                self.out.push(Action::ToPeer { to: from, message: PeerMessage::Removed });
+            }
+            return;
         }
-        if self.removed.is_some() {
+        if self.has_left() {
             return;
         }
         match message {
@@ -200,7 +207,9 @@ impl<D: Disk> Control<D> {
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
-            PeerMessage::Removed => self.was_removed(),
+            PeerMessage::Removed => self.removal_is_known_to(now, from),
+            // Who knows of it has said so above.
+            PeerMessage::Leaving => {}
         }
     }
 
@@ -211,7 +220,7 @@ impl<D: Disk> Control<D> {
         now: Now,
         send: &mut dyn FnMut(ReplicaId, PeerMessage),
     ) -> Result<Vec<Action>, ControlError> {
-        if self.removed.is_none() {
+        if !self.has_left() {
             self.round(now, send)?;
         }
         Ok(std::mem::take(&mut self.out))
@@ -243,8 +252,8 @@ impl<D: Disk> Control<D> {
         self.serve_watches();
         self.exchange_chunks(now)?;
         self.report(now);
-        if self.replica.was_removed() {
-            self.was_removed();
+        if self.replica.was_removed() || self.is_revoked(Member::Coordinator(self.me())) {
+            self.leave(now);
         }
         Ok(())
     }
@@ -252,7 +261,7 @@ impl<D: Disk> Control<D> {
     /// There is work left that waits for no input: call `process` again when its actions are under way.
     pub fn busy(&self) -> bool {
         let waits = self.raft_touched || self.plans_at_once() || self.reads.are_due();
-        self.removed.is_none() && (waits || self.watches.are_busy() || self.agents.are_busy())
+        !self.has_left() && (waits || self.watches.are_busy() || self.agents.are_busy())
     }
 
     fn recover(&mut self, now: Now) -> Result<(), ControlError> {
@@ -310,9 +319,6 @@ impl<D: Disk> Control<D> {
     fn members_are_new(&mut self) {
         self.out.push(Action::Members);
         self.close_revoked_agents();
-        if self.is_revoked(Member::Coordinator(self.me())) {
-            self.was_removed();
-        }
     }
 
     /// The state was replaced as a whole, by a snapshot.
@@ -354,7 +360,7 @@ impl<D: Disk> Control<D> {
             leading_since_ms: self.lead.as_ref().map(|lead| lead.since_ms),
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
-            removed: self.removed.clone(),
+            removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
             agents: self.agents.len(),
             calls: self.calls.len(),
         }

@@ -190,7 +190,7 @@ impl<D: Disk> Control<D> {
 
     /// Tells the leader what has changed.
     pub(super) fn report(&mut self, now: Now) {
-        let Some(leader) = self.replica.leader() else { return };
+        let Some(leader) = self.replica.leader().filter(|_| self.leaving.is_none()) else { return };
         if leader == self.replica.id() {
             return self.is_in_touch(now);
         }

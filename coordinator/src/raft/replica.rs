@@ -140,6 +140,8 @@ pub struct Replica<D: Disk> {
     applied: Position,
     /// As of `applied`.
     conf: ConfState,
+    /// The members changed since it was last made durable how far the log is committed.
+    members_changed: bool,
     /// Rows of applied commands that are not on the disk yet. The log has the commands, so nothing is lost with them.
     rows: Batch,
     /// Reads that wait for the state to come to an index.
@@ -227,6 +229,7 @@ impl<D: Disk> Replica<D> {
             state,
             applied,
             conf,
+            members_changed: false,
             rows: Batch::default(),
             reads: Vec::new(),
             bytes_since_snapshot: 0,

@@ -5,7 +5,7 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId, UserId};
+use fleet_common::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
 use fleet_common::protocol::{
     ClientFrame, Member, PROTOCOL_VERSION, Point, RefusalKind, Reply, Request, RunKey,
 };
@@ -19,6 +19,8 @@ pub const OPERATOR: u32 = 0;
 const PATIENCE: Micros = 7 * SECOND;
 /// Open runs of one client.
 const RUNS_MAX: usize = 2;
+/// Exports and profiles that one client looks at again.
+const RECORDS_MAX: usize = 8;
 /// Tries of an ordinary client before it gives up and does not know.
 const TRIES: u32 = 12;
 
@@ -48,12 +50,20 @@ pub enum Want {
     Record(RunId),
     Run(RunId),
     FinishRun(RunId),
+    /// Of a checkpoint.
+    Export(JobId, u64),
+    /// One that was acknowledged to this client, with what it is of.
+    OwnExport(ExportId, JobId, u64),
+    Profile(RunId),
+    OwnProfile(ProfileId, RunId),
     /// For those who join.
     Token,
     JoinMachine(u32),
     JoinHost(u32),
     /// Takes a coordinator out, however often it has to be asked for.
     Remove(ReplicaId),
+    /// Cuts a machine's node off.
+    Revoke(u32),
 }
 
 impl Want {
@@ -66,6 +76,8 @@ impl Want {
                 | Want::Nodes
                 | Want::Status
                 | Want::Run(_)
+                | Want::OwnExport(..)
+                | Want::OwnProfile(..)
                 | Want::Watch { .. }
         )
     }
@@ -91,12 +103,23 @@ pub struct Client {
     think: Micros,
     /// Its open runs: how many points it asked to record, and how many were acknowledged.
     runs: BTreeMap<RunId, (u64, u64)>,
+    /// The newest that were acknowledged, as questions for them.
+    records: VecDeque<(Want, Request)>,
 }
 
 impl Client {
     pub fn new(number: u32, think: Micros) -> Client {
         let (id, user) = (ClientId(0xC11E_0000 + u128::from(number)), UserId(u64::from(number) + 1));
-        Client { id, user, seq: 0, pending: None, tasks: VecDeque::new(), think, runs: BTreeMap::new() }
+        Client {
+            id,
+            user,
+            seq: 0,
+            pending: None,
+            tasks: VecDeque::new(),
+            think,
+            runs: BTreeMap::new(),
+            records: VecDeque::new(),
+        }
     }
 
     fn frame(&mut self, request: Request) -> Question {
@@ -104,6 +127,14 @@ impl Client {
         let frame =
             ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: self.seq, stale: false, request };
         Question::Client { caller: Member::Client(self.user), frame }
+    }
+
+    /// Will look at this again.
+    fn remember(&mut self, want: Want, question: Request) {
+        if self.records.len() == RECORDS_MAX {
+            self.records.pop_front();
+        }
+        self.records.push_back((want, question));
     }
 
     pub fn is_idle(&self) -> bool {
@@ -152,6 +183,10 @@ impl World {
         self.order(Want::Token, |request| Question::Propose { request, change });
     }
 
+    pub fn order_revocation(&mut self, machine: u32, node: NodeId) {
+        self.order_request(Want::Revoke(machine), Request::Revoke(Member::Worker(node)));
+    }
+
     pub fn order_removal(&mut self, replica: ReplicaId) {
         self.order_request(Want::Remove(replica), Request::RemoveCoordinator(replica));
     }
@@ -188,6 +223,9 @@ impl World {
         let client = self.clients.get_mut(&number)?;
         let runs: Vec<RunId> = client.runs.keys().copied().collect();
         let run = self.random.pick(&runs).copied();
+        let saved =
+            job.and_then(|job| Some((job, self.oracle.state().jobs()[&job].checkpoints.last()?.record.step)));
+        let record = client.records.get(self.random.index(client.records.len().max(1))).cloned();
         let (want, request) = match (draw, job) {
             (0..6, _) if !many => {
                 let name = format!("c{number}-{}", client.seq + 1);
@@ -208,7 +246,15 @@ impl World {
             (11..50, Some(job)) => (Want::Job(job), Request::Job(job)),
             (50..60, Some(job)) => (Want::OldJob(job), Request::Job(job)),
             (60..75, _) => (Want::Jobs, Request::Jobs { all: None }),
-            (75..82, _) => (Want::Nodes, Request::Nodes),
+            (75..79, _) => (Want::Nodes, Request::Nodes),
+            (79..80, _) if saved.is_some() => {
+                let (job, step) = saved?;
+                (Want::Export(job, step), Request::RecordExport(jobs::export(job, step)))
+            }
+            (80..81, _) if run.is_some() => {
+                (Want::Profile(run?), Request::RecordProfile(jobs::profile(RunKey::Own(run?))))
+            }
+            (81..82, _) if record.is_some() => record?,
             (82..90, Some(job)) => {
                 (Want::Watch { job, seen: 0 }, Request::Watch { job, from: 1, follow: false })
             }
@@ -381,6 +427,28 @@ impl World {
                 }
                 Ok(())
             }
+            (Want::Export(job, step), Answered::Reply(Reply::ExportRecorded(export))) => {
+                let (job, step) = (*job, *step);
+                if let Some(client) = self.clients.get_mut(&number) {
+                    client.remember(Want::OwnExport(export, job, step), Request::Export(export));
+                }
+                self.oracle.export_recorded(export, job, step)
+            }
+            (Want::Profile(run), Answered::Reply(Reply::ProfileRecorded(profile))) => {
+                let run = *run;
+                if let Some(client) = self.clients.get_mut(&number) {
+                    client.remember(Want::OwnProfile(profile, run), Request::Profile(profile));
+                }
+                self.oracle.profile_recorded(profile, run)
+            }
+            (Want::OwnExport(export, job, step), Answered::Reply(reply)) => match &reply {
+                Reply::Export(view) if (view.record.job, view.record.step) == (*job, *step) => Ok(()),
+                _ => Err(format!("{export} of {job} at step {step} was acknowledged and shown as {reply:?}")),
+            },
+            (Want::OwnProfile(profile, run), Answered::Reply(reply)) => match &reply {
+                Reply::Profile(view) if view.record.run == RunKey::Own(*run) => Ok(()),
+                _ => Err(format!("{profile} of {run} was acknowledged and shown as {reply:?}")),
+            },
             (Want::Drain(node) | Want::Undrain(node), Answered::Reply(Reply::Done)) => {
                 let node = *node;
                 self.say(format_args!("client-{number} has done {want:?}"));
@@ -434,6 +502,11 @@ impl World {
                     _ => None,
                 };
                 self.removal_answered(replica, rejected);
+                Ok(())
+            }
+            (Want::Revoke(machine), Answered::Reply(Reply::Done)) => {
+                let machine = *machine;
+                self.machine_revoked(machine);
                 Ok(())
             }
             (want, answered) => {

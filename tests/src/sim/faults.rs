@@ -46,6 +46,7 @@ impl World {
             86..91 => drop(self.break_a_rank().map(|what| self.say(format_args!("{what}")))),
             91..93 => self.blackout(),
             93..96 => self.damage(),
+            96..97 => self.revoke_one(),
             _ => self.change_members(),
         }
     }

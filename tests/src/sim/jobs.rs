@@ -2,8 +2,11 @@
 
 use super::machine::Machine;
 use super::random::Random;
+use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{Program, Request, SubmitJob, Wish, Work};
+use fleet_common::protocol::{
+    Feature, NewExport, NewProfile, Program, Request, RunKey, SubmitJob, Wish, Work,
+};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -11,6 +14,19 @@ use std::path::PathBuf;
 pub fn labels(machine: u32) -> BTreeMap<String, String> {
     let better = machine.is_multiple_of(2).then(|| ("gpu".to_owned(), "h200".to_owned()));
     better.into_iter().collect()
+}
+
+/// An export of this checkpoint.
+pub fn export(job: JobId, step: u64) -> NewExport {
+    let path = format!("/out/{job}/step-{step}.gguf");
+    NewExport { job, step, format: "gguf".into(), path, bytes: 1000, sha256: format!("{step:064x}") }
+}
+
+/// What the data of this run looks like.
+pub fn profile(run: RunKey) -> NewProfile {
+    let (edges, counts) = (vec![0.0, 1.0, 2.0], vec![3, 4]);
+    let feature = Feature { name: "length".into(), samples: 7, mean: 1.0, std_dev: 0.5, edges, counts };
+    NewProfile { run, name: "train".into(), features: vec![feature] }
 }
 
 /// A job that fits when all machines are there and free. `name` is in no other job.

@@ -25,7 +25,7 @@ pub struct Machine {
     pub agent: Option<Agent>,
     pub life: u64,
     pub paused: bool,
-    /// The cluster does not want it any more.
+    /// It was cut off, and joins again under another identity when its agent has noticed.
     pub expelled: bool,
     begun: Micros,
     conn: Option<ConnId>,
@@ -82,7 +82,7 @@ impl World {
     pub fn start_agent(&mut self, number: u32) {
         let now = self.queue.now();
         let Some(machine) = self.machines.get_mut(&number) else { return };
-        if machine.agent.is_some() || machine.node.is_none() || machine.expelled {
+        if machine.agent.is_some() || machine.node.is_none() {
             return;
         }
         machine.life += 1;

@@ -6,7 +6,7 @@ use super::host::{Doom, Host};
 use super::queue::SECOND;
 use super::setup::redeem;
 use super::world::World;
-use fleet_common::ids::ReplicaId;
+use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{Member, Role};
 use fleet_coordinator::cluster::members::{Membership, Standing};
 
@@ -94,6 +94,33 @@ impl World {
             self.join_host(number);
             self.order_removal(replica);
         }
+    }
+
+    /// The operator cuts a machine off, for example because its key was seen elsewhere.
+    pub fn revoke_one(&mut self) {
+        let idle = self.clients.get(&OPERATOR).is_some_and(Client::is_idle);
+        let joined = self.machines.values().filter(|machine| !machine.expelled);
+        let joined: Vec<(u32, NodeId)> =
+            joined.filter_map(|machine| Some((machine.number, machine.node?))).collect();
+        let Some((number, node)) = self.random.pick(&joined).copied().filter(|_| idle) else { return };
+        self.say(format_args!("the operator cuts {node} on machine-{number} off"));
+        self.order_revocation(number, node);
+    }
+
+    /// It is acknowledged that the node of this machine was cut off. What its agent does then is for the agent.
+    pub fn machine_revoked(&mut self, number: u32) {
+        if let Some(machine) = self.machines.get_mut(&number) {
+            machine.expelled = true;
+        }
+    }
+
+    /// A machine that was cut off gets a new identity.
+    pub fn join_again(&mut self, number: u32) {
+        if let Some(machine) = self.machines.get_mut(&number) {
+            machine.expelled = false;
+            machine.node = None;
+        }
+        self.order_join(Want::JoinMachine(number), redeem(Role::Worker, format!("machine-{number}")));
     }
 
     pub fn removal_answered(&mut self, replica: ReplicaId, rejected: Option<String>) {

@@ -11,9 +11,9 @@
 use super::queue::{MS, Micros, SECOND};
 use fleet_common::codec;
 use fleet_common::events::{EventBody, Outcome};
-use fleet_common::ids::{Generation, JobId, NodeId, RunId};
-use fleet_common::protocol::{JobState, JobView};
-use fleet_coordinator::cluster::commands::{Change, DrainNode, UndrainNode};
+use fleet_common::ids::{ExportId, Generation, JobId, NodeId, ProfileId, RunId};
+use fleet_common::protocol::{JobState, JobView, Member, RunKey};
+use fleet_coordinator::cluster::commands::{Change, DrainNode, RevokeMember, UndrainNode};
 use fleet_coordinator::cluster::history::HistoryRow;
 use fleet_coordinator::cluster::session::RequestId;
 use fleet_coordinator::cluster::{Answer, Command, Effect, State};
@@ -41,6 +41,8 @@ pub struct Oracle {
     changed_by: BTreeSet<RequestId>,
     jobs: BTreeMap<JobId, JobFacts>,
     by_name: BTreeMap<String, JobId>,
+    exports: BTreeMap<ExportId, (JobId, u64)>,
+    profiles: BTreeMap<ProfileId, RunKey>,
     /// Since which index each node is drained, or not.
     drains: BTreeMap<NodeId, Vec<(u64, bool)>>,
     /// When something that had been acknowledged was in the log at this index; both rise.
@@ -85,6 +87,8 @@ impl Oracle {
             changed_by: BTreeSet::new(),
             jobs: BTreeMap::new(),
             by_name: BTreeMap::new(),
+            exports: BTreeMap::new(),
+            profiles: BTreeMap::new(),
             drains: BTreeMap::new(),
             floor: VecDeque::new(),
             heard: BTreeMap::new(),
@@ -136,9 +140,16 @@ impl Oracle {
         let index = entry.index;
         self.commands += 1;
         let (request, change) = (command.request, command.change.clone());
-        if let Change::MarkNodeLost(lost) = &change {
-            let on_it: Vec<JobId> = self.state.active_jobs(lost.node).map(|(job, _)| job).collect();
-            on_it.into_iter().for_each(|job| self.excuse(job, "its node was lost"));
+        let given_up = match &change {
+            Change::MarkNodeLost(lost) => Some((lost.node, "its node was lost")),
+            Change::RevokeMember(RevokeMember { member: Member::Worker(node) }) => {
+                Some((*node, "its node was cut off"))
+            }
+            _ => None,
+        };
+        if let Some((node, why)) = given_up {
+            let on_it: Vec<JobId> = self.state.active_jobs(node).map(|(job, _)| job).collect();
+            on_it.into_iter().for_each(|job| self.excuse(job, why));
         }
         let applied = self.state.apply(index, command);
         let rejected = matches!(applied.answer, Answer::Rejected(_));
@@ -154,8 +165,15 @@ impl Oracle {
         let mut batch = Batch::default();
         for row in &applied.history {
             history::stage(row, &mut batch).map_err(|error| error.to_string())?;
-            if let HistoryRow::Event { job, event, .. } = row {
-                self.recorded(*job, &event.body)?;
+            match row {
+                HistoryRow::Event { job, event, .. } => self.recorded(*job, &event.body)?,
+                HistoryRow::Export { export, record } => {
+                    self.exports.insert(*export, (record.record.job, record.record.step));
+                }
+                HistoryRow::Profile { profile, record } => {
+                    self.profiles.insert(*profile, record.record.run);
+                }
+                _ => {}
             }
         }
         self.rows.write(&batch, Durability::Synced).map_err(|error| error.to_string())?;
@@ -317,6 +335,22 @@ impl Oracle {
             Some(record) if record.name == name => Ok(()),
             Some(record) => Err(format!("`{name}` was acknowledged as {run}, which is `{}`", record.name)),
             None => Err(format!("`{name}` was acknowledged as {run} and is not committed")),
+        }
+    }
+
+    /// A client was told that its export has this number.
+    pub fn export_recorded(&self, export: ExportId, job: JobId, step: u64) -> Result<(), String> {
+        match self.exports.get(&export) {
+            Some(known) if *known == (job, step) => Ok(()),
+            known => Err(format!("{export} of {job} at step {step} was acknowledged, and is of {known:?}")),
+        }
+    }
+
+    /// A client was told that its profile has this number.
+    pub fn profile_recorded(&self, profile: ProfileId, run: RunId) -> Result<(), String> {
+        match self.profiles.get(&profile) {
+            Some(known) if *known == RunKey::Own(run) => Ok(()),
+            known => Err(format!("{profile} of {run} was acknowledged, and is of {known:?}")),
         }
     }
 

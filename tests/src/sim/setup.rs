@@ -155,8 +155,11 @@ impl World {
         }
     }
 
-    /// An agent has ended by itself. Somebody starts it again.
+    /// An agent has ended by itself. Somebody starts it again, with a new identity if it was cut off.
     pub fn agent_exited(&mut self, number: u32) {
+        if self.machines.get(&number).is_some_and(|machine| machine.expelled) {
+            return self.join_again(number);
+        }
         self.queue.after(SECOND, Event::Mend(super::faults::Mend::StartAgent(number)));
     }
 }

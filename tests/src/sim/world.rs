@@ -368,6 +368,10 @@ impl World {
         {
             return Some("nobody leads".to_owned());
         }
+        let away = |machine: &&Machine| machine.expelled || machine.node.is_none() || machine.agent.is_none();
+        if let Some(machine) = self.machines.values().find(away) {
+            return Some(format!("machine-{} is not there", machine.number));
+        }
         if let Some(job) = self.oracle.unfinished().first() {
             let slots: Vec<u32> = self.machines.values().map(|machine| machine.slots).collect();
             let Some(record) = self.oracle.state().jobs().get(job) else {

@@ -159,6 +159,59 @@ fn one_that_was_removed_while_it_was_away_is_told_when_it_comes_back() {
 }
 
 #[test]
+fn one_that_was_removed_votes_until_the_others_know_of_it() {
+    let mut net = Net::new(4);
+    net.run(1_000);
+    let (leader, leaves) = (net.leading(), net.follower());
+    let others: Vec<u64> = net.controls.keys().copied().filter(|id| *id != leader && *id != leaves).collect();
+    let call = net.number();
+    let request = RequestId { client: ClientId(call.into()), seq: 1 };
+    let change = Change::RemoveReplica(RemoveReplica { replica: ReplicaId(leaves) });
+    net.handle(leader, Input::Propose { call, request, change });
+    // The entry goes out, and is acknowledged.
+    net.exchange();
+    net.exchange();
+    // Two do not hear that it is committed, and who told the third is lost for ever.
+    net.cut.extend(&others);
+    net.settle();
+    assert_eq!(net.controls[&leaves].replica().conf().voters.len(), 3);
+    assert_eq!(net.controls[&others[0]].replica().conf().voters.len(), 4);
+    net.kill(leader);
+    net.cut.clear();
+    net.run(500);
+    assert!(net.controls[&leaves].status().removed.is_some() && net.removed.is_empty());
+    net.run_until("a leader", |net| net.leader().is_some_and(|leader| others.contains(&leader)));
+    net.run_until("it goes", |net| net.removed.contains_key(&leaves));
+    let job = net.submit(others[0]);
+    assert_eq!(job.0, 1);
+}
+
+#[test]
+fn one_that_was_removed_does_not_wait_for_ever_for_another_that_is_gone() {
+    let mut net = Net::new(4);
+    net.run(1_000);
+    let (leader, gone) = (net.leading(), net.follower());
+    net.kill(gone);
+    let leaves = net.follower();
+    remove(&mut net, leader, leaves).unwrap();
+    net.run(10_000);
+    assert!(net.controls[&leaves].status().removed.is_some() && net.removed.is_empty());
+    net.run_until("it goes", |net| net.removed.contains_key(&leaves));
+}
+
+#[test]
+fn a_removal_is_remembered_over_a_power_failure_by_who_counts_without_the_removed_one() {
+    let mut net = Net::new(4);
+    net.run(1_000);
+    let (leader, leaves) = (net.leading(), net.follower());
+    remove(&mut net, leader, leaves).unwrap();
+    net.kill(leader);
+    net.restart(leader);
+    net.settle();
+    assert_eq!(net.controls[&leader].replica().conf().voters.len(), 3);
+}
+
+#[test]
 fn a_leader_that_stops_hands_over_first() {
     let mut net = Net::new(3);
     net.run(1_000);

@@ -129,6 +129,7 @@ impl<D: Disk> Replica<D> {
                         ConfChange::decode(&entry.data[..]).map_err(|error| unknown(index, error))?;
                     if self.apply_command(index, &change.context, &entry.context, output)? {
                         self.conf = self.node.apply_conf_change(&change)?;
+                        self.members_changed = true;
                         self.leave_if_removed();
                     }
                 }
@@ -169,17 +170,21 @@ impl<D: Disk> Replica<D> {
         Ok(accepted)
     }
 
-    /// Writes the history of what was applied, and with it how far the log is committed. Not synced: the log has it all.
+    /// Writes the history of what was applied, and with it how far the log is committed. Not synced, since the log has it all; but a
+    /// replica that counts by new members shall not count by the old ones again after a power failure.
     fn write_rows(&mut self) -> Result<(), ReplicaError> {
         let commit = self.commit_index();
-        if self.rows.is_empty() && self.node.store().hard_state().commit == commit {
+        let known = self.node.store().hard_state().commit == commit;
+        if self.rows.is_empty() && known && !self.members_changed {
             return Ok(());
         }
         let hard = HardState { commit, ..self.node.store().hard_state().clone() };
         let mut staged = self.node.store().stage(Vec::new(), Some(hard))?;
         staged.batch.ops.extend(self.rows.ops.iter().cloned());
-        self.node.mut_store().write(&staged, Durability::Written)?;
+        let durability = if self.members_changed { Durability::Synced } else { Durability::Written };
+        self.node.mut_store().write(&staged, durability)?;
         self.rows = Batch::default();
+        self.members_changed = false;
         Ok(())
     }
 
