@@ -53,6 +53,9 @@ pub enum Input {
     },
     /// The connection to this coordinator has ended; what was sent on it may not have arrived.
     PeerLost(ReplicaId),
+    /// This coordinator's certificate is refused there as that of one who was removed. The peer followed `Action::Members`, so the removal
+    /// is on its disk.
+    RefusedBy(ReplicaId),
     /// A connection whose certificate says that it is `node`.
     AgentConnected {
         session: Session,

@@ -1,22 +1,21 @@
 //! The end of a coordinator that was taken out. It serves nobody from then on, but goes on granting its vote for a while: others may not
-//! know of the removal yet, count it among those of whom a majority is needed, and lose another one just then.
+//! know of the removal yet, count it among those of whom a majority is needed, and lose another one just then. Who knows refuses its
+//! connections, and so it hears of it.
 
-use super::{Action, Control, Now, PeerMessage};
+use super::{Action, Control, Now};
 use crate::raft::disk::Disk;
 use fleet_common::ids::ReplicaId;
 use std::collections::BTreeSet;
 
-/// Between questions whether the others know.
-const ASK_EVERY_MS: u64 = 250;
-/// After the first answer. Who has not answered by then has failed, or hears of the removal from who has.
+/// After a majority is known to know. The rest has failed, or hears of the removal from those.
 const FAREWELL_MS: u64 = 30_000;
 
 pub(super) struct Leaving {
     pub why: String,
     /// Those on whose disks the removal is known to be committed.
     known_to: BTreeSet<ReplicaId>,
-    first_known_ms: Option<u64>,
-    asked_ms: Option<u64>,
+    /// When these were a majority of the others.
+    known_ms: Option<u64>,
     /// Nobody needs this coordinator any more.
     over: bool,
 }
@@ -32,8 +31,7 @@ impl<D: Disk> Control<D> {
         self.refuse_all(&why);
         self.close_all_agents(&why);
         self.out.push(Action::Decided(format!("{why}; it ends when the others know")));
-        let (known_to, first_known_ms, asked_ms) = (BTreeSet::new(), None, None);
-        self.leaving = Some(Leaving { why, known_to, first_known_ms, asked_ms, over: false });
+        self.leaving = Some(Leaving { why, known_to: BTreeSet::new(), known_ms: None, over: false });
         self.look_after_leaving(now);
     }
 
@@ -41,25 +39,23 @@ impl<D: Disk> Control<D> {
         self.leave(now);
         if let Some(leaving) = &mut self.leaving {
             leaving.known_to.insert(replica);
-            leaving.first_known_ms.get_or_insert(now.mono_ms);
         }
         self.look_after_leaving(now);
     }
 
     pub(super) fn look_after_leaving(&mut self, now: Now) {
         let me = self.replica.id();
-        let others = self.replica.conf().voters.iter().filter(|voter| **voter != me);
+        let others: Vec<u64> =
+            self.replica.conf().voters.iter().copied().filter(|voter| *voter != me).collect();
         let Some(leaving) = self.leaving.as_mut().filter(|leaving| !leaving.over) else { return };
-        let unknown: Vec<ReplicaId> =
-            others.map(|voter| ReplicaId(*voter)).filter(|voter| !leaving.known_to.contains(voter)).collect();
-        let passed = |since_ms: u64, ms: u64| now.mono_ms.saturating_sub(since_ms) >= ms;
-        if unknown.is_empty() || leaving.first_known_ms.is_some_and(|since| passed(since, FAREWELL_MS)) {
+        let known = others.iter().filter(|voter| leaving.known_to.contains(&ReplicaId(**voter))).count();
+        if known > others.len() / 2 {
+            leaving.known_ms.get_or_insert(now.mono_ms);
+        }
+        let late = |since_ms: u64| now.mono_ms.saturating_sub(since_ms) >= FAREWELL_MS;
+        if known == others.len() || leaving.known_ms.is_some_and(late) {
             leaving.over = true;
             self.out.push(Action::Removed(leaving.why.clone()));
-        } else if leaving.asked_ms.is_none_or(|asked| passed(asked, ASK_EVERY_MS)) {
-            leaving.asked_ms = Some(now.mono_ms);
-            let ask = |to| Action::ToPeer { to, message: PeerMessage::Leaving };
-            self.out.extend(unknown.into_iter().map(ask));
         }
     }
 

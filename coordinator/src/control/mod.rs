@@ -79,6 +79,8 @@ pub struct Control<D: Disk> {
     observations: Observations,
     transfers: Transfers,
     low_space: Option<String>,
+    /// `Action::Members` is due.
+    members_changed: bool,
     /// Since this coordinator was taken out.
     leaving: Option<Leaving>,
     /// When this coordinator last led or was heard by who leads.
@@ -125,6 +127,7 @@ impl<D: Disk> Control<D> {
             observations: Observations::default(),
             transfers: Transfers::default(),
             low_space: None,
+            members_changed: false,
             leaving: None,
             in_touch_ms: now.mono_ms,
             plan_now: false,
@@ -148,6 +151,7 @@ impl<D: Disk> Control<D> {
             Input::Tick => self.tick(now),
             Input::Peer { from, message } => self.peer_said(now, from, message),
             Input::PeerLost(peer) => self.replica.report_unreachable(peer.0),
+            Input::RefusedBy(peer) => self.removal_is_known_to(now, peer),
             Input::AgentConnected { session, node } => self.agent_connected(now, session, node),
             Input::Agent { session, message } => self.agent_said(now, session, message),
             Input::AgentHeard { node } => self.observations.heard(node, now),
@@ -181,14 +185,7 @@ impl<D: Disk> Control<D> {
     }
 
     fn peer_said(&mut self, now: Now, from: ReplicaId, message: PeerMessage) {
-        if self.is_revoked(Member::Coordinator(from)) {
-            // Not while the removal may be applied here and not yet on the disk.
-            if self.replica.full().is_none() {
-                self.out.push(Action::ToPeer { to: from, message: PeerMessage::Removed });
-            }
-            return;
-        }
-        if self.has_left() {
+        if self.is_revoked(Member::Coordinator(from)) || self.has_left() {
             return;
         }
         match message {
@@ -207,9 +204,6 @@ impl<D: Disk> Control<D> {
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
-            PeerMessage::Removed => self.removal_is_known_to(now, from),
-            // Who knows of it has said so above.
-            PeerMessage::Leaving => {}
         }
     }
 
@@ -244,6 +238,7 @@ impl<D: Disk> Control<D> {
             self.everything_is_new();
         }
         self.note(output.effects);
+        self.announce_members();
         self.confirmed_reads(now, output.reads);
         if let Some(why) = self.replica.full().map(str::to_owned) {
             self.refuse_for_lack_of_room(now, &why);
@@ -317,8 +312,16 @@ impl<D: Disk> Control<D> {
     }
 
     fn members_are_new(&mut self) {
-        self.out.push(Action::Members);
+        self.members_changed = true;
         self.close_revoked_agents();
+    }
+
+    /// The driver acts on what cannot be forgotten: who is refused for good relies on it.
+    fn announce_members(&mut self) {
+        if self.members_changed && self.replica.full().is_none() {
+            self.members_changed = false;
+            self.out.push(Action::Members);
+        }
     }
 
     /// The state was replaced as a whole, by a snapshot.

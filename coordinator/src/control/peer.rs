@@ -40,11 +40,6 @@ pub enum PeerMessage {
     /// A piece of the receiver's snapshot, please.
     Fetch(Fetch),
     Chunk(Box<Chunk>),
-    /// The receiver was removed from the cluster, and the sender will not forget it. A driver whose connections are refused for that reason
-    /// hands this in as well.
-    Removed,
-    /// The sender was removed from the cluster: does the receiver know? `Removed` is the answer if it does.
-    Leaving,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -167,9 +167,9 @@ impl Keeper {
                     let _ = self.inbox.offer(vec![Event::Input(Input::PeerLost(self.to))]);
                 }
                 Err(NetError::Revoked(why)) => {
-                    warn!("{why}");
-                    let removed = Input::Peer { from: self.to, message: PeerMessage::Removed };
-                    let _ = self.inbox.offer(vec![Event::Input(removed)]);
+                    // For ever: there is nothing more to say to each other.
+                    warn!("{} says: {why}", self.to);
+                    return self.inbox.must_take(Event::Input(Input::RefusedBy(self.to)));
                 }
                 Err(error) => {
                     if failures.is_multiple_of(SAY_EVERY) {

@@ -4,12 +4,13 @@ use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
 use fleet_common::ids::{NodeId, ReplicaId};
-use fleet_common::protocol::{FromAgent, Reply, ToAgent};
+use fleet_common::protocol::{FromAgent, Member, Reply, ToAgent};
+use fleet_coordinator::cluster::State;
 use fleet_coordinator::control::{
     AGENT_BATCHES_MAX, Action, Call, Control, Input, Now, PeerMessage, Session, TICK_MS,
 };
 use fleet_coordinator::raft::memory::MemoryDisk;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// The wall clock when a run begins: some morning.
@@ -94,6 +95,8 @@ pub struct Host {
     busy_until: Micros,
     run_planned: bool,
     links: BTreeMap<ReplicaId, Link>,
+    /// Coordinators that were removed: their connections are closed and refused.
+    refused: BTreeSet<ReplicaId>,
     sessions: BTreeMap<Session, Held>,
     calls: BTreeMap<Call, ConnId>,
     numbers: u64,
@@ -127,6 +130,7 @@ impl Host {
             busy_until: 0,
             run_planned: false,
             links: BTreeMap::new(),
+            refused: BTreeSet::new(),
             sessions: BTreeMap::new(),
             calls: BTreeMap::new(),
             numbers: 0,
@@ -157,6 +161,7 @@ impl Host {
 
     /// The process begins with this core.
     pub fn begin(&mut self, control: Control<MemoryDisk>) {
+        self.refused = removed_coordinators(control.state());
         self.control = Some(control);
         self.paused = false;
         self.doom = None;
@@ -192,6 +197,7 @@ impl World {
         let period = (TICK_MS * MS) as i64 * 1_000_000 / (1_000_000 + host.clock.drift_ppm);
         let (period, paused) = (period as u64, host.paused);
         if !paused {
+            self.knock(number);
             self.tell_control(number, Input::Tick);
         }
         self.queue.after(period, Event::Tick { host: number, life });
@@ -315,8 +321,7 @@ impl World {
                 Action::Proposed { call, result } => {
                     self.answer(number, call, Answered::Proposed(result), true);
                 }
-                // Who may connect is for `Control` to say here; the server asks its state as well.
-                Action::Members => {}
+                Action::Members => self.follow_members(number),
                 Action::Decided(why) => self.say(format_args!("host-{number} decides: {why}")),
                 Action::Removed(why) => self.retire(number, &why),
             }
@@ -346,6 +351,9 @@ impl World {
         let now = self.queue.now();
         self.look_at_message(number, &message);
         let Some(&target) = self.addresses.get(&to) else { return };
+        if self.host(number).refused.contains(&to) {
+            return; // the server has no link to it any more
+        }
         let link = self.host(number).links.entry(to).or_default();
         match link.conn {
             Some(conn) if link.ready => {
@@ -380,6 +388,36 @@ impl World {
         }
     }
 
+    /// The gate and the links of the server.
+    fn follow_members(&mut self, number: u32) {
+        let Some(host) = self.hosts.get_mut(&number) else { return };
+        let (Some(control), Some(me)) = (&host.control, host.replica) else { return };
+        host.refused = removed_coordinators(control.state());
+        let refused = host.refused.clone();
+        for (conn, purpose) in &self.purposes {
+            match purpose {
+                Purpose::Peer { from, to } if *to == me && refused.contains(from) => self.net.close(*conn, 1),
+                Purpose::Peer { from, to } if *from == me && refused.contains(to) => self.net.close(*conn, 0),
+                _ => {}
+            }
+        }
+    }
+
+    /// One that was taken out has nothing to say, but tries to connect as all do.
+    fn knock(&mut self, number: u32) {
+        let Some(host) = self.hosts.get(&number) else { return };
+        let Some(control) = host.control.as_ref().filter(|it| it.status().removed.is_some()) else { return };
+        let voters = control.replica().conf().voters.iter().map(|voter| ReplicaId(*voter));
+        let now = self.queue.now();
+        let idle = |to: &ReplicaId| {
+            host.links.get(to).is_none_or(|link| link.conn.is_none() && now >= link.not_before)
+        };
+        let others = voters.filter(|to| Some(*to) != host.replica && idle(to));
+        let others: Vec<(ReplicaId, u32)> =
+            others.filter_map(|to| Some((to, *self.addresses.get(&to)?))).collect();
+        others.into_iter().for_each(|(to, target)| self.dial_peer(number, to, target));
+    }
+
     pub fn on_peer_unreachable(&mut self, number: u32, life: u64, peer: ReplicaId) {
         if let Some(host) = self.hosts.get_mut(&number).filter(|host| host.life == life) {
             host.links.entry(peer).or_default().waiting.clear();
@@ -388,9 +426,17 @@ impl World {
     }
 
     pub fn peer_connected(&mut self, number: u32, to: ReplicaId, conn: ConnId) {
+        let me = self.host(number).replica;
+        let target = self.addresses.get(&to).and_then(|target| self.hosts.get(target));
+        let refused = me.is_some_and(|me| target.is_some_and(|target| target.refused.contains(&me)));
         let Some(link) = self.host(number).links.get_mut(&to).filter(|link| link.conn == Some(conn)) else {
             return;
         };
+        if refused {
+            *link = Link { not_before: Micros::MAX, ..Link::default() };
+            self.net.close(conn, 0);
+            return self.tell_control(number, Input::RefusedBy(to));
+        }
         link.ready = true;
         for message in std::mem::take(&mut link.waiting) {
             let bytes = size_of_message(&message);
@@ -489,6 +535,14 @@ impl Link {
         }
         self.waiting.push_back(message);
     }
+}
+
+fn removed_coordinators(state: &State) -> BTreeSet<ReplicaId> {
+    let coordinator = |member| match member {
+        Member::Coordinator(replica) => Some(replica),
+        Member::Worker(_) | Member::Client(_) => None,
+    };
+    state.revoked().filter_map(coordinator).collect()
 }
 
 fn size_of_message(message: &PeerMessage) -> usize {

@@ -37,6 +37,8 @@ pub(super) struct Net {
     pub taken: BTreeMap<Session, usize>,
     pub decided: Vec<String>,
     pub removed: BTreeMap<u64, String>,
+    /// Whose connections each coordinator refuses for ever.
+    gates: BTreeMap<u64, BTreeSet<u64>>,
     /// Sessions whose agents send heartbeats: their coordinator and node.
     pub hearts: BTreeMap<Session, (u64, NodeId)>,
     last_number: u64,
@@ -110,6 +112,7 @@ impl Net {
             taken: BTreeMap::new(),
             decided: Vec::new(),
             removed: BTreeMap::new(),
+            gates: BTreeMap::new(),
             hearts: BTreeMap::new(),
             last_number: 1_000,
         };
@@ -142,6 +145,7 @@ impl Net {
     /// The process ends without warning.
     pub fn kill(&mut self, id: u64) {
         self.controls.remove(&id);
+        self.gates.remove(&id);
         self.hearts.retain(|_, (at, _)| *at != id);
         self.wire.retain(|(from, to, _)| *from != id && *to != id);
         self.controls
@@ -194,7 +198,10 @@ impl Net {
         }
         quiet &= self.wire.is_empty();
         while let Some((from, to, message)) = self.wire.pop_front() {
-            if self.cut.contains(&from) || self.cut.contains(&to) || !self.controls.contains_key(&to) {
+            let refuses =
+                |one: u64, other: u64| self.gates.get(&one).is_some_and(|gate| gate.contains(&other));
+            let apart = self.cut.contains(&from) || self.cut.contains(&to) || refuses(from, to);
+            if apart || refuses(to, from) || !self.controls.contains_key(&to) {
                 continue;
             }
             // As it would travel.
@@ -220,7 +227,15 @@ impl Net {
             Action::Proposed { call, result } => {
                 assert!(self.proposed.insert(call, result).is_none(), "answered twice");
             }
-            Action::Members => {}
+            Action::Members => {
+                let revoked = self.state(at).revoked();
+                let coordinators = revoked.filter_map(|member| match member {
+                    Member::Coordinator(replica) => Some(replica.0),
+                    _ => None,
+                });
+                let refused = coordinators.collect();
+                self.gates.insert(at, refused);
+            }
             Action::Decided(why) => self.decided.push(why),
             Action::Removed(why) => assert!(self.removed.insert(at, why).is_none(), "removed twice"),
         }
@@ -232,12 +247,23 @@ impl Net {
         for id in self.controls.keys().copied().collect::<Vec<_>>() {
             self.handle(id, Input::Tick);
         }
+        self.knock();
         if self.now.mono_ms.is_multiple_of(1_000) {
             for (at, node) in self.hearts.values().copied().collect::<Vec<_>>() {
                 self.handle(at, Input::AgentHeard { node });
             }
         }
         self.settle();
+    }
+
+    /// Coordinators try to connect to each other all the time, and some are refused.
+    fn knock(&mut self) {
+        let reached = |id: &u64| self.controls.contains_key(id) && !self.cut.contains(id);
+        let gates = self.gates.iter().filter(|(id, _)| reached(id));
+        let refused = gates.flat_map(|(by, gate)| gate.iter().map(|refused| (*by, *refused)));
+        for (by, refused) in refused.filter(|(_, refused)| reached(refused)).collect::<Vec<_>>() {
+            self.handle(refused, Input::RefusedBy(ReplicaId(by)));
+        }
     }
 
     pub fn run(&mut self, ms: u64) {
