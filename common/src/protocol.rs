@@ -147,6 +147,8 @@ pub struct AgentHello {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one: a name or an address, without a port.
     pub host: String,
+    /// Drawn when the worker's process began: tells it from another one that holds a copy of its certificate.
+    pub process: u64,
     /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
     pub gangs: Vec<(JobId, Generation)>,
 }

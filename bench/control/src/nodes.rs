@@ -182,6 +182,7 @@ async fn session(
         program_version: "bench".into(),
         labels: Default::default(),
         host: "127.0.0.1".into(),
+        process: 1,
         gangs: Vec::new(),
     };
     codec::write_frame(&mut send, &FromAgent::Hello(hello)).await?;

@@ -52,6 +52,8 @@ pub struct NodeRecord {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach it.
     pub host: String,
+    /// Its worker's process, as `AgentHello::process`; 0 before the first greeting.
+    pub process: u64,
     /// Not heard for a lease; true until it greets again.
     pub lost: bool,
     /// Gets no more work, until an operator says otherwise.
@@ -82,6 +84,7 @@ impl NodeRecord {
             version: String::new(),
             labels: BTreeMap::new(),
             host: String::new(),
+            process: 0,
             lost: false,
             drained: false,
             joined_unix_ms: unix_ms,

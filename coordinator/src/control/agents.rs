@@ -4,7 +4,7 @@
 //! new enough; after that the local state does: what is applied here was decided. Events are acknowledged only when they are committed,
 //! and heartbeats never touch the log.
 
-use super::asks::{Asker, Outcome, What};
+use super::asks::{Asker, Outcome, Unproposed, What, unavailable};
 use super::reads::Reader;
 use super::session::{AgentSession, Phase};
 use super::{AGENT_BATCHES_MAX, AGENTS_MAX, Action, Control, Now, Session};
@@ -32,8 +32,10 @@ const PATIENCE_MS: u64 = LEASE_MS * 2 / 5;
 #[derive(Default)]
 pub(super) struct Agents {
     sessions: BTreeMap<Session, AgentSession>,
-    /// The newest session of each node; it speaks for the node.
+    /// The session that speaks for each node, from its welcome on.
     by_node: BTreeMap<NodeId, Session>,
+    /// The newest one of each node that is not welcome yet.
+    greeting: BTreeMap<NodeId, Session>,
     /// Sessions for which there may be orders.
     woken: BTreeSet<Session>,
     /// Sessions that may have events to record.
@@ -66,19 +68,26 @@ impl<D: Disk> Control<D> {
         if let Some((message, fatal)) = refused {
             return self.out.push(Action::CloseAgent { session, message, fatal });
         }
-        if let Some(older) = self.agents.by_node.insert(node, session) {
-            self.agents.sessions.remove(&older);
-            let message = format!("{node} has connected anew");
-            self.out.push(Action::CloseAgent { session: older, message, fatal: false });
+        if let Some(older) = self.agents.greeting.insert(node, session) {
+            self.replace_agent(older, node);
         }
         let greeting = AgentSession::new(node, now.mono_ms + GREETING_DEADLINE_MS);
         self.agents.sessions.insert(session, greeting);
     }
 
+    /// There is a newer session of the same worker.
+    fn replace_agent(&mut self, older: Session, node: NodeId) {
+        self.agents.sessions.remove(&older);
+        let message = format!("{node} has connected anew");
+        self.out.push(Action::CloseAgent { session: older, message, fatal: false });
+    }
+
     pub(super) fn agent_lost(&mut self, session: Session) {
-        if let Some(gone) = self.agents.sessions.remove(&session)
-            && self.agents.by_node.get(&gone.node) == Some(&session)
-        {
+        let Some(gone) = self.agents.sessions.remove(&session) else { return };
+        if self.agents.greeting.get(&gone.node) == Some(&session) {
+            self.agents.greeting.remove(&gone.node);
+        }
+        if self.agents.by_node.get(&gone.node) == Some(&session) {
             self.agents.by_node.remove(&gone.node);
             self.observations.disconnected(gone.node);
             self.plan_now = true;
@@ -117,11 +126,7 @@ impl<D: Disk> Control<D> {
                 );
                 self.close_agent(session, why, true);
             }
-            FromAgent::Hello(hello) => {
-                agent.hello = Some(hello);
-                agent.phase = Phase::Reading;
-                self.reads.add(Reader::Greeting(session));
-            }
+            FromAgent::Hello(hello) => self.take_hello(session, hello),
             FromAgent::Events(_) if agent.phase == Phase::Silent => {
                 self.close_agent(session, "a worker greets first", true);
             }
@@ -132,6 +137,31 @@ impl<D: Disk> Control<D> {
                 }
                 self.agents.queued.insert(session);
             }
+        }
+    }
+
+    fn take_hello(&mut self, session: Session, hello: AgentHello) {
+        let Some(agent) = self.agents.sessions.get_mut(&session) else { return };
+        let (node, process) = (agent.node, hello.process);
+        agent.hello = Some(hello);
+        agent.phase = Phase::Reading;
+        if let Some(older) = self.agents.by_node.get(&node).copied() {
+            if !self.agents.sessions.get(&older).is_some_and(|older| older.is_of(process)) {
+                return self.close_agent(session, double(node), false);
+            }
+            self.agents.by_node.remove(&node);
+            self.replace_agent(older, node);
+        }
+        self.reads.add(Reader::Greeting(session));
+    }
+
+    /// Refuses a worker for a node for which another one speaks, at whichever coordinator. Known to the leader only.
+    pub(super) fn may_describe(&self, now: Now, describe: &DescribeNode) -> Result<(), Unproposed> {
+        let record = self.replica.state().nodes().get(&describe.node);
+        let other = record.is_some_and(|record| ![0, describe.process].contains(&record.process));
+        match other && self.observations.is_connected(describe.node, now) {
+            true => Err(Unproposed::Refused(unavailable(double(describe.node)))),
+            false => Ok(()),
         }
     }
 
@@ -152,18 +182,16 @@ impl<D: Disk> Control<D> {
                 false => self.welcome(now, session, &hello),
             };
         }
-        let mut changes = Vec::new();
-        if !as_described(record, &hello) {
-            changes.push(Change::DescribeNode(DescribeNode {
-                node,
-                name: hello.name.clone(),
-                slots: hello.slots,
-                device: hello.device.clone(),
-                version: hello.program_version.clone(),
-                labels: hello.labels.clone(),
-                host: hello.host.clone(),
-            }));
+        if phase == Phase::Described && (record.lost || record.process != hello.process) {
+            let why = format!("the record of {node} changed while this worker greeted; greet again");
+            return self.close_agent(session, why, false);
         }
+        if phase == Phase::Reading && !as_described(record, &hello) {
+            self.set_phase(session, Phase::Describing);
+            let describe = describe(node, hello);
+            return self.ask(now, Asker::Agent(session), What::change(None, Change::DescribeNode(describe)));
+        }
+        let mut changes = Vec::new();
         for (job, generation) in state.lost_gangs(node, &hello.gangs) {
             let name = &hello.name;
             let message =
@@ -191,6 +219,10 @@ impl<D: Disk> Control<D> {
         let node = agent.node;
         agent.phase = Phase::Up;
         agent.knows(&hello.gangs);
+        self.agents.greeting.remove(&node);
+        if let Some(older) = self.agents.by_node.insert(node, session) {
+            self.replace_agent(older, node);
+        }
         let mut tell = |message| self.out.push(Action::ToAgent { session, message });
         tell(ToAgent::Welcome { node });
         for (job, generation) in hello.gangs.iter().copied() {
@@ -237,6 +269,10 @@ impl<D: Disk> Control<D> {
             let node = agent.node;
             let state = self.replica.state();
             if agent.phase != Phase::Up {
+                continue;
+            }
+            if state.nodes().get(&node).is_some_and(|record| !agent.is_of(record.process)) {
+                self.close_agent(session, double(node), false);
                 continue;
             }
             if state.nodes().get(&node).is_none_or(|record| record.lost) {
@@ -309,15 +345,17 @@ impl<D: Disk> Control<D> {
         let Change::RecordEvents(RecordEvents { batch: EventBatch { job, generation, .. }, .. }) =
             command.change
         else {
-            if let Phase::Recording { left } = &mut agent.phase {
-                *left -= 1;
-                if *left == 0 {
-                    // Applied here, so the state has them.
-                    agent.phase = Phase::Recorded;
-                    self.greeting_read(now, session);
+            // Applied here, so the state has it.
+            match &mut agent.phase {
+                Phase::Describing => agent.phase = Phase::Described,
+                Phase::Recording { left: 1 } => agent.phase = Phase::Recorded,
+                Phase::Recording { left } => {
+                    *left -= 1;
+                    return;
                 }
+                _ => return,
             }
-            return;
+            return self.greeting_read(now, session);
         };
         let (message, done) = match answer {
             Answer::EventsTaken { seq } => {
@@ -358,6 +396,25 @@ impl<D: Disk> Control<D> {
     }
 }
 
+fn describe(node: NodeId, hello: AgentHello) -> DescribeNode {
+    DescribeNode {
+        node,
+        name: hello.name,
+        slots: hello.slots,
+        device: hello.device,
+        version: hello.program_version,
+        labels: hello.labels,
+        host: hello.host,
+        process: hello.process,
+    }
+}
+
+fn double(node: NodeId) -> String {
+    format!(
+        "another worker is connected as {node}; every worker joins with a data directory of its own, never with a copy"
+    )
+}
+
 fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
     !record.lost
         && record.name == hello.name
@@ -366,4 +423,5 @@ fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
         && record.version == hello.program_version
         && record.labels == hello.labels
         && record.host == hello.host
+        && record.process == hello.process
 }

@@ -133,6 +133,10 @@ impl<D: Disk> Control<D> {
         command: &Command,
     ) -> Result<Result<(), Declined>, Unproposed> {
         let change = match &command.change {
+            Change::DescribeNode(it) => {
+                self.may_describe(now, it)?;
+                return Ok(self.replica.propose(ticket, command));
+            }
             Change::RegisterReplica(it) if !self.is_in_raft(it.address.replica) => {
                 replica::Membership::AddLearner(it.address.replica.0)
             }

@@ -98,6 +98,13 @@ impl Observations {
         Observed { leader_since_ms, nodes }
     }
 
+    /// Anybody holds the node's agent, as far as is known here.
+    pub fn is_connected(&self, node: NodeId, now: Now) -> bool {
+        let connected = |nodes: &BTreeMap<NodeId, Seen>| nodes.get(&node).is_some_and(|seen| seen.connected);
+        let fresh = |other: &&Other| now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS;
+        connected(&self.own) || self.others.values().filter(fresh).any(|other| connected(&other.nodes))
+    }
+
     pub fn reported_lately(&self, replica: ReplicaId, now: Now) -> bool {
         self.others
             .get(&replica)

@@ -12,7 +12,11 @@ pub(super) enum Phase {
     Silent,
     /// Has greeted; waits for a look at the state.
     Reading,
-    /// What its greeting changes is being recorded; this many changes are left.
+    /// The node's record is being set right.
+    Describing,
+    /// The record is as the greeting says.
+    Described,
+    /// The ends of gangs that it came back without are being recorded; this many are left.
     Recording { left: usize },
     /// They are recorded.
     Recorded,
@@ -76,6 +80,11 @@ impl AgentSession {
             expected: BTreeMap::new(),
             retry_ms: 0,
         }
+    }
+
+    /// The agent is this process.
+    pub fn is_of(&self, process: u64) -> bool {
+        self.hello.as_ref().is_some_and(|hello| hello.process == process)
     }
 
     /// The agent has these gangs already.

@@ -156,6 +156,7 @@ impl Agent {
             program_version,
             labels: BTreeMap::new(),
             host: "127.0.0.1".into(),
+            process: 1,
             gangs,
         };
         agent.tell(FromAgent::Hello(hello)).await;

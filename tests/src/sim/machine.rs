@@ -73,6 +73,7 @@ impl Machine {
             program_version: "0".into(),
             labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
+            process: self.life,
         }
     }
 }

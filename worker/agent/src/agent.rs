@@ -39,6 +39,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one.
     pub host: String,
+    /// Drawn when the process began.
+    pub process: u64,
 }
 
 /// What ranks compute on where the job does not say.
@@ -240,6 +242,7 @@ impl Agent {
             program_version: self.config.program_version.clone(),
             labels: self.config.labels.clone(),
             host: self.config.host.clone(),
+            process: self.config.process,
             gangs: self.gangs.keys().map(|id| (id.job, id.generation)).collect(),
         }
     }

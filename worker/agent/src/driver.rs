@@ -84,6 +84,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         labels: options.labels,
         host: options.host.unwrap_or_else(|| own_address(options.coordinators.given())),
+        process: rand::random(),
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
     let node = link::Node {

@@ -19,6 +19,7 @@ pub struct DescribeNode {
     pub version: String,
     pub labels: BTreeMap<String, String>,
     pub host: String,
+    pub process: u64,
 }
 
 impl DescribeNode {
@@ -43,6 +44,7 @@ impl DescribeNode {
         node.version = clip(&self.version);
         node.labels = self.labels;
         node.host = clip(&self.host);
+        node.process = self.process;
         node.lost = false;
         context.effects.extend([Effect::Plan, Effect::Node(self.node)]);
         Answer::Done
@@ -66,6 +68,7 @@ mod tests {
             version: "1".into(),
             labels: BTreeMap::new(),
             host: "h".into(),
+            process: 1,
         };
         assert!(why(script.run(Change::DescribeNode(describe))).contains("node-9 is not registered"));
     }

@@ -140,6 +140,44 @@ fn a_node_is_lost_after_a_lease_of_silence_and_greets_again() {
 }
 
 #[test]
+fn a_worker_with_a_copied_certificate_is_refused_while_the_first_is_there_at_whichever_coordinator() {
+    let mut net = Net::new(3);
+    let (follower, node, session, job) = running(&mut net);
+    net.run(500);
+    let coordinators: Vec<u64> = net.controls.keys().copied().collect();
+    for at in coordinators {
+        let copy = net.connect_as(2, at, node, vec![]);
+        net.run_until("a refusal", |net| net.closed.contains_key(&copy));
+        let (why, fatal) = &net.closed[&copy];
+        assert!(why.contains("another worker is connected as node-1") && !fatal, "{why}");
+    }
+    assert!(!net.closed.contains_key(&session), "the first one stays");
+    assert_eq!(net.state(net.leading()).jobs()[&job].state, JobState::Starting);
+    net.say(session, events(job, 1, vec![step(1)]));
+    net.run_until("the acknowledgement", |net| net.acknowledged(session) == 1);
+    // When it is gone, its place is free, and what ran there is over.
+    net.hearts.remove(&session);
+    net.handle(follower, Input::AgentLost { session });
+    net.run(500);
+    let second = net.connect_as(2, net.leading(), node, vec![]);
+    net.run_until("a welcome", |net| net.told.contains_key(&second));
+    assert_eq!(net.state(net.leading()).jobs()[&job].state, JobState::Failed);
+    let back = net.connect_as(1, follower, node, vec![(job, 1)]);
+    net.run_until("a refusal", |net| net.closed.contains_key(&back));
+}
+
+#[test]
+fn a_worker_that_connects_anew_replaces_its_own_session_at_once() {
+    let mut net = Net::new(3);
+    let (follower, node, session, job) = running(&mut net);
+    let again = net.welcome(follower, node, vec![(job, 1)]);
+    assert!(net.closed[&session].0.contains("connected anew"));
+    net.say(again, events(job, 1, vec![step(1)]));
+    net.run_until("the acknowledgement", |net| net.acknowledged(again) == 1);
+    assert_eq!(net.state(net.leading()).jobs()[&job].state, JobState::Starting);
+}
+
+#[test]
 fn nobody_is_lost_by_leader_changes_however_many() {
     let mut net = Net::new(3);
     let (_, node, session, _) = running(&mut net);

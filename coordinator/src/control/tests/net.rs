@@ -61,7 +61,7 @@ pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
     ClientFrame { version: PROTOCOL_VERSION, client: ClientId(client), seq, stale: false, request }
 }
 
-pub(super) fn hello(gangs: Vec<(JobId, u64)>) -> FromAgent {
+pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> FromAgent {
     let (name, device, program_version) = ("box".into(), "cpu".into(), "0".into());
     FromAgent::Hello(AgentHello {
         version: PROTOCOL_VERSION,
@@ -71,6 +71,7 @@ pub(super) fn hello(gangs: Vec<(JobId, u64)>) -> FromAgent {
         program_version,
         labels: Default::default(),
         host: "h".into(),
+        process,
         gangs,
     })
 }
@@ -362,9 +363,14 @@ impl Net {
 
     /// An agent connects and greets, and sends heartbeats from now on.
     pub fn connect(&mut self, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
+        self.connect_as(1, at, node, gangs)
+    }
+
+    /// The same from this process, of several that hold the same certificate.
+    pub fn connect_as(&mut self, process: u64, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
         let session = self.number();
         self.handle(at, Input::AgentConnected { session, node });
-        self.handle(at, Input::Agent { session, message: hello(gangs) });
+        self.handle(at, Input::Agent { session, message: hello(process, gangs) });
         self.hearts.insert(session, (at, node));
         session
     }

@@ -20,6 +20,7 @@ pub fn config() -> Config {
         program_version: "0".into(),
         labels: BTreeMap::new(),
         host: "box".into(),
+        process: 1,
     }
 }
 
