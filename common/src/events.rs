@@ -6,6 +6,7 @@
 use crate::exit::Fault;
 use crate::ids::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// An event with the wall clock of its node, in milliseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,6 +103,7 @@ pub struct CheckpointRecord {
     pub path: String,
     /// SHA-256 of the manifest, which holds the hash of every file, in hex.
     pub manifest_sha256: String,
+    /// Of all shards together.
     pub bytes: u64,
     pub loss: f64,
     /// How many ranks wrote it.
@@ -119,6 +121,67 @@ pub struct Shard {
     pub bytes: u64,
     /// In hex.
     pub sha256: String,
+}
+
+/// Files of one checkpoint: with names of the longest kind they fit into one command of the log.
+pub const SHARDS_MAX: usize = 8_192;
+/// Bytes of a path on a node: what Linux allows.
+pub const PATH_MAX: usize = 4_096;
+
+impl CheckpointRecord {
+    /// What is wrong with it: every writer must have a shard, every shard a name of its own and a hash, and together they must be all
+    /// that was written. The agent asks before it passes a checkpoint on, the cluster before it records it: what is recorded is whole.
+    pub fn flaw(&self) -> Option<String> {
+        let CheckpointRecord { writers, shards, manifest_sha256, bytes, path, .. } = self;
+        if shards.len() > SHARDS_MAX {
+            return Some(format!("it names {} files, and {SHARDS_MAX} is the limit", shards.len()));
+        }
+        if path.is_empty() || path.len() > PATH_MAX || path.contains(char::is_control) {
+            return Some(format!("it needs a path of at most {PATH_MAX} bytes without control characters"));
+        }
+        if !is_sha256(manifest_sha256) {
+            return Some(format!("`{}` is not the hash of a manifest", shown(manifest_sha256)));
+        }
+        let mut names = BTreeSet::new();
+        let mut wrote = BTreeSet::new();
+        for shard in shards {
+            if !is_file_name(&shard.name) || !names.insert(&shard.name) {
+                return Some(format!("the name `{}` is wrong or there twice", shown(&shard.name)));
+            }
+            if !is_sha256(&shard.sha256) {
+                return Some(format!("{} has no hash", shard.name));
+            }
+            if shard.writer >= *writers {
+                return Some(format!("{} is by rank {} of {writers}", shard.name, shard.writer));
+            }
+            wrote.insert(shard.writer);
+        }
+        if let Some(missing) = (0..*writers).find(|writer| !wrote.contains(writer)) {
+            return Some(format!("there is no shard of rank {missing} of {writers}"));
+        }
+        let sum = shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.bytes));
+        match (*writers, sum) {
+            (0, _) => Some("nobody wrote it".to_owned()),
+            (_, sum) if sum != *bytes => {
+                Some(format!("its shards have {sum} bytes together, and it has {bytes}"))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// 64 hexadecimal digits.
+pub fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn is_file_name(name: &str) -> bool {
+    let wrong = |c: char| c == '/' || c == '\\' || c.is_control();
+    !name.is_empty() && name.len() <= 255 && name != "." && name != ".." && !name.contains(wrong)
+}
+
+fn shown(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(80).collect()
 }
 
 /// How a generation of a job ended.
@@ -157,4 +220,47 @@ pub struct EventBatch {
     pub generation: Generation,
     pub first_seq: u64,
     pub events: Vec<Event>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn whole() -> CheckpointRecord {
+        let shard =
+            |writer| Shard { writer, name: format!("part-{writer}"), bytes: 10, sha256: "ab".repeat(32) };
+        CheckpointRecord {
+            step: 7,
+            path: "/out/step-7".into(),
+            manifest_sha256: "cd".repeat(32),
+            bytes: 20,
+            loss: 1.0,
+            writers: 2,
+            shards: vec![shard(0), shard(1)],
+        }
+    }
+
+    fn spoiled(spoil: impl Fn(&mut CheckpointRecord)) -> Option<String> {
+        let mut record = whole();
+        spoil(&mut record);
+        record.flaw()
+    }
+
+    #[test]
+    fn a_manifest_needs_every_shard_once_and_with_its_hash() {
+        assert_eq!(spoiled(|_| {}), None);
+        let says =
+            |what: &str, flaw: Option<String>| assert!(flaw.as_ref().unwrap().contains(what), "{flaw:?}");
+        says("no shard of rank 1 of 2", spoiled(|record| record.shards.truncate(1)));
+        says("no shard of rank 2 of 3", spoiled(|record| record.writers = 3));
+        says("by rank 1 of 1", spoiled(|record| record.writers = 1));
+        says("there twice", spoiled(|record| record.shards[1].name = record.shards[0].name.clone()));
+        says("`../x` is wrong", spoiled(|record| record.shards[1].name = "../x".into()));
+        says("is wrong", spoiled(|record| record.shards[1].name = "a\x1b[2Jb".into()));
+        says("has no hash", spoiled(|record| record.shards[0].sha256 = "zz".into()));
+        says("not the hash of a manifest", spoiled(|record| record.manifest_sha256.clear()));
+        says("its shards have", spoiled(|record| record.bytes = 21));
+        says("a path", spoiled(|record| record.path = "x".repeat(PATH_MAX + 1)));
+        says("nobody wrote it", spoiled(|record| (record.writers, record.shards) = (0, Vec::new())));
+    }
 }

@@ -89,7 +89,7 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
         step: 2,
         path: "/c/step-2".into(),
         manifest_sha256: "cd".repeat(32),
-        bytes: 9,
+        bytes: 8,
         loss: 2.0,
         writers: 1,
         shards: vec![Shard { writer: 0, name: "model".into(), bytes: 8, sha256: "ab".repeat(32) }],

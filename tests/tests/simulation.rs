@@ -13,7 +13,7 @@ const MINUTES: u64 = 20;
 fn well(report: &Report) {
     if let Some(violation) = &report.violation {
         panic!(
-            "{}\nseed {}: {}; run `cargo run -p fleet-tests --bin simulate -- --seed {} --trace`",
+            "{}\nseed {}: {}; run `cargo run -p fleet-tests --bin simulate -- --seed {}`",
             violation.trace.join("\n"),
             report.seed,
             violation.what,

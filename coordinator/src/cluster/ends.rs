@@ -47,7 +47,7 @@ impl State {
                 job.placement = None;
                 job.stop = None;
                 job.requeue = false;
-                job.note(id, format!("back in the queue after step {}", job.progress.step), context);
+                job.note(id, back_in_the_queue(job), context);
                 context.effects.push(Effect::Plan);
             }
             outcome => self.finish(id, outcome, context),
@@ -91,6 +91,16 @@ impl State {
             let outcome = Outcome::Failed(node_error(name.clone(), why.to_owned()));
             self.end_part(id, node, outcome, context);
         }
+    }
+}
+
+fn back_in_the_queue(job: &JobRecord) -> String {
+    let step = job.progress.step;
+    match job.checkpoints.last().map_or(0, |known| known.record.step) {
+        saved if saved == step || !job.trains => format!("back in the queue after step {step}"),
+        saved => format!(
+            "back in the queue after step {step}, without a checkpoint of it; goes on from step {saved}"
+        ),
     }
 }
 

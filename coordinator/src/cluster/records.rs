@@ -7,12 +7,12 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
 use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
 
 /// Events of one job that are kept; beyond it lines of output are dropped and only the rest is kept (a year of steps fits).
 pub const LOGGED_EVENTS_MAX: u64 = 1_000_000;
-/// Files of one checkpoint: what fits into one command.
-pub const SHARDS_MAX: usize = 16_384;
+/// Lines of an error in the state, and characters of each: 1,000 failed jobs have less than 64 MiB of them.
+const ERROR_LINES_MAX: usize = 30;
+const ERROR_LINE_MAX: usize = 2_000;
 
 /// Invariant: `placement` is there from the assignment to the end of the job or its return to the queue, and with it
 /// `generation > 0`. A job that is final has no work and a finish time.
@@ -144,7 +144,7 @@ impl JobRecord {
                 self.progress.tokens_per_s = Some(step.tokens_per_s);
             }
             EventBody::Eval(evaluation) => self.progress.eval_loss = Some(evaluation.loss),
-            EventBody::Checkpoint(checkpoint) => match flaw(checkpoint) {
+            EventBody::Checkpoint(checkpoint) => match checkpoint.flaw() {
                 None => self.keep(checkpoint.clone(), event.unix_ms),
                 Some(flaw) => {
                     let (step, error) = (checkpoint.step, format!("its manifest is not whole: {flaw}"));
@@ -201,56 +201,18 @@ impl JobRecord {
             }
             Outcome::Failed(error) => {
                 self.state = JobState::Failed;
-                self.error = Some(error.clone());
+                self.error = Some(bounded(error));
             }
         }
     }
 }
 
-/// What is wrong with a checkpoint's manifest: every writer must have a shard, every shard a name of its own and a hash.
-fn flaw(checkpoint: &CheckpointRecord) -> Option<String> {
-    let CheckpointRecord { writers, shards, manifest_sha256, bytes, .. } = checkpoint;
-    if shards.len() > SHARDS_MAX {
-        return Some(format!("it names {} files, and {SHARDS_MAX} is the limit", shards.len()));
-    }
-    if !is_sha256(manifest_sha256) {
-        return Some(format!("`{}` is not the hash of a manifest", clip(manifest_sha256)));
-    }
-    let mut names = BTreeSet::new();
-    let mut wrote = BTreeSet::new();
-    for shard in shards {
-        if !is_file_name(&shard.name) || !names.insert(&shard.name) {
-            return Some(format!("the name `{}` is wrong or there twice", clip(&shard.name)));
-        }
-        if !is_sha256(&shard.sha256) {
-            return Some(format!("{} has no hash", shard.name));
-        }
-        if shard.writer >= *writers {
-            return Some(format!("{} is by rank {} of {writers}", shard.name, shard.writer));
-        }
-        wrote.insert(shard.writer);
-    }
-    if let Some(missing) = (0..*writers).find(|writer| !wrote.contains(writer)) {
-        return Some(format!("there is no shard of rank {missing} of {writers}"));
-    }
-    let sum = shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.bytes));
-    match (*writers, sum) {
-        (0, _) => Some("nobody wrote it".to_owned()),
-        (_, sum) if sum > *bytes => Some(format!("its shards have {sum} bytes, and it {bytes}")),
-        _ => None,
-    }
-}
-
-pub(crate) fn is_sha256(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-fn is_file_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= 255 && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
-}
-
-fn clip(text: &str) -> String {
-    text.chars().take(80).collect()
+/// What the state keeps of an error; the event in the history has all of it.
+fn bounded(error: &JobError) -> JobError {
+    let cut = |text: &String, max: usize| text.chars().take(max).collect();
+    let skip = error.last_lines.len().saturating_sub(ERROR_LINES_MAX);
+    let last_lines = error.last_lines[skip..].iter().map(|line| cut(line, ERROR_LINE_MAX)).collect();
+    JobError { message: cut(&error.message, ERROR_LINE_MAX), last_lines, ..error.clone() }
 }
 
 /// The error of a job whose node failed it.
@@ -263,34 +225,5 @@ pub(crate) fn node_error(node: String, message: String) -> JobError {
         exit_code: None,
         message,
         last_lines: Vec::new(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cluster::tests::checkpoint_of;
-    use fleet_common::events::Shard;
-
-    fn spoiled(spoil: impl Fn(&mut CheckpointRecord)) -> Option<String> {
-        let mut record = checkpoint_of(7, 2);
-        spoil(&mut record);
-        flaw(&record)
-    }
-
-    #[test]
-    fn a_manifest_needs_every_shard_once_and_with_its_hash() {
-        assert_eq!(spoiled(|_| {}), None);
-        let says =
-            |what: &str, flaw: Option<String>| assert!(flaw.as_ref().unwrap().contains(what), "{flaw:?}");
-        says("no shard of rank 1 of 2", spoiled(|record| record.shards.truncate(1)));
-        says("no shard of rank 2 of 3", spoiled(|record| record.writers = 3));
-        says("by rank 1 of 1", spoiled(|record| record.writers = 1));
-        says("there twice", spoiled(|record| record.shards[1].name = record.shards[0].name.clone()));
-        says("`../x` is wrong", spoiled(|record| record.shards[1].name = "../x".into()));
-        says("has no hash", spoiled(|record| record.shards[0].sha256 = "zz".into()));
-        says("not the hash of a manifest", spoiled(|record| record.manifest_sha256.clear()));
-        says("its shards have", spoiled(|record| record.bytes = 1));
-        says("nobody wrote it", spoiled(|record| (record.writers, record.shards) = (0, Vec::<Shard>::new())));
     }
 }

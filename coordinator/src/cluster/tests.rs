@@ -240,7 +240,7 @@ pub(crate) fn checkpoint_of(step: u64, writers: u32) -> CheckpointRecord {
         step,
         path: format!("/c/step-{step}"),
         manifest_sha256: "cd".repeat(32),
-        bytes: 1_000,
+        bytes: 10 * u64::from(writers),
         loss: 1.0,
         writers,
         shards: shards.collect(),

@@ -25,6 +25,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const GREETING_DEADLINE_MS: u64 = 5_000;
 /// Between attempts to record events while nothing can be written.
 const RETRY_MS: u64 = 200;
+/// Gangs that an agent may know: some thousands run on the largest node, and some have ended.
+const GANGS_MAX: usize = 10_000;
 /// Without a leader for this long, a coordinator sends its agents to another one, which may have it: they shall be heard there before
 /// their lease ends.
 const PATIENCE_MS: u64 = LEASE_MS * 2 / 5;
@@ -124,6 +126,10 @@ impl<D: Disk> Control<D> {
                     "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the worker {}; install the same version of fleet",
                     hello.version
                 );
+                self.close_agent(session, why, true);
+            }
+            FromAgent::Hello(hello) if hello.gangs.len() > GANGS_MAX => {
+                let why = format!("a worker with {} gangs: {GANGS_MAX} is the limit", hello.gangs.len());
                 self.close_agent(session, why, true);
             }
             FromAgent::Hello(hello) => self.take_hello(session, hello),
@@ -279,7 +285,9 @@ impl<D: Disk> Control<D> {
                 self.close_agent(session, "the cluster has given this node up; greet again", false);
                 continue;
             }
-            for message in state.orders(node) {
+            let orders = state.orders(node);
+            agent.remember_only(&orders);
+            for message in orders {
                 if agent.is_news(&message) {
                     self.out.push(Action::ToAgent { session, message });
                 }

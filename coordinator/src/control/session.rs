@@ -97,6 +97,12 @@ impl AgentSession {
         self.told.insert(Order::from(order))
     }
 
+    /// Orders that are over are forgotten.
+    pub fn remember_only(&mut self, orders: &[ToAgent]) {
+        let standing: BTreeSet<Order> = orders.iter().map(Order::from).collect();
+        self.told.retain(|order| standing.contains(order));
+    }
+
     /// Takes a batch; returns how many the session holds.
     pub fn queue(&mut self, batch: EventBatch) -> usize {
         self.held += 1;

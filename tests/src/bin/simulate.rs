@@ -20,9 +20,9 @@ struct Arguments {
     /// Virtual hours with faults.
     #[arg(long, default_value_t = 1.0)]
     hours: f64,
-    /// Prints what happens, line by line.
+    /// With one seed: only the result, and not what happens, line by line.
     #[arg(long)]
-    trace: bool,
+    quiet: bool,
     /// With many seeds: go on after a violation.
     #[arg(long)]
     keep_going: bool,
@@ -43,8 +43,8 @@ fn main() -> ExitCode {
     let failures = match &arguments.seeds {
         Some(seeds) => many(seeds.clone(), minutes, &arguments),
         None => {
-            let report = sim::run(arguments.seed, minutes, arguments.trace);
-            show(&report, !arguments.trace);
+            let report = sim::run(arguments.seed, minutes, !arguments.quiet);
+            show(&report, arguments.quiet);
             u64::from(report.violation.is_some())
         }
     };

@@ -335,7 +335,7 @@ impl World {
             step,
             path: format!("/out/{}/step-{step}", id.job),
             manifest_sha256: format!("{:064x}", mix(step)),
-            bytes: 1000,
+            bytes: 900,
             loss: 1.0,
             writers: 1,
             shards: vec![Shard {

@@ -8,6 +8,29 @@ use super::*;
 use stage::{GANG, Stage, check, config, gang, input, job};
 
 #[test]
+fn a_checkpoint_that_is_not_whole_is_not_passed_on_and_never_counts() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         send 1: data ready
+         > rank 0 saved-without-a-hash 1
+         send 2: no checkpoint 1: its manifest is not whole: `` is not the hash of a manifest
+         > committed 2
+         > rank 0 saved 2
+         send 3: checkpoint 2
+         > committed 3
+         rank 0: checkpoint 2 counts",
+    );
+}
+
+#[test]
 fn a_job_from_its_start_to_its_last_event() {
     check(
         "> connected

@@ -392,8 +392,15 @@ impl Supervised {
         }
     }
 
-    fn on_event(&mut self, rank: Rank, event: Event, now: Now, out: &mut Vec<Action>) {
+    fn on_event(&mut self, rank: Rank, mut event: Event, now: Now, out: &mut Vec<Action>) {
         match event.body {
+            // The rank would take it for valid when it is committed, and rotate older ones away.
+            EventBody::Checkpoint(ref record) => {
+                if let Some(flaw) = record.flaw() {
+                    let (step, error) = (record.step, format!("its manifest is not whole: {flaw}"));
+                    event.body = EventBody::CheckpointFailed { step, error };
+                }
+            }
             EventBody::Log { level, line, .. } => return self.on_line(Some(rank), level, line, now),
             // How the gang ended is the agent's to say, when all ranks are gone.
             EventBody::Finished(_) => return,

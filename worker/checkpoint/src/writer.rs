@@ -113,7 +113,7 @@ impl Writer {
             step: self.step,
             path: path.to_string_lossy().into_owned(),
             manifest_sha256,
-            bytes: manifest.bytes() + bytes.len() as u64,
+            bytes: manifest.bytes(),
             loss,
             // Whatever their number, rank 0 writes for all.
             writers: 1,

@@ -1,5 +1,6 @@
 //! A coordinator has started and says where it is reached and what it knows.
 
+use super::register_replica::flaw;
 use crate::cluster::members::clip;
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::protocol::CoordinatorAddress;
@@ -14,6 +15,9 @@ pub struct DescribeReplica {
 
 impl DescribeReplica {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
+        if let Some(why) = flaw(&self.address, self.level) {
+            return Answer::invalid(why);
+        }
         let Some(record) = state.replicas.get_mut(&self.address.replica) else {
             return Answer::not_found(format!(
                 "{} is not a coordinator of this cluster",

@@ -2,8 +2,8 @@
 
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::clean_text;
-use crate::cluster::records::is_sha256;
 use crate::cluster::{Answer, Context, State};
+use fleet_common::events::is_sha256;
 use fleet_common::ids::ExportId;
 use fleet_common::protocol::{ExportView, NewExport};
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,6 @@
 //! A join token is of no use any more.
 
+use crate::cluster::members::clip;
 use crate::cluster::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,7 @@ impl RevokeToken {
             Some(_) => Answer::Done,
             None => Answer::not_found(format!(
                 "there is no token {}; `fleet token ls` lists those that are valid",
-                self.id
+                clip(&self.id)
             )),
         }
     }

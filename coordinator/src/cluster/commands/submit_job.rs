@@ -2,15 +2,19 @@
 
 use crate::cluster::fit::fit;
 use crate::cluster::history::HistoryRow;
-use crate::cluster::members::{LABELS_MAX, NAME_MAX, is_label};
+use crate::cluster::members::{LABELS_MAX, NAME_MAX, clip, is_label};
 use crate::cluster::records::{JobRecord, Progress};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
 
-/// Unfinished jobs: bounds what the state holds of them, at most some tens of KiB each.
+/// Unfinished jobs: with `WORK_MAX` bounds what the state holds of them.
 pub const UNFINISHED_MAX: usize = 1_000;
+/// Bytes of what one job is asked to do: a job file, or a program with its arguments and environment. Few have more than a tenth.
+const WORK_MAX: usize = 128 << 10;
+/// Checkpoints of one job that are known as valid, at most.
+const KEEP_MAX: u32 = 1_000;
 /// Ranks of one job: what the largest cluster has.
 pub const WORLD_MAX: u32 = 65_536;
 
@@ -42,12 +46,12 @@ impl SubmitJob {
         context.history.push(HistoryRow::Work { job, work: self.work.clone() });
         context.effects.extend([Effect::Plan, Effect::Job(job)]);
         let record = JobRecord {
-            name: self.name,
+            name: clip(&self.name),
             world_size: self.world_size,
             wish: self.wish,
             trains,
             work: Some(self.work),
-            keep_checkpoints: self.keep_checkpoints,
+            keep_checkpoints: self.keep_checkpoints.min(KEEP_MAX),
             state: JobState::Queued,
             submitted_unix_ms: context.unix_ms,
             finished_unix_ms: None,
@@ -89,6 +93,12 @@ impl SubmitJob {
         if labels.len() > LABELS_MAX || labels.iter().any(|(name, value)| !is_label(name, value)) {
             return Err(format!(
                 "a job asks for at most {LABELS_MAX} labels like `gpu=h200` of at most {NAME_MAX} characters each"
+            ));
+        }
+        let size = size_of(&self.work);
+        if size > WORK_MAX {
+            return Err(format!(
+                "what the job is asked to do has {size} bytes with its environment, and {WORK_MAX} is the limit; put long lists into files, unset variables that are not needed"
             ));
         }
         if *max_time_s == Some(0) {
@@ -145,11 +155,22 @@ impl SubmitJob {
     }
 }
 
+fn size_of(work: &Work) -> usize {
+    match work {
+        Work::Train { job_json } => job_json.len(),
+        Work::Program(program) => {
+            let env = program.env.iter().map(|(name, value)| name.len() + value.len());
+            program.argv.iter().map(String::len).chain(env).sum::<usize>() + program.working_dir.len()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cluster::commands::Change;
     use crate::cluster::tests::{Script, program, submit, training, why};
+    use fleet_common::protocol::Program;
 
     fn wishing(world_size: u32, wish: Wish) -> Change {
         Change::SubmitJob(SubmitJob {
@@ -167,6 +188,23 @@ mod tests {
         assert_eq!(script.run(submit(2)), Answer::Submitted { job: JobId(1) });
         assert_eq!(script.run(submit(2)), Answer::Submitted { job: JobId(2) });
         assert_eq!(script.state.jobs()[&JobId(2)].state, JobState::Queued);
+    }
+
+    #[test]
+    fn what_the_state_keeps_of_a_job_is_bounded() {
+        let mut script = Script::with_nodes(&[4]);
+        let submit = |name: &str, value: usize| {
+            let env = vec![("LIST".to_owned(), "x".repeat(value))];
+            let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env };
+            let (name, work) = (name.to_owned(), Work::Program(program));
+            let wish = Wish::default();
+            Change::SubmitJob(SubmitJob { name, world_size: 1, work, wish, keep_checkpoints: u32::MAX })
+        };
+        assert!(why(script.run(submit("n", WORK_MAX))).contains("131072 is the limit"));
+        let answer = script.run(submit(&"n".repeat(5_000), WORK_MAX / 2));
+        assert_eq!(answer, Answer::Submitted { job: JobId(1) });
+        let job = &script.state.jobs()[&JobId(1)];
+        assert!(job.name.len() < 1_000 && job.keep_checkpoints == KEEP_MAX);
     }
 
     #[test]

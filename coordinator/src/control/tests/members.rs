@@ -7,7 +7,7 @@ use crate::cluster::session::RequestId;
 use crate::cluster::tests::{submit, token};
 use crate::control::*;
 use fleet_common::ids::ClientId;
-use fleet_common::protocol::{RefusalKind, Reply, Role};
+use fleet_common::protocol::{Program, RefusalKind, Reply, Role, Work};
 
 fn remove(
     net: &mut Net,
@@ -26,7 +26,9 @@ fn a_coordinator_joins_gets_a_snapshot_and_then_its_vote() {
     let mut net = Net::new(1);
     for n in 0..20u64 {
         let Change::SubmitJob(job) = submit(1) else { unreachable!() };
-        let change = Change::SubmitJob(SubmitJob { name: format!("{n}{}", "x".repeat(200_000)), ..job });
+        let argv = vec![format!("{n}{}", "x".repeat(120_000))];
+        let work = Work::Program(Program { argv, working_dir: "/".into(), env: Vec::new() });
+        let change = Change::SubmitJob(SubmitJob { work, ..job });
         net.propose(1, change).unwrap();
     }
     // So many entries that the first ones are only in the snapshot and in the history's tables.
@@ -228,10 +230,12 @@ fn nothing_is_proposed_that_a_coordinator_does_not_know() {
     let mut net = Net::new(3);
     let leader = net.leading();
     let address = crate::cluster::tests::address(net.follower());
-    let old = DescribeReplica { address, version: "0".into(), level: 0 };
+    let old = DescribeReplica { address, version: "0".into(), level: 1 };
     net.propose(leader, Change::DescribeReplica(old)).unwrap();
     for at in [leader, net.follower()] {
-        let Reply::Refused(refusal) = net.ask(at, frame(9, 1, program())) else { panic!("not refused") };
+        let run = fleet_common::protocol::Request::StartRun { name: "r".into() };
+        let Reply::Refused(refusal) = net.ask(at, frame(9, 1, run)) else { panic!("not refused") };
         assert!(refusal.message.contains("update them first"), "{}", refusal.message);
     }
+    assert_eq!(net.submit(leader).0, 1, "what the oldest knows goes on");
 }

@@ -3,7 +3,7 @@
 use super::super::*;
 use crate::gang::Prepared;
 use crate::verdict::{Exit, agent_error};
-use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Step};
+use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Shard, Step};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, Program, Work};
@@ -21,6 +21,19 @@ pub fn config() -> Config {
         labels: BTreeMap::new(),
         host: "box".into(),
         process: 1,
+    }
+}
+
+fn checkpoint(step: u64) -> CheckpointRecord {
+    let shard = Shard { writer: 0, name: "model".into(), bytes: 1, sha256: "ab".repeat(32) };
+    CheckpointRecord {
+        step,
+        path: "/c".into(),
+        manifest_sha256: "cd".repeat(32),
+        bytes: 1,
+        loss: 1.0,
+        writers: 1,
+        shards: vec![shard],
     }
 }
 
@@ -177,16 +190,10 @@ pub fn input(words: &[&str], now: Now) -> Input {
                     };
                     GangInput::Rank(n, event(EventBody::Step(step)))
                 }
-                ["saved", step] => {
-                    let record = CheckpointRecord {
-                        step: number(step),
-                        path: "/c".into(),
-                        manifest_sha256: "".into(),
-                        bytes: 1,
-                        loss: 1.0,
-                        writers: 1,
-                        shards: vec![],
-                    };
+                ["saved", step] => GangInput::Rank(n, event(EventBody::Checkpoint(checkpoint(number(step))))),
+                ["saved-without-a-hash", step] => {
+                    let record =
+                        CheckpointRecord { manifest_sha256: String::new(), ..checkpoint(number(step)) };
                     GangInput::Rank(n, event(EventBody::Checkpoint(record)))
                 }
                 ["done", steps] => {
@@ -287,6 +294,7 @@ fn tell(body: &EventBody) -> String {
         EventBody::Finished(Outcome::Failed(error)) => {
             format!("failed ({:?}): {}", error.fault, error.message)
         }
+        EventBody::CheckpointFailed { step, error } => format!("no checkpoint {step}: {error}"),
         other => format!("{other:?}"),
     }
 }
