@@ -71,12 +71,23 @@ async fn submit(
     }
 }
 
-/// Asks as fast as it is answered, whatever the answer.
+/// Requests of one flooding client that are open at the same time.
+const FLOOD: u128 = 64;
+
+/// Asks as fast as it is answered, whatever the answer: changes and costly questions, many at a time.
 async fn flood(address: String, identity: Identity, client: u128) {
     let connection = net::connect(&[address], &identity).await.unwrap();
-    for seq in 1.. {
-        ask(&connection, &ClientFrame::change(ClientId(client), seq, work())).await;
+    let mut streams = tokio::task::JoinSet::new();
+    for stream in 0..FLOOD {
+        let connection = connection.clone();
+        streams.spawn(async move {
+            for seq in 1.. {
+                let request = if stream % 2 == 0 { work() } else { Request::Jobs { all: None } };
+                ask(&connection, &ClientFrame::change(ClientId(client * FLOOD + stream), seq, request)).await;
+            }
+        });
     }
+    while streams.join_next().await.is_some() {}
 }
 
 fn addresses(all: &[Standing]) -> Vec<String> {
@@ -216,12 +227,15 @@ fn a_thousand_silent_connections_and_a_flood_starve_nobody() {
     let identity = local(&cluster);
     let runtime = runtime();
     let quic = cluster.endpoint.quic.clone();
+    let token: JoinToken = world.token(&cluster, &["--role", "client"]).parse().unwrap();
+    let other = runtime.block_on(net::join(std::slice::from_ref(&quic), &token, "other")).unwrap().identity;
     let silent = runtime.spawn({
-        let (quic, identity) = (quic.clone(), identity.clone());
+        let (quic, identities) = (quic.clone(), [identity.clone(), other]);
         async move {
             let mut held = Vec::new();
             while held.len() < 1000 {
-                match net::connect(std::slice::from_ref(&quic), &identity).await {
+                let identity = &identities[held.len() % 2];
+                match net::connect(std::slice::from_ref(&quic), identity).await {
                     Ok(connection) => held.push(connection),
                     Err(net::NetError::Unreachable(_)) => {}
                     Err(error) => panic!("{error}"),

@@ -37,6 +37,7 @@ pub use io::{
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
 
 use crate::cluster::{Effect, State};
+use crate::planner::Observed;
 use crate::raft::disk::Disk;
 use crate::raft::history::History;
 use crate::raft::replica::{Replica, Ticket};
@@ -77,6 +78,8 @@ pub struct Control<D: Disk> {
     watches: Watches,
     agents: Agents,
     observations: Observations,
+    /// What the queries of this round see of them.
+    seen: Option<Observed>,
     transfers: Transfers,
     low_space: Option<String>,
     /// `Action::Members` is due.
@@ -125,6 +128,7 @@ impl<D: Disk> Control<D> {
             watches: Watches::default(),
             agents: Agents::default(),
             observations: Observations::default(),
+            seen: None,
             transfers: Transfers::default(),
             low_space: None,
             members_changed: false,
@@ -221,6 +225,7 @@ impl<D: Disk> Control<D> {
     }
 
     fn round(&mut self, now: Now, send: &mut dyn FnMut(ReplicaId, PeerMessage)) -> Result<(), ControlError> {
+        self.seen = None;
         self.recover(now)?;
         self.take_chunk()?;
         self.plan(now);
@@ -255,7 +260,7 @@ impl<D: Disk> Control<D> {
 
     /// There is work left that waits for no input: call `process` again when its actions are under way.
     pub fn busy(&self) -> bool {
-        let waits = self.raft_touched || self.plans_at_once() || self.reads.are_due();
+        let waits = self.raft_touched || self.plans_at_once() || self.reads.are_busy();
         !self.has_left() && (waits || self.watches.are_busy() || self.agents.are_busy())
     }
 

@@ -8,7 +8,7 @@ use crate::raft::disk::Disk;
 use crate::raft::replica::Ticket;
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::Request;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Without a confirmation for this long it is asked for again: a few round trips of a slow network.
 const READ_RETRY_MS: u64 = 250;
@@ -18,6 +18,9 @@ const READ_DEADLINE_MS: u64 = 10_000;
 const BATCHES_MAX: usize = 16;
 /// Looks that wait: one for each call and each greeting agent, and as many from the other coordinators.
 const READERS_MAX: usize = 2 * (super::CALLS_MAX + super::AGENTS_MAX);
+
+/// Looks in one round: the costly ones take a millisecond, and raft must not wait for more than some dozens of them.
+const LOOKS_MAX: usize = 64;
 
 /// Who wants to look.
 pub(super) enum Reader {
@@ -47,6 +50,8 @@ struct Batch {
 pub(super) struct Reads {
     fresh: Vec<Reader>,
     batches: BTreeMap<Ticket, Batch>,
+    /// May look now.
+    ready: VecDeque<Reader>,
     waiting: usize,
 }
 
@@ -56,26 +61,35 @@ impl Reads {
         self.waiting += 1;
     }
 
-    /// Somebody waits who can be served by the next round.
-    pub fn are_due(&self) -> bool {
+    /// A confirmation can be asked for in the next round.
+    fn are_due(&self) -> bool {
         !self.fresh.is_empty() && self.batches.len() < BATCHES_MAX
+    }
+
+    /// Somebody waits who can be served by the next round.
+    pub fn are_busy(&self) -> bool {
+        self.are_due() || !self.ready.is_empty()
     }
 
     pub fn is_crowded(&self) -> bool {
         self.waiting >= READERS_MAX
     }
 
-    fn confirmed(&mut self, ticket: Ticket) -> Vec<Reader> {
+    fn confirmed(&mut self, ticket: Ticket) {
         let readers = self.batches.remove(&ticket).map_or_else(Vec::new, |batch| batch.readers);
-        self.waiting -= readers.len();
-        readers
+        self.ready.extend(readers);
     }
 
-    fn all(&mut self) -> Vec<Reader> {
-        self.waiting = 0;
+    fn confirmed_all(&mut self) {
         let batches = std::mem::take(&mut self.batches);
         let fresh = std::mem::take(&mut self.fresh);
-        batches.into_values().flat_map(|batch| batch.readers).chain(fresh).collect()
+        self.ready.extend(batches.into_values().flat_map(|batch| batch.readers).chain(fresh));
+    }
+
+    fn next(&mut self) -> Option<Reader> {
+        let reader = self.ready.pop_front()?;
+        self.waiting -= 1;
+        Some(reader)
     }
 }
 
@@ -111,15 +125,15 @@ impl<D: Disk> Control<D> {
 
     pub(super) fn confirmed_reads(&mut self, now: Now, tickets: Vec<Ticket>) {
         for ticket in tickets {
-            for reader in self.reads.confirmed(ticket) {
-                self.look(now, reader);
-            }
+            self.reads.confirmed(ticket);
         }
         // Nobody else can have changed anything: a full disk does not keep a lone replica from answering.
         if self.replica.is_alone() && self.replica.full().is_some() {
-            for reader in self.reads.all() {
-                self.look(now, reader);
-            }
+            self.reads.confirmed_all();
+        }
+        for _ in 0..LOOKS_MAX {
+            let Some(reader) = self.reads.next() else { break };
+            self.look(now, reader);
         }
     }
 

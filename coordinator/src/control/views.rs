@@ -7,7 +7,7 @@ use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{Refusal, Reply, Request};
 
 impl<D: Disk> Control<D> {
-    pub(super) fn query(&self, now: Now, request: &Request) -> Result<Reply, Refusal> {
+    pub(super) fn query(&mut self, now: Now, request: &Request) -> Result<Reply, Refusal> {
         let status = self.status();
         let progress = self.replica.progress().into_iter();
         let raft = Raft {
@@ -21,14 +21,17 @@ impl<D: Disk> Control<D> {
                 .chain(self.lead.as_ref().map(|_| (self.me(), status.commit_index, true)))
                 .collect(),
         };
+        let seen = self.seen.take().unwrap_or_else(|| self.observed(now));
         let view = View {
             state: self.replica.state(),
-            observed: &self.observed(now),
+            observed: &seen,
             history: &self.history,
             raft,
             now_ms: now.mono_ms,
             unix_ms: now.unix_ms,
         };
-        view.answer(request)
+        let answer = view.answer(request);
+        self.seen = Some(seen);
+        answer
     }
 }

@@ -12,6 +12,8 @@ use tokio::sync::Notify;
 
 /// What waits for the raft thread: a thousand clients with some requests each, and as much from the others.
 const ITEMS_MAX: usize = 16_384;
+/// Calls among them: a flood of requests leaves room for agents and the other coordinators.
+const CALLS_MAX: usize = ITEMS_MAX / 2;
 
 /// What the tasks that hold connections tell the raft thread.
 pub enum Event {
@@ -26,6 +28,8 @@ pub enum Event {
 #[derive(Default)]
 struct Queue {
     events: Vec<Event>,
+    /// Of the events, those that are calls.
+    calls: usize,
     /// Heartbeats since the last tick; they wake nobody.
     heard: BTreeSet<NodeId>,
     closed: bool,
@@ -51,13 +55,16 @@ impl Inbox {
 
     /// Hands in events, all or none; gives them back when there is no room. What comes after the end is lost.
     pub fn offer(&self, events: Vec<Event>) -> Result<(), Vec<Event>> {
-        let queue = self.lock();
+        let mut queue = self.lock();
         if queue.closed {
             return Ok(());
         }
-        if queue.events.len() + events.len() > ITEMS_MAX {
+        let calls = events.iter().filter(|event| matches!(event, Event::Call(..))).count();
+        let crowded = calls > 0 && queue.calls + calls > CALLS_MAX;
+        if crowded || queue.events.len() + events.len() > ITEMS_MAX {
             return Err(events);
         }
+        queue.calls += calls;
         self.append(queue, events);
         Ok(())
     }
@@ -110,8 +117,9 @@ impl Inbox {
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         let events = std::mem::take(&mut queue.events);
+        let calls = std::mem::take(&mut queue.calls);
         drop(queue);
-        if events.len() > ITEMS_MAX / 2 {
+        if events.len() > ITEMS_MAX / 2 || calls > CALLS_MAX / 2 {
             self.shared.room.notify_waiters();
         }
         events
@@ -155,6 +163,17 @@ mod tests {
         inbox.close();
         inbox.must_take(tick());
         assert_eq!(inbox.take(soon()).len(), 0, "nothing is kept after the end");
+    }
+
+    #[test]
+    fn a_flood_of_calls_leaves_room_for_the_others() {
+        let inbox = Inbox::default();
+        let call = || Event::Call(1, Input::CallLost(1), CallSink::Once(tokio::sync::oneshot::channel().0));
+        (0..CALLS_MAX).for_each(|_| assert!(inbox.offer(vec![call()]).is_ok()));
+        assert!(inbox.offer(vec![call()]).is_err());
+        assert!(inbox.offer(vec![tick()]).is_ok());
+        assert_eq!(inbox.take(Instant::now()).len(), CALLS_MAX + 1);
+        assert!(inbox.offer(vec![call()]).is_ok());
     }
 
     #[tokio::test(flavor = "multi_thread")]
