@@ -2,6 +2,7 @@
 
 use crate::files;
 use crate::ids::ReplicaId;
+use crate::process;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::Path;
@@ -10,6 +11,9 @@ use std::path::Path;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     pub pid: u32,
+    /// When that process started, where the system says it: the number may be another's by now.
+    #[serde(default)]
+    pub pid_start: Option<u64>,
     pub replica: ReplicaId,
     /// `HOST:PORT` that clients connect to, and those who join.
     pub quic: String,
@@ -33,6 +37,11 @@ impl Endpoint {
         files::write_atomic(&dir.join(FILE), text.as_bytes(), files::PUBLIC)
     }
 
+    /// Its process, while it runs.
+    pub fn running(&self) -> Option<u32> {
+        process::is_running(self.pid, self.pid_start).then_some(self.pid)
+    }
+
     /// `None` where no coordinator has listened yet.
     pub fn load(dir: &Path) -> io::Result<Option<Endpoint>> {
         let path = dir.join(FILE);
@@ -50,11 +59,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_endpoint_reads_back_and_a_damaged_one_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Endpoint::load(dir.path()).unwrap(), None);
-        let endpoint = Endpoint {
+    fn a_process_is_shown_only_while_it_is_the_one_that_wrote_the_file() {
+        let pid = std::process::id();
+        let mine = Endpoint { pid, pid_start: process::started(pid), ..endpoint() };
+        assert_eq!(mine.running(), Some(pid));
+        assert_eq!(Endpoint { pid_start: Some(1), ..mine }.running(), None);
+    }
+
+    fn endpoint() -> Endpoint {
+        Endpoint {
             pid: 7,
+            pid_start: Some(70),
             replica: ReplicaId(1),
             quic: "127.0.0.1:7070".into(),
             member: "127.0.0.1:7071".into(),
@@ -62,7 +77,14 @@ mod tests {
             cluster_id: "c1".into(),
             ca_fingerprint: "ab".into(),
             coordinators: vec!["127.0.0.1:7070".into()],
-        };
+        }
+    }
+
+    #[test]
+    fn an_endpoint_reads_back_and_a_damaged_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Endpoint::load(dir.path()).unwrap(), None);
+        let endpoint = endpoint();
         endpoint.store(dir.path()).unwrap();
         assert_eq!(Endpoint::load(dir.path()).unwrap(), Some(endpoint));
         std::fs::write(dir.path().join(FILE), "{\"pid\":").unwrap();

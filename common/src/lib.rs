@@ -10,5 +10,6 @@ pub mod job;
 pub mod mapped;
 pub mod net;
 pub mod parent;
+pub mod process;
 pub mod protocol;
 pub mod telemetry;

@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_coordinator::server::{Coordinator, Options, backup};
+use fleet_coordinator::server::{Coordinator, Options, Places, backup};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -82,21 +82,22 @@ struct Run {
     /// Where the cluster's CA, log and tokens are kept.
     #[arg(long, value_name = "DIR", default_value = "fleet-data")]
     data_dir: PathBuf,
-    /// Where clients connect and members join (QUIC); port 0 takes a free one.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
-    listen: SocketAddr,
-    /// Where workers and other coordinators connect (QUIC) [default: the port after the one of --listen].
+    /// Where clients connect and members join (QUIC); port 0 takes a free one [default: as at the last start, at first 127.0.0.1:7070].
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// Where workers and other coordinators connect (QUIC) [default: as at the last start, at first the port after the one of --listen].
     #[arg(long, value_name = "ADDR")]
     member_listen: Option<SocketAddr>,
-    /// Under which address clients find this coordinator, where that is not the one of --listen.
+    /// Under which address others find this coordinator, where that is not the one of --listen [default: as at the last start].
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Under which address workers and coordinators find it, where that is not the one of --member-listen.
+    /// Under which address workers and coordinators find it, where that is not the host of --advertise with the port of --member-listen
+    /// [default: as at the last start].
     #[arg(long, value_name = "HOST:PORT")]
     member_advertise: Option<String>,
-    /// Where people and Prometheus look (HTTP); port 0 takes a free one.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7080")]
-    http: SocketAddr,
+    /// Where people and Prometheus look (HTTP); port 0 takes a free one [default: as at the last start, at first 127.0.0.1:7080].
+    #[arg(long, value_name = "ADDR")]
+    http: Option<SocketAddr>,
     /// Name of this coordinator in listings.
     #[arg(long)]
     name: Option<String>,
@@ -186,11 +187,13 @@ fn run(run: Run, expect_existing: bool, join: Option<(Vec<String>, JoinToken)>) 
     }
     let options = Options {
         data_dir: run.data_dir,
-        listen: run.listen,
-        member_listen: run.member_listen,
-        http: run.http,
-        advertise: run.advertise,
-        member_advertise: run.member_advertise,
+        places: Places {
+            listen: run.listen,
+            member_listen: run.member_listen,
+            http: run.http,
+            advertise: run.advertise,
+            member_advertise: run.member_advertise,
+        },
         expect_existing,
         name: run.name,
         certificate_life: run.certificate_life,

@@ -12,8 +12,10 @@ use fleet_common::protocol::*;
 use fleet_coordinator::server::Coordinator;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 use tempfile::tempdir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_retried_submit_is_one_job_also_over_a_restart() {
@@ -301,9 +303,9 @@ async fn one_data_directory_has_one_coordinator_and_private_keys() {
     assert!(error.to_string().contains("another coordinator runs on"), "{error}");
     let other = tempdir().unwrap();
     let taken = coordinator.endpoint().quic.parse().unwrap();
-    let error =
-        Coordinator::start(fleet_coordinator::server::Options { listen: taken, ..options(other.path()) })
-            .await;
+    let mut options = options(other.path());
+    options.places.listen = Some(taken);
+    let error = Coordinator::start(options).await;
     assert!(error.map(|_| ()).unwrap_err().to_string().contains("stop what uses that port"));
     for secret in
         ["cluster/ca.key", "identity/key.pem", "client/key.pem", "tokens/worker.token", "tokens/client.token"]
@@ -331,6 +333,50 @@ async fn get(coordinator: &Coordinator, request: &str) -> (u16, String) {
     stream.read_to_string(&mut answer).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_http_connections_make_room_for_one_that_asks() {
+    let dir = tempdir().unwrap();
+    let coordinator = start(dir.path()).await;
+    let mut silent = Vec::new();
+    for _ in 0..80 {
+        silent.push(tokio::net::TcpStream::connect(&coordinator.endpoint().http).await.unwrap());
+    }
+    // Less than any of them may stay silent.
+    let asked = get(&coordinator, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let answer = timeout(Duration::from_secs(3), asked).await.expect("it does not wait for the silent ones");
+    assert_eq!(answer, (200, "ok\n".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_drips_in_is_refused_and_its_room_is_given_back() {
+    let dir = tempdir().unwrap();
+    let coordinator = start(dir.path()).await;
+    let identity = Identity::load(&dir.path().join("client")).unwrap().unwrap();
+    let connection = net::connect(&[coordinator.endpoint().quic.clone()], &identity).await.unwrap();
+    let begun = std::time::Instant::now();
+    // As many as there is room for; each says that it is as long as may be, and comes with its first large piece.
+    let drips = (0..8).map(|_| {
+        let connection = connection.clone();
+        tokio::spawn(async move {
+            let (mut send, mut receive) = connection.open_bi().await.unwrap();
+            let length = (fleet_common::codec::FRAME_MAX as u32).to_le_bytes();
+            send.write_all(&[&length[..], &[0; 128 << 10]].concat()).await.unwrap();
+            let mut drops = tokio::time::interval(Duration::from_millis(500));
+            loop {
+                tokio::select! {
+                    _ = drops.tick() => drop(send.write_all(&[0]).await),
+                    reply = fleet_common::codec::read_frame::<_, Reply>(&mut receive) => return reply,
+                }
+            }
+        })
+    });
+    for drip in drips.collect::<Vec<_>>() {
+        let Ok(Some(Reply::Refused(refusal))) = drip.await.unwrap() else { panic!("it was not refused") };
+        assert!(refusal.message.contains("did not arrive in time"), "{}", refusal.message);
+    }
+    assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

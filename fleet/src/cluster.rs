@@ -161,7 +161,7 @@ pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32
         std::iter::once(dir.to_owned()).chain(below).filter_map(|dir| Endpoint::load(&dir).ok()?);
     let endpoint =
         endpoints.find(|endpoint| endpoint.cluster_id == cluster_id && endpoint.replica == replica)?;
-    places::is_alive(endpoint.pid).then_some(endpoint.pid)
+    endpoint.running()
 }
 
 fn logins() -> Vec<(String, Login)> {

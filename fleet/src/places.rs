@@ -1,7 +1,7 @@
 //! Where fleet keeps its own state on this machine: running launches and the clusters that `fleet login` joined.
 
 use crate::failure::Failure;
-use fleet_common::files;
+use fleet_common::{files, process};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -66,7 +66,7 @@ impl Registration {
         for path in [&dir, &data] {
             std::fs::create_dir_all(path).map_err(|e| Failure::io("create", path, &e))?;
         }
-        let launch = Launch { name, pid, pid_start: pid_start(pid), started_unix_ms, data_dir: data };
+        let launch = Launch { name, pid, pid_start: process::started(pid), started_unix_ms, data_dir: data };
         let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
         let file = dir.join("launch.json");
         files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
@@ -106,7 +106,7 @@ fn read(dir: &Path) -> Option<Launch> {
 }
 
 fn is_running(launch: &Launch) -> bool {
-    is_alive(launch.pid) && (launch.pid_start.is_none() || launch.pid_start == pid_start(launch.pid))
+    process::is_running(launch.pid, launch.pid_start)
 }
 
 /// Removes what older launches left, but for the newest few.
@@ -126,18 +126,6 @@ fn prune(launches: &Path) {
 fn directories(parent: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
-}
-
-pub fn is_alive(pid: u32) -> bool {
-    let Ok(pid) = i32::try_from(pid) else { return false };
-    !matches!(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None), Err(nix::errno::Errno::ESRCH))
-}
-
-/// When a process started, in the kernel's ticks since boot; only Linux says it.
-pub fn pid_start(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // the second field is the name in brackets and may hold spaces; the start is the 22nd
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 pub fn unix_ms() -> u64 {

@@ -5,8 +5,8 @@
 
 use crate::failure::Failure;
 use crate::places;
-use fleet_common::files;
 use fleet_common::ids::ClientId;
+use fleet_common::{files, process};
 use nix::fcntl::{Flock, FlockArg};
 use rand::TryRngCore;
 use serde::{Deserialize, Serialize};
@@ -52,10 +52,11 @@ pub fn number(dir: &Path, request: &[u8]) -> Result<Change, Failure> {
     with_book(dir, |book| {
         let now = places::unix_ms();
         book.pending.retain(|p| now.saturating_sub(p.unix_ms) < PENDING_MAX_MS);
-        let orphan = book.pending.iter_mut().find(|p| {
-            p.request == request && !(places::is_alive(p.pid) && p.pid_start == places::pid_start(p.pid))
-        });
-        let (pid, pid_start) = (std::process::id(), places::pid_start(std::process::id()));
+        let orphan = book
+            .pending
+            .iter_mut()
+            .find(|p| p.request == request && !process::is_running(p.pid, p.pid_start));
+        let (pid, pid_start) = (std::process::id(), process::started(std::process::id()));
         let seq = match orphan {
             Some(orphan) => {
                 (orphan.pid, orphan.pid_start, orphan.unix_ms) = (pid, pid_start, now);

@@ -135,11 +135,31 @@ async fn handshake(
     address: SocketAddr,
     config: ClientConfig,
 ) -> Result<Connection, Failure> {
-    let any =
-        if address.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
-    let local = local.map_or_else(|| Endpoint::client((any, 0).into()), Ok);
+    let local = local.map_or_else(|| Endpoint::client((from(address.ip()), 0).into()), Ok);
     let local = local.map_err(|error| Failure::Silent(error.to_string()))?;
     let connecting = local.connect_with(config, address, COORDINATOR_DNS);
     let connecting = connecting.map_err(|error| Failure::Silent(error.to_string()))?;
     Ok(connecting.await?)
+}
+
+/// Where a socket to this address is bound: what stays on this machine cannot be reached from others.
+fn from(to: IpAddr) -> IpAddr {
+    match to {
+        IpAddr::V4(to) if to.is_loopback() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(to) if to.is_loopback() => Ipv6Addr::LOCALHOST.into(),
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_goes_elsewhere_is_sent_from_everywhere() {
+        let bound = |to: &str| from(to.parse().unwrap()).to_string();
+        assert_eq!([bound("127.0.0.1"), bound("127.3.2.1"), bound("::1")], ["127.0.0.1", "127.0.0.1", "::1"]);
+        assert_eq!([bound("10.0.0.1"), bound("fd00::1")], ["0.0.0.0", "::"]);
+    }
 }

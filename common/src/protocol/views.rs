@@ -117,6 +117,8 @@ pub struct CoordinatorView {
     pub matched_index: Option<u64>,
     /// Heard by the leader within the last election timeout.
     pub alive: Option<bool>,
+    /// It refuses writes because its disk cannot take them; `None` where that is not known.
+    pub read_only: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

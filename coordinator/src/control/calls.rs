@@ -133,7 +133,11 @@ impl<D: Disk> Control<D> {
     }
 
     fn begin(&mut self, now: Now, call: Call, caller: Member, frame: ClientFrame) -> Result<(), Refusal> {
-        self.is_serving()?;
+        // What it knows it tells whoever does not mind that others may know more: how else would anybody learn that it is stuck?
+        if !frame.stale || frame.request.is_change() || matches!(frame.request, Request::Watch { .. }) {
+            self.is_serving()?;
+        }
+        self.has_not_left()?;
         self.may_ask(caller)?;
         if frame.version != PROTOCOL_VERSION {
             return Err(invalid(format!(
@@ -166,15 +170,19 @@ impl<D: Disk> Control<D> {
         Ok(())
     }
 
-    /// A coordinator that was taken out, or cannot follow the others for lack of room, sends everybody elsewhere.
+    /// A coordinator that was taken out, or cannot follow the others because it cannot write, sends everybody elsewhere.
     fn is_serving(&self) -> Result<(), Refusal> {
-        match (&self.leaving, self.replica.full()) {
-            (Some(leaving), _) => Err(unavailable(leaving.why.clone())),
-            (None, Some(why)) if self.is_stuck() => {
+        self.has_not_left()?;
+        match self.replica.full() {
+            Some(why) if self.is_stuck() => {
                 Err(unavailable(format!("this coordinator cannot go on: {why}; ask another one")))
             }
             _ => Ok(()),
         }
+    }
+
+    fn has_not_left(&self) -> Result<(), Refusal> {
+        self.leaving.as_ref().map_or(Ok(()), |leaving| Err(unavailable(leaving.why.clone())))
     }
 
     /// The driver has seen the certificate; whether it still counts is in the state.

@@ -61,7 +61,7 @@ pub const CALLS_MAX: usize = 4_096;
 pub const AGENTS_MAX: usize = 20_000;
 /// Between looks at what is seldom due.
 const HOUSEKEEPING_MS: u64 = 1_000;
-/// Between attempts to use a full disk again.
+/// Between attempts to use a disk again that could not be written.
 const RECOVER_EVERY_MS: u64 = 250;
 
 /// Invariants: what is in `out` was caused by what is durable, unless it is a message that raft allows before; a ticket belongs to
@@ -354,7 +354,7 @@ impl<D: Disk> Control<D> {
         self.replica.full().or(self.low_space.as_deref())
     }
 
-    /// The disk is full, and the others go on without this replica: what it knows may be old.
+    /// The disk cannot be written, and the others go on without this replica: what it knows may be old.
     fn is_stuck(&self) -> bool {
         self.replica.full().is_some() && !self.replica.is_alone()
     }

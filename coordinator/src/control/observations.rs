@@ -116,6 +116,12 @@ impl Observations {
         self.reported_lately(replica, now) && self.others.get(&replica).is_some_and(|other| !other.read_only)
     }
 
+    /// On the leader: those that said lately whether they can write.
+    pub fn writers(&self, now: Now) -> impl Iterator<Item = (ReplicaId, bool)> {
+        let fresh = move |other: &Other| now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS;
+        self.others.iter().filter(move |(_, other)| fresh(other)).map(|(id, other)| (*id, !other.read_only))
+    }
+
     fn take(&mut self, from: ReplicaId, report: Report, now: Now) {
         let other = self.others.entry(from).or_default();
         if !report.whole && report.seq < other.seq {

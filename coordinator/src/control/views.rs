@@ -5,12 +5,19 @@ use crate::raft::disk::Disk;
 use crate::views::{Raft, View};
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{Refusal, Reply, Request};
+use std::collections::BTreeMap;
 
 impl<D: Disk> Control<D> {
     pub(super) fn query(&mut self, now: Now, request: &Request) -> Result<Reply, Refusal> {
         let status = self.status();
         let progress = self.replica.progress().into_iter();
+        let mut writers: BTreeMap<ReplicaId, bool> = match self.lead {
+            Some(_) => self.observations.writers(now).collect(),
+            None => BTreeMap::new(),
+        };
+        writers.insert(self.me(), status.read_only.is_none());
         let raft = Raft {
+            writers,
             leader: status.leader,
             term: status.term,
             commit_index: status.commit_index,

@@ -116,8 +116,8 @@ pub enum Durability {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiskError {
-    /// No room. Nothing of the batch counts; trying again after `recover` may work.
-    Full(String),
+    /// There is no room, or the file system is read-only. Nothing of the batch counts; trying again after `recover` may work.
+    Unwritable(String),
     /// The disk or what lies on it cannot be trusted any more.
     Failed(String),
 }
@@ -125,7 +125,7 @@ pub enum DiskError {
 impl fmt::Display for DiskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            DiskError::Full(what) => write!(f, "the disk is full: {what}"),
+            DiskError::Unwritable(what) => write!(f, "the disk cannot be written: {what}"),
             DiskError::Failed(what) => f.write_str(what),
         }
     }
@@ -147,6 +147,6 @@ pub trait Disk: Send + Sync + 'static {
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError>;
 
-    /// Makes the disk usable again after `Full`, where it can be.
+    /// Makes the disk usable again after `Unwritable`, where it can be.
     fn recover(&self) -> Result<(), DiskError>;
 }

@@ -157,7 +157,7 @@ fn a_full_disk_changes_nothing_and_the_same_write_works_later() {
     let mut log = new_log();
     let staged = log.stage(vec![entry(2, 1)], Some(hard(1, 2))).unwrap();
     log.disk().set_full(true);
-    assert!(matches!(log.write(&staged, Durability::Synced), Err(DiskError::Full(_))));
+    assert!(matches!(log.write(&staged, Durability::Synced), Err(DiskError::Unwritable(_))));
     assert_eq!(log.last_index().unwrap(), 1);
     log.disk().set_full(false);
     log.write(&staged, Durability::Synced).unwrap();

@@ -195,7 +195,7 @@ impl Disk for MemoryDisk {
             None => {}
         }
         if inner.full {
-            return Err(DiskError::Full("no room in memory".into()));
+            return Err(DiskError::Unwritable("no room in memory".into()));
         }
         if inner.fuse_at_deletion && batch.ops.iter().any(|op| matches!(op, Op::DeleteRange { .. })) {
             inner.fuse = Some(0);

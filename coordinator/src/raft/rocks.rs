@@ -19,6 +19,10 @@ const BLOCK_CACHE: usize = 8 << 20;
 /// Sorted files held open.
 const OPEN_FILES: i32 = 64;
 
+/// What RocksDB says where there is no room, and where the file system was made read-only (by the kernel after an error, or by hand).
+const UNWRITABLE: [&str; 5] =
+    ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached", "Read-only file system"];
+
 /// Invariant: `db` is `None` only while `recover` failed to open it again.
 pub struct RocksDisk {
     path: PathBuf,
@@ -49,7 +53,9 @@ impl RocksDisk {
     fn with<T>(&self, act: impl FnOnce(&DB) -> Result<T, DiskError>) -> Result<T, DiskError> {
         match self.read().as_ref() {
             Some(db) => act(db),
-            None => Err(DiskError::Full(format!("{} could not be opened again yet", self.path.display()))),
+            None => {
+                Err(DiskError::Unwritable(format!("{} could not be opened again yet", self.path.display())))
+            }
         }
     }
 
@@ -104,7 +110,7 @@ impl Disk for RocksDisk {
         })
     }
 
-    /// RocksDB refuses all writes after one that found no room, until it is opened again.
+    /// RocksDB refuses all writes after one that could not be made, until it is opened again.
     fn recover(&self) -> Result<(), DiskError> {
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
         *db = None;
@@ -153,11 +159,12 @@ fn family(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, DiskError> {
 /// RocksDB tells causes in text only.
 fn classify(path: &Path, error: &Error) -> DiskError {
     let text = error.to_string();
-    let full = ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached"]
-        .iter()
-        .any(|mark| text.contains(mark));
     let what = format!("{}: {text}", path.display());
-    if full { DiskError::Full(what) } else { DiskError::Failed(what) }
+    if may_pass(&text) { DiskError::Unwritable(what) } else { DiskError::Failed(what) }
+}
+
+fn may_pass(text: &str) -> bool {
+    UNWRITABLE.iter().any(|mark| text.contains(mark))
 }
 
 #[cfg(test)]
@@ -182,6 +189,16 @@ mod tests {
         assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
         disk.recover().unwrap();
         assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
+    }
+
+    #[test]
+    fn a_disk_without_room_or_read_only_is_not_a_broken_one() {
+        assert!(may_pass("IO error: No space left on device: While appending to file: /d/raft/000012.log"));
+        assert!(may_pass(
+            "IO error: While open a file for appending: /d/raft/000013.sst: Read-only file system"
+        ));
+        assert!(!may_pass("Corruption: block checksum mismatch"));
+        assert!(!may_pass("IO error: While fsync: /d/raft/000012.log: Input/output error"));
     }
 
     #[test]

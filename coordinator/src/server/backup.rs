@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -105,7 +105,9 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
     name.push(".part");
     let part = out.with_file_name(name);
     let cannot = || format!("cannot write {}", part.display());
-    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(files::SECRET).open(&part);
+    remove_stale(&part).with_context(cannot)?;
+    // Made here and now: a file that lay there would keep its owner and its mode.
+    let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&part);
     let mut writer = Writer { out: BufWriter::new(file.with_context(cannot)?), hash: Sha256::new() };
     writer.line(&serde_json::to_string(&header)?).with_context(cannot)?;
     writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
@@ -120,7 +122,23 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
     writer.record(&Record::End).with_context(cannot)?;
     writer.finish().with_context(cannot)?;
     std::fs::rename(&part, out).with_context(|| format!("cannot write {}", out.display()))?;
+    let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    synced.with_context(|| format!("cannot sync {}", directory.display()))?;
     Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
+}
+
+/// Removes what an earlier attempt left; anything else that has this name stays, and is an error.
+fn remove_stale(part: &Path) -> Result<()> {
+    let found = match std::fs::symlink_metadata(part) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let ours = found.file_type().is_file() && found.uid() == nix::unistd::geteuid().as_raw();
+    if !ours {
+        bail!("it is there already and no file of an earlier backup; remove it or choose another --out");
+    }
+    Ok(std::fs::remove_file(part)?)
 }
 
 /// All that is committed.

@@ -12,15 +12,15 @@ use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
 
 /// For the first stream of a connection: who connects has something to ask.
 const FIRST_DEADLINE: Duration = Duration::from_secs(10);
 /// A connection without a request is closed after this long; its owner makes another one when he needs it.
 const IDLE: Duration = Duration::from_secs(60);
-/// For a request to arrive, once it has begun.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
+/// For a whole request to arrive, once it has begun: the largest one at seven megabits a second.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// Bytes taken from a stream at once.
 const READ_MAX: usize = 64 << 10;
 /// Above this a request needs a share of `LARGE_BYTES` for as long as it is read and answered.
@@ -105,7 +105,7 @@ impl Stream {
         frames: &mut Frames,
     ) -> Result<Option<(ClientFrame, Option<tokio::sync::OwnedSemaphorePermit>)>, Refusal> {
         let bad = |error: CodecError| invalid(error.to_string());
-        let mut room = None;
+        let (mut room, mut deadline) = (None, None);
         loop {
             if let Some(frame) = frames.next_frame().map_err(bad)? {
                 return Ok(Some((frame, room)));
@@ -115,7 +115,8 @@ impl Stream {
                 // Between two requests the stream may rest; the connection's own deadline counts.
                 piece.await
             } else {
-                let piece = timeout(REQUEST_DEADLINE, piece).await;
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + REQUEST_DEADLINE);
+                let piece = timeout_at(deadline, piece).await;
                 piece.map_err(|_| invalid("the request did not arrive in time"))?
             };
             match piece {
@@ -131,6 +132,8 @@ impl Stream {
                     Some(share.ok().and_then(Result::ok).ok_or_else(|| {
                         unavailable("many large requests come at the same time; try again")
                     })?);
+                // Meanwhile nothing was read.
+                deadline = None;
             }
         }
     }

@@ -7,7 +7,7 @@ use fleet_common::net::{self, Peer, Socket, Turned};
 use fleet_common::protocol::{Member, Role};
 use quinn::Connection;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::info;
@@ -20,15 +20,17 @@ const MEMBERS_MAX: usize = 12_000;
 const PER_CLIENT_MAX: usize = 512;
 /// Connections of one worker or coordinator: the newest counts, older ones are about to end.
 const PER_MEMBER_MAX: usize = 4;
-/// Handshakes under way at one socket: what one core finishes in a tenth of a second. Others are refused and come again.
+/// Handshakes under way at one socket: what one core finishes in a tenth of a second. Others are refused and come again. No address has
+/// more of them than are still free: one may have half of them, whole clusters of agents sit behind one, and it takes many to fill all.
 const HANDSHAKES_MAX: usize = 256;
-/// Of them from one address, where no cluster sits behind one address.
-const HANDSHAKES_PER_ADDRESS_MAX: usize = 128;
 /// Above this, an address must prove that it is not made up before anything is computed for it.
 const HANDSHAKES_UNPROVEN_MAX: usize = 64;
 /// Joiners that have a connection and no answer yet; of them from one address.
 const JOINERS_MAX: usize = 256;
 const JOINERS_PER_ADDRESS_MAX: usize = 64;
+
+/// What somebody is told who has the identity of this coordinator itself.
+pub const TWICE: &str = "runs twice";
 
 pub struct Gate {
     cluster_id: String,
@@ -80,6 +82,7 @@ enum Place {
 
 impl Waiting {
     fn enter(&mut self, address: IpAddr, max: usize, per_address: usize) -> bool {
+        let address = owner(address);
         let here = self.by_address.entry(address).or_default();
         let room = self.all < max && *here < per_address;
         if room {
@@ -91,6 +94,7 @@ impl Waiting {
     }
 
     fn leave(&mut self, address: IpAddr) {
+        let address = owner(address);
         self.all -= 1;
         if let Some(here) = self.by_address.get_mut(&address) {
             *here -= 1;
@@ -116,12 +120,8 @@ impl Gate {
         if !proven && waiting.all >= HANDSHAKES_UNPROVEN_MAX {
             return Verdict::Prove;
         }
-        let per_address = match socket {
-            Socket::Clients => HANDSHAKES_PER_ADDRESS_MAX,
-            // Whole clusters of agents may come from behind one address.
-            Socket::Members => HANDSHAKES_MAX,
-        };
-        match waiting.enter(address, HANDSHAKES_MAX, per_address) {
+        let free = HANDSHAKES_MAX.saturating_sub(waiting.all);
+        match waiting.enter(address, HANDSHAKES_MAX, free) {
             true => Verdict::Shake(Pass { gate: self.clone(), place: Place::Shaking(socket, address) }),
             false => Verdict::Refuse,
         }
@@ -149,7 +149,7 @@ impl Gate {
                 "this address is for workers and coordinators; use the one for clients".into(),
             )),
             (Socket::Members, Member::Coordinator(replica)) if *replica == self.replica => Err(Turned::Away(
-                format!("{replica} runs twice; a copy of its data directory must not be started"),
+                format!("{replica} {TWICE}; a copy of its data directory must not be started"),
             )),
             // A worker may ask at the clients' socket where the members' ones are.
             _ => Ok(()),
@@ -235,6 +235,15 @@ impl Drop for Pass {
     }
 }
 
+/// Who has one IPv6 address has the other ones of its network.
+fn owner(address: IpAddr) -> IpAddr {
+    const NETWORK: u128 = !0 << 64;
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & NETWORK).into(),
+        address => address,
+    }
+}
+
 fn index(socket: Socket) -> usize {
     match socket {
         Socket::Clients => 0,
@@ -255,25 +264,52 @@ fn cut_off(member: Member) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn one_address_does_not_take_all_places_and_gives_them_back() {
-        let gate = Gate::new("c", ReplicaId(1));
-        let (one, two): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// All the places that one address gets.
+    fn take_all(gate: &Arc<Gate>, socket: Socket, from: IpAddr) -> Vec<Pass> {
         let mut passes = Vec::new();
         loop {
-            match gate.incoming(Socket::Clients, one, true) {
+            match gate.incoming(socket, from, true) {
                 Verdict::Shake(pass) => passes.push(pass),
-                Verdict::Refuse => break,
+                Verdict::Refuse => return passes,
                 Verdict::Prove => panic!("it has proven itself"),
             }
         }
-        assert_eq!(passes.len(), HANDSHAKES_PER_ADDRESS_MAX);
-        assert!(matches!(gate.incoming(Socket::Clients, two, true), Verdict::Shake(_)));
-        assert!(matches!(gate.incoming(Socket::Clients, two, false), Verdict::Prove));
-        assert!(matches!(gate.incoming(Socket::Members, one, false), Verdict::Shake(_)), "another socket");
-        passes.clear();
-        assert!(matches!(gate.incoming(Socket::Clients, one, false), Verdict::Shake(_)));
-        assert!(gate.lock().shaking[0].by_address.is_empty());
+    }
+
+    #[test]
+    fn one_address_does_not_take_all_places_and_gives_them_back() {
+        let (one, two) = (address("10.0.0.1"), address("10.0.0.2"));
+        for (socket, other) in [(Socket::Clients, Socket::Members), (Socket::Members, Socket::Clients)] {
+            let gate = Gate::new("c", ReplicaId(1));
+            let mut passes = take_all(&gate, socket, one);
+            assert_eq!(passes.len(), HANDSHAKES_MAX / 2);
+            assert!(matches!(gate.incoming(socket, two, true), Verdict::Shake(_)));
+            assert!(matches!(gate.incoming(socket, two, false), Verdict::Prove));
+            assert!(matches!(gate.incoming(other, one, false), Verdict::Shake(_)), "another socket");
+            passes.clear();
+            assert!(matches!(gate.incoming(socket, one, false), Verdict::Shake(_)));
+            assert!(gate.lock().shaking[index(socket)].by_address.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_few_addresses_together_leave_room_for_one_more() {
+        let gate = Gate::new("c", ReplicaId(1));
+        let taken: Vec<_> =
+            (1..=7).map(|n| take_all(&gate, Socket::Members, address(&format!("10.0.0.{n}")))).collect();
+        assert!(taken.iter().all(|passes| !passes.is_empty()));
+        assert!(matches!(gate.incoming(Socket::Members, address("10.1.0.1"), true), Verdict::Shake(_)));
+        let gate = Gate::new("c", ReplicaId(1));
+        let _taken = take_all(&gate, Socket::Members, address("fd00::1"));
+        assert!(
+            matches!(gate.incoming(Socket::Members, address("fd00::2"), true), Verdict::Refuse),
+            "one network"
+        );
+        assert!(matches!(gate.incoming(Socket::Members, address("fd00:0:0:1::2"), true), Verdict::Shake(_)));
     }
 
     #[test]

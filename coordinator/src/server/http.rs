@@ -7,16 +7,17 @@ use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, R
 use serde::Serialize;
 use serde_json::json;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tracing::debug;
 
 /// Bytes of a request line and its headers.
 const HEAD_MAX: usize = 8 << 10;
-/// Requests at once.
+/// Connections at once. Beyond that the oldest that has not asked anything yet makes room, or the oldest of all.
 const CONNECTIONS_MAX: usize = 64;
 /// For a request to arrive, and for its answer to be taken.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -24,29 +25,45 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 pub async fn run(shared: Arc<Shared>, listener: TcpListener) {
-    let mut connections = JoinSet::new();
+    let (mut tasks, mut connections) = (JoinSet::new(), Vec::new());
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                while connections.len() >= CONNECTIONS_MAX {
-                    connections.join_next().await;
-                }
-                connections.spawn(serve(shared.clone(), stream));
+                make_room(&mut connections);
+                let asked = Arc::new(AtomicBool::new(false));
+                let task = tasks.spawn(serve(shared.clone(), stream, asked.clone()));
+                connections.push(Connection { task, asked });
             }
             Err(error) => {
                 debug!("HTTP: {error}");
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }
         }
-        while connections.try_join_next().is_some() {}
+        while tasks.try_join_next().is_some() {}
     }
 }
 
-async fn serve(shared: Arc<Shared>, mut stream: TcpStream) {
+struct Connection {
+    task: AbortHandle,
+    /// Its request has arrived.
+    asked: Arc<AtomicBool>,
+}
+
+/// For one more. They are in the order in which they came.
+fn make_room(connections: &mut Vec<Connection>) {
+    connections.retain(|connection| !connection.task.is_finished());
+    if connections.len() >= CONNECTIONS_MAX {
+        let silent = connections.iter().position(|connection| !connection.asked.load(Ordering::Relaxed));
+        connections.remove(silent.unwrap_or(0)).task.abort();
+    }
+}
+
+async fn serve(shared: Arc<Shared>, mut stream: TcpStream, asked: Arc<AtomicBool>) {
     let head = match timeout(DEADLINE, read_head(&mut stream)).await {
         Ok(Ok(head)) => head,
         _ => return,
     };
+    asked.store(true, Ordering::Relaxed);
     let response = match head {
         Some(head) => respond(&shared, &head).await,
         None => Response::text(431, "the request's headers are too long"),

@@ -42,7 +42,7 @@ impl Metrics {
             is_leader: gauge("fleet_raft_is_leader", "1 while this replica leads")?,
             read_only: gauge(
                 "fleet_read_only",
-                "1 while writes are refused, for example because the disk is full",
+                "1 while writes are refused: the disk is full, or cannot be written",
             )?,
             agents: gauge("fleet_agents", "Agents that this coordinator holds")?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,

@@ -16,6 +16,7 @@ mod inbox;
 mod joins;
 mod metrics;
 mod peers;
+mod places;
 mod setup;
 mod sockets;
 mod space;
@@ -29,12 +30,14 @@ use calls::Calls;
 use driver::{Surroundings, Thread};
 use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
-use fleet_common::net::{self, Accepted, CERTIFICATE_LIFE, JoinToken, Socket};
+use fleet_common::net::{self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, Socket};
+use fleet_common::process;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
 use gate::{Gate, Verdict};
 use inbox::Inbox;
 use metrics::Metrics;
 use peers::{Knocks, Peers};
+pub use places::Places;
 use sockets::Lane;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -56,15 +59,8 @@ const HAND_OVER: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug)]
 pub struct Options {
     pub data_dir: PathBuf,
-    /// For clients and joiners. Port 0: the one of before, else a free one.
-    pub listen: SocketAddr,
-    /// For agents and coordinators; `None`: beside `listen`.
-    pub member_listen: Option<SocketAddr>,
-    /// For HTTP; port 0 likewise.
-    pub http: SocketAddr,
-    /// `HOST:PORT` under which others find these sockets, where that is not where they are bound.
-    pub advertise: Option<String>,
-    pub member_advertise: Option<String>,
+    /// Where to listen. What is not given is as at the last start.
+    pub places: Places,
     /// Refuse to make a new cluster.
     pub expect_existing: bool,
     /// In listings.
@@ -78,11 +74,7 @@ impl Options {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         Options {
             data_dir,
-            listen: any,
-            member_listen: None,
-            http: any,
-            advertise: None,
-            member_advertise: None,
+            places: Places { listen: Some(any), http: Some(any), ..Places::default() },
             expect_existing: false,
             name: None,
             certificate_life: CERTIFICATE_LIFE,
@@ -119,14 +111,22 @@ impl Coordinator {
     /// Becomes a replica of the cluster of this token and starts. The directory must be empty.
     pub async fn join(addrs: &[String], token: &JoinToken, options: Options) -> Result<Coordinator> {
         let dir = &options.data_dir;
-        let lock = setup::lock_empty(dir)?;
         if token.role != Role::Coordinator {
             bail!(
                 "this token is not for coordinators; make one with `fleet token create --role coordinator`"
             );
         }
+        let lock = setup::lock_empty(dir)?;
+        options.places.or_as_before(dir)?.check()?;
         let name = options.name.clone().unwrap_or_else(|| "coordinator".to_owned());
-        let joined = net::join(addrs, token, &name).await?;
+        setup::begin_joining(dir)?;
+        let joined = match net::join(addrs, token, &name).await {
+            Ok(joined) => joined,
+            Err(error) => {
+                setup::give_up_joining(dir);
+                return Err(error.into());
+            }
+        };
         setup::store_joined(dir, &joined)?;
         info!("joined cluster {} as {}", joined.identity.cluster_id, joined.identity.member);
         drop(lock);
@@ -135,15 +135,22 @@ impl Coordinator {
 
     /// Starts on a data directory, making a new cluster if it is empty. Returns when it listens; a cluster of one leads then.
     pub async fn start(options: Options) -> Result<Coordinator> {
+        let places = options.places.or_as_before(&options.data_dir)?;
+        places.check()?;
         let opened = setup::open(&options)?;
         let (clients, members) = (Lane::start("clients")?, Lane::start("members")?);
-        let sockets = sockets::listen(&options, &opened.identity, &clients, &members).await?;
+        let sockets =
+            sockets::listen(&places, &options.data_dir, &opened.identity, &clients, &members).await?;
         let me = opened.replica;
         let address = CoordinatorAddress {
             replica: me,
             client: sockets.client_address.clone(),
             member: sockets.member_address.clone(),
         };
+        if let setup::Begin::Continue(_) = opened.begin {
+            refuse_a_copy(&options.data_dir, &address, &opened.identity).await?;
+        }
+        places.store(&options.data_dir)?;
         let name = setup::name(&options, me);
         let seeds = opened.coordinators.clone();
         let history = History::new(opened.disk.clone());
@@ -151,6 +158,7 @@ impl Coordinator {
 
         let endpoint = Endpoint {
             pid: std::process::id(),
+            pid_start: process::started(std::process::id()),
             replica: me,
             quic: address.client.clone(),
             member: address.member.clone(),
@@ -304,6 +312,21 @@ impl Coordinator {
             // Peers that are gone already do not answer.
             let _ = timeout(HAND_OVER, socket.wait_idle()).await;
         }
+    }
+}
+
+/// A replica that listens elsewhere than at its last start asks there first: should it answer itself, this is a copy of its directory.
+async fn refuse_a_copy(dir: &std::path::Path, now: &CoordinatorAddress, me: &Identity) -> Result<()> {
+    let Some(before) = setup::last_endpoint(dir) else { return Ok(()) };
+    if before.replica != now.replica || before.member == now.member {
+        return Ok(());
+    }
+    match net::connect(std::slice::from_ref(&before.member), me).await {
+        Err(net::NetError::Refused(why)) if why.contains(gate::TWICE) => {
+            bail!("{why}; {} is one", dir.display())
+        }
+        // Nobody is there any more, or somebody else.
+        _ => Ok(()),
     }
 }
 

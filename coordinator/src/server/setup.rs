@@ -6,11 +6,15 @@
 //! | `cluster/` | the CA's certificate and key (0600) |
 //! | `raft/` | RocksDB: log, state, history |
 //! | `identity/` | this coordinator's certificate and key |
-//! | `joining.json` | after `coordinator join`, until its log has begun |
+//! | `joining.json` | from the beginning of `coordinator join` until its log has begun; says whether it got all that it needs |
+//! | `founding.json` | from the beginning of a new cluster until its log has begun |
 //! | `coordinators.json` | where the coordinators were when it last knew |
 //! | `client/` | a client's certificate and key, for `fleet` on this machine |
 //! | `tokens/` | `worker.token`, `client.token` (0600) |
 //! | `endpoint.json` | where it listens |
+//! | `listen.json` | where it was told to |
+//!
+//! A cluster is founded only where nothing was before, or where its founding was interrupted: a CA alone is no reason.
 
 use super::Options;
 use crate::cluster::State;
@@ -24,12 +28,14 @@ use fleet_common::files;
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{ClusterCa, Identity, Joined};
 use fleet_common::protocol::{CoordinatorAddress, Member};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
-use tracing::info;
+use tracing::{info, warn};
 
 /// The first replica of a new cluster.
 const FOUNDER: ReplicaId = ReplicaId(1);
@@ -61,8 +67,33 @@ fn raft_dir(dir: &Path) -> PathBuf {
     dir.join("raft")
 }
 
+/// How far `coordinator join` came.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Joining {
+    complete: bool,
+}
+
 fn joining(dir: &Path) -> PathBuf {
     dir.join("joining.json")
+}
+
+/// `None` where nobody joined, or where the log has begun since.
+fn how_far_joined(dir: &Path) -> Result<Option<Joining>> {
+    let path = joining(dir);
+    let Some(text) = files::read_optional(&path)? else { return Ok(None) };
+    let joined = serde_json::from_str(&text);
+    joined
+        .map(Some)
+        .with_context(|| format!("{} is damaged; set {} aside and join anew", path.display(), dir.display()))
+}
+
+fn mark_joining(dir: &Path, complete: bool) -> Result<()> {
+    let text = serde_json::to_string(&Joining { complete })? + "\n";
+    Ok(files::write_atomic(&joining(dir), text.as_bytes(), files::PUBLIC)?)
+}
+
+fn founding(dir: &Path) -> PathBuf {
+    dir.join("founding.json")
 }
 
 /// Takes the directory's lock and opens what is in it. A directory without a cluster gets a new one, unless one is expected.
@@ -70,10 +101,19 @@ pub fn open(options: &Options) -> Result<Opened> {
     let dir = &options.data_dir;
     if !options.expect_existing {
         files::create_dir(dir)?;
+    } else if !dir.exists() {
+        bail!("{}", not_a_replica(dir));
     }
     let lock = lock(dir)?;
     let (cluster_dir, identity_dir, raft_dir) = (dir.join("cluster"), dir.join("identity"), raft_dir(dir));
     let now = SystemTime::now();
+    let joined = how_far_joined(dir)?;
+    if joined.is_some_and(|joined| !joined.complete) {
+        bail!(
+            "`coordinator join` was interrupted in {}, which is no coordinator yet; run it again there with a new token",
+            dir.display()
+        );
+    }
     let known = ClusterCa::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
         bail!(
@@ -82,15 +122,18 @@ pub fn open(options: &Options) -> Result<Opened> {
             cluster_dir.display()
         );
     }
-    if options.expect_existing && (known.is_none() || (!raft_dir.exists() && !joining(dir).exists())) {
-        bail!(
-            "{} has no cluster, and --expect-existing says that there must be one; check --data-dir, or restore a backup with `coordinator restore`",
-            dir.display()
-        );
+    if options.expect_existing && (known.is_none() || (!raft_dir.exists() && joined.is_none())) {
+        bail!("{}", not_a_replica(dir));
     }
     let ca = match known {
         Some(ca) => ca,
+        None if joined.is_some() => bail!(
+            "{} is gone, which `coordinator join` had written; set {} aside and join anew",
+            cluster_dir.display(),
+            dir.display()
+        ),
         None => {
+            files::write_atomic(&founding(dir), b"{}\n", files::PUBLIC)?;
             let ca = ClusterCa::create(&hex::encode(rand::random::<[u8; 8]>()), now)?;
             ca.store(&cluster_dir)?;
             info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
@@ -107,7 +150,7 @@ pub fn open(options: &Options) -> Result<Opened> {
             let id = ReplicaId(replica.id());
             (Begin::Continue(Box::new(replica)), id)
         }
-        (None, Some(Identity { member: Member::Coordinator(id), .. })) if joining(dir).exists() => {
+        (None, Some(Identity { member: Member::Coordinator(id), .. })) if joined.is_some() => {
             (Begin::Join, *id)
         }
         (None, Some(_)) => bail!(
@@ -115,7 +158,12 @@ pub fn open(options: &Options) -> Result<Opened> {
             raft_dir.display(),
             dir.display()
         ),
-        (None, None) => (Begin::Found, FOUNDER),
+        (None, None) if options.expect_existing => bail!("{}", not_a_replica(dir)),
+        (None, None) if founding(dir).exists() => (Begin::Found, FOUNDER),
+        (None, None) => bail!(
+            "{} has the CA of a cluster and neither a log nor an identity; set it aside and join the cluster with `coordinator join`, or restore a backup",
+            dir.display()
+        ),
     };
     if let Begin::Continue(found) = &begin
         && found.state().cluster_id() != ca.cluster_id()
@@ -143,6 +191,13 @@ pub fn open(options: &Options) -> Result<Opened> {
     };
     let coordinators = load_coordinators(dir)?;
     Ok(Opened { lock, ca, replica, identity, disk, begin, coordinators, dir: dir.clone() })
+}
+
+fn not_a_replica(dir: &Path) -> String {
+    format!(
+        "{} has no coordinator of a cluster, and --expect-existing says that there must be one; check --data-dir, or restore a backup with `coordinator restore`",
+        dir.display()
+    )
 }
 
 /// A damaged log is an error here: the replica must not take part any more.
@@ -178,9 +233,8 @@ impl Opened {
         if Identity::load(&identity_dir)?.is_none() {
             identity.store(&identity_dir)?;
         }
-        if joining(&dir).exists() {
-            fs::remove_file(joining(&dir))
-                .with_context(|| format!("cannot remove {}", joining(&dir).display()))?;
+        for marker in [joining(&dir), founding(&dir)] {
+            remove_file(&marker)?;
         }
         Ok((lock, ca, identity, replica))
     }
@@ -200,20 +254,53 @@ fn first_state(cluster_id: &str, address: CoordinatorAddress, name: &str) -> Sta
     State::founded(cluster_id.to_owned(), BTreeMap::from([(replica, record)]))
 }
 
-/// Keeps what a cluster gave to a new coordinator. The next start begins its log.
-pub fn store_joined(dir: &Path, joined: &Joined) -> Result<()> {
-    let ca = joined.ca.as_ref().context("the cluster did not send its CA")?;
-    ca.store(&dir.join("cluster"))?;
-    store_coordinators(dir, &joined.coordinators)?;
-    files::write_atomic(&joining(dir), b"{}\n", files::PUBLIC)?;
-    joined.identity.store(&dir.join("identity"))?;
+/// Marks a directory before anybody is asked to let it in: from now on no start takes it for an empty one.
+pub fn begin_joining(dir: &Path) -> Result<()> {
+    mark_joining(dir, false)?;
+    for name in ["cluster", "identity"] {
+        match fs::remove_dir_all(dir.join(name)) {
+            Ok(()) => info!("{} is of a join that was interrupted; it begins anew", dir.join(name).display()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot remove {}", dir.join(name).display()));
+            }
+        }
+    }
     Ok(())
 }
 
-/// Takes the lock of a directory that must not have a cluster yet.
+/// The cluster did not let it in: the directory is as empty as before.
+pub fn give_up_joining(dir: &Path) {
+    if let Err(error) = remove_file(&joining(dir)) {
+        warn!("{error:#}");
+    }
+}
+
+/// Keeps what a cluster gave to a new coordinator. The next start begins its log. Until all is there it is marked as incomplete.
+pub fn store_joined(dir: &Path, joined: &Joined) -> Result<()> {
+    let ca = joined.ca.as_ref().context("the cluster did not send its CA")?;
+    ca.store(&dir.join("cluster"))?;
+    joined.identity.store(&dir.join("identity"))?;
+    store_coordinators(dir, &joined.coordinators)?;
+    mark_joining(dir, true)
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes the lock of a directory that must not have a cluster yet. One whose join was interrupted has none.
 pub fn lock_empty(dir: &Path) -> Result<File> {
     files::create_dir(dir)?;
     let lock = lock(dir)?;
+    if how_far_joined(dir)?.is_some_and(|joined| !joined.complete) && !raft_dir(dir).exists() {
+        return Ok(lock);
+    }
     for name in ["cluster", "identity", "raft"] {
         if dir.join(name).exists() {
             bail!(
@@ -253,5 +340,87 @@ pub fn lock(dir: &Path) -> Result<File> {
         Err(TryLockError::Error(error)) => {
             Err(error).with_context(|| format!("cannot lock {}", path.display()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet_common::net::CERTIFICATE_LIFE;
+
+    /// What `coordinator join` gets from a cluster.
+    fn joined() -> Joined {
+        let ca = ClusterCa::create("c1", SystemTime::now()).unwrap();
+        let member = Member::Coordinator(ReplicaId(4));
+        let identity = ca.issue(member, "four", SystemTime::now(), CERTIFICATE_LIFE).unwrap();
+        Joined { identity, coordinators: Vec::new(), ca: Some(ca) }
+    }
+
+    fn options(dir: &Path, expect_existing: bool) -> Options {
+        Options { expect_existing, ..Options::local(dir.to_owned()) }
+    }
+
+    fn refusal(dir: &Path, expect_existing: bool) -> String {
+        format!("{:#}", open(&options(dir, expect_existing)).map(|_| ()).unwrap_err())
+    }
+
+    #[test]
+    fn wherever_a_join_is_interrupted_no_cluster_is_founded_and_it_can_be_joined_again() {
+        let joined = joined();
+        let ca = joined.ca.as_ref().unwrap();
+        type Step<'a> = &'a dyn Fn(&Path);
+        let steps: [Step; 4] = [
+            &|dir| begin_joining(dir).unwrap(),
+            &|dir| {
+                ca.store(&dir.join("cluster")).unwrap();
+                // Its certificate comes last.
+                fs::remove_file(dir.join("cluster/ca.pem")).unwrap();
+            },
+            &|dir| ca.store(&dir.join("cluster")).unwrap(),
+            &|dir| joined.identity.store(&dir.join("identity")).unwrap(),
+        ];
+        for done in 1..=steps.len() {
+            let dir = tempfile::tempdir().unwrap();
+            steps[..done].iter().for_each(|step| step(dir.path()));
+            for expect_existing in [false, true] {
+                let why = refusal(dir.path(), expect_existing);
+                assert!(why.contains("join` was interrupted") && why.contains("new token"), "{done}: {why}");
+            }
+            assert!(!dir.path().join("raft").exists());
+            drop(lock_empty(dir.path()).unwrap());
+            begin_joining(dir.path()).unwrap();
+            store_joined(dir.path(), &joined).unwrap();
+            let opened = open(&options(dir.path(), true)).unwrap();
+            assert!(matches!(opened.begin, Begin::Join) && opened.replica == ReplicaId(4), "{done}");
+        }
+    }
+
+    #[test]
+    fn one_that_is_not_let_in_leaves_an_empty_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        begin_joining(dir.path()).unwrap();
+        give_up_joining(dir.path());
+        assert!(refusal(dir.path(), true).contains("--expect-existing"));
+        let opened = open(&options(dir.path(), false)).unwrap();
+        assert!(matches!(opened.begin, Begin::Found));
+    }
+
+    #[test]
+    fn an_interrupted_founding_goes_on_and_a_ca_alone_founds_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = open(&options(dir.path(), false)).unwrap().ca.cluster_id().to_owned();
+        assert!(refusal(dir.path(), true).contains("--expect-existing"));
+        let again = open(&options(dir.path(), false)).unwrap();
+        assert!(matches!(again.begin, Begin::Found) && again.ca.cluster_id() == id);
+        drop(again);
+        fs::remove_file(founding(dir.path())).unwrap();
+        assert!(refusal(dir.path(), false).contains("neither a log nor an identity"));
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_not_made_where_one_is_expected() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(refusal(&dir.path().join("absent"), true).contains("--expect-existing"));
+        assert!(!dir.path().join("absent").exists());
     }
 }

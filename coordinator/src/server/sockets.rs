@@ -1,11 +1,13 @@
 //! What a coordinator listens on: a socket for clients and joiners, one for agents and coordinators, and HTTP. Each of the first two has
 //! a runtime and a thread of its own, so that neither waits for the other's work.
 
-use super::{Options, setup};
+use super::places::{DEFAULT_HTTP, DEFAULT_LISTEN};
+use super::{Places, setup};
 use anyhow::{Context, Result};
 use fleet_common::endpoint::Endpoint;
 use fleet_common::net::{self, Identity, Socket};
 use std::net::SocketAddr;
+use std::path::Path;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -51,41 +53,43 @@ pub struct Sockets {
 
 /// Binds all three. With port 0 the ports of the last start come first, so that agents and clients find a restarted coordinator.
 pub async fn listen(
-    options: &Options,
+    places: &Places,
+    data_dir: &Path,
     identity: &Identity,
     clients: &Lane,
     members: &Lane,
 ) -> Result<Sockets> {
-    let before = setup::last_endpoint(&options.data_dir);
+    let before = setup::last_endpoint(data_dir);
     let before = |of: fn(&Endpoint) -> &str, advertised: bool| {
         before.as_ref().filter(|_| !advertised).and_then(|endpoint| port(of(endpoint)))
     };
+    let listen = places.listen.unwrap_or(DEFAULT_LISTEN);
     let clients = {
         let _entered = clients.handle().enter();
-        serve(options.listen, before(|e| &e.quic, options.advertise.is_some()), Socket::Clients, identity)?
+        serve(listen, before(|e| &e.quic, places.advertise.is_some()), Socket::Clients, identity)?
     };
     let client_at = clients.local_addr()?;
-    let member_listen = options.member_listen.unwrap_or_else(|| {
+    let member_listen = places.member_listen.unwrap_or_else(|| {
         // The next port, where the first one was chosen by whoever started this.
-        let port = if options.listen.port() == 0 { 0 } else { options.listen.port().saturating_add(1) };
-        SocketAddr::new(options.listen.ip(), port)
+        let port = if listen.port() == 0 { 0 } else { listen.port().saturating_add(1) };
+        SocketAddr::new(listen.ip(), port)
     });
     let members = {
         let _entered = members.handle().enter();
-        let before = before(|e| &e.member, options.member_advertise.is_some());
+        let before = before(|e| &e.member, places.member_advertise.is_some());
         serve(member_listen, before, Socket::Members, identity)?
     };
     let member_at = members.local_addr()?;
-    let http = http(options.http, before(|e| &e.http, false)).await?;
-    if !options.http.ip().is_loopback() {
+    let http_listen = places.http.unwrap_or(DEFAULT_HTTP);
+    let http = http(http_listen, before(|e| &e.http, false)).await?;
+    if !http_listen.ip().is_loopback() {
         warn!(
-            "HTTP is open to other machines on {}: anyone who reaches it can read what the cluster does",
-            options.http
+            "HTTP is open to other machines on {http_listen}: anyone who reaches it can read what the cluster does"
         );
     }
     Ok(Sockets {
-        client_address: options.advertise.clone().unwrap_or_else(|| client_at.to_string()),
-        member_address: options.member_advertise.clone().unwrap_or_else(|| member_at.to_string()),
+        client_address: places.client_address(client_at),
+        member_address: places.member_address(member_at),
         clients,
         members,
         http,

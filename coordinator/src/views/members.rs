@@ -16,6 +16,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             leads: self.raft.leader == Some(*id),
             matched_index: known(*id).map(|(_, matched, _)| *matched),
             alive: known(*id).map(|(_, _, alive)| *alive),
+            read_only: self.raft.writers.get(id).map(|writes| !writes),
         });
         views.collect()
     }

@@ -15,6 +15,7 @@ use crate::raft::disk::{Disk, DiskError};
 use crate::raft::history::History;
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{ClusterView, JobState, Refusal, RefusalKind, Reply, Request};
+use std::collections::BTreeMap;
 
 /// What there is to be seen, at one moment.
 pub struct View<'a, D: Disk + ?Sized> {
@@ -37,6 +38,8 @@ pub struct Raft {
     pub read_only: Option<String>,
     /// What the leader knows of the others: how far their logs are, and whether they were heard of late. Empty elsewhere.
     pub progress: Vec<(ReplicaId, u64, bool)>,
+    /// Whether it can write, of those of which that is known: this one, and on the leader those that reported lately.
+    pub writers: BTreeMap<ReplicaId, bool>,
 }
 
 impl<D: Disk + ?Sized> View<'_, D> {

@@ -65,7 +65,7 @@ pub fn print(views: &[CoordinatorView]) {
             vec![
                 view.address.replica.to_string(),
                 view.name.clone(),
-                state(view).to_owned(),
+                state(view),
                 view.matched_index.map_or("-".to_owned(), |index| index.to_string()),
                 view.address.client.clone(),
                 view.address.member.clone(),
@@ -76,11 +76,13 @@ pub fn print(views: &[CoordinatorView]) {
     out::table(&["REPLICA", "NAME", "STATE", "LOG", "CLIENTS", "MEMBERS", "VERSION"], &rows);
 }
 
-fn state(view: &CoordinatorView) -> &'static str {
-    match (view.leads, view.alive, view.voter) {
+fn state(view: &CoordinatorView) -> String {
+    let state = match (view.leads, view.alive, view.voter) {
         (true, _, _) => "leader",
         (_, Some(false), _) => "away",
         (_, _, true) => "follower",
         (_, _, false) => "learner",
-    }
+    };
+    let disk = if view.read_only == Some(true) { ", read-only" } else { "" };
+    format!("{state}{disk}")
 }

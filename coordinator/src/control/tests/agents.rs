@@ -295,7 +295,7 @@ fn a_coordinator_with_a_full_disk_sends_an_agent_on_at_once() {
     let sent_on = net.connect(follower, node, vec![]);
     net.settle();
     let (message, fatal) = &net.closed[&sent_on];
-    assert!(message.contains("full") && !fatal, "{message}");
+    assert!(message.contains("cannot be written") && !fatal, "{message}");
 }
 
 #[test]

@@ -254,6 +254,31 @@ fn a_leader_whose_disk_is_full_is_replaced_and_sends_its_clients_away() {
 }
 
 #[test]
+fn a_coordinator_that_cannot_write_says_so_to_stale_queries_and_to_the_leader() {
+    let mut net = Net::new(3);
+    let (leader, stuck) = (net.leading(), net.follower());
+    net.disks[&stuck].set_full(true);
+    net.submit(leader);
+    net.run_until("no room", |net| net.controls[&stuck].status().read_only.is_some());
+    let stale = |request| ClientFrame { stale: true, ..frame(0, 0, request) };
+    let Reply::Cluster(view) = net.ask(stuck, stale(Request::ClusterStatus)) else { panic!() };
+    assert!(view.read_only.unwrap().contains("cannot be written"));
+    assert!(matches!(net.ask(stuck, stale(Request::Nodes)), Reply::Nodes(_)));
+    assert_eq!(kind(&net.ask(stuck, frame(0, 0, Request::Nodes))), Some(RefusalKind::Unavailable));
+    let read_only = |net: &mut Net| {
+        let Reply::Coordinators(views) = net.ask(leader, frame(0, 0, Request::Coordinators)) else {
+            panic!()
+        };
+        views.iter().filter(|view| view.read_only == Some(true)).map(|view| view.address.replica.0).collect()
+    };
+    net.run(1_000);
+    assert_eq!(read_only(&mut net), Vec::from([stuck]));
+    net.disks[&stuck].set_full(false);
+    net.run(3_000);
+    assert_eq!(read_only(&mut net), Vec::<u64>::new());
+}
+
+#[test]
 fn a_joiner_is_answered_even_where_nobody_leads() {
     let mut net = Net::new(3);
     let leader = net.leading();

@@ -21,7 +21,7 @@ impl<D: Disk> Replica<D> {
         let mut output = Output::default();
         match self.round(send, &mut output) {
             Ok(()) => self.full = None,
-            Err(ReplicaError::Log(LogError::Disk(error @ DiskError::Full(_)))) => {
+            Err(ReplicaError::Log(LogError::Disk(error @ DiskError::Unwritable(_)))) => {
                 self.full = Some(error.to_string())
             }
             Err(error) => return Err(error),
@@ -29,10 +29,10 @@ impl<D: Disk> Replica<D> {
         Ok(output)
     }
 
-    /// Tries to make a full disk usable; `process` then goes on where it stopped.
+    /// Tries to make a disk usable again that could not be written; `process` then goes on where it stopped.
     pub fn recover(&mut self) -> Result<(), ReplicaError> {
         match self.node.store().disk().recover() {
-            Ok(()) | Err(DiskError::Full(_)) => Ok(()),
+            Ok(()) | Err(DiskError::Unwritable(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

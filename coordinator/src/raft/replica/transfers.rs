@@ -40,7 +40,7 @@ impl<D: Disk> Replica<D> {
                 drop(self.node.step(*message));
             }
             // The rows come again when there is room.
-            Err(DiskError::Full(_)) => {}
+            Err(DiskError::Unwritable(_)) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(())
