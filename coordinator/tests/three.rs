@@ -206,7 +206,10 @@ async fn a_backup_of_a_running_coordinator_becomes_a_cluster_of_one() {
     assert_eq!(client.watch(job, 1, true).await.len(), 2);
     client.seq = 100;
     let next = client.submit(1).await;
-    assert!(others.iter().all(|other| other.0 + 100_000 < next.0), "no number that was given out after the backup");
+    assert!(
+        others.iter().all(|other| other.0 + 100_000 < next.0),
+        "no number that was given out after the backup"
+    );
     // A worker of then is one of now.
     Agent::greet(agent.identity.clone(), &coordinator, 4, vec![]).await;
 

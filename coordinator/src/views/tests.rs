@@ -118,7 +118,10 @@ fn checkpoints_of_old_jobs_are_there_with_their_shards() {
     let Ok(Reply::Checkpoint(view)) = ask(5) else { panic!() };
     assert_eq!((view.checkpoint.shards.len(), view.checkpoint.writers), (1, 1));
     let refusal = ask(6).unwrap_err().message;
-    assert!(refusal.contains("no checkpoint of step 6") && refusal.contains("`fleet checkpoints ls job-3`"), "{refusal}");
+    assert!(
+        refusal.contains("no checkpoint of step 6") && refusal.contains("`fleet checkpoints ls job-3`"),
+        "{refusal}"
+    );
 }
 
 #[test]
