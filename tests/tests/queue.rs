@@ -108,7 +108,10 @@ fn a_drained_node_s_job_starts_again_elsewhere_and_a_job_that_waits_says_why() {
     let second = endless(&world, &cluster, &["--labels", &wish]);
     let waits = status(&world, &cluster, &second);
     let reason = waits["reason"].as_str().unwrap();
-    assert!(reason.starts_with("waits for more nodes") && reason.contains(&format!("node {from} is drained")), "{reason}");
+    assert!(
+        reason.starts_with("waits for more nodes") && reason.contains(&format!("node {from} is drained")),
+        "{reason}"
+    );
     fleet(&world, &cluster, &["undrain", from, "--json"]);
     until(&world, &cluster, &second, "the second job runs", |job| job["state"] == "running");
     let events = fleet(&world, &cluster, &["events", "--json"]);
@@ -138,7 +141,8 @@ fn a_training_job_that_a_drain_moves_goes_on_from_its_checkpoint_without_a_trace
         fleet(&world, &cluster, &args)["job"].as_str().unwrap().to_owned()
     };
     let job = submitted("moved");
-    let running = until(&world, &cluster, &job, "some steps are done", |job| job["step"].as_u64() >= Some(20));
+    let running =
+        until(&world, &cluster, &job, "some steps are done", |job| job["step"].as_u64() >= Some(20));
     let from = running["parts"][0]["name"].as_str().unwrap().to_owned();
     fleet(&world, &cluster, &["drain", &from, "--now", "--json"]);
     let again = until(&world, &cluster, &job, "it runs elsewhere", |job| {
@@ -148,9 +152,15 @@ fn a_training_job_that_a_drain_moves_goes_on_from_its_checkpoint_without_a_trace
     let checkpoint = &again["checkpoint"]["step"];
     assert!(checkpoint.as_u64() >= Some(20) && checkpoint.as_u64() < Some(400), "{again}");
     until(&world, &cluster, &job, "it is done", |job| job["state"] == "succeeded");
-    let logs = |job: &str| world.run("fleet", &["--cluster", cluster.cluster(), "logs", job, "--json"]).expect(0);
+    let logs =
+        |job: &str| world.run("fleet", &["--cluster", cluster.cluster(), "logs", job, "--json"]).expect(0);
     let moved = logs(&job);
-    let starts: Vec<_> = moved.json().iter().filter(|line| line["event"] == "started").map(|line| line["step"].clone()).collect();
+    let starts: Vec<_> = moved
+        .json()
+        .iter()
+        .filter(|line| line["event"] == "started")
+        .map(|line| line["step"].clone())
+        .collect();
     assert_eq!(starts, [Value::from(0), checkpoint.clone()]);
 
     fleet(&world, &cluster, &["undrain", &from, "--json"]);
@@ -176,11 +186,17 @@ fn a_drain_waits_for_what_runs_and_drained_nodes_count_for_what_could_run() {
     // What is drained could be taken back: two ranks may wait, three could never run.
     let cluster_args = ["--cluster", cluster.cluster()];
     let three = ["submit", "-n", "3", "--", "true"];
-    world.run("fleet", &[&cluster_args[..], &three].concat()).expect(2).says("all 2 nodes together have 2 slots");
+    world
+        .run("fleet", &[&cluster_args[..], &three].concat())
+        .expect(2)
+        .says("all 2 nodes together have 2 slots");
     let two = fleet(&world, &cluster, &["submit", "-n", "2", "--json", "--", "true"]);
     let waits = status(&world, &cluster, two["job"].as_str().unwrap());
     let reason = waits["reason"].as_str().unwrap();
-    assert!(reason.contains("nodes left and right are drained (`fleet undrain` takes them back)"), "{reason}");
+    assert!(
+        reason.contains("nodes left and right are drained (`fleet undrain` takes them back)"),
+        "{reason}"
+    );
     let still = status(&world, &cluster, &job);
     assert_eq!((&still["state"], &still["parts"]), (&running["state"], &running["parts"]));
     world.write("go", "");
