@@ -20,6 +20,10 @@ pub const NAME_MAX: usize = 63;
 pub const LABELS_MAX: usize = 16;
 /// Characters of an address, a version, a device.
 pub const TEXT_MAX: usize = 256;
+/// Numbers of each kind that a restored cluster passes over: more than any cluster gives out between two backups.
+pub const RESTORE_GAP: u64 = 1_000_000;
+/// Likewise of coordinators, which are few; each of these numbers is cut off by name.
+pub const RESTORE_GAP_REPLICAS: u64 = 1_000;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReplicaRecord {
@@ -116,20 +120,37 @@ impl State {
         State { replicas: founders, last_replica, ..State::new(cluster_id) }
     }
 
-    /// The state of a backup as the first one of a cluster of one: the coordinators of then are gone for ever.
+    /// The state of a backup as the first one of a cluster of one: the coordinators of then are gone for ever, and so are those that
+    /// joined later.
+    ///
+    /// What the cluster gave out after the backup is not in it: certificates that still hold, jobs that agents still run, numbers that
+    /// people wrote down. So every counter goes on behind a gap, and no id is given a second time. Whoever has one from within the gap
+    /// is a stranger: a node joins again, its jobs are stopped, a user can be cut off by number.
     pub fn restored(mut self, founder: ReplicaRecord) -> State {
         let id = founder.address.replica;
-        for gone in std::mem::take(&mut self.replicas).into_keys() {
+        let later = (self.last_replica + 1..id.0).map(ReplicaId);
+        for gone in std::mem::take(&mut self.replicas).into_keys().chain(later) {
             self.revoked.insert(Member::Coordinator(gone));
         }
         self.last_replica = self.last_replica.max(id.0);
         self.replicas.insert(id, founder);
+        for last in [
+            &mut self.last_node,
+            &mut self.last_user,
+            &mut self.last_job,
+            &mut self.last_run,
+            &mut self.last_export,
+            &mut self.last_profile,
+            &mut self.last_decision,
+        ] {
+            *last += RESTORE_GAP;
+        }
         self
     }
 
-    /// The id that no coordinator has had.
-    pub fn next_replica(&self) -> ReplicaId {
-        ReplicaId(self.last_replica + 1)
+    /// The id of the first coordinator after a restore, which no coordinator has had.
+    pub fn restored_replica(&self) -> ReplicaId {
+        ReplicaId(self.last_replica + RESTORE_GAP_REPLICAS + 1)
     }
 
     pub fn replicas(&self) -> &BTreeMap<ReplicaId, ReplicaRecord> {
@@ -211,6 +232,59 @@ pub(crate) fn clip(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::commands::{Change, RevokeMember};
+    use crate::cluster::tests::{Script, describe, redeem, replica, token, why};
+    use crate::cluster::{Answer, HistoryRow};
+    use fleet_common::ids::JobId;
+
+    /// What a restore makes of the state of a script.
+    fn restored(state: &State) -> Script {
+        let id = state.restored_replica();
+        let record = ReplicaRecord {
+            address: replica(id.0).address,
+            name: "new".into(),
+            version: "0".into(),
+            level: 1,
+            joined_unix_ms: 0,
+            standing: Standing::Voter,
+        };
+        Script { state: state.clone().restored(record), ..Script::new() }
+    }
+
+    #[test]
+    fn a_restored_cluster_gives_out_nothing_that_was_given_out_after_the_backup() {
+        let mut old = Script::with_replicas(2);
+        for (id, role) in [("w", Role::Worker), ("u", Role::Client), ("c", Role::Coordinator)] {
+            old.run(token(id, role, 999));
+        }
+        let give_out = |script: &mut Script| {
+            let members = ["w", "u", "c"].map(|id| match script.run(redeem(id, "n")) {
+                Answer::Redeemed { member } => member,
+                other => panic!("{other:?}"),
+            });
+            let Member::Worker(node) = members[0] else { panic!("the token of a worker makes one") };
+            script.run(describe(node, "n", 4, &[]));
+            (members, script.submit(1))
+        };
+        give_out(&mut old);
+        let backup = old.state.clone();
+        let later: Vec<_> = (0..20).map(|_| give_out(&mut old)).collect();
+
+        let mut new = restored(&backup);
+        let (members, job) = give_out(&mut new);
+        for (given, ran) in &later {
+            assert!(members.iter().all(|member| !given.contains(member)) && job != *ran);
+        }
+        assert!(new.history.iter().all(|row| !matches!(row, HistoryRow::Work { job: JobId(1..=21), .. })));
+
+        let ([worker, user, coordinator], _) = later[7];
+        assert_eq!(new.state.membership(coordinator), Membership::Revoked, "the old cluster's");
+        let Member::Worker(node) = worker else { panic!("the token of a worker makes one") };
+        assert!(why(new.run(describe(node, "n", 4, &[]))).contains("join again with a token"));
+        assert_eq!(new.run(Change::RevokeMember(RevokeMember { member: user })), Answer::Done);
+        assert_eq!(new.state.membership(user), Membership::Revoked);
+        assert_eq!(new.state.membership(members[2]), Membership::Known);
+    }
 
     #[test]
     fn a_name_never_breaks_a_line_or_a_path() {

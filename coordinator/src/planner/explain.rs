@@ -3,6 +3,7 @@
 use super::Observed;
 use super::outlook::{Outlook, Placing};
 use crate::cluster::State;
+use crate::cluster::members::NodeRecord;
 use crate::cluster::records::JobRecord;
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{JobState, Wish};
@@ -65,17 +66,16 @@ impl Outlook {
                 format!("about to start on {}", names(state, parts.iter().map(|(node, _)| *node)))
             }
             Placing::NoNode => {
-                "waits for a node: none that takes work is connected; start one with `worker join`".to_owned()
+                let cure = match idle(state, observed, &job.wish) {
+                    none if none.is_empty() => "; start one with `worker join`".to_owned(),
+                    idle => idle,
+                };
+                format!("waits for a node: none that takes work is connected{cure}")
             }
-            Placing::TooLarge { drained: 0 } => {
-                format!("waits for more nodes to join: {}", self.needs(state, job, None))
-            }
-            Placing::TooLarge { drained } => {
-                format!(
-                    "waits for more nodes: {}; {} drained",
-                    self.needs(state, job, None),
-                    are(*drained, "node")
-                )
+            Placing::TooLarge => {
+                let idle = idle(state, observed, &job.wish);
+                let join = if idle.is_empty() { " to join" } else { "" };
+                format!("waits for more nodes{join}: {}{idle}", self.needs(state, job, None))
             }
             Placing::Full { start_ms } => {
                 format!(
@@ -100,34 +100,44 @@ impl Outlook {
         let takes_work = |id: NodeId| free.is_none_or(|observed| observed.connected(id));
         let nodes = state.nodes().iter().filter(|(id, node)| !node.lost && !node.drained && takes_work(**id));
         let suitable = nodes.filter(|(_, node)| node.slots > 0 && node.suits(&job.wish));
-        let slots: Vec<(&str, u32)> = suitable
+        let each = job.wish.slots_per_rank.max(1);
+        // In places for one rank.
+        let places: Vec<(&str, u32)> = suitable
             .map(|(id, node)| {
                 let used = if free.is_some() { self.used.get(id).copied().unwrap_or_default() } else { 0 };
-                (node.name.as_str(), node.slots.saturating_sub(used))
+                (node.name.as_str(), node.slots.saturating_sub(used) / each)
             })
             .collect();
         let like = labels(&job.wish);
-        let needed = job.world_size.saturating_mul(job.wish.slots_per_rank);
+        let amount = |ranks: u32| match (each, ranks) {
+            (1, _) => ranks.to_string(),
+            (_, 1) => format!("1 place of {each} slots"),
+            _ => format!("{ranks} places of {each} slots each"),
+        };
+        let needed = amount(job.world_size);
         let what = if free.is_some() { " free" } else { "" };
-        let best = slots.iter().max_by_key(|(_, slots)| *slots);
+        let best = places.iter().max_by_key(|(_, places)| *places);
         match (best, job.wish.nodes) {
-            (None, _) => format!("it needs {}{like}, and there is no such node", count(needed, "slot")),
+            (None, _) => {
+                let slots = count(job.world_size.saturating_mul(each), "slot");
+                format!("it needs {slots}{like}, and there is no such node")
+            }
             (Some((name, best)), Some(1)) => {
                 format!("it needs {needed} on one node{like}, and {name} has {best}{what}")
             }
             (Some((name, best)), Some(nodes)) => {
-                let each = needed / nodes.max(1);
+                let on_each = amount(job.world_size / nodes.max(1));
                 format!(
-                    "it needs {each} on each of {nodes} nodes{like}, and of {} the best, {name}, has {best}{what}",
-                    slots.len()
+                    "it needs {on_each} on each of {nodes} nodes{like}, and of {} the best, {name}, has {best}{what}",
+                    places.len()
                 )
             }
             (Some(_), None) => {
-                let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
-                let all = if slots.len() == 1 {
+                let sum: u64 = places.iter().map(|(_, places)| u64::from(*places)).sum();
+                let all = if places.len() == 1 {
                     "one node has".to_owned()
                 } else {
-                    format!("{} nodes together have", slots.len())
+                    format!("{} nodes together have", places.len())
                 };
                 format!("it needs {needed}{like}, and {all} {sum}{what}")
             }
@@ -143,6 +153,32 @@ pub fn ended(job: &JobRecord) -> String {
         (JobState::Failed, None) => "failed".to_owned(),
         _ => format!("done after {} steps", job.progress.step),
     }
+}
+
+/// Nodes that the job could use if they took work, and what to do about it.
+fn idle(state: &State, observed: &Observed, wish: &Wish) -> String {
+    let told = |is: &dyn Fn(NodeId, &NodeRecord) -> bool, one: &str, several: &str| {
+        let nodes = state.nodes().iter().filter(|(id, node)| node.suits(wish) && is(**id, node));
+        let nodes: Vec<NodeId> = nodes.map(|(id, _)| *id).collect();
+        match nodes.len() {
+            0 => String::new(),
+            1 => format!("; {} is {one}", names(state, nodes.into_iter())),
+            _ => format!("; {} are {several}", names(state, nodes.into_iter())),
+        }
+    };
+    let drained = told(
+        &|_, node| node.drained && !node.lost,
+        "drained (`fleet undrain` takes it back)",
+        "drained (`fleet undrain` takes them back)",
+    );
+    let lost =
+        told(&|_, node| node.lost, "lost (see that its worker runs)", "lost (see that their workers run)");
+    let away = told(
+        &|id, node| !node.drained && !node.lost && !observed.connected(id),
+        "out of touch at the moment",
+        "out of touch at the moment",
+    );
+    drained + &lost + &away
 }
 
 fn at_latest(start_ms: Option<u64>) -> String {
@@ -189,10 +225,6 @@ fn beware(state: &State, observed: &Observed, job: &JobRecord) -> String {
 
 fn count(number: u32, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
-}
-
-fn are(number: usize, what: &str) -> String {
-    if number == 1 { format!("1 {what} is") } else { format!("{number} {what}s are") }
 }
 
 fn times(number: u64) -> String {

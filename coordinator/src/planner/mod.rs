@@ -13,6 +13,7 @@ pub use explain::ended;
 pub use outlook::{OVERRUN_MS, Outlook, Placing};
 
 use crate::cluster::commands::{AssignGang, Change, MarkNodeLost};
+use crate::cluster::members::NodeRecord;
 use crate::cluster::{Command, State};
 use fleet_common::ids::{JobId, NodeId};
 use std::collections::BTreeMap;
@@ -54,7 +55,7 @@ impl Observed {
 
 /// The commands that the state and the observations call for at `now_ms` of the leader's clock and `unix_ms` of the world's.
 pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
-    let mut decisions = lost_nodes(state, observed, now_ms);
+    let mut decisions = lost_nodes(state, observed, now_ms, unix_ms);
     if decisions.is_empty() {
         decisions.extend(starts(state, observed, unix_ms));
         return decisions;
@@ -95,8 +96,12 @@ fn why(state: &State, id: JobId, parts: &[(NodeId, u32)], ahead_of: Option<JobId
     }
 }
 
-fn lost_nodes(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why)> {
-    let silent = state.nodes().iter().filter(|(_, record)| !record.lost).filter_map(|(node, record)| {
+fn lost_nodes(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
+    // One that has just joined was never heard; it has nothing to lose, so a wrong clock does no harm here.
+    let joining =
+        |record: &NodeRecord| record.slots == 0 && unix_ms.saturating_sub(record.joined_unix_ms) < LEASE_MS;
+    let expected = state.nodes().iter().filter(|(_, record)| !record.lost && !joining(record));
+    let silent = expected.filter_map(|(node, record)| {
         let silent_ms = observed.silent_ms(*node, now_ms);
         (silent_ms >= LEASE_MS).then(|| {
             let why = format!("node {} ({node}) was not heard for {silent_ms} ms", record.name);

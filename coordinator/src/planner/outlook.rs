@@ -28,8 +28,8 @@ pub enum Placing {
     On { parts: Vec<Room>, ahead_of: Option<JobId> },
     /// Nobody who could take work is connected.
     NoNode,
-    /// All nodes together could not hold it. `drained`: nodes that would be asked if they were not drained.
-    TooLarge { drained: usize },
+    /// All nodes that take work could not hold it together.
+    TooLarge,
     /// There is no room. `start_ms`: it starts at the latest after this long.
     Full { start_ms: Option<u64> },
     /// There is room, but it belongs to an earlier job.
@@ -146,7 +146,7 @@ fn look<'a>(
             .map(|(id, _)| *id)
             .collect();
         if fits(&suitable, &|node| line.slots(node).unwrap_or_default()).is_none() {
-            let placing = if anyone { too_large(state, job) } else { Placing::NoNode };
+            let placing = if anyone { Placing::TooLarge } else { Placing::NoNode };
             placings.insert(id, placing);
             continue;
         }
@@ -188,9 +188,4 @@ fn look<'a>(
         reserved += 1;
     }
     placings
-}
-
-fn too_large(state: &State, job: &JobRecord) -> Placing {
-    let drained = state.nodes().values().filter(|node| node.drained && !node.lost && node.suits(&job.wish));
-    Placing::TooLarge { drained: drained.count() }
 }

@@ -172,6 +172,73 @@ fn a_node_out_of_touch_gets_no_work() {
 }
 
 #[test]
+fn a_job_that_no_node_can_take_is_told_which_ones_could_and_what_to_do() {
+    let mut script = Script::with_nodes(&[4, 4]);
+    let job = script.submit(1);
+    let none = "waits for a node: none that takes work is connected";
+    script.run(Change::DrainNode(DrainNode { node: NodeId(1), now: false }));
+    script.run(Change::DrainNode(DrainNode { node: NodeId(2), now: false }));
+    assert_eq!(
+        told(&script, job),
+        format!("{none}; nodes n1 and n2 are drained (`fleet undrain` takes them back)")
+    );
+    script.lose_node();
+    assert_eq!(
+        told(&script, job),
+        format!(
+            "{none}; node n2 is drained (`fleet undrain` takes it back); node n1 is lost (see that its worker runs)"
+        )
+    );
+    let away = explain(&Script::with_nodes(&[4]).state, &Observed::default(), 0, job);
+    assert_eq!(away, "", "not a job of that cluster");
+    let mut script = Script::new();
+    let job = script.submit(1);
+    assert_eq!(told(&script, job), format!("{none}; start one with `worker join`"));
+}
+
+#[test]
+fn a_rank_of_several_slots_needs_them_on_one_node_and_the_reason_counts_so() {
+    let mut script = Script::with_nodes(&[3, 3]);
+    let wish = || Wish { slots_per_rank: 2, ..wish() };
+    let job = submit(&mut script, 3, wish());
+    assert_eq!(
+        told(&script, job),
+        "waits for more nodes to join: it needs 3 places of 2 slots each, and 2 nodes together have 2"
+    );
+    let one = submit(&mut script, 2, Wish { nodes: Some(1), ..wish() });
+    assert!(told(&script, one).ends_with("it needs 2 places of 2 slots each on one node, and n2 has 1"));
+}
+
+#[test]
+fn a_clock_that_jumps_by_hours_loses_nobody_and_starts_nothing_early() {
+    let mut script = Script::with_nodes(&[4]);
+    script.now = 100 * 3_600_000;
+    let running = submit(&mut script, 3, limited(3_600));
+    let observed = all_connected(&script);
+    settle(&mut script, &observed);
+    let first = submit(&mut script, 4, wish());
+    submit(&mut script, 1, limited(7_200));
+    let hours_off = [script.now - 6 * 3_600_000, script.now + 6 * 3_600_000];
+    for unix_ms in hours_off {
+        assert_eq!(plan(&script.state, &observed, 0, unix_ms), [], "nobody goes ahead of {first}");
+    }
+    assert_eq!(script.state.jobs()[&running].placement.as_ref().map(|at| at.generation), Some(1));
+}
+
+#[test]
+fn a_node_that_joined_is_lost_a_lease_later_if_it_never_greets() {
+    let mut script = Script::with_nodes(&[4]);
+    let observed = all_connected(&script);
+    script.run(redeem("w", "half"));
+    assert_eq!(plan(&script.state, &observed, 1_000_000, script.now + LEASE_MS - 1), []);
+    let lost = plan(&script.state, &observed, 1_000_000, script.now + LEASE_MS);
+    assert!(
+        matches!(lost[..], [(Change::MarkNodeLost(MarkNodeLost { node: NodeId(2), .. }), _)]),
+        "{lost:?}"
+    );
+}
+
+#[test]
 fn a_drained_node_gets_no_work_and_a_job_on_it_says_so() {
     let mut script = Script::with_nodes(&[4, 1]);
     let running = script.submit(3);
@@ -182,7 +249,8 @@ fn a_drained_node_gets_no_work_and_a_job_on_it_says_so() {
     let job = submit(&mut script, 2, wish());
     assert_eq!(settle(&mut script, &observed), []);
     assert!(
-        told(&script, job).ends_with("it needs 2, and one node has 1; 1 node is drained"),
+        told(&script, job)
+            .ends_with("it needs 2, and one node has 1; node n1 is drained (`fleet undrain` takes it back)"),
         "{}",
         told(&script, job)
     );
@@ -283,7 +351,7 @@ fn start_of(outlook: &Outlook, job: JobId) -> Option<u64> {
     match outlook.placing(job)? {
         Placing::On { .. } => Some(0),
         Placing::Full { start_ms } | Placing::Behind { start_ms, .. } => *start_ms,
-        Placing::NoNode | Placing::TooLarge { .. } => None,
+        Placing::NoNode | Placing::TooLarge => None,
     }
 }
 

@@ -219,7 +219,7 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
     })
     .with_context(damaged)?;
     let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
-    let id = state.next_replica();
+    let id = state.restored_replica();
     let name = setup::name(options, id);
     let state = state.restored(record(id, &name));
     Replica::restore(disk, id.0, position, state, rand::random())?;

@@ -9,6 +9,7 @@ use crate::raft::history::History;
 use fleet_common::events::EventBody;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, Work};
+use std::ops::Range;
 
 /// Finished jobs in the short list.
 const RECENT: usize = 50;
@@ -48,8 +49,10 @@ impl<D: Disk + ?Sized> View<'_, D> {
     /// All jobs there ever were, newest first.
     pub(super) fn all_jobs(&self, page: Page) -> Result<Listing<JobView>, Refusal> {
         let outlook = self.outlook();
-        let remembered =
-            |id| self.state.jobs().get(&JobId(id)).map(|job| self.show(&outlook, JobId(id), job));
+        let remembered = |numbers: Range<u64>| {
+            let jobs = self.state.jobs().range(JobId(numbers.start)..JobId(numbers.end));
+            jobs.map(|(id, job)| (id.0, self.show(&outlook, *id, job))).collect()
+        };
         let show = |id, job: JobRecord| Some(self.show(&outlook, JobId(id), &job));
         self.page(page, self.state.last_job(), Table::Jobs, remembered, show)
     }
@@ -79,7 +82,10 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Page { max: page.max.min(PAGE_MAX / 4), ..page },
             self.state.last_job(),
             Table::Jobs,
-            |id| self.state.jobs().get(&JobId(id)).and_then(|job| some(id, job)),
+            |numbers| {
+                let jobs = self.state.jobs().range(JobId(numbers.start)..JobId(numbers.end));
+                jobs.filter_map(|(id, job)| Some((id.0, some(id.0, job)?))).collect()
+            },
             |id, job: JobRecord| some(id, &job),
         )?;
         Ok(Listing { items: jobs.items.into_iter().flatten().collect(), next: jobs.next })
@@ -91,7 +97,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
         let known = job.checkpoints.iter().rev().find(|known| known.record.step == step);
         let known = known.ok_or_else(|| {
             not_found(format!(
-                "{id} has no checkpoint of step {step} any more; `fleet checkpoints ls --job {id}` lists them"
+                "{id} has no checkpoint of step {step} any more; `fleet checkpoints ls {id}` lists them"
             ))
         })?;
         let mut view = checkpoint_view(id, &job, known);

@@ -11,6 +11,7 @@ use fleet_common::protocol::{
     DecisionView, ExportView, JobState, Listing, POINTS_MAX, Page, Point, ProfileView, Refusal, RunKey,
     RunState, RunView,
 };
+use std::ops::Range;
 
 /// Events of a job that are looked through for one answer.
 const EVENTS_MAX: usize = 2_000;
@@ -18,12 +19,15 @@ const EVENTS_MAX: usize = 2_000;
 impl<D: Disk + ?Sized> View<'_, D> {
     pub(super) fn decisions(&self, page: Page) -> Result<Listing<DecisionView>, Refusal> {
         let show = |number, Decision { unix_ms, why }| Some(DecisionView { number, unix_ms, why });
-        self.page(page, self.state.last_decision(), Table::Decisions, |_| None, show)
+        self.page(page, self.state.last_decision(), Table::Decisions, |_| Vec::new(), show)
     }
 
     /// The runs of clients. Training jobs are runs too and are listed as jobs.
     pub(super) fn runs(&self, page: Page) -> Result<Listing<RunView>, Refusal> {
-        let remembered = |id| self.state.runs().get(&RunId(id)).map(|run| own_run(id, run));
+        let remembered = |numbers: Range<u64>| {
+            let runs = self.state.runs().range(RunId(numbers.start)..RunId(numbers.end));
+            runs.map(|(id, run)| (id.0, own_run(id.0, run))).collect()
+        };
         let show = |id, run: RunRecord| Some(own_run(id, &run));
         self.page(page, self.state.last_run(), Table::Runs, remembered, show)
     }
@@ -73,7 +77,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
     }
 
     pub(super) fn exports(&self, page: Page) -> Result<Listing<ExportView>, Refusal> {
-        self.page(page, self.state.last_export(), Table::Exports, |_| None, |_, export| Some(export))
+        self.page(page, self.state.last_export(), Table::Exports, |_| Vec::new(), |_, export| Some(export))
     }
 
     pub(super) fn export(&self, id: ExportId) -> Result<ExportView, Refusal> {
@@ -91,7 +95,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
         };
         // A profile may have many features.
         let page = Page { max: page.max.min(20), ..page };
-        self.page(page, self.state.last_profile(), Table::Profiles, |_| None, show)
+        self.page(page, self.state.last_profile(), Table::Profiles, |_| Vec::new(), show)
     }
 
     pub(super) fn profile(&self, id: ProfileId) -> Result<ProfileView, Refusal> {

@@ -1,6 +1,7 @@
 use super::*;
 use crate::cluster::commands::{Change, FinishRun, RecordExport, RecordMetrics, RecordProfile, StartRun};
 use crate::cluster::ends::FINISHED_IN_STATE;
+use crate::cluster::members::{RESTORE_GAP, ReplicaRecord, Standing};
 use crate::cluster::tests::{Script, checkpoint, export, finished, point, profile, step};
 use crate::raft::disk::{Batch, Durability};
 use crate::raft::history::stage;
@@ -77,6 +78,32 @@ fn all_jobs_are_listed_whether_in_memory_or_not() {
 }
 
 #[test]
+fn a_restored_cluster_lists_what_is_behind_the_gap_of_its_numbers_in_one_page() {
+    let mut script = many_jobs().script;
+    let (id, last) = (script.state.restored_replica(), script.state.last_job());
+    let address = crate::cluster::tests::address(id.0);
+    let record = ReplicaRecord {
+        address,
+        name: "c".into(),
+        version: "0".into(),
+        level: 1,
+        joined_unix_ms: 0,
+        standing: Standing::Voter,
+    };
+    script.state = script.state.restored(record);
+    let new = script.submit(1);
+    assert_eq!(new.0, last + RESTORE_GAP + 1);
+    let kept = Kept::new(script);
+    let page = Page { before: None, max: 50 };
+    let Ok(Reply::Jobs(jobs)) = kept.ask(Request::Jobs { all: Some(page) }) else { panic!() };
+    let listed: Vec<u64> = jobs.items.iter().map(|view| view.job.0).collect();
+    assert_eq!(listed, std::iter::once(new.0).chain((last - 48..=last).rev()).collect::<Vec<_>>());
+    let page = Page { before: Some(31), max: 50 };
+    let Ok(Reply::Jobs(jobs)) = kept.ask(Request::Jobs { all: Some(page) }) else { panic!() };
+    assert_eq!((jobs.items.len(), jobs.next), (30, None));
+}
+
+#[test]
 fn checkpoints_of_old_jobs_are_there_with_their_shards() {
     let kept = many_jobs();
     let all = kept.all(20, |kept, page| {
@@ -90,7 +117,11 @@ fn checkpoints_of_old_jobs_are_there_with_their_shards() {
     let ask = |step| kept.ask(Request::Checkpoint { job: JobId(3), step });
     let Ok(Reply::Checkpoint(view)) = ask(5) else { panic!() };
     assert_eq!((view.checkpoint.shards.len(), view.checkpoint.writers), (1, 1));
-    assert!(ask(6).unwrap_err().message.contains("no checkpoint of step 6"));
+    let refusal = ask(6).unwrap_err().message;
+    assert!(
+        refusal.contains("no checkpoint of step 6") && refusal.contains("`fleet checkpoints ls job-3`"),
+        "{refusal}"
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A member is cut off for ever: its certificate opens nothing any more. The jobs of a node that is cut off fail.
 
-use crate::cluster::members::REVOKED_MAX;
+use crate::cluster::members::{Membership, REVOKED_MAX};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::protocol::Member;
 use serde::{Deserialize, Serialize};
@@ -22,10 +22,9 @@ impl RevokeMember {
                     "{replica} is a coordinator; take it out with `fleet coordinators remove {replica}`"
                 ));
             }
-            // A certificate without a coordinator.
-            Member::Coordinator(replica) => replica.0 > 0 && replica.0 <= state.last_replica,
-            Member::Worker(node) => state.nodes.contains_key(&node),
-            Member::Client(user) => state.users.contains_key(&user),
+            // Also certificates without a record: of a coordinator that is not registered yet, of who joined after the backup from
+            // which the cluster was restored.
+            _ => state.membership(member) == Membership::Known,
         };
         if !known {
             return Answer::not_found(format!("{member} is not a member of this cluster"));
@@ -55,7 +54,6 @@ impl RevokeMember {
 mod tests {
     use super::*;
     use crate::cluster::commands::Change;
-    use crate::cluster::members::Membership;
     use crate::cluster::tests::{Script, why};
     use fleet_common::ids::{ReplicaId, UserId};
     use fleet_common::protocol::JobState;

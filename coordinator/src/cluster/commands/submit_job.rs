@@ -109,13 +109,13 @@ impl SubmitJob {
 
     /// What all nodes that ever joined could not do, even idle.
     fn check_room(&self, state: &State) -> Result<(), String> {
-        // Nobody knows yet what a node has that never greeted.
-        if self.wish.queue || state.nodes.values().any(|node| node.slots == 0) {
+        // Nobody knows yet what a node has that is just joining. One that never greeted is lost when its lease has passed.
+        if self.wish.queue || state.nodes.values().any(|node| node.slots == 0 && !node.lost) {
             return Ok(());
         }
-        let suitable = state.nodes.iter().filter(|(_, node)| node.suits(&self.wish));
-        let slots: Vec<_> = suitable.map(|(id, node)| (*id, node.slots)).collect();
-        let room: Vec<_> = slots.iter().map(|(id, slots)| (*id, slots / self.wish.slots_per_rank)).collect();
+        let each = self.wish.slots_per_rank;
+        let suitable = state.nodes.iter().filter(|(_, node)| node.slots > 0 && node.suits(&self.wish));
+        let room: Vec<_> = suitable.map(|(id, node)| (*id, node.slots / each)).collect();
         if fit(&room, self.world_size, self.wish.nodes).is_some() {
             return Ok(());
         }
@@ -124,12 +124,17 @@ impl SubmitJob {
             true => String::new(),
             false => format!(" with {}", labels.join(",")),
         };
-        let ranks = match self.wish.slots_per_rank {
+        let ranks = match each {
             1 => format!("{} ranks", self.world_size),
-            each => format!("{} ranks of {each} slots", self.world_size),
+            _ => format!("{} ranks of {each} slots", self.world_size),
+        };
+        let places = |places: u64| match (each, places) {
+            (1, _) => format!("{places} slots"),
+            (_, 1) => format!("1 place of {each} slots"),
+            _ => format!("{places} places of {each} slots"),
         };
         let cure = "ask for less, join more nodes, or wait for them with --queue";
-        let largest = slots.iter().map(|(_, slots)| *slots).max();
+        let largest = room.iter().map(|(_, places)| u64::from(*places)).max();
         Err(match (largest, self.wish.nodes) {
             (None, _) if like.is_empty() => {
                 "no node has joined; start one with `worker join`, or wait for one with --queue".into()
@@ -137,18 +142,21 @@ impl SubmitJob {
             (None, _) => format!("no node{like} has joined; {cure}"),
             (Some(largest), Some(1)) => {
                 format!(
-                    "the job has {ranks} on one node, and the largest node{like} has {largest} slots; {cure}"
+                    "the job has {ranks} on one node, and the largest node{like} has {}; {cure}",
+                    places(largest)
                 )
             }
             (Some(largest), Some(nodes)) => format!(
-                "the job has {ranks} on {nodes} nodes, and there are {} nodes{like}, the largest with {largest} slots; {cure}",
-                slots.len()
+                "the job has {ranks} on {nodes} nodes, and there are {} nodes{like}, the largest with {}; {cure}",
+                room.len(),
+                places(largest)
             ),
             (Some(_), None) => {
-                let sum: u64 = slots.iter().map(|(_, slots)| u64::from(*slots)).sum();
+                let sum: u64 = room.iter().map(|(_, places)| u64::from(*places)).sum();
                 format!(
-                    "the job has {ranks}, and all {} nodes{like} together have {sum} slots; {cure}",
-                    slots.len()
+                    "the job has {ranks}, and all {} nodes{like} together have {}; {cure}",
+                    room.len(),
+                    places(sum)
                 )
             }
         })
@@ -168,8 +176,9 @@ fn size_of(work: &Work) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::commands::Change;
-    use crate::cluster::tests::{Script, program, submit, training, why};
+    use crate::cluster::commands::{Change, DrainNode, MarkNodeLost};
+    use crate::cluster::tests::{Script, program, redeem, submit, training, why};
+    use fleet_common::ids::NodeId;
     use fleet_common::protocol::Program;
 
     fn wishing(world_size: u32, wish: Wish) -> Change {
@@ -229,10 +238,36 @@ mod tests {
     }
 
     #[test]
-    fn lost_and_drained_nodes_count_and_none_at_all_is_said() {
+    fn what_a_node_has_for_a_rank_of_several_slots_is_said_in_such_places() {
+        let mut script = Script::with_nodes(&[3, 3]);
+        let wish = |nodes| Wish { slots_per_rank: 2, nodes, ..Wish::default() };
+        let refusal = why(script.run(wishing(3, wish(None))));
+        assert!(
+            refusal.contains("3 ranks of 2 slots, and all 2 nodes together have 2 places of 2 slots"),
+            "{refusal}"
+        );
+        let refusal = why(script.run(wishing(2, wish(Some(1)))));
+        assert!(refusal.contains("the largest node has 1 place of 2 slots"), "{refusal}");
+        assert!(matches!(script.run(wishing(2, wish(None))), Answer::Submitted { .. }));
+    }
+
+    #[test]
+    fn a_node_that_is_just_joining_may_have_room_and_one_that_never_came_has_none() {
         let mut script = Script::with_node(4);
+        script.run(redeem("w", "half"));
+        assert!(matches!(script.run(wishing(8, Wish::default())), Answer::Submitted { .. }));
+        script.run(Change::MarkNodeLost(MarkNodeLost { node: NodeId(2), silent_ms: 10_000 }));
+        let refusal = why(script.run(wishing(8, Wish::default())));
+        assert!(refusal.contains("all 1 nodes together have 4 slots"), "{refusal}");
+    }
+
+    #[test]
+    fn lost_and_drained_nodes_count_and_none_at_all_is_said() {
+        let mut script = Script::with_nodes(&[4, 4]);
         script.lose_node();
-        assert!(matches!(script.run(wishing(4, Wish::default())), Answer::Submitted { .. }));
+        script.run(Change::DrainNode(DrainNode { node: NodeId(2), now: false }));
+        assert!(matches!(script.run(wishing(8, Wish::default())), Answer::Submitted { .. }));
+        assert!(why(script.run(wishing(9, Wish::default()))).contains("all 2 nodes together have 8 slots"));
         let mut script = Script::new();
         assert!(why(script.run(wishing(1, Wish::default()))).contains("no node has joined"));
     }
