@@ -333,7 +333,10 @@ impl<D: Disk> Replica<D> {
         let timeout =
             ELECTION_TICKS as u64 + spread(self.seed, self.id(), self.term()) % ELECTION_TICKS as u64;
         self.node.raft.set_randomized_election_timeout(timeout as usize);
-        self.node.tick();
+        // The only voter leads as soon as it wants to, and raft-rs panics when its log is not on its disk then.
+        if self.conf.voters != [self.id()] || self.is_settled() {
+            self.node.tick();
+        }
         self.end_silent_transfers();
     }
 
@@ -375,7 +378,14 @@ impl<D: Disk> Replica<D> {
             last_index: log.last_index(),
             committed: log.committed,
             committed_term: log.term(log.committed).unwrap_or_default(),
+            settled: self.is_settled(),
         }
+    }
+
+    /// It leads, or all of its log is on its disk.
+    fn is_settled(&self) -> bool {
+        let (raft, log) = (&self.node.raft, &self.node.raft.raft_log);
+        raft.state == StateRole::Leader || log.persisted == log.last_index()
     }
 
     /// A message to this replica could not be delivered.

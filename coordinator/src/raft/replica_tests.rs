@@ -8,7 +8,7 @@ use crate::cluster::tests::submit;
 use crate::raft::{history, transfer};
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::protocol::Role;
-use raft::eraftpb::MessageType;
+use raft::eraftpb::{Entry, MessageType};
 use std::collections::BTreeMap;
 
 type TestReplica = Replica<MemoryDisk>;
@@ -547,4 +547,80 @@ fn a_vote_is_sent_only_after_it_is_durable() {
         })
         .unwrap();
     assert_eq!(votes, [(MessageType::MsgRequestVoteResponse, false, 2, 5)]);
+}
+
+fn message(kind: MessageType) -> Message {
+    let mut message = Message { to: 1, from: 2, term: 5, ..Message::default() };
+    message.set_msg_type(kind);
+    message
+}
+
+fn append(index: u64, log_term: u64, entries: &[u64]) -> Message {
+    let entry = |index: &u64| Entry { index: *index, term: 5, ..Entry::default() };
+    let entries = entries.iter().map(entry).collect();
+    Message { index, log_term, commit: index, entries, ..message(MessageType::MsgAppend) }
+}
+
+#[test]
+fn a_newcomer_survives_messages_that_only_make_sense_to_others() {
+    for message in [
+        append(5, 0, &[]),
+        append(5, 0, &[6]),
+        append(u64::MAX, 5, &[0]),
+        append(0, 0, &[1, 2]),
+        Message { entries: vec![Entry { index: 1, ..Entry::default() }], commit: 1, ..append(0, 0, &[]) },
+        Message { priority: -1, ..message(MessageType::MsgRequestPreVote) },
+        message(MessageType::MsgTimeoutNow),
+        message(MessageType::MsgRequestVote),
+    ] {
+        let mut new = joining(1);
+        let _ = new.step(message);
+        new.process(&mut |_| {}).unwrap();
+    }
+}
+
+#[test]
+fn nobody_leads_with_entries_that_are_not_on_its_disk() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    replica.step(append(1, 1, &[2])).unwrap();
+    assert!(replica.step(message(MessageType::MsgTimeoutNow)).is_err());
+    settle(&mut replica);
+    replica.step(message(MessageType::MsgTimeoutNow)).unwrap();
+    replica.step(Message { term: 6, ..message(MessageType::MsgRequestVoteResponse) }).unwrap();
+    settle(&mut replica);
+    assert_eq!(replica.leader(), Some(1));
+}
+
+#[test]
+fn a_snapshot_whose_last_piece_comes_while_the_disk_is_full_waits() {
+    let mut source = replica(2);
+    settle(&mut source);
+    let mut replica = replica(1);
+    settle(&mut replica);
+    let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
+    let metadata = raft::eraftpb::SnapshotMetadata { conf_state, index: 9, term: 5 };
+    let state = encode(source.state()).unwrap();
+    let data = codec::encode(&transfer::Descriptor::of(&state)).unwrap();
+    let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
+    replica.step(Message { snapshot, ..message(MessageType::MsgSnapshot) }).unwrap();
+    replica.step(append(1, 1, &[2])).unwrap();
+    disk(&replica).set_full(true);
+    settle(&mut replica);
+    assert!(replica.full().is_some());
+    let fetch_all = |replica: &mut TestReplica| {
+        for _ in 0..20 {
+            let Some((from, fetch)) = replica.wants() else { return };
+            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            replica.take_chunk(from, chunk).unwrap();
+        }
+    };
+    fetch_all(&mut replica);
+    assert!(replica.wants().is_some(), "raft took a snapshot while it waited for the disk");
+    settle(&mut replica);
+    disk(&replica).set_full(false);
+    settle(&mut replica);
+    fetch_all(&mut replica);
+    assert!(settle(&mut replica).installed);
+    assert_eq!(replica.applied_index(), 9);
 }

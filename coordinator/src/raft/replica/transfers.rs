@@ -29,6 +29,10 @@ impl<D: Disk> Replica<D> {
 
     /// An answer to `wants`. Others than the one that is waited for are dropped.
     pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
+        // raft takes nothing new while its last wishes are not on the disk.
+        if self.stuck.is_some() {
+            return Ok(());
+        }
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
             return Ok(());
         };
