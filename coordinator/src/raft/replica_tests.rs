@@ -5,6 +5,7 @@ use super::*;
 use crate::cluster::commands::{Change, CreateToken, SubmitJob};
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::submit;
+use crate::raft::disk::Table;
 use crate::raft::{history, transfer};
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::protocol::Role;
@@ -509,6 +510,134 @@ fn a_replica_that_forgot_what_it_acknowledged_stops_and_says_so() {
         cluster.at(follower).process(&mut |_| {}).err()
     });
     assert!(damage.unwrap().to_string().contains("acknowledged the entries up to"));
+    let again = Replica::open(Arc::new(disk(cluster.at(follower)).after_power_failure(0)), 7);
+    let why = again.err().unwrap().to_string();
+    assert!(why.contains("acknowledged the entries up to"), "{why}");
+}
+
+#[test]
+fn one_that_forgot_stops_also_where_its_disk_takes_no_mark() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    disk(&replica).set_full(true);
+    replica.step(Message { commit: 9, ..message(MessageType::MsgHeartbeat) }).unwrap();
+    for _ in 0..2 {
+        let error = replica.process(&mut |_| panic!("it said something")).unwrap_err();
+        assert!(matches!(error, ReplicaError::Log(LogError::Damaged(_))), "{error}");
+    }
+}
+
+#[test]
+fn a_damaged_state_is_named_at_every_start_after_it_was_found() {
+    let replica = alone();
+    let rotten = Arc::new(disk(&replica).after_power_failure(0));
+    // Rows of the table are in the order of their keys: format, hard, snapshot, state.
+    assert!(rotten.rot(Table::Meta, 3, 77));
+    let first = Replica::open(rotten.clone(), 7).err().unwrap().to_string();
+    assert!(first.contains("its state has a wrong checksum"), "{first}");
+    assert!(rotten.rot(Table::Meta, 4, 77), "the damage is marked, and the state is as it was");
+    assert_eq!(Replica::open(rotten, 7).err().unwrap().to_string(), first);
+}
+
+/// Some megabytes of commands, more than a log keeps in memory.
+fn propose_much(cluster: &mut Cluster, at: u64) {
+    for seq in 1..=6 {
+        let Change::SubmitJob(job) = submit(1) else { unreachable!() };
+        let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX / 4), ..job });
+        let command = Command { unix_ms: 1, request: None, why: None, change };
+        cluster.at(at).propose(seq, &command).unwrap();
+        cluster.settle();
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_stops_the_replica_by_name() {
+    let broken = DiskError::Failed("sector 7 cannot be read".into());
+    let rot = |disk: &MemoryDisk| assert!(disk.rot(Table::Log, 0, 9));
+    let breaks: [(&dyn Fn(&MemoryDisk), &str, bool); 2] = [
+        (&|disk| disk.set_blind(Some(broken.clone())), "sector 7 cannot be read", false),
+        (&rot, "entry 2 has a wrong checksum", true),
+    ];
+    for (break_it, named, for_ever) in breaks {
+        let (mut cluster, leader) = Cluster::led();
+        let lagging = leader % 3 + 1;
+        cluster.cut = Some(lagging);
+        propose_much(&mut cluster, leader);
+        break_it(&disk(cluster.at(leader)));
+        // That one has nothing and asks for what only the disk has.
+        let mut asks = message(MessageType::MsgAppendResponse);
+        (asks.to, asks.from, asks.term) = (leader, lagging, cluster.at(leader).term());
+        (asks.reject, asks.index, asks.reject_hint, asks.log_term) = (true, 8, 1, 1);
+        let mut error = None;
+        for index in 1..=9 {
+            cluster.at(leader).step(Message { index, ..asks.clone() }).unwrap();
+            error = error.or(cluster.at(leader).process(&mut |_| {}).err());
+        }
+        let why = error.unwrap().to_string();
+        assert!(why.contains(named), "{why}");
+        disk(cluster.at(leader)).set_blind(None);
+        let again = cluster.at(leader).process(&mut |_| panic!("it said something"));
+        assert!(again.unwrap_err().to_string().contains(named));
+        let opened = Replica::open(Arc::new(disk(cluster.at(leader)).after_power_failure(0)), 7);
+        assert_eq!(opened.is_err(), for_ever);
+    }
+}
+
+#[test]
+fn a_disk_that_is_closed_until_there_is_room_is_waited_for() {
+    let (mut cluster, leader) = Cluster::led();
+    propose_much(&mut cluster, leader);
+    let follower = leader % 3 + 1;
+    let disk = disk(cluster.at(follower));
+    disk.set_full(true);
+    disk.set_blind(Some(DiskError::Full("it could not be opened again yet".into())));
+    cluster.at(follower).recover().unwrap();
+    assert!(cluster.at(follower).full().unwrap().contains("opened again"));
+    for _ in 0..50 {
+        let mut sent = Vec::new();
+        for replica in cluster.replicas.values_mut() {
+            replica.tick();
+            replica.process(&mut |message| sent.push(message)).unwrap();
+        }
+        assert!(sent.iter().all(|message| message.from != follower), "it spoke and saw nothing");
+        for message in sent {
+            cluster.at(message.to).step(message).unwrap();
+        }
+    }
+    (disk.set_full(false), disk.set_blind(None));
+    cluster.at(follower).recover().unwrap();
+    cluster.propose(leader, 9);
+    cluster.run_until(|cluster| cluster.agree(leader, follower));
+    assert_eq!(cluster.at(follower).full(), None);
+}
+
+#[test]
+fn a_command_of_a_newer_version_stops_the_replica_by_name() {
+    let mut replica = replica(1);
+    let entry = Entry { index: 2, term: 5, data: vec![0xEE; 9], ..Entry::default() };
+    replica.step(Message { entries: vec![entry], commit: 2, ..append(1, 1, &[]) }).unwrap();
+    let error = replica.process(&mut |_| {}).unwrap_err();
+    assert!(matches!(error, ReplicaError::UnknownCommand { index: 2, .. }), "{error}");
+    assert!(error.to_string().contains("entry 2 cannot be understood; it was written by a newer version"));
+}
+
+#[test]
+fn a_snapshot_of_a_newer_version_stops_the_replica_by_name() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
+    let mut data = transfer::Descriptor::of(b"state").announced();
+    data[0] += 1;
+    let announced = |index| {
+        let metadata = raft::eraftpb::SnapshotMetadata { conf_state: conf_state.clone(), index, term: 5 };
+        let snapshot = raft::eraftpb::Snapshot { data: data.clone(), metadata: Some(metadata) };
+        Message { snapshot: Some(snapshot), ..message(MessageType::MsgSnapshot) }
+    };
+    assert!(replica.step(announced(1)).is_err(), "it is not needed");
+    settle(&mut replica);
+    replica.step(announced(9)).unwrap();
+    let why = replica.process(&mut |_| {}).unwrap_err().to_string();
+    assert!(why.contains(&format!("the snapshot of replica-2 has format {}", image::FORMAT + 1)), "{why}");
 }
 
 #[test]
@@ -600,8 +729,8 @@ fn a_snapshot_whose_last_piece_comes_while_the_disk_is_full_waits() {
     settle(&mut replica);
     let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
     let metadata = raft::eraftpb::SnapshotMetadata { conf_state, index: 9, term: 5 };
-    let state = encode(source.state()).unwrap();
-    let data = codec::encode(&transfer::Descriptor::of(&state)).unwrap();
+    let state = image::encode(source.state()).unwrap();
+    let data = transfer::Descriptor::of(&state).announced();
     let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
     replica.step(Message { snapshot, ..message(MessageType::MsgSnapshot) }).unwrap();
     replica.step(append(1, 1, &[2])).unwrap();

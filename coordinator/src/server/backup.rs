@@ -5,10 +5,10 @@
 //! replica, from which others are joined; the replicas of before are removed for ever.
 
 use super::{Options, setup};
-use crate::cluster::State;
 use crate::cluster::commands::COMMAND_LEVEL;
 use crate::cluster::members::{ReplicaRecord, Standing};
 use crate::raft::disk::{Batch, Disk, Durability, Table};
+use crate::raft::image;
 use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
@@ -29,7 +29,7 @@ use std::time::SystemTime;
 use tracing::info;
 
 /// Of the file; another one is refused.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Bytes of rows in one record.
 const ROWS_BYTES: usize = 1 << 20;
 /// Largest record: the state of the largest cluster.
@@ -146,7 +146,7 @@ fn applied(disk: &RocksDisk) -> Result<Applied> {
     }
     let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
-    let state = codec::encode_record(replica.state())?;
+    let state = image::encode(replica.state())?;
     Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory })
 }
 
@@ -184,7 +184,7 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
         match record {
             Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
             Record::State { index, term, state: encoded } => {
-                state = Some(((index, term), codec::decode_record::<State>(&encoded)?));
+                state = Some(((index, term), image::decode(&encoded)?));
             }
             Record::Rows { table, rows: some } => {
                 let known = Table::HISTORY.into_iter().find(|known| known.name() == table);
