@@ -1,6 +1,7 @@
 //! What is known of a job, and what its events tell about it.
 
 use super::Context;
+use super::members::is_plain;
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome};
 use fleet_common::exit::Fault;
@@ -209,9 +210,12 @@ impl JobRecord {
 
 /// What is wrong with a checkpoint's manifest: every writer must have a shard, every shard a name of its own and a hash.
 fn flaw(checkpoint: &CheckpointRecord) -> Option<String> {
-    let CheckpointRecord { writers, shards, manifest_sha256, bytes, .. } = checkpoint;
+    let CheckpointRecord { path, writers, shards, manifest_sha256, bytes, .. } = checkpoint;
     if shards.len() > SHARDS_MAX {
         return Some(format!("it names {} files, and {SHARDS_MAX} is the limit", shards.len()));
+    }
+    if !is_plain(path) {
+        return Some("its path has signs that cannot be shown".to_owned());
     }
     if !is_sha256(manifest_sha256) {
         return Some(format!("`{}` is not the hash of a manifest", clip(manifest_sha256)));
@@ -246,11 +250,12 @@ pub(crate) fn is_sha256(text: &str) -> bool {
 }
 
 fn is_file_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= 255 && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+    let fits = (1..=255).contains(&name.len()) && is_plain(name);
+    fits && name != "." && name != ".." && !name.contains(['/', '\\'])
 }
 
 fn clip(text: &str) -> String {
-    text.chars().take(80).collect()
+    text.chars().filter(|c| !c.is_control()).take(80).collect()
 }
 
 /// The error of a job whose node failed it.
@@ -287,6 +292,8 @@ mod tests {
         says("no shard of rank 2 of 3", spoiled(|record| record.writers = 3));
         says("by rank 1 of 1", spoiled(|record| record.writers = 1));
         says("there twice", spoiled(|record| record.shards[1].name = record.shards[0].name.clone()));
+        says("`x[2J` is wrong", spoiled(|record| record.shards[1].name = "x\x1b[2J".into()));
+        says("cannot be shown", spoiled(|record| record.path.push('\n')));
         says("`../x` is wrong", spoiled(|record| record.shards[1].name = "../x".into()));
         says("has no hash", spoiled(|record| record.shards[0].sha256 = "zz".into()));
         says("not the hash of a manifest", spoiled(|record| record.manifest_sha256.clear()));

@@ -5,6 +5,7 @@
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
 use super::seal;
+use super::shape::{NUMBER_MAX, is_consistent};
 use super::transfer::Descriptor;
 use fleet_common::codec;
 use prost::Message;
@@ -215,6 +216,14 @@ impl<D: Disk> LogStore<D> {
             tail: VecDeque::new(),
             tail_bytes: 0,
         };
+        let has_no_members = log.conf == ConfState::default() && log.snapshot == NOTHING;
+        let numbers = [hard.term, hard.commit, hard.last_index, log.snapshot.index, log.floor.index];
+        if numbers.iter().any(|number| *number >= NUMBER_MAX)
+            || log.floor.index > log.snapshot.index
+            || !(has_no_members || is_consistent(&log.conf))
+        {
+            return Err(LogError::Damaged("its hard state or its snapshot row makes no sense".into()));
+        }
         log.check_entries()?;
         if log.last.index != hard.last_index {
             return Err(LogError::Damaged(format!(

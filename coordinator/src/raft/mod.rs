@@ -13,6 +13,6 @@ pub mod memory;
 pub mod replica;
 #[cfg(feature = "rocksdb")]
 pub mod rocks;
-mod seal;
+pub mod seal;
 pub mod shape;
 pub mod transfer;

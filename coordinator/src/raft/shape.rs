@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 pub struct BadMessage(pub &'static str);
 
 /// Terms and indexes of messages are below this: no cluster lives so long, and raft-rs adds to them without looking.
-const NUMBER_MAX: u64 = 1 << 62;
+pub(super) const NUMBER_MAX: u64 = 1 << 62;
 
 /// What this replica's log is like, as far as a message has to fit it.
 pub struct Fits {
@@ -89,7 +89,7 @@ fn numbers(message: &Message) -> impl Iterator<Item = u64> {
 }
 
 /// fleet changes one member at a time, so there are never joint members.
-fn is_consistent(conf: &ConfState) -> bool {
+pub(super) fn is_consistent(conf: &ConfState) -> bool {
     let members: BTreeSet<u64> = conf.voters.iter().chain(&conf.learners).copied().collect();
     !conf.voters.is_empty()
         && members.len() == conf.voters.len() + conf.learners.len()

@@ -90,9 +90,13 @@ impl Descriptor {
 
 impl Chunk {
     fn new(fetch: &Fetch, content: Content, next: Cursor) -> Chunk {
-        let mut chunk = Chunk { at: fetch.at, cursor: fetch.cursor.clone(), content, next, sha256: [0; 32] };
-        chunk.sha256 = chunk.digest();
-        chunk
+        let (at, cursor) = (fetch.at, fetch.cursor.clone());
+        Chunk { at, cursor, content, next, sha256: [0; 32] }.hashed()
+    }
+
+    /// With the hash that belongs to the rest of it.
+    pub fn hashed(self) -> Chunk {
+        Chunk { sha256: self.digest(), ..self }
     }
 
     pub fn gone(fetch: &Fetch) -> Chunk {
