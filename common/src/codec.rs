@@ -92,10 +92,14 @@ pub fn encode_record<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
     bincode::serde::encode_to_vec(value, bincode::config::standard()).map_err(CodecError::Encode)
 }
 
-/// Decodes what `encode_record` wrote. Only for bytes whose checksum was verified: there is no limit on sizes.
+/// Decodes what `encode_record` wrote. Only for bytes whose checksum was verified: a record larger than a frame may claim any sizes.
 pub fn decode_record<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-    let (value, used) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).map_err(CodecError::Decode)?;
+    let result = match bytes.len() {
+        0..=65536 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<{ 16 * 65536 }>()),
+        65537..=FRAME_MAX => bincode::serde::decode_from_slice(bytes, CONFIG),
+        _ => bincode::serde::decode_from_slice(bytes, bincode::config::standard()),
+    };
+    let (value, used) = result.map_err(CodecError::Decode)?;
     match bytes.len() - used {
         0 => Ok(value),
         extra => Err(CodecError::Trailing(extra)),

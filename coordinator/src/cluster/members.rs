@@ -220,8 +220,13 @@ pub fn clean_name(wish: &str, member: Member) -> String {
 /// A title without signs that break a line; `None` where nothing is left or it is too long.
 pub(crate) fn clean_text(text: &str) -> Option<String> {
     let text = text.trim();
-    let fits = !text.is_empty() && text.chars().count() <= TEXT_MAX && !text.chars().any(char::is_control);
+    let fits = !text.is_empty() && text.chars().count() <= TEXT_MAX && is_plain(text);
     fits.then(|| text.to_owned())
+}
+
+/// Whether it can be shown as it is: no signs that break a line or tell a terminal what to do.
+pub(crate) fn is_plain(text: &str) -> bool {
+    !text.chars().any(char::is_control)
 }
 
 /// The beginning of a text that a member says of itself.

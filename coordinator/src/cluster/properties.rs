@@ -7,12 +7,16 @@ use super::records::Stop;
 use super::session::RequestId;
 use super::tests::*;
 use super::*;
-use crate::raft::disk::Table;
+use crate::raft::disk::{Disk, Table};
+use crate::raft::memory::MemoryDisk;
+use crate::raft::replica::{Membership, Replica, Sizes};
 use fleet_common::codec;
-use fleet_common::events::{Event, EventBatch, EventBody};
+use fleet_common::events::{DataStats, Evaluation, Event, EventBatch, EventBody, JobError, Outcome};
+use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{JobState, Role, RunKey, Wish};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 /// The largest node; a node may shrink under its jobs, but never had more.
 const SLOTS: u32 = 4;
@@ -23,10 +27,38 @@ fn any_body() -> impl Strategy<Value = EventBody> {
         (1..20u64).prop_map(step),
         (1..20u64).prop_map(checkpoint),
         (1..20u64).prop_map(|step| EventBody::Checkpoint(checkpoint_of(step, 3))),
+        (0..20u64).prop_map(|step| EventBody::Started { step, parameters: 9, device: "cpu".into() }),
+        (1..20u64).prop_map(|step| {
+            EventBody::Eval(Evaluation { step, loss: 1.5, bits_per_byte: 0.5, tokens: 7 })
+        }),
+        any::<bool>().prop_map(|cached| EventBody::DataReady(DataStats {
+            documents: 3,
+            cached,
+            ..DataStats::default()
+        })),
+        (0..3u32, 1..9_000u64).prop_map(|(first_rank, mib)| {
+            EventBody::Memory { first_rank, rss_mib: vec![mib; 2], pss_mib: vec![mib, u64::MAX] }
+        }),
+        (1..20u64).prop_map(|step| EventBody::CheckpointFailed { step, error: "no room".into() }),
+        any_fault().prop_map(|fault| {
+            EventBody::Finished(Outcome::Failed(JobError {
+                fault,
+                rank: Some(1),
+                node: None,
+                signal: None,
+                exit_code: Some(1),
+                message: "m".into(),
+                last_lines: vec!["l".into()],
+            }))
+        }),
         Just(log),
         Just(finished()),
         (0..5u64).prop_map(stopped),
     ]
+}
+
+fn any_fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![Just(Fault::Job), Just(Fault::Input), Just(Fault::Environment)]
 }
 
 fn any_wish() -> impl Strategy<Value = Wish> {
@@ -100,8 +132,9 @@ fn job_change() -> impl Strategy<Value = Change> {
         (node_id(), 1..3u32, node_id(), 1..3u32).prop_map(|(a, m, b, n)| vec![(a, m), (b, n)]),
     ];
     prop_oneof![
-        2 => (1..4u32, any_wish(), any::<bool>()).prop_map(|(world_size, wish, trains)| {
-            job(if trains { training() } else { program() }, world_size, wish)
+        2 => (1..4u32, any_wish(), any::<bool>(), 1..5u32).prop_map(|(world_size, wish, trains, keep)| {
+            let work = if trains { training() } else { program() };
+            Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep })
         }),
         4 => (job_id(), 1..3u64, parts)
             .prop_map(|(job, generation, parts)| Change::AssignGang(AssignGang { job, generation, parts })),
@@ -256,6 +289,93 @@ proptest! {
         prop_assert_eq!(&repeated.history, &once.history);
         repeated.state.sessions = Default::default();
         prop_assert_eq!(repeated.state, once.state);
+    }
+}
+
+/// A leader and a learner that gets all it has by way of a snapshot, in pieces.
+struct Pair {
+    source: Replica<MemoryDisk>,
+    learner: Replica<MemoryDisk>,
+    disks: [Arc<MemoryDisk>; 2],
+    chunks: usize,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let disks = [(); 2].map(|()| Arc::new(MemoryDisk::default()));
+        let source = Replica::restore(disks[0].clone(), 1, (1_000, 1), furnished(), 7).unwrap();
+        let learner = Replica::join(disks[1].clone(), 2, "test", 7).unwrap();
+        let sizes = Sizes { chunk_bytes: 512, ..Sizes::default() };
+        Pair { source: source.sized(sizes), learner, disks, chunks: 0 }
+    }
+
+    fn apply(&mut self, commands: Vec<Command>) {
+        for command in commands {
+            self.source.propose(0, &command).unwrap();
+            self.step();
+        }
+    }
+
+    /// Whatever either wants is done once.
+    fn step(&mut self) {
+        let (mut from_source, mut from_learner) = (Vec::new(), Vec::new());
+        self.source.process(&mut |message| from_source.push(message)).unwrap();
+        self.learner.process(&mut |message| from_learner.push(message)).unwrap();
+        let to_learner = from_source.into_iter().filter(|message| message.to == 2);
+        to_learner.for_each(|message| self.learner.step(message).unwrap());
+        from_learner.into_iter().for_each(|message| self.source.step(message).unwrap());
+        if let Some((_, fetch)) = self.learner.wants() {
+            let chunk = self.source.serve(2, &fetch).unwrap();
+            self.learner.take_chunk(1, chunk).unwrap();
+            self.chunks += 1;
+        }
+    }
+
+    fn meet(&mut self) {
+        for _ in 0..20_000 {
+            if self.learner.applied_index() == self.source.applied_index() {
+                return;
+            }
+            self.source.tick();
+            self.step();
+        }
+        panic!("the learner is at {} of {}", self.learner.applied_index(), self.source.applied_index());
+    }
+
+    fn rows(&self, of: usize) -> Vec<(Table, Vec<u8>, Vec<u8>)> {
+        let mut rows = Vec::new();
+        for table in Table::HISTORY {
+            let mut keep = |key: &[u8], value: &[u8]| {
+                rows.push((table, key.to_vec(), value.to_vec()));
+                true
+            };
+            self.disks[of].scan(table, &[], &[0xFF; 64], &mut keep).unwrap();
+        }
+        rows
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_replica_that_came_by_a_snapshot_has_and_does_what_its_source_has_and_does(
+        before in prop::collection::vec(any_command(), 0..80),
+        after in prop::collection::vec(any_command(), 0..30),
+    ) {
+        let mut pair = Pair::new();
+        pair.apply(before);
+        let change = token("for-the-learner", Role::Coordinator, 1);
+        let command = Command { unix_ms: 1, request: None, why: None, change };
+        pair.source.propose_membership(1, Membership::AddLearner(2), &command).unwrap();
+        pair.meet();
+        prop_assert!(pair.chunks >= Table::HISTORY.len(), "it came by {} chunks", pair.chunks);
+        prop_assert_eq!(pair.learner.state(), pair.source.state());
+        prop_assert_eq!(pair.rows(1), pair.rows(0));
+        pair.apply(after);
+        pair.meet();
+        prop_assert_eq!(pair.learner.state(), pair.source.state());
+        prop_assert_eq!(pair.rows(1), pair.rows(0));
     }
 }
 

@@ -1,14 +1,34 @@
-//! What every disk must do. Both implementations pass it, so that what the simulator proves holds for the real one.
+//! What every disk must do. Both implementations pass it, so that what the simulator proves holds for the real one, but for what a
+//! test cannot do to a real disk: take its power away.
 
-use super::disk::{Batch, Disk, Durability, Table};
+use super::disk::{Batch, Disk, DiskError, Durability, Table};
 
-/// Checks a kind of disk. `open` is called with a number; the same number gives what was left under it, if the kind outlives its
-/// handle at all. Panics with what differs.
-pub fn check(open: &mut dyn FnMut(u32) -> Box<dyn Disk>) {
-    tables_are_apart(open(1).as_ref());
-    scans_are_ordered_and_bounded(open(2).as_ref());
-    batches_apply_in_order(open(3).as_ref());
-    bytes_are_bytes(open(4).as_ref());
+/// A kind of disk, as this suite handles it.
+pub trait Kind {
+    type Disk: Disk;
+
+    /// An empty one.
+    fn new(&mut self) -> Self::Disk;
+
+    /// What the next process finds after this one was killed.
+    fn killed(&mut self, disk: Self::Disk) -> Self::Disk;
+
+    /// What a machine finds after a power failure. `None` where a test cannot take the power away.
+    fn without_power(&mut self, disk: Self::Disk) -> Option<Self::Disk>;
+
+    /// Lets the disk be full or not; false where a test cannot.
+    fn fill(&mut self, disk: &Self::Disk, full: bool) -> bool;
+}
+
+/// Checks a kind of disk. Panics with what differs.
+pub fn check<K: Kind>(kind: &mut K) {
+    tables_are_apart(&kind.new());
+    scans_are_ordered_and_bounded(&kind.new());
+    batches_apply_in_order(&kind.new());
+    bytes_are_bytes(&kind.new());
+    what_was_written_outlives_the_process(kind);
+    what_was_synced_outlives_the_power(kind);
+    a_full_disk_takes_nothing_and_keeps_all(kind);
 }
 
 fn rows(disk: &dyn Disk, table: Table, from: &[u8], to: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -74,6 +94,69 @@ fn batches_apply_in_order(disk: &dyn Disk) {
     let expected = [(b"b".to_vec(), b"new".to_vec()), (b"c".to_vec(), b"2".to_vec())];
     assert_eq!(rows(disk, Table::Log, b"", b"z"), expected);
     assert_eq!(disk.write(&Batch::default(), Durability::Synced), Ok(()));
+}
+
+/// A batch over several tables that puts rows, replaces one and deletes another.
+fn round(n: u8) -> Batch {
+    let mut batch = Batch::default();
+    for table in Table::ALL {
+        batch.put(table, &[n], vec![n; 100]);
+        batch.put(table, b"last", vec![n]);
+        batch.delete_range(table, &[n - 1], &[n]);
+    }
+    batch
+}
+
+/// The newest round whose rows are there, which must be all of its rows and no others.
+fn whole_round(disk: &dyn Disk) -> u8 {
+    let last = disk.get(Table::Meta, b"last").unwrap().map_or(0, |value| value[0]);
+    for table in Table::ALL {
+        let expected = match last {
+            0 => Vec::new(),
+            n => vec![(vec![n], vec![n; 100]), (b"last".to_vec(), vec![n])],
+        };
+        assert_eq!(rows(disk, table, b"", &[0xFF]), expected, "{}", table.name());
+    }
+    last
+}
+
+fn what_was_written_outlives_the_process<K: Kind>(kind: &mut K) {
+    let mut disk = kind.new();
+    for n in 1..6 {
+        let durability = if n % 2 == 0 { Durability::Synced } else { Durability::Written };
+        assert_eq!(disk.write(&round(n), durability), Ok(()));
+        disk = kind.killed(disk);
+        assert_eq!(whole_round(&disk), n);
+    }
+}
+
+/// A synced write makes all before it durable; of those after it a prefix is there, each whole.
+fn what_was_synced_outlives_the_power<K: Kind>(kind: &mut K) {
+    let disk = kind.new();
+    for (n, durability) in [(1, Durability::Written), (2, Durability::Synced), (3, Durability::Written)] {
+        assert_eq!(disk.write(&round(n), durability), Ok(()));
+    }
+    if let Some(after) = kind.without_power(disk) {
+        assert!((2..=3).contains(&whole_round(&after)));
+        assert_eq!(after.write(&round(4), Durability::Synced), Ok(()));
+    }
+}
+
+fn a_full_disk_takes_nothing_and_keeps_all<K: Kind>(kind: &mut K) {
+    let disk = kind.new();
+    assert_eq!(disk.write(&round(1), Durability::Synced), Ok(()));
+    if !kind.fill(&disk, true) {
+        return;
+    }
+    for durability in [Durability::Written, Durability::Synced] {
+        let written = disk.write(&round(2), durability);
+        assert!(matches!(written, Err(DiskError::Unwritable(_))), "{written:?}");
+        assert_eq!(whole_round(&disk), 1);
+    }
+    kind.fill(&disk, false);
+    assert_eq!(disk.recover(), Ok(()));
+    assert_eq!(disk.write(&round(2), Durability::Synced), Ok(()));
+    assert_eq!(whole_round(&kind.killed(disk)), 2);
 }
 
 fn bytes_are_bytes(disk: &dyn Disk) {

@@ -5,18 +5,19 @@
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
 use super::seal;
+use super::shape::{NUMBER_MAX, is_consistent};
 use super::transfer::Descriptor;
 use fleet_common::codec;
 use prost::Message;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use serde::{Deserialize, Serialize};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Version of the rows; another one is refused.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Where a new log begins: the first state counts as a snapshot at this position.
 const GENESIS: Position = Position { index: 1, term: 1 };
 /// Where the log of a replica is that waits to be let into a cluster: before everything.
@@ -28,6 +29,7 @@ const FORMAT_KEY: &[u8] = b"format";
 const HARD_KEY: &[u8] = b"hard";
 const SNAPSHOT_KEY: &[u8] = b"snapshot";
 const STATE_KEY: &[u8] = b"state";
+const DAMAGE_KEY: &[u8] = b"damage";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Position {
@@ -35,7 +37,7 @@ pub struct Position {
     pub term: u64,
 }
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LogError {
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -50,6 +52,7 @@ pub enum LogError {
     Format { found: u32 },
 }
 
+/// The one row that looks the same in every format.
 #[derive(Serialize, Deserialize)]
 struct FormatRow {
     version: u32,
@@ -107,6 +110,8 @@ pub struct LogStore<D> {
     descriptor: Descriptor,
     /// A replica needs a newer snapshot than there is.
     outdated: Cell<bool>,
+    /// The first read for raft that failed.
+    failed: RefCell<Option<LogError>>,
     floor: Position,
     /// As of `snapshot`; later changes of membership are in the log.
     conf: ConfState,
@@ -152,6 +157,7 @@ impl<D: Disk> LogStore<D> {
             snapshot: at,
             descriptor,
             outdated,
+            failed: RefCell::new(None),
             floor: at,
             conf,
             last: at,
@@ -160,9 +166,22 @@ impl<D: Disk> LogStore<D> {
         })
     }
 
-    /// Opens the log on this disk and checks all of it; `None` when the disk is empty.
+    /// Opens the log on this disk and checks all of it; `None` when the disk is empty. Damage that is found is marked on the disk.
     pub fn open(disk: Arc<D>) -> Result<Option<Self>, LogError> {
-        let Some(format) = get::<D, FormatRow>(&disk, FORMAT_KEY)? else {
+        Self::checked(disk.clone()).inspect_err(|error| mark(disk.as_ref(), error))
+    }
+
+    fn checked(disk: Arc<D>) -> Result<Option<Self>, LogError> {
+        let format = get::<D, FormatRow>(&disk, FORMAT_KEY)?;
+        if let Some(FormatRow { version: found, .. }) = format
+            && found != FORMAT
+        {
+            return Err(LogError::Format { found });
+        }
+        if let Some(what) = get::<D, String>(&disk, DAMAGE_KEY)? {
+            return Err(LogError::Damaged(what));
+        }
+        let Some(format) = format else {
             let mut rows = 0;
             disk.scan(Table::Log, &[], &[0xFF; 9], &mut |_, _| {
                 rows += 1;
@@ -174,9 +193,6 @@ impl<D: Disk> LogStore<D> {
                 Err(LogError::Damaged("its format row is missing".into()))
             };
         };
-        if format.version != FORMAT {
-            return Err(LogError::Format { found: format.version });
-        }
         let missing = |what: &str| LogError::Damaged(format!("its {what} row is missing"));
         let hard = get::<D, HardRow>(&disk, HARD_KEY)?.ok_or_else(|| missing("hard state"))?;
         let row = get::<D, SnapshotRow>(&disk, SNAPSHOT_KEY)?.ok_or_else(|| missing("snapshot"))?;
@@ -187,6 +203,7 @@ impl<D: Disk> LogStore<D> {
             snapshot: row.at,
             descriptor: row.state,
             outdated: Cell::new(false),
+            failed: RefCell::new(None),
             floor: row.floor,
             conf: ConfState {
                 voters: row.voters,
@@ -199,6 +216,14 @@ impl<D: Disk> LogStore<D> {
             tail: VecDeque::new(),
             tail_bytes: 0,
         };
+        let has_no_members = log.conf == ConfState::default() && log.snapshot == NOTHING;
+        let numbers = [hard.term, hard.commit, hard.last_index, log.snapshot.index, log.floor.index];
+        if numbers.iter().any(|number| *number >= NUMBER_MAX)
+            || log.floor.index > log.snapshot.index
+            || !(has_no_members || is_consistent(&log.conf))
+        {
+            return Err(LogError::Damaged("its hard state or its snapshot row makes no sense".into()));
+        }
         log.check_entries()?;
         if log.last.index != hard.last_index {
             return Err(LogError::Damaged(format!(
@@ -268,6 +293,33 @@ impl<D: Disk> LogStore<D> {
     /// As it is on the disk.
     pub fn hard_state(&self) -> &HardState {
         &self.hard
+    }
+
+    /// A replica that was found to be damaged is so for ever: its disk says it to whoever opens it again. Nothing else is done to it,
+    /// and a disk that takes no mark stays without.
+    pub fn mark(&self, error: &LogError) {
+        mark(self.disk.as_ref(), error);
+    }
+
+    /// raft has been told something untrue, because a read failed. Nothing that came of it may be written or sent.
+    pub fn check(&self) -> Result<(), LogError> {
+        self.failed.borrow().clone().map_or(Ok(()), Err)
+    }
+
+    pub fn has_failed(&self) -> bool {
+        self.failed.borrow().is_some()
+    }
+
+    /// raft-rs panics where a read fails. It gets `instead`, and `check` has the error.
+    fn read<T>(&self, result: Result<T, LogError>, instead: T) -> T {
+        result.unwrap_or_else(|error| {
+            let error = match error {
+                LogError::Disk(DiskError::Unwritable(what)) => LogError::Disk(DiskError::Failed(what)),
+                error => error,
+            };
+            self.failed.borrow_mut().get_or_insert(error);
+            instead
+        })
     }
 
     /// The encoded state of the snapshot.
@@ -451,10 +503,9 @@ impl<D: Disk> Storage for LogStore<D> {
         let mut entries = Vec::new();
         let mut size = 0;
         for index in low..high {
-            let entry = match self.in_tail(index) {
-                Some(entry) => entry.clone(),
-                None => self.on_disk(index).map_err(to_raft)?,
-            };
+            let entry = self.in_tail(index).cloned().map_or_else(|| self.on_disk(index), Ok);
+            // Fewer than were asked for are in order.
+            let Some(entry) = self.read(entry.map(Some), None) else { break };
             size += entry.encoded_len() as u64;
             if size > max_size && !entries.is_empty() {
                 break;
@@ -471,7 +522,7 @@ impl<D: Disk> Storage for LogStore<D> {
         if index > self.last.index {
             return Err(raft::Error::Store(StorageError::Unavailable));
         }
-        self.term_at(index).map_err(to_raft)
+        Ok(self.read(self.term_at(index), 0))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
@@ -494,14 +545,17 @@ impl<D: Disk> Storage for LogStore<D> {
             index: self.snapshot.index,
             term: self.snapshot.term,
         };
-        let data = codec::encode(&self.descriptor)
-            .map_err(|error| to_raft(LogError::Damaged(format!("its descriptor: {error}"))))?;
-        Ok(Snapshot { data, metadata: Some(metadata) })
+        Ok(Snapshot { data: self.descriptor.announced(), metadata: Some(metadata) })
     }
 }
 
-fn to_raft(error: LogError) -> raft::Error {
-    raft::Error::Store(StorageError::Other(Box::new(error)))
+fn mark<D: Disk>(disk: &D, error: &LogError) {
+    let LogError::Damaged(what) = error else { return };
+    let mut batch = Batch::default();
+    if disk.get(Table::Meta, DAMAGE_KEY) == Ok(None) && put(&mut batch, DAMAGE_KEY, what).is_ok() {
+        // The replica stops in any case.
+        let _ = disk.write(&batch, Durability::Synced);
+    }
 }
 
 /// What an entry takes in memory, roughly.

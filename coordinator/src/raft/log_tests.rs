@@ -73,6 +73,34 @@ fn a_log_with_less_than_it_promised_does_not_open() {
 }
 
 #[test]
+fn a_log_of_another_format_is_refused_and_not_marked() {
+    let log = new_log();
+    let mut batch = Batch::default();
+    put(&mut batch, FORMAT_KEY, &FormatRow { version: FORMAT + 1, replica: 1 }).unwrap();
+    log.disk().write(&batch, Durability::Synced).unwrap();
+    let error = reopen(&log).err().unwrap();
+    assert_eq!(error, LogError::Format { found: FORMAT + 1 });
+    let why = error.to_string();
+    assert!(why.contains(&format!("format {}, this program knows {FORMAT}", FORMAT + 1)), "{why}");
+}
+
+#[test]
+fn damage_that_was_found_is_found_again_even_if_the_disk_is_well_by_then() {
+    let mut log = new_log();
+    append(&mut log, vec![entry(2, 1), entry(3, 1)], hard(1, 2));
+    let disk = Arc::new(log.disk().after_power_failure(0));
+    let last = disk.get(Table::Log, &3u64.to_be_bytes()).unwrap().unwrap();
+    disk.lose_rows(Table::Log, 1);
+    let found = LogStore::open(disk.clone()).err().unwrap();
+    assert!(found.to_string().contains("it ends at entry 2 and promised 3"), "{found}");
+    let mut batch = Batch::default();
+    batch.put(Table::Log, &3u64.to_be_bytes(), last);
+    disk.write(&batch, Durability::Synced).unwrap();
+    let disk = Arc::new(disk.after_power_failure(0));
+    assert_eq!(LogStore::open(disk).err().unwrap(), found);
+}
+
+#[test]
 fn a_flipped_bit_is_named() {
     let mut log = new_log();
     append(&mut log, vec![entry(2, 1), entry(3, 1)], hard(1, 2));

@@ -20,6 +20,8 @@ struct Inner {
     /// For each unsynced batch what brings its rows back, in the order in which they were changed.
     unsynced: Vec<Vec<Former>>,
     full: bool,
+    /// What every read and every `recover` fails with.
+    blind: Option<DiskError>,
     /// Writes that still succeed; after them the machine has no power.
     fuse: Option<u64>,
     /// A write that deletes anything is the last one that succeeds.
@@ -91,6 +93,11 @@ impl MemoryDisk {
         self.lock().full
     }
 
+    /// While set, every read and every `recover` fails with it: a disk that could not be opened again, or that is broken.
+    pub fn set_blind(&self, blind: Option<DiskError>) {
+        self.lock().blind = blind;
+    }
+
     /// Flips a bit of the `row`-th row of a table, both counted round. False when the table is empty.
     pub fn rot(&self, table: Table, row: usize, bit: usize) -> bool {
         let mut inner = self.lock();
@@ -120,6 +127,10 @@ impl MemoryDisk {
 }
 
 impl Inner {
+    fn see(&self) -> Result<(), DiskError> {
+        self.blind.clone().map_or(Ok(()), Err)
+    }
+
     fn lose_power(&mut self, kept: usize) {
         let lost = self.unsynced.drain(kept.min(self.unsynced.len())..).rev().collect::<Vec<_>>();
         for former in lost.into_iter().flat_map(|batch| batch.into_iter().rev()) {
@@ -164,7 +175,9 @@ impl Inner {
 
 impl Disk for MemoryDisk {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError> {
-        Ok(self.lock().tables.get(&table).and_then(|rows| rows.get(key)).cloned())
+        let inner = self.lock();
+        inner.see()?;
+        Ok(inner.tables.get(&table).and_then(|rows| rows.get(key)).cloned())
     }
 
     fn scan(
@@ -178,6 +191,7 @@ impl Disk for MemoryDisk {
             return Ok(());
         }
         let inner = self.lock();
+        inner.see()?;
         let Some(rows) = inner.tables.get(&table) else { return Ok(()) };
         for (key, value) in rows.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))) {
             if !visit(key, value) {
@@ -212,17 +226,42 @@ impl Disk for MemoryDisk {
     }
 
     fn recover(&self) -> Result<(), DiskError> {
-        Ok(())
+        self.lock().see()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance::{self, Kind};
     use super::*;
+
+    struct InMemory;
+
+    impl Kind for InMemory {
+        type Disk = MemoryDisk;
+
+        fn new(&mut self) -> MemoryDisk {
+            MemoryDisk::default()
+        }
+
+        fn killed(&mut self, disk: MemoryDisk) -> MemoryDisk {
+            disk.restart();
+            disk
+        }
+
+        fn without_power(&mut self, disk: MemoryDisk) -> Option<MemoryDisk> {
+            Some(disk.after_power_failure(0))
+        }
+
+        fn fill(&mut self, disk: &MemoryDisk, full: bool) -> bool {
+            disk.set_full(full);
+            true
+        }
+    }
 
     #[test]
     fn behaves_as_a_disk() {
-        super::super::conformance::check(&mut |_| Box::new(MemoryDisk::default()));
+        conformance::check(&mut InMemory);
     }
 
     fn put(disk: &MemoryDisk, key: u8, value: u8, durability: Durability) -> Result<(), DiskError> {

@@ -1,17 +1,18 @@
 //! Decisions made durable and agreed: raft-rs over a log store, applied to the cluster's state.
 //!
-//! `disk` is what a log needs of a disk; `rocks` and `memory` are the two there are; `log` keeps raft's log on one; `replica` drives
-//! raft and the state machine; `transfer` brings snapshots over; `shape` keeps out messages that raft would panic on. No clock, no network, no threads in here.
+//! `disk` is what a log needs of a disk; `rocks` and `memory` are the two there are; `log` keeps raft's log on one; `image` is the state
+//! as bytes; `replica` drives raft and the state machine; `transfer` brings snapshots over; `shape` keeps out messages that raft would panic on. No clock, no network, no threads in here.
 
 pub mod conformance;
 pub mod disk;
 pub mod history;
+pub mod image;
 pub mod log;
 mod logger;
 pub mod memory;
 pub mod replica;
 #[cfg(feature = "rocksdb")]
 pub mod rocks;
-mod seal;
+pub mod seal;
 pub mod shape;
 pub mod transfer;

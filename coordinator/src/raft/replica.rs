@@ -9,10 +9,11 @@ mod rounds;
 mod transfers;
 
 use super::disk::{Batch, Disk, DiskError};
+use super::image::{self, ImageError};
 use super::log::{LogError, LogStore, Position};
 use super::logger::logger;
 use super::shape::{BadMessage, Fits};
-use super::transfer::Incoming;
+use super::transfer::{Incoming, Unfit};
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
@@ -48,8 +49,13 @@ pub enum ReplicaError {
     Raft(#[from] raft::Error),
     #[error("entry {index} cannot be understood; it was written by a newer version of fleet ({why})")]
     UnknownCommand { index: u64, why: String },
-    #[error("the state in the snapshot cannot be read: {0}")]
-    State(String),
+    #[error(transparent)]
+    State(#[from] ImageError),
+    #[error(
+        "the snapshot of replica-{from} has format {found}, this program knows {}; use the version of fleet that runs there",
+        image::FORMAT
+    )]
+    NewerSnapshot { from: u64, found: u32 },
 }
 
 impl From<DiskError> for ReplicaError {
@@ -134,6 +140,14 @@ struct Stuck {
     staged: super::log::Staged,
 }
 
+/// Why a replica must stop.
+enum Doom {
+    /// It has lost what it had acknowledged.
+    Forgot(String),
+    /// The others have left it behind with a snapshot that it cannot read.
+    NewerSnapshot { from: u64, found: u32 },
+}
+
 pub struct Replica<D: Disk> {
     node: RawNode<LogStore<D>>,
     state: State,
@@ -149,8 +163,10 @@ pub struct Replica<D: Disk> {
     bytes_since_snapshot: usize,
     stuck: Option<Stuck>,
     full: Option<String>,
-    /// This replica has lost what it had acknowledged.
-    forgot: Option<String>,
+    /// The disk is closed until there is room, and cannot be read either.
+    blind: bool,
+    /// A message has shown that this replica must stop.
+    doomed: Option<Doom>,
     seed: u64,
     sizes: Sizes,
     ticks: u64,
@@ -170,7 +186,7 @@ impl<D: Disk> Replica<D> {
         state: State,
         seed: u64,
     ) -> Result<Self, ReplicaError> {
-        let log = LogStore::create(disk, id, voters, encode(&state)?)?;
+        let log = LogStore::create(disk, id, voters, image::encode(&state)?)?;
         Self::start(log, state, seed)
     }
 
@@ -178,7 +194,7 @@ impl<D: Disk> Replica<D> {
     /// snapshot.
     pub fn join(disk: Arc<D>, id: u64, cluster_id: &str, seed: u64) -> Result<Self, ReplicaError> {
         let state = State::new(cluster_id.to_owned());
-        let log = LogStore::join(disk, id, encode(&state)?)?;
+        let log = LogStore::join(disk, id, image::encode(&state)?)?;
         Self::start(log, state, seed)
     }
 
@@ -191,7 +207,7 @@ impl<D: Disk> Replica<D> {
         state: State,
         seed: u64,
     ) -> Result<Self, ReplicaError> {
-        let log = LogStore::begin(disk, id, Position { index, term }, &[id], encode(&state)?)?;
+        let log = LogStore::begin(disk, id, Position { index, term }, &[id], image::encode(&state)?)?;
         Self::start(log, state, seed)
     }
 
@@ -199,8 +215,8 @@ impl<D: Disk> Replica<D> {
     /// take part any more.
     pub fn open(disk: Arc<D>, seed: u64) -> Result<Option<Self>, ReplicaError> {
         let Some(log) = LogStore::open(disk)? else { return Ok(None) };
-        let state = codec::decode_record(&log.snapshot_state()?)
-            .map_err(|error| ReplicaError::State(error.to_string()))?;
+        let state = log.snapshot_state().inspect_err(|error| log.mark(error))?;
+        let state = image::decode(&state)?;
         Self::start(log, state, seed).map(Some)
     }
 
@@ -235,7 +251,8 @@ impl<D: Disk> Replica<D> {
             bytes_since_snapshot: 0,
             stuck: None,
             full: None,
-            forgot: None,
+            blind: false,
+            doomed: None,
             seed,
             sizes: Sizes::default(),
             ticks: 0,
@@ -326,46 +343,71 @@ impl<D: Disk> Replica<D> {
     }
 
     pub fn tick(&mut self) {
-        if self.stuck.is_some() {
+        if self.is_halted() {
             return;
         }
         self.ticks += 1;
         let timeout =
             ELECTION_TICKS as u64 + spread(self.seed, self.id(), self.term()) % ELECTION_TICKS as u64;
         self.node.raft.set_randomized_election_timeout(timeout as usize);
-        self.node.tick();
+        // The only voter leads as soon as it wants to, and raft-rs panics when its log is not on its disk then.
+        if self.conf.voters != [self.id()] || self.is_settled() {
+            self.node.tick();
+        }
         self.end_silent_transfers();
     }
 
     /// A message from another replica, whom the caller has authenticated as `message.from`. An error means that it made no sense.
     pub fn step(&mut self, message: Message) -> Result<(), BadMessage> {
-        if self.stuck.is_some() {
+        if self.is_halted() {
             return Ok(());
         }
-        self.fits().check(&message)?;
+        let fits = self.fits();
+        if self.is_halted() {
+            return Ok(());
+        }
+        fits.check(&message)?;
         match message.get_msg_type() {
             // A leader never sends this for more than was acknowledged to it.
             MessageType::MsgHeartbeat
                 if message.term >= self.term() && message.commit > self.node.raft.raft_log.last_index() =>
             {
-                self.forgot = Some(format!(
+                self.doomed = Some(Doom::Forgot(format!(
                     "it acknowledged the entries up to {} to replica-{} and ends at {}",
                     message.commit,
                     message.from,
                     self.node.raft.raft_log.last_index()
-                ));
+                )));
             }
-            MessageType::MsgSnapshot => {
-                let new = Incoming::new(message).ok_or(BadMessage("its snapshot is described by nothing"))?;
+            MessageType::MsgSnapshot => self.announced(message)?,
+            // Errors here are about the message, for example one from a replica that was removed.
+            _ => drop(self.node.step(message)),
+        }
+        Ok(())
+    }
+
+    /// A leader has a snapshot for this replica.
+    fn announced(&mut self, message: Message) -> Result<(), BadMessage> {
+        let (from, term) = (message.from, message.term);
+        let index = message.get_snapshot().get_metadata().index;
+        match Incoming::new(message) {
+            Ok(new) => {
                 let known = self.incoming.as_mut().is_some_and(|incoming| incoming.renew(&new));
                 if !known {
                     self.incoming = Some(new);
                 }
             }
-            // Errors here are about the message, for example one from a replica that was removed.
-            _ => drop(self.node.step(message)),
+            Err(Unfit::Format(found)) if term >= self.term() && index > self.commit_index() => {
+                self.doomed = Some(Doom::NewerSnapshot { from, found });
+            }
+            Err(_) => return Err(BadMessage("its snapshot is described by nothing")),
         }
         Ok(())
+    }
+
+    /// raft must not be asked for anything: it waits for the disk, or was told something untrue.
+    fn is_halted(&self) -> bool {
+        self.stuck.is_some() || self.blind || self.node.store().has_failed()
     }
 
     fn fits(&self) -> Fits {
@@ -375,19 +417,26 @@ impl<D: Disk> Replica<D> {
             last_index: log.last_index(),
             committed: log.committed,
             committed_term: log.term(log.committed).unwrap_or_default(),
+            settled: self.is_settled(),
         }
+    }
+
+    /// It leads, or all of its log is on its disk.
+    fn is_settled(&self) -> bool {
+        let (raft, log) = (&self.node.raft, &self.node.raft.raft_log);
+        raft.state == StateRole::Leader || log.persisted == log.last_index()
     }
 
     /// A message to this replica could not be delivered.
     pub fn report_unreachable(&mut self, id: u64) {
-        if self.stuck.is_none() {
+        if !self.is_halted() {
             self.node.report_unreachable(id);
         }
     }
 
     /// Gives leadership to a voter that is up to date or nearly so. May fail silently: look who leads after an election timeout.
     pub fn transfer_leadership(&mut self, to: u64) {
-        if self.stuck.is_none() {
+        if !self.is_halted() {
             self.node.transfer_leader(to);
         }
     }
@@ -445,14 +494,10 @@ impl<D: Disk> Replica<D> {
     /// Asks for a linearizable read, on any replica; the ticket comes out of `process`. May vanish while a leader is not confirmed:
     /// ask again.
     pub fn read_index(&mut self, ticket: Ticket) {
-        if self.stuck.is_none() {
+        if !self.is_halted() {
             self.node.read_index([self.id().to_be_bytes(), ticket.to_be_bytes()].concat());
         }
     }
-}
-
-fn encode(state: &State) -> Result<Vec<u8>, ReplicaError> {
-    codec::encode_record(state).map_err(|error| ReplicaError::State(error.to_string()))
 }
 
 fn unknown(index: u64, why: impl ToString) -> ReplicaError {

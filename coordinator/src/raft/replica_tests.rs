@@ -5,10 +5,11 @@ use super::*;
 use crate::cluster::commands::{Change, CreateToken, SubmitJob};
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::submit;
+use crate::raft::disk::Table;
 use crate::raft::{history, transfer};
 use fleet_common::ids::{ClientId, JobId};
 use fleet_common::protocol::Role;
-use raft::eraftpb::MessageType;
+use raft::eraftpb::{Entry, MessageType};
 use std::collections::BTreeMap;
 
 type TestReplica = Replica<MemoryDisk>;
@@ -509,6 +510,134 @@ fn a_replica_that_forgot_what_it_acknowledged_stops_and_says_so() {
         cluster.at(follower).process(&mut |_| {}).err()
     });
     assert!(damage.unwrap().to_string().contains("acknowledged the entries up to"));
+    let again = Replica::open(Arc::new(disk(cluster.at(follower)).after_power_failure(0)), 7);
+    let why = again.err().unwrap().to_string();
+    assert!(why.contains("acknowledged the entries up to"), "{why}");
+}
+
+#[test]
+fn one_that_forgot_stops_also_where_its_disk_takes_no_mark() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    disk(&replica).set_full(true);
+    replica.step(Message { commit: 9, ..message(MessageType::MsgHeartbeat) }).unwrap();
+    for _ in 0..2 {
+        let error = replica.process(&mut |_| panic!("it said something")).unwrap_err();
+        assert!(matches!(error, ReplicaError::Log(LogError::Damaged(_))), "{error}");
+    }
+}
+
+#[test]
+fn a_damaged_state_is_named_at_every_start_after_it_was_found() {
+    let replica = alone();
+    let rotten = Arc::new(disk(&replica).after_power_failure(0));
+    // Rows of the table are in the order of their keys: format, hard, snapshot, state.
+    assert!(rotten.rot(Table::Meta, 3, 77));
+    let first = Replica::open(rotten.clone(), 7).err().unwrap().to_string();
+    assert!(first.contains("its state has a wrong checksum"), "{first}");
+    assert!(rotten.rot(Table::Meta, 4, 77), "the damage is marked, and the state is as it was");
+    assert_eq!(Replica::open(rotten, 7).err().unwrap().to_string(), first);
+}
+
+/// Some megabytes of commands, more than a log keeps in memory.
+fn propose_much(cluster: &mut Cluster, at: u64) {
+    for seq in 1..=6 {
+        let Change::SubmitJob(job) = submit(1) else { unreachable!() };
+        let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX / 4), ..job });
+        let command = Command { unix_ms: 1, request: None, why: None, change };
+        cluster.at(at).propose(seq, &command).unwrap();
+        cluster.settle();
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_stops_the_replica_by_name() {
+    let broken = DiskError::Failed("sector 7 cannot be read".into());
+    let rot = |disk: &MemoryDisk| assert!(disk.rot(Table::Log, 0, 9));
+    let breaks: [(&dyn Fn(&MemoryDisk), &str, bool); 2] = [
+        (&|disk| disk.set_blind(Some(broken.clone())), "sector 7 cannot be read", false),
+        (&rot, "entry 2 has a wrong checksum", true),
+    ];
+    for (break_it, named, for_ever) in breaks {
+        let (mut cluster, leader) = Cluster::led();
+        let lagging = leader % 3 + 1;
+        cluster.cut = Some(lagging);
+        propose_much(&mut cluster, leader);
+        break_it(&disk(cluster.at(leader)));
+        // That one has nothing and asks for what only the disk has.
+        let mut asks = message(MessageType::MsgAppendResponse);
+        (asks.to, asks.from, asks.term) = (leader, lagging, cluster.at(leader).term());
+        (asks.reject, asks.index, asks.reject_hint, asks.log_term) = (true, 8, 1, 1);
+        let mut error = None;
+        for index in 1..=9 {
+            cluster.at(leader).step(Message { index, ..asks.clone() }).unwrap();
+            error = error.or(cluster.at(leader).process(&mut |_| {}).err());
+        }
+        let why = error.unwrap().to_string();
+        assert!(why.contains(named), "{why}");
+        disk(cluster.at(leader)).set_blind(None);
+        let again = cluster.at(leader).process(&mut |_| panic!("it said something"));
+        assert!(again.unwrap_err().to_string().contains(named));
+        let opened = Replica::open(Arc::new(disk(cluster.at(leader)).after_power_failure(0)), 7);
+        assert_eq!(opened.is_err(), for_ever);
+    }
+}
+
+#[test]
+fn a_disk_that_is_closed_until_there_is_room_is_waited_for() {
+    let (mut cluster, leader) = Cluster::led();
+    propose_much(&mut cluster, leader);
+    let follower = leader % 3 + 1;
+    let disk = disk(cluster.at(follower));
+    disk.set_full(true);
+    disk.set_blind(Some(DiskError::Unwritable("it could not be opened again yet".into())));
+    cluster.at(follower).recover().unwrap();
+    assert!(cluster.at(follower).full().unwrap().contains("opened again"));
+    for _ in 0..50 {
+        let mut sent = Vec::new();
+        for replica in cluster.replicas.values_mut() {
+            replica.tick();
+            replica.process(&mut |message| sent.push(message)).unwrap();
+        }
+        assert!(sent.iter().all(|message| message.from != follower), "it spoke and saw nothing");
+        for message in sent {
+            cluster.at(message.to).step(message).unwrap();
+        }
+    }
+    (disk.set_full(false), disk.set_blind(None));
+    cluster.at(follower).recover().unwrap();
+    cluster.propose(leader, 9);
+    cluster.run_until(|cluster| cluster.agree(leader, follower));
+    assert_eq!(cluster.at(follower).full(), None);
+}
+
+#[test]
+fn a_command_of_a_newer_version_stops_the_replica_by_name() {
+    let mut replica = replica(1);
+    let entry = Entry { index: 2, term: 5, data: vec![0xEE; 9], ..Entry::default() };
+    replica.step(Message { entries: vec![entry], commit: 2, ..append(1, 1, &[]) }).unwrap();
+    let error = replica.process(&mut |_| {}).unwrap_err();
+    assert!(matches!(error, ReplicaError::UnknownCommand { index: 2, .. }), "{error}");
+    assert!(error.to_string().contains("entry 2 cannot be understood; it was written by a newer version"));
+}
+
+#[test]
+fn a_snapshot_of_a_newer_version_stops_the_replica_by_name() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
+    let mut data = transfer::Descriptor::of(b"state").announced();
+    data[0] += 1;
+    let announced = |index| {
+        let metadata = raft::eraftpb::SnapshotMetadata { conf_state: conf_state.clone(), index, term: 5 };
+        let snapshot = raft::eraftpb::Snapshot { data: data.clone(), metadata: Some(metadata) };
+        Message { snapshot: Some(snapshot), ..message(MessageType::MsgSnapshot) }
+    };
+    assert!(replica.step(announced(1)).is_err(), "it is not needed");
+    settle(&mut replica);
+    replica.step(announced(9)).unwrap();
+    let why = replica.process(&mut |_| {}).unwrap_err().to_string();
+    assert!(why.contains(&format!("the snapshot of replica-2 has format {}", image::FORMAT + 1)), "{why}");
 }
 
 #[test]
@@ -547,4 +676,80 @@ fn a_vote_is_sent_only_after_it_is_durable() {
         })
         .unwrap();
     assert_eq!(votes, [(MessageType::MsgRequestVoteResponse, false, 2, 5)]);
+}
+
+fn message(kind: MessageType) -> Message {
+    let mut message = Message { to: 1, from: 2, term: 5, ..Message::default() };
+    message.set_msg_type(kind);
+    message
+}
+
+fn append(index: u64, log_term: u64, entries: &[u64]) -> Message {
+    let entry = |index: &u64| Entry { index: *index, term: 5, ..Entry::default() };
+    let entries = entries.iter().map(entry).collect();
+    Message { index, log_term, commit: index, entries, ..message(MessageType::MsgAppend) }
+}
+
+#[test]
+fn a_newcomer_survives_messages_that_only_make_sense_to_others() {
+    for message in [
+        append(5, 0, &[]),
+        append(5, 0, &[6]),
+        append(u64::MAX, 5, &[0]),
+        append(0, 0, &[1, 2]),
+        Message { entries: vec![Entry { index: 1, ..Entry::default() }], commit: 1, ..append(0, 0, &[]) },
+        Message { priority: -1, ..message(MessageType::MsgRequestPreVote) },
+        message(MessageType::MsgTimeoutNow),
+        message(MessageType::MsgRequestVote),
+    ] {
+        let mut new = joining(1);
+        let _ = new.step(message);
+        new.process(&mut |_| {}).unwrap();
+    }
+}
+
+#[test]
+fn nobody_leads_with_entries_that_are_not_on_its_disk() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    replica.step(append(1, 1, &[2])).unwrap();
+    assert!(replica.step(message(MessageType::MsgTimeoutNow)).is_err());
+    settle(&mut replica);
+    replica.step(message(MessageType::MsgTimeoutNow)).unwrap();
+    replica.step(Message { term: 6, ..message(MessageType::MsgRequestVoteResponse) }).unwrap();
+    settle(&mut replica);
+    assert_eq!(replica.leader(), Some(1));
+}
+
+#[test]
+fn a_snapshot_whose_last_piece_comes_while_the_disk_is_full_waits() {
+    let mut source = replica(2);
+    settle(&mut source);
+    let mut replica = replica(1);
+    settle(&mut replica);
+    let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
+    let metadata = raft::eraftpb::SnapshotMetadata { conf_state, index: 9, term: 5 };
+    let state = image::encode(source.state()).unwrap();
+    let data = transfer::Descriptor::of(&state).announced();
+    let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
+    replica.step(Message { snapshot, ..message(MessageType::MsgSnapshot) }).unwrap();
+    replica.step(append(1, 1, &[2])).unwrap();
+    disk(&replica).set_full(true);
+    settle(&mut replica);
+    assert!(replica.full().is_some());
+    let fetch_all = |replica: &mut TestReplica| {
+        for _ in 0..20 {
+            let Some((from, fetch)) = replica.wants() else { return };
+            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            replica.take_chunk(from, chunk).unwrap();
+        }
+    };
+    fetch_all(&mut replica);
+    assert!(replica.wants().is_some(), "raft took a snapshot while it waited for the disk");
+    settle(&mut replica);
+    disk(&replica).set_full(false);
+    settle(&mut replica);
+    fetch_all(&mut replica);
+    assert!(settle(&mut replica).installed);
+    assert_eq!(replica.applied_index(), 9);
 }

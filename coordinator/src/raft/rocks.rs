@@ -169,14 +169,51 @@ fn may_pass(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance::{self, Kind};
+    use super::super::replica::Replica;
     use super::*;
+    use crate::cluster::State;
+    use raft::eraftpb::{Message, MessageType};
+    use std::sync::Arc;
+
+    struct OnDisk {
+        dir: tempfile::TempDir,
+        count: u32,
+    }
+
+    impl Kind for OnDisk {
+        type Disk = RocksDisk;
+
+        fn new(&mut self) -> RocksDisk {
+            self.count += 1;
+            RocksDisk::open(&self.dir.path().join(self.count.to_string())).unwrap()
+        }
+
+        /// A copy of the files while they are open is what a killed process leaves: nothing of it is closed or flushed.
+        fn killed(&mut self, disk: RocksDisk) -> RocksDisk {
+            self.count += 1;
+            let to = self.dir.path().join(self.count.to_string());
+            std::fs::create_dir(&to).unwrap();
+            for file in std::fs::read_dir(&disk.path).unwrap() {
+                let file = file.unwrap();
+                std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+            }
+            RocksDisk::open(&to).unwrap()
+        }
+
+        fn without_power(&mut self, _: RocksDisk) -> Option<RocksDisk> {
+            None
+        }
+
+        /// Only a file system of its own could be filled: `tests/tests/cluster.rs` does that.
+        fn fill(&mut self, _: &RocksDisk, _: bool) -> bool {
+            false
+        }
+    }
 
     #[test]
     fn behaves_as_a_disk() {
-        let dir = tempfile::tempdir().unwrap();
-        super::super::conformance::check(&mut |n| {
-            Box::new(RocksDisk::open(&dir.path().join(n.to_string())).unwrap())
-        });
+        conformance::check(&mut OnDisk { dir: tempfile::tempdir().unwrap(), count: 0 });
     }
 
     #[test]
@@ -199,6 +236,19 @@ mod tests {
         ));
         assert!(!may_pass("Corruption: block checksum mismatch"));
         assert!(!may_pass("IO error: While fsync: /d/raft/000012.log: Input/output error"));
+    }
+
+    #[test]
+    fn a_replica_that_forgot_stays_out_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Arc::new(RocksDisk::open(dir.path()).unwrap());
+        let mut replica = Replica::create(open(), 1, &[1, 2, 3], State::new("test".into()), 7).unwrap();
+        let mut heartbeat = Message { to: 1, from: 2, term: 5, commit: 9, ..Message::default() };
+        heartbeat.set_msg_type(MessageType::MsgHeartbeat);
+        replica.step(heartbeat).unwrap();
+        let stopped = replica.process(&mut |_| {}).unwrap_err().to_string();
+        drop(replica);
+        assert_eq!(Replica::open(open(), 7).err().unwrap().to_string(), stopped);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! them than the snapshot's position says, and the receiver may keep them whatever becomes of the snapshot.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
+use super::image;
 use super::log::Position;
 use super::seal;
 use fleet_common::codec;
@@ -69,13 +70,33 @@ impl Descriptor {
     pub fn of(state: &[u8]) -> Descriptor {
         Descriptor { state_bytes: state.len() as u64, state_sha256: Sha256::digest(state).into() }
     }
+
+    /// As raft carries it: the format of the state comes first.
+    pub fn announced(&self) -> Vec<u8> {
+        let Descriptor { state_bytes, state_sha256 } = self;
+        [image::FORMAT.to_le_bytes().as_slice(), &state_bytes.to_le_bytes(), state_sha256].concat()
+    }
+
+    fn read(announced: &[u8]) -> Result<Descriptor, Unfit> {
+        let (format, rest) = image::split_format(announced).ok_or(Unfit::Senseless)?;
+        if format != image::FORMAT {
+            return Err(Unfit::Format(format));
+        }
+        let (state_bytes, hash) = rest.split_first_chunk().ok_or(Unfit::Senseless)?;
+        let state_sha256 = hash.try_into().map_err(|_| Unfit::Senseless)?;
+        Ok(Descriptor { state_bytes: u64::from_le_bytes(*state_bytes), state_sha256 })
+    }
 }
 
 impl Chunk {
     fn new(fetch: &Fetch, content: Content, next: Cursor) -> Chunk {
-        let mut chunk = Chunk { at: fetch.at, cursor: fetch.cursor.clone(), content, next, sha256: [0; 32] };
-        chunk.sha256 = chunk.digest();
-        chunk
+        let (at, cursor) = (fetch.at, fetch.cursor.clone());
+        Chunk { at, cursor, content, next, sha256: [0; 32] }.hashed()
+    }
+
+    /// With the hash that belongs to the rest of it.
+    pub fn hashed(self) -> Chunk {
+        Chunk { sha256: self.digest(), ..self }
     }
 
     pub fn gone(fetch: &Fetch) -> Chunk {
@@ -148,21 +169,25 @@ pub enum Taken {
     Lost,
 }
 
+/// Why an announced snapshot cannot be fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// What describes it makes no sense.
+    Senseless,
+    /// Its state has another format than this program knows.
+    Format(u32),
+}
+
 impl Incoming {
-    /// `None` if the descriptor makes no sense.
-    pub fn new(message: Message) -> Option<Incoming> {
-        let snapshot = message.snapshot.as_ref()?;
-        let metadata = snapshot.metadata.as_ref()?;
-        let descriptor: Descriptor = codec::decode(&snapshot.data).ok()?;
+    pub fn new(message: Message) -> Result<Incoming, Unfit> {
+        let snapshot = message.snapshot.as_ref().ok_or(Unfit::Senseless)?;
+        let metadata = snapshot.metadata.as_ref().ok_or(Unfit::Senseless)?;
+        let descriptor = Descriptor::read(&snapshot.data)?;
         let at = Position { index: metadata.index, term: metadata.term };
-        let fits = descriptor.state_bytes <= STATE_MAX;
-        fits.then_some(Incoming {
-            message,
-            at,
-            descriptor,
-            state: Vec::new(),
-            cursor: Cursor::State { offset: 0 },
-        })
+        if descriptor.state_bytes > STATE_MAX {
+            return Err(Unfit::Senseless);
+        }
+        Ok(Incoming { message, at, descriptor, state: Vec::new(), cursor: Cursor::State { offset: 0 } })
     }
 
     pub fn source(&self) -> u64 {
@@ -250,13 +275,23 @@ mod tests {
     }
 
     fn announced(state: &[u8]) -> Incoming {
-        let data = codec::encode(&Descriptor::of(state)).unwrap();
+        let data = Descriptor::of(state).announced();
         let conf_state = Some(ConfState { voters: vec![1], learners: vec![2], ..ConfState::default() });
         let metadata = SnapshotMetadata { conf_state, index: AT.index, term: AT.term };
         let snapshot = Some(Snapshot { data, metadata: Some(metadata) });
         let mut message = Message { to: 2, from: 1, term: 2, snapshot, ..Message::default() };
         message.set_msg_type(MessageType::MsgSnapshot);
-        Incoming::new(message).unwrap()
+        Incoming::new(message).ok().unwrap()
+    }
+
+    #[test]
+    fn a_descriptor_travels_with_the_format_of_the_state() {
+        let descriptor = Descriptor::of(b"state");
+        let mut announced = descriptor.announced();
+        assert_eq!(Descriptor::read(&announced), Ok(descriptor));
+        assert_eq!(Descriptor::read(&announced[..9]), Err(Unfit::Senseless));
+        announced[0] += 1;
+        assert_eq!(Descriptor::read(&announced), Err(Unfit::Format(image::FORMAT + 1)));
     }
 
     fn all_rows(disk: &MemoryDisk) -> Vec<(Vec<u8>, Vec<u8>)> {

@@ -5,68 +5,33 @@
 //! replica, from which others are joined; the replicas of before are removed for ever.
 
 use super::{Options, setup};
-use crate::cluster::State;
+use crate::archive::{self, FORMAT, Header, Record, Writer};
 use crate::cluster::commands::COMMAND_LEVEL;
 use crate::cluster::members::{ReplicaRecord, Standing};
 use crate::raft::disk::{Batch, Disk, Durability, Table};
+use crate::raft::image;
 use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, anyhow, bail};
-use fleet_common::codec;
 use fleet_common::files;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{ClusterCa, PrivateKey};
+use fleet_common::net::ClusterCa;
 use fleet_common::protocol::{CoordinatorAddress, Member};
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::info;
 
-/// Of the file; another one is refused.
-const FORMAT: u32 = 1;
 /// Bytes of rows in one record.
 const ROWS_BYTES: usize = 1 << 20;
-/// Largest record: the state of the largest cluster.
-const RECORD_MAX: u64 = 1 << 30;
 /// Above every key.
 const END_OF_KEYS: [u8; 64] = [0xFF; 64];
 /// A running coordinator may remove a file in the moment in which it is read.
 const ATTEMPTS: usize = 5;
-
-/// The first line, for people.
-#[derive(Serialize, Deserialize)]
-struct Header {
-    format: u32,
-    cluster_id: String,
-    log_index: u64,
-    made_unix_ms: u64,
-    note: String,
-}
-
-#[derive(Serialize, Deserialize)]
-enum Record {
-    Ca {
-        der: Vec<u8>,
-        key: PrivateKey,
-    },
-    State {
-        index: u64,
-        term: u64,
-        state: Vec<u8>,
-    },
-    Rows {
-        table: String,
-        rows: Vec<(Vec<u8>, Vec<u8>)>,
-    },
-    /// The last one: a file without it was cut off.
-    End,
-}
 
 /// What a backup has, for its report.
 #[derive(Debug, PartialEq, Eq)]
@@ -108,8 +73,8 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
     remove_stale(&part).with_context(cannot)?;
     // Made here and now: a file that lay there would keep its owner and its mode.
     let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&part);
-    let mut writer = Writer { out: BufWriter::new(file.with_context(cannot)?), hash: Sha256::new() };
-    writer.line(&serde_json::to_string(&header)?).with_context(cannot)?;
+    let mut writer = Writer::new(BufWriter::new(file.with_context(cannot)?));
+    writer.header(&header).with_context(cannot)?;
     writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
     writer.record(&Record::State { index: position.0, term: position.1, state }).with_context(cannot)?;
     let mut rows = 0;
@@ -120,7 +85,8 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
         }
     }
     writer.record(&Record::End).with_context(cannot)?;
-    writer.finish().with_context(cannot)?;
+    let written = writer.finish().and_then(|out| Ok(out.into_inner()?.sync_all()?));
+    written.with_context(cannot)?;
     std::fs::rename(&part, out).with_context(|| format!("cannot write {}", out.display()))?;
     let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
@@ -164,11 +130,11 @@ fn applied(disk: &RocksDisk) -> Result<Applied> {
     }
     let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
-    let state = codec::encode_record(replica.state())?;
+    let state = image::encode(replica.state())?;
     Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory })
 }
 
-fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer) -> Result<u64> {
+fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer<BufWriter<File>>) -> Result<u64> {
     let (mut rows, mut bytes, mut count) = (Vec::new(), 0, 0);
     let mut failed = Ok(());
     disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {
@@ -194,15 +160,16 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
     let dir = &options.data_dir;
     let _lock = setup::lock_empty(dir)?;
     let damaged = || format!("{} cannot be restored", file.display());
-    let header = read(file, &mut |_| Ok(())).with_context(damaged)?;
+    let open = || Ok(BufReader::new(File::open(file)?));
+    let header = open().and_then(|mut input| archive::verify(&mut input)).with_context(damaged)?;
     // Whole and unchanged: only now is anything written.
     let disk = Arc::new(RocksDisk::open(&dir.join("raft"))?);
     let (mut ca, mut state, mut rows) = (None, None, 0);
-    read(file, &mut |record| {
+    let mut take = |record| {
         match record {
             Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
             Record::State { index, term, state: encoded } => {
-                state = Some(((index, term), codec::decode_record::<State>(&encoded)?));
+                state = Some(((index, term), image::decode(&encoded)?));
             }
             Record::Rows { table, rows: some } => {
                 let known = Table::HISTORY.into_iter().find(|known| known.name() == table);
@@ -216,8 +183,8 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
             Record::End => {}
         }
         Ok(())
-    })
-    .with_context(damaged)?;
+    };
+    open().and_then(|mut input| archive::read(&mut input, &mut take)).with_context(damaged)?;
     let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
     let id = state.restored_replica();
     let name = setup::name(options, id);
@@ -244,80 +211,4 @@ fn record(replica: ReplicaId, name: &str) -> ReplicaRecord {
 
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
-}
-
-struct Writer {
-    out: BufWriter<File>,
-    hash: Sha256,
-}
-
-impl Writer {
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
-        Ok(self.out.write_all(bytes)?)
-    }
-
-    fn line(&mut self, line: &str) -> Result<()> {
-        self.put(line.as_bytes())?;
-        self.put(b"\n")
-    }
-
-    fn record(&mut self, record: &Record) -> Result<()> {
-        let bytes = codec::encode_record(record)?;
-        self.put(&(bytes.len() as u64).to_le_bytes())?;
-        self.put(&bytes)
-    }
-
-    /// The checksum of everything, and all of it on the disk.
-    fn finish(mut self) -> Result<()> {
-        let hash = self.hash.finalize();
-        self.out.write_all(&hash)?;
-        self.out.flush()?;
-        Ok(self.out.get_ref().sync_all()?)
-    }
-}
-
-/// Hands all records to `take` and checks that the file is whole. Nothing of a damaged one may be kept.
-fn read(file: &Path, take: &mut dyn FnMut(Record) -> Result<()>) -> Result<Header> {
-    let mut input = BufReader::new(File::open(file)?);
-    let mut hash = Sha256::new();
-    let mut fill = |bytes: &mut [u8], hash: &mut Sha256| -> Result<()> {
-        input.read_exact(bytes).context("it ends too soon")?;
-        hash.update(&*bytes);
-        Ok(())
-    };
-    let (mut line, mut byte) = (Vec::new(), [0]);
-    while byte != *b"\n" {
-        if line.len() > 4096 {
-            bail!("it is not a backup of fleet");
-        }
-        fill(&mut byte, &mut hash)?;
-        line.push(byte[0]);
-    }
-    let header: Header = serde_json::from_slice(&line).context("it is not a backup of fleet")?;
-    if header.format != FORMAT {
-        bail!("it has format {}, this program knows {FORMAT}", header.format);
-    }
-    loop {
-        let mut length = [0; 8];
-        fill(&mut length, &mut hash)?;
-        let length = u64::from_le_bytes(length);
-        if length > RECORD_MAX {
-            bail!("it is damaged: a record of {length} bytes");
-        }
-        let mut bytes = vec![0; length as usize];
-        fill(&mut bytes, &mut hash)?;
-        let record = codec::decode_record(&bytes).context("it is damaged")?;
-        let ends = matches!(record, Record::End);
-        take(record)?;
-        if ends {
-            break;
-        }
-    }
-    let mut kept = [0; 32];
-    input.read_exact(&mut kept).context("it ends too soon")?;
-    if kept != *hash.finalize() {
-        bail!("it is damaged: its checksum is wrong");
-    }
-    Ok(header)
 }

@@ -1,7 +1,7 @@
 //! A model was exported from a checkpoint.
 
 use crate::cluster::history::HistoryRow;
-use crate::cluster::members::clean_text;
+use crate::cluster::members::{clean_text, is_plain};
 use crate::cluster::{Answer, Context, State};
 use fleet_common::events::is_sha256;
 use fleet_common::ids::ExportId;
@@ -28,8 +28,10 @@ impl RecordExport {
         let Some(format) = clean_text(&record.format) else {
             return Answer::invalid("an export needs the name of its format");
         };
-        if record.path.is_empty() || record.path.len() > PATH_MAX || record.path.contains('\0') {
-            return Answer::invalid(format!("an export needs a path of at most {PATH_MAX} bytes"));
+        if !(1..=PATH_MAX).contains(&record.path.len()) || !is_plain(&record.path) {
+            return Answer::invalid(format!(
+                "an export needs a path of at most {PATH_MAX} bytes, without control characters"
+            ));
         }
         if !is_sha256(&record.sha256) {
             return Answer::invalid("an export needs the SHA-256 of its file, 64 hexadecimal digits");
@@ -68,6 +70,7 @@ mod tests {
         assert!(why(script.run(record(|export| export.job = JobId(2)))).contains("job-2"));
         assert!(why(script.run(record(|export| export.sha256.clear()))).contains("SHA-256"));
         assert!(why(script.run(record(|export| export.path.clear()))).contains("path"));
+        assert!(why(script.run(record(|export| export.path.push('\x1b')))).contains("control characters"));
         assert!(why(script.run(record(|export| export.format.clear()))).contains("format"));
     }
 }

@@ -1,7 +1,7 @@
 //! Points of a client's run, many at a time.
 
 use crate::cluster::history::HistoryRow;
-use crate::cluster::members::NAME_MAX;
+use crate::cluster::members::{NAME_MAX, is_plain};
 use crate::cluster::runs::SERIES_MAX;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::ids::RunId;
@@ -27,6 +27,9 @@ impl RecordMetrics {
                 "the name of a series has 1 to {NAME_MAX} characters, not {}",
                 point.series.len()
             ));
+        }
+        if self.points.iter().any(|point| !is_plain(&point.series)) {
+            return Answer::invalid("the name of a series has control characters");
         }
         let mut last = run.last.clone();
         last.extend(self.points.iter().map(|point| (point.series.clone(), point.value)));
@@ -70,6 +73,7 @@ mod tests {
         assert!(why(script.run(record(1, vec![]))).contains("1 to 1000 points"));
         assert!(why(script.run(record(1, vec![point("l", 1, 0.0); POINTS_MAX + 1]))).contains("at a time"));
         assert!(why(script.run(record(1, vec![point("", 1, 0.0)]))).contains("name of a series"));
+        assert!(why(script.run(record(1, vec![point("a\rb", 1, 0.0)]))).contains("control characters"));
         let many = (0..=SERIES_MAX).map(|n| point(&format!("s{n}"), 1, 0.0)).collect();
         assert!(why(script.run(record(1, many))).contains("another run"));
         assert!(script.state.runs()[&RunId(1)].last.is_empty(), "a refused batch leaves nothing");

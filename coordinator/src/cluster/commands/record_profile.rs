@@ -1,7 +1,7 @@
 //! What data looked like in a run, to compare later data with.
 
 use crate::cluster::history::HistoryRow;
-use crate::cluster::members::{NAME_MAX, clean_text};
+use crate::cluster::members::{NAME_MAX, clean_text, is_plain};
 use crate::cluster::{Answer, Context, State};
 use fleet_common::ids::ProfileId;
 use fleet_common::protocol::{Feature, NewProfile, ProfileView};
@@ -47,14 +47,17 @@ impl RecordProfile {
 }
 
 fn shown(name: &str) -> String {
-    name.chars().take(NAME_MAX).collect()
+    name.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect()
 }
 
 /// What is wrong with a feature.
 fn flaw(feature: &Feature) -> Option<String> {
     let Feature { name, samples, mean, std_dev, edges, counts } = feature;
-    if name.is_empty() || name.len() > 4 * NAME_MAX {
-        return Some(format!("the name of a feature has 1 to {} bytes", 4 * NAME_MAX));
+    if name.is_empty() || name.len() > 4 * NAME_MAX || !is_plain(name) {
+        return Some(format!(
+            "the name of a feature has 1 to {} bytes and no control characters",
+            4 * NAME_MAX
+        ));
     }
     let name = shown(name);
     if !mean.is_finite() || !std_dev.is_finite() || *std_dev < 0.0 {
@@ -62,8 +65,8 @@ fn flaw(feature: &Feature) -> Option<String> {
             "the mean and the deviation of {name} must be numbers, the deviation not below 0"
         ));
     }
-    if counts.len() > BINS_MAX || edges.len() != counts.len() + 1 {
-        return Some(format!("{name} must have at most {BINS_MAX} bins and one edge more than bins"));
+    if !(1..=BINS_MAX).contains(&counts.len()) || edges.len() != counts.len() + 1 {
+        return Some(format!("{name} must have 1 to {BINS_MAX} bins and one edge more than bins"));
     }
     let rising = edges.windows(2).all(|pair| matches!(pair, [low, high] if low < high));
     if !rising || !edges.iter().all(|edge| edge.is_finite()) {
@@ -112,6 +115,9 @@ mod tests {
         assert!(refusal(|p| p.features.push(p.features[0].clone())).contains("there twice"));
         assert!(refusal(|p| p.features[0].mean = f64::NAN).contains("must be numbers"));
         assert!(refusal(|p| p.features[0].edges.truncate(1)).contains("one edge more"));
+        assert!(refusal(|p| p.features[0].name.push('\x07')).contains("no control characters"));
+        let nothing = refusal(|p| (p.features[0].edges, p.features[0].counts) = (vec![1.0], vec![]));
+        assert!(nothing.contains("1 to 256 bins"));
         assert!(refusal(|p| p.features[0].edges.reverse()).contains("rising"));
         assert!(refusal(|p| p.features[0].samples = 1).contains("of only 1 samples"));
     }

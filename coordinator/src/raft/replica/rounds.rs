@@ -1,11 +1,12 @@
 //! The replica's work: what raft wants written, sent and applied, round by round, with one sync of the disk for each.
 
 use super::{
-    Output, Replica, ReplicaError, SNAPSHOT_STATES, Stuck, TRANSFER_LEASE_TICKS, encode, ticket, unknown,
+    Doom, Output, Replica, ReplicaError, SNAPSHOT_STATES, Stuck, TRANSFER_LEASE_TICKS, ticket, unknown,
 };
 use crate::cluster::{Answer, Command};
 use crate::raft::disk::{Batch, Disk, DiskError, Durability};
 use crate::raft::history;
+use crate::raft::image;
 use crate::raft::log::{LogError, Position, Staged};
 use fleet_common::codec;
 use prost::Message as _;
@@ -15,35 +16,54 @@ use raft::{Ready, StateRole, Storage};
 impl<D: Disk> Replica<D> {
     /// Does all that raft wants done. `send` gets messages for peers, a leader's before its own disk is asked, all others after.
     pub fn process(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, ReplicaError> {
-        if let Some(what) = &self.forgot {
-            return Err(LogError::Damaged(what.clone()).into());
-        }
         let mut output = Output::default();
+        if self.blind {
+            return Ok(output);
+        }
         match self.round(send, &mut output) {
             Ok(()) => self.full = None,
             Err(ReplicaError::Log(LogError::Disk(error @ DiskError::Unwritable(_)))) => {
                 self.full = Some(error.to_string())
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                if let ReplicaError::Log(error) = &error {
+                    self.node.store().mark(error);
+                }
+                return Err(error);
+            }
         }
         Ok(output)
     }
 
-    /// Tries to make a disk usable again that could not be written; `process` then goes on where it stopped.
+    /// Tries to make a disk usable again that could not be written; `process` then goes on where it stopped. A disk that could not be
+    /// opened again yet cannot be read either, so until then raft is asked for nothing.
     pub fn recover(&mut self) -> Result<(), ReplicaError> {
-        match self.node.store().disk().recover() {
-            Ok(()) | Err(DiskError::Unwritable(_)) => Ok(()),
+        let recovered = self.node.store().disk().recover();
+        self.blind = recovered.is_err();
+        match recovered {
+            Ok(()) => Ok(()),
+            Err(error @ DiskError::Unwritable(_)) => {
+                self.full = Some(error.to_string());
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }
 
     fn round(&mut self, send: &mut dyn FnMut(Message), output: &mut Output) -> Result<(), ReplicaError> {
+        match &self.doomed {
+            Some(Doom::Forgot(what)) => return Err(LogError::Damaged(what.clone()).into()),
+            Some(Doom::NewerSnapshot { from, found }) => {
+                return Err(ReplicaError::NewerSnapshot { from: *from, found: *found });
+            }
+            None => self.node.store().check()?,
+        }
         if let Some(Stuck { ready, staged }) = self.stuck.take() {
             self.persist(ready, staged, send, output)?;
         }
         while self.node.has_ready() {
             let mut ready = self.node.ready();
-            self.send_all(ready.take_messages(), send);
+            self.send_all(ready.take_messages(), send)?;
             let reads = ready.take_read_states();
             self.reads.extend(
                 reads.into_iter().filter_map(|read| Some((read.index, ticket(read.request_ctx.get(8..)?)?))),
@@ -68,14 +88,20 @@ impl<D: Disk> Replica<D> {
         self.compact()
     }
 
-    /// A snapshot that is announced is kept until it was fetched.
-    fn send_all(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Message)) {
+    /// A snapshot that is announced is kept until it was fetched. Nothing is sent that may follow from a read that failed.
+    fn send_all(
+        &mut self,
+        messages: Vec<Message>,
+        send: &mut dyn FnMut(Message),
+    ) -> Result<(), ReplicaError> {
+        self.node.store().check()?;
         for message in messages {
             if message.get_msg_type() == MessageType::MsgSnapshot {
                 self.outgoing.insert(message.to, self.ticks + TRANSFER_LEASE_TICKS);
             }
             send(message);
         }
+        Ok(())
     }
 
     /// Makes a `Ready` durable and lets raft go on with it.
@@ -95,9 +121,9 @@ impl<D: Disk> Replica<D> {
             self.install(&ready)?;
             output.installed = true;
         }
-        self.send_all(ready.take_persisted_messages(), send);
+        self.send_all(ready.take_persisted_messages(), send)?;
         let mut light = self.node.advance_append(ready);
-        self.send_all(light.take_messages(), send);
+        self.send_all(light.take_messages(), send)?;
         self.apply(light.take_committed_entries(), output)?;
         self.node.advance_apply_to(self.applied.index);
         Ok(())
@@ -106,8 +132,7 @@ impl<D: Disk> Replica<D> {
     fn install(&mut self, ready: &Ready) -> Result<(), ReplicaError> {
         let snapshot = ready.snapshot();
         let metadata = snapshot.get_metadata();
-        self.state =
-            codec::decode_record(&snapshot.data).map_err(|error| ReplicaError::State(error.to_string()))?;
+        self.state = image::decode(&snapshot.data)?;
         self.applied = Position { index: metadata.index, term: metadata.term };
         self.conf = metadata.get_conf_state().clone();
         self.rows = Batch::default();
@@ -204,7 +229,7 @@ impl<D: Disk> Replica<D> {
 
     /// Makes the applied state durable, so that the log before it is not needed any more.
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
-        let state = encode(&self.state)?;
+        let state = image::encode(&self.state)?;
         let staged = self.node.store().stage_compaction(
             self.applied,
             self.conf.clone(),

@@ -13,7 +13,10 @@ impl<D: Disk> Replica<D> {
 
     /// What another replica wants of this one's snapshot.
     pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Chunk, ReplicaError> {
-        if !self.outgoing.contains_key(&to) || fetch.at != self.node.store().snapshot_position() {
+        if self.is_halted()
+            || !self.outgoing.contains_key(&to)
+            || fetch.at != self.node.store().snapshot_position()
+        {
             self.end_transfer(to, SnapshotStatus::Failure);
             return Ok(Chunk::gone(fetch));
         }
@@ -29,6 +32,10 @@ impl<D: Disk> Replica<D> {
 
     /// An answer to `wants`. Others than the one that is waited for are dropped.
     pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
+        // raft takes nothing new while its last wishes are not on the disk.
+        if self.is_halted() {
+            return Ok(());
+        }
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
             return Ok(());
         };
