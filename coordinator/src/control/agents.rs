@@ -61,7 +61,7 @@ impl<D: Disk> Control<D> {
         } else if self.is_revoked(Member::Worker(node)) {
             Some((format!("{node} was revoked; join again with a new token"), true))
         } else if self.is_stuck() {
-            Some(("the disk of this coordinator is full; connect to another one".to_owned(), false))
+            Some(("the disk of this coordinator cannot be written; connect to another one".to_owned(), false))
         } else if self.agents.len() >= AGENTS_MAX {
             Some((format!("this coordinator holds {AGENTS_MAX} agents already; try another one"), false))
         } else {
