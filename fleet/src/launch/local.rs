@@ -145,12 +145,12 @@ impl Local {
         self.start_coordinator(0, None)?;
         let endpoint = self.listens(0).await?;
         // Those of an earlier launch in this directory are members already.
-        let token = match self.coordinators.iter().skip(1).any(|other| !other.dir.join("identity").exists()) {
+        let token = match self.coordinators.iter().skip(1).any(|other| !is_member(&other.dir)) {
             true => Some(self.coordinator_token().await?),
             false => None,
         };
         for index in 1..self.coordinators.len() {
-            let joins = !self.coordinators[index].dir.join("identity").exists();
+            let joins = !is_member(&self.coordinators[index].dir);
             self.start_coordinator(index, token.as_deref().filter(|_| joins))?;
         }
         let mut addresses = vec![endpoint.quic.clone()];
@@ -394,6 +394,13 @@ impl Local {
     }
 }
 
+/// Whether a coordinator joined there, all the way.
+fn is_member(dir: &Path) -> bool {
+    let interrupted =
+        std::fs::read_to_string(dir.join("joining.json")).is_ok_and(|joining| joining.contains("false"));
+    dir.join("identity").exists() && !interrupted
+}
+
 /// Waits until one of the coordinators has ended.
 async fn first_to_end(coordinators: &mut [Coordinator]) -> (usize, ExitStatus) {
     std::future::poll_fn(|context| {
@@ -460,6 +467,17 @@ mod tests {
         assert_eq!(words("{\"message\":\"first\"}\nerror: no port\n\n").as_deref(), Some("no port"));
         assert_eq!(words("x\n{\"level\":\"INFO\",\"message\":\"stopped\"}\n").as_deref(), Some("stopped"));
         assert_eq!(words(&format!("{}\nlast", "y".repeat(10_000))).as_deref(), Some("last"));
+    }
+
+    #[test]
+    fn an_interrupted_join_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_member(dir.path()));
+        std::fs::create_dir(dir.path().join("identity")).unwrap();
+        std::fs::write(dir.path().join("joining.json"), "{\"complete\":false}").unwrap();
+        assert!(!is_member(dir.path()));
+        std::fs::write(dir.path().join("joining.json"), "{\"complete\":true}").unwrap();
+        assert!(is_member(dir.path()));
     }
 
     #[test]
