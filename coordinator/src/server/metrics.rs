@@ -5,6 +5,9 @@ use fleet_common::protocol::{ClusterView, NodeView};
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
 use std::time::Duration;
 
+/// Of what only a leader sees: the agents of all coordinators. Elsewhere they are left out.
+const OF_THE_LEADER: [&str; 2] = ["fleet_nodes_connected", "fleet_slots"];
+
 pub struct Metrics {
     registry: Registry,
     commit_seconds: Histogram,
@@ -46,8 +49,11 @@ impl Metrics {
             )?,
             agents: gauge("fleet_agents", "Agents that this coordinator holds")?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,
-            nodes_connected: gauge("fleet_nodes_connected", "Nodes that are connected")?,
-            slots: gauge("fleet_slots", "Slots of the connected nodes")?,
+            nodes_connected: gauge(
+                "fleet_nodes_connected",
+                "Nodes that are connected; only where the leader is",
+            )?,
+            slots: gauge("fleet_slots", "Slots of the connected nodes; only where the leader is")?,
             slots_used: gauge("fleet_slots_used", "Slots that jobs hold")?,
             jobs_running: gauge("fleet_jobs_running", "Jobs that have a place")?,
             jobs_queued: gauge("fleet_jobs_queued", "Jobs that wait for a place")?,
@@ -95,8 +101,11 @@ impl Metrics {
         gauges.slots_used.set(nodes.iter().map(|node| i64::from(node.slots_used)).sum());
         gauges.jobs_running.set(i64::from(cluster.jobs_running));
         gauges.jobs_queued.set(i64::from(cluster.jobs_queued));
+        let mut families = self.registry.gather();
+        families
+            .retain(|family| status.leading_since_ms.is_some() || !OF_THE_LEADER.contains(&family.name()));
         let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        TextEncoder::new().encode(&families, &mut text)?;
         Ok(text)
     }
 }
