@@ -3,10 +3,11 @@
 use super::{Target, connect, jobs, nodes};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
-use crate::{out, text};
+use crate::{json, out, text};
 use console::{Term, measure_text_width, truncate_str};
 use fleet_common::exit;
 use fleet_common::protocol::{ClusterView, JobView, NodeView, Reply, Request};
+use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ pub struct Args {
     /// Print once and end, as where the output is no terminal
     #[arg(long)]
     once: bool,
+    /// Print JSON once and end
+    #[arg(long)]
+    json: bool,
 }
 
 /// Looks often enough to seem alive, seldom enough to cost nothing.
@@ -32,6 +36,10 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let mut client = connect(cluster)?;
     let term = Term::stdout();
     block_on(async {
+        if args.json {
+            out::json(&json(&look(&mut client).await?));
+            return Ok(exit::SUCCEEDED);
+        }
         if args.once || !term.is_term() {
             page(&look(&mut client).await?).iter().for_each(|line| out::line(line));
             return Ok(exit::SUCCEEDED);
@@ -63,6 +71,14 @@ async fn look(client: &mut Client) -> Result<Seen, Failure> {
         other => return Err(unexpected(&other)),
     };
     Ok(Seen { cluster, nodes: nodes::list(client).await?, jobs: jobs::list(client).await? })
+}
+
+fn json(seen: &Seen) -> Value {
+    json!({
+        "cluster": json::cluster_view(&seen.cluster),
+        "nodes": seen.nodes.iter().map(json::node_view).collect::<Vec<_>>(),
+        "jobs": seen.jobs.iter().map(json::job).collect::<Vec<_>>(),
+    })
 }
 
 /// What is shown: the cluster in a line, its nodes, and its unfinished jobs before the others.
