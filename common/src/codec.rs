@@ -2,6 +2,7 @@
 //!
 //! The only file that names bincode. It never allocates for a length that a peer merely claims.
 
+use crate::protocol::PROTOCOL_VERSION;
 use bincode::config::{Configuration, Limit, LittleEndian, Varint};
 use bytes::BytesMut;
 use serde::Serialize;
@@ -33,6 +34,10 @@ pub enum CodecError {
     Decode(#[source] bincode::error::DecodeError),
     #[error("the message has {0} bytes too many")]
     Trailing(usize),
+    #[error(
+        "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the other side {0}; install the same version of fleet"
+    )]
+    Version(u32),
     #[error("the stream ended inside a message")]
     Truncated,
     #[error(transparent)]
@@ -60,6 +65,26 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
         0 => Ok(value),
         extra => Err(CodecError::Trailing(extra)),
     }
+}
+
+/// A message that says its protocol's version before anything else. That is looked at first: of another version the rest may have
+/// another shape.
+pub trait Versioned: DeserializeOwned {
+    /// The version at the head of an encoded message; `None` where there is none.
+    fn version(bytes: &[u8]) -> Option<u32>;
+}
+
+/// Decodes one value of this version of the protocol.
+pub fn decode_versioned<T: Versioned>(bytes: &[u8]) -> Result<T, CodecError> {
+    match T::version(bytes) {
+        Some(version) if version != PROTOCOL_VERSION => Err(CodecError::Version(version)),
+        _ => decode(bytes),
+    }
+}
+
+/// The first value of a message, whatever follows. Only for numbers: nothing is allocated for them.
+pub fn head<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
+    bincode::serde::decode_from_slice(bytes, CONFIG).ok().map(|(value, _)| value)
 }
 
 /// Encodes a record that stays on this machine's disk and may be larger than a frame, such as a snapshot of the state.
@@ -99,12 +124,24 @@ pub async fn read_frame_limited<R: AsyncRead + Unpin, T: DeserializeOwned>(
     r: &mut R,
     max: usize,
 ) -> Result<Option<T>, CodecError> {
+    read_body(r, max).await?.map(|body| decode(&body)).transpose()
+}
+
+/// Like `read_frame_limited`, and names another version of the protocol.
+pub async fn read_versioned<R: AsyncRead + Unpin, T: Versioned>(
+    r: &mut R,
+    max: usize,
+) -> Result<Option<T>, CodecError> {
+    read_body(r, max).await?.map(|body| decode_versioned(&body)).transpose()
+}
+
+async fn read_body<R: AsyncRead + Unpin>(r: &mut R, max: usize) -> Result<Option<Vec<u8>>, CodecError> {
     let mut header = Vec::with_capacity(HEADER);
     r.take(HEADER as u64).read_to_end(&mut header).await?;
     let Some(length) = parse_header(&header, max)? else { return Ok(None) };
     let mut body = Vec::with_capacity(length.min(RESERVE));
     r.take(length as u64).read_to_end(&mut body).await?;
-    finish(&body, length).map(Some)
+    if body.len() < length { Err(CodecError::Truncated) } else { Ok(Some(body)) }
 }
 
 /// Frames out of pieces as they come. Unlike `read_frame`, a reader that stops between two pieces has lost nothing.
@@ -136,13 +173,22 @@ impl Frames {
 
     /// The next whole frame.
     pub fn next_frame<T: DeserializeOwned>(&mut self) -> Result<Option<T>, CodecError> {
+        self.next_body()?.map(|body| decode(&body)).transpose()
+    }
+
+    /// The next whole frame, if it is of this version of the protocol.
+    pub fn next_versioned<T: Versioned>(&mut self) -> Result<Option<T>, CodecError> {
+        self.next_body()?.map(|body| decode_versioned(&body)).transpose()
+    }
+
+    fn next_body(&mut self) -> Result<Option<BytesMut>, CodecError> {
         let Some(header) = self.bytes.get(..HEADER) else { return Ok(None) };
         let length = parse_header(header, self.max)?.unwrap_or_default();
         if self.bytes.len() < HEADER + length {
             return Ok(None);
         }
-        let frame = self.bytes.split_to(HEADER + length);
-        decode(&frame[HEADER..]).map(Some)
+        let mut frame = self.bytes.split_to(HEADER + length);
+        Ok(Some(frame.split_off(HEADER)))
     }
 }
 
@@ -160,7 +206,10 @@ pub fn read_frame_blocking<R: Read, T: DeserializeOwned>(r: &mut R) -> Result<Op
     let Some(length) = parse_header(&header, FRAME_MAX)? else { return Ok(None) };
     let mut body = Vec::with_capacity(length.min(RESERVE));
     r.by_ref().take(length as u64).read_to_end(&mut body)?;
-    finish(&body, length).map(Some)
+    if body.len() < length {
+        return Err(CodecError::Truncated);
+    }
+    decode(&body).map(Some)
 }
 
 const HEADER: usize = size_of::<u32>();
@@ -198,13 +247,6 @@ fn parse_header(header: &[u8], max: usize) -> Result<Option<usize>, CodecError> 
     let length = u32::from_le_bytes(header) as usize;
     check_length(length, max)?;
     Ok(Some(length))
-}
-
-fn finish<T: DeserializeOwned>(body: &[u8], length: usize) -> Result<T, CodecError> {
-    if body.len() < length {
-        return Err(CodecError::Truncated);
-    }
-    decode(body)
 }
 
 fn check_length(bytes: usize, max: usize) -> Result<(), CodecError> {
@@ -285,6 +327,23 @@ mod tests {
                 "0000000000000000",
             ),
         );
+    }
+
+    #[test]
+    fn another_version_is_named_whatever_shape_the_rest_has() {
+        let named = |error: CodecError| {
+            let text = error.to_string();
+            assert!(text.contains("version 1 of the protocol, the other side 7"), "{text}");
+        };
+        // A version, then what no message of ours has; a greeting begins with its tag.
+        let (bare, greeting) = (hex::decode("07ffff").unwrap(), hex::decode("0007ffff").unwrap());
+        named(decode_versioned::<ClientFrame>(&bare).unwrap_err());
+        named(decode_versioned::<JoinRequest>(&bare).unwrap_err());
+        named(decode_versioned::<FromAgent>(&greeting).unwrap_err());
+        let heartbeat = encode(&FromAgent::Heartbeat { unix_ms: 7 }).unwrap();
+        assert!(decode_versioned::<FromAgent>(&heartbeat).is_ok(), "only a greeting has a version");
+        let frame = ClientFrame::query(Request::Nodes);
+        assert_eq!(decode_versioned::<ClientFrame>(&encode(&frame).unwrap()).unwrap(), frame);
     }
 
     fn frames(lines: &[&str]) -> Vec<u8> {

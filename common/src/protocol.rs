@@ -5,9 +5,10 @@
 //! | `fleet-join/1` | anyone with a token -> coordinator, clients' socket | one `JoinRequest`, one `JoinReply`; the only thing open without a certificate |
 //! | `fleet/1`, role client | `fleet` -> coordinator, clients' socket | bidirectional streams of requests, one after another on each: `ClientFrame`, then one `Reply` (or many for `Watch`, which is the last of its stream) |
 //! | `fleet/1`, role worker | agent -> coordinator, members' socket | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
-//! | `fleet/1`, role coordinator | coordinator -> coordinator, members' socket | unidirectional streams of `PeerMessage`: one for raft, one for what is large |
+//! | `fleet/1`, role coordinator | coordinator -> coordinator, members' socket | unidirectional streams of `PeerMessage` behind a `PeerHello`: one for raft, one for what is large |
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 
+use crate::codec::{self, Versioned};
 use crate::events::{Event, EventBatch, JobError, Outcome};
 use crate::ids::{Generation, JobId, NodeId, ParseIdError, Rank, ReplicaId, UserId};
 use crate::net::PrivateKey;
@@ -26,6 +27,18 @@ pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
 pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The first message of each stream between coordinators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerHello {
+    pub version: u32,
+}
+
+impl Versioned for PeerHello {
+    fn version(bytes: &[u8]) -> Option<u32> {
+        codec::head(bytes)
+    }
+}
 
 // ---- joining ----------------------------------------------------------------------------------------------------------
 
@@ -101,6 +114,12 @@ pub struct JoinRequest {
     pub name: String,
 }
 
+impl Versioned for JoinRequest {
+    fn version(bytes: &[u8]) -> Option<u32> {
+        codec::head(bytes)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JoinReply {
     Accepted(Box<Admission>),
@@ -133,6 +152,14 @@ pub enum FromAgent {
     Renew {
         csr_der: Vec<u8>,
     },
+}
+
+impl Versioned for FromAgent {
+    /// Of a greeting, which is the first of its variants and begins with the version.
+    fn version(bytes: &[u8]) -> Option<u32> {
+        let (variant, version) = codec::head::<(u32, u32)>(bytes)?;
+        (variant == 0).then_some(version)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

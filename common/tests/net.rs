@@ -425,17 +425,8 @@ fn a_coordinator_that_was_restarted_ends_the_connections_of_its_former_life_at_o
     second.shutdown_background();
 }
 
-#[tokio::test]
-async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
-    let ca = ca("c1");
-    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, &issue(&ca, Role::Coordinator)).unwrap();
-    let addr = endpoint.local_addr().unwrap();
-    let server = tokio::spawn(async move {
-        let incoming = endpoint.accept().await.unwrap();
-        let (connection, accepted) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
-        assert_eq!(accepted, Accepted::Join);
-        receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
-    });
+/// A joiner that says what it likes.
+async fn raw_joiner(ca: &ClusterCa, addr: std::net::SocketAddr) -> quinn::Connection {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(ca.der().to_vec().into()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -451,10 +442,45 @@ async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
     let mut transport = quinn::TransportConfig::default();
     transport.keep_alive_interval(Some(Duration::from_millis(200)));
     config.transport_config(Arc::new(transport));
-    let connection = client.connect_with(config, addr, "coordinator.fleet").unwrap().await.unwrap();
+    client.connect_with(config, addr, "coordinator.fleet").unwrap().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
+    let ca = ca("c1");
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, &issue(&ca, Role::Coordinator)).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    let server = tokio::spawn(async move {
+        let incoming = endpoint.accept().await.unwrap();
+        let (connection, accepted) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
+        assert_eq!(accepted, Accepted::Join);
+        receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
+    });
+    let connection = raw_joiner(&ca, addr).await;
     let told = describe(&connection.closed().await);
     assert_eq!(told, "no request to join came in time");
     assert_eq!(server.await.unwrap(), format!("the connection failed: {told}"));
+}
+
+#[tokio::test]
+async fn a_joiner_of_another_version_is_told_both() {
+    let ca = ca("c1");
+    let endpoint = serve(ANY.parse().unwrap(), Socket::Clients, &issue(&ca, Role::Coordinator)).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    let server = tokio::spawn(async move {
+        let incoming = endpoint.accept().await.unwrap();
+        let (connection, _) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
+        receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
+    });
+    let connection = raw_joiner(&ca, addr).await;
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    // Version 7, and then what no request has.
+    send.write_all(&[4, 0, 0, 0, 7, 0xFF, 0xFF, 0xFF]).await.unwrap();
+    let reply = fleet_common::codec::read_frame(&mut receive).await.unwrap();
+    let Some(JoinReply::Refused(refusal)) = reply else { panic!() };
+    assert!(refusal.message.contains("version 1 of the protocol, the other side 7"), "{}", refusal.message);
+    connection.close(DONE, b"");
+    assert_eq!(server.await.unwrap(), refusal.message);
 }
 
 // ---- files ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ use fleet_common::protocol::*;
 use fleet_coordinator::server::Coordinator;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 use tempfile::tempdir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -260,8 +261,17 @@ async fn a_token_lets_in_as_often_as_it_says_and_only_with_its_secret() {
     let mut client = Client::local(dir.path(), &coordinator).await;
     let request = Request::CreateToken { role: Role::Client, ttl_s: 60, uses: 1 };
     let Reply::Token { text } = client.ask(request.clone()).await else { panic!() };
-    let Reply::Refused(refusal) = client.send(client.seq, request).await else { panic!() };
-    assert!(refusal.message.contains("earlier try"), "{}", refusal.message);
+    // The answer was lost: what it gave is revoked, and a new request makes another.
+    let Reply::Refused(refusal) = client.send(client.seq, request.clone()).await else { panic!() };
+    assert_eq!(refusal.kind, RefusalKind::Spent, "{}", refusal.message);
+    let lost: net::JoinToken = text.parse().unwrap();
+    assert!(
+        refusal.message.contains(&lost.id) && refusal.message.contains("earlier try"),
+        "{}",
+        refusal.message
+    );
+    assert!(join(&coordinator, &lost, "ann").await.unwrap_err().to_string().contains("not known"));
+    let Reply::Token { text } = client.ask(request).await else { panic!() };
 
     let token: net::JoinToken = text.parse().unwrap();
     let mut forged = token.clone();
@@ -291,6 +301,65 @@ async fn a_workers_certificate_does_no_clients_work() {
     fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();
     let answer = fleet_common::codec::read_frame::<_, Reply>(&mut receive).await;
     assert!(!matches!(answer, Ok(Some(Reply::Jobs(_)))));
+}
+
+/// A frame as another version of fleet would send it: its version, then what this one does not know.
+fn of_version_7(before: &[u8]) -> Vec<u8> {
+    let body = [before, &[7, 0xFF, 0xFF, 0xFF]].concat();
+    [&(body.len() as u32).to_le_bytes()[..], &body].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_version_is_named_to_clients_workers_and_coordinators() {
+    let named = |text: &str| {
+        let both = "version 1 of the protocol, the other side 7; install the same version of fleet";
+        assert!(text.contains(both), "{text}");
+    };
+    let dir = tempdir().unwrap();
+    let coordinator = start(dir.path()).await;
+    let identity = Identity::load(&dir.path().join("client")).unwrap().unwrap();
+    let connection = net::connect(&[coordinator.endpoint().quic.clone()], &identity).await.unwrap();
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    send.write_all(&of_version_7(&[])).await.unwrap();
+    let Some(Reply::Refused(refusal)) = fleet_common::codec::read_frame(&mut receive).await.unwrap() else {
+        panic!()
+    };
+    named(&refusal.message);
+
+    let members = [coordinator.endpoint().member.clone()];
+    let identity = join(&coordinator, &token(dir.path(), "worker"), "box").await.unwrap();
+    let connection = net::connect(&members, &identity).await.unwrap();
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    send.write_all(&of_version_7(&[0])).await.unwrap();
+    let told: Option<ToAgent> = fleet_common::codec::read_frame(&mut receive).await.unwrap();
+    let Some(ToAgent::Refused { message, fatal: true }) = told else { panic!("{told:?}") };
+    named(&message);
+
+    let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
+    let other = Member::Coordinator(fleet_common::ids::ReplicaId(2));
+    let now = std::time::SystemTime::now();
+    let identity = ca.issue(other, "other", now, net::CERTIFICATE_LIFE).unwrap();
+    let connection = net::connect(&members, &identity).await.unwrap();
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(&of_version_7(&[])).await.unwrap();
+    named(&net::describe(&tokio::time::timeout(DEADLINE, connection.closed()).await.unwrap()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_a_clock_that_is_hours_behind_or_less_than_one_ahead_is_good() {
+    let dir = tempdir().unwrap();
+    let coordinator = start(dir.path()).await;
+    let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
+    let (now, hour) = (std::time::SystemTime::now(), Duration::from_secs(3600));
+    let user = Member::Client(fleet_common::ids::UserId(1));
+    let issued = |at| ca.issue(user, "ann", at, net::CERTIFICATE_LIFE).unwrap();
+    for good in [now - 6 * hour, now + hour * 9 / 10] {
+        let mut client = Client::connect(&issued(good), &coordinator).await;
+        assert!(matches!(client.ask(Request::ClusterStatus).await, Reply::Cluster(_)));
+    }
+    let at = [coordinator.endpoint().quic.clone()];
+    let error = net::connect(&at, &issued(now + 6 * hour)).await.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("not valid yet; compare the clocks"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

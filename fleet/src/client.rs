@@ -27,6 +27,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// Or cut off from the others, one of which is asked then.
 const ANSWER_MAX_SEVERAL: Duration = Duration::from_secs(3);
 
+/// Times that a change is made anew because its answer was lost for good, as where leaders die one after another.
+const SPENT_MAX: usize = 3;
+
 pub struct Client {
     cluster: Cluster,
     connection: Option<Connection>,
@@ -65,6 +68,21 @@ impl Client {
 
     /// Asks for a change, which happens once however often it has to be sent.
     pub async fn change(&mut self, request: Request) -> Result<Reply, Failure> {
+        for _ in 1..SPENT_MAX {
+            match self.change_once(request.clone()).await {
+                // what it gave went with a lost answer: the same under a new number is another request
+                Ok(Reply::Refused(refusal)) if refusal.kind == RefusalKind::Spent => {}
+                reply => return reply,
+            }
+        }
+        match self.change_once(request).await? {
+            Reply::Refused(refusal) => Err(refusal.into()),
+            reply => Ok(reply),
+        }
+    }
+
+    /// A change under one number. `Spent` is passed on as it is.
+    async fn change_once(&mut self, request: Request) -> Result<Reply, Failure> {
         let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
         let encoded = codec::encode(&request)
             .map_err(|e| Failure::input(format!("the request cannot be sent: {e}")))?;
@@ -94,7 +112,9 @@ impl Client {
                     self.ask_another();
                     Failure::from(refusal)
                 }
-                Ok(Ok(Reply::Refused(refusal))) => return Err(refusal.into()),
+                Ok(Ok(Reply::Refused(refusal))) if refusal.kind != RefusalKind::Spent => {
+                    return Err(refusal.into());
+                }
                 Ok(Ok(reply)) => return Ok(reply),
                 Ok(Err(why)) => {
                     self.connection = None;
@@ -183,7 +203,7 @@ impl Client {
         loop {
             let connection = self.connect(give_up).await?;
             let request = Request::Watch { job, from, follow };
-            let frame = ClientFrame::query(request);
+            let frame = ClientFrame { stale: self.stale, ..ClientFrame::query(request) };
             let why = match open(&connection, &frame).await {
                 Err(why) => why,
                 Ok(mut stream) => loop {

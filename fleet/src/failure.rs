@@ -71,7 +71,9 @@ impl From<TokenError> for Failure {
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Failure {
         let code = match refusal.kind {
-            RefusalKind::Invalid | RefusalKind::NotFound | RefusalKind::Forbidden => exit::REFUSED_INPUT,
+            RefusalKind::Invalid | RefusalKind::NotFound | RefusalKind::Forbidden | RefusalKind::Spent => {
+                exit::REFUSED_INPUT
+            }
             RefusalKind::Unavailable => exit::UNREACHABLE,
         };
         Failure { code, message: refusal.message }

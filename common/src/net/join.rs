@@ -8,7 +8,7 @@ use super::secret::{PrivateKey, wipe};
 use super::token::JoinToken;
 use super::verdict::{DONE, REFUSED, describe};
 use super::{limits, tls};
-use crate::codec::{self, read_frame, read_frame_limited, write_frame};
+use crate::codec::{self, CodecError, read_frame, read_versioned, write_frame};
 use crate::protocol::{
     Admission, CoordinatorAddress, JoinReply, JoinRequest, PROTOCOL_VERSION, Refusal, RefusalKind, Role,
 };
@@ -154,9 +154,14 @@ pub struct JoinExchange {
 pub async fn receive_join(connection: &Connection) -> Result<JoinExchange, NetError> {
     let read = async {
         let (send, mut receive) = connection.accept_bi().await.map_err(|error| describe(&error))?;
-        let request: Option<JoinRequest> =
-            read_frame_limited(&mut receive, REQUEST_MAX).await.map_err(|error| error.to_string())?;
-        Ok((send, request.ok_or("the joiner sent nothing")?))
+        let request = match read_versioned::<_, JoinRequest>(&mut receive, REQUEST_MAX).await {
+            Err(error @ CodecError::Version(_)) => Err(error.to_string()),
+            request => {
+                let request = request.map_err(|error| error.to_string())?;
+                Ok(request.ok_or("the joiner sent nothing")?)
+            }
+        };
+        Ok((send, request))
     };
     let read = timeout(REQUEST_DEADLINE, read).await;
     let read = read.unwrap_or_else(|_| Err("no request to join came in time".to_owned()));
@@ -164,41 +169,42 @@ pub async fn receive_join(connection: &Connection) -> Result<JoinExchange, NetEr
         connection.close(REFUSED, reason.as_bytes());
         NetError::Lost(reason)
     })?;
-    let exchange = JoinExchange { request, connection: connection.clone(), send };
-    if exchange.request.version == PROTOCOL_VERSION {
-        return Ok(exchange);
+    match request {
+        Ok(request) => Ok(JoinExchange { request, connection: connection.clone(), send }),
+        Err(reason) => {
+            let refusal = Refusal { kind: RefusalKind::Invalid, message: reason.clone() };
+            answer(connection, send, &JoinReply::Refused(refusal)).await?;
+            Err(NetError::Refused(reason))
+        }
     }
-    let reason = format!(
-        "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the joiner {}; install the same version of fleet",
-        exchange.request.version
-    );
-    let refusal = Refusal { kind: RefusalKind::Invalid, message: reason.clone() };
-    exchange.answer(&JoinReply::Refused(refusal)).await?;
-    Err(NetError::Refused(reason))
 }
 
 impl JoinExchange {
     /// Sends the reply and waits until the joiner, which has read it then, closes the connection.
-    pub async fn answer(mut self, reply: &JoinReply) -> Result<(), NetError> {
-        let sent = async {
-            // It may hold the CA's key.
-            let mut bytes = codec::frame(reply).map_err(|error| error.to_string())?;
-            let written = self.send.write_all(&bytes).await;
-            wipe(&mut bytes);
-            written.map_err(|error| error.to_string())?;
-            self.send.finish().map_err(|error| error.to_string())?;
-            match self.connection.closed().await {
-                ConnectionError::ApplicationClosed(close) if close.error_code == DONE => Ok(()),
-                error => Err(describe(&error)),
-            }
-        };
-        let sent = timeout(REPLY_DEADLINE, sent).await;
-        self.connection.close(DONE, b"");
-        match sent {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(why)) => Err(NetError::Lost(why)),
-            Err(_) => Err(NetError::Lost("the joiner did not take its answer".into())),
+    pub async fn answer(self, reply: &JoinReply) -> Result<(), NetError> {
+        answer(&self.connection, self.send, reply).await
+    }
+}
+
+async fn answer(connection: &Connection, mut send: SendStream, reply: &JoinReply) -> Result<(), NetError> {
+    let sent = async {
+        // It may hold the CA's key.
+        let mut bytes = codec::frame(reply).map_err(|error| error.to_string())?;
+        let written = send.write_all(&bytes).await;
+        wipe(&mut bytes);
+        written.map_err(|error| error.to_string())?;
+        send.finish().map_err(|error| error.to_string())?;
+        match connection.closed().await {
+            ConnectionError::ApplicationClosed(close) if close.error_code == DONE => Ok(()),
+            error => Err(describe(&error)),
         }
+    };
+    let sent = timeout(REPLY_DEADLINE, sent).await;
+    connection.close(DONE, b"");
+    match sent {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(why)) => Err(NetError::Lost(why)),
+        Err(_) => Err(NetError::Lost("the joiner did not take its answer".into())),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
+use crate::codec::{self, Versioned};
 use crate::events::Event;
 use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,12 @@ pub struct ClientFrame {
     /// A query may be answered from what this coordinator has, which may be old, without asking the others.
     pub stale: bool,
     pub request: Request,
+}
+
+impl Versioned for ClientFrame {
+    fn version(bytes: &[u8]) -> Option<u32> {
+        codec::head(bytes)
+    }
 }
 
 impl ClientFrame {
@@ -303,4 +310,6 @@ pub enum RefusalKind {
     Forbidden,
     /// Not now: no leader, disk full. Try again.
     Unavailable,
+    /// The request was carried out before, and what it gave cannot be given again. Ask anew, as another request.
+    Spent,
 }

@@ -4,7 +4,7 @@ use super::Shared;
 use super::desk::Down;
 use super::inbox::Event;
 use crate::control::{AGENT_BATCHES_MAX, Input, Session};
-use fleet_common::codec::{self, FRAME_MAX, Frames};
+use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
 use fleet_common::ids::NodeId;
 use fleet_common::net;
 use fleet_common::protocol::{FromAgent, Member, ToAgent};
@@ -51,7 +51,7 @@ pub async fn serve(shared: &Arc<Shared>, connection: &Connection, node: NodeId, 
     inbox.put(vec![Event::Agent(session, node, sink)]).await;
     let attendance = Attendance { shared, session };
     let credit = Semaphore::new(AGENT_BATCHES_MAX);
-    let agent = Agent { shared, node, name, session, credit: &credit, say };
+    let agent = Agent { shared, node, name, session, connection, credit: &credit, say };
     let why = tokio::select! {
         why = agent.listen(receive) => why,
         why = speak(shared, connection, send, down, said, &credit) => why,
@@ -66,6 +66,7 @@ struct Agent<'a> {
     node: NodeId,
     name: &'a str,
     session: Session,
+    connection: &'a Connection,
     credit: &'a Semaphore,
     /// What the driver itself answers. Lost where the agent does not read.
     say: mpsc::Sender<ToAgent>,
@@ -84,9 +85,16 @@ impl Agent<'_> {
                 Err(error) => return error.to_string(),
             }
             loop {
-                let message = match frames.next_frame() {
+                let message = match frames.next_versioned() {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
+                    Err(error @ CodecError::Version(_)) => {
+                        let message = error.to_string();
+                        let _ = self.say.try_send(ToAgent::Refused { message: message.clone(), fatal: true });
+                        // It leaves when it has read that.
+                        let _ = timeout(LEAVE_DEADLINE, self.connection.closed()).await;
+                        return message;
+                    }
                     Err(error) => return error.to_string(),
                 };
                 match message {

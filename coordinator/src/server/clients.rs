@@ -5,9 +5,7 @@ use super::{Shared, tokens};
 use crate::requests;
 use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
 use fleet_common::net;
-use fleet_common::protocol::{
-    ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
-};
+use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, Request, Role};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -107,7 +105,7 @@ impl Stream {
         let bad = |error: CodecError| invalid(error.to_string());
         let mut room = None;
         loop {
-            if let Some(frame) = frames.next_frame().map_err(bad)? {
+            if let Some(frame) = frames.next_versioned().map_err(bad)? {
                 return Ok(Some((frame, room)));
             }
             let piece = receive.read_chunk(READ_MAX, true);
@@ -158,12 +156,6 @@ impl Stream {
     }
 
     async fn carry_out(&self, frame: ClientFrame) -> Result<Reply, Refusal> {
-        if frame.version != PROTOCOL_VERSION {
-            return Err(invalid(format!(
-                "this cluster speaks version {PROTOCOL_VERSION} of the protocol, the client {}; install the same version of fleet",
-                frame.version
-            )));
-        }
         let shared = &self.shared;
         if let Request::Addresses = frame.request {
             return Ok(Reply::Addresses(shared.addresses.borrow().clone()));

@@ -160,7 +160,7 @@ impl Response {
 
     fn refused(refusal: Refusal) -> Response {
         let status = match refusal.kind {
-            RefusalKind::Invalid => 400,
+            RefusalKind::Invalid | RefusalKind::Spent => 400,
             RefusalKind::Forbidden => 403,
             RefusalKind::NotFound => 404,
             RefusalKind::Unavailable => 503,

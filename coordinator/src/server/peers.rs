@@ -10,7 +10,7 @@ use crate::control::{Input, PeerMessage};
 use fleet_common::codec::{self, Frames};
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{self, NetError};
-use fleet_common::protocol::{CoordinatorAddress, Member};
+use fleet_common::protocol::{CoordinatorAddress, Member, PROTOCOL_VERSION, PeerHello};
 use quinn::{Connection, RecvStream, SendStream};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -224,6 +224,9 @@ async fn connect(address: &str, to: ReplicaId, trust: &Trust) -> Result<Connecti
 /// Writes messages, as many at once as wait.
 async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream) -> String {
     let (mut messages, mut bytes) = (Vec::new(), Vec::new());
+    if let Err(error) = codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION }).await {
+        return error.to_string();
+    }
     while queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
         for message in messages.drain(..) {
             if let Err(error) = codec::append_frame(&message, &mut bytes) {
@@ -259,8 +262,16 @@ pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from
 /// Hands in what comes. Where there is no room it is dropped, as a network would.
 async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId) -> Result<(), String> {
     let mut frames = Frames::new(codec::FRAME_MAX);
+    let mut greeted = false;
     while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
         frames.push(&piece.bytes);
+        if !greeted {
+            let hello = frames.next_versioned::<PeerHello>().map_err(|error| error.to_string())?;
+            greeted = hello.is_some();
+            if !greeted {
+                continue;
+            }
+        }
         let mut events = Vec::new();
         while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {
             events.push(Event::Input(Input::Peer { from, message }));

@@ -3,8 +3,9 @@
 use super::Shared;
 use super::calls::unavailable;
 use crate::cluster::Answer;
-use crate::cluster::commands::{Change, CreateToken};
+use crate::cluster::commands::{Change, CreateToken, RevokeToken};
 use crate::cluster::session::RequestId;
+use fleet_common::ids::ClientId;
 use fleet_common::net::JoinToken;
 use fleet_common::protocol::{Refusal, RefusalKind, Role};
 
@@ -33,9 +34,15 @@ pub async fn create(
     };
     match shared.calls.propose(id, Change::CreateToken(create)).await? {
         Answer::TokenCreated { id } if id == token.id => Ok(token),
-        Answer::TokenCreated { id } => Err(invalid(format!(
-            "an earlier try of this request made the token {id}, and its secret is kept nowhere; ask for another with a new request"
-        ))),
+        // The answer to an earlier try was lost, and its secret with it.
+        Answer::TokenCreated { id: lost } => {
+            let revoke = RequestId { client: ClientId(rand::random()), seq: 1 };
+            shared.calls.propose(revoke, Change::RevokeToken(RevokeToken { id: lost.clone() })).await?;
+            let message = format!(
+                "an earlier try of this request made the token {lost}, whose secret is kept nowhere; it is revoked, ask for another with a new request"
+            );
+            Err(Refusal { kind: RefusalKind::Spent, message })
+        }
         Answer::Rejected(refusal) => Err(refusal),
         other => Err(unavailable(format!("the cluster gave an answer that does not fit: {other:?}"))),
     }
