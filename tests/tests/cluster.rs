@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
 use fleet_common::codec::{read_frame, write_frame};
-use fleet_common::ids::ClientId;
+use fleet_common::ids::{ClientId, JobId};
 use fleet_common::net::{self, Identity, JoinToken};
-use fleet_common::protocol::{ClientFrame, Program, Reply, Request, SubmitJob, Wish, Work};
-use fleet_tests::{Running, Standing, TinyJob, World, eventually, program};
+use fleet_common::protocol::{
+    ClientFrame, Feature, NewExport, NewProfile, Program, Reply, Request, RunKey, SubmitJob, Wish, Work,
+};
+use fleet_tests::{Client, Running, Standing, TinyJob, World, eventually, program};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -95,6 +97,68 @@ fn send(cluster: &Standing, frame: &ClientFrame) -> Reply {
         write_frame(&mut up, frame).await.unwrap();
         read_frame(&mut down).await.unwrap().unwrap()
     })
+}
+
+#[test]
+fn everything_that_was_recorded_is_shown_by_the_program() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let _worker = world.worker(&cluster, 1);
+    let job = world.job(&TinyJob { save_steps: 10, ..TinyJob::default() }).display().to_string();
+    world.run("fleet", &["submit", &job, "--wait", "--cluster", cluster.cluster()]).expect(0);
+    let mut client = Client::new(&cluster.data_dir.join("client"), vec![cluster.endpoint.quic.clone()]);
+    let export = NewExport {
+        job: JobId(1),
+        step: 20,
+        format: "onnx".into(),
+        path: "/m.onnx".into(),
+        bytes: 9,
+        sha256: "ef".repeat(32),
+    };
+    let feature = Feature {
+        name: "length".into(),
+        samples: 10,
+        mean: 1.0,
+        std_dev: 0.5,
+        edges: vec![0.0, 1.0, 2.0],
+        counts: vec![4, 6],
+    };
+    let profile = NewProfile { run: RunKey::Job(JobId(1)), name: "p".into(), features: vec![feature] };
+    client.change(Request::RecordExport(export)).unwrap();
+    client.change(Request::RecordProfile(profile)).unwrap();
+    client.change(Request::StartRun { name: "sweep".into() }).unwrap();
+
+    for how in [&[][..], &["--stale"]] {
+        let ask = |args: &[&str]| ask(&world, &cluster, &[how, args].concat());
+        let status = ask(&["status"]);
+        assert_eq!(status["leader"]["id"], "replica-1", "{status}");
+        assert_eq!(status["leader"]["address"], cluster.endpoint.quic.as_str(), "{status}");
+        assert_eq!(
+            (&status["nodes"][0]["node"], &status["jobs"][0]["job"]),
+            (&"node-1".into(), &"job-1".into())
+        );
+        let top = ask(&["top"]);
+        assert_eq!((&top["nodes"], &top["jobs"][0]["step"]), (&status["nodes"], &20.into()), "{top}");
+        let events = ask(&["events"]);
+        assert!(events[0]["why"].as_str().unwrap().starts_with("job-1 starts with 1 rank"), "{events}");
+        let checkpoint = ask(&["checkpoints", "show", "job-1", "20"]);
+        let shards = checkpoint["shards"].as_array().unwrap();
+        assert!(
+            checkpoint["step"] == 20 && shards[0]["sha256"].as_str().unwrap().len() == 64,
+            "{checkpoint}"
+        );
+        let (exports, profiles, runs) =
+            (ask(&["exports", "ls"]), ask(&["profiles", "ls"]), ask(&["runs", "ls"]));
+        assert_eq!((&exports[0]["job"], &exports[0]["step"]), (&"job-1".into(), &20.into()), "{exports}");
+        assert_eq!(ask(&["exports", "show", "export-1"])["manifest_sha256"], checkpoint["manifest_sha256"]);
+        assert_eq!(profiles[0]["name"], "p", "{profiles}");
+        assert_eq!(
+            ask(&["profiles", "show", "profile-1"])["features"][0]["counts"],
+            serde_json::json!([4, 6])
+        );
+        assert!(runs.as_array().unwrap().iter().any(|run| run["name"] == "sweep"), "{runs}");
+        assert_eq!(ask(&["runs", "show", "run-1"])["name"], "sweep");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use fleet_common::ids::ClientId;
 use fleet_common::net::{self, Identity, JoinToken};
 use fleet_common::protocol::*;
-use fleet_tests::{Running, Standing, World, eventually};
+use fleet_tests::{Coordinators, Running, Standing, TinyJob, World, eventually};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -329,4 +329,96 @@ fn a_damaged_log_stops_its_coordinator_which_is_replaced() {
     fs::rename(&dir, world.path("set-aside")).unwrap();
     let joined = world.join_coordinator(&all[0], &dir, &[]);
     assert_eq!(joined.endpoint.replica.0, 4);
+}
+
+#[test]
+fn the_leader_is_taken_out_while_a_job_trains_and_no_step_is_lost() {
+    let world = World::new();
+    let mut all = Coordinators::start(&world, 3);
+    let _worker = all.worker(0, 2);
+    let job = world.job(&TinyJob { max_steps: 300, ..TinyJob::default() }).display().to_string();
+    let submitted = all.ask(&["submit", "-n", "2", &job]);
+    let job = submitted["job"].as_str().unwrap().to_owned();
+    let step = |all: &Coordinators<'_>| all.ask(&["status", &job])["step"].as_u64();
+    eventually("some steps are done", || step(&all) >= Some(10));
+    let mut leader = None;
+    eventually("somebody leads", || {
+        leader = all.leader();
+        leader.is_some()
+    });
+    let leader = leader.unwrap();
+    let id = format!("replica-{}", leader + 1);
+    all.ask(&["coordinators", "remove", &id]);
+    eventually("the others lead", || all.leader().is_some_and(|new| new != leader));
+    let status = all.ask(&["status"]);
+    assert_ne!(status["leader"]["id"], id.as_str());
+    assert!(
+        status["leader"]["address"]
+            .as_str()
+            .is_some_and(|address| all.addresses().iter().any(|known| known == address)),
+        "{status}"
+    );
+    assert_eq!(status["nodes"].as_array().map(Vec::len), Some(1), "{status}");
+    assert_eq!(status["jobs"][0]["job"], job.as_str(), "{status}");
+    eventually("the job is done", || all.ask(&["status", &job])["state"] == "succeeded");
+    let cluster = all.data_dir(0).display().to_string();
+    let logs = world.run("fleet", &["logs", &job, "--json", "--cluster", &cluster]).expect(0);
+    let steps: Vec<u64> = logs.losses().into_iter().map(|(step, _)| step).collect();
+    assert_eq!(steps, (1..=300).collect::<Vec<_>>());
+    assert_eq!(all.ask(&["status", &job])["generation"], 1, "its ranks never noticed");
+}
+
+#[test]
+fn without_a_majority_what_one_coordinator_has_can_still_be_read() {
+    let world = World::new();
+    let mut all = Coordinators::start(&world, 3);
+    let job = all.ask(&["submit", "--queue", "--", "true"])["job"].as_str().unwrap().to_owned();
+    all.ask(&["cancel", &job]);
+    let known = |all: &Coordinators<'_>| {
+        let jobs = all.client(0).stale(Request::Jobs { all: None });
+        matches!(jobs, Ok(Reply::Jobs(jobs)) if jobs.items.iter().any(|view| view.state.is_final()))
+    };
+    eventually("it is known at the one that stays", || known(&all));
+    all.kill(1);
+    all.kill(2);
+    let cluster = all.data_dir(0).display().to_string();
+    let fleet = |args: &[&str]| world.run("fleet", &[&["--cluster", &cluster], args].concat());
+    let told = fleet(&["--stale", "logs", &job, "--json"]).expect(0);
+    assert_eq!(told.events("finished").len(), 1, "{}", told.all());
+    for query in [&["jobs"][..], &["status"], &["nodes"], &["events"], &["top"], &["logs"]] {
+        fleet(&[&["--stale"], query, &["--json"]].concat()).expect(0);
+    }
+    fleet(&["logs", &job]).expect(3);
+}
+
+#[test]
+fn several_coordinators_and_a_user_who_logged_in_outlive_their_first_certificates() {
+    let world = World::new();
+    let data = world.path("coordinator-1");
+    let short = ["--certificate-life", "6s"];
+    let mut command = world.command("coordinator");
+    command.args(["start", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]).args(short);
+    command.arg("--data-dir").arg(&data);
+    let mut all = vec![world.standing(Running::start(command), &data)];
+    for number in 2..=3 {
+        let joined = world.join_coordinator(&all[0], &world.path(&format!("coordinator-{number}")), &short);
+        all.push(joined);
+    }
+    let token = world.write("client.token", world.token(&all[0], &["--role", "client"]));
+    let quic = all[1].endpoint.quic.clone();
+    world.run("fleet", &["login", &quic, "--token-file", token.to_str().unwrap()]).expect(0);
+    let end = |standing: &Standing| {
+        let identity = Identity::load(&standing.data_dir.join("identity")).unwrap().unwrap();
+        SystemTime::now() + identity.remaining(SystemTime::now())
+    };
+    let first: Vec<SystemTime> = all.iter().map(end).collect();
+    let logged_in = SystemTime::now();
+    eventually("all have outlived two certificates", || {
+        let done = world.run("fleet", &["nodes", "--cluster", &quic]).expect(0);
+        assert!(!done.stderr.contains("not renewed"), "{}", done.all());
+        let outlived = |(one, first): (&Standing, &SystemTime)| end(one) > *first + Duration::from_secs(6);
+        all.iter().zip(&first).all(outlived) && logged_in.elapsed().unwrap() > Duration::from_secs(13)
+    });
+    // They still hear each other: a change needs two of them.
+    world.run("fleet", &["submit", "--queue", "--cluster", &quic, "--", "true"]).expect(0);
 }

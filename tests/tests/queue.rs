@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{Running, Standing, World, eventually};
+use fleet_tests::{Finished, Running, Standing, TinyJob, World, eventually};
 use serde_json::Value;
 
 const ANY: &str = "127.0.0.1:0";
@@ -108,7 +108,10 @@ fn a_drained_node_s_job_starts_again_elsewhere_and_a_job_that_waits_says_why() {
     let second = endless(&world, &cluster, &["--labels", &wish]);
     let waits = status(&world, &cluster, &second);
     let reason = waits["reason"].as_str().unwrap();
-    assert!(reason.starts_with("waits for more nodes") && reason.ends_with("1 node is drained"), "{reason}");
+    assert!(
+        reason.starts_with("waits for more nodes") && reason.contains(&format!("node {from} is drained")),
+        "{reason}"
+    );
     fleet(&world, &cluster, &["undrain", from, "--json"]);
     until(&world, &cluster, &second, "the second job runs", |job| job["state"] == "running");
     let events = fleet(&world, &cluster, &["events", "--json"]);
@@ -118,6 +121,87 @@ fn a_drained_node_s_job_starts_again_elsewhere_and_a_job_that_waits_says_why() {
     for job in [first, second] {
         fleet(&world, &cluster, &["cancel", &job, "--now", "--json"]);
     }
+}
+
+/// Step and exact loss of each step that the job's history has, in its order.
+fn curve(finished: &Finished) -> Vec<(u64, u64)> {
+    finished.losses().into_iter().map(|(step, loss)| (step, loss.to_bits())).collect()
+}
+
+#[test]
+fn a_training_job_that_a_drain_moves_goes_on_from_its_checkpoint_without_a_trace() {
+    let world = World::new();
+    let (cluster, _workers) = cluster(&world, &[("left", 2), ("right", 2)]);
+    // Long enough that the drain comes in the middle.
+    let tiny = TinyJob { max_steps: 400, ..TinyJob::default() };
+    let file = world.job(&tiny).display().to_string();
+    let submitted = |out: &str| {
+        let out = format!("output_dir={out}");
+        let args = ["submit", "-n", "2", &file, "--json", "--set", &out];
+        fleet(&world, &cluster, &args)["job"].as_str().unwrap().to_owned()
+    };
+    let job = submitted("moved");
+    let running =
+        until(&world, &cluster, &job, "some steps are done", |job| job["step"].as_u64() >= Some(20));
+    let from = running["parts"][0]["name"].as_str().unwrap().to_owned();
+    fleet(&world, &cluster, &["drain", &from, "--now", "--json"]);
+    let again = until(&world, &cluster, &job, "it runs elsewhere", |job| {
+        job["generation"] == 2 && job["state"] == "running"
+    });
+    assert_ne!(again["parts"][0]["name"], from.as_str());
+    let checkpoint = &again["checkpoint"]["step"];
+    assert!(checkpoint.as_u64() >= Some(20) && checkpoint.as_u64() < Some(400), "{again}");
+    until(&world, &cluster, &job, "it is done", |job| job["state"] == "succeeded");
+    let logs =
+        |job: &str| world.run("fleet", &["--cluster", cluster.cluster(), "logs", job, "--json"]).expect(0);
+    let moved = logs(&job);
+    let starts: Vec<_> = moved
+        .json()
+        .iter()
+        .filter(|line| line["event"] == "started")
+        .map(|line| line["step"].clone())
+        .collect();
+    assert_eq!(starts, [Value::from(0), checkpoint.clone()]);
+
+    fleet(&world, &cluster, &["undrain", &from, "--json"]);
+    let undisturbed = submitted("undisturbed");
+    until(&world, &cluster, &undisturbed, "it is done", |job| job["state"] == "succeeded");
+    let (moved, undisturbed) = (curve(&moved), curve(&logs(&undisturbed)));
+    assert_eq!(moved.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=400).collect::<Vec<_>>());
+    assert_eq!(moved, undisturbed, "bit for bit");
+}
+
+#[test]
+fn a_drain_waits_for_what_runs_and_drained_nodes_count_for_what_could_run() {
+    let world = World::new();
+    let (cluster, _workers) = cluster(&world, &[("left", 1), ("right", 1)]);
+    let go = world.path("go");
+    let script = format!("echo runs; until test -e {}; do sleep 0.05; done", go.display());
+    let submitted = fleet(&world, &cluster, &["submit", "--json", "--", "sh", "-c", &script]);
+    let job = submitted["job"].as_str().unwrap().to_owned();
+    let running = until(&world, &cluster, &job, "the job runs", |job| job["state"] == "running");
+    for node in ["left", "right"] {
+        fleet(&world, &cluster, &["drain", node, "--json"]);
+    }
+    // What is drained could be taken back: two ranks may wait, three could never run.
+    let cluster_args = ["--cluster", cluster.cluster()];
+    let three = ["submit", "-n", "3", "--", "true"];
+    world
+        .run("fleet", &[&cluster_args[..], &three].concat())
+        .expect(2)
+        .says("all 2 nodes together have 2 slots");
+    let two = fleet(&world, &cluster, &["submit", "-n", "2", "--json", "--", "true"]);
+    let waits = status(&world, &cluster, two["job"].as_str().unwrap());
+    let reason = waits["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("nodes left and right are drained (`fleet undrain` takes them back)"),
+        "{reason}"
+    );
+    let still = status(&world, &cluster, &job);
+    assert_eq!((&still["state"], &still["parts"]), (&running["state"], &running["parts"]));
+    world.write("go", "");
+    let done = until(&world, &cluster, &job, "it is done", |job| job["state"] == "succeeded");
+    assert_eq!(done["generation"], 1);
 }
 
 #[test]
