@@ -348,7 +348,7 @@ fn a_damaged_log_stops_its_coordinator_which_is_replaced() {
 #[test]
 fn the_leader_is_taken_out_while_a_job_trains_and_no_step_is_lost() {
     let world = World::new();
-    let all = Coordinators::start(&world, 3);
+    let mut all = Coordinators::start(&world, 3);
     let _worker = all.worker(0, 2);
     let job = world.job(&TinyJob { max_steps: 300, ..TinyJob::default() }).display().to_string();
     let submitted = all.ask(&["submit", "-n", "2", &job]);
