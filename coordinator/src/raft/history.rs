@@ -10,6 +10,9 @@ use fleet_common::protocol::{Point, Work};
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
+/// Of events, after which no more are read at once.
+const EVENT_BYTES: usize = 4 << 20;
+
 /// Reads what is recorded. Cheap to clone.
 pub struct History<D: ?Sized> {
     disk: Arc<D>,
@@ -26,9 +29,9 @@ impl<D: Disk + ?Sized> History<D> {
         History { disk }
     }
 
-    /// At most `max` events of a job from the `from`-th on, each with its index.
+    /// At most `max` events of a job from the `from`-th on, each with its index; fewer when they are large.
     pub fn events(&self, job: JobId, from: u64, max: usize) -> Result<Vec<(u64, Event)>, DiskError> {
-        self.scan(Table::Events, &key(&[job.0, from]), &key(&[job.0, u64::MAX]), max)
+        self.scan(Table::Events, &key(&[job.0, from]), &key(&[job.0, u64::MAX]), max, EVENT_BYTES)
     }
 
     /// Rows of a table with one number for a key, `from <= number < to`.
@@ -39,7 +42,7 @@ impl<D: Disk + ?Sized> History<D> {
         to: u64,
         max: usize,
     ) -> Result<Vec<(u64, T)>, DiskError> {
-        self.scan(table, &key(&[from]), &key(&[to]), max)
+        self.scan(table, &key(&[from]), &key(&[to]), max, usize::MAX)
     }
 
     /// One batch of a run's points.
@@ -61,15 +64,17 @@ impl<D: Disk + ?Sized> History<D> {
         first: &[u8],
         end: &[u8],
         max: usize,
+        bytes_max: usize,
     ) -> Result<Vec<(u64, T)>, DiskError> {
-        let mut rows = Vec::new();
+        let (mut rows, mut bytes) = (Vec::new(), 0);
         let mut damage = None;
         self.disk.scan(table, first, end, &mut |key, value| {
+            bytes += value.len();
             match open(table, key, value) {
                 Ok(row) => rows.push((last_number(key), row)),
                 Err(error) => damage = Some(error),
             }
-            damage.is_none() && rows.len() < max
+            damage.is_none() && rows.len() < max && bytes < bytes_max
         })?;
         damage.map_or(Ok(rows), Err)
     }

@@ -132,6 +132,9 @@ async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
 /// Whether this coordinator can serve, which it can by any leader.
 fn health(shared: &Shared) -> Response {
     let status = shared.status.borrow().clone();
+    if let Some(why) = status.removed {
+        return Response::text(503, why);
+    }
     match (status.leader, status.read_only) {
         (Some(_), None) => Response::text(200, "ok"),
         (_, Some(why)) => Response::text(503, format!("read-only: {why}")),

@@ -25,21 +25,23 @@ impl<D: Disk + ?Sized> View<'_, D> {
     ) -> Result<Listing<T>, Refusal> {
         let max = page.max.clamp(1, PAGE_MAX) as usize;
         let mut before = page.before.unwrap_or(u64::MAX).min(last.saturating_add(1));
-        let (mut items, mut width) = (Vec::new(), CHUNK);
+        // Rows may be large where pages are small.
+        let chunk = CHUNK.min(2 * max as u64);
+        let (mut items, mut width) = (Vec::new(), chunk);
         for _ in 0..LOOKS_MAX {
             let from = before.saturating_sub(width).max(1);
             let rows: Vec<(u64, R)> =
-                self.history.rows_between(table, from, before, CHUNK as usize + 1).map_err(unreadable)?;
-            if rows.len() > CHUNK as usize {
+                self.history.rows_between(table, from, before, chunk as usize + 1).map_err(unreadable)?;
+            if rows.len() > chunk as usize {
                 // The far end of what was looked at is full: this end of it may be as well.
-                width = CHUNK;
+                width = chunk;
                 continue;
             }
             let none = rows.is_empty();
             let rows = rows.into_iter().filter_map(|(number, row)| Some((number, show(number, row)?)));
             let mut found: BTreeMap<u64, T> = rows.collect();
             found.extend(remembered(from..before));
-            width = if none && found.is_empty() { width.saturating_mul(2) } else { CHUNK };
+            width = if none && found.is_empty() { width.saturating_mul(2) } else { chunk };
             for (number, item) in found.into_iter().rev() {
                 items.push(item);
                 if items.len() >= max {

@@ -59,7 +59,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
         match run {
             RunKey::Job(id) => {
                 let events = self.history.events(id, from, EVENTS_MAX).map_err(unreadable)?;
-                let next = (events.len() == EVENTS_MAX).then(|| from + EVENTS_MAX as u64);
+                // Behind the last one there is one more look, which finds nothing.
+                let next = events.last().map(|(index, _)| index + 1);
                 Ok((events.into_iter().flat_map(|(_, event)| points_of(&event)).collect(), next))
             }
             RunKey::Own(id) => {

@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 const FEATURES_MAX: usize = 1_000;
 /// Bins of one histogram.
 const BINS_MAX: usize = 256;
+/// Bins of all histograms of one profile: lists of profiles are read with them.
+const ALL_BINS_MAX: usize = 16_384;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecordProfile {
@@ -29,6 +31,12 @@ impl RecordProfile {
         };
         if record.features.is_empty() || record.features.len() > FEATURES_MAX {
             return Answer::invalid(format!("a profile has 1 to {FEATURES_MAX} features"));
+        }
+        let bins: usize = record.features.iter().map(|feature| feature.counts.len()).sum();
+        if bins > ALL_BINS_MAX {
+            return Answer::invalid(format!(
+                "a profile has at most {ALL_BINS_MAX} bins in all, not {bins}; use fewer for each feature"
+            ));
         }
         let mut names = BTreeSet::new();
         if let Some(twice) = record.features.iter().find(|feature| !names.insert(&feature.name)) {
