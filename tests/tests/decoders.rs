@@ -50,7 +50,9 @@ fn damaged(input: &[u8], random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-fn try_all(target: fn(&[u8]), inputs: Vec<Vec<u8>>) {
+type Target = fn(&[u8]);
+
+fn try_all(target: Target, inputs: Vec<Vec<u8>>) {
     let mut random = Random::new(1);
     for input in inputs {
         target(&input);
@@ -291,7 +293,7 @@ fn what_was_found_once_is_not_found_again() {
         let digit = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
         (0..hex.len()).step_by(2).map(digit).collect()
     };
-    let found: &[(fn(&[u8]), &str)] = &[(fuzz::disk, "000200")];
+    let found: &[(Target, &str)] = &[(fuzz::disk, "000200")];
     for (target, bytes) in found {
         target(&hex(bytes));
     }
