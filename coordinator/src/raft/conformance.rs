@@ -7,8 +7,8 @@ use super::disk::{Batch, Disk, DiskError, Durability, Table};
 pub trait Kind {
     type Disk: Disk;
 
-    /// An empty one.
-    fn new(&mut self) -> Self::Disk;
+    /// One that was never written to.
+    fn empty(&mut self) -> Self::Disk;
 
     /// What the next process finds after this one was killed.
     fn killed(&mut self, disk: Self::Disk) -> Self::Disk;
@@ -22,10 +22,10 @@ pub trait Kind {
 
 /// Checks a kind of disk. Panics with what differs.
 pub fn check<K: Kind>(kind: &mut K) {
-    tables_are_apart(&kind.new());
-    scans_are_ordered_and_bounded(&kind.new());
-    batches_apply_in_order(&kind.new());
-    bytes_are_bytes(&kind.new());
+    tables_are_apart(&kind.empty());
+    scans_are_ordered_and_bounded(&kind.empty());
+    batches_apply_in_order(&kind.empty());
+    bytes_are_bytes(&kind.empty());
     what_was_written_outlives_the_process(kind);
     what_was_synced_outlives_the_power(kind);
     a_full_disk_takes_nothing_and_keeps_all(kind);
@@ -109,7 +109,8 @@ fn round(n: u8) -> Batch {
 
 /// The newest round whose rows are there, which must be all of its rows and no others.
 fn whole_round(disk: &dyn Disk) -> u8 {
-    let last = disk.get(Table::Meta, b"last").unwrap().map_or(0, |value| value[0]);
+    let last =
+        disk.get(Table::Meta, b"last").expect("what was written can be read").map_or(0, |value| value[0]);
     for table in Table::ALL {
         let expected = match last {
             0 => Vec::new(),
@@ -121,7 +122,7 @@ fn whole_round(disk: &dyn Disk) -> u8 {
 }
 
 fn what_was_written_outlives_the_process<K: Kind>(kind: &mut K) {
-    let mut disk = kind.new();
+    let mut disk = kind.empty();
     for n in 1..6 {
         let durability = if n % 2 == 0 { Durability::Synced } else { Durability::Written };
         assert_eq!(disk.write(&round(n), durability), Ok(()));
@@ -132,7 +133,7 @@ fn what_was_written_outlives_the_process<K: Kind>(kind: &mut K) {
 
 /// A synced write makes all before it durable; of those after it a prefix is there, each whole.
 fn what_was_synced_outlives_the_power<K: Kind>(kind: &mut K) {
-    let disk = kind.new();
+    let disk = kind.empty();
     for (n, durability) in [(1, Durability::Written), (2, Durability::Synced), (3, Durability::Written)] {
         assert_eq!(disk.write(&round(n), durability), Ok(()));
     }
@@ -143,7 +144,7 @@ fn what_was_synced_outlives_the_power<K: Kind>(kind: &mut K) {
 }
 
 fn a_full_disk_takes_nothing_and_keeps_all<K: Kind>(kind: &mut K) {
-    let disk = kind.new();
+    let disk = kind.empty();
     assert_eq!(disk.write(&round(1), Durability::Synced), Ok(()));
     if !kind.fill(&disk, true) {
         return;

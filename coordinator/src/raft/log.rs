@@ -220,9 +220,12 @@ impl<D: Disk> LogStore<D> {
         let numbers = [hard.term, hard.commit, hard.last_index, log.snapshot.index, log.floor.index];
         if numbers.iter().any(|number| *number >= NUMBER_MAX)
             || log.floor.index > log.snapshot.index
+            || log.replica == raft::INVALID_ID
             || !(has_no_members || is_consistent(&log.conf))
         {
-            return Err(LogError::Damaged("its hard state or its snapshot row makes no sense".into()));
+            return Err(LogError::Damaged(
+                "its rows of format, hard state and snapshot make no sense".into(),
+            ));
         }
         log.check_entries()?;
         if log.last.index != hard.last_index {

@@ -240,7 +240,7 @@ mod tests {
     impl Kind for InMemory {
         type Disk = MemoryDisk;
 
-        fn new(&mut self) -> MemoryDisk {
+        fn empty(&mut self) -> MemoryDisk {
             MemoryDisk::default()
         }
 

@@ -184,7 +184,7 @@ mod tests {
     impl Kind for OnDisk {
         type Disk = RocksDisk;
 
-        fn new(&mut self) -> RocksDisk {
+        fn empty(&mut self) -> RocksDisk {
             self.count += 1;
             RocksDisk::open(&self.dir.path().join(self.count.to_string())).unwrap()
         }
