@@ -269,7 +269,11 @@ fn a_coordinator_that_cannot_write_says_so_to_stale_queries_and_to_the_leader() 
         let Reply::Coordinators(views) = net.ask(leader, frame(0, 0, Request::Coordinators)) else {
             panic!()
         };
-        views.iter().filter(|view| view.read_only == Some(true)).map(|view| view.address.replica.0).collect()
+        views
+            .iter()
+            .filter(|view| view.read_only == Some(true))
+            .map(|view| view.address.replica.0)
+            .collect::<Vec<_>>()
     };
     net.run(1_000);
     assert_eq!(read_only(&mut net), Vec::from([stuck]));
