@@ -184,14 +184,21 @@ mod tests {
 
         /// A copy of the files while they are open is what a killed process leaves: nothing of it is closed or flushed.
         fn killed(&mut self, disk: RocksDisk) -> RocksDisk {
-            self.count += 1;
-            let to = self.dir.path().join(self.count.to_string());
-            std::fs::create_dir(&to).unwrap();
-            for file in std::fs::read_dir(&disk.path).unwrap() {
-                let file = file.unwrap();
-                std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
-            }
-            RocksDisk::open(&to).unwrap()
+            let copied = |to: &Path| -> std::io::Result<()> {
+                std::fs::create_dir(to)?;
+                for file in std::fs::read_dir(&disk.path)? {
+                    let file = file?;
+                    std::fs::copy(file.path(), to.join(file.file_name()))?;
+                }
+                Ok(())
+            };
+            // Files that are not needed any more go while others are copied, which a kill cannot see.
+            let copy = (0..9).find_map(|_| {
+                self.count += 1;
+                let to = self.dir.path().join(self.count.to_string());
+                copied(&to).ok().map(|()| to)
+            });
+            RocksDisk::open(&copy.unwrap()).unwrap()
         }
 
         fn without_power(&mut self, _: RocksDisk) -> Option<RocksDisk> {
