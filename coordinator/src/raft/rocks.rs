@@ -191,18 +191,21 @@ mod tests {
 
         /// A copy of the files while they are open is what a killed process leaves: nothing of it is closed or flushed.
         fn killed(&mut self, disk: RocksDisk) -> RocksDisk {
-            self.count += 1;
-            let to = self.dir.path().join(self.count.to_string());
-            std::fs::create_dir(&to).unwrap();
-            for file in std::fs::read_dir(&disk.path).unwrap() {
-                let file = file.unwrap();
-                match std::fs::copy(file.path(), to.join(file.file_name())) {
-                    // RocksDB removes by and by what it does not need any more.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    copied => drop(copied.unwrap()),
+            let copied = |to: &Path| -> std::io::Result<()> {
+                std::fs::create_dir(to)?;
+                for file in std::fs::read_dir(&disk.path)? {
+                    let file = file?;
+                    std::fs::copy(file.path(), to.join(file.file_name()))?;
                 }
-            }
-            RocksDisk::open(&to).unwrap()
+                Ok(())
+            };
+            // Files that are not needed any more go while others are copied, which a kill cannot see.
+            let copy = (0..9).find_map(|_| {
+                self.count += 1;
+                let to = self.dir.path().join(self.count.to_string());
+                copied(&to).ok().map(|()| to)
+            });
+            RocksDisk::open(&copy.unwrap()).unwrap()
         }
 
         fn without_power(&mut self, _: RocksDisk) -> Option<RocksDisk> {
