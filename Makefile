@@ -16,6 +16,7 @@ demo: build
 	@deploy/demo.sh $(BIN)
 
 test: build
+	@deploy/setup.sh --tests
 	cargo test --workspace --locked --no-fail-fast
 
 lint: setup

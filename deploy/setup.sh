@@ -24,6 +24,18 @@ debian_packages() {
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq "${missing[@]}" >/dev/null
 }
 
+# Networks of their own for tests: namespaces, cuts, slow links.
+test_packages() {
+    local missing=()
+    command -v ip >/dev/null && command -v tc >/dev/null || missing+=(iproute2)
+    command -v nft >/dev/null || missing+=(nftables)
+    [ ${#missing[@]} -eq 0 ] && return
+    # Tests that need them say that they skip.
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then return; fi
+    say "installing Debian packages for tests: ${missing[*]}"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null || say "no ${missing[*]}: tests of networks will skip"
+}
+
 libtorch() {
     if [ -n "${LIBTORCH:-}" ]; then
         [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] || die "LIBTORCH=$LIBTORCH has no lib/libtorch_cpu.so; unset it to let setup fetch libtorch $TORCH"
@@ -48,5 +60,6 @@ libtorch() {
 }
 
 debian_packages
+[ "${1:-}" != --tests ] || test_packages
 libtorch
 say "ready"

@@ -170,7 +170,10 @@ impl<'a> Coordinators<'a> {
     /// The answer of `fleet COMMAND --json`, asked of whoever answers.
     pub fn ask(&self, args: &[&str]) -> Value {
         let cluster = self.data_dir(0).display().to_string();
-        let done = self.world.run("fleet", &[args, &["--json", "--cluster", &cluster]].concat()).expect(0);
+        // What lies behind `--` is a program's.
+        let (own, program) = args.split_at(args.iter().position(|arg| *arg == "--").unwrap_or(args.len()));
+        let done =
+            self.world.run("fleet", &[own, &["--json", "--cluster", &cluster], program].concat()).expect(0);
         serde_json::from_str(&done.stdout.concat()).unwrap_or_else(|error| panic!("{error}: {}", done.all()))
     }
 
