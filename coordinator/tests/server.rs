@@ -346,19 +346,19 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_of_a_clock_that_is_hours_behind_or_less_than_one_ahead_is_good() {
+async fn a_certificate_of_a_clock_that_is_hours_off_is_good_and_one_of_next_month_is_not() {
     let dir = tempdir().unwrap();
     let coordinator = start(dir.path()).await;
     let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
     let (now, hour) = (std::time::SystemTime::now(), Duration::from_secs(3600));
     let user = Member::Client(fleet_common::ids::UserId(1));
     let issued = |at| ca.issue(user, "ann", at, net::CERTIFICATE_LIFE).unwrap();
-    for good in [now - 6 * hour, now + hour * 9 / 10] {
+    for good in [now - 6 * hour, now + 6 * hour] {
         let mut client = Client::connect(&issued(good), &coordinator).await;
         assert!(matches!(client.ask(Request::ClusterStatus).await, Reply::Cluster(_)));
     }
     let at = [coordinator.endpoint().quic.clone()];
-    let error = net::connect(&at, &issued(now + 6 * hour)).await.map(|_| ()).unwrap_err().to_string();
+    let error = net::connect(&at, &issued(now + 24 * 30 * hour)).await.map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("not valid yet; compare the clocks"), "{error}");
 }
 
