@@ -11,6 +11,7 @@ use fleet_common::protocol::*;
 use fleet_coordinator::server::{Coordinator, Options, backup};
 use std::time::{Duration, Instant};
 use tempfile::{TempDir, tempdir};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 struct Three {
     dirs: Vec<TempDir>,
@@ -126,6 +127,26 @@ async fn any_of_three_answers_anybody_and_one_may_be_lost() {
     })
     .await;
     assert_eq!(client.send(900, program(1)).await, Reply::Submitted { job }, "once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_leader_counts_the_nodes_that_are_connected() {
+    let three = Three::start().await;
+    let _agent = Agent::join(three.dirs[0].path(), &three.coordinators[1], 4).await;
+    let leader = until("a leader", three.leader()).await;
+    for coordinator in &three.coordinators {
+        let leads = coordinator.endpoint().replica == leader;
+        until("the metrics of this one are right", async || {
+            let mut stream = tokio::net::TcpStream::connect(&coordinator.endpoint().http).await.unwrap();
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.unwrap();
+            let known = text.contains("\nfleet_nodes_connected 1\n") && text.contains("\nfleet_slots 4\n");
+            assert!(leads || !text.contains("fleet_nodes_connected") && !text.contains("fleet_slots "));
+            (text.contains("\nfleet_nodes 1\n") && (known || !leads)).then_some(())
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -348,7 +348,7 @@ fn a_damaged_log_stops_its_coordinator_which_is_replaced() {
 #[test]
 fn the_leader_is_taken_out_while_a_job_trains_and_no_step_is_lost() {
     let world = World::new();
-    let mut all = Coordinators::start(&world, 3);
+    let all = Coordinators::start(&world, 3);
     let _worker = all.worker(0, 2);
     let job = world.job(&TinyJob { max_steps: 300, ..TinyJob::default() }).display().to_string();
     let submitted = all.ask(&["submit", "-n", "2", &job]);
@@ -386,7 +386,10 @@ fn the_leader_is_taken_out_while_a_job_trains_and_no_step_is_lost() {
 fn without_a_majority_what_one_coordinator_has_can_still_be_read() {
     let world = World::new();
     let mut all = Coordinators::start(&world, 3);
-    let job = all.ask(&["submit", "--queue", "--", "true"])["job"].as_str().unwrap().to_owned();
+    let cluster = all.data_dir(0).display().to_string();
+    let fleet = |args: &[&str]| world.run("fleet", &[&["--cluster", &cluster], args].concat());
+    let submitted = fleet(&["submit", "--queue", "--json", "--", "true"]).expect(0);
+    let job = submitted.json()[0]["job"].as_str().unwrap().to_owned();
     all.ask(&["cancel", &job]);
     let known = |all: &Coordinators<'_>| {
         let jobs = all.client(0).stale(Request::Jobs { all: None });
@@ -395,8 +398,6 @@ fn without_a_majority_what_one_coordinator_has_can_still_be_read() {
     eventually("it is known at the one that stays", || known(&all));
     all.kill(1);
     all.kill(2);
-    let cluster = all.data_dir(0).display().to_string();
-    let fleet = |args: &[&str]| world.run("fleet", &[&["--cluster", &cluster], args].concat());
     let told = fleet(&["--stale", "logs", &job, "--json"]).expect(0);
     assert_eq!(told.events("finished").len(), 1, "{}", told.all());
     for query in [&["jobs"][..], &["status"], &["nodes"], &["events"], &["top"], &["logs"]] {
