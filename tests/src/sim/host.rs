@@ -7,7 +7,7 @@ use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{FromAgent, Member, Reply, ToAgent};
 use fleet_coordinator::cluster::State;
 use fleet_coordinator::control::{
-    AGENT_BATCHES_MAX, Action, Call, Control, Input, Now, PeerMessage, Session, TICK_MS,
+    AGENT_BATCHES_MAX, Action, Call, Control, Input, Now, PeerMessage, Session, Status, TICK_MS,
 };
 use fleet_coordinator::raft::memory::MemoryDisk;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -403,16 +403,17 @@ impl World {
         }
     }
 
-    /// One that was taken out has nothing to say, but tries to connect as all do.
+    /// One that was taken out, or hears of no leader, may have nothing to say, but tries to connect as the server does all the time.
     fn knock(&mut self, number: u32) {
         let Some(host) = self.hosts.get(&number) else { return };
-        let Some(control) = host.control.as_ref().filter(|it| it.status().removed.is_some()) else { return };
-        let voters = control.replica().conf().voters.iter().map(|voter| ReplicaId(*voter));
+        let lost = |status: Status| status.removed.is_some() || status.leader.is_none();
+        let Some(control) = host.control.as_ref().filter(|it| lost(it.status())) else { return };
+        let known = control.state().replicas().keys().copied();
         let now = self.queue.now();
         let idle = |to: &ReplicaId| {
             host.links.get(to).is_none_or(|link| link.conn.is_none() && now >= link.not_before)
         };
-        let others = voters.filter(|to| Some(*to) != host.replica && idle(to));
+        let others = known.filter(|to| Some(*to) != host.replica && idle(to));
         let others: Vec<(ReplicaId, u32)> =
             others.filter_map(|to| Some((to, *self.addresses.get(&to)?))).collect();
         others.into_iter().for_each(|(to, target)| self.dial_peer(number, to, target));
