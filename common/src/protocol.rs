@@ -178,7 +178,15 @@ pub struct AgentHello {
     pub process: u64,
     /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
     pub gangs: Vec<(JobId, Generation)>,
+    /// Gangs that were started here and of which nothing more will be heard: an earlier process of this worker had started them, or
+    /// their events do not fit what the cluster has recorded. No process of them lives any more.
+    pub lost: Vec<(JobId, Generation)>,
+    /// Earlier processes of this worker whose records it has: what they started is in `lost`, or its end was recorded.
+    pub earlier: Vec<u64>,
 }
+
+/// Processes in `AgentHello::earlier`.
+pub const EARLIER_MAX: usize = 64;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToAgent {

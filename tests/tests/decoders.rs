@@ -128,6 +128,8 @@ fn real_messages() -> Vec<Vec<u8>> {
         host: "h".into(),
         process: 7,
         gangs: vec![(JobId(5), 1)],
+        lost: vec![(JobId(4), 2)],
+        earlier: vec![6],
     };
     let gang = Gang {
         job: JobId(5),

@@ -1,10 +1,10 @@
 //! Who belongs to the cluster: coordinators, nodes, holders of clients' certificates, and the tokens by which they come.
 
 use super::State;
-use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::ids::{NodeId, ReplicaId, UserId, is_id};
 use fleet_common::protocol::{CoordinatorAddress, Member, Role, Wish};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Registered coordinators: five that vote, and room for those that replace them.
 pub const REPLICAS_MAX: usize = 9;
@@ -16,6 +16,8 @@ pub const USERS_MAX: usize = 20_000;
 pub const REVOKED_MAX: usize = 100_000;
 /// Characters of a member's name.
 pub const NAME_MAX: usize = 63;
+/// Former processes of a node's worker that are known. A word of an older one does not come any more.
+pub const FORMER_MAX: usize = 16;
 /// Labels of a node, and labels that a job asks for.
 pub const LABELS_MAX: usize = 16;
 /// Characters of an address, a version, a device.
@@ -56,8 +58,11 @@ pub struct NodeRecord {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach it.
     pub host: String,
-    /// Its worker's process, as `AgentHello::process`; 0 before the first greeting.
+    /// Its worker's process, as `AgentHello::process`; 0 before the first greeting. All unfinished parts of gangs on this node are this
+    /// process's, or an earlier one's whose records it has.
     pub process: u64,
+    /// Processes of its worker that another one has followed, oldest first: what they say comes too late.
+    pub former: VecDeque<u64>,
     /// Not heard for a lease; true until it greets again.
     pub lost: bool,
     /// Gets no more work, until an operator says otherwise.
@@ -89,6 +94,7 @@ impl NodeRecord {
             labels: BTreeMap::new(),
             host: String::new(),
             process: 0,
+            former: VecDeque::new(),
             lost: false,
             drained: false,
             joined_unix_ms: unix_ms,
@@ -210,11 +216,20 @@ pub(crate) fn is_label(name: &str, value: &str) -> bool {
     word(name) && word(value)
 }
 
-/// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left.
+/// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left. What reads as another one's id gets
+/// the member's own behind it: `node-2@node-7`.
 pub fn clean_name(wish: &str, member: Member) -> String {
     let name: String =
         wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(NAME_MAX).collect();
-    if name.is_empty() { member.to_string() } else { name }
+    let own = member.to_string();
+    match name.is_empty() || name == own {
+        true => own,
+        false if is_id(&name) => {
+            let room = NAME_MAX.saturating_sub(own.len() + 1);
+            format!("{}@{own}", &name[..name.len().min(room)])
+        }
+        false => name,
+    }
 }
 
 /// A title without signs that break a line; `None` where nothing is left or it is too long.
@@ -297,6 +312,28 @@ mod tests {
         assert_eq!(clean_name("a/../b\n", node), "a..b");
         assert_eq!(clean_name("///", node), "node-3");
         assert_eq!(clean_name(&"x".repeat(500), node).len(), NAME_MAX);
+    }
+
+    #[test]
+    fn nobody_is_called_by_another_ones_id() {
+        let node = Member::Worker(NodeId(3));
+        for (wish, name) in [
+            ("node-3", "node-3"),
+            ("node-2", "node-2@node-3"),
+            ("node-2@node-3", "node-2@node-3"),
+            ("no de-0/2", "node-02@node-3"),
+            ("job-1", "job-1@node-3"),
+            ("replica-1", "replica-1@node-3"),
+            ("user-1", "user-1@node-3"),
+            ("3", "3@node-3"),
+            ("node-2.local", "node-2.local"),
+        ] {
+            assert_eq!(clean_name(wish, node), name, "{wish}");
+        }
+        assert_eq!(clean_name("replica-1", Member::Coordinator(ReplicaId(2))), "replica-1@replica-2");
+        assert_eq!(clean_name("node-1", Member::Client(UserId(2))), "node-1@user-2");
+        let long = clean_name(&format!("{}7", "0".repeat(NAME_MAX - 1)), node);
+        assert!(long.len() == NAME_MAX && long.ends_with("0@node-3"), "{long}");
     }
 
     #[test]

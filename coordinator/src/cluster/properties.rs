@@ -445,7 +445,7 @@ fn commands_keep_their_bytes() {
         ),
         (
             describe(node, "n", 4, &[("a", "b")]),
-            "0203016e040363707501300101610162".to_owned() + "06" + &hex::encode("host-3") + "01",
+            "0203016e040363707501300101610162".to_owned() + "06" + &hex::encode("host-3") + "01" + "00",
         ),
         (Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 }), "030304".into()),
         (

@@ -193,6 +193,7 @@ pub(crate) fn describe(node: NodeId, name: &str, slots: u32, labels: &[(&str, &s
         labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         host: format!("host-{}", node.0),
         process: 1,
+        earlier: vec![],
     })
 }
 

@@ -144,22 +144,20 @@ impl Agent {
         slots: u32,
         gangs: Vec<(JobId, Generation)>,
     ) -> Agent {
+        Agent::greet_as(identity, coordinator, slots, AgentHello { gangs, ..hello() }).await
+    }
+
+    /// The same with this greeting.
+    pub async fn greet_as(
+        identity: Identity,
+        coordinator: &Coordinator,
+        slots: u32,
+        hello: AgentHello,
+    ) -> Agent {
         let connection = net::connect(&[coordinator.endpoint().member.clone()], &identity).await.unwrap();
         let (send, receive) = connection.open_bi().await.unwrap();
         let mut agent = Agent { identity, connection, send, receive };
-        let (device, program_version) = ("cpu".into(), "test".into());
-        let hello = AgentHello {
-            version: PROTOCOL_VERSION,
-            name: "box".into(),
-            slots,
-            device,
-            program_version,
-            labels: BTreeMap::new(),
-            host: "127.0.0.1".into(),
-            process: 1,
-            gangs,
-        };
-        agent.tell(FromAgent::Hello(hello)).await;
+        agent.tell(FromAgent::Hello(AgentHello { slots, ..hello })).await;
         let node = agent.node();
         assert_eq!(agent.next().await, ToAgent::Welcome { node });
         agent
@@ -207,6 +205,23 @@ impl Agent {
     pub fn vanish(self) -> Identity {
         self.connection.close(0u32.into(), b"");
         self.identity
+    }
+}
+
+/// The greeting of a worker's first process that knows no gang.
+pub fn hello() -> AgentHello {
+    AgentHello {
+        version: PROTOCOL_VERSION,
+        name: "box".into(),
+        slots: 1,
+        device: "cpu".into(),
+        program_version: "test".into(),
+        labels: BTreeMap::new(),
+        host: "127.0.0.1".into(),
+        process: 1,
+        gangs: vec![],
+        lost: vec![],
+        earlier: vec![],
     }
 }
 

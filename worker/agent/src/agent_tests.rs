@@ -436,7 +436,58 @@ fn a_coordinator_with_another_stream_gets_the_gang_ended_instead_of_gaps() {
          > resend from 7
          kill rank 0
          > rank 0 dies 9
+         connect anew
+         > disconnected
+         > start program 1
+         > connected
+         send hello, lost job-1.1
+         > welcome
          forget job-1.1",
+    );
+}
+
+#[test]
+fn a_gang_is_over_only_when_nothing_that_it_started_lives() {
+    let mut stage = Stage::new(Past::default());
+    stage.sweeps_last = true;
+    stage.check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 2
+         spawn 2 ranks
+         > rank 0 exits 0
+         > rank 1 exits 0
+         > wait 60000
+         > cancel now
+         > resend from 1
+         > swept but 3
+         send 1: `3 processes that the ranks started hang in the kernel of box and end when it lets them go`, succeeded after 0
+         > swept
+         > committed 2
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn what_an_earlier_process_started_is_told_until_the_cluster_knows_and_never_started_again() {
+    let past = Past { processes: vec![8, 9], gangs: [GANG].into() };
+    Stage::new(past).check(
+        "> connected
+         send hello, lost job-1.1, after 8 9
+         > start program 1
+         > disconnected
+         > connected
+         send hello, lost job-1.1, after 8 9
+         > welcome
+         forget job-1.1
+         registered as node-1
+         > start program 1 generation 2
+         spawn 1 ranks
+         > disconnected
+         > connected
+         send hello job-1.2",
     );
 }
 
@@ -452,7 +503,7 @@ fn a_node_that_is_not_wanted_leaves() {
 
 #[test]
 fn heartbeats_go_out_every_second_while_connected_and_only_then() {
-    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+    let mut stage = Stage::new(Past::default());
     let beats = |agent: &mut Agent, from_ms: u64, to_ms: u64| {
         let mut beats = 0;
         while let Some(at) = agent.deadline().filter(|at| *at < Duration::from_millis(to_ms)) {
@@ -488,7 +539,7 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
 
 #[test]
 fn memory_is_reported_as_peaks_before_the_outcome() {
-    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+    let mut stage = Stage::new(Past::default());
     let memory =
         |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
     stage.happen(Input::Connected);

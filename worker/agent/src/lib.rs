@@ -2,6 +2,8 @@
 
 pub mod agent;
 mod backoff;
+mod cgroup;
+mod container;
 pub mod coordinators;
 pub mod driver;
 pub mod exec_rank;
@@ -10,9 +12,11 @@ mod lines;
 mod link;
 mod memory;
 mod prepare;
+mod processes;
 mod program;
 mod rank_io;
 mod ranks;
+mod records;
 mod spawn;
 pub mod stream;
 pub mod verdict;

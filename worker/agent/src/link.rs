@@ -159,7 +159,7 @@ async fn serve(
             piece = receive.read_chunk(READ_MAX, true) => piece,
             written = &mut writer => match written {
                 Ok(Err(error)) => break closed(connection, &error.to_string()),
-                _ => break "the agent ends".to_owned(),
+                _ => break "the agent closes this connection".to_owned(),
             },
             () = tokio::time::sleep_until(look.into()) => {
                 renew(&node.identity, &ask);

@@ -39,7 +39,7 @@ struct Join {
     /// File that holds the join token.
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// Keeps this node's identity and the log files of its ranks [default: ~/.local/share/fleet/worker].
+    /// Keeps this node's identity, what it has started, and the log files of its ranks [default: ~/.local/share/fleet/worker].
     #[arg(long)]
     data_dir: Option<PathBuf>,
     /// Ranks that may run here at a time [default: one per accelerator, else 1].
@@ -160,6 +160,12 @@ async fn identity(
     let stored =
         joined.identity.store(&dir).with_context(|| format!("cannot keep the identity in {}", dir.display()));
     stored.map_err(Failure::new(exit::ENVIRONMENT))?;
+    if joined.identity.name != name {
+        tracing::warn!(
+            "this node is listed as {}: `{name}` reads as an id, or has signs that no name may have",
+            joined.identity.name
+        );
+    }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
 }

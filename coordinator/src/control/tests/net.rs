@@ -61,9 +61,9 @@ pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
     ClientFrame { version: PROTOCOL_VERSION, client: ClientId(client), seq, stale: false, request }
 }
 
-pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> FromAgent {
+pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> AgentHello {
     let (name, device, program_version) = ("box".into(), "cpu".into(), "0".into());
-    FromAgent::Hello(AgentHello {
+    AgentHello {
         version: PROTOCOL_VERSION,
         name,
         slots: 8,
@@ -73,7 +73,9 @@ pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> FromAgent {
         host: "h".into(),
         process,
         gangs,
-    })
+        lost: vec![],
+        earlier: vec![],
+    }
 }
 
 pub(super) fn events(job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> FromAgent {
@@ -368,15 +370,24 @@ impl Net {
 
     /// The same from this process, of several that hold the same certificate.
     pub fn connect_as(&mut self, process: u64, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
+        self.greet(at, node, hello(process, gangs))
+    }
+
+    /// The same with this greeting.
+    pub fn greet(&mut self, at: u64, node: NodeId, hello: AgentHello) -> Session {
         let session = self.number();
         self.handle(at, Input::AgentConnected { session, node });
-        self.handle(at, Input::Agent { session, message: hello(process, gangs) });
+        self.handle(at, Input::Agent { session, message: FromAgent::Hello(hello) });
         self.hearts.insert(session, (at, node));
         session
     }
 
     pub fn welcome(&mut self, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
-        let session = self.connect(at, node, gangs);
+        self.welcome_as(at, node, hello(1, gangs))
+    }
+
+    pub fn welcome_as(&mut self, at: u64, node: NodeId, hello: AgentHello) -> Session {
+        let session = self.greet(at, node, hello);
         self.run_until("a welcome", |net| {
             net.told.get(&session).is_some_and(|told| told[0] == ToAgent::Welcome { node })
         });
