@@ -98,7 +98,8 @@ fn own(mounts: &str, groups: &str) -> Vec<PathBuf> {
         let [_, _, _, root, point, ..] = mount.split(' ').collect::<Vec<_>>()[..] else { return None };
         let below = Path::new(own).strip_prefix(root).ok()?;
         // Spaces and such are written as `\040`; nobody mounts this file system there.
-        (kind.starts_with("cgroup2 ") && !point.contains('\\')).then(|| Path::new(point).join(below))
+        (kind.starts_with("cgroup2 ") && !point.contains('\\'))
+            .then(|| Path::new(point).join(below).components().collect())
     };
     mounts.lines().filter_map(place).collect()
 }
