@@ -120,7 +120,8 @@ impl Drop for AllEnd<'_> {
     fn drop(&mut self) {
         let files = fs::read_dir(self.0.path("")).into_iter().flatten().flatten();
         let names = files.filter_map(|entry| entry.file_name().into_string().ok());
-        let ours = |name: &String| ["starts", "children", "hidden", "bare"].iter().any(|end| name.ends_with(end));
+        let ours =
+            |name: &String| ["starts", "children", "hidden", "bare"].iter().any(|end| name.ends_with(end));
         for pid in names.filter(ours).flat_map(|name| alive(self.0, &name)) {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), Signal::SIGKILL);
         }
