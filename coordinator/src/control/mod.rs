@@ -25,6 +25,7 @@ mod observations;
 mod peer;
 mod planning;
 mod reads;
+mod repairs;
 mod session;
 mod transfers;
 mod views;
@@ -51,6 +52,7 @@ use observations::Observations;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
+use repairs::Repairs;
 use std::collections::{BTreeMap, BTreeSet};
 use transfers::Transfers;
 use watches::Watches;
@@ -81,6 +83,7 @@ pub struct Control<D: Disk> {
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
+    repairs: Repairs,
     low_space: Option<String>,
     /// `Action::Members` is due.
     members_changed: bool,
@@ -130,6 +133,7 @@ impl<D: Disk> Control<D> {
             observations: Observations::default(),
             seen: None,
             transfers: Transfers::default(),
+            repairs: Repairs::default(),
             low_space: None,
             members_changed: false,
             leaving: None,
@@ -172,6 +176,7 @@ impl<D: Disk> Control<D> {
 
     fn tick(&mut self, now: Now) {
         self.replica.tick();
+        self.repairs.tick();
         if self.leaving.is_some() {
             return self.look_after_leaving(now);
         }
@@ -208,6 +213,8 @@ impl<D: Disk> Control<D> {
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
+            PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
+            PeerMessage::Rows(told) => self.repairs.arrived(from, *told),
         }
     }
 
@@ -251,6 +258,7 @@ impl<D: Disk> Control<D> {
         self.give_orders();
         self.serve_watches();
         self.exchange_chunks(now)?;
+        self.look_after_history(now);
         self.report(now);
         if self.replica.was_removed() || self.is_revoked(Member::Coordinator(self.me())) {
             self.leave(now);
@@ -368,6 +376,9 @@ impl<D: Disk> Control<D> {
             leading_since_ms: self.lead.as_ref().map(|lead| lead.since_ms),
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
+            damaged: self.repairs.damaged(),
+            damaged_tables: self.repairs.damaged_tables(),
+            rows_mended: self.repairs.mended(),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
             agents: self.agents.len(),
             calls: self.calls.len(),

@@ -14,7 +14,7 @@ use fleet_common::protocol::{CoordinatorAddress, ToAgent};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
-use tracing::info;
+use tracing::{info, warn};
 
 const TICK: Duration = Duration::from_millis(TICK_MS);
 /// Ticks between looks at the free space.
@@ -176,6 +176,7 @@ impl<D: Disk> Driver<D> {
             Some(Action::ToPeer { to, message }) => self.around.peers.send(to, message),
             Some(Action::Members) => self.members(),
             Some(Action::Decided(why)) => info!("{why}"),
+            Some(Action::Warned(what)) => warn!("{what}"),
             Some(Action::Removed(why)) => self.removed = Some(why),
             Some(other) => tracing::error!("nobody carries out {other:?}; this is a bug in fleet"),
         }

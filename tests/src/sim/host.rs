@@ -323,6 +323,7 @@ impl World {
                 }
                 Action::Members => self.follow_members(number),
                 Action::Decided(why) => self.say(format_args!("host-{number} decides: {why}")),
+                Action::Warned(what) => self.say(format_args!("host-{number} warns: {what}")),
                 Action::Removed(why) => self.retire(number, &why),
             }
         }

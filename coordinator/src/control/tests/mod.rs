@@ -4,3 +4,4 @@ mod agents;
 mod calls;
 mod members;
 mod net;
+mod repairs;

@@ -36,6 +36,7 @@ pub(super) struct Net {
     pub closed: BTreeMap<Session, (String, bool)>,
     pub taken: BTreeMap<Session, usize>,
     pub decided: Vec<String>,
+    pub warned: Vec<(u64, String)>,
     pub removed: BTreeMap<u64, String>,
     /// Whose connections each coordinator refuses for ever.
     gates: BTreeMap<u64, BTreeSet<u64>>,
@@ -112,6 +113,7 @@ impl Net {
             closed: BTreeMap::new(),
             taken: BTreeMap::new(),
             decided: Vec::new(),
+            warned: Vec::new(),
             removed: BTreeMap::new(),
             gates: BTreeMap::new(),
             hearts: BTreeMap::new(),
@@ -238,6 +240,7 @@ impl Net {
                 self.gates.insert(at, refused);
             }
             Action::Decided(why) => self.decided.push(why),
+            Action::Warned(what) => self.warned.push((at, what)),
             Action::Removed(why) => assert!(self.removed.insert(at, why).is_none(), "removed twice"),
         }
     }
