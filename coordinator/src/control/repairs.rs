@@ -122,7 +122,7 @@ impl<D: Disk> Control<D> {
     pub(super) fn damage_found(&mut self, damage: Damage) {
         let Damage { table, why } = damage;
         if let std::collections::btree_map::Entry::Vacant(new) = self.repairs.found.entry(table) {
-            self.out.push(Action::Warned(format!(
+            self.out.push(Action::Alarm(format!(
                 "the history is damaged: rows of {} cannot be read: {why}",
                 table.name()
             )));
@@ -255,7 +255,7 @@ impl<D: Disk> Control<D> {
             // What is left of it goes with the next attempt, or with the process.
             let _ = self.history.disk().renew(Renewal::Drop);
             let table = work.table.name();
-            self.out.push(Action::Warned(format!("the damaged rows of {table} are not mended yet: {why}")));
+            self.out.push(Action::Alarm(format!("the damaged rows of {table} are not mended yet: {why}")));
         }
     }
 
@@ -266,7 +266,7 @@ impl<D: Disk> Control<D> {
             self.repairs.mended += fetched;
             let what =
                 format!("the damaged rows of {} are mended: {fetched} rows came from others", table.name());
-            self.out.push(Action::Warned(what));
+            self.out.push(Action::Decided(what));
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! one was not finished.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Op, Renewal, Table};
-use super::mark::Mark;
+use super::disk_mark::Mark;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error,
     IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,

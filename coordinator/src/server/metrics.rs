@@ -23,6 +23,7 @@ struct Gauges {
     read_only: IntGauge,
     history_damaged: IntGauge,
     history_mended: IntGauge,
+    contradictions: IntGauge,
     agents: IntGauge,
     nodes: IntGauge,
     nodes_connected: IntGauge,
@@ -56,6 +57,10 @@ impl Metrics {
             history_mended: gauge(
                 "fleet_history_mended_rows",
                 "Rows that came from other coordinators since the start because they could not be read here",
+            )?,
+            contradictions: gauge(
+                "fleet_raft_contradictions",
+                "Messages of other coordinators since the start that contradict what was acknowledged: some disk was put back",
             )?,
             agents: gauge("fleet_agents", "Agents that this coordinator holds")?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,
@@ -106,6 +111,7 @@ impl Metrics {
         gauges.read_only.set(i64::from(status.read_only.is_some()));
         gauges.history_damaged.set(status.damaged_tables as i64);
         gauges.history_mended.set(status.rows_mended as i64);
+        gauges.contradictions.set(status.contradictions as i64);
         gauges.agents.set(status.agents as i64);
         gauges.nodes.set(i64::from(cluster.nodes));
         gauges.nodes_connected.set(connected().count() as i64);
