@@ -220,14 +220,15 @@ impl<D: Disk> Control<D> {
         }
     }
 
-    fn others(&self) -> Vec<ReplicaId> {
+    /// Whom rows can be asked of.
+    fn keepers(&self) -> Vec<ReplicaId> {
         let me = self.me();
         self.replica.state().replicas().keys().copied().filter(|other| *other != me).collect()
     }
 
     fn begin_mending(&mut self, now: Now) -> Result<(), DiskError> {
         let Some(table) = self.repairs.found.keys().next().copied() else { return Ok(()) };
-        if now.mono_ms < self.repairs.again_ms || self.others().is_empty() {
+        if now.mono_ms < self.repairs.again_ms || self.keepers().is_empty() {
             return Ok(());
         }
         self.history.disk().renew(Renewal::Begin(table))?;
@@ -237,7 +238,7 @@ impl<D: Disk> Control<D> {
     }
 
     fn ask_for_rows(&mut self, now: Now) {
-        let (others, applied) = (self.others(), self.replica.applied_index());
+        let (others, applied) = (self.keepers(), self.replica.applied_index());
         let Some(work) = &mut self.repairs.work else { return };
         match others.into_iter().find(|other| !work.useless.contains(other)) {
             Some(of) => {

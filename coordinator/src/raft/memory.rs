@@ -160,7 +160,7 @@ impl Inner {
 
     fn lose_power(&mut self, kept: usize) {
         let lost = self.unsynced.drain(kept.min(self.unsynced.len())..).rev().collect::<Vec<_>>();
-        self.sequence -= lost.len() as u64;
+        self.sequence = self.sequence.saturating_sub(lost.len() as u64);
         for former in lost.into_iter().flat_map(|batch| batch.into_iter().rev()) {
             let rows = self.tables.entry(former.table).or_default();
             match former.value {
@@ -260,12 +260,11 @@ impl Disk for MemoryDisk {
         let synced = durability == Durability::Synced;
         let has_lost = inner.has_lost();
         let formers = inner.apply(batch, !synced);
-        inner.sequence += 1;
+        // Nothing that is written later makes up for what was lost.
+        inner.sequence += u64::from(!has_lost);
         if synced {
             inner.syncs += 1;
-            if !has_lost {
-                inner.mark = inner.sequence;
-            }
+            inner.mark = inner.mark.max(inner.sequence);
             inner.unsynced.clear();
         } else {
             inner.unsynced.push(formers);

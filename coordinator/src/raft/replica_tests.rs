@@ -770,7 +770,8 @@ fn a_snapshot_of_another_past_is_not_taken() {
         let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
         replica.step(Message { snapshot, term: 6, ..message(MessageType::MsgSnapshot) }).unwrap();
         while let Some((from, fetch)) = replica.wants() {
-            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let chunk =
+                transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap().chunk().unwrap();
             replica.take_chunk(from, chunk).unwrap();
         }
         replica.process(&mut |_| {})
