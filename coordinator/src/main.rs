@@ -181,7 +181,7 @@ fn save(args: &Backup) -> Result<u8> {
     );
     match committed {
         Ok(committed) if committed > summary.log_index => eprintln!(
-            "warning: this coordinator is {} entries behind the cluster, which is at entry {committed}",
+            "warning: this coordinator is behind the cluster by {} entries: that is at entry {committed}",
             committed - summary.log_index
         ),
         Ok(_) => {}

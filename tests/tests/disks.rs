@@ -124,13 +124,14 @@ fn a_restore_that_was_killed_is_recognised_and_done_again() {
     assert_eq!(jobs(&world, &restored), 1);
 }
 
-/// Spoils a byte of a row in a sorted file. Rows come to be there when a coordinator is started again.
+/// Spoils a byte of a job's work in a sorted file of the history. Rows come to be there when a coordinator is started again.
 fn spoil(data_dir: &Path, content: &str) {
     let mut spoilt = 0;
     for file in files(&data_dir.join("raft"), "sst") {
         let mut bytes = fs::read(&file).unwrap();
-        let found = bytes.windows(content.len()).position(|window| window == content.as_bytes());
-        if let Some(at) = found {
+        let has = |wanted: &[u8]| bytes.windows(wanted.len()).position(|window| window == wanted);
+        // The raft log has the work as well, in files of another family.
+        if let (Some(at), Some(_)) = (has(content.as_bytes()), has(b"nameworks")) {
             bytes[at] ^= 1;
             fs::write(&file, bytes).unwrap();
             spoilt += 1;
@@ -138,6 +139,10 @@ fn spoil(data_dir: &Path, content: &str) {
     }
     assert!(spoilt > 0, "{content} is in no sorted file of {}", data_dir.display());
 }
+
+/// Starts a coordinator so often that RocksDB merges the files of its history, and by that comes upon what is damaged in them. (Until the
+/// log is cut, a start writes its rows anew, so that nobody would read the damaged ones.)
+const STARTS: usize = 6;
 
 /// The body of an answer.
 fn get(cluster: &Standing, path: &str) -> String {
@@ -172,21 +177,21 @@ fn one_bad_block_in_the_history_of_a_lone_coordinator_costs_its_rows_and_nothing
     drop(cluster);
     drop(world.restart_coordinator(&data));
     spoil(&data, "second second second");
-    let mut cluster = world.restart_coordinator(&data);
-    assert_eq!(get(&cluster, "/healthz").trim(), "ok", "nobody has looked yet");
-    for _ in 0..3 {
-        let why = stale(&cluster, &data, 2).unwrap_err();
-        assert!(why.contains("history is damaged there"), "{why}");
-        for job in [1, 3] {
-            assert!(matches!(stale(&cluster, &data, job), Ok(Reply::Job(_))), "{job}");
-        }
+    for _ in 0..STARTS {
+        let cluster = world.restart_coordinator(&data);
+        submit(&world, &cluster, "small");
     }
-    eventually("it is told", || get(&cluster, "/healthz").contains("degraded: rows of works cannot be read"));
+    let mut cluster = world.restart_coordinator(&data);
+    eventually("it is told", || {
+        submit(&world, &cluster, "small");
+        get(&cluster, "/healthz").contains("degraded: rows of works cannot be read")
+    });
     assert!(get(&cluster, "/metrics").contains("\nfleet_history_damaged 1\n"));
     cluster.process.until_it_says("the history is damaged: rows of works cannot be read");
-    submit(&world, &cluster, "fourth");
+    submit(&world, &cluster, "last");
     cluster.process.must_live();
     assert_eq!(cluster.process.complaints().matches("the history is damaged").count(), 1, "told once");
+    let recorded = jobs(&world, &cluster);
 
     let backup = ["backup", "--data-dir", "cluster", "--out", "saved"];
     world.run("coordinator", &backup).expect(4).says("give --salvage");
@@ -196,7 +201,7 @@ fn one_bad_block_in_the_history_of_a_lone_coordinator_costs_its_rows_and_nothing
     let restore = ["restore", "saved", "--data-dir", "restored"];
     world.run("coordinator", &restore).expect(0).says("damaged and left out: works between 1 and 3");
     let restored = world.coordinator(&world.path("restored"), ANY);
-    assert_eq!(jobs(&world, &restored), 4);
+    assert_eq!(jobs(&world, &restored), recorded);
     for job in [1, 3, 4] {
         assert!(matches!(stale(&restored, &world.path("restored"), job), Ok(Reply::Job(_))), "{job}");
     }
@@ -212,38 +217,40 @@ fn a_bad_block_is_mended_from_another_coordinator_and_a_newcomer_gets_all() {
     }
     let dirs: Vec<PathBuf> = all.iter().map(|standing| standing.data_dir.clone()).collect();
     let login = dirs[0].clone();
-    // Twice: what is in memory comes to be in files.
-    for time in 0..2 {
-        all.clear();
-        if time == 1 {
-            spoil(&dirs[0], "second second second");
-        }
-        all = dirs.iter().map(|dir| world.restart_coordinator(dir)).collect();
+    drop(std::mem::take(&mut all));
+    let restarted = || {
+        let all: Vec<Standing> = dirs.iter().map(|dir| world.restart_coordinator(dir)).collect();
         eventually("somebody leads", || {
             all.iter().any(|standing| get(standing, "/metrics").contains("\nfleet_raft_is_leader 1\n"))
         });
-    }
-    let damaged = stale(&all[0], &login, 2);
-    assert!(damaged.unwrap_err().contains("history is damaged there"));
-    eventually("it is mended", || matches!(stale(&all[0], &login, 2), Ok(Reply::Job(_))));
-    eventually("and told", || get(&all[0], "/healthz").trim() == "ok");
-    let metrics = get(&all[0], "/metrics");
-    assert!(metrics.contains("\nfleet_history_damaged 0\n"), "{metrics}");
-    all[0].process.until_it_says("the damaged rows of works are mended");
-    // Durably, and without the other two.
-    all.clear();
-    let alone = world.restart_coordinator(&dirs[0]);
-    assert!(matches!(stale(&alone, &login, 2), Ok(Reply::Job(_))));
-    drop(alone);
-
-    // Everybody's first row is damaged in another place than the others': whoever leads has to mend before a newcomer gets it.
+        all
+    };
+    drop(restarted());
+    // Each misses another row, so each needs the others.
     for (dir, mark) in dirs.iter().zip(["first first first", "second second second", "third third third"]) {
         spoil(dir, mark);
     }
-    all = dirs.iter().map(|dir| world.restart_coordinator(dir)).collect();
-    eventually("somebody leads", || {
-        all.iter().any(|standing| get(standing, "/metrics").contains("\nfleet_raft_is_leader 1\n"))
+    let mut said = String::new();
+    for start in 0.. {
+        all = restarted();
+        submit(&world, &all[0], "small");
+        if start >= STARTS {
+            break;
+        }
+        said += &all.iter().map(|standing| standing.process.complaints()).collect::<String>();
+        all.clear();
+    }
+    eventually("all of them are mended", || {
+        submit(&world, &all[0], "small");
+        let now = all.iter().map(|standing| standing.process.complaints()).collect::<String>();
+        let mended = (said.clone() + &now).matches("the damaged rows of works are mended").count();
+        mended == dirs.len() && all.iter().all(|standing| get(standing, "/healthz").trim() == "ok")
     });
+    // Whole backups, which read every row.
+    for dir in &dirs {
+        let args = ["backup", "--data-dir", dir.to_str().unwrap(), "--out", "saved"];
+        world.run("coordinator", &args).expect(0);
+    }
     let fourth = world.join_coordinator(&all[0], &world.path("coordinator-4"), &[]);
     eventually("the newcomer votes", || {
         let views = world.coordinators(&all[0]);
@@ -265,10 +272,10 @@ fn a_backup_of_a_coordinator_that_is_behind_is_refused() {
     drop(behind);
     submit(&world, &all[0], "two");
     let backup = ["backup", "--data-dir", "coordinator-3", "--out", "saved"];
-    let said = world.run("coordinator", &backup).expect(4).says("entries behind");
+    let said = world.run("coordinator", &backup).expect(4).says("this coordinator is behind by");
     assert!(said.contains("from another coordinator") && !world.path("saved").exists(), "{said}");
     let allowed = [&backup[..], &["--allow-behind"]].concat();
-    world.run("coordinator", &allowed).expect(0).says("warning: this coordinator is");
+    world.run("coordinator", &allowed).expect(0).says("warning: this coordinator is behind");
     // Running, it catches up, and its backup is whole.
     let third = world.restart_coordinator(&data);
     let said = world.run("coordinator", &backup).expect(0).all();

@@ -71,7 +71,7 @@ fn attempt(wanted: Wanted) -> Result<Summary> {
     let Applied { position, state, replayed, damage } = applied(&disk, salvage)?;
     if position.0 < at_least {
         bail!(
-            "this coordinator is {} entries behind: it is at entry {} and the cluster at {at_least}; take the backup from another coordinator, or give --allow-behind",
+            "this coordinator is behind by {} entries: it is at entry {} and the cluster at {at_least}; take the backup from another coordinator, or give --allow-behind",
             at_least - position.0,
             position.0
         );
