@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_coordinator::server::{Coordinator, Options, Places, backup};
+use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -66,6 +66,12 @@ struct Backup {
     /// Where to write the backup.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Leave out what is damaged and cannot be read, and say what that is.
+    #[arg(long)]
+    salvage: bool,
+    /// Also where this coordinator does not have all that the cluster has recorded.
+    #[arg(long)]
+    allow_behind: bool,
 }
 
 #[derive(Args)]
@@ -157,19 +163,39 @@ fn token(join: &Join) -> Result<JoinToken> {
 
 fn save(args: &Backup) -> Result<u8> {
     telemetry::init(LogFormat::Auto, "warn");
-    let summary = backup::backup(&args.data_dir, &args.out)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start an event loop")?;
+    // Asked first: a coordinator that is not behind has at least this when it is read.
+    let committed = runtime.block_on(behind::committed(&args.data_dir));
+    let at_least = match &committed {
+        Ok(committed) if !args.allow_behind => *committed,
+        _ => 0,
+    };
+    let Backup { data_dir, out, salvage, .. } = args;
+    let summary = backup::backup(backup::Wanted { data_dir, out, salvage: *salvage, at_least })?;
     println!(
         "{}: cluster {} up to entry {}; it contains the CA's private key, so keep it as secret as that",
         args.out.display(),
         summary.cluster_id,
         summary.log_index
     );
+    match committed {
+        Ok(committed) if committed > summary.log_index => eprintln!(
+            "warning: this coordinator is behind the cluster by {} entries: that is at entry {committed}",
+            committed - summary.log_index
+        ),
+        Ok(_) => {}
+        Err(why) => eprintln!(
+            "warning: whether the cluster has recorded more than that is not known ({why}); compare with `fleet coordinators ls`"
+        ),
+    }
+    say_what_is_missing(&summary);
     Ok(exit::SUCCEEDED)
 }
 
 fn load(args: &Restore) -> Result<u8> {
     telemetry::init(LogFormat::Auto, "warn");
-    let summary = backup::restore(&args.file, &Options::local(args.data_dir.clone()))?;
+    let summary = restore::restore(&args.file, &Options::local(args.data_dir.clone()))?;
     println!(
         "{}: cluster {} as it was at entry {}; start it with `coordinator start --data-dir {}` and join the others anew",
         args.data_dir.display(),
@@ -177,7 +203,14 @@ fn load(args: &Restore) -> Result<u8> {
         summary.log_index,
         args.data_dir.display()
     );
+    say_what_is_missing(&summary);
     Ok(exit::SUCCEEDED)
+}
+
+fn say_what_is_missing(summary: &backup::Summary) {
+    for gap in &summary.left_out {
+        eprintln!("warning: damaged and left out: {gap}");
+    }
 }
 
 fn run(run: Run, expect_existing: bool, join: Option<(Vec<String>, JoinToken)>) -> Result<u8> {

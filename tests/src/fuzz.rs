@@ -137,7 +137,8 @@ pub fn installed(data: &[u8]) {
     message.set_msg_type(MessageType::MsgSnapshot);
     assert_eq!(replica.step(message), Ok(()));
     while let Some((from, fetch)) = replica.wants() {
-        let chunk = transfer::cut(&source, &state, &fetch, 256).expect("memory can be read");
+        let cut = transfer::cut(&source, &state, &fetch, 256).expect("memory can be read");
+        let chunk = cut.chunk().expect("its rows are sealed");
         assert!(replica.take_chunk(from, chunk).is_ok(), "memory can be written");
     }
     if replica.process(&mut |_| {}).is_ok() {

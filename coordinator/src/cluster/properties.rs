@@ -325,7 +325,7 @@ impl Pair {
         to_learner.for_each(|message| self.learner.step(message).unwrap());
         from_learner.into_iter().for_each(|message| self.source.step(message).unwrap());
         if let Some((_, fetch)) = self.learner.wants() {
-            let chunk = self.source.serve(2, &fetch).unwrap();
+            let chunk = self.source.serve(2, &fetch).unwrap().chunk().unwrap();
             self.learner.take_chunk(1, chunk).unwrap();
             self.chunks += 1;
         }

@@ -170,6 +170,12 @@ pub struct Status {
     pub voter: bool,
     /// Why writes are refused.
     pub read_only: Option<String>,
+    /// What of the history cannot be read here.
+    pub damaged: Option<String>,
+    /// Tables of the history with rows that cannot be read.
+    pub damaged_tables: usize,
+    /// Rows of the history that came from another coordinator because they could not be read here.
+    pub rows_mended: u64,
     /// Why this coordinator serves nobody any more.
     pub removed: Option<String>,
     /// Messages since the start that cannot be if all coordinators have what they acknowledged.

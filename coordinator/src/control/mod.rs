@@ -26,6 +26,7 @@ mod observations;
 mod peer;
 mod planning;
 mod reads;
+mod repairs;
 mod session;
 mod transfers;
 mod views;
@@ -54,6 +55,7 @@ use observations::Observations;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
+use repairs::Repairs;
 use std::collections::{BTreeMap, BTreeSet};
 use transfers::Transfers;
 use watches::Watches;
@@ -87,6 +89,7 @@ pub struct Control<D: Disk> {
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
+    repairs: Repairs,
     low_space: Option<String>,
     /// `Action::Members` is due.
     members_changed: bool,
@@ -138,6 +141,7 @@ impl<D: Disk> Control<D> {
             contradictions: 0,
             seen: None,
             transfers: Transfers::default(),
+            repairs: Repairs::default(),
             low_space: None,
             members_changed: false,
             leaving: None,
@@ -183,6 +187,7 @@ impl<D: Disk> Control<D> {
         if self.has_greeted() {
             self.replica.tick();
         }
+        self.repairs.tick();
         if self.leaving.is_some() {
             return self.look_after_leaving(now);
         }
@@ -225,6 +230,8 @@ impl<D: Disk> Control<D> {
             PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
+            PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
+            PeerMessage::Rows(told) => self.repairs.arrived(from, *told),
         }
     }
 
@@ -279,6 +286,7 @@ impl<D: Disk> Control<D> {
         self.give_orders();
         self.serve_watches();
         self.exchange_chunks(now)?;
+        self.look_after_history(now);
         self.report(now);
         if self.replica.was_removed() || self.is_revoked(Member::Coordinator(self.me())) {
             self.leave(now);
@@ -397,6 +405,9 @@ impl<D: Disk> Control<D> {
             leading_since_ms: self.lead.as_ref().map(|lead| lead.since_ms),
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
+            damaged: self.repairs.damaged(),
+            damaged_tables: self.repairs.damaged_tables(),
+            rows_mended: self.repairs.mended(),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
             contradictions: self.contradictions,
             agents: self.agents.len(),

@@ -3,6 +3,7 @@
 //!
 //! Nothing here is relied on to arrive: raft sends again by itself, everything else is sent again by who waits for it.
 
+use super::repairs::{RowsTold, RowsWanted};
 use crate::cluster::Command;
 use crate::raft::marks::Mark;
 use crate::raft::replica::Ticket;
@@ -50,6 +51,9 @@ pub enum PeerMessage {
     /// A piece of the receiver's snapshot, please.
     Fetch(Fetch),
     Chunk(Box<Chunk>),
+    /// Rows of the history that cannot be read here, please.
+    FetchRows(RowsWanted),
+    Rows(Box<RowsTold>),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

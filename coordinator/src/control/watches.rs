@@ -8,7 +8,7 @@ use super::asks::unavailable;
 use super::reads::Reader;
 use super::{Action, Call, Control, Now, REPLIES_MAX};
 use crate::raft::disk::Disk;
-use crate::views::events_of;
+use crate::views::{events_of, unreadable};
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{Refusal, Reply};
 use std::collections::BTreeSet;
@@ -130,8 +130,12 @@ impl<D: Disk> Control<D> {
         let room = REPLIES_MAX.saturating_sub(watch.untaken).min(CHUNK);
         if left > 0 && room > 0 {
             let events = self.history.events(watch.job, watch.next, room.min(left as usize));
-            let events = events.map_err(|error| unavailable(error.to_string()))?;
+            let events = events.map_err(unreadable)?;
             *read += events.len();
+            if events.is_empty() && self.replica.full().is_none() {
+                // They are not there: a restored backup may leave some out.
+                watch.next = recorded + 1;
+            }
             for (index, event) in events {
                 watch.next = index + 1;
                 watch.untaken += 1;

@@ -30,7 +30,8 @@ const FORMAT_KEY: &[u8] = b"format";
 const HARD_KEY: &[u8] = b"hard";
 const SNAPSHOT_KEY: &[u8] = b"snapshot";
 const STATE_KEY: &[u8] = b"state";
-const DAMAGE_KEY: &[u8] = b"damage";
+/// Why this replica must not take part any more.
+pub const DAMAGE_KEY: &[u8] = b"damage";
 const MARKS_KEY: &[u8] = b"marks";
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ pub enum LogError {
     Disk(#[from] DiskError),
     /// This replica must not take part any more.
     #[error(
-        "the log of this replica is damaged: {0}; it must not take part any more: set its directory aside, join a new one with `coordinator join`, and take this one out with `fleet coordinators remove`"
+        "the log of this replica is damaged: {0}; it must not take part any more: set its directory aside, join a new one with `coordinator join`, and take this one out with `fleet coordinators remove`; where it was the only one, restore a backup"
     )]
     Damaged(String),
     #[error(
@@ -181,6 +182,9 @@ impl<D: Disk> LogStore<D> {
             return Err(LogError::Format { found });
         }
         if let Some(what) = get::<D, String>(&disk, DAMAGE_KEY)? {
+            return Err(LogError::Damaged(what));
+        }
+        if let Some(what) = disk.lost() {
             return Err(LogError::Damaged(what));
         }
         let Some(format) = format else {

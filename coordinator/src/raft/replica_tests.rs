@@ -223,7 +223,7 @@ impl Cluster {
         let mut moved = false;
         for (id, (from, fetch)) in wants {
             if !self.is_cut(id, from) {
-                let chunk = self.replicas.get_mut(&from).unwrap().serve(id, &fetch).unwrap();
+                let chunk = self.replicas.get_mut(&from).unwrap().serve(id, &fetch).unwrap().chunk().unwrap();
                 self.replicas.get_mut(&id).unwrap().take_chunk(from, chunk).unwrap();
                 moved = true;
             }
@@ -366,7 +366,7 @@ fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
     }
     let (from, fetch) = cluster.at(new).wants().unwrap();
     assert_eq!(from, leader);
-    let chunk = cluster.at(leader).serve(new, &fetch).unwrap();
+    let chunk = cluster.at(leader).serve(new, &fetch).unwrap().chunk().unwrap();
     cluster.at(new).take_chunk(leader, chunk).unwrap();
     let (_, later) = cluster.at(new).wants().unwrap();
     assert!(later.cursor > fetch.cursor);
@@ -374,7 +374,7 @@ fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
     for _ in 0..=TRANSFER_LEASE_TICKS {
         cluster.at(leader).tick();
     }
-    let refused = cluster.at(leader).serve(new, &later).unwrap();
+    let refused = cluster.at(leader).serve(new, &later).unwrap().chunk().unwrap();
     assert_eq!(refused.content, transfer::Content::Gone);
     cluster.at(new).take_chunk(leader, refused).unwrap();
     assert_eq!(cluster.at(new).wants(), None);
@@ -737,7 +737,8 @@ fn a_snapshot_whose_last_piece_comes_while_the_disk_is_full_waits() {
     let fetch_all = |replica: &mut TestReplica| {
         for _ in 0..20 {
             let Some((from, fetch)) = replica.wants() else { return };
-            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let cut = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let chunk = cut.chunk().unwrap();
             replica.take_chunk(from, chunk).unwrap();
         }
     };
@@ -769,7 +770,8 @@ fn a_snapshot_of_another_past_is_not_taken() {
         let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
         replica.step(Message { snapshot, term: 6, ..message(MessageType::MsgSnapshot) }).unwrap();
         while let Some((from, fetch)) = replica.wants() {
-            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let chunk =
+                transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap().chunk().unwrap();
             replica.take_chunk(from, chunk).unwrap();
         }
         replica.process(&mut |_| {})

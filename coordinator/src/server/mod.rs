@@ -5,6 +5,7 @@
 
 mod agents;
 pub mod backup;
+pub mod behind;
 mod calls;
 mod clients;
 mod credentials;
@@ -17,6 +18,7 @@ mod joins;
 mod metrics;
 mod peers;
 mod places;
+pub mod restore;
 mod setup;
 mod sockets;
 mod space;

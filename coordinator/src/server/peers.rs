@@ -149,7 +149,8 @@ impl Peers {
         if !link.up.load(Ordering::Relaxed) {
             return;
         }
-        let queue = if matches!(message, PeerMessage::Chunk(_)) { &link.bulk } else { &link.raft };
+        let is_bulk = matches!(message, PeerMessage::Chunk(_) | PeerMessage::Rows(_));
+        let queue = if is_bulk { &link.bulk } else { &link.raft };
         let _ = queue.try_send(message);
     }
 }

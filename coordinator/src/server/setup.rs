@@ -5,9 +5,11 @@
 //! | `lock` | held while a coordinator runs |
 //! | `cluster/` | the CA's certificate and key (0600) |
 //! | `raft/` | RocksDB: log, state, history |
+//! | `raft.mark` | how far `raft/` had come at least, outside of it |
 //! | `identity/` | this coordinator's certificate and key |
 //! | `joining.json` | from the beginning of `coordinator join` until its log has begun; says whether it got all that it needs |
 //! | `founding.json` | from the beginning of a new cluster until its log has begun |
+//! | `restoring.json`, `restoring/` | while a backup is restored |
 //! | `coordinators.json` | where the coordinators were when it last knew |
 //! | `client/` | a client's certificate and key, for `fleet` on this machine |
 //! | `tokens/` | `worker.token`, `client.token` (0600) |
@@ -16,10 +18,12 @@
 //!
 //! A cluster is founded only where nothing was before, or where its founding was interrupted: a CA alone is no reason.
 
-use super::Options;
+use super::{Options, restore};
 use crate::cluster::State;
 use crate::cluster::commands::COMMAND_LEVEL;
 use crate::cluster::members::{ReplicaRecord, Standing};
+use crate::raft::disk::DiskError;
+use crate::raft::log::LogError;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, bail};
@@ -105,6 +109,7 @@ pub fn open(options: &Options) -> Result<Opened> {
         bail!("{}", not_a_replica(dir));
     }
     let lock = lock(dir)?;
+    has_no_half_restore(dir)?;
     let (cluster_dir, identity_dir, raft_dir) = (dir.join("cluster"), dir.join("identity"), raft_dir(dir));
     let now = SystemTime::now();
     let joined = how_far_joined(dir)?;
@@ -144,6 +149,16 @@ pub fn open(options: &Options) -> Result<Opened> {
     if identity.as_ref().is_some_and(|identity| identity.cluster_id != ca.cluster_id()) {
         bail!("the identity in {} is of another cluster; remove it", identity_dir.display());
     }
+    let gone = || {
+        format!(
+            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
+            raft_dir.display(),
+            dir.display()
+        )
+    };
+    if joined.is_none() && identity.is_some() && !raft_dir.join("CURRENT").exists() {
+        bail!("{}", gone());
+    }
     let (disk, found) = open_log(&raft_dir)?;
     let (begin, replica) = match (found, &identity) {
         (Some(replica), _) => {
@@ -153,11 +168,7 @@ pub fn open(options: &Options) -> Result<Opened> {
         (None, Some(Identity { member: Member::Coordinator(id), .. })) if joined.is_some() => {
             (Begin::Join, *id)
         }
-        (None, Some(_)) => bail!(
-            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
-            raft_dir.display(),
-            dir.display()
-        ),
+        (None, Some(_)) => bail!("{}", gone()),
         (None, None) if options.expect_existing => bail!("{}", not_a_replica(dir)),
         (None, None) if founding(dir).exists() => (Begin::Found, FOUNDER),
         (None, None) => bail!(
@@ -203,7 +214,12 @@ fn not_a_replica(dir: &Path) -> String {
 /// A damaged log is an error here: the replica must not take part any more.
 pub fn open_log(raft_dir: &Path) -> Result<(Arc<RocksDisk>, Option<Replica<RocksDisk>>)> {
     let advice = || format!("cannot open the log in {}", raft_dir.display());
-    let disk = Arc::new(RocksDisk::open(raft_dir).with_context(advice)?);
+    let disk = RocksDisk::open(raft_dir).map_err(|error| match error {
+        // What its files lack or have wrong does not come back by itself.
+        DiskError::Failed(what) if what.contains("Corruption") => LogError::Damaged(what),
+        error => error.into(),
+    });
+    let disk = Arc::new(disk.with_context(advice)?);
     let replica = Replica::open(disk.clone(), rand::random()).with_context(advice)?;
     Ok((disk, replica))
 }
@@ -298,18 +314,49 @@ fn remove_file(path: &Path) -> Result<()> {
 pub fn lock_empty(dir: &Path) -> Result<File> {
     files::create_dir(dir)?;
     let lock = lock(dir)?;
+    has_no_half_restore(dir)?;
     if how_far_joined(dir)?.is_some_and(|joined| !joined.complete) && !raft_dir(dir).exists() {
         return Ok(lock);
     }
-    for name in ["cluster", "identity", "raft"] {
-        if dir.join(name).exists() {
-            bail!(
-                "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
-                dir.display()
-            );
-        }
+    has_no_coordinator(dir)?;
+    Ok(lock)
+}
+
+/// Takes the lock of a directory in which a backup may be restored: one that is empty, or in which a restore was interrupted.
+pub fn lock_for_restore(dir: &Path) -> Result<File> {
+    files::create_dir(dir)?;
+    let lock = lock(dir)?;
+    restore::finish(dir)?;
+    has_no_coordinator(dir)?;
+    if joining(dir).exists() {
+        bail!(
+            "`coordinator join` was interrupted in {}; run it again there, or choose another --data-dir",
+            dir.display()
+        );
     }
     Ok(lock)
+}
+
+fn has_no_coordinator(dir: &Path) -> Result<()> {
+    if ["cluster", "identity", "raft", "raft.mark"].iter().any(|name| dir.join(name).exists()) {
+        bail!(
+            "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
+            dir.display()
+        );
+    }
+    Ok(())
+}
+
+/// Ends a restore that was interrupted when all was there.
+fn has_no_half_restore(dir: &Path) -> Result<()> {
+    restore::finish(dir)?;
+    if restore::is_unfinished(dir)? {
+        bail!(
+            "`coordinator restore` was interrupted in {}, which is no coordinator yet; run it again there",
+            dir.display()
+        );
+    }
+    Ok(())
 }
 
 pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Result<()> {
@@ -317,7 +364,7 @@ pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Re
     Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes(), files::PUBLIC)?)
 }
 
-fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
+pub fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
     let path = dir.join("coordinators.json");
     let Some(text) = files::read_optional(&path)? else { return Ok(Vec::new()) };
     serde_json::from_str(&text).with_context(|| format!("{} is damaged; remove it", path.display()))

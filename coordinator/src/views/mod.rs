@@ -107,8 +107,15 @@ impl<D: Disk + ?Sized> View<'_, D> {
     }
 }
 
-fn unreadable(error: DiskError) -> Refusal {
-    Refusal { kind: RefusalKind::Unavailable, message: error.to_string() }
+/// Why something of the history is not shown.
+pub fn unreadable(error: DiskError) -> Refusal {
+    let message = match error {
+        DiskError::Failed(why) => format!(
+            "this coordinator's history is damaged there ({why}); it asks the others for what it cannot read: try again, or ask another one with --stale"
+        ),
+        error => error.to_string(),
+    };
+    Refusal { kind: RefusalKind::Unavailable, message }
 }
 
 fn not_found(message: String) -> Refusal {

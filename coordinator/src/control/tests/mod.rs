@@ -5,3 +5,4 @@ mod calls;
 mod greeting;
 mod members;
 mod net;
+mod repairs;
