@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
+use fleet_common::terminal;
 use fleet_coordinator::server::{Coordinator, Options, Places, backup};
 use std::io::Write;
 use std::net::SocketAddr;
@@ -140,7 +141,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", terminal::plain(&format!("{error:#}")));
             let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
             ExitCode::from(net.unwrap_or(exit::ENVIRONMENT))
         }
