@@ -496,11 +496,11 @@ fn commands_keep_their_bytes() {
                 + "030000000000000000000000000000f03f0000000000000040020406",
         ),
         (
-            match job(program(), 1, Wish::default()) {
+            match job(training(), 1, Wish::default()) {
                 Change::SubmitJob(job) => Change::SubmitOnce(SubmitOnce { id: "i".into(), job }),
                 other => other,
             },
-            String::new(),
+            "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03",
         ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
