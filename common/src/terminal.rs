@@ -52,10 +52,7 @@ mod tests {
     #[test]
     fn what_a_terminal_would_obey_is_shown_instead() {
         let nasty = "a\u{1b}]0;title\u{7}b\u{1b}[2Jc\u{9b}31md\re\u{202e}f\nq\u{7f}";
-        assert_eq!(
-            plain(nasty),
-            "a\\x1b]0;title\\x07b\\x1b[2Jc\\u{9b}31md\\re\\u{202e}f\\nq\\x7f"
-        );
+        assert_eq!(plain(nasty), "a\\x1b]0;title\\x07b\\x1b[2Jc\\u{9b}31md\\re\\u{202e}f\\nq\\x7f");
         assert_eq!(plain(&plain(nasty)), plain(nasty));
         for harmless in ["", "step 5  loss 1.2", "Grüße, 世界 🚀", "a\tb", "C:\\n"] {
             assert!(matches!(plain(harmless), Cow::Borrowed(same) if same == harmless));

@@ -305,8 +305,7 @@ struct Silence {
 
 async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, Silence> {
     let opened = connection.open_bi().await;
-    let (mut send, receive) =
-        opened.map_err(|error| Silence { heard: false, why: net::describe(&error) })?;
+    let (mut send, receive) = opened.map_err(|error| Silence { heard: false, why: net::describe(&error) })?;
     let lost = |why: String| Silence { heard: true, why };
     codec::write_frame(&mut send, frame).await.map_err(|error| lost(error.to_string()))?;
     send.finish().map_err(|error| lost(error.to_string()))?;

@@ -26,9 +26,9 @@ impl Session {
     /// `since`: a position of the log that the cluster told just now.
     pub fn begin(since: u64) -> Result<Session, Failure> {
         let mut id = [0; 16];
-        rand::rngs::OsRng.try_fill_bytes(&mut id).map_err(|e| {
-            Failure::environment(format!("the operating system gave no random bytes: {e}"))
-        })?;
+        rand::rngs::OsRng
+            .try_fill_bytes(&mut id)
+            .map_err(|e| Failure::environment(format!("the operating system gave no random bytes: {e}")))?;
         Ok(Session { client: ClientId(u128::from_be_bytes(id)), since, next: 1, used: Instant::now() })
     }
 

@@ -23,7 +23,9 @@ fn escapes_of_a_job_reach_no_terminal_and_every_file() {
     symlink("/bin/sh", world.path(NASTY)).unwrap();
     let program = world.path(NASTY).display().to_string();
     let at = ["--cluster", cluster.cluster()];
-    world.run("fleet", &[&["submit", "-n", "1"], &at[..], &["--", &program, "-c", SCRIPT]].concat()).expect(0);
+    world
+        .run("fleet", &[&["submit", "-n", "1"], &at[..], &["--", &program, "-c", SCRIPT]].concat())
+        .expect(0);
     let run = |args: &[&str]| world.run("fleet", &[args, &at].concat());
     eventually("the job has ended", || run(&["jobs"]).stdout.concat().contains("failed"));
     // As somebody at a terminal sees it.
@@ -33,7 +35,8 @@ fn escapes_of_a_job_reach_no_terminal_and_every_file() {
         command.arg(fleet_tests::program("fleet")).args(args).args(at);
         Running::start(command).finish().expect(0)
     };
-    for args in [&["jobs"][..], &["status"], &["status", "job-1"], &["events"], &["top", "--once"], &["logs"]] {
+    for args in [&["jobs"][..], &["status"], &["status", "job-1"], &["events"], &["top", "--once"], &["logs"]]
+    {
         let shown = seen(args).stdout.join("\n");
         assert!(!acts(&shown), "{args:?} shows {shown:?}");
     }

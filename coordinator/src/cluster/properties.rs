@@ -513,7 +513,10 @@ fn commands_keep_their_bytes() {
     let request = Some(Stamp { id, answered_below: 1, since: 9 });
     let change = Change::UndrainNode(UndrainNode { node });
     let command = Command { unix_ms: 1, request, why: Some("w".into()), change };
-    assert_eq!(hex::encode(codec::encode(&command).unwrap()), "01010702".to_owned() + "0109" + "010177" + "1003");
+    assert_eq!(
+        hex::encode(codec::encode(&command).unwrap()),
+        "01010702".to_owned() + "0109" + "010177" + "1003"
+    );
 }
 
 /// Variants of `Change`.

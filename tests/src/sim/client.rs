@@ -6,9 +6,7 @@ use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
 use fleet_common::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
-use fleet_common::protocol::{
-    ClientFrame, Member, Point, RefusalKind, Reply, Request, RunKey,
-};
+use fleet_common::protocol::{ClientFrame, Member, Point, RefusalKind, Reply, Request, RunKey};
 use fleet_coordinator::cluster::commands::{Change, CreateToken, RedeemToken};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::{BTreeMap, VecDeque};

@@ -58,8 +58,9 @@ mod tests {
     use super::*;
     use crate::cluster::commands::Change;
     use crate::cluster::ends::FINISHED_IN_STATE;
-    use crate::cluster::tests::{Script, finished, submit, why};
+    use crate::cluster::tests::{Script, finished, job, program, submit, why};
     use fleet_common::ids::JobId;
+    use fleet_common::protocol::Wish;
 
     fn once(id: &str, world_size: u32) -> Change {
         let Change::SubmitJob(job) = submit(world_size) else { unreachable!("it is a submit") };
@@ -96,7 +97,11 @@ mod tests {
     #[test]
     fn what_was_refused_leaves_its_name_free() {
         let mut script = Script::with_node(1);
-        assert!(why(script.run(once("a", 2))).contains("2 ranks"));
+        let Change::SubmitJob(job) = job(program(), 2, Wish::default()) else {
+            unreachable!("it is a submit")
+        };
+        let too_large = Change::SubmitOnce(SubmitOnce { id: "a".into(), job });
+        assert!(why(script.run(too_large)).contains("2 ranks"));
         assert_eq!(script.submit_as(once("a", 1)), JobId(1));
         for bad in ["", "-x", "a b", "\u{1b}[31m", &"x".repeat(ID_MAX + 1)] {
             assert!(why(script.run(once(bad, 1))).contains("--id takes"), "{bad:?}");

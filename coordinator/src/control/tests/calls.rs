@@ -131,7 +131,8 @@ fn a_change_handed_to_a_leader_that_falls_silent_is_not_said_to_be_undone() {
 fn many_changes_of_one_client_are_remembered_until_it_has_their_answers() {
     let mut net = Net::new(3);
     let many = CHANGES_IN_FLIGHT_MAX;
-    let change = |seq| ClientFrame { answered_below: 1, ..frame(9, seq, Request::StartRun { name: "r".into() }) };
+    let change =
+        |seq| ClientFrame { answered_below: 1, ..frame(9, seq, Request::StartRun { name: "r".into() }) };
     let first: Vec<Reply> = (1..=many).map(|seq| net.ask(1 + seq % 3, change(seq))).collect();
     assert_eq!(kind(&net.ask(1, change(many + 1))), Some(RefusalKind::Unavailable), "one too many");
     let leader = net.leading();
