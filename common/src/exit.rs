@@ -11,6 +11,10 @@ pub const REFUSED_INPUT: u8 = 2;
 pub const UNREACHABLE: u8 = 3;
 /// The environment is not fit: libtorch, disk, port.
 pub const ENVIRONMENT: u8 = 4;
+/// The cluster refused it for now, because it is at one of its limits; nothing was changed.
+pub const LATER: u8 = 5;
+/// The change may or may not have been made: its answer was lost.
+pub const UNKNOWN: u8 = 6;
 pub const SIGINT: u8 = 130;
 pub const SIGTERM: u8 = 143;
 

@@ -90,7 +90,7 @@ pub type Generation = u64;
 /// Global rank of a process within its job, `0..world_size`.
 pub type Rank = u32;
 
-/// Identifies one client installation; with a sequence number it makes a request unique.
+/// Identifies one client process, drawn at random by it; with a sequence number it makes a request unique.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ClientId(pub u128);
 

@@ -13,3 +13,4 @@ pub mod parent;
 pub mod process;
 pub mod protocol;
 pub mod telemetry;
+pub mod terminal;

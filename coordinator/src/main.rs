@@ -6,6 +6,7 @@ use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
 use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
+use fleet_common::terminal;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -146,7 +147,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", terminal::plain(&format!("{error:#}")));
             let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
             ExitCode::from(net.unwrap_or(exit::ENVIRONMENT))
         }

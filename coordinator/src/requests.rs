@@ -3,7 +3,7 @@
 use crate::cluster::Answer;
 use crate::cluster::commands::{
     CancelJob, Change, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
-    RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
+    RevokeMember, RevokeToken, StartRun, SubmitJob, SubmitOnce, UndrainNode,
 };
 use crate::cluster::records::Stop;
 use fleet_common::job::Job;
@@ -13,6 +13,7 @@ use fleet_common::protocol::{self, Refusal, RefusalKind, Reply, Request, Work};
 pub fn change(request: Request) -> Result<Change, Refusal> {
     Ok(match request {
         Request::Submit(job) => Change::SubmitJob(submit(job)?),
+        Request::SubmitOnce { name, job } => Change::SubmitOnce(SubmitOnce { id: name, job: submit(job)? }),
         Request::Cancel { job, now } => {
             let stop = if now { Stop::Now } else { Stop::AfterCheckpoint };
             Change::CancelJob(CancelJob { job, stop })
@@ -48,7 +49,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Exports(_)
         | Request::Export(_)
         | Request::Profiles(_)
-        | Request::Profile(_) => return Err(invalid("this is a question and changes nothing")),
+        | Request::Profile(_)
+        | Request::Position => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -82,7 +84,7 @@ pub fn reply(answer: Answer) -> Result<Reply, Refusal> {
         | Answer::Redeemed { .. }
         | Answer::EventsTaken { .. }
         | Answer::EventsGap { .. } => Err(Refusal {
-            kind: RefusalKind::Unavailable,
+            kind: RefusalKind::Undecided,
             message: format!("the cluster gave an answer that does not fit: {answer:?}"),
         }),
     }
@@ -123,6 +125,8 @@ pub fn name(request: &Request) -> &'static str {
         Request::RecordProfile(_) => "record_profile",
         Request::Profiles(_) => "profiles",
         Request::Profile(_) => "profile",
+        Request::Position => "position",
+        Request::SubmitOnce { .. } => "submit_once",
     }
 }
 

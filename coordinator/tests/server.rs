@@ -291,13 +291,7 @@ async fn a_workers_certificate_does_no_clients_work() {
     let identity = join(&coordinator, &token(dir.path(), "worker"), "box").await.unwrap();
     let connection = net::connect(&[coordinator.endpoint().quic.clone()], &identity).await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    let frame = ClientFrame {
-        version: PROTOCOL_VERSION,
-        client: fleet_common::ids::ClientId(1),
-        seq: 1,
-        stale: false,
-        request: Request::Jobs { all: None },
-    };
+    let frame = ClientFrame::query(Request::Jobs { all: None });
     fleet_common::codec::write_frame(&mut send, &frame).await.unwrap();
     let answer = fleet_common::codec::read_frame::<_, Reply>(&mut receive).await;
     assert!(!matches!(answer, Ok(Some(Reply::Jobs(_)))));

@@ -60,7 +60,7 @@ impl Three {
             Reply::Coordinators(views) => {
                 views.iter().any(|view| view.address.replica == id && view.voter).then_some(())
             }
-            Reply::Refused(refusal) if refusal.kind == RefusalKind::Unavailable => None,
+            Reply::Refused(refusal) if refusal.kind.is_passing() => None,
             other => panic!("{other:?}"),
         })
         .await;
@@ -122,7 +122,7 @@ async fn any_of_three_answers_anybody_and_one_may_be_lost() {
     let client = three.client(0).await;
     let job = until("the others go on", async || match client.send(900, program(1)).await {
         Reply::Submitted { job } => Some(job),
-        Reply::Refused(refusal) if refusal.kind == RefusalKind::Unavailable => None,
+        Reply::Refused(refusal) if refusal.kind.is_passing() => None,
         other => panic!("{other:?}"),
     })
     .await;
@@ -185,7 +185,7 @@ async fn a_removed_coordinator_ends_and_says_why() {
     let id = removed.endpoint().replica;
     until("it is taken out", async || match client.ask(Request::RemoveCoordinator(id)).await {
         Reply::Done => Some(()),
-        Reply::Refused(refusal) if refusal.kind == RefusalKind::Unavailable => None,
+        Reply::Refused(refusal) if refusal.kind.is_passing() => None,
         other => panic!("{other:?}"),
     })
     .await;

@@ -3,7 +3,8 @@
 
 use crate::cluster::Cluster;
 use crate::failure::Failure;
-use crate::{out, sequence};
+use crate::session::Session;
+use crate::{doubt, out};
 use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::JobId;
@@ -37,16 +38,18 @@ pub struct Client {
     /// How often another coordinator was chosen.
     turn: usize,
     stale: bool,
+    /// Of the changes so far.
+    session: Option<Session>,
 }
 
 impl Client {
     pub fn new(cluster: Cluster) -> Client {
-        Client { cluster, connection: None, patience: None, turn: 0, stale: false }
+        Client { cluster, connection: None, patience: None, turn: 0, stale: false, session: None }
     }
 
     /// A client that waits this long for an unreachable coordinator, whatever it asks.
     pub fn patient(cluster: Cluster, patience: Duration) -> Client {
-        Client { cluster, connection: None, patience: Some(patience), turn: 0, stale: false }
+        Client { patience: Some(patience), ..Client::new(cluster) }
     }
 
     /// Whether its queries may be answered from what one coordinator has.
@@ -63,10 +66,10 @@ impl Client {
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Failure> {
         let frame = ClientFrame { stale: self.stale, ..ClientFrame::query(request) };
         let usual = if self.cluster.has_several() { ASK_PATIENCE_SEVERAL } else { ASK_PATIENCE };
-        self.exchange(&frame, self.patience.unwrap_or(usual)).await
+        self.exchange(&frame, Instant::now() + self.patience.unwrap_or(usual)).await
     }
 
-    /// Asks for a change, which happens once however often it has to be sent.
+    /// Asks for a change, which happens once however often it has to be sent. Fails with `exit::UNKNOWN` where it may have happened.
     pub async fn change(&mut self, request: Request) -> Result<Reply, Failure> {
         for _ in 1..SPENT_MAX {
             match self.change_once(request.clone()).await {
@@ -83,45 +86,72 @@ impl Client {
 
     /// A change under one number. `Spent` is passed on as it is.
     async fn change_once(&mut self, request: Request) -> Result<Reply, Failure> {
-        let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
-        let encoded = codec::encode(&request)
-            .map_err(|e| Failure::input(format!("the request cannot be sent: {e}")))?;
-        // a first connection proves that there is a coordinator, and that its client directory is there
-        self.connect(Instant::now() + patience).await?;
-        let change = sequence::number(&self.cluster.client_dir, &encoded)?;
-        let frame = ClientFrame::change(change.client, change.seq, request);
-        let reply = self.exchange(&frame, patience).await;
-        // a refusal is an answer; only silence leaves it open whether the change happened
-        if !matches!(&reply, Err(failure) if failure.code == fleet_common::exit::UNREACHABLE) {
-            change.answered()?;
-        }
-        reply
+        let deadline = Instant::now() + self.patience.unwrap_or(CHANGE_PATIENCE);
+        let mut session = match self.session.take().filter(|session| !session.is_idle()) {
+            Some(session) => session,
+            None => match self.exchange(&ClientFrame::query(Request::Position), deadline).await? {
+                Reply::Position(since) => Session::begin(since)?,
+                other => return Err(unexpected(&other)),
+            },
+        };
+        let frame = session.number(request);
+        self.session = Some(session);
+        self.exchange(&frame, deadline).await
     }
 
-    async fn exchange(&mut self, frame: &ClientFrame, patience: Duration) -> Result<Reply, Failure> {
-        let deadline = Instant::now() + patience;
+    /// Sends a frame until it is answered or refused for good.
+    async fn exchange(&mut self, frame: &ClientFrame, deadline: Instant) -> Result<Reply, Failure> {
+        let mut in_doubt = false;
+        let failure = match self.exchange_until(frame, deadline, &mut in_doubt).await {
+            Ok(reply) => return Ok(reply),
+            Err(failure) => failure,
+        };
+        match in_doubt && frame.request.is_change() {
+            true => Err(doubt::unknown(&frame.request, &failure.message)),
+            false => Err(failure),
+        }
+    }
+
+    /// A failure counts only where nothing is `in_doubt`.
+    async fn exchange_until(
+        &mut self,
+        frame: &ClientFrame,
+        deadline: Instant,
+        in_doubt: &mut bool,
+    ) -> Result<Reply, Failure> {
         let mut pause = PAUSE_FIRST;
         let answer_max = if self.cluster.has_several() { ANSWER_MAX_SEVERAL } else { ANSWER_MAX };
         loop {
-            let attempt = match self.connect(deadline).await {
-                Ok(connection) => tokio::time::timeout(answer_max, once(&connection, frame)).await,
-                Err(failure) => return Err(failure),
-            };
-            let failure = match attempt {
-                Ok(Ok(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => {
-                    self.ask_another();
-                    Failure::from(refusal)
-                }
-                Ok(Ok(Reply::Refused(refusal))) if refusal.kind != RefusalKind::Spent => {
-                    return Err(refusal.into());
-                }
+            let connection = self.connect(deadline).await?;
+            let failure = match tokio::time::timeout(answer_max, once(&connection, frame)).await {
+                Ok(Ok(Reply::Refused(refusal))) => match refusal.kind {
+                    RefusalKind::Spent => return Ok(Reply::Refused(refusal)),
+                    RefusalKind::Unavailable | RefusalKind::Undecided => {
+                        *in_doubt |= refusal.kind == RefusalKind::Undecided;
+                        self.ask_another();
+                        Failure::unreachable(refusal.message)
+                    }
+                    RefusalKind::Forgotten => {
+                        *in_doubt = true;
+                        return Err(refusal.into());
+                    }
+                    // said at the door, where nobody looks whether an earlier try was done
+                    RefusalKind::Forbidden => return Err(refusal.into()),
+                    // of the cluster: they hold for all tries
+                    RefusalKind::Invalid | RefusalKind::NotFound | RefusalKind::Later => {
+                        *in_doubt = false;
+                        return Err(refusal.into());
+                    }
+                },
                 Ok(Ok(reply)) => return Ok(reply),
-                Ok(Err(why)) => {
+                Ok(Err(Silence { heard, why })) => {
+                    *in_doubt |= heard;
                     self.connection = None;
                     self.turn += 1;
                     Failure::unreachable(format!("the coordinator went away before it answered: {why}"))
                 }
                 Err(_) => {
+                    *in_doubt = true;
                     self.connection = None;
                     self.turn += 1;
                     Failure::unreachable(format!(
@@ -205,7 +235,7 @@ impl Client {
             let request = Request::Watch { job, from, follow };
             let frame = ClientFrame { stale: self.stale, ..ClientFrame::query(request) };
             let why = match open(&connection, &frame).await {
-                Err(why) => why,
+                Err(Silence { why, .. }) => why,
                 Ok(mut stream) => loop {
                     match codec::read_frame(&mut stream).await {
                         Ok(Some(Reply::Event { index, event })) => {
@@ -219,7 +249,7 @@ impl Client {
                             }
                         }
                         Ok(Some(Reply::EndOfEvents)) => return Ok(()),
-                        Ok(Some(Reply::Refused(refusal))) if refusal.kind == RefusalKind::Unavailable => {
+                        Ok(Some(Reply::Refused(refusal))) if refusal.kind.is_passing() => {
                             break refusal.message;
                         }
                         Ok(Some(Reply::Refused(refusal))) => return Err(refusal.into()),
@@ -256,7 +286,7 @@ pub fn unexpected(reply: &Reply) -> Failure {
 
 async fn renew(connection: &Connection, identity: &Identity, dir: &Path) -> Result<(), String> {
     let request = Request::Renew { csr_der: identity.signing_request()? };
-    match once(connection, &ClientFrame::query(request)).await? {
+    match once(connection, &ClientFrame::query(request)).await.map_err(|silence| silence.why)? {
         Reply::Certificate { certificate_der } => {
             let renewed = identity.renewed(certificate_der)?;
             renewed.store_certificate(dir).map_err(|error| error.to_string())
@@ -266,20 +296,30 @@ async fn renew(connection: &Connection, identity: &Identity, dir: &Path) -> Resu
     }
 }
 
-async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, String> {
-    let (mut send, receive) = connection.open_bi().await.map_err(|error| net::describe(&error))?;
-    codec::write_frame(&mut send, frame).await.map_err(|error| error.to_string())?;
-    send.finish().map_err(|error| error.to_string())?;
+/// No answer came.
+struct Silence {
+    /// The request may have arrived.
+    heard: bool,
+    why: String,
+}
+
+async fn open(connection: &Connection, frame: &ClientFrame) -> Result<RecvStream, Silence> {
+    let opened = connection.open_bi().await;
+    let (mut send, receive) = opened.map_err(|error| Silence { heard: false, why: net::describe(&error) })?;
+    let lost = |why: String| Silence { heard: true, why };
+    codec::write_frame(&mut send, frame).await.map_err(|error| lost(error.to_string()))?;
+    send.finish().map_err(|error| lost(error.to_string()))?;
     Ok(receive)
 }
 
-async fn once(connection: &Connection, frame: &ClientFrame) -> Result<Reply, String> {
+async fn once(connection: &Connection, frame: &ClientFrame) -> Result<Reply, Silence> {
     let mut stream = open(connection, frame).await?;
+    let lost = |why: String| Silence { heard: true, why };
     let reply = codec::read_frame(&mut stream).await.map_err(|error| match connection.close_reason() {
-        Some(reason) => net::describe(&reason),
-        None => error.to_string(),
+        Some(reason) => lost(net::describe(&reason)),
+        None => lost(error.to_string()),
     })?;
-    reply.ok_or_else(|| "it closed the stream".to_owned())
+    reply.ok_or_else(|| lost("it closed the stream".to_owned()))
 }
 
 /// A runtime for one command. Everything happens on the calling thread.

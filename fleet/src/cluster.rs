@@ -49,7 +49,8 @@ const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
 impl Cluster {
     /// `wish` is `--cluster` or FLEET_CLUSTER: a data directory, HOST:PORT, or the name of a login or a local launch. Without it the newest
-    /// local launch.
+    /// local launch. What has a slash is a directory; a name without one is a directory only if nothing else is called so, since anybody
+    /// could make one where somebody else stands.
     pub fn find(wish: Option<&str>) -> Result<Cluster, Failure> {
         let Some(wish) = wish else {
             let newest = places::running().into_iter().next();
@@ -59,11 +60,8 @@ impl Cluster {
                 )
             });
         };
-        if wish.contains('/') || Path::new(wish).is_dir() {
+        if wish.contains('/') || [".", ".."].contains(&wish) {
             return Ok(Cluster::in_data_dir(Path::new(wish)));
-        }
-        if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
-            return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
         if let Some((name, login)) = logins()
             .into_iter()
@@ -72,11 +70,17 @@ impl Cluster {
             let dir = places::login_dir(&name);
             return Ok(Cluster { addresses: Addresses::Login(dir.clone(), login), client_dir: dir });
         }
+        if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
+            return Ok(Cluster::in_data_dir(&launch.data_dir));
+        }
         let local = places::running().into_iter().find(|launch| {
             Endpoint::load(&launch.data_dir).ok().flatten().is_some_and(|endpoint| endpoint.quic == wish)
         });
         if let Some(launch) = local {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
+        }
+        if Path::new(wish).is_dir() {
+            return Ok(Cluster::in_data_dir(Path::new(wish)));
         }
         Err(Failure::input(if wish.contains(':') {
             format!(

@@ -75,6 +75,8 @@ impl From<Refusal> for Failure {
                 exit::REFUSED_INPUT
             }
             RefusalKind::Unavailable => exit::UNREACHABLE,
+            RefusalKind::Later => exit::LATER,
+            RefusalKind::Undecided | RefusalKind::Forgotten => exit::UNKNOWN,
         };
         Failure { code, message: refusal.message }
     }

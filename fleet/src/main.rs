@@ -3,6 +3,7 @@
 mod client;
 mod cluster;
 mod commands;
+mod doubt;
 mod failure;
 mod json;
 mod launch;
@@ -10,7 +11,7 @@ mod out;
 mod places;
 mod programs;
 mod report;
-mod sequence;
+mod session;
 mod text;
 
 use clap::{Parser, Subcommand};

@@ -1,7 +1,11 @@
 //! Standard output that may be closed at any time. A reader that goes away (`fleet logs | head`) ends the printing and nothing else.
+//!
+//! Names, errors and lines of jobs come from others. Whatever is printed here only shows (`terminal::plain`), whoever wrote it; jobs' own
+//! output is the exception, where no terminal is on the other side.
 
+use fleet_common::terminal;
 use serde_json::Value;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
@@ -13,6 +17,33 @@ pub fn is_closed() -> bool {
 
 /// Prints one line, at once.
 pub fn line(text: &str) {
+    print(&terminal::plain(text));
+}
+
+/// Prints a text of several lines.
+pub fn lines(text: &str) {
+    text.lines().for_each(line);
+}
+
+/// A line of what somebody's job has put out. Where no terminal is on the other side every byte of it is passed on.
+pub fn output(text: &str) {
+    match std::io::stdout().is_terminal() {
+        true => line(text),
+        false => print(text),
+    }
+}
+
+/// A line of the output of a program that the user started with this very command: as if it ran here.
+pub fn own_output(text: &str) {
+    print(text);
+}
+
+/// The same on stderr.
+pub fn own_error(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+fn print(text: &str) {
     if is_closed() {
         return;
     }
@@ -24,12 +55,12 @@ pub fn line(text: &str) {
 
 /// Prints one JSON value as one line.
 pub fn json(value: &Value) {
-    line(&value.to_string());
+    print(&terminal::json(&value.to_string()));
 }
 
 /// A line for people on stderr; a closed stderr is nobody's loss.
 pub fn note(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", terminal::plain(text));
 }
 
 /// Prints `columns`.
@@ -39,13 +70,15 @@ pub fn table(heading: &[&str], rows: &[Vec<String>]) {
 
 /// Columns padded to their widest cell, two spaces between, under a heading.
 pub fn columns(heading: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+    let cell = |cell: &String| terminal::plain(cell).replace('\t', " ");
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(cell).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([heading[column].len()]).max().unwrap_or_default()
     };
     let widths: Vec<usize> = (0..heading.len()).map(width).collect();
     let heading: Vec<String> = heading.iter().map(|name| (*name).to_owned()).collect();
-    let lines = std::iter::once(&heading).chain(rows).map(|row| {
+    let lines = std::iter::once(&heading).chain(&rows).map(|row| {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         cells.join("  ").trim_end().to_owned()

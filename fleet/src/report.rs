@@ -103,7 +103,7 @@ impl Report {
             Style::Program { ranks } => program_line(&event.body, ranks),
             Style::Lines => {
                 if let Some(line) = self.line(&event.body) {
-                    out::line(&line);
+                    out::output(&line);
                 }
             }
             Style::Bar => self.draw(&event.body),
@@ -231,8 +231,8 @@ impl Report {
             other => {
                 if let Some(line) = self.line(other) {
                     match &self.bar {
-                        Some(bar) => bar.suspend(|| out::line(&line)),
-                        None => out::line(&line),
+                        Some(bar) => bar.suspend(|| out::output(&line)),
+                        None => out::output(&line),
                     }
                 }
             }
@@ -362,8 +362,8 @@ fn program_line(event: &EventBody, ranks: u32) {
     let EventBody::Log { rank, level, line } = event else { return };
     let prefix = rank_prefix(*rank, ranks);
     match level {
-        Level::Info => out::line(&format!("{prefix}{line}")),
-        _ => out::note(&format!("{prefix}{line}")),
+        Level::Info => out::own_output(&format!("{prefix}{line}")),
+        _ => out::own_error(&format!("{prefix}{line}")),
     }
 }
 

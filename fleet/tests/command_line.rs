@@ -138,6 +138,21 @@ fn without_a_cluster_the_exit_code_is_3() {
 }
 
 #[test]
+fn a_directory_that_is_called_like_a_login_does_not_take_its_place() {
+    let place = Place::new();
+    for dir in ["head", "data", "state/fleet/clusters/head"] {
+        std::fs::create_dir_all(place.dir.path().join(dir)).unwrap();
+    }
+    place.file("state/fleet/clusters/head/cluster.json", "{\"addresses\": [\"127.0.0.1:1\"]}");
+    let (_, line) = place.refusal(&["jobs", "--cluster", "head"]);
+    assert!(line.contains("fleet/clusters/head has no client credential"), "{line}");
+    for dir in ["./head", "data"] {
+        let (code, line) = place.refusal(&["jobs", "--cluster", dir]);
+        assert!(code == 3 && line.contains(&format!("{dir} has no endpoint.json")), "{line}");
+    }
+}
+
+#[test]
 fn a_missing_program_is_named_and_the_exit_code_is_4() {
     let place = Place::new();
     let alone = place.dir.path().join("fleet");

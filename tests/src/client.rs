@@ -3,7 +3,7 @@
 use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::ClientId;
 use fleet_common::net::{self, Identity};
-use fleet_common::protocol::{ClientFrame, CoordinatorView, RefusalKind, Reply, Request};
+use fleet_common::protocol::{ClientFrame, CoordinatorView, Reply, Request};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -65,7 +65,7 @@ impl Client {
         let begun = Instant::now();
         loop {
             let why = match self.attempt(frame) {
-                Ok(Reply::Refused(refusal)) if refusal.kind == RefusalKind::Unavailable => refusal.message,
+                Ok(Reply::Refused(refusal)) if refusal.kind.is_passing() => refusal.message,
                 Ok(reply) => return Ok(reply),
                 Err(why) => {
                     self.connection = None;

@@ -10,6 +10,7 @@ mod jobs;
 mod network;
 mod process;
 pub mod sim;
+pub mod submits;
 mod world;
 
 pub use client::Client;

@@ -60,7 +60,7 @@ async fn submit(
             let seq = acknowledged.len() as u64 + 1;
             match ask(&connection, &ClientFrame::change(ClientId(client), seq, work())).await {
                 Some(Reply::Submitted { job }) => acknowledged.push(job.to_string()),
-                Some(Reply::Refused(refusal)) if refusal.kind != RefusalKind::Unavailable => {
+                Some(Reply::Refused(refusal)) if !refusal.kind.is_passing() => {
                     panic!("{}", refusal.message)
                 }
                 _ => continue 'connect,

@@ -68,7 +68,7 @@ fn tagged<T: Serialize>(kind: u8, message: &T) -> Vec<u8> {
 }
 
 fn command() -> Command {
-    let request = Some(RequestId { client: ClientId(7), seq: 2 });
+    let request = Some(RequestId { client: ClientId(7), seq: 2 }.into());
     let change = Change::StartRun(StartRun { name: "r".into() });
     Command { unix_ms: 9, request, why: Some("because".into()), change }
 }

@@ -104,7 +104,8 @@ async fn ask(addr: &str, token: &JoinToken, request: &JoinRequest) -> Result<Adm
         JoinReply::Refused(refusal) => {
             let message = format!("{addr}: {}", refusal.message);
             Err(match refusal.kind {
-                RefusalKind::Unavailable => Asked::Later(NetError::Unavailable(message)),
+                kind if kind.is_passing() => Asked::Later(NetError::Unavailable(message)),
+                RefusalKind::Later => Asked::Refused(NetError::Later(message)),
                 _ => Asked::Refused(NetError::Refused(message)),
             })
         }

@@ -71,6 +71,9 @@ pub enum NetError {
     /// The other side cannot do it at the moment.
     #[error("{0}")]
     Unavailable(String),
+    /// The cluster refuses it for now: it is at one of its limits.
+    #[error("{0}")]
+    Later(String),
     #[error("the connection failed: {0}")]
     Lost(String),
     #[error("this identity cannot be used for TLS: {0}; remove it and join again")]
@@ -83,6 +86,7 @@ impl NetError {
         match self {
             NetError::Bind { .. } => exit::ENVIRONMENT,
             NetError::Unreachable(_) | NetError::Unavailable(_) | NetError::Lost(_) => exit::UNREACHABLE,
+            NetError::Later(_) => exit::LATER,
             NetError::Refused(_) | NetError::Revoked(_) | NetError::Tls(_) => exit::REFUSED_INPUT,
         }
     }

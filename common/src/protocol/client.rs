@@ -12,10 +12,14 @@ use std::collections::BTreeMap;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClientFrame {
     pub version: u32,
-    /// With `seq`, makes a change happen once however often it is sent. Queries ignore both.
+    /// With `seq`, makes a change happen once however often it is sent. Queries ignore all that is said of changes.
     pub client: ClientId,
-    /// Rises with every new change; the same on a retry.
+    /// Rises by one with every new change; the same on a retry.
     pub seq: u64,
+    /// The client has the answers to its changes below this number, or has given them up: it will not ask for them again.
+    pub answered_below: u64,
+    /// Where the log was before the client's first change, from `Request::Position`. Tells a new client from one that was forgotten.
+    pub since: u64,
     /// A query may be answered from what this coordinator has, which may be old, without asking the others.
     pub stale: bool,
     pub request: Request,
@@ -30,12 +34,21 @@ impl Versioned for ClientFrame {
 impl ClientFrame {
     /// A query that sees everything which was acknowledged before it.
     pub fn query(request: Request) -> ClientFrame {
-        ClientFrame { version: PROTOCOL_VERSION, client: ClientId(0), seq: 0, stale: false, request }
+        ClientFrame {
+            version: PROTOCOL_VERSION,
+            client: ClientId(0),
+            seq: 0,
+            answered_below: 0,
+            since: 0,
+            stale: false,
+            request,
+        }
     }
 
-    /// A change, which happens once for this client and number.
+    /// A change, which happens once for this client and number. Of a client that makes one after the other and began with the log; others
+    /// set `answered_below` and `since`.
     pub fn change(client: ClientId, seq: u64, request: Request) -> ClientFrame {
-        ClientFrame { version: PROTOCOL_VERSION, client, seq, stale: false, request }
+        ClientFrame { client, seq, answered_below: seq, ..ClientFrame::query(request) }
     }
 }
 
@@ -122,7 +135,18 @@ pub enum Request {
     RecordProfile(NewProfile),
     Profiles(Page),
     Profile(ProfileId),
+    /// How far the log is: what a client asks before its first change, to send it along as `ClientFrame::since`.
+    Position,
+    /// A submit under a name of the user's own. The same name with the same job is the same job, whoever asks and whenever, for as long as
+    /// the name is remembered; with another job it is refused.
+    SubmitOnce {
+        name: String,
+        job: SubmitJob,
+    },
 }
+
+/// Changes that one client may have under way at once: as many as the streams of a connection.
+pub const CHANGES_IN_FLIGHT_MAX: u64 = 256;
 
 /// `uses` of a token that is not used up.
 pub const UNLIMITED_USES: u32 = u32::MAX;
@@ -143,7 +167,8 @@ impl Request {
             | Request::RecordMetrics { .. }
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
-            | Request::RecordProfile(_) => true,
+            | Request::RecordProfile(_)
+            | Request::SubmitOnce { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -162,7 +187,8 @@ impl Request {
             | Request::Exports(_)
             | Request::Export(_)
             | Request::Profiles(_)
-            | Request::Profile(_) => false,
+            | Request::Profile(_)
+            | Request::Position => false,
         }
     }
 }
@@ -292,6 +318,7 @@ pub enum Reply {
     ProfileRecorded(ProfileId),
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
+    Position(u64),
 }
 
 /// One line, and what kind of refusal it is.
@@ -308,8 +335,22 @@ pub enum RefusalKind {
     NotFound,
     /// The certificate's role does not allow it.
     Forbidden,
-    /// Not now: no leader, disk full. Try again.
+    /// Not here and now: no leader, disk full. This try has changed nothing. Try again, or ask another coordinator.
     Unavailable,
     /// The request was carried out before, and what it gave cannot be given again. Ask anew, as another request.
     Spent,
+    /// Certain, and for now: the cluster is at one of its limits. The same may be granted later, as another request.
+    Later,
+    /// The change may or may not be made: it was handed on, and its answer did not come here in time. Asking again under the same number
+    /// does no harm and finds out.
+    Undecided,
+    /// The change may or may not have been made, and asking again does not find out: what came of it is not known any more.
+    Forgotten,
+}
+
+impl RefusalKind {
+    /// The same request may be granted if it is sent again, as it is.
+    pub fn is_passing(self) -> bool {
+        matches!(self, RefusalKind::Unavailable | RefusalKind::Undecided)
+    }
 }

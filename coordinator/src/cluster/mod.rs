@@ -14,6 +14,7 @@ pub mod orders;
 pub mod records;
 pub mod runs;
 pub mod session;
+pub mod submissions;
 
 use commands::Change;
 use epochs::Epochs;
@@ -24,8 +25,9 @@ use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
-use session::{Lookup, RequestId, Sessions};
+use session::{Lookup, RequestId, Sessions, Stamp};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use submissions::Submissions;
 
 /// All that the cluster has decided. Invariants: the slots of a node are never promised twice; a job that is final has no work,
 /// a finish time, and a `Finished` event as the last of its history; ids are never reused.
@@ -49,6 +51,7 @@ pub struct State {
     finished_runs: VecDeque<RunId>,
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
+    submissions: Submissions,
     last_replica: u64,
     last_node: u64,
     last_user: u64,
@@ -65,7 +68,7 @@ pub struct Command {
     /// The proposer's wall clock, milliseconds since 1970.
     pub unix_ms: u64,
     /// Set for clients' requests, which may arrive more than once.
-    pub request: Option<RequestId>,
+    pub request: Option<Stamp>,
     /// Why the planner wants it. Kept in the history if the change is made.
     pub why: Option<String>,
     pub change: Change,
@@ -148,6 +151,7 @@ impl State {
             finished_runs: VecDeque::new(),
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
+            submissions: Submissions::default(),
             last_replica: 0,
             last_node: 0,
             last_user: 0,
@@ -181,24 +185,34 @@ impl State {
     /// nothing.
     pub fn apply(&mut self, index: u64, command: Command) -> Applied {
         let mut context = Context { unix_ms: command.unix_ms, effects: Vec::new(), history: Vec::new() };
-        let answer = match command.request.map(|request| self.sessions.look_up(request)) {
+        let answer = match command.request.map(|stamp| self.sessions.look_up(&stamp)) {
             Some(Lookup::Answered(answer)) => answer,
-            Some(Lookup::Forgotten) => Answer::invalid(
-                "this request is older than what the cluster remembers of its client; send it with a new sequence number",
+            Some(Lookup::Forgotten) => Answer::rejected(
+                RefusalKind::Forgotten,
+                "the cluster does not remember this request any more, so it may or may not have been done",
+            ),
+            Some(Lookup::Crowded) => Answer::rejected(
+                RefusalKind::Unavailable,
+                "this client has more changes under way than it may; wait for the answers to the first ones",
             ),
             Some(Lookup::New) | None => {
                 let answer = command.change.apply(self, &mut context);
                 if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
                     self.decided(command.unix_ms, &why, &mut context);
                 }
-                if let Some(request) = command.request {
-                    self.sessions.remember(request, answer.clone(), index);
+                if let Some(stamp) = command.request {
+                    self.sessions.remember(&stamp, answer.clone(), index);
                 }
                 answer
             }
         };
         self.sessions.expire(index);
         Applied { answer, effects: context.effects, history: context.history }
+    }
+
+    /// Whether this request was applied, and its client may not know.
+    pub fn has_answered(&self, request: RequestId) -> bool {
+        self.sessions.has_answered(request)
     }
 
     /// Keeps the reason of what was done.
@@ -221,16 +235,25 @@ impl State {
 }
 
 impl Answer {
+    pub(crate) fn rejected(kind: RefusalKind, message: impl Into<String>) -> Answer {
+        Answer::Rejected(Refusal { kind, message: message.into() })
+    }
+
     pub(crate) fn invalid(message: impl Into<String>) -> Answer {
-        Answer::Rejected(Refusal { kind: RefusalKind::Invalid, message: message.into() })
+        Answer::rejected(RefusalKind::Invalid, message)
     }
 
     pub(crate) fn not_found(message: impl Into<String>) -> Answer {
-        Answer::Rejected(Refusal { kind: RefusalKind::NotFound, message: message.into() })
+        Answer::rejected(RefusalKind::NotFound, message)
     }
 
     pub(crate) fn forbidden(message: impl Into<String>) -> Answer {
-        Answer::Rejected(Refusal { kind: RefusalKind::Forbidden, message: message.into() })
+        Answer::rejected(RefusalKind::Forbidden, message)
+    }
+
+    /// The cluster is at one of its limits; the same may be granted when it is not.
+    pub(crate) fn later(message: impl Into<String>) -> Answer {
+        Answer::rejected(RefusalKind::Later, message)
     }
 }
 

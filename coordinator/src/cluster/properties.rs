@@ -4,7 +4,7 @@ use super::commands::*;
 use super::ends::FINISHED_IN_STATE;
 use super::history::HistoryRow;
 use super::records::Stop;
-use super::session::RequestId;
+use super::session::{RequestId, Stamp};
 use super::tests::*;
 use super::*;
 use crate::raft::disk::{Disk, Table};
@@ -136,6 +136,11 @@ fn job_change() -> impl Strategy<Value = Change> {
             let work = if trains { training() } else { program() };
             Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep })
         }),
+        1 => (1..4u32, 0..3u8).prop_map(|(world_size, id)| {
+            let (work, wish) = (program(), Wish::default());
+            let job = SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: 1 };
+            Change::SubmitOnce(SubmitOnce { id: format!("s{id}"), job })
+        }),
         4 => (job_id(), 1..3u64, parts)
             .prop_map(|(job, generation, parts)| Change::AssignGang(AssignGang { job, generation, parts })),
         6 => (job_id(), node_id(), 1..3u64, 1..6u64, prop::collection::vec(any_body(), 1..4)).prop_map(
@@ -179,7 +184,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     let why = prop::option::of(Just("because".to_owned()));
     (any_change(), request, why, 0..5_000u64).prop_map(|(change, request, why, unix_ms)| Command {
         unix_ms,
-        request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }),
+        request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }.into()),
         why,
         change,
     })
@@ -283,8 +288,9 @@ proptest! {
             changes.iter().map(|change| once.run_as(None, change.clone())).collect();
         let mut repeated = script();
         for at in order {
-            let request = RequestId { client: ClientId(1), seq: at as u64 + 1 };
-            prop_assert_eq!(&repeated.run_as(Some(request), changes[at].clone()), &answers[at]);
+            let id = RequestId { client: ClientId(1), seq: at as u64 + 1 };
+            let stamp = Stamp { id, answered_below: 1, since: 0 };
+            prop_assert_eq!(&repeated.run_stamped(stamp, changes[at].clone()), &answers[at]);
         }
         prop_assert_eq!(&repeated.history, &once.history);
         repeated.state.sessions = Default::default();
@@ -489,6 +495,13 @@ fn commands_keep_their_bytes() {
                 + "01066c656e6774680a000000000000f03f000000000000e03f"
                 + "030000000000000000000000000000f03f0000000000000040020406",
         ),
+        (
+            match job(training(), 1, Wish::default()) {
+                Change::SubmitJob(job) => Change::SubmitOnce(SubmitOnce { id: "i".into(), job }),
+                other => other,
+            },
+            "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03",
+        ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
@@ -496,11 +509,15 @@ fn commands_keep_their_bytes() {
         let command = Command { unix_ms: 1, request: None, why: None, change };
         assert_eq!(hex::encode(codec::encode(&command).unwrap()), format!("010000{hex}"), "{name}");
     }
-    let request = Some(RequestId { client: ClientId(7), seq: 2 });
+    let id = RequestId { client: ClientId(7), seq: 2 };
+    let request = Some(Stamp { id, answered_below: 1, since: 9 });
     let change = Change::UndrainNode(UndrainNode { node });
     let command = Command { unix_ms: 1, request, why: Some("w".into()), change };
-    assert_eq!(hex::encode(codec::encode(&command).unwrap()), "0101070201".to_owned() + "0177" + "1003");
+    assert_eq!(
+        hex::encode(codec::encode(&command).unwrap()),
+        "01010702".to_owned() + "0109" + "010177" + "1003"
+    );
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 22;
+const COMMANDS: usize = 23;

@@ -1,17 +1,24 @@
-//! What makes a request that is sent twice happen once: each client's last answers, kept in the state.
+//! What makes a request that is sent twice happen once: the answers of each client, kept in the state until the client has them.
 //!
-//! Bounded, and expiring by position in the log, because a clock would differ between replicas.
+//! A client is one process. It says with each change which answers it has, so an answer is dropped when nobody will ask for it again, and
+//! never before while the client is remembered at all. What is remembered is bounded: the clients that were silent longest are forgotten,
+//! by position in the log, because a clock would differ between replicas. A client says where the log was when it began, so one that was
+//! forgotten is never taken for a new one: whether its request was done is then *unknown*, and it is not done again.
 
 use super::Answer;
 use fleet_common::ids::ClientId;
+use fleet_common::protocol::CHANGES_IN_FLIGHT_MAX;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Answers kept per client: as many requests as a client may have under way at once.
-pub const ANSWERS_PER_CLIENT: usize = 32;
-/// Clients remembered; beyond it the one that was silent longest is forgotten.
-pub const CLIENTS_MAX: usize = 10_000;
-/// A client is forgotten when the log has grown by this much since its last request: hours at the highest rates, and a retry comes
+/// Bytes of memory for all that is remembered of clients: of 87,000 with one answer each. That is twice what all coordinators together can
+/// have open (`control` holds this against its limits), and to be forgotten while it retries, for ten seconds, a client must be overtaken by
+/// 8,000 new processes a second, more than coordinators can shake hands with.
+pub const MEMORY_MAX: usize = 32 << 20;
+/// What a client costs in memory, with both places that know it, and an answer without its text.
+pub const SESSION_BYTES: usize = 320;
+pub const ANSWER_BYTES: usize = 64;
+/// A client is forgotten when the log has grown by this much since its last change: minutes at the highest rates, and a retry comes
 /// within seconds.
 pub const EXPIRE_AFTER: u64 = 1_000_000;
 
@@ -22,59 +29,132 @@ pub struct RequestId {
     pub seq: u64,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Whose request a command is, and what its client says of its others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    pub id: RequestId,
+    /// Answers to lower numbers are not asked for again.
+    pub answered_below: u64,
+    /// A position of the log before the client's first change.
+    pub since: u64,
+}
+
+impl From<RequestId> for Stamp {
+    /// Of one who does not know where the log is: a coordinator on its own behalf, a joiner. Where it was forgotten it is done again.
+    fn from(id: RequestId) -> Stamp {
+        Stamp { id, answered_below: id.seq, since: u64::MAX }
+    }
+}
+
+/// What is remembered, and how much of it there may be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Kept")]
 pub struct Sessions {
     clients: BTreeMap<ClientId, Session>,
-    /// Clients by the log position of their last request, which is unique.
+    /// No client that began after this position was ever forgotten.
+    forgotten_to: u64,
+    /// Clients by the log position of their last change, which is unique.
+    #[serde(skip)]
     by_age: BTreeMap<u64, ClientId>,
+    #[serde(skip)]
+    bytes: usize,
+    #[serde(skip)]
+    bytes_max: usize,
+}
+
+/// What of it lies in snapshots; the rest follows.
+#[derive(Deserialize)]
+struct Kept {
+    clients: BTreeMap<ClientId, Session>,
+    forgotten_to: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Session {
     last_index: u64,
-    /// By sequence number.
-    answers: BTreeMap<u64, Answer>,
-    /// Answers up to here were dropped to make room.
-    dropped: u64,
+    /// Lower numbers are not asked for again.
+    answered_below: u64,
+    /// Of higher ones, in rising order.
+    answers: Vec<(u64, Answer)>,
 }
 
+#[derive(Clone, Debug, PartialEq)]
 pub enum Lookup {
     New,
     Answered(Answer),
-    /// Too old to know whether it was applied.
+    /// Whether it was applied is not known any more.
     Forgotten,
+    /// The client has more under way than it may.
+    Crowded,
+}
+
+impl Default for Sessions {
+    fn default() -> Sessions {
+        Sessions::bounded(MEMORY_MAX)
+    }
+}
+
+impl From<Kept> for Sessions {
+    fn from(Kept { clients, forgotten_to }: Kept) -> Sessions {
+        let by_age = clients.iter().map(|(id, session)| (session.last_index, *id)).collect();
+        let bytes = clients.values().map(Session::bytes).sum();
+        Sessions { clients, forgotten_to, by_age, bytes, bytes_max: MEMORY_MAX }
+    }
 }
 
 impl Sessions {
-    pub fn look_up(&self, request: RequestId) -> Lookup {
-        let Some(session) = self.clients.get(&request.client) else { return Lookup::New };
-        match session.answers.get(&request.seq) {
+    fn bounded(bytes_max: usize) -> Sessions {
+        let (clients, by_age) = (BTreeMap::new(), BTreeMap::new());
+        Sessions { clients, forgotten_to: 0, by_age, bytes: 0, bytes_max }
+    }
+
+    /// What is known of a request. Drops the answers that its client has.
+    pub fn look_up(&mut self, stamp: &Stamp) -> Lookup {
+        let RequestId { client, seq } = stamp.id;
+        let Some(session) = self.clients.get_mut(&client) else {
+            return match stamp.since < self.forgotten_to {
+                true => Lookup::Forgotten,
+                false => among(seq, stamp.answered_below),
+            };
+        };
+        self.bytes -= session.acknowledge(stamp.answered_below);
+        match session.answer(seq) {
             Some(answer) => Lookup::Answered(answer.clone()),
-            None if request.seq <= session.dropped => Lookup::Forgotten,
-            None => Lookup::New,
+            None => among(seq, session.answered_below),
         }
     }
 
-    pub fn remember(&mut self, request: RequestId, answer: Answer, index: u64) {
-        let session = self.clients.entry(request.client).or_default();
+    /// Whether this request has been answered and its client has not said that it knows.
+    pub fn has_answered(&self, id: RequestId) -> bool {
+        self.clients.get(&id.client).is_some_and(|session| session.answer(id.seq).is_some())
+    }
+
+    /// Keeps the answer of a request that was looked up as new, which is at position `index` of the log.
+    pub fn remember(&mut self, stamp: &Stamp, answer: Answer, index: u64) {
+        let RequestId { client, seq } = stamp.id;
+        let session = self.clients.entry(client).or_insert_with(|| {
+            self.bytes += SESSION_BYTES;
+            Session { answered_below: stamp.answered_below, ..Session::default() }
+        });
         self.by_age.remove(&session.last_index);
+        self.by_age.insert(index, client);
         session.last_index = index;
-        session.answers.insert(request.seq, answer);
-        while session.answers.len() > ANSWERS_PER_CLIENT {
-            if let Some((seq, _)) = session.answers.pop_first() {
-                session.dropped = seq;
-            }
-        }
-        self.by_age.insert(index, request.client);
+        self.bytes += cost(&answer);
+        let place = session.answers.partition_point(|(known, _)| *known < seq);
+        session.answers.insert(place, (seq, answer));
     }
 
-    /// Forgets the clients that were silent for too long at log position `index`.
+    /// Forgets the clients that were silent for too long at log position `index`, and those for which there is no memory.
     pub fn expire(&mut self, index: u64) {
         while let Some(oldest) = self.by_age.first_entry() {
-            if self.clients.len() <= CLIENTS_MAX && oldest.key() + EXPIRE_AFTER >= index {
+            if self.bytes <= self.bytes_max && oldest.key() + EXPIRE_AFTER >= index {
                 break;
             }
-            self.clients.remove(&oldest.remove());
+            let (last_index, client) = oldest.remove_entry();
+            if let Some(session) = self.clients.remove(&client) {
+                self.bytes -= session.bytes();
+            }
+            self.forgotten_to = last_index;
         }
     }
 
@@ -87,47 +167,42 @@ impl Sessions {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id(client: u128, seq: u64) -> RequestId {
-        RequestId { client: ClientId(client), seq }
-    }
-
-    #[test]
-    fn the_oldest_answers_are_dropped_and_not_mistaken_for_new_requests() {
-        let mut sessions = Sessions::default();
-        for seq in 1..=ANSWERS_PER_CLIENT as u64 + 2 {
-            sessions.remember(id(1, seq), Answer::Done, seq);
-        }
-        assert!(matches!(sessions.look_up(id(1, 1)), Lookup::Forgotten));
-        assert!(matches!(sessions.look_up(id(1, 2)), Lookup::Forgotten));
-        assert!(matches!(sessions.look_up(id(1, 3)), Lookup::Answered(_)));
-        assert!(matches!(sessions.look_up(id(1, 99)), Lookup::New));
-        assert!(matches!(sessions.look_up(id(2, 1)), Lookup::New));
-    }
-
-    #[test]
-    fn a_silent_client_expires_by_log_position() {
-        let mut sessions = Sessions::default();
-        sessions.remember(id(1, 1), Answer::Done, 10);
-        sessions.remember(id(2, 1), Answer::Done, 11);
-        sessions.expire(10 + EXPIRE_AFTER);
-        assert_eq!(sessions.len(), 2);
-        sessions.expire(11 + EXPIRE_AFTER);
-        assert_eq!(sessions.len(), 1);
-        assert!(matches!(sessions.look_up(id(2, 1)), Lookup::Answered(_)));
-    }
-
-    #[test]
-    fn the_number_of_clients_is_bounded() {
-        let mut sessions = Sessions::default();
-        for n in 0..CLIENTS_MAX as u64 + 5 {
-            sessions.remember(id(n.into(), 1), Answer::Done, n + 1);
-            sessions.expire(n + 1);
-        }
-        assert_eq!(sessions.len(), CLIENTS_MAX);
-        assert!(matches!(sessions.look_up(id(0, 1)), Lookup::New));
+/// What a number without an answer is, where those below `answered_below` have been answered.
+fn among(seq: u64, answered_below: u64) -> Lookup {
+    match seq.checked_sub(answered_below) {
+        None => Lookup::Forgotten,
+        Some(ahead) if ahead >= CHANGES_IN_FLIGHT_MAX => Lookup::Crowded,
+        Some(_) => Lookup::New,
     }
 }
+
+impl Session {
+    fn answer(&self, seq: u64) -> Option<&Answer> {
+        let place = self.answers.binary_search_by_key(&seq, |(known, _)| *known).ok()?;
+        Some(&self.answers[place].1)
+    }
+
+    /// Drops what the client has. Returns how many bytes that frees.
+    fn acknowledge(&mut self, below: u64) -> usize {
+        self.answered_below = self.answered_below.max(below);
+        let known = self.answers.partition_point(|(seq, _)| *seq < self.answered_below);
+        self.answers.drain(..known).map(|(_, answer)| cost(&answer)).sum()
+    }
+
+    fn bytes(&self) -> usize {
+        SESSION_BYTES + self.answers.iter().map(|(_, answer)| cost(answer)).sum::<usize>()
+    }
+}
+
+fn cost(answer: &Answer) -> usize {
+    let text = match answer {
+        Answer::Rejected(refusal) => refusal.message.len(),
+        Answer::TokenCreated { id } => id.len(),
+        _ => 0,
+    };
+    ANSWER_BYTES + text
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -3,7 +3,7 @@
 use super::commands::*;
 use super::history::HistoryRow;
 use super::members::Standing;
-use super::session::RequestId;
+use super::session::{RequestId, Stamp};
 use super::*;
 use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, Outcome, Shard, Step};
 use fleet_common::protocol::{
@@ -81,10 +81,14 @@ impl Script {
     }
 
     pub fn run_as(&mut self, request: Option<RequestId>, change: Change) -> Answer {
-        self.apply(request, None, change)
+        self.apply(request.map(Stamp::from), None, change)
     }
 
-    fn apply(&mut self, request: Option<RequestId>, why: Option<String>, change: Change) -> Answer {
+    pub fn run_stamped(&mut self, stamp: Stamp, change: Change) -> Answer {
+        self.apply(Some(stamp), None, change)
+    }
+
+    fn apply(&mut self, request: Option<Stamp>, why: Option<String>, change: Change) -> Answer {
         self.index += 1;
         let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, why, change });
         self.history.extend(applied.history);

@@ -344,7 +344,7 @@ impl<D: Disk> Control<D> {
                 Change::RecordEvents(RecordEvents { batch, .. }) => {
                     agent.put_back(batch, now.mono_ms + RETRY_MS);
                 }
-                _ => self.close_agent(session, refusal.message, refusal.kind != RefusalKind::Unavailable),
+                _ => self.close_agent(session, refusal.message, !refusal.kind.is_passing()),
             },
             What::Query(_) => {}
         }

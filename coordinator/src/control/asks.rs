@@ -6,7 +6,7 @@
 use super::reads::Reader;
 use super::{Action, Call, Control, Now, PeerMessage, Session, Told};
 use crate::cluster::commands::Change;
-use crate::cluster::session::RequestId;
+use crate::cluster::session::Stamp;
 use crate::cluster::{Answer, Command};
 use crate::planner::Why;
 use crate::raft::disk::Disk;
@@ -56,6 +56,8 @@ pub(super) struct Ask {
     pub asker: Asker,
     deadline_ms: u64,
     place: Place,
+    /// How often it was handed to a leader who has not said that it did nothing with it.
+    handed: u32,
 }
 
 enum Place {
@@ -83,12 +85,16 @@ pub(super) fn unavailable(message: impl Into<String>) -> Refusal {
     Refusal { kind: RefusalKind::Unavailable, message: message.into() }
 }
 
+pub(super) fn undecided(message: impl Into<String>) -> Refusal {
+    Refusal { kind: RefusalKind::Undecided, message: message.into() }
+}
+
 pub(super) fn invalid(message: impl Into<String>) -> Refusal {
     Refusal { kind: RefusalKind::Invalid, message: message.into() }
 }
 
 impl What {
-    pub fn change(request: Option<RequestId>, change: Change) -> What {
+    pub fn change(request: Option<Stamp>, change: Change) -> What {
         What::Change(Box::new(Command { unix_ms: 0, request, why: None, change }))
     }
 
@@ -104,6 +110,17 @@ impl What {
             What::Change(command) => codec::encode(command).is_ok_and(|bytes| bytes.len() <= COMMAND_MAX),
             // Small: questions have no lists.
             What::Query(_) => true,
+        }
+    }
+}
+
+impl Ask {
+    /// Nothing was done now. Of a change that was handed on before that is not known.
+    fn refused(&self, refusal: Refusal) -> Refusal {
+        let open = matches!(self.what, What::Change(_)) && self.handed > 0;
+        match refusal.kind {
+            RefusalKind::Unavailable if open => Refusal { kind: RefusalKind::Undecided, ..refusal },
+            _ => refusal,
         }
     }
 }
@@ -125,7 +142,7 @@ impl<D: Disk> Control<D> {
     pub(super) fn ask(&mut self, now: Now, asker: Asker, what: What) {
         let ticket = self.next_ticket();
         let place = Place::Nowhere { since_ms: now.mono_ms };
-        let ask = Ask { what, asker, deadline_ms: now.mono_ms + ASK_DEADLINE_MS, place };
+        let ask = Ask { what, asker, deadline_ms: now.mono_ms + ASK_DEADLINE_MS, place, handed: 0 };
         if self.asks.len() >= ASKS_MAX {
             return self.settle(
                 now,
@@ -143,9 +160,15 @@ impl<D: Disk> Control<D> {
             None => Place::Nowhere { since_ms: now.mono_ms },
             Some(leader) if leader == self.replica.id() => match &mut ask.what {
                 What::Change(command) => match self.propose(now, ticket, command) {
-                    Ok(()) => Place::Here { term },
+                    Ok(()) => {
+                        ask.handed += 1;
+                        Place::Here { term }
+                    }
                     Err(Unproposed::Elsewhere) => Place::Nowhere { since_ms: now.mono_ms },
-                    Err(Unproposed::Refused(refusal)) => return self.settle(now, ask, Err(refusal)),
+                    Err(Unproposed::Refused(refusal)) => {
+                        let refusal = ask.refused(refusal);
+                        return self.settle(now, ask, Err(refusal));
+                    }
                 },
                 What::Query(request) => {
                     let request = request.clone();
@@ -162,6 +185,7 @@ impl<D: Disk> Control<D> {
                     What::Query(request) => PeerMessage::Query { ticket, request: request.clone() },
                 };
                 self.out.push(Action::ToPeer { to: ReplicaId(leader), message });
+                ask.handed += 1;
                 Place::There { leader, term, sent_ms: now.mono_ms }
             }
         };
@@ -209,7 +233,8 @@ impl<D: Disk> Control<D> {
                 Some(_) => "not done in time; try again",
                 None => "no coordinator leads at the moment; try again",
             };
-            self.settle(now, ask, Err(unavailable(why)));
+            let refusal = ask.refused(unavailable(why));
+            self.settle(now, ask, Err(refusal));
         }
         for ticket in astray {
             if let Some(ask) = self.asks.remove(&ticket) {
@@ -232,7 +257,8 @@ impl<D: Disk> Control<D> {
         let waiting: Vec<Ticket> = waiting.map(|(ticket, _)| *ticket).collect();
         for ask in waiting.into_iter().filter_map(|ticket| self.asks.remove(&ticket)).collect::<Vec<_>>() {
             let message = format!("{why}; this is recorded when there is room, if it still can be");
-            self.settle(now, ask, Err(unavailable(message)));
+            let refusal = ask.refused(unavailable(message));
+            self.settle(now, ask, Err(refusal));
         }
     }
 
@@ -256,9 +282,16 @@ impl<D: Disk> Control<D> {
             return;
         }
         match told {
-            Told::Elsewhere => ask.place = Place::Nowhere { since_ms: now.mono_ms },
+            Told::Elsewhere => {
+                ask.handed = ask.handed.saturating_sub(1);
+                ask.place = Place::Nowhere { since_ms: now.mono_ms };
+            }
             Told::Reply(reply) => self.replied(now, ticket, Ok(*reply)),
-            Told::Refused(refusal) => self.replied(now, ticket, Err(refusal)),
+            Told::Refused(refusal) => {
+                ask.handed = ask.handed.saturating_sub(1);
+                let refusal = ask.refused(refusal);
+                self.replied(now, ticket, Err(refusal));
+            }
         }
     }
 

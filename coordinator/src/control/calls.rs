@@ -1,23 +1,27 @@
 //! Requests from outside: clients', joiners' and the driver's. Each is open until it was answered or its caller is gone.
 
-use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable};
+use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable, undecided};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
+use crate::cluster::members::REPLICAS_MAX;
 use crate::cluster::members::clean_name;
-use crate::cluster::session::{ANSWERS_PER_CLIENT, RequestId};
+use crate::cluster::session::{ANSWER_BYTES, MEMORY_MAX, RequestId, SESSION_BYTES, Stamp};
 use crate::raft::disk::Disk;
 use crate::requests;
 use fleet_common::ids::ClientId;
 use fleet_common::protocol::{
-    ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
+    CHANGES_IN_FLIGHT_MAX, ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
 };
 use std::collections::BTreeMap;
 
 /// Open calls of one certificate: a quarter of all.
 const CALLS_PER_MEMBER_MAX: usize = CALLS_MAX / 4;
+
+/// If every open call of every coordinator is another client's change, the state remembers all of them, and as many that ask again.
+const _: () = assert!(MEMORY_MAX / (SESSION_BYTES + ANSWER_BYTES) >= 2 * CALLS_MAX * REPLICAS_MAX);
 
 /// For a look at the state and for the change after it.
 const JOIN_DEADLINE_MS: u64 = 2 * ASK_DEADLINE_MS;
@@ -45,7 +49,7 @@ enum Kind {
 pub(super) struct Calls {
     open: BTreeMap<Call, OpenCall>,
     of_member: BTreeMap<Member, usize>,
-    /// Changes under way: the state remembers no more answers of a client than this.
+    /// Changes under way, of each client.
     of_client: BTreeMap<ClientId, usize>,
 }
 
@@ -73,9 +77,9 @@ impl Calls {
         }
         if let Kind::Change(client) = call.kind {
             let of_client = self.of_client.entry(client).or_default();
-            if *of_client >= ANSWERS_PER_CLIENT {
+            if *of_client >= CHANGES_IN_FLIGHT_MAX as usize {
                 return Err(unavailable(format!(
-                    "this client has {ANSWERS_PER_CLIENT} changes under way already; wait for some of them"
+                    "this client has {CHANGES_IN_FLIGHT_MAX} changes under way already; wait for some of them"
                 )));
             }
             *of_client += 1;
@@ -145,7 +149,7 @@ impl<D: Disk> Control<D> {
                 frame.version
             )));
         }
-        let id = RequestId { client: frame.client, seq: frame.seq };
+        let stamp = stamp(&frame);
         let mut open = |kind| self.calls.insert(call, OpenCall { caller: Some(caller), kind });
         match frame.request {
             Request::Watch { job, from, follow } => {
@@ -164,7 +168,7 @@ impl<D: Disk> Control<D> {
             request => {
                 open(Kind::Change(frame.client))?;
                 let change = requests::change(request)?;
-                self.ask(now, Asker::Client(call), What::change(Some(id), change));
+                self.ask(now, Asker::Client(call), What::change(Some(stamp), change));
             }
         }
         Ok(())
@@ -222,7 +226,7 @@ impl<D: Disk> Control<D> {
             return self.ask(
                 now,
                 Asker::Join(call),
-                What::change(Some(request), Change::RedeemToken(*redeem)),
+                What::change(Some(request.into()), Change::RedeemToken(*redeem)),
             );
         }
         let why = "this token is not known here: it was used up, has expired, or is not of this cluster; create a new one";
@@ -255,7 +259,7 @@ impl<D: Disk> Control<D> {
         self.out.push(Action::Joined { call, result });
     }
 
-    pub(super) fn take_change(&mut self, now: Now, call: Call, request: RequestId, change: Change) {
+    pub(super) fn take_change(&mut self, now: Now, call: Call, request: Stamp, change: Change) {
         let open = OpenCall { caller: None, kind: Kind::Once };
         let opened = self.is_serving().and_then(|()| self.calls.insert(call, open));
         match opened {
@@ -292,7 +296,12 @@ impl<D: Disk> Control<D> {
     pub(super) fn refuse_all(&mut self, why: &str) {
         for call in self.calls.ids() {
             let Some(open) = self.calls.remove(call) else { continue };
-            let refusal = unavailable(why);
+            // A change may be in the log already.
+            let refusal = match open.kind {
+                Kind::Change(_) => undecided(why),
+                Kind::Once if open.caller.is_none() => undecided(why),
+                _ => unavailable(why),
+            };
             self.out.push(match open.kind {
                 Kind::Join { .. } => Action::Joined { call, result: Err(refusal) },
                 _ if open.caller.is_none() => Action::Proposed { call, result: Err(refusal) },
@@ -300,6 +309,12 @@ impl<D: Disk> Control<D> {
             });
         }
     }
+}
+
+/// What the frame of a change says of it.
+pub fn stamp(frame: &ClientFrame) -> Stamp {
+    let id = RequestId { client: frame.client, seq: frame.seq };
+    Stamp { id, answered_below: frame.answered_below, since: frame.since }
 }
 
 /// Why an answer is none of those that were expected.
@@ -311,5 +326,5 @@ fn refusal_in(answer: Answer) -> Refusal {
 }
 
 fn misfit(answer: &impl std::fmt::Debug) -> Refusal {
-    unavailable(format!("the cluster gave an answer that does not fit: {answer:?}"))
+    undecided(format!("the cluster gave an answer that does not fit: {answer:?}"))
 }

@@ -4,7 +4,7 @@
 use super::peer::PeerMessage;
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
-use crate::cluster::session::RequestId;
+use crate::cluster::session::{RequestId, Stamp};
 use crate::raft::replica::ReplicaError;
 use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Member, Refusal, Reply, ToAgent};
@@ -96,7 +96,7 @@ pub enum Input {
     /// seen to it that whoever wants it may. Answered by `Action::Proposed`.
     Propose {
         call: Call,
-        request: RequestId,
+        request: Stamp,
         change: Change,
     },
     /// Why nothing may be written, or that there is room again.

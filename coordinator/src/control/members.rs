@@ -11,7 +11,7 @@ use crate::planner::Why;
 use crate::raft::disk::Disk;
 use crate::raft::replica::{self, Declined, Ticket};
 use fleet_common::ids::ReplicaId;
-use fleet_common::protocol::{Member, Refusal};
+use fleet_common::protocol::{Member, Refusal, RefusalKind};
 
 /// Between attempts to have this coordinator's record set right.
 const DESCRIBE_EVERY_MS: u64 = 1_000;
@@ -132,6 +132,10 @@ impl<D: Disk> Control<D> {
         ticket: Ticket,
         command: &Command,
     ) -> Result<Result<(), Declined>, Unproposed> {
+        // What was done already is only looked up, whatever stands in its way now.
+        if command.request.is_some_and(|stamp| self.state().has_answered(stamp.id)) {
+            return Ok(self.replica.propose(ticket, command));
+        }
         let change = match &command.change {
             Change::DescribeNode(it) => {
                 self.may_describe(now, it)?;
@@ -143,6 +147,10 @@ impl<D: Disk> Control<D> {
             }
             Change::PromoteReplica(it) if self.replica.conf().learners.contains(&it.replica.0) => {
                 replica::Membership::Promote(it.replica.0)
+            }
+            // Before its preconditions: the change under way may be this one, asked for at another coordinator.
+            Change::RemoveReplica(_) if self.replica.is_changing_members() => {
+                return Ok(Err(Declined::Pending));
             }
             Change::RemoveReplica(it) if self.is_in_raft(it.replica) => {
                 self.may_remove(now, it.replica)?;
@@ -171,7 +179,7 @@ impl<D: Disk> Control<D> {
                 stay.len(),
                 if heard == 1 { "is" } else { "are" }
             );
-            return Err(Unproposed::Refused(invalid(why)));
+            return Err(Unproposed::Refused(Refusal { kind: RefusalKind::Later, message: why }));
         }
         if replica == self.me() {
             if self.successor(now).is_none() {

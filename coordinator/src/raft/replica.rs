@@ -464,6 +464,11 @@ impl<D: Disk> Replica<D> {
         }
     }
 
+    /// A change of the members is in the log and not applied yet.
+    pub fn is_changing_members(&self) -> bool {
+        self.node.raft.has_pending_conf()
+    }
+
     /// Proposes a change of the members, together with the command that records it: both happen, or neither when the state machine
     /// rejects the command.
     pub fn propose_membership(
@@ -473,7 +478,7 @@ impl<D: Disk> Replica<D> {
         command: &Command,
     ) -> Result<(), Declined> {
         let context = self.admit(command)?;
-        if self.node.raft.has_pending_conf() {
+        if self.is_changing_members() {
             return Err(Declined::Pending);
         }
         let is = |members: &[u64], id: u64| members.contains(&id);

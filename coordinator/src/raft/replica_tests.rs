@@ -26,7 +26,7 @@ fn settle(replica: &mut TestReplica) -> Output {
 }
 
 fn command(seq: u64) -> Command {
-    let request = Some(RequestId { client: ClientId(1), seq });
+    let request = Some(RequestId { client: ClientId(1), seq }.into());
     Command { unix_ms: 1_000 + seq, request, why: None, change: submit(1) }
 }
 

@@ -4,7 +4,7 @@ use super::desk::CallSink;
 use super::inbox::{Event, Inbox};
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
-use crate::cluster::session::RequestId;
+use crate::cluster::session::{RequestId, Stamp};
 use crate::control::{Admission, Call, Input, Session};
 use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply};
 use std::sync::Arc;
@@ -107,7 +107,7 @@ impl Calls {
         self.answered(input, CallSink::Join(sink), answer).await?
     }
 
-    pub async fn propose(&self, request: RequestId, change: Change) -> Result<Answer, Refusal> {
+    pub async fn propose(&self, request: Stamp, change: Change) -> Result<Answer, Refusal> {
         let (sink, answer) = oneshot::channel();
         let input = |call| Input::Propose { call, request, change };
         self.answered(input, CallSink::Propose(sink), answer).await?
@@ -122,7 +122,9 @@ impl Calls {
         let mut open = self.open(input, sink)?;
         let answer = answer.await;
         open.answered = true;
-        answer.map_err(|_| unavailable("this coordinator is stopping; ask another one"))
+        // It was handed over, and may be done.
+        let message = "this coordinator is stopping; ask another one".to_owned();
+        answer.map_err(|_| Refusal { kind: RefusalKind::Undecided, message })
     }
 
     fn open(&self, input: impl FnOnce(Call) -> Input, sink: CallSink) -> Result<Open, Refusal> {

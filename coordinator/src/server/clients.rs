@@ -115,7 +115,7 @@ impl Stream {
             } else {
                 let deadline = *deadline.get_or_insert_with(|| Instant::now() + REQUEST_DEADLINE);
                 let piece = timeout_at(deadline, piece).await;
-                piece.map_err(|_| invalid("the request did not arrive in time"))?
+                piece.map_err(|_| unavailable("the request did not arrive in time; try again"))?
             };
             match piece {
                 Ok(Some(piece)) => frames.push(&piece.bytes),
@@ -172,8 +172,8 @@ impl Stream {
         }
         match frame.request {
             Request::CreateToken { role, ttl_s, uses } => {
-                let id = crate::cluster::session::RequestId { client: frame.client, seq: frame.seq };
-                let token = tokens::create(shared, id, role, ttl_s, uses).await?;
+                let stamp = crate::control::stamp(&frame);
+                let token = tokens::create(shared, stamp, role, ttl_s, uses).await?;
                 info!("{} made the token {} for a {role:?}", self.caller, token.id);
                 Ok(Reply::Token { text: token.to_string() })
             }

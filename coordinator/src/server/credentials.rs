@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use fleet_common::files;
 use fleet_common::ids::ClientId;
 use fleet_common::net::JoinToken;
-use fleet_common::protocol::{Refusal, RefusalKind, Role, UNLIMITED_USES};
+use fleet_common::protocol::{Refusal, Role, UNLIMITED_USES};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub async fn write(dir: &Path, shared: &Shared) -> Result<()> {
 
 async fn token(shared: &Shared, role: Role, ttl_s: u64, uses: u32) -> Result<JoinToken> {
     loop {
-        match tokens::create(shared, request(), role, ttl_s, uses).await {
+        match tokens::create(shared, request().into(), role, ttl_s, uses).await {
             Ok(token) => return Ok(token),
             Err(refusal) => wait(refusal).await?,
         }
@@ -53,7 +53,7 @@ async fn token(shared: &Shared, role: Role, ttl_s: u64, uses: u32) -> Result<Joi
 
 /// Before the next attempt, where there is any sense in one.
 async fn wait(refusal: Refusal) -> Result<()> {
-    if refusal.kind != RefusalKind::Unavailable {
+    if !refusal.kind.is_passing() {
         return Err(anyhow!(refusal.message));
     }
     tokio::time::sleep(RETRY).await;

@@ -187,7 +187,10 @@ impl Response {
             RefusalKind::Invalid | RefusalKind::Spent => 400,
             RefusalKind::Forbidden => 403,
             RefusalKind::NotFound => 404,
-            RefusalKind::Unavailable => 503,
+            RefusalKind::Unavailable
+            | RefusalKind::Later
+            | RefusalKind::Undecided
+            | RefusalKind::Forgotten => 503,
         };
         Response::text(status, refusal.message)
     }

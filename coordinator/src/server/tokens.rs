@@ -4,7 +4,7 @@ use super::Shared;
 use super::calls::unavailable;
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, CreateToken, RevokeToken};
-use crate::cluster::session::RequestId;
+use crate::cluster::session::{RequestId, Stamp};
 use fleet_common::ids::ClientId;
 use fleet_common::net::JoinToken;
 use fleet_common::protocol::{Refusal, RefusalKind, Role};
@@ -15,7 +15,7 @@ const TTL_MAX_S: u64 = 10 * 365 * 24 * 3600;
 /// Makes a token whose secret is known only to the caller.
 pub async fn create(
     shared: &Shared,
-    id: RequestId,
+    stamp: Stamp,
     role: Role,
     ttl_s: u64,
     uses: u32,
@@ -32,12 +32,17 @@ pub async fn create(
         ttl_ms: ttl_s.saturating_mul(1000),
         uses,
     };
-    match shared.calls.propose(id, Change::CreateToken(create)).await? {
+    match shared.calls.propose(stamp, Change::CreateToken(create)).await? {
         Answer::TokenCreated { id } if id == token.id => Ok(token),
         // The answer to an earlier try was lost, and its secret with it.
         Answer::TokenCreated { id: lost } => {
             let revoke = RequestId { client: ClientId(rand::random()), seq: 1 };
-            shared.calls.propose(revoke, Change::RevokeToken(RevokeToken { id: lost.clone() })).await?;
+            let change = Change::RevokeToken(RevokeToken { id: lost.clone() });
+            match shared.calls.propose(revoke.into(), change).await {
+                // an earlier try of this may have revoked it
+                Err(refusal) if refusal.kind != RefusalKind::NotFound => return Err(refusal),
+                Ok(_) | Err(_) => {}
+            }
             let message = format!(
                 "an earlier try of this request made the token {lost}, whose secret is kept nowhere; it is revoked, ask for another with a new request"
             );

@@ -19,7 +19,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let job = load_job(&args.job.job, &args.job.sets)?;
     match args.json {
         true => out::json(&job.to_file().into()),
-        false => out::line(job.to_toml().trim_end()),
+        false => out::lines(job.to_toml().trim_end()),
     }
     Ok(exit::SUCCEEDED)
 }

@@ -32,6 +32,9 @@ pub struct Args {
     /// Ranks to start; without it the job's `devices`, else one
     #[arg(short = 'n', long = "ranks", alias = "nproc-per-node", value_name = "N")]
     ranks: Option<u32>,
+    /// A name of your own for this submit, with which it can be repeated: the same job under the same name is submitted once
+    #[arg(long, value_name = "NAME")]
+    id: Option<String>,
     #[command(flatten)]
     wish: WishArgs,
     /// Show the job's progress and end as it ends
@@ -92,7 +95,11 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let wish = args.wish.wish();
     let mut client = connect(cluster)?;
     block_on(async {
-        let job = submit(&mut client, SubmitJob { world_size, work, wish }).await?;
+        let submit_job = SubmitJob { world_size, work, wish };
+        let job = match args.id {
+            Some(name) => submitted(client.change(Request::SubmitOnce { name, job: submit_job }).await?)?,
+            None => submit(&mut client, submit_job).await?,
+        };
         if !args.wait {
             match args.output.json {
                 true => out::json(&json!({"job": job.to_string(), "ranks": world_size})),
@@ -124,7 +131,11 @@ fn work(args: &Args) -> Result<(u32, Work), Failure> {
 }
 
 pub async fn submit(client: &mut Client, request: SubmitJob) -> Result<JobId, Failure> {
-    match client.change(Request::Submit(request)).await? {
+    submitted(client.change(Request::Submit(request)).await?)
+}
+
+fn submitted(reply: Reply) -> Result<JobId, Failure> {
+    match reply {
         Reply::Submitted { job } => Ok(job),
         other => Err(unexpected(&other)),
     }

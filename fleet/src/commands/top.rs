@@ -5,8 +5,8 @@ use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
 use console::{Term, measure_text_width, truncate_str};
-use fleet_common::exit;
 use fleet_common::protocol::{ClusterView, JobView, NodeView, Reply, Request};
+use fleet_common::{exit, terminal};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -137,8 +137,9 @@ impl Screen {
         let (height, width) = self.0.size();
         let mut text = "\x1b[H".to_owned();
         for line in lines.iter().take(usize::from(height).saturating_sub(1)) {
-            let fits = measure_text_width(line) <= usize::from(width);
-            let line = if fits { line.clone() } else { truncate_str(line, width.into(), "…").into_owned() };
+            let line = terminal::plain(line);
+            let fits = measure_text_width(&line) <= usize::from(width);
+            let line = if fits { line } else { truncate_str(&line, width.into(), "…").into_owned().into() };
             text.push_str(&line);
             text.push_str("\x1b[K\r\n");
         }

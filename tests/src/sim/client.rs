@@ -6,9 +6,7 @@ use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
 use fleet_common::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
-use fleet_common::protocol::{
-    ClientFrame, Member, PROTOCOL_VERSION, Point, RefusalKind, Reply, Request, RunKey,
-};
+use fleet_common::protocol::{ClientFrame, Member, Point, RefusalKind, Reply, Request, RunKey};
 use fleet_coordinator::cluster::commands::{Change, CreateToken, RedeemToken};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::{BTreeMap, VecDeque};
@@ -124,8 +122,7 @@ impl Client {
 
     fn frame(&mut self, request: Request) -> Question {
         self.seq += 1;
-        let frame =
-            ClientFrame { version: PROTOCOL_VERSION, client: self.id, seq: self.seq, stale: false, request };
+        let frame = ClientFrame::change(self.id, self.seq, request);
         Question::Client { caller: Member::Client(self.user), frame }
     }
 
@@ -361,7 +358,7 @@ impl World {
             Answered::Joined(Err(refusal)) | Answered::Proposed(Err(refusal)) => Some(refusal.clone()),
             _ => None,
         };
-        if refused.as_ref().is_some_and(|refusal| refusal.kind == RefusalKind::Unavailable) {
+        if refused.as_ref().is_some_and(|refusal| refusal.kind.is_passing()) {
             pending.conn = None;
             self.net.close(conn, 0);
             let wait = self.random.range(50 * MS..SECOND);

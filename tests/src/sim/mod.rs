@@ -1,9 +1,10 @@
 //! The simulator: real replicas, the real state machine, real coordinators' and agents' cores, and everything around them made up:
 //! network, disks, clocks, processes, ranks and people. One thread, virtual time, and one number from which all chance follows.
 //!
-//! `world` has the loop, `net`, `host`, `machine`, `engine` and `client` are what takes part, `faults` breaks it, `oracle` and
+//! `world` has the loop, `net`, `host`, `machine`, `engine`, `client` and `burst` are what takes part, `faults` breaks it, `oracle` and
 //! `watch` know what must hold all the same.
 
+mod burst;
 mod client;
 mod engine;
 mod faults;

@@ -40,6 +40,11 @@ pub struct Oracle {
     entries: BTreeMap<u64, u64>,
     rows: MemoryDisk,
     changed_by: BTreeSet<RequestId>,
+    /// Done, whether that left a trace or not.
+    done: BTreeSet<RequestId>,
+    /// Of which somebody was told for certain that they were not done.
+    never: BTreeSet<RequestId>,
+    runs: BTreeMap<String, RunId>,
     jobs: BTreeMap<JobId, JobFacts>,
     by_name: BTreeMap<String, JobId>,
     exports: BTreeMap<ExportId, (JobId, u64)>,
@@ -99,6 +104,9 @@ impl Oracle {
             entries: BTreeMap::new(),
             rows: MemoryDisk::default(),
             changed_by: BTreeSet::new(),
+            done: BTreeSet::new(),
+            never: BTreeSet::new(),
+            runs: BTreeMap::new(),
             jobs: BTreeMap::new(),
             by_name: BTreeMap::new(),
             exports: BTreeMap::new(),
@@ -158,7 +166,7 @@ impl Oracle {
     fn apply(&mut self, entry: &Entry, command: Command) -> Result<Done, String> {
         let index = entry.index;
         self.commands += 1;
-        let (request, change) = (command.request, command.change.clone());
+        let (request, change) = (command.request.map(|stamp| stamp.id), command.change.clone());
         let given_up = match &change {
             Change::MarkNodeLost(lost) => Some((lost.node, "its node was lost")),
             Change::RevokeMember(RevokeMember { member: Member::Worker(node) }) => {
@@ -180,6 +188,15 @@ impl Oracle {
                 "request {} of client {:x} was applied twice, now as entry {index}",
                 request.seq, request.client.0
             ));
+        }
+        if let Some(request) = request.filter(|_| !rejected) {
+            self.done.insert(request);
+            self.must_not_be(request)?;
+        }
+        if let (Change::StartRun(start), Answer::RunStarted { run }) = (&change, &applied.answer)
+            && let Some(other) = self.runs.insert(start.name.clone(), *run).filter(|other| other != run)
+        {
+            return Err(format!("the request for `{}` made both {other} and {run}", start.name));
         }
         let mut batch = Batch::default();
         for row in &applied.history {
@@ -352,6 +369,19 @@ impl Oracle {
             }
             Some(known) => Err(format!("`{name}` was acknowledged as {job} and is {known}")),
             None => Err(format!("`{name}` was acknowledged as {job} and is not committed")),
+        }
+    }
+
+    /// A client was told at every try that nothing was done, and has given it up.
+    pub fn never_done(&mut self, request: RequestId) -> Result<(), String> {
+        self.never.insert(request);
+        self.must_not_be(request)
+    }
+
+    fn must_not_be(&self, request: RequestId) -> Result<(), String> {
+        match self.never.contains(&request) && self.done.contains(&request) {
+            true => Err("it was said for certain that it was not done, and it was".to_owned()),
+            false => Ok(()),
         }
     }
 

@@ -1,5 +1,6 @@
 //! How a run begins, and how coordinators and machines come and go.
 
+use super::burst::Bursts;
 use super::client::{Client, OPERATOR, Want};
 use super::engine::Engine;
 use super::host::{Clock, Host};
@@ -47,6 +48,7 @@ impl World {
             addresses: BTreeMap::new(),
             machines: BTreeMap::new(),
             clients: BTreeMap::new(),
+            bursts: Bursts::default(),
             engine: Engine::default(),
             oracle: Oracle::new(state.clone(), GENESIS),
             watch: Watch::default(),
@@ -87,6 +89,7 @@ impl World {
                 self.queue.after(after, Event::ClientNext { client: number });
             }
         }
+        self.begin_bursts();
         self.order_token(token(Role::Worker));
         for number in 1..=self.random.range(2..7) as u32 {
             let (slots, clock) = (1 + self.random.range(0..8) as u32, self.clock());

@@ -1,5 +1,6 @@
 //! Everything there is, the events that happen to it, and the loop.
 
+use super::burst::{BurstEvent, Bursts};
 use super::client::Client;
 use super::engine::{Engine, EngineEvent};
 use super::faults::Mend;
@@ -48,6 +49,7 @@ pub enum Event {
     Engine(GangId, EngineEvent),
     ClientNext { client: u32 },
     ClientRetry { client: u32, tries: u32 },
+    Burst(BurstEvent),
     Fault,
     Mend(Mend),
     Calm,
@@ -97,6 +99,7 @@ pub struct World {
     pub addresses: BTreeMap<ReplicaId, u32>,
     pub machines: BTreeMap<u32, Machine>,
     pub clients: BTreeMap<u32, Client>,
+    pub bursts: Bursts,
     pub engine: Engine,
     pub oracle: Oracle,
     pub watch: Watch,
@@ -160,6 +163,7 @@ impl World {
             Event::Engine(id, event) => self.on_engine(id, event),
             Event::ClientNext { client } => self.on_client_next(client),
             Event::ClientRetry { client, tries } => self.on_client_retry(client, tries),
+            Event::Burst(event) => self.on_burst(event),
             Event::Fault => self.on_fault(),
             Event::Mend(mend) => self.on_mend(mend),
             Event::Calm => {
@@ -185,6 +189,9 @@ impl World {
             }
             NetEvent::Lost { conn, site: Site::Host(host) } => self.host_loses(host, conn),
             NetEvent::Lost { conn, site: Site::Machine(machine) } => self.machine_loses(machine, conn),
+            NetEvent::Lost { conn, site: Site::Client(_) } if self.bursts.owns(conn) => {
+                self.burst_loses(conn)
+            }
             NetEvent::Lost { conn, site: Site::Client(client) } => self.client_loses(client, conn),
         }
     }
@@ -198,6 +205,7 @@ impl World {
             (Some(Site::Host(host)), Some(Purpose::Peer { to, .. })) => self.peer_connected(host, to, conn),
             (Some(Site::Host(host)), Some(Purpose::Agent { node })) => self.agent_connected(host, conn, node),
             (Some(Site::Machine(machine)), _) => self.machine_connected(machine, conn),
+            (Some(Site::Client(_)), _) if self.bursts.owns(conn) => self.burst_connected(conn),
             (Some(Site::Client(client)), _) => self.client_connected(client, conn),
             _ => {}
         }
@@ -211,6 +219,9 @@ impl World {
             (Some(Site::Host(host)), payload) => self.host_hears(host, conn, payload),
             (Some(Site::Machine(machine)), Payload::ToAgent(message)) => {
                 self.machine_hears(machine, conn, message)
+            }
+            (Some(Site::Client(_)), Payload::Answered(answered)) if self.bursts.owns(conn) => {
+                self.burst_hears(conn, answered)
             }
             (Some(Site::Client(client)), Payload::Answered(answered)) => {
                 self.client_hears(client, conn, answered)
@@ -389,6 +400,9 @@ impl World {
             return Some(format!(
                 "{job} is {state:?} with {ranks} ranks and {wish:?} on machines with {slots:?}"
             ));
+        }
+        if !self.bursts.is_empty() {
+            return Some("a process waits for an answer".to_owned());
         }
         let waiting = self.clients.iter().find(|(_, client)| !client.is_idle());
         waiting.map(|(number, _)| format!("client-{number} waits for an answer"))

@@ -19,6 +19,7 @@ use fleet_common::exit;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, ToRank};
+use fleet_common::terminal;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
@@ -224,7 +225,7 @@ impl Driver {
                                 Some(Input::Disconnected)
                             }
                             LinkEvent::Hopeless(error) => {
-                                eprintln!("error: {error}");
+                                eprintln!("error: {}", terminal::plain(&error.to_string()));
                                 self.end_all();
                                 return Ok(error.exit_code());
                             }
@@ -243,6 +244,7 @@ impl Driver {
                     drop((self.outbox.take(), sources.link_events));
                     let _ = tokio::time::timeout(CLOSING, sources.link).await;
                     if let Some(message) = refused {
+                        let message = terminal::plain(&message);
                         eprintln!("error: the coordinator refuses this node: {message}");
                         return Ok(exit::REFUSED_INPUT);
                     }

@@ -9,6 +9,7 @@ use fleet_common::exit;
 use fleet_common::net::{self, Identity, JoinToken};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
+use fleet_common::terminal;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
     }
     let Command::Join(join) = Cli::parse().command;
     let code = run(join).unwrap_or_else(|failure| {
-        eprintln!("error: {:#}", failure.error);
+        eprintln!("error: {}", terminal::plain(&format!("{:#}", failure.error)));
         failure.code
     });
     ExitCode::from(code)

@@ -37,7 +37,7 @@ impl CreateToken {
             }
         }
         if state.tokens.len() >= TOKENS_MAX {
-            return Answer::invalid(format!("{TOKENS_MAX} tokens are valid already; let some expire first"));
+            return Answer::later(format!("{TOKENS_MAX} tokens are valid already; let some expire first"));
         }
         if state.tokens.contains_key(&self.id) {
             return Answer::invalid(format!("a token {} exists already", self.id));

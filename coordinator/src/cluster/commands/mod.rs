@@ -24,6 +24,7 @@ mod revoke_member;
 mod revoke_token;
 mod start_run;
 mod submit_job;
+mod submit_once;
 mod undrain_node;
 
 pub use assign_gang::AssignGang;
@@ -47,6 +48,7 @@ pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
+pub use submit_once::SubmitOnce;
 pub use undrain_node::UndrainNode;
 
 use super::{Answer, Context, State};
@@ -79,6 +81,7 @@ pub enum Change {
     FinishRun(FinishRun),
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
+    SubmitOnce(SubmitOnce),
 }
 
 impl Change {
@@ -106,6 +109,7 @@ impl Change {
             Change::FinishRun(command) => command.apply(state, context),
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
+            Change::SubmitOnce(command) => command.apply(state, context),
         }
     }
 
@@ -147,6 +151,7 @@ impl Change {
             Change::FinishRun(_) => "finish_run",
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
+            Change::SubmitOnce(_) => "submit_once",
         }
     }
 }

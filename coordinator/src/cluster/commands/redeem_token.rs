@@ -37,7 +37,7 @@ impl RedeemToken {
             Role::Coordinator => None,
         };
         if let Some(full) = full {
-            return Answer::invalid(format!("the cluster has {full}, which is its limit; revoke some"));
+            return Answer::later(format!("the cluster has {full}, which is its limit; revoke some"));
         }
         if token.uses_left != UNLIMITED_USES {
             token.uses_left -= 1;

@@ -27,7 +27,7 @@ impl RegisterReplica {
             ));
         }
         if !state.replicas.contains_key(&replica) && state.replicas.len() >= REPLICAS_MAX {
-            return Answer::invalid(format!(
+            return Answer::later(format!(
                 "the cluster has {REPLICAS_MAX} coordinators, which is its limit; remove one first"
             ));
         }

@@ -16,9 +16,7 @@ pub struct StartRun {
 impl StartRun {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         if state.runs.values().filter(|run| run.state == RunState::Open).count() >= OPEN_RUNS_MAX {
-            return Answer::invalid(format!(
-                "{OPEN_RUNS_MAX} runs are open, which is the limit; finish some"
-            ));
+            return Answer::later(format!("{OPEN_RUNS_MAX} runs are open, which is the limit; finish some"));
         }
         let Some(name) = clean_text(&self.name) else {
             return Answer::invalid("a run needs a name of at most 256 characters");

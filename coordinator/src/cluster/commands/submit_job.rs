@@ -37,7 +37,7 @@ impl SubmitJob {
             return Answer::invalid(message);
         }
         if state.jobs.values().filter(|job| !job.state.is_final()).count() >= UNFINISHED_MAX {
-            return Answer::invalid(format!(
+            return Answer::later(format!(
                 "{UNFINISHED_MAX} jobs are unfinished, which is the limit; cancel some or wait"
             ));
         }

@@ -6,7 +6,9 @@ use crate::cluster::session::RequestId;
 use crate::cluster::tests::{redeem, step, token};
 use crate::control::*;
 use fleet_common::ids::{JobId, NodeId};
-use fleet_common::protocol::{ClientFrame, PROTOCOL_VERSION, RefusalKind, Reply, Request, Role};
+use fleet_common::protocol::{
+    CHANGES_IN_FLIGHT_MAX, ClientFrame, PROTOCOL_VERSION, RefusalKind, Reply, Request, Role,
+};
 
 fn kind(reply: &Reply) -> Option<RefusalKind> {
     match reply {
@@ -85,11 +87,78 @@ fn without_a_majority_a_change_is_unknown_and_said_to_be() {
     net.cut.insert(leader);
     let call = net.send(leader, frame(9, 1, program()));
     net.run(6_000);
-    assert_eq!(kind(net.reply(call).unwrap()), Some(RefusalKind::Unavailable));
+    assert_eq!(kind(net.reply(call).unwrap()), Some(RefusalKind::Undecided));
     net.cut.clear();
     net.run_until("one leader", |net| net.leader().is_some());
     let job = net.ask(net.follower(), frame(9, 1, program()));
     assert_eq!(job, Reply::Submitted { job: JobId(1) });
+}
+
+#[test]
+fn what_was_handed_to_nobody_is_refused_for_certain() {
+    let mut net = Net::new(3);
+    let lonely = net.follower();
+    net.cut.insert(lonely);
+    net.run(3_000);
+    assert_eq!(net.controls[&lonely].status().leader, None);
+    let call = net.send(lonely, frame(9, 1, program()));
+    net.run(6_000);
+    assert_eq!(kind(net.reply(call).unwrap()), Some(RefusalKind::Unavailable));
+    net.cut.clear();
+    net.run(6_000);
+    assert!(net.state(net.leading()).jobs().is_empty(), "it was said not to be done");
+}
+
+#[test]
+fn a_change_handed_to_a_leader_that_falls_silent_is_not_said_to_be_undone() {
+    let mut net = Net::new(3);
+    let (leader, follower) = (net.leading(), net.follower());
+    net.cut.insert(leader);
+    let call = net.send(follower, frame(9, 1, program()));
+    net.exchange();
+    net.run_until("another leader", |net| net.leader().is_some_and(|other| other != leader));
+    let full = Some("the disk has no room".to_owned());
+    let others: Vec<u64> = net.controls.keys().copied().filter(|id| *id != leader).collect();
+    others.iter().for_each(|id| net.handle(*id, Input::LowSpace(full.clone())));
+    net.run(6_000);
+    match net.reply(call).unwrap() {
+        Reply::Submitted { .. } => {}
+        refused => assert_eq!(kind(refused), Some(RefusalKind::Undecided)),
+    }
+}
+
+#[test]
+fn many_changes_of_one_client_are_remembered_until_it_has_their_answers() {
+    let mut net = Net::new(3);
+    let many = CHANGES_IN_FLIGHT_MAX;
+    let change =
+        |seq| ClientFrame { answered_below: 1, ..frame(9, seq, Request::StartRun { name: "r".into() }) };
+    let first: Vec<Reply> = (1..=many).map(|seq| net.ask(1 + seq % 3, change(seq))).collect();
+    assert_eq!(kind(&net.ask(1, change(many + 1))), Some(RefusalKind::Unavailable), "one too many");
+    let leader = net.leading();
+    net.kill(leader);
+    net.run_until("another leader", |net| net.leader().is_some_and(|other| other != leader));
+    let at = net.leading();
+    for (seq, answer) in (1..).zip(&first) {
+        assert_eq!(net.ask(at, change(seq)), *answer, "change {seq}");
+    }
+    assert_eq!(net.state(at).runs().len(), first.len());
+    let next = ClientFrame { answered_below: many + 1, ..change(many + 1) };
+    assert!(matches!(net.ask(at, next), Reply::RunStarted(_)));
+    assert_eq!(kind(&net.ask(at, change(1))), Some(RefusalKind::Forgotten), "it said that it has the answer");
+}
+
+#[test]
+fn a_client_learns_where_the_log_is_from_who_knows() {
+    let mut net = Net::new(3);
+    net.submit(net.leading());
+    let at = net.follower();
+    let Reply::Position(position) = net.ask(at, frame(0, 0, Request::Position)) else { panic!() };
+    assert_eq!(position, net.controls[&net.leading()].status().applied_index);
+    net.cut.insert(at);
+    let call = net.send(at, frame(0, 0, Request::Position));
+    net.run(6_000);
+    assert_eq!(kind(net.reply(call).unwrap()), Some(RefusalKind::Unavailable), "what it has may be old");
 }
 
 #[test]
@@ -195,11 +264,11 @@ fn open_requests_are_bounded_for_one_client_for_one_certificate_and_for_all() {
         net.settle();
         net.reply(call).is_some()
     };
-    for n in 0..32 {
+    for n in 0..CHANGES_IN_FLIGHT_MAX {
         assert!(!refused(&mut net, 1, USER), "{n}");
     }
-    assert!(refused(&mut net, 1, USER), "a client's 33rd change");
-    for n in 32..CALLS_MAX as u128 / 4 {
+    assert!(refused(&mut net, 1, USER), "a client's change beyond those");
+    for n in CHANGES_IN_FLIGHT_MAX.into()..CALLS_MAX as u128 / 4 {
         assert!(!refused(&mut net, n + 100, USER), "{n}");
     }
     assert!(refused(&mut net, 9_999_999, USER), "too many of one certificate");
@@ -216,7 +285,7 @@ fn a_full_disk_of_the_only_voter_stops_changes_and_not_queries() {
     net.disks[&1].set_full(true);
     let change = net.send(1, frame(9, 1, program()));
     net.run(1_000);
-    assert_eq!(kind(net.reply(change).unwrap()), Some(RefusalKind::Unavailable));
+    assert_eq!(kind(net.reply(change).unwrap()), Some(RefusalKind::Undecided));
     assert!(matches!(net.ask(1, frame(0, 0, Request::Job(job))), Reply::Job(_)));
     assert!(net.controls[&1].status().read_only.is_some());
     net.disks[&1].set_full(false);
@@ -244,7 +313,7 @@ fn a_leader_whose_disk_is_full_is_replaced_and_sends_its_clients_away() {
     net.run_until("another leader", |net| {
         net.controls.iter().any(|(id, control)| *id != old && control.status().leading_since_ms.is_some())
     });
-    assert_eq!(kind(net.reply(stuck).unwrap()), Some(RefusalKind::Unavailable));
+    assert_eq!(kind(net.reply(stuck).unwrap()), Some(RefusalKind::Undecided));
     assert_eq!(kind(&net.ask(old, frame(0, 0, Request::Nodes))), Some(RefusalKind::Unavailable));
     net.disks[&old].set_full(false);
     net.run(3_000);

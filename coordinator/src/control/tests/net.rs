@@ -61,7 +61,7 @@ pub(super) fn program() -> Request {
 }
 
 pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
-    ClientFrame { version: PROTOCOL_VERSION, client: ClientId(client), seq, stale: false, request }
+    ClientFrame::change(ClientId(client), seq, request)
 }
 
 pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> AgentHello {
@@ -357,7 +357,7 @@ impl Net {
     pub fn propose(&mut self, at: u64, change: Change) -> Result<Answer, Refusal> {
         let call = self.number();
         let request = RequestId { client: ClientId(call.into()), seq: 1 };
-        self.handle(at, Input::Propose { call, request, change });
+        self.handle(at, Input::Propose { call, request: request.into(), change });
         self.run_until("an answer", |net| net.proposed.contains_key(&call));
         self.proposed[&call].clone()
     }
