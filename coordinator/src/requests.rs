@@ -2,8 +2,8 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
-    RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
+    CancelJob, Change, ChangeSecrets, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile,
+    RemoveReplica, RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
 };
 use crate::cluster::records::Stop;
 use fleet_common::job::Job;
@@ -27,6 +27,10 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         Request::FinishRun { run, succeeded } => Change::FinishRun(FinishRun { run, succeeded }),
         Request::RecordExport(record) => Change::RecordExport(RecordExport { record }),
         Request::RecordProfile(record) => Change::RecordProfile(RecordProfile { record }),
+        Request::GiveSecrets { job, values } => {
+            Change::ChangeSecrets(ChangeSecrets { job, values: Some(values) })
+        }
+        Request::RemoveSecrets(job) => Change::ChangeSecrets(ChangeSecrets { job, values: None }),
         Request::CreateToken { .. } => {
             return Err(invalid("a token is made by the server that keeps its secret"));
         }
@@ -48,7 +52,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Exports(_)
         | Request::Export(_)
         | Request::Profiles(_)
-        | Request::Profile(_) => return Err(invalid("this is a question and changes nothing")),
+        | Request::Profile(_)
+        | Request::Environment { .. } => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -123,6 +128,9 @@ pub fn name(request: &Request) -> &'static str {
         Request::RecordProfile(_) => "record_profile",
         Request::Profiles(_) => "profiles",
         Request::Profile(_) => "profile",
+        Request::Environment { .. } => "environment",
+        Request::GiveSecrets { .. } => "give_secrets",
+        Request::RemoveSecrets(_) => "remove_secrets",
     }
 }
 

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use rand::TryRngCore;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// How long an unanswered change is remembered. Later, the same command means a new change.
@@ -101,8 +101,7 @@ fn with_book<T>(dir: &Path, work: impl FnOnce(&mut Book) -> Result<T, Failure>) 
     };
     let done = work(&mut book)?;
     let text = serde_json::to_string(&book).map_err(|e| Failure::environment(e.to_string()))?;
-    files::write_atomic(&path, text.as_bytes(), files::SECRET)
-        .map_err(|e| Failure::io("write", &path, &e))?;
+    files::write_atomic(&path, text.as_bytes()).map_err(|e| Failure::io("write", &path, &e))?;
     Ok(done)
 }
 
@@ -111,7 +110,7 @@ fn damaged(dir: &Path) -> Failure {
 }
 
 fn lock(path: &Path) -> Result<Flock<File>, Failure> {
-    let open = OpenOptions::new().create(true).write(true).truncate(false).open(path);
+    let open = files::private().create(true).write(true).truncate(false).open(path);
     let file = open.map_err(|e| Failure::io("open", path, &e))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| Failure::io("lock", path, &e.into()))
 }

@@ -1,5 +1,6 @@
 //! What clients ask and what they are answered.
 
+use super::environment::*;
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
@@ -122,6 +123,18 @@ pub enum Request {
     RecordProfile(NewProfile),
     Profiles(Page),
     Profile(ProfileId),
+    /// Of an unfinished or finished job. With `values`, which needs a right of its own, also what the secrets are.
+    Environment {
+        job: JobId,
+        values: bool,
+    },
+    /// Values of secrets of an unfinished job, by name. They count from its next start.
+    GiveSecrets {
+        job: JobId,
+        values: Vec<(String, Secret)>,
+    },
+    /// Nothing but the names of an unfinished job's secrets is kept.
+    RemoveSecrets(JobId),
 }
 
 /// `uses` of a token that is not used up.
@@ -143,7 +156,9 @@ impl Request {
             | Request::RecordMetrics { .. }
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
-            | Request::RecordProfile(_) => true,
+            | Request::RecordProfile(_)
+            | Request::GiveSecrets { .. }
+            | Request::RemoveSecrets(_) => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -162,7 +177,8 @@ impl Request {
             | Request::Exports(_)
             | Request::Export(_)
             | Request::Profiles(_)
-            | Request::Profile(_) => false,
+            | Request::Profile(_)
+            | Request::Environment { .. } => false,
         }
     }
 }
@@ -240,11 +256,11 @@ pub enum Work {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Program {
-    /// Program and arguments; found by the agent in `PATH` of `env` or relative to `working_dir`.
+    /// Program and arguments; found by the agent in `PATH` or relative to `working_dir`.
     pub argv: Vec<String>,
     pub working_dir: String,
-    /// The whole environment, before RANK and the like are set.
-    pub env: Vec<(String, String)>,
+    /// Set over what the node gives to programs, below RANK and the like.
+    pub env: Vec<Variable>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -292,6 +308,7 @@ pub enum Reply {
     ProfileRecorded(ProfileId),
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
+    Environment(Vec<VariableView>),
 }
 
 /// One line, and what kind of refusal it is.

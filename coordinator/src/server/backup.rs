@@ -14,13 +14,12 @@ use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, anyhow, bail};
-use fleet_common::files;
+use fleet_common::files::NewFile;
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::ClusterCa;
 use fleet_common::protocol::{CoordinatorAddress, Member};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufReader, BufWriter};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -66,14 +65,8 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
         made_unix_ms: unix_ms(),
         note: "contains the private key of the cluster's CA: keep it as secret as that".to_owned(),
     };
-    let mut name = out.file_name().context("--out names a file")?.to_owned();
-    name.push(".part");
-    let part = out.with_file_name(name);
-    let cannot = || format!("cannot write {}", part.display());
-    remove_stale(&part).with_context(cannot)?;
-    // Made here and now: a file that lay there would keep its owner and its mode.
-    let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&part);
-    let mut writer = Writer::new(BufWriter::new(file.with_context(cannot)?));
+    let cannot = || format!("cannot write {}", out.display());
+    let mut writer = Writer::new(BufWriter::new(NewFile::create(out)?));
     writer.header(&header).with_context(cannot)?;
     writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
     writer.record(&Record::State { index: position.0, term: position.1, state }).with_context(cannot)?;
@@ -85,26 +78,9 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
         }
     }
     writer.record(&Record::End).with_context(cannot)?;
-    let written = writer.finish().and_then(|out| Ok(out.into_inner()?.sync_all()?));
-    written.with_context(cannot)?;
-    std::fs::rename(&part, out).with_context(|| format!("cannot write {}", out.display()))?;
-    let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let synced = File::open(directory).and_then(|directory| directory.sync_all());
-    synced.with_context(|| format!("cannot sync {}", directory.display()))?;
+    let written = writer.finish().and_then(|file| Ok(file.into_inner()?));
+    written.with_context(cannot)?.commit()?;
     Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
-}
-
-/// Removes what an earlier attempt left; anything else that has this name stays, and is an error.
-fn remove_stale(part: &Path) -> Result<()> {
-    let found = match std::fs::symlink_metadata(part) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        found => found?,
-    };
-    let ours = found.file_type().is_file() && found.uid() == nix::unistd::geteuid().as_raw();
-    if !ours {
-        bail!("it is there already and no file of an earlier backup; remove it or choose another --out");
-    }
-    Ok(std::fs::remove_file(part)?)
 }
 
 /// All that is committed.
@@ -130,11 +106,11 @@ fn applied(disk: &RocksDisk) -> Result<Applied> {
     }
     let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
-    let state = image::encode(replica.state())?;
+    let state = image::encode(&replica.state().clone().without_secrets())?;
     Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory })
 }
 
-fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer<BufWriter<File>>) -> Result<u64> {
+fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer<BufWriter<NewFile>>) -> Result<u64> {
     let (mut rows, mut bytes, mut count) = (Vec::new(), 0, 0);
     let mut failed = Ok(());
     disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {

@@ -6,16 +6,17 @@ use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::prepare;
+use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
 use crate::ranks::{Launcher, NewGang, Probe, Warm};
 use crate::spawn::{Exited, Spawner};
 use anyhow::Context;
 use fleet_collectives::Segment;
 use fleet_collectives::shm::Abort;
-use fleet_common::exit;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, ToRank};
+use fleet_common::{exit, files};
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
@@ -46,6 +47,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
     pub host: Option<String>,
+    /// What programs find in their environment before what their job sets.
+    pub programs: Base,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -63,7 +66,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
     let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let launcher = Launcher::new(spawner, cores)?;
+    let launcher = Launcher::new(spawner, cores, options.programs)?;
 
     let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
         Ok(found) => found,
@@ -455,7 +458,7 @@ async fn accelerator(
 
 /// Makes the directory of a gang's log files and removes the oldest ones.
 fn make_gang_dir(dir: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(dir)?;
+    files::create_dir(dir)?;
     let Some(parent) = dir.parent() else { return Ok(()) };
     let mut dirs = Vec::new();
     for entry in std::fs::read_dir(parent)? {

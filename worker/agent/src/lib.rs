@@ -10,7 +10,7 @@ mod lines;
 mod link;
 mod memory;
 mod prepare;
-mod program;
+pub mod program;
 mod rank_io;
 mod ranks;
 mod spawn;

@@ -2,7 +2,7 @@
 //! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
 
 use crate::gang::Blow;
-use crate::program;
+use crate::program::{self, Base};
 use crate::spawn::{Exited, Launch, Spawner, Started};
 use crate::verdict::Exit;
 use anyhow::Context;
@@ -46,13 +46,14 @@ pub struct Launcher {
     pub spawner: Spawner,
     pub fleet_rank: PathBuf,
     pub cores: u32,
+    pub programs: Base,
 }
 
 impl Launcher {
     /// Finds `fleet-rank` beside the own executable.
-    pub fn new(spawner: Spawner, cores: u32) -> anyhow::Result<Launcher> {
+    pub fn new(spawner: Spawner, cores: u32, programs: Base) -> anyhow::Result<Launcher> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
-        Ok(Launcher { spawner, fleet_rank: own.with_file_name("fleet-rank"), cores })
+        Ok(Launcher { spawner, fleet_rank: own.with_file_name("fleet-rank"), cores, programs })
     }
 
     pub async fn gang(&self, gang: &Gang) -> NewGang {
@@ -96,7 +97,7 @@ impl Launcher {
         }
         let env = match std::env::var_os("OMP_NUM_THREADS") {
             Some(_) => Vec::new(),
-            None => vec![("OMP_NUM_THREADS".to_owned(), (self.cores / world_size).max(1).to_string())],
+            None => vec![("OMP_NUM_THREADS".into(), (self.cores / world_size).max(1).to_string().into())],
         };
         let argv = vec![self.fleet_rank.clone().into_os_string()];
         let started = self.spawner.spawn(Launch { argv, env, inherit, ..Launch::default() }).await?;
@@ -123,7 +124,13 @@ impl Launcher {
         for local_rank in 0..gang.ranks {
             let launch = Launch {
                 argv: program.argv.iter().map(OsString::from).collect(),
-                env: program::environment(&program.env, gang, local_rank, &meeting),
+                env: program::environment(
+                    self.programs.variables(),
+                    &program.env,
+                    gang,
+                    local_rank,
+                    &meeting,
+                ),
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
                 inherit: Vec::new(),

@@ -5,6 +5,7 @@
 
 mod assign_gang;
 mod cancel_job;
+mod change_secrets;
 mod create_token;
 mod describe_node;
 mod describe_replica;
@@ -28,6 +29,7 @@ mod undrain_node;
 
 pub use assign_gang::AssignGang;
 pub use cancel_job::CancelJob;
+pub use change_secrets::ChangeSecrets;
 pub use create_token::CreateToken;
 pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
@@ -79,6 +81,7 @@ pub enum Change {
     FinishRun(FinishRun),
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
+    ChangeSecrets(ChangeSecrets),
 }
 
 impl Change {
@@ -106,6 +109,7 @@ impl Change {
             Change::FinishRun(command) => command.apply(state, context),
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
+            Change::ChangeSecrets(command) => command.apply(state, context),
         }
     }
 
@@ -147,6 +151,7 @@ impl Change {
             Change::FinishRun(_) => "finish_run",
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
+            Change::ChangeSecrets(_) => "change_secrets",
         }
     }
 }
