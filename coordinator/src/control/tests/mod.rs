@@ -2,5 +2,6 @@
 
 mod agents;
 mod calls;
+mod greeting;
 mod members;
 mod net;
