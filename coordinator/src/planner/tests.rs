@@ -346,7 +346,7 @@ fn start_of(outlook: &Outlook, job: JobId) -> Option<u64> {
     match outlook.placing(job)? {
         Placing::On { .. } => Some(0),
         Placing::Full { start_ms } | Placing::Behind { start_ms, .. } => *start_ms,
-        Placing::NoNode | Placing::TooLarge => None,
+        Placing::Incomplete | Placing::NoNode | Placing::TooLarge => None,
     }
 }
 
