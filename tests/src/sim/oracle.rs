@@ -145,6 +145,7 @@ impl Oracle {
         }
         self.entries.insert(index, content);
         self.applied = index;
+        self.state.reach(index, entry.term);
         match command_of(entry)? {
             Some(command) => self.apply(entry, command).map(Some),
             None => Ok(None),

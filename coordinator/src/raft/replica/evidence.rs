@@ -2,6 +2,7 @@
 //! is committed here.
 
 use super::{Doom, Mark, Replica};
+use crate::cluster::State;
 use crate::raft::disk::Disk;
 use crate::raft::log::Position;
 use raft::StateRole;
@@ -86,6 +87,16 @@ impl<D: Disk> Replica<D> {
             self.marks.keep_only(|id| id == me || conf.voters.contains(&id) || conf.learners.contains(&id));
         }
         due
+    }
+
+    /// What is committed here and another past stands for in this state, which a leader offers in its place.
+    pub(super) fn lost_past(&self, from: u64, state: &State) -> Option<String> {
+        let index = self.commit_index();
+        let here = self.known_term(index)?;
+        let term = state.epochs().term_at(index).filter(|term| *term != here)?;
+        Some(format!(
+            "the snapshot of replica-{from} has entry {index} of term {term}, where one of term {here} is committed here"
+        ))
     }
 
     /// What a leader of this or a later term says of entries that are committed here must be what they are.

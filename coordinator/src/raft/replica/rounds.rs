@@ -145,6 +145,7 @@ impl<D: Disk> Replica<D> {
         for entry in entries {
             let index = entry.index;
             self.bytes_since_snapshot += entry.data.len();
+            self.state.reach(index, entry.term);
             match entry.get_entry_type() {
                 EntryType::EntryNormal if entry.data.is_empty() => {}
                 EntryType::EntryNormal => {
