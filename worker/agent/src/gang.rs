@@ -593,7 +593,10 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
         // They went between its assignment and its start here.
         (_, work) if work.removed().next().is_some() => {
             let names = listed(work.removed());
-            error(Fault::Input, format!("its secrets were removed before it was started ({names}); submit it again"))
+            error(
+                Fault::Input,
+                format!("its secrets were removed before it was started ({names}); submit it again"),
+            )
         }
         (Kind::Train(_), _) if gang.ranks != gang.world_size => {
             error(Fault::Input, "a training job runs on one node".to_owned())
