@@ -172,10 +172,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("env");
         std::fs::write(&file, "# mine\n\nA=1\nB=\"$x\" # 'y'\nC=a=b\r\n").unwrap();
-        let args = EnvArgs { env: vec!["A=2".into(), "CARGO_PKG_NAME".into()], files: vec![file.clone()] };
+        let args = EnvArgs { env: vec!["A=2".into(), "PATH".into()], files: vec![file.clone()] };
         let secrets = args.secrets().unwrap();
         let get = |name: &str| secrets.get(name).map(String::as_str);
         assert_eq!((get("A"), get("B"), get("C")), (Some("2"), Some("\"$x\" # 'y'"), Some("a=b")));
+        assert_eq!(get("PATH"), std::env::var("PATH").ok().as_deref());
         std::fs::write(&file, "A=1\nhidden value\n").unwrap();
         let why = args.secrets().unwrap_err().message;
         assert!(why.starts_with("line 2 of ") && !why.contains("hidden"), "{why}");

@@ -11,18 +11,20 @@ const OTHERS: u32 = 0o077;
 /// A mode of directories that all may write to, such as the temporary one.
 const STICKY: u32 = 0o1000;
 
-/// Makes `dir`, or takes it over as it is: see `mend`. A directory that others may enter and that holds nothing of `contents` but files of
-/// somebody else's is refused, since closing it would take them away from others.
+/// Makes `dir`, or takes it over: an empty one without a word, one that holds some of `contents` as `mend` does. A directory that others
+/// may enter and that holds only other files is refused, since closing it would take those away from others.
 pub fn claim(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     create_dir(dir)?;
+    let is_new = !contents.iter().any(|name| dir.join(name).exists());
     let is_open = fs::metadata(dir).map(|found| found.mode() & OTHERS != 0);
-    if is_open.map_err(|error| cannot("look at", dir, &error))? && holds_only_foreign(dir, contents)? {
+    if is_open.map_err(|error| cannot("look at", dir, &error))? && is_new && holds_others(dir)? {
         return Err(refused(format!(
             "{} is open to others and holds files that are not fleet's; name a directory that is empty or does not exist yet",
             dir.display()
         )));
     }
-    mend(dir, contents)
+    // Where nothing was, nothing was open.
+    Ok(mend(dir, contents)?.filter(|_| !is_new))
 }
 
 /// Closes `dir` to others, and those of `contents` that are in it, with all that is in them: modes are mended, and what was open is told in
@@ -62,10 +64,7 @@ pub fn mend(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     )))
 }
 
-fn holds_only_foreign(dir: &Path, contents: &[&str]) -> io::Result<bool> {
-    if contents.iter().any(|name| dir.join(name).exists()) {
-        return Ok(false);
-    }
+fn holds_others(dir: &Path) -> io::Result<bool> {
     let entries = fs::read_dir(dir).map_err(|error| cannot("read", dir, &error))?;
     // The root of a file system has the first, and tools hide theirs.
     let counts = |name: &str| name != "lost+found" && !name.starts_with('.');
@@ -187,7 +186,8 @@ mod tests {
         assert_eq!(mode(&project), 0o755);
         // The root of a disk, as it was made.
         fs::rename(project.join("README"), project.join("lost+found")).unwrap();
-        assert!(claim(&project, CONTENTS).unwrap().is_some());
+        assert_eq!(claim(&project, CONTENTS).unwrap(), None);
+        assert_eq!(mode(&project), 0o700);
         chmod(&project, 0o1777);
         assert!(
             claim(&project, CONTENTS).unwrap_err().to_string().contains("for temporary files of everybody")
