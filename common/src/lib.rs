@@ -5,6 +5,7 @@ pub mod endpoint;
 pub mod events;
 pub mod exit;
 pub mod files;
+pub mod home;
 pub mod ids;
 pub mod job;
 pub mod mapped;

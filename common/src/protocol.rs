@@ -18,10 +18,12 @@ use std::fmt;
 use std::str::FromStr;
 
 mod client;
+mod environment;
 mod records;
 mod views;
 
 pub use client::*;
+pub use environment::*;
 pub use records::*;
 pub use views::*;
 

@@ -2,11 +2,10 @@
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
-use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
+use fleet_common::{exit, files, terminal};
 use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
-use fleet_common::terminal;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -138,6 +137,8 @@ fn life(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
+    // RocksDB makes its files as the process may; a coordinator starts no programs.
+    files::restrict_process();
     let done = match Cli::parse().command {
         Command::Start(start) => run(start.run, start.expect_existing, None),
         Command::Join(join) => token(&join).and_then(|token| run(join.run, false, Some((join.addr, token)))),
@@ -149,7 +150,9 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {}", terminal::plain(&format!("{error:#}")));
             let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
-            ExitCode::from(net.unwrap_or(exit::ENVIRONMENT))
+            let io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            let input = (io == Some(std::io::ErrorKind::InvalidInput)).then_some(exit::REFUSED_INPUT);
+            ExitCode::from(net.or(input).unwrap_or(exit::ENVIRONMENT))
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
-    RevokeMember, RevokeToken, StartRun, SubmitJob, SubmitOnce, UndrainNode,
+    CancelJob, Change, ChangeSecrets, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile,
+    RemoveReplica, RevokeMember, RevokeToken, StartRun, SubmitJob, SubmitOnce, UndrainNode,
 };
 use crate::cluster::records::Stop;
 use fleet_common::job::Job;
@@ -28,6 +28,10 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         Request::FinishRun { run, succeeded } => Change::FinishRun(FinishRun { run, succeeded }),
         Request::RecordExport(record) => Change::RecordExport(RecordExport { record }),
         Request::RecordProfile(record) => Change::RecordProfile(RecordProfile { record }),
+        Request::GiveSecrets { job, values } => {
+            Change::ChangeSecrets(ChangeSecrets { job, values: Some(values) })
+        }
+        Request::RemoveSecrets(job) => Change::ChangeSecrets(ChangeSecrets { job, values: None }),
         Request::CreateToken { .. } => {
             return Err(invalid("a token is made by the server that keeps its secret"));
         }
@@ -50,7 +54,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Export(_)
         | Request::Profiles(_)
         | Request::Profile(_)
-        | Request::Position => return Err(invalid("this is a question and changes nothing")),
+        | Request::Position
+        | Request::Environment { .. } => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -127,6 +132,9 @@ pub fn name(request: &Request) -> &'static str {
         Request::Profile(_) => "profile",
         Request::Position => "position",
         Request::SubmitOnce { .. } => "submit_once",
+        Request::Environment { .. } => "environment",
+        Request::GiveSecrets { .. } => "give_secrets",
+        Request::RemoveSecrets(_) => "remove_secrets",
     }
 }
 

@@ -38,8 +38,7 @@ impl Login {
     pub fn store(&self, dir: &Path) -> Result<(), Failure> {
         let file = dir.join(LOGIN);
         let text = serde_json::to_string_pretty(self).map_err(|e| Failure::environment(e.to_string()))?;
-        files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
-            .map_err(|e| Failure::io("write", &file, &e))
+        files::write_atomic(&file, text.as_bytes()).map_err(|e| Failure::io("write", &file, &e))
     }
 }
 
@@ -53,7 +52,7 @@ impl Cluster {
     /// could make one where somebody else stands.
     pub fn find(wish: Option<&str>) -> Result<Cluster, Failure> {
         let Some(wish) = wish else {
-            let newest = places::running().into_iter().next();
+            let newest = places::running()?.into_iter().next();
             return newest.map(|launch| Cluster::in_data_dir(&launch.data_dir)).ok_or_else(|| {
                 Failure::unreachable(
                     "no `fleet launch` runs on this machine; start one, or name a cluster with --cluster (a data directory, HOST:PORT or a name)",
@@ -63,17 +62,17 @@ impl Cluster {
         if wish.contains('/') || [".", ".."].contains(&wish) {
             return Ok(Cluster::in_data_dir(Path::new(wish)));
         }
-        if let Some((name, login)) = logins()
+        if let Some((name, login)) = logins()?
             .into_iter()
             .find(|(name, login)| name == wish || login.addresses.iter().any(|a| a == wish))
         {
-            let dir = places::login_dir(&name);
+            let dir = places::logins_dir()?.join(&name);
             return Ok(Cluster { addresses: Addresses::Login(dir.clone(), login), client_dir: dir });
         }
-        if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
+        if let Some(launch) = places::running()?.into_iter().find(|launch| launch.name == wish) {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
-        let local = places::running().into_iter().find(|launch| {
+        let local = places::running()?.into_iter().find(|launch| {
             Endpoint::load(&launch.data_dir).ok().flatten().is_some_and(|endpoint| endpoint.quic == wish)
         });
         if let Some(launch) = local {
@@ -168,12 +167,11 @@ pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32
     endpoint.running()
 }
 
-fn logins() -> Vec<(String, Login)> {
-    let entries = std::fs::read_dir(places::state_dir().join("clusters")).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| {
-            let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
-            Some((entry.file_name().into_string().ok()?, login))
-        })
-        .collect()
+fn logins() -> Result<Vec<(String, Login)>, Failure> {
+    let entries = std::fs::read_dir(places::logins_dir()?).into_iter().flatten().flatten();
+    let logins = entries.filter_map(|entry| {
+        let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
+        Some((entry.file_name().into_string().ok()?, login))
+    });
+    Ok(logins.collect())
 }

@@ -4,6 +4,7 @@ mod client;
 mod cluster;
 mod commands;
 mod doubt;
+mod environment;
 mod failure;
 mod json;
 mod launch;
@@ -51,6 +52,7 @@ enum Command {
     Exports(commands::exports::Args),
     Profiles(commands::profiles::Args),
     Coordinators(commands::coordinators::Args),
+    Secrets(commands::secrets::Args),
     Token(commands::token::Args),
     Revoke(commands::revoke::Args),
     Login(commands::login::Args),
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         Command::Exports(args) => commands::exports::run(args, cluster),
         Command::Profiles(args) => commands::profiles::run(args, cluster),
         Command::Coordinators(args) => commands::coordinators::run(args, cluster),
+        Command::Secrets(args) => commands::secrets::run(args, cluster),
         Command::Revoke(args) => commands::revoke::run(args, cluster),
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),

@@ -105,10 +105,10 @@ impl ClusterCa {
     pub fn store(&self, dir: &Path) -> io::Result<()> {
         files::create_dir(dir)?;
         let mut key = self.issuer.key().serialize_pem().into_bytes();
-        let written = files::write_atomic(&dir.join(KEY), &key, files::SECRET);
+        let written = files::write_atomic(&dir.join(KEY), &key);
         wipe(&mut key);
         written?;
-        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes(), files::PUBLIC)
+        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes())
     }
 
     /// The CA's key, for a new coordinator. Goes into no log.

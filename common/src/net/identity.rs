@@ -64,16 +64,16 @@ impl Identity {
             "member": self.member.to_string(),
             "name": self.name,
         });
-        files::write_atomic(&dir.join(KEY), key.as_bytes(), files::SECRET)?;
+        files::write_atomic(&dir.join(KEY), key.as_bytes())?;
         self.store_certificate(dir)?;
-        files::write_atomic(&dir.join(CA), certificate_pem(&self.ca_der).as_bytes(), files::PUBLIC)?;
-        files::write_atomic(&dir.join(SUMMARY), format!("{summary:#}\n").as_bytes(), files::PUBLIC)
+        files::write_atomic(&dir.join(CA), certificate_pem(&self.ca_der).as_bytes())?;
+        files::write_atomic(&dir.join(SUMMARY), format!("{summary:#}\n").as_bytes())
     }
 
     /// Replaces the certificate alone, as after a renewal.
     pub fn store_certificate(&self, dir: &Path) -> io::Result<()> {
         let pem = certificate_pem(&self.certificate_der);
-        files::write_atomic(&dir.join(CERTIFICATE), pem.as_bytes(), files::PUBLIC)
+        files::write_atomic(&dir.join(CERTIFICATE), pem.as_bytes())
     }
 
     /// Reads what `store` wrote; `None` where there is no `identity.json`. Refuses files that do not belong together.

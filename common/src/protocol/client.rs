@@ -1,5 +1,6 @@
 //! What clients ask and what they are answered.
 
+use super::environment::*;
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
@@ -143,6 +144,18 @@ pub enum Request {
         name: String,
         job: SubmitJob,
     },
+    /// Of an unfinished or finished job. With `values`, which needs a right of its own, also what the secrets are.
+    Environment {
+        job: JobId,
+        values: bool,
+    },
+    /// Values of secrets of an unfinished job, by name. They count from its next start.
+    GiveSecrets {
+        job: JobId,
+        values: Vec<(String, Secret)>,
+    },
+    /// Nothing but the names of an unfinished job's secrets is kept.
+    RemoveSecrets(JobId),
 }
 
 /// Changes that one client may have under way at once: as many as the streams of a connection.
@@ -168,7 +181,9 @@ impl Request {
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
             | Request::RecordProfile(_)
-            | Request::SubmitOnce { .. } => true,
+            | Request::SubmitOnce { .. }
+            | Request::GiveSecrets { .. }
+            | Request::RemoveSecrets(_) => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -188,7 +203,8 @@ impl Request {
             | Request::Export(_)
             | Request::Profiles(_)
             | Request::Profile(_)
-            | Request::Position => false,
+            | Request::Position
+            | Request::Environment { .. } => false,
         }
     }
 }
@@ -266,11 +282,11 @@ pub enum Work {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Program {
-    /// Program and arguments; found by the agent in `PATH` of `env` or relative to `working_dir`.
+    /// Program and arguments; found by the agent in `PATH` or relative to `working_dir`.
     pub argv: Vec<String>,
     pub working_dir: String,
-    /// The whole environment, before RANK and the like are set.
-    pub env: Vec<(String, String)>,
+    /// Set over what the node gives to programs, below RANK and the like.
+    pub env: Vec<Variable>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -319,6 +335,7 @@ pub enum Reply {
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
     Position(u64),
+    Environment(Vec<VariableView>),
 }
 
 /// One line, and what kind of refusal it is.

@@ -19,7 +19,7 @@ pub mod submissions;
 use commands::Change;
 use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
-use fleet_common::protocol::{Member, Refusal, RefusalKind};
+use fleet_common::protocol::{Member, Refusal, RefusalKind, Work};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
@@ -222,6 +222,14 @@ impl State {
         context
             .history
             .push(HistoryRow::Decision { number: self.last_decision, decision: Decision { unix_ms, why } });
+    }
+
+    /// As a backup has it: of the secrets in the environments of jobs only the names.
+    pub fn without_secrets(mut self) -> State {
+        for job in self.jobs.values_mut() {
+            job.work = job.work.take().map(Work::without_secrets);
+        }
+        self
     }
 
     /// Decisions so far; they are numbered from 1.

@@ -14,7 +14,7 @@ use fleet_common::codec;
 use fleet_common::events::{DataStats, Evaluation, Event, EventBatch, EventBody, JobError, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
-use fleet_common::protocol::{JobState, Role, RunKey, Wish};
+use fleet_common::protocol::{JobState, Program, Role, RunKey, Secret, Variable, Wish, Work};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -126,6 +126,14 @@ fn member_change() -> impl Strategy<Value = Change> {
     ]
 }
 
+/// A value that is nowhere else.
+const SECRET: &str = "kept-to-itself";
+
+fn with_secret() -> Work {
+    let env = vec![Variable::open("PATH", "/bin"), Variable::secret("KEY", SECRET)];
+    Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env })
+}
+
 fn job_change() -> impl Strategy<Value = Change> {
     let parts = prop_oneof![
         (node_id(), 1..3u32).prop_map(|part| vec![part]),
@@ -133,7 +141,7 @@ fn job_change() -> impl Strategy<Value = Change> {
     ];
     prop_oneof![
         2 => (1..4u32, any_wish(), any::<bool>(), 1..5u32).prop_map(|(world_size, wish, trains, keep)| {
-            let work = if trains { training() } else { program() };
+            let work = if trains { training() } else { with_secret() };
             Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep })
         }),
         1 => (1..4u32, 0..3u8).prop_map(|(world_size, id)| {
@@ -152,6 +160,10 @@ fn job_change() -> impl Strategy<Value = Change> {
         ),
         1 => (job_id(), any::<bool>()).prop_map(|(job, now)| {
             Change::CancelJob(CancelJob { job, stop: if now { Stop::Now } else { Stop::AfterCheckpoint } })
+        }),
+        1 => (job_id(), any::<bool>()).prop_map(|(job, given)| {
+            let values = given.then(|| vec![("KEY".to_owned(), Secret::new(SECRET.to_owned()))]);
+            Change::ChangeSecrets(ChangeSecrets { job, values })
         }),
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::FailJob(FailJob { job, generation, node, message: "m".into() })
@@ -239,7 +251,10 @@ pub(crate) fn check_invariants(state: &State) {
 fn keep(rows: &mut BTreeMap<(Table, Vec<u8>), Vec<u8>>, new: &[HistoryRow]) {
     for row in new {
         assert!(Table::HISTORY.contains(&row.table()), "{:?} is not a table of history", row.table());
-        let before = rows.insert((row.table(), row.key()), row.encode().unwrap());
+        let bytes = row.encode().unwrap();
+        let has_secret = bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+        assert!(!has_secret, "what stays for ever has a secret: {row:?}");
+        let before = rows.insert((row.table(), row.key()), bytes);
         assert!(before.is_none(), "{row:?} was written twice");
     }
 }

@@ -113,6 +113,11 @@ impl JobRecord {
         self.placement.as_ref()?.part(node).filter(|part| !part.finished)
     }
 
+    /// Names of variables whose values must be given again before it can be started.
+    pub fn removed_secrets(&self) -> impl Iterator<Item = &str> {
+        self.work.iter().flat_map(Work::removed)
+    }
+
     /// Slots that the job holds, by node.
     pub fn slots(&self) -> impl Iterator<Item = (NodeId, u32)> {
         let parts = match &self.placement {

@@ -149,6 +149,9 @@ impl<D: Disk> Control<D> {
                 frame.version
             )));
         }
+        if let Request::Environment { values: true, .. } = frame.request {
+            self.may_see_secrets(caller)?;
+        }
         let stamp = stamp(&frame);
         let mut open = |kind| self.calls.insert(call, OpenCall { caller: Some(caller), kind });
         match frame.request {
@@ -201,6 +204,12 @@ impl<D: Disk> Control<D> {
             return forbidden(format!("{caller} was revoked; join again with a new token"));
         }
         Ok(())
+    }
+
+    /// Whoever may submit can give and remove secrets; to read them needs more, which no certificate has.
+    fn may_see_secrets(&self, caller: Member) -> Result<(), Refusal> {
+        let message = format!("{caller} may see the names of secrets and not their values");
+        Err(Refusal { kind: RefusalKind::Forbidden, message })
     }
 
     pub(super) fn take_join(&mut self, now: Now, call: Call, redeem: RedeemToken, request: RequestId) {

@@ -39,7 +39,7 @@ impl Mark {
 
     /// That of a new database.
     pub fn create(path: &Path) -> io::Result<Mark> {
-        files::write_atomic(path, &[slot(0), slot(0)].concat(), files::SECRET)?;
+        files::write_atomic(path, &[slot(0), slot(0)].concat())?;
         Mark::open(path)?.ok_or_else(|| io::Error::other(format!("{} was just made", path.display())))
     }
 

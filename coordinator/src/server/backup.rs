@@ -12,12 +12,10 @@ use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use crate::raft::stretch::{self, END_OF_KEYS, End, Stretch};
 use anyhow::{Context, Result, anyhow, bail};
-use fleet_common::files;
+use fleet_common::files::NewFile;
 use fleet_common::net::ClusterCa;
-use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io::BufWriter;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -104,63 +102,35 @@ fn attempt(wanted: Wanted) -> Result<Summary> {
         }
     }
     part.record(&Record::End)?;
-    part.finish(out)?;
+    part.finish()?;
     let left_out = left_out.unwrap_or_default();
     Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows, left_out })
 }
 
-/// The file under another name, until it is whole.
-struct Part {
-    path: PathBuf,
-    writer: Writer<BufWriter<File>>,
+/// The file, which is not there before it is whole.
+struct Part<'a> {
+    out: &'a Path,
+    writer: Writer<BufWriter<NewFile>>,
 }
 
-impl Part {
-    fn create(out: &Path) -> Result<Part> {
-        let mut name = out.file_name().context("--out names a file")?.to_owned();
-        name.push(".part");
-        let path = out.with_file_name(name);
-        let cannot = || format!("cannot write {}", path.display());
-        remove_stale(&path).with_context(cannot)?;
-        // Made here and now: a file that lay there would keep its owner and its mode.
-        let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&path);
-        let writer = Writer::new(BufWriter::new(file.with_context(cannot)?));
-        Ok(Part { path, writer })
+impl Part<'_> {
+    fn create(out: &Path) -> Result<Part<'_>> {
+        Ok(Part { out, writer: Writer::new(BufWriter::new(NewFile::create(out)?)) })
     }
 
-    fn write(&mut self, write: impl FnOnce(&mut Writer<BufWriter<File>>) -> Result<()>) -> Result<()> {
-        write(&mut self.writer).with_context(|| format!("cannot write {}", self.path.display()))
+    fn write(&mut self, write: impl FnOnce(&mut Writer<BufWriter<NewFile>>) -> Result<()>) -> Result<()> {
+        write(&mut self.writer).with_context(|| format!("cannot write {}", self.out.display()))
     }
 
     fn record(&mut self, record: &Record) -> Result<()> {
         self.write(|writer| writer.record(record))
     }
 
-    fn finish(self, out: &Path) -> Result<()> {
-        let written = self.writer.finish().and_then(|mut out| {
-            out.flush()?;
-            Ok(out.get_ref().sync_all()?)
-        });
-        written.with_context(|| format!("cannot write {}", self.path.display()))?;
-        std::fs::rename(&self.path, out).with_context(|| format!("cannot write {}", out.display()))?;
-        let directory =
-            out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let synced = File::open(directory).and_then(|directory| directory.sync_all());
-        synced.with_context(|| format!("cannot sync {}", directory.display()))
+    fn finish(self) -> Result<()> {
+        let written = self.writer.finish().and_then(|file| Ok(file.into_inner()?));
+        let file = written.with_context(|| format!("cannot write {}", self.out.display()))?;
+        Ok(file.commit()?)
     }
-}
-
-/// Removes what an earlier attempt left; anything else that has this name stays, and is an error.
-fn remove_stale(part: &Path) -> Result<()> {
-    let found = match std::fs::symlink_metadata(part) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        found => found?,
-    };
-    let ours = found.file_type().is_file() && found.uid() == nix::unistd::geteuid().as_raw();
-    if !ours {
-        bail!("it is there already and no file of an earlier backup; remove it or choose another --out");
-    }
-    Ok(std::fs::remove_file(part)?)
 }
 
 /// All that is committed.
@@ -195,7 +165,7 @@ fn applied(disk: &RocksDisk, salvage: bool) -> Result<Applied> {
     }
     let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
-    let state = image::encode(replica.state())?;
+    let state = image::encode(&replica.state().clone().without_secrets())?;
     Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory, damage })
 }
 

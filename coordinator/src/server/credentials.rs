@@ -26,7 +26,7 @@ pub async fn write(dir: &Path, shared: &Shared) -> Result<()> {
         let path = token_path(dir, role);
         if files::read_optional(&path)?.is_none() {
             let token = token(shared, role, TOKEN_TTL_S, UNLIMITED_USES).await?;
-            files::write_atomic(&path, format!("{token}\n").as_bytes(), files::SECRET)?;
+            files::write_atomic(&path, format!("{token}\n").as_bytes())?;
         }
     }
     if !shared.trust.has_local()? {

@@ -54,7 +54,7 @@ fn how_far(dir: &Path) -> Result<Option<Restoring>> {
 
 fn mark(dir: &Path, whole: bool) -> Result<()> {
     let text = serde_json::to_string(&Restoring { whole })? + "\n";
-    Ok(files::write_atomic(&marker(dir), text.as_bytes(), files::PUBLIC)?)
+    Ok(files::write_atomic(&marker(dir), text.as_bytes())?)
 }
 
 /// A restore was interrupted here before it was whole.

@@ -3,7 +3,7 @@
 //! | path | what |
 //! |---|---|
 //! | `lock` | held while a coordinator runs |
-//! | `cluster/` | the CA's certificate and key (0600) |
+//! | `cluster/` | the CA's certificate and key |
 //! | `raft/` | RocksDB: log, state, history |
 //! | `raft.mark` | how far `raft/` had come at least, outside of it |
 //! | `identity/` | this coordinator's certificate and key |
@@ -12,9 +12,11 @@
 //! | `restoring.json`, `restoring/` | while a backup is restored |
 //! | `coordinators.json` | where the coordinators were when it last knew |
 //! | `client/` | a client's certificate and key, for `fleet` on this machine |
-//! | `tokens/` | `worker.token`, `client.token` (0600) |
+//! | `tokens/` | `worker.token`, `client.token` |
 //! | `endpoint.json` | where it listens |
 //! | `listen.json` | where it was told to |
+//!
+//! All of it belongs to the user whom the coordinator runs as, and is closed to others.
 //!
 //! A cluster is founded only where nothing was before, or where its founding was interrupted: a CA alone is no reason.
 
@@ -34,13 +36,30 @@ use fleet_common::net::{ClusterCa, Identity, Joined};
 use fleet_common::protocol::{CoordinatorAddress, Member};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
 
+/// What is in a data directory.
+const CONTENTS: &[&str] = &[
+    "lock",
+    "cluster",
+    "raft",
+    "raft.mark",
+    "restoring",
+    "restoring.json",
+    "identity",
+    "joining.json",
+    "founding.json",
+    "coordinators.json",
+    "client",
+    "tokens",
+    "endpoint.json",
+    "listen.json",
+];
 /// The first replica of a new cluster.
 const FOUNDER: ReplicaId = ReplicaId(1);
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -93,7 +112,7 @@ fn how_far_joined(dir: &Path) -> Result<Option<Joining>> {
 
 fn mark_joining(dir: &Path, complete: bool) -> Result<()> {
     let text = serde_json::to_string(&Joining { complete })? + "\n";
-    Ok(files::write_atomic(&joining(dir), text.as_bytes(), files::PUBLIC)?)
+    Ok(files::write_atomic(&joining(dir), text.as_bytes())?)
 }
 
 fn founding(dir: &Path) -> PathBuf {
@@ -103,11 +122,10 @@ fn founding(dir: &Path) -> PathBuf {
 /// Takes the directory's lock and opens what is in it. A directory without a cluster gets a new one, unless one is expected.
 pub fn open(options: &Options) -> Result<Opened> {
     let dir = &options.data_dir;
-    if !options.expect_existing {
-        files::create_dir(dir)?;
-    } else if !dir.exists() {
+    if options.expect_existing && !dir.exists() {
         bail!("{}", not_a_replica(dir));
     }
+    claim(dir)?;
     let lock = lock(dir)?;
     has_no_half_restore(dir)?;
     let (cluster_dir, identity_dir, raft_dir) = (dir.join("cluster"), dir.join("identity"), raft_dir(dir));
@@ -138,7 +156,7 @@ pub fn open(options: &Options) -> Result<Opened> {
             dir.display()
         ),
         None => {
-            files::write_atomic(&founding(dir), b"{}\n", files::PUBLIC)?;
+            files::write_atomic(&founding(dir), b"{}\n")?;
             let ca = ClusterCa::create(&hex::encode(rand::random::<[u8; 8]>()), now)?;
             ca.store(&cluster_dir)?;
             info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
@@ -310,9 +328,17 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
+/// Makes the directory, or closes to others what an older version left open.
+fn claim(dir: &Path) -> Result<()> {
+    if let Some(was_open) = files::claim(dir, CONTENTS)? {
+        warn!("{was_open}; `fleet token ls` and `fleet token revoke` end the tokens");
+    }
+    Ok(())
+}
+
 /// Takes the lock of a directory that must not have a cluster yet. One whose join was interrupted has none.
 pub fn lock_empty(dir: &Path) -> Result<File> {
-    files::create_dir(dir)?;
+    claim(dir)?;
     let lock = lock(dir)?;
     has_no_half_restore(dir)?;
     if how_far_joined(dir)?.is_some_and(|joined| !joined.complete) && !raft_dir(dir).exists() {
@@ -361,7 +387,7 @@ fn has_no_half_restore(dir: &Path) -> Result<()> {
 
 pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Result<()> {
     let text = serde_json::to_string_pretty(coordinators)? + "\n";
-    Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes(), files::PUBLIC)?)
+    Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes())?)
 }
 
 pub fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
@@ -377,7 +403,7 @@ pub fn last_endpoint(dir: &Path) -> Option<Endpoint> {
 
 pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = files::private().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),

@@ -8,7 +8,9 @@ use crate::raft::disk::{Disk, Table};
 use crate::raft::history::History;
 use fleet_common::events::EventBody;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, Work};
+use fleet_common::protocol::{
+    CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, VariableView, Work,
+};
 use std::ops::Range;
 
 /// Finished jobs in the short list.
@@ -65,6 +67,16 @@ impl<D: Disk + ?Sized> View<'_, D> {
             view.job_json = job_json;
         }
         Ok(view)
+    }
+
+    /// Of one that has ended as the history has it: without the values of secrets. Whether the asker may see those was looked at before.
+    pub(super) fn environment(&self, id: JobId, values: bool) -> Result<Vec<VariableView>, Refusal> {
+        let in_state = self.state.jobs().get(&id).and_then(|job| job.work.clone());
+        let work = match in_state {
+            Some(work) => work,
+            None => self.history.work(id).map_err(unreadable)?.ok_or_else(|| no_such_job(id))?,
+        };
+        Ok(work.environment().iter().map(|variable| variable.view(values)).collect())
     }
 
     pub(super) fn checkpoints(

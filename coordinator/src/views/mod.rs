@@ -67,6 +67,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Profiles(page) => Reply::Profiles(self.profiles(*page)?),
             Request::Profile(profile) => Reply::Profile(Box::new(self.profile(*profile)?)),
             Request::Position => Reply::Position(self.raft.applied_index),
+            Request::Environment { job, values } => Reply::Environment(self.environment(*job, *values)?),
             Request::Submit(_)
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
@@ -83,7 +84,9 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
             | Request::RecordProfile(_)
-            | Request::SubmitOnce { .. } => {
+            | Request::SubmitOnce { .. }
+            | Request::GiveSecrets { .. }
+            | Request::RemoveSecrets(_) => {
                 let message = "this is no question with one answer".to_owned();
                 return Err(Refusal { kind: RefusalKind::Invalid, message });
             }

@@ -41,7 +41,7 @@ pub fn program(ranks: u32) -> Request {
     let program = Program {
         argv: vec!["/bin/true".into()],
         working_dir: "/".into(),
-        env: vec![("SECRET".into(), "hidden".into())],
+        env: vec![Variable::secret("SECRET", "hidden")],
     };
     Request::Submit(SubmitJob {
         world_size: ranks,

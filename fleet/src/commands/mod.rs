@@ -15,6 +15,7 @@ pub mod nodes;
 pub mod profiles;
 pub mod revoke;
 pub mod runs;
+pub mod secrets;
 pub mod status;
 pub mod submit;
 pub mod token;

@@ -248,6 +248,18 @@ fn without_libtorch_training_is_refused_at_once_and_programs_still_run() {
 }
 
 #[test]
+fn a_program_whose_secrets_were_removed_on_the_way_is_not_started() {
+    check(
+        "> start secretless 1
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: failed (Input): its secrets were removed before it was started (KEY); submit it again",
+    );
+}
+
+#[test]
 fn a_cancelled_job_stops_with_a_checkpoint_and_the_second_request_kills() {
     check(
         "> start train 1

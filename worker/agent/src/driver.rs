@@ -8,6 +8,7 @@ use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::prepare;
+use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
 use crate::ranks::{Launcher, NewGang, Probe, Warm};
 use crate::records::Records;
@@ -15,11 +16,10 @@ use crate::spawn::{Exited, Spawner, Sweep};
 use anyhow::Context;
 use fleet_collectives::Segment;
 use fleet_collectives::shm::Abort;
-use fleet_common::exit;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, ToRank};
-use fleet_common::terminal;
+use fleet_common::{exit, terminal};
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
@@ -50,6 +50,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
     pub host: Option<String>,
+    /// What programs find in their environment before what their job sets.
+    pub programs: Base,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -78,7 +80,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
     let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let launcher = Launcher::new(spawner, Containers::new(process, cgroups.ok()), cores)?;
+    let launcher = Launcher::new(spawner, Containers::new(process, cgroups.ok()), cores, options.programs)?;
 
     let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
         Ok(found) => found,

@@ -13,7 +13,7 @@ use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
-use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
+use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work, listed};
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
@@ -642,6 +642,14 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
     match (kind, &gang.work) {
         (_, Work::Program(program)) if program.argv.is_empty() => {
             error(Fault::Input, "no program was named".to_owned())
+        }
+        // They went between its assignment and its start here.
+        (_, work) if work.removed().next().is_some() => {
+            let names = listed(work.removed());
+            error(
+                Fault::Input,
+                format!("its secrets were removed before it was started ({names}); submit it again"),
+            )
         }
         (Kind::Train(_), _) if gang.ranks != gang.world_size => {
             error(Fault::Input, "a training job runs on one node".to_owned())

@@ -13,7 +13,7 @@ mod link;
 mod memory;
 mod prepare;
 mod processes;
-mod program;
+pub mod program;
 mod rank_io;
 mod ranks;
 mod records;

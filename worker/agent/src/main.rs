@@ -5,16 +5,19 @@ use clap::{Parser, Subcommand};
 use fleet_agent::coordinators::Coordinators;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
-use fleet_common::exit;
+use fleet_agent::program::Base;
 use fleet_common::net::{self, Identity, JoinToken};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::terminal;
+use fleet_common::{exit, files, home, terminal};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
+
+/// What is in a data directory.
+const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "process.json", "gangs"];
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
@@ -61,6 +64,9 @@ struct Join {
     /// How log lines look: auto, human or json.
     #[arg(long, default_value = "auto")]
     log_format: LogFormat,
+    /// Programs get the whole environment of this worker, as on the machine of a `fleet launch`.
+    #[arg(long, hide = true)]
+    inherit_env: bool,
     /// End when this process, which started this one, ends.
     #[arg(long, value_name = "PID")]
     die_with_parent: Option<u32>,
@@ -112,6 +118,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             device: join.device,
             labels: join.labels.into_iter().collect(),
             host: join.host,
+            programs: if join.inherit_env { Base::Worker } else { Base::Node },
         };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
@@ -183,9 +190,12 @@ fn bind_to_processes(parent: Option<u32>) -> anyhow::Result<()> {
 
 /// One agent per directory: two would share an identity.
 fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
-    std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
+    if let Some(was_open) = files::claim(data_dir, CONTENTS)? {
+        tracing::warn!("{was_open}");
+    }
     let path = data_dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    let file = files::private().create(true).truncate(true).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot make {}", path.display()))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
         anyhow::anyhow!(
             "another worker uses {} ({error}); stop it or give --data-dir another directory",
@@ -204,12 +214,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 fn default_data_dir() -> anyhow::Result<PathBuf> {
-    let share = match (std::env::var_os("XDG_DATA_HOME"), std::env::var_os("HOME")) {
-        (Some(share), _) if !share.is_empty() => PathBuf::from(share),
-        (_, Some(home)) if !home.is_empty() => PathBuf::from(home).join(".local/share"),
-        _ => anyhow::bail!("no home directory is known; give --data-dir"),
-    };
-    Ok(share.join("fleet/worker"))
+    Ok(home::data().context("without --data-dir")?.join("fleet/worker"))
 }
 
 fn host_name() -> String {

@@ -6,6 +6,7 @@ use crate::lines::LineSplitter;
 use crate::spawn::{Exited, Started};
 use fleet_common::codec;
 use fleet_common::events::{EventBody, Level};
+use fleet_common::files;
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, ToRank};
 use std::fs::File;
@@ -167,8 +168,10 @@ struct LogFile(Arc<Mutex<Option<(File, u64)>>>);
 
 impl LogFile {
     fn create(path: &Path) -> LogFile {
-        let file = File::create(path)
-            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"));
+        let file =
+            files::private().create(true).truncate(true).write(true).open(path).inspect_err(
+                |error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"),
+            );
         LogFile(Arc::new(Mutex::new(file.ok().map(|file| (file, LOG_FILE_MAX)))))
     }
 

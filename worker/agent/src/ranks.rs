@@ -3,7 +3,7 @@
 
 use crate::container::{Container, Containers, Remains};
 use crate::gang::Blow;
-use crate::program;
+use crate::program::{self, Base};
 use crate::spawn::{Exited, Launch, Spawner, Started, Sweep};
 use crate::verdict::Exit;
 use anyhow::Context;
@@ -57,14 +57,20 @@ pub struct Launcher {
     pub containers: Arc<Containers>,
     pub fleet_rank: PathBuf,
     pub cores: u32,
+    pub programs: Base,
 }
 
 impl Launcher {
     /// Finds `fleet-rank` beside the own executable.
-    pub fn new(spawner: Spawner, containers: Containers, cores: u32) -> anyhow::Result<Launcher> {
+    pub fn new(
+        spawner: Spawner,
+        containers: Containers,
+        cores: u32,
+        programs: Base,
+    ) -> anyhow::Result<Launcher> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
         let fleet_rank = own.with_file_name("fleet-rank");
-        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores })
+        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs })
     }
 
     pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
@@ -112,7 +118,7 @@ impl Launcher {
         }
         let env = match std::env::var_os("OMP_NUM_THREADS") {
             Some(_) => Vec::new(),
-            None => vec![("OMP_NUM_THREADS".to_owned(), (self.cores / world_size).max(1).to_string())],
+            None => vec![("OMP_NUM_THREADS".into(), (self.cores / world_size).max(1).to_string().into())],
         };
         let argv = vec![self.fleet_rank.clone().into_os_string()];
         let container = container.clone();
@@ -138,7 +144,13 @@ impl Launcher {
         for local_rank in 0..gang.ranks {
             let launch = Launch {
                 argv: program.argv.iter().map(OsString::from).collect(),
-                env: program::environment(&program.env, gang, local_rank, &meeting),
+                env: program::environment(
+                    self.programs.variables(),
+                    &program.env,
+                    gang,
+                    local_rank,
+                    &meeting,
+                ),
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
                 container: container.clone(),

@@ -191,7 +191,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 
 fn write(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_string(value).map_err(io::Error::other)? + "\n";
-    files::write_atomic(path, text.as_bytes(), files::SECRET)
+    files::write_atomic(path, text.as_bytes())
 }
 
 /// Removes directories of gangs that have ended, the oldest first.

@@ -31,7 +31,7 @@ const SWEEP_MAX: Duration = Duration::from_secs(1);
 pub struct Launch {
     pub argv: Vec<OsString>,
     /// Set over the agent's own environment, or instead of it.
-    pub env: Vec<(String, String)>,
+    pub env: Vec<(OsString, OsString)>,
     pub clear_env: bool,
     /// Empty: the agent's.
     pub dir: PathBuf,
@@ -179,6 +179,8 @@ impl Children {
         command
             .arg0("worker")
             .args(exec_rank::arguments(std::process::id(), launch.dir.as_os_str(), cgroup, &launch.argv))
+            // Whoever has it may join machines.
+            .env_remove("FLEET_TOKEN")
             .envs(launch.env.iter().map(|(name, value)| (name, value)))
             .env(MARK_ENV, launch.container.marks())
             .process_group(0)

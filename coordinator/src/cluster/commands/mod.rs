@@ -5,6 +5,7 @@
 
 mod assign_gang;
 mod cancel_job;
+mod change_secrets;
 mod create_token;
 mod describe_node;
 mod describe_replica;
@@ -29,6 +30,7 @@ mod undrain_node;
 
 pub use assign_gang::AssignGang;
 pub use cancel_job::CancelJob;
+pub use change_secrets::ChangeSecrets;
 pub use create_token::CreateToken;
 pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
@@ -82,6 +84,7 @@ pub enum Change {
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
     SubmitOnce(SubmitOnce),
+    ChangeSecrets(ChangeSecrets),
 }
 
 impl Change {
@@ -110,6 +113,7 @@ impl Change {
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
             Change::SubmitOnce(command) => command.apply(state, context),
+            Change::ChangeSecrets(command) => command.apply(state, context),
         }
     }
 
@@ -152,6 +156,7 @@ impl Change {
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
             Change::SubmitOnce(_) => "submit_once",
+            Change::ChangeSecrets(_) => "change_secrets",
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::verdict::{Exit, agent_error};
 use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Shard, Step};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{FromRank, Program, Work};
+use fleet_common::protocol::{FromRank, Program, Value, Variable, Work};
 use std::path::PathBuf;
 
 pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
@@ -87,7 +87,11 @@ pub fn job() -> Job {
 pub fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
     let work = match work {
         "train" => Work::Train { job_json: job().to_json() },
-        _ => Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] }),
+        other => {
+            let key = Variable { name: "KEY".into(), value: Value::Removed };
+            let env = if other == "secretless" { vec![key] } else { vec![] };
+            Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env })
+        }
     };
     Gang {
         job: JobId(1),
