@@ -1,6 +1,6 @@
-//! What coordinators tell each other of their disks. One that has just started asks the others what they have seen of its own before it
-//! takes part in elections, so that a disk which was put back to an older state is found before it gives a vote away. Whoever learns
-//! something new tells it to all.
+//! What coordinators tell each other of their disks. One that has just started asks the others what they have seen of its own, and takes
+//! no part in raft before: a disk that was put back to an older state is found before it gives a vote away, and before it is brought up
+//! to date, which would hide what it forgot. The leader tells what it learns to all.
 
 use super::{Action, Control, Now, PeerMessage};
 use crate::raft::disk::Disk;
@@ -8,9 +8,10 @@ use crate::raft::log::LogError;
 use crate::raft::marks::Mark;
 use crate::raft::replica::ReplicaError;
 use fleet_common::ids::ReplicaId;
-use raft::eraftpb::MessageType;
 use std::collections::BTreeSet;
 
+/// When a majority has answered, the others get so long.
+const STRAGGLERS_MS: u64 = 500;
 /// One that hears nothing from a majority takes part after this long all the same: some of those that it knew may be gone for good.
 const GREETING_MS: u64 = 3_000;
 /// Between two questions to those that have not answered.
@@ -19,7 +20,7 @@ const ASK_EVERY_MS: u64 = 200;
 const TELL_EVERY_MS: u64 = 1_000;
 
 pub(super) struct Greeting {
-    until_ms: u64,
+    begun_ms: u64,
     asked_ms: Option<u64>,
     answered: BTreeSet<ReplicaId>,
     over: bool,
@@ -30,7 +31,7 @@ pub(super) struct Greeting {
 impl Greeting {
     pub fn new(now: Now) -> Greeting {
         Greeting {
-            until_ms: now.mono_ms + GREETING_MS,
+            begun_ms: now.mono_ms,
             asked_ms: None,
             answered: BTreeSet::new(),
             over: false,
@@ -41,22 +42,14 @@ impl Greeting {
 }
 
 impl<D: Disk> Control<D> {
-    /// Whether this coordinator takes part in elections already.
-    pub(super) fn may_elect(&self) -> bool {
+    /// Whether this coordinator takes part in raft already.
+    pub(super) fn has_greeted(&self) -> bool {
         self.greeting.over
-    }
-
-    /// What would begin an election here, or lend it a vote.
-    pub(super) fn is_of_an_election(kind: MessageType) -> bool {
-        matches!(
-            kind,
-            MessageType::MsgRequestVote | MessageType::MsgRequestPreVote | MessageType::MsgTimeoutNow
-        )
     }
 
     pub(super) fn look_after_greeting(&mut self, now: Now) {
         let age = |since_ms: u64| now.mono_ms.saturating_sub(since_ms);
-        self.greeting.over |= self.has_heard_enough() || now.mono_ms >= self.greeting.until_ms;
+        self.greeting.over |= self.has_heard_enough(age(self.greeting.begun_ms));
         if !self.greeting.over && self.greeting.asked_ms.is_none_or(|asked| age(asked) >= ASK_EVERY_MS) {
             self.greeting.asked_ms = Some(now.mono_ms);
             let silent = self.others().filter(|id| !self.greeting.answered.contains(id));
@@ -75,12 +68,14 @@ impl<D: Disk> Control<D> {
         }
     }
 
-    /// A majority has told its marks; for one that knows no members, anybody has.
-    fn has_heard_enough(&self) -> bool {
-        let (me, voters) = (self.replica.id(), &self.replica.conf().voters);
+    /// All have told their marks, or enough of them and it was time; for one that knows no members, anybody is enough.
+    fn has_heard_enough(&self, age_ms: u64) -> bool {
+        let (me, voters) = (self.me(), &self.replica.conf().voters);
         let answered = &self.greeting.answered;
-        let known = voters.iter().filter(|id| **id == me || answered.contains(&ReplicaId(**id))).count();
-        if voters.is_empty() { !answered.is_empty() } else { known > voters.len() / 2 }
+        let known = voters.iter().filter(|id| **id == me.0 || answered.contains(&ReplicaId(**id))).count();
+        let enough = if voters.is_empty() { !answered.is_empty() } else { known > voters.len() / 2 };
+        let all = enough && self.others().all(|id| answered.contains(&id));
+        all || enough && age_ms >= STRAGGLERS_MS || age_ms >= GREETING_MS
     }
 
     /// Whom this coordinator knows of.

@@ -184,7 +184,7 @@ impl<D: Disk> Control<D> {
 
     fn tick(&mut self, now: Now) {
         self.look_after_greeting(now);
-        if self.may_elect() {
+        if self.has_greeted() {
             self.replica.tick();
         }
         self.repairs.tick();
@@ -213,7 +213,7 @@ impl<D: Disk> Control<D> {
                 // One that does not fit is dropped; raft sends what matters again.
                 if let Ok(message) = Message::decode(&bytes[..])
                     && message.from == from.0
-                    && (self.may_elect() || !Self::is_of_an_election(message.get_msg_type()))
+                    && self.has_greeted()
                     && let (term, Err(bad)) = (message.term, self.replica.step(message))
                     && bad.contradicts()
                     && term >= self.replica.term()

@@ -475,6 +475,7 @@ impl World {
     pub fn host_hears(&mut self, number: u32, conn: ConnId, payload: Payload) {
         match (payload, self.purposes.get(&conn).cloned()) {
             (Payload::Peer(message), Some(Purpose::Peer { from, .. })) => {
+                self.notice_peer(number, from);
                 self.note_report(number, &message);
                 self.tell_control(number, Input::Peer { from, message });
             }
@@ -499,6 +500,20 @@ impl World {
                 self.tell_control(number, input);
             }
             _ => {}
+        }
+    }
+
+    /// A coordinator that speaks is there: the server dials it at once, and gives up a connection to an earlier process of it.
+    fn notice_peer(&mut self, number: u32, from: ReplicaId) {
+        let now = self.queue.now();
+        let Some(link) = self.hosts.get_mut(&number).and_then(|host| host.links.get_mut(&from)) else {
+            return;
+        };
+        if link.conn.is_some_and(|conn| !self.net.is_open(conn, 1)) {
+            *link = Link::default();
+            self.tell_control(number, Input::PeerLost(from));
+        } else if link.not_before != Micros::MAX {
+            link.not_before = link.not_before.min(now);
         }
     }
 
