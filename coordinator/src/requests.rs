@@ -2,7 +2,7 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
+    CancelJob, Change, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
     RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
 };
 use crate::cluster::records::Stop;
@@ -27,6 +27,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         Request::FinishRun { run, succeeded } => Change::FinishRun(FinishRun { run, succeeded }),
         Request::RecordExport(record) => Change::RecordExport(RecordExport { record }),
         Request::RecordProfile(record) => Change::RecordProfile(RecordProfile { record }),
+        Request::FinishCa { force } => Change::FinishCa(FinishCa { force }),
+        Request::RotateCa => return Err(invalid("a CA is made by the server that keeps its key")),
         Request::CreateToken { .. } => {
             return Err(invalid("a token is made by the server that keeps its secret"));
         }
@@ -48,7 +50,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Exports(_)
         | Request::Export(_)
         | Request::Profiles(_)
-        | Request::Profile(_) => return Err(invalid("this is a question and changes nothing")),
+        | Request::Profile(_)
+        | Request::Authority => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -123,6 +126,9 @@ pub fn name(request: &Request) -> &'static str {
         Request::RecordProfile(_) => "record_profile",
         Request::Profiles(_) => "profiles",
         Request::Profile(_) => "profile",
+        Request::RotateCa => "rotate_ca",
+        Request::FinishCa { .. } => "finish_ca",
+        Request::Authority => "authority",
     }
 }
 

@@ -5,6 +5,7 @@ use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
+use crate::net::Authorities;
 use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -66,7 +67,7 @@ pub enum Request {
     },
     /// Where the coordinators are. The only request that a worker may make.
     Addresses,
-    /// The client's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    /// A new certificate over the same key is wanted, because the client's ends soon or the CA is another one. DER of a PKCS#10 request.
     Renew {
         csr_der: Vec<u8>,
     },
@@ -122,6 +123,14 @@ pub enum Request {
     RecordProfile(NewProfile),
     Profiles(Page),
     Profile(ProfileId),
+    /// A new CA is made, which is to replace the present one.
+    RotateCa,
+    /// The one before is not trusted any more. With `force` also if some have not moved, who join again then.
+    FinishCa {
+        force: bool,
+    },
+    /// How far the CA's replacement is.
+    Authority,
 }
 
 /// `uses` of a token that is not used up.
@@ -143,7 +152,9 @@ impl Request {
             | Request::RecordMetrics { .. }
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
-            | Request::RecordProfile(_) => true,
+            | Request::RecordProfile(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -162,7 +173,8 @@ impl Request {
             | Request::Exports(_)
             | Request::Export(_)
             | Request::Profiles(_)
-            | Request::Profile(_) => false,
+            | Request::Profile(_)
+            | Request::Authority => false,
         }
     }
 }
@@ -261,8 +273,10 @@ pub enum Reply {
     Job(Box<JobView>),
     Checkpoints(Listing<CheckpointView>),
     Addresses(Vec<CoordinatorAddress>),
+    /// And who is to be trusted from now on.
     Certificate {
         certificate_der: Vec<u8>,
+        authorities: Authorities,
     },
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
     Event {
@@ -292,6 +306,7 @@ pub enum Reply {
     ProfileRecorded(ProfileId),
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
+    Authority(Box<AuthorityView>),
 }
 
 /// One line, and what kind of refusal it is.

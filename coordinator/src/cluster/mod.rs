@@ -3,6 +3,8 @@
 //! Pure. It never reads a clock, a random number or a file, and never iterates a hash map: two replicas that apply the same log
 //! hold equal states. A refused command is an `Answer::Rejected`, not an error.
 
+pub mod admitted;
+pub mod authorities;
 pub mod commands;
 pub mod ends;
 pub mod fit;
@@ -14,6 +16,8 @@ pub mod records;
 pub mod runs;
 pub mod session;
 
+use admitted::Admitted;
+use authorities::Cas;
 use commands::Change;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
 use fleet_common::protocol::{Member, Refusal, RefusalKind};
@@ -33,6 +37,9 @@ pub struct State {
     replicas: BTreeMap<ReplicaId, ReplicaRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
     users: BTreeMap<UserId, UserRecord>,
+    /// Whom certificates are held against.
+    admitted: BTreeMap<Member, Admitted>,
+    cas: Cas,
     /// Cut off for ever. A coordinator that was taken out is one of them.
     revoked: BTreeSet<Member>,
     /// The unfinished ones and those that ended last.
@@ -63,6 +70,8 @@ pub struct Command {
     pub unix_ms: u64,
     /// Set for clients' requests, which may arrive more than once.
     pub request: Option<RequestId>,
+    /// The user who asked for it, where one did: he must be let do it when it is applied.
+    pub by: Option<UserId>,
     /// Why the planner wants it. Kept in the history if the change is made.
     pub why: Option<String>,
     pub change: Change,
@@ -118,8 +127,10 @@ pub enum Effect {
     Node(NodeId),
     /// The job has new events.
     Job(JobId),
-    /// Coordinators, their addresses or revocations have changed.
+    /// Coordinators, their addresses, revocations or CAs have changed.
     Members,
+    /// There is a new member.
+    Admitted(Member),
 }
 
 /// What a command sees besides the state, and where it leaves what is to be done.
@@ -136,6 +147,8 @@ impl State {
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
             users: BTreeMap::new(),
+            admitted: BTreeMap::new(),
+            cas: Cas::default(),
             revoked: BTreeSet::new(),
             jobs: BTreeMap::new(),
             finished: VecDeque::new(),
@@ -165,7 +178,11 @@ impl State {
                 "this request is older than what the cluster remembers of its client; send it with a new sequence number",
             ),
             Some(Lookup::New) | None => {
-                let answer = command.change.apply(self, &mut context);
+                let may = command.by.map_or(Ok(()), |user| self.may_change(user, &command.change));
+                let answer = match may {
+                    Ok(()) => command.change.apply(self, &mut context),
+                    Err(refusal) => Answer::Rejected(refusal),
+                };
                 if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
                     self.decided(command.unix_ms, &why, &mut context);
                 }

@@ -4,13 +4,13 @@ use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
-use crate::cluster::Answer;
+use crate::cluster::{Answer, State};
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWERS_PER_CLIENT, RequestId};
 use crate::raft::disk::Disk;
 use crate::requests;
-use fleet_common::ids::ClientId;
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{
     ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
 };
@@ -38,6 +38,8 @@ enum Kind {
         request: RequestId,
         deadline_ms: u64,
     },
+    /// Wants a state that is new enough.
+    Look,
 }
 
 /// All open calls, counted.
@@ -162,9 +164,13 @@ impl<D: Disk> Control<D> {
                 }
             }
             request => {
-                open(Kind::Change(frame.client))?;
                 let change = requests::change(request)?;
-                self.ask(now, Asker::Client(call), What::change(Some(id), change));
+                let by = user(caller);
+                if let Some(user) = by {
+                    self.replica.state().may_change(user, &change)?;
+                }
+                self.calls.insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
+                self.ask(now, Asker::Client(call), What::by(by, id, change));
             }
         }
         Ok(())
@@ -255,12 +261,39 @@ impl<D: Disk> Control<D> {
         self.out.push(Action::Joined { call, result });
     }
 
-    pub(super) fn take_change(&mut self, now: Now, call: Call, request: RequestId, change: Change) {
+    pub(super) fn take_change(
+        &mut self,
+        now: Now,
+        call: Call,
+        request: RequestId,
+        by: Option<UserId>,
+        change: Change,
+    ) {
         let open = OpenCall { caller: None, kind: Kind::Once };
-        let opened = self.is_serving().and_then(|()| self.calls.insert(call, open));
-        match opened {
-            Ok(()) => self.ask(now, Asker::Driver(call), What::change(Some(request), change)),
+        let may = |state: &State| by.map_or(Ok(()), |user| state.may_change(user, &change));
+        let opened = self.is_serving().and_then(|()| may(self.replica.state()));
+        match opened.and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.ask(now, Asker::Driver(call), What::by(by, request, change)),
             Err(refusal) => self.out.push(Action::Proposed { call, result: Err(refusal) }),
+        }
+    }
+
+    /// Whether this is a client with an operator's right, as far as is known here. Everybody who is connected here is known here.
+    pub fn is_admin(&self, caller: Member) -> bool {
+        self.replica.state().is_admin(caller)
+    }
+
+    pub(super) fn take_look(&mut self, call: Call) {
+        let open = OpenCall { caller: None, kind: Kind::Look };
+        match self.is_serving().and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.reads.add(Reader::Look(call)),
+            Err(refusal) => self.out.push(Action::Looked { call, result: Err(refusal) }),
+        }
+    }
+
+    pub(super) fn looked(&mut self, call: Call, result: Result<(), Refusal>) {
+        if self.calls.remove(call).is_some() {
+            self.out.push(Action::Looked { call, result });
         }
     }
 
@@ -295,10 +328,19 @@ impl<D: Disk> Control<D> {
             let refusal = unavailable(why);
             self.out.push(match open.kind {
                 Kind::Join { .. } => Action::Joined { call, result: Err(refusal) },
+                Kind::Look => Action::Looked { call, result: Err(refusal) },
                 _ if open.caller.is_none() => Action::Proposed { call, result: Err(refusal) },
                 _ => Action::Reply { call, reply: Reply::Refused(refusal) },
             });
         }
+    }
+}
+
+/// Who is asking, where it is a user.
+fn user(caller: Member) -> Option<UserId> {
+    match caller {
+        Member::Client(user) => Some(user),
+        Member::Worker(_) | Member::Coordinator(_) => None,
     }
 }
 

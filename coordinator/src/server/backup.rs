@@ -4,6 +4,7 @@
 //! read from the disk of a replica that may be running. A restore makes a cluster of one, with the old cluster's id and CA and a new
 //! replica, from which others are joined; the replicas of before are removed for ever.
 
+use super::custody::Custody;
 use super::{Options, setup};
 use crate::archive::{self, FORMAT, Header, Record, Writer};
 use crate::cluster::commands::COMMAND_LEVEL;
@@ -54,8 +55,9 @@ pub fn backup(data_dir: &Path, out: &Path) -> Result<Summary> {
 }
 
 fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
-    let ca = ClusterCa::load(&data_dir.join("cluster"))?
+    let custody = Custody::load(&data_dir.join("cluster"))?
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
+    let ca = custody.present();
     let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
     let Applied { position, state, replayed } = applied(&disk)?;
@@ -75,7 +77,9 @@ fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
     let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&part);
     let mut writer = Writer::new(BufWriter::new(file.with_context(cannot)?));
     writer.header(&header).with_context(cannot)?;
-    writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
+    for ca in std::iter::once(ca).chain(custody.next()) {
+        writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
+    }
     writer.record(&Record::State { index: position.0, term: position.1, state }).with_context(cannot)?;
     let mut rows = 0;
     // What the replay wrote is the same as what the disk has of it; the disk may not have all.
@@ -164,10 +168,10 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
     let header = open().and_then(|mut input| archive::verify(&mut input)).with_context(damaged)?;
     // Whole and unchanged: only now is anything written.
     let disk = Arc::new(RocksDisk::open(&dir.join("raft"))?);
-    let (mut ca, mut state, mut rows) = (None, None, 0);
+    let (mut cas, mut state, mut rows) = (Vec::new(), None, 0);
     let mut take = |record| {
         match record {
-            Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
+            Record::Ca { der, key } => cas.push(ClusterCa::from_parts(der, &key)?),
             Record::State { index, term, state: encoded } => {
                 state = Some(((index, term), image::decode(&encoded)?));
             }
@@ -185,13 +189,20 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
         Ok(())
     };
     open().and_then(|mut input| archive::read(&mut input, &mut take)).with_context(damaged)?;
-    let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
+    let Some((position, state)) = state.filter(|_| !cas.is_empty()) else {
+        bail!("{}: parts are missing", damaged())
+    };
     let id = state.restored_replica();
     let name = setup::name(options, id);
-    let state = state.restored(record(id, &name));
-    Replica::restore(disk, id.0, position, state, rand::random())?;
-    ca.store(&dir.join("cluster"))?;
+    // The one that the state of then calls the CA comes first: its replica may have been a step behind or ahead on its disk.
+    let present = cas.iter().position(|ca| ca.der() == state.cas().der).unwrap_or(0);
+    let ca = cas.swap_remove(present);
     let identity = ca.issue(Member::Coordinator(id), &name, SystemTime::now(), options.certificate_life)?;
+    let key = identity.key_hash().map_err(anyhow::Error::msg)?;
+    let held: Vec<&[u8]> = cas.iter().map(ClusterCa::der).collect();
+    let state = state.restored(record(id, &name), key, &held);
+    Replica::restore(disk, id.0, position, state, rand::random())?;
+    Custody::begin(&dir.join("cluster"), ca, cas)?;
     identity.store(&dir.join("identity"))?;
     info!("{} has cluster {} as it was at entry {}", dir.display(), header.cluster_id, header.log_index);
     Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })

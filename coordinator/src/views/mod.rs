@@ -66,6 +66,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Export(export) => Reply::Export(Box::new(self.export(*export)?)),
             Request::Profiles(page) => Reply::Profiles(self.profiles(*page)?),
             Request::Profile(profile) => Reply::Profile(Box::new(self.profile(*profile)?)),
+            Request::Authority => Reply::Authority(Box::new(self.authority())),
             Request::Submit(_)
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
@@ -81,7 +82,9 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::RecordMetrics { .. }
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
-            | Request::RecordProfile(_) => {
+            | Request::RecordProfile(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. } => {
                 let message = "this is no question with one answer".to_owned();
                 return Err(Refusal { kind: RefusalKind::Invalid, message });
             }

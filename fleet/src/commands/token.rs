@@ -53,6 +53,8 @@ enum Holder {
     Coordinator,
     Worker,
     Client,
+    /// A client that also makes tokens for coordinators and admins, revokes, and takes coordinators out
+    Admin,
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
@@ -105,6 +107,7 @@ fn create(args: Create, cluster: Target<'_>) -> Result<u8, Failure> {
         Holder::Coordinator => Role::Coordinator,
         Holder::Worker => Role::Worker,
         Holder::Client => Role::Client,
+        Holder::Admin => Role::Admin,
     };
     let mut client = connect(cluster)?;
     let request = Request::CreateToken { role, ttl_s: args.ttl, uses: args.uses };

@@ -10,7 +10,10 @@ mod describe_node;
 mod describe_replica;
 mod drain_node;
 mod fail_job;
+mod finish_ca;
 mod finish_run;
+mod hold_ca;
+mod introduce_ca;
 mod mark_node_lost;
 mod promote_replica;
 mod record_events;
@@ -22,6 +25,7 @@ mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod show_ca;
 mod start_run;
 mod submit_job;
 mod undrain_node;
@@ -33,7 +37,10 @@ pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
 pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
+pub use finish_ca::FinishCa;
 pub use finish_run::FinishRun;
+pub use hold_ca::HoldCa;
+pub use introduce_ca::IntroduceCa;
 pub use mark_node_lost::MarkNodeLost;
 pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
@@ -45,6 +52,7 @@ pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use show_ca::ShowCa;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
 pub use undrain_node::UndrainNode;
@@ -79,6 +87,10 @@ pub enum Change {
     FinishRun(FinishRun),
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
+    IntroduceCa(IntroduceCa),
+    HoldCa(HoldCa),
+    ShowCa(ShowCa),
+    FinishCa(FinishCa),
 }
 
 impl Change {
@@ -106,6 +118,10 @@ impl Change {
             Change::FinishRun(command) => command.apply(state, context),
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
+            Change::IntroduceCa(command) => command.apply(state, context),
+            Change::HoldCa(command) => command.apply(state, context),
+            Change::ShowCa(command) => command.apply(state, context),
+            Change::FinishCa(command) => command.apply(state, context),
         }
     }
 
@@ -147,6 +163,10 @@ impl Change {
             Change::FinishRun(_) => "finish_run",
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
+            Change::IntroduceCa(_) => "introduce_ca",
+            Change::HoldCa(_) => "hold_ca",
+            Change::ShowCa(_) => "show_ca",
+            Change::FinishCa(_) => "finish_ca",
         }
     }
 }

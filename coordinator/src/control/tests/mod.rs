@@ -2,5 +2,6 @@
 
 mod agents;
 mod calls;
+mod custody;
 mod members;
 mod net;
