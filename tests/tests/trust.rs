@@ -215,7 +215,7 @@ fn a_revoked_local_credential_is_replaced_at_the_next_start() {
 fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     let world = World::new();
     let all = world.three_coordinators();
-    let token = fs::read_to_string(all[1].data_dir.join("tokens/client.token")).unwrap();
+    let token = fs::read_to_string(all[0].data_dir.join("tokens/client.token")).unwrap();
     login(&world, &all[1].endpoint.quic, &token, "ann");
     let worker = world.worker(&all[0], 1);
     let gate = world.path("gate");

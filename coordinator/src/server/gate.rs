@@ -295,9 +295,11 @@ impl Gate {
         self.lock().revoked.contains(&member)
     }
 
-    /// Connections of everybody who is here.
+    /// Connections of the workers and clients that are here.
     pub fn connections(&self) -> Vec<Connection> {
-        self.lock().held.values().flatten().map(|held| held.connection.clone()).collect()
+        let inner = self.lock();
+        let held = inner.held.iter().filter(|(member, _)| member.role() != Role::Coordinator);
+        held.flat_map(|(_, held)| held).map(|held| held.connection.clone()).collect()
     }
 }
 

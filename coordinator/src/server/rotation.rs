@@ -59,7 +59,8 @@ pub async fn follow(
     }
 }
 
-/// Closes the connections of those whose certificates are of a CA that does not count any more.
+/// Closes the connections of workers and clients whose certificates are of a CA that does not count any more: who has moved comes back at
+/// once. Coordinators move by themselves and stay in touch; all were held against their keys.
 fn send_strangers_away(shared: &Shared) {
     let accepted = shared.trust.identity().authorities.clone();
     for connection in shared.gate.connections() {

@@ -107,7 +107,7 @@ async fn connect(known: &[String], given: &[String], identity: &Identity) -> Res
             reached => reached,
         },
     };
-    let net::Reached { connection, socket } = reached?;
+    let net::Reached { connection, socket, .. } = reached?;
     let lost = |error: ConnectionError| NetError::Lost(net::describe(&error));
     let (mut send, mut receive) = connection.open_bi().await.map_err(lost)?;
     if socket == Socket::Members {

@@ -174,7 +174,9 @@ async fn identity(
 async fn kept(dir: &Path, addrs: &[String]) -> Result<Option<Identity>, IdentityError> {
     match Identity::load(dir) {
         Err(error @ IdentityError::DamagedCa { .. }) => {
-            let IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } = &error else { return Err(error) };
+            let IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } = &error else {
+                return Err(error);
+            };
             if net::mend_authorities(addrs, fingerprint, dir).await.is_err() {
                 return Err(error);
             }
