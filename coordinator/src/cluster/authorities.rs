@@ -25,6 +25,8 @@ pub struct Cas {
     /// Its certificate, DER.
     pub der: Vec<u8>,
     pub next: Option<NextCa>,
+    /// Certificate of the one that it replaced. A coordinator that was away when that ended still shows what it signed; it is known by its key.
+    pub previous: Option<Vec<u8>>,
 }
 
 /// A CA that is to replace the present one.
@@ -98,7 +100,7 @@ impl State {
 
     /// The first state's CA, and the keys of its coordinators.
     pub fn trusting(mut self, ca_der: Vec<u8>, keys: BTreeMap<ReplicaId, fleet_common::net::KeyHash>) -> State {
-        self.cas = Cas { number: self.cas.number.max(1), der: ca_der, next: None };
+        self.cas = Cas { number: self.cas.number.max(1), der: ca_der, next: None, previous: None };
         for (replica, key) in keys {
             self.admit(Member::Coordinator(replica), key);
         }

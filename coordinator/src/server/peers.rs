@@ -252,9 +252,12 @@ async fn connect(address: &str, to: ReplicaId, means: &Means, attempt: u32) -> R
     let identity = means.trust.for_attempt(attempt).map_err(NetError::Tls)?;
     let connection = net::connect(&[address.to_owned()], &identity).await?;
     let (peer, certificate) = (net::remote(&connection), net::remote_certificate(&connection));
-    let key = certificate.and_then(|certificate| net::key_hash(&certificate)).map_err(NetError::Refused)?;
+    let certificate = certificate.map_err(NetError::Refused)?;
+    let key = net::key_hash(&certificate).map_err(NetError::Refused)?;
+    let known = means.gate.known(Member::Coordinator(to)).is_some_and(|admitted| admitted.key == key);
+    let proven = known || means.trust.is_accepted(&certificate);
     match peer {
-        Ok(peer) if peer.member == Member::Coordinator(to) && means.gate.may_be(to, &key) => {
+        Ok(peer) if peer.member == Member::Coordinator(to) && proven && means.gate.may_be(to, &key) => {
             means.gate.vouch([(to, key)]);
             Ok(connection)
         }

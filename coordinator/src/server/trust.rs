@@ -60,19 +60,24 @@ impl Trust {
     }
 
     /// What it shows when it connects to another coordinator. Which CAs that one accepts depends on how far it is: each attempt is made with
-    /// another certificate.
+    /// another certificate. Likewise that one may show a certificate of the CA before, which is no proof by itself: see `is_accepted`.
     pub fn for_attempt(&self, attempt: u32) -> Result<Arc<Identity>, String> {
         let inner = self.lock();
         let others: Vec<&Arc<ClusterCa>> = inner.custody.next().collect();
         match (attempt as usize % (others.len() + 1)).checked_sub(1) {
-            None => Ok(inner.identity.clone()),
+            None => Ok(Arc::new(Identity::clone(&inner.identity).trusting(inner.accepted_of_peers()))),
             Some(other) => {
                 let now = SystemTime::now();
                 let issued = others[other].reissue(&inner.identity, now, self.life);
                 let issued = issued.map_err(|error| error.to_string())?;
-                Ok(Arc::new(issued.trusting(inner.identity.authorities.clone())))
+                Ok(Arc::new(issued.trusting(inner.accepted_of_peers())))
             }
         }
+    }
+
+    /// Whether a CA that counts made this certificate.
+    pub fn is_accepted(&self, certificate_der: &[u8]) -> bool {
+        self.lock().accepted().issuer_of(certificate_der).is_some()
     }
 
     /// What members are to trust.
@@ -201,6 +206,13 @@ impl Inner {
         let next = self.cas.next.as_ref().filter(|next| next.moving);
         let next = next.and_then(|next| self.custody.of(&next.der));
         next.unwrap_or(self.custody.present()).clone()
+    }
+
+    /// Whose certificates coordinators may show that are known by their keys.
+    fn accepted_of_peers(&self) -> Authorities {
+        let accepted = self.accepted();
+        let others = accepted.iter().map(<[u8]>::to_vec).chain(self.cas.previous.clone());
+        Authorities::new(accepted.issuing().to_vec(), others.collect::<Vec<_>>())
     }
 
     /// Whose certificates count here.

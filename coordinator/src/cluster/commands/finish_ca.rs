@@ -36,7 +36,8 @@ impl FinishCa {
                 ));
             }
         }
-        state.cas.der = next.der.clone();
+        let new = next.der.clone();
+        state.cas.previous = Some(std::mem::replace(&mut state.cas.der, new));
         state.cas.number += 1;
         state.cas.next = None;
         state.tokens.clear();
