@@ -19,6 +19,7 @@ mod agents;
 mod asks;
 mod calls;
 mod custody;
+mod greeting;
 mod io;
 mod leaving;
 mod members;
@@ -37,6 +38,7 @@ pub use io::{
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
 
+use crate::cluster::members::clip;
 use crate::cluster::{Effect, State};
 use crate::planner::Observed;
 use crate::raft::disk::Disk;
@@ -47,6 +49,7 @@ use asks::Ask;
 use calls::Calls;
 use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::protocol::Member;
+use greeting::Greeting;
 use leaving::Leaving;
 use observations::Observations;
 use prost::Message as _;
@@ -79,6 +82,9 @@ pub struct Control<D: Disk> {
     watches: Watches,
     agents: Agents,
     observations: Observations,
+    greeting: Greeting,
+    /// Times that another coordinator said that the past is contradicted, or this one was told what cannot be.
+    contradictions: u64,
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
@@ -131,6 +137,8 @@ impl<D: Disk> Control<D> {
             watches: Watches::default(),
             agents: Agents::default(),
             observations: Observations::default(),
+            greeting: Greeting::new(now),
+            contradictions: 0,
             seen: None,
             transfers: Transfers::default(),
             low_space: None,
@@ -177,7 +185,10 @@ impl<D: Disk> Control<D> {
     }
 
     fn tick(&mut self, now: Now) {
-        self.replica.tick();
+        self.look_after_greeting(now);
+        if self.has_greeted() {
+            self.replica.tick();
+        }
         if self.leaving.is_some() {
             return self.look_after_leaving(now);
         }
@@ -204,8 +215,12 @@ impl<D: Disk> Control<D> {
                 // One that does not fit is dropped; raft sends what matters again.
                 if let Ok(message) = Message::decode(&bytes[..])
                     && message.from == from.0
+                    && self.has_greeted()
+                    && let (term, Err(bad)) = (message.term, self.replica.step(message))
+                    && bad.contradicts()
+                    && term >= self.replica.term()
                 {
-                    let _ = self.replica.step(message);
+                    self.alarm(format!("{from}: {bad}"));
                 }
             }
             PeerMessage::Propose { ticket, command } => self.propose_for(now, from, ticket, *command),
@@ -213,6 +228,8 @@ impl<D: Disk> Control<D> {
             PeerMessage::Told { ticket, told } => self.told(now, from, ticket, told),
             PeerMessage::Observations(report) => self.take_report(now, from, report),
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
+            PeerMessage::Marks { marks, asks } => self.take_marks(now, from, marks, asks),
+            PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
             PeerMessage::WantCa { der } => self.ca_is_wanted(from, der),
@@ -229,14 +246,25 @@ impl<D: Disk> Control<D> {
         now: Now,
         send: &mut dyn FnMut(ReplicaId, PeerMessage),
     ) -> Result<Vec<Action>, ControlError> {
-        if !self.has_left() {
-            self.round(now, send)?;
+        if !self.has_left()
+            && let Err(error) = self.round(now, send)
+        {
+            let ControlError::Replica(why) = &error;
+            self.say_last_words(why, send);
+            return Err(error);
         }
         Ok(std::mem::take(&mut self.out))
     }
 
+    /// Something that cannot be if all disks have what they acknowledged.
+    fn alarm(&mut self, what: String) {
+        self.contradictions += 1;
+        self.out.push(Action::Alarm(what));
+    }
+
     fn round(&mut self, now: Now, send: &mut dyn FnMut(ReplicaId, PeerMessage)) -> Result<(), ControlError> {
         self.seen = None;
+        self.observations.round(now);
         self.recover(now)?;
         self.take_chunk()?;
         self.plan(now);
@@ -295,6 +323,7 @@ impl<D: Disk> Control<D> {
             }
             None if self.replica.leads() => {
                 self.lead = Some(Lead { term, since_ms: now.mono_ms });
+                self.observations.begin_anew();
                 self.plan_now = true;
             }
             _ => {}
@@ -385,6 +414,7 @@ impl<D: Disk> Control<D> {
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
+            contradictions: self.contradictions,
             agents: self.agents.len(),
             calls: self.calls.len(),
         }

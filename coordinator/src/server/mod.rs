@@ -188,6 +188,7 @@ impl Coordinator {
             trust: trust.clone(),
             gate: gate.clone(),
             knocks: knocks.clone(),
+            process: rand::random::<u64>().max(1),
         };
         let around = Surroundings {
             inbox: inbox.clone(),

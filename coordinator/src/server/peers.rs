@@ -14,7 +14,7 @@ use fleet_common::net::{self, KeyHash, NetError};
 use fleet_common::protocol::{CoordinatorAddress, Member, PROTOCOL_VERSION, PeerHello};
 use quinn::{Connection, RecvStream, SendStream};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
@@ -38,8 +38,26 @@ const RAFT_PRIORITY: i32 = 1;
 /// Bytes taken from a stream at once.
 const READ_MAX: usize = 256 << 10;
 
-/// Wakes the link to a coordinator that has just connected to this one.
-pub type Knocks = Arc<Mutex<BTreeMap<ReplicaId, Arc<Notify>>>>;
+/// Wakes the links to coordinators that connect to this one.
+pub type Knocks = Arc<Mutex<BTreeMap<ReplicaId, Arc<Knock>>>>;
+
+/// What a coordinator shows by connecting to this one.
+#[derive(Default)]
+pub struct Knock {
+    /// It is there.
+    came: Notify,
+    /// It is another process than before: a connection to the earlier one is dead.
+    anew: Notify,
+    process: AtomicU64,
+}
+
+impl Knock {
+    fn says_hello(&self, process: u64) {
+        if ![0, process].contains(&self.process.swap(process, Ordering::Relaxed)) {
+            self.anew.notify_waiters();
+        }
+    }
+}
 
 /// What links are made of.
 #[derive(Clone)]
@@ -49,6 +67,8 @@ pub struct Means {
     pub trust: Arc<Trust>,
     pub gate: Arc<Gate>,
     pub knocks: Knocks,
+    /// Of this coordinator's process.
+    pub process: u64,
 }
 
 /// Belongs to the raft thread.
@@ -133,7 +153,7 @@ impl Peers {
         let (raft, raft_queue) = mpsc::channel(QUEUE_MAX);
         let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
         let (address, at) = watch::channel(to.member.clone());
-        let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+        let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Knock::default()));
         self.means.knocks.lock().unwrap_or_else(PoisonError::into_inner).insert(to.replica, knock.clone());
         let keeper = Keeper {
             to: to.replica,
@@ -174,7 +194,7 @@ struct Keeper {
     raft: mpsc::Receiver<PeerMessage>,
     bulk: mpsc::Receiver<PeerMessage>,
     up: Arc<AtomicBool>,
-    knock: Arc<Notify>,
+    knock: Arc<Knock>,
     means: Means,
 }
 
@@ -186,7 +206,7 @@ impl Keeper {
             let attempt = tokio::select! {
                 attempt = connect(&address, self.to, &self.means, attempts) => attempt,
                 // It has just come up, or moved: what was sent before that is lost.
-                () = self.knock.notified() => continue,
+                () = self.knock.came.notified() => continue,
                 _ = self.at.changed() => continue,
             };
             match attempt {
@@ -215,7 +235,7 @@ impl Keeper {
             }
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
-                () = self.knock.notified() => {}
+                () = self.knock.came.notified() => {}
             }
         }
     }
@@ -238,8 +258,9 @@ impl Keeper {
         let first = PeerMessage::Coordinators(self.means.gate.roster());
         let mut address = self.at.clone();
         tokio::select! {
-            error = pump(Some(first), &mut self.raft, raft) => error,
-            error = pump(None, &mut self.bulk, bulk) => error,
+            error = pump(Some(first), &mut self.raft, raft, self.means.process) => error,
+            error = pump(None, &mut self.bulk, bulk, self.means.process) => error,
+            () = self.knock.anew.notified() => "its process has started anew".to_owned(),
             error = connection.closed() => net::describe(&error),
             _ = address.changed() => "it has moved".to_owned(),
         }
@@ -275,9 +296,12 @@ async fn pump(
     first: Option<PeerMessage>,
     queue: &mut mpsc::Receiver<PeerMessage>,
     mut stream: SendStream,
+    process: u64,
 ) -> String {
     let (mut messages, mut bytes) = (Vec::from_iter(first), Vec::new());
-    if let Err(error) = codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION }).await {
+    if let Err(error) =
+        codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION, process }).await
+    {
         return error.to_string();
     }
     while !messages.is_empty() || queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
@@ -298,14 +322,14 @@ async fn pump(
 /// Serves a connection that another coordinator made to this one, until it ends.
 pub async fn serve(inbox: &Inbox, knocks: &Knocks, gate: &Arc<Gate>, connection: &Connection, from: ReplicaId) {
     let knock = knocks.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned();
-    if let Some(knock) = knock {
-        knock.notify_waiters();
-    }
+    let knock = knock.unwrap_or_default();
+    knock.came.notify_waiters();
     let mut streams = tokio::task::JoinSet::new();
     while let Ok(stream) = connection.accept_uni().await {
         let (inbox, gate, connection) = (inbox.clone(), gate.clone(), connection.clone());
+        let knock = knock.clone();
         streams.spawn(async move {
-            if let Err(why) = listen(&inbox, &gate, stream, from).await {
+            if let Err(why) = listen(&inbox, &gate, &knock, stream, from).await {
                 connection.close(net::REFUSED, why.as_bytes());
             }
         });
@@ -313,7 +337,13 @@ pub async fn serve(inbox: &Inbox, knocks: &Knocks, gate: &Arc<Gate>, connection:
 }
 
 /// Hands in what comes. Where there is no room it is dropped, as a network would.
-async fn listen(inbox: &Inbox, gate: &Gate, mut stream: RecvStream, from: ReplicaId) -> Result<(), String> {
+async fn listen(
+    inbox: &Inbox,
+    gate: &Gate,
+    knock: &Knock,
+    mut stream: RecvStream,
+    from: ReplicaId,
+) -> Result<(), String> {
     let mut frames = Frames::new(codec::FRAME_MAX);
     let mut greeted = false;
     while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
@@ -321,9 +351,8 @@ async fn listen(inbox: &Inbox, gate: &Gate, mut stream: RecvStream, from: Replic
         if !greeted {
             let hello = frames.next_versioned::<PeerHello>().map_err(|error| error.to_string())?;
             greeted = hello.is_some();
-            if !greeted {
-                continue;
-            }
+            let Some(hello) = hello else { continue };
+            knock.says_hello(hello.process);
         }
         let mut events = Vec::new();
         while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {

@@ -3,5 +3,6 @@
 mod agents;
 mod calls;
 mod custody;
+mod greeting;
 mod members;
 mod net;
