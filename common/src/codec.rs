@@ -262,7 +262,7 @@ mod tests {
     use super::*;
     use crate::events::{Event, EventBatch, EventBody, Level, Step};
     use crate::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
-    use crate::net::PrivateKey;
+    use crate::net::{Authorities, PrivateKey};
     use crate::protocol::{
         Admission, ClientFrame, CoordinatorAddress, FromAgent, FromRank, JoinReply, JoinRequest, Member,
         Reply, Request, ToAgent, ToRank,
@@ -294,15 +294,15 @@ mod tests {
         let admission = Admission {
             member: Member::Worker(NodeId(3)),
             certificate_der: vec![9],
-            ca_der: vec![],
+            authorities: Authorities::one(vec![]),
             coordinators: vec![CoordinatorAddress {
                 replica: ReplicaId(2),
                 client: "a".into(),
                 member: "b".into(),
             }],
-            ca_key: Some(PrivateKey::new(vec![7])),
+            cas: vec![(vec![8], PrivateKey::new(vec![7]))],
         };
-        golden(JoinReply::Accepted(Box::new(admission)), "000103010900010201610162010107");
+        golden(JoinReply::Accepted(Box::new(admission)), "000103010901000102016101620101080107");
         let step = Step {
             step: 1,
             total_steps: 20,
@@ -461,8 +461,8 @@ mod tests {
         #[test]
         fn a_damaged_message_is_an_error_or_another_message(at in 0usize..60, bit in 0u8..8) {
             let mut bytes = encode(&JoinReply::Accepted(Box::new(Admission {
-                member: Member::Client(UserId(5)), certificate_der: vec![7; 20], ca_der: vec![8; 20],
-                coordinators: Vec::new(), ca_key: None,
+                member: Member::Client(UserId(5)), certificate_der: vec![7; 20],
+                authorities: Authorities::one(vec![8; 20]), coordinators: Vec::new(), cas: Vec::new(),
             }))).unwrap();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;

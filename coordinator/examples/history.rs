@@ -58,7 +58,7 @@ fn record(dir: &std::path::Path, runs: u64, points: u64) -> Result<()> {
     let mut propose = |replica: &mut Replica<RocksDisk>, change| -> Result<()> {
         ticket += 1;
         waiting += 1;
-        let command = Command { unix_ms: ticket, request: None, why: None, change };
+        let command = Command { unix_ms: ticket, request: None, by: None, why: None, change };
         replica.propose(ticket, &command).map_err(|declined| anyhow::anyhow!("{declined:?}"))?;
         if waiting >= TOGETHER {
             waiting = 0;

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
 use fleet_common::{exit, files, terminal};
+use fleet_coordinator::server::operator::{self, Step};
 use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
 use std::io::Write;
 use std::net::SocketAddr;
@@ -32,6 +33,9 @@ enum Command {
     Backup(Backup),
     /// Make a cluster of one coordinator from a backup, in an empty data directory.
     Restore(Restore),
+    /// Replace the cluster's CA, beside a running coordinator: a new one is made, to which all members move by themselves; then --finish
+    /// ends trust in the old one.
+    RotateCa(RotateCa),
 }
 
 #[derive(Args)]
@@ -81,6 +85,22 @@ struct Restore {
     /// Directory to make, which must hold no coordinator.
     #[arg(long, value_name = "DIR", default_value = "fleet-data")]
     data_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct RotateCa {
+    /// The coordinator's data directory, whose credential is an admin's.
+    #[arg(long, value_name = "DIR", default_value = "fleet-data")]
+    data_dir: PathBuf,
+    /// Say how far it is, and change nothing.
+    #[arg(long, conflicts_with = "finish")]
+    status: bool,
+    /// The old CA is not trusted any more. Refused while workers or clients have not moved.
+    #[arg(long)]
+    finish: bool,
+    /// Finish also if some have not moved. They join again with a token.
+    #[arg(long, requires = "finish")]
+    force: bool,
 }
 
 #[derive(Args)]
@@ -144,6 +164,7 @@ fn main() -> ExitCode {
         Command::Join(join) => token(&join).and_then(|token| run(join.run, false, Some((join.addr, token)))),
         Command::Backup(args) => save(&args),
         Command::Restore(args) => load(&args),
+        Command::RotateCa(args) => rotate_ca(&args),
     };
     match done {
         Ok(code) => ExitCode::from(code),
@@ -152,7 +173,8 @@ fn main() -> ExitCode {
             let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
             let io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             let input = (io == Some(std::io::ErrorKind::InvalidInput)).then_some(exit::REFUSED_INPUT);
-            ExitCode::from(net.or(input).unwrap_or(exit::ENVIRONMENT))
+            let refused = error.downcast_ref::<operator::Refused>().map(operator::Refused::exit_code);
+            ExitCode::from(net.or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
         }
     }
 }
@@ -215,6 +237,19 @@ fn say_what_is_missing(summary: &backup::Summary) {
     for gap in &summary.left_out {
         eprintln!("warning: damaged and left out: {gap}");
     }
+}
+
+fn rotate_ca(args: &RotateCa) -> Result<u8> {
+    telemetry::init(LogFormat::Auto, "warn");
+    let step = match (args.status, args.finish) {
+        (true, _) => Step::Status,
+        (_, true) => Step::Finish { force: args.force },
+        _ => Step::Begin,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let said = runtime.context("cannot start an event loop")?.block_on(operator::rotate_ca(&args.data_dir, step))?;
+    println!("{said}");
+    Ok(exit::SUCCEEDED)
 }
 
 fn run(run: Run, expect_existing: bool, join: Option<(Vec<String>, JoinToken)>) -> Result<u8> {

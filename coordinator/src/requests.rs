@@ -2,7 +2,7 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, ChangeSecrets, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile,
+    CancelJob, Change, ChangeSecrets, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics, RecordProfile,
     RemoveReplica, RevokeMember, RevokeToken, StartRun, SubmitJob, SubmitOnce, UndrainNode,
 };
 use crate::cluster::records::Stop;
@@ -32,6 +32,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
             Change::ChangeSecrets(ChangeSecrets { job, values: Some(values) })
         }
         Request::RemoveSecrets(job) => Change::ChangeSecrets(ChangeSecrets { job, values: None }),
+        Request::FinishCa { force } => Change::FinishCa(FinishCa { force }),
+        Request::RotateCa => return Err(invalid("a CA is made by the server that keeps its key")),
         Request::CreateToken { .. } => {
             return Err(invalid("a token is made by the server that keeps its secret"));
         }
@@ -55,7 +57,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Profiles(_)
         | Request::Profile(_)
         | Request::Position
-        | Request::Environment { .. } => return Err(invalid("this is a question and changes nothing")),
+        | Request::Environment { .. }
+        | Request::Authority => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -135,6 +138,9 @@ pub fn name(request: &Request) -> &'static str {
         Request::Environment { .. } => "environment",
         Request::GiveSecrets { .. } => "give_secrets",
         Request::RemoveSecrets(_) => "remove_secrets",
+        Request::RotateCa => "rotate_ca",
+        Request::FinishCa { .. } => "finish_ca",
+        Request::Authority => "authority",
     }
 }
 

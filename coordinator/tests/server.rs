@@ -306,7 +306,7 @@ fn of_version_7(before: &[u8]) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let named = |text: &str| {
-        let both = "version 1 of the protocol, the other side 7; install the same version of fleet";
+        let both = "version 2 of the protocol, the other side 7; install the same version of fleet";
         assert!(text.contains(both), "{text}");
     };
     let dir = tempdir().unwrap();
@@ -329,10 +329,10 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let Some(ToAgent::Refused { message, fatal: true }) = told else { panic!("{told:?}") };
     named(&message);
 
-    let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
-    let other = Member::Coordinator(fleet_common::ids::ReplicaId(2));
-    let now = std::time::SystemTime::now();
-    let identity = ca.issue(other, "other", now, net::CERTIFICATE_LIFE).unwrap();
+    let mut client = Client::local(dir.path(), &coordinator).await;
+    let request = Request::CreateToken { role: Role::Coordinator, ttl_s: 60, uses: 1 };
+    let Reply::Token { text } = client.ask(request).await else { panic!() };
+    let identity = join(&coordinator, &text.parse().unwrap(), "other").await.unwrap();
     let connection = net::connect(&members, &identity).await.unwrap();
     let mut stream = connection.open_uni().await.unwrap();
     stream.write_all(&of_version_7(&[])).await.unwrap();
@@ -345,8 +345,12 @@ async fn a_certificate_of_a_clock_that_is_hours_off_is_good_and_one_of_next_mont
     let coordinator = start(dir.path()).await;
     let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
     let (now, hour) = (std::time::SystemTime::now(), Duration::from_secs(3600));
-    let user = Member::Client(fleet_common::ids::UserId(1));
-    let issued = |at| ca.issue(user, "ann", at, net::CERTIFICATE_LIFE).unwrap();
+    let local = Identity::load(&dir.path().join("client")).unwrap().unwrap();
+    let csr = local.signing_request().unwrap();
+    let issued = |at| {
+        let certificate_der = ca.sign(&csr, local.member, "ann", at, net::CERTIFICATE_LIFE).unwrap();
+        Identity { certificate_der, ..local.clone() }
+    };
     for good in [now - 6 * hour, now + 6 * hour] {
         let mut client = Client::connect(&issued(good), &coordinator).await;
         assert!(matches!(client.ask(Request::ClusterStatus).await, Reply::Cluster(_)));

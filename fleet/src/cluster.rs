@@ -5,7 +5,7 @@ use crate::places;
 use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::Identity;
+use fleet_common::net::{Identity, IdentityError};
 use fleet_common::protocol::CoordinatorAddress;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -147,13 +147,35 @@ impl Cluster {
         }
     }
 
-    pub fn identity(&self) -> Result<Identity, Failure> {
-        Identity::load(&self.client_dir)?.ok_or_else(|| {
-            Failure::unreachable(format!(
+    pub fn identity(&self) -> Result<Identity, NoIdentity> {
+        match Identity::load(&self.client_dir) {
+            Ok(Some(identity)) => Ok(identity),
+            Ok(None) => Err(NoIdentity::Other(Failure::unreachable(format!(
                 "{} has no client credential; has its coordinator started?",
                 self.client_dir.display()
-            ))
-        })
+            )))),
+            Err(error) => Err(match &error {
+                IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } => {
+                    NoIdentity::DamagedCa { fingerprint: fingerprint.clone(), failure: error.into() }
+                }
+                _ => NoIdentity::Other(error.into()),
+            }),
+        }
+    }
+}
+
+/// Why a client's identity cannot be used.
+pub enum NoIdentity {
+    /// The file of CAs, which a coordinator can show again.
+    DamagedCa { fingerprint: String, failure: Failure },
+    Other(Failure),
+}
+
+impl From<NoIdentity> for Failure {
+    fn from(none: NoIdentity) -> Failure {
+        match none {
+            NoIdentity::DamagedCa { failure, .. } | NoIdentity::Other(failure) => failure,
+        }
     }
 }
 

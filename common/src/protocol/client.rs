@@ -6,6 +6,7 @@ use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
+use crate::net::Authorities;
 use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -80,7 +81,7 @@ pub enum Request {
     },
     /// Where the coordinators are. The only request that a worker may make.
     Addresses,
-    /// The client's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    /// A new certificate over the same key is wanted, because the client's ends soon or the CA is another one. DER of a PKCS#10 request.
     Renew {
         csr_der: Vec<u8>,
     },
@@ -156,6 +157,14 @@ pub enum Request {
     },
     /// Nothing but the names of an unfinished job's secrets is kept.
     RemoveSecrets(JobId),
+    /// A new CA is made, which is to replace the present one.
+    RotateCa,
+    /// The one before is not trusted any more. With `force` also if some have not moved, who join again then.
+    FinishCa {
+        force: bool,
+    },
+    /// How far the CA's replacement is.
+    Authority,
 }
 
 /// Changes that one client may have under way at once: as many as the streams of a connection.
@@ -183,7 +192,9 @@ impl Request {
             | Request::RecordProfile(_)
             | Request::SubmitOnce { .. }
             | Request::GiveSecrets { .. }
-            | Request::RemoveSecrets(_) => true,
+            | Request::RemoveSecrets(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -204,7 +215,8 @@ impl Request {
             | Request::Profiles(_)
             | Request::Profile(_)
             | Request::Position
-            | Request::Environment { .. } => false,
+            | Request::Environment { .. }
+            | Request::Authority => false,
         }
     }
 }
@@ -303,8 +315,10 @@ pub enum Reply {
     Job(Box<JobView>),
     Checkpoints(Listing<CheckpointView>),
     Addresses(Vec<CoordinatorAddress>),
+    /// And who is to be trusted from now on.
     Certificate {
         certificate_der: Vec<u8>,
+        authorities: Authorities,
     },
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
     Event {
@@ -336,6 +350,7 @@ pub enum Reply {
     Profile(Box<ProfileView>),
     Position(u64),
     Environment(Vec<VariableView>),
+    Authority(Box<AuthorityView>),
 }
 
 /// One line, and what kind of refusal it is.

@@ -1,6 +1,6 @@
 //! What the cluster shows of itself.
 
-use super::{CoordinatorAddress, Role, Wish};
+use super::{CoordinatorAddress, Member, Role, Wish};
 use crate::events::{CheckpointRecord, DataStats, JobError};
 use crate::ids::{Generation, JobId, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,29 @@ pub struct CoordinatorView {
     pub alive: Option<bool>,
     /// It refuses writes because its disk cannot take them; `None` where that is not known.
     pub read_only: Option<bool>,
+}
+
+/// How the cluster's CA stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AuthorityView {
+    /// SHA-256 of its certificate, in hex.
+    pub ca_sha256: String,
+    /// The CA that is to replace it.
+    pub next: Option<NextAuthorityView>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NextAuthorityView {
+    /// SHA-256 of its certificate, in hex.
+    pub ca_sha256: String,
+    pub since_unix_ms: u64,
+    /// It issues, and members trust both.
+    pub moving: bool,
+    /// Coordinators that do not have its key yet.
+    pub without_key: Vec<ReplicaId>,
+    /// Workers and clients that have not shown a certificate of it: how many, and the first of them.
+    pub not_moved: u64,
+    pub first_not_moved: Vec<Member>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,9 +2,10 @@
 
 use super::State;
 use fleet_common::ids::{NodeId, ReplicaId, UserId, is_id};
+use fleet_common::net::KeyHash;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role, Wish};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Registered coordinators: five that vote, and room for those that replace them.
 pub const REPLICAS_MAX: usize = 9;
@@ -106,24 +107,20 @@ impl NodeRecord {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UserRecord {
     pub name: String,
+    /// Has an operator's right.
+    pub admin: bool,
     pub joined_unix_ms: u64,
 }
 
-/// Whether somebody with a certificate of this cluster may do anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Membership {
-    Known,
-    /// Cut off for ever: ids are never reused.
-    Revoked,
-    /// This state has not heard of the member; a newer one may have.
-    Unknown,
-}
-
 impl State {
-    /// The first state of a new cluster with these coordinators, which all vote.
+    /// The first state of a new cluster with these coordinators, which all vote. See `trusting` for their keys.
     pub fn founded(cluster_id: String, founders: BTreeMap<ReplicaId, ReplicaRecord>) -> State {
         let last_replica = founders.keys().last().map_or(0, |replica| replica.0);
-        State { replicas: founders, last_replica, ..State::new(cluster_id) }
+        let mut state = State { last_replica, ..State::new(cluster_id) };
+        for replica in founders.keys() {
+            state.admit(Member::Coordinator(*replica), KeyHash::default());
+        }
+        State { replicas: founders, ..state }
     }
 
     /// The state of a backup as the first one of a cluster of one: the coordinators of then are gone for ever, and so are those that
@@ -131,13 +128,22 @@ impl State {
     ///
     /// What the cluster gave out after the backup is not in it: certificates that still hold, jobs that agents still run, numbers that
     /// people wrote down. So every counter goes on behind a gap, and no id is given a second time. Whoever has one from within the gap
-    /// is a stranger: a node joins again, its jobs are stopped, a user can be cut off by number.
-    pub fn restored(mut self, founder: ReplicaRecord) -> State {
+    /// is a stranger, who joins again; the jobs of such a node are stopped.
+    ///
+    /// `key` is the founder's own, and `held` are the certificates of the CAs besides the present one whose keys the backup has: a
+    /// replacement that was under way goes on with one of them, or ends.
+    pub fn restored(mut self, founder: ReplicaRecord, key: KeyHash, held: &[&[u8]]) -> State {
         let id = founder.address.replica;
         let later = (self.last_replica + 1..id.0).map(ReplicaId);
         for gone in std::mem::take(&mut self.replicas).into_keys().chain(later) {
             self.revoked.insert(Member::Coordinator(gone));
         }
+        self.admitted.retain(|member, _| !matches!(member, Member::Coordinator(_)));
+        if let Some(next) = &mut self.cas.next {
+            next.holders = BTreeSet::from([id]);
+        }
+        self.cas.next = self.cas.next.take_if(|next| held.contains(&next.der.as_slice()));
+        self.admit(Member::Coordinator(id), key);
         self.last_replica = self.last_replica.max(id.0);
         self.replicas.insert(id, founder);
         for last in [
@@ -151,6 +157,7 @@ impl State {
         ] {
             *last += RESTORE_GAP;
         }
+        self.move_when_ready();
         self
     }
 
@@ -177,20 +184,6 @@ impl State {
 
     pub fn revoked(&self) -> impl Iterator<Item = Member> {
         self.revoked.iter().copied()
-    }
-
-    pub fn membership(&self, member: Member) -> Membership {
-        // A coordinator has its certificate before it is registered.
-        let (id, last) = match member {
-            Member::Coordinator(replica) => (replica.0, self.last_replica),
-            Member::Worker(node) => (node.0, self.last_node),
-            Member::Client(user) => (user.0, self.last_user),
-        };
-        match self.revoked.contains(&member) {
-            true => Membership::Revoked,
-            false if id == 0 || id > last => Membership::Unknown,
-            false => Membership::Known,
-        }
     }
 
     /// The newest commands that every coordinator knows. Nothing above it may be proposed.
@@ -252,6 +245,7 @@ pub(crate) fn clip(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::admitted::Membership;
     use crate::cluster::commands::{Change, RevokeMember};
     use crate::cluster::tests::{Script, describe, redeem, replica, token, why};
     use crate::cluster::{Answer, HistoryRow};
@@ -268,7 +262,7 @@ mod tests {
             joined_unix_ms: 0,
             standing: Standing::Voter,
         };
-        Script { state: state.clone().restored(record), ..Script::new() }
+        Script { state: state.clone().restored(record, [5; 32], &[]), ..Script::new() }
     }
 
     #[test]
@@ -301,6 +295,7 @@ mod tests {
         assert_eq!(new.state.membership(coordinator), Membership::Revoked, "the old cluster's");
         let Member::Worker(node) = worker else { panic!("the token of a worker makes one") };
         assert!(why(new.run(describe(node, "n", 4, &[]))).contains("join again with a token"));
+        assert_eq!(new.state.membership(user), Membership::Unknown, "it joins again");
         assert_eq!(new.run(Change::RevokeMember(RevokeMember { member: user })), Answer::Done);
         assert_eq!(new.state.membership(user), Membership::Revoked);
         assert_eq!(new.state.membership(members[2]), Membership::Known);
@@ -334,17 +329,5 @@ mod tests {
         assert_eq!(clean_name("node-1", Member::Client(UserId(2))), "node-1@user-2");
         let long = clean_name(&format!("{}7", "0".repeat(NAME_MAX - 1)), node);
         assert!(long.len() == NAME_MAX && long.ends_with("0@node-3"), "{long}");
-    }
-
-    #[test]
-    fn a_member_is_known_from_its_id_on_and_until_it_is_cut_off() {
-        let mut state = State::new("test".into());
-        let user = Member::Client(UserId(1));
-        assert_eq!(state.membership(user), Membership::Unknown);
-        state.last_user = 1;
-        assert_eq!(state.membership(user), Membership::Known);
-        assert_eq!(state.membership(Member::Client(UserId(0))), Membership::Unknown);
-        state.revoked.insert(user);
-        assert_eq!(state.membership(user), Membership::Revoked);
     }
 }

@@ -3,6 +3,8 @@
 //! Pure. It never reads a clock, a random number or a file, and never iterates a hash map: two replicas that apply the same log
 //! hold equal states. A refused command is an `Answer::Rejected`, not an error.
 
+pub mod admitted;
+pub mod authorities;
 pub mod commands;
 pub mod ends;
 pub mod epochs;
@@ -16,6 +18,8 @@ pub mod runs;
 pub mod session;
 pub mod submissions;
 
+use admitted::Admitted;
+use authorities::Cas;
 use commands::Change;
 use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
@@ -38,6 +42,9 @@ pub struct State {
     replicas: BTreeMap<ReplicaId, ReplicaRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
     users: BTreeMap<UserId, UserRecord>,
+    /// Whom certificates are held against.
+    admitted: BTreeMap<Member, Admitted>,
+    cas: Cas,
     /// Cut off for ever. A coordinator that was taken out is one of them.
     revoked: BTreeSet<Member>,
     /// The unfinished ones and those that ended last.
@@ -69,6 +76,8 @@ pub struct Command {
     pub unix_ms: u64,
     /// Set for clients' requests, which may arrive more than once.
     pub request: Option<Stamp>,
+    /// The user who asked for it, where one did: he must be let do it when it is applied.
+    pub by: Option<UserId>,
     /// Why the planner wants it. Kept in the history if the change is made.
     pub why: Option<String>,
     pub change: Change,
@@ -124,8 +133,10 @@ pub enum Effect {
     Node(NodeId),
     /// The job has new events.
     Job(JobId),
-    /// Coordinators, their addresses or revocations have changed.
+    /// Coordinators, their addresses, revocations or CAs have changed.
     Members,
+    /// There is a new member.
+    Admitted(Member),
 }
 
 /// What a command sees besides the state, and where it leaves what is to be done.
@@ -143,6 +154,8 @@ impl State {
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
             users: BTreeMap::new(),
+            admitted: BTreeMap::new(),
+            cas: Cas::default(),
             revoked: BTreeSet::new(),
             jobs: BTreeMap::new(),
             finished: VecDeque::new(),
@@ -196,7 +209,11 @@ impl State {
                 "this client has more changes under way than it may; wait for the answers to the first ones",
             ),
             Some(Lookup::New) | None => {
-                let answer = command.change.apply(self, &mut context);
+                let may = command.by.map_or(Ok(()), |user| self.may_change(user, &command.change));
+                let answer = match may {
+                    Ok(()) => command.change.apply(self, &mut context),
+                    Err(refusal) => Answer::Rejected(refusal),
+                };
                 if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
                     self.decided(command.unix_ms, &why, &mut context);
                 }

@@ -82,7 +82,7 @@ fn run_id() -> impl Strategy<Value = RunId> {
 }
 
 fn any_role() -> impl Strategy<Value = Role> {
-    prop_oneof![3 => Just(Role::Worker), 1 => Just(Role::Client), 1 => Just(Role::Coordinator)]
+    prop_oneof![3 => Just(Role::Worker), 1 => Just(Role::Client), 1 => Just(Role::Coordinator), 1 => Just(Role::Admin)]
 }
 
 fn any_member() -> impl Strategy<Value = Member> {
@@ -104,7 +104,7 @@ fn member_change() -> impl Strategy<Value = Change> {
         }),
         (0..3u8, 1..3u8).prop_map(|(id, secret)| {
             let (id, secret_sha256) = (format!("t{id}"), [secret; 32]);
-            Change::RedeemToken(RedeemToken { id, secret_sha256, name: "n".into() })
+            Change::RedeemToken(RedeemToken { id, secret_sha256, name: "n".into(), key: [0; 32] })
         }),
         (0..3u8).prop_map(|id| Change::RevokeToken(RevokeToken { id: format!("t{id}") })),
         any_member().prop_map(|member| Change::RevokeMember(RevokeMember { member })),
@@ -123,6 +123,11 @@ fn member_change() -> impl Strategy<Value = Change> {
         node_id().prop_map(|node| Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 10_000 })),
         (node_id(), any::<bool>()).prop_map(|(node, now)| Change::DrainNode(DrainNode { node, now })),
         node_id().prop_map(|node| Change::UndrainNode(UndrainNode { node })),
+        (1..4u8, replica_id())
+            .prop_map(|(ca, holder)| Change::IntroduceCa(IntroduceCa { der: vec![ca], holder })),
+        (1..4u8, replica_id()).prop_map(|(ca, replica)| Change::HoldCa(HoldCa { replica, der: vec![ca] })),
+        (any_member(), 0..4u64).prop_map(|(member, ca)| Change::ShowCa(ShowCa { member, ca })),
+        any::<bool>().prop_map(|force| Change::FinishCa(FinishCa { force })),
     ]
 }
 
@@ -196,6 +201,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     let why = prop::option::of(Just("because".to_owned()));
     (any_change(), request, why, 0..5_000u64).prop_map(|(change, request, why, unix_ms)| Command {
         unix_ms,
+        by: None,
         request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }.into()),
         why,
         change,
@@ -244,6 +250,20 @@ pub(crate) fn check_invariants(state: &State) {
             Member::Worker(node) => assert!(!state.nodes().contains_key(&node)),
             Member::Client(user) => assert!(!state.users().contains_key(&user)),
         }
+        assert!(!state.admitted().contains_key(&member), "{member} was cut off and is let in");
+    }
+    for member in state.admitted().keys() {
+        match member {
+            // Registered or not yet.
+            Member::Coordinator(_) => {}
+            Member::Worker(node) => assert!(state.nodes().contains_key(node)),
+            Member::Client(user) => assert!(state.users().contains_key(user)),
+        }
+    }
+    let known = |replica| state.admitted().contains_key(&Member::Coordinator(replica));
+    assert!(state.replicas().keys().all(|replica| known(*replica)));
+    if let Some(next) = &state.cas().next {
+        assert!(next.moving || !state.without_next_key().is_empty(), "nobody is missing, and none moves");
     }
 }
 
@@ -387,7 +407,7 @@ proptest! {
         let mut pair = Pair::new();
         pair.apply(before);
         let change = token("for-the-learner", Role::Coordinator, 1);
-        let command = Command { unix_ms: 1, request: None, why: None, change };
+        let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
         pair.source.propose_membership(1, Membership::AddLearner(2), &command).unwrap();
         pair.meet();
         prop_assert!(pair.chunks >= Table::HISTORY.len(), "it came by {} chunks", pair.chunks);
@@ -405,7 +425,7 @@ fn only_what_was_done_leaves_its_reason() {
     let mut state = Script::with_node(1).state;
     let mut apply = |index, change| {
         let why = Some("because".to_owned());
-        state.apply(index, Command { unix_ms: 7, request: None, why, change }).history
+        state.apply(index, Command { unix_ms: 7, request: None, by: None, why, change }).history
     };
     let lose = |node| Change::MarkNodeLost(MarkNodeLost { node: NodeId(node), silent_ms: 10_000 });
     assert!(apply(10, lose(2)).is_empty(), "a refused one leaves nothing");
@@ -461,8 +481,8 @@ fn commands_keep_their_bytes() {
             format!("000174{zeros}010102"),
         ),
         (
-            Change::RedeemToken(RedeemToken { id: "t".into(), secret_sha256, name: "n".into() }),
-            format!("010174{zeros}016e"),
+            Change::RedeemToken(RedeemToken { id: "t".into(), secret_sha256, name: "n".into(), key: [0; 32] }),
+            format!("010174{zeros}016e{}", "00".repeat(32)),
         ),
         (
             describe(node, "n", 4, &[("a", "b")]),
@@ -517,22 +537,26 @@ fn commands_keep_their_bytes() {
             },
             "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03",
         ),
+        (Change::IntroduceCa(IntroduceCa { der: vec![9], holder: ReplicaId(2) }), "18010902".into()),
+        (Change::HoldCa(HoldCa { replica: ReplicaId(2), der: vec![9] }), "19020109".into()),
+        (Change::ShowCa(ShowCa { member, ca: 2 }), "1a010302".into()),
+        (Change::FinishCa(FinishCa { force: true }), "1b01".into()),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
         let name = change.name();
-        let command = Command { unix_ms: 1, request: None, why: None, change };
-        assert_eq!(hex::encode(codec::encode(&command).unwrap()), format!("010000{hex}"), "{name}");
+        let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
+        assert_eq!(hex::encode(codec::encode(&command).unwrap()), format!("01000000{hex}"), "{name}");
     }
     let id = RequestId { client: ClientId(7), seq: 2 };
     let request = Some(Stamp { id, answered_below: 1, since: 9 });
     let change = Change::UndrainNode(UndrainNode { node });
-    let command = Command { unix_ms: 1, request, why: Some("w".into()), change };
+    let command = Command { unix_ms: 1, request, by: Some(UserId(5)), why: Some("w".into()), change };
     assert_eq!(
         hex::encode(codec::encode(&command).unwrap()),
-        "01010702".to_owned() + "0109" + "010177" + "1003"
+        "01010702".to_owned() + "0109" + "0105" + "010177" + "1003"
     );
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 23;
+const COMMANDS: usize = 28;

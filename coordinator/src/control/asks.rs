@@ -12,7 +12,7 @@ use crate::planner::Why;
 use crate::raft::disk::Disk;
 use crate::raft::replica::{COMMAND_MAX, Declined, Ticket};
 use fleet_common::codec;
-use fleet_common::ids::ReplicaId;
+use fleet_common::ids::{ReplicaId, UserId};
 use fleet_common::protocol::{Refusal, RefusalKind, Reply, Request};
 
 /// An ask is given up after this long: two elections and then some.
@@ -95,11 +95,16 @@ pub(super) fn invalid(message: impl Into<String>) -> Refusal {
 
 impl What {
     pub fn change(request: Option<Stamp>, change: Change) -> What {
-        What::Change(Box::new(Command { unix_ms: 0, request, why: None, change }))
+        What::Change(Box::new(Command { unix_ms: 0, request, by: None, why: None, change }))
+    }
+
+    /// A change that this user wants, who must be let make it.
+    pub fn by(user: Option<UserId>, request: Stamp, change: Change) -> What {
+        What::Change(Box::new(Command { unix_ms: 0, request: Some(request), by: user, why: None, change }))
     }
 
     pub fn decision(change: Change, why: Why) -> What {
-        What::Change(Box::new(Command { unix_ms: 0, request: None, why: Some(why), change }))
+        What::Change(Box::new(Command { unix_ms: 0, request: None, by: None, why: Some(why), change }))
     }
 }
 

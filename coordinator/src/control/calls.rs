@@ -4,14 +4,14 @@ use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable, u
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
-use crate::cluster::Answer;
+use crate::cluster::{Answer, State};
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::REPLICAS_MAX;
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWER_BYTES, MEMORY_MAX, RequestId, SESSION_BYTES, Stamp};
 use crate::raft::disk::Disk;
 use crate::requests;
-use fleet_common::ids::ClientId;
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{
     CHANGES_IN_FLIGHT_MAX, ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
 };
@@ -42,6 +42,8 @@ enum Kind {
         request: RequestId,
         deadline_ms: u64,
     },
+    /// Wants a state that is new enough.
+    Look,
 }
 
 /// All open calls, counted.
@@ -169,9 +171,13 @@ impl<D: Disk> Control<D> {
                 }
             }
             request => {
-                open(Kind::Change(frame.client))?;
                 let change = requests::change(request)?;
-                self.ask(now, Asker::Client(call), What::change(Some(stamp), change));
+                let by = user(caller);
+                if let Some(user) = by {
+                    self.replica.state().may_change(user, &change)?;
+                }
+                self.calls.insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
+                self.ask(now, Asker::Client(call), What::by(by, stamp, change));
             }
         }
         Ok(())
@@ -206,9 +212,12 @@ impl<D: Disk> Control<D> {
         Ok(())
     }
 
-    /// Whoever may submit can give and remove secrets; to read them needs more, which no certificate has.
+    /// Whoever may submit can give and remove secrets; to read them is an operator's right.
     fn may_see_secrets(&self, caller: Member) -> Result<(), Refusal> {
-        let message = format!("{caller} may see the names of secrets and not their values");
+        if self.is_admin(caller) {
+            return Ok(());
+        }
+        let message = format!("{caller} may see the names of secrets and not their values; an admin may");
         Err(Refusal { kind: RefusalKind::Forbidden, message })
     }
 
@@ -268,12 +277,39 @@ impl<D: Disk> Control<D> {
         self.out.push(Action::Joined { call, result });
     }
 
-    pub(super) fn take_change(&mut self, now: Now, call: Call, request: Stamp, change: Change) {
+    pub(super) fn take_change(
+        &mut self,
+        now: Now,
+        call: Call,
+        request: Stamp,
+        by: Option<UserId>,
+        change: Change,
+    ) {
         let open = OpenCall { caller: None, kind: Kind::Once };
-        let opened = self.is_serving().and_then(|()| self.calls.insert(call, open));
-        match opened {
-            Ok(()) => self.ask(now, Asker::Driver(call), What::change(Some(request), change)),
+        let may = |state: &State| by.map_or(Ok(()), |user| state.may_change(user, &change));
+        let opened = self.is_serving().and_then(|()| may(self.replica.state()));
+        match opened.and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.ask(now, Asker::Driver(call), What::by(by, request, change)),
             Err(refusal) => self.out.push(Action::Proposed { call, result: Err(refusal) }),
+        }
+    }
+
+    /// Whether this is a client with an operator's right, as far as is known here. Everybody who is connected here is known here.
+    pub fn is_admin(&self, caller: Member) -> bool {
+        self.replica.state().is_admin(caller)
+    }
+
+    pub(super) fn take_look(&mut self, call: Call) {
+        let open = OpenCall { caller: None, kind: Kind::Look };
+        match self.is_serving().and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.reads.add(Reader::Look(call)),
+            Err(refusal) => self.out.push(Action::Looked { call, result: Err(refusal) }),
+        }
+    }
+
+    pub(super) fn looked(&mut self, call: Call, result: Result<(), Refusal>) {
+        if self.calls.remove(call).is_some() {
+            self.out.push(Action::Looked { call, result });
         }
     }
 
@@ -313,6 +349,7 @@ impl<D: Disk> Control<D> {
             };
             self.out.push(match open.kind {
                 Kind::Join { .. } => Action::Joined { call, result: Err(refusal) },
+                Kind::Look => Action::Looked { call, result: Err(refusal) },
                 _ if open.caller.is_none() => Action::Proposed { call, result: Err(refusal) },
                 _ => Action::Reply { call, reply: Reply::Refused(refusal) },
             });
@@ -324,6 +361,12 @@ impl<D: Disk> Control<D> {
 pub fn stamp(frame: &ClientFrame) -> Stamp {
     let id = RequestId { client: frame.client, seq: frame.seq };
     Stamp { id, answered_below: frame.answered_below, since: frame.since }
+/// Who is asking, where it is a user.
+fn user(caller: Member) -> Option<UserId> {
+    match caller {
+        Member::Client(user) => Some(user),
+        Member::Worker(_) | Member::Coordinator(_) => None,
+    }
 }
 
 /// Why an answer is none of those that were expected.

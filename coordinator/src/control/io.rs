@@ -6,7 +6,8 @@ use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::session::{RequestId, Stamp};
 use crate::raft::replica::ReplicaError;
-use fleet_common::ids::{NodeId, ReplicaId};
+use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Member, Refusal, Reply, ToAgent};
 
 /// Between two `Input::Tick`: raft's unit of time. Elections take 10 to 20 of them.
@@ -92,13 +93,19 @@ pub enum Input {
         redeem: RedeemToken,
         request: RequestId,
     },
-    /// A change that only the driver can word, because it holds the secrets (`CreateToken`), or that it makes on its own behalf. It has
-    /// seen to it that whoever wants it may. Answered by `Action::Proposed`.
+    /// A change that only the driver can word, because it holds the secrets (`CreateToken`, `IntroduceCa`), on behalf of a user, or that
+    /// it makes on its own. Answered by `Action::Proposed`.
     Propose {
         call: Call,
         request: Stamp,
+        by: Option<UserId>,
         change: Change,
     },
+    /// Somebody has a certificate whose holder this state does not know. Answered by `Action::Looked`, when the state has everything that
+    /// was acknowledged before.
+    Look(Call),
+    /// The key of the CA with this certificate (DER) is on this coordinator's disk.
+    HoldsCa(Vec<u8>),
     /// Why nothing may be written, or that there is room again.
     LowSpace(Option<String>),
     /// This coordinator is about to be stopped: if it leads, another one shall.
@@ -140,8 +147,24 @@ pub enum Action {
         call: Call,
         result: Result<Answer, Refusal>,
     },
-    /// Coordinators, their addresses or revocations have changed: see `Control::state`.
+    Looked {
+        call: Call,
+        result: Result<(), Refusal>,
+    },
+    /// Coordinators, their addresses, revocations or CAs have changed: see `Control::state`.
     Members,
+    /// These are members from now on.
+    Admitted(Vec<Member>),
+    /// Another coordinator may have the key of this CA (DER), if it is here: `PeerMessage::Ca`.
+    SendCa {
+        to: ReplicaId,
+        der: Vec<u8>,
+    },
+    /// The key of a CA, to be put on the disk; `Input::HoldsCa` when it is there.
+    KeepCa {
+        der: Vec<u8>,
+        key: PrivateKey,
+    },
     /// A decision and its reason, for the log.
     Decided(String),
     /// What an operator must look at, for the log.

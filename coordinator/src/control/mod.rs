@@ -18,6 +18,7 @@
 mod agents;
 mod asks;
 mod calls;
+mod custody;
 mod greeting;
 mod io;
 mod leaving;
@@ -94,6 +95,8 @@ pub struct Control<D: Disk> {
     low_space: Option<String>,
     /// `Action::Members` is due.
     members_changed: bool,
+    /// Certificate of the newest CA of which the key is on this coordinator's disk.
+    holds_ca: Option<Vec<u8>>,
     /// Since this coordinator was taken out.
     leaving: Option<Leaving>,
     /// When this coordinator last led or was heard by who leads.
@@ -145,6 +148,7 @@ impl<D: Disk> Control<D> {
             repairs: Repairs::default(),
             low_space: None,
             members_changed: false,
+            holds_ca: None,
             leaving: None,
             in_touch_ms: now.mono_ms,
             plan_now: false,
@@ -177,7 +181,9 @@ impl<D: Disk> Control<D> {
             Input::Taken { call, replies } => self.replies_taken(call, replies),
             Input::CallLost(call) => drop(self.calls.remove(call)),
             Input::Join { call, redeem, request } => self.take_join(now, call, redeem, request),
-            Input::Propose { call, request, change } => self.take_change(now, call, request, change),
+            Input::Propose { call, request, by, change } => self.take_change(now, call, request, by, change),
+            Input::Look(call) => self.take_look(call),
+            Input::HoldsCa(der) => self.holds_ca = Some(der),
             Input::LowSpace(why) => self.low_space = why,
             Input::StepDown => self.hand_over(now),
         }
@@ -201,6 +207,7 @@ impl<D: Disk> Control<D> {
             self.describe_myself(now);
             self.look_after_watches(now);
             self.look_after_joins(now);
+            self.look_after_ca(now);
             self.observations.forget(now);
         }
     }
@@ -233,6 +240,10 @@ impl<D: Disk> Control<D> {
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
             PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
             PeerMessage::Rows(told) => self.repairs.arrived(from, *told),
+            PeerMessage::WantCa { der } => self.ca_is_wanted(from, der),
+            PeerMessage::Ca { der, key } => self.ca_came(der, key),
+            // The driver's own: it has the links, and holds certificates against them.
+            PeerMessage::Coordinators(_) => {}
         }
     }
 
@@ -339,16 +350,21 @@ impl<D: Disk> Control<D> {
         let mut nodes: BTreeSet<NodeId> = BTreeSet::new();
         let mut jobs: BTreeSet<JobId> = BTreeSet::new();
         let mut members = false;
+        let mut admitted = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Plan => self.plan_now = true,
                 Effect::Node(node) => drop(nodes.insert(node)),
                 Effect::Job(job) => drop(jobs.insert(job)),
                 Effect::Members => members = true,
+                Effect::Admitted(member) => admitted.push(member),
             }
         }
         self.wake_agents(nodes.into_iter());
         self.wake_watches(&jobs);
+        if !admitted.is_empty() {
+            self.out.push(Action::Admitted(admitted));
+        }
         if members {
             self.members_are_new();
         }

@@ -9,7 +9,8 @@ use crate::raft::marks::Mark;
 use crate::raft::replica::Ticket;
 use crate::raft::transfer::{Chunk, Fetch};
 use fleet_common::ids::{NodeId, ReplicaId};
-use fleet_common::protocol::{Refusal, Reply, Request};
+use fleet_common::net::{KeyHash, PrivateKey};
+use fleet_common::protocol::{CoordinatorAddress, Refusal, Reply, Request};
 use serde::{Deserialize, Serialize};
 
 /// Nodes in one report: 10,000 agents at one coordinator, all heard since the last report, twice over.
@@ -54,6 +55,17 @@ pub enum PeerMessage {
     /// Rows of the history that cannot be read here, please.
     FetchRows(RowsWanted),
     Rows(Box<RowsTold>),
+    /// The key of the CA with this certificate (DER), please.
+    WantCa {
+        der: Vec<u8>,
+    },
+    /// Goes only to a coordinator whose own key is the one in the cluster's records.
+    Ca {
+        der: Vec<u8>,
+        key: PrivateKey,
+    },
+    /// The coordinators that the sender knows, each with the hash of its key: for one that was away when some of them joined.
+    Coordinators(Vec<(CoordinatorAddress, KeyHash)>),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

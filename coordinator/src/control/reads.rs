@@ -38,6 +38,7 @@ pub(super) enum Reader {
     Greeting(Session),
     Watch(Call),
     Join(Call),
+    Look(Call),
 }
 
 struct Batch {
@@ -156,6 +157,7 @@ impl<D: Disk> Control<D> {
             Reader::Greeting(session) => self.greeting_read(now, session),
             Reader::Watch(call) => self.watch_read(call),
             Reader::Join(call) => self.join_read(now, call),
+            Reader::Look(call) => self.looked(call, Ok(())),
         }
     }
 }

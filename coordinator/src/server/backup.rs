@@ -3,6 +3,7 @@
 //! A backup holds the CA's key, because a cluster without it is none: the file is made 0600 and says so in its first line. It is
 //! read from the disk of a replica that may be running.
 
+use super::custody::Custody;
 use crate::archive::{FORMAT, Gap, Header, Record, Writer};
 use crate::raft::disk::{Batch, Disk, Durability, Table};
 use crate::raft::image;
@@ -62,8 +63,9 @@ pub fn backup(wanted: Wanted) -> Result<Summary> {
 
 fn attempt(wanted: Wanted) -> Result<Summary> {
     let Wanted { data_dir, out, salvage, at_least } = wanted;
-    let ca = ClusterCa::load(&data_dir.join("cluster"))?
+    let custody = Custody::load(&data_dir.join("cluster"))?
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
+    let ca = custody.present();
     let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
     let Applied { position, state, replayed, damage } = applied(&disk, salvage)?;
@@ -86,7 +88,9 @@ fn attempt(wanted: Wanted) -> Result<Summary> {
     }
     let mut part = Part::create(out)?;
     part.write(|writer| writer.header(&header))?;
-    part.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() })?;
+    for ca in std::iter::once(ca).chain(custody.next()) {
+        part.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() })?;
+    }
     part.record(&Record::State { index: position.0, term: position.1, state })?;
     let (mut rows, mut left_out) = (0, salvage.then(Vec::new));
     if let (Some(why), Some(left_out)) = (damage, &mut left_out) {

@@ -5,6 +5,7 @@
 //! begun anew by the next restore where it is not.
 
 use super::backup::{Summary, unix_ms};
+use super::custody::Custody;
 use super::{Options, setup};
 use crate::archive::{self, Record};
 use crate::cluster::commands::COMMAND_LEVEL;
@@ -120,10 +121,10 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
     // Whole and unchanged: only now is anything written.
     let place = begin(dir)?;
     let disk = Arc::new(RocksDisk::open(&place.join("raft"))?);
-    let (mut ca, mut state, mut rows, mut left_out) = (None, None, 0, Vec::new());
+    let (mut cas, mut state, mut rows, mut left_out) = (Vec::new(), None, 0, Vec::new());
     let mut take = |record| {
         match record {
-            Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
+            Record::Ca { der, key } => cas.push(ClusterCa::from_parts(der, &key)?),
             Record::State { index, term, state: encoded } => {
                 state = Some(((index, term), image::decode(&encoded)?));
             }
@@ -142,14 +143,21 @@ pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
         Ok(())
     };
     open().and_then(|mut input| archive::read(&mut input, &mut take)).with_context(damaged)?;
-    let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
+    let Some((position, state)) = state.filter(|_| !cas.is_empty()) else {
+        bail!("{}: parts are missing", damaged())
+    };
     let id = state.restored_replica();
     let name = setup::name(options, id);
-    let state = state.restored(record(id, &name));
+    // The one that the state of then calls the CA comes first: its replica may have been a step behind or ahead on its disk.
+    let present = cas.iter().position(|ca| ca.der() == state.cas().der).unwrap_or(0);
+    let ca = cas.swap_remove(present);
+    let identity = ca.issue(Member::Coordinator(id), &name, SystemTime::now(), options.certificate_life)?;
+    let key = identity.key_hash().map_err(anyhow::Error::msg)?;
+    let held: Vec<&[u8]> = cas.iter().map(ClusterCa::der).collect();
+    let state = state.restored(record(id, &name), key, &held);
     // Synced, and with it all rows before.
     drop(Replica::restore(disk, id.0, position, state, rand::random())?);
-    ca.store(&place.join("cluster"))?;
-    let identity = ca.issue(Member::Coordinator(id), &name, SystemTime::now(), options.certificate_life)?;
+    Custody::begin(&place.join("cluster"), ca, cas)?;
     identity.store(&place.join("identity"))?;
     sync(&place)?;
     mark(dir, true)?;

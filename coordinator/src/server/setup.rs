@@ -3,7 +3,7 @@
 //! | path | what |
 //! |---|---|
 //! | `lock` | held while a coordinator runs |
-//! | `cluster/` | the CA's certificate and key |
+//! | `cluster/` | the CA's certificate and key, and those of a CA that is to replace it |
 //! | `raft/` | RocksDB: log, state, history |
 //! | `raft.mark` | how far `raft/` had come at least, outside of it |
 //! | `identity/` | this coordinator's certificate and key |
@@ -11,7 +11,7 @@
 //! | `founding.json` | from the beginning of a new cluster until its log has begun |
 //! | `restoring.json`, `restoring/` | while a backup is restored |
 //! | `coordinators.json` | where the coordinators were when it last knew |
-//! | `client/` | a client's certificate and key, for `fleet` on this machine |
+//! | `client/` | an admin's certificate and key, for `fleet` on this machine |
 //! | `tokens/` | `worker.token`, `client.token` |
 //! | `endpoint.json` | where it listens |
 //! | `listen.json` | where it was told to |
@@ -20,6 +20,8 @@
 //!
 //! A cluster is founded only where nothing was before, or where its founding was interrupted: a CA alone is no reason.
 
+use super::custody::Custody;
+use super::trust::load_mended;
 use super::{Options, restore};
 use crate::cluster::State;
 use crate::cluster::commands::COMMAND_LEVEL;
@@ -48,9 +50,6 @@ const CONTENTS: &[&str] = &[
     "lock",
     "cluster",
     "raft",
-    "raft.mark",
-    "restoring",
-    "restoring.json",
     "identity",
     "joining.json",
     "founding.json",
@@ -67,7 +66,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// A data directory that was opened and checked.
 pub struct Opened {
     pub lock: File,
-    pub ca: ClusterCa,
+    pub custody: Custody,
     pub replica: ReplicaId,
     pub identity: Identity,
     pub disk: Arc<RocksDisk>,
@@ -137,7 +136,7 @@ pub fn open(options: &Options) -> Result<Opened> {
             dir.display()
         );
     }
-    let known = ClusterCa::load(&cluster_dir)?;
+    let known = Custody::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
         bail!(
             "{} has a cluster's log but not its CA; restore {} from a backup",
@@ -148,8 +147,8 @@ pub fn open(options: &Options) -> Result<Opened> {
     if options.expect_existing && (known.is_none() || (!raft_dir.exists() && joined.is_none())) {
         bail!("{}", not_a_replica(dir));
     }
-    let ca = match known {
-        Some(ca) => ca,
+    let custody = match known {
+        Some(custody) => custody,
         None if joined.is_some() => bail!(
             "{} is gone, which `coordinator join` had written; set {} aside and join anew",
             cluster_dir.display(),
@@ -158,12 +157,12 @@ pub fn open(options: &Options) -> Result<Opened> {
         None => {
             files::write_atomic(&founding(dir), b"{}\n")?;
             let ca = ClusterCa::create(&hex::encode(rand::random::<[u8; 8]>()), now)?;
-            ca.store(&cluster_dir)?;
             info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
-            ca
+            Custody::begin(&cluster_dir, ca, Vec::new())?
         }
     };
-    let identity = Identity::load(&identity_dir)?;
+    let ca = custody.present().clone();
+    let identity = load_mended(&identity_dir, &custody.authorities())?;
     if identity.as_ref().is_some_and(|identity| identity.cluster_id != ca.cluster_id()) {
         bail!("the identity in {} is of another cluster; remove it", identity_dir.display());
     }
@@ -212,14 +211,14 @@ pub fn open(options: &Options) -> Result<Opened> {
         Some(identity) if identity.remaining(now).is_zero() => {
             // It holds the CA itself.
             let renewed = ca.reissue(&identity, now, options.certificate_life)?;
-            renewed.store_certificate(&identity_dir)?;
+            renewed.store_renewed(&identity_dir, &identity)?;
             renewed
         }
         Some(identity) => identity,
         None => ca.issue(member, &name(options, replica), now, options.certificate_life)?,
     };
     let coordinators = load_coordinators(dir)?;
-    Ok(Opened { lock, ca, replica, identity, disk, begin, coordinators, dir: dir.clone() })
+    Ok(Opened { lock, custody, replica, identity, disk, begin, coordinators, dir: dir.clone() })
 }
 
 fn not_a_replica(dir: &Path) -> String {
@@ -252,25 +251,28 @@ impl Opened {
         self,
         address: &CoordinatorAddress,
         name: &str,
-    ) -> Result<(File, ClusterCa, Identity, Replica<RocksDisk>)> {
-        let Opened { lock, ca, replica: id, identity, disk, begin, dir, .. } = self;
+    ) -> Result<(File, Custody, Identity, Replica<RocksDisk>)> {
+        let Opened { lock, custody, replica: id, identity, disk, begin, dir, .. } = self;
+        let ca = custody.present();
         let replica = match begin {
             Begin::Continue(replica) => *replica,
             Begin::Found => {
+                let key = identity.key_hash().map_err(anyhow::Error::msg)?;
                 let state = first_state(ca.cluster_id(), address.clone(), name);
+                let state = state.trusting(ca.der().to_vec(), BTreeMap::from([(id, key)]));
                 Replica::create(disk, id.0, &[id.0], state, rand::random())?
             }
             Begin::Join => Replica::join(disk, id.0, ca.cluster_id(), rand::random())?,
         };
         // After the log: an identity without one is a log that was lost.
         let identity_dir = dir.join("identity");
-        if Identity::load(&identity_dir)?.is_none() {
+        if load_mended(&identity_dir, &custody.authorities())?.is_none() {
             identity.store(&identity_dir)?;
         }
         for marker in [joining(&dir), founding(&dir)] {
             remove_file(&marker)?;
         }
-        Ok((lock, ca, identity, replica))
+        Ok((lock, custody, identity, replica))
     }
 }
 
@@ -312,8 +314,9 @@ pub fn give_up_joining(dir: &Path) {
 
 /// Keeps what a cluster gave to a new coordinator. The next start begins its log. Until all is there it is marked as incomplete.
 pub fn store_joined(dir: &Path, joined: &Joined) -> Result<()> {
-    let ca = joined.ca.as_ref().context("the cluster did not send its CA")?;
-    ca.store(&dir.join("cluster"))?;
+    let mut cas = joined.cas.iter().map(ClusterCa::again);
+    let present = cas.next().context("the cluster did not send its CA")??;
+    Custody::begin(&dir.join("cluster"), present, cas.collect::<Result<_, _>>()?)?;
     joined.identity.store(&dir.join("identity"))?;
     store_coordinators(dir, &joined.coordinators)?;
     mark_joining(dir, true)
@@ -426,7 +429,7 @@ mod tests {
         let ca = ClusterCa::create("c1", SystemTime::now()).unwrap();
         let member = Member::Coordinator(ReplicaId(4));
         let identity = ca.issue(member, "four", SystemTime::now(), CERTIFICATE_LIFE).unwrap();
-        Joined { identity, coordinators: Vec::new(), ca: Some(ca) }
+        Joined { identity, coordinators: Vec::new(), cas: vec![ca] }
     }
 
     fn options(dir: &Path, expect_existing: bool) -> Options {
@@ -440,7 +443,7 @@ mod tests {
     #[test]
     fn wherever_a_join_is_interrupted_no_cluster_is_founded_and_it_can_be_joined_again() {
         let joined = joined();
-        let ca = joined.ca.as_ref().unwrap();
+        let ca = &joined.cas[0];
         type Step<'a> = &'a dyn Fn(&Path);
         let steps: [Step; 4] = [
             &|dir| begin_joining(dir).unwrap(),
@@ -481,10 +484,10 @@ mod tests {
     #[test]
     fn an_interrupted_founding_goes_on_and_a_ca_alone_founds_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let id = open(&options(dir.path(), false)).unwrap().ca.cluster_id().to_owned();
+        let id = open(&options(dir.path(), false)).unwrap().custody.present().cluster_id().to_owned();
         assert!(refusal(dir.path(), true).contains("--expect-existing"));
         let again = open(&options(dir.path(), false)).unwrap();
-        assert!(matches!(again.begin, Begin::Found) && again.ca.cluster_id() == id);
+        assert!(matches!(again.begin, Begin::Found) && again.custody.present().cluster_id() == id);
         drop(again);
         fs::remove_file(founding(dir.path())).unwrap();
         assert!(refusal(dir.path(), false).contains("neither a log nor an identity"));

@@ -68,6 +68,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Profile(profile) => Reply::Profile(Box::new(self.profile(*profile)?)),
             Request::Position => Reply::Position(self.raft.applied_index),
             Request::Environment { job, values } => Reply::Environment(self.environment(*job, *values)?),
+            Request::Authority => Reply::Authority(Box::new(self.authority())),
             Request::Submit(_)
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
@@ -86,7 +87,9 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::RecordProfile(_)
             | Request::SubmitOnce { .. }
             | Request::GiveSecrets { .. }
-            | Request::RemoveSecrets(_) => {
+            | Request::RemoveSecrets(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. } => {
                 let message = "this is no question with one answer".to_owned();
                 return Err(Refusal { kind: RefusalKind::Invalid, message });
             }

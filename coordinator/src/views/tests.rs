@@ -90,7 +90,7 @@ fn a_restored_cluster_lists_what_is_behind_the_gap_of_its_numbers_in_one_page() 
         joined_unix_ms: 0,
         standing: Standing::Voter,
     };
-    script.state = script.state.restored(record);
+    script.state = script.state.restored(record, [5; 32], &[]);
     let new = script.submit(1);
     assert_eq!(new.0, last + RESTORE_GAP + 1);
     let kept = Kept::new(script);

@@ -10,7 +10,7 @@ use fleet_common::{exit, files};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Store a credential for a cluster, with a client token made there
+/// Store a credential for a cluster, with a token for clients or admins made there
 #[derive(clap::Args)]
 pub struct Args {
     /// HOST:PORT of a coordinator
@@ -34,7 +34,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let token =
         JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
             .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
-    if token.role != Role::Client {
+    if token.role.in_certificate() != Role::Client {
         return Err(Failure::input(
             "this token is not for clients; make one with `fleet token create --role client`",
         ));

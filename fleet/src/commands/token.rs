@@ -60,6 +60,8 @@ enum Holder {
     Coordinator,
     Worker,
     Client,
+    /// A client that also makes tokens for coordinators and admins, revokes, and takes coordinators out
+    Admin,
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
@@ -112,6 +114,7 @@ fn create(args: Create, cluster: Target<'_>) -> Result<u8, Failure> {
         Holder::Coordinator => Role::Coordinator,
         Holder::Worker => Role::Worker,
         Holder::Client => Role::Client,
+        Holder::Admin => Role::Admin,
     };
     let mut client = connect(cluster)?;
     // Begun before there is a token: one that could not be kept would be good for nobody, and open the door for as long as it holds.

@@ -180,6 +180,7 @@ fn token_of(role: Role) -> &'static str {
         Role::Coordinator => "coordinator",
         Role::Worker => "worker",
         Role::Client => "client",
+        Role::Admin => "admin",
     }
 }
 
@@ -189,7 +190,7 @@ pub fn token(role: Role) -> CreateToken {
 }
 
 pub fn redeem(role: Role, name: String) -> RedeemToken {
-    RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name }
+    RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name, key: [0; 32] }
 }
 
 /// A cluster of these coordinators, in which there are tokens for everybody already, and the clients have joined.
@@ -207,13 +208,14 @@ fn genesis(founders: u64) -> State {
     };
     let mut state = State::founded(CLUSTER.into(), (1..=founders).map(founder).collect());
     let mut change = |change| {
-        state.apply(GENESIS, Command { unix_ms: 0, request: None, why: None, change });
+        state.apply(GENESIS, Command { unix_ms: 0, request: None, by: None, why: None, change });
     };
-    for role in [Role::Coordinator, Role::Client] {
+    for role in [Role::Coordinator, Role::Client, Role::Admin] {
         change(Change::CreateToken(token(role)));
     }
     (0..CLIENTS_MAX).for_each(|number| {
-        change(Change::RedeemToken(redeem(Role::Client, format!("client-{number}"))));
+        let role = if number == OPERATOR { Role::Admin } else { Role::Client };
+        change(Change::RedeemToken(redeem(role, format!("client-{number}"))));
     });
     state
 }

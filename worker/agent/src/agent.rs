@@ -315,7 +315,10 @@ impl Agent {
             // The connection ends by itself; the next one may go better.
             ToAgent::Refused { fatal: false, .. } => {}
             // The link's own.
-            ToAgent::Heard { .. } | ToAgent::Coordinators(_) | ToAgent::Certificate { .. } => {}
+            ToAgent::Heard { .. }
+            | ToAgent::Coordinators(_)
+            | ToAgent::Certificate { .. }
+            | ToAgent::Authorities { .. } => {}
         }
     }
 

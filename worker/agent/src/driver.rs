@@ -108,6 +108,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         identity,
         identity_dir: options.data_dir.join("identity"),
         coordinators: options.coordinators,
+        mark: None,
     };
     let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
     let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };

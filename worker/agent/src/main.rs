@@ -6,7 +6,7 @@ use fleet_agent::coordinators::Coordinators;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
-use fleet_common::net::{self, Identity, JoinToken};
+use fleet_common::net::{self, Identity, IdentityError, JoinToken};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
 use fleet_common::{exit, files, home, terminal};
@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 /// What is in a data directory.
-const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "process.json", "gangs"];
+const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "gangs"];
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
@@ -134,9 +134,8 @@ async fn identity(
     coordinators: &mut Coordinators,
 ) -> Result<Identity, Failure> {
     let dir = data_dir.join("identity");
-    let kept = Identity::load(&dir)
-        .context("cannot use the kept identity")
-        .map_err(Failure::new(exit::ENVIRONMENT))?;
+    let kept = kept(&dir, &join.addr).await;
+    let kept = kept.context("cannot use the kept identity").map_err(Failure::new(exit::ENVIRONMENT))?;
     let token = || {
         let env = std::env::var("FLEET_TOKEN").ok();
         let token =
@@ -144,7 +143,14 @@ async fn identity(
         token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })
     };
     let token = match kept {
-        Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => return Ok(identity),
+        Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => match token()? {
+            // Where the CA was replaced meanwhile, the kept one is of no use.
+            Some(token) if !identity.authorities.contains(&token.ca_fingerprint) => {
+                tracing::warn!("the token is of another CA than {}; joining as a new node", identity.member);
+                Some(token)
+            }
+            _ => return Ok(identity),
+        },
         // By this machine's clock. Without a token the coordinator has the last word.
         Some(identity) => match token()? {
             None => return Ok(identity),
@@ -160,7 +166,7 @@ async fn identity(
         refused("a join token is needed the first time: give --token-file, --token or FLEET_TOKEN (the coordinator has it in tokens/worker.token)")
     })?;
     if token.role != Role::Worker {
-        return Err(refused("this token is for clients; a worker needs the cluster's worker token"));
+        return Err(refused("this token is not for workers; a worker needs the cluster's worker token"));
     }
     let name = join.name.clone().unwrap_or_else(host_name);
     let joined = net::join(&join.addr, &token, &name).await;
@@ -176,6 +182,23 @@ async fn identity(
     }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
+}
+
+/// What was kept, with a damaged file of CAs mended where a coordinator shows what it should be.
+async fn kept(dir: &Path, addrs: &[String]) -> Result<Option<Identity>, IdentityError> {
+    match Identity::load(dir) {
+        Err(error @ IdentityError::DamagedCa { .. }) => {
+            let IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } = &error else {
+                return Err(error);
+            };
+            if net::mend_authorities(addrs, fingerprint, dir).await.is_err() {
+                return Err(error);
+            }
+            tracing::warn!("{error}; it was mended");
+            Identity::load(dir)
+        }
+        loaded => loaded,
+    }
 }
 
 /// Ties this process to the one that started it, if asked to, and what its ranks leave behind to this process.

@@ -67,7 +67,7 @@ impl Node {
                 // An attempt that its maker gave up comes to nothing; the next one counts.
                 let incoming = self.endpoint.accept().await.unwrap();
                 let Ok((connection, Accepted::Peer(peer))) =
-                    net::accept(incoming, Socket::Members, |_| Ok(())).await
+                    net::accept(incoming, Socket::Members, [0; 32], async |_, _| Ok(())).await
                 else {
                     continue;
                 };

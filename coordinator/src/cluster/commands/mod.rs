@@ -11,7 +11,10 @@ mod describe_node;
 mod describe_replica;
 mod drain_node;
 mod fail_job;
+mod finish_ca;
 mod finish_run;
+mod hold_ca;
+mod introduce_ca;
 mod mark_node_lost;
 mod promote_replica;
 mod record_events;
@@ -23,6 +26,7 @@ mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod show_ca;
 mod start_run;
 mod submit_job;
 mod submit_once;
@@ -36,7 +40,10 @@ pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
 pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
+pub use finish_ca::FinishCa;
 pub use finish_run::FinishRun;
+pub use hold_ca::HoldCa;
+pub use introduce_ca::IntroduceCa;
 pub use mark_node_lost::MarkNodeLost;
 pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
@@ -48,6 +55,7 @@ pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use show_ca::ShowCa;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
 pub use submit_once::SubmitOnce;
@@ -85,6 +93,10 @@ pub enum Change {
     RecordProfile(RecordProfile),
     SubmitOnce(SubmitOnce),
     ChangeSecrets(ChangeSecrets),
+    IntroduceCa(IntroduceCa),
+    HoldCa(HoldCa),
+    ShowCa(ShowCa),
+    FinishCa(FinishCa),
 }
 
 impl Change {
@@ -114,6 +126,10 @@ impl Change {
             Change::RecordProfile(command) => command.apply(state, context),
             Change::SubmitOnce(command) => command.apply(state, context),
             Change::ChangeSecrets(command) => command.apply(state, context),
+            Change::IntroduceCa(command) => command.apply(state, context),
+            Change::HoldCa(command) => command.apply(state, context),
+            Change::ShowCa(command) => command.apply(state, context),
+            Change::FinishCa(command) => command.apply(state, context),
         }
     }
 
@@ -157,6 +173,10 @@ impl Change {
             Change::RecordProfile(_) => "record_profile",
             Change::SubmitOnce(_) => "submit_once",
             Change::ChangeSecrets(_) => "change_secrets",
+            Change::IntroduceCa(_) => "introduce_ca",
+            Change::HoldCa(_) => "hold_ca",
+            Change::ShowCa(_) => "show_ca",
+            Change::FinishCa(_) => "finish_ca",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod agents;
 mod calls;
+mod custody;
 mod greeting;
 mod members;
 mod net;
