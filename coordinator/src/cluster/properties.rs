@@ -481,7 +481,12 @@ fn commands_keep_their_bytes() {
             format!("000174{zeros}010102"),
         ),
         (
-            Change::RedeemToken(RedeemToken { id: "t".into(), secret_sha256, name: "n".into(), key: [0; 32] }),
+            Change::RedeemToken(RedeemToken {
+                id: "t".into(),
+                secret_sha256,
+                name: "n".into(),
+                key: [0; 32],
+            }),
             format!("010174{zeros}016e{}", "00".repeat(32)),
         ),
         (

@@ -4,11 +4,11 @@ use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable, u
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
-use crate::cluster::{Answer, State};
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::REPLICAS_MAX;
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWER_BYTES, MEMORY_MAX, RequestId, SESSION_BYTES, Stamp};
+use crate::cluster::{Answer, State};
 use crate::raft::disk::Disk;
 use crate::requests;
 use fleet_common::ids::{ClientId, UserId};
@@ -176,7 +176,8 @@ impl<D: Disk> Control<D> {
                 if let Some(user) = by {
                     self.replica.state().may_change(user, &change)?;
                 }
-                self.calls.insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
+                self.calls
+                    .insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
                 self.ask(now, Asker::Client(call), What::by(by, stamp, change));
             }
         }
@@ -361,6 +362,8 @@ impl<D: Disk> Control<D> {
 pub fn stamp(frame: &ClientFrame) -> Stamp {
     let id = RequestId { client: frame.client, seq: frame.seq };
     Stamp { id, answered_below: frame.answered_below, since: frame.since }
+}
+
 /// Who is asking, where it is a user.
 fn user(caller: Member) -> Option<UserId> {
     match caller {

@@ -35,7 +35,10 @@ fn a_coordinator_joins_gets_a_snapshot_and_then_its_vote() {
     for n in 0..12_000 {
         let call = net.number();
         let request = RequestId { client: ClientId(call.into()), seq: 1 };
-        net.handle(1, Input::Propose { call, request: request.into(), by: None, change: token("t", Role::Worker, 1) });
+        net.handle(
+            1,
+            Input::Propose { call, request: request.into(), by: None, change: token("t", Role::Worker, 1) },
+        );
         if n % 1_000 == 0 {
             net.settle();
         }
