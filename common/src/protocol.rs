@@ -18,10 +18,12 @@ use std::fmt;
 use std::str::FromStr;
 
 mod client;
+mod output;
 mod records;
 mod views;
 
 pub use client::*;
+pub use output::*;
 pub use records::*;
 pub use views::*;
 
@@ -152,6 +154,11 @@ pub enum FromAgent {
     Renew {
         csr_der: Vec<u8>,
     },
+    /// The answer to `ToAgent::ReadOutput`: a piece of a rank's output, or why there is none, in one line.
+    Output {
+        ticket: u64,
+        result: Result<OutputPiece, String>,
+    },
 }
 
 impl Versioned for FromAgent {
@@ -220,6 +227,8 @@ pub enum ToAgent {
         message: String,
         fatal: bool,
     },
+    /// A piece of what a rank printed, please. At most `OUTPUT_ASKED_MAX` of these are unanswered on a connection.
+    ReadOutput(OutputWish),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

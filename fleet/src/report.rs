@@ -206,6 +206,7 @@ impl Report {
                     level => format!("[{who}] {}: {line}", json::level_name(*level)),
                 }
             }
+            EventBody::LeftOut { lines, bytes } => format!("[node] {}", left_out(*lines, *bytes)),
             EventBody::Memory { .. } | EventBody::Finished(_) => return None,
         })
     }
@@ -358,8 +359,21 @@ fn new_bar(steps: u64) -> ProgressBar {
     bar
 }
 
+/// Says that output stands only on the nodes.
+fn left_out(lines: u64, bytes: u64) -> String {
+    format!(
+        "... {} lines ({}B) are left out here; `fleet logs JOB --full` has all of them",
+        text::thousands(lines),
+        text::short(bytes)
+    )
+}
+
 fn program_line(event: &EventBody, ranks: u32) {
-    let EventBody::Log { rank, level, line } = event else { return };
+    let (rank, level, line) = match event {
+        EventBody::Log { rank, level, line } => (rank, level, line),
+        EventBody::LeftOut { lines, bytes } => return out::note(&format!("[node] {}", left_out(*lines, *bytes))),
+        _ => return,
+    };
     let prefix = rank_prefix(*rank, ranks);
     match level {
         Level::Info => out::line(&format!("{prefix}{line}")),

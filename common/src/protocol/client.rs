@@ -1,11 +1,12 @@
 //! What clients ask and what they are answered.
 
+use super::output::OutputPiece;
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
-use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
+use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, Rank, ReplicaId, RunId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -122,6 +123,19 @@ pub enum Request {
     RecordProfile(NewProfile),
     Profiles(Page),
     Profile(ProfileId),
+    /// A piece of what a rank of a job's last start printed, from this byte on: from the file on its node.
+    Output {
+        job: JobId,
+        rank: Rank,
+        from: u64,
+    },
+    /// How much of the history is kept.
+    Retention,
+    /// What is given replaces what was.
+    SetRetention {
+        age_s: Option<u64>,
+        bytes: Option<u64>,
+    },
 }
 
 /// `uses` of a token that is not used up.
@@ -143,7 +157,8 @@ impl Request {
             | Request::RecordMetrics { .. }
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
-            | Request::RecordProfile(_) => true,
+            | Request::RecordProfile(_)
+            | Request::SetRetention { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -162,7 +177,9 @@ impl Request {
             | Request::Exports(_)
             | Request::Export(_)
             | Request::Profiles(_)
-            | Request::Profile(_) => false,
+            | Request::Profile(_)
+            | Request::Output { .. }
+            | Request::Retention => false,
         }
     }
 }
@@ -292,6 +309,8 @@ pub enum Reply {
     ProfileRecorded(ProfileId),
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
+    Output(OutputPiece),
+    Retention(RetentionView),
 }
 
 /// One line, and what kind of refusal it is.

@@ -61,6 +61,7 @@ impl State {
         job.record(id, event, context);
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         wake_parts(job, context);
+        self.job_ended(id, context);
         self.finished.push_back(id);
         while self.finished.len() > FINISHED_IN_STATE {
             if let Some(oldest) = self.finished.pop_front() {
@@ -80,6 +81,7 @@ impl State {
                 self.archived.pop_first();
             }
         }
+        // Was reckoned when it ended.
         context.history.push(HistoryRow::Job { job: id, record: Box::new(record) });
     }
 

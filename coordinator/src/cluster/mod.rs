@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod members;
 pub mod orders;
 pub mod records;
+pub mod retention;
 pub mod runs;
 pub mod session;
 
@@ -20,6 +21,7 @@ use fleet_common::protocol::{Member, Refusal, RefusalKind};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
+use retention::{Removal, Retention};
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
 use session::{Lookup, RequestId, Sessions};
@@ -46,6 +48,7 @@ pub struct State {
     finished_runs: VecDeque<RunId>,
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
+    retention: Retention,
     last_replica: u64,
     last_node: u64,
     last_user: u64,
@@ -74,6 +77,8 @@ pub struct Applied {
     pub answer: Answer,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    /// Rows of earlier commands that are not kept any more.
+    pub removed: Vec<Removal>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +132,15 @@ pub(crate) struct Context {
     pub unix_ms: u64,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    pub removed: Vec<Removal>,
+    /// Bytes of what was added to the history.
+    pub kept: u64,
+}
+
+impl Context {
+    fn new(unix_ms: u64) -> Context {
+        Context { unix_ms, effects: Vec::new(), history: Vec::new(), removed: Vec::new(), kept: 0 }
+    }
 }
 
 impl State {
@@ -144,6 +158,7 @@ impl State {
             finished_runs: VecDeque::new(),
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
+            retention: Retention::default(),
             last_replica: 0,
             last_node: 0,
             last_user: 0,
@@ -158,7 +173,7 @@ impl State {
     /// Applies the command at position `index` of the log. A request that was applied before gets its earlier answer and changes
     /// nothing.
     pub fn apply(&mut self, index: u64, command: Command) -> Applied {
-        let mut context = Context { unix_ms: command.unix_ms, effects: Vec::new(), history: Vec::new() };
+        let mut context = Context::new(command.unix_ms);
         let answer = match command.request.map(|request| self.sessions.look_up(request)) {
             Some(Lookup::Answered(answer)) => answer,
             Some(Lookup::Forgotten) => Answer::invalid(
@@ -176,16 +191,17 @@ impl State {
             }
         };
         self.sessions.expire(index);
-        Applied { answer, effects: context.effects, history: context.history }
+        self.retention.added(context.kept);
+        Applied { answer, effects: context.effects, history: context.history, removed: context.removed }
     }
 
     /// Keeps the reason of what was done.
     fn decided(&mut self, unix_ms: u64, why: &str, context: &mut Context) {
         self.last_decision += 1;
         let why = why.chars().take(history::WHY_MAX).collect();
-        context
-            .history
-            .push(HistoryRow::Decision { number: self.last_decision, decision: Decision { unix_ms, why } });
+        let (number, decision) = (self.last_decision, Decision { unix_ms, why });
+        let bytes = context.keep(HistoryRow::Decision { number, decision });
+        self.retention.decided(number, bytes, unix_ms);
     }
 
     /// Decisions so far; they are numbered from 1.

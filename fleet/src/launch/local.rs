@@ -269,7 +269,8 @@ impl Local {
         command.arg("--token-file").arg(self.data_dir.join("tokens/worker.token"));
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
-        command.args(["--name", "local", "--log-format", "json"]);
+        // The cluster ends with its job: all that a program prints is shown, as it would be without fleet.
+        command.args(["--name", "local", "--log-format", "json", "--log-rate", "0"]);
         command.stdout(Stdio::piped());
         let mut child = self.spawn(command, "worker")?;
         let pid = child.id().unwrap_or_default();

@@ -6,6 +6,7 @@ use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, Payload, Purpose, World};
 use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now};
+use fleet_agent::budget::Rates;
 use fleet_agent::gang::GangInput;
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::ToAgent;
@@ -74,6 +75,7 @@ impl Machine {
             labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
             process: self.life,
+            lines: Rates::USUAL,
         }
     }
 }
@@ -255,6 +257,8 @@ impl World {
                 let input = GangInput::Memory { rss_mib: Vec::new(), pss_mib: Vec::new() };
                 self.tell_agent_later(number, Input::Gang(gang, input));
             }
+            // Nobody asks in here: what is printed is made up.
+            Action::ReadOutput(_) => {}
             Action::Forget(gang) => self.say(format_args!("machine-{number} forgets {gang}")),
             Action::Exit { refused } => {
                 let why = refused.unwrap_or_else(|| "it was asked to end".into());

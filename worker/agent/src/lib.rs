@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backoff;
+pub mod budget;
 pub mod coordinators;
 pub mod driver;
 pub mod exec_rank;
@@ -9,6 +10,7 @@ pub mod gang;
 mod lines;
 mod link;
 mod memory;
+mod output;
 mod prepare;
 mod program;
 mod rank_io;

@@ -11,6 +11,7 @@ mod describe_replica;
 mod drain_node;
 mod fail_job;
 mod finish_run;
+mod forget;
 mod mark_node_lost;
 mod promote_replica;
 mod record_events;
@@ -22,6 +23,7 @@ mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod set_retention;
 mod start_run;
 mod submit_job;
 mod undrain_node;
@@ -34,6 +36,7 @@ pub use describe_replica::DescribeReplica;
 pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
 pub use finish_run::FinishRun;
+pub use forget::Forget;
 pub use mark_node_lost::MarkNodeLost;
 pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
@@ -45,6 +48,7 @@ pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use set_retention::SetRetention;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
 pub use undrain_node::UndrainNode;
@@ -79,6 +83,8 @@ pub enum Change {
     FinishRun(FinishRun),
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
+    Forget(Forget),
+    SetRetention(SetRetention),
 }
 
 impl Change {
@@ -106,6 +112,8 @@ impl Change {
             Change::FinishRun(command) => command.apply(state, context),
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
+            Change::Forget(command) => command.apply(state, context),
+            Change::SetRetention(command) => command.apply(state, context),
         }
     }
 
@@ -119,6 +127,44 @@ impl Change {
             | Change::RecordExport(_)
             | Change::RecordProfile(_) => 2,
             _ => 1,
+        }
+    }
+
+    /// Whether it ends something, cuts somebody off or makes room: what a coordinator still takes whose disk is nearly full.
+    pub fn frees(&self, state: &State) -> bool {
+        match self {
+            Change::MarkNodeLost(_)
+            | Change::CancelJob(_)
+            | Change::FailJob(_)
+            | Change::RevokeToken(_)
+            | Change::PromoteReplica(_)
+            | Change::RemoveReplica(_)
+            | Change::RevokeMember(_)
+            | Change::DrainNode(_)
+            | Change::FinishRun(_)
+            | Change::Forget(_)
+            | Change::SetRetention(_) => true,
+            // Without its lines (`thinned`): what leads to the end of a job that shall end.
+            Change::RecordEvents(told) => told.ends_a_job(state),
+            Change::CreateToken(_)
+            | Change::RedeemToken(_)
+            | Change::DescribeNode(_)
+            | Change::SubmitJob(_)
+            | Change::AssignGang(_)
+            | Change::RegisterReplica(_)
+            | Change::DescribeReplica(_)
+            | Change::UndrainNode(_)
+            | Change::StartRun(_)
+            | Change::RecordMetrics(_)
+            | Change::RecordExport(_)
+            | Change::RecordProfile(_) => false,
+        }
+    }
+
+    /// Takes out what is only for people to read.
+    pub fn thin(&mut self) {
+        if let Change::RecordEvents(told) = self {
+            told.thin();
         }
     }
 
@@ -147,6 +193,8 @@ impl Change {
             Change::FinishRun(_) => "finish_run",
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
+            Change::Forget(_) => "forget",
+            Change::SetRetention(_) => "set_retention",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cluster::records::Part;
 use crate::cluster::{Answer, Context, Effect, State};
-use fleet_common::events::{EventBatch, EventBody};
+use fleet_common::events::{Event, EventBatch, EventBody};
 use fleet_common::ids::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,25 @@ pub struct RecordEvents {
 }
 
 impl RecordEvents {
+    /// It is told of a job that was asked to stop, or ends this part of one.
+    pub(super) fn ends_a_job(&self, state: &State) -> bool {
+        let stops = state.jobs.get(&self.batch.job).is_some_and(|job| job.stop.is_some());
+        stops || self.batch.events.iter().any(|event| matches!(event.body, EventBody::Finished(_)))
+    }
+
+    /// Leaves out lines and measurements. The numbers of the events stay.
+    pub(super) fn thin(&mut self) {
+        for event in &mut self.batch.events {
+            match &event.body {
+                EventBody::Log { line, .. } => {
+                    event.body = EventBody::LeftOut { lines: 1, bytes: line.len() as u64 };
+                }
+                EventBody::Memory { .. } => event.body = EventBody::LeftOut { lines: 0, bytes: 0 },
+                _ => {}
+            }
+        }
+    }
+
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         let EventBatch { job: id, generation, first_seq, events } = self.batch;
         let end_seq = first_seq.saturating_add(events.len() as u64);
@@ -38,7 +57,8 @@ impl RecordEvents {
                     part.memory_mib = Some(pss_mib.iter().fold(0, |sum, mib| sum.saturating_add(*mib)));
                 }
             }
-            for event in events.into_iter().skip(known) {
+            let overfull = state.retention.is_overfull();
+            for event in merged(events.into_iter().skip(known)) {
                 match event.body {
                     EventBody::Finished(outcome) => {
                         state.end_part(id, self.node, outcome, context);
@@ -47,7 +67,7 @@ impl RecordEvents {
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {
-                            job.record(id, event, context);
+                            job.tell(id, event, overfull, context);
                         }
                     }
                 }
@@ -59,7 +79,30 @@ impl RecordEvents {
 
 /// Tells of the node that says it. All else is said by the part with rank 0, for the whole job.
 fn is_local(body: &EventBody) -> bool {
-    matches!(body, EventBody::Log { .. } | EventBody::Memory { .. } | EventBody::CheckpointFailed { .. })
+    matches!(
+        body,
+        EventBody::Log { .. }
+            | EventBody::LeftOut { .. }
+            | EventBody::Memory { .. }
+            | EventBody::CheckpointFailed { .. }
+    )
+}
+
+/// Neighbours that say how much was left out become one.
+fn merged(events: impl Iterator<Item = Event>) -> Vec<Event> {
+    let mut merged: Vec<Event> = Vec::new();
+    for event in events {
+        if let EventBody::LeftOut { lines, bytes } = event.body
+            && let Some(EventBody::LeftOut { lines: all_lines, bytes: all_bytes }) =
+                merged.last_mut().map(|last| &mut last.body)
+        {
+            *all_lines = all_lines.saturating_add(lines);
+            *all_bytes = all_bytes.saturating_add(bytes);
+        } else {
+            merged.push(event);
+        }
+    }
+    merged
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ pub fn config() -> Config {
         labels: BTreeMap::new(),
         host: "box".into(),
         process: 1,
+        lines: Rates::USUAL,
     }
 }
 
