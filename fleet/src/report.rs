@@ -110,6 +110,19 @@ impl Report {
         }
     }
 
+    /// A line that a rank printed, without its time.
+    pub fn line_of(&mut self, rank: Rank, line: String) {
+        let body = EventBody::Log { rank: Some(rank), level: Level::Info, line };
+        match self.style {
+            Style::Json => {
+                let mut json = json::event(&Event { unix_ms: 0, body });
+                json["time"] = Value::Null;
+                out::json(&json);
+            }
+            _ => drop(self.line(&body).map(|line| out::line(&line))),
+        }
+    }
+
     fn gather(&mut self, event: &Event) {
         let summary = &mut self.summary;
         match &event.body {

@@ -197,7 +197,7 @@ impl State {
     fn forget_unit(&mut self, unit: Unit) -> (&'static [Table], u64, u64) {
         match unit {
             Unit::Job(job) => {
-                self.jobs.remove(&job);
+                self.take_ended(job);
                 self.finished.retain(|other| *other != job);
                 (&OF_JOBS, job.0, job.0 + 1)
             }

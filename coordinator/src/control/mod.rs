@@ -22,16 +22,18 @@ mod io;
 mod leaving;
 mod members;
 mod observations;
+mod outputs;
 mod peer;
 mod planning;
 mod reads;
+mod retention;
 mod session;
 mod transfers;
 mod views;
 mod watches;
 
 pub use io::{
-    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Session,
+    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Room, Session,
     Status, TICK_MS,
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
@@ -48,9 +50,11 @@ use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::protocol::Member;
 use leaving::Leaving;
 use observations::Observations;
+use outputs::Outputs;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
+use retention::Forgets;
 use std::collections::{BTreeMap, BTreeSet};
 use transfers::Transfers;
 use watches::Watches;
@@ -81,7 +85,10 @@ pub struct Control<D: Disk> {
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
-    low_space: Option<String>,
+    outputs: Outputs,
+    /// When it was looked last whether anything of the history is to be removed, or that is under way.
+    forgets: Forgets,
+    room: Room,
     /// `Action::Members` is due.
     members_changed: bool,
     /// Since this coordinator was taken out.
@@ -130,7 +137,9 @@ impl<D: Disk> Control<D> {
             observations: Observations::default(),
             seen: None,
             transfers: Transfers::default(),
-            low_space: None,
+            outputs: Outputs::default(),
+            forgets: Forgets::default(),
+            room: Room::Enough,
             members_changed: false,
             leaving: None,
             in_touch_ms: now.mono_ms,
@@ -165,7 +174,7 @@ impl<D: Disk> Control<D> {
             Input::CallLost(call) => drop(self.calls.remove(call)),
             Input::Join { call, redeem, request } => self.take_join(now, call, redeem, request),
             Input::Propose { call, request, change } => self.take_change(now, call, request, change),
-            Input::LowSpace(why) => self.low_space = why,
+            Input::Room(room) => self.room = room,
             Input::StepDown => self.hand_over(now),
         }
     }
@@ -184,6 +193,8 @@ impl<D: Disk> Control<D> {
             self.describe_myself(now);
             self.look_after_watches(now);
             self.look_after_joins(now);
+            self.look_after_outputs(now);
+            self.look_after_history(now);
             self.observations.forget(now);
         }
     }
@@ -206,6 +217,7 @@ impl<D: Disk> Control<D> {
             PeerMessage::Told { ticket, told } => self.told(now, from, ticket, told),
             PeerMessage::Observations(report) => self.take_report(now, from, report),
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
+            PeerMessage::Output { ticket, said } => self.output_said(now, from, ticket, said),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
         }
@@ -266,7 +278,7 @@ impl<D: Disk> Control<D> {
 
     fn recover(&mut self, now: Now) -> Result<(), ControlError> {
         let due = now.mono_ms.saturating_sub(self.recovered_ms) >= RECOVER_EVERY_MS;
-        if due && self.replica.full().is_some() && self.low_space.is_none() {
+        if due && self.replica.full().is_some() && !matches!(self.room, Room::None(_)) {
             self.recovered_ms = now.mono_ms;
             self.replica.recover()?;
         }
@@ -281,6 +293,7 @@ impl<D: Disk> Control<D> {
                 self.lead = None;
                 self.drop_leaders_asks();
                 (self.decisions, self.promoting) = (0, false);
+                self.forgets.under_way = false;
             }
             None if self.replica.leads() => {
                 self.lead = Some(Lead { term, since_ms: now.mono_ms });
@@ -349,9 +362,9 @@ impl<D: Disk> Control<D> {
         &self.history
     }
 
-    /// Why nothing can be written here.
+    /// Why nothing, or not everything, can be written here.
     fn read_only(&self) -> Option<&str> {
-        self.replica.full().or(self.low_space.as_deref())
+        self.replica.full().or(self.room.why())
     }
 
     /// The disk cannot be written, and the others go on without this replica: what it knows may be old.

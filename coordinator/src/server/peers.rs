@@ -128,7 +128,8 @@ impl Peers {
         if !link.up.load(Ordering::Relaxed) {
             return;
         }
-        let queue = if matches!(message, PeerMessage::Chunk(_)) { &link.bulk } else { &link.raft };
+        let bulky = matches!(message, PeerMessage::Chunk(_) | PeerMessage::Output { .. });
+        let queue = if bulky { &link.bulk } else { &link.raft };
         let _ = queue.try_send(message);
     }
 }

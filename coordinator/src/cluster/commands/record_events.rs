@@ -181,6 +181,64 @@ mod tests {
         assert_eq!(steps, (3..=keep + 2).collect::<Vec<_>>());
     }
 
+    fn line(text: &str) -> EventBody {
+        EventBody::Log { rank: Some(0), level: fleet_common::events::Level::Info, line: text.into() }
+    }
+
+    #[test]
+    fn a_job_has_so_many_bytes_of_lines_whatever_agents_send() {
+        let (mut script, job) = running();
+        let long = "x".repeat(1 << 20);
+        let mut seq = 1;
+        for _ in 0..200 {
+            record(&mut script, job, seq, vec![line(&long), step(seq)]);
+            seq += 2;
+        }
+        let told = |script: &Script| -> (u64, u64) {
+            let mut counted = (0, 0);
+            for event in script.events(job) {
+                match &event.body {
+                    EventBody::Log { line, .. } => counted.0 += line.len() as u64,
+                    EventBody::LeftOut { lines, bytes } => {
+                        assert_eq!(*bytes, lines << 20);
+                        counted.1 += lines;
+                    }
+                    _ => {}
+                }
+            }
+            counted
+        };
+        assert!(told(&script).0 <= crate::cluster::records::LOGGED_BYTES_MAX);
+        record(&mut script, job, seq, vec![finished()]);
+        let (bytes, left_out) = told(&script);
+        assert_eq!(((bytes >> 20) + left_out, script.steps_in_history(job).len()), (200, 200));
+        assert!(script.last_event_is_finished(job));
+    }
+
+    #[test]
+    fn what_is_thinned_keeps_its_numbers_and_leads_to_the_end() {
+        let (mut script, job) = running();
+        let node = script.node();
+        let told = |first_seq, bodies: Vec<EventBody>| {
+            let events = bodies.into_iter().map(|body| Event { unix_ms: 1, body }).collect();
+            RecordEvents { node, batch: EventBatch { job, generation: 1, first_seq, events } }
+        };
+        let mut talk = told(1, vec![line("a"), line("bc"), step(1), line("d")]);
+        assert!(!talk.ends_a_job(&script.state), "it runs, and nobody wants it to stop");
+        let cancel = crate::cluster::commands::CancelJob { job, stop: crate::cluster::records::Stop::Now };
+        script.run(Change::CancelJob(cancel));
+        assert!(talk.ends_a_job(&script.state));
+        talk.thin();
+        assert_eq!(script.run(Change::RecordEvents(talk)), Answer::EventsTaken { seq: 4 });
+        let bodies: Vec<_> = script.events(job).iter().map(|event| event.body.clone()).collect();
+        let left_out = |lines, bytes| EventBody::LeftOut { lines, bytes };
+        assert_eq!(bodies, [left_out(2, 3), step(1), left_out(1, 1)]);
+        let end = told(5, vec![finished()]);
+        assert!(end.ends_a_job(&script.state));
+        script.run(Change::RecordEvents(end));
+        assert!(script.state.jobs()[&job].state.is_final());
+    }
+
     #[test]
     fn another_node_or_generation_changes_nothing() {
         let (mut script, job) = running();

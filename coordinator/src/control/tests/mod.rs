@@ -3,4 +3,5 @@
 mod agents;
 mod calls;
 mod members;
+mod growth;
 mod net;
