@@ -70,7 +70,7 @@ pub struct EventStream {
     budget: Budget,
     /// Over the budget, and not yet said.
     left_out: LeftOut,
-    /// When it was said last.
+    /// When it was said last, or there was something to say again.
     told_at: Duration,
 }
 
@@ -96,6 +96,9 @@ impl EventStream {
         match &event.body {
             EventBody::Log { rank, line, .. } => {
                 if rank.is_some() && !self.budget.admits(line_cost(line), now) {
+                    if self.left_out.lines == 0 {
+                        self.told_at = now;
+                    }
                     self.left_out.add(1, line.len() as u64);
                     return self.tell_in_time(event.unix_ms, now);
                 }
