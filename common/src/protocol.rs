@@ -34,6 +34,8 @@ pub const PROTOCOL_VERSION: u32 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerHello {
     pub version: u32,
+    /// Drawn when the sender's process began: connections to an earlier one are dead, though nothing has said so yet.
+    pub process: u64,
 }
 
 impl Versioned for PeerHello {

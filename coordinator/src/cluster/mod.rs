@@ -5,6 +5,7 @@
 
 pub mod commands;
 pub mod ends;
+pub mod epochs;
 pub mod fit;
 pub mod history;
 pub mod jobs;
@@ -16,6 +17,7 @@ pub mod runs;
 pub mod session;
 
 use commands::Change;
+use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
 use fleet_common::protocol::{Member, Refusal, RefusalKind};
 use history::{Decision, HistoryRow};
@@ -32,6 +34,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     cluster_id: String,
+    epochs: Epochs,
     replicas: BTreeMap<ReplicaId, ReplicaRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
     users: BTreeMap<UserId, UserRecord>,
@@ -147,6 +150,7 @@ impl State {
     pub fn new(cluster_id: String) -> Self {
         State {
             cluster_id,
+            epochs: Epochs::default(),
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
             users: BTreeMap::new(),
@@ -168,6 +172,24 @@ impl State {
             last_profile: 0,
             last_decision: 0,
         }
+    }
+
+    /// The entry at this position, with or without a command, is of this term. Comes before the command is applied.
+    pub fn reach(&mut self, index: u64, term: u64) {
+        self.epochs.note(index, term);
+    }
+
+    /// For tests that compare what was decided, over elections.
+    #[cfg(test)]
+    pub fn without_epochs(&self) -> State {
+        let mut state = self.clone();
+        state.epochs.forget();
+        state
+    }
+
+    /// What it knows of the terms of the log.
+    pub fn epochs(&self) -> &Epochs {
+        &self.epochs
     }
 
     /// Applies the command at position `index` of the log. A request that was applied before gets its earlier answer and changes

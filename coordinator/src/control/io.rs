@@ -163,6 +163,8 @@ pub enum Action {
     Members,
     /// A decision and its reason, for the log.
     Decided(String),
+    /// What an operator must look at, for the log.
+    Alarm(String),
     /// This coordinator was taken out of the cluster. It answers nobody any more; the driver ends the process with these words.
     Removed(String),
 }
@@ -189,6 +191,8 @@ pub struct Status {
     pub read_only: Option<String>,
     /// Why this coordinator serves nobody any more.
     pub removed: Option<String>,
+    /// Messages since the start that cannot be if all coordinators have what they acknowledged.
+    pub contradictions: u64,
     pub agents: usize,
     pub calls: usize,
 }

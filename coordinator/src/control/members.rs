@@ -135,6 +135,7 @@ impl<D: Disk> Control<D> {
         let change = match &command.change {
             Change::DescribeNode(it) => {
                 self.may_describe(now, it)?;
+                self.observations.speaks(it.node, now);
                 return Ok(self.replica.propose(ticket, command));
             }
             Change::RegisterReplica(it) if !self.is_in_raft(it.address.replica) => {

@@ -18,6 +18,7 @@
 mod agents;
 mod asks;
 mod calls;
+mod greeting;
 mod io;
 mod leaving;
 mod members;
@@ -38,6 +39,7 @@ pub use io::{
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
 
+use crate::cluster::members::clip;
 use crate::cluster::{Effect, State};
 use crate::planner::Observed;
 use crate::raft::disk::Disk;
@@ -48,6 +50,7 @@ use asks::Ask;
 use calls::Calls;
 use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::protocol::Member;
+use greeting::Greeting;
 use leaving::Leaving;
 use observations::Observations;
 use outputs::Outputs;
@@ -82,6 +85,9 @@ pub struct Control<D: Disk> {
     watches: Watches,
     agents: Agents,
     observations: Observations,
+    greeting: Greeting,
+    /// Times that another coordinator said that the past is contradicted, or this one was told what cannot be.
+    contradictions: u64,
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
@@ -135,6 +141,8 @@ impl<D: Disk> Control<D> {
             watches: Watches::default(),
             agents: Agents::default(),
             observations: Observations::default(),
+            greeting: Greeting::new(now),
+            contradictions: 0,
             seen: None,
             transfers: Transfers::default(),
             outputs: Outputs::default(),
@@ -180,7 +188,10 @@ impl<D: Disk> Control<D> {
     }
 
     fn tick(&mut self, now: Now) {
-        self.replica.tick();
+        self.look_after_greeting(now);
+        if self.has_greeted() {
+            self.replica.tick();
+        }
         if self.leaving.is_some() {
             return self.look_after_leaving(now);
         }
@@ -208,8 +219,12 @@ impl<D: Disk> Control<D> {
                 // One that does not fit is dropped; raft sends what matters again.
                 if let Ok(message) = Message::decode(&bytes[..])
                     && message.from == from.0
+                    && self.has_greeted()
+                    && let (term, Err(bad)) = (message.term, self.replica.step(message))
+                    && bad.contradicts()
+                    && term >= self.replica.term()
                 {
-                    let _ = self.replica.step(message);
+                    self.alarm(format!("{from}: {bad}"));
                 }
             }
             PeerMessage::Propose { ticket, command } => self.propose_for(now, from, ticket, *command),
@@ -218,6 +233,8 @@ impl<D: Disk> Control<D> {
             PeerMessage::Observations(report) => self.take_report(now, from, report),
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
             PeerMessage::Output { ticket, said } => self.output_said(now, from, ticket, said),
+            PeerMessage::Marks { marks, asks } => self.take_marks(now, from, marks, asks),
+            PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
         }
@@ -230,14 +247,25 @@ impl<D: Disk> Control<D> {
         now: Now,
         send: &mut dyn FnMut(ReplicaId, PeerMessage),
     ) -> Result<Vec<Action>, ControlError> {
-        if !self.has_left() {
-            self.round(now, send)?;
+        if !self.has_left()
+            && let Err(error) = self.round(now, send)
+        {
+            let ControlError::Replica(why) = &error;
+            self.say_last_words(why, send);
+            return Err(error);
         }
         Ok(std::mem::take(&mut self.out))
     }
 
+    /// Something that cannot be if all disks have what they acknowledged.
+    fn alarm(&mut self, what: String) {
+        self.contradictions += 1;
+        self.out.push(Action::Alarm(what));
+    }
+
     fn round(&mut self, now: Now, send: &mut dyn FnMut(ReplicaId, PeerMessage)) -> Result<(), ControlError> {
         self.seen = None;
+        self.observations.round(now);
         self.recover(now)?;
         self.take_chunk()?;
         self.plan(now);
@@ -297,6 +325,7 @@ impl<D: Disk> Control<D> {
             }
             None if self.replica.leads() => {
                 self.lead = Some(Lead { term, since_ms: now.mono_ms });
+                self.observations.begin_anew();
                 self.plan_now = true;
             }
             _ => {}
@@ -382,6 +411,7 @@ impl<D: Disk> Control<D> {
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
+            contradictions: self.contradictions,
             agents: self.agents.len(),
             calls: self.calls.len(),
         }

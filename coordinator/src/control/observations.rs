@@ -1,8 +1,12 @@
 //! What was seen of the agents, here and at the other coordinators. Never in the log: all of it may be lost, and a new leader gets it
 //! told anew within a report's time.
 //!
-//! Every coordinator reports to the leader what has changed; the leader puts the reports together. Only ages travel, so no clock is
-//! compared with another, and a report that was long under way makes a node look younger than it is, never older.
+//! Two facts, kept apart. Who holds a node's agent changes with every report. When a node was heard last only ever grows: whatever
+//! is reported, forgotten, restarted or handed over can make a node look younger than it is, never older. Only ages travel, so no
+//! clock is compared with another, and every coordinator tells a new leader all that it knows, not only of its own agents.
+//!
+//! The leader counts a node's silence from when that node could have been heard: from its registration or its return, from the
+//! beginning of this leadership, from when this process went on after it stood still.
 
 use super::peer::{Report, SIGHTINGS_MAX, Sighting};
 use super::{Action, Control, Now, PeerMessage};
@@ -17,14 +21,20 @@ pub(super) const REPORT_EVERY_MS: u64 = 250;
 const REPORT_RETRY_MS: u64 = 500;
 /// What a coordinator said of its agents' connections counts for this long; then they are taken for out of touch.
 const REPORT_FRESH_MS: u64 = 1_500;
-/// Agents that left are remembered for this long, so that everybody hears of it.
+/// What was heard is remembered for this long: twice what the planner asks for.
 const REMEMBER_MS: u64 = 2 * LEASE_MS;
+/// A process that stood still for so long has lost its connections, and cannot say that anybody was silent meanwhile.
+const STANDSTILL_MS: u64 = 2_000;
 
 #[derive(Default)]
 pub(super) struct Observations {
-    /// Agents held here, and those that left lately.
-    own: BTreeMap<NodeId, Seen>,
-    /// Of the agents held here, those whose sighting the leader has not got.
+    /// Nodes whose agents are held here.
+    held: BTreeSet<NodeId>,
+    /// When each node was heard last by anybody, as far as is known here.
+    heard: BTreeMap<NodeId, u64>,
+    /// On the leader: since when it could have heard each node that it counts on.
+    expected: BTreeMap<NodeId, u64>,
+    /// What the leader has not got yet.
     changed: BTreeSet<NodeId>,
     /// To whom, and in which term, reports go.
     leader: Option<(ReplicaId, u64)>,
@@ -34,8 +44,9 @@ pub(super) struct Observations {
     in_flight: Option<InFlight>,
     last_seq: u64,
     last_report_ms: u64,
-    /// On the leader: what the others report.
+    /// On the leader: what the others report of themselves.
     others: BTreeMap<ReplicaId, Other>,
+    round_ms: Option<u64>,
 }
 
 struct InFlight {
@@ -50,103 +61,137 @@ struct Other {
     reported_ms: u64,
     seq: u64,
     read_only: bool,
-    nodes: BTreeMap<NodeId, Seen>,
+    holds: BTreeSet<NodeId>,
+}
+
+impl Other {
+    fn is_fresh(&self, now: Now) -> bool {
+        now.mono_ms.saturating_sub(self.reported_ms) <= REPORT_FRESH_MS
+    }
 }
 
 impl Observations {
     /// The agent is there, and will be connected when its greeting is over. The leader hears of it at once: it shall not call the
     /// node lost for what was before.
     pub fn greets(&mut self, node: NodeId, now: Now) {
-        let connected = self.own.get(&node).is_some_and(|seen| seen.connected);
-        self.see(node, Seen { connected, heard_ms: now.mono_ms });
+        self.hear(node, now.mono_ms);
+        self.changed.insert(node);
         self.urgent = true;
     }
 
     pub fn connected(&mut self, node: NodeId, now: Now) {
-        self.see(node, Seen { connected: true, heard_ms: now.mono_ms });
+        self.held.insert(node);
+        self.heard(node, now);
     }
 
     pub fn heard(&mut self, node: NodeId, now: Now) {
-        if self.own.get(&node).is_some_and(|seen| seen.connected) {
-            self.see(node, Seen { connected: true, heard_ms: now.mono_ms });
+        if self.held.contains(&node) {
+            self.hear(node, now.mono_ms);
+            self.changed.insert(node);
         }
     }
 
     pub fn disconnected(&mut self, node: NodeId) {
-        if let Some(seen) = self.own.get(&node) {
-            let heard_ms = seen.heard_ms;
-            self.see(node, Seen { connected: false, heard_ms });
+        if self.held.remove(&node) {
+            self.changed.insert(node);
         }
     }
 
-    fn see(&mut self, node: NodeId, seen: Seen) {
-        self.own.insert(node, seen);
-        self.changed.insert(node);
+    /// On the leader: what another coordinator passes on for this node's agent shows that it is there.
+    pub fn speaks(&mut self, node: NodeId, now: Now) {
+        self.hear(node, now.mono_ms);
     }
 
-    /// The best that is known of every node: connected if anybody holds its agent, heard when it was heard last by anybody.
-    pub fn merged(&self, now: Now, leader_since_ms: u64) -> Observed {
-        let mut nodes = self.own.clone();
-        for other in self.others.values() {
-            let fresh = now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS;
-            for (node, seen) in &other.nodes {
-                let best = nodes.entry(*node).or_insert(Seen { connected: false, heard_ms: seen.heard_ms });
-                best.connected |= seen.connected && fresh;
-                best.heard_ms = best.heard_ms.max(seen.heard_ms);
+    fn hear(&mut self, node: NodeId, at_ms: u64) {
+        let heard_ms = self.heard.entry(node).or_default();
+        *heard_ms = at_ms.max(*heard_ms);
+    }
+
+    /// On the leader: these nodes should be there. Each gets a whole lease from when it is expected first.
+    pub fn expect(&mut self, nodes: impl Iterator<Item = NodeId>, now: Now) {
+        let known = std::mem::take(&mut self.expected);
+        let since = |node| (node, known.get(&node).copied().unwrap_or(now.mono_ms));
+        self.expected = nodes.map(since).collect();
+    }
+
+    /// Nobody's silence counts from before now.
+    pub fn begin_anew(&mut self) {
+        self.expected.clear();
+    }
+
+    /// To be told of every round.
+    pub fn round(&mut self, now: Now) {
+        let before = self.round_ms.replace(now.mono_ms);
+        if before.is_some_and(|before| now.mono_ms.saturating_sub(before) >= STANDSTILL_MS) {
+            self.begin_anew();
+        }
+    }
+
+    /// All that is known of every node: connected if anybody holds its agent, heard when it was heard last by anybody.
+    pub fn merged(&self, now: Now) -> Observed {
+        let heard = self.heard.iter().map(|(node, ms)| (*node, Seen { connected: false, heard_ms: *ms }));
+        let mut nodes: BTreeMap<NodeId, Seen> = heard.collect();
+        let others = self.others.values().filter(|other| other.is_fresh(now));
+        for node in others.flat_map(|other| &other.holds).chain(&self.held) {
+            if let Some(seen) = nodes.get_mut(node) {
+                seen.connected = true;
             }
         }
-        Observed { leader_since_ms, nodes }
+        Observed { nodes, counted_from_ms: self.expected.clone() }
     }
 
     /// Anybody holds the node's agent, as far as is known here.
     pub fn is_connected(&self, node: NodeId, now: Now) -> bool {
-        let connected = |nodes: &BTreeMap<NodeId, Seen>| nodes.get(&node).is_some_and(|seen| seen.connected);
-        let fresh = |other: &&Other| now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS;
-        connected(&self.own) || self.others.values().filter(fresh).any(|other| connected(&other.nodes))
+        let mut others = self.others.values().filter(|other| other.is_fresh(now));
+        self.held.contains(&node) || others.any(|other| other.holds.contains(&node))
     }
 
     pub fn reported_lately(&self, replica: ReplicaId, now: Now) -> bool {
-        self.others
-            .get(&replica)
-            .is_some_and(|other| now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS)
+        self.others.get(&replica).is_some_and(|other| other.is_fresh(now))
     }
 
     /// Coordinators that could lead: heard lately, and with room for writes.
     pub fn fit_to_lead(&self, replica: ReplicaId, now: Now) -> bool {
-        self.reported_lately(replica, now) && self.others.get(&replica).is_some_and(|other| !other.read_only)
+        self.others.get(&replica).is_some_and(|other| other.is_fresh(now) && !other.read_only)
     }
 
     /// On the leader: those that said lately whether they can write.
     pub fn writers(&self, now: Now) -> impl Iterator<Item = (ReplicaId, bool)> {
-        let fresh = move |other: &Other| now.mono_ms.saturating_sub(other.reported_ms) <= REPORT_FRESH_MS;
-        self.others.iter().filter(move |(_, other)| fresh(other)).map(|(id, other)| (*id, !other.read_only))
+        let fresh = self.others.iter().filter(move |(_, other)| other.is_fresh(now));
+        fresh.map(|(id, other)| (*id, !other.read_only))
     }
 
-    fn take(&mut self, from: ReplicaId, report: Report, now: Now) {
+    /// Whether the report counts. One that does not fits no more to what its sender told before; a whole one is to follow.
+    fn take(&mut self, from: ReplicaId, report: Report, now: Now) -> bool {
+        for Sighting { node, heard_ms_ago, .. } in &report.nodes {
+            self.hear(*node, now.mono_ms.saturating_sub(*heard_ms_ago));
+        }
         let other = self.others.entry(from).or_default();
-        if !report.whole && report.seq < other.seq {
-            return;
+        if !report.whole && report.seq <= other.seq {
+            return report.seq == other.seq;
         }
         if report.whole {
-            other.nodes.clear();
+            other.holds.clear();
         }
         other.seq = report.seq;
         other.reported_ms = now.mono_ms;
         other.read_only = report.read_only;
-        for Sighting { node, connected, heard_ms_ago } in report.nodes {
-            let heard_ms = now.mono_ms.saturating_sub(heard_ms_ago);
-            other.nodes.insert(node, Seen { connected, heard_ms });
+        for Sighting { node, connected, .. } in report.nodes {
+            match connected {
+                true => other.holds.insert(node),
+                false => other.holds.remove(&node),
+            };
         }
+        true
     }
 
-    /// Forgets agents that left long ago.
+    /// Forgets what counts no more.
     pub fn forget(&mut self, now: Now) {
-        let keep = |_: &NodeId, seen: &mut Seen| {
-            seen.connected || now.mono_ms.saturating_sub(seen.heard_ms) < REMEMBER_MS
-        };
-        self.own.retain(keep);
-        self.others.values_mut().for_each(|other| other.nodes.retain(keep));
-        self.others.retain(|_, other| now.mono_ms.saturating_sub(other.reported_ms) < REMEMBER_MS);
+        let recent = |at_ms: u64| now.mono_ms.saturating_sub(at_ms) < REMEMBER_MS;
+        let Observations { held, heard, changed, others, .. } = self;
+        heard.retain(|node, heard_ms| held.contains(node) || recent(*heard_ms));
+        changed.retain(|node| heard.contains_key(node));
+        others.retain(|_, other| recent(other.reported_ms));
     }
 
     fn taken(&mut self, from: ReplicaId, seq: u64) {
@@ -167,20 +212,22 @@ impl Observations {
             return None;
         }
         if let Some(report) = &self.in_flight {
-            if !self.urgent && now.mono_ms.saturating_sub(report.sent_ms) < REPORT_RETRY_MS {
+            let late = now.mono_ms.saturating_sub(report.sent_ms) >= REPORT_RETRY_MS;
+            if !self.urgent && !late {
                 return None;
             }
+            // Lost on its way, or not what the leader can use: it is told all anew.
+            self.whole_due |= late;
             self.changed.extend(&report.nodes);
         }
         self.urgent = false;
         if self.whole_due {
-            self.changed = self.own.keys().copied().collect();
+            self.changed = self.heard.keys().copied().collect();
         }
         let told: Vec<NodeId> = self.changed.iter().copied().take(SIGHTINGS_MAX).collect();
         let sighting = |node: &NodeId| {
-            let seen = self.own.get(node)?;
-            let heard_ms_ago = now.mono_ms.saturating_sub(seen.heard_ms);
-            Some(Sighting { node: *node, connected: seen.connected, heard_ms_ago })
+            let heard_ms_ago = now.mono_ms.saturating_sub(*self.heard.get(node)?);
+            Some(Sighting { node: *node, connected: self.held.contains(node), heard_ms_ago })
         };
         let nodes = told.iter().filter_map(sighting).collect();
         for node in &told {
@@ -197,8 +244,7 @@ impl Observations {
 impl<D: Disk> Control<D> {
     /// All that is known here. Only the leader knows of agents at other coordinators, and only it calls anybody silent.
     pub(super) fn observed(&self, now: Now) -> Observed {
-        let leader_since_ms = self.lead.as_ref().map_or(now.mono_ms, |lead| lead.since_ms);
-        self.observations.merged(now, leader_since_ms)
+        self.observations.merged(now)
     }
 
     /// Tells the leader what has changed.
@@ -219,8 +265,9 @@ impl<D: Disk> Control<D> {
         }
         let seq = report.seq;
         self.plan_now |= report.whole;
-        self.observations.take(from, report, now);
-        self.out.push(Action::ToPeer { to: from, message: PeerMessage::ObservationsTaken { seq } });
+        if self.observations.take(from, report, now) {
+            self.out.push(Action::ToPeer { to: from, message: PeerMessage::ObservationsTaken { seq } });
+        }
     }
 
     pub(super) fn report_taken(&mut self, now: Now, from: ReplicaId, seq: u64) {

@@ -4,9 +4,10 @@
 //! Nothing here is relied on to arrive: raft sends again by itself, everything else is sent again by who waits for it.
 
 use crate::cluster::Command;
+use crate::raft::marks::Mark;
 use crate::raft::replica::Ticket;
 use crate::raft::transfer::{Chunk, Fetch};
-use fleet_common::ids::NodeId;
+use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{OutputPiece, OutputWish, Refusal, Reply, Request};
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,15 @@ pub enum PeerMessage {
     /// The report was taken; only what changes from now on need be told.
     ObservationsTaken {
         seq: u64,
+    },
+    /// What the sender has seen of all coordinators' disks; `asks` for the same.
+    Marks {
+        marks: Vec<(ReplicaId, Mark)>,
+        asks: bool,
+    },
+    /// The sender stops for this reason, which concerns all.
+    Stops {
+        why: String,
     },
     /// A piece of the receiver's snapshot, please.
     Fetch(Fetch),

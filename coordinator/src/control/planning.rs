@@ -22,6 +22,8 @@ impl<D: Disk> Control<D> {
             return;
         }
         (self.plan_now, self.planned_ms) = (false, now.mono_ms);
+        let there = self.replica.state().nodes().iter().filter(|(_, record)| !record.lost);
+        self.observations.expect(there.map(|(node, _)| *node), now);
         let observed = self.observed(now);
         let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms, now.unix_ms);
         if !matches!(self.room, Room::Enough) {

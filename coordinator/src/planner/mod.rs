@@ -13,7 +13,6 @@ pub use explain::ended;
 pub use outlook::{OVERRUN_MS, Outlook, Placing};
 
 use crate::cluster::commands::{AssignGang, Change, MarkNodeLost};
-use crate::cluster::members::NodeRecord;
 use crate::cluster::{Command, State};
 use fleet_common::ids::{JobId, NodeId};
 use std::collections::BTreeMap;
@@ -27,9 +26,10 @@ pub type Why = String;
 /// What this leader has seen, in milliseconds of its own monotonic clock. Gone with it.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
-    /// Since when this replica leads. Nobody is called silent for longer than that.
-    pub leader_since_ms: u64,
     pub nodes: BTreeMap<NodeId, Seen>,
+    /// Since when each node that should be there could have been heard. Nobody is called silent for longer than that, and who is not
+    /// in it not at all.
+    pub counted_from_ms: BTreeMap<NodeId, u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,17 +45,18 @@ impl Observed {
     }
 
     fn silent_ms(&self, node: NodeId, now_ms: u64) -> u64 {
+        let Some(counted_from_ms) = self.counted_from_ms.get(&node) else { return 0 };
         match self.nodes.get(&node) {
             Some(seen) if seen.connected => 0,
-            Some(seen) => now_ms.saturating_sub(seen.heard_ms.max(self.leader_since_ms)),
-            None => now_ms.saturating_sub(self.leader_since_ms),
+            Some(seen) => now_ms.saturating_sub(seen.heard_ms.max(*counted_from_ms)),
+            None => now_ms.saturating_sub(*counted_from_ms),
         }
     }
 }
 
 /// The commands that the state and the observations call for at `now_ms` of the leader's clock and `unix_ms` of the world's.
 pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
-    let mut decisions = lost_nodes(state, observed, now_ms, unix_ms);
+    let mut decisions = lost_nodes(state, observed, now_ms);
     if decisions.is_empty() {
         decisions.extend(starts(state, observed, unix_ms));
         return decisions;
@@ -96,11 +97,8 @@ fn why(state: &State, id: JobId, parts: &[(NodeId, u32)], ahead_of: Option<JobId
     }
 }
 
-fn lost_nodes(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
-    // One that has just joined was never heard; it has nothing to lose, so a wrong clock does no harm here.
-    let joining =
-        |record: &NodeRecord| record.slots == 0 && unix_ms.saturating_sub(record.joined_unix_ms) < LEASE_MS;
-    let expected = state.nodes().iter().filter(|(_, record)| !record.lost && !joining(record));
+fn lost_nodes(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why)> {
+    let expected = state.nodes().iter().filter(|(_, record)| !record.lost);
     let silent = expected.filter_map(|(node, record)| {
         let silent_ms = observed.silent_ms(*node, now_ms);
         (silent_ms >= LEASE_MS).then(|| {

@@ -10,7 +10,11 @@ const UNIX_MS: u64 = 1_000;
 
 fn all_connected(script: &Script) -> Observed {
     let seen = Seen { connected: true, heard_ms: 0 };
-    Observed { leader_since_ms: 0, nodes: script.state.nodes().keys().map(|id| (*id, seen)).collect() }
+    let nodes = script.state.nodes().keys();
+    Observed {
+        nodes: nodes.clone().map(|id| (*id, seen)).collect(),
+        counted_from_ms: nodes.map(|id| (*id, 0)).collect(),
+    }
 }
 
 fn wish() -> Wish {
@@ -226,19 +230,6 @@ fn a_clock_that_jumps_by_hours_loses_nobody_and_starts_nothing_early() {
 }
 
 #[test]
-fn a_node_that_joined_is_lost_a_lease_later_if_it_never_greets() {
-    let mut script = Script::with_nodes(&[4]);
-    let observed = all_connected(&script);
-    script.run(redeem("w", "half"));
-    assert_eq!(plan(&script.state, &observed, 1_000_000, script.now + LEASE_MS - 1), []);
-    let lost = plan(&script.state, &observed, 1_000_000, script.now + LEASE_MS);
-    assert!(
-        matches!(lost[..], [(Change::MarkNodeLost(MarkNodeLost { node: NodeId(2), .. }), _)]),
-        "{lost:?}"
-    );
-}
-
-#[test]
 fn a_drained_node_gets_no_work_and_a_job_on_it_says_so() {
     let mut script = Script::with_nodes(&[4, 1]);
     let running = script.submit(3);
@@ -257,15 +248,19 @@ fn a_drained_node_gets_no_work_and_a_job_on_it_says_so() {
 }
 
 #[test]
-fn nobody_is_lost_before_a_whole_lease_of_this_leader() {
+fn silence_counts_from_when_a_node_was_heard_or_could_have_been() {
     let script = Script::with_nodes(&[4]);
-    let mut observed = Observed { leader_since_ms: 5_000, ..Observed::default() };
+    let mut observed = Observed::default();
     let lost = |observed: &Observed, now| {
         let decisions = plan(&script.state, observed, now, UNIX_MS);
         matches!(&decisions[..], [(Change::MarkNodeLost(_), _)])
     };
+    assert!(!lost(&observed, 1_000_000), "nobody counts on it");
+    observed.counted_from_ms.insert(NodeId(1), 5_000);
     assert!(!lost(&observed, 5_000 + LEASE_MS - 1));
     assert!(lost(&observed, 5_000 + LEASE_MS));
+    observed.nodes.insert(NodeId(1), Seen { connected: false, heard_ms: 4_000 });
+    assert!(!lost(&observed, 5_000 + LEASE_MS - 1), "heard before it counted");
     observed.nodes.insert(NodeId(1), Seen { connected: false, heard_ms: 9_000 });
     assert!(!lost(&observed, 9_000 + LEASE_MS - 1));
     assert!(lost(&observed, 9_000 + LEASE_MS));

@@ -4,6 +4,7 @@
 //! damaged or shorter than it promised does not open: a replica that forgot what it acknowledged must not vote again.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
+use super::marks::Marks;
 use super::seal;
 use super::shape::{NUMBER_MAX, is_consistent};
 use super::transfer::Descriptor;
@@ -30,8 +31,9 @@ const HARD_KEY: &[u8] = b"hard";
 const SNAPSHOT_KEY: &[u8] = b"snapshot";
 const STATE_KEY: &[u8] = b"state";
 const DAMAGE_KEY: &[u8] = b"damage";
+const MARKS_KEY: &[u8] = b"marks";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Position {
     pub index: u64,
     pub term: u64,
@@ -339,6 +341,15 @@ impl<D: Disk> LogStore<D> {
             self.failed.borrow_mut().get_or_insert(error);
             instead
         })
+    }
+
+    /// What this replica has seen of the others' disks, and they of its own.
+    pub fn marks(&self) -> Result<Marks, LogError> {
+        Ok(get(self.disk.as_ref(), MARKS_KEY)?.unwrap_or_default())
+    }
+
+    pub fn stage_marks(&self, marks: &Marks, batch: &mut Batch) -> Result<(), LogError> {
+        put(batch, MARKS_KEY, marks)
     }
 
     /// The encoded state of the snapshot.

@@ -9,6 +9,7 @@ pub mod history;
 pub mod image;
 pub mod log;
 mod logger;
+pub mod marks;
 pub mod memory;
 pub mod replica;
 #[cfg(feature = "rocksdb")]

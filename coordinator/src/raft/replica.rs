@@ -5,6 +5,7 @@
 //! written and goes on from there when there is room. No clock, no threads, no network, no randomness: the election timeout is a
 //! function of a seed, the replica and the term.
 
+mod evidence;
 mod rounds;
 mod transfers;
 
@@ -13,6 +14,7 @@ use super::history;
 use super::image::{self, ImageError};
 use super::log::{Keep, LogError, LogStore, Position};
 use super::logger::logger;
+use super::marks::{Mark, Marks};
 use super::shape::{BadMessage, Fits};
 use super::transfer::{Incoming, Unfit};
 use crate::cluster::retention::Removal;
@@ -47,6 +49,11 @@ pub type Ticket = u64;
 pub enum ReplicaError {
     #[error(transparent)]
     Log(#[from] LogError),
+    /// The others have another past. Which one is right only people can say.
+    #[error(
+        "{0}: a coordinator's disk was put back to an older state, and what was acknowledged since is missing there; this coordinator stops, and its directory has what it says: keep it, and see \"When coordinators contradict each other\" in docs/operating.md"
+    )]
+    Contradicted(String),
     #[error("raft cannot go on: {0}")]
     Raft(#[from] raft::Error),
     #[error("entry {index} cannot be understood; it was written by a newer version of fleet ({why})")]
@@ -152,6 +159,8 @@ struct Stuck {
 enum Doom {
     /// It has lost what it had acknowledged.
     Forgot(String),
+    /// What it has committed is contradicted.
+    Contradicted(String),
     /// The others have left it behind with a snapshot that it cannot read.
     NewerSnapshot { from: u64, found: u32 },
 }
@@ -177,6 +186,10 @@ pub struct Replica<D: Disk> {
     blind: bool,
     /// A message has shown that this replica must stop.
     doomed: Option<Doom>,
+    marks: Marks,
+    /// The marks changed since they were written last, at which tick that was.
+    marks_changed: bool,
+    marks_written: u64,
     seed: u64,
     sizes: Sizes,
     ticks: u64,
@@ -237,6 +250,7 @@ impl<D: Disk> Replica<D> {
     fn start(log: LogStore<D>, state: State, seed: u64) -> Result<Self, ReplicaError> {
         let id = log.replica();
         let (applied, conf) = (log.snapshot_position(), log.conf().clone());
+        let marks = log.marks().inspect_err(|error| log.mark(error))?;
         let config = Config {
             id,
             applied: applied.index,
@@ -268,6 +282,9 @@ impl<D: Disk> Replica<D> {
             full: None,
             blind: false,
             doomed: None,
+            marks,
+            marks_changed: false,
+            marks_written: 0,
             seed,
             sizes: Sizes::default(),
             ticks: 0,
@@ -370,6 +387,7 @@ impl<D: Disk> Replica<D> {
             self.node.tick();
         }
         self.end_silent_transfers();
+        self.note_acknowledged();
     }
 
     /// A message from another replica, whom the caller has authenticated as `message.from`. An error means that it made no sense.
@@ -382,6 +400,11 @@ impl<D: Disk> Replica<D> {
             return Ok(());
         }
         fits.check(&message)?;
+        self.note_term(&message);
+        if let Some(what) = self.contradiction(&message) {
+            self.doomed = Some(Doom::Contradicted(what));
+            return Ok(());
+        }
         match message.get_msg_type() {
             // A leader never sends this for more than was acknowledged to it.
             MessageType::MsgHeartbeat

@@ -8,6 +8,16 @@ use std::collections::BTreeSet;
 #[error("a message of a peer was dropped: {0}")]
 pub struct BadMessage(pub &'static str);
 
+impl BadMessage {
+    /// No coordinator says so in this term whose disk, and this one's, have all that was acknowledged.
+    pub fn contradicts(self) -> bool {
+        [CONTRADICTS, NEVER_SENT].contains(&self.0)
+    }
+}
+
+const CONTRADICTS: &str = "it contradicts what is committed";
+const NEVER_SENT: &str = "it acknowledges entries that were never sent";
+
 /// Terms and indexes of messages are below this: no cluster lives so long, and raft-rs adds to them without looking.
 pub(super) const NUMBER_MAX: u64 = 1 << 62;
 
@@ -50,19 +60,16 @@ impl Fits {
                     previous = (entry.index, entry.term);
                 }
                 let agrees = message.index < self.committed || message.log_term >= self.committed_term;
-                ensure(agrees, "it contradicts what is committed")
+                ensure(agrees, CONTRADICTS)
             }
-            MsgAppendResponse => ensure(
-                message.reject || message.index <= self.last_index,
-                "it acknowledges entries that were never sent",
-            ),
+            MsgAppendResponse => ensure(message.reject || message.index <= self.last_index, NEVER_SENT),
             MsgSnapshot => {
                 let metadata = message.snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
                 let metadata = metadata.ok_or(BadMessage("its snapshot has no position"))?;
                 ensure(metadata.index > 0 && metadata.term > 0, "its snapshot has no position")?;
                 ensure(metadata.term <= message.term, "its snapshot is younger than its leader")?;
                 let agrees = metadata.index < self.committed || metadata.term >= self.committed_term;
-                ensure(agrees, "it contradicts what is committed")?;
+                ensure(agrees, CONTRADICTS)?;
                 let conf = metadata.conf_state.as_ref().ok_or(BadMessage("its snapshot has no members"))?;
                 ensure(is_consistent(conf), "the members of its snapshot contradict each other")
             }

@@ -14,11 +14,14 @@ use fleet_common::protocol::{CoordinatorAddress, ToAgent};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
-use tracing::info;
+use tracing::{error, info};
 
 const TICK: Duration = Duration::from_millis(TICK_MS);
 /// Ticks between looks at the free space.
 const SPACE_TICKS: u64 = 5;
+
+/// Between two times that the same alarm is written.
+const ALARM_EVERY: Duration = Duration::from_secs(10);
 
 /// Ends a start or a run, in words for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +49,7 @@ pub struct Driver<D: Disk> {
     begun: Instant,
     ticks: u64,
     removed: Option<String>,
+    alarmed: Option<(String, Instant)>,
 }
 
 /// The running thread.
@@ -88,7 +92,8 @@ pub fn spawn<D: Disk>(
     let (end, ended) = oneshot::channel();
     std::thread::Builder::new().name("raft".into()).spawn(move || {
         let inbox = around.inbox.clone();
-        let mut driver = Driver { control, around, desk: Desk::default(), begun, ticks: 0, removed: None };
+        let mut driver =
+            Driver { control, around, desk: Desk::default(), begun, ticks: 0, removed: None, alarmed: None };
         driver.members();
         let result = driver.run(&publish);
         inbox.close();
@@ -176,8 +181,18 @@ impl<D: Disk> Driver<D> {
             Some(Action::ToPeer { to, message }) => self.around.peers.send(to, message),
             Some(Action::Members) => self.members(),
             Some(Action::Decided(why)) => info!("{why}"),
+            Some(Action::Alarm(what)) => self.alarm(&what),
             Some(Action::Removed(why)) => self.removed = Some(why),
             Some(other) => tracing::error!("nobody carries out {other:?}; this is a bug in fleet"),
+        }
+    }
+
+    /// The same is not said again and again.
+    fn alarm(&mut self, what: &str) {
+        let now = Instant::now();
+        if self.alarmed.as_ref().is_none_or(|(said, at)| said != what || now >= *at + ALARM_EVERY) {
+            error!("{what}");
+            self.alarmed = Some((what.to_owned(), now));
         }
     }
 

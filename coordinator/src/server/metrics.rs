@@ -21,6 +21,7 @@ struct Gauges {
     applied_index: IntGauge,
     is_leader: IntGauge,
     read_only: IntGauge,
+    contradictions: IntGauge,
     agents: IntGauge,
     nodes: IntGauge,
     nodes_connected: IntGauge,
@@ -46,6 +47,10 @@ impl Metrics {
             read_only: gauge(
                 "fleet_read_only",
                 "1 while writes are refused: the disk is full, or cannot be written",
+            )?,
+            contradictions: gauge(
+                "fleet_raft_contradictions",
+                "Messages of other coordinators since the start that contradict what was acknowledged: some disk was put back",
             )?,
             agents: gauge("fleet_agents", "Agents that this coordinator holds")?,
             nodes: gauge("fleet_nodes", "Registered nodes")?,
@@ -94,6 +99,7 @@ impl Metrics {
         gauges.applied_index.set(status.applied_index as i64);
         gauges.is_leader.set(i64::from(status.leading_since_ms.is_some()));
         gauges.read_only.set(i64::from(status.read_only.is_some()));
+        gauges.contradictions.set(status.contradictions as i64);
         gauges.agents.set(status.agents as i64);
         gauges.nodes.set(i64::from(cluster.nodes));
         gauges.nodes_connected.set(connected().count() as i64);

@@ -174,10 +174,11 @@ impl Coordinator {
         let (trust, knocks) = (Arc::new(trust), Knocks::default());
         let (publish_addresses, addresses) = watch::channel(Vec::new());
         let runtime = members.handle().clone();
+        let process = rand::random::<u64>().max(1);
         let around = Surroundings {
             inbox: inbox.clone(),
             gate: gate.clone(),
-            peers: Peers::new(me, &seeds, runtime, inbox.clone(), trust.clone(), knocks.clone()),
+            peers: Peers::new((me, process), &seeds, runtime, inbox.clone(), trust.clone(), knocks.clone()),
             space: space::Watermark::new(space::probe(&dir)),
             addresses: publish_addresses,
         };

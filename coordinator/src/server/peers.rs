@@ -13,7 +13,7 @@ use fleet_common::net::{self, NetError};
 use fleet_common::protocol::{CoordinatorAddress, Member, PROTOCOL_VERSION, PeerHello};
 use quinn::{Connection, RecvStream, SendStream};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
@@ -35,12 +35,32 @@ const RAFT_PRIORITY: i32 = 1;
 /// Bytes taken from a stream at once.
 const READ_MAX: usize = 256 << 10;
 
-/// Wakes the link to a coordinator that has just connected to this one.
-pub type Knocks = Arc<Mutex<BTreeMap<ReplicaId, Arc<Notify>>>>;
+/// Wakes the links to coordinators that connect to this one.
+pub type Knocks = Arc<Mutex<BTreeMap<ReplicaId, Arc<Knock>>>>;
+
+/// What a coordinator shows by connecting to this one.
+#[derive(Default)]
+pub struct Knock {
+    /// It is there.
+    came: Notify,
+    /// It is another process than before: a connection to the earlier one is dead.
+    anew: Notify,
+    process: AtomicU64,
+}
+
+impl Knock {
+    fn says_hello(&self, process: u64) {
+        if ![0, process].contains(&self.process.swap(process, Ordering::Relaxed)) {
+            self.anew.notify_waiters();
+        }
+    }
+}
 
 /// Belongs to the raft thread.
 pub struct Peers {
     me: ReplicaId,
+    /// Of this process.
+    process: u64,
     links: BTreeMap<ReplicaId, Link>,
     runtime: tokio::runtime::Handle,
     inbox: Inbox,
@@ -65,14 +85,14 @@ impl Drop for Link {
 impl Peers {
     /// `seeds` are where others were when this coordinator was last told.
     pub fn new(
-        me: ReplicaId,
+        (me, process): (ReplicaId, u64),
         seeds: &[CoordinatorAddress],
         runtime: tokio::runtime::Handle,
         inbox: Inbox,
         trust: Arc<Trust>,
         knocks: Knocks,
     ) -> Peers {
-        let mut peers = Peers { me, links: BTreeMap::new(), runtime, inbox, trust, knocks };
+        let mut peers = Peers { me, process, links: BTreeMap::new(), runtime, inbox, trust, knocks };
         peers.follow(seeds);
         peers
     }
@@ -105,7 +125,7 @@ impl Peers {
         let (raft, raft_queue) = mpsc::channel(QUEUE_MAX);
         let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
         let (address, at) = watch::channel(to.member.clone());
-        let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+        let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Knock::default()));
         self.knocks.lock().unwrap_or_else(PoisonError::into_inner).insert(to.replica, knock.clone());
         let keeper = Keeper {
             to: to.replica,
@@ -114,6 +134,7 @@ impl Peers {
             bulk: bulk_queue,
             up: up.clone(),
             knock,
+            process: self.process,
             inbox: self.inbox.clone(),
             trust: self.trust.clone(),
         };
@@ -141,7 +162,8 @@ struct Keeper {
     raft: mpsc::Receiver<PeerMessage>,
     bulk: mpsc::Receiver<PeerMessage>,
     up: Arc<AtomicBool>,
-    knock: Arc<Notify>,
+    knock: Arc<Knock>,
+    process: u64,
     inbox: Inbox,
     trust: Arc<Trust>,
 }
@@ -154,7 +176,7 @@ impl Keeper {
             let attempt = tokio::select! {
                 attempt = connect(&address, self.to, &self.trust) => attempt,
                 // It has just come up, or moved: what was sent before that is lost.
-                () = self.knock.notified() => continue,
+                () = self.knock.came.notified() => continue,
                 _ = self.at.changed() => continue,
             };
             match attempt {
@@ -182,7 +204,7 @@ impl Keeper {
             }
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
-                () = self.knock.notified() => {}
+                () = self.knock.came.notified() => {}
             }
         }
     }
@@ -204,8 +226,9 @@ impl Keeper {
         self.up.store(true, Ordering::Relaxed);
         let mut address = self.at.clone();
         tokio::select! {
-            error = pump(&mut self.raft, raft) => error,
-            error = pump(&mut self.bulk, bulk) => error,
+            error = pump(&mut self.raft, raft, self.process) => error,
+            error = pump(&mut self.bulk, bulk, self.process) => error,
+            () = self.knock.anew.notified() => "its process has started anew".to_owned(),
             error = connection.closed() => net::describe(&error),
             _ = address.changed() => "it has moved".to_owned(),
         }
@@ -223,9 +246,11 @@ async fn connect(address: &str, to: ReplicaId, trust: &Trust) -> Result<Connecti
 }
 
 /// Writes messages, as many at once as wait.
-async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream) -> String {
+async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream, process: u64) -> String {
     let (mut messages, mut bytes) = (Vec::new(), Vec::new());
-    if let Err(error) = codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION }).await {
+    if let Err(error) =
+        codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION, process }).await
+    {
         return error.to_string();
     }
     while queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
@@ -246,14 +271,13 @@ async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream) -
 /// Serves a connection that another coordinator made to this one, until it ends.
 pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from: ReplicaId) {
     let knock = knocks.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned();
-    if let Some(knock) = knock {
-        knock.notify_waiters();
-    }
+    let knock = knock.unwrap_or_default();
+    knock.came.notify_waiters();
     let mut streams = tokio::task::JoinSet::new();
     while let Ok(stream) = connection.accept_uni().await {
-        let (inbox, connection) = (inbox.clone(), connection.clone());
+        let (inbox, connection, knock) = (inbox.clone(), connection.clone(), knock.clone());
         streams.spawn(async move {
-            if let Err(why) = listen(&inbox, stream, from).await {
+            if let Err(why) = listen(&inbox, stream, from, &knock).await {
                 connection.close(net::REFUSED, why.as_bytes());
             }
         });
@@ -261,7 +285,7 @@ pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from
 }
 
 /// Hands in what comes. Where there is no room it is dropped, as a network would.
-async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId) -> Result<(), String> {
+async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId, knock: &Knock) -> Result<(), String> {
     let mut frames = Frames::new(codec::FRAME_MAX);
     let mut greeted = false;
     while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
@@ -269,9 +293,8 @@ async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId) -> Resul
         if !greeted {
             let hello = frames.next_versioned::<PeerHello>().map_err(|error| error.to_string())?;
             greeted = hello.is_some();
-            if !greeted {
-                continue;
-            }
+            let Some(hello) = hello else { continue };
+            knock.says_hello(hello.process);
         }
         let mut events = Vec::new();
         while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {

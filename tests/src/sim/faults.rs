@@ -5,8 +5,11 @@ use super::net::{GOOD, Path, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
-use fleet_coordinator::control::{Input, Room};
+use fleet_coordinator::control::{Control, Input, Room};
 use fleet_coordinator::raft::disk::Table;
+use fleet_coordinator::raft::memory::MemoryDisk;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// The end of a fault.
 #[derive(Clone, Debug)]
@@ -21,7 +24,16 @@ pub enum Mend {
     /// Not ends, but things that come later: a kill if it is still the same process, another try.
     Restart(u32, u64),
     Remove(ReplicaId),
+    /// A disk that was put back has had time to be noticed: the host, and who knew better, each with its life.
+    Noticed {
+        host: (u32, u64),
+        knower: (u32, u64),
+        since: Micros,
+    },
 }
+
+/// For a coordinator that was put back to be found.
+const NOTICED: Micros = 15 * SECOND;
 
 impl World {
     pub fn on_fault(&mut self) {
@@ -45,8 +57,9 @@ impl World {
             80..86 => self.cut_machine(),
             86..91 => drop(self.break_a_rank().map(|what| self.say(format_args!("{what}")))),
             91..93 => self.blackout(),
-            93..96 => self.damage(),
-            96..97 => self.revoke_one(),
+            93..95 => self.damage(),
+            95..97 => self.put_back(),
+            97..98 => self.revoke_one(),
             _ => self.change_members(),
         }
     }
@@ -119,10 +132,13 @@ impl World {
     fn pause_one(&mut self) {
         let Some(number) = self.any_serving() else { return };
         let site = Site::Host(number);
-        let takes = self.random.range(100 * MS..6 * SECOND);
+        // Now and then for longer than a lease: a machine that was suspended or moved.
+        let longest = if self.random.chance(1, 8) { 30 * SECOND } else { 6 * SECOND };
+        let takes = self.random.range(100 * MS..longest);
         self.say(format_args!("fault: {site} stands still for {} ms", takes / MS));
+        let now = self.queue.now();
         if let Some(host) = self.hosts.get_mut(&number) {
-            host.paused = true;
+            (host.paused, host.paused_at) = (true, now);
         }
         self.net.pause(site, true);
         self.queue.after(takes, Event::Mend(Mend::Resume(site)));
@@ -302,6 +318,78 @@ impl World {
         self.say(format_args!("fault: on host-{number} {what}"));
     }
 
+    /// A machine is put back to a copy of its disk, or its disk is emptied. Never a second one while a first is not replaced, and only
+    /// where all others have what it had: what two of three have forgotten nobody can know.
+    fn put_back(&mut self) {
+        if !self.is_complete() {
+            return;
+        }
+        let Some(number) = self.any_serving() else { return };
+        let Some(copied) = self.hosts.get_mut(&number).and_then(|host| host.copied.take()) else {
+            return self.copy_disks();
+        };
+        let disk = if self.random.chance(1, 4) { MemoryDisk::default() } else { copied };
+        let knower = self.who_knows(number, &disk);
+        let commits =
+            self.hosts.values().map(|host| host.control.as_ref().map(|it| it.replica().commit_index()));
+        let commits: BTreeSet<Option<u64>> = commits.collect();
+        let (Some(knower), 1) = (knower, commits.len()) else { return };
+        self.crash_host(number, Doom::Killed);
+        let Some(host) = self.hosts.get_mut(&number) else { return };
+        host.disk = Arc::new(disk);
+        host.damaged = true;
+        let life = host.life + 1;
+        self.say(format_args!(
+            "fault: the disk of host-{number} is put back to an older state, as host-{knower} can tell"
+        ));
+        let knower = (knower, self.hosts.get(&knower).map_or(0, |host| host.life));
+        self.queue.after(
+            NOTICED,
+            Event::Mend(Mend::Noticed { host: (number, life), knower, since: self.queue.now() }),
+        );
+    }
+
+    fn copy_disks(&mut self) {
+        for host in self.hosts.values_mut().filter(|host| host.copied.is_none()) {
+            host.copied = Some(host.disk.after_power_failure(usize::MAX));
+        }
+    }
+
+    /// Another coordinator that has seen more of this one's disk than there would be.
+    fn who_knows(&self, number: u32, disk: &MemoryDisk) -> Option<u32> {
+        let id = self.hosts.get(&number)?.replica?.0;
+        let last = disk.last_key(Table::Log).map_or(0, |key| super::watch::index_of(&key));
+        let more = |control: &Control<MemoryDisk>| {
+            control.replica().marks().into_iter().any(|(of, mark)| of == id && mark.at.index > last)
+        };
+        let others = self.hosts.values().filter(|host| host.number != number && host.is_serving());
+        others.filter(|host| host.control.as_ref().is_some_and(more)).map(|host| host.number).next()
+    }
+
+    /// One who knew better has been there all the time.
+    fn must_be_noticed(
+        &mut self,
+        (number, life): (u32, u64),
+        (knower, knowers_life): (u32, u64),
+        since: Micros,
+    ) {
+        let there = |number: u32, life: u64| {
+            self.hosts
+                .get(&number)
+                .is_some_and(|host| host.life == life && host.is_serving() && host.stable_since <= since)
+        };
+        let (one, other) = (Site::Host(number), Site::Host(knower));
+        let paths = self.net.good_since(one, other, since) && self.net.good_since(other, one, since);
+        if there(knower, knowers_life)
+            && paths
+            && self.hosts.get(&number).is_some_and(|host| host.life == life && host.is_serving())
+        {
+            self.violated(format!(
+                "host-{number} was put back to an older state and takes part, though host-{knower} could tell"
+            ));
+        }
+    }
+
     pub fn on_mend(&mut self, mend: Mend) {
         let now = self.queue.now();
         match mend {
@@ -328,6 +416,7 @@ impl World {
             Mend::StartAgent(number) => self.start_agent(number),
             Mend::Restart(number, life) => self.restart_at_once(number, life),
             Mend::Remove(replica) => self.order_removal(replica),
+            Mend::Noticed { host, knower, since } => self.must_be_noticed(host, knower, since),
         }
     }
 
@@ -361,9 +450,12 @@ impl World {
         hosts.chain(machines).chain(self.clients.keys().map(|client| Site::Client(*client))).collect()
     }
 
-    /// After a crash the machine is there again after a while.
+    /// After a crash the process is there again: often before anybody has missed it, as operating systems do, or after a while.
     pub fn restart_later(&mut self, number: u32) {
-        let wait: Micros = 100 * MS + self.random.around(5 * SECOND);
+        let wait: Micros = match self.random.chance(1, 2) {
+            true => self.random.range(100 * MS..2 * SECOND),
+            false => 100 * MS + self.random.around(5 * SECOND),
+        };
         self.queue.after(wait, Event::Mend(Mend::StartHost(number)));
     }
 }

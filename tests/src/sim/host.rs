@@ -25,6 +25,9 @@ const DIAL_AGAIN: Micros = 200 * MS;
 /// A write and its sync take so long on a good disk, about.
 pub const SYNC: Micros = 500;
 
+/// Who stood still for longer has lost connections, and must not hold the silence against anybody.
+const STANDSTILL: Micros = 5 * SECOND / 2;
+
 /// A machine's clocks: the wall clock may be wrong by hours, the other one runs a little too fast or too slow.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Clock {
@@ -78,6 +81,7 @@ pub struct Host {
     pub control: Option<Control<MemoryDisk>>,
     pub life: u64,
     pub paused: bool,
+    pub paused_at: Micros,
     /// A write and its sync take so long.
     pub sync: Micros,
     pub doom: Option<Doom>,
@@ -85,8 +89,13 @@ pub struct Host {
     pub retired: Option<String>,
     /// Its disk was spoilt on purpose.
     pub damaged: bool,
+    /// A copy that somebody made of its disk.
+    pub copied: Option<MemoryDisk>,
     /// Since when nothing was wrong with the process and its disk.
     pub stable_since: Micros,
+    /// The term in which it leads, and since when it has done so without standing still for long.
+    pub led_in: Option<u64>,
+    pub leads_since: Micros,
     /// How far its log was looked at, as a leader and as far as it is committed, and at which position its state was compared last.
     pub logged: u64,
     pub checked: u64,
@@ -118,11 +127,15 @@ impl Host {
             control: None,
             life: 0,
             paused: false,
+            paused_at: 0,
             sync: SYNC,
             doom: None,
             retired: None,
             damaged: false,
+            copied: None,
             stable_since: 0,
+            led_in: None,
+            leads_since: 0,
             logged: 0,
             checked: 0,
             compared: 0,
@@ -163,6 +176,7 @@ impl Host {
     pub fn begin(&mut self, control: Control<MemoryDisk>) {
         self.refused = removed_coordinators(control.state());
         self.control = Some(control);
+        self.led_in = None;
         self.paused = false;
         self.doom = None;
         self.inbox.clear();
@@ -210,6 +224,9 @@ impl World {
         let Some(host) = self.hosts.get_mut(&number).filter(|host| host.paused) else { return };
         host.paused = false;
         host.run_planned = false;
+        if now > host.paused_at + STANDSTILL {
+            host.leads_since = now;
+        }
         if host.stable_since != Micros::MAX {
             host.stable_since = now;
         }
@@ -322,6 +339,7 @@ impl World {
                     self.answer(number, call, Answered::Proposed(result), true);
                 }
                 Action::Members => self.follow_members(number),
+                Action::Alarm(what) => self.say(format_args!("host-{number} is alarmed: {what}")),
                 Action::Decided(why) => self.say(format_args!("host-{number} decides: {why}")),
                 Action::Removed(why) => self.retire(number, &why),
             }
@@ -457,6 +475,8 @@ impl World {
     pub fn host_hears(&mut self, number: u32, conn: ConnId, payload: Payload) {
         match (payload, self.purposes.get(&conn).cloned()) {
             (Payload::Peer(message), Some(Purpose::Peer { from, .. })) => {
+                self.notice_peer(number, from);
+                self.note_report(number, &message);
                 self.tell_control(number, Input::Peer { from, message });
             }
             (Payload::FromAgent(message), Some(Purpose::Agent { node })) => {
@@ -480,6 +500,33 @@ impl World {
                 self.tell_control(number, input);
             }
             _ => {}
+        }
+    }
+
+    /// A coordinator that speaks is there: the server dials it at once, and gives up a connection to an earlier process of it.
+    fn notice_peer(&mut self, number: u32, from: ReplicaId) {
+        let now = self.queue.now();
+        let Some(link) = self.hosts.get_mut(&number).and_then(|host| host.links.get_mut(&from)) else {
+            return;
+        };
+        if link.conn.is_some_and(|conn| !self.net.is_open(conn, 1)) {
+            *link = Link::default();
+            self.tell_control(number, Input::PeerLost(from));
+        } else if link.not_before != Micros::MAX {
+            link.not_before = link.not_before.min(now);
+        }
+    }
+
+    /// What a leader is told of agents at other coordinators.
+    fn note_report(&mut self, number: u32, message: &PeerMessage) {
+        let PeerMessage::Observations(report) = message else { return };
+        let leads = |host: &Host| host.control.as_ref().is_some_and(|control| control.replica().leads());
+        if !self.hosts.get(&number).is_some_and(leads) {
+            return;
+        }
+        let now = self.queue.now();
+        for seen in &report.nodes {
+            self.oracle.told(seen.node, number, now.saturating_sub(seen.heard_ms_ago * MS), now);
         }
     }
 

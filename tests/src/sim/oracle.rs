@@ -6,7 +6,8 @@
 //! - Whatever was acknowledged is committed, and a read sees all that was acknowledged before it was asked.
 //! - Slots are never promised twice, and no gang is placed on a node that is drained or lost.
 //! - The steps that a gang tells are recorded without a gap, and a job fails only for a reason that the simulation knows of.
-//! - No node is called lost that a healthy coordinator heard within the lease.
+//! - No node is called lost that a healthy coordinator heard within the lease, nor one of which its leader was told so, whatever became
+//!   of who told it; nor before a whole lease since the node came, since its leader began to lead, and since it stood still last.
 
 use super::queue::{MS, Micros, SECOND};
 use fleet_common::codec;
@@ -51,8 +52,12 @@ pub struct Oracle {
     /// When something that had been acknowledged was in the log at this index; both rise.
     floor: VecDeque<(Micros, u64)>,
     heard: BTreeMap<(NodeId, u32), VecDeque<Micros>>,
-    /// When a leader put an entry into its log, by term and index, where that matters.
-    proposed: BTreeMap<(u64, u64), (Micros, u32)>,
+    /// What each coordinator, while it led, was told of when a node was heard last; and when it was told so.
+    told: BTreeMap<(NodeId, u32), VecDeque<(Micros, Micros)>>,
+    /// When a leader took each node's last registration or return.
+    came: BTreeMap<NodeId, Micros>,
+    /// When a leader put an entry into its log, by term and index.
+    proposed: BTreeMap<(u64, u64), Proposed>,
     pub commands: u64,
 }
 
@@ -69,8 +74,15 @@ struct JobFacts {
 /// A node was called lost: by whom and when, to be judged by who knows the network.
 pub struct Loss {
     pub node: NodeId,
-    pub leader: u32,
+    pub by: Proposed,
+}
+
+/// Who proposed something, when, and since when it had led then without standing still for long.
+#[derive(Clone, Copy, Debug)]
+pub struct Proposed {
     pub at: Micros,
+    pub leader: u32,
+    pub leads_since: Micros,
 }
 
 /// The last lines of what an applied entry did.
@@ -96,6 +108,8 @@ impl Oracle {
             drains: BTreeMap::new(),
             floor: VecDeque::new(),
             heard: BTreeMap::new(),
+            told: BTreeMap::new(),
+            came: BTreeMap::new(),
             proposed: BTreeMap::new(),
             commands: 0,
         }
@@ -112,8 +126,9 @@ impl Oracle {
     // ---- what replicas do ---------------------------------------------------------------------------------------------
 
     /// A leader has put this entry into its log.
-    pub fn logged(&mut self, host: u32, entry: &Entry, now: Micros) {
-        self.proposed.entry((entry.term, entry.index)).or_insert((now, host));
+    pub fn logged(&mut self, leader: u32, leads_since: Micros, entry: &Entry, now: Micros) {
+        let proposed = Proposed { at: now, leader, leads_since };
+        self.proposed.entry((entry.term, entry.index)).or_insert(proposed);
     }
 
     /// A replica has committed this entry.
@@ -134,6 +149,7 @@ impl Oracle {
         }
         self.entries.insert(index, content);
         self.applied = index;
+        self.state.reach(index, entry.term);
         match command_of(entry)? {
             Some(command) => self.apply(entry, command).map(Some),
             None => Ok(None),
@@ -190,14 +206,11 @@ impl Oracle {
                 self.job_changed(*job, index)?;
             }
         }
+        let proposed = self.proposed.get(&(entry.term, index)).copied();
         let mut done = Done { line: None, loss: None };
         match &change {
             Change::MarkNodeLost(lost) if !rejected => {
-                done.loss = self.proposed.get(&(entry.term, index)).map(|&(at, leader)| Loss {
-                    node: lost.node,
-                    leader,
-                    at,
-                });
+                done.loss = proposed.map(|by| Loss { node: lost.node, by });
             }
             Change::DrainNode(DrainNode { node, .. }) | Change::UndrainNode(UndrainNode { node })
                 if !rejected =>
@@ -209,6 +222,14 @@ impl Oracle {
                 self.jobs.entry(cancel.job).or_default().cancelled_at.get_or_insert(index);
             }
             _ => {}
+        }
+        let came = match (&change, &applied.answer) {
+            (Change::DescribeNode(describe), Answer::Done) => Some(describe.node),
+            (_, Answer::Redeemed { member: Member::Worker(node) }) => Some(*node),
+            _ => None,
+        };
+        if let (Some(node), Some(Proposed { at, .. })) = (came, proposed) {
+            self.came.insert(node, at);
         }
         if !rejected {
             self.check_slots(&change)?;
@@ -484,10 +505,47 @@ impl Oracle {
         }
     }
 
+    /// A leader is told by another coordinator that a node was heard at this time.
+    pub fn told(&mut self, node: NodeId, leader: u32, heard: Micros, now: Micros) {
+        let told = self.told.entry((node, leader)).or_default();
+        told.push_back((heard, now));
+        if told.len() > HEARD_KEPT {
+            told.pop_front();
+        }
+    }
+
+    /// A coordinator's process has ended, and with it what it was told.
+    pub fn forgets(&mut self, host: u32) {
+        self.told.retain(|(_, leader), _| *leader != host);
+    }
+
+    /// Why this loss came too early.
+    pub fn too_early(&self, loss: &Loss) -> Option<String> {
+        let Proposed { at, leader, leads_since } = loss.by;
+        let least = LEASE_MS * MS - SECOND / 2;
+        let early = |since: Micros| at < since + least;
+        let known = self.told.get(&(loss.node, leader)).into_iter().flatten().filter(|(_, told)| *told < at);
+        let told = known.map(|(heard, _)| *heard).max().unwrap_or(0);
+        let came = self.came.get(&loss.node).copied().unwrap_or(0);
+        let causes = [
+            (told, "its leader was told that it was heard"),
+            (came, "it came"),
+            (leads_since, "its leader could hear anybody"),
+        ];
+        let (since, what) = causes.into_iter().find(|(since, _)| early(*since))?;
+        let seconds = |at: Micros| at as f64 / 1e6;
+        Some(format!(
+            "{} was called lost at {:.3}, and {what} at {:.3}",
+            loss.node,
+            seconds(at),
+            seconds(since)
+        ))
+    }
+
     /// Who heard a lost node lately enough that its leader should have known, and when.
     pub fn witnesses(&self, loss: &Loss) -> Vec<(u32, Micros)> {
         let lease = LEASE_MS * MS - SECOND / 2;
-        let recent = |at: &&Micros| **at + REPORTED < loss.at && loss.at < **at + lease;
+        let recent = |at: &&Micros| **at + REPORTED < loss.by.at && loss.by.at < **at + lease;
         let of = self.heard.iter().filter(|((node, _), _)| *node == loss.node);
         of.filter_map(|((_, host), times)| Some((*host, *times.iter().rfind(recent)?))).collect()
     }

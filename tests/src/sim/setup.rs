@@ -129,7 +129,11 @@ impl World {
             Ok(None) => return self.control_failed(number, "its disk is empty"),
             Err(error) => return self.control_failed(number, &error.to_string()),
         };
-        let promised = self.watch.restarted(id.0, replica.term(), replica.commit_index(), &host.disk);
+        // What was put back keeps no promise: that it is found is another rule.
+        let promised = match host.damaged {
+            true => Ok(()),
+            false => self.watch.restarted(id.0, replica.term(), replica.commit_index(), &host.disk),
+        };
         let myself = Myself {
             address: address_of(id, number),
             name: format!("host-{number}"),

@@ -246,11 +246,16 @@ impl World {
         let Some(control) = &host.control else { return };
         let replica = control.replica();
         let (commit, applied) = (replica.commit_index(), replica.applied_index());
+        let status = control.status();
+        if host.led_in != status.leading_since_ms.map(|_| status.term) {
+            host.led_in = status.leading_since_ms.map(|_| status.term);
+            host.leads_since = now;
+        }
         if replica.leads() {
             let last = host.disk.last_key(Table::Log).map_or(0, |key| super::watch::index_of(&key));
             for index in host.logged.max(commit).max(last.saturating_sub(4096)) + 1..=last {
                 if let Some(entry) = entry_at(host, index) {
-                    self.oracle.logged(number, &entry, now);
+                    self.oracle.logged(number, host.leads_since, &entry, now);
                 }
             }
             host.logged = last;
@@ -290,20 +295,23 @@ impl World {
     }
 
     fn judge_loss(&mut self, loss: &oracle::Loss) {
+        if let Some(what) = self.oracle.too_early(loss) {
+            self.violated(what);
+        }
         for (host, heard) in self.oracle.witnesses(loss) {
             let since = heard.saturating_sub(oracle::SETTLED);
             let steady = |number: u32| {
                 self.hosts.get(&number).is_some_and(|host| host.is_serving() && host.stable_since < since)
             };
-            let (one, leader) = (Site::Host(host), Site::Host(loss.leader));
-            let near = host == loss.leader
+            let (one, leader) = (Site::Host(host), Site::Host(loss.by.leader));
+            let near = host == loss.by.leader
                 || self.net.good_since(one, leader, since) && self.net.good_since(leader, one, since);
-            if steady(host) && steady(loss.leader) && near {
+            if steady(host) && steady(loss.by.leader) && near {
                 self.violated(format!(
                     "{} was called lost by host-{} at {:.3}, and host-{host} had heard it at {:.3}",
                     loss.node,
-                    loss.leader,
-                    loss.at as f64 / 1e6,
+                    loss.by.leader,
+                    loss.by.at as f64 / 1e6,
                     heard as f64 / 1e6
                 ));
             }
@@ -402,6 +410,7 @@ impl World {
         if host.control.take().is_none() {
             return;
         }
+        self.oracle.forgets(number);
         match doom {
             Doom::Killed => host.disk.restart(),
             Doom::PowerFailure(kept) => host.disk.lose_power(kept),

@@ -143,6 +143,63 @@ fn a_node_is_lost_after_a_lease_of_silence_and_greets_again() {
 }
 
 #[test]
+fn a_coordinator_that_is_back_before_its_agents_have_noticed_costs_no_node() {
+    let mut net = Net::new(3);
+    let (follower, node, _, job) = running(&mut net);
+    net.run(2 * LEASE_MS);
+    for _ in 0..3 {
+        net.kill(follower);
+        net.run(500);
+        net.restart(follower);
+        net.run(1_500);
+        assert!(!net.state(net.leading()).nodes()[&node].lost, "{:?}", net.decided);
+        net.welcome(follower, node, vec![(job, 1)]);
+        net.run(1_000);
+    }
+    net.kill(follower);
+    net.restart(follower);
+    net.run(LEASE_MS - 1_000);
+    assert!(!net.state(net.leading()).nodes()[&node].lost, "its lease begins when it was heard last");
+    net.run(2_000);
+    assert!(net.state(net.leading()).nodes()[&node].lost);
+}
+
+#[test]
+fn a_node_that_came_back_has_a_whole_lease_though_who_heard_it_is_gone() {
+    let mut net = Net::new(3);
+    let (follower, node, session, _) = running(&mut net);
+    net.hearts.remove(&session);
+    net.handle(follower, Input::AgentLost { session });
+    net.run(2 * LEASE_MS + 1_000);
+    assert!(net.state(net.leading()).nodes()[&node].lost);
+    let (leader, now) = (net.leading(), net.now);
+    net.connect(follower, node, vec![]);
+    // The report of the greeting does not reach the leader, the greeting itself does.
+    net.controls.get_mut(&leader).unwrap().observations.forget(now);
+    net.run_until("its return", |net| !net.state(leader).nodes()[&node].lost);
+    net.kill(follower);
+    net.run(LEASE_MS - 2_000);
+    assert!(!net.state(leader).nodes()[&node].lost, "{:?}", net.decided);
+}
+
+#[test]
+fn a_leader_that_stood_still_holds_the_silence_against_nobody() {
+    let mut net = Net::new(1);
+    let node = net.admit_node();
+    let session = net.welcome(1, node, vec![]);
+    net.run(LEASE_MS);
+    // A machine that was suspended: its agents' connections have ended meanwhile.
+    net.now.mono_ms += 10 * LEASE_MS;
+    net.hearts.remove(&session);
+    net.handle(1, Input::AgentLost { session });
+    net.settle();
+    net.run(LEASE_MS - 1_000);
+    assert!(!net.state(1).nodes()[&node].lost, "{:?}", net.decided);
+    net.run(2_000);
+    assert!(net.state(1).nodes()[&node].lost);
+}
+
+#[test]
 fn a_worker_with_a_copied_certificate_is_refused_while_the_first_is_there_at_whichever_coordinator() {
     let mut net = Net::new(3);
     let (follower, node, session, job) = running(&mut net);

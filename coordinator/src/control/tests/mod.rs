@@ -2,6 +2,7 @@
 
 mod agents;
 mod calls;
+mod greeting;
 mod members;
 mod growth;
 mod net;

@@ -36,6 +36,9 @@ pub(super) struct Net {
     pub closed: BTreeMap<Session, (String, bool)>,
     pub taken: BTreeMap<Session, usize>,
     pub decided: Vec<String>,
+    pub alarms: Vec<(u64, String)>,
+    /// Coordinators that had to stop, and why.
+    pub stopped: BTreeMap<u64, String>,
     pub removed: BTreeMap<u64, String>,
     /// Whose connections each coordinator refuses for ever.
     gates: BTreeMap<u64, BTreeSet<u64>>,
@@ -112,6 +115,8 @@ impl Net {
             closed: BTreeMap::new(),
             taken: BTreeMap::new(),
             decided: Vec::new(),
+            alarms: Vec::new(),
+            stopped: BTreeMap::new(),
             removed: BTreeMap::new(),
             gates: BTreeMap::new(),
             hearts: BTreeMap::new(),
@@ -137,7 +142,11 @@ impl Net {
 
     /// A new coordinator that knows of the others.
     pub fn join(&mut self, id: u64) {
-        let disk = Arc::new(MemoryDisk::default());
+        self.join_as(id, Arc::new(MemoryDisk::default()));
+    }
+
+    /// The same on this empty disk.
+    pub fn join_as(&mut self, id: u64, disk: Arc<MemoryDisk>) {
         let replica = Replica::join(disk.clone(), id, "test", 7).unwrap();
         let seeds: Vec<u64> = self.controls.keys().copied().collect();
         self.start(id, disk, replica, &seeds);
@@ -157,6 +166,11 @@ impl Net {
     /// The process starts again, after a power failure.
     pub fn restart(&mut self, id: u64) {
         let disk = Arc::new(self.disks[&id].after_power_failure(0));
+        self.restart_from(id, disk);
+    }
+
+    /// The process starts again, from this disk.
+    pub fn restart_from(&mut self, id: u64, disk: Arc<MemoryDisk>) {
         let replica = Replica::open(disk.clone(), 7).unwrap().unwrap();
         self.start(id, disk, replica, &[]);
     }
@@ -193,7 +207,14 @@ impl Net {
                 sent += 1;
                 wire.push_back((id, to.0, message));
             });
-            let actions = actions.unwrap();
+            let actions = match actions {
+                Ok(actions) => actions,
+                Err(error) => {
+                    self.controls.remove(&id);
+                    self.stopped.insert(id, error.to_string());
+                    continue;
+                }
+            };
             quiet &= sent == 0 && actions.is_empty() && !control.busy();
             actions.into_iter().for_each(|action| self.act(id, action));
         }
@@ -238,6 +259,7 @@ impl Net {
                 self.gates.insert(at, refused);
             }
             Action::Decided(why) => self.decided.push(why),
+            Action::Alarm(what) => self.alarms.push((at, what)),
             Action::Removed(why) => assert!(self.removed.insert(at, why).is_none(), "removed twice"),
         }
     }

@@ -54,6 +54,7 @@ impl<D: Disk> Replica<D> {
 
     fn round(&mut self, send: &mut dyn FnMut(Message), output: &mut Output) -> Result<(), ReplicaError> {
         match &self.doomed {
+            Some(Doom::Contradicted(what)) => return Err(ReplicaError::Contradicted(what.clone())),
             Some(Doom::Forgot(what)) => return Err(LogError::Damaged(what.clone()).into()),
             Some(Doom::NewerSnapshot { from, found }) => {
                 return Err(ReplicaError::NewerSnapshot { from: *from, found: *found });
@@ -152,6 +153,7 @@ impl<D: Disk> Replica<D> {
         for entry in entries {
             let index = entry.index;
             self.bytes_since_snapshot += entry.data.len();
+            self.state.reach(index, entry.term);
             match entry.get_entry_type() {
                 EntryType::EntryNormal if entry.data.is_empty() => {}
                 EntryType::EntryNormal => {
@@ -212,16 +214,23 @@ impl<D: Disk> Replica<D> {
     fn write_rows(&mut self) -> Result<(), ReplicaError> {
         let commit = self.commit_index();
         let known = self.node.store().hard_state().commit == commit;
-        if self.rows.is_empty() && known && !self.members_changed {
+        let marks = self.marks_are_due();
+        if self.rows.is_empty() && known && !self.members_changed && !marks {
             return Ok(());
         }
         let hard = HardState { commit, ..self.node.store().hard_state().clone() };
         let mut staged = self.node.store().stage(Vec::new(), Some(hard))?;
         staged.batch.ops.extend(self.rows.ops.iter().cloned());
+        if marks {
+            self.node.store().stage_marks(&self.marks, &mut staged.batch)?;
+        }
         let durability = if self.members_changed { Durability::Synced } else { Durability::Written };
         self.node.mut_store().write(&staged, durability)?;
         self.rows = Batch::default();
         self.members_changed = false;
+        if marks {
+            (self.marks_changed, self.marks_written) = (false, self.ticks);
+        }
         for Removal { table, from, to } in std::mem::take(&mut self.removals) {
             self.node.store().disk().reclaim(table, &key(&[from]), &key(&[to]))?;
         }

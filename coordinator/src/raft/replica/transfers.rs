@@ -1,7 +1,8 @@
 //! The two ends of a snapshot's way from one replica to another: what this one waits for, and what it keeps for those who fetch.
 
-use super::{Replica, ReplicaError, TRANSFER_LEASE_TICKS};
+use super::{Doom, Replica, ReplicaError, TRANSFER_LEASE_TICKS};
 use crate::raft::disk::{Disk, DiskError};
+use crate::raft::image;
 use crate::raft::transfer::{self, Chunk, Fetch, Taken};
 use raft::{ProgressState, SnapshotStatus, StateRole};
 
@@ -49,7 +50,13 @@ impl<D: Disk> Replica<D> {
             Ok(Taken::Lost) => self.incoming = None,
             Ok(Taken::Complete(message)) => {
                 self.incoming = None;
-                drop(self.node.step(*message));
+                let bytes = &message.get_snapshot().data;
+                match image::decode(bytes).map(|state| self.lost_past(from, &state)) {
+                    Ok(None) => drop(self.node.step(*message)),
+                    Ok(Some(what)) => self.doomed = Some(Doom::Contradicted(what)),
+                    // One that cannot be read is asked for again: it may come from a better disk.
+                    Err(_) => {}
+                }
             }
             // The rows come again when there is room.
             Err(DiskError::Unwritable(_)) => {}
