@@ -384,7 +384,9 @@ fn left_out(lines: u64, bytes: u64) -> String {
 fn program_line(event: &EventBody, ranks: u32) {
     let (rank, level, line) = match event {
         EventBody::Log { rank, level, line } => (rank, level, line),
-        EventBody::LeftOut { lines, bytes } => return out::note(&format!("[node] {}", left_out(*lines, *bytes))),
+        EventBody::LeftOut { lines, bytes } => {
+            return out::note(&format!("[node] {}", left_out(*lines, *bytes)));
+        }
         _ => return,
     };
     let prefix = rank_prefix(*rank, ranks);

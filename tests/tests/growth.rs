@@ -14,7 +14,9 @@ const BOUND: u64 = 32 << 20;
 
 /// Prints `count` lines as fast as it can, each beginning with its number.
 fn talk(count: u64) -> String {
-    format!("awk 'BEGIN {{ s = sprintf(\"%4085s\", \"\"); gsub(/ /, \"x\", s); for (n = 0; n < {count}; n++) printf \"%09d %s\\n\", n, s }}'")
+    format!(
+        "awk 'BEGIN {{ s = sprintf(\"%4085s\", \"\"); gsub(/ /, \"x\", s); for (n = 0; n < {count}; n++) printf \"%09d %s\\n\", n, s }}'"
+    )
 }
 
 fn bytes_in(dir: &Path) -> u64 {
@@ -41,16 +43,17 @@ fn a_talkative_job_leaves_little_on_the_coordinators_and_all_of_it_on_its_node()
     let worker = all.worker(7, 1);
     let cluster = all.data_dir(0).display().to_string();
     let fleet = |args: &[&str]| world.run("fleet", &[args, &["--cluster", &cluster]].concat());
-    let done = world.run(
-        "fleet",
-        &["submit", "--wait", "--json", "--cluster", &cluster, "--", "sh", "-c", &talk(LINES)],
-    );
+    let done = world
+        .run("fleet", &["submit", "--wait", "--json", "--cluster", &cluster, "--", "sh", "-c", &talk(LINES)]);
     done.expect(0);
     let logs = fleet(&["logs", "job-1", "--json"]).expect(0);
     let (lines, left_out) = shown(&logs);
     assert!(left_out > LINES / 2, "{left_out} lines are said to be left out, {} were shown", lines.len());
     assert_eq!(lines.len() as u64 + left_out, LINES, "every line was shown or is counted");
-    assert!(lines.is_sorted() && lines[..100] == (0..100).collect::<Vec<_>>()[..], "the first ones are there");
+    assert!(
+        lines.is_sorted() && lines[..100] == (0..100).collect::<Vec<_>>()[..],
+        "the first ones are there"
+    );
     for n in 0..all.count() {
         let bytes = bytes_in(&all.data_dir(n));
         assert!(bytes < BOUND, "{} MiB on coordinator {n}", bytes >> 20);
@@ -60,7 +63,8 @@ fn a_talkative_job_leaves_little_on_the_coordinators_and_all_of_it_on_its_node()
 
     let full = fleet(&["logs", "job-1", "--full", "--rank", "0"]).expect(0);
     assert_eq!(full.stdout.len() as u64, LINES);
-    let whole = |(n, line): (usize, &String)| line.starts_with(&format!("[rank 0] {n:09} x")) && line.len() == 4_104;
+    let whole =
+        |(n, line): (usize, &String)| line.starts_with(&format!("[rank 0] {n:09} x")) && line.len() == 4_104;
     assert!(full.stdout.iter().enumerate().all(whole), "a line is not whole, or not in its place");
     fleet(&["logs", "job-1", "--full", "--rank", "3"]).expect(2).says("job-1 has no rank 3");
     drop(worker);

@@ -2,7 +2,9 @@
 
 use super::Context;
 use crate::cluster::history::HistoryRow;
-use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, line_cost};
+use fleet_common::events::{
+    CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, line_cost,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
 use fleet_common::protocol::{JobState, Wish, Work};
@@ -167,7 +169,8 @@ impl JobRecord {
         if let EventBody::LeftOut { lines: 0, .. } = event.body {
             return;
         }
-        let full = self.events >= LOGGED_EVENTS_MAX || self.told.bytes.saturating_add(cost) > LOGGED_BYTES_MAX;
+        let full =
+            self.events >= LOGGED_EVENTS_MAX || self.told.bytes.saturating_add(cost) > LOGGED_BYTES_MAX;
         if !full && !overfull {
             self.told.bytes += cost;
             return self.record(id, event, context);

@@ -52,12 +52,8 @@ impl Kept {
 
     fn forget(&mut self, unix_ms: u64) -> Vec<Removal> {
         self.script.index += 1;
-        let command = crate::cluster::Command {
-            unix_ms,
-            request: None,
-            why: None,
-            change: Change::Forget(Forget),
-        };
+        let command =
+            crate::cluster::Command { unix_ms, request: None, why: None, change: Change::Forget(Forget) };
         let applied = self.script.state.apply(self.script.index, command);
         self.keep(&applied.removed);
         applied.removed
@@ -141,7 +137,9 @@ fn runs_exports_profiles_and_decisions_go_as_well_but_not_an_open_run() {
     left.dedup();
     // The newest decision is no unit of its own yet.
     assert_eq!(left, [Table::Decisions, Table::Metrics]);
-    assert!(kept.script.state.runs().contains_key(&RunId(1)) && !kept.script.state.runs().contains_key(&RunId(2)));
+    assert!(
+        kept.script.state.runs().contains_key(&RunId(1)) && !kept.script.state.runs().contains_key(&RunId(2))
+    );
     let all: u64 = kept.rows.values().sum();
     assert_eq!(kept.retention().bytes(), all, "what is counted is what is there");
 }

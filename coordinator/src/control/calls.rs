@@ -169,7 +169,12 @@ impl<D: Disk> Control<D> {
                 self.start_watch(call, frame.stale);
             }
             Request::Output { job, rank, from } => {
-                open(Kind::Output(OutputOf { job, rank, from, deadline_ms: now.mono_ms + OUTPUT_DEADLINE_MS }))?;
+                open(Kind::Output(OutputOf {
+                    job,
+                    rank,
+                    from,
+                    deadline_ms: now.mono_ms + OUTPUT_DEADLINE_MS,
+                }))?;
                 self.reads.add(Reader::Output(call));
             }
             request if !request.is_change() => {

@@ -9,7 +9,9 @@ use super::{Action, Call, Control, Now, PeerMessage, Session};
 use crate::raft::disk::Disk;
 use crate::raft::replica::Ticket;
 use fleet_common::ids::{JobId, NodeId, Rank, ReplicaId};
-use fleet_common::protocol::{OUTPUT_ASKED_MAX, OutputPiece, OutputWish, Refusal, RefusalKind, Reply, ToAgent};
+use fleet_common::protocol::{
+    OUTPUT_ASKED_MAX, OutputPiece, OutputWish, Refusal, RefusalKind, Reply, ToAgent,
+};
 use std::collections::BTreeMap;
 
 /// For a piece to come: a node that is in touch reads it in milliseconds.
@@ -91,7 +93,8 @@ impl<D: Disk> Control<D> {
             }
             _ => Vec::new(),
         };
-        let of_agent = self.outputs.asked.values().filter(|asked| session.is_some() && asked.session == session);
+        let of_agent =
+            self.outputs.asked.values().filter(|asked| session.is_some() && asked.session == session);
         if self.outputs.asked.len() >= ASKED_MAX || of_agent.count() >= OUTPUT_ASKED_MAX {
             return self.tell_output(whom, Err(busy()));
         }

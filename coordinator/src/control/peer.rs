@@ -61,10 +61,7 @@ pub enum PeerMessage {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OutputSaid {
     /// A piece of it, please, if you hold the agent of this node. The ticket in the wish is not looked at.
-    Wanted {
-        node: NodeId,
-        wish: OutputWish,
-    },
+    Wanted { node: NodeId, wish: OutputWish },
     /// The agent's answer.
     Answered(Box<Result<OutputPiece, String>>),
     /// The agent is not held here.

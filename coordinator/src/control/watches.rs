@@ -37,7 +37,15 @@ pub(super) struct Watch {
 
 impl Watch {
     pub fn new(job: JobId, from: u64, follow: bool, now: Now) -> Watch {
-        Watch { job, next: from.max(1), follow, started: false, untaken: 0, opened_ms: now.mono_ms, unix_ms: now.unix_ms }
+        Watch {
+            job,
+            next: from.max(1),
+            follow,
+            started: false,
+            untaken: 0,
+            opened_ms: now.mono_ms,
+            unix_ms: now.unix_ms,
+        }
     }
 }
 

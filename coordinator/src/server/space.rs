@@ -67,7 +67,8 @@ impl Watermark {
         let reserve = (total_bytes / RESERVE_PART).clamp(RESERVE_MIN_BYTES, RESERVE_BYTES);
         // What was refused is refused until there is a little more.
         let below = |limit: u64, state: State| {
-            free < limit || (self.state >= state && self.state != State::ReadOnly && free < limit + MARGIN_BYTES)
+            free < limit
+                || (self.state >= state && self.state != State::ReadOnly && free < limit + MARGIN_BYTES)
         };
         let state = match () {
             () if read_only => State::ReadOnly,
@@ -134,8 +135,12 @@ mod tests {
             RESERVE_BYTES + MARGIN_BYTES,
         ];
         let said = said(TOTAL, &frees);
-        assert!(matches!(&said[1], Some(Room::Little(why)) if why.contains("255 MiB free") && why.contains("260 MiB")));
-        assert!(matches!(&said[4], Some(Room::None(why)) if why.contains("15 MiB free") && why.contains("20 MiB")));
+        assert!(
+            matches!(&said[1], Some(Room::Little(why)) if why.contains("255 MiB free") && why.contains("260 MiB"))
+        );
+        assert!(
+            matches!(&said[4], Some(Room::None(why)) if why.contains("15 MiB free") && why.contains("20 MiB"))
+        );
         assert!(matches!(said[6], Some(Room::Little(_))));
         assert_eq!(said[7], Some(Room::Enough));
         assert!([0, 2, 3, 5].iter().all(|at| said[*at].is_none()), "said once: {said:?}");

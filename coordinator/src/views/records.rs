@@ -84,9 +84,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
 
     pub(super) fn export(&self, id: ExportId) -> Result<ExportView, Refusal> {
         let export = self.history.row(Table::Exports, id.0).map_err(unreadable)?;
-        export.ok_or_else(|| {
-            self.no_such(id.0, self.state.last_export(), &id.to_string(), "fleet exports ls")
-        })
+        export
+            .ok_or_else(|| self.no_such(id.0, self.state.last_export(), &id.to_string(), "fleet exports ls"))
     }
 
     /// Without their histograms.

@@ -4,8 +4,8 @@
 use super::{OutputArgs, Target, connect, jobs};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
-use crate::{out, text};
 use crate::report::{Report, Style};
+use crate::{out, text};
 use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::{JobId, Rank};

@@ -91,7 +91,10 @@ mod tests {
             removed_unix_ms: Some(0),
         };
         let said = sentence(&view, 91 * day * 1_000);
-        assert!(said.contains("within 90 d, and at most 4.00 GB") && said.contains("1,200 that ended"), "{said}");
+        assert!(
+            said.contains("within 90 d, and at most 4.00 GB") && said.contains("1,200 that ended"),
+            "{said}"
+        );
         assert!(said.contains("3 that ended 91 d ago"), "{said}");
     }
 }

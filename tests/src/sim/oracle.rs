@@ -360,9 +360,7 @@ impl Oracle {
 
     /// Whether a row was removed because it was too old or there was too much: then nobody need find it.
     pub fn is_removed(&self, table: Table, number: u64) -> bool {
-        let has = |removal: &Removal| {
-            removal.table == table && (removal.from..removal.to).contains(&number)
-        };
+        let has = |removal: &Removal| removal.table == table && (removal.from..removal.to).contains(&number);
         self.removed.iter().any(has)
     }
 

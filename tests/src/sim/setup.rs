@@ -13,9 +13,7 @@ use super::watch::Watch;
 use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
-use fleet_coordinator::cluster::commands::{
-    COMMAND_LEVEL, Change, CreateToken, RedeemToken, SetRetention,
-};
+use fleet_coordinator::cluster::commands::{COMMAND_LEVEL, Change, CreateToken, RedeemToken, SetRetention};
 use fleet_coordinator::cluster::members::{ReplicaRecord, Standing};
 use fleet_coordinator::cluster::{Command, State};
 use fleet_coordinator::control::{Control, Myself, TICK_MS};

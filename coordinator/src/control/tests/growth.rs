@@ -146,5 +146,8 @@ fn output_that_cannot_come_is_refused_in_one_line() {
     net.handle(follower, Input::AgentLost { session });
     net.settle();
     let away = ask(&mut net, job, 0);
-    assert!(why(&away).contains("box is not connected, and what its ranks printed is only there"), "{away:?}");
+    assert!(
+        why(&away).contains("box is not connected, and what its ranks printed is only there"),
+        "{away:?}"
+    );
 }

@@ -3,6 +3,6 @@
 mod agents;
 mod calls;
 mod greeting;
-mod members;
 mod growth;
+mod members;
 mod net;

@@ -255,8 +255,7 @@ impl<D: Disk> Replica<D> {
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
         let state = image::encode(&self.state)?;
         let keep = Keep { entries: self.sizes.keep_behind, bytes: self.sizes.keep_behind_bytes };
-        let staged =
-            self.node.store().stage_compaction(self.applied, self.conf.clone(), state, keep)?;
+        let staged = self.node.store().stage_compaction(self.applied, self.conf.clone(), state, keep)?;
         self.node.mut_store().write(&staged, Durability::Synced)?;
         self.bytes_since_snapshot = 0;
         Ok(())
