@@ -101,7 +101,9 @@ fn what_ended_long_ago_is_removed_with_all_that_belongs_to_it_and_nothing_else_i
 #[test]
 fn the_oldest_goes_where_there_is_too_much() {
     let mut kept = Kept::new();
-    (0..10).for_each(|_| drop(kept.ended_job()));
+    for _ in 0..10 {
+        kept.ended_job();
+    }
     kept.limit(u64::MAX / 2, kept.retention().bytes() / 2);
     kept.forget(1);
     let left = kept.jobs();
@@ -149,7 +151,9 @@ fn the_state_knows_all_that_is_gone_also_behind_the_memory() {
     let mut kept = Kept::new();
     let running = kept.script.submit(1);
     let jobs = FINISHED_IN_STATE as u64 + 20;
-    (0..jobs).for_each(|_| drop(kept.ended_job()));
+    for _ in 0..jobs {
+        kept.ended_job();
+    }
     kept.keep(&[]);
     let everything = kept.rows.clone();
     kept.limit(u64::MAX / 2, kept.retention().bytes() / 2);
@@ -167,7 +171,9 @@ fn the_state_knows_all_that_is_gone_also_behind_the_memory() {
 fn one_command_removes_so_many_at_most() {
     let mut kept = Kept::new();
     let jobs = FORGOTTEN_AT_ONCE as u64 + 5;
-    (0..jobs).for_each(|_| drop(kept.ended_job()));
+    for _ in 0..jobs {
+        kept.ended_job();
+    }
     kept.limit(0, 1);
     kept.forget(1 << 50);
     assert_eq!(kept.jobs().len(), 5);

@@ -259,6 +259,8 @@ fn describe(action: &Action) -> Option<String> {
             format!("send {}: {}", batch.first_seq, events.join(", "))
         }
         Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
+        Action::Send(FromAgent::Output { .. }) => "send output".into(),
+        Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
         Action::Prepare { job, .. } => match &job.checkpoint.resume {
