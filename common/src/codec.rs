@@ -51,6 +51,11 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
     Ok(bytes)
 }
 
+/// Bytes that a value takes when it is encoded.
+pub fn encoded_len<T: Serialize>(value: &T) -> Result<usize, CodecError> {
+    bincode::serde::encode_into_std_write(value, &mut io::sink(), CONFIG).map_err(CodecError::Encode)
+}
+
 /// Decodes one value that fills `bytes` exactly.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     check_length(bytes.len(), FRAME_MAX)?;

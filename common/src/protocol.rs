@@ -19,11 +19,13 @@ use std::str::FromStr;
 
 mod client;
 mod environment;
+mod output;
 mod records;
 mod views;
 
 pub use client::*;
 pub use environment::*;
+pub use output::*;
 pub use records::*;
 pub use views::*;
 
@@ -168,6 +170,11 @@ pub enum FromAgent {
     Renew {
         csr_der: Vec<u8>,
     },
+    /// The answer to `ToAgent::ReadOutput`: a piece of a rank's output, or why there is none, in one line.
+    Output {
+        ticket: u64,
+        result: Result<OutputPiece, String>,
+    },
 }
 
 impl Versioned for FromAgent {
@@ -249,6 +256,8 @@ pub enum ToAgent {
     Authorities {
         mark: [u8; 32],
     },
+    /// A piece of what a rank printed, please. At most `OUTPUT_ASKED_MAX` of these are unanswered on a connection.
+    ReadOutput(OutputWish),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,12 +1,13 @@
 //! What clients ask and what they are answered.
 
 use super::environment::*;
+use super::output::OutputPiece;
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
-use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
+use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, Rank, ReplicaId, RunId};
 use crate::net::Authorities;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -165,6 +166,19 @@ pub enum Request {
     },
     /// How far the CA's replacement is.
     Authority,
+    /// A piece of what a rank of a job's last start printed, from this byte on: from the file on its node.
+    Output {
+        job: JobId,
+        rank: Rank,
+        from: u64,
+    },
+    /// How much of the history is kept.
+    Retention,
+    /// What is given replaces what was.
+    SetRetention {
+        age_s: Option<u64>,
+        bytes: Option<u64>,
+    },
 }
 
 /// Changes that one client may have under way at once: as many as the streams of a connection.
@@ -194,7 +208,8 @@ impl Request {
             | Request::GiveSecrets { .. }
             | Request::RemoveSecrets(_)
             | Request::RotateCa
-            | Request::FinishCa { .. } => true,
+            | Request::FinishCa { .. }
+            | Request::SetRetention { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -216,7 +231,9 @@ impl Request {
             | Request::Profile(_)
             | Request::Position
             | Request::Environment { .. }
-            | Request::Authority => false,
+            | Request::Authority
+            | Request::Output { .. }
+            | Request::Retention => false,
         }
     }
 }
@@ -351,6 +368,8 @@ pub enum Reply {
     Position(u64),
     Environment(Vec<VariableView>),
     Authority(Box<AuthorityView>),
+    Output(OutputPiece),
+    Retention(RetentionView),
 }
 
 /// One line, and what kind of refusal it is.

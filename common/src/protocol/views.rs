@@ -159,3 +159,20 @@ pub struct DecisionView {
     pub unix_ms: u64,
     pub why: String,
 }
+
+/// How much is kept of what has ended, and how much there is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RetentionView {
+    /// What ended longer ago is removed, in seconds.
+    pub age_s: u64,
+    /// The oldest of what has ended is removed where there is more than this.
+    pub bytes_max: u64,
+    /// Of all rows that are kept, as they are counted: what RocksDB needs besides is not in it.
+    pub bytes: u64,
+    /// Jobs, runs and the like that have ended and are kept.
+    pub ended: u64,
+    /// Those that were removed.
+    pub removed: u64,
+    /// When the newest of those had ended.
+    pub removed_unix_ms: Option<u64>,
+}

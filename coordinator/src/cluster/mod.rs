@@ -14,6 +14,7 @@ pub mod jobs;
 pub mod members;
 pub mod orders;
 pub mod records;
+pub mod retention;
 pub mod runs;
 pub mod session;
 pub mod submissions;
@@ -27,6 +28,7 @@ use fleet_common::protocol::{Member, Refusal, RefusalKind, Work};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
+use retention::{Removal, Retention};
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
 use session::{Lookup, RequestId, Sessions, Stamp};
@@ -59,6 +61,7 @@ pub struct State {
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
     submissions: Submissions,
+    retention: Retention,
     last_replica: u64,
     last_node: u64,
     last_user: u64,
@@ -89,6 +92,8 @@ pub struct Applied {
     pub answer: Answer,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    /// Rows of earlier commands that are not kept any more.
+    pub removed: Vec<Removal>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,6 +149,15 @@ pub(crate) struct Context {
     pub unix_ms: u64,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    pub removed: Vec<Removal>,
+    /// Bytes of what was added to the history.
+    pub kept: u64,
+}
+
+impl Context {
+    fn new(unix_ms: u64) -> Context {
+        Context { unix_ms, effects: Vec::new(), history: Vec::new(), removed: Vec::new(), kept: 0 }
+    }
 }
 
 impl State {
@@ -165,6 +179,7 @@ impl State {
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
             submissions: Submissions::default(),
+            retention: Retention::default(),
             last_replica: 0,
             last_node: 0,
             last_user: 0,
@@ -197,7 +212,7 @@ impl State {
     /// Applies the command at position `index` of the log. A request that was applied before gets its earlier answer and changes
     /// nothing.
     pub fn apply(&mut self, index: u64, command: Command) -> Applied {
-        let mut context = Context { unix_ms: command.unix_ms, effects: Vec::new(), history: Vec::new() };
+        let mut context = Context::new(command.unix_ms);
         let answer = match command.request.map(|stamp| self.sessions.look_up(&stamp)) {
             Some(Lookup::Answered(answer)) => answer,
             Some(Lookup::Forgotten) => Answer::rejected(
@@ -224,7 +239,8 @@ impl State {
             }
         };
         self.sessions.expire(index);
-        Applied { answer, effects: context.effects, history: context.history }
+        self.retention.added(context.kept);
+        Applied { answer, effects: context.effects, history: context.history, removed: context.removed }
     }
 
     /// Whether this request was applied, and its client may not know.
@@ -236,9 +252,9 @@ impl State {
     fn decided(&mut self, unix_ms: u64, why: &str, context: &mut Context) {
         self.last_decision += 1;
         let why = why.chars().take(history::WHY_MAX).collect();
-        context
-            .history
-            .push(HistoryRow::Decision { number: self.last_decision, decision: Decision { unix_ms, why } });
+        let (number, decision) = (self.last_decision, Decision { unix_ms, why });
+        let bytes = context.keep(HistoryRow::Decision { number, decision });
+        self.retention.decided(number, bytes, unix_ms);
     }
 
     /// As a backup has it: of the secrets in the environments of jobs only the names.

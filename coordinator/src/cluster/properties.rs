@@ -52,6 +52,7 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             }))
         }),
         Just(log),
+        (0..9u64).prop_map(|lines| EventBody::LeftOut { lines, bytes: 3 * lines }),
         Just(finished()),
         (0..5u64).prop_map(stopped),
     ]
@@ -529,6 +530,8 @@ fn commands_keep_their_bytes() {
             Change::RecordExport(RecordExport { record: export(5, 2) }),
             "140502046f6e6e78072f6d2e6f6e6e780940".to_owned() + &hex::encode("ef".repeat(32)),
         ),
+        (Change::Forget(Forget), "16".into()),
+        (Change::SetRetention(SetRetention { age_ms: Some(7), bytes: None }), "17010700".into()),
         (
             Change::RecordProfile(RecordProfile { record: profile(RunKey::Job(job_id)) }),
             "1500050170".to_owned()
@@ -564,4 +567,4 @@ fn commands_keep_their_bytes() {
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 28;
+const COMMANDS: usize = 30;

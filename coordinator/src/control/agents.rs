@@ -118,6 +118,7 @@ impl<D: Disk> Control<D> {
         match message {
             // The driver's own: it has the CA.
             FromAgent::Heartbeat { .. } | FromAgent::Renew { .. } => {}
+            FromAgent::Output { ticket, result } => self.output_came(session, ticket, result),
             FromAgent::Hello(_) if agent.phase != Phase::Silent => {
                 self.close_agent(session, "a worker greets once per connection", false);
             }
@@ -296,6 +297,11 @@ impl<D: Disk> Control<D> {
                 }
             }
         }
+    }
+
+    /// The session that speaks for a node, once it is welcome.
+    pub(super) fn session_of(&self, node: NodeId) -> Option<Session> {
+        self.agents.by_node.get(&node).copied()
     }
 
     /// Passes on the events that wait, one piece of every agent at a time.

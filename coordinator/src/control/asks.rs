@@ -4,7 +4,7 @@
 //! Asking twice is harmless: a change carries a request id, or is idempotent (`RecordEvents`, `DescribeNode`, `FailJob` ...).
 
 use super::reads::Reader;
-use super::{Action, Call, Control, Now, PeerMessage, Session, Told};
+use super::{Action, Call, Control, Now, PeerMessage, Room, Session, Told};
 use crate::cluster::commands::Change;
 use crate::cluster::session::Stamp;
 use crate::cluster::{Answer, Command};
@@ -44,6 +44,8 @@ pub(super) enum Asker {
     Members(Why),
     /// This coordinator's record of itself.
     Myself,
+    /// The leader removes what is over the limits of the history.
+    History,
 }
 
 pub(super) enum Outcome {
@@ -133,7 +135,7 @@ impl Ask {
 impl Asker {
     /// Only of use while this replica leads.
     fn is_leaders_own(&self) -> bool {
-        matches!(self, Asker::Planner(_) | Asker::Members(_))
+        matches!(self, Asker::Planner(_) | Asker::Members(_) | Asker::History)
     }
 }
 
@@ -310,6 +312,7 @@ impl<D: Disk> Control<D> {
             Asker::Planner(why) => self.planned(why, result),
             Asker::Members(why) => self.members_changed(why, result),
             Asker::Myself => self.described(),
+            Asker::History => self.forgets.under_way = false,
         }
     }
 
@@ -321,8 +324,10 @@ impl<D: Disk> Control<D> {
         command: &mut Command,
     ) -> Result<(), Unproposed> {
         let refuse = |refusal| Err(Unproposed::Refused(refusal));
-        if let Some(why) = &self.low_space {
-            return refuse(unavailable(why.clone()));
+        match &self.room {
+            Room::Enough => {}
+            Room::Little(_) if command.change.frees(self.replica.state()) => command.change.thin(),
+            Room::Little(why) | Room::None(why) => return refuse(unavailable(why.clone())),
         }
         let (wanted, known) = (command.change.level(), self.replica.state().level());
         if wanted > known {

@@ -1,6 +1,7 @@
 //! Requests from outside: clients', joiners' and the driver's. Each is open until it was answered or its caller is gone.
 
 use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable, undecided};
+use super::outputs::{OUTPUT_DEADLINE_MS, OutputOf};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
@@ -37,6 +38,8 @@ enum Kind {
     /// A change of this client.
     Change(ClientId),
     Watch(Watch),
+    /// A piece of what a rank printed.
+    Output(OutputOf),
     Join {
         redeem: Box<RedeemToken>,
         request: RequestId,
@@ -116,6 +119,19 @@ impl Calls {
         })
     }
 
+    pub fn output(&self, id: Call) -> Option<OutputOf> {
+        match self.open.get(&id)?.kind {
+            Kind::Output(of) => Some(of),
+            _ => None,
+        }
+    }
+
+    /// Those that wait for output and have waited too long.
+    pub fn late_outputs(&self, now_ms: u64) -> Vec<Call> {
+        let late = |call: &OpenCall| matches!(call.kind, Kind::Output(of) if now_ms >= of.deadline_ms);
+        self.open.iter().filter(|(_, call)| late(call)).map(|(id, _)| *id).collect()
+    }
+
     pub fn ids(&self) -> Vec<Call> {
         self.open.keys().copied().collect()
     }
@@ -160,6 +176,15 @@ impl<D: Disk> Control<D> {
             Request::Watch { job, from, follow } => {
                 open(Kind::Watch(Watch::new(job, from, follow, now)))?;
                 self.start_watch(call, frame.stale);
+            }
+            Request::Output { job, rank, from } => {
+                open(Kind::Output(OutputOf {
+                    job,
+                    rank,
+                    from,
+                    deadline_ms: now.mono_ms + OUTPUT_DEADLINE_MS,
+                }))?;
+                self.reads.add(Reader::Output(call));
             }
             request if !request.is_change() => {
                 open(Kind::Once)?;

@@ -106,10 +106,29 @@ pub enum Input {
     Look(Call),
     /// The key of the CA with this certificate (DER) is on this coordinator's disk.
     HoldsCa(Vec<u8>),
-    /// Why nothing may be written, or that there is room again.
-    LowSpace(Option<String>),
+    /// What may be written, as far as the room on the disk goes.
+    Room(Room),
     /// This coordinator is about to be stopped: if it leads, another one shall.
     StepDown,
+}
+
+/// How much room there is for writes. The words are for people: why, and what helps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Room {
+    #[default]
+    Enough,
+    /// The reserve: only what ends something, cuts somebody off or makes room (`Change::frees`).
+    Little(String),
+    None(String),
+}
+
+impl Room {
+    pub fn why(&self) -> Option<&str> {
+        match self {
+            Room::Enough => None,
+            Room::Little(why) | Room::None(why) => Some(why),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

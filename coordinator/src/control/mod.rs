@@ -24,10 +24,12 @@ mod io;
 mod leaving;
 mod members;
 mod observations;
+mod outputs;
 mod peer;
 mod planning;
 mod reads;
 mod repairs;
+mod retention;
 mod session;
 mod transfers;
 mod views;
@@ -35,7 +37,7 @@ mod watches;
 
 pub use calls::stamp;
 pub use io::{
-    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Session,
+    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Room, Session,
     Status, TICK_MS,
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
@@ -54,10 +56,12 @@ use fleet_common::protocol::Member;
 use greeting::Greeting;
 use leaving::Leaving;
 use observations::Observations;
+use outputs::Outputs;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
 use repairs::Repairs;
+use retention::Forgets;
 use std::collections::{BTreeMap, BTreeSet};
 use transfers::Transfers;
 use watches::Watches;
@@ -92,7 +96,10 @@ pub struct Control<D: Disk> {
     seen: Option<Observed>,
     transfers: Transfers,
     repairs: Repairs,
-    low_space: Option<String>,
+    outputs: Outputs,
+    /// When it was looked last whether anything of the history is to be removed, or that is under way.
+    forgets: Forgets,
+    room: Room,
     /// `Action::Members` is due.
     members_changed: bool,
     /// Certificate of the newest CA of which the key is on this coordinator's disk.
@@ -146,7 +153,9 @@ impl<D: Disk> Control<D> {
             seen: None,
             transfers: Transfers::default(),
             repairs: Repairs::default(),
-            low_space: None,
+            outputs: Outputs::default(),
+            forgets: Forgets::default(),
+            room: Room::Enough,
             members_changed: false,
             holds_ca: None,
             leaving: None,
@@ -184,7 +193,7 @@ impl<D: Disk> Control<D> {
             Input::Propose { call, request, by, change } => self.take_change(now, call, request, by, change),
             Input::Look(call) => self.take_look(call),
             Input::HoldsCa(der) => self.holds_ca = Some(der),
-            Input::LowSpace(why) => self.low_space = why,
+            Input::Room(room) => self.room = room,
             Input::StepDown => self.hand_over(now),
         }
     }
@@ -208,6 +217,8 @@ impl<D: Disk> Control<D> {
             self.look_after_watches(now);
             self.look_after_joins(now);
             self.look_after_ca(now);
+            self.look_after_outputs(now);
+            self.look_after_retention(now);
             self.observations.forget(now);
         }
     }
@@ -234,6 +245,7 @@ impl<D: Disk> Control<D> {
             PeerMessage::Told { ticket, told } => self.told(now, from, ticket, told),
             PeerMessage::Observations(report) => self.take_report(now, from, report),
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
+            PeerMessage::Output { ticket, said } => self.output_said(now, from, ticket, said),
             PeerMessage::Marks { marks, asks } => self.take_marks(now, from, marks, asks),
             PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
@@ -314,7 +326,7 @@ impl<D: Disk> Control<D> {
 
     fn recover(&mut self, now: Now) -> Result<(), ControlError> {
         let due = now.mono_ms.saturating_sub(self.recovered_ms) >= RECOVER_EVERY_MS;
-        if due && self.replica.full().is_some() && self.low_space.is_none() {
+        if due && self.replica.full().is_some() && !matches!(self.room, Room::None(_)) {
             self.recovered_ms = now.mono_ms;
             self.replica.recover()?;
         }
@@ -329,6 +341,7 @@ impl<D: Disk> Control<D> {
                 self.lead = None;
                 self.drop_leaders_asks();
                 (self.decisions, self.promoting) = (0, false);
+                self.forgets.under_way = false;
             }
             None if self.replica.leads() => {
                 self.lead = Some(Lead { term, since_ms: now.mono_ms });
@@ -403,9 +416,9 @@ impl<D: Disk> Control<D> {
         &self.history
     }
 
-    /// Why nothing can be written here.
+    /// Why nothing, or not everything, can be written here.
     fn read_only(&self) -> Option<&str> {
-        self.replica.full().or(self.low_space.as_deref())
+        self.replica.full().or(self.room.why())
     }
 
     /// The disk cannot be written, and the others go on without this replica: what it knows may be old.

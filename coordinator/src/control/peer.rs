@@ -10,7 +10,7 @@ use crate::raft::replica::Ticket;
 use crate::raft::transfer::{Chunk, Fetch};
 use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::net::{KeyHash, PrivateKey};
-use fleet_common::protocol::{CoordinatorAddress, Refusal, Reply, Request};
+use fleet_common::protocol::{CoordinatorAddress, OutputPiece, OutputWish, Refusal, Reply, Request};
 use serde::{Deserialize, Serialize};
 
 /// Nodes in one report: 10,000 agents at one coordinator, all heard since the last report, twice over.
@@ -66,6 +66,24 @@ pub enum PeerMessage {
     },
     /// The coordinators that the sender knows, each with the hash of its key: for one that was away when some of them joined.
     Coordinators(Vec<(CoordinatorAddress, KeyHash)>),
+    /// Of what a rank printed.
+    Output {
+        ticket: Ticket,
+        said: OutputSaid,
+    },
+}
+
+/// What coordinators say to each other of ranks' output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum OutputSaid {
+    /// A piece of it, please, if you hold the agent of this node. The ticket in the wish is not looked at.
+    Wanted { node: NodeId, wish: OutputWish },
+    /// The agent's answer.
+    Answered(Box<Result<OutputPiece, String>>),
+    /// The agent is not held here.
+    Elsewhere,
+    /// It is, and has enough to do.
+    Busy,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

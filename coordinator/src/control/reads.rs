@@ -37,6 +37,7 @@ pub(super) enum Reader {
     },
     Greeting(Session),
     Watch(Call),
+    Output(Call),
     Join(Call),
     Look(Call),
 }
@@ -156,6 +157,7 @@ impl<D: Disk> Control<D> {
             }
             Reader::Greeting(session) => self.greeting_read(now, session),
             Reader::Watch(call) => self.watch_read(call),
+            Reader::Output(call) => self.output_read(now, call),
             Reader::Join(call) => self.join_read(now, call),
             Reader::Look(call) => self.looked(call, Ok(())),
         }

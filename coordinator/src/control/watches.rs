@@ -31,11 +31,21 @@ pub(super) struct Watch {
     /// Replies that the driver has not passed on.
     untaken: usize,
     opened_ms: u64,
+    /// The wall clock then.
+    unix_ms: u64,
 }
 
 impl Watch {
     pub fn new(job: JobId, from: u64, follow: bool, now: Now) -> Watch {
-        Watch { job, next: from.max(1), follow, started: false, untaken: 0, opened_ms: now.mono_ms }
+        Watch {
+            job,
+            next: from.max(1),
+            follow,
+            started: false,
+            untaken: 0,
+            opened_ms: now.mono_ms,
+            unix_ms: now.unix_ms,
+        }
     }
 }
 
@@ -125,7 +135,7 @@ impl<D: Disk> Control<D> {
 
     fn serve_watch(&mut self, call: Call, read: &mut usize) -> Result<Served, Refusal> {
         let Some(watch) = self.calls.watch(call) else { return Ok(Served::Waits) };
-        let (recorded, over) = events_of(self.replica.state(), &self.history, watch.job)?;
+        let (recorded, over) = events_of(self.replica.state(), &self.history, watch.job, watch.unix_ms)?;
         let left = (recorded + 1).saturating_sub(watch.next);
         let room = REPLIES_MAX.saturating_sub(watch.untaken).min(CHUNK);
         if left > 0 && room > 0 {

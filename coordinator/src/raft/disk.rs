@@ -43,7 +43,7 @@ impl Table {
         Table::Profiles,
     ];
 
-    /// Immutable facts under keys that follow from the log: rows are added, never changed and never removed.
+    /// Immutable facts under keys that follow from the log: rows are added, never changed, and removed by a command of the log.
     pub const HISTORY: [Table; 8] = [
         Table::Events,
         Table::Works,
@@ -160,6 +160,11 @@ pub trait Disk: Send + Sync + 'static {
     ) -> Result<(), DiskError>;
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError>;
+
+    /// Gives room back where rows were deleted and none will be written again: `from <= key < to`. A wish.
+    fn reclaim(&self, _table: Table, _from: &[u8], _to: &[u8]) -> Result<(), DiskError> {
+        Ok(())
+    }
 
     /// Makes the disk usable again after `Unwritable`, where it can be.
     fn recover(&self) -> Result<(), DiskError>;

@@ -1,9 +1,10 @@
-//! The history on the disk: events and work of all jobs, finished ones included. Read by anyone, written only with the log.
+//! The history on the disk: events and work of jobs, finished ones included. Read by anyone, written only with the log.
 
 use super::disk::{Batch, Disk, DiskError, Table};
 use super::seal;
 use super::stretch::{Damage, broken};
 use crate::cluster::history::{HistoryRow, key};
+use crate::cluster::retention::Removal;
 use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::{JobId, RunId};
@@ -115,6 +116,12 @@ pub fn stage(row: &HistoryRow, batch: &mut Batch) -> Result<(), DiskError> {
     })?;
     batch.put(table, &key, seal::seal(table, &key, payload));
     Ok(())
+}
+
+/// Adds to a batch that rows are not kept any more.
+pub fn stage_removal(removal: &Removal, batch: &mut Batch) {
+    let Removal { table, from, to } = *removal;
+    batch.delete_range(table, &key(&[from]), &key(&[to]));
 }
 
 fn open<T: DeserializeOwned>(table: Table, key: &[u8], value: &[u8]) -> Result<T, DiskError> {

@@ -24,6 +24,11 @@ const WAL_MAX: u64 = 8 << 20;
 const BLOCK_CACHE: usize = 8 << 20;
 /// Sorted files held open.
 const OPEN_FILES: i32 = 64;
+/// Bytes of one sorted file, of the first sorted level, and of what one compaction takes in: it writes as much before it removes, which
+/// has to fit into the reserve of a disk that is nearly full.
+const SORTED_FILE: u64 = 16 << 20;
+const FIRST_LEVEL: u64 = 32 << 20;
+const COMPACTION_MAX: u64 = 64 << 20;
 
 /// What RocksDB says where there is no room, and where the file system was made read-only (by the kernel after an error, or by hand).
 const UNWRITABLE: [&str; 5] =
@@ -275,6 +280,13 @@ impl Disk for RocksDisk {
         self.damages().first_key_value().map(|(table, why)| (*table, why.clone()))
     }
 
+    /// Drops the files that have nothing else: a compaction, which needs room itself, does the rest in its time.
+    fn reclaim(&self, table: Table, from: &[u8], to: &[u8]) -> Result<(), DiskError> {
+        self.with(|db| {
+            db.delete_file_in_range_cf(family(db, table)?, from, to).map_err(|error| self.error(error))
+        })
+    }
+
     /// RocksDB refuses all writes after one that could not be made, until it is opened again.
     fn recover(&self) -> Result<(), DiskError> {
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
@@ -391,6 +403,9 @@ fn family_options(cache: &Cache, is_damaged: bool) -> Options {
     let mut options = Options::default();
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(WRITE_BUFFER);
+    options.set_target_file_size_base(SORTED_FILE);
+    options.set_max_bytes_for_level_base(FIRST_LEVEL);
+    options.set_max_compaction_bytes(COMPACTION_MAX);
     options.set_disable_auto_compactions(is_damaged);
     options
 }

@@ -2,7 +2,8 @@
 //! after the other, each from where the last one ended, and may lose the connection in between.
 //!
 //! The state comes first, then the rows of the history. Those are facts that never change, so the source may already have more of
-//! them than the snapshot's position says, and the receiver may keep them whatever becomes of the snapshot.
+//! them than the snapshot's position says, or have removed some since, and the receiver may keep them whatever becomes of the snapshot:
+//! what the installed state does not count any more is removed with its installation, and what is removed later comes with the log.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
 use super::image;
@@ -204,6 +205,10 @@ impl Incoming {
 
     pub fn source(&self) -> u64 {
         self.message.from
+    }
+
+    pub fn at(&self) -> Position {
+        self.at
     }
 
     pub fn fetch(&self) -> Fetch {

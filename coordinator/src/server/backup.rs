@@ -14,7 +14,6 @@ use crate::raft::rocks::RocksDisk;
 use crate::raft::stretch::{self, END_OF_KEYS, End, Stretch};
 use anyhow::{Context, Result, anyhow, bail};
 use fleet_common::files::NewFile;
-use fleet_common::net::ClusterCa;
 use std::io::BufWriter;
 use std::path::Path;
 use std::sync::Arc;

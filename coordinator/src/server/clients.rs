@@ -193,8 +193,8 @@ impl Stream {
                 Ok(Reply::Certificate { certificate_der, authorities })
             }
             Request::RotateCa => {
-                let id = crate::cluster::session::RequestId { client: frame.client, seq: frame.seq };
-                self.rotate(id).await
+                let stamp = crate::control::stamp(&frame);
+                self.rotate(stamp).await
             }
             _ => Ok(shared.calls.ask(self.caller, frame).await),
         }
@@ -208,7 +208,7 @@ impl Stream {
     }
 
     /// Makes a CA that is to follow. Its key is on this disk before anybody hears of it.
-    async fn rotate(&self, id: crate::cluster::session::RequestId) -> Result<Reply, Refusal> {
+    async fn rotate(&self, stamp: crate::cluster::session::Stamp) -> Result<Reply, Refusal> {
         let (shared, user) = (&self.shared, self.user()?);
         if !shared.gate.is_admin(self.caller) {
             // Before a key is made for nothing; the state has the last word.
@@ -218,7 +218,7 @@ impl Stream {
         let der = shared.trust.make_next().map_err(|error| unavailable(format!("{error:#}")))?;
         shared.calls.inbox().must_take(Event::Input(Input::HoldsCa(der.clone())));
         let change = Change::IntroduceCa(IntroduceCa { der, holder: shared.me });
-        match shared.calls.propose(id, Some(user), change).await? {
+        match shared.calls.propose(stamp, Some(user), change).await? {
             Answer::Rejected(refusal) => Err(refusal),
             _ => Ok(Reply::Done),
         }

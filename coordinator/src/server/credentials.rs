@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use fleet_common::files;
 use fleet_common::ids::ClientId;
 use fleet_common::net::{Applicant, JoinToken, KeyHash, requested_key};
-use fleet_common::protocol::{Refusal, RefusalKind, Role, UNLIMITED_USES};
+use fleet_common::protocol::{Refusal, Role, UNLIMITED_USES};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;

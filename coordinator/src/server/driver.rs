@@ -184,9 +184,9 @@ impl<D: Disk> Driver<D> {
         }
         self.ticks += 1;
         if self.ticks % SPACE_TICKS == 1
-            && let Some(low) = self.around.space.look()
+            && let Some(room) = self.around.space.look()
         {
-            self.control.handle(now, Input::LowSpace(low));
+            self.control.handle(now, Input::Room(room));
         }
         self.control.handle(now, Input::Tick);
     }

@@ -183,8 +183,9 @@ impl Peers {
         if !link.up.load(Ordering::Relaxed) {
             return;
         }
-        let is_bulk = matches!(message, PeerMessage::Chunk(_) | PeerMessage::Rows(_));
-        let queue = if is_bulk { &link.bulk } else { &link.raft };
+        let bulky =
+            matches!(message, PeerMessage::Chunk(_) | PeerMessage::Rows(_) | PeerMessage::Output { .. });
+        let queue = if bulky { &link.bulk } else { &link.raft };
         let _ = queue.try_send(message);
     }
 }

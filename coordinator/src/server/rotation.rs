@@ -89,7 +89,7 @@ async fn record(shared: Arc<Shared>, member: Member, ca: u64, connection: Option
     let request = RequestId { client: ClientId(rand::random()), seq: 1 };
     for _ in 0..ATTEMPTS {
         let change = Change::ShowCa(ShowCa { member, ca });
-        if shared.calls.propose(request, None, change).await.is_ok() {
+        if shared.calls.propose(request.into(), None, change).await.is_ok() {
             return;
         }
         tokio::time::sleep(RETRY).await;

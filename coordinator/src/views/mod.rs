@@ -7,7 +7,7 @@ mod members;
 mod paging;
 mod records;
 
-pub use jobs::{events_of, no_such_job};
+pub use jobs::{events_of, job_record};
 
 use crate::cluster::State;
 use crate::planner::Observed;
@@ -69,7 +69,10 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Position => Reply::Position(self.raft.applied_index),
             Request::Environment { job, values } => Reply::Environment(self.environment(*job, *values)?),
             Request::Authority => Reply::Authority(Box::new(self.authority())),
+            Request::Retention => Reply::Retention(self.state.retention().view()),
             Request::Submit(_)
+            | Request::SetRetention { .. }
+            | Request::Output { .. }
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
             | Request::Watch { .. }
@@ -113,6 +116,18 @@ impl<D: Disk + ?Sized> View<'_, D> {
             read_only: self.raft.read_only.clone(),
         }
     }
+}
+
+/// A number that was given out, and nothing is known of it any more: "job-7".
+fn removed(state: &State, what: &str, unix_ms: u64) -> Refusal {
+    let ago = state.retention().removed_unix_ms().map_or(0, |at| unix_ms.saturating_sub(at));
+    not_found(format!(
+        "{what} was removed: what ended {} or longer ago is not kept any more, see `fleet retention`",
+        match ago / (24 * 3_600_000) {
+            0 => format!("{} hours", ago / 3_600_000),
+            days => format!("{days} days"),
+        }
+    ))
 }
 
 /// Why something of the history is not shown.

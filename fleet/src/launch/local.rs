@@ -270,6 +270,8 @@ impl Local {
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
         command.args(["--name", "local", "--log-format", "json", "--inherit-env"]);
+        // The cluster ends with its job: all that a program prints is shown, as it would be without fleet.
+        command.args(["--log-rate", "0"]);
         command.stdout(Stdio::piped());
         let mut child = self.spawn(command, "worker")?;
         let pid = child.id().unwrap_or_default();

@@ -6,7 +6,7 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MINUTE, MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, RunId, UserId};
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{ClientFrame, Member, RefusalKind, Reply, Request};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::BTreeMap;

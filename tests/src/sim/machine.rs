@@ -6,6 +6,7 @@ use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, Payload, Purpose, World};
 use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now, Past};
+use fleet_agent::budget::Rates;
 use fleet_agent::gang::{GangId, GangInput};
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::ToAgent;
@@ -84,6 +85,7 @@ impl Machine {
             labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
             process: self.life,
+            lines: Rates::USUAL,
         }
     }
 }
@@ -299,6 +301,8 @@ impl World {
                 let input = GangInput::Memory { rss_mib: Vec::new(), pss_mib: Vec::new() };
                 self.tell_agent_later(number, Input::Gang(gang, input));
             }
+            // Nobody asks in here: what is printed is made up.
+            Action::ReadOutput(_) => {}
             Action::Sweep(gang) => {
                 self.tell_agent_later(number, Input::Gang(gang, GangInput::Swept { left: 0 }))
             }

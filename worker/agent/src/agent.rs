@@ -1,12 +1,13 @@
 //! The agent's decisions, pure: what happened and the time go in, what to do comes out. It opens nothing, waits for nothing, and
 //! draws no random numbers; `driver` does what it says. The simulator runs this same code.
 
+use crate::budget::Rates;
 use crate::gang::{Blow, Fate, GangId, GangInput, Stop, Supervised};
 use crate::verdict;
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
-use fleet_common::protocol::{AgentHello, FromAgent, Gang, PROTOCOL_VERSION, ToAgent, ToRank};
+use fleet_common::protocol::{AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, ToAgent, ToRank};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub struct Config {
     pub host: String,
     /// Drawn when the process began.
     pub process: u64,
+    /// How much of a gang's output goes to the coordinators.
+    pub lines: Rates,
 }
 
 /// What the records on the node's disk say of the worker's processes before this one.
@@ -138,6 +141,8 @@ pub enum Action {
         rank: Rank,
     },
     SampleMemory(GangId),
+    /// Read a piece of a rank's output from its file and send it.
+    ReadOutput(OutputWish),
     /// All ranks are gone: end whatever else there is of the gang. `GangInput::Swept` says when.
     Sweep(GangId),
     /// The cluster has recorded how the gang ended here: its record goes.
@@ -311,6 +316,7 @@ impl Agent {
                     gang.resend_from(next_seq, &self.config, now, out);
                 }
             }
+            ToAgent::ReadOutput(wish) => out.push(Action::ReadOutput(wish)),
             ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),
             // The connection ends by itself; the next one may go better.
             ToAgent::Refused { fatal: false, .. } => {}

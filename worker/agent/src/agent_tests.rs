@@ -550,7 +550,7 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
 }
 
 #[test]
-fn memory_is_reported_as_peaks_before_the_outcome() {
+fn memory_is_reported_as_peaks_when_they_have_grown() {
     let mut stage = Stage::new(Past::default());
     let memory =
         |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
@@ -563,6 +563,6 @@ fn memory_is_reported_as_peaks_before_the_outcome() {
     stage.happen(input(&["rank", "1", "exits", "0"], stage.now));
     assert_eq!(
         stage.seen[3..],
-        ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: memory [15, 20], succeeded after 0"]
+        ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: succeeded after 0"]
     );
 }

@@ -1,12 +1,14 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
 use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
+use crate::budget::Rates;
 use crate::cgroup;
 use crate::container::{Container, Containers, Leader, Remains};
 use crate::coordinators::Coordinators;
 use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
+use crate::output;
 use crate::prepare;
 use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
@@ -18,7 +20,7 @@ use fleet_collectives::Segment;
 use fleet_collectives::shm::Abort;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
-use fleet_common::protocol::{FromAgent, Gang, ToRank};
+use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
 use fleet_common::{exit, terminal};
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
@@ -52,6 +54,8 @@ pub struct Options {
     pub host: Option<String>,
     /// What programs find in their environment before what their job sets.
     pub programs: Base,
+    /// How much of a gang's output goes to the coordinators.
+    pub lines: Rates,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -102,6 +106,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         labels: options.labels,
         host: options.host.unwrap_or_else(|| own_address(options.coordinators.given())),
         process,
+        lines: options.lines,
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
     let node = link::Node {
@@ -309,6 +314,7 @@ impl Driver {
                 }
             }
             Action::SampleMemory(gang) => self.sample_memory(gang),
+            Action::ReadOutput(wish) => self.read_output(wish),
             Action::Forget(gang) => {
                 tracing::info!(%gang, "gang ended");
                 self.records.forget(gang);
@@ -371,7 +377,7 @@ impl Driver {
             let rank = rank as Rank;
             let child = new_rank.and_then(|new_rank| {
                 let (pid, shm_fd) = (new_rank.started.pid, new_rank.shm_fd);
-                let log = dir.join(format!("rank-{rank}.log"));
+                let log = rank_log(dir, rank);
                 let deliveries = Deliveries {
                     key: id,
                     messages: self.messages_sender.clone(),
@@ -389,6 +395,17 @@ impl Driver {
             ranks.push(child.ok());
         }
         Running { container: new.container, ranks, segment: new.segment }
+    }
+
+    /// Answers on the connection on which it was asked.
+    fn read_output(&self, wish: OutputWish) {
+        let Some(outbox) = self.outbox.clone() else { return };
+        let OutputWish { ticket, job, generation, local_rank, from } = wish;
+        let log = rank_log(&self.records.dir_of(GangId { job, generation }), local_rank);
+        tokio::task::spawn_blocking(move || {
+            let result = output::read(&log, from);
+            let _ = outbox.send(FromAgent::Output { ticket, result }); // whoever asked has lost it with the connection
+        });
     }
 
     fn child(&self, gang: GangId, rank: Rank) -> Option<&Child> {
@@ -428,6 +445,11 @@ impl Driver {
     fn end_all(&mut self) {
         self.launcher.spawner.end_all(self.launcher.containers.all());
     }
+}
+
+/// Where the output of a rank begins, which is counted from 0 on this node.
+fn rank_log(gang_dir: &Path, local_rank: Rank) -> PathBuf {
+    gang_dir.join(format!("rank-{local_rank}.log"))
 }
 
 /// The address of this machine on the way to the first coordinator that has one. Nothing is sent.

@@ -173,6 +173,8 @@ pub struct Supervised {
     last_step: u64,
     peak_rss_mib: Vec<u64>,
     peak_pss_mib: Vec<u64>,
+    /// Their sums when they were told last.
+    told_memory_mib: [u64; 2],
 }
 
 impl Supervised {
@@ -219,7 +221,7 @@ impl Supervised {
             world_size: gang.world_size,
             phase: if preparing { Phase::Preparing } else { Phase::Running },
             ranks: (0..count).map(|_| RankState::default()).collect(),
-            stream: EventStream::new(id.job, id.generation),
+            stream: EventStream::new(id.job, id.generation, config.lines),
             stop: None,
             suspicions: Vec::new(),
             own_error: refusal,
@@ -231,6 +233,7 @@ impl Supervised {
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
             peak_pss_mib: vec![0; count as usize],
+            told_memory_mib: [0; 2],
         };
         if supervised.own_error.is_some() {
             supervised.finish(config, now);
@@ -344,6 +347,7 @@ impl Supervised {
                 out.push(Action::Strike { gang: self.id, rank: rank as Rank, blow: Blow::Kill });
             }
         }
+        self.stream.tell_in_time(now.unix_ms, now.mono);
         if self.ranks.iter().all(|state| state.exit.is_some()) {
             self.phase = Phase::Sweeping;
             self.kill_at = None;
@@ -453,7 +457,7 @@ impl Supervised {
             }
             _ => {}
         }
-        self.stream.push(event);
+        self.stream.push(event, now.mono);
     }
 
     fn on_line(&mut self, rank: Option<Rank>, level: Level, mut line: String, now: Now) {
@@ -538,8 +542,12 @@ impl Supervised {
         }
     }
 
+    /// What was told is a peak: it is told again when it has grown.
     fn push_memory(&mut self, now: Now) {
-        if self.peak_rss_mib.iter().any(|&mib| mib > 0) {
+        let told = &mut self.told_memory_mib;
+        let grown = [&self.peak_rss_mib, &self.peak_pss_mib].map(|peaks| peaks.iter().sum());
+        if self.peak_rss_mib.iter().any(|&mib| mib > 0) && *told != grown {
+            *told = grown;
             let body = EventBody::Memory {
                 first_rank: self.first_rank,
                 rss_mib: self.peak_rss_mib.clone(),
@@ -624,7 +632,7 @@ impl Supervised {
     }
 
     fn push(&mut self, now: Now, body: EventBody) {
-        self.stream.push(Event { unix_ms: now.unix_ms, body });
+        self.stream.push(Event { unix_ms: now.unix_ms, body }, now.mono);
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod backoff;
+pub mod budget;
 mod cgroup;
 mod container;
 pub mod coordinators;
@@ -11,6 +12,7 @@ pub mod gang;
 mod lines;
 mod link;
 mod memory;
+mod output;
 mod prepare;
 mod processes;
 pub mod program;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use fleet_agent::budget::Rates;
 use fleet_agent::coordinators::Coordinators;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
@@ -61,6 +62,10 @@ struct Join {
     /// Name or address under which other nodes reach this one [default: the address on the way to the coordinator].
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
+    /// Bytes of one job's output each second that this node sends to the coordinators, which keep it; 0 for all. What is over it is in
+    /// the ranks' files here, and shown by `fleet logs JOB --full`.
+    #[arg(long, value_name = "BYTES", default_value_t = Rates::USUAL.per_s)]
+    log_rate: u64,
     /// How log lines look: auto, human or json.
     #[arg(long, default_value = "auto")]
     log_format: LogFormat,
@@ -119,6 +124,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             labels: join.labels.into_iter().collect(),
             host: join.host,
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
+            lines: Rates::of(join.log_rate),
         };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });

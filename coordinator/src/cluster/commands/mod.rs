@@ -13,6 +13,7 @@ mod drain_node;
 mod fail_job;
 mod finish_ca;
 mod finish_run;
+mod forget;
 mod hold_ca;
 mod introduce_ca;
 mod mark_node_lost;
@@ -26,6 +27,7 @@ mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod set_retention;
 mod show_ca;
 mod start_run;
 mod submit_job;
@@ -42,6 +44,7 @@ pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
 pub use finish_ca::FinishCa;
 pub use finish_run::FinishRun;
+pub use forget::Forget;
 pub use hold_ca::HoldCa;
 pub use introduce_ca::IntroduceCa;
 pub use mark_node_lost::MarkNodeLost;
@@ -55,6 +58,7 @@ pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use set_retention::SetRetention;
 pub use show_ca::ShowCa;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
@@ -97,6 +101,8 @@ pub enum Change {
     HoldCa(HoldCa),
     ShowCa(ShowCa),
     FinishCa(FinishCa),
+    Forget(Forget),
+    SetRetention(SetRetention),
 }
 
 impl Change {
@@ -130,6 +136,8 @@ impl Change {
             Change::HoldCa(command) => command.apply(state, context),
             Change::ShowCa(command) => command.apply(state, context),
             Change::FinishCa(command) => command.apply(state, context),
+            Change::Forget(command) => command.apply(state, context),
+            Change::SetRetention(command) => command.apply(state, context),
         }
     }
 
@@ -143,6 +151,51 @@ impl Change {
             | Change::RecordExport(_)
             | Change::RecordProfile(_) => 2,
             _ => 1,
+        }
+    }
+
+    /// Whether it ends something, cuts somebody off or makes room: what a coordinator still takes whose disk is nearly full.
+    pub fn frees(&self, state: &State) -> bool {
+        match self {
+            Change::MarkNodeLost(_)
+            | Change::CancelJob(_)
+            | Change::FailJob(_)
+            | Change::RevokeToken(_)
+            | Change::PromoteReplica(_)
+            | Change::RemoveReplica(_)
+            | Change::RevokeMember(_)
+            | Change::DrainNode(_)
+            | Change::FinishRun(_)
+            | Change::Forget(_)
+            | Change::SetRetention(_)
+            // Small, and they end the trust in a CA that has leaked.
+            | Change::IntroduceCa(_)
+            | Change::HoldCa(_)
+            | Change::ShowCa(_)
+            | Change::FinishCa(_) => true,
+            Change::ChangeSecrets(change) => change.values.is_none(),
+            // Without its lines (`thinned`): what leads to the end of a job that shall end.
+            Change::RecordEvents(told) => told.ends_a_job(state),
+            Change::CreateToken(_)
+            | Change::RedeemToken(_)
+            | Change::DescribeNode(_)
+            | Change::SubmitJob(_)
+            | Change::SubmitOnce(_)
+            | Change::AssignGang(_)
+            | Change::RegisterReplica(_)
+            | Change::DescribeReplica(_)
+            | Change::UndrainNode(_)
+            | Change::StartRun(_)
+            | Change::RecordMetrics(_)
+            | Change::RecordExport(_)
+            | Change::RecordProfile(_) => false,
+        }
+    }
+
+    /// Takes out what is only for people to read.
+    pub fn thin(&mut self) {
+        if let Change::RecordEvents(told) = self {
+            told.thin();
         }
     }
 
@@ -177,6 +230,8 @@ impl Change {
             Change::HoldCa(_) => "hold_ca",
             Change::ShowCa(_) => "show_ca",
             Change::FinishCa(_) => "finish_ca",
+            Change::Forget(_) => "forget",
+            Change::SetRetention(_) => "set_retention",
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::cluster::fit::fit;
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::{LABELS_MAX, NAME_MAX, clip, is_label};
-use crate::cluster::records::{JobRecord, Progress};
+use crate::cluster::records::{JobRecord, Progress, Told};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, Wish, Work};
@@ -43,7 +43,7 @@ impl SubmitJob {
         }
         state.last_job += 1;
         let job = JobId(state.last_job);
-        context.history.push(HistoryRow::Work { job, work: self.work.clone().without_secrets() });
+        let bytes = context.keep(HistoryRow::Work { job, work: self.work.clone().without_secrets() });
         context.effects.extend([Effect::Plan, Effect::Job(job)]);
         let record = JobRecord {
             name: clip(&self.name),
@@ -61,6 +61,8 @@ impl SubmitJob {
             requeue: false,
             ending: None,
             events: 0,
+            bytes,
+            told: Told::default(),
             progress: Progress::default(),
             data: None,
             checkpoints: Vec::new(),

@@ -299,7 +299,7 @@ fn a_leader_without_room_hands_over_and_the_cluster_goes_on() {
     let mut net = Net::new(3);
     let old = net.leading();
     net.run(1_000);
-    net.handle(old, Input::LowSpace(Some("the disk has no room".into())));
+    net.handle(old, Input::Room(Room::None("the disk has no room".into())));
     net.run_until("another leader", |net| net.leader().is_some_and(|leader| leader != old));
     assert_eq!(net.submit(old), JobId(1), "passed on to who has room");
 }

@@ -4,6 +4,7 @@ mod agents;
 mod calls;
 mod custody;
 mod greeting;
+mod growth;
 mod members;
 mod net;
 mod repairs;

@@ -39,6 +39,11 @@ impl<D: Disk> Replica<D> {
         if self.is_halted() {
             return Ok(());
         }
+        // The log has brought it here meanwhile, and may have removed rows that the snapshot had.
+        let applied = self.applied.index;
+        if self.incoming.take_if(|incoming| incoming.at().index <= applied).is_some() {
+            return Ok(());
+        }
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
             return Ok(());
         };

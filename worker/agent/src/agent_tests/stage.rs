@@ -21,6 +21,7 @@ pub fn config() -> Config {
         labels: BTreeMap::new(),
         host: "box".into(),
         process: 1,
+        lines: Rates::USUAL,
     }
 }
 
@@ -290,6 +291,8 @@ fn describe(action: &Action) -> Option<String> {
             format!("send {}: {}", batch.first_seq, events.join(", "))
         }
         Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
+        Action::Send(FromAgent::Output { .. }) => "send output".into(),
+        Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
         Action::Prepare { job, .. } => match &job.checkpoint.resume {
