@@ -8,7 +8,7 @@ use common::*;
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{self, ClusterCa, Identity};
 use fleet_common::protocol::*;
-use fleet_coordinator::server::{Coordinator, Options, backup};
+use fleet_coordinator::server::{Coordinator, Options, backup, restore};
 use std::time::{Duration, Instant};
 use tempfile::{TempDir, tempdir};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -52,8 +52,8 @@ impl Kept {
 
     fn forget(&mut self, unix_ms: u64) -> Vec<Removal> {
         self.script.index += 1;
-        let command =
-            crate::cluster::Command { unix_ms, request: None, why: None, change: Change::Forget(Forget) };
+        let change = Change::Forget(Forget);
+        let command = crate::cluster::Command { unix_ms, request: None, by: None, why: None, change };
         let applied = self.script.state.apply(self.script.index, command);
         self.keep(&applied.removed);
         applied.removed

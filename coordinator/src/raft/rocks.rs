@@ -282,8 +282,9 @@ impl Disk for RocksDisk {
 
     /// Drops the files that have nothing else: a compaction, which needs room itself, does the rest in its time.
     fn reclaim(&self, table: Table, from: &[u8], to: &[u8]) -> Result<(), DiskError> {
-        self.with(|db| {
-            db.delete_file_in_range_cf(family(db, table)?, from, to).map_err(|error| self.error(error))
+        self.with(|open| {
+            let reclaimed = open.db.delete_file_in_range_cf(open.family(table)?, from, to);
+            reclaimed.map_err(|error| self.error(error))
         })
     }
 

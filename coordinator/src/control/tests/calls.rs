@@ -117,9 +117,9 @@ fn a_change_handed_to_a_leader_that_falls_silent_is_not_said_to_be_undone() {
     let call = net.send(follower, frame(9, 1, program()));
     net.exchange();
     net.run_until("another leader", |net| net.leader().is_some_and(|other| other != leader));
-    let full = Some("the disk has no room".to_owned());
+    let full = Room::None("the disk has no room".to_owned());
     let others: Vec<u64> = net.controls.keys().copied().filter(|id| *id != leader).collect();
-    others.iter().for_each(|id| net.handle(*id, Input::LowSpace(full.clone())));
+    others.iter().for_each(|id| net.handle(*id, Input::Room(full.clone())));
     net.run(6_000);
     match net.reply(call).unwrap() {
         Reply::Submitted { .. } => {}
