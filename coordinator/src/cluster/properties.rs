@@ -523,7 +523,7 @@ fn commands_keep_their_bytes() {
     let request = Some(RequestId { client: ClientId(7), seq: 2 });
     let change = Change::UndrainNode(UndrainNode { node });
     let command = Command { unix_ms: 1, request, by: Some(UserId(5)), why: Some("w".into()), change };
-    assert_eq!(hex::encode(codec::encode(&command).unwrap()), "010107020105".to_owned() + "0177" + "1003");
+    assert_eq!(hex::encode(codec::encode(&command).unwrap()), "01010702".to_owned() + "0105" + "010177" + "1003");
 }
 
 /// Variants of `Change`.
