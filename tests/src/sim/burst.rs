@@ -6,7 +6,7 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MINUTE, MS, Micros, SECOND};
 use super::world::{Answered, Event, Payload, Purpose, Question, World};
-use fleet_common::ids::{ClientId, RunId, UserId};
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{ClientFrame, Member, RefusalKind, Reply, Request};
 use fleet_coordinator::cluster::session::RequestId;
 use std::collections::BTreeMap;
@@ -62,7 +62,7 @@ struct Ask {
 #[derive(Clone, Debug)]
 enum Want {
     Start(String),
-    Finish(RunId),
+    Finish,
     Job(String),
 }
 
@@ -275,7 +275,7 @@ impl World {
             }
             (_, Want::Start(name), Reply::RunStarted(run)) => self.oracle.run_started(name, *run),
             (_, Want::Job(name), Reply::Submitted { job }) => self.oracle.submitted(name, *job, now),
-            (_, Want::Finish(_), Reply::Done) => Ok(()),
+            (_, Want::Finish, Reply::Done) => Ok(()),
             (_, _, Reply::Refused(refusal)) if refusal.kind == RefusalKind::Later => Ok(()),
             (_, _, reply) => Err(format!("it was answered with {reply:?}")),
         };
@@ -294,7 +294,7 @@ impl World {
             burst.open.remove(&seq);
         }
         if let Reply::RunStarted(run) = reply {
-            self.burst_wants(burst, Want::Finish(run), Request::FinishRun { run, succeeded: true });
+            self.burst_wants(burst, Want::Finish, Request::FinishRun { run, succeeded: true });
         }
         self.burst_ends_if_done(burst);
     }
