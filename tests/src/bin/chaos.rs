@@ -10,6 +10,7 @@ use fleet_tests::sim::random::Random;
 use fleet_tests::{Client, Coordinators, TinyJob, World};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -29,23 +30,29 @@ type Curve = Vec<(u64, u64)>;
 /// Between looks at a job that nobody disturbs.
 const LOOK: Duration = Duration::from_millis(500);
 
-fn main() {
+fn main() -> ExitCode {
     let args = Args::parse();
     let seed = args.seed.unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |now| now.as_nanos() as u64)
     });
     println!("seed {seed}");
-    let job = TinyJob { max_steps: args.steps, save_steps: args.steps / 4, ..TinyJob::default() };
+    // All that was started has ended when this returns.
+    match run(seed, args.steps) {
+        Ok(()) => {
+            println!("passed");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            println!("FAILED with seed {seed}: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
-    let calm_world = World::new();
-    let mut calm = Coordinators::start(&calm_world, 1);
-    let calm_nodes = [calm.worker(0, 2), calm.worker(1, 2)];
-    let begun = Instant::now();
-    let calm_curve = train(&calm_world, &mut calm, &job, |_| std::thread::sleep(LOOK));
-    let calm_curve = calm_curve.expect("nothing disturbs it");
-    println!("undisturbed: {} steps in {:.0} s", calm_curve.len(), begun.elapsed().as_secs_f64());
-    drop((calm_nodes, calm));
+fn run(seed: u64, steps: u64) -> Result<(), String> {
+    let job = TinyJob { max_steps: steps, save_steps: steps / 4, ..TinyJob::default() };
+    let calm_curve = undisturbed(&job)?;
 
     let world = World::new();
     let mut coordinators = Coordinators::start(&world, 3);
@@ -57,17 +64,18 @@ fn main() {
     let mut writer = coordinators.any_client();
     let (written, curve) = std::thread::scope(|scope| {
         let writing = scope.spawn(|| write(&mut writer, &over));
+        // Also when the training panics: the scope waits for the writer.
+        let raise = Raise(&over);
         let curve = train(&world, &mut coordinators, &job, |coordinators| {
             faults.strike(coordinators, &mut random);
         });
-        over.store(true, Ordering::Relaxed);
+        drop(raise);
         (writing.join().expect("the writer does not panic"), curve)
     });
-    let curve = curve.unwrap_or_else(|why| {
-        println!("FAILED with seed {seed} after {} kills and {} pauses: {why}", faults.kills, faults.pauses);
-        nodes.iter().for_each(|node| println!("a node said:\n{}", node.complaints()));
-        std::process::exit(1);
-    });
+    let curve = curve.map_err(|why| {
+        let said = nodes.iter().map(|node| format!("\na node said:\n{}", node.complaints()));
+        format!("{why}, after {} kills and {} pauses{}", faults.kills, faults.pauses, said.collect::<String>())
+    })?;
     println!(
         "disturbed: {} steps in {:.0} s, {} kills, {} pauses, {} acknowledged changes, {} attempts of unknown end",
         curve.len(),
@@ -81,18 +89,36 @@ fn main() {
     let found = points(&mut coordinators.any_client(), written.run);
     let lost = written.steps.iter().filter(|step| !found.contains(step)).count();
     let doubled = found.len() - found.iter().collect::<BTreeSet<_>>().len();
-    let steps: Vec<u64> = curve.iter().map(|(step, _)| *step).collect();
-    let missing = (1..=args.steps).filter(|step| !steps.contains(step)).count();
-    let repeated = steps.len() - steps.iter().collect::<BTreeSet<_>>().len();
+    let done: Vec<u64> = curve.iter().map(|(step, _)| *step).collect();
+    let missing = (1..=steps).filter(|step| !done.contains(step)).count();
+    let repeated = done.len() - done.iter().collect::<BTreeSet<_>>().len();
     let identical = curve == calm_curve;
     println!("acknowledged changes lost: {lost}, applied twice: {doubled}");
     println!("steps lost: {missing}, done twice: {repeated}; loss curve bit-identical: {identical}");
-    drop(nodes);
-    if lost + doubled + missing + repeated > 0 || !identical {
-        println!("FAILED with seed {seed}");
-        std::process::exit(1);
+    match lost + doubled + missing + repeated == 0 && identical {
+        true => Ok(()),
+        false => Err("something was lost or done twice".to_owned()),
     }
-    println!("passed");
+}
+
+/// Raised when dropped.
+struct Raise<'a>(&'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The same job with nothing that goes wrong.
+fn undisturbed(job: &TinyJob) -> Result<Curve, String> {
+    let world = World::new();
+    let mut calm = Coordinators::start(&world, 1);
+    let _nodes = [calm.worker(0, 2), calm.worker(1, 2)];
+    let begun = Instant::now();
+    let curve = train(&world, &mut calm, job, |_| std::thread::sleep(LOOK))?;
+    println!("undisturbed: {} steps in {:.0} s", curve.len(), begun.elapsed().as_secs_f64());
+    Ok(curve)
 }
 
 /// Submits the job, calls `meanwhile` again and again until it has ended, and returns its curve.
