@@ -213,7 +213,8 @@ fn joinable(
         while let Some(incoming) = endpoint.accept().await {
             let decide = decide.clone();
             tokio::spawn(async move {
-                let Ok((connection, Accepted::Join)) = accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await
+                let Ok((connection, Accepted::Join)) =
+                    accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await
                 else {
                     return;
                 };
@@ -395,7 +396,9 @@ fn listen_apart(
     runtime.spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             tokio::spawn(async move {
-                if let Ok((connection, _)) = accept(incoming, Socket::Members, MARK, async |_, _| Ok(())).await {
+                if let Ok((connection, _)) =
+                    accept(incoming, Socket::Members, MARK, async |_, _| Ok(())).await
+                {
                     connection.closed().await;
                 }
             });
@@ -454,7 +457,8 @@ async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
     let addr = endpoint.local_addr().unwrap();
     let server = tokio::spawn(async move {
         let incoming = endpoint.accept().await.unwrap();
-        let (connection, accepted) = accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await.unwrap();
+        let (connection, accepted) =
+            accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await.unwrap();
         assert_eq!(accepted, Accepted::Join);
         receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
     });

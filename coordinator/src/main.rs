@@ -210,7 +210,8 @@ fn rotate_ca(args: &RotateCa) -> Result<u8> {
         _ => Step::Begin,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let said = runtime.context("cannot start an event loop")?.block_on(operator::rotate_ca(&args.data_dir, step))?;
+    let said =
+        runtime.context("cannot start an event loop")?.block_on(operator::rotate_ca(&args.data_dir, step))?;
     println!("{said}");
     Ok(exit::SUCCEEDED)
 }

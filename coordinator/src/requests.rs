@@ -2,8 +2,8 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
-    RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
+    CancelJob, Change, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics, RecordProfile,
+    RemoveReplica, RevokeMember, RevokeToken, StartRun, SubmitJob, UndrainNode,
 };
 use crate::cluster::records::Stop;
 use fleet_common::job::Job;

@@ -164,7 +164,10 @@ impl Cluster {
 /// Why a client's identity cannot be used.
 pub enum NoIdentity {
     /// The file of CAs, which a coordinator can show again.
-    DamagedCa { fingerprint: String, failure: Failure },
+    DamagedCa {
+        fingerprint: String,
+        failure: Failure,
+    },
     Other(Failure),
 }
 

@@ -173,7 +173,9 @@ fn a_coordinator_that_was_away_lets_in_one_that_joined_meanwhile_and_leads() {
     });
     // One of the old two stays, which knows the new ones; leadership goes to one of whom the one that is away has never heard.
     let leads = |of: &Standing, at: usize| {
-        views(of).iter().any(|view| view["leads"] == true && view["address"] == all[at].endpoint.quic.as_str())
+        views(of)
+            .iter()
+            .any(|view| view["leads"] == true && view["address"] == all[at].endpoint.quic.as_str())
     };
     let mut stopped = 0;
     all[stopped].process.signal(Signal::SIGSTOP);
@@ -261,7 +263,8 @@ fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     let all: Vec<Standing> = all.into_iter().chain([joined]).collect();
     for one in &all {
         eventually("its CA is the new one", || {
-            ClusterCa::load(&one.data_dir.join("cluster")).unwrap().unwrap().fingerprint() != old.fingerprint()
+            ClusterCa::load(&one.data_dir.join("cluster")).unwrap().unwrap().fingerprint()
+                != old.fingerprint()
         });
         for identity in [&old_local, &before[0]] {
             assert!(matches!(attempt(&one.endpoint.quic, identity), Err(NetError::Refused(_))));
@@ -329,7 +332,9 @@ fn a_coordinator_that_dies_in_between_strands_no_replacement() {
     eventually("another leads", || all.leader().is_some_and(|leader| leader != 2));
     rotate(1, &["--finish", "--force"]).expect(0);
     all.start_again(2);
-    let ca = |n: usize| ClusterCa::load(&Path::new(&all_dir(&world, n)).join("cluster")).unwrap().unwrap().fingerprint();
+    let ca = |n: usize| {
+        ClusterCa::load(&Path::new(&all_dir(&world, n)).join("cluster")).unwrap().unwrap().fingerprint()
+    };
     eventually("all have the same CA", || ca(0) == ca(1) && ca(1) == ca(2));
     eventually("all follow", || {
         let views = all.client(1).coordinators();

@@ -76,13 +76,18 @@ impl Authorities {
     /// Reads what `to_pem` wrote, and files of certificates without fingerprints.
     pub(super) fn from_pem(text: &str) -> Result<Authorities, Unreadable> {
         let told: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(FINGERPRINT)).collect();
-        let unreadable =
-            |why: String, at: usize| Unreadable { why, fingerprint: told.get(at).map(|told| (*told).to_owned()) };
+        let unreadable = |why: String, at: usize| Unreadable {
+            why,
+            fingerprint: told.get(at).map(|told| (*told).to_owned()),
+        };
         let read = pem::parse_many(text).map_err(|error| unreadable(error.to_string(), 0))?;
         let ders: Vec<Vec<u8>> = read.into_iter().map(pem::Pem::into_contents).collect();
         for (at, der) in ders.iter().enumerate() {
             if told.get(at).is_some_and(|told| *told != fingerprint(der)) {
-                return Err(unreadable("a certificate in it does not have the fingerprint before it".into(), at));
+                return Err(unreadable(
+                    "a certificate in it does not have the fingerprint before it".into(),
+                    at,
+                ));
             }
             if let Err(error) = x509_parser::parse_x509_certificate(der) {
                 return Err(unreadable(error.to_string(), at));

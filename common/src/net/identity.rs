@@ -57,7 +57,8 @@ impl Identity {
         authorities: Authorities,
     ) -> Result<Identity, String> {
         let Peer { member, name, cluster_id } = Peer::from_certificate(&certificate_der)?;
-        let identity = Identity { cluster_id, member, name, certificate_der, key_pkcs8_der: key, authorities };
+        let identity =
+            Identity { cluster_id, member, name, certificate_der, key_pkcs8_der: key, authorities };
         tls::check(&identity).map_err(|error| error.to_string())?;
         if identity.authorities.issuer_of(&identity.certificate_der).is_none() {
             return Err("cert.pem was not signed by a CA in ca.pem".into());
@@ -136,7 +137,8 @@ impl Identity {
 
     /// Whether the same CA made both certificates.
     pub fn is_of_same_ca(&self, other: &Identity) -> bool {
-        let issuer = |identity: &Identity| self.authorities.issuer_of(&identity.certificate_der).map(<[u8]>::to_vec);
+        let issuer =
+            |identity: &Identity| self.authorities.issuer_of(&identity.certificate_der).map(<[u8]>::to_vec);
         issuer(self) == issuer(other)
     }
 

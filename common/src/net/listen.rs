@@ -188,7 +188,8 @@ pub fn remote_certificate(connection: &Connection) -> Result<CertificateDer<'sta
 
 /// All that it showed.
 pub(super) fn remote_chain(connection: &Connection) -> Vec<CertificateDer<'static>> {
-    let chain = connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let chain =
+        connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
     chain.map(|chain| *chain).unwrap_or_default()
 }
 

@@ -100,5 +100,7 @@ pub(super) fn role_name(role: Role) -> &'static str {
 }
 
 pub(super) fn parse_role(text: &str) -> Option<Role> {
-    [Role::Coordinator, Role::Worker, Role::Client, Role::Admin].into_iter().find(|role| role_name(*role) == text)
+    [Role::Coordinator, Role::Worker, Role::Client, Role::Admin]
+        .into_iter()
+        .find(|role| role_name(*role) == text)
 }

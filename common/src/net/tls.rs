@@ -128,7 +128,13 @@ impl ServerCertVerifier for ByFingerprint {
             let _ = self.seen.set(shown);
             return Err(rustls::CertificateError::UnknownIssuer.into());
         };
-        server_verifier(&Authorities::one(ca.to_vec()))?.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+        server_verifier(&Authorities::one(ca.to_vec()))?.verify_server_cert(
+            end_entity,
+            &[],
+            server_name,
+            ocsp_response,
+            now,
+        )
     }
 
     fn verify_tls12_signature(

@@ -5,8 +5,8 @@ use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
-use crate::net::Authorities;
 use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
+use crate::net::Authorities;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -103,9 +103,9 @@ fn forbidden(message: String) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::Answer;
     use crate::cluster::commands::{RemoveReplica, RevokeMember, RevokeToken};
     use crate::cluster::tests::{Script, redeem, token, why};
-    use crate::cluster::Answer;
     use fleet_common::ids::{NodeId, ReplicaId};
 
     #[test]

@@ -99,7 +99,11 @@ impl State {
     }
 
     /// The first state's CA, and the keys of its coordinators.
-    pub fn trusting(mut self, ca_der: Vec<u8>, keys: BTreeMap<ReplicaId, fleet_common::net::KeyHash>) -> State {
+    pub fn trusting(
+        mut self,
+        ca_der: Vec<u8>,
+        keys: BTreeMap<ReplicaId, fleet_common::net::KeyHash>,
+    ) -> State {
         self.cas = Cas { number: self.cas.number.max(1), der: ca_der, next: None, previous: None };
         for (replica, key) in keys {
             self.admit(Member::Coordinator(replica), key);

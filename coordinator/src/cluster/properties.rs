@@ -460,7 +460,12 @@ fn commands_keep_their_bytes() {
             format!("000174{zeros}010102"),
         ),
         (
-            Change::RedeemToken(RedeemToken { id: "t".into(), secret_sha256, name: "n".into(), key: [0; 32] }),
+            Change::RedeemToken(RedeemToken {
+                id: "t".into(),
+                secret_sha256,
+                name: "n".into(),
+                key: [0; 32],
+            }),
             format!("010174{zeros}016e{}", "00".repeat(32)),
         ),
         (
@@ -523,7 +528,10 @@ fn commands_keep_their_bytes() {
     let request = Some(RequestId { client: ClientId(7), seq: 2 });
     let change = Change::UndrainNode(UndrainNode { node });
     let command = Command { unix_ms: 1, request, by: Some(UserId(5)), why: Some("w".into()), change };
-    assert_eq!(hex::encode(codec::encode(&command).unwrap()), "01010702".to_owned() + "0105" + "010177" + "1003");
+    assert_eq!(
+        hex::encode(codec::encode(&command).unwrap()),
+        "01010702".to_owned() + "0105" + "010177" + "1003"
+    );
 }
 
 /// Variants of `Change`.

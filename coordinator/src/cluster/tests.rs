@@ -178,7 +178,12 @@ pub(crate) fn token(id: &str, role: Role, uses: u32) -> Change {
 }
 
 pub(crate) fn redeem(id: &str, name: &str) -> Change {
-    Change::RedeemToken(RedeemToken { id: id.into(), secret_sha256: [1; 32], name: name.into(), key: [3; 32] })
+    Change::RedeemToken(RedeemToken {
+        id: id.into(),
+        secret_sha256: [1; 32],
+        name: name.into(),
+        key: [3; 32],
+    })
 }
 
 pub(crate) fn address(id: u64) -> CoordinatorAddress {

@@ -4,10 +4,10 @@ use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
-use crate::cluster::{Answer, State};
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWERS_PER_CLIENT, RequestId};
+use crate::cluster::{Answer, State};
 use crate::raft::disk::Disk;
 use crate::requests;
 use fleet_common::ids::{ClientId, UserId};
@@ -169,7 +169,8 @@ impl<D: Disk> Control<D> {
                 if let Some(user) = by {
                     self.replica.state().may_change(user, &change)?;
                 }
-                self.calls.insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
+                self.calls
+                    .insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
                 self.ask(now, Asker::Client(call), What::by(by, id, change));
             }
         }

@@ -14,7 +14,8 @@ impl<D: Disk> Control<D> {
         if self.holds_ca.as_ref() == Some(&next.der) {
             return;
         }
-        let holders: Vec<ReplicaId> = next.holders.iter().copied().filter(|holder| *holder != self.me()).collect();
+        let holders: Vec<ReplicaId> =
+            next.holders.iter().copied().filter(|holder| *holder != self.me()).collect();
         let turn = now.mono_ms / super::HOUSEKEEPING_MS;
         if let Some(at) = turn.checked_rem(holders.len() as u64) {
             let message = PeerMessage::WantCa { der: next.der.clone() };

@@ -117,7 +117,9 @@ fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
                 ttl_ms,
                 uses: 1,
             });
-            replica.propose(n, &Command { unix_ms: round * 10, request: None, by: None, why: None, change }).unwrap();
+            replica
+                .propose(n, &Command { unix_ms: round * 10, request: None, by: None, why: None, change })
+                .unwrap();
         }
         settle(&mut replica);
     }
@@ -398,7 +400,8 @@ fn token(id: &str) -> Change {
 /// Proposes a change of members with a command that leaves a trace, and lets it happen.
 fn change_members(cluster: &mut Cluster, ticket: Ticket, change: Membership) -> Result<(), Declined> {
     let leader = cluster.leader().unwrap();
-    let command = Command { unix_ms: 1, request: None, by: None, why: None, change: token(&ticket.to_string()) };
+    let command =
+        Command { unix_ms: 1, request: None, by: None, why: None, change: token(&ticket.to_string()) };
     cluster.at(leader).propose_membership(ticket, change, &command)?;
     cluster.run_until(|cluster| cluster.answers.contains_key(&ticket));
     Ok(())

@@ -112,7 +112,8 @@ impl Agent<'_> {
                         };
                         match self.shared.trust.sign(&csr_der, node, self.name, admitted.key) {
                             Ok((certificate_der, authorities)) => {
-                                let _ = self.say.try_send(ToAgent::Certificate { certificate_der, authorities });
+                                let _ =
+                                    self.say.try_send(ToAgent::Certificate { certificate_der, authorities });
                             }
                             Err(why) => return why,
                         }

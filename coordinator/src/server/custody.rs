@@ -27,7 +27,9 @@ impl Custody {
             Ok(None) => return Ok(None),
             Err(error @ CaError::Damaged { .. }) => {
                 // The key of the new one is written before its certificate.
-                let Some(interrupted) = next.iter().find(|ca| ca.has_key_in(dir)) else { return Err(error.into()) };
+                let Some(interrupted) = next.iter().find(|ca| ca.has_key_in(dir)) else {
+                    return Err(error.into());
+                };
                 interrupted.store(dir)?;
                 ClusterCa::load(dir)?.context("it was just written")?
             }
@@ -81,7 +83,9 @@ impl Custody {
         if self.present.der() == der {
             return Ok(false);
         }
-        let ca = self.of(der).context("this coordinator does not have the key of the cluster's CA; take it out and join it anew")?;
+        let ca = self.of(der).context(
+            "this coordinator does not have the key of the cluster's CA; take it out and join it anew",
+        )?;
         let ca = ca.clone();
         ca.store(&self.dir)?;
         info!("the CA {} has replaced the one before", ca.fingerprint());
@@ -98,7 +102,10 @@ impl Custody {
         for ca in gone {
             let place = self.place(&ca);
             if let Err(error) = fs::remove_dir_all(&place) {
-                warn!("cannot remove {}, which holds a CA's key that is not needed any more: {error}", place.display());
+                warn!(
+                    "cannot remove {}, which holds a CA's key that is not needed any more: {error}",
+                    place.display()
+                );
             }
         }
     }

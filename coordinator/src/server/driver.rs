@@ -169,7 +169,8 @@ impl<D: Disk> Driver<D> {
             Input::Peer { message: PeerMessage::Coordinators(known), .. } => {
                 let state = self.control.state();
                 let unheard = |replica| state.membership(Member::Coordinator(replica)) == Membership::Unknown;
-                let known = known.iter().map(|(address, _)| address).filter(|address| unheard(address.replica));
+                let known =
+                    known.iter().map(|(address, _)| address).filter(|address| unheard(address.replica));
                 self.around.peers.introduce(known);
             }
             _ => {}

@@ -478,7 +478,11 @@ mod tests {
         let mut script = Script::with_replicas(2);
         gate.follow(&script.state);
         let admit = |replica, key| {
-            let peer = Peer { member: Member::Coordinator(ReplicaId(replica)), name: "x".into(), cluster_id: "c".into() };
+            let peer = Peer {
+                member: Member::Coordinator(ReplicaId(replica)),
+                name: "x".into(),
+                cluster_id: "c".into(),
+            };
             gate.admit(Socket::Members, &peer, &[key; 32])
         };
         assert_eq!(admit(3, 9), Ok(false));

@@ -35,7 +35,9 @@ use driver::{Surroundings, Thread};
 use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, KeyHash, Peer, Socket, Turned};
+use fleet_common::net::{
+    self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, KeyHash, Peer, Socket, Turned,
+};
 use fleet_common::process;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
 use gate::{Gate, Verdict};
@@ -429,7 +431,8 @@ async fn admit(
     if shared.gate.admit(socket, &peer, &key)? {
         return Ok(());
     }
-    let later = |why: &str| Turned::Later(format!("whether {} is a member cannot be told: {why}", peer.member));
+    let later =
+        |why: &str| Turned::Later(format!("whether {} is a member cannot be told: {why}", peer.member));
     if shared.status.borrow().leader.is_none() {
         return Err(later("no coordinator leads at the moment; try again, or ask another one"));
     }

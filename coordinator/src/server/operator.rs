@@ -26,7 +26,9 @@ pub enum Step {
     Begin,
     Status,
     /// End the old one.
-    Finish { force: bool },
+    Finish {
+        force: bool,
+    },
 }
 
 /// The cluster says no.
@@ -66,7 +68,9 @@ pub async fn rotate_ca(data_dir: &Path, step: Step) -> Result<String> {
 fn standing(view: &AuthorityView) -> String {
     let short = |fingerprint: &str| fingerprint.get(..12).unwrap_or_default().to_owned();
     let ca = short(&view.ca_sha256);
-    let Some(next) = &view.next else { return format!("the cluster's CA is {ca}; no other one is to replace it") };
+    let Some(next) = &view.next else {
+        return format!("the cluster's CA is {ca}; no other one is to replace it");
+    };
     let new = short(&next.ca_sha256);
     if !next.moving {
         return format!(
@@ -103,10 +107,14 @@ impl Operator {
     fn at(data_dir: &Path) -> Result<Operator> {
         let endpoint = Endpoint::load(data_dir)?.filter(|endpoint| endpoint.running().is_some());
         let endpoint = endpoint.with_context(|| {
-            format!("no coordinator runs on {}; start it, or give the --data-dir of one that runs", data_dir.display())
+            format!(
+                "no coordinator runs on {}; start it, or give the --data-dir of one that runs",
+                data_dir.display()
+            )
         })?;
-        let identity = Identity::load(&data_dir.join("client"))?
-            .with_context(|| format!("{} has no credential yet; wait until its coordinator has a leader", data_dir.display()))?;
+        let identity = Identity::load(&data_dir.join("client"))?.with_context(|| {
+            format!("{} has no credential yet; wait until its coordinator has a leader", data_dir.display())
+        })?;
         Ok(Operator { address: endpoint.quic, identity })
     }
 

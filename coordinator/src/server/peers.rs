@@ -108,7 +108,8 @@ impl Peers {
             return;
         }
         let gone = |replica: &ReplicaId| {
-            addresses.iter().all(|address| address.replica != *replica) && !self.introduced.contains_key(replica)
+            addresses.iter().all(|address| address.replica != *replica)
+                && !self.introduced.contains_key(replica)
         };
         for replica in self.links.keys().filter(|replica| gone(replica)).copied().collect::<Vec<_>>() {
             self.links.remove(&replica);
@@ -284,7 +285,10 @@ async fn connect(address: &str, to: ReplicaId, means: &Means, attempt: u32) -> R
         }
         Ok(peer) => {
             connection.close(net::REFUSED, b"another coordinator is expected here");
-            let why = format!("{address}: {} answers there, not {to} with the key that it joined with", peer.member);
+            let why = format!(
+                "{address}: {} answers there, not {to} with the key that it joined with",
+                peer.member
+            );
             Err(NetError::Refused(why))
         }
         Err(why) => Err(NetError::Refused(why)),
@@ -320,7 +324,13 @@ async fn pump(
 }
 
 /// Serves a connection that another coordinator made to this one, until it ends.
-pub async fn serve(inbox: &Inbox, knocks: &Knocks, gate: &Arc<Gate>, connection: &Connection, from: ReplicaId) {
+pub async fn serve(
+    inbox: &Inbox,
+    knocks: &Knocks,
+    gate: &Arc<Gate>,
+    connection: &Connection,
+    from: ReplicaId,
+) {
     let knock = knocks.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned();
     let knock = knock.unwrap_or_default();
     knock.came.notify_waiters();

@@ -66,7 +66,10 @@ fn send_strangers_away(shared: &Shared) {
     for connection in shared.gate.connections() {
         let certificate = net::remote_certificate(&connection);
         if !certificate.is_ok_and(|certificate| accepted.issuer_of(&certificate).is_some()) {
-            connection.close(net::BUSY, b"the cluster's CA was replaced; connect with a certificate of the new one");
+            connection.close(
+                net::BUSY,
+                b"the cluster's CA was replaced; connect with a certificate of the new one",
+            );
         }
     }
 }

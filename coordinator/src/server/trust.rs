@@ -4,7 +4,8 @@ use super::custody::Custody;
 use crate::cluster::authorities::Cas;
 use anyhow::{Context, Result};
 use fleet_common::net::{
-    Applicant, Authorities, ClusterCa, Identity, IdentityError, KeyHash, PrivateKey, requested_key, store_authorities,
+    Applicant, Authorities, ClusterCa, Identity, IdentityError, KeyHash, PrivateKey, requested_key,
+    store_authorities,
 };
 use fleet_common::protocol::Member;
 use std::path::{Path, PathBuf};
@@ -95,7 +96,9 @@ impl Trust {
         key: KeyHash,
     ) -> Result<(Vec<u8>, Authorities), String> {
         if requested_key(csr_der).map_err(|error| error.to_string())? != key {
-            return Err("a certificate is renewed over the key that it has; join again for another one".into());
+            return Err(
+                "a certificate is renewed over the key that it has; join again for another one".into()
+            );
         }
         let issuing = self.lock().issuing();
         let signed = issuing.sign(csr_der, member, name, SystemTime::now(), self.life);

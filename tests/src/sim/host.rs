@@ -502,7 +502,9 @@ impl World {
                 let input = match question {
                     Question::Client { caller, frame } => Input::Client { call, caller, frame },
                     Question::Join { redeem, request } => Input::Join { call, redeem, request },
-                    Question::Propose { request, change } => Input::Propose { call, request, by: None, change },
+                    Question::Propose { request, change } => {
+                        Input::Propose { call, request, by: None, change }
+                    }
                 };
                 self.tell_control(number, input);
             }

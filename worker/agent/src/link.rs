@@ -209,7 +209,9 @@ async fn pass_on(
                 });
                 match renewed {
                     // It counts as moved when it has shown its new certificate.
-                    Ok(true) => return Err("the cluster has another CA; connecting with its certificate".to_owned()),
+                    Ok(true) => {
+                        return Err("the cluster has another CA; connecting with its certificate".to_owned());
+                    }
                     Ok(false) => tracing::info!("renewed this node's certificate"),
                     Err(error) => tracing::warn!(%error, "this node's certificate was not renewed"),
                 }
@@ -225,7 +227,8 @@ async fn pass_on(
 
 /// The cluster trusts other CAs than this node.
 fn is_behind(node: &Node) -> bool {
-    node.mark.is_some_and(|mark| mark != node.identity.authorities.mark()) || !node.identity.is_of_issuing_ca()
+    node.mark.is_some_and(|mark| mark != node.identity.authorities.mark())
+        || !node.identity.is_of_issuing_ca()
 }
 
 /// Asks for a new certificate where that is due. What does not come is asked for again.

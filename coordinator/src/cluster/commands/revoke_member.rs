@@ -49,8 +49,8 @@ impl RevokeMember {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::commands::Change;
     use crate::cluster::admitted::Membership;
+    use crate::cluster::commands::Change;
     use crate::cluster::tests::{Script, redeem, token, why};
     use fleet_common::ids::{ReplicaId, UserId};
     use fleet_common::protocol::{JobState, Role};
