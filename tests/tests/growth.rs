@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Lines of the talkative program, each of 4 KB with its newline.
-const LINES: u64 = 20_000;
+const LINES: u64 = 8_000;
 /// What they may leave on a coordinator: the burst, some seconds of the rate, once in the log and once in the history, and RocksDB's
 /// own files.
 const BOUND: u64 = 32 << 20;

@@ -3,8 +3,8 @@
 use crate::ids::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of one piece: heartbeats on the same stream do not wait for longer than a tenth of a second at ten megabits.
-pub const OUTPUT_PIECE_MAX: usize = 128 << 10;
+/// Bytes of one piece: heartbeats on the same stream do not wait for longer than half a second at ten megabits.
+pub const OUTPUT_PIECE_MAX: usize = 256 << 10;
 /// Pieces that are asked of one agent at a time.
 pub const OUTPUT_ASKED_MAX: usize = 2;
 
@@ -26,6 +26,7 @@ pub struct OutputWish {
 pub struct OutputPiece {
     /// Byte at which it begins: later than what was asked for where what lay there was removed.
     pub start: u64,
+    #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
     /// How long the output is by now.
     pub end: u64,

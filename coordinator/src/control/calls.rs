@@ -184,7 +184,11 @@ impl<D: Disk> Control<D> {
                     from,
                     deadline_ms: now.mono_ms + OUTPUT_DEADLINE_MS,
                 }))?;
-                self.reads.add(Reader::Output(call));
+                // Who goes on reading has seen before that the job is there.
+                match from {
+                    0 if !frame.stale => self.reads.add(Reader::Output(call)),
+                    _ => self.output_read(now, call),
+                }
             }
             request if !request.is_change() => {
                 open(Kind::Once)?;

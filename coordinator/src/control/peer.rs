@@ -19,7 +19,7 @@ pub const SIGHTINGS_MAX: usize = 20_000;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum PeerMessage {
     /// A message of raft, in its own encoding.
-    Raft(#[serde(with = "bytes")] Vec<u8>),
+    Raft(#[serde(with = "fleet_common::bytes")] Vec<u8>),
     /// Please propose this, you lead. There is no answer when it is: it comes back under the same ticket when the sender applies it.
     Propose {
         ticket: Ticket,
@@ -111,39 +111,6 @@ pub struct Sighting {
     /// Its agent is connected to the sender.
     pub connected: bool,
     pub heard_ms_ago: u64,
-}
-
-/// Bytes as one piece; serde takes a `Vec<u8>` for a list of numbers and would go through it one by one.
-mod bytes {
-    use serde::de::{Deserializer, Error, Visitor};
-    use serde::ser::Serializer;
-    use std::fmt;
-
-    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(bytes)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
-        deserializer.deserialize_byte_buf(Bytes)
-    }
-
-    struct Bytes;
-
-    impl Visitor<'_> for Bytes {
-        type Value = Vec<u8>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("bytes")
-        }
-
-        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
-            Ok(bytes.to_vec())
-        }
-
-        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
-            Ok(bytes)
-        }
-    }
 }
 
 #[cfg(test)]

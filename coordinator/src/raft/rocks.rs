@@ -781,6 +781,52 @@ mod tests {
     }
 
     #[test]
+    fn what_is_removed_gives_its_room_back_without_a_compaction_of_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RocksDisk::open(dir.path()).unwrap();
+        let bytes = || -> u64 {
+            let files = std::fs::read_dir(dir.path()).unwrap().flatten();
+            files.map(|file| file.metadata().map_or(0, |found| found.len())).sum()
+        };
+        let key = |job: u64, index: u64| [job.to_be_bytes(), index.to_be_bytes()].concat();
+        // Not to be compressed: every row has other bytes.
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        for job in 1..=200 {
+            let mut batch = Batch::default();
+            for index in 0..100 {
+                let noise = std::iter::repeat_with(|| {
+                    state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+                    (state >> 56) as u8
+                });
+                batch.put(Table::Events, &key(job, index), noise.take(4_000).collect());
+            }
+            disk.write(&batch, Durability::Written).unwrap();
+        }
+        let full = bytes();
+        assert!(full > 70 << 20, "{} MiB", full >> 20);
+        let (from, to) = (1u64.to_be_bytes(), 190u64.to_be_bytes());
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Events, &from, &to);
+        disk.write(&batch, Durability::Synced).unwrap();
+        // Files of the level to which they are written first go when they come to the next one.
+        let begun = std::time::Instant::now();
+        while bytes() > full / 2 {
+            assert!(begun.elapsed().as_secs() < 60, "{} of {} MiB are left", bytes() >> 20, full >> 20);
+            disk.reclaim(Table::Events, &from, &to).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(disk.get(Table::Events, &key(189, 99)).unwrap(), None);
+        assert!(disk.get(Table::Events, &key(190, 0)).unwrap().is_some());
+        let mut left = 0;
+        disk.scan(Table::Events, &[], &[0xFF; 17], &mut |_, _| {
+            left += 1;
+            true
+        })
+        .unwrap();
+        assert_eq!(left, 11 * 100);
+    }
+
+    #[test]
     fn a_second_opening_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let _first = RocksDisk::open(&dir.path().join("raft")).unwrap();
