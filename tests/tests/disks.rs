@@ -5,12 +5,11 @@
 
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{Reply, Request};
-use fleet_tests::{Client, Finished, Running, Standing, World, eventually};
+use fleet_tests::{Client, Finished, Running, Standing, World, eventually, http};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -146,11 +145,7 @@ const STARTS: usize = 6;
 
 /// The body of an answer.
 fn get(cluster: &Standing, path: &str) -> String {
-    let at = &cluster.endpoint.http;
-    let mut stream = TcpStream::connect(at).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
+    let answer = http::get(&cluster.endpoint.http, path).unwrap();
     answer.split_once("\r\n\r\n").unwrap().1.to_owned()
 }
 

@@ -6,11 +6,9 @@ use fleet_common::codec::{read_frame, write_frame};
 use fleet_common::ids::JobId;
 use fleet_common::net::{self, Identity};
 use fleet_common::protocol::{ClientFrame, Reply, Request};
-use fleet_tests::{Finished, Running, Standing, World, eventually, program};
+use fleet_tests::{Finished, Running, Standing, World, eventually, http, program};
 use serde_json::Value;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -291,11 +289,7 @@ fn a_coordinator_on_a_read_only_disk_refuses_changes_and_goes_on_when_it_can() {
 
 /// Head and body of an answer.
 fn get(at: &str, path: &str) -> String {
-    let mut stream = TcpStream::connect(at).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
+    http::get(at, path).unwrap()
 }
 
 #[test]
