@@ -215,7 +215,7 @@ impl Stream {
             let message = format!("only an admin replaces the CA, and {user} is none");
             return Err(Refusal { kind: RefusalKind::Forbidden, message });
         }
-        let der = shared.trust.make_next().map_err(|error| unavailable(format!("{error:#}")))?;
+        let der = shared.trust.make_next().map_err(|error| invalid(format!("{error:#}")))?;
         shared.calls.inbox().must_take(Event::Input(Input::HoldsCa(der.clone())));
         let change = Change::IntroduceCa(IntroduceCa { der, holder: shared.me });
         match shared.calls.propose(stamp, Some(user), change).await? {

@@ -2,7 +2,7 @@
 
 use super::custody::Custody;
 use crate::cluster::authorities::Cas;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use fleet_common::net::{
     Applicant, Authorities, ClusterCa, Identity, IdentityError, KeyHash, PrivateKey, requested_key,
     store_authorities,
@@ -105,10 +105,12 @@ impl Trust {
         Ok((signed.map_err(|error| error.to_string())?, self.authorities()))
     }
 
-    /// The CAs of a new coordinator, the present one first.
+    /// The CAs of a new coordinator, the present one first. Another one that was made here and never introduced is nobody else's.
     pub fn cas(&self) -> Vec<(Vec<u8>, PrivateKey)> {
         let inner = self.lock();
-        let all = std::iter::once(inner.custody.present()).chain(inner.custody.next());
+        let moving = inner.cas.next.as_ref().filter(|next| next.moving);
+        let next = moving.and_then(|next| inner.custody.of(&next.der));
+        let all = std::iter::once(inner.custody.present()).chain(next);
         all.map(|ca| (ca.der().to_vec(), ca.key())).collect()
     }
 
@@ -125,6 +127,9 @@ impl Trust {
     /// Makes a CA that may follow, and returns its certificate (DER). Its key is on the disk then.
     pub fn make_next(&self) -> Result<Vec<u8>> {
         let mut inner = self.lock();
+        if inner.cas.next.as_ref().is_some_and(|next| next.moving) {
+            bail!("the CA is being replaced already; end that first with `coordinator rotate-ca --finish`");
+        }
         let ca = ClusterCa::create(inner.custody.present().cluster_id(), SystemTime::now())?;
         let der = ca.der().to_vec();
         // Those of earlier attempts, of which nothing came.
