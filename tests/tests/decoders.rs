@@ -214,7 +214,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         tagged(9, &PeerMessage::Ca { der: vec![48; 9], key: PrivateKey::new(vec![48; 9]) }),
         tagged(9, &PeerMessage::Coordinators(vec![(address(), [7; 32])])),
         tagged(9, &PeerMessage::Fetch(fetch)),
-        tagged(9, &PeerMessage::Chunk(Box::new(chunk.unwrap()))),
+        tagged(9, &PeerMessage::Chunk(Box::new(chunk.unwrap().chunk().unwrap()))),
         tagged(10, &command()),
     ]
 }
@@ -320,7 +320,8 @@ fn damaged_snapshots_are_noticed() {
     let message = Message { snapshot: Some(announced(&state, &[1])), ..message };
     let message = message.encode_to_vec();
     let with = |rest: Vec<u8>| [vec![message.len() as u8], message.clone(), rest].concat();
-    let chunk = transfer::cut(&MemoryDisk::default(), &state, &first_fetch(), 1 << 20).unwrap();
+    let chunk =
+        transfer::cut(&MemoryDisk::default(), &state, &first_fetch(), 1 << 20).unwrap().chunk().unwrap();
     let inputs = vec![
         with(codec::encode(&chunk).unwrap()),
         with(codec::encode(&first_fetch()).unwrap()),
