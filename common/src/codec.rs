@@ -342,7 +342,10 @@ mod tests {
     fn another_version_is_named_whatever_shape_the_rest_has() {
         let named = |error: CodecError| {
             let text = error.to_string();
-            assert!(text.contains("version 1 of the protocol, the other side 7"), "{text}");
+            assert!(
+                text.contains(&format!("version {PROTOCOL_VERSION} of the protocol, the other side 7")),
+                "{text}"
+            );
         };
         // A version, then what no message of ours has; a greeting begins with its tag.
         let (bare, greeting) = (hex::decode("07ffff").unwrap(), hex::decode("0007ffff").unwrap());

@@ -46,7 +46,7 @@ impl NewFile {
     pub fn commit(self) -> io::Result<()> {
         let NewFile { path, temporary } = self;
         let written = temporary.as_file().sync_all().and_then(|()| check_target(&path));
-        let placed = written.and_then(|()| Ok(temporary.persist(&path).map_err(|error| error.error)?));
+        let placed = written.and_then(|()| temporary.persist(&path).map_err(|error| error.error));
         placed.map_err(|error| named(&path, "write", error))?;
         let directory = directory(&path);
         let synced = File::open(directory).and_then(|directory| directory.sync_all());

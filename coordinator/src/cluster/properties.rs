@@ -530,8 +530,9 @@ fn commands_keep_their_bytes() {
             Change::RecordExport(RecordExport { record: export(5, 2) }),
             "140502046f6e6e78072f6d2e6f6e6e780940".to_owned() + &hex::encode("ef".repeat(32)),
         ),
-        (Change::Forget(Forget), "16".into()),
-        (Change::SetRetention(SetRetention { age_ms: Some(7), bytes: None }), "17010700".into()),
+        (Change::ChangeSecrets(ChangeSecrets { job: job_id, values: None }), "170500".into()),
+        (Change::Forget(Forget), "1c".into()),
+        (Change::SetRetention(SetRetention { age_ms: Some(7), bytes: None }), "1d010700".into()),
         (
             Change::RecordProfile(RecordProfile { record: profile(RunKey::Job(job_id)) }),
             "1500050170".to_owned()

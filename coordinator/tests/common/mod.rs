@@ -180,7 +180,7 @@ impl Agent {
     pub async fn next(&mut self) -> ToAgent {
         loop {
             match self.next_of_any().await {
-                ToAgent::Coordinators(_) | ToAgent::Heard { .. } => {}
+                ToAgent::Coordinators(_) | ToAgent::Authorities { .. } | ToAgent::Heard { .. } => {}
                 message => return message,
             }
         }
