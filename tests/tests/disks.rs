@@ -212,6 +212,8 @@ fn a_bad_block_is_mended_from_another_coordinator_and_a_newcomer_gets_all() {
     }
     let dirs: Vec<PathBuf> = all.iter().map(|standing| standing.data_dir.clone()).collect();
     let login = dirs[0].clone();
+    let has_all = |one: &Standing| matches!(stale(one, &login, 3), Ok(Reply::Job(_)));
+    eventually("all of them have all jobs", || all.iter().all(has_all));
     drop(std::mem::take(&mut all));
     let restarted = || {
         let all: Vec<Standing> = dirs.iter().map(|dir| world.restart_coordinator(dir)).collect();
@@ -264,6 +266,7 @@ fn a_backup_of_a_coordinator_that_is_behind_is_refused() {
     submit(&world, &all[0], "one");
     let behind = all.remove(2);
     let data = behind.data_dir.clone();
+    eventually("it has its login", || data.join("client/identity.json").exists());
     drop(behind);
     submit(&world, &all[0], "two");
     let backup = ["backup", "--data-dir", "coordinator-3", "--out", "saved"];

@@ -78,7 +78,7 @@ impl Mark {
         let at = (self.writes as usize % SLOTS) * SLOT_BYTES;
         self.file.write_all_at(&slot(reached)[..CONTENT_BYTES], at as u64)?;
         self.reached = reached;
-        if self.writes % SYNC_EVERY == 0 { self.file.sync_data() } else { Ok(()) }
+        if self.writes.is_multiple_of(SYNC_EVERY) { self.file.sync_data() } else { Ok(()) }
     }
 }
 

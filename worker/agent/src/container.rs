@@ -158,6 +158,7 @@ impl Remains {
 }
 
 #[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};

@@ -110,6 +110,7 @@ fn parse(pid: u32, stat: &str) -> Option<Seen> {
 }
 
 #[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
     use std::process::{Command, Stdio};
