@@ -637,7 +637,11 @@ mod tests {
 
     /// Moves what is in memory to a sorted file.
     fn flush(disk: &RocksDisk) {
-        disk.with(|open| Ok(open.db.flush_cf(open.family(Table::Events)?).unwrap())).unwrap();
+        disk.with(|open| {
+            open.db.flush_cf(open.family(Table::Events)?).unwrap();
+            Ok(())
+        })
+        .unwrap();
     }
 
     /// A database whose events are in a sorted file that has a wrong byte in the middle of row 1000.
@@ -695,7 +699,8 @@ mod tests {
         flush(&disk);
         assert_eq!(disk.damaged(), None);
         disk.with(|open| {
-            Ok(open.db.compact_range_cf(open.family(Table::Events)?, None::<&[u8]>, None::<&[u8]>))
+            open.db.compact_range_cf(open.family(Table::Events)?, None::<&[u8]>, None::<&[u8]>);
+            Ok(())
         })
         .unwrap();
         put(&disk, &rows(2_000..2_001));
