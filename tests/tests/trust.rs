@@ -192,12 +192,7 @@ fn a_coordinator_that_was_away_lets_in_one_that_joined_meanwhile_and_leads() {
     });
     let back = world.restart_coordinator(&dir);
     // It was killed before it had one; for that it needs the others.
-    let begun = std::time::Instant::now();
-    eventually("it has a credential", || {
-        let said = back.process.complaints();
-        assert!(begun.elapsed().as_secs() < 60, "no credential: {said}");
-        back.data_dir.join("client/identity.json").exists()
-    });
+    eventually("it has a credential", || back.data_dir.join("client/identity.json").exists());
     eventually("the one that was away follows", || {
         let view = views(&back);
         view.len() == 5 && view.iter().any(|view| view["leads"] == true)
@@ -279,7 +274,7 @@ fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     assert_eq!(status()["state"], "running");
     assert_eq!(status()["generation"], 1);
 
-    let all: Vec<Standing> = all.into_iter().chain([joined]).collect();
+    let mut all: Vec<Standing> = all.into_iter().chain([joined]).collect();
     for one in &all {
         eventually("its CA is the new one", || {
             let ca = ClusterCa::load(&one.data_dir.join("cluster")).ok().flatten();
@@ -312,7 +307,7 @@ fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     login(&world, &all[0].endpoint.quic, &fresh, "eve");
 
     // A restart finds what was decided, and the job ends as it should.
-    let first = all.into_iter().next().unwrap();
+    let first = all.remove(0);
     let dir = first.data_dir.clone();
     drop(first);
     let again = world.restart_coordinator(&dir);
