@@ -66,9 +66,14 @@ impl Identity {
         Ok(identity)
     }
 
-    /// Writes the four files into `dir`, which is made where it is missing.
+    /// Writes the four files into `dir`, which is made where it is missing. While they are not all there, there is no identity: also not
+    /// the one that was there before.
     pub fn store(&self, dir: &Path) -> io::Result<()> {
         files::create_dir(dir)?;
+        match fs::remove_file(dir.join(SUMMARY)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         let key = pem::encode(&pem::Pem::new("PRIVATE KEY", self.key_pkcs8_der.secret_der()));
         let summary = json!({
             "cluster_id": self.cluster_id,
