@@ -10,7 +10,6 @@ use fleet_common::exit;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, PAGE_MAX, Page, Reply, Request};
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -35,12 +34,10 @@ pub struct Tally {
     pub clients_killed: usize,
     /// Printed the number of a job.
     pub acknowledged: usize,
-    /// Said that nobody knows.
-    pub unknown: usize,
-    /// Said that nothing was done.
-    pub refused: usize,
     /// Of those with a name.
     pub repeated: usize,
+    /// Ends without a number, by exit code: how many, and what one of them said.
+    pub failed: BTreeMap<u8, (usize, String)>,
 }
 
 /// For one named submit to be acknowledged, however often it is repeated.
@@ -59,8 +56,8 @@ struct Story {
     open: bool,
     repeats: usize,
     clients_killed: usize,
-    unknown: usize,
-    refused: usize,
+    /// Exit codes without a number, with what was said.
+    failed: Vec<(u8, String)>,
 }
 
 /// Runs the load, and returns every promise that was not kept.
@@ -107,8 +104,11 @@ pub fn run(world: &World, load: Load) -> (Tally, Vec<String>) {
         tally.acknowledged += usize::from(!story.printed.is_empty());
         tally.repeated += story.repeats;
         tally.clients_killed += story.clients_killed;
-        tally.unknown += story.unknown;
-        tally.refused += story.refused;
+        for (code, said) in &story.failed {
+            let (count, one) = tally.failed.entry(*code).or_default();
+            *count += 1;
+            one.clone_from(said);
+        }
     }
     tally.jobs = jobs.values().map(Vec::len).sum();
     (tally, stories.iter().filter_map(|story| broken(story, &jobs)).collect())
@@ -133,15 +133,8 @@ fn broken(story: &Story, jobs: &BTreeMap<String, Vec<JobId>>) -> Option<String> 
 fn submit(world: &World, dir: &str, n: usize, load: Load) -> Story {
     let mut random = Random::new(load.seed ^ (n as u64) << 20);
     let (name, named) = (format!("load-{n}"), n.is_multiple_of(2));
-    let mut story = Story {
-        name,
-        printed: Vec::new(),
-        open: false,
-        repeats: 0,
-        clients_killed: 0,
-        unknown: 0,
-        refused: 0,
-    };
+    let (printed, failed) = (Vec::new(), Vec::new());
+    let mut story = Story { name, printed, open: false, repeats: 0, clients_killed: 0, failed };
     let begun = Instant::now();
     loop {
         let mut command = world.command("fleet");
@@ -151,7 +144,7 @@ fn submit(world: &World, dir: &str, n: usize, load: Load) -> Story {
         }
         // No node ever joins: what is to be run is never looked for.
         command.args(["--", &format!("/nowhere/{}", story.name)]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut client = command.spawn().expect("fleet can be started");
         let kill = random.chance(load.killed_percent, 100);
         if kill {
@@ -159,16 +152,15 @@ fn submit(world: &World, dir: &str, n: usize, load: Load) -> Story {
             std::thread::sleep(Duration::from_millis(random.range(0..LIFE_MAX.as_millis() as u64)));
             let _ = client.kill(); // it may have ended
         }
-        let (status, printed) = end_of(client);
+        let End { status, printed, said } = end_of(client);
         let code = status.code().map(|code| code as u8);
-        match printed {
-            Some(job) => story.printed.push(job),
-            // Killed, or not known to itself.
-            None if code.is_none() || code == Some(exit::UNKNOWN) => {
-                story.open = true;
-                story.unknown += usize::from(code.is_some());
+        match (printed, code) {
+            (Some(job), _) => story.printed.push(job),
+            (None, None) => story.open = true,
+            (None, Some(code)) => {
+                story.open |= code == exit::UNKNOWN;
+                story.failed.push((code, said));
             }
-            None => story.refused += 1,
         }
         let acknowledged = code == Some(exit::SUCCEEDED);
         if acknowledged || !named || begun.elapsed() > PATIENCE {
@@ -178,13 +170,18 @@ fn submit(world: &World, dir: &str, n: usize, load: Load) -> Story {
     }
 }
 
-/// How it ended, and the job that it has printed.
-fn end_of(mut client: Child) -> (ExitStatus, Option<JobId>) {
-    let mut printed = String::new();
-    let stdout = client.stdout.as_mut().expect("stdout is a pipe");
-    let _ = stdout.read_to_string(&mut printed); // what was printed before a kill counts
-    let status = client.wait().expect("the client is ours");
-    (status, printed.lines().next().and_then(|line| line.parse().ok()))
+struct End {
+    status: ExitStatus,
+    /// The job, if its number was printed: also before a kill.
+    printed: Option<JobId>,
+    said: String,
+}
+
+fn end_of(client: Child) -> End {
+    let output = client.wait_with_output().expect("the client is ours");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let printed = text(&output.stdout).lines().next().and_then(|line| line.parse().ok());
+    End { status: output.status, printed, said: text(&output.stderr) }
 }
 
 /// Ends what waits, so that the cluster has room for more, until it is over.
@@ -231,8 +228,7 @@ mod tests {
             open,
             repeats: 0,
             clients_killed: 0,
-            unknown: 0,
-            refused: 0,
+            failed: Vec::new(),
         };
         let jobs = |ids: &[u64]| [("a".to_owned(), ids.iter().map(|job| JobId(*job)).collect())].into();
         let kept = |printed: &[u64], open, ids: &[u64]| broken(&story(printed, open), &jobs(ids)).is_none();
