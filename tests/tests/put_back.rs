@@ -7,9 +7,10 @@ use nix::sys::signal::Signal;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-/// Until what was seen of the others is written down as well: many changes, one after the other.
-const CHANGES: usize = 12;
+/// What coordinators have seen of each other is told about once in a second.
+const TOLD: Duration = Duration::from_secs(3);
 
 fn copy(from: &Path, to: &Path) {
     assert!(Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
@@ -18,6 +19,17 @@ fn copy(from: &Path, to: &Path) {
 fn submit(all: &Coordinators) -> String {
     let submitted = all.ask(&["submit", "-n", "1", "--queue", "--", "true"]);
     submitted["job"].as_str().unwrap().to_owned()
+}
+
+/// Makes changes for so long that all know of each other what they have; returns how many.
+fn work(all: &Coordinators) -> usize {
+    let begun = Instant::now();
+    let mut made = 0;
+    while begun.elapsed() < TOLD {
+        submit(all);
+        made += 1;
+    }
+    made
 }
 
 fn jobs(all: &Coordinators) -> usize {
@@ -49,7 +61,7 @@ fn it_is_found_by_the_others_though_the_leader_is_another_one_and_nothing_is_los
     copy(&all.data_dir(old), &older);
     all.start_again(old);
     eventually("it has caught up", || all.client(old).coordinators().is_ok());
-    (0..CHANGES).for_each(|_| drop(submit(&all)));
+    let made = work(&all);
     put_back(&mut all, old, &older);
     all.kill(leader);
     let said = all.try_again(old).finish().all();
@@ -57,7 +69,7 @@ fn it_is_found_by_the_others_though_the_leader_is_another_one_and_nothing_is_los
     let again = all.try_again(old).finish().all();
     assert!(again.contains("has seen that it"), "it is marked: {again}");
     all.start_again(leader);
-    assert_eq!(jobs(&all), 1 + CHANGES);
+    assert_eq!(jobs(&all), 1 + made);
 }
 
 #[test]
@@ -72,14 +84,17 @@ fn what_nobody_could_know_is_said_as_soon_as_one_comes_back_who_does() {
     all.start_again(old);
     eventually("it has caught up", || all.client(old).coordinators().is_ok());
     all.signal(paused, Signal::SIGSTOP);
-    (0..CHANGES).for_each(|_| drop(submit(&all)));
+    // What was sent to it before that would wait for it in its socket.
+    let lost = format!("lost the connection to replica-{}", paused + 1);
+    eventually("nothing is sent to it", || all.complaints(leader).contains(&lost));
+    let made = work(&all);
     put_back(&mut all, old, &older);
     all.kill(leader);
     all.start_again(old);
     all.signal(paused, Signal::SIGCONT);
     eventually("a leader of the two", || all.leader().is_some());
     // They have another past now, and go on with it.
-    assert!(jobs(&all) < 1 + CHANGES);
+    assert!(jobs(&all) < 1 + made);
     submit(&all);
     let said = all.try_again(leader).finish().all();
     assert!(said.contains("is committed here") && said.contains("put back to an older state"), "{said}");

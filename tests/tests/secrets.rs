@@ -156,13 +156,11 @@ fn use_it_all(world: &World) {
 fn what_an_older_version_left_open_is_closed_and_told() {
     let world = World::new();
     let cluster = world.coordinator(&world.path("cluster"), ANY);
-    let mut worker = world.worker(&cluster, 1);
+    let worker = world.worker(&cluster, 1);
     let token = cluster.data_dir.join("tokens/client.token").display().to_string();
     let login = ["login", &cluster.endpoint.quic, "--token-file", &token, "--name", "ann"];
     world.run("fleet", &login).expect(0);
-    for process in [&mut worker] {
-        process.signal(Signal::SIGKILL);
-    }
+    worker.signal(Signal::SIGKILL);
     let (quic, data) = (cluster.endpoint.quic.clone(), cluster.data_dir.clone());
     drop(cluster);
     let dirs: Vec<PathBuf> = ["cluster", "node", "home/.local/state/fleet"].map(|dir| world.path(dir)).into();
