@@ -254,7 +254,7 @@ fn a_bad_block_is_mended_from_another_coordinator_and_a_newcomer_gets_all() {
         views.iter().any(|view| view["replica"] == "replica-4" && view["voter"] == true)
     });
     for job in 1..=3 {
-        assert!(matches!(stale(&fourth, &login, job), Ok(Reply::Job(_))), "{job}");
+        eventually("the newcomer has it", || matches!(stale(&fourth, &login, job), Ok(Reply::Job(_))));
     }
     all.iter_mut().for_each(|standing| standing.process.must_live());
 }

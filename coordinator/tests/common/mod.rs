@@ -64,8 +64,16 @@ impl Client {
     }
 
     pub async fn connect(identity: &Identity, coordinator: &Coordinator) -> Client {
-        let connection = net::connect(&[coordinator.endpoint().quic.clone()], identity).await.unwrap();
-        Client::over(connection)
+        // One that has just started may have to ask who leads whether it knows the caller.
+        let connected = async {
+            loop {
+                match net::connect(&[coordinator.endpoint().quic.clone()], identity).await {
+                    Err(error) if error.to_string().contains("no coordinator leads") => {}
+                    connected => return connected,
+                }
+            }
+        };
+        Client::over(timeout(DEADLINE, connected).await.unwrap().unwrap())
     }
 
     pub fn over(connection: quinn::Connection) -> Client {

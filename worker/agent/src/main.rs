@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 /// What is in a data directory.
-const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "gangs"];
+const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "process.json", "gangs"];
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
