@@ -8,7 +8,7 @@
 use super::disk::Table;
 use super::seal;
 use fleet_common::files;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ impl Mark {
     /// `None` where there is none.
     pub fn open(path: &Path) -> io::Result<Option<Mark>> {
         let Some(reached) = Mark::read(path)? else { return Ok(None) };
-        let file = OpenOptions::new().write(true).open(path).map_err(|error| named(path, &error))?;
+        let file = files::private().write(true).open(path).map_err(|error| named(path, &error))?;
         Ok(Some(Mark { file, reached, writes: 0 }))
     }
 
