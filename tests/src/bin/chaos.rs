@@ -74,7 +74,12 @@ fn run(seed: u64, steps: u64) -> Result<(), String> {
     });
     let curve = curve.map_err(|why| {
         let said = nodes.iter().map(|node| format!("\na node said:\n{}", node.complaints()));
-        format!("{why}, after {} kills and {} pauses{}", faults.kills, faults.pauses, said.collect::<String>())
+        format!(
+            "{why}, after {} kills and {} pauses{}",
+            faults.kills,
+            faults.pauses,
+            said.collect::<String>()
+        )
     })?;
     println!(
         "disturbed: {} steps in {:.0} s, {} kills, {} pauses, {} acknowledged changes, {} attempts of unknown end",
