@@ -51,6 +51,11 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
     Ok(bytes)
 }
 
+/// Bytes that a value takes when it is encoded.
+pub fn encoded_len<T: Serialize>(value: &T) -> Result<usize, CodecError> {
+    bincode::serde::encode_into_std_write(value, &mut io::sink(), CONFIG).map_err(CodecError::Encode)
+}
+
 /// Decodes one value that fills `bytes` exactly.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     check_length(bytes.len(), FRAME_MAX)?;
@@ -262,7 +267,7 @@ mod tests {
     use super::*;
     use crate::events::{Event, EventBatch, EventBody, Level, Step};
     use crate::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
-    use crate::net::PrivateKey;
+    use crate::net::{Authorities, PrivateKey};
     use crate::protocol::{
         Admission, ClientFrame, CoordinatorAddress, FromAgent, FromRank, JoinReply, JoinRequest, Member,
         Reply, Request, ToAgent, ToRank,
@@ -294,15 +299,15 @@ mod tests {
         let admission = Admission {
             member: Member::Worker(NodeId(3)),
             certificate_der: vec![9],
-            ca_der: vec![],
+            authorities: Authorities::one(vec![]),
             coordinators: vec![CoordinatorAddress {
                 replica: ReplicaId(2),
                 client: "a".into(),
                 member: "b".into(),
             }],
-            ca_key: Some(PrivateKey::new(vec![7])),
+            cas: vec![(vec![8], PrivateKey::new(vec![7]))],
         };
-        golden(JoinReply::Accepted(Box::new(admission)), "000103010900010201610162010107");
+        golden(JoinReply::Accepted(Box::new(admission)), "000103010901000102016101620101080107");
         let step = Step {
             step: 1,
             total_steps: 20,
@@ -337,7 +342,10 @@ mod tests {
     fn another_version_is_named_whatever_shape_the_rest_has() {
         let named = |error: CodecError| {
             let text = error.to_string();
-            assert!(text.contains("version 1 of the protocol, the other side 7"), "{text}");
+            assert!(
+                text.contains(&format!("version {PROTOCOL_VERSION} of the protocol, the other side 7")),
+                "{text}"
+            );
         };
         // A version, then what no message of ours has; a greeting begins with its tag.
         let (bare, greeting) = (hex::decode("07ffff").unwrap(), hex::decode("0007ffff").unwrap());
@@ -461,8 +469,8 @@ mod tests {
         #[test]
         fn a_damaged_message_is_an_error_or_another_message(at in 0usize..60, bit in 0u8..8) {
             let mut bytes = encode(&JoinReply::Accepted(Box::new(Admission {
-                member: Member::Client(UserId(5)), certificate_der: vec![7; 20], ca_der: vec![8; 20],
-                coordinators: Vec::new(), ca_key: None,
+                member: Member::Client(UserId(5)), certificate_der: vec![7; 20],
+                authorities: Authorities::one(vec![8; 20]), coordinators: Vec::new(), cas: Vec::new(),
             }))).unwrap();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;

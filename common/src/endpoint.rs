@@ -34,7 +34,7 @@ impl Endpoint {
     /// Writes the file atomically into an existing directory.
     pub fn store(&self, dir: &Path) -> io::Result<()> {
         let text = serde_json::to_string_pretty(self).map_err(io::Error::other)? + "\n";
-        files::write_atomic(&dir.join(FILE), text.as_bytes(), files::PUBLIC)
+        files::write_atomic(&dir.join(FILE), text.as_bytes())
     }
 
     /// Its process, while it runs.

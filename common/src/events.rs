@@ -48,6 +48,17 @@ pub enum EventBody {
     },
     /// The last event of a generation.
     Finished(Outcome),
+    /// Here the gang printed more than the coordinators take: so many lines are only in the files of its nodes.
+    LeftOut {
+        lines: u64,
+        /// Of their text.
+        bytes: u64,
+    },
+}
+
+/// Bytes that a line of output counts where there is a budget: its text, and what an event takes besides.
+pub fn line_cost(line: &str) -> u64 {
+    line.len() as u64 + 64
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,32 +1,36 @@
-//! Files that are whole or absent after a crash, and private from their first byte where they hold a secret.
+//! Files of fleet's own: whole or absent after a crash, and open to nobody but the user whom fleet runs as, from their first byte.
+//!
+//! Modes are given where a file is made and do not hang on the umask, which belongs to the programs that a worker starts.
 
-use std::fs::{self, File, OpenOptions};
+mod claim;
+mod new_file;
+
+pub use claim::{claim, mend};
+pub use new_file::NewFile;
+
+use nix::sys::stat::Mode;
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Mode of files that anyone may read.
-pub const PUBLIC: u32 = 0o644;
-/// Mode of files that hold a secret.
-pub const SECRET: u32 = 0o600;
+/// Mode of directories.
+const DIR_MODE: u32 = 0o700;
+/// Mode of files.
+const FILE_MODE: u32 = 0o600;
 
-/// Writes a file under another name with this mode, syncs it, renames it over `path` and syncs the directory, which must exist.
-/// Errors name the path.
-pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    // Two threads of one process may write the same file; the last rename wins.
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}-{unique}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let written = write_new(&temporary, bytes, mode).and_then(|()| fs::rename(&temporary, path));
-    if let Err(error) = written {
-        let _ = fs::remove_file(&temporary);
-        return Err(named(path, "write", error));
-    }
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory).and_then(|d| d.sync_all()).map_err(|error| named(directory, "sync", error))
+/// Replaces a file with these bytes, or makes it: see `NewFile`. Its directory must exist. Errors name the path.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = NewFile::create(path)?;
+    file.write_all(bytes).map_err(|error| named(path, "write", error))?;
+    file.commit()
+}
+
+/// How to open a file that is not replaced but written on: a log, a lock. What is made is private.
+pub fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(FILE_MODE);
+    options
 }
 
 /// Reads a text file; `None` where there is none. Errors name the path.
@@ -38,15 +42,16 @@ pub fn read_optional(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Creates a directory and its parents. Errors name the path.
+/// Creates a private directory and its parents; those that exist stay as they are. Errors name the path.
 pub fn create_dir(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path).map_err(|error| named(path, "create", error))
+    let created = DirBuilder::new().recursive(true).mode(DIR_MODE).create(path);
+    created.map_err(|error| named(path, "create", error))
 }
 
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+/// Makes all that this process creates from now on private, also what libraries create. For a process that starts no programs of
+/// others: they would inherit it.
+pub fn restrict_process() {
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o077));
 }
 
 fn named(path: &Path, verb: &str, error: io::Error) -> io::Error {
@@ -59,22 +64,24 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn a_file_is_replaced_whole_with_its_mode_and_leaves_nothing_beside_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("key");
-        write_atomic(&path, b"old and longer", PUBLIC).unwrap();
-        write_atomic(&path, b"new", SECRET).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"new");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
     fn an_error_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("absent/key");
-        let error = write_atomic(&path, b"x", SECRET).unwrap_err();
+        let error = write_atomic(&path, b"x").unwrap_err();
         assert!(error.to_string().contains("absent/key"), "{error}");
         assert_eq!(read_optional(&path).unwrap(), None);
+    }
+
+    #[test]
+    fn directories_and_opened_files_are_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b");
+        create_dir(&inner).unwrap();
+        private().create(true).append(true).open(inner.join("log")).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(
+            [mode(&dir.path().join("a")), mode(&inner), mode(&inner.join("log"))],
+            [0o700, 0o700, 0o600]
+        );
     }
 }

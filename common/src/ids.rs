@@ -67,6 +67,23 @@ number_id!(
     "profile"
 );
 
+/// Whether a text reads as some id, also without its prefix. Nobody may be called that: commands take names and ids in one place.
+pub fn is_id(text: &str) -> bool {
+    fn reads_as<T: FromStr>(text: &str) -> bool {
+        text.parse::<T>().is_ok()
+    }
+    let kinds = [
+        reads_as::<JobId>,
+        reads_as::<NodeId>,
+        reads_as::<ReplicaId>,
+        reads_as::<UserId>,
+        reads_as::<RunId>,
+        reads_as::<ExportId>,
+        reads_as::<ProfileId>,
+    ];
+    kinds.iter().any(|reads| reads(text))
+}
+
 /// Counts the starts of one job's gang of ranks; a message from an older generation is refused.
 pub type Generation = u64;
 
@@ -100,5 +117,15 @@ mod tests {
         assert_eq!("job-7".parse::<JobId>().unwrap(), JobId(7));
         assert_eq!("7".parse::<JobId>().unwrap(), JobId(7));
         assert!("node-7".parse::<JobId>().is_err());
+    }
+
+    #[test]
+    fn what_a_command_would_take_for_an_id_reads_as_one() {
+        for id in ["7", "007", "job-7", "node-02", "replica-1", "user-3", "run-1", "export-2", "profile-9"] {
+            assert!(is_id(id), "{id}");
+        }
+        for name in ["", "box", "node", "node-", "node-x", "node-7@node-8", "gpu-7", "7.1", "node-7.local"] {
+            assert!(!is_id(name), "{name}");
+        }
     }
 }

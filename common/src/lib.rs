@@ -1,10 +1,12 @@
 //! Vocabulary of fleet: what all its processes agree on. No raft, no torch.
 
+pub mod bytes;
 pub mod codec;
 pub mod endpoint;
 pub mod events;
 pub mod exit;
 pub mod files;
+pub mod home;
 pub mod ids;
 pub mod job;
 pub mod mapped;

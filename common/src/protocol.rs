@@ -11,17 +11,21 @@
 use crate::codec::{self, Versioned};
 use crate::events::{Event, EventBatch, JobError, Outcome};
 use crate::ids::{Generation, JobId, NodeId, ParseIdError, Rank, ReplicaId, UserId};
-use crate::net::PrivateKey;
+use crate::net::{Authorities, PrivateKey};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 mod client;
+mod environment;
+mod output;
 mod records;
 mod views;
 
 pub use client::*;
+pub use environment::*;
+pub use output::*;
 pub use records::*;
 pub use views::*;
 
@@ -44,13 +48,25 @@ impl Versioned for PeerHello {
 
 // ---- joining ----------------------------------------------------------------------------------------------------------
 
-/// What a certificate lets its holder do.
+/// What somebody is let do. A certificate says one of the first three.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
     Coordinator,
     Worker,
     Client,
+    /// Of a token: it makes a client that is also let do an operator's work. That is in the cluster's records and not in the certificate.
+    Admin,
+}
+
+impl Role {
+    /// What stands in the certificate of who joined with a token of this role.
+    pub fn in_certificate(self) -> Role {
+        match self {
+            Role::Admin => Role::Client,
+            role => role,
+        }
+    }
 }
 
 /// Whom a certificate names.
@@ -133,10 +149,10 @@ pub enum JoinReply {
 pub struct Admission {
     pub member: Member,
     pub certificate_der: Vec<u8>,
-    pub ca_der: Vec<u8>,
+    pub authorities: Authorities,
     pub coordinators: Vec<CoordinatorAddress>,
-    /// The key of the CA, which every coordinator has. For nobody else.
-    pub ca_key: Option<PrivateKey>,
+    /// Certificate (DER) and key of each CA, which every coordinator has. For nobody else.
+    pub cas: Vec<(Vec<u8>, PrivateKey)>,
 }
 
 // ---- agents -----------------------------------------------------------------------------------------------------------
@@ -150,9 +166,14 @@ pub enum FromAgent {
     },
     /// Sent again from the first unacknowledged event after a reconnect.
     Events(EventBatch),
-    /// The agent's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    /// A new certificate over the same key is wanted, because the agent's ends soon or the CA is another one. DER of a PKCS#10 request.
     Renew {
         csr_der: Vec<u8>,
+    },
+    /// The answer to `ToAgent::ReadOutput`: a piece of a rank's output, or why there is none, in one line.
+    Output {
+        ticket: u64,
+        result: Result<OutputPiece, String>,
     },
 }
 
@@ -180,7 +201,15 @@ pub struct AgentHello {
     pub process: u64,
     /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
     pub gangs: Vec<(JobId, Generation)>,
+    /// Gangs that were started here and of which nothing more will be heard: an earlier process of this worker had started them, or
+    /// their events do not fit what the cluster has recorded. No process of them lives any more.
+    pub lost: Vec<(JobId, Generation)>,
+    /// Earlier processes of this worker whose records it has: what they started is in `lost`, or its end was recorded.
+    pub earlier: Vec<u64>,
 }
+
+/// Processes in `AgentHello::earlier`.
+pub const EARLIER_MAX: usize = 64;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToAgent {
@@ -213,15 +242,22 @@ pub enum ToAgent {
     },
     /// Where the coordinators are: after the welcome, and when it has changed.
     Coordinators(Vec<CoordinatorAddress>),
-    /// The answer to `Renew`.
+    /// The answer to `Renew`, and who is to be trusted from now on.
     Certificate {
         certificate_der: Vec<u8>,
+        authorities: Authorities,
     },
     /// The connection ends for this reason; reconnecting does not help if `fatal`.
     Refused {
         message: String,
         fatal: bool,
     },
+    /// Which CAs are to be trusted has changed, or may have: an agent whose `Authorities::mark` is another one renews its certificate.
+    Authorities {
+        mark: [u8; 32],
+    },
+    /// A piece of what a rank printed, please. At most `OUTPUT_ASKED_MAX` of these are unanswered on a connection.
+    ReadOutput(OutputWish),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
 const DAY: Duration = Duration::from_secs(86_400);
+const MARK: [u8; 32] = [6; 32];
 const ANY: &str = "127.0.0.1:0";
 
 fn ca(cluster: &str) -> ClusterCa {
@@ -24,7 +25,7 @@ fn member(role: Role) -> Member {
     match role {
         Role::Coordinator => Member::Coordinator(ReplicaId(3)),
         Role::Worker => Member::Worker(NodeId(1)),
-        Role::Client => Member::Client(UserId(5)),
+        Role::Client | Role::Admin => Member::Client(UserId(5)),
     }
 }
 
@@ -41,9 +42,9 @@ fn admission(ca: &ClusterCa, request: &JoinRequest, member: Member) -> Admission
     Admission {
         member,
         certificate_der: certificate.unwrap(),
-        ca_der: ca.der().to_vec(),
+        authorities: Authorities::one(ca.der().to_vec()),
         coordinators: Vec::new(),
-        ca_key: None,
+        cas: Vec::new(),
     }
 }
 
@@ -56,7 +57,7 @@ fn listen(identity: &Identity) -> (String, mpsc::UnboundedReceiver<Result<Accept
         while let Some(incoming) = endpoint.accept().await {
             let verdicts = verdicts.clone();
             tokio::spawn(async move {
-                match accept(incoming, Socket::Clients, |_| Ok(())).await {
+                match accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await {
                     Ok((connection, accepted)) => {
                         let _ = verdicts.send(Ok(accepted));
                         connection.closed().await;
@@ -138,7 +139,7 @@ async fn members_of_another_cluster_are_refused_on_both_sides() {
     assert!(seen.recv().await.unwrap().is_err());
     // One that knows our CA and cluster, but was certified by another.
     let mut forged = issue(&ca("c1"), Role::Client);
-    forged.ca_der = ours.der().to_vec();
+    forged.authorities = Authorities::one(ours.der().to_vec());
     let error = refusal(&addr, &forged).await.to_string();
     assert!(error.contains("this side's certificate is of another cluster"), "{error}");
     assert!(seen.recv().await.unwrap().is_err());
@@ -212,7 +213,8 @@ fn joinable(
         while let Some(incoming) = endpoint.accept().await {
             let decide = decide.clone();
             tokio::spawn(async move {
-                let Ok((connection, Accepted::Join)) = accept(incoming, Socket::Clients, |_| Ok(())).await
+                let Ok((connection, Accepted::Join)) =
+                    accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await
                 else {
                     return;
                 };
@@ -238,7 +240,7 @@ async fn a_joiner_becomes_what_the_ca_decides_and_can_connect() {
     let joined = join(&[addr], &token, "gpu").await.unwrap();
     let expected = Peer { member: Member::Worker(NodeId(4)), name: "gpu".into(), cluster_id: "c1".into() };
     assert_eq!(joined.identity.peer(), expected);
-    assert!(joined.ca.is_none());
+    assert!(joined.cas.is_empty());
     let identity = joined.identity;
     let (addr, mut seen) = listen(&coordinator);
     let _connection = connect(&[addr], &identity).await.unwrap();
@@ -274,7 +276,7 @@ async fn a_token_of_another_cluster_is_not_shown_to_this_one() {
 async fn a_coordinator_that_shows_our_ca_but_was_not_certified_by_it_is_refused() {
     let ours = ca("c1");
     let mut impostor = issue(&ca("c1"), Role::Coordinator);
-    impostor.ca_der = ours.der().to_vec();
+    impostor.authorities = Authorities::one(ours.der().to_vec());
     let addr = joinable(&impostor, |_| panic!("the secret was sent"));
     let token = JoinToken::generate(Role::Worker, ours.fingerprint()).unwrap();
     let error = join(std::slice::from_ref(&addr), &token, "me").await.unwrap_err();
@@ -304,14 +306,15 @@ async fn a_new_coordinator_gets_the_key_of_the_ca_and_only_that_one() {
     let ca = Arc::new(ca("c1"));
     let token = JoinToken::generate(Role::Coordinator, ca.fingerprint()).unwrap();
     let address = CoordinatorAddress { replica: ReplicaId(1), client: "a:1".into(), member: "a:2".into() };
-    let keys = [Some(ca.key()), Some(self::ca("c1").key()), None];
+    let der = ca.der().to_vec();
+    let keys = [vec![(der.clone(), ca.key())], vec![(der, self::ca("c1").key())], Vec::new()];
     let mut results = Vec::new();
-    for ca_key in keys {
+    for cas in keys {
         let (signer, address) = (ca.clone(), address.clone());
         let addr = joinable(&issue(&ca, Role::Coordinator), move |request| {
             let admission = admission(&signer, request, member(Role::Coordinator));
-            let (ca_key, coordinators) = (ca_key.clone(), vec![address.clone()]);
-            let admission = Admission { ca_key, coordinators, ..admission };
+            let (cas, coordinators) = (cas.clone(), vec![address.clone()]);
+            let admission = Admission { cas, coordinators, ..admission };
             assert!(!format!("{admission:?}").contains(&format!("{:?}", signer.key().secret_der())));
             JoinReply::Accepted(Box::new(admission))
         });
@@ -319,7 +322,7 @@ async fn a_new_coordinator_gets_the_key_of_the_ca_and_only_that_one() {
     }
     let joined = results.remove(0).unwrap();
     assert_eq!(joined.coordinators, [address]);
-    assert_eq!(joined.ca.unwrap().fingerprint(), ca.fingerprint());
+    assert_eq!(joined.cas[0].fingerprint(), ca.fingerprint());
     for (error, named) in results.into_iter().zip(["is not the key", "did not send the CA's key"]) {
         let error = error.unwrap_err().to_string();
         assert!(error.contains(named), "{error}");
@@ -355,19 +358,19 @@ async fn the_members_socket_lets_nobody_join_and_says_what_it_is() {
     tokio::spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             tokio::spawn(async move {
-                let only_workers = |peer: &Peer| match peer.member {
+                let only_workers = async |peer: Peer, _| match peer.member {
                     Member::Worker(_) => Ok(()),
                     Member::Client(_) => Err(Turned::Later("full".into())),
                     Member::Coordinator(_) => Err(Turned::Forever("removed".into())),
                 };
-                if let Ok((connection, _)) = accept(incoming, Socket::Members, only_workers).await {
+                if let Ok((connection, _)) = accept(incoming, Socket::Members, MARK, only_workers).await {
                     connection.closed().await;
                 }
             });
         }
     });
     let reached = reach(std::slice::from_ref(&addr), &issue(&ca, Role::Worker)).await.unwrap();
-    assert_eq!(reached.socket, Socket::Members);
+    assert_eq!((reached.socket, reached.mark), (Socket::Members, MARK));
     let error =
         connect(std::slice::from_ref(&addr), &issue(&ca, Role::Client)).await.map(|_| ()).unwrap_err();
     assert!(
@@ -393,7 +396,9 @@ fn listen_apart(
     runtime.spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
             tokio::spawn(async move {
-                if let Ok((connection, _)) = accept(incoming, Socket::Members, |_| Ok(())).await {
+                if let Ok((connection, _)) =
+                    accept(incoming, Socket::Members, MARK, async |_, _| Ok(())).await
+                {
                     connection.closed().await;
                 }
             });
@@ -452,7 +457,8 @@ async fn a_joiner_that_says_nothing_is_dropped_with_the_reason() {
     let addr = endpoint.local_addr().unwrap();
     let server = tokio::spawn(async move {
         let incoming = endpoint.accept().await.unwrap();
-        let (connection, accepted) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
+        let (connection, accepted) =
+            accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await.unwrap();
         assert_eq!(accepted, Accepted::Join);
         receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
     });
@@ -469,7 +475,7 @@ async fn a_joiner_of_another_version_is_told_both() {
     let addr = endpoint.local_addr().unwrap();
     let server = tokio::spawn(async move {
         let incoming = endpoint.accept().await.unwrap();
-        let (connection, _) = accept(incoming, Socket::Clients, |_| Ok(())).await.unwrap();
+        let (connection, _) = accept(incoming, Socket::Clients, MARK, async |_, _| Ok(())).await.unwrap();
         receive_join(&connection).await.map(|_| ()).unwrap_err().to_string()
     });
     let connection = raw_joiner(&ca, addr).await;
@@ -478,7 +484,7 @@ async fn a_joiner_of_another_version_is_told_both() {
     send.write_all(&[4, 0, 0, 0, 7, 0xFF, 0xFF, 0xFF]).await.unwrap();
     let reply = fleet_common::codec::read_frame(&mut receive).await.unwrap();
     let Some(JoinReply::Refused(refusal)) = reply else { panic!() };
-    assert!(refusal.message.contains("version 1 of the protocol, the other side 7"), "{}", refusal.message);
+    assert!(refusal.message.contains("version 2 of the protocol, the other side 7"), "{}", refusal.message);
     connection.close(DONE, b"");
     assert_eq!(server.await.unwrap(), refusal.message);
 }
@@ -552,16 +558,20 @@ fn a_certificate_is_renewed_over_the_same_key_and_never_for_somebody_else() {
     assert_eq!(old.remaining(now + 40 * DAY), Duration::ZERO);
     let later = now + 21 * DAY;
     let csr = old.signing_request().unwrap();
-    let new = old.renewed(ca.sign(&csr, old.member, "box", later, 30 * DAY).unwrap()).unwrap();
+    let trusted = || Authorities::one(ca.der().to_vec());
+    let signed = ca.sign(&csr, old.member, "box", later, 30 * DAY).unwrap();
+    let new = old.renewed(signed, trusted()).unwrap();
+    assert_eq!(new.key_hash(), old.key_hash());
+    assert_eq!(requested_key(&csr).unwrap(), old.key_hash().unwrap());
     assert!(!new.is_due(later));
-    new.store_certificate(dir.path()).unwrap();
+    new.store_renewed(dir.path(), &old).unwrap();
     assert_eq!(Identity::load(dir.path()).unwrap().unwrap().certificate_der, new.certificate_der);
     let other = ca.sign(&csr, member(Role::Client), "box", later, 30 * DAY).unwrap();
-    assert!(old.renewed(other).unwrap_err().contains("is for user-5, not for node-1"));
+    assert!(old.renewed(other, trusted()).unwrap_err().contains("is for user-5, not for node-1"));
     let shorter = ca.sign(&csr, old.member, "box", now, DAY).unwrap();
-    assert!(old.renewed(shorter).unwrap_err().contains("compare the clocks"));
+    assert!(old.renewed(shorter, trusted()).unwrap_err().contains("compare the clocks"));
     let foreign = self::ca("c1").issue(old.member, "box", later, 30 * DAY).unwrap();
-    assert!(old.renewed(foreign.certificate_der).is_err(), "another key");
+    assert!(old.renewed(foreign.certificate_der, trusted()).is_err(), "another key");
 }
 
 #[tokio::test]

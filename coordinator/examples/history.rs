@@ -22,8 +22,9 @@ fn main() -> Result<()> {
     let runs = arguments.next().transpose()?.unwrap_or(10_000);
     let points = arguments.next().transpose()?.unwrap_or(100);
     let dir = tempfile::tempdir()?;
+    let raft = dir.path().join("raft");
     let begun = Instant::now();
-    record(dir.path(), runs, points)?;
+    record(&raft, runs, points)?;
     println!("recorded {runs} runs with {} points in {:.1} s", runs * points, begun.elapsed().as_secs_f64());
     println!(
         "memory while recording: {} MiB at the most, {} MiB at the end",
@@ -32,7 +33,7 @@ fn main() -> Result<()> {
     );
 
     let begun = Instant::now();
-    let disk = Arc::new(RocksDisk::open(dir.path())?);
+    let disk = Arc::new(RocksDisk::open(&raft)?);
     let mut replica = Replica::open(disk.clone(), 1)?.context("the log is gone")?;
     replica.process(&mut |_| {})?;
     let seconds = begun.elapsed().as_secs_f64();
@@ -57,7 +58,7 @@ fn record(dir: &std::path::Path, runs: u64, points: u64) -> Result<()> {
     let mut propose = |replica: &mut Replica<RocksDisk>, change| -> Result<()> {
         ticket += 1;
         waiting += 1;
-        let command = Command { unix_ms: ticket, request: None, why: None, change };
+        let command = Command { unix_ms: ticket, request: None, by: None, why: None, change };
         replica.propose(ticket, &command).map_err(|declined| anyhow::anyhow!("{declined:?}"))?;
         if waiting >= TOGETHER {
             waiting = 0;

@@ -7,10 +7,11 @@ use fleet_common::codec;
 use fleet_common::net::PrivateKey;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::fmt;
 use std::io::{Read, Write};
 
 /// Of the file; another one is refused.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Largest record: the state of the largest cluster.
 const RECORD_MAX: u64 = 1 << 30;
 /// Longest first line.
@@ -50,6 +51,38 @@ pub enum Record {
     },
     /// The last one: a file without it was cut off.
     End,
+    /// Rows that could not be read when the backup was made.
+    LeftOut(Gap),
+}
+
+/// Rows of a table that are missing, between two that are there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    pub table: String,
+    /// The last key before it; empty where it is at the beginning.
+    pub after: Vec<u8>,
+    /// The first key after it; `None` where it goes to the end.
+    pub until: Option<Vec<u8>>,
+    pub why: String,
+}
+
+impl fmt::Display for Gap {
+    /// Keys as the numbers that they are made of, such as `7.120`: of a job and its event.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = |key: &[u8]| -> String {
+            let number =
+                |part: &[u8]| part.iter().fold(0u64, |n, byte| n << 8 | u64::from(*byte)).to_string();
+            key.chunks(8).map(number).collect::<Vec<_>>().join(".")
+        };
+        let Gap { table, after, until, why } = self;
+        match (after.is_empty(), until) {
+            (true, None) => write!(f, "all of {table}")?,
+            (true, Some(until)) => write!(f, "{table} before {}", numbers(until))?,
+            (false, None) => write!(f, "{table} after {}", numbers(after))?,
+            (false, Some(until)) => write!(f, "{table} between {} and {}", numbers(after), numbers(until))?,
+        }
+        write!(f, " ({why})")
+    }
 }
 
 pub struct Writer<W> {
@@ -156,6 +189,8 @@ mod tests {
         writer.record(&Record::State { index: 7, term: 2, state: vec![5; 40] }).unwrap();
         let rows = vec![(b"k".to_vec(), b"v".to_vec())];
         writer.record(&Record::Rows { table: "events".into(), rows }).unwrap();
+        let (table, after, until) = ("events".into(), vec![0, 0, 0, 0, 0, 0, 0, 7], None);
+        writer.record(&Record::LeftOut(Gap { table, after, until, why: "rot".into() })).unwrap();
         writer.record(&Record::End).unwrap();
         writer.finish().unwrap()
     }
@@ -170,12 +205,13 @@ mod tests {
                 Record::Ca { .. } => "ca".to_owned(),
                 Record::State { index, state, .. } => format!("state {index} {}", state.len()),
                 Record::Rows { table, rows } => format!("{} {table}", rows.len()),
+                Record::LeftOut(gap) => gap.to_string(),
                 Record::End => "end".to_owned(),
             });
             Ok(())
         })
         .unwrap();
-        assert_eq!(seen, ["state 7 40", "1 events", "end"]);
+        assert_eq!(seen, ["state 7 40", "1 events", "events after 7 (rot)", "end"]);
     }
 
     #[test]

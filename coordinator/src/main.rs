@@ -2,11 +2,11 @@
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
-use fleet_common::exit;
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::terminal;
-use fleet_coordinator::server::{Coordinator, Options, Places, backup};
+use fleet_common::{exit, files, terminal};
+use fleet_coordinator::server::operator::{self, Step};
+use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,6 +33,9 @@ enum Command {
     Backup(Backup),
     /// Make a cluster of one coordinator from a backup, in an empty data directory.
     Restore(Restore),
+    /// Replace the cluster's CA, beside a running coordinator: a new one is made, to which all members move by themselves; then --finish
+    /// ends trust in the old one.
+    RotateCa(RotateCa),
 }
 
 #[derive(Args)]
@@ -67,6 +70,12 @@ struct Backup {
     /// Where to write the backup.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Leave out what is damaged and cannot be read, and say what that is.
+    #[arg(long)]
+    salvage: bool,
+    /// Also where this coordinator does not have all that the cluster has recorded.
+    #[arg(long)]
+    allow_behind: bool,
 }
 
 #[derive(Args)]
@@ -76,6 +85,22 @@ struct Restore {
     /// Directory to make, which must hold no coordinator.
     #[arg(long, value_name = "DIR", default_value = "fleet-data")]
     data_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct RotateCa {
+    /// The coordinator's data directory, whose credential is an admin's.
+    #[arg(long, value_name = "DIR", default_value = "fleet-data")]
+    data_dir: PathBuf,
+    /// Say how far it is, and change nothing.
+    #[arg(long, conflicts_with = "finish")]
+    status: bool,
+    /// The old CA is not trusted any more. Refused while workers or clients have not moved.
+    #[arg(long)]
+    finish: bool,
+    /// Finish also if some have not moved. They join again with a token.
+    #[arg(long, requires = "finish")]
+    force: bool,
 }
 
 #[derive(Args)]
@@ -132,18 +157,24 @@ fn life(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
+    // RocksDB makes its files as the process may; a coordinator starts no programs.
+    files::restrict_process();
     let done = match Cli::parse().command {
         Command::Start(start) => run(start.run, start.expect_existing, None),
         Command::Join(join) => token(&join).and_then(|token| run(join.run, false, Some((join.addr, token)))),
         Command::Backup(args) => save(&args),
         Command::Restore(args) => load(&args),
+        Command::RotateCa(args) => rotate_ca(&args),
     };
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("error: {}", terminal::plain(&format!("{error:#}")));
             let net = error.downcast_ref::<NetError>().map(NetError::exit_code);
-            ExitCode::from(net.unwrap_or(exit::ENVIRONMENT))
+            let io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            let input = (io == Some(std::io::ErrorKind::InvalidInput)).then_some(exit::REFUSED_INPUT);
+            let refused = error.downcast_ref::<operator::Refused>().map(operator::Refused::exit_code);
+            ExitCode::from(net.or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
         }
     }
 }
@@ -158,19 +189,39 @@ fn token(join: &Join) -> Result<JoinToken> {
 
 fn save(args: &Backup) -> Result<u8> {
     telemetry::init(LogFormat::Auto, "warn");
-    let summary = backup::backup(&args.data_dir, &args.out)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start an event loop")?;
+    // Asked first: a coordinator that is not behind has at least this when it is read.
+    let committed = runtime.block_on(behind::committed(&args.data_dir));
+    let at_least = match &committed {
+        Ok(committed) if !args.allow_behind => *committed,
+        _ => 0,
+    };
+    let Backup { data_dir, out, salvage, .. } = args;
+    let summary = backup::backup(backup::Wanted { data_dir, out, salvage: *salvage, at_least })?;
     println!(
         "{}: cluster {} up to entry {}; it contains the CA's private key, so keep it as secret as that",
         args.out.display(),
         summary.cluster_id,
         summary.log_index
     );
+    match committed {
+        Ok(committed) if committed > summary.log_index => eprintln!(
+            "warning: this coordinator is behind the cluster by {} entries: that is at entry {committed}",
+            committed - summary.log_index
+        ),
+        Ok(_) => {}
+        Err(why) => eprintln!(
+            "warning: whether the cluster has recorded more than that is not known ({why}); compare with `fleet coordinators ls`"
+        ),
+    }
+    say_what_is_missing(&summary);
     Ok(exit::SUCCEEDED)
 }
 
 fn load(args: &Restore) -> Result<u8> {
     telemetry::init(LogFormat::Auto, "warn");
-    let summary = backup::restore(&args.file, &Options::local(args.data_dir.clone()))?;
+    let summary = restore::restore(&args.file, &Options::local(args.data_dir.clone()))?;
     println!(
         "{}: cluster {} as it was at entry {}; start it with `coordinator start --data-dir {}` and join the others anew",
         args.data_dir.display(),
@@ -178,6 +229,27 @@ fn load(args: &Restore) -> Result<u8> {
         summary.log_index,
         args.data_dir.display()
     );
+    say_what_is_missing(&summary);
+    Ok(exit::SUCCEEDED)
+}
+
+fn say_what_is_missing(summary: &backup::Summary) {
+    for gap in &summary.left_out {
+        eprintln!("warning: damaged and left out: {gap}");
+    }
+}
+
+fn rotate_ca(args: &RotateCa) -> Result<u8> {
+    telemetry::init(LogFormat::Auto, "warn");
+    let step = match (args.status, args.finish) {
+        (true, _) => Step::Status,
+        (_, true) => Step::Finish { force: args.force },
+        _ => Step::Begin,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let said =
+        runtime.context("cannot start an event loop")?.block_on(operator::rotate_ca(&args.data_dir, step))?;
+    println!("{said}");
     Ok(exit::SUCCEEDED)
 }
 

@@ -2,12 +2,18 @@
 
 use crate::cluster::Answer;
 use crate::cluster::commands::{
-    CancelJob, Change, DrainNode, FinishRun, RecordExport, RecordMetrics, RecordProfile, RemoveReplica,
-    RevokeMember, RevokeToken, StartRun, SubmitJob, SubmitOnce, UndrainNode,
+    CancelJob, Change, ChangeSecrets, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics,
+    RecordProfile, RemoveReplica, RevokeMember, RevokeToken, SetRetention, StartRun, SubmitJob, SubmitOnce,
+    UndrainNode,
 };
 use crate::cluster::records::Stop;
 use fleet_common::job::Job;
 use fleet_common::protocol::{self, Refusal, RefusalKind, Reply, Request, Work};
+
+/// How short and how small a history may be wished for: a slip of the keyboard shall not remove what ended a minute ago.
+const RETENTION_AGE_MIN_S: u64 = 3_600;
+const RETENTION_AGE_MAX_S: u64 = 100 * 366 * 24 * 3_600;
+const RETENTION_BYTES_MIN: u64 = 64 << 20;
 
 /// The change that a request asks for. Not for tokens, whose secret only the server holds, and not for queries.
 pub fn change(request: Request) -> Result<Change, Refusal> {
@@ -28,6 +34,13 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         Request::FinishRun { run, succeeded } => Change::FinishRun(FinishRun { run, succeeded }),
         Request::RecordExport(record) => Change::RecordExport(RecordExport { record }),
         Request::RecordProfile(record) => Change::RecordProfile(RecordProfile { record }),
+        Request::GiveSecrets { job, values } => {
+            Change::ChangeSecrets(ChangeSecrets { job, values: Some(values) })
+        }
+        Request::RemoveSecrets(job) => Change::ChangeSecrets(ChangeSecrets { job, values: None }),
+        Request::FinishCa { force } => Change::FinishCa(FinishCa { force }),
+        Request::RotateCa => return Err(invalid("a CA is made by the server that keeps its key")),
+        Request::SetRetention { age_s, bytes } => Change::SetRetention(retention(age_s, bytes)?),
         Request::CreateToken { .. } => {
             return Err(invalid("a token is made by the server that keeps its secret"));
         }
@@ -50,8 +63,25 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Export(_)
         | Request::Profiles(_)
         | Request::Profile(_)
-        | Request::Position => return Err(invalid("this is a question and changes nothing")),
+        | Request::Position
+        | Request::Environment { .. }
+        | Request::Authority
+        | Request::Output { .. }
+        | Request::Retention => return Err(invalid("this is a question and changes nothing")),
     })
+}
+
+fn retention(age_s: Option<u64>, bytes: Option<u64>) -> Result<SetRetention, Refusal> {
+    if age_s.is_some_and(|age| !(RETENTION_AGE_MIN_S..=RETENTION_AGE_MAX_S).contains(&age)) {
+        return Err(invalid("history is kept for one hour at least, and for a hundred years at most"));
+    }
+    if bytes.is_some_and(|bytes| bytes < RETENTION_BYTES_MIN) {
+        return Err(invalid(format!(
+            "{} MiB of history are kept at least, which is the output of one talkative job",
+            RETENTION_BYTES_MIN >> 20
+        )));
+    }
+    Ok(SetRetention { age_ms: age_s.map(|age| age * 1_000), bytes })
 }
 
 fn submit(job: protocol::SubmitJob) -> Result<SubmitJob, Refusal> {
@@ -127,6 +157,15 @@ pub fn name(request: &Request) -> &'static str {
         Request::Profile(_) => "profile",
         Request::Position => "position",
         Request::SubmitOnce { .. } => "submit_once",
+        Request::Environment { .. } => "environment",
+        Request::GiveSecrets { .. } => "give_secrets",
+        Request::RemoveSecrets(_) => "remove_secrets",
+        Request::RotateCa => "rotate_ca",
+        Request::FinishCa { .. } => "finish_ca",
+        Request::Authority => "authority",
+        Request::Output { .. } => "output",
+        Request::Retention => "retention",
+        Request::SetRetention { .. } => "set_retention",
     }
 }
 
@@ -151,6 +190,16 @@ mod tests {
         let Ok(Change::SubmitJob(job)) = change(program(&["/usr/bin/env", "x"])) else { panic!() };
         assert_eq!(job.name, "env");
         assert!(change(program(&[])).is_err());
+    }
+
+    #[test]
+    fn a_history_that_is_as_good_as_none_is_not_to_be_had_by_a_slip() {
+        let set = |age_s, bytes| change(Request::SetRetention { age_s, bytes });
+        assert!(set(Some(60), None).unwrap_err().message.contains("one hour"));
+        assert!(set(Some(u64::MAX), None).is_err());
+        assert!(set(None, Some(1 << 20)).unwrap_err().message.contains("64 MiB"));
+        let Ok(Change::SetRetention(set)) = set(Some(86_400), None) else { panic!() };
+        assert_eq!((set.age_ms, set.bytes), (Some(86_400_000), None));
     }
 
     #[test]

@@ -167,19 +167,18 @@ async fn an_agent_outlives_a_restart_of_the_coordinator() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_lost_its_gang_fails_the_job_and_one_that_never_had_it_is_told_again() {
+async fn a_restarted_agent_fails_what_it_had_started_and_gets_what_it_had_not() {
     let dir = tempdir().unwrap();
     let coordinator = start(dir.path()).await;
     let mut client = Client::local(dir.path(), &coordinator).await;
     let mut agent = Agent::join(dir.path(), &coordinator, 2).await;
     let begun = client.submit(1).await;
     agent.gang().await;
-    agent.events((begun, 1), 1, vec![started()]).await;
-    agent.next().await;
     let unheard = client.submit(1).await;
     assert_eq!(agent.gang().await.job, unheard);
 
-    let mut agent = Agent::greet(agent.vanish(), &coordinator, 2, vec![]).await;
+    let again = AgentHello { process: 2, lost: vec![(begun, 1)], earlier: vec![1], ..hello() };
+    let mut agent = Agent::greet_as(agent.vanish(), &coordinator, 2, again).await;
     let gang = agent.gang().await;
     assert_eq!((gang.job, gang.generation), (unheard, 1));
     let view = client.job(begun).await;
@@ -188,12 +187,12 @@ async fn an_agent_that_lost_its_gang_fails_the_job_and_one_that_never_had_it_is_
     let events = client.watch(begun, 1, true).await;
     assert!(matches!(events.last().unwrap().1.body, EventBody::Finished(_)));
 
-    // A third agent comes back with the gang that the cluster has given up: it is told to stop it, and to forget its events.
-    let mut agent = Agent::greet(agent.vanish(), &coordinator, 2, vec![(begun, 1), (unheard, 1)]).await;
-    assert_eq!(agent.next().await, ToAgent::EventsCommitted { job: begun, generation: 1, seq: 1 });
+    // It comes back with the gang that the cluster has given up: it is told to stop it, and to forget its events.
+    let again = AgentHello { process: 2, gangs: vec![(begun, 1), (unheard, 1)], ..hello() };
+    let mut agent = Agent::greet_as(agent.vanish(), &coordinator, 2, again).await;
     assert_eq!(agent.next().await, ToAgent::StopGang { job: begun, generation: 1, now: true });
-    agent.events((begun, 1), 2, vec![step(1), succeeded()]).await;
-    assert_eq!(agent.next().await, ToAgent::EventsCommitted { job: begun, generation: 1, seq: 3 });
+    agent.events((begun, 1), 1, vec![step(1), succeeded()]).await;
+    assert_eq!(agent.next().await, ToAgent::EventsCommitted { job: begun, generation: 1, seq: 2 });
     assert_eq!(client.job(begun).await.state, JobState::Failed);
 }
 
@@ -307,7 +306,7 @@ fn of_version_7(before: &[u8]) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let named = |text: &str| {
-        let both = "version 1 of the protocol, the other side 7; install the same version of fleet";
+        let both = "version 2 of the protocol, the other side 7; install the same version of fleet";
         assert!(text.contains(both), "{text}");
     };
     let dir = tempdir().unwrap();
@@ -330,10 +329,10 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let Some(ToAgent::Refused { message, fatal: true }) = told else { panic!("{told:?}") };
     named(&message);
 
-    let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
-    let other = Member::Coordinator(fleet_common::ids::ReplicaId(2));
-    let now = std::time::SystemTime::now();
-    let identity = ca.issue(other, "other", now, net::CERTIFICATE_LIFE).unwrap();
+    let mut client = Client::local(dir.path(), &coordinator).await;
+    let request = Request::CreateToken { role: Role::Coordinator, ttl_s: 60, uses: 1 };
+    let Reply::Token { text } = client.ask(request).await else { panic!() };
+    let identity = join(&coordinator, &text.parse().unwrap(), "other").await.unwrap();
     let connection = net::connect(&members, &identity).await.unwrap();
     let mut stream = connection.open_uni().await.unwrap();
     stream.write_all(&of_version_7(&[])).await.unwrap();
@@ -346,8 +345,12 @@ async fn a_certificate_of_a_clock_that_is_hours_off_is_good_and_one_of_next_mont
     let coordinator = start(dir.path()).await;
     let ca = net::ClusterCa::load(&dir.path().join("cluster")).unwrap().unwrap();
     let (now, hour) = (std::time::SystemTime::now(), Duration::from_secs(3600));
-    let user = Member::Client(fleet_common::ids::UserId(1));
-    let issued = |at| ca.issue(user, "ann", at, net::CERTIFICATE_LIFE).unwrap();
+    let local = Identity::load(&dir.path().join("client")).unwrap().unwrap();
+    let csr = local.signing_request().unwrap();
+    let issued = |at| {
+        let certificate_der = ca.sign(&csr, local.member, "ann", at, net::CERTIFICATE_LIFE).unwrap();
+        Identity { certificate_der, ..local.clone() }
+    };
     for good in [now - 6 * hour, now + 6 * hour] {
         let mut client = Client::connect(&issued(good), &coordinator).await;
         assert!(matches!(client.ask(Request::ClusterStatus).await, Reply::Cluster(_)));

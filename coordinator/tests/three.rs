@@ -8,7 +8,7 @@ use common::*;
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{self, ClusterCa, Identity};
 use fleet_common::protocol::*;
-use fleet_coordinator::server::{Coordinator, Options, backup};
+use fleet_coordinator::server::{Coordinator, Options, backup, restore};
 use std::time::{Duration, Instant};
 use tempfile::{TempDir, tempdir};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -207,7 +207,9 @@ async fn a_backup_of_a_running_coordinator_becomes_a_cluster_of_one() {
     agent.next().await;
     let others: Vec<_> = { vec![client.submit(1).await, client.submit(1).await] };
     let file = dir.path().join("backup");
-    let summary = backup::backup(dir.path(), &file).unwrap();
+    let summary =
+        backup::backup(backup::Wanted { data_dir: dir.path(), out: &file, salvage: false, at_least: 0 })
+            .unwrap();
     assert_eq!(summary.cluster_id, coordinator.endpoint().cluster_id);
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
@@ -217,8 +219,8 @@ async fn a_backup_of_a_running_coordinator_becomes_a_cluster_of_one() {
 
     let restored = tempdir().unwrap();
     let place = restored.path().join("data");
-    assert_eq!(backup::restore(&file, &Options::local(place.clone())).unwrap(), summary);
-    let refused = backup::restore(&file, &Options::local(place.clone())).unwrap_err().to_string();
+    assert_eq!(restore::restore(&file, &Options::local(place.clone())).unwrap(), summary);
+    let refused = restore::restore(&file, &Options::local(place.clone())).unwrap_err().to_string();
     assert!(refused.contains("has a coordinator already"), "{refused}");
     let coordinator = start(&place).await;
     assert!(coordinator.endpoint().replica > ReplicaId(100), "no id that the old cluster may have given out");
@@ -240,7 +242,7 @@ async fn a_backup_of_a_running_coordinator_becomes_a_cluster_of_one() {
     for bytes in [&damaged[..], &text[..text.len() - 1], b"something else\n"] {
         std::fs::write(&file, bytes).unwrap();
         let elsewhere = restored.path().join("elsewhere");
-        let error = backup::restore(&file, &Options::local(elsewhere.clone())).unwrap_err();
+        let error = restore::restore(&file, &Options::local(elsewhere.clone())).unwrap_err();
         assert!(format!("{error:#}").contains("cannot be restored"), "{error:#}");
         assert!(!elsewhere.join("cluster").exists());
     }

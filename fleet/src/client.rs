@@ -1,7 +1,7 @@
 //! A client of the coordinators: one request, one answer; or a job's events. Any coordinator will do; when one goes away or cannot answer,
 //! the next is asked.
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NoIdentity};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::{doubt, out};
@@ -194,12 +194,22 @@ impl Client {
             let first = self.turn % addresses.len();
             addresses.rotate_left(first);
         }
-        let identity = self.cluster.identity()?;
-        let connection = net::connect(&addresses, &identity).await?;
-        if identity.is_due(SystemTime::now())
-            && let Err(why) = renew(&connection, &identity, &self.cluster.client_dir).await
-        {
-            out::note(&format!("warning: the certificate of {} was not renewed: {why}", identity.member));
+        let identity = self.identity(&addresses).await?;
+        let net::Reached { mut connection, mark, .. } = net::reach(&addresses, &identity).await?;
+        let behind = mark != identity.authorities.mark() || !identity.is_of_issuing_ca();
+        if behind || identity.is_due(SystemTime::now()) {
+            match renew(&connection, &identity, &self.cluster.client_dir).await {
+                // the cluster counts it as moved to another CA when it has shown the new certificate
+                Ok(renewed) if !identity.is_of_same_ca(&renewed) => {
+                    connection.close(net::DONE, b"");
+                    connection = net::connect(&addresses, &renewed).await?;
+                }
+                Ok(_) => {}
+                Err(why) => out::note(&format!(
+                    "warning: the certificate of {} was not renewed: {why}",
+                    identity.member
+                )),
+            }
         }
         if self.cluster.wants_addresses()
             && let Ok(Reply::Addresses(known)) =
@@ -208,6 +218,21 @@ impl Client {
             self.cluster.learn(known);
         }
         Ok(connection)
+    }
+
+    /// Its own, with a damaged file of CAs mended where a coordinator shows what it should be.
+    async fn identity(&self, addresses: &[String]) -> Result<Identity, Failure> {
+        match self.cluster.identity() {
+            Err(NoIdentity::DamagedCa { fingerprint, failure }) => {
+                let mended = net::mend_authorities(addresses, &fingerprint, &self.cluster.client_dir).await;
+                if mended.is_err() {
+                    return Err(failure);
+                }
+                out::note(&format!("warning: {}; it was mended", failure.message));
+                Ok(self.cluster.identity()?)
+            }
+            identity => Ok(identity?),
+        }
     }
 
     /// The next connection is to another coordinator, where there are several.
@@ -284,12 +309,13 @@ pub fn unexpected(reply: &Reply) -> Failure {
     ))
 }
 
-async fn renew(connection: &Connection, identity: &Identity, dir: &Path) -> Result<(), String> {
+async fn renew(connection: &Connection, identity: &Identity, dir: &Path) -> Result<Identity, String> {
     let request = Request::Renew { csr_der: identity.signing_request()? };
     match once(connection, &ClientFrame::query(request)).await.map_err(|silence| silence.why)? {
-        Reply::Certificate { certificate_der } => {
-            let renewed = identity.renewed(certificate_der)?;
-            renewed.store_certificate(dir).map_err(|error| error.to_string())
+        Reply::Certificate { certificate_der, authorities } => {
+            let renewed = identity.renewed(certificate_der, authorities)?;
+            renewed.store_renewed(dir, identity).map_err(|error| error.to_string())?;
+            Ok(renewed)
         }
         Reply::Refused(refusal) => Err(refusal.message),
         other => Err(unexpected(&other).message),

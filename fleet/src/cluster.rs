@@ -5,7 +5,7 @@ use crate::places;
 use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::Identity;
+use fleet_common::net::{Identity, IdentityError};
 use fleet_common::protocol::CoordinatorAddress;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -38,8 +38,7 @@ impl Login {
     pub fn store(&self, dir: &Path) -> Result<(), Failure> {
         let file = dir.join(LOGIN);
         let text = serde_json::to_string_pretty(self).map_err(|e| Failure::environment(e.to_string()))?;
-        files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
-            .map_err(|e| Failure::io("write", &file, &e))
+        files::write_atomic(&file, text.as_bytes()).map_err(|e| Failure::io("write", &file, &e))
     }
 }
 
@@ -53,7 +52,7 @@ impl Cluster {
     /// could make one where somebody else stands.
     pub fn find(wish: Option<&str>) -> Result<Cluster, Failure> {
         let Some(wish) = wish else {
-            let newest = places::running().into_iter().next();
+            let newest = places::running()?.into_iter().next();
             return newest.map(|launch| Cluster::in_data_dir(&launch.data_dir)).ok_or_else(|| {
                 Failure::unreachable(
                     "no `fleet launch` runs on this machine; start one, or name a cluster with --cluster (a data directory, HOST:PORT or a name)",
@@ -63,17 +62,17 @@ impl Cluster {
         if wish.contains('/') || [".", ".."].contains(&wish) {
             return Ok(Cluster::in_data_dir(Path::new(wish)));
         }
-        if let Some((name, login)) = logins()
+        if let Some((name, login)) = logins()?
             .into_iter()
             .find(|(name, login)| name == wish || login.addresses.iter().any(|a| a == wish))
         {
-            let dir = places::login_dir(&name);
+            let dir = places::logins_dir()?.join(&name);
             return Ok(Cluster { addresses: Addresses::Login(dir.clone(), login), client_dir: dir });
         }
-        if let Some(launch) = places::running().into_iter().find(|launch| launch.name == wish) {
+        if let Some(launch) = places::running()?.into_iter().find(|launch| launch.name == wish) {
             return Ok(Cluster::in_data_dir(&launch.data_dir));
         }
-        let local = places::running().into_iter().find(|launch| {
+        let local = places::running()?.into_iter().find(|launch| {
             Endpoint::load(&launch.data_dir).ok().flatten().is_some_and(|endpoint| endpoint.quic == wish)
         });
         if let Some(launch) = local {
@@ -148,13 +147,38 @@ impl Cluster {
         }
     }
 
-    pub fn identity(&self) -> Result<Identity, Failure> {
-        Identity::load(&self.client_dir)?.ok_or_else(|| {
-            Failure::unreachable(format!(
+    pub fn identity(&self) -> Result<Identity, NoIdentity> {
+        match Identity::load(&self.client_dir) {
+            Ok(Some(identity)) => Ok(identity),
+            Ok(None) => Err(NoIdentity::Other(Failure::unreachable(format!(
                 "{} has no client credential; has its coordinator started?",
                 self.client_dir.display()
-            ))
-        })
+            )))),
+            Err(error) => Err(match &error {
+                IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } => {
+                    NoIdentity::DamagedCa { fingerprint: fingerprint.clone(), failure: error.into() }
+                }
+                _ => NoIdentity::Other(error.into()),
+            }),
+        }
+    }
+}
+
+/// Why a client's identity cannot be used.
+pub enum NoIdentity {
+    /// The file of CAs, which a coordinator can show again.
+    DamagedCa {
+        fingerprint: String,
+        failure: Failure,
+    },
+    Other(Failure),
+}
+
+impl From<NoIdentity> for Failure {
+    fn from(none: NoIdentity) -> Failure {
+        match none {
+            NoIdentity::DamagedCa { failure, .. } | NoIdentity::Other(failure) => failure,
+        }
     }
 }
 
@@ -168,12 +192,11 @@ pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32
     endpoint.running()
 }
 
-fn logins() -> Vec<(String, Login)> {
-    let entries = std::fs::read_dir(places::state_dir().join("clusters")).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| {
-            let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
-            Some((entry.file_name().into_string().ok()?, login))
-        })
-        .collect()
+fn logins() -> Result<Vec<(String, Login)>, Failure> {
+    let entries = std::fs::read_dir(places::logins_dir()?).into_iter().flatten().flatten();
+    let logins = entries.filter_map(|entry| {
+        let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;
+        Some((entry.file_name().into_string().ok()?, login))
+    });
+    Ok(logins.collect())
 }

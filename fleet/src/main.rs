@@ -4,6 +4,7 @@ mod client;
 mod cluster;
 mod commands;
 mod doubt;
+mod environment;
 mod failure;
 mod json;
 mod launch;
@@ -50,7 +51,9 @@ enum Command {
     Checkpoints(commands::checkpoints::Args),
     Exports(commands::exports::Args),
     Profiles(commands::profiles::Args),
+    Retention(commands::retention::Args),
     Coordinators(commands::coordinators::Args),
+    Secrets(commands::secrets::Args),
     Token(commands::token::Args),
     Revoke(commands::revoke::Args),
     Login(commands::login::Args),
@@ -81,7 +84,9 @@ fn main() -> ExitCode {
         Command::Checkpoints(args) => commands::checkpoints::run(args, cluster),
         Command::Exports(args) => commands::exports::run(args, cluster),
         Command::Profiles(args) => commands::profiles::run(args, cluster),
+        Command::Retention(args) => commands::retention::run(args, cluster),
         Command::Coordinators(args) => commands::coordinators::run(args, cluster),
+        Command::Secrets(args) => commands::secrets::run(args, cluster),
         Command::Revoke(args) => commands::revoke::run(args, cluster),
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),

@@ -1,30 +1,56 @@
 //! Where fleet keeps its own state on this machine: running launches and the clusters that `fleet login` joined.
 
 use crate::failure::Failure;
-use fleet_common::{files, process};
+use crate::out;
+use fleet_common::{files, home, process};
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Directories of ended launches that are kept, for their logs.
 const ENDED_KEPT: usize = 3;
 
-/// `${XDG_STATE_HOME:-~/.local/state}/fleet`; without a home a directory of this user below the temporary one.
-pub fn state_dir() -> PathBuf {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    absolute("XDG_STATE_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
-        .unwrap_or_else(|| std::env::temp_dir().join(format!("fleet-{}", nix::unistd::getuid())))
-        .join("fleet")
+/// What is in the state directory.
+const STATE: &[&str] = &["clusters", "launches"];
+/// What a launch puts into its data directory beside what its first coordinator does.
+const LOGS: &[&str] = &[
+    "lock",
+    "coordinator.log",
+    "coordinator-2.log",
+    "coordinator-3.log",
+    "coordinator-4.log",
+    "coordinator-5.log",
+    "worker.log",
+];
+
+/// `${XDG_STATE_HOME:-~/.local/state}/fleet`, of which others see nothing. It need not exist.
+fn state_dir() -> Result<PathBuf, Failure> {
+    let dir = home::state().map_err(|e| Failure::environment(e.to_string()))?.join("fleet");
+    // A look into it costs as much as what is in it, so it is taken once.
+    let is_open =
+        dir.metadata().is_ok_and(|found| found.mode() & 0o077 != 0 || found.uid() != geteuid().as_raw());
+    if is_open {
+        tell(files::mend(&dir, STATE))?;
+    }
+    Ok(dir)
 }
 
-/// The directory of a cluster that `fleet login` knows by `name`.
-pub fn login_dir(name: &str) -> PathBuf {
-    state_dir().join("clusters").join(name)
+fn tell(mended: std::io::Result<Option<String>>) -> Result<(), Failure> {
+    if let Some(was_open) = mended.map_err(|e| Failure::environment(e.to_string()))? {
+        out::note(&format!("warning: {was_open}"));
+    }
+    Ok(())
 }
 
-pub fn launches_dir() -> PathBuf {
-    state_dir().join("launches")
+/// Of the clusters that `fleet login` knows, each with a directory by its name.
+pub fn logins_dir() -> Result<PathBuf, Failure> {
+    Ok(state_dir()?.join("clusters"))
+}
+
+pub fn launches_dir() -> Result<PathBuf, Failure> {
+    Ok(state_dir()?.join("launches"))
 }
 
 /// One `fleet launch`, in `launches/NAME/launch.json`.
@@ -51,7 +77,7 @@ pub struct Registration {
 impl Registration {
     /// Enters this process. Without a `data_dir` it gets one below the entry.
     pub fn enter(data_dir: Option<&Path>) -> Result<Registration, Failure> {
-        Registration::enter_in(&launches_dir(), data_dir)
+        Registration::enter_in(&launches_dir()?, data_dir)
     }
 
     fn enter_in(launches: &Path, data_dir: Option<&Path>) -> Result<Registration, Failure> {
@@ -63,14 +89,12 @@ impl Registration {
             Some(given) => std::path::absolute(given).map_err(|e| Failure::io("use", given, &e))?,
             None => dir.join("data"),
         };
-        for path in [&dir, &data] {
-            std::fs::create_dir_all(path).map_err(|e| Failure::io("create", path, &e))?;
-        }
+        files::create_dir(&dir).map_err(|e| Failure::environment(e.to_string()))?;
+        tell(files::claim(&data, LOGS))?;
         let launch = Launch { name, pid, pid_start: process::started(pid), started_unix_ms, data_dir: data };
         let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
         let file = dir.join("launch.json");
-        files::write_atomic(&file, text.as_bytes(), files::PUBLIC)
-            .map_err(|e| Failure::io("write", &file, &e))?;
+        files::write_atomic(&file, text.as_bytes()).map_err(|e| Failure::environment(e.to_string()))?;
         Ok(Registration { launch, dir, own_data: data_dir.is_none(), keep: false })
     }
 
@@ -90,8 +114,8 @@ impl Drop for Registration {
 }
 
 /// The launches that run, newest first.
-pub fn running() -> Vec<Launch> {
-    running_in(&launches_dir())
+pub fn running() -> Result<Vec<Launch>, Failure> {
+    Ok(running_in(&launches_dir()?))
 }
 
 fn running_in(launches: &Path) -> Vec<Launch> {

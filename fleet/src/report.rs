@@ -110,6 +110,19 @@ impl Report {
         }
     }
 
+    /// A line that a rank printed, without its time.
+    pub fn line_of(&mut self, rank: Rank, line: String) {
+        let body = EventBody::Log { rank: Some(rank), level: Level::Info, line };
+        match self.style {
+            Style::Json => {
+                let mut json = json::event(&Event { unix_ms: 0, body });
+                json["time"] = Value::Null;
+                out::json(&json);
+            }
+            _ => drop(self.line(&body).map(|line| out::line(&line))),
+        }
+    }
+
     fn gather(&mut self, event: &Event) {
         let summary = &mut self.summary;
         match &event.body {
@@ -206,6 +219,7 @@ impl Report {
                     level => format!("[{who}] {}: {line}", json::level_name(*level)),
                 }
             }
+            EventBody::LeftOut { lines, bytes } => format!("[node] {}", left_out(*lines, *bytes)),
             EventBody::Memory { .. } | EventBody::Finished(_) => return None,
         })
     }
@@ -358,8 +372,23 @@ fn new_bar(steps: u64) -> ProgressBar {
     bar
 }
 
+/// Says that output stands only on the nodes.
+fn left_out(lines: u64, bytes: u64) -> String {
+    format!(
+        "... {} lines ({}B) are left out here; `fleet logs JOB --full` has all of them",
+        text::thousands(lines),
+        text::short(bytes)
+    )
+}
+
 fn program_line(event: &EventBody, ranks: u32) {
-    let EventBody::Log { rank, level, line } = event else { return };
+    let (rank, level, line) = match event {
+        EventBody::Log { rank, level, line } => (rank, level, line),
+        EventBody::LeftOut { lines, bytes } => {
+            return out::note(&format!("[node] {}", left_out(*lines, *bytes)));
+        }
+        _ => return,
+    };
     let prefix = rank_prefix(*rank, ranks);
     match level {
         Level::Info => out::own_output(&format!("{prefix}{line}")),

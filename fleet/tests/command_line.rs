@@ -141,7 +141,7 @@ fn without_a_cluster_the_exit_code_is_3() {
 fn a_directory_that_is_called_like_a_login_does_not_take_its_place() {
     let place = Place::new();
     for dir in ["head", "data", "state/fleet/clusters/head"] {
-        std::fs::create_dir_all(place.dir.path().join(dir)).unwrap();
+        fleet_common::files::create_dir(&place.dir.path().join(dir)).unwrap();
     }
     place.file("state/fleet/clusters/head/cluster.json", "{\"addresses\": [\"127.0.0.1:1\"]}");
     let (_, line) = place.refusal(&["jobs", "--cluster", "head"]);

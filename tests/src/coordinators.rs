@@ -120,6 +120,11 @@ impl<'a> Coordinators<'a> {
         self.stand(n, process);
     }
 
+    /// Starts one that may have to stop at once.
+    pub fn try_again(&self, n: usize) -> Running {
+        Running::start(self.command(n, &["start"]))
+    }
+
     pub fn kill(&mut self, n: usize) {
         // Dropping kills with SIGKILL.
         self.members[n] = None;
@@ -152,6 +157,16 @@ impl<'a> Coordinators<'a> {
     /// Talks to whoever answers.
     pub fn any_client(&self) -> Client {
         Client::new(&self.data_dir(0).join("client"), self.addresses())
+    }
+
+    /// What it wrote to stderr since its last start.
+    pub fn complaints(&self, n: usize) -> String {
+        self.members[n].as_ref().map(|member| member.process.complaints()).unwrap_or_default()
+    }
+
+    /// What it says at `/metrics`.
+    pub fn metrics(&self, n: usize) -> std::io::Result<String> {
+        crate::http::get(&self.listen[n][2], "/metrics")
     }
 
     /// Which of them leads, as most of those that run say.

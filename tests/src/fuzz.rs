@@ -137,11 +137,13 @@ pub fn installed(data: &[u8]) {
     message.set_msg_type(MessageType::MsgSnapshot);
     assert_eq!(replica.step(message), Ok(()));
     while let Some((from, fetch)) = replica.wants() {
-        let chunk = transfer::cut(&source, &state, &fetch, 256).expect("memory can be read");
+        let cut = transfer::cut(&source, &state, &fetch, 256).expect("memory can be read");
+        let chunk = cut.chunk().expect("its rows are sealed");
         assert!(replica.take_chunk(from, chunk).is_ok(), "memory can be written");
     }
     if replica.process(&mut |_| {}).is_ok() {
-        assert_eq!(replica.applied_index(), 9);
+        // One that cannot be read is not taken.
+        assert_eq!(replica.applied_index(), if image::decode(&state).is_ok() { 9 } else { 0 });
         let again = Replica::open(disk, 7);
         assert!(again.is_ok_and(|again| again.is_some_and(|again| again.state() == replica.state())));
     }

@@ -6,6 +6,7 @@
 mod client;
 mod coordinators;
 pub mod fuzz;
+pub mod http;
 mod jobs;
 mod network;
 mod process;

@@ -6,6 +6,7 @@ use fleet_common::codec;
 use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, JobError, Level, Outcome, Shard};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
+use fleet_common::net::{Authorities, PrivateKey};
 use fleet_common::protocol::{
     Admission, AgentHello, ClientFrame, CoordinatorAddress, FromAgent, FromRank, Gang, JoinReply,
     JoinRequest, Member, PROTOCOL_VERSION, Page, Point, Program, RankStart, Reply, Request, SubmitJob,
@@ -70,7 +71,7 @@ fn tagged<T: Serialize>(kind: u8, message: &T) -> Vec<u8> {
 fn command() -> Command {
     let request = Some(RequestId { client: ClientId(7), seq: 2 }.into());
     let change = Change::StartRun(StartRun { name: "r".into() });
-    Command { unix_ms: 9, request, why: Some("because".into()), change }
+    Command { unix_ms: 9, request, by: None, why: Some("because".into()), change }
 }
 
 fn events() -> EventBatch {
@@ -128,6 +129,8 @@ fn real_messages() -> Vec<Vec<u8>> {
         host: "h".into(),
         process: 7,
         gangs: vec![(JobId(5), 1)],
+        lost: vec![(JobId(4), 2)],
+        earlier: vec![6],
     };
     let gang = Gang {
         job: JobId(5),
@@ -165,9 +168,9 @@ fn real_messages() -> Vec<Vec<u8>> {
     let admission = Admission {
         member: Member::Worker(NodeId(3)),
         certificate_der: vec![48; 20],
-        ca_der: vec![48; 20],
+        authorities: Authorities::one(vec![48; 20]),
         coordinators: vec![address()],
-        ca_key: None,
+        cas: vec![(vec![48; 20], PrivateKey::new(vec![48; 20]))],
     };
     let sighting = Sighting { node: NodeId(3), connected: true, heard_ms_ago: 40 };
     let (fetch, chunk) = (first_fetch(), transfer::cut(&MemoryDisk::default(), b"s", &first_fetch(), 9));
@@ -207,8 +210,11 @@ fn real_messages() -> Vec<Vec<u8>> {
                 read_only: false,
             }),
         ),
+        tagged(9, &PeerMessage::WantCa { der: vec![48; 9] }),
+        tagged(9, &PeerMessage::Ca { der: vec![48; 9], key: PrivateKey::new(vec![48; 9]) }),
+        tagged(9, &PeerMessage::Coordinators(vec![(address(), [7; 32])])),
         tagged(9, &PeerMessage::Fetch(fetch)),
-        tagged(9, &PeerMessage::Chunk(Box::new(chunk.unwrap()))),
+        tagged(9, &PeerMessage::Chunk(Box::new(chunk.unwrap().chunk().unwrap()))),
         tagged(10, &command()),
     ]
 }
@@ -314,7 +320,8 @@ fn damaged_snapshots_are_noticed() {
     let message = Message { snapshot: Some(announced(&state, &[1])), ..message };
     let message = message.encode_to_vec();
     let with = |rest: Vec<u8>| [vec![message.len() as u8], message.clone(), rest].concat();
-    let chunk = transfer::cut(&MemoryDisk::default(), &state, &first_fetch(), 1 << 20).unwrap();
+    let chunk =
+        transfer::cut(&MemoryDisk::default(), &state, &first_fetch(), 1 << 20).unwrap().chunk().unwrap();
     let inputs = vec![
         with(codec::encode(&chunk).unwrap()),
         with(codec::encode(&first_fetch()).unwrap()),

@@ -1,4 +1,4 @@
-//! Rules about the source that no compiler checks: who may link libtorch and where `unsafe` lives.
+//! Rules about the source that no compiler checks: who may link libtorch, where `unsafe` lives, and who makes files.
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
@@ -88,6 +88,43 @@ fn is_unsafe(line: &str) -> bool {
     let words = ["unsafe {", "unsafe fn ", "unsafe impl ", "unsafe extern ", "allow(unsafe_code"];
     // This file names them in quotes.
     words.iter().any(|word| code.contains(word) && !code.contains(&format!("\"{word}")))
+}
+
+/// Crates whose files are fleet's own; what ranks write is the user's.
+const KEEPERS: [&str; 4] = ["common/src", "coordinator/src", "fleet/src", "worker/agent/src"];
+/// What makes them, and what writes to the kernel's own file systems, which have no modes of ours.
+const MAKERS: [&str; 2] = ["common/src/files.rs", "worker/agent/src/cgroup.rs"];
+
+#[test]
+fn what_fleet_keeps_is_made_private_in_one_place() {
+    // Each gives what it makes the mode that the umask leaves.
+    let makers = [
+        "File::create",
+        "fs::write(",
+        "OpenOptions::new(",
+        "create_dir_all(",
+        "fs::create_dir(",
+        "DirBuilder::new(",
+    ];
+    let mut found = Vec::new();
+    for folder in KEEPERS {
+        visit(&root().join(folder), &mut |path, text| {
+            let relative = path.strip_prefix(root()).unwrap().display().to_string();
+            if relative.contains("tests") || MAKERS.contains(&relative.as_str()) {
+                return;
+            }
+            let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+            let lines = code.lines().enumerate().filter(|(_, line)| {
+                // A method of another type may end in the same words.
+                makers.iter().any(|maker| {
+                    line.match_indices(maker)
+                        .any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric()))
+                })
+            });
+            found.extend(lines.map(|(at, line)| format!("{relative}:{}: {}", at + 1, line.trim())));
+        });
+    }
+    assert_eq!(found, Vec::<String>::new(), "use common/src/files.rs");
 }
 
 fn visit(folder: &Path, each: &mut impl FnMut(&Path, &str)) {

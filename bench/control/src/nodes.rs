@@ -184,6 +184,8 @@ async fn session(
         host: "127.0.0.1".into(),
         process: 1,
         gangs: Vec::new(),
+        lost: Vec::new(),
+        earlier: Vec::new(),
     };
     codec::write_frame(&mut send, &FromAgent::Hello(hello)).await?;
     let welcome = tokio::time::timeout(PATIENCE, codec::read_frame(&mut receive)).await??;

@@ -1,7 +1,8 @@
 //! The certificate authority of a cluster. It alone decides what a certificate says: of a signing request it takes the public key.
 
+use super::authorities::Authorities;
 use super::identity::{self, Identity};
-use super::peer::Peer;
+use super::peer::{KeyHash, Peer};
 use super::secret::{PrivateKey, wipe};
 use crate::files;
 use crate::protocol::{Member, Role};
@@ -101,14 +102,26 @@ impl ClusterCa {
         Ok(ClusterCa { cluster_id, der, issuer })
     }
 
+    /// Whether `DIR/ca.key` is the key of this CA.
+    pub fn has_key_in(&self, dir: &Path) -> bool {
+        let key = files::read_optional(&dir.join(KEY)).ok().flatten();
+        let key = key.and_then(|key| KeyPair::from_pem(&key).ok());
+        key.is_some_and(|key| key.der_bytes() == self.issuer.key().der_bytes())
+    }
+
     /// Writes both files, the key first and private, so that a certificate is never without its key.
     pub fn store(&self, dir: &Path) -> io::Result<()> {
         files::create_dir(dir)?;
         let mut key = self.issuer.key().serialize_pem().into_bytes();
-        let written = files::write_atomic(&dir.join(KEY), &key, files::SECRET);
+        let written = files::write_atomic(&dir.join(KEY), &key);
         wipe(&mut key);
         written?;
-        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes(), files::PUBLIC)
+        files::write_atomic(&dir.join(CERTIFICATE), certificate_pem(&self.der).as_bytes())
+    }
+
+    /// Another copy of it in memory.
+    pub fn again(&self) -> Result<ClusterCa, CaError> {
+        ClusterCa::from_parts(self.der.to_vec(), &self.key())
     }
 
     /// The CA's key, for a new coordinator. Goes into no log.
@@ -161,7 +174,7 @@ impl ClusterCa {
             name: peer.name,
             certificate_der,
             key_pkcs8_der: PrivateKey::new(key.serialize_der()),
-            ca_der: self.der.to_vec(),
+            authorities: Authorities::one(self.der.to_vec()),
         })
     }
 
@@ -171,7 +184,8 @@ impl ClusterCa {
         let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(old.key_pkcs8_der.secret_der()))?;
         let from = identity::validity(&old.certificate_der).0.min(now - CLOCK_SKEW);
         let certificate_der = self.certify(&key, &self.peer(old.member, &old.name), from, now + life)?;
-        Ok(Identity { certificate_der, ca_der: self.der.to_vec(), ..old.clone() })
+        let authorities = Authorities::new(self.der.to_vec(), old.authorities.iter().map(<[u8]>::to_vec));
+        Ok(Identity { certificate_der, authorities, ..old.clone() })
     }
 
     fn peer(&self, member: Member, name: &str) -> Peer {
@@ -192,11 +206,18 @@ impl ClusterCa {
             Role::Coordinator => {
                 vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
             }
-            Role::Worker | Role::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Worker | Role::Client | Role::Admin => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         params.use_authority_key_identifier_extension = true;
         Ok(params.signed_by(key, &self.issuer)?.der().to_vec())
     }
+}
+
+/// Of the key for which a certificate is asked for. The request is signed with it.
+pub fn requested_key(csr_der: &[u8]) -> Result<KeyHash, CaError> {
+    let request = CertificateSigningRequestDer::from(csr_der);
+    let request = CertificateSigningRequestParams::from_der(&request).map_err(CaError::BadRequest)?;
+    Ok(Sha256::digest(request.public_key.der_bytes()).into())
 }
 
 /// SHA-256 of a certificate in hex.

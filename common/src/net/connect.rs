@@ -19,6 +19,8 @@ pub struct Reached {
     pub connection: Connection,
     /// Which of the coordinator's sockets it is.
     pub socket: Socket,
+    /// `Authorities::mark` of what the cluster trusts. A member that trusts others renews its certificate.
+    pub mark: [u8; 32],
 }
 
 /// Connects to the first of these coordinators (`HOST:PORT`) that answers and accepts this identity.
@@ -74,7 +76,7 @@ fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
         QuicClientConfig::try_from(tls::client(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(limits::connecting(match identity.role() {
-        Role::Client => Link::Client,
+        Role::Client | Role::Admin => Link::Client,
         Role::Worker => Link::Agent,
         Role::Coordinator => Link::Coordinator,
     }));
@@ -95,10 +97,13 @@ async fn welcomed(
             return Err(Failure::Refused(NOT_OUR_COORDINATOR.into()));
         }
         let mut welcome = connection.accept_uni().await?;
-        let mut byte = [0];
-        let read = welcome.read_exact(&mut byte).await;
-        match (read, Socket::try_from(byte[0])) {
-            (Ok(()), Ok(socket)) => Ok(Reached { connection, socket }),
+        let (mut byte, mut mark) = ([0], [0; 32]);
+        let read = async {
+            welcome.read_exact(&mut byte).await?;
+            welcome.read_exact(&mut mark).await
+        };
+        match (read.await, Socket::try_from(byte[0])) {
+            (Ok(()), Ok(socket)) => Ok(Reached { connection, socket, mark }),
             (Err(_), _) if connection.close_reason().is_some() => Err(connection.closed().await.into()),
             _ => Err(Failure::Refused("the two sides have different versions of fleet".into())),
         }

@@ -1,13 +1,15 @@
 //! Becoming a member: one `JoinRequest`, one `JoinReply`. The joiner's key never leaves it.
 
 use super::NetError;
-use super::ca::{ClusterCa, fingerprint};
+use super::authorities::Authorities;
+use super::ca::ClusterCa;
 use super::connect::attempt;
-use super::identity::Identity;
+use super::identity::{Identity, store_authorities};
+use super::listen::remote_chain;
 use super::secret::{PrivateKey, wipe};
 use super::token::JoinToken;
 use super::verdict::{DONE, REFUSED, describe};
-use super::{limits, tls};
+use super::{ca, limits, tls};
 use crate::codec::{self, CodecError, read_frame, read_versioned, write_frame};
 use crate::protocol::{
     Admission, CoordinatorAddress, JoinReply, JoinRequest, PROTOCOL_VERSION, Refusal, RefusalKind, Role,
@@ -15,6 +17,7 @@ use crate::protocol::{
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, ConnectionError, SendStream};
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
@@ -37,20 +40,40 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Joined {
     pub identity: Identity,
     pub coordinators: Vec<CoordinatorAddress>,
-    /// Of a coordinator.
-    pub ca: Option<ClusterCa>,
+    /// Of a coordinator: the one that issues first.
+    pub cas: Vec<ClusterCa>,
+}
+
+/// A key that was just made, for which there is no certificate yet. It never leaves the process that made it.
+pub struct Applicant {
+    key: KeyPair,
+    /// DER of the PKCS#10 request.
+    pub csr_der: Vec<u8>,
+}
+
+impl Applicant {
+    pub fn new() -> Result<Applicant, NetError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(tls_error)?;
+        let csr = CertificateParams::default().serialize_request(&key).map_err(tls_error)?;
+        Ok(Applicant { key, csr_der: csr.der().to_vec() })
+    }
+
+    /// With the certificate that was made for it.
+    pub fn certified(self, certificate_der: Vec<u8>, authorities: Authorities) -> Result<Identity, NetError> {
+        let key = PrivateKey::new(self.key.serialize_der());
+        Identity::from_parts(certificate_der, key, authorities).map_err(NetError::Tls)
+    }
 }
 
 /// Joins the cluster of `token` through the first of these coordinators (`HOST:PORT`) that lets it in: makes a key and has it certified.
 /// However often the request is sent, it is one use of the token.
 pub async fn join(addrs: &[String], token: &JoinToken, name: &str) -> Result<Joined, NetError> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(tls_error)?;
-    let csr = CertificateParams::default().serialize_request(&key).map_err(tls_error)?;
+    let applicant = Applicant::new()?;
     let request = JoinRequest {
         version: PROTOCOL_VERSION,
         token_id: token.id.clone(),
         token_secret: token.secret.clone(),
-        csr_der: csr.der().to_vec(),
+        csr_der: applicant.csr_der.clone(),
         name: name.to_owned(),
     };
     let begun = Instant::now();
@@ -59,7 +82,7 @@ pub async fn join(addrs: &[String], token: &JoinToken, name: &str) -> Result<Joi
         let mut last = NetError::Unreachable("no address was given".into());
         for addr in addrs {
             match ask(addr, token, &request).await {
-                Ok(admission) => return settle(addr, token, key, admission),
+                Ok(admission) => return settle(addr, token, applicant, admission),
                 Err(Asked::Refused(error)) => return Err(error),
                 Err(Asked::Later(error)) => (asked, last) = (true, error),
                 Err(Asked::Silent(error)) => last = error,
@@ -86,7 +109,7 @@ async fn ask(addr: &str, token: &JoinToken, request: &JoinRequest) -> Result<Adm
     let config = config(token, seen.clone()).map_err(Asked::Refused)?;
     let connection = attempt(None, addr, config).await.map_err(|failure| match seen.get() {
         Some(shown) => Asked::Refused(NetError::Refused(format!(
-            "{addr}: the token is of another cluster (its CA is {}, the coordinator's is {}); ask for a token there",
+            "{addr}: the token is of another cluster (its CA is {}, the coordinator's is {}), or of before the cluster's CA was replaced; ask for a new one there",
             short(&token.ca_fingerprint),
             short(shown),
         ))),
@@ -113,7 +136,10 @@ async fn ask(addr: &str, token: &JoinToken, request: &JoinRequest) -> Result<Adm
 }
 
 fn config(token: &JoinToken, seen: Arc<OnceLock<String>>) -> Result<ClientConfig, NetError> {
-    let crypto = tls::joiner(&token.ca_fingerprint, seen)?;
+    joining(tls::joiner(&token.ca_fingerprint, seen)?)
+}
+
+fn joining(crypto: rustls::ClientConfig) -> Result<ClientConfig, NetError> {
     let crypto = QuicClientConfig::try_from(crypto).map_err(|error| NetError::Tls(error.to_string()))?;
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(limits::joining());
@@ -121,26 +147,52 @@ fn config(token: &JoinToken, seen: Arc<OnceLock<String>>) -> Result<ClientConfig
 }
 
 /// Believes an admission only as far as the token's fingerprint and role go.
-fn settle(addr: &str, token: &JoinToken, key: KeyPair, admission: Admission) -> Result<Joined, NetError> {
+fn settle(
+    addr: &str,
+    token: &JoinToken,
+    applicant: Applicant,
+    admission: Admission,
+) -> Result<Joined, NetError> {
     let refused = |what: &str| NetError::Refused(format!("{addr}: the coordinator {what}"));
-    let Admission { certificate_der, ca_der, coordinators, ca_key, .. } = admission;
-    if fingerprint(&ca_der) != token.ca_fingerprint {
+    let Admission { certificate_der, authorities, coordinators, cas, .. } = admission;
+    if !authorities.contains(&token.ca_fingerprint) {
         return Err(refused("sent the CA of another cluster"));
     }
-    let identity =
-        Identity::from_parts(certificate_der, PrivateKey::new(key.serialize_der()), ca_der.clone());
-    let identity = identity.map_err(NetError::Tls)?;
-    if identity.role() != token.role {
+    let identity = applicant.certified(certificate_der, authorities)?;
+    if identity.role() != token.role.in_certificate() {
         return Err(refused("gave another role than the token's"));
     }
-    let ca = match (token.role, ca_key) {
-        (Role::Coordinator, Some(key)) => Some(
-            ClusterCa::from_parts(ca_der, &key).map_err(|error| refused(&format!("sent no CA: {error}")))?,
-        ),
-        (Role::Coordinator, None) => return Err(refused("did not send the CA's key")),
-        _ => None,
-    };
-    Ok(Joined { identity, coordinators, ca })
+    if token.role != Role::Coordinator {
+        return Ok(Joined { identity, coordinators, cas: Vec::new() });
+    }
+    let cas: Result<Vec<ClusterCa>, _> =
+        cas.into_iter().map(|(der, key)| ClusterCa::from_parts(der, &key)).collect();
+    let cas = cas.map_err(|error| refused(&format!("sent no CA: {error}")))?;
+    if cas.is_empty() || cas.iter().any(|ca| !identity.authorities.contains(&ca.fingerprint())) {
+        return Err(refused("did not send the CA's key"));
+    }
+    Ok(Joined { identity, coordinators, cas })
+}
+
+/// Replaces a member's damaged file of CAs by what a coordinator shows, which must have the fingerprint that the file says. `dir` is where
+/// `Identity::store` wrote; the next `Identity::load` sees whether all belongs together.
+pub async fn mend_authorities(addrs: &[String], fingerprint: &str, dir: &Path) -> Result<(), NetError> {
+    let mut last = NetError::Unreachable("no address was given".into());
+    for addr in addrs {
+        let crypto = tls::joiner(fingerprint, Arc::default())?;
+        match attempt(None, addr, joining(crypto)?).await {
+            Ok(connection) => {
+                connection.close(DONE, b"");
+                let shown = remote_chain(&connection);
+                let ca = shown.iter().map(|der| der.to_vec()).find(|der| ca::fingerprint(der) == fingerprint);
+                let ca = ca.ok_or_else(|| NetError::Refused(format!("{addr} does not show its CA")))?;
+                return store_authorities(dir, &Authorities::one(ca))
+                    .map_err(|error| NetError::Tls(error.to_string()));
+            }
+            Err(failure) => last = failure.at(addr).into(),
+        }
+    }
+    Err(last)
 }
 
 /// A joiner that waits for its answer.

@@ -1,7 +1,7 @@
 //! Listening and deciding who is there. Handshakes have a deadline, and a refusal's reason reaches the one refused.
 
 use super::identity::Identity;
-use super::peer::Peer;
+use super::peer::{KeyHash, Peer, key_hash};
 use super::verdict::{BUSY, REFUSED, REVOKED, describe};
 use super::{NetError, Socket, limits, tls};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -120,25 +120,27 @@ impl HmacKey for ResetKey {
     }
 }
 
-/// Finishes one incoming handshake, within a deadline, and says who came. Run each in a task of its own. `admit` says whom this
-/// coordinator knows to be unwelcome.
-pub async fn accept(
+/// Finishes one incoming handshake, within a deadline, and says who came. Run each in a task of its own. `admit` says whether the holder of
+/// this certificate, whose key has this hash, is one of the cluster. Who is let in is told `mark`, of the CAs to be trusted.
+pub async fn accept<F: Future<Output = Result<(), Turned>>>(
     incoming: Incoming,
     socket: Socket,
-    admit: impl FnOnce(&Peer) -> Result<(), Turned>,
+    mark: [u8; 32],
+    admit: impl FnOnce(Peer, KeyHash) -> F,
 ) -> Result<(Connection, Accepted), NetError> {
     let handshake = timeout(limits::HANDSHAKE_DEADLINE, incoming).await;
     let connection = handshake
         .map_err(|_| NetError::Lost("the handshake took too long".into()))?
         .map_err(|error| NetError::Lost(describe(&error)))?;
-    match classify(&connection, socket, admit) {
+    match classify(&connection, socket, admit).await {
         Ok(Accepted::Join) => Ok((connection, Accepted::Join)),
         Ok(accepted) => {
             let lost = |error: &dyn std::fmt::Display| NetError::Lost(error.to_string());
-            // One byte says which socket this is, and that the certificate was accepted.
+            // One byte says which socket this is, and that the certificate was accepted. The mark says whether it will be later.
             let mut welcome =
                 connection.open_uni().await.map_err(|error| NetError::Lost(describe(&error)))?;
-            welcome.write_all(&[socket as u8]).await.map_err(|error| lost(&error))?;
+            let said = [&[socket as u8][..], &mark].concat();
+            welcome.write_all(&said).await.map_err(|error| lost(&error))?;
             welcome.finish().map_err(|error| lost(&error))?;
             Ok((connection, accepted))
         }
@@ -154,10 +156,10 @@ pub async fn accept(
     }
 }
 
-fn classify(
+async fn classify<F: Future<Output = Result<(), Turned>>>(
     connection: &Connection,
     socket: Socket,
-    admit: impl FnOnce(&Peer) -> Result<(), Turned>,
+    admit: impl FnOnce(Peer, KeyHash) -> F,
 ) -> Result<Accepted, Turned> {
     if protocol(connection).as_deref() == Some(tls::JOIN) {
         return match socket {
@@ -167,19 +169,28 @@ fn classify(
             }
         };
     }
-    let peer = remote(connection).map_err(Turned::Away)?;
-    admit(&peer)?;
+    let certificate = remote_certificate(connection).map_err(Turned::Away)?;
+    let peer = Peer::from_certificate(&certificate).map_err(Turned::Away)?;
+    admit(peer.clone(), key_hash(&certificate).map_err(Turned::Away)?).await?;
     Ok(Accepted::Peer(peer))
 }
 
 /// The member at the other end, from the certificate that TLS has verified.
 pub fn remote(connection: &Connection) -> Result<Peer, String> {
+    Peer::from_certificate(&remote_certificate(connection)?)
+}
+
+/// The certificate of the other end, which TLS has verified.
+pub fn remote_certificate(connection: &Connection) -> Result<CertificateDer<'static>, String> {
+    let certificate = remote_chain(connection).into_iter().next();
+    certificate.ok_or_else(|| "a certificate of this cluster is needed; join it with a token first".into())
+}
+
+/// All that it showed.
+pub(super) fn remote_chain(connection: &Connection) -> Vec<CertificateDer<'static>> {
     let chain =
         connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
-    let certificate = chain.as_deref().and_then(|chain| chain.first());
-    let certificate =
-        certificate.ok_or("a certificate of this cluster is needed; join it with a token first")?;
-    Peer::from_certificate(certificate)
+    chain.map(|chain| *chain).unwrap_or_default()
 }
 
 fn protocol(connection: &Connection) -> Option<Vec<u8>> {

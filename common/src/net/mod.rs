@@ -1,8 +1,10 @@
 //! How fleet's processes find and trust each other: QUIC with mutual TLS 1.3, a CA per cluster, and tokens for joining it.
 //!
-//! The CA decides who somebody is: cluster, role, node and name stand in the certificate. It never stores a secret in a log, never
+//! The CA decides who somebody is: cluster, role, node and name stand in the certificate. Whether he is still, or ever was, one of the
+//! cluster is decided by who accepts him (`accept`), from the hash of his key. This never stores a secret in a log, never
 //! resumes a session (an expired certificate would come back) and never sends data before the handshake is done.
 
+mod authorities;
 mod ca;
 mod connect;
 mod identity;
@@ -15,13 +17,14 @@ mod tls;
 mod token;
 mod verdict;
 
-pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa};
+pub use authorities::Authorities;
+pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa, requested_key};
 pub use connect::{Reached, connect, connect_from, reach};
-pub use identity::{Identity, IdentityError};
-pub use join::{JoinExchange, Joined, join, receive_join};
+pub use identity::{Identity, IdentityError, store_authorities};
+pub use join::{Applicant, JoinExchange, Joined, join, mend_authorities, receive_join};
 pub use limits::widen;
-pub use listen::{Accepted, Turned, accept, remote, renew, serve};
-pub use peer::{NAME_MAX, Peer};
+pub use listen::{Accepted, Turned, accept, remote, remote_certificate, renew, serve};
+pub use peer::{KeyHash, NAME_MAX, Peer, key_hash};
 pub use secret::PrivateKey;
 pub use token::{JoinToken, TOKEN_ENV, TokenError, secret_matches};
 pub use verdict::{BUSY, DONE, REFUSED, REVOKED, describe};

@@ -5,6 +5,7 @@
 
 use crate::protocol::{Member, Role};
 use rcgen::{CertificateParams, DistinguishedName, DnType, SanType};
+use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// The other end of a connection.
@@ -13,6 +14,16 @@ pub struct Peer {
     pub member: Member,
     pub name: String,
     pub cluster_id: String,
+}
+
+/// SHA-256 of a member's public key, by which the cluster knows it again: a renewed certificate has the same one, and nobody can have it
+/// made for a key of his own, not even with the CA's.
+pub type KeyHash = [u8; 32];
+
+/// Of the key in a certificate, or why it cannot be read.
+pub fn key_hash(certificate_der: &[u8]) -> Result<KeyHash, String> {
+    let (_, certificate) = X509Certificate::from_der(certificate_der).map_err(|error| error.to_string())?;
+    Ok(Sha256::digest(&certificate.public_key().subject_public_key.data).into())
 }
 
 /// Longest display name in bytes: the bound of a common name in X.509.
@@ -78,15 +89,18 @@ impl Peer {
     }
 }
 
-/// The role as it stands in certificates and tokens.
+/// The role as it stands in certificates and tokens. No certificate says `admin`.
 pub(super) fn role_name(role: Role) -> &'static str {
     match role {
         Role::Coordinator => "coordinator",
         Role::Worker => "worker",
         Role::Client => "client",
+        Role::Admin => "admin",
     }
 }
 
 pub(super) fn parse_role(text: &str) -> Option<Role> {
-    [Role::Coordinator, Role::Worker, Role::Client].into_iter().find(|role| role_name(*role) == text)
+    [Role::Coordinator, Role::Worker, Role::Client, Role::Admin]
+        .into_iter()
+        .find(|role| role_name(*role) == text)
 }

@@ -1,5 +1,6 @@
 //! TLS settings of every connection: version 1.3 and ring, nothing resumed, nothing before the handshake, trust in one CA.
 
+use super::authorities::Authorities;
 use super::ca::fingerprint;
 use super::identity::Identity;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -22,15 +23,18 @@ fn provider() -> Arc<CryptoProvider> {
     PROVIDER.get_or_init(|| Arc::new(ring::default_provider())).clone()
 }
 
-fn roots(ca_der: &[u8]) -> Result<Arc<RootCertStore>, rustls::Error> {
+fn roots(authorities: &Authorities) -> Result<Arc<RootCertStore>, rustls::Error> {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(ca_der.to_vec()))?;
+    for der in authorities.iter() {
+        roots.add(CertificateDer::from(der.to_vec()))?;
+    }
     Ok(Arc::new(roots))
 }
 
-/// A coordinator's certificate with its CA behind it, by whose fingerprint a joiner knows the cluster.
+/// A coordinator's certificate with the CAs behind it, by whose fingerprint a joiner knows the cluster.
 fn chain(identity: &Identity) -> Vec<CertificateDer<'static>> {
-    vec![identity.certificate_der.clone().into(), identity.ca_der.clone().into()]
+    let own = identity.certificate_der.clone();
+    std::iter::once(own).chain(identity.authorities.iter().map(<[u8]>::to_vec)).map(Into::into).collect()
 }
 
 fn key(identity: &Identity) -> PrivateKeyDer<'static> {
@@ -39,7 +43,7 @@ fn key(identity: &Identity) -> PrivateKeyDer<'static> {
 
 /// For a listener: offers both protocols. A certificate may be absent here; `classify` demands it for `fleet/1`.
 pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(&identity.ca_der)?, provider())
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots(&identity.authorities)?, provider())
         .allow_unauthenticated()
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
@@ -56,7 +60,7 @@ pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error>
 
 /// For a member that connects to a coordinator.
 pub(super) fn client(identity: &Identity) -> Result<ClientConfig, rustls::Error> {
-    let verifier = server_verifier(&identity.ca_der)?;
+    let verifier = server_verifier(&identity.authorities)?;
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_webpki_verifier(verifier)
@@ -84,7 +88,7 @@ pub(super) fn joiner(
 
 /// Fails unless certificate, key and CA belong together. Says nothing about the time.
 pub(super) fn check(identity: &Identity) -> Result<(), rustls::Error> {
-    roots(&identity.ca_der)?;
+    roots(&identity.authorities)?;
     let signer = provider().key_provider.load_private_key(key(identity))?;
     rustls::sign::CertifiedKey::new(chain(identity), signer).keys_match()
 }
@@ -96,8 +100,8 @@ fn without_memory(mut config: ClientConfig, alpn: &[u8]) -> ClientConfig {
     config
 }
 
-fn server_verifier(ca_der: &[u8]) -> Result<Arc<WebPkiServerVerifier>, rustls::Error> {
-    WebPkiServerVerifier::builder_with_provider(roots(ca_der)?, provider())
+fn server_verifier(authorities: &Authorities) -> Result<Arc<WebPkiServerVerifier>, rustls::Error> {
+    WebPkiServerVerifier::builder_with_provider(roots(authorities)?, provider())
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))
 }
@@ -124,7 +128,13 @@ impl ServerCertVerifier for ByFingerprint {
             let _ = self.seen.set(shown);
             return Err(rustls::CertificateError::UnknownIssuer.into());
         };
-        server_verifier(ca)?.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+        server_verifier(&Authorities::one(ca.to_vec()))?.verify_server_cert(
+            end_entity,
+            &[],
+            server_name,
+            ocsp_response,
+            now,
+        )
     }
 
     fn verify_tls12_signature(

@@ -95,7 +95,7 @@ fn parse_parts(text: &str) -> Result<JoinToken, &'static str> {
     let ["fleet", role, id, secret, fingerprint] = parts[..] else {
         return Err("it does not have the form fleet_ROLE_ID_SECRET_FINGERPRINT");
     };
-    let role = parse_role(role).ok_or("its role is none of coordinator, worker, client")?;
+    let role = parse_role(role).ok_or("its role is none of coordinator, worker, client, admin")?;
     let digits = |text: &str, bytes: usize| {
         text.len() == 2 * bytes && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     };

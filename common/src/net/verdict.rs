@@ -119,7 +119,7 @@ fn their_verdict(alert: u8, reason: &[u8]) -> String {
             "this side's certificate is expired or not valid yet; compare the clocks or join again".into()
         }
         alert::UNKNOWN_CA | alert::DECRYPT_ERROR => {
-            "this side's certificate is of another cluster; join this one with a token".into()
+            "this side's certificate is of another cluster, or of a CA that was replaced; join this one with a token".into()
         }
         alert::BAD_CERTIFICATE | alert::UNSUPPORTED_CERTIFICATE => {
             "the other side does not accept this side's certificate; join again with a token".into()
@@ -137,7 +137,9 @@ fn our_verdict(alert: u8, reason: &str) -> String {
         alert::CERTIFICATE_EXPIRED => {
             "the other side's certificate is expired or not valid yet; compare the clocks".into()
         }
-        alert::UNKNOWN_CA | alert::DECRYPT_ERROR => "the other side belongs to another cluster".into(),
+        alert::UNKNOWN_CA | alert::DECRYPT_ERROR => {
+            "the other side belongs to another cluster, or its CA was replaced while this side was away: then join again with a token".into()
+        }
         alert::BAD_CERTIFICATE | alert::UNSUPPORTED_CERTIFICATE => NOT_OUR_COORDINATOR.into(),
         alert::NO_APPLICATION_PROTOCOL => "the two sides have different versions of fleet".into(),
         alert => format!("the handshake failed (TLS alert {alert}: {reason})"),

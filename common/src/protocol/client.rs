@@ -1,11 +1,14 @@
 //! What clients ask and what they are answered.
 
+use super::environment::*;
+use super::output::OutputPiece;
 use super::records::*;
 use super::views::*;
 use super::{CoordinatorAddress, Member, PROTOCOL_VERSION, Role};
 use crate::codec::{self, Versioned};
 use crate::events::Event;
-use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId};
+use crate::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, Rank, ReplicaId, RunId};
+use crate::net::Authorities;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -79,7 +82,7 @@ pub enum Request {
     },
     /// Where the coordinators are. The only request that a worker may make.
     Addresses,
-    /// The client's certificate ends soon; a new one over the same key is wanted. DER of a PKCS#10 request.
+    /// A new certificate over the same key is wanted, because the client's ends soon or the CA is another one. DER of a PKCS#10 request.
     Renew {
         csr_der: Vec<u8>,
     },
@@ -143,6 +146,39 @@ pub enum Request {
         name: String,
         job: SubmitJob,
     },
+    /// Of an unfinished or finished job. With `values`, which needs a right of its own, also what the secrets are.
+    Environment {
+        job: JobId,
+        values: bool,
+    },
+    /// Values of secrets of an unfinished job, by name. They count from its next start.
+    GiveSecrets {
+        job: JobId,
+        values: Vec<(String, Secret)>,
+    },
+    /// Nothing but the names of an unfinished job's secrets is kept.
+    RemoveSecrets(JobId),
+    /// A new CA is made, which is to replace the present one.
+    RotateCa,
+    /// The one before is not trusted any more. With `force` also if some have not moved, who join again then.
+    FinishCa {
+        force: bool,
+    },
+    /// How far the CA's replacement is.
+    Authority,
+    /// A piece of what a rank of a job's last start printed, from this byte on: from the file on its node.
+    Output {
+        job: JobId,
+        rank: Rank,
+        from: u64,
+    },
+    /// How much of the history is kept.
+    Retention,
+    /// What is given replaces what was.
+    SetRetention {
+        age_s: Option<u64>,
+        bytes: Option<u64>,
+    },
 }
 
 /// Changes that one client may have under way at once: as many as the streams of a connection.
@@ -168,7 +204,12 @@ impl Request {
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
             | Request::RecordProfile(_)
-            | Request::SubmitOnce { .. } => true,
+            | Request::SubmitOnce { .. }
+            | Request::GiveSecrets { .. }
+            | Request::RemoveSecrets(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. }
+            | Request::SetRetention { .. } => true,
             Request::ClusterStatus
             | Request::Nodes
             | Request::Jobs { .. }
@@ -188,7 +229,11 @@ impl Request {
             | Request::Export(_)
             | Request::Profiles(_)
             | Request::Profile(_)
-            | Request::Position => false,
+            | Request::Position
+            | Request::Environment { .. }
+            | Request::Authority
+            | Request::Output { .. }
+            | Request::Retention => false,
         }
     }
 }
@@ -266,11 +311,11 @@ pub enum Work {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Program {
-    /// Program and arguments; found by the agent in `PATH` of `env` or relative to `working_dir`.
+    /// Program and arguments; found by the agent in `PATH` or relative to `working_dir`.
     pub argv: Vec<String>,
     pub working_dir: String,
-    /// The whole environment, before RANK and the like are set.
-    pub env: Vec<(String, String)>,
+    /// Set over what the node gives to programs, below RANK and the like.
+    pub env: Vec<Variable>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -287,8 +332,10 @@ pub enum Reply {
     Job(Box<JobView>),
     Checkpoints(Listing<CheckpointView>),
     Addresses(Vec<CoordinatorAddress>),
+    /// And who is to be trusted from now on.
     Certificate {
         certificate_der: Vec<u8>,
+        authorities: Authorities,
     },
     /// One item of a `Watch`; `index` counts the job's events from 1 over all generations.
     Event {
@@ -319,6 +366,10 @@ pub enum Reply {
     Profiles(Listing<ProfileView>),
     Profile(Box<ProfileView>),
     Position(u64),
+    Environment(Vec<VariableView>),
+    Authority(Box<AuthorityView>),
+    Output(OutputPiece),
+    Retention(RetentionView),
 }
 
 /// One line, and what kind of refusal it is.

@@ -1,6 +1,6 @@
 //! What the cluster shows of itself.
 
-use super::{CoordinatorAddress, Role, Wish};
+use super::{CoordinatorAddress, Member, Role, Wish};
 use crate::events::{CheckpointRecord, DataStats, JobError};
 use crate::ids::{Generation, JobId, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
@@ -121,6 +121,29 @@ pub struct CoordinatorView {
     pub read_only: Option<bool>,
 }
 
+/// How the cluster's CA stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AuthorityView {
+    /// SHA-256 of its certificate, in hex.
+    pub ca_sha256: String,
+    /// The CA that is to replace it.
+    pub next: Option<NextAuthorityView>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NextAuthorityView {
+    /// SHA-256 of its certificate, in hex.
+    pub ca_sha256: String,
+    pub since_unix_ms: u64,
+    /// It issues, and members trust both.
+    pub moving: bool,
+    /// Coordinators that do not have its key yet.
+    pub without_key: Vec<ReplicaId>,
+    /// Workers and clients that have not shown a certificate of it: how many, and the first of them.
+    pub not_moved: u64,
+    pub first_not_moved: Vec<Member>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenView {
     pub id: String,
@@ -135,4 +158,21 @@ pub struct DecisionView {
     pub number: u64,
     pub unix_ms: u64,
     pub why: String,
+}
+
+/// How much is kept of what has ended, and how much there is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RetentionView {
+    /// What ended longer ago is removed, in seconds.
+    pub age_s: u64,
+    /// The oldest of what has ended is removed where there is more than this.
+    pub bytes_max: u64,
+    /// Of all rows that are kept, as they are counted: what RocksDB needs besides is not in it.
+    pub bytes: u64,
+    /// Jobs, runs and the like that have ended and are kept.
+    pub ended: u64,
+    /// Those that were removed.
+    pub removed: u64,
+    /// When the newest of those had ended.
+    pub removed_unix_ms: Option<u64>,
 }

@@ -61,6 +61,7 @@ impl State {
         job.record(id, event, context);
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         wake_parts(job, context);
+        self.job_ended(id, context);
         self.finished.push_back(id);
         while self.finished.len() > FINISHED_IN_STATE {
             if let Some(oldest) = self.finished.pop_front() {
@@ -71,7 +72,14 @@ impl State {
 
     /// Moves a job that has ended into the history. What is left of it here is what later records may refer to.
     fn archive(&mut self, id: JobId, context: &mut Context) {
-        let Some(record) = self.jobs.remove(&id) else { return };
+        let Some(record) = self.take_ended(id) else { return };
+        // Was reckoned when it ended.
+        context.history.push(HistoryRow::Job { job: id, record: Box::new(record) });
+    }
+
+    /// Takes a job that has ended out of the memory, but for what later records may refer to.
+    pub(super) fn take_ended(&mut self, id: JobId) -> Option<JobRecord> {
+        let record = self.jobs.remove(&id)?;
         if record.trains {
             let checkpoints = record.checkpoints.iter();
             let left = checkpoints.map(|known| (known.record.step, known.record.manifest_sha256.clone()));
@@ -80,7 +88,7 @@ impl State {
                 self.archived.pop_first();
             }
         }
-        context.history.push(HistoryRow::Job { job: id, record: Box::new(record) });
+        Some(record)
     }
 
     /// Nothing more will be heard from the node: its parts of jobs have ended.

@@ -64,8 +64,8 @@ fn each_part_has_a_stream_of_its_own() {
     script.tell(job, 2, 1, vec![log()]);
     assert_eq!(script.state.gang_standing(NodeId(1), job, 1), GangStanding::Wanted { seq: 2 });
     assert_eq!(script.state.gang_standing(NodeId(2), job, 1), GangStanding::Wanted { seq: 1 });
-    assert_eq!(script.state.lost_gangs(NodeId(2), &[]), [(job, 1)]);
-    assert_eq!(script.state.lost_gangs(NodeId(2), &[(job, 1)]), []);
+    assert_eq!(script.state.lost_gangs(NodeId(2), &[(job, 1)]), [(job, 1)]);
+    assert_eq!(script.state.lost_gangs(NodeId(2), &[(job, 2), (JobId(9), 1)]), []);
     assert_eq!(script.state.jobs()[&job].events, 3);
 }
 

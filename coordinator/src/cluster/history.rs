@@ -1,7 +1,8 @@
-//! What is kept for ever and therefore not in memory: rows that a command adds to the history tables of the store.
+//! What is kept for long and therefore not in memory: rows that a command adds to the history tables of the store.
 //!
-//! A row is an immutable fact under a key that follows from the log: it is never deleted and never written with another content.
-//! So writing one twice is harmless, which is what lets the log be replayed from the last snapshot.
+//! A row is an immutable fact under a key that follows from the log: it is never written with another content, and removed only with
+//! all that belongs to it, by a command (`retention`). So writing or removing one twice is harmless, which is what lets the log be
+//! replayed from the last snapshot.
 
 use super::records::JobRecord;
 use super::runs::RunRecord;
@@ -91,6 +92,21 @@ impl HistoryRow {
             HistoryRow::Profile { profile, .. } => key(&[profile.0]),
             HistoryRow::Decision { number, .. } => key(&[*number]),
         }
+    }
+
+    /// Bytes of its content.
+    pub fn encoded_len(&self) -> u64 {
+        let length = match self {
+            HistoryRow::Event { event, .. } => codec::encoded_len(event),
+            HistoryRow::Work { work, .. } => codec::encoded_len(work),
+            HistoryRow::Job { record, .. } => codec::encoded_len(record),
+            HistoryRow::Run { record, .. } => codec::encoded_len(record),
+            HistoryRow::Points { points, .. } => codec::encoded_len(points),
+            HistoryRow::Export { record, .. } => codec::encoded_len(record),
+            HistoryRow::Profile { record, .. } => codec::encoded_len(record),
+            HistoryRow::Decision { decision, .. } => codec::encoded_len(decision),
+        };
+        length.unwrap_or_default() as u64
     }
 
     pub fn encode(&self) -> Result<Vec<u8>, CodecError> {

@@ -1,10 +1,11 @@
 //! Who belongs to the cluster: coordinators, nodes, holders of clients' certificates, and the tokens by which they come.
 
 use super::State;
-use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::ids::{NodeId, ReplicaId, UserId, is_id};
+use fleet_common::net::KeyHash;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role, Wish};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Registered coordinators: five that vote, and room for those that replace them.
 pub const REPLICAS_MAX: usize = 9;
@@ -16,6 +17,8 @@ pub const USERS_MAX: usize = 20_000;
 pub const REVOKED_MAX: usize = 100_000;
 /// Characters of a member's name.
 pub const NAME_MAX: usize = 63;
+/// Former processes of a node's worker that are known. A word of an older one does not come any more.
+pub const FORMER_MAX: usize = 16;
 /// Labels of a node, and labels that a job asks for.
 pub const LABELS_MAX: usize = 16;
 /// Characters of an address, a version, a device.
@@ -56,8 +59,11 @@ pub struct NodeRecord {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach it.
     pub host: String,
-    /// Its worker's process, as `AgentHello::process`; 0 before the first greeting.
+    /// Its worker's process, as `AgentHello::process`; 0 before the first greeting. All unfinished parts of gangs on this node are this
+    /// process's, or an earlier one's whose records it has.
     pub process: u64,
+    /// Processes of its worker that another one has followed, oldest first: what they say comes too late.
+    pub former: VecDeque<u64>,
     /// Not heard for a lease; true until it greets again.
     pub lost: bool,
     /// Gets no more work, until an operator says otherwise.
@@ -89,6 +95,7 @@ impl NodeRecord {
             labels: BTreeMap::new(),
             host: String::new(),
             process: 0,
+            former: VecDeque::new(),
             lost: false,
             drained: false,
             joined_unix_ms: unix_ms,
@@ -100,24 +107,20 @@ impl NodeRecord {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UserRecord {
     pub name: String,
+    /// Has an operator's right.
+    pub admin: bool,
     pub joined_unix_ms: u64,
 }
 
-/// Whether somebody with a certificate of this cluster may do anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Membership {
-    Known,
-    /// Cut off for ever: ids are never reused.
-    Revoked,
-    /// This state has not heard of the member; a newer one may have.
-    Unknown,
-}
-
 impl State {
-    /// The first state of a new cluster with these coordinators, which all vote.
+    /// The first state of a new cluster with these coordinators, which all vote. See `trusting` for their keys.
     pub fn founded(cluster_id: String, founders: BTreeMap<ReplicaId, ReplicaRecord>) -> State {
         let last_replica = founders.keys().last().map_or(0, |replica| replica.0);
-        State { replicas: founders, last_replica, ..State::new(cluster_id) }
+        let mut state = State { last_replica, ..State::new(cluster_id) };
+        for replica in founders.keys() {
+            state.admit(Member::Coordinator(*replica), KeyHash::default());
+        }
+        State { replicas: founders, ..state }
     }
 
     /// The state of a backup as the first one of a cluster of one: the coordinators of then are gone for ever, and so are those that
@@ -125,13 +128,22 @@ impl State {
     ///
     /// What the cluster gave out after the backup is not in it: certificates that still hold, jobs that agents still run, numbers that
     /// people wrote down. So every counter goes on behind a gap, and no id is given a second time. Whoever has one from within the gap
-    /// is a stranger: a node joins again, its jobs are stopped, a user can be cut off by number.
-    pub fn restored(mut self, founder: ReplicaRecord) -> State {
+    /// is a stranger, who joins again; the jobs of such a node are stopped.
+    ///
+    /// `key` is the founder's own, and `held` are the certificates of the CAs besides the present one whose keys the backup has: a
+    /// replacement that was under way goes on with one of them, or ends.
+    pub fn restored(mut self, founder: ReplicaRecord, key: KeyHash, held: &[&[u8]]) -> State {
         let id = founder.address.replica;
         let later = (self.last_replica + 1..id.0).map(ReplicaId);
         for gone in std::mem::take(&mut self.replicas).into_keys().chain(later) {
             self.revoked.insert(Member::Coordinator(gone));
         }
+        self.admitted.retain(|member, _| !matches!(member, Member::Coordinator(_)));
+        if let Some(next) = &mut self.cas.next {
+            next.holders = BTreeSet::from([id]);
+        }
+        self.cas.next = self.cas.next.take_if(|next| held.contains(&next.der.as_slice()));
+        self.admit(Member::Coordinator(id), key);
         self.last_replica = self.last_replica.max(id.0);
         self.replicas.insert(id, founder);
         for last in [
@@ -145,6 +157,7 @@ impl State {
         ] {
             *last += RESTORE_GAP;
         }
+        self.move_when_ready();
         self
     }
 
@@ -173,20 +186,6 @@ impl State {
         self.revoked.iter().copied()
     }
 
-    pub fn membership(&self, member: Member) -> Membership {
-        // A coordinator has its certificate before it is registered.
-        let (id, last) = match member {
-            Member::Coordinator(replica) => (replica.0, self.last_replica),
-            Member::Worker(node) => (node.0, self.last_node),
-            Member::Client(user) => (user.0, self.last_user),
-        };
-        match self.revoked.contains(&member) {
-            true => Membership::Revoked,
-            false if id == 0 || id > last => Membership::Unknown,
-            false => Membership::Known,
-        }
-    }
-
     /// The newest commands that every coordinator knows. Nothing above it may be proposed.
     pub fn level(&self) -> u32 {
         self.replicas.values().map(|replica| replica.level).min().unwrap_or(super::commands::COMMAND_LEVEL)
@@ -210,11 +209,20 @@ pub(crate) fn is_label(name: &str, value: &str) -> bool {
     word(name) && word(value)
 }
 
-/// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left.
+/// A wish for a name with only letters, digits, `.`, `_`, `-` and `@`, or the id where nothing is left. What reads as another one's id gets
+/// the member's own behind it: `node-2@node-7`.
 pub fn clean_name(wish: &str, member: Member) -> String {
     let name: String =
         wish.chars().filter(|c| c.is_ascii_alphanumeric() || "._-@".contains(*c)).take(NAME_MAX).collect();
-    if name.is_empty() { member.to_string() } else { name }
+    let own = member.to_string();
+    match name.is_empty() || name == own {
+        true => own,
+        false if is_id(&name) => {
+            let room = NAME_MAX.saturating_sub(own.len() + 1);
+            format!("{}@{own}", &name[..name.len().min(room)])
+        }
+        false => name,
+    }
 }
 
 /// A title without signs that break a line; `None` where nothing is left or it is too long.
@@ -237,6 +245,7 @@ pub(crate) fn clip(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::admitted::Membership;
     use crate::cluster::commands::{Change, RevokeMember};
     use crate::cluster::tests::{Script, describe, redeem, replica, token, why};
     use crate::cluster::{Answer, HistoryRow};
@@ -253,7 +262,7 @@ mod tests {
             joined_unix_ms: 0,
             standing: Standing::Voter,
         };
-        Script { state: state.clone().restored(record), ..Script::new() }
+        Script { state: state.clone().restored(record, [5; 32], &[]), ..Script::new() }
     }
 
     #[test]
@@ -286,6 +295,7 @@ mod tests {
         assert_eq!(new.state.membership(coordinator), Membership::Revoked, "the old cluster's");
         let Member::Worker(node) = worker else { panic!("the token of a worker makes one") };
         assert!(why(new.run(describe(node, "n", 4, &[]))).contains("join again with a token"));
+        assert_eq!(new.state.membership(user), Membership::Unknown, "it joins again");
         assert_eq!(new.run(Change::RevokeMember(RevokeMember { member: user })), Answer::Done);
         assert_eq!(new.state.membership(user), Membership::Revoked);
         assert_eq!(new.state.membership(members[2]), Membership::Known);
@@ -300,14 +310,24 @@ mod tests {
     }
 
     #[test]
-    fn a_member_is_known_from_its_id_on_and_until_it_is_cut_off() {
-        let mut state = State::new("test".into());
-        let user = Member::Client(UserId(1));
-        assert_eq!(state.membership(user), Membership::Unknown);
-        state.last_user = 1;
-        assert_eq!(state.membership(user), Membership::Known);
-        assert_eq!(state.membership(Member::Client(UserId(0))), Membership::Unknown);
-        state.revoked.insert(user);
-        assert_eq!(state.membership(user), Membership::Revoked);
+    fn nobody_is_called_by_another_ones_id() {
+        let node = Member::Worker(NodeId(3));
+        for (wish, name) in [
+            ("node-3", "node-3"),
+            ("node-2", "node-2@node-3"),
+            ("node-2@node-3", "node-2@node-3"),
+            ("no de-0/2", "node-02@node-3"),
+            ("job-1", "job-1@node-3"),
+            ("replica-1", "replica-1@node-3"),
+            ("user-1", "user-1@node-3"),
+            ("3", "3@node-3"),
+            ("node-2.local", "node-2.local"),
+        ] {
+            assert_eq!(clean_name(wish, node), name, "{wish}");
+        }
+        assert_eq!(clean_name("replica-1", Member::Coordinator(ReplicaId(2))), "replica-1@replica-2");
+        assert_eq!(clean_name("node-1", Member::Client(UserId(2))), "node-1@user-2");
+        let long = clean_name(&format!("{}7", "0".repeat(NAME_MAX - 1)), node);
+        assert!(long.len() == NAME_MAX && long.ends_with("0@node-3"), "{long}");
     }
 }

@@ -3,6 +3,8 @@
 //! Pure. It never reads a clock, a random number or a file, and never iterates a hash map: two replicas that apply the same log
 //! hold equal states. A refused command is an `Answer::Rejected`, not an error.
 
+pub mod admitted;
+pub mod authorities;
 pub mod commands;
 pub mod ends;
 pub mod epochs;
@@ -12,17 +14,21 @@ pub mod jobs;
 pub mod members;
 pub mod orders;
 pub mod records;
+pub mod retention;
 pub mod runs;
 pub mod session;
 pub mod submissions;
 
+use admitted::Admitted;
+use authorities::Cas;
 use commands::Change;
 use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
-use fleet_common::protocol::{Member, Refusal, RefusalKind};
+use fleet_common::protocol::{Member, Refusal, RefusalKind, Work};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
 use records::JobRecord;
+use retention::{Removal, Retention};
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
 use session::{Lookup, RequestId, Sessions, Stamp};
@@ -38,6 +44,9 @@ pub struct State {
     replicas: BTreeMap<ReplicaId, ReplicaRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
     users: BTreeMap<UserId, UserRecord>,
+    /// Whom certificates are held against.
+    admitted: BTreeMap<Member, Admitted>,
+    cas: Cas,
     /// Cut off for ever. A coordinator that was taken out is one of them.
     revoked: BTreeSet<Member>,
     /// The unfinished ones and those that ended last.
@@ -52,6 +61,7 @@ pub struct State {
     tokens: BTreeMap<String, TokenRecord>,
     sessions: Sessions,
     submissions: Submissions,
+    retention: Retention,
     last_replica: u64,
     last_node: u64,
     last_user: u64,
@@ -69,6 +79,8 @@ pub struct Command {
     pub unix_ms: u64,
     /// Set for clients' requests, which may arrive more than once.
     pub request: Option<Stamp>,
+    /// The user who asked for it, where one did: he must be let do it when it is applied.
+    pub by: Option<UserId>,
     /// Why the planner wants it. Kept in the history if the change is made.
     pub why: Option<String>,
     pub change: Change,
@@ -80,6 +92,8 @@ pub struct Applied {
     pub answer: Answer,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    /// Rows of earlier commands that are not kept any more.
+    pub removed: Vec<Removal>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,8 +138,10 @@ pub enum Effect {
     Node(NodeId),
     /// The job has new events.
     Job(JobId),
-    /// Coordinators, their addresses or revocations have changed.
+    /// Coordinators, their addresses, revocations or CAs have changed.
     Members,
+    /// There is a new member.
+    Admitted(Member),
 }
 
 /// What a command sees besides the state, and where it leaves what is to be done.
@@ -133,6 +149,15 @@ pub(crate) struct Context {
     pub unix_ms: u64,
     pub effects: Vec<Effect>,
     pub history: Vec<HistoryRow>,
+    pub removed: Vec<Removal>,
+    /// Bytes of what was added to the history.
+    pub kept: u64,
+}
+
+impl Context {
+    fn new(unix_ms: u64) -> Context {
+        Context { unix_ms, effects: Vec::new(), history: Vec::new(), removed: Vec::new(), kept: 0 }
+    }
 }
 
 impl State {
@@ -143,6 +168,8 @@ impl State {
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
             users: BTreeMap::new(),
+            admitted: BTreeMap::new(),
+            cas: Cas::default(),
             revoked: BTreeSet::new(),
             jobs: BTreeMap::new(),
             finished: VecDeque::new(),
@@ -152,6 +179,7 @@ impl State {
             tokens: BTreeMap::new(),
             sessions: Sessions::default(),
             submissions: Submissions::default(),
+            retention: Retention::default(),
             last_replica: 0,
             last_node: 0,
             last_user: 0,
@@ -184,7 +212,7 @@ impl State {
     /// Applies the command at position `index` of the log. A request that was applied before gets its earlier answer and changes
     /// nothing.
     pub fn apply(&mut self, index: u64, command: Command) -> Applied {
-        let mut context = Context { unix_ms: command.unix_ms, effects: Vec::new(), history: Vec::new() };
+        let mut context = Context::new(command.unix_ms);
         let answer = match command.request.map(|stamp| self.sessions.look_up(&stamp)) {
             Some(Lookup::Answered(answer)) => answer,
             Some(Lookup::Forgotten) => Answer::rejected(
@@ -196,7 +224,11 @@ impl State {
                 "this client has more changes under way than it may; wait for the answers to the first ones",
             ),
             Some(Lookup::New) | None => {
-                let answer = command.change.apply(self, &mut context);
+                let may = command.by.map_or(Ok(()), |user| self.may_change(user, &command.change));
+                let answer = match may {
+                    Ok(()) => command.change.apply(self, &mut context),
+                    Err(refusal) => Answer::Rejected(refusal),
+                };
                 if let Some(why) = command.why.filter(|_| !matches!(answer, Answer::Rejected(_))) {
                     self.decided(command.unix_ms, &why, &mut context);
                 }
@@ -207,7 +239,8 @@ impl State {
             }
         };
         self.sessions.expire(index);
-        Applied { answer, effects: context.effects, history: context.history }
+        self.retention.added(context.kept);
+        Applied { answer, effects: context.effects, history: context.history, removed: context.removed }
     }
 
     /// Whether this request was applied, and its client may not know.
@@ -219,9 +252,17 @@ impl State {
     fn decided(&mut self, unix_ms: u64, why: &str, context: &mut Context) {
         self.last_decision += 1;
         let why = why.chars().take(history::WHY_MAX).collect();
-        context
-            .history
-            .push(HistoryRow::Decision { number: self.last_decision, decision: Decision { unix_ms, why } });
+        let (number, decision) = (self.last_decision, Decision { unix_ms, why });
+        let bytes = context.keep(HistoryRow::Decision { number, decision });
+        self.retention.decided(number, bytes, unix_ms);
+    }
+
+    /// As a backup has it: of the secrets in the environments of jobs only the names.
+    pub fn without_secrets(mut self) -> State {
+        for job in self.jobs.values_mut() {
+            job.work = job.work.take().map(Work::without_secrets);
+        }
+        self
     }
 
     /// Decisions so far; they are numbered from 1.

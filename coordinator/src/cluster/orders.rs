@@ -4,6 +4,7 @@ use super::State;
 use super::records::{JobRecord, Part, Placement, Stop};
 use fleet_common::ids::{Generation, JobId, NodeId};
 use fleet_common::protocol::{Gang, Meeting, ToAgent, Work};
+use std::collections::BTreeSet;
 
 impl State {
     /// The gangs that `node` should have, and those that it should stop, oldest job first.
@@ -53,14 +54,11 @@ impl State {
         }
     }
 
-    /// Gangs on `node` that an agent which knows only `gangs` has lost: they had begun to report.
-    pub fn lost_gangs(&self, node: NodeId, gangs: &[(JobId, Generation)]) -> Vec<(JobId, Generation)> {
-        let begun = |part: &Part| part.next_seq > 1;
-        self.active_jobs(node)
-            .filter(|(_, record)| record.live_part(node).is_some_and(begun))
-            .map(|(job, record)| (job, record.generation))
-            .filter(|gang| !gangs.contains(gang))
-            .collect()
+    /// Of the gangs that the agent of `node` says it has lost, those of which the cluster still waits to hear.
+    pub fn lost_gangs(&self, node: NodeId, lost: &[(JobId, Generation)]) -> Vec<(JobId, Generation)> {
+        let lost: BTreeSet<_> = lost.iter().copied().collect();
+        let active = self.active_jobs(node).map(|(job, record)| (job, record.generation));
+        active.filter(|gang| lost.contains(gang)).collect()
     }
 }
 

@@ -14,7 +14,7 @@ use fleet_common::codec;
 use fleet_common::events::{DataStats, Evaluation, Event, EventBatch, EventBody, JobError, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
-use fleet_common::protocol::{JobState, Role, RunKey, Wish};
+use fleet_common::protocol::{JobState, Program, Role, RunKey, Secret, Variable, Wish, Work};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -52,6 +52,7 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             }))
         }),
         Just(log),
+        (0..9u64).prop_map(|lines| EventBody::LeftOut { lines, bytes: 3 * lines }),
         Just(finished()),
         (0..5u64).prop_map(stopped),
     ]
@@ -82,7 +83,7 @@ fn run_id() -> impl Strategy<Value = RunId> {
 }
 
 fn any_role() -> impl Strategy<Value = Role> {
-    prop_oneof![3 => Just(Role::Worker), 1 => Just(Role::Client), 1 => Just(Role::Coordinator)]
+    prop_oneof![3 => Just(Role::Worker), 1 => Just(Role::Client), 1 => Just(Role::Coordinator), 1 => Just(Role::Admin)]
 }
 
 fn any_member() -> impl Strategy<Value = Member> {
@@ -104,7 +105,7 @@ fn member_change() -> impl Strategy<Value = Change> {
         }),
         (0..3u8, 1..3u8).prop_map(|(id, secret)| {
             let (id, secret_sha256) = (format!("t{id}"), [secret; 32]);
-            Change::RedeemToken(RedeemToken { id, secret_sha256, name: "n".into() })
+            Change::RedeemToken(RedeemToken { id, secret_sha256, name: "n".into(), key: [0; 32] })
         }),
         (0..3u8).prop_map(|id| Change::RevokeToken(RevokeToken { id: format!("t{id}") })),
         any_member().prop_map(|member| Change::RevokeMember(RevokeMember { member })),
@@ -123,7 +124,20 @@ fn member_change() -> impl Strategy<Value = Change> {
         node_id().prop_map(|node| Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 10_000 })),
         (node_id(), any::<bool>()).prop_map(|(node, now)| Change::DrainNode(DrainNode { node, now })),
         node_id().prop_map(|node| Change::UndrainNode(UndrainNode { node })),
+        (1..4u8, replica_id())
+            .prop_map(|(ca, holder)| Change::IntroduceCa(IntroduceCa { der: vec![ca], holder })),
+        (1..4u8, replica_id()).prop_map(|(ca, replica)| Change::HoldCa(HoldCa { replica, der: vec![ca] })),
+        (any_member(), 0..4u64).prop_map(|(member, ca)| Change::ShowCa(ShowCa { member, ca })),
+        any::<bool>().prop_map(|force| Change::FinishCa(FinishCa { force })),
     ]
+}
+
+/// A value that is nowhere else.
+const SECRET: &str = "kept-to-itself";
+
+fn with_secret() -> Work {
+    let env = vec![Variable::open("PATH", "/bin"), Variable::secret("KEY", SECRET)];
+    Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env })
 }
 
 fn job_change() -> impl Strategy<Value = Change> {
@@ -133,7 +147,7 @@ fn job_change() -> impl Strategy<Value = Change> {
     ];
     prop_oneof![
         2 => (1..4u32, any_wish(), any::<bool>(), 1..5u32).prop_map(|(world_size, wish, trains, keep)| {
-            let work = if trains { training() } else { program() };
+            let work = if trains { training() } else { with_secret() };
             Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep })
         }),
         1 => (1..4u32, 0..3u8).prop_map(|(world_size, id)| {
@@ -152,6 +166,10 @@ fn job_change() -> impl Strategy<Value = Change> {
         ),
         1 => (job_id(), any::<bool>()).prop_map(|(job, now)| {
             Change::CancelJob(CancelJob { job, stop: if now { Stop::Now } else { Stop::AfterCheckpoint } })
+        }),
+        1 => (job_id(), any::<bool>()).prop_map(|(job, given)| {
+            let values = given.then(|| vec![("KEY".to_owned(), Secret::new(SECRET.to_owned()))]);
+            Change::ChangeSecrets(ChangeSecrets { job, values })
         }),
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::FailJob(FailJob { job, generation, node, message: "m".into() })
@@ -184,6 +202,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     let why = prop::option::of(Just("because".to_owned()));
     (any_change(), request, why, 0..5_000u64).prop_map(|(change, request, why, unix_ms)| Command {
         unix_ms,
+        by: None,
         request: request.map(|(client, seq)| RequestId { client: ClientId(client), seq }.into()),
         why,
         change,
@@ -232,6 +251,20 @@ pub(crate) fn check_invariants(state: &State) {
             Member::Worker(node) => assert!(!state.nodes().contains_key(&node)),
             Member::Client(user) => assert!(!state.users().contains_key(&user)),
         }
+        assert!(!state.admitted().contains_key(&member), "{member} was cut off and is let in");
+    }
+    for member in state.admitted().keys() {
+        match member {
+            // Registered or not yet.
+            Member::Coordinator(_) => {}
+            Member::Worker(node) => assert!(state.nodes().contains_key(node)),
+            Member::Client(user) => assert!(state.users().contains_key(user)),
+        }
+    }
+    let known = |replica| state.admitted().contains_key(&Member::Coordinator(replica));
+    assert!(state.replicas().keys().all(|replica| known(*replica)));
+    if let Some(next) = &state.cas().next {
+        assert!(next.moving || !state.without_next_key().is_empty(), "nobody is missing, and none moves");
     }
 }
 
@@ -239,7 +272,10 @@ pub(crate) fn check_invariants(state: &State) {
 fn keep(rows: &mut BTreeMap<(Table, Vec<u8>), Vec<u8>>, new: &[HistoryRow]) {
     for row in new {
         assert!(Table::HISTORY.contains(&row.table()), "{:?} is not a table of history", row.table());
-        let before = rows.insert((row.table(), row.key()), row.encode().unwrap());
+        let bytes = row.encode().unwrap();
+        let has_secret = bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+        assert!(!has_secret, "what stays for ever has a secret: {row:?}");
+        let before = rows.insert((row.table(), row.key()), bytes);
         assert!(before.is_none(), "{row:?} was written twice");
     }
 }
@@ -331,7 +367,7 @@ impl Pair {
         to_learner.for_each(|message| self.learner.step(message).unwrap());
         from_learner.into_iter().for_each(|message| self.source.step(message).unwrap());
         if let Some((_, fetch)) = self.learner.wants() {
-            let chunk = self.source.serve(2, &fetch).unwrap();
+            let chunk = self.source.serve(2, &fetch).unwrap().chunk().unwrap();
             self.learner.take_chunk(1, chunk).unwrap();
             self.chunks += 1;
         }
@@ -372,7 +408,7 @@ proptest! {
         let mut pair = Pair::new();
         pair.apply(before);
         let change = token("for-the-learner", Role::Coordinator, 1);
-        let command = Command { unix_ms: 1, request: None, why: None, change };
+        let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
         pair.source.propose_membership(1, Membership::AddLearner(2), &command).unwrap();
         pair.meet();
         prop_assert!(pair.chunks >= Table::HISTORY.len(), "it came by {} chunks", pair.chunks);
@@ -390,7 +426,7 @@ fn only_what_was_done_leaves_its_reason() {
     let mut state = Script::with_node(1).state;
     let mut apply = |index, change| {
         let why = Some("because".to_owned());
-        state.apply(index, Command { unix_ms: 7, request: None, why, change }).history
+        state.apply(index, Command { unix_ms: 7, request: None, by: None, why, change }).history
     };
     let lose = |node| Change::MarkNodeLost(MarkNodeLost { node: NodeId(node), silent_ms: 10_000 });
     assert!(apply(10, lose(2)).is_empty(), "a refused one leaves nothing");
@@ -446,12 +482,17 @@ fn commands_keep_their_bytes() {
             format!("000174{zeros}010102"),
         ),
         (
-            Change::RedeemToken(RedeemToken { id: "t".into(), secret_sha256, name: "n".into() }),
-            format!("010174{zeros}016e"),
+            Change::RedeemToken(RedeemToken {
+                id: "t".into(),
+                secret_sha256,
+                name: "n".into(),
+                key: [0; 32],
+            }),
+            format!("010174{zeros}016e{}", "00".repeat(32)),
         ),
         (
             describe(node, "n", 4, &[("a", "b")]),
-            "0203016e040363707501300101610162".to_owned() + "06" + &hex::encode("host-3") + "01",
+            "0203016e040363707501300101610162".to_owned() + "06" + &hex::encode("host-3") + "01" + "00",
         ),
         (Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 }), "030304".into()),
         (
@@ -489,6 +530,9 @@ fn commands_keep_their_bytes() {
             Change::RecordExport(RecordExport { record: export(5, 2) }),
             "140502046f6e6e78072f6d2e6f6e6e780940".to_owned() + &hex::encode("ef".repeat(32)),
         ),
+        (Change::ChangeSecrets(ChangeSecrets { job: job_id, values: None }), "170500".into()),
+        (Change::Forget(Forget), "1c".into()),
+        (Change::SetRetention(SetRetention { age_ms: Some(7), bytes: None }), "1d010700".into()),
         (
             Change::RecordProfile(RecordProfile { record: profile(RunKey::Job(job_id)) }),
             "1500050170".to_owned()
@@ -502,22 +546,26 @@ fn commands_keep_their_bytes() {
             },
             "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03",
         ),
+        (Change::IntroduceCa(IntroduceCa { der: vec![9], holder: ReplicaId(2) }), "18010902".into()),
+        (Change::HoldCa(HoldCa { replica: ReplicaId(2), der: vec![9] }), "19020109".into()),
+        (Change::ShowCa(ShowCa { member, ca: 2 }), "1a010302".into()),
+        (Change::FinishCa(FinishCa { force: true }), "1b01".into()),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
         let name = change.name();
-        let command = Command { unix_ms: 1, request: None, why: None, change };
-        assert_eq!(hex::encode(codec::encode(&command).unwrap()), format!("010000{hex}"), "{name}");
+        let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
+        assert_eq!(hex::encode(codec::encode(&command).unwrap()), format!("01000000{hex}"), "{name}");
     }
     let id = RequestId { client: ClientId(7), seq: 2 };
     let request = Some(Stamp { id, answered_below: 1, since: 9 });
     let change = Change::UndrainNode(UndrainNode { node });
-    let command = Command { unix_ms: 1, request, why: Some("w".into()), change };
+    let command = Command { unix_ms: 1, request, by: Some(UserId(5)), why: Some("w".into()), change };
     assert_eq!(
         hex::encode(codec::encode(&command).unwrap()),
-        "01010702".to_owned() + "0109" + "010177" + "1003"
+        "01010702".to_owned() + "0109" + "0105" + "010177" + "1003"
     );
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 23;
+const COMMANDS: usize = 30;

@@ -2,14 +2,18 @@
 
 use super::Context;
 use crate::cluster::history::HistoryRow;
-use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::events::{
+    CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, line_cost,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
 use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
 
-/// Events of one job that are kept; beyond it lines of output are dropped and only the rest is kept (a year of steps fits).
+/// Events of one job that are kept, and bytes of its lines over all its starts and nodes; beyond it lines of output are left out and
+/// only the rest is kept (a year of steps fits). Agents keep to less by themselves; they are not relied on.
 pub const LOGGED_EVENTS_MAX: u64 = 1_000_000;
+pub const LOGGED_BYTES_MAX: u64 = 128 << 20;
 /// Lines of an error in the state, and characters of each: 1,000 failed jobs have less than 64 MiB of them.
 const ERROR_LINES_MAX: usize = 30;
 const ERROR_LINE_MAX: usize = 2_000;
@@ -39,11 +43,30 @@ pub struct JobRecord {
     pub ending: Option<Outcome>,
     /// Events in the history.
     pub events: u64,
+    /// Of its rows in the history.
+    pub bytes: u64,
+    pub told: Told,
     pub progress: Progress,
     pub data: Option<DataStats>,
     /// Valid checkpoints, oldest first, at most `keep_checkpoints`.
     pub checkpoints: Vec<RecordedCheckpoint>,
     pub error: Option<JobError>,
+}
+
+/// What a job's agents told of its output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    /// Counted against `LOGGED_BYTES_MAX`.
+    bytes: u64,
+    /// Left out beyond it, and how much of that is said in the history.
+    left_out: LeftOut,
+    said: LeftOut,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct LeftOut {
+    lines: u64,
+    bytes: u64,
 }
 
 /// Where a job's gang is. Invariants: `parts` is not empty and in rank order; no node is in it twice.
@@ -113,6 +136,11 @@ impl JobRecord {
         self.placement.as_ref()?.part(node).filter(|part| !part.finished)
     }
 
+    /// Names of variables whose values must be given again before it can be started.
+    pub fn removed_secrets(&self) -> impl Iterator<Item = &str> {
+        self.work.iter().flat_map(Work::removed)
+    }
+
     /// Slots that the job holds, by node.
     pub fn slots(&self) -> impl Iterator<Item = (NodeId, u32)> {
         let parts = match &self.placement {
@@ -127,6 +155,50 @@ impl JobRecord {
     pub fn memory_mib(&self) -> Option<u64> {
         let said = self.placement.iter().flat_map(|at| &at.parts).filter_map(|part| part.memory_mib);
         said.reduce(u64::saturating_add)
+    }
+
+    /// Takes what an agent tells. Lines and measurements are left out where there are too many, or where the history is `overfull`.
+    pub(crate) fn tell(&mut self, id: JobId, event: Event, overfull: bool, context: &mut Context) {
+        let cost = match &event.body {
+            EventBody::Log { line, .. } => line_cost(line),
+            EventBody::LeftOut { .. } => line_cost(""),
+            EventBody::Memory { rss_mib, pss_mib, .. } => {
+                line_cost("") + 8 * (rss_mib.len() + pss_mib.len()) as u64
+            }
+            _ => return self.record(id, event, context),
+        };
+        // A program says nothing else.
+        if !self.trains {
+            self.runs();
+        }
+        if let EventBody::LeftOut { lines: 0, .. } = event.body {
+            return;
+        }
+        let full =
+            self.events >= LOGGED_EVENTS_MAX || self.told.bytes.saturating_add(cost) > LOGGED_BYTES_MAX;
+        if !full && !overfull {
+            self.told.bytes += cost;
+            return self.record(id, event, context);
+        }
+        let left_out = &mut self.told.left_out;
+        match event.body {
+            EventBody::Log { line, .. } => left_out.add(1, line.len() as u64),
+            EventBody::LeftOut { lines, bytes } => left_out.add(lines, bytes),
+            _ => return,
+        }
+        // Said each time that it has doubled: some dozen times, whatever comes.
+        if left_out.lines >= self.told.said.lines.saturating_mul(2) {
+            self.say_left_out(id, event.unix_ms, context);
+        }
+    }
+
+    fn say_left_out(&mut self, id: JobId, unix_ms: u64, context: &mut Context) {
+        let Told { left_out, said, .. } = self.told;
+        if left_out != said {
+            let (lines, bytes) = (left_out.lines - said.lines, left_out.bytes - said.bytes);
+            self.told.said = left_out;
+            self.record(id, Event { unix_ms, body: EventBody::LeftOut { lines, bytes } }, context);
+        }
     }
 
     /// Puts an event into the history and what it tells into the record.
@@ -151,15 +223,17 @@ impl JobRecord {
                     event.body = EventBody::CheckpointFailed { step, error };
                 }
             },
-            EventBody::CheckpointFailed { .. } => {}
-            EventBody::Log { .. } | EventBody::Memory { .. } if self.events >= LOGGED_EVENTS_MAX => return,
-            // A program says nothing else.
-            EventBody::Log { .. } | EventBody::Memory { .. } if !self.trains => self.runs(),
-            EventBody::Log { .. } | EventBody::Memory { .. } => {}
-            EventBody::Finished(outcome) => self.close(outcome, context.unix_ms),
+            EventBody::CheckpointFailed { .. }
+            | EventBody::Log { .. }
+            | EventBody::LeftOut { .. }
+            | EventBody::Memory { .. } => {}
+            EventBody::Finished(outcome) => {
+                self.close(outcome, context.unix_ms);
+                self.say_left_out(id, event.unix_ms, context);
+            }
         }
         self.events += 1;
-        context.history.push(HistoryRow::Event { job: id, index: self.events, event });
+        self.bytes += context.keep(HistoryRow::Event { job: id, index: self.events, event });
     }
 
     /// A line of the cluster's own in the job's history.
@@ -204,6 +278,13 @@ impl JobRecord {
                 self.error = Some(bounded(error));
             }
         }
+    }
+}
+
+impl LeftOut {
+    fn add(&mut self, lines: u64, bytes: u64) {
+        self.lines = self.lines.saturating_add(lines);
+        self.bytes = self.bytes.saturating_add(bytes);
     }
 }
 

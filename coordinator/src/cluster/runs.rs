@@ -22,6 +22,8 @@ pub struct RunRecord {
     pub finished_unix_ms: Option<u64>,
     pub batches: u64,
     pub points: u64,
+    /// Of its rows in the history.
+    pub bytes: u64,
     /// The newest value of each series.
     pub last: BTreeMap<String, f64>,
 }

@@ -77,20 +77,31 @@ impl Script {
 
     /// A decision of the planner.
     pub fn decide(&mut self, why: &str, change: Change) -> Answer {
-        self.apply(None, Some(why.to_owned()), change)
+        self.apply(None, None, Some(why.to_owned()), change)
+    }
+
+    /// As this user wishes.
+    pub fn run_by(&mut self, user: UserId, change: Change) -> Answer {
+        self.apply(None, Some(user), None, change)
     }
 
     pub fn run_as(&mut self, request: Option<RequestId>, change: Change) -> Answer {
-        self.apply(request.map(Stamp::from), None, change)
+        self.apply(request.map(Stamp::from), None, None, change)
     }
 
     pub fn run_stamped(&mut self, stamp: Stamp, change: Change) -> Answer {
-        self.apply(Some(stamp), None, change)
+        self.apply(Some(stamp), None, None, change)
     }
 
-    fn apply(&mut self, request: Option<Stamp>, why: Option<String>, change: Change) -> Answer {
+    fn apply(
+        &mut self,
+        request: Option<Stamp>,
+        by: Option<UserId>,
+        why: Option<String>,
+        change: Change,
+    ) -> Answer {
         self.index += 1;
-        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, why, change });
+        let applied = self.state.apply(self.index, Command { unix_ms: self.now, request, by, why, change });
         self.history.extend(applied.history);
         applied.answer
     }
@@ -171,7 +182,12 @@ pub(crate) fn token(id: &str, role: Role, uses: u32) -> Change {
 }
 
 pub(crate) fn redeem(id: &str, name: &str) -> Change {
-    Change::RedeemToken(RedeemToken { id: id.into(), secret_sha256: [1; 32], name: name.into() })
+    Change::RedeemToken(RedeemToken {
+        id: id.into(),
+        secret_sha256: [1; 32],
+        name: name.into(),
+        key: [3; 32],
+    })
 }
 
 pub(crate) fn address(id: u64) -> CoordinatorAddress {
@@ -197,6 +213,7 @@ pub(crate) fn describe(node: NodeId, name: &str, slots: u32, labels: &[(&str, &s
         labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         host: format!("host-{}", node.0),
         process: 1,
+        earlier: vec![],
     })
 }
 

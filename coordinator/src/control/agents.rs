@@ -10,14 +10,14 @@ use super::session::{AgentSession, Phase};
 use super::{AGENT_BATCHES_MAX, AGENTS_MAX, Action, Control, Now, Session};
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
-use crate::cluster::members::NodeRecord;
+use crate::cluster::members::{NodeRecord, clean_name};
 use crate::cluster::orders::GangStanding;
 use crate::planner::LEASE_MS;
 use crate::raft::disk::Disk;
 use fleet_common::events::EventBatch;
-use fleet_common::ids::NodeId;
+use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{
-    AgentHello, FromAgent, Member, PROTOCOL_VERSION, Refusal, RefusalKind, ToAgent,
+    AgentHello, EARLIER_MAX, FromAgent, Member, PROTOCOL_VERSION, Refusal, RefusalKind, ToAgent,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -118,6 +118,7 @@ impl<D: Disk> Control<D> {
         match message {
             // The driver's own: it has the CA.
             FromAgent::Heartbeat { .. } | FromAgent::Renew { .. } => {}
+            FromAgent::Output { ticket, result } => self.output_came(session, ticket, result),
             FromAgent::Hello(_) if agent.phase != Phase::Silent => {
                 self.close_agent(session, "a worker greets once per connection", false);
             }
@@ -128,9 +129,14 @@ impl<D: Disk> Control<D> {
                 );
                 self.close_agent(session, why, true);
             }
-            FromAgent::Hello(hello) if hello.gangs.len() > GANGS_MAX => {
-                let why = format!("a worker with {} gangs: {GANGS_MAX} is the limit", hello.gangs.len());
+            FromAgent::Hello(hello) if hello.gangs.len() + hello.lost.len() > GANGS_MAX => {
+                let count = hello.gangs.len() + hello.lost.len();
+                let why = format!("a worker with {count} gangs: {GANGS_MAX} is the limit");
                 self.close_agent(session, why, true);
+            }
+            FromAgent::Hello(hello) if hello.earlier.len() > EARLIER_MAX => {
+                let why = format!("a worker names {} processes before it", hello.earlier.len());
+                self.close_agent(session, format!("{why}: {EARLIER_MAX} is the limit"), true);
             }
             FromAgent::Hello(hello) => self.take_hello(session, hello),
             FromAgent::Events(_) if agent.phase == Phase::Silent => {
@@ -192,16 +198,14 @@ impl<D: Disk> Control<D> {
             let why = format!("the record of {node} changed while this worker greeted; greet again");
             return self.close_agent(session, why, false);
         }
-        if phase == Phase::Reading && !as_described(record, &hello) {
+        if phase == Phase::Reading && !as_described(node, record, &hello) {
             self.set_phase(session, Phase::Describing);
             let describe = describe(node, hello);
             return self.ask(now, Asker::Agent(session), What::change(None, Change::DescribeNode(describe)));
         }
         let mut changes = Vec::new();
-        for (job, generation) in state.lost_gangs(node, &hello.gangs) {
-            let name = &hello.name;
-            let message =
-                format!("agent restarted: the worker on {name} came back without {job}; its ranks are gone");
+        for (job, generation) in state.lost_gangs(node, &hello.lost) {
+            let message = lost_gang(&record.name, job, hello.earlier.is_empty());
             changes.push(Change::FailJob(FailJob { job, generation, node, message }));
         }
         if changes.is_empty() {
@@ -293,6 +297,11 @@ impl<D: Disk> Control<D> {
                 }
             }
         }
+    }
+
+    /// The session that speaks for a node, once it is welcome.
+    pub(super) fn session_of(&self, node: NodeId) -> Option<Session> {
+        self.agents.by_node.get(&node).copied()
     }
 
     /// Passes on the events that wait, one piece of every agent at a time.
@@ -414,7 +423,20 @@ fn describe(node: NodeId, hello: AgentHello) -> DescribeNode {
         labels: hello.labels,
         host: hello.host,
         process: hello.process,
+        earlier: hello.earlier,
     }
+}
+
+/// Why a part of a job is over of which its worker can say nothing more.
+fn lost_gang(name: &str, job: JobId, same_process: bool) -> String {
+    if same_process {
+        return format!(
+            "the events of {job} on {name} do not fit what the cluster has recorded of it, so its ranks were ended; submit the job again"
+        );
+    }
+    format!(
+        "agent restarted: the worker on {name} was started again while it ran {job}, and its ranks were ended; submit the job again"
+    )
 }
 
 fn double(node: NodeId) -> String {
@@ -423,9 +445,9 @@ fn double(node: NodeId) -> String {
     )
 }
 
-fn as_described(record: &NodeRecord, hello: &AgentHello) -> bool {
+fn as_described(node: NodeId, record: &NodeRecord, hello: &AgentHello) -> bool {
     !record.lost
-        && record.name == hello.name
+        && record.name == clean_name(&hello.name, Member::Worker(node))
         && record.slots == hello.slots
         && record.device == hello.device
         && record.version == hello.program_version

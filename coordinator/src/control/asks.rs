@@ -4,7 +4,7 @@
 //! Asking twice is harmless: a change carries a request id, or is idempotent (`RecordEvents`, `DescribeNode`, `FailJob` ...).
 
 use super::reads::Reader;
-use super::{Action, Call, Control, Now, PeerMessage, Session, Told};
+use super::{Action, Call, Control, Now, PeerMessage, Room, Session, Told};
 use crate::cluster::commands::Change;
 use crate::cluster::session::Stamp;
 use crate::cluster::{Answer, Command};
@@ -12,7 +12,7 @@ use crate::planner::Why;
 use crate::raft::disk::Disk;
 use crate::raft::replica::{COMMAND_MAX, Declined, Ticket};
 use fleet_common::codec;
-use fleet_common::ids::ReplicaId;
+use fleet_common::ids::{ReplicaId, UserId};
 use fleet_common::protocol::{Refusal, RefusalKind, Reply, Request};
 
 /// An ask is given up after this long: two elections and then some.
@@ -44,6 +44,8 @@ pub(super) enum Asker {
     Members(Why),
     /// This coordinator's record of itself.
     Myself,
+    /// The leader removes what is over the limits of the history.
+    History,
 }
 
 pub(super) enum Outcome {
@@ -95,11 +97,16 @@ pub(super) fn invalid(message: impl Into<String>) -> Refusal {
 
 impl What {
     pub fn change(request: Option<Stamp>, change: Change) -> What {
-        What::Change(Box::new(Command { unix_ms: 0, request, why: None, change }))
+        What::Change(Box::new(Command { unix_ms: 0, request, by: None, why: None, change }))
+    }
+
+    /// A change that this user wants, who must be let make it.
+    pub fn by(user: Option<UserId>, request: Stamp, change: Change) -> What {
+        What::Change(Box::new(Command { unix_ms: 0, request: Some(request), by: user, why: None, change }))
     }
 
     pub fn decision(change: Change, why: Why) -> What {
-        What::Change(Box::new(Command { unix_ms: 0, request: None, why: Some(why), change }))
+        What::Change(Box::new(Command { unix_ms: 0, request: None, by: None, why: Some(why), change }))
     }
 }
 
@@ -128,7 +135,7 @@ impl Ask {
 impl Asker {
     /// Only of use while this replica leads.
     fn is_leaders_own(&self) -> bool {
-        matches!(self, Asker::Planner(_) | Asker::Members(_))
+        matches!(self, Asker::Planner(_) | Asker::Members(_) | Asker::History)
     }
 }
 
@@ -305,6 +312,7 @@ impl<D: Disk> Control<D> {
             Asker::Planner(why) => self.planned(why, result),
             Asker::Members(why) => self.members_changed(why, result),
             Asker::Myself => self.described(),
+            Asker::History => self.forgets.under_way = false,
         }
     }
 
@@ -316,8 +324,10 @@ impl<D: Disk> Control<D> {
         command: &mut Command,
     ) -> Result<(), Unproposed> {
         let refuse = |refusal| Err(Unproposed::Refused(refusal));
-        if let Some(why) = &self.low_space {
-            return refuse(unavailable(why.clone()));
+        match &self.room {
+            Room::Enough => {}
+            Room::Little(_) if command.change.frees(self.replica.state()) => command.change.thin(),
+            Room::Little(why) | Room::None(why) => return refuse(unavailable(why.clone())),
         }
         let (wanted, known) = (command.change.level(), self.replica.state().level());
         if wanted > known {

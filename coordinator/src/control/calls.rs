@@ -1,17 +1,18 @@
 //! Requests from outside: clients', joiners' and the driver's. Each is open until it was answered or its caller is gone.
 
 use super::asks::{ASK_DEADLINE_MS, Asker, Outcome, What, invalid, unavailable, undecided};
+use super::outputs::{OUTPUT_DEADLINE_MS, OutputOf};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
-use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::REPLICAS_MAX;
 use crate::cluster::members::clean_name;
 use crate::cluster::session::{ANSWER_BYTES, MEMORY_MAX, RequestId, SESSION_BYTES, Stamp};
+use crate::cluster::{Answer, State};
 use crate::raft::disk::Disk;
 use crate::requests;
-use fleet_common::ids::ClientId;
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{
     CHANGES_IN_FLIGHT_MAX, ClientFrame, Member, PROTOCOL_VERSION, Refusal, RefusalKind, Reply, Request, Role,
 };
@@ -37,11 +38,15 @@ enum Kind {
     /// A change of this client.
     Change(ClientId),
     Watch(Watch),
+    /// A piece of what a rank printed.
+    Output(OutputOf),
     Join {
         redeem: Box<RedeemToken>,
         request: RequestId,
         deadline_ms: u64,
     },
+    /// Wants a state that is new enough.
+    Look,
 }
 
 /// All open calls, counted.
@@ -114,6 +119,19 @@ impl Calls {
         })
     }
 
+    pub fn output(&self, id: Call) -> Option<OutputOf> {
+        match self.open.get(&id)?.kind {
+            Kind::Output(of) => Some(of),
+            _ => None,
+        }
+    }
+
+    /// Those that wait for output and have waited too long.
+    pub fn late_outputs(&self, now_ms: u64) -> Vec<Call> {
+        let late = |call: &OpenCall| matches!(call.kind, Kind::Output(of) if now_ms >= of.deadline_ms);
+        self.open.iter().filter(|(_, call)| late(call)).map(|(id, _)| *id).collect()
+    }
+
     pub fn ids(&self) -> Vec<Call> {
         self.open.keys().copied().collect()
     }
@@ -149,12 +167,28 @@ impl<D: Disk> Control<D> {
                 frame.version
             )));
         }
+        if let Request::Environment { values: true, .. } = frame.request {
+            self.may_see_secrets(caller)?;
+        }
         let stamp = stamp(&frame);
         let mut open = |kind| self.calls.insert(call, OpenCall { caller: Some(caller), kind });
         match frame.request {
             Request::Watch { job, from, follow } => {
                 open(Kind::Watch(Watch::new(job, from, follow, now)))?;
                 self.start_watch(call, frame.stale);
+            }
+            Request::Output { job, rank, from } => {
+                open(Kind::Output(OutputOf {
+                    job,
+                    rank,
+                    from,
+                    deadline_ms: now.mono_ms + OUTPUT_DEADLINE_MS,
+                }))?;
+                // Who goes on reading has seen before that the job is there.
+                match from {
+                    0 if !frame.stale => self.reads.add(Reader::Output(call)),
+                    _ => self.output_read(now, call),
+                }
             }
             request if !request.is_change() => {
                 open(Kind::Once)?;
@@ -166,9 +200,14 @@ impl<D: Disk> Control<D> {
                 }
             }
             request => {
-                open(Kind::Change(frame.client))?;
                 let change = requests::change(request)?;
-                self.ask(now, Asker::Client(call), What::change(Some(stamp), change));
+                let by = user(caller);
+                if let Some(user) = by {
+                    self.replica.state().may_change(user, &change)?;
+                }
+                self.calls
+                    .insert(call, OpenCall { caller: Some(caller), kind: Kind::Change(frame.client) })?;
+                self.ask(now, Asker::Client(call), What::by(by, stamp, change));
             }
         }
         Ok(())
@@ -201,6 +240,15 @@ impl<D: Disk> Control<D> {
             return forbidden(format!("{caller} was revoked; join again with a new token"));
         }
         Ok(())
+    }
+
+    /// Whoever may submit can give and remove secrets; to read them is an operator's right.
+    fn may_see_secrets(&self, caller: Member) -> Result<(), Refusal> {
+        if self.is_admin(caller) {
+            return Ok(());
+        }
+        let message = format!("{caller} may see the names of secrets and not their values; an admin may");
+        Err(Refusal { kind: RefusalKind::Forbidden, message })
     }
 
     pub(super) fn take_join(&mut self, now: Now, call: Call, redeem: RedeemToken, request: RequestId) {
@@ -259,12 +307,39 @@ impl<D: Disk> Control<D> {
         self.out.push(Action::Joined { call, result });
     }
 
-    pub(super) fn take_change(&mut self, now: Now, call: Call, request: Stamp, change: Change) {
+    pub(super) fn take_change(
+        &mut self,
+        now: Now,
+        call: Call,
+        request: Stamp,
+        by: Option<UserId>,
+        change: Change,
+    ) {
         let open = OpenCall { caller: None, kind: Kind::Once };
-        let opened = self.is_serving().and_then(|()| self.calls.insert(call, open));
-        match opened {
-            Ok(()) => self.ask(now, Asker::Driver(call), What::change(Some(request), change)),
+        let may = |state: &State| by.map_or(Ok(()), |user| state.may_change(user, &change));
+        let opened = self.is_serving().and_then(|()| may(self.replica.state()));
+        match opened.and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.ask(now, Asker::Driver(call), What::by(by, request, change)),
             Err(refusal) => self.out.push(Action::Proposed { call, result: Err(refusal) }),
+        }
+    }
+
+    /// Whether this is a client with an operator's right, as far as is known here. Everybody who is connected here is known here.
+    pub fn is_admin(&self, caller: Member) -> bool {
+        self.replica.state().is_admin(caller)
+    }
+
+    pub(super) fn take_look(&mut self, call: Call) {
+        let open = OpenCall { caller: None, kind: Kind::Look };
+        match self.is_serving().and_then(|()| self.calls.insert(call, open)) {
+            Ok(()) => self.reads.add(Reader::Look(call)),
+            Err(refusal) => self.out.push(Action::Looked { call, result: Err(refusal) }),
+        }
+    }
+
+    pub(super) fn looked(&mut self, call: Call, result: Result<(), Refusal>) {
+        if self.calls.remove(call).is_some() {
+            self.out.push(Action::Looked { call, result });
         }
     }
 
@@ -304,6 +379,7 @@ impl<D: Disk> Control<D> {
             };
             self.out.push(match open.kind {
                 Kind::Join { .. } => Action::Joined { call, result: Err(refusal) },
+                Kind::Look => Action::Looked { call, result: Err(refusal) },
                 _ if open.caller.is_none() => Action::Proposed { call, result: Err(refusal) },
                 _ => Action::Reply { call, reply: Reply::Refused(refusal) },
             });
@@ -315,6 +391,14 @@ impl<D: Disk> Control<D> {
 pub fn stamp(frame: &ClientFrame) -> Stamp {
     let id = RequestId { client: frame.client, seq: frame.seq };
     Stamp { id, answered_below: frame.answered_below, since: frame.since }
+}
+
+/// Who is asking, where it is a user.
+fn user(caller: Member) -> Option<UserId> {
+    match caller {
+        Member::Client(user) => Some(user),
+        Member::Worker(_) | Member::Coordinator(_) => None,
+    }
 }
 
 /// Why an answer is none of those that were expected.

@@ -6,7 +6,8 @@ use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::session::{RequestId, Stamp};
 use crate::raft::replica::ReplicaError;
-use fleet_common::ids::{NodeId, ReplicaId};
+use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Member, Refusal, Reply, ToAgent};
 
 /// Between two `Input::Tick`: raft's unit of time. Elections take 10 to 20 of them.
@@ -92,17 +93,42 @@ pub enum Input {
         redeem: RedeemToken,
         request: RequestId,
     },
-    /// A change that only the driver can word, because it holds the secrets (`CreateToken`), or that it makes on its own behalf. It has
-    /// seen to it that whoever wants it may. Answered by `Action::Proposed`.
+    /// A change that only the driver can word, because it holds the secrets (`CreateToken`, `IntroduceCa`), on behalf of a user, or that
+    /// it makes on its own. Answered by `Action::Proposed`.
     Propose {
         call: Call,
         request: Stamp,
+        by: Option<UserId>,
         change: Change,
     },
-    /// Why nothing may be written, or that there is room again.
-    LowSpace(Option<String>),
+    /// Somebody has a certificate whose holder this state does not know. Answered by `Action::Looked`, when the state has everything that
+    /// was acknowledged before.
+    Look(Call),
+    /// The key of the CA with this certificate (DER) is on this coordinator's disk.
+    HoldsCa(Vec<u8>),
+    /// What may be written, as far as the room on the disk goes.
+    Room(Room),
     /// This coordinator is about to be stopped: if it leads, another one shall.
     StepDown,
+}
+
+/// How much room there is for writes. The words are for people: why, and what helps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Room {
+    #[default]
+    Enough,
+    /// The reserve: only what ends something, cuts somebody off or makes room (`Change::frees`).
+    Little(String),
+    None(String),
+}
+
+impl Room {
+    pub fn why(&self) -> Option<&str> {
+        match self {
+            Room::Enough => None,
+            Room::Little(why) | Room::None(why) => Some(why),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -140,8 +166,24 @@ pub enum Action {
         call: Call,
         result: Result<Answer, Refusal>,
     },
-    /// Coordinators, their addresses or revocations have changed: see `Control::state`.
+    Looked {
+        call: Call,
+        result: Result<(), Refusal>,
+    },
+    /// Coordinators, their addresses, revocations or CAs have changed: see `Control::state`.
     Members,
+    /// These are members from now on.
+    Admitted(Vec<Member>),
+    /// Another coordinator may have the key of this CA (DER), if it is here: `PeerMessage::Ca`.
+    SendCa {
+        to: ReplicaId,
+        der: Vec<u8>,
+    },
+    /// The key of a CA, to be put on the disk; `Input::HoldsCa` when it is there.
+    KeepCa {
+        der: Vec<u8>,
+        key: PrivateKey,
+    },
     /// A decision and its reason, for the log.
     Decided(String),
     /// What an operator must look at, for the log.
@@ -170,6 +212,12 @@ pub struct Status {
     pub voter: bool,
     /// Why writes are refused.
     pub read_only: Option<String>,
+    /// What of the history cannot be read here.
+    pub damaged: Option<String>,
+    /// Tables of the history with rows that cannot be read.
+    pub damaged_tables: usize,
+    /// Rows of the history that came from another coordinator because they could not be read here.
+    pub rows_mended: u64,
     /// Why this coordinator serves nobody any more.
     pub removed: Option<String>,
     /// Messages since the start that cannot be if all coordinators have what they acknowledged.

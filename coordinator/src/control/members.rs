@@ -5,8 +5,9 @@ use super::asks::{Asker, Outcome, Unproposed, What, invalid, unavailable};
 use super::{Action, Control, Now};
 use crate::cluster::Answer;
 use crate::cluster::Command;
+use crate::cluster::admitted::Membership;
 use crate::cluster::commands::{COMMAND_LEVEL, Change, DescribeReplica, PromoteReplica, RegisterReplica};
-use crate::cluster::members::{Membership, Standing, clip};
+use crate::cluster::members::{Standing, clip};
 use crate::planner::Why;
 use crate::raft::disk::Disk;
 use crate::raft::replica::{self, Declined, Ticket};
@@ -57,7 +58,10 @@ impl<D: Disk> Control<D> {
             {
                 Change::DescribeReplica(DescribeReplica { address, version, level })
             }
-            Some(_) => return,
+            Some(_) => match self.ca_to_report() {
+                Some(change) => change,
+                None => return,
+            },
         };
         self.describing = true;
         self.ask(now, Asker::Myself, What::change(None, change));

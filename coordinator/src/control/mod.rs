@@ -18,14 +18,18 @@
 mod agents;
 mod asks;
 mod calls;
+mod custody;
 mod greeting;
 mod io;
 mod leaving;
 mod members;
 mod observations;
+mod outputs;
 mod peer;
 mod planning;
 mod reads;
+mod repairs;
+mod retention;
 mod session;
 mod transfers;
 mod views;
@@ -33,7 +37,7 @@ mod watches;
 
 pub use calls::stamp;
 pub use io::{
-    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Session,
+    AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Room, Session,
     Status, TICK_MS,
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
@@ -52,9 +56,12 @@ use fleet_common::protocol::Member;
 use greeting::Greeting;
 use leaving::Leaving;
 use observations::Observations;
+use outputs::Outputs;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
+use repairs::Repairs;
+use retention::Forgets;
 use std::collections::{BTreeMap, BTreeSet};
 use transfers::Transfers;
 use watches::Watches;
@@ -88,9 +95,15 @@ pub struct Control<D: Disk> {
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
-    low_space: Option<String>,
+    repairs: Repairs,
+    outputs: Outputs,
+    /// When it was looked last whether anything of the history is to be removed, or that is under way.
+    forgets: Forgets,
+    room: Room,
     /// `Action::Members` is due.
     members_changed: bool,
+    /// Certificate of the newest CA of which the key is on this coordinator's disk.
+    holds_ca: Option<Vec<u8>>,
     /// Since this coordinator was taken out.
     leaving: Option<Leaving>,
     /// When this coordinator last led or was heard by who leads.
@@ -139,8 +152,12 @@ impl<D: Disk> Control<D> {
             contradictions: 0,
             seen: None,
             transfers: Transfers::default(),
-            low_space: None,
+            repairs: Repairs::default(),
+            outputs: Outputs::default(),
+            forgets: Forgets::default(),
+            room: Room::Enough,
             members_changed: false,
+            holds_ca: None,
             leaving: None,
             in_touch_ms: now.mono_ms,
             plan_now: false,
@@ -173,8 +190,10 @@ impl<D: Disk> Control<D> {
             Input::Taken { call, replies } => self.replies_taken(call, replies),
             Input::CallLost(call) => drop(self.calls.remove(call)),
             Input::Join { call, redeem, request } => self.take_join(now, call, redeem, request),
-            Input::Propose { call, request, change } => self.take_change(now, call, request, change),
-            Input::LowSpace(why) => self.low_space = why,
+            Input::Propose { call, request, by, change } => self.take_change(now, call, request, by, change),
+            Input::Look(call) => self.take_look(call),
+            Input::HoldsCa(der) => self.holds_ca = Some(der),
+            Input::Room(room) => self.room = room,
             Input::StepDown => self.hand_over(now),
         }
     }
@@ -184,6 +203,7 @@ impl<D: Disk> Control<D> {
         if self.has_greeted() {
             self.replica.tick();
         }
+        self.repairs.tick();
         if self.leaving.is_some() {
             return self.look_after_leaving(now);
         }
@@ -196,6 +216,9 @@ impl<D: Disk> Control<D> {
             self.describe_myself(now);
             self.look_after_watches(now);
             self.look_after_joins(now);
+            self.look_after_ca(now);
+            self.look_after_outputs(now);
+            self.look_after_retention(now);
             self.observations.forget(now);
         }
     }
@@ -222,10 +245,17 @@ impl<D: Disk> Control<D> {
             PeerMessage::Told { ticket, told } => self.told(now, from, ticket, told),
             PeerMessage::Observations(report) => self.take_report(now, from, report),
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
+            PeerMessage::Output { ticket, said } => self.output_said(now, from, ticket, said),
             PeerMessage::Marks { marks, asks } => self.take_marks(now, from, marks, asks),
             PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
+            PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
+            PeerMessage::Rows(told) => self.repairs.arrived(from, *told),
+            PeerMessage::WantCa { der } => self.ca_is_wanted(from, der),
+            PeerMessage::Ca { der, key } => self.ca_came(der, key),
+            // The driver's own: it has the links, and holds certificates against them.
+            PeerMessage::Coordinators(_) => {}
         }
     }
 
@@ -280,6 +310,7 @@ impl<D: Disk> Control<D> {
         self.give_orders();
         self.serve_watches();
         self.exchange_chunks(now)?;
+        self.look_after_history(now);
         self.report(now);
         if self.replica.was_removed() || self.is_revoked(Member::Coordinator(self.me())) {
             self.leave(now);
@@ -295,7 +326,7 @@ impl<D: Disk> Control<D> {
 
     fn recover(&mut self, now: Now) -> Result<(), ControlError> {
         let due = now.mono_ms.saturating_sub(self.recovered_ms) >= RECOVER_EVERY_MS;
-        if due && self.replica.full().is_some() && self.low_space.is_none() {
+        if due && self.replica.full().is_some() && !matches!(self.room, Room::None(_)) {
             self.recovered_ms = now.mono_ms;
             self.replica.recover()?;
         }
@@ -310,6 +341,7 @@ impl<D: Disk> Control<D> {
                 self.lead = None;
                 self.drop_leaders_asks();
                 (self.decisions, self.promoting) = (0, false);
+                self.forgets.under_way = false;
             }
             None if self.replica.leads() => {
                 self.lead = Some(Lead { term, since_ms: now.mono_ms });
@@ -331,16 +363,21 @@ impl<D: Disk> Control<D> {
         let mut nodes: BTreeSet<NodeId> = BTreeSet::new();
         let mut jobs: BTreeSet<JobId> = BTreeSet::new();
         let mut members = false;
+        let mut admitted = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Plan => self.plan_now = true,
                 Effect::Node(node) => drop(nodes.insert(node)),
                 Effect::Job(job) => drop(jobs.insert(job)),
                 Effect::Members => members = true,
+                Effect::Admitted(member) => admitted.push(member),
             }
         }
         self.wake_agents(nodes.into_iter());
         self.wake_watches(&jobs);
+        if !admitted.is_empty() {
+            self.out.push(Action::Admitted(admitted));
+        }
         if members {
             self.members_are_new();
         }
@@ -379,9 +416,9 @@ impl<D: Disk> Control<D> {
         &self.history
     }
 
-    /// Why nothing can be written here.
+    /// Why nothing, or not everything, can be written here.
     fn read_only(&self) -> Option<&str> {
-        self.replica.full().or(self.low_space.as_deref())
+        self.replica.full().or(self.room.why())
     }
 
     /// The disk cannot be written, and the others go on without this replica: what it knows may be old.
@@ -398,6 +435,9 @@ impl<D: Disk> Control<D> {
             leading_since_ms: self.lead.as_ref().map(|lead| lead.since_ms),
             voter: self.replica.is_voter(),
             read_only: self.read_only().map(str::to_owned),
+            damaged: self.repairs.damaged(),
+            damaged_tables: self.repairs.damaged_tables(),
+            rows_mended: self.repairs.mended(),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
             contradictions: self.contradictions,
             agents: self.agents.len(),

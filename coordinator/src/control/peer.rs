@@ -3,12 +3,14 @@
 //!
 //! Nothing here is relied on to arrive: raft sends again by itself, everything else is sent again by who waits for it.
 
+use super::repairs::{RowsTold, RowsWanted};
 use crate::cluster::Command;
 use crate::raft::marks::Mark;
 use crate::raft::replica::Ticket;
 use crate::raft::transfer::{Chunk, Fetch};
 use fleet_common::ids::{NodeId, ReplicaId};
-use fleet_common::protocol::{Refusal, Reply, Request};
+use fleet_common::net::{KeyHash, PrivateKey};
+use fleet_common::protocol::{CoordinatorAddress, OutputPiece, OutputWish, Refusal, Reply, Request};
 use serde::{Deserialize, Serialize};
 
 /// Nodes in one report: 10,000 agents at one coordinator, all heard since the last report, twice over.
@@ -17,7 +19,7 @@ pub const SIGHTINGS_MAX: usize = 20_000;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum PeerMessage {
     /// A message of raft, in its own encoding.
-    Raft(#[serde(with = "bytes")] Vec<u8>),
+    Raft(#[serde(with = "fleet_common::bytes")] Vec<u8>),
     /// Please propose this, you lead. There is no answer when it is: it comes back under the same ticket when the sender applies it.
     Propose {
         ticket: Ticket,
@@ -50,6 +52,38 @@ pub enum PeerMessage {
     /// A piece of the receiver's snapshot, please.
     Fetch(Fetch),
     Chunk(Box<Chunk>),
+    /// Rows of the history that cannot be read here, please.
+    FetchRows(RowsWanted),
+    Rows(Box<RowsTold>),
+    /// The key of the CA with this certificate (DER), please.
+    WantCa {
+        der: Vec<u8>,
+    },
+    /// Goes only to a coordinator whose own key is the one in the cluster's records.
+    Ca {
+        der: Vec<u8>,
+        key: PrivateKey,
+    },
+    /// The coordinators that the sender knows, each with the hash of its key: for one that was away when some of them joined.
+    Coordinators(Vec<(CoordinatorAddress, KeyHash)>),
+    /// Of what a rank printed.
+    Output {
+        ticket: Ticket,
+        said: OutputSaid,
+    },
+}
+
+/// What coordinators say to each other of ranks' output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum OutputSaid {
+    /// A piece of it, please, if you hold the agent of this node. The ticket in the wish is not looked at.
+    Wanted { node: NodeId, wish: OutputWish },
+    /// The agent's answer.
+    Answered(Box<Result<OutputPiece, String>>),
+    /// The agent is not held here.
+    Elsewhere,
+    /// It is, and has enough to do.
+    Busy,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,39 +111,6 @@ pub struct Sighting {
     /// Its agent is connected to the sender.
     pub connected: bool,
     pub heard_ms_ago: u64,
-}
-
-/// Bytes as one piece; serde takes a `Vec<u8>` for a list of numbers and would go through it one by one.
-mod bytes {
-    use serde::de::{Deserializer, Error, Visitor};
-    use serde::ser::Serializer;
-    use std::fmt;
-
-    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(bytes)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
-        deserializer.deserialize_byte_buf(Bytes)
-    }
-
-    struct Bytes;
-
-    impl Visitor<'_> for Bytes {
-        type Value = Vec<u8>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("bytes")
-        }
-
-        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
-            Ok(bytes.to_vec())
-        }
-
-        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
-            Ok(bytes)
-        }
-    }
 }
 
 #[cfg(test)]

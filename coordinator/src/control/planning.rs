@@ -1,7 +1,7 @@
 //! Asks the planner again and again while this replica leads, and proposes what it decides.
 
 use super::asks::{Asker, Outcome, What};
-use super::{Action, Control, Now};
+use super::{Action, Control, Now, Room};
 use crate::cluster::Answer;
 use crate::planner::{self, Why};
 use crate::raft::disk::Disk;
@@ -26,6 +26,9 @@ impl<D: Disk> Control<D> {
         self.observations.expect(there.map(|(node, _)| *node), now);
         let observed = self.observed(now);
         let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms, now.unix_ms);
+        if !matches!(self.room, Room::Enough) {
+            planned.retain(|(change, _)| change.frees(self.replica.state()));
+        }
         planned.truncate(DECISIONS_MAX);
         self.decisions = planned.len();
         for (change, why) in planned {
@@ -40,7 +43,8 @@ impl<D: Disk> Control<D> {
 
     /// Never while earlier decisions are under way: they would be made twice.
     fn may_plan(&self) -> bool {
-        self.lead.is_some() && self.decisions == 0 && self.read_only().is_none()
+        let writes = self.replica.full().is_none() && !matches!(self.room, Room::None(_));
+        self.lead.is_some() && self.decisions == 0 && writes
     }
 
     fn plan_gap_ms(&self) -> u64 {

@@ -37,7 +37,9 @@ pub(super) enum Reader {
     },
     Greeting(Session),
     Watch(Call),
+    Output(Call),
     Join(Call),
+    Look(Call),
 }
 
 struct Batch {
@@ -155,7 +157,9 @@ impl<D: Disk> Control<D> {
             }
             Reader::Greeting(session) => self.greeting_read(now, session),
             Reader::Watch(call) => self.watch_read(call),
+            Reader::Output(call) => self.output_read(now, call),
             Reader::Join(call) => self.join_read(now, call),
+            Reader::Look(call) => self.looked(call, Ok(())),
         }
     }
 }

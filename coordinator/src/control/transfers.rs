@@ -4,7 +4,7 @@
 use super::{Action, Control, Now, PeerMessage};
 use crate::raft::disk::Disk;
 use crate::raft::replica::ReplicaError;
-use crate::raft::transfer::{Chunk, Fetch};
+use crate::raft::transfer::{Chunk, Cut, Fetch};
 use fleet_common::ids::ReplicaId;
 use std::collections::BTreeMap;
 
@@ -43,8 +43,12 @@ impl<D: Disk> Control<D> {
     /// After raft's round: answers what others want, and asks for what is wanted here.
     pub(super) fn exchange_chunks(&mut self, now: Now) -> Result<(), ReplicaError> {
         for (to, fetch) in std::mem::take(&mut self.transfers.wanted) {
-            let chunk = self.replica.serve(to.0, &fetch)?;
-            self.out.push(Action::ToPeer { to, message: PeerMessage::Chunk(Box::new(chunk)) });
+            match self.replica.serve(to.0, &fetch)? {
+                Cut::Chunk(chunk) => {
+                    self.out.push(Action::ToPeer { to, message: PeerMessage::Chunk(Box::new(chunk)) });
+                }
+                Cut::Damaged(damage) => self.damage_found(damage),
+            }
         }
         let Some((from, fetch)) = self.replica.wants() else {
             self.transfers.asked = None;

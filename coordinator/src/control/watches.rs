@@ -8,7 +8,7 @@ use super::asks::unavailable;
 use super::reads::Reader;
 use super::{Action, Call, Control, Now, REPLIES_MAX};
 use crate::raft::disk::Disk;
-use crate::views::events_of;
+use crate::views::{events_of, unreadable};
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{Refusal, Reply};
 use std::collections::BTreeSet;
@@ -31,11 +31,21 @@ pub(super) struct Watch {
     /// Replies that the driver has not passed on.
     untaken: usize,
     opened_ms: u64,
+    /// The wall clock then.
+    unix_ms: u64,
 }
 
 impl Watch {
     pub fn new(job: JobId, from: u64, follow: bool, now: Now) -> Watch {
-        Watch { job, next: from.max(1), follow, started: false, untaken: 0, opened_ms: now.mono_ms }
+        Watch {
+            job,
+            next: from.max(1),
+            follow,
+            started: false,
+            untaken: 0,
+            opened_ms: now.mono_ms,
+            unix_ms: now.unix_ms,
+        }
     }
 }
 
@@ -125,13 +135,17 @@ impl<D: Disk> Control<D> {
 
     fn serve_watch(&mut self, call: Call, read: &mut usize) -> Result<Served, Refusal> {
         let Some(watch) = self.calls.watch(call) else { return Ok(Served::Waits) };
-        let (recorded, over) = events_of(self.replica.state(), &self.history, watch.job)?;
+        let (recorded, over) = events_of(self.replica.state(), &self.history, watch.job, watch.unix_ms)?;
         let left = (recorded + 1).saturating_sub(watch.next);
         let room = REPLIES_MAX.saturating_sub(watch.untaken).min(CHUNK);
         if left > 0 && room > 0 {
             let events = self.history.events(watch.job, watch.next, room.min(left as usize));
-            let events = events.map_err(|error| unavailable(error.to_string()))?;
+            let events = events.map_err(unreadable)?;
             *read += events.len();
+            if events.is_empty() && self.replica.full().is_none() {
+                // They are not there: a restored backup may leave some out.
+                watch.next = recorded + 1;
+            }
             for (index, event) in events {
                 watch.next = index + 1;
                 watch.untaken += 1;

@@ -6,7 +6,7 @@ use crate::cluster::State;
 use crate::cluster::members::NodeRecord;
 use crate::cluster::records::JobRecord;
 use fleet_common::ids::{JobId, NodeId};
-use fleet_common::protocol::{JobState, Wish};
+use fleet_common::protocol::{JobState, Wish, listed};
 
 impl Outlook {
     /// Empty for a job that is not in the state.
@@ -64,6 +64,12 @@ impl Outlook {
         match placing {
             Placing::On { parts, .. } => {
                 format!("about to start on {}", names(state, parts.iter().map(|(node, _)| *node)))
+            }
+            Placing::Incomplete => {
+                let names = listed(job.removed_secrets());
+                format!(
+                    "waits for secrets that are not kept any more ({names}); give them again with `fleet secrets give {id} --env NAME`"
+                )
             }
             Placing::NoNode => {
                 let cure = match idle(state, observed, &job.wish) {

@@ -64,7 +64,7 @@ pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Ve
     // Who starts follows from what there will be without them.
     let mut without = state.clone();
     for (change, _) in &decisions {
-        let command = Command { unix_ms, request: None, why: None, change: change.clone() };
+        let command = Command { unix_ms, request: None, by: None, why: None, change: change.clone() };
         without.apply(0, command);
     }
     decisions.extend(starts(&without, observed, unix_ms));

@@ -26,6 +26,8 @@ const RESERVED_MAX: usize = 16;
 pub enum Placing {
     /// Starts now.
     On { parts: Vec<Room>, ahead_of: Option<JobId> },
+    /// Values of its environment were removed, or are not in the backup from which the cluster was restored.
+    Incomplete,
     /// Nobody who could take work is connected.
     NoNode,
     /// All nodes that take work could not hold it together.
@@ -134,6 +136,10 @@ fn look<'a>(
     let mut first_waiting = None;
     let mut reserved = 0;
     for (id, job) in queue {
+        if job.removed_secrets().next().is_some() {
+            placings.insert(id, Placing::Incomplete);
+            continue;
+        }
         let each = job.wish.slots_per_rank.max(1);
         let fits = |nodes: &[NodeId], slots: &dyn Fn(NodeId) -> u32| {
             let room: Vec<Room> = nodes.iter().map(|node| (*node, slots(*node) / each)).collect();

@@ -3,7 +3,7 @@ use crate::cluster::Answer;
 use crate::cluster::commands::{CancelJob, DrainNode};
 use crate::cluster::records::Stop;
 use crate::cluster::tests::{Script, describe, job, program, redeem, token};
-use fleet_common::protocol::{Role, Wish};
+use fleet_common::protocol::{Program, Role, Value, Variable, Wish, Work};
 use proptest::prelude::*;
 
 const UNIX_MS: u64 = 1_000;
@@ -56,6 +56,19 @@ fn jobs_go_to_the_tightest_node_that_fits() {
     }
     let observed = all_connected(&script);
     assert_eq!(settle(&mut script, &observed), [(1, vec![(2, 3)]), (2, vec![(3, 2)]), (3, vec![(1, 8)])]);
+}
+
+#[test]
+fn a_job_whose_secrets_are_not_kept_waits_and_delays_nobody() {
+    let mut script = Script::with_nodes(&[4]);
+    let env = vec![Variable { name: "KEY".into(), value: Value::Removed }];
+    let work = Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env });
+    let first = script.submit_as(job(work, 4, Wish { priority: 9, ..wish() }));
+    let second = script.submit(4);
+    let observed = all_connected(&script);
+    assert_eq!(settle(&mut script, &observed), [(second.0, vec![(1, 4)])]);
+    let why = told(&script, first);
+    assert!(why.contains("waits for secrets that are not kept any more (KEY)"), "{why}");
 }
 
 #[test]
@@ -346,7 +359,7 @@ fn start_of(outlook: &Outlook, job: JobId) -> Option<u64> {
     match outlook.placing(job)? {
         Placing::On { .. } => Some(0),
         Placing::Full { start_ms } | Placing::Behind { start_ms, .. } => *start_ms,
-        Placing::NoNode | Placing::TooLarge => None,
+        Placing::Incomplete | Placing::NoNode | Placing::TooLarge => None,
     }
 }
 

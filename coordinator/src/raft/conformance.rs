@@ -1,7 +1,7 @@
 //! What every disk must do. Both implementations pass it, so that what the simulator proves holds for the real one, but for what a
 //! test cannot do to a real disk: take its power away.
 
-use super::disk::{Batch, Disk, DiskError, Durability, Table};
+use super::disk::{Batch, Disk, DiskError, Durability, Renewal, Table};
 
 /// A kind of disk, as this suite handles it.
 pub trait Kind {
@@ -16,6 +16,12 @@ pub trait Kind {
     /// What a machine finds after a power failure. `None` where a test cannot take the power away.
     fn without_power(&mut self, disk: Self::Disk) -> Option<Self::Disk>;
 
+    /// A copy of it as it is.
+    fn copied(&mut self, disk: &Self::Disk) -> Self::Disk;
+
+    /// What the next process finds after the rows of a copy were put in the place of this disk's, whose mark stays.
+    fn put_back(&mut self, disk: Self::Disk, copy: &Self::Disk) -> Self::Disk;
+
     /// Lets the disk be full or not; false where a test cannot.
     fn fill(&mut self, disk: &Self::Disk, full: bool) -> bool;
 }
@@ -29,6 +35,8 @@ pub fn check<K: Kind>(kind: &mut K) {
     what_was_written_outlives_the_process(kind);
     what_was_synced_outlives_the_power(kind);
     a_full_disk_takes_nothing_and_keeps_all(kind);
+    what_was_synced_and_is_gone_is_missed(kind);
+    a_table_is_made_anew(kind);
 }
 
 fn rows(disk: &dyn Disk, table: Table, from: &[u8], to: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -158,6 +166,62 @@ fn a_full_disk_takes_nothing_and_keeps_all<K: Kind>(kind: &mut K) {
     assert_eq!(disk.recover(), Ok(()));
     assert_eq!(disk.write(&round(2), Durability::Synced), Ok(()));
     assert_eq!(whole_round(&kind.killed(disk)), 2);
+}
+
+/// An older copy in the place of the disk is found out, for good; whatever was not synced may be missing.
+fn what_was_synced_and_is_gone_is_missed<K: Kind>(kind: &mut K) {
+    let mut disk = kind.empty();
+    assert_eq!(disk.lost(), None);
+    for n in 1..4 {
+        assert_eq!(disk.write(&round(n), Durability::Synced), Ok(()));
+    }
+    let copy = kind.copied(&disk);
+    assert_eq!((copy.lost(), whole_round(&copy)), (None, 3));
+    disk = kind.put_back(disk, &copy);
+    assert_eq!(disk.lost(), None, "nothing was written since");
+    assert_eq!(disk.write(&round(4), Durability::Written), Ok(()));
+    disk = kind.killed(disk);
+    assert_eq!((disk.lost(), whole_round(&disk)), (None, 4));
+    disk = kind.put_back(disk, &copy);
+    assert_eq!((disk.lost(), whole_round(&disk)), (None, 3), "what was not synced is not promised");
+    assert_eq!(disk.write(&round(4), Durability::Synced), Ok(()));
+    disk = kind.put_back(disk, &copy);
+    for _ in 0..2 {
+        assert!(disk.lost().is_some(), "round 4 was synced and is gone");
+        // What is written to it, such as that it is damaged, does not make up for it.
+        put(&disk, Table::Meta, b"damage", b"said", Durability::Synced);
+        assert_eq!(disk.get(Table::Meta, b"damage"), Ok(Some(b"said".to_vec())));
+        disk = kind.killed(disk);
+    }
+}
+
+/// What is written meanwhile goes to both; until it is finished the old one counts, also after a kill.
+fn a_table_is_made_anew<K: Kind>(kind: &mut K) {
+    let pairs = |keys: &[u8]| keys.iter().map(|key| (vec![*key], b"row".to_vec())).collect::<Vec<_>>();
+    let mut disk = kind.empty();
+    for table in [Table::Events, Table::Works] {
+        put(&disk, table, b"a", b"row", Durability::Synced);
+    }
+    for finishes in [false, true] {
+        for step in [Renewal::Begin(Table::Works), Renewal::Begin(Table::Events), Renewal::Rows(pairs(b"b"))]
+        {
+            assert_eq!(disk.renew(step), Ok(()));
+        }
+        put(&disk, Table::Events, b"c", b"row", Durability::Written);
+        put(&disk, Table::Events, b"d", b"row", Durability::Written);
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Events, b"d", b"e");
+        assert_eq!(disk.write(&batch, Durability::Written), Ok(()));
+        assert_eq!(rows(&disk, Table::Events, b"", b"z"), pairs(b"ac"));
+        if finishes {
+            assert_eq!(disk.renew(Renewal::Finish), Ok(()));
+            assert_eq!(disk.renew(Renewal::Finish), Ok(()), "nothing was begun");
+        }
+        disk = kind.killed(disk);
+        assert_eq!(rows(&disk, Table::Events, b"", b"z"), pairs(if finishes { b"bc" } else { b"ac" }));
+        assert_eq!(rows(&disk, Table::Works, b"", b"z"), pairs(b"a"));
+        assert_eq!((disk.lost(), disk.damaged()), (None, None));
+    }
 }
 
 fn bytes_are_bytes(disk: &dyn Disk) {

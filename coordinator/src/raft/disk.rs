@@ -43,7 +43,7 @@ impl Table {
         Table::Profiles,
     ];
 
-    /// Immutable facts under keys that follow from the log: rows are added, never changed and never removed.
+    /// Immutable facts under keys that follow from the log: rows are added, never changed, and removed by a command of the log.
     pub const HISTORY: [Table; 8] = [
         Table::Events,
         Table::Works,
@@ -133,6 +133,20 @@ impl fmt::Display for DiskError {
 
 impl std::error::Error for DiskError {}
 
+/// A step in making a table anew, because rows of it cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    /// Begins an empty table in waiting, to which everything goes as well that is written to the old one from now on. One that was begun
+    /// before is dropped.
+    Begin(Table),
+    /// Rows for the table in waiting, with their keys.
+    Rows(Vec<(Vec<u8>, Vec<u8>)>),
+    /// The table in waiting is durable and takes the place of the old one, which is dropped unread.
+    Finish,
+    /// The table in waiting is not wanted any more. When the process ends it is dropped as well.
+    Drop,
+}
+
 pub trait Disk: Send + Sync + 'static {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError>;
 
@@ -147,6 +161,21 @@ pub trait Disk: Send + Sync + 'static {
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError>;
 
+    /// Gives room back where rows were deleted and none will be written again: `from <= key < to`. A wish.
+    fn reclaim(&self, _table: Table, _from: &[u8], _to: &[u8]) -> Result<(), DiskError> {
+        Ok(())
+    }
+
     /// Makes the disk usable again after `Unwritable`, where it can be.
     fn recover(&self) -> Result<(), DiskError>;
+
+    /// Why not all is there that was ever synced, as far as a mark outside of the tables tells: rows are gone with their files, or all of
+    /// it is an older copy. Found when the disk is opened. `None` as long as nothing is known to be missing.
+    fn lost(&self) -> Option<String>;
+
+    /// Makes a table anew, step by step. A step without a beginning does nothing.
+    fn renew(&self, step: Renewal) -> Result<(), DiskError>;
+
+    /// A table of the history in which the disk itself came upon damage while it moved rows, and what that is.
+    fn damaged(&self) -> Option<(Table, String)>;
 }

@@ -1,32 +1,52 @@
-//! The history on the disk: events and work of all jobs, finished ones included. Read by anyone, written only with the log.
+//! The history on the disk: events and work of jobs, finished ones included. Read by anyone, written only with the log.
 
 use super::disk::{Batch, Disk, DiskError, Table};
 use super::seal;
+use super::stretch::{Damage, broken};
 use crate::cluster::history::{HistoryRow, key};
+use crate::cluster::retention::Removal;
 use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::{JobId, RunId};
 use fleet_common::protocol::{Point, Work};
 use serde::de::DeserializeOwned;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Of events, after which no more are read at once.
 const EVENT_BYTES: usize = 4 << 20;
 
-/// Reads what is recorded. Cheap to clone.
+/// Reads what is recorded. Cheap to clone. What cannot be read is an error to who wanted it, and noted for who mends it.
 pub struct History<D: ?Sized> {
     disk: Arc<D>,
+    noted: Arc<Mutex<Option<Damage>>>,
 }
 
 impl<D: ?Sized> Clone for History<D> {
     fn clone(&self) -> Self {
-        History { disk: self.disk.clone() }
+        History { disk: self.disk.clone(), noted: self.noted.clone() }
     }
 }
 
 impl<D: Disk + ?Sized> History<D> {
     pub fn new(disk: Arc<D>) -> Self {
-        History { disk }
+        History { disk, noted: Arc::default() }
+    }
+
+    pub fn disk(&self) -> &D {
+        &self.disk
+    }
+
+    /// Damage that was met since this was asked last; one place stands for all.
+    pub fn take_noted(&self) -> Option<Damage> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn note<T>(&self, table: Table, read: Result<T, DiskError>) -> Result<T, DiskError> {
+        if let Err(DiskError::Failed(why)) = &read {
+            let damage = Damage { table, why: why.clone() };
+            *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(damage);
+        }
+        read
     }
 
     /// At most `max` events of a job from the `from`-th on, each with its index; fewer when they are large.
@@ -47,14 +67,18 @@ impl<D: Disk + ?Sized> History<D> {
 
     /// One batch of a run's points.
     pub fn points(&self, run: RunId, batch: u64) -> Result<Option<Vec<Point>>, DiskError> {
-        let key = key(&[run.0, batch]);
-        self.disk.get(Table::Metrics, &key)?.map(|value| open(Table::Metrics, &key, &value)).transpose()
+        self.get(Table::Metrics, &key(&[run.0, batch]))
     }
 
     /// The row of a table with one number for a key.
     pub fn row<T: DeserializeOwned>(&self, table: Table, number: u64) -> Result<Option<T>, DiskError> {
-        let key = key(&[number]);
-        self.disk.get(table, &key)?.map(|value| open(table, &key, &value)).transpose()
+        self.get(table, &key(&[number]))
+    }
+
+    fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, DiskError> {
+        let row = self.disk.get(table, key);
+        let row = row.and_then(|row| row.map(|value| open(table, key, &value)).transpose());
+        self.note(table, row)
     }
 
     /// Rows from `first` up to `end`, each with the last number of its key.
@@ -68,15 +92,15 @@ impl<D: Disk + ?Sized> History<D> {
     ) -> Result<Vec<(u64, T)>, DiskError> {
         let (mut rows, mut bytes) = (Vec::new(), 0);
         let mut damage = None;
-        self.disk.scan(table, first, end, &mut |key, value| {
+        let scanned = self.disk.scan(table, first, end, &mut |key, value| {
             bytes += value.len();
             match open(table, key, value) {
                 Ok(row) => rows.push((last_number(key), row)),
                 Err(error) => damage = Some(error),
             }
             damage.is_none() && rows.len() < max && bytes < bytes_max
-        })?;
-        damage.map_or(Ok(rows), Err)
+        });
+        self.note(table, scanned.and_then(|()| damage.map_or(Ok(rows), Err)))
     }
 
     pub fn work(&self, job: JobId) -> Result<Option<Work>, DiskError> {
@@ -94,9 +118,14 @@ pub fn stage(row: &HistoryRow, batch: &mut Batch) -> Result<(), DiskError> {
     Ok(())
 }
 
+/// Adds to a batch that rows are not kept any more.
+pub fn stage_removal(removal: &Removal, batch: &mut Batch) {
+    let Removal { table, from, to } = *removal;
+    batch.delete_range(table, &key(&[from]), &key(&[to]));
+}
+
 fn open<T: DeserializeOwned>(table: Table, key: &[u8], value: &[u8]) -> Result<T, DiskError> {
-    let damaged =
-        || DiskError::Failed(format!("row {} of table {} is damaged", hex::encode(key), table.name()));
+    let damaged = || DiskError::Failed(broken(table, key));
     let payload = seal::open(table, key, value).ok_or_else(damaged)?;
     codec::decode(payload).map_err(|_| damaged())
 }

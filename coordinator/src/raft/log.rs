@@ -30,7 +30,8 @@ const FORMAT_KEY: &[u8] = b"format";
 const HARD_KEY: &[u8] = b"hard";
 const SNAPSHOT_KEY: &[u8] = b"snapshot";
 const STATE_KEY: &[u8] = b"state";
-const DAMAGE_KEY: &[u8] = b"damage";
+/// Why this replica must not take part any more.
+pub const DAMAGE_KEY: &[u8] = b"damage";
 const MARKS_KEY: &[u8] = b"marks";
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ pub enum LogError {
     Disk(#[from] DiskError),
     /// This replica must not take part any more.
     #[error(
-        "the log of this replica is damaged: {0}; it must not take part any more: set its directory aside, join a new one with `coordinator join`, and take this one out with `fleet coordinators remove`"
+        "the log of this replica is damaged: {0}; it must not take part any more: set its directory aside, join a new one with `coordinator join`, and take this one out with `fleet coordinators remove`; where it was the only one, restore a backup"
     )]
     Damaged(String),
     #[error(
@@ -83,6 +84,13 @@ struct SnapshotRow {
     auto_leave: bool,
 }
 
+/// How much of the log stays behind a snapshot, for replicas that are a little behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keep {
+    pub entries: u64,
+    pub bytes: u64,
+}
+
 /// Changes of the log that go to the disk together.
 #[derive(Clone, Debug, Default)]
 pub struct Staged {
@@ -118,6 +126,8 @@ pub struct LogStore<D> {
     /// As of `snapshot`; later changes of membership are in the log.
     conf: ConfState,
     last: Position,
+    /// Bytes of each entry from the first one that is there.
+    sizes: VecDeque<u32>,
     /// The newest entries, contiguous up to `last`.
     tail: VecDeque<Entry>,
     tail_bytes: usize,
@@ -163,6 +173,7 @@ impl<D: Disk> LogStore<D> {
             floor: at,
             conf,
             last: at,
+            sizes: VecDeque::new(),
             tail,
             tail_bytes,
         })
@@ -181,6 +192,9 @@ impl<D: Disk> LogStore<D> {
             return Err(LogError::Format { found });
         }
         if let Some(what) = get::<D, String>(&disk, DAMAGE_KEY)? {
+            return Err(LogError::Damaged(what));
+        }
+        if let Some(what) = disk.lost() {
             return Err(LogError::Damaged(what));
         }
         let Some(format) = format else {
@@ -215,6 +229,7 @@ impl<D: Disk> LogStore<D> {
                 auto_leave: row.auto_leave,
             },
             last: row.floor,
+            sizes: VecDeque::new(),
             tail: VecDeque::new(),
             tail_bytes: 0,
         };
@@ -295,6 +310,11 @@ impl<D: Disk> LogStore<D> {
         self.last
     }
 
+    /// Bytes of all entries that are there.
+    pub fn bytes(&self) -> u64 {
+        self.sizes.iter().map(|size| u64::from(*size)).sum()
+    }
+
     /// As it is on the disk.
     pub fn hard_state(&self) -> &HardState {
         &self.hard
@@ -364,15 +384,15 @@ impl<D: Disk> LogStore<D> {
         Ok(Staged { batch, hard, entries, snapshot: None })
     }
 
-    /// A snapshot of the applied state at `at`, and the entries gone that lie more than `keep` before it.
+    /// A snapshot of the applied state at `at`, and the entries gone that lie more than `keep` entries or bytes before it.
     pub fn stage_compaction(
         &self,
         at: Position,
         conf: ConfState,
         state: Vec<u8>,
-        keep: u64,
+        keep: Keep,
     ) -> Result<Staged, LogError> {
-        let floor_index = at.index.saturating_sub(keep).max(self.floor.index);
+        let floor_index = self.floor_behind(at.index, keep);
         let floor = Position { index: floor_index, term: self.term_at(floor_index)? };
         let mut batch = Batch::default();
         let descriptor = Descriptor::of(&state);
@@ -392,6 +412,17 @@ impl<D: Disk> LogStore<D> {
             entries: Vec::new(),
             snapshot: Some(NewSnapshot { at, state: descriptor, floor, conf, replaces_log: false }),
         })
+    }
+
+    /// The last entry that is not kept when a snapshot is taken at `index`.
+    fn floor_behind(&self, index: u64, keep: Keep) -> u64 {
+        let there = usize::try_from(index - self.floor.index).unwrap_or(usize::MAX);
+        let sizes = self.sizes.iter().take(there).rev().scan(0, |sum, size| {
+            *sum += u64::from(*size);
+            Some(*sum)
+        });
+        let fit = sizes.take_while(|sum| *sum <= keep.bytes).count() as u64;
+        index - fit.min(keep.entries)
     }
 
     /// A leader's snapshot in place of the whole log.
@@ -429,6 +460,10 @@ impl<D: Disk> LogStore<D> {
             self.hard = hard.clone();
         }
         if let Some(new) = &staged.snapshot {
+            match new.replaces_log {
+                true => self.sizes.clear(),
+                false => drop(self.sizes.drain(..(new.floor.index - self.floor.index) as usize)),
+            }
             (self.snapshot, self.floor, self.conf) = (new.at, new.floor, new.conf.clone());
             self.descriptor = new.state;
             self.outdated.set(false);
@@ -440,6 +475,7 @@ impl<D: Disk> LogStore<D> {
             }
         }
         if let Some(first) = staged.entries.first() {
+            self.sizes.truncate((first.index - self.floor.index - 1) as usize);
             while self.tail.back().is_some_and(|entry| entry.index >= first.index) {
                 if let Some(entry) = self.tail.pop_back() {
                     self.tail_bytes -= cost(&entry);
@@ -454,6 +490,7 @@ impl<D: Disk> LogStore<D> {
 
     fn push_tail(&mut self, entry: Entry) {
         self.last = Position { index: entry.index, term: entry.term };
+        self.sizes.push_back(u32::try_from(cost(&entry)).unwrap_or(u32::MAX));
         self.tail_bytes += cost(&entry);
         self.tail.push_back(entry);
         while self.tail_bytes > TAIL_BYTES && self.tail.len() > 1 {

@@ -13,6 +13,7 @@ fn hard(term: u64, commit: u64) -> HardState {
 
 /// Entries kept behind a snapshot.
 const KEEP: u64 = 1_000;
+const KEPT: Keep = Keep { entries: KEEP, bytes: u64::MAX };
 
 fn new_log() -> LogStore<MemoryDisk> {
     LogStore::create(Arc::new(MemoryDisk::default()), 1, &[1], b"genesis".to_vec()).unwrap()
@@ -124,7 +125,7 @@ fn compaction_drops_the_oldest_entries_and_keeps_the_rest_readable() {
     let last = 3 * KEEP;
     append(&mut log, (2..=last).map(|index| entry(index, 1)).collect(), hard(1, last));
     let at = Position { index: last - 5, term: 1 };
-    let staged = log.stage_compaction(at, log.conf().clone(), b"later".to_vec(), KEEP).unwrap();
+    let staged = log.stage_compaction(at, log.conf().clone(), b"later".to_vec(), KEPT).unwrap();
     log.write(&staged, Durability::Synced).unwrap();
     let reopened = reopen(&log).unwrap();
     for log in [&log, &reopened] {
@@ -139,10 +140,37 @@ fn compaction_drops_the_oldest_entries_and_keeps_the_rest_readable() {
 }
 
 #[test]
+fn the_log_behind_a_snapshot_is_bounded_in_bytes_also_after_a_restart() {
+    let mut log = new_log();
+    let large = |index: u64| Entry { data: vec![7; 10_000], ..entry(index, 1) };
+    append(&mut log, (2..=101).map(large).collect(), hard(1, 50));
+    let bytes = log.bytes();
+    assert!((1_000_000..1_100_000).contains(&bytes), "{bytes}");
+    assert_eq!(reopen(&log).unwrap().bytes(), bytes);
+    // Those from the 92nd on are written anew: nothing is counted twice.
+    append(&mut log, (92..=101).map(large).collect(), hard(1, 101));
+    assert_eq!(log.bytes(), bytes);
+    let compact = |log: &mut LogStore<MemoryDisk>, index, bytes| {
+        let keep = Keep { entries: KEEP, bytes };
+        let at = Position { index, term: 1 };
+        let staged = log.stage_compaction(at, log.conf().clone(), b"later".to_vec(), keep).unwrap();
+        log.write(&staged, Durability::Synced).unwrap();
+    };
+    compact(&mut log, 91, 105_000);
+    assert_eq!(log.first_index().unwrap(), 82, "ten entries before the snapshot and ten behind it");
+    assert_eq!(log.bytes(), bytes / 100 * 20);
+    compact(&mut log, 101, 1);
+    assert_eq!((log.first_index().unwrap(), log.bytes()), (102, 0));
+    append(&mut log, vec![large(102)], hard(1, 101));
+    assert_eq!(reopen(&log).unwrap().bytes(), log.bytes());
+    assert_eq!(log.bytes(), bytes / 100);
+}
+
+#[test]
 fn compacting_at_the_very_beginning_keeps_the_log() {
     let mut log = new_log();
     append(&mut log, vec![entry(2, 1), entry(3, 1)], hard(1, 3));
-    let staged = log.stage_compaction(GENESIS, log.conf().clone(), b"same".to_vec(), KEEP).unwrap();
+    let staged = log.stage_compaction(GENESIS, log.conf().clone(), b"same".to_vec(), KEPT).unwrap();
     log.write(&staged, Durability::Synced).unwrap();
     assert_eq!(terms(&log), [(2, 1), (3, 1)]);
     assert_eq!(terms(&reopen(&log).unwrap()), [(2, 1), (3, 1)]);

@@ -1,7 +1,7 @@
 //! A disk in memory for tests and the simulator: it can lose what was not synced, be full, break off in the middle of a round of
 //! writes, and rot.
 
-use super::disk::{Batch, Disk, DiskError, Durability, Op, Table};
+use super::disk::{Batch, Disk, DiskError, Durability, Op, Renewal, Table};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,12 @@ struct Inner {
     /// A write that deletes anything is the last one that succeeds.
     fuse_at_deletion: bool,
     syncs: u64,
+    /// Batches that the tables have had.
+    sequence: u64,
+    /// As `sequence` was at the last sync. Kept apart from the tables: it is not lost or put back with them.
+    mark: u64,
+    /// A table in waiting.
+    renewed: Option<(Table, Rows)>,
 }
 
 /// A row before it was changed.
@@ -57,7 +63,7 @@ impl MemoryDisk {
     /// The process was killed: all that it wrote is there, and its successor may write again.
     pub fn restart(&self) {
         let mut inner = self.lock();
-        (inner.fuse, inner.fuse_at_deletion) = (None, false);
+        (inner.fuse, inner.fuse_at_deletion, inner.renewed) = (None, false, None);
     }
 
     /// After `writes` more writes every one fails and changes nothing, until `lose_power` or `restart`.
@@ -116,6 +122,23 @@ impl MemoryDisk {
         (0..count).for_each(|_| drop(rows.pop_last()));
     }
 
+    /// All that there is, mark included: what a snapshot of a whole machine has.
+    pub fn copy(&self) -> MemoryDisk {
+        MemoryDisk { inner: Mutex::new(self.lock().clone()) }
+    }
+
+    /// Puts the tables of another disk in the place of this one's, which keeps its mark: an older copy of the database's directory was put
+    /// back, or an empty one.
+    pub fn replace_tables(&self, with: &MemoryDisk) {
+        let (tables, sequence) = {
+            let with = with.lock();
+            (with.tables.clone(), with.sequence)
+        };
+        let mut inner = self.lock();
+        (inner.tables, inner.sequence) = (tables, sequence);
+        inner.unsynced.clear();
+    }
+
     /// The last key of a table.
     pub fn last_key(&self, table: Table) -> Option<Vec<u8>> {
         self.lock().tables.get(&table)?.last_key_value().map(|(key, _)| key.clone())
@@ -127,12 +150,17 @@ impl MemoryDisk {
 }
 
 impl Inner {
+    fn has_lost(&self) -> bool {
+        self.sequence < self.mark
+    }
+
     fn see(&self) -> Result<(), DiskError> {
         self.blind.clone().map_or(Ok(()), Err)
     }
 
     fn lose_power(&mut self, kept: usize) {
         let lost = self.unsynced.drain(kept.min(self.unsynced.len())..).rev().collect::<Vec<_>>();
+        self.sequence = self.sequence.saturating_sub(lost.len() as u64);
         for former in lost.into_iter().flat_map(|batch| batch.into_iter().rev()) {
             let rows = self.tables.entry(former.table).or_default();
             match former.value {
@@ -141,13 +169,28 @@ impl Inner {
             }
         }
         self.unsynced.clear();
-        (self.fuse, self.fuse_at_deletion) = (None, false);
+        (self.fuse, self.fuse_at_deletion, self.renewed) = (None, false, None);
+    }
+
+    /// Writes to the table in waiting what goes to the one that it replaces.
+    fn renew(&mut self, op: &Op) {
+        let Some((renewed, rows)) = &mut self.renewed else { return };
+        match op {
+            Op::Put { table, key, value } if table == renewed => {
+                drop(rows.insert(key.clone(), value.clone()))
+            }
+            Op::DeleteRange { table, from, to } if table == renewed => {
+                rows.retain(|key, _| !(from..to).contains(&key));
+            }
+            _ => {}
+        }
     }
 
     /// Makes a batch's changes visible. Returns how the rows were.
     fn apply(&mut self, batch: &Batch, undoable: bool) -> Vec<Former> {
         let mut formers = Vec::new();
         for op in &batch.ops {
+            self.renew(op);
             match op {
                 Op::Put { table, key, value } => {
                     let former = self.tables.entry(*table).or_default().insert(key.clone(), value.clone());
@@ -215,9 +258,13 @@ impl Disk for MemoryDisk {
             inner.fuse = Some(0);
         }
         let synced = durability == Durability::Synced;
+        let has_lost = inner.has_lost();
         let formers = inner.apply(batch, !synced);
+        // Nothing that is written later makes up for what was lost.
+        inner.sequence += u64::from(!has_lost);
         if synced {
             inner.syncs += 1;
+            inner.mark = inner.mark.max(inner.sequence);
             inner.unsynced.clear();
         } else {
             inner.unsynced.push(formers);
@@ -227,6 +274,38 @@ impl Disk for MemoryDisk {
 
     fn recover(&self) -> Result<(), DiskError> {
         self.lock().see()
+    }
+
+    fn lost(&self) -> Option<String> {
+        let inner = self.lock();
+        inner
+            .has_lost()
+            .then(|| format!("it ends at write {} and had come to {}", inner.sequence, inner.mark))
+    }
+
+    fn renew(&self, step: Renewal) -> Result<(), DiskError> {
+        let mut inner = self.lock();
+        if inner.full {
+            return Err(DiskError::Unwritable("no room in memory".into()));
+        }
+        match (step, inner.renewed.take()) {
+            (Renewal::Begin(table), _) => inner.renewed = Some((table, Rows::new())),
+            (Renewal::Rows(rows), Some((table, mut renewed))) => {
+                renewed.extend(rows);
+                inner.renewed = Some((table, renewed));
+            }
+            (Renewal::Finish, Some((table, renewed))) => {
+                // Its rows are durable now.
+                inner.unsynced.iter_mut().for_each(|batch| batch.retain(|former| former.table != table));
+                inner.tables.insert(table, renewed);
+            }
+            (Renewal::Drop, _) | (_, None) => {}
+        }
+        Ok(())
+    }
+
+    fn damaged(&self) -> Option<(Table, String)> {
+        None
     }
 }
 
@@ -251,6 +330,16 @@ mod tests {
 
         fn without_power(&mut self, disk: MemoryDisk) -> Option<MemoryDisk> {
             Some(disk.after_power_failure(0))
+        }
+
+        fn copied(&mut self, disk: &MemoryDisk) -> MemoryDisk {
+            disk.copy()
+        }
+
+        fn put_back(&mut self, disk: MemoryDisk, copy: &MemoryDisk) -> MemoryDisk {
+            disk.replace_tables(copy);
+            disk.restart();
+            disk
         }
 
         fn fill(&mut self, disk: &MemoryDisk, full: bool) -> bool {

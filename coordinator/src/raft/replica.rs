@@ -9,13 +9,15 @@ mod evidence;
 mod rounds;
 mod transfers;
 
-use super::disk::{Batch, Disk, DiskError};
+use super::disk::{Batch, Disk, DiskError, Durability};
+use super::history;
 use super::image::{self, ImageError};
-use super::log::{LogError, LogStore, Position};
+use super::log::{Keep, LogError, LogStore, Position};
 use super::logger::logger;
 use super::marks::{Mark, Marks};
 use super::shape::{BadMessage, Fits};
 use super::transfer::{Incoming, Unfit};
+use crate::cluster::retention::Removal;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
@@ -79,6 +81,10 @@ pub struct Sizes {
     pub snapshot_entries: u64,
     /// Entries kept behind a snapshot for replicas that are a little behind: a restart's worth at a high rate.
     pub keep_behind: u64,
+    /// Bytes of them.
+    pub keep_behind_bytes: u64,
+    /// Bytes of the whole log with which it is cut though somebody fetches the snapshot, who has to begin anew then.
+    pub fetched_log_bytes: u64,
     /// Content of one chunk, but for a single row that is larger.
     pub chunk_bytes: usize,
 }
@@ -89,6 +95,8 @@ impl Default for Sizes {
             snapshot_bytes: 16 << 20,
             snapshot_entries: 50_000,
             keep_behind: 10_000,
+            keep_behind_bytes: 16 << 20,
+            fetched_log_bytes: 512 << 20,
             chunk_bytes: 256 << 10,
         }
     }
@@ -167,6 +175,8 @@ pub struct Replica<D: Disk> {
     members_changed: bool,
     /// Rows of applied commands that are not on the disk yet. The log has the commands, so nothing is lost with them.
     rows: Batch,
+    /// Of `rows`, what is removed.
+    removals: Vec<Removal>,
     /// Reads that wait for the state to come to an index.
     reads: Vec<(u64, Ticket)>,
     bytes_since_snapshot: usize,
@@ -220,6 +230,10 @@ impl<D: Disk> Replica<D> {
         state: State,
         seed: u64,
     ) -> Result<Self, ReplicaError> {
+        // A backup is read while the coordinator runs: it may have rows that its state does not count any more.
+        let mut batch = Batch::default();
+        state.removals().iter().for_each(|removal| history::stage_removal(removal, &mut batch));
+        disk.write(&batch, Durability::Written)?;
         let log = LogStore::begin(disk, id, Position { index, term }, &[id], image::encode(&state)?)?;
         Self::start(log, state, seed)
     }
@@ -261,6 +275,7 @@ impl<D: Disk> Replica<D> {
             conf,
             members_changed: false,
             rows: Batch::default(),
+            removals: Vec::new(),
             reads: Vec::new(),
             bytes_since_snapshot: 0,
             stuck: None,

@@ -27,7 +27,7 @@ fn settle(replica: &mut TestReplica) -> Output {
 
 fn command(seq: u64) -> Command {
     let request = Some(RequestId { client: ClientId(1), seq }.into());
-    Command { unix_ms: 1_000 + seq, request, why: None, change: submit(1) }
+    Command { unix_ms: 1_000 + seq, request, by: None, why: None, change: submit(1) }
 }
 
 fn disk(replica: &TestReplica) -> Arc<MemoryDisk> {
@@ -117,7 +117,9 @@ fn the_log_is_compacted_and_a_restart_needs_only_the_snapshot_and_the_rest() {
                 ttl_ms,
                 uses: 1,
             });
-            replica.propose(n, &Command { unix_ms: round * 10, request: None, why: None, change }).unwrap();
+            replica
+                .propose(n, &Command { unix_ms: round * 10, request: None, by: None, why: None, change })
+                .unwrap();
         }
         settle(&mut replica);
     }
@@ -140,7 +142,7 @@ fn what_is_too_large_is_declined() {
     let Change::SubmitJob(job) = submit(1) else { unreachable!() };
     let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX), ..job });
     assert_eq!(
-        replica.propose(1, &Command { unix_ms: 0, request: None, why: None, change }),
+        replica.propose(1, &Command { unix_ms: 0, request: None, by: None, why: None, change }),
         Err(Declined::TooLarge)
     );
 }
@@ -223,7 +225,7 @@ impl Cluster {
         let mut moved = false;
         for (id, (from, fetch)) in wants {
             if !self.is_cut(id, from) {
-                let chunk = self.replicas.get_mut(&from).unwrap().serve(id, &fetch).unwrap();
+                let chunk = self.replicas.get_mut(&from).unwrap().serve(id, &fetch).unwrap().chunk().unwrap();
                 self.replicas.get_mut(&id).unwrap().take_chunk(from, chunk).unwrap();
                 moved = true;
             }
@@ -325,7 +327,7 @@ fn a_replica_that_missed_a_snapshots_worth_gets_the_snapshot_with_its_history() 
     (1..=40).for_each(|seq| cluster.propose(leader, seq));
     for seq in 0..20_000 {
         let change = submit(0);
-        let command = Command { unix_ms: seq, request: None, why: None, change };
+        let command = Command { unix_ms: seq, request: None, by: None, why: None, change };
         cluster.at(leader).propose(1 << 32 | seq, &command).unwrap();
         if seq % 500 == 0 {
             cluster.settle();
@@ -348,7 +350,7 @@ fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
     let new = 4;
     cluster.replicas.insert(new, joining(new));
     cluster.propose(leader, 1);
-    let add = Command { unix_ms: 9, request: None, why: None, change: token("a") };
+    let add = Command { unix_ms: 9, request: None, by: None, why: None, change: token("a") };
     cluster.at(leader).propose_membership(500, Membership::AddLearner(new), &add).unwrap();
     let announced = |cluster: &Cluster| cluster.replicas[&new].wants().is_some();
     for _ in 0..200 {
@@ -366,7 +368,7 @@ fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
     }
     let (from, fetch) = cluster.at(new).wants().unwrap();
     assert_eq!(from, leader);
-    let chunk = cluster.at(leader).serve(new, &fetch).unwrap();
+    let chunk = cluster.at(leader).serve(new, &fetch).unwrap().chunk().unwrap();
     cluster.at(new).take_chunk(leader, chunk).unwrap();
     let (_, later) = cluster.at(new).wants().unwrap();
     assert!(later.cursor > fetch.cursor);
@@ -374,7 +376,7 @@ fn a_transfer_goes_on_after_a_pause_and_is_given_up_after_the_lease() {
     for _ in 0..=TRANSFER_LEASE_TICKS {
         cluster.at(leader).tick();
     }
-    let refused = cluster.at(leader).serve(new, &later).unwrap();
+    let refused = cluster.at(leader).serve(new, &later).unwrap().chunk().unwrap();
     assert_eq!(refused.content, transfer::Content::Gone);
     cluster.at(new).take_chunk(leader, refused).unwrap();
     assert_eq!(cluster.at(new).wants(), None);
@@ -398,7 +400,8 @@ fn token(id: &str) -> Change {
 /// Proposes a change of members with a command that leaves a trace, and lets it happen.
 fn change_members(cluster: &mut Cluster, ticket: Ticket, change: Membership) -> Result<(), Declined> {
     let leader = cluster.leader().unwrap();
-    let command = Command { unix_ms: 1, request: None, why: None, change: token(&ticket.to_string()) };
+    let command =
+        Command { unix_ms: 1, request: None, by: None, why: None, change: token(&ticket.to_string()) };
     cluster.at(leader).propose_membership(ticket, change, &command)?;
     cluster.run_until(|cluster| cluster.answers.contains_key(&ticket));
     Ok(())
@@ -435,7 +438,7 @@ fn a_replica_joins_votes_and_is_taken_out_and_the_command_travels_with_the_chang
 fn a_leader_whose_removal_its_predecessor_proposed_steps_down() {
     let (mut cluster, first) = Cluster::led();
     let (out, stays) = (first % 3 + 1, (first + 1) % 3 + 1);
-    let command_with_it = Command { unix_ms: 1, request: None, why: None, change: token("x") };
+    let command_with_it = Command { unix_ms: 1, request: None, by: None, why: None, change: token("x") };
     cluster.at(first).propose_membership(1, Membership::Remove(out), &command_with_it).unwrap();
     // Only the one that is to leave gets it before the leader is cut off: it alone can lead now, and writes all the time.
     let mut sent = Vec::new();
@@ -466,7 +469,7 @@ fn a_leader_whose_removal_its_predecessor_proposed_steps_down() {
 #[test]
 fn one_change_of_members_at_a_time() {
     let (mut cluster, leader) = Cluster::led();
-    let command = Command { unix_ms: 1, request: None, why: None, change: token("x") };
+    let command = Command { unix_ms: 1, request: None, by: None, why: None, change: token("x") };
     cluster.at(leader).propose_membership(1, Membership::AddLearner(4), &command).unwrap();
     let second = cluster.at(leader).propose_membership(2, Membership::AddLearner(5), &command);
     assert_eq!(second, Err(Declined::Pending));
@@ -476,7 +479,7 @@ fn one_change_of_members_at_a_time() {
 fn members_do_not_change_when_the_command_is_rejected() {
     let (mut cluster, leader) = Cluster::led();
     let change = submit(0);
-    let command = Command { unix_ms: 1, request: None, why: None, change };
+    let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
     cluster.at(leader).propose_membership(1, Membership::AddLearner(4), &command).unwrap();
     cluster.settle();
     assert!(matches!(cluster.answers[&1], Answer::Rejected(_)));
@@ -544,7 +547,7 @@ fn propose_much(cluster: &mut Cluster, at: u64) {
     for seq in 1..=6 {
         let Change::SubmitJob(job) = submit(1) else { unreachable!() };
         let change = Change::SubmitJob(SubmitJob { name: "x".repeat(COMMAND_MAX / 4), ..job });
-        let command = Command { unix_ms: 1, request: None, why: None, change };
+        let command = Command { unix_ms: 1, request: None, by: None, why: None, change };
         cluster.at(at).propose(seq, &command).unwrap();
         cluster.settle();
     }
@@ -737,7 +740,8 @@ fn a_snapshot_whose_last_piece_comes_while_the_disk_is_full_waits() {
     let fetch_all = |replica: &mut TestReplica| {
         for _ in 0..20 {
             let Some((from, fetch)) = replica.wants() else { return };
-            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let cut = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let chunk = cut.chunk().unwrap();
             replica.take_chunk(from, chunk).unwrap();
         }
     };
@@ -769,7 +773,8 @@ fn a_snapshot_of_another_past_is_not_taken() {
         let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
         replica.step(Message { snapshot, term: 6, ..message(MessageType::MsgSnapshot) }).unwrap();
         while let Some((from, fetch)) = replica.wants() {
-            let chunk = transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap();
+            let chunk =
+                transfer::cut(&MemoryDisk::default(), &state, &fetch, 1 << 20).unwrap().chunk().unwrap();
             replica.take_chunk(from, chunk).unwrap();
         }
         replica.process(&mut |_| {})

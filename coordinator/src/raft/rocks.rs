@@ -1,12 +1,18 @@
 //! The disk of a real replica: RocksDB with little memory and one column family per table.
+//!
+//! A table that was made anew is in a family of a higher generation. Where there are two of a table, the older one counts: the other
+//! one was not finished.
 
-use super::disk::{Batch, Disk, DiskError, Durability, Op, Table};
+use super::disk::{Batch, Disk, DiskError, Durability, Op, Renewal, Table};
+use super::disk_mark::Mark;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error, IteratorMode,
-    LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error,
+    IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
+use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// Memory for writes that are not yet in a sorted file, over all tables.
 const WRITE_BUFFERS: usize = 8 << 20;
@@ -18,39 +24,111 @@ const WAL_MAX: u64 = 8 << 20;
 const BLOCK_CACHE: usize = 8 << 20;
 /// Sorted files held open.
 const OPEN_FILES: i32 = 64;
+/// Bytes of one sorted file, of the first sorted level, and of what one compaction takes in: it writes as much before it removes, which
+/// has to fit into the reserve of a disk that is nearly full.
+const SORTED_FILE: u64 = 16 << 20;
+const FIRST_LEVEL: u64 = 32 << 20;
+const COMPACTION_MAX: u64 = 64 << 20;
 
 /// What RocksDB says where there is no room, and where the file system was made read-only (by the kernel after an error, or by hand).
 const UNWRITABLE: [&str; 5] =
     ["No space left", "NoSpace", "Disk quota exceeded", "Space limit reached", "Read-only file system"];
 
-/// Invariant: `db` is `None` only while `recover` failed to open it again.
+/// Invariants: `db` is `None` only while `recover` failed to open it again; `mark` is there unless nothing is written, or something is
+/// lost, which nothing that is written later makes up for.
 pub struct RocksDisk {
     path: PathBuf,
-    db: RwLock<Option<DB>>,
+    db: RwLock<Option<Open>>,
+    mark: Mutex<Option<Mark>>,
+    lost: Option<String>,
+    /// Tables of the history whose files RocksDB came upon as damaged when it merged them, which it must not try again.
+    damaged: Mutex<BTreeMap<Table, String>>,
+}
+
+/// An open database.
+struct Open {
+    db: DB,
+    /// Of each table's family, by its place in `Table::ALL`.
+    generations: [u32; Table::ALL.len()],
+    /// A table in waiting, and its generation.
+    renewed: Option<(Table, u32)>,
+    cache: Cache,
+}
+
+impl Open {
+    fn generation(&self, table: Table) -> u32 {
+        self.generations[place(table)]
+    }
+
+    fn family(&self, table: Table) -> Result<&ColumnFamily, DiskError> {
+        self.named(table, self.generation(table))
+    }
+
+    fn named(&self, table: Table, generation: u32) -> Result<&ColumnFamily, DiskError> {
+        let name = family_name(table, generation);
+        self.db.cf_handle(&name).ok_or_else(|| DiskError::Failed(format!("table {name} is missing")))
+    }
+
+    /// All that what is written to a table goes to.
+    fn families(&self, table: Table) -> Result<[Option<&ColumnFamily>; 2], DiskError> {
+        let renewed = self.renewed.filter(|(renewed, _)| *renewed == table);
+        let renewed = renewed.map(|(table, generation)| self.named(table, generation)).transpose()?;
+        Ok([Some(self.family(table)?), renewed])
+    }
 }
 
 impl RocksDisk {
-    /// Opens or creates the database in this directory.
+    /// Opens or creates the database in this directory, with its mark beside it. One that is not there although its mark is makes no new
+    /// one.
     pub fn open(path: &Path) -> Result<Self, DiskError> {
-        let db = open(path)?;
-        Ok(RocksDisk { path: path.to_owned(), db: RwLock::new(Some(db)) })
+        let beside = Mark::path(path);
+        let is_new = !path.join("CURRENT").exists();
+        let mark = match Mark::open(&beside) {
+            Ok(Some(mark)) if is_new && mark.reached() > 0 => {
+                return Err(DiskError::Failed(format!(
+                    "the database in {} is gone; {} says that it had come to write {}",
+                    path.display(),
+                    beside.display(),
+                    mark.reached()
+                )));
+            }
+            Ok(None) if is_new => Mark::create(&beside).map(Some),
+            found => found,
+        };
+        let mark = readable(mark)?;
+        let db = open(path, &BTreeMap::new())?;
+        let lost = lost(&db.db, &beside, mark.as_ref().map(|mark| mark.as_ref().map(Mark::reached)));
+        let mark = mark.ok().flatten().filter(|_| lost.is_none());
+        Ok(RocksDisk::of(path, db, mark, lost))
+    }
+
+    fn of(path: &Path, db: Open, mark: Option<Mark>, lost: Option<String>) -> RocksDisk {
+        let (db, mark) = (RwLock::new(Some(db)), Mutex::new(mark));
+        RocksDisk { path: path.to_owned(), db, mark, lost, damaged: Mutex::default() }
     }
 
     /// A look at the database as it is at this moment. Another process may have it open and go on writing.
     pub fn open_read_only(path: &Path) -> Result<Self, DiskError> {
-        let (mut options, families) = options();
+        // First the mark: what is written meanwhile makes the database longer.
+        let beside = Mark::path(path);
+        let reached = readable(Mark::read(&beside))?;
+        let mut options = options();
         options.create_if_missing(false);
         options.create_missing_column_families(false);
+        let (generations, _) = generations(&options, path)?;
+        let cache = Cache::new_lru_cache(BLOCK_CACHE);
+        let families = descriptors(&generations, &cache, &BTreeMap::new());
         let db = DB::open_cf_descriptors_read_only(&options, path, families, false);
         let db = db.map_err(|error| classify(path, &error))?;
-        Ok(RocksDisk { path: path.to_owned(), db: RwLock::new(Some(db)) })
+        let lost = lost(&db, &beside, reached.as_ref().copied());
+        Ok(RocksDisk::of(path, Open { db, generations, renewed: None, cache }, None, lost))
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Option<DB>> {
+    fn read(&self) -> RwLockReadGuard<'_, Option<Open>> {
         self.db.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn with<T>(&self, act: impl FnOnce(&DB) -> Result<T, DiskError>) -> Result<T, DiskError> {
+    fn with<T>(&self, act: impl FnOnce(&Open) -> Result<T, DiskError>) -> Result<T, DiskError> {
         match self.read().as_ref() {
             Some(db) => act(db),
             None => {
@@ -62,11 +140,108 @@ impl RocksDisk {
     fn error(&self, error: Error) -> DiskError {
         classify(&self.path, &error)
     }
+
+    fn damages(&self) -> MutexGuard<'_, BTreeMap<Table, String>> {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what may fail because RocksDB came upon damage when it merged files: it refuses all writes from then on. If those were files of
+    /// the history, of which nothing that is written depends, they are left alone and it is tried again.
+    fn in_spite_of_damage(&self, act: impl Fn() -> Result<(), DiskError>) -> Result<(), DiskError> {
+        match act() {
+            Err(DiskError::Failed(why)) if self.sets_aside(&why)? => act(),
+            done => done,
+        }
+    }
+
+    fn sets_aside(&self, why: &str) -> Result<bool, DiskError> {
+        let Some(file) = damaged_file(why) else { return Ok(false) };
+        let table = self.with(|open| {
+            let files = open.db.live_files().map_err(|error| self.error(error))?;
+            let family = files.into_iter().find(|found| found.name.trim_start_matches('/') == file);
+            let names = |table: &Table| family_name(*table, open.generation(*table));
+            Ok(family.and_then(|found| {
+                Table::HISTORY.into_iter().find(|table| names(table) == found.column_family_name)
+            }))
+        })?;
+        let Some(table) = table else { return Ok(false) };
+        if self.damages().insert(table, why.to_owned()).is_some() {
+            return Ok(false);
+        }
+        self.recover()?;
+        Ok(true)
+    }
+
+    fn write_once(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError> {
+        self.with(|open| {
+            let mut native = WriteBatch::default();
+            for op in &batch.ops {
+                let (Op::Put { table, .. } | Op::DeleteRange { table, .. }) = op;
+                for family in open.families(*table)?.into_iter().flatten() {
+                    match op {
+                        Op::Put { key, value, .. } => native.put_cf(family, key, value),
+                        Op::DeleteRange { from, to, .. } => native.delete_range_cf(family, from, to),
+                    }
+                }
+            }
+            let mut options = WriteOptions::default();
+            options.set_sync(durability == Durability::Synced);
+            // Held over the write: what the mark says then is synced.
+            let mut mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+            open.db.write_opt(native, &options).map_err(|error| self.error(error))?;
+            match (durability, mark.as_mut()) {
+                (Durability::Synced, Some(mark)) => {
+                    let kept = mark.advance(open.db.latest_sequence_number());
+                    kept.map_err(|error| unmarked(&Mark::path(&self.path), &error))
+                }
+                _ => Ok(()),
+            }
+        })
+    }
+
+    fn renew_once(&self, step: &Renewal) -> Result<(), DiskError> {
+        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(open) = guard.as_mut() else {
+            drop(guard);
+            return self.with(|_| Ok(()));
+        };
+        if let (Renewal::Begin(_) | Renewal::Drop, Some((table, generation))) = (step, open.renewed) {
+            let dropped = open.db.drop_cf(&family_name(table, generation));
+            dropped.map_err(|error| self.error(error))?;
+            open.renewed = None;
+        }
+        match (step, open.renewed) {
+            (Renewal::Begin(table), None) => {
+                let generation = open.generation(*table) + 1;
+                let options = family_options(&open.cache, false);
+                let made = open.db.create_cf(family_name(*table, generation), &options);
+                made.map_err(|error| self.error(error))?;
+                open.renewed = Some((*table, generation));
+            }
+            (Renewal::Rows(rows), Some((table, generation))) => {
+                let mut native = WriteBatch::default();
+                let family = open.named(table, generation)?;
+                rows.iter().for_each(|(key, value)| native.put_cf(family, key, value));
+                open.db.write(native).map_err(|error| self.error(error))?;
+            }
+            (Renewal::Finish, Some((table, generation))) => {
+                let flushed = open.db.flush_cf(open.named(table, generation)?);
+                flushed.map_err(|error| self.error(error))?;
+                let old = family_name(table, open.generation(table));
+                open.db.drop_cf(&old).map_err(|error| self.error(error))?;
+                open.generations[place(table)] = generation;
+                open.renewed = None;
+                self.damages().remove(&table);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
 }
 
 impl Disk for RocksDisk {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, DiskError> {
-        self.with(|db| db.get_cf(family(db, table)?, key).map_err(|error| self.error(error)))
+        self.with(|open| open.db.get_cf(open.family(table)?, key).map_err(|error| self.error(error)))
     }
 
     fn scan(
@@ -79,11 +254,11 @@ impl Disk for RocksDisk {
         if from >= to {
             return Ok(());
         }
-        self.with(|db| {
+        self.with(|open| {
             let mut options = ReadOptions::default();
             options.set_iterate_upper_bound(to);
             let mode = IteratorMode::From(from, Direction::Forward);
-            for row in db.iterator_cf_opt(family(db, table)?, options, mode) {
+            for row in open.db.iterator_cf_opt(open.family(table)?, options, mode) {
                 let (key, value) = row.map_err(|error| self.error(error))?;
                 if !visit(&key, &value) {
                     break;
@@ -94,19 +269,22 @@ impl Disk for RocksDisk {
     }
 
     fn write(&self, batch: &Batch, durability: Durability) -> Result<(), DiskError> {
-        self.with(|db| {
-            let mut native = WriteBatch::default();
-            for op in &batch.ops {
-                match op {
-                    Op::Put { table, key, value } => native.put_cf(family(db, *table)?, key, value),
-                    Op::DeleteRange { table, from, to } => {
-                        native.delete_range_cf(family(db, *table)?, from, to)
-                    }
-                }
-            }
-            let mut options = WriteOptions::default();
-            options.set_sync(durability == Durability::Synced);
-            db.write_opt(native, &options).map_err(|error| self.error(error))
+        self.in_spite_of_damage(|| self.write_once(batch, durability))
+    }
+
+    fn renew(&self, step: Renewal) -> Result<(), DiskError> {
+        self.in_spite_of_damage(|| self.renew_once(&step))
+    }
+
+    fn damaged(&self) -> Option<(Table, String)> {
+        self.damages().first_key_value().map(|(table, why)| (*table, why.clone()))
+    }
+
+    /// Drops the files that have nothing else: a compaction, which needs room itself, does the rest in its time.
+    fn reclaim(&self, table: Table, from: &[u8], to: &[u8]) -> Result<(), DiskError> {
+        self.with(|open| {
+            let reclaimed = open.db.delete_file_in_range_cf(open.family(table)?, from, to);
+            reclaimed.map_err(|error| self.error(error))
         })
     }
 
@@ -114,23 +292,134 @@ impl Disk for RocksDisk {
     fn recover(&self) -> Result<(), DiskError> {
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
         *db = None;
-        *db = Some(open(&self.path)?);
+        let opened = open(&self.path, &self.damages())?;
+        let mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner);
+        let reached = mark.as_ref().map(Mark::reached);
+        if let Some(lost) =
+            reached.and_then(|reached| lost(&opened.db, &Mark::path(&self.path), Ok(Some(reached))))
+        {
+            return Err(DiskError::Failed(lost));
+        }
+        *db = Some(opened);
         Ok(())
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.lost.clone()
     }
 }
 
-fn open(path: &Path) -> Result<DB, DiskError> {
-    let (options, families) = options();
-    DB::open_cf_descriptors(&options, path, families).map_err(|error| classify(path, &error))
+/// What the mark knows and the database does not have.
+fn lost(db: &DB, mark: &Path, reached: Result<Option<u64>, &io::Error>) -> Option<String> {
+    let (has, mark) = (db.latest_sequence_number(), mark.display());
+    match reached {
+        Ok(Some(reached)) if has >= reached => None,
+        Ok(Some(reached)) => Some(format!(
+            "it ends at write {has} and had come to {reached}, as {mark} says: files of it are gone or cut off, or it is an older copy"
+        )),
+        Ok(None) => Some(format!("{mark} is gone, which says how far it had come")),
+        Err(error) => Some(format!("how far it had come cannot be read: {error}")),
+    }
 }
 
-fn options() -> (Options, Vec<ColumnFamilyDescriptor>) {
+/// A mark that is damaged tells nothing; one that cannot be read at the moment is no reason to give a replica up.
+fn readable<T>(mark: io::Result<T>) -> Result<io::Result<T>, DiskError> {
+    match mark {
+        Err(error) if error.kind() != io::ErrorKind::InvalidData => Err(may_pass_or_not(error.to_string())),
+        mark => Ok(mark),
+    }
+}
+
+/// The batch is durable, but what promises it is not written. It may be written again.
+fn unmarked(path: &Path, error: &io::Error) -> DiskError {
+    may_pass_or_not(format!("cannot write {}: {error}", path.display()))
+}
+
+/// Those that are damaged are not merged.
+fn open(path: &Path, damaged: &BTreeMap<Table, String>) -> Result<Open, DiskError> {
+    let options = options();
+    let (generations, unfinished) = match path.join("CURRENT").exists() {
+        true => generations(&options, path)?,
+        false => ([0; Table::ALL.len()], Vec::new()),
+    };
+    let cache = Cache::new_lru_cache(BLOCK_CACHE);
+    let mut families = descriptors(&generations, &cache, damaged);
+    // It opens with all of its families or not at all.
+    families.extend(
+        unfinished.iter().map(|name| ColumnFamilyDescriptor::new(name, family_options(&cache, false))),
+    );
+    let db = DB::open_cf_descriptors(&options, path, families).map_err(|error| classify(path, &error));
+    let mut db = db?;
+    for name in &unfinished {
+        db.drop_cf(name).map_err(|error| classify(path, &error))?;
+    }
+    Ok(Open { db, generations, renewed: None, cache })
+}
+
+/// The generation of each table that counts, and the families that were not finished.
+fn generations(options: &Options, path: &Path) -> Result<([u32; Table::ALL.len()], Vec<String>), DiskError> {
+    let names = DB::list_cf(options, path).map_err(|error| classify(path, &error))?;
+    let (mut counts, mut unfinished) = ([0; Table::ALL.len()], Vec::new());
+    for table in Table::ALL {
+        let generation = |name: &String| match name.strip_prefix(table.name())? {
+            "" => Some(0),
+            rest => rest.strip_prefix('.')?.parse::<u32>().ok(),
+        };
+        let mut found: Vec<u32> = names.iter().filter_map(generation).collect();
+        found.sort_unstable();
+        counts[place(table)] = found.first().copied().unwrap_or_default();
+        unfinished.extend(found.iter().skip(1).map(|generation| family_name(table, *generation)));
+    }
+    Ok((counts, unfinished))
+}
+
+fn descriptors(
+    generations: &[u32; Table::ALL.len()],
+    cache: &Cache,
+    damaged: &BTreeMap<Table, String>,
+) -> Vec<ColumnFamilyDescriptor> {
+    let describe = |table: Table| {
+        let options = family_options(cache, damaged.contains_key(&table));
+        ColumnFamilyDescriptor::new(family_name(table, generations[place(table)]), options)
+    };
+    Table::ALL.map(describe).into()
+}
+
+fn family_name(table: Table, generation: u32) -> String {
+    match generation {
+        0 => table.name().to_owned(),
+        _ => format!("{}.{generation}", table.name()),
+    }
+}
+
+/// In `Table::ALL`.
+fn place(table: Table) -> usize {
+    Table::ALL.iter().position(|known| *known == table).unwrap_or_default()
+}
+
+fn family_options(cache: &Cache, is_damaged: bool) -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_cache_index_and_filter_blocks(true);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(WRITE_BUFFER);
+    options.set_target_file_size_base(SORTED_FILE);
+    options.set_max_bytes_for_level_base(FIRST_LEVEL);
+    options.set_max_compaction_bytes(COMPACTION_MAX);
+    options.set_disable_auto_compactions(is_damaged);
+    options
+}
+
+fn options() -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     options.set_paranoid_checks(true);
     // A record cut off at the end was never acknowledged; damage before the end is an error and not a shorter log.
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    // A write-ahead log before the newest one that is gone or shorter is an error too; the newest one is the mark's to miss.
+    options.set_track_and_verify_wals_in_manifest(true);
     options.set_db_write_buffer_size(WRITE_BUFFERS);
     options.set_max_total_wal_size(WAL_MAX);
     options.set_max_open_files(OPEN_FILES);
@@ -139,28 +428,26 @@ fn options() -> (Options, Vec<ColumnFamilyDescriptor>) {
     options.set_stats_dump_period_sec(0);
     options.set_log_level(LogLevel::Error);
     options.set_keep_log_file_num(1);
-    let cache = Cache::new_lru_cache(BLOCK_CACHE);
-    let families = Table::ALL.map(|table| {
-        let mut blocks = BlockBasedOptions::default();
-        blocks.set_block_cache(&cache);
-        blocks.set_cache_index_and_filter_blocks(true);
-        let mut options = Options::default();
-        options.set_block_based_table_factory(&blocks);
-        options.set_write_buffer_size(WRITE_BUFFER);
-        ColumnFamilyDescriptor::new(table.name(), options)
-    });
-    (options, families.into())
+    options
 }
 
-fn family(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, DiskError> {
-    db.cf_handle(table.name()).ok_or_else(|| DiskError::Failed(format!("table {} is missing", table.name())))
+/// The name of the sorted file of which RocksDB says that it is damaged.
+fn damaged_file(why: &str) -> Option<&str> {
+    if !why.contains("Corruption") {
+        return None;
+    }
+    let end = why.find(".sst")? + ".sst".len();
+    let begin = why[..end].rfind(['/', ' ']).map_or(0, |at| at + 1);
+    Some(&why[begin..end])
 }
 
 /// RocksDB tells causes in text only.
 fn classify(path: &Path, error: &Error) -> DiskError {
-    let text = error.to_string();
-    let what = format!("{}: {text}", path.display());
-    if may_pass(&text) { DiskError::Unwritable(what) } else { DiskError::Failed(what) }
+    may_pass_or_not(format!("{}: {error}", path.display()))
+}
+
+fn may_pass_or_not(what: String) -> DiskError {
+    if may_pass(&what) { DiskError::Unwritable(what) } else { DiskError::Failed(what) }
 }
 
 fn may_pass(text: &str) -> bool {
@@ -171,8 +458,11 @@ fn may_pass(text: &str) -> bool {
 mod tests {
     use super::super::conformance::{self, Kind};
     use super::super::replica::Replica;
+    use super::super::seal;
+    use super::super::stretch::{self, End, Row, Stretch};
     use super::*;
     use crate::cluster::State;
+    use crate::cluster::history::key;
     use raft::eraftpb::{Message, MessageType};
     use std::sync::Arc;
 
@@ -181,31 +471,51 @@ mod tests {
         count: u32,
     }
 
+    impl OnDisk {
+        fn next(&mut self) -> PathBuf {
+            self.count += 1;
+            self.dir.path().join(self.count.to_string())
+        }
+
+        /// A copy of the files while they are open is what a killed process leaves: nothing of it is closed or flushed. Files that are
+        /// not needed any more go while others are copied, which a kill cannot see.
+        fn copied_files(&mut self, from: &Path, mark: &Path) -> PathBuf {
+            let copy = (0..9).find_map(|_| {
+                let to = self.next();
+                copy_files(from, &to).ok().map(|()| to)
+            });
+            let copy = copy.unwrap();
+            std::fs::copy(mark, Mark::path(&copy)).unwrap();
+            copy
+        }
+    }
+
+    fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::create_dir(to)?;
+        for file in std::fs::read_dir(from)? {
+            let file = file?;
+            std::fs::copy(file.path(), to.join(file.file_name()))?;
+        }
+        Ok(())
+    }
+
     impl Kind for OnDisk {
         type Disk = RocksDisk;
 
         fn empty(&mut self) -> RocksDisk {
-            self.count += 1;
-            RocksDisk::open(&self.dir.path().join(self.count.to_string())).unwrap()
+            RocksDisk::open(&self.next()).unwrap()
         }
 
-        /// A copy of the files while they are open is what a killed process leaves: nothing of it is closed or flushed.
         fn killed(&mut self, disk: RocksDisk) -> RocksDisk {
-            let copied = |to: &Path| -> std::io::Result<()> {
-                std::fs::create_dir(to)?;
-                for file in std::fs::read_dir(&disk.path)? {
-                    let file = file?;
-                    std::fs::copy(file.path(), to.join(file.file_name()))?;
-                }
-                Ok(())
-            };
-            // Files that are not needed any more go while others are copied, which a kill cannot see.
-            let copy = (0..9).find_map(|_| {
-                self.count += 1;
-                let to = self.dir.path().join(self.count.to_string());
-                copied(&to).ok().map(|()| to)
-            });
-            RocksDisk::open(&copy.unwrap()).unwrap()
+            self.copied(&disk)
+        }
+
+        fn copied(&mut self, disk: &RocksDisk) -> RocksDisk {
+            RocksDisk::open(&self.copied_files(&disk.path, &Mark::path(&disk.path))).unwrap()
+        }
+
+        fn put_back(&mut self, disk: RocksDisk, copy: &RocksDisk) -> RocksDisk {
+            RocksDisk::open(&self.copied_files(&copy.path, &Mark::path(&disk.path))).unwrap()
         }
 
         fn without_power(&mut self, _: RocksDisk) -> Option<RocksDisk> {
@@ -223,13 +533,230 @@ mod tests {
         conformance::check(&mut OnDisk { dir: tempfile::tempdir().unwrap(), count: 0 });
     }
 
+    /// A closed database with several write-ahead logs, all of which it needs, and how many rounds were written to it.
+    fn with_logs(dir: &Path) -> (PathBuf, u64) {
+        std::fs::create_dir_all(dir).unwrap();
+        let raft = dir.join("raft");
+        let disk = RocksDisk::open(&raft).unwrap();
+        let mut rounds = 0u64;
+        while files(&raft, "log").len() < 3 {
+            rounds += 1;
+            let mut batch = Batch::default();
+            batch.put(Table::Meta, b"last", rounds.to_be_bytes().to_vec());
+            batch.put(Table::Log, &rounds.to_be_bytes(), vec![7; 100_000]);
+            disk.write(&batch, Durability::Synced).unwrap();
+        }
+        let mut batch = Batch::default();
+        batch.put(Table::Meta, b"last", rounds.to_be_bytes().to_vec());
+        disk.write(&batch, Durability::Synced).unwrap();
+        (raft, rounds)
+    }
+
+    /// The files of this kind, oldest first.
+    fn files(dir: &Path, kind: &str) -> Vec<PathBuf> {
+        let all = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+        let mut found: Vec<PathBuf> =
+            all.filter(|path| path.extension().is_some_and(|found| found == kind)).collect();
+        found.sort();
+        found
+    }
+
+    /// Why a database does not open, or what it misses.
+    fn complaint(raft: &Path) -> Option<String> {
+        match RocksDisk::open(raft) {
+            Ok(disk) => {
+                let looked = RocksDisk::open_read_only(raft).map(|disk| disk.lost());
+                let (lost, looked) = (disk.lost(), looked.unwrap());
+                assert_eq!(lost, looked, "a look finds the same");
+                lost
+            }
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_database_that_lost_files_is_found_out_whichever_they_are() {
+        type Loss = fn(&Path);
+        let losses: [(&str, Loss); 6] = [
+            ("all logs", |raft| files(raft, "log").iter().for_each(|log| std::fs::remove_file(log).unwrap())),
+            ("the newest log", |raft| std::fs::remove_file(files(raft, "log").last().unwrap()).unwrap()),
+            ("the oldest log", |raft| std::fs::remove_file(&files(raft, "log")[0]).unwrap()),
+            ("the end of the newest log", |raft| {
+                let log = std::fs::OpenOptions::new().write(true).open(files(raft, "log").last().unwrap());
+                let log = log.unwrap();
+                log.set_len(log.metadata().unwrap().len() / 2).unwrap();
+            }),
+            ("all files", |raft| {
+                std::fs::remove_dir_all(raft).unwrap();
+                std::fs::create_dir(raft).unwrap();
+            }),
+            ("the mark", |raft| std::fs::remove_file(Mark::path(raft)).unwrap()),
+        ];
+        for (what, lose) in losses {
+            let dir = tempfile::tempdir().unwrap();
+            let (raft, rounds) = with_logs(dir.path());
+            let whole = RocksDisk::open(&raft).unwrap();
+            assert_eq!(whole.lost(), None);
+            let last = whole.get(Table::Meta, b"last").unwrap();
+            assert_eq!(last, Some(rounds.to_be_bytes().to_vec()));
+            drop(whole);
+            let (raft, _) = with_logs(&dir.path().join("again"));
+            lose(&raft);
+            for time in ["first", "second"] {
+                assert!(complaint(&raft).is_some(), "without {what}, {time} time");
+            }
+        }
+    }
+
+    #[test]
+    fn a_database_that_was_only_killed_or_moved_misses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (raft, _) = with_logs(dir.path());
+        assert_eq!(complaint(&raft), None);
+        let moved = dir.path().join("elsewhere");
+        std::fs::rename(&raft, &moved).unwrap();
+        std::fs::rename(Mark::path(&raft), Mark::path(&moved)).unwrap();
+        assert_eq!(complaint(&moved), None);
+    }
+
+    /// So many rows of about a kilobyte, in order.
+    fn rows(numbers: std::ops::Range<u64>) -> Vec<Row> {
+        let row = |n: u64| {
+            let key = key(&[1, n]);
+            let content = format!("row {n:05} ").repeat(100).into_bytes();
+            (key.clone(), seal::seal(Table::Events, &key, content))
+        };
+        numbers.map(row).collect()
+    }
+
+    fn put(disk: &RocksDisk, rows: &[Row]) {
+        let mut batch = Batch::default();
+        rows.iter().for_each(|(key, value)| batch.put(Table::Events, key, value.clone()));
+        disk.write(&batch, Durability::Synced).unwrap();
+    }
+
+    /// Moves what is in memory to a sorted file.
+    fn flush(disk: &RocksDisk) {
+        disk.with(|open| {
+            open.db.flush_cf(open.family(Table::Events)?).unwrap();
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    /// A database whose events are in a sorted file that has a wrong byte in the middle of row 1000.
+    fn with_a_bad_block(raft: &Path) {
+        let disk = RocksDisk::open(raft).unwrap();
+        put(&disk, &rows(0..2_000));
+        flush(&disk);
+        drop(disk);
+        let mark = b"row 01000 row 01000";
+        let spoilt = files(raft, "sst").into_iter().filter(|file| {
+            let mut bytes = std::fs::read(file).unwrap();
+            let Some(at) = bytes.windows(mark.len()).position(|window| window == mark) else { return false };
+            bytes[at] ^= 1;
+            std::fs::write(file, bytes).unwrap();
+            true
+        });
+        assert_eq!(spoilt.count(), 1);
+    }
+
+    fn all(disk: &RocksDisk) -> Stretch {
+        stretch::read(disk, Table::Events, &[], usize::MAX).unwrap()
+    }
+
+    #[test]
+    fn a_bad_block_costs_its_own_rows_and_what_lies_behind_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let raft = dir.path().join("raft");
+        with_a_bad_block(&raft);
+        for disk in [RocksDisk::open(&raft).unwrap(), RocksDisk::open_read_only(&raft).unwrap()] {
+            assert!(matches!(disk.get(Table::Events, &key(&[1, 1_000])), Err(DiskError::Failed(_))));
+            assert!(disk.get(Table::Events, &key(&[1, 900])).unwrap().is_some());
+            let before = all(&disk);
+            assert!(
+                matches!(&before.end, End::Damage(why) if why.contains("Corruption")),
+                "{:?}",
+                before.end
+            );
+            let last = &before.rows.last().unwrap().0;
+            let next = stretch::next_readable(&disk, Table::Events, last).unwrap().unwrap();
+            let behind = stretch::read(&disk, Table::Events, &stretch::before(&next), usize::MAX).unwrap();
+            assert_eq!(behind.end, End::OfTable);
+            let there = before.rows.len() + behind.rows.len();
+            // Blocks are of four kilobytes.
+            assert!((1_990..2_000).contains(&there), "{there} of 2000 rows are left");
+        }
+    }
+
+    #[test]
+    fn damage_that_is_met_while_files_are_merged_does_not_stop_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let raft = dir.path().join("raft");
+        with_a_bad_block(&raft);
+        let disk = RocksDisk::open(&raft).unwrap();
+        put(&disk, &rows(0..2));
+        flush(&disk);
+        assert_eq!(disk.damaged(), None);
+        disk.with(|open| {
+            open.db.compact_range_cf(open.family(Table::Events)?, None::<&[u8]>, None::<&[u8]>);
+            Ok(())
+        })
+        .unwrap();
+        put(&disk, &rows(2_000..2_001));
+        let (table, why) = disk.damaged().unwrap();
+        assert!(table == Table::Events && why.contains(".sst"), "{why}");
+        for n in 2_001..2_010 {
+            put(&disk, &rows(n..n + 1));
+            flush(&disk);
+        }
+        assert!(disk.get(Table::Events, &key(&[1, 2_009])).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_table_is_made_anew_beside_the_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let raft = dir.path().join("raft");
+        with_a_bad_block(&raft);
+        let disk = RocksDisk::open(&raft).unwrap();
+        for step in [Renewal::Begin(Table::Events), Renewal::Rows(rows(0..9))] {
+            disk.renew(step).unwrap();
+        }
+        // One that is interrupted changes nothing.
+        drop(disk);
+        let disk = RocksDisk::open(&raft).unwrap();
+        assert!(matches!(all(&disk).end, End::Damage(_)));
+        for step in [Renewal::Begin(Table::Events), Renewal::Drop, Renewal::Begin(Table::Events)] {
+            disk.renew(step).unwrap();
+        }
+        disk.renew(Renewal::Rows(rows(0..1_500))).unwrap();
+        put(&disk, &rows(2_000..2_002));
+        disk.renew(Renewal::Rows(rows(1_500..2_000))).unwrap();
+        assert!(matches!(all(&disk).end, End::Damage(_)), "not yet");
+        disk.renew(Renewal::Finish).unwrap();
+        put(&disk, &rows(2_002..2_003));
+        assert_eq!(all(&disk), Stretch { rows: rows(0..2_003), end: End::OfTable });
+        drop(disk);
+        for disk in [RocksDisk::open(&raft).unwrap(), RocksDisk::open_read_only(&raft).unwrap()] {
+            assert_eq!(all(&disk), Stretch { rows: rows(0..2_003), end: End::OfTable });
+            assert_eq!(disk.lost(), None);
+        }
+        // A second time.
+        let disk = RocksDisk::open(&raft).unwrap();
+        for step in [Renewal::Begin(Table::Events), Renewal::Rows(rows(0..5)), Renewal::Finish] {
+            disk.renew(step).unwrap();
+        }
+        drop(disk);
+        assert_eq!(all(&RocksDisk::open(&raft).unwrap()), Stretch { rows: rows(0..5), end: End::OfTable });
+    }
+
     #[test]
     fn what_was_written_is_there_after_opening_again() {
         let dir = tempfile::tempdir().unwrap();
         let mut batch = Batch::default();
         batch.put(Table::Works, b"k", b"v".to_vec());
-        RocksDisk::open(dir.path()).unwrap().write(&batch, Durability::Synced).unwrap();
-        let disk = RocksDisk::open(dir.path()).unwrap();
+        RocksDisk::open(&dir.path().join("raft")).unwrap().write(&batch, Durability::Synced).unwrap();
+        let disk = RocksDisk::open(&dir.path().join("raft")).unwrap();
         assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
         disk.recover().unwrap();
         assert_eq!(disk.get(Table::Works, b"k").unwrap(), Some(b"v".to_vec()));
@@ -248,7 +775,7 @@ mod tests {
     #[test]
     fn a_replica_that_forgot_stays_out_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Arc::new(RocksDisk::open(dir.path()).unwrap());
+        let open = || Arc::new(RocksDisk::open(&dir.path().join("raft")).unwrap());
         let mut replica = Replica::create(open(), 1, &[1, 2, 3], State::new("test".into()), 7).unwrap();
         let mut heartbeat = Message { to: 1, from: 2, term: 5, commit: 9, ..Message::default() };
         heartbeat.set_msg_type(MessageType::MsgHeartbeat);
@@ -259,9 +786,55 @@ mod tests {
     }
 
     #[test]
+    fn what_is_removed_gives_its_room_back_without_a_compaction_of_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RocksDisk::open(dir.path()).unwrap();
+        let bytes = || -> u64 {
+            let files = std::fs::read_dir(dir.path()).unwrap().flatten();
+            files.map(|file| file.metadata().map_or(0, |found| found.len())).sum()
+        };
+        let key = |job: u64, index: u64| [job.to_be_bytes(), index.to_be_bytes()].concat();
+        // Not to be compressed: every row has other bytes.
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        for job in 1..=200 {
+            let mut batch = Batch::default();
+            for index in 0..100 {
+                let noise = std::iter::repeat_with(|| {
+                    state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+                    (state >> 56) as u8
+                });
+                batch.put(Table::Events, &key(job, index), noise.take(4_000).collect());
+            }
+            disk.write(&batch, Durability::Written).unwrap();
+        }
+        let full = bytes();
+        assert!(full > 70 << 20, "{} MiB", full >> 20);
+        let (from, to) = (1u64.to_be_bytes(), 190u64.to_be_bytes());
+        let mut batch = Batch::default();
+        batch.delete_range(Table::Events, &from, &to);
+        disk.write(&batch, Durability::Synced).unwrap();
+        // Files of the level to which they are written first go when they come to the next one.
+        let begun = std::time::Instant::now();
+        while bytes() > full / 2 {
+            assert!(begun.elapsed().as_secs() < 60, "{} of {} MiB are left", bytes() >> 20, full >> 20);
+            disk.reclaim(Table::Events, &from, &to).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(disk.get(Table::Events, &key(189, 99)).unwrap(), None);
+        assert!(disk.get(Table::Events, &key(190, 0)).unwrap().is_some());
+        let mut left = 0;
+        disk.scan(Table::Events, &[], &[0xFF; 17], &mut |_, _| {
+            left += 1;
+            true
+        })
+        .unwrap();
+        assert_eq!(left, 11 * 100);
+    }
+
+    #[test]
     fn a_second_opening_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let _first = RocksDisk::open(dir.path()).unwrap();
-        assert!(matches!(RocksDisk::open(dir.path()), Err(DiskError::Failed(_))));
+        let _first = RocksDisk::open(&dir.path().join("raft")).unwrap();
+        assert!(matches!(RocksDisk::open(&dir.path().join("raft")), Err(DiskError::Failed(_))));
     }
 }

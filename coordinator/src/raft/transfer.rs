@@ -2,12 +2,14 @@
 //! after the other, each from where the last one ended, and may lose the connection in between.
 //!
 //! The state comes first, then the rows of the history. Those are facts that never change, so the source may already have more of
-//! them than the snapshot's position says, and the receiver may keep them whatever becomes of the snapshot.
+//! them than the snapshot's position says, or have removed some since, and the receiver may keep them whatever becomes of the snapshot:
+//! what the installed state does not count any more is removed with its installation, and what is removed later comes with the log.
 
 use super::disk::{Batch, Disk, DiskError, Durability, Table};
 use super::image;
 use super::log::Position;
 use super::seal;
+use super::stretch::{self, Damage, End, Stretch};
 use fleet_common::codec;
 use raft::eraftpb::{Message, Snapshot};
 use serde::{Deserialize, Serialize};
@@ -15,8 +17,6 @@ use sha2::{Digest, Sha256};
 
 /// Largest state that is taken from a peer.
 const STATE_MAX: u64 = 1 << 30;
-/// Above every key.
-const END_OF_KEYS: [u8; 64] = [0xFF; 64];
 
 /// What raft carries in place of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,35 +110,48 @@ impl Chunk {
     }
 }
 
-/// The part of the snapshot that a receiver asks for: so many bytes, but for a single row that is larger.
-pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch, chunk_bytes: usize) -> Result<Chunk, DiskError> {
-    match &fetch.cursor {
+/// The part of a snapshot that a receiver asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cut {
+    Chunk(Chunk),
+    /// What comes next cannot be read. It is neither sent nor left out: the receiver asks again, until it was mended.
+    Damaged(Damage),
+}
+
+impl Cut {
+    pub fn chunk(self) -> Option<Chunk> {
+        match self {
+            Cut::Chunk(chunk) => Some(chunk),
+            Cut::Damaged(_) => None,
+        }
+    }
+}
+
+/// So many bytes of a snapshot, but for a single row that is larger.
+pub fn cut<D: Disk>(disk: &D, state: &[u8], fetch: &Fetch, chunk_bytes: usize) -> Result<Cut, DiskError> {
+    let chunk = match &fetch.cursor {
         Cursor::State { offset } => {
             let begin = usize::try_from(*offset).unwrap_or(usize::MAX).min(state.len());
             let end = (begin + chunk_bytes).min(state.len());
             let next = if end < state.len() { Cursor::State { offset: end as u64 } } else { first_rows(0) };
-            Ok(Chunk::new(fetch, Content::State(state[begin..end].to_vec()), next))
+            Chunk::new(fetch, Content::State(state[begin..end].to_vec()), next)
         }
-        Cursor::Rows { table, after } => {
-            let Some(of) = Table::HISTORY.get(usize::from(*table)) else { return Ok(Chunk::gone(fetch)) };
-            let mut from = after.clone();
-            if !after.is_empty() {
-                from.push(0);
+        Cursor::Rows { table, after } => match Table::HISTORY.get(usize::from(*table)) {
+            None => Chunk::gone(fetch),
+            Some(of) => {
+                let Stretch { rows, end } = stretch::read(disk, *of, after, chunk_bytes)?;
+                let next = match (rows.last(), end) {
+                    (_, End::OfTable) => first_rows(table + 1),
+                    (Some((key, _)), _) => Cursor::Rows { table: *table, after: key.clone() },
+                    (None, End::Damage(why)) => return Ok(Cut::Damaged(Damage { table: *of, why })),
+                    (None, End::Full) => Cursor::Rows { table: *table, after: after.clone() },
+                };
+                Chunk::new(fetch, Content::Rows(rows), next)
             }
-            let (mut rows, mut bytes) = (Vec::new(), 0);
-            disk.scan(*of, &from, &END_OF_KEYS, &mut |key, value| {
-                bytes += key.len() + value.len();
-                rows.push((key.to_vec(), value.to_vec()));
-                bytes < chunk_bytes
-            })?;
-            let next = match rows.last() {
-                Some((key, _)) if bytes >= chunk_bytes => Cursor::Rows { table: *table, after: key.clone() },
-                _ => first_rows(table + 1),
-            };
-            Ok(Chunk::new(fetch, Content::Rows(rows), next))
-        }
-        Cursor::End => Ok(Chunk::gone(fetch)),
-    }
+        },
+        Cursor::End => Chunk::gone(fetch),
+    };
+    Ok(Cut::Chunk(chunk))
 }
 
 fn first_rows(table: u8) -> Cursor {
@@ -192,6 +205,10 @@ impl Incoming {
 
     pub fn source(&self) -> u64 {
         self.message.from
+    }
+
+    pub fn at(&self) -> Position {
+        self.at
     }
 
     pub fn fetch(&self) -> Fetch {
@@ -255,6 +272,7 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::super::memory::MemoryDisk;
+    use super::super::stretch::END_OF_KEYS;
     use super::*;
     use raft::eraftpb::{ConfState, MessageType, SnapshotMetadata};
 
@@ -314,7 +332,7 @@ mod tests {
         let mut previous: Option<Chunk> = None;
         for round in 0.. {
             assert!(round < 1_000);
-            let chunk = cut(&disk, &state, &incoming.fetch(), CHUNK_BYTES).unwrap();
+            let chunk = cut(&disk, &state, &incoming.fetch(), CHUNK_BYTES).unwrap().chunk().unwrap();
             if round % 3 == 0 {
                 let mut damaged = chunk.clone();
                 damaged.sha256[0] ^= 1;
@@ -341,22 +359,42 @@ mod tests {
         let mut incoming = announced(b"right");
         let gone = Chunk::gone(&incoming.fetch());
         assert!(matches!(incoming.take(gone, &disk).unwrap(), Taken::Lost));
-        let wrong = cut(&disk, b"wrong", &incoming.fetch(), CHUNK_BYTES).unwrap();
+        let wrong = cut(&disk, b"wrong", &incoming.fetch(), CHUNK_BYTES).unwrap().chunk().unwrap();
         assert!(matches!(incoming.take(wrong, &disk).unwrap(), Taken::Lost));
     }
 
     #[test]
-    fn a_damaged_row_is_not_kept() {
-        let disk = MemoryDisk::default();
-        let mut batch = Batch::default();
-        batch.put(Table::HISTORY[0], b"k", b"not sealed".to_vec());
-        disk.write(&batch, Durability::Written).unwrap();
+    fn a_damaged_row_is_neither_sent_nor_left_out() {
+        let disk = source(9);
+        assert!(disk.rot(Table::HISTORY[0], 4, 0));
         let target = MemoryDisk::default();
         let mut incoming = announced(b"s");
-        let state = cut(&disk, b"s", &incoming.fetch(), CHUNK_BYTES).unwrap();
+        let mut ask = |disk: &MemoryDisk| {
+            let Cut::Chunk(chunk) = cut(disk, b"s", &incoming.fetch(), CHUNK_BYTES).unwrap() else {
+                return false;
+            };
+            assert!(!matches!(incoming.take(chunk, &target).unwrap(), Taken::Lost | Taken::Nothing));
+            true
+        };
+        assert!(ask(&disk), "the state");
+        assert!(ask(&disk), "what comes before it");
+        assert!(!ask(&disk) && !ask(&disk), "it is waited for");
+        assert_eq!(all_rows(&target).len(), 4);
+        assert!(disk.rot(Table::HISTORY[0], 4, 0));
+        while all_rows(&target).len() < all_rows(&disk).len() {
+            assert!(ask(&disk), "it was mended");
+        }
+    }
+
+    #[test]
+    fn a_damaged_row_is_not_kept() {
+        let target = MemoryDisk::default();
+        let mut incoming = announced(b"s");
+        let state = cut(&source(0), b"s", &incoming.fetch(), CHUNK_BYTES).unwrap().chunk().unwrap();
         assert!(matches!(incoming.take(state, &target).unwrap(), Taken::More));
-        let rows = cut(&disk, b"s", &incoming.fetch(), CHUNK_BYTES).unwrap();
-        assert!(matches!(incoming.take(rows, &target).unwrap(), Taken::Lost));
+        let rows = vec![(b"k".to_vec(), b"not sealed".to_vec())];
+        let chunk = Chunk::new(&incoming.fetch(), Content::Rows(rows), first_rows(1));
+        assert!(matches!(incoming.take(chunk, &target).unwrap(), Taken::Lost));
         assert!(all_rows(&target).is_empty());
     }
 }

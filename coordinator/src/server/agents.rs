@@ -106,9 +106,14 @@ impl Agent<'_> {
                     FromAgent::Renew { .. } if signed_at.is_some_and(|at| at.elapsed() < SIGN_EVERY) => {}
                     FromAgent::Renew { csr_der } => {
                         signed_at = Some(Instant::now());
-                        match self.shared.trust.sign(&csr_der, Member::Worker(self.node), self.name) {
-                            Ok(certificate_der) => {
-                                let _ = self.say.try_send(ToAgent::Certificate { certificate_der });
+                        let node = Member::Worker(self.node);
+                        let Some(admitted) = self.shared.gate.known(node) else {
+                            return format!("{node} was revoked");
+                        };
+                        match self.shared.trust.sign(&csr_der, node, self.name, admitted.key) {
+                            Ok((certificate_der, authorities)) => {
+                                let _ =
+                                    self.say.try_send(ToAgent::Certificate { certificate_der, authorities });
                             }
                             Err(why) => return why,
                         }
@@ -148,7 +153,10 @@ async fn speak(
                 downs.drain(..).try_for_each(|down| match down {
                     Down::Say(message @ ToAgent::Welcome { .. }) => {
                         let coordinators = shared.addresses.borrow().clone();
-                        encode(&message).and_then(|()| encode(&ToAgent::Coordinators(coordinators)))
+                        let mark = shared.trust.authorities().mark();
+                        encode(&message)
+                            .and_then(|()| encode(&ToAgent::Coordinators(coordinators)))
+                            .and_then(|()| encode(&ToAgent::Authorities { mark }))
                     }
                     Down::Say(message) => encode(&message),
                     Down::Taken => {

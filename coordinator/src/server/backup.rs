@@ -1,37 +1,41 @@
-//! `coordinator backup` and `coordinator restore`: all that a cluster has recorded, in one file.
+//! `coordinator backup`: all that a cluster has recorded, in one file.
 //!
 //! A backup holds the CA's key, because a cluster without it is none: the file is made 0600 and says so in its first line. It is
-//! read from the disk of a replica that may be running. A restore makes a cluster of one, with the old cluster's id and CA and a new
-//! replica, from which others are joined; the replicas of before are removed for ever.
+//! read from the disk of a replica that may be running.
 
-use super::{Options, setup};
-use crate::archive::{self, FORMAT, Header, Record, Writer};
-use crate::cluster::commands::COMMAND_LEVEL;
-use crate::cluster::members::{ReplicaRecord, Standing};
+use super::custody::Custody;
+use crate::archive::{FORMAT, Gap, Header, Record, Writer};
 use crate::raft::disk::{Batch, Disk, Durability, Table};
 use crate::raft::image;
+use crate::raft::log::{DAMAGE_KEY, LogError};
 use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
+use crate::raft::stretch::{self, END_OF_KEYS, End, Stretch};
 use anyhow::{Context, Result, anyhow, bail};
-use fleet_common::files;
-use fleet_common::ids::ReplicaId;
-use fleet_common::net::ClusterCa;
-use fleet_common::protocol::{CoordinatorAddress, Member};
-use std::fs::{File, OpenOptions};
-use std::io::{BufReader, BufWriter};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use fleet_common::files::NewFile;
+use std::io::BufWriter;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
-use tracing::info;
+use std::time::{Duration, SystemTime};
 
 /// Bytes of rows in one record.
 const ROWS_BYTES: usize = 1 << 20;
-/// Above every key.
-const END_OF_KEYS: [u8; 64] = [0xFF; 64];
 /// A running coordinator may remove a file in the moment in which it is read.
 const ATTEMPTS: usize = 5;
+/// For a running coordinator that is only a moment behind.
+const CATCHING_UP: Duration = Duration::from_millis(300);
+
+/// What a backup is made of.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    pub data_dir: &'a Path,
+    pub out: &'a Path,
+    /// Leave out what cannot be read.
+    pub salvage: bool,
+    /// It has to have the entries up to here, which the cluster has committed.
+    pub at_least: u64,
+}
 
 /// What a backup has, for its report.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,72 +43,97 @@ pub struct Summary {
     pub cluster_id: String,
     pub log_index: u64,
     pub rows: u64,
+    /// What could not be read when it was made.
+    pub left_out: Vec<Gap>,
 }
 
 /// Writes a backup of a coordinator's data directory. It may be running.
-pub fn backup(data_dir: &Path, out: &Path) -> Result<Summary> {
+pub fn backup(wanted: Wanted) -> Result<Summary> {
     let mut last = anyhow!("nothing was tried");
     for _ in 0..ATTEMPTS {
-        match attempt(data_dir, out) {
+        match attempt(wanted) {
             Ok(summary) => return Ok(summary),
             Err(error) => last = error,
         }
+        std::thread::sleep(CATCHING_UP);
     }
     Err(last)
 }
 
-fn attempt(data_dir: &Path, out: &Path) -> Result<Summary> {
-    let ca = ClusterCa::load(&data_dir.join("cluster"))?
+fn attempt(wanted: Wanted) -> Result<Summary> {
+    let Wanted { data_dir, out, salvage, at_least } = wanted;
+    let custody = Custody::load(&data_dir.join("cluster"))?
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
+    let ca = custody.present();
     let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
-    let Applied { position, state, replayed } = applied(&disk)?;
-    let header = Header {
+    let Applied { position, state, replayed, damage } = applied(&disk, salvage)?;
+    if position.0 < at_least {
+        bail!(
+            "this coordinator is behind by {} entries: it is at entry {} and the cluster at {at_least}; take the backup from another coordinator, or give --allow-behind",
+            at_least - position.0,
+            position.0
+        );
+    }
+    let mut header = Header {
         format: FORMAT,
         cluster_id: ca.cluster_id().to_owned(),
         log_index: position.0,
         made_unix_ms: unix_ms(),
         note: "contains the private key of the cluster's CA: keep it as secret as that".to_owned(),
     };
-    let mut name = out.file_name().context("--out names a file")?.to_owned();
-    name.push(".part");
-    let part = out.with_file_name(name);
-    let cannot = || format!("cannot write {}", part.display());
-    remove_stale(&part).with_context(cannot)?;
-    // Made here and now: a file that lay there would keep its owner and its mode.
-    let file = OpenOptions::new().write(true).create_new(true).mode(files::SECRET).open(&part);
-    let mut writer = Writer::new(BufWriter::new(file.with_context(cannot)?));
-    writer.header(&header).with_context(cannot)?;
-    writer.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() }).with_context(cannot)?;
-    writer.record(&Record::State { index: position.0, term: position.1, state }).with_context(cannot)?;
-    let mut rows = 0;
+    if salvage {
+        header.note += "; what could not be read was left out";
+    }
+    let mut part = Part::create(out)?;
+    part.write(|writer| writer.header(&header))?;
+    for ca in std::iter::once(ca).chain(custody.next()) {
+        part.record(&Record::Ca { der: ca.der().to_vec(), key: ca.key() })?;
+    }
+    part.record(&Record::State { index: position.0, term: position.1, state })?;
+    let (mut rows, mut left_out) = (0, salvage.then(Vec::new));
+    if let (Some(why), Some(left_out)) = (damage, &mut left_out) {
+        let after = position.0.to_be_bytes().to_vec();
+        let gap = Gap { table: Table::Log.name().into(), after, until: None, why };
+        part.record(&Record::LeftOut(gap.clone()))?;
+        left_out.push(gap);
+    }
     // What the replay wrote is the same as what the disk has of it; the disk may not have all.
     for source in [&disk as &dyn Disk, replayed.as_ref()] {
         for table in Table::HISTORY {
-            rows += write_rows(source, table, &mut writer).with_context(cannot)?;
+            rows += write_rows(source, table, &mut part, &mut left_out)?;
         }
     }
-    writer.record(&Record::End).with_context(cannot)?;
-    let written = writer.finish().and_then(|out| Ok(out.into_inner()?.sync_all()?));
-    written.with_context(cannot)?;
-    std::fs::rename(&part, out).with_context(|| format!("cannot write {}", out.display()))?;
-    let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let synced = File::open(directory).and_then(|directory| directory.sync_all());
-    synced.with_context(|| format!("cannot sync {}", directory.display()))?;
-    Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
+    part.record(&Record::End)?;
+    part.finish()?;
+    let left_out = left_out.unwrap_or_default();
+    Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows, left_out })
 }
 
-/// Removes what an earlier attempt left; anything else that has this name stays, and is an error.
-fn remove_stale(part: &Path) -> Result<()> {
-    let found = match std::fs::symlink_metadata(part) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        found => found?,
-    };
-    let ours = found.file_type().is_file() && found.uid() == nix::unistd::geteuid().as_raw();
-    if !ours {
-        bail!("it is there already and no file of an earlier backup; remove it or choose another --out");
+/// The file, which is not there before it is whole.
+struct Part<'a> {
+    out: &'a Path,
+    writer: Writer<BufWriter<NewFile>>,
+}
+
+impl Part<'_> {
+    fn create(out: &Path) -> Result<Part<'_>> {
+        Ok(Part { out, writer: Writer::new(BufWriter::new(NewFile::create(out)?)) })
     }
-    Ok(std::fs::remove_file(part)?)
+
+    fn write(&mut self, write: impl FnOnce(&mut Writer<BufWriter<NewFile>>) -> Result<()>) -> Result<()> {
+        write(&mut self.writer).with_context(|| format!("cannot write {}", self.out.display()))
+    }
+
+    fn record(&mut self, record: &Record) -> Result<()> {
+        self.write(|writer| writer.record(record))
+    }
+
+    fn finish(self) -> Result<()> {
+        let written = self.writer.finish().and_then(|file| Ok(file.into_inner()?));
+        let file = written.with_context(|| format!("cannot write {}", self.out.display()))?;
+        Ok(file.commit()?)
+    }
 }
 
 /// All that is committed.
@@ -115,100 +144,70 @@ struct Applied {
     state: Vec<u8>,
     /// What the log's entries added to the history.
     replayed: Arc<MemoryDisk>,
+    /// Why more of the log may be missing than is known.
+    damage: Option<String>,
 }
 
-/// Replays the log in memory: a running replica's disk is not touched.
-fn applied(disk: &RocksDisk) -> Result<Applied> {
+/// Replays the log in memory: a running replica's disk is not touched. One that is known to have lost something is an error, unless
+/// what is left is wanted.
+fn applied(disk: &RocksDisk, salvage: bool) -> Result<Applied> {
+    let damage = disk.lost();
+    if let (Some(why), false) = (&damage, salvage) {
+        return Err(LogError::Damaged(why.clone()).into());
+    }
     let memory = Arc::new(MemoryDisk::default());
     for table in [Table::Meta, Table::Log] {
         let mut batch = Batch::default();
         disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {
-            batch.put(table, key, value.to_vec());
+            if !(salvage && table == Table::Meta && key == DAMAGE_KEY) {
+                batch.put(table, key, value.to_vec());
+            }
             true
         })?;
         memory.write(&batch, Durability::Written)?;
     }
     let mut replica = Replica::open(memory.clone(), 0)?.context("the log is empty")?;
     replica.process(&mut |_| {})?;
-    let state = image::encode(replica.state())?;
-    Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory })
+    let state = image::encode(&replica.state().clone().without_secrets())?;
+    Ok(Applied { position: (replica.applied_index(), replica.term()), state, replayed: memory, damage })
 }
 
-fn write_rows(disk: &dyn Disk, table: Table, writer: &mut Writer<BufWriter<File>>) -> Result<u64> {
-    let (mut rows, mut bytes, mut count) = (Vec::new(), 0, 0);
-    let mut failed = Ok(());
-    disk.scan(table, &[], &END_OF_KEYS, &mut |key, value| {
-        bytes += key.len() + value.len();
-        count += 1;
-        rows.push((key.to_vec(), value.to_vec()));
-        if bytes >= ROWS_BYTES {
-            bytes = 0;
-            failed =
-                writer.record(&Record::Rows { table: table.name().into(), rows: std::mem::take(&mut rows) });
+/// Writes a table's rows and returns how many there are. What cannot be read is an error, or left out where that is wanted.
+fn write_rows(
+    disk: &dyn Disk,
+    table: Table,
+    part: &mut Part,
+    left_out: &mut Option<Vec<Gap>>,
+) -> Result<u64> {
+    let (mut after, mut count) = (Vec::new(), 0);
+    loop {
+        let Stretch { rows, end } = stretch::read(disk, table, &after, ROWS_BYTES)?;
+        if let Some((last, _)) = rows.last() {
+            after.clone_from(last);
+            count += rows.len() as u64;
+            part.record(&Record::Rows { table: table.name().into(), rows })?;
         }
-        failed.is_ok()
-    })?;
-    failed?;
-    if !rows.is_empty() {
-        writer.record(&Record::Rows { table: table.name().into(), rows })?;
-    }
-    Ok(count)
-}
-
-/// Makes a cluster of one in an empty directory from a backup. The first start makes its credentials.
-pub fn restore(file: &Path, options: &Options) -> Result<Summary> {
-    let dir = &options.data_dir;
-    let _lock = setup::lock_empty(dir)?;
-    let damaged = || format!("{} cannot be restored", file.display());
-    let open = || Ok(BufReader::new(File::open(file)?));
-    let header = open().and_then(|mut input| archive::verify(&mut input)).with_context(damaged)?;
-    // Whole and unchanged: only now is anything written.
-    let disk = Arc::new(RocksDisk::open(&dir.join("raft"))?);
-    let (mut ca, mut state, mut rows) = (None, None, 0);
-    let mut take = |record| {
-        match record {
-            Record::Ca { der, key } => ca = Some(ClusterCa::from_parts(der, &key)?),
-            Record::State { index, term, state: encoded } => {
-                state = Some(((index, term), image::decode(&encoded)?));
-            }
-            Record::Rows { table, rows: some } => {
-                let known = Table::HISTORY.into_iter().find(|known| known.name() == table);
-                let table = known
-                    .with_context(|| format!("it has rows of a table {table}, made by a newer fleet"))?;
-                let mut batch = Batch::default();
-                rows += some.len() as u64;
-                some.into_iter().for_each(|(key, value)| batch.put(table, &key, value));
-                disk.write(&batch, Durability::Written)?;
-            }
-            Record::End => {}
-        }
-        Ok(())
-    };
-    open().and_then(|mut input| archive::read(&mut input, &mut take)).with_context(damaged)?;
-    let (Some(ca), Some((position, state))) = (ca, state) else { bail!("{}: parts are missing", damaged()) };
-    let id = state.restored_replica();
-    let name = setup::name(options, id);
-    let state = state.restored(record(id, &name));
-    Replica::restore(disk, id.0, position, state, rand::random())?;
-    ca.store(&dir.join("cluster"))?;
-    let identity = ca.issue(Member::Coordinator(id), &name, SystemTime::now(), options.certificate_life)?;
-    identity.store(&dir.join("identity"))?;
-    info!("{} has cluster {} as it was at entry {}", dir.display(), header.cluster_id, header.log_index);
-    Ok(Summary { cluster_id: header.cluster_id, log_index: header.log_index, rows })
-}
-
-/// Its address is told when it listens.
-fn record(replica: ReplicaId, name: &str) -> ReplicaRecord {
-    ReplicaRecord {
-        address: CoordinatorAddress { replica, client: String::new(), member: String::new() },
-        name: name.to_owned(),
-        version: setup::VERSION.to_owned(),
-        level: COMMAND_LEVEL,
-        joined_unix_ms: unix_ms(),
-        standing: Standing::Voter,
+        let why = match end {
+            End::OfTable => return Ok(count),
+            End::Full => continue,
+            End::Damage(why) => why,
+        };
+        let Some(left_out) = left_out else {
+            bail!(
+                "the history is damaged: {why}; take the backup from another coordinator, or give --salvage, which leaves out what cannot be read"
+            );
+        };
+        let until = stretch::next_readable(disk, table, &after)?;
+        let gap = Gap { table: table.name().into(), after, until, why };
+        part.record(&Record::LeftOut(gap.clone()))?;
+        let next = gap.until.clone();
+        left_out.push(gap);
+        let Some(next) = next else { return Ok(count) };
+        // Read from this one on.
+        after = stretch::before(&next);
     }
 }
 
-fn unix_ms() -> u64 {
+pub(super) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }

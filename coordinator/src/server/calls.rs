@@ -6,6 +6,7 @@ use crate::cluster::Answer;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::session::{RequestId, Stamp};
 use crate::control::{Admission, Call, Input, Session};
+use fleet_common::ids::UserId;
 use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,10 +108,22 @@ impl Calls {
         self.answered(input, CallSink::Join(sink), answer).await?
     }
 
-    pub async fn propose(&self, request: Stamp, change: Change) -> Result<Answer, Refusal> {
+    /// A change that this user wants; without one, this coordinator itself.
+    pub async fn propose(
+        &self,
+        request: Stamp,
+        by: Option<UserId>,
+        change: Change,
+    ) -> Result<Answer, Refusal> {
         let (sink, answer) = oneshot::channel();
-        let input = |call| Input::Propose { call, request, change };
+        let input = |call| Input::Propose { call, request, by, change };
         self.answered(input, CallSink::Propose(sink), answer).await?
+    }
+
+    /// Returns when this coordinator's state has everything that was acknowledged before.
+    pub async fn look(&self) -> Result<(), Refusal> {
+        let (sink, answer) = oneshot::channel();
+        self.answered(Input::Look, CallSink::Look(sink), answer).await?
     }
 
     async fn answered<T>(

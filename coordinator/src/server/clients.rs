@@ -1,9 +1,14 @@
 //! Clients' connections: streams of requests, answered one after another on each stream.
 
 use super::calls::unavailable;
+use super::inbox::Event;
 use super::{Shared, tokens};
+use crate::cluster::Answer;
+use crate::cluster::commands::{Change, IntroduceCa};
+use crate::control::Input;
 use crate::requests;
 use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
+use fleet_common::ids::UserId;
 use fleet_common::net;
 use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, Request, Role};
 use quinn::{Connection, RecvStream, SendStream};
@@ -173,20 +178,49 @@ impl Stream {
         match frame.request {
             Request::CreateToken { role, ttl_s, uses } => {
                 let stamp = crate::control::stamp(&frame);
-                let token = tokens::create(shared, stamp, role, ttl_s, uses).await?;
+                let by = Some(self.user()?);
+                let token = tokens::create(shared, stamp, by, tokens::Wish { role, ttl_s, uses }).await?;
                 info!("{} made the token {} for a {role:?}", self.caller, token.id);
                 Ok(Reply::Token { text: token.to_string() })
             }
             Request::Renew { csr_der } => {
-                if shared.gate.is_revoked(self.caller) {
+                let Some(admitted) = shared.gate.known(self.caller) else {
                     let message = format!("{} was revoked", self.caller);
                     return Err(Refusal { kind: RefusalKind::Forbidden, message });
-                }
-                let certificate_der =
-                    shared.trust.sign(&csr_der, self.caller, &self.name).map_err(invalid)?;
-                Ok(Reply::Certificate { certificate_der })
+                };
+                let signed = shared.trust.sign(&csr_der, self.caller, &self.name, admitted.key);
+                let (certificate_der, authorities) = signed.map_err(invalid)?;
+                Ok(Reply::Certificate { certificate_der, authorities })
+            }
+            Request::RotateCa => {
+                let stamp = crate::control::stamp(&frame);
+                self.rotate(stamp).await
             }
             _ => Ok(shared.calls.ask(self.caller, frame).await),
+        }
+    }
+
+    fn user(&self) -> Result<UserId, Refusal> {
+        match self.caller {
+            Member::Client(user) => Ok(user),
+            Member::Worker(_) | Member::Coordinator(_) => Err(invalid("this is for clients")),
+        }
+    }
+
+    /// Makes a CA that is to follow. Its key is on this disk before anybody hears of it.
+    async fn rotate(&self, stamp: crate::cluster::session::Stamp) -> Result<Reply, Refusal> {
+        let (shared, user) = (&self.shared, self.user()?);
+        if !shared.gate.is_admin(self.caller) {
+            // Before a key is made for nothing; the state has the last word.
+            let message = format!("only an admin replaces the CA, and {user} is none");
+            return Err(Refusal { kind: RefusalKind::Forbidden, message });
+        }
+        let der = shared.trust.make_next().map_err(|error| invalid(format!("{error:#}")))?;
+        shared.calls.inbox().must_take(Event::Input(Input::HoldsCa(der.clone())));
+        let change = Change::IntroduceCa(IntroduceCa { der, holder: shared.me });
+        match shared.calls.propose(stamp, Some(user), change).await? {
+            Answer::Rejected(refusal) => Err(refusal),
+            _ => Ok(Reply::Done),
         }
     }
 

@@ -13,6 +13,7 @@ pub enum CallSink {
     Many(mpsc::UnboundedSender<Reply>),
     Join(oneshot::Sender<Result<Admission, Refusal>>),
     Propose(oneshot::Sender<Result<Answer, Refusal>>),
+    Look(oneshot::Sender<Result<(), Refusal>>),
 }
 
 /// What the task of an agent's connection is told.
@@ -88,6 +89,11 @@ impl Desk {
             }
             Action::Proposed { call, result } => {
                 if let Some(CallSink::Propose(sink)) = self.calls.remove(&call) {
+                    let _ = sink.send(result);
+                }
+            }
+            Action::Looked { call, result } => {
+                if let Some(CallSink::Look(sink)) = self.calls.remove(&call) {
                     let _ = sink.send(result);
                 }
             }

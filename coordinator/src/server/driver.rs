@@ -6,15 +6,18 @@ use super::gate::Gate;
 use super::inbox::{Event, Inbox};
 use super::peers::Peers;
 use super::space::Watermark;
+use super::trust::Trust;
 use crate::cluster::State;
-use crate::control::{Action, Control, ControlError, Input, Now, Status, TICK_MS};
+use crate::cluster::admitted::Membership;
+use crate::cluster::authorities::Cas;
+use crate::control::{Action, Control, ControlError, Input, Now, PeerMessage, Status, TICK_MS};
 use crate::raft::disk::Disk;
 use anyhow::anyhow;
-use fleet_common::protocol::{CoordinatorAddress, ToAgent};
+use fleet_common::protocol::{CoordinatorAddress, Member, ToAgent};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 const TICK: Duration = Duration::from_millis(TICK_MS);
 /// Ticks between looks at the free space.
@@ -40,6 +43,9 @@ pub struct Surroundings {
     pub space: Watermark,
     /// Where the coordinators are, whenever that changes.
     pub addresses: watch::Sender<Vec<CoordinatorAddress>>,
+    pub trust: Arc<Trust>,
+    /// How the cluster's CAs stand, whenever that changes.
+    pub cas: watch::Sender<Cas>,
 }
 
 pub struct Driver<D: Disk> {
@@ -94,6 +100,9 @@ pub fn spawn<D: Disk>(
         let inbox = around.inbox.clone();
         let mut driver =
             Driver { control, around, desk: Desk::default(), begun, ticks: 0, removed: None, alarmed: None };
+        for der in driver.around.trust.held() {
+            driver.control.handle(now(begun), Input::HoldsCa(der));
+        }
         driver.members();
         let result = driver.run(&publish);
         inbox.close();
@@ -157,6 +166,13 @@ impl<D: Disk> Driver<D> {
         match &input {
             Input::CallLost(call) => self.desk.forget(*call),
             Input::AgentLost { session } => self.desk.disconnect(*session),
+            Input::Peer { message: PeerMessage::Coordinators(known), .. } => {
+                let state = self.control.state();
+                let unheard = |replica| state.membership(Member::Coordinator(replica)) == Membership::Unknown;
+                let known =
+                    known.iter().map(|(address, _)| address).filter(|address| unheard(address.replica));
+                self.around.peers.introduce(known);
+            }
             _ => {}
         }
         self.control.handle(now, input);
@@ -168,9 +184,9 @@ impl<D: Disk> Driver<D> {
         }
         self.ticks += 1;
         if self.ticks % SPACE_TICKS == 1
-            && let Some(low) = self.around.space.look()
+            && let Some(room) = self.around.space.look()
         {
-            self.control.handle(now, Input::LowSpace(low));
+            self.control.handle(now, Input::Room(room));
         }
         self.control.handle(now, Input::Tick);
     }
@@ -180,6 +196,17 @@ impl<D: Disk> Driver<D> {
             None => {}
             Some(Action::ToPeer { to, message }) => self.around.peers.send(to, message),
             Some(Action::Members) => self.members(),
+            Some(Action::Admitted(members)) => self.around.gate.add(self.control.state(), &members),
+            Some(Action::SendCa { to, der }) => {
+                if let Some(key) = self.around.trust.key_of(&der) {
+                    info!("{to} gets the key of the cluster's next CA");
+                    self.around.peers.send(to, PeerMessage::Ca { der, key });
+                }
+            }
+            Some(Action::KeepCa { der, key }) => match self.around.trust.keep(der.clone(), &key) {
+                Ok(()) => self.control.handle(now(self.begun), Input::HoldsCa(der)),
+                Err(error) => warn!("the key of the cluster's next CA was not kept: {error:#}"),
+            },
             Some(Action::Decided(why)) => info!("{why}"),
             Some(Action::Alarm(what)) => self.alarm(&what),
             Some(Action::Removed(why)) => self.removed = Some(why),
@@ -201,12 +228,30 @@ impl<D: Disk> Driver<D> {
         let state = self.control.state();
         self.around.gate.follow(state);
         let addresses = addresses(state);
+        let unheard = |replica| state.membership(Member::Coordinator(replica)) == Membership::Unknown;
+        self.around.peers.keep_introduced(unheard);
         self.around.peers.follow(&addresses);
+        self.around.peers.tell(self.around.gate.roster());
+        self.cas();
         if addresses.is_empty() || *self.around.addresses.borrow() == addresses {
             return;
         }
         self.desk.say_to_all(&ToAgent::Coordinators(addresses.clone()));
         self.around.addresses.send_replace(addresses);
+    }
+}
+
+impl<D: Disk> Driver<D> {
+    /// Which CAs count may be others now.
+    fn cas(&mut self) {
+        let cas = self.control.state().cas().clone();
+        if *self.around.cas.borrow() == cas {
+            return;
+        }
+        if let Some(trusted) = cas.trusted() {
+            self.desk.say_to_all(&ToAgent::Authorities { mark: trusted.mark() });
+        }
+        self.around.cas.send_replace(cas);
     }
 }
 

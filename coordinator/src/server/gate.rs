@@ -1,10 +1,15 @@
-//! Who is let in, by what the applied state says of him, and who must leave again. Both sockets ask here; the raft thread says what
-//! has changed.
+//! Who is let in, and who must leave again. Both sockets ask here; the raft thread says what has changed.
+//!
+//! An allow-list: a certificate counts only if the applied state has a member of this number with this key. One of whom it has not heard is
+//! refused, after a look at a newer state (`mod.rs`); that of a coordinator also by what the other coordinators say, since without them
+//! there is no newer state to look at.
 
 use crate::cluster::State;
+use crate::cluster::admitted::Admitted;
+use crate::cluster::members::ReplicaRecord;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{self, Peer, Socket, Turned};
-use fleet_common::protocol::{Member, Role};
+use fleet_common::net::{self, KeyHash, Peer, Socket, Turned};
+use fleet_common::protocol::{CoordinatorAddress, Member, Role};
 use quinn::Connection;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -28,6 +33,12 @@ const HANDSHAKES_UNPROVEN_MAX: usize = 64;
 /// Joiners that have a connection and no answer yet; of them from one address.
 const JOINERS_MAX: usize = 256;
 const JOINERS_PER_ADDRESS_MAX: usize = 64;
+/// Members of whom this state has not heard, and for whom a newer one is looked at; of them from one address. Each has a certificate of the
+/// cluster's CA.
+const LOOKS_MAX: usize = 64;
+const LOOKS_PER_ADDRESS_MAX: usize = 16;
+/// Coordinators that others vouch for.
+const VOUCHED_MAX: usize = 64;
 
 /// What somebody is told who has the identity of this coordinator itself.
 pub const TWICE: &str = "runs twice";
@@ -41,11 +52,17 @@ pub struct Gate {
 #[derive(Default)]
 struct Inner {
     revoked: BTreeSet<Member>,
+    admitted: BTreeMap<Member, Admitted>,
+    admins: BTreeSet<Member>,
+    /// Coordinators of which the state has not heard, and others have.
+    vouched: BTreeMap<ReplicaId, KeyHash>,
+    roster: Vec<(CoordinatorAddress, KeyHash)>,
     held: BTreeMap<Member, Vec<Held>>,
     clients: usize,
     members: usize,
     shaking: [Waiting; 2],
     joining: Waiting,
+    looking: Waiting,
 }
 
 #[derive(Default)]
@@ -77,6 +94,7 @@ pub struct Pass {
 enum Place {
     Shaking(Socket, IpAddr),
     Joining(IpAddr),
+    Looking(IpAddr),
     Connected { socket: Socket, member: Member, connection: Connection },
 }
 
@@ -132,14 +150,30 @@ impl Gate {
         entered.then(|| Pass { gate: self.clone(), place: Place::Joining(address) })
     }
 
-    /// Whether the holder of this certificate has anything to do at this socket.
-    pub fn admit(&self, socket: Socket, peer: &Peer) -> Result<(), Turned> {
+    /// A place for a stranger for whom a newer state is looked at.
+    pub fn stranger(self: &Arc<Self>, address: IpAddr) -> Option<Pass> {
+        let entered = self.lock().looking.enter(address, LOOKS_MAX, LOOKS_PER_ADDRESS_MAX);
+        entered.then(|| Pass { gate: self.clone(), place: Place::Looking(address) })
+    }
+
+    /// Whether the holder of this certificate, whose key has this hash, has anything to do at this socket. `false`: nobody here has heard of
+    /// him.
+    pub fn admit(&self, socket: Socket, peer: &Peer, key: &KeyHash) -> Result<bool, Turned> {
         let Peer { member, cluster_id, .. } = peer;
         if *cluster_id != self.cluster_id {
             return Err(Turned::Away("this certificate is of another cluster".into()));
         }
-        if self.lock().revoked.contains(member) {
-            return Err(Turned::Forever(cut_off(*member)));
+        let known = {
+            let inner = self.lock();
+            if inner.revoked.contains(member) {
+                return Err(Turned::Forever(cut_off(*member)));
+            }
+            inner.key_of(*member)
+        };
+        if known.is_some_and(|known| known != *key) {
+            return Err(Turned::Away(format!(
+                "this certificate of {member} is not for the key with which {member} joined; use the one that it was given, or join again with a token"
+            )));
         }
         match (socket, member) {
             (Socket::Clients, Member::Coordinator(_)) => {
@@ -152,8 +186,39 @@ impl Gate {
                 format!("{replica} {TWICE}; a copy of its data directory must not be started"),
             )),
             // A worker may ask at the clients' socket where the members' ones are.
-            _ => Ok(()),
+            _ => Ok(known.is_some()),
         }
+    }
+
+    /// Whether who connects as this coordinator, or answers as it, may be it as far as is known here.
+    pub fn may_be(&self, replica: ReplicaId, key: &KeyHash) -> bool {
+        self.lock().key_of(Member::Coordinator(replica)).is_none_or(|known| known == *key)
+    }
+
+    /// Another coordinator knows these, or they answer where the cluster said that they are. What the state says counts more.
+    pub fn vouch(&self, coordinators: impl IntoIterator<Item = (ReplicaId, KeyHash)>) {
+        let mut inner = self.lock();
+        for (replica, key) in coordinators {
+            let member = Member::Coordinator(replica);
+            let news = !inner.admitted.contains_key(&member) && !inner.revoked.contains(&member);
+            if news && inner.vouched.len() < VOUCHED_MAX {
+                inner.vouched.entry(replica).or_insert(key);
+            }
+        }
+    }
+
+    /// The registered coordinators, each with its key, for others.
+    pub fn roster(&self) -> Vec<(CoordinatorAddress, KeyHash)> {
+        self.lock().roster.clone()
+    }
+
+    /// How a member was let in; `None` where the state has not heard of him.
+    pub fn known(&self, member: Member) -> Option<Admitted> {
+        self.lock().admitted.get(&member).copied()
+    }
+
+    pub fn is_admin(&self, member: Member) -> bool {
+        self.lock().admins.contains(&member)
     }
 
     /// Enters a connection that was admitted. Where its member has too many, one that does nothing makes room.
@@ -169,7 +234,7 @@ impl Gate {
             return None;
         }
         let (all, max, per_member) = match member.role() {
-            Role::Client => (inner.clients, CLIENTS_MAX, PER_CLIENT_MAX),
+            Role::Client | Role::Admin => (inner.clients, CLIENTS_MAX, PER_CLIENT_MAX),
             Role::Worker | Role::Coordinator => (inner.members, MEMBERS_MAX, PER_MEMBER_MAX),
         };
         let held = inner.held.entry(member).or_default();
@@ -200,14 +265,53 @@ impl Gate {
             }
         }
         inner.revoked = revoked;
+        inner.admitted = state.admitted().clone();
+        let with_key = |(replica, record): (&ReplicaId, &ReplicaRecord)| {
+            let admitted = state.admitted().get(&Member::Coordinator(*replica))?;
+            Some((record.address.clone(), admitted.key))
+        };
+        inner.roster = state.replicas().iter().filter_map(with_key).collect();
+        inner.admins = inner.admitted.keys().copied().filter(|member| state.is_admin(*member)).collect();
+        let Inner { admitted, revoked, vouched, .. } = &mut *inner;
+        vouched.retain(|replica, _| {
+            let member = Member::Coordinator(*replica);
+            !admitted.contains_key(&member) && !revoked.contains(&member)
+        });
+    }
+
+    /// These are members, or are known better, from now on.
+    pub fn add(&self, state: &State, new: &[Member]) {
+        let mut inner = self.lock();
+        for member in new {
+            let Some(admitted) = state.admitted().get(member) else { continue };
+            inner.admitted.insert(*member, *admitted);
+            if state.is_admin(*member) {
+                inner.admins.insert(*member);
+            }
+        }
     }
 
     pub fn is_revoked(&self, member: Member) -> bool {
         self.lock().revoked.contains(&member)
     }
+
+    /// Connections of the workers and clients that are here.
+    pub fn connections(&self) -> Vec<Connection> {
+        let inner = self.lock();
+        let held = inner.held.iter().filter(|(member, _)| member.role() != Role::Coordinator);
+        held.flat_map(|(_, held)| held).map(|held| held.connection.clone()).collect()
+    }
 }
 
 impl Inner {
+    fn key_of(&self, member: Member) -> Option<KeyHash> {
+        let vouched = || match member {
+            Member::Coordinator(replica) => self.vouched.get(&replica).copied(),
+            Member::Worker(_) | Member::Client(_) => None,
+        };
+        self.admitted.get(&member).map(|admitted| admitted.key).or_else(vouched)
+    }
+
     fn count(&mut self, socket: Socket) -> &mut usize {
         match socket {
             Socket::Clients => &mut self.clients,
@@ -222,6 +326,7 @@ impl Drop for Pass {
         match &self.place {
             Place::Shaking(socket, address) => inner.shaking[index(*socket)].leave(*address),
             Place::Joining(address) => inner.joining.leave(*address),
+            Place::Looking(address) => inner.looking.leave(*address),
             Place::Connected { socket, member, connection } => {
                 *inner.count(*socket) -= 1;
                 if let Some(held) = inner.held.get_mut(member) {
@@ -256,13 +361,26 @@ fn cut_off(member: Member) -> String {
         Role::Coordinator => format!(
             "{member} was removed from the cluster; set its directory aside and join again with a token"
         ),
-        Role::Worker | Role::Client => format!("{member} was revoked; join again with a new token"),
+        _ => format!("{member} was revoked; join again with a new token"),
+    }
+}
+
+/// What somebody is told of whom no state has heard.
+pub fn stranger(member: Member) -> Turned {
+    let why = format!("{member} was never admitted to this cluster; join again with a new token");
+    match member.role() {
+        // It would take this for its own removal.
+        Role::Coordinator => Turned::Away(why),
+        _ => Turned::Forever(why),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::commands::{Change, RevokeMember};
+    use crate::cluster::tests::{Script, redeem, token};
+    use fleet_common::ids::UserId;
 
     fn address(text: &str) -> IpAddr {
         text.parse().unwrap()
@@ -320,16 +438,61 @@ mod tests {
         let worker = peer(Member::Worker(fleet_common::ids::NodeId(1)));
         let other = peer(Member::Coordinator(ReplicaId(2)));
         let copy = peer(Member::Coordinator(ReplicaId(1)));
-        assert!(
-            gate.admit(Socket::Clients, &client).is_ok() && gate.admit(Socket::Members, &client).is_err()
-        );
-        assert!(gate.admit(Socket::Members, &worker).is_ok());
-        assert!(gate.admit(Socket::Members, &other).is_ok() && gate.admit(Socket::Clients, &other).is_err());
-        let Err(Turned::Away(why)) = gate.admit(Socket::Members, &copy) else { panic!() };
+        let admit = |socket, peer: &Peer| gate.admit(socket, peer, &[3; 32]);
+        assert!(admit(Socket::Clients, &client).is_ok() && admit(Socket::Members, &client).is_err());
+        assert!(admit(Socket::Members, &worker).is_ok());
+        assert!(admit(Socket::Members, &other).is_ok() && admit(Socket::Clients, &other).is_err());
+        let Err(Turned::Away(why)) = admit(Socket::Members, &copy) else { panic!() };
         assert!(why.contains("runs twice"), "{why}");
         let foreign = Peer { cluster_id: "d".into(), ..worker.clone() };
-        assert!(gate.admit(Socket::Members, &foreign).is_err());
+        assert!(admit(Socket::Members, &foreign).is_err());
         gate.lock().revoked.insert(worker.member);
-        assert!(matches!(gate.admit(Socket::Members, &worker), Err(Turned::Forever(_))));
+        assert!(matches!(admit(Socket::Members, &worker), Err(Turned::Forever(_))));
+    }
+
+    #[test]
+    fn only_who_was_let_in_is_known_and_only_with_the_key_that_he_had() {
+        let gate = Gate::new("c", ReplicaId(1));
+        let peer = |member| Peer { member, name: "x".into(), cluster_id: "c".into() };
+        let (user, stranger) = (Member::Client(UserId(1)), Member::Client(UserId(77_777_777)));
+        let mut script = Script::with_replicas(1);
+        script.run(token("a", Role::Admin, 1));
+        gate.follow(&script.state);
+        let admit = |member, key| gate.admit(Socket::Clients, &peer(member), &[key; 32]);
+        assert_eq!(admit(user, 3), Ok(false), "it has not joined yet");
+        script.run(redeem("a", "ann"));
+        gate.add(&script.state, &[user]);
+        assert_eq!(admit(user, 3), Ok(true));
+        assert!(gate.is_admin(user) && !gate.is_admin(stranger));
+        let Err(Turned::Away(why)) = admit(user, 4) else { panic!("another key") };
+        assert!(why.contains("not for the key with which user-1 joined"), "{why}");
+        assert_eq!(admit(stranger, 3), Ok(false));
+        script.run(Change::RevokeMember(RevokeMember { member: user }));
+        gate.follow(&script.state);
+        assert!(matches!(admit(user, 3), Err(Turned::Forever(_))));
+    }
+
+    #[test]
+    fn a_coordinator_that_others_vouch_for_is_known_until_the_state_says_more() {
+        let gate = Gate::new("c", ReplicaId(1));
+        let mut script = Script::with_replicas(2);
+        gate.follow(&script.state);
+        let admit = |replica, key| {
+            let peer = Peer {
+                member: Member::Coordinator(ReplicaId(replica)),
+                name: "x".into(),
+                cluster_id: "c".into(),
+            };
+            gate.admit(Socket::Members, &peer, &[key; 32])
+        };
+        assert_eq!(admit(3, 9), Ok(false));
+        gate.vouch([(ReplicaId(2), [9; 32]), (ReplicaId(3), [9; 32])]);
+        assert!(admit(2, 9).is_err(), "the state knows another key");
+        assert_eq!(admit(3, 9), Ok(true));
+        assert!(admit(3, 8).is_err() && !gate.may_be(ReplicaId(3), &[8; 32]));
+        script.admit_coordinator();
+        gate.follow(&script.state);
+        assert!(gate.lock().vouched.is_empty());
+        assert_eq!(admit(3, 3), Ok(true));
     }
 }

@@ -136,7 +136,11 @@ fn health(shared: &Shared) -> Response {
         return Response::text(503, why);
     }
     match (status.leader, status.read_only) {
-        (Some(_), None) => Response::text(200, "ok"),
+        // It serves all the same, but for what it cannot read.
+        (Some(_), None) => match status.damaged {
+            Some(what) => Response::text(200, format!("degraded: {what}")),
+            None => Response::text(200, "ok"),
+        },
         (_, Some(why)) => Response::text(503, format!("read-only: {why}")),
         (None, None) => Response::text(503, "no leader"),
     }

@@ -33,10 +33,13 @@ pub async fn serve(shared: &Shared, connection: &quinn::Connection, _pass: Pass)
 }
 
 async fn admit(shared: &Shared, request: &JoinRequest) -> Result<Admission, Refusal> {
+    let key = net::requested_key(&request.csr_der)
+        .map_err(|error| Refusal { kind: RefusalKind::Invalid, message: error.to_string() })?;
     let redeem = RedeemToken {
         id: request.token_id.clone(),
         secret_sha256: Sha256::digest(request.token_secret.as_bytes()).into(),
         name: request.name.clone(),
+        key,
     };
     // The same request sent twice is one use of the token.
     let hash = Sha256::digest(&request.csr_der);
@@ -44,16 +47,16 @@ async fn admit(shared: &Shared, request: &JoinRequest) -> Result<Admission, Refu
     client.copy_from_slice(&hash[..16]);
     let id = RequestId { client: ClientId(u128::from_be_bytes(client)), seq: 1 };
     let admitted = shared.calls.join(redeem, id).await?;
-    let certificate_der = shared
+    let (certificate_der, authorities) = shared
         .trust
-        .sign(&request.csr_der, admitted.member, &admitted.name)
+        .sign(&request.csr_der, admitted.member, &admitted.name, key)
         .map_err(|message| Refusal { kind: RefusalKind::Invalid, message })?;
-    let ca = shared.trust.ca();
+    let is_coordinator = admitted.member.role() == Role::Coordinator;
     Ok(Admission {
         member: admitted.member,
         certificate_der,
-        ca_der: ca.der().to_vec(),
+        authorities,
         coordinators: shared.addresses.borrow().clone(),
-        ca_key: (admitted.member.role() == Role::Coordinator).then(|| ca.key()),
+        cas: if is_coordinator { shared.trust.cas() } else { Vec::new() },
     })
 }

@@ -21,6 +21,8 @@ struct Gauges {
     applied_index: IntGauge,
     is_leader: IntGauge,
     read_only: IntGauge,
+    history_damaged: IntGauge,
+    history_mended: IntGauge,
     contradictions: IntGauge,
     agents: IntGauge,
     nodes: IntGauge,
@@ -47,6 +49,14 @@ impl Metrics {
             read_only: gauge(
                 "fleet_read_only",
                 "1 while writes are refused: the disk is full, or cannot be written",
+            )?,
+            history_damaged: gauge(
+                "fleet_history_damaged",
+                "Tables of the history with rows that cannot be read here and are not mended yet",
+            )?,
+            history_mended: gauge(
+                "fleet_history_mended_rows",
+                "Rows that came from other coordinators since the start because they could not be read here",
             )?,
             contradictions: gauge(
                 "fleet_raft_contradictions",
@@ -99,6 +109,8 @@ impl Metrics {
         gauges.applied_index.set(status.applied_index as i64);
         gauges.is_leader.set(i64::from(status.leading_since_ms.is_some()));
         gauges.read_only.set(i64::from(status.read_only.is_some()));
+        gauges.history_damaged.set(status.damaged_tables as i64);
+        gauges.history_mended.set(status.rows_mended as i64);
         gauges.contradictions.set(status.contradictions as i64);
         gauges.agents.set(status.agents as i64);
         gauges.nodes.set(i64::from(cluster.nodes));

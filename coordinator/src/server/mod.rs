@@ -5,9 +5,11 @@
 
 mod agents;
 pub mod backup;
+pub mod behind;
 mod calls;
 mod clients;
 mod credentials;
+mod custody;
 mod desk;
 mod driver;
 mod gate;
@@ -15,14 +17,18 @@ mod http;
 mod inbox;
 mod joins;
 mod metrics;
+pub mod operator;
 mod peers;
 mod places;
+pub mod restore;
+mod rotation;
 mod setup;
 mod sockets;
 mod space;
 mod tokens;
 mod trust;
 
+use crate::cluster::authorities::Cas;
 use crate::control::{Control, Myself, Status};
 use crate::raft::history::History;
 use anyhow::{Context, Result, bail};
@@ -30,7 +36,10 @@ use calls::Calls;
 use driver::{Surroundings, Thread};
 use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
-use fleet_common::net::{self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, Socket};
+use fleet_common::ids::ReplicaId;
+use fleet_common::net::{
+    self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, KeyHash, Peer, Socket, Turned,
+};
 use fleet_common::process;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
 use gate::{Gate, Verdict};
@@ -39,7 +48,7 @@ use metrics::Metrics;
 use peers::{Knocks, Peers};
 pub use places::Places;
 use sockets::Lane;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,6 +61,8 @@ use trust::Trust;
 const LARGE_BYTES: usize = 8 * FRAME_MAX;
 /// For a cluster of one to lead itself.
 const ALONE_DEADLINE: Duration = Duration::from_secs(10);
+/// For a look at a newer state, of which who connects hears before he gives up.
+const LOOK_DEADLINE: Duration = Duration::from_millis(800);
 /// For another coordinator to take over from one that is stopped.
 const HAND_OVER: Duration = Duration::from_millis(500);
 
@@ -84,6 +95,7 @@ impl Options {
 
 /// What all connections share.
 pub(crate) struct Shared {
+    me: ReplicaId,
     calls: Calls,
     gate: Arc<Gate>,
     trust: Arc<Trust>,
@@ -154,7 +166,8 @@ impl Coordinator {
         let name = setup::name(&options, me);
         let seeds = opened.coordinators.clone();
         let history = History::new(opened.disk.clone());
-        let (lock, ca, identity, replica) = opened.begin(&address, &name)?;
+        let (lock, custody, identity, replica) = opened.begin(&address, &name)?;
+        let ca = custody.present().clone();
 
         let endpoint = Endpoint {
             pid: std::process::id(),
@@ -169,18 +182,26 @@ impl Coordinator {
         };
         let dir = options.data_dir.clone();
         let (inbox, gate) = (Inbox::default(), Gate::new(ca.cluster_id(), me));
-        let trust =
-            Trust::new(ca, options.certificate_life, identity, dir.join("identity"), dir.join("client"));
-        let (trust, knocks) = (Arc::new(trust), Knocks::default());
+        let trust = Arc::new(Trust::new(custody, options.certificate_life, identity, &dir));
+        let knocks = Knocks::default();
         let (publish_addresses, addresses) = watch::channel(Vec::new());
-        let runtime = members.handle().clone();
-        let process = rand::random::<u64>().max(1);
+        let (publish_cas, cas) = watch::channel(Cas::default());
+        let means = peers::Means {
+            runtime: members.handle().clone(),
+            inbox: inbox.clone(),
+            trust: trust.clone(),
+            gate: gate.clone(),
+            knocks: knocks.clone(),
+            process: rand::random::<u64>().max(1),
+        };
         let around = Surroundings {
             inbox: inbox.clone(),
             gate: gate.clone(),
-            peers: Peers::new((me, process), &seeds, runtime, inbox.clone(), trust.clone(), knocks.clone()),
+            peers: Peers::new(me, &seeds, means),
             space: space::Watermark::new(space::probe(&dir)),
             addresses: publish_addresses,
+            trust: trust.clone(),
+            cas: publish_cas,
         };
         let is_alone = replica.is_alone();
         let begun = Instant::now();
@@ -196,9 +217,10 @@ impl Coordinator {
 
         let hosts = [&endpoint.quic, &endpoint.http].map(|address| crate::http::host_of(address).to_owned());
         let shared = Arc::new(Shared {
+            me,
             calls: Calls::new(inbox.clone()),
             gate,
-            trust: trust.clone(),
+            trust,
             knocks,
             addresses,
             status: status.clone(),
@@ -210,6 +232,7 @@ impl Coordinator {
         members.handle().spawn(accept(shared.clone(), Socket::Members, sockets.members.clone()));
         clients.handle().spawn(accept(shared.clone(), Socket::Clients, sockets.clients.clone()));
         let http = sockets.http.into_std()?;
+        clients.handle().spawn(rotation::follow(shared.clone(), cas, both, dir.clone()));
         let serving = shared.clone();
         clients.handle().spawn(async move {
             match tokio::net::TcpListener::from_std(http) {
@@ -217,7 +240,6 @@ impl Coordinator {
                 Err(error) => warn!("HTTP is not served: {error}"),
             }
         });
-        clients.handle().spawn(trust.keep_fresh(both));
 
         let coordinator = Coordinator {
             endpoint,
@@ -265,12 +287,7 @@ impl Coordinator {
         self.endpoint.store(dir)?;
         let lane = self.lanes[0].handle();
         lane.spawn(remember_addresses(dir.to_owned(), self.endpoint.clone(), addresses));
-        let kept = dir.to_owned();
-        lane.spawn(async move {
-            if let Err(error) = credentials::write(&kept, &shared).await {
-                warn!("no credentials for this machine: {error:#}");
-            }
-        });
+        lane.spawn(credentials::keep(dir.to_owned(), shared));
         info!(
             "{} is listening on {} (members {}, HTTP {}); join a worker with: worker join {} --token-file {}",
             self.endpoint.replica,
@@ -370,7 +387,9 @@ async fn accept(shared: Arc<Shared>, socket: Socket, endpoint: quinn::Endpoint) 
 
 async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, shaking: gate::Pass) {
     let from = incoming.remote_address();
-    let accepted = net::accept(incoming, socket, |peer| shared.gate.admit(socket, peer)).await;
+    let mark = shared.trust.authorities().mark();
+    let accepted =
+        net::accept(incoming, socket, mark, |peer, key| admit(&shared, socket, from.ip(), peer, key)).await;
     drop(shaking);
     let (connection, accepted) = match accepted {
         Ok(accepted) => accepted,
@@ -386,6 +405,7 @@ async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, s
         Accepted::Peer(peer) => peer,
     };
     let Some((_pass, open)) = shared.gate.enter(socket, peer.member, &connection) else { return };
+    rotation::note(&shared, peer.member, &connection);
     match (socket, peer.member) {
         (Socket::Clients, member) => {
             clients::serve(shared.clone(), &connection, member, peer.name, open).await
@@ -395,9 +415,40 @@ async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, s
         }
         (Socket::Members, Member::Coordinator(replica)) => {
             net::widen(&connection);
-            peers::serve(shared.calls.inbox(), &shared.knocks, &connection, replica).await;
+            peers::serve(shared.calls.inbox(), &shared.knocks, &shared.gate, &connection, replica).await;
         }
         // The gate lets none in.
         (Socket::Members, Member::Client(_)) => connection.close(net::REFUSED, b"not here"),
+    }
+}
+
+/// Whether the holder of a certificate is let in: what he is to this state, or else to one that has everything which was acknowledged.
+async fn admit(
+    shared: &Shared,
+    socket: Socket,
+    from: IpAddr,
+    peer: Peer,
+    key: KeyHash,
+) -> Result<(), Turned> {
+    if shared.gate.admit(socket, &peer, &key)? {
+        return Ok(());
+    }
+    let later =
+        |why: &str| Turned::Later(format!("whether {} is a member cannot be told: {why}", peer.member));
+    if shared.status.borrow().leader.is_none() {
+        return Err(later("no coordinator leads at the moment; try again, or ask another one"));
+    }
+    let Some(_pass) = shared.gate.stranger(from) else { return Err(later("too much is asked; try again")) };
+    match timeout(LOOK_DEADLINE, shared.calls.look()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(refusal)) => return Err(later(&refusal.message)),
+        Err(_) => return Err(later("no coordinator leads at the moment; try again, or ask another one")),
+    }
+    match shared.gate.admit(socket, &peer, &key)? {
+        true => Ok(()),
+        false => {
+            warn!("{from} shows a certificate of {}, whom this cluster never admitted", peer.member);
+            Err(gate::stranger(peer.member))
+        }
     }
 }

@@ -4,12 +4,13 @@
 //! Nothing here makes the raft thread wait: what finds no room is dropped, and sent again by who needs it. A link is made anew as soon as
 //! it is lost, and at once when the other side shows that it is there by connecting itself.
 
+use super::gate::Gate;
 use super::inbox::{Event, Inbox};
 use super::trust::Trust;
 use crate::control::{Input, PeerMessage};
 use fleet_common::codec::{self, Frames};
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{self, NetError};
+use fleet_common::net::{self, KeyHash, NetError};
 use fleet_common::protocol::{CoordinatorAddress, Member, PROTOCOL_VERSION, PeerHello};
 use quinn::{Connection, RecvStream, SendStream};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ const QUEUE_MAX: usize = 1_024;
 const BULK_MAX: usize = 16;
 /// Messages that are written at once.
 const WRITE_MAX: usize = 128;
+/// Coordinators that are only known from others.
+const INTRODUCED_MAX: usize = 32;
 /// Between attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
 /// Between lines in the log about a peer that does not answer.
@@ -56,16 +59,25 @@ impl Knock {
     }
 }
 
+/// What links are made of.
+#[derive(Clone)]
+pub struct Means {
+    pub runtime: tokio::runtime::Handle,
+    pub inbox: Inbox,
+    pub trust: Arc<Trust>,
+    pub gate: Arc<Gate>,
+    pub knocks: Knocks,
+    /// Of this coordinator's process.
+    pub process: u64,
+}
+
 /// Belongs to the raft thread.
 pub struct Peers {
     me: ReplicaId,
-    /// Of this process.
-    process: u64,
     links: BTreeMap<ReplicaId, Link>,
-    runtime: tokio::runtime::Handle,
-    inbox: Inbox,
-    trust: Arc<Trust>,
-    knocks: Knocks,
+    /// Of which the state has not heard, and others have.
+    introduced: BTreeMap<ReplicaId, CoordinatorAddress>,
+    means: Means,
 }
 
 struct Link {
@@ -84,15 +96,8 @@ impl Drop for Link {
 
 impl Peers {
     /// `seeds` are where others were when this coordinator was last told.
-    pub fn new(
-        (me, process): (ReplicaId, u64),
-        seeds: &[CoordinatorAddress],
-        runtime: tokio::runtime::Handle,
-        inbox: Inbox,
-        trust: Arc<Trust>,
-        knocks: Knocks,
-    ) -> Peers {
-        let mut peers = Peers { me, process, links: BTreeMap::new(), runtime, inbox, trust, knocks };
+    pub fn new(me: ReplicaId, seeds: &[CoordinatorAddress], means: Means) -> Peers {
+        let mut peers = Peers { me, links: BTreeMap::new(), introduced: BTreeMap::new(), means };
         peers.follow(seeds);
         peers
     }
@@ -102,23 +107,47 @@ impl Peers {
         if addresses.is_empty() {
             return;
         }
-        let gone = |replica: &ReplicaId| addresses.iter().all(|address| address.replica != *replica);
+        let gone = |replica: &ReplicaId| {
+            addresses.iter().all(|address| address.replica != *replica)
+                && !self.introduced.contains_key(replica)
+        };
         for replica in self.links.keys().filter(|replica| gone(replica)).copied().collect::<Vec<_>>() {
             self.links.remove(&replica);
-            self.knocks.lock().unwrap_or_else(PoisonError::into_inner).remove(&replica);
+            self.means.knocks.lock().unwrap_or_else(PoisonError::into_inner).remove(&replica);
         }
-        for address in addresses.iter().filter(|address| address.replica != self.me) {
-            match self.links.get(&address.replica) {
-                Some(link) => {
-                    link.address.send_if_modified(|known| {
-                        let moved = *known != address.member;
-                        known.clone_from(&address.member);
-                        moved
-                    });
-                }
-                None => drop(self.links.insert(address.replica, self.link(address))),
+        addresses.iter().for_each(|address| self.reach(address));
+    }
+
+    fn reach(&mut self, address: &CoordinatorAddress) {
+        if address.replica == self.me {
+            return;
+        }
+        match self.links.get(&address.replica) {
+            Some(link) => {
+                link.address.send_if_modified(|known| {
+                    let moved = *known != address.member;
+                    known.clone_from(&address.member);
+                    moved
+                });
+            }
+            None => drop(self.links.insert(address.replica, self.link(address))),
+        }
+    }
+
+    /// Coordinators that joined while this one was away, as others know them: without them it may never hear of them, should one of them
+    /// lead.
+    pub fn introduce<'a>(&mut self, unheard: impl Iterator<Item = &'a CoordinatorAddress>) {
+        for address in unheard {
+            if self.introduced.len() < INTRODUCED_MAX || self.introduced.contains_key(&address.replica) {
+                self.introduced.insert(address.replica, address.clone());
+                self.reach(address);
             }
         }
+    }
+
+    /// Those of whom the state has heard are in it, or gone.
+    pub fn keep_introduced(&mut self, unheard: impl Fn(ReplicaId) -> bool) {
+        self.introduced.retain(|replica, _| unheard(*replica));
     }
 
     fn link(&self, to: &CoordinatorAddress) -> Link {
@@ -126,7 +155,7 @@ impl Peers {
         let (bulk, bulk_queue) = mpsc::channel(BULK_MAX);
         let (address, at) = watch::channel(to.member.clone());
         let (up, knock) = (Arc::new(AtomicBool::new(false)), Arc::new(Knock::default()));
-        self.knocks.lock().unwrap_or_else(PoisonError::into_inner).insert(to.replica, knock.clone());
+        self.means.knocks.lock().unwrap_or_else(PoisonError::into_inner).insert(to.replica, knock.clone());
         let keeper = Keeper {
             to: to.replica,
             at,
@@ -134,12 +163,17 @@ impl Peers {
             bulk: bulk_queue,
             up: up.clone(),
             knock,
-            process: self.process,
-            inbox: self.inbox.clone(),
-            trust: self.trust.clone(),
+            means: self.means.clone(),
         };
-        let task = self.runtime.spawn(keeper.run()).abort_handle();
+        let task = self.means.runtime.spawn(keeper.run()).abort_handle();
         Link { raft, bulk, up, address, task }
+    }
+
+    /// Says who the coordinators are. Whoever connects later is told then.
+    pub fn tell(&mut self, coordinators: Vec<(CoordinatorAddress, KeyHash)>) {
+        for to in self.links.keys().copied().collect::<Vec<_>>() {
+            self.send(to, PeerMessage::Coordinators(coordinators.clone()));
+        }
     }
 
     /// Sends if it can. What is lost is sent again by who needs it.
@@ -149,7 +183,9 @@ impl Peers {
         if !link.up.load(Ordering::Relaxed) {
             return;
         }
-        let queue = if matches!(message, PeerMessage::Chunk(_)) { &link.bulk } else { &link.raft };
+        let bulky =
+            matches!(message, PeerMessage::Chunk(_) | PeerMessage::Rows(_) | PeerMessage::Output { .. });
+        let queue = if bulky { &link.bulk } else { &link.raft };
         let _ = queue.try_send(message);
     }
 }
@@ -162,18 +198,16 @@ struct Keeper {
     bulk: mpsc::Receiver<PeerMessage>,
     up: Arc<AtomicBool>,
     knock: Arc<Knock>,
-    process: u64,
-    inbox: Inbox,
-    trust: Arc<Trust>,
+    means: Means,
 }
 
 impl Keeper {
     async fn run(mut self) {
-        let mut failures = 0u32;
+        let (mut failures, mut attempts) = (0u32, 0u32);
         loop {
             let address = self.at.borrow_and_update().clone();
             let attempt = tokio::select! {
-                attempt = connect(&address, self.to, &self.trust) => attempt,
+                attempt = connect(&address, self.to, &self.means, attempts) => attempt,
                 // It has just come up, or moved: what was sent before that is lost.
                 () = self.knock.came.notified() => continue,
                 _ = self.at.changed() => continue,
@@ -186,18 +220,19 @@ impl Keeper {
                     self.up.store(false, Ordering::Relaxed);
                     connection.close(net::DONE, b"");
                     info!("lost the connection to {}: {why}", self.to);
-                    let _ = self.inbox.offer(vec![Event::Input(Input::PeerLost(self.to))]);
+                    let _ = self.means.inbox.offer(vec![Event::Input(Input::PeerLost(self.to))]);
                 }
                 Err(NetError::Revoked(why)) => {
                     // For ever: there is nothing more to say to each other.
                     warn!("{} says: {why}", self.to);
-                    return self.inbox.must_take(Event::Input(Input::RefusedBy(self.to)));
+                    return self.means.inbox.must_take(Event::Input(Input::RefusedBy(self.to)));
                 }
                 Err(error) => {
                     if failures.is_multiple_of(SAY_EVERY) {
                         warn!("cannot reach {}: {error}", self.to);
                     }
                     failures += 1;
+                    attempts = attempts.wrapping_add(1);
                     debug!("no connection to {}: {error}", self.to);
                 }
             }
@@ -223,10 +258,11 @@ impl Keeper {
         while self.raft.try_recv().is_ok() {}
         while self.bulk.try_recv().is_ok() {}
         self.up.store(true, Ordering::Relaxed);
+        let first = PeerMessage::Coordinators(self.means.gate.roster());
         let mut address = self.at.clone();
         tokio::select! {
-            error = pump(&mut self.raft, raft, self.process) => error,
-            error = pump(&mut self.bulk, bulk, self.process) => error,
+            error = pump(Some(first), &mut self.raft, raft, self.means.process) => error,
+            error = pump(None, &mut self.bulk, bulk, self.means.process) => error,
             () = self.knock.anew.notified() => "its process has started anew".to_owned(),
             error = connection.closed() => net::describe(&error),
             _ = address.changed() => "it has moved".to_owned(),
@@ -234,25 +270,47 @@ impl Keeper {
     }
 }
 
-async fn connect(address: &str, to: ReplicaId, trust: &Trust) -> Result<Connection, NetError> {
-    let identity = trust.identity();
+/// Secrets go over this connection: who answers must have the key that the cluster's records say, as far as they are known here. Where they
+/// are not, the cluster has said that this coordinator is there.
+async fn connect(address: &str, to: ReplicaId, means: &Means, attempt: u32) -> Result<Connection, NetError> {
+    let identity = means.trust.for_attempt(attempt).map_err(NetError::Tls)?;
     let connection = net::connect(&[address.to_owned()], &identity).await?;
-    match net::remote(&connection) {
-        Ok(peer) if peer.member == Member::Coordinator(to) => Ok(connection),
-        Ok(peer) => Err(NetError::Refused(format!("{address}: {} answers there, not {to}", peer.member))),
+    let (peer, certificate) = (net::remote(&connection), net::remote_certificate(&connection));
+    let certificate = certificate.map_err(NetError::Refused)?;
+    let key = net::key_hash(&certificate).map_err(NetError::Refused)?;
+    let known = means.gate.known(Member::Coordinator(to)).is_some_and(|admitted| admitted.key == key);
+    let proven = known || means.trust.is_accepted(&certificate);
+    match peer {
+        Ok(peer) if peer.member == Member::Coordinator(to) && proven && means.gate.may_be(to, &key) => {
+            means.gate.vouch([(to, key)]);
+            Ok(connection)
+        }
+        Ok(peer) => {
+            connection.close(net::REFUSED, b"another coordinator is expected here");
+            let why = format!(
+                "{address}: {} answers there, not {to} with the key that it joined with",
+                peer.member
+            );
+            Err(NetError::Refused(why))
+        }
         Err(why) => Err(NetError::Refused(why)),
     }
 }
 
 /// Writes messages, as many at once as wait.
-async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream, process: u64) -> String {
-    let (mut messages, mut bytes) = (Vec::new(), Vec::new());
+async fn pump(
+    first: Option<PeerMessage>,
+    queue: &mut mpsc::Receiver<PeerMessage>,
+    mut stream: SendStream,
+    process: u64,
+) -> String {
+    let (mut messages, mut bytes) = (Vec::from_iter(first), Vec::new());
     if let Err(error) =
         codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION, process }).await
     {
         return error.to_string();
     }
-    while queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
+    while !messages.is_empty() || queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
         for message in messages.drain(..) {
             if let Err(error) = codec::append_frame(&message, &mut bytes) {
                 warn!("a message to another coordinator cannot be sent: {error}");
@@ -268,15 +326,22 @@ async fn pump(queue: &mut mpsc::Receiver<PeerMessage>, mut stream: SendStream, p
 }
 
 /// Serves a connection that another coordinator made to this one, until it ends.
-pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from: ReplicaId) {
+pub async fn serve(
+    inbox: &Inbox,
+    knocks: &Knocks,
+    gate: &Arc<Gate>,
+    connection: &Connection,
+    from: ReplicaId,
+) {
     let knock = knocks.lock().unwrap_or_else(PoisonError::into_inner).get(&from).cloned();
     let knock = knock.unwrap_or_default();
     knock.came.notify_waiters();
     let mut streams = tokio::task::JoinSet::new();
     while let Ok(stream) = connection.accept_uni().await {
-        let (inbox, connection, knock) = (inbox.clone(), connection.clone(), knock.clone());
+        let (inbox, gate, connection) = (inbox.clone(), gate.clone(), connection.clone());
+        let knock = knock.clone();
         streams.spawn(async move {
-            if let Err(why) = listen(&inbox, stream, from, &knock).await {
+            if let Err(why) = listen(&inbox, &gate, &knock, stream, from).await {
                 connection.close(net::REFUSED, why.as_bytes());
             }
         });
@@ -284,7 +349,13 @@ pub async fn serve(inbox: &Inbox, knocks: &Knocks, connection: &Connection, from
 }
 
 /// Hands in what comes. Where there is no room it is dropped, as a network would.
-async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId, knock: &Knock) -> Result<(), String> {
+async fn listen(
+    inbox: &Inbox,
+    gate: &Gate,
+    knock: &Knock,
+    mut stream: RecvStream,
+    from: ReplicaId,
+) -> Result<(), String> {
     let mut frames = Frames::new(codec::FRAME_MAX);
     let mut greeted = false;
     while let Ok(Some(piece)) = stream.read_chunk(READ_MAX, true).await {
@@ -297,6 +368,9 @@ async fn listen(inbox: &Inbox, mut stream: RecvStream, from: ReplicaId, knock: &
         }
         let mut events = Vec::new();
         while let Some(message) = frames.next_frame().map_err(|error| error.to_string())? {
+            if let PeerMessage::Coordinators(known) = &message {
+                gate.vouch(known.iter().map(|(address, key)| (address.replica, *key)));
+            }
             events.push(Event::Input(Input::Peer { from, message }));
         }
         if !events.is_empty()

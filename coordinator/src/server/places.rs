@@ -50,7 +50,7 @@ impl Places {
     /// Remembers them, when it listens there.
     pub fn store(&self, dir: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)? + "\n";
-        Ok(files::write_atomic(&dir.join(FILE), text.as_bytes(), files::PUBLIC)?)
+        Ok(files::write_atomic(&dir.join(FILE), text.as_bytes())?)
     }
 
     /// Refuses addresses that nobody could connect to. What is recorded of a coordinator is told to all others.

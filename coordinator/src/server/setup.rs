@@ -3,23 +3,31 @@
 //! | path | what |
 //! |---|---|
 //! | `lock` | held while a coordinator runs |
-//! | `cluster/` | the CA's certificate and key (0600) |
+//! | `cluster/` | the CA's certificate and key, and those of a CA that is to replace it |
 //! | `raft/` | RocksDB: log, state, history |
+//! | `raft.mark` | how far `raft/` had come at least, outside of it |
 //! | `identity/` | this coordinator's certificate and key |
 //! | `joining.json` | from the beginning of `coordinator join` until its log has begun; says whether it got all that it needs |
 //! | `founding.json` | from the beginning of a new cluster until its log has begun |
+//! | `restoring.json`, `restoring/` | while a backup is restored |
 //! | `coordinators.json` | where the coordinators were when it last knew |
-//! | `client/` | a client's certificate and key, for `fleet` on this machine |
-//! | `tokens/` | `worker.token`, `client.token` (0600) |
+//! | `client/` | an admin's certificate and key, for `fleet` on this machine |
+//! | `tokens/` | `worker.token`, `client.token` |
 //! | `endpoint.json` | where it listens |
 //! | `listen.json` | where it was told to |
 //!
+//! All of it belongs to the user whom the coordinator runs as, and is closed to others.
+//!
 //! A cluster is founded only where nothing was before, or where its founding was interrupted: a CA alone is no reason.
 
-use super::Options;
+use super::custody::Custody;
+use super::trust::load_mended;
+use super::{Options, restore};
 use crate::cluster::State;
 use crate::cluster::commands::COMMAND_LEVEL;
 use crate::cluster::members::{ReplicaRecord, Standing};
+use crate::raft::disk::DiskError;
+use crate::raft::log::LogError;
 use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, bail};
@@ -30,13 +38,30 @@ use fleet_common::net::{ClusterCa, Identity, Joined};
 use fleet_common::protocol::{CoordinatorAddress, Member};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
 
+/// What is in a data directory.
+const CONTENTS: &[&str] = &[
+    "lock",
+    "cluster",
+    "raft",
+    "raft.mark",
+    "restoring",
+    "restoring.json",
+    "identity",
+    "joining.json",
+    "founding.json",
+    "coordinators.json",
+    "client",
+    "tokens",
+    "endpoint.json",
+    "listen.json",
+];
 /// The first replica of a new cluster.
 const FOUNDER: ReplicaId = ReplicaId(1);
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -44,7 +69,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// A data directory that was opened and checked.
 pub struct Opened {
     pub lock: File,
-    pub ca: ClusterCa,
+    pub custody: Custody,
     pub replica: ReplicaId,
     pub identity: Identity,
     pub disk: Arc<RocksDisk>,
@@ -89,7 +114,7 @@ fn how_far_joined(dir: &Path) -> Result<Option<Joining>> {
 
 fn mark_joining(dir: &Path, complete: bool) -> Result<()> {
     let text = serde_json::to_string(&Joining { complete })? + "\n";
-    Ok(files::write_atomic(&joining(dir), text.as_bytes(), files::PUBLIC)?)
+    Ok(files::write_atomic(&joining(dir), text.as_bytes())?)
 }
 
 fn founding(dir: &Path) -> PathBuf {
@@ -99,12 +124,12 @@ fn founding(dir: &Path) -> PathBuf {
 /// Takes the directory's lock and opens what is in it. A directory without a cluster gets a new one, unless one is expected.
 pub fn open(options: &Options) -> Result<Opened> {
     let dir = &options.data_dir;
-    if !options.expect_existing {
-        files::create_dir(dir)?;
-    } else if !dir.exists() {
+    if options.expect_existing && !dir.exists() {
         bail!("{}", not_a_replica(dir));
     }
+    claim(dir)?;
     let lock = lock(dir)?;
+    has_no_half_restore(dir)?;
     let (cluster_dir, identity_dir, raft_dir) = (dir.join("cluster"), dir.join("identity"), raft_dir(dir));
     let now = SystemTime::now();
     let joined = how_far_joined(dir)?;
@@ -114,7 +139,7 @@ pub fn open(options: &Options) -> Result<Opened> {
             dir.display()
         );
     }
-    let known = ClusterCa::load(&cluster_dir)?;
+    let known = Custody::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
         bail!(
             "{} has a cluster's log but not its CA; restore {} from a backup",
@@ -125,24 +150,34 @@ pub fn open(options: &Options) -> Result<Opened> {
     if options.expect_existing && (known.is_none() || (!raft_dir.exists() && joined.is_none())) {
         bail!("{}", not_a_replica(dir));
     }
-    let ca = match known {
-        Some(ca) => ca,
+    let custody = match known {
+        Some(custody) => custody,
         None if joined.is_some() => bail!(
             "{} is gone, which `coordinator join` had written; set {} aside and join anew",
             cluster_dir.display(),
             dir.display()
         ),
         None => {
-            files::write_atomic(&founding(dir), b"{}\n", files::PUBLIC)?;
+            files::write_atomic(&founding(dir), b"{}\n")?;
             let ca = ClusterCa::create(&hex::encode(rand::random::<[u8; 8]>()), now)?;
-            ca.store(&cluster_dir)?;
             info!("made a new cluster {} in {}", ca.cluster_id(), dir.display());
-            ca
+            Custody::begin(&cluster_dir, ca, Vec::new())?
         }
     };
-    let identity = Identity::load(&identity_dir)?;
+    let ca = custody.present().clone();
+    let identity = load_mended(&identity_dir, &custody.authorities())?;
     if identity.as_ref().is_some_and(|identity| identity.cluster_id != ca.cluster_id()) {
         bail!("the identity in {} is of another cluster; remove it", identity_dir.display());
+    }
+    let gone = || {
+        format!(
+            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
+            raft_dir.display(),
+            dir.display()
+        )
+    };
+    if joined.is_none() && identity.is_some() && !raft_dir.join("CURRENT").exists() {
+        bail!("{}", gone());
     }
     let (disk, found) = open_log(&raft_dir)?;
     let (begin, replica) = match (found, &identity) {
@@ -153,11 +188,7 @@ pub fn open(options: &Options) -> Result<Opened> {
         (None, Some(Identity { member: Member::Coordinator(id), .. })) if joined.is_some() => {
             (Begin::Join, *id)
         }
-        (None, Some(_)) => bail!(
-            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
-            raft_dir.display(),
-            dir.display()
-        ),
+        (None, Some(_)) => bail!("{}", gone()),
         (None, None) if options.expect_existing => bail!("{}", not_a_replica(dir)),
         (None, None) if founding(dir).exists() => (Begin::Found, FOUNDER),
         (None, None) => bail!(
@@ -183,14 +214,14 @@ pub fn open(options: &Options) -> Result<Opened> {
         Some(identity) if identity.remaining(now).is_zero() => {
             // It holds the CA itself.
             let renewed = ca.reissue(&identity, now, options.certificate_life)?;
-            renewed.store_certificate(&identity_dir)?;
+            renewed.store_renewed(&identity_dir, &identity)?;
             renewed
         }
         Some(identity) => identity,
         None => ca.issue(member, &name(options, replica), now, options.certificate_life)?,
     };
     let coordinators = load_coordinators(dir)?;
-    Ok(Opened { lock, ca, replica, identity, disk, begin, coordinators, dir: dir.clone() })
+    Ok(Opened { lock, custody, replica, identity, disk, begin, coordinators, dir: dir.clone() })
 }
 
 fn not_a_replica(dir: &Path) -> String {
@@ -203,7 +234,12 @@ fn not_a_replica(dir: &Path) -> String {
 /// A damaged log is an error here: the replica must not take part any more.
 pub fn open_log(raft_dir: &Path) -> Result<(Arc<RocksDisk>, Option<Replica<RocksDisk>>)> {
     let advice = || format!("cannot open the log in {}", raft_dir.display());
-    let disk = Arc::new(RocksDisk::open(raft_dir).with_context(advice)?);
+    let disk = RocksDisk::open(raft_dir).map_err(|error| match error {
+        // What its files lack or have wrong does not come back by itself.
+        DiskError::Failed(what) if what.contains("Corruption") => LogError::Damaged(what),
+        error => error.into(),
+    });
+    let disk = Arc::new(disk.with_context(advice)?);
     let replica = Replica::open(disk.clone(), rand::random()).with_context(advice)?;
     Ok((disk, replica))
 }
@@ -218,25 +254,28 @@ impl Opened {
         self,
         address: &CoordinatorAddress,
         name: &str,
-    ) -> Result<(File, ClusterCa, Identity, Replica<RocksDisk>)> {
-        let Opened { lock, ca, replica: id, identity, disk, begin, dir, .. } = self;
+    ) -> Result<(File, Custody, Identity, Replica<RocksDisk>)> {
+        let Opened { lock, custody, replica: id, identity, disk, begin, dir, .. } = self;
+        let ca = custody.present();
         let replica = match begin {
             Begin::Continue(replica) => *replica,
             Begin::Found => {
+                let key = identity.key_hash().map_err(anyhow::Error::msg)?;
                 let state = first_state(ca.cluster_id(), address.clone(), name);
+                let state = state.trusting(ca.der().to_vec(), BTreeMap::from([(id, key)]));
                 Replica::create(disk, id.0, &[id.0], state, rand::random())?
             }
             Begin::Join => Replica::join(disk, id.0, ca.cluster_id(), rand::random())?,
         };
         // After the log: an identity without one is a log that was lost.
         let identity_dir = dir.join("identity");
-        if Identity::load(&identity_dir)?.is_none() {
+        if load_mended(&identity_dir, &custody.authorities())?.is_none() {
             identity.store(&identity_dir)?;
         }
         for marker in [joining(&dir), founding(&dir)] {
             remove_file(&marker)?;
         }
-        Ok((lock, ca, identity, replica))
+        Ok((lock, custody, identity, replica))
     }
 }
 
@@ -278,8 +317,9 @@ pub fn give_up_joining(dir: &Path) {
 
 /// Keeps what a cluster gave to a new coordinator. The next start begins its log. Until all is there it is marked as incomplete.
 pub fn store_joined(dir: &Path, joined: &Joined) -> Result<()> {
-    let ca = joined.ca.as_ref().context("the cluster did not send its CA")?;
-    ca.store(&dir.join("cluster"))?;
+    let mut cas = joined.cas.iter().map(ClusterCa::again);
+    let present = cas.next().context("the cluster did not send its CA")??;
+    Custody::begin(&dir.join("cluster"), present, cas.collect::<Result<_, _>>()?)?;
     joined.identity.store(&dir.join("identity"))?;
     store_coordinators(dir, &joined.coordinators)?;
     mark_joining(dir, true)
@@ -294,30 +334,69 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
+/// Makes the directory, or closes to others what an older version left open.
+fn claim(dir: &Path) -> Result<()> {
+    if let Some(was_open) = files::claim(dir, CONTENTS)? {
+        warn!("{was_open}; `fleet token ls` and `fleet token revoke` end the tokens");
+    }
+    Ok(())
+}
+
 /// Takes the lock of a directory that must not have a cluster yet. One whose join was interrupted has none.
 pub fn lock_empty(dir: &Path) -> Result<File> {
-    files::create_dir(dir)?;
+    claim(dir)?;
     let lock = lock(dir)?;
+    has_no_half_restore(dir)?;
     if how_far_joined(dir)?.is_some_and(|joined| !joined.complete) && !raft_dir(dir).exists() {
         return Ok(lock);
     }
-    for name in ["cluster", "identity", "raft"] {
-        if dir.join(name).exists() {
-            bail!(
-                "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
-                dir.display()
-            );
-        }
+    has_no_coordinator(dir)?;
+    Ok(lock)
+}
+
+/// Takes the lock of a directory in which a backup may be restored: one that is empty, or in which a restore was interrupted.
+pub fn lock_for_restore(dir: &Path) -> Result<File> {
+    files::create_dir(dir)?;
+    let lock = lock(dir)?;
+    restore::finish(dir)?;
+    has_no_coordinator(dir)?;
+    if joining(dir).exists() {
+        bail!(
+            "`coordinator join` was interrupted in {}; run it again there, or choose another --data-dir",
+            dir.display()
+        );
     }
     Ok(lock)
 }
 
-pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Result<()> {
-    let text = serde_json::to_string_pretty(coordinators)? + "\n";
-    Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes(), files::PUBLIC)?)
+fn has_no_coordinator(dir: &Path) -> Result<()> {
+    if ["cluster", "identity", "raft", "raft.mark"].iter().any(|name| dir.join(name).exists()) {
+        bail!(
+            "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
+            dir.display()
+        );
+    }
+    Ok(())
 }
 
-fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
+/// Ends a restore that was interrupted when all was there.
+fn has_no_half_restore(dir: &Path) -> Result<()> {
+    restore::finish(dir)?;
+    if restore::is_unfinished(dir)? {
+        bail!(
+            "`coordinator restore` was interrupted in {}, which is no coordinator yet; run it again there",
+            dir.display()
+        );
+    }
+    Ok(())
+}
+
+pub fn store_coordinators(dir: &Path, coordinators: &[CoordinatorAddress]) -> Result<()> {
+    let text = serde_json::to_string_pretty(coordinators)? + "\n";
+    Ok(files::write_atomic(&dir.join("coordinators.json"), text.as_bytes())?)
+}
+
+pub fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
     let path = dir.join("coordinators.json");
     let Some(text) = files::read_optional(&path)? else { return Ok(Vec::new()) };
     serde_json::from_str(&text).with_context(|| format!("{} is damaged; remove it", path.display()))
@@ -330,7 +409,7 @@ pub fn last_endpoint(dir: &Path) -> Option<Endpoint> {
 
 pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = files::private().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -353,7 +432,7 @@ mod tests {
         let ca = ClusterCa::create("c1", SystemTime::now()).unwrap();
         let member = Member::Coordinator(ReplicaId(4));
         let identity = ca.issue(member, "four", SystemTime::now(), CERTIFICATE_LIFE).unwrap();
-        Joined { identity, coordinators: Vec::new(), ca: Some(ca) }
+        Joined { identity, coordinators: Vec::new(), cas: vec![ca] }
     }
 
     fn options(dir: &Path, expect_existing: bool) -> Options {
@@ -367,7 +446,7 @@ mod tests {
     #[test]
     fn wherever_a_join_is_interrupted_no_cluster_is_founded_and_it_can_be_joined_again() {
         let joined = joined();
-        let ca = joined.ca.as_ref().unwrap();
+        let ca = &joined.cas[0];
         type Step<'a> = &'a dyn Fn(&Path);
         let steps: [Step; 4] = [
             &|dir| begin_joining(dir).unwrap(),
@@ -408,10 +487,10 @@ mod tests {
     #[test]
     fn an_interrupted_founding_goes_on_and_a_ca_alone_founds_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let id = open(&options(dir.path(), false)).unwrap().ca.cluster_id().to_owned();
+        let id = open(&options(dir.path(), false)).unwrap().custody.present().cluster_id().to_owned();
         assert!(refusal(dir.path(), true).contains("--expect-existing"));
         let again = open(&options(dir.path(), false)).unwrap();
-        assert!(matches!(again.begin, Begin::Found) && again.ca.cluster_id() == id);
+        assert!(matches!(again.begin, Begin::Found) && again.custody.present().cluster_id() == id);
         drop(again);
         fs::remove_file(founding(dir.path())).unwrap();
         assert!(refusal(dir.path(), false).contains("neither a log nor an identity"));

@@ -5,25 +5,32 @@ use super::calls::unavailable;
 use crate::cluster::Answer;
 use crate::cluster::commands::{Change, CreateToken, RevokeToken};
 use crate::cluster::session::{RequestId, Stamp};
-use fleet_common::ids::ClientId;
+use fleet_common::ids::{ClientId, UserId};
 use fleet_common::net::JoinToken;
 use fleet_common::protocol::{Refusal, RefusalKind, Role};
 
 /// Longest life of a token: ten years.
 const TTL_MAX_S: u64 = 10 * 365 * 24 * 3600;
 
-/// Makes a token whose secret is known only to the caller.
+/// What a token is to be.
+pub struct Wish {
+    pub role: Role,
+    pub ttl_s: u64,
+    pub uses: u32,
+}
+
+/// Makes a token whose secret is known only to the caller. `by`: the user who wants it, if it is not this coordinator itself.
 pub async fn create(
     shared: &Shared,
     stamp: Stamp,
-    role: Role,
-    ttl_s: u64,
-    uses: u32,
+    by: Option<UserId>,
+    wish: Wish,
 ) -> Result<JoinToken, Refusal> {
+    let Wish { role, ttl_s, uses } = wish;
     if ttl_s == 0 || ttl_s > TTL_MAX_S || uses == 0 {
         return Err(invalid(format!("a token has at least one use and lives 1 to {TTL_MAX_S} seconds")));
     }
-    let token = JoinToken::generate(role, shared.trust.ca().fingerprint())
+    let token = JoinToken::generate(role, shared.trust.fingerprint())
         .map_err(|error| unavailable(error.to_string()))?;
     let create = CreateToken {
         id: token.id.clone(),
@@ -32,13 +39,13 @@ pub async fn create(
         ttl_ms: ttl_s.saturating_mul(1000),
         uses,
     };
-    match shared.calls.propose(stamp, Change::CreateToken(create)).await? {
+    match shared.calls.propose(stamp, by, Change::CreateToken(create)).await? {
         Answer::TokenCreated { id } if id == token.id => Ok(token),
         // The answer to an earlier try was lost, and its secret with it.
         Answer::TokenCreated { id: lost } => {
             let revoke = RequestId { client: ClientId(rand::random()), seq: 1 };
             let change = Change::RevokeToken(RevokeToken { id: lost.clone() });
-            match shared.calls.propose(revoke.into(), change).await {
+            match shared.calls.propose(revoke.into(), None, change).await {
                 // an earlier try of this may have revoked it
                 Err(refusal) if refusal.kind != RefusalKind::NotFound => return Err(refusal),
                 Ok(_) | Err(_) => {}

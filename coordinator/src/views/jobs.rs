@@ -1,6 +1,6 @@
 //! Jobs and their checkpoints.
 
-use super::{View, not_found, unreadable};
+use super::{View, not_found, removed, unreadable};
 use crate::cluster::State;
 use crate::cluster::records::{JobRecord, RecordedCheckpoint};
 use crate::planner::{Outlook, ended};
@@ -8,14 +8,19 @@ use crate::raft::disk::{Disk, Table};
 use crate::raft::history::History;
 use fleet_common::events::EventBody;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, Work};
+use fleet_common::protocol::{
+    CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, VariableView, Work,
+};
 use std::ops::Range;
 
 /// Finished jobs in the short list.
 const RECENT: usize = 50;
 
-pub fn no_such_job(id: JobId) -> Refusal {
-    not_found(format!("there is no {id}; `fleet jobs` lists them"))
+fn no_such_job(state: &State, id: JobId, unix_ms: u64) -> Refusal {
+    match id.0 > 0 && id.0 <= state.last_job() {
+        true => removed(state, &id.to_string(), unix_ms),
+        false => not_found(format!("there is no {id}; `fleet jobs` lists them")),
+    }
 }
 
 /// How many events of a job are recorded, and whether no more will come.
@@ -23,12 +28,27 @@ pub fn events_of<D: Disk + ?Sized>(
     state: &State,
     history: &History<D>,
     id: JobId,
+    unix_ms: u64,
 ) -> Result<(u64, bool), Refusal> {
     if let Some(job) = state.jobs().get(&id) {
         return Ok((job.events, job.state.is_final()));
     }
     let job: Option<JobRecord> = history.row(Table::Jobs, id.0).map_err(unreadable)?;
-    job.map(|job| (job.events, true)).ok_or_else(|| no_such_job(id))
+    job.map(|job| (job.events, true)).ok_or_else(|| no_such_job(state, id, unix_ms))
+}
+
+/// A job, from memory or from the history.
+pub fn job_record<D: Disk + ?Sized>(
+    state: &State,
+    history: &History<D>,
+    id: JobId,
+    unix_ms: u64,
+) -> Result<JobRecord, Refusal> {
+    if let Some(job) = state.jobs().get(&id) {
+        return Ok(job.clone());
+    }
+    let job = history.row(Table::Jobs, id.0).map_err(unreadable)?;
+    job.ok_or_else(|| no_such_job(state, id, unix_ms))
 }
 
 impl<D: Disk + ?Sized> View<'_, D> {
@@ -65,6 +85,20 @@ impl<D: Disk + ?Sized> View<'_, D> {
             view.job_json = job_json;
         }
         Ok(view)
+    }
+
+    /// Of one that has ended as the history has it: without the values of secrets. Whether the asker may see those was looked at before.
+    pub(super) fn environment(&self, id: JobId, values: bool) -> Result<Vec<VariableView>, Refusal> {
+        let in_state = self.state.jobs().get(&id).and_then(|job| job.work.clone());
+        let work = match in_state {
+            Some(work) => work,
+            None => self
+                .history
+                .work(id)
+                .map_err(unreadable)?
+                .ok_or_else(|| no_such_job(self.state, id, self.unix_ms))?,
+        };
+        Ok(work.environment().iter().map(|variable| variable.view(values)).collect())
     }
 
     pub(super) fn checkpoints(
@@ -110,12 +144,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
         Ok(view)
     }
 
-    /// From memory or from the history.
     pub(super) fn record(&self, id: JobId) -> Result<JobRecord, Refusal> {
-        if let Some(job) = self.state.jobs().get(&id) {
-            return Ok(job.clone());
-        }
-        self.history.row(Table::Jobs, id.0).map_err(unreadable)?.ok_or_else(|| no_such_job(id))
+        job_record(self.state, self.history, id, self.unix_ms)
     }
 
     fn outlook(&self) -> Outlook {

@@ -3,7 +3,11 @@
 use super::View;
 use crate::cluster::members::Standing;
 use crate::raft::disk::Disk;
-use fleet_common::protocol::{CoordinatorView, NodeView, TokenView};
+use fleet_common::protocol::{AuthorityView, CoordinatorView, NextAuthorityView, NodeView, TokenView};
+use sha2::{Digest, Sha256};
+
+/// Members that are named in one answer.
+const NAMED_MAX: usize = 100;
 
 impl<D: Disk + ?Sized> View<'_, D> {
     pub(super) fn coordinators(&self) -> Vec<CoordinatorView> {
@@ -19,6 +23,19 @@ impl<D: Disk + ?Sized> View<'_, D> {
             read_only: self.raft.writers.get(id).map(|writes| !writes),
         });
         views.collect()
+    }
+
+    pub(super) fn authority(&self) -> AuthorityView {
+        let cas = self.state.cas();
+        let next = cas.next.as_ref().map(|next| NextAuthorityView {
+            ca_sha256: sha256(&next.der),
+            since_unix_ms: next.since_unix_ms,
+            moving: next.moving,
+            without_key: self.state.without_next_key(),
+            not_moved: self.state.not_moved().count() as u64,
+            first_not_moved: self.state.not_moved().take(NAMED_MAX).collect(),
+        });
+        AuthorityView { ca_sha256: sha256(&cas.der), next }
     }
 
     /// Those that are still of use.
@@ -58,4 +75,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
         });
         views.collect()
     }
+}
+
+fn sha256(der: &[u8]) -> String {
+    hex::encode(Sha256::digest(der))
 }

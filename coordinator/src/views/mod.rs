@@ -7,7 +7,7 @@ mod members;
 mod paging;
 mod records;
 
-pub use jobs::{events_of, no_such_job};
+pub use jobs::{events_of, job_record};
 
 use crate::cluster::State;
 use crate::planner::Observed;
@@ -67,7 +67,12 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Profiles(page) => Reply::Profiles(self.profiles(*page)?),
             Request::Profile(profile) => Reply::Profile(Box::new(self.profile(*profile)?)),
             Request::Position => Reply::Position(self.raft.applied_index),
+            Request::Environment { job, values } => Reply::Environment(self.environment(*job, *values)?),
+            Request::Authority => Reply::Authority(Box::new(self.authority())),
+            Request::Retention => Reply::Retention(self.state.retention().view()),
             Request::Submit(_)
+            | Request::SetRetention { .. }
+            | Request::Output { .. }
             | Request::Cancel { .. }
             | Request::CreateToken { .. }
             | Request::Watch { .. }
@@ -83,7 +88,11 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::FinishRun { .. }
             | Request::RecordExport(_)
             | Request::RecordProfile(_)
-            | Request::SubmitOnce { .. } => {
+            | Request::SubmitOnce { .. }
+            | Request::GiveSecrets { .. }
+            | Request::RemoveSecrets(_)
+            | Request::RotateCa
+            | Request::FinishCa { .. } => {
                 let message = "this is no question with one answer".to_owned();
                 return Err(Refusal { kind: RefusalKind::Invalid, message });
             }
@@ -109,8 +118,27 @@ impl<D: Disk + ?Sized> View<'_, D> {
     }
 }
 
-fn unreadable(error: DiskError) -> Refusal {
-    Refusal { kind: RefusalKind::Unavailable, message: error.to_string() }
+/// A number that was given out, and nothing is known of it any more: "job-7".
+fn removed(state: &State, what: &str, unix_ms: u64) -> Refusal {
+    let ago = state.retention().removed_unix_ms().map_or(0, |at| unix_ms.saturating_sub(at));
+    not_found(format!(
+        "{what} was removed: what ended {} or longer ago is not kept any more, see `fleet retention`",
+        match ago / (24 * 3_600_000) {
+            0 => format!("{} hours", ago / 3_600_000),
+            days => format!("{days} days"),
+        }
+    ))
+}
+
+/// Why something of the history is not shown.
+pub fn unreadable(error: DiskError) -> Refusal {
+    let message = match error {
+        DiskError::Failed(why) => format!(
+            "this coordinator's history is damaged there ({why}); it asks the others for what it cannot read: try again, or ask another one with --stale"
+        ),
+        error => error.to_string(),
+    };
+    Refusal { kind: RefusalKind::Unavailable, message }
 }
 
 fn not_found(message: String) -> Refusal {

@@ -1,6 +1,6 @@
 //! Decisions, runs with their series, exports and profiles.
 
-use super::{View, not_found, unreadable};
+use super::{View, not_found, removed, unreadable};
 use crate::cluster::history::Decision;
 use crate::cluster::records::JobRecord;
 use crate::cluster::runs::RunRecord;
@@ -46,8 +46,9 @@ impl<D: Disk + ?Sized> View<'_, D> {
                     return Ok(own_run(id.0, run));
                 }
                 let run: Option<RunRecord> = self.history.row(Table::Runs, id.0).map_err(unreadable)?;
-                run.map(|run| own_run(id.0, &run))
-                    .ok_or_else(|| not_found(format!("there is no {id}; `fleet runs ls` lists them")))
+                run.map(|run| own_run(id.0, &run)).ok_or_else(|| {
+                    self.no_such(id.0, self.state.last_run(), &id.to_string(), "fleet runs ls")
+                })
             }
         }
     }
@@ -83,7 +84,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
 
     pub(super) fn export(&self, id: ExportId) -> Result<ExportView, Refusal> {
         let export = self.history.row(Table::Exports, id.0).map_err(unreadable)?;
-        export.ok_or_else(|| not_found(format!("there is no {id}; `fleet exports ls` lists them")))
+        export
+            .ok_or_else(|| self.no_such(id.0, self.state.last_export(), &id.to_string(), "fleet exports ls"))
     }
 
     /// Without their histograms.
@@ -101,7 +103,17 @@ impl<D: Disk + ?Sized> View<'_, D> {
 
     pub(super) fn profile(&self, id: ProfileId) -> Result<ProfileView, Refusal> {
         let profile = self.history.row(Table::Profiles, id.0).map_err(unreadable)?;
-        profile.ok_or_else(|| not_found(format!("there is no {id}; `fleet profiles ls` lists them")))
+        profile.ok_or_else(|| {
+            self.no_such(id.0, self.state.last_profile(), &id.to_string(), "fleet profiles ls")
+        })
+    }
+
+    /// Never given out, or removed.
+    fn no_such(&self, number: u64, last: u64, what: &str, lists: &str) -> Refusal {
+        match number > 0 && number <= last {
+            true => removed(self.state, what, self.unix_ms),
+            false => not_found(format!("there is no {what}; `{lists}` lists them")),
+        }
     }
 }
 

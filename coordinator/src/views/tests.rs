@@ -73,7 +73,7 @@ fn all_jobs_are_listed_whether_in_memory_or_not() {
     let Ok(Reply::Job(old)) = kept.ask(Request::Job(JobId(1))) else { panic!() };
     assert_eq!((old.state, old.reason.as_str()), (JobState::Succeeded, "done after 7 steps"));
     assert_eq!(old.job_json, "{}");
-    assert_eq!(events_of(&kept.script.state, &kept.history, JobId(1)), Ok((3, true)));
+    assert_eq!(events_of(&kept.script.state, &kept.history, JobId(1), 0), Ok((3, true)));
     assert!(kept.ask(Request::Job(JobId(last + 1))).unwrap_err().message.contains("no job-"));
 }
 
@@ -90,7 +90,7 @@ fn a_restored_cluster_lists_what_is_behind_the_gap_of_its_numbers_in_one_page() 
         joined_unix_ms: 0,
         standing: Standing::Voter,
     };
-    script.state = script.state.restored(record);
+    script.state = script.state.restored(record, [5; 32], &[]);
     let new = script.submit(1);
     assert_eq!(new.0, last + RESTORE_GAP + 1);
     let kept = Kept::new(script);

@@ -41,7 +41,7 @@ pub fn program(ranks: u32) -> Request {
     let program = Program {
         argv: vec!["/bin/true".into()],
         working_dir: "/".into(),
-        env: vec![("SECRET".into(), "hidden".into())],
+        env: vec![Variable::secret("SECRET", "hidden")],
     };
     Request::Submit(SubmitJob {
         world_size: ranks,
@@ -64,8 +64,16 @@ impl Client {
     }
 
     pub async fn connect(identity: &Identity, coordinator: &Coordinator) -> Client {
-        let connection = net::connect(&[coordinator.endpoint().quic.clone()], identity).await.unwrap();
-        Client::over(connection)
+        // One that has just started may have to ask who leads whether it knows the caller.
+        let connected = async {
+            loop {
+                match net::connect(&[coordinator.endpoint().quic.clone()], identity).await {
+                    Err(error) if error.to_string().contains("no coordinator leads") => {}
+                    connected => return connected,
+                }
+            }
+        };
+        Client::over(timeout(DEADLINE, connected).await.unwrap().unwrap())
     }
 
     pub fn over(connection: quinn::Connection) -> Client {
@@ -144,22 +152,20 @@ impl Agent {
         slots: u32,
         gangs: Vec<(JobId, Generation)>,
     ) -> Agent {
+        Agent::greet_as(identity, coordinator, slots, AgentHello { gangs, ..hello() }).await
+    }
+
+    /// The same with this greeting.
+    pub async fn greet_as(
+        identity: Identity,
+        coordinator: &Coordinator,
+        slots: u32,
+        hello: AgentHello,
+    ) -> Agent {
         let connection = net::connect(&[coordinator.endpoint().member.clone()], &identity).await.unwrap();
         let (send, receive) = connection.open_bi().await.unwrap();
         let mut agent = Agent { identity, connection, send, receive };
-        let (device, program_version) = ("cpu".into(), "test".into());
-        let hello = AgentHello {
-            version: PROTOCOL_VERSION,
-            name: "box".into(),
-            slots,
-            device,
-            program_version,
-            labels: BTreeMap::new(),
-            host: "127.0.0.1".into(),
-            process: 1,
-            gangs,
-        };
-        agent.tell(FromAgent::Hello(hello)).await;
+        agent.tell(FromAgent::Hello(AgentHello { slots, ..hello })).await;
         let node = agent.node();
         assert_eq!(agent.next().await, ToAgent::Welcome { node });
         agent
@@ -182,7 +188,7 @@ impl Agent {
     pub async fn next(&mut self) -> ToAgent {
         loop {
             match self.next_of_any().await {
-                ToAgent::Coordinators(_) | ToAgent::Heard { .. } => {}
+                ToAgent::Coordinators(_) | ToAgent::Authorities { .. } | ToAgent::Heard { .. } => {}
                 message => return message,
             }
         }
@@ -207,6 +213,23 @@ impl Agent {
     pub fn vanish(self) -> Identity {
         self.connection.close(0u32.into(), b"");
         self.identity
+    }
+}
+
+/// The greeting of a worker's first process that knows no gang.
+pub fn hello() -> AgentHello {
+    AgentHello {
+        version: PROTOCOL_VERSION,
+        name: "box".into(),
+        slots: 1,
+        device: "cpu".into(),
+        program_version: "test".into(),
+        labels: BTreeMap::new(),
+        host: "127.0.0.1".into(),
+        process: 1,
+        gangs: vec![],
+        lost: vec![],
+        earlier: vec![],
     }
 }
 

@@ -1,6 +1,6 @@
 //! `fleet events`: what the planner decided, and why.
 
-use super::{OutputArgs, Target, connect, pages};
+use super::{OutputArgs, Target, connect, pages, say_what_was_removed};
 use crate::client::block_on;
 use crate::failure::Failure;
 use crate::{out, places, text};
@@ -33,6 +33,12 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     for decision in &decisions {
         let age = text::age(now.saturating_sub(decision.unix_ms));
         out::line(&format!("{age:>8} ago  {}", decision.why));
+    }
+    if decisions.len() < args.lines {
+        block_on(async {
+            say_what_was_removed(&mut client).await;
+            Ok(())
+        })?;
     }
     Ok(exit::SUCCEEDED)
 }

@@ -1,6 +1,6 @@
 //! `fleet jobs`: the jobs of a cluster.
 
-use super::{OutputArgs, Target, connect, pages};
+use super::{OutputArgs, Target, connect, pages, say_what_was_removed};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, text};
@@ -25,7 +25,15 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     };
     match args.output.json {
         true => out::json(&jobs.iter().map(json::job).collect()),
-        false => print(&jobs),
+        false => {
+            print(&jobs);
+            if args.all {
+                block_on(async {
+                    say_what_was_removed(&mut client).await;
+                    Ok(())
+                })?;
+            }
+        }
     }
     Ok(exit::SUCCEEDED)
 }

@@ -4,13 +4,13 @@ use crate::client::block_on;
 use crate::cluster::Login;
 use crate::failure::Failure;
 use crate::{out, places};
-use fleet_common::exit;
 use fleet_common::net::{self, JoinToken, NAME_MAX};
 use fleet_common::protocol::Role;
+use fleet_common::{exit, files};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Store a credential for a cluster, with a client token made there
+/// Store a credential for a cluster, with a token for clients or admins made there
 #[derive(clap::Args)]
 pub struct Args {
     /// HOST:PORT of a coordinator
@@ -34,7 +34,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let token =
         JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
             .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
-    if token.role != Role::Client {
+    if token.role.in_certificate() != Role::Client {
         return Err(Failure::input(
             "this token is not for clients; make one with `fleet token create --role client`",
         ));
@@ -51,10 +51,13 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     }
     let me: String = user_name().chars().take(NAME_MAX).collect();
     let at = std::slice::from_ref(&args.address);
-    let joined = block_on(async { Ok(net::join(at, &token, &me).await?) })?;
+    // Before the token is used: what cannot be kept would be lost.
+    let dir = places::logins_dir()?.join(&name);
+    files::create_dir(&dir).map_err(|e| Failure::environment(e.to_string()))?;
+    let joined = block_on(async { Ok(net::join(at, &token, &me).await?) }).inspect_err(|_| {
+        let _ = std::fs::remove_dir(&dir); // unless there was a login in it
+    })?;
     let identity = joined.identity;
-    let dir = places::login_dir(&name);
-    std::fs::create_dir_all(&dir).map_err(|e| Failure::io("create", &dir, &e))?;
     identity.store(&dir).map_err(|e| Failure::io("write to", &dir, &e))?;
     let mut addresses = vec![args.address.clone()];
     let others = joined.coordinators.into_iter().map(|coordinator| coordinator.client);

@@ -1,13 +1,15 @@
-//! `fleet logs`: what happened in a job: the ranks' lines, steps, evaluations, checkpoints.
+//! `fleet logs`: what happened in a job: the ranks' lines, steps, evaluations, checkpoints. With `--full` what the ranks printed, all of
+//! it, from the files on their nodes.
 
 use super::{OutputArgs, Target, connect, jobs};
-use crate::client::{Flow, block_on};
+use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
-use crate::out;
 use crate::report::{Report, Style};
+use crate::{out, text};
 use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::{JobId, Rank};
+use fleet_common::protocol::{Reply, Request};
 
 /// Print what happened in a job: the ranks' lines, steps, evaluations, checkpoints
 #[derive(clap::Args)]
@@ -20,6 +22,9 @@ pub struct Args {
     /// Go on until the job ends
     #[arg(short, long)]
     follow: bool,
+    /// All that the ranks of the last start printed up to now, rank by rank, from the files on their nodes
+    #[arg(long, conflicts_with = "follow")]
+    full: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -36,6 +41,9 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
         };
         let style = if args.output.json { Style::Json } else { Style::Lines };
         let mut report = Report::new(style, None);
+        if args.full {
+            return everything(&mut client, &mut report, job, args.rank).await;
+        }
         let print = |event: Event| {
             if args.rank.is_none_or(|rank| is_of(&event, rank)) {
                 report.event(&event);
@@ -45,6 +53,70 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
         client.watch(job, 1, args.follow, print).await?;
         Ok(exit::SUCCEEDED)
     })
+}
+
+/// What the ranks printed, whole, one rank after the other.
+async fn everything(
+    client: &mut Client,
+    report: &mut Report,
+    job: JobId,
+    only: Option<Rank>,
+) -> Result<u8, Failure> {
+    let ranks = match only {
+        Some(rank) => rank..rank.saturating_add(1),
+        None => match client.ask(Request::Job(job)).await? {
+            Reply::Job(view) => 0..view.world_size,
+            other => return Err(unexpected(&other)),
+        },
+    };
+    let mut failed = None;
+    for rank in ranks {
+        // What one node has is not lost because another one is away.
+        if let Err(failure) = all_of(client, report, job, rank).await {
+            report.note(&format!("rank {rank}: {}", failure.message));
+            failed = Some(failure);
+        }
+        if out::is_closed() {
+            break;
+        }
+    }
+    failed.map_or(Ok(exit::SUCCEEDED), Err)
+}
+
+async fn all_of(client: &mut Client, report: &mut Report, job: JobId, rank: Rank) -> Result<(), Failure> {
+    let (mut from, mut line) = (0, Vec::new());
+    loop {
+        let piece = match client.ask(Request::Output { job, rank, from }).await? {
+            Reply::Output(piece) => piece,
+            other => return Err(unexpected(&other)),
+        };
+        if piece.start > from {
+            let gone = text::short(piece.start - from);
+            report.note(&format!("rank {rank}: {gone}B from here on are not there any more: a node keeps the newest of what a rank prints"));
+            line.clear();
+        }
+        for byte in &piece.bytes {
+            match byte {
+                b'\n' => say(report, rank, &mut line),
+                byte => line.push(*byte),
+            }
+        }
+        from = piece.start + piece.bytes.len() as u64;
+        if out::is_closed() || piece.bytes.is_empty() || from >= piece.end {
+            break;
+        }
+    }
+    if !line.is_empty() {
+        say(report, rank, &mut line);
+    }
+    Ok(())
+}
+
+/// Shows a line as it is shown where it comes from the coordinators.
+fn say(report: &mut Report, rank: Rank, line: &mut Vec<u8>) {
+    let text = String::from_utf8_lossy(line).trim_end_matches('\r').to_owned();
+    line.clear();
+    report.line_of(rank, text);
 }
 
 fn is_of(event: &Event, wanted: Rank) -> bool {

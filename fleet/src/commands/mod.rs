@@ -13,8 +13,10 @@ pub mod login;
 pub mod logs;
 pub mod nodes;
 pub mod profiles;
+pub mod retention;
 pub mod revoke;
 pub mod runs;
+pub mod secrets;
 pub mod status;
 pub mod submit;
 pub mod token;
@@ -23,7 +25,7 @@ pub mod top;
 use crate::client::{Client, block_on, unexpected};
 use crate::cluster::Cluster;
 use crate::failure::Failure;
-use crate::out;
+use crate::{out, places, text};
 use fleet_common::job::{self, Job};
 use fleet_common::protocol::{Listing, PAGE_MAX, Page, Reply, Request};
 use serde_json::Value;
@@ -94,6 +96,18 @@ pub async fn pages<T>(
     Ok(items)
 }
 
+/// The end of a list was shown: says so on stderr where there was more once.
+pub async fn say_what_was_removed(client: &mut Client) {
+    if let Ok(Reply::Retention(view)) = client.ask(Request::Retention).await
+        && let Some(at) = view.removed_unix_ms
+    {
+        let age = text::age(places::unix_ms().saturating_sub(at));
+        out::note(&format!(
+            "what ended {age} ago or before was removed; `fleet retention` says how much is kept"
+        ));
+    }
+}
+
 /// Prints the newest items of such a list.
 pub fn list<T>(
     client: &mut Client,
@@ -106,7 +120,15 @@ pub fn list<T>(
     let items = block_on(pages(client, args.lines, ask, take))?;
     match args.output.json {
         true => out::json(&items.iter().map(json).collect()),
-        false => print(&items),
+        false => {
+            print(&items);
+            if items.len() < args.lines {
+                block_on(async {
+                    say_what_was_removed(client).await;
+                    Ok(())
+                })?;
+            }
+        }
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 use super::token::seconds;
 use super::{OutputArgs, Target, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
+use crate::environment::EnvArgs;
 use crate::failure::Failure;
 use crate::launch::work::work_of;
 use crate::report::{End, Report, Style};
@@ -17,7 +18,8 @@ use std::path::PathBuf;
 /// Give a job to a running cluster
 ///
 /// With `-- PROGRAM ARGS` the ranks are copies of any program, with RANK, WORLD_SIZE, MASTER_ADDR and the rest as torchrun sets them,
-/// on one node or several.
+/// on one node or several. Of the environment here PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, CONDA_*, LANG, LC_*, TZ, TERM, PYTHON*, OMP_*, MKL_*,
+/// NCCL_*, TORCH_*, CUDA_* and their like travel; HOME, USER and the devices are the node's; everything else is given with --env.
 #[derive(clap::Args)]
 pub struct Args {
     /// Job file: .toml, .yaml or .json
@@ -26,7 +28,7 @@ pub struct Args {
     /// Replace a setting of the job file, such as --set data.path=FILE
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "program")]
     sets: Vec<String>,
-    /// Any program, in this directory and with this environment
+    /// Any program, in this directory, and with the part of this environment that is known to hold no secrets
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
     /// Ranks to start; without it the job's `devices`, else one
@@ -35,6 +37,8 @@ pub struct Args {
     /// A name of your own for this submit, with which it can be repeated: the same job under the same name is submitted once
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
+    #[command(flatten)]
+    env: EnvArgs,
     #[command(flatten)]
     wish: WishArgs,
     /// Show the job's progress and end as it ends
@@ -120,8 +124,13 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
 /// What is to be done, and by how many ranks.
 fn work(args: &Args) -> Result<(u32, Work), Failure> {
     let Some(path) = &args.job else {
-        return Ok((args.ranks.unwrap_or(1), work_of(&args.program)?));
+        return Ok((args.ranks.unwrap_or(1), work_of(&args.program, args.env.variables()?)?));
     };
+    if !args.env.is_empty() {
+        return Err(Failure::input(
+            "--env and --env-file are for programs; a training job has no environment of its own",
+        ));
+    }
     let mut job = load_job(path, &args.sets)?;
     let (world_size, warning) = job.settle_ranks(args.ranks)?;
     if let Some(warning) = warning {

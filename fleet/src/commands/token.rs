@@ -5,8 +5,12 @@ use crate::client::{block_on, unexpected};
 use crate::failure::Failure;
 use crate::{out, places, text};
 use fleet_common::exit;
+use fleet_common::files::NewFile;
+use fleet_common::net::JoinToken;
 use fleet_common::protocol::{Reply, Request, Role, UNLIMITED_USES};
 use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
 
 /// Make tokens that let machines and people join
 #[derive(clap::Args)]
@@ -17,7 +21,7 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Action {
-    /// Make a token and print it; it is shown this once
+    /// Make a token and print it, or write it to a file; it is shown this once
     Create(Create),
     /// List the tokens that are still good for something, without their secrets
     Ls {
@@ -44,6 +48,9 @@ struct Create {
     /// How many times it can be used
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
+    /// Write it to this file, which only you can read, instead of printing it
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -53,6 +60,8 @@ enum Holder {
     Coordinator,
     Worker,
     Client,
+    /// A client that also makes tokens for coordinators and admins, revokes, and takes coordinators out
+    Admin,
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
@@ -105,17 +114,34 @@ fn create(args: Create, cluster: Target<'_>) -> Result<u8, Failure> {
         Holder::Coordinator => Role::Coordinator,
         Holder::Worker => Role::Worker,
         Holder::Client => Role::Client,
+        Holder::Admin => Role::Admin,
     };
     let mut client = connect(cluster)?;
+    // Begun before there is a token: one that could not be kept would be good for nobody, and open the door for as long as it holds.
+    let file = args.out.as_deref().map(|out| NewFile::create(out).map(|file| (out, file))).transpose();
+    let file = file.map_err(|e| Failure::input(e.to_string()))?;
     let request = Request::CreateToken { role, ttl_s: args.ttl, uses: args.uses };
-    match block_on(client.change(request))? {
-        Reply::Token { text } if args.output.json => {
-            out::json(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses}))
-        }
-        Reply::Token { text } => out::line(&text),
+    let text = match block_on(client.change(request))? {
+        Reply::Token { text } => text,
         other => return Err(unexpected(&other)),
-    }
+    };
+    let Some((out, file)) = file else {
+        args.output.say(&json!({"token": text, "ttl_s": args.ttl, "uses": args.uses}), &text);
+        return Ok(exit::SUCCEEDED);
+    };
+    let token: JoinToken = text.parse()?;
+    keep(file, &token).map_err(|e| {
+        Failure::environment(format!("{e}; end the token with `fleet token revoke {}`", token.id))
+    })?;
+    let json =
+        json!({"id": token.id, "file": out.display().to_string(), "ttl_s": args.ttl, "uses": args.uses});
+    args.output.say(&json, &format!("{}: the token {}", out.display(), token.id));
     Ok(exit::SUCCEEDED)
+}
+
+fn keep(mut file: NewFile, token: &JoinToken) -> std::io::Result<()> {
+    writeln!(file, "{token}")?;
+    file.commit()
 }
 
 /// `90`, `90s`, `30m`, `12h`, `7d` in seconds.

@@ -8,14 +8,14 @@ use crate::cluster::Cluster;
 use crate::failure::Failure;
 use crate::{json, programs};
 use fleet_common::endpoint::Endpoint;
-use fleet_common::exit;
 use fleet_common::protocol::{Reply, Request, Role};
+use fleet_common::{exit, files};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -224,7 +224,7 @@ impl Local {
                 command.arg("start").env_remove("FLEET_TOKEN");
             }
         }
-        std::fs::create_dir_all(&coordinator.dir).map_err(|e| Failure::io("create", &coordinator.dir, &e))?;
+        files::create_dir(&coordinator.dir).map_err(|e| Failure::environment(e.to_string()))?;
         command.arg("--data-dir").arg(&coordinator.dir);
         command.args(["--listen", listen, "--member-listen", member, "--http", http, "--log-format", "json"]);
         command.stdout(Stdio::null());
@@ -269,7 +269,9 @@ impl Local {
         command.arg("--token-file").arg(self.data_dir.join("tokens/worker.token"));
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
-        command.args(["--name", "local", "--log-format", "json"]);
+        command.args(["--name", "local", "--log-format", "json", "--inherit-env"]);
+        // The cluster ends with its job: all that a program prints is shown, as it would be without fleet.
+        command.args(["--log-rate", "0"]);
         command.stdout(Stdio::piped());
         let mut child = self.spawn(command, "worker")?;
         let pid = child.id().unwrap_or_default();
@@ -280,7 +282,7 @@ impl Local {
     fn spawn(&self, mut command: Command, name: &str) -> Result<Child, Failure> {
         command.arg("--die-with-parent").arg(std::process::id().to_string());
         let path = self.log_path(name);
-        let log = OpenOptions::new()
+        let log = files::private()
             .create(true)
             .append(true)
             .open(&path)

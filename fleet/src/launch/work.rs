@@ -4,7 +4,7 @@ use super::Args;
 use crate::failure::Failure;
 use crate::programs;
 use fleet_common::job::{self, Warning};
-use fleet_common::protocol::{Program, SubmitJob, Wish, Work};
+use fleet_common::protocol::{Program, SubmitJob, Variable, Wish, Work};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
@@ -48,20 +48,18 @@ fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
 }
 
 fn program(args: &Args) -> Result<Prepared, Failure> {
-    let work = work_of(&args.program)?;
+    // the worker of a launch gives its programs what it has itself from here
+    let work = work_of(&args.program, Vec::new())?;
     let world_size = args.ranks.unwrap_or_else(accelerators);
     Ok(Prepared { submit: SubmitJob { world_size, work, wish: wish() }, program: true, warnings: Vec::new() })
 }
 
-/// Any program, to be run where and as it would run here.
-pub fn work_of(program: &[OsString]) -> Result<Work, Failure> {
+/// Any program, to be run where it would run here.
+pub fn work_of(program: &[OsString], env: Vec<Variable>) -> Result<Work, Failure> {
     let argv =
         program.iter().map(|arg| utf8(arg, "the program's argument")).collect::<Result<Vec<_>, _>>()?;
     let working_dir = utf8(here()?.as_os_str(), "the current directory")?;
-    // what is not UTF-8 cannot be passed on through the cluster
-    let env = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    Ok(Work::Program(Program { argv, working_dir, env: env.collect() }))
+    Ok(Work::Program(Program { argv, working_dir, env }))
 }
 
 /// The node of a launch may join after its job is there.

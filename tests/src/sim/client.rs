@@ -9,6 +9,7 @@ use fleet_common::ids::{ClientId, ExportId, JobId, NodeId, ProfileId, ReplicaId,
 use fleet_common::protocol::{ClientFrame, Member, Point, RefusalKind, Reply, Request, RunKey};
 use fleet_coordinator::cluster::commands::{Change, CreateToken, RedeemToken};
 use fleet_coordinator::cluster::session::RequestId;
+use fleet_coordinator::raft::disk::Table;
 use std::collections::{BTreeMap, VecDeque};
 
 /// The operator's number.
@@ -440,10 +441,12 @@ impl World {
             }
             (Want::OwnExport(export, job, step), Answered::Reply(reply)) => match &reply {
                 Reply::Export(view) if (view.record.job, view.record.step) == (*job, *step) => Ok(()),
+                Reply::Refused(_) if self.oracle.is_removed(Table::Exports, export.0) => Ok(()),
                 _ => Err(format!("{export} of {job} at step {step} was acknowledged and shown as {reply:?}")),
             },
             (Want::OwnProfile(profile, run), Answered::Reply(reply)) => match &reply {
                 Reply::Profile(view) if view.record.run == RunKey::Own(*run) => Ok(()),
+                Reply::Refused(_) if self.oracle.is_removed(Table::Profiles, profile.0) => Ok(()),
                 _ => Err(format!("{profile} of {run} was acknowledged and shown as {reply:?}")),
             },
             (Want::Drain(node) | Want::Undrain(node), Answered::Reply(Reply::Done)) => {

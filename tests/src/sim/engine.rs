@@ -118,10 +118,6 @@ impl World {
             Work::Program(_) => None,
         };
         let chance = mix(id.job.0 ^ id.generation << 32);
-        // An agent that was started again before it could tell anything gets the same gang again.
-        if self.engine.runs.get(&id).is_some_and(|run| run.lives().next().is_none()) {
-            self.engine.runs.remove(&id);
-        }
         let run = self.engine.runs.entry(id).or_insert_with(|| Run {
             world_size: gang.world_size,
             train,
@@ -136,15 +132,16 @@ impl World {
         let mut twice = None;
         for rank in ranks_of(gang) {
             let process = Proc { machine, local: rank - gang.first_rank, life, stage: Stage::Loading };
-            if run.procs.insert(rank, process).is_some_and(|old| old.stage != Stage::Gone) {
-                twice = Some(rank);
+            if let Some(old) = run.procs.insert(rank, process) {
+                twice = Some((
+                    rank,
+                    if old.stage == Stage::Gone { "was started before" } else { "lives already" },
+                ));
             }
         }
         let programs: Vec<Rank> = if run.train.is_none() { ranks_of(gang).collect() } else { Vec::new() };
-        if let Some(rank) = twice {
-            self.violated(format!(
-                "rank {rank} of {id} lives already and is started again on machine-{machine}"
-            ));
+        if let Some((rank, how)) = twice {
+            self.violated(format!("rank {rank} of {id} {how} and is started again on machine-{machine}"));
         }
         for rank in programs {
             let takes = SECOND + mix(chance ^ u64::from(rank)) % (60 * SECOND);
@@ -218,14 +215,26 @@ impl World {
         }
     }
 
-    /// The agent is gone, and its children with it.
-    pub fn end_ranks_of(&mut self, machine: u32) {
+    /// The agent was killed: some ranks end with it, others do not notice.
+    pub fn orphan_ranks_of(&mut self, machine: u32) {
+        let (all, spared) = (self.random.chance(1, 2), self.random.range(0..3) as Rank);
+        self.end_ranks(machine, |rank| all || rank % 3 != spared);
+    }
+
+    /// All ranks that were ever started on the machine are ended, whoever started them.
+    pub fn sweep_machine(&mut self, machine: u32) {
+        self.end_ranks(machine, |_| true);
+    }
+
+    fn end_ranks(&mut self, machine: u32, ends: impl Fn(Rank) -> bool) {
         let mut touched = Vec::new();
         for (id, run) in &mut self.engine.runs {
-            for process in run.procs.values_mut().filter(|process| process.machine == machine) {
-                run.broken |= process.stage != Stage::Done;
-                process.stage = Stage::Gone;
+            for (rank, process) in run.procs.iter_mut().filter(|(_, process)| process.machine == machine) {
                 touched.push(id.job);
+                if ends(*rank) {
+                    run.broken |= process.stage != Stage::Done;
+                    process.stage = Stage::Gone;
+                }
             }
         }
         for job in touched {

@@ -5,7 +5,7 @@ use super::net::{GOOD, Path, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
-use fleet_coordinator::control::{Control, Input};
+use fleet_coordinator::control::{Control, Input, Room};
 use fleet_coordinator::raft::disk::Table;
 use fleet_coordinator::raft::memory::MemoryDisk;
 use std::collections::BTreeSet;
@@ -160,7 +160,8 @@ impl World {
         let Some(number) = self.any_serving() else { return };
         let takes = self.random.range(SECOND..30 * SECOND);
         self.say(format_args!("fault: host-{number} has little room for {} s", takes / SECOND));
-        self.tell_control(number, Input::LowSpace(Some("little room".to_owned())));
+        let room = if self.random.chance(1, 2) { Room::Little } else { Room::None };
+        self.tell_control(number, Input::Room(room("little room".to_owned())));
         self.queue.after(takes, Event::Mend(Mend::Space(number)));
     }
 
@@ -401,7 +402,7 @@ impl World {
                     host.is_stable_from(now);
                 }
             }
-            Mend::Space(number) => self.tell_control(number, Input::LowSpace(None)),
+            Mend::Space(number) => self.tell_control(number, Input::Room(Room::Enough)),
             Mend::FastDisk(number) => {
                 if let Some(host) = self.hosts.get_mut(&number) {
                     host.sync = super::host::SYNC;

@@ -339,6 +339,13 @@ impl World {
                     self.answer(number, call, Answered::Proposed(result), true);
                 }
                 Action::Members => self.follow_members(number),
+                // Nobody has certificates here.
+                Action::Looked { .. } | Action::Admitted(_) => {}
+                Action::SendCa { to, der } => {
+                    let key = fleet_common::net::PrivateKey::new(der.clone());
+                    self.send_peer(number, to, PeerMessage::Ca { der, key });
+                }
+                Action::KeepCa { der, .. } => self.tell_control(number, Input::HoldsCa(der)),
                 Action::Alarm(what) => self.say(format_args!("host-{number} is alarmed: {what}")),
                 Action::Decided(why) => self.say(format_args!("host-{number} decides: {why}")),
                 Action::Removed(why) => self.retire(number, &why),
@@ -496,7 +503,7 @@ impl World {
                     Question::Client { caller, frame } => Input::Client { call, caller, frame },
                     Question::Join { redeem, request } => Input::Join { call, redeem, request },
                     Question::Propose { request, change } => {
-                        Input::Propose { call, request: request.into(), change }
+                        Input::Propose { call, request: request.into(), by: None, change }
                     }
                 };
                 self.tell_control(number, input);

@@ -5,11 +5,12 @@ use super::jobs;
 use super::net::{ConnId, Site};
 use super::queue::{MS, Micros, SECOND};
 use super::world::{Event, Payload, Purpose, World};
-use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now};
-use fleet_agent::gang::GangInput;
+use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now, Past};
+use fleet_agent::budget::Rates;
+use fleet_agent::gang::{GangId, GangInput};
 use fleet_common::ids::NodeId;
 use fleet_common::protocol::ToAgent;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 const BACKOFF_FIRST: Micros = 50 * MS;
@@ -22,6 +23,7 @@ pub struct Machine {
     pub labels: BTreeMap<String, String>,
     /// Its identity, once it has joined.
     pub node: Option<NodeId>,
+    pub disk: Records,
     pub agent: Option<Agent>,
     pub life: u64,
     pub paused: bool,
@@ -35,6 +37,14 @@ pub struct Machine {
     due: Option<Micros>,
 }
 
+/// What a worker writes down of what it starts; it is durable before anything is started.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// The process that used the disk last, and those before it that no welcome has settled.
+    processes: Vec<u64>,
+    gangs: BTreeSet<GangId>,
+}
+
 impl Machine {
     pub fn new(number: u32, slots: u32, clock: Clock) -> Machine {
         Machine {
@@ -43,6 +53,7 @@ impl Machine {
             slots,
             labels: jobs::labels(number),
             node: None,
+            disk: Records::default(),
             agent: None,
             life: 0,
             paused: false,
@@ -74,6 +85,7 @@ impl Machine {
             labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
             process: self.life,
+            lines: Rates::USUAL,
         }
     }
 }
@@ -86,9 +98,15 @@ impl World {
         if machine.agent.is_some() || machine.node.is_none() {
             return;
         }
+        let forgets = !machine.disk.processes.is_empty() && self.random.chance(1, 12);
+        if forgets {
+            machine.disk = Records::default();
+        }
         machine.life += 1;
         machine.begun = now;
-        machine.agent = Some(Agent::new(machine.config()));
+        let past = Past { processes: machine.disk.processes.clone(), gangs: machine.disk.gangs.clone() };
+        machine.disk.processes.push(machine.life);
+        machine.agent = Some(Agent::new(machine.config(), past));
         machine.paused = false;
         machine.conn = None;
         machine.backoff = BACKOFF_FIRST;
@@ -97,17 +115,36 @@ impl World {
         let (site, life) = (machine.site(), machine.life);
         self.net.up(site, life);
         self.say(format_args!("machine-{number} starts its agent"));
+        self.sweep_machine(number);
+        if forgets {
+            self.say(format_args!("fault: the records on machine-{number} are gone"));
+            self.oracle.records_lost = true;
+        }
         self.queue.after(0, Event::Dial { machine: number, life });
     }
 
-    /// The agent's process ends in some way that it has no say in.
+    /// The agent's process is killed. Some of its ranks end with it; others live on until the next one sweeps.
     pub fn kill_agent(&mut self, number: u32) {
-        let Some(machine) = self.machines.get_mut(&number) else { return };
-        if machine.agent.take().is_some() {
+        if self.drop_agent(number) {
+            self.orphan_ranks_of(number);
+        }
+    }
+
+    /// The agent ends by itself, and ends its ranks before.
+    fn leave(&mut self, number: u32) {
+        if self.drop_agent(number) {
+            self.sweep_machine(number);
+        }
+    }
+
+    fn drop_agent(&mut self, number: u32) -> bool {
+        let Some(machine) = self.machines.get_mut(&number) else { return false };
+        let there = machine.agent.take().is_some();
+        if there {
             let site = machine.site();
             self.net.down(site);
-            self.end_ranks_of(number);
         }
+        there
     }
 
     pub fn pause_agent(&mut self, number: u32) {
@@ -244,8 +281,17 @@ impl World {
                     self.send(conn, 0, Payload::FromAgent(message), 400);
                 }
             }
-            Action::Registered(_) => {}
-            Action::Spawn(gang) => self.spawn(number, &gang),
+            Action::Registered(_) => {
+                if let Some(machine) = self.machines.get_mut(&number) {
+                    machine.disk.processes = vec![machine.life];
+                }
+            }
+            Action::Spawn(gang) => {
+                if let Some(machine) = self.machines.get_mut(&number) {
+                    machine.disk.gangs.insert(GangId { job: gang.job, generation: gang.generation });
+                }
+                self.spawn(number, &gang);
+            }
             Action::Prepare { gang, job } => self.prepare(number, gang, &job),
             Action::ToRank { gang, rank, message } => self.tell_rank(number, gang, rank, message),
             Action::Strike { gang, rank, blow } => self.strike(number, gang, rank, blow),
@@ -255,11 +301,27 @@ impl World {
                 let input = GangInput::Memory { rss_mib: Vec::new(), pss_mib: Vec::new() };
                 self.tell_agent_later(number, Input::Gang(gang, input));
             }
-            Action::Forget(gang) => self.say(format_args!("machine-{number} forgets {gang}")),
+            // Nobody asks in here: what is printed is made up.
+            Action::ReadOutput(_) => {}
+            Action::Sweep(gang) => {
+                self.tell_agent_later(number, Input::Gang(gang, GangInput::Swept { left: 0 }))
+            }
+            Action::Forget(gang) => {
+                if let Some(machine) = self.machines.get_mut(&number) {
+                    machine.disk.gangs.remove(&gang);
+                }
+                self.say(format_args!("machine-{number} forgets {gang}"));
+            }
+            Action::Reconnect => {
+                if let Some(conn) = self.machines.get_mut(&number).and_then(|machine| machine.conn) {
+                    self.net.close(conn, 0);
+                    self.machine_loses(number, conn);
+                }
+            }
             Action::Exit { refused } => {
                 let why = refused.unwrap_or_else(|| "it was asked to end".into());
                 self.say(format_args!("machine-{number} ends its agent: {why}"));
-                self.kill_agent(number);
+                self.leave(number);
                 self.agent_exited(number);
             }
         }

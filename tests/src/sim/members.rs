@@ -8,7 +8,8 @@ use super::setup::redeem;
 use super::world::World;
 use fleet_common::ids::{NodeId, ReplicaId};
 use fleet_common::protocol::{Member, Role};
-use fleet_coordinator::cluster::members::{Membership, Standing};
+use fleet_coordinator::cluster::admitted::Membership;
+use fleet_coordinator::cluster::members::Standing;
 
 /// Coordinators that are wanted, at least and at most.
 const COORDINATORS: std::ops::RangeInclusive<usize> = 3..=5;

@@ -16,6 +16,7 @@ use fleet_common::ids::{ExportId, Generation, JobId, NodeId, ProfileId, RunId};
 use fleet_common::protocol::{JobState, JobView, Member, RunKey};
 use fleet_coordinator::cluster::commands::{Change, DrainNode, RevokeMember, UndrainNode};
 use fleet_coordinator::cluster::history::HistoryRow;
+use fleet_coordinator::cluster::retention::Removal;
 use fleet_coordinator::cluster::session::RequestId;
 use fleet_coordinator::cluster::{Answer, Command, Effect, State};
 use fleet_coordinator::planner::LEASE_MS;
@@ -49,6 +50,8 @@ pub struct Oracle {
     by_name: BTreeMap<String, JobId>,
     exports: BTreeMap<ExportId, (JobId, u64)>,
     profiles: BTreeMap<ProfileId, RunKey>,
+    /// What the cluster has forgotten.
+    removed: Vec<Removal>,
     /// Since which index each node is drained, or not.
     drains: BTreeMap<NodeId, Vec<(u64, bool)>>,
     /// When something that had been acknowledged was in the log at this index; both rise.
@@ -61,6 +64,8 @@ pub struct Oracle {
     /// When a leader put an entry into its log, by term and index.
     proposed: BTreeMap<(u64, u64), Proposed>,
     pub commands: u64,
+    /// A worker came back without its records: nobody knows what it had started.
+    pub records_lost: bool,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +114,7 @@ impl Oracle {
             by_name: BTreeMap::new(),
             exports: BTreeMap::new(),
             profiles: BTreeMap::new(),
+            removed: Vec::new(),
             drains: BTreeMap::new(),
             floor: VecDeque::new(),
             heard: BTreeMap::new(),
@@ -116,6 +122,7 @@ impl Oracle {
             came: BTreeMap::new(),
             proposed: BTreeMap::new(),
             commands: 0,
+            records_lost: false,
         }
     }
 
@@ -209,6 +216,10 @@ impl Oracle {
                 _ => {}
             }
         }
+        for removal in &applied.removed {
+            history::stage_removal(removal, &mut batch);
+        }
+        self.removed.extend(applied.removed);
         self.rows.write(&batch, Durability::Synced).map_err(|error| error.to_string())?;
         for effect in &applied.effects {
             if let Effect::Job(job) = effect {
@@ -291,7 +302,9 @@ impl Oracle {
                 }
             }
             EventBody::Finished(Outcome::Failed(error))
-                if facts.excuse.is_none() && !is_own_fault(&error.message) =>
+                if facts.excuse.is_none()
+                    && !is_own_fault(&error.message)
+                    && !(self.records_lost && error.message.contains("without its records")) =>
             {
                 return Err(format!("{id} failed and nothing had happened to it: {}", error.message));
             }
@@ -380,11 +393,18 @@ impl Oracle {
         }
     }
 
+    /// Whether a row was removed because it was too old or there was too much: then nobody need find it.
+    pub fn is_removed(&self, table: Table, number: u64) -> bool {
+        let has = |removal: &Removal| removal.table == table && (removal.from..removal.to).contains(&number);
+        self.removed.iter().any(has)
+    }
+
     /// A client was told that its run has this number.
     pub fn run_started(&mut self, name: &str, run: RunId) -> Result<(), String> {
         match self.state.runs().get(&run) {
             Some(record) if record.name == name => Ok(()),
             Some(record) => Err(format!("`{name}` was acknowledged as {run}, which is `{}`", record.name)),
+            None if self.is_removed(Table::Runs, run.0) => Ok(()),
             None => Err(format!("`{name}` was acknowledged as {run} and is not committed")),
         }
     }
@@ -408,7 +428,7 @@ impl Oracle {
     /// A client was told that so many points of its run are recorded.
     pub fn recorded_points(&self, run: RunId, least: u64) -> Result<(), String> {
         let points = self.state.runs().get(&run).map_or(0, |record| record.points);
-        match points >= least {
+        match points >= least || self.is_removed(Table::Runs, run.0) {
             true => Ok(()),
             false => Err(format!("{least} points of {run} were acknowledged and {points} are committed")),
         }
@@ -442,6 +462,7 @@ impl Oracle {
         let Some(view) = view else {
             return match then {
                 0 => Ok(()),
+                _ if self.is_removed(Table::Jobs, id.0) => Ok(()),
                 _ => Err(format!("{id} was not found by who asked after entry {floor} was acknowledged")),
             };
         };

@@ -14,7 +14,7 @@ use super::watch::Watch;
 use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
-use fleet_coordinator::cluster::commands::{COMMAND_LEVEL, Change, CreateToken, RedeemToken};
+use fleet_coordinator::cluster::commands::{COMMAND_LEVEL, Change, CreateToken, RedeemToken, SetRetention};
 use fleet_coordinator::cluster::members::{ReplicaRecord, Standing};
 use fleet_coordinator::cluster::{Command, State};
 use fleet_coordinator::control::{Control, Myself, TICK_MS};
@@ -25,8 +25,16 @@ use std::collections::BTreeMap;
 /// Index of the log at which the first state counts as known.
 const GENESIS: u64 = 1;
 /// Small, so that snapshots are taken and travel often.
-const SIZES: Sizes =
-    Sizes { snapshot_bytes: 1 << 20, snapshot_entries: 150, keep_behind: 30, chunk_bytes: 4 << 10 };
+const SIZES: Sizes = Sizes {
+    snapshot_bytes: 1 << 20,
+    snapshot_entries: 150,
+    keep_behind: 30,
+    keep_behind_bytes: 8 << 10,
+    fetched_log_bytes: 256 << 10,
+    chunk_bytes: 4 << 10,
+};
+/// So little that a run removes much of its history.
+const RETENTION: SetRetention = SetRetention { age_ms: Some(20 * 60 * 1000), bytes: Some(200 << 10) };
 const CLUSTER: &str = "simulated";
 const VERSION: &str = "0";
 const CLIENTS_MAX: u32 = 7;
@@ -180,6 +188,7 @@ fn token_of(role: Role) -> &'static str {
         Role::Coordinator => "coordinator",
         Role::Worker => "worker",
         Role::Client => "client",
+        Role::Admin => "admin",
     }
 }
 
@@ -189,7 +198,7 @@ pub fn token(role: Role) -> CreateToken {
 }
 
 pub fn redeem(role: Role, name: String) -> RedeemToken {
-    RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name }
+    RedeemToken { id: token_of(role).into(), secret_sha256: SECRET, name, key: [0; 32] }
 }
 
 /// A cluster of these coordinators, in which there are tokens for everybody already, and the clients have joined.
@@ -207,13 +216,15 @@ fn genesis(founders: u64) -> State {
     };
     let mut state = State::founded(CLUSTER.into(), (1..=founders).map(founder).collect());
     let mut change = |change| {
-        state.apply(GENESIS, Command { unix_ms: 0, request: None, why: None, change });
+        state.apply(GENESIS, Command { unix_ms: 0, request: None, by: None, why: None, change });
     };
-    for role in [Role::Coordinator, Role::Client] {
+    change(Change::SetRetention(RETENTION));
+    for role in [Role::Coordinator, Role::Client, Role::Admin] {
         change(Change::CreateToken(token(role)));
     }
     (0..CLIENTS_MAX).for_each(|number| {
-        change(Change::RedeemToken(redeem(Role::Client, format!("client-{number}"))));
+        let role = if number == OPERATOR { Role::Admin } else { Role::Client };
+        change(Change::RedeemToken(redeem(role, format!("client-{number}"))));
     });
     state
 }

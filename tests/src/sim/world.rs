@@ -38,7 +38,7 @@ pub enum Event {
     Look,
     Compare,
     Connected { conn: ConnId, end: usize },
-    Arrives { conn: ConnId, end: usize, payload: Payload },
+    Arrives { conn: ConnId, end: usize, payload: Box<Payload> },
     Tick { host: u32, life: u64 },
     Run { host: u32, life: u64 },
     Emit { host: u32, life: u64, actions: Vec<Action> },
@@ -148,7 +148,7 @@ impl World {
             }
             Event::Compare => self.compare_all(),
             Event::Connected { conn, end } => self.connected(conn, end),
-            Event::Arrives { conn, end, payload } => self.arrives(conn, end, payload),
+            Event::Arrives { conn, end, payload } => self.arrives(conn, end, *payload),
             Event::Tick { host, life } => self.on_tick(host, life),
             Event::Run { host, life } => self.on_run(host, life),
             Event::Emit { host, life, actions } => self.on_emit(host, life, actions),
@@ -185,7 +185,7 @@ impl World {
     fn on_net(&mut self, event: NetEvent<Payload>) {
         match event {
             NetEvent::Arrives { at, conn, end, payload } => {
-                self.queue.at(at, Event::Arrives { conn, end, payload });
+                self.queue.at(at, Event::Arrives { conn, end, payload: Box::new(payload) });
             }
             NetEvent::Lost { conn, site: Site::Host(host) } => self.host_loses(host, conn),
             NetEvent::Lost { conn, site: Site::Machine(machine) } => self.machine_loses(machine, conn),

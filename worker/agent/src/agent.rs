@@ -1,13 +1,14 @@
 //! The agent's decisions, pure: what happened and the time go in, what to do comes out. It opens nothing, waits for nothing, and
 //! draws no random numbers; `driver` does what it says. The simulator runs this same code.
 
-use crate::gang::{Blow, GangId, GangInput, Stop, Supervised};
+use crate::budget::Rates;
+use crate::gang::{Blow, Fate, GangId, GangInput, Stop, Supervised};
 use crate::verdict;
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
-use fleet_common::protocol::{AgentHello, FromAgent, Gang, PROTOCOL_VERSION, ToAgent, ToRank};
-use std::collections::BTreeMap;
+use fleet_common::protocol::{AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, ToAgent, ToRank};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Between two heartbeats; the coordinator calls a node lost after ten of them.
@@ -41,6 +42,17 @@ pub struct Config {
     pub host: String,
     /// Drawn when the process began.
     pub process: u64,
+    /// How much of a gang's output goes to the coordinators.
+    pub lines: Rates,
+}
+
+/// What the records on the node's disk say of the worker's processes before this one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Past {
+    /// Those whose records are there, oldest first.
+    pub processes: Vec<u64>,
+    /// Gangs that they had started and whose end the cluster may not know.
+    pub gangs: BTreeSet<GangId>,
 }
 
 /// What ranks compute on where the job does not say.
@@ -102,9 +114,10 @@ pub enum Input {
 pub enum Action {
     /// On the present connection.
     Send(FromAgent),
-    /// The first welcome.
+    /// The first welcome. What earlier processes started is the cluster's knowledge now: they need not be named any more.
     Registered(NodeId),
-    /// Start all ranks of the gang, for training with a shared segment.
+    /// Record on disk that the gang is being started here, then start all its ranks, for training with a shared segment. Without the
+    /// record nothing may be started.
     Spawn(Box<Gang>),
     /// Build or find the token cache, and find and verify the checkpoint to resume from.
     Prepare {
@@ -128,7 +141,14 @@ pub enum Action {
         rank: Rank,
     },
     SampleMemory(GangId),
+    /// Read a piece of a rank's output from its file and send it.
+    ReadOutput(OutputWish),
+    /// All ranks are gone: end whatever else there is of the gang. `GangInput::Swept` says when.
+    Sweep(GangId),
+    /// The cluster has recorded how the gang ended here: its record goes.
     Forget(GangId),
+    /// Close the present connection; the next greeting tells more than the last one.
+    Reconnect,
     /// The process ends; with a message if the coordinator does not want it.
     Exit {
         refused: Option<String>,
@@ -147,6 +167,11 @@ enum Link {
 pub struct Agent {
     config: Config,
     gangs: BTreeMap<GangId, Supervised>,
+    /// Gangs that were started here and of which nothing more will be heard, until the cluster knows that.
+    lost: BTreeSet<GangId>,
+    /// What of it the last greeting told.
+    told: BTreeSet<GangId>,
+    earlier: Vec<u64>,
     link: Link,
     registered: bool,
     heartbeat_at: Duration,
@@ -160,10 +185,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    pub fn new(config: Config) -> Agent {
+    /// With what the records of earlier processes say. Nothing that they started lives any more.
+    pub fn new(config: Config, past: Past) -> Agent {
         Agent {
             config,
             gangs: BTreeMap::new(),
+            lost: past.gangs,
+            told: BTreeSet::new(),
+            earlier: past.processes,
             link: Link::Down,
             registered: false,
             heartbeat_at: Duration::ZERO,
@@ -181,6 +210,7 @@ impl Agent {
                 self.link = Link::Greeting;
                 self.heard_at = now.mono;
                 self.gangs.values_mut().for_each(|gang| gang.stream().reconnected());
+                self.told = self.lost.clone();
                 out.push(Action::Send(FromAgent::Hello(self.hello())));
             }
             Input::Disconnected => self.link = Link::Down,
@@ -244,6 +274,8 @@ impl Agent {
             host: self.config.host.clone(),
             process: self.config.process,
             gangs: self.gangs.keys().map(|id| (id.job, id.generation)).collect(),
+            lost: self.lost.iter().map(|id| (id.job, id.generation)).collect(),
+            earlier: self.earlier.clone(),
         }
     }
 
@@ -252,6 +284,11 @@ impl Agent {
             ToAgent::Welcome { node } => {
                 self.link = Link::Up;
                 self.heartbeat_at = now.mono;
+                for known in std::mem::take(&mut self.told) {
+                    self.lost.remove(&known);
+                    out.push(Action::Forget(known));
+                }
+                self.earlier.clear();
                 if !self.registered {
                     self.registered = true;
                     out.push(Action::Registered(node));
@@ -279,16 +316,23 @@ impl Agent {
                     gang.resend_from(next_seq, &self.config, now, out);
                 }
             }
+            ToAgent::ReadOutput(wish) => out.push(Action::ReadOutput(wish)),
             ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),
             // The connection ends by itself; the next one may go better.
             ToAgent::Refused { fatal: false, .. } => {}
             // The link's own.
-            ToAgent::Heard { .. } | ToAgent::Coordinators(_) | ToAgent::Certificate { .. } => {}
+            ToAgent::Heard { .. }
+            | ToAgent::Coordinators(_)
+            | ToAgent::Certificate { .. }
+            | ToAgent::Authorities { .. } => {}
         }
     }
 
     fn on_start(&mut self, gang: Gang, now: Now, out: &mut Vec<Action>) {
         let id = GangId { job: gang.job, generation: gang.generation };
+        if self.lost.contains(&id) {
+            return; // it was started once
+        }
         if self.gangs.range(id..).next().is_some_and(|(known, _)| known.job == id.job) {
             return; // this generation or a newer one is here already
         }
@@ -304,12 +348,17 @@ impl Agent {
     }
 
     fn forget_what_is_done(&mut self, out: &mut Vec<Action>) {
+        let lost = &mut self.lost;
         self.gangs.retain(|&id, gang| {
-            let done = gang.can_be_forgotten();
-            if done {
-                out.push(Action::Forget(id));
+            match gang.fate() {
+                None => return true,
+                Some(Fate::Recorded) => out.push(Action::Forget(id)),
+                Some(Fate::Unrecordable) => {
+                    lost.insert(id);
+                    out.push(Action::Reconnect);
+                }
             }
-            !done
+            false
         });
     }
 

@@ -248,6 +248,18 @@ fn without_libtorch_training_is_refused_at_once_and_programs_still_run() {
 }
 
 #[test]
+fn a_program_whose_secrets_were_removed_on_the_way_is_not_started() {
+    check(
+        "> start secretless 1
+         > connected
+         send hello job-1.1
+         > welcome
+         registered as node-1
+         send 1: failed (Input): its secrets were removed before it was started (KEY); submit it again",
+    );
+}
+
+#[test]
 fn a_cancelled_job_stops_with_a_checkpoint_and_the_second_request_kills() {
     check(
         "> start train 1
@@ -436,7 +448,58 @@ fn a_coordinator_with_another_stream_gets_the_gang_ended_instead_of_gaps() {
          > resend from 7
          kill rank 0
          > rank 0 dies 9
+         connect anew
+         > disconnected
+         > start program 1
+         > connected
+         send hello, lost job-1.1
+         > welcome
          forget job-1.1",
+    );
+}
+
+#[test]
+fn a_gang_is_over_only_when_nothing_that_it_started_lives() {
+    let mut stage = Stage::new(Past::default());
+    stage.sweeps_last = true;
+    stage.check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 2
+         spawn 2 ranks
+         > rank 0 exits 0
+         > rank 1 exits 0
+         > wait 60000
+         > cancel now
+         > resend from 1
+         > swept but 3
+         send 1: `3 processes that the ranks started hang in the kernel of box and end when it lets them go`, succeeded after 0
+         > swept
+         > committed 2
+         forget job-1.1",
+    );
+}
+
+#[test]
+fn what_an_earlier_process_started_is_told_until_the_cluster_knows_and_never_started_again() {
+    let past = Past { processes: vec![8, 9], gangs: [GANG].into() };
+    Stage::new(past).check(
+        "> connected
+         send hello, lost job-1.1, after 8 9
+         > start program 1
+         > disconnected
+         > connected
+         send hello, lost job-1.1, after 8 9
+         > welcome
+         forget job-1.1
+         registered as node-1
+         > start program 1 generation 2
+         spawn 1 ranks
+         > disconnected
+         > connected
+         send hello job-1.2",
     );
 }
 
@@ -452,7 +515,7 @@ fn a_node_that_is_not_wanted_leaves() {
 
 #[test]
 fn heartbeats_go_out_every_second_while_connected_and_only_then() {
-    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+    let mut stage = Stage::new(Past::default());
     let beats = |agent: &mut Agent, from_ms: u64, to_ms: u64| {
         let mut beats = 0;
         while let Some(at) = agent.deadline().filter(|at| *at < Duration::from_millis(to_ms)) {
@@ -487,8 +550,8 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
 }
 
 #[test]
-fn memory_is_reported_as_peaks_before_the_outcome() {
-    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: vec![] };
+fn memory_is_reported_as_peaks_when_they_have_grown() {
+    let mut stage = Stage::new(Past::default());
     let memory =
         |rss: &[u64]| Input::Gang(GANG, GangInput::Memory { rss_mib: rss.to_vec(), pss_mib: rss.to_vec() });
     stage.happen(Input::Connected);
@@ -500,6 +563,6 @@ fn memory_is_reported_as_peaks_before_the_outcome() {
     stage.happen(input(&["rank", "1", "exits", "0"], stage.now));
     assert_eq!(
         stage.seen[3..],
-        ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: memory [15, 20], succeeded after 0"]
+        ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: succeeded after 0"]
     );
 }

@@ -34,7 +34,7 @@ impl Coordinators {
         }
         self.known = known;
         let text = serde_json::to_string_pretty(&self.known).unwrap_or_default() + "\n";
-        if let Err(error) = files::write_atomic(&self.path, text.as_bytes(), files::PUBLIC) {
+        if let Err(error) = files::write_atomic(&self.path, text.as_bytes()) {
             tracing::warn!(%error, "where the coordinators are was not kept");
         }
     }

@@ -1,22 +1,27 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
 use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
+use crate::budget::Rates;
+use crate::cgroup;
+use crate::container::{Container, Containers, Leader, Remains};
 use crate::coordinators::Coordinators;
 use crate::gang::{GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
+use crate::output;
 use crate::prepare;
+use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
 use crate::ranks::{Launcher, NewGang, Probe, Warm};
-use crate::spawn::{Exited, Spawner};
+use crate::records::Records;
+use crate::spawn::{Exited, Spawner, Sweep};
 use anyhow::Context;
 use fleet_collectives::Segment;
 use fleet_collectives::shm::Abort;
-use fleet_common::exit;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
-use fleet_common::protocol::{FromAgent, Gang, ToRank};
-use fleet_common::terminal;
+use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
+use fleet_common::{exit, terminal};
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
@@ -31,8 +36,8 @@ use tokio::task::JoinHandle;
 const MESSAGES_MAX: usize = 1024;
 /// Chunks of output that wait, each of at most 16 KiB.
 const LINES_MAX: usize = 64;
-/// Directories of ended gangs that are kept for their log files.
-const GANG_DIRS_KEPT: usize = 32;
+/// For what an earlier process of this worker left behind to end.
+const REMAINS_MAX: Duration = Duration::from_secs(10);
 /// For the last packet to leave the socket.
 const CLOSING: Duration = Duration::from_millis(50);
 
@@ -47,6 +52,10 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
     pub host: Option<String>,
+    /// What programs find in their environment before what their job sets.
+    pub programs: Base,
+    /// How much of a gang's output goes to the coordinators.
+    pub lines: Rates,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -61,10 +70,21 @@ pub enum DeviceWish {
 pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let stop = StopSignals::listen()?;
     let mut child = signal(SignalKind::child())?; // before there is a child
+    let cgroups = cgroup::find();
+    match &cgroups {
+        Ok(dir) => tracing::info!(dir = %dir.display(), "ranks run in control groups"),
+        Err(why) => tracing::info!(
+            %why,
+            "ranks run without control groups; a process that leaves its session and clears its environment is found only when no rank runs"
+        ),
+    }
+    let process: u64 = rand::random();
+    let (records, found) = Records::open(&options.data_dir, process, cgroups.clone().ok())?;
+    end_what_is_left(&found.remains).await;
     let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
     let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let launcher = Launcher::new(spawner, cores)?;
+    let launcher = Launcher::new(spawner, Containers::new(process, cgroups.ok()), cores, options.programs)?;
 
     let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
         Ok(found) => found,
@@ -85,13 +105,15 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         labels: options.labels,
         host: options.host.unwrap_or_else(|| own_address(options.coordinators.given())),
-        process: rand::random(),
+        process,
+        lines: options.lines,
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
     let node = link::Node {
         identity,
         identity_dir: options.data_dir.join("identity"),
         coordinators: options.coordinators,
+        mark: None,
     };
     let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
     let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };
@@ -99,11 +121,11 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
     let (lines_sender, lines) = mpsc::channel(LINES_MAX);
     let driver = Driver {
-        agent: Agent::new(config.clone()),
+        agent: Agent::new(config.clone(), found.past),
         name: config.name,
         begin: Instant::now(),
         launcher,
-        data_dir: options.data_dir,
+        records,
         gangs: BTreeMap::new(),
         attended: BTreeMap::new(),
         outbox: None,
@@ -151,8 +173,9 @@ impl StopSignals {
     }
 }
 
-/// A gang's processes and shared memory.
+/// A gang's processes, what holds them, and its shared memory.
 struct Running {
+    container: Container,
     ranks: Vec<Option<Child>>,
     segment: Option<Segment>,
 }
@@ -168,7 +191,7 @@ struct Driver {
     name: String,
     begin: Instant,
     launcher: Launcher,
-    data_dir: PathBuf,
+    records: Records,
     gangs: BTreeMap<GangId, Running>,
     /// Living ranks by process id, each with whom to tell of its end.
     attended: BTreeMap<u32, oneshot::Sender<Exited>>,
@@ -257,7 +280,10 @@ impl Driver {
                     let _ = outbox.send(message); // lost with its connection; sent again on the next
                 }
             }
-            Action::Registered(node) => announce(node),
+            Action::Registered(node) => {
+                self.records.settled();
+                announce(node);
+            }
             Action::Spawn(gang) => self.spawn(&gang).await,
             Action::Prepare { gang, job } => {
                 let (sender, name) = (self.messages_sender.clone(), self.name.clone());
@@ -288,13 +314,14 @@ impl Driver {
                 }
             }
             Action::SampleMemory(gang) => self.sample_memory(gang),
+            Action::ReadOutput(wish) => self.read_output(wish),
             Action::Forget(gang) => {
                 tracing::info!(%gang, "gang ended");
+                self.records.forget(gang);
                 self.gangs.remove(&gang);
-                if self.attended.is_empty() {
-                    self.launcher.spawner.sweep();
-                }
             }
+            Action::Sweep(gang) => self.sweep(gang),
+            Action::Reconnect => self.outbox = None,
             Action::Exit { .. } => {} // the loop's own
         }
     }
@@ -302,19 +329,46 @@ impl Driver {
     async fn spawn(&mut self, gang: &Gang) {
         let id = GangId { job: gang.job, generation: gang.generation };
         tracing::info!(gang = %id, ranks = gang.ranks, "starting ranks");
-        let new = match self.warm.take() {
-            Some(warm) if warm.fits(gang) => warm.take(),
+        let warm = match self.warm.take() {
+            Some(warm) if warm.fits(gang) => Some(warm),
             other => {
                 other.into_iter().for_each(|warm| warm.end(&self.launcher.spawner));
-                self.launcher.gang(gang).await
+                None
             }
         };
-        let dir = self.data_dir.join("gangs").join(id.to_string());
-        if let Err(error) = make_gang_dir(&dir) {
-            tracing::warn!(dir = %dir.display(), %error, "no log files for this gang");
-        }
+        let container = match &warm {
+            Some(warm) => Ok(warm.container().clone()),
+            None => self.launcher.containers.create(),
+        };
+        let recorded = container.and_then(|container| {
+            self.records.begin(id, &container)?;
+            Ok(container)
+        });
+        let new = match (recorded, warm) {
+            (Ok(_), Some(warm)) => warm.take(),
+            (Ok(container), None) => self.launcher.gang(gang, container).await,
+            (Err(error), warm) => {
+                warm.into_iter().for_each(|warm| warm.end(&self.launcher.spawner));
+                NewGang::failed(Container::default(), gang.ranks, &error.to_string())
+            }
+        };
+        let living = new.ranks.iter().flatten().filter_map(|rank| Leader::of(rank.started.pid));
+        self.records.started(id, &new.container, living.collect());
+        let dir = self.records.dir_of(id);
         let running = self.attend(id, new, &dir);
         self.gangs.insert(id, running);
+    }
+
+    /// Ends what is left of a gang whose ranks are gone, and says so when that is done.
+    fn sweep(&mut self, id: GangId) {
+        let Some(running) = self.gangs.get(&id) else { return };
+        let (remains, adopted) = (Remains::from(&running.container), self.attended.is_empty());
+        let swept = self.launcher.spawner.sweep(Sweep { remains, adopted });
+        let sender = self.messages_sender.clone();
+        tokio::spawn(async move {
+            let left = swept.await.unwrap_or(0);
+            let _ = sender.send((id, GangInput::Swept { left })).await; // the agent ends
+        });
     }
 
     fn attend(&mut self, id: GangId, new: NewGang, dir: &Path) -> Running {
@@ -323,7 +377,7 @@ impl Driver {
             let rank = rank as Rank;
             let child = new_rank.and_then(|new_rank| {
                 let (pid, shm_fd) = (new_rank.started.pid, new_rank.shm_fd);
-                let log = dir.join(format!("rank-{rank}.log"));
+                let log = rank_log(dir, rank);
                 let deliveries = Deliveries {
                     key: id,
                     messages: self.messages_sender.clone(),
@@ -340,7 +394,18 @@ impl Driver {
             }
             ranks.push(child.ok());
         }
-        Running { ranks, segment: new.segment }
+        Running { container: new.container, ranks, segment: new.segment }
+    }
+
+    /// Answers on the connection on which it was asked.
+    fn read_output(&self, wish: OutputWish) {
+        let Some(outbox) = self.outbox.clone() else { return };
+        let OutputWish { ticket, job, generation, local_rank, from } = wish;
+        let log = rank_log(&self.records.dir_of(GangId { job, generation }), local_rank);
+        tokio::task::spawn_blocking(move || {
+            let result = output::read(&log, from);
+            let _ = outbox.send(FromAgent::Output { ticket, result }); // whoever asked has lost it with the connection
+        });
     }
 
     fn child(&self, gang: GangId, rank: Rank) -> Option<&Child> {
@@ -378,8 +443,13 @@ impl Driver {
 
     /// No child outlives the agent.
     fn end_all(&mut self) {
-        self.launcher.spawner.end_all();
+        self.launcher.spawner.end_all(self.launcher.containers.all());
     }
+}
+
+/// Where the output of a rank begins, which is counted from 0 on this node.
+fn rank_log(gang_dir: &Path, local_rank: Rank) -> PathBuf {
+    gang_dir.join(format!("rank-{local_rank}.log"))
 }
 
 /// The address of this machine on the way to the first coordinator that has one. Nothing is sent.
@@ -455,16 +525,25 @@ async fn accelerator(
     }
 }
 
-/// Makes the directory of a gang's log files and removes the oldest ones.
-fn make_gang_dir(dir: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(dir)?;
-    let Some(parent) = dir.parent() else { return Ok(()) };
-    let mut dirs = Vec::new();
-    for entry in std::fs::read_dir(parent)? {
-        let entry = entry?;
-        dirs.push((entry.metadata()?.modified()?, entry.path()));
+/// Kills what an earlier process of this worker left behind, and waits until it is gone. What the kernel does not let go was struck and can
+/// do nothing any more.
+async fn end_what_is_left(remains: &Remains) {
+    let end = Instant::now() + REMAINS_MAX;
+    let mut seen = 0;
+    loop {
+        let left = remains.kill();
+        seen = seen.max(left);
+        if left == 0 || Instant::now() > end {
+            remains.remove();
+            if seen > 0 {
+                tracing::warn!(
+                    processes = seen,
+                    still_there = left,
+                    "ended what an earlier process of this worker had left"
+                );
+            }
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    dirs.sort();
-    let excess = dirs.len().saturating_sub(GANG_DIRS_KEPT);
-    dirs[..excess].iter().try_for_each(|(_, old)| std::fs::remove_dir_all(old))
 }

@@ -1,9 +1,9 @@
 //! One gang of ranks from `StartGang` to its committed `Finished` event. Pure: inputs and the time in, actions out.
 //!
 //! ```text
-//! preparing --cache ready--> running --all ranks gone--> finished --all events committed--> (forgotten by `Agent`)
+//! preparing --cache ready--> running --all ranks gone--> sweeping --nothing of it is left--> finished --all events committed--> (forgotten)
 //!     |  ranks load libtorch meanwhile   |
-//!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace, then finished
+//!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace, then swept
 //! ```
 
 use crate::agent::{Action, Config, Now};
@@ -13,7 +13,7 @@ use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
-use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
+use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work, listed};
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
@@ -38,6 +38,15 @@ pub const RANKS_MAX: u32 = 64;
 pub struct GangId {
     pub job: JobId,
     pub generation: Generation,
+}
+
+impl GangId {
+    /// What `Display` writes.
+    pub fn parse(text: &str) -> Option<GangId> {
+        let (job, generation) = text.rsplit_once('.')?;
+        let id = GangId { job: job.parse().ok()?, generation: generation.parse().ok()? };
+        (id.to_string() == text).then_some(id)
+    }
 }
 
 impl fmt::Display for GangId {
@@ -69,6 +78,10 @@ pub enum GangInput {
     },
     /// The token cache and the checkpoint to resume from.
     Prepared(Result<Prepared, JobError>),
+    /// Nothing that the ranks started lives any more, but for so many that are to die and could not yet.
+    Swept {
+        left: usize,
+    },
     /// A line about the preparation.
     Progress(Level, String),
     /// In MiB and rank order; zeros for ranks that are gone.
@@ -120,7 +133,18 @@ enum Kind {
 enum Phase {
     Preparing,
     Running,
+    /// All ranks are gone; what they left behind is being ended.
+    Sweeping,
     Finished,
+}
+
+/// What becomes of a gang that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The cluster has recorded all its events.
+    Recorded,
+    /// The cluster cannot record its events: it must be told otherwise that the gang is over.
+    Unrecordable,
 }
 
 /// A gang that the agent knows. Invariant: after `Phase::Finished` the stream ends with the only `Finished` event.
@@ -149,6 +173,8 @@ pub struct Supervised {
     last_step: u64,
     peak_rss_mib: Vec<u64>,
     peak_pss_mib: Vec<u64>,
+    /// Their sums when they were told last.
+    told_memory_mib: [u64; 2],
 }
 
 impl Supervised {
@@ -195,7 +221,7 @@ impl Supervised {
             world_size: gang.world_size,
             phase: if preparing { Phase::Preparing } else { Phase::Running },
             ranks: (0..count).map(|_| RankState::default()).collect(),
-            stream: EventStream::new(id.job, id.generation),
+            stream: EventStream::new(id.job, id.generation, config.lines),
             stop: None,
             suspicions: Vec::new(),
             own_error: refusal,
@@ -207,6 +233,7 @@ impl Supervised {
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
             peak_pss_mib: vec![0; count as usize],
+            told_memory_mib: [0; 2],
         };
         if supervised.own_error.is_some() {
             supervised.finish(config, now);
@@ -220,7 +247,13 @@ impl Supervised {
     }
 
     pub fn handle(&mut self, input: GangInput, config: &Config, now: Now, out: &mut Vec<Action>) {
-        if self.phase == Phase::Finished {
+        if let GangInput::Swept { left } = input {
+            if self.phase == Phase::Sweeping {
+                self.swept(left, config, now);
+            }
+            return;
+        }
+        if self.is_ending() {
             return;
         }
         match input {
@@ -241,6 +274,7 @@ impl Supervised {
             GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
             GangInput::Prepared(Err(error)) => self.fail(error, now),
             GangInput::Memory { rss_mib, pss_mib } => self.on_memory(&rss_mib, &pss_mib, now),
+            GangInput::Swept { .. } => {}
         }
         self.tick(config, now, out);
     }
@@ -248,7 +282,7 @@ impl Supervised {
     /// Asks the gang to end. A stronger request replaces a weaker one.
     pub fn stop(&mut self, how: Stop, config: &Config, now: Now, out: &mut Vec<Action>) {
         let known = self.stop;
-        if self.phase == Phase::Finished || known == Some(Stop::Now) || known == Some(how) {
+        if self.is_ending() || known == Some(Stop::Now) || known == Some(how) {
             return;
         }
         self.stop = Some(how);
@@ -286,15 +320,15 @@ impl Supervised {
 
     /// Ends the gang for a reason that is the agent's own.
     pub fn fail(&mut self, error: JobError, now: Now) {
-        if self.phase != Phase::Finished {
+        if !self.is_ending() {
             self.own_error.get_or_insert(error);
             self.kill_within(Duration::ZERO, now);
         }
     }
 
-    /// Does what is due: kills, looks at memory, finishes.
+    /// Does what is due: kills, looks at memory, sweeps.
     pub fn tick(&mut self, config: &Config, now: Now, out: &mut Vec<Action>) {
-        if self.phase == Phase::Finished {
+        if self.is_ending() {
             return;
         }
         if let Some((at, seconds)) = self.expires_at
@@ -313,8 +347,11 @@ impl Supervised {
                 out.push(Action::Strike { gang: self.id, rank: rank as Rank, blow: Blow::Kill });
             }
         }
+        self.stream.tell_in_time(now.unix_ms, now.mono);
         if self.ranks.iter().all(|state| state.exit.is_some()) {
-            self.finish(config, now);
+            self.phase = Phase::Sweeping;
+            self.kill_at = None;
+            out.push(Action::Sweep(self.id));
         } else if now.mono >= self.sample_at {
             self.sample_at = now.mono + MEMORY_PERIOD;
             out.push(Action::SampleMemory(self.id));
@@ -323,7 +360,7 @@ impl Supervised {
 
     /// When `tick` has something to do.
     pub fn deadline(&self) -> Option<Duration> {
-        if self.phase == Phase::Finished {
+        if self.is_ending() {
             return None;
         }
         let expires_at = self.expires_at.map(|(at, _)| at);
@@ -346,9 +383,18 @@ impl Supervised {
         matches!(self.kind, Kind::Train(_))
     }
 
-    /// Finished, and every event is committed or never can be.
-    pub fn can_be_forgotten(&self) -> bool {
-        self.is_finished() && (self.stream.is_drained() || self.unrecordable)
+    /// All ranks are gone.
+    fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Sweeping | Phase::Finished)
+    }
+
+    /// Set once it is finished, and every event is committed or never can be.
+    pub fn fate(&self) -> Option<Fate> {
+        match (self.is_finished(), self.unrecordable) {
+            (true, true) => Some(Fate::Unrecordable),
+            (true, false) if self.stream.is_drained() => Some(Fate::Recorded),
+            _ => None,
+        }
     }
 
     /// The coordinator expects `next_seq` next.
@@ -411,7 +457,7 @@ impl Supervised {
             }
             _ => {}
         }
-        self.stream.push(event);
+        self.stream.push(event, now.mono);
     }
 
     fn on_line(&mut self, rank: Option<Rank>, level: Level, mut line: String, now: Now) {
@@ -496,8 +542,12 @@ impl Supervised {
         }
     }
 
+    /// What was told is a peak: it is told again when it has grown.
     fn push_memory(&mut self, now: Now) {
-        if self.peak_rss_mib.iter().any(|&mib| mib > 0) {
+        let told = &mut self.told_memory_mib;
+        let grown = [&self.peak_rss_mib, &self.peak_pss_mib].map(|peaks| peaks.iter().sum());
+        if self.peak_rss_mib.iter().any(|&mib| mib > 0) && *told != grown {
+            *told = grown;
             let body = EventBody::Memory {
                 first_rank: self.first_rank,
                 rss_mib: self.peak_rss_mib.clone(),
@@ -528,6 +578,17 @@ impl Supervised {
     fn to_living(&self, out: &mut Vec<Action>, action: impl Fn(GangId, Rank) -> Action) {
         let living = self.ranks.iter().enumerate().filter(|(_, state)| state.exit.is_none());
         out.extend(living.map(|(rank, _)| action(self.id, rank as Rank)));
+    }
+
+    fn swept(&mut self, left: usize, config: &Config, now: Now) {
+        if left > 0 {
+            let line = format!(
+                "{left} processes that the ranks started hang in the kernel of {} and end when it lets them go",
+                config.name
+            );
+            self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
+        }
+        self.finish(config, now);
     }
 
     fn finish(&mut self, config: &Config, now: Now) {
@@ -571,7 +632,7 @@ impl Supervised {
     }
 
     fn push(&mut self, now: Now, body: EventBody) {
-        self.stream.push(Event { unix_ms: now.unix_ms, body });
+        self.stream.push(Event { unix_ms: now.unix_ms, body }, now.mono);
     }
 }
 
@@ -589,6 +650,14 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
     match (kind, &gang.work) {
         (_, Work::Program(program)) if program.argv.is_empty() => {
             error(Fault::Input, "no program was named".to_owned())
+        }
+        // They went between its assignment and its start here.
+        (_, work) if work.removed().next().is_some() => {
+            let names = listed(work.removed());
+            error(
+                Fault::Input,
+                format!("its secrets were removed before it was started ({names}); submit it again"),
+            )
         }
         (Kind::Train(_), _) if gang.ranks != gang.world_size => {
             error(Fault::Input, "a training job runs on one node".to_owned())

@@ -2,6 +2,9 @@
 
 pub mod agent;
 mod backoff;
+pub mod budget;
+mod cgroup;
+mod container;
 pub mod coordinators;
 pub mod driver;
 pub mod exec_rank;
@@ -9,10 +12,13 @@ pub mod gang;
 mod lines;
 mod link;
 mod memory;
+mod output;
 mod prepare;
-mod program;
+mod processes;
+pub mod program;
 mod rank_io;
 mod ranks;
+mod records;
 mod spawn;
 pub mod stream;
 pub mod verdict;

@@ -19,6 +19,8 @@ const FIRST_PATIENCE: Duration = Duration::from_secs(3);
 const GOOD_CONNECTION: Duration = Duration::from_secs(2);
 /// For a coordinator to say where the others are.
 const ADDRESSES_DEADLINE: Duration = Duration::from_secs(2);
+/// Between requests for a certificate where the CA is another one; a coordinator may be a moment behind.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 /// At the longest between looks at how long the certificate holds.
 const LOOK_EVERY: Duration = Duration::from_secs(3600);
 /// Bytes taken from the stream at once.
@@ -39,6 +41,8 @@ pub struct Node {
     pub identity: Identity,
     pub identity_dir: PathBuf,
     pub coordinators: Coordinators,
+    /// `Authorities::mark` of what the cluster says is to be trusted.
+    pub mark: Option<[u8; 32]>,
 }
 
 /// Keeps a connection until `events` is closed.
@@ -103,7 +107,7 @@ async fn connect(known: &[String], given: &[String], identity: &Identity) -> Res
             reached => reached,
         },
     };
-    let net::Reached { connection, socket } = reached?;
+    let net::Reached { connection, socket, .. } = reached?;
     let lost = |error: ConnectionError| NetError::Lost(net::describe(&error));
     let (mut send, mut receive) = connection.open_bi().await.map_err(lost)?;
     if socket == Socket::Members {
@@ -153,17 +157,17 @@ async fn serve(
     });
     let mut frames = Frames::new(FRAME_MAX);
     // Not at once: the agent greets first.
-    let mut look = Instant::now() + look_after(&node.identity);
+    let mut look = Instant::now() + look_after(node);
     let reason = loop {
         let piece = tokio::select! {
             piece = receive.read_chunk(READ_MAX, true) => piece,
             written = &mut writer => match written {
                 Ok(Err(error)) => break closed(connection, &error.to_string()),
-                _ => break "the agent ends".to_owned(),
+                _ => break "the agent closes this connection".to_owned(),
             },
             () = tokio::time::sleep_until(look.into()) => {
-                renew(&node.identity, &ask);
-                look = Instant::now() + look_after(&node.identity);
+                renew(node, &ask);
+                look = Instant::now() + look_after(node);
                 continue;
             }
         };
@@ -172,8 +176,12 @@ async fn serve(
             Ok(None) => break "the coordinator closed the stream".to_owned(),
             Err(error) => break closed(connection, &error.to_string()),
         }
+        let behind = is_behind(node);
         if let Err(reason) = pass_on(&mut frames, node, events).await {
             break reason;
+        }
+        if is_behind(node) && !behind {
+            look = Instant::now();
         }
     };
     writer.abort();
@@ -190,14 +198,21 @@ async fn pass_on(
         match message {
             ToAgent::Heard { .. } => {}
             ToAgent::Coordinators(known) => node.coordinators.learn(known),
-            ToAgent::Certificate { certificate_der } => {
-                let renewed = node.identity.renewed(certificate_der).and_then(|renewed| {
-                    renewed.store_certificate(&node.identity_dir).map_err(|error| error.to_string())?;
+            ToAgent::Authorities { mark } => node.mark = Some(mark),
+            ToAgent::Certificate { certificate_der, authorities } => {
+                let renewed = node.identity.renewed(certificate_der, authorities).and_then(|renewed| {
+                    let stored = renewed.store_renewed(&node.identity_dir, &node.identity);
+                    stored.map_err(|error| error.to_string())?;
+                    let moved = renewed.is_of_issuing_ca() && !node.identity.is_of_same_ca(&renewed);
                     node.identity = renewed;
-                    Ok(())
+                    Ok(moved)
                 });
                 match renewed {
-                    Ok(()) => tracing::info!("renewed this node's certificate"),
+                    // It counts as moved when it has shown its new certificate.
+                    Ok(true) => {
+                        return Err("the cluster has another CA; connecting with its certificate".to_owned());
+                    }
+                    Ok(false) => tracing::info!("renewed this node's certificate"),
                     Err(error) => tracing::warn!(%error, "this node's certificate was not renewed"),
                 }
             }
@@ -210,21 +225,28 @@ async fn pass_on(
     Ok(())
 }
 
+/// The cluster trusts other CAs than this node.
+fn is_behind(node: &Node) -> bool {
+    node.mark.is_some_and(|mark| mark != node.identity.authorities.mark())
+        || !node.identity.is_of_issuing_ca()
+}
+
 /// Asks for a new certificate where that is due. What does not come is asked for again.
-fn renew(identity: &Identity, ask: &mpsc::Sender<FromAgent>) {
-    if !identity.is_due(SystemTime::now()) {
+fn renew(node: &Node, ask: &mpsc::Sender<FromAgent>) {
+    if !node.identity.is_due(SystemTime::now()) && !is_behind(node) {
         return;
     }
-    match identity.signing_request() {
+    match node.identity.signing_request() {
         Ok(csr_der) => drop(ask.try_send(FromAgent::Renew { csr_der })),
         Err(error) => tracing::warn!(%error, "no new certificate can be asked for"),
     }
 }
 
 /// A hundredth of what is left, so that a renewal has many chances.
-fn look_after(identity: &Identity) -> Duration {
-    let left = identity.remaining(SystemTime::now()) / 100;
-    left.clamp(Duration::from_millis(20), LOOK_EVERY)
+fn look_after(node: &Node) -> Duration {
+    let left = node.identity.remaining(SystemTime::now()) / 100;
+    let longest = if is_behind(node) { ASK_EVERY } else { LOOK_EVERY };
+    left.clamp(Duration::from_millis(20), longest)
 }
 
 /// The connection's own reason says more than the stream's.

@@ -2,19 +2,23 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use fleet_agent::budget::Rates;
 use fleet_agent::coordinators::Coordinators;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
-use fleet_common::exit;
-use fleet_common::net::{self, Identity, JoinToken};
+use fleet_agent::program::Base;
+use fleet_common::net::{self, Identity, IdentityError, JoinToken};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::terminal;
+use fleet_common::{exit, files, home, terminal};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
+
+/// What is in a data directory.
+const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "process.json", "gangs"];
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
@@ -40,7 +44,7 @@ struct Join {
     /// File that holds the join token.
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// Keeps this node's identity and the log files of its ranks [default: ~/.local/share/fleet/worker].
+    /// Keeps this node's identity, what it has started, and the log files of its ranks [default: ~/.local/share/fleet/worker].
     #[arg(long)]
     data_dir: Option<PathBuf>,
     /// Ranks that may run here at a time [default: one per accelerator, else 1].
@@ -58,9 +62,16 @@ struct Join {
     /// Name or address under which other nodes reach this one [default: the address on the way to the coordinator].
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
+    /// Bytes of one job's output each second that this node sends to the coordinators, which keep it; 0 for all. What is over it is in
+    /// the ranks' files here, and shown by `fleet logs JOB --full`.
+    #[arg(long, value_name = "BYTES", default_value_t = Rates::USUAL.per_s)]
+    log_rate: u64,
     /// How log lines look: auto, human or json.
     #[arg(long, default_value = "auto")]
     log_format: LogFormat,
+    /// Programs get the whole environment of this worker, as on the machine of a `fleet launch`.
+    #[arg(long, hide = true)]
+    inherit_env: bool,
     /// End when this process, which started this one, ends.
     #[arg(long, value_name = "PID")]
     die_with_parent: Option<u32>,
@@ -112,6 +123,8 @@ fn run(join: Join) -> Result<u8, Failure> {
             device: join.device,
             labels: join.labels.into_iter().collect(),
             host: join.host,
+            programs: if join.inherit_env { Base::Worker } else { Base::Node },
+            lines: Rates::of(join.log_rate),
         };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
@@ -127,9 +140,8 @@ async fn identity(
     coordinators: &mut Coordinators,
 ) -> Result<Identity, Failure> {
     let dir = data_dir.join("identity");
-    let kept = Identity::load(&dir)
-        .context("cannot use the kept identity")
-        .map_err(Failure::new(exit::ENVIRONMENT))?;
+    let kept = kept(&dir, &join.addr).await;
+    let kept = kept.context("cannot use the kept identity").map_err(Failure::new(exit::ENVIRONMENT))?;
     let token = || {
         let env = std::env::var("FLEET_TOKEN").ok();
         let token =
@@ -137,7 +149,14 @@ async fn identity(
         token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })
     };
     let token = match kept {
-        Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => return Ok(identity),
+        Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => match token()? {
+            // Where the CA was replaced meanwhile, the kept one is of no use.
+            Some(token) if !identity.authorities.contains(&token.ca_fingerprint) => {
+                tracing::warn!("the token is of another CA than {}; joining as a new node", identity.member);
+                Some(token)
+            }
+            _ => return Ok(identity),
+        },
         // By this machine's clock. Without a token the coordinator has the last word.
         Some(identity) => match token()? {
             None => return Ok(identity),
@@ -153,7 +172,7 @@ async fn identity(
         refused("a join token is needed the first time: give --token-file, --token or FLEET_TOKEN (the coordinator has it in tokens/worker.token)")
     })?;
     if token.role != Role::Worker {
-        return Err(refused("this token is for clients; a worker needs the cluster's worker token"));
+        return Err(refused("this token is not for workers; a worker needs the cluster's worker token"));
     }
     let name = join.name.clone().unwrap_or_else(host_name);
     let joined = net::join(&join.addr, &token, &name).await;
@@ -161,8 +180,31 @@ async fn identity(
     let stored =
         joined.identity.store(&dir).with_context(|| format!("cannot keep the identity in {}", dir.display()));
     stored.map_err(Failure::new(exit::ENVIRONMENT))?;
+    if joined.identity.name != name {
+        tracing::warn!(
+            "this node is listed as {}: `{name}` reads as an id, or has signs that no name may have",
+            joined.identity.name
+        );
+    }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
+}
+
+/// What was kept, with a damaged file of CAs mended where a coordinator shows what it should be.
+async fn kept(dir: &Path, addrs: &[String]) -> Result<Option<Identity>, IdentityError> {
+    match Identity::load(dir) {
+        Err(error @ IdentityError::DamagedCa { .. }) => {
+            let IdentityError::DamagedCa { fingerprint: Some(fingerprint), .. } = &error else {
+                return Err(error);
+            };
+            if net::mend_authorities(addrs, fingerprint, dir).await.is_err() {
+                return Err(error);
+            }
+            tracing::warn!("{error}; it was mended");
+            Identity::load(dir)
+        }
+        loaded => loaded,
+    }
 }
 
 /// Ties this process to the one that started it, if asked to, and what its ranks leave behind to this process.
@@ -177,9 +219,12 @@ fn bind_to_processes(parent: Option<u32>) -> anyhow::Result<()> {
 
 /// One agent per directory: two would share an identity.
 fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
-    std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
+    if let Some(was_open) = files::claim(data_dir, CONTENTS)? {
+        tracing::warn!("{was_open}");
+    }
     let path = data_dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    let file = files::private().create(true).truncate(true).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot make {}", path.display()))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
         anyhow::anyhow!(
             "another worker uses {} ({error}); stop it or give --data-dir another directory",
@@ -198,12 +243,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 fn default_data_dir() -> anyhow::Result<PathBuf> {
-    let share = match (std::env::var_os("XDG_DATA_HOME"), std::env::var_os("HOME")) {
-        (Some(share), _) if !share.is_empty() => PathBuf::from(share),
-        (_, Some(home)) if !home.is_empty() => PathBuf::from(home).join(".local/share"),
-        _ => anyhow::bail!("no home directory is known; give --data-dir"),
-    };
-    Ok(share.join("fleet/worker"))
+    Ok(home::data().context("without --data-dir")?.join("fleet/worker"))
 }
 
 fn host_name() -> String {

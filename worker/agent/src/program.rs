@@ -1,7 +1,9 @@
 //! The environment in which a user's PROGRAM runs, as torchrun would set it.
 
 use fleet_common::ids::Rank;
-use fleet_common::protocol::{Gang, Meeting};
+use fleet_common::protocol::{Gang, Meeting, Variable};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::TcpListener;
 
 /// Where the ranks of a program on one node meet. Rank 0 listens there itself.
@@ -13,13 +15,62 @@ pub fn local_meeting() -> std::io::Result<Meeting> {
     Ok(Meeting { host: LOOPBACK.to_owned(), port })
 }
 
-/// `given` with the variables of one rank set over it.
+/// What a program finds in its environment before what its job sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// What is about this node and the user whom its worker runs as; nothing else of the worker's environment, which may hold secrets.
+    Node,
+    /// All that the worker has: it was started by the user whose programs it runs.
+    Worker,
+}
+
+/// What is taken over from the worker's environment on a node. The devices may have been divided among several workers.
+const OF_NODE: &[&str] = &[
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "TMPDIR",
+    "LANG",
+    "TZ",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+];
+/// Where nothing else says it.
+const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+impl Base {
+    pub fn variables(self) -> BTreeMap<OsString, OsString> {
+        let here = std::env::vars_os();
+        match self {
+            Base::Worker => here.collect(),
+            Base::Node => {
+                let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+                let mut variables = BTreeMap::from([("PATH".into(), PATH.into())]);
+                if let Some(user) = user {
+                    variables.insert("HOME".into(), user.dir.into());
+                    variables.insert("SHELL".into(), user.shell.into());
+                    variables.insert("USER".into(), user.name.clone().into());
+                    variables.insert("LOGNAME".into(), user.name.into());
+                }
+                variables.extend(here.filter(|(name, _)| OF_NODE.iter().any(|known| name == known)));
+                variables
+            }
+        }
+    }
+}
+
+/// `base` with what the job was given and, over that, the variables of one rank.
 pub fn environment(
-    given: &[(String, String)],
+    mut base: BTreeMap<OsString, OsString>,
+    given: &[Variable],
     gang: &Gang,
     local_rank: Rank,
     meeting: &Meeting,
-) -> Vec<(String, String)> {
+) -> Vec<(OsString, OsString)> {
     let (rank, world) = ((gang.first_rank + local_rank).to_string(), gang.world_size.to_string());
     let set = [
         ("RANK", rank.clone()),
@@ -39,20 +90,19 @@ pub fn environment(
         // The store is rank 0's, not the agent's.
         ("TORCHELASTIC_USE_AGENT_STORE", "False".to_owned()),
     ];
-    let is_set = |name: &str| set.iter().any(|(key, _)| *key == name);
-    let mut env: Vec<(String, String)> = given.iter().filter(|(name, _)| !is_set(name)).cloned().collect();
-    if !env.iter().any(|(name, _)| name == "OMP_NUM_THREADS") {
-        env.push(("OMP_NUM_THREADS".to_owned(), "1".to_owned()));
-    }
-    env.extend(set.map(|(name, value)| (name.to_owned(), value)));
-    env
+    let given =
+        given.iter().filter_map(|variable| Some((variable.name.as_str().into(), variable.text()?.into())));
+    base.extend(given);
+    base.entry("OMP_NUM_THREADS".into()).or_insert_with(|| "1".into());
+    base.extend(set.map(|(name, value)| (name.into(), value.into())));
+    base.into_iter().collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use fleet_common::ids::JobId;
-    use fleet_common::protocol::{Program, Work};
+    use fleet_common::protocol::{Program, Value, Work};
 
     /// The second of two nodes with two ranks each.
     fn gang() -> Gang {
@@ -74,12 +124,21 @@ mod tests {
 
     #[test]
     fn a_rank_finds_itself_and_its_peers_and_keeps_what_the_user_set() {
-        let given = [("RANK", "9"), ("OMP_NUM_THREADS", "3"), ("HOME", "/root")]
-            .map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let given = [
+            Variable::open("RANK", "9"),
+            Variable::open("OMP_NUM_THREADS", "3"),
+            Variable::secret("HOME", "/mine"),
+            Variable { name: "GONE".into(), value: Value::Removed },
+        ];
+        let base: BTreeMap<OsString, OsString> =
+            [("HOME", "/home"), ("SHELL", "/bin/sh")].map(|(k, v)| (k.into(), v.into())).into();
         let meeting = Meeting { host: "n1".into(), port: 5555 };
-        let env = environment(&given, &gang(), 1, &meeting);
+        let env = environment(base, &given, &gang(), 1, &meeting);
         let get = |name: &str| {
-            env.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str()).collect::<Vec<_>>()
+            env.iter()
+                .filter(|(key, _)| key == name)
+                .map(|(_, value)| value.to_str().unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!((get("RANK"), get("LOCAL_RANK")), (vec!["3"], vec!["1"]));
         assert_eq!((get("WORLD_SIZE"), get("LOCAL_WORLD_SIZE")), (vec!["4"], vec!["2"]));
@@ -88,7 +147,19 @@ mod tests {
         assert_eq!(get("TORCHELASTIC_RUN_ID"), ["job-7"]);
         assert_eq!(get("TORCHELASTIC_RESTART_COUNT"), ["1"]);
         assert_eq!(get("OMP_NUM_THREADS"), ["3"]);
-        assert_eq!(get("HOME"), ["/root"]);
-        assert!(environment(&[], &gang(), 0, &meeting).contains(&("OMP_NUM_THREADS".into(), "1".into())));
+        assert_eq!((get("HOME"), get("SHELL")), (vec!["/mine"], vec!["/bin/sh"]));
+        assert_eq!(get("GONE"), Vec::<&str>::new());
+        assert!(
+            environment(BTreeMap::new(), &[], &gang(), 0, &meeting)
+                .contains(&("OMP_NUM_THREADS".into(), "1".into()))
+        );
+    }
+
+    #[test]
+    fn on_a_node_a_program_sees_who_it_is_there_and_nothing_else_of_the_worker() {
+        let node = Base::Node.variables();
+        assert!(node.contains_key(&OsString::from("PATH")));
+        assert!(node.keys().all(|name| OF_NODE.iter().any(|known| name == known)), "{node:?}");
+        assert_eq!(Base::Worker.variables().len(), std::env::vars_os().count());
     }
 }

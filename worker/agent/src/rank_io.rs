@@ -3,15 +3,13 @@
 
 use crate::gang::GangInput;
 use crate::lines::LineSplitter;
+use crate::output::{Lines, OutputFile};
 use crate::spawn::{Exited, Started};
 use fleet_common::codec;
 use fleet_common::events::{EventBody, Level};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, ToRank};
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
@@ -22,8 +20,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 const READ_MAX: usize = 16 << 10;
 /// A rank that is gone may have left its pipe to a process that got away: what has not come by then does not come.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// The file of one rank's output does not grow beyond this; a job's disk is for checkpoints.
-const LOG_FILE_MAX: u64 = 64 << 20;
 
 /// Where a rank's messages go. Its lines and, behind them, its exit have a queue of their own, which the driver reads after the messages
 /// and may leave full for a while.
@@ -54,7 +50,7 @@ pub fn attend<K: Copy + Send + Sync + 'static>(
 ) -> std::io::Result<RankIo> {
     let stdout = tokio::process::ChildStdout::from_std(started.stdout)?;
     let stderr = tokio::process::ChildStderr::from_std(started.stderr)?;
-    let log = LogFile::create(log);
+    let log = OutputFile::create(log);
     let (to_rank, outbox) = mpsc::unbounded_channel(); // a handful of messages in a rank's life
     let (exited, exit) = oneshot::channel::<Exited>();
     let (gone_sender, gone) = watch::channel(false);
@@ -83,11 +79,11 @@ async fn read_lines<K: Copy>(
     mut pipe: impl AsyncRead + Unpin,
     rank: Rank,
     level: Level,
-    log: LogFile,
+    log: OutputFile,
     deliveries: Deliveries<K>,
     gone: watch::Receiver<bool>,
 ) {
-    let mut splitter = LineSplitter::default();
+    let (mut splitter, mut whole) = (LineSplitter::default(), Lines::default());
     let mut buffer = vec![0; READ_MAX];
     loop {
         let read = tokio::select! {
@@ -96,8 +92,11 @@ async fn read_lines<K: Copy>(
         };
         let lines =
             if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
+        match read {
+            0 => whole.finish(&log),
+            _ => whole.push(&buffer[..read], &log),
+        }
         if !lines.is_empty() {
-            log.write(&lines);
             let _ = deliveries.lines.send((deliveries.key, GangInput::Lines { rank, level, lines })).await;
         }
         if read == 0 {
@@ -109,7 +108,7 @@ async fn read_lines<K: Copy>(
 async fn read_messages<K: Copy>(
     mut socket: OwnedReadHalf,
     rank: Rank,
-    log: LogFile,
+    log: OutputFile,
     deliveries: Deliveries<K>,
     gone: watch::Receiver<bool>,
 ) {
@@ -124,7 +123,7 @@ async fn read_messages<K: Copy>(
                 if let FromRank::Event(event) = &message
                     && let EventBody::Log { line, .. } = &event.body
                 {
-                    log.write(std::slice::from_ref(line));
+                    log.write(format!("{line}\n").as_bytes());
                 }
                 let _ = deliveries.messages.send((deliveries.key, GangInput::Rank(rank, message))).await;
             }
@@ -159,30 +158,4 @@ async fn write_messages(
 async fn silence_after_the_end(mut gone: watch::Receiver<bool>) {
     let _ = gone.wait_for(|gone| *gone).await;
     tokio::time::sleep(LAST_WORDS).await;
-}
-
-/// A rank's output on disk. Losing it to a full disk does not disturb the rank.
-#[derive(Clone)]
-struct LogFile(Arc<Mutex<Option<(File, u64)>>>);
-
-impl LogFile {
-    fn create(path: &Path) -> LogFile {
-        let file = File::create(path)
-            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "no log file for the rank"));
-        LogFile(Arc::new(Mutex::new(file.ok().map(|file| (file, LOG_FILE_MAX)))))
-    }
-
-    fn write(&self, lines: &[String]) {
-        let Ok(mut slot) = self.0.lock() else { return };
-        let Some((file, room)) = slot.as_mut() else { return };
-        let mut text = lines.join("\n");
-        text.push('\n');
-        *room = room.saturating_sub(text.len() as u64);
-        if *room == 0 {
-            let _ = file.write_all(b"[the log file is full; the rest is only in the event stream]\n");
-        }
-        if *room == 0 || file.write_all(text.as_bytes()).is_err() {
-            *slot = None;
-        }
-    }
 }

@@ -1,9 +1,10 @@
 //! Starting ranks: `fleet-rank` processes with a socket and a shared segment, or a user's PROGRAM. Also the ranks that are started before
 //! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
 
+use crate::container::{Container, Containers, Remains};
 use crate::gang::Blow;
-use crate::program;
-use crate::spawn::{Exited, Launch, Spawner, Started};
+use crate::program::{self, Base};
+use crate::spawn::{Exited, Launch, Spawner, Started, Sweep};
 use crate::verdict::Exit;
 use anyhow::Context;
 use fleet_collectives::Segment;
@@ -33,36 +34,53 @@ pub struct NewRank {
     pub shm_fd: Option<i32>,
 }
 
-/// All ranks of a gang, each started or not, and the memory that they share.
+/// All ranks of a gang, each started or not, what holds them, and the memory that they share.
 #[derive(Debug)]
 pub struct NewGang {
+    pub container: Container,
     pub ranks: Vec<Result<NewRank, String>>,
     pub segment: Option<Segment>,
+}
+
+impl NewGang {
+    /// No rank could be started.
+    pub fn failed(container: Container, ranks: u32, error: &str) -> NewGang {
+        let ranks = (0..ranks).map(|_| Err(error.to_owned())).collect();
+        NewGang { container, ranks, segment: None }
+    }
 }
 
 /// Where programs are and how many threads a rank gets.
 #[derive(Clone, Debug)]
 pub struct Launcher {
     pub spawner: Spawner,
+    pub containers: Arc<Containers>,
     pub fleet_rank: PathBuf,
     pub cores: u32,
+    pub programs: Base,
 }
 
 impl Launcher {
     /// Finds `fleet-rank` beside the own executable.
-    pub fn new(spawner: Spawner, cores: u32) -> anyhow::Result<Launcher> {
+    pub fn new(
+        spawner: Spawner,
+        containers: Containers,
+        cores: u32,
+        programs: Base,
+    ) -> anyhow::Result<Launcher> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
-        Ok(Launcher { spawner, fleet_rank: own.with_file_name("fleet-rank"), cores })
+        let fleet_rank = own.with_file_name("fleet-rank");
+        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs })
     }
 
-    pub async fn gang(&self, gang: &Gang) -> NewGang {
+    pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
         match &gang.work {
-            Work::Train { .. } => self.training(gang.ranks, gang.generation).await,
-            Work::Program(program) => self.program(gang, program).await,
+            Work::Train { .. } => self.training(gang.ranks, gang.generation, container).await,
+            Work::Program(program) => self.program(gang, program, container).await,
         }
     }
 
-    async fn training(&self, world_size: u32, generation: u64) -> NewGang {
+    async fn training(&self, world_size: u32, generation: u64, container: Container) -> NewGang {
         let segment = match world_size {
             1 => Ok(None),
             _ => {
@@ -72,22 +90,26 @@ impl Launcher {
         let segment = match segment {
             Ok(segment) => segment,
             Err(error) => {
-                return NewGang {
-                    ranks: (0..world_size).map(|_| Err(error.clone())).collect(),
-                    segment: None,
-                };
+                return NewGang::failed(container, world_size, &error);
             }
         };
         let mut ranks = Vec::new();
         for _ in 0..world_size {
             ranks.push(
-                self.fleet_rank(segment.as_ref(), world_size).await.map_err(|error| format!("{error:#}")),
+                self.fleet_rank(segment.as_ref(), world_size, &container)
+                    .await
+                    .map_err(|error| format!("{error:#}")),
             );
         }
-        NewGang { ranks, segment }
+        NewGang { container, ranks, segment }
     }
 
-    async fn fleet_rank(&self, segment: Option<&Segment>, world_size: u32) -> anyhow::Result<NewRank> {
+    async fn fleet_rank(
+        &self,
+        segment: Option<&Segment>,
+        world_size: u32,
+        container: &Container,
+    ) -> anyhow::Result<NewRank> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().context("no socket for it")?;
         ours.set_nonblocking(true)?;
         let mut inherit = vec![(Arc::new(OwnedFd::from(theirs)), Some(RANK_SOCKET_ENV))];
@@ -96,15 +118,17 @@ impl Launcher {
         }
         let env = match std::env::var_os("OMP_NUM_THREADS") {
             Some(_) => Vec::new(),
-            None => vec![("OMP_NUM_THREADS".to_owned(), (self.cores / world_size).max(1).to_string())],
+            None => vec![("OMP_NUM_THREADS".into(), (self.cores / world_size).max(1).to_string().into())],
         };
         let argv = vec![self.fleet_rank.clone().into_os_string()];
-        let started = self.spawner.spawn(Launch { argv, env, inherit, ..Launch::default() }).await?;
+        let container = container.clone();
+        let launch = Launch { argv, env, inherit, container, ..Launch::default() };
+        let started = self.spawner.spawn(launch).await?;
         let shm_fd = started.inherited.get(1).copied();
         Ok(NewRank { started, socket: Some(UnixStream::from_std(ours)?), shm_fd })
     }
 
-    async fn program(&self, gang: &Gang, program: &Program) -> NewGang {
+    async fn program(&self, gang: &Gang, program: &Program, container: Container) -> NewGang {
         let meeting = match &gang.meeting {
             Some(meeting) => Ok(meeting.clone()),
             None => program::local_meeting(),
@@ -113,19 +137,23 @@ impl Launcher {
             Ok(meeting) => meeting,
             Err(error) => {
                 let error = format!("no free port for its peers to meet at: {error}");
-                return NewGang {
-                    ranks: (0..gang.ranks).map(|_| Err(error.clone())).collect(),
-                    segment: None,
-                };
+                return NewGang::failed(container, gang.ranks, &error);
             }
         };
         let mut ranks = Vec::new();
         for local_rank in 0..gang.ranks {
             let launch = Launch {
                 argv: program.argv.iter().map(OsString::from).collect(),
-                env: program::environment(&program.env, gang, local_rank, &meeting),
+                env: program::environment(
+                    self.programs.variables(),
+                    &program.env,
+                    gang,
+                    local_rank,
+                    &meeting,
+                ),
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
+                container: container.clone(),
                 inherit: Vec::new(),
             };
             let started = self.spawner.spawn(launch).await;
@@ -135,7 +163,7 @@ impl Launcher {
                     .map_err(|error| error.to_string()),
             );
         }
-        NewGang { ranks, segment: None }
+        NewGang { container, ranks, segment: None }
     }
 
     /// Runs `fleet-rank --probe`. `exited` waits for the process that is named to it.
@@ -144,12 +172,15 @@ impl Launcher {
         exited: impl FnOnce(u32) -> F,
     ) -> Result<Probe, String> {
         let argv = vec![self.fleet_rank.clone().into_os_string(), "--probe".into()];
+        let container = self.containers.create().map_err(|error| error.to_string())?;
+        let remains = Remains::from(&container);
         let started = self
             .spawner
-            .spawn(Launch { argv, ..Launch::default() })
+            .spawn(Launch { argv, container, ..Launch::default() })
             .await
             .map_err(|error| error.to_string())?;
         let exit = exited(started.pid).await.map(|exited| exited.exit);
+        let _ = self.spawner.sweep(Sweep { remains, adopted: false }).await; // its group goes
         let output = read_all(started.stdout);
         if exit != Some(Exit::Code(0)) {
             return Err(unfit(&read_all(started.stderr)));
@@ -165,7 +196,8 @@ impl Launcher {
         if slots > WARM_MAX {
             return None;
         }
-        let gang = self.training(slots, FIRST_GENERATION).await;
+        let container = self.containers.create().ok()?;
+        let gang = self.training(slots, FIRST_GENERATION, container).await;
         let warm = Warm { gang, until: Instant::now() + WARM_FOR };
         if warm.gang.ranks.iter().all(Result::is_ok) {
             return Some(warm);
@@ -196,17 +228,24 @@ impl Warm {
         same && matches!(gang.work, Work::Train { .. })
     }
 
+    pub fn container(&self) -> &Container {
+        &self.gang.container
+    }
+
     pub fn take(self) -> NewGang {
         self.gang
     }
 
     pub fn end(self, spawner: &Spawner) {
         self.gang.ranks.into_iter().flatten().for_each(|rank| spawner.strike(rank.started.pid, Blow::Kill));
+        // Nobody waits for that.
+        drop(spawner.sweep(Sweep { remains: Remains::from(&self.gang.container), adopted: false }));
     }
 
     /// One of them is gone before its first job. Says why no rank can run here, if that is the reason.
     pub fn died(self, exited: Exited, spawner: &Spawner) -> Option<String> {
         let mut reason = None;
+        let remains = Remains::from(&self.gang.container);
         for rank in self.gang.ranks.into_iter().flatten() {
             if rank.started.pid != exited.pid {
                 spawner.strike(rank.started.pid, Blow::Kill);
@@ -214,6 +253,7 @@ impl Warm {
                 reason = Some(unfit(&read_all(rank.started.stderr)));
             }
         }
+        drop(spawner.sweep(Sweep { remains, adopted: false }));
         reason
     }
 

@@ -4,15 +4,16 @@
 //! descriptors can be made inheritable here for the moment of a spawn without leaking into another child. A process id is only
 //! used between its spawn and its reaping, both here, so no foreign process is ever struck.
 
+use crate::container::{Container, MARK_ENV, Remains};
 use crate::exec_rank;
 use crate::gang::Blow;
+use crate::processes::{self, Process};
 use crate::verdict::Exit;
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -30,10 +31,12 @@ const SWEEP_MAX: Duration = Duration::from_secs(1);
 pub struct Launch {
     pub argv: Vec<OsString>,
     /// Set over the agent's own environment, or instead of it.
-    pub env: Vec<(String, String)>,
+    pub env: Vec<(OsString, OsString)>,
     pub clear_env: bool,
     /// Empty: the agent's.
     pub dir: PathBuf,
+    /// Holds what is started.
+    pub container: Container,
     /// Descriptors to inherit. Each may name an environment variable that tells the child its number.
     pub inherit: Vec<(Arc<OwnedFd>, Option<&'static str>)>,
 }
@@ -60,8 +63,16 @@ enum Order {
     Spawn(Box<Launch>, oneshot::Sender<io::Result<Started>>),
     Strike(u32, Blow),
     Reap,
-    Sweep,
-    EndAll(mpsc::Sender<()>),
+    Sweep(Box<Sweep>, oneshot::Sender<usize>),
+    EndAll(Box<Remains>, mpsc::Sender<()>),
+}
+
+/// Something to be ended, wherever its processes are.
+#[derive(Debug)]
+pub struct Sweep {
+    pub remains: Remains,
+    /// No rank lives: whatever the agent, as their subreaper, has adopted belongs to none.
+    pub adopted: bool,
 }
 
 /// A handle to the thread.
@@ -99,15 +110,18 @@ impl Spawner {
         self.order(Order::Reap);
     }
 
-    /// Ends processes that ranks left behind and that have become the agent's children (it is their subreaper).
-    pub fn sweep(&self) {
-        self.order(Order::Sweep);
+    /// Ends what is left of a container. The answer is how many processes are still there after a while: they were struck and can do
+    /// nothing any more, but the kernel does not let them go.
+    pub fn sweep(&self, sweep: Sweep) -> oneshot::Receiver<usize> {
+        let (reply, answer) = oneshot::channel();
+        self.order(Order::Sweep(Box::new(sweep), reply));
+        answer
     }
 
-    /// Ends every child and what it left behind, and waits until that is done.
-    pub fn end_all(&self) {
+    /// Ends every child and all that is left of them, and waits until that is done.
+    pub fn end_all(&self, remains: Remains) {
         let (done, wait) = mpsc::channel();
-        self.order(Order::EndAll(done));
+        self.order(Order::EndAll(Box::new(remains), done));
         let _ = wait.recv_timeout(2 * SWEEP_MAX);
     }
 
@@ -134,13 +148,16 @@ impl Children {
             }
             Order::Strike(pid, blow) => self.strike(pid, blow),
             Order::Reap => self.reap(),
-            Order::Sweep => self.sweep(),
-            Order::EndAll(done) => {
+            Order::Sweep(sweep, reply) => {
+                let left = self.sweep(&sweep);
+                let _ = reply.send(left); // the agent ends
+            }
+            Order::EndAll(remains, done) => {
                 let living = std::mem::take(&mut self.living);
                 living.into_iter().for_each(|pid| {
                     let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGKILL);
                 });
-                self.sweep();
+                self.sweep(&Sweep { remains: *remains, adopted: true });
                 let _ = done.send(());
             }
         }
@@ -154,14 +171,18 @@ impl Children {
         // The running image, also after it was replaced on disk.
         let own_image =
             if cfg!(target_os = "linux") { "/proc/self/exe".into() } else { std::env::current_exe()? };
+        let cgroup = launch.container.cgroup.as_ref().map_or(OsStr::new(""), |dir| dir.as_os_str());
         let mut command = Command::new(own_image);
         if launch.clear_env {
             command.env_clear();
         }
         command
             .arg0("worker")
-            .args(exec_rank::arguments(std::process::id(), launch.dir.as_os_str(), &launch.argv))
+            .args(exec_rank::arguments(std::process::id(), launch.dir.as_os_str(), cgroup, &launch.argv))
+            // Whoever has it may join machines.
+            .env_remove("FLEET_TOKEN")
             .envs(launch.env.iter().map(|(name, value)| (name, value)))
+            .env(MARK_ENV, launch.container.marks())
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -180,12 +201,19 @@ impl Children {
     }
 
     fn strike(&self, pid: u32, blow: Blow) {
-        if self.living.contains(&pid) {
-            let signal = match blow {
-                Blow::Terminate => Signal::SIGTERM,
-                Blow::Kill => Signal::SIGKILL,
-            };
-            let _ = killpg(Pid::from_raw(pid as i32), signal); // gone in this moment: the reaping follows
+        if !self.living.contains(&pid) {
+            return;
+        }
+        let group = Pid::from_raw(pid as i32);
+        match blow {
+            // Gone in this moment: the reaping follows.
+            Blow::Terminate => drop(killpg(group, Signal::SIGTERM)),
+            Blow::Kill => {
+                // While it lives, also what has left its group is known to descend from it.
+                let tree = processes::trees(&processes::living(), |seen| seen.process.pid == pid);
+                let _ = killpg(group, Signal::SIGKILL);
+                tree.iter().for_each(|process| process.kill());
+            }
         }
     }
 
@@ -215,43 +243,32 @@ impl Children {
         }
     }
 
-    /// Killing one adopted child may hand over its children, so this goes on until none is left.
-    fn sweep(&mut self) {
+    /// What is killed may have started others, or hand its children over, so this goes on until none is left.
+    fn sweep(&mut self, sweep: &Sweep) -> usize {
         let end = Instant::now() + SWEEP_MAX;
+        let mut pause = Duration::from_micros(200);
         loop {
             self.reap();
-            let adopted: Vec<Pid> = children_of(std::process::id())
-                .into_iter()
-                .filter(|pid| !self.living.contains(pid))
-                .map(|pid| Pid::from_raw(pid as i32))
-                .collect();
-            if adopted.is_empty() || Instant::now() > end {
-                return;
+            let mut left = sweep.remains.kill();
+            if sweep.adopted {
+                let adopted = self.adopted();
+                adopted.iter().for_each(|process| process.kill());
+                left = left.max(adopted.len());
             }
-            for &pid in &adopted {
-                let _ = kill(pid, Signal::SIGKILL);
+            if left == 0 || Instant::now() > end {
+                sweep.remains.remove();
+                return left;
             }
-            for &pid in &adopted {
-                while Instant::now() < end {
-                    match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-                        Ok(WaitStatus::StillAlive) => std::thread::sleep(Duration::from_micros(200)),
-                        Err(Errno::EINTR) => {}
-                        _ => break,
-                    }
-                }
-            }
+            std::thread::sleep(pause);
+            pause = (2 * pause).min(Duration::from_millis(20));
         }
     }
-}
 
-/// Living and dead children of a process, from `/proc/PID/stat`; none where there is no `/proc`.
-fn children_of(parent: u32) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let parent_of = |pid: u32| -> Option<u32> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // `pid (name that may hold spaces and parentheses) state ppid ...`
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-    };
-    pids.filter(|&pid| parent_of(pid) == Some(parent)).collect()
+    /// Living children that were not spawned here, and what descends from them.
+    fn adopted(&self) -> Vec<Process> {
+        let me = std::process::id();
+        processes::trees(&processes::living(), |seen| {
+            seen.parent == me && !self.living.contains(&seen.process.pid)
+        })
+    }
 }

@@ -1,11 +1,14 @@
 //! One gang's events on their way to the coordinator: numbered from 1, sent until committed, bounded.
 //!
-//! An event gets its number when it is first sent, so that log lines can still be dropped before that without a gap in the numbers.
-//! Steps, evaluations, checkpoints and the outcome are never dropped. Knows nothing of connections beyond "there is a new one".
+//! An event gets its number when it is first sent, so that log lines can still be left out before that without a gap in the numbers.
+//! Ranks' lines are left out beyond their budget, and where the coordinator is too slow for them; how many is said in their place.
+//! Steps, evaluations, checkpoints and the outcome never are. Knows nothing of connections beyond "there is a new one".
 
-use fleet_common::events::{Event, EventBatch, EventBody, Level};
+use crate::budget::{Budget, Rates};
+use fleet_common::events::{Event, EventBatch, EventBody, line_cost};
 use fleet_common::ids::{Generation, JobId};
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// Numbered events that the coordinator has not committed yet. Above it events wait, so a slow coordinator is not flooded.
 pub const IN_FLIGHT_MAX: usize = 4096;
@@ -15,6 +18,10 @@ pub const BATCH_MAX: usize = 256;
 pub const WAITING_LINES_MAX: usize = 16_384;
 /// Bytes of those lines, in case they are long.
 pub const WAITING_BYTES_MAX: usize = 8 << 20;
+/// Between two notices of lines that are left out, while they are.
+pub const NOTICE_EVERY: Duration = Duration::from_secs(10);
+/// The same once nothing of the budget will come back.
+pub const NOTICE_EVERY_SPENT: Duration = Duration::from_secs(600);
 
 /// The coordinator's idea of the stream cannot be served: it wants numbers that were committed and dropped, or never given.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,11 +35,25 @@ pub struct Diverged {
 #[derive(Debug)]
 enum Waiting {
     Event(Event),
-    /// Stands where lines were dropped.
-    Dropped {
-        unix_ms: u64,
-        lines: u64,
-    },
+    /// Stands where the coordinator did not take lines in time.
+    Dropped(u64, LeftOut),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct LeftOut {
+    lines: u64,
+    bytes: u64,
+}
+
+impl LeftOut {
+    fn add(&mut self, lines: u64, bytes: u64) {
+        self.lines += lines;
+        self.bytes += bytes;
+    }
+
+    fn event(self, unix_ms: u64) -> Event {
+        Event { unix_ms, body: EventBody::LeftOut { lines: self.lines, bytes: self.bytes } }
+    }
 }
 
 /// Invariant: `in_flight` holds the numbers `first..first + in_flight.len()`, and the first `sent` of them went out on this connection.
@@ -46,10 +67,15 @@ pub struct EventStream {
     waiting: VecDeque<Waiting>,
     waiting_lines: usize,
     waiting_bytes: usize,
+    budget: Budget,
+    /// Over the budget, and not yet said.
+    left_out: LeftOut,
+    /// When it was said last, or there was something to say again.
+    told_at: Duration,
 }
 
 impl EventStream {
-    pub fn new(job: JobId, generation: Generation) -> EventStream {
+    pub fn new(job: JobId, generation: Generation, lines: Rates) -> EventStream {
         EventStream {
             job,
             generation,
@@ -59,17 +85,48 @@ impl EventStream {
             waiting: VecDeque::new(),
             waiting_lines: 0,
             waiting_bytes: 0,
+            budget: Budget::new(lines),
+            left_out: LeftOut::default(),
+            told_at: Duration::ZERO,
         }
     }
 
-    pub fn push(&mut self, event: Event) {
-        if let EventBody::Log { line, .. } = &event.body {
-            self.waiting_lines += 1;
-            self.waiting_bytes += line.len();
+    /// Takes an event that happened at `now` of the agent's clock.
+    pub fn push(&mut self, event: Event, now: Duration) {
+        match &event.body {
+            EventBody::Log { rank, line, .. } => {
+                if rank.is_some() && !self.budget.admits(line_cost(line), now) {
+                    if self.left_out.lines == 0 {
+                        self.told_at = now;
+                    }
+                    self.left_out.add(1, line.len() as u64);
+                    return self.tell_in_time(event.unix_ms, now);
+                }
+                self.tell(event.unix_ms, now);
+                self.waiting_lines += 1;
+                self.waiting_bytes += line.len();
+            }
+            EventBody::Finished(_) => self.tell(event.unix_ms, now),
+            _ => {}
         }
         self.waiting.push_back(Waiting::Event(event));
         if self.waiting_lines > WAITING_LINES_MAX || self.waiting_bytes > WAITING_BYTES_MAX {
             self.drop_older_half_of_the_lines();
+        }
+    }
+
+    /// Says how much was left out, if that was not said for a while.
+    pub fn tell_in_time(&mut self, unix_ms: u64, now: Duration) {
+        let every = if self.budget.is_spent() { NOTICE_EVERY_SPENT } else { NOTICE_EVERY };
+        if now.saturating_sub(self.told_at) >= every {
+            self.tell(unix_ms, now);
+        }
+    }
+
+    fn tell(&mut self, unix_ms: u64, now: Duration) {
+        if self.left_out.lines > 0 {
+            self.told_at = now;
+            self.waiting.push_back(Waiting::Event(std::mem::take(&mut self.left_out).event(unix_ms)));
         }
     }
 
@@ -128,11 +185,7 @@ impl EventStream {
     fn number(&mut self, waiting: Waiting) {
         let event = match waiting {
             Waiting::Event(event) => event,
-            Waiting::Dropped { unix_ms, lines } => {
-                let line =
-                    format!("{lines} log lines were dropped here: the coordinator did not take them in time");
-                Event { unix_ms, body: EventBody::Log { rank: None, level: Level::Warn, line } }
-            }
+            Waiting::Dropped(unix_ms, left_out) => left_out.event(unix_ms),
         };
         if let EventBody::Log { line, .. } = &event.body {
             self.waiting_lines = self.waiting_lines.saturating_sub(1);
@@ -143,21 +196,21 @@ impl EventStream {
 
     fn drop_older_half_of_the_lines(&mut self) {
         let mut to_drop = self.waiting_lines / 2 + 1;
-        let (mut dropped, mut since) = (0, 0);
+        let (mut dropped, mut since) = (LeftOut::default(), 0);
         let mut place = None;
         let mut kept = VecDeque::with_capacity(self.waiting.len());
         for waiting in self.waiting.drain(..) {
             match waiting {
                 Waiting::Event(Event { unix_ms, body: EventBody::Log { line, .. } }) if to_drop > 0 => {
                     to_drop -= 1;
-                    dropped += 1;
+                    dropped.add(1, line.len() as u64);
                     since = unix_ms;
                     place.get_or_insert(kept.len());
                     self.waiting_lines -= 1;
                     self.waiting_bytes -= line.len();
                 }
-                Waiting::Dropped { unix_ms, lines } => {
-                    dropped += lines;
+                Waiting::Dropped(unix_ms, LeftOut { lines, bytes }) => {
+                    dropped.add(lines, bytes);
                     since = unix_ms.max(since);
                     place.get_or_insert(kept.len());
                 }
@@ -165,7 +218,7 @@ impl EventStream {
             }
         }
         if let Some(place) = place {
-            kept.insert(place, Waiting::Dropped { unix_ms: since, lines: dropped });
+            kept.insert(place, Waiting::Dropped(since, dropped));
         }
         self.waiting = kept;
     }
@@ -174,7 +227,7 @@ impl EventStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fleet_common::events::Step;
+    use fleet_common::events::{Level, Outcome, Step};
     use proptest::prelude::*;
 
     fn log(line: &str) -> Event {
@@ -191,14 +244,28 @@ mod tests {
     }
 
     fn stream() -> EventStream {
-        EventStream::new(JobId(1), 1)
+        EventStream::new(JobId(1), 1, Rates::UNLIMITED)
+    }
+
+    fn push(stream: &mut EventStream, event: Event) {
+        stream.push(event, Duration::ZERO);
+    }
+
+    /// All that there is to be sent, which is committed.
+    fn drained(stream: &mut EventStream) -> Vec<Event> {
+        let mut seen = Vec::new();
+        while let Some(batch) = stream.next_batch() {
+            stream.committed(batch.first_seq + batch.events.len() as u64 - 1);
+            seen.extend(batch.events);
+        }
+        seen
     }
 
     #[test]
     fn events_are_numbered_from_one_and_forgotten_once_committed() {
         let mut stream = stream();
-        stream.push(step(1));
-        stream.push(step(2));
+        push(&mut stream, step(1));
+        push(&mut stream, step(2));
         let batch = stream.next_batch().unwrap();
         assert_eq!((batch.first_seq, batch.events.len()), (1, 2));
         assert_eq!(stream.next_batch(), None, "an event is sent once per connection");
@@ -212,11 +279,11 @@ mod tests {
     #[test]
     fn a_new_connection_gets_everything_that_is_not_committed() {
         let mut stream = stream();
-        (1..=3).for_each(|n| stream.push(step(n)));
+        (1..=3).for_each(|n| push(&mut stream, step(n)));
         stream.next_batch();
         stream.committed(1);
         stream.reconnected();
-        stream.push(step(4));
+        push(&mut stream, step(4));
         let batch = stream.next_batch().unwrap();
         assert_eq!((batch.first_seq, batch.events), (2, vec![step(2), step(3), step(4)]));
     }
@@ -224,7 +291,7 @@ mod tests {
     #[test]
     fn the_coordinator_can_ask_again_for_what_it_did_not_commit_but_for_nothing_else() {
         let mut stream = stream();
-        (1..=3).for_each(|n| stream.push(step(n)));
+        (1..=3).for_each(|n| push(&mut stream, step(n)));
         stream.next_batch();
         assert_eq!(stream.resend_from(3), Ok(vec![step(1), step(2)]));
         assert_eq!(stream.next_batch().unwrap().first_seq, 3);
@@ -235,19 +302,15 @@ mod tests {
     #[test]
     fn a_flood_of_lines_loses_the_oldest_with_a_notice_and_no_step() {
         let mut stream = stream();
-        stream.push(step(1));
+        push(&mut stream, step(1));
         let lines = WAITING_LINES_MAX * 3;
         for n in 0..lines {
-            stream.push(log(&n.to_string()));
+            push(&mut stream, log(&n.to_string()));
             if n % 1000 == 0 {
-                stream.push(step(n as u64 + 2));
+                push(&mut stream, step(n as u64 + 2));
             }
         }
-        let mut seen = Vec::new();
-        while let Some(batch) = stream.next_batch() {
-            stream.committed(batch.first_seq + batch.events.len() as u64 - 1);
-            seen.extend(batch.events);
-        }
+        let seen = drained(&mut stream);
         let steps = seen.iter().filter(|event| matches!(event.body, EventBody::Step(_))).count();
         assert_eq!(steps, 1 + lines.div_ceil(1000));
         let texts: Vec<&str> = seen
@@ -256,13 +319,63 @@ mod tests {
                 |e| if let EventBody::Log { line, .. } = &e.body { Some(line.as_str()) } else { None },
             )
             .collect();
-        let notices: Vec<u64> = texts
+        let notices: Vec<u64> = seen
             .iter()
-            .filter_map(|text| text.split_once(" log lines were dropped")?.0.parse().ok())
+            .filter_map(|e| if let EventBody::LeftOut { lines, .. } = e.body { Some(lines) } else { None })
             .collect();
         assert_eq!(notices.len(), 1, "the notices of several drops become one");
-        assert_eq!(texts.len() - 1 + notices[0] as usize, lines, "every line was delivered or is counted");
+        assert_eq!(texts.len() + notices[0] as usize, lines, "every line was delivered or is counted");
         assert_eq!(*texts.last().unwrap(), (lines - 1).to_string(), "the newest lines stay");
+    }
+
+    #[test]
+    fn lines_over_the_budget_are_left_out_and_counted_where_they_were_and_nothing_else_is() {
+        let rates = Rates { per_s: 1_000, burst: 8_000, total: 1 << 20 };
+        let mut stream = EventStream::new(JobId(1), 1, rates);
+        let line = "x".repeat(136);
+        for n in 0..100_000u64 {
+            let now = Duration::from_millis(n);
+            stream.push(log(&line), now);
+            if n % 1_000 == 0 {
+                stream.push(step(n / 1_000), now);
+            }
+        }
+        stream.push(
+            Event { unix_ms: 0, body: EventBody::Finished(Outcome::Stopped { steps: 1 }) },
+            Duration::from_secs(100),
+        );
+        let seen = drained(&mut stream);
+        let steps = seen.iter().filter(|event| matches!(event.body, EventBody::Step(_))).count();
+        assert_eq!(steps, 100);
+        assert!(matches!(seen.last().unwrap().body, EventBody::Finished(_)));
+        let lines = seen.iter().filter(|event| matches!(event.body, EventBody::Log { .. })).count() as u64;
+        assert!(lines * 200 <= 8_000 + 100 * 1_000 && lines * 200 > 90_000, "{lines}");
+        let gaps: Vec<u64> = seen
+            .iter()
+            .filter_map(|event| match event.body {
+                EventBody::LeftOut { lines, bytes } => {
+                    assert_eq!(bytes, lines * 136);
+                    Some(lines)
+                }
+                _ => None,
+            })
+            .collect();
+        assert_eq!(lines + gaps.iter().sum::<u64>(), 100_000, "every line went or is counted");
+        assert!(gaps.len() < 120, "passages, not single lines: {} gaps", gaps.len());
+    }
+
+    #[test]
+    fn what_was_left_out_is_said_though_nothing_more_is_printed() {
+        let mut stream = EventStream::new(JobId(1), 1, Rates { per_s: 1, burst: 800, total: 1 << 20 });
+        let line = "x".repeat(336);
+        (0..5).for_each(|_| push(&mut stream, log(&line)));
+        let said = |stream: &mut EventStream| {
+            drained(stream).iter().any(|event| event.body == EventBody::LeftOut { lines: 3, bytes: 3 * 336 })
+        };
+        stream.tell_in_time(0, NOTICE_EVERY / 2);
+        assert!(!said(&mut stream));
+        stream.tell_in_time(0, NOTICE_EVERY);
+        assert!(said(&mut stream));
     }
 
     /// What can happen to a stream, in any order.
@@ -304,7 +417,7 @@ mod tests {
             };
             for happening in script {
                 match happening {
-                    Happening::Push(count) => (0..count).for_each(|_| { pushed += 1; stream.push(step(pushed)); }),
+                    Happening::Push(count) => (0..count).for_each(|_| { pushed += 1; push(&mut stream, step(pushed)); }),
                     Happening::Send { arrive } => {
                         let mut arrived = 0;
                         while let Some(batch) = stream.next_batch() {

@@ -9,7 +9,7 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{JobId, NodeId, ReplicaId};
 use fleet_common::job;
 use fleet_common::net::{self, Accepted, ClusterCa, Identity, Socket};
-use fleet_common::protocol::{AgentHello, FromAgent, Gang, Member, Program, ToAgent, Work};
+use fleet_common::protocol::{AgentHello, FromAgent, Gang, Member, Program, ToAgent, Variable, Work};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -67,7 +67,7 @@ impl Node {
                 // An attempt that its maker gave up comes to nothing; the next one counts.
                 let incoming = self.endpoint.accept().await.unwrap();
                 let Ok((connection, Accepted::Peer(peer))) =
-                    net::accept(incoming, Socket::Members, |_| Ok(())).await
+                    net::accept(incoming, Socket::Members, [0; 32], async |_, _| Ok(())).await
                 else {
                     continue;
                 };
@@ -168,7 +168,7 @@ fn logged(events: &[Event], rank: Option<u32>) -> Vec<String> {
 }
 
 fn shell(script: &str) -> Work {
-    let path = ("PATH".to_owned(), std::env::var("PATH").unwrap());
+    let path = Variable::open("PATH", std::env::var("PATH").unwrap());
     let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
     Work::Program(Program { argv, working_dir: "/tmp".into(), env: vec![path] })
 }

@@ -65,6 +65,9 @@ impl AssignGang {
                 self.job, self.generation
             )));
         }
+        if job.removed_secrets().next().is_some() {
+            return Err(Answer::invalid(format!("{} lacks secrets", self.job)));
+        }
         let ranks = self.parts.iter().try_fold(0u32, |sum, (_, ranks)| sum.checked_add(*ranks));
         let nodes: BTreeSet<NodeId> = self.parts.iter().map(|(node, _)| *node).collect();
         let as_wished = job.wish.nodes.is_none_or(|nodes| nodes as usize == self.parts.len());

@@ -87,7 +87,12 @@ mod tests {
         script.at(100 * HOUR).run(token("good", 2 * HOUR));
         script.at(106 * HOUR).run(token("hasty", HOUR));
         let redeem = |id: &str| {
-            Change::RedeemToken(RedeemToken { id: id.into(), secret_sha256: [7; 32], name: "n".into() })
+            Change::RedeemToken(RedeemToken {
+                id: id.into(),
+                secret_sha256: [7; 32],
+                name: "n".into(),
+                key: [0; 32],
+            })
         };
         assert!(why(script.run(redeem("good"))).contains("expired"), "by the time in the command");
         assert!(matches!(script.at(101 * HOUR).run(redeem("good")), Answer::Redeemed { .. }));

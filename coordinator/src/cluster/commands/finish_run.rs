@@ -1,7 +1,5 @@
 //! A client's run is over.
 
-use crate::cluster::history::HistoryRow;
-use crate::cluster::runs::FINISHED_RUNS_IN_STATE;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::ids::RunId;
 use fleet_common::protocol::RunState;
@@ -20,13 +18,7 @@ impl FinishRun {
         };
         run.state = if self.succeeded { RunState::Succeeded } else { RunState::Failed };
         run.finished_unix_ms = Some(context.unix_ms);
-        state.finished_runs.push_back(self.run);
-        if state.finished_runs.len() > FINISHED_RUNS_IN_STATE
-            && let Some(run) = state.finished_runs.pop_front()
-            && let Some(record) = state.runs.remove(&run)
-        {
-            context.history.push(HistoryRow::Run { run, record: Box::new(record) });
-        }
+        state.run_ended(self.run, context);
         Answer::Done
     }
 }
@@ -35,6 +27,8 @@ impl FinishRun {
 mod tests {
     use super::*;
     use crate::cluster::commands::{Change, StartRun};
+    use crate::cluster::history::HistoryRow;
+    use crate::cluster::runs::FINISHED_RUNS_IN_STATE;
     use crate::cluster::tests::{Script, why};
 
     #[test]

@@ -5,12 +5,17 @@
 
 mod assign_gang;
 mod cancel_job;
+mod change_secrets;
 mod create_token;
 mod describe_node;
 mod describe_replica;
 mod drain_node;
 mod fail_job;
+mod finish_ca;
 mod finish_run;
+mod forget;
+mod hold_ca;
+mod introduce_ca;
 mod mark_node_lost;
 mod promote_replica;
 mod record_events;
@@ -22,6 +27,8 @@ mod register_replica;
 mod remove_replica;
 mod revoke_member;
 mod revoke_token;
+mod set_retention;
+mod show_ca;
 mod start_run;
 mod submit_job;
 mod submit_once;
@@ -29,12 +36,17 @@ mod undrain_node;
 
 pub use assign_gang::AssignGang;
 pub use cancel_job::CancelJob;
+pub use change_secrets::ChangeSecrets;
 pub use create_token::CreateToken;
 pub use describe_node::DescribeNode;
 pub use describe_replica::DescribeReplica;
 pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
+pub use finish_ca::FinishCa;
 pub use finish_run::FinishRun;
+pub use forget::Forget;
+pub use hold_ca::HoldCa;
+pub use introduce_ca::IntroduceCa;
 pub use mark_node_lost::MarkNodeLost;
 pub use promote_replica::PromoteReplica;
 pub use record_events::RecordEvents;
@@ -46,6 +58,8 @@ pub use register_replica::RegisterReplica;
 pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
+pub use set_retention::SetRetention;
+pub use show_ca::ShowCa;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
 pub use submit_once::SubmitOnce;
@@ -82,6 +96,13 @@ pub enum Change {
     RecordExport(RecordExport),
     RecordProfile(RecordProfile),
     SubmitOnce(SubmitOnce),
+    ChangeSecrets(ChangeSecrets),
+    IntroduceCa(IntroduceCa),
+    HoldCa(HoldCa),
+    ShowCa(ShowCa),
+    FinishCa(FinishCa),
+    Forget(Forget),
+    SetRetention(SetRetention),
 }
 
 impl Change {
@@ -110,6 +131,13 @@ impl Change {
             Change::RecordExport(command) => command.apply(state, context),
             Change::RecordProfile(command) => command.apply(state, context),
             Change::SubmitOnce(command) => command.apply(state, context),
+            Change::ChangeSecrets(command) => command.apply(state, context),
+            Change::IntroduceCa(command) => command.apply(state, context),
+            Change::HoldCa(command) => command.apply(state, context),
+            Change::ShowCa(command) => command.apply(state, context),
+            Change::FinishCa(command) => command.apply(state, context),
+            Change::Forget(command) => command.apply(state, context),
+            Change::SetRetention(command) => command.apply(state, context),
         }
     }
 
@@ -123,6 +151,51 @@ impl Change {
             | Change::RecordExport(_)
             | Change::RecordProfile(_) => 2,
             _ => 1,
+        }
+    }
+
+    /// Whether it ends something, cuts somebody off or makes room: what a coordinator still takes whose disk is nearly full.
+    pub fn frees(&self, state: &State) -> bool {
+        match self {
+            Change::MarkNodeLost(_)
+            | Change::CancelJob(_)
+            | Change::FailJob(_)
+            | Change::RevokeToken(_)
+            | Change::PromoteReplica(_)
+            | Change::RemoveReplica(_)
+            | Change::RevokeMember(_)
+            | Change::DrainNode(_)
+            | Change::FinishRun(_)
+            | Change::Forget(_)
+            | Change::SetRetention(_)
+            // Small, and they end the trust in a CA that has leaked.
+            | Change::IntroduceCa(_)
+            | Change::HoldCa(_)
+            | Change::ShowCa(_)
+            | Change::FinishCa(_) => true,
+            Change::ChangeSecrets(change) => change.values.is_none(),
+            // Without its lines (`thinned`): what leads to the end of a job that shall end.
+            Change::RecordEvents(told) => told.ends_a_job(state),
+            Change::CreateToken(_)
+            | Change::RedeemToken(_)
+            | Change::DescribeNode(_)
+            | Change::SubmitJob(_)
+            | Change::SubmitOnce(_)
+            | Change::AssignGang(_)
+            | Change::RegisterReplica(_)
+            | Change::DescribeReplica(_)
+            | Change::UndrainNode(_)
+            | Change::StartRun(_)
+            | Change::RecordMetrics(_)
+            | Change::RecordExport(_)
+            | Change::RecordProfile(_) => false,
+        }
+    }
+
+    /// Takes out what is only for people to read.
+    pub fn thin(&mut self) {
+        if let Change::RecordEvents(told) = self {
+            told.thin();
         }
     }
 
@@ -152,6 +225,13 @@ impl Change {
             Change::RecordExport(_) => "record_export",
             Change::RecordProfile(_) => "record_profile",
             Change::SubmitOnce(_) => "submit_once",
+            Change::ChangeSecrets(_) => "change_secrets",
+            Change::IntroduceCa(_) => "introduce_ca",
+            Change::HoldCa(_) => "hold_ca",
+            Change::ShowCa(_) => "show_ca",
+            Change::FinishCa(_) => "finish_ca",
+            Change::Forget(_) => "forget",
+            Change::SetRetention(_) => "set_retention",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cluster::records::Part;
 use crate::cluster::{Answer, Context, Effect, State};
-use fleet_common::events::{EventBatch, EventBody};
+use fleet_common::events::{Event, EventBatch, EventBody};
 use fleet_common::ids::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,25 @@ pub struct RecordEvents {
 }
 
 impl RecordEvents {
+    /// It is told of a job that was asked to stop, or ends this part of one.
+    pub(super) fn ends_a_job(&self, state: &State) -> bool {
+        let stops = state.jobs.get(&self.batch.job).is_some_and(|job| job.stop.is_some());
+        stops || self.batch.events.iter().any(|event| matches!(event.body, EventBody::Finished(_)))
+    }
+
+    /// Leaves out lines and measurements. The numbers of the events stay.
+    pub(super) fn thin(&mut self) {
+        for event in &mut self.batch.events {
+            match &event.body {
+                EventBody::Log { line, .. } => {
+                    event.body = EventBody::LeftOut { lines: 1, bytes: line.len() as u64 };
+                }
+                EventBody::Memory { .. } => event.body = EventBody::LeftOut { lines: 0, bytes: 0 },
+                _ => {}
+            }
+        }
+    }
+
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         let EventBatch { job: id, generation, first_seq, events } = self.batch;
         let end_seq = first_seq.saturating_add(events.len() as u64);
@@ -38,7 +57,8 @@ impl RecordEvents {
                     part.memory_mib = Some(pss_mib.iter().fold(0, |sum, mib| sum.saturating_add(*mib)));
                 }
             }
-            for event in events.into_iter().skip(known) {
+            let overfull = state.retention.is_overfull();
+            for event in merged(events.into_iter().skip(known)) {
                 match event.body {
                     EventBody::Finished(outcome) => {
                         state.end_part(id, self.node, outcome, context);
@@ -47,7 +67,7 @@ impl RecordEvents {
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {
-                            job.record(id, event, context);
+                            job.tell(id, event, overfull, context);
                         }
                     }
                 }
@@ -59,7 +79,30 @@ impl RecordEvents {
 
 /// Tells of the node that says it. All else is said by the part with rank 0, for the whole job.
 fn is_local(body: &EventBody) -> bool {
-    matches!(body, EventBody::Log { .. } | EventBody::Memory { .. } | EventBody::CheckpointFailed { .. })
+    matches!(
+        body,
+        EventBody::Log { .. }
+            | EventBody::LeftOut { .. }
+            | EventBody::Memory { .. }
+            | EventBody::CheckpointFailed { .. }
+    )
+}
+
+/// Neighbours that say how much was left out become one.
+fn merged(events: impl Iterator<Item = Event>) -> Vec<Event> {
+    let mut merged: Vec<Event> = Vec::new();
+    for event in events {
+        if let EventBody::LeftOut { lines, bytes } = event.body
+            && let Some(EventBody::LeftOut { lines: all_lines, bytes: all_bytes }) =
+                merged.last_mut().map(|last| &mut last.body)
+        {
+            *all_lines = all_lines.saturating_add(lines);
+            *all_bytes = all_bytes.saturating_add(bytes);
+        } else {
+            merged.push(event);
+        }
+    }
+    merged
 }
 
 #[cfg(test)]
@@ -136,6 +179,64 @@ mod tests {
         let steps: Vec<u64> =
             script.state.jobs()[&job].checkpoints.iter().map(|known| known.record.step).collect();
         assert_eq!(steps, (3..=keep + 2).collect::<Vec<_>>());
+    }
+
+    fn line(text: &str) -> EventBody {
+        EventBody::Log { rank: Some(0), level: fleet_common::events::Level::Info, line: text.into() }
+    }
+
+    #[test]
+    fn a_job_has_so_many_bytes_of_lines_whatever_agents_send() {
+        let (mut script, job) = running();
+        let long = "x".repeat(1 << 20);
+        let mut seq = 1;
+        for _ in 0..200 {
+            record(&mut script, job, seq, vec![line(&long), step(seq)]);
+            seq += 2;
+        }
+        let told = |script: &Script| -> (u64, u64) {
+            let mut counted = (0, 0);
+            for event in script.events(job) {
+                match &event.body {
+                    EventBody::Log { line, .. } => counted.0 += line.len() as u64,
+                    EventBody::LeftOut { lines, bytes } => {
+                        assert_eq!(*bytes, lines << 20);
+                        counted.1 += lines;
+                    }
+                    _ => {}
+                }
+            }
+            counted
+        };
+        assert!(told(&script).0 <= crate::cluster::records::LOGGED_BYTES_MAX);
+        record(&mut script, job, seq, vec![finished()]);
+        let (bytes, left_out) = told(&script);
+        assert_eq!(((bytes >> 20) + left_out, script.steps_in_history(job).len()), (200, 200));
+        assert!(script.last_event_is_finished(job));
+    }
+
+    #[test]
+    fn what_is_thinned_keeps_its_numbers_and_leads_to_the_end() {
+        let (mut script, job) = running();
+        let node = script.node();
+        let told = |first_seq, bodies: Vec<EventBody>| {
+            let events = bodies.into_iter().map(|body| Event { unix_ms: 1, body }).collect();
+            RecordEvents { node, batch: EventBatch { job, generation: 1, first_seq, events } }
+        };
+        let mut talk = told(1, vec![line("a"), line("bc"), step(1), line("d")]);
+        assert!(!talk.ends_a_job(&script.state), "it runs, and nobody wants it to stop");
+        let cancel = crate::cluster::commands::CancelJob { job, stop: crate::cluster::records::Stop::Now };
+        script.run(Change::CancelJob(cancel));
+        assert!(talk.ends_a_job(&script.state));
+        talk.thin();
+        assert_eq!(script.run(Change::RecordEvents(talk)), Answer::EventsTaken { seq: 4 });
+        let bodies: Vec<_> = script.events(job).iter().map(|event| event.body.clone()).collect();
+        let left_out = |lines, bytes| EventBody::LeftOut { lines, bytes };
+        assert_eq!(bodies, [left_out(2, 3), step(1), left_out(1, 1)]);
+        let end = told(5, vec![finished()]);
+        assert!(end.ends_a_job(&script.state));
+        script.run(Change::RecordEvents(end));
+        assert!(script.state.jobs()[&job].state.is_final());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::{clean_text, is_plain};
+use crate::cluster::retention::Unit;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::events::is_sha256;
 use fleet_common::ids::ExportId;
@@ -40,7 +41,8 @@ impl RecordExport {
         state.last_export += 1;
         let export = ExportId(state.last_export);
         let view = ExportView { export, unix_ms: context.unix_ms, manifest_sha256, record };
-        context.history.push(HistoryRow::Export { export, record: Box::new(view) });
+        let bytes = context.keep(HistoryRow::Export { export, record: Box::new(view) });
+        state.retention.ended(Unit::Export(export), bytes, context.unix_ms);
         Answer::ExportRecorded { export }
     }
 }

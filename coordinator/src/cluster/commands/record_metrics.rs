@@ -31,6 +31,13 @@ impl RecordMetrics {
         if self.points.iter().any(|point| !is_plain(&point.series)) {
             return Answer::invalid("the name of a series has control characters");
         }
+        if !run.has_room() {
+            return Answer::invalid(format!(
+                "{} has {} MiB of points, which is the limit; start another run",
+                self.run,
+                run.bytes >> 20
+            ));
+        }
         let mut last = run.last.clone();
         last.extend(self.points.iter().map(|point| (point.series.clone(), point.value)));
         if last.len() > SERIES_MAX {
@@ -39,7 +46,8 @@ impl RecordMetrics {
         run.last = last;
         run.batches += 1;
         run.points += self.points.len() as u64;
-        context.history.push(HistoryRow::Points { run: self.run, batch: run.batches, points: self.points });
+        run.bytes +=
+            context.keep(HistoryRow::Points { run: self.run, batch: run.batches, points: self.points });
         Answer::Done
     }
 }

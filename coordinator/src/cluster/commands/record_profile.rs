@@ -2,6 +2,7 @@
 
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::{NAME_MAX, clean_text, is_plain};
+use crate::cluster::retention::Unit;
 use crate::cluster::{Answer, Context, State};
 use fleet_common::ids::ProfileId;
 use fleet_common::protocol::{Feature, NewProfile, ProfileView};
@@ -49,7 +50,8 @@ impl RecordProfile {
         state.last_profile += 1;
         let profile = ProfileId(state.last_profile);
         let view = ProfileView { profile, unix_ms: context.unix_ms, record };
-        context.history.push(HistoryRow::Profile { profile, record: Box::new(view) });
+        let bytes = context.keep(HistoryRow::Profile { profile, record: Box::new(view) });
+        state.retention.ended(Unit::Profile(profile), bytes, context.unix_ms);
         Answer::ProfileRecorded { profile }
     }
 }

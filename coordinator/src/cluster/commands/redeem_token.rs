@@ -1,9 +1,11 @@
 //! A token is used to join. This decides the joiner's id, whatever its role; a worker or a client is a member with it, a coordinator
 //! when it is registered.
 
+use crate::cluster::admitted::COORDINATORS_MAX;
 use crate::cluster::members::{NODES_MAX, NodeRecord, USERS_MAX, UserRecord, clean_name};
-use crate::cluster::{Answer, Context, State};
+use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
+use fleet_common::net::KeyHash;
 use fleet_common::protocol::{Member, Role, UNLIMITED_USES};
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +15,8 @@ pub struct RedeemToken {
     pub secret_sha256: [u8; 32],
     /// The joiner's wish.
     pub name: String,
+    /// Of the joiner's key, by which it is known from then on.
+    pub key: KeyHash,
 }
 
 impl RedeemToken {
@@ -33,8 +37,14 @@ impl RedeemToken {
         }
         let full = match token.role {
             Role::Worker => (state.nodes.len() >= NODES_MAX).then(|| format!("{NODES_MAX} nodes")),
-            Role::Client => (state.users.len() >= USERS_MAX).then(|| format!("{USERS_MAX} clients")),
-            Role::Coordinator => None,
+            Role::Client | Role::Admin => {
+                (state.users.len() >= USERS_MAX).then(|| format!("{USERS_MAX} clients"))
+            }
+            Role::Coordinator => {
+                let known = |member: &&Member| matches!(member, Member::Coordinator(_));
+                (state.admitted.keys().filter(known).count() >= COORDINATORS_MAX)
+                    .then(|| format!("admitted {COORDINATORS_MAX} coordinators"))
+            }
         };
         if let Some(full) = full {
             return Answer::later(format!("the cluster has {full}, which is its limit; revoke some"));
@@ -42,20 +52,8 @@ impl RedeemToken {
         if token.uses_left != UNLIMITED_USES {
             token.uses_left -= 1;
         }
-        let member = match token.role {
-            Role::Coordinator => {
-                state.last_replica += 1;
-                Member::Coordinator(ReplicaId(state.last_replica))
-            }
-            Role::Worker => {
-                state.last_node += 1;
-                Member::Worker(NodeId(state.last_node))
-            }
-            Role::Client => {
-                state.last_user += 1;
-                Member::Client(UserId(state.last_user))
-            }
-        };
+        let role = token.role;
+        let member = state.next_member(role);
         let name = clean_name(&self.name, member);
         match member {
             Member::Coordinator(_) => {}
@@ -63,10 +61,38 @@ impl RedeemToken {
                 state.nodes.insert(node, NodeRecord::joined(name, context.unix_ms));
             }
             Member::Client(user) => {
-                state.users.insert(user, UserRecord { name, joined_unix_ms: context.unix_ms });
+                let admin = role == Role::Admin;
+                state.users.insert(user, UserRecord { name, admin, joined_unix_ms: context.unix_ms });
             }
         }
+        state.admit(member, self.key);
+        context.effects.push(Effect::Admitted(member));
         Answer::Redeemed { member }
+    }
+}
+
+impl State {
+    /// A number that nobody had, and that nobody cut off in advance.
+    fn next_member(&mut self, role: Role) -> Member {
+        loop {
+            let member = match role {
+                Role::Coordinator => {
+                    self.last_replica += 1;
+                    Member::Coordinator(ReplicaId(self.last_replica))
+                }
+                Role::Worker => {
+                    self.last_node += 1;
+                    Member::Worker(NodeId(self.last_node))
+                }
+                Role::Client | Role::Admin => {
+                    self.last_user += 1;
+                    Member::Client(UserId(self.last_user))
+                }
+            };
+            if !self.revoked.contains(&member) {
+                return member;
+            }
+        }
     }
 }
 
@@ -81,12 +107,14 @@ mod tests {
         for (role, members) in [
             (Role::Worker, [Member::Worker(NodeId(1)), Member::Worker(NodeId(2))]),
             (Role::Client, [Member::Client(UserId(1)), Member::Client(UserId(2))]),
+            (Role::Admin, [Member::Client(UserId(1)), Member::Client(UserId(2))]),
             (Role::Coordinator, [Member::Coordinator(ReplicaId(1)), Member::Coordinator(ReplicaId(2))]),
         ] {
             let mut script = Script::new();
             script.run(token("t", role, 2));
             for member in members {
                 assert_eq!(script.run(redeem("t", "gpu box")), Answer::Redeemed { member });
+                assert_eq!(script.state.is_admin(member), role == Role::Admin);
             }
             assert!(why(script.run(redeem("t", "gpu box"))).contains("used up"));
         }
@@ -104,7 +132,7 @@ mod tests {
     fn a_wrong_secret_looks_like_an_unknown_token() {
         let mut script = Script::new();
         script.run(token("t", Role::Worker, 1));
-        let wrong = RedeemToken { id: "t".into(), secret_sha256: [8; 32], name: "n".into() };
+        let wrong = RedeemToken { id: "t".into(), secret_sha256: [8; 32], name: "n".into(), key: [0; 32] };
         let wrong = why(script.run(Change::RedeemToken(wrong)));
         assert_eq!(wrong, why(script.run(redeem("other", "n"))));
         assert_eq!(script.state.tokens()["t"].uses_left, 1);

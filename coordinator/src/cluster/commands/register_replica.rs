@@ -1,8 +1,8 @@
 //! A coordinator becomes part of the cluster, at first without a vote. Travels in the entry that makes it a learner.
 
+use crate::cluster::admitted::Membership;
 use crate::cluster::members::{REPLICAS_MAX, ReplicaRecord, Standing, clean_name, clip};
 use crate::cluster::{Answer, Context, Effect, State};
-use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{CoordinatorAddress, Member};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ impl RegisterReplica {
     pub(super) fn apply(self, state: &mut State, context: &mut Context) -> Answer {
         let replica = self.address.replica;
         let member = Member::Coordinator(replica);
-        if replica == ReplicaId(0) || replica.0 > state.last_replica || state.revoked.contains(&member) {
+        if state.membership(member) != Membership::Known {
             return Answer::forbidden(format!(
                 "{replica} is no coordinator that this cluster admitted; join with a new token"
             ));
@@ -73,6 +73,7 @@ mod tests {
     use super::*;
     use crate::cluster::commands::{COMMAND_LEVEL, Change, PromoteReplica};
     use crate::cluster::tests::{Script, replica, why};
+    use fleet_common::ids::ReplicaId;
 
     #[test]
     fn one_that_knows_less_than_the_cluster_uses_or_nothing_is_not_taken_in() {

@@ -35,7 +35,10 @@ impl RemoveReplica {
             ));
         }
         state.replicas.remove(&self.replica);
+        state.admitted.remove(&member);
         state.revoked.insert(member);
+        // It may have been the last one to wait for.
+        state.move_when_ready();
         context.effects.push(Effect::Members);
         Answer::Done
     }

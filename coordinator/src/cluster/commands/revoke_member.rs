@@ -1,6 +1,6 @@
 //! A member is cut off for ever: its certificate opens nothing any more. The jobs of a node that is cut off fail.
 
-use crate::cluster::members::{Membership, REVOKED_MAX};
+use crate::cluster::members::REVOKED_MAX;
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::protocol::Member;
 use serde::{Deserialize, Serialize};
@@ -16,18 +16,13 @@ impl RevokeMember {
         if state.revoked.contains(&member) {
             return Answer::Done;
         }
-        let known = match member {
-            Member::Coordinator(replica) if state.replicas.contains_key(&replica) => {
-                return Answer::invalid(format!(
-                    "{replica} is a coordinator; take it out with `fleet coordinators remove {replica}`"
-                ));
-            }
-            // Also certificates without a record: of a coordinator that is not registered yet, of who joined after the backup from
-            // which the cluster was restored.
-            _ => state.membership(member) == Membership::Known,
-        };
-        if !known {
-            return Answer::not_found(format!("{member} is not a member of this cluster"));
+        // Any other number may be cut off, also one that was never given out: it is not given out later either.
+        if let Member::Coordinator(replica) = member
+            && state.replicas.contains_key(&replica)
+        {
+            return Answer::invalid(format!(
+                "{replica} is a coordinator; take it out with `fleet coordinators remove {replica}`"
+            ));
         }
         if state.revoked.len() >= REVOKED_MAX {
             return Answer::invalid(format!(
@@ -44,6 +39,7 @@ impl RevokeMember {
         if let Member::Client(user) = member {
             state.users.remove(&user);
         }
+        state.admitted.remove(&member);
         state.revoked.insert(member);
         context.effects.extend([Effect::Members, Effect::Plan]);
         Answer::Done
@@ -53,10 +49,11 @@ impl RevokeMember {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::admitted::Membership;
     use crate::cluster::commands::Change;
-    use crate::cluster::tests::{Script, why};
+    use crate::cluster::tests::{Script, redeem, token, why};
     use fleet_common::ids::{ReplicaId, UserId};
-    use fleet_common::protocol::JobState;
+    use fleet_common::protocol::{JobState, Role};
 
     fn revoke(member: Member) -> Change {
         Change::RevokeMember(RevokeMember { member })
@@ -78,10 +75,15 @@ mod tests {
     }
 
     #[test]
-    fn a_coordinator_is_removed_instead_and_a_stranger_is_named() {
+    fn a_coordinator_is_removed_instead_and_a_stranger_s_number_is_never_given_out() {
         let mut script = Script::with_replicas(1);
         let refusal = why(script.run(revoke(Member::Coordinator(ReplicaId(1)))));
         assert!(refusal.contains("fleet coordinators remove"), "{refusal}");
-        assert!(why(script.run(revoke(Member::Client(UserId(4))))).contains("user-4"));
+        for stranger in [1, 2, 77_777_777] {
+            assert_eq!(script.run(revoke(Member::Client(UserId(stranger)))), Answer::Done);
+        }
+        script.run(token("u", Role::Client, 1));
+        let member = Member::Client(UserId(3));
+        assert_eq!(script.run(redeem("u", "ann")), Answer::Redeemed { member });
     }
 }

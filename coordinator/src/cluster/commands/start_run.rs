@@ -30,6 +30,7 @@ impl StartRun {
             finished_unix_ms: None,
             batches: 0,
             points: 0,
+            bytes: 0,
             last: BTreeMap::new(),
         };
         state.runs.insert(run, record);

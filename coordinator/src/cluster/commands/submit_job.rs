@@ -3,7 +3,7 @@
 use crate::cluster::fit::fit;
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::{LABELS_MAX, NAME_MAX, clip, is_label};
-use crate::cluster::records::{JobRecord, Progress};
+use crate::cluster::records::{JobRecord, Progress, Told};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, Wish, Work};
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Unfinished jobs: with `WORK_MAX` bounds what the state holds of them.
 pub const UNFINISHED_MAX: usize = 1_000;
 /// Bytes of what one job is asked to do: a job file, or a program with its arguments and environment. Few have more than a tenth.
-const WORK_MAX: usize = 128 << 10;
+pub(super) const WORK_MAX: usize = 128 << 10;
 /// Checkpoints of one job that are known as valid, at most.
 const KEEP_MAX: u32 = 1_000;
 /// Ranks of one job: what the largest cluster has.
@@ -43,7 +43,7 @@ impl SubmitJob {
         }
         state.last_job += 1;
         let job = JobId(state.last_job);
-        context.history.push(HistoryRow::Work { job, work: self.work.clone() });
+        let bytes = context.keep(HistoryRow::Work { job, work: self.work.clone().without_secrets() });
         context.effects.extend([Effect::Plan, Effect::Job(job)]);
         let record = JobRecord {
             name: clip(&self.name),
@@ -61,6 +61,8 @@ impl SubmitJob {
             requeue: false,
             ending: None,
             events: 0,
+            bytes,
+            told: Told::default(),
             progress: Progress::default(),
             data: None,
             checkpoints: Vec::new(),
@@ -93,6 +95,13 @@ impl SubmitJob {
         if labels.len() > LABELS_MAX || labels.iter().any(|(name, value)| !is_label(name, value)) {
             return Err(format!(
                 "a job asks for at most {LABELS_MAX} labels like `gpu=h200` of at most {NAME_MAX} characters each"
+            ));
+        }
+        let flawed = self.work.environment().iter().find_map(|variable| Some((variable, variable.flaw()?)));
+        if let Some((variable, flaw)) = flawed {
+            return Err(format!(
+                "the variable {:?} {flaw}",
+                variable.name.chars().take(NAME_MAX).collect::<String>()
             ));
         }
         let size = size_of(&self.work);
@@ -163,11 +172,12 @@ impl SubmitJob {
     }
 }
 
-fn size_of(work: &Work) -> usize {
+pub(super) fn size_of(work: &Work) -> usize {
     match work {
         Work::Train { job_json } => job_json.len(),
         Work::Program(program) => {
-            let env = program.env.iter().map(|(name, value)| name.len() + value.len());
+            let env =
+                program.env.iter().map(|variable| variable.name.len() + variable.text().map_or(0, str::len));
             program.argv.iter().map(String::len).chain(env).sum::<usize>() + program.working_dir.len()
         }
     }
@@ -179,7 +189,7 @@ mod tests {
     use crate::cluster::commands::{Change, DrainNode, MarkNodeLost};
     use crate::cluster::tests::{Script, program, redeem, submit, training, why};
     use fleet_common::ids::NodeId;
-    use fleet_common::protocol::Program;
+    use fleet_common::protocol::{Program, Variable};
 
     fn wishing(world_size: u32, wish: Wish) -> Change {
         Change::SubmitJob(SubmitJob {
@@ -203,7 +213,7 @@ mod tests {
     fn what_the_state_keeps_of_a_job_is_bounded() {
         let mut script = Script::with_nodes(&[4]);
         let submit = |name: &str, value: usize| {
-            let env = vec![("LIST".to_owned(), "x".repeat(value))];
+            let env = vec![Variable::secret("LIST", "x".repeat(value))];
             let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env };
             let (name, work) = (name.to_owned(), Work::Program(program));
             let wish = Wish::default();

@@ -6,7 +6,7 @@ use crate::cluster::tests::{finished, step};
 use crate::control::*;
 use crate::planner::LEASE_MS;
 use fleet_common::ids::{JobId, NodeId};
-use fleet_common::protocol::{FromAgent, JobState, Reply, Request, ToAgent};
+use fleet_common::protocol::{AgentHello, FromAgent, JobState, Reply, Request, ToAgent};
 
 /// A job that runs on a new node whose agent is held by a follower.
 fn running(net: &mut Net) -> (u64, NodeId, Session, JobId) {
@@ -224,6 +224,13 @@ fn a_worker_with_a_copied_certificate_is_refused_while_the_first_is_there_at_whi
     assert_eq!(net.state(net.leading()).jobs()[&job].state, JobState::Failed);
     let back = net.connect_as(1, follower, node, vec![(job, 1)]);
     net.run_until("a refusal", |net| net.closed.contains_key(&back));
+    // Also once the second one is away: it was followed, and its word comes too late.
+    net.handle(net.leading(), Input::AgentLost { session: second });
+    net.hearts.remove(&second);
+    net.run(500);
+    let back = net.connect_as(1, follower, node, vec![(job, 1)]);
+    net.run_until("a refusal", |net| net.closed.contains_key(&back));
+    assert!(net.closed[&back].0.contains("another worker speaks for node-1"), "{:?}", net.closed[&back]);
 }
 
 #[test]
@@ -359,15 +366,49 @@ fn a_coordinator_with_a_full_disk_sends_an_agent_on_at_once() {
 }
 
 #[test]
-fn an_agent_that_lost_its_gang_fails_the_job() {
+fn a_worker_that_was_restarted_fails_what_it_had_started_and_starts_what_it_had_not() {
+    let mut net = Net::new(3);
+    let (follower, node, session, silent) = running(&mut net);
+    // Ordered, and nothing was heard of either: only the worker's records tell them apart.
+    let unheard = net.submit(net.leading());
+    net.run_until("the second start", |net| net.started(session) == [silent, unheard]);
+    net.handle(follower, Input::AgentLost { session });
+    net.hearts.remove(&session);
+    net.run(1_000);
+    let back = AgentHello { lost: vec![(silent, 1)], earlier: vec![1], ..hello(2, vec![]) };
+    let session = net.welcome_as(net.leading(), node, back);
+    let record = &net.state(net.leading()).jobs()[&silent];
+    assert_eq!(record.state, JobState::Failed);
+    let message = &record.error.as_ref().unwrap().message;
+    assert!(message.contains("agent restarted") && message.contains("while it ran job-1"), "{message}");
+    net.run_until("the order", |net| net.started(session) == [unheard]);
+}
+
+#[test]
+fn a_worker_that_came_back_without_its_records_starts_nothing_again() {
     let mut net = Net::new(3);
     let (follower, node, session, job) = running(&mut net);
-    net.say(session, events(job, 1, vec![step(1)]));
-    net.run_until("the acknowledgement", |net| net.acknowledged(session) == 1);
-    net.welcome(follower, node, vec![]);
+    net.handle(follower, Input::AgentLost { session });
+    net.hearts.remove(&session);
+    net.run(1_000);
+    let session = net.welcome_as(follower, node, hello(2, vec![]));
+    net.run(1_000);
+    assert!(net.started(session).is_empty());
     let record = &net.state(follower).jobs()[&job];
     assert_eq!(record.state, JobState::Failed);
-    assert!(record.error.as_ref().unwrap().message.contains("agent restarted"));
+    assert!(record.error.as_ref().unwrap().message.contains("without its records"));
+}
+
+#[test]
+fn a_gang_whose_events_cannot_be_recorded_is_over_when_its_worker_says_so() {
+    let mut net = Net::new(3);
+    let (follower, node, _, job) = running(&mut net);
+    let same = AgentHello { lost: vec![(job, 1)], ..hello(1, vec![]) };
+    let session = net.welcome_as(follower, node, same);
+    net.run(1_000);
+    assert!(net.started(session).is_empty());
+    let message = &net.state(follower).jobs()[&job].error.as_ref().unwrap().message;
+    assert!(message.contains("do not fit"), "{message}");
 }
 
 #[test]

@@ -117,9 +117,9 @@ fn a_change_handed_to_a_leader_that_falls_silent_is_not_said_to_be_undone() {
     let call = net.send(follower, frame(9, 1, program()));
     net.exchange();
     net.run_until("another leader", |net| net.leader().is_some_and(|other| other != leader));
-    let full = Some("the disk has no room".to_owned());
+    let full = Room::None("the disk has no room".to_owned());
     let others: Vec<u64> = net.controls.keys().copied().filter(|id| *id != leader).collect();
-    others.iter().for_each(|id| net.handle(*id, Input::LowSpace(full.clone())));
+    others.iter().for_each(|id| net.handle(*id, Input::Room(full.clone())));
     net.run(6_000);
     match net.reply(call).unwrap() {
         Reply::Submitted { .. } => {}
@@ -235,7 +235,6 @@ fn a_token_is_guessed_in_vain_and_redeemed_twice_by_the_same_joiner_once() {
 fn who_is_no_client_or_was_revoked_is_refused() {
     let mut net = Net::new(1);
     let user = net.admit(1, Role::Client);
-    assert_eq!(user, USER);
     let newer = ClientFrame { version: PROTOCOL_VERSION + 1, ..frame(0, 0, Request::Nodes) };
     assert_eq!(kind(&net.ask(1, newer)), Some(RefusalKind::Invalid));
     let ask = |net: &mut Net, caller| {
@@ -299,7 +298,7 @@ fn a_leader_without_room_hands_over_and_the_cluster_goes_on() {
     let mut net = Net::new(3);
     let old = net.leading();
     net.run(1_000);
-    net.handle(old, Input::LowSpace(Some("the disk has no room".into())));
+    net.handle(old, Input::Room(Room::None("the disk has no room".into())));
     net.run_until("another leader", |net| net.leader().is_some_and(|leader| leader != old));
     assert_eq!(net.submit(old), JobId(1), "passed on to who has room");
 }

@@ -35,7 +35,10 @@ fn a_coordinator_joins_gets_a_snapshot_and_then_its_vote() {
     for n in 0..12_000 {
         let call = net.number();
         let request = RequestId { client: ClientId(call.into()), seq: 1 };
-        net.handle(1, Input::Propose { call, request: request.into(), change: token("t", Role::Worker, 1) });
+        net.handle(
+            1,
+            Input::Propose { call, request: request.into(), by: None, change: token("t", Role::Worker, 1) },
+        );
         if n % 1_000 == 0 {
             net.settle();
         }
@@ -121,7 +124,7 @@ fn one_change_at_a_time() {
             let call = net.number();
             let request = RequestId { client: ClientId(call.into()), seq: 1 };
             let change = Change::RemoveReplica(RemoveReplica { replica: ReplicaId(*id) });
-            net.handle(leader, Input::Propose { call, request: request.into(), change });
+            net.handle(leader, Input::Propose { call, request: request.into(), by: None, change });
             call
         })
         .collect();
@@ -169,7 +172,7 @@ fn one_that_was_removed_votes_until_the_others_know_of_it() {
     let call = net.number();
     let request = RequestId { client: ClientId(call.into()), seq: 1 };
     let change = Change::RemoveReplica(RemoveReplica { replica: ReplicaId(leaves) });
-    net.handle(leader, Input::Propose { call, request: request.into(), change });
+    net.handle(leader, Input::Propose { call, request: request.into(), by: None, change });
     // The entry goes out, and is acknowledged.
     net.exchange();
     net.exchange();

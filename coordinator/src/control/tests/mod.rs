@@ -2,6 +2,9 @@
 
 mod agents;
 mod calls;
+mod custody;
 mod greeting;
+mod growth;
 mod members;
 mod net;
+mod repairs;

@@ -5,13 +5,14 @@ use crate::cluster::commands::{COMMAND_LEVEL, Change, RedeemToken};
 use crate::cluster::members::{ReplicaRecord, Standing};
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::{address, redeem, token};
-use crate::cluster::{Answer, State};
+use crate::cluster::{Answer, Command, State};
 use crate::raft::history::History;
 use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::Replica;
 use fleet_common::codec;
 use fleet_common::events::{Event, EventBatch, EventBody};
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, UserId};
+use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{
     AgentHello, ClientFrame, FromAgent, Member, PROTOCOL_VERSION, Refusal, Reply, Request, Role, ToAgent,
 };
@@ -31,6 +32,7 @@ pub(super) struct Net {
     pub replies: BTreeMap<Call, Vec<Reply>>,
     pub joined: BTreeMap<Call, Result<Admission, Refusal>>,
     pub proposed: BTreeMap<Call, Result<Answer, Refusal>>,
+    pub looked: BTreeMap<Call, Result<(), Refusal>>,
     /// What each session was told.
     pub told: BTreeMap<Session, Vec<ToAgent>>,
     pub closed: BTreeMap<Session, (String, bool)>,
@@ -64,9 +66,9 @@ pub(super) fn frame(client: u128, seq: u64, request: Request) -> ClientFrame {
     ClientFrame::change(ClientId(client), seq, request)
 }
 
-pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> FromAgent {
+pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> AgentHello {
     let (name, device, program_version) = ("box".into(), "cpu".into(), "0".into());
-    FromAgent::Hello(AgentHello {
+    AgentHello {
         version: PROTOCOL_VERSION,
         name,
         slots: 8,
@@ -76,7 +78,9 @@ pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> FromAgent {
         host: "h".into(),
         process,
         gangs,
-    })
+        lost: vec![],
+        earlier: vec![],
+    }
 }
 
 pub(super) fn events(job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> FromAgent {
@@ -90,8 +94,13 @@ fn myself(id: u64, seeds: &[u64]) -> Myself {
 }
 
 impl Net {
-    /// Coordinators 1 to `voters`, one of which leads.
+    /// Coordinators 1 to `voters`, one of which leads. `USER` is an admin.
     pub fn new(voters: u64) -> Net {
+        Net::with_ca(voters, Vec::new())
+    }
+
+    /// Whose CA has this certificate.
+    pub fn with_ca(voters: u64, ca_der: Vec<u8>) -> Net {
         let record = |id| ReplicaRecord {
             address: address(id),
             name: format!("c{id}"),
@@ -101,7 +110,11 @@ impl Net {
             standing: Standing::Voter,
         };
         let founders = (1..=voters).map(|id| (ReplicaId(id), record(id))).collect();
-        let state = State::founded("test".into(), founders);
+        let mut state = State::founded("test".into(), founders).trusting(ca_der, BTreeMap::new());
+        for change in [token("root", Role::Admin, 1), redeem("root", "root")] {
+            state.apply(1, Command { unix_ms: 0, request: None, by: None, why: None, change });
+        }
+        assert!(state.is_admin(USER));
         let mut net = Net {
             now: Now { mono_ms: 1_000_000, unix_ms: 5_000_000 },
             controls: BTreeMap::new(),
@@ -111,6 +124,7 @@ impl Net {
             replies: BTreeMap::new(),
             joined: BTreeMap::new(),
             proposed: BTreeMap::new(),
+            looked: BTreeMap::new(),
             told: BTreeMap::new(),
             closed: BTreeMap::new(),
             taken: BTreeMap::new(),
@@ -258,6 +272,16 @@ impl Net {
                 let refused = coordinators.collect();
                 self.gates.insert(at, refused);
             }
+            Action::Looked { call, result } => {
+                assert!(self.looked.insert(call, result).is_none(), "answered twice");
+            }
+            Action::Admitted(_) => {}
+            // A key is as good as any other here.
+            Action::SendCa { to, der } => {
+                let key = PrivateKey::new(der.clone());
+                self.wire.push_back((at, to.0, PeerMessage::Ca { der, key }));
+            }
+            Action::KeepCa { der, .. } => self.handle(at, Input::HoldsCa(der)),
             Action::Decided(why) => self.decided.push(why),
             Action::Alarm(what) => self.alarms.push((at, what)),
             Action::Removed(why) => assert!(self.removed.insert(at, why).is_none(), "removed twice"),
@@ -338,6 +362,14 @@ impl Net {
         self.replies.get(&call).and_then(|replies| replies.last())
     }
 
+    /// As another client than `USER`.
+    pub fn ask_as(&mut self, at: u64, caller: Member, frame: ClientFrame) -> Reply {
+        let call = self.number();
+        self.handle(at, Input::Client { call, caller, frame });
+        self.run_until("an answer", |net| net.reply(call).is_some());
+        self.reply(call).cloned().unwrap()
+    }
+
     pub fn ask(&mut self, at: u64, frame: ClientFrame) -> Reply {
         let call = self.send(at, frame);
         self.run_until("a reply", |net| net.reply(call).is_some());
@@ -355,7 +387,7 @@ impl Net {
     pub fn propose(&mut self, at: u64, change: Change) -> Result<Answer, Refusal> {
         let call = self.number();
         let request = RequestId { client: ClientId(call.into()), seq: 1 };
-        self.handle(at, Input::Propose { call, request: request.into(), change });
+        self.handle(at, Input::Propose { call, request: request.into(), by: None, change });
         self.run_until("an answer", |net| net.proposed.contains_key(&call));
         self.proposed[&call].clone()
     }
@@ -390,15 +422,24 @@ impl Net {
 
     /// The same from this process, of several that hold the same certificate.
     pub fn connect_as(&mut self, process: u64, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
+        self.greet(at, node, hello(process, gangs))
+    }
+
+    /// The same with this greeting.
+    pub fn greet(&mut self, at: u64, node: NodeId, hello: AgentHello) -> Session {
         let session = self.number();
         self.handle(at, Input::AgentConnected { session, node });
-        self.handle(at, Input::Agent { session, message: hello(process, gangs) });
+        self.handle(at, Input::Agent { session, message: FromAgent::Hello(hello) });
         self.hearts.insert(session, (at, node));
         session
     }
 
     pub fn welcome(&mut self, at: u64, node: NodeId, gangs: Vec<(JobId, u64)>) -> Session {
-        let session = self.connect(at, node, gangs);
+        self.welcome_as(at, node, hello(1, gangs))
+    }
+
+    pub fn welcome_as(&mut self, at: u64, node: NodeId, hello: AgentHello) -> Session {
+        let session = self.greet(at, node, hello);
         self.run_until("a welcome", |net| {
             net.told.get(&session).is_some_and(|told| told[0] == ToAgent::Welcome { node })
         });

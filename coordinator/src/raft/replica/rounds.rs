@@ -1,8 +1,10 @@
 //! The replica's work: what raft wants written, sent and applied, round by round, with one sync of the disk for each.
 
 use super::{
-    Doom, Output, Replica, ReplicaError, SNAPSHOT_STATES, Stuck, TRANSFER_LEASE_TICKS, ticket, unknown,
+    Doom, Keep, Output, Replica, ReplicaError, SNAPSHOT_STATES, Stuck, TRANSFER_LEASE_TICKS, ticket, unknown,
 };
+use crate::cluster::history::key;
+use crate::cluster::retention::Removal;
 use crate::cluster::{Answer, Command};
 use crate::raft::disk::{Batch, Disk, DiskError, Durability};
 use crate::raft::history;
@@ -72,7 +74,12 @@ impl<D: Disk> Replica<D> {
             let staged = if ready.snapshot().is_empty() {
                 self.node.store().stage(ready.take_entries(), ready.hs().cloned())?
             } else {
-                self.node.store().stage_installation(ready.snapshot(), ready.hs().cloned())?
+                let mut staged =
+                    self.node.store().stage_installation(ready.snapshot(), ready.hs().cloned())?;
+                // What was removed by entries that this replica will never see may have come before, or by an earlier snapshot.
+                let state = image::decode(&ready.snapshot().data)?;
+                state.removals().iter().for_each(|gone| history::stage_removal(gone, &mut staged.batch));
+                staged
             };
             let committed = ready.take_committed_entries();
             self.apply(committed, output)?;
@@ -137,6 +144,7 @@ impl<D: Disk> Replica<D> {
         self.applied = Position { index: metadata.index, term: metadata.term };
         self.conf = metadata.get_conf_state().clone();
         self.rows = Batch::default();
+        self.removals.clear();
         self.bytes_since_snapshot = 0;
         Ok(())
     }
@@ -191,6 +199,10 @@ impl<D: Disk> Replica<D> {
         for row in &applied.history {
             history::stage(row, &mut self.rows)?;
         }
+        for removal in applied.removed {
+            history::stage_removal(&removal, &mut self.rows);
+            self.removals.push(removal);
+        }
         let accepted = !matches!(applied.answer, Answer::Rejected(_));
         output.effects.extend(applied.effects);
         output.answers.extend(ticket(context).map(|ticket| (ticket, applied.answer)));
@@ -219,6 +231,9 @@ impl<D: Disk> Replica<D> {
         if marks {
             (self.marks_changed, self.marks_written) = (false, self.ticks);
         }
+        for Removal { table, from, to } in std::mem::take(&mut self.removals) {
+            self.node.store().disk().reclaim(table, &key(&[from]), &key(&[to]))?;
+        }
         Ok(())
     }
 
@@ -229,8 +244,8 @@ impl<D: Disk> Replica<D> {
         let due = self.bytes_since_snapshot >= bytes
             || entries >= self.sizes.snapshot_entries
             || (store.is_snapshot_outdated() && entries > 0);
-        // Who fetches the snapshot needs it, and the log behind it, until the end.
-        if due && self.outgoing.is_empty() {
+        // Who fetches the snapshot needs it, and the log behind it, until the end; but no disk is filled for it.
+        if due && (self.outgoing.is_empty() || store.bytes() >= self.sizes.fetched_log_bytes) {
             self.snapshot()?;
         }
         Ok(())
@@ -239,12 +254,8 @@ impl<D: Disk> Replica<D> {
     /// Makes the applied state durable, so that the log before it is not needed any more.
     pub fn snapshot(&mut self) -> Result<(), ReplicaError> {
         let state = image::encode(&self.state)?;
-        let staged = self.node.store().stage_compaction(
-            self.applied,
-            self.conf.clone(),
-            state,
-            self.sizes.keep_behind,
-        )?;
+        let keep = Keep { entries: self.sizes.keep_behind, bytes: self.sizes.keep_behind_bytes };
+        let staged = self.node.store().stage_compaction(self.applied, self.conf.clone(), state, keep)?;
         self.node.mut_store().write(&staged, Durability::Synced)?;
         self.bytes_since_snapshot = 0;
         Ok(())

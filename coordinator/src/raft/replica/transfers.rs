@@ -3,7 +3,7 @@
 use super::{Doom, Replica, ReplicaError, TRANSFER_LEASE_TICKS};
 use crate::raft::disk::{Disk, DiskError};
 use crate::raft::image;
-use crate::raft::transfer::{self, Chunk, Fetch, Taken};
+use crate::raft::transfer::{self, Chunk, Cut, Fetch, Taken};
 use raft::{ProgressState, SnapshotStatus, StateRole};
 
 impl<D: Disk> Replica<D> {
@@ -12,29 +12,36 @@ impl<D: Disk> Replica<D> {
         self.incoming.as_ref().map(|incoming| (incoming.source(), incoming.fetch()))
     }
 
-    /// What another replica wants of this one's snapshot.
-    pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Chunk, ReplicaError> {
+    /// What another replica wants of this one's snapshot. Where that is damaged, whoever fetches waits, but the log is not kept for that.
+    pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Cut, ReplicaError> {
         if self.is_halted()
             || !self.outgoing.contains_key(&to)
             || fetch.at != self.node.store().snapshot_position()
         {
             self.end_transfer(to, SnapshotStatus::Failure);
-            return Ok(Chunk::gone(fetch));
+            return Ok(Cut::Chunk(Chunk::gone(fetch)));
         }
-        self.outgoing.insert(to, self.ticks + TRANSFER_LEASE_TICKS);
         let state = match self.outgoing_state.take() {
             Some(state) => state,
             None => self.node.store().snapshot_state()?,
         };
-        let chunk = transfer::cut(self.node.store().disk().as_ref(), &state, fetch, self.sizes.chunk_bytes)?;
+        let cut = transfer::cut(self.node.store().disk().as_ref(), &state, fetch, self.sizes.chunk_bytes)?;
         self.outgoing_state = Some(state);
-        Ok(chunk)
+        if let Cut::Chunk(_) = cut {
+            self.outgoing.insert(to, self.ticks + TRANSFER_LEASE_TICKS);
+        }
+        Ok(cut)
     }
 
     /// An answer to `wants`. Others than the one that is waited for are dropped.
     pub fn take_chunk(&mut self, from: u64, chunk: Chunk) -> Result<(), ReplicaError> {
         // raft takes nothing new while its last wishes are not on the disk.
         if self.is_halted() {
+            return Ok(());
+        }
+        // The log has brought it here meanwhile, and may have removed rows that the snapshot had.
+        let applied = self.applied.index;
+        if self.incoming.take_if(|incoming| incoming.at().index <= applied).is_some() {
             return Ok(());
         }
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {

@@ -6,7 +6,7 @@ use crate::verdict::{Exit, agent_error};
 use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Shard, Step};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{FromRank, Program, Work};
+use fleet_common::protocol::{FromRank, Program, Value, Variable, Work};
 use std::path::PathBuf;
 
 pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
@@ -21,6 +21,7 @@ pub fn config() -> Config {
         labels: BTreeMap::new(),
         host: "box".into(),
         process: 1,
+        lines: Rates::USUAL,
     }
 }
 
@@ -87,7 +88,11 @@ pub fn job() -> Job {
 pub fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
     let work = match work {
         "train" => Work::Train { job_json: job().to_json() },
-        _ => Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env: vec![] }),
+        other => {
+            let key = Variable { name: "KEY".into(), value: Value::Removed };
+            let env = if other == "secretless" { vec![key] } else { vec![] };
+            Work::Program(Program { argv: vec!["true".into()], working_dir: "/".into(), env })
+        }
     };
     Gang {
         job: JobId(1),
@@ -108,21 +113,8 @@ pub struct Stage {
     pub agent: Agent,
     pub now: Now,
     pub seen: Vec<String>,
-}
-
-/// Acts the `>` lines of a script and returns what came of it, in the script's form.
-fn play(script: &str) -> String {
-    let mut stage = Stage { agent: Agent::new(config()), now: Now::default(), seen: Vec::new() };
-    for line in script.lines().filter_map(|line| line.trim().strip_prefix("> ")) {
-        stage.seen.push(format!("> {line}"));
-        let words: Vec<&str> = line.split(' ').collect();
-        if let ["wait", ms] = words[..] {
-            stage.wait(ms.parse().unwrap());
-        } else {
-            stage.happen(input(&words, stage.now));
-        }
-    }
-    stage.seen.join("\n")
+    /// A sweep takes until the script says that it is done; otherwise it is not mentioned.
+    pub sweeps_last: bool,
 }
 
 pub fn input(words: &[&str], now: Now) -> Input {
@@ -161,6 +153,8 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
         ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
         ["signal"] => Input::Stop,
+        ["swept"] => of_gang(GangInput::Swept { left: 0 }),
+        ["swept", "but", left] => of_gang(GangInput::Swept { left: number(left) as usize }),
         ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
         ["prepared"] => {
             let prepared = Prepared { cache_dir: "/cache".into(), stats: DataStats::default(), resume: None };
@@ -225,11 +219,42 @@ pub fn input(words: &[&str], now: Now) -> Input {
 }
 
 impl Stage {
+    pub fn new(past: Past) -> Stage {
+        let agent = Agent::new(config(), past);
+        Stage { agent, now: Now::default(), seen: Vec::new(), sweeps_last: false }
+    }
+
+    /// Acts the `>` lines of a script and returns what came of it, in the script's form.
+    pub fn play(&mut self, script: &str) -> String {
+        for line in script.lines().filter_map(|line| line.trim().strip_prefix("> ")) {
+            self.seen.push(format!("> {line}"));
+            let words: Vec<&str> = line.split(' ').collect();
+            if let ["wait", ms] = words[..] {
+                self.wait(ms.parse().unwrap());
+            } else {
+                let input = input(&words, self.now);
+                self.happen(input);
+            }
+        }
+        self.seen.join("\n")
+    }
+
+    pub fn check(&mut self, script: &str) {
+        let wanted: Vec<&str> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        assert_eq!(self.play(script), wanted.join("\n"));
+    }
+
     /// False once the agent has left.
     pub fn happen(&mut self, input: Input) -> bool {
         let actions = self.agent.handle(self.now, input);
         self.seen.extend(actions.iter().filter_map(describe));
-        !actions.iter().any(|action| matches!(action, Action::Exit { .. }))
+        let stays = !actions.iter().any(|action| matches!(action, Action::Exit { .. }));
+        let swept = actions.into_iter().filter_map(|action| match action {
+            Action::Sweep(gang) if !self.sweeps_last => Some(gang),
+            _ => None,
+        });
+        let swept: Vec<GangId> = swept.collect();
+        swept.into_iter().all(|gang| self.happen(Input::Gang(gang, GangInput::Swept { left: 0 }))) && stays
     }
 
     /// Time goes by, and the agent is woken when it asked to be.
@@ -247,17 +272,27 @@ impl Stage {
 
 fn describe(action: &Action) -> Option<String> {
     Some(match action {
-        Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) => return None,
+        Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) | Action::Sweep(_) => {
+            return None;
+        }
         Action::Send(FromAgent::Hello(hello)) => {
             let gangs: Vec<String> =
                 hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
-            format!("send hello{}", gangs.concat())
+            let of = |(job, generation): &(JobId, u64)| format!(" {job}.{generation}");
+            let lost: String = hello.lost.iter().map(of).collect();
+            let earlier: Vec<String> = hello.earlier.iter().map(u64::to_string).collect();
+            let lost = if lost.is_empty() { lost } else { format!(", lost{lost}") };
+            let heir =
+                if earlier.is_empty() { String::new() } else { format!(", after {}", earlier.join(" ")) };
+            format!("send hello{}{lost}{heir}", gangs.concat())
         }
         Action::Send(FromAgent::Events(batch)) => {
             let events: Vec<String> = batch.events.iter().map(|event| tell(&event.body)).collect();
             format!("send {}: {}", batch.first_seq, events.join(", "))
         }
         Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
+        Action::Send(FromAgent::Output { .. }) => "send output".into(),
+        Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
         Action::Prepare { job, .. } => match &job.checkpoint.resume {
@@ -275,6 +310,7 @@ fn describe(action: &Action) -> Option<String> {
             format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" })
         }
         Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
+        Action::Reconnect => "connect anew".into(),
         Action::Forget(gang) => format!("forget {gang}"),
         Action::Exit { refused: None } => "exit".into(),
         Action::Exit { refused: Some(why) } => format!("exit: {why}"),
@@ -300,6 +336,5 @@ fn tell(body: &EventBody) -> String {
 }
 
 pub fn check(script: &str) {
-    let wanted: Vec<&str> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    assert_eq!(play(script), wanted.join("\n"));
+    Stage::new(Past::default()).check(script);
 }

@@ -1,0 +1,213 @@
+//! A directory of fleet's own: it belongs to the user whom fleet runs as, and nobody else can look into it.
+
+use super::create_dir;
+use std::fs::{self, Metadata, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+/// What a mode gives to others than the owner.
+const OTHERS: u32 = 0o077;
+/// A mode of directories that all may write to, such as the temporary one.
+const STICKY: u32 = 0o1000;
+
+/// Makes `dir`, or takes it over: an empty one without a word, one that holds some of `contents` as `mend` does. A directory that others
+/// may enter and that holds only other files is refused, since closing it would take those away from others.
+pub fn claim(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
+    create_dir(dir)?;
+    let is_new = !contents.iter().any(|name| dir.join(name).exists());
+    let is_open = fs::metadata(dir).map(|found| found.mode() & OTHERS != 0);
+    if is_open.map_err(|error| cannot("look at", dir, &error))? && is_new && holds_others(dir)? {
+        return Err(refused(format!(
+            "{} is open to others and holds files that are not fleet's; name a directory that is empty or does not exist yet",
+            dir.display()
+        )));
+    }
+    // Where nothing was, nothing was open.
+    Ok(mend(dir, contents)?.filter(|_| !is_new))
+}
+
+/// Closes `dir` to others, and those of `contents` that are in it, with all that is in them: modes are mended, and what was open is told in
+/// one line. Refuses a directory that belongs to somebody else or has files of somebody else's (root's may stay: root needs no mode).
+pub fn mend(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
+    // The directory itself may be reached by a link that its owner made.
+    let found = fs::metadata(dir).map_err(|error| cannot("look at", dir, &error))?;
+    if !found.is_dir() {
+        return Err(refused(format!("{} is not a directory", dir.display())));
+    }
+    if found.uid() != me() {
+        return Err(refused(format!(
+            "{} belongs to uid {}, and this runs as uid {}; run it as that user, or name a directory that is yours or does not exist yet",
+            dir.display(),
+            found.uid(),
+            me()
+        )));
+    }
+    if found.mode() & STICKY != 0 {
+        return Err(refused(format!(
+            "{} is for temporary files of everybody; name a directory in it that does not exist yet",
+            dir.display()
+        )));
+    }
+    let mut open = Vec::new();
+    close(dir, &found, &mut open)?;
+    for name in contents {
+        close_all(&dir.join(name), &mut open)?;
+    }
+    let Some(first) = open.first() else { return Ok(None) };
+    let (others, have) = match open.len() {
+        1 => (String::new(), "was"),
+        count => (format!(" and {} more", count - 1), "were"),
+    };
+    Ok(Some(format!(
+        "{first}{others} {have} open to other users of this machine; closed now, but what they held may have been read"
+    )))
+}
+
+fn holds_others(dir: &Path) -> io::Result<bool> {
+    let entries = fs::read_dir(dir).map_err(|error| cannot("read", dir, &error))?;
+    // The root of a file system has the first, and tools hide theirs.
+    let counts = |name: &str| name != "lost+found" && !name.starts_with('.');
+    Ok(entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())))
+}
+
+/// Links are left alone and not followed, and what others remove meanwhile is no matter.
+fn close_all(path: &Path, open: &mut Vec<String>) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|error| cannot("look at", path, &error))?,
+    };
+    if found.is_symlink() {
+        return Ok(());
+    }
+    close(path, &found, open)?;
+    if found.is_dir() {
+        let entries = fs::read_dir(path).map_err(|error| cannot("read", path, &error))?;
+        for entry in entries.flatten() {
+            close_all(&entry.path(), open)?;
+        }
+    }
+    Ok(())
+}
+
+fn close(path: &Path, found: &Metadata, open: &mut Vec<String>) -> io::Result<()> {
+    match found.uid() {
+        owner if owner == me() => {}
+        0 => return Ok(()),
+        owner => {
+            return Err(refused(format!(
+                "{} belongs to uid {owner}, who could read or hold it; look at it, and give it to uid {} or remove it",
+                path.display(),
+                me()
+            )));
+        }
+    }
+    if found.mode() & OTHERS == 0 {
+        return Ok(());
+    }
+    let closed = Permissions::from_mode(found.mode() & 0o7777 & !OTHERS);
+    match fs::set_permissions(path, closed) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        done => done.map_err(|error| cannot("close", path, &error))?,
+    }
+    open.push(path.display().to_string());
+    Ok(())
+}
+
+fn me() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+fn refused(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, what)
+}
+
+fn cannot(verb: &str, path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot {verb} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    const CONTENTS: &[&str] = &["lock", "raft"];
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_new_directory_is_private_and_there_is_nothing_to_tell() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a/data");
+        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+        assert_eq!(mode(&data), 0o700);
+        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+    }
+
+    #[test]
+    fn what_was_open_is_closed_and_told_and_what_is_not_fleets_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let outside = dir.path().join("outside");
+        for path in [&data, &data.join("raft"), &data.join("other"), &outside] {
+            fs::create_dir(path).unwrap();
+            chmod(path, 0o755);
+        }
+        for path in [data.join("lock"), data.join("raft/1.log"), data.join("other/file"), outside.join("x")] {
+            fs::write(&path, "").unwrap();
+            chmod(&path, 0o644);
+        }
+        symlink(&outside, data.join("raft/link")).unwrap();
+        let told = claim(&data, CONTENTS).unwrap().unwrap();
+        assert!(told.contains("data and 3 more were open"), "{told}");
+        let closed = [data.clone(), data.join("raft"), data.join("lock"), data.join("raft/1.log")];
+        assert_eq!(closed.map(|path| mode(&path)), [0o700, 0o700, 0o600, 0o600]);
+        let left = [data.join("other/file"), outside.clone(), outside.join("x")];
+        assert_eq!(left.map(|path| mode(&path)), [0o644, 0o755, 0o644]);
+        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+    }
+
+    #[test]
+    fn a_directory_of_other_things_is_not_taken_from_those_who_use_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let project = dir.path().join("project");
+        fs::create_dir(&project).unwrap();
+        chmod(&project, 0o755);
+        fs::write(project.join("README"), "").unwrap();
+        assert!(
+            claim(&project, CONTENTS).unwrap_err().to_string().contains("holds files that are not fleet's")
+        );
+        assert_eq!(mode(&project), 0o755);
+        // The root of a disk, as it was made.
+        fs::rename(project.join("README"), project.join("lost+found")).unwrap();
+        assert_eq!(claim(&project, CONTENTS).unwrap(), None);
+        assert_eq!(mode(&project), 0o700);
+        chmod(&project, 0o1777);
+        assert!(
+            claim(&project, CONTENTS).unwrap_err().to_string().contains("for temporary files of everybody")
+        );
+        assert_eq!(mode(&project), 0o1777);
+    }
+
+    #[test]
+    fn what_belongs_to_somebody_else_is_refused() {
+        if !nix::unistd::geteuid().is_root() {
+            return; // only root gives files away
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (data, nobody) = (dir.path().join("data"), Some(65_534));
+        fs::create_dir_all(data.join("raft")).unwrap();
+        std::os::unix::fs::chown(data.join("raft"), nobody, nobody).unwrap();
+        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        assert!(why.contains("data/raft belongs to uid 65534"), "{why}");
+        std::os::unix::fs::chown(&data, nobody, nobody).unwrap();
+        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        assert!(why.contains("data belongs to uid 65534, and this runs as uid 0"), "{why}");
+    }
+}

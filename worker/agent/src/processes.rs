@@ -1,0 +1,205 @@
+//! The processes of this machine, as `/proc` shows them; none where there is no `/proc`.
+//!
+//! A process is its number and its start time together, never the number alone: numbers are used again. It is struck through a pidfd that
+//! was opened before its start time was looked at, so that no other one can be hit.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: u32,
+    /// In the kernel's ticks since boot.
+    pub start: u64,
+}
+
+/// A process that lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub process: Process,
+    pub parent: u32,
+    pub group: u32,
+    pub session: u32,
+}
+
+impl Process {
+    /// The living process of this number.
+    pub fn of(pid: u32) -> Option<Process> {
+        look(pid).map(|seen| seen.process)
+    }
+
+    pub fn is_alive(self) -> bool {
+        Process::of(self.pid) == Some(self)
+    }
+
+    /// SIGKILL, to this process and no other.
+    #[cfg(target_os = "linux")]
+    pub fn kill(self) {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return };
+        let Ok(descriptor) = pidfd_open(pid, PidfdFlags::empty()) else { return }; // gone
+        if self.is_alive() {
+            let _ = pidfd_send_signal(descriptor, Signal::KILL); // gone, or another user's
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn kill(self) {}
+}
+
+/// All that live, but for this process itself.
+pub fn living() -> Vec<Seen> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|&pid| pid != std::process::id()).filter_map(look).collect()
+}
+
+/// Those of `all` that `root` holds for, and whatever descends from them.
+pub fn trees(all: &[Seen], root: impl Fn(&Seen) -> bool) -> Vec<Process> {
+    let mut found: BTreeSet<u32> = BTreeSet::new();
+    let mut tree: Vec<Process> = Vec::new();
+    let mut new: Vec<&Seen> = all.iter().filter(|seen| root(seen)).collect();
+    while !new.is_empty() {
+        new.retain(|seen| found.insert(seen.process.pid));
+        tree.extend(new.iter().map(|seen| seen.process));
+        new = all
+            .iter()
+            .filter(|seen| found.contains(&seen.parent) && !found.contains(&seen.process.pid))
+            .collect();
+    }
+    tree
+}
+
+/// Whether the process was started with this variable in its environment, and with a value that `fits`. Not for processes of another user.
+pub fn has_variable(pid: u32, name: &str, fits: impl Fn(&str) -> bool) -> bool {
+    let Ok(environment) = std::fs::read(format!("/proc/{pid}/environ")) else { return false };
+    let value = |variable: &[u8]| {
+        let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        std::str::from_utf8(value).ok().map(str::to_owned)
+    };
+    environment.split(|byte| *byte == 0).filter_map(value).any(|value| fits(&value))
+}
+
+/// Processes and threads that this machine has started since boot.
+pub fn forks() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("processes "))?.trim().parse().ok()
+}
+
+/// Whether no number that was in use when `forks` were counted can have been given to another process since. The kernel gives out numbers
+/// in a circle; half a round of it is far from coming back.
+pub fn numbers_hold_since(forks_then: u64) -> bool {
+    let highest = || std::fs::read_to_string("/proc/sys/kernel/pid_max").ok()?.trim().parse::<u64>().ok();
+    let since = forks().and_then(|now| now.checked_sub(forks_then));
+    matches!((since, highest()), (Some(since), Some(highest)) if since < highest / 2)
+}
+
+fn look(pid: u32) -> Option<Seen> {
+    parse(pid, &std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// `pid (name that may hold spaces and parentheses) state ppid pgrp session ... start`, the start being the 22nd.
+fn parse(pid: u32, stat: &str) -> Option<Seen> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let number = |at: usize| fields.get(at)?.parse().ok();
+    if matches!(*fields.first()?, "Z" | "X" | "x") {
+        return None; // dead, and only not reaped
+    }
+    let start = fields.get(19)?.parse().ok()?;
+    Some(Seen { process: Process { pid, start }, parent: number(1)?, group: number(2)?, session: number(3)? })
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    /// A process that lives until it is killed.
+    fn child() -> std::process::Child {
+        Command::new("sleep").arg("1000").env("FLEET_TEST_MARK", "a:b").stdin(Stdio::null()).spawn().unwrap()
+    }
+
+    #[test]
+    fn a_process_is_struck_only_while_it_is_the_one_that_was_meant() {
+        let mut child = child();
+        let process = Process::of(child.id()).unwrap();
+        let another = Process { start: process.start + 1, ..process };
+        assert!(process.is_alive() && !another.is_alive());
+        another.kill();
+        assert!(process.is_alive() && child.try_wait().unwrap().is_none());
+        process.kill();
+        assert!(!child.wait().unwrap().success());
+        assert!(!process.is_alive());
+    }
+
+    #[test]
+    fn one_that_is_dead_and_not_reaped_does_not_live() {
+        let mut child = child();
+        let process = Process::of(child.id()).unwrap();
+        process.kill();
+        while process.is_alive() {
+            std::thread::yield_now();
+        }
+        assert!(std::path::Path::new(&format!("/proc/{}", child.id())).exists(), "not reaped");
+        assert!(living().iter().all(|seen| seen.process != process));
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_variable_is_found_in_the_environment_that_a_process_was_started_with() {
+        let mut child = child();
+        // Until it has become `sleep` it shows the environment of this process.
+        while std::fs::read(format!("/proc/{}/cmdline", child.id()))
+            .is_ok_and(|line| !line.starts_with(b"sleep"))
+        {
+            std::thread::yield_now();
+        }
+        assert!(has_variable(child.id(), "FLEET_TEST_MARK", |value| value == "a:b"));
+        assert!(!has_variable(child.id(), "FLEET_TEST_MARK", |value| value == "a"));
+        assert!(!has_variable(child.id(), "FLEET_TEST", |_| true));
+        assert!(
+            living().iter().any(|seen| seen.process.pid == child.id() && seen.parent == std::process::id())
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_tree_has_all_that_descends_from_its_roots_once() {
+        let seen = |pid: u32, parent: u32| Seen {
+            process: Process { pid, start: 1 },
+            parent,
+            group: pid,
+            session: 1,
+        };
+        let all = [seen(5, 1), seen(4, 7), seen(7, 5), seen(6, 1), seen(9, 4)];
+        let pids = |root: u32| {
+            let mut pids: Vec<u32> =
+                trees(&all, |seen| seen.process.pid == root).iter().map(|p| p.pid).collect();
+            pids.sort_unstable();
+            pids
+        };
+        assert_eq!(pids(5), [4, 5, 7, 9]);
+        assert_eq!(pids(6), [6]);
+        assert_eq!(pids(8), Vec::<u32>::new());
+        assert_eq!(trees(&all, |_| true).len(), all.len());
+    }
+
+    #[test]
+    fn a_name_with_parentheses_and_spaces_does_not_confuse() {
+        let stat = "12 (a) b) c) S 3 4 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0";
+        let seen = Seen { process: Process { pid: 12, start: 777 }, parent: 3, group: 4, session: 5 };
+        assert_eq!(parse(12, stat), Some(seen));
+        assert_eq!(parse(12, &stat.replace(" S ", " Z ")), None);
+        assert_eq!(parse(12, "12 (a) S 3"), None);
+    }
+
+    #[test]
+    fn numbers_hold_for_half_a_round() {
+        let now = forks().unwrap();
+        assert!(numbers_hold_since(now));
+        assert!(!numbers_hold_since(now.saturating_sub(1 << 23)) || now < 1 << 14);
+        assert!(!numbers_hold_since(now + (1 << 40)), "counted on another boot");
+    }
+}
