@@ -42,7 +42,7 @@ pub fn unknown(request: &Request, why: &str) -> Failure {
             "look at what there is before asking again".to_owned(),
         ),
     };
-    Failure { code: exit::UNKNOWN, message: format!("{what}: {why}; {cure}") }
+    Failure { code: exit::UNKNOWN, message: format!("{what}; {cure} ({why})") }
 }
 
 fn repeat(look: &str) -> String {

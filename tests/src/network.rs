@@ -164,6 +164,7 @@ impl Drop for Network {
 /// Forwards datagrams to one address and back, each after a delay: the kernel of many machines cannot.
 pub struct Relay {
     pub address: SocketAddr,
+    cut: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -174,7 +175,8 @@ impl Relay {
         let outside = UdpSocket::bind("127.0.0.1:0")?;
         let address = outside.local_addr()?;
         outside.set_read_timeout(Some(Duration::from_millis(20)))?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let (cut, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let lost = cut.clone();
         let (ended, outside) = (stop.clone(), Arc::new(outside));
         let thread = std::thread::spawn(move || {
             let mut peers = std::collections::BTreeMap::new();
@@ -185,7 +187,8 @@ impl Relay {
                     let inside = Arc::new(UdpSocket::bind("127.0.0.1:0").expect("loopback has ports"));
                     inside.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout is not zero");
                     let (reader, writer, over) = (inside.clone(), outside.clone(), ended.clone());
-                    let back = Line::start(delay, move |bytes: &[u8]| drop(writer.send_to(bytes, from)));
+                    let back =
+                        Line::start(delay, lost.clone(), move |bytes| drop(writer.send_to(bytes, from)));
                     std::thread::spawn(move || {
                         let mut buffer = [0; 65_536];
                         while !over.load(Ordering::Relaxed) {
@@ -194,12 +197,17 @@ impl Relay {
                             }
                         }
                     });
-                    Line::start(delay, move |bytes: &[u8]| drop(inside.send_to(bytes, target)))
+                    Line::start(delay, lost.clone(), move |bytes| drop(inside.send_to(bytes, target)))
                 });
                 peer.carry(&buffer[..length]);
             }
         });
-        Ok(Relay { address, stop, threads: vec![thread] })
+        Ok(Relay { address, cut, stop, threads: vec![thread] })
+    }
+
+    /// While it is cut all is lost that would come out, also what is on its way.
+    pub fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::Relaxed);
     }
 }
 
@@ -219,12 +227,14 @@ struct Line {
 }
 
 impl Line {
-    fn start(delay: Duration, deliver: impl Fn(&[u8]) + Send + 'static) -> Line {
+    fn start(delay: Duration, cut: Arc<AtomicBool>, deliver: impl Fn(&[u8]) + Send + 'static) -> Line {
         let (queue, waiting) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(4_096);
         std::thread::spawn(move || {
             while let Ok((due, bytes)) = waiting.recv() {
                 std::thread::sleep(due.saturating_duration_since(Instant::now()));
-                deliver(&bytes);
+                if !cut.load(Ordering::Relaxed) {
+                    deliver(&bytes);
+                }
             }
         });
         Line { queue, delay }

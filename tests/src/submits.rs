@@ -71,14 +71,21 @@ pub fn run(world: &World, load: Load) -> (Tally, Vec<String>) {
         let cleaning = scope.spawn(|| clean(&mut cleaner, &over));
         let submitting: Vec<_> = (0..load.parallel)
             .map(|_| {
-                scope.spawn(|| {
+                let mut canceller = coordinators.any_client();
+                let (next, dir) = (&next, &dir);
+                scope.spawn(move || {
                     let mut stories = Vec::new();
                     loop {
                         let n = next.fetch_add(1, Ordering::Relaxed);
                         if n >= load.submits {
                             return stories;
                         }
-                        stories.push(submit(world, &dir, n, load));
+                        let story = submit(world, dir, n, load);
+                        // So that there is room for more. What is not cancelled in time the cleaner finds.
+                        if let Some(job) = story.printed.first() {
+                            let _ = canceller.change(Request::Cancel { job: *job, now: true });
+                        }
+                        stories.push(story);
                     }
                 })
             })

@@ -4,9 +4,10 @@
 
 use fleet_common::protocol::{Program, Reply, Request, SubmitJob, Wish, Work};
 use fleet_tests::submits::{self, Load};
-use fleet_tests::{Client, Running, Standing, World, eventually};
+use fleet_tests::{Client, Relay, Running, Standing, World, eventually};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::io::{ErrorKind, Write};
+use std::net::UdpSocket;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -62,6 +63,47 @@ fn a_client_killed_between_the_answer_and_its_print_has_made_one_job_that_its_na
     let other = Running::start(submit("other.sh")).finish().expect(2);
     other.says("`nightly` is job-1");
     assert_eq!(names(&mut asking), ["nightly.sh"]);
+}
+
+#[test]
+fn a_change_whose_answer_is_lost_is_called_unknown_with_an_exit_code_of_its_own() {
+    let world = World::new();
+    let data = world.path("cluster");
+    let free = UdpSocket::bind(ANY).unwrap();
+    let listen = free.local_addr().unwrap();
+    // An answer is on its way for so long: time to lose it.
+    let relay = Relay::start(listen, Duration::from_millis(200)).unwrap();
+    drop(free);
+    let advertised = relay.address.to_string();
+    let mut command = world.command("coordinator");
+    command.args(["start", "--data-dir", "cluster", "--listen", &listen.to_string()]);
+    command.args(["--advertise", &advertised, "--http", ANY]);
+    let cluster = world.standing(Running::start(command), &data);
+    let mut near = Client::new(&cluster.data_dir.join("client"), vec![listen.to_string()]);
+    eventually("there is a token", || data.join("tokens/client.token").exists());
+    let token = data.join("tokens/client.token").display().to_string();
+    let login = ["login", &advertised, "--token-file", &token, "--name", "far"];
+    world.run("fleet", &login).expect(0);
+    for n in 0..10 {
+        let name = format!("try-{n}");
+        let far = world.start("fleet", &["submit", "--queue", "--cluster", "far", "--", &name]);
+        eventually("the job is there", || names(&mut near).contains(&name));
+        relay.cut(true);
+        let done = far.finish();
+        relay.cut(false);
+        assert_eq!(names(&mut near).iter().filter(|other| **other == name).count(), 1);
+        match done.code() {
+            // The machine was too slow to cut the way in time.
+            0 => assert!(done.stdout.concat().starts_with("job-"), "{}", done.all()),
+            code => {
+                assert_eq!(code, 6, "{}", done.all());
+                let line = done.says("error: the job may or may not have been submitted");
+                assert!(line.contains("`fleet jobs`") && line.contains("--id"), "{line}");
+                return;
+            }
+        }
+    }
+    panic!("no answer could be lost before it arrived");
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub struct Submissions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Submission {
     pub job: JobId,
-    /// SHA-256 of what was asked for.
+    /// SHA-256 of what was asked for, without the values of secrets.
     pub digest: [u8; 32],
 }
 

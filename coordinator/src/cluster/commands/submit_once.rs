@@ -24,7 +24,9 @@ impl SubmitOnce {
                 "--id takes 1 to {ID_MAX} letters, digits and . _ - and begins with a letter or digit"
             ));
         }
-        let digest = match codec::encode(&job) {
+        // Without secrets: their values may change, and must not be guessed from what is kept.
+        let asked = SubmitJob { work: job.work.clone().without_secrets(), ..job.clone() };
+        let digest = match codec::encode(&asked) {
             Ok(bytes) => Sha256::digest(bytes).into(),
             Err(error) => return Answer::invalid(format!("the job cannot be kept: {error}")),
         };
@@ -60,7 +62,7 @@ mod tests {
     use crate::cluster::ends::FINISHED_IN_STATE;
     use crate::cluster::tests::{Script, finished, job, program, submit, why};
     use fleet_common::ids::JobId;
-    use fleet_common::protocol::Wish;
+    use fleet_common::protocol::{Program, Variable, Wish, Work};
 
     fn once(id: &str, world_size: u32) -> Change {
         let Change::SubmitJob(job) = submit(world_size) else { unreachable!("it is a submit") };
@@ -76,6 +78,23 @@ mod tests {
         let refusal = why(script.run(once("nightly-7", 2)));
         assert!(refusal.contains("`nightly-7` is job-1") && refusal.contains("another --id"), "{refusal}");
         assert_eq!(script.state.jobs().len(), 2);
+    }
+
+    #[test]
+    fn another_value_of_a_secret_is_no_other_job_and_another_open_one_is() {
+        let mut script = Script::with_node(4);
+        let once = |variable| {
+            let env = vec![variable];
+            let work = Work::Program(Program { argv: vec!["a".into()], working_dir: "/".into(), env });
+            let Change::SubmitJob(job) = job(work, 1, Wish::default()) else {
+                unreachable!("it is a submit")
+            };
+            Change::SubmitOnce(SubmitOnce { id: "s".into(), job })
+        };
+        let first = script.submit_as(once(Variable::secret("KEY", "old")));
+        assert_eq!(script.submit_as(once(Variable::secret("KEY", "new"))), first);
+        assert!(why(script.run(once(Variable::secret("OTHER", "old")))).contains("is job-1"));
+        assert!(why(script.run(once(Variable::open("KEY", "old")))).contains("is job-1"));
     }
 
     #[test]
