@@ -204,6 +204,62 @@ fn one_bad_block_in_the_history_of_a_lone_coordinator_costs_its_rows_and_nothing
 }
 
 #[test]
+fn a_bad_block_is_mended_from_another_coordinator_and_a_newcomer_gets_all() {
+    let world = World::new();
+    let mut all = world.three_coordinators();
+    for mark in ["first", "second", "third"] {
+        submit(&world, &all[0], &argument(mark));
+    }
+    let dirs: Vec<PathBuf> = all.iter().map(|standing| standing.data_dir.clone()).collect();
+    let login = dirs[0].clone();
+    let has_all = |one: &Standing| matches!(stale(one, &login, 3), Ok(Reply::Job(_)));
+    eventually("all of them have all jobs", || all.iter().all(has_all));
+    drop(std::mem::take(&mut all));
+    let restarted = || {
+        let all: Vec<Standing> = dirs.iter().map(|dir| world.restart_coordinator(dir)).collect();
+        eventually("somebody leads", || {
+            all.iter().any(|standing| get(standing, "/metrics").contains("\nfleet_raft_is_leader 1\n"))
+        });
+        all
+    };
+    drop(restarted());
+    // Each misses another row, so each needs the others.
+    for (dir, mark) in dirs.iter().zip(["first first first", "second second second", "third third third"]) {
+        spoil(dir, mark);
+    }
+    let mut said = String::new();
+    for start in 0.. {
+        all = restarted();
+        submit(&world, &all[0], "small");
+        if start >= STARTS {
+            break;
+        }
+        said += &all.iter().map(|standing| standing.process.complaints()).collect::<String>();
+        all.clear();
+    }
+    eventually("all of them are mended", || {
+        submit(&world, &all[0], "small");
+        let now = all.iter().map(|standing| standing.process.complaints()).collect::<String>();
+        let mended = (said.clone() + &now).matches("the damaged rows of works are mended").count();
+        mended == dirs.len() && all.iter().all(|standing| get(standing, "/healthz").trim() == "ok")
+    });
+    // Whole backups, which read every row.
+    for dir in &dirs {
+        let args = ["backup", "--data-dir", dir.to_str().unwrap(), "--out", "saved"];
+        world.run("coordinator", &args).expect(0);
+    }
+    let fourth = world.join_coordinator(&all[0], &world.path("coordinator-4"), &[]);
+    eventually("the newcomer votes", || {
+        let views = world.coordinators(&all[0]);
+        views.iter().any(|view| view["replica"] == "replica-4" && view["voter"] == true)
+    });
+    for job in 1..=3 {
+        eventually("the newcomer has it", || matches!(stale(&fourth, &login, job), Ok(Reply::Job(_))));
+    }
+    all.iter_mut().for_each(|standing| standing.process.must_live());
+}
+
+#[test]
 fn a_backup_of_a_coordinator_that_is_behind_is_refused() {
     let world = World::new();
     let mut all = world.three_coordinators();

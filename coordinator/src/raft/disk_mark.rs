@@ -69,6 +69,11 @@ impl Mark {
         self.reached
     }
 
+    /// The database has come further than was noted before its process or its machine ended. Not written before it goes on.
+    pub fn catch_up(&mut self, has: u64) {
+        self.reached = self.reached.max(has);
+    }
+
     /// The database has come to here, durably.
     pub fn advance(&mut self, reached: u64) -> io::Result<()> {
         if reached <= self.reached {
