@@ -326,11 +326,7 @@ impl Disk for RocksDisk {
 }
 
 /// What the mark knows and the database does not have.
-fn lost(
-    has: &Result<u64, String>,
-    mark: &Path,
-    reached: Result<Option<u64>, &io::Error>,
-) -> Option<String> {
+fn lost(has: &Result<u64, String>, mark: &Path, reached: Result<Option<u64>, &io::Error>) -> Option<String> {
     let mark = mark.display();
     let has = match has {
         Ok(has) => *has,
