@@ -33,6 +33,8 @@ struct Inner {
     mark: u64,
     /// A table in waiting.
     renewed: Option<(Table, Rows)>,
+    /// Rows of the log that were removed since somebody looked.
+    removed_log: Rows,
 }
 
 /// A row before it was changed.
@@ -144,6 +146,11 @@ impl MemoryDisk {
         self.lock().tables.get(&table)?.last_key_value().map(|(key, _)| key.clone())
     }
 
+    /// Rows of the log that were removed since this was called last: a log may be cut in the round in which its entries are committed.
+    pub fn take_removed_log(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        std::mem::take(&mut self.lock().removed_log)
+    }
+
     pub fn rows(&self, table: Table) -> usize {
         self.lock().tables.get(&table).map_or(0, BTreeMap::len)
     }
@@ -199,11 +206,18 @@ impl Inner {
                     }
                 }
                 Op::DeleteRange { table, from, to } if from < to => {
+                    if (*table, from.is_empty()) == (Table::Log, true) {
+                        self.removed_log.clear();
+                    }
                     let rows = self.tables.entry(*table).or_default();
                     let keys: Vec<Vec<u8>> =
                         rows.range(from.clone()..to.clone()).map(|(key, _)| key.clone()).collect();
                     for key in keys {
                         let value = rows.remove(&key);
+                        // All of a log goes when another one takes its place: it may never have been committed.
+                        if let (Table::Log, false, Some(value)) = (table, from.is_empty(), &value) {
+                            self.removed_log.insert(key.clone(), value.clone());
+                        }
                         if undoable {
                             formers.push(Former { table: *table, key, value });
                         }

@@ -7,6 +7,7 @@ use super::world::{Event, World};
 use fleet_common::ids::ReplicaId;
 use fleet_coordinator::control::{Control, Input, Room};
 use fleet_coordinator::raft::disk::Table;
+use fleet_coordinator::raft::log::LogStore;
 use fleet_coordinator::raft::memory::MemoryDisk;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -358,7 +359,9 @@ impl World {
     /// Another coordinator that has seen more of this one's disk than there would be.
     fn who_knows(&self, number: u32, disk: &MemoryDisk) -> Option<u32> {
         let id = self.hosts.get(&number)?.replica?.0;
-        let last = disk.last_key(Table::Log).map_or(0, |key| super::watch::index_of(&key));
+        // Its rows alone do not tell where a log ends that was cut.
+        let log = LogStore::open(Arc::new(disk.copy())).ok().flatten();
+        let last = log.map_or(0, |log| log.last().index);
         let more = |control: &Control<MemoryDisk>| {
             control.replica().marks().into_iter().any(|(of, mark)| of == id && mark.at.index > last)
         };

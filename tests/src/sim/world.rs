@@ -274,8 +274,10 @@ impl World {
             host.logged = 0;
         }
         let mut found = Vec::new();
+        let removed = host.disk.take_removed_log();
         for index in host.checked + 1..=commit {
-            let Some(entry) = entry_at(host, index) else { continue };
+            let was_removed = || removed.get(&index.to_be_bytes()[..]).and_then(|row| entry_of(row));
+            let Some(entry) = entry_at(host, index).or_else(was_removed) else { continue };
             found.push(self.oracle.committed(&entry));
         }
         host.checked = host.checked.max(commit);
@@ -448,6 +450,10 @@ impl World {
 
 fn entry_at(host: &Host, index: u64) -> Option<Entry> {
     let sealed = host.disk.get(Table::Log, &index.to_be_bytes()).expect("a disk in memory can be read")?;
-    // The row ends with its checksum, which the replica itself looks at.
+    entry_of(&sealed)
+}
+
+/// The row ends with its checksum, which the replica itself looks at.
+fn entry_of(sealed: &[u8]) -> Option<Entry> {
     Entry::decode(&sealed[..sealed.len().checked_sub(8)?]).ok()
 }
