@@ -1,6 +1,7 @@
 //! What coordinators tell each other of their disks. One that has just started asks the others what they have seen of its own, and takes
 //! no part in raft before: a disk that was put back to an older state is found before it gives a vote away, and before it is brought up
-//! to date, which would hide what it forgot. The leader tells what it learns to all.
+//! to date, which would hide what it forgot. Whom it does not know from its own disk, which may be of a time with other members, it asks
+//! when that one speaks. The leader tells what it learns to all.
 
 use super::{Action, Control, Now, PeerMessage};
 use crate::raft::disk::Disk;
@@ -8,11 +9,12 @@ use crate::raft::log::LogError;
 use crate::raft::marks::Mark;
 use crate::raft::replica::ReplicaError;
 use fleet_common::ids::ReplicaId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// When a majority has answered, the others get so long.
 const STRAGGLERS_MS: u64 = 500;
-/// One that hears nothing from a majority takes part after this long all the same: some of those that it knew may be gone for good.
+/// One that hears nothing from a majority, or from one that speaks to it, takes part after this long all the same: some of those that it
+/// knew may be gone for good.
 const GREETING_MS: u64 = 3_000;
 /// Between two questions to those that have not answered.
 const ASK_EVERY_MS: u64 = 200;
@@ -23,6 +25,8 @@ pub(super) struct Greeting {
     begun_ms: u64,
     asked_ms: Option<u64>,
     answered: BTreeSet<ReplicaId>,
+    /// Who spoke of raft before having told its marks, and when first.
+    spoke_ms: BTreeMap<ReplicaId, u64>,
     over: bool,
     told_ms: u64,
     told: Vec<(ReplicaId, Mark)>,
@@ -34,6 +38,7 @@ impl Greeting {
             begun_ms: now.mono_ms,
             asked_ms: None,
             answered: BTreeSet::new(),
+            spoke_ms: BTreeMap::new(),
             over: false,
             told_ms: now.mono_ms,
             told: Vec::new(),
@@ -47,12 +52,27 @@ impl<D: Disk> Control<D> {
         self.greeting.over
     }
 
+    /// Whether it does with this one, who speaks. If that one has not told its marks, it is asked for them.
+    pub(super) fn takes_part_with(&mut self, now: Now, from: ReplicaId) -> bool {
+        if self.greeting.answered.contains(&from) {
+            return self.has_greeted();
+        }
+        match self.greeting.spoke_ms.get(&from) {
+            Some(first_ms) => self.has_greeted() && now.mono_ms.saturating_sub(*first_ms) >= GREETING_MS,
+            None => {
+                self.greeting.spoke_ms.insert(from, now.mono_ms);
+                self.tell_marks(from, true);
+                false
+            }
+        }
+    }
+
     pub(super) fn look_after_greeting(&mut self, now: Now) {
         let age = |since_ms: u64| now.mono_ms.saturating_sub(since_ms);
         self.greeting.over |= self.has_heard_enough(age(self.greeting.begun_ms));
         if !self.greeting.over && self.greeting.asked_ms.is_none_or(|asked| age(asked) >= ASK_EVERY_MS) {
             self.greeting.asked_ms = Some(now.mono_ms);
-            let silent = self.others().filter(|id| !self.greeting.answered.contains(id));
+            let silent = self.asked().into_iter().filter(|id| !self.greeting.answered.contains(id));
             for to in silent.collect::<Vec<_>>() {
                 self.tell_marks(to, true);
             }
@@ -74,8 +94,13 @@ impl<D: Disk> Control<D> {
         let answered = &self.greeting.answered;
         let known = voters.iter().filter(|id| **id == me.0 || answered.contains(&ReplicaId(**id))).count();
         let enough = if voters.is_empty() { !answered.is_empty() } else { known > voters.len() / 2 };
-        let all = enough && self.others().all(|id| answered.contains(&id));
+        let all = enough && self.asked().is_subset(answered);
         all || enough && age_ms >= STRAGGLERS_MS || age_ms >= GREETING_MS
+    }
+
+    /// Who has something to tell before this coordinator takes part.
+    fn asked(&self) -> BTreeSet<ReplicaId> {
+        self.others().chain(self.greeting.spoke_ms.keys().copied()).collect()
     }
 
     /// Whom this coordinator knows of.
@@ -108,6 +133,7 @@ impl<D: Disk> Control<D> {
             self.tell_marks(from, false);
         }
         self.greeting.answered.insert(from);
+        self.greeting.spoke_ms.remove(&from);
         self.look_after_greeting(now);
     }
 

@@ -232,7 +232,7 @@ impl<D: Disk> Control<D> {
                 // One that does not fit is dropped; raft sends what matters again.
                 if let Ok(message) = Message::decode(&bytes[..])
                     && message.from == from.0
-                    && self.has_greeted()
+                    && self.takes_part_with(now, from)
                     && let (term, Err(bad)) = (message.term, self.replica.step(message))
                     && bad.contradicts()
                     && term >= self.replica.term()
