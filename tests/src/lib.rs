@@ -19,7 +19,7 @@ pub use coordinators::Coordinators;
 pub use jobs::{TinyJob, corpus};
 pub use network::{Network, Relay};
 pub use process::{Finished, Running};
-pub use world::{Standing, World};
+pub use world::{Standing, World, end_worlds_on_signals};
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

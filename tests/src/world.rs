@@ -2,15 +2,37 @@
 
 use crate::{Finished, Running, TinyJob, corpus, eventually, program};
 use fleet_common::endpoint::Endpoint;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use tempfile::TempDir;
 
 /// In the environment of every process that the test started, and of their children; the value is the world's directory.
 const MARK: &str = "FLEET_TEST_WORLD";
+
+/// The directories of all worlds of this process.
+static WORLDS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// For programs that make worlds, before any thread is started: one that is told to end leaves nothing of them behind.
+pub fn end_worlds_on_signals() {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block().expect("these signals can be blocked");
+    std::thread::spawn(move || {
+        let signal = signals.wait().expect("these signals can be waited for");
+        println!("ended by {signal}");
+        for dir in WORLDS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // Until there are none: one may be about to start another.
+            while !processes_in(dir).is_empty() {
+                strike(dir);
+            }
+            let _ = fs::remove_dir_all(dir); // somebody may have removed it
+        }
+        std::process::exit(128 + signal as i32);
+    });
+}
 
 /// Ends, by number, whatever is left of its processes when dropped.
 pub struct World {
@@ -38,6 +60,7 @@ impl World {
             .tempdir()
             .expect("the temporary directory is writable");
         let world = World { dir };
+        WORLDS.lock().unwrap_or_else(PoisonError::into_inner).push(world.dir.path().to_owned());
         fs::create_dir(world.path("home")).expect("the world is empty");
         world.write("corpus.jsonl", corpus(60));
         world
@@ -200,25 +223,12 @@ impl World {
 
     /// Living processes that were started in this world, as number and command line.
     pub fn processes(&self) -> Vec<(u32, String)> {
-        let mark = format!("{MARK}={}", self.dir.path().display());
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let marked = |pid: &u32| {
-            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
-        };
-        let line = |pid: u32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            (pid, String::from_utf8_lossy(&line).replace('\0', " "))
-        };
-        pids.filter(|pid| *pid != std::process::id()).filter(marked).map(line).collect()
+        processes_in(self.dir.path())
     }
 
     /// Ends every process of this world at once, as a power cut would.
     pub fn strike_all(&self) {
-        for (pid, _) in self.processes() {
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL); // ended in this moment
-        }
+        strike(self.dir.path());
     }
 
     /// The ranks of this world.
@@ -245,6 +255,29 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.strike_all();
+        WORLDS.lock().unwrap_or_else(PoisonError::into_inner).retain(|dir| dir != self.dir.path());
+    }
+}
+
+/// Living processes that were started in the world of this directory.
+fn processes_in(world: &Path) -> Vec<(u32, String)> {
+    let mark = format!("{MARK}={}", world.display());
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let marked = |pid: &u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    };
+    let line = |pid: u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        (pid, String::from_utf8_lossy(&line).replace('\0', " "))
+    };
+    pids.filter(|pid| *pid != std::process::id()).filter(marked).map(line).collect()
+}
+
+fn strike(world: &Path) {
+    for (pid, _) in processes_in(world) {
+        let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL); // ended in this moment
     }
 }
 

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{TinyJob, World, eventually};
+use fleet_tests::{Running, TinyJob, World, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -175,4 +175,24 @@ fn ranks_run_while_their_log_and_events_are_read_from_elsewhere() {
     let done = launch.finish();
     assert_eq!(done.summary()["status"], "cancelled", "{}", done.all());
     eventually("the launch is gone", || world.run("fleet", &["jobs"]).code() == 3);
+}
+
+#[test]
+fn a_chaos_that_is_told_to_end_leaves_nothing() {
+    let world = World::new();
+    let inner = world.path("inner");
+    std::fs::create_dir(&inner).unwrap();
+    let mut command = world.command("chaos");
+    command.args(["--seed", "1", "--steps", "1000000"]).env("TMPDIR", &inner);
+    let chaos = Running::start(command);
+    let inside = || {
+        let pids = std::fs::read_dir("/proc").unwrap().flatten();
+        let lines = pids.filter_map(|pid| std::fs::read_to_string(pid.path().join("cmdline")).ok());
+        lines.filter(|line| line.contains(inner.to_str().unwrap())).count()
+    };
+    eventually("a coordinator and a worker", || inside() >= 2);
+    chaos.signal(Signal::SIGTERM);
+    chaos.finish().expect(128 + 15);
+    assert_eq!(inside(), 0);
+    assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);
 }

@@ -32,6 +32,7 @@ const LOOK: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    fleet_tests::end_worlds_on_signals();
     let seed = args.seed.unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |now| now.as_nanos() as u64)

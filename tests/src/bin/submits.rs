@@ -26,6 +26,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    fleet_tests::end_worlds_on_signals();
     let load = Load {
         submits: args.submits,
         parallel: args.parallel,
