@@ -2,7 +2,7 @@
 //!
 //! A file is verified as a whole before any record of it is decoded.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use fleet_common::codec;
 use fleet_common::net::PrivateKey;
 use serde::{Deserialize, Serialize};
@@ -152,7 +152,8 @@ fn walk(input: &mut dyn Read, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Resu
         }
         line.extend(next(1, &mut hash)?);
     }
-    let AnyHeader { format } = serde_json::from_slice(&line).context("it is not a backup of fleet")?;
+    let AnyHeader { format } =
+        serde_json::from_slice(&line).map_err(|_| anyhow!("it is not a backup of fleet"))?;
     if format != FORMAT {
         bail!("it has format {format}, this program knows {FORMAT}; use the version of fleet that made it");
     }

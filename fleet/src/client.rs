@@ -9,7 +9,7 @@ use fleet_common::codec;
 use fleet_common::events::Event;
 use fleet_common::ids::JobId;
 use fleet_common::net::{self, Identity};
-use fleet_common::protocol::{ClientFrame, RefusalKind, Reply, Request};
+use fleet_common::protocol::{ClientFrame, CoordinatorAddress, RefusalKind, Reply, Request};
 use quinn::{Connection, RecvStream};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -60,6 +60,13 @@ impl Client {
     /// Of the cluster, where it is on this machine.
     pub fn data_dir(&self) -> Option<&Path> {
         self.cluster.data_dir()
+    }
+
+    /// Keeps where the coordinators are, as one of them has just said.
+    pub fn learn(&mut self, known: Vec<CoordinatorAddress>) {
+        if !self.stale {
+            self.cluster.learn(known);
+        }
     }
 
     /// Asks without changing anything.
@@ -155,7 +162,7 @@ impl Client {
                     self.connection = None;
                     self.turn += 1;
                     Failure::unreachable(format!(
-                        "the coordinator did not answer within {} s",
+                        "the coordinator did not answer within {} s; where no majority of them is alive, only --stale queries are answered",
                         answer_max.as_secs()
                     ))
                 }

@@ -43,8 +43,8 @@ impl Login {
 }
 
 const LOGIN: &str = "cluster.json";
-/// Coordinators come and go seldom.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
+/// Who is asked for what may be the only one that is known, and gone soon.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 impl Cluster {
     /// `wish` is `--cluster` or FLEET_CLUSTER: a data directory, HOST:PORT, or the name of a login or a local launch. Without it the newest
@@ -53,11 +53,10 @@ impl Cluster {
     pub fn find(wish: Option<&str>) -> Result<Cluster, Failure> {
         let Some(wish) = wish else {
             let newest = places::running()?.into_iter().next();
-            return newest.map(|launch| Cluster::in_data_dir(&launch.data_dir)).ok_or_else(|| {
-                Failure::unreachable(
-                    "no `fleet launch` runs on this machine; start one, or name a cluster with --cluster (a data directory, HOST:PORT or a name)",
-                )
-            });
+            let known: Vec<String> = logins()?.into_iter().map(|(name, _)| name).collect();
+            return newest
+                .map(|launch| Cluster::in_data_dir(&launch.data_dir))
+                .ok_or_else(|| Failure::unreachable(nowhere(known)));
         };
         if wish.contains('/') || [".", ".."].contains(&wish) {
             return Ok(Cluster::in_data_dir(Path::new(wish)));
@@ -190,6 +189,16 @@ pub fn local_pid(dir: &Path, cluster_id: &str, replica: ReplicaId) -> Option<u32
     let endpoint =
         endpoints.find(|endpoint| endpoint.cluster_id == cluster_id && endpoint.replica == replica)?;
     endpoint.running()
+}
+
+/// Nobody has said which cluster, and no local launch runs.
+fn nowhere(mut logins: Vec<String>) -> String {
+    logins.sort();
+    let named = match logins.is_empty() {
+        true => "a coordinator's data directory, or the name of a `fleet login`".to_owned(),
+        false => format!("{}, or a coordinator's data directory", logins.join(", ")),
+    };
+    format!("no `fleet launch` runs on this machine; name a cluster with --cluster or FLEET_CLUSTER: {named}")
 }
 
 fn logins() -> Result<Vec<(String, Login)>, Failure> {

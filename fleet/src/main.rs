@@ -17,6 +17,7 @@ mod text;
 
 use clap::{Parser, Subcommand};
 use failure::Failure;
+use fleet_common::exit;
 use fleet_common::telemetry::{self, LogFormat};
 use std::process::ExitCode;
 
@@ -93,9 +94,13 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate::run(args),
         Command::Config(args) => commands::config::run(args),
     };
-    match done {
-        Ok(code) => ExitCode::from(code),
-        Err(Failure { code, message }) => {
+    match (done, out::lost()) {
+        (Ok(exit::SUCCEEDED), Some(why)) => {
+            out::note(&format!("error: what was to be printed could not be written: {why}"));
+            ExitCode::from(exit::ENVIRONMENT)
+        }
+        (Ok(code), _) => ExitCode::from(code),
+        (Err(Failure { code, message }), _) => {
             out::note(&format!("error: {message}"));
             ExitCode::from(code)
         }

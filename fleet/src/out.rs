@@ -5,14 +5,22 @@
 
 use fleet_common::terminal;
 use serde_json::Value;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
+/// Why stdout could not be written, where nobody has closed it.
+static LOST: OnceLock<String> = OnceLock::new();
 
 /// Whether stdout is known to have been closed.
 pub fn is_closed() -> bool {
     CLOSED.load(Ordering::Relaxed)
+}
+
+/// What kept this command's output from being written, as a disk that is full.
+pub fn lost() -> Option<&'static str> {
+    LOST.get().map(String::as_str)
 }
 
 /// Prints one line, at once.
@@ -48,8 +56,11 @@ fn print(text: &str) {
         return;
     }
     let mut stdout = std::io::stdout().lock();
-    if writeln!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
+    if let Err(error) = writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
         CLOSED.store(true, Ordering::Relaxed);
+        if error.kind() != ErrorKind::BrokenPipe {
+            let _ = LOST.set(error.to_string()); // the first is as good as any
+        }
     }
 }
 

@@ -74,6 +74,74 @@ fn a_restart_without_options_listens_where_it_listened() {
 }
 
 #[test]
+fn a_coordinator_that_has_moved_is_found_by_the_others() {
+    let world = World::new();
+    let mut all = world.three_coordinators();
+    for turn in 0..all.len() {
+        let before = all.remove(0);
+        let (dir, replica) = (before.data_dir.clone(), before.endpoint.replica.to_string());
+        drop(before);
+        let listen = format!("127.0.0.{}:0", turn + 2);
+        let data = dir.display().to_string();
+        let args = ["--expect-existing", "--data-dir", &data, "--listen", &listen, "--http", ANY];
+        let back = world.standing(start(&world, &args), &dir);
+        eventually("the others have its address, and it follows", || {
+            let views = world.coordinators(&all[0]);
+            let view = views.iter().find(|view| view["replica"] == replica);
+            view.is_some_and(|view| view["address"] == back.endpoint.quic && view["alive"] == true)
+        });
+        all.push(back);
+    }
+}
+
+#[test]
+fn a_login_learns_of_coordinators_that_joined_after_it() {
+    let world = World::new();
+    let first = world.coordinator(&world.path("coordinator-1"), ANY);
+    let token = first.data_dir.join("tokens/client.token").display().to_string();
+    let login = |name: &str| {
+        let args = ["login", &first.endpoint.quic, "--token-file", &token, "--name", name];
+        let said = world.run("fleet", &args).expect(0).stdout.concat();
+        assert!(said.contains("logged in as user-"), "{said}");
+    };
+    let jobs = |name: &str| world.run("fleet", &["jobs", "--cluster", name]);
+    login("often");
+    login("asks");
+    // Nobody has said which.
+    world.run("fleet", &["jobs"]).expect(3).says("asks, often");
+    let joined: Vec<Standing> = (2..=3)
+        .map(|n| world.join_coordinator(&first, &world.path(&format!("coordinator-{n}")), &[]))
+        .collect();
+    eventually("three coordinators vote", || {
+        world.coordinators(&joined[0]).iter().filter(|view| view["voter"] == true).count() == 3
+    });
+    world.run("fleet", &["coordinators", "ls", "--cluster", "asks"]).expect(0);
+    // As after the time that passes between two commands.
+    let known = world.path("home/.local/state/fleet/clusters/often/cluster.json");
+    let file = fs::File::options().write(true).open(&known).unwrap();
+    file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).unwrap();
+    jobs("often").expect(0);
+    drop(first);
+    for name in ["asks", "often"] {
+        jobs(name).expect(0);
+    }
+}
+
+#[test]
+fn a_command_says_what_came_of_it() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    submit(&world, &cluster).expect(0);
+    fleet(&world, &cluster, &["cancel", "job-1"]).expect(0);
+    let again = fleet(&world, &cluster, &["cancel", "job-1"]).expect(0).stdout.concat();
+    assert!(again.contains("job-1 has ended: cancelled"), "{again}");
+    // What could not be written was not printed.
+    let mut command = world.enter(Command::new("sh"));
+    command.args(["-c", "exec \"$0\" jobs --cluster cluster/ > /dev/full"]).arg(program("fleet"));
+    Running::start(command).finish().expect(4).says("No space left");
+}
+
+#[test]
 fn a_join_that_is_refused_leaves_nothing_and_one_that_was_interrupted_is_no_coordinator() {
     let world = World::new();
     let cluster = world.coordinator(&world.path("cluster"), ANY);

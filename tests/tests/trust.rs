@@ -217,6 +217,23 @@ fn a_revoked_local_credential_is_replaced_at_the_next_start() {
 }
 
 #[test]
+fn a_local_credential_that_was_revoked_since_the_last_snapshot_is_replaced_too() {
+    let world = World::new();
+    let mut all = world.three_coordinators();
+    let follower = all.remove(2);
+    let dir = follower.data_dir.clone();
+    let local = || Identity::load(&dir.join("client")).unwrap();
+    eventually("it has a credential", || local().is_some());
+    let before = local().unwrap();
+    drop(follower);
+    // Its disk does not have the revocation when it starts.
+    world.run("fleet", &["revoke", &before.member.to_string(), "--cluster", all[0].cluster()]).expect(0);
+    let back = world.restart_coordinator(&dir);
+    eventually("there is another one", || local().is_some_and(|local| local.member != before.member));
+    world.run("fleet", &["token", "create", "--role", "admin", "--cluster", back.cluster()]).expect(0);
+}
+
+#[test]
 fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     let world = World::new();
     let all = world.three_coordinators();

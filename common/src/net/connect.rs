@@ -124,7 +124,9 @@ pub(super) async fn attempt(
     let work = async {
         let mut last = Failure::Silent("the name has no address".into());
         let resolved = tokio::net::lookup_host(addr).await;
-        for address in resolved.map_err(|error| Failure::Silent(format!("not an address ({error})")))? {
+        for address in resolved.map_err(|error| {
+            Failure::Silent(format!("not an address like HOST:PORT, or of no known host ({error})"))
+        })? {
             match handshake(local.clone(), address, config.clone()).await {
                 Ok(connection) => return Ok(connection),
                 Err(failure) => last = failure,

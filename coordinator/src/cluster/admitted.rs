@@ -62,7 +62,7 @@ impl State {
     pub fn may_change(&self, user: UserId, change: &Change) -> Result<(), Refusal> {
         let member = Member::Client(user);
         if self.revoked.contains(&member) {
-            return Err(forbidden(format!("{user} was revoked; join again with a new token")));
+            return Err(forbidden(cut_off(member)));
         }
         let Some(what) = operators_work(change) else { return Ok(()) };
         if self.is_admin(member) {
@@ -98,6 +98,19 @@ fn operators_work(change: &Change) -> Option<&'static str> {
 
 fn forbidden(message: String) -> Refusal {
     Refusal { kind: RefusalKind::Forbidden, message }
+}
+
+/// What somebody is told who was cut off.
+pub fn cut_off(member: Member) -> String {
+    match member.role() {
+        Role::Coordinator => format!(
+            "{member} was removed from the cluster; set its directory aside and join again with a token"
+        ),
+        Role::Worker => {
+            format!("{member} was revoked; set its data directory aside and join again with a new token")
+        }
+        Role::Client | Role::Admin => format!("{member} was revoked; `fleet login` again with a new token"),
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::reads::Reader;
 use super::session::{AgentSession, Phase};
 use super::{AGENT_BATCHES_MAX, AGENTS_MAX, Action, Control, Now, Session};
 use crate::cluster::Answer;
+use crate::cluster::admitted::cut_off;
 use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
 use crate::cluster::members::{NodeRecord, clean_name};
 use crate::cluster::orders::GangStanding;
@@ -59,7 +60,7 @@ impl<D: Disk> Control<D> {
         let refused = if let Some(leaving) = &self.leaving {
             Some((leaving.why.clone(), false))
         } else if self.is_revoked(Member::Worker(node)) {
-            Some((format!("{node} was revoked; join again with a new token"), true))
+            Some((cut_off(Member::Worker(node)), true))
         } else if self.is_stuck() {
             Some(("the disk of this coordinator cannot be written; connect to another one".to_owned(), false))
         } else if self.agents.len() >= AGENTS_MAX {
@@ -268,7 +269,7 @@ impl<D: Disk> Control<D> {
         let sessions = self.agents.sessions.iter();
         let revoked = sessions.filter(|(_, agent)| self.is_revoked(Member::Worker(agent.node)));
         for (session, node) in revoked.map(|(session, agent)| (*session, agent.node)).collect::<Vec<_>>() {
-            self.close_agent(session, format!("{node} was revoked; join again with a new token"), true);
+            self.close_agent(session, cut_off(Member::Worker(node)), true);
         }
     }
 

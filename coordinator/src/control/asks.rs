@@ -203,10 +203,12 @@ impl<D: Disk> Control<D> {
         self.asks.get(&ticket).is_some_and(|ask| matches!(ask.place, Place::Here { .. }))
     }
 
-    /// The leader. A coordinator that is no member yet asks those it was told of, one each second.
+    /// The leader. A coordinator to which nobody can say who leads, because it is no member yet or has another address than the others
+    /// know, asks those it knows of, one each second.
     fn whom_to_ask(&self, now: Now) -> Option<u64> {
         self.replica.leader().or_else(|| {
-            let seeds = if self.is_member() { &[][..] } else { &self.myself.seeds[..] };
+            let is_reached = self.is_member() && !self.has_moved();
+            let seeds = if is_reached { &[][..] } else { &self.myself.seeds[..] };
             let turn = now.mono_ms / ASK_RETRY_MS;
             turn.checked_rem(seeds.len() as u64).map(|at| seeds[at as usize].0)
         })

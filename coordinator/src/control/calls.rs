@@ -5,6 +5,7 @@ use super::outputs::{OUTPUT_DEADLINE_MS, OutputOf};
 use super::reads::Reader;
 use super::watches::Watch;
 use super::{Action, Admission, CALLS_MAX, Call, Control, Now};
+use crate::cluster::admitted::cut_off;
 use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::members::REPLICAS_MAX;
 use crate::cluster::members::clean_name;
@@ -237,7 +238,7 @@ impl<D: Disk> Control<D> {
             ));
         }
         if self.is_revoked(caller) {
-            return forbidden(format!("{caller} was revoked; join again with a new token"));
+            return forbidden(cut_off(caller));
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ pub struct Myself {
     pub name: String,
     /// Of the program.
     pub version: String,
-    /// Other coordinators that were known when this one joined; asked for admission until the cluster's state says who there is.
+    /// Other coordinators that were known when this one started; asked while nobody can reach this one: to be let in, and with its address.
     pub seeds: Vec<ReplicaId>,
 }
 

@@ -3,8 +3,10 @@
 //! connections, and so it hears of it.
 
 use super::{Action, Control, Now};
+use crate::cluster::admitted::cut_off;
 use crate::raft::disk::Disk;
 use fleet_common::ids::ReplicaId;
+use fleet_common::protocol::Member;
 use std::collections::BTreeSet;
 
 /// After a majority is known to know. The rest has failed, or hears of the removal from those.
@@ -26,8 +28,7 @@ impl<D: Disk> Control<D> {
         if self.leaving.is_some() {
             return;
         }
-        let why =
-            format!("{} was removed from the cluster; join with a new token to take part again", self.me());
+        let why = cut_off(Member::Coordinator(self.me()));
         self.refuse_all(&why);
         self.close_all_agents(&why);
         self.out.push(Action::Decided(format!("{why}; it ends when the others know")));

@@ -36,6 +36,12 @@ impl<D: Disk> Control<D> {
         conf.voters.contains(&replica.0) || conf.learners.contains(&replica.0)
     }
 
+    /// Whether the cluster's record has another address of this coordinator, at which the others look for it.
+    pub(super) fn has_moved(&self) -> bool {
+        let record = self.replica.state().replicas().get(&self.me());
+        record.is_some_and(|record| record.address != self.myself.address)
+    }
+
     pub(super) fn is_revoked(&self, member: Member) -> bool {
         self.replica.state().membership(member) == Membership::Revoked
     }

@@ -20,15 +20,18 @@ pub async fn committed(data_dir: &Path) -> Result<u64, String> {
     // The others first: this one may be the one that is behind.
     let others =
         known.into_iter().map(|address| address.client).filter(|address| Some(address) != here.as_ref());
-    let mut why = "no coordinator's address is known here".to_owned();
+    let mut why = Vec::new();
     for address in others.collect::<Vec<_>>().into_iter().chain(here.clone()) {
         match timeout(PATIENCE, ask(&address, &login)).await {
             Ok(Ok(committed)) => return Ok(committed),
-            Ok(Err(error)) => why = format!("{address}: {error}"),
-            Err(_) => why = format!("{address} does not answer"),
+            Ok(Err(error)) => why.push(format!("{address}: {error}")),
+            Err(_) => why.push(format!("{address} does not answer")),
         }
     }
-    Err(why)
+    match why.is_empty() {
+        true => Err("no coordinator's address is known here".to_owned()),
+        false => Err(why.join("; ")),
+    }
 }
 
 async fn ask(address: &String, login: &Identity) -> Result<u64, String> {

@@ -64,15 +64,17 @@ pub async fn write(dir: &Path, shared: &Shared) -> Result<()> {
 async fn has_local(shared: &Shared) -> Result<bool> {
     let Some(local) = shared.trust.local()? else { return Ok(false) };
     let key = local.key_hash().map_err(anyhow::Error::msg)?;
-    let known = || shared.gate.known(local.member).is_some_and(|admitted| admitted.key == key);
-    while !known() && !shared.gate.is_revoked(local.member) {
-        match shared.calls.look().await {
-            Ok(()) if known() => break,
-            Ok(()) => return Ok(false),
-            Err(refusal) => wait(refusal).await?,
-        }
+    // What this coordinator has when it starts may be of before the credential was revoked, or made.
+    up_to_date(shared).await?;
+    Ok(shared.gate.known(local.member).is_some_and(|admitted| admitted.key == key))
+}
+
+/// Returns when this coordinator has all that was decided before, however long it takes to find a leader.
+pub async fn up_to_date(shared: &Shared) -> Result<()> {
+    while let Err(refusal) = shared.calls.look().await {
+        wait(refusal).await?;
     }
-    Ok(known())
+    Ok(())
 }
 
 async fn token(shared: &Shared, role: Role, ttl_s: u64, uses: u32) -> Result<JoinToken> {

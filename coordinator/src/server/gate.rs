@@ -5,7 +5,7 @@
 //! there is no newer state to look at.
 
 use crate::cluster::State;
-use crate::cluster::admitted::Admitted;
+use crate::cluster::admitted::{Admitted, cut_off};
 use crate::cluster::members::ReplicaRecord;
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{self, KeyHash, Peer, Socket, Turned};
@@ -291,10 +291,6 @@ impl Gate {
         }
     }
 
-    pub fn is_revoked(&self, member: Member) -> bool {
-        self.lock().revoked.contains(&member)
-    }
-
     /// Connections of the workers and clients that are here.
     pub fn connections(&self) -> Vec<Connection> {
         let inner = self.lock();
@@ -353,15 +349,6 @@ fn index(socket: Socket) -> usize {
     match socket {
         Socket::Clients => 0,
         Socket::Members => 1,
-    }
-}
-
-fn cut_off(member: Member) -> String {
-    match member.role() {
-        Role::Coordinator => format!(
-            "{member} was removed from the cluster; set its directory aside and join again with a token"
-        ),
-        _ => format!("{member} was revoked; join again with a new token"),
     }
 }
 

@@ -370,7 +370,10 @@ async fn remember_addresses(
 }
 
 fn client_addresses(known: &[CoordinatorAddress], otherwise: Vec<String>) -> Vec<String> {
-    if known.is_empty() { otherwise } else { known.iter().map(|address| address.client.clone()).collect() }
+    // One that was just restored from a backup has no address yet.
+    let known: Vec<String> =
+        known.iter().map(|address| address.client.clone()).filter(|address| !address.is_empty()).collect();
+    if known.is_empty() { otherwise } else { known }
 }
 
 async fn accept(shared: Arc<Shared>, socket: Socket, endpoint: quinn::Endpoint) {

@@ -50,7 +50,22 @@ pub async fn follow(
                     tokio::spawn(credentials::keep(data_dir.clone(), shared.clone()));
                 }
             }
-            Err(error) => warn!("what this coordinator shows was not renewed: {error:#}"),
+            Err(error) => {
+                // What this coordinator has when it starts may be of before the CA was replaced.
+                tokio::select! {
+                    biased;
+                    changed = cas.changed() => match changed {
+                        Ok(()) => continue,
+                        Err(_) => return,
+                    },
+                    looked = credentials::up_to_date(&shared) => {
+                        if looked.is_ok() && cas.has_changed().unwrap_or(false) {
+                            continue;
+                        }
+                    }
+                }
+                warn!("what this coordinator shows was not renewed: {error:#}");
+            }
         }
         tokio::select! {
             changed = cas.changed() => if changed.is_err() { return },

@@ -142,7 +142,7 @@ pub fn open(options: &Options) -> Result<Opened> {
     let known = Custody::load(&cluster_dir)?;
     if known.is_none() && raft_dir.exists() {
         bail!(
-            "{} has a cluster's log but not its CA; restore {} from a backup",
+            "{} has a cluster's log but not its CA; copy {} of another coordinator there, or, where there is none, restore a backup with `coordinator restore`",
             dir.display(),
             cluster_dir.display()
         );
@@ -155,6 +155,10 @@ pub fn open(options: &Options) -> Result<Opened> {
         None if joined.is_some() => bail!(
             "{} is gone, which `coordinator join` had written; set {} aside and join anew",
             cluster_dir.display(),
+            dir.display()
+        ),
+        None if identity_dir.exists() && !founding(dir).exists() => bail!(
+            "{} has a coordinator's identity but not the cluster's CA; set it aside and join the cluster anew with `coordinator join`, or, where it was the only one, restore a backup with `coordinator restore`",
             dir.display()
         ),
         None => {
@@ -171,7 +175,7 @@ pub fn open(options: &Options) -> Result<Opened> {
     }
     let gone = || {
         format!(
-            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or restore a backup",
+            "the log in {} is gone; set {} aside and join the cluster anew with `coordinator join`, or, where it was the only one, restore a backup with `coordinator restore`",
             raft_dir.display(),
             dir.display()
         )
@@ -192,7 +196,7 @@ pub fn open(options: &Options) -> Result<Opened> {
         (None, None) if options.expect_existing => bail!("{}", not_a_replica(dir)),
         (None, None) if founding(dir).exists() => (Begin::Found, FOUNDER),
         (None, None) => bail!(
-            "{} has the CA of a cluster and neither a log nor an identity; set it aside and join the cluster with `coordinator join`, or restore a backup",
+            "{} has the CA of a cluster and neither a log nor an identity; set it aside and join the cluster with `coordinator join`, or, where it was the only one, restore a backup with `coordinator restore`",
             dir.display()
         ),
     };
@@ -226,7 +230,7 @@ pub fn open(options: &Options) -> Result<Opened> {
 
 fn not_a_replica(dir: &Path) -> String {
     format!(
-        "{} has no coordinator of a cluster, and --expect-existing says that there must be one; check --data-dir, or restore a backup with `coordinator restore`",
+        "{} has no coordinator of a cluster, and --expect-existing says that there must be one; check --data-dir; if its disk is lost, join a new one with `coordinator join`, or, where it was the only one, restore a backup with `coordinator restore`",
         dir.display()
     )
 }

@@ -131,7 +131,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
         let known = job.checkpoints.iter().rev().find(|known| known.record.step == step);
         let known = known.ok_or_else(|| {
             not_found(format!(
-                "{id} has no checkpoint of step {step} any more; `fleet checkpoints ls {id}` lists them"
+                "{id} has no checkpoint of step {step}; `fleet checkpoints ls {id}` lists them"
             ))
         })?;
         let mut view = checkpoint_view(id, &job, known);

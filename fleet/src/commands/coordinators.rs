@@ -53,7 +53,10 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
 
 pub async fn list(client: &mut Client) -> Result<Vec<CoordinatorView>, Failure> {
     match client.ask(Request::Coordinators).await? {
-        Reply::Coordinators(views) => Ok(views),
+        Reply::Coordinators(views) => {
+            client.learn(views.iter().map(|view| view.address.clone()).collect());
+            Ok(views)
+        }
         other => Err(unexpected(&other)),
     }
 }
@@ -66,7 +69,8 @@ pub fn print(views: &[CoordinatorView]) {
                 view.address.replica.to_string(),
                 view.name.clone(),
                 state(view),
-                view.matched_index.map_or("-".to_owned(), |index| index.to_string()),
+                // nothing is known of one that this leader has not heard
+                view.matched_index.filter(|at| *at > 0).map_or("-".to_owned(), |at| at.to_string()),
                 view.address.client.clone(),
                 view.address.member.clone(),
                 view.version.clone(),

@@ -64,8 +64,11 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     addresses.extend(others.filter(|other| *other != args.address));
     Login { addresses }.store(&dir)?;
     match args.json {
-        true => out::json(&json!({"name": name, "address": args.address, "cluster_id": identity.cluster_id})),
-        false => out::line(&format!("logged in; use it with --cluster {name}")),
+        true => out::json(&json!({
+            "name": name, "address": args.address, "cluster_id": identity.cluster_id,
+            "member": identity.member.to_string(),
+        })),
+        false => out::line(&format!("logged in as {}; use it with --cluster {name}", identity.member)),
     }
     Ok(exit::SUCCEEDED)
 }

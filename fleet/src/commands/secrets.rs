@@ -22,7 +22,7 @@ enum Action {
     /// List the variables that a job's program gets, secrets without their values
     Ls {
         job: JobId,
-        /// With the values of secrets, for which a client needs an operator's right
+        /// With the values of secrets, which only an admin is shown
         #[arg(long)]
         values: bool,
         #[command(flatten)]
