@@ -49,6 +49,7 @@ pub struct Summary {
 
 /// Writes a backup of a coordinator's data directory. It may be running.
 pub fn backup(wanted: Wanted) -> Result<Summary> {
+    check_target(wanted)?;
     let mut last = anyhow!("nothing was tried");
     for _ in 0..ATTEMPTS {
         match attempt(wanted) {
@@ -58,6 +59,16 @@ pub fn backup(wanted: Wanted) -> Result<Summary> {
         std::thread::sleep(CATCHING_UP);
     }
     Err(last)
+}
+
+/// A file of the coordinator itself is not what a backup replaces.
+fn check_target(Wanted { data_dir, out, .. }: Wanted) -> Result<()> {
+    let (Ok(own), Ok(there)) = (data_dir.canonicalize(), out.canonicalize()) else { return Ok(()) };
+    if there.starts_with(own) && there.is_file() {
+        let why = format!("{} is a file of the coordinator itself; name another file", out.display());
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, why).into());
+    }
+    Ok(())
 }
 
 fn attempt(wanted: Wanted) -> Result<Summary> {
