@@ -152,7 +152,8 @@ fn another_past_under_the_same_term_stops_who_has_the_one_that_was_acknowledged(
     let stopped = format!("replica-{} stops", leader + 1);
     eventually("it is said", || health(&all, paused).contains(&stopped));
     let views = all.ask(&["coordinators", "ls"]);
-    let view = views.as_array().unwrap().iter().find(|view| view["replica"] == format!("replica-{}", leader + 1));
+    let view =
+        views.as_array().unwrap().iter().find(|view| view["replica"] == format!("replica-{}", leader + 1));
     let alarm = view.unwrap()["alarm"].as_str().unwrap().to_owned();
     assert!(alarm.contains("operating.md"), "{alarm}");
     // As it is advised: the others' past is kept.

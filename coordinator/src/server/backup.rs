@@ -76,7 +76,8 @@ fn attempt(wanted: Wanted) -> Result<Summary> {
     let custody = Custody::load(&data_dir.join("cluster"))?
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
     let ca = custody.present();
-    let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
+    let open = if salvage { RocksDisk::salvage } else { RocksDisk::open_read_only };
+    let disk = open(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
     let Applied { position, state, replayed, damage } = applied(&disk, salvage)?;
     if position.0 < at_least {

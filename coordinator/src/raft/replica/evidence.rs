@@ -6,8 +6,8 @@ use crate::cluster::State;
 use crate::raft::disk::Disk;
 use crate::raft::landmark::Landmark;
 use crate::raft::log::Position;
-use raft::{GetEntriesContext, StateRole};
 use raft::eraftpb::{Message, MessageType};
+use raft::{GetEntriesContext, StateRole};
 
 /// Between two writes of the marks: they are lost with the machine at worst, never with the process for long.
 const MARKS_EVERY_TICKS: u64 = 4;
@@ -67,7 +67,9 @@ impl<D: Disk> Replica<D> {
         let what = if term == own {
             format!("replica-{from} has another entry {index} of term {term} than is committed here")
         } else if index <= self.commit_index() {
-            format!("replica-{from} has entry {index} of term {term}, where one of term {own} is committed here")
+            format!(
+                "replica-{from} has entry {index} of term {term}, where one of term {own} is committed here"
+            )
         } else {
             return;
         };

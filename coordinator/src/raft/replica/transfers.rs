@@ -65,7 +65,9 @@ impl<D: Disk> Replica<D> {
                     // The next one may come from a better disk, or from a version of fleet that this one understands.
                     Err(error) => {
                         let index = announced.1.index;
-                        let what = format!("the snapshot of replica-{from} at entry {index} cannot be read: {error}");
+                        let what = format!(
+                            "the snapshot of replica-{from} at entry {index} cannot be read: {error}"
+                        );
                         self.unreadable = Some((announced, what));
                     }
                 }
