@@ -161,7 +161,7 @@ pub fn coordinator(view: &CoordinatorView) -> Value {
     json!({
         "replica": view.address.replica.to_string(), "name": view.name, "address": view.address.client,
         "member_address": view.address.member, "version": view.version, "voter": view.voter, "leads": view.leads,
-        "matched_index": view.matched_index, "alive": view.alive, "read_only": view.read_only,
+        "matched_index": view.matched_index, "alive": view.alive, "read_only": view.read_only, "alarm": view.alarm,
     })
 }
 

@@ -169,6 +169,11 @@ impl<'a> Coordinators<'a> {
         crate::http::get(&self.listen[n][2], "/metrics")
     }
 
+    /// What it says at `/healthz`.
+    pub fn health(&self, n: usize) -> std::io::Result<String> {
+        crate::http::get(&self.listen[n][2], "/healthz")
+    }
+
     /// Which of them leads, as most of those that run say.
     pub fn leader(&self) -> Option<usize> {
         let up: Vec<usize> = (0..self.count()).filter(|n| self.is_up(*n)).collect();

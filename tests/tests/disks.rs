@@ -49,7 +49,14 @@ fn files(dir: &Path, kind: &str) -> Vec<PathBuf> {
 #[test]
 fn a_coordinator_that_lost_a_part_of_its_log_does_not_serve_an_older_state() {
     type Loss = fn(raft: &Path, older: &Path);
-    let losses: [(&str, Loss); 4] = [
+    let losses: [(&str, Loss); 5] = [
+        ("log file damaged", |raft, _| {
+            let log = files(raft, "log").pop().unwrap();
+            let mut bytes = fs::read(&log).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            fs::write(&log, bytes).unwrap();
+        }),
         ("log files gone", |raft, _| files(raft, "log").iter().for_each(|log| fs::remove_file(log).unwrap())),
         ("newest log file cut", |raft, _| {
             let log = fs::OpenOptions::new().write(true).open(files(raft, "log").last().unwrap()).unwrap();
@@ -83,6 +90,10 @@ fn a_coordinator_that_lost_a_part_of_its_log_does_not_serve_an_older_state() {
             assert!(said.contains("restore a backup"), "{what}: {said}");
         }
         world.run("coordinator", &["backup", "--data-dir", "cluster", "--out", "saved"]).expect(4);
+        if what == "log file damaged" {
+            let salvage = ["backup", "--data-dir", "cluster", "--out", "saved", "--salvage"];
+            world.run("coordinator", &salvage).expect(0).says("left out: log after");
+        }
         if what == "older copy" {
             let salvage = ["backup", "--data-dir", "cluster", "--out", "saved", "--salvage"];
             world.run("coordinator", &salvage).expect(0).says("left out: log after");

@@ -104,3 +104,59 @@ fn what_nobody_could_know_is_said_as_soon_as_one_comes_back_who_does() {
     };
     eventually("the others' alarm", || metric(paused));
 }
+
+/// What `/healthz` of this coordinator says.
+fn health(all: &Coordinators, n: usize) -> String {
+    all.health(n).unwrap_or_default()
+}
+
+#[test]
+fn another_past_under_the_same_term_stops_who_has_the_one_that_was_acknowledged() {
+    let world = World::new();
+    let mut all = Coordinators::start(&world, 3);
+    let (leader, old, paused) = three(&all);
+    let older = world.path("older");
+    submit(&all);
+    all.kill(old);
+    copy(&all.data_dir(old), &older);
+    all.start_again(old);
+    eventually("it has caught up", || all.client(old).coordinators().is_ok());
+    all.signal(paused, Signal::SIGSTOP);
+    let lost = format!("lost the connection to replica-{}", paused + 1);
+    eventually("nothing is sent to it", || all.complaints(leader).contains(&lost));
+    let term = |all: &Coordinators, n: usize| {
+        let text = all.metrics(n).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("fleet_raft_term ")).map(str::to_owned);
+        line.and_then(|term| term.parse::<u64>().ok()).unwrap_or_default()
+    };
+    // An election that the put back one and the paused one will not know of.
+    let before = term(&all, leader);
+    all.kill(leader);
+    all.start_again(leader);
+    eventually("the next term", || all.leader().is_some() && term(&all, leader) > before);
+    let given = term(&all, leader);
+    submit(&all);
+    submit(&all);
+    put_back(&mut all, old, &older);
+    all.kill(leader);
+    all.start_again(old);
+    all.signal(paused, Signal::SIGCONT);
+    eventually("a leader of the two", || all.leader().is_some());
+    for _ in 0..6 {
+        submit(&all);
+    }
+    let said = all.try_again(leader).finish().all();
+    // Elections that went wrong may have taken them to a later term, which raft sees by itself.
+    let expected = if term(&all, paused) == given { "has another entry" } else { "where one of term" };
+    assert!(said.contains(expected) && said.contains("put back to an older state"), "{said}");
+    let stopped = format!("replica-{} stops", leader + 1);
+    eventually("it is said", || health(&all, paused).contains(&stopped));
+    let views = all.ask(&["coordinators", "ls"]);
+    let view =
+        views.as_array().unwrap().iter().find(|view| view["replica"] == format!("replica-{}", leader + 1));
+    let alarm = view.unwrap()["alarm"].as_str().unwrap().to_owned();
+    assert!(alarm.contains("operating.md"), "{alarm}");
+    // As it is advised: the others' past is kept.
+    all.ask(&["coordinators", "remove", &format!("replica-{}", leader + 1)]);
+    eventually("all is well again", || health(&all, paused).contains("ok"));
+}

@@ -407,6 +407,9 @@ fn a_backup_replaces_files_and_nothing_else() {
         "still a pipe"
     );
     assert_eq!(fs::read(world.path("target")).unwrap(), b"mine");
+    let own = ["backup", "--data-dir", "cluster", "--out", "cluster/raft.mark"];
+    world.run("coordinator", &own).expect(2).says("cluster/raft.mark is a file of the coordinator itself");
+    assert!(fs::metadata(world.path("cluster/raft.mark")).unwrap().len() <= 8_192, "still a mark");
     let left: Vec<_> =
         fs::read_dir(world.path("")).unwrap().flatten().map(|entry| entry.file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().ends_with(".tmp")), "{left:?}");

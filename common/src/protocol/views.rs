@@ -119,6 +119,8 @@ pub struct CoordinatorView {
     pub alive: Option<bool>,
     /// It refuses writes because its disk cannot take them; `None` where that is not known.
     pub read_only: Option<bool>,
+    /// Its disk, or another one's, was put back to an older state: what was said of it last.
+    pub alarm: Option<String>,
 }
 
 /// How the cluster's CA stands.

@@ -104,7 +104,7 @@ impl<D: Disk> Control<D> {
     }
 
     /// Whom this coordinator knows of.
-    fn others(&self) -> impl Iterator<Item = ReplicaId> {
+    pub(super) fn others(&self) -> impl Iterator<Item = ReplicaId> {
         let (me, conf) = (self.me(), self.replica.conf());
         let members = conf.voters.iter().chain(&conf.learners).map(|id| ReplicaId(*id));
         let seeds = self.myself.seeds.iter().copied().filter(|_| !self.is_member());

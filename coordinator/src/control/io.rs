@@ -222,6 +222,10 @@ pub struct Status {
     pub removed: Option<String>,
     /// Messages since the start that cannot be if all coordinators have what they acknowledged.
     pub contradictions: u64,
+    /// Why the snapshot that this replica needs is of no use.
+    pub unreadable_snapshot: Option<String>,
+    /// What one of the coordinators did of that kind and is still in the cluster.
+    pub contradicting: Option<String>,
     pub agents: usize,
     pub calls: usize,
 }

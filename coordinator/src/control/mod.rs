@@ -25,6 +25,7 @@ mod leaving;
 mod members;
 mod observations;
 mod outputs;
+mod past;
 mod peer;
 mod planning;
 mod reads;
@@ -42,6 +43,7 @@ pub use io::{
 };
 pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
 
+use crate::cluster::admitted::Membership;
 use crate::cluster::members::clip;
 use crate::cluster::{Effect, State};
 use crate::planner::Observed;
@@ -57,6 +59,7 @@ use greeting::Greeting;
 use leaving::Leaving;
 use observations::Observations;
 use outputs::Outputs;
+use past::Past;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use reads::Reads;
@@ -90,8 +93,11 @@ pub struct Control<D: Disk> {
     agents: Agents,
     observations: Observations,
     greeting: Greeting,
+    past: Past,
     /// Times that another coordinator said that the past is contradicted, or this one was told what cannot be.
     contradictions: u64,
+    /// What was said last of each one that did so or had to stop, until it is taken out or comes back with the same past.
+    contradicting: BTreeMap<ReplicaId, String>,
     /// What the queries of this round see of them.
     seen: Option<Observed>,
     transfers: Transfers,
@@ -149,7 +155,9 @@ impl<D: Disk> Control<D> {
             agents: Agents::default(),
             observations: Observations::default(),
             greeting: Greeting::new(now),
+            past: Past::default(),
             contradictions: 0,
+            contradicting: BTreeMap::new(),
             seen: None,
             transfers: Transfers::default(),
             repairs: Repairs::default(),
@@ -199,6 +207,8 @@ impl<D: Disk> Control<D> {
     }
 
     fn tick(&mut self, now: Now) {
+        // What is asked here is answered before the greeting, and no later than it is over.
+        self.look_after_past(now);
         self.look_after_greeting(now);
         if self.has_greeted() {
             self.replica.tick();
@@ -220,6 +230,9 @@ impl<D: Disk> Control<D> {
             self.look_after_outputs(now);
             self.look_after_retention(now);
             self.observations.forget(now);
+            let state = self.replica.state();
+            let revoked = |id| state.membership(Member::Coordinator(id)) == Membership::Revoked;
+            self.contradicting.retain(|id, _| !revoked(*id));
         }
     }
 
@@ -237,7 +250,7 @@ impl<D: Disk> Control<D> {
                     && bad.contradicts()
                     && term >= self.replica.term()
                 {
-                    self.alarm(format!("{from}: {bad}"));
+                    self.alarm(from, format!("{from}: {bad}"));
                 }
             }
             PeerMessage::Propose { ticket, command } => self.propose_for(now, from, ticket, *command),
@@ -247,7 +260,9 @@ impl<D: Disk> Control<D> {
             PeerMessage::ObservationsTaken { seq } => self.report_taken(now, from, seq),
             PeerMessage::Output { ticket, said } => self.output_said(now, from, ticket, said),
             PeerMessage::Marks { marks, asks } => self.take_marks(now, from, marks, asks),
-            PeerMessage::Stops { why } => self.alarm(format!("{from} stops: {}", clip(&why))),
+            PeerMessage::ComparePast(theirs) => self.past_is_compared(from, &theirs),
+            PeerMessage::Past(theirs) => self.take_past(from, theirs),
+            PeerMessage::Stops { why } => self.alarm(from, format!("{from} stops: {}", clip(&why))),
             PeerMessage::Fetch(fetch) => self.transfers.want(from, fetch),
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
             PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
@@ -277,8 +292,10 @@ impl<D: Disk> Control<D> {
     }
 
     /// Something that cannot be if all disks have what they acknowledged.
-    fn alarm(&mut self, what: String) {
+    fn alarm(&mut self, from: ReplicaId, what: String) {
         self.contradictions += 1;
+        let what = format!("{what}; see \"When coordinators contradict each other\" in docs/operating.md");
+        self.contradicting.insert(from, what.clone());
         self.out.push(Action::Alarm(what));
     }
 
@@ -356,7 +373,11 @@ impl<D: Disk> Control<D> {
             // First who is there, then what they want.
             self.report(now);
             self.look_after_asks(now);
+            if let Some(leader) = self.replica.leader().map(ReplicaId).filter(|leader| *leader != self.me()) {
+                self.compare_past_with(leader);
+            }
         }
+        self.note_past();
     }
 
     fn note(&mut self, effects: Vec<Effect>) {
@@ -440,6 +461,8 @@ impl<D: Disk> Control<D> {
             rows_mended: self.repairs.mended(),
             removed: self.leaving.as_ref().map(|leaving| leaving.why.clone()),
             contradictions: self.contradictions,
+            unreadable_snapshot: self.replica.unreadable_snapshot().map(str::to_owned),
+            contradicting: self.contradicting.values().next().cloned(),
             agents: self.agents.len(),
             calls: self.calls.len(),
         }

@@ -5,6 +5,7 @@
 
 use super::repairs::{RowsTold, RowsWanted};
 use crate::cluster::Command;
+use crate::raft::landmark::Landmark;
 use crate::raft::marks::Mark;
 use crate::raft::replica::Ticket;
 use crate::raft::transfer::{Chunk, Fetch};
@@ -45,6 +46,10 @@ pub enum PeerMessage {
         marks: Vec<(ReplicaId, Mark)>,
         asks: bool,
     },
+    /// What the sender has committed; what have you in its place?
+    ComparePast(Landmark),
+    /// That; `None` where the log here does not reach, on either side.
+    Past(Option<Landmark>),
     /// The sender stops for this reason, which concerns all.
     Stops {
         why: String,

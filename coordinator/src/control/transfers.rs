@@ -35,7 +35,16 @@ impl<D: Disk> Control<D> {
     /// Before raft's round: what has come may complete a snapshot.
     pub(super) fn take_chunk(&mut self) -> Result<(), ReplicaError> {
         match self.transfers.arrived.take() {
-            Some((from, chunk)) => self.replica.take_chunk(from.0, chunk),
+            Some((from, chunk)) => {
+                let known = self.replica.unreadable_snapshot().map(str::to_owned);
+                self.replica.take_chunk(from.0, chunk)?;
+                if let Some(what) = self.replica.unreadable_snapshot()
+                    && known.as_deref() != Some(what)
+                {
+                    self.out.push(Action::Alarm(what.to_owned()));
+                }
+                Ok(())
+            }
             None => Ok(()),
         }
     }

@@ -18,6 +18,7 @@ impl<D: Disk> Control<D> {
         writers.insert(self.me(), status.read_only.is_none());
         let raft = Raft {
             writers,
+            alarms: self.contradicting.clone(),
             leader: status.leader,
             term: status.term,
             commit_index: status.commit_index,

@@ -9,6 +9,7 @@ pub mod disk;
 mod disk_mark;
 pub mod history;
 pub mod image;
+pub mod landmark;
 pub mod log;
 mod logger;
 pub mod marks;

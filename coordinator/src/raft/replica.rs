@@ -16,7 +16,7 @@ use super::log::{Keep, LogError, LogStore, Position};
 use super::logger::logger;
 use super::marks::{Mark, Marks};
 use super::shape::{BadMessage, Fits};
-use super::transfer::{Incoming, Unfit};
+use super::transfer::{Announced, Incoming, Unfit};
 use crate::cluster::retention::Removal;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
@@ -194,6 +194,8 @@ pub struct Replica<D: Disk> {
     sizes: Sizes,
     ticks: u64,
     incoming: Option<Incoming>,
+    /// The last snapshot that came whole and made no sense, and why. It is not fetched again.
+    unreadable: Option<(Announced, String)>,
     /// Who fetches the snapshot, and until which tick it is kept for them.
     outgoing: BTreeMap<u64, u64>,
     /// The snapshot's state while somebody fetches it.
@@ -289,6 +291,7 @@ impl<D: Disk> Replica<D> {
             sizes: Sizes::default(),
             ticks: 0,
             incoming: None,
+            unreadable: None,
             outgoing: BTreeMap::new(),
             outgoing_state: None,
         })
@@ -429,6 +432,7 @@ impl<D: Disk> Replica<D> {
         let (from, term) = (message.from, message.term);
         let index = message.get_snapshot().get_metadata().index;
         match Incoming::new(message) {
+            Ok(new) if self.unreadable.as_ref().is_some_and(|(known, _)| *known == new.announced()) => {}
             Ok(new) => {
                 let known = self.incoming.as_mut().is_some_and(|incoming| incoming.renew(&new));
                 if !known {

@@ -788,3 +788,35 @@ fn a_snapshot_of_another_past_is_not_taken() {
     let mut again = restart(&replica, usize::MAX);
     assert!(offered(&mut again, &[(1, 1), (2, 5), (3, 6)]).unwrap().installed, "its own past is in this one");
 }
+
+/// Offers this replica a snapshot at entry 9 and takes all that it fetches of it; returns how many pieces that were.
+fn offer(replica: &mut TestReplica, state: &[u8]) -> usize {
+    let conf_state = Some(ConfState { voters: vec![1, 2, 3], ..ConfState::default() });
+    let metadata = raft::eraftpb::SnapshotMetadata { conf_state, index: 9, term: 5 };
+    let data = transfer::Descriptor::of(state).announced();
+    let snapshot = Some(raft::eraftpb::Snapshot { data, metadata: Some(metadata) });
+    replica.step(Message { snapshot, ..message(MessageType::MsgSnapshot) }).unwrap();
+    let mut pieces = 0;
+    while let Some((from, fetch)) = replica.wants() {
+        let cut = transfer::cut(&MemoryDisk::default(), state, &fetch, 1 << 20).unwrap();
+        replica.take_chunk(from, cut.chunk().unwrap()).unwrap();
+        pieces += 1;
+    }
+    pieces
+}
+
+#[test]
+fn a_snapshot_that_makes_no_sense_is_told_of_and_not_fetched_again() {
+    let mut replica = replica(1);
+    settle(&mut replica);
+    let state = image::encode(replica.state()).unwrap();
+    let senseless = [&state[..4], &[0xFF; 9]].concat();
+    assert!(offer(&mut replica, &senseless) > 0);
+    let what = replica.unreadable_snapshot().unwrap().to_owned();
+    assert!(what.contains("the snapshot of replica-2 at entry 9 cannot be read"), "{what}");
+    assert_eq!(offer(&mut replica, &senseless), 0);
+    assert!(!settle(&mut replica).installed);
+    assert!(offer(&mut replica, &state) > 0, "another one is");
+    assert!(settle(&mut replica).installed);
+    assert_eq!(replica.unreadable_snapshot(), None);
+}

@@ -124,10 +124,26 @@ impl RocksDisk {
 
     /// A look at the database as it is at this moment. Another process may have it open and go on writing.
     pub fn open_read_only(path: &Path) -> Result<Self, DiskError> {
+        RocksDisk::look(path, &options())
+    }
+
+    /// What is left of a database that does not open: its write-ahead log up to what is damaged in it, and its other files.
+    pub fn salvage(path: &Path) -> Result<Self, DiskError> {
+        let whole = RocksDisk::open_read_only(path);
+        let Err(DiskError::Failed(why)) = whole else { return whole };
+        let mut options = options();
+        options.set_paranoid_checks(false);
+        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+        options.set_track_and_verify_wals_in_manifest(false);
+        let left = RocksDisk::look(path, &options).map_err(|_| DiskError::Failed(why.clone()))?;
+        Ok(RocksDisk { lost: Some(why), ..left })
+    }
+
+    fn look(path: &Path, options: &Options) -> Result<Self, DiskError> {
         // First the mark: what is written meanwhile makes the database longer.
         let beside = Mark::path(path);
         let reached = readable(Mark::read(&beside))?;
-        let mut options = options();
+        let mut options = options.clone();
         options.create_if_missing(false);
         options.create_missing_column_families(false);
         let (generations, _) = generations(&options, path)?;

@@ -171,6 +171,9 @@ pub struct Incoming {
     cursor: Cursor,
 }
 
+/// From whom which snapshot comes.
+pub type Announced = (u64, Position, Descriptor);
+
 /// What a chunk did.
 pub enum Taken {
     /// It was not the one that was asked for, or damaged: ask again.
@@ -209,6 +212,10 @@ impl Incoming {
 
     pub fn at(&self) -> Position {
         self.at
+    }
+
+    pub fn announced(&self) -> Announced {
+        (self.source(), self.at, self.descriptor)
     }
 
     pub fn fetch(&self) -> Fetch {

@@ -49,6 +49,7 @@ pub struct Summary {
 
 /// Writes a backup of a coordinator's data directory. It may be running.
 pub fn backup(wanted: Wanted) -> Result<Summary> {
+    check_target(wanted)?;
     let mut last = anyhow!("nothing was tried");
     for _ in 0..ATTEMPTS {
         match attempt(wanted) {
@@ -60,12 +61,23 @@ pub fn backup(wanted: Wanted) -> Result<Summary> {
     Err(last)
 }
 
+/// A file of the coordinator itself is not what a backup replaces.
+fn check_target(Wanted { data_dir, out, .. }: Wanted) -> Result<()> {
+    let (Ok(own), Ok(there)) = (data_dir.canonicalize(), out.canonicalize()) else { return Ok(()) };
+    if there.starts_with(own) && there.is_file() {
+        let why = format!("{} is a file of the coordinator itself; name another file", out.display());
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, why).into());
+    }
+    Ok(())
+}
+
 fn attempt(wanted: Wanted) -> Result<Summary> {
     let Wanted { data_dir, out, salvage, at_least } = wanted;
     let custody = Custody::load(&data_dir.join("cluster"))?
         .with_context(|| format!("{} holds no cluster", data_dir.display()))?;
     let ca = custody.present();
-    let disk = RocksDisk::open_read_only(&data_dir.join("raft"))
+    let open = if salvage { RocksDisk::salvage } else { RocksDisk::open_read_only };
+    let disk = open(&data_dir.join("raft"))
         .with_context(|| format!("cannot read the log in {}", data_dir.display()))?;
     let Applied { position, state, replayed, damage } = applied(&disk, salvage)?;
     if position.0 < at_least {

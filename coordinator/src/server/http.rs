@@ -137,7 +137,7 @@ fn health(shared: &Shared) -> Response {
     }
     match (status.leader, status.read_only) {
         // It serves all the same, but for what it cannot read.
-        (Some(_), None) => match status.damaged {
+        (Some(_), None) => match status.contradicting.or(status.unreadable_snapshot).or(status.damaged) {
             Some(what) => Response::text(200, format!("degraded: {what}")),
             None => Response::text(200, "ok"),
         },

@@ -21,6 +21,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             matched_index: known(*id).map(|(_, matched, _)| *matched),
             alive: known(*id).map(|(_, _, alive)| *alive),
             read_only: self.raft.writers.get(id).map(|writes| !writes),
+            alarm: self.raft.alarms.get(id).cloned(),
         });
         views.collect()
     }

@@ -40,6 +40,8 @@ pub struct Raft {
     pub progress: Vec<(ReplicaId, u64, bool)>,
     /// Whether it can write, of those of which that is known: this one, and on the leader those that reported lately.
     pub writers: BTreeMap<ReplicaId, bool>,
+    /// Who contradicted what is committed, or stopped for such a reason, and what was said of it.
+    pub alarms: BTreeMap<ReplicaId, String>,
 }
 
 impl<D: Disk + ?Sized> View<'_, D> {

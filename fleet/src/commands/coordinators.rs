@@ -78,6 +78,9 @@ pub fn print(views: &[CoordinatorView]) {
         })
         .collect();
     out::table(&["REPLICA", "NAME", "STATE", "LOG", "CLIENTS", "MEMBERS", "VERSION"], &rows);
+    for alarm in views.iter().filter_map(|view| view.alarm.as_ref()) {
+        out::line(&format!("alarm: {alarm}"));
+    }
 }
 
 fn state(view: &CoordinatorView) -> String {
@@ -88,5 +91,6 @@ fn state(view: &CoordinatorView) -> String {
         (_, _, false) => "learner",
     };
     let disk = if view.read_only == Some(true) { ", read-only" } else { "" };
-    format!("{state}{disk}")
+    let alarm = if view.alarm.is_some() { ", alarm" } else { "" };
+    format!("{state}{disk}{alarm}")
 }

@@ -1,8 +1,11 @@
 //! Disks that were put back to an older state: who finds it, and what is said.
 
 use super::net::*;
+use crate::cluster::commands::{Change, RemoveReplica};
 use crate::cluster::tests::step;
+use crate::control::{Input, PeerMessage};
 use crate::raft::memory::MemoryDisk;
+use fleet_common::ids::ReplicaId;
 use std::sync::Arc;
 
 fn copy(net: &Net, id: u64) -> Arc<MemoryDisk> {
@@ -107,4 +110,82 @@ fn one_that_starts_again_waits_for_the_others_marks_and_no_longer_than_it_must()
     net.run_until("the start", |net| net.started(session) == [job]);
     net.say(session, events(job, 1, vec![step(1)]));
     net.run_until("the acknowledgement", |net| net.acknowledged(session) == 1);
+}
+
+/// The same term is given twice: one disk was put back to before it, and another coordinator was away. Returns who has the past that was
+/// acknowledged, and who was put back.
+fn same_term_twice(net: &mut Net) -> (u64, u64) {
+    let (leader, old, away) = three(net);
+    net.run(2_000);
+    let copied = copy(net, old);
+    net.cut.insert(away);
+    net.kill(leader);
+    net.restart_from(leader, net.disks[&leader].clone());
+    net.run_until("the next leader", |net| net.leader().is_some_and(|id| id != away));
+    let term = net.controls[&leader].status().term;
+    for _ in 0..3 {
+        net.submit(net.leading());
+    }
+    net.run(2_000);
+    net.kill(old);
+    net.kill(leader);
+    net.disks.insert(old, copied);
+    net.restart_from(old, net.disks[&old].clone());
+    net.cut.clear();
+    net.run_until("a leader of the two", |net| net.leader().is_some());
+    assert_eq!(net.controls[&net.leading()].status().term, term);
+    for _ in 0..9 {
+        net.submit(net.leading());
+    }
+    net.run(2_000);
+    (leader, old)
+}
+
+#[test]
+fn another_past_under_the_same_term_is_found_before_the_one_that_comes_back_takes_part() {
+    let mut net = Net::new(3);
+    let (honest, _) = same_term_twice(&mut net);
+    let jobs = net.state(net.leading()).jobs().len();
+    net.restart_from(honest, copy(&net, honest));
+    net.run_until("the end of the honest one", |net| net.stopped.contains_key(&honest));
+    let why = &net.stopped[&honest];
+    assert!(why.contains("has another entry") && why.contains("put back to an older state"), "{why}");
+    assert!(crate::raft::replica::Replica::open(net.disks[&honest].clone(), 7).is_ok(), "it is not marked");
+    let leading = net.leading();
+    assert_eq!(net.state(leading).jobs().len(), jobs);
+    let said = net.controls[&leading].status().contradicting.unwrap();
+    assert!(said.contains(&format!("replica-{honest} stops")) && said.contains("operating.md"), "{said}");
+    let change = Change::RemoveReplica(RemoveReplica { replica: ReplicaId(honest) });
+    net.propose(leading, change).unwrap();
+    net.run(2_000);
+    assert_eq!(net.controls[&leading].status().contradicting, None, "it was taken out");
+}
+
+#[test]
+fn another_past_under_the_same_term_is_found_by_who_could_ask_nobody() {
+    let mut net = Net::new(3);
+    let (honest, old) = same_term_twice(&mut net);
+    // It hears from nobody until it takes part.
+    net.cut.insert(honest);
+    net.restart_from(honest, copy(&net, honest));
+    net.run(4_000);
+    net.cut.clear();
+    net.submit(net.leading());
+    net.run_until("the end of the honest one", |net| net.stopped.contains_key(&honest));
+    assert!(net.stopped[&honest].contains("has another entry"), "{}", net.stopped[&honest]);
+    assert!(net.controls.contains_key(&old) || net.stopped[&old].contains("has seen"));
+}
+
+#[test]
+fn one_that_comes_back_with_the_same_past_is_no_alarm_any_more() {
+    let mut net = Net::new(3);
+    let (leader, other, _) = three(&net);
+    net.submit(leader);
+    let why = "of something that was mended".to_owned();
+    net.handle(leader, Input::Peer { from: ReplicaId(other), message: PeerMessage::Stops { why } });
+    assert!(net.controls[&leader].status().contradicting.is_some());
+    net.kill(other);
+    net.restart(other);
+    net.run(1_000);
+    assert_eq!(net.controls[&leader].status().contradicting, None);
 }

@@ -4,9 +4,10 @@
 use super::{Doom, Mark, Replica};
 use crate::cluster::State;
 use crate::raft::disk::Disk;
+use crate::raft::landmark::Landmark;
 use crate::raft::log::Position;
-use raft::StateRole;
 use raft::eraftpb::{Message, MessageType};
+use raft::{GetEntriesContext, StateRole};
 
 /// Between two writes of the marks: they are lost with the machine at worst, never with the process for long.
 const MARKS_EVERY_TICKS: u64 = 4;
@@ -47,6 +48,32 @@ impl<D: Disk> Replica<D> {
     /// Of an entry that is in the log here.
     fn known_term(&self, index: u64) -> Option<u64> {
         self.node.raft.raft_log.term(index).ok().filter(|term| *term > 0)
+    }
+
+    /// What is in the log here, if it reaches there.
+    pub fn landmark_at(&self, index: u64) -> Option<Landmark> {
+        let log = &self.node.raft.raft_log;
+        if self.is_halted() || !(log.first_index()..=log.last_index()).contains(&index) {
+            return None;
+        }
+        let entries = log.slice(index, index + 1, None, GetEntriesContext::empty(false)).ok()?;
+        entries.first().map(Landmark::of)
+    }
+
+    /// Another replica has this. This one must stop where its past is another one.
+    pub fn compare(&mut self, from: u64, theirs: &Landmark) {
+        let Some(here) = self.landmark_at(theirs.at.index).filter(|here| here != theirs) else { return };
+        let (Position { index, term }, own) = (theirs.at, here.at.term);
+        let what = if term == own {
+            format!("replica-{from} has another entry {index} of term {term} than is committed here")
+        } else if index <= self.commit_index() {
+            format!(
+                "replica-{from} has entry {index} of term {term}, where one of term {own} is committed here"
+            )
+        } else {
+            return;
+        };
+        self.doomed.get_or_insert(Doom::Contradicted(what));
     }
 
     fn takes_part(&self, id: u64) -> bool {

@@ -142,6 +142,7 @@ impl<D: Disk> Replica<D> {
         let metadata = snapshot.get_metadata();
         self.state = image::decode(&snapshot.data)?;
         self.applied = Position { index: metadata.index, term: metadata.term };
+        self.unreadable = None;
         self.conf = metadata.get_conf_state().clone();
         self.rows = Batch::default();
         self.removals.clear();

@@ -12,6 +12,11 @@ impl<D: Disk> Replica<D> {
         self.incoming.as_ref().map(|incoming| (incoming.source(), incoming.fetch()))
     }
 
+    /// Why this replica cannot take the snapshot that it needs.
+    pub fn unreadable_snapshot(&self) -> Option<&str> {
+        self.unreadable.as_ref().map(|(_, what)| what.as_str())
+    }
+
     /// What another replica wants of this one's snapshot. Where that is damaged, whoever fetches waits, but the log is not kept for that.
     pub fn serve(&mut self, to: u64, fetch: &Fetch) -> Result<Cut, ReplicaError> {
         if self.is_halted()
@@ -47,6 +52,7 @@ impl<D: Disk> Replica<D> {
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.source() == from) else {
             return Ok(());
         };
+        let announced = incoming.announced();
         match incoming.take(chunk, self.node.store().disk().as_ref()) {
             Ok(Taken::Nothing | Taken::More) => {}
             Ok(Taken::Lost) => self.incoming = None,
@@ -56,8 +62,14 @@ impl<D: Disk> Replica<D> {
                 match image::decode(bytes).map(|state| self.lost_past(from, &state)) {
                     Ok(None) => drop(self.node.step(*message)),
                     Ok(Some(what)) => self.doomed = Some(Doom::Contradicted(what)),
-                    // One that cannot be read is asked for again: it may come from a better disk.
-                    Err(_) => {}
+                    // The next one may come from a better disk, or from a version of fleet that this one understands.
+                    Err(error) => {
+                        let index = announced.1.index;
+                        let what = format!(
+                            "the snapshot of replica-{from} at entry {index} cannot be read: {error}"
+                        );
+                        self.unreadable = Some((announced, what));
+                    }
                 }
             }
             // The rows come again when there is room.
