@@ -33,6 +33,14 @@ pub fn output(text: &str) {
     }
 }
 
+/// The same of bytes, which need not be text.
+pub fn output_bytes(begin: &str, bytes: &[u8]) {
+    if std::io::stdout().is_terminal() {
+        return line(&format!("{begin}{}", String::from_utf8_lossy(bytes)));
+    }
+    write([begin.as_bytes(), bytes, b"\n"].concat().as_slice());
+}
+
 /// A line of the output of a program that the user started with this very command: as if it ran here.
 pub fn own_output(text: &str) {
     print(text);
@@ -44,11 +52,15 @@ pub fn own_error(text: &str) {
 }
 
 fn print(text: &str) {
+    write(format!("{text}\n").as_bytes());
+}
+
+fn write(bytes: &[u8]) {
     if is_closed() {
         return;
     }
     let mut stdout = std::io::stdout().lock();
-    if writeln!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
+    if stdout.write_all(bytes).and_then(|()| stdout.flush()).is_err() {
         CLOSED.store(true, Ordering::Relaxed);
     }
 }
