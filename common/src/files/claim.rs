@@ -218,7 +218,7 @@ mod tests {
     fn a_link_leads_only_to_what_is_as_private_as_the_rest() {
         let dir = tempfile::tempdir().unwrap();
         let (data, elsewhere) = (dir.path().join("data"), dir.path().join("elsewhere"));
-        [&data, &elsewhere].map(|path| fs::create_dir(path).unwrap());
+        [&data, &elsewhere].iter().for_each(|path| fs::create_dir(path).unwrap());
         symlink(&elsewhere, data.join("raft")).unwrap();
         chmod(&elsewhere, 0o777);
         let why = claim(&data, CONTENTS).unwrap_err().to_string();

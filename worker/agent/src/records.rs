@@ -340,7 +340,8 @@ mod tests {
         for job in 1..=count {
             records.begin(id(job), &container("m")).unwrap();
         }
-        let there = || (1..=count).filter(|job| records.dir_of(id(*job)).exists()).count();
+        let gangs = dir.path().join("gangs");
+        let there = || (1..=count).filter(|job| gangs.join(id(*job).to_string()).exists()).count();
         assert_eq!(there(), count as usize, "all of them run");
         (1..=count).for_each(|job| records.forget(id(job)));
         records.begin(id(count + 1), &container("m")).unwrap();

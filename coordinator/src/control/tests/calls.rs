@@ -239,7 +239,7 @@ fn a_request_to_join_that_is_sent_again_gives_nothing_to_who_was_cut_off_since()
         net.propose(1, token("t", role, 1)).unwrap();
         let Change::RedeemToken(redeem) = redeem("t", "eve") else { unreachable!() };
         let request = RequestId { client: fleet_common::ids::ClientId(77), seq: 1 };
-        let mut join = |net: &mut Net, call| {
+        let join = |net: &mut Net, call| {
             net.handle(1, Input::Join { call, redeem: redeem.clone(), request });
             net.run_until("an answer", |net| net.joined.contains_key(&call));
             net.joined[&call].clone()
