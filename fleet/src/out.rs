@@ -41,6 +41,14 @@ pub fn output(text: &str) {
     }
 }
 
+/// The same of bytes, which need not be text.
+pub fn output_bytes(begin: &str, bytes: &[u8]) {
+    if std::io::stdout().is_terminal() {
+        return line(&format!("{begin}{}", String::from_utf8_lossy(bytes)));
+    }
+    write([begin.as_bytes(), bytes, b"\n"].concat().as_slice());
+}
+
 /// A line of the output of a program that the user started with this very command: as if it ran here.
 pub fn own_output(text: &str) {
     print(text);
@@ -52,11 +60,15 @@ pub fn own_error(text: &str) {
 }
 
 fn print(text: &str) {
+    write(format!("{text}\n").as_bytes());
+}
+
+fn write(bytes: &[u8]) {
     if is_closed() {
         return;
     }
     let mut stdout = std::io::stdout().lock();
-    if let Err(error) = writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+    if let Err(error) = stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         CLOSED.store(true, Ordering::Relaxed);
         if error.kind() != ErrorKind::BrokenPipe {
             let _ = LOST.set(error.to_string()); // the first is as good as any

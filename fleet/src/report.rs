@@ -111,15 +111,16 @@ impl Report {
     }
 
     /// A line that a rank printed, without its time.
-    pub fn line_of(&mut self, rank: Rank, line: String) {
-        let body = EventBody::Log { rank: Some(rank), level: Level::Info, line };
+    pub fn line_of(&mut self, rank: Rank, line: &[u8]) {
         match self.style {
             Style::Json => {
+                let line = String::from_utf8_lossy(line).into_owned();
+                let body = EventBody::Log { rank: Some(rank), level: Level::Info, line };
                 let mut json = json::event(&Event { unix_ms: 0, body });
                 json["time"] = Value::Null;
                 out::json(&json);
             }
-            _ => drop(self.line(&body).map(|line| out::line(&line))),
+            _ => out::output_bytes(&format!("[rank {rank}] "), line),
         }
     }
 

@@ -195,6 +195,16 @@ fn a_program_without_an_environment_is_found_by_its_process_group_after_the_work
 
 #[test]
 fn a_worker_without_its_records_starts_nothing_that_may_have_been_started() {
+    for (lost, why) in [
+        (&["gangs", "process.json"][..], "without its records"),
+        (&["process.json"], "without its records"),
+        (&["gangs"], "was started again while it ran"),
+    ] {
+        starts_nothing_twice(lost, why);
+    }
+}
+
+fn starts_nothing_twice(lost: &[&str], why: &str) {
     let world = World::new();
     let _all = AllEnd(&world);
     let cluster = world.coordinator(&world.path("cluster"), ANY);
@@ -205,11 +215,13 @@ fn a_worker_without_its_records_starts_nothing_that_may_have_been_started() {
     until_there_are(&world, "starts", 1);
     worker.signal(Signal::SIGKILL);
     drop(worker);
-    fs::remove_dir_all(world.path("box/gangs")).unwrap();
-    fs::remove_file(world.path("box/process.json")).unwrap();
+    for name in lost {
+        let path = world.path("box").join(name);
+        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.unwrap();
+    }
     let _worker = node.start();
     let status = ends(&world, &cluster, &job);
-    assert!(status["state"] == "failed" && status.to_string().contains("without its records"), "{status}");
+    assert!(status["state"] == "failed" && status.to_string().contains(why), "{lost:?}: {status}");
     let next = submit(&world, &cluster, &["-n", "1"], "true");
     assert_eq!(ends(&world, &cluster, &next)["state"], "succeeded");
     assert_eq!(pids(&world, "starts").len(), 1);

@@ -35,7 +35,9 @@ fn escapes_of_a_job_reach_no_terminal_and_every_file() {
         command.arg(fleet_tests::program("fleet")).args(args).args(at);
         Running::start(command).finish().expect(0)
     };
-    for args in [&["jobs"][..], &["status"], &["status", "job-1"], &["events"], &["top", "--once"], &["logs"]]
+    let full = ["logs", "job-1", "--full"];
+    for args in
+        [&["jobs"][..], &["status"], &["status", "job-1"], &["events"], &["top", "--once"], &["logs"], &full]
     {
         let shown = seen(args).stdout.join("\n");
         assert!(!acts(&shown), "{args:?} shows {shown:?}");
@@ -46,6 +48,9 @@ fn escapes_of_a_job_reach_no_terminal_and_every_file() {
     assert!(!acts(&seen(&["jobs", "--json"]).stdout.join("\n")));
     // A file gets what the job has written, a table stays a table.
     assert!(run(&["logs", "job-1"]).stdout.concat().contains("before\u{1b}]0;owned\u{7}after\u{9b}A"));
+    assert!(
+        run(&["logs", "job-1", "--full"]).stdout.concat().contains("before\u{1b}]0;owned\u{7}after\u{9b}A")
+    );
     assert!(!acts(&run(&["jobs"]).stdout.join("\n")));
     let json = run(&["jobs", "--json"]).stdout.concat();
     let jobs: serde_json::Value = serde_json::from_str(&json).unwrap();

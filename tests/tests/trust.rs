@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
+use fleet_common::endpoint::Endpoint;
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
 use fleet_common::net::{self, CERTIFICATE_LIFE, ClusterCa, Identity, NetError};
 use fleet_common::protocol::*;
@@ -78,6 +79,7 @@ fn an_ordinary_client_cannot_do_an_operators_work_and_an_admin_can() {
         &["token", "revoke", id],
         &["revoke", "user-1"],
         &["coordinators", "remove", "replica-1"],
+        &["retention", "--age", "1h"],
     ] {
         let told = ann(forbidden).expect(2);
         told.says("only an admin");
@@ -90,6 +92,14 @@ fn an_ordinary_client_cannot_do_an_operators_work_and_an_admin_can() {
     root(&["token", "create", "--role", "coordinator"]).expect(0);
     root(&["token", "revoke", id]).expect(0);
     root(&["revoke", "user-77777777"]).expect(0);
+    // HTTP is nobody's.
+    for number in ["user-0", "node-0", "replica-0"] {
+        root(&["revoke", number]).expect(0);
+    }
+    for path in ["/metrics", "/api/v1/jobs"] {
+        let answer = fleet_tests::http::get(&cluster.endpoint.http, path).unwrap();
+        assert!(!answer.contains("revoked"), "{answer}");
+    }
 }
 
 #[test]
@@ -295,7 +305,10 @@ fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     for one in &all {
         eventually("its CA is the new one", || {
             let ca = ClusterCa::load(&one.data_dir.join("cluster")).ok().flatten();
-            ca.is_some_and(|ca| ca.fingerprint() != old.fingerprint())
+            let endpoint = Endpoint::load(&one.data_dir).unwrap().unwrap();
+            ca.is_some_and(|ca| {
+                ca.fingerprint() != old.fingerprint() && ca.fingerprint() == endpoint.ca_fingerprint
+            })
         });
         for identity in [&old_local, &before[0]] {
             assert!(matches!(attempt(&one.endpoint.quic, identity), Err(NetError::Refused(_))));

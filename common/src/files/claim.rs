@@ -52,7 +52,9 @@ pub fn mend(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     let mut open = Vec::new();
     close(dir, &found, &mut open)?;
     for name in contents {
-        close_all(&dir.join(name), &mut open)?;
+        let path = dir.join(name);
+        close_all(&path, &mut open)?;
+        check_link(&path)?;
     }
     let Some(first) = open.first() else { return Ok(None) };
     let (others, have) = match open.len() {
@@ -71,13 +73,30 @@ fn holds_others(dir: &Path) -> io::Result<bool> {
     Ok(entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())))
 }
 
+/// Where one of the contents is a link that its owner made, what it leads to must be as private as the rest. It is not mended: it may hold
+/// other things too.
+fn check_link(path: &Path) -> io::Result<()> {
+    if !fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
+        return Ok(());
+    }
+    match fs::metadata(path) {
+        Ok(target) if ![0, me()].contains(&target.uid()) || target.mode() & OTHERS != 0 => {
+            Err(refused(format!(
+                "{} is a link to what other users may read or change; close that to them (`chmod go=`), or remove the link",
+                path.display()
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Links are left alone and not followed, and what others remove meanwhile is no matter.
 fn close_all(path: &Path, open: &mut Vec<String>) -> io::Result<()> {
     let found = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(|error| cannot("look at", path, &error))?,
     };
-    if found.is_symlink() {
+    if found.is_symlink() && [0, me()].contains(&found.uid()) {
         return Ok(());
     }
     close(path, &found, open)?;
@@ -193,6 +212,24 @@ mod tests {
             claim(&project, CONTENTS).unwrap_err().to_string().contains("for temporary files of everybody")
         );
         assert_eq!(mode(&project), 0o1777);
+    }
+
+    #[test]
+    fn a_link_leads_only_to_what_is_as_private_as_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, elsewhere) = (dir.path().join("data"), dir.path().join("elsewhere"));
+        [&data, &elsewhere].iter().for_each(|path| fs::create_dir(path).unwrap());
+        symlink(&elsewhere, data.join("raft")).unwrap();
+        chmod(&elsewhere, 0o777);
+        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        assert!(why.contains("data/raft is a link to what other users may read or change"), "{why}");
+        chmod(&elsewhere, 0o700);
+        claim(&data, CONTENTS).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::lchown(data.join("raft"), Some(65_534), None).unwrap();
+            let why = claim(&data, CONTENTS).unwrap_err().to_string();
+            assert!(why.contains("data/raft belongs to uid 65534"), "{why}");
+        }
     }
 
     #[test]

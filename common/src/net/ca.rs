@@ -221,7 +221,7 @@ pub fn requested_key(csr_der: &[u8]) -> Result<KeyHash, CaError> {
 }
 
 /// SHA-256 of a certificate in hex.
-pub(super) fn fingerprint(der: &[u8]) -> String {
+pub fn fingerprint(der: &[u8]) -> String {
     hex::encode(Sha256::digest(der))
 }
 

@@ -18,7 +18,7 @@ mod token;
 mod verdict;
 
 pub use authorities::Authorities;
-pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa, requested_key};
+pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa, fingerprint, requested_key};
 pub use connect::{Reached, connect, connect_from, reach};
 pub use identity::{Identity, IdentityError, store_authorities};
 pub use join::{Applicant, JoinExchange, Joined, join, mend_authorities, receive_join};

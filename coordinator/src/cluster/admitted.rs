@@ -92,6 +92,8 @@ fn operators_work(change: &Change) -> Option<&'static str> {
         Change::RevokeMember(_) => Some("revokes members"),
         Change::RemoveReplica(_) => Some("takes coordinators out"),
         Change::IntroduceCa(_) | Change::FinishCa(_) => Some("replaces the CA"),
+        // It removes what others have recorded.
+        Change::SetRetention(_) => Some("sets how much history is kept"),
         _ => None,
     }
 }
@@ -117,7 +119,7 @@ pub fn cut_off(member: Member) -> String {
 mod tests {
     use super::*;
     use crate::cluster::Answer;
-    use crate::cluster::commands::{RemoveReplica, RevokeMember, RevokeToken};
+    use crate::cluster::commands::{RemoveReplica, RevokeMember, RevokeToken, SetRetention};
     use crate::cluster::tests::{Script, redeem, token, why};
     use fleet_common::ids::{NodeId, ReplicaId};
 
@@ -151,6 +153,7 @@ mod tests {
             Change::RevokeToken(RevokeToken { id: "c".into() }),
             revoke(Member::Worker(NodeId(7))),
             Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }),
+            Change::SetRetention(SetRetention { age_ms: Some(3_600_000), bytes: None }),
         ];
         for change in operators {
             let refusal = why(script.run_by(ordinary, change.clone()));

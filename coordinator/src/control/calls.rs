@@ -25,6 +25,9 @@ const CALLS_PER_MEMBER_MAX: usize = CALLS_MAX / 4;
 /// If every open call of every coordinator is another client's change, the state remembers all of them, and as many that ask again.
 const _: () = assert!(MEMORY_MAX / (SESSION_BYTES + ANSWER_BYTES) >= 2 * CALLS_MAX * REPLICAS_MAX);
 
+/// Who asks over HTTP. Ids begin with 1, so nobody is let in as this, and to cut it off is no reason to show nothing.
+pub const READER: Member = Member::Client(UserId(0));
+
 /// For a look at the state and for the change after it.
 const JOIN_DEADLINE_MS: u64 = 2 * ASK_DEADLINE_MS;
 
@@ -237,7 +240,7 @@ impl<D: Disk> Control<D> {
                 "the certificate of {caller} is not a client's; join with a token for clients"
             ));
         }
-        if self.is_revoked(caller) {
+        if caller != READER && self.is_revoked(caller) {
             return forbidden(cut_off(caller));
         }
         Ok(())
@@ -295,6 +298,12 @@ impl<D: Disk> Control<D> {
     pub(super) fn admit(&mut self, call: Call, result: Result<Outcome, Refusal>) {
         let Some(OpenCall { kind: Kind::Join { redeem, .. }, .. }) = self.calls.remove(call) else { return };
         let result = result.and_then(|outcome| match outcome {
+            // The answer to a request that was sent before, by somebody who was cut off since: nobody's certificate, and no CA's key, is
+            // given out again.
+            Outcome::Answer(Answer::Redeemed { member }) if self.is_revoked(member) => Err(Refusal {
+                kind: RefusalKind::Forbidden,
+                message: format!("{member} was cut off; join again with a new token"),
+            }),
             Outcome::Answer(Answer::Redeemed { member }) => Ok(Admission {
                 member,
                 name: match member {

@@ -192,11 +192,15 @@ impl<D: Disk> Control<D> {
             return Err(Unproposed::Refused(Refusal { kind: RefusalKind::Later, message: why }));
         }
         if replica == self.me() {
-            if self.successor(now).is_none() {
+            // Where nobody can take everything, somebody who is heard will do: this is taken in the reserve.
+            let heard =
+                || peers.iter().filter(|peer| active(peer)).max_by_key(|peer| (peer.matched, peer.id));
+            let next = self.successor(now).or_else(|| heard().map(|peer| ReplicaId(peer.id)));
+            let Some(next) = next else {
                 let why = "no other coordinator can lead at the moment; try again";
                 return Err(Unproposed::Refused(unavailable(why)));
-            }
-            self.hand_over(now);
+            };
+            self.replica.transfer_leadership(next.0);
             return Err(Unproposed::Elsewhere);
         }
         Ok(())

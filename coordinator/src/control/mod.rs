@@ -36,7 +36,7 @@ mod transfers;
 mod views;
 mod watches;
 
-pub use calls::stamp;
+pub use calls::{READER, stamp};
 pub use io::{
     AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Room, Session,
     Status, TICK_MS,

@@ -1,9 +1,9 @@
 //! HTTP for people and Prometheus: one request per connection, no secrets. What is served is decided by `crate::http`.
 
 use super::Shared;
+use crate::control::READER;
 use crate::http::{self, Asked, Unserved};
-use fleet_common::ids::UserId;
-use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, Request};
+use fleet_common::protocol::{ClientFrame, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
 use serde_json::json;
 use std::sync::Arc;
@@ -123,10 +123,10 @@ async fn respond(shared: &Shared, head: &str) -> Response {
     }
 }
 
-/// A question from this machine. Nobody has this number: ids begin with 1.
+/// A question from this machine.
 async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
     let frame = ClientFrame { stale, ..ClientFrame::query(request) };
-    shared.calls.ask(Member::Client(UserId(0)), frame).await
+    shared.calls.ask(READER, frame).await
 }
 
 /// Whether this coordinator can serve, which it can by any leader.

@@ -232,7 +232,7 @@ impl Coordinator {
         members.handle().spawn(accept(shared.clone(), Socket::Members, sockets.members.clone()));
         clients.handle().spawn(accept(shared.clone(), Socket::Clients, sockets.clients.clone()));
         let http = sockets.http.into_std()?;
-        clients.handle().spawn(rotation::follow(shared.clone(), cas, both, dir.clone()));
+        clients.handle().spawn(rotation::follow(shared.clone(), cas.clone(), both, dir.clone()));
         let serving = shared.clone();
         clients.handle().spawn(async move {
             match tokio::net::TcpListener::from_std(http) {
@@ -250,7 +250,7 @@ impl Coordinator {
             lanes: [clients, members],
             _lock: lock,
         };
-        coordinator.ready(&dir, shared, is_alone).await
+        coordinator.ready(&dir, shared, cas, is_alone).await
     }
 
     /// Lets others find it. A cluster of one is ready when it leads and has its credentials; a replica among others when it listens.
@@ -258,6 +258,7 @@ impl Coordinator {
         mut self,
         dir: &std::path::Path,
         shared: Arc<Shared>,
+        cas: watch::Receiver<Cas>,
         is_alone: bool,
     ) -> Result<Coordinator> {
         if is_alone {
@@ -286,7 +287,7 @@ impl Coordinator {
             client_addresses(&addresses.borrow(), self.endpoint.coordinators.clone());
         self.endpoint.store(dir)?;
         let lane = self.lanes[0].handle();
-        lane.spawn(remember_addresses(dir.to_owned(), self.endpoint.clone(), addresses));
+        lane.spawn(keep_endpoint(dir.to_owned(), self.endpoint.clone(), addresses, cas));
         lane.spawn(credentials::keep(dir.to_owned(), shared));
         info!(
             "{} is listening on {} (members {}, HTTP {}); join a worker with: worker join {} --token-file {}",
@@ -348,14 +349,18 @@ async fn refuse_a_copy(dir: &std::path::Path, now: &CoordinatorAddress, me: &Ide
     }
 }
 
-/// Keeps in the data directory where the coordinators are: for `fleet` on this machine, and for the next start.
-async fn remember_addresses(
+/// Keeps in the data directory where the coordinators are and which CA they have: for `fleet` on this machine, and for the next start.
+async fn keep_endpoint(
     dir: PathBuf,
     mut endpoint: Endpoint,
     mut addresses: watch::Receiver<Vec<CoordinatorAddress>>,
+    mut cas: watch::Receiver<Cas>,
 ) {
     loop {
-        let known = addresses.borrow_and_update().clone();
+        let (known, ca) = (addresses.borrow_and_update().clone(), cas.borrow_and_update().der.clone());
+        if !ca.is_empty() {
+            endpoint.ca_fingerprint = net::fingerprint(&ca);
+        }
         if !known.is_empty() {
             endpoint.coordinators = client_addresses(&known, Vec::new());
             let kept = setup::store_coordinators(&dir, &known).and_then(|()| Ok(endpoint.store(&dir)?));
@@ -363,7 +368,11 @@ async fn remember_addresses(
                 warn!("where the coordinators are was not written down: {error:#}");
             }
         }
-        if addresses.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = addresses.changed() => changed,
+            changed = cas.changed() => changed,
+        };
+        if changed.is_err() {
             return;
         }
     }

@@ -11,6 +11,9 @@ use fleet_common::exit;
 use fleet_common::ids::{JobId, Rank};
 use fleet_common::protocol::{Reply, Request};
 
+/// Bytes of a line that are held before they are shown: what is longer is shown as several.
+const LINE_MAX: usize = 1 << 20;
+
 /// Print what happened in a job: the ranks' lines, steps, evaluations, checkpoints
 #[derive(clap::Args)]
 pub struct Args {
@@ -62,12 +65,19 @@ async fn everything(
     job: JobId,
     only: Option<Rank>,
 ) -> Result<u8, Failure> {
+    let view = match client.ask(Request::Job(job)).await? {
+        Reply::Job(view) => view,
+        other => return Err(unexpected(&other)),
+    };
+    if view.generation > 1 {
+        report.note(&format!(
+            "{job} was started {} times, and this is what its ranks printed since the last start; what they printed before lies on the nodes of then, in the worker's data directory under gangs/{job}.N",
+            view.generation
+        ));
+    }
     let ranks = match only {
         Some(rank) => rank..rank.saturating_add(1),
-        None => match client.ask(Request::Job(job)).await? {
-            Reply::Job(view) => 0..view.world_size,
-            other => return Err(unexpected(&other)),
-        },
+        None => 0..view.world_size,
     };
     let mut failed = None;
     for rank in ranks {
@@ -96,9 +106,11 @@ async fn all_of(client: &mut Client, report: &mut Report, job: JobId, rank: Rank
             line.clear();
         }
         for byte in &piece.bytes {
-            match byte {
-                b'\n' => say(report, rank, &mut line),
-                byte => line.push(*byte),
+            if *byte == b'\n' || line.len() >= LINE_MAX {
+                say(report, rank, &mut line);
+            }
+            if *byte != b'\n' {
+                line.push(*byte);
             }
         }
         from = piece.start + piece.bytes.len() as u64;
@@ -112,11 +124,10 @@ async fn all_of(client: &mut Client, report: &mut Report, job: JobId, rank: Rank
     Ok(())
 }
 
-/// Shows a line as it is shown where it comes from the coordinators.
+/// Shows a line, as it was printed.
 fn say(report: &mut Report, rank: Rank, line: &mut Vec<u8>) {
-    let text = String::from_utf8_lossy(line).trim_end_matches('\r').to_owned();
+    report.line_of(rank, line.strip_suffix(b"\r").unwrap_or(line));
     line.clear();
-    report.line_of(rank, text);
 }
 
 fn is_of(event: &Event, wanted: Rank) -> bool {

@@ -1,8 +1,10 @@
-//! What this worker has started, on disk: `process.json` names the process that uses the directory, and `gangs/JOB.GENERATION/record.json`
-//! is there from before a gang's first rank is started until the cluster has recorded how the gang ended here.
+//! What this worker has started, on disk: `process.json` names the process that uses the directory and the gangs that it has started, and
+//! `gangs/JOB.GENERATION/record.json` says what a gang is. Both are there from before a gang's first rank is started until the cluster has
+//! recorded how the gang ended here.
 //!
 //! A process that finds records of an earlier one ends whatever is left of that, and tells the cluster. Without the records it starts
-//! nothing that may have been started before; so a file that is damaged or gone costs jobs, but nothing ever runs twice.
+//! nothing that may have been started before; so a file that is damaged or gone costs jobs, but nothing ever runs twice. That is why the
+//! gangs are named in two places: whoever has the right to take over what an earlier process was given knows what that one has started.
 
 use crate::agent::Past;
 use crate::container::{Container, Leader, Remains};
@@ -45,6 +47,9 @@ struct Owner {
     #[serde(flatten)]
     drawn: Drawn,
     earlier: Vec<Drawn>,
+    /// What was started, by this process and those before it, and is not forgotten.
+    #[serde(default)]
+    gangs: BTreeSet<String>,
 }
 
 /// What one process marks its ranks with, and where its control groups are.
@@ -89,6 +94,7 @@ impl Records {
             found.remains.add(&record.container, if here { &record.ranks } else { &[] });
         }
         if let Some(before) = before {
+            found.past.gangs.extend(before.gangs.iter().filter_map(|name| GangId::parse(name)));
             if before.machine.boot == machine.boot && before.process != process && before.process.is_alive() {
                 anyhow::bail!(
                     "a worker that runs (process {}) has a copy of {}; every worker joins with a data directory of its own",
@@ -106,7 +112,8 @@ impl Records {
         }
         found.past.processes = earlier.iter().map(|drawn| drawn.number).collect();
         earlier.iter().for_each(|drawn| found.remains.add_agent(drawn.number, drawn.cgroups.as_ref()));
-        let me = Owner { machine, process, drawn: Drawn { number, cgroups }, earlier };
+        let gangs = found.past.gangs.iter().map(ToString::to_string).collect();
+        let me = Owner { machine, process, drawn: Drawn { number, cgroups }, earlier, gangs };
         let records = Records { dir: data_dir.to_owned(), me };
         records.store_owner().context("a worker that cannot keep what it starts may not start anything")?;
         Ok((records, found))
@@ -126,7 +133,9 @@ impl Records {
     }
 
     /// To be called before the first process of a gang is started; it may be started once this has returned.
-    pub fn begin(&self, id: GangId, container: &Container) -> io::Result<()> {
+    pub fn begin(&mut self, id: GangId, container: &Container) -> io::Result<()> {
+        self.me.gangs.insert(id.to_string());
+        self.store_owner()?;
         let dir = self.dir_of(id);
         files::create_dir(&dir)?;
         self.store(id, container, Vec::new())?;
@@ -146,7 +155,11 @@ impl Records {
     }
 
     /// The gang is over, and the cluster knows.
-    pub fn forget(&self, id: GangId) {
+    pub fn forget(&mut self, id: GangId) {
+        self.me.gangs.remove(&id.to_string());
+        if let Err(error) = self.store_owner() {
+            tracing::warn!(gang = %id, %error, "it is told to the cluster again");
+        }
         match fs::remove_file(self.dir_of(id).join(RECORD)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(gang = %id, %error, "its record stays, and is told to the cluster again");
@@ -232,7 +245,7 @@ mod tests {
     #[test]
     fn what_was_begun_and_not_forgotten_is_found_by_the_next_process() {
         let dir = tempfile::tempdir().unwrap();
-        let (records, found) = Records::open(dir.path(), 7, None).unwrap();
+        let (mut records, found) = Records::open(dir.path(), 7, None).unwrap();
         assert_eq!((found.past, found.remains), (Past::default(), Remains::default()));
         records.begin(id(1), &container("m1")).unwrap();
         records.begin(id(2), &container("m2")).unwrap();
@@ -253,9 +266,27 @@ mod tests {
     }
 
     #[test]
+    fn a_gang_whose_own_record_is_gone_was_started_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut records, _) = Records::open(dir.path(), 7, None).unwrap();
+        records.begin(id(1), &container("m1")).unwrap();
+        records.begin(id(2), &container("m2")).unwrap();
+        records.forget(id(2));
+        for number in [8, 9] {
+            let _ = fs::remove_dir_all(dir.path().join("gangs"));
+            let (_, found) = Records::open(dir.path(), number, None).unwrap();
+            assert_eq!(found.past.gangs, [id(1)].into());
+            assert!(found.past.processes.contains(&7), "it takes over what that one was given");
+        }
+        let (mut records, _) = Records::open(dir.path(), 10, None).unwrap();
+        records.forget(id(1));
+        assert!(Records::open(dir.path(), 11, None).unwrap().1.past.gangs.is_empty());
+    }
+
+    #[test]
     fn damaged_files_cost_what_they_said_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        let (records, _) = Records::open(dir.path(), 7, None).unwrap();
+        let (mut records, _) = Records::open(dir.path(), 7, None).unwrap();
         records.begin(id(1), &container("m1")).unwrap();
         fs::write(records.dir_of(id(1)).join(RECORD), "{").unwrap();
         fs::create_dir_all(dir.path().join("gangs/other")).unwrap();
@@ -270,7 +301,7 @@ mod tests {
     #[test]
     fn nothing_of_another_machine_is_taken_over_and_no_number_of_another_boot_is_struck() {
         let dir = tempfile::tempdir().unwrap();
-        let (records, _) = Records::open(dir.path(), 7, None).unwrap();
+        let (mut records, _) = Records::open(dir.path(), 7, None).unwrap();
         records.begin(id(1), &container("m1")).unwrap();
         records.started(id(1), &container("m1"), Leader::of(std::process::id()).into_iter().collect());
         let (mut other, found) = Records::open(dir.path(), 8, None).unwrap();
@@ -304,12 +335,13 @@ mod tests {
     #[test]
     fn log_files_of_gangs_that_run_are_kept_however_many_there_are() {
         let dir = tempfile::tempdir().unwrap();
-        let (records, _) = Records::open(dir.path(), 7, None).unwrap();
+        let (mut records, _) = Records::open(dir.path(), 7, None).unwrap();
         let count = ENDED_KEPT as u64 + 20;
         for job in 1..=count {
             records.begin(id(job), &container("m")).unwrap();
         }
-        let there = || (1..=count).filter(|job| records.dir_of(id(*job)).exists()).count();
+        let gangs = dir.path().join("gangs");
+        let there = || (1..=count).filter(|job| gangs.join(id(*job).to_string()).exists()).count();
         assert_eq!(there(), count as usize, "all of them run");
         (1..=count).for_each(|job| records.forget(id(job)));
         records.begin(id(count + 1), &container("m")).unwrap();

@@ -174,11 +174,12 @@ impl Change {
             | Change::ShowCa(_)
             | Change::FinishCa(_) => true,
             Change::ChangeSecrets(change) => change.values.is_none(),
+            // A worker that comes back, without which its jobs cannot be ended.
+            Change::DescribeNode(described) => state.nodes().contains_key(&described.node),
             // Without its lines (`thinned`): what leads to the end of a job that shall end.
             Change::RecordEvents(told) => told.ends_a_job(state),
             Change::CreateToken(_)
             | Change::RedeemToken(_)
-            | Change::DescribeNode(_)
             | Change::SubmitJob(_)
             | Change::SubmitOnce(_)
             | Change::AssignGang(_)

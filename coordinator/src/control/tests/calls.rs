@@ -1,7 +1,7 @@
 //! Clients: changes, queries and watches at any coordinator, over failures.
 
 use super::net::*;
-use crate::cluster::commands::{Change, RedeemToken};
+use crate::cluster::commands::{Change, RedeemToken, RevokeMember};
 use crate::cluster::session::RequestId;
 use crate::cluster::tests::{redeem, step, token};
 use crate::control::*;
@@ -229,6 +229,27 @@ fn a_token_is_guessed_in_vain_and_redeemed_twice_by_the_same_joiner_once() {
         assert_eq!(*admission, Admission { member: Member::Worker(NodeId(1)), name: "box".into() });
     }
     assert_eq!(net.state(leader).nodes().len(), before + 1);
+}
+
+#[test]
+fn a_request_to_join_that_is_sent_again_gives_nothing_to_who_was_cut_off_since() {
+    for role in [Role::Worker, Role::Client, Role::Admin, Role::Coordinator] {
+        let mut net = Net::new(1);
+        // Used up, and not forgotten: the same request would be answered as before.
+        net.propose(1, token("t", role, 1)).unwrap();
+        let Change::RedeemToken(redeem) = redeem("t", "eve") else { unreachable!() };
+        let request = RequestId { client: fleet_common::ids::ClientId(77), seq: 1 };
+        let join = |net: &mut Net, call| {
+            net.handle(1, Input::Join { call, redeem: redeem.clone(), request });
+            net.run_until("an answer", |net| net.joined.contains_key(&call));
+            net.joined[&call].clone()
+        };
+        let member = join(&mut net, 501).unwrap().member;
+        assert_eq!(join(&mut net, 502).unwrap().member, member);
+        net.propose(1, Change::RevokeMember(RevokeMember { member })).unwrap();
+        let refusal = join(&mut net, 503).unwrap_err();
+        assert!(refusal.message.contains(&format!("{member} was cut off")), "{}", refusal.message);
+    }
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! What grows: the history and its end, output that stays on the nodes, and a disk that is nearly full.
 
 use super::net::*;
+use crate::cluster::Answer;
+use crate::cluster::commands::{Change, MarkNodeLost, RemoveReplica};
 use crate::cluster::retention::Limits;
-use crate::cluster::tests::{finished, step};
+use crate::cluster::tests::{finished, step, token};
 use crate::control::*;
 use fleet_common::events::{EventBody, Level};
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{FromAgent, OutputPiece, OutputWish, Reply, Request, ToAgent};
+use fleet_common::protocol::{FromAgent, OutputPiece, OutputWish, Reply, Request, Role, ToAgent};
 
 fn line(text: &str) -> EventBody {
     EventBody::Log { rank: Some(0), level: Level::Info, line: text.into() }
@@ -150,4 +152,25 @@ fn output_that_cannot_come_is_refused_in_one_line() {
         why(&away).contains("box is not connected, and what its ranks printed is only there"),
         "{away:?}"
     );
+}
+
+#[test]
+fn in_the_reserve_a_worker_comes_back_and_the_leader_can_be_taken_out() {
+    let mut net = Net::new(3);
+    let node = net.admit_node();
+    net.welcome(net.follower(), node, vec![]);
+    let little = Room::Little("the disk is nearly full".to_owned());
+    for id in 1..=3 {
+        net.handle(id, Input::Room(little.clone()));
+    }
+    net.propose(net.leading(), Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 10_000 })).unwrap();
+    // It is described anew, as every worker is that was lost or was started again.
+    net.welcome(net.follower(), node, vec![]);
+    let leader = net.leading();
+    assert!(!net.state(leader).nodes()[&node].lost);
+    let refused = net.propose(leader, token("t", Role::Worker, 1)).unwrap_err();
+    assert_eq!(refused.message, "the disk is nearly full");
+    net.run(2_000);
+    let remove = Change::RemoveReplica(RemoveReplica { replica: ReplicaId(leader) });
+    assert_eq!(net.propose(net.follower(), remove), Ok(Answer::Done));
 }
