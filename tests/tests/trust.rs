@@ -169,6 +169,14 @@ fn whoever_joins_at_one_coordinator_is_let_in_by_all_at_once() {
 fn a_coordinator_that_was_away_lets_in_one_that_joined_meanwhile_and_leads() {
     let world = World::new();
     let mut all = world.three_coordinators();
+    // One that has never heard of anybody who is there cannot tell whom to let in.
+    let at = |of: &Standing, name: &str| -> u64 {
+        let metrics = fleet_tests::http::get(&of.endpoint.http, "/metrics").unwrap();
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in {metrics}"))
+    };
+    let reached = at(&all[0], "fleet_raft_commit_index ");
+    eventually("the third knows the others", || at(&all[2], "fleet_raft_applied_index ") >= reached);
     let dir = all.pop().unwrap().data_dir.clone();
     for number in 4..=5 {
         all.push(world.join_coordinator(&all[0], &world.path(&format!("coordinator-{number}")), &[]));

@@ -11,9 +11,14 @@ use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
 
 /// Events of one job that are kept, and bytes of its lines over all its starts and nodes; beyond it lines of output are left out and
-/// only the rest is kept (a year of steps fits). Agents keep to less by themselves; they are not relied on.
+/// only the rest is kept. Agents keep to less by themselves; they are not relied on.
 pub const LOGGED_EVENTS_MAX: u64 = 1_000_000;
 pub const LOGGED_BYTES_MAX: u64 = 128 << 20;
+/// Bytes of all rows of one job: some nine million steps. Beyond it its steps are still shown and only its checkpoints and its end
+/// written down.
+pub const HISTORY_BYTES_MAX: u64 = 1 << 30;
+/// With checkpoints.
+const CHECKPOINTED_BYTES_MAX: u64 = 2 * HISTORY_BYTES_MAX;
 /// Lines of an error in the state, and characters of each: 1,000 failed jobs have less than 64 MiB of them.
 const ERROR_LINES_MAX: usize = 30;
 const ERROR_LINE_MAX: usize = 2_000;
@@ -61,6 +66,8 @@ pub struct Told {
     /// Left out beyond it, and how much of that is said in the history.
     left_out: LeftOut,
     said: LeftOut,
+    /// It is said that `HISTORY_BYTES_MAX` is reached.
+    is_full: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -165,6 +172,20 @@ impl JobRecord {
             EventBody::Memory { rss_mib, pss_mib, .. } => {
                 line_cost("") + 8 * (rss_mib.len() + pss_mib.len()) as u64
             }
+            EventBody::Finished(_) => return self.record(id, event, context),
+            EventBody::Checkpoint(_) if self.bytes < CHECKPOINTED_BYTES_MAX => {
+                return self.record(id, event, context);
+            }
+            _ if self.bytes >= HISTORY_BYTES_MAX => {
+                self.follow(&event.body);
+                if !std::mem::replace(&mut self.told.is_full, true) {
+                    let most = HISTORY_BYTES_MAX >> 30;
+                    let line =
+                        format!("the history of this job has {most} GiB; its steps are not kept any more");
+                    self.note(id, line, context);
+                }
+                return;
+            }
             _ => return self.record(id, event, context),
         };
         // A program says nothing else.
@@ -201,9 +222,9 @@ impl JobRecord {
         }
     }
 
-    /// Puts an event into the history and what it tells into the record.
-    pub(crate) fn record(&mut self, id: JobId, mut event: Event, context: &mut Context) {
-        match &mut event.body {
+    /// What the job is doing, as an event tells.
+    fn follow(&mut self, body: &EventBody) {
+        match body {
             EventBody::DataReady(stats) => self.data = Some(stats.clone()),
             EventBody::Started { step, .. } => {
                 self.progress.step = *step;
@@ -216,6 +237,14 @@ impl JobRecord {
                 self.progress.tokens_per_s = Some(step.tokens_per_s);
             }
             EventBody::Eval(evaluation) => self.progress.eval_loss = Some(evaluation.loss),
+            _ => {}
+        }
+    }
+
+    /// Puts an event into the history and what it tells into the record.
+    pub(crate) fn record(&mut self, id: JobId, mut event: Event, context: &mut Context) {
+        self.follow(&event.body);
+        match &mut event.body {
             EventBody::Checkpoint(checkpoint) => match checkpoint.flaw() {
                 None => self.keep(checkpoint.clone(), event.unix_ms),
                 Some(flaw) => {
@@ -223,14 +252,11 @@ impl JobRecord {
                     event.body = EventBody::CheckpointFailed { step, error };
                 }
             },
-            EventBody::CheckpointFailed { .. }
-            | EventBody::Log { .. }
-            | EventBody::LeftOut { .. }
-            | EventBody::Memory { .. } => {}
             EventBody::Finished(outcome) => {
                 self.close(outcome, context.unix_ms);
                 self.say_left_out(id, event.unix_ms, context);
             }
+            _ => {}
         }
         self.events += 1;
         self.bytes += context.keep(HistoryRow::Event { job: id, index: self.events, event });

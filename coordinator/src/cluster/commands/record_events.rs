@@ -216,6 +216,22 @@ mod tests {
     }
 
     #[test]
+    fn beyond_its_share_of_the_history_a_job_is_followed_and_only_checkpoints_and_its_end_are_kept() {
+        let (mut script, job) = running();
+        let share = crate::cluster::records::HISTORY_BYTES_MAX;
+        script.state.jobs.get_mut(&job).unwrap().bytes = share;
+        let failed = EventBody::CheckpointFailed { step: 3, error: "full".into() };
+        record(&mut script, job, 1, vec![step(1), failed, step(2), checkpoint(2), step(3)]);
+        let known = &script.state.jobs()[&job];
+        assert_eq!((known.progress.step, known.checkpoints.len()), (3, 1));
+        record(&mut script, job, 6, vec![finished()]);
+        let bodies: Vec<_> = script.events(job).iter().map(|event| event.body.clone()).collect();
+        assert_eq!(bodies.len(), 3, "{bodies:?}");
+        assert!(matches!(&bodies[0], EventBody::Log { line, .. } if line.contains("not kept any more")));
+        assert!(matches!(bodies[1], EventBody::Checkpoint(_)) && script.last_event_is_finished(job));
+    }
+
+    #[test]
     fn what_is_thinned_keeps_its_numbers_and_leads_to_the_end() {
         let (mut script, job) = running();
         let node = script.node();
