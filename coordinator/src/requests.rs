@@ -67,7 +67,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Environment { .. }
         | Request::Authority
         | Request::Output { .. }
-        | Request::Retention => return Err(invalid("this is a question and changes nothing")),
+        | Request::Retention
+        | Request::Members => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -165,6 +166,7 @@ pub fn name(request: &Request) -> &'static str {
         Request::Authority => "authority",
         Request::Output { .. } => "output",
         Request::Retention => "retention",
+        Request::Members => "members",
         Request::SetRetention { .. } => "set_retention",
     }
 }

@@ -252,6 +252,25 @@ fn a_local_credential_that_was_revoked_since_the_last_snapshot_is_replaced_too()
 }
 
 #[test]
+fn everybody_who_is_let_in_is_listed_until_he_is_cut_off() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), "127.0.0.1:0");
+    login(&world, &cluster.endpoint.quic, &world.token(&cluster, &["--role", "client"]), "alice");
+    let members = || {
+        let said = world.run("fleet", &["members", "--json", "--cluster", cluster.cluster()]).expect(0);
+        serde_json::from_str::<Vec<Value>>(&said.stdout.concat()).unwrap()
+    };
+    let with = |role: &str| members().into_iter().find(|view| view["role"] == role);
+    assert!(with("admin").is_some());
+    assert_eq!(with("coordinator").unwrap()["member"], "replica-1");
+    let client = with("client").unwrap();
+    assert!(client["joined_unix_ms"].as_u64() > Some(0), "{client}");
+    let member = client["member"].as_str().unwrap();
+    world.run("fleet", &["revoke", member, "--cluster", cluster.cluster()]).expect(0);
+    assert_eq!(with("client"), None);
+}
+
+#[test]
 fn the_ca_is_replaced_while_a_job_runs_and_the_old_one_ends() {
     let world = World::new();
     let all = world.three_coordinators();

@@ -174,6 +174,8 @@ pub enum Request {
     },
     /// How much of the history is kept.
     Retention,
+    /// Everybody who is let in.
+    Members,
     /// What is given replaces what was.
     SetRetention {
         age_s: Option<u64>,
@@ -233,7 +235,8 @@ impl Request {
             | Request::Environment { .. }
             | Request::Authority
             | Request::Output { .. }
-            | Request::Retention => false,
+            | Request::Retention
+            | Request::Members => false,
         }
     }
 }
@@ -370,6 +373,7 @@ pub enum Reply {
     Authority(Box<AuthorityView>),
     Output(OutputPiece),
     Retention(RetentionView),
+    Members(Vec<MemberView>),
 }
 
 /// One line, and what kind of refusal it is.

@@ -154,6 +154,17 @@ pub struct TokenView {
     pub uses_left: u32,
 }
 
+/// One who is let in, and can be cut off.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberView {
+    pub member: Member,
+    pub role: Role,
+    /// Empty where it has not said one: a coordinator that never came.
+    pub name: String,
+    /// When it was let in; of a node that is not known.
+    pub joined_unix_ms: Option<u64>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DecisionView {
     /// Decisions are counted from 1.

@@ -6,6 +6,7 @@
 
 use super::State;
 use super::commands::Change;
+use super::members::UserRecord;
 use fleet_common::ids::UserId;
 use fleet_common::net::KeyHash;
 use fleet_common::protocol::{Member, Refusal, RefusalKind, Role};
@@ -47,6 +48,10 @@ impl State {
     /// Everybody who is let in.
     pub fn admitted(&self) -> &BTreeMap<Member, Admitted> {
         &self.admitted
+    }
+
+    pub fn user(&self, user: UserId) -> Option<&UserRecord> {
+        self.users.get(&user)
     }
 
     /// Whether this is a client with an operator's right.

@@ -3,7 +3,9 @@
 use super::View;
 use crate::cluster::members::Standing;
 use crate::raft::disk::Disk;
-use fleet_common::protocol::{AuthorityView, CoordinatorView, NextAuthorityView, NodeView, TokenView};
+use fleet_common::protocol::{
+    AuthorityView, CoordinatorView, Member, MemberView, NextAuthorityView, NodeView, Role, TokenView,
+};
 use sha2::{Digest, Sha256};
 
 /// Members that are named in one answer.
@@ -37,6 +39,28 @@ impl<D: Disk + ?Sized> View<'_, D> {
             first_not_moved: self.state.not_moved().take(NAMED_MAX).collect(),
         });
         AuthorityView { ca_sha256: sha256(&cas.der), next }
+    }
+
+    /// Everybody who is let in.
+    pub(super) fn members(&self) -> Vec<MemberView> {
+        let view = |member: &Member| {
+            let (name, joined_unix_ms) = match member {
+                Member::Client(user) => self.state.user(*user).map(|user| (&user.name, user.joined_unix_ms)),
+                Member::Coordinator(replica) => {
+                    self.state.replicas().get(replica).map(|known| (&known.name, known.joined_unix_ms))
+                }
+                Member::Worker(_) => None,
+            }
+            .unzip();
+            let node = match member {
+                Member::Worker(node) => self.state.nodes().get(node).map(|node| &node.name),
+                Member::Client(_) | Member::Coordinator(_) => None,
+            };
+            let role = if self.state.is_admin(*member) { Role::Admin } else { member.role() };
+            let name = name.or(node).cloned().unwrap_or_default();
+            MemberView { member: *member, role, name, joined_unix_ms }
+        };
+        self.state.admitted().keys().map(view).collect()
     }
 
     /// Those that are still of use.

@@ -72,6 +72,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             Request::Environment { job, values } => Reply::Environment(self.environment(*job, *values)?),
             Request::Authority => Reply::Authority(Box::new(self.authority())),
             Request::Retention => Reply::Retention(self.state.retention().view()),
+            Request::Members => Reply::Members(self.members()),
             Request::Submit(_)
             | Request::SetRetention { .. }
             | Request::Output { .. }

@@ -11,6 +11,7 @@ pub mod generate;
 pub mod jobs;
 pub mod login;
 pub mod logs;
+pub mod members;
 pub mod nodes;
 pub mod profiles;
 pub mod retention;
