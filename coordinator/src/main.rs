@@ -174,7 +174,8 @@ fn main() -> ExitCode {
             let io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             let input = (io == Some(std::io::ErrorKind::InvalidInput)).then_some(exit::REFUSED_INPUT);
             let refused = error.downcast_ref::<operator::Refused>().map(operator::Refused::exit_code);
-            ExitCode::from(net.or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
+            let unknown = error.is::<operator::Undecided>().then_some(exit::UNKNOWN);
+            ExitCode::from(unknown.or(net).or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
         }
     }
 }

@@ -154,10 +154,14 @@ impl Outlook {
 /// How a job ended.
 pub fn ended(job: &JobRecord) -> String {
     match (&job.state, &job.error) {
-        (JobState::Cancelled, _) => format!("stopped on request after {} steps", job.progress.step),
+        (JobState::Cancelled, _) if job.trains => {
+            format!("stopped on request after {} steps", job.progress.step)
+        }
+        (JobState::Cancelled, _) => "stopped on request".to_owned(),
         (JobState::Failed, Some(error)) => error.message.clone(),
         (JobState::Failed, None) => "failed".to_owned(),
-        _ => format!("done after {} steps", job.progress.step),
+        _ if job.trains => format!("done after {} steps", job.progress.step),
+        _ => "done".to_owned(),
     }
 }
 

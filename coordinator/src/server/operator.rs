@@ -7,6 +7,7 @@ use fleet_common::exit;
 use fleet_common::ids::ClientId;
 use fleet_common::net::{self, Identity};
 use fleet_common::protocol::{AuthorityView, ClientFrame, Refusal, RefusalKind, Reply, Request};
+use std::cell::Cell;
 use std::fmt::Display;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -44,6 +45,13 @@ impl Refused {
         }
     }
 }
+
+/// The change was sent, and no answer came.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the CA may or may not have been changed; look with `coordinator rotate-ca --status`, and run it again where it was not ({0:#})"
+)]
+pub struct Undecided(anyhow::Error);
 
 /// Carries out a step of the CA's replacement; says in a line how it stands then.
 pub async fn rotate_ca(data_dir: &Path, step: Step) -> Result<String> {
@@ -101,6 +109,8 @@ fn list(names: &[impl Display]) -> String {
 struct Operator {
     address: String,
     identity: Identity,
+    /// A request was sent, and nothing is known of what came of it.
+    in_doubt: Cell<bool>,
 }
 
 impl Operator {
@@ -115,15 +125,17 @@ impl Operator {
         let identity = Identity::load(&data_dir.join("client"))?.with_context(|| {
             format!("{} has no credential yet; wait until its coordinator has a leader", data_dir.display())
         })?;
-        Ok(Operator { address: endpoint.quic, identity })
+        Ok(Operator { address: endpoint.quic, identity, in_doubt: Cell::new(false) })
     }
 
     /// The same request, until it is known what came of it.
     async fn change(&self, request: Request) -> Result<()> {
         let frame = ClientFrame::change(ClientId(rand::random()), 1, request);
-        match self.ask(&frame).await? {
-            Reply::Done => Ok(()),
-            other => bail!("the coordinator gave an answer that does not fit: {other:?}"),
+        match self.ask(&frame).await {
+            Ok(Reply::Done) => Ok(()),
+            Ok(other) => bail!("the coordinator gave an answer that does not fit: {other:?}"),
+            Err(error) if self.in_doubt.get() => Err(Undecided(error).into()),
+            Err(error) => Err(error),
         }
     }
 
@@ -139,6 +151,7 @@ impl Operator {
         loop {
             let failed = match timeout(ANSWER, self.once(frame)).await {
                 Ok(Ok(Reply::Refused(refusal))) if refusal.kind != RefusalKind::Unavailable => {
+                    self.in_doubt.set(refusal.kind == RefusalKind::Undecided);
                     return Err(Refused(refusal).into());
                 }
                 Ok(Ok(Reply::Refused(refusal))) => Refused(refusal).into(),
@@ -156,6 +169,7 @@ impl Operator {
     async fn once(&self, frame: &ClientFrame) -> Result<Reply> {
         let connection = net::connect(std::slice::from_ref(&self.address), &self.identity).await?;
         let (mut send, mut receive) = connection.open_bi().await?;
+        self.in_doubt.set(true);
         write_frame(&mut send, frame).await?;
         send.finish()?;
         let reply = read_frame(&mut receive).await?.context("the coordinator closed the stream")?;

@@ -240,7 +240,11 @@ pub fn open_log(raft_dir: &Path) -> Result<(Arc<RocksDisk>, Option<Replica<Rocks
     let advice = || format!("cannot open the log in {}", raft_dir.display());
     let disk = RocksDisk::open(raft_dir).map_err(|error| match error {
         // What its files lack or have wrong does not come back by itself.
-        DiskError::Failed(what) if what.contains("Corruption") => LogError::Damaged(what),
+        DiskError::Failed(what)
+            if ["Corruption", "No such file", "Is a directory"].iter().any(|sign| what.contains(sign)) =>
+        {
+            LogError::Damaged(what)
+        }
         error => error.into(),
     });
     let disk = Arc::new(disk.with_context(advice)?);

@@ -45,7 +45,7 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
         Action::Remove { id, output } => {
             done(block_on(client.change(Request::RemoveCoordinator(id)))?)?;
             let json = json!({"replica": id.to_string(), "removed": true});
-            output.say(&json, &format!("{id} is taken out; its data directory is of no use any more"));
+            output.say(&json, &format!("{id} is taken out; set its data directory aside"));
         }
     }
     Ok(exit::SUCCEEDED)

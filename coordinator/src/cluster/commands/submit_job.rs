@@ -160,6 +160,9 @@ impl SubmitJob {
                 room.len(),
                 places(largest)
             ),
+            (Some(largest), None) if room.len() == 1 => {
+                format!("the job has {ranks}, and the only node{like} has {}; {cure}", places(largest))
+            }
             (Some(_), None) => {
                 let sum: u64 = room.iter().map(|(_, places)| u64::from(*places)).sum();
                 format!(
@@ -268,7 +271,7 @@ mod tests {
         assert!(matches!(script.run(wishing(8, Wish::default())), Answer::Submitted { .. }));
         script.run(Change::MarkNodeLost(MarkNodeLost { node: NodeId(2), silent_ms: 10_000 }));
         let refusal = why(script.run(wishing(8, Wish::default())));
-        assert!(refusal.contains("all 1 nodes together have 4 slots"), "{refusal}");
+        assert!(refusal.contains("the only node has 4 slots"), "{refusal}");
     }
 
     #[test]
