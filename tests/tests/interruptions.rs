@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{Running, TinyJob, World, eventually};
+use fleet_tests::{Running, TinyJob, World, eventually, program};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 fn strike(pid: u32, signal: Signal) {
@@ -53,7 +54,11 @@ fn nothing_outlives_a_fleet_that_is_killed() {
 fn stopping_signals_end_the_job_with_a_checkpoint() {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
         let world = World::new();
-        let mut launch = world.launch(2, &endless(), &[]);
+        let mut command = world.enter(Command::new("env"));
+        // As from a terminal, also where the tests run under nohup.
+        command.arg("--default-signal=HUP").arg(program("fleet")).args(["launch", "-n", "2", "--json"]);
+        command.arg(world.job(&endless()));
+        let mut launch = Running::start(command);
         launch.until_step(2);
         launch.signal(signal);
         let done = launch.finish().expect(code);
