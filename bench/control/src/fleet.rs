@@ -41,7 +41,7 @@ impl Fleet {
             fleet.launch(n).await?;
         }
         let started =
-            fleet.ask(0, ClientFrame::change(ClientId(1), 1, Request::StartRun { name: "bench".into() }));
+            fleet.ask(0, ClientFrame::change(ClientId(99), 1, Request::StartRun { name: "bench".into() }));
         fleet.run = match started.await? {
             Reply::RunStarted(run) => run,
             other => bail!("no run was started: {other:?}"),
@@ -61,8 +61,8 @@ impl Fleet {
         } else {
             let first = self.endpoint(0)?;
             let create = Request::CreateToken { role: Role::Coordinator, ttl_s: 600, uses: 1 };
-            let number = 100 + n as u64;
-            let text = match self.ask(0, ClientFrame::change(ClientId(1), number, create)).await? {
+            let client = ClientId(100 + n as u128);
+            let text = match self.ask(0, ClientFrame::change(client, 1, create)).await? {
                 Reply::Token { text } => text,
                 other => bail!("no token was made: {other:?}"),
             };
@@ -148,7 +148,12 @@ impl Cluster for Fleet {
         for _ in 0..connections.min(count) {
             shared.push(self.connect(at).await?);
         }
+        let since = match exchange(&shared[0], &ClientFrame::query(Request::Position)).await? {
+            Reply::Position(since) => since,
+            other => bail!("{other:?}"),
+        };
         let client = |n: usize| FleetClient {
+            since,
             connection: shared[n % shared.len()].clone(),
             id: ClientId(1000 + u128::from(self.clients.fetch_add(1, Ordering::Relaxed))),
             seq: Arc::new(AtomicU64::new(0)),
@@ -174,6 +179,8 @@ impl Cluster for Fleet {
 pub struct FleetClient {
     connection: Connection,
     id: ClientId,
+    /// Where the log was before its first put.
+    since: u64,
     seq: Arc<AtomicU64>,
     run: RunId,
 }
@@ -182,7 +189,8 @@ impl Put for FleetClient {
     async fn put(&mut self) -> Result<()> {
         let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = Request::RecordMetrics { run: self.run, points: payload(seq) };
-        match exchange(&self.connection, &ClientFrame::change(self.id, seq, request)).await? {
+        let frame = ClientFrame { since: self.since, ..ClientFrame::change(self.id, seq, request) };
+        match exchange(&self.connection, &frame).await? {
             Reply::Done => Ok(()),
             other => Err(anyhow!("{other:?}")),
         }

@@ -130,7 +130,12 @@ impl Operator {
 
     /// The same request, until it is known what came of it.
     async fn change(&self, request: Request) -> Result<()> {
-        let frame = ClientFrame::change(ClientId(rand::random()), 1, request);
+        let since = match self.ask(&ClientFrame::query(Request::Position)).await? {
+            Reply::Position(since) => since,
+            other => bail!("the coordinator gave an answer that does not fit: {other:?}"),
+        };
+        self.in_doubt.set(false);
+        let frame = ClientFrame { since, ..ClientFrame::change(ClientId(rand::random()), 1, request) };
         match self.ask(&frame).await {
             Ok(Reply::Done) => Ok(()),
             Ok(other) => bail!("the coordinator gave an answer that does not fit: {other:?}"),
