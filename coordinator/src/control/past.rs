@@ -59,7 +59,7 @@ impl<D: Disk> Control<D> {
     }
 
     pub(super) fn past_is_compared(&mut self, from: ReplicaId, theirs: &Landmark) {
-        let here = self.replica.landmark_at(theirs.at.index);
+        let here = self.replica.instead_of(theirs);
         if here.as_ref() == Some(theirs) {
             self.contradicting.remove(&from);
         }

@@ -162,6 +162,24 @@ fn another_past_under_the_same_term_is_found_before_the_one_that_comes_back_take
 }
 
 #[test]
+fn what_a_former_leader_could_not_commit_is_no_other_past() {
+    let mut net = Net::new(3);
+    let (former, ..) = three(&net);
+    net.run(2_000);
+    let committed = net.controls[&former].replica().commit_index();
+    net.cut.insert(former);
+    net.send(former, frame(7, 1, program()));
+    net.run_until("the next leader", |net| net.leader().is_some());
+    let leading = net.leading();
+    net.submit(leading);
+    let theirs = |net: &Net| net.controls[&leading].replica().landmark_at(committed + 1).unwrap();
+    let (theirs, former) = (theirs(&net), net.controls[&former].replica());
+    let here = former.landmark_at(committed + 1).unwrap();
+    assert!(here.at.term < theirs.at.term && former.commit_index() == committed);
+    assert_eq!(former.instead_of(&theirs), None);
+}
+
+#[test]
 fn another_past_under_the_same_term_is_found_by_who_could_ask_nobody() {
     let mut net = Net::new(3);
     let (honest, old) = same_term_twice(&mut net);

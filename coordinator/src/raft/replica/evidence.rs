@@ -60,6 +60,14 @@ impl<D: Disk> Replica<D> {
         entries.first().map(Landmark::of)
     }
 
+    /// What is here in the place of what another replica has committed. An entry of another term that is not committed here is no answer: the
+    /// next leader replaces it.
+    pub fn instead_of(&self, theirs: &Landmark) -> Option<Landmark> {
+        let settled =
+            |here: &Landmark| here.at.index <= self.commit_index() || here.at.term == theirs.at.term;
+        self.landmark_at(theirs.at.index).filter(settled)
+    }
+
     /// Another replica has this. This one must stop where its past is another one.
     pub fn compare(&mut self, from: u64, theirs: &Landmark) {
         let Some(here) = self.landmark_at(theirs.at.index).filter(|here| here != theirs) else { return };
