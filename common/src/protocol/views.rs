@@ -161,7 +161,7 @@ pub struct MemberView {
     pub role: Role,
     /// Empty where it has not said one: a coordinator that never came.
     pub name: String,
-    /// When it was let in; of a node that is not known.
+    /// When it was let in, where that is known: not of a node, nor of the first coordinator.
     pub joined_unix_ms: Option<u64>,
 }
 

@@ -58,6 +58,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
             };
             let role = if self.state.is_admin(*member) { Role::Admin } else { member.role() };
             let name = name.or(node).cloned().unwrap_or_default();
+            // The first coordinator never joined.
+            let joined_unix_ms = joined_unix_ms.filter(|at| *at > 0);
             MemberView { member: *member, role, name, joined_unix_ms }
         };
         self.state.admitted().keys().map(view).collect()
