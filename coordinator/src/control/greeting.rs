@@ -25,8 +25,8 @@ pub(super) struct Greeting {
     begun_ms: u64,
     asked_ms: Option<u64>,
     answered: BTreeSet<ReplicaId>,
-    /// Who spoke of raft before having told its marks, and when first.
-    spoke_ms: BTreeMap<ReplicaId, u64>,
+    /// Who spoke of raft before having told its marks: when first, and when it was asked for them last.
+    spoke_ms: BTreeMap<ReplicaId, (u64, u64)>,
     over: bool,
     told_ms: u64,
     told: Vec<(ReplicaId, Mark)>,
@@ -57,14 +57,13 @@ impl<D: Disk> Control<D> {
         if self.greeting.answered.contains(&from) {
             return self.has_greeted();
         }
-        match self.greeting.spoke_ms.get(&from) {
-            Some(first_ms) => self.has_greeted() && now.mono_ms.saturating_sub(*first_ms) >= GREETING_MS,
-            None => {
-                self.greeting.spoke_ms.insert(from, now.mono_ms);
-                self.tell_marks(from, true);
-                false
-            }
+        let known = self.greeting.spoke_ms.get(&from).copied();
+        let (first_ms, asked_ms) = known.unwrap_or((now.mono_ms, now.mono_ms));
+        if known.is_none() || now.mono_ms.saturating_sub(asked_ms) >= ASK_EVERY_MS {
+            self.greeting.spoke_ms.insert(from, (first_ms, now.mono_ms));
+            self.tell_marks(from, true);
         }
+        self.has_greeted() && now.mono_ms.saturating_sub(first_ms) >= GREETING_MS
     }
 
     pub(super) fn look_after_greeting(&mut self, now: Now) {
