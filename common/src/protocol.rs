@@ -316,7 +316,9 @@ pub struct RankStart {
     pub cache_dir: String,
     /// The checkpoint to continue from, already verified by the agent.
     pub resume: Option<String>,
-    /// libtorch threads.
+    /// The name of a run that begins with this job, for `fleet_checkpoint::Claim`.
+    pub run: String,
+    /// That compute.
     pub threads: u32,
     /// `cpu`, `cuda:0`, `mps`.
     pub device: String,

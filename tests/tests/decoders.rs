@@ -154,6 +154,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         job_json: "{}".into(),
         cache_dir: "/cache".into(),
         resume: Some("/c/step-5".into()),
+        run: "c/job-5".into(),
         threads: 1,
         device: "cpu".into(),
         shm_fd: Some(7),

@@ -55,7 +55,7 @@ fn there_is_one_tls_provider() {
     assert_eq!(found, Vec::<&str>::new());
 }
 
-/// Folders that may hold `unsafe`; design, section 8.
+/// Folders that may hold `unsafe`; ARCHITECTURE.md says which and why.
 const UNSAFE_HOMES: [&str; 5] = [
     "kernels",
     "worker/collectives/src/shm",

@@ -1,4 +1,4 @@
-//! The names: every setting with all its spellings, the seeds' settings that belong to later versions, and the flat view of a
+//! The names: every setting with all its spellings, those of other tools that belong to later versions, and the flat view of a
 //! job file in which each setting has one name and one value.
 
 use super::error::JobFileError;
@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 /// Tables of a job file; their keys are named `table.key`.
 const TABLES: [&str; 7] = ["model", "tokenizer", "data", "data.clean", "optimizer", "checkpoint", "eval"];
 
-/// Each setting: the name under which the parser asks for it, then its other spellings (M10). A dotted name is a key in a table.
+/// Each setting: the name under which the parser asks for it, then its other spellings, which PyTorch Lightning, Hugging Face and older
+/// tools use. A dotted name is a key in a table.
 #[rustfmt::skip]
 pub(super) const SETTINGS: &[&[&str]] = &[
     &["task_name"],
@@ -80,6 +81,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["checkpoint.save_steps", "save_steps"],
     &["checkpoint.save_total_limit", "save_total_limit"],
     &["checkpoint.resume", "resume_from_checkpoint", "checkpoint.resume_from_checkpoint"],
+    &["checkpoint.overwrite", "overwrite", "overwrite_output_dir"],
 
     &["eval.eval_steps", "eval_steps"],
     &["eval.batch_size", "per_device_eval_batch_size", "eval.per_device_eval_batch_size"],
@@ -96,7 +98,7 @@ const HISTORY: &str = "the history of runs is kept in the cluster; take the key 
 const BACKENDS: &str = "write `device` and `precision` instead";
 const PREFERENCES: &str = "training on preferences comes later";
 
-/// Settings of the seeds that this version does not know, and what to do instead. A table is refused as a whole.
+/// Settings that this version does not know yet, and what to do instead. A table is refused as a whole.
 #[rustfmt::skip]
 const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
@@ -129,7 +131,7 @@ impl Fields {
         let mut flat = Vec::new();
         flatten("", table, &mut flat)?;
         for (key, value) in flat {
-            // a null of the seeds (`baseline_run_id`) switches something off that is not there
+            // a null of a file for other tools (`baseline_run_id`) switches something off that is not there
             if matches!(value.kind, Kind::Null) && later(&key).is_some() {
                 continue;
             }

@@ -5,6 +5,7 @@ use super::error::{JobFileError, Warning};
 use super::fields::Fields;
 use super::formats::Format;
 use super::*;
+use std::ffi::OsStr;
 use std::path::Path;
 
 /// A job file is a few lines of settings.
@@ -27,26 +28,31 @@ pub fn load(path: &Path, sets: &[String], working_dir: &Path) -> Result<(Job, Ve
         return Err(JobFileError::TooLarge { path: path.to_owned(), limit: JOB_FILE_MAX });
     }
     let text = std::fs::read_to_string(path).map_err(read)?;
-    let run_name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("run");
-    parse(&text, format, &path.display().to_string(), run_name, sets, working_dir)
+    let stem = path.file_stem().unwrap_or_default();
+    parse(&text, format, &path.display().to_string(), stem, sets, working_dir)
+}
+
+/// As `load`, of a TOML job file that is in memory and called `job.toml`.
+pub fn parse_toml(text: &str, working_dir: &Path) -> Result<(Job, Vec<Warning>), JobFileError> {
+    parse(text, Format::Toml, "job.toml", "job".as_ref(), &[], working_dir)
 }
 
 pub(super) fn parse(
     text: &str,
     format: Format,
     file: &str,
-    run_name: &str,
+    file_stem: &OsStr,
     sets: &[String],
     working_dir: &Path,
 ) -> Result<(Job, Vec<Warning>), JobFileError> {
     let sets = sets.iter().map(|text| super::set::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let fields = Fields::new(file, format.parse(text, file)?, sets)?;
     let mut warnings = Vec::new();
-    let job = job(&fields, run_name, working_dir, &mut warnings)?;
+    let job = job(&fields, file_stem, working_dir, &mut warnings)?;
     Ok((job, warnings))
 }
 
-fn job(f: &Fields, run_name: &str, dir: &Path, warnings: &mut Vec<Warning>) -> Result<Job, JobFileError> {
+fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -> Result<Job, JobFileError> {
     let max_seq_len = f.int32("max_seq_len", 2, 1 << 20)?.unwrap_or(256);
     let batch_size = f.int32("batch_size", 1, SIZE_MAX)?.unwrap_or(8);
     let max_steps = max_steps(f)?;
@@ -65,7 +71,7 @@ fn job(f: &Fields, run_name: &str, dir: &Path, warnings: &mut Vec<Warning>) -> R
     }
     Ok(Job {
         task_name: f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned()),
-        run_name: run_name_of(f, run_name)?,
+        run_name: run_name::of(f, file_stem)?,
         output_dir: absolute(
             dir,
             &f.text("output_dir", "a directory")?.unwrap_or_else(|| "training_output".to_owned()),
@@ -97,24 +103,11 @@ fn job(f: &Fields, run_name: &str, dir: &Path, warnings: &mut Vec<Warning>) -> R
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
 
-/// M12: above 0 it decides, otherwise `epochs` does.
+/// Above 0 it decides, otherwise `epochs` does.
 fn max_steps(f: &Fields) -> Result<Option<u64>, JobFileError> {
     let wanted = "a whole number; 0 or -1 leaves the length to `epochs`";
     let given = f.get("max_steps", wanted, |v| v.int().filter(|n| *n >= -1))?;
     Ok(given.and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0))
-}
-
-/// The run names a directory.
-fn run_name_of(f: &Fields, file_stem: &str) -> Result<String, JobFileError> {
-    let fits = |name: &str| {
-        (1..=128).contains(&name.len())
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-=".contains(c))
-            && !name.starts_with('.')
-    };
-    let wanted = "a name of at most 128 letters, digits and . _ - =, not beginning with a dot,";
-    let given = f.get("run_name", wanted, |v| v.text().filter(|name| fits(name)).map(str::to_owned))?;
-    let from_file = file_stem.chars().map(|c| if fits(&c.to_string()) { c } else { '-' }).take(128).collect();
-    Ok(given.unwrap_or(from_file))
 }
 
 fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
@@ -148,7 +141,7 @@ fn devices(f: &Fields) -> Result<Devices, JobFileError> {
     Ok(given.unwrap_or(Devices::Auto))
 }
 
-/// M28 for the names. This version trains on the CPU.
+/// Names of devices as PyTorch has them. This version trains on the CPU.
 fn device(f: &Fields) -> Result<Device, JobFileError> {
     use Device::{Auto, Cpu, Cuda, Mps};
     let words = [
@@ -180,7 +173,7 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
     }
 }
 
-/// M14. This version computes in fp32 and in bf16 with fp32 masters.
+/// This version computes in fp32 and in bf16 with fp32 masters.
 fn precision(f: &Fields) -> Result<Precision, JobFileError> {
     use Precision::{Bf16Mixed, Bf16True, Fp16Mixed, Fp32};
     let words = [
@@ -422,24 +415,22 @@ fn optimizer(
     })
 }
 
-/// M13: a warm-up longer than the run is cut to a tenth of it.
+/// A warm-up longer than a run whose length is known is cut to a tenth of it; the others are cut when the data are.
 fn warmup_steps(
     f: &Fields,
     max_steps: Option<u64>,
     warnings: &mut Vec<Warning>,
-) -> Result<u64, JobFileError> {
+) -> Result<Option<u64>, JobFileError> {
     let given = f.int("optimizer.warmup_steps", 0, INT_MAX)?;
-    let tenth = max_steps.map(|steps| steps / 10);
-    match (given, max_steps, tenth) {
-        (Some(warmup), Some(steps), Some(tenth)) if warmup > steps => {
-            let spelling = f.spelling("optimizer.warmup_steps");
+    match (given, max_steps) {
+        (Some(warmup), Some(steps)) if warmup > steps => {
+            let (spelling, tenth) = (f.spelling("optimizer.warmup_steps"), steps / 10);
             warnings.push(Warning(format!(
                 "`{spelling}` ({warmup}) is larger than `max_steps` ({steps}): cut to {tenth}"
             )));
-            Ok(tenth)
+            Ok(Some(tenth))
         }
-        (Some(warmup), _, _) => Ok(warmup),
-        (None, _, tenth) => Ok(tenth.map_or(50, |tenth| tenth.min(50))),
+        _ => Ok(given),
     }
 }
 
@@ -457,6 +448,7 @@ fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
         save_steps: f.int("checkpoint.save_steps", 0, INT_MAX)?.unwrap_or(250),
         save_total_limit: f.int32("checkpoint.save_total_limit", 1, 1_000_000)?.unwrap_or(2),
         resume: resume.unwrap_or(Resume::No),
+        overwrite: f.flag("checkpoint.overwrite")?.unwrap_or(false),
     })
 }
 

@@ -10,19 +10,20 @@ mod formats;
 mod load;
 mod ranks;
 mod render;
+mod run_name;
 mod set;
 pub mod suggest;
 mod value;
 mod vocabulary;
 
 pub use error::{JobFileError, Warning};
-pub use load::{RANKS_MAX, VOCAB_MIN, load};
+pub use load::{RANKS_MAX, VOCAB_MIN, load, parse_toml};
 pub use ranks::RanksError;
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// A valid job. The canonical field names are those of the seeds (requirements G, H); aliases exist only in job files.
+/// A valid job. Aliases of its fields exist only in job files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Job {
@@ -45,7 +46,7 @@ pub struct Job {
     /// Tokens in one sequence; a window of this length gives `max_seq_len - 1` predictions.
     pub max_seq_len: u32,
     pub epochs: u32,
-    /// Optimizer steps; wins over `epochs` where present (M12).
+    /// Optimizer steps; wins over `epochs` where present.
     pub max_steps: Option<u64>,
     /// Emit a step event every this many optimizer steps.
     pub logging_steps: u64,
@@ -53,7 +54,7 @@ pub struct Job {
     pub log_to_db: bool,
     /// Stop the job after this many seconds.
     pub max_time_s: Option<u64>,
-    /// libtorch threads per rank; `None`: cores of the node divided by its ranks, at least 1.
+    /// Threads that compute in each rank; `None`: cores of the node divided by its ranks, at least 1.
     pub threads_per_rank: Option<u32>,
     pub model: Model,
     pub tokenizer: Tokenizer,
@@ -94,7 +95,7 @@ pub enum Device {
 pub enum Precision {
     #[serde(rename = "32")]
     Fp32,
-    /// fp32 master weights, bf16 copy for the products; design section 5.
+    /// fp32 master weights, bf16 copy for the products.
     #[serde(rename = "bf16-mixed")]
     Bf16Mixed,
     /// fp16 products with a loss scaler. CUDA only.
@@ -161,7 +162,7 @@ pub struct Data {
     pub clean: Clean,
 }
 
-/// Cleaning, in this order (requirements 157-160). All off by default.
+/// Cleaning, in this order. All off by default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Clean {
@@ -176,8 +177,8 @@ pub struct Clean {
 pub struct Optimizer {
     pub learning_rate: f64,
     pub schedule: Schedule,
-    /// Steps of linear rise from 0.
-    pub warmup_steps: u64,
+    /// Steps of linear rise from 0. `None`: 50, and no more than a tenth of the run.
+    pub warmup_steps: Option<u64>,
     /// The cosine ends at this share of `learning_rate`.
     pub min_lr_ratio: f64,
     pub weight_decay: f64,
@@ -204,6 +205,9 @@ pub struct Checkpoint {
     /// Keep this many newest checkpoints.
     pub save_total_limit: u32,
     pub resume: Resume,
+    /// Whether checkpoints of another run, where this one begins, may be removed as soon as it has one of its own.
+    #[serde(default)]
+    pub overwrite: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

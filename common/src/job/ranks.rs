@@ -13,8 +13,7 @@ pub enum RanksError {
 }
 
 impl Job {
-    /// The number of ranks: `requested` (`-n`), else `devices`, else one. A guardrail of the seeds (requirement 392) turns `ddp` with one
-    /// rank into `auto` and says so.
+    /// The number of ranks: `requested` (`-n`), else `devices`, else one. `ddp` with one rank becomes `auto`, and that is said.
     pub fn settle_ranks(&mut self, requested: Option<u32>) -> Result<(u32, Option<Warning>), RanksError> {
         let devices = match &self.devices {
             Devices::Auto => None,

@@ -55,6 +55,7 @@ impl Job {
                 Resume::Latest => json!("latest"),
                 Resume::Path(path) => json!(path),
             },
+            "overwrite": self.checkpoint.overwrite,
         }));
         let optimizer = table(json!(self.optimizer));
         let eval = table(json!(self.eval));

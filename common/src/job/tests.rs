@@ -11,7 +11,7 @@ const DIR: &str = "/work/dir";
 
 fn parse(format: Format, text: &str, sets: &[&str]) -> Result<(Job, Vec<Warning>), JobFileError> {
     let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
-    load::parse(text, format, "job", "my-run", &sets, Path::new(DIR))
+    load::parse(text, format, "job", "my-run".as_ref(), &sets, Path::new(DIR))
 }
 
 /// A job from flat TOML lines, with a data path.
@@ -31,7 +31,8 @@ fn an_empty_job_file_with_data_is_the_defaults() {
     assert_eq!(job.output_dir, Path::new("/work/dir/training_output"));
     assert_eq!(job.checkpoint_dir(), Path::new("/work/dir/training_output/checkpoints/my-run"));
     assert_eq!((job.seed, job.epochs, job.max_steps), (42, 1, None));
-    assert_eq!((job.optimizer.learning_rate, job.optimizer.warmup_steps), (5e-4, 50));
+    assert_eq!((job.optimizer.learning_rate, job.optimizer.warmup_steps), (5e-4, None));
+    assert!(!job.checkpoint.overwrite);
     assert_eq!((job.checkpoint.save_steps, job.checkpoint.save_total_limit), (250, 2));
     assert_eq!(job.precision, Precision::Fp32);
     let Model::New(config) = job.model else { panic!("a fresh model") };
@@ -67,8 +68,9 @@ fn every_spelling_reaches_its_field() {
         ("max_grad_norm = 0", |j| j.optimizer.max_grad_norm == 0.0),
         ("max_steps = 1e3", |j| j.max_steps == Some(1000)),
         ("max_steps = -1", |j| j.max_steps.is_none()),
-        ("max_steps = 100", |j| j.optimizer.warmup_steps == 10),
-        ("max_steps = 100\nwarmup_steps = 60", |j| j.optimizer.warmup_steps == 60),
+        ("max_steps = 100\nwarmup_steps = 60", |j| j.optimizer.warmup_steps == Some(60)),
+        ("overwrite = true", |j| j.checkpoint.overwrite),
+        ("overwrite_output_dir = true", |j| j.checkpoint.overwrite),
         ("resume_from_checkpoint = \"latest\"", |j| j.checkpoint.resume == Resume::Latest),
         ("resume_from_checkpoint = \"c/step-1\"", |j| {
             j.checkpoint.resume == Resume::Path("/work/dir/c/step-1".into())
@@ -220,7 +222,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ),
         (
             "run_name = \"../up\"",
-            "job:1: `run_name` is the text \"../up\"; a name of at most 128 letters, digits and . _ - =, not beginning with a dot, is wanted",
+            "job:1: `run_name` is the text \"../up\"; a name of at most 250 bytes of letters and digits of any script and . _ - =, not beginning with a dot, is wanted",
         ),
         (
             "data.validation_fraction = 1",
@@ -270,7 +272,7 @@ fn a_null_is_not_given() {
 fn a_warm_up_longer_than_the_run_is_cut_with_a_warning() {
     let (job, warnings) =
         parse(Format::Toml, "max_steps = 100\nwarmup_steps = 200", &["data.path=x"]).unwrap();
-    assert_eq!(job.optimizer.warmup_steps, 10);
+    assert_eq!(job.optimizer.warmup_steps, Some(10));
     assert_eq!(
         warnings,
         [Warning("`warmup_steps` (200) is larger than `max_steps` (100): cut to 10".into())]
@@ -302,7 +304,7 @@ fn a_file_is_read_by_its_extension() {
     };
     let good = file("good run.jsonc", b"\xef\xbb\xbf{\"data\": {\"path\": \"x\"}, // c\n}");
     let (job, _) = load(&good, &[], Path::new(DIR)).unwrap();
-    assert_eq!(job.run_name, "good-run");
+    assert!(job.run_name.starts_with("good-run-"), "{}", job.run_name);
     let missing = load(&dir.path().join("no.toml"), &[], Path::new(DIR)).unwrap_err();
     assert!(matches!(missing, JobFileError::Read { .. }));
     assert!(matches!(load(&file("a.txt", b""), &[], Path::new(DIR)), Err(JobFileError::Extension { .. })));
@@ -374,7 +376,8 @@ fn any_job() -> impl Generator<Value = Job> {
             job.optimizer.learning_rate = a;
             job.optimizer.min_lr_ratio = b;
             job.optimizer.eps = c;
-            job.optimizer.warmup_steps = steps.unwrap_or(7);
+            job.optimizer.warmup_steps = steps;
+            job.checkpoint.overwrite = tie;
             job.optimizer.schedule = [Schedule::Cosine, Schedule::Linear, Schedule::Constant][pick as usize];
             job.checkpoint.resume =
                 [Resume::No, Resume::Latest, Resume::Path("/c p/step-1".into())][pick as usize].clone();

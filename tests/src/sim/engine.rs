@@ -285,7 +285,7 @@ impl World {
 
     fn prepared(&mut self, machine: u32, id: GangId, resume: Option<PathBuf>) {
         let stats = DataStats { documents: 1, train_windows: 1, cached: true, ..DataStats::default() };
-        let prepared = Prepared { cache_dir: "/cache".into(), stats, resume };
+        let prepared = Prepared { cache_dir: "/cache".into(), stats, resume, run: id.job.to_string() };
         self.tell_agent_core(machine, Input::Gang(id, GangInput::Prepared(Ok(prepared))));
     }
 

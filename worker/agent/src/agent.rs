@@ -64,7 +64,7 @@ pub enum Accelerator {
 }
 
 impl Config {
-    /// libtorch threads of each of `ranks` ranks.
+    /// Threads that compute in each of `ranks` ranks.
     pub fn threads(&self, job: &Job, ranks: u32) -> u32 {
         job.threads_per_rank.unwrap_or(self.cores / ranks.max(1)).max(1)
     }

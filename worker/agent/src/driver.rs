@@ -109,6 +109,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         lines: options.lines,
     };
     let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
+    let cluster_id = identity.cluster_id.clone();
     let node = link::Node {
         identity,
         identity_dir: options.data_dir.join("identity"),
@@ -123,6 +124,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let driver = Driver {
         agent: Agent::new(config.clone(), found.past),
         name: config.name,
+        cluster_id,
         begin: Instant::now(),
         launcher,
         records,
@@ -189,6 +191,7 @@ struct Child {
 struct Driver {
     agent: Agent,
     name: String,
+    cluster_id: String,
     begin: Instant,
     launcher: Launcher,
     records: Records,
@@ -286,12 +289,13 @@ impl Driver {
             }
             Action::Spawn(gang) => self.spawn(&gang).await,
             Action::Prepare { gang, job } => {
-                let (sender, name) = (self.messages_sender.clone(), self.name.clone());
+                let sender = self.messages_sender.clone();
+                let (name, run) = (self.name.clone(), format!("{}/{}", self.cluster_id, gang.job));
                 tokio::task::spawn_blocking(move || {
                     let progress = |level, line| {
                         let _ = sender.blocking_send((gang, GangInput::Progress(level, line)));
                     };
-                    let result = prepare::prepare(&job, &name, &progress);
+                    let result = prepare::prepare(&job, run, &name, &progress);
                     let _ = sender.blocking_send((gang, GangInput::Prepared(result)));
                 });
             }

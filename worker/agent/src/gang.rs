@@ -96,6 +96,8 @@ pub struct Prepared {
     pub cache_dir: PathBuf,
     pub stats: DataStats,
     pub resume: Option<PathBuf>,
+    /// For `RankStart::run`.
+    pub run: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -520,6 +522,7 @@ impl Supervised {
                 job_json: job_json.clone(),
                 cache_dir: prepared.cache_dir.to_string_lossy().into_owned(),
                 resume: prepared.resume.as_ref().map(|path| path.to_string_lossy().into_owned()),
+                run: prepared.run.clone(),
                 threads,
                 device,
                 shm_fd: None,

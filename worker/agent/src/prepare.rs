@@ -1,21 +1,33 @@
-//! What must be there before ranks start: the token cache and the checkpoint to resume from, found, built and verified. Blocking work
-//! for a thread of its own; its errors carry their fault.
+//! What must be there before ranks start: the checkpoint to resume from, a directory that takes new ones, and the token cache; found,
+//! verified, built. Blocking work for a thread of its own; its errors carry their fault.
 
 use crate::gang::Prepared;
 use crate::verdict::agent_error;
-use fleet_checkpoint::CheckpointError;
+use fleet_checkpoint::{CheckpointError, Claim, RunDir, Search};
 use fleet_common::events::{JobError, Level};
 use fleet_common::job::{Job, Resume};
 use fleet_data::TokenCache;
 use std::path::PathBuf;
 
-/// Prepares a job on the node `node`, telling `progress` what goes on.
-pub fn prepare(job: &Job, node: &str, progress: &dyn Fn(Level, String)) -> Result<Prepared, JobError> {
-    let resume =
-        resume(job, progress).map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
+/// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it.
+pub fn prepare(
+    job: &Job,
+    run: String,
+    node: &str,
+    progress: &dyn Fn(Level, String),
+) -> Result<Prepared, JobError> {
+    let failed = |error: CheckpointError| agent_error(error.fault(), node, error.to_string());
+    let resume = resume(job, progress).map_err(failed)?;
+    let claim = Claim {
+        dir: &job.checkpoint_dir(),
+        run: &run,
+        resumed: resume.as_deref(),
+        overwrite: job.checkpoint.overwrite,
+    };
+    drop(RunDir::claim(&claim).map_err(failed)?); // rank 0 takes it again, and keeps it: here it was to be known before the data are read
     let cache = TokenCache::build_or_open(job, &|line| progress(Level::Info, line.to_owned()));
     let (cache, stats) = cache.map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
-    Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume })
+    Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
 }
 
 /// The checkpoint that the job continues from, with every hash checked.
@@ -27,19 +39,24 @@ fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>
             dir.clone()
         }
         Resume::Latest => {
-            let search = fleet_checkpoint::latest(&job.checkpoint_dir())?;
-            for damage in &search.passed_over {
+            let place = job.checkpoint_dir();
+            let Search { newest, passed_over } = fleet_checkpoint::latest(&place)?;
+            for damage in &passed_over {
                 progress(Level::Warn, damage.to_string());
             }
-            let Some((dir, _)) = search.newest else {
-                let place = job.checkpoint_dir();
-                progress(
-                    Level::Info,
-                    format!("no checkpoint in {} yet: starting from the beginning", place.display()),
-                );
-                return Ok(None);
-            };
-            dir
+            let count = passed_over.len();
+            match (newest, passed_over.into_iter().next()) {
+                (Some((dir, _)), _) => dir,
+                (None, Some(damage)) if !job.checkpoint.overwrite => {
+                    return Err(CheckpointError::NoneWhole { dir: place, count, newest: Box::new(damage) });
+                }
+                (None, _) => {
+                    let line =
+                        format!("no checkpoint in {} yet: starting from the beginning", place.display());
+                    progress(Level::Info, line);
+                    return Ok(None);
+                }
+            }
         }
     };
     progress(Level::Info, format!("continuing from {}", dir.display()));

@@ -35,6 +35,32 @@ pub enum CheckpointError {
     Damaged { path: PathBuf, what: String },
     #[error("{path} is not a usable safetensors file: {what}")]
     Tensors { path: PathBuf, what: String },
+    /// Found before anything is trained.
+    #[error(
+        "checkpoints cannot be written to {path}: {source}; set output_dir to a directory that this user may write to, with room"
+    )]
+    Unwritable {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// Another process holds the directory's lock.
+    #[error(
+        "another job is writing its checkpoints to {0}; wait for its end, or give this one another run_name"
+    )]
+    Busy(PathBuf),
+    /// A run that would begin where another one's checkpoints lie.
+    #[error(
+        "{dir} holds checkpoints of another run ({count}, the newest {newest}): set resume_from_checkpoint = \"latest\" to continue \
+         it, another run_name to leave it as it is, or overwrite = true to replace it"
+    )]
+    Occupied { dir: PathBuf, count: usize, newest: String },
+    /// `latest` found checkpoints, and all are damaged.
+    #[error(
+        "none of the checkpoints in {dir} ({count}) is whole; the newest: {newest}; or begin anew, with another run_name or with \
+         overwrite = true"
+    )]
+    NoneWhole { dir: PathBuf, count: usize, newest: Box<CheckpointError> },
     /// A good checkpoint of another run.
     #[error("the checkpoint does not fit this job: {0}")]
     Incompatible(String),
@@ -44,7 +70,9 @@ impl CheckpointError {
     /// A disk that fails or is full is the environment's; everything else was named by the user.
     pub fn fault(&self) -> Fault {
         match self {
-            CheckpointError::Write { .. } | CheckpointError::Read { .. } => Fault::Environment,
+            CheckpointError::Write { .. }
+            | CheckpointError::Unwritable { .. }
+            | CheckpointError::Read { .. } => Fault::Environment,
             _ => Fault::Input,
         }
     }

@@ -10,11 +10,12 @@
 //!   manifest.json          length and SHA-256 of every other file; written last
 //! ```
 //!
-//! A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
+//! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
 mod error;
 mod manifest;
+mod run_dir;
 mod search;
 mod state;
 mod tensors;
@@ -22,8 +23,9 @@ mod writer;
 
 pub use error::CheckpointError;
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
+pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
-pub use search::{Search, latest, rotate};
+pub use search::{Search, latest};
 pub use state::TrainerState;
 pub use tensors::{TensorSlice, Tensors};
 pub use writer::{TensorRef, Writer, step_dir};

@@ -31,6 +31,9 @@ pub struct Manifest {
     pub serial: u64,
     /// Training loss of the last step, in nats; `None` where it was not a number.
     pub loss: Option<f64>,
+    /// The run that wrote it, and whose continuations may remove it. Empty where an early fleet did not say.
+    #[serde(default)]
+    pub run: String,
     /// By name, without the manifest itself.
     pub files: BTreeMap<String, ManifestFile>,
 }
@@ -166,8 +169,8 @@ fn no_manifest(dir: &Path) -> CheckpointError {
     let weights = [MODEL_FILE, "model.safetensors.index.json", "pytorch_model.bin"];
     if let Some(name) = weights.iter().find(|name| dir.join(name).exists()) {
         let what = format!(
-            "it has {name} but no {MANIFEST_FILE}, as a Hugging Face model has; to start from its weights set [model] \
-             pretrained to it and leave resume_from_checkpoint out"
+            "it has {name} but no {MANIFEST_FILE}, as a Hugging Face model has; to start from its weights set model.path \
+             to it and leave resume_from_checkpoint out"
         );
         return CheckpointError::foreign(dir, what);
     }
@@ -188,7 +191,7 @@ mod tests {
         #[test]
         fn a_manifest_with_a_changed_byte_never_panics(at in 0usize..200, byte: u8) {
             let files = [("model.safetensors".to_owned(), ManifestFile { bytes: 7, sha256: "00".into() })].into();
-            let manifest = Manifest { format: FORMAT.into(), step: 3, serial: 1, loss: Some(1.5), files };
+            let manifest = Manifest { format: FORMAT.into(), step: 3, serial: 1, loss: Some(1.5), run: "c/job-1".into(), files };
             let mut bytes = serde_json::to_vec(&manifest).unwrap();
             prop_assert_eq!(Manifest::parse(&bytes).unwrap(), manifest);
             let at = at % bytes.len();
@@ -200,10 +203,15 @@ mod tests {
     /// As checkpoints on users' disks have it: a change that does not read this needs a new `FORMAT` and a reader of the old one.
     #[test]
     fn the_layout_on_disk_never_changes() {
-        let text = r#"{"format":"fleet-checkpoint/1","step":100,"serial":2,"loss":null,
+        let text = r#"{"format":"fleet-checkpoint/1","step":100,"serial":2,"loss":null,"run":"c/job-1",
             "files":{"config.json":{"bytes":12,"sha256":"ab"}}}"#;
         let manifest = Manifest::parse(text.as_bytes()).unwrap();
         assert_eq!((manifest.step, manifest.serial, manifest.loss, manifest.bytes()), (100, 2, None, 12));
+        let early = text.replace(r#","run":"c/job-1""#, "");
+        assert_eq!(
+            Manifest { run: String::new(), ..manifest.clone() },
+            Manifest::parse(early.as_bytes()).unwrap()
+        );
         let written: serde_json::Value = serde_json::to_value(&manifest).unwrap();
         assert_eq!(written, serde_json::from_str::<serde_json::Value>(text).unwrap());
     }

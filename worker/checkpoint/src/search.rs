@@ -1,7 +1,7 @@
-//! Finding, rotating and tidying the checkpoints of one directory.
+//! Finding and tidying the checkpoints of one directory.
 
 use crate::manifest::Manifest;
-use crate::writer::{TEMPORARY, sync_dir};
+use crate::writer::TEMPORARY;
 use crate::{CheckpointError, verify};
 use std::fs;
 use std::io;
@@ -21,42 +21,13 @@ pub struct Search {
 pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
     let dirs = by_age(checkpoint_dir).map_err(|e| CheckpointError::read(checkpoint_dir, e))?;
     let mut passed_over = Vec::new();
-    for (_, dir) in dirs.into_iter().rev() {
-        match verify(&dir) {
-            Ok(manifest) => return Ok(Search { newest: Some((dir, manifest)), passed_over }),
+    for Found { path, .. } in dirs.into_iter().rev() {
+        match verify(&path) {
+            Ok(manifest) => return Ok(Search { newest: Some((path, manifest)), passed_over }),
             Err(e) => passed_over.push(e),
         }
     }
     Ok(Search { newest: None, passed_over })
-}
-
-/// Removes the oldest checkpoints so that `keep` remain, counting up to and including the one of `committed`, which is known to
-/// be good and is never removed; newer ones are not touched. Returns what was removed.
-pub fn rotate(checkpoint_dir: &Path, keep: u32, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
-    let fail =
-        |path: &Path, source| CheckpointError::Write { step: committed, path: path.to_owned(), source };
-    let mut dirs: Vec<PathBuf> = by_age(checkpoint_dir)
-        .map_err(|e| fail(checkpoint_dir, e))?
-        .into_iter()
-        .map(|(_, dir)| dir)
-        .collect();
-    let protected = crate::step_dir(checkpoint_dir, committed);
-    let Some(last) = dirs.iter().position(|dir| *dir == protected) else {
-        return Ok(Vec::new()); // not written here: nothing is known to be good, so nothing is removed
-    };
-    dirs.truncate(last);
-    let excess = dirs.len().saturating_sub(keep.max(1) as usize - 1);
-    dirs.truncate(excess);
-    for dir in &dirs {
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let doomed = checkpoint_dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
-        fs::rename(dir, &doomed).map_err(|e| fail(dir, e))?; // at no moment is half a checkpoint called one
-        fs::remove_dir_all(&doomed).map_err(|e| fail(&doomed, e))?;
-    }
-    if !dirs.is_empty() {
-        sync_dir(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
-    }
-    Ok(dirs)
 }
 
 /// The directories `step-*`, by step. Empty where `dir` does not exist.
@@ -82,7 +53,7 @@ pub(crate) fn step_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The serial of the newest checkpoint, 0 where there is none.
 pub(crate) fn highest_serial(dir: &Path) -> io::Result<u64> {
-    Ok(by_age(dir)?.last().map_or(0, |(serial, _)| *serial))
+    Ok(by_age(dir)?.last().map_or(0, |found| found.serial))
 }
 
 /// Removes what writers and rotations that died have left. Their names end with the process; this process has no other writer.
@@ -104,15 +75,38 @@ fn is_another_live_process(pid: i32) -> bool {
     pid > 0 && pid != std::process::id() as i32 && found != Err(nix::errno::Errno::ESRCH)
 }
 
-/// Oldest first. One whose manifest cannot be read has no serial: it takes the place that its step gives it.
-fn by_age(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
-    let mut newest_so_far = 0;
-    let mut dirs: Vec<(u64, PathBuf)> = Vec::new();
-    for path in step_dirs(dir)? {
-        let serial = Manifest::read(&path).map_or(newest_so_far, |m| m.serial.min(u64::MAX - 1));
-        newest_so_far = newest_so_far.max(serial);
-        dirs.push((serial, path));
+/// A directory `step-*` and what its manifest says of its age and of who wrote it.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub path: PathBuf,
+    pub serial: u64,
+    /// `None` where the manifest cannot be read.
+    pub run: Option<String>,
+}
+
+impl Found {
+    pub fn at(path: PathBuf) -> Found {
+        match Manifest::read(&path) {
+            Ok(manifest) => {
+                Found { path, serial: manifest.serial.min(u64::MAX - 1), run: Some(manifest.run) }
+            }
+            Err(_) => Found { path, serial: 0, run: None },
+        }
     }
-    dirs.sort_by_key(|(serial, _)| *serial); // stable: equal serials stay in the order of their steps
-    Ok(dirs)
+}
+
+/// Oldest first. One whose manifest cannot be read has no serial: it takes the place that its step gives it.
+pub(crate) fn by_age(dir: &Path) -> io::Result<Vec<Found>> {
+    let mut newest_so_far = 0;
+    let mut all: Vec<Found> = Vec::new();
+    for path in step_dirs(dir)? {
+        let mut found = Found::at(path);
+        if found.run.is_none() {
+            found.serial = newest_so_far;
+        }
+        newest_so_far = newest_so_far.max(found.serial);
+        all.push(found);
+    }
+    all.sort_by_key(|found| found.serial); // stable: equal serials stay in the order of their steps
+    Ok(all)
 }

@@ -64,7 +64,7 @@ impl TrainerState {
         if self.cache_hash != job.cache_hash {
             return refuse(format!(
                 "its data were others (files, cleaning, max_seq_len or validation share; cache {} and now {}); restore them, or \
-                 start a new run from its weights with [model] pretrained",
+                 start a new run from its weights: model.path set to it, under another run_name",
                 short(&self.cache_hash),
                 short(&job.cache_hash)
             ));

@@ -1,7 +1,7 @@
 //! Writes one checkpoint: into a hidden directory, synced, then renamed. Whatever fails on the way, nothing is left behind.
 
 use crate::manifest::{FORMAT, Manifest, ManifestFile};
-use crate::{CheckpointError, MANIFEST_FILE, STATE_FILE, TrainerState, search};
+use crate::{CheckpointError, MANIFEST_FILE, RunDir, STATE_FILE, TrainerState, search};
 use fleet_common::events::{CheckpointRecord, Shard};
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
@@ -27,8 +27,8 @@ pub struct TensorRef<'a> {
 
 /// A checkpoint being written. Dropped before `finish`, it removes what it wrote.
 #[derive(Debug)]
-pub struct Writer {
-    dir: PathBuf,
+pub struct Writer<'a> {
+    dir: &'a RunDir,
     temporary: PathBuf,
     step: u64,
     serial: u64,
@@ -41,24 +41,16 @@ pub fn step_dir(checkpoint_dir: &Path, step: u64) -> PathBuf {
     checkpoint_dir.join(format!("step-{step:08}"))
 }
 
-impl Writer {
-    /// Starts the checkpoint of `step` (optimizer steps done) in `checkpoint_dir`, which is made if missing. What dead writers
-    /// left there is removed. One process writes one checkpoint of a directory at a time.
-    pub fn begin(checkpoint_dir: &Path, step: u64) -> Result<Writer, CheckpointError> {
+impl<'a> Writer<'a> {
+    /// Starts the checkpoint of `step` (optimizer steps done) in `dir`. What dead writers left there is removed.
+    pub fn begin(dir: &'a RunDir, step: u64) -> Result<Writer<'a>, CheckpointError> {
         let fail = |path: &Path, source| CheckpointError::Write { step, path: path.to_owned(), source };
-        create_dir_durably(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
-        search::remove_leftovers(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))?;
-        let serial = search::highest_serial(checkpoint_dir).map_err(|e| fail(checkpoint_dir, e))? + 1;
-        let temporary = checkpoint_dir.join(format!("{TEMPORARY}step-{step:08}-{}", std::process::id()));
+        let place = dir.path();
+        search::remove_leftovers(place).map_err(|e| fail(place, e))?;
+        let serial = search::highest_serial(place).map_err(|e| fail(place, e))? + 1;
+        let temporary = place.join(format!("{TEMPORARY}step-{step:08}-{}", std::process::id()));
         fs::create_dir(&temporary).map_err(|e| fail(&temporary, e))?;
-        Ok(Writer {
-            dir: checkpoint_dir.to_owned(),
-            temporary,
-            step,
-            serial,
-            files: BTreeMap::new(),
-            finished: false,
-        })
+        Ok(Writer { dir, temporary, step, serial, files: BTreeMap::new(), finished: false })
     }
 
     /// Writes tensors as a safetensors file, straight from their memory, hashing on a second thread.
@@ -93,15 +85,20 @@ impl Writer {
             step: self.step,
             serial: self.serial,
             loss: loss.is_finite().then_some(loss),
+            run: self.dir.run().to_owned(),
             files: std::mem::take(&mut self.files),
         };
         let bytes = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
         let manifest_sha256 = self.write_file(MANIFEST_FILE, &[&bytes])?.sha256;
-        let target = step_dir(&self.dir, self.step);
+        let target = step_dir(self.dir.path(), self.step);
+        if !self.dir.may_replace(&target) {
+            let taken = io::Error::new(io::ErrorKind::AlreadyExists, "a checkpoint of another run is there");
+            return Err(self.failed(&target, taken));
+        }
         sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;
         publish(&self.temporary, &target).map_err(|e| self.failed(&target, e))?;
         self.finished = true;
-        sync_dir(&self.dir).map_err(|e| self.failed(&self.dir, e))?;
+        sync_dir(self.dir.path()).map_err(|e| self.failed(self.dir.path(), e))?;
         let shards = manifest.files.iter().map(|(name, file)| Shard {
             writer: 0,
             name: name.clone(),
@@ -153,7 +150,7 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for Writer<'_> {
     fn drop(&mut self) {
         if !self.finished
             && let Err(e) = fs::remove_dir_all(&self.temporary)
@@ -193,7 +190,7 @@ fn header(tensors: &[&TensorRef]) -> Vec<u8> {
 }
 
 /// Makes a directory and the missing ones above it so that they are still there after a power cut.
-fn create_dir_durably(dir: &Path) -> io::Result<()> {
+pub(crate) fn create_dir_durably(dir: &Path) -> io::Result<()> {
     let missing: Vec<&Path> =
         dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists()).collect();
     fs::create_dir_all(dir)?;

@@ -3,16 +3,21 @@
 #![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
 
 use fleet_checkpoint::{
-    CheckpointError, Dtype, MANIFEST_FILE, MODEL_FILE, TensorRef, Tensors, Writer, latest, manifest_sha256,
-    rotate, step_dir, verify,
+    CheckpointError, Claim, Dtype, MANIFEST_FILE, MODEL_FILE, RunDir, TensorRef, Tensors, Writer, latest,
+    manifest_sha256, step_dir, verify,
 };
 use fleet_common::events::CheckpointRecord;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+fn claim(dir: &Path) -> RunDir {
+    RunDir::claim(&Claim { dir, run: "run", resumed: None, overwrite: false }).unwrap()
+}
+
 fn save(dir: &Path, step: u64) -> CheckpointRecord {
-    let mut writer = Writer::begin(dir, step).unwrap();
+    let dir = claim(dir);
+    let mut writer = Writer::begin(&dir, step).unwrap();
     let (embedding, norm, counts) = ([1u8; 24], [2u8; 8], [3u8; 6]);
     let tensors = [
         TensorRef { name: "counts", dtype: Dtype::BF16, shape: &[3], data: &counts },
@@ -27,6 +32,7 @@ fn save(dir: &Path, step: u64) -> CheckpointRecord {
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| name != ".lock");
     names.sort();
     names
 }
@@ -65,7 +71,8 @@ fn a_model_in_shards_is_read_as_one() {
     let dir = tempfile::tempdir().unwrap();
     let data = [5u8; 4];
     for (step, name) in [(1, "a"), (2, "b")] {
-        let mut writer = Writer::begin(dir.path(), step).unwrap();
+        let claimed = claim(dir.path());
+        let mut writer = Writer::begin(&claimed, step).unwrap();
         let tensor = TensorRef { name, dtype: Dtype::F32, shape: &[1], data: &data };
         writer.write_safetensors(MODEL_FILE, &[tensor]).unwrap();
         writer.finish(0.0).unwrap();
@@ -162,27 +169,15 @@ fn a_run_that_starts_over_counts_as_newer_than_the_steps_it_left() {
 }
 
 #[test]
-fn rotation_keeps_the_newest_and_never_touches_what_is_not_committed() {
-    let dir = tempfile::tempdir().unwrap();
-    for step in [1, 2, 3, 4, 5] {
-        save(dir.path(), step);
-    }
-    let removed = rotate(dir.path(), 2, 4).unwrap();
-    assert_eq!(removed, [step_dir(dir.path(), 1), step_dir(dir.path(), 2)]);
-    assert_eq!(names(dir.path()), ["step-00000003", "step-00000004", "step-00000005"]);
-    assert!(rotate(dir.path(), 1, 99).unwrap().is_empty(), "a step that is not there protects nothing");
-    rotate(dir.path(), 0, 4).unwrap();
-    assert_eq!(names(dir.path()), ["step-00000004", "step-00000005"]);
-}
-
-#[test]
 fn unfinished_checkpoints_and_those_of_dead_writers_go() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = Writer::begin(dir.path(), 5).unwrap();
+    let claimed = claim(dir.path());
+    let mut writer = Writer::begin(&claimed, 5).unwrap();
     writer.write_bytes("config.json", b"{}").unwrap();
     assert_eq!(names(dir.path()).len(), 1);
     drop(writer);
     assert_eq!(names(dir.path()), [] as [String; 0]);
+    drop(claimed);
 
     let mut dead = Command::new("true").spawn().unwrap();
     dead.wait().unwrap();
@@ -204,10 +199,12 @@ fn child_saves_to_a_full_disk() {
     let Some(dir) = std::env::var_os("FLEET_TEST_DIR").map(PathBuf::from) else { return };
     let small = save(&dir, 1);
     let big = vec![7u8; 8 << 20];
-    let mut writer = Writer::begin(&dir, 2).unwrap();
+    let claimed = claim(&dir);
+    let mut writer = Writer::begin(&claimed, 2).unwrap();
     let tensor = TensorRef { name: "w", dtype: Dtype::U8, shape: &[big.len()], data: &big };
     let error = writer.write_safetensors(MODEL_FILE, &[tensor]).unwrap_err();
     drop(writer);
+    drop(claimed);
     println!("FOUND {error}");
     assert_eq!(names(&dir), ["step-00000001"]);
     assert_eq!(latest(&dir).unwrap().newest.unwrap().0, PathBuf::from(small.path));

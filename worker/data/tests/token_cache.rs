@@ -3,10 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
 
 use fleet_common::exit::Fault;
-use fleet_common::job::{
-    Checkpoint, Clean, Data, Device, Devices, Eval, Job, LlamaConfig, Model, Optimizer, Precision, Resume,
-    Schedule, Strategy, Tokenizer,
-};
+use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
 use fleet_data::{DataError, Order, TokenCache};
 use std::fs;
 use std::path::Path;
@@ -39,65 +36,14 @@ fn corpus(path: &Path, paragraphs: u64) {
 }
 
 fn job(dir: &Path) -> Job {
-    Job {
-        task_name: "test".into(),
-        run_name: "test".into(),
-        output_dir: dir.join("out"),
-        working_dir: dir.to_owned(),
-        seed: 1,
-        strategy: Strategy::Auto,
-        devices: Devices::Auto,
-        num_nodes: 1,
-        device: Device::Cpu,
-        precision: Precision::Fp32,
-        batch_size: 2,
-        accumulate_grad_batches: 1,
-        max_seq_len: 32,
-        epochs: 1,
-        max_steps: None,
-        logging_steps: 1,
-        log_to_db: false,
-        max_time_s: None,
-        threads_per_rank: None,
-        model: Model::New(LlamaConfig {
-            vocab_size: 300,
-            hidden_size: 8,
-            intermediate_size: 16,
-            num_hidden_layers: 1,
-            num_attention_heads: 1,
-            num_key_value_heads: 1,
-            head_dim: 8,
-            max_position_embeddings: 32,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10000.0,
-            tie_word_embeddings: true,
-            initializer_range: 0.02,
-            bos_token_id: None,
-            eos_token_id: None,
-        }),
-        tokenizer: Tokenizer::Train { vocab_size: 300 },
-        data: Data {
-            paths: vec![dir.join("corpus.txt")],
-            include: vec![],
-            exclude: vec![],
-            text_field: "text".into(),
-            validation_fraction: 0.1,
-            clean: Clean::default(),
-        },
-        optimizer: Optimizer {
-            learning_rate: 1e-3,
-            schedule: Schedule::Cosine,
-            warmup_steps: 0,
-            min_lr_ratio: 0.1,
-            weight_decay: 0.0,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            max_grad_norm: 1.0,
-        },
-        checkpoint: Checkpoint { save_steps: 0, save_total_limit: 2, resume: Resume::No },
-        eval: Eval { eval_steps: 0, batch_size: 2, max_eval_examples: None },
-    }
+    let text = r#"
+        output_dir = "out"
+        vocab_size = 300
+        max_seq_len = 32
+        model = { hidden_size = 8, num_hidden_layers = 1, num_attention_heads = 1 }
+        data = { path = "corpus.txt", include = [], validation_fraction = 0.1 }
+    "#;
+    parse_toml(text, dir).unwrap().0
 }
 
 fn quiet(_: &str) {}

@@ -10,7 +10,7 @@ use fleet_rank::workers::Workers;
 use half::bf16;
 use std::time::Instant;
 
-/// The defaults are the model of the benchmark table in the README.
+/// The defaults are the model that bench/README.md measures.
 #[derive(clap::Args)]
 pub struct BenchArgs {
     #[arg(long, default_value_t = 384)]

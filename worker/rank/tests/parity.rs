@@ -82,7 +82,7 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
     let optimizer = Optimizer {
         learning_rate: hyper("learning_rate"),
         schedule: Schedule::Cosine,
-        warmup_steps: hyper("warmup_steps") as u64,
+        warmup_steps: Some(hyper("warmup_steps") as u64),
         min_lr_ratio: 0.0,
         weight_decay: hyper("weight_decay"),
         beta1: hyper("beta1"),

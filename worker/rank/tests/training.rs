@@ -24,54 +24,25 @@ fn job(dir: &Path) -> Job {
     for (n, part) in text.as_bytes().chunks(text.len() / 12 + 1).enumerate() {
         std::fs::write(dir.join(format!("{n:02}.txt")), part).unwrap();
     }
-    Job {
-        task_name: "test".into(),
-        run_name: "run".into(),
-        output_dir: dir.join("out"),
-        working_dir: dir.to_owned(),
-        seed: 7,
-        strategy: Strategy::Auto,
-        devices: Devices::Auto,
-        num_nodes: 1,
-        device: Device::Cpu,
-        precision: Precision::Fp32,
-        batch_size: 4,
-        accumulate_grad_batches: 1,
-        max_seq_len: 16,
-        epochs: 1,
-        max_steps: Some(12),
-        logging_steps: 1,
-        log_to_db: false,
-        max_time_s: None,
-        threads_per_rank: Some(1),
-        model: Model::New(LlamaConfig {
-            vocab_size: 270,
-            max_position_embeddings: 16,
-            ..fleet_rank::testing::tiny_config()
-        }),
-        tokenizer: Tokenizer::Train { vocab_size: 270 },
-        data: Data {
-            paths: vec![dir.to_owned()],
-            include: vec!["*.txt".into()],
-            exclude: vec![],
-            text_field: "text".into(),
-            validation_fraction: 0.2,
-            clean: Clean::default(),
-        },
-        optimizer: Optimizer {
-            learning_rate: 5e-3,
-            schedule: Schedule::Cosine,
-            warmup_steps: 2,
-            min_lr_ratio: 0.1,
-            weight_decay: 0.1,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            max_grad_norm: 1.0,
-        },
-        checkpoint: Checkpoint { save_steps: 6, save_total_limit: 2, resume: Resume::No },
-        eval: Eval { eval_steps: 6, batch_size: 2, max_eval_examples: Some(10) },
-    }
+    let text = r#"
+        run_name = "run"
+        output_dir = "out"
+        seed = 7
+        batch_size = 4
+        max_seq_len = 16
+        max_steps = 12
+        logging_steps = 1
+        threads_per_rank = 1
+        data = { path = ".", include = ["*.txt"], validation_fraction = 0.2 }
+        optimizer = { lr = 5e-3, warmup_steps = 2, min_lr_ratio = 0.1, weight_decay = 0.1, beta2 = 0.95 }
+        checkpoint = { save_steps = 6, save_total_limit = 2 }
+        eval = { eval_steps = 6, batch_size = 2, max_eval_examples = 10 }
+    "#;
+    let mut job = parse_toml(text, dir).unwrap().0;
+    let config = fleet_rank::testing::tiny_config();
+    job.model = Model::New(LlamaConfig { vocab_size: 270, max_position_embeddings: 16, ..config });
+    job.tokenizer = Tokenizer::Train { vocab_size: 270 };
+    job
 }
 
 struct Ended {
@@ -118,6 +89,7 @@ fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u64>) 
                     job_json: job.to_json(),
                     cache_dir: cache.dir().to_string_lossy().into_owned(),
                     resume: resume.map(str::to_owned),
+                    run: "c/job-1".into(),
                     threads: 1,
                     device: "cpu".into(),
                     shm_fd: (world > 1).then(|| segment.fd().as_raw_fd()),

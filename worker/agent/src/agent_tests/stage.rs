@@ -7,7 +7,6 @@ use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level,
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, Program, Value, Variable, Work};
-use std::path::PathBuf;
 
 pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
 
@@ -39,50 +38,13 @@ fn checkpoint(step: u64) -> CheckpointRecord {
 }
 
 pub fn job() -> Job {
-    Job {
-        task_name: "t".into(),
-        run_name: "r".into(),
-        output_dir: "/out".into(),
-        working_dir: "/".into(),
-        seed: 1,
-        strategy: Strategy::Auto,
-        devices: Devices::Auto,
-        num_nodes: 1,
-        device: Device::Auto,
-        precision: Precision::Fp32,
-        batch_size: 1,
-        accumulate_grad_batches: 1,
-        max_seq_len: 8,
-        epochs: 1,
-        max_steps: None,
-        logging_steps: 1,
-        log_to_db: false,
-        max_time_s: None,
-        threads_per_rank: None,
-        model: Model::Pretrained("/model".into()),
-        tokenizer: Tokenizer::Train { vocab_size: 300 },
-        data: Data {
-            paths: vec![PathBuf::from("/data")],
-            include: vec![],
-            exclude: vec![],
-            text_field: "text".into(),
-            validation_fraction: 0.1,
-            clean: Clean::default(),
-        },
-        optimizer: Optimizer {
-            learning_rate: 0.1,
-            schedule: Schedule::Constant,
-            warmup_steps: 0,
-            min_lr_ratio: 0.0,
-            weight_decay: 0.0,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            max_grad_norm: 1.0,
-        },
-        checkpoint: Checkpoint { save_steps: 0, save_total_limit: 1, resume: Resume::No },
-        eval: Eval { eval_steps: 0, batch_size: 1, max_eval_examples: None },
-    }
+    let text = r#"
+        run_name = "r"
+        output_dir = "/out"
+        model.path = "/model"
+        data.path = "/data"
+    "#;
+    parse_toml(text, "/".as_ref()).unwrap().0
 }
 
 pub fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
@@ -157,7 +119,8 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["swept", "but", left] => of_gang(GangInput::Swept { left: number(left) as usize }),
         ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
         ["prepared"] => {
-            let prepared = Prepared { cache_dir: "/cache".into(), stats: DataStats::default(), resume: None };
+            let (stats, run) = (DataStats::default(), "c/job-1".to_owned());
+            let prepared = Prepared { cache_dir: "/cache".into(), stats, resume: None, run };
             of_gang(GangInput::Prepared(Ok(prepared)))
         }
         ["data", "bad", why @ ..] => {

@@ -1,7 +1,7 @@
 //! Numbers in memory that ranks share, seen as slices.
 //!
 //! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::Collective`
-//! (reduce, finish, update the own part, barrier), which `trainer::step` follows. Within the process the borrow checker holds.
+//! (reduce, finish, update the own part, barrier), which `engine::Engine::step` follows. Within the process the borrow checker holds.
 
 #![allow(unsafe_code)]
 

@@ -1,6 +1,6 @@
 //! The only unsafe code of this package: matrix products of MKL and oneDNN, both inside libtorch_cpu.so, behind checked slices.
 //!
-//! Matrices are row-major. `stride` is the distance between rows in elements. Never allocates, never keeps a pointer.
+//! Matrices are row-major. `stride` is the distance between rows in elements. The libraries may take memory of their own; no pointer is kept.
 
 #![allow(unsafe_code)]
 

@@ -8,7 +8,7 @@ mod saving;
 mod schedule;
 
 pub use batches::TokenBatch;
-pub use schedule::learning_rate;
+pub use schedule::{learning_rate, warmup_steps};
 
 use crate::agent_link::AgentLink;
 use crate::engine::{AdamW, Engine, Votes};
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::{Llama, files};
 use crate::product::Storage;
 use crate::workers::Workers;
-use fleet_checkpoint::TrainerState;
+use fleet_checkpoint::{Claim, RunDir, TrainerState};
 use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
 use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy};
@@ -68,12 +68,18 @@ struct Trainer<E> {
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
     meter: Meter,
+    /// Of rank 0, which writes the checkpoints.
+    dir: Option<RunDir>,
     /// The recorded checkpoint after which older ones were removed last.
     rotated: Option<u64>,
 }
 
 impl<E: Storage> Trainer<E> {
     fn new(start: &RankStart, job: Job, began: Instant, link: &mut AgentLink) -> Result<Self> {
+        let dir = match start.rank {
+            0 => Some(claim(start, &job)?),
+            _ => None,
+        };
         let collective = join(start)?;
         let cache =
             TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
@@ -154,6 +160,7 @@ impl<E: Storage> Trainer<E> {
             began,
             state,
             meter,
+            dir,
             rotated: None,
         })
     }
@@ -167,6 +174,14 @@ impl<E: Storage> Trainer<E> {
                 Level::Info,
                 format!("{} threads, {products}", self.engine.products().workers().count()),
             );
+            if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
+                let cut = warmup_steps(&self.job.optimizer, self.total_steps);
+                let line = format!(
+                    "warmup_steps ({given}) is more than the {} steps of the run: cut to {cut}",
+                    self.total_steps
+                );
+                link.log(Level::Warn, line);
+            }
         }
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
@@ -265,6 +280,17 @@ impl<E: Storage> Trainer<E> {
         }
         Ok(())
     }
+}
+
+/// Takes the directory of the run for as long as this process lives.
+fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
+    let claim = Claim {
+        dir: &job.checkpoint_dir(),
+        run: &start.run,
+        resumed: start.resume.as_deref().map(Path::new),
+        overwrite: job.checkpoint.overwrite,
+    };
+    Ok(RunDir::claim(&claim)?)
 }
 
 fn join(start: &RankStart) -> Result<Box<dyn Collective>> {

@@ -5,19 +5,19 @@ use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
 use crate::model::files;
 use crate::product::Storage;
-use fleet_checkpoint::{CONFIG_FILE, CheckpointError, MODEL_FILE, OPTIMIZER_FILE, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{
+    CONFIG_FILE, CheckpointError, MODEL_FILE, OPTIMIZER_FILE, RunDir, TOKENIZER_FILE, Writer,
+};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 
 impl<E: Storage> Trainer<E> {
     /// Saves, and reports how it went. A failure ends nothing; the last valid checkpoint stays.
     pub(super) fn save(&mut self, link: &mut AgentLink) -> Result<()> {
-        if self.rank != 0 {
-            return Ok(());
-        }
+        let Some(dir) = &self.dir else { return Ok(()) };
         self.engine.collective().note(Activity::Saving);
         let step = self.state.step;
-        match self.write() {
+        match self.write(dir) {
             Ok(record) => {
                 link.event(EventBody::Checkpoint(record));
                 Ok(())
@@ -29,11 +29,11 @@ impl<E: Storage> Trainer<E> {
         }
     }
 
-    fn write(&self) -> Result<CheckpointRecord, CheckpointError> {
+    fn write(&self, dir: &RunDir) -> Result<CheckpointRecord, CheckpointError> {
         let tokenizer = self.cache.tokenizer_path();
         let tokenizer =
             std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
-        let mut writer = Writer::begin(&self.job.checkpoint_dir(), self.state.step)?;
+        let mut writer = Writer::begin(dir, self.state.step)?;
         writer.write_safetensors(MODEL_FILE, &self.engine.weight_refs())?;
         let names = self.engine.moment_names();
         writer.write_safetensors(OPTIMIZER_FILE, &self.engine.moment_refs(&names))?;
@@ -46,12 +46,9 @@ impl<E: Storage> Trainer<E> {
     /// Removes what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
     pub(super) fn rotate(&mut self, link: &mut AgentLink) {
         let committed = link.committed();
-        if self.rank != 0 || committed == self.rotated {
-            return;
-        }
+        let Some(dir) = self.dir.as_ref().filter(|_| committed != self.rotated) else { return };
         self.rotated = committed;
-        let (dir, keep) = (self.job.checkpoint_dir(), self.job.checkpoint.save_total_limit);
-        if let Err(e) = fleet_checkpoint::rotate(&dir, keep, committed.unwrap_or(0)) {
+        if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0)) {
             link.log(Level::Warn, format!("an old checkpoint stays: {e}"));
         }
     }

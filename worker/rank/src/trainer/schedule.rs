@@ -3,12 +3,25 @@
 
 use fleet_common::job::{Optimizer, Schedule};
 
+/// The warm-up of a job that says nothing, in a run that is long enough.
+const WARMUP_STEPS: u64 = 50;
+
+/// Steps of the warm-up in a run of `total`: no run ends before it has had its full rate.
+pub fn warmup_steps(o: &Optimizer, total: u64) -> u64 {
+    match o.warmup_steps {
+        Some(steps) if steps <= total => steps,
+        Some(_) => total / 10,
+        None => WARMUP_STEPS.min(total / 10),
+    }
+}
+
 /// Rate of optimizer step `step`, which counts from 0, of `total`.
 pub fn learning_rate(o: &Optimizer, step: u64, total: u64) -> f64 {
-    if step < o.warmup_steps {
-        return o.learning_rate * step as f64 / o.warmup_steps as f64;
+    let warmup = warmup_steps(o, total);
+    if step < warmup {
+        return o.learning_rate * step as f64 / warmup as f64;
     }
-    let progress = (step - o.warmup_steps) as f64 / total.saturating_sub(o.warmup_steps).max(1) as f64;
+    let progress = (step - warmup) as f64 / total.saturating_sub(warmup).max(1) as f64;
     let left = match o.schedule {
         Schedule::Constant => return o.learning_rate,
         Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
@@ -25,13 +38,30 @@ mod tests {
         Optimizer {
             learning_rate: 2.0,
             schedule,
-            warmup_steps: 4,
+            warmup_steps: Some(4),
             min_lr_ratio,
             weight_decay: 0.0,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             max_grad_norm: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_warm_up_is_no_longer_than_its_run() {
+        let mut o = optimizer(Schedule::Cosine, 0.0);
+        let table = [
+            (Some(4), 25, 4),
+            (Some(25), 25, 25),
+            (Some(1000), 25, 2),
+            (None, 25, 2),
+            (None, 9, 0),
+            (None, 9000, 50),
+        ];
+        for (given, total, wanted) in table {
+            o.warmup_steps = given;
+            assert_eq!(warmup_steps(&o, total), wanted, "{given:?} of {total}");
         }
     }
 
