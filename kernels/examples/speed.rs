@@ -101,9 +101,6 @@ fn main() {
     let mut y16 = vec![bf16::ZERO; n];
     report.bytes("rms_norm", 8 * n, || rms_norm(&x, &w, 1e-5, &mut y, &mut rstd));
     report.bytes("rms_norm to bf16", 6 * n, || rms_norm(&x, &w, 1e-5, &mut y16, &mut rstd));
-    let mut sum = x.clone();
-    let zero = vec![0.0f32; n];
-    report.bytes("add_rms_norm", 16 * n, || add_rms_norm(&mut sum, &zero, &w, 1e-5, &mut y, &mut rstd));
     report.bytes("rms_norm_backward", 16 * n, || {
         rms_norm_backward(&y, &x, &w, &rstd, &mut dx, Store::Add, &mut dw)
     });
@@ -114,17 +111,6 @@ fn main() {
     report.bytes("rope", 8 * qkv.len() * 2 / 3, || rope(&mut qkv, &shape, &table, 0));
     let mut qkv16 = numbers::<bf16>(shape.qkv_len());
     report.bytes("rope bf16", 4 * qkv16.len() * 2 / 3, || rope(&mut qkv16, &shape, &table, 0));
-
-    let scores = numbers::<f32>(24 * 256 * 256);
-    let mut p = scores.clone();
-    report.bytes("causal_softmax (24 heads)", 8 * p.len() / 2, || {
-        p.chunks_exact_mut(256 * 256).for_each(|p| causal_softmax(p, 256, 0.125, 0))
-    });
-    let mut dp = scores;
-    report.bytes("causal_softmax_backward (24 heads)", 12 * p.len() / 2, || {
-        let tiles = p.chunks_exact(256 * 256).zip(dp.chunks_exact_mut(256 * 256));
-        tiles.for_each(|(p, dp)| causal_softmax_backward(p, dp, 256, 0.125, 0))
-    });
 
     let mut gate_up = numbers::<f32>(ROWS * 2 * F);
     let mut h = vec![0.0f32; ROWS * F];
@@ -137,14 +123,10 @@ fn main() {
     report.bytes("cross_entropy", 8 * logits.len(), || {
         black_box(cross_entropy(&mut grad, &targets, 1.0));
     });
-    let mut grad16 = vec![bf16::ZERO; logits.len()];
-    report.bytes("cross_entropy_to bf16", 6 * logits.len(), || {
-        black_box(cross_entropy_to(&logits, &targets, 1.0, &mut grad16));
-    });
     report.bytes("cross_entropy_loss", 4 * logits.len(), || {
         black_box(cross_entropy_loss(&logits, &targets));
     });
-    drop((logits, grad, grad16));
+    drop((logits, grad));
 
     let embeddings = numbers::<f32>(VOCAB * D);
     report.bytes("embedding", 8 * n, || embedding(&embeddings, D, &targets, &mut y));
@@ -173,10 +155,9 @@ fn main() {
     report.bytes("sum_squares 390k", 4 * n, || {
         black_box(sum_squares(&g[..n]));
     });
-    report.bytes("max_abs 14.7M", 4 * P, || {
-        black_box(max_abs(&g));
+    report.bytes("all_finite 14.7M", 4 * P, || {
+        black_box(all_finite(&g));
     });
-    report.bytes("scale 14.7M", 8 * P, || scale(&mut v, 0.999));
     report.bytes("add 14.7M", 12 * P, || add(&mut v, &g));
     report.bytes("convert f32 to bf16 14.7M", 6 * P, || convert(&g, &mut copy));
     report.bytes("convert bf16 to f32 14.7M", 6 * P, || convert(&copy, &mut v));

@@ -1,10 +1,9 @@
 //! Cross-entropy of logits `[rows, V]` with one target per row, loss and gradient in one visit. Rows whose target is
 //! [`IGNORED`] have no loss and a zero gradient. The loss is a sum: `scale` carries the mean over the global batch.
 
-use crate::element::{load, store};
+use crate::element::{load, load_filled, store};
 use crate::math::exp;
 use crate::simd::{Vector, simd_fn};
-use crate::softmax::log_sum_exp;
 use crate::{Element, IGNORED};
 
 /// Columns, after checking that lengths fit and targets exist.
@@ -34,7 +33,7 @@ struct Row {
 impl Row {
     #[inline(always)]
     fn new<V: Vector, L: Element>(logits: &[L], target: i64) -> Row {
-        let (max, log) = log_sum_exp::<V, L>(logits, 1.0);
+        let (max, log) = log_sum_exp::<V, L>(logits);
         Row { max, log, at_target: logits[target as usize].to_f32() }
     }
     /// Logarithm of the target's probability.
@@ -51,6 +50,24 @@ impl Row {
     fn gradient_of_target<G: Element>(&self, scale: f32) -> G {
         G::from_f32((self.log_probability().exp_m1() * f64::from(scale)) as f32)
     }
+}
+
+/// The largest of `x`, and the logarithm of the sum of `e^(x - largest)`: apart, so that neither is lost in the other. The
+/// logarithm is NaN if there is a NaN or +inf, or nothing but -inf.
+#[inline(always)]
+fn log_sum_exp<V: Vector, T: Element>(x: &[T]) -> (f32, f64) {
+    let mut max = V::splat(f32::NEG_INFINITY);
+    for i in (0..x.len()).step_by(V::LANES) {
+        max = max.max(load_filled::<V, T>(&x[i..], f32::NEG_INFINITY));
+    }
+    let max = max.max_lane();
+    let shift = V::splat(-max);
+    let mut sum = V::splat(0.0);
+    for i in (0..x.len()).step_by(V::LANES) {
+        let v: V = load_filled(&x[i..], f32::NEG_INFINITY);
+        sum = sum.add(exp(v.add(shift)));
+    }
+    (max, f64::from(sum.sum()).ln())
 }
 
 simd_fn! {
@@ -89,34 +106,12 @@ simd_fn! {
     }
 }
 
-simd_fn! {
-    /// Sum of the losses; the gradient times `scale` goes to `grad: [rows, V]`, the logits stay.
-    pub fn cross_entropy_to<V, L: Element, G: Element>(logits: &[L], targets: &[i64], scale: f32, grad: &mut [G]) -> f64 {
-        let vocab = vocabulary(logits.len(), targets);
-        assert_eq!(logits.len(), grad.len(), "cross_entropy_to: length of grad");
-        let mut loss = 0.0;
-        for ((row, grad), target) in logits.chunks_exact(vocab).zip(grad.chunks_exact_mut(vocab)).zip(targets) {
-            if *target == IGNORED {
-                grad.fill(G::default());
-                continue;
-            }
-            let this = Row::new::<V, L>(row, *target);
-            loss -= this.log_probability();
-            for i in (0..vocab).step_by(V::LANES) {
-                store(this.gradient::<V>(load(&row[i..]), scale), &mut grad[i..]);
-            }
-            grad[*target as usize] = this.gradient_of_target(scale);
-        }
-        loss
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reference;
     use crate::simd::at_every_level;
     use crate::testing::*;
-    use crate::{bf16, reference};
     use proptest::prelude::*;
 
     proptest! {
@@ -134,12 +129,6 @@ mod tests {
                 assert!((loss - loss_exact).abs() <= 1e-6 * loss_exact + 1e-5, "{loss} is not {loss_exact}");
                 assert_close(&grad, &exact, 5e-6, 2e-7); // where p is near 1, p - 1 has an absolute error
                 assert_eq!(cross_entropy_loss(&logits, &targets), loss);
-
-                let mut separate = vec![bf16::ZERO; logits.len()];
-                let mut exact = separate.clone();
-                assert_eq!(cross_entropy_to(&logits, &targets, 0.25, &mut separate), loss);
-                reference::cross_entropy_to(&logits, &targets, 0.25, &mut exact);
-                assert_close(&separate, &exact, BF16_STEP, 2e-7);
             });
         }
     }

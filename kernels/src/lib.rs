@@ -7,7 +7,7 @@
 //! key/value heads, `hd` head size, `f` feed-forward size, `V` vocabulary. All row-major. Numbers are computed in f32 and
 //! stored as the [`Element`] of the slice (f32, or bf16 rounded to nearest even); sums over a whole buffer are f64.
 //!
-//! Kernels run in the calling thread. A caller with several threads splits rows (or elements) with [`split`]; every kernel
+//! Kernels run in the calling thread. A caller with several threads splits rows (or elements) among them; every kernel
 //! but the sums over rows (`dw` of a norm, the embedding's gradient, losses) gives the same bits however it is split.
 //!
 //! # Panics
@@ -27,22 +27,20 @@ mod rms_norm;
 mod rope;
 mod shapes;
 mod simd;
-mod softmax;
 mod swiglu;
 #[cfg(test)]
 mod testing;
 
 pub use adamw::adamw;
 pub use attention::{attention, attention_backward, attention_decode};
-pub use cross_entropy::{cross_entropy, cross_entropy_loss, cross_entropy_to};
+pub use cross_entropy::{cross_entropy, cross_entropy_loss};
 pub use element::Element;
-pub use elementwise::{add, all_finite, convert, max_abs, scale, sum_squares};
+pub use elementwise::{add, all_finite, convert, sum_squares};
 pub use embedding::{embedding, embedding_backward};
 pub use gemm::gemm;
 pub use half::bf16;
-pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
-pub use rope::{merge_heads, merge_qkv_backward, rope, rope_backward, split_heads, split_qkv};
-pub use shapes::{AdamWStep, Heads, IGNORED, Matrix, RopeTable, Scratch, Store, split};
+pub use rms_norm::{rms_norm, rms_norm_backward};
+pub use rope::{rope, rope_backward};
+pub use shapes::{AdamWStep, Heads, IGNORED, Matrix, RopeTable, Scratch, Store};
 pub use simd::Level;
-pub use softmax::{causal_softmax, causal_softmax_backward};
 pub use swiglu::{swiglu, swiglu_backward};

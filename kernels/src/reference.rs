@@ -27,18 +27,6 @@ pub fn rms_norm<Y: Element>(x: &[f32], w: &[f32], eps: f32, y: &mut [Y], rstd: &
     }
 }
 
-pub fn add_rms_norm<R: Element, Y: Element>(
-    x: &mut [f32],
-    residual: &[R],
-    w: &[f32],
-    eps: f32,
-    y: &mut [Y],
-    rstd: &mut [f32],
-) {
-    x.iter_mut().zip(residual).for_each(|(x, r)| *x += r.to_f32());
-    rms_norm(x, w, eps, y, rstd);
-}
-
 pub fn rms_norm_backward<G: Element>(
     dy: &[G],
     x: &[f32],
@@ -87,119 +75,6 @@ pub fn rope_backward<T: Element>(dqkv: &mut [T], shape: &Heads, table: &RopeTabl
     rope_signed(dqkv, shape, table, position, -1.0);
 }
 
-/// Index in the head-major array of `heads` heads, for number `i` of head `head` of token `t` of all sequences.
-fn head_major(shape: &Heads, heads: usize, t: usize, head: usize, i: usize) -> usize {
-    let (b, s) = (t / shape.seq, t % shape.seq);
-    ((b * heads + head) * shape.seq + s) * shape.head_dim + i
-}
-
-pub fn split_qkv<I: Element, O: Element>(
-    qkv: &[I],
-    shape: &Heads,
-    rope: Option<(&RopeTable, usize)>,
-    q: &mut [O],
-    k: &mut [O],
-    v: &mut [O],
-) {
-    let (h, kv, hd) = (shape.q_heads, shape.kv_heads, shape.head_dim);
-    for (t, token) in qkv.chunks_exact(shape.qkv_width()).enumerate() {
-        let mut row: Vec<f32> = token.iter().map(|v| v.to_f32()).collect();
-        if let Some((table, position)) = rope {
-            let (cos, sin) = table.row(position + t % shape.seq);
-            row.chunks_exact_mut(hd).take(h + kv).for_each(|head| rotate(head, cos, sin, 1.0));
-        }
-        for (n, head) in row.chunks_exact(hd).enumerate() {
-            for (i, value) in head.iter().enumerate() {
-                let value = O::from_f32(*value);
-                if n < h {
-                    q[head_major(shape, h, t, n, i)] = value;
-                } else if n < h + kv {
-                    k[head_major(shape, kv, t, n - h, i)] = value;
-                } else {
-                    v[head_major(shape, kv, t, n - h - kv, i)] = value;
-                }
-            }
-        }
-    }
-}
-
-pub fn merge_qkv_backward<I: Element, O: Element>(
-    dq: &[I],
-    dk: &[I],
-    dv: &[I],
-    shape: &Heads,
-    rope: Option<(&RopeTable, usize)>,
-    dqkv: &mut [O],
-) {
-    let (h, kv, hd) = (shape.q_heads, shape.kv_heads, shape.head_dim);
-    for (t, token) in dqkv.chunks_exact_mut(shape.qkv_width()).enumerate() {
-        for (n, head) in token.chunks_exact_mut(hd).enumerate() {
-            let mut row: Vec<f32> = (0..hd)
-                .map(|i| match n {
-                    n if n < h => dq[head_major(shape, h, t, n, i)].to_f32(),
-                    n if n < h + kv => dk[head_major(shape, kv, t, n - h, i)].to_f32(),
-                    n => dv[head_major(shape, kv, t, n - h - kv, i)].to_f32(),
-                })
-                .collect();
-            if let Some((table, position)) = rope.filter(|_| n < h + kv) {
-                let (cos, sin) = table.row(position + t % shape.seq);
-                rotate(&mut row, cos, sin, -1.0);
-            }
-            head.iter_mut().zip(row).for_each(|(out, value)| *out = O::from_f32(value));
-        }
-    }
-}
-
-pub fn merge_heads<I: Element, O: Element>(x: &[I], shape: &Heads, out: &mut [O]) {
-    for (at, value) in out.iter_mut().enumerate() {
-        let (t, n, i) =
-            (at / shape.out_width(), at % shape.out_width() / shape.head_dim, at % shape.head_dim);
-        *value = O::from_f32(x[head_major(shape, shape.q_heads, t, n, i)].to_f32());
-    }
-}
-
-pub fn split_heads<I: Element, O: Element>(x: &[I], shape: &Heads, out: &mut [O]) {
-    for (at, value) in x.iter().enumerate() {
-        let (t, n, i) =
-            (at / shape.out_width(), at % shape.out_width() / shape.head_dim, at % shape.head_dim);
-        out[head_major(shape, shape.q_heads, t, n, i)] = O::from_f32(value.to_f32());
-    }
-}
-
-pub fn causal_softmax<T: Element>(scores: &mut [T], cols: usize, scale: f32, offset: usize) {
-    for (r, row) in scores.chunks_exact_mut(cols).enumerate() {
-        let visible = (r + offset + 1).min(cols);
-        let values: Vec<f64> = row[..visible].iter().map(|v| f64::from(v.to_f32() * scale)).collect();
-        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = values.iter().map(|v| (v - max).exp()).sum();
-        for (i, out) in row.iter_mut().enumerate() {
-            *out = T::from_f32(values.get(i).map_or(0.0, |v| ((v - max).exp() / sum) as f32));
-        }
-    }
-}
-
-pub fn causal_softmax_backward<P: Element, T: Element>(
-    p: &[P],
-    dp: &mut [T],
-    cols: usize,
-    scale: f32,
-    offset: usize,
-) {
-    for (r, (p, dp)) in p.chunks_exact(cols).zip(dp.chunks_exact_mut(cols)).enumerate() {
-        let visible = (r + offset + 1).min(cols);
-        let dot: f64 = p
-            .iter()
-            .zip(dp.iter())
-            .take(visible)
-            .map(|(p, g)| f64::from(p.to_f32()) * f64::from(g.to_f32()))
-            .sum();
-        for i in 0..cols {
-            let ds = f64::from(p[i].to_f32()) * (f64::from(dp[i].to_f32()) - dot) * f64::from(scale);
-            dp[i] = T::from_f32(if i < visible { ds as f32 } else { 0.0 });
-        }
-    }
-}
-
 pub fn swiglu<I: Element, O: Element>(gate_up: &[I], f: usize, y: &mut [O]) {
     for (row, y) in gate_up.chunks_exact(2 * f).zip(y.chunks_exact_mut(f)) {
         for i in 0..f {
@@ -233,28 +108,17 @@ pub fn cross_entropy_loss<L: Element>(logits: &[L], targets: &[i64]) -> f64 {
     rows.map(|(row, t)| log_sum_exp(row) - f64::from(row[*t as usize].to_f32())).sum()
 }
 
-pub fn cross_entropy_to<L: Element, G: Element>(
-    logits: &[L],
-    targets: &[i64],
-    scale: f32,
-    grad: &mut [G],
-) -> f64 {
+pub fn cross_entropy<L: Element>(logits: &mut [L], targets: &[i64], scale: f32) -> f64 {
+    let loss = cross_entropy_loss(logits, targets);
     let vocab = logits.len() / targets.len().max(1);
-    for (r, target) in targets.iter().enumerate() {
-        let row = &logits[r * vocab..][..vocab];
+    for (row, target) in logits.chunks_exact_mut(vocab.max(1)).zip(targets) {
         let lse = log_sum_exp(row);
-        for (i, value) in row.iter().enumerate() {
+        for (i, value) in row.iter_mut().enumerate() {
             let p = (f64::from(value.to_f32()) - lse).exp() - if i as i64 == *target { 1.0 } else { 0.0 };
-            grad[r * vocab + i] =
-                G::from_f32(if *target == IGNORED { 0.0 } else { (p * f64::from(scale)) as f32 });
+            *value = L::from_f32(if *target == IGNORED { 0.0 } else { (p * f64::from(scale)) as f32 });
         }
     }
-    cross_entropy_loss(logits, targets)
-}
-
-pub fn cross_entropy<L: Element>(logits: &mut [L], targets: &[i64], scale: f32) -> f64 {
-    let copy = logits.to_vec();
-    cross_entropy_to(&copy, targets, scale, logits)
+    loss
 }
 
 pub fn embedding<T: Element, O: Element>(table: &[T], d: usize, ids: &[i64], out: &mut [O]) {
@@ -300,10 +164,6 @@ pub fn adamw(
 
 pub fn sum_squares<T: Element>(x: &[T]) -> f64 {
     x.iter().map(|v| f64::from(v.to_f32()).powi(2)).sum()
-}
-
-pub fn scale(x: &mut [f32], factor: f32) {
-    x.iter_mut().for_each(|v| *v *= factor);
 }
 
 pub fn add<T: Element>(x: &mut [f32], y: &[T]) {

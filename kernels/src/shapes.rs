@@ -1,7 +1,6 @@
 //! What kernels are told besides slices: shapes, tables, constants of a step, and scratch memory. No arithmetic of theirs.
 
 use crate::Element;
-use std::ops::Range;
 
 /// A target that contributes neither loss nor gradient, as in PyTorch and Hugging Face.
 pub const IGNORED: i64 = -100;
@@ -155,33 +154,9 @@ impl Scratch {
     }
 }
 
-/// Splits `len` items over `parts` threads: part `i`'s range, a multiple of `align` except the last, in order.
-pub fn split(len: usize, parts: usize, i: usize, align: usize) -> Range<usize> {
-    let align = align.max(1);
-    let blocks = len.div_ceil(align);
-    let at = |i: usize| (blocks * i / parts.max(1) * align).min(len);
-    at(i)..at(i + 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn split_covers_everything_once_in_aligned_parts() {
-        for len in [0, 1, 15, 16, 17, 1000] {
-            for parts in 1..6 {
-                let mut end = 0;
-                for i in 0..parts {
-                    let r = split(len, parts, i, 16);
-                    assert_eq!(r.start, end);
-                    assert!(r.start.is_multiple_of(16) || r.start == len);
-                    end = r.end;
-                }
-                assert_eq!(end, len);
-            }
-        }
-    }
 
     #[test]
     fn scratch_is_aligned_and_grows() {

@@ -11,6 +11,7 @@ mod jobs;
 mod network;
 mod process;
 pub mod sim;
+pub mod source;
 pub mod submits;
 mod world;
 

@@ -1,15 +1,9 @@
-//! Rules about the source that no compiler checks: who may link libtorch, where `unsafe` lives, who makes files,
-//! and that every command that people are told to type exists.
+//! Rules about the source that no compiler checks: who may link libtorch, where `unsafe` lives, who makes files.
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use fleet_tests::source::{root, visit};
 use std::process::Command;
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
 
 fn cargo_tree(args: &[&str]) -> String {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
@@ -70,9 +64,8 @@ fn unsafe_code_lives_only_in_its_homes() {
     let mut found = Vec::new();
     let mut files = 0;
     for folder in ["common", "coordinator", "worker", "kernels", "fleet", "tests", "bench"] {
-        visit(&root().join(folder), &mut |path, text| {
+        visit(folder, &mut |relative, text| {
             files += 1;
-            let relative = path.strip_prefix(root()).unwrap();
             if !UNSAFE_HOMES.iter().any(|home| relative.starts_with(home)) {
                 let lines = text.lines().enumerate().filter(|(_, line)| is_unsafe(line));
                 found.extend(
@@ -110,8 +103,8 @@ fn what_fleet_keeps_is_made_private_in_one_place() {
     ];
     let mut found = Vec::new();
     for folder in KEEPERS {
-        visit(&root().join(folder), &mut |path, text| {
-            let relative = path.strip_prefix(root()).unwrap().display().to_string();
+        visit(folder, &mut |path, text| {
+            let relative = path.display().to_string();
             if relative.contains("tests") || MAKERS.contains(&relative.as_str()) {
                 return;
             }
@@ -127,86 +120,4 @@ fn what_fleet_keeps_is_made_private_in_one_place() {
         });
     }
     assert_eq!(found, Vec::<String>::new(), "use common/src/files.rs");
-}
-
-/// What messages and documents tell people to type: `fleet NAME NAME --option`, in backticks.
-#[test]
-fn every_command_that_is_named_exists() {
-    let mut helps = BTreeMap::new();
-    let (mut named, mut wrong) = (0, Vec::new());
-    let mut look = |path: &Path, text: &str| {
-        for (at, line) in text.lines().enumerate() {
-            for command in line.split('`').skip(1).step_by(2) {
-                let words: Vec<&str> = command.split_whitespace().collect();
-                let [program @ ("fleet" | "coordinator" | "worker"), rest @ ..] = &words[..] else {
-                    continue;
-                };
-                named += 1;
-                if let Err(why) = is_a_command(program, rest, &mut helps) {
-                    wrong.push(format!("{}:{}: `{command}`: {why}", path.display(), at + 1));
-                }
-            }
-        }
-    };
-    for package in ["common/src", "coordinator/src", "fleet/src", "worker/agent/src"] {
-        visit(&root().join(package), &mut look);
-    }
-    for document in ["README.md", "docs/operating.md", "docs/security.md"] {
-        let path = root().join(document);
-        look(&path, &std::fs::read_to_string(&path).unwrap());
-    }
-    assert!(named > 100, "{named}");
-    assert_eq!(wrong, Vec::<String>::new());
-}
-
-fn is_a_command(
-    program: &str,
-    rest: &[&str],
-    helps: &mut BTreeMap<Vec<String>, Option<String>>,
-) -> Result<(), String> {
-    // A program by itself, a placeholder, or what clap does not know: how a worker starts a rank.
-    let begins = rest.first().is_some_and(|first| first.starts_with(|c: char| c.is_ascii_lowercase()));
-    if !begins || (program, rest) == ("worker", &["exec-rank"]) {
-        return Ok(());
-    }
-    let mut help = |path: &[String]| {
-        let run = || {
-            let output =
-                Command::new(fleet_tests::program(program)).args(path).arg("--help").output().unwrap();
-            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
-        };
-        let key = [&[program.to_owned()], path].concat();
-        helps.entry(key).or_insert_with(run).clone()
-    };
-    let (mut path, mut shown) = (Vec::new(), None);
-    let is_name = |word: &str| word.starts_with(|c: char| c.is_ascii_lowercase());
-    for word in
-        rest.iter().filter_map(|word| word.split(['|', '\\', ',']).next()).take_while(|word| is_name(word))
-    {
-        path.push(word.to_owned());
-        match help(&path) {
-            Some(text) => shown = Some(text),
-            None => break,
-        }
-    }
-    let Some(shown) = shown else { return Err("there is no such command".into()) };
-    let options = rest.iter().take_while(|word| **word != "--").filter(|word| word.starts_with("--"));
-    for option in options {
-        let option: String = option.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
-        if !shown.split(|c: char| c.is_whitespace() || c == ',').any(|word| word == option) {
-            return Err(format!("it has no {option}"));
-        }
-    }
-    Ok(())
-}
-
-fn visit(folder: &Path, each: &mut impl FnMut(&Path, &str)) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            visit(&path, each);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            each(&path, &std::fs::read_to_string(&path).unwrap());
-        }
-    }
 }

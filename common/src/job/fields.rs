@@ -89,6 +89,11 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["eval.split"],
 ];
 
+/// Every key that a job file may have, in all spellings; a key in a table as `table.key`.
+pub fn keys() -> impl Iterator<Item = &'static str> {
+    SETTINGS.iter().copied().flatten().copied()
+}
+
 const ADAPTERS: &str = "it trains all weights; adapters (LoRA) come later";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
@@ -299,7 +304,7 @@ fn known(key: &str, value: &Value) -> Result<&'static str, JobFileError> {
     if let Some(instead) = later(&key) {
         return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
     }
-    let suggestion = nearest(&key, SETTINGS.iter().copied().flatten().copied()).map(str::to_owned);
+    let suggestion = nearest(&key, keys()).map(str::to_owned);
     Err(JobFileError::UnknownKey { place, key, suggestion })
 }
 

@@ -17,6 +17,7 @@ mod value;
 mod vocabulary;
 
 pub use error::{JobFileError, Warning};
+pub use fields::keys;
 pub use load::{RANKS_MAX, VOCAB_MIN, load, parse_toml};
 pub use ranks::RanksError;
 

@@ -18,7 +18,7 @@ impl MarkNodeLost {
         node.lost = true;
         let name = node.name.clone();
         let message = format!(
-            "node {name} was lost: not heard for {} s; see that its worker runs, then start the job again with resume = \"latest\"",
+            "node {name} was lost: not heard for {} s; see that its worker runs, then start the job again with resume_from_checkpoint = \"latest\"",
             self.silent_ms / 1000
         );
         state.give_up_node(self.node, &message, context);
