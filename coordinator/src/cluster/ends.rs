@@ -133,5 +133,4 @@ fn worse(known: Option<Outcome>, new: Outcome, leads: bool) -> Outcome {
 }
 
 #[cfg(test)]
-#[path = "ends_tests.rs"]
 mod tests;

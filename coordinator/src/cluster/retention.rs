@@ -309,5 +309,4 @@ impl RunRecord {
 }
 
 #[cfg(test)]
-#[path = "retention_tests.rs"]
 mod tests;

@@ -204,5 +204,4 @@ fn cost(answer: &Answer) -> usize {
 }
 
 #[cfg(test)]
-#[path = "session_tests.rs"]
 mod tests;

@@ -652,5 +652,4 @@ fn get<D: Disk, T: serde::de::DeserializeOwned>(disk: &D, key: &[u8]) -> Result<
 }
 
 #[cfg(test)]
-#[path = "log_tests.rs"]
 mod tests;

@@ -566,5 +566,4 @@ fn ticket(bytes: &[u8]) -> Option<Ticket> {
 }
 
 #[cfg(test)]
-#[path = "replica_tests.rs"]
 mod tests;

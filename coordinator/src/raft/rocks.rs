@@ -491,5 +491,4 @@ fn may_pass(text: &str) -> bool {
 }
 
 #[cfg(test)]
-#[path = "rocks_tests.rs"]
 mod tests;
