@@ -47,6 +47,13 @@ pub(super) fn parse(
 ) -> Result<(Job, Vec<Warning>), JobFileError> {
     let sets = sets.iter().map(|text| super::set::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let fields = Fields::new(file, format.parse(text, file)?, sets)?;
+    if working_dir.to_str().is_none() {
+        let message = format!(
+            "the directory {} has a name that is not UTF-8, as a job's paths are; start from another one",
+            working_dir.display()
+        );
+        return Err(fields.refuse(&[], message));
+    }
     let mut warnings = Vec::new();
     let job = job(&fields, file_stem, working_dir, &mut warnings)?;
     Ok((job, warnings))

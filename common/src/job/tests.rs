@@ -295,6 +295,14 @@ fn a_given_tokenizer_decides_the_vocabulary() {
 }
 
 #[test]
+fn a_directory_whose_name_is_not_utf8_is_refused_by_name() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = Path::new(std::ffi::OsStr::from_bytes(b"/data/b\xff"));
+    let error = parse_toml("data.path = \"x\"", dir).unwrap_err().to_string();
+    assert!(error.contains("not UTF-8") && error.contains("start from another one"), "{error}");
+}
+
+#[test]
 fn a_file_is_read_by_its_extension() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &[u8]| {

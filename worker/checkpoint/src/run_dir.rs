@@ -85,6 +85,14 @@ impl RunDir {
         &self.run
     }
 
+    /// Bytes that may still be written here, where the file system tells.
+    pub fn free_bytes(&self) -> Option<u64> {
+        let found = nix::sys::statvfs::statvfs(&self.dir).ok()?;
+        #[allow(clippy::useless_conversion)] // u32 on macOS
+        let (blocks, size) = (u64::from(found.blocks_available()), u64::from(found.fragment_size()));
+        Some(blocks.saturating_mul(size))
+    }
+
     /// Removes the oldest checkpoints of this run so that `keep` remain, counting up to and including the one of `committed`, which is
     /// known to be good and is never removed; newer ones are not touched, nor those of other runs unless they may be overwritten: then
     /// all of them go. Returns what was removed.

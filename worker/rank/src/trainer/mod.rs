@@ -174,6 +174,7 @@ impl<E: Storage> Trainer<E> {
                 Level::Info,
                 format!("{} threads, {products}", self.engine.products().workers().count()),
             );
+            self.warn_of_a_small_disk(link);
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
                 let cut = warmup_steps(&self.job.optimizer, self.total_steps);
                 let line = format!(

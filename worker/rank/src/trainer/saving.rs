@@ -11,6 +11,9 @@ use fleet_checkpoint::{
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 
+/// In a checkpoint: the weight and the two moments of AdamW, in fp32.
+const BYTES_PER_PARAMETER: u64 = 12;
+
 impl<E: Storage> Trainer<E> {
     /// Saves, and reports how it went. A failure ends nothing; the last valid checkpoint stays.
     pub(super) fn save(&mut self, link: &mut AgentLink) -> Result<()> {
@@ -26,6 +29,22 @@ impl<E: Storage> Trainer<E> {
                 link.event(EventBody::CheckpointFailed { step, error: e.to_string() });
                 Err(Error::Environment(format!("the run ended without its last checkpoint: {e}")))
             }
+        }
+    }
+
+    /// A save that will fail is told of before the hours that it is to save. Compression and quotas are not known here: nothing is refused.
+    pub(super) fn warn_of_a_small_disk(&self, link: &mut AgentLink) {
+        const MIB: u64 = 1 << 20;
+        let needed = self.engine.model().layout.count() as u64 * BYTES_PER_PARAMETER;
+        let Some(dir) = &self.dir else { return };
+        if let Some(free) = dir.free_bytes().filter(|free| *free < needed) {
+            let line = format!(
+                "a checkpoint takes {} MiB, and {} has room for {}: make room, or saving will fail",
+                needed.div_ceil(MIB),
+                dir.path().display(),
+                free / MIB
+            );
+            link.log(Level::Warn, line);
         }
     }
 
