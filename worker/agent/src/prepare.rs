@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub fn prepare(job: &Job, node: &str, progress: &dyn Fn(Level, String)) -> Result<Prepared, JobError> {
     let resume =
         resume(job, progress).map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
-    let cache = TokenCache::build_or_open(job, &|line| progress(Level::Info, line.to_owned()));
+    let cache = TokenCache::build_or_open(job, &|note| progress(note.level, note.line));
     let (cache, stats) = cache.map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume })
 }

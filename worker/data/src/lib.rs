@@ -6,17 +6,27 @@
 mod build;
 mod cache;
 mod clean;
+mod coverage;
 mod documents;
 mod error;
 mod files;
+mod formats;
+mod json;
+mod left_out;
+mod note;
 mod order;
 mod permutation;
 mod split;
+mod table;
+mod text;
 mod tokenizer;
 mod windows;
 
 pub use cache::{Meta, TokenCache};
+pub use coverage::Coverage;
+pub use documents::Counts;
 pub use error::DataError;
+pub use note::Note;
 pub use order::{Cursor, Order, evaluation_part};
 pub use tokenizer::END_OF_TEXT;
 pub use windows::Windows;

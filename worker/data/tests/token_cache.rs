@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
 
+use fleet_common::events::Level;
 use fleet_common::exit::Fault;
 use fleet_common::job::{
     Checkpoint, Clean, Data, Device, Devices, Eval, Job, LlamaConfig, Model, Optimizer, Precision, Resume,
     Schedule, Strategy, Tokenizer,
 };
-use fleet_data::{DataError, Order, TokenCache};
+use fleet_data::{DataError, Note, Order, TokenCache};
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 
 /// A file of sentences that a small vocabulary learns well; the same on every call.
 fn corpus(path: &Path, paragraphs: u64) {
@@ -100,7 +103,7 @@ fn job(dir: &Path) -> Job {
     }
 }
 
-fn quiet(_: &str) {}
+fn quiet(_: Note) {}
 
 fn build(job: &Job) -> Result<(TokenCache, fleet_common::events::DataStats), DataError> {
     TokenCache::build_or_open(job, &quiet)
@@ -162,6 +165,64 @@ fn what_decides_the_contents_decides_the_hash() {
     assert!(build(&moved).unwrap().1.cached, "the same text under another name is the same data");
     corpus(&dir.path().join("moved.txt"), 401);
     assert!(!build(&moved).unwrap().1.cached);
+}
+
+#[test]
+fn what_there_is_to_know_of_the_data_is_told_at_every_start() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 400);
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    let rows: String = (0..300).map(|i| format!("{i}\t\"A ship, number {i} of the harbour\n")).collect();
+    fs::write(dir.path().join("folder/a.TSV"), format!("id\ttext\n{rows}999\t\n1000\t\u{e9}\n")).unwrap();
+    fs::write(dir.path().join("folder/b.rst"), "x").unwrap();
+    // A token for each of these characters, and nothing for \u{e9}.
+    let known = (' '..='~').map(|c| (c.to_string(), c as u32 - 32)).collect::<HashMap<String, u32>>();
+    let model = serde_json::json!({"type": "BPE", "vocab": known, "merges": []});
+    let end = serde_json::json!({"id": 95, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true});
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [end], "decoder": {"type": "Fuse"}, "model": model});
+    fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+
+    let mut job = job(dir.path());
+    job.data.paths = vec![dir.path().join("folder")];
+    job.data.include = vec!["*.tsv".into()];
+    job.data.validation_fraction = 0.0;
+    job.tokenizer = Tokenizer::File(dir.path().join("tokenizer.json"));
+    let told = || {
+        let notes = Mutex::new(Vec::new());
+        let (cache, stats) =
+            TokenCache::build_or_open(&job, &|note| notes.lock().unwrap().push((note.level, note.line)))
+                .unwrap();
+        // A token is a byte here, and each of the 301 documents has an end of text besides.
+        let meta = cache.meta();
+        let bytes = (meta.train_tokens - 301) as f64;
+        assert_eq!(
+            meta.validation_bytes_per_token,
+            bytes / meta.train_tokens as f64,
+            "dropped bytes do not count"
+        );
+        (stats.cached, notes.into_inner().unwrap())
+    };
+    for cached in [false, true] {
+        let (was, notes) = told();
+        assert_eq!(was, cached);
+        let has = |level, line: &str| notes.iter().any(|(l, text)| *l == level && text.contains(line));
+        assert!(has(Level::Info, "left out: 1 that data.include does not name (b.rst)"), "{notes:?}");
+        assert!(has(Level::Info, "read 302 rows of 1 file, 1 without text"), "{notes:?}");
+        assert!(has(Level::Warn, "2 bytes (such as `\u{e9}`): they are dropped"), "{notes:?}");
+    }
+}
+
+#[test]
+fn a_cache_of_an_older_format_is_built_again() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 300);
+    let job = job(dir.path());
+    let cache = build(&job).unwrap().0;
+    let meta = fs::read_to_string(cache.dir().join("meta.json")).unwrap();
+    fs::write(cache.dir().join("meta.json"), meta.replace("fleet-tokens/2", "fleet-tokens/1")).unwrap();
+    assert!(!build(&job).unwrap().1.cached);
+    assert!(build(&job).unwrap().1.cached);
 }
 
 /// Not a test: what the next one runs in processes of its own.
