@@ -59,6 +59,37 @@ fn data_that_cannot_be_read() {
     refused(&world, &["data.path=empty.txt"], 2, &["empty.txt"]);
     world.write("latin1.txt", b"caf\xe9 au lait");
     refused(&world, &["data.path=latin1.txt"], 2, &["latin1.txt is not UTF-8", "offset 3"]);
+    world.write("open.csv", "id,text\n1,a\n2,\"never closed\n3,c\n");
+    refused(&world, &["data.path=open.csv"], 2, &["open.csv, line 3", "a quote is opened and never closed"]);
+    fs::create_dir(world.path("folder")).unwrap();
+    world.write("folder/a.txt", "good text");
+    world.write("folder/b.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n");
+    refused(&world, &["data.path=folder"], 2, &["folder/b.txt is a Git LFS pointer", "`git lfs pull`"]);
+    let tokenizer = r#"{"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "merges": [], "vocab": {"a": 0, "n": 1, " ": 2, "</s>": 3}}}"#;
+    world.write("few.json", tokenizer);
+    let few = ["tokenizer.path=few.json"];
+    refused(&world, &few, 2, &["the tokenizer drops", "of the data (such as `", "tokenizer.path"]);
+}
+
+#[test]
+fn every_kind_of_data_in_a_folder_is_read_or_named() {
+    let world = World::new();
+    let texts: Vec<String> =
+        fs::read_to_string(world.path("corpus.jsonl")).unwrap().lines().map(str::to_owned).collect();
+    fs::create_dir(world.path("folder")).unwrap();
+    world.write("folder/array.json", format!("[{}]", texts[..30].join(",\n")));
+    world.write("folder/Q.TSV", "id\ttext\n1\t\"Stop, he cried\n2\t5\" pipe\n");
+    world.write("folder/notes.rst", "not asked for");
+    std::os::unix::fs::symlink("../corpus.jsonl", world.path("folder/linked.jsonl")).unwrap();
+    for run_name in ["built", "cached"] {
+        let job = world.job(&TinyJob { run_name, max_steps: 1, ..TinyJob::default() }).display().to_string();
+        let args = ["launch", "-n", "1", &job, "--set", "data.path=folder"];
+        let told = world.run("fleet", &args).expect(0).all();
+        assert!(told.contains("left out: 1 that data.include does not name (notes.rst)"), "{told}");
+        assert!(told.contains("read 92 rows of 3 files"), "{told}");
+        assert_eq!(told.contains("from the cache"), run_name == "cached", "{told}");
+    }
 }
 
 #[test]

@@ -366,6 +366,10 @@ fn vocabulary(f: &Fields, tokenizer: Option<PathBuf>) -> Result<(u32, Tokenizer)
 
 // ---- data, optimizer, checkpoints, evaluation -------------------------------------------------------------------------
 
+/// Names of the files that are read from a folder where `data.include` is not given: all that the reader knows.
+const READABLE: [&str; 2] =
+    ["**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}", "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}.gz"];
+
 fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
     let cure = "name the text to train on, a file or a folder, here or with --set data.path=FILE";
     let paths = f
@@ -379,7 +383,7 @@ fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
     };
     Ok(Data {
         paths: paths.iter().map(|path| absolute(dir, path)).collect(),
-        include: globs("data.include", &["**/*.txt", "**/*.md", "**/*.jsonl", "**/*.csv"])?,
+        include: globs("data.include", &READABLE)?,
         exclude: globs("data.exclude", &[])?,
         text_field: f.text("data.text_field", "the name of a field")?.unwrap_or_else(|| "text".to_owned()),
         validation_fraction: f

@@ -6,7 +6,7 @@ use crate::verdict::agent_error;
 use fleet_checkpoint::{CheckpointError, Claim, RunDir, Search};
 use fleet_common::events::{JobError, Level};
 use fleet_common::job::{Job, Resume};
-use fleet_data::TokenCache;
+use fleet_data::{DataError, DataFiles, Note, TokenCache};
 use std::path::PathBuf;
 
 /// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it.
@@ -17,7 +17,10 @@ pub fn prepare(
     progress: &dyn Fn(Level, String),
 ) -> Result<Prepared, JobError> {
     let failed = |error: CheckpointError| agent_error(error.fault(), node, error.to_string());
+    let no_data = |error: DataError| agent_error(error.fault(), node, error.to_string());
+    let tell = |note: Note| progress(note.level, note.line);
     let resume = resume(job, progress).map_err(failed)?;
+    let files = DataFiles::find(job, &tell).map_err(no_data)?;
     let claim = Claim {
         dir: &job.checkpoint_dir(),
         run: &run,
@@ -25,8 +28,7 @@ pub fn prepare(
         overwrite: job.checkpoint.overwrite,
     };
     drop(RunDir::claim(&claim).map_err(failed)?); // rank 0 takes it again, and keeps it: here it was to be known before the data are read
-    let cache = TokenCache::build_or_open(job, &|line| progress(Level::Info, line.to_owned()));
-    let (cache, stats) = cache.map_err(|error| agent_error(error.fault(), node, error.to_string()))?;
+    let (cache, stats) = TokenCache::build_or_open(job, &files, &tell).map_err(no_data)?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
 }
 

@@ -1,17 +1,16 @@
 //! Builds a token cache: reads, splits, trains a tokenizer, tokenises, and writes the directory so that it appears whole.
 
 use crate::cache::{FORMAT, META, Meta, TOKENIZER, TRAIN, VALIDATION};
-use crate::files::SourceFile;
 use crate::split::split;
 use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::Width;
-use crate::{DataError, documents};
+use crate::{Coverage, DataError, Note, documents};
 use fleet_common::job::{self, Job};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What is being built begins with this; no reader looks at it.
 const TEMPORARY: &str = ".tmp-";
@@ -40,14 +39,13 @@ pub(crate) fn lock(caches: &Path) -> Result<Lock, DataError> {
 /// Builds `target`, replacing a damaged one. The caller holds the lock and has hashed the files.
 pub(crate) fn build(
     job: &Job,
-    files: &[SourceFile],
+    files: &[PathBuf],
     hashes: &[[u8; 32]],
     ids: &ModelIds,
     target: &Path,
-    progress: &dyn Fn(&str),
+    progress: &dyn Fn(Note),
 ) -> Result<(), DataError> {
-    progress(&format!("reading {} files", files.len()));
-    let documents = documents::parse(files, read_files(files, hashes)?, &job.data)?;
+    let (documents, read) = documents::parse(files, read_files(files, hashes)?, &job.data)?;
     let parts = split(&documents, job.data.validation_fraction, job.max_seq_len);
     let texts = |indices: &[usize]| -> Vec<&str> { indices.iter().map(|&i| documents[i].as_str()).collect() };
     let (train, validation) = (texts(&parts.train), texts(&parts.validation));
@@ -55,15 +53,20 @@ pub(crate) fn build(
     let encoder = match &job.tokenizer {
         job::Tokenizer::Train { vocab_size } => {
             ids.check_holds(*vocab_size)?;
-            progress(&format!("training a tokenizer of {vocab_size} tokens on {} documents", train.len()));
+            let what = format!("training a tokenizer of {vocab_size} tokens on {} documents", train.len());
+            progress(Note::info(what));
             Encoder::train(&train, *vocab_size)?
         }
         job::Tokenizer::File(path) => Encoder::open(path, ids.eos_id)?,
     };
     ids.check_holds(encoder.vocab_size)?;
 
-    progress(&format!("tokenising {} documents", documents.len()));
-    let (train, validation) = (Packed::new(&encoder, &train)?, Packed::new(&encoder, &validation)?);
+    progress(Note::info(format!("tokenising {} documents", documents.len())));
+    let given = matches!(job.tokenizer, job::Tokenizer::File(_));
+    let pack = |texts: &[&str]| Packed::new(&encoder, texts, given);
+    let (train, validation) = (pack(&train)?, pack(&validation)?);
+    let coverage = train.coverage.and(&validation.coverage);
+    coverage.check()?;
     check_windows(job, train.tokens, validation.tokens)?;
     let measured = if validation.tokens > 0 { &validation } else { &train };
     let meta = Meta {
@@ -76,7 +79,9 @@ pub(crate) fn build(
         validation_documents: parts.validation.len() as u64,
         train_tokens: train.tokens,
         validation_tokens: validation.tokens,
-        validation_bytes_per_token: measured.text_bytes as f64 / measured.tokens as f64,
+        validation_bytes_per_token: measured.coverage.said_bytes() as f64 / measured.tokens as f64,
+        read,
+        coverage,
         tokenizer_sha256: hex::encode(Sha256::digest(&encoder.json)),
         train_sha256: hex::encode(Sha256::digest(&train.bytes)),
         validation_sha256: hex::encode(Sha256::digest(&validation.bytes)),
@@ -88,13 +93,12 @@ pub(crate) fn build(
 }
 
 /// The contents of the files, checked against the hashes that named the cache.
-fn read_files(files: &[SourceFile], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
-    let read = |(file, hash): (&SourceFile, &[u8; 32])| {
-        let bytes =
-            fs::read(&file.path).map_err(|source| DataError::Read { path: file.path.clone(), source })?;
+fn read_files(files: &[PathBuf], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
+    let read = |(file, hash): (&PathBuf, &[u8; 32])| {
+        let bytes = fs::read(file).map_err(|source| DataError::Read { path: file.clone(), source })?;
         match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
             true => Ok(bytes),
-            false => Err(DataError::Changed(file.path.clone())),
+            false => Err(DataError::Changed(file.clone())),
         }
     };
     files.par_iter().zip(hashes).map(read).collect()
@@ -104,19 +108,25 @@ fn read_files(files: &[SourceFile], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>,
 struct Packed {
     bytes: Vec<u8>,
     tokens: u64,
-    text_bytes: u64,
+    coverage: Coverage,
 }
 
 impl Packed {
-    fn new(encoder: &Encoder, texts: &[&str]) -> Result<Packed, DataError> {
+    /// `given`: the tokenizer was not trained here, and may not know every byte.
+    fn new(encoder: &Encoder, texts: &[&str], given: bool) -> Result<Packed, DataError> {
         let width = Width::of_vocabulary(encoder.vocab_size);
+        let documents = encoder.encode(texts)?;
+        let coverage = match given {
+            true => encoder.coverage(texts, &documents)?,
+            false => Coverage::whole(texts),
+        };
         let mut bytes = Vec::new();
-        for ids in encoder.encode(texts)? {
+        for ids in documents {
             width.encode(&ids, &mut bytes);
             width.encode(&[encoder.eos_id], &mut bytes);
         }
         let tokens = (bytes.len() / width.bytes()) as u64;
-        Ok(Packed { bytes, tokens, text_bytes: texts.iter().map(|t| t.len() as u64).sum() })
+        Ok(Packed { bytes, tokens, coverage })
     }
 }
 

@@ -9,11 +9,11 @@
 //!
 //! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole.
 
-use crate::DataError;
-use crate::build;
-use crate::files::{Kind, SourceFile, find};
+use crate::files::DataFiles;
+use crate::formats::{HEAD, Kind};
 use crate::tokenizer::ModelIds;
 use crate::windows::{Width, Windows};
+use crate::{Counts, Coverage, DataError, Note, build, text};
 use fleet_common::events::DataStats;
 use fleet_common::job::{Job, Tokenizer};
 use fleet_common::mapped::Mapped;
@@ -21,12 +21,12 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Raised when anything changes that makes the same data give other files: cutting, splitting, tokenising, layout.
-pub(crate) const FORMAT: &str = "fleet-tokens/1";
+/// Raised when anything changes that makes the same data give other files: reading, cutting, splitting, tokenising, layout.
+pub(crate) const FORMAT: &str = "fleet-tokens/2";
 
 pub(crate) const TRAIN: &str = "train.bin";
 pub(crate) const VALIDATION: &str = "validation.bin";
@@ -51,7 +51,11 @@ pub struct Meta {
     pub train_tokens: u64,
     pub validation_tokens: u64,
     /// Bytes of UTF-8 per token, ends of text included, of the validation part; of the training part where nothing is held out.
+    /// Bytes that are in no token do not count.
     pub validation_bytes_per_token: f64,
+    pub read: Counts,
+    /// Of both parts.
+    pub coverage: Coverage,
     pub tokenizer_sha256: String,
     pub train_sha256: String,
     pub validation_sha256: String,
@@ -67,13 +71,18 @@ pub struct TokenCache {
 }
 
 impl TokenCache {
-    /// Finds the cache of this job's data, or builds it. `progress` gets one line before each stage that takes time.
-    pub fn build_or_open(job: &Job, progress: &dyn Fn(&str)) -> Result<(TokenCache, DataStats), DataError> {
+    /// Finds the cache of this job's data, or builds it. `progress` gets one line before each stage that takes time, and, whether
+    /// the cache was there or not, what is to know of the data.
+    pub fn build_or_open(
+        job: &Job,
+        files: &DataFiles,
+        progress: &dyn Fn(Note),
+    ) -> Result<(TokenCache, DataStats), DataError> {
         let started = Instant::now();
-        let files = find(&job.data)?;
+        let files = files.files.as_slice();
         let ids = ModelIds::of(&job.model)?;
-        let hashes = hash_files(&files)?;
-        let hash = cache_hash(job, &files, &hashes, &ids)?;
+        let hashes = hash_files(files)?;
+        let hash = cache_hash(job, files, &hashes, &ids)?;
         let caches = job.output_dir.join("cache");
         let target = caches.join(&hash);
 
@@ -86,13 +95,14 @@ impl TokenCache {
                     Some(cache) => cache, // another process built it while this one waited
                     None => {
                         cached = false;
-                        build::build(job, &files, &hashes, &ids, &target, progress)?;
+                        build::build(job, files, &hashes, &ids, &target, progress)?;
                         TokenCache::open(&target)?
                     }
                 }
             }
         };
         ids.check_holds(cache.meta.vocab_size)?;
+        cache.meta.read.notes().into_iter().chain(cache.meta.coverage.notes()).for_each(progress);
         let stats = DataStats { cached, seconds: started.elapsed().as_secs_f64(), ..cache.stats() };
         Ok((cache, stats))
     }
@@ -190,20 +200,26 @@ impl TokenCache {
 
 // ---- the hash ---------------------------------------------------------------------------------------------------------
 
-fn hash_files(files: &[SourceFile]) -> Result<Vec<[u8; 32]>, DataError> {
-    let hash = |file: &SourceFile| {
-        let read = |source| DataError::Read { path: file.path.clone(), source };
-        let mut hasher = Sha256::new();
-        io::copy(&mut File::open(&file.path).map_err(read)?, &mut hasher).map_err(read)?;
+/// SHA-256 of each file. What cannot be read by its first bytes is refused before the rest of it is looked at.
+fn hash_files(files: &[PathBuf]) -> Result<Vec<[u8; 32]>, DataError> {
+    let hash = |path: &PathBuf| {
+        let read = |source| DataError::Read { path: path.clone(), source };
+        let mut file = File::open(path).map_err(read)?;
+        let mut head = Vec::with_capacity(HEAD);
+        (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(read)?;
+        text::known(path, &head)?;
+        let mut hasher = Sha256::new_with_prefix(&head);
+        io::copy(&mut file, &mut hasher).map_err(read)?;
         Ok(hasher.finalize().into())
     };
-    files.par_iter().map(hash).collect()
+    let hashes: Vec<Result<[u8; 32], DataError>> = files.par_iter().map(hash).collect();
+    hashes.into_iter().collect() // the first error in the order of the files
 }
 
 /// Hex of SHA-256 over all that decides what is in the cache. Paths do not: the same data elsewhere are the same.
 fn cache_hash(
     job: &Job,
-    files: &[SourceFile],
+    files: &[PathBuf],
     hashes: &[[u8; 32]],
     ids: &ModelIds,
 ) -> Result<String, DataError> {
@@ -221,10 +237,11 @@ fn cache_hash(
     let head = format!("{FORMAT}\n{tokenizer}\n{}\n{fraction:x}\n{clean}\n{field:?}\n", job.max_seq_len);
     hasher.update(head);
     for (file, hash) in files.iter().zip(hashes) {
-        let kind = match file.kind {
-            Kind::Text => b't',
-            Kind::Jsonl => b'j',
-            Kind::Csv(separator) => separator,
+        let kind = match Kind::by_name(file) {
+            Kind::Text | Kind::Gzip => b't',
+            Kind::Json => b'j',
+            Kind::Csv => b',',
+            Kind::Tsv => b'\t',
         };
         hasher.update([kind]);
         hasher.update(hash);

@@ -1,11 +1,13 @@
 //! From the bytes of files to documents: rows of tables, text, and pieces of text where there would be too few documents.
 
-use crate::DataError;
 use crate::clean::clean;
-use crate::files::{Kind, SourceFile};
+use crate::formats::Kind;
+use crate::table::Dialect;
+use crate::{DataError, Note, json, table, text};
 use fleet_common::job::Data;
 use rayon::prelude::*;
-use std::path::Path;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
 /// With fewer documents than this, texts are cut at blank lines, so that there is something to hold out.
 const DOCUMENTS_MIN: usize = 20;
@@ -16,86 +18,146 @@ const PIECE: usize = 2 << 10;
 /// Below this a piece says nothing.
 const PIECE_MIN: usize = 256;
 
+/// What was read, and what became of it on the way to documents.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counts {
+    pub files: u64,
+    /// Of tables and JSON.
+    pub rows: u64,
+    /// Files that are a document each.
+    pub whole: u64,
+    /// Rows and files without text.
+    pub empty: u64,
+    /// Pieces that the rest was cut into, where there were too few documents; else 0.
+    pub pieces: u64,
+    /// Documents or pieces that cleaning dropped.
+    pub cleaned_away: u64,
+    /// Rows of TSV whose text stands in quotes as in CSV, which a TSV does not have.
+    pub quoted: u64,
+}
+
+impl Counts {
+    /// What the user should know.
+    pub(crate) fn notes(&self) -> Vec<Note> {
+        let mut notes = vec![Note::info(self.told())];
+        if self.quoted > 0 {
+            notes.push(Note::warning(format!(
+                "{} of TSV with text in quotes, which stay in the text: a TSV has no quoting; where quotes are not meant, write CSV \
+                 or JSON Lines",
+                counted(self.quoted, "row")
+            )));
+        }
+        notes
+    }
+
+    fn told(&self) -> String {
+        let (files, all) = (counted(self.files, "file"), counted(self.rows + self.whole, "document"));
+        let mut line = match (self.rows, self.whole) {
+            (_, 0) => format!("read {} of {files}", counted(self.rows, "row")),
+            (0, _) => format!("read {all} of {files}"),
+            (rows, whole) => {
+                format!("read {all} of {files}: {} and {whole} whole", counted(rows, "row"))
+            }
+        };
+        for (count, what) in [
+            (self.empty, "without text"),
+            (self.pieces, "pieces after cutting"),
+            (self.cleaned_away, "dropped by data.clean"),
+        ] {
+            if count > 0 {
+                line += &format!(", {count} {what}");
+            }
+        }
+        line
+    }
+}
+
+fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// The documents of `files`, whose `contents` are given in the same order, cut and cleaned. Never empty.
 pub(crate) fn parse(
-    files: &[SourceFile],
+    files: &[PathBuf],
     contents: Vec<Vec<u8>>,
     data: &Data,
-) -> Result<Vec<String>, DataError> {
-    let parsed: Result<Vec<Vec<String>>, DataError> = files
+) -> Result<(Vec<String>, Counts), DataError> {
+    let parsed: Vec<Result<Parsed, DataError>> = files
         .par_iter()
         .zip(contents)
         .map(|(file, bytes)| parse_file(file, bytes, &data.text_field))
         .collect();
-    let mut documents: Vec<String> =
-        parsed?.into_iter().flatten().filter(|text| !text.trim().is_empty()).collect();
-    if documents.len() < DOCUMENTS_MIN {
-        documents = cut_all(&documents);
+    let mut counts = Counts { files: files.len() as u64, ..Counts::default() };
+    let mut documents = Vec::new();
+    for parsed in parsed {
+        let texts = match parsed? {
+            Parsed::Whole(text) => {
+                counts.whole += 1;
+                vec![text]
+            }
+            Parsed::Rows(texts) => {
+                counts.rows += texts.len() as u64;
+                texts
+            }
+            Parsed::Tsv(texts) => {
+                counts.rows += texts.len() as u64;
+                counts.quoted += texts.iter().filter(|text| is_quoted(text)).count() as u64;
+                texts
+            }
+        };
+        documents.extend(texts.into_iter().filter(|text| !text.trim().is_empty()));
     }
-    let found = documents.len();
+    counts.empty = counts.rows + counts.whole - documents.len() as u64;
+    if documents.len() < DOCUMENTS_MIN {
+        let uncut = documents.len();
+        documents = cut_all(&documents);
+        counts.pieces = if documents.len() == uncut { 0 } else { documents.len() as u64 };
+    }
+    let found = documents.len() as u64;
     let documents: Vec<String> =
         documents.into_par_iter().filter_map(|text| clean(text, &data.clean)).collect();
+    counts.cleaned_away = found - documents.len() as u64;
     if documents.is_empty() {
-        let first = files.first().map(|f| f.path.display().to_string()).unwrap_or_default();
+        let first = files.first().map(|f| f.display().to_string()).unwrap_or_default();
         let what = match found {
             0 => format!("the data hold no text ({} files, the first {first}); check data.path", files.len()),
             n => format!("cleaning left nothing of {n} documents; lower data.clean.min_chars"),
         };
         return Err(DataError::Empty(what));
     }
-    Ok(documents)
+    Ok((documents, counts))
 }
 
-fn parse_file(file: &SourceFile, bytes: Vec<u8>, field: &str) -> Result<Vec<String>, DataError> {
-    let mut text = String::from_utf8(bytes)
-        .map_err(|e| DataError::NotUtf8 { path: file.path.clone(), offset: e.utf8_error().valid_up_to() })?;
-    if text.starts_with('\u{feff}') {
-        text.drain(..'\u{feff}'.len_utf8()); // byte order mark
-    }
-    match file.kind {
-        Kind::Text => Ok(vec![text]),
-        Kind::Jsonl => jsonl(&file.path, &text, field),
-        Kind::Csv(separator) => csv(&file.path, &text, field, separator),
-    }
+enum Parsed {
+    Whole(String),
+    Rows(Vec<String>),
+    Tsv(Vec<String>),
 }
 
-fn jsonl(path: &Path, text: &str, field: &str) -> Result<Vec<String>, DataError> {
-    let mut documents = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let bad = |what: String| DataError::Row { path: path.to_owned(), line: number as u64 + 1, what };
-        let row: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(format!("not JSON: {e}")))?;
-        let row = row.as_object().ok_or_else(|| bad("not a JSON object".into()))?;
-        match row.get(field) {
-            Some(serde_json::Value::String(text)) => documents.push(text.clone()),
-            Some(other) => return Err(bad(format!("field `{field}` is not text but {other:.40}"))),
-            None => return Err(bad(no_field(field, row.keys().map(String::as_str)))),
-        }
-    }
-    Ok(documents)
+/// Whether a text is written as CSV writes one with quotes in it.
+fn is_quoted(text: &str) -> bool {
+    let inside = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    inside.is_some_and(|inside| inside.contains("\"\"") && !inside.replace("\"\"", "").contains('"'))
 }
 
-fn csv(path: &Path, text: &str, field: &str, separator: u8) -> Result<Vec<String>, DataError> {
-    let bad = |line: u64, what: String| DataError::Row { path: path.to_owned(), line, what };
-    let of_csv = |e: csv::Error| bad(e.position().map_or(1, csv::Position::line), e.to_string());
-    if text.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(text.as_bytes());
-    let headers = reader.headers().map_err(of_csv)?.clone();
-    let column = headers
-        .iter()
-        .position(|name| name.trim() == field)
-        .ok_or_else(|| bad(1, no_field(field, headers.iter())))?;
-    let mut documents = Vec::new();
-    for row in reader.records() {
-        documents.push(row.map_err(of_csv)?.get(column).unwrap_or_default().to_owned());
-    }
-    Ok(documents)
+fn parse_file(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Parsed, DataError> {
+    let (kind, text) = text::read(path, bytes)?;
+    Ok(match kind {
+        Kind::Text | Kind::Gzip => Parsed::Whole(text),
+        Kind::Json => Parsed::Rows(json::texts(path, &text, field)?),
+        Kind::Csv => Parsed::Rows(table::texts(path, &text, field, Dialect::Csv)?),
+        Kind::Tsv => Parsed::Tsv(table::texts(path, &text, field, Dialect::Tsv)?),
+    })
 }
 
-fn no_field<'a>(field: &str, present: impl Iterator<Item = &'a str>) -> String {
+/// What is wrong with a row or a header that has these fields.
+pub(crate) fn no_field<'a>(field: &str, present: impl Iterator<Item = &'a str>) -> String {
     let present: Vec<&str> = present.take(12).collect();
-    format!("no field `{field}`; set data.text_field to one of: {}", present.join(", "))
+    match present.as_slice() {
+        [] => format!("no field `{field}`, and no other"),
+        names => format!("no field `{field}`; set data.text_field to one of: {}", names.join(", ")),
+    }
 }
 
 fn cut_all(documents: &[String]) -> Vec<String> {
@@ -135,39 +197,64 @@ mod tests {
     use crate::files::tests::data;
     use proptest::prelude::*;
 
+    fn read(files: &[(&str, &[u8])], more: fn(&mut Data)) -> Result<(Vec<String>, String), DataError> {
+        let mut data = data(vec![], &[], &[]);
+        more(&mut data);
+        let (names, contents) =
+            files.iter().map(|(name, bytes)| (PathBuf::from(name), bytes.to_vec())).unzip();
+        let names: Vec<PathBuf> = names;
+        parse(&names, contents, &data).map(|(documents, counts)| (documents, counts.told()))
+    }
+
     fn documents(name: &str, bytes: &[u8]) -> Result<Vec<String>, DataError> {
-        let file = SourceFile {
-            path: name.into(),
-            kind: match name.rsplit('.').next() {
-                Some("jsonl") => Kind::Jsonl,
-                Some("csv") => Kind::Csv(b','),
-                _ => Kind::Text,
-            },
-        };
-        parse(&[file], vec![bytes.to_vec()], &data(vec![], &[], &[]))
+        Ok(read(&[(name, bytes)], |_| ())?.0)
     }
 
     #[test]
-    fn a_row_is_a_document() {
-        let rows = b"{\"text\":\"one\",\"id\":1}\n\n{\"text\":\"two\\nlines\"}\n";
-        assert_eq!(documents("a.jsonl", rows).unwrap(), ["one", "two\nlines"]);
-        let rows = b"\xef\xbb\xbfid,text\n1,\"a, \"\"quoted\"\"\nfield\"\n2,plain\n";
-        assert_eq!(documents("a.csv", rows).unwrap(), ["a, \"quoted\"\nfield", "plain"]);
-    }
-
-    #[test]
-    fn bad_rows_and_bytes_are_named() {
-        let message = |name, bytes: &[u8]| documents(name, bytes).unwrap_err().to_string();
-        assert!(
-            message("a.jsonl", b"{\"text\":\"x\"}\n{\"body\":1}")
-                .contains("a.jsonl, line 2: no field `text`")
+    fn a_row_is_a_document_and_the_rows_are_counted() {
+        let rows = b"{\"text\":\"one\",\"id\":1}\n\n{\"text\":\"two\\nlines\"}\n{\"text\":\" \"}";
+        let zipped = crate::text::tests::gzip(b"\xef\xbb\xbfid,text\n1,\"a, \"\"b\"\"\nc\"\n2,plain\n");
+        let (texts, told) = read(&[("a.jsonl", rows)], |_| ()).unwrap();
+        assert_eq!((texts.len(), told.as_str()), (2, "read 3 rows of 1 file, 1 without text"));
+        let all: [(&str, &[u8]); 4] =
+            [("a.jsonl", rows), ("b.csv.gz", &zipped), ("c.tsv", b"text\n\"x\n"), ("d.md", b"y z")];
+        let (texts, told) = read(&all, |data| data.clean.min_chars = 3).unwrap();
+        assert_eq!(texts, ["one", "two\nlines", "a, \"b\"\nc", "plain", "y z"]);
+        assert_eq!(
+            told,
+            "read 7 documents of 4 files: 6 rows and 1 whole, 1 without text, 1 dropped by data.clean"
         );
-        assert!(message("a.jsonl", b"{\"text\":3}").contains("is not text but 3"));
-        assert!(message("a.jsonl", b"{").contains("line 1: not JSON"));
-        assert!(message("a.csv", b"id,body\n1,x\n").contains("one of: id, body"));
-        assert!(message("a.csv", b"id,text\n1,x\n2\n").contains("line 3"));
-        assert!(message("a.txt", b"good \xff bad").contains("a.txt is not UTF-8 text: bad byte at offset 5"));
-        assert!(message("a.txt", b" \n ").contains("hold no text"));
+        assert_eq!(read(&[("a.txt", b"a")], |_| ()).unwrap().1, "read 1 document of 1 file");
+        let long = "A line of text.\n\n".repeat(60);
+        let (texts, told) = read(&[("a.txt", long.as_bytes())], |_| ()).unwrap();
+        assert_eq!(told, format!("read 1 document of 1 file, {} pieces after cutting", texts.len()));
+    }
+
+    #[test]
+    fn quotes_of_csv_in_a_tsv_are_told() {
+        assert!(
+            is_quoted("\"he said \"\"hi\"\"\"") && !is_quoted("\"hi\"") && !is_quoted("\"a\" \"\" \"b\"")
+        );
+        let counts = Counts { rows: 2, quoted: 1, ..Counts::default() };
+        assert!(counts.notes()[1].line.starts_with("1 row of TSV with text in quotes"));
+    }
+
+    #[test]
+    fn json_lines_are_rows_by_their_name_and_text_in_a_text_file() {
+        let rows = b"{\"text\":\"one\"}\n{\"text\":\"two\"}";
+        for name in ["a.json", "a.jsonl", "a.NDJSON", "a.json.gz"] {
+            assert_eq!(documents(name, rows).unwrap(), ["one", "two"], "{name}");
+        }
+        assert_eq!(documents("a.txt", rows).unwrap().concat().as_bytes(), rows);
+    }
+
+    #[test]
+    fn the_first_file_that_is_wrong_is_the_one_told() {
+        for _ in 0..20 {
+            let files: [(&str, &[u8]); 3] = [("a.txt", b"x"), ("b.txt", b"PAR1"), ("c.txt", b"\xff")];
+            assert!(read(&files, |_| ()).unwrap_err().to_string().contains("b.txt is a Parquet file"));
+        }
+        assert!(documents("a.txt", b" \n ").unwrap_err().to_string().contains("hold no text"));
     }
 
     #[test]
@@ -192,8 +279,8 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), kind in 0usize..3) {
-            let _ = documents(["a.txt", "a.jsonl", "a.csv"][kind], &bytes);
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), kind in 0usize..4) {
+            let _ = documents(["a.txt", "a.jsonl", "a.csv", "a.tsv"][kind], &bytes);
         }
     }
 }

@@ -18,13 +18,25 @@ pub enum DataError {
     },
     #[error("`{glob}` in data.{key} is not a glob: {what}")]
     Glob { key: &'static str, glob: String, what: String },
+    #[error("{path} is a link to {target}, which is not there; fetch it, or remove the link")]
+    Nowhere { path: PathBuf, target: PathBuf },
+    #[error(
+        "{0} is no file and no folder but a FIFO, a socket or a device; write what it gives to a file first"
+    )]
+    Special(PathBuf),
     #[error("{0}")]
     Empty(String),
+    /// Known by its first bytes.
+    #[error("{path} is {name}; {cure}, or leave it out with data.exclude")]
+    Foreign { path: PathBuf, name: &'static str, cure: &'static str },
+    #[error("{path} is not text: {what}")]
+    NotText { path: PathBuf, what: String },
     #[error(
-        "{path} is not UTF-8 text: bad byte at offset {offset}; convert it, or leave it out with data.exclude"
+        "{path} is not UTF-8 text: bad byte at offset {offset}; convert it (`iconv -f WINDOWS-1252 -t UTF-8`, if it is older text \
+         of Western Europe), or leave it out with data.exclude"
     )]
     NotUtf8 { path: PathBuf, offset: usize },
-    /// A JSONL or CSV row; `line` counts from 1.
+    /// A row of JSON, CSV or TSV; `line` counts from 1.
     #[error("{path}, line {line}: {what}")]
     Row { path: PathBuf, line: u64, what: String },
     #[error("{0} changed while it was being read; start the job again when it is complete")]

@@ -1,89 +1,177 @@
 //! Which files a job's data are, in an order that depends on their names alone.
 
-use crate::DataError;
-use fleet_common::job::Data;
+use crate::left_out::{LeftOut, Reason};
+use crate::{DataError, Note};
+use fleet_common::job::{Data, Job};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use std::collections::HashSet;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use walkdir::{DirEntry, WalkDir};
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SourceFile {
-    pub path: PathBuf,
-    pub kind: Kind,
+/// The files of a job's data.
+#[derive(Debug)]
+pub struct DataFiles {
+    pub(crate) files: Vec<PathBuf>,
+    /// What was seen in the folders and not taken.
+    pub(crate) left_out: LeftOut,
 }
 
-/// How a file is cut into documents; decided by its extension.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// The file is a document.
-    Text,
-    /// A line is a JSON object, its text field a document.
-    Jsonl,
-    /// A row's text field is a document; fields are separated by this byte.
-    Csv(u8),
-}
-
-impl Kind {
-    fn of(path: &Path) -> Kind {
-        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-        match extension.as_str() {
-            "jsonl" | "ndjson" => Kind::Jsonl,
-            "csv" => Kind::Csv(b','),
-            "tsv" => Kind::Csv(b'\t'),
-            _ => Kind::Text,
-        }
+impl DataFiles {
+    /// Looks for them, and tells how many there are and what was left out.
+    pub fn find(job: &Job, progress: &dyn Fn(Note)) -> Result<DataFiles, DataError> {
+        let found = find(&job.data, &job.output_dir)?;
+        found.left_out.told().into_iter().for_each(|line| progress(Note::info(line)));
+        let (count, s) = (found.files.len(), if found.files.len() == 1 { "" } else { "s" });
+        progress(Note::info(format!("reading {count} file{s}")));
+        Ok(found)
     }
 }
 
-/// The files of `data`: paths in the order given, a directory's files in alphabetical order, each file once. Globs without a `/`
-/// match names at any depth, others the path below the directory. Links inside directories are not followed.
-pub(crate) fn find(data: &Data) -> Result<Vec<SourceFile>, DataError> {
-    let include = globs("include", &data.include)?;
-    let exclude = globs("exclude", &data.exclude)?;
-    let mut seen = HashSet::new();
-    let mut files = Vec::new();
+/// The files of `data`: paths in the order given, a directory's files in alphabetical order, each file once, whatever names lead to
+/// it. Globs without a `/` match names at any depth, others the path below the directory; upper and lower case are the same to
+/// them. Links are followed; one that leads nowhere is an error where its name asks to be read. `output`, where the job writes, is
+/// no data.
+pub(crate) fn find(data: &Data, output: &Path) -> Result<DataFiles, DataError> {
+    let mut search = Search {
+        output: fs::canonicalize(output).ok(),
+        include: globs("include", &data.include)?,
+        exclude: globs("exclude", &data.exclude)?,
+        seen: HashSet::new(),
+        found: DataFiles { files: Vec::new(), left_out: LeftOut::default() },
+    };
     for path in &data.paths {
-        let meta = std::fs::metadata(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => DataError::Missing(path.clone()),
+        let meta = fs::metadata(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => nowhere(path).unwrap_or_else(|| DataError::Missing(path.clone())),
             _ => DataError::Read { path: path.clone(), source },
         })?;
-        if !meta.is_dir() {
-            if seen.insert(path.clone()) {
-                files.push(SourceFile { path: path.clone(), kind: Kind::of(path) });
-            }
-            continue;
-        }
-        let below = |entry: &DirEntry| entry.path().strip_prefix(path).unwrap_or(entry.path()).to_owned();
-        let walk = WalkDir::new(path).sort_by_file_name().into_iter();
-        for entry in walk.filter_entry(|e| e.depth() == 0 || !(left_out(e) || exclude.is_match(below(e)))) {
-            let entry = entry.map_err(|e| DataError::Read {
-                path: e.path().unwrap_or(path).to_owned(),
-                source: e.into_io_error().unwrap_or_else(|| std::io::Error::other("a loop of links")),
-            })?;
-            let taken = data.include.is_empty() || include.is_match(below(&entry));
-            if entry.file_type().is_file() && taken && seen.insert(entry.path().to_owned()) {
-                files.push(SourceFile { path: entry.path().to_owned(), kind: Kind::of(entry.path()) });
-            }
+        match () {
+            () if meta.is_dir() => search.folder(path)?,
+            () if meta.is_file() => search.take(path, path)?,
+            () => return Err(DataError::Special(path.clone())),
         }
     }
-    if files.is_empty() {
-        let paths: Vec<String> = data.paths.iter().map(|p| p.display().to_string()).collect();
-        let globs = |list: &[String]| if list.is_empty() { "none".into() } else { list.join(", ") };
-        return Err(DataError::Empty(format!(
-            "no file to train on in {} (data.include: {}; data.exclude: {}); check data.path and the globs",
-            paths.join(", "),
-            globs(&data.include),
-            globs(&data.exclude)
-        )));
+    if search.found.files.is_empty() {
+        return Err(DataError::Empty(nothing(data, &search.found.left_out)));
     }
-    Ok(files)
+    Ok(search.found)
 }
 
-/// Hidden files and build outputs.
-fn left_out(entry: &DirEntry) -> bool {
-    let name = entry.file_name().to_string_lossy();
-    name.starts_with('.') || (name == "target" && entry.file_type().is_dir())
+struct Search {
+    /// If it is there already.
+    output: Option<PathBuf>,
+    include: GlobSet,
+    exclude: GlobSet,
+    /// Real paths of the files that were taken.
+    seen: HashSet<PathBuf>,
+    found: DataFiles,
+}
+
+impl Search {
+    fn folder(&mut self, root: &Path) -> Result<(), DataError> {
+        let mut walk = WalkDir::new(root).min_depth(1).follow_links(true).sort_by_file_name().into_iter();
+        while let Some(entry) = walk.next() {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    self.unreachable(root, error)?;
+                    continue;
+                }
+            };
+            let below = entry.path().strip_prefix(root).unwrap_or(entry.path());
+            match self.reason(below, Some(&entry)) {
+                None if entry.file_type().is_dir() => (),
+                None => self.take(entry.path(), below)?,
+                Some(reason) => {
+                    self.found.left_out.add(reason, below);
+                    if entry.file_type().is_dir() {
+                        walk.skip_current_dir();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Why this path below a folder is not taken. Without an entry it is a link that cannot be followed.
+    fn reason(&self, below: &Path, entry: Option<&DirEntry>) -> Option<Reason> {
+        let name = below.file_name().unwrap_or_default().to_string_lossy();
+        let is = |what: fn(&fs::FileType) -> bool| entry.is_some_and(|entry| what(&entry.file_type()));
+        let (directory, file) = (is(fs::FileType::is_dir), is(fs::FileType::is_file));
+        match () {
+            () if name.starts_with('.') => Some(Reason::Hidden),
+            () if name == "target" && directory => Some(Reason::Target),
+            () if directory && entry.is_some_and(|entry| self.is_output(entry.path())) => {
+                Some(Reason::Output)
+            }
+            () if self.exclude.is_match(below) => Some(Reason::Excluded),
+            () if directory => None,
+            () if entry.is_some() && !file => Some(Reason::Special),
+            () if !self.include.is_empty() && !self.include.is_match(below) => Some(Reason::NotIncluded),
+            () => None,
+        }
+    }
+
+    fn is_output(&self, path: &Path) -> bool {
+        let Some(output) = &self.output else { return false };
+        path.file_name() == output.file_name() && fs::canonicalize(path).is_ok_and(|path| path == *output)
+    }
+
+    /// A loop of folders is left out, and a broken link that nobody asked for; the rest cannot be read and is an error.
+    fn unreachable(&mut self, root: &Path, error: walkdir::Error) -> Result<(), DataError> {
+        let path = error.path().unwrap_or(root).to_owned();
+        let below = path.strip_prefix(root).unwrap_or(&path);
+        let unasked = self.reason(below, None);
+        let reason = match () {
+            () if error.loop_ancestor().is_some() => {
+                unasked.filter(|reason| *reason != Reason::NotIncluded).or(Some(Reason::Loop))
+            }
+            () if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink()) => unasked,
+            () => None,
+        };
+        if let Some(reason) = reason {
+            self.found.left_out.add(reason, below);
+            return Ok(());
+        }
+        Err(nowhere(&path).unwrap_or_else(|| DataError::Read {
+            source: error.into_io_error().unwrap_or_else(|| io::Error::other("it cannot be looked at")),
+            path,
+        }))
+    }
+
+    fn take(&mut self, path: &Path, told_as: &Path) -> Result<(), DataError> {
+        let real =
+            fs::canonicalize(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        match self.seen.insert(real) {
+            true => self.found.files.push(path.to_owned()),
+            false => self.found.left_out.add(Reason::Again, told_as),
+        }
+        Ok(())
+    }
+}
+
+/// The error of a link whose target is not there.
+fn nowhere(path: &Path) -> Option<DataError> {
+    let target = fs::read_link(path).ok()?;
+    let gone = fs::metadata(path)
+        .is_err_and(|e| e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(ELOOP));
+    gone.then(|| DataError::Nowhere { path: path.to_owned(), target })
+}
+
+/// What Linux answers to a link that leads to itself.
+const ELOOP: i32 = 40;
+
+fn nothing(data: &Data, left_out: &LeftOut) -> String {
+    let paths: Vec<String> = data.paths.iter().map(|p| p.display().to_string()).collect();
+    let globs = |list: &[String]| if list.is_empty() { "none".into() } else { list.join(", ") };
+    let seen = left_out.told().map(|told| format!("{told}; ")).unwrap_or_default();
+    format!(
+        "no file to train on in {} (data.include: {}; data.exclude: {}); {seen}check data.path and the globs",
+        paths.join(", "),
+        globs(&data.include),
+        globs(&data.exclude)
+    )
 }
 
 fn globs(key: &'static str, list: &[String]) -> Result<GlobSet, DataError> {
@@ -96,7 +184,8 @@ fn globs(key: &'static str, list: &[String]) -> Result<GlobSet, DataError> {
     for glob in list {
         let trimmed = glob.trim_end_matches('/');
         let anchored = if trimmed.contains('/') { trimmed.to_owned() } else { format!("**/{trimmed}") };
-        set.add(GlobBuilder::new(&anchored).literal_separator(true).build().map_err(|e| bad(glob, e))?);
+        let glob = GlobBuilder::new(&anchored).literal_separator(true).case_insensitive(true).build();
+        set.add(glob.map_err(|e| bad(trimmed, e))?);
     }
     set.build().map_err(|e| bad(&list.join(", "), e))
 }
@@ -104,6 +193,7 @@ fn globs(key: &'static str, list: &[String]) -> Result<GlobSet, DataError> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     pub(crate) fn data(paths: Vec<PathBuf>, include: &[&str], exclude: &[&str]) -> Data {
         Data {
@@ -116,10 +206,27 @@ pub(crate) mod tests {
         }
     }
 
-    #[test]
-    fn files_are_sorted_and_hidden_ones_and_target_are_left_out() {
+    /// A folder with these files, each of one letter.
+    fn folder(names: &[&str]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        for name in [
+        for name in names {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        }
+        dir
+    }
+
+    /// Names of what is found below the folder, and what is told of the rest.
+    fn look(dir: &Path, include: &[&str], exclude: &[&str]) -> (Vec<String>, String) {
+        let found = find(&data(vec![dir.to_owned()], include, exclude), &dir.join("out")).unwrap();
+        let below = |path: &PathBuf| path.strip_prefix(dir).unwrap().display().to_string();
+        (found.files.iter().map(below).collect(), found.left_out.told().unwrap_or_default())
+    }
+
+    #[test]
+    fn files_are_sorted_and_what_is_left_out_is_told() {
+        let names = [
             "b.md",
             "a/z.rs",
             "a/y.txt",
@@ -128,42 +235,106 @@ pub(crate) mod tests {
             "a/.v.md",
             "c/skip/u.md",
             "c/t.MD",
-        ] {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, "x").unwrap();
-        }
-        let list = |include: &[&str], exclude: &[&str]| -> Vec<String> {
-            let files = find(&data(vec![dir.path().to_owned()], include, exclude)).unwrap();
-            let below = |f: SourceFile| f.path.strip_prefix(dir.path()).unwrap().display().to_string();
-            files.into_iter().map(below).collect()
-        };
+        ];
+        let dir = folder(&names);
+        let list = |include: &[&str], exclude: &[&str]| look(dir.path(), include, exclude).0;
         assert_eq!(list(&[], &[]), ["a/y.txt", "a/z.rs", "b.md", "c/skip/u.md", "c/t.MD"]);
-        assert_eq!(list(&["*.md", "*.rs"], &["skip"]), ["a/z.rs", "b.md"]);
-        assert_eq!(list(&["**/*.md"], &[]), ["b.md", "c/skip/u.md"]);
-        assert_eq!(list(&["a/*"], &["*.rs"]), ["a/y.txt"]);
+        assert_eq!(list(&["*.md", "*.rs"], &["skip"]), ["a/z.rs", "b.md", "c/t.MD"]);
+        assert_eq!(list(&["**/*.md"], &[]), ["b.md", "c/skip/u.md", "c/t.MD"]);
+        assert_eq!(list(&["a/*"], &["*.RS"]), ["a/y.txt"]);
         assert_eq!(list(&[], &["c/"]), ["a/y.txt", "a/z.rs", "b.md"]);
+        assert_eq!(
+            look(dir.path(), &["*.md"], &["skip"]).1,
+            "left out: 2 that data.include does not name (such as a/y.txt), 1 by data.exclude (c/skip), \
+             2 hidden (such as .git), 1 of build outputs (target)"
+        );
+    }
+
+    #[test]
+    fn what_the_job_writes_is_no_data() {
+        let dir = folder(&["a.json", "out/cache/1/meta.json", "b/out/c.json"]);
+        let (files, told) = look(dir.path(), &["*.json"], &[]);
+        assert_eq!(files, ["a.json", "b/out/c.json"]);
+        assert_eq!(told, "left out: 1 where this job writes (out)");
     }
 
     #[test]
     fn a_named_file_is_taken_once_whatever_the_globs_say() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = folder(&["notes.dat"]);
         let file = dir.path().join("notes.dat");
-        std::fs::write(&file, "x").unwrap();
-        let paths = vec![file.clone(), file.clone(), dir.path().to_owned()];
-        let files = find(&data(paths, &["*.md"], &["*.dat"])).unwrap();
-        assert_eq!(files, [SourceFile { path: file, kind: Kind::Text }]);
+        let data = data(vec![file.clone(), file.clone(), dir.path().to_owned()], &["*.md"], &["*.dat"]);
+        assert_eq!(find(&data, Path::new("out")).unwrap().files, [file]);
+    }
+
+    #[test]
+    fn links_are_followed_and_the_same_file_is_read_once() {
+        let dir = folder(&["hub/blobs/0a1b", "hub/blobs/2c3d", "mix/a.txt", "hub/refs/r.txt"]);
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("hub/snapshots/abc")).unwrap();
+        symlink("../../blobs/0a1b", at("hub/snapshots/abc/train.txt")).unwrap();
+        symlink("../../blobs/2c3d", at("hub/snapshots/abc/more.jsonl")).unwrap();
+        symlink("../../refs", at("hub/snapshots/abc/folder")).unwrap();
+        let (files, told) = look(&at("hub/snapshots/abc"), &[], &[]);
+        assert_eq!(files, ["folder/r.txt", "more.jsonl", "train.txt"]);
+        assert_eq!(told, "");
+        symlink("a.txt", at("mix/b.txt")).unwrap();
+        symlink(".", at("mix/loop")).unwrap();
+        let (files, told) = look(&at("mix"), &["*.txt"], &[]);
+        assert_eq!(files, ["a.txt"]);
+        assert_eq!(
+            told,
+            "left out: 1 under a second name (b.txt), 1 link back to a folder that it lies in (loop)"
+        );
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_an_error_where_it_is_asked_for() {
+        let dir = folder(&["a.txt"]);
+        symlink("gone.txt", dir.path().join("b.txt")).unwrap();
+        let error = |paths, include: &[&str]| {
+            find(&data(paths, include, &[]), Path::new("out")).unwrap_err().to_string()
+        };
+        let told = error(vec![dir.path().to_owned()], &["*.txt"]);
+        assert!(told.contains("b.txt is a link to gone.txt, which is not there"), "{told}");
+        assert!(error(vec![dir.path().join("b.txt")], &[]).contains("is a link to gone.txt"));
+        fs::rename(dir.path().join("b.txt"), dir.path().join(".#b.txt")).unwrap();
+        symlink("c.dat", dir.path().join("c.dat")).unwrap();
+        let (files, told) = look(dir.path(), &["*.txt"], &[]);
+        assert_eq!(files, ["a.txt"]);
+        assert_eq!(told, "left out: 1 that data.include does not name (c.dat), 1 hidden (.#b.txt)");
+    }
+
+    #[test]
+    fn what_is_no_file_is_never_opened() {
+        let dir = folder(&["a.txt"]);
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("b.txt")).unwrap();
+        let (files, told) = look(dir.path(), &["*.txt"], &[]);
+        assert_eq!(
+            (files.as_slice(), told.as_str()),
+            (&["a.txt".to_owned()][..], "left out: 1 that is no file (b.txt)")
+        );
+        let error =
+            find(&data(vec!["/dev/null".into()], &[], &[]), Path::new("out")).unwrap_err().to_string();
+        assert!(error.contains("/dev/null is no file"), "{error}");
     }
 
     #[test]
     fn refusals_name_the_path_and_the_glob() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = folder(&["a.rst"]);
         let missing = dir.path().join("nowhere");
-        let error = |d: Data| find(&d).unwrap_err().to_string();
+        let error = |d: Data| find(&d, Path::new("out")).unwrap_err().to_string();
         assert!(error(data(vec![missing.clone()], &[], &[])).contains(&missing.display().to_string()));
-        assert!(error(data(vec![dir.path().to_owned()], &["*.md"], &[])).contains("data.include: *.md"));
+        let told = error(data(vec![dir.path().to_owned()], &["*.md"], &[]));
+        assert!(told.contains("data.include: *.md") && told.contains("does not name (a.rst)"), "{told}");
         assert!(
             error(data(vec![dir.path().to_owned()], &["a[.md"], &[])).contains("`a[.md` in data.include")
         );
+        let closed = dir.path().join("closed");
+        fs::create_dir(&closed).unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+        if fs::read_dir(&closed).is_err() {
+            // root may read it all the same
+            assert!(error(data(vec![dir.path().to_owned()], &[], &[])).contains("closed: Permission denied"));
+        }
     }
 }

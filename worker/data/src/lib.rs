@@ -1,22 +1,33 @@
 //! From files to batches: reading, cleaning, tokenising, packing, and the order in which windows are trained on.
 //!
-//! The agent builds a `TokenCache` once per data set, before the ranks start; every rank opens it and computes from `Order`
+//! The agent finds the `DataFiles` and builds a `TokenCache` once per data set, before the ranks start; every rank opens it and computes from `Order`
 //! alone which windows are its own. Nothing here knows of tensors or of the cluster.
 
 mod build;
 mod cache;
 mod clean;
+mod coverage;
 mod documents;
 mod error;
 mod files;
+mod formats;
+mod json;
+mod left_out;
+mod note;
 mod order;
 mod permutation;
 mod split;
+mod table;
+mod text;
 mod tokenizer;
 mod windows;
 
 pub use cache::{Meta, TokenCache};
+pub use coverage::Coverage;
+pub use documents::Counts;
 pub use error::DataError;
+pub use files::DataFiles;
+pub use note::Note;
 pub use order::{Cursor, Order, evaluation_part};
 pub use tokenizer::END_OF_TEXT;
 pub use windows::Windows;

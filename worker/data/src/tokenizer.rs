@@ -1,6 +1,6 @@
 //! Byte-level BPE: trained on the training documents, or read from a given `tokenizer.json`.
 
-use crate::DataError;
+use crate::{Coverage, DataError};
 use fleet_common::job;
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -95,6 +95,17 @@ impl Encoder {
         };
         let all: Result<Vec<Vec<u32>>, _> = texts.par_iter().map(one).collect();
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
+    }
+
+    /// How much of the texts is in their `ids`, which `encode` gave.
+    pub fn coverage(&self, texts: &[&str], ids: &[Vec<u32>]) -> Result<Coverage, DataError> {
+        let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
+        let model = &json["model"];
+        let unknown = match model["unk_id"].as_u64() {
+            Some(id) => u32::try_from(id).ok(),
+            None => model["unk_token"].as_str().and_then(|name| self.tokenizer.token_to_id(name)),
+        };
+        Coverage::measure(&self.tokenizer, unknown, texts, ids)
     }
 }
 

@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
 
+use fleet_common::events::Level;
 use fleet_common::exit::Fault;
 use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
-use fleet_data::{DataError, Order, TokenCache};
+use fleet_data::{DataError, DataFiles, Note, Order, TokenCache};
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 
 /// A file of sentences that a small vocabulary learns well; the same on every call.
 fn corpus(path: &Path, paragraphs: u64) {
@@ -46,10 +49,10 @@ fn job(dir: &Path) -> Job {
     parse_toml(text, dir).unwrap().0
 }
 
-fn quiet(_: &str) {}
+fn quiet(_: Note) {}
 
 fn build(job: &Job) -> Result<(TokenCache, fleet_common::events::DataStats), DataError> {
-    TokenCache::build_or_open(job, &quiet)
+    TokenCache::build_or_open(job, &DataFiles::find(job, &quiet)?, &quiet)
 }
 
 fn message(job: &Job) -> String {
@@ -110,6 +113,60 @@ fn what_decides_the_contents_decides_the_hash() {
     assert!(!build(&moved).unwrap().1.cached);
 }
 
+#[test]
+fn what_there_is_to_know_of_the_data_is_told_at_every_start() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 400);
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    let rows: String = (0..300).map(|i| format!("{i}\t\"A ship, number {i} of the harbour\n")).collect();
+    fs::write(dir.path().join("folder/a.TSV"), format!("id\ttext\n{rows}999\t\n1000\t\u{e9}\n")).unwrap();
+    fs::write(dir.path().join("folder/b.rst"), "x").unwrap();
+    // A token for each of these characters, and nothing for \u{e9}.
+    let known = (' '..='~').map(|c| (c.to_string(), c as u32 - 32)).collect::<HashMap<String, u32>>();
+    let model = serde_json::json!({"type": "BPE", "vocab": known, "merges": []});
+    let end = serde_json::json!({"id": 95, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true});
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [end], "decoder": {"type": "Fuse"}, "model": model});
+    fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+
+    let mut job = job(dir.path());
+    job.data.paths = vec![dir.path().join("folder")];
+    job.data.include = vec!["*.tsv".into()];
+    job.data.validation_fraction = 0.0;
+    job.tokenizer = Tokenizer::File(dir.path().join("tokenizer.json"));
+    let told = || {
+        let notes = Mutex::new(Vec::new());
+        let tell = |note: Note| notes.lock().unwrap().push((note.level, note.line));
+        let files = DataFiles::find(&job, &tell).unwrap();
+        let (cache, stats) = TokenCache::build_or_open(&job, &files, &tell).unwrap();
+        // A token is a byte here, and each of the 301 documents has an end of text besides.
+        let meta = cache.meta();
+        let expected = (meta.train_tokens - 301) as f64 / meta.train_tokens as f64;
+        assert!((meta.validation_bytes_per_token - expected).abs() < 1e-9, "dropped bytes do not count");
+        (stats.cached, notes.into_inner().unwrap())
+    };
+    for cached in [false, true] {
+        let (was, notes) = told();
+        assert_eq!(was, cached);
+        let has = |level, line: &str| notes.iter().any(|(l, text)| *l == level && text.contains(line));
+        assert!(has(Level::Info, "left out: 1 that data.include does not name (b.rst)"), "{notes:?}");
+        assert!(has(Level::Info, "read 302 rows of 1 file, 1 without text"), "{notes:?}");
+        assert!(has(Level::Warn, "2 bytes (such as `\u{e9}`): they are dropped"), "{notes:?}");
+    }
+}
+
+#[test]
+fn a_cache_of_an_older_format_is_built_again() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 300);
+    let job = job(dir.path());
+    let cache = build(&job).unwrap().0;
+    let meta = fs::read_to_string(cache.dir().join("meta.json")).unwrap();
+    fs::write(cache.dir().join("meta.json"), meta.replace("fleet-tokens/2", "fleet-tokens/1")).unwrap();
+    assert!(!build(&job).unwrap().1.cached);
+    assert!(build(&job).unwrap().1.cached);
+}
+
 /// Not a test: what the next one runs in processes of its own.
 #[test]
 #[ignore = "run by another test, with FLEET_TEST_DIR"]
@@ -162,7 +219,7 @@ fn the_tokens_of_a_known_text_never_change() {
             &meta.train_sha256[..16],
             &meta.validation_sha256[..16]
         ],
-        ["82f53979729670e576f76b6f79d51157", "f7400dd2015911fd", "44f2e202f6635ef2", "a808128b254cbf71"]
+        ["d5ccf2ca3284ae541c2cf020962e13c3", "f7400dd2015911fd", "44f2e202f6635ef2", "a808128b254cbf71"]
     );
 }
 

@@ -74,7 +74,8 @@ impl Ended {
 
 /// Runs a gang to its end. Every checkpoint is recorded at once; `stop_after`: rank 0 is asked to stop when it reports that step.
 fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u64>) -> Ended {
-    let (cache, _) = fleet_data::TokenCache::build_or_open(job, &|_| {}).unwrap();
+    let files = fleet_data::DataFiles::find(job, &|_| {}).unwrap();
+    let (cache, _) = fleet_data::TokenCache::build_or_open(job, &files, &|_| {}).unwrap();
     let segment = Segment::create(world as usize, 1).unwrap();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)

@@ -1,0 +1,264 @@
+//! Rows of JSON, in the shapes that people have them: an object per line, an array of objects, and an object of columns.
+//! The contents decide which it is. Only the text field is kept; the rest is skipped as it is parsed.
+
+use crate::DataError;
+use crate::documents::no_field;
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use std::fmt;
+use std::path::Path;
+
+/// Names of fields that a refusal lists.
+const NAMES_MAX: usize = 12;
+
+/// The text field of every row.
+pub(crate) fn texts(path: &Path, text: &str, field: &str) -> Result<Vec<String>, DataError> {
+    let bad = |line: u64, what: String| DataError::Row { path: path.to_owned(), line, what };
+    let mut out = Vec::new();
+    let newline = if text.contains('\n') { '\n' } else { '\r' };
+    let lines = || (1..).zip(text.split(newline)).filter(|(_, line)| !line.trim().is_empty());
+    if is_one_document(lines().map(|(_, line)| line.trim())) {
+        parse(text, Rows { field, whole: true, out: &mut out })
+            .map_err(|e| bad(e.line() as u64, what_is_wrong(&e)))?;
+    } else {
+        for (number, line) in lines() {
+            parse(line, Rows { field, whole: false, out: &mut out })
+                .map_err(|e| bad(number, what_is_wrong(&e)))?;
+        }
+    }
+    Ok(out)
+}
+
+/// Whether the file is one value rather than one per line: there is a single line, or the first is no value by itself and the
+/// second does not begin one like it.
+fn is_one_document<'t>(mut lines: impl Iterator<Item = &'t str>) -> bool {
+    let (Some(first), Some(second)) = (lines.next(), lines.next()) else { return true };
+    let whole = serde_json::from_str::<IgnoredAny>(first).is_ok();
+    let array = first.starts_with('[');
+    !whole && (array || (first.starts_with('{') && !second.starts_with('{')))
+}
+
+fn parse(text: &str, rows: Rows) -> serde_json::Result<()> {
+    if text.trim().is_empty() {
+        return Ok(());
+    }
+    let mut parser = serde_json::Deserializer::from_str(text);
+    rows.deserialize(&mut parser)?;
+    parser.end()
+}
+
+fn what_is_wrong(error: &serde_json::Error) -> String {
+    let what = without_place(error);
+    match () {
+        () if what.contains("EOF while parsing") => format!("not JSON: {what}; the file seems to be cut off"),
+        () if what.contains("trailing characters") => {
+            format!("not JSON: {what}; write one object per line (`jq -c .`), or one array of objects")
+        }
+        () if error.is_syntax() => format!("not JSON: {what}"),
+        () => what,
+    }
+}
+
+/// The message without the line and column that serde_json adds.
+fn without_place(error: &impl fmt::Display) -> String {
+    let what = error.to_string();
+    what.rfind(" at line ").map_or(what.as_str(), |at| &what[..at]).to_owned()
+}
+
+/// Appends the text of a row to `out`; with `whole`, of all rows of an array or of a column.
+struct Rows<'a> {
+    field: &'a str,
+    whole: bool,
+    out: &'a mut Vec<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Rows<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Rows<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "an object with the field `{}`", self.field)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut found = false;
+        let mut names = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name != self.field {
+                map.next_value::<IgnoredAny>()?;
+                if names.len() < NAMES_MAX {
+                    names.push(name);
+                }
+                continue;
+            }
+            if std::mem::replace(&mut found, true) {
+                return Err(A::Error::custom(format!("the field `{name}` is given twice")));
+            }
+            map.next_value_seed(Text { field: self.field, column: self.whole, out: self.out })?;
+        }
+        if found {
+            return Ok(());
+        }
+        let deeper = match self.whole {
+            true => {
+                "; rows below one of them go to JSON Lines (`jq -c '.NAME[]'`); no rows at all: leave it out with data.exclude"
+            }
+            false => "",
+        };
+        Err(A::Error::custom(no_field(self.field, names.iter().map(String::as_str)) + deeper))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
+        if !self.whole {
+            let array = serde::de::Unexpected::Other("an array");
+            return Err(A::Error::invalid_type(array, &self));
+        }
+        let mut number = 1u64;
+        loop {
+            let row = Rows { field: self.field, whole: false, out: self.out };
+            match rows.next_element_seed(row) {
+                Ok(Some(())) => number += 1,
+                Ok(None) => return Ok(()),
+                Err(e) => return Err(A::Error::custom(format!("row {number}: {}", without_place(&e)))),
+            }
+        }
+    }
+}
+
+/// The value of the text field: a text; with `column`, also texts in an array, or by the number of their row as pandas writes them.
+struct Text<'a> {
+    field: &'a str,
+    column: bool,
+    out: &'a mut Vec<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Text<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Text<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "text in the field `{}`; leave such rows out, or set data.text_field", self.field)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+        self.out.push(text.to_owned());
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
+        if !self.column {
+            return Err(A::Error::invalid_type(serde::de::Unexpected::Other("an array"), &self));
+        }
+        while texts.next_element_seed(Text { field: self.field, column: false, out: self.out })?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
+        if !self.column {
+            return Err(A::Error::invalid_type(serde::de::Unexpected::Other("an object"), &self));
+        }
+        while texts.next_key::<IgnoredAny>()?.is_some() {
+            texts.next_value_seed(Text { field: self.field, column: false, out: self.out })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &str) -> Result<Vec<String>, String> {
+        texts(Path::new("a.json"), text, "text").map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn every_shape_gives_its_rows() {
+        let shapes = [
+            "{\"text\":\"a\"}\n{\"id\":1,\"text\":\"b\\n\"}\n",
+            "\r\n{\"text\":\"a\"}\r\n\r\n  {\"text\":\"b\\n\"}",
+            "{\"text\":\"a\"}\r{\"text\":\"b\\n\"}\r",
+            "[{\"text\":\"a\",\"x\":{\"text\":\"no\"}},{\"text\":\"b\\n\"}]",
+            "[\n  {\n    \"text\": \"a\"\n  },\n  {\n    \"text\": \"b\\n\"\n  }\n]\n",
+            "[{\"text\":\"a\"},\n {\"text\":\"b\\n\"}]",
+            "{\"id\":[1,2],\"text\":[\"a\",\"b\\n\"]}",
+            "{\n  \"text\": [\n \"a\",\n \"b\\n\"\n ]\n}",
+            "{\"text\":{\"0\":\"a\",\"1\":\"b\\n\"},\"id\":{\"0\":1,\"1\":2}}",
+        ];
+        for shape in shapes {
+            assert_eq!(read(shape).unwrap(), ["a", "b\n"], "{shape}");
+        }
+        assert_eq!(read("{\n\"text\": \"one row over lines\"\n}").unwrap(), ["one row over lines"]);
+        for nothing in ["", " \n", "[]", "[\n]"] {
+            assert_eq!(read(nothing).unwrap(), [] as [&str; 0], "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_names_its_line_and_row() {
+        for (text, told) in [
+            (
+                "{\"text\":\"a\"}\n\n{\"text\":\"b",
+                "line 3: not JSON: EOF while parsing a string; the file seems to be cut off",
+            ),
+            ("{\"text\":\"a\n{\"text\":\"b\"}", "line 1: not JSON: EOF"),
+            ("[{\"text\":\"a\"},\n{\"text\":\"b\"", "line 2: not JSON: row 2: EOF"),
+            ("{}", "line 1: no field `text`, and no other"),
+            (
+                "{\"text\":\"a\"}\n{\"body\":1,\"id\":2}\n",
+                "line 2: no field `text`; set data.text_field to one of: body, id",
+            ),
+            ("[{\"text\":\"a\"},\n{\"body\":1}]", "line 2: row 2: no field `text`"),
+            ("{\"version\":1,\"data\":[{\"text\":\"a\"}]}", "`jq -c '.NAME[]'`"),
+            (
+                "{\"text\":\"a\"}\n{\"text\":null}",
+                "line 2: invalid type: null, expected text in the field `text`",
+            ),
+            ("{\"text\":\"a\"}\n{\"text\":3}", "line 2: invalid type: integer `3`, expected text"),
+            ("{\"text\":\"a\"}\n{\"text\":[\"b\"]}", "line 2: invalid type: an array, expected text"),
+            ("{\"text\":\"a\",\"text\":\"b\"}", "line 1: the field `text` is given twice"),
+            ("[\"a\",\"b\"]", "row 1: invalid type: string \"a\", expected an object with the field `text`"),
+            ("[{\"text\":\"a\"}]\n[{\"text\":\"b\"}]", "line 1: invalid type: an array"),
+            (
+                "{\n\"text\":\"a\"\n}\n{\n\"text\":\"b\"\n}",
+                "line 4: not JSON: trailing characters; write one object per line",
+            ),
+            ("{\"text\":\"a\"} {\"text\":\"b\"}", "line 1: not JSON: trailing characters"),
+            ("some text\nof lines", "line 1: not JSON: expected value"),
+            ("3", "line 1: invalid type: integer `3`, expected an object"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(told), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_text_survives_every_shape(texts in proptest::collection::vec(any::<String>(), 0..6)) {
+            let rows: Vec<serde_json::Value> = texts.iter().map(|text| serde_json::json!({"id": 1, "text": text})).collect();
+            let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+            prop_assert_eq!(read(&lines).unwrap(), &texts[..]);
+            prop_assert_eq!(read(&serde_json::to_string_pretty(&rows).unwrap()).unwrap(), &texts[..]);
+            prop_assert_eq!(read(&serde_json::json!({"text": texts}).to_string()).unwrap(), &texts[..]);
+        }
+
+        #[test]
+        fn arbitrary_json_never_panics(text in "[{}\\[\\]\":,text1 \n\\\\]{0,40}") {
+            let _ = read(&text);
+        }
+    }
+}

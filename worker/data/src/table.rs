@@ -1,0 +1,268 @@
+//! Rows of tables, strictly: what is not as the format says is refused, because a lenient reader loses rows without a word.
+//!
+//! CSV is RFC 4180 in UTF-8. TSV is what people write: tabs and line ends separate, and a quote is a character like others. Rows
+//! end with `\n` or `\r\n`, and with `\r` where the file has no other; empty lines are skipped.
+
+use crate::DataError;
+use crate::documents::no_field;
+use std::borrow::Cow;
+use std::path::Path;
+
+/// How the fields of a row stand beside each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    Csv,
+    Tsv,
+}
+
+/// The text field of every row; the first row has the names of the columns.
+pub(crate) fn texts(
+    path: &Path,
+    text: &str,
+    field: &str,
+    dialect: Dialect,
+) -> Result<Vec<String>, DataError> {
+    let bad = |(line, what): (u64, String)| DataError::Row { path: path.to_owned(), line, what };
+    let mut rows = Rows::new(text, dialect);
+    let Some(header) = rows.next().transpose().map_err(bad)? else { return Ok(Vec::new()) };
+    let column = column(&header, field, dialect).map_err(bad)?;
+    let mut texts = Vec::new();
+    for row in rows {
+        let mut row = row.map_err(bad)?;
+        if row.fields.len() != header.fields.len() {
+            return Err(bad((row.line, wrong_length(row.fields.len(), header.fields.len(), dialect))));
+        }
+        texts.push(row.fields.swap_remove(column).into_owned());
+    }
+    Ok(texts)
+}
+
+/// Where the text field stands.
+fn column(header: &Row, field: &str, dialect: Dialect) -> Result<usize, (u64, String)> {
+    let names = || header.fields.iter().map(|name| name.trim());
+    let refused = |what| Err((header.line, what));
+    let mut found = names().enumerate().filter(|(_, name)| *name == field).map(|(at, _)| at);
+    match (found.next(), found.next()) {
+        (Some(_), Some(_)) => refused(format!("there are two columns `{field}`; rename one of them")),
+        (Some(at), None) => Ok(at),
+        (None, _) => {
+            let other = [(',', ".csv"), ('\t', ".tsv"), (';', ""), ('|', "")];
+            let own = if dialect == Dialect::Csv { ',' } else { '\t' };
+            let one = if header.fields.len() == 1 { header.fields[0].as_ref() } else { "" };
+            match other.into_iter().find(|(separator, _)| *separator != own && one.contains(*separator)) {
+                Some((separator, "")) => refused(format!(
+                    "no field `{field}`: its fields seem to be separated by `{separator}`; separate them by commas (.csv) or tabs (.tsv)"
+                )),
+                Some((separator, extension)) => refused(format!(
+                    "no field `{field}`: its fields seem to be separated by {separator:?}; name such a file {extension}"
+                )),
+                None => refused(format!("{} (the first row names the fields)", no_field(field, names()))),
+            }
+        }
+    }
+}
+
+fn wrong_length(found: usize, wanted: usize, dialect: Dialect) -> String {
+    let why = match dialect {
+        Dialect::Csv => "a field with commas or line ends stands in quotes",
+        Dialect::Tsv => {
+            "a field of a TSV has no tabs or line ends, and quotes do not change that; such text goes to CSV or JSON Lines"
+        }
+    };
+    format!("{found} fields where the first row has {wanted}; {why}")
+}
+
+struct Row<'t> {
+    /// Where it begins, from 1.
+    line: u64,
+    fields: Vec<Cow<'t, str>>,
+}
+
+/// Reads row by row; an error has the line where its row begins.
+struct Rows<'t> {
+    rest: &'t str,
+    line: u64,
+    newline: char,
+    dialect: Dialect,
+}
+
+impl<'t> Rows<'t> {
+    fn new(text: &'t str, dialect: Dialect) -> Rows<'t> {
+        let newline = if text.contains('\n') { '\n' } else { '\r' };
+        Rows { rest: text, line: 1, newline, dialect }
+    }
+
+    /// The next field and whether the row goes on after it. What comes after a field is consumed with it.
+    fn field(&mut self) -> Result<(Cow<'t, str>, bool), String> {
+        match self.rest.strip_prefix('"') {
+            Some(inside) if self.dialect == Dialect::Csv => self.quoted(inside),
+            _ => Ok(self.plain()),
+        }
+    }
+
+    fn plain(&mut self) -> (Cow<'t, str>, bool) {
+        let separator = if self.dialect == Dialect::Csv { ',' } else { '\t' };
+        let end = self.rest.find([separator, self.newline]).unwrap_or(self.rest.len());
+        let field = &self.rest[..end];
+        let goes_on = self.rest[end..].starts_with(separator);
+        self.rest = self.rest.get(end + 1..).unwrap_or_default();
+        if goes_on {
+            return (field.into(), true);
+        }
+        self.line += 1;
+        (field.strip_suffix('\r').unwrap_or(field).into(), false)
+    }
+
+    /// A field whose opening quote is behind `inside`'s beginning.
+    fn quoted(&mut self, inside: &'t str) -> Result<(Cow<'t, str>, bool), String> {
+        let mut end = 0;
+        let mut doubled = false;
+        loop {
+            let Some(quote) = inside[end..].find('"') else {
+                return Err("a quote is opened and never closed".into());
+            };
+            end += quote;
+            if !inside[end + 1..].starts_with('"') {
+                break;
+            }
+            doubled = true;
+            end += 2;
+        }
+        let field = &inside[..end];
+        self.line += field.matches(self.newline).count() as u64;
+        self.rest = &inside[end + 1..];
+        let (after, goes_on) = self.plain();
+        if !after.is_empty() {
+            return Err(format!(
+                "text follows the closing quote of a field: {:?}; quotes inside a quoted field are doubled",
+                after.chars().take(20).collect::<String>()
+            ));
+        }
+        Ok((if doubled { field.replace("\"\"", "\"").into() } else { field.into() }, goes_on))
+    }
+}
+
+impl<'t> Iterator for Rows<'t> {
+    type Item = Result<Row<'t>, (u64, String)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.rest.is_empty() {
+            let line = self.line;
+            let empty = self.rest.starts_with(self.newline) || self.rest.starts_with("\r\n");
+            let mut fields = Vec::new();
+            loop {
+                match self.field() {
+                    Ok((field, goes_on)) => {
+                        fields.push(field);
+                        if !goes_on {
+                            break;
+                        }
+                    }
+                    Err(what) => {
+                        self.rest = "";
+                        return Some(Err((line, what)));
+                    }
+                }
+            }
+            if !empty {
+                return Some(Ok(Row { line, fields }));
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(dialect: Dialect, text: &str) -> Result<Vec<String>, String> {
+        texts(Path::new("a"), text, "text", dialect).map_err(|e| e.to_string())
+    }
+
+    fn csv(text: &str) -> Result<Vec<String>, String> {
+        read(Dialect::Csv, text)
+    }
+
+    fn tsv(text: &str) -> Result<Vec<String>, String> {
+        read(Dialect::Tsv, text)
+    }
+
+    #[test]
+    fn a_quote_in_a_tsv_is_a_character() {
+        let rows = "id\ttext\r\n1\t\"Hello\" she said\n2\t5\" pipe\n3\t\"Stop, he cried\n\n4\t\"a \"\"b\"\"\"\n5\tc\rd\n6\t";
+        let texts = ["\"Hello\" she said", "5\" pipe", "\"Stop, he cried", "\"a \"\"b\"\"\"", "c\rd", ""];
+        assert_eq!(tsv(rows).unwrap(), texts);
+    }
+
+    #[test]
+    fn rows_of_another_length_are_named() {
+        let error = tsv("id\ttext\n1\ta\n\n2\n").unwrap_err();
+        assert!(error.contains("a, line 4: 1 fields where the first row has 2"), "{error}");
+        assert!(tsv("id\ttext\n1\ta\tb\n").unwrap_err().contains("line 2: 3 fields"));
+        assert!(tsv("text\tid\n\"a\nb\"\t1\n").unwrap_err().contains("JSON Lines"));
+        assert!(csv("id,text\n1,a, b\n").unwrap_err().contains("line 2: 3 fields"));
+        assert!(csv("text,id\n\"a\nb\",1\n\"c\"\n").unwrap_err().contains("line 4: 1 fields"));
+    }
+
+    #[test]
+    fn csv_is_read_by_its_standard() {
+        let rows = "id,text\n1,\"a, \"\"b\"\"\r\nc\"\r\n2,5\" pipe\n3, \"d\"\n4,\"\"\n5,\"\"\"\"\n6,e";
+        assert_eq!(csv(rows).unwrap(), ["a, \"b\"\r\nc", "5\" pipe", " \"d\"", "", "\"", "e"]);
+        assert_eq!(csv("id,text\r1,a\r2,b\r").unwrap(), ["a", "b"]);
+        assert_eq!(csv("").unwrap(), [] as [&str; 0]);
+        assert_eq!(csv(" id , text \n1, a \n").unwrap(), [" a "], "white space belongs to a field");
+    }
+
+    #[test]
+    fn quotes_that_are_wrong_name_the_row_where_they_begin() {
+        let error = csv("id,text\n1,\"unclosed quote here\n2,second\n3,third\n").unwrap_err();
+        assert!(error.contains("line 2: a quote is opened and never closed"), "{error}");
+        let error = csv("text,id\na,1\n\"b\nc\"d,2\n").unwrap_err();
+        assert!(error.contains("line 3: text follows the closing quote of a field: \"d\""), "{error}");
+        assert!(csv("id,text\n1,\"he \\\"said\\\"\"\n").unwrap_err().contains("are doubled"));
+        assert!(csv("id,text\n1,\"swallows\n2,\"other\"\n").unwrap_err().contains("line 2: text follows"));
+        assert!(csv("\"id,text\n1,a\n").unwrap_err().contains("line 1: a quote is opened"));
+    }
+
+    #[test]
+    fn a_header_that_does_not_fit_says_why() {
+        let error = |dialect, text| read(dialect, text).unwrap_err();
+        assert!(
+            error(Dialect::Csv, "text,id,text\na,1,b\n").contains("line 1: there are two columns `text`")
+        );
+        assert!(error(Dialect::Csv, "id;text\n1;a\n").contains("separated by `;`; separate them by commas"));
+        assert!(
+            error(Dialect::Csv, "id\ttext\n1\ta\n").contains("separated by '\\t'; name such a file .tsv")
+        );
+        assert!(error(Dialect::Tsv, "id,text\n1,a\n").contains("name such a file .csv"));
+        assert!(error(Dialect::Csv, "id,body\n1,x\n").contains("set data.text_field to one of: id, body"));
+    }
+
+    proptest! {
+        /// The library that others use writes; what it wrote is read back whole.
+        #[test]
+        fn what_a_csv_library_writes_is_read_back(texts in proptest::collection::vec("[a,\"\n\r é]{0,12}", 0..8), crlf: bool) {
+            let terminator = if crlf { ::csv::Terminator::CRLF } else { ::csv::Terminator::Any(b'\n') };
+            let mut writer = ::csv::WriterBuilder::new().terminator(terminator).from_writer(Vec::new());
+            writer.write_record(["text", "id"]).unwrap();
+            for text in &texts {
+                writer.write_record([text.as_str(), "1"]).unwrap();
+            }
+            let written = String::from_utf8(writer.into_inner().unwrap()).unwrap();
+            prop_assert_eq!(csv(&written).unwrap(), texts);
+        }
+
+        #[test]
+        fn a_tsv_loses_nothing(texts in proptest::collection::vec("[a,\"' é\\\\]{0,12}", 0..8)) {
+            let rows: String = texts.iter().map(|text| format!("1\t{text}\n")).collect();
+            prop_assert_eq!(tsv(&format!("id\ttext\n{rows}")).unwrap(), texts);
+        }
+
+        #[test]
+        fn arbitrary_tables_never_panic(text in "[text,\t\"\r\n]{0,40}") {
+            let _ = (csv(&text), tsv(&text));
+        }
+    }
+}
