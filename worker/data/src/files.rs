@@ -331,7 +331,7 @@ pub(crate) mod tests {
         );
         let closed = dir.path().join("closed");
         fs::create_dir(&closed).unwrap();
-        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).unwrap();
         if fs::read_dir(&closed).is_err() {
             // root may read it all the same
             assert!(error(data(vec![dir.path().to_owned()], &[], &[])).contains("closed: Permission denied"));
