@@ -1,5 +1,6 @@
 //! Vocabulary of fleet: what all its processes agree on. No raft, no torch.
 
+pub mod arguments;
 pub mod bytes;
 pub mod codec;
 pub mod endpoint;

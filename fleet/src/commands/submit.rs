@@ -52,7 +52,7 @@ pub struct Args {
 #[derive(clap::Args)]
 pub struct WishArgs {
     /// Higher ones start first; among equals the older job
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0)]
     priority: i32,
     /// On exactly so many nodes, with as many ranks on each
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

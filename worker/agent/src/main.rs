@@ -10,7 +10,7 @@ use fleet_agent::program::Base;
 use fleet_common::net::{self, Identity, IdentityError, JoinToken};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{exit, files, home, terminal};
+use fleet_common::{arguments, exit, files, home, terminal};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|first| first == exec_rank::MODE) {
         return ExitCode::from(exec_rank::run(&arguments[1..]));
     }
-    let Command::Join(join) = Cli::parse().command;
+    let Command::Join(join) = arguments::parse::<Cli>().command;
     let code = run(join).unwrap_or_else(|failure| {
         eprintln!("error: {}", terminal::plain(&format!("{:#}", failure.error)));
         failure.code
