@@ -3,11 +3,11 @@
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use fleet_agent::budget::Rates;
-use fleet_agent::coordinators::Coordinators;
+use fleet_agent::coordinators::{Coordinators, with_the_way_out};
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
-use fleet_common::net::{self, Identity, IdentityError, JoinToken};
+use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
 use fleet_common::{arguments, exit, files, home, terminal};
@@ -152,6 +152,7 @@ async fn identity(
         Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => match token()? {
             // Where the CA was replaced meanwhile, the kept one is of no use.
             Some(token) if !identity.authorities.contains(&token.ca_fingerprint) => {
+                same_cluster(&join.addr, &identity, &dir).await?;
                 tracing::warn!("the token is of another CA than {}; joining as a new node", identity.member);
                 Some(token)
             }
@@ -161,6 +162,7 @@ async fn identity(
         Some(identity) => match token()? {
             None => return Ok(identity),
             token => {
+                same_cluster(&join.addr, &identity, &dir).await?;
                 tracing::warn!("the certificate of {} has ended; joining as a new node", identity.member);
                 token
             }
@@ -188,6 +190,17 @@ async fn identity(
     }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
+}
+
+/// Refuses to become a node of another cluster where this one's records are. Whether it is another one only its coordinators can say.
+async fn same_cluster(addrs: &[String], kept: &Identity, dir: &Path) -> Result<(), Failure> {
+    match net::connect(addrs, kept).await {
+        Err(error @ NetError::OtherCluster(_)) => {
+            let error = with_the_way_out(error, dir);
+            Err(Failure { code: error.exit_code(), error: error.into() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What was kept, with a damaged file of CAs mended where a coordinator shows what it should be.
