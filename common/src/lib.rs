@@ -10,6 +10,7 @@ pub mod files;
 pub mod home;
 pub mod ids;
 pub mod job;
+pub mod lines;
 pub mod mapped;
 pub mod net;
 pub mod parent;

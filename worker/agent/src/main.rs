@@ -7,6 +7,7 @@ use fleet_agent::coordinators::{Coordinators, with_the_way_out};
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
+use fleet_agent::relay::Streams;
 use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
@@ -72,6 +73,9 @@ struct Join {
     /// Programs get the whole environment of this worker, as on the machine of a `fleet launch`.
     #[arg(long, hide = true)]
     inherit_env: bool,
+    /// What programs print follows on stdout, and SIGINT and SIGHUP are passed on to them: for the `fleet launch` of one program.
+    #[arg(long, hide = true, value_enum)]
+    relay: Option<Streams>,
     /// End when this process, which started this one, ends.
     #[arg(long, value_name = "PID")]
     die_with_parent: Option<u32>,
@@ -125,6 +129,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             host: join.host,
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
             lines: Rates::of(join.log_rate),
+            relay: join.relay,
         };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
