@@ -3,7 +3,7 @@
 
 BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
-.PHONY: demo test build setup lint chaos bench clean
+.PHONY: demo test build programs setup lint chaos bench clean
 
 setup:
 	@deploy/setup.sh
@@ -11,8 +11,12 @@ setup:
 build: setup
 	cargo build --workspace --locked --bins
 
+# Without those of the tests, which ask for nothing else of what both need: what is built for a demo is not built again for the tests.
+programs: setup
+	cargo build --workspace --exclude fleet-tests --locked --bins
+
 # A coordinator, a node and four ranks train on this clone's own source and documents, then the checkpoint speaks.
-demo: build
+demo: programs
 	@deploy/demo.sh $(BIN)
 
 test: build
@@ -29,7 +33,7 @@ chaos: build
 	$(BIN)/chaos
 
 # fleet beside PyTorch, in turn; needs the environment that bench/README.md describes.
-bench: build
+bench: programs
 	bench/run.sh $(BIN)
 
 clean:

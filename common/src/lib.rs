@@ -1,5 +1,6 @@
 //! Vocabulary of fleet: what all its processes agree on. No raft, no torch.
 
+pub mod arguments;
 pub mod bytes;
 pub mod codec;
 pub mod endpoint;
@@ -9,6 +10,7 @@ pub mod files;
 pub mod home;
 pub mod ids;
 pub mod job;
+pub mod lines;
 pub mod mapped;
 pub mod net;
 pub mod parent;

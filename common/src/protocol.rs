@@ -7,6 +7,7 @@
 //! | `fleet/1`, role worker | agent -> coordinator, members' socket | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
 //! | `fleet/1`, role coordinator | coordinator -> coordinator, members' socket | unidirectional streams of `PeerMessage` behind a `PeerHello`: one for raft, one for what is large |
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
+//! | stdout of a worker | worker -> `fleet launch` | a line of JSON when it is registered; then `Printed`, where it runs a program |
 
 use crate::codec::{self, Versioned};
 use crate::events::{Event, EventBatch, JobError, Outcome};

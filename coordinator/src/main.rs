@@ -4,7 +4,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{exit, files, terminal};
+use fleet_common::{arguments, exit, files, terminal};
 use fleet_coordinator::server::operator::{self, Step};
 use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
 use std::io::Write;
@@ -159,7 +159,7 @@ fn life(text: &str) -> Result<Duration, String> {
 fn main() -> ExitCode {
     // RocksDB makes its files as the process may; a coordinator starts no programs.
     files::restrict_process();
-    let done = match Cli::parse().command {
+    let done = match arguments::parse::<Cli>().command {
         Command::Start(start) => run(start.run, start.expect_existing, None),
         Command::Join(join) => token(&join).and_then(|token| run(join.run, false, Some((join.addr, token)))),
         Command::Backup(args) => save(&args),

@@ -202,7 +202,9 @@ impl Client {
             addresses.rotate_left(first);
         }
         let identity = self.identity(&addresses).await?;
-        let net::Reached { mut connection, mark, .. } = net::reach(&addresses, &identity).await?;
+        let reached = net::reach(&addresses, &identity).await;
+        let net::Reached { mut connection, mark, .. } =
+            reached.map_err(|error| self.cluster.with_the_way_out(error))?;
         let behind = mark != identity.authorities.mark() || !identity.is_of_issuing_ca();
         if behind || identity.is_due(SystemTime::now()) {
             match renew(&connection, &identity, &self.cluster.client_dir).await {

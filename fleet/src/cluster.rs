@@ -5,7 +5,7 @@ use crate::places;
 use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
 use fleet_common::ids::ReplicaId;
-use fleet_common::net::{Identity, IdentityError};
+use fleet_common::net::{Identity, IdentityError, NetError};
 use fleet_common::protocol::CoordinatorAddress;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -144,6 +144,23 @@ impl Cluster {
             login.addresses = known.into_iter().map(|address| address.client).collect();
             let _ = login.store(dir);
         }
+    }
+
+    /// What to do where another cluster answers.
+    pub fn with_the_way_out(&self, error: NetError) -> Failure {
+        let NetError::OtherCluster(what) = error else { return error.into() };
+        let cure = match &self.addresses {
+            Addresses::Login(dir, login) => format!(
+                "if the cluster was made anew, log in again: `fleet login {} --name {} --token-file FILE`",
+                login.addresses.first().map_or("HOST:PORT", String::as_str),
+                dir.file_name().unwrap_or_default().display()
+            ),
+            Addresses::DataDir(dir) => format!(
+                "the coordinator of {dir} does not listen there any more; start it with `coordinator start --data-dir {dir}`",
+                dir = dir.display()
+            ),
+        };
+        Failure::input(format!("{what}; {cure}"))
     }
 
     pub fn identity(&self) -> Result<Identity, NoIdentity> {

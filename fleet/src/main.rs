@@ -17,8 +17,8 @@ mod text;
 
 use clap::{Parser, Subcommand};
 use failure::Failure;
-use fleet_common::exit;
 use fleet_common::telemetry::{self, LogFormat};
+use fleet_common::{arguments, exit};
 use std::process::ExitCode;
 
 /// Trains neural networks on a cluster.
@@ -65,7 +65,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let started_unix_ms = places::unix_ms();
-    let cli = Cli::parse();
+    let cli: Cli = arguments::parse();
     telemetry::init(LogFormat::Human, "warn");
     // an empty variable is an unset one
     let name = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
@@ -105,6 +105,66 @@ fn main() -> ExitCode {
         (Err(Failure { code, message }), _) => {
             out::note(&format!("error: {message}"));
             ExitCode::from(code)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// Options that do not take a hyphen at the beginning of their value, of all commands.
+    fn refusing(command: &clap::Command, path: &str, refusing: &mut Vec<String>) {
+        let options = command.get_opts().filter(|arg| arg.get_action().takes_values());
+        let wrong = options.filter(|arg| !arg.is_allow_hyphen_values_set());
+        refusing.extend(wrong.map(|arg| format!("{path} {arg}")));
+        for command in command.get_subcommands() {
+            self::refusing(command, &format!("{path} {}", command.get_name()), refusing);
+        }
+    }
+
+    #[test]
+    fn every_option_takes_what_follows_it_and_only_paths_mind_two_hyphens() {
+        let command = arguments::with_the_rule(Cli::command());
+        let mut wrong = Vec::new();
+        refusing(&command, "fleet", &mut wrong);
+        assert_eq!(wrong, Vec::<String>::new());
+        let read = |words: &[&str]| {
+            let line = words.iter().copied().map(|word| if word == "X" { "--x" } else { word });
+            command
+                .clone()
+                .try_get_matches_from(["fleet"].into_iter().chain(line))
+                .map_err(|error| error.to_string())
+        };
+        for takes in [
+            "--cluster X jobs",
+            "generate --model m --prompt X",
+            "launch job.toml --set X",
+            "submit job.toml --set X",
+            "submit --id X job.toml",
+            "submit --env X -- program",
+            "config job.toml --set X",
+            "login host:1 --token X",
+            "login host:1 --name X",
+        ] {
+            let words: Vec<&str> = takes.split(' ').collect();
+            assert!(read(&words).is_ok(), "{takes}: {:?}", read(&words).err());
+        }
+        for path in [
+            "generate --model X --prompt p",
+            "launch job.toml --data-dir X",
+            "status --data-dir X",
+            "submit --env-file X -- program",
+            "login host:1 --token-file X",
+            "token create --role worker --out X",
+        ] {
+            let words: Vec<&str> = path.split(' ').collect();
+            assert!(
+                read(&words).is_err_and(|error| error.contains("`./--x`")),
+                "{path}: {:?}",
+                read(&words).err()
+            );
         }
     }
 }

@@ -49,14 +49,14 @@ pub fn output_bytes(begin: &str, bytes: &[u8]) {
     write([begin.as_bytes(), bytes, b"\n"].concat().as_slice());
 }
 
-/// A line of the output of a program that the user started with this very command: as if it ran here.
-pub fn own_output(text: &str) {
-    print(text);
+/// Output of a program that the user started with this very command: as if it ran here.
+pub fn own_output(bytes: &[u8]) {
+    write(bytes);
 }
 
-/// The same on stderr.
-pub fn own_error(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+/// The same on stderr; a closed stderr is nobody's loss.
+pub fn own_error(bytes: &[u8]) {
+    let _ = std::io::stderr().lock().write_all(bytes);
 }
 
 fn print(text: &str) {

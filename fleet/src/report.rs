@@ -392,8 +392,8 @@ fn program_line(event: &EventBody, ranks: u32) {
     };
     let prefix = rank_prefix(*rank, ranks);
     match level {
-        Level::Info => out::own_output(&format!("{prefix}{line}")),
-        _ => out::own_error(&format!("{prefix}{line}")),
+        Level::Info => out::own_output(format!("{prefix}{line}\n").as_bytes()),
+        _ => out::own_error(format!("{prefix}{line}\n").as_bytes()),
     }
 }
 

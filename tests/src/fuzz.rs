@@ -6,7 +6,7 @@
 use fleet_common::codec;
 use fleet_common::events::EventBatch;
 use fleet_common::protocol::{
-    ClientFrame, FromAgent, FromRank, JoinReply, JoinRequest, Reply, ToAgent, ToRank,
+    ClientFrame, FromAgent, FromRank, JoinReply, JoinRequest, Printed, Reply, ToAgent, ToRank,
 };
 use fleet_coordinator::archive::{self, Header, Writer};
 use fleet_coordinator::cluster::{Command, State};
@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use std::sync::Arc;
 
 /// The kinds of message that `messages` tells apart.
-pub const KINDS: u8 = 11;
+pub const KINDS: u8 = 12;
 
 /// Every message between fleet's processes: the first byte says which, the rest is its body. What decodes encodes to the same value.
 pub fn messages(data: &[u8]) {
@@ -40,6 +40,7 @@ pub fn messages(data: &[u8]) {
         7 => drop(codec::decode::<JoinReply>(body)),
         8 => round_trip::<EventBatch>(body),
         9 => round_trip::<PeerMessage>(body),
+        10 => round_trip::<Printed>(body),
         _ => round_trip::<Command>(body),
     }
 }

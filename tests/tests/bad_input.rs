@@ -123,6 +123,28 @@ fn checkpoints_that_are_missing_foreign_damaged_or_of_another_shape() {
 }
 
 #[test]
+fn a_value_that_begins_with_a_hyphen_is_a_value() {
+    let world = World::new();
+    let job = TinyJob { run_name: "good", max_steps: 2, ..TinyJob::default() };
+    let done = world.launch(1, &job, &[]).finish().expect(0);
+    let model = done.summary()["checkpoint"].as_str().unwrap().to_owned();
+    for prompt in ["- a list item", "-1", "--help", "--- a/file.txt"] {
+        let ask = ["generate", "--model", &model, "--prompt", prompt, "--max-new-tokens", "2", "--json"];
+        for program in ["fleet", "fleet-rank"] {
+            assert!(world.run(program, &ask).expect(0).stdout.concat().contains("prompt_tokens"), "{prompt}");
+        }
+    }
+    let wrong = ["generate", "--model", &model, "--prompt", "x", "--temperature", "-1"];
+    is_refused(world.run("fleet", &wrong), 2, &["--temperature is -1; give 0 or a positive number"]);
+    let done = world.run("coordinator", &["start", "--data-dir", "--expect-existing"]).expect(2);
+    assert!(
+        done.stderr.contains("'--data-dir <DIR>'") && done.stderr.contains("`./--expect-existing`"),
+        "{}",
+        done.all()
+    );
+}
+
+#[test]
 fn a_machine_without_libtorch() {
     let world = World::new();
     let rank = program("fleet-rank");

@@ -239,6 +239,47 @@ fn tokens_that_are_damaged_unknown_or_of_another_cluster() {
 }
 
 #[test]
+fn who_comes_back_to_another_cluster_at_its_address_is_told_so_and_what_to_do() {
+    let world = World::new();
+    let first = world.coordinator(&world.path("first"), ANY);
+    let address = first.endpoint.quic.clone();
+    let (node, client) = (world.path("node").display().to_string(), world.path("client.token"));
+    fs::copy(first.data_dir.join("tokens/client.token"), &client).unwrap();
+    let client = client.display().to_string();
+    world.run("fleet", &["login", &address, "--name", "it", "--token-file", &client]).expect(0);
+    let worker = world.worker(&first, 1);
+    let old = first.endpoint.cluster_id.clone();
+    drop(first);
+    let mut command = world.command("coordinator");
+    command.args(["start", "--listen", &address, "--member-listen", ANY, "--http", ANY]);
+    command.arg("--data-dir").arg(world.path("second"));
+    let second = world.standing(Running::start(command), &world.path("second"));
+    let new = second.endpoint.cluster_id.clone();
+    let belongs = format!("this address belongs to another cluster, {new}, and this side to {old}");
+    worker.until_it_says(&belongs);
+    let cure = format!(
+        "with a token from there and another --data-dir, or set this one aside (mv {node} {node}.old)"
+    );
+    worker.until_it_says(&cure);
+    let said = worker.complaints();
+    assert_eq!(said.matches("belongs to another cluster").count(), 1, "once: {said}");
+    drop(worker);
+    let token = second.data_dir.join("tokens/worker.token").display().to_string();
+    let join = ["join", &address, "--token-file", &token, "--data-dir", &node];
+    let done = world.run("worker", &join).expect(2);
+    assert!(done.says("error: ").contains(&belongs) && done.stderr.contains(&cure), "{}", done.all());
+    let done = world.run("fleet", &["nodes", "--cluster", "it"]).expect(2);
+    let cure = format!("log in again: `fleet login {address} --name it --token-file FILE`");
+    assert!(done.says(&belongs).contains(&cure), "{}", done.all());
+    // The way out leads out.
+    fs::rename(world.path("node"), world.path("node.old")).unwrap();
+    let _worker = world.worker(&second, 1);
+    let client = second.data_dir.join("tokens/client.token").display().to_string();
+    world.run("fleet", &["login", &address, "--name", "it", "--token-file", &client]).expect(0);
+    world.run("fleet", &["nodes", "--cluster", "it"]).expect(0);
+}
+
+#[test]
 fn ports_that_are_in_use_and_a_directory_that_is() {
     let world = World::new();
     let (udp, tcp) = (UdpSocket::bind(ANY).unwrap(), TcpListener::bind(ANY).unwrap());

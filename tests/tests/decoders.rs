@@ -9,8 +9,8 @@ use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
 use fleet_common::net::{Authorities, PrivateKey};
 use fleet_common::protocol::{
     Admission, AgentHello, ClientFrame, CoordinatorAddress, FromAgent, FromRank, Gang, JoinReply,
-    JoinRequest, Member, PROTOCOL_VERSION, Page, Point, Program, RankStart, Reply, Request, SubmitJob,
-    ToAgent, ToRank, Wish, Work,
+    JoinRequest, Member, PROTOCOL_VERSION, Page, Point, Printed, Program, RankStart, Reply, Request,
+    SubmitJob, ToAgent, ToRank, Wish, Work,
 };
 use fleet_coordinator::archive::{self, Record};
 use fleet_coordinator::cluster::commands::{Change, StartRun};
@@ -216,7 +216,8 @@ fn real_messages() -> Vec<Vec<u8>> {
         tagged(9, &PeerMessage::Coordinators(vec![(address(), [7; 32])])),
         tagged(9, &PeerMessage::Fetch(fetch)),
         tagged(9, &PeerMessage::Chunk(Box::new(chunk.unwrap().chunk().unwrap()))),
-        tagged(10, &command()),
+        tagged(10, &Printed { rank: 1, stderr: true, bytes: b"50%\r".to_vec() }),
+        tagged(11, &command()),
     ]
 }
 

@@ -82,7 +82,7 @@ fn is_a_command(
 }
 
 /// Options that the programs give each other and help texts do not show.
-const HIDDEN: [&str; 1] = ["--inherit-env"];
+const HIDDEN: [&str; 2] = ["--inherit-env", "--relay"];
 
 /// Everything that looks like an option, wherever it stands in a text of the source.
 #[test]

@@ -67,6 +67,48 @@ fn a_program_that_does_not_exist_is_named() {
 }
 
 #[test]
+fn the_signal_that_came_is_passed_on_to_every_rank() {
+    for (signal, name, code) in
+        [(Signal::SIGINT, "INT", 130), (Signal::SIGHUP, "HUP", 129), (Signal::SIGTERM, "TERM", 143)]
+    {
+        let world = World::new();
+        // What it does with another signal would be told as well.
+        let traps: String = ["INT", "HUP", "TERM"]
+            .map(|other| format!("trap 'echo {other} > got-$RANK; exit 0' {other}; "))
+            .concat();
+        let script = format!("{traps} echo ready; while :; do sleep 1; done");
+        let mut command = world.enter(std::process::Command::new("env"));
+        // As from a terminal, also where the tests run under nohup.
+        command.arg("--default-signal=HUP").arg(fleet_tests::program("fleet"));
+        command.args(["launch", "-n", "2", "--json", "--", "sh", "-c", &script]);
+        let mut launch = fleet_tests::Running::start(command);
+        launch.until("ready", |line| line["line"] == "ready");
+        launch.until("ready", |line| line["line"] == "ready");
+        launch.signal(signal);
+        let done = launch.finish().expect(code);
+        assert_eq!(done.summary()["status"], "cancelled", "{}", done.all());
+        for rank in 0..2 {
+            let got = std::fs::read_to_string(world.path(&format!("got-{rank}"))).unwrap_or_default();
+            assert_eq!(got.trim(), name, "rank {rank}: {}", done.all());
+        }
+        world.is_empty_soon();
+    }
+}
+
+#[test]
+fn a_program_that_minds_no_signal_is_ended_by_the_second_ctrl_c() {
+    let world = World::new();
+    let script = "trap '' INT TERM; echo ready; while :; do sleep 1; done";
+    let mut launch = world.start("fleet", &["launch", "-n", "1", "--json", "--", "sh", "-c", script]);
+    launch.until("ready", |line| line["line"] == "ready");
+    launch.signal(Signal::SIGINT);
+    launch.until_it_says("once more stops at once");
+    launch.signal(Signal::SIGINT);
+    launch.finish().expect(130);
+    world.is_empty_soon();
+}
+
+#[test]
 fn what_a_program_left_behind_ends_with_fleet() {
     let world = World::new();
     // The rank leaves a child in a session of its own.

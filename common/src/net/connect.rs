@@ -2,14 +2,14 @@
 
 use super::identity::Identity;
 use super::listen::remote;
-use super::peer::COORDINATOR_DNS;
+use super::peer::{COORDINATOR_DNS, Peer};
 use super::verdict::{Failure, NOT_OUR_COORDINATOR, summarise};
 use super::{Link, NetError, Socket, limits, tls};
 use crate::protocol::Role;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, Endpoint};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -44,7 +44,6 @@ pub async fn reach(addrs: &[String], identity: &Identity) -> Result<Reached, Net
 
 /// Without a socket each attempt has its own.
 async fn first(local: Option<&Endpoint>, addrs: &[String], identity: &Identity) -> Result<Reached, NetError> {
-    let config = client_config(identity)?;
     let mut attempts = JoinSet::new();
     let mut rest = addrs.iter().cloned().enumerate();
     let mut failures = Vec::new();
@@ -52,10 +51,13 @@ async fn first(local: Option<&Endpoint>, addrs: &[String], identity: &Identity) 
         let next = rest.next();
         let more = next.is_some();
         if let Some((position, addr)) = next {
-            let (local, config, cluster_id) = (local.cloned(), config.clone(), identity.cluster_id.clone());
+            let refused = Arc::new(OnceLock::new());
+            let config = client_config(identity, refused.clone())?;
+            let (local, cluster_id) = (local.cloned(), identity.cluster_id.clone());
             attempts.spawn(async move {
                 let attempt = welcomed(local, &addr, config, &cluster_id).await;
-                (position, attempt.map_err(|failure| failure.at(&addr)))
+                let failed = |failure| other_cluster(refused.get(), &cluster_id).unwrap_or(failure).at(&addr);
+                (position, attempt.map_err(failed))
             });
         }
         tokio::select! {
@@ -71,9 +73,16 @@ async fn first(local: Option<&Endpoint>, addrs: &[String], identity: &Identity) 
     Err(summarise(failures.into_iter().map(|(_, failure)| failure).collect()))
 }
 
-fn client_config(identity: &Identity) -> Result<ClientConfig, NetError> {
-    let crypto =
-        QuicClientConfig::try_from(tls::client(identity)?).map_err(|e| NetError::Tls(e.to_string()))?;
+/// Whether the certificate that was not believed is of another cluster, by its own account: nobody else would say so.
+fn other_cluster(refused: Option<&Vec<u8>>, ours: &str) -> Option<Failure> {
+    let theirs = Peer::from_certificate(refused?).ok()?.cluster_id;
+    let why = format!("this address belongs to another cluster, {theirs}, and this side to {ours}");
+    (theirs != ours).then_some(Failure::OtherCluster(why))
+}
+
+fn client_config(identity: &Identity, refused: Arc<OnceLock<Vec<u8>>>) -> Result<ClientConfig, NetError> {
+    let crypto = QuicClientConfig::try_from(tls::client(identity, refused)?);
+    let crypto = crypto.map_err(|e| NetError::Tls(e.to_string()))?;
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(limits::connecting(match identity.role() {
         Role::Client | Role::Admin => Link::Client,

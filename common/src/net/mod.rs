@@ -68,6 +68,9 @@ pub enum NetError {
     /// The other side, or this one on seeing it, said no.
     #[error("{0}")]
     Refused(String),
+    /// Who answers is of another cluster than this side: one of them was made anew, or the address is wrong.
+    #[error("{0}")]
+    OtherCluster(String),
     /// This side was cut off from the cluster; no other coordinator will take it either.
     #[error("{0}")]
     Revoked(String),
@@ -90,7 +93,9 @@ impl NetError {
             NetError::Bind { .. } => exit::ENVIRONMENT,
             NetError::Unreachable(_) | NetError::Unavailable(_) | NetError::Lost(_) => exit::UNREACHABLE,
             NetError::Later(_) => exit::LATER,
-            NetError::Refused(_) | NetError::Revoked(_) | NetError::Tls(_) => exit::REFUSED_INPUT,
+            NetError::Refused(_) | NetError::OtherCluster(_) | NetError::Revoked(_) | NetError::Tls(_) => {
+                exit::REFUSED_INPUT
+            }
         }
     }
 }

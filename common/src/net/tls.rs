@@ -58,12 +58,16 @@ pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error>
     Ok(config)
 }
 
-/// For a member that connects to a coordinator.
-pub(super) fn client(identity: &Identity) -> Result<ClientConfig, rustls::Error> {
-    let verifier = server_verifier(&identity.authorities)?;
+/// For a member that connects to a coordinator. `refused` gets the certificate that was shown and is not believed.
+pub(super) fn client(
+    identity: &Identity,
+    refused: Arc<OnceLock<Vec<u8>>>,
+) -> Result<ClientConfig, rustls::Error> {
+    let verifier = ByAuthorities { verifier: server_verifier(&identity.authorities)?, refused };
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_webpki_verifier(verifier)
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
     Ok(without_memory(config, FLEET))
 }
@@ -104,6 +108,50 @@ fn server_verifier(authorities: &Authorities) -> Result<Arc<WebPkiServerVerifier
     WebPkiServerVerifier::builder_with_provider(roots(authorities)?, provider())
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))
+}
+
+/// Trusts a coordinator's certificate as rustls does, and remembers one that it does not: who is that?
+#[derive(Debug)]
+struct ByAuthorities {
+    verifier: Arc<WebPkiServerVerifier>,
+    refused: Arc<OnceLock<Vec<u8>>>,
+}
+
+impl ServerCertVerifier for ByAuthorities {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified =
+            self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+        verified.inspect_err(|_| drop(self.refused.set(end_entity.to_vec())))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
+    }
 }
 
 /// Trusts a coordinator's certificate if the CA beside it has the wanted fingerprint and signed it.

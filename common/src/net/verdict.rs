@@ -48,6 +48,7 @@ pub fn describe(error: &ConnectionError) -> String {
 pub(super) enum Failure {
     Silent(String),
     Refused(String),
+    OtherCluster(String),
     Revoked(String),
 }
 
@@ -56,6 +57,7 @@ impl Failure {
         match self {
             Failure::Silent(why) => Failure::Silent(format!("{addr}: {why}")),
             Failure::Refused(why) => Failure::Refused(format!("{addr}: {why}")),
+            Failure::OtherCluster(why) => Failure::OtherCluster(format!("{addr}: {why}")),
             Failure::Revoked(why) => Failure::Revoked(format!("{addr}: {why}")),
         }
     }
@@ -66,6 +68,7 @@ impl From<Failure> for NetError {
         match failure {
             Failure::Silent(why) => NetError::Unreachable(why),
             Failure::Refused(why) => NetError::Refused(why),
+            Failure::OtherCluster(why) => NetError::OtherCluster(why),
             Failure::Revoked(why) => NetError::Revoked(why),
         }
     }
@@ -89,21 +92,26 @@ impl From<ConnectionError> for Failure {
 
 /// All addresses failed: one that answered and refused tells more than those that were silent.
 pub(super) fn summarise(failures: Vec<Failure>) -> NetError {
-    let (mut refused, mut revoked) = (false, false);
+    let (mut refused, mut other_cluster, mut revoked) = (false, false, false);
     let lines: Vec<String> = failures
         .into_iter()
         .map(|failure| {
             refused |= matches!(failure, Failure::Refused(_));
+            other_cluster |= matches!(failure, Failure::OtherCluster(_));
             revoked |= matches!(failure, Failure::Revoked(_));
             match failure {
-                Failure::Silent(why) | Failure::Refused(why) | Failure::Revoked(why) => why,
+                Failure::Silent(why)
+                | Failure::Refused(why)
+                | Failure::OtherCluster(why)
+                | Failure::Revoked(why) => why,
             }
         })
         .collect();
     let text = if lines.is_empty() { "no address was given".to_owned() } else { lines.join("; ") };
-    match (revoked, refused) {
-        (true, _) => NetError::Revoked(text),
-        (_, true) => NetError::Refused(text),
+    match (revoked, refused, other_cluster) {
+        (true, _, _) => NetError::Revoked(text),
+        (_, true, _) => NetError::Refused(text),
+        (_, _, true) => NetError::OtherCluster(text),
         _ => NetError::Unreachable(text),
     }
 }

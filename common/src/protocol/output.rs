@@ -1,4 +1,5 @@
-//! What ranks printed, whole: it stays in files on their nodes, and travels in pieces to who asks for it.
+//! What ranks printed, whole: it stays in files on their nodes, and travels in pieces to who asks for it. The programs of a `fleet launch`
+//! are heard at once.
 
 use crate::ids::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
@@ -30,4 +31,13 @@ pub struct OutputPiece {
     pub bytes: Vec<u8>,
     /// How long the output is by now.
     pub end: u64,
+}
+
+/// What a rank of a program has just printed, on its way to the `fleet launch` that shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Printed {
+    pub rank: Rank,
+    pub stderr: bool,
+    #[serde(with = "crate::bytes")]
+    pub bytes: Vec<u8>,
 }

@@ -171,7 +171,11 @@ pub fn open(options: &Options) -> Result<Opened> {
     let ca = custody.present().clone();
     let identity = load_mended(&identity_dir, &custody.authorities())?;
     if identity.as_ref().is_some_and(|identity| identity.cluster_id != ca.cluster_id()) {
-        bail!("the identity in {} is of another cluster; remove it", identity_dir.display());
+        bail!(
+            "the identity in {dir} is of another cluster than the CA beside it, {}; set it aside (mv {dir} {dir}.old)",
+            ca.cluster_id(),
+            dir = identity_dir.display()
+        );
     }
     let gone = || {
         format!(
@@ -204,7 +208,13 @@ pub fn open(options: &Options) -> Result<Opened> {
         && found.state().cluster_id() != ca.cluster_id()
     {
         let log = found.state().cluster_id();
-        bail!("the log in {} belongs to cluster {log}, the CA to {}", raft_dir.display(), ca.cluster_id());
+        bail!(
+            "the log in {} belongs to cluster {log}, the CA in {} to {}; put back the one that belongs there, or set {} aside and join a cluster anew with `coordinator join`",
+            raft_dir.display(),
+            cluster_dir.display(),
+            ca.cluster_id(),
+            dir.display()
+        );
     }
     let member = Member::Coordinator(replica);
     let identity = match identity {
@@ -380,8 +390,8 @@ pub fn lock_for_restore(dir: &Path) -> Result<File> {
 fn has_no_coordinator(dir: &Path) -> Result<()> {
     if ["cluster", "identity", "raft", "raft.mark"].iter().any(|name| dir.join(name).exists()) {
         bail!(
-            "{} has a coordinator already; start it with `coordinator start`, or choose another --data-dir",
-            dir.display()
+            "{dir} has a coordinator already; start it with `coordinator start --data-dir {dir}`, choose another --data-dir, or set this one aside (mv {dir} {dir}.old)",
+            dir = dir.display()
         );
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::programs;
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,7 +14,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// The beginning of the text
-    #[arg(long, allow_hyphen_values = true)]
+    #[arg(long)]
     prompt: String,
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<u32>,
@@ -38,17 +39,20 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
     }
     let mut command = Command::new(programs::beside("fleet-rank")?);
-    command.arg("generate").arg("--model").arg(&args.model).arg("--prompt").arg(&args.prompt);
-    let mut option = |name: &str, value: Option<String>| {
-        if let Some(value) = value {
-            command.arg(name).arg(value);
-        }
+    command.arg("generate");
+    // In one word each: the value may begin with a hyphen.
+    let mut option = |name: &str, value: Option<OsString>| {
+        command.args(
+            value.map(|value| [OsString::from(name), "=".into(), value].into_iter().collect::<OsString>()),
+        );
     };
-    option("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string()));
-    option("--temperature", args.temperature.map(|x| x.to_string()));
-    option("--top-k", args.top_k.map(|k| k.to_string()));
-    option("--top-p", args.top_p.map(|p| p.to_string()));
-    option("--seed", args.seed.map(|seed| seed.to_string()));
+    option("--model", Some(args.model.into()));
+    option("--prompt", Some(args.prompt.into()));
+    option("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into()));
+    option("--temperature", args.temperature.map(|x| x.to_string().into()));
+    option("--top-k", args.top_k.map(|k| k.to_string().into()));
+    option("--top-p", args.top_p.map(|p| p.to_string().into()));
+    option("--seed", args.seed.map(|seed| seed.to_string().into()));
     if args.json {
         command.arg("--json");
     }

@@ -17,8 +17,8 @@ use std::path::PathBuf;
 
 /// Give a job to a running cluster
 ///
-/// With `-- PROGRAM ARGS` the ranks are copies of any program, with RANK, WORLD_SIZE, MASTER_ADDR and the rest as torchrun sets them,
-/// on one node or several. Of the environment here PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, CONDA_*, LANG, LC_*, TZ, TERM, PYTHON*, OMP_*, MKL_*,
+/// With `-- PROGRAM ARGS` the ranks are copies of any program, with RANK, WORLD_SIZE, MASTER_ADDR and the rest as torchrun sets them, and
+/// with OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 where these are not set, on one node or several. Of the environment here PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, CONDA_*, LANG, LC_*, TZ, TERM, PYTHON*, OMP_*, MKL_*,
 /// NCCL_*, TORCH_*, CUDA_* and their like travel; HOME, USER and the devices are the node's; everything else is given with --env.
 #[derive(clap::Args)]
 pub struct Args {
@@ -52,7 +52,7 @@ pub struct Args {
 #[derive(clap::Args)]
 pub struct WishArgs {
     /// Higher ones start first; among equals the older job
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0)]
     priority: i32,
     /// On exactly so many nodes, with as many ranks on each
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

@@ -2,17 +2,17 @@
 //!
 //! All get `--die-with-parent` and process groups of their own: a Ctrl-C on the terminal reaches `fleet` alone, which decides.
 
-use super::signals::Signals;
+use super::signals::{self, Signals};
+use super::worker::{Said, Worker};
 use crate::client::{Client, unexpected};
 use crate::cluster::Cluster;
 use crate::failure::Failure;
 use crate::{json, programs};
 use fleet_common::endpoint::Endpoint;
-use fleet_common::protocol::{Reply, Request, Role};
+use fleet_common::protocol::{Printed, Reply, Request, Role};
 use fleet_common::{exit, files};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use serde::Deserialize;
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fs::File;
@@ -22,8 +22,7 @@ use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
 use std::task::Poll;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, Command};
 
 /// From the start of a coordinator to its first answer; a full log is replayed in less.
 const READY_MAX: Duration = Duration::from_secs(30);
@@ -43,6 +42,8 @@ const TOKEN_TTL_S: u64 = 600;
 pub struct Local {
     data_dir: PathBuf,
     slots: u32,
+    /// What is run is a program, whose output the worker relays: `apart` or `together`.
+    relay: Option<&'static str>,
     coordinator_program: PathBuf,
     worker_program: PathBuf,
     /// The first one has the launch's own data directory.
@@ -58,25 +59,14 @@ struct Coordinator {
     restarts: VecDeque<Instant>,
 }
 
-struct Worker {
-    child: Child,
-    pid: u32,
-    stdout: Option<Lines<BufReader<ChildStdout>>>,
-}
-
-/// The worker's first line on stdout.
-#[derive(Deserialize)]
-struct Registered {
-    node: String,
-    pid: u32,
-}
-
 /// Something that happened to a process.
 pub enum Incident {
     NodeJoined {
         node: String,
         pid: u32,
     },
+    /// By the program that the worker runs.
+    Printed(Printed),
     CoordinatorRestarted {
         name: String,
         pid: u32,
@@ -119,8 +109,13 @@ impl Started {
 }
 
 impl Local {
-    /// `coordinators` of them: 1, 3 or 5.
-    pub fn new(data_dir: &Path, slots: u32, coordinators: u32) -> Result<Local, Failure> {
+    /// `coordinators` of them: 1, 3 or 5. `relay`: see there.
+    pub fn new(
+        data_dir: &Path,
+        slots: u32,
+        coordinators: u32,
+        relay: Option<&'static str>,
+    ) -> Result<Local, Failure> {
         let coordinator = |number: u32| {
             let name = if number == 1 { "coordinator".to_owned() } else { format!("coordinator-{number}") };
             let dir = if number == 1 { data_dir.to_owned() } else { data_dir.join(&name) };
@@ -129,6 +124,7 @@ impl Local {
         Ok(Local {
             data_dir: data_dir.to_owned(),
             slots,
+            relay,
             coordinator_program: programs::beside("coordinator")?,
             worker_program: programs::beside("worker")?,
             coordinators: (1..=coordinators).map(coordinator).collect(),
@@ -270,13 +266,13 @@ impl Local {
         command.arg("--data-dir").arg(self.data_dir.join("worker"));
         command.arg("--slots").arg(self.slots.to_string());
         command.args(["--name", "local", "--log-format", "json", "--inherit-env"]);
-        // The cluster ends with its job: all that a program prints is shown, as it would be without fleet.
-        command.args(["--log-rate", "0"]);
+        match self.relay {
+            Some(streams) => command.args(["--relay", streams]),
+            // The cluster ends with its job: all that is printed is shown.
+            None => command.args(["--log-rate", "0"]),
+        };
         command.stdout(Stdio::piped());
-        let mut child = self.spawn(command, "worker")?;
-        let pid = child.id().unwrap_or_default();
-        let stdout = child.stdout.take().map(|stdout| BufReader::new(stdout).lines());
-        Ok(Worker { child, pid, stdout })
+        Ok(Worker::attend(self.spawn(command, "worker")?))
     }
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<Child, Failure> {
@@ -300,29 +296,16 @@ impl Local {
         let Local { coordinators, worker: Some(worker), .. } = self else {
             return std::future::pending().await;
         };
-        let first_line = async {
-            match worker.stdout.as_mut() {
-                Some(lines) => lines.next_line().await,
-                None => std::future::pending().await,
-            }
-        };
         let (coordinator_ended, worker_ended) = tokio::select! {
-            line = first_line => {
-                let Ok(Some(line)) = line else {
-                    worker.stdout = None;
-                    return Box::pin(self.incident()).await;
-                };
-                match serde_json::from_str::<Registered>(&line) {
-                    Ok(Registered { node, pid }) => return Incident::NodeJoined { node, pid },
-                    Err(_) => return Box::pin(self.incident()).await,
-                }
-            }
+            said = worker.next() => match said {
+                Ok(Said::Registered { node, pid }) => return Incident::NodeJoined { node, pid },
+                Ok(Said::Printed(printed)) => return Incident::Printed(printed),
+                Err(status) => (None, Some(status)),
+            },
             ended = first_to_end(coordinators) => (Some(ended), None),
-            status = worker.child.wait() => (None, Some(status)),
         };
         if let Some(status) = worker_ended {
             self.worker = None;
-            let status = status.unwrap_or_default();
             let mut failure = self.ended_early("worker", status);
             if !matches!(status.code().map(u8::try_from), Some(Ok(exit::REFUSED_INPUT | exit::ENVIRONMENT))) {
                 failure.code = exit::JOB_FAILED;
@@ -366,6 +349,27 @@ impl Local {
         Failure {
             code,
             message: format!("the {name} ended ({}){last}; its log is {}", how(status), path.display()),
+        }
+    }
+
+    /// From now on what the program prints is an incident.
+    pub fn listen(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.listens = true;
+        }
+    }
+
+    /// Has a signal that asks this launch to end passed on to its program.
+    pub fn pass_on(&self, signal: signals::Signal) {
+        if let Some(worker) = self.worker.as_ref().filter(|_| self.relay.is_some()) {
+            worker.pass_on(signal);
+        }
+    }
+
+    /// The job is over: ends the worker, and hears what its program had printed before.
+    pub async fn rest_of_output(&mut self, signals: &mut Signals, print: impl FnMut(Printed)) {
+        if let Some(worker) = self.worker.take() {
+            worker.finish(signals, print).await;
         }
     }
 

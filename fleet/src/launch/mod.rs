@@ -1,8 +1,10 @@
 //! `fleet launch`: a cluster of this machine, one job, its progress, its exit code. Leaves no process behind.
 
 mod local;
+mod output;
 mod signals;
 pub mod work;
+mod worker;
 
 use crate::client::{Client, Flow};
 use crate::cluster::Cluster;
@@ -12,11 +14,12 @@ use crate::json;
 use crate::out;
 use crate::places::Registration;
 use crate::report::{End, Report, Style};
-use fleet_common::events::Event;
+use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobView, Reply, Request, SubmitJob};
 use local::{Incident, Local};
+use output::ProgramOutput;
 use signals::Signals;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -26,7 +29,8 @@ use work::Prepared;
 
 /// Train on this machine: brings up a cluster, runs one job, takes the cluster down
 ///
-/// With `-- PROGRAM ARGS` it starts N copies of any program instead, with RANK, WORLD_SIZE and the rest as torchrun sets them.
+/// With `-- PROGRAM ARGS` it starts N copies of any program instead, with RANK, WORLD_SIZE and the rest as torchrun sets them, and with
+/// OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 where these are not set. SIGINT and SIGHUP are passed on to all of them.
 #[derive(clap::Args)]
 pub struct Args {
     /// Ranks to start; without it the job's `devices`, else one per accelerator, else one
@@ -93,7 +97,12 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
     let done = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut entry = Registration::enter(args.data_dir.as_deref())?;
-        let mut local = Local::new(&entry.launch.data_dir, prepared.submit.world_size, args.coordinators)?;
+        let relay = prepared.program.then(|| match !args.json && output::goes_to_one_place() {
+            true => "together",
+            false => "apart",
+        });
+        let ranks = prepared.submit.world_size;
+        let mut local = Local::new(&entry.launch.data_dir, ranks, args.coordinators, relay)?;
         let done = session(&mut local, &mut signals, prepared, report).await;
         local.end(&mut signals).await;
         if !matches!(done, Ok(exit::SUCCEEDED)) {
@@ -134,17 +143,34 @@ async fn session(
     let cluster = Cluster::in_data_dir(local.data_dir());
     tokio::spawn(converse(cluster.clone(), submit, tell));
 
+    let mut output = ProgramOutput::new(ranks, report.is_json());
     let mut job = None;
     let mut stopped_by = None;
+    // Said when all that was printed before it is.
+    let mut last_event = None;
     loop {
         tokio::select! {
             item = news.recv() => match item {
                 Some(News::Submitted(id)) => {
                     job = Some(id);
                     report.submitted(&id.to_string(), ranks);
+                    local.listen();
                 }
-                Some(News::Event(event)) => report.event(&event),
+                Some(News::Event(event)) => {
+                    last_event.take().into_iter().for_each(|event: Box<Event>| report.event(&event));
+                    match event.body {
+                        // Heard from the worker itself, all of it.
+                        EventBody::Log { rank: Some(_), .. } | EventBody::LeftOut { .. } if program => {}
+                        EventBody::Finished(_) => last_event = Some(event),
+                        _ => report.event(&event),
+                    }
+                }
                 Some(News::Ended(view)) => {
+                    if program {
+                        local.rest_of_output(signals, |printed| output.print(printed)).await;
+                        output.finish();
+                    }
+                    last_event.into_iter().for_each(|event| report.event(&event));
                     let code = exit_code(&view, program, stopped_by);
                     report.finish(End::Job(view));
                     return Ok(code);
@@ -158,16 +184,22 @@ async fn session(
                         report.say(&json::node(&node, "joined", Some(pid), "the node is registered"), "");
                     }
                 }
+                Incident::Printed(printed) => output.print(printed),
                 Incident::CoordinatorRestarted { name, pid, why } => {
                     let text = format!("the {name} ended ({why}) and was started again; the ranks go on");
                     report.say(&json::node(&name, "restarted", Some(pid), &text), &format!("warning: {text}"));
                 }
-                Incident::Lost(failure) => return Ok(failed(report, failure)),
+                Incident::Lost(failure) => {
+                    output.finish();
+                    return Ok(failed(report, failure));
+                }
             },
             signal = signals.next() => match (job, stopped_by) {
                 (Some(job), None) => {
                     stopped_by = Some(signal.exit_code());
-                    report.note(&format!("{}: stopping after a checkpoint; once more stops at once", signal.name()));
+                    let what = if program { "passed on to the program" } else { "stopping after a checkpoint" };
+                    report.note(&format!("{}: {what}; once more stops at once", signal.name()));
+                    local.pass_on(signal);
                     tokio::spawn(cancel(cluster.clone(), job, false, PATIENCE));
                 }
                 (None, None) => {
@@ -179,6 +211,7 @@ async fn session(
                         // the checkpoint that may be half written is left behind by the ranks' end; the last valid one stays
                         let _ = tokio::time::timeout(LAST_WORD, cancel(cluster, job, true, LAST_WORD)).await;
                     }
+                    output.finish();
                     report.finish(End::Cancelled);
                     return Ok(code);
                 }

@@ -4,6 +4,7 @@
 //! been done twice or lost. Prints its seed; the same seed makes the same plan of faults.
 
 use clap::Parser;
+use fleet_common::arguments;
 use fleet_common::ids::{JobId, RunId};
 use fleet_common::protocol::{JobState, Point, Reply, Request, RunKey};
 use fleet_tests::sim::random::Random;
@@ -31,7 +32,7 @@ type Curve = Vec<(u64, u64)>;
 const LOOK: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = arguments::parse::<Args>();
     fleet_tests::end_worlds_on_signals();
     let seed = args.seed.unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);

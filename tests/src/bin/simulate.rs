@@ -1,6 +1,7 @@
 //! Runs the simulator: one seed, or many side by side. See `fleet_tests::sim`.
 
 use clap::Parser;
+use fleet_common::arguments;
 use fleet_tests::sim::{self, Report};
 use std::ops::Range;
 use std::process::ExitCode;
@@ -38,7 +39,7 @@ fn range(text: &str) -> Result<Range<u64>, String> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = arguments::parse::<Arguments>();
     let minutes = (arguments.hours * 60.0).ceil() as u64;
     let failures = match &arguments.seeds {
         Some(seeds) => many(seeds.clone(), minutes, &arguments),

@@ -1,6 +1,7 @@
 //! Many submits at once while leaders and clients are killed: no job twice, none lost that was acknowledged, none that was said not to be.
 
 use clap::Parser;
+use fleet_common::arguments;
 use fleet_tests::World;
 use fleet_tests::submits::{self, Load};
 use std::process::ExitCode;
@@ -25,7 +26,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = arguments::parse::<Args>();
     fleet_tests::end_worlds_on_signals();
     let load = Load {
         submits: args.submits,

@@ -199,7 +199,9 @@ impl World {
         let Some(rank) = self.engine.runs.get(&id).and_then(|run| run.global(machine, local)) else { return };
         let (after, exit) = match blow {
             Blow::Kill => (MS, Exit::Signal(9)),
-            Blow::Terminate => (self.random.range(MS..500 * MS), Exit::Signal(15)),
+            Blow::HangUp | Blow::Interrupt | Blow::Terminate => {
+                (self.random.range(MS..500 * MS), Exit::Signal(15))
+            }
         };
         self.queue.after(after, Event::Engine(id, EngineEvent::Gone(rank, exit)));
     }

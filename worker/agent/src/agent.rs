@@ -106,6 +106,8 @@ pub enum Input {
     Probed(Result<(), String>),
     /// The agent shall end: the first time with checkpoints, the second time at once.
     Stop,
+    /// Programs that run get this signal, and are expected to end by it.
+    PassOn(Blow),
     /// `Agent::deadline` has passed.
     Tick,
 }
@@ -234,6 +236,9 @@ impl Agent {
                 let how = if self.stopping { Stop::Now } else { Stop::Soon };
                 self.stopping = true;
                 self.gangs.values_mut().for_each(|gang| gang.stop(how, &self.config, now, &mut out));
+            }
+            Input::PassOn(blow) => {
+                self.gangs.values_mut().for_each(|gang| gang.pass_on(blow, now, &mut out));
             }
             Input::Tick => {}
         }

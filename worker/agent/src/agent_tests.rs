@@ -371,6 +371,54 @@ fn the_second_signal_ends_everything_at_once() {
 }
 
 #[test]
+fn a_signal_is_passed_on_to_a_program_and_sterner_ones_follow() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 2
+         spawn 2 ranks
+         > interrupt
+         interrupt rank 0
+         interrupt rank 1
+         > cancel
+         > rank 0 exits 0
+         > wait 9999
+         > wait 1
+         terminate rank 1
+         > wait 9999
+         > wait 1
+         kill rank 1
+         > rank 1 dies 9
+         send 1: stopped after 0",
+    );
+}
+
+#[test]
+fn a_second_signal_hastens_the_end_and_training_is_stopped_in_its_own_way() {
+    check(
+        "> start program 1
+         spawn 1 ranks
+         > interrupt
+         interrupt rank 0
+         > interrupt
+         > cancel now
+         kill rank 0",
+    );
+    check(
+        "> start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         > interrupt
+         > cancel
+         rank 0: stop",
+    );
+}
+
+#[test]
 fn of_a_program_the_first_failing_rank_is_named_with_its_code() {
     check(
         "> start program 3

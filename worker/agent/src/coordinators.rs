@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use fleet_common::files;
+use fleet_common::net::NetError;
 use fleet_common::protocol::CoordinatorAddress;
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -50,6 +51,15 @@ impl Coordinators {
     pub fn given(&self) -> &[String] {
         &self.given
     }
+}
+
+/// What to do where the cluster is another one than that of the node's directory.
+pub fn with_the_way_out(error: NetError, identity_dir: &Path) -> NetError {
+    let NetError::OtherCluster(what) = error else { return error };
+    let dir = identity_dir.parent().unwrap_or(identity_dir).display();
+    NetError::OtherCluster(format!(
+        "{what}, with {dir}; to join that cluster, run `worker join` with a token from there and another --data-dir, or set this one aside (mv {dir} {dir}.old)"
+    ))
 }
 
 #[cfg(test)]

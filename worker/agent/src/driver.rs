@@ -5,7 +5,7 @@ use crate::budget::Rates;
 use crate::cgroup;
 use crate::container::{Container, Containers, Leader, Remains};
 use crate::coordinators::Coordinators;
-use crate::gang::{GangId, GangInput};
+use crate::gang::{Blow, GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::output;
@@ -14,6 +14,7 @@ use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
 use crate::ranks::{Launcher, NewGang, Probe, Warm};
 use crate::records::Records;
+use crate::relay::{Relay, Streams};
 use crate::spawn::{Exited, Spawner, Sweep};
 use anyhow::Context;
 use fleet_collectives::Segment;
@@ -56,6 +57,8 @@ pub struct Options {
     pub programs: Base,
     /// How much of a gang's output goes to the coordinators.
     pub lines: Rates,
+    /// A `fleet launch` started this worker for one program: it hears what that prints, and has its signals passed on.
+    pub relay: Option<Streams>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -84,7 +87,10 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
     let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let launcher = Launcher::new(spawner, Containers::new(process, cgroups.ok()), cores, options.programs)?;
+    let relay = options.relay.map(|_| Relay::over_stdout()).transpose().context("--relay needs a pipe")?;
+    let (containers, one_pipe) =
+        (Containers::new(process, cgroups.ok()), options.relay == Some(Streams::Together));
+    let launcher = Launcher::new(spawner, containers, cores, options.programs, one_pipe)?;
 
     let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
         Ok(found) => found,
@@ -117,7 +123,8 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         mark: None,
     };
     let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
-    let warm = if unfit.is_none() { launcher.warm(slots).await } else { None };
+    let trains = unfit.is_none() && relay.is_none();
+    let warm = if trains { launcher.warm(slots).await } else { None };
 
     let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
     let (lines_sender, lines) = mpsc::channel(LINES_MAX);
@@ -135,6 +142,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         inputs: unfit.map(|line| Input::Probed(Err(line))).into_iter().collect(),
         messages_sender,
         lines_sender,
+        relay,
     };
     driver.run(Sources { stop, child, exits, link_events, messages, lines, link }).await
 }
@@ -149,6 +157,10 @@ struct Sources {
     lines: mpsc::Receiver<(GangId, GangInput)>,
     link: JoinHandle<()>,
 }
+
+const HANG_UP: u8 = 1;
+const INTERRUPT: u8 = 2;
+const TERMINATE: u8 = 15;
 
 struct StopSignals {
     terminate: Signal,
@@ -168,9 +180,9 @@ impl StopSignals {
     /// The number of a signal that asks the agent to end.
     async fn next(&mut self) -> u8 {
         tokio::select! {
-            _ = self.terminate.recv() => 15,
-            _ = self.interrupt.recv() => 2,
-            _ = self.hangup.recv() => 1,
+            _ = self.terminate.recv() => TERMINATE,
+            _ = self.interrupt.recv() => INTERRUPT,
+            _ = self.hangup.recv() => HANG_UP,
         }
     }
 }
@@ -204,6 +216,7 @@ struct Driver {
     inputs: VecDeque<Input>,
     messages_sender: mpsc::Sender<(GangId, GangInput)>,
     lines_sender: mpsc::Sender<(GangId, GangInput)>,
+    relay: Option<Relay>,
 }
 
 impl Driver {
@@ -216,10 +229,14 @@ impl Driver {
                     let accepts_lines = self.agent.accepts_lines(self.now());
                     tokio::select! {
                         biased;
-                        number = sources.stop.next() => {
-                            stopped_by.get_or_insert(number);
-                            Some(Input::Stop)
-                        }
+                        number = sources.stop.next() => match (number, &self.relay) {
+                            (HANG_UP, Some(_)) => Some(Input::PassOn(Blow::HangUp)),
+                            (INTERRUPT, Some(_)) => Some(Input::PassOn(Blow::Interrupt)),
+                            _ => {
+                                stopped_by.get_or_insert(number);
+                                Some(Input::Stop)
+                            }
+                        },
                         _ = sources.child.recv() => {
                             self.launcher.spawner.reap();
                             None
@@ -386,6 +403,7 @@ impl Driver {
                     key: id,
                     messages: self.messages_sender.clone(),
                     lines: self.lines_sender.clone(),
+                    relay: self.relay.clone(),
                 };
                 let io =
                     rank_io::attend(rank, new_rank.started, new_rank.socket, &log, deliveries, self.begin);

@@ -7,14 +7,15 @@
 //! ```
 
 use crate::agent::{Action, Config, Now};
+use crate::last_lines::LastLines;
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
 use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
+use fleet_common::lines::{self, LINE_MAX};
 use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work, listed};
-use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -27,10 +28,6 @@ pub const STOP_GRACE: Duration = Duration::from_secs(10);
 pub const EXIT_GRACE: Duration = Duration::from_secs(5);
 /// Between two looks at the ranks' memory.
 pub const MEMORY_PERIOD: Duration = Duration::from_secs(5);
-/// Lines kept of each rank for the error report.
-pub const LAST_LINES: usize = 20;
-/// Longest log line in bytes; the rest is cut.
-pub const LINE_MAX: usize = 4096;
 /// Ranks of one gang on one node; so many can share memory.
 pub const RANKS_MAX: u32 = 64;
 
@@ -100,11 +97,16 @@ pub struct Prepared {
     pub run: String,
 }
 
+/// A signal to the rank's process group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blow {
-    /// SIGTERM to the rank's process group.
+    /// SIGHUP.
+    HangUp,
+    /// SIGINT.
+    Interrupt,
+    /// SIGTERM.
     Terminate,
-    /// SIGKILL to the rank's process group.
+    /// SIGKILL.
     Kill,
 }
 
@@ -122,7 +124,7 @@ struct RankState {
     exit: Option<Exit>,
     done: Option<Outcome>,
     struck: bool,
-    last_lines: VecDeque<String>,
+    last_lines: LastLines,
 }
 
 #[derive(Debug)]
@@ -166,6 +168,8 @@ pub struct Supervised {
     own_error: Option<JobError>,
     /// The coordinator's idea of the stream is another one.
     unrecordable: bool,
+    /// When a program that was sent another signal gets SIGTERM.
+    terminate_at: Option<Duration>,
     kill_at: Option<Duration>,
     /// When the gang's time is over, and how many seconds it had.
     expires_at: Option<(Duration, u64)>,
@@ -228,6 +232,7 @@ impl Supervised {
             suspicions: Vec::new(),
             own_error: refusal,
             unrecordable: false,
+            terminate_at: None,
             kill_at: None,
             expires_at: gang.max_time_ms.map(|ms| (now.mono + Duration::from_millis(ms), ms / 1_000)),
             expired: None,
@@ -261,9 +266,9 @@ impl Supervised {
         match input {
             GangInput::Rank(rank, message) => self.on_message(rank, message, now, out),
             GangInput::Lines { rank, level, lines } => {
-                lines.into_iter().for_each(|line| self.on_line(Some(rank), level, line, now));
+                lines.iter().for_each(|line| self.on_line(Some(rank), level, line, now));
             }
-            GangInput::Progress(level, line) => self.on_line(None, level, line, now),
+            GangInput::Progress(level, line) => self.on_line(None, level, &line, now),
             GangInput::Exited { rank, at, exit } => self.on_exit(rank, at, exit, now, out),
             GangInput::SpawnFailed { rank, error } => {
                 let message = format!("rank {} could not be started: {error}", self.global(rank));
@@ -296,11 +301,7 @@ impl Supervised {
                 Kind::Program => {
                     self.kill_within(STOP_GRACE, now);
                     if known.is_none() {
-                        self.to_living(out, |gang, rank| Action::Strike {
-                            gang,
-                            rank,
-                            blow: Blow::Terminate,
-                        });
+                        self.strike_living(Blow::Terminate, out);
                     }
                 }
                 Kind::Train(_) => {
@@ -318,6 +319,17 @@ impl Supervised {
             }
         }
         self.tick(config, now, out);
+    }
+
+    /// Passes on to a program the signal by which it is to end, as if its ranks ran in a terminal of their own. Training is stopped otherwise.
+    pub fn pass_on(&mut self, blow: Blow, now: Now, out: &mut Vec<Action>) {
+        if self.is_ending() || self.stop.is_some() || !matches!(self.kind, Kind::Program) {
+            return;
+        }
+        self.stop = Some(Stop::WhenSaved);
+        self.terminate_at = Some(now.mono + STOP_GRACE);
+        self.kill_within(2 * STOP_GRACE, now);
+        self.strike_living(blow, out);
     }
 
     /// Ends the gang for a reason that is the agent's own.
@@ -339,6 +351,10 @@ impl Supervised {
             self.expires_at = None;
             self.expired = Some(seconds);
             return self.stop(Stop::Soon, config, now, out);
+        }
+        if self.terminate_at.is_some_and(|at| now.mono >= at) {
+            self.terminate_at = None;
+            self.strike_living(Blow::Terminate, out);
         }
         if self.kill_at.is_some_and(|at| now.mono >= at) {
             self.kill_at = None;
@@ -366,7 +382,7 @@ impl Supervised {
             return None;
         }
         let expires_at = self.expires_at.map(|(at, _)| at);
-        self.kill_at.into_iter().chain(expires_at).chain([self.sample_at]).min()
+        self.kill_at.into_iter().chain(self.terminate_at).chain(expires_at).chain([self.sample_at]).min()
     }
 
     pub fn stream(&mut self) -> &mut EventStream {
@@ -449,7 +465,7 @@ impl Supervised {
                     event.body = EventBody::CheckpointFailed { step, error };
                 }
             }
-            EventBody::Log { level, line, .. } => return self.on_line(Some(rank), level, line, now),
+            EventBody::Log { level, line, .. } => return self.on_line(Some(rank), level, &line, now),
             // How the gang ended is the agent's to say, when all ranks are gone.
             EventBody::Finished(_) => return,
             EventBody::Step(step) => self.last_step = step.step,
@@ -462,16 +478,14 @@ impl Supervised {
         self.stream.push(event, now.mono);
     }
 
-    fn on_line(&mut self, rank: Option<Rank>, level: Level, mut line: String, now: Now) {
-        truncate(&mut line);
+    fn on_line(&mut self, rank: Option<Rank>, level: Level, line: &str, now: Now) {
         if let Some(state) = rank.and_then(|rank| self.ranks.get_mut(rank as usize)) {
-            if state.last_lines.len() == LAST_LINES {
-                state.last_lines.pop_front();
-            }
-            state.last_lines.push_back(line.clone());
+            state.last_lines.push(level, line);
         }
         let rank = rank.map(|rank| self.global(rank));
-        self.push(now, EventBody::Log { rank, level, line });
+        for line in lines::pieces(line, LINE_MAX) {
+            self.push(now, EventBody::Log { rank, level, line: line.to_owned() });
+        }
     }
 
     fn on_exit(&mut self, rank: Rank, at: Duration, exit: Exit, now: Now, out: &mut Vec<Action>) {
@@ -578,6 +592,10 @@ impl Supervised {
         self.kill_at = Some(self.kill_at.map_or(at, |known| known.min(at)));
     }
 
+    fn strike_living(&self, blow: Blow, out: &mut Vec<Action>) {
+        self.to_living(out, |gang, rank| Action::Strike { gang, rank, blow });
+    }
+
     fn to_living(&self, out: &mut Vec<Action>, action: impl Fn(GangId, Rank) -> Action) {
         let living = self.ranks.iter().enumerate().filter(|(_, state)| state.exit.is_none());
         out.extend(living.map(|(rank, _)| action(self.id, rank as Rank)));
@@ -612,7 +630,7 @@ impl Supervised {
         };
         if let Some(suspicion) = suspicion {
             let state = self.ranks.get(suspicion.rank.saturating_sub(self.first_rank) as usize);
-            let lines = state.map(|state| state.last_lines.iter().cloned().collect()).unwrap_or_default();
+            let lines = state.map(|state| state.last_lines.to_vec()).unwrap_or_default();
             let mut error =
                 verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
             if matches!(self.kind, Kind::Program) && matches!(suspicion.cause, Cause::Code(_)) {
@@ -671,14 +689,5 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
             error(Fault::Environment, reason)
         }
         _ => None,
-    }
-}
-
-/// Cuts a line to `LINE_MAX` bytes at a character boundary and says so.
-pub fn truncate(line: &mut String) {
-    if line.len() > LINE_MAX {
-        let end = (0..=LINE_MAX).rev().find(|&end| line.is_char_boundary(end)).unwrap_or(0);
-        line.truncate(end);
-        line.push_str(" [cut]");
     }
 }

@@ -2,7 +2,7 @@
 //! knows nothing of their meaning, but for those that are about connections: where the coordinators are, and the node's certificate.
 
 use crate::backoff::Backoff;
-use crate::coordinators::Coordinators;
+use crate::coordinators::{self, Coordinators};
 use fleet_common::codec::{self, FRAME_MAX, Frames};
 use fleet_common::net::{self, Identity, NetError, Socket};
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Reply, Request, ToAgent};
@@ -49,13 +49,13 @@ pub struct Node {
 pub async fn keep(mut node: Node, events: mpsc::Sender<LinkEvent>, mut rng: impl Rng) {
     let begin = Instant::now();
     let mut backoff = Backoff::default();
-    let mut was_connected = false;
+    let (mut was_connected, mut told) = (false, false);
     while !events.is_closed() {
         let since = Instant::now();
         let known = node.coordinators.known(&mut rng);
         match connect(&known, node.coordinators.given(), &node.identity).await {
             Ok(Reached::Members(connection, send, receive)) => {
-                was_connected = true;
+                (was_connected, told) = (true, false);
                 let reason = serve(&connection, send, receive, &mut node, &events).await;
                 connection.close(net::DONE, b"the agent closes this connection");
                 if let Some(why) = cut_off(&connection) {
@@ -79,7 +79,12 @@ pub async fn keep(mut node: Node, events: mpsc::Sender<LinkEvent>, mut rng: impl
                 tracing::debug!("no coordinator answers at its address for members");
             }
             Err(error) => {
-                let refused = matches!(error, NetError::Refused(_) | NetError::Tls(_));
+                let error = coordinators::with_the_way_out(error, &node.identity_dir);
+                let foreign = matches!(error, NetError::OtherCluster(_));
+                if foreign && was_connected && !std::mem::replace(&mut told, true) {
+                    tracing::warn!("{error}");
+                }
+                let refused = foreign || matches!(error, NetError::Refused(_) | NetError::Tls(_));
                 let hopeless = !was_connected && (refused || begin.elapsed() > FIRST_PATIENCE);
                 if hopeless || matches!(error, NetError::Revoked(_)) {
                     let _ = events.send(LinkEvent::Hopeless(error)).await;
@@ -103,7 +108,11 @@ async fn connect(known: &[String], given: &[String], identity: &Identity) -> Res
     let reached = match known {
         [] => net::reach(given, identity).await,
         known => match net::reach(known, identity).await {
-            Err(error @ NetError::Unreachable(_)) => net::reach(given, identity).await.map_err(|_| error),
+            Err(silence @ NetError::Unreachable(_)) => {
+                let reached = net::reach(given, identity).await;
+                reached
+                    .map_err(|error| if matches!(error, NetError::OtherCluster(_)) { error } else { silence })
+            }
             reached => reached,
         },
     };

@@ -3,14 +3,15 @@
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use fleet_agent::budget::Rates;
-use fleet_agent::coordinators::Coordinators;
+use fleet_agent::coordinators::{Coordinators, with_the_way_out};
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
-use fleet_common::net::{self, Identity, IdentityError, JoinToken};
+use fleet_agent::relay::Streams;
+use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{exit, files, home, terminal};
+use fleet_common::{arguments, exit, files, home, terminal};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,9 @@ struct Join {
     /// Programs get the whole environment of this worker, as on the machine of a `fleet launch`.
     #[arg(long, hide = true)]
     inherit_env: bool,
+    /// What programs print follows on stdout, and SIGINT and SIGHUP are passed on to them: for the `fleet launch` of one program.
+    #[arg(long, hide = true, value_enum)]
+    relay: Option<Streams>,
     /// End when this process, which started this one, ends.
     #[arg(long, value_name = "PID")]
     die_with_parent: Option<u32>,
@@ -82,7 +86,7 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|first| first == exec_rank::MODE) {
         return ExitCode::from(exec_rank::run(&arguments[1..]));
     }
-    let Command::Join(join) = Cli::parse().command;
+    let Command::Join(join) = arguments::parse::<Cli>().command;
     let code = run(join).unwrap_or_else(|failure| {
         eprintln!("error: {}", terminal::plain(&format!("{:#}", failure.error)));
         failure.code
@@ -125,6 +129,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             host: join.host,
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
             lines: Rates::of(join.log_rate),
+            relay: join.relay,
         };
         driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
@@ -152,6 +157,7 @@ async fn identity(
         Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => match token()? {
             // Where the CA was replaced meanwhile, the kept one is of no use.
             Some(token) if !identity.authorities.contains(&token.ca_fingerprint) => {
+                same_cluster(&join.addr, &identity, &dir).await?;
                 tracing::warn!("the token is of another CA than {}; joining as a new node", identity.member);
                 Some(token)
             }
@@ -161,6 +167,7 @@ async fn identity(
         Some(identity) => match token()? {
             None => return Ok(identity),
             token => {
+                same_cluster(&join.addr, &identity, &dir).await?;
                 tracing::warn!("the certificate of {} has ended; joining as a new node", identity.member);
                 token
             }
@@ -188,6 +195,17 @@ async fn identity(
     }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
+}
+
+/// Refuses to become a node of another cluster where this one's records are. Whether it is another one only its coordinators can say.
+async fn same_cluster(addrs: &[String], kept: &Identity, dir: &Path) -> Result<(), Failure> {
+    match net::connect(addrs, kept).await {
+        Err(error @ NetError::OtherCluster(_)) => {
+            let error = with_the_way_out(error, dir);
+            Err(Failure { code: error.exit_code(), error: error.into() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What was kept, with a damaged file of CAs mended where a coordinator shows what it should be.

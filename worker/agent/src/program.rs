@@ -39,6 +39,8 @@ const OF_NODE: &[&str] = &[
     "HIP_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES",
 ];
+/// What a program finds where nobody has set it. Python holds back what it prints while its stdout is a pipe, as it is here.
+const UNLESS_SET: [(&str, &str); 2] = [("OMP_NUM_THREADS", "1"), ("PYTHONUNBUFFERED", "1")];
 /// Where nothing else says it.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
@@ -93,7 +95,9 @@ pub fn environment(
     let given =
         given.iter().filter_map(|variable| Some((variable.name.as_str().into(), variable.text()?.into())));
     base.extend(given);
-    base.entry("OMP_NUM_THREADS".into()).or_insert_with(|| "1".into());
+    for (name, value) in UNLESS_SET {
+        base.entry(name.into()).or_insert_with(|| value.into());
+    }
     base.extend(set.map(|(name, value)| (name.into(), value.into())));
     base.into_iter().collect()
 }
@@ -131,7 +135,9 @@ mod tests {
             Variable { name: "GONE".into(), value: Value::Removed },
         ];
         let base: BTreeMap<OsString, OsString> =
-            [("HOME", "/home"), ("SHELL", "/bin/sh")].map(|(k, v)| (k.into(), v.into())).into();
+            [("HOME", "/home"), ("SHELL", "/bin/sh"), ("PYTHONUNBUFFERED", "")]
+                .map(|(k, v)| (k.into(), v.into()))
+                .into();
         let meeting = Meeting { host: "n1".into(), port: 5555 };
         let env = environment(base, &given, &gang(), 1, &meeting);
         let get = |name: &str| {
@@ -149,10 +155,11 @@ mod tests {
         assert_eq!(get("OMP_NUM_THREADS"), ["3"]);
         assert_eq!((get("HOME"), get("SHELL")), (vec!["/mine"], vec!["/bin/sh"]));
         assert_eq!(get("GONE"), Vec::<&str>::new());
-        assert!(
-            environment(BTreeMap::new(), &[], &gang(), 0, &meeting)
-                .contains(&("OMP_NUM_THREADS".into(), "1".into()))
-        );
+        assert_eq!(get("PYTHONUNBUFFERED"), [""], "empty is how Python is told to hold back");
+        let bare = environment(BTreeMap::new(), &[], &gang(), 0, &meeting);
+        for name in ["OMP_NUM_THREADS", "PYTHONUNBUFFERED"] {
+            assert!(bare.contains(&(name.into(), "1".into())), "{name}");
+        }
     }
 
     #[test]

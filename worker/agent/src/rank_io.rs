@@ -2,12 +2,13 @@
 //! exit is. Decides nothing.
 
 use crate::gang::GangInput;
-use crate::lines::LineSplitter;
 use crate::output::{Lines, OutputFile};
+use crate::relay::Relay;
 use crate::spawn::{Exited, Started};
 use fleet_common::codec;
 use fleet_common::events::{EventBody, Level};
 use fleet_common::ids::Rank;
+use fleet_common::lines::LineSplitter;
 use fleet_common::protocol::{FromRank, ToRank};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct Deliveries<K> {
     pub key: K,
     pub messages: mpsc::Sender<(K, GangInput)>,
     pub lines: mpsc::Sender<(K, GangInput)>,
+    /// Gets all that it prints, before anybody else.
+    pub relay: Option<Relay>,
 }
 
 /// The driver's ends.
@@ -49,7 +52,7 @@ pub fn attend<K: Copy + Send + Sync + 'static>(
     started_at: Instant,
 ) -> std::io::Result<RankIo> {
     let stdout = tokio::process::ChildStdout::from_std(started.stdout)?;
-    let stderr = tokio::process::ChildStderr::from_std(started.stderr)?;
+    let stderr = started.stderr.map(tokio::process::ChildStderr::from_std).transpose()?;
     let log = OutputFile::create(log);
     let (to_rank, outbox) = mpsc::unbounded_channel(); // a handful of messages in a rank's life
     let (exited, exit) = oneshot::channel::<Exited>();
@@ -57,7 +60,9 @@ pub fn attend<K: Copy + Send + Sync + 'static>(
 
     let mut readers = tokio::task::JoinSet::new();
     readers.spawn(read_lines(stdout, rank, Level::Info, log.clone(), deliveries.clone(), gone.clone()));
-    readers.spawn(read_lines(stderr, rank, Level::Warn, log.clone(), deliveries.clone(), gone.clone()));
+    if let Some(stderr) = stderr {
+        readers.spawn(read_lines(stderr, rank, Level::Warn, log.clone(), deliveries.clone(), gone.clone()));
+    }
     if let Some(socket) = socket {
         let (read, write) = socket.into_split();
         readers.spawn(read_messages(read, rank, log, deliveries.clone(), gone));
@@ -90,6 +95,9 @@ async fn read_lines<K: Copy>(
             read = pipe.read(&mut buffer) => read.unwrap_or(0),
             () = silence_after_the_end(gone.clone()) => 0,
         };
+        if let Some(relay) = deliveries.relay.as_ref().filter(|_| read > 0) {
+            relay.pass_on(rank, level != Level::Info, &buffer[..read]).await;
+        }
         let lines =
             if read == 0 { splitter.finish().into_iter().collect() } else { splitter.push(&buffer[..read]) };
         match read {

@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::ChildStderr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
@@ -58,6 +59,8 @@ pub struct Launcher {
     pub fleet_rank: PathBuf,
     pub cores: u32,
     pub programs: Base,
+    /// What programs print is to stay in the order in which it was written.
+    pub one_pipe: bool,
 }
 
 impl Launcher {
@@ -67,10 +70,11 @@ impl Launcher {
         containers: Containers,
         cores: u32,
         programs: Base,
+        one_pipe: bool,
     ) -> anyhow::Result<Launcher> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
         let fleet_rank = own.with_file_name("fleet-rank");
-        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs })
+        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs, one_pipe })
     }
 
     pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
@@ -154,6 +158,7 @@ impl Launcher {
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
                 container: container.clone(),
+                one_pipe: self.one_pipe,
                 inherit: Vec::new(),
             };
             let started = self.spawner.spawn(launch).await;
@@ -183,7 +188,7 @@ impl Launcher {
         let _ = self.spawner.sweep(Sweep { remains, adopted: false }).await; // its group goes
         let output = read_all(started.stdout);
         if exit != Some(Exit::Code(0)) {
-            return Err(unfit(&read_all(started.stderr)));
+            return Err(unfit(started.stderr));
         }
         let line = output.lines().next().unwrap_or_default();
         serde_json::from_str(line).map_err(|error| {
@@ -250,7 +255,7 @@ impl Warm {
             if rank.started.pid != exited.pid {
                 spawner.strike(rank.started.pid, Blow::Kill);
             } else if let Exit::Code(4 | 126 | 127) = exited.exit {
-                reason = Some(unfit(&read_all(rank.started.stderr)));
+                reason = Some(unfit(rank.started.stderr));
             }
         }
         drop(spawner.sweep(Sweep { remains, adopted: false }));
@@ -269,7 +274,8 @@ fn read_all(pipe: impl Read) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn unfit(stderr: &str) -> String {
+fn unfit(stderr: Option<ChildStderr>) -> String {
+    let stderr = stderr.map(read_all).unwrap_or_default();
     let line = stderr
         .lines()
         .rev()

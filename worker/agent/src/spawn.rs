@@ -37,6 +37,8 @@ pub struct Launch {
     pub dir: PathBuf,
     /// Holds what is started.
     pub container: Container,
+    /// Its stderr goes where its stdout does.
+    pub one_pipe: bool,
     /// Descriptors to inherit. Each may name an environment variable that tells the child its number.
     pub inherit: Vec<(Arc<OwnedFd>, Option<&'static str>)>,
 }
@@ -48,7 +50,8 @@ pub struct Started {
     /// The numbers that the child sees, in the order of `Launch::inherit`.
     pub inherited: Vec<i32>,
     pub stdout: ChildStdout,
-    pub stderr: ChildStderr,
+    /// Where it has one of its own.
+    pub stderr: Option<ChildStderr>,
 }
 
 /// A child that was reaped. Its process group has been killed.
@@ -184,20 +187,22 @@ impl Children {
             .envs(launch.env.iter().map(|(name, value)| (name, value)))
             .env(MARK_ENV, launch.container.marks())
             .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stdin(Stdio::null());
+        let (stdout, stdout_end) = io::pipe()?;
+        let (stderr, stderr_end) = match launch.one_pipe {
+            true => (None, stdout_end.try_clone()?),
+            false => io::pipe().map(|(stderr, end)| (Some(stderr), end))?,
+        };
+        command.stdout(stdout_end).stderr(stderr_end);
         for ((_, name), number) in launch.inherit.iter().zip(&inherited) {
             if let Some(name) = name {
                 command.env(name, number.to_string());
             }
         }
-        let mut child = command.spawn()?;
-        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
-            return Err(io::Error::other("the child has no pipes"));
-        };
-        self.living.insert(child.id());
-        Ok(Started { pid: child.id(), inherited, stdout, stderr })
+        let pid = command.spawn()?.id();
+        self.living.insert(pid);
+        let (stdout, stderr) = (OwnedFd::from(stdout), stderr.map(OwnedFd::from));
+        Ok(Started { pid, inherited, stdout: stdout.into(), stderr: stderr.map(Into::into) })
     }
 
     fn strike(&self, pid: u32, blow: Blow) {
@@ -207,6 +212,8 @@ impl Children {
         let group = Pid::from_raw(pid as i32);
         match blow {
             // Gone in this moment: the reaping follows.
+            Blow::HangUp => drop(killpg(group, Signal::SIGHUP)),
+            Blow::Interrupt => drop(killpg(group, Signal::SIGINT)),
             Blow::Terminate => drop(killpg(group, Signal::SIGTERM)),
             Blow::Kill => {
                 // While it lives, also what has left its group is known to descend from it.

@@ -12,8 +12,12 @@ use std::time::Duration;
 
 /// Numbered events that the coordinator has not committed yet. Above it events wait, so a slow coordinator is not flooded.
 pub const IN_FLIGHT_MAX: usize = 4096;
-/// Events in one message: with lines of at most `LINE_MAX` bytes far below the codec's frame limit.
+/// Bytes of the lines among them, in case they are long.
+pub const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
+/// Events in one message.
 pub const BATCH_MAX: usize = 256;
+/// A message ends with the line that brings it to so many bytes: far below the codec's frame limit.
+pub const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Log lines that wait unnumbered; above it the older half goes. A minute of a talkative gang.
 pub const WAITING_LINES_MAX: usize = 16_384;
 /// Bytes of those lines, in case they are long.
@@ -63,6 +67,7 @@ pub struct EventStream {
     generation: Generation,
     first: u64,
     in_flight: VecDeque<Event>,
+    in_flight_bytes: usize,
     sent: usize,
     waiting: VecDeque<Waiting>,
     waiting_lines: usize,
@@ -81,6 +86,7 @@ impl EventStream {
             generation,
             first: 1,
             in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
             sent: 0,
             waiting: VecDeque::new(),
             waiting_lines: 0,
@@ -138,17 +144,24 @@ impl EventStream {
     /// The next events to send on the present connection.
     pub fn next_batch(&mut self) -> Option<EventBatch> {
         while self.in_flight.len() < IN_FLIGHT_MAX
+            && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
             && let Some(waiting) = self.waiting.pop_front()
         {
             self.number(waiting);
         }
-        let count = (self.in_flight.len() - self.sent).min(BATCH_MAX);
-        if count == 0 {
+        let mut bytes = 0;
+        let fits = |event: &&Event| {
+            let begun = bytes < BATCH_BYTES_MAX;
+            bytes += line_bytes(event);
+            begun
+        };
+        let events: Vec<Event> =
+            self.in_flight.range(self.sent..).take(BATCH_MAX).take_while(fits).cloned().collect();
+        if events.is_empty() {
             return None;
         }
-        let events = self.in_flight.range(self.sent..self.sent + count).cloned().collect();
         let first_seq = self.first + self.sent as u64;
-        self.sent += count;
+        self.sent += events.len();
         Some(EventBatch { job: self.job, generation: self.generation, first_seq, events })
     }
 
@@ -163,7 +176,9 @@ impl EventStream {
             seq.saturating_add(1).saturating_sub(self.first).min(self.in_flight.len() as u64) as usize;
         self.first += count as u64;
         self.sent = self.sent.saturating_sub(count);
-        self.in_flight.drain(..count).collect()
+        let committed: Vec<Event> = self.in_flight.drain(..count).collect();
+        self.in_flight_bytes -= committed.iter().map(line_bytes).sum::<usize>();
+        committed
     }
 
     /// The coordinator expects `next_seq` next. Returns the events that it thereby commits.
@@ -191,6 +206,7 @@ impl EventStream {
             self.waiting_lines = self.waiting_lines.saturating_sub(1);
             self.waiting_bytes = self.waiting_bytes.saturating_sub(line.len());
         }
+        self.in_flight_bytes += line_bytes(&event);
         self.in_flight.push_back(event);
     }
 
@@ -221,6 +237,13 @@ impl EventStream {
             kept.insert(place, Waiting::Dropped(since, dropped));
         }
         self.waiting = kept;
+    }
+}
+
+fn line_bytes(event: &Event) -> usize {
+    match &event.body {
+        EventBody::Log { line, .. } => line.len(),
+        _ => 0,
     }
 }
 
@@ -362,6 +385,25 @@ mod tests {
             .collect();
         assert_eq!(lines + gaps.iter().sum::<u64>(), 100_000, "every line went or is counted");
         assert!(gaps.len() < 120, "passages, not single lines: {} gaps", gaps.len());
+    }
+
+    #[test]
+    fn long_lines_travel_few_at_a_time_and_wait_for_those_before_them() {
+        let mut stream = stream();
+        let line = "x".repeat(BATCH_BYTES_MAX - 1);
+        let mut sent = 0;
+        for _ in 0..2 {
+            (0..6).for_each(|_| push(&mut stream, log(&line)));
+            while let Some(batch) = stream.next_batch() {
+                assert!(batch.events.len() <= 2, "{} lines in one message", batch.events.len());
+                sent += batch.events.len();
+            }
+        }
+        assert_eq!(sent, 9, "so many fill what may be in flight");
+        stream.committed(sent as u64);
+        assert_eq!(stream.in_flight_bytes, 0);
+        assert_eq!(drained(&mut stream).len(), 12 - sent);
+        assert_eq!(stream.in_flight_bytes, 0);
     }
 
     #[test]

@@ -41,7 +41,8 @@ struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
-    #[arg(long)]
+    /// The beginning of the text, which may begin with a hyphen.
+    #[arg(long, allow_hyphen_values = true)]
     prompt: String,
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,

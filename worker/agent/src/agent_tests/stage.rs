@@ -115,6 +115,7 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
         ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
         ["signal"] => Input::Stop,
+        ["interrupt"] => Input::PassOn(Blow::Interrupt),
         ["swept"] => of_gang(GangInput::Swept { left: 0 }),
         ["swept", "but", left] => of_gang(GangInput::Swept { left: number(left) as usize }),
         ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
@@ -270,7 +271,13 @@ fn describe(action: &Action) -> Option<String> {
             format!("rank {rank}: checkpoint {step} counts")
         }
         Action::Strike { rank, blow, .. } => {
-            format!("{} rank {rank}", if *blow == Blow::Kill { "kill" } else { "terminate" })
+            let how = match blow {
+                Blow::HangUp => "hang up on",
+                Blow::Interrupt => "interrupt",
+                Blow::Terminate => "terminate",
+                Blow::Kill => "kill",
+            };
+            format!("{how} rank {rank}")
         }
         Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
         Action::Reconnect => "connect anew".into(),

@@ -1,0 +1,107 @@
+//! Command lines, read by one rule: an option takes whatever follows it. A prompt may begin with a hyphen, and so may a name, a secret or a
+//! number. Only of paths there is a doubt, since what they name is often made: one that reads as another option is refused.
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Arg, Command, Parser};
+use std::any::TypeId;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Reads this process's command line. Where there is an error, or help was asked for, it ends the process, as `Parser::parse` does.
+pub fn parse<P: Parser>() -> P {
+    let mut matches = with_the_rule(P::command()).get_matches();
+    P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut P::command()).exit())
+}
+
+/// The same command, in which options take whatever follows them.
+pub fn with_the_rule(command: Command) -> Command {
+    command.mut_args(takes_what_follows).mut_subcommands(with_the_rule)
+}
+
+fn takes_what_follows(arg: Arg) -> Arg {
+    if arg.is_positional() || !arg.get_action().takes_values() {
+        return arg;
+    }
+    let is_path = arg.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+    let arg = arg.allow_hyphen_values(true);
+    if is_path { arg.value_parser(OsStringValueParser::new().try_map(path)) } else { arg }
+}
+
+fn path(text: OsString) -> Result<PathBuf, String> {
+    match text.to_str().filter(|text| text.starts_with("--")) {
+        Some(option) => {
+            Err(format!("this is an option, and a path is wanted; a path of that name is `./{option}`"))
+        }
+        None => Ok(text.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Parser)]
+    struct Cli {
+        #[arg(long, global = true)]
+        cluster: Option<String>,
+        #[command(subcommand)]
+        command: Act,
+    }
+
+    #[derive(Debug, PartialEq, clap::Subcommand)]
+    enum Act {
+        Run {
+            #[arg(long)]
+            prompt: Option<String>,
+            #[arg(short, long)]
+            number: Option<f64>,
+            #[arg(long)]
+            dir: Option<PathBuf>,
+            #[arg(long = "set")]
+            sets: Vec<String>,
+            #[arg(long)]
+            json: bool,
+            file: Option<PathBuf>,
+            #[arg(last = true)]
+            program: Vec<OsString>,
+        },
+    }
+
+    fn read(line: &[&str]) -> Result<Cli, String> {
+        let matches = with_the_rule(<Cli as clap::CommandFactory>::command())
+            .try_get_matches_from([&["x", "run"], line].concat());
+        let cli =
+            matches.and_then(|mut matches| <Cli as clap::FromArgMatches>::from_arg_matches_mut(&mut matches));
+        cli.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_option_takes_whatever_follows() {
+        for text in ["- item", "-1", "--help", "--json", "--- a/file.txt", "--", "-", "", "-n 3"] {
+            let Act::Run { prompt, json, .. } = read(&["--prompt", text, "--json"]).unwrap().command;
+            assert_eq!((prompt.as_deref(), json), (Some(text), true));
+        }
+        assert_eq!(read(&["--cluster", "-x"]).unwrap().cluster.as_deref(), Some("-x"));
+        let Act::Run { number, sets, .. } =
+            read(&["-n", "-1.5", "--set", "-a=-1", "--set", "--b"]).unwrap().command;
+        assert_eq!((number, sets), (Some(-1.5), vec!["-a=-1".to_owned(), "--b".to_owned()]));
+        let error = read(&["--number", "--json"]).unwrap_err();
+        assert!(error.contains("invalid value '--json' for '--number"), "{error}");
+        assert!(read(&["--prompt"]).unwrap_err().contains("a value is required"));
+    }
+
+    #[test]
+    fn a_path_is_not_mistaken_for_the_option_after_it() {
+        let Act::Run { dir, file, .. } = read(&["--dir", "-d", "job"]).unwrap().command;
+        assert_eq!((dir, file), (Some("-d".into()), Some("job".into())));
+        let error = read(&["--dir", "--json"]).unwrap_err();
+        assert!(error.contains("'--dir <DIR>'") && error.contains("`./--json`"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_value_of_an_option_is_read_as_ever() {
+        let Act::Run { json, program, .. } = read(&["--json", "--", "prog", "--json", "-x"]).unwrap().command;
+        assert_eq!((json, program), (true, ["prog", "--json", "-x"].map(OsString::from).to_vec()));
+        assert!(read(&["--nonsense"]).unwrap_err().contains("unexpected argument"));
+    }
+}

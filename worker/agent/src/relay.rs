@@ -1,0 +1,40 @@
+//! What programs print, passed on to the `fleet launch` that started this worker and shows it as if it ran them itself: byte for byte, in
+//! frames on this worker's stdout. Who does not read on makes the programs wait, as a terminal would.
+
+use fleet_common::codec;
+use fleet_common::ids::Rank;
+use fleet_common::protocol::Printed;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+
+/// What is made of a program's stdout and stderr.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Streams {
+    Apart,
+    /// Both end in the same place, so that they share one pipe and stay in the order in which they were written.
+    Together,
+}
+
+/// The way to `fleet launch`. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Relay(Arc<Mutex<pipe::Sender>>);
+
+impl Relay {
+    /// Over the stdout of this process, which must be a pipe. Within a runtime.
+    pub fn over_stdout() -> io::Result<Relay> {
+        let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+        Ok(Relay(Arc::new(Mutex::new(pipe::Sender::from_owned_fd(stdout)?))))
+    }
+
+    /// Returns when it is in the pipe: it is read also when this process is gone by then.
+    pub async fn pass_on(&self, rank: Rank, stderr: bool, bytes: &[u8]) {
+        let printed = Printed { rank, stderr, bytes: bytes.to_vec() };
+        let mut pipe = self.0.lock().await;
+        if let Err(error) = codec::write_frame(&mut *pipe, &printed).await {
+            tracing::debug!(%error, "nobody reads what programs print");
+        }
+    }
+}
