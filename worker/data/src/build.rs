@@ -58,7 +58,7 @@ pub(crate) fn build(
             progress(&format!("training a tokenizer of {vocab_size} tokens on {} documents", train.len()));
             Encoder::train(&train, *vocab_size)?
         }
-        job::Tokenizer::File(path) => Encoder::open(path, ids.eos_id)?,
+        job::Tokenizer::File(path) => Encoder::open(path, ids)?,
     };
     ids.check_holds(encoder.vocab_size)?;
 
@@ -113,7 +113,9 @@ impl Packed {
         let mut bytes = Vec::new();
         for ids in encoder.encode(texts)? {
             width.encode(&ids, &mut bytes);
-            width.encode(&[encoder.eos_id], &mut bytes);
+            if !encoder.ends_texts() {
+                width.encode(&[encoder.eos_id], &mut bytes);
+            }
         }
         let tokens = (bytes.len() / width.bytes()) as u64;
         Ok(Packed { bytes, tokens, text_bytes: texts.iter().map(|t| t.len() as u64).sum() })

@@ -12,7 +12,7 @@
 use crate::DataError;
 use crate::build;
 use crate::files::{Kind, SourceFile, find};
-use crate::tokenizer::ModelIds;
+use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::{Width, Windows};
 use fleet_common::events::DataStats;
 use fleet_common::job::{Job, Tokenizer};
@@ -209,10 +209,7 @@ fn cache_hash(
 ) -> Result<String, DataError> {
     let tokenizer = match &job.tokenizer {
         Tokenizer::Train { vocab_size } => format!("train {vocab_size}"),
-        Tokenizer::File(path) => {
-            let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.clone(), source })?;
-            format!("file {} eos {:?}", hex::encode(Sha256::digest(bytes)), ids.eos_id)
-        }
+        Tokenizer::File(path) => Encoder::open(path, ids)?.name(ids),
     };
     let clean = serde_json::to_string(&job.data.clean).expect("plain data");
     let fraction = job.data.validation_fraction.to_bits();

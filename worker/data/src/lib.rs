@@ -9,6 +9,7 @@ mod clean;
 mod documents;
 mod error;
 mod files;
+pub mod model_dir;
 mod order;
 mod permutation;
 mod split;

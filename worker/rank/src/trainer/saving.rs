@@ -3,9 +3,8 @@
 use super::Trainer;
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use crate::model::files;
 use crate::product::Storage;
-use fleet_checkpoint::{CONFIG_FILE, CheckpointError, MODEL_FILE, OPTIMIZER_FILE, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{CheckpointError, MODEL_FILE, OPTIMIZER_FILE, TOKENIZER_FILE, Writer};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 
@@ -37,8 +36,10 @@ impl<E: Storage> Trainer<E> {
         writer.write_safetensors(MODEL_FILE, &self.engine.weight_refs())?;
         let names = self.engine.moment_names();
         writer.write_safetensors(OPTIMIZER_FILE, &self.engine.moment_refs(&names))?;
-        writer.write_bytes(CONFIG_FILE, &files::config_json(&self.state.model))?;
         writer.write_bytes(TOKENIZER_FILE, &tokenizer)?;
+        if let Some(companions) = &self.companions {
+            companions.write(&mut writer)?;
+        }
         writer.write_state(&self.state)?;
         writer.finish(self.state.loss)
     }
