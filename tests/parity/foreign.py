@@ -116,10 +116,13 @@ def generate(folder, eos=...):
                 ids.long(), attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0, **more
             )[0]
         new = out[ids.shape[1] :].tolist()
+        # What ends a text is no part of it, be it special or, as here, not.
+        ends = model.generation_config.eos_token_id if eos is ... else []
+        out = out[:-1] if new[-1] in (ends if isinstance(ends, list) else [ends]) else out
         before = tokenizer.decode(ids[0], skip_special_tokens=True)
         text = tokenizer.decode(out, skip_special_tokens=True)
         # A byte that no character comes of spoils the run of bytes that it stands in, which the prompt may have begun.
-        text = text[len(before) :] if text.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+        text = text[len(before) :] if text.startswith(before) else tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)
         cases.append(dict(prompt=prompt, prompt_ids=ids[0].tolist(), new_ids=new, text=text))
     return cases
 
