@@ -141,6 +141,9 @@ impl Fields {
                 continue;
             }
             let name = known(&key, &value)?;
+            if matches!(value.kind, Kind::Null) {
+                continue;
+            }
             match fields.given.get(name) {
                 Some((other, old)) if !old.same(&value) => {
                     return Err(JobFileError::Aliases {
@@ -160,9 +163,11 @@ impl Fields {
         }
         for (key, value) in sets {
             let name = known(&key, &value)?;
-            fields.given.insert(name, (key, value));
+            match value.kind {
+                Kind::Null => fields.given.remove(name), // takes back what the file gives
+                _ => fields.given.insert(name, (key, value)),
+            };
         }
-        fields.given.retain(|_, (_, value)| !matches!(value.kind, Kind::Null));
         Ok(fields)
     }
 

@@ -57,7 +57,7 @@ pub(crate) fn build(
             progress(Note::info(what));
             Encoder::train(&train, *vocab_size)?
         }
-        job::Tokenizer::File(path) => Encoder::open(path, ids.eos_id)?,
+        job::Tokenizer::File(path) => Encoder::open(path, ids)?,
     };
     ids.check_holds(encoder.vocab_size)?;
 
@@ -123,7 +123,9 @@ impl Packed {
         let mut bytes = Vec::new();
         for ids in documents {
             width.encode(&ids, &mut bytes);
-            width.encode(&[encoder.eos_id], &mut bytes);
+            if !encoder.ends_texts() {
+                width.encode(&[encoder.eos_id], &mut bytes);
+            }
         }
         let tokens = (bytes.len() / width.bytes()) as u64;
         Ok(Packed { bytes, tokens, coverage })

@@ -11,7 +11,7 @@
 
 use crate::files::DataFiles;
 use crate::formats::{HEAD, Kind};
-use crate::tokenizer::ModelIds;
+use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::{Width, Windows};
 use crate::{Counts, Coverage, DataError, Note, build, text};
 use fleet_common::events::DataStats;
@@ -225,10 +225,7 @@ fn cache_hash(
 ) -> Result<String, DataError> {
     let tokenizer = match &job.tokenizer {
         Tokenizer::Train { vocab_size } => format!("train {vocab_size}"),
-        Tokenizer::File(path) => {
-            let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.clone(), source })?;
-            format!("file {} eos {:?}", hex::encode(Sha256::digest(bytes)), ids.eos_id)
-        }
+        Tokenizer::File(path) => Encoder::open(path, ids)?.name(ids),
     };
     let clean = serde_json::to_string(&job.data.clean).expect("plain data");
     let fraction = job.data.validation_fraction.to_bits();

@@ -41,6 +41,9 @@ pub enum DataError {
     Row { path: PathBuf, line: u64, what: String },
     #[error("{0} changed while it was being read; start the job again when it is complete")]
     Changed(PathBuf),
+    /// Of a model directory.
+    #[error("{path} {what}; restore the file")]
+    Settings { path: PathBuf, what: String },
     #[error("tokenizer {path}: {what}")]
     Tokenizer { path: PathBuf, what: String },
     #[error("{0}")]

@@ -13,6 +13,7 @@ mod files;
 mod formats;
 mod json;
 mod left_out;
+pub mod model_dir;
 mod note;
 mod order;
 mod permutation;

@@ -1,8 +1,10 @@
 //! Byte-level BPE: trained on the training documents, or read from a given `tokenizer.json`.
 
+use crate::model_dir::{self, SpecialTokens};
 use crate::{Coverage, DataError};
 use fleet_common::job;
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tokenizers::models::TrainerWrapper;
@@ -38,6 +40,8 @@ pub(crate) struct Encoder {
     /// Ids are below this.
     pub vocab_size: u32,
     pub eos_id: u32,
+    /// What the post-processor puts before a text, such as the begin of a text that Llama wants to see, and behind it.
+    frame: (Vec<u32>, Vec<u32>),
 }
 
 impl Encoder {
@@ -60,39 +64,62 @@ impl Encoder {
         let json = trained
             .to_string(false)
             .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
-        Encoder::from_json(json.into_bytes(), None)
+        Encoder::from_json(json.into_bytes(), &[], None)
             .map_err(|what| DataError::Vocabulary(format!("training the tokenizer: {what}")))
     }
 
-    /// A given `tokenizer.json`. `eos_id`, where the model says it, wins over the usual names.
-    pub fn open(path: &Path, eos_id: Option<u32>) -> Result<Encoder, DataError> {
+    /// A given `tokenizer.json`. A document ends with what the job says; else with the `eos_token` that the files beside the tokenizer
+    /// name, as TRL does it; else with the first end of a text that the model names; else with what is usually called so.
+    pub fn open(path: &Path, ids: &ModelIds) -> Result<Encoder, DataError> {
         let json = read(path)?;
-        Encoder::from_json(json, eos_id).map_err(|what| DataError::Tokenizer { path: path.to_owned(), what })
+        let named = if ids.chosen { None } else { SpecialTokens::beside(path)?.eos };
+        Encoder::from_json(json, &ids.ends, named.as_deref())
+            .map_err(|what| DataError::Tokenizer { path: path.to_owned(), what })
     }
 
-    fn from_json(json: Vec<u8>, eos_id: Option<u32>) -> Result<Encoder, String> {
+    fn from_json(json: Vec<u8>, ends: &[u32], named: Option<&str>) -> Result<Encoder, String> {
         let mut tokenizer = Tokenizer::from_bytes(&json).map_err(|e| format!("not a tokenizer.json: {e}"))?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
         tokenizer.set_encode_special_tokens(true); // in data, `<|endoftext|>` is thirteen characters and no end
         let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |id| id + 1);
-        let eos_id = eos_id
-            .filter(|&id| tokenizer.id_to_token(id).is_some())
-            .or_else(|| END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)))
+        let eos_id = named
+            .and_then(|name| tokenizer.token_to_id(name))
+            .or_else(|| usual_end(&tokenizer, ends))
             .ok_or_else(|| {
                 format!(
-                    "it has no end-of-text token (looked for {}); set [model] eos_token_id",
+                    "it has no end-of-text token (looked for {}); name it as eos_token in a tokenizer_config.json beside it",
                     END_NAMES.join(" ")
                 )
             })?;
-        Ok(Encoder { tokenizer, json, vocab_size, eos_id })
+        let frame = frame(&tokenizer).map_err(|e| e.to_string())?;
+        Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame })
     }
 
-    /// Token ids of each text, without special tokens, on all cores.
+    /// Whether the post-processor ends a text, so that nobody else has to.
+    pub fn ends_texts(&self) -> bool {
+        self.frame.1.last() == Some(&self.eos_id)
+    }
+
+    /// Names what this tokenizer makes of a document, for the hash of a cache. Where that is what fleet always made of it the name is
+    /// what it always was, so that old runs can be continued.
+    pub fn name(&self, ids: &ModelIds) -> String {
+        let name =
+            format!("file {} eos {:?}", hex::encode(Sha256::digest(&self.json)), ids.ends.first().copied());
+        let (before, behind) = &self.frame;
+        if before.is_empty()
+            && behind.is_empty()
+            && Some(self.eos_id) == usual_end(&self.tokenizer, &ids.ends)
+        {
+            return name;
+        }
+        format!("{name} frame {before:?} {behind:?} end {}", self.eos_id)
+    }
+
+    /// Token ids of each text with what the post-processor puts around it, on all cores.
     pub fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>, DataError> {
-        let one = |text: &&str| {
-            self.tokenizer.encode_fast(*text, false).map(|encoding| encoding.get_ids().to_vec())
-        };
+        let one =
+            |text: &&str| self.tokenizer.encode_fast(*text, true).map(|encoding| encoding.get_ids().to_vec());
         let all: Result<Vec<Vec<u32>>, _> = texts.par_iter().map(one).collect();
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
     }
@@ -107,6 +134,22 @@ impl Encoder {
         };
         Coverage::measure(&self.tokenizer, unknown, texts, ids)
     }
+}
+
+/// What a post-processor puts around a text that it knows nothing of.
+fn frame(tokenizer: &Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
+    let encode = |special| tokenizer.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
+    let (plain, mut all): (Vec<u32>, Vec<u32>) = (encode(false)?, encode(true)?);
+    let begin = (0..all.len()).find(|at| all[*at..].starts_with(&plain)).unwrap_or(0);
+    let behind = all.split_off((begin + plain.len()).min(all.len()));
+    all.truncate(begin);
+    Ok((all, behind))
+}
+
+/// The first of `ends` that the tokenizer has, else the first of the usual names.
+fn usual_end(tokenizer: &Tokenizer, ends: &[u32]) -> Option<u32> {
+    let known = ends.iter().copied().find(|id| tokenizer.id_to_token(*id).is_some());
+    known.or_else(|| END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)))
 }
 
 fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
@@ -126,19 +169,23 @@ fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// What the model says about ids: how many there are, and the end of text.
+/// What the model says about ids: how many there are, and which end a text.
 pub(crate) struct ModelIds {
     pub vocab_size: u32,
-    pub eos_id: Option<u32>,
+    pub ends: Vec<u32>,
+    /// By the job, which knows better than the files.
+    pub chosen: bool,
 }
 
 impl ModelIds {
     pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
         match model {
-            job::Model::New(config) => {
-                Ok(ModelIds { vocab_size: config.vocab_size, eos_id: config.eos_token_id })
-            }
-            job::Model::Pretrained(dir) => ModelIds::of_config(&dir.join("config.json")),
+            job::Model::New(config) => Ok(ModelIds {
+                vocab_size: config.vocab_size,
+                ends: config.eos_token_id.into_iter().collect(),
+                chosen: config.eos_token_id.is_some(),
+            }),
+            job::Model::Pretrained(dir) => ModelIds::of_dir(dir),
         }
     }
 
@@ -154,16 +201,14 @@ impl ModelIds {
         Ok(())
     }
 
-    fn of_config(path: &Path) -> Result<ModelIds, DataError> {
-        let bad = |what: String| DataError::Tokenizer { path: path.to_owned(), what };
-        let config: serde_json::Value =
-            serde_json::from_slice(&read(path)?).map_err(|e| bad(format!("not JSON: {e}")))?;
-        let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let eos = &config["eos_token_id"];
-        Ok(ModelIds {
-            vocab_size: id(&config["vocab_size"]).ok_or_else(|| bad("it has no vocab_size".into()))?,
-            eos_id: id(eos).or_else(|| eos.as_array().and_then(|list| list.first()).and_then(id)),
-        })
+    fn of_dir(dir: &Path) -> Result<ModelIds, DataError> {
+        let path = dir.join(model_dir::CONFIG);
+        let missing = || DataError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() };
+        let config = model_dir::read_object(&path)?.ok_or_else(missing)?;
+        let vocab_size = config.get("vocab_size").and_then(model_dir::whole);
+        let vocab_size = vocab_size
+            .ok_or_else(|| DataError::Settings { path: path.clone(), what: "has no vocab_size".into() })?;
+        Ok(ModelIds { vocab_size, ends: model_dir::token_ids(&config, "eos_token_id"), chosen: false })
     }
 }
 
@@ -204,14 +249,50 @@ mod tests {
         let json = r#"{"version":"1.0","added_tokens":[{"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,
             "normalized":false,"special":true}],"model":{"type":"WordLevel","vocab":{"a":0,"b":1,"</s>":2},"unk_token":"a"}}"#;
         std::fs::write(&path, json).unwrap();
-        let encoder = Encoder::open(&path, None).unwrap();
+        let ends = |ends: &[u32], chosen| ModelIds { vocab_size: 3, ends: ends.to_vec(), chosen };
+        let encoder = Encoder::open(&path, &ends(&[], false)).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id, encoder.json.as_slice()), (3, 2, json.as_bytes()));
-        assert_eq!(Encoder::open(&path, Some(1)).unwrap().eos_id, 1);
+        assert_eq!(Encoder::open(&path, &ends(&[9, 1], false)).unwrap().eos_id, 1);
+        std::fs::write(dir.path().join(model_dir::TOKENIZER_CONFIG), r#"{"eos_token":"a"}"#).unwrap();
+        assert_eq!(Encoder::open(&path, &ends(&[1], false)).unwrap().eos_id, 0, "the tokenizer's own");
+        assert_eq!(Encoder::open(&path, &ends(&[1], true)).unwrap().eos_id, 1, "the job's");
         std::fs::write(&path, "{}").unwrap();
-        let error = Encoder::open(&path, None).err().unwrap().to_string();
+        let error = Encoder::open(&path, &ends(&[], false)).err().unwrap().to_string();
         assert!(
             error.contains(&path.display().to_string()) && error.contains("not a tokenizer.json"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_a_post_processor_adds_stands_around_each_text() {
+        let special = |id: u32, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let with = |single: &str| {
+            let piece = |name: &str| match name {
+                "$A" => serde_json::json!({"Sequence": {"id": "A", "type_id": 0}}),
+                name => serde_json::json!({"SpecialToken": {"id": name, "type_id": 0}}),
+            };
+            let pieces: Vec<_> = single.split(' ').map(piece).collect();
+            let tokens = serde_json::json!({"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+                "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}});
+            let json = serde_json::json!({"version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")],
+                "post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens},
+                "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2}, "unk_token": "a"}});
+            Encoder::from_json(json.to_string().into_bytes(), &[], None).unwrap()
+        };
+        let ids = ModelIds { vocab_size: 3, ends: vec![2], chosen: false };
+        let plain = with("$A");
+        assert_eq!((plain.encode(&["a"]).unwrap(), plain.ends_texts()), (vec![vec![0]], false));
+        assert!(plain.name(&ids).ends_with("eos Some(2)"), "as it always was: {}", plain.name(&ids));
+        let begin = with("<s> $A");
+        assert_eq!((begin.encode(&["a"]).unwrap(), begin.ends_texts()), (vec![vec![1, 0]], false));
+        let both = with("<s> $A </s>");
+        assert_eq!((both.encode(&["a"]).unwrap(), both.ends_texts()), (vec![vec![1, 0, 2]], true));
+        let end_first = with("</s> $A");
+        assert_eq!((end_first.encode(&["a"]).unwrap(), end_first.ends_texts()), (vec![vec![2, 0]], false));
+        assert_ne!(begin.name(&ids), both.name(&ids));
     }
 }

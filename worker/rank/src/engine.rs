@@ -5,7 +5,7 @@
 //! ranks hold the same weights because they are the same memory.
 
 use crate::error::{Error, Result};
-use crate::model::{Batch, Cache, Llama, Loss, Sink, Weights, Workspace, files, init};
+use crate::model::{Batch, Cache, Llama, Loss, Sink, Weights, Workspace, init, weights};
 use crate::product::{Products, Storage};
 use crate::shim::buffers::{Gradients, SharedSlice};
 use crate::workers::Workers;
@@ -90,7 +90,7 @@ impl<E: Storage> Engine<E> {
 
     /// A model directory on one rank, for sequences of at most `positions` tokens (`None`: as many as the model was made for).
     pub fn open(dir: &Path, threads: u32, positions: Option<usize>) -> Result<Self> {
-        let config = files::read_config(dir)?;
+        let config = weights::read_model(dir)?;
         let positions = positions.unwrap_or(config.max_position_embeddings as usize);
         let workers = Workers::new(threads)
             .map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
@@ -123,19 +123,27 @@ impl<E: Storage> Engine<E> {
             for p in &model.layout.parameters {
                 init::fill(p, range.clone(), seed, std, out, range.start);
             }
+            Ok(())
         })
     }
 
-    /// The weights of a model directory or of a checkpoint.
+    /// The weights of a model directory or of a checkpoint. Each rank looks whether its part of them are numbers.
     pub fn load_weights(&mut self, dir: &Path) -> Result<()> {
-        let file = dir.join(fleet_checkpoint::MODEL_FILE);
-        let tensors = Tensors::open(if file.exists() { &file } else { dir })?;
-        files::check_weights(&tensors, &self.model.layout, dir)?;
+        let tensors = weights::open_weights(dir)?;
+        weights::check_weights(&tensors, &self.model.layout, dir)?;
         self.fill_parts(|model, range, out| {
             for p in &model.layout.parameters {
-                let tensor = tensors.get(&p.name).expect("check_weights found it");
-                files::copy_part(p, tensor, range.clone(), out, range.start);
+                let tensor = weights::find(&tensors, &model.layout, p).expect("check_weights found it");
+                let part = weights::copy_part(p, tensor, range.clone(), out, range.start);
+                if !kernels::all_finite(part) {
+                    return Err(Error::Input(format!(
+                        "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
+                        dir.display(),
+                        p.name
+                    )));
+                }
             }
+            Ok(())
         })
     }
 
@@ -151,7 +159,7 @@ impl<E: Storage> Engine<E> {
                         || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display())),
                     )?;
                 for range in &parts {
-                    files::copy_part(p, tensor, range.clone(), moment.part_mut(range.clone()), range.start);
+                    weights::copy_part(p, tensor, range.clone(), moment.part_mut(range.clone()), range.start);
                 }
             }
         }
@@ -160,10 +168,10 @@ impl<E: Storage> Engine<E> {
     }
 
     /// Calls `fill` for every part that this rank updates, and lets all ranks see the result.
-    fn fill_parts(&mut self, fill: impl Fn(&Llama, Range<usize>, &mut [f32])) -> Result<()> {
+    fn fill_parts(&mut self, fill: impl Fn(&Llama, Range<usize>, &mut [f32]) -> Result<()>) -> Result<()> {
         for range in self.own_parts() {
             let out = self.master.part_mut(range.clone());
-            fill(&self.model, range.clone(), out);
+            fill(&self.model, range.clone(), out)?;
             if E::IS_BF16 {
                 kernels::convert(out, self.copy.part_mut(range));
             }
@@ -318,14 +326,14 @@ impl<E: Storage> Engine<E> {
 
     /// Weights in Hugging Face's names, for writing.
     pub fn weight_refs(&self) -> Vec<TensorRef<'_>> {
-        files::tensor_refs(&self.model.layout, self.master.all())
+        weights::tensor_refs(&self.model.layout, self.master.all())
     }
 
     /// Optimizer state, for writing: names from `moment_names`, in that order.
     pub fn moment_refs<'a>(&'a self, names: &'a [String]) -> Vec<TensorRef<'a>> {
         let layout = &self.model.layout;
         let both =
-            [&self.moment1, &self.moment2].into_iter().flat_map(|m| files::tensor_refs(layout, m.all()));
+            [&self.moment1, &self.moment2].into_iter().flat_map(|m| weights::tensor_refs(layout, m.all()));
         both.zip(names).map(|(tensor, name)| TensorRef { name, ..tensor }).collect()
     }
 

@@ -8,7 +8,7 @@ use fleet_common::exit::{self, Fault};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_rank::agent_link::AgentLink;
 use fleet_rank::error::Error;
-use fleet_rank::generate::{Sampling, generate};
+use fleet_rank::generate::{Sampling, Settings, generate};
 use fleet_rank::{product, shim, trainer};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -112,9 +112,13 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
     // A reader that went away ends the text, not with an error.
     let mut emit =
         |piece: &str| args.json || out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_ok();
-    let generated = generate(&args.model, &args.prompt, args.max_new_tokens, &sampling, threads, &mut emit)?;
+    let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, threads };
+    let generated = generate(&args.model, &args.prompt, &settings, &mut emit)?;
     let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };
     let _ = writeln!(out, "{line}");
+    if let Some(note) = generated.note {
+        eprintln!("warning: {note}");
+    }
     Ok(())
 }
 

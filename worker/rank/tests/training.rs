@@ -2,137 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
-use fleet_collectives::Segment;
-use fleet_common::codec::{read_frame_blocking, write_frame_blocking};
+mod gang;
+
 use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
 use fleet_common::exit::Fault;
-use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{FromRank, RankStart, ToRank};
-use fleet_rank::agent_link::AgentLink;
-use fleet_rank::error::Error;
-use fleet_rank::generate::{Sampling, generate};
-use fleet_rank::trainer;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use fleet_rank::generate::{Sampling, Settings, generate};
+use gang::{job, launch};
 use std::path::Path;
-
-/// A job on made-up English, in `dir`.
-fn job(dir: &Path) -> Job {
-    let words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "fly", "home"];
-    let text: String = (0..6000usize).map(|i| format!("{} ", words[(i * i / 3 + i) % words.len()])).collect();
-    for (n, part) in text.as_bytes().chunks(text.len() / 12 + 1).enumerate() {
-        std::fs::write(dir.join(format!("{n:02}.txt")), part).unwrap();
-    }
-    let text = r#"
-        run_name = "run"
-        output_dir = "out"
-        seed = 7
-        batch_size = 4
-        max_seq_len = 16
-        max_steps = 12
-        logging_steps = 1
-        threads_per_rank = 1
-        data = { path = ".", include = ["*.txt"], validation_fraction = 0.2 }
-        optimizer = { lr = 5e-3, warmup_steps = 2, min_lr_ratio = 0.1, weight_decay = 0.1, beta2 = 0.95 }
-        checkpoint = { save_steps = 6, save_total_limit = 2 }
-        eval = { eval_steps = 6, batch_size = 2, max_eval_examples = 10 }
-    "#;
-    let mut job = parse_toml(text, dir).unwrap().0;
-    let config = fleet_rank::testing::tiny_config();
-    job.model = Model::New(LlamaConfig { vocab_size: 270, max_position_embeddings: 16, ..config });
-    job.tokenizer = Tokenizer::Train { vocab_size: 270 };
-    job
-}
-
-struct Ended {
-    /// Of rank 0.
-    events: Vec<EventBody>,
-    outcomes: Vec<Result<Outcome, Error>>,
-}
-
-impl Ended {
-    fn losses(&self) -> Vec<f64> {
-        self.events
-            .iter()
-            .filter_map(|e| if let EventBody::Step(s) = e { Some(s.loss) } else { None })
-            .collect()
-    }
-    fn evaluations(&self) -> Vec<(u64, f64)> {
-        self.events
-            .iter()
-            .filter_map(|e| if let EventBody::Eval(v) = e { Some((v.step, v.loss)) } else { None })
-            .collect()
-    }
-    fn checkpoints(&self) -> Vec<CheckpointRecord> {
-        self.events
-            .iter()
-            .filter_map(|e| if let EventBody::Checkpoint(c) = e { Some(c.clone()) } else { None })
-            .collect()
-    }
-}
-
-/// Runs a gang to its end. Every checkpoint is recorded at once; `stop_after`: rank 0 is asked to stop when it reports that step.
-fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u64>) -> Ended {
-    let files = fleet_data::DataFiles::find(job, &|_| {}).unwrap();
-    let (cache, _) = fleet_data::TokenCache::build_or_open(job, &files, &|_| {}).unwrap();
-    let segment = Segment::create(world as usize, 1).unwrap();
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..world)
-            .map(|rank| {
-                let (mut agent, socket) = UnixStream::pair().unwrap();
-                let start = RankStart {
-                    job: JobId(1),
-                    generation: 1,
-                    rank,
-                    world_size: world,
-                    local_rank: rank,
-                    job_json: job.to_json(),
-                    cache_dir: cache.dir().to_string_lossy().into_owned(),
-                    resume: resume.map(str::to_owned),
-                    run: "c/job-1".into(),
-                    threads: 1,
-                    device: "cpu".into(),
-                    shm_fd: (world > 1).then(|| segment.fd().as_raw_fd()),
-                };
-                write_frame_blocking(&mut agent, &ToRank::Start(Box::new(start))).unwrap();
-                let trainer = scope.spawn(move || {
-                    let (mut link, start) = AgentLink::open(socket).unwrap();
-                    let outcome = trainer::run(&start, &mut link);
-                    link.send(&FromRank::Done(Outcome::Stopped { steps: 0 }));
-                    outcome
-                });
-                let events = scope.spawn(move || listen(agent, stop_after));
-                (trainer, events)
-            })
-            .collect();
-        let (outcomes, mut events): (Vec<_>, Vec<_>) = ranks
-            .into_iter()
-            .map(|(trainer, events)| (trainer.join().unwrap(), events.join().unwrap()))
-            .unzip();
-        Ended { events: events.remove(0), outcomes }
-    })
-}
-
-fn listen(mut agent: UnixStream, stop_after: Option<u64>) -> Vec<EventBody> {
-    let mut events = Vec::new();
-    loop {
-        match read_frame_blocking::<_, FromRank>(&mut agent).unwrap() {
-            Some(FromRank::Event(event)) => {
-                let answer = match &event.body {
-                    EventBody::Checkpoint(record) => Some(ToRank::CheckpointCommitted { step: record.step }),
-                    EventBody::Step(step) if Some(step.step) == stop_after => Some(ToRank::Stop),
-                    _ => None,
-                };
-                if let Some(answer) = answer {
-                    write_frame_blocking(&mut agent, &answer).unwrap();
-                }
-                events.push(event.body);
-            }
-            Some(_) | None => return events,
-        }
-    }
-}
 
 fn file(record: &CheckpointRecord, name: &str) -> Vec<u8> {
     std::fs::read(Path::new(&record.path).join(name)).unwrap()
@@ -252,7 +129,8 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
             pieces.push_str(piece);
             true
         };
-        let generated = generate(checkpoint, "the", 12, &sampling, 1, &mut emit).unwrap();
+        let settings = Settings { max_new_tokens: 12, sampling, threads: 1 };
+        let generated = generate(checkpoint, "the", &settings, &mut emit).unwrap();
         assert_eq!(generated.text, pieces);
         generated.text
     };
@@ -264,7 +142,8 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&weights, bytes).unwrap();
     let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-    let error = generate(checkpoint, "the", 12, &greedy, 1, &mut |_| true).unwrap_err();
+    let settings = Settings { max_new_tokens: 12, sampling: greedy, threads: 1 };
+    let error = generate(checkpoint, "the", &settings, &mut |_| true).unwrap_err();
     assert_eq!(error.fault(), Fault::Input);
     assert!(error.to_string().contains("model.safetensors"), "{error}");
 }

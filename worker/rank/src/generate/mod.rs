@@ -1,5 +1,6 @@
 //! `fleet-rank generate`: continues a text from a model directory.
 
+mod prompt;
 mod sampler;
 mod text;
 
@@ -10,9 +11,19 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::Cache;
 use fleet_checkpoint::{MANIFEST_FILE, TOKENIZER_FILE};
+use fleet_data::model_dir::PromptTokenizer;
+use fleet_kernels::all_finite;
+use prompt::{Prompt, end_ids};
 use std::path::Path;
 use std::time::Instant;
-use tokenizers::Tokenizer;
+
+/// How to continue a text.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    pub max_new_tokens: usize,
+    pub sampling: Sampling,
+    pub threads: u32,
+}
 
 /// Why a text ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -33,35 +44,34 @@ pub struct Generated {
     pub new_tokens: usize,
     pub end: End,
     pub tokens_per_s: f64,
+    /// What the user should know of the prompt.
+    #[serde(skip)]
+    pub note: Option<String>,
 }
 
 /// Continues `prompt`; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
 pub fn generate(
     dir: &Path,
     prompt: &str,
-    max_new_tokens: usize,
-    sampling: &Sampling,
-    threads: u32,
+    settings: &Settings,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Generated> {
+    let Settings { max_new_tokens, sampling, threads } = settings;
     if dir.join(MANIFEST_FILE).exists() {
         fleet_checkpoint::verify(dir)?;
     }
-    let mut engine = Engine::<f32>::open(dir, threads, None)?;
+    let mut engine = Engine::<f32>::open(dir, *threads, None)?;
     let config = engine.model().config.clone();
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
-    let tokenizer =
-        Tokenizer::from_file(&path).map_err(|e| refuse(format!("is not a usable tokenizer.json: {e}")))?;
-    let encoded =
-        tokenizer.encode(prompt, false).map_err(|e| refuse(format!("cannot encode the prompt: {e}")))?;
-    let mut ids: Vec<i64> = encoded.get_ids().iter().map(|id| i64::from(*id)).collect();
+    let opened = PromptTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;
+    let ends = end_ids(dir, &opened)?;
+    let Prompt { mut ids, note } = Prompt::encode(&opened.tokenizer, prompt)?;
     if ids.is_empty() {
         // A text begins where another one ended.
-        let start = config.bos_token_id.or(config.eos_token_id).unwrap_or(0);
-        ids.push(i64::from(start));
+        ids.push(config.bos_token_id.or(config.eos_token_id).unwrap_or(0));
     }
-    let vocab = i64::from(config.vocab_size);
+    let vocab = config.vocab_size;
     if let Some(id) = ids.iter().find(|id| **id >= vocab) {
         return Err(refuse(format!(
             "gives token {id}, but the model knows {vocab}; it belongs to another model"
@@ -77,17 +87,26 @@ pub fn generate(
 
     let prompt_tokens = ids.len();
     let mut cache = Cache::new(engine.model());
-    let mut stream = TextStream::new(&tokenizer);
+    let mut stream = TextStream::new(&opened.tokenizer, &ids)
+        .map_err(|e| refuse(format!("cannot decode the prompt: {e}")))?;
     let mut text = String::new();
     let mut new_tokens = 0;
     let began = Instant::now();
-    let mut logits = if max_new_tokens > 0 { engine.prefill(&ids, &mut cache) } else { Vec::new() };
+    let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+    let mut logits = if *max_new_tokens > 0 { engine.prefill(&ids, &mut cache) } else { Vec::new() };
     let end = loop {
-        if new_tokens == max_new_tokens {
+        if new_tokens == *max_new_tokens {
             break End::MaxNewTokens;
         }
+        if !all_finite(&logits) {
+            return Err(Error::Input(format!(
+                "{}: the model computes NaN or infinite logits for token {}; its weights cannot be used",
+                dir.display(),
+                cache.len() + 1
+            )));
+        }
         let id = sampling.pick(&logits, new_tokens as u64) as u32;
-        if config.eos_token_id == Some(id) {
+        if ends.contains(&id) {
             break End::EndOfText;
         }
         new_tokens += 1;
@@ -99,7 +118,7 @@ pub fn generate(
         if cache.len() == context {
             break End::Context;
         }
-        if new_tokens < max_new_tokens {
+        if new_tokens < *max_new_tokens {
             logits = engine.decode(i64::from(id), &mut cache);
         }
     };
@@ -107,5 +126,5 @@ pub fn generate(
     emit(&rest);
     text.push_str(&rest);
     let tokens_per_s = new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-    Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s })
+    Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s, note })
 }

@@ -4,11 +4,12 @@
 //! Legend: b sequences, s tokens of a sequence, t = b s tokens, h hidden, q = heads * head_dim, f intermediate, v vocabulary.
 
 mod block;
+pub mod config;
 mod decode;
-pub mod files;
 mod head;
 pub mod init;
 mod layout;
+pub mod weights;
 mod workspace;
 
 pub use decode::Cache;

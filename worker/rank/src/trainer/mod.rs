@@ -4,22 +4,26 @@
 //! ranks leave the loop after the same step. It never touches a tensor.
 
 mod batches;
+mod companions;
 mod saving;
 mod schedule;
 
 pub use batches::TokenBatch;
+use saving::Saving;
+
 pub use schedule::{learning_rate, warmup_steps};
 
 use crate::agent_link::AgentLink;
 use crate::engine::{AdamW, Engine, Votes};
 use crate::error::{Error, Result};
-use crate::model::{Llama, files};
+use crate::model::{Llama, config, weights};
 use crate::product::Storage;
 use crate::workers::Workers;
+use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, RunDir, TrainerState};
 use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
-use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy};
+use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy, Tokenizer};
 use fleet_common::protocol::RankStart;
 use fleet_data::{Order, TokenCache, evaluation_part};
 use half::bf16;
@@ -69,7 +73,7 @@ struct Trainer<E> {
     state: TrainerState,
     meter: Meter,
     /// Of rank 0, which writes the checkpoints.
-    dir: Option<RunDir>,
+    saving: Option<Saving>,
     /// The recorded checkpoint after which older ones were removed last.
     rotated: Option<u64>,
 }
@@ -147,6 +151,19 @@ impl<E: Storage> Trainer<E> {
             max_grad_norm: o.max_grad_norm,
         };
         let rank = u64::from(start.rank);
+        let saving = dir.map(|dir| {
+            let origins = Origins {
+                resume: start.resume.as_deref().map(Path::new),
+                model: pretrained,
+                tokenizer: match &job.tokenizer {
+                    Tokenizer::File(path) => Some(path),
+                    Tokenizer::Train { .. } => None,
+                },
+                used: &cache.tokenizer_path(),
+            };
+            Companions::gather(&origins, &state.model).map(|companions| Saving { dir, companions })
+        });
+        let saving = saving.transpose()?;
         let meter = Meter::default();
         Ok(Self {
             job,
@@ -160,7 +177,7 @@ impl<E: Storage> Trainer<E> {
             began,
             state,
             meter,
-            dir,
+            saving,
             rotated: None,
         })
     }
@@ -314,9 +331,9 @@ fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
 fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(LlamaConfig, Option<&'a Path>)> {
     let (mut config, pretrained) = match &job.model {
         Model::New(config) => (config.clone(), None),
-        Model::Pretrained(dir) => (files::read_config(dir)?, Some(dir.as_path())),
+        Model::Pretrained(dir) => (weights::read_model(dir)?, Some(dir.as_path())),
     };
-    files::check_config(&config).map_err(Error::Input)?;
+    config::check_config(&config).map_err(Error::Input)?;
     if cache.meta().vocab_size > config.vocab_size {
         return Err(Error::Input(format!(
             "the tokenizer has {} tokens and the model's vocab_size is {}; raise it or use the model's own tokenizer",
@@ -324,7 +341,7 @@ fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(LlamaConfig, Option
             config.vocab_size
         )));
     }
-    config.eos_token_id = config.eos_token_id.or(Some(cache.meta().eos_id));
+    config.eos_token_id = Some(cache.meta().eos_id); // what every document ends with
     Ok((config, pretrained))
 }
 

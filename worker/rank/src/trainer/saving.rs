@@ -1,26 +1,30 @@
 //! Checkpoints of a run: rank 0 writes while its peers compute the next gradients, which change nothing that it reads.
 
 use super::Trainer;
+use super::companions::Companions;
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use crate::model::files;
 use crate::product::Storage;
-use fleet_checkpoint::{
-    CONFIG_FILE, CheckpointError, MODEL_FILE, OPTIMIZER_FILE, RunDir, TOKENIZER_FILE, Writer,
-};
+use fleet_checkpoint::{CheckpointError, MODEL_FILE, OPTIMIZER_FILE, RunDir, TOKENIZER_FILE, Writer};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 
 /// In a checkpoint: the weight and the two moments of AdamW, in fp32.
 const BYTES_PER_PARAMETER: u64 = 12;
 
+/// What the rank has that writes the checkpoints.
+pub(super) struct Saving {
+    pub dir: RunDir,
+    pub companions: Companions,
+}
+
 impl<E: Storage> Trainer<E> {
     /// Saves, and reports how it went. A failure ends nothing; the last valid checkpoint stays.
     pub(super) fn save(&mut self, link: &mut AgentLink) -> Result<()> {
-        let Some(dir) = &self.dir else { return Ok(()) };
+        let Some(saving) = &self.saving else { return Ok(()) };
         self.engine.collective().note(Activity::Saving);
         let step = self.state.step;
-        match self.write(dir) {
+        match self.write(saving) {
             Ok(record) => {
                 link.event(EventBody::Checkpoint(record));
                 Ok(())
@@ -36,7 +40,7 @@ impl<E: Storage> Trainer<E> {
     pub(super) fn warn_of_a_small_disk(&self, link: &mut AgentLink) {
         const MIB: u64 = 1 << 20;
         let needed = self.engine.model().layout.count() as u64 * BYTES_PER_PARAMETER;
-        let Some(dir) = &self.dir else { return };
+        let Some(Saving { dir, .. }) = &self.saving else { return };
         if let Some(free) = dir.free_bytes().filter(|free| *free < needed) {
             let line = format!(
                 "a checkpoint takes {} MiB, and {} has room for {}: make room, or saving will fail",
@@ -48,7 +52,7 @@ impl<E: Storage> Trainer<E> {
         }
     }
 
-    fn write(&self, dir: &RunDir) -> Result<CheckpointRecord, CheckpointError> {
+    fn write(&self, Saving { dir, companions }: &Saving) -> Result<CheckpointRecord, CheckpointError> {
         let tokenizer = self.cache.tokenizer_path();
         let tokenizer =
             std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
@@ -56,8 +60,8 @@ impl<E: Storage> Trainer<E> {
         writer.write_safetensors(MODEL_FILE, &self.engine.weight_refs())?;
         let names = self.engine.moment_names();
         writer.write_safetensors(OPTIMIZER_FILE, &self.engine.moment_refs(&names))?;
-        writer.write_bytes(CONFIG_FILE, &files::config_json(&self.state.model))?;
         writer.write_bytes(TOKENIZER_FILE, &tokenizer)?;
+        companions.write(&mut writer)?;
         writer.write_state(&self.state)?;
         writer.finish(self.state.loss)
     }
@@ -65,7 +69,9 @@ impl<E: Storage> Trainer<E> {
     /// Removes what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
     pub(super) fn rotate(&mut self, link: &mut AgentLink) {
         let committed = link.committed();
-        let Some(dir) = self.dir.as_ref().filter(|_| committed != self.rotated) else { return };
+        let Some(Saving { dir, .. }) = self.saving.as_ref().filter(|_| committed != self.rotated) else {
+            return;
+        };
         self.rotated = committed;
         if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0)) {
             link.log(Level::Warn, format!("an old checkpoint stays: {e}"));

@@ -1,0 +1,251 @@
+//! The settings beside a tokenizer and the weights of a Hugging Face model: `config.json`, `generation_config.json`,
+//! `tokenizer_config.json`, `special_tokens_map.json`. Read as transformers 5 reads them, where a null says what a missing key says.
+
+use crate::DataError;
+use serde_json::{Map, Value};
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use tokenizers::{AddedToken, Tokenizer};
+
+pub type Object = Map<String, Value>;
+
+pub const CONFIG: &str = "config.json";
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
+
+/// Settings are some kilobytes; with a list of added tokens and a chat template some megabytes.
+const FILE_MAX: u64 = 64 << 20;
+
+/// The JSON object in `path` as it stands, nulls included; `None` where there is no such file.
+pub fn read_object(path: &Path) -> Result<Option<Object>, DataError> {
+    let failed = |source| DataError::Read { path: path.to_owned(), source };
+    let bad = |what: String| DataError::Settings { path: path.to_owned(), what };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(e)),
+    };
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > FILE_MAX {
+        return Err(bad(format!("has more than {FILE_MAX} bytes")));
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| bad(format!("is not a JSON object ({e})")))
+}
+
+/// `object` without its nulls, at any depth.
+pub fn without_nulls(object: Object) -> Object {
+    let within = |value| match value {
+        Value::Object(object) => Value::Object(without_nulls(object)),
+        value => value,
+    };
+    object
+        .into_iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(key, value)| (key, within(value)))
+        .collect()
+}
+
+/// A whole number of at least 0; `1e4` and `10000.0` are ones.
+pub fn whole(value: &Value) -> Option<u32> {
+    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(x));
+    match value.as_u64() {
+        Some(number) => u32::try_from(number).ok(),
+        None => float().map(|x| x as u32),
+    }
+}
+
+/// The ids under `key`: one, a list, or none. What is no id, such as the -1 of old configurations, is left out.
+pub fn token_ids(object: &Object, key: &str) -> Vec<u32> {
+    match object.get(key) {
+        Some(Value::Array(list)) => list.iter().filter_map(whole).collect(),
+        Some(value) => whole(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+/// The ids at which a model in `dir` ends a text: what `generation_config.json` says, else what `config.json` says. An absent
+/// key there means 2, as in transformers' LlamaConfig; a null means none.
+pub fn end_ids(dir: &Path) -> Result<Vec<u32>, DataError> {
+    const KEY: &str = "eos_token_id";
+    const LLAMA: u32 = 2;
+    if let Some(generation) = read_object(&dir.join(GENERATION_CONFIG))? {
+        let ids = token_ids(&generation, KEY);
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+    }
+    let config = read_object(&dir.join(CONFIG))?.unwrap_or_default();
+    Ok(if config.contains_key(KEY) { token_ids(&config, KEY) } else { vec![LLAMA] })
+}
+
+/// What the files beside a `tokenizer.json` call its special tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SpecialTokens {
+    pub bos: Option<String>,
+    pub eos: Option<String>,
+    /// These two and all others that have a role.
+    pub all: Vec<String>,
+}
+
+impl SpecialTokens {
+    /// As transformers 5 does it: `special_tokens_map.json` is older and counts only where `tokenizer_config.json` has no
+    /// `added_tokens_decoder`, but then first.
+    pub fn beside(tokenizer: &Path) -> Result<SpecialTokens, DataError> {
+        let read = |name: &str| -> Result<Object, DataError> {
+            Ok(without_nulls(read_object(&tokenizer.with_file_name(name))?.unwrap_or_default()))
+        };
+        let mut roles = read(TOKENIZER_CONFIG)?;
+        if !roles.contains_key("added_tokens_decoder") {
+            roles.extend(read(SPECIAL_TOKENS_MAP)?);
+        }
+        let of = |role: &str| roles.get(role).and_then(content).map(str::to_owned);
+        let several = ["additional_special_tokens", "extra_special_tokens"]
+            .into_iter()
+            .filter_map(|key| roles.get(key))
+            .flat_map(|list| match list {
+                Value::Array(list) => list.iter().collect(),
+                Value::Object(named) => named.values().collect(),
+                _ => Vec::new(),
+            });
+        let one = roles.iter().filter(|(key, _)| key.ends_with("_token")).map(|(_, value)| value);
+        let all = one.chain(several).filter_map(content).map(str::to_owned).collect();
+        Ok(SpecialTokens { bos: of("bos_token"), eos: of("eos_token"), all })
+    }
+}
+
+/// The text of a token: a string, or an object that also says how it is matched.
+fn content(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str()).filter(|text| !text.is_empty())
+}
+
+/// A `tokenizer.json` as transformers loads it with what lies beside it, for prompts and for generated text: truncation and padding that
+/// are stored in it do not act, and the tokens that have a role are special. Tokens that it lacks are not added, since no model has them.
+pub struct PromptTokenizer {
+    pub tokenizer: Tokenizer,
+    pub special: SpecialTokens,
+}
+
+impl PromptTokenizer {
+    pub fn open(path: &Path) -> Result<PromptTokenizer, DataError> {
+        let bad = |what: String| DataError::Tokenizer { path: PathBuf::from(path), what };
+        let bytes =
+            std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(bytes).map_err(|e| bad(format!("not a tokenizer.json: {e}")))?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| bad(e.to_string()))?;
+        let special = SpecialTokens::beside(path)?;
+        let unmarked: Vec<AddedToken> = special
+            .all
+            .iter()
+            .filter(|name| {
+                tokenizer.token_to_id(name).is_some()
+                    && !tokenizer.get_added_vocabulary().get_vocab().contains_key(*name)
+            })
+            .map(|name| AddedToken::from(name.clone(), true))
+            .collect();
+        tokenizer.add_special_tokens(&unmarked);
+        Ok(PromptTokenizer { tokenizer, special })
+    }
+
+    /// The id of the token that the files beside the tokenizer call the end of a text.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.special.eos.as_deref().and_then(|name| self.tokenizer.token_to_id(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn object(value: Value) -> Object {
+        value.as_object().unwrap().clone()
+    }
+
+    /// A directory with these files.
+    fn dir(files: &[(&str, Value)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, json) in files {
+            std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn a_null_is_absent_at_any_depth() {
+        let given = json!({"a": null, "b": {"c": null, "d": 1}, "e": [null]});
+        assert_eq!(Value::Object(without_nulls(object(given))), json!({"b": {"d": 1}, "e": [null]}));
+    }
+
+    #[test]
+    fn ids_are_one_or_several_and_minus_one_is_none() {
+        let ids = |value: Value| token_ids(&object(json!({"id": value})), "id");
+        assert_eq!(ids(json!(2)), [2]);
+        assert_eq!(ids(json!(2.0)), [2]);
+        assert_eq!(ids(json!([7, 8.0, -1])), [7, 8]);
+        for none in [json!(null), json!(-1), json!(1.5), json!("2"), json!([])] {
+            assert_eq!(ids(none.clone()), [0u32; 0], "{none}");
+        }
+        assert_eq!(token_ids(&Object::new(), "id"), [0u32; 0]);
+        assert_eq!((whole(&json!(1e4)), whole(&json!(5e9)), whole(&json!(true))), (Some(10_000), None, None));
+    }
+
+    #[test]
+    fn the_generation_config_says_where_a_text_ends_before_the_config() {
+        let ends = |files: &[(&str, Value)]| end_ids(dir(files).path()).unwrap();
+        let config = (CONFIG, json!({"eos_token_id": [2, 5]}));
+        assert_eq!(ends(std::slice::from_ref(&config)), [2, 5]);
+        let generation = |eos: Value| (GENERATION_CONFIG, json!({"eos_token_id": eos}));
+        assert_eq!(ends(&[config.clone(), generation(json!([7, 8]))]), [7, 8]);
+        assert_eq!(ends(&[config.clone(), generation(json!(null))]), [2, 5]);
+        assert_eq!(ends(&[config, generation(json!(-1))]), [2, 5]);
+        assert_eq!(ends(&[(CONFIG, json!({}))]), [2], "as LlamaConfig has it");
+        assert_eq!(ends(&[(CONFIG, json!({"eos_token_id": null}))]), [0u32; 0]);
+    }
+
+    #[test]
+    fn special_tokens_are_found_in_both_files_and_both_spellings() {
+        let special = |files: &[(&str, Value)]| {
+            SpecialTokens::beside(&dir(files).path().join("tokenizer.json")).unwrap()
+        };
+        let config = json!({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false}, "pad_token": null,
+            "additional_special_tokens": ["<a>", {"content": "<b>"}], "add_bos_token": true, "clean_up_tokenization_spaces": false});
+        let found = special(&[(TOKENIZER_CONFIG, config.clone())]);
+        assert_eq!((found.bos.as_deref(), found.eos.as_deref()), (Some("<s>"), Some("</s>")));
+        assert_eq!(found.all, ["<s>", "</s>", "<a>", "<b>"]);
+        let map = (SPECIAL_TOKENS_MAP, json!({"eos_token": "<end>", "bos_token": null}));
+        let found = special(&[(TOKENIZER_CONFIG, config.clone()), map.clone()]);
+        assert_eq!((found.bos.as_deref(), found.eos.as_deref()), (Some("<s>"), Some("<end>")));
+        let mut newer = object(config);
+        newer.insert("added_tokens_decoder".into(), json!({}));
+        assert_eq!(special(&[(TOKENIZER_CONFIG, newer.into()), map]).eos.as_deref(), Some("</s>"));
+        assert_eq!(special(&[]), SpecialTokens::default());
+    }
+
+    #[test]
+    fn what_is_stored_for_training_does_not_act_and_named_tokens_are_special() {
+        let tokenizer = json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+            "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+            "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"},
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[END]": 2}, "unk_token": "a"}});
+        let config = json!({"eos_token": "[END]", "pad_token": "[PAD]"});
+        let dir = dir(&[("tokenizer.json", tokenizer), (TOKENIZER_CONFIG, config)]);
+        let opened = PromptTokenizer::open(&dir.path().join("tokenizer.json")).unwrap();
+        let ids = |text| opened.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+        assert_eq!(ids("b b b"), [1, 1, 1]);
+        assert_eq!(ids("b[END]"), [1, 2], "a special token is found within text");
+        assert_eq!(opened.tokenizer.decode(&[1, 2], true).unwrap(), "b");
+        assert_eq!((opened.eos_id(), opened.tokenizer.get_vocab_size(true)), (Some(2), 3));
+    }
+
+    #[test]
+    fn settings_that_are_no_object_are_named() {
+        let dir = dir(&[(CONFIG, json!([1]))]);
+        let error = end_ids(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("config.json") && error.contains("not a JSON object"), "{error}");
+    }
+}

@@ -1,0 +1,168 @@
+//! What lies in a checkpoint beside weights and state so that other programs take the model and its tokenizer as fleet does: settings, chat
+//! template, the tokenizer's other files. They come along with a model, and are made for a new one.
+
+use crate::error::{Error, Result};
+use crate::model::config::{config_json, read_config, with_end};
+use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Writer};
+use fleet_common::job::LlamaConfig;
+use fleet_data::model_dir::{
+    GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
+};
+use serde_json::json;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+/// What belongs to a `tokenizer.json` and is copied as it is.
+const OF_TOKENIZER: [&str; 8] = [
+    SPECIAL_TOKENS_MAP,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+];
+
+/// The largest of them, lists of tokens, are some megabytes. Each is held in memory.
+const FILE_MAX: u64 = 64 << 20;
+
+const EOS: &str = "eos_token_id";
+
+/// Where a run's model comes from.
+pub(super) struct Origins<'a> {
+    /// The checkpoint that the run continues, which has what the run began with.
+    pub resume: Option<&'a Path>,
+    /// The directory of a given model.
+    pub model: Option<&'a Path>,
+    /// A given `tokenizer.json`.
+    pub tokenizer: Option<&'a Path>,
+    /// The `tokenizer.json` that is used.
+    pub used: &'a Path,
+}
+
+#[derive(Debug)]
+pub(super) struct Companions {
+    config: Object,
+    files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Companions {
+    /// `config` is the model, and its `eos_token_id` what every document ends with.
+    pub fn gather(from: &Origins, config: &LlamaConfig) -> Result<Companions> {
+        let tokenizer = Tokenizer::from_file(from.used)
+            .map_err(|e| Error::Input(format!("{}: not a tokenizer.json: {e}", from.used.display())))?;
+        let beside = from.tokenizer.and_then(Path::parent);
+        let mut files = Vec::new();
+        for name in OF_TOKENIZER {
+            files.extend(first(name, [from.resume, beside])?.map(|bytes| (name, bytes)));
+        }
+
+        let mut config = config.clone();
+        let special =
+            from.tokenizer.map(SpecialTokens::beside).transpose().map_err(input)?.unwrap_or_default();
+        if from.model.is_none() {
+            // A text without a begin of its own begins where another one ended.
+            let named = special.bos.as_deref().and_then(|name| tokenizer.token_to_id(name));
+            config.bos_token_id = config.bos_token_id.or(named).or(config.eos_token_id);
+        }
+        let end = config.eos_token_id.and_then(|id| tokenizer.id_to_token(id));
+        let mut of_tokenizer = match first_object(TOKENIZER_CONFIG, [from.resume, beside])? {
+            Some(given) => given,
+            None => tokenizer_config(&tokenizer, &config),
+        };
+        if from.model.is_none() && special.eos.is_some() && special.eos != end {
+            // The job has chosen another end.
+            files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
+            of_tokenizer.insert("eos_token".into(), json!(end));
+        }
+        files.push((TOKENIZER_CONFIG, pretty(&of_tokenizer)));
+
+        let before = from.model.map(read_config).transpose()?.unwrap_or_default();
+        let generation = match from.model {
+            Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?,
+            None => Some(Object::new()),
+        };
+        if let Some(mut generation) = generation {
+            let known = if token_ids(&generation, EOS).is_empty() { &before } else { &generation };
+            let ends = with_end(known, config.eos_token_id);
+            if from.model.is_none() {
+                generation.insert("bos_token_id".into(), json!(config.bos_token_id));
+            }
+            generation.insert(EOS.into(), ends);
+            files.push((GENERATION_CONFIG, pretty(&generation)));
+        }
+        Ok(Companions { config: config_json(&config, &before), files })
+    }
+
+    pub fn write(&self, writer: &mut Writer) -> std::result::Result<(), CheckpointError> {
+        writer.write_bytes(CONFIG_FILE, &pretty(&self.config))?;
+        self.files.iter().try_for_each(|(name, bytes)| writer.write_bytes(name, bytes))
+    }
+}
+
+/// A `tokenizer_config.json` for a tokenizer that has none: without one, transformers guesses a class by the model, and that class adds tokens
+/// that the model does not have.
+fn tokenizer_config(tokenizer: &Tokenizer, config: &LlamaConfig) -> Object {
+    let name = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+    let json = serde_json::to_value(tokenizer).unwrap_or_default();
+    let mut made = Object::new();
+    for (role, token) in [
+        ("bos_token", name(config.bos_token_id)),
+        ("eos_token", name(config.eos_token_id)),
+        ("unk_token", json["model"]["unk_token"].as_str().map(str::to_owned)),
+    ] {
+        if let Some(token) = token.filter(|token| tokenizer.token_to_id(token).is_some()) {
+            made.insert(role.into(), token.into());
+        }
+    }
+    // Transformers 4 sets it anew in the tokenizer, and takes it for false where it is not said.
+    if json["pre_tokenizer"]["add_prefix_space"] == true {
+        made.insert("add_prefix_space".into(), true.into());
+    }
+    made.insert("clean_up_tokenization_spaces".into(), false.into());
+    made.insert("model_max_length".into(), config.max_position_embeddings.into());
+    made.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    made
+}
+
+/// The file of this name in the first directory that has it.
+fn first(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Vec<u8>>> {
+    for path in dirs.into_iter().flatten().map(|dir| dir.join(name)) {
+        let failed = |source| CheckpointError::Read { path: path.clone(), source };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(failed(e).into()),
+        };
+        let mut bytes = Vec::new();
+        file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() as u64 > FILE_MAX {
+            let path = path.display();
+            return Err(Error::Input(format!(
+                "{path}: has more than {FILE_MAX} bytes; it is no {name}, move it away"
+            )));
+        }
+        return Ok(Some(bytes));
+    }
+    Ok(None)
+}
+
+fn first_object(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Object>> {
+    for dir in dirs.into_iter().flatten() {
+        if let Some(object) = read_object(&dir.join(name)).map_err(input)? {
+            return Ok(Some(object));
+        }
+    }
+    Ok(None)
+}
+
+fn input(error: fleet_data::DataError) -> Error {
+    Error::Input(error.to_string())
+}
+
+fn pretty(object: &Object) -> Vec<u8> {
+    serde_json::to_vec_pretty(object).expect("an object that was read or made here can be written")
+}
