@@ -153,7 +153,8 @@ fn parse_file(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Parsed, DataEr
 
 /// What is wrong with a row or a header that has these fields.
 pub(crate) fn no_field<'a>(field: &str, present: impl Iterator<Item = &'a str>) -> String {
-    let present: Vec<&str> = present.take(12).collect();
+    let short = |name: &str| name.chars().take(40).flat_map(char::escape_debug).collect::<String>();
+    let present: Vec<String> = present.take(12).map(short).collect();
     match present.as_slice() {
         [] => format!("no field `{field}`, and no other"),
         names => format!("no field `{field}`; set data.text_field to one of: {}", names.join(", ")),

@@ -27,7 +27,7 @@ pub enum DataError {
     #[error("{0}")]
     Empty(String),
     /// Known by its first bytes.
-    #[error("{path} is {name}; {cure}, or leave it out with data.exclude")]
+    #[error("{path} is {name}; {cure}, or leave it out of data.path, or of its folder with data.exclude")]
     Foreign { path: PathBuf, name: &'static str, cure: &'static str },
     #[error("{path} is not text: {what}")]
     NotText { path: PathBuf, what: String },

@@ -3,7 +3,9 @@
 
 use crate::DataError;
 use crate::documents::no_field;
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
+};
 use std::fmt;
 use std::path::Path;
 
@@ -86,6 +88,10 @@ impl<'de> Visitor<'de> for Rows<'_> {
         write!(f, "an object with the field `{}`", self.field)
     }
 
+    fn visit_str<E: Error>(self, _: &str) -> Result<(), E> {
+        Err(E::invalid_type(Unexpected::Other("a text"), &self)) // not the text itself, which may be long
+    }
+
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut found = false;
         let mut names = Vec::new();
@@ -116,7 +122,7 @@ impl<'de> Visitor<'de> for Rows<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
         if !self.whole {
-            let array = serde::de::Unexpected::Other("an array");
+            let array = Unexpected::Other("an array");
             return Err(A::Error::invalid_type(array, &self));
         }
         let mut number = 1u64;
@@ -160,7 +166,7 @@ impl<'de> Visitor<'de> for Text<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
         if !self.column {
-            return Err(A::Error::invalid_type(serde::de::Unexpected::Other("an array"), &self));
+            return Err(A::Error::invalid_type(Unexpected::Other("an array"), &self));
         }
         while texts.next_element_seed(Text { field: self.field, column: false, out: self.out })?.is_some() {}
         Ok(())
@@ -168,7 +174,7 @@ impl<'de> Visitor<'de> for Text<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
         if !self.column {
-            return Err(A::Error::invalid_type(serde::de::Unexpected::Other("an object"), &self));
+            return Err(A::Error::invalid_type(Unexpected::Other("an object"), &self));
         }
         while texts.next_key::<IgnoredAny>()?.is_some() {
             texts.next_value_seed(Text { field: self.field, column: false, out: self.out })?;
@@ -231,7 +237,7 @@ mod tests {
             ("{\"text\":\"a\"}\n{\"text\":3}", "line 2: invalid type: integer `3`, expected text"),
             ("{\"text\":\"a\"}\n{\"text\":[\"b\"]}", "line 2: invalid type: an array, expected text"),
             ("{\"text\":\"a\",\"text\":\"b\"}", "line 1: the field `text` is given twice"),
-            ("[\"a\",\"b\"]", "row 1: invalid type: string \"a\", expected an object with the field `text`"),
+            ("[\"a\",\"b\"]", "row 1: invalid type: a text, expected an object with the field `text`"),
             ("[{\"text\":\"a\"}]\n[{\"text\":\"b\"}]", "line 1: invalid type: an array"),
             (
                 "{\n\"text\":\"a\"\n}\n{\n\"text\":\"b\"\n}",

@@ -238,6 +238,8 @@ mod tests {
         );
         assert!(error(Dialect::Tsv, "id,text\n1,a\n").contains("name such a file .csv"));
         assert!(error(Dialect::Csv, "id,body\n1,x\n").contains("set data.text_field to one of: id, body"));
+        let long = error(Dialect::Csv, &format!("\"a\nb\",{}\n", "x".repeat(1000)));
+        assert!(long.len() < 300 && !long.contains('\n'), "{long}");
     }
 
     proptest! {
