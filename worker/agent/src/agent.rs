@@ -394,5 +394,4 @@ impl Agent {
 }
 
 #[cfg(test)]
-#[path = "agent_tests.rs"]
 mod tests;

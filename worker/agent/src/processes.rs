@@ -72,12 +72,41 @@ pub fn trees(all: &[Seen], root: impl Fn(&Seen) -> bool) -> Vec<Process> {
 
 /// Whether the process was started with this variable in its environment, and with a value that `fits`. Not for processes of another user.
 pub fn has_variable(pid: u32, name: &str, fits: impl Fn(&str) -> bool) -> bool {
-    let Ok(environment) = std::fs::read(format!("/proc/{pid}/environ")) else { return false };
+    let Some(environment) = environment(pid) else { return false };
     let value = |variable: &[u8]| {
         let value = variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
         std::str::from_utf8(value).ok().map(str::to_owned)
     };
     environment.split(|byte| *byte == 0).filter_map(value).any(|value| fits(&value))
+}
+
+/// `None` for a process that is gone or another user's. One that takes on another program shows none for a moment, in which it is asked
+/// again.
+fn environment(pid: u32) -> Option<Vec<u8>> {
+    for _ in 0..EXEC_LOOKS {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+        if !environment.is_empty() || !takes_on_a_program(pid) {
+            return Some(environment);
+        }
+        std::thread::sleep(EXEC_PAUSE);
+    }
+    Some(Vec::new())
+}
+
+/// How often it is asked, and how long apart: a fifth of a second in all, for a program on a slow disk.
+const EXEC_LOOKS: u32 = 100;
+const EXEC_PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
+
+/// Whether the process has memory and the kernel has not yet put an environment there, which is the case between the old program and the
+/// new one.
+fn takes_on_a_program(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| is_between_programs(&stat))
+}
+
+/// By the 23rd field of `/proc/PID/stat`, the size of the memory, and the 51st, where the environment ends.
+fn is_between_programs(stat: &str) -> bool {
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    fields.get(20).is_some_and(|size| *size != "0") && fields.get(48) == Some(&"0")
 }
 
 /// Processes and threads that this machine has started since boot.
@@ -144,6 +173,35 @@ mod tests {
         assert!(std::path::Path::new(&format!("/proc/{}", child.id())).exists(), "not reaped");
         assert!(living().iter().all(|seen| seen.process != process));
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_between_two_programs_is_told_from_one_with_an_empty_environment() {
+        let bare = Command::new("sleep").arg("1000").env_clear().stdin(Stdio::null()).spawn();
+        let mut bare = bare.unwrap();
+        assert_eq!(environment(bare.id()), Some(Vec::new()));
+        assert!(!takes_on_a_program(bare.id()));
+        bare.kill().unwrap();
+        bare.wait().unwrap();
+        let between = |size: &str, end: &str| {
+            let mut fields = vec!["S"; 50];
+            (fields[20], fields[48]) = (size, end);
+            is_between_programs(&format!("7 (a ) b) {}", fields.join(" ")))
+        };
+        assert!(between("4096", "0"));
+        assert!(!between("4096", "140"), "a running program");
+        assert!(!between("0", "0"), "a thread of the kernel, or one that is dead");
+    }
+
+    /// A child shows an empty environment for a moment after its start; found in one run of many.
+    #[test]
+    fn a_child_is_known_by_its_variable_from_the_moment_that_it_is_there() {
+        for _ in 0..300 {
+            let mut child = child();
+            assert!(has_variable(child.id(), "FLEET_TEST_MARK", |value| value == "a:b"));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 
     #[test]

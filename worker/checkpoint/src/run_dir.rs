@@ -38,6 +38,8 @@ pub struct RunDir {
     dir: PathBuf,
     run: String,
     overwrite: bool,
+    /// What was made for it, the deepest first; it goes again if nothing is ever written there.
+    made: Vec<PathBuf>,
     _lock: File,
 }
 
@@ -46,21 +48,21 @@ impl RunDir {
     /// checkpoints of another run lie that this one neither continues nor may overwrite. Waits up to two seconds for the lock.
     pub fn claim(claim: &Claim) -> Result<RunDir, CheckpointError> {
         let unwritable = |source| CheckpointError::Unwritable { path: claim.dir.to_owned(), source };
-        create_dir_durably(claim.dir).map_err(unwritable)?;
-        let lock = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(claim.dir.join(LOCK))
-            .map_err(unwritable)?;
-        if !lock_within(&lock, LOCK_WAIT).map_err(unwritable)? {
+        let Some((lock, made)) = lock(claim.dir).map_err(unwritable)? else {
             return Err(CheckpointError::Busy(claim.dir.to_owned()));
-        }
+        };
+        let mut claimed = RunDir {
+            dir: claim.dir.to_owned(),
+            run: claim.run.to_owned(),
+            overwrite: claim.overwrite,
+            made,
+            _lock: lock,
+        };
         probe(claim.dir).map_err(unwritable)?;
         let found = search::by_age(claim.dir).map_err(|e| CheckpointError::read(claim.dir, e))?;
         let continued = claim.resumed.and_then(|path| found.iter().find(|found| same_dir(&found.path, path)));
-        let run = match continued.and_then(|found| found.run.as_deref()) {
-            Some(run) => run,
+        match continued.and_then(|found| found.run.as_deref()) {
+            Some(run) => run.clone_into(&mut claimed.run),
             None => {
                 let others = || found.iter().filter(|found| found.run.as_deref() != Some(claim.run));
                 if let (Some(newest), false) = (others().next_back(), claim.overwrite) {
@@ -70,10 +72,9 @@ impl RunDir {
                         newest: newest.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                     });
                 }
-                claim.run
             }
-        };
-        Ok(RunDir { dir: claim.dir.to_owned(), run: run.to_owned(), overwrite: claim.overwrite, _lock: lock })
+        }
+        Ok(claimed)
     }
 
     pub fn path(&self) -> &Path {
@@ -142,17 +143,58 @@ impl RunDir {
     }
 }
 
-/// Whether the lock was had in time. A file system without locks gives it to everybody.
-fn lock_within(file: &File, wait: Duration) -> io::Result<bool> {
-    let deadline = Instant::now() + wait;
+impl Drop for RunDir {
+    /// The file of the lock is removed while it is held, and with it the directories that were made for nothing. What cannot be removed
+    /// does no harm.
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.dir.join(LOCK));
+        let _ = self.made.iter().try_for_each(fs::remove_dir); // ends at the first that holds something
+    }
+}
+
+/// The locked file and the directories that were made for it, or `None` where another process kept it. A file system without locks gives
+/// it to everybody.
+fn lock(dir: &Path) -> io::Result<Option<(File, Vec<PathBuf>)>> {
+    let (path, deadline) = (dir.join(LOCK), Instant::now() + LOCK_WAIT);
+    let mut made = Vec::new();
     loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(true),
-            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => return Ok(true),
+        let open = || {
+            let new = create_dir_durably(dir)?;
+            Ok((File::options().write(true).create(true).truncate(false).open(&path)?, new))
+        };
+        let file = match open() {
+            Ok((file, new)) => {
+                made = if new.is_empty() { made } else { new };
+                file
+            }
+            // Who held it before took the directory away just now.
+            Err(e) if io::Error::kind(&e) == io::ErrorKind::NotFound && Instant::now() < deadline => continue,
+            Err(e) => return Err(e),
+        };
+        let locked = match file.try_lock() {
+            Ok(()) => true,
+            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => true,
             Err(TryLockError::Error(e)) => return Err(e),
-            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Ok(false),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_POLL),
+            Err(TryLockError::WouldBlock) => false,
+        };
+        // It may also have taken away the file that was opened here.
+        if locked && is_at(&file, &path)? {
+            return Ok(Some((file, made)));
         }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        std::thread::sleep(LOCK_POLL);
+    }
+}
+
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let opened = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (opened.dev(), opened.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

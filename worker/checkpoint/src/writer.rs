@@ -189,12 +189,17 @@ fn header(tensors: &[&TensorRef]) -> Vec<u8> {
     header
 }
 
-/// Makes a directory and the missing ones above it so that they are still there after a power cut.
-pub(crate) fn create_dir_durably(dir: &Path) -> io::Result<()> {
-    let missing: Vec<&Path> =
-        dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists()).collect();
+/// Makes a directory and the missing ones above it so that they are still there after a power cut. Returns those, the deepest first.
+pub(crate) fn create_dir_durably(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let missing: Vec<PathBuf> = dir
+        .ancestors()
+        .take_while(|d| !d.as_os_str().is_empty() && !d.exists())
+        .map(Path::to_owned)
+        .collect();
     fs::create_dir_all(dir)?;
-    missing.iter().filter_map(|d| d.parent()).filter(|d| !d.as_os_str().is_empty()).try_for_each(sync_dir)
+    let above = missing.iter().filter_map(|d| d.parent()).filter(|d| !d.as_os_str().is_empty());
+    above.into_iter().try_for_each(sync_dir)?;
+    Ok(missing)
 }
 
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {

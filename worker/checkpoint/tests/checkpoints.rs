@@ -32,7 +32,7 @@ fn save(dir: &Path, step: u64) -> CheckpointRecord {
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.retain(|name| name != ".lock");
+    names.retain(|name| name != ".lock"); // of who holds the directory just now
     names.sort();
     names
 }

@@ -49,7 +49,8 @@ fn rotation_keeps_the_newest_and_never_touches_what_is_not_committed() {
 fn a_run_does_not_begin_where_anothers_checkpoints_lie() {
     let dir = tempfile::tempdir().unwrap();
     let first = RunDir::claim(&claim(dir.path(), "a")).unwrap();
-    (save(&first, 10), save(&first, 20));
+    save(&first, 10);
+    save(&first, 20);
     drop(first);
     let refused = RunDir::claim(&claim(dir.path(), "b")).unwrap_err();
     let line = refused.to_string();
@@ -115,7 +116,8 @@ fn who_continues_from_elsewhere_begins_a_run_of_its_own() {
 fn what_may_be_overwritten_goes_with_the_first_recorded_checkpoint_and_not_before() {
     let dir = tempfile::tempdir().unwrap();
     let old = RunDir::claim(&claim(dir.path(), "old")).unwrap();
-    (save(&old, 10), save(&old, 20));
+    save(&old, 10);
+    save(&old, 20);
     drop(old);
     let new = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "new") }).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(10, "old"), (20, "old")]));
@@ -134,6 +136,41 @@ fn one_process_writes_at_a_time() {
     assert!(refused.to_string().contains("another job is writing"), "{refused}");
     drop(held);
     RunDir::claim(&claim(dir.path(), "b")).unwrap();
+}
+
+#[test]
+fn a_directory_that_was_claimed_for_nothing_leaves_no_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("out/checkpoints/run");
+    drop(RunDir::claim(&claim(&run, "a")).unwrap());
+    assert!(!dir.path().join("out").exists());
+    fs::create_dir_all(dir.path().join("out/checkpoints")).unwrap();
+    drop(RunDir::claim(&claim(&run, "a")).unwrap());
+    assert!(dir.path().join("out/checkpoints").exists() && !run.exists());
+    save(&RunDir::claim(&claim(&run, "a")).unwrap(), 1);
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 1, "the checkpoint and no lock");
+}
+
+#[test]
+fn of_many_that_want_a_directory_one_has_it_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (run, inside) = (dir.path().join("run"), std::sync::atomic::AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    let claimed = match RunDir::claim(&claim(&run, "a")) {
+                        Ok(claimed) => claimed,
+                        Err(CheckpointError::Busy(_)) => continue,
+                        Err(other) => panic!("{other}"),
+                    };
+                    assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                    inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    drop(claimed);
+                }
+            });
+        }
+    });
 }
 
 /// Where a file system has no locks, two runs may both find the directory empty.

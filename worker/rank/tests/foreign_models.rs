@@ -212,7 +212,8 @@ fn a_tuned_model_keeps_what_it_came_with_and_so_does_a_run_that_is_continued() {
 fn a_begin_stands_before_every_document_of_a_model_that_wants_one() {
     let (data, dir) = (tempfile::tempdir().unwrap(), copy_of("metaspace"));
     let job = tuned(data.path(), dir.path());
-    let (cache, _) = fleet_data::TokenCache::build_or_open(&job, &|_| {}).unwrap();
+    let files = fleet_data::DataFiles::find(&job, &|_| {}).unwrap();
+    let (cache, _) = fleet_data::TokenCache::build_or_open(&job, &files, &|_| {}).unwrap();
     assert_eq!(cache.meta().eos_id, 2, "the tokenizer's, not the first that config.json names");
     let tokens: Vec<i64> = (0..cache.train().len())
         .flat_map(|at| {
