@@ -163,10 +163,7 @@ impl Fields {
         }
         for (key, value) in sets {
             let name = known(&key, &value)?;
-            match value.kind {
-                Kind::Null => fields.given.remove(name), // takes back what the file gives
-                _ => fields.given.insert(name, (key, value)),
-            };
+            fields.given.insert(name, (key, value));
         }
         Ok(fields)
     }

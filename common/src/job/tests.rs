@@ -267,9 +267,8 @@ fn a_null_is_not_given() {
     .unwrap();
     assert_eq!(job.max_steps, None);
     let beside = r#"{"lr": null, "learning_rate": 0.5, "optimizer": {"lr": null}, "data": {"path": "x"}}"#;
-    let rate = |sets: &[&str]| parse(Format::Json, beside, sets).unwrap().0.optimizer.learning_rate;
-    assert_eq!(rate(&[]), 0.5, "a null does not contradict what another spelling gives");
-    assert_eq!(rate(&["lr=null"]), 5e-4, "from --set it takes back what the file gives");
+    let (job, _) = parse(Format::Json, beside, &[]).unwrap();
+    assert_eq!(job.optimizer.learning_rate, 0.5, "a null does not contradict what another spelling gives");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //!   model.safetensors      weights under Hugging Face names
 //!   config.json            Hugging Face model description
 //!   tokenizer.json
+//!   ...                    what else belongs to them: generation_config.json, tokenizer_config.json, a chat template
 //!   optimizer.safetensors  state of AdamW
 //!   trainer_state.json     step, cursor, seed, what the run was made of
 //!   manifest.json          length and SHA-256 of every other file; written last

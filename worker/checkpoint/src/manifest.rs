@@ -14,7 +14,7 @@ pub(crate) const FORMAT: &str = "fleet-checkpoint/1";
 /// No honest manifest is near this many bytes; more is not read.
 const MANIFEST_MAX: u64 = 1 << 20;
 
-/// A checkpoint has six files; a manifest that names more than this is not one of ours, and each file costs a thread.
+/// A checkpoint has some twenty files; a manifest that names more than this is not one of ours, and each file costs a thread.
 const FILES_MAX: usize = 64;
 
 /// Bytes hashed at a time.
