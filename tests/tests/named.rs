@@ -173,9 +173,11 @@ fn keys_in(text: &str) -> Vec<String> {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_.".contains(c);
     let mut keys = Vec::new();
     for part in text.split(|c: char| !word(c)).map(|part| part.trim_matches('.')) {
-        let in_table = part.rsplit_once('.').is_some_and(|(table, _)| tables.contains(table));
-        let is_file =
-            [".json", ".safetensors", ".bin", ".toml", ".rs", ".md"].iter().any(|end| part.ends_with(end));
+        let in_table =
+            !tables.contains(part) && part.rsplit_once('.').is_some_and(|(table, _)| tables.contains(table));
+        let is_file = [".json", ".safetensors", ".bin", ".model", ".toml", ".rs", ".md"]
+            .iter()
+            .any(|end| part.ends_with(end));
         let is_weight = part.starts_with("model.layers") || part.ends_with(".weight");
         if in_table && !is_file && !is_weight {
             keys.push(part.to_owned());

@@ -124,9 +124,17 @@ impl Encoder {
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
     }
 
+    fn has_every_byte(&self, json: &serde_json::Value) -> bool {
+        let known = |c: char| self.tokenizer.token_to_id(c.encode_utf8(&mut [0; 4])).is_some();
+        is_byte_level(json) && ByteLevel::alphabet().into_iter().all(known)
+    }
+
     /// How much of the texts is in their `ids`, which `encode` gave.
     pub fn coverage(&self, texts: &[&str], ids: &[Vec<u32>]) -> Result<Coverage, DataError> {
         let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
+        if self.has_every_byte(&json) {
+            return Ok(Coverage::whole(texts));
+        }
         let model = &json["model"];
         let unknown = match model["unk_id"].as_u64() {
             Some(id) => u32::try_from(id).ok(),
@@ -150,6 +158,20 @@ fn frame(tokenizer: &Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
 fn usual_end(tokenizer: &Tokenizer, ends: &[u32]) -> Option<u32> {
     let known = ends.iter().copied().find(|id| tokenizer.id_to_token(*id).is_some());
     known.or_else(|| END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)))
+}
+
+/// Whether this is byte-level BPE as GPT-2's, with a token for every byte and nothing that changes the text before: it loses nothing.
+fn is_byte_level(json: &serde_json::Value) -> bool {
+    let is = |part: &serde_json::Value, name: &str| part["type"] == name;
+    let splits = &json["pre_tokenizer"];
+    let byte_level = match splits["pretokenizers"].as_array().map(Vec::as_slice) {
+        Some([before @ .., last]) => {
+            is(last, "ByteLevel")
+                && before.iter().all(|part| is(part, "Split") && part["behavior"] == "Isolated")
+        }
+        _ => is(splits, "ByteLevel"),
+    };
+    byte_level && is(&json["model"], "BPE") && json["normalizer"].is_null()
 }
 
 fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
@@ -240,6 +262,26 @@ mod tests {
         assert!((258..400).contains(&found) && error.contains("asks for 4096"), "{error}");
         assert_eq!(Encoder::train(&[TEXT], found).unwrap().vocab_size, found);
         assert!(Encoder::train(&[TEXT], 256).err().unwrap().to_string().contains("at least 257"));
+    }
+
+    #[test]
+    fn only_a_whole_byte_level_tokenizer_is_taken_to_lose_nothing() {
+        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&encoder.json).unwrap();
+        assert!(encoder.has_every_byte(&json));
+        let mut lowering = json.clone();
+        lowering["normalizer"] = serde_json::json!({"type": "Lowercase"});
+        let mut splitting = json.clone();
+        splitting["pre_tokenizer"] = serde_json::json!({"type": "Whitespace"});
+        let mut dropping = json.clone();
+        let removed = serde_json::json!({"type": "Split", "behavior": "Removed"});
+        dropping["pre_tokenizer"] =
+            serde_json::json!({"type": "Sequence", "pretokenizers": [removed, {"type": "ByteLevel"}]});
+        assert!([lowering, splitting, dropping].iter().all(|other| !encoder.has_every_byte(other)));
+        let mut fewer = json.clone();
+        fewer["model"]["vocab"].as_object_mut().unwrap().remove("\u{e9}");
+        let fewer = Encoder::from_json(fewer.to_string().into_bytes(), None).unwrap();
+        assert!(!fewer.has_every_byte(&json));
     }
 
     #[test]
