@@ -280,7 +280,7 @@ mod tests {
         assert!([lowering, splitting, dropping].iter().all(|other| !encoder.has_every_byte(other)));
         let mut fewer = json.clone();
         fewer["model"]["vocab"].as_object_mut().unwrap().remove("\u{e9}");
-        let fewer = Encoder::from_json(fewer.to_string().into_bytes(), None).unwrap();
+        let fewer = Encoder::from_json(fewer.to_string().into_bytes(), &[], None).unwrap();
         assert!(!fewer.has_every_byte(&json));
     }
 

@@ -4,7 +4,7 @@
 
 mod gang;
 
-use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
+use fleet_common::events::{CheckpointRecord, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::job::*;
 use fleet_rank::generate::{Sampling, Settings, generate};

@@ -39,7 +39,7 @@ impl<E: Storage> Trainer<E> {
     /// A save that will fail is told of before the hours that it is to save. Compression and quotas are not known here: nothing is refused.
     pub(super) fn warn_of_a_small_disk(&self, link: &mut AgentLink) {
         const MIB: u64 = 1 << 20;
-        let needed = self.engine.model().layout.count() as u64 * BYTES_PER_PARAMETER;
+        let needed = self.engine.model().layout.count() * BYTES_PER_PARAMETER;
         let Some(Saving { dir, .. }) = &self.saving else { return };
         if let Some(free) = dir.free_bytes().filter(|free| *free < needed) {
             let line = format!(
