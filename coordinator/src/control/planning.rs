@@ -9,6 +9,8 @@ use fleet_common::protocol::Refusal;
 
 /// At the latest; wake-ups come sooner. Leases run out without one.
 const PLAN_EVERY_MS: u64 = 250;
+/// Who could not plan for so long, because its disk was full or what it had decided was under way, was no leader that the others report to.
+const STANDSTILL_MS: u64 = 2_000;
 /// Nodes for which a plan may take a millisecond: a large cluster that reconnects does not plan at every greeting.
 const NODES_PER_MS: u64 = 100;
 /// Decisions of one round; the rest is decided in the next one.
@@ -20,6 +22,9 @@ impl<D: Disk> Control<D> {
         let gap_ms = if self.plan_now { self.plan_gap_ms().min(PLAN_EVERY_MS) } else { PLAN_EVERY_MS };
         if now.mono_ms.saturating_sub(self.planned_ms) < gap_ms || !self.may_plan() {
             return;
+        }
+        if now.mono_ms.saturating_sub(self.planned_ms) >= STANDSTILL_MS {
+            self.observations.begin_anew();
         }
         (self.plan_now, self.planned_ms) = (false, now.mono_ms);
         let there = self.replica.state().nodes().iter().filter(|(_, record)| !record.lost);

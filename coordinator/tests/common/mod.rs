@@ -64,10 +64,11 @@ impl Client {
     }
 
     pub async fn connect(identity: &Identity, coordinator: &Coordinator) -> Client {
-        // One that has just started may have to ask who leads whether it knows the caller.
+        // One that has just started may have to ask who leads whether it knows the caller, and a busy machine answers late.
         let connected = async {
             loop {
                 match net::connect(&[coordinator.endpoint().quic.clone()], identity).await {
+                    Err(net::NetError::Unreachable(_)) => {}
                     Err(error) if error.to_string().contains("no coordinator leads") => {}
                     connected => return connected,
                 }

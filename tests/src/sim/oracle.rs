@@ -136,9 +136,12 @@ impl Oracle {
 
     // ---- what replicas do ---------------------------------------------------------------------------------------------
 
-    /// A leader has put this entry into its log.
-    pub fn logged(&mut self, leader: u32, leads_since: Micros, entry: &Entry, now: Micros) {
-        let proposed = Proposed { at: now, leader, leads_since };
+    /// A leader has put this entry into its log. It decided before by as much as its wall clock says, which shows `wall_ms` now: a full disk
+    /// keeps entries waiting, and what is heard meanwhile takes none of them back.
+    pub fn logged(&mut self, leader: u32, leads_since: Micros, entry: &Entry, (wall_ms, now): (u64, Micros)) {
+        let decided_ms = command_of(entry).ok().flatten().map_or(wall_ms, |command| command.unix_ms);
+        let at = now.saturating_sub(wall_ms.saturating_sub(decided_ms) * MS);
+        let proposed = Proposed { at, leader, leads_since };
         self.proposed.entry((entry.term, entry.index)).or_insert(proposed);
     }
 

@@ -266,7 +266,8 @@ impl World {
             let last = host.disk.last_key(Table::Log).map_or(0, |key| super::watch::index_of(&key));
             for index in host.logged.max(commit).max(last.saturating_sub(4096)) + 1..=last {
                 if let Some(entry) = entry_at(host, index) {
-                    self.oracle.logged(number, host.leads_since, &entry, now);
+                    let times = (host.clock.unix_ms(now), now);
+                    self.oracle.logged(number, host.leads_since, &entry, times);
                 }
             }
             host.logged = last;

@@ -166,7 +166,12 @@ mod tests {
     fn start(container: &Container) -> Child {
         let mut command = Command::new("sleep");
         command.arg("1000").env(MARK_ENV, format!("outer.1:{}", container.mark)).stdin(Stdio::null());
-        command.spawn().unwrap()
+        let child = command.spawn().unwrap();
+        // Until it has become that program it shows the environment of this one.
+        while !processes::has_variable(child.id(), MARK_ENV, |marks| marks.ends_with(&container.mark)) {
+            std::thread::yield_now();
+        }
+        child
     }
 
     fn kill_until_none_is_left(remains: &Remains) {

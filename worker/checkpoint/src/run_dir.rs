@@ -135,7 +135,8 @@ impl RunDir {
     /// damaged when the run was continued from an older one.
     pub(crate) fn may_replace(&self, target: &Path) -> bool {
         let found = Found::at(target.to_owned());
-        self.overwrite || found.run.is_none() || self.owns(&found)
+        let is_free = !target.exists();
+        is_free || target.is_dir() && (self.overwrite || found.run.is_none() || self.owns(&found))
     }
 
     fn owns(&self, found: &Found) -> bool {

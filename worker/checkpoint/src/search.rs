@@ -56,7 +56,8 @@ pub(crate) fn highest_serial(dir: &Path) -> io::Result<u64> {
     Ok(by_age(dir)?.last().map_or(0, |found| found.serial))
 }
 
-/// Removes what writers and rotations that died have left. Their names end with the process; this process has no other writer.
+/// Removes what writers and rotations that died have left. Their names end with the process; this process has no other writer. What cannot be
+/// removed is told and stays: it is in nobody's way.
 pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -64,7 +65,14 @@ pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
         let name = name.to_string_lossy();
         let writer = name.rsplit('-').next().and_then(|pid| pid.parse::<i32>().ok());
         if name.starts_with(TEMPORARY) && !writer.is_some_and(is_another_live_process) {
-            fs::remove_dir_all(entry.path())?;
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            if let Err(e) = removed {
+                tracing::warn!(
+                    "cannot remove {}, which an unfinished checkpoint has left: {e}",
+                    path.display()
+                );
+            }
         }
     }
     Ok(())

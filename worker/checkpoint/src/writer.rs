@@ -48,7 +48,8 @@ impl<'a> Writer<'a> {
         let place = dir.path();
         search::remove_leftovers(place).map_err(|e| fail(place, e))?;
         let serial = search::highest_serial(place).map_err(|e| fail(place, e))? + 1;
-        let temporary = place.join(format!("{TEMPORARY}step-{step:08}-{}", std::process::id()));
+        // The serial tells it from what an earlier one may have left here for good.
+        let temporary = place.join(format!("{TEMPORARY}step-{step:08}-{serial}-{}", std::process::id()));
         fs::create_dir(&temporary).map_err(|e| fail(&temporary, e))?;
         Ok(Writer { dir, temporary, step, serial, files: BTreeMap::new(), finished: false })
     }
@@ -92,7 +93,7 @@ impl<'a> Writer<'a> {
         let manifest_sha256 = self.write_file(MANIFEST_FILE, &[&bytes])?.sha256;
         let target = step_dir(self.dir.path(), self.step);
         if !self.dir.may_replace(&target) {
-            let taken = io::Error::new(io::ErrorKind::AlreadyExists, "a checkpoint of another run is there");
+            let taken = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a checkpoint of this run");
             return Err(self.failed(&target, taken));
         }
         sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;
@@ -212,7 +213,11 @@ fn publish(temporary: &Path, target: &Path) -> io::Result<()> {
         return fs::rename(temporary, target);
     }
     exchange(temporary, target)?;
-    fs::remove_dir_all(temporary) // now the one that was replaced
+    // Now the one that was replaced. The new one is in its place, whatever becomes of it.
+    if let Err(e) = fs::remove_dir_all(temporary) {
+        tracing::warn!("cannot remove {}, a checkpoint that was replaced: {e}", temporary.display());
+    }
+    Ok(())
 }
 
 #[cfg(target_os = "linux")]

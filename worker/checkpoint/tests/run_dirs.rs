@@ -184,10 +184,26 @@ fn a_checkpoint_of_another_run_that_appeared_meanwhile_is_not_replaced() {
     let mut writer = Writer::begin(&run, 5).unwrap();
     writer.write_bytes("config.json", b"{}").unwrap();
     let error = writer.finish(1.0).unwrap_err().to_string();
-    assert!(error.contains("a checkpoint of another run is there"), "{error}");
+    assert!(error.contains("it is not a checkpoint of this run"), "{error}");
     save(&run, 6);
     run.rotate(1, 6).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(5, "b"), (6, "a")]));
+}
+
+#[test]
+fn leftovers_that_stay_and_files_in_the_way_cost_no_other_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    fs::write(dir.path().join(".tmp-file"), "a plain file").unwrap();
+    fs::write(step_dir(dir.path(), 2), "a file where a checkpoint will be").unwrap();
+    save(&run, 1);
+    assert!(!dir.path().join(".tmp-file").exists());
+    let mut writer = Writer::begin(&run, 2).unwrap();
+    writer.write_bytes("config.json", b"{}").unwrap();
+    assert!(writer.finish(1.0).unwrap_err().to_string().contains("step-00000002"));
+    assert_eq!(fs::read(step_dir(dir.path(), 2)).unwrap(), b"a file where a checkpoint will be");
+    save(&run, 3);
+    assert_eq!(steps(dir.path()), pairs(&[(1, "a"), (3, "a")]));
 }
 
 #[test]

@@ -200,6 +200,26 @@ fn a_leader_that_stood_still_holds_the_silence_against_nobody() {
 }
 
 #[test]
+fn a_leader_whose_disk_was_full_holds_the_silence_against_nobody() {
+    let mut net = Net::new(1);
+    let node = net.admit_node();
+    let session = net.welcome(1, node, vec![]);
+    net.run(LEASE_MS);
+    net.disks[&1].set_full(true);
+    net.send(1, frame(9, 1, program()));
+    net.run_until("no room", |net| net.controls[&1].status().read_only.is_some());
+    // The others report to no leader that cannot write, and its agents are elsewhere.
+    net.hearts.remove(&session);
+    net.handle(1, Input::AgentLost { session });
+    net.run(LEASE_MS + 2_000);
+    net.disks[&1].set_full(false);
+    net.run(LEASE_MS - 1_000);
+    assert!(!net.state(1).nodes()[&node].lost, "{:?}", net.decided);
+    net.run(4_000);
+    assert!(net.state(1).nodes()[&node].lost);
+}
+
+#[test]
 fn a_worker_with_a_copied_certificate_is_refused_while_the_first_is_there_at_whichever_coordinator() {
     let mut net = Net::new(3);
     let (follower, node, session, job) = running(&mut net);
