@@ -23,8 +23,9 @@ const REPORT_RETRY_MS: u64 = 500;
 const REPORT_FRESH_MS: u64 = 1_500;
 /// What was heard is remembered for this long: twice what the planner asks for.
 const REMEMBER_MS: u64 = 2 * LEASE_MS;
-/// A process that stood still for so long has lost its connections, and cannot say that anybody was silent meanwhile.
-const STANDSTILL_MS: u64 = 2_000;
+/// Who stood still for so long has lost its connections, and who could not plan for so long, because its disk was full or what it had decided
+/// was under way, was no leader that the others report to. Neither can say that anybody was silent meanwhile.
+pub(super) const STANDSTILL_MS: u64 = 2_000;
 
 #[derive(Default)]
 pub(super) struct Observations {
