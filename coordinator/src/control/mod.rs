@@ -301,7 +301,6 @@ impl<D: Disk> Control<D> {
 
     fn round(&mut self, now: Now, send: &mut dyn FnMut(ReplicaId, PeerMessage)) -> Result<(), ControlError> {
         self.seen = None;
-        self.observations.round(now);
         self.recover(now)?;
         self.take_chunk()?;
         self.plan(now);

@@ -6,7 +6,7 @@
 //! clock is compared with another, and every coordinator tells a new leader all that it knows, not only of its own agents.
 //!
 //! The leader counts a node's silence from when that node could have been heard: from its registration or its return, from the
-//! beginning of this leadership, from when this process went on after it stood still.
+//! beginning of this leadership, from when this process went on after it stood still or could not write.
 
 use super::peer::{Report, SIGHTINGS_MAX, Sighting};
 use super::{Action, Control, Now, PeerMessage};
@@ -23,9 +23,6 @@ const REPORT_RETRY_MS: u64 = 500;
 const REPORT_FRESH_MS: u64 = 1_500;
 /// What was heard is remembered for this long: twice what the planner asks for.
 const REMEMBER_MS: u64 = 2 * LEASE_MS;
-/// Who stood still for so long has lost its connections, and who could not plan for so long, because its disk was full or what it had decided
-/// was under way, was no leader that the others report to. Neither can say that anybody was silent meanwhile.
-pub(super) const STANDSTILL_MS: u64 = 2_000;
 
 #[derive(Default)]
 pub(super) struct Observations {
@@ -47,7 +44,6 @@ pub(super) struct Observations {
     last_report_ms: u64,
     /// On the leader: what the others report of themselves.
     others: BTreeMap<ReplicaId, Other>,
-    round_ms: Option<u64>,
 }
 
 struct InFlight {
@@ -115,17 +111,9 @@ impl Observations {
         self.expected = nodes.map(since).collect();
     }
 
-    /// Nobody's silence counts from before now.
+    /// No silence counts from before now.
     pub fn begin_anew(&mut self) {
         self.expected.clear();
-    }
-
-    /// To be told of every round.
-    pub fn round(&mut self, now: Now) {
-        let before = self.round_ms.replace(now.mono_ms);
-        if before.is_some_and(|before| now.mono_ms.saturating_sub(before) >= STANDSTILL_MS) {
-            self.begin_anew();
-        }
     }
 
     /// All that is known of every node: connected if anybody holds its agent, heard when it was heard last by anybody.

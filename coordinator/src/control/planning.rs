@@ -1,7 +1,6 @@
 //! Asks the planner again and again while this replica leads, and proposes what it decides.
 
 use super::asks::{Asker, Outcome, What};
-use super::observations::STANDSTILL_MS;
 use super::{Action, Control, Now, Room};
 use crate::cluster::Answer;
 use crate::planner::{self, Why};
@@ -10,6 +9,9 @@ use fleet_common::protocol::Refusal;
 
 /// At the latest; wake-ups come sooner. Leases run out without one.
 const PLAN_EVERY_MS: u64 = 250;
+/// A process that stood still for so long has lost its connections, and one that could not plan for so long, because its disk was full or what
+/// it had decided was under way, was no leader that the others report to. Neither can say that anybody was silent meanwhile.
+const STANDSTILL_MS: u64 = 2_000;
 /// Nodes for which a plan may take a millisecond: a large cluster that reconnects does not plan at every greeting.
 const NODES_PER_MS: u64 = 100;
 /// Decisions of one round; the rest is decided in the next one.

@@ -15,6 +15,7 @@ use crate::raft::disk::Disk;
 use anyhow::anyhow;
 use fleet_common::protocol::{CoordinatorAddress, Member, ToAgent};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
@@ -58,10 +59,11 @@ pub struct Driver<D: Disk> {
     alarmed: Option<(String, Instant)>,
 }
 
-/// The running thread.
+/// The running thread. Dropping it ends it and waits until the disk is closed: RocksDB aborts a process that ends before.
 pub struct Thread {
     inbox: Inbox,
     ended: oneshot::Receiver<Result<(), DriverError>>,
+    handle: Option<JoinHandle<()>>,
 }
 
 impl Thread {
@@ -84,6 +86,8 @@ impl Thread {
 impl Drop for Thread {
     fn drop(&mut self) {
         self.inbox.must_take(Event::Stop);
+        // A panic of the thread was told where its end was awaited.
+        let _ = self.handle.take().map(JoinHandle::join);
     }
 }
 
@@ -96,7 +100,7 @@ pub fn spawn<D: Disk>(
     let inbox = around.inbox.clone();
     let (publish, status) = watch::channel(control.status());
     let (end, ended) = oneshot::channel();
-    std::thread::Builder::new().name("raft".into()).spawn(move || {
+    let handle = std::thread::Builder::new().name("raft".into()).spawn(move || {
         let inbox = around.inbox.clone();
         let mut driver =
             Driver { control, around, desk: Desk::default(), begun, ticks: 0, removed: None, alarmed: None };
@@ -110,7 +114,7 @@ pub fn spawn<D: Disk>(
         drop(driver);
         let _ = end.send(result);
     })?;
-    Ok((status, Thread { inbox, ended }))
+    Ok((status, Thread { inbox, ended, handle: Some(handle) }))
 }
 
 /// Both clocks.
