@@ -6,10 +6,11 @@ use clap::{Parser, Subcommand};
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
+use fleet_cpu::{product, shim as libtorch};
 use fleet_rank::agent_link::AgentLink;
 use fleet_rank::error::Error;
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{logits, product, shim, trainer};
+use fleet_rank::{logits, shim, trainer};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -113,7 +114,7 @@ fn report(result: Result<(), Error>) -> u8 {
 
 fn probe() -> u8 {
     let line = serde_json::json!({
-        "libtorch": shim::libtorch_version(),
+        "libtorch": libtorch::libtorch_version(),
         "cuda_devices": tch::Cuda::device_count(),
         "mps": tch::utils::has_mps(),
         "bf16_products": product::cpu_has_bf16(),
