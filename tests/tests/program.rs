@@ -210,7 +210,7 @@ fn a_schedulers_warning_reaches_every_rank_and_a_quit_is_an_end_in_order() {
         "trap 'echo warned' USR1; trap 'echo again' USR2; trap 'echo ended > ended-$RANK; exit 0' TERM";
     let script = format!("{traps}; echo ready; while :; do sleep 0.1; done");
     let mut launch = world.start("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", &script]);
-    let mut both = |launch: &mut Running, word: &str| {
+    let both = |launch: &mut Running, word: &str| {
         let ranks = [(), ()].map(|()| launch.until(word, |line| line["line"] == word)["rank"].as_u64());
         assert!(ranks[0] != ranks[1], "{word}: {ranks:?}");
     };
