@@ -15,6 +15,7 @@
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
 mod error;
+mod flat;
 mod manifest;
 mod run_dir;
 mod search;
@@ -23,6 +24,7 @@ mod tensors;
 mod writer;
 
 pub use error::CheckpointError;
+pub use flat::ModelDir;
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
