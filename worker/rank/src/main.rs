@@ -3,6 +3,7 @@
 mod bench;
 
 use clap::{Parser, Subcommand};
+use fleet_common::arguments;
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
@@ -44,8 +45,8 @@ struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
-    /// The beginning of the text, which may begin with a hyphen.
-    #[arg(long, allow_hyphen_values = true)]
+    /// The beginning of the text.
+    #[arg(long)]
     prompt: String,
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
@@ -91,7 +92,7 @@ impl From<LogitsArgs> for logits::Wanted {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = arguments::parse();
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
