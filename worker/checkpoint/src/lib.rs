@@ -16,6 +16,7 @@
 
 mod error;
 mod manifest;
+mod resume;
 mod run_dir;
 mod search;
 mod state;
@@ -24,6 +25,7 @@ mod writer;
 
 pub use error::CheckpointError;
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
+pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
