@@ -136,6 +136,10 @@ fn a_value_that_begins_with_a_hyphen_is_a_value() {
     }
     let wrong = ["generate", "--model", &model, "--prompt", "x", "--temperature", "-1"];
     is_refused(world.run("fleet", &wrong), 2, &["--temperature is -1; give 0 or a positive number"]);
+    for command in ["launch", "submit", "config"] {
+        let done = world.run("fleet", &[command, "job.toml", "--sett", "seed=1"]).expect(2);
+        assert!(done.stderr.contains("a similar argument exists: '--set'"), "{}", done.all());
+    }
     let done = world.run("coordinator", &["start", "--data-dir", "--expect-existing"]).expect(2);
     assert!(
         done.stderr.contains("'--data-dir <DIR>'") && done.stderr.contains("`./--expect-existing`"),
