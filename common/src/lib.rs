@@ -12,6 +12,7 @@ pub mod ids;
 pub mod job;
 pub mod lines;
 pub mod mapped;
+pub mod model;
 pub mod net;
 pub mod parent;
 pub mod process;

@@ -60,6 +60,7 @@ enum Command {
     Revoke(commands::revoke::Args),
     Login(commands::login::Args),
     Generate(commands::generate::Args),
+    Logits(commands::logits::Args),
     Config(commands::config::Args),
 }
 
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Logits(args) => commands::logits::run(args),
         Command::Config(args) => commands::config::run(args),
     };
     match (done, out::lost()) {

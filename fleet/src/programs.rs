@@ -1,7 +1,10 @@
 //! The other programs of fleet, which lie beside this one.
 
 use crate::failure::Failure;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 
 /// The path of `name` beside the running executable.
 pub fn beside(name: &str) -> Result<PathBuf, Failure> {
@@ -15,4 +18,25 @@ pub fn beside(name: &str) -> Result<PathBuf, Failure> {
         "`{name}` is not beside {}; build or install all of fleet's programs",
         own.display()
     )))
+}
+
+/// Becomes `fleet-rank`, which alone links libtorch, doing `command`. Options without a value are left out. Returns only where it cannot
+/// be started.
+pub fn become_rank(command: &str, options: Vec<(&str, Option<OsString>)>, json: bool) -> Failure {
+    let program = match beside("fleet-rank") {
+        Ok(program) => program,
+        Err(failure) => return failure,
+    };
+    let mut process = Command::new(program);
+    process.arg(command);
+    for (name, value) in options {
+        // In one word each: the value may begin with a hyphen.
+        process.args(
+            value.map(|value| [OsString::from(name), "=".into(), value].into_iter().collect::<OsString>()),
+        );
+    }
+    if json {
+        process.arg("--json");
+    }
+    Failure::environment(format!("cannot start fleet-rank: {}", process.exec()))
 }

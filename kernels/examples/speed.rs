@@ -84,10 +84,10 @@ fn attentions<T: Element>(report: &Report, name: &str) {
         let flops = batch * heads * 2 * seq * (seq + 1) / 2 * head_dim; // of one causal product
         let title = |part: &str| format!("{name} {part} b{batch} s{seq} h{heads} hd{head_dim}");
         report.flops(&title("attention"), 2 * flops, || {
-            attention(&qkv, &shape, &mut out, &mut lse, &mut scratch)
+            attention(&qkv, &shape, &Sight::ALL, &mut out, &mut lse, &mut scratch)
         });
         report.flops(&title("backward"), 5 * flops, || {
-            attention_backward(&qkv, &out, &lse, &dout, &shape, &mut dqkv, &mut scratch)
+            attention_backward(&qkv, &out, &lse, &dout, &shape, &Sight::ALL, &mut dqkv, &mut scratch)
         });
     }
 }
@@ -114,8 +114,9 @@ fn main() {
 
     let mut gate_up = numbers::<f32>(ROWS * 2 * F);
     let mut h = vec![0.0f32; ROWS * F];
-    report.bytes("swiglu", 12 * h.len(), || swiglu(&gate_up, F, &mut h));
-    report.bytes("swiglu_backward", 24 * h.len(), || swiglu_backward(&mut gate_up, F, &mut h));
+    report.bytes("gated", 12 * h.len(), || gated(&gate_up, F, Activation::Silu, &mut h));
+    report
+        .bytes("gated_backward", 24 * h.len(), || gated_backward(&mut gate_up, F, Activation::Silu, &mut h));
 
     let logits = numbers::<f32>(ROWS * VOCAB);
     let targets: Vec<i64> = (0..ROWS as i64).map(|r| r * 37 % VOCAB as i64).collect();

@@ -18,6 +18,30 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// `x: [rows, d] += b: [d]` in every row.
+    pub fn add_rows<V, T: Element>(x: &mut [T], b: &[f32]) {
+        assert!(!b.is_empty() && x.len().is_multiple_of(b.len()), "add_rows: {} numbers, rows of {}", x.len(), b.len());
+        for row in x.chunks_exact_mut(b.len()) {
+            for (x, b) in row.iter_mut().zip(b) {
+                *x = T::from_f32(x.to_f32() + b);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `sums: [d]` gets the sum over the rows of `x: [rows, d]` added.
+    pub fn sum_rows<V, T: Element>(x: &[T], sums: &mut [f32]) {
+        assert!(!sums.is_empty() && x.len().is_multiple_of(sums.len()), "sum_rows: {} numbers, rows of {}", x.len(), sums.len());
+        for row in x.chunks_exact(sums.len()) {
+            for (x, sum) in row.iter().zip(sums.iter_mut()) {
+                *sum += x.to_f32();
+            }
+        }
+    }
+}
+
+simd_fn! {
     /// `y = x` in the format of `y`.
     pub fn convert<V, I: Element, O: Element>(x: &[I], y: &mut [O]) {
         assert_eq!(x.len(), y.len(), "convert: lengths differ");
@@ -104,6 +128,21 @@ mod tests {
                 assert_eq!((max_abs(&x), max_abs(&z)), (reference::max_abs(&x), reference::max_abs(&z)));
             });
         }
+    }
+
+    #[test]
+    fn rows_are_added_to_and_summed() {
+        at_every_level(|| {
+            let (b, x) = (numbers::<f32>(1, 13), numbers::<f32>(2, 39));
+            let (mut fast, mut exact) = (x.clone(), x.clone());
+            add_rows(&mut fast, &b);
+            reference::add_rows(&mut exact, &b);
+            assert_eq!(fast, exact);
+            let (mut fast, mut exact) = (b.clone(), b.clone());
+            sum_rows(&x, &mut fast);
+            reference::sum_rows(&x, &mut exact);
+            assert_close(&fast, &exact, 1e-6, 1e-6);
+        });
     }
 
     #[test]

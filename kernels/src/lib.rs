@@ -14,6 +14,7 @@
 //! Slices whose lengths do not fit together are a bug of the caller: every kernel checks them once and panics.
 #![allow(unsafe_code)] // intrinsics; each block says why it is sound
 
+mod activation;
 mod adamw;
 mod attention;
 mod cross_entropy;
@@ -21,26 +22,27 @@ mod element;
 mod elementwise;
 mod embedding;
 mod gemm;
+mod layer_norm;
 mod math;
 pub mod reference;
 mod rms_norm;
 mod rope;
 mod shapes;
 mod simd;
-mod swiglu;
 #[cfg(test)]
 mod testing;
 
+pub use activation::{activate, activate_backward, gated, gated_backward};
 pub use adamw::adamw;
 pub use attention::{attention, attention_backward, attention_decode};
 pub use cross_entropy::{cross_entropy, cross_entropy_loss};
 pub use element::Element;
-pub use elementwise::{add, all_finite, convert, sum_squares};
+pub use elementwise::{add, add_rows, all_finite, convert, sum_rows, sum_squares};
 pub use embedding::{embedding, embedding_backward};
 pub use gemm::gemm;
 pub use half::bf16;
+pub use layer_norm::{RowStats, layer_norm, layer_norm_backward};
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{rope, rope_backward};
-pub use shapes::{AdamWStep, Heads, IGNORED, Matrix, RopeTable, Scratch, Store};
+pub use shapes::{Activation, AdamWStep, Heads, IGNORED, Matrix, RopeTable, Scratch, Sight, Store};
 pub use simd::Level;
-pub use swiglu::{swiglu, swiglu_backward};

@@ -31,6 +31,21 @@ pub fn sigmoid<V: Vector>(x: V) -> V {
     one.div(one.add(exp(V::splat(0.0).sub(x))))
 }
 
+/// The error function, absolute error below 2e-7 (Abramowitz and Stegun, 7.1.26).
+#[inline(always)]
+pub fn erf<V: Vector>(x: V) -> V {
+    let (zero, one) = (V::splat(0.0), V::splat(1.0));
+    let size = x.max(zero.sub(x));
+    let t = one.div(size.mul_add(V::splat(0.327_591_1), one));
+    let mut p = V::splat(1.061_405_4);
+    for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+        p = p.mul_add(t, V::splat(c));
+    }
+    let positive = one.sub(p.mul(t).mul(exp(zero.sub(size.mul(size)))));
+    // With the sign of x: its positive half less its negative one.
+    x.zero_where_less(zero, positive).sub(zero.sub(x).zero_where_less(V::splat(f32::MIN_POSITIVE), positive))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,9 @@
 //! The oracle: every kernel as the simplest loops that say what it computes. Slow on purpose, never called in training.
 //! Signatures are those of the fast kernels; their documentation is there.
 
-use crate::{AdamWStep, Element, Heads, IGNORED, Matrix, RopeTable, Scratch, Store};
+use crate::{
+    Activation, AdamWStep, Element, Heads, IGNORED, Matrix, RopeTable, RowStats, Scratch, Sight, Store,
+};
 use half::bf16;
 
 fn sigmoid(x: f32) -> f64 {
@@ -75,26 +77,135 @@ pub fn rope_backward<T: Element>(dqkv: &mut [T], shape: &Heads, table: &RopeTabl
     rope_signed(dqkv, shape, table, position, -1.0);
 }
 
-pub fn swiglu<I: Element, O: Element>(gate_up: &[I], f: usize, y: &mut [O]) {
+/// The error function: its series, and far from 0 the continued fraction of what it lacks to 1.
+fn erf(x: f64) -> f64 {
+    let size = x.abs();
+    if size > 2.5 {
+        let fraction = (1..=80).rev().fold(size, |below, n| size + f64::from(n) / 2.0 / below);
+        return x.signum() * (1.0 - (-size * size).exp() / std::f64::consts::PI.sqrt() / fraction);
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..100 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    2.0 / std::f64::consts::PI.sqrt() * sum
+}
+
+/// The activation of `x`, and its slope there.
+fn value_and_slope(activation: Activation, x: f32) -> (f64, f64) {
+    use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, PI};
+    let (sig, x) = (sigmoid(x), f64::from(x));
+    match activation {
+        Activation::Silu => (x * sig, sig * (1.0 + x * (1.0 - sig))),
+        Activation::Gelu => {
+            let share = 0.5 * (1.0 + erf(x * FRAC_1_SQRT_2));
+            (x * share, share + x * (-0.5 * x * x).exp() / (2.0 * PI).sqrt())
+        }
+        Activation::GeluTanh => {
+            let tanh = (FRAC_2_PI.sqrt() * (x + 0.044715 * x * x * x)).tanh();
+            let slope = FRAC_2_PI.sqrt() * (1.0 + 3.0 * 0.044715 * x * x);
+            (0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * slope)
+        }
+        Activation::Relu if x > 0.0 => (x, 1.0),
+        Activation::Relu => (0.0, 0.0),
+    }
+}
+
+pub fn gated<I: Element, O: Element>(gate_up: &[I], f: usize, activation: Activation, y: &mut [O]) {
     for (row, y) in gate_up.chunks_exact(2 * f).zip(y.chunks_exact_mut(f)) {
         for i in 0..f {
-            let (gate, up) = (row[i].to_f32(), row[f + i].to_f32());
-            y[i] = O::from_f32((f64::from(gate) * sigmoid(gate) * f64::from(up)) as f32);
+            let (value, _) = value_and_slope(activation, row[i].to_f32());
+            y[i] = O::from_f32((value * f64::from(row[f + i].to_f32())) as f32);
         }
     }
 }
 
-pub fn swiglu_backward<I: Element, G: Element>(gate_up: &mut [I], f: usize, dy: &mut [G]) {
+pub fn gated_backward<I: Element, G: Element>(
+    gate_up: &mut [I],
+    f: usize,
+    activation: Activation,
+    dy: &mut [G],
+) {
     for (row, dy) in gate_up.chunks_exact_mut(2 * f).zip(dy.chunks_exact_mut(f)) {
         for i in 0..f {
-            let (gate, up, g) = (row[i].to_f32(), f64::from(row[f + i].to_f32()), f64::from(dy[i].to_f32()));
-            let sig = sigmoid(gate);
-            let gate = f64::from(gate);
-            row[i] = I::from_f32((g * up * sig * (1.0 + gate * (1.0 - sig))) as f32);
-            row[f + i] = I::from_f32((g * gate * sig) as f32);
-            dy[i] = G::from_f32((gate * sig * up) as f32);
+            let (value, slope) = value_and_slope(activation, row[i].to_f32());
+            let (up, g) = (f64::from(row[f + i].to_f32()), f64::from(dy[i].to_f32()));
+            row[i] = I::from_f32((g * up * slope) as f32);
+            row[f + i] = I::from_f32((g * value) as f32);
+            dy[i] = G::from_f32((value * up) as f32);
         }
     }
+}
+
+pub fn activate<I: Element, O: Element>(x: &[I], activation: Activation, y: &mut [O]) {
+    x.iter().zip(y).for_each(|(x, y)| *y = O::from_f32(value_and_slope(activation, x.to_f32()).0 as f32));
+}
+
+pub fn activate_backward<I: Element, G: Element>(x: &mut [I], activation: Activation, dy: &mut [G]) {
+    for (x, dy) in x.iter_mut().zip(dy) {
+        let (value, slope) = value_and_slope(activation, x.to_f32());
+        *x = I::from_f32((f64::from(dy.to_f32()) * slope) as f32);
+        *dy = G::from_f32(value as f32);
+    }
+}
+
+pub fn layer_norm<Y: Element>(
+    x: &[f32],
+    w: &[f32],
+    b: &[f32],
+    eps: f32,
+    y: &mut [Y],
+    stats: &mut [RowStats],
+) {
+    let d = w.len();
+    for (r, stats) in stats.iter_mut().enumerate() {
+        let row = &x[r * d..][..d];
+        let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / d as f64;
+        let var = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / d as f64;
+        let rstd = 1.0 / (var + f64::from(eps)).sqrt();
+        *stats = [mean as f32, rstd as f32];
+        for i in 0..d {
+            y[r * d + i] =
+                Y::from_f32(((f64::from(row[i]) - mean) * rstd * f64::from(w[i]) + f64::from(b[i])) as f32);
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub fn layer_norm_backward<G: Element>(
+    dy: &[G],
+    x: &[f32],
+    w: &[f32],
+    stats: &[RowStats],
+    dx: &mut [f32],
+    store: Store,
+    dw: &mut [f32],
+    db: &mut [f32],
+) {
+    let d = w.len();
+    for (r, [mean, rstd]) in stats.iter().enumerate() {
+        let s = f64::from(*rstd);
+        let normed = |i: usize| (f64::from(x[r * d + i]) - f64::from(*mean)) * s;
+        let g = |i: usize| f64::from(dy[r * d + i].to_f32());
+        let gw = |i: usize| g(i) * f64::from(w[i]);
+        let mean_gw = (0..d).map(gw).sum::<f64>() / d as f64;
+        let dot = (0..d).map(|i| gw(i) * normed(i)).sum::<f64>() / d as f64;
+        for i in 0..d {
+            put(&mut dx[r * d + i], (s * (gw(i) - mean_gw - normed(i) * dot)) as f32, store);
+            dw[i] += (g(i) * normed(i)) as f32;
+            db[i] += g(i) as f32;
+        }
+    }
+}
+
+pub fn add_rows<T: Element>(x: &mut [T], b: &[f32]) {
+    x.iter_mut().enumerate().for_each(|(at, x)| *x = T::from_f32(x.to_f32() + b[at % b.len()]));
+}
+
+pub fn sum_rows<T: Element>(x: &[T], sums: &mut [f32]) {
+    let d = sums.len();
+    x.iter().enumerate().for_each(|(at, x)| sums[at % d] += x.to_f32());
 }
 
 fn log_sum_exp<L: Element>(row: &[L]) -> f64 {
@@ -207,11 +318,12 @@ pub fn gemm<A: Element, B: Element, C: Element>(
 pub fn attention<T: Element, O: Element>(
     qkv: &[T],
     shape: &Heads,
+    sight: &Sight,
     out: &mut [O],
     lse: &mut [f32],
     _scratch: &mut Scratch,
 ) {
-    let a = Attention { qkv, shape };
+    let a = Attention { qkv, shape, sight };
     for (head, row, t) in a.rows() {
         let (weights, log_sum) = a.weights(head, row, t);
         lse[a.lse_at(head, t, row)] = log_sum as f32;
@@ -229,11 +341,12 @@ pub fn attention_backward<T: Element, O: Element, G: Element>(
     lse: &[f32],
     dout: &[O],
     shape: &Heads,
+    sight: &Sight,
     dqkv: &mut [G],
     _scratch: &mut Scratch,
 ) {
     let _ = (out, lse);
-    let a = Attention { qkv, shape };
+    let a = Attention { qkv, shape, sight };
     let (hd, width) = (shape.head_dim, shape.qkv_width());
     let scale = 1.0 / (hd as f64).sqrt();
     let mut grad = vec![0.0f64; qkv.len()];
@@ -256,10 +369,16 @@ pub fn attention_backward<T: Element, O: Element, G: Element>(
     dqkv.iter_mut().zip(grad).for_each(|(out, g)| *out = G::from_f32(g as f32));
 }
 
+/// What a slope takes from the score of a key that is so far away.
+fn slanted(sight: &Sight, head: usize, distance: usize) -> f64 {
+    distance as f64 * f64::from(sight.slope(head))
+}
+
 /// Reads the fused buffer by name.
 struct Attention<'a, T> {
     qkv: &'a [T],
     shape: &'a Heads,
+    sight: &'a Sight<'a>,
 }
 
 impl<T: Element> Attention<'_, T> {
@@ -295,19 +414,25 @@ impl<T: Element> Attention<'_, T> {
         let scale = 1.0 / (hd as f64).sqrt();
         let score =
             |j: usize| (0..hd).map(|i| self.q(head, t, i) * self.k(head, t - row + j, i)).sum::<f64>();
-        let scores: Vec<f64> = (0..=row).map(|j| score(j) * scale).collect();
+        let seen = |j: usize| match j < self.sight.first(row) {
+            true => f64::NEG_INFINITY,
+            false => score(j) * scale - slanted(self.sight, head, row - j),
+        };
+        let scores: Vec<f64> = (0..=row).map(seen).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = scores.iter().map(|v| (v - max).exp()).sum();
         (scores.iter().map(|v| (v - max).exp() / sum).collect(), max + sum.ln())
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 pub fn attention_decode<T: Element>(
     q: &[T],
     k_cache: &[T],
     v_cache: &[T],
     len: usize,
     shape: &Heads,
+    sight: &Sight,
     out: &mut [T],
     _scratch: &mut Scratch,
 ) {
@@ -318,7 +443,12 @@ pub fn attention_decode<T: Element>(
         let dot = |t: usize| {
             let terms =
                 (0..hd).map(|i| f64::from(q[head * hd + i].to_f32() * k_cache[t * width + col + i].to_f32()));
-            terms.sum::<f64>() / (hd as f64).sqrt()
+            let score = terms.sum::<f64>() / (hd as f64).sqrt();
+            if t < sight.first(len - 1) {
+                f64::NEG_INFINITY
+            } else {
+                score - slanted(sight, head, len - 1 - t)
+            }
         };
         let scores: Vec<f64> = (0..len).map(dot).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

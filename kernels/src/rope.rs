@@ -1,5 +1,5 @@
-//! Rotary embedding in Hugging Face's Llama convention (number `i` of a head turns with number `i + hd / 2`), in place in
-//! the fused buffer `qkv` (see [`Heads`]).
+//! Rotary embedding in Hugging Face's Llama convention (number `i` of what is turned of a head, `hd` numbers, turns with number `i + hd / 2`), in place in
+//! the fused buffer `qkv` (see [`Heads`]). A table that is narrower than a head turns its first numbers.
 
 use crate::element::{load, store};
 use crate::simd::{Vector, simd_fn};
@@ -9,7 +9,7 @@ use crate::{Element, Heads, RopeTable};
 #[inline(always)]
 fn turn<V: Vector, T: Element>(head: &mut [T], cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
-    let (head_a, head_b) = head.split_at_mut(half);
+    let (head_a, head_b) = head[..2 * half].split_at_mut(half);
     for i in (0..half).step_by(V::LANES) {
         let (a, b): (V, V) = (load(&head_a[i..]), load(&head_b[i..]));
         let (c, s): (V, V) = (load(&cos[i..]), load::<V, _>(&sin[i..]).mul(V::splat(sign)));
@@ -19,7 +19,7 @@ fn turn<V: Vector, T: Element>(head: &mut [T], cos: &[f32], sin: &[f32], sign: f
 }
 
 fn check_table(shape: &Heads, table: &RopeTable, position: usize) {
-    assert_eq!(table.half * 2, shape.head_dim, "rope: the table is for another head size");
+    assert!(table.half * 2 <= shape.head_dim, "rope: the table is for a larger head");
     assert!(
         position + shape.seq <= table.positions(),
         "rope: the table ends before position {}",
@@ -85,6 +85,23 @@ mod tests {
                 assert_close(&fast, &x, 1e-5, 1e-6); // a rotation's gradient is its inverse
             });
         }
+    }
+
+    #[test]
+    fn a_narrow_table_turns_the_beginning_of_each_head() {
+        let shape = Heads { batch: 1, seq: 5, q_heads: 2, kv_heads: 1, head_dim: 10 };
+        let narrow = Heads { head_dim: 6, ..shape };
+        let table = RopeTable::from_frequencies(5, &[1.0, 0.1, 0.01], 1.5);
+        at_every_level(|| {
+            let whole = numbers::<f32>(3, shape.qkv_len());
+            let begin =
+                |x: &[f32]| -> Vec<f32> { x.chunks(10).flat_map(|head| head[..6].to_vec()).collect() };
+            let (mut turned, mut alone) = (whole.clone(), begin(&whole));
+            rope(&mut turned, &shape, &table, 0);
+            reference::rope(&mut alone, &narrow, &table, 0);
+            assert_close(&begin(&turned), &alone, 1e-6, 1e-7);
+            assert!(turned.chunks(10).zip(whole.chunks(10)).all(|(a, b)| a[6..] == b[6..]));
+        });
     }
 
     #[test]

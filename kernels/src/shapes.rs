@@ -48,6 +48,41 @@ impl Heads {
     }
 }
 
+/// Which keys a query sees besides being causal, and what is added to its scores.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sight<'a> {
+    /// How many of the last tokens a token sees, itself included; all of them where there is no number.
+    pub window: Option<usize>,
+    /// For each query head, what is subtracted from scaled scores per token of distance (ALiBi); nothing where there is none.
+    pub slopes: &'a [f32],
+}
+
+impl Sight<'_> {
+    /// Sees all tokens before it.
+    pub const ALL: Sight<'static> = Sight { window: None, slopes: &[] };
+
+    /// The first key that the query at `position` sees.
+    pub(crate) fn first(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
+    pub(crate) fn slope(&self, head: usize) -> f32 {
+        self.slopes.get(head).copied().unwrap_or(0.0)
+    }
+}
+
+/// What stands between the products of a feed-forward network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x / 2 (1 + erf(x / sqrt 2))`.
+    Gelu,
+    /// The same with a hyperbolic tangent in place of the error function, as GPT-2 has it.
+    GeluTanh,
+    Relu,
+}
+
 /// Cosines and sines of the rotary embedding, `[positions, hd / 2]`, rounded to f32 where Hugging Face rounds.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
@@ -57,17 +92,23 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
+    /// For a head of `head_dim` numbers that is turned as a whole, with the frequencies of the first Llama.
     pub fn new(positions: usize, head_dim: usize, theta: f64) -> RopeTable {
         assert!(head_dim.is_multiple_of(2), "head size {head_dim} is odd");
-        let half = head_dim / 2;
-        let inverse_frequency: Vec<f32> =
-            (0..half).map(|i| 1.0 / theta.powf(f64::from(2.0 * i as f32 / head_dim as f32)) as f32).collect();
+        let exponent = |pair: usize| f64::from(2.0 * pair as f32 / head_dim as f32);
+        let frequencies: Vec<f64> = (0..head_dim / 2).map(|pair| 1.0 / theta.powf(exponent(pair))).collect();
+        RopeTable::from_frequencies(positions, &frequencies, 1.0)
+    }
+
+    /// Turns the first `2 * frequencies.len()` numbers of a head, each pair by its frequency times the position. `amplitude` multiplies
+    /// sines and cosines.
+    pub fn from_frequencies(positions: usize, frequencies: &[f64], amplitude: f64) -> RopeTable {
         let angles: Vec<f32> =
-            (0..positions).flat_map(|p| inverse_frequency.iter().map(move |f| p as f32 * f)).collect();
+            (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f32 * *f as f32)).collect();
         RopeTable {
-            cos: angles.iter().map(|a| f64::from(*a).cos() as f32).collect(),
-            sin: angles.iter().map(|a| f64::from(*a).sin() as f32).collect(),
-            half,
+            cos: angles.iter().map(|a| (f64::from(*a).cos() * amplitude) as f32).collect(),
+            sin: angles.iter().map(|a| (f64::from(*a).sin() * amplitude) as f32).collect(),
+            half: frequencies.len(),
         }
     }
 

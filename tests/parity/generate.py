@@ -93,8 +93,8 @@ def train(name, autocast):
 def main():
     torch.set_num_threads(1)
     golden = HERE / "golden"
-    shutil.rmtree(golden, ignore_errors=True)
     for name in MODELS:
+        shutil.rmtree(golden / name, ignore_errors=True)
         model = model_of(name).eval()
         out = golden / name
         model.save_pretrained(out)

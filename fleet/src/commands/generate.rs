@@ -2,10 +2,7 @@
 
 use crate::failure::Failure;
 use crate::programs;
-use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
 
 /// Generate text from a checkpoint or any Hugging Face directory of a Llama
 #[derive(clap::Args)]
@@ -38,24 +35,14 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     if !args.model.is_dir() {
         return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
     }
-    let mut command = Command::new(programs::beside("fleet-rank")?);
-    command.arg("generate");
-    // In one word each: the value may begin with a hyphen.
-    let mut option = |name: &str, value: Option<OsString>| {
-        command.args(
-            value.map(|value| [OsString::from(name), "=".into(), value].into_iter().collect::<OsString>()),
-        );
-    };
-    option("--model", Some(args.model.into()));
-    option("--prompt", Some(args.prompt.into()));
-    option("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into()));
-    option("--temperature", args.temperature.map(|x| x.to_string().into()));
-    option("--top-k", args.top_k.map(|k| k.to_string().into()));
-    option("--top-p", args.top_p.map(|p| p.to_string().into()));
-    option("--seed", args.seed.map(|seed| seed.to_string().into()));
-    if args.json {
-        command.arg("--json");
-    }
-    let error = command.exec();
-    Err(Failure::environment(format!("cannot start fleet-rank: {error}")))
+    let options = vec![
+        ("--model", Some(args.model.into())),
+        ("--prompt", Some(args.prompt.into())),
+        ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
+        ("--temperature", args.temperature.map(|x| x.to_string().into())),
+        ("--top-k", args.top_k.map(|k| k.to_string().into())),
+        ("--top-p", args.top_p.map(|p| p.to_string().into())),
+        ("--seed", args.seed.map(|seed| seed.to_string().into())),
+    ];
+    Err(programs::become_rank("generate", options, args.json))
 }

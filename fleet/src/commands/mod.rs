@@ -10,6 +10,7 @@ pub mod exports;
 pub mod generate;
 pub mod jobs;
 pub mod login;
+pub mod logits;
 pub mod logs;
 pub mod members;
 pub mod nodes;

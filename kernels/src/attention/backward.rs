@@ -1,13 +1,13 @@
 //! The backward pass. For a tile of query rows: probabilities `p` again from the scores and the saved log-sum-exp,
 //! `dp = dout v'`, `ds = p (dp - sum(dout * out)) scale`; then `dq = ds k`, `dk += ds' q`, `dv += p' dout`.
 
-use super::QUERIES;
 use super::tile::{Left, Place, Right, Sizes, product, rows, transpose};
+use super::{QUERIES, slant};
 use crate::element::{load, store};
 use crate::gemm::micro::{tile_cols, tile_rows};
 use crate::math::exp;
 use crate::simd::{Vector, simd_fn};
-use crate::{Element, Heads, Store};
+use crate::{Element, Heads, Sight, Store};
 
 /// Numbers of scratch.
 pub fn memory(shape: &Heads) -> usize {
@@ -17,11 +17,11 @@ pub fn memory(shape: &Heads) -> usize {
 
 simd_fn! {
     pub fn run<V, T: Element, O: Element, G: Element>(
-        qkv: &[T], out: &[O], lse: &[f32], dout: &[O], shape: &Heads, dqkv: &mut [G], memory: &mut [f32],
+        qkv: &[T], out: &[O], lse: &[f32], dout: &[O], shape: &Heads, sight: &Sight, dqkv: &mut [G], memory: &mut [f32],
     ) {
         match const { tile_rows(V::LANES) } {
-            12 => heads::<V, T, O, G, 12>(qkv, out, lse, dout, shape, dqkv, memory),
-            _ => heads::<V, T, O, G, 6>(qkv, out, lse, dout, shape, dqkv, memory),
+            12 => heads::<V, T, O, G, 12>(qkv, out, lse, dout, shape, sight, dqkv, memory),
+            _ => heads::<V, T, O, G, 6>(qkv, out, lse, dout, shape, sight, dqkv, memory),
         }
     }
 }
@@ -61,12 +61,14 @@ fn cut<'a>(memory: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 }
 
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize>(
     qkv: &[T],
     out: &[O],
     lse: &[f32],
     dout: &[O],
     shape: &Heads,
+    sight: &Sight,
     dqkv: &mut [G],
     mut memory: &mut [f32],
 ) {
@@ -117,7 +119,7 @@ fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize>(
                             (out_place.range(first + n, s.head_dim), out_place.range(first + n, s.head_dim));
                         queries.dot[n] = dot::<V, O>(&dout[g], &out[o]);
                     }
-                    tile::<V, MR>(&s, first, count, &mut queries, &mut kv);
+                    tile::<V, MR>(&s, first, count, (sight, sight.slope(head)), &mut queries, &mut kv);
                     write::<V, G>(queries.dq, first, count, &s, place, dqkv);
                 }
             }
@@ -160,6 +162,7 @@ fn tile<V: Vector, const MR: usize>(
     s: &Sizes,
     first: usize,
     count: usize,
+    (sight, slope): (&Sight, f32),
     t: &mut Queries,
     kv: &mut KeyValue,
 ) {
@@ -187,8 +190,12 @@ fn tile<V: Vector, const MR: usize>(
         for n in r..r + MR {
             let (p, ds) = (&mut t.p[n * s.keys..][..read_end], &mut t.ds[n * s.keys..][..read_end]);
             let visible = if n < count { first + n + 1 } else { 0 };
+            let begin = sight.first(first + n).min(visible);
+            slant(&mut p[begin..visible], begin, first + n, slope, scale);
+            p[..begin].fill(0.0);
+            ds[..begin].fill(0.0);
             let (shift, dot) = (V::splat(-t.lse[n]), V::splat(t.dot[n]));
-            for i in (0..visible).step_by(V::LANES) {
+            for i in (begin..visible).step_by(V::LANES) {
                 let score: V = load(&p[i..visible]);
                 let probability = exp(score.mul_add(V::splat(scale), shift));
                 let grad = load::<V, f32>(&ds[i..visible]).sub(dot).mul(probability).mul(V::splat(scale));

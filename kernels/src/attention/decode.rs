@@ -3,16 +3,18 @@
 use crate::element::{load, load_filled, store};
 use crate::math::exp;
 use crate::simd::{Vector, simd_fn};
-use crate::{Element, Heads, Scratch};
+use crate::{Element, Heads, Scratch, Sight};
 
 /// `out: [h * hd]` for the query `q: [h * hd]` over the first `len` tokens of `k_cache, v_cache: [tokens, kv * hd]`, its own
 /// among them, keys with the rotary embedding. Of `shape` only the heads count.
+#[allow(clippy::too_many_arguments)]
 pub fn attention_decode<T: Element>(
     q: &[T],
     k_cache: &[T],
     v_cache: &[T],
     len: usize,
     shape: &Heads,
+    sight: &Sight,
     out: &mut [T],
     scratch: &mut Scratch,
 ) {
@@ -22,26 +24,28 @@ pub fn attention_decode<T: Element>(
         "attention_decode: cache"
     );
     assert!(q.len() == shape.out_width() && out.len() == q.len(), "attention_decode: length of q or out");
-    run(q, k_cache, v_cache, len, shape, out, scratch.take(len + shape.head_dim));
+    let first = sight.first(len - 1);
+    let (k_cache, v_cache) = (&k_cache[first * width..], &v_cache[first * width..]);
+    run(q, k_cache, v_cache, len - first, shape, sight, out, scratch.take(len + shape.head_dim));
 }
 
 simd_fn! {
     fn run<V, T: Element>(
-        q: &[T], k_cache: &[T], v_cache: &[T], len: usize, shape: &Heads, out: &mut [T], memory: &mut [f32],
+        q: &[T], k_cache: &[T], v_cache: &[T], len: usize, shape: &Heads, sight: &Sight, out: &mut [T], memory: &mut [f32],
     ) {
         let (hd, group, width) = (shape.head_dim, shape.q_heads / shape.kv_heads, shape.kv_heads * shape.head_dim);
         let scale = 1.0 / (hd as f32).sqrt();
-        let (scores, sum) = memory.split_at_mut(len);
+        let (scores, sum) = memory[..len + hd].split_at_mut(len);
         for (head, (q, out)) in q.chunks_exact(hd).zip(out.chunks_exact_mut(hd)).enumerate() {
             let column = head / group * hd;
-            let mut max = f32::NEG_INFINITY;
+            let (mut max, slope) = (f32::NEG_INFINITY, sight.slope(head));
             for (t, score) in scores.iter_mut().enumerate() {
                 let key = &k_cache[t * width + column..][..hd];
                 let mut dot = V::splat(0.0);
                 for i in (0..hd).step_by(V::LANES) {
                     dot = load::<V, T>(&q[i..]).mul_add(load(&key[i..]), dot);
                 }
-                *score = dot.sum() * scale;
+                *score = dot.sum() * scale - (len - 1 - t) as f32 * slope;
                 max = max.max(*score);
             }
             let total = exponentials::<V>(scores, max);

@@ -1,12 +1,12 @@
 //! The forward pass of one head after the other.
 
-use super::QUERIES;
 use super::tile::{Left, Place, Right, Sizes, product, rows, transpose};
+use super::{QUERIES, slant};
 use crate::element::{load, load_filled, store};
 use crate::gemm::micro::{tile_cols, tile_rows};
 use crate::math::exp;
 use crate::simd::{Vector, simd_fn};
-use crate::{Element, Heads, Store};
+use crate::{Element, Heads, Sight, Store};
 
 /// Numbers of scratch.
 pub fn memory(shape: &Heads) -> usize {
@@ -16,11 +16,11 @@ pub fn memory(shape: &Heads) -> usize {
 
 simd_fn! {
     pub fn run<V, T: Element, O: Element>(
-        qkv: &[T], shape: &Heads, out: &mut [O], lse: &mut [f32], memory: &mut [f32],
+        qkv: &[T], shape: &Heads, sight: &Sight, out: &mut [O], lse: &mut [f32], memory: &mut [f32],
     ) {
         match const { tile_rows(V::LANES) } {
-            12 => heads::<V, T, O, 12>(qkv, shape, out, lse, memory),
-            _ => heads::<V, T, O, 6>(qkv, shape, out, lse, memory),
+            12 => heads::<V, T, O, 12>(qkv, shape, sight, out, lse, memory),
+            _ => heads::<V, T, O, 6>(qkv, shape, sight, out, lse, memory),
         }
     }
 }
@@ -29,6 +29,7 @@ simd_fn! {
 fn heads<V: Vector, T: Element, O: Element, const MR: usize>(
     qkv: &[T],
     shape: &Heads,
+    sight: &Sight,
     out: &mut [O],
     lse: &mut [f32],
     memory: &mut [f32],
@@ -53,7 +54,8 @@ fn heads<V: Vector, T: Element, O: Element, const MR: usize>(
                     let place = Place::fused(shape, b, head);
                     rows::<V, T>(qkv, place, &s, first, &mut queries[..padded * s.hd]);
                     let lse = &mut lse[first..first + count];
-                    tile::<V, MR>(&s, first, padded, queries, keys_t, values, scores, mixed, lse);
+                    let seen = Seen { sight, slope: sight.slope(head) };
+                    tile::<V, MR>(&s, first, padded, seen, queries, keys_t, values, scores, mixed, lse);
                     let place = Place::out(shape, b, head);
                     for (n, row) in mixed.chunks_exact(s.hd).take(count).enumerate() {
                         let to = &mut out[place.range(first + n, s.head_dim)];
@@ -67,6 +69,13 @@ fn heads<V: Vector, T: Element, O: Element, const MR: usize>(
     }
 }
 
+/// What one head sees.
+#[derive(Clone, Copy)]
+struct Seen<'a> {
+    sight: &'a Sight<'a>,
+    slope: f32,
+}
+
 /// Query rows `first..` of one head: `mixed: [rows, hd]` and their log-sum-exp.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
@@ -74,6 +83,7 @@ fn tile<V: Vector, const MR: usize>(
     s: &Sizes,
     first: usize,
     padded: usize,
+    head: Seen,
     queries: &[f32],
     keys_t: &[f32],
     values: &[f32],
@@ -91,7 +101,13 @@ fn tile<V: Vector, const MR: usize>(
         product::<V, MR>(s.head_dim, left, right, cols, Store::Set, &mut scores[r * s.keys..], s.keys);
         for n in r..r + MR {
             let row = &mut scores[n * s.keys..][..s.keys];
-            let log = softmax_row::<V>(row, first + n + 1, seen, scale);
+            let position = first + n;
+            let begin = head.sight.first(position);
+            row[..begin.min(seen)].fill(0.0);
+            // Rows past the end of a sequence may see nothing.
+            let begin = begin.min(position);
+            slant(&mut row[begin..=position], begin, position, head.slope, scale);
+            let log = softmax_row::<V>(&mut row[begin..], position + 1 - begin, seen - begin, scale);
             if let Some(lse) = lse.get_mut(n) {
                 *lse = log;
             }

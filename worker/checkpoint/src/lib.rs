@@ -15,6 +15,7 @@
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
 mod error;
+mod flat;
 mod manifest;
 mod resume;
 mod run_dir;
@@ -24,6 +25,7 @@ mod tensors;
 mod writer;
 
 pub use error::CheckpointError;
+pub use flat::ModelDir;
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
 pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};

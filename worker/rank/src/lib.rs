@@ -1,12 +1,13 @@
 //! The training engine: one process per device, a child of the node agent. The only package that links libtorch.
 //!
 //! `model` computes, `engine` holds weights and optimizer and takes steps with its peers, `trainer` decides what happens when, `agent_link`
-//! speaks with the agent. `generate` continues a text from a model directory.
+//! speaks with the agent. `generate` continues a text from a model directory, `logits` shows what one computes.
 
 pub mod agent_link;
 pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod logits;
 pub mod model;
 pub mod product;
 pub mod shim;

@@ -9,7 +9,7 @@ use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_rank::agent_link::AgentLink;
 use fleet_rank::error::Error;
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{product, shim, trainer};
+use fleet_rank::{logits, product, shim, trainer};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -31,6 +31,8 @@ struct Args {
 enum Command {
     /// Continue a text with a trained model.
     Generate(GenerateArgs),
+    /// Write the logits of a model for given token ids.
+    Logits(LogitsArgs),
     /// Time training steps on made-up data.
     #[command(hide = true)]
     Bench(bench::BenchArgs),
@@ -63,12 +65,37 @@ struct GenerateArgs {
     json: bool,
 }
 
+#[derive(clap::Args)]
+struct LogitsArgs {
+    /// A model directory: config.json and model.safetensors. A checkpoint is one.
+    #[arg(long)]
+    model: PathBuf,
+    /// A list of token ids as JSON, or a list of such lists of one length.
+    #[arg(long)]
+    ids: PathBuf,
+    /// Where to write the tensor `logits`, fp32.
+    #[arg(long)]
+    out: PathBuf,
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
+    device: String,
+    #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
+    precision: String,
+}
+
+impl From<LogitsArgs> for logits::Wanted {
+    fn from(args: LogitsArgs) -> Self {
+        let LogitsArgs { model, ids, out, device, precision } = args;
+        logits::Wanted { model, ids, out, device, bf16: precision == "bf16-mixed" }
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
         Some(Command::Generate(args)) => report(run_generate(&args)),
+        Some(Command::Logits(args)) => report(logits::write(&args.into())),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };
     ExitCode::from(code)

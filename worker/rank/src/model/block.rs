@@ -5,7 +5,7 @@ use super::workspace::{Saved, Scratch};
 use super::{BlockLayout, Llama, Sink, Weights};
 use crate::product::{Out, Products, Storage};
 use crate::workers::Workers;
-use fleet_kernels::{self as kernels, Heads, RopeTable, Store};
+use fleet_kernels::{self as kernels, Activation, Heads, RopeTable, Sight, Store};
 use std::ops::Range;
 
 impl Llama {
@@ -55,7 +55,7 @@ impl Llama {
         products.forward(normed, w.of(&block.gate_up), Out::Store(gate_up), (d.t, d.h, 2 * d.f));
         let rows = products.workers().share(d.t, 1);
         products.workers().pieces(inner, rows * d.f, |i, y| {
-            kernels::swiglu(&gate_up[i * rows * 2 * d.f..][..2 * y.len()], d.f, y);
+            kernels::gated(&gate_up[i * rows * 2 * d.f..][..2 * y.len()], d.f, Activation::Silu, y);
         });
         out.copy_from_slice(middle);
         products.forward(inner, w.of(&block.down), Out::Add(out), (d.t, d.f, d.h));
@@ -95,7 +95,9 @@ impl Llama {
         products.backward_input(gn, w.of(&block.down), Out::Store(inner), (d.t, d.f, d.h));
         let share = products.workers().share(d.t, 1);
         let pairs = gate_up.chunks_mut(share * 2 * d.f).zip(inner.chunks_mut(share * d.f));
-        products.workers().each(pairs, |(gate_up, inner)| kernels::swiglu_backward(gate_up, d.f, inner));
+        products
+            .workers()
+            .each(pairs, |(gate_up, inner)| kernels::gated_backward(gate_up, d.f, Activation::Silu, inner));
         products.backward_weight(gn, inner, grad(sink, &block.down), (d.t, d.f, d.h));
         let middle = &saved.middle[..d.t * d.h];
         norm(products.workers(), middle, &w.master[block.post_norm.clone()], self.eps(), normed, rstd);
@@ -252,7 +254,7 @@ fn attend<E: Storage>(
     workers.each(pieces, |(((qkv, out), lse), scratch)| {
         let part = Heads { batch: qkv.len() / (heads.seq * heads.qkv_width()), ..piece };
         kernels::rope(qkv, &part, rope, 0);
-        kernels::attention(qkv, &part, out, lse, scratch);
+        kernels::attention(qkv, &part, &Sight::ALL, out, lse, scratch);
     });
 }
 
@@ -278,7 +280,7 @@ fn attend_backward<E: Storage>(
         .zip(scratch.iter_mut());
     workers.each(pieces, |(((((qkv, out), lse), dout), dqkv), scratch)| {
         let part = Heads { batch: qkv.len() / (heads.seq * heads.qkv_width()), ..piece };
-        kernels::attention_backward(qkv, out, lse, dout, &part, dqkv, scratch);
+        kernels::attention_backward(qkv, out, lse, dout, &part, &Sight::ALL, dqkv, scratch);
         kernels::rope_backward(dqkv, &part, rope, 0);
     });
 }

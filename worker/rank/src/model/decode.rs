@@ -90,13 +90,14 @@ impl Llama {
                 values,
                 position + 1,
                 &heads,
+                &kernels::Sight::ALL,
                 attention,
                 &mut scratch.kernels[0],
             );
             products.forward(attention, w.of(&block.o), Out::Add(x), (1, q, h));
             norm(products.workers(), x, &w.master[block.post_norm.clone()], self.eps(), normed, &mut rstd);
             products.forward(normed, w.of(&block.gate_up), Out::Store(gate_up), (1, h, 2 * f));
-            kernels::swiglu(gate_up, f, inner);
+            kernels::gated(gate_up, f, kernels::Activation::Silu, inner);
             products.forward(inner, w.of(&block.down), Out::Add(x), (1, f, h));
         }
         cache.len += 1;

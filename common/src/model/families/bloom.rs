@@ -1,0 +1,88 @@
+//! BLOOM: ALiBi, a norm after the embedding, one matrix for queries, keys and values that is ordered by head.
+
+use super::*;
+use crate::model::{Attention, Form, Init, Mlp, Norm, NormKind, Positions};
+use serde_json::json;
+
+pub const FAMILY: Family = Family {
+    model_type: "bloom",
+    architecture: "BloomForCausalLM",
+    names: Names {
+        embedding: "transformer.word_embeddings",
+        positions: "",
+        embedding_norm: "transformer.word_embeddings_layernorm",
+        project_in: "",
+        project_out: "",
+        layer: "transformer.h.{}.",
+        norm1: "input_layernorm",
+        qkv: &["self_attention.query_key_value"],
+        q_norm: "",
+        k_norm: "",
+        out: "self_attention.dense",
+        norm2: "post_attention_layernorm",
+        up: &["mlp.dense_h_to_4h"],
+        down: "mlp.dense_4h_to_h",
+        final_norm: "transformer.ln_f",
+        head: "lm_head",
+    },
+    stored: Stored::AsIs,
+    qkv_by_head: true,
+    prefix: "transformer.",
+    read,
+    write,
+};
+
+/// BLOOM names no longest sequence; it was trained on this many tokens.
+const POSITIONS: usize = 2048;
+
+fn read(s: &Settings) -> Result<Decoder, String> {
+    s.only("apply_residual_connection_post_layernorm", false)?;
+    let either = |new: &str, old: &str, default: usize| match s.count(new)? {
+        Some(given) => Ok(given),
+        None => s.count_or(old, default),
+    };
+    let hidden_size = either("hidden_size", "n_embed", 64)?;
+    let heads = either("n_head", "num_attention_heads", 8)?;
+    let layers = either("n_layer", "num_hidden_layers", 2)?;
+    if !hidden_size.is_multiple_of(heads) {
+        return Err(format!("hidden_size ({hidden_size}) is not a multiple of n_head ({heads})"));
+    }
+    Ok(Decoder {
+        vocab_size: s.count_or("vocab_size", 250_880)?,
+        hidden_size,
+        embedding_size: hidden_size,
+        layers,
+        max_positions: s.count_or("seq_length", POSITIONS)?,
+        positions: Positions::Alibi,
+        norm: Norm { kind: NormKind::Layer, eps: s.real_or("layer_norm_epsilon", 1e-5)?, affine: true },
+        form: Form::NormFirst,
+        embedding_norm: true,
+        final_norm: true,
+        attention: Attention {
+            heads,
+            kv_heads: heads,
+            head_dim: hidden_size / heads,
+            qkv_bias: true,
+            out_bias: true,
+            qk_norm: false,
+            windows: vec![None; layers],
+        },
+        mlp: Mlp { size: 4 * hidden_size, activation: Activation::GeluTanh, gated: false, bias: true },
+        tied: s.flag("tie_word_embeddings", true)?,
+        head_bias: false,
+        init: Init { std: s.std_or("initializer_range", 0.02)?, scale_residual: false },
+    })
+}
+
+fn write(d: &Decoder) -> Object {
+    object(json!({
+        "vocab_size": d.vocab_size,
+        "hidden_size": d.hidden_size,
+        "n_layer": d.layers,
+        "n_head": d.attention.heads,
+        "seq_length": d.max_positions,
+        "layer_norm_epsilon": d.norm.eps,
+        "tie_word_embeddings": d.tied,
+        "initializer_range": d.init.std,
+    }))
+}

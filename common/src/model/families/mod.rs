@@ -1,0 +1,148 @@
+//! The families of models, one file each: how their `config.json` spells a decoder, and what their tensors are called.
+
+mod bloom;
+mod gpt2;
+mod llama;
+mod mistral;
+mod opt;
+mod phi;
+mod qwen2;
+mod qwen3;
+
+use super::{Activation, Decoder, Object, Settings, Stored};
+
+/// A kind of model in the words of transformers.
+#[derive(Debug)]
+pub struct Family {
+    pub model_type: &'static str,
+    /// The class that transformers loads it with.
+    pub architecture: &'static str,
+    pub names: Names,
+    /// How its files have the matrices of its blocks.
+    pub stored: Stored,
+    /// One matrix for queries, keys and values is ordered by head.
+    pub qkv_by_head: bool,
+    /// What stands before the names of the decoder's tensors; some files leave it out.
+    pub prefix: &'static str,
+    pub read: fn(&Settings) -> Result<Decoder, String>,
+    /// The keys that describe a decoder, so that `read` gives the same one.
+    pub write: fn(&Decoder) -> Object,
+}
+
+/// What tensors are called, without `.weight` and `.bias`.
+#[derive(Debug)]
+pub struct Names {
+    pub embedding: &'static str,
+    pub positions: &'static str,
+    pub embedding_norm: &'static str,
+    pub project_in: &'static str,
+    pub project_out: &'static str,
+    /// What stands before the names of a block's tensors; `{}` is its number, from 0.
+    pub layer: &'static str,
+    /// Before the attention.
+    pub norm1: &'static str,
+    /// One name, or queries, keys and values.
+    pub qkv: &'static [&'static str],
+    pub q_norm: &'static str,
+    pub k_norm: &'static str,
+    pub out: &'static str,
+    /// Before the feed-forward network.
+    pub norm2: &'static str,
+    /// Gate and up, or up alone.
+    pub up: &'static [&'static str],
+    pub down: &'static str,
+    pub final_norm: &'static str,
+    pub head: &'static str,
+}
+
+impl Names {
+    /// Those of Llama, which most others have taken over.
+    const LLAMA: Names = Names {
+        embedding: "model.embed_tokens",
+        positions: "",
+        embedding_norm: "",
+        project_in: "",
+        project_out: "",
+        layer: "model.layers.{}.",
+        norm1: "input_layernorm",
+        qkv: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        q_norm: "self_attn.q_norm",
+        k_norm: "self_attn.k_norm",
+        out: "self_attn.o_proj",
+        norm2: "post_attention_layernorm",
+        up: &["mlp.gate_proj", "mlp.up_proj"],
+        down: "mlp.down_proj",
+        final_norm: "model.norm",
+        head: "lm_head",
+    };
+}
+
+const FAMILIES: [&Family; 8] = [
+    &llama::FAMILY,
+    &mistral::FAMILY,
+    &qwen2::FAMILY,
+    &qwen3::FAMILY,
+    &phi::FAMILY,
+    &gpt2::FAMILY,
+    &opt::FAMILY,
+    &bloom::FAMILY,
+];
+
+impl Family {
+    /// The one of this `model_type`.
+    pub fn find(model_type: &str) -> Option<&'static Family> {
+        FAMILIES.into_iter().find(|family| family.model_type == model_type)
+    }
+
+    /// What there is, for messages.
+    pub fn list() -> String {
+        FAMILIES.map(|family| family.model_type).join(", ")
+    }
+
+    /// The decoder that a `config.json` describes, or why fleet cannot run it.
+    pub fn of_config(config: &Object) -> Result<(&'static Family, Decoder), String> {
+        let settings = Settings::new(config);
+        let Some(model_type) = settings.text("model_type") else {
+            return Err(format!("has no model_type; fleet runs {}", Family::list()));
+        };
+        let family = Family::find(model_type)
+            .ok_or_else(|| format!("model_type is `{model_type}`; fleet runs {}", Family::list()))?;
+        if settings.get("quantization_config").is_some() {
+            return Err("quantization_config is set; fleet reads weights that are not quantized".into());
+        }
+        let decoder = (family.read)(&settings)?;
+        decoder.check()?;
+        Ok((family, decoder))
+    }
+
+    pub(super) fn stored_qkv(&self, heads: usize) -> Stored {
+        if self.qkv_by_head { Stored::ByHead { heads } } else { self.stored }
+    }
+}
+
+/// An activation by transformers' name.
+fn activation(settings: &Settings, key: &str, default: &str) -> Result<Activation, String> {
+    match settings.text(key).unwrap_or(default) {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+        "relu" => Ok(Activation::Relu),
+        other => Err(format!("{key} is `{other}`; fleet computes silu, gelu, gelu_new and relu")),
+    }
+}
+
+fn activation_name(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_new",
+        Activation::Relu => "relu",
+    }
+}
+
+fn object(json: serde_json::Value) -> Object {
+    match json {
+        serde_json::Value::Object(object) => object,
+        other => unreachable!("{other} is written as an object"),
+    }
+}

@@ -1,0 +1,162 @@
+//! A decoder as data: what a `config.json` describes, in words that name no family. Executors build it, `layout` says where its numbers
+//! lie, and [`families`] alone knows how each kind of model spells it.
+
+pub mod families;
+mod layout;
+mod rotary;
+mod settings;
+
+pub use families::Family;
+pub use layout::{Affine, Block, Layout, Linear, Parameter, Role, Stored};
+pub use rotary::{Rotary, Scaling};
+pub use settings::{Object, Settings};
+
+/// A causal language model: embedding, blocks of attention and a feed-forward network, head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decoder {
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    /// Width of the embedding's rows. Where that is not `hidden_size`, a matrix without bias leads there, and another one back to the head.
+    pub embedding_size: usize,
+    pub layers: usize,
+    /// The longest sequence that the model was made for.
+    pub max_positions: usize,
+    pub positions: Positions,
+    pub norm: Norm,
+    pub form: Form,
+    /// A norm between the embedding and the first block.
+    pub embedding_norm: bool,
+    /// A norm between the last block and the head.
+    pub final_norm: bool,
+    pub attention: Attention,
+    pub mlp: Mlp,
+    /// The head is the embedding.
+    pub tied: bool,
+    pub head_bias: bool,
+    pub init: Init,
+}
+
+/// How a token's place is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Positions {
+    /// Rows that are added to the embedding; the first token has the row of number `offset`.
+    Learned { offset: usize },
+    /// Queries and keys are turned.
+    Rotary(Rotary),
+    /// A slope per head times the distance is subtracted from the scores (Press et al. 2021).
+    Alibi,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    pub kind: NormKind,
+    pub eps: f64,
+    /// Scale, and bias of a LayerNorm, are parameters.
+    pub affine: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x^2) + eps) * scale`.
+    Rms,
+    /// `(x - mean) / sqrt(var + eps) * scale + bias`.
+    Layer,
+}
+
+/// Where a block's norms stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `x += attention(norm(x)); x += mlp(norm(x))`.
+    NormFirst,
+    /// `x = norm(x + attention(x)); x = norm(x + mlp(x))`.
+    NormLast,
+    /// `x += attention(n) + mlp(n)` with `n = norm(x)`: one norm.
+    Parallel,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    pub heads: usize,
+    /// Divides `heads`.
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Of queries, keys and values.
+    pub qkv_bias: bool,
+    pub out_bias: bool,
+    /// The heads' queries and keys go through a norm of their own before they are turned.
+    pub qk_norm: bool,
+    /// For each layer, how many of the last tokens a token sees, itself included; all of them where there is no number.
+    pub windows: Vec<Option<usize>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mlp {
+    pub size: usize,
+    pub activation: Activation,
+    /// `down(activation(gate x) * up x)`, else `down(activation(up x))`.
+    pub gated: bool,
+    pub bias: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+    /// With the error function.
+    Gelu,
+    /// With the hyperbolic tangent, as GPT-2 has it.
+    GeluTanh,
+    Relu,
+}
+
+/// How fresh weights are drawn: normal, biases 0, norms' scales 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Init {
+    pub std: f64,
+    /// What is added to the residual stream begins smaller by the square root of how many such there are.
+    pub scale_residual: bool,
+}
+
+impl Attention {
+    /// Rows of queries, keys and values together.
+    pub fn qkv_size(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    pub fn q_size(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+impl Decoder {
+    /// What executors rely on.
+    pub fn check(&self) -> Result<(), String> {
+        let a = &self.attention;
+        if a.kv_heads == 0 || !a.heads.is_multiple_of(a.kv_heads) {
+            return Err(format!(
+                "num_attention_heads ({}) is not a multiple of num_key_value_heads ({})",
+                a.heads, a.kv_heads
+            ));
+        }
+        if let Positions::Rotary(rotary) = &self.positions
+            && (!rotary.width.is_multiple_of(2) || rotary.width == 0 || rotary.width > a.head_dim)
+        {
+            return Err(format!(
+                "rotary embeddings turn {} of head_dim = {} numbers; it has to be an even number of them",
+                rotary.width, a.head_dim
+            ));
+        }
+        Ok(())
+    }
+
+    /// Floating-point operations of a training step per token, in sequences of `seq` tokens: six per weight of a product, and the
+    /// attention's own products where every token sees half of its sequence.
+    pub fn flops_per_token(&self, seq: usize) -> f64 {
+        let (a, h) = (&self.attention, self.hidden_size);
+        let mlp = self.mlp.size * h * if self.mlp.gated { 3 } else { 2 };
+        let block = h * a.qkv_size() + a.q_size() * h + mlp;
+        let projections = if self.embedding_size == h { 0 } else { 2 * h * self.embedding_size };
+        let products = self.layers * block + projections + self.vocab_size * self.embedding_size;
+        6.0 * products as f64 + 6.0 * (self.layers * a.q_size()) as f64 * seq as f64
+    }
+}

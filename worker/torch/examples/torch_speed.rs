@@ -1,0 +1,125 @@
+//! Training steps of a Llama on made-up data: tokens/s, and as a share of what the machine's largest product reaches.
+//!
+//!     torch_speed MODEL BATCH SEQ STEPS NUMBERS DEVICE     (124m | 1b | tiny; bf16 | bf16-stream | fp32; cuda | cpu)
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // an example ends at the first error
+
+use fleet_common::model::{Family, Layout};
+use fleet_torch::{AdamW, Executor, Memory, Numbers, Optimizer, device};
+use serde_json::json;
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, batch, seq, steps, numbers, place] = &args[..] else { panic!("see the head of the source") };
+    let [batch, seq, steps] = [batch, seq, steps].map(|n| n.parse::<i64>().unwrap());
+    let device = match place.as_str() {
+        "cuda" => device::cuda_devices().map(|_| Device::Cuda(0)).unwrap(),
+        _ => Device::Cpu,
+    };
+    let numbers = match numbers.as_str() {
+        "bf16" => Numbers::BF16_MIXED,
+        "bf16-stream" => Numbers { products: Kind::BFloat16, residual: Kind::BFloat16 },
+        _ => Numbers::FP32,
+    };
+    let shape = |h: u32, f: u32, layers: u32, heads: u32, kv: u32, vocab: u32, tied: bool| {
+        json!({"model_type": "llama", "hidden_size": h, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "num_key_value_heads": kv, "vocab_size": vocab, "tie_word_embeddings": tied, "max_position_embeddings": 4096})
+    };
+    let config = match model.as_str() {
+        "124m" => shape(768, 2048, 12, 12, 12, 50_304, true),
+        "1b" => shape(2048, 5632, 22, 32, 4, 32_000, false),
+        _ => shape(64, 128, 2, 4, 2, 256, false),
+    };
+    let (family, decoder) = Family::of_config(config.as_object().unwrap()).unwrap();
+    let layout = Layout::new(&decoder, family);
+    let (parameters, flops) = (layout.count(), decoder.flops_per_token(seq as usize));
+    let vocab = decoder.vocab_size as i64;
+    let mut executor = Executor::new(decoder, layout, device, numbers);
+    let mut memory = Memory::new(&executor.network, true).unwrap();
+    for p in executor.network.layout.parameters.clone() {
+        let mut slot = memory.master.narrow(0, p.range.start as i64, p.range.len() as i64);
+        match p.role.constant() {
+            Some(constant) => drop(slot.fill_(f64::from(constant))),
+            None => drop(slot.normal_(0.0, p.std)),
+        }
+    }
+    memory.refresh().unwrap();
+    let mut optimizer = Optimizer::new(&executor.network).unwrap();
+    let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+    let ids = Tensor::randint(vocab, [batch, seq], (Kind::Int64, device));
+    let targets = ids.roll([-1], [1]);
+    let wait = || {
+        if let Device::Cuda(n) = device {
+            tch::Cuda::synchronize(n as i64)
+        }
+    };
+
+    let began = Instant::now();
+    let mut last = f64::NAN;
+    let (mut compute, mut update) = (0.0, 0.0);
+    let mut timed = Instant::now();
+    const WARM: i64 = 5;
+    let scale = 1.0 / (batch * seq) as f64;
+    for step in 0..WARM + steps {
+        if step == WARM {
+            wait();
+            timed = Instant::now();
+        }
+        let loss = executor
+            .forward_backward(&mut memory, (&ids, &targets), scale, true, &mut |_, _| Ok(()))
+            .unwrap();
+        let _ = optimizer.step(&mut memory, &adamw, 1e-4, step as u64 + 1).unwrap();
+        if step == 0 {
+            last = f64::try_from(&loss).unwrap() * scale;
+            println!("first step after {:.2} s, loss {last:.4}", began.elapsed().as_secs_f64());
+        } else if step == WARM + steps - 1 {
+            last = f64::try_from(&loss).unwrap() * scale;
+        }
+    }
+    wait();
+    let per_step = timed.elapsed().as_secs_f64() / steps as f64;
+    for _ in 0..5 {
+        wait();
+        let at = Instant::now();
+        let _ = executor
+            .forward_backward(&mut memory, (&ids, &targets), scale, true, &mut |_, _| Ok(()))
+            .unwrap();
+        wait();
+        compute += at.elapsed().as_secs_f64() / 5.0;
+        let at = Instant::now();
+        let _ = optimizer.step(&mut memory, &adamw, 1e-4, 100).unwrap();
+        wait();
+        update += at.elapsed().as_secs_f64() / 5.0;
+    }
+    let peak = product_rate(numbers.products, device, &wait);
+    let rate = batch as f64 * seq as f64 / per_step;
+    println!(
+        "fleet {model} {numbers:?} batch {batch} x {seq}: {rate:.0} tokens/s, {:.1} ms a step (alone: {:.1} compute, {:.1} optimizer), {:.1}% of {:.0} TFLOP/s, {:.1} M parameters, loss {last:.4}",
+        per_step * 1e3,
+        compute * 1e3,
+        update * 1e3,
+        100.0 * rate * flops / peak,
+        peak / 1e12,
+        parameters as f64 / 1e6,
+    );
+}
+
+/// Operations per second of a large product.
+fn product_rate(kind: Kind, device: Device, wait: &dyn Fn()) -> f64 {
+    let n = if device == Device::Cpu { 1024 } else { 8192 };
+    let a = Tensor::randn([n, n], (Kind::Float, device)).to_kind(kind);
+    let out = a.matmul(&a);
+    let (mut best, rounds) = (f64::MAX, 5);
+    for _ in 0..3 {
+        wait();
+        let at = Instant::now();
+        for _ in 0..rounds {
+            let _ = a.matmul_out(&out, &a);
+        }
+        wait();
+        best = best.min(at.elapsed().as_secs_f64() / f64::from(rounds));
+    }
+    2.0 * (n as f64).powi(3) / best
+}

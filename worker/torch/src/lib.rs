@@ -1,0 +1,30 @@
+//! The torch executor: a decoder, as `fleet_common::model` describes it, built of libtorch's tensors with autograd unit by unit. The same
+//! code runs on CUDA, Metal and the CPU; on the CPU it is the test of what runs on the others.
+
+pub mod device;
+mod executor;
+mod network;
+mod optimizer;
+mod shim;
+
+pub use executor::{Executor, Memory};
+pub use network::{Network, Numbers};
+pub use optimizer::{AdamW, Optimizer};
+
+/// What went wrong, in libtorch's words without its stack.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(String);
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Error(first_line(&error.to_string()))
+    }
+}
+
+/// What libtorch appends to its messages is where in its own source it was.
+fn first_line(text: &str) -> String {
+    text.split("\nException raised from").next().unwrap_or_default().to_owned()
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,320 @@
+//! The forward pass of each unit, in libtorch's operations. `[b, s, h]` throughout.
+
+use crate::Result;
+use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Layout, Linear, NormKind, Positions};
+use tch::{Device, Kind, Tensor};
+
+/// In which types is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Numbers {
+    /// Of products and of attention.
+    pub products: Kind,
+    /// Of the residual stream and of norms.
+    pub residual: Kind,
+}
+
+impl Numbers {
+    pub const FP32: Numbers = Numbers { products: Kind::Float, residual: Kind::Float };
+    /// What `torch.autocast` makes of a model in fp32.
+    pub const BF16_MIXED: Numbers = Numbers { products: Kind::BFloat16, residual: Kind::Float };
+}
+
+/// A decoder on a device, without its weights.
+pub struct Network {
+    pub decoder: Decoder,
+    pub layout: Layout,
+    pub device: Device,
+    pub numbers: Numbers,
+}
+
+/// The parameters of one unit as tensors that gradients are asked for, in the order in which they were taken.
+pub struct Leaves<'a> {
+    network: &'a Network,
+    /// The flat parameters.
+    master: &'a Tensor,
+    /// The same in the type of products, where that is another one.
+    copy: Option<&'a Tensor>,
+    wants_grad: bool,
+    taken: Vec<Leaf>,
+}
+
+/// A parameter, or several that lie side by side, in a graph.
+pub struct Leaf {
+    pub tensor: Tensor,
+    /// In the flat buffer.
+    pub start: usize,
+    pub len: usize,
+}
+
+/// What all blocks need of a sequence's length.
+pub struct Frame {
+    /// `[s, width / 2]` cosines and sines.
+    turn: Option<(Tensor, Tensor)>,
+    /// `[heads, s, s]`, added to scores, with the causal mask.
+    bias: Option<Tensor>,
+    len: i64,
+}
+
+impl<'a> Leaves<'a> {
+    pub fn new(network: &'a Network, master: &'a Tensor, copy: Option<&'a Tensor>, wants_grad: bool) -> Self {
+        Self { network, master, copy, wants_grad, taken: Vec::new() }
+    }
+
+    pub fn into_taken(self) -> Vec<Leaf> {
+        self.taken
+    }
+
+    fn take(&mut self, flat: &Tensor, range: &std::ops::Range<usize>, shape: &[i64]) -> Result<Tensor> {
+        let tensor = flat.f_narrow(0, range.start as i64, range.len() as i64)?.f_view(shape)?;
+        let tensor = if self.wants_grad { tensor.set_requires_grad(true) } else { tensor };
+        self.taken.push(Leaf { tensor: tensor.shallow_clone(), start: range.start, len: range.len() });
+        Ok(tensor)
+    }
+
+    fn matrix(&mut self, range: &std::ops::Range<usize>, outputs: usize, inputs: usize) -> Result<Tensor> {
+        self.take(self.copy.unwrap_or(self.master), range, &[outputs as i64, inputs as i64])
+    }
+
+    /// A bias of products.
+    fn bias(&mut self, range: Option<&std::ops::Range<usize>>) -> Result<Option<Tensor>> {
+        let flat = self.copy.unwrap_or(self.master);
+        range.map(|range| self.take(flat, range, &[range.len() as i64])).transpose()
+    }
+
+    /// Of a norm or a table of the residual stream.
+    fn residual(&mut self, range: &std::ops::Range<usize>, shape: &[i64]) -> Result<Tensor> {
+        let flat = match self.network.numbers.residual == Kind::Float {
+            true => self.master,
+            false => self.copy.unwrap_or(self.master),
+        };
+        self.take(flat, range, shape)
+    }
+
+    fn linear(&mut self, x: &Tensor, linear: &Linear) -> Result<Tensor> {
+        let weight = self.matrix(&linear.weight, linear.outputs, linear.inputs)?;
+        let bias = self.bias(linear.bias.as_ref())?;
+        Ok(x.f_linear(&weight, bias.as_ref())?)
+    }
+
+    fn norm(&mut self, x: &Tensor, affine: &Affine) -> Result<Tensor> {
+        let size = *x.size().last().unwrap_or(&0);
+        let mut of = |range: &Option<std::ops::Range<usize>>| {
+            range.as_ref().map(|range| self.residual(range, &[size])).transpose()
+        };
+        let (scale, bias) = (of(&affine.scale)?, of(&affine.bias)?);
+        let eps = self.network.decoder.norm.eps;
+        let x = x.f_to_kind(self.network.numbers.residual)?;
+        Ok(match self.network.decoder.norm.kind {
+            NormKind::Rms => x.f_rms_norm([size], scale.as_ref(), eps)?,
+            NormKind::Layer => x.f_layer_norm([size], scale.as_ref(), bias.as_ref(), eps, true)?,
+        })
+    }
+}
+
+impl Network {
+    fn kind(&self) -> Kind {
+        self.numbers.products
+    }
+
+    /// What the blocks need for sequences of `len` tokens.
+    pub fn frame(&self, len: usize) -> Result<Frame> {
+        let a = &self.decoder.attention;
+        let turn = match &self.decoder.positions {
+            Positions::Rotary(rotary) => {
+                let frequencies = rotary.frequencies(len);
+                let angles = Tensor::f_arange(len as i64, (Kind::Double, Device::Cpu))?
+                    .f_outer(&Tensor::f_from_slice(&frequencies)?)?;
+                let of = |x: Tensor| -> Result<Tensor> {
+                    Ok(x.f_mul_scalar(rotary.amplitude())?
+                        .f_to_kind(Kind::Float)?
+                        .f_to_device(self.device)?)
+                };
+                Some((of(angles.f_cos()?)?, of(angles.f_sin()?)?))
+            }
+            _ => None,
+        };
+        let bias = match self.decoder.positions {
+            Positions::Alibi => {
+                let slopes = alibi_slopes(a.heads);
+                let slopes = Tensor::f_from_slice(&slopes)?.f_view([-1, 1, 1])?.f_to_device(self.device)?;
+                let at = Tensor::f_arange(len as i64, (Kind::Float, self.device))?.f_view([1, 1, -1])?;
+                let bias = slopes.f_mul(&at)?;
+                let hidden = self.hidden_places(len, None)?;
+                Some(bias.f_masked_fill(&hidden, f64::NEG_INFINITY)?.f_to_kind(self.kind())?)
+            }
+            _ => None,
+        };
+        Ok(Frame { turn, bias, len: len as i64 })
+    }
+
+    /// `[s, s]`: which keys a query does not see.
+    fn hidden_places(&self, len: usize, window: Option<usize>) -> Result<Tensor> {
+        let ones = Tensor::f_ones([len as i64; 2], (Kind::Bool, self.device))?;
+        let mut hidden = ones.f_triu(1)?;
+        if let Some(window) = window {
+            hidden = hidden.f_logical_or(&ones.f_tril(-(window as i64))?)?;
+        }
+        Ok(hidden)
+    }
+
+    /// `[b, s, h]` of `[b, s]` ids: what the first block reads.
+    pub fn embed(&self, leaves: &mut Leaves, ids: &Tensor) -> Result<Tensor> {
+        let (d, l) = (&self.decoder, &self.layout);
+        let table = leaves.residual(&l.embedding, &[d.vocab_size as i64, d.embedding_size as i64])?;
+        let mut x = Tensor::f_embedding(&table, ids, -1, false, false)?;
+        if let Some(project) = &l.project_in {
+            x = leaves.linear(&x.f_to_kind(self.kind())?, project)?.f_to_kind(self.numbers.residual)?;
+        }
+        if let (Some(range), Positions::Learned { offset }) = (&l.positions, &d.positions) {
+            let rows = (range.len() / d.hidden_size) as i64;
+            let table = leaves.residual(range, &[rows, d.hidden_size as i64])?;
+            let len = ids.size()[1];
+            x = x.f_add(&table.f_narrow(0, *offset as i64, len)?)?;
+        }
+        match &l.embedding_norm {
+            Some(affine) => leaves.norm(&x, affine),
+            None => Ok(x),
+        }
+    }
+
+    /// The output of block `number` for its input `x`.
+    pub fn block(&self, leaves: &mut Leaves, number: usize, x: &Tensor, frame: &Frame) -> Result<Tensor> {
+        let block = &self.layout.blocks[number];
+        match self.decoder.form {
+            Form::NormFirst => {
+                let normed = leaves.norm(x, &block.norm1)?;
+                let x = x.f_add(&self.attention(leaves, block, number, &normed, frame)?)?;
+                let normed = leaves.norm(&x, norm2(block))?;
+                Ok(x.f_add(&self.mlp(leaves, block, &normed)?)?)
+            }
+            Form::NormLast => {
+                let x = x.f_add(&self.attention(leaves, block, number, x, frame)?)?;
+                let x = leaves.norm(&x, &block.norm1)?;
+                let x = x.f_add(&self.mlp(leaves, block, &x)?)?;
+                leaves.norm(&x, norm2(block))
+            }
+            Form::Parallel => {
+                let normed = leaves.norm(x, &block.norm1)?;
+                let attended = self.attention(leaves, block, number, &normed, frame)?;
+                Ok(x.f_add(&attended.f_add(&self.mlp(leaves, block, &normed)?)?)?)
+            }
+        }
+    }
+
+    fn attention(
+        &self,
+        leaves: &mut Leaves,
+        block: &Block,
+        number: usize,
+        x: &Tensor,
+        frame: &Frame,
+    ) -> Result<Tensor> {
+        let a = &self.decoder.attention;
+        let [heads, kv, dim] = [a.heads, a.kv_heads, a.head_dim].map(|n| n as i64);
+        let (batch, len) = (x.size()[0], frame.len);
+        let qkv = leaves.linear(&x.f_to_kind(self.kind())?, &block.qkv)?;
+        let qkv = qkv.f_view([batch, len, heads + 2 * kv, dim])?;
+        let mut qk = qkv.f_narrow(2, 0, heads + kv)?;
+        if let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) {
+            let q = leaves.norm(&qk.f_narrow(2, 0, heads)?, q_norm)?;
+            let k = leaves.norm(&qk.f_narrow(2, heads, kv)?, k_norm)?;
+            qk = Tensor::f_cat(&[q, k], 2)?.f_to_kind(self.kind())?;
+        }
+        if let Some(turn) = &frame.turn {
+            qk = turned(&qk, turn)?;
+        }
+        let of = |x: &Tensor, start, count| -> Result<Tensor> {
+            Ok(x.f_narrow(2, start, count)?.f_transpose(1, 2)?)
+        };
+        let (q, k, v) = (of(&qk, 0, heads)?, of(&qk, heads, kv)?, of(&qkv, heads + kv, kv)?);
+        let window = a.windows[number].filter(|window| (*window as i64) < len);
+        let mask = match (&frame.bias, window) {
+            (Some(bias), _) => Some(bias.shallow_clone()),
+            (None, Some(window)) => {
+                let hidden = self.hidden_places(len as usize, Some(window))?;
+                let zeros = Tensor::f_zeros([len, len], (self.kind(), self.device))?;
+                Some(zeros.f_masked_fill(&hidden, f64::NEG_INFINITY)?)
+            }
+            (None, None) => None,
+        };
+        let attended = Tensor::f_scaled_dot_product_attention(
+            &q,
+            &k,
+            &v,
+            mask.as_ref(),
+            0.0,
+            mask.is_none(),
+            None,
+            heads != kv,
+        )?;
+        let attended = attended.f_transpose(1, 2)?.f_reshape([batch, len, heads * dim])?;
+        leaves.linear(&attended, &block.out)
+    }
+
+    fn mlp(&self, leaves: &mut Leaves, block: &Block, x: &Tensor) -> Result<Tensor> {
+        let mlp = &self.decoder.mlp;
+        // All of a group's rows in one product.
+        let outputs = if mlp.gated { 2 * mlp.size } else { mlp.size };
+        debug_assert_eq!(block.up.outputs, outputs);
+        let x = leaves.linear(&x.f_to_kind(self.kind())?, &block.up)?;
+        let x = match mlp.gated {
+            true => {
+                let size = mlp.size as i64;
+                let gate = activated(&x.f_narrow(-1, 0, size)?, mlp.activation)?;
+                gate.f_mul(&x.f_narrow(-1, size, size)?)?
+            }
+            false => activated(&x, mlp.activation)?,
+        };
+        leaves.linear(&x, &block.down)
+    }
+
+    /// `[b, s, e]` in the type of products: what the head multiplies.
+    pub fn last(&self, leaves: &mut Leaves, x: &Tensor) -> Result<Tensor> {
+        let mut x = match &self.layout.final_norm {
+            Some(affine) => leaves.norm(x, affine)?,
+            None => x.shallow_clone(),
+        };
+        x = x.f_to_kind(self.kind())?;
+        if let Some(project) = &self.layout.project_out {
+            x = leaves.linear(&x, project)?;
+        }
+        Ok(x)
+    }
+}
+
+fn norm2(block: &Block) -> &Affine {
+    block.norm2.as_ref().expect("only parallel blocks have one norm")
+}
+
+fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Silu => x.f_silu()?,
+        Activation::Gelu => x.f_gelu("none")?,
+        Activation::GeluTanh => x.f_gelu("tanh")?,
+        Activation::Relu => x.f_relu()?,
+    })
+}
+
+/// The first numbers of each head, turned by its position, and the rest. `x` is `[b, s, n, d]`.
+fn turned(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
+    let (half, dim) = (cos.size()[1], x.size()[3]);
+    let kind = x.kind();
+    let of = |table: &Tensor| -> Result<Tensor> { Ok(table.f_view([1, -1, 1, half])?.f_to_kind(kind)?) };
+    let (cos, sin) = (of(cos)?, of(sin)?);
+    let (a, b) = (x.f_narrow(3, 0, half)?, x.f_narrow(3, half, half)?);
+    let first = a.f_mul(&cos)?.f_sub(&b.f_mul(&sin)?)?;
+    let second = b.f_mul(&cos)?.f_add(&a.f_mul(&sin)?)?;
+    Ok(match dim - 2 * half {
+        0 => Tensor::f_cat(&[first, second], 3)?,
+        rest => Tensor::f_cat(&[first, second, x.f_narrow(3, 2 * half, rest)?], 3)?,
+    })
+}
+
+/// One slope per head, as BLOOM has them (Press et al. 2021, where the heads are no power of two).
+fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    let base = |count: usize| 2f64.powf(-8.0 / count as f64);
+    let first = (1..=whole).map(|n| base(whole).powi(n as i32));
+    let rest = (0..heads - whole).map(|n| base(2 * whole).powi(2 * n as i32 + 1));
+    first.chain(rest).map(|slope| slope as f32).collect()
+}

@@ -1,0 +1,146 @@
+//! The only unsafe code of this package: calls that tch does not have, over its tensors.
+
+#![allow(unsafe_code)]
+
+use crate::{Error, Result, first_line};
+use std::ffi::{CStr, CString, c_char, c_int};
+use tch::Tensor;
+
+/// tch does not name the type that its pointers point to.
+#[allow(non_camel_case_types)]
+type at_tensor = std::ffi::c_void;
+
+#[link(name = "fleet_torch_shim", kind = "static")]
+unsafe extern "C" {
+    fn fleet_torch_grad(
+        output: *const at_tensor,
+        seed: *const at_tensor,
+        inputs: *const *const at_tensor,
+        count: c_int,
+        grads: *mut *mut at_tensor,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
+    fn fleet_torch_adamw(
+        params: *const *const at_tensor,
+        grads: *const *const at_tensor,
+        moments1: *const *const at_tensor,
+        moments2: *const *const at_tensor,
+        steps: *const *const at_tensor,
+        count: c_int,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        decay: f64,
+        eps: f64,
+        divisor: *const at_tensor,
+        skip: *const at_tensor,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
+}
+
+/// Bytes for an error text.
+const ERROR_MAX: usize = 1024;
+
+fn checked(call: impl FnOnce(*mut c_char) -> c_int) -> Result<()> {
+    let mut error = [0 as c_char; ERROR_MAX];
+    if call(error.as_mut_ptr()) == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim ends what it writes with a zero.
+    let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy();
+    Err(Error(first_line(&text)))
+}
+
+fn pointers<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<*const at_tensor> {
+    tensors.into_iter().map(|tensor| tensor.as_ptr().cast()).collect()
+}
+
+/// Gradients of `sum(output * seed)` for each of `inputs`; `None` for one that has no part in it. The graph is gone afterwards.
+pub fn grad(output: &Tensor, seed: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Option<Tensor>>> {
+    let given = pointers(inputs.iter().copied());
+    let mut grads = vec![std::ptr::null_mut(); inputs.len()];
+    // SAFETY: all pointers are tensors that live through the call; `grads` is as long as `inputs`.
+    checked(|error| unsafe {
+        fleet_torch_grad(
+            output.as_ptr().cast(),
+            seed.as_ptr().cast(),
+            given.as_ptr(),
+            given.len() as c_int,
+            grads.as_mut_ptr(),
+            error,
+            ERROR_MAX,
+        )
+    })?;
+    // SAFETY: what is not null was made with `new` for the caller, and is taken over once.
+    let taken = |grad: *mut at_tensor| (!grad.is_null()).then(|| unsafe { Tensor::from_ptr(grad.cast()) });
+    Ok(grads.into_iter().map(taken).collect())
+}
+
+/// Tensors of one optimizer step: all of the same lengths, on one device.
+pub struct AdamWTensors<'a> {
+    pub params: &'a [Tensor],
+    pub grads: &'a [Tensor],
+    pub moments1: &'a [Tensor],
+    pub moments2: &'a [Tensor],
+    /// Of one number each: how many steps there were, this one included.
+    pub steps: &'a [Tensor],
+    /// Of one number: gradients are divided by it.
+    pub divisor: &'a Tensor,
+    /// Of one number: 1 leaves everything as it is.
+    pub skip: &'a Tensor,
+}
+
+/// Numbers of one optimizer step.
+#[derive(Clone, Copy)]
+pub struct AdamWNumbers {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub decay: f64,
+    pub eps: f64,
+}
+
+pub fn adamw(t: &AdamWTensors, n: AdamWNumbers) -> Result<()> {
+    let lists = [t.params, t.grads, t.moments1, t.moments2, t.steps];
+    assert!(lists.iter().all(|list| list.len() == t.params.len()), "one of each per parameter");
+    let [params, grads, moments1, moments2, steps] = lists.map(pointers);
+    // SAFETY: all pointers are tensors that live through the call, and every list has `count` of them.
+    checked(|error| unsafe {
+        fleet_torch_adamw(
+            params.as_ptr(),
+            grads.as_ptr(),
+            moments1.as_ptr(),
+            moments2.as_ptr(),
+            steps.as_ptr(),
+            params.len() as c_int,
+            n.lr,
+            n.beta1,
+            n.beta2,
+            n.decay,
+            n.eps,
+            t.divisor.as_ptr().cast(),
+            t.skip.as_ptr().cast(),
+            error,
+            ERROR_MAX,
+        )
+    })
+}
+
+/// Loads a library for all that is asked of libtorch afterwards, or says why not.
+pub fn load(name: &str) -> std::result::Result<(), String> {
+    let name = CString::new(name).map_err(|e| e.to_string())?;
+    // SAFETY: libraries of libtorch register themselves when they are loaded; they stay for the life of the process.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if !handle.is_null() {
+        return Ok(());
+    }
+    // SAFETY: dlerror gives a text that ends with a zero, or null, and is read before the next call.
+    let why = unsafe { libc::dlerror() };
+    match why.is_null() {
+        true => Err("it cannot be loaded".into()),
+        // SAFETY: see above.
+        false => Err(unsafe { CStr::from_ptr(why) }.to_string_lossy().into_owned()),
+    }
+}
