@@ -3,9 +3,11 @@
 //! Modes are given where a file is made and do not hang on the umask, which belongs to the programs that a worker starts.
 
 mod claim;
+mod kind;
 mod new_file;
 
-pub use claim::{claim, mend};
+pub use claim::{claim, lock, mend};
+pub use kind::Kind;
 pub use new_file::NewFile;
 
 use nix::sys::stat::Mode;

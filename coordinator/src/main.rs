@@ -1,8 +1,9 @@
 //! `coordinator`: starts a replica of the control plane, adds one to a cluster, saves and restores one.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError};
+use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError, TokenError};
+use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
 use fleet_common::{arguments, exit, files, terminal};
 use fleet_coordinator::server::operator::{self, Step};
@@ -174,18 +175,17 @@ fn main() -> ExitCode {
             let io = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             let input = (io == Some(std::io::ErrorKind::InvalidInput)).then_some(exit::REFUSED_INPUT);
             let refused = error.downcast_ref::<operator::Refused>().map(operator::Refused::exit_code);
+            let token = error.downcast_ref::<TokenError>().map(TokenError::exit_code);
             let unknown = error.is::<operator::Undecided>().then_some(exit::UNKNOWN);
-            ExitCode::from(unknown.or(net).or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
+            ExitCode::from(unknown.or(net).or(token).or(input).or(refused).unwrap_or(exit::ENVIRONMENT))
         }
     }
 }
 
 fn token(join: &Join) -> Result<JoinToken> {
     let env = std::env::var("FLEET_TOKEN").ok();
-    let token = JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref())?;
-    token.ok_or_else(|| {
-        anyhow!("a token is needed: give --token-file, --token or FLEET_TOKEN, from `fleet token create --role coordinator`")
-    })
+    let given = JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref())?;
+    Ok(JoinToken::expect(given, Role::Coordinator)?)
 }
 
 fn save(args: &Backup) -> Result<u8> {

@@ -64,7 +64,7 @@ impl From<IdentityError> for Failure {
 
 impl From<TokenError> for Failure {
     fn from(error: TokenError) -> Failure {
-        Failure::input(error.to_string())
+        Failure { code: error.exit_code(), message: error.to_string() }
     }
 }
 

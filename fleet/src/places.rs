@@ -2,10 +2,12 @@
 
 use crate::failure::Failure;
 use crate::out;
-use fleet_common::{files, home, process};
+use fleet_common::files::{self, Kind};
+use fleet_common::{home, process};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,17 +17,6 @@ const ENDED_KEPT: usize = 10;
 
 /// What is in the state directory.
 const STATE: &[&str] = &["clusters", "launches"];
-/// What a launch puts into its data directory beside what its first coordinator does.
-const LOGS: &[&str] = &[
-    "lock",
-    "coordinator.log",
-    "coordinator-2.log",
-    "coordinator-3.log",
-    "coordinator-4.log",
-    "coordinator-5.log",
-    "worker.log",
-];
-
 /// `${XDG_STATE_HOME:-~/.local/state}/fleet`, of which others see nothing. It need not exist.
 fn state_dir() -> Result<PathBuf, Failure> {
     let dir = home::state().map_err(|e| Failure::environment(e.to_string()))?.join("fleet");
@@ -39,7 +30,11 @@ fn state_dir() -> Result<PathBuf, Failure> {
 }
 
 fn tell(mended: std::io::Result<Option<String>>) -> Result<(), Failure> {
-    if let Some(was_open) = mended.map_err(|e| Failure::environment(e.to_string()))? {
+    let failed = |e: std::io::Error| match e.kind() {
+        ErrorKind::InvalidInput => Failure::input(e.to_string()),
+        _ => Failure::environment(e.to_string()),
+    };
+    if let Some(was_open) = mended.map_err(failed)? {
         out::note(&format!("warning: {was_open}"));
     }
     Ok(())
@@ -92,12 +87,12 @@ impl Registration {
             Some(given) => std::path::absolute(given).map_err(|e| Failure::io("use", given, &e))?,
             None => dir.join("data"),
         };
+        tell(files::claim(&data, Kind::Coordinator))?;
         files::create_dir(&dir).map_err(|e| Failure::environment(e.to_string()))?;
         let path = dir.join("lock");
         let lock = files::private().create(true).truncate(true).write(true).open(&path);
         let lock = lock.map_err(|e| Failure::io("make", &path, &e))?;
         let _ = lock.try_lock(); // nobody else has it; a file system without locks tells nobody
-        tell(files::claim(&data, LOGS))?;
         let launch = Launch { name, pid, pid_start: process::started(pid), started_unix_ms, data_dir: data };
         let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
         let file = dir.join("launch.json");

@@ -146,6 +146,10 @@ fn a_value_that_begins_with_a_hyphen_is_a_value() {
     }
     let wrong = ["generate", "--model", &model, "--prompt", "x", "--temperature", "-1"];
     is_refused(world.run("fleet", &wrong), 2, &["--temperature is -1; give 0 or a positive number"]);
+    for command in ["launch", "submit", "config"] {
+        let done = world.run("fleet", &[command, "job.toml", "--sett", "seed=1"]).expect(2);
+        assert!(done.stderr.contains("a similar argument exists: '--set'"), "{}", done.all());
+    }
     let done = world.run("coordinator", &["start", "--data-dir", "--expect-existing"]).expect(2);
     assert!(
         done.stderr.contains("'--data-dir <DIR>'") && done.stderr.contains("`./--expect-existing`"),
@@ -222,6 +226,22 @@ fn a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_job() {
 }
 
 #[test]
+fn on_a_full_disk_the_oldest_checkpoints_make_room_for_the_next() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 80, save_steps: 20, ..TinyJob::default() };
+    // There is room for two checkpoints and not for three, and `save_total_limit` is 9.
+    let Some(launch) = launch_on_a_disk(&world, "8M", "5M", &job) else { return };
+    let done = launch.finish().expect(0);
+    let events = done.events("checkpoint");
+    assert!(events.len() == 4 && events.iter().all(|event| event["path"].is_string()), "{}", done.all());
+    assert!(done.all().contains("the disk is full: removed "), "{}", done.all());
+    let left: BTreeSet<&str> =
+        done.stderr.lines().filter_map(|line| line.strip_prefix("left tiny/")?.split('/').next()).collect();
+    assert_eq!(left, ["step-00000060", "step-00000080"].into(), "{}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
 fn a_disk_that_is_full_at_the_end_is_a_failure_that_names_it_and_keeps_the_last_checkpoint() {
     let world = World::new();
     let job = TinyJob { max_steps: 60, save_steps: 20, ..TinyJob::default() };
@@ -236,6 +256,10 @@ fn a_disk_that_is_full_at_the_end_is_a_failure_that_names_it_and_keeps_the_last_
         "{summary}"
     );
     let message = summary["error"]["message"].as_str().unwrap_or_default();
-    assert!(message.contains("step 60") && message.contains("No space left on device"), "{message}");
+    for said in
+        ["step 60", "No space left on device", "make room: a checkpoint takes ", " bytes, and ", " are free"]
+    {
+        assert!(message.contains(said), "{message}");
+    }
     world.is_empty_soon();
 }

@@ -202,7 +202,7 @@ fn a_client_logs_in_with_a_token_that_only_clients_may_use() {
     let done = world
         .run("fleet", &["login", addr, "--token-file", &token("worker.token"), "--name", "here"])
         .expect(2);
-    done.says("not for clients");
+    done.says("not for a client");
     world.run("fleet", &["login", addr, "--token-file", &token("client.token"), "--name", "here"]).expect(0);
     world.run("fleet", &["jobs", "--cluster", "here"]).expect(0);
     let key = world.path("home/.local/state/fleet/clusters/here/key.pem");
@@ -294,6 +294,44 @@ fn ports_that_are_in_use_and_a_directory_that_is() {
     let running = world.coordinator(&world.path("three"), ANY);
     start(&world.path("three"), ANY, ANY).says("another coordinator runs on");
     drop(running);
+}
+
+#[test]
+fn a_data_directory_of_another_kind_is_named_and_nothing_is_written_there() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let worker = world.worker(&cluster, 1);
+    let (quic, token) = (cluster.endpoint.quic.clone(), world.token(&cluster, &["--role", "coordinator"]));
+    fs::create_dir_all(world.path("out/checkpoints/run/step-00000010")).unwrap();
+    let backup = world.path("saved").display().to_string();
+    world.run("coordinator", &["backup", "--data-dir", "cluster", "--out", &backup]).expect(0);
+    let names = |dir: &str| {
+        let entries = fs::read_dir(world.path(dir)).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect::<std::collections::BTreeSet<_>>()
+    };
+    let refused = |program: &str, args: &[&str], dir: &str, is: &str| {
+        let before = names(dir);
+        let done = world.run(program, &[args, &["--data-dir", dir]].concat()).expect(2);
+        let said = done.says("error: ");
+        assert!(said.contains(&format!("{dir} is {is}; give --data-dir another")), "{said}");
+        assert_eq!(names(dir), before);
+    };
+    let (start, join) = (["start", "--listen", ANY, "--http", ANY], ["join", &quic, "--token", &token]);
+    let launch = ["launch", "-n", "1", "--data-dir", "node", "--", "true"];
+    let each = || {
+        refused("worker", &["join", &quic], "cluster", "the data directory of a coordinator");
+        for args in [&start[..], &join, &["restore", &backup]] {
+            refused("coordinator", args, "node", "the data directory of a worker");
+        }
+        let launched = world.run("fleet", &launch).expect(2);
+        assert!(launched.all().contains("node is the data directory of a worker"), "{}", launched.all());
+    };
+    each();
+    drop((cluster, worker));
+    each();
+    refused("worker", &["join", &quic], "out", "a directory of checkpoints");
+    refused("coordinator", &start, "out/checkpoints/run", "a directory of checkpoints");
 }
 
 #[test]

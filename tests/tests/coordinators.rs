@@ -286,7 +286,7 @@ fn tokens_end_and_are_used_up() {
     join(&once, "third").finish().expect(2).says("used up");
     drop(first);
     let worker = world.token(&cluster, &["--role", "worker"]);
-    join(&worker, "wrong").finish().expect(4).says("not for coordinators");
+    join(&worker, "wrong").finish().expect(2).says("not for a coordinator");
 }
 
 #[test]

@@ -57,6 +57,18 @@ fn text_comes_as_transformers_writes_it_and_a_tuned_model_keeps_its_companions()
         assert_eq!(read(&checkpoint.join(name)), read(&world.path("model").join(name)), "{name}");
     }
     generate(&world, &checkpoint.display().to_string(), "The river", &[]).expect(0);
+
+    // The checkpoint has all that the run needs to go on.
+    fs::rename(world.path("model"), world.path("moved")).unwrap();
+    let more = ["--set", "resume_from_checkpoint=latest", "--set", "max_steps=6"];
+    let done =
+        world.run("fleet", &[&["launch", "-n", "2", "--json", "tune.toml"][..], &more].concat()).expect(0);
+    assert_eq!(done.losses().first().unwrap().0, 5);
+    let checkpoint = PathBuf::from(done.summary()["checkpoint"].as_str().unwrap());
+    for name in ["tokenizer_config.json", "generation_config.json", "config.json"] {
+        let before = read(&checkpoint.with_file_name("step-00000004").join(name));
+        assert_eq!(read(&checkpoint.join(name)), before, "{name}");
+    }
 }
 
 #[test]

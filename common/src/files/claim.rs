@@ -1,7 +1,8 @@
 //! A directory of fleet's own: it belongs to the user whom fleet runs as, and nobody else can look into it.
 
-use super::create_dir;
-use std::fs::{self, Metadata, Permissions};
+use super::kind::Kind;
+use super::{create_dir, private};
+use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -11,20 +12,46 @@ const OTHERS: u32 = 0o077;
 /// A mode of directories that all may write to, such as the temporary one.
 const STICKY: u32 = 0o1000;
 
-/// Makes `dir`, or takes it over: an empty one without a word, one that holds some of `contents` as `mend` does. A directory that others
-/// may enter and that holds only other files is refused, since closing it would take those away from others.
-pub fn claim(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
-    create_dir(dir)?;
-    let is_new = !contents.iter().any(|name| dir.join(name).exists());
-    let is_open = fs::metadata(dir).map(|found| found.mode() & OTHERS != 0);
-    if is_open.map_err(|error| cannot("look at", dir, &error))? && is_new && holds_others(dir)? {
-        return Err(refused(format!(
-            "{} is open to others and holds files that are not fleet's; name a directory that is empty or does not exist yet",
-            dir.display()
+/// Makes `dir`, or takes it over for `kind`: an empty one without a word, one that is kept for the same as `mend` does. One that is kept for
+/// something else, or holds files that are not fleet's, is refused before anything is written.
+pub fn claim(dir: &Path, kind: Kind) -> io::Result<Option<String>> {
+    let found = Kind::of(dir);
+    if let Some(other) = found.filter(|found| *found != kind) {
+        return Err(wrong(format!("{} is {other}; give --data-dir another directory", dir.display())));
+    }
+    let contents = kind.contents();
+    if let (None, Some(other)) = (found, first_of_others(dir, contents)?) {
+        return Err(wrong(format!(
+            "{} holds files that are not fleet's, such as {}; name a directory that is empty or does not exist yet",
+            dir.display(),
+            other.escape_debug()
         )));
     }
+    let is_new = !contents.iter().any(|name| dir.join(name).exists());
+    create_dir(dir)?;
     // Where nothing was, nothing was open.
     Ok(mend(dir, contents)?.filter(|_| !is_new))
+}
+
+/// Takes the lock of a claimed directory: two processes in it would share an identity.
+pub fn lock(dir: &Path) -> io::Result<File> {
+    let path = dir.join("lock");
+    let file = private().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|error| cannot("open", &path, &error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            let who = match Kind::of(dir) {
+                Some(Kind::Coordinator) => "another coordinator",
+                Some(Kind::Worker) => "another worker",
+                _ => "another coordinator or worker",
+            };
+            let what =
+                format!("{who} runs on {}; stop it or give --data-dir another directory", dir.display());
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, what))
+        }
+        Err(TryLockError::Error(error)) => Err(cannot("lock", &path, &error)),
+    }
 }
 
 /// Closes `dir` to others, and those of `contents` that are in it, with all that is in them: modes are mended, and what was open is told in
@@ -66,11 +93,17 @@ pub fn mend(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     )))
 }
 
-fn holds_others(dir: &Path) -> io::Result<bool> {
-    let entries = fs::read_dir(dir).map_err(|error| cannot("read", dir, &error))?;
+/// What lies in `dir` and is none of `contents`.
+fn first_of_others(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|error| cannot("read", dir, &error))?,
+    };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     // The root of a file system has the first, and tools hide theirs.
-    let counts = |name: &str| name != "lost+found" && !name.starts_with('.');
-    Ok(entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())))
+    let counts =
+        |name: &String| name != "lost+found" && !name.starts_with('.') && !contents.contains(&name.as_str());
+    Ok(names.filter(counts).min())
 }
 
 /// Where one of the contents is a link that its owner made, what it leads to must be as private as the rest. It is not mended: it may hold
@@ -141,6 +174,11 @@ fn refused(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, what)
 }
 
+/// Of a directory that was named by mistake.
+fn wrong(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
 fn cannot(verb: &str, path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("cannot {verb} {}: {error}", path.display()))
 }
@@ -149,8 +187,6 @@ fn cannot(verb: &str, path: &Path, error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
-
-    const CONTENTS: &[&str] = &["lock", "raft"];
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o7777
@@ -164,9 +200,9 @@ mod tests {
     fn a_new_directory_is_private_and_there_is_nothing_to_tell() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("a/data");
-        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+        assert_eq!(claim(&data, Kind::Coordinator).unwrap(), None);
         assert_eq!(mode(&data), 0o700);
-        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+        assert_eq!(claim(&data, Kind::Coordinator).unwrap(), None);
     }
 
     #[test]
@@ -183,35 +219,73 @@ mod tests {
             chmod(&path, 0o644);
         }
         symlink(&outside, data.join("raft/link")).unwrap();
-        let told = claim(&data, CONTENTS).unwrap().unwrap();
+        let told = claim(&data, Kind::Coordinator).unwrap().unwrap();
         assert!(told.contains("data and 3 more were open"), "{told}");
         let closed = [data.clone(), data.join("raft"), data.join("lock"), data.join("raft/1.log")];
         assert_eq!(closed.map(|path| mode(&path)), [0o700, 0o700, 0o600, 0o600]);
         let left = [data.join("other/file"), outside.clone(), outside.join("x")];
         assert_eq!(left.map(|path| mode(&path)), [0o644, 0o755, 0o644]);
-        assert_eq!(claim(&data, CONTENTS).unwrap(), None);
+        assert_eq!(claim(&data, Kind::Coordinator).unwrap(), None);
     }
 
     #[test]
-    fn a_directory_of_other_things_is_not_taken_from_those_who_use_it() {
+    fn a_directory_of_other_things_is_left_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let project = dir.path().join("project");
-        fs::create_dir(&project).unwrap();
+        fs::create_dir_all(project.join("src")).unwrap();
+        for mode_before in [0o755, 0o700] {
+            chmod(&project, mode_before);
+            let why = claim(&project, Kind::Worker).unwrap_err();
+            assert_eq!(why.kind(), io::ErrorKind::InvalidInput);
+            assert!(
+                why.to_string().contains("project holds files that are not fleet's, such as src"),
+                "{why}"
+            );
+            assert_eq!(mode(&project), mode_before);
+        }
         chmod(&project, 0o755);
-        fs::write(project.join("README"), "").unwrap();
-        assert!(
-            claim(&project, CONTENTS).unwrap_err().to_string().contains("holds files that are not fleet's")
-        );
-        assert_eq!(mode(&project), 0o755);
         // The root of a disk, as it was made.
-        fs::rename(project.join("README"), project.join("lost+found")).unwrap();
-        assert_eq!(claim(&project, CONTENTS).unwrap(), None);
+        fs::rename(project.join("src"), project.join("lost+found")).unwrap();
+        assert_eq!(claim(&project, Kind::Worker).unwrap(), None);
         assert_eq!(mode(&project), 0o700);
         chmod(&project, 0o1777);
-        assert!(
-            claim(&project, CONTENTS).unwrap_err().to_string().contains("for temporary files of everybody")
-        );
+        let why = claim(&project, Kind::Worker).unwrap_err().to_string();
+        assert!(why.contains("for temporary files of everybody"), "{why}");
         assert_eq!(mode(&project), 0o1777);
+    }
+
+    #[test]
+    fn one_that_is_kept_for_something_else_is_named_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        for (sign, name) in [
+            ("raft", "the data directory of a coordinator"),
+            ("gangs", "the data directory of a worker"),
+            ("step-00000010", "a directory of checkpoints"),
+        ] {
+            let data = dir.path().join(sign);
+            fs::create_dir_all(data.join(sign)).unwrap();
+            chmod(&data, 0o755);
+            for kind in
+                [Kind::Coordinator, Kind::Worker].into_iter().filter(|kind| Kind::of(&data) != Some(*kind))
+            {
+                let why = claim(&data, kind).unwrap_err();
+                assert_eq!(why.kind(), io::ErrorKind::InvalidInput);
+                assert!(why.to_string().contains(name) && why.to_string().contains("--data-dir"), "{why}");
+                assert_eq!((mode(&data), fs::read_dir(&data).unwrap().count()), (0o755, 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_says_who_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = lock(dir.path()).unwrap();
+        let said = || lock(dir.path()).unwrap_err().to_string();
+        assert!(said().starts_with("another coordinator or worker runs on"), "{}", said());
+        fs::create_dir(dir.path().join("gangs")).unwrap();
+        assert!(said().starts_with("another worker runs on"), "{}", said());
+        drop(held);
+        lock(dir.path()).unwrap();
     }
 
     #[test]
@@ -221,13 +295,13 @@ mod tests {
         [&data, &elsewhere].iter().for_each(|path| fs::create_dir(path).unwrap());
         symlink(&elsewhere, data.join("raft")).unwrap();
         chmod(&elsewhere, 0o777);
-        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        let why = claim(&data, Kind::Coordinator).unwrap_err().to_string();
         assert!(why.contains("data/raft is a link to what other users may read or change"), "{why}");
         chmod(&elsewhere, 0o700);
-        claim(&data, CONTENTS).unwrap();
+        claim(&data, Kind::Coordinator).unwrap();
         if nix::unistd::geteuid().is_root() {
             std::os::unix::fs::lchown(data.join("raft"), Some(65_534), None).unwrap();
-            let why = claim(&data, CONTENTS).unwrap_err().to_string();
+            let why = claim(&data, Kind::Coordinator).unwrap_err().to_string();
             assert!(why.contains("data/raft belongs to uid 65534"), "{why}");
         }
     }
@@ -241,10 +315,10 @@ mod tests {
         let (data, nobody) = (dir.path().join("data"), Some(65_534));
         fs::create_dir_all(data.join("raft")).unwrap();
         std::os::unix::fs::chown(data.join("raft"), nobody, nobody).unwrap();
-        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        let why = claim(&data, Kind::Coordinator).unwrap_err().to_string();
         assert!(why.contains("data/raft belongs to uid 65534"), "{why}");
         std::os::unix::fs::chown(&data, nobody, nobody).unwrap();
-        let why = claim(&data, CONTENTS).unwrap_err().to_string();
+        let why = claim(&data, Kind::Coordinator).unwrap_err().to_string();
         assert!(why.contains("data belongs to uid 65534, and this runs as uid 0"), "{why}");
     }
 }

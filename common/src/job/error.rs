@@ -36,6 +36,8 @@ pub enum JobFileError {
     },
     #[error("{place}: `{key}` is not in this version of fleet: {instead}")]
     Later { place: Place, key: String, instead: String },
+    #[error("{place}: `{key}` is a key of other tools: {instead}")]
+    Elsewhere { place: Place, key: String, instead: String },
     /// Fields that are fine alone and not together, or a value that this version cannot train with.
     #[error("{place}: {message}")]
     Refused { place: Place, message: String },

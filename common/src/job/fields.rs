@@ -1,6 +1,7 @@
 //! The names: every setting with all its spellings, those of other tools that belong to later versions, and the flat view of a
 //! job file in which each setting has one name and one value.
 
+use super::elsewhere;
 use super::error::JobFileError;
 use super::suggest::nearest;
 use super::value::{Kind, Place, Value};
@@ -109,7 +110,8 @@ const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
     ("dataset_name", DATASETS), ("dataset_id", DATASETS), ("eval.dataset_id", DATASETS),
     ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
-    ("target_modules", ADAPTERS), ("bias", ADAPTERS), ("task_type", ADAPTERS), ("adapter_path", ADAPTERS),
+    ("target_modules", ADAPTERS), ("adapter", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS),
+    ("load_in_8bit", ADAPTERS), ("load_in_4bit", ADAPTERS), ("bias", ADAPTERS), ("task_type", ADAPTERS), ("adapter_path", ADAPTERS),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
     ("quantization", EXPORT), ("run_health_checks", EXPORT),
     ("tier", TIERS), ("modality", TIERS), ("baseline_run_id", TIERS), ("reference_profile_id", TIERS),
@@ -137,7 +139,8 @@ impl Fields {
         flatten("", table, &mut flat)?;
         for (key, value) in flat {
             // a null of a file for other tools (`baseline_run_id`) switches something off that is not there
-            if matches!(value.kind, Kind::Null) && later(&key).is_some() {
+            let is_others = || later(&key).is_some() || elsewhere::instead(&key).is_some();
+            if matches!(value.kind, Kind::Null) && is_others() {
                 continue;
             }
             let name = known(&key, &value)?;
@@ -305,6 +308,9 @@ fn known(key: &str, value: &Value) -> Result<&'static str, JobFileError> {
     let (place, key) = (value.place.clone(), key.to_owned());
     if let Some(instead) = later(&key) {
         return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
+    }
+    if let Some(instead) = elsewhere::instead(&key) {
+        return Err(JobFileError::Elsewhere { place, key, instead: instead.to_owned() });
     }
     let suggestion = nearest(&key, keys()).map(str::to_owned);
     Err(JobFileError::UnknownKey { place, key, suggestion })

@@ -4,6 +4,7 @@
 //! wrote, which is how it travels and is stored. Its fields are valid together; what depends on the machine or the data (does
 //! the file exist, are there enough slots) is checked where it is known.
 
+mod elsewhere;
 mod error;
 mod fields;
 mod formats;
@@ -178,7 +179,7 @@ pub struct Clean {
 pub struct Optimizer {
     pub learning_rate: f64,
     pub schedule: Schedule,
-    /// Steps of linear rise from 0. `None`: 50, and no more than a tenth of the run.
+    /// Steps of linear rise from 0. `None`: 50, and no more than a tenth of the run, which is none where that has fewer than ten steps.
     pub warmup_steps: Option<u64>,
     /// The cosine ends at this share of `learning_rate`.
     pub min_lr_ratio: f64,
@@ -242,6 +243,19 @@ impl Job {
     /// Reads what `to_json` wrote. Numbers of up to 15 digits come back bit for bit, longer ones to the last bit but one.
     pub fn from_json(text: &str) -> Result<Job, serde_json::Error> {
         serde_json::from_str(text)
+    }
+
+    /// The files and directories that it reads.
+    pub fn inputs(&self) -> Vec<PathBuf> {
+        let model = match &self.model {
+            Model::Pretrained(dir) => Some(dir),
+            Model::New(_) => None,
+        };
+        let tokenizer = match &self.tokenizer {
+            Tokenizer::File(path) => Some(path),
+            Tokenizer::Train { .. } => None,
+        };
+        model.into_iter().chain(tokenizer).chain(&self.data.paths).cloned().collect()
     }
 
     /// `output_dir/checkpoints/run_name`.

@@ -185,6 +185,17 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "job:1: `lora_r` is not in this version of fleet: it trains all weights; adapters (LoRA) come later",
         ),
         (
+            "warmup_ratio = 0.1",
+            "job:1: `warmup_ratio` is a key of other tools: write `warmup_steps`, as a number of steps; left out it is 50, and at most a \
+             tenth of the run",
+        ),
+        (
+            "[data]\nshuffle = true",
+            "job:2: `data.shuffle` is a key of other tools: the data are always shuffled, anew in every epoch, and `seed` says how; take the \
+             key out",
+        ),
+        ("max_length = 512", "job:1: `max_length` is a key of other tools: write `max_seq_len`"),
+        (
             "gist_id = \"abc\"",
             "job:1: `gist_id` is not in this version of fleet: describe a Llama in [model], or give a Hugging Face directory as `model.path`",
         ),

@@ -3,6 +3,7 @@
 //! It carries the CA's fingerprint, so that a joiner knows whom it talks to before it shows the secret. The coordinator keeps only a hash.
 
 use super::peer::{parse_role, role_name};
+use crate::exit;
 use crate::protocol::Role;
 use rand::TryRngCore;
 use rand::rngs::OsRng;
@@ -38,8 +39,24 @@ pub enum TokenError {
     File { path: PathBuf, reason: std::io::Error },
     #[error("give the token once, by --token-file or by --token")]
     Twice,
+    #[error(
+        "a token for a {role} is needed: give --token-file, --token or FLEET_TOKEN; `fleet token create --role {role}` makes one",
+        role = role_name(*.0)
+    )]
+    Missing(Role),
+    #[error("this token is not for a {role}; make one with `fleet token create --role {role}`", role = role_name(*.0))]
+    OtherRole(Role),
     #[error("the operating system gave no random bytes: {0}")]
     NoRandomness(String),
+}
+
+impl TokenError {
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            TokenError::NoRandomness(_) => exit::ENVIRONMENT,
+            _ => exit::REFUSED_INPUT,
+        }
+    }
 }
 
 impl JoinToken {
@@ -54,6 +71,15 @@ impl JoinToken {
     /// What the coordinator keeps of the secret.
     pub fn secret_hash(&self) -> [u8; 32] {
         hash(&self.secret)
+    }
+
+    /// A given token, which must be for `role`. An admin's is a client's too.
+    pub fn expect(given: Option<JoinToken>, role: Role) -> Result<JoinToken, TokenError> {
+        let token = given.ok_or(TokenError::Missing(role))?;
+        if token.role.in_certificate() != role {
+            return Err(TokenError::OtherRole(role));
+        }
+        Ok(token)
     }
 
     /// The token from `--token-file`, else from `--token`, else from the value of `FLEET_TOKEN`; `None` where none was given.
@@ -160,6 +186,20 @@ mod tests {
         assert!("hello".parse::<JoinToken>().is_err());
         assert!(text.replace("worker", "root").parse::<JoinToken>().is_err());
         assert!(text.to_uppercase().parse::<JoinToken>().is_err());
+    }
+
+    #[test]
+    fn a_token_of_another_role_or_none_is_refused_input() {
+        let refused = |given, role| {
+            let error = JoinToken::expect(given, role).unwrap_err();
+            assert_eq!(error.exit_code(), exit::REFUSED_INPUT);
+            error.to_string()
+        };
+        assert!(refused(Some(token()), Role::Coordinator).contains("not for a coordinator"));
+        assert!(refused(Some(token()), Role::Client).contains("`fleet token create --role client`"));
+        assert!(refused(None, Role::Worker).contains("a token for a worker is needed"));
+        let admin = JoinToken::generate(Role::Admin, "ab".repeat(32)).unwrap();
+        assert_eq!(JoinToken::expect(Some(admin.clone()), Role::Client).unwrap(), admin);
     }
 
     #[test]

@@ -120,14 +120,9 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Becomes a replica of the cluster of this token and starts. The directory must be empty.
+    /// Becomes a replica of the cluster of this token, which is a coordinator's, and starts. The directory must be empty.
     pub async fn join(addrs: &[String], token: &JoinToken, options: Options) -> Result<Coordinator> {
         let dir = &options.data_dir;
-        if token.role != Role::Coordinator {
-            bail!(
-                "this token is not for coordinators; make one with `fleet token create --role coordinator`"
-            );
-        }
         let lock = setup::lock_empty(dir)?;
         options.places.or_as_before(dir)?.check()?;
         let name = options.name.clone().unwrap_or_else(|| "coordinator".to_owned());

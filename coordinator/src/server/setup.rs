@@ -32,36 +32,19 @@ use crate::raft::replica::Replica;
 use crate::raft::rocks::RocksDisk;
 use anyhow::{Context, Result, bail};
 use fleet_common::endpoint::Endpoint;
-use fleet_common::files;
+use fleet_common::files::{self, Kind, lock};
 use fleet_common::ids::ReplicaId;
 use fleet_common::net::{ClusterCa, Identity, Joined};
 use fleet_common::protocol::{CoordinatorAddress, Member};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
 
-/// What is in a data directory.
-const CONTENTS: &[&str] = &[
-    "lock",
-    "cluster",
-    "raft",
-    "raft.mark",
-    "restoring",
-    "restoring.json",
-    "identity",
-    "joining.json",
-    "founding.json",
-    "coordinators.json",
-    "client",
-    "tokens",
-    "endpoint.json",
-    "listen.json",
-];
 /// The first replica of a new cluster.
 const FOUNDER: ReplicaId = ReplicaId(1);
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -354,7 +337,7 @@ fn remove_file(path: &Path) -> Result<()> {
 
 /// Makes the directory, or closes to others what an older version left open.
 fn claim(dir: &Path) -> Result<()> {
-    if let Some(was_open) = files::claim(dir, CONTENTS)? {
+    if let Some(was_open) = files::claim(dir, Kind::Coordinator)? {
         warn!("{was_open}; `fleet token ls` and `fleet token revoke` end the tokens");
     }
     Ok(())
@@ -374,7 +357,7 @@ pub fn lock_empty(dir: &Path) -> Result<File> {
 
 /// Takes the lock of a directory in which a backup may be restored: one that is empty, or in which a restore was interrupted.
 pub fn lock_for_restore(dir: &Path) -> Result<File> {
-    files::create_dir(dir)?;
+    claim(dir)?;
     let lock = lock(dir)?;
     restore::finish(dir)?;
     has_no_coordinator(dir)?;
@@ -423,21 +406,6 @@ pub fn load_coordinators(dir: &Path) -> Result<Vec<CoordinatorAddress>> {
 /// What is remembered of the last start, to listen where others look.
 pub fn last_endpoint(dir: &Path) -> Option<Endpoint> {
     Endpoint::load(dir).ok().flatten()
-}
-
-pub fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join("lock");
-    let file = files::private().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another coordinator runs on {}; stop it or choose another --data-dir", dir.display())
-        }
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", path.display()))
-        }
-    }
 }
 
 #[cfg(test)]

@@ -31,14 +31,8 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<u8, Failure> {
     let env = std::env::var("FLEET_TOKEN").ok();
-    let token =
-        JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?
-            .ok_or_else(|| Failure::input("a token is needed: --token-file FILE, FLEET_TOKEN or --token"))?;
-    if token.role.in_certificate() != Role::Client {
-        return Err(Failure::input(
-            "this token is not for clients; make one with `fleet token create --role client`",
-        ));
-    }
+    let given = JoinToken::from_sources(args.token_file.as_deref(), env.as_deref(), args.token.as_deref())?;
+    let token = JoinToken::expect(given, Role::Client)?;
     let host = args.address.rsplit_once(':').map(|(host, _)| host);
     let host =
         host.ok_or_else(|| Failure::input(format!("`{}` is not of the form HOST:PORT", args.address)))?;

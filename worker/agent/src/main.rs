@@ -8,18 +8,16 @@ use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
 use fleet_agent::relay::Streams;
-use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError};
+use fleet_common::files::{self, Kind};
+use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError, TokenError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{arguments, exit, files, home, terminal};
-use nix::fcntl::{Flock, FlockArg};
+use fleet_common::{arguments, exit, home, terminal};
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
-
-/// What is in a data directory.
-const CONTENTS: &[&str] = &["lock", "identity", "coordinators.json", "process.json", "gangs"];
 
 #[derive(Parser)]
 #[command(name = "worker", version, about = "The node agent of a fleet cluster")]
@@ -114,7 +112,7 @@ fn run(join: Join) -> Result<u8, Failure> {
         Some(dir) => dir.clone(),
         None => default_data_dir().map_err(Failure::new(exit::REFUSED_INPUT))?,
     };
-    let _lock = lock(&data_dir).map_err(Failure::new(exit::ENVIRONMENT))?;
+    let _lock = lock(&data_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime").map_err(Failure::new(exit::ENVIRONMENT))?;
     let code = runtime.block_on(async {
@@ -152,7 +150,7 @@ async fn identity(
         let env = std::env::var("FLEET_TOKEN").ok();
         let token =
             JoinToken::from_sources(join.token_file.as_deref(), env.as_deref(), join.token.as_deref());
-        token.map_err(|error| Failure { code: exit::REFUSED_INPUT, error: error.into() })
+        token.map_err(bad_token)
     };
     let token = match kept {
         Some(identity) if !identity.remaining(SystemTime::now()).is_zero() => match token()? {
@@ -175,13 +173,7 @@ async fn identity(
         },
         None => token()?,
     };
-    let refused = |text: &str| Failure { code: exit::REFUSED_INPUT, error: anyhow::anyhow!("{text}") };
-    let token = token.ok_or_else(|| {
-        refused("a join token is needed the first time: give --token-file, --token or FLEET_TOKEN (the coordinator has it in tokens/worker.token)")
-    })?;
-    if token.role != Role::Worker {
-        return Err(refused("this token is not for workers; a worker needs the cluster's worker token"));
-    }
+    let token = JoinToken::expect(token, Role::Worker).map_err(bad_token)?;
     let name = join.name.clone().unwrap_or_else(host_name);
     let joined = net::join(&join.addr, &token, &name).await;
     let joined = joined.map_err(|error| Failure { code: error.exit_code(), error: error.into() })?;
@@ -196,6 +188,10 @@ async fn identity(
     }
     coordinators.learn(joined.coordinators);
     Ok(joined.identity)
+}
+
+fn bad_token(error: TokenError) -> Failure {
+    Failure { code: error.exit_code(), error: error.into() }
 }
 
 /// Refuses to become a node of another cluster where this one's records are. Whether it is another one only its coordinators can say.
@@ -237,18 +233,17 @@ fn bind_to_processes(parent: Option<u32>) -> anyhow::Result<()> {
 }
 
 /// One agent per directory: two would share an identity.
-fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
-    if let Some(was_open) = files::claim(data_dir, CONTENTS)? {
-        tracing::warn!("{was_open}");
-    }
-    let path = data_dir.join("lock");
-    let file = files::private().create(true).truncate(true).write(true).open(&path);
-    let file = file.with_context(|| format!("cannot make {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
-        anyhow::anyhow!(
-            "another worker uses {} ({error}); stop it or give --data-dir another directory",
-            data_dir.display()
-        )
+fn lock(data_dir: &Path) -> Result<File, Failure> {
+    let lock = || {
+        if let Some(was_open) = files::claim(data_dir, Kind::Worker)? {
+            tracing::warn!("{was_open}");
+        }
+        files::lock(data_dir)
+    };
+    lock().map_err(|error: io::Error| {
+        let named_wrongly = error.kind() == io::ErrorKind::InvalidInput;
+        let code = if named_wrongly { exit::REFUSED_INPUT } else { exit::ENVIRONMENT };
+        Failure { code, error: error.into() }
     })
 }
 

@@ -20,15 +20,22 @@ pub fn prepare(
     let no_data = |error: DataError| agent_error(error.fault(), node, error.to_string());
     let tell = |note: Note| progress(note.level, note.line);
     let resume = resume(job, progress).map_err(failed)?;
-    let files = DataFiles::find(job, &tell).map_err(no_data)?;
+    let mut job = job.clone();
+    let reads = job.inputs();
+    if let Some(checkpoint) = &resume {
+        let notes = fleet_checkpoint::take_what_is_gone(&mut job, checkpoint);
+        notes.into_iter().for_each(|note| progress(Level::Warn, note));
+    }
+    let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {
         dir: &job.checkpoint_dir(),
         run: &run,
         resumed: resume.as_deref(),
         overwrite: job.checkpoint.overwrite,
+        reads: &reads,
     };
     drop(RunDir::claim(&claim).map_err(failed)?); // rank 0 takes it again, and keeps it: here it was to be known before the data are read
-    let (cache, stats) = TokenCache::build_or_open(job, &files, &tell).map_err(no_data)?;
+    let (cache, stats) = TokenCache::build_or_open(&job, &files, &tell).map_err(no_data)?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
 }
 

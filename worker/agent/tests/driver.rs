@@ -374,7 +374,7 @@ async fn wrong_use_is_one_line_and_an_exit_code() {
     };
     let (code, stderr) = join(None).await;
     assert_eq!(code, Some(2));
-    assert!(stderr.contains("a join token is needed"), "{stderr}");
+    assert!(stderr.contains("a token for a worker is needed"), "{stderr}");
     let (code, stderr) = join(Some("rubbish")).await;
     assert_eq!(code, Some(2));
     assert!(stderr.contains("--token"), "{stderr}");

@@ -44,21 +44,35 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// Old checkpoints that should go do not. All that is saved stays.
+    #[error("cannot remove {path}: {source}")]
+    Rotation {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// Another process holds the directory's lock.
     #[error(
         "another job is writing its checkpoints to {0}; wait for its end, or give this one another run_name"
     )]
     Busy(PathBuf),
     /// A run that would begin where another one's checkpoints lie.
+    #[error("{dir} holds checkpoints of another run ({count}, the newest {newest}{}", ways_out(*is_whole))]
+    Occupied { dir: PathBuf, count: usize, newest: String, is_whole: bool },
+    /// What lies where this run may have to write a checkpoint, and is none.
     #[error(
-        "{dir} holds checkpoints of another run ({count}, the newest {newest}): set resume_from_checkpoint = \"latest\" to continue \
-         it, another run_name to leave it as it is, or overwrite = true to replace it"
+        "{0} is not a checkpoint that fleet wrote, and this run may write one there; move it away, or set another run_name"
     )]
-    Occupied { dir: PathBuf, count: usize, newest: String },
+    InTheWay(PathBuf),
+    /// What the job reads would be removed while it runs.
+    #[error(
+        "the job reads {path}, which overwrite = true would remove with {checkpoint}; set another run_name"
+    )]
+    InUse { path: PathBuf, checkpoint: PathBuf },
     /// `latest` found checkpoints, and all are damaged.
     #[error(
-        "none of the checkpoints in {dir} ({count}) is whole; the newest: {newest}; or begin anew, with another run_name or with \
-         overwrite = true"
+        "none of the checkpoints in {dir} ({count}) is whole ({}): begin anew, with another run_name or with \
+         overwrite = true", newest.what()
     )]
     NoneWhole { dir: PathBuf, count: usize, newest: Box<CheckpointError> },
     /// A good checkpoint of another run.
@@ -72,8 +86,24 @@ impl CheckpointError {
         match self {
             CheckpointError::Write { .. }
             | CheckpointError::Unwritable { .. }
+            | CheckpointError::Rotation { .. }
             | CheckpointError::Read { .. } => Fault::Environment,
             _ => Fault::Input,
+        }
+    }
+
+    /// Whether there was no room for a checkpoint.
+    pub fn is_full_disk(&self) -> bool {
+        matches!(self, CheckpointError::Write { source, .. } if is_full_disk(source))
+    }
+
+    /// What is wrong with which, without what to do about it.
+    fn what(&self) -> String {
+        match self {
+            CheckpointError::Damaged { path, what } | CheckpointError::Foreign { path, what } => {
+                format!("{}: {what}", path.file_name().unwrap_or_default().display())
+            }
+            other => other.to_string(),
         }
     }
 
@@ -90,11 +120,22 @@ impl CheckpointError {
     }
 }
 
+fn is_full_disk(source: &io::Error) -> bool {
+    matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 fn full_disk_hint(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; make room or lower save_total_limit, the next save will try again"
+    if is_full_disk(source) { "; make room" } else { "" }
+}
+
+fn ways_out(is_whole: bool) -> &'static str {
+    match is_whole {
+        true => {
+            "): set resume_from_checkpoint = \"latest\" to continue it, another run_name to leave it as it is, or overwrite = true to \
+             replace it"
         }
-        _ => "",
+        false => {
+            "), none of them whole: set another run_name to leave them as they are, or overwrite = true to replace them"
+        }
     }
 }

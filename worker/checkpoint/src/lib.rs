@@ -17,6 +17,7 @@
 mod error;
 mod flat;
 mod manifest;
+mod resume;
 mod run_dir;
 mod search;
 mod state;
@@ -26,6 +27,7 @@ mod writer;
 pub use error::CheckpointError;
 pub use flat::ModelDir;
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
+pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};

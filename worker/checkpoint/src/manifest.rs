@@ -52,6 +52,13 @@ impl Manifest {
         self.files.values().fold(0u64, |sum, f| sum.saturating_add(f.bytes))
     }
 
+    /// Whether `dir` has all the files, of the lengths that they should have.
+    pub(crate) fn fits(&self, dir: &Path) -> bool {
+        let has =
+            |name: &String| std::fs::symlink_metadata(dir.join(name)).ok().filter(|found| found.is_file());
+        self.files.iter().all(|(name, file)| has(name).is_some_and(|found| found.len() == file.bytes))
+    }
+
     pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, String> {
         let manifest: Manifest =
             serde_json::from_slice(bytes).map_err(|e| format!("{MANIFEST_FILE} cannot be read: {e}"))?;
@@ -159,12 +166,13 @@ fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
 
 /// Says what a directory without a manifest seems to be.
 fn no_manifest(dir: &Path) -> CheckpointError {
-    if let Some(step) = crate::search::step_dirs(dir).ok().and_then(|dirs| dirs.into_iter().next_back()) {
-        let name = step.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        return CheckpointError::foreign(
-            dir,
-            format!("it holds checkpoints; name one of them, such as {name}, or \"latest\""),
-        );
+    let steps = crate::search::by_age(dir).unwrap_or_default();
+    if let Some(newest) = steps.iter().rev().find(|found| found.seems_whole()) {
+        let what = format!("it holds checkpoints; name one of them, such as {}", newest.name());
+        return CheckpointError::foreign(dir, what);
+    }
+    if !steps.is_empty() {
+        return CheckpointError::foreign(dir, "it holds checkpoints, and none of them is whole");
     }
     let weights = [MODEL_FILE, "model.safetensors.index.json", "pytorch_model.bin"];
     if let Some(name) = weights.iter().find(|name| dir.join(name).exists()) {

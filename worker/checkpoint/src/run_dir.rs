@@ -1,10 +1,13 @@
 //! The directory of a run: one process writes there at a time, and what another run left there is not touched unasked.
 
-use crate::CheckpointError;
 use crate::search::{self, Found};
 use crate::writer::{TEMPORARY, create_dir_durably, sync_dir};
+use crate::{CheckpointError, verify};
+use nix::fcntl::OFlag;
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,6 +32,8 @@ pub struct Claim<'a> {
     pub resumed: Option<&'a Path>,
     /// What other runs left in `dir` may go.
     pub overwrite: bool,
+    /// What the job reads, which may not go.
+    pub reads: &'a [PathBuf],
 }
 
 /// A directory of checkpoints that this process writes to until it drops this. Others are kept out by a lock, where the file system
@@ -40,6 +45,10 @@ pub struct RunDir {
     overwrite: bool,
     /// What was made for it, the deepest first; it goes again if nothing is ever written there.
     made: Vec<PathBuf>,
+    /// The newest serial that was there before; what is newer was written, and hashed, by this process.
+    before: u64,
+    /// Older ones whose files were read: whether they are whole.
+    read: BTreeMap<PathBuf, bool>,
     _lock: File,
 }
 
@@ -47,7 +56,10 @@ impl RunDir {
     /// Takes the directory, after a look whether anything can be written there. Refused where another process writes, and where
     /// checkpoints of another run lie that this one neither continues nor may overwrite. Waits up to two seconds for the lock.
     pub fn claim(claim: &Claim) -> Result<RunDir, CheckpointError> {
-        let unwritable = |source| CheckpointError::Unwritable { path: claim.dir.to_owned(), source };
+        let unwritable = |source| {
+            let source = obstacle(claim.dir).map_or(source, io::Error::other);
+            CheckpointError::Unwritable { path: claim.dir.to_owned(), source }
+        };
         let Some((lock, made)) = lock(claim.dir).map_err(unwritable)? else {
             return Err(CheckpointError::Busy(claim.dir.to_owned()));
         };
@@ -56,23 +68,38 @@ impl RunDir {
             run: claim.run.to_owned(),
             overwrite: claim.overwrite,
             made,
+            before: 0,
+            read: BTreeMap::new(),
             _lock: lock,
         };
         probe(claim.dir).map_err(unwritable)?;
-        let found = search::by_age(claim.dir).map_err(|e| CheckpointError::read(claim.dir, e))?;
+        let unreadable = |e| CheckpointError::read(claim.dir, e);
+        let found = search::by_age(claim.dir).map_err(unreadable)?;
+        claimed.before = found.iter().map(|found| found.serial).max().unwrap_or(0);
         let continued = claim.resumed.and_then(|path| found.iter().find(|found| same_dir(&found.path, path)));
-        match continued.and_then(|found| found.run.as_deref()) {
-            Some(run) => run.clone_into(&mut claimed.run),
-            None => {
-                let others = || found.iter().filter(|found| found.run.as_deref() != Some(claim.run));
-                if let (Some(newest), false) = (others().next_back(), claim.overwrite) {
-                    return Err(CheckpointError::Occupied {
-                        dir: claim.dir.to_owned(),
-                        count: others().count(),
-                        newest: newest.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                    });
-                }
-            }
+        let mut step = None;
+        if let Some((continued, manifest)) =
+            continued.and_then(|found| Some((found, found.manifest.as_ref()?)))
+        {
+            manifest.run.clone_into(&mut claimed.run);
+            claimed.read.insert(continued.path.clone(), true); // who continues it has verified it
+            step = Some(manifest.step);
+        }
+        let others: Vec<&Found> =
+            found.iter().filter(|found| found.is_fleets() && !claimed.owns(found)).collect();
+        if let (Some(newest), None, false) = (others.last(), step, claim.overwrite) {
+            return Err(CheckpointError::Occupied {
+                dir: claim.dir.to_owned(),
+                count: others.len(),
+                newest: newest.name(),
+                is_whole: others.iter().any(|found| found.seems_whole()),
+            });
+        }
+        if let Some(path) = search::in_the_way(claim.dir, step).map_err(unreadable)? {
+            return Err(CheckpointError::InTheWay(path));
+        }
+        if claim.overwrite {
+            others.iter().try_for_each(|found| is_unused(&found.path, claim.reads))?;
         }
         Ok(claimed)
     }
@@ -94,53 +121,81 @@ impl RunDir {
         Some(blocks.saturating_mul(size))
     }
 
-    /// Removes the oldest checkpoints of this run so that `keep` remain, counting up to and including the one of `committed`, which is
-    /// known to be good and is never removed; newer ones are not touched, nor those of other runs unless they may be overwritten: then
-    /// all of them go. Returns what was removed.
-    pub fn rotate(&self, keep: u32, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
-        let fail =
-            |path: &Path, source| CheckpointError::Write { step: committed, path: path.to_owned(), source };
-        let mut older = search::by_age(&self.dir).map_err(|e| fail(&self.dir, e))?;
-        let good = crate::step_dir(&self.dir, committed);
-        let Some(last) = older.iter().position(|found| found.path == good && self.owns(found)) else {
-            return Ok(Vec::new()); // not written here: nothing is known to be good, so nothing is removed
-        };
-        older.truncate(last);
-        let own = older.iter().filter(|found| self.owns(found)).count();
-        let mut excess = own.saturating_sub(keep.max(1) as usize - 1);
-        let mut doomed = Vec::new();
-        for found in older {
-            if self.owns(&found) {
-                if excess > 0 {
-                    excess -= 1;
-                    doomed.push(found.path);
-                }
-            } else if self.overwrite {
+    /// Removes the oldest checkpoints of this run so that `keep` whole ones remain, counting up to and including the one of `committed`,
+    /// which is known to be good and is never removed; newer ones are not touched, nor those of other runs unless they may be overwritten:
+    /// then all of them go. Returns what was removed.
+    pub fn rotate(&mut self, keep: u32, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+        let (mut whole, mut doomed) = (1, Vec::new());
+        for found in self.older(committed)?.into_iter().rev() {
+            if !self.owns(&found) {
+                doomed.extend((self.overwrite && found.is_fleets()).then_some(found.path));
+            } else if whole >= keep {
+                doomed.push(found.path);
+            } else if self.is_whole(&found) {
+                whole += 1;
+            }
+        }
+        doomed.reverse();
+        self.remove(doomed)
+    }
+
+    /// Removes the oldest checkpoints of this run, older than the one of `committed`, until `bytes` are free that were not. Returns what was
+    /// removed.
+    pub fn make_room(&mut self, bytes: u64, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+        let (mut freed, mut doomed) = (0, Vec::new());
+        for found in self.older(committed)?.into_iter().filter(|found| self.owns(found)) {
+            if freed < bytes {
+                freed += found.manifest.as_ref().filter(|_| found.seems_whole()).map_or(0, |m| m.bytes());
                 doomed.push(found.path);
             }
         }
-        for dir in &doomed {
-            let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        self.remove(doomed)
+    }
+
+    /// Oldest first. None where the one of `committed` was not written here: then nothing is known to be good, and nothing may be removed.
+    fn older(&self, committed: u64) -> Result<Vec<Found>, CheckpointError> {
+        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), source };
+        let mut found = search::by_age(&self.dir).map_err(failed)?;
+        let good = crate::step_dir(&self.dir, committed);
+        let is_good = |found: &Found| found.path == good && self.owns(found) && found.seems_whole();
+        found.truncate(found.iter().position(is_good).unwrap_or(0));
+        Ok(found)
+    }
+
+    fn is_whole(&mut self, found: &Found) -> bool {
+        let was_read = || verify(&found.path).is_ok();
+        found.seems_whole()
+            && (found.serial > self.before || *self.read.entry(found.path.clone()).or_insert_with(was_read))
+    }
+
+    /// As many as can be. Returns what was removed.
+    fn remove(&self, doomed: Vec<PathBuf>) -> Result<Vec<PathBuf>, CheckpointError> {
+        let (mut removed, mut failed) = (Vec::new(), None);
+        for path in doomed {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
             let hidden = self.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
-            fs::rename(dir, &hidden).map_err(|e| fail(dir, e))?; // at no moment is half a checkpoint called one
-            fs::remove_dir_all(&hidden).map_err(|e| fail(&hidden, e))?;
+            // At no moment is half a checkpoint called one.
+            match fs::rename(&path, &hidden).and_then(|()| fs::remove_dir_all(&hidden)) {
+                Ok(()) => removed.push(path),
+                Err(source) => failed = failed.or(Some(CheckpointError::Rotation { path, source })),
+            }
         }
-        if !doomed.is_empty() {
-            sync_dir(&self.dir).map_err(|e| fail(&self.dir, e))?;
+        if !removed.is_empty() {
+            let path = || self.dir.clone();
+            sync_dir(&self.dir).map_err(|source| CheckpointError::Rotation { path: path(), source })?;
         }
-        Ok(doomed)
+        failed.map_or(Ok(removed), Err)
     }
 
     /// Whether a checkpoint of this run may take the place of what lies at `target`: one of its own, or one that was passed over as
     /// damaged when the run was continued from an older one.
     pub(crate) fn may_replace(&self, target: &Path) -> bool {
         let found = Found::at(target.to_owned());
-        let is_free = !target.exists();
-        is_free || target.is_dir() && (self.overwrite || found.run.is_none() || self.owns(&found))
+        search::is_replaceable(target) && (self.overwrite || found.manifest.is_none() || self.owns(&found))
     }
 
     fn owns(&self, found: &Found) -> bool {
-        found.run.as_deref() == Some(self.run.as_str())
+        found.run() == Some(self.run.as_str())
     }
 }
 
@@ -161,7 +216,11 @@ fn lock(dir: &Path) -> io::Result<Option<(File, Vec<PathBuf>)>> {
     loop {
         let open = || {
             let new = create_dir_durably(dir)?;
-            Ok((File::options().write(true).create(true).truncate(false).open(&path)?, new))
+            // Whatever lies there under that name is not followed or waited for.
+            let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+            let file =
+                File::options().write(true).create(true).truncate(false).custom_flags(flags).open(&path);
+            Ok((file?, new))
         };
         let file = match open() {
             Ok((file, new)) => {
@@ -192,7 +251,7 @@ fn lock(dir: &Path) -> io::Result<Option<(File, Vec<PathBuf>)>> {
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
     let opened = file.metadata()?;
-    match fs::metadata(path) {
+    match fs::symlink_metadata(path) {
         Ok(there) => Ok((there.dev(), there.ino()) == (opened.dev(), opened.ino())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
@@ -202,15 +261,50 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 /// Makes a directory with a file in it, as a checkpoint is, and removes both.
 fn probe(dir: &Path) -> io::Result<()> {
     let temporary = dir.join(format!("{TEMPORARY}probe-{}", std::process::id()));
-    fs::create_dir(&temporary).or_else(|e| match e.kind() {
-        io::ErrorKind::AlreadyExists => Ok(()), // of a dead process that had this one's number
-        _ => Err(e),
-    })?;
-    let written = File::create(temporary.join("probe")).and_then(|mut file| {
+    let _ = search::remove(&temporary); // of a dead process that had this one's number
+    fs::create_dir(&temporary)?;
+    let written = File::create_new(temporary.join("probe")).and_then(|mut file| {
         file.write_all(&[0; PROBE_BYTES])?;
         file.sync_all()
     });
     fs::remove_dir_all(&temporary).and(written)
+}
+
+/// What is where a directory should be, the topmost of those that lead to `dir`, or in the place of its lock.
+fn obstacle(dir: &Path) -> Option<String> {
+    let wrong = |path: &Path| {
+        let there = fs::symlink_metadata(path).ok()?;
+        match fs::metadata(path) {
+            Ok(found) if found.is_dir() => None,
+            Ok(_) => Some(format!("{} is not a directory", path.display())),
+            Err(_) if there.is_symlink() => {
+                let target = fs::read_link(path).unwrap_or_default();
+                Some(format!("{} is a link to {}, which is not there", path.display(), target.display()))
+            }
+            Err(_) => None,
+        }
+    };
+    let above: Vec<&Path> = dir.ancestors().filter(|path| !path.as_os_str().is_empty()).collect();
+    let lock = dir.join(LOCK);
+    above.into_iter().rev().find_map(wrong).or_else(|| {
+        let there = fs::symlink_metadata(&lock).ok()?;
+        (!there.is_file()).then(|| format!("{} is not a file that fleet made; remove it", lock.display()))
+    })
+}
+
+/// Refuses where the job reads something of this checkpoint, or all that is in a folder which holds it.
+fn is_unused(checkpoint: &Path, reads: &[PathBuf]) -> Result<(), CheckpointError> {
+    let Ok(doomed) = fs::canonicalize(checkpoint) else { return Ok(()) };
+    let reads_it = |path: &Path| {
+        // The files of a model may be links.
+        let within = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut real = within.chain([path.to_owned()]).filter_map(|path| fs::canonicalize(path).ok());
+        real.any(|path| path.starts_with(&doomed))
+    };
+    match reads.iter().find(|path| reads_it(path)) {
+        Some(path) => Err(CheckpointError::InUse { path: path.clone(), checkpoint: checkpoint.to_owned() }),
+        None => Ok(()),
+    }
 }
 
 fn same_dir(a: &Path, b: &Path) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::manifest::Manifest;
 use crate::writer::TEMPORARY;
-use crate::{CheckpointError, verify};
+use crate::{CheckpointError, MANIFEST_FILE, verify};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,8 +30,8 @@ pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
     Ok(Search { newest: None, passed_over })
 }
 
-/// The directories `step-*`, by step. Empty where `dir` does not exist.
-pub(crate) fn step_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
+/// What is called `step-*`, by step. Empty where `dir` does not exist.
+fn steps(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
@@ -41,14 +41,31 @@ pub(crate) fn step_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
         let entry = entry?;
         let name = entry.file_name();
         let step = name.to_str().and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse::<u64>().ok());
-        if let Some(step) = step
-            && entry.path().is_dir()
-        {
-            found.push((step, entry.path()));
-        }
+        found.extend(step.map(|step| (step, entry.path())));
     }
     found.sort();
-    Ok(found.into_iter().map(|(_, path)| path).collect())
+    Ok(found)
+}
+
+/// What is called as a checkpoint of a step after `step` and holds what fleet did not write: a file, a link, a directory without a manifest.
+pub(crate) fn in_the_way(dir: &Path, after: Option<u64>) -> io::Result<Option<PathBuf>> {
+    let later = steps(dir)?.into_iter().filter(|(step, _)| after.is_none_or(|after| *step > after));
+    Ok(later.map(|(_, path)| path).find(|path| !is_replaceable(path)))
+}
+
+/// Whether nothing but a checkpoint of fleet's would be lost with what is at `path`. Links are not followed.
+pub(crate) fn is_replaceable(path: &Path) -> bool {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => {
+            has_manifest(path) || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+        }
+        Ok(_) => false,
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+fn has_manifest(dir: &Path) -> bool {
+    fs::symlink_metadata(dir.join(MANIFEST_FILE)).is_ok_and(|found| found.is_file())
 }
 
 /// The serial of the newest checkpoint, 0 where there is none.
@@ -66,8 +83,7 @@ pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
         let writer = name.rsplit('-').next().and_then(|pid| pid.parse::<i32>().ok());
         if name.starts_with(TEMPORARY) && !writer.is_some_and(is_another_live_process) {
             let path = entry.path();
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            if let Err(e) = removed {
+            if let Err(e) = remove(&path) {
                 tracing::warn!(
                     "cannot remove {}, which an unfinished checkpoint has left: {e}",
                     path.display()
@@ -78,38 +94,62 @@ pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// A directory with all in it, or a file or a link itself.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    let is_dir = fs::symlink_metadata(path)?.is_dir();
+    if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+}
+
 fn is_another_live_process(pid: i32) -> bool {
     let found = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
     pid > 0 && pid != std::process::id() as i32 && found != Err(nix::errno::Errno::ESRCH)
 }
 
-/// A directory `step-*` and what its manifest says of its age and of who wrote it.
+/// A directory `step-*` and what its manifest says.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub path: PathBuf,
     pub serial: u64,
-    /// `None` where the manifest cannot be read.
-    pub run: Option<String>,
+    /// `None` where it cannot be read.
+    pub manifest: Option<Manifest>,
 }
 
 impl Found {
     pub fn at(path: PathBuf) -> Found {
-        match Manifest::read(&path) {
-            Ok(manifest) => {
-                Found { path, serial: manifest.serial.min(u64::MAX - 1), run: Some(manifest.run) }
-            }
-            Err(_) => Found { path, serial: 0, run: None },
-        }
+        let manifest = Manifest::read(&path).ok();
+        let serial = manifest.as_ref().map_or(0, |manifest| manifest.serial.min(u64::MAX - 1));
+        Found { path, serial, manifest }
+    }
+
+    /// Who wrote it; `None` where that cannot be told.
+    pub fn run(&self) -> Option<&str> {
+        self.manifest.as_ref().map(|manifest| manifest.run.as_str())
+    }
+
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Whether fleet wrote it, whole or not.
+    pub fn is_fleets(&self) -> bool {
+        self.manifest.is_some() || has_manifest(&self.path)
+    }
+
+    /// As far as lengths tell.
+    pub fn seems_whole(&self) -> bool {
+        self.manifest.as_ref().is_some_and(|manifest| manifest.fits(&self.path))
     }
 }
 
-/// Oldest first. One whose manifest cannot be read has no serial: it takes the place that its step gives it.
+/// The directories `step-*`, oldest first, without those that links lead to. One whose manifest cannot be read has no serial: it takes the
+/// place that its step gives it.
 pub(crate) fn by_age(dir: &Path) -> io::Result<Vec<Found>> {
     let mut newest_so_far = 0;
     let mut all: Vec<Found> = Vec::new();
-    for path in step_dirs(dir)? {
+    let is_dir = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    for (_, path) in steps(dir)?.into_iter().filter(|(_, path)| is_dir(path)) {
         let mut found = Found::at(path);
-        if found.run.is_none() {
+        if found.manifest.is_none() {
             found.serial = newest_so_far;
         }
         newest_so_far = newest_so_far.max(found.serial);

@@ -93,7 +93,10 @@ impl<'a> Writer<'a> {
         let manifest_sha256 = self.write_file(MANIFEST_FILE, &[&bytes])?.sha256;
         let target = step_dir(self.dir.path(), self.step);
         if !self.dir.may_replace(&target) {
-            let taken = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a checkpoint of this run");
+            let taken = io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "it is not a checkpoint of this run; move it away",
+            );
             return Err(self.failed(&target, taken));
         }
         sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn claim(dir: &Path) -> RunDir {
-    RunDir::claim(&Claim { dir, run: "run", resumed: None, overwrite: false }).unwrap()
+    RunDir::claim(&Claim { dir, run: "run", resumed: None, overwrite: false, reads: &[] }).unwrap()
 }
 
 fn save(dir: &Path, step: u64) -> CheckpointRecord {
@@ -205,6 +205,7 @@ fn child_saves_to_a_full_disk() {
     let error = writer.write_safetensors(MODEL_FILE, &[tensor]).unwrap_err();
     drop(writer);
     drop(claimed);
+    assert!(error.is_full_disk());
     println!("FOUND {error}");
     assert_eq!(names(&dir), ["step-00000001"]);
     assert_eq!(latest(&dir).unwrap().newest.unwrap().0, PathBuf::from(small.path));

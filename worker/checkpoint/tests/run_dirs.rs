@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
 
-use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, Manifest, RunDir, Writer, step_dir};
+use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, Manifest, RunDir, Writer, latest, step_dir};
 use fleet_common::exit::Fault;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 fn claim<'a>(dir: &'a Path, run: &'a str) -> Claim<'a> {
-    Claim { dir, run, resumed: None, overwrite: false }
+    Claim { dir, run, resumed: None, overwrite: false, reads: &[] }
 }
 
 fn save(dir: &RunDir, step: u64) -> PathBuf {
@@ -35,7 +36,7 @@ fn pairs(expected: &[(u64, &str)]) -> Vec<(u64, String)> {
 #[test]
 fn rotation_keeps_the_newest_and_never_touches_what_is_not_committed() {
     let dir = tempfile::tempdir().unwrap();
-    let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     (1..=5).for_each(|step| drop(save(&run, step)));
     let removed = run.rotate(2, 4).unwrap();
     assert_eq!(removed, [step_dir(dir.path(), 1), step_dir(dir.path(), 2)]);
@@ -68,7 +69,7 @@ fn a_run_does_not_begin_where_anothers_checkpoints_lie() {
 #[test]
 fn a_run_whose_manifests_cannot_be_read_is_another_one() {
     let dir = tempfile::tempdir().unwrap();
-    let first = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    let mut first = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     let path = save(&first, 10);
     save(&first, 20);
     fs::write(path.join(MANIFEST_FILE), "{").unwrap();
@@ -91,7 +92,7 @@ fn who_continues_a_run_goes_on_under_its_name_and_rotates_what_it_left() {
         dir.path().parent().unwrap().join(format!("{}-link", dir.path().file_name().unwrap().display()));
     std::os::unix::fs::symlink(dir.path(), &link).unwrap();
     let through = link.join(from.file_name().unwrap());
-    let second = RunDir::claim(&Claim { resumed: Some(&through), ..claim(dir.path(), "b") }).unwrap();
+    let mut second = RunDir::claim(&Claim { resumed: Some(&through), ..claim(dir.path(), "b") }).unwrap();
     fs::remove_file(link).unwrap();
     assert_eq!(second.run(), "a");
     save(&second, 30);
@@ -119,7 +120,7 @@ fn what_may_be_overwritten_goes_with_the_first_recorded_checkpoint_and_not_befor
     save(&old, 10);
     save(&old, 20);
     drop(old);
-    let new = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "new") }).unwrap();
+    let mut new = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "new") }).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(10, "old"), (20, "old")]));
     save(&new, 10);
     assert_eq!(steps(dir.path()), pairs(&[(10, "new"), (20, "old")]), "the same step is replaced");
@@ -178,7 +179,7 @@ fn of_many_that_want_a_directory_one_has_it_at_a_time() {
 fn a_checkpoint_of_another_run_that_appeared_meanwhile_is_not_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     let other = save(&RunDir::claim(&claim(elsewhere.path(), "b")).unwrap(), 5);
     fs::rename(other, step_dir(dir.path(), 5)).unwrap();
     let mut writer = Writer::begin(&run, 5).unwrap();
@@ -204,6 +205,156 @@ fn leftovers_that_stay_and_files_in_the_way_cost_no_other_checkpoint() {
     assert_eq!(fs::read(step_dir(dir.path(), 2)).unwrap(), b"a file where a checkpoint will be");
     save(&run, 3);
     assert_eq!(steps(dir.path()), pairs(&[(1, "a"), (3, "a")]));
+}
+
+#[test]
+fn only_whole_checkpoints_count_and_a_damaged_one_goes_where_a_whole_one_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    let cut = |step| fs::write(step_dir(dir.path(), step).join("config.json"), "").unwrap();
+    (1..=5).for_each(|step| drop(save(&run, step)));
+    cut(4);
+    run.rotate(2, 5).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(3, "a"), (4, "a"), (5, "a")]));
+    drop(run);
+    // What an earlier process left is read: a byte may have changed.
+    fs::write(step_dir(dir.path(), 3).join("config.json"), "b").unwrap();
+    let from = step_dir(dir.path(), 5);
+    let mut run = RunDir::claim(&Claim { resumed: Some(&from), ..claim(dir.path(), "a") }).unwrap();
+    save(&run, 6);
+    assert_eq!(run.rotate(3, 6).unwrap(), [] as [PathBuf; 0]);
+    assert_eq!(run.rotate(2, 6).unwrap(), [step_dir(dir.path(), 3), step_dir(dir.path(), 4)]);
+    save(&run, 7);
+    fs::remove_file(step_dir(dir.path(), 7).join("config.json")).unwrap();
+    assert!(run.rotate(1, 7).unwrap().is_empty(), "what is recorded and not whole protects nothing");
+}
+
+#[test]
+fn room_is_made_from_the_oldest_on_and_one_whole_checkpoint_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    (1..=5).for_each(|step| drop(save(&run, step)));
+    assert_eq!(run.make_room(1, 4).unwrap(), [step_dir(dir.path(), 1)]);
+    assert_eq!(run.make_room(u64::MAX, 4).unwrap(), [step_dir(dir.path(), 2), step_dir(dir.path(), 3)]);
+    assert!(run.make_room(1, 4).unwrap().is_empty());
+    assert!(run.make_room(1, 99).unwrap().is_empty(), "nothing is known to be good");
+    assert_eq!(steps(dir.path()), pairs(&[(4, "a"), (5, "a")]));
+}
+
+#[test]
+fn a_link_is_no_checkpoint_and_no_lock() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    save(&RunDir::claim(&claim(elsewhere.path(), "a")).unwrap(), 2);
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    symlink(step_dir(elsewhere.path(), 2), step_dir(dir.path(), 2)).unwrap();
+    (3..=5).for_each(|step| drop(save(&run, step)));
+    run.rotate(2, 5).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(2, "a"), (4, "a"), (5, "a")]));
+    assert_eq!(steps(elsewhere.path()), pairs(&[(2, "a")]));
+    let mut writer = Writer::begin(&run, 2).unwrap();
+    writer.write_bytes("config.json", b"{}").unwrap();
+    assert!(writer.finish(1.0).unwrap_err().to_string().contains("step-00000002"));
+    drop(run);
+    for step in [4, 5] {
+        fs::remove_dir_all(step_dir(dir.path(), step)).unwrap();
+    }
+    assert!(latest(dir.path()).unwrap().newest.is_none());
+    let line = RunDir::claim(&claim(dir.path(), "a")).unwrap_err().to_string();
+    assert!(line.contains("step-00000002 is not a checkpoint that fleet wrote"), "{line}");
+    fs::remove_file(step_dir(dir.path(), 2)).unwrap();
+
+    let target = elsewhere.path().join("precious");
+    symlink(&target, dir.path().join(".lock")).unwrap();
+    let line = RunDir::claim(&claim(dir.path(), "a")).unwrap_err().to_string();
+    assert!(line.contains(".lock is not a file that fleet made; remove it"), "{line}");
+    assert!(!target.exists());
+}
+
+#[test]
+fn what_fleet_did_not_write_is_in_the_way_and_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "a") }).unwrap();
+    let notes = step_dir(dir.path(), 1).join("notes.txt");
+    fs::create_dir(notes.parent().unwrap()).unwrap();
+    fs::write(&notes, "mine").unwrap();
+    fs::create_dir(step_dir(dir.path(), 2)).unwrap();
+    save(&run, 2);
+    run.rotate(1, 2).unwrap();
+    let mut writer = Writer::begin(&run, 1).unwrap();
+    writer.write_bytes("config.json", b"{}").unwrap();
+    assert!(writer.finish(1.0).unwrap_err().to_string().contains("move it away"));
+    assert_eq!(fs::read(&notes).unwrap(), b"mine");
+    drop(run);
+    let refused = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "b") }).unwrap_err();
+    assert_eq!(refused.fault(), Fault::Input);
+    assert!(refused.to_string().contains("step-00000001 is not a checkpoint that fleet wrote"), "{refused}");
+    // A run that has passed it does not come there again.
+    let from = step_dir(dir.path(), 2);
+    RunDir::claim(&Claim { resumed: Some(&from), ..claim(dir.path(), "b") }).unwrap();
+}
+
+#[test]
+fn a_model_that_the_job_reads_is_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = save(&RunDir::claim(&claim(dir.path(), "a")).unwrap(), 10);
+    let linked = tempfile::tempdir().unwrap();
+    symlink(model.join("config.json"), linked.path().join("config.json")).unwrap();
+    let overwrite = |reads: &[PathBuf]| {
+        RunDir::claim(&Claim { overwrite: true, reads, ..claim(dir.path(), "b") }).map(drop)
+    };
+    for reads in [model.clone(), model.join("config.json"), linked.path().to_owned()] {
+        let refused = overwrite(std::slice::from_ref(&reads)).unwrap_err();
+        let line = refused.to_string();
+        assert_eq!(refused.fault(), Fault::Input);
+        assert!(
+            line.contains(&format!("the job reads {}", reads.display())) && line.contains("run_name"),
+            "{line}"
+        );
+    }
+    overwrite(&[PathBuf::from("/nowhere"), dir.path().join("other")]).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(10, "a")]));
+}
+
+#[test]
+fn latest_is_advised_only_where_something_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(&RunDir::claim(&claim(dir.path(), "a")).unwrap(), 10);
+    fs::remove_file(path.join("config.json")).unwrap();
+    let line = RunDir::claim(&claim(dir.path(), "b")).unwrap_err().to_string();
+    assert!(line.contains("none of them whole") && !line.contains("latest"), "{line}");
+    let line = fleet_checkpoint::verify(dir.path()).unwrap_err().to_string();
+    assert!(line.contains("none of them is whole") && !line.contains("latest"), "{line}");
+}
+
+#[test]
+fn a_rotation_that_fails_says_that_and_does_what_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    (1..=3).for_each(|step| drop(save(&run, step)));
+    let taken = dir.path().join(format!(".tmp-removed-step-00000001-{}", std::process::id()));
+    fs::create_dir_all(taken.join("full")).unwrap();
+    let error = run.rotate(1, 3).unwrap_err();
+    assert_eq!(error.fault(), Fault::Environment);
+    let line = error.to_string();
+    assert!(line.starts_with("cannot remove ") && line.contains("step-00000001: "), "{line}");
+    assert_eq!(steps(dir.path()), pairs(&[(1, "a"), (3, "a")]));
+}
+
+#[test]
+fn what_is_in_the_way_to_a_directory_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    symlink("/nowhere/at/all", dir.path().join("dangling")).unwrap();
+    fs::create_dir(dir.path().join("out")).unwrap();
+    fs::write(dir.path().join("out/checkpoints"), "").unwrap();
+    for (below, what) in [
+        ("file/checkpoints/x", "/file is not a directory"),
+        ("dangling/checkpoints/x", "/dangling is a link to /nowhere/at/all, which is not there"),
+        ("out/checkpoints/x", "/out/checkpoints is not a directory"),
+    ] {
+        let line = RunDir::claim(&claim(&dir.path().join(below), "a")).unwrap_err().to_string();
+        assert!(line.contains(what), "{line}");
+    }
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub(crate) struct Foreign {
 /// As much of a file's beginning as `Kind::of` looks at.
 pub(crate) const HEAD: usize = 512;
 
-const GZIP: &[u8] = b"\x1f\x8b\x08";
+pub(crate) const GZIP: &[u8] = b"\x1f\x8b\x08";
 
 impl Kind {
     /// The kind of a file of this name that begins with `head` (`HEAD` bytes, or all that it has).

@@ -20,11 +20,11 @@ pub(crate) fn texts(path: &Path, text: &str, field: &str) -> Result<Vec<String>,
     let lines = || (1..).zip(text.split(newline)).filter(|(_, line)| !line.trim().is_empty());
     if is_one_document(lines().map(|(_, line)| line.trim())) {
         parse(text, Rows { field, whole: true, out: &mut out })
-            .map_err(|e| bad(e.line() as u64, what_is_wrong(&e)))?;
+            .map_err(|e| bad(e.line() as u64, what_is_wrong(text, &e)))?;
     } else {
         for (number, line) in lines() {
             parse(line, Rows { field, whole: false, out: &mut out })
-                .map_err(|e| bad(number, what_is_wrong(&e)))?;
+                .map_err(|e| bad(number, what_is_wrong(line, &e)))?;
         }
     }
     Ok(out)
@@ -48,16 +48,58 @@ fn parse(text: &str, rows: Rows) -> serde_json::Result<()> {
     parser.end()
 }
 
-fn what_is_wrong(error: &serde_json::Error) -> String {
-    let what = without_place(error);
+fn what_is_wrong(text: &str, error: &serde_json::Error) -> String {
+    let all = without_place(error);
+    let (row, what) =
+        match all.starts_with("row ").then(|| all.split_at(all.find(": ").map_or(0, |at| at + 2))) {
+            Some(parts) => parts,
+            None => ("", all.as_str()),
+        };
+    let there = not_of_json(text, error);
     match () {
-        () if what.contains("EOF while parsing") => format!("not JSON: {what}; the file seems to be cut off"),
+        () if what.contains("EOF while parsing") => {
+            format!("not JSON: {row}{what}; the file seems to be cut off")
+        }
+        () if what.contains("surrogate") || what.contains("end of hex escape") => format!(
+            "not JSON: {row}an escape such as \\ud83d is half of a character whose other half is missing; take it out, or leave such \
+             rows out"
+        ),
+        () if there.is_some() => format!("not JSON: {row}{}", there.unwrap_or_default()),
         () if what.contains("trailing characters") => {
             format!("not JSON: {what}; write one object per line (`jq -c .`), or one array of objects")
         }
         () if error.is_syntax() => format!("not JSON: {what}"),
-        () => what,
+        () => all,
     }
+}
+
+/// What stands where `error` is, if it is one of those that other readers of JSON take.
+fn not_of_json(text: &str, error: &serde_json::Error) -> Option<String> {
+    let rest = rest(text, error);
+    if begins_comment(rest) {
+        return Some("a comment, which JSON does not have; take it out".into());
+    }
+    let number =
+        ["NaN", "-NaN", "Infinity", "-Infinity"].into_iter().find(|number| rest.starts_with(number))?;
+    let before = text[..text.len() - rest.len()].trim_end();
+    let name = before.strip_suffix(':').and_then(|before| before.trim_end().strip_suffix('"'));
+    let name = name.and_then(|before| before.rsplit('"').next()).map(|name| {
+        let short: String = name.chars().take(40).flat_map(char::escape_debug).collect();
+        format!("the field `{short}` is ")
+    });
+    Some(format!("{}{number}, which JSON does not have; write null", name.unwrap_or_default()))
+}
+
+fn begins_comment(rest: &str) -> bool {
+    ["//", "/*", "#"].iter().any(|sign| rest.starts_with(sign))
+}
+
+/// `text` from the word on in which `error` is.
+fn rest<'t>(text: &'t str, error: &serde_json::Error) -> &'t str {
+    let line: usize = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
+    let at = text.floor_char_boundary((line + error.column().saturating_sub(1)).min(text.len()));
+    let word = text[..at].trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == '-' || c == '/');
+    text[word.len()..].trim_start_matches([':', ',', '[', ' ', '\t', '\r', '\n'])
 }
 
 /// The message without the line and column that serde_json adds.
@@ -93,23 +135,40 @@ impl<'de> Visitor<'de> for Rows<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut found = false;
-        let mut names = Vec::new();
+        let mut found = None;
+        let (mut names, mut columns) = (Vec::new(), Vec::new());
         while let Some(name) = map.next_key::<String>()? {
-            if name != self.field {
-                map.next_value::<IgnoredAny>()?;
-                if names.len() < NAMES_MAX {
-                    names.push(name);
+            if name == self.field {
+                if found.is_some() {
+                    return Err(A::Error::custom(format!("the field `{name}` is given twice")));
                 }
+                found = Some(map.next_value_seed(Text {
+                    field: self.field,
+                    column: self.whole,
+                    out: self.out,
+                })?);
                 continue;
             }
-            if std::mem::replace(&mut found, true) {
-                return Err(A::Error::custom(format!("the field `{name}` is given twice")));
+            let shape = map.next_value_seed(Shaped)?;
+            // The first column of another length is enough.
+            if !columns.iter().any(|(_, seen)| *seen == shape) {
+                columns.push((name.clone(), shape));
             }
-            map.next_value_seed(Text { field: self.field, column: self.whole, out: self.out })?;
+            if names.len() < NAMES_MAX {
+                names.push(name);
+            }
         }
-        if found {
-            return Ok(());
+        if let Some(shape) = found {
+            return match columns.iter().find(|(_, other)| other.differs(&shape)) {
+                Some((name, other)) => Err(A::Error::custom(format!(
+                    "the column `{}` has {} rows and `{}` has {}; a table's columns are equally long",
+                    self.field,
+                    shape.rows(),
+                    name.escape_debug(),
+                    other.rows()
+                ))),
+                None => Ok(()),
+            };
         }
         let deeper = match self.whole {
             true => {
@@ -137,6 +196,92 @@ impl<'de> Visitor<'de> for Rows<'_> {
     }
 }
 
+/// What a field of an object is, of which the others may be columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Scalar,
+    List(u64),
+    Object(u64),
+}
+
+impl Shape {
+    fn rows(self) -> u64 {
+        match self {
+            Shape::Scalar => 1,
+            Shape::List(rows) | Shape::Object(rows) => rows,
+        }
+    }
+
+    /// Whether both are columns of the same kind, and not equally long.
+    fn differs(&self, other: &Shape) -> bool {
+        match (self, other) {
+            (Shape::List(rows), Shape::List(others)) | (Shape::Object(rows), Shape::Object(others)) => {
+                rows != others
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Skips a value and tells its shape.
+struct Shaped;
+
+impl<'de> DeserializeSeed<'de> for Shaped {
+    type Value = Shape;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Shape, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Shaped {
+    type Value = Shape;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_unit<E>(self) -> Result<Shape, E> {
+        Ok(Shape::Scalar)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<Shape, A::Error> {
+        let mut count = 0;
+        while rows.next_element::<IgnoredAny>()?.is_some() {
+            count += 1;
+        }
+        Ok(Shape::List(count))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut rows: A) -> Result<Shape, A::Error> {
+        let mut count = 0;
+        while rows.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+            count += 1;
+        }
+        Ok(Shape::Object(count))
+    }
+}
+
 /// The value of the text field: a text; with `column`, also texts in an array, or by the number of their row as pandas writes them.
 struct Text<'a> {
     field: &'a str,
@@ -145,41 +290,43 @@ struct Text<'a> {
 }
 
 impl<'de> DeserializeSeed<'de> for Text<'_> {
-    type Value = ();
+    type Value = Shape;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Shape, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
 impl<'de> Visitor<'de> for Text<'_> {
-    type Value = ();
+    type Value = Shape;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "text in the field `{}`; leave such rows out, or set data.text_field", self.field)
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+    fn visit_str<E: Error>(self, text: &str) -> Result<Shape, E> {
         self.out.push(text.to_owned());
-        Ok(())
+        Ok(Shape::Scalar)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut texts: A) -> Result<Shape, A::Error> {
         if !self.column {
             return Err(A::Error::invalid_type(Unexpected::Other("an array"), &self));
         }
+        let before = self.out.len();
         while texts.next_element_seed(Text { field: self.field, column: false, out: self.out })?.is_some() {}
-        Ok(())
+        Ok(Shape::List((self.out.len() - before) as u64))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut texts: A) -> Result<(), A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut texts: A) -> Result<Shape, A::Error> {
         if !self.column {
             return Err(A::Error::invalid_type(Unexpected::Other("an object"), &self));
         }
+        let before = self.out.len();
         while texts.next_key::<IgnoredAny>()?.is_some() {
             texts.next_value_seed(Text { field: self.field, column: false, out: self.out })?;
         }
-        Ok(())
+        Ok(Shape::Object((self.out.len() - before) as u64))
     }
 }
 
@@ -209,6 +356,9 @@ mod tests {
             assert_eq!(read(shape).unwrap(), ["a", "b\n"], "{shape}");
         }
         assert_eq!(read("{\n\"text\": \"one row over lines\"\n}").unwrap(), ["one row over lines"]);
+        let beside = "{\"text\":\"a row\",\"tags\":[1,2],\"meta\":{\"x\":NULL}}".replace("NULL", "null");
+        assert_eq!(read(&beside).unwrap(), ["a row"]);
+        assert_eq!(read("{\"text\":[\"a\"],\"meta\":{\"x\":1,\"y\":2},\"v\":1}").unwrap(), ["a"]);
         for nothing in ["", " \n", "[]", "[\n]"] {
             assert_eq!(read(nothing).unwrap(), [] as [&str; 0], "{nothing:?}");
         }
@@ -245,6 +395,38 @@ mod tests {
             ),
             ("{\"text\":\"a\"} {\"text\":\"b\"}", "line 1: not JSON: trailing characters"),
             ("some text\nof lines", "line 1: not JSON: expected value"),
+            (
+                "{\"text\":\"a\"}\n{\"score\": NaN,\"text\":\"b\"}",
+                "line 2: not JSON: the field `score` is NaN, which JSON does not have; write null",
+            ),
+            ("{\"text\":\"a\",\"x\":[1,-Infinity]}", "line 1: not JSON: -Infinity, which JSON"),
+            (
+                "[{\"text\":\"a\"},\n{\"x\":Infinity,\"text\":\"b\"}]",
+                "line 2: not JSON: row 2: the field `x` is Infinity",
+            ),
+            (
+                "{\"text\":\"a\"}\n// more\n",
+                "line 2: not JSON: a comment, which JSON does not have; take it out",
+            ),
+            ("# rows\n{\"text\":\"a\"}", "line 1: not JSON: a comment"),
+            ("{\"text\":\"a\"} // the first\n{\"text\":\"b\"}", "line 1: not JSON: a comment"),
+            ("{\n/* all */ \"text\":\"a\"}", "line 2: not JSON: a comment"),
+            (
+                "{\"text\":\"a \\ud83d\"}",
+                "line 1: not JSON: an escape such as \\ud83d is half of a character",
+            ),
+            (
+                "{\"text\":\"a \\ude00\"}",
+                "line 1: not JSON: an escape such as \\ud83d is half of a character",
+            ),
+            (
+                "{\"text\":[\"a\",\"b\"],\"n\":1,\"id\":[1,2,3]}",
+                "line 1: the column `text` has 2 rows and `id` has 3; a table's columns are equally long",
+            ),
+            (
+                "{\"id\":{\"0\":1},\"text\":{\"0\":\"a\",\"1\":\"b\"}}",
+                "the column `text` has 2 rows and `id` has 1",
+            ),
             ("3", "line 1: invalid type: integer `3`, expected an object"),
         ] {
             let error = read(text).unwrap_err();

@@ -1,7 +1,7 @@
 //! Rows of tables, strictly: what is not as the format says is refused, because a lenient reader loses rows without a word.
 //!
 //! CSV is RFC 4180 in UTF-8. TSV is what people write: tabs and line ends separate, and a quote is a character like others. Rows
-//! end with `\n` or `\r\n`, and with `\r` where the file has no other; empty lines are skipped.
+//! end with `\n` or `\r\n`, or with `\r` where the first row does; empty lines are skipped.
 
 use crate::DataError;
 use crate::documents::no_field;
@@ -88,29 +88,39 @@ struct Rows<'t> {
 
 impl<'t> Rows<'t> {
     fn new(text: &'t str, dialect: Dialect) -> Rows<'t> {
-        let newline = if text.contains('\n') { '\n' } else { '\r' };
-        Rows { rest: text, line: 1, newline, dialect }
+        Rows { rest: text, line: 1, newline: newline(text, dialect), dialect }
     }
 
     /// The next field and whether the row goes on after it. What comes after a field is consumed with it.
     fn field(&mut self) -> Result<(Cow<'t, str>, bool), String> {
         match self.rest.strip_prefix('"') {
             Some(inside) if self.dialect == Dialect::Csv => self.quoted(inside),
-            _ => Ok(self.plain()),
+            _ => self.plain(),
         }
     }
 
-    fn plain(&mut self) -> (Cow<'t, str>, bool) {
+    fn plain(&mut self) -> Result<(Cow<'t, str>, bool), String> {
         let separator = if self.dialect == Dialect::Csv { ',' } else { '\t' };
         let end = self.rest.find([separator, self.newline]).unwrap_or(self.rest.len());
         let field = &self.rest[..end];
         let goes_on = self.rest[end..].starts_with(separator);
         self.rest = self.rest.get(end + 1..).unwrap_or_default();
-        if goes_on {
-            return (field.into(), true);
+        let field = if goes_on { field } else { field.strip_suffix('\r').unwrap_or(field) };
+        // Of a row that ends so the next one would be a part.
+        let other = match (self.newline, self.dialect) {
+            ('\r', _) => Some('\n'),
+            (_, Dialect::Csv) => Some('\r'),
+            (_, Dialect::Tsv) => None,
+        };
+        if let Some(other) = other.filter(|other| field.contains(*other)) {
+            return Err(format!(
+                "a row of this file ends with {:?}, and here is a {other:?} outside of quotes; make all line ends the same, and put \
+                 those of a text in quotes",
+                self.newline
+            ));
         }
-        self.line += 1;
-        (field.strip_suffix('\r').unwrap_or(field).into(), false)
+        self.line += u64::from(!goes_on);
+        Ok((field.into(), goes_on))
     }
 
     /// A field whose opening quote is behind `inside`'s beginning.
@@ -131,7 +141,7 @@ impl<'t> Rows<'t> {
         let field = &inside[..end];
         self.line += field.matches(self.newline).count() as u64;
         self.rest = &inside[end + 1..];
-        let (after, goes_on) = self.plain();
+        let (after, goes_on) = self.plain()?;
         if !after.is_empty() {
             return Err(format!(
                 "text follows the closing quote of a field: {:?}; quotes inside a quoted field are doubled",
@@ -140,6 +150,21 @@ impl<'t> Rows<'t> {
         }
         Ok((if doubled { field.replace("\"\"", "\"").into() } else { field.into() }, goes_on))
     }
+}
+
+/// What ends the rows: the first line end that is in no quotes.
+fn newline(text: &str, dialect: Dialect) -> char {
+    let mut in_quotes = false;
+    let mut chars = text.chars().peekable();
+    while let Some(char) = chars.next() {
+        match char {
+            '"' if dialect == Dialect::Csv => in_quotes = !in_quotes,
+            '\r' if !in_quotes && chars.peek() != Some(&'\n') => return '\r',
+            '\n' if !in_quotes => return '\n',
+            _ => {}
+        }
+    }
+    '\n'
 }
 
 impl<'t> Iterator for Rows<'t> {
@@ -211,8 +236,27 @@ mod tests {
         let rows = "id,text\n1,\"a, \"\"b\"\"\r\nc\"\r\n2,5\" pipe\n3, \"d\"\n4,\"\"\n5,\"\"\"\"\n6,e";
         assert_eq!(csv(rows).unwrap(), ["a, \"b\"\r\nc", "5\" pipe", " \"d\"", "", "\"", "e"]);
         assert_eq!(csv("id,text\r1,a\r2,b\r").unwrap(), ["a", "b"]);
+        assert_eq!(
+            csv("text,id\r\"a\nb\",1\rc,2").unwrap(),
+            ["a\nb", "c"],
+            "of an old Mac, with a line end in a text"
+        );
+        assert_eq!(csv("\"te\nxt\",text\r1,a\r").unwrap(), ["a"]);
         assert_eq!(csv("").unwrap(), [] as [&str; 0]);
         assert_eq!(csv(" id , text \n1, a \n").unwrap(), [" a "], "white space belongs to a field");
+    }
+
+    #[test]
+    fn line_ends_of_two_kinds_never_make_one_row_of_two() {
+        for (text, line) in [("text\na\rb\n", 2), ("text\ra\rb\nc\r", 3), ("text,id\r\na\rb,1\r\n", 2)] {
+            let error = csv(text).unwrap_err();
+            assert!(
+                error.contains(&format!("line {line}: a row of this file ends with")),
+                "{text:?}: {error}"
+            );
+        }
+        assert!(tsv("text\ra\rb\nc\r").unwrap_err().contains("make all line ends the same"));
+        assert_eq!(csv("text\na\r\nb\r").unwrap(), ["a", "b"]);
     }
 
     #[test]

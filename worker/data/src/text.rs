@@ -1,8 +1,8 @@
 //! From the bytes of a file to its text: unpacked, known by its first bytes, and decoded.
 
 use crate::DataError;
-use crate::formats::{HEAD, Kind};
-use flate2::read::MultiGzDecoder;
+use crate::formats::{GZIP, HEAD, Kind};
+use flate2::bufread::GzDecoder;
 use std::io::Read;
 use std::path::Path;
 
@@ -39,13 +39,26 @@ pub(crate) fn known(path: &Path, bytes: &[u8]) -> Result<Kind, DataError> {
 }
 
 fn gunzip(bytes: &[u8], limit: u64) -> Result<Vec<u8>, String> {
-    let mut text = Vec::new();
-    MultiGzDecoder::new(bytes)
-        .take(limit + 1)
-        .read_to_end(&mut text)
-        .map_err(|e| format!("its gzip data are damaged or cut off ({e}); fetch it again"))?;
-    if text.len() as u64 > limit {
-        return Err(format!("it unpacks to more than {limit} bytes; unpack it yourself if it is meant so"));
+    let (mut text, mut rest) = (Vec::new(), bytes);
+    // Members follow each other, and maybe zeros, with which tapes and archives fill their blocks.
+    while rest.iter().any(|byte| *byte != 0) {
+        if !text.is_empty() && !rest.starts_with(GZIP) {
+            return Err(format!(
+                "its gzip data end {} bytes before the file does, and what follows is not gzip; cut that off, or fetch it again",
+                rest.len()
+            ));
+        }
+        let mut member = GzDecoder::new(rest);
+        (&mut member)
+            .take(limit + 1 - text.len() as u64)
+            .read_to_end(&mut text)
+            .map_err(|e| format!("its gzip data are damaged or cut off ({e}); fetch it again"))?;
+        if text.len() as u64 > limit {
+            return Err(format!(
+                "it unpacks to more than {limit} bytes; unpack it yourself if it is meant so"
+            ));
+        }
+        rest = member.into_inner();
     }
     Ok(text)
 }
@@ -161,6 +174,12 @@ pub(crate) mod tests {
         assert_eq!(text("a.gz", &two).unwrap(), (Kind::Text, "one two".into()), "members follow each other");
         assert!(text("a.gz", &gzip(&gzip(b"x"))).unwrap_err().contains("compressed twice"));
         assert!(text("a.gz", &gzip(b"PAR1")).unwrap_err().contains("is a Parquet file"));
+        let padded = [gzip(b"one"), vec![0; 700]].concat();
+        assert_eq!(text("a.gz", &padded).unwrap(), (Kind::Text, "one".into()), "as tape drives leave it");
+        let followed = text("a.gz", &[gzip(b"one"), vec![0; 3], gzip(b"two")].concat()).unwrap_err();
+        assert!(followed.contains("what follows is not gzip"), "{followed}");
+        let followed = text("a.gz", &[gzip(b"one"), b"<html>".to_vec()].concat()).unwrap_err();
+        assert!(followed.contains("end 6 bytes before the file does"), "{followed}");
         let whole = gzip(&b"some text ".repeat(100));
         assert!(text("a.gz", &whole[..whole.len() - 9]).unwrap_err().contains("damaged or cut off"));
     }

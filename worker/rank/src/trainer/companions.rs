@@ -73,6 +73,7 @@ impl Companions {
             Some(given) => given,
             None => tokenizer_config(&tokenizer, &config),
         };
+        for_both_versions(&mut of_tokenizer);
         if from.model.is_none() && special.eos.is_some() && special.eos != end {
             // The job has chosen another end.
             files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
@@ -128,6 +129,20 @@ fn tokenizer_config(tokenizer: &Tokenizer, config: &LlamaConfig) -> Object {
     made
 }
 
+/// What transformers 5 writes into a `tokenizer_config.json` and transformers 4 cannot read, by the names that both take for the same.
+fn for_both_versions(of_tokenizer: &mut Object) {
+    if of_tokenizer.get("tokenizer_class").is_some_and(|class| class == "TokenizersBackend") {
+        of_tokenizer.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    }
+    let (list, older) = ("extra_special_tokens", "additional_special_tokens");
+    if of_tokenizer.get(list).is_some_and(|tokens| tokens.is_array())
+        && !of_tokenizer.contains_key(older)
+        && let Some(tokens) = of_tokenizer.remove(list)
+    {
+        of_tokenizer.insert(older.into(), tokens);
+    }
+}
+
 /// The file of this name in the first directory that has it.
 fn first(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Vec<u8>>> {
     for path in dirs.into_iter().flatten().map(|dir| dir.join(name)) {
@@ -165,4 +180,32 @@ fn input(error: fleet_data::DataError) -> Error {
 
 fn pretty(object: &Object) -> Vec<u8> {
     serde_json::to_vec_pretty(object).expect("an object that was read or made here can be written")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As transformers 5.24 writes it; loaded by 5.24 and 4.57 with these names, both give the same tokens.
+    #[test]
+    fn settings_of_transformers_5_are_written_so_that_4_reads_them_too() {
+        let change = |settings: serde_json::Value| {
+            let mut settings: Object = serde_json::from_value(settings).unwrap();
+            for_both_versions(&mut settings);
+            serde_json::Value::Object(settings)
+        };
+        assert_eq!(
+            change(
+                json!({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"], "eos_token": "</s>"})
+            ),
+            json!({"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>"], "eos_token": "</s>"})
+        );
+        for same in [
+            json!({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}),
+            json!({"additional_special_tokens": [], "extra_special_tokens": ["<x>"]}),
+            json!({}),
+        ] {
+            assert_eq!(change(same.clone()), same);
+        }
+    }
 }

@@ -9,7 +9,7 @@ mod saving;
 mod schedule;
 
 pub use batches::TokenBatch;
-use saving::Saving;
+use saving::{RECORD_WAIT, STOPPED_WAIT, Saving};
 
 pub use schedule::{learning_rate, warmup_steps};
 
@@ -32,14 +32,14 @@ use std::time::{Duration, Instant};
 /// Longest wait for a peer: the others wait while rank 0 writes a checkpoint. A dead peer ends the gang at once by other means.
 const DEADLINE: Duration = Duration::from_secs(900);
 
-/// Longest wait for the cluster to record the last checkpoint, after which older ones are left to the next run.
-const LAST_COMMIT: Duration = Duration::from_secs(5);
-
 /// Trains as the agent asked, to the end or until stopped.
 pub fn run(start: &RankStart, link: &mut AgentLink) -> Result<Outcome> {
     let began = Instant::now();
-    let job =
+    let mut job =
         Job::from_json(&start.job_json).map_err(|e| Error::Input(format!("the job cannot be read: {e}")))?;
+    if let Some(checkpoint) = &start.resume {
+        fleet_checkpoint::take_what_is_gone(&mut job, Path::new(checkpoint));
+    }
     if start.device != "cpu" {
         return Err(Error::Environment(format!(
             "this fleet-rank trains on the CPU, not on {}; set device = \"cpu\"",
@@ -73,6 +73,10 @@ struct Trainer<E> {
     meter: Meter,
     /// Of rank 0, which writes the checkpoints.
     saving: Option<Saving>,
+    /// The step whose checkpoint the run continues.
+    resumed: Option<u64>,
+    /// The step of the newest checkpoint that was written.
+    saved: Option<u64>,
     /// The recorded checkpoint after which older ones were removed last.
     rotated: Option<u64>,
 }
@@ -164,6 +168,7 @@ impl<E: Storage> Trainer<E> {
         });
         let saving = saving.transpose()?;
         let meter = Meter::default();
+        let resumed = start.resume.is_some().then_some(state.step);
         Ok(Self {
             job,
             rank,
@@ -177,6 +182,8 @@ impl<E: Storage> Trainer<E> {
             state,
             meter,
             saving,
+            resumed,
+            saved: None,
             rotated: None,
         })
     }
@@ -204,8 +211,8 @@ impl<E: Storage> Trainer<E> {
             self.evaluate(link)?;
         }
         let first = self.state.step + 1;
-        let mut saved = Ok(());
-        while self.state.step < self.total_steps {
+        let (mut saved, mut stopped) = (Ok(()), false);
+        while self.state.step < self.total_steps && !stopped {
             let votes = self.step(link)?;
             let step = self.state.step;
             let over = step == self.total_steps || votes.stop || votes.time;
@@ -220,19 +227,15 @@ impl<E: Storage> Trainer<E> {
                 saved = self.save(link);
             }
             self.rotate(link);
-            if votes.stop {
-                return Ok(Outcome::Stopped { steps: step });
-            }
+            stopped = votes.stop;
             if votes.time {
                 break;
             }
         }
-        if self.rank == 0
-            && saved.is_ok()
-            && self.state.step >= first
-            && link.wait_committed(self.state.step, LAST_COMMIT)
-        {
-            self.rotate(link);
+        self.await_record(link, if stopped { STOPPED_WAIT } else { RECORD_WAIT });
+        self.rotate(link);
+        if stopped {
+            return Ok(Outcome::Stopped { steps: self.state.step });
         }
         saved?;
         let final_loss = Some(self.state.loss).filter(|loss| loss.is_finite());
@@ -306,6 +309,7 @@ fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
         run: &start.run,
         resumed: start.resume.as_deref().map(Path::new),
         overwrite: job.checkpoint.overwrite,
+        reads: &job.inputs(),
     };
     Ok(RunDir::claim(&claim)?)
 }

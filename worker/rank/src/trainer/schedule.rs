@@ -6,7 +6,7 @@ use fleet_common::job::{Optimizer, Schedule};
 /// The warm-up of a job that says nothing, in a run that is long enough.
 const WARMUP_STEPS: u64 = 50;
 
-/// Steps of the warm-up in a run of `total`: no run ends before it has had its full rate.
+/// Steps of the warm-up in a run of `total`. Below ten steps a tenth is none: the first step of a warm-up has rate 0 and would be lost.
 pub fn warmup_steps(o: &Optimizer, total: u64) -> u64 {
     match o.warmup_steps {
         Some(steps) if steps <= total => steps,

@@ -1,0 +1,86 @@
+//! Names that other tools (transformers, TRL, axolotl, Lightning) have for what fleet calls otherwise, always does, or leaves out.
+
+/// What to do instead of a key of another tool, in whichever table it stands.
+pub(super) fn instead(key: &str) -> Option<&'static str> {
+    let name = key.rsplit('.').next().unwrap_or(key);
+    let found = NAMES.iter().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
+    found.or_else(|| FAMILIES.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead))
+}
+
+const RECORD: &str = "losses are kept in the cluster (`fleet runs show`) and printed by `fleet launch --json`; take the key out";
+const PREPARED: &str = "the data are prepared on all cores before the first step; take the key out";
+const HUB: &str =
+    "checkpoints are Hugging Face directories below `output_dir`; upload one with the hub's own tool";
+const SPREAD: &str = "`-n` of the command, or `devices`, says how many ranks there are, and `strategy` how they share the work";
+
+#[rustfmt::skip]
+const NAMES: &[(&[&str], &str)] = &[
+    (&["warmup_ratio"], "write `warmup_steps`, as a number of steps; left out it is 50, and at most a tenth of the run"),
+    (&["num_warmup_steps"], "write `warmup_steps`"),
+    (&["shuffle", "shuffle_dataset", "data_seed"], "the data are always shuffled, anew in every epoch, and `seed` says how; take the key out"),
+    (&["packing", "sample_packing", "eval_packing", "eval_sample_packing", "pad_to_sequence_len", "group_by_length", "train_sampling_strategy"],
+        "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
+    (&["bf16", "bf16_full_eval"], "write `precision`, which is \"bf16-mixed\" or \"32\""),
+    (&["fp16", "fp16_full_eval", "tf32", "half_precision_backend"], "write `precision`, which is \"bf16-mixed\" or \"32\": this version trains on the CPU"),
+    (&["report_to", "logging_dir", "logger", "log_level", "use_wandb", "use_tensorboard"], RECORD),
+    (&["max_length", "sequence_len", "seq_len", "seq_length", "block_size", "cutoff_len", "context_length"], "write `max_seq_len`"),
+    (&["micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"], "write `batch_size`, the sequences of one rank"),
+    (&["per_gpu_eval_batch_size"], "write `eval.batch_size`"),
+    (&["model_name_or_path", "base_model", "model_id", "pretrained_model_name_or_path"], "write `model.path`, a Hugging Face directory on this machine"),
+    (&["tokenizer_name", "tokenizer_name_or_path", "tokenizer_config"], "write `tokenizer.path`, a tokenizer.json on this machine"),
+    (&["dataset_text_field", "text_column", "text_column_name"], "write `data.text_field`"),
+    (&["dataset", "datasets", "dataset_path", "data_files", "train_file", "train_files", "train_data"], "write `data.path`, a file, a folder or a list of them"),
+    (&["val_set_size", "validation_split_percentage", "test_size", "validation_file", "eval_dataset", "test_datasets"],
+        "write `data.validation_fraction`, the share of the documents that is held out"),
+    (&["optim", "optimizer_type", "optim_args"], "the optimizer is AdamW; take the key out"),
+    (&["lr_scheduler", "scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio"], "write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\", and `min_lr_ratio`"),
+    (&["gradient_clip_val", "gradient_clipping", "grad_clip", "clip_grad_norm"], "write `max_grad_norm`"),
+    (&["max_epochs", "n_epochs"], "write `epochs`"),
+    (&["max_train_steps", "num_train_steps", "train_steps"], "write `max_steps`"),
+    (&["max_train_samples", "max_samples", "limit_train_batches"], "`max_steps` ends a run early; take the key out"),
+    (&["max_eval_samples", "limit_val_batches"], "write `max_eval_examples`"),
+    (&["eval_strategy", "evaluation_strategy", "do_eval", "eval_on_start", "evals_per_epoch", "val_check_interval", "check_val_every_n_epoch", "eval_delay"],
+        "write `eval_steps`, where 0 is never"),
+    (&["save_strategy", "saves_per_epoch", "save_only_model", "save_safetensors", "enable_checkpointing"],
+        "write `save_steps`, where 0 is at the end alone; a checkpoint has all that a run needs to go on, in safetensors"),
+    (&["logging_strategy", "log_every_n_steps", "logging_first_step"], "write `logging_steps`; the first step is always told"),
+    (&["load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"],
+        "a run goes to its end and keeps its newest checkpoints; take the key out"),
+    (&["gradient_checkpointing", "gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
+        "there is one way to compute, and nothing to choose; take the key out"),
+    (&["num_workers", "dataset_num_proc", "preprocessing_num_workers", "dataset_prepared_path", "overwrite_cache"], PREPARED),
+    (&["deepspeed", "fsdp", "accelerator", "local_rank", "num_processes", "accelerator_config"], SPREAD),
+    (&["push_to_hub"], HUB),
+    (&["use_cpu", "no_cuda", "use_mps_device"], "write `device`"),
+    (&["do_train", "do_predict", "remove_unused_columns", "disable_tqdm", "label_names", "past_index"], "it has no meaning here; take the key out"),
+    (&["label_smoothing_factor", "neftune_noise_alpha", "completion_only_loss", "assistant_only_loss", "train_on_inputs", "chat_template"],
+        "it learns every token of plain text; take the key out"),
+];
+
+/// By how they begin.
+#[rustfmt::skip]
+const FAMILIES: &[(&str, &str)] = &[
+    ("wandb_", RECORD), ("mlflow_", RECORD), ("hub_", HUB), ("dataloader_", PREPARED), ("fsdp_", SPREAD), ("ddp_", SPREAD),
+    ("torch_compile", "there is one way to compute, and nothing to choose; take the key out"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_key_of_fleets_is_called_anothers_and_every_key_that_is_named_exists() {
+        let known: Vec<&str> = super::super::keys().collect();
+        for key in &known {
+            let is_whole = NAMES.iter().any(|(names, _)| names.contains(key));
+            assert!(!is_whole && !FAMILIES.iter().any(|(begin, _)| key.starts_with(begin)), "{key}");
+        }
+        let texts = NAMES.iter().map(|(_, text)| *text).chain(FAMILIES.iter().map(|(_, text)| *text));
+        for instead in texts {
+            let named = instead.split('`').skip(1).step_by(2);
+            for name in named.filter(|name| !name.starts_with("fleet ") && !name.starts_with('-')) {
+                assert!(known.contains(&name), "{name}");
+            }
+        }
+    }
+}
