@@ -1,7 +1,9 @@
 //! Command lines, read by one rule: an option takes whatever follows it. A prompt may begin with a hyphen, and so may a name, a secret or a
 //! number. Only of paths there is a doubt, since what they name is often made: one that reads as another option is refused.
 
+use crate::terminal::plain;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
 use clap::{Arg, Command, Parser};
 use std::any::TypeId;
 use std::ffi::OsString;
@@ -9,8 +11,20 @@ use std::path::PathBuf;
 
 /// Reads this process's command line. Where there is an error, or help was asked for, it ends the process, as `Parser::parse` does.
 pub fn parse<P: Parser>() -> P {
-    let mut matches = with_the_rule(P::command()).get_matches();
+    let read = with_the_rule(P::command()).try_get_matches();
+    let mut matches = read.unwrap_or_else(|error| named(error, P::command(), std::env::args_os()).exit());
     P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut P::command()).exit())
+}
+
+/// The same error; of an argument that is not UTF-8 where there has to be text, with that argument.
+fn named(error: clap::Error, mut command: Command, mut line: impl Iterator<Item = OsString>) -> clap::Error {
+    match line.find(|arg| arg.to_str().is_none()) {
+        Some(arg) if error.kind() == ErrorKind::InvalidUtf8 => {
+            let arg = arg.to_string_lossy();
+            command.error(ErrorKind::InvalidUtf8, format!("the argument `{}` is not UTF-8", plain(&arg)))
+        }
+        _ => error,
+    }
 }
 
 /// The same command, in which options take whatever follows them.
@@ -88,6 +102,19 @@ mod tests {
         let error = read(&["--number", "--json"]).unwrap_err();
         assert!(error.contains("invalid value '--json' for '--number"), "{error}");
         assert!(read(&["--prompt"]).unwrap_err().contains("a value is required"));
+    }
+
+    #[test]
+    fn what_is_not_text_is_named_where_text_is_wanted() {
+        use std::os::unix::ffi::OsStringExt;
+        let odd = OsString::from_vec(b"gr\xfcn".to_vec());
+        let command = || with_the_rule(<Cli as clap::CommandFactory>::command());
+        let line = |option: &str| ["x".into(), "run".into(), option.into(), odd.clone()];
+        let error = command().try_get_matches_from(line("--prompt")).unwrap_err();
+        let error = named(error, command(), line("--prompt").into_iter());
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("the argument `gr\u{fffd}n` is not UTF-8"), "{error}");
+        assert!(command().try_get_matches_from(line("--dir")).is_ok(), "a path is bytes");
     }
 
     #[test]

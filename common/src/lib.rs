@@ -17,5 +17,6 @@ pub mod net;
 pub mod parent;
 pub mod process;
 pub mod protocol;
+pub mod signals;
 pub mod telemetry;
 pub mod terminal;

@@ -28,6 +28,10 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// Or cut off from the others, one of which is asked then.
 const ANSWER_MAX_SEVERAL: Duration = Duration::from_secs(3);
 
+/// A watch that is open for so long is held by a coordinator that is well: one without a leader would have ended it, and one that is gone
+/// would have been missed.
+const WELL_AFTER: Duration = Duration::from_secs(10);
+
 /// Times that a change is made anew because its answer was lost for good, as where leaders die one after another.
 const SPENT_MAX: usize = 3;
 
@@ -262,10 +266,10 @@ impl Client {
         follow: bool,
         mut on: impl FnMut(Event) -> F,
     ) -> Result<(), Failure> {
-        let patience = self.patience.unwrap_or(CHANGE_PATIENCE);
-        let mut give_up = Instant::now() + patience;
+        let mut trouble = Trouble { since: None, patience: self.patience.unwrap_or(CHANGE_PATIENCE) };
         loop {
-            let connection = self.connect(give_up).await?;
+            let connection = self.connect(trouble.give_up(Instant::now())).await?;
+            let begun = Instant::now();
             let request = Request::Watch { job, from, follow };
             let frame = ClientFrame { stale: self.stale, ..ClientFrame::query(request) };
             let why = match open(&connection, &frame).await {
@@ -273,7 +277,7 @@ impl Client {
                 Ok(mut stream) => loop {
                     match codec::read_frame(&mut stream).await {
                         Ok(Some(Reply::Event { index, event })) => {
-                            give_up = Instant::now() + patience;
+                            trouble.since = None;
                             if index < from {
                                 continue;
                             }
@@ -293,12 +297,32 @@ impl Client {
                     }
                 },
             };
-            if Instant::now() > give_up {
+            if trouble.is_enough(begun, Instant::now()) {
                 return Err(Failure::unreachable(format!("the coordinator went away: {why}")));
             }
             self.ask_another();
             tokio::time::sleep(PAUSE_FIRST).await;
         }
+    }
+}
+
+/// How long it is that a watch went wrong again and again. A silence is none: a quiet job says nothing for hours.
+struct Trouble {
+    since: Option<Instant>,
+    patience: Duration,
+}
+
+impl Trouble {
+    fn give_up(&mut self, now: Instant) -> Instant {
+        *self.since.get_or_insert(now) + self.patience
+    }
+
+    /// What was open since `begun` has ended: whether to give up.
+    fn is_enough(&mut self, begun: Instant, now: Instant) -> bool {
+        if now.duration_since(begun) >= WELL_AFTER {
+            self.since = None;
+        }
+        now > self.give_up(now)
     }
 }
 
@@ -361,4 +385,24 @@ async fn once(connection: &Connection, frame: &ClientFrame) -> Result<Reply, Sil
 pub fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|e| Failure::environment(format!("cannot start: {e}")))?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_for_trouble_and_not_for_silence() {
+        let begin = Instant::now();
+        let at = |s| begin + Duration::from_secs(s);
+        let mut trouble = Trouble { since: None, patience: Duration::from_secs(60) };
+        trouble.give_up(begin);
+        // An hour without a word, then the connection breaks.
+        assert!(!trouble.is_enough(begin, at(3600)));
+        // It comes back, is quiet for a while, and breaks again.
+        assert!(!trouble.is_enough(at(3601), at(3700)));
+        // Nobody leads: each attempt is refused after five seconds.
+        assert!((3700..3760).step_by(5).all(|s| !trouble.is_enough(at(s), at(s + 5))));
+        assert!(trouble.is_enough(at(3760), at(3765)));
+    }
 }

@@ -4,10 +4,16 @@
 //! output is the exception, where no terminal is on the other side.
 
 use fleet_common::terminal;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Between two looks whether a silent command still has a reader.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
 /// Why stdout could not be written, where nobody has closed it.
@@ -16,6 +22,25 @@ static LOST: OnceLock<String> = OnceLock::new();
 /// Whether stdout is known to have been closed.
 pub fn is_closed() -> bool {
     CLOSED.load(Ordering::Relaxed)
+}
+
+/// Whether something could not be written because whoever read it is gone.
+pub fn reader_is_gone() -> bool {
+    is_closed() && lost().is_none()
+}
+
+/// Waits until nothing can be written any more, also where nothing is.
+pub async fn reader_gone() {
+    while !(is_closed() || is_broken()) {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Whether stdout is a pipe or a socket with nobody at the other end, or a terminal that was closed.
+fn is_broken() -> bool {
+    let stdout = std::io::stdout();
+    let mut looked = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    poll(&mut looked, PollTimeout::ZERO).is_ok_and(|found| found > 0)
 }
 
 /// What kept this command's output from being written, as a disk that is full.

@@ -6,16 +6,18 @@ use fleet_common::files::{self, Kind};
 use fleet_common::{home, process};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Directories of ended launches that are kept, for their logs.
-const ENDED_KEPT: usize = 3;
+const ENDED_KEPT: usize = 10;
 
 /// What is in the state directory.
 const STATE: &[&str] = &["clusters", "launches"];
+
 /// `${XDG_STATE_HOME:-~/.local/state}/fleet`, of which others see nothing. It need not exist.
 fn state_dir() -> Result<PathBuf, Failure> {
     let dir = home::state().map_err(|e| Failure::environment(e.to_string()))?.join("fleet");
@@ -67,6 +69,8 @@ pub struct Registration {
     dir: PathBuf,
     own_data: bool,
     keep: bool,
+    /// Held while the launch runs: in a home that several machines or containers share its number says nothing to the others.
+    _lock: File,
 }
 
 impl Registration {
@@ -86,11 +90,15 @@ impl Registration {
         };
         tell(files::claim(&data, Kind::Coordinator))?;
         files::create_dir(&dir).map_err(|e| Failure::environment(e.to_string()))?;
+        let path = dir.join("lock");
+        let lock = files::private().create(true).truncate(true).write(true).open(&path);
+        let lock = lock.map_err(|e| Failure::io("make", &path, &e))?;
+        let _ = lock.try_lock(); // nobody else has it; a file system without locks tells nobody
         let launch = Launch { name, pid, pid_start: process::started(pid), started_unix_ms, data_dir: data };
         let text = serde_json::to_string_pretty(&launch).map_err(|e| Failure::environment(e.to_string()))?;
         let file = dir.join("launch.json");
         files::write_atomic(&file, text.as_bytes()).map_err(|e| Failure::environment(e.to_string()))?;
-        Ok(Registration { launch, dir, own_data: data_dir.is_none(), keep: false })
+        Ok(Registration { launch, dir, own_data: data_dir.is_none(), keep: false, _lock: lock })
     }
 
     /// Leaves the data directory in place after the end, because somebody may want to read its logs.
@@ -128,10 +136,16 @@ fn is_running(launch: &Launch) -> bool {
     process::is_running(launch.pid, launch.pid_start)
 }
 
+/// Whether a launch holds its entry, on whichever machine it runs.
+fn is_held(dir: &Path) -> bool {
+    let lock = File::options().write(true).open(dir.join("lock"));
+    lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
 /// Removes what older launches left, but for the newest few.
 fn prune(launches: &Path) {
-    let mut ended: Vec<PathBuf> =
-        directories(launches).into_iter().filter(|dir| !read(dir).is_some_and(|l| is_running(&l))).collect();
+    let runs = |dir: &PathBuf| is_held(dir) || read(dir).is_some_and(|launch| is_running(&launch));
+    let mut ended: Vec<PathBuf> = directories(launches).into_iter().filter(|dir| !runs(dir)).collect();
     ended.sort();
     for dir in ended.iter().rev().skip(ENDED_KEPT) {
         // entered a moment ago and not yet written
@@ -175,6 +189,47 @@ mod tests {
         drop(entry);
         assert!(data.is_dir());
         assert_eq!(running_in(dir.path()), []);
+    }
+
+    /// As if nothing had been done there for an hour.
+    fn age(dir: &Path) {
+        File::open(dir)
+            .unwrap()
+            .set_modified(SystemTime::now() - std::time::Duration::from_secs(3_600))
+            .unwrap();
+    }
+
+    /// Directories that launches left an hour ago.
+    fn ended(launches: &Path, names: &[String]) {
+        for name in names {
+            std::fs::create_dir(launches.join(name)).unwrap();
+            age(&launches.join(name));
+        }
+    }
+
+    #[test]
+    fn a_launch_of_another_machine_that_shares_this_home_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = Registration::enter_in(dir.path(), None).unwrap();
+        let elsewhere = Launch { pid_start: Some(1), ..entry.launch.clone() };
+        let file = dir.path().join(&elsewhere.name).join("launch.json");
+        std::fs::write(&file, serde_json::to_string(&elsewhere).unwrap()).unwrap();
+        age(&dir.path().join(&elsewhere.name));
+        ended(dir.path(), &(10..25).map(|n| format!("{n}00000000000000-7")).collect::<Vec<_>>());
+        prune(dir.path());
+        assert!(elsewhere.data_dir.is_dir() && file.is_file());
+        assert_eq!(running_in(dir.path()), [], "it is not this machine's");
+    }
+
+    #[test]
+    fn the_ten_newest_that_ended_are_kept_whatever_their_age() {
+        let dir = tempfile::tempdir().unwrap();
+        let names: Vec<String> = (10..25).map(|n| format!("{n}00-7")).collect();
+        ended(dir.path(), &names);
+        prune(dir.path());
+        let mut left = directories(dir.path());
+        left.sort();
+        assert_eq!(left, names[5..].iter().map(|name| dir.path().join(name)).collect::<Vec<_>>());
     }
 
     #[test]

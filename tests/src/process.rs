@@ -106,6 +106,10 @@ impl Running {
         self.stderr.lock().expect("no reader panics").clone()
     }
 
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("the child is ours").is_some()
+    }
+
     /// Panics with what it said if it has ended.
     pub fn must_live(&mut self) {
         if let Some(status) = self.child.try_wait().expect("the child is ours") {

@@ -52,6 +52,16 @@ fn settings_that_are_wrong_or_contradict_each_other() {
 }
 
 #[test]
+fn a_value_may_begin_with_a_hyphen_for_the_program_behind_fleet_generate_too() {
+    let world = World::new();
+    let generate = ["generate", "--model", "none", "--prompt", "- item"];
+    for (option, value) in [("--temperature", "-1"), ("--top-p", "-0.5")] {
+        let done = world.run("fleet-rank", &[&generate[..], &[option, value]].concat());
+        is_refused(done, 2, &[&format!("{option} is {value}")]);
+    }
+}
+
+#[test]
 fn data_that_cannot_be_read() {
     let world = World::new();
     refused(&world, &["data.path=nowhere.txt"], 2, &["nowhere.txt does not exist"]);

@@ -393,6 +393,26 @@ fn http_shows_and_never_changes_anything() {
 }
 
 #[test]
+fn who_follows_a_quiet_job_outlives_a_coordinator() {
+    let world = World::new();
+    let dir = world.path("cluster");
+    let cluster = world.coordinator(&dir, ANY);
+    let _worker = world.worker(&cluster, 1);
+    let at = cluster.cluster().to_owned();
+    let script = "echo begun; until [ -e go ]; do sleep 0.5; done; echo the end";
+    world.run("fleet", &["submit", "-n", "1", "--cluster", &at, "--", "sh", "-c", script]).expect(0);
+    let mut logs = world.start("fleet", &["logs", "job-1", "--follow", "--cluster", &at]);
+    while !logs.line().is_some_and(|line| line.contains("begun")) {}
+    // Longer than anything is tried again, counted from the last that is told: of the memory, after five seconds.
+    std::thread::sleep(std::time::Duration::from_secs(17));
+    drop(cluster);
+    let _again = world.restart_coordinator(&dir);
+    world.write("go", "");
+    let done = logs.finish().expect(0);
+    assert!(done.stdout.iter().any(|line| line == "[rank 0] the end"), "{}", done.all());
+}
+
+#[test]
 fn a_coordinator_on_a_full_disk_refuses_changes_and_recovers() {
     let world = World::new();
     let disk = world.path("disk");

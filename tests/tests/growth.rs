@@ -43,10 +43,12 @@ fn a_talkative_job_leaves_little_on_the_coordinators_and_all_of_it_on_its_node()
     let worker = all.worker(7, 1);
     let cluster = all.data_dir(0).display().to_string();
     let fleet = |args: &[&str]| world.run("fleet", &[args, &["--cluster", &cluster]].concat());
-    let done = world
-        .run("fleet", &["submit", "--wait", "--json", "--cluster", &cluster, "--", "sh", "-c", &talk(LINES)]);
+    let script = format!("{}; echo the last words", talk(LINES));
+    let done =
+        world.run("fleet", &["submit", "--wait", "--json", "--cluster", &cluster, "--", "sh", "-c", &script]);
     done.expect(0);
     let logs = fleet(&["logs", "job-1", "--json"]).expect(0);
+    assert!(logs.events("log").iter().any(|log| log["line"] == "the last words"), "the end is missing");
     let (lines, left_out) = shown(&logs);
     assert!(left_out > LINES / 2, "{left_out} lines are said to be left out, {} were shown", lines.len());
     assert_eq!(lines.len() as u64 + left_out, LINES, "every line was shown or is counted");
@@ -62,13 +64,18 @@ fn a_talkative_job_leaves_little_on_the_coordinators_and_all_of_it_on_its_node()
     assert!(said.contains("left out here; `fleet logs JOB --full` has all of them"), "it is not said");
 
     let full = fleet(&["logs", "job-1", "--full", "--rank", "0"]).expect(0);
-    assert_eq!(full.stdout.len() as u64, LINES);
+    assert_eq!(full.stdout.len() as u64, LINES + 1);
     let whole =
         |(n, line): (usize, &String)| line.starts_with(&format!("[rank 0] {n:09} x")) && line.len() == 4_104;
-    assert!(full.stdout.iter().enumerate().all(whole), "a line is not whole, or not in its place");
+    assert!(
+        full.stdout.iter().take(LINES as usize).enumerate().all(whole),
+        "a line is not whole, or not in its place"
+    );
     fleet(&["logs", "job-1", "--full", "--rank", "3"]).expect(2).says("job-1 has no rank 3");
     drop(worker);
-    fleet(&["logs", "job-1", "--full"]).expect(3).says("box-7 is not connected");
+    let away = fleet(&["logs", "job-1", "--full"]).expect(3);
+    away.says("error: rank 0: ");
+    assert_eq!(away.stderr.matches("box-7 is not connected").count(), 1, "{}", away.all());
 }
 
 #[test]

@@ -79,12 +79,56 @@ fn a_second_ctrl_c_stops_at_once() {
     // Ranks that are stopped cannot come to the next step, so the first Ctrl-C waits for them.
     world.ranks().into_iter().for_each(|pid| strike(pid, Signal::SIGSTOP));
     launch.signal(Signal::SIGINT);
-    // Standard signals do not queue: the second counts only after the first was taken.
-    launch.until_it_says("once more stops at once");
-    let second = Instant::now();
-    launch.signal(Signal::SIGINT);
+    launch.until_it_says("once more, after a second, stops at once");
+    let begun = Instant::now();
+    press_until_it_ends(&mut launch);
     launch.finish().expect(130);
-    assert!(second.elapsed() < Duration::from_secs(10), "{:?}", second.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    world.is_empty_soon();
+}
+
+/// As somebody does who finds that once was not enough.
+fn press_until_it_ends(launch: &mut Running) {
+    eventually("it ends", || {
+        let ended = launch.has_ended();
+        if !ended {
+            launch.signal(Signal::SIGINT);
+        }
+        ended
+    });
+}
+
+#[test]
+fn signals_that_come_together_are_one_and_cost_no_checkpoint() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(2);
+    // Where a second signal counted, this would be over before the ranks go on.
+    let ranks = world.ranks();
+    ranks.iter().for_each(|pid| strike(*pid, Signal::SIGSTOP));
+    // As GNU `timeout` sends them, to its child and then to the group; two different ones, since of one kind only one may wait.
+    launch.signal(Signal::SIGTERM);
+    launch.signal(Signal::SIGINT);
+    launch.until_it_says("stopping after a checkpoint");
+    // Time in which a second one would do its work: no more than the rule gives it.
+    std::thread::sleep(Duration::from_millis(500));
+    ranks.iter().for_each(|pid| strike(*pid, Signal::SIGCONT));
+    let done = launch.finish();
+    assert!([130, 143].contains(&done.code()), "{}", done.all());
+    let summary = done.summary();
+    assert_eq!(summary["status"], "cancelled", "{summary}");
+    assert!(summary["checkpoint"].is_string(), "no checkpoint: {}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_schedulers_warning_costs_a_training_nothing() {
+    let world = World::new();
+    let mut launch = world.launch(1, &TinyJob { max_steps: 600, ..TinyJob::default() }, &[]);
+    launch.until_step(2);
+    launch.signal(Signal::SIGUSR1);
+    launch.until_it_says("SIGUSR1");
+    assert_eq!(launch.finish().expect(0).losses().len(), 600);
     world.is_empty_soon();
 }
 

@@ -109,6 +109,36 @@ fn a_reader_that_goes_away_ends_the_printing_and_not_the_program() {
 }
 
 #[test]
+fn a_program_whose_reader_goes_away_ends_as_in_a_shell() {
+    let world = World::new();
+    let fleet = fleet_tests::program("fleet").display().to_string();
+    for ranks in ["1", "2"] {
+        let script = format!("{{ {fleet} launch -n {ranks} -- yes; echo $? > code; }} | head -n 1");
+        let mut command = world.enter(Command::new("sh"));
+        let done = command.args(["-c", &script]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&done.stderr), "");
+        assert_eq!(fs::read_to_string(world.path("code")).unwrap(), "141\n");
+        world.is_empty_soon();
+    }
+}
+
+#[test]
+fn who_follows_a_silent_job_ends_when_nobody_reads() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), "127.0.0.1:0");
+    let _worker = world.worker(&cluster, 1);
+    let at = cluster.cluster();
+    let submit = ["submit", "-n", "1", "--cluster", at, "--", "sh", "-c", "echo one; exec sleep 1000"];
+    world.run("fleet", &submit).expect(0);
+    let fleet = fleet_tests::program("fleet").display().to_string();
+    let script = format!("{fleet} logs job-1 --follow --cluster {at} | head -n 1");
+    let done = world.enter(Command::new("sh")).args(["-c", &script]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&done.stdout), "[rank 0] one\n");
+    let jobs = world.run("fleet", &["jobs", "--cluster", at]).expect(0);
+    assert!(jobs.stdout.concat().contains("running"), "{}", jobs.all());
+}
+
+#[test]
 fn a_cluster_shows_long_lines_whole_and_what_a_bar_hides() {
     let world = World::new();
     let cluster = world.coordinator(&world.path("cluster"), "127.0.0.1:0");

@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{World, eventually};
+use fleet_tests::{Running, World, eventually};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 #[test]
 fn a_program_finds_its_rank_and_its_peers_in_the_environment() {
@@ -63,7 +65,79 @@ fn a_program_that_does_not_exist_is_named() {
     let world = World::new();
     let done = world.run("fleet", &["launch", "-n", "1", "--", "no-such-program-here"]);
     assert!([2, 4, 127].contains(&done.code()), "{}", done.all());
-    assert!(done.all().contains("no-such-program-here") && done.stderr.contains("error"), "{}", done.all());
+    let line = done.says("could not start");
+    assert_eq!(
+        line,
+        "error: rank 0 on local could not start: no-such-program-here: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn what_cannot_start_is_told_from_what_ends_with_the_same_code() {
+    use std::os::unix::fs::PermissionsExt;
+    let world = World::new();
+    let script = world.write("script", "#!/no/such/interpreter -x\necho hello\n");
+    std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+    let done = world.run("fleet", &["launch", "-n", "1", "--", "./script"]).expect(127);
+    let line = done.says("could not start");
+    assert!(
+        line.contains(
+            "./script: its first line names an interpreter that is not there: `/no/such/interpreter`"
+        )
+    );
+    let done = world.run("fleet", &["launch", "-n", "1", "--", "sh", "-c", "no-such-command"]).expect(127);
+    done.says("error: rank 0 on local ended with exit code 127");
+}
+
+#[test]
+fn a_launch_or_submit_of_nothing_says_what_there_could_be() {
+    let world = World::new();
+    for command in ["launch", "submit"] {
+        let done = world.run("fleet", &[command, "-n", "1"]).expect(2);
+        assert!(done.says("error: nothing to run").contains("-- PROGRAM ARGS"), "{}", done.all());
+    }
+}
+
+/// `fleet launch -n RANKS -- sh -c SCRIPT` with this on its stdin, and how it ended.
+fn fed(world: &World, ranks: &str, script: &str, bytes: &[u8]) -> Option<i32> {
+    let mut command = world.command("fleet");
+    command.args(["launch", "-n", ranks, "--", "sh", "-c", script]).stdin(Stdio::piped());
+    let mut launch = command.spawn().unwrap();
+    let written = launch.stdin.take().unwrap().write_all(bytes); // closed with that
+    let code = launch.wait().unwrap().code();
+    assert!(written.is_ok() || bytes.len() > 64 << 10, "{written:?}");
+    code
+}
+
+#[test]
+fn rank_0_reads_what_the_launch_is_given_to_read() {
+    let world = World::new();
+    let bytes: Vec<u8> = (0..=255).cycle().take(1_000_000).collect();
+    assert_eq!(fed(&world, "2", "cat > got-$RANK", &bytes), Some(0));
+    assert!(std::fs::read(world.path("got-0")).unwrap() == bytes);
+    assert_eq!(std::fs::read(world.path("got-1")).unwrap(), b"");
+    // Who does not read holds nothing up but who writes.
+    assert_eq!(fed(&world, "1", "exit 7", &bytes), Some(7));
+    world.is_empty_soon();
+}
+
+#[test]
+fn nobody_reads_from_a_terminal_and_nothing_waits_for_it() {
+    let world = World::new();
+    let mut command = world.enter(Command::new("python3"));
+    command.args(["-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]);
+    command.arg(fleet_tests::program("fleet")).args([
+        "launch",
+        "-n",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        "cat; echo read",
+    ]);
+    let done = Running::start(command).finish().expect(0);
+    assert!(done.stdout.concat().contains("read"), "{}", done.all());
+    world.is_empty_soon();
 }
 
 #[test]
@@ -102,10 +176,65 @@ fn a_program_that_minds_no_signal_is_ended_by_the_second_ctrl_c() {
     let mut launch = world.start("fleet", &["launch", "-n", "1", "--json", "--", "sh", "-c", script]);
     launch.until("ready", |line| line["line"] == "ready");
     launch.signal(Signal::SIGINT);
-    launch.until_it_says("once more stops at once");
-    launch.signal(Signal::SIGINT);
+    launch.until_it_says("once more, after a second, stops at once");
+    eventually("it ends", || {
+        let ended = launch.has_ended();
+        if !ended {
+            launch.signal(Signal::SIGINT);
+        }
+        ended
+    });
     launch.finish().expect(130);
     world.is_empty_soon();
+}
+
+#[test]
+fn signals_that_come_together_leave_a_program_its_time() {
+    let world = World::new();
+    let save = "trap '' INT TERM; sleep 0.7; echo saved > saved; exit 0";
+    let script = format!("trap \"{save}\" INT TERM; echo ready; while :; do sleep 0.1; done");
+    let mut launch = world.start("fleet", &["launch", "-n", "1", "--json", "--", "sh", "-c", &script]);
+    launch.until("ready", |line| line["line"] == "ready");
+    launch.signal(Signal::SIGTERM);
+    launch.signal(Signal::SIGINT);
+    let done = launch.finish();
+    assert!([130, 143].contains(&done.code()), "{}", done.all());
+    assert!(world.path("saved").is_file(), "{}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_schedulers_warning_reaches_every_rank_and_a_quit_is_an_end_in_order() {
+    let world = World::new();
+    let traps =
+        "trap 'echo warned' USR1; trap 'echo again' USR2; trap 'echo ended > ended-$RANK; exit 0' TERM";
+    let script = format!("{traps}; echo ready; while :; do sleep 0.1; done");
+    let mut launch = world.start("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", &script]);
+    let both = |launch: &mut Running, word: &str| {
+        let ranks = [(), ()].map(|()| launch.until(word, |line| line["line"] == word)["rank"].as_u64());
+        assert!(ranks[0] != ranks[1], "{word}: {ranks:?}");
+    };
+    both(&mut launch, "ready");
+    launch.signal(Signal::SIGUSR1);
+    both(&mut launch, "warned");
+    launch.signal(Signal::SIGUSR2);
+    both(&mut launch, "again");
+    launch.signal(Signal::SIGQUIT);
+    launch.finish().expect(131);
+    assert!((0..2).all(|rank| world.path(&format!("ended-{rank}")).is_file()));
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_worker_is_not_ended_by_a_schedulers_warning() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), "127.0.0.1:0");
+    let mut worker = world.worker(&cluster, 1);
+    worker.signal(Signal::SIGUSR1);
+    worker.until_it_says("a signal that a worker does not pass on");
+    worker.must_live();
+    worker.signal(Signal::SIGQUIT);
+    worker.finish().expect(131);
 }
 
 #[test]

@@ -1,9 +1,8 @@
-//! Compiles the C++ shim and lets every binary and test of this package find libtorch without LD_LIBRARY_PATH.
+//! Lets every binary and test of this package find libtorch without LD_LIBRARY_PATH.
 
 use std::path::PathBuf;
 
 fn main() {
-    println!("cargo:rerun-if-changed=shim/shim.cpp");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     // tch passes on where torch-sys found libtorch.
     let lib = PathBuf::from(
@@ -13,20 +12,6 @@ fn main() {
             })
             .expect("LIBTORCH is set by .cargo/config.toml; run `make setup`"),
     );
-    let include = lib.parent().expect("the lib folder of libtorch has a parent").join("include");
-
-    cc::Build::new()
-        .cpp(true)
-        .file("shim/shim.cpp")
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
-        .flag("-std=c++17")
-        .flag("-fno-math-errno")
-        .flag("-fno-trapping-math")
-        .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .warnings(false)
-        .compile("fleet_shim");
-
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=dylib=torch_cpu");
     println!("cargo:rustc-link-lib=dylib=c10");

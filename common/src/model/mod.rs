@@ -126,6 +126,16 @@ impl Attention {
     pub fn q_size(&self) -> usize {
         self.heads * self.head_dim
     }
+
+    /// One slope per head for `Positions::Alibi`, as BLOOM has them where the heads are no power of two.
+    pub fn alibi_slopes(&self) -> Vec<f32> {
+        let heads = self.heads;
+        let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+        let base = |count: usize| 2f64.powf(-8.0 / count as f64);
+        let first = (1..=whole).map(|n| base(whole).powi(n as i32));
+        let rest = (0..heads - whole).map(|n| base(2 * whole).powi(2 * n as i32 + 1));
+        first.chain(rest).map(|slope| slope as f32).collect()
+    }
 }
 
 impl Decoder {

@@ -130,7 +130,9 @@ impl Rotary {
     pub fn frequencies(&self, len: usize) -> Vec<f64> {
         let dim = self.width as f64;
         let plain = |theta: f64| -> Vec<f64> {
-            (0..self.width / 2).map(|pair| theta.powf(-2.0 * pair as f64 / dim)).collect()
+            // The exponent is rounded to fp32, where transformers rounds it.
+            let exponent = |pair: usize| f64::from(2.0 * pair as f32 / self.width as f32);
+            (0..self.width / 2).map(|pair| 1.0 / theta.powf(exponent(pair))).collect()
         };
         let base = plain(self.theta);
         match self.scaling {

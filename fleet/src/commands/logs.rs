@@ -53,7 +53,10 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
             }
             std::future::ready(if out::is_closed() { Flow::Stop } else { Flow::Continue })
         };
-        client.watch(job, 1, args.follow, print).await?;
+        tokio::select! {
+            watched = client.watch(job, 1, args.follow, print) => watched?,
+            () = out::reader_gone() => {} // nothing may be printed for hours, which would tell as well
+        }
         Ok(exit::SUCCEEDED)
     })
 }
@@ -79,12 +82,14 @@ async fn everything(
         Some(rank) => rank..rank.saturating_add(1),
         None => 0..view.world_size,
     };
-    let mut failed = None;
+    let mut failed: Option<Failure> = None;
     for rank in ranks {
-        // What one node has is not lost because another one is away.
-        if let Err(failure) = all_of(client, report, job, rank).await {
-            report.note(&format!("rank {rank}: {}", failure.message));
-            failed = Some(failure);
+        // What one node has is not lost because another one is away. The last failure is this command's own.
+        if let Err(Failure { code, message }) = all_of(client, report, job, rank).await {
+            let this = Failure { code, message: format!("rank {rank}: {message}") };
+            if let Some(before) = failed.replace(this) {
+                report.note(&before.message);
+            }
         }
         if out::is_closed() {
             break;

@@ -5,7 +5,7 @@ use super::{OutputArgs, Target, connect, load_job};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::environment::EnvArgs;
 use crate::failure::Failure;
-use crate::launch::work::work_of;
+use crate::launch::work::{no_work, work_of};
 use crate::report::{End, Report, Style};
 use crate::{out, places};
 use fleet_common::exit;
@@ -23,7 +23,7 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 pub struct Args {
     /// Job file: .toml, .yaml or .json
-    #[arg(required_unless_present = "program", conflicts_with = "program")]
+    #[arg(conflicts_with = "program")]
     job: Option<PathBuf>,
     /// Replace a setting of the job file, such as --set data.path=FILE
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "program")]
@@ -124,6 +124,9 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
 /// What is to be done, and by how many ranks.
 fn work(args: &Args) -> Result<(u32, Work), Failure> {
     let Some(path) = &args.job else {
+        if args.program.is_empty() {
+            return Err(no_work());
+        }
         return Ok((args.ranks.unwrap_or(1), work_of(&args.program, args.env.variables()?)?));
     };
     if !args.env.is_empty() {

@@ -2,7 +2,7 @@
 //!
 //! All get `--die-with-parent` and process groups of their own: a Ctrl-C on the terminal reaches `fleet` alone, which decides.
 
-use super::signals::{self, Signals};
+use super::signals::{Signal, Signals};
 use super::worker::{Said, Worker};
 use crate::client::{Client, unexpected};
 use crate::cluster::Cluster;
@@ -11,11 +11,12 @@ use crate::{json, programs};
 use fleet_common::endpoint::Endpoint;
 use fleet_common::protocol::{Printed, Reply, Request, Role};
 use fleet_common::{exit, files};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::IsTerminal;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -223,7 +224,7 @@ impl Local {
         files::create_dir(&coordinator.dir).map_err(|e| Failure::environment(e.to_string()))?;
         command.arg("--data-dir").arg(&coordinator.dir);
         command.args(["--listen", listen, "--member-listen", member, "--http", http, "--log-format", "json"]);
-        command.stdout(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = self.spawn(command, &coordinator.name)?;
         let pid = child.id().unwrap_or_default();
         self.coordinators[index].child = Some(child);
@@ -271,8 +272,17 @@ impl Local {
             // The cluster ends with its job: all that is printed is shown.
             None => command.args(["--log-rate", "0"]),
         };
-        command.stdout(Stdio::piped());
+        command.stdin(self.stdin()).stdout(Stdio::piped());
         Ok(Worker::attend(self.spawn(command, "worker")?))
+    }
+
+    /// A program's rank 0 reads what this launch was given to read. Not from a terminal: whoever reads there in another process group
+    /// than the one in front is stopped.
+    fn stdin(&self) -> Stdio {
+        match self.relay {
+            Some(_) if !std::io::stdin().is_terminal() => Stdio::inherit(),
+            _ => Stdio::null(),
+        }
     }
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<Child, Failure> {
@@ -283,7 +293,7 @@ impl Local {
             .append(true)
             .open(&path)
             .map_err(|e| Failure::io("write", &path, &e))?;
-        command.stdin(Stdio::null()).stderr(Stdio::from(log)).process_group(0).kill_on_drop(true);
+        command.stderr(Stdio::from(log)).process_group(0).kill_on_drop(true);
         command.spawn().map_err(|e| Failure::environment(format!("cannot start {name}: {e}")))
     }
 
@@ -359,10 +369,17 @@ impl Local {
         }
     }
 
-    /// Has a signal that asks this launch to end passed on to its program.
-    pub fn pass_on(&self, signal: signals::Signal) {
+    /// Has a signal passed on to the program.
+    pub fn pass_on(&self, signal: Signal) {
         if let Some(worker) = self.worker.as_ref().filter(|_| self.relay.is_some()) {
             worker.pass_on(signal);
+        }
+    }
+
+    /// Nobody reads what the program writes to stdout any more: has it learn that.
+    pub fn close_stdout(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.close_stdout();
         }
     }
 

@@ -20,7 +20,7 @@ use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobView, Reply, Request, SubmitJob};
 use local::{Incident, Local};
 use output::ProgramOutput;
-use signals::Signals;
+use signals::{Notices, Signal, Signals};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -30,14 +30,15 @@ use work::Prepared;
 /// Train on this machine: brings up a cluster, runs one job, takes the cluster down
 ///
 /// With `-- PROGRAM ARGS` it starts N copies of any program instead, with RANK, WORLD_SIZE and the rest as torchrun sets them, and with
-/// OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 where these are not set. SIGINT and SIGHUP are passed on to all of them.
+/// OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 where these are not set. SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are passed on to all of them. Rank 0
+/// reads what this command is given on stdin, unless that is a terminal.
 #[derive(clap::Args)]
 pub struct Args {
     /// Ranks to start; without it the job's `devices`, else one per accelerator, else one
     #[arg(short = 'n', long = "ranks", alias = "nproc-per-node", alias = "nproc_per_node", value_name = "N")]
     ranks: Option<u32>,
     /// Job file: .toml, .yaml or .json
-    #[arg(required_unless_present = "program", conflicts_with = "program")]
+    #[arg(conflicts_with = "program")]
     job: Option<PathBuf>,
     /// Replace a setting of the job file, such as --set data.path=FILE
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "program")]
@@ -95,7 +96,7 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| Failure::environment(format!("cannot start: {e}")))?;
     let done = runtime.block_on(async {
-        let mut signals = Signals::listen()?;
+        let (mut signals, mut notices) = (Signals::listen()?, Notices::listen()?);
         let mut entry = Registration::enter(args.data_dir.as_deref())?;
         let relay = prepared.program.then(|| match !args.json && output::goes_to_one_place() {
             true => "together",
@@ -103,7 +104,7 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
         });
         let ranks = prepared.submit.world_size;
         let mut local = Local::new(&entry.launch.data_dir, ranks, args.coordinators, relay)?;
-        let done = session(&mut local, &mut signals, prepared, report).await;
+        let done = session(&mut local, &mut signals, &mut notices, prepared, report).await;
         local.end(&mut signals).await;
         if !matches!(done, Ok(exit::SUCCEEDED)) {
             entry.keep();
@@ -125,6 +126,7 @@ enum News {
 async fn session(
     local: &mut Local,
     signals: &mut Signals,
+    notices: &mut Notices,
     prepared: Prepared,
     report: &mut Report,
 ) -> Result<u8, Failure> {
@@ -134,7 +136,7 @@ async fn session(
         started = local.start() => started?,
         signal = signals.next() => {
             report.finish(End::Cancelled);
-            return Ok(signal.exit_code());
+            return Ok(signals::exit_code(signal));
         }
     };
     report.cluster(&started.as_json(), &started.as_text());
@@ -172,7 +174,10 @@ async fn session(
                     }
                     last_event.into_iter().for_each(|event| report.event(&event));
                     let code = exit_code(&view, program, stopped_by);
-                    report.finish(End::Job(view));
+                    // As in a shell, where nothing is said of a pipeline whose reader had enough.
+                    if !(out::reader_is_gone() && code == signals::exit_code(Signal::SIGPIPE)) {
+                        report.finish(End::Job(view));
+                    }
                     return Ok(code);
                 }
                 Some(News::Failed(failure)) => return Ok(failed(report, failure)),
@@ -184,7 +189,12 @@ async fn session(
                         report.say(&json::node(&node, "joined", Some(pid), "the node is registered"), "");
                     }
                 }
-                Incident::Printed(printed) => output.print(printed),
+                Incident::Printed(printed) => {
+                    output.print(printed);
+                    if out::reader_is_gone() {
+                        local.close_stdout();
+                    }
+                }
                 Incident::CoordinatorRestarted { name, pid, why } => {
                     let text = format!("the {name} ended ({why}) and was started again; the ranks go on");
                     report.say(&json::node(&name, "restarted", Some(pid), &text), &format!("warning: {text}"));
@@ -194,17 +204,25 @@ async fn session(
                     return Ok(failed(report, failure));
                 }
             },
+            signal = notices.next() => match program {
+                true => local.pass_on(signal),
+                false => report.note(&format!("{signal} is nothing that training minds; it goes on")),
+            },
             signal = signals.next() => match (job, stopped_by) {
                 (Some(job), None) => {
-                    stopped_by = Some(signal.exit_code());
-                    let what = if program { "passed on to the program" } else { "stopping after a checkpoint" };
-                    report.note(&format!("{}: {what}; once more stops at once", signal.name()));
+                    stopped_by = Some(signals::exit_code(signal));
+                    let what = match (program, signal) {
+                        (true, Signal::SIGQUIT) => "passed on to the program as SIGTERM",
+                        (true, _) => "passed on to the program",
+                        (false, _) => "stopping after a checkpoint",
+                    };
+                    report.note(&format!("{signal}: {what}; once more, after a second, stops at once"));
                     local.pass_on(signal);
                     tokio::spawn(cancel(cluster.clone(), job, false, PATIENCE));
                 }
                 (None, None) => {
                     report.finish(End::Cancelled);
-                    return Ok(signal.exit_code());
+                    return Ok(signals::exit_code(signal));
                 }
                 (_, Some(code)) => {
                     if let Some(job) = job {

@@ -20,6 +20,7 @@ pub struct Prepared {
 pub fn prepare(args: &Args) -> Result<Prepared, Failure> {
     let prepared = match &args.job {
         Some(path) => training(path, args)?,
+        None if args.program.is_empty() => return Err(no_work()),
         None => program(args)?,
     };
     let ranks = prepared.submit.world_size;
@@ -52,6 +53,12 @@ fn program(args: &Args) -> Result<Prepared, Failure> {
     let work = work_of(&args.program, Vec::new())?;
     let world_size = args.ranks.unwrap_or_else(accelerators);
     Ok(Prepared { submit: SubmitJob { world_size, work, wish: wish() }, program: true, warnings: Vec::new() })
+}
+
+pub fn no_work() -> Failure {
+    Failure::input(
+        "nothing to run: give a job file, or a program and its arguments behind `--`, as in `-n 2 -- PROGRAM ARGS`",
+    )
 }
 
 /// Any program, to be run where it would run here.

@@ -1,9 +1,9 @@
 //! The worker of a launch, as its parent hears it: that it is registered, and what the program prints that it runs.
 
-use super::signals::{self, Signals};
+use super::signals::{Signal, Signals};
 use fleet_common::codec;
 use fleet_common::protocol::Printed;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{kill, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use std::process::ExitStatus;
@@ -24,6 +24,8 @@ pub struct Worker {
     registered: bool,
     /// What its program prints is wanted: the job's number was said.
     pub listens: bool,
+    /// It was told that nobody reads its program's stdout.
+    unheard: bool,
 }
 
 /// What a worker says on stdout.
@@ -47,7 +49,7 @@ impl Worker {
             tokio::spawn(listen(BufReader::new(stdout), tell));
         }
         let pid = child.id().unwrap_or_default();
-        Worker { child, pid, said, registered: false, listens: false }
+        Worker { child, pid, said, registered: false, listens: false, unheard: false }
     }
 
     /// The next thing that it says; once it is gone and all that it had said was heard, how it ended. May be dropped and called again.
@@ -64,14 +66,22 @@ impl Worker {
         }
     }
 
-    /// Has the signal passed on to the program. Before it is registered there is none, and it might end the worker.
-    pub fn pass_on(&self, signal: signals::Signal) {
-        let signal = match signal {
-            signals::Signal::Interrupt => Signal::SIGINT,
-            signals::Signal::HangUp => Signal::SIGHUP,
-            // What the cluster sends to what it stops.
-            signals::Signal::Terminate => return,
-        };
+    /// Has the signal passed on to the program, but for SIGTERM and SIGQUIT: then the cluster stops it, with a SIGTERM.
+    pub fn pass_on(&self, signal: Signal) {
+        if !matches!(signal, Signal::SIGTERM | Signal::SIGQUIT) {
+            self.tell(signal);
+        }
+    }
+
+    /// Has the program's stdout closed: its next write there fails, as in a pipeline whose reader is gone.
+    pub fn close_stdout(&mut self) {
+        if !std::mem::replace(&mut self.unheard, true) {
+            self.tell(Signal::SIGPIPE);
+        }
+    }
+
+    /// Before it is registered there is no program, and the signal might end the worker.
+    fn tell(&self, signal: Signal) {
         if let Some(pid) = self.process().filter(|_| self.registered) {
             let _ = kill(pid, signal); // ended in this moment
         }

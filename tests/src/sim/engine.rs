@@ -199,6 +199,7 @@ impl World {
         let Some(rank) = self.engine.runs.get(&id).and_then(|run| run.global(machine, local)) else { return };
         let (after, exit) = match blow {
             Blow::Kill => (MS, Exit::Signal(9)),
+            Blow::User1 | Blow::User2 => return, // nothing that a rank here would end for
             Blow::HangUp | Blow::Interrupt | Blow::Terminate => {
                 (self.random.range(MS..500 * MS), Exit::Signal(15))
             }

@@ -8,6 +8,7 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
 use fleet_common::protocol::{AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, ToAgent, ToRank};
+use fleet_common::signals::AGAIN_AFTER;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -104,9 +105,9 @@ pub enum Input {
     Gang(GangId, GangInput),
     /// What `fleet-rank --probe` said: nothing, or why ranks cannot run here.
     Probed(Result<(), String>),
-    /// The agent shall end: the first time with checkpoints, the second time at once.
+    /// The agent shall end: the first time with checkpoints, at once when that is asked again `AGAIN_AFTER` later.
     Stop,
-    /// Programs that run get this signal, and are expected to end by it.
+    /// Programs that run get this signal.
     PassOn(Blow),
     /// `Agent::deadline` has passed.
     Tick,
@@ -181,7 +182,8 @@ pub struct Agent {
     heard_at: Duration,
     /// Why ranks cannot run here.
     unfit: Option<String>,
-    stopping: bool,
+    /// When it was first told to end.
+    stopping: Option<Duration>,
     /// Set when an ending agent has no living gang any more.
     leave_at: Option<Duration>,
 }
@@ -200,7 +202,7 @@ impl Agent {
             heartbeat_at: Duration::ZERO,
             heard_at: Duration::ZERO,
             unfit: None,
-            stopping: false,
+            stopping: None,
             leave_at: None,
         }
     }
@@ -233,8 +235,8 @@ impl Agent {
                 self.unfit = Some(reason);
             }
             Input::Stop => {
-                let how = if self.stopping { Stop::Now } else { Stop::Soon };
-                self.stopping = true;
+                let since = *self.stopping.get_or_insert(now.mono);
+                let how = if now.mono.saturating_sub(since) >= AGAIN_AFTER { Stop::Now } else { Stop::Soon };
                 self.gangs.values_mut().for_each(|gang| gang.stop(how, &self.config, now, &mut out));
             }
             Input::PassOn(blow) => {
@@ -345,7 +347,7 @@ impl Agent {
             older.stop(Stop::Now, &self.config, now, out);
         }
         let mut supervised = Supervised::start(gang, self.unfit.as_deref(), &self.config, now, out);
-        if self.stopping {
+        if self.stopping.is_some() {
             let message = format!("{} is being shut down", self.config.name);
             supervised.fail(verdict::agent_error(Fault::Environment, &self.config.name, message), now);
         }
@@ -383,7 +385,7 @@ impl Agent {
     }
 
     fn leave_if_done(&mut self, now: Now, out: &mut Vec<Action>) {
-        if !self.stopping || !self.gangs.values().all(Supervised::is_finished) {
+        if self.stopping.is_none() || !self.gangs.values().all(Supervised::is_finished) {
             return;
         }
         let leave_at = *self.leave_at.get_or_insert(now.mono + FAREWELL);

@@ -23,6 +23,7 @@ use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
 use fleet_common::{exit, terminal};
+use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
@@ -57,7 +58,7 @@ pub struct Options {
     pub programs: Base,
     /// How much of a gang's output goes to the coordinators.
     pub lines: Rates,
-    /// A `fleet launch` started this worker for one program: it hears what that prints, and has its signals passed on.
+    /// A `fleet launch` started this worker for one program: it hears what that prints, gives it what it reads itself, and has its signals passed on.
     pub relay: Option<Streams>,
 }
 
@@ -71,7 +72,7 @@ pub enum DeviceWish {
 
 /// Runs the agent until it is told to end; returns the exit code.
 pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
-    let stop = StopSignals::listen()?;
+    let signals = Signals::listen(options.relay.is_some())?;
     let mut child = signal(SignalKind::child())?; // before there is a child
     let cgroups = cgroup::find();
     match &cgroups {
@@ -88,9 +89,8 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let relay = options.relay.map(|_| Relay::over_stdout()).transpose().context("--relay needs a pipe")?;
-    let (containers, one_pipe) =
-        (Containers::new(process, cgroups.ok()), options.relay == Some(Streams::Together));
-    let launcher = Launcher::new(spawner, containers, cores, options.programs, one_pipe)?;
+    let containers = Containers::new(process, cgroups.ok());
+    let launcher = Launcher::new(spawner, containers, cores, options.programs, options.relay)?;
 
     let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
         Ok(found) => found,
@@ -144,12 +144,12 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         lines_sender,
         relay,
     };
-    driver.run(Sources { stop, child, exits, link_events, messages, lines, link }).await
+    driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
 }
 
 /// Everything that the driver waits for.
 struct Sources {
-    stop: StopSignals,
+    signals: Signals,
     child: Signal,
     exits: mpsc::UnboundedReceiver<Exited>,
     link_events: mpsc::Receiver<LinkEvent>,
@@ -158,31 +158,46 @@ struct Sources {
     link: JoinHandle<()>,
 }
 
-const HANG_UP: u8 = 1;
-const INTERRUPT: u8 = 2;
-const TERMINATE: u8 = 15;
-
-struct StopSignals {
+/// What others may send to this process without ending it on the spot.
+struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    quit: Signal,
     hangup: Signal,
+    user1: Signal,
+    user2: Signal,
+    /// Of a `fleet launch` alone: elsewhere a pipe that breaks is an error of the writing and nothing else.
+    pipe: Option<Signal>,
 }
 
-impl StopSignals {
-    fn listen() -> std::io::Result<StopSignals> {
-        Ok(StopSignals {
+impl Signals {
+    fn listen(relay: bool) -> std::io::Result<Signals> {
+        Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
             hangup: signal(SignalKind::hangup())?,
+            user1: signal(SignalKind::user_defined1())?,
+            user2: signal(SignalKind::user_defined2())?,
+            pipe: relay.then(|| signal(SignalKind::pipe())).transpose()?,
         })
     }
 
-    /// The number of a signal that asks the agent to end.
-    async fn next(&mut self) -> u8 {
+    async fn next(&mut self) -> Number {
+        let pipe = async {
+            match &mut self.pipe {
+                Some(signal) => signal.recv().await,
+                None => pending().await,
+            }
+        };
         tokio::select! {
-            _ = self.terminate.recv() => TERMINATE,
-            _ = self.interrupt.recv() => INTERRUPT,
-            _ = self.hangup.recv() => HANG_UP,
+            _ = self.terminate.recv() => Number::SIGTERM,
+            _ = self.interrupt.recv() => Number::SIGINT,
+            _ = self.quit.recv() => Number::SIGQUIT,
+            _ = self.hangup.recv() => Number::SIGHUP,
+            _ = self.user1.recv() => Number::SIGUSR1,
+            _ = self.user2.recv() => Number::SIGUSR2,
+            _ = pipe => Number::SIGPIPE,
         }
     }
 }
@@ -229,14 +244,7 @@ impl Driver {
                     let accepts_lines = self.agent.accepts_lines(self.now());
                     tokio::select! {
                         biased;
-                        number = sources.stop.next() => match (number, &self.relay) {
-                            (HANG_UP, Some(_)) => Some(Input::PassOn(Blow::HangUp)),
-                            (INTERRUPT, Some(_)) => Some(Input::PassOn(Blow::Interrupt)),
-                            _ => {
-                                stopped_by.get_or_insert(number);
-                                Some(Input::Stop)
-                            }
-                        },
+                        signal = sources.signals.next() => self.on_signal(signal, &mut stopped_by),
                         _ = sources.child.recv() => {
                             self.launcher.spawner.reap();
                             None
@@ -276,9 +284,31 @@ impl Driver {
                         eprintln!("error: the coordinator refuses this node: {message}");
                         return Ok(exit::REFUSED_INPUT);
                     }
-                    return Ok(stopped_by.map_or(exit::SUCCEEDED, |number| 128 + number));
+                    return Ok(stopped_by.unwrap_or(exit::SUCCEEDED));
                 }
                 self.perform(action).await;
+            }
+        }
+    }
+
+    fn on_signal(&self, signal: Number, stopped_by: &mut Option<u8>) -> Option<Input> {
+        match (signal, &self.relay) {
+            (Number::SIGHUP, Some(_)) => Some(Input::PassOn(Blow::HangUp)),
+            (Number::SIGINT, Some(_)) => Some(Input::PassOn(Blow::Interrupt)),
+            (Number::SIGUSR1, Some(_)) => Some(Input::PassOn(Blow::User1)),
+            (Number::SIGUSR2, Some(_)) => Some(Input::PassOn(Blow::User2)),
+            (Number::SIGPIPE, Some(relay)) => {
+                relay.close_stdout();
+                None
+            }
+            // The ranks here are those of several people's jobs, who did not ask for it.
+            (Number::SIGUSR1 | Number::SIGUSR2, None) => {
+                tracing::info!(%signal, "a signal that a worker does not pass on");
+                None
+            }
+            _ => {
+                stopped_by.get_or_insert(128 + signal as u8);
+                Some(Input::Stop)
             }
         }
     }

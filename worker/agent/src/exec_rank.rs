@@ -4,8 +4,15 @@
 use crate::cgroup;
 use anyhow::Context;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// What the last line begins with of a rank that never was its program.
+pub const CANNOT_START: &str = "error: cannot start ";
 
 /// First argument of the hidden mode.
 pub const MODE: &str = "exec-rank";
@@ -24,12 +31,32 @@ pub fn run(arguments: &[OsString]) -> u8 {
         return fleet_common::exit::REFUSED_INPUT;
     };
     if let Err(error) = prepare(parent, dir, cgroup) {
-        eprintln!("error: cannot start {}: {error:#}", program.display());
+        eprintln!("{CANNOT_START}{}: {error:#}", program.display());
         return 126;
     }
     let error = Command::new(program).args(rest).exec();
-    eprintln!("error: cannot start {}: {error}", program.display());
-    if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 }
+    let missing = (error.kind() == ErrorKind::NotFound).then(|| missing_interpreter(program)).flatten();
+    let why = missing.map_or_else(
+        || error.to_string(),
+        |name| format!("its first line names an interpreter that is not there: `{}`", name.escape_debug()),
+    );
+    eprintln!("{CANNOT_START}{}: {why}", program.display());
+    if error.kind() == ErrorKind::NotFound { 127 } else { 126 }
+}
+
+/// The interpreter of a script, if that is what was not found: the system says the same of both.
+fn missing_interpreter(program: &OsStr) -> Option<String> {
+    const LINE_MAX: u64 = 256; // the kernel reads no more
+    let places: Vec<PathBuf> = match program.as_bytes().contains(&b'/') {
+        true => vec![program.into()],
+        false => std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(program)).collect(),
+    };
+    let mut begin = Vec::new();
+    let script = places.iter().find_map(|place| File::open(place).ok())?;
+    script.take(LINE_MAX).read_to_end(&mut begin).ok()?;
+    let line = begin.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
+    let name = String::from_utf8_lossy(line).trim_matches([' ', '\t']).split([' ', '\t']).next()?.to_owned();
+    (!Path::new(&name).exists()).then_some(name)
 }
 
 fn prepare(parent: &OsStr, dir: &OsStr, cgroup: &OsStr) -> anyhow::Result<()> {

@@ -104,6 +104,10 @@ pub enum Blow {
     HangUp,
     /// SIGINT.
     Interrupt,
+    /// SIGUSR1.
+    User1,
+    /// SIGUSR2.
+    User2,
     /// SIGTERM.
     Terminate,
     /// SIGKILL.
@@ -321,14 +325,20 @@ impl Supervised {
         self.tick(config, now, out);
     }
 
-    /// Passes on to a program the signal by which it is to end, as if its ranks ran in a terminal of their own. Training is stopped otherwise.
+    /// Passes a signal on to a program, as if its ranks ran in a terminal of their own; where that asks it to end, sterner ones follow.
+    /// Training is stopped otherwise.
     pub fn pass_on(&mut self, blow: Blow, now: Now, out: &mut Vec<Action>) {
-        if self.is_ending() || self.stop.is_some() || !matches!(self.kind, Kind::Program) {
+        if self.is_ending() || !matches!(self.kind, Kind::Program) {
             return;
         }
-        self.stop = Some(Stop::WhenSaved);
-        self.terminate_at = Some(now.mono + STOP_GRACE);
-        self.kill_within(2 * STOP_GRACE, now);
+        if !matches!(blow, Blow::User1 | Blow::User2) {
+            if self.stop.is_some() {
+                return;
+            }
+            self.stop = Some(Stop::WhenSaved);
+            self.terminate_at = Some(now.mono + STOP_GRACE);
+            self.kill_within(2 * STOP_GRACE, now);
+        }
         self.strike_living(blow, out);
     }
 
@@ -631,9 +641,10 @@ impl Supervised {
         if let Some(suspicion) = suspicion {
             let state = self.ranks.get(suspicion.rank.saturating_sub(self.first_rank) as usize);
             let lines = state.map(|state| state.last_lines.to_vec()).unwrap_or_default();
+            let trains = matches!(self.kind, Kind::Train(_));
             let mut error =
-                verdict::sentence(suspicion, &config.name, state.and_then(|state| state.exit), lines);
-            if matches!(self.kind, Kind::Program) && matches!(suspicion.cause, Cause::Code(_)) {
+                verdict::sentence(suspicion, trains, &config.name, state.and_then(|state| state.exit), lines);
+            if !trains && matches!(suspicion.cause, Cause::Code(_)) {
                 error.fault = Fault::Job; // the codes are the program's own
             }
             return Outcome::Failed(error);

@@ -71,7 +71,8 @@ struct Join {
     /// Programs get the whole environment of this worker, as on the machine of a `fleet launch`.
     #[arg(long, hide = true)]
     inherit_env: bool,
-    /// What programs print follows on stdout, and SIGINT and SIGHUP are passed on to them: for the `fleet launch` of one program.
+    /// What programs print follows on stdout, rank 0 reads what this worker could read, and SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are passed
+    /// on to them; SIGPIPE closes their stdout: for the `fleet launch` of one program.
     #[arg(long, hide = true, value_enum)]
     relay: Option<Streams>,
     /// End when this process, which started this one, ends.

@@ -91,8 +91,16 @@ async fn read_lines<K: Copy>(
     let (mut splitter, mut whole) = (LineSplitter::default(), Lines::default());
     let mut buffer = vec![0; READ_MAX];
     loop {
+        let unheard = async {
+            match deliveries.relay.as_ref().filter(|_| level == Level::Info) {
+                Some(relay) => relay.stdout_closed().await,
+                None => std::future::pending().await,
+            }
+        };
         let read = tokio::select! {
             read = pipe.read(&mut buffer) => read.unwrap_or(0),
+            // The pipe is closed with the end of this.
+            () = unheard => 0,
             () = silence_after_the_end(gone.clone()) => 0,
         };
         if let Some(relay) = deliveries.relay.as_ref().filter(|_| read > 0) {

@@ -4,6 +4,7 @@
 use crate::container::{Container, Containers, Remains};
 use crate::gang::Blow;
 use crate::program::{self, Base};
+use crate::relay::Streams;
 use crate::spawn::{Exited, Launch, Spawner, Started, Sweep};
 use crate::verdict::Exit;
 use anyhow::Context;
@@ -59,8 +60,8 @@ pub struct Launcher {
     pub fleet_rank: PathBuf,
     pub cores: u32,
     pub programs: Base,
-    /// What programs print is to stay in the order in which it was written.
-    pub one_pipe: bool,
+    /// A `fleet launch` is on the other side of this agent's stdin and stdout.
+    pub relay: Option<Streams>,
 }
 
 impl Launcher {
@@ -70,11 +71,11 @@ impl Launcher {
         containers: Containers,
         cores: u32,
         programs: Base,
-        one_pipe: bool,
+        relay: Option<Streams>,
     ) -> anyhow::Result<Launcher> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
         let fleet_rank = own.with_file_name("fleet-rank");
-        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs, one_pipe })
+        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs, relay })
     }
 
     pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
@@ -158,7 +159,8 @@ impl Launcher {
                 clear_env: true,
                 dir: PathBuf::from(&program.working_dir),
                 container: container.clone(),
-                one_pipe: self.one_pipe,
+                one_pipe: self.relay == Some(Streams::Together),
+                own_stdin: self.relay.is_some() && gang.first_rank + local_rank == 0,
                 inherit: Vec::new(),
             };
             let started = self.spawner.spawn(launch).await;

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use tokio::net::unix::pipe;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 /// What is made of a program's stdout and stderr.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -20,19 +20,34 @@ pub enum Streams {
 
 /// The way to `fleet launch`. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Relay(Arc<Mutex<pipe::Sender>>);
+pub struct Relay {
+    pipe: Arc<Mutex<pipe::Sender>>,
+    /// Nobody reads what programs write to their stdout.
+    unheard: watch::Sender<bool>,
+}
 
 impl Relay {
     /// Over the stdout of this process, which must be a pipe. Within a runtime.
     pub fn over_stdout() -> io::Result<Relay> {
         let stdout = io::stdout().as_fd().try_clone_to_owned()?;
-        Ok(Relay(Arc::new(Mutex::new(pipe::Sender::from_owned_fd(stdout)?))))
+        let pipe = Arc::new(Mutex::new(pipe::Sender::from_owned_fd(stdout)?));
+        Ok(Relay { pipe, unheard: watch::Sender::new(false) })
+    }
+
+    /// From now on programs find their stdout closed.
+    pub fn close_stdout(&self) {
+        self.unheard.send_replace(true);
+    }
+
+    /// Waits until that is so.
+    pub async fn stdout_closed(&self) {
+        let _ = self.unheard.subscribe().wait_for(|unheard| *unheard).await; // the sender is this one's
     }
 
     /// Returns when it is in the pipe: it is read also when this process is gone by then.
     pub async fn pass_on(&self, rank: Rank, stderr: bool, bytes: &[u8]) {
         let printed = Printed { rank, stderr, bytes: bytes.to_vec() };
-        let mut pipe = self.0.lock().await;
+        let mut pipe = self.pipe.lock().await;
         if let Err(error) = codec::write_frame(&mut *pipe, &printed).await {
             tracing::debug!(%error, "nobody reads what programs print");
         }

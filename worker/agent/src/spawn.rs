@@ -39,6 +39,8 @@ pub struct Launch {
     pub container: Container,
     /// Its stderr goes where its stdout does.
     pub one_pipe: bool,
+    /// It reads what this agent was given to read.
+    pub own_stdin: bool,
     /// Descriptors to inherit. Each may name an environment variable that tells the child its number.
     pub inherit: Vec<(Arc<OwnedFd>, Option<&'static str>)>,
 }
@@ -187,7 +189,7 @@ impl Children {
             .envs(launch.env.iter().map(|(name, value)| (name, value)))
             .env(MARK_ENV, launch.container.marks())
             .process_group(0)
-            .stdin(Stdio::null());
+            .stdin(if launch.own_stdin { Stdio::inherit() } else { Stdio::null() });
         let (stdout, stdout_end) = io::pipe()?;
         let (stderr, stderr_end) = match launch.one_pipe {
             true => (None, stdout_end.try_clone()?),
@@ -214,6 +216,8 @@ impl Children {
             // Gone in this moment: the reaping follows.
             Blow::HangUp => drop(killpg(group, Signal::SIGHUP)),
             Blow::Interrupt => drop(killpg(group, Signal::SIGINT)),
+            Blow::User1 => drop(killpg(group, Signal::SIGUSR1)),
+            Blow::User2 => drop(killpg(group, Signal::SIGUSR2)),
             Blow::Terminate => drop(killpg(group, Signal::SIGTERM)),
             Blow::Kill => {
                 // While it lives, also what has left its group is known to descend from it.

@@ -27,6 +27,10 @@ pub const NOTICE_EVERY: Duration = Duration::from_secs(10);
 /// The same once nothing of the budget will come back.
 pub const NOTICE_EVERY_SPENT: Duration = Duration::from_secs(600);
 
+/// Bytes, as `line_cost` counts them, of the newest lines over the budget, which go all the same where nothing follows them: what a program
+/// says last is what is looked for first.
+pub const LAST_WORDS_MAX: u64 = 8 << 10;
+
 /// The coordinator's idea of the stream cannot be served: it wants numbers that were committed and dropped, or never given.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the coordinator asks for event {wanted} of a stream that is at {first}..{end}")]
@@ -75,6 +79,9 @@ pub struct EventStream {
     budget: Budget,
     /// Over the budget, and not yet said.
     left_out: LeftOut,
+    /// The newest lines over the budget, not yet left out.
+    held: VecDeque<Event>,
+    held_cost: u64,
     /// When it was said last, or there was something to say again.
     told_at: Duration,
 }
@@ -93,6 +100,8 @@ impl EventStream {
             waiting_bytes: 0,
             budget: Budget::new(lines),
             left_out: LeftOut::default(),
+            held: VecDeque::new(),
+            held_cost: 0,
             told_at: Duration::ZERO,
         }
     }
@@ -102,18 +111,23 @@ impl EventStream {
         match &event.body {
             EventBody::Log { rank, line, .. } => {
                 if rank.is_some() && !self.budget.admits(line_cost(line), now) {
-                    if self.left_out.lines == 0 {
-                        self.told_at = now;
-                    }
-                    self.left_out.add(1, line.len() as u64);
-                    return self.tell_in_time(event.unix_ms, now);
+                    return self.hold(event, now);
+                }
+                if rank.is_some() {
+                    self.keep_held(0, now);
                 }
                 self.tell(event.unix_ms, now);
-                self.waiting_lines += 1;
-                self.waiting_bytes += line.len();
             }
-            EventBody::Finished(_) => self.tell(event.unix_ms, now),
+            EventBody::Finished(_) => self.send_held(event.unix_ms, now),
             _ => {}
+        }
+        self.wait(event);
+    }
+
+    fn wait(&mut self, event: Event) {
+        if let EventBody::Log { line, .. } = &event.body {
+            self.waiting_lines += 1;
+            self.waiting_bytes += line.len();
         }
         self.waiting.push_back(Waiting::Event(event));
         if self.waiting_lines > WAITING_LINES_MAX || self.waiting_bytes > WAITING_BYTES_MAX {
@@ -121,12 +135,44 @@ impl EventStream {
         }
     }
 
-    /// Says how much was left out, if that was not said for a while.
+    /// Says how much was left out, if that was not said for a while, and the last words of who has been silent since.
     pub fn tell_in_time(&mut self, unix_ms: u64, now: Duration) {
         let every = if self.budget.is_spent() { NOTICE_EVERY_SPENT } else { NOTICE_EVERY };
-        if now.saturating_sub(self.told_at) >= every {
-            self.tell(unix_ms, now);
+        if now.saturating_sub(self.told_at) < every {
+            return;
         }
+        match !self.held.is_empty() && self.budget.admits(self.held_cost, now) {
+            true => self.send_held(unix_ms, now),
+            false => self.tell(unix_ms, now),
+        }
+    }
+
+    /// A line over the budget.
+    fn hold(&mut self, event: Event, now: Duration) {
+        let unix_ms = event.unix_ms;
+        self.held_cost += cost(&event);
+        self.held.push_back(event);
+        self.keep_held(LAST_WORDS_MAX, now);
+        self.tell_in_time(unix_ms, now);
+    }
+
+    /// Leaves out what is held beyond `most` bytes.
+    fn keep_held(&mut self, most: u64, now: Duration) {
+        while self.held_cost > most
+            && let Some(event) = self.held.pop_front()
+        {
+            if self.left_out.lines == 0 {
+                self.told_at = now;
+            }
+            self.held_cost -= cost(&event);
+            self.left_out.add(1, line_bytes(&event) as u64);
+        }
+    }
+
+    fn send_held(&mut self, unix_ms: u64, now: Duration) {
+        self.tell(unix_ms, now);
+        self.held_cost = 0;
+        std::mem::take(&mut self.held).into_iter().for_each(|event| self.wait(event));
     }
 
     fn tell(&mut self, unix_ms: u64, now: Duration) {
@@ -237,6 +283,13 @@ impl EventStream {
             kept.insert(place, Waiting::Dropped(since, dropped));
         }
         self.waiting = kept;
+    }
+}
+
+fn cost(event: &Event) -> u64 {
+    match &event.body {
+        EventBody::Log { line, .. } => line_cost(line),
+        _ => 0,
     }
 }
 
@@ -372,7 +425,7 @@ mod tests {
         assert_eq!(steps, 100);
         assert!(matches!(seen.last().unwrap().body, EventBody::Finished(_)));
         let lines = seen.iter().filter(|event| matches!(event.body, EventBody::Log { .. })).count() as u64;
-        assert!(lines * 200 <= 8_000 + 100 * 1_000 && lines * 200 > 90_000, "{lines}");
+        assert!(lines * 200 <= 8_000 + 100 * 1_000 + LAST_WORDS_MAX && lines * 200 > 90_000, "{lines}");
         let gaps: Vec<u64> = seen
             .iter()
             .filter_map(|event| match event.body {
@@ -410,7 +463,7 @@ mod tests {
     fn what_was_left_out_is_said_though_nothing_more_is_printed() {
         let mut stream = EventStream::new(JobId(1), 1, Rates { per_s: 1, burst: 800, total: 1 << 20 });
         let line = "x".repeat(336);
-        (0..5).for_each(|_| push(&mut stream, log(&line)));
+        (0..2 + 20 + 3).for_each(|_| push(&mut stream, log(&line))); // the budget's, the last words, and three between them
         let said = |stream: &mut EventStream| {
             drained(stream).iter().any(|event| event.body == EventBody::LeftOut { lines: 3, bytes: 3 * 336 })
         };
@@ -418,6 +471,40 @@ mod tests {
         assert!(!said(&mut stream));
         stream.tell_in_time(0, NOTICE_EVERY);
         assert!(said(&mut stream));
+    }
+
+    #[test]
+    fn the_last_words_go_whatever_was_said_before_them() {
+        let texts = |events: &[Event]| -> Vec<String> {
+            let text = |event: &Event| match &event.body {
+                EventBody::Log { line, .. } => Some(line.clone()),
+                EventBody::LeftOut { lines, .. } => Some(format!("{lines} left out")),
+                _ => None,
+            };
+            events.iter().filter_map(text).collect()
+        };
+        let flooded = |per_s| {
+            let mut stream = EventStream::new(JobId(1), 1, Rates { per_s, burst: 80_000, total: 1 << 20 });
+            (0..10_000).for_each(|n| push(&mut stream, log(&format!("{n:036}"))));
+            push(&mut stream, log("accuracy 0.97"));
+            stream
+        };
+        // It ends.
+        let mut stream = flooded(1);
+        push(&mut stream, Event { unix_ms: 0, body: EventBody::Finished(Outcome::Stopped { steps: 1 }) });
+        let seen = texts(&drained(&mut stream));
+        assert_eq!(seen[800], "9119 left out");
+        assert_eq!((seen.len(), seen[801..].join(" ").len() < LAST_WORDS_MAX as usize), (800 + 1 + 82, true));
+        assert_eq!(seen.last().map(String::as_str), Some("accuracy 0.97"));
+        // It goes on, and says nothing.
+        let mut stream = flooded(10_000);
+        stream.tell_in_time(0, NOTICE_EVERY);
+        assert_eq!(texts(&drained(&mut stream)).last().map(String::as_str), Some("accuracy 0.97"));
+        // It goes on, and says more: nothing is shown twice or out of its order.
+        let mut stream = flooded(10_000);
+        stream.push(log("more"), NOTICE_EVERY / 2);
+        let seen = texts(&drained(&mut stream));
+        assert_eq!(seen[800..], ["9201 left out", "more"]);
     }
 
     /// What can happen to a stream, in any order.

@@ -4,6 +4,7 @@
 //! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, and what a rank says only because a
 //! peer was gone counts last. Within a class the earliest wins.
 
+use crate::exec_rank::CANNOT_START;
 use fleet_common::events::JobError;
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
@@ -66,8 +67,14 @@ pub fn culprit(suspicions: &[Suspicion]) -> Option<&Suspicion> {
     suspicions.iter().min_by_key(|suspicion| (suspicion.cause.weight(), suspicion.at))
 }
 
-/// Says what happened. `exit` is how the culprit ended and `last_lines` what it printed last.
-pub fn sentence(suspicion: &Suspicion, node: &str, exit: Option<Exit>, last_lines: Vec<String>) -> JobError {
+/// Says what happened. `exit` is how the culprit ended and `last_lines` what it printed last; one that `trains` is fleet's own.
+pub fn sentence(
+    suspicion: &Suspicion,
+    trains: bool,
+    node: &str,
+    exit: Option<Exit>,
+    last_lines: Vec<String>,
+) -> JobError {
     let rank = suspicion.rank;
     let (signal, exit_code) = match exit {
         Some(Exit::Signal(signal)) => (Some(signal), None),
@@ -81,7 +88,11 @@ pub fn sentence(suspicion: &Suspicion, node: &str, exit: Option<Exit>, last_line
             node: Some(node.to_owned()),
             signal: Some(*signal),
             exit_code: None,
-            message: format!("rank {rank} on {node} was killed by {}{}", signal_name(*signal), hint(*signal)),
+            message: format!(
+                "rank {rank} on {node} was killed by {}{}",
+                signal_name(*signal),
+                hint(*signal, trains)
+            ),
             last_lines,
         },
         Cause::Code(code) => JobError {
@@ -90,8 +101,8 @@ pub fn sentence(suspicion: &Suspicion, node: &str, exit: Option<Exit>, last_line
             node: Some(node.to_owned()),
             signal: None,
             exit_code: Some(*code),
-            message: match (code, last_lines.iter().rev().find(|line| !line.trim().is_empty())) {
-                (126 | 127, Some(line)) => format!("rank {rank} on {node} could not start: {}", line.trim()),
+            message: match (code, why_not_started(*code, trains, &last_lines)) {
+                (_, Some(why)) => format!("rank {rank} on {node} could not start: {why}"),
                 (0, _) => format!("rank {rank} on {node} ended before the job was done"),
                 (code, _) => format!("rank {rank} on {node} ended with exit code {code}"),
             },
@@ -106,6 +117,13 @@ pub fn sentence(suspicion: &Suspicion, node: &str, exit: Option<Exit>, last_line
             ..error.clone()
         },
     }
+}
+
+/// What was said where a rank did not start. The codes alone do not tell: a shell that finds no command ends with them, too.
+fn why_not_started(code: i32, trains: bool, last_lines: &[String]) -> Option<&str> {
+    let last = last_lines.iter().rev().map(|line| line.trim()).find(|line| !line.is_empty());
+    let last = last.filter(|_| matches!(code, 126 | 127))?;
+    last.strip_prefix(CANNOT_START).or(trains.then_some(last))
 }
 
 /// An error of the agent itself, with no rank to blame.
@@ -138,10 +156,13 @@ pub fn signal_name(signal: i32) -> String {
     }
 }
 
-fn hint(signal: i32) -> &'static str {
+fn hint(signal: i32, trains: bool) -> &'static str {
     match Signal::try_from(signal) {
-        Ok(Signal::SIGKILL) => {
+        Ok(Signal::SIGKILL) if trains => {
             "; if nobody did that, the machine ran out of memory: lower batch_size or the number of ranks"
+        }
+        Ok(Signal::SIGKILL) => {
+            "; if nobody did that, the machine ran out of memory, which the kernel's log (dmesg) tells: start fewer ranks, or let each take less"
         }
         Ok(Signal::SIGBUS) => "; a full disk or no memory left for shared segments does that",
         _ => "",
@@ -185,13 +206,13 @@ mod tests {
     fn a_report_that_names_another_rank_counts_last_but_keeps_that_name() {
         let late = JobError { rank: Some(3), ..said("rank 3 did not enter all_reduce #4 within 60 s") };
         let all = [suspicion(5, 0, Cause::of_report(0, late))];
-        let error = sentence(culprit(&all).unwrap(), "node-1", Some(Exit::Code(1)), vec![]);
+        let error = sentence(culprit(&all).unwrap(), true, "node-1", Some(Exit::Code(1)), vec![]);
         assert_eq!((error.rank, error.exit_code), (Some(3), Some(1)));
     }
 
     #[test]
     fn the_sentence_names_rank_node_and_signal() {
-        let error = sentence(&suspicion(0, 2, Cause::Signal(11)), "node-1", None, vec!["bye".into()]);
+        let error = sentence(&suspicion(0, 2, Cause::Signal(11)), true, "node-1", None, vec!["bye".into()]);
         assert_eq!(error.message, "rank 2 on node-1 was killed by signal 11 (SIGSEGV)");
         assert_eq!((error.rank, error.signal, error.exit_code), (Some(2), Some(11), None));
         assert_eq!(error.last_lines, ["bye"]);
@@ -203,8 +224,26 @@ mod tests {
             "fleet-rank: error while loading shared libraries: libtorch_cpu.so".to_owned(),
             String::new(),
         ];
-        let error = sentence(&suspicion(0, 0, Cause::Code(127)), "node-1", None, lines);
+        let error = sentence(&suspicion(0, 0, Cause::Code(127)), true, "node-1", None, lines);
         assert_eq!(error.fault, Fault::Environment);
         assert!(error.message.contains("libtorch_cpu.so"), "{}", error.message);
+    }
+
+    #[test]
+    fn what_did_not_start_is_told_from_what_ended_with_the_same_code() {
+        let said = |line: &str| {
+            let lines = vec![line.to_owned()];
+            sentence(&suspicion(0, 0, Cause::Code(127)), false, "box", Some(Exit::Code(127)), lines).message
+        };
+        let why = "rank 0 on box could not start: nothere: No such file or directory (os error 2)";
+        assert_eq!(said("error: cannot start nothere: No such file or directory (os error 2)"), why);
+        assert_eq!(said("sh: 1: nothere: not found"), "rank 0 on box ended with exit code 127");
+    }
+
+    #[test]
+    fn a_program_has_no_batch_size() {
+        let told = |trains| sentence(&suspicion(0, 0, Cause::Signal(9)), trains, "box", None, vec![]).message;
+        assert!(told(true).contains("batch_size") && !told(false).contains("batch_size"));
+        assert!(told(false).contains("out of memory"), "{}", told(false));
     }
 }

@@ -5,12 +5,11 @@
 //! ranks hold the same weights because they are the same memory.
 
 use crate::error::{Error, Result};
-use crate::model::{Batch, Cache, Llama, Loss, Sink, Weights, Workspace, init, weights};
-use crate::product::{Products, Storage};
+use crate::model::{init, network, weights};
 use crate::shim::buffers::{Gradients, SharedSlice};
-use crate::workers::Workers;
 use fleet_checkpoint::{Dtype, TensorRef, Tensors};
 use fleet_collectives::{Activity, Collective, DType, Keep, Op, Solo, part};
+use fleet_cpu::{Batch, Cache, Loss, Network, Products, Sink, Storage, Weights, Workers, Workspace};
 use fleet_kernels::{self as kernels, AdamWStep};
 use half::bf16;
 use std::ops::Range;
@@ -25,7 +24,7 @@ pub struct AdamW {
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
-    /// Of matrices; norms do not decay.
+    /// Of matrices; norms and biases do not decay.
     pub weight_decay: f64,
     /// Gradients are scaled down to this norm; 0 turns clipping off.
     pub max_grad_norm: f64,
@@ -52,7 +51,7 @@ pub struct Votes {
 }
 
 pub struct Engine<E> {
-    model: Llama,
+    model: Network,
     products: Products,
     work: Workspace<E>,
     collective: Box<dyn Collective>,
@@ -66,7 +65,7 @@ pub struct Engine<E> {
 
 impl<E: Storage> Engine<E> {
     /// Takes the memory; the weights are zero until `fresh_weights` or `load_weights`. A collective call.
-    pub fn new(model: Llama, workers: Workers, mut collective: Box<dyn Collective>) -> Result<Self> {
+    pub fn new(model: Network, workers: Workers, mut collective: Box<dyn Collective>) -> Result<Self> {
         collective.note(Activity::Starting);
         let len = model.layout.len;
         let master = SharedSlice::new(collective.allocate_common(len * 4)?);
@@ -94,12 +93,12 @@ impl<E: Storage> Engine<E> {
         let positions = positions.unwrap_or(config.max_position_embeddings as usize);
         let workers = Workers::new(threads)
             .map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
-        let mut engine = Self::new(Llama::new(config, positions), workers, Box::new(Solo::new(0)))?;
+        let mut engine = Self::new(network(&config, positions), workers, Box::new(Solo::new(0)))?;
         engine.load_weights(dir)?;
         Ok(engine)
     }
 
-    pub fn model(&self) -> &Llama {
+    pub fn model(&self) -> &Network {
         &self.model
     }
 
@@ -118,10 +117,9 @@ impl<E: Storage> Engine<E> {
 
     /// Weights that hang on `seed` alone.
     pub fn fresh_weights(&mut self, seed: u64) -> Result<()> {
-        let std = self.model.config.initializer_range as f32;
         self.fill_parts(|model, range, out| {
             for p in &model.layout.parameters {
-                init::fill(p, range.clone(), seed, std, out, range.start);
+                init::fill(p, range.clone(), seed, out, range.start);
             }
             Ok(())
         })
@@ -168,7 +166,7 @@ impl<E: Storage> Engine<E> {
     }
 
     /// Calls `fill` for every part that this rank updates, and lets all ranks see the result.
-    fn fill_parts(&mut self, fill: impl Fn(&Llama, Range<usize>, &mut [f32]) -> Result<()>) -> Result<()> {
+    fn fill_parts(&mut self, fill: impl Fn(&Network, Range<usize>, &mut [f32]) -> Result<()>) -> Result<()> {
         for range in self.own_parts() {
             let out = self.master.part_mut(range.clone());
             fill(&self.model, range.clone(), out)?;
@@ -185,7 +183,8 @@ impl<E: Storage> Engine<E> {
         let (rank, world) = (self.collective.rank(), self.collective.world_size());
         self.model
             .layout
-            .units()
+            .units
+            .iter()
             .map(|unit| part_of(unit, rank, world))
             .filter(|part| !part.is_empty())
             .collect()
@@ -255,7 +254,7 @@ impl<E: Storage> Engine<E> {
                 beta1: adamw.beta1,
                 beta2: adamw.beta2,
                 eps: adamw.eps,
-                weight_decay: if parameter.is_norm() { 0.0 } else { adamw.weight_decay },
+                weight_decay: if parameter.role.is_vector() { 0.0 } else { adamw.weight_decay },
                 step,
                 grad_scale: clip as f32,
             };
@@ -367,6 +366,8 @@ struct Reducing<'a> {
 }
 
 impl Sink for Reducing<'_> {
+    type Error = Error;
+
     fn range(&mut self, range: Range<usize>) -> &mut [f32] {
         self.grads.range_mut(range)
     }

@@ -1,6 +1,6 @@
-//! The training engine: one process per device, a child of the node agent. The only package that links libtorch.
+//! The training engine: one process per device, a child of the node agent.
 //!
-//! `model` computes, `engine` holds weights and optimizer and takes steps with its peers, `trainer` decides what happens when, `agent_link`
+//! An executor computes (`fleet_cpu`, `fleet_torch`), `engine` holds weights and optimizer and takes steps with its peers, `trainer` decides what happens when, `agent_link`
 //! speaks with the agent. `generate` continues a text from a model directory, `logits` shows what one computes.
 
 pub mod agent_link;
@@ -9,9 +9,7 @@ pub mod error;
 pub mod generate;
 pub mod logits;
 pub mod model;
-pub mod product;
 pub mod shim;
 #[doc(hidden)]
 pub mod testing;
 pub mod trainer;
-pub mod workers;

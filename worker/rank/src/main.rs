@@ -3,13 +3,15 @@
 mod bench;
 
 use clap::{Parser, Subcommand};
+use fleet_common::arguments;
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
+use fleet_cpu::{product, shim as libtorch};
 use fleet_rank::agent_link::AgentLink;
 use fleet_rank::error::Error;
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{logits, product, shim, trainer};
+use fleet_rank::{logits, shim, trainer};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -43,8 +45,8 @@ struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
-    /// The beginning of the text, which may begin with a hyphen.
-    #[arg(long, allow_hyphen_values = true)]
+    /// The beginning of the text.
+    #[arg(long)]
     prompt: String,
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
@@ -90,7 +92,7 @@ impl From<LogitsArgs> for logits::Wanted {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = arguments::parse();
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
@@ -113,7 +115,7 @@ fn report(result: Result<(), Error>) -> u8 {
 
 fn probe() -> u8 {
     let line = serde_json::json!({
-        "libtorch": shim::libtorch_version(),
+        "libtorch": libtorch::libtorch_version(),
         "cuda_devices": tch::Cuda::device_count(),
         "mps": tch::utils::has_mps(),
         "bf16_products": product::cpu_has_bf16(),

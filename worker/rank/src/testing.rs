@@ -1,7 +1,8 @@
 //! Small models and batches that the tests share.
 
-use crate::model::Sink;
+use crate::error::{Error, Result};
 use fleet_common::job::LlamaConfig;
+use fleet_cpu::Sink;
 use std::ops::Range;
 
 /// Two blocks, grouped-query attention, odd vocabulary.
@@ -39,13 +40,15 @@ pub struct VecSink {
 }
 
 impl Sink for VecSink {
+    type Error = Error;
+
     fn range(&mut self, range: Range<usize>) -> &mut [f32] {
         &mut self.grads[range]
     }
     fn fresh(&self) -> bool {
         self.fresh
     }
-    fn unit_done(&mut self, unit: &Range<usize>) -> crate::error::Result<()> {
+    fn unit_done(&mut self, unit: &Range<usize>) -> Result<()> {
         self.done.push(unit.clone());
         Ok(())
     }

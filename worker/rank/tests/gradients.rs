@@ -4,10 +4,10 @@
 #![allow(clippy::assign_op_pattern)] // in tch `+=` works in place, which autograd would refuse
 
 use fleet_common::job::LlamaConfig;
-use fleet_rank::model::{Batch, Layout, Llama, Weights, Workspace, init};
-use fleet_rank::product::{Products, Storage};
+use fleet_common::model::Layout;
+use fleet_cpu::{Batch, Products, Storage, Weights, Workers, Workspace};
+use fleet_rank::model::{init, network};
 use fleet_rank::testing::{VecSink, tiny_config, token_ids};
-use fleet_rank::workers::Workers;
 use half::bf16;
 use tch::{Kind, Tensor};
 
@@ -90,13 +90,13 @@ fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
     targets[5] = -100;
     targets[12] = -100;
     let batch = Batch { ids: &ids, targets: &targets, seq };
-    let model = Llama::new(config.clone(), 32);
+    let model = network(&config, 32);
     let mut flat = vec![0.0; model.layout.len];
     for p in &model.layout.parameters {
-        init::fill(p, 0..usize::MAX, 3, 0.1, &mut flat, 0);
+        init::fill(p, 0..usize::MAX, 3, &mut flat, 0);
     }
     // Norm weights that are not all 1.
-    for p in model.layout.parameters.iter().filter(|p| p.is_norm()) {
+    for p in model.layout.parameters.iter().filter(|p| p.role.is_vector()) {
         flat[p.range.clone()].iter_mut().enumerate().for_each(|(i, w)| *w = 0.75 + (i % 7) as f32 / 8.0);
     }
     let copy: Vec<bf16> = flat.iter().map(|v| bf16::from_f32(*v)).collect();
@@ -113,7 +113,7 @@ fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
         let off = distance(&sink.grads[p.range.clone()], want);
         assert!(off < tolerance, "{}: {off}", p.name);
     }
-    let mut units: Vec<_> = model.layout.units().cloned().collect();
+    let mut units: Vec<_> = model.layout.units.clone();
     units.reverse();
     assert_eq!(sink.done, units);
 

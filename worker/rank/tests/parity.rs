@@ -4,10 +4,9 @@
 
 use fleet_checkpoint::{Dtype, Tensors};
 use fleet_common::job::{Optimizer, Schedule};
+use fleet_cpu::{Cache, Storage};
 use fleet_rank::engine::{AdamW, Engine, Votes};
 use fleet_rank::generate::Sampling;
-use fleet_rank::model::Cache;
-use fleet_rank::product::Storage;
 use fleet_rank::trainer::{TokenBatch, learning_rate};
 use half::bf16;
 use std::path::PathBuf;

@@ -135,7 +135,7 @@ impl Network {
         };
         let bias = match self.decoder.positions {
             Positions::Alibi => {
-                let slopes = alibi_slopes(a.heads);
+                let slopes = a.alibi_slopes();
                 let slopes = Tensor::f_from_slice(&slopes)?.f_view([-1, 1, 1])?.f_to_device(self.device)?;
                 let at = Tensor::f_arange(len as i64, (Kind::Float, self.device))?.f_view([1, 1, -1])?;
                 let bias = slopes.f_mul(&at)?;
@@ -308,13 +308,4 @@ fn turned(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
         0 => Tensor::f_cat(&[first, second], 3)?,
         rest => Tensor::f_cat(&[first, second, x.f_narrow(3, 2 * half, rest)?], 3)?,
     })
-}
-
-/// One slope per head, as BLOOM has them (Press et al. 2021, where the heads are no power of two).
-fn alibi_slopes(heads: usize) -> Vec<f32> {
-    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
-    let base = |count: usize| 2f64.powf(-8.0 / count as f64);
-    let first = (1..=whole).map(|n| base(whole).powi(n as i32));
-    let rest = (0..heads - whole).map(|n| base(2 * whole).powi(2 * n as i32 + 1));
-    first.chain(rest).map(|slope| slope as f32).collect()
 }

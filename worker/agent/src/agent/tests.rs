@@ -353,13 +353,17 @@ fn an_agent_that_ends_leaves_once_its_last_events_are_committed() {
 }
 
 #[test]
-fn the_second_signal_ends_everything_at_once() {
+fn a_second_signal_ends_everything_at_once_but_not_what_comes_with_the_first() {
     check(
         "> start program 2
          spawn 2 ranks
          > signal
          terminate rank 0
          terminate rank 1
+         > signal
+         > wait 999
+         > signal
+         > wait 1
          > signal
          kill rank 0
          kill rank 1
@@ -391,6 +395,33 @@ fn a_signal_is_passed_on_to_a_program_and_sterner_ones_follow() {
          kill rank 1
          > rank 1 dies 9
          send 1: stopped after 0",
+    );
+}
+
+#[test]
+fn a_warning_is_passed_on_to_a_program_and_asks_for_nothing() {
+    check(
+        "> start program 2
+         spawn 2 ranks
+         > warning
+         warn rank 0
+         warn rank 1
+         > rank 1 exits 0
+         > warning
+         warn rank 0
+         > interrupt
+         interrupt rank 0
+         > warning
+         warn rank 0
+         > interrupt",
+    );
+    check(
+        "> start train 1
+         prepare
+         spawn 1 ranks
+         > prepared
+         rank 0: start on cpu with 8 threads
+         > warning",
     );
 }
 

@@ -9,8 +9,9 @@ pub use text::TextStream;
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::Cache;
+use crate::model::weights;
 use fleet_checkpoint::{MANIFEST_FILE, TOKENIZER_FILE};
+use fleet_cpu::Cache;
 use fleet_data::model_dir::PromptTokenizer;
 use fleet_kernels::all_finite;
 use prompt::{Prompt, end_ids};
@@ -60,8 +61,8 @@ pub fn generate(
     if dir.join(MANIFEST_FILE).exists() {
         fleet_checkpoint::verify(dir)?;
     }
+    let config = weights::read_model(dir)?;
     let mut engine = Engine::<f32>::open(dir, *threads, None)?;
-    let config = engine.model().config.clone();
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let opened = PromptTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;

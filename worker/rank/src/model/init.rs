@@ -1,35 +1,28 @@
 //! Fresh weights: each a pure function of (seed, parameter name, position), so that any number of ranks or threads makes the same model.
 
-use super::layout::Parameter;
+use fleet_common::model::Parameter;
 use std::ops::Range;
 
 /// Numbers drawn from one stream; streams can be drawn in any order.
 const STREAM: usize = 4096;
 
 /// Fills the elements of `parameter` that lie in `range` (of the flat buffer). `out` begins at the flat element `out_start` and covers
-/// them. Norms become 1, everything else N(0, `std`).
-pub fn fill(
-    parameter: &Parameter,
-    range: Range<usize>,
-    seed: u64,
-    std: f32,
-    out: &mut [f32],
-    out_start: usize,
-) {
+/// them. What is not drawn becomes its constant, everything else N(0, `std`).
+pub fn fill(parameter: &Parameter, range: Range<usize>, seed: u64, out: &mut [f32], out_start: usize) {
     let begin = range.start.max(parameter.range.start);
     let end = range.end.min(parameter.range.end);
     if begin >= end {
         return;
     }
-    if parameter.is_norm() {
-        out[begin - out_start..end - out_start].fill(1.0);
+    if let Some(constant) = parameter.role.constant() {
+        out[begin - out_start..end - out_start].fill(constant);
         return;
     }
     let base = parameter.range.start;
     let key = mix(seed ^ fnv(parameter.name.as_bytes()));
     let mut block = [0.0; STREAM];
     for stream in (begin - base) / STREAM..(end - base).div_ceil(STREAM) {
-        normals(mix(key.wrapping_add(stream as u64)), std, &mut block);
+        normals(mix(key.wrapping_add(stream as u64)), parameter.std as f32, &mut block);
         let first = base + stream * STREAM;
         let (from, to) = (begin.max(first), end.min(first + STREAM));
         out[from - out_start..to - out_start].copy_from_slice(&block[from - first..to - first]);
@@ -67,19 +60,29 @@ fn fnv(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fleet_common::model::{Role, Stored};
 
     fn parameter(name: &str, range: Range<usize>) -> Parameter {
-        Parameter { name: name.into(), shape: vec![1, range.len()], range }
+        let shape = vec![1, range.len()];
+        Parameter {
+            name: name.into(),
+            shape,
+            range,
+            unit: 0,
+            role: Role::Weight,
+            stored: Stored::AsIs,
+            std: 0.02,
+        }
     }
 
     #[test]
     fn any_cut_of_a_parameter_gives_the_same_numbers() {
         let p = parameter("w", 64..64 + 10_000);
         let mut whole = vec![0.0; 10_000];
-        fill(&p, 0..usize::MAX, 1, 0.02, &mut whole, 64);
+        fill(&p, 0..usize::MAX, 1, &mut whole, 64);
         let mut parts = vec![0.0; 10_000];
-        fill(&p, 0..5_001, 1, 0.02, &mut parts, 64);
-        fill(&p, 5_001..20_000, 1, 0.02, &mut parts, 64);
+        fill(&p, 0..5_001, 1, &mut parts, 64);
+        fill(&p, 5_001..20_000, 1, &mut parts, 64);
         assert_eq!(whole, parts);
     }
 
@@ -87,7 +90,7 @@ mod tests {
     fn numbers_are_normal_and_hang_on_seed_and_name() {
         let draw = |seed, name: &str| {
             let mut out = vec![0.0; 100_000];
-            fill(&parameter(name, 0..100_000), 0..100_000, seed, 0.02, &mut out, 0);
+            fill(&parameter(name, 0..100_000), 0..100_000, seed, &mut out, 0);
             out
         };
         let x = draw(1, "a");

@@ -2,11 +2,11 @@
 //! the tensor.
 
 use super::config::{parse_config, read_config};
-use super::layout::{Layout, Parameter};
 use crate::error::{Error, Result};
 use crate::shim::buffers::{as_bytes, from_bytes};
 use fleet_checkpoint::{CONFIG_FILE, Dtype, MODEL_FILE, TensorRef, TensorSlice, Tensors};
 use fleet_common::job::LlamaConfig;
+use fleet_common::model::{Layout, Parameter};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::path::Path;
@@ -39,7 +39,7 @@ pub fn read_model(dir: &Path) -> Result<LlamaConfig> {
 
 /// A parameter's tensor. Of a tied pair writers keep one, some of them the head.
 pub fn find<'a>(tensors: &'a Tensors, layout: &Layout, parameter: &Parameter) -> Option<TensorSlice<'a>> {
-    let other = || match layout.head == layout.embedding && parameter.name == EMBEDDING {
+    let other = || match layout.head.weight == layout.embedding && parameter.name == EMBEDDING {
         true => tensors.get(HEAD),
         false => None,
     };
@@ -164,7 +164,7 @@ mod tests {
         write(&file, &[(HEAD, 4), ("model.layers.0.self_attn.rotary_emb.inv_freq", 2)]);
         let tensors = open_weights(dir.path()).unwrap();
         let embedding = |config: &LlamaConfig| {
-            let layout = Layout::new(config);
+            let layout = crate::model::network(config, 4).layout;
             find(&tensors, &layout, &layout.parameters[0]).is_some()
         };
         assert!(embedding(&config));
@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn a_missing_head_is_named_with_the_cure() {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(&tiny_config());
+        let layout = crate::model::network(&tiny_config(), 4).layout;
         let names: Vec<(&str, usize)> = layout
             .parameters
             .iter()

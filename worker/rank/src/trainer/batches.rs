@@ -1,6 +1,6 @@
 //! Windows of tokens as the model takes them: inputs, and for each the token that follows.
 
-use crate::model::Batch;
+use fleet_cpu::Batch;
 use fleet_data::Windows;
 
 /// The windows of one micro-batch. A window of `max_seq_len` tokens gives one prediction less.

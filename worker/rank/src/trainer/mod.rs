@@ -16,15 +16,14 @@ pub use schedule::{learning_rate, warmup_steps};
 use crate::agent_link::AgentLink;
 use crate::engine::{AdamW, Engine, Votes};
 use crate::error::{Error, Result};
-use crate::model::{Llama, config, weights};
-use crate::product::Storage;
-use crate::workers::Workers;
+use crate::model::{config, network, weights};
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, RunDir, TrainerState};
 use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
 use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy, Tokenizer};
 use fleet_common::protocol::RankStart;
+use fleet_cpu::{Storage, Workers};
 use fleet_data::{Order, TokenCache, evaluation_part};
 use half::bf16;
 use std::path::Path;
@@ -101,7 +100,7 @@ impl<E: Storage> Trainer<E> {
 
         let workers = Workers::new(start.threads)
             .map_err(|e| Error::Environment(format!("cannot start {} threads: {e}", start.threads)))?;
-        let model = Llama::new(config.clone(), job.max_seq_len as usize);
+        let model = network(&config, job.max_seq_len as usize);
         let mut engine = Engine::<E>::new(model, workers, collective)?;
         let mut state = TrainerState {
             step: 0,

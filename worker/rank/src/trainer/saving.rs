@@ -4,10 +4,10 @@ use super::Trainer;
 use super::companions::Companions;
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use crate::product::Storage;
 use fleet_checkpoint::{CheckpointError, MODEL_FILE, OPTIMIZER_FILE, RunDir, TOKENIZER_FILE, Writer};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
+use fleet_cpu::Storage;
 use std::time::Duration;
 
 /// In a checkpoint: the weight and the two moments of AdamW, in fp32.

@@ -116,6 +116,7 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
         ["signal"] => Input::Stop,
         ["interrupt"] => Input::PassOn(Blow::Interrupt),
+        ["warning"] => Input::PassOn(Blow::User1),
         ["swept"] => of_gang(GangInput::Swept { left: 0 }),
         ["swept", "but", left] => of_gang(GangInput::Swept { left: number(left) as usize }),
         ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
@@ -274,6 +275,8 @@ fn describe(action: &Action) -> Option<String> {
             let how = match blow {
                 Blow::HangUp => "hang up on",
                 Blow::Interrupt => "interrupt",
+                Blow::User1 => "warn",
+                Blow::User2 => "warn again",
                 Blow::Terminate => "terminate",
                 Blow::Kill => "kill",
             };

@@ -1,0 +1,176 @@
+//! One decoder block. Forward keeps what backward needs; backward computes the norms' outputs and the activation again, which costs less
+//! than keeping them.
+
+use crate::decode::Layer;
+use crate::network::{Network, Sink, Weights};
+use crate::product::{Out, Products, Storage};
+use crate::workers::Workers;
+use crate::workspace::{Saved, Scratch};
+use fleet_common::model::{Affine, Block, Form};
+use fleet_kernels::{Heads, Store};
+
+/// One way through the network: what computes, with which weights, on sequences of which shape.
+pub(crate) struct Pass<'a, E> {
+    pub network: &'a Network,
+    pub weights: Weights<'a, E>,
+    pub heads: Heads,
+    /// Of the first token of each sequence.
+    pub position: usize,
+    pub products: &'a mut Products,
+}
+
+impl<'a, E: Storage> Pass<'a, E> {
+    pub fn workers(&self) -> &Workers {
+        self.products.workers()
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.heads.batch * self.heads.seq
+    }
+
+    fn layout(&self, number: usize) -> &'a Block {
+        &self.network.layout.blocks[number]
+    }
+
+    /// `out_th` from `saved.x`. With a cache there is one token.
+    pub fn block_forward(
+        &mut self,
+        number: usize,
+        saved: &mut Saved<E>,
+        out: &mut [f32],
+        scratch: &mut Scratch<E>,
+        cache: Option<&mut Layer<E>>,
+    ) {
+        let block = self.layout(number);
+        let (t, h) = (self.tokens(), self.network.hidden());
+        let (len, out_len) = (t * h, self.heads.out_len());
+        let Scratch { normed, inner, stream, norms, kernels, g_narrow, .. } = scratch;
+        let normed = &mut normed[..len];
+        let x = std::mem::take(&mut saved.x);
+        match self.network.decoder.form {
+            Form::NormFirst => {
+                self.norm(&x[..len], &block.norm1, normed, norms);
+                self.attend(number, normed, saved, cache, norms, kernels);
+                let mut middle = std::mem::take(&mut saved.middle);
+                middle[..len].copy_from_slice(&x[..len]);
+                self.linear_add(&saved.attention[..out_len], &block.out, &mut middle[..len]);
+                self.norm(&middle[..len], norm2(block), normed, norms);
+                out[..len].copy_from_slice(&middle[..len]);
+                self.mlp(number, normed, &mut saved.up, inner, &mut out[..len]);
+                saved.middle = middle;
+            }
+            Form::Parallel => {
+                self.norm(&x[..len], &block.norm1, normed, norms);
+                self.attend(number, normed, saved, cache, norms, kernels);
+                out[..len].copy_from_slice(&x[..len]);
+                self.linear_add(&saved.attention[..out_len], &block.out, &mut out[..len]);
+                self.mlp(number, normed, &mut saved.up, inner, &mut out[..len]);
+            }
+            Form::NormLast => {
+                let narrow = E::narrow(&x[..len], g_narrow, self.products.workers());
+                self.attend(number, narrow, saved, cache, norms, kernels);
+                let (mut middle, mut last) =
+                    (std::mem::take(&mut saved.middle), std::mem::take(&mut saved.last));
+                middle[..len].copy_from_slice(&x[..len]);
+                self.linear_add(&saved.attention[..out_len], &block.out, &mut middle[..len]);
+                self.norm(&middle[..len], &block.norm1, &mut stream[..len], norms);
+                last[..len].copy_from_slice(&stream[..len]);
+                let narrow = E::narrow(&stream[..len], g_narrow, self.products.workers());
+                self.mlp(number, narrow, &mut saved.up, inner, &mut last[..len]);
+                self.norm(&last[..len], norm2(block), &mut out[..len], norms);
+                (saved.middle, saved.last) = (middle, last);
+            }
+        }
+        saved.x = x;
+    }
+
+    /// Turns `scratch.g`, the gradient of the block's output, into that of its input, and adds the weights' gradients to `sink`.
+    pub fn block_backward(
+        &mut self,
+        number: usize,
+        saved: &mut Saved<E>,
+        scratch: &mut Scratch<E>,
+        sink: &mut impl Sink,
+    ) {
+        let block = self.layout(number);
+        let (t, h) = (self.tokens(), self.network.hidden());
+        let len = t * h;
+        let qkv_len = self.heads.qkv_len();
+        let out_len = self.heads.out_len();
+        let Scratch { normed, inner, rows, more_rows, dqkv, g, g_narrow, stream, norms, kernels, .. } =
+            scratch;
+        let (normed, g, dqkv) = (&mut normed[..len], &mut g[..len], &mut dqkv[..qkv_len]);
+        let up_len = t * block.up.outputs;
+        match self.network.decoder.form {
+            Form::NormFirst => {
+                // `inner` holds the activation's gradient, then the activation; `up` its own gradient.
+                let gn = E::narrow(g, g_narrow, self.products.workers());
+                self.mlp_backward(number, gn, &mut saved.up, inner, norms.sums(), sink);
+                let middle = &saved.middle[..len];
+                self.norm(middle, norm2(block), normed, norms);
+                self.linear_weight_backward(&saved.up[..up_len], normed, &block.up, norms.sums(), sink);
+                let dn = &mut rows[..len];
+                self.linear_input_backward(&saved.up[..up_len], &block.up, Out::Store(dn));
+                self.norm_backward(dn, middle, norm2(block), g, Store::Add, false, norms, sink);
+
+                let gn = E::narrow(g, g_narrow, self.products.workers());
+                self.linear_weight_backward(gn, &saved.attention[..out_len], &block.out, norms.sums(), sink);
+                let da = &mut rows[..out_len];
+                self.linear_input_backward(gn, &block.out, Out::Store(da));
+                self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
+                let x = &saved.x[..len];
+                self.norm(x, &block.norm1, normed, norms);
+                self.linear_weight_backward(dqkv, normed, &block.qkv, norms.sums(), sink);
+                let dn = &mut rows[..len];
+                self.linear_input_backward(dqkv, &block.qkv, Out::Store(dn));
+                self.norm_backward(dn, x, &block.norm1, g, Store::Add, false, norms, sink);
+            }
+            Form::Parallel => {
+                let gn = E::narrow(g, g_narrow, self.products.workers());
+                self.mlp_backward(number, gn, &mut saved.up, inner, norms.sums(), sink);
+                let da = &mut rows[..out_len];
+                self.linear_weight_backward(gn, &saved.attention[..out_len], &block.out, norms.sums(), sink);
+                self.linear_input_backward(gn, &block.out, Out::Store(da));
+                self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
+                let x = &saved.x[..len];
+                self.norm(x, &block.norm1, normed, norms);
+                self.linear_weight_backward(&saved.up[..up_len], normed, &block.up, norms.sums(), sink);
+                self.linear_weight_backward(dqkv, normed, &block.qkv, norms.sums(), sink);
+                // Both halves read the same norm.
+                let (of_mlp, of_attention) = (&mut more_rows[..len], &mut rows[..len]);
+                self.linear_input_backward(&saved.up[..up_len], &block.up, Out::Store(of_mlp));
+                self.linear_input_backward(dqkv, &block.qkv, Out::Store(of_attention));
+                self.norm_backward(of_mlp, x, &block.norm1, g, Store::Add, false, norms, sink);
+                self.norm_backward(of_attention, x, &block.norm1, g, Store::Add, true, norms, sink);
+            }
+            Form::NormLast => {
+                // The stream's gradient, in turn before and behind each norm.
+                let flow = &mut stream[..len];
+                let last = &saved.last[..len];
+                self.norm(last, norm2(block), normed, norms);
+                self.norm_backward(g, last, norm2(block), flow, Store::Set, false, norms, sink);
+                let gn = E::narrow(flow, g_narrow, self.products.workers());
+                self.mlp_backward(number, gn, &mut saved.up, inner, norms.sums(), sink);
+                let middle = &saved.middle[..len];
+                self.norm(middle, &block.norm1, normed, norms);
+                self.linear_weight_backward(&saved.up[..up_len], normed, &block.up, norms.sums(), sink);
+                self.linear_input_backward(&saved.up[..up_len], &block.up, Out::Add(flow));
+                self.norm(middle, &block.norm1, normed, norms);
+                self.norm_backward(flow, middle, &block.norm1, g, Store::Set, false, norms, sink);
+
+                let gn = E::narrow(g, g_narrow, self.products.workers());
+                self.linear_weight_backward(gn, &saved.attention[..out_len], &block.out, norms.sums(), sink);
+                let da = &mut rows[..out_len];
+                self.linear_input_backward(gn, &block.out, Out::Store(da));
+                self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
+                let narrow = E::narrow(&saved.x[..len], g_narrow, self.products.workers());
+                self.linear_weight_backward(dqkv, narrow, &block.qkv, norms.sums(), sink);
+                self.linear_input_backward(dqkv, &block.qkv, Out::Add(g));
+            }
+        }
+    }
+}
+
+pub(crate) fn norm2(block: &Block) -> &Affine {
+    block.norm2.as_ref().expect("only parallel blocks have one norm")
+}

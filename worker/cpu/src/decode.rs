@@ -1,0 +1,91 @@
+//! One token at a time with a cache of keys and values: generation.
+
+use crate::network::{Network, Weights};
+use crate::product::{Products, Storage};
+use crate::workspace::Workspace;
+use fleet_kernels::Heads;
+
+/// Keys and values of the tokens so far, of every layer.
+pub struct Cache<E> {
+    layers: Vec<Layer<E>>,
+    len: usize,
+}
+
+/// `[len, kv_heads * head_dim]` each.
+#[derive(Default)]
+pub(crate) struct Layer<E> {
+    pub keys: Vec<E>,
+    pub values: Vec<E>,
+}
+
+impl<E: Storage> Layer<E> {
+    /// Adds the keys and values of the fused buffer.
+    pub fn push(&mut self, qkv: &[E], heads: &Heads) {
+        let kv = heads.kv_heads * heads.head_dim;
+        for row in qkv.chunks_exact(heads.qkv_width()) {
+            let row = &row[heads.out_width()..];
+            self.keys.extend_from_slice(&row[..kv]);
+            self.values.extend_from_slice(&row[kv..]);
+        }
+    }
+}
+
+impl<E: Storage> Cache<E> {
+    pub fn new(network: &Network) -> Self {
+        Self { layers: network.layout.blocks.iter().map(|_| Layer::default()).collect(), len: 0 }
+    }
+
+    /// Tokens seen.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Network {
+    /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
+    pub fn prefill<E: Storage>(
+        &self,
+        w: Weights<E>,
+        ids: &[i64],
+        cache: &mut Cache<E>,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Vec<f32> {
+        assert!(cache.is_empty() && !ids.is_empty(), "a prompt for an empty cache");
+        let heads = self.heads(1, ids.len());
+        self.hidden_states(w, ids, ids.len(), products, work, &mut |number, qkv| {
+            cache.layers[number].push(qkv, &heads);
+        });
+        cache.len = ids.len();
+        let h = self.hidden();
+        let last = (ids.len() - 1) * h;
+        let mut pass = self.one_token(w, ids.len() - 1, products);
+        pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch)
+    }
+
+    /// `[v]` logits of the token after `id`, which is added to the cache.
+    pub fn decode<E: Storage>(
+        &self,
+        w: Weights<E>,
+        id: i64,
+        cache: &mut Cache<E>,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Vec<f32> {
+        work.resize(self, 1, 1);
+        let mut pass = self.one_token(w, cache.len, products);
+        let Workspace { saved, last, embedded, scratch } = work;
+        let saved = &mut saved[0];
+        pass.embed(&[id], &mut saved.x, embedded, scratch);
+        for (number, layer) in cache.layers.iter_mut().enumerate() {
+            pass.block_forward(number, saved, last, scratch, Some(layer));
+            std::mem::swap(&mut saved.x, last);
+        }
+        cache.len += 1;
+        pass.head_logits(&saved.x[..self.hidden()], scratch)
+    }
+}

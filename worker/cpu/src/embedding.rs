@@ -1,0 +1,110 @@
+//! From tokens to what the first block reads, and back.
+
+use crate::block::Pass;
+use crate::network::{Sink, summed};
+use crate::product::{Out, Storage};
+use crate::workspace::{Embedded, Scratch};
+use fleet_common::model::Positions;
+use fleet_kernels::{self as kernels, Store};
+
+impl<E: Storage> Pass<'_, E> {
+    /// `x_th` of the ids.
+    pub(crate) fn embed(
+        &mut self,
+        ids: &[i64],
+        x: &mut [f32],
+        kept: &mut Embedded,
+        scratch: &mut Scratch<E>,
+    ) {
+        let layout = &self.network.layout;
+        let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
+        let table = self.weights.exact(&layout.embedding);
+        let target = match layout.embedding_norm.is_some() {
+            true => &mut kept.before_norm[..t * h],
+            false => &mut x[..t * h],
+        };
+        match &layout.project_in {
+            Some(project) => {
+                let rows = &mut kept.rows[..t * e];
+                kernels::embedding(table, e, ids, rows);
+                let narrow = E::narrow(rows, &mut scratch.g_narrow, self.products.workers());
+                let weight = self.weights.of(&project.weight);
+                self.products.forward(narrow, weight, Out::Set(target), (t, e, h));
+            }
+            None => kernels::embedding(table, h, ids, target),
+        }
+        if let Some(table) = &layout.positions {
+            let table = self.weights.exact(table);
+            for (at, row) in target.chunks_exact_mut(h).enumerate() {
+                kernels::add(row, &table[self.position_row(at) * h..][..h]);
+            }
+        }
+        if let Some(affine) = &layout.embedding_norm {
+            self.norm(&kept.before_norm[..t * h], affine, &mut x[..t * h], &mut scratch.norms);
+        }
+    }
+
+    /// The gradients of the embedding, of positions and of what lies behind them, for `scratch.g`.
+    pub(crate) fn embed_backward(
+        &mut self,
+        ids: &[i64],
+        kept: &Embedded,
+        scratch: &mut Scratch<E>,
+        sink: &mut impl Sink,
+    ) {
+        let layout = &self.network.layout;
+        let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
+        let Scratch { normed, rows, more_rows, g, g_narrow, stream, norms, .. } = scratch;
+        let flow = match &layout.embedding_norm {
+            Some(affine) => {
+                let x = &kept.before_norm[..t * h];
+                self.norm(x, affine, &mut normed[..t * h], norms);
+                self.norm_backward(
+                    &g[..t * h],
+                    x,
+                    affine,
+                    &mut stream[..t * h],
+                    Store::Set,
+                    false,
+                    norms,
+                    sink,
+                );
+                &stream[..t * h]
+            }
+            None => &g[..t * h],
+        };
+        if let Some(table) = &layout.positions {
+            let sums = summed(sink, table);
+            for (at, row) in flow.chunks_exact(h).enumerate() {
+                kernels::add(&mut sums[self.position_row(at) * h..][..h], row);
+            }
+        }
+        // A head that is the embedding has written there already.
+        let is_first = layout.head.weight != layout.embedding;
+        match &layout.project_in {
+            Some(project) => {
+                let gn = E::narrow(flow, g_narrow, self.products.workers());
+                let read = &mut more_rows[..t * e];
+                kernels::convert(&kept.rows[..t * e], read);
+                self.linear_weight_backward(gn, read, project, norms.sums(), sink);
+                let dx = &mut rows[..t * e];
+                self.linear_input_backward(gn, project, Out::Store(dx));
+                kernels::embedding_backward(dx, e, ids, table_of(sink, &layout.embedding, is_first));
+            }
+            None => kernels::embedding_backward(flow, h, ids, table_of(sink, &layout.embedding, is_first)),
+        }
+    }
+
+    /// The row of the positions' table for token `at` of the pass.
+    fn position_row(&self, at: usize) -> usize {
+        let Positions::Learned { offset } = self.network.decoder.positions else { return 0 };
+        offset + self.position + at % self.heads.seq
+    }
+}
+
+fn table_of<'a>(sink: &'a mut impl Sink, range: &std::ops::Range<usize>, is_first: bool) -> &'a mut [f32] {
+    match is_first {
+        true => summed(sink, range),
+        false => sink.range(range.clone()),
+    }
+}
