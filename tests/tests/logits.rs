@@ -81,6 +81,19 @@ fn what_is_wrong_with_a_model_or_with_ids_is_named() {
             && said.contains("more"),
         "{said}"
     );
+    let said = with("n_layer", json!(1));
+    assert!(
+        said.contains(
+            "transformer.h.1.attn.c_attn.bias is in the weights, and config.json describes a model without it"
+        ),
+        "{said}"
+    );
+    let said = with("n_layer", json!(1_000_000_000));
+    assert!(said.contains("n_layer is 1000000000; fleet takes at most 4096"), "{said}");
+    let said = with("n_inner", json!(1 << 29));
+    assert!(said.contains("c_fc.weight is"), "{said}");
+    let said = with("activation_function", json!(5));
+    assert!(said.contains("activation_function is 5, not a text"), "{said}");
     let said = with("n_layer", json!(3));
     assert!(said.contains("transformer.h.2.ln_1.weight is missing"), "{said}");
     let said = with("n_head", json!(5));
@@ -107,6 +120,17 @@ fn what_is_wrong_with_a_model_or_with_ids_is_named() {
 
     world.write("ids.json", "[1]");
     let weights = fs::read(world.path("model/model.safetensors")).unwrap();
+    let mut bad = weights.clone();
+    let end = bad.len();
+    bad[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    world.write("model/model.safetensors", bad);
+    let said = logits(&world, &[]).expect(2).stderr;
+    assert!(said.contains("holds values that are NaN or infinite"), "{said}");
+    fs::remove_file(world.path("model/model.safetensors")).unwrap();
+    nix::unistd::mkfifo(&world.path("model/model.safetensors"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let said = logits(&world, &[]).expect(2).stderr;
+    assert!(said.contains("it is no file"), "{said}");
+    fs::remove_file(world.path("model/model.safetensors")).unwrap();
     world.write("model/model.safetensors", &weights[..weights.len() / 2]);
     let said = logits(&world, &[]).expect(2).stderr;
     assert!(said.contains("model.safetensors"), "{said}");

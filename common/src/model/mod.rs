@@ -11,6 +11,9 @@ pub use layout::{Affine, Block, Layout, Linear, Parameter, Role, Stored};
 pub use rotary::{Rotary, Scaling};
 pub use settings::{Object, Settings};
 
+/// Beyond any model.
+const NUMBERS_MAX: f64 = 1e13;
+
 /// A causal language model: embedding, blocks of attention and a feed-forward network, head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decoder {
@@ -142,6 +145,12 @@ impl Decoder {
     /// What executors rely on.
     pub fn check(&self) -> Result<(), String> {
         let a = &self.attention;
+        if self.numbers() > NUMBERS_MAX {
+            return Err(format!(
+                "it describes {:.0e} parameters; fleet takes at most {NUMBERS_MAX:.0e}",
+                self.numbers()
+            ));
+        }
         if a.kv_heads == 0 || !a.heads.is_multiple_of(a.kv_heads) {
             return Err(format!(
                 "num_attention_heads ({}) is not a multiple of num_key_value_heads ({})",
@@ -157,6 +166,20 @@ impl Decoder {
             ));
         }
         Ok(())
+    }
+
+    /// About as many parameters; exact arithmetic would overflow where a configuration is nonsense.
+    fn numbers(&self) -> f64 {
+        let of = |n: usize| n as f64;
+        let a = &self.attention;
+        let head = of(a.head_dim);
+        let attention = (of(a.heads) + 2.0 * of(a.kv_heads)) * head + of(a.heads) * head;
+        let block = of(self.hidden_size) * (attention + 3.0 * of(self.mlp.size));
+        let positions = match self.positions {
+            Positions::Learned { .. } => of(self.max_positions) * of(self.hidden_size),
+            _ => 0.0,
+        };
+        of(self.layers) * block + 2.0 * of(self.vocab_size) * of(self.embedding_size) + positions
     }
 
     /// Floating-point operations of a training step per token, in sequences of `seq` tokens: six per weight of a product, and the

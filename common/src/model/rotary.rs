@@ -46,7 +46,10 @@ impl Rotary {
     /// that object where it is given. `share` of a head of `head_dim` numbers is turned where the configuration does not say.
     pub fn read(s: &Settings, head_dim: usize, max_positions: usize, share: f64) -> Result<Rotary, String> {
         let none = super::Object::new();
-        let rope = s.object("rope_scaling").or(s.object("rope_parameters")).unwrap_or(Settings::new(&none));
+        let rope = match s.object("rope_scaling")? {
+            Some(rope) => rope,
+            None => s.object("rope_parameters")?.unwrap_or(Settings::new(&none)),
+        };
         let theta = match rope.real("rope_theta")? {
             Some(theta) => theta,
             None => s.real_or("rope_theta", 10_000.0)?,
@@ -60,7 +63,10 @@ impl Rotary {
                 "partial_rotary_factor is {share}; a head has no more than all of its numbers"
             ));
         }
-        let kind = rope.text("rope_type").or(rope.text("type")).unwrap_or("default");
+        let kind = match rope.text("rope_type")? {
+            Some(kind) => kind,
+            None => rope.text("type")?.unwrap_or("default"),
+        };
         let factor = || rope.real("factor")?.ok_or(format!("rotary scaling `{kind}` lacks its factor"));
         let original = match rope.real("original_max_position_embeddings")? {
             Some(original) => Some(original),

@@ -4,6 +4,10 @@ use serde_json::{Map, Value};
 
 pub type Object = Map<String, Value>;
 
+/// Beyond any size of a model.
+const COUNT_MAX: u64 = 1 << 30;
+const LAYERS_MAX: u64 = 4096;
+
 /// Typed access to a configuration. Every error names the key.
 pub struct Settings<'a> {
     object: &'a Object,
@@ -23,17 +27,29 @@ impl<'a> Settings<'a> {
         self.object.contains_key(key)
     }
 
-    pub fn text(&self, key: &str) -> Option<&'a str> {
-        self.get(key).and_then(Value::as_str)
+    pub fn text(&self, key: &str) -> Result<Option<&'a str>, String> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or(format!("{key} is {value}, not a text"))
     }
 
     /// A positive whole number; `1e4` and `10000.0` are ones.
     pub fn count(&self, key: &str) -> Result<Option<usize>, String> {
+        self.count_up_to(key, COUNT_MAX)
+    }
+
+    /// How many layers there are.
+    pub fn layers(&self, key: &str) -> Result<Option<usize>, String> {
+        self.count_up_to(key, LAYERS_MAX)
+    }
+
+    fn count_up_to(&self, key: &str, max: u64) -> Result<Option<usize>, String> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let float =
-            || value.as_f64().filter(|x| x.fract() == 0.0 && *x < f64::from(u32::MAX)).map(|x| x as u64);
-        let whole = value.as_u64().or_else(float).filter(|n| (1..u64::from(u32::MAX)).contains(n));
-        whole.map(|n| Some(n as usize)).ok_or(format!("{key} is {value}, not a positive whole number"))
+        let float = || value.as_f64().filter(|x| x.fract() == 0.0).map(|x| x as u64);
+        match value.as_u64().or_else(float) {
+            Some(n) if n > max => Err(format!("{key} is {value}; fleet takes at most {max}")),
+            Some(n) if n > 0 => Ok(Some(n as usize)),
+            _ => Err(format!("{key} is {value}, not a positive whole number")),
+        }
     }
 
     pub fn needed(&self, key: &str) -> Result<usize, String> {
@@ -83,8 +99,9 @@ impl<'a> Settings<'a> {
     }
 
     /// An object that is not empty.
-    pub fn object(&self, key: &str) -> Option<Settings<'a>> {
-        let object = self.get(key)?.as_object().filter(|object| !object.is_empty())?;
-        Some(Settings { object })
+    pub fn object(&self, key: &str) -> Result<Option<Settings<'a>>, String> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let object = value.as_object().ok_or(format!("{key} is {value}, not an object"))?;
+        Ok((!object.is_empty()).then_some(Settings { object }))
     }
 }

@@ -4,7 +4,7 @@ use crate::failure::Failure;
 use crate::programs;
 use std::path::PathBuf;
 
-/// Generate text from a checkpoint or any Hugging Face directory of a Llama
+/// Generate text from a checkpoint or any Hugging Face directory of a family that fleet knows
 #[derive(clap::Args)]
 pub struct Args {
     /// Directory with config.json, model.safetensors and tokenizer.json

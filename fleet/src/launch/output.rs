@@ -4,7 +4,7 @@
 use crate::{json, out, places};
 use fleet_common::events::{Event, EventBody, Level};
 use fleet_common::ids::Rank;
-use fleet_common::lines::LineSplitter;
+use fleet_common::lines::{LINE_MAX, LineSplitter};
 use fleet_common::protocol::Printed;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 /// Bytes of a line that are waited for, so that what two ranks say does not meet in the middle of one.
-const HELD_MAX: usize = 64 << 10;
+const HELD_MAX: usize = LINE_MAX;
 
 pub enum ProgramOutput {
     AsItIs,

@@ -5,6 +5,7 @@ use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, TensorSlice, Tensor
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
 use half::{bf16, f16};
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -31,6 +32,9 @@ impl ModelDir {
         if !path.is_dir() {
             return Err(refuse(path, "there is no such model directory; check the path".into()));
         }
+        if std::fs::metadata(&file).is_ok_and(|found| !found.is_file()) {
+            return Err(refuse(&file, "is no file".into()));
+        }
         let bytes = std::fs::read(&file).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => refuse(
                 &file,
@@ -38,8 +42,8 @@ impl ModelDir {
             ),
             _ => CheckpointError::read(&file, e),
         })?;
-        let config: Object =
-            serde_json::from_slice(&bytes).map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
+        let config: Object = serde_json::from_slice(&bytes)
+            .map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
         let (family, mut decoder) = Family::of_config(&config).map_err(|what| refuse(&file, what))?;
         let single = path.join(MODEL_FILE);
         let tensors = Tensors::open(if single.exists() { &single } else { path })?;
@@ -104,6 +108,11 @@ impl ModelDir {
                 Some(_) => {}
             }
         }
+        wrong.extend(
+            self.left_over().map(|name| {
+                format!("{name} is in the weights, and config.json describes a model without it")
+            }),
+        );
         if wrong.is_empty() {
             return Ok(());
         }
@@ -114,6 +123,29 @@ impl ModelDir {
             what.push_str(&format!("; and {more} more"));
         }
         Err(CheckpointError::Model { path: self.path.clone(), what })
+    }
+
+    /// Tensors of the decoder that the description leaves out: of further blocks, or the bias of a matrix that it has. What else a file holds,
+    /// such as masks and other heads, has no part in the decoder.
+    fn left_over(&self) -> impl Iterator<Item = &str> {
+        let known: BTreeSet<&str> = self.layout.parameters.iter().map(|p| p.name.as_str()).collect();
+        let stems: BTreeSet<&str> = known.iter().filter_map(|name| stem(name)).collect();
+        let before_number = self.family.names.layer.split("{}").next().unwrap_or_default();
+        let head = self.head();
+        self.tensors.names().filter(move |name| {
+            let whole = match name.starts_with(self.family.prefix) || **name == head {
+                true => (*name).to_owned(),
+                false => format!("{}{name}", self.family.prefix),
+            };
+            if known.contains(whole.as_str()) || whole == head {
+                return false;
+            }
+            let number = whole
+                .strip_prefix(before_number)
+                .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            number.is_some_and(|number| number >= self.decoder.layers)
+                || stem(&whole).is_some_and(|stem| stems.contains(stem))
+        })
     }
 
     /// The part of a parameter that lies in `range` (of the flat buffer), in fp32. `out` is as long as `range`; returns what was filled.
@@ -146,6 +178,11 @@ impl ModelDir {
         }
         flat
     }
+}
+
+/// The name of a layer without what it is of it.
+fn stem(name: &str) -> Option<&str> {
+    name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"))
 }
 
 /// Numbers of a parameter from its number `first` on.

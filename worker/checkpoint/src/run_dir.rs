@@ -139,14 +139,21 @@ impl RunDir {
         self.remove(doomed)
     }
 
-    /// Removes the oldest checkpoints of this run, older than the one of `committed`, until `bytes` are free that were not. Returns what was
-    /// removed.
-    pub fn make_room(&mut self, bytes: u64, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+    /// Removes the oldest checkpoints until `bytes` are free that were not: first those that may be overwritten, then this run's own that are
+    /// older than the one of `committed`. One that is known to be good stays: that one, else the newest whole one. Returns what was removed.
+    pub fn make_room(&mut self, bytes: u64, committed: Option<u64>) -> Result<Vec<PathBuf>, CheckpointError> {
+        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), source };
+        let all = search::by_age(&self.dir).map_err(failed)?;
+        let own = committed.map_or(Ok(Vec::new()), |committed| self.older(committed))?;
+        let has_good = committed.is_some_and(|committed| self.good(&all, committed).is_some());
+        let spared = all.iter().filter(|found| !has_good && found.seems_whole()).next_back();
+        let others = all.iter().filter(|found| self.overwrite && found.is_fleets() && !self.owns(found));
+        let others = others.filter(|found| spared.is_none_or(|spared| spared.path != found.path));
         let (mut freed, mut doomed) = (0, Vec::new());
-        for found in self.older(committed)?.into_iter().filter(|found| self.owns(found)) {
+        for found in others.chain(own.iter().filter(|found| self.owns(found))) {
             if freed < bytes {
                 freed += found.manifest.as_ref().filter(|_| found.seems_whole()).map_or(0, |m| m.bytes());
-                doomed.push(found.path);
+                doomed.push(found.path.clone());
             }
         }
         self.remove(doomed)
@@ -156,10 +163,14 @@ impl RunDir {
     fn older(&self, committed: u64) -> Result<Vec<Found>, CheckpointError> {
         let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), source };
         let mut found = search::by_age(&self.dir).map_err(failed)?;
-        let good = crate::step_dir(&self.dir, committed);
-        let is_good = |found: &Found| found.path == good && self.owns(found) && found.seems_whole();
-        found.truncate(found.iter().position(is_good).unwrap_or(0));
+        found.truncate(self.good(&found, committed).unwrap_or(0));
         Ok(found)
+    }
+
+    /// Where the one of `committed` stands, if this run wrote it and it is whole.
+    fn good(&self, found: &[Found], committed: u64) -> Option<usize> {
+        let good = crate::step_dir(&self.dir, committed);
+        found.iter().position(|found| found.path == good && self.owns(found) && found.seems_whole())
     }
 
     fn is_whole(&mut self, found: &Found) -> bool {

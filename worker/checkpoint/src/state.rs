@@ -114,9 +114,9 @@ fn model_difference(was: &Object, is: &Object) -> Option<String> {
     let keys = is.keys().chain(was.keys()).filter(|key| !free.contains(&key.as_str()));
     let value = |object: &Object, key: &str| object.get(key).cloned().unwrap_or_default();
     let mut differing = keys.filter(|key| was.get(*key) != is.get(*key));
-    differing.next().map(|key| {
-        format!("its model has {key} = {} and the job's {}", value(&was, key), value(&is, key))
-    })
+    differing
+        .next()
+        .map(|key| format!("its model has {key} = {} and the job's {}", value(&was, key), value(&is, key)))
 }
 
 /// All that describes a model, also what its configuration leaves to be understood. Older states are of Llamas, and do not say so.
@@ -186,8 +186,14 @@ mod tests {
 
     #[test]
     fn another_model_tokenizer_or_order_is_refused_by_name() {
-        assert!(refusal(|j| j.model.hidden_size = 16).contains("hidden_size = 8 and the job's 16"));
-        assert!(refusal(|j| j.model.tie_word_embeddings = false).contains("tie_word_embeddings"));
+        assert!(
+            refusal(|j| drop(j.model.insert("hidden_size".into(), 16.into())))
+                .contains("hidden_size = 8 and the job's 16")
+        );
+        assert!(
+            refusal(|j| drop(j.model.insert("tie_word_embeddings".into(), false.into())))
+                .contains("tie_word_embeddings")
+        );
         assert!(refusal(|j| j.tokenizer_sha256 = "ee".into()).contains("another tokenizer"));
         assert!(
             refusal(|j| j.cache_hash = "fedcba9876543210".into())
@@ -203,7 +209,8 @@ mod tests {
         assert_eq!(state().check_compatible(&state()).unwrap(), [] as [String; 0]);
         let mut job = state();
         (job.world_size, job.batch_size) = (2, 4);
-        job.model.eos_token_id = None;
+        job.model.remove("eos_token_id");
+        job.model.insert("rope_parameters".into(), serde_json::json!({"rope_theta": 1e4})); // as it is written today
         let notes = state().check_compatible(&job).unwrap();
         assert_eq!(notes.len(), 2);
         assert!(notes[0].contains("ranks 4, this job has 2"), "{notes:?}");

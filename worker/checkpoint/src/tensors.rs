@@ -69,6 +69,10 @@ impl Tensors {
 
     fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
         let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
+        // Opening a FIFO would wait for who never comes.
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(bad("it is no file".into()));
+        }
         let mapped = Mapped::open(path).map_err(|e| CheckpointError::read(path, e))?;
         let (header, metadata) = SafeTensors::read_metadata(&mapped).map_err(|e| bad(e.to_string()))?;
         let data = header + size_of::<u64>();
@@ -99,8 +103,18 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
         return Ok(vec![single]);
     }
     let bytes = std::fs::read(&index).map_err(|e| CheckpointError::read(&index, e))?;
-    let names = shard_names(&bytes).map_err(|what| CheckpointError::Tensors { path: index, what })?;
-    Ok(names.into_iter().map(|name| path.join(name)).collect())
+    let names = shard_names(&bytes).map_err(|what| CheckpointError::Tensors { path: index.clone(), what })?;
+    let files: Vec<PathBuf> = names.into_iter().map(|name| path.join(name)).collect();
+    match files.iter().find(|file| !file.exists()) {
+        Some(missing) => {
+            let name = missing.file_name().unwrap_or_default().display();
+            Err(CheckpointError::Tensors {
+                path: index,
+                what: format!("it names {name}, which is not there"),
+            })
+        }
+        None => Ok(files),
+    }
 }
 
 /// The files that an index names, in order, each once.

@@ -234,11 +234,24 @@ fn room_is_made_from_the_oldest_on_and_one_whole_checkpoint_stays() {
     let dir = tempfile::tempdir().unwrap();
     let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     (1..=5).for_each(|step| drop(save(&run, step)));
-    assert_eq!(run.make_room(1, 4).unwrap(), [step_dir(dir.path(), 1)]);
-    assert_eq!(run.make_room(u64::MAX, 4).unwrap(), [step_dir(dir.path(), 2), step_dir(dir.path(), 3)]);
-    assert!(run.make_room(1, 4).unwrap().is_empty());
-    assert!(run.make_room(1, 99).unwrap().is_empty(), "nothing is known to be good");
+    assert_eq!(run.make_room(1, Some(4)).unwrap(), [step_dir(dir.path(), 1)]);
+    assert_eq!(run.make_room(u64::MAX, Some(4)).unwrap(), [step_dir(dir.path(), 2), step_dir(dir.path(), 3)]);
+    assert!(run.make_room(1, Some(4)).unwrap().is_empty());
+    assert!(run.make_room(1, Some(99)).unwrap().is_empty(), "nothing is known to be good");
     assert_eq!(steps(dir.path()), pairs(&[(4, "a"), (5, "a")]));
+}
+
+#[test]
+fn a_run_that_may_overwrite_others_makes_room_of_theirs_but_for_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    let others = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    (1..=3).for_each(|step| drop(save(&others, step)));
+    drop(others);
+    let mut run = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "b") }).unwrap();
+    assert_eq!(run.make_room(1, None).unwrap(), [step_dir(dir.path(), 1)]);
+    assert_eq!(run.make_room(u64::MAX, None).unwrap(), [step_dir(dir.path(), 2)], "one that is whole stays");
+    save(&run, 4);
+    assert_eq!(run.make_room(u64::MAX, Some(4)).unwrap(), [step_dir(dir.path(), 3)]);
 }
 
 #[test]

@@ -33,6 +33,9 @@ const END_NAMES: [&str; 8] = [
     "<end_of_turn>",
 ];
 
+/// Bytes of the longest word that a tokenizer is trained on in one piece.
+const WORD_MAX: usize = 1 << 10;
+
 /// A tokenizer and the bytes of its `tokenizer.json`.
 pub(crate) struct Encoder {
     tokenizer: Tokenizer,
@@ -187,8 +190,24 @@ fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
         .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect::<HashSet<char>>())
         .build();
-    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter())?;
+    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter().flat_map(|text| pieces(text)))?;
     Ok(tokenizer)
+}
+
+/// The text, cut where something that is no word goes on for longer than a word can be: the work of training grows with the square of the
+/// longest, and what base64 or a genome repeats is found in its pieces as well.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let mut run = 0;
+        let cut = rest.char_indices().find_map(|(at, c)| {
+            run = if c.is_whitespace() { 0 } else { run + c.len_utf8() };
+            (run > WORD_MAX).then_some(at)
+        });
+        let (piece, later) = rest.split_at(cut.unwrap_or(rest.len()));
+        rest = later;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 /// What the model says about ids: how many there are, and which end a text.
@@ -253,6 +272,16 @@ mod tests {
         assert!(!ids.contains(&encoder.eos_id), "the name of a special token in data is text: {ids:?}");
         assert_eq!(encoder.tokenizer.decode(&ids, false).unwrap(), text);
         assert!(ids.len() < text.len());
+    }
+
+    #[test]
+    fn what_is_no_word_is_trained_on_in_pieces() {
+        let long = format!("{} é{} and", "ab".repeat(WORD_MAX), "é".repeat(WORD_MAX));
+        let cut: Vec<&str> = pieces(&long).collect();
+        assert_eq!(cut.concat(), long);
+        assert!(cut.len() >= 4 && cut.iter().all(|piece| piece.len() <= 2 * WORD_MAX), "{}", cut.len());
+        assert_eq!(pieces(TEXT).collect::<Vec<_>>(), [TEXT]);
+        assert_eq!(pieces("").count(), 0);
     }
 
     #[test]

@@ -344,7 +344,9 @@ impl<E: Storage> Engine<E> {
             parameters.map(move |p| (&p.shape, as_bytes(&moment.all()[p.range.clone()])))
         };
         let both = [&self.moment1, &self.moment2].into_iter().flat_map(of);
-        both.zip(names).map(|((shape, data), name)| TensorRef { name, dtype: Dtype::F32, shape, data }).collect()
+        both.zip(names)
+            .map(|((shape, data), name)| TensorRef { name, dtype: Dtype::F32, shape, data })
+            .collect()
     }
 
     pub fn moment_names(&self) -> Vec<String> {
@@ -360,7 +362,12 @@ impl StoredWeights<'_> {
     pub fn refs(&self) -> Vec<TensorRef<'_>> {
         self.0
             .iter()
-            .map(|(p, shape, data)| TensorRef { name: &p.name, dtype: Dtype::F32, shape, data: as_bytes(data) })
+            .map(|(p, shape, data)| TensorRef {
+                name: &p.name,
+                dtype: Dtype::F32,
+                shape,
+                data: as_bytes(data),
+            })
             .collect()
     }
 }

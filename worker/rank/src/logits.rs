@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
 use fleet_common::model::Positions;
+use fleet_kernels::all_finite;
 use fleet_torch::{Executor, Memory, Numbers, device};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
@@ -47,6 +48,13 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
     let mut flat = vec![0.0; model.layout.len];
     model.read(&mut flat);
+    if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
+        return Err(Error::Input(format!(
+            "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
+            wanted.model.display(),
+            p.name
+        )));
+    }
     let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))

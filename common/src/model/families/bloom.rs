@@ -44,7 +44,10 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     };
     let hidden_size = either("hidden_size", "n_embed", 64)?;
     let heads = either("n_head", "num_attention_heads", 8)?;
-    let layers = either("n_layer", "num_hidden_layers", 2)?;
+    let layers = match s.layers("n_layer")? {
+        Some(given) => given,
+        None => s.layers("num_hidden_layers")?.unwrap_or(2),
+    };
     if !hidden_size.is_multiple_of(heads) {
         return Err(format!("hidden_size ({hidden_size}) is not a multiple of n_head ({heads})"));
     }

@@ -39,7 +39,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     s.only("add_cross_attention", false)?;
     let hidden_size = s.count_or("n_embd", 768)?;
     let heads = s.count_or("n_head", 12)?;
-    let layers = s.count_or("n_layer", 12)?;
+    let layers = s.layers("n_layer")?.unwrap_or(12);
     if !hidden_size.is_multiple_of(heads) {
         return Err(format!("n_embd ({hidden_size}) is not a multiple of n_head ({heads})"));
     }

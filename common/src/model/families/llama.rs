@@ -44,7 +44,7 @@ pub(super) struct Defaults {
 pub(super) fn like_llama(s: &Settings, defaults: Defaults) -> Result<Decoder, String> {
     let hidden_size = s.needed("hidden_size")?;
     let heads = s.needed("num_attention_heads")?;
-    let layers = s.needed("num_hidden_layers")?;
+    let layers = s.layers("num_hidden_layers")?.ok_or("lacks num_hidden_layers")?;
     let max_positions = s.count_or("max_position_embeddings", defaults.max_positions)?;
     let head_dim = s.count_or("head_dim", defaults.head_dim.unwrap_or((hidden_size / heads).max(1)))?;
     Ok(Decoder {

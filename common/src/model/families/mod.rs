@@ -104,7 +104,7 @@ impl Family {
     /// The decoder that a `config.json` describes, or why fleet cannot run it.
     pub fn of_config(config: &Object) -> Result<(&'static Family, Decoder), String> {
         let settings = Settings::new(config);
-        let Some(model_type) = settings.text("model_type") else {
+        let Some(model_type) = settings.text("model_type")? else {
             return Err(format!("has no model_type; fleet runs {}", Family::list()));
         };
         let family = Family::find(model_type)
@@ -124,7 +124,7 @@ impl Family {
 
 /// An activation by transformers' name.
 fn activation(settings: &Settings, key: &str, default: &str) -> Result<Activation, String> {
-    match settings.text(key).unwrap_or(default) {
+    match settings.text(key)?.unwrap_or(default) {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),

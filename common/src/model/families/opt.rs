@@ -39,7 +39,7 @@ const EPS: f64 = 1e-5;
 fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("hidden_size", 768)?;
     let heads = s.count_or("num_attention_heads", 12)?;
-    let layers = s.count_or("num_hidden_layers", 12)?;
+    let layers = s.layers("num_hidden_layers")?.unwrap_or(12);
     if !hidden_size.is_multiple_of(heads) {
         return Err(format!(
             "hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads})"

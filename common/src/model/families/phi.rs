@@ -27,7 +27,7 @@ pub const FAMILY: Family = Family {
 fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("hidden_size", 2048)?;
     let heads = s.count_or("num_attention_heads", 32)?;
-    let layers = s.count_or("num_hidden_layers", 24)?;
+    let layers = s.layers("num_hidden_layers")?.unwrap_or(24);
     let max_positions = s.count_or("max_position_embeddings", 2048)?;
     let head_dim = s.count_or("head_dim", (hidden_size / heads).max(1))?;
     Ok(Decoder {

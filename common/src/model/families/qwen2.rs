@@ -3,8 +3,14 @@
 use super::llama::{Defaults, like_llama, written};
 use super::*;
 
-pub const FAMILY: Family =
-    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", eos: None, read, write, ..super::llama::FAMILY };
+pub const FAMILY: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    eos: None,
+    read,
+    write,
+    ..super::llama::FAMILY
+};
 
 fn read(s: &Settings) -> Result<Decoder, String> {
     let mut decoder = like_qwen(s, None)?;

@@ -65,7 +65,8 @@ mod tests {
 
     #[test]
     fn a_new_model_reads_back_as_it_was_written() {
-        let model = Model::new(&LlamaConfig { initializer_range: 0.0, eos_token_id: Some(3), ..tiny_config() });
+        let model =
+            Model::new(&LlamaConfig { initializer_range: 0.0, eos_token_id: Some(3), ..tiny_config() });
         let json = model.config_json();
         assert_eq!(Family::of_config(&json).unwrap().1, model.decoder);
         assert_eq!((&json["architectures"], &json[EOS]), (&json!(["LlamaForCausalLM"]), &json!(3)));

@@ -28,7 +28,8 @@ impl Model {
     /// A new one.
     pub fn new(config: &LlamaConfig) -> Model {
         let json = config::of_llama(config);
-        let (family, decoder) = Family::of_config(&json).expect("a job's model was checked when the job was read");
+        let (family, decoder) =
+            Family::of_config(&json).expect("a job's model was checked when the job was read");
         let LlamaConfig { bos_token_id, eos_token_id, .. } = *config;
         Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id }
     }

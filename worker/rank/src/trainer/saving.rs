@@ -19,6 +19,14 @@ pub(super) struct Saving {
     pub companions: Companions,
 }
 
+/// For people.
+fn size(bytes: u64) -> String {
+    match bytes >> 20 {
+        0..10 => format!("{} KiB", bytes.div_ceil(1 << 10)),
+        mib => format!("{mib} MiB"),
+    }
+}
+
 /// Longest wait for the cluster to record a checkpoint before older ones may go. At the end of a run they are left to the next one then.
 pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// The same in a run that was told to stop, and has not long for it.
@@ -53,15 +61,14 @@ impl<E: Storage> Trainer<E> {
 
     /// A save that will fail is told of before the hours that it is to save. Compression and quotas are not known here: nothing is refused.
     pub(super) fn warn_of_a_small_disk(&self, link: &mut AgentLink) {
-        const MIB: u64 = 1 << 20;
         let needed = self.checkpoint_bytes();
         let Some(Saving { dir, .. }) = &self.saving else { return };
         if let Some(free) = dir.free_bytes().filter(|free| *free < needed) {
             let line = format!(
-                "a checkpoint takes {} MiB, and {} has room for {}: make room, or saving will fail",
-                needed.div_ceil(MIB),
+                "a checkpoint takes {}, and {} has room for {}: make room, or saving may fail",
+                size(needed),
                 dir.path().display(),
-                free / MIB
+                size(free)
             );
             link.log(Level::Warn, line);
         }
@@ -108,10 +115,8 @@ impl<E: Storage> Trainer<E> {
     fn make_room(&mut self, link: &mut AgentLink) -> bool {
         self.await_record(link, RECORD_WAIT);
         let (bytes, step) = (self.checkpoint_bytes(), self.state.step);
-        let (Some(Saving { dir, .. }), Some(good)) = (&mut self.saving, link.committed().or(self.resumed))
-        else {
-            return false;
-        };
+        let good = link.committed().or(self.resumed);
+        let Some(Saving { dir, .. }) = &mut self.saving else { return false };
         let (line, made) = match dir.make_room(bytes, good) {
             Ok(removed) if removed.is_empty() => return false,
             Ok(removed) => {
