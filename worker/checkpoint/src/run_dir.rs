@@ -146,7 +146,7 @@ impl RunDir {
         let all = search::by_age(&self.dir).map_err(failed)?;
         let own = committed.map_or(Ok(Vec::new()), |committed| self.older(committed))?;
         let has_good = committed.is_some_and(|committed| self.good(&all, committed).is_some());
-        let spared = all.iter().filter(|found| !has_good && found.seems_whole()).next_back();
+        let spared = all.iter().rfind(|found| !has_good && found.seems_whole());
         let others = all.iter().filter(|found| self.overwrite && found.is_fleets() && !self.owns(found));
         let others = others.filter(|found| spared.is_none_or(|spared| spared.path != found.path));
         let (mut freed, mut doomed) = (0, Vec::new());

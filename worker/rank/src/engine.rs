@@ -9,7 +9,7 @@ use crate::model::{Model, init};
 use crate::shim::buffers::{Gradients, SharedSlice, as_bytes};
 use fleet_checkpoint::{Dtype, ModelDir, TensorRef, Tensors, stored, stored_shape};
 use fleet_collectives::{Activity, Collective, DType, Keep, Op, Solo, part};
-use fleet_common::model::{Layout, Parameter};
+use fleet_common::model::Layout;
 use fleet_cpu::{Batch, Cache, Loss, Network, Products, Sink, Storage, Weights, Workers, Workspace};
 use fleet_kernels::{self as kernels, AdamWStep};
 use half::bf16;
@@ -333,8 +333,11 @@ impl<E: Storage> Engine<E> {
 
     /// Weights as the files of the family have them, for writing.
     pub fn stored_weights(&self) -> StoredWeights<'_> {
-        let parameters = &self.model.layout.parameters;
-        StoredWeights(parameters.iter().map(|p| (p, stored_shape(p), stored(p, self.master.all()))).collect())
+        let flat = self.master.all();
+        let parameters = self.model.layout.parameters.iter();
+        let tensors =
+            parameters.map(|p| StoredTensor { name: &p.name, shape: stored_shape(p), data: stored(p, flat) });
+        StoredWeights(tensors.collect())
     }
 
     /// Optimizer state, for writing: names from `moment_names`, in that order.
@@ -356,18 +359,19 @@ impl<E: Storage> Engine<E> {
 }
 
 /// Weights on their way to a file: views, or copies where the file has them otherwise.
-pub struct StoredWeights<'a>(Vec<(&'a Parameter, Vec<usize>, Cow<'a, [f32]>)>);
+pub struct StoredWeights<'a>(Vec<StoredTensor<'a>>);
+
+struct StoredTensor<'a> {
+    name: &'a str,
+    shape: Vec<usize>,
+    data: Cow<'a, [f32]>,
+}
 
 impl StoredWeights<'_> {
     pub fn refs(&self) -> Vec<TensorRef<'_>> {
         self.0
             .iter()
-            .map(|(p, shape, data)| TensorRef {
-                name: &p.name,
-                dtype: Dtype::F32,
-                shape,
-                data: as_bytes(data),
-            })
+            .map(|t| TensorRef { name: t.name, dtype: Dtype::F32, shape: &t.shape, data: as_bytes(&t.data) })
             .collect()
     }
 }
