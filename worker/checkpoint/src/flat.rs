@@ -88,7 +88,7 @@ impl ModelDir {
     }
 
     fn check(&self) -> Result<(), CheckpointError> {
-        let mut wrong = Vec::new();
+        let (mut wrong, mut missing) = (Vec::new(), Vec::new());
         for p in &self.layout.parameters {
             let wanted = stored_shape(p);
             match self.find(p) {
@@ -96,9 +96,7 @@ impl ModelDir {
                     "the weights lack {}; if the embedding is also the head, set tie_word_embeddings to true in its config.json",
                     p.name
                 )),
-                None => {
-                    wrong.push(format!("the weights lack {}; they do not belong to this config.json", p.name))
-                }
+                None => missing.push(p.name.as_str()),
                 Some(t) if t.shape != wanted => {
                     wrong.push(format!("{} is {:?}, config.json asks for {wanted:?}", p.name, t.shape));
                 }
