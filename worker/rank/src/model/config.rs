@@ -25,7 +25,7 @@ impl Model {
         let says_the_same = Family::of_config(&json).is_ok_and(|(_, decoder)| decoder == self.decoder);
         for (key, value) in self.described() {
             // Older versions of transformers look for some in other places than newer ones.
-            if !(says_the_same && json.contains_key(&key)) {
+            if !(says_the_same && json.get(&key).is_some_and(|value| !value.is_null())) {
                 json.insert(key, value);
             }
         }
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn what_a_model_came_with_stays_where_it_says_the_same() {
         let came = json!({
-            "model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 40, "n_inner": null, "my_key": [1],
+            "model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 40, "my_key": [1],
             "dtype": "bfloat16", "eos_token_id": [4, 5],
         });
         let mut want = came.clone();
