@@ -106,6 +106,13 @@ impl ModelDir {
                 Some(_) => {}
             }
         }
+        if !missing.is_empty() {
+            let more = missing.len().saturating_sub(NAMED);
+            let and = if more > 0 { format!(" and {more} more") } else { String::new() };
+            missing.truncate(NAMED);
+            let names = missing.join(", ");
+            wrong.insert(0, format!("the weights lack {names}{and}; they do not belong to this config.json"));
+        }
         wrong.extend(
             self.left_over().map(|name| {
                 format!("{name} is in the weights, and config.json describes a model without it")
