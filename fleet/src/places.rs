@@ -17,6 +17,7 @@ const ENDED_KEPT: usize = 10;
 
 /// What is in the state directory.
 const STATE: &[&str] = &["clusters", "launches"];
+
 /// `${XDG_STATE_HOME:-~/.local/state}/fleet`, of which others see nothing. It need not exist.
 fn state_dir() -> Result<PathBuf, Failure> {
     let dir = home::state().map_err(|e| Failure::environment(e.to_string()))?.join("fleet");

@@ -35,6 +35,9 @@ pub enum CheckpointError {
     Damaged { path: PathBuf, what: String },
     #[error("{path} is not a usable safetensors file: {what}")]
     Tensors { path: PathBuf, what: String },
+    /// A model directory that fleet cannot run, or whose weights do not fit its description.
+    #[error("{path}: {what}")]
+    Model { path: PathBuf, what: String },
     /// Found before anything is trained.
     #[error(
         "checkpoints cannot be written to {path}: {source}; set output_dir to a directory that this user may write to, with room"

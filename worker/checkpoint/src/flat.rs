@@ -4,6 +4,8 @@
 use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, TensorSlice, Tensors};
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
 use half::{bf16, f16};
+use std::borrow::Cow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Tensors that are named in a refusal; the rest is counted.
@@ -16,8 +18,8 @@ pub struct ModelDir {
     pub config: Object,
     pub decoder: Decoder,
     pub layout: Layout,
+    pub family: &'static Family,
     tensors: Tensors,
-    family: &'static Family,
 }
 
 impl ModelDir {
@@ -25,11 +27,20 @@ impl ModelDir {
     /// the weights have two different ones, they are not tied, as in transformers 5.
     pub fn open(path: &Path) -> Result<ModelDir, CheckpointError> {
         let file = path.join(CONFIG_FILE);
-        let refuse = |what: String| CheckpointError::Tensors { path: file.clone(), what };
-        let bytes = std::fs::read(&file).map_err(|e| CheckpointError::read(&file, e))?;
+        let refuse = |path: &Path, what: String| CheckpointError::Model { path: path.to_owned(), what };
+        if !path.is_dir() {
+            return Err(refuse(path, "there is no such model directory; check the path".into()));
+        }
+        let bytes = std::fs::read(&file).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => refuse(
+                &file,
+                "there is no such file; a model directory holds config.json, model.safetensors and tokenizer.json".into(),
+            ),
+            _ => CheckpointError::read(&file, e),
+        })?;
         let config: Object =
-            serde_json::from_slice(&bytes).map_err(|e| refuse(format!("is not a JSON object ({e})")))?;
-        let (family, mut decoder) = Family::of_config(&config).map_err(&refuse)?;
+            serde_json::from_slice(&bytes).map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
+        let (family, mut decoder) = Family::of_config(&config).map_err(|what| refuse(&file, what))?;
         let single = path.join(MODEL_FILE);
         let tensors = Tensors::open(if single.exists() { &single } else { path })?;
         let mut model = ModelDir {
@@ -73,14 +84,17 @@ impl ModelDir {
     }
 
     fn check(&self) -> Result<(), CheckpointError> {
-        let (mut wrong, head) = (Vec::new(), self.head());
+        let mut wrong = Vec::new();
         for p in &self.layout.parameters {
             let wanted = stored_shape(p);
             match self.find(p) {
-                None if p.name == head => wrong.push(format!(
-                    "{head} is missing; if the embedding is also the head, set tie_word_embeddings to true in config.json"
+                None if p.name == self.head() => wrong.push(format!(
+                    "the weights lack {}; if the embedding is also the head, set tie_word_embeddings to true in its config.json",
+                    p.name
                 )),
-                None => wrong.push(format!("{} is missing", p.name)),
+                None => {
+                    wrong.push(format!("the weights lack {}; they do not belong to this config.json", p.name))
+                }
                 Some(t) if t.shape != wanted => {
                     wrong.push(format!("{} is {:?}, config.json asks for {wanted:?}", p.name, t.shape));
                 }
@@ -95,19 +109,30 @@ impl ModelDir {
         }
         let more = wrong.len().saturating_sub(NAMED);
         wrong.truncate(NAMED);
-        let mut what = format!("the weights do not fit config.json: {}", wrong.join("; "));
+        let mut what = wrong.join("; ");
         if more > 0 {
             what.push_str(&format!("; and {more} more"));
         }
-        Err(CheckpointError::Tensors { path: self.path.clone(), what })
+        Err(CheckpointError::Model { path: self.path.clone(), what })
+    }
+
+    /// The part of a parameter that lies in `range` (of the flat buffer), in fp32. `out` is as long as `range`; returns what was filled.
+    pub fn read_part<'a>(&self, p: &Parameter, range: &Range<usize>, out: &'a mut [f32]) -> &'a [f32] {
+        let (begin, end) = (range.start.max(p.range.start), range.end.min(p.range.end));
+        if begin >= end {
+            return &[];
+        }
+        let tensor = self.find(p).expect("it was found when the directory was opened");
+        let out = &mut out[begin - range.start..end - range.start];
+        copy(p, &tensor, begin - p.range.start, out);
+        out
     }
 
     /// All parameters, in fp32. `flat` is as long as the layout.
     pub fn read(&self, flat: &mut [f32]) {
         assert_eq!(flat.len(), self.layout.len, "the flat buffer of this layout");
         for p in &self.layout.parameters {
-            let tensor = self.find(p).expect("it was found when the directory was opened");
-            copy(p, &tensor, &mut flat[p.range.clone()]);
+            self.read_part(p, &p.range, &mut flat[p.range.clone()]);
         }
     }
 
@@ -116,22 +141,51 @@ impl ModelDir {
         let mut flat = vec![0.0; self.layout.len];
         for p in &self.layout.parameters {
             if let Some(tensor) = tensor(&p.name) {
-                copy(p, &tensor, &mut flat[p.range.clone()]);
+                copy(p, &tensor, 0, &mut flat[p.range.clone()]);
             }
         }
         flat
     }
 }
 
-fn copy(p: &Parameter, tensor: &TensorSlice, out: &mut [f32]) {
-    match p.stored {
-        Stored::AsIs => out.iter_mut().enumerate().for_each(|(at, x)| *x = number(tensor, at)),
-        _ => out.iter_mut().enumerate().for_each(|(at, x)| *x = number(tensor, stored_index(p, at))),
+/// Numbers of a parameter from its number `first` on.
+fn copy(p: &Parameter, tensor: &TensorSlice, first: usize, out: &mut [f32]) {
+    if p.stored != Stored::AsIs {
+        let numbers = out.iter_mut().enumerate();
+        return numbers.for_each(|(at, x)| *x = number(tensor, stored_index(p, first + at)));
+    }
+    match tensor.dtype {
+        Dtype::F32 => {
+            for (x, b) in out.iter_mut().zip(tensor.data[4 * first..].as_chunks::<4>().0) {
+                *x = f32::from_le_bytes(*b);
+            }
+        }
+        Dtype::BF16 => {
+            for (x, b) in out.iter_mut().zip(tensor.data[2 * first..].as_chunks::<2>().0) {
+                *x = bf16::from_le_bytes(*b).to_f32();
+            }
+        }
+        _ => {
+            for (x, b) in out.iter_mut().zip(tensor.data[2 * first..].as_chunks::<2>().0) {
+                *x = f16::from_le_bytes(*b).to_f32();
+            }
+        }
     }
 }
 
+/// A parameter as a file of its family has it; a view where it lies in the flat buffer as it does there.
+pub fn stored<'a>(p: &Parameter, flat: &'a [f32]) -> Cow<'a, [f32]> {
+    let values = &flat[p.range.clone()];
+    if p.stored == Stored::AsIs {
+        return Cow::Borrowed(values);
+    }
+    let mut out = vec![0.0; values.len()];
+    values.iter().enumerate().for_each(|(at, x)| out[stored_index(p, at)] = *x);
+    Cow::Owned(out)
+}
+
 /// The shape that a file has.
-fn stored_shape(p: &Parameter) -> Vec<usize> {
+pub fn stored_shape(p: &Parameter) -> Vec<usize> {
     match p.stored {
         Stored::Transposed => p.shape.iter().rev().copied().collect(),
         _ => p.shape.clone(),

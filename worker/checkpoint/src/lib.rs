@@ -25,7 +25,7 @@ mod tensors;
 mod writer;
 
 pub use error::CheckpointError;
-pub use flat::ModelDir;
+pub use flat::{ModelDir, stored, stored_shape};
 pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
 pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};

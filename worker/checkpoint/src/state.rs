@@ -1,7 +1,8 @@
 //! `trainer_state.json`: where a run stands and what it was made of, so that another one is not continued by mistake.
 
 use crate::{CheckpointError, STATE_FILE};
-use fleet_common::job::{LlamaConfig, Precision};
+use fleet_common::job::Precision;
+use fleet_common::model::{Family, Object};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -31,7 +32,8 @@ pub struct TrainerState {
     /// Names the token cache: data, tokenizer, window length and cleaning.
     pub cache_hash: String,
     pub tokenizer_sha256: String,
-    pub model: LlamaConfig,
+    /// What describes the model, in the words of its `config.json`.
+    pub model: Object,
 
     pub precision: Precision,
     pub world_size: u32,
@@ -105,15 +107,30 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
     Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
-/// The first field in which two models differ so that weights do not fit or mean something else.
-fn model_difference(was: &LlamaConfig, is: &LlamaConfig) -> Option<String> {
-    let fields = |model: &LlamaConfig| serde_json::to_value(model).expect("a model is plain data");
-    let (was, is) = (fields(was), fields(is));
-    let free = ["initializer_range", "bos_token_id", "eos_token_id", "max_position_embeddings"];
-    was.as_object()?
-        .iter()
-        .find(|(name, value)| !free.contains(&name.as_str()) && is.get(name.as_str()) != Some(*value))
-        .map(|(name, value)| format!("its model has {name} = {value} and the job's {}", is[name.as_str()]))
+/// The first key in which two models differ so that weights do not fit or mean something else.
+fn model_difference(was: &Object, is: &Object) -> Option<String> {
+    let (was, is) = (described(was), described(is));
+    let free = ["initializer_range", "init_std", "max_position_embeddings", "bos_token_id", "eos_token_id"];
+    let keys = is.keys().chain(was.keys()).filter(|key| !free.contains(&key.as_str()));
+    let value = |object: &Object, key: &str| object.get(key).cloned().unwrap_or_default();
+    let mut differing = keys.filter(|key| was.get(*key) != is.get(*key));
+    differing.next().map(|key| {
+        format!("its model has {key} = {} and the job's {}", value(&was, key), value(&is, key))
+    })
+}
+
+/// All that describes a model, also what its configuration leaves to be understood. Older states are of Llamas, and do not say so.
+fn described(model: &Object) -> Object {
+    let mut model = model.clone();
+    model.entry("model_type").or_insert_with(|| "llama".into());
+    match Family::of_config(&model) {
+        Ok((family, decoder)) => {
+            let mut all = (family.write)(&decoder);
+            all.insert("model_type".into(), family.model_type.into());
+            all
+        }
+        Err(_) => model,
+    }
 }
 
 fn short(hash: &str) -> &str {

@@ -40,7 +40,7 @@ impl<E: Storage> Pass<'_, E> {
         }
     }
 
-    fn bias_of_head<'w>(&'w self) -> Option<&'w [f32]> {
+    fn bias_of_head(&self) -> Option<&[f32]> {
         self.network.layout.head.bias.as_ref().map(|range| self.weights.exact(range))
     }
 

@@ -2,6 +2,7 @@
 //! `tokenizer_config.json`, `special_tokens_map.json`. Read as transformers 5 reads them, where a null says what a missing key says.
 
 use crate::DataError;
+use fleet_common::model::Family;
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -67,10 +68,9 @@ pub fn token_ids(object: &Object, key: &str) -> Vec<u32> {
 }
 
 /// The ids at which a model in `dir` ends a text: what `generation_config.json` says, else what `config.json` says. An absent
-/// key there means 2, as in transformers' LlamaConfig; a null means none.
+/// key there means what it means in transformers' configuration of the family; a null means none.
 pub fn end_ids(dir: &Path) -> Result<Vec<u32>, DataError> {
     const KEY: &str = "eos_token_id";
-    const LLAMA: u32 = 2;
     if let Some(generation) = read_object(&dir.join(GENERATION_CONFIG))? {
         let ids = token_ids(&generation, KEY);
         if !ids.is_empty() {
@@ -78,7 +78,11 @@ pub fn end_ids(dir: &Path) -> Result<Vec<u32>, DataError> {
         }
     }
     let config = read_object(&dir.join(CONFIG))?.unwrap_or_default();
-    Ok(if config.contains_key(KEY) { token_ids(&config, KEY) } else { vec![LLAMA] })
+    if config.contains_key(KEY) {
+        return Ok(token_ids(&config, KEY));
+    }
+    let family = config.get("model_type").and_then(Value::as_str).and_then(Family::find);
+    Ok(family.and_then(|family| family.eos).into_iter().collect())
 }
 
 /// What the files beside a `tokenizer.json` call its special tokens.
@@ -203,7 +207,7 @@ mod tests {
         assert_eq!(ends(&[config.clone(), generation(json!([7, 8]))]), [7, 8]);
         assert_eq!(ends(&[config.clone(), generation(json!(null))]), [2, 5]);
         assert_eq!(ends(&[config, generation(json!(-1))]), [2, 5]);
-        assert_eq!(ends(&[(CONFIG, json!({}))]), [2], "as LlamaConfig has it");
+        assert_eq!(ends(&[(CONFIG, json!({"model_type": "llama"}))]), [2], "as LlamaConfig has it");
         assert_eq!(ends(&[(CONFIG, json!({"eos_token_id": null}))]), [0u32; 0]);
     }
 

@@ -5,7 +5,7 @@ use fleet_common::job::LlamaConfig;
 use fleet_cpu::{Batch, Storage, Workers};
 use fleet_rank::engine::{AdamW, Engine, Votes};
 use fleet_rank::error::{Error, Result};
-use fleet_rank::model::network;
+use fleet_rank::model::Model;
 use half::bf16;
 use std::time::Instant;
 
@@ -57,7 +57,7 @@ fn time<E: Storage>(args: &BenchArgs) -> Result<()> {
         eos_token_id: None,
     };
     let workers = Workers::new(args.threads).map_err(|e| Error::Environment(e.to_string()))?;
-    let mut engine = Engine::<E>::new(network(&config, args.seq), workers, Box::new(Solo::new(0)))?;
+    let mut engine = Engine::<E>::new(Model::new(&config).network(args.seq), workers, Box::new(Solo::new(0)))?;
     engine.fresh_weights(0)?;
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
     let t = args.seq * args.batch;

@@ -5,13 +5,15 @@
 //! ranks hold the same weights because they are the same memory.
 
 use crate::error::{Error, Result};
-use crate::model::{init, network, weights};
-use crate::shim::buffers::{Gradients, SharedSlice};
-use fleet_checkpoint::{Dtype, TensorRef, Tensors};
+use crate::model::{Model, init};
+use crate::shim::buffers::{Gradients, SharedSlice, as_bytes};
+use fleet_checkpoint::{Dtype, ModelDir, TensorRef, Tensors, stored, stored_shape};
 use fleet_collectives::{Activity, Collective, DType, Keep, Op, Solo, part};
+use fleet_common::model::{Layout, Parameter};
 use fleet_cpu::{Batch, Cache, Loss, Network, Products, Sink, Storage, Weights, Workers, Workspace};
 use fleet_kernels::{self as kernels, AdamWStep};
 use half::bf16;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
@@ -89,11 +91,11 @@ impl<E: Storage> Engine<E> {
 
     /// A model directory on one rank, for sequences of at most `positions` tokens (`None`: as many as the model was made for).
     pub fn open(dir: &Path, threads: u32, positions: Option<usize>) -> Result<Self> {
-        let config = weights::read_model(dir)?;
-        let positions = positions.unwrap_or(config.max_position_embeddings as usize);
+        let model = Model::read(dir)?;
+        let positions = positions.unwrap_or(model.decoder.max_positions);
         let workers = Workers::new(threads)
             .map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
-        let mut engine = Self::new(network(&config, positions), workers, Box::new(Solo::new(0)))?;
+        let mut engine = Self::new(model.network(positions), workers, Box::new(Solo::new(0)))?;
         engine.load_weights(dir)?;
         Ok(engine)
     }
@@ -127,13 +129,19 @@ impl<E: Storage> Engine<E> {
 
     /// The weights of a model directory or of a checkpoint. Each rank looks whether its part of them are numbers.
     pub fn load_weights(&mut self, dir: &Path) -> Result<()> {
-        let tensors = weights::open_weights(dir)?;
-        weights::check_weights(&tensors, &self.model.layout, dir)?;
+        let given = ModelDir::open(dir)?;
+        let shapes = |layout: &Layout| -> Vec<(String, Vec<usize>)> {
+            layout.parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
+        };
+        if shapes(&given.layout) != shapes(&self.model.layout) {
+            return Err(Error::Input(format!(
+                "{}: these are the weights of another model than the job's; set model.path to this directory, or use other weights",
+                dir.display()
+            )));
+        }
         self.fill_parts(|model, range, out| {
             for p in &model.layout.parameters {
-                let tensor = weights::find(&tensors, &model.layout, p).expect("check_weights found it");
-                let part = weights::copy_part(p, tensor, range.clone(), out, range.start);
-                if !kernels::all_finite(part) {
+                if !kernels::all_finite(given.read_part(p, &range, out)) {
                     return Err(Error::Input(format!(
                         "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
                         dir.display(),
@@ -157,7 +165,7 @@ impl<E: Storage> Engine<E> {
                         || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display())),
                     )?;
                 for range in &parts {
-                    weights::copy_part(p, tensor, range.clone(), moment.part_mut(range.clone()), range.start);
+                    copy_moments(tensor.data, &p.range, range, moment.part_mut(range.clone()));
                 }
             }
         }
@@ -323,22 +331,47 @@ impl<E: Storage> Engine<E> {
         self.model.decode(weights, id, cache, &mut self.products, &mut self.work)
     }
 
-    /// Weights in Hugging Face's names, for writing.
-    pub fn weight_refs(&self) -> Vec<TensorRef<'_>> {
-        weights::tensor_refs(&self.model.layout, self.master.all())
+    /// Weights as the files of the family have them, for writing.
+    pub fn stored_weights(&self) -> StoredWeights<'_> {
+        let parameters = &self.model.layout.parameters;
+        StoredWeights(parameters.iter().map(|p| (p, stored_shape(p), stored(p, self.master.all()))).collect())
     }
 
     /// Optimizer state, for writing: names from `moment_names`, in that order.
     pub fn moment_refs<'a>(&'a self, names: &'a [String]) -> Vec<TensorRef<'a>> {
-        let layout = &self.model.layout;
-        let both =
-            [&self.moment1, &self.moment2].into_iter().flat_map(|m| weights::tensor_refs(layout, m.all()));
-        both.zip(names).map(|(tensor, name)| TensorRef { name, ..tensor }).collect()
+        let of = |moment: &'a SharedSlice<f32>| {
+            let parameters = self.model.layout.parameters.iter();
+            parameters.map(move |p| (&p.shape, as_bytes(&moment.all()[p.range.clone()])))
+        };
+        let both = [&self.moment1, &self.moment2].into_iter().flat_map(of);
+        both.zip(names).map(|((shape, data), name)| TensorRef { name, dtype: Dtype::F32, shape, data }).collect()
     }
 
     pub fn moment_names(&self) -> Vec<String> {
         let of = |slot| self.model.layout.parameters.iter().map(move |p| moment_name(&p.name, slot));
         of(MOMENT1).chain(of(MOMENT2)).collect()
+    }
+}
+
+/// Weights on their way to a file: views, or copies where the file has them otherwise.
+pub struct StoredWeights<'a>(Vec<(&'a Parameter, Vec<usize>, Cow<'a, [f32]>)>);
+
+impl StoredWeights<'_> {
+    pub fn refs(&self) -> Vec<TensorRef<'_>> {
+        self.0
+            .iter()
+            .map(|(p, shape, data)| TensorRef { name: &p.name, dtype: Dtype::F32, shape, data: as_bytes(data) })
+            .collect()
+    }
+}
+
+/// What of a parameter's moments lies in `range`, into `out`, which covers it.
+fn copy_moments(bytes: &[u8], parameter: &Range<usize>, range: &Range<usize>, out: &mut [f32]) {
+    let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
+    if begin < end {
+        let bytes = &bytes[4 * (begin - parameter.start)..4 * (end - parameter.start)];
+        let out = &mut out[begin - range.start..end - range.start];
+        out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
     }
 }
 

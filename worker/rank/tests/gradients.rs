@@ -6,7 +6,7 @@
 use fleet_common::job::LlamaConfig;
 use fleet_common::model::Layout;
 use fleet_cpu::{Batch, Products, Storage, Weights, Workers, Workspace};
-use fleet_rank::model::{init, network};
+use fleet_rank::model::{Model, init};
 use fleet_rank::testing::{VecSink, tiny_config, token_ids};
 use half::bf16;
 use tch::{Kind, Tensor};
@@ -90,7 +90,7 @@ fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
     targets[5] = -100;
     targets[12] = -100;
     let batch = Batch { ids: &ids, targets: &targets, seq };
-    let model = network(&config, 32);
+    let model = Model::new(&config).network(32);
     let mut flat = vec![0.0; model.layout.len];
     for p in &model.layout.parameters {
         init::fill(p, 0..usize::MAX, 3, &mut flat, 0);

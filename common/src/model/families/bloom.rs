@@ -28,6 +28,7 @@ pub const FAMILY: Family = Family {
     stored: Stored::AsIs,
     qkv_by_head: true,
     prefix: "transformer.",
+    eos: Some(2),
     read,
     write,
 };

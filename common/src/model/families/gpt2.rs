@@ -28,6 +28,7 @@ pub const FAMILY: Family = Family {
     stored: Stored::Transposed,
     qkv_by_head: false,
     prefix: "transformer.",
+    eos: Some(50_256),
     read,
     write,
 };

@@ -11,6 +11,7 @@ pub const FAMILY: Family = Family {
     stored: Stored::AsIs,
     qkv_by_head: false,
     prefix: "model.",
+    eos: Some(2),
     read,
     write,
 };

@@ -24,6 +24,8 @@ pub struct Family {
     pub qkv_by_head: bool,
     /// What stands before the names of the decoder's tensors; some files leave it out.
     pub prefix: &'static str,
+    /// The token that ends a text where a configuration has no `eos_token_id`.
+    pub eos: Option<u32>,
     pub read: fn(&Settings) -> Result<Decoder, String>,
     /// The keys that describe a decoder, so that `read` gives the same one.
     pub write: fn(&Decoder) -> Object,

@@ -4,7 +4,7 @@ use super::llama::{Defaults, like_llama, written};
 use super::*;
 
 pub const FAMILY: Family =
-    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", read, write, ..super::llama::FAMILY };
+    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", eos: None, read, write, ..super::llama::FAMILY };
 
 fn read(s: &Settings) -> Result<Decoder, String> {
     let mut decoder = like_qwen(s, None)?;

@@ -5,7 +5,7 @@ use super::qwen2::{like_qwen, windows_written};
 use super::*;
 
 pub const FAMILY: Family =
-    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", read, write, ..super::llama::FAMILY };
+    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", eos: None, read, write, ..super::llama::FAMILY };
 
 fn read(s: &Settings) -> Result<Decoder, String> {
     let bias = s.flag("attention_bias", false)?;

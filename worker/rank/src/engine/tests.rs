@@ -43,7 +43,7 @@ fn run<E: Storage>(
     steps: u64,
 ) -> (Vec<Report>, Vec<f32>) {
     let (rank, world) = (collective.rank(), collective.world_size());
-    let mut engine = Engine::<E>::new(network(config, SEQ), Workers::new(1).unwrap(), collective).unwrap();
+    let mut engine = Engine::<E>::new(Model::new(config).network(SEQ), Workers::new(1).unwrap(), collective).unwrap();
     engine.fresh_weights(5).unwrap();
     let size = SEQUENCES / micro / world * SEQ;
     let reports = (1..=steps)

@@ -9,7 +9,7 @@ pub use text::TextStream;
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::weights;
+use crate::model::Model;
 use fleet_checkpoint::{MANIFEST_FILE, TOKENIZER_FILE};
 use fleet_cpu::Cache;
 use fleet_data::model_dir::PromptTokenizer;
@@ -61,7 +61,7 @@ pub fn generate(
     if dir.join(MANIFEST_FILE).exists() {
         fleet_checkpoint::verify(dir)?;
     }
-    let config = weights::read_model(dir)?;
+    let model = Model::read(dir)?;
     let mut engine = Engine::<f32>::open(dir, *threads, None)?;
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
@@ -70,15 +70,15 @@ pub fn generate(
     let Prompt { mut ids, note } = Prompt::encode(&opened.tokenizer, prompt)?;
     if ids.is_empty() {
         // A text begins where another one ended.
-        ids.push(config.bos_token_id.or(config.eos_token_id).unwrap_or(0));
+        ids.push(model.bos_token_id.or(model.eos_token_id).unwrap_or(0));
     }
-    let vocab = config.vocab_size;
+    let vocab = model.decoder.vocab_size as u32;
     if let Some(id) = ids.iter().find(|id| **id >= vocab) {
         return Err(refuse(format!(
             "gives token {id}, but the model knows {vocab}; it belongs to another model"
         )));
     }
-    let context = config.max_position_embeddings as usize;
+    let context = model.decoder.max_positions;
     if ids.len() >= context {
         return Err(Error::Input(format!(
             "the prompt has {} tokens and the model was made for {context}; shorten it",

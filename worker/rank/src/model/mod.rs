@@ -1,18 +1,63 @@
-//! Models on disk: what a directory describes, its weights in the flat buffer, and fresh ones.
+//! The model of a run: what it is made of, where it came from, what is written of it.
 
-pub mod config;
+mod config;
 pub mod init;
-pub mod weights;
 
+pub use config::with_end;
+
+use crate::error::Result;
+use fleet_checkpoint::ModelDir;
 use fleet_common::job::LlamaConfig;
-use fleet_common::model::{Family, Layout};
+use fleet_common::model::{Decoder, Family, Layout, Object};
 use fleet_cpu::Network;
+use fleet_data::model_dir::token_ids;
+use std::path::Path;
 
-/// The model of a job, for sequences of at most `positions` tokens.
-pub fn network(config: &LlamaConfig, positions: usize) -> Network {
-    let json = config::config_json(config, &Default::default());
-    let (family, decoder) =
-        Family::of_config(&json).expect("a job's model was checked when the job was read");
-    let layout = Layout::new(&decoder, family);
-    Network::new(decoder, layout, positions)
+/// A model without its weights.
+#[derive(Clone, Debug)]
+pub struct Model {
+    pub family: &'static Family,
+    pub decoder: Decoder,
+    /// `config.json` as it came; empty for a new model.
+    pub before: Object,
+    pub bos_token_id: Option<u32>,
+    pub eos_token_id: Option<u32>,
+}
+
+impl Model {
+    /// A new one.
+    pub fn new(config: &LlamaConfig) -> Model {
+        let json = config::of_llama(config);
+        let (family, decoder) = Family::of_config(&json).expect("a job's model was checked when the job was read");
+        let LlamaConfig { bos_token_id, eos_token_id, .. } = *config;
+        Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id }
+    }
+
+    /// The one in a directory.
+    pub fn read(dir: &Path) -> Result<Model> {
+        Ok(Model::of_dir(&ModelDir::open(dir)?))
+    }
+
+    pub fn of_dir(dir: &ModelDir) -> Model {
+        let id = |key| token_ids(&dir.config, key).first().copied();
+        Model {
+            family: dir.family,
+            decoder: dir.decoder.clone(),
+            before: dir.config.clone(),
+            bos_token_id: id("bos_token_id"),
+            eos_token_id: id("eos_token_id"),
+        }
+    }
+
+    /// For sequences of at most `positions` tokens.
+    pub fn network(&self, positions: usize) -> Network {
+        Network::new(self.decoder.clone(), Layout::new(&self.decoder, self.family), positions)
+    }
+
+    /// What describes it, in the words of its `config.json`.
+    pub fn described(&self) -> Object {
+        let mut json = (self.family.write)(&self.decoder);
+        json.insert("model_type".into(), self.family.model_type.into());
+        json
+    }
 }

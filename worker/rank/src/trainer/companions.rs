@@ -2,9 +2,8 @@
 //! template, the tokenizer's other files. They come along with a model, and are made for a new one.
 
 use crate::error::{Error, Result};
-use crate::model::config::{config_json, read_config, with_end};
+use crate::model::{Model, with_end};
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Writer};
-use fleet_common::job::LlamaConfig;
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
 };
@@ -50,8 +49,8 @@ pub(super) struct Companions {
 }
 
 impl Companions {
-    /// `config` is the model, and its `eos_token_id` what every document ends with.
-    pub fn gather(from: &Origins, config: &LlamaConfig) -> Result<Companions> {
+    /// The `eos_token_id` of `model` is what every document ends with.
+    pub fn gather(from: &Origins, model: &Model) -> Result<Companions> {
         let tokenizer = Tokenizer::from_file(from.used)
             .map_err(|e| Error::Input(format!("{}: not a tokenizer.json: {e}", from.used.display())))?;
         let beside = from.tokenizer.and_then(Path::parent);
@@ -60,18 +59,18 @@ impl Companions {
             files.extend(first(name, [from.resume, beside])?.map(|bytes| (name, bytes)));
         }
 
-        let mut config = config.clone();
+        let mut model = model.clone();
         let special =
             from.tokenizer.map(SpecialTokens::beside).transpose().map_err(input)?.unwrap_or_default();
         if from.model.is_none() {
             // A text without a begin of its own begins where another one ended.
             let named = special.bos.as_deref().and_then(|name| tokenizer.token_to_id(name));
-            config.bos_token_id = config.bos_token_id.or(named).or(config.eos_token_id);
+            model.bos_token_id = model.bos_token_id.or(named).or(model.eos_token_id);
         }
-        let end = config.eos_token_id.and_then(|id| tokenizer.id_to_token(id));
+        let end = model.eos_token_id.and_then(|id| tokenizer.id_to_token(id));
         let mut of_tokenizer = match first_object(TOKENIZER_CONFIG, [from.resume, beside])? {
             Some(given) => given,
-            None => tokenizer_config(&tokenizer, &config),
+            None => tokenizer_config(&tokenizer, &model),
         };
         for_both_versions(&mut of_tokenizer);
         if from.model.is_none() && special.eos.is_some() && special.eos != end {
@@ -81,21 +80,20 @@ impl Companions {
         }
         files.push((TOKENIZER_CONFIG, pretty(&of_tokenizer)));
 
-        let before = from.model.map(read_config).transpose()?.unwrap_or_default();
         let generation = match from.model {
             Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?,
             None => Some(Object::new()),
         };
         if let Some(mut generation) = generation {
-            let known = if token_ids(&generation, EOS).is_empty() { &before } else { &generation };
-            let ends = with_end(known, config.eos_token_id);
+            let known = if token_ids(&generation, EOS).is_empty() { &model.before } else { &generation };
+            let ends = with_end(known, model.eos_token_id);
             if from.model.is_none() {
-                generation.insert("bos_token_id".into(), json!(config.bos_token_id));
+                generation.insert("bos_token_id".into(), json!(model.bos_token_id));
             }
             generation.insert(EOS.into(), ends);
             files.push((GENERATION_CONFIG, pretty(&generation)));
         }
-        Ok(Companions { config: config_json(&config, &before), files })
+        Ok(Companions { config: model.config_json(), files })
     }
 
     pub fn write(&self, writer: &mut Writer) -> std::result::Result<(), CheckpointError> {
@@ -106,13 +104,13 @@ impl Companions {
 
 /// A `tokenizer_config.json` for a tokenizer that has none: without one, transformers guesses a class by the model, and that class adds tokens
 /// that the model does not have.
-fn tokenizer_config(tokenizer: &Tokenizer, config: &LlamaConfig) -> Object {
+fn tokenizer_config(tokenizer: &Tokenizer, model: &Model) -> Object {
     let name = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
     let json = serde_json::to_value(tokenizer).unwrap_or_default();
     let mut made = Object::new();
     for (role, token) in [
-        ("bos_token", name(config.bos_token_id)),
-        ("eos_token", name(config.eos_token_id)),
+        ("bos_token", name(model.bos_token_id)),
+        ("eos_token", name(model.eos_token_id)),
         ("unk_token", json["model"]["unk_token"].as_str().map(str::to_owned)),
     ] {
         if let Some(token) = token.filter(|token| tokenizer.token_to_id(token).is_some()) {
@@ -124,7 +122,7 @@ fn tokenizer_config(tokenizer: &Tokenizer, config: &LlamaConfig) -> Object {
         made.insert("add_prefix_space".into(), true.into());
     }
     made.insert("clean_up_tokenization_spaces".into(), false.into());
-    made.insert("model_max_length".into(), config.max_position_embeddings.into());
+    made.insert("model_max_length".into(), model.decoder.max_positions.into());
     made.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     made
 }

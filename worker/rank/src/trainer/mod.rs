@@ -16,12 +16,13 @@ pub use schedule::{learning_rate, warmup_steps};
 use crate::agent_link::AgentLink;
 use crate::engine::{AdamW, Engine, Votes};
 use crate::error::{Error, Result};
-use crate::model::{config, network, weights};
+use crate::model::Model;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, RunDir, TrainerState};
 use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
-use fleet_common::job::{Job, LlamaConfig, Model, Precision, Strategy, Tokenizer};
+use fleet_common::job::{self, Job, Precision, Strategy, Tokenizer};
+use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{Storage, Workers};
 use fleet_data::{Order, TokenCache, evaluation_part};
@@ -90,7 +91,7 @@ impl<E: Storage> Trainer<E> {
         let collective = join(start)?;
         let cache =
             TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
-        let (config, pretrained) = model_of(&job, &cache)?;
+        let (model, pretrained) = model_of(&job, &cache)?;
         let world = u64::from(start.world_size);
         let micro_batches = u64::from(job.accumulate_grad_batches);
         let global_batch = world * u64::from(job.batch_size) * micro_batches;
@@ -100,8 +101,8 @@ impl<E: Storage> Trainer<E> {
 
         let workers = Workers::new(start.threads)
             .map_err(|e| Error::Environment(format!("cannot start {} threads: {e}", start.threads)))?;
-        let model = network(&config, job.max_seq_len as usize);
-        let mut engine = Engine::<E>::new(model, workers, collective)?;
+        let network = model.network(job.max_seq_len as usize);
+        let mut engine = Engine::<E>::new(network, workers, collective)?;
         let mut state = TrainerState {
             step: 0,
             epoch: 0,
@@ -115,7 +116,7 @@ impl<E: Storage> Trainer<E> {
             train_windows: cache.train().len(),
             cache_hash: cache.hash().to_owned(),
             tokenizer_sha256: cache.meta().tokenizer_sha256.clone(),
-            model: config,
+            model: model.described(),
             precision: job.precision,
             world_size: start.world_size,
             batch_size: job.batch_size,
@@ -164,7 +165,7 @@ impl<E: Storage> Trainer<E> {
                 },
                 used: &cache.tokenizer_path(),
             };
-            Companions::gather(&origins, &state.model).map(|companions| Saving { dir, companions })
+            Companions::gather(&origins, &model).map(|companions| Saving { dir, companions })
         });
         let saving = saving.transpose()?;
         let meter = Meter::default();
@@ -331,22 +332,26 @@ fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
     Ok(collective)
 }
 
-/// The model's shape, and where its weights come from if they are not fresh.
-fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(LlamaConfig, Option<&'a Path>)> {
-    let (mut config, pretrained) = match &job.model {
-        Model::New(config) => (config.clone(), None),
-        Model::Pretrained(dir) => (weights::read_model(dir)?, Some(dir.as_path())),
+/// The model, and where its weights come from if they are not fresh.
+fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a Path>)> {
+    let (mut model, pretrained) = match &job.model {
+        job::Model::New(config) => (Model::new(config), None),
+        job::Model::Pretrained(dir) => (Model::read(dir)?, Some(dir.as_path())),
     };
-    config::check_config(&config).map_err(Error::Input)?;
-    if cache.meta().vocab_size > config.vocab_size {
+    let (vocab, tokens) = (model.decoder.vocab_size, cache.meta().vocab_size);
+    if tokens as usize > vocab {
         return Err(Error::Input(format!(
-            "the tokenizer has {} tokens and the model's vocab_size is {}; raise it or use the model's own tokenizer",
-            cache.meta().vocab_size,
-            config.vocab_size
+            "the tokenizer has {tokens} tokens and the model's vocab_size is {vocab}; raise it or use the model's own tokenizer"
         )));
     }
-    config.eos_token_id = Some(cache.meta().eos_id); // what every document ends with
-    Ok((config, pretrained))
+    let (positions, len) = (model.decoder.max_positions, job.max_seq_len as usize);
+    if matches!(model.decoder.positions, Positions::Learned { .. }) && len > positions {
+        return Err(Error::Input(format!(
+            "max_seq_len is {len} and the model has learned {positions} positions; lower it to at most {positions}"
+        )));
+    }
+    model.eos_token_id = Some(cache.meta().eos_id); // what every document ends with
+    Ok((model, pretrained))
 }
 
 /// Counts tokens and the time of steps alone: evaluation and saving do not slow training down on paper.

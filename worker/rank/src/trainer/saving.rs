@@ -87,7 +87,7 @@ impl<E: Storage> Trainer<E> {
         let tokenizer =
             std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
         let mut writer = Writer::begin(dir, self.state.step)?;
-        writer.write_safetensors(MODEL_FILE, &self.engine.weight_refs())?;
+        writer.write_safetensors(MODEL_FILE, &self.engine.stored_weights().refs())?;
         let names = self.engine.moment_names();
         writer.write_safetensors(OPTIMIZER_FILE, &self.engine.moment_refs(&names))?;
         writer.write_bytes(TOKENIZER_FILE, &tokenizer)?;
