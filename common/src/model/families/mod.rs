@@ -148,3 +148,112 @@ fn object(json: serde_json::Value) -> Object {
         other => unreachable!("{other} is written as an object"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Layout, Positions, Scaling};
+    use serde_json::{Value, json};
+
+    fn tiny(more: Value) -> Object {
+        let mut json = object(json!({
+            "model_type": "llama", "vocab_size": 8, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+        }));
+        json.extend(object(more));
+        json
+    }
+
+    fn read(more: Value) -> Result<Decoder, String> {
+        Family::of_config(&tiny(more)).map(|(_, decoder)| decoder)
+    }
+
+    #[test]
+    fn a_null_is_what_a_missing_key_is() {
+        let keys = [
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",
+            "tie_word_embeddings",
+            "initializer_range",
+            "attention_bias",
+            "mlp_bias",
+            "hidden_act",
+            "quantization_config",
+            "partial_rotary_factor",
+        ];
+        let nulls: Object = keys.iter().map(|key| (key.to_string(), Value::Null)).collect();
+        assert_eq!(read(nulls.into()), read(json!({})));
+        assert!(read(json!({"hidden_size": null})).unwrap_err().contains("lacks hidden_size"));
+    }
+
+    #[test]
+    fn the_rotary_base_is_found_wherever_transformers_wrote_it() {
+        let theta = |more: Value| match read(more).unwrap().positions {
+            Positions::Rotary(rotary) => (rotary.theta, rotary.scaling),
+            other => panic!("{other:?}"),
+        };
+        let new = json!({"rope_type": "default", "rope_theta": 5e5});
+        for given in [
+            json!({"rope_theta": 5e5}),
+            json!({"rope_theta": 500_000, "rope_scaling": null}),
+            json!({"rope_parameters": new}),
+            json!({"rope_parameters": new, "rope_theta": null, "rope_scaling": null}),
+            json!({"rope_parameters": new, "rope_theta": 1e4}),
+            json!({"rope_parameters": null, "rope_theta": 5e5, "rope_scaling": {"type": "default"}}),
+            json!({"rope_parameters": {"rope_type": null, "rope_theta": null}, "rope_theta": 5e5}),
+        ] {
+            assert_eq!(theta(given.clone()), (5e5, Scaling::Default), "{given}");
+        }
+        assert_eq!(theta(json!({})), (1e4, Scaling::Default));
+    }
+
+    #[test]
+    fn what_is_not_computed_is_refused_by_its_key() {
+        for (more, why) in [
+            (json!({"model_type": "gemma"}), "model_type is `gemma`; fleet runs llama, mistral"),
+            (json!({"model_type": null}), "has no model_type"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config is set"),
+            (json!({"hidden_act": "mish"}), "hidden_act is `mish`"),
+            (json!({"hidden_act": 5}), "hidden_act is 5, not a text"),
+            (json!({"rope_scaling": {"rope_type": "longrope"}}), "rotary scaling `longrope` is not known"),
+            (json!({"rope_scaling": {"rope_type": "linear"}}), "`linear` lacks its factor"),
+            (json!({"rope_parameters": "oops"}), "rope_parameters is \"oops\", not an object"),
+            (json!({"num_key_value_heads": 2}), "not a multiple of num_key_value_heads (2)"),
+            (json!({"head_dim": 5}), "turn 5 of head_dim = 5"),
+            (json!({"num_hidden_layers": 1_000_000}), "fleet takes at most 4096"),
+            (json!({"hidden_size": -1}), "hidden_size is -1, not a positive whole number"),
+            (
+                json!({"hidden_size": 1 << 29, "intermediate_size": 1 << 29}),
+                "parameters; fleet takes at most",
+            ),
+            (json!({"rms_norm_eps": "small"}), "rms_norm_eps is \"small\""),
+        ] {
+            let error = read(more.clone()).unwrap_err();
+            assert!(error.contains(why), "{more}: {error}");
+        }
+    }
+
+    #[test]
+    fn units_cover_the_buffer_and_groups_lie_side_by_side() {
+        for tied in [false, true] {
+            let (family, decoder) = Family::of_config(&tiny(json!({"tie_word_embeddings": tied}))).unwrap();
+            let layout = Layout::new(&decoder, family);
+            let mut next = 0;
+            for unit in &layout.units {
+                assert_eq!(unit.start, next);
+                next = unit.end;
+            }
+            assert_eq!(next, layout.len);
+            assert_eq!(layout.blocks[0].qkv.weight.len(), 3 * 12 * 12);
+            assert_eq!(layout.blocks[0].up.weight.len(), 2 * 16 * 12);
+            assert_eq!(layout.head.weight == layout.embedding, tied);
+            let heads = if tied { 1 } else { 2 };
+            assert_eq!(layout.count(), heads * 8 * 12 + 4 * 12 * 12 + 3 * 16 * 12 + 3 * 12);
+        }
+    }
+}
