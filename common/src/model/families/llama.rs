@@ -47,13 +47,17 @@ pub(super) fn like_llama(s: &Settings, defaults: Defaults) -> Result<Decoder, St
     let layers = s.layers("num_hidden_layers")?.ok_or("lacks num_hidden_layers")?;
     let max_positions = s.count_or("max_position_embeddings", defaults.max_positions)?;
     let head_dim = s.count_or("head_dim", defaults.head_dim.unwrap_or((hidden_size / heads).max(1)))?;
+    let rotary = Rotary::read(s, head_dim, max_positions, 1.0)?;
+    if rotary.width < head_dim {
+        return Err("partial_rotary_factor is not 1; models of this family turn whole heads".into());
+    }
     Ok(Decoder {
         vocab_size: s.needed("vocab_size")?,
         hidden_size,
         embedding_size: hidden_size,
         layers,
         max_positions,
-        positions: Positions::Rotary(Rotary::read(s, head_dim, max_positions, 1.0)?),
+        positions: Positions::Rotary(rotary),
         norm: Norm { kind: NormKind::Rms, eps: s.real_or("rms_norm_eps", 1e-6)?, affine: true },
         form: Form::NormFirst,
         embedding_norm: false,
