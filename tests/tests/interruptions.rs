@@ -5,6 +5,7 @@
 use fleet_tests::{Running, TinyJob, World, eventually, program};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -32,6 +33,52 @@ fn a_rank_that_is_killed_fails_the_job_with_its_name_and_signal() {
     assert_eq!(error["signal"], 9);
     assert!(error["node"].is_string(), "{summary}");
     assert!(error["message"].as_str().unwrap_or_default().contains("SIGKILL"), "{summary}");
+    world.is_empty_soon();
+}
+
+/// Events of level `level` that the agent itself logged, and which hold `text`.
+fn is_logged(value: &Value, level: &str, text: &str) -> bool {
+    let line = value["line"].as_str().unwrap_or_default();
+    value["event"] == "log" && value["rank"].is_null() && value["level"] == level && line.contains(text)
+}
+
+#[test]
+fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
+    let world = World::new();
+    let job = TinyJob { max_steps: 3_000, ..TinyJob::default() };
+    let mut launch = world.launch(2, &job, &[]);
+    launch.until_step(3);
+    let pid = world.ranks()[1];
+    strike(pid, Signal::SIGSTOP);
+    let begun = Instant::now();
+    let stalled = launch.until("a stall", |value| is_logged(value, "warn", "has not come to"));
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    let line = stalled["line"].as_str().unwrap().to_owned();
+    assert!(line.contains(&format!("process {pid}, stopped by a signal")), "{line}");
+    let others = if line.starts_with("rank 1 ") { "rank 0 waits for it" } else { "rank 1 waits for it" };
+    assert!(line.ends_with(others), "{line}");
+    let logs = world.run("fleet", &["logs"]).expect(0);
+    assert!(logs.stdout.iter().any(|said| said.contains(&line)), "{}", logs.all());
+    strike(pid, Signal::SIGCONT);
+    launch.until("going on", |value| is_logged(value, "info", "the ranks go on after"));
+    let done = launch.finish().expect(0);
+    assert_eq!(done.summary()["status"], "succeeded", "{}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_gang_that_is_stopped_as_a_whole_blames_nobody() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(3);
+    let ranks = world.ranks();
+    ranks.iter().for_each(|pid| strike(*pid, Signal::SIGSTOP));
+    launch.until("a stall", |value| is_logged(value, "warn", "all ranks stand still for"));
+    ranks.iter().for_each(|pid| strike(*pid, Signal::SIGCONT));
+    launch.until("going on", |value| is_logged(value, "info", "the ranks go on after"));
+    launch.signal(Signal::SIGINT);
+    let done = launch.finish().expect(130);
+    assert!(!done.all().contains("has not come to"), "{}", done.all());
     world.is_empty_soon();
 }
 

@@ -303,6 +303,8 @@ impl World {
             }
             // Nobody asks in here: what is printed is made up.
             Action::ReadOutput(_) => {}
+            // Nor is there a segment in which one could see them.
+            Action::Look(_) => {}
             Action::Sweep(gang) => {
                 self.tell_agent_later(number, Input::Gang(gang, GangInput::Swept { left: 0 }))
             }

@@ -144,6 +144,8 @@ pub enum Action {
         rank: Rank,
     },
     SampleMemory(GangId),
+    /// See where the ranks are: `GangInput::Looked`, if all of them live.
+    Look(GangId),
     /// Read a piece of a rank's output from its file and send it.
     ReadOutput(OutputWish),
     /// All ranks are gone: end whatever else there is of the gang. `GangInput::Swept` says when.

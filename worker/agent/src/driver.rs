@@ -10,15 +10,17 @@ use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::output;
 use crate::prepare;
+use crate::processes;
 use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
 use crate::ranks::{Launcher, NewGang, Probe, Warm};
 use crate::records::Records;
 use crate::relay::{Relay, Streams};
 use crate::spawn::{Exited, Spawner, Sweep};
+use crate::stall::Sight;
 use anyhow::Context;
-use fleet_collectives::Segment;
 use fleet_collectives::shm::Abort;
+use fleet_collectives::{RankReport, Segment};
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
@@ -365,6 +367,7 @@ impl Driver {
                 }
             }
             Action::SampleMemory(gang) => self.sample_memory(gang),
+            Action::Look(gang) => self.look(gang),
             Action::ReadOutput(wish) => self.read_output(wish),
             Action::Forget(gang) => {
                 tracing::info!(%gang, "gang ended");
@@ -485,6 +488,19 @@ impl Driver {
         let rss_mib = samples.iter().map(|memory| memory.peak_rss).collect();
         let pss_mib = samples.iter().map(|memory| memory.pss).collect();
         self.inputs.push_back(Input::Gang(id, GangInput::Memory { rss_mib, pss_mib }));
+    }
+
+    fn look(&mut self, id: GangId) {
+        let Some(Running { ranks, segment: Some(segment), .. }) = self.gangs.get(&id) else { return };
+        let sight = |(child, report): (&Option<Child>, RankReport)| {
+            let child = child.as_ref().filter(|child| self.attended.contains_key(&child.pid))?;
+            let seen = processes::look(child.pid)?;
+            Some(Sight { report, pid: child.pid, stopped: seen.stopped, cpu: seen.cpu })
+        };
+        let sights: Option<Vec<Sight>> = ranks.iter().zip(segment.report()).map(sight).collect();
+        if let Some(sights) = sights {
+            self.inputs.push_back(Input::Gang(id, GangInput::Looked(sights)));
+        }
     }
 
     fn end_ranks_that_waited_too_long(&mut self) {

@@ -8,6 +8,7 @@
 
 use crate::agent::{Action, Config, Now};
 use crate::last_lines::LastLines;
+use crate::stall::{LOOK_PERIOD, Sight, Told, Watch};
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
 use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
@@ -86,6 +87,8 @@ pub enum GangInput {
         rss_mib: Vec<u64>,
         pss_mib: Vec<u64>,
     },
+    /// Where the ranks are, in their order.
+    Looked(Vec<Sight>),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -180,6 +183,8 @@ pub struct Supervised {
     /// It has had its time and is being ended for it.
     expired: Option<u64>,
     sample_at: Duration,
+    look_at: Duration,
+    watch: Watch,
     last_step: u64,
     peak_rss_mib: Vec<u64>,
     peak_pss_mib: Vec<u64>,
@@ -241,6 +246,8 @@ impl Supervised {
             expires_at: gang.max_time_ms.map(|ms| (now.mono + Duration::from_millis(ms), ms / 1_000)),
             expired: None,
             sample_at: now.mono + MEMORY_PERIOD,
+            look_at: now.mono + LOOK_PERIOD,
+            watch: Watch::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
             peak_pss_mib: vec![0; count as usize],
@@ -285,6 +292,7 @@ impl Supervised {
             GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
             GangInput::Prepared(Err(error)) => self.fail(error, now),
             GangInput::Memory { rss_mib, pss_mib } => self.on_memory(&rss_mib, &pss_mib, now),
+            GangInput::Looked(sights) => self.on_look(&sights, now),
             GangInput::Swept { .. } => {}
         }
         self.tick(config, now, out);
@@ -384,6 +392,10 @@ impl Supervised {
             self.sample_at = now.mono + MEMORY_PERIOD;
             out.push(Action::SampleMemory(self.id));
         }
+        if self.can_stall() && now.mono >= self.look_at {
+            self.look_at = now.mono + LOOK_PERIOD;
+            out.push(Action::Look(self.id));
+        }
     }
 
     /// When `tick` has something to do.
@@ -392,7 +404,9 @@ impl Supervised {
             return None;
         }
         let expires_at = self.expires_at.map(|(at, _)| at);
-        self.kill_at.into_iter().chain(self.terminate_at).chain(expires_at).chain([self.sample_at]).min()
+        let look_at = self.can_stall().then_some(self.look_at);
+        let once = self.kill_at.into_iter().chain(self.terminate_at).chain(expires_at);
+        once.chain(look_at).chain([self.sample_at]).min()
     }
 
     pub fn stream(&mut self) -> &mut EventStream {
@@ -414,6 +428,13 @@ impl Supervised {
     /// All ranks are gone.
     fn is_ending(&self) -> bool {
         matches!(self.phase, Phase::Sweeping | Phase::Finished)
+    }
+
+    /// Its ranks train together, and none has come to its end.
+    fn can_stall(&self) -> bool {
+        let trains = matches!(self.kind, Kind::Train(_)) && self.ranks.len() > 1;
+        let over = |state: &RankState| state.done.is_some() || state.exit.is_some();
+        trains && self.phase == Phase::Running && self.suspicions.is_empty() && !self.ranks.iter().any(over)
     }
 
     /// Set once it is finished, and every event is committed or never can be.
@@ -569,6 +590,17 @@ impl Supervised {
         }
     }
 
+    fn on_look(&mut self, sights: &[Sight], now: Now) {
+        if !self.can_stall() {
+            return;
+        }
+        match self.watch.look(now.mono, sights) {
+            Some(Told::Stalls(line)) => self.on_line(None, Level::Warn, &line, now),
+            Some(Told::GoesOn(line)) => self.on_line(None, Level::Info, &line, now),
+            None => {}
+        }
+    }
+
     /// What was told is a peak: it is told again when it has grown.
     fn push_memory(&mut self, now: Now) {
         let told = &mut self.told_memory_mib;
@@ -639,11 +671,12 @@ impl Supervised {
             Kind::Program => self.suspicions.iter().min_by_key(|suspicion| suspicion.at),
         };
         if let Some(suspicion) = suspicion {
-            let state = self.ranks.get(suspicion.rank.saturating_sub(self.first_rank) as usize);
+            let state = self.ranks.get(suspicion.blamed().saturating_sub(self.first_rank) as usize);
             let lines = state.map(|state| state.last_lines.to_vec()).unwrap_or_default();
+            // How it ended after it was struck says nothing about it.
+            let exit = state.filter(|state| !state.struck).and_then(|state| state.exit);
             let trains = matches!(self.kind, Kind::Train(_));
-            let mut error =
-                verdict::sentence(suspicion, trains, &config.name, state.and_then(|state| state.exit), lines);
+            let mut error = verdict::sentence(suspicion, trains, &config.name, exit, lines);
             if !trains && matches!(suspicion.cause, Cause::Code(_)) {
                 error.fault = Fault::Job; // the codes are the program's own
             }

@@ -21,5 +21,6 @@ mod ranks;
 mod records;
 pub mod relay;
 mod spawn;
+pub mod stall;
 pub mod stream;
 pub mod verdict;

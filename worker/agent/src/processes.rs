@@ -20,6 +20,10 @@ pub struct Seen {
     pub parent: u32,
     pub group: u32,
     pub session: u32,
+    /// By a signal or a debugger.
+    pub stopped: bool,
+    /// Time that all its threads have computed, in the kernel's ticks.
+    pub cpu: u64,
 }
 
 impl Process {
@@ -123,19 +127,29 @@ pub fn numbers_hold_since(forks_then: u64) -> bool {
     matches!((since, highest()), (Some(since), Some(highest)) if since < highest / 2)
 }
 
-fn look(pid: u32) -> Option<Seen> {
+/// The living process of this number.
+pub fn look(pid: u32) -> Option<Seen> {
     parse(pid, &std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// `pid (name that may hold spaces and parentheses) state ppid pgrp session ... start`, the start being the 22nd.
+/// `pid (name that may hold spaces and parentheses) state ppid pgrp session ...`; the 14th and 15th are the time computed in the program and
+/// in the kernel for it, the 22nd is the start.
 fn parse(pid: u32, stat: &str) -> Option<Seen> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let number = |at: usize| fields.get(at)?.parse().ok();
-    if matches!(*fields.first()?, "Z" | "X" | "x") {
+    let state = *fields.first()?;
+    if matches!(state, "Z" | "X" | "x") {
         return None; // dead, and only not reaped
     }
-    let start = fields.get(19)?.parse().ok()?;
-    Some(Seen { process: Process { pid, start }, parent: number(1)?, group: number(2)?, session: number(3)? })
+    let long = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    Some(Seen {
+        process: Process { pid, start: long(19)? },
+        parent: number(1)?,
+        group: number(2)?,
+        session: number(3)?,
+        stopped: matches!(state, "T" | "t"),
+        cpu: long(11)?.saturating_add(long(12)?),
+    })
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -219,6 +233,8 @@ mod tests {
             parent,
             group: pid,
             session: 1,
+            stopped: false,
+            cpu: 0,
         };
         let all = [seen(5, 1), seen(4, 7), seen(7, 5), seen(6, 1), seen(9, 4)];
         let pids = |root: u32| {
@@ -235,9 +251,11 @@ mod tests {
 
     #[test]
     fn a_name_with_parentheses_and_spaces_does_not_confuse() {
-        let stat = "12 (a) b) c) S 3 4 5 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0";
-        let seen = Seen { process: Process { pid: 12, start: 777 }, parent: 3, group: 4, session: 5 };
+        let stat = "12 (a) b) c) S 3 4 5 0 -1 0 0 0 0 0 60 6 0 0 20 0 1 0 777 0";
+        let process = Process { pid: 12, start: 777 };
+        let seen = Seen { process, parent: 3, group: 4, session: 5, stopped: false, cpu: 66 };
         assert_eq!(parse(12, stat), Some(seen));
+        assert_eq!(parse(12, &stat.replace(" S ", " T ")), Some(Seen { stopped: true, ..seen }));
         assert_eq!(parse(12, &stat.replace(" S ", " Z ")), None);
         assert_eq!(parse(12, "12 (a) S 3"), None);
     }

@@ -1,8 +1,8 @@
 //! Which rank is to blame when a gang fails, and how that is said. Pure: evidence in, one `JobError` out.
 //!
 //! When one rank dies the others fail a moment later, in whatever they were doing together. So evidence is gathered for a short
-//! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, and what a rank says only because a
-//! peer was gone counts last. Within a class the earliest wins.
+//! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, then what one says of a peer that did not
+//! come, and what a rank says only because the gang's calls had ended counts last. Within a class the earliest wins.
 
 use crate::exec_rank::CANNOT_START;
 use fleet_common::events::JobError;
@@ -33,17 +33,23 @@ pub enum Cause {
     Said(JobError),
     /// The rank ended with this code and without a word.
     Code(i32),
-    /// The rank failed because of a peer.
+    /// The rank saw that a peer did not do its part.
     Peer(JobError),
+    /// The rank was told that the gang's calls had failed.
+    Told(JobError),
 }
 
 impl Cause {
     /// What a rank's own report amounts to.
     pub fn of_report(rank: Rank, error: JobError) -> Cause {
-        // `CollectiveError::Aborted` is what every rank meets after the first one left.
-        let about_a_peer =
-            error.message.contains("aborted: ") || error.rank.is_some_and(|blamed| blamed != rank);
-        if about_a_peer { Cause::Peer(error) } else { Cause::Said(error) }
+        // `CollectiveError::Aborted` is what every rank meets after the first one left or saw something.
+        if error.message.contains("aborted: ") {
+            return Cause::Told(error);
+        }
+        match error.rank.is_some_and(|blamed| blamed != rank) {
+            true => Cause::Peer(error),
+            false => Cause::Said(error),
+        }
     }
 
     fn weight(&self) -> u8 {
@@ -51,6 +57,7 @@ impl Cause {
             Cause::Signal(_) => 0,
             Cause::Said(_) | Cause::Code(_) => 1,
             Cause::Peer(_) => 2,
+            Cause::Told(_) => 3,
         }
     }
 }
@@ -62,12 +69,22 @@ pub struct Suspicion {
     pub cause: Cause,
 }
 
+impl Suspicion {
+    /// The rank to blame, which the suspected one may have named.
+    pub fn blamed(&self) -> Rank {
+        match &self.cause {
+            Cause::Signal(_) | Cause::Code(_) => self.rank,
+            Cause::Said(error) | Cause::Peer(error) | Cause::Told(error) => error.rank.unwrap_or(self.rank),
+        }
+    }
+}
+
 /// The strongest and then earliest suspicion.
 pub fn culprit(suspicions: &[Suspicion]) -> Option<&Suspicion> {
     suspicions.iter().min_by_key(|suspicion| (suspicion.cause.weight(), suspicion.at))
 }
 
-/// Says what happened. `exit` is how the culprit ended and `last_lines` what it printed last; one that `trains` is fleet's own.
+/// Says what happened. `exit` is how the blamed rank ended, unless it was made to, and `last_lines` what it printed last; one that `trains` is fleet's own.
 pub fn sentence(
     suspicion: &Suspicion,
     trains: bool,
@@ -108,8 +125,8 @@ pub fn sentence(
             },
             last_lines,
         },
-        Cause::Said(error) | Cause::Peer(error) => JobError {
-            rank: error.rank.or(Some(rank)),
+        Cause::Said(error) | Cause::Peer(error) | Cause::Told(error) => JobError {
+            rank: Some(suspicion.blamed()),
             node: error.node.clone().or_else(|| Some(node.to_owned())),
             signal: error.signal.or(signal),
             exit_code: error.exit_code.or(exit_code),
@@ -208,6 +225,22 @@ mod tests {
         let all = [suspicion(5, 0, Cause::of_report(0, late))];
         let error = sentence(culprit(&all).unwrap(), true, "node-1", Some(Exit::Code(1)), vec![]);
         assert_eq!((error.rank, error.exit_code), (Some(3), Some(1)));
+    }
+
+    #[test]
+    fn who_saw_that_a_rank_did_not_come_is_believed_before_those_who_were_told() {
+        let by = |rank, message| JobError { rank: Some(rank), ..said(message) };
+        let told = "aborted: rank 3 did not come to a collective in time";
+        let saw = "rank 3 did not enter all_reduce #4 within 900 s; it is in backward since 901.0 s";
+        let all = [
+            suspicion(10, 0, Cause::of_report(0, by(3, told))),
+            suspicion(11, 1, Cause::of_report(1, by(3, saw))),
+            suspicion(12, 3, Cause::of_report(3, by(3, told))),
+        ];
+        let first = culprit(&all).unwrap();
+        assert_eq!((first.rank, first.blamed()), (1, 3));
+        let error = sentence(first, true, "node-1", None, vec![]);
+        assert_eq!((error.rank, error.message.as_str()), (Some(3), saw));
     }
 
     #[test]

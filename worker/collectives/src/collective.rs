@@ -118,6 +118,8 @@ pub trait Collective: Send {
     fn set_deadline(&mut self, deadline: Duration);
     /// Tells whoever looks at a stalled gang what this rank is doing now. Costs one store.
     fn note(&mut self, activity: Activity);
+    /// Tells the same that this rank begins a step, counted from 1, and how long the one before took, where that is how long steps take.
+    fn begin_step(&mut self, step: u64, last: Option<Duration>);
 
     /// Replaces `data` by the reduction of all ranks' `data`.
     fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Result<()>;

@@ -21,8 +21,9 @@ pub enum CollectiveError {
         "rank {rank} called {theirs} where rank {other} called {others}; all ranks must make the same calls"
     )]
     Mismatch { rank: usize, other: usize, theirs: String, others: String },
+    /// Another rank met an error, or the agent ended the gang's calls.
     #[error("aborted: {reason}")]
-    Aborted { reason: String },
+    Aborted { culprit: Option<usize>, reason: String },
     #[error("{operation}: {message}")]
     Refused { operation: &'static str, message: String },
     #[error("the shared segment belongs to generation {segment} of the gang, this rank to {rank}")]
@@ -36,6 +37,7 @@ impl CollectiveError {
     pub fn culprit(&self) -> Option<usize> {
         match self {
             CollectiveError::Deadline { rank, .. } | CollectiveError::Mismatch { rank, .. } => Some(*rank),
+            CollectiveError::Aborted { culprit, .. } => *culprit,
             _ => None,
         }
     }

@@ -12,5 +12,5 @@ pub use collective::{Activity, Collective, DType, Keep, Op, PART_ALIGN, part};
 pub use error::{CollectiveError, Result};
 pub use shm::memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
-pub use shm::{Abort, AbortHandle, Doing, OpRecord, RANKS_MAX, RankReport, Segment, ShmCollective};
+pub use shm::{Abort, AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
 pub use solo::Solo;

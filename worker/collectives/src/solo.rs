@@ -39,6 +39,7 @@ impl Collective for Solo {
     }
     fn set_deadline(&mut self, _deadline: Duration) {}
     fn note(&mut self, _activity: Activity) {}
+    fn begin_step(&mut self, _step: u64, _last: Option<Duration>) {}
     fn all_reduce(&mut self, _data: &mut [u8], _dtype: DType, _op: Op) -> Result<()> {
         Ok(())
     }

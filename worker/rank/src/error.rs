@@ -3,6 +3,7 @@
 use fleet_checkpoint::CheckpointError;
 use fleet_collectives::CollectiveError;
 use fleet_common::exit::Fault;
+use fleet_common::ids::Rank;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -31,5 +32,28 @@ impl Error {
             Error::Job(_) | Error::Collective(_) => Fault::Job,
             Error::Checkpoint(e) => e.fault(),
         }
+    }
+
+    /// The rank to blame for what rank `rank` met: in a collective it can be another one.
+    pub fn culprit(&self, rank: Rank) -> Rank {
+        match self {
+            Error::Collective(e) => e.culprit().map_or(rank, |culprit| culprit as Rank),
+            _ => rank,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_a_collective_the_rank_that_did_not_come_is_to_blame_and_otherwise_the_one_that_reports() {
+        let (operation, doing) = ("all_reduce #4".to_owned(), "it is loading data since 901.0 s".to_owned());
+        let late = CollectiveError::Deadline { rank: 3, operation, seconds: 900.0, doing };
+        let told = CollectiveError::Aborted { culprit: Some(3), reason: "rank 3 died".into() };
+        let stopped = CollectiveError::Aborted { culprit: None, reason: "the job was stopped".into() };
+        assert_eq!([late, told, stopped].map(|e| Error::from(e).culprit(1)), [3, 3, 1]);
+        assert_eq!(Error::Job("the loss became NaN".into()).culprit(1), 1);
     }
 }

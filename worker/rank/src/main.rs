@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use fleet_common::arguments;
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
+use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_rank::agent_link::AgentLink;
@@ -175,9 +176,9 @@ fn be_a_rank() -> u8 {
         eprintln!("{line}");
         *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
     }));
-    let failed = |fault: Fault, message: String| JobError {
+    let failed = |fault: Fault, rank: Rank, message: String| JobError {
         fault,
-        rank: Some(start.rank),
+        rank: Some(rank),
         node: None,
         signal: None,
         exit_code: None,
@@ -191,10 +192,10 @@ fn be_a_rank() -> u8 {
             return exit::SUCCEEDED;
         }
         Ok(Ok(Outcome::Failed(error))) => error,
-        Ok(Err(e)) => failed(e.fault(), e.to_string()),
+        Ok(Err(e)) => failed(e.fault(), e.culprit(start.rank), e.to_string()),
         Err(_) => {
             let line = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
-            failed(Fault::Job, line.unwrap_or_else(|| "fleet-rank failed".into()))
+            failed(Fault::Job, start.rank, line.unwrap_or_else(|| "fleet-rank failed".into()))
         }
     };
     link.send(&FromRank::Failed(error));

@@ -162,8 +162,8 @@ impl ShmCollective {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let result = match self.control.abort_reason() {
-            Some(reason) => Err(CollectiveError::Aborted { reason }),
+        let result = match self.control.aborted() {
+            Some(abort) => Err(abort.into()),
             None => call(self),
         };
         if let Err(error) = &result {
@@ -180,18 +180,20 @@ impl ShmCollective {
     /// Numbers a call and records that the rank is in it.
     fn enter(&mut self, call: Call, bytes: usize, place: u64) -> Signature {
         self.sequence += 1;
-        self.slot().history.enter(self.sequence, call, bytes);
+        self.slot().history.enter(self.sequence);
         Signature { sequence: self.sequence, call, bytes: bytes as u64, place }
     }
 
-    fn late(&self, signature: Signature, ready: impl Fn(&Slot) -> bool) -> CollectiveError {
-        let rank = (0..self.world()).find(|r| !ready(self.control.slot(*r))).unwrap_or(self.rank);
-        CollectiveError::Deadline {
+    /// The rank that did not come: of several the one that is furthest behind. `None` if all have come after all.
+    fn late(&self, signature: Signature, ready: impl Fn(&Slot) -> bool) -> Option<CollectiveError> {
+        let missing = (0..self.world()).filter(|rank| !ready(self.control.slot(*rank)));
+        let rank = missing.min_by_key(|rank| self.control.slot(*rank).history.calls())?;
+        Some(CollectiveError::Deadline {
             rank,
             operation: format!("{} #{}", trace::name(signature.call.word()), signature.sequence),
             seconds: self.deadline.as_secs_f64(),
             doing: self.control.slot(rank).history.report(rank).doing.to_string(),
-        }
+        })
     }
 
     /// Waits until `ready` for every rank's slot.
@@ -204,10 +206,8 @@ impl ShmCollective {
         let all = || (0..self.world()).all(|rank| ready(self.control.slot(rank)));
         match event.wait(self.deadline, all, || self.control.is_aborted()) {
             Woken::Ready => Ok(()),
-            Woken::TimedOut => Err(self.late(signature, ready)),
-            Woken::Stopped => Err(CollectiveError::Aborted {
-                reason: self.control.abort_reason().unwrap_or_else(|| "the job was stopped".to_owned()),
-            }),
+            Woken::TimedOut => self.late(signature, ready).map_or(Ok(()), Err),
+            Woken::Stopped => Err(self.control.aborted().unwrap_or(Abort::Stopped).into()),
         }
     }
 
@@ -257,7 +257,7 @@ impl ShmCollective {
     ) -> Result<()> {
         self.finish_posted()?;
         let signature = self.enter(call, bytes, 0);
-        self.slot().history.wait_in(signature.sequence);
+        self.slot().history.wait_in(signature.sequence, signature.call);
         for step in 0..steps.max(1) {
             let half = ((self.phase + 1) % 2) as usize;
             if step < steps {
@@ -271,8 +271,8 @@ impl ShmCollective {
                 drain(step, &Halves { control: &self.control, half });
             }
         }
-        self.slot().history.wait_in(0);
-        self.slot().history.leave(signature.sequence);
+        self.slot().history.go_on();
+        self.slot().history.leave();
         Ok(())
     }
 
@@ -305,7 +305,7 @@ impl ShmCollective {
         unsafe { reduce(&sources[..self.world()], results, mine.len(), posted.dtype, posted.op) };
         self.slot().done.value.store(posted.number, SeqCst);
         self.control.header().done.wake();
-        self.slot().history.leave(posted.sequence);
+        self.slot().history.leave();
         Ok(())
     }
 
@@ -325,20 +325,20 @@ impl ShmCollective {
 
     fn work_off_front(&mut self) -> Result<()> {
         let Some(posted) = self.pending.pop_front() else { return Ok(()) };
-        self.slot().history.wait_in(posted.sequence);
-        let number = posted.number;
-        self.wait(&self.control.header().posted, Self::signature(&posted), |slot| {
+        let (number, signature) = (posted.number, Self::signature(&posted));
+        self.slot().history.wait_in(signature.sequence, signature.call);
+        self.wait(&self.control.header().posted, signature, |slot| {
             post_mark(slot, number).number.load(SeqCst) >= number
         })?;
-        self.slot().history.wait_in(0);
+        self.slot().history.go_on();
         self.work_off(&posted)
     }
 
     /// Waits until every rank has done its part of post `number`, which this rank has.
     fn wait_done(&self, number: u64, signature: Signature) -> Result<()> {
-        self.slot().history.wait_in(signature.sequence);
+        self.slot().history.wait_in(signature.sequence, signature.call);
         self.wait(&self.control.header().done, signature, |slot| slot.done.value.load(SeqCst) >= number)?;
-        self.slot().history.wait_in(0);
+        self.slot().history.go_on();
         Ok(())
     }
 
@@ -411,6 +411,10 @@ impl Collective for ShmCollective {
 
     fn note(&mut self, activity: Activity) {
         self.slot().history.note(activity);
+    }
+
+    fn begin_step(&mut self, step: u64, last: Option<Duration>) {
+        self.slot().history.begin_step(step, last);
     }
 
     fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Result<()> {

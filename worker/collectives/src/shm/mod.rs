@@ -21,4 +21,4 @@ pub use gang::{AbortHandle, ShmCollective};
 #[cfg(target_os = "linux")]
 pub use segment::{Abort, RANKS_MAX, Segment};
 #[cfg(target_os = "linux")]
-pub use trace::{Doing, OpRecord, RankReport};
+pub use trace::{Doing, RankReport};

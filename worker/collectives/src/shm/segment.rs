@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use super::trace::{self, History, RankReport};
+use super::trace::{History, RankReport};
 use super::wait::Event;
 use crate::error::{CollectiveError, Result};
 use memmap2::{MmapOptions, MmapRaw};
@@ -22,7 +22,7 @@ pub(super) const POSTS_MAX: usize = 64;
 /// Bytes of one half of a rank's staging area: two ranks' halves fit into a core's L2 cache.
 pub(super) const HALF_BYTES: usize = 256 << 10;
 pub(super) const PAGE: usize = 4096;
-const MAGIC: u64 = u64::from_le_bytes(*b"fleetsh1");
+const MAGIC: u64 = u64::from_le_bytes(*b"fleetsh2");
 
 #[repr(C, align(64))]
 pub(super) struct Header {
@@ -90,15 +90,43 @@ impl Abort {
         }
     }
 
-    fn reason(word: u64) -> String {
-        let rank = word as u32;
+    fn of(word: u64) -> Abort {
+        let rank = word as u32 as usize;
         match word >> 32 {
-            1 => format!("rank {rank} died"),
-            2 => "the job was stopped".to_owned(),
-            4 => format!("rank {rank} did not come to a collective in time"),
-            5 => format!("rank {rank} made another call than the others"),
-            _ => format!("rank {rank} failed in a collective; its log says why"),
+            1 => Abort::RankDied(rank),
+            2 => Abort::Stopped,
+            4 => Abort::RankLate(rank),
+            5 => Abort::RankDiffers(rank),
+            _ => Abort::RankFailed(rank),
         }
+    }
+
+    fn culprit(self) -> Option<usize> {
+        match self {
+            Abort::Stopped => None,
+            Abort::RankDied(rank)
+            | Abort::RankFailed(rank)
+            | Abort::RankLate(rank)
+            | Abort::RankDiffers(rank) => Some(rank),
+        }
+    }
+}
+
+impl std::fmt::Display for Abort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Abort::RankDied(rank) => write!(f, "rank {rank} died"),
+            Abort::Stopped => write!(f, "the job was stopped"),
+            Abort::RankFailed(rank) => write!(f, "rank {rank} failed in a collective; its log says why"),
+            Abort::RankLate(rank) => write!(f, "rank {rank} did not come to a collective in time"),
+            Abort::RankDiffers(rank) => write!(f, "rank {rank} made another call than the others"),
+        }
+    }
+}
+
+impl From<Abort> for CollectiveError {
+    fn from(abort: Abort) -> CollectiveError {
+        CollectiveError::Aborted { culprit: abort.culprit(), reason: abort.to_string() }
     }
 }
 
@@ -195,10 +223,10 @@ impl Control {
         self.header().abort.load(SeqCst) != 0
     }
 
-    pub fn abort_reason(&self) -> Option<String> {
+    pub fn aborted(&self) -> Option<Abort> {
         match self.header().abort.load(SeqCst) {
             0 => None,
-            word => Some(Abort::reason(word)),
+            word => Some(Abort::of(word)),
         }
     }
 
@@ -292,11 +320,5 @@ impl Segment {
     /// Who is where, in rank order.
     pub fn report(&self) -> Vec<RankReport> {
         (0..self.control.world_size).map(|rank| self.control.slot(rank).history.report(rank)).collect()
-    }
-
-    /// One line for the log when nothing moves: `rank 3 did not enter all_reduce #412 (ranks 0, 1, 2 wait in it since 61 s); it is loading
-    /// data since 31 s`.
-    pub fn diagnosis(&self) -> String {
-        trace::diagnosis(&self.report())
     }
 }

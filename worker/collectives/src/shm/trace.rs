@@ -1,6 +1,6 @@
-//! What each rank did last, kept in the segment so that others can read it when a gang stalls.
+//! What each rank does, kept in the segment so that others can read it when a gang stalls.
 //!
-//! One writer (the rank), any number of readers. A reader may catch a record half written; it is shown to people, never acted on.
+//! One writer (the rank), any number of readers. A reader may catch it half written; it is shown to people, never acted on.
 
 #![allow(unsafe_code)]
 
@@ -8,9 +8,6 @@ use crate::collective::{Activity, DType, Keep, Op};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-
-/// Records kept per rank: a few steps' worth.
-const RECORDS: usize = 32;
 
 /// The calls a rank can be in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,27 +89,24 @@ pub(super) fn describe(sequence: u64, word: u64, bytes: u64) -> String {
     format!("{} #{sequence} ({dtype}{op}{rest}{bytes} bytes)", name(word))
 }
 
-#[repr(C)]
-struct Record {
-    sequence: AtomicU64,
-    what: AtomicU64,
-    bytes: AtomicU64,
-    entered_ns: AtomicU64,
-    /// 0: still inside.
-    left_ns: AtomicU64,
-}
-
-/// One rank's ring of records, and what it does between them.
+/// What one rank does, and since when.
 #[repr(C, align(64))]
 pub(super) struct History {
-    /// Calls made so far; 0: none. A posted reduction counts when it is posted.
-    last: AtomicU64,
-    /// The call that the rank waits in; 0: none.
+    /// Calls made so far. A posted reduction counts when it is posted.
+    calls: AtomicU64,
+    /// The number of the call that the rank waits in; 0: none.
     inside: AtomicU64,
+    inside_what: AtomicU64,
+    inside_since_ns: AtomicU64,
+    /// When the last call that ended did.
+    left_ns: AtomicU64,
     attached_ns: AtomicU64,
     activity: AtomicU64,
     activity_since_ns: AtomicU64,
-    records: [Record; RECORDS],
+    /// The step that the rank works on; 0: none yet.
+    step: AtomicU64,
+    /// How long the step before it took; 0: not known.
+    last_step_ns: AtomicU64,
 }
 
 /// Nanoseconds of the clock that all processes of the machine share.
@@ -124,10 +118,6 @@ fn now_ns() -> u64 {
 }
 
 impl History {
-    fn record(&self, sequence: u64) -> &Record {
-        &self.records[(sequence % RECORDS as u64) as usize]
-    }
-
     pub fn attach(&self) {
         self.attached_ns.store(now_ns(), Relaxed);
     }
@@ -137,42 +127,41 @@ impl History {
         self.activity.store(activity as u64 + 1, Relaxed);
     }
 
-    pub fn enter(&self, sequence: u64, call: Call, bytes: usize) {
-        let record = self.record(sequence);
-        record.sequence.store(sequence, Relaxed);
-        record.what.store(call.word(), Relaxed);
-        record.bytes.store(bytes as u64, Relaxed);
-        record.entered_ns.store(now_ns(), Relaxed);
-        record.left_ns.store(0, Relaxed);
-        self.last.store(sequence, Relaxed);
+    pub fn begin_step(&self, step: u64, last: Option<Duration>) {
+        self.last_step_ns.store(last.map_or(0, |last| last.as_nanos().max(1) as u64), Relaxed);
+        self.step.store(step, Relaxed);
     }
 
-    /// The rank waits in call `sequence`; 0: it goes on.
-    pub fn wait_in(&self, sequence: u64) {
+    pub fn enter(&self, sequence: u64) {
+        self.calls.store(sequence, Relaxed);
+    }
+
+    /// The rank waits in this call, from now on.
+    pub fn wait_in(&self, sequence: u64, call: Call) {
+        self.inside_since_ns.store(now_ns(), Relaxed);
+        self.inside_what.store(call.word(), Relaxed);
         self.inside.store(sequence, Relaxed);
     }
 
-    pub fn leave(&self, sequence: u64) {
-        let record = self.record(sequence);
-        if record.sequence.load(Relaxed) == sequence {
-            record.left_ns.store(now_ns(), Relaxed);
-        }
+    /// It waits no more.
+    pub fn go_on(&self) {
+        self.inside.store(0, Relaxed);
+    }
+
+    pub fn leave(&self) {
+        self.left_ns.store(now_ns(), Relaxed);
+    }
+
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Relaxed)
     }
 
     pub fn report(&self, rank: usize) -> RankReport {
         let now = now_ns();
-        let since = |ns: u64| Duration::from_nanos(now.saturating_sub(ns));
-        let last = self.last.load(Relaxed);
-        let operations: Vec<OpRecord> = (last.saturating_sub(RECORDS as u64 - 1).max(1)..=last)
-            .map(|sequence| self.record(sequence))
-            .map(|record| OpRecord {
-                sequence: record.sequence.load(Relaxed),
-                what: record.what.load(Relaxed),
-                bytes: record.bytes.load(Relaxed),
-                entered_ago: since(record.entered_ns.load(Relaxed)),
-                left_ago: Some(record.left_ns.load(Relaxed)).filter(|ns| *ns != 0).map(since),
-            })
-            .collect();
+        let since = |time: &AtomicU64| match time.load(Relaxed) {
+            0 => None,
+            ns => Some(Duration::from_nanos(now.saturating_sub(ns))),
+        };
         let activity = match self.activity.load(Relaxed) {
             1 => Some(Activity::Starting),
             2 => Some(Activity::LoadingData),
@@ -183,43 +172,30 @@ impl History {
             7 => Some(Activity::Saving),
             _ => None,
         };
-        let activity = activity.map(|activity| (activity, since(self.activity_since_ns.load(Relaxed))));
-        let inside = self.inside.load(Relaxed);
-        let waiting = operations.iter().find(|op| op.sequence == inside);
-        let doing = match (self.attached_ns.load(Relaxed), waiting) {
-            (0, _) => Doing::NotAttached,
-            (_, Some(op)) => Doing::Inside { operation: op.label(), since: op.entered_ago },
-            (attached, None) => Doing::Outside {
-                since: operations.last().and_then(|op| op.left_ago).unwrap_or(since(attached)),
-                activity,
+        let doing = match (since(&self.attached_ns), self.inside.load(Relaxed)) {
+            (None, _) => Doing::NotAttached,
+            (Some(attached), 0) => {
+                let since_activity = since(&self.activity_since_ns).unwrap_or(attached);
+                Doing::Outside {
+                    since: since(&self.left_ns).unwrap_or(attached),
+                    activity: activity.map(|activity| (activity, since_activity)),
+                }
+            }
+            (Some(attached), call) => Doing::Inside {
+                operation: format!("{} #{call}", name(self.inside_what.load(Relaxed))),
+                call,
+                since: since(&self.inside_since_ns).unwrap_or(attached),
+                during: activity,
             },
         };
-        RankReport { rank, doing, operations }
-    }
-}
-
-/// One call of one rank, oldest first in a report.
-#[derive(Clone, Debug)]
-pub struct OpRecord {
-    /// Counts the rank's calls from 1; the same call has the same number on every rank.
-    pub sequence: u64,
-    what: u64,
-    pub bytes: u64,
-    pub entered_ago: Duration,
-    /// `None`: the rank is still in it, or it is posted and not yet done.
-    pub left_ago: Option<Duration>,
-}
-
-impl OpRecord {
-    /// `all_reduce #412`.
-    pub fn label(&self) -> String {
-        format!("{} #{}", name(self.what), self.sequence)
-    }
-}
-
-impl fmt::Display for OpRecord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&describe(self.sequence, self.what, self.bytes))
+        let last_step = Some(self.last_step_ns.load(Relaxed)).filter(|ns| *ns != 0);
+        RankReport {
+            rank,
+            doing,
+            calls: self.calls(),
+            step: self.step.load(Relaxed),
+            last_step: last_step.map(Duration::from_nanos),
+        }
     }
 }
 
@@ -228,8 +204,8 @@ impl fmt::Display for OpRecord {
 pub enum Doing {
     /// Its process has not come as far as the segment.
     NotAttached,
-    /// In a call that waits for its peers.
-    Inside { operation: String, since: Duration },
+    /// In a call that waits for its peers, by its number.
+    Inside { operation: String, call: u64, since: Duration, during: Option<Activity> },
     /// Between calls; since when, and what it says it does.
     Outside { since: Duration, activity: Option<(Activity, Duration)> },
 }
@@ -238,7 +214,7 @@ impl fmt::Display for Doing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Doing::NotAttached => write!(f, "it has not reached the gang's memory yet"),
-            Doing::Inside { operation, since } => {
+            Doing::Inside { operation, since, .. } => {
                 write!(f, "it is in {operation} since {:.1} s", since.as_secs_f64())
             }
             Doing::Outside { activity: Some((activity, since)), .. } => {
@@ -255,28 +231,10 @@ impl fmt::Display for Doing {
 pub struct RankReport {
     pub rank: usize,
     pub doing: Doing,
-    /// The last calls, oldest first.
-    pub operations: Vec<OpRecord>,
-}
-
-impl RankReport {
-    fn sequence(&self) -> u64 {
-        self.operations.last().map_or(0, |op| op.sequence)
-    }
-}
-
-/// Lines the ranks up: the one that has made the fewest calls is the one that the others wait for.
-pub(super) fn diagnosis(reports: &[RankReport]) -> String {
-    let Some(ahead) = reports.iter().max_by_key(|report| report.sequence()) else {
-        return "there are no ranks".to_owned();
-    };
-    let behind: Vec<&RankReport> =
-        reports.iter().filter(|report| report.sequence() < ahead.sequence()).collect();
-    let Some(slowest) = behind.iter().min_by_key(|report| report.sequence()) else {
-        let each = reports.iter().map(|report| format!("rank {}: {}", report.rank, report.doing));
-        return format!("all ranks have made the same calls; {}", each.collect::<Vec<_>>().join("; "));
-    };
-    let missing = ahead.operations.iter().find(|op| op.sequence > slowest.sequence());
-    let missing = missing.map_or("calls that are no longer on record".to_owned(), OpRecord::label);
-    format!("rank {} did not enter {missing}; {}", slowest.rank, slowest.doing)
+    /// How many it has made; the same call has the same number on every rank, from 1.
+    pub calls: u64,
+    /// The step that it works on, or has done last; 0: none yet.
+    pub step: u64,
+    /// How long the step before that took, if that tells how long steps take.
+    pub last_step: Option<Duration>,
 }

@@ -247,6 +247,7 @@ impl<E: Storage> Trainer<E> {
     fn step(&mut self, link: &AgentLink) -> Result<Votes> {
         let began = Instant::now();
         let step = self.state.step;
+        self.engine.collective().begin_step(step + 1, self.meter.last);
         self.engine.collective().note(Activity::LoadingData);
         let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
@@ -360,12 +361,15 @@ struct Meter {
     time: Duration,
     all_tokens: u64,
     all_time: Duration,
+    /// Of the last step, unless it was the first one, which carries the warming up of everything.
+    last: Option<Duration>,
     lr: f64,
     grad_norm: f64,
 }
 
 impl Meter {
     fn add(&mut self, tokens: u64, time: Duration, lr: f64, grad_norm: f64) {
+        self.last = (self.all_tokens > 0).then_some(time);
         self.tokens += tokens;
         self.time += time;
         self.all_tokens += tokens;

@@ -170,6 +170,14 @@ pub fn input(words: &[&str], now: Now) -> Input {
                     };
                     GangInput::Rank(n, FromRank::Failed(error))
                 }
+                ["blames", other, why @ ..] => {
+                    let error = fleet_common::events::JobError {
+                        node: None,
+                        rank: Some(rank(other)),
+                        ..agent_error(Fault::Job, "", why.join(" "))
+                    };
+                    GangInput::Rank(n, FromRank::Failed(error))
+                }
                 ["exits", code] => {
                     GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) }
                 }
@@ -237,9 +245,10 @@ impl Stage {
 
 fn describe(action: &Action) -> Option<String> {
     Some(match action {
-        Action::SampleMemory(_) | Action::Send(FromAgent::Heartbeat { .. }) | Action::Sweep(_) => {
-            return None;
-        }
+        Action::SampleMemory(_)
+        | Action::Look(_)
+        | Action::Send(FromAgent::Heartbeat { .. })
+        | Action::Sweep(_) => return None,
         Action::Send(FromAgent::Hello(hello)) => {
             let gangs: Vec<String> =
                 hello.gangs.iter().map(|(job, generation)| format!(" {job}.{generation}")).collect();
