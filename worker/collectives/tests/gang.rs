@@ -74,6 +74,15 @@ fn child() {
                 }
             }
         },
+        "meet" => {
+            gang.set_deadline(Duration::from_secs(2));
+            loop {
+                gang.barrier().unwrap();
+                if gang.rank() == 1 {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
         other => panic!("no script {other}"),
     }
 }
@@ -430,6 +439,37 @@ fn a_deadline_names_the_late_rank_and_what_it_does() {
     let latched = late.barrier().unwrap_err();
     assert!(latched.to_string().starts_with("aborted: "), "{latched}");
     assert_eq!([errors[1].culprit(), latched.culprit()], [Some(1), Some(1)]);
+}
+
+#[test]
+fn who_stood_still_itself_has_not_waited() {
+    let segment = Segment::create(2, 1).unwrap();
+    let mut ranks = processes(&segment, 2, "meet");
+    let signal = |rank: &Child, signal: &str| {
+        let sent = Command::new("kill").args([signal, &rank.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    };
+    let calls = || segment.report().iter().map(|report| report.calls).min().unwrap();
+    while calls() < 3 {
+        std::thread::yield_now();
+    }
+    signal(&ranks[1], "-STOP");
+    until_inside(&segment, 0);
+    signal(&ranks[0], "-STOP");
+    let before = calls();
+    // Longer than the deadline; and the one that waits goes on first.
+    std::thread::sleep(Duration::from_secs(3));
+    signal(&ranks[0], "-CONT");
+    std::thread::sleep(Duration::from_millis(300));
+    signal(&ranks[1], "-CONT");
+    while calls() < before + 3 {
+        assert!(ranks.iter_mut().all(|rank| rank.try_wait().unwrap().is_none()), "a deadline was missed");
+        std::thread::yield_now();
+    }
+    for rank in &mut ranks {
+        rank.kill().unwrap();
+        rank.wait().unwrap();
+    }
 }
 
 #[test]

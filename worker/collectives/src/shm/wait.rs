@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// four ranks share two cores.
 const SPINS: u32 = 200;
 
+/// At one go; what a sleep takes beyond it does not count as waiting.
+const SLEEP_MAX: Duration = Duration::from_millis(250);
+
 /// Something that becomes true because another rank stored it. Lives in the segment, on a cache line of its own.
 #[repr(C, align(64))]
 pub(super) struct Event {
@@ -37,7 +40,8 @@ impl Event {
         }
     }
 
-    /// Waits until `ready`, until `stopped`, or until the deadline has passed. Both look at memory with `SeqCst`; `ready` wins.
+    /// Waits until `ready`, until `stopped`, or until the deadline has passed, not counting the time in which this process itself stood
+    /// still: a gang that a debugger stops and continues as a whole has missed nothing. Both look at memory with `SeqCst`; `ready` wins.
     pub fn wait(&self, deadline: Duration, ready: impl Fn() -> bool, stopped: impl Fn() -> bool) -> Woken {
         for _ in 0..SPINS {
             if ready() {
@@ -45,7 +49,7 @@ impl Event {
             }
             std::hint::spin_loop();
         }
-        let start = Instant::now();
+        let mut left = deadline;
         self.sleepers.fetch_add(1, SeqCst);
         let woken = loop {
             let epoch = self.epoch.load(SeqCst);
@@ -55,10 +59,12 @@ impl Event {
             if stopped() {
                 break Woken::Stopped;
             }
-            let Some(left) = deadline.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else {
+            if left.is_zero() {
                 break Woken::TimedOut;
-            };
-            futex_wait(&self.epoch, epoch, left);
+            }
+            let (slept, sleep) = (Instant::now(), left.min(SLEEP_MAX));
+            futex_wait(&self.epoch, epoch, sleep);
+            left -= slept.elapsed().min(sleep);
         };
         self.sleepers.fetch_sub(1, SeqCst);
         woken
