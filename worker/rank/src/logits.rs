@@ -1,9 +1,8 @@
 //! `fleet-rank logits`: what a model of any family computes for given tokens.
 
-use crate::error::{Error, Result};
-use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
+use crate::host_model::read_weights;
 use fleet_common::model::Positions;
-use fleet_kernels::all_finite;
+use fleet_learn::{Error, Result};
 use fleet_torch::{Executor, Memory, Numbers, device};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
@@ -24,10 +23,7 @@ pub struct Wanted {
 
 /// Writes the tensor `logits`, `[sequences, tokens, vocabulary]` in fp32.
 pub fn write(wanted: &Wanted) -> Result<()> {
-    if wanted.model.join(MANIFEST_FILE).exists() {
-        fleet_checkpoint::verify(&wanted.model)?;
-    }
-    let model = ModelDir::open(&wanted.model)?;
+    let (model, flat) = read_weights(&wanted.model)?;
     let (ids, sequences) = read_ids(&wanted.ids)?;
     let refuse = |what: String| Error::Input(format!("{}: {what}", wanted.ids.display()));
     let (vocab, len) = (model.decoder.vocab_size, ids.len() / sequences);
@@ -46,15 +42,6 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     }
     let device = device_of(&wanted.device)?;
     let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let mut flat = vec![0.0; model.layout.len];
-    model.read(&mut flat);
-    if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
-        return Err(Error::Input(format!(
-            "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
-            wanted.model.display(),
-            p.name
-        )));
-    }
     let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))

@@ -9,10 +9,10 @@ use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_cpu::{product, shim as libtorch};
-use fleet_rank::agent_link::AgentLink;
-use fleet_rank::error::Error;
+use fleet_learn::agent_link::AgentLink;
+use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{logits, shim, trainer};
+use fleet_rank::{assemble, logits};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -185,7 +185,7 @@ fn be_a_rank() -> u8 {
         message,
         last_lines: Vec::new(),
     };
-    let outcome = catch_unwind(AssertUnwindSafe(|| trainer::run(&start, &mut link)));
+    let outcome = catch_unwind(AssertUnwindSafe(|| trainer::run(&start, &mut link, &assemble::learner)));
     let error = match outcome {
         Ok(Ok(outcome @ (Outcome::Succeeded { .. } | Outcome::Stopped { .. }))) => {
             link.send(&FromRank::Done(outcome));
