@@ -8,7 +8,7 @@ use half::bf16;
 use std::ops::Range;
 
 /// PyTorch's `clip_grad_norm_` adds this to the norm.
-const CLIP_EPS: f64 = 1e-6;
+pub const CLIP_EPS: f64 = 1e-6;
 
 /// Fewest numbers of a step that one thread takes.
 const GRANULE: usize = 4096;

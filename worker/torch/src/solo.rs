@@ -1,0 +1,117 @@
+//! One rank that has everything on one device.
+
+use crate::memory::{Gradients, Tensors, Weights};
+use crate::optimizer::Optimizer;
+use crate::{Error, Result};
+use fleet_collectives::Collective;
+use fleet_common::model::Layout;
+use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::{UnitWeights, Units, Update};
+use std::borrow::Cow;
+use tch::{Device, Kind, Tensor};
+
+pub struct Solo {
+    gang: fleet_collectives::Solo,
+    layout: Layout,
+    master: Tensor,
+    /// In the type of products, where that is not fp32.
+    copy: Option<Tensor>,
+    grads: Tensor,
+    fresh: bool,
+    optimizer: Optimizer,
+}
+
+impl Solo {
+    /// Weights are zero until they are filled. Products read them as `products`.
+    pub fn new(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
+        let zeros = |kind| Tensor::f_zeros([layout.len as i64], (kind, device));
+        Ok(Solo {
+            gang: fleet_collectives::Solo::new(generation),
+            master: zeros(Kind::Float)?,
+            copy: (products != Kind::Float).then(|| zeros(products)).transpose()?,
+            grads: zeros(Kind::Float)?,
+            fresh: true,
+            optimizer: Optimizer::new(&layout, device)?,
+            layout,
+        })
+    }
+
+    fn of(&self, slot: Slot) -> &Tensor {
+        match slot {
+            Slot::Weights => &self.master,
+            Slot::Moment1 => &self.optimizer.moment1,
+            Slot::Moment2 => &self.optimizer.moment2,
+        }
+    }
+
+    /// Makes the copy for products anew.
+    fn refresh(&mut self) -> Result<()> {
+        if let Some(copy) = &mut self.copy {
+            let _guard = tch::no_grad_guard();
+            copy.f_copy_(&self.master)?;
+        }
+        Ok(())
+    }
+}
+
+impl UnitWeights<Tensors> for Solo {
+    fn need(&mut self, _unit: usize) -> fleet_learn::Result<()> {
+        Ok(())
+    }
+    fn release(&mut self, _unit: usize) {}
+    fn weights(&self) -> Weights<'_> {
+        Weights { master: &self.master, copy: self.copy.as_ref() }
+    }
+}
+
+impl Units<Tensors> for Solo {
+    fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
+        let weights = Weights { master: &self.master, copy: self.copy.as_ref() };
+        (weights, Gradients { flat: &self.grads, fresh: self.fresh })
+    }
+    fn ready(&mut self, _unit: usize) -> fleet_learn::Result<()> {
+        Ok(())
+    }
+}
+
+impl Strategy<Tensors> for Solo {
+    fn gang(&mut self) -> &mut dyn Collective {
+        &mut self.gang
+    }
+
+    fn units(&mut self, micro: Micro) -> &mut dyn Units<Tensors> {
+        self.fresh = micro.first;
+        self
+    }
+
+    fn weights(&mut self) -> &mut dyn UnitWeights<Tensors> {
+        self
+    }
+
+    /// The device has all that it shall do before its numbers are waited for.
+    fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
+        let norm = self.optimizer.step(&self.master, &self.grads, update)?;
+        self.refresh()?;
+        let number = |tensor: &Tensor| f64::try_from(tensor).map_err(Error::from);
+        Report { loss: number(&loss)?, grad_norm: number(&norm)?, votes }.checked(update.step)
+    }
+
+    fn fill(&mut self, slot: Slot, read: &mut Read) -> fleet_learn::Result<()> {
+        let _guard = tch::no_grad_guard();
+        for unit in self.layout.units.clone() {
+            let mut numbers = vec![0.0; unit.len()];
+            read(unit.clone(), &mut numbers)?;
+            let given = Tensor::f_from_slice(&numbers).map_err(Error::from)?;
+            let target = self.of(slot).f_narrow(0, unit.start as i64, unit.len() as i64);
+            target.and_then(|mut target| target.f_copy_(&given)).map_err(Error::from)?;
+        }
+        Ok(self.refresh()?)
+    }
+
+    fn flat(&self, slot: Slot) -> fleet_learn::Result<Cow<'_, [f32]>> {
+        let mut numbers = vec![0.0; self.layout.len];
+        let on_host = self.of(slot).f_to_device(Device::Cpu).map_err(Error::from)?;
+        on_host.f_copy_data(&mut numbers, self.layout.len).map_err(Error::from)?;
+        Ok(Cow::Owned(numbers))
+    }
+}
