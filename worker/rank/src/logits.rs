@@ -3,7 +3,7 @@
 use crate::host_model::read_weights;
 use fleet_common::model::Positions;
 use fleet_learn::{Error, Result};
-use fleet_torch::{Executor, Memory, Numbers, device};
+use fleet_torch::{FlatWeights, Numbers, TorchExecutor, device};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -42,29 +42,29 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     }
     let device = device_of(&wanted.device)?;
     let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
     };
-    let mut memory = Memory::new(&executor.network, false).map_err(failed)?;
-    memory.set(&flat).map_err(failed)?;
+    let mut weights = FlatWeights::new(model.layout.len, device, numbers.products).map_err(failed)?;
+    weights.set(0, &flat).and_then(|()| weights.refresh()).map_err(failed)?;
     drop(flat);
     let mut out = Vec::with_capacity(bytes);
     for sequence in ids.chunks(len) {
-        let logits = compute(&mut executor, &memory, sequence).map_err(failed)?;
+        let logits = compute(&mut executor, &weights, sequence).map_err(failed)?;
         logits.iter().for_each(|x| out.extend(x.to_le_bytes()));
     }
     save(&wanted.out, &[sequences, len, vocab], &out)
 }
 
 fn compute(
-    executor: &mut Executor,
-    memory: &Memory,
+    executor: &mut TorchExecutor,
+    weights: &FlatWeights,
     sequence: &[u64],
 ) -> std::result::Result<Vec<f32>, fleet_torch::Error> {
     let ids: Vec<i64> = sequence.iter().map(|id| *id as i64).collect();
     let ids = Tensor::f_from_slice(&ids)?.f_view([1, -1])?.f_to_device(executor.network.device)?;
-    let logits = executor.logits(memory, &ids)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+    let logits = executor.logits(weights.view(), &ids)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     Ok(Vec::<f32>::try_from(&logits.f_contiguous()?.f_view([-1])?)?)
 }
 

@@ -13,6 +13,7 @@ use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
 use fleet_rank::{assemble, logits};
+use fleet_torch::device;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -115,9 +116,11 @@ fn report(result: Result<(), Error>) -> u8 {
 }
 
 fn probe() -> u8 {
+    let cuda = device::cuda_devices();
     let line = serde_json::json!({
         "libtorch": libtorch::libtorch_version(),
-        "cuda_devices": tch::Cuda::device_count(),
+        "cuda_devices": cuda.as_ref().copied().unwrap_or(0),
+        "no_cuda": cuda.err(),
         "mps": tch::utils::has_mps(),
         "bf16_products": product::cpu_has_bf16(),
     });

@@ -10,7 +10,7 @@ mod shim;
 mod solo;
 
 pub use executor::TorchExecutor;
-pub use memory::{Gradients, Tensors, Weights};
+pub use memory::{FlatWeights, Gradients, Tensors, Weights};
 pub use network::{Network, Numbers};
 pub use solo::Solo;
 

@@ -1,6 +1,6 @@
 //! One rank that has everything on one device.
 
-use crate::memory::{Gradients, Tensors, Weights};
+use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
 use fleet_collectives::Collective;
@@ -13,9 +13,7 @@ use tch::{Device, Kind, Tensor};
 pub struct Solo {
     gang: fleet_collectives::Solo,
     layout: Layout,
-    master: Tensor,
-    /// In the type of products, where that is not fp32.
-    copy: Option<Tensor>,
+    weights: FlatWeights,
     grads: Tensor,
     fresh: bool,
     optimizer: Optimizer,
@@ -24,12 +22,10 @@ pub struct Solo {
 impl Solo {
     /// Weights are zero until they are filled. Products read them as `products`.
     pub fn new(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
-        let zeros = |kind| Tensor::f_zeros([layout.len as i64], (kind, device));
         Ok(Solo {
             gang: fleet_collectives::Solo::new(generation),
-            master: zeros(Kind::Float)?,
-            copy: (products != Kind::Float).then(|| zeros(products)).transpose()?,
-            grads: zeros(Kind::Float)?,
+            weights: FlatWeights::new(layout.len, device, products)?,
+            grads: Tensor::f_zeros([layout.len as i64], (Kind::Float, device))?,
             fresh: true,
             optimizer: Optimizer::new(&layout, device)?,
             layout,
@@ -38,19 +34,10 @@ impl Solo {
 
     fn of(&self, slot: Slot) -> &Tensor {
         match slot {
-            Slot::Weights => &self.master,
+            Slot::Weights => self.weights.view().master,
             Slot::Moment1 => &self.optimizer.moment1,
             Slot::Moment2 => &self.optimizer.moment2,
         }
-    }
-
-    /// Makes the copy for products anew.
-    fn refresh(&mut self) -> Result<()> {
-        if let Some(copy) = &mut self.copy {
-            let _guard = tch::no_grad_guard();
-            copy.f_copy_(&self.master)?;
-        }
-        Ok(())
     }
 }
 
@@ -60,14 +47,13 @@ impl UnitWeights<Tensors> for Solo {
     }
     fn release(&mut self, _unit: usize) {}
     fn weights(&self) -> Weights<'_> {
-        Weights { master: &self.master, copy: self.copy.as_ref() }
+        self.weights.view()
     }
 }
 
 impl Units<Tensors> for Solo {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
-        let weights = Weights { master: &self.master, copy: self.copy.as_ref() };
-        (weights, Gradients { flat: &self.grads, fresh: self.fresh })
+        (self.weights.view(), Gradients { flat: &self.grads, fresh: self.fresh })
     }
     fn ready(&mut self, _unit: usize) -> fleet_learn::Result<()> {
         Ok(())
@@ -90,22 +76,19 @@ impl Strategy<Tensors> for Solo {
 
     /// The device has all that it shall do before its numbers are waited for.
     fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
-        let norm = self.optimizer.step(&self.master, &self.grads, update)?;
-        self.refresh()?;
+        let norm = self.optimizer.step(self.weights.view().master, &self.grads, update)?;
+        self.weights.refresh()?;
         let number = |tensor: &Tensor| f64::try_from(tensor).map_err(Error::from);
         Report { loss: number(&loss)?, grad_norm: number(&norm)?, votes }.checked(update.step)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> fleet_learn::Result<()> {
-        let _guard = tch::no_grad_guard();
-        for unit in self.layout.units.clone() {
+        for unit in &self.layout.units {
             let mut numbers = vec![0.0; unit.len()];
             read(unit.clone(), &mut numbers)?;
-            let given = Tensor::f_from_slice(&numbers).map_err(Error::from)?;
-            let target = self.of(slot).f_narrow(0, unit.start as i64, unit.len() as i64);
-            target.and_then(|mut target| target.f_copy_(&given)).map_err(Error::from)?;
+            set(self.of(slot), unit.start, &numbers)?;
         }
-        Ok(self.refresh()?)
+        Ok(self.weights.refresh()?)
     }
 
     fn flat(&self, slot: Slot) -> fleet_learn::Result<Cow<'_, [f32]>> {

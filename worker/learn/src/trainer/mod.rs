@@ -32,7 +32,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Makes what a rank trains: the model of the job, with weights that are still zero. A collective call.
-pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Box<dyn Learner>>;
+pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Made>;
+
+/// What a rank trains.
+pub struct Made {
+    pub learner: Box<dyn Learner>,
+    /// Why it is not computed where it would be faster.
+    pub note: Option<String>,
+}
 
 /// Trains as the agent asked, to the end or until stopped.
 pub fn run(start: &RankStart, link: &mut AgentLink, learner: MakeLearner) -> Result<Outcome> {
@@ -91,7 +98,10 @@ impl Trainer {
             .map_err(|e| Error::Input(e.to_string()))?;
         let total_steps = order.total_steps(job.epochs, job.max_steps);
 
-        let mut learner = make(start, &job, &model)?;
+        let Made { mut learner, note } = make(start, &job, &model)?;
+        if let Some(note) = note {
+            link.log(Level::Warn, note);
+        }
         let mut state = TrainerState {
             step: 0,
             epoch: 0,
