@@ -67,6 +67,15 @@ pub struct Refusal {
 }
 
 impl Wanted {
+    /// Whatever there is.
+    pub const ANYTHING: Wanted = Wanted {
+        device: Device::Auto,
+        executor: Executor::Auto,
+        precision: Fp32,
+        strategy: Strategy::Auto,
+        ranks: 1,
+    };
+
     /// Of a job with `ranks` ranks on `device`.
     pub fn of(job: &Job, device: Device, ranks: u32) -> Wanted {
         let strategy =
@@ -181,13 +190,7 @@ fn quoted(value: &impl serde::Serialize) -> String {
 mod tests {
     use super::*;
 
-    const ANY: Wanted = Wanted {
-        device: Device::Auto,
-        executor: Executor::Auto,
-        precision: Fp32,
-        strategy: Strategy::Auto,
-        ranks: 1,
-    };
+    const ANY: Wanted = Wanted::ANYTHING;
 
     #[test]
     fn each_device_has_what_computes_it() {

@@ -110,7 +110,7 @@ const PREFERENCES: &str = "training on preferences comes later";
 const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
     ("dataset_name", DATASETS), ("dataset_id", DATASETS), ("eval.dataset_id", DATASETS),
-    ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
+    ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("lora_rank", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
     ("target_modules", ADAPTERS), ("adapter", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS),
     ("load_in_8bit", ADAPTERS), ("load_in_4bit", ADAPTERS), ("bias", ADAPTERS), ("task_type", ADAPTERS), ("adapter_path", ADAPTERS),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
@@ -226,7 +226,18 @@ impl Fields {
 
     /// One of the words; the second of each pair is what it means.
     pub fn word<T: Clone>(&self, name: &'static str, words: &[(&str, T)]) -> Result<Option<T>, JobFileError> {
-        let list: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+        self.word_of(name, words, |_| true)
+    }
+
+    /// As `word`, where some are known only to be refused later, with a better reason: what `is_possible` is what an error offers.
+    pub fn word_of<T: Clone>(
+        &self,
+        name: &'static str,
+        words: &[(&str, T)],
+        is_possible: impl Fn(&T) -> bool,
+    ) -> Result<Option<T>, JobFileError> {
+        let offered = words.iter().filter(|(_, meaning)| is_possible(meaning));
+        let list: Vec<_> = offered.map(|(word, _)| format!("{word:?}")).collect();
         let wanted = format!("one of {}", list.join(", "));
         self.get(name, &wanted, |v| {
             let number = v.int().map(|n| n.to_string());

@@ -79,7 +79,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     }
     let wanted = wanted(f)?;
     Ok(Job {
-        task_name: f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned()),
+        task_name: task_name(f)?,
         run_name: run_name::of(f, file_stem)?,
         output_dir: absolute(
             dir,
@@ -113,6 +113,57 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
 
+/// A label, unless it says that the run shall learn something else than text.
+fn task_name(f: &Fields) -> Result<String, JobFileError> {
+    let name = f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned());
+    let plain: String = name.to_lowercase().replace(['_', ' '], "-");
+    if !OTHER_TASKS.contains(&plain.as_str()) {
+        return Ok(name);
+    }
+    let message = format!(
+        "`task_name` = \"{name}\" is not in this version of fleet, which learns every token of plain text; write \"lm\" (or a label of your own), if that is wanted"
+    );
+    Err(f.refuse(&["task_name"], message))
+}
+
+/// What other tools call tasks that are not language modelling on plain text.
+const OTHER_TASKS: [&str; 34] = [
+    "sft",
+    "instruction",
+    "instruction-tuning",
+    "instruct",
+    "chat",
+    "dpo",
+    "ipo",
+    "kto",
+    "orpo",
+    "simpo",
+    "cpo",
+    "ppo",
+    "grpo",
+    "rlhf",
+    "rl",
+    "rm",
+    "reward",
+    "reward-modeling",
+    "reward-model",
+    "distillation",
+    "classification",
+    "text-classification",
+    "sequence-classification",
+    "seq-cls",
+    "token-classification",
+    "token-cls",
+    "ner",
+    "regression",
+    "question-answering",
+    "qa",
+    "summarization",
+    "translation",
+    "seq2seq",
+    "mlm",
+];
+
 /// Above 0 it decides, otherwise `epochs` does.
 fn max_steps(f: &Fields) -> Result<Option<u64>, JobFileError> {
     let wanted = "a whole number; 0 or -1 leaves the length to `epochs`";
@@ -140,7 +191,9 @@ fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
 fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
     use Strategy::{Auto, Ddp, Fsdp};
     let words = [("auto", Auto), ("ddp", Ddp), ("fsdp", Fsdp), ("fsdp_native", Fsdp), ("fsdp2", Fsdp)];
-    Ok(f.word("strategy", &words)?.unwrap_or(Auto))
+    let possible =
+        |strategy: &Strategy| Wanted { strategy: *strategy, ..Wanted::ANYTHING }.executor().is_ok();
+    Ok(f.word_of("strategy", &words, possible)?.unwrap_or(Auto))
 }
 
 fn devices(f: &Fields) -> Result<Devices, JobFileError> {
@@ -174,7 +227,13 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
         ("mlx", Mps),
         ("pytorch", Auto),
     ];
-    let device = f.word("device", &words)?;
+    let possible = |device: &Device| Wanted { device: *device, ..Wanted::ANYTHING }.executor().is_ok();
+    let number = |text: &str| text.to_ascii_lowercase().strip_prefix("cuda:")?.parse::<u32>().ok();
+    if let Some(Some(number)) = f.get("device", "a word", |v| Some(v.text().and_then(number)))? {
+        let message = format!("`device` has no number: write `device` = \"cuda\" and `devices` = [{number}]");
+        return Err(f.refuse(&["device"], message));
+    }
+    let device = f.word_of("device", &words, possible)?;
     let use_gpu = f.flag("use_gpu")?;
     match (device, use_gpu) {
         (Some(Cpu), Some(true)) => Err(f.refuse(
@@ -202,7 +261,9 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         ("bfloat16", Bf16Mixed),
         ("float16", Fp16Mixed),
     ];
-    let precision = f.word("precision", &words)?;
+    let possible =
+        |precision: &Precision| Wanted { precision: *precision, ..Wanted::ANYTHING }.executor().is_ok();
+    let precision = f.word_of("precision", &words, possible)?;
     let use_amp = f.flag("use_amp")?;
     let spelling = f.spelling("precision");
     match (precision, use_amp) {
