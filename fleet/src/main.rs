@@ -8,6 +8,7 @@ mod environment;
 mod failure;
 mod json;
 mod launch;
+mod meant;
 mod out;
 mod places;
 mod programs;
@@ -66,7 +67,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let started_unix_ms = places::unix_ms();
-    let cli: Cli = arguments::parse();
+    let cli: Cli = arguments::parse_or(meant::cure);
     telemetry::init(LogFormat::Human, "warn");
     // an empty variable is an unset one
     let name = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
