@@ -1,6 +1,7 @@
 //! Command lines, read by one rule: an option takes whatever follows it. A prompt may begin with a hyphen, and so may a name, a secret or a
 //! number. Only of paths there is a doubt, since what they name is often made: one that reads as another option is refused.
 
+use crate::exit;
 use crate::terminal::plain;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
@@ -19,10 +20,11 @@ pub fn parse_or<P: Parser>(cure: impl Fn(&clap::Error, &[OsString]) -> Option<St
     let read = with_the_rule(P::command()).try_get_matches();
     let mut matches = read.unwrap_or_else(|error| {
         let line: Vec<OsString> = std::env::args_os().collect();
-        match cure(&error, &line) {
-            Some(cure) => P::command().error(error.kind(), plain(&cure)).exit(),
-            None => named(error, P::command(), line.into_iter()).exit(),
-        }
+        let Some(cure) = cure(&error, &line) else {
+            named(error, P::command(), line.into_iter()).exit();
+        };
+        eprintln!("error: {}", plain(&cure));
+        std::process::exit(exit::REFUSED_INPUT.into())
     });
     P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut P::command()).exit())
 }

@@ -19,7 +19,7 @@ mod text;
 use clap::{Parser, Subcommand};
 use failure::Failure;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{arguments, exit};
+use fleet_common::{arguments, exit, signals};
 use std::process::ExitCode;
 
 /// Trains neural networks on a cluster.
@@ -66,6 +66,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    signals::mind_no_file_limit();
     let started_unix_ms = places::unix_ms();
     let cli: Cli = arguments::parse_or(meant::cure);
     telemetry::init(LogFormat::Human, "warn");

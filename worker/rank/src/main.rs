@@ -3,11 +3,11 @@
 mod bench;
 
 use clap::{Parser, Subcommand};
-use fleet_common::arguments;
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
+use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
@@ -94,6 +94,7 @@ impl From<LogitsArgs> for logits::Wanted {
 }
 
 fn main() -> ExitCode {
+    signals::mind_no_file_limit();
     let args: Args = arguments::parse();
     let code = match args.command {
         None if args.probe => probe(),
