@@ -8,10 +8,10 @@
 
 use crate::agent::{Action, Config, Now, Place, Room};
 use crate::last_lines::LastLines;
-use crate::stall::{LOOK_PERIOD, Sight, Told, Watch};
+use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
-use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome, Stall};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
@@ -191,6 +191,7 @@ pub struct Supervised {
     sample_at: Duration,
     look_at: Duration,
     watch: Watch,
+    standings: Standings,
     last_step: u64,
     peak_rss_mib: Vec<u64>,
     peak_pss_mib: Vec<u64>,
@@ -259,6 +260,7 @@ impl Supervised {
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
             watch: Watch::default(),
+            standings: Standings::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
             peak_pss_mib: vec![0; count as usize],
@@ -611,6 +613,13 @@ impl Supervised {
             Some(Told::GoesOn(line)) => self.on_line(None, Level::Info, &line, now),
             None => {}
         }
+        if let Some(standing) = self.standings.news(self.watch.standing(), now.mono) {
+            let stall = standing.map(|Standing { since, what }| Stall {
+                since_unix_ms: now.unix_ms.saturating_sub(now.mono.saturating_sub(since).as_millis() as u64),
+                what,
+            });
+            self.push(now, EventBody::Stall(stall));
+        }
     }
 
     /// What was told is a peak: it is told again when it has grown.
@@ -675,7 +684,9 @@ impl Supervised {
 
     /// Of a program of which one rank has failed: how the others ended, but for those that did so well, as that one, or by the SIGTERM.
     fn push_other_ends(&mut self, outcome: &Outcome, now: Now) {
-        let Outcome::Failed(JobError { rank: Some(blamed), exit_code, signal, .. }) = *outcome else { return };
+        let Outcome::Failed(JobError { rank: Some(blamed), exit_code, signal, .. }) = *outcome else {
+            return;
+        };
         let mut ends: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (rank, state) in (self.first_rank..).zip(&self.ranks).filter(|(rank, _)| *rank != blamed) {
             let end = match state.exit {

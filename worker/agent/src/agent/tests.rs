@@ -760,7 +760,7 @@ fn ranks_are_looked_at_while_they_train_together() {
         looks(&mut stage)
     };
     assert_eq!(after("> start train 2"), 0, "nothing is trained before the data is there");
-    assert_eq!(after("> start train 2\n> prepared"), 10);
+    assert_eq!(after("> start train 2\n> prepared"), 20);
     assert_eq!(after("> start train 1\n> prepared"), 0);
     assert_eq!(after("> start program 2"), 0);
     assert_eq!(after("> start train 2\n> prepared\n> rank 1 done 9"), 0, "rank 0 may save for long");
@@ -790,8 +790,9 @@ fn a_stall_is_an_event_of_the_job() {
     assert_eq!(
         stage.seen[told..],
         [
-            "send 2: `rank 1 has not come to the reduction of step 3 for 3 s (process 101, stopped by a signal or a debugger); rank 0 waits for it`",
-            "send 3: `the ranks go on after 4 s`"
+            "send 2: stands still since 0",
+            "send 3: `rank 1 has not come to the reduction of step 3 for 3 s (process 101, stopped by a signal or a debugger); rank 0 waits for it`",
+            "send 4: `the ranks go on after 4 s`, goes on"
         ]
     );
 }
