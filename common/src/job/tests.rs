@@ -176,8 +176,16 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "job:1: `precision` = \"16-mixed\" needs a scaling of losses that this version of fleet does not have; on the device cpu write \"32\" or \"bf16-mixed\"",
         ),
         (
-            "device = \"cuda\"",
-            "job:1: `device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\"",
+            "device = \"cuda\"\nexecutor = \"cpu\"",
+            "job:2: `executor` = \"cpu\" does not compute on the device cuda; leave it out, or write \"torch\"",
+        ),
+        (
+            "device = \"mps\"\nprecision = \"bf16-mixed\"",
+            "job:2: `precision` = \"bf16-mixed\" is not in this version of fleet; on the device mps write \"32\"",
+        ),
+        (
+            "device = \"cuda\"\nuse_gpu = false",
+            "job:2: `use_gpu` = false and the `device` contradict each other; keep one",
         ),
         (
             "num_nodes = 2",
