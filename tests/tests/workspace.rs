@@ -98,7 +98,7 @@ const UNSAFE_HOMES: [&str; 7] = [
     "worker/collectives/src/nccl",
     "worker/learn/src/shim",
     "worker/cpu/src/shim.rs",
-    "worker/torch/src/shim.rs",
+    "worker/torch/src/shim",
     // Maps files into memory, for all readers of weights and token caches.
     "common/src/mapped.rs",
 ];

@@ -3,7 +3,7 @@
 
 use crate::memory::{Gradients, Tensors, Weights};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
-use crate::{Error, Result, device, shim};
+use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout};
 use fleet_learn::{Batch, Executor, IGNORED, Tally, UnitWeights, Units};
 use std::ops::Range;
@@ -19,6 +19,8 @@ pub struct TorchExecutor {
     loss: Option<Tensor>,
     /// What is being computed, for errors.
     doing: Doing,
+    /// Why a CUDA device goes without our own kernels.
+    unfused: Option<String>,
 }
 
 /// A part of a step.
@@ -48,8 +50,13 @@ struct Saved {
 impl TorchExecutor {
     pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> TorchExecutor {
         let logits_max = if device.is_cuda() { 1 << 28 } else { 1 << 20 };
-        let network = Network { decoder, layout, device, numbers };
-        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0) }
+        let (fused, unfused) = match device.is_cuda().then(|| fused::open(device, numbers.products)) {
+            Some(Ok(fused)) => (Some(fused), None),
+            Some(Err(why)) => (None, Some(why)),
+            None => (None, None),
+        };
+        let network = Network { decoder, layout, device, numbers, fused };
+        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0), unfused }
     }
 
     fn take_frame(&mut self, len: usize) -> Result<Frame> {
@@ -235,17 +242,12 @@ impl TorchExecutor {
         for start in (0..tokens).step_by(rows as usize) {
             let count = rows.min(tokens - start);
             let cut = |tensor: &Tensor| tensor.f_narrow(0, start, count);
-            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?.f_unsqueeze(1)?, cut(&batch.weights)?);
+            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?, cut(&batch.weights)?);
             let logits = x.f_linear(&matrix, bias.as_ref())?;
-            let logs = logits.f_log_softmax(-1, Kind::Float)?;
-            let of_target = logs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?;
-            loss = loss.f_sub(&of_target.f_mul(&counts)?.f_sum(self.loss_kind())?)?;
-            let Some((grads, scale)) = grads else { continue };
-            let mut flow = logs.f_exp()?;
-            let minus = Tensor::f_full([count, 1], -1.0, (Kind::Float, self.network.device))?;
-            let _ = flow.f_scatter_add_(1, &targets, &minus)?;
-            let flow = flow.f_mul(&counts.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
-            let flow = flow.f_to_kind(self.network.numbers.products)?;
+            let scale = grads.map(|(_, scale)| scale);
+            let (losses, flow) = self.cross_entropy(logits, &targets, &counts, scale)?;
+            loss = loss.f_add(&losses.f_sum(self.loss_kind())?)?;
+            let (Some((grads, _)), Some(flow)) = (grads, flow) else { continue };
             let _ = Tensor::f_matmul_out(&flow, &cut(&seed)?, &matrix)?;
             let set = grads.fresh && start == 0;
             grads.store(&layout.head.weight, Some(&flow.f_transpose(0, 1)?.f_matmul(&x)?), set)?;
@@ -255,6 +257,31 @@ impl TorchExecutor {
             }
         }
         Ok((loss, seed.f_view(last.size().as_slice())?))
+    }
+
+    /// Losses of `[n, v]` logits, each times its weight, `[n]`; with `scale` also their gradients times that, in the type of products.
+    fn cross_entropy(
+        &self,
+        logits: Tensor,
+        targets: &Tensor,
+        weights: &Tensor,
+        scale: Option<f64>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if let Some(fused) = &self.network.fused {
+            let losses = fused.cross_entropy(&logits, targets, weights, scale)?;
+            return Ok((losses, scale.map(|_| logits)));
+        }
+        let logs = logits.f_log_softmax(-1, Kind::Float)?;
+        drop(logits);
+        let at = targets.f_unsqueeze(1)?;
+        let losses = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?.f_mul(weights)?.f_neg()?;
+        let Some(scale) = scale else { return Ok((losses, None)) };
+        let mut flow = logs.f_exp()?;
+        drop(logs);
+        let minus = Tensor::f_full([targets.size()[0], 1], -1.0, (Kind::Float, self.network.device))?;
+        let _ = flow.f_scatter_add_(1, &at, &minus)?;
+        let flow = flow.f_mul(&weights.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
+        Ok((losses, Some(flow.f_to_kind(self.network.numbers.products)?)))
     }
 
     /// Metal has no fp64.
@@ -327,7 +354,12 @@ impl Executor<Tensors> for TorchExecutor {
             Kind::BFloat16 => "bf16",
             _ => "fp32",
         };
-        format!("{kind} products by libtorch on {}", device::describe(self.network.device))
+        let own = match (&self.network.fused, &self.unfused) {
+            (Some(_), _) => ", with fused kernels",
+            (None, Some(why)) => &format!(", without fused kernels: {why}"),
+            (None, None) => "",
+        };
+        format!("{kind} products by libtorch on {}{own}", device::describe(self.network.device))
     }
 
     fn forward_backward(
