@@ -1,7 +1,8 @@
 use super::*;
-use crate::testing::{tiny_config, token_ids};
+use crate::testing::{tiny_config, tiny_with, token_ids};
 use fleet_collectives::{Segment, ShmCollective, Solo};
-use fleet_common::job::LlamaConfig;
+use fleet_common::model::Object;
+use serde_json::json;
 use std::os::fd::AsRawFd;
 
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
@@ -11,7 +12,7 @@ const SEQUENCES: usize = 8;
 /// Trains `steps` on `world` ranks (threads of this process) with the global batch cut into `micro` micro-batches; gives each rank's
 /// reports and weights.
 fn train<E: Storage>(
-    config: &LlamaConfig,
+    config: &Object,
     world: usize,
     micro: usize,
     steps: u64,
@@ -37,14 +38,15 @@ fn train<E: Storage>(
 }
 
 fn run<E: Storage>(
-    config: &LlamaConfig,
+    config: &Object,
     collective: Box<dyn Collective>,
     micro: usize,
     steps: u64,
 ) -> (Vec<Report>, Vec<f32>) {
     let (rank, world) = (collective.rank(), collective.world_size());
     let mut engine =
-        Engine::<E>::new(Model::new(config).network(SEQ), Workers::new(1).unwrap(), collective).unwrap();
+        Engine::<E>::new(Model::new(config).unwrap().network(SEQ), Workers::new(1).unwrap(), collective)
+            .unwrap();
     engine.fresh_weights(5).unwrap();
     let size = SEQUENCES / micro / world * SEQ;
     let reports = (1..=steps)
@@ -88,7 +90,7 @@ fn same_curve(a: &[Report], b: &[Report], tolerance: f64) {
 #[test]
 fn any_number_of_ranks_and_micro_batches_trains_the_same_model() {
     for tied in [false, true] {
-        let config = LlamaConfig { tie_word_embeddings: tied, ..tiny_config() };
+        let config = tiny_with(json!({"tie_word_embeddings": tied}));
         let single = train::<f32>(&config, 1, 1, 20).remove(0);
         assert!(single.0[19].loss < 0.8 * single.0[0].loss, "it learns: {:?}", single.0);
         for (world, micro) in [(1, 4), (2, 1), (4, 1), (2, 2)] {

@@ -335,7 +335,7 @@ fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
 /// The model, and where its weights come from if they are not fresh.
 fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a Path>)> {
     let (mut model, pretrained) = match &job.model {
-        job::Model::New(config) => (Model::new(config), None),
+        job::Model::New(config) => (Model::new(config)?, None),
         job::Model::Pretrained(dir) => (Model::read(dir)?, Some(dir.as_path())),
     };
     let (vocab, tokens) = (model.decoder.vocab_size, cache.meta().vocab_size);
