@@ -314,7 +314,7 @@ impl Fields {
         let mut given: Vec<_> = self.description().map(|(key, name, _)| (!names(last(key)), name)).collect();
         given.sort_by_key(|(unnamed, _)| *unnamed);
         let given: Vec<_> = given.into_iter().map(|(_, name)| name).collect();
-        self.refuse(&given, format!("the model of [model] cannot be: {why}"))
+        self.refuse(&given, format!("the model that `[model]` describes cannot be: {why}"))
     }
 
     /// An error about a combination, at the first of `names` that is given.

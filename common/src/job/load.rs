@@ -36,6 +36,36 @@ pub fn parse_toml(text: &str, working_dir: &Path) -> Result<(Job, Vec<Warning>),
     parse(text, Format::Toml, "job.toml", "job".as_ref(), &[], working_dir)
 }
 
+/// A job that reads `data` for the model that lies in `model`, as training would, with what `sets` say of how text is found in them.
+pub fn of_data(
+    model: &Path,
+    data: &[PathBuf],
+    sets: &[String],
+    working_dir: &Path,
+) -> Result<Job, JobFileError> {
+    const SAID_ELSEWHERE: [&str; 3] = ["data.path", "data.paths", "data.validation_fraction"];
+    for set in sets {
+        let (key, value) = super::set::parse(set)?;
+        if !key.starts_with("data.") || SAID_ELSEWHERE.contains(&key.as_str()) {
+            let message = format!(
+                "`{key}` says nothing of how text is read; data.text_field, data.include, data.exclude and those of data.clean do"
+            );
+            return Err(JobFileError::Refused { place: value.place, message });
+        }
+    }
+    let text = |path: &Path| {
+        let message =
+            || format!("{} has a name that is not UTF-8, as a job's paths are; rename it", path.display());
+        path.to_str()
+            .map(str::to_owned)
+            .ok_or_else(|| JobFileError::Refused { place: "--data".into(), message: message() })
+    };
+    let data = data.iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?;
+    let file = serde_json::json!({"model": {"path": text(model)?}, "data": {"path": data}});
+    let job = parse(&file.to_string(), Format::Json, "--data", "data".as_ref(), sets, working_dir)?;
+    Ok(job.0)
+}
+
 pub(super) fn parse(
     text: &str,
     format: Format,

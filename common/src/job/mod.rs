@@ -20,7 +20,7 @@ mod vocabulary;
 
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
-pub use load::{RANKS_MAX, VOCAB_MIN, load, parse_toml};
+pub use load::{RANKS_MAX, VOCAB_MIN, load, of_data, parse_toml};
 pub use ranks::RanksError;
 
 use crate::model::Object;

@@ -140,7 +140,7 @@ pub(super) fn in_a_file(config: &Object) -> Object {
             .filter(|(key, value)| !beside(key, value))
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect();
-        file.remove("rope_parameters");
+        file.shift_remove("rope_parameters");
         if rest.iter().any(|(key, value)| key != "rope_type" || value != "default") {
             file.insert("rope_parameters".into(), rest.into()); // last, as TOML has its tables
         }

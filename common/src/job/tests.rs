@@ -206,16 +206,16 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ),
         (
             "[model]\nhidden_size = 100\nnum_attention_heads = 3",
-            "job:2: the model of [model] cannot be: hidden_size (100) is not a multiple of num_attention_heads (3); set hidden_size to 99 or 102, \
+            "job:2: the model that `[model]` describes cannot be: hidden_size (100) is not a multiple of num_attention_heads (3); set hidden_size to 99 or 102, \
              or num_attention_heads to a divisor of 100",
         ),
         (
             "[model]\nnum_attention_heads = 4\nnum_key_value_heads = 3",
-            "job:2: the model of [model] cannot be: num_attention_heads (4) is not a multiple of num_key_value_heads (3); choose one of 1, 2, 4",
+            "job:2: the model that `[model]` describes cannot be: num_attention_heads (4) is not a multiple of num_key_value_heads (3); choose one of 1, 2, 4",
         ),
         (
             "[model]\nhidden_size = 100\nnum_attention_heads = 4",
-            "job:2: the model of [model] cannot be: rotary embeddings turn 25 of head_dim = 25 numbers; it has to be an even number of them",
+            "job:2: the model that `[model]` describes cannot be: rotary embeddings turn 25 of head_dim = 25 numbers; it has to be an even number of them",
         ),
         (
             "max_seq_len = 512\nmodel.max_position_embeddings = 256",
@@ -224,7 +224,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ("vocab_size = 101", "job:1: `vocab_size` is 101; a whole number from 257 to 1048576 is wanted"),
         (
             "model.hidden_act = \"mish\"",
-            "job:1: the model of [model] cannot be: hidden_act is `mish`; fleet computes silu, gelu, gelu_new and relu",
+            "job:1: the model that `[model]` describes cannot be: hidden_act is `mish`; fleet computes silu, gelu, gelu_new and relu",
         ),
         (
             "vocab_size = 300\nmodel.path = \"m\"",
@@ -476,7 +476,7 @@ fn a_job_without_a_model_type_is_the_llama_that_it_always_was() {
 
 #[test]
 fn a_model_that_its_family_cannot_be_is_refused_with_its_line() {
-    let cannot = "the model of [model] cannot be";
+    let cannot = "the model that `[model]` describes cannot be";
     for (lines, wanted) in [
         ("model_type = \"gemma\"", "job:2: `model.model_type` is the text \"gemma\"; one of llama, mistral, ".into()),
         ("model_type = 5", "job:2: `model.model_type` is 5; one of llama, ".into()),

@@ -7,6 +7,7 @@ use crate::product::{Out, Storage};
 use crate::workers::Workers;
 use crate::workspace::Scratch;
 use fleet_kernels::{self as kernels, IGNORED, Store};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Summed over tokens, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -21,6 +22,14 @@ impl Loss {
         self.sum += other.sum;
         self.tokens += other.tokens;
     }
+}
+
+/// What a model makes of targets that it is not trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Score {
+    pub loss: Loss,
+    /// Targets that the model finds likelier than any other token.
+    pub hits: u64,
 }
 
 impl<E: Storage> Pass<'_, E> {
@@ -98,15 +107,21 @@ impl<E: Storage> Pass<'_, E> {
         Loss { sum, tokens: count(targets) }
     }
 
-    /// Loss of the hidden states `x_th` alone.
-    pub(crate) fn head_loss(&mut self, x: &[f32], targets: &[i64], scratch: &mut Scratch<E>) -> Loss {
+    /// Loss of the hidden states `x_th` alone, and where they are asked for, the hits.
+    pub(crate) fn head_score(
+        &mut self,
+        x: &[f32],
+        targets: &[i64],
+        wants_hits: bool,
+        scratch: &mut Scratch<E>,
+    ) -> Score {
         let layout = &self.network.layout;
         let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
         self.before_head(&x[..t * h], scratch);
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
         let read = if layout.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
         let head = self.weights.of(&layout.head.weight);
-        let mut sum = 0.0;
+        let (mut sum, hits) = (0.0, AtomicU64::new(0));
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let (n, at) = (targets.len(), slice * *logit_rows * e);
             let logits = &mut logits[..n * v];
@@ -115,10 +130,13 @@ impl<E: Storage> Pass<'_, E> {
                 kernels::add_rows(logits, bias);
             }
             sum += cross_entropy(self.workers(), logits, targets, v, |logits, targets| {
+                if wants_hits {
+                    hits.fetch_add(count_hits(logits, targets), Ordering::Relaxed);
+                }
                 kernels::cross_entropy_loss(logits, targets)
             });
         }
-        Loss { sum, tokens: count(targets) }
+        Score { loss: Loss { sum, tokens: count(targets) }, hits: hits.into_inner() }
     }
 
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
@@ -143,6 +161,17 @@ impl<E: Storage> Pass<'_, E> {
 
 fn count(targets: &[i64]) -> u64 {
     targets.iter().filter(|target| **target != IGNORED).count() as u64
+}
+
+/// Rows whose target has the largest number; of equal ones the first is the largest, as for `argmax`.
+fn count_hits<E: Storage>(logits: &[E], targets: &[i64]) -> u64 {
+    let rows = logits.chunks_exact(logits.len() / targets.len().max(1));
+    let is_hit = |(row, target): &(&[E], &i64)| {
+        let Some(at) = usize::try_from(**target).ok().filter(|at| *at < row.len()) else { return false };
+        let own = row[at].to_f32();
+        row[..at].iter().all(|x| x.to_f32() < own) && row[at..].iter().all(|x| x.to_f32() <= own)
+    };
+    rows.zip(targets).filter(is_hit).count() as u64
 }
 
 /// Sum of `loss` over pieces of rows, added in their order.

@@ -18,7 +18,7 @@ mod workers;
 mod workspace;
 
 pub use decode::Cache;
-pub use head::Loss;
+pub use head::{Loss, Score};
 pub use network::{Batch, Network, Sink, Weights};
 pub use product::{Products, Storage};
 pub use workers::Workers;

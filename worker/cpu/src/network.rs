@@ -1,7 +1,7 @@
 //! A decoder's shape and tables. It owns no weights and makes no decisions about training; it computes on slices that it is given.
 
 use crate::block::Pass;
-use crate::head::Loss;
+use crate::head::{Loss, Score};
 use crate::product::{Out, Products, Storage};
 use crate::workspace::Workspace;
 use fleet_common::model::{Decoder, Layout, Linear, Positions};
@@ -173,9 +173,31 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Loss {
+        self.forward(weights, batch, false, products, work).loss
+    }
+
+    /// The loss, and how many targets are the likeliest token.
+    pub fn score<E: Storage>(
+        &self,
+        weights: Weights<E>,
+        batch: Batch,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Score {
+        self.forward(weights, batch, true, products, work)
+    }
+
+    fn forward<E: Storage>(
+        &self,
+        weights: Weights<E>,
+        batch: Batch,
+        wants_hits: bool,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Score {
         self.hidden_states(weights, batch.ids, batch.seq, products, work, &mut |_, _| {});
         let mut pass = self.pass(weights, batch.sequences(), batch.seq, products);
-        pass.head_loss(&work.saved[0].x, batch.targets, &mut work.scratch)
+        pass.head_score(&work.saved[0].x, batch.targets, wants_hits, &mut work.scratch)
     }
 
     /// `[t, v]` logits of whole sequences.

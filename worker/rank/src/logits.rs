@@ -1,10 +1,9 @@
 //! `fleet-rank logits`: what a model of any family computes for given tokens.
 
 use crate::error::{Error, Result};
-use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
+use crate::stored;
 use fleet_common::model::Positions;
-use fleet_kernels::all_finite;
-use fleet_torch::{Executor, Memory, Numbers, device};
+use fleet_torch::{Executor, Memory, Numbers};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -24,10 +23,7 @@ pub struct Wanted {
 
 /// Writes the tensor `logits`, `[sequences, tokens, vocabulary]` in fp32.
 pub fn write(wanted: &Wanted) -> Result<()> {
-    if wanted.model.join(MANIFEST_FILE).exists() {
-        fleet_checkpoint::verify(&wanted.model)?;
-    }
-    let model = ModelDir::open(&wanted.model)?;
+    let model = stored::open(&wanted.model)?;
     let (ids, sequences) = read_ids(&wanted.ids)?;
     let refuse = |what: String| Error::Input(format!("{}: {what}", wanted.ids.display()));
     let (vocab, len) = (model.decoder.vocab_size, ids.len() / sequences);
@@ -44,17 +40,9 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     if bytes > BYTES_MAX {
         return Err(refuse(format!("its logits would have {} GiB; give fewer tokens", bytes >> 30)));
     }
-    let device = device_of(&wanted.device)?;
+    let device = stored::device(&wanted.device)?;
     let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let mut flat = vec![0.0; model.layout.len];
-    model.read(&mut flat);
-    if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
-        return Err(Error::Input(format!(
-            "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
-            wanted.model.display(),
-            p.name
-        )));
-    }
+    let flat = stored::weights(&wanted.model, &model)?;
     let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
@@ -79,17 +67,6 @@ fn compute(
     let ids = Tensor::f_from_slice(&ids)?.f_view([1, -1])?.f_to_device(executor.network.device)?;
     let logits = executor.logits(memory, &ids)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     Ok(Vec::<f32>::try_from(&logits.f_contiguous()?.f_view([-1])?)?)
-}
-
-fn device_of(name: &str) -> Result<Device> {
-    match (name, if name == "cpu" { Err(String::new()) } else { device::cuda_devices() }) {
-        ("cpu", _) => Ok(Device::Cpu),
-        (_, Ok(_)) => Ok(Device::Cuda(0)),
-        ("cuda", Err(why)) => {
-            Err(Error::Environment(format!("{why}; leave --device out to compute on the CPU")))
-        }
-        (_, Err(_)) => Ok(Device::Cpu),
-    }
 }
 
 /// Ids of all sequences, one after the other, and how many sequences there are.

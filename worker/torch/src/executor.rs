@@ -76,6 +76,12 @@ impl Executor {
     /// `[b, s, v]` logits of `[b, s]` ids, in the type of products.
     pub fn logits(&mut self, memory: &Memory, ids: &Tensor) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
+        let last = self.hidden(memory, ids)?;
+        Ok(last.f_linear(&self.head(memory)?, self.head_bias(memory)?.as_ref())?)
+    }
+
+    /// `[b, s, e]` of `[b, s]` ids: what the head multiplies.
+    fn hidden(&mut self, memory: &Memory, ids: &Tensor) -> Result<Tensor> {
         let len = ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
         let network = &self.network;
@@ -85,9 +91,35 @@ impl Executor {
             x = network.block(&mut leaves, number, &x, &frame)?;
         }
         let last = network.last(&mut leaves, &x)?;
-        let logits = last.f_linear(&self.head(memory)?, self.head_bias(memory)?.as_ref())?;
         self.frame = Some((len, frame));
-        Ok(logits)
+        Ok(last)
+    }
+
+    /// Loss of `[b, s]` ids and targets, summed over the targets that count, and how many of them are the likeliest token. The head works in
+    /// slices of tokens.
+    pub fn score(&mut self, memory: &Memory, (ids, targets): (&Tensor, &Tensor)) -> Result<(f64, u64)> {
+        let _guard = tch::no_grad_guard();
+        let last = self.hidden(memory, ids)?;
+        let layout = &self.network.layout;
+        let (weight, bias) = (self.head(memory)?, self.head_bias(memory)?);
+        let x = last.f_view([-1, layout.head.inputs as i64])?;
+        let targets = targets.f_view([-1])?;
+        let tokens = x.size()[0];
+        let rows = (self.logits_max as i64 / layout.head.outputs as i64).clamp(64, tokens.max(64));
+        let (mut loss, mut hits) = (0.0, 0);
+        for start in (0..tokens).step_by(rows as usize) {
+            let count = rows.min(tokens - start);
+            let (x, targets) = (x.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
+            let logits = x.f_linear(&weight, bias.as_ref())?;
+            let hit = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?.f_sum(Kind::Int64)?;
+            hits += u64::try_from(i64::try_from(&hit)?).unwrap_or(0);
+            let logs = logits.f_log_softmax(-1, Kind::Float)?;
+            let counts = targets.f_ne(IGNORED)?;
+            let at = targets.f_where_self(&counts, &targets.f_zeros_like()?)?.f_unsqueeze(1)?;
+            let of_target = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?;
+            loss -= f64::try_from(&of_target.f_mul(&counts)?.f_sum(Kind::Double)?)?;
+        }
+        Ok((loss, hits))
     }
 
     fn head(&self, memory: &Memory) -> Result<Tensor> {

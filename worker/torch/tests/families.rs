@@ -5,7 +5,7 @@
 #[path = "../../../tests/parity/cases.rs"]
 mod cases;
 
-use cases::{Case, apart, cases, hyper, targets};
+use cases::{Case, apart, cases, hits, hyper, targets};
 use fleet_torch::{AdamW, Executor, Memory, Numbers, Optimizer};
 use tch::{Device, Kind, Tensor};
 
@@ -56,16 +56,21 @@ fn logits_and_loss_are_those_of_transformers_in_both_precisions() {
         for case in cases() {
             let (ids, shape) = case.ids("ids");
             let batch = batch(&ids, shape[1], device);
-            for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 3e-2)] {
+            for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 2e-2)] {
                 let (mut executor, mut memory) = executor(&case, device, numbers);
                 let logits = executor.logits(&memory, &batch.ids).unwrap();
                 let far = apart(&floats(&logits), &case.f32("logits"), 1e-6);
                 assert!(far < tolerance, "{} on {device:?} in {numbers:?}: logits {far}", case.name);
                 let both = (&batch.ids, &batch.targets);
+                let score = executor.score(&memory, both).unwrap();
+                if numbers == Numbers::FP32 {
+                    assert_eq!(score.1, hits(&floats(&logits), &targets(&ids, shape[1])), "{}", case.name);
+                }
                 let loss =
                     executor.forward_backward(&mut memory, both, 1.0, true, &mut |_, _| Ok(())).unwrap();
                 let (loss, want) = (number(&loss) / batch.count, case.f64("loss")[0]);
                 assert!((loss - want).abs() < f64::from(tolerance), "{}: loss {loss}, {want}", case.name);
+                assert!((score.0 / batch.count - loss).abs() < 1e-5, "{}: {score:?}, {loss}", case.name);
             }
         }
     }
@@ -91,7 +96,7 @@ fn every_gradient_is_that_of_transformers() {
             }
             let last = case.model.layout.units.len() - 1;
             assert_eq!(units, (0..=last).rev().cycle().take(2 * (last + 1)).collect::<Vec<_>>());
-            case.check_gradients(&floats(&memory.grads), 2e-4);
+            case.check_gradients(&floats(&memory.grads), 1e-4);
         }
     }
 }
@@ -128,7 +133,7 @@ fn twenty_steps_of_training_are_those_of_pytorch() {
                     losses[step]
                 );
                 assert!(
-                    close(norm, norms[step], 1e-3),
+                    close(norm, norms[step], 1e-4),
                     "{} step {step}: norm {norm}, {}",
                     case.name,
                     norms[step]

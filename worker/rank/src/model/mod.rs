@@ -30,8 +30,8 @@ impl Model {
         // A job of an earlier version.
         config.entry("model_type").or_insert_with(|| Family::DEFAULT.model_type.into());
         let described = Family::of_config(&config);
-        let (family, decoder) =
-            described.map_err(|why| Error::Input(format!("the model of [model] cannot be: {why}")))?;
+        let (family, decoder) = described
+            .map_err(|why| Error::Input(format!("the model that `[model]` describes cannot be: {why}")))?;
         let id = |key| token_ids(&config, key).first().copied();
         let (bos_token_id, eos_token_id) = (id("bos_token_id"), id("eos_token_id"));
         Ok(Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id })
