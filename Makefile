@@ -5,8 +5,9 @@ BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
 .PHONY: demo test build programs setup lint chaos bench parity gpu-bundle clean
 
+# With CUDA=1 also the libraries that train on an NVIDIA GPU.
 setup:
-	@deploy/setup.sh
+	@deploy/setup.sh $(if $(CUDA),--cuda)
 
 build: setup
 	cargo build --workspace --locked --bins

@@ -2,6 +2,7 @@
 
 pub mod arguments;
 pub mod bytes;
+pub mod capability;
 pub mod codec;
 pub mod endpoint;
 pub mod events;

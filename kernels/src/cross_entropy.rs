@@ -1,5 +1,6 @@
 //! Cross-entropy of logits `[rows, V]` with one target per row, loss and gradient in one visit. Rows whose target is
-//! [`IGNORED`] have no loss and a zero gradient. The loss is a sum: `scale` carries the mean over the global batch.
+//! [`IGNORED`] have no loss and a zero gradient. The loss is a sum in which each row counts what its weight says, or one: `scale` carries
+//! the mean over the global batch.
 
 use crate::element::{load, load_filled, store};
 use crate::math::exp;
@@ -21,6 +22,15 @@ fn vocabulary(logits: usize, targets: &[i64]) -> usize {
     let bad = targets.iter().find(|t| **t != IGNORED && !(0..vocab as i64).contains(*t));
     assert!(bad.is_none(), "cross_entropy: target {bad:?} of {vocab}");
     vocab
+}
+
+/// What each target counts.
+fn weights_of(targets: &[i64], weights: Option<&[f32]>) -> impl Iterator<Item = f32> {
+    assert!(
+        weights.is_none_or(|weights| weights.len() == targets.len()),
+        "cross_entropy: a weight for each target"
+    );
+    (0..targets.len()).map(move |row| weights.map_or(1.0, |weights| weights[row]))
 }
 
 /// What a row's loss and gradient are made of.
@@ -72,12 +82,13 @@ fn log_sum_exp<V: Vector, T: Element>(x: &[T]) -> (f32, f64) {
 
 simd_fn! {
     /// Sum of the losses, without a gradient.
-    pub fn cross_entropy_loss<V, L: Element>(logits: &[L], targets: &[i64]) -> f64 {
+    pub fn cross_entropy_loss<V, L: Element>(logits: &[L], targets: &[i64], weights: Option<&[f32]>) -> f64 {
         let vocab = vocabulary(logits.len(), targets);
         let mut loss = 0.0;
-        for (row, target) in logits.chunks_exact(vocab).zip(targets) {
+        let rows = logits.chunks_exact(vocab).zip(targets);
+        for ((row, target), weight) in rows.zip(weights_of(targets, weights)) {
             if *target != IGNORED {
-                loss -= Row::new::<V, L>(row, *target).log_probability();
+                loss -= f64::from(weight) * Row::new::<V, L>(row, *target).log_probability();
             }
         }
         loss
@@ -86,16 +97,18 @@ simd_fn! {
 
 simd_fn! {
     /// Sum of the losses; the logits become their gradient times `scale`.
-    pub fn cross_entropy<V, L: Element>(logits: &mut [L], targets: &[i64], scale: f32) -> f64 {
+    pub fn cross_entropy<V, L: Element>(logits: &mut [L], targets: &[i64], weights: Option<&[f32]>, scale: f32) -> f64 {
         let vocab = vocabulary(logits.len(), targets);
         let mut loss = 0.0;
-        for (row, target) in logits.chunks_exact_mut(vocab).zip(targets) {
+        let rows = logits.chunks_exact_mut(vocab).zip(targets);
+        for ((row, target), weight) in rows.zip(weights_of(targets, weights)) {
             if *target == IGNORED {
                 row.fill(L::default());
                 continue;
             }
             let this = Row::new::<V, L>(row, *target);
-            loss -= this.log_probability();
+            loss -= f64::from(weight) * this.log_probability();
+            let scale = weight * scale;
             for i in (0..vocab).step_by(V::LANES) {
                 let v: V = load(&row[i..]);
                 store(this.gradient(v, scale), &mut row[i..]);
@@ -123,12 +136,15 @@ mod tests {
                 (0..rows).map(pick).map(|t| if t == vocab as i64 { IGNORED } else { t }).collect();
             at_every_level(|| {
                 let logits: Vec<f32> = numbers::<f32>(seed, rows * vocab).iter().map(|v| v * 20.0).collect();
-                let (mut grad, mut exact) = (logits.clone(), logits.clone());
-                let loss = cross_entropy(&mut grad, &targets, 0.25);
-                let loss_exact = reference::cross_entropy(&mut exact, &targets, 0.25);
-                assert!((loss - loss_exact).abs() <= 1e-6 * loss_exact + 1e-5, "{loss} is not {loss_exact}");
-                assert_close(&grad, &exact, 5e-6, 2e-7); // where p is near 1, p - 1 has an absolute error
-                assert_eq!(cross_entropy_loss(&logits, &targets), loss);
+                let weights: Vec<f32> = (0..rows).map(|r| r as f32 * 0.5).collect();
+                for weights in [None, Some(&weights[..])] {
+                    let (mut grad, mut exact) = (logits.clone(), logits.clone());
+                    let loss = cross_entropy(&mut grad, &targets, weights, 0.25);
+                    let loss_exact = reference::cross_entropy(&mut exact, &targets, weights, 0.25);
+                    assert!((loss - loss_exact).abs() <= 1e-6 * loss_exact + 1e-5, "{loss} is not {loss_exact}");
+                    assert_close(&grad, &exact, 5e-6, 1e-6); // where p is near 1, p - 1 has an absolute error
+                    assert_eq!(cross_entropy_loss(&logits, &targets, weights), loss);
+                }
             });
         }
     }
@@ -137,16 +153,16 @@ mod tests {
     fn extreme_logits_give_finite_losses_and_nan_shows() {
         at_every_level(|| {
             let mut row = [1e30, -1e30, 0.0, f32::NEG_INFINITY];
-            assert_eq!(cross_entropy(&mut row, &[0], 1.0), 0.0);
+            assert_eq!(cross_entropy(&mut row, &[0], None, 1.0), 0.0);
             assert_eq!(row, [0.0; 4]);
             let mut row = [0.0, f32::NAN];
-            assert!(cross_entropy(&mut row, &[0], 1.0).is_nan());
+            assert!(cross_entropy(&mut row, &[0], None, 1.0).is_nan());
         });
     }
 
     #[test]
     #[should_panic(expected = "target Some(3) of 3")]
     fn a_target_outside_the_vocabulary_is_refused() {
-        cross_entropy(&mut [0.0; 3], &[3], 1.0);
+        cross_entropy(&mut [0.0; 3], &[3], None, 1.0);
     }
 }

@@ -213,20 +213,28 @@ fn log_sum_exp<L: Element>(row: &[L]) -> f64 {
     f64::from(max) + row.iter().map(|v| f64::from(v.to_f32() - max).exp()).sum::<f64>().ln()
 }
 
-pub fn cross_entropy_loss<L: Element>(logits: &[L], targets: &[i64]) -> f64 {
+pub fn cross_entropy_loss<L: Element>(logits: &[L], targets: &[i64], weights: Option<&[f32]>) -> f64 {
     let vocab = logits.len() / targets.len().max(1);
-    let rows = logits.chunks_exact(vocab.max(1)).zip(targets).filter(|(_, t)| **t != IGNORED);
-    rows.map(|(row, t)| log_sum_exp(row) - f64::from(row[*t as usize].to_f32())).sum()
+    let rows =
+        logits.chunks_exact(vocab.max(1)).zip(targets).enumerate().filter(|(_, (_, t))| **t != IGNORED);
+    let weight = |row: usize| weights.map_or(1.0, |weights| f64::from(weights[row]));
+    rows.map(|(at, (row, t))| weight(at) * (log_sum_exp(row) - f64::from(row[*t as usize].to_f32()))).sum()
 }
 
-pub fn cross_entropy<L: Element>(logits: &mut [L], targets: &[i64], scale: f32) -> f64 {
-    let loss = cross_entropy_loss(logits, targets);
+pub fn cross_entropy<L: Element>(
+    logits: &mut [L],
+    targets: &[i64],
+    weights: Option<&[f32]>,
+    scale: f32,
+) -> f64 {
+    let loss = cross_entropy_loss(logits, targets, weights);
     let vocab = logits.len() / targets.len().max(1);
-    for (row, target) in logits.chunks_exact_mut(vocab.max(1)).zip(targets) {
+    for (at, (row, target)) in logits.chunks_exact_mut(vocab.max(1)).zip(targets).enumerate() {
         let lse = log_sum_exp(row);
+        let scale = f64::from(scale) * weights.map_or(1.0, |weights| f64::from(weights[at]));
         for (i, value) in row.iter_mut().enumerate() {
             let p = (f64::from(value.to_f32()) - lse).exp() - if i as i64 == *target { 1.0 } else { 0.0 };
-            *value = L::from_f32(if *target == IGNORED { 0.0 } else { (p * f64::from(scale)) as f32 });
+            *value = L::from_f32(if *target == IGNORED { 0.0 } else { (p * scale) as f32 });
         }
     }
     loss

@@ -21,7 +21,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["packing", "sample_packing", "eval_packing", "eval_sample_packing", "pad_to_sequence_len", "group_by_length", "train_sampling_strategy"],
         "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
     (&["bf16", "bf16_full_eval"], "write `precision`, which is \"bf16-mixed\" or \"32\""),
-    (&["fp16", "fp16_full_eval", "tf32", "half_precision_backend"], "write `precision`, which is \"bf16-mixed\" or \"32\": this version trains on the CPU"),
+    (&["fp16", "fp16_full_eval", "tf32", "half_precision_backend"], "write `precision`, which is \"bf16-mixed\" or \"32\""),
     (&["report_to", "logging_dir", "logger", "log_level", "use_wandb", "use_tensorboard"], RECORD),
     (&["max_length", "sequence_len", "seq_len", "seq_length", "block_size", "cutoff_len", "context_length"], "write `max_seq_len`"),
     (&["micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"], "write `batch_size`, the sequences of one rank"),

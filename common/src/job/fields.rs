@@ -35,6 +35,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["num_nodes"],
     &["device"],
     &["use_gpu"],
+    &["executor"],
     &["precision", "dtype"],
     &["use_amp"],
     &["batch_size", "per_device_train_batch_size", "per_device_batch_size"],

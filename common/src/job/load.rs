@@ -5,6 +5,7 @@ use super::error::{JobFileError, Warning};
 use super::fields::Fields;
 use super::formats::Format;
 use super::*;
+use crate::capability::Wanted;
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -100,6 +101,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         );
         return Err(f.refuse(&["num_nodes"], message));
     }
+    let wanted = wanted(f)?;
     Ok(Job {
         task_name: f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned()),
         run_name: run_name::of(f, file_stem)?,
@@ -109,11 +111,12 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         ),
         working_dir: dir.to_owned(),
         seed: f.int("seed", 0, INT_MAX)?.unwrap_or(42),
-        strategy: strategy(f)?,
+        strategy: wanted.strategy,
         devices: devices(f)?,
         num_nodes,
-        device: device(f)?,
-        precision: precision(f)?,
+        device: wanted.device,
+        executor: wanted.executor,
+        precision: wanted.precision,
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         max_seq_len,
@@ -141,16 +144,27 @@ fn max_steps(f: &Fields) -> Result<Option<u64>, JobFileError> {
     Ok(given.and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0))
 }
 
+/// What the machine that runs the job has to do, if that is possible with any number of ranks.
+fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
+    let device = device(f)?;
+    let words = [("auto", Executor::Auto), ("cpu", Executor::Cpu), ("torch", Executor::Torch)];
+    let executor = f.word("executor", &words)?.unwrap_or_default();
+    let wanted = Wanted { device, executor, precision: precision(f)?, strategy: strategy(f)?, ranks: 1 };
+    // With one rank `ddp` is `auto`.
+    let strategy = if wanted.strategy == Strategy::Ddp { Strategy::Auto } else { wanted.strategy };
+    match (Wanted { strategy, ..wanted }).executor() {
+        Ok(_) => Ok(wanted),
+        Err(refusal) => {
+            let spelling = f.spelling(refusal.key);
+            Err(f.refuse(&[refusal.key], format!("`{spelling}` = {} {}", refusal.value, refusal.reason)))
+        }
+    }
+}
+
 fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
     use Strategy::{Auto, Ddp, Fsdp};
     let words = [("auto", Auto), ("ddp", Ddp), ("fsdp", Fsdp), ("fsdp_native", Fsdp), ("fsdp2", Fsdp)];
-    match f.word("strategy", &words)?.unwrap_or(Auto) {
-        Fsdp => {
-            let message = "`strategy` = \"fsdp\" is not in this version of fleet; use \"ddp\" or \"auto\"";
-            Err(f.refuse(&["strategy"], message.to_owned()))
-        }
-        other => Ok(other),
-    }
+    Ok(f.word("strategy", &words)?.unwrap_or(Auto))
 }
 
 fn devices(f: &Fields) -> Result<Devices, JobFileError> {
@@ -172,7 +186,7 @@ fn devices(f: &Fields) -> Result<Devices, JobFileError> {
     Ok(given.unwrap_or(Devices::Auto))
 }
 
-/// Names of devices as PyTorch has them. This version trains on the CPU.
+/// Names of devices as PyTorch has them.
 fn device(f: &Fields) -> Result<Device, JobFileError> {
     use Device::{Auto, Cpu, Cuda, Mps};
     let words = [
@@ -187,24 +201,20 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
     let device = f.word("device", &words)?;
     let use_gpu = f.flag("use_gpu")?;
     match (device, use_gpu) {
-        (Some(Cuda | Mps), _) => {
-            let message = "`device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\"";
-            Err(f.refuse(&["device"], message.to_owned()))
-        }
         (Some(Cpu), Some(true)) => Err(f.refuse(
             &["use_gpu"],
             "`use_gpu` = true and `device` = \"cpu\" contradict each other; keep one".to_owned(),
         )),
-        (None | Some(Auto), Some(true)) => Err(f.refuse(
+        (Some(Cuda | Mps), Some(false)) => Err(f.refuse(
             &["use_gpu"],
-            "`use_gpu` = true: this version of fleet trains on the CPU; take it out".to_owned(),
+            "`use_gpu` = false and the `device` contradict each other; keep one".to_owned(),
         )),
+        (None | Some(Auto), Some(true)) => Ok(Cuda),
         (None | Some(Auto), Some(false)) => Ok(Cpu),
         (device, _) => Ok(device.unwrap_or(Auto)),
     }
 }
 
-/// This version computes in fp32 and in bf16 with fp32 masters.
 fn precision(f: &Fields) -> Result<Precision, JobFileError> {
     use Precision::{Bf16Mixed, Bf16True, Fp16Mixed, Fp32};
     let words = [
@@ -227,14 +237,6 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         (Some(Bf16Mixed | Fp16Mixed), Some(false)) => Err(f.refuse(
             &["use_amp"],
             format!("`use_amp` = false and a mixed `{spelling}` contradict each other; keep one"),
-        )),
-        (Some(Fp16Mixed), _) => Err(f.refuse(
-            &["precision"],
-            format!("`{spelling}` = \"16-mixed\" needs CUDA, which this version of fleet does not use yet; write \"bf16-mixed\""),
-        )),
-        (Some(Bf16True), _) => Err(f.refuse(
-            &["precision"],
-            format!("`{spelling}` = \"bf16-true\" is not in this version of fleet; write \"bf16-mixed\" or \"32\""),
         )),
         (Some(precision), _) => Ok(precision),
         (None, Some(true)) => Ok(Bf16Mixed),

@@ -43,6 +43,8 @@ pub struct Job {
     pub devices: Devices,
     pub num_nodes: u32,
     pub device: Device,
+    #[serde(default)]
+    pub executor: Executor,
     pub precision: Precision,
     /// Sequences per rank in one micro-batch.
     pub batch_size: u32,
@@ -93,6 +95,19 @@ pub enum Device {
     Cpu,
     Cuda,
     Mps,
+}
+
+/// What computes a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Executor {
+    /// What suits the device.
+    #[default]
+    Auto,
+    /// fleet's own forward and backward, on the CPU.
+    Cpu,
+    /// libtorch's operations and autograd, on any device.
+    Torch,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,6 +19,7 @@ impl Job {
             },
             "num_nodes": self.num_nodes,
             "device": self.device,
+            "executor": self.executor,
             "precision": self.precision,
             "batch_size": self.batch_size,
             "accumulate_grad_batches": self.accumulate_grad_batches,

@@ -84,6 +84,9 @@ fn every_spelling_reaches_its_field() {
         ("precision = \"bfloat16\"", |j| j.precision == Precision::Bf16Mixed),
         ("precision = \"bf16-mixed\"\nuse_amp = true", |j| j.precision == Precision::Bf16Mixed),
         ("use_gpu = false", |j| j.device == Device::Cpu),
+        ("use_gpu = true", |j| j.device == Device::Cuda),
+        ("device = \"gpu\"", |j| j.device == Device::Cuda),
+        ("executor = \"torch\"", |j| j.executor == Executor::Torch),
         ("device = \"pytorch\"", |j| j.device == Device::Auto),
         ("eval_steps = 9", |j| j.eval.eval_steps == 9),
         ("eval.max_eval_examples = 32", |j| j.eval.max_eval_examples == Some(32)),
@@ -170,11 +173,19 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ),
         (
             "precision = \"16-mixed\"",
-            "job:1: `precision` = \"16-mixed\" needs CUDA, which this version of fleet does not use yet; write \"bf16-mixed\"",
+            "job:1: `precision` = \"16-mixed\" needs a scaling of losses that this version of fleet does not have; on the device cpu write \"32\" or \"bf16-mixed\"",
         ),
         (
-            "device = \"cuda\"",
-            "job:1: `device`: this version of fleet trains on the CPU; write \"cpu\" or \"auto\"",
+            "device = \"cuda\"\nexecutor = \"cpu\"",
+            "job:2: `executor` = \"cpu\" does not compute on the device cuda; leave it out, or write \"torch\"",
+        ),
+        (
+            "device = \"mps\"\nprecision = \"bf16-mixed\"",
+            "job:2: `precision` = \"bf16-mixed\" is not in this version of fleet; on the device mps write \"32\"",
+        ),
+        (
+            "device = \"cuda\"\nuse_gpu = false",
+            "job:2: `use_gpu` = false and the `device` contradict each other; keep one",
         ),
         (
             "num_nodes = 2",

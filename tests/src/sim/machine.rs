@@ -80,6 +80,7 @@ impl Machine {
             name: format!("machine-{}", self.number),
             slots: self.slots,
             accelerator: Accelerator::Cpu,
+            no_cuda: None,
             cores: self.slots,
             program_version: "0".into(),
             labels: self.labels.clone(),

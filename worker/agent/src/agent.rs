@@ -4,6 +4,7 @@
 use crate::budget::Rates;
 use crate::gang::{Blow, Fate, GangId, GangInput, Stop, Supervised};
 use crate::verdict;
+use fleet_common::capability::Wanted;
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
@@ -34,6 +35,8 @@ pub struct Config {
     pub name: String,
     pub slots: u32,
     pub accelerator: Accelerator,
+    /// Why a CUDA device that may be there cannot be used.
+    pub no_cuda: Option<String>,
     /// Cores that the ranks share.
     pub cores: u32,
     pub program_version: String,
@@ -70,30 +73,93 @@ impl Config {
         job.threads_per_rank.unwrap_or(self.cores / ranks.max(1)).max(1)
     }
 
-    /// The device of a rank, or why there is none, in one line.
-    pub fn device_of(&self, job: &Job, local_rank: Rank) -> Result<String, String> {
-        let index = match &job.devices {
-            Devices::Ids(ids) => ids.get(local_rank as usize).copied().unwrap_or(local_rank),
-            Devices::Auto | Devices::Count(_) => local_rank,
+    /// Where a rank of a job with `ranks` ranks computes, or why nowhere, in one line. CUDA devices in `taken` belong to other jobs: a job that
+    /// does not name its devices gets others as long as there are any.
+    pub fn place(
+        &self,
+        job: &Job,
+        local_rank: Rank,
+        ranks: u32,
+        taken: &BTreeSet<u32>,
+    ) -> Result<Place, String> {
+        let index = match (&job.devices, self.accelerator) {
+            (Devices::Ids(ids), _) => ids.get(local_rank as usize).copied().unwrap_or(local_rank),
+            (Devices::Auto | Devices::Count(_), Accelerator::Cuda { devices }) => {
+                let mut free = (0..devices).filter(|device| !taken.contains(device));
+                free.nth(local_rank as usize).unwrap_or(local_rank)
+            }
+            (Devices::Auto | Devices::Count(_), _) => local_rank,
         };
         let name = &self.name;
+        let refusal = |device| Wanted::of(job, device, ranks).executor().err();
+        let on = |device: &str| Place { device: device.to_owned(), note: None };
+        let on_cuda = || on(&format!("cuda:{index}"));
+        let on_cpu = |why: String| Place {
+            device: "cpu".to_owned(),
+            note: Some(format!("{why}: training on the CPU")),
+        };
         match (job.device, self.accelerator) {
-            (Device::Cpu, _) | (Device::Auto, Accelerator::Cpu) => Ok("cpu".to_owned()),
-            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) if index < devices => {
-                Ok(format!("cuda:{index}"))
-            }
-            (Device::Auto | Device::Cuda, Accelerator::Cuda { devices }) => Err(format!(
+            (Device::Cpu, _) => Ok(on("cpu")),
+            (Device::Auto, Accelerator::Cpu) => match &self.no_cuda {
+                Some(why) => Ok(on_cpu(why.clone())),
+                None => Ok(on("cpu")),
+            },
+            (Device::Auto, Accelerator::Cuda { devices }) => match refusal(Device::Cuda) {
+                Some(refusal) => Ok(on_cpu(refusal.to_string())),
+                None if index < devices => Ok(on_cuda()),
+                None => {
+                    Ok(on_cpu(format!("{name} has {devices} CUDA devices, the job asks for number {index}")))
+                }
+            },
+            (Device::Auto, Accelerator::Mps) => match refusal(Device::Mps) {
+                Some(refusal) => Ok(on_cpu(refusal.to_string())),
+                None => Ok(on("mps")),
+            },
+            (Device::Cuda, Accelerator::Cuda { devices }) if index < devices => match refusal(Device::Cuda) {
+                Some(refusal) => Err(refusal.to_string()),
+                None => Ok(on_cuda()),
+            },
+            (Device::Cuda, Accelerator::Cuda { devices }) => Err(format!(
                 "{name} has {devices} CUDA devices, the job asks for number {index}; start fewer ranks"
             )),
-            (Device::Auto | Device::Mps, Accelerator::Mps) => Ok("mps".to_owned()),
+            (Device::Mps, Accelerator::Mps) => match refusal(Device::Mps) {
+                Some(refusal) => Err(refusal.to_string()),
+                None => Ok(on("mps")),
+            },
             (Device::Cuda, _) => {
-                Err(format!("{name} has no CUDA device; set device = \"cpu\" or use another node"))
+                let why = self.no_cuda.as_ref().map(|why| format!(" that works: {why}")).unwrap_or_default();
+                Err(format!("{name} has no CUDA device{why}; set device = \"cpu\" or use another node"))
             }
             (Device::Mps, _) => {
                 Err(format!("{name} has no Metal device; set device = \"cpu\" or use another node"))
             }
         }
     }
+}
+
+/// Where a rank computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// `cpu`, `cuda:0`, `mps`.
+    pub device: String,
+    /// Why not where it would be faster.
+    pub note: Option<String>,
+}
+
+impl Place {
+    /// The number of its CUDA device.
+    fn cuda(&self) -> Option<u32> {
+        self.device.strip_prefix("cuda:")?.parse().ok()
+    }
+}
+
+/// What a new gang finds on its node.
+#[derive(Clone, Debug, Default)]
+pub struct Room {
+    /// Why no rank can train here, if so.
+    pub unfit: Option<String>,
+    /// CUDA devices of other gangs.
+    pub taken: BTreeSet<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -348,7 +414,9 @@ impl Agent {
         for (_, older) in self.gangs.range_mut(GangId { generation: 0, ..id }..id) {
             older.stop(Stop::Now, &self.config, now, out);
         }
-        let mut supervised = Supervised::start(gang, self.unfit.as_deref(), &self.config, now, out);
+        let places = self.gangs.values().flat_map(Supervised::places);
+        let room = Room { unfit: self.unfit.clone(), taken: places.filter_map(Place::cuda).collect() };
+        let mut supervised = Supervised::start(gang, &room, &self.config, now, out);
         if self.stopping.is_some() {
             let message = format!("{} is being shut down", self.config.name);
             supervised.fail(verdict::agent_error(Fault::Environment, &self.config.name, message), now);

@@ -36,6 +36,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+/// Where there is NVIDIA's driver, there is this file.
+const CUDA_DRIVER: &str = "/dev/nvidiactl";
+
 /// Messages of ranks that wait for the driver; more make the senders wait.
 const MESSAGES_MAX: usize = 1024;
 /// Chunks of output that wait, each of at most 16 KiB.
@@ -94,8 +97,9 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let containers = Containers::new(process, cgroups.ok());
     let launcher = Launcher::new(spawner, containers, cores, options.programs, options.relay)?;
 
-    let (accelerator, unfit) = match accelerator(&launcher, options.device, &mut exits, &mut child).await {
-        Ok(found) => found,
+    let computes_on = accelerator(&launcher, options.device, &mut exits, &mut child).await;
+    let Found { accelerator, unfit, no_cuda } = match computes_on {
+        Ok(computes_on) => computes_on,
         Err(line) => {
             eprintln!("error: {line}");
             return Ok(exit::ENVIRONMENT);
@@ -109,6 +113,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         name: identity.name.clone(),
         slots,
         accelerator,
+        no_cuda,
         cores,
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         labels: options.labels,
@@ -548,21 +553,30 @@ fn announce(node: NodeId) {
     tracing::info!(%node, "registered");
 }
 
-/// What ranks compute on here, and why none can run, if so. Only looks closer where there may be something to see: loading libtorch
-/// takes a moment that a plain CPU node can spend better.
+/// What ranks compute on here.
+struct Found {
+    accelerator: Accelerator,
+    /// Why none can run.
+    unfit: Option<String>,
+    /// Why a CUDA device that may be there cannot be used.
+    no_cuda: Option<String>,
+}
+
+/// Only looks closer where there may be something to see: loading libtorch takes a moment that a plain CPU node can spend better.
 async fn accelerator(
     launcher: &Launcher,
     wish: DeviceWish,
     exits: &mut mpsc::UnboundedReceiver<Exited>,
     child: &mut Signal,
-) -> Result<(Accelerator, Option<String>), String> {
+) -> Result<Found, String> {
+    let plain = Found { accelerator: Accelerator::Cpu, unfit: None, no_cuda: None };
     let worth_a_look = match wish {
         DeviceWish::Cpu => false,
-        DeviceWish::Auto => cfg!(target_os = "macos") || Path::new("/dev/nvidiactl").exists(),
+        DeviceWish::Auto => cfg!(target_os = "macos") || Path::new(CUDA_DRIVER).exists(),
         DeviceWish::Cuda | DeviceWish::Mps => true,
     };
     if !worth_a_look {
-        return Ok((Accelerator::Cpu, None));
+        return Ok(plain);
     }
     let probe = launcher.probe(async |pid| {
         loop {
@@ -578,13 +592,24 @@ async fn accelerator(
     });
     match (wish, probe.await) {
         (DeviceWish::Auto | DeviceWish::Cuda, Ok(Probe { cuda_devices: devices @ 1.., .. })) => {
-            Ok((Accelerator::Cuda { devices }, None))
+            Ok(Found { accelerator: Accelerator::Cuda { devices }, ..plain })
         }
-        (DeviceWish::Auto | DeviceWish::Mps, Ok(Probe { mps: true, .. })) => Ok((Accelerator::Mps, None)),
-        (DeviceWish::Auto, Ok(_)) => Ok((Accelerator::Cpu, None)),
+        (DeviceWish::Auto | DeviceWish::Mps, Ok(Probe { mps: true, .. })) => {
+            Ok(Found { accelerator: Accelerator::Mps, ..plain })
+        }
+        (DeviceWish::Auto, Ok(probe)) => {
+            let no_cuda = probe.no_cuda.filter(|_| Path::new(CUDA_DRIVER).exists());
+            if let Some(reason) = &no_cuda {
+                tracing::warn!("{reason}");
+            }
+            Ok(Found { no_cuda, ..plain })
+        }
         (DeviceWish::Auto, Err(reason)) => {
             tracing::warn!("{reason}");
-            Ok((Accelerator::Cpu, Some(reason)))
+            Ok(Found { unfit: Some(reason), ..plain })
+        }
+        (DeviceWish::Cuda, Ok(Probe { no_cuda: Some(why), .. })) => {
+            Err(format!("{why}; or use --device auto or cpu"))
         }
         (_, Ok(probe)) => {
             Err(format!("libtorch {} finds no such device; use --device auto or cpu", probe.libtorch))

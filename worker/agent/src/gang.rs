@@ -6,7 +6,7 @@
 //!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace, then swept
 //! ```
 
-use crate::agent::{Action, Config, Now};
+use crate::agent::{Action, Config, Now, Place, Room};
 use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Told, Watch};
 use crate::stream::EventStream;
@@ -168,6 +168,8 @@ pub struct Supervised {
     world_size: u32,
     phase: Phase,
     ranks: Vec<RankState>,
+    /// Of each rank that trains.
+    places: Vec<Place>,
     stream: EventStream,
     stop: Option<Stop>,
     suspicions: Vec<Suspicion>,
@@ -193,15 +195,13 @@ pub struct Supervised {
 }
 
 impl Supervised {
+    /// Where its ranks compute, as long as they may.
+    pub fn places(&self) -> &[Place] {
+        if self.phase == Phase::Finished { &[] } else { &self.places }
+    }
+
     /// Takes the gang on: its ranks are spawned at once, so that they load libtorch while the data is prepared.
-    /// `unfit` says why training cannot run on this node, if so.
-    pub fn start(
-        gang: Gang,
-        unfit: Option<&str>,
-        config: &Config,
-        now: Now,
-        out: &mut Vec<Action>,
-    ) -> Supervised {
+    pub fn start(gang: Gang, room: &Room, config: &Config, now: Now, out: &mut Vec<Action>) -> Supervised {
         let id = GangId { job: gang.job, generation: gang.generation };
         let kind = match &gang.work {
             Work::Program(_) => Ok(Kind::Program),
@@ -223,7 +223,13 @@ impl Supervised {
             Ok(kind) => (kind, None),
             Err(error) => (Kind::Program, Some(error)),
         };
-        let refusal = refusal.or_else(|| refuse(&gang, &kind, unfit, config));
+        let places = match (&refusal, &kind) {
+            (None, Kind::Train(job)) => {
+                (0..gang.ranks).map(|rank| config.place(job, rank, gang.ranks, &room.taken)).collect()
+            }
+            _ => Ok(Vec::new()),
+        };
+        let refusal = refusal.or_else(|| refuse(&gang, &kind, room.unfit.as_deref(), &places, config));
         let (preparing, count) = match (&kind, &refusal) {
             (_, Some(_)) => (false, 0),
             (Kind::Train(_), None) => (true, gang.ranks),
@@ -236,6 +242,7 @@ impl Supervised {
             world_size: gang.world_size,
             phase: if preparing { Phase::Preparing } else { Phase::Running },
             ranks: (0..count).map(|_| RankState::default()).collect(),
+            places: places.unwrap_or_default(),
             stream: EventStream::new(id.job, id.generation, config.lines),
             stop: None,
             suspicions: Vec::new(),
@@ -555,9 +562,7 @@ impl Supervised {
         let ranks = self.ranks.len() as u32;
         let job_json = job.to_json();
         let threads = config.threads(job, ranks);
-        for rank in 0..ranks {
-            // `Supervised::start` refused the job if there was no such device.
-            let device = config.device_of(job, rank).unwrap_or_else(|_| "cpu".to_owned());
+        for (rank, place) in (0..ranks).zip(&self.places) {
             let start = RankStart {
                 job: self.id.job,
                 generation: self.id.generation,
@@ -569,13 +574,16 @@ impl Supervised {
                 resume: prepared.resume.as_ref().map(|path| path.to_string_lossy().into_owned()),
                 run: prepared.run.clone(),
                 threads,
-                device,
+                device: place.device.clone(),
                 shm_fd: None,
             };
             out.push(Action::ToRank { gang: self.id, rank, message: ToRank::Start(Box::new(start)) });
         }
         self.phase = Phase::Running;
         self.push(now, EventBody::DataReady(prepared.stats));
+        if let Some(line) = self.places.iter().find_map(|place| place.note.clone()) {
+            self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
+        }
     }
 
     fn on_memory(&mut self, rss_mib: &[u64], pss_mib: &[u64], now: Now) {
@@ -702,7 +710,13 @@ impl Supervised {
 }
 
 /// Why this node cannot run the gang at all.
-fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Option<JobError> {
+fn refuse(
+    gang: &Gang,
+    kind: &Kind,
+    unfit: Option<&str>,
+    places: &Result<Vec<Place>, String>,
+    config: &Config,
+) -> Option<JobError> {
     let error = |fault, message| Some(verdict::agent_error(fault, &config.name, message));
     if gang.ranks == 0 || gang.ranks > RANKS_MAX {
         let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.ranks);
@@ -727,9 +741,8 @@ fn refuse(gang: &Gang, kind: &Kind, unfit: Option<&str>, config: &Config) -> Opt
         (Kind::Train(_), _) if gang.ranks != gang.world_size => {
             error(Fault::Input, "a training job runs on one node".to_owned())
         }
-        (Kind::Train(job), _) => {
-            let device = || (0..gang.ranks).find_map(|rank| config.device_of(job, rank).err());
-            let reason = unfit.map(str::to_owned).or_else(device)?;
+        (Kind::Train(_), _) => {
+            let reason = unfit.map(str::to_owned).or_else(|| places.clone().err())?;
             error(Fault::Environment, reason)
         }
         _ => None,

@@ -219,6 +219,8 @@ impl Launcher {
 pub struct Probe {
     pub libtorch: String,
     pub cuda_devices: u32,
+    /// Why there is none.
+    pub no_cuda: Option<String>,
     pub mps: bool,
 }
 

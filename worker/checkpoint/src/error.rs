@@ -17,6 +17,9 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// Nothing is left behind, older checkpoints are untouched.
+    #[error("the numbers to be saved cannot be read from their device: {0}")]
+    Device(String),
     #[error("cannot read {path}: {source}")]
     Read {
         path: PathBuf,
@@ -88,6 +91,7 @@ impl CheckpointError {
     pub fn fault(&self) -> Fault {
         match self {
             CheckpointError::Write { .. }
+            | CheckpointError::Device(_)
             | CheckpointError::Unwritable { .. }
             | CheckpointError::Rotation { .. }
             | CheckpointError::Read { .. } => Fault::Environment,

@@ -2,11 +2,11 @@
 
 use crate::block::Pass;
 use crate::decode::Layer;
-use crate::network::Sink;
 use crate::norm::NormScratch;
 use crate::product::Storage;
 use crate::workspace::Saved;
 use fleet_kernels::{self as kernels, Heads};
+use fleet_learn::Gradients;
 
 impl<E: Storage> Pass<'_, E> {
     /// `saved.attention` of `x_th`; keeps queries, keys and values as they were attended with. With a cache `x` is one token, which is added to
@@ -71,7 +71,7 @@ impl<E: Storage> Pass<'_, E> {
         dqkv: &mut [E],
         norms: &mut NormScratch,
         scratch: &mut [kernels::Scratch],
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let heads = self.heads;
         let (piece, _) = self.sequences_per_piece();

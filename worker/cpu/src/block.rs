@@ -2,17 +2,17 @@
 //! than keeping them.
 
 use crate::decode::Layer;
-use crate::network::{Network, Sink, Weights};
+use crate::network::Network;
 use crate::product::{Out, Products, Storage};
-use crate::workers::Workers;
 use crate::workspace::{Saved, Scratch};
 use fleet_common::model::{Affine, Block, Form};
 use fleet_kernels::{Heads, Store};
+use fleet_learn::{Gradients, HostWeights, Workers};
 
 /// One way through the network: what computes, with which weights, on sequences of which shape.
 pub(crate) struct Pass<'a, E> {
     pub network: &'a Network,
-    pub weights: Weights<'a, E>,
+    pub weights: HostWeights<'a, E>,
     pub heads: Heads,
     /// Of the first token of each sequence.
     pub position: usize,
@@ -90,7 +90,7 @@ impl<'a, E: Storage> Pass<'a, E> {
         number: usize,
         saved: &mut Saved<E>,
         scratch: &mut Scratch<E>,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let block = self.layout(number);
         let (t, h) = (self.tokens(), self.network.hidden());

@@ -1,9 +1,10 @@
-//! One token at a time with a cache of keys and values: generation.
+//! Logits: of whole sequences, and of one token at a time with a cache of keys and values.
 
-use crate::network::{Network, Weights};
+use crate::network::Network;
 use crate::product::{Products, Storage};
 use crate::workspace::Workspace;
 use fleet_kernels::Heads;
+use fleet_learn::{HostWeights, Result};
 
 /// Keys and values of the tokens so far, of every layer.
 pub struct Cache<E> {
@@ -46,38 +47,52 @@ impl<E: Storage> Cache<E> {
 }
 
 impl Network {
+    /// `[t, v]` logits of whole sequences.
+    pub fn logits<E: Storage>(
+        &self,
+        mut weights: HostWeights<E>,
+        ids: &[i64],
+        seq: usize,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Result<Vec<f32>> {
+        self.hidden_states(&mut weights, ids, seq, products, work, &mut |_, _| {})?;
+        let mut pass = self.pass(weights, (ids.len() / seq, seq), products);
+        Ok(pass.head_logits(&work.saved[0].x[..ids.len() * self.hidden()], &mut work.scratch))
+    }
+
     /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
     pub fn prefill<E: Storage>(
         &self,
-        w: Weights<E>,
+        mut weights: HostWeights<E>,
         ids: &[i64],
         cache: &mut Cache<E>,
         products: &mut Products,
         work: &mut Workspace<E>,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         assert!(cache.is_empty() && !ids.is_empty(), "a prompt for an empty cache");
         let heads = self.heads(1, ids.len());
-        self.hidden_states(w, ids, ids.len(), products, work, &mut |number, qkv| {
+        self.hidden_states(&mut weights, ids, ids.len(), products, work, &mut |number, qkv| {
             cache.layers[number].push(qkv, &heads);
-        });
+        })?;
         cache.len = ids.len();
         let h = self.hidden();
         let last = (ids.len() - 1) * h;
-        let mut pass = self.one_token(w, ids.len() - 1, products);
-        pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch)
+        let mut pass = self.one_token(weights, ids.len() - 1, products);
+        Ok(pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch))
     }
 
     /// `[v]` logits of the token after `id`, which is added to the cache.
     pub fn decode<E: Storage>(
         &self,
-        w: Weights<E>,
+        weights: HostWeights<E>,
         id: i64,
         cache: &mut Cache<E>,
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Vec<f32> {
         work.resize(self, 1, 1);
-        let mut pass = self.one_token(w, cache.len, products);
+        let mut pass = self.one_token(weights, cache.len, products);
         let Workspace { saved, last, embedded, scratch } = work;
         let saved = &mut saved[0];
         pass.embed(&[id], &mut saved.x, embedded, scratch);

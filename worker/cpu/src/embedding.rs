@@ -1,11 +1,12 @@
 //! From tokens to what the first block reads, and back.
 
 use crate::block::Pass;
-use crate::network::{Sink, summed};
+use crate::network::summed;
 use crate::product::{Out, Storage};
 use crate::workspace::{Embedded, Scratch};
 use fleet_common::model::Positions;
 use fleet_kernels::{self as kernels, Store};
+use fleet_learn::Gradients;
 
 impl<E: Storage> Pass<'_, E> {
     /// `x_th` of the ids.
@@ -50,7 +51,7 @@ impl<E: Storage> Pass<'_, E> {
         ids: &[i64],
         kept: &Embedded,
         scratch: &mut Scratch<E>,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let layout = &self.network.layout;
         let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
@@ -102,7 +103,11 @@ impl<E: Storage> Pass<'_, E> {
     }
 }
 
-fn table_of<'a>(sink: &'a mut impl Sink, range: &std::ops::Range<usize>, is_first: bool) -> &'a mut [f32] {
+fn table_of<'a>(
+    sink: &'a mut dyn Gradients,
+    range: &std::ops::Range<usize>,
+    is_first: bool,
+) -> &'a mut [f32] {
     match is_first {
         true => summed(sink, range),
         false => sink.range(range.clone()),

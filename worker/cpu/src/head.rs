@@ -2,35 +2,12 @@
 //! are overwritten by their gradient.
 
 use crate::block::Pass;
-use crate::network::{Sink, grad, summed};
+use crate::network::{grad, summed};
 use crate::product::{Out, Storage};
-use crate::workers::Workers;
 use crate::workspace::Scratch;
-use fleet_kernels::{self as kernels, IGNORED, Store};
+use fleet_kernels::{self as kernels, Store};
+use fleet_learn::{Batch, Gradients, Workers};
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Summed over tokens, in nats.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Loss {
-    pub sum: f64,
-    /// Tokens that had a target.
-    pub tokens: u64,
-}
-
-impl Loss {
-    pub fn add(&mut self, other: Loss) {
-        self.sum += other.sum;
-        self.tokens += other.tokens;
-    }
-}
-
-/// What a model makes of targets that it is not trained on.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Score {
-    pub loss: Loss,
-    /// Targets that the model finds likelier than any other token.
-    pub hits: u64,
-}
 
 impl<E: Storage> Pass<'_, E> {
     /// What the head multiplies, `[t, e]`: in `scratch.more_rows` where a matrix leads there, else in `scratch.normed`.
@@ -57,12 +34,13 @@ impl<E: Storage> Pass<'_, E> {
     pub(crate) fn head_forward_backward(
         &mut self,
         x: &[f32],
-        targets: &[i64],
+        batch: &Batch,
         scale: f32,
         scratch: &mut Scratch<E>,
-        sink: &mut impl Sink,
-    ) -> Loss {
+        sink: &mut dyn Gradients,
+    ) -> f64 {
         let layout = &self.network.layout;
+        let Batch { targets, weights, .. } = *batch;
         let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
         let x = &x[..t * h];
         self.before_head(x, scratch);
@@ -73,14 +51,15 @@ impl<E: Storage> Pass<'_, E> {
         let mut sum = 0.0;
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let n = targets.len();
-            let at = slice * *logit_rows * e;
+            let (first, at) = (slice * *logit_rows, slice * *logit_rows * e);
+            let weights = weights.map(|weights| &weights[first..first + n]);
             let (read, logits) = (&read[at..at + n * e], &mut logits[..n * v]);
             self.products.forward(read, head, Out::Store(logits), (n, e, v));
             if let Some(bias) = self.bias_of_head() {
                 kernels::add_rows(logits, bias);
             }
-            sum += cross_entropy(self.workers(), logits, targets, v, |logits, targets| {
-                kernels::cross_entropy(logits, targets, scale)
+            sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
+                kernels::cross_entropy(logits, targets, weights, scale)
             });
             if let Some(range) = &layout.head.bias {
                 let sums = if slice == 0 { summed(sink, range) } else { sink.range(range.clone()) };
@@ -104,18 +83,13 @@ impl<E: Storage> Pass<'_, E> {
             Some(affine) => self.norm_backward(flow, x, affine, g, Store::Set, false, norms, sink),
             None => kernels::convert(flow, g),
         }
-        Loss { sum, tokens: count(targets) }
+        sum
     }
 
-    /// Loss of the hidden states `x_th` alone, and where they are asked for, the hits.
-    pub(crate) fn head_score(
-        &mut self,
-        x: &[f32],
-        targets: &[i64],
-        wants_hits: bool,
-        scratch: &mut Scratch<E>,
-    ) -> Score {
+    /// Loss of the hidden states `x_th` alone, and how many targets are the likeliest token.
+    pub(crate) fn head_loss(&mut self, x: &[f32], batch: &Batch, scratch: &mut Scratch<E>) -> (f64, u64) {
         let layout = &self.network.layout;
+        let Batch { targets, weights, .. } = *batch;
         let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
         self.before_head(&x[..t * h], scratch);
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
@@ -123,20 +97,19 @@ impl<E: Storage> Pass<'_, E> {
         let head = self.weights.of(&layout.head.weight);
         let (mut sum, hits) = (0.0, AtomicU64::new(0));
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
-            let (n, at) = (targets.len(), slice * *logit_rows * e);
+            let (n, first, at) = (targets.len(), slice * *logit_rows, slice * *logit_rows * e);
+            let weights = weights.map(|weights| &weights[first..first + n]);
             let logits = &mut logits[..n * v];
             self.products.forward(&read[at..at + n * e], head, Out::Store(logits), (n, e, v));
             if let Some(bias) = self.bias_of_head() {
                 kernels::add_rows(logits, bias);
             }
-            sum += cross_entropy(self.workers(), logits, targets, v, |logits, targets| {
-                if wants_hits {
-                    hits.fetch_add(count_hits(logits, targets), Ordering::Relaxed);
-                }
-                kernels::cross_entropy_loss(logits, targets)
+            sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
+                hits.fetch_add(count_hits(logits, targets), Ordering::Relaxed);
+                kernels::cross_entropy_loss(logits, targets, weights)
             });
         }
-        Score { loss: Loss { sum, tokens: count(targets) }, hits: hits.into_inner() }
+        (sum, hits.into_inner())
     }
 
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
@@ -159,10 +132,6 @@ impl<E: Storage> Pass<'_, E> {
     }
 }
 
-fn count(targets: &[i64]) -> u64 {
-    targets.iter().filter(|target| **target != IGNORED).count() as u64
-}
-
 /// Rows whose target has the largest number; of equal ones the first is the largest, as for `argmax`.
 fn count_hits<E: Storage>(logits: &[E], targets: &[i64]) -> u64 {
     let rows = logits.chunks_exact(logits.len() / targets.len().max(1));
@@ -179,15 +148,18 @@ fn cross_entropy<E: Storage>(
     workers: &Workers,
     logits: &mut [E],
     targets: &[i64],
-    v: usize,
-    loss: impl Fn(&mut [E], &[i64]) -> f64 + Sync,
+    weights: Option<&[f32]>,
+    loss: impl Fn(&mut [E], &[i64], Option<&[f32]>) -> f64 + Sync,
 ) -> f64 {
     if workers.count() == 1 {
-        return loss(logits, targets);
+        return loss(logits, targets, weights);
     }
-    let share = workers.share(targets.len(), 1);
+    let (share, v) = (workers.share(targets.len(), 1), logits.len() / targets.len());
     let mut sums = vec![0.0; targets.len().div_ceil(share)];
-    let pieces = logits.chunks_mut(share * v).zip(targets.chunks(share)).zip(sums.iter_mut());
-    workers.each(pieces, |((logits, targets), sum)| *sum = loss(logits, targets));
+    let pieces = logits.chunks_mut(share * v).zip(targets.chunks(share)).zip(sums.iter_mut()).enumerate();
+    workers.each(pieces, |(piece, ((logits, targets), sum))| {
+        let weights = weights.map(|weights| &weights[piece * share..][..targets.len()]);
+        *sum = loss(logits, targets, weights);
+    });
     sums.iter().sum()
 }

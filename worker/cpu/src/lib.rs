@@ -8,18 +8,26 @@ mod attention;
 mod block;
 mod decode;
 mod embedding;
+mod executor;
 mod head;
 mod mlp;
 mod network;
 mod norm;
 pub mod product;
 pub mod shim;
-mod workers;
 mod workspace;
 
 pub use decode::Cache;
-pub use head::{Loss, Score};
-pub use network::{Batch, Network, Sink, Weights};
+pub use executor::CpuExecutor;
+pub use network::Network;
 pub use product::{Products, Storage};
-pub use workers::Workers;
 pub use workspace::Workspace;
+
+use fleet_learn::Workers;
+use std::sync::Arc;
+
+/// The threads of a rank. Products are cut here, not inside the libraries: one pool, one order.
+pub fn workers(threads: u32) -> fleet_learn::Result<Arc<Workers>> {
+    let failed = |e| fleet_learn::Error::Environment(format!("cannot start {threads} threads: {e}"));
+    Workers::new(threads, || shim::set_threads(1)).map(Arc::new).map_err(failed)
+}

@@ -1,10 +1,10 @@
 //! The feed-forward network of a block.
 
 use crate::block::Pass;
-use crate::network::Sink;
 use crate::product::{Out, Storage};
 use fleet_common::model;
 use fleet_kernels::{self as kernels, Activation};
+use fleet_learn::Gradients;
 
 fn activation(activation: model::Activation) -> Activation {
     match activation {
@@ -41,7 +41,7 @@ impl<E: Storage> Pass<'_, E> {
         up: &mut [E],
         inner: &mut [E],
         sums: &mut Vec<f32>,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let block = &self.network.layout.blocks[number];
         let (t, f, kind) = self.mlp_shape();

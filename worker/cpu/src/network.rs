@@ -1,12 +1,11 @@
 //! A decoder's shape and tables. It owns no weights and makes no decisions about training; it computes on slices that it is given.
 
 use crate::block::Pass;
-use crate::head::{Loss, Score};
 use crate::product::{Out, Products, Storage};
 use crate::workspace::Workspace;
 use fleet_common::model::{Decoder, Layout, Linear, Positions};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
-use half::bf16;
+use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
 
 /// Shape and tables of a model.
@@ -18,58 +17,8 @@ pub struct Network {
     slopes: Vec<f32>,
 }
 
-/// The flat parameters, and what products read of them.
-#[derive(Clone, Copy)]
-pub struct Weights<'a, E> {
-    master: &'a [f32],
-    products: &'a [E],
-}
-
-impl<'a, E: Storage> Weights<'a, E> {
-    /// `copy` is as long as `master` under bf16-mixed and not looked at in fp32.
-    pub fn new(master: &'a [f32], copy: &'a [bf16]) -> Self {
-        Self { master, products: E::weights(master, copy) }
-    }
-
-    /// As products read it.
-    pub(crate) fn of(&self, range: &Range<usize>) -> &'a [E] {
-        &self.products[range.clone()]
-    }
-
-    /// In fp32: norms, biases, tables.
-    pub(crate) fn exact(&self, range: &Range<usize>) -> &'a [f32] {
-        &self.master[range.clone()]
-    }
-}
-
-/// Token ids of `b` sequences of `s`, and for each the token that follows it.
-#[derive(Clone, Copy, Debug)]
-pub struct Batch<'a> {
-    pub ids: &'a [i64],
-    /// `fleet_kernels::IGNORED` where there is none.
-    pub targets: &'a [i64],
-    pub seq: usize,
-}
-
-impl Batch<'_> {
-    fn sequences(&self) -> usize {
-        self.ids.len() / self.seq
-    }
-}
-
-/// Where gradients go: accumulated in fp32 at the ranges of the flat buffer.
-pub trait Sink {
-    type Error;
-    /// A range of the gradients. Zero or what earlier micro-batches left, unless `fresh`.
-    fn range(&mut self, range: Range<usize>) -> &mut [f32];
-    /// Whether this is the first micro-batch of a step: what is there is overwritten.
-    fn fresh(&self) -> bool;
-    /// The gradients of this unit are complete for this micro-batch.
-    fn unit_done(&mut self, unit: &Range<usize>) -> Result<(), Self::Error>;
-}
-
 /// The gradient of a weight as the target of a product.
-pub(crate) fn grad<'a, E>(sink: &'a mut impl Sink, range: &Range<usize>) -> Out<'a, E> {
+pub(crate) fn grad<'a, E>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> Out<'a, E> {
     match sink.fresh() {
         true => Out::Set(sink.range(range.clone())),
         false => Out::Add(sink.range(range.clone())),
@@ -77,7 +26,7 @@ pub(crate) fn grad<'a, E>(sink: &'a mut impl Sink, range: &Range<usize>) -> Out<
 }
 
 /// The gradient of what is summed piece by piece: zeroed where it is the first.
-pub(crate) fn summed<'a>(sink: &'a mut impl Sink, range: &Range<usize>) -> &'a mut [f32] {
+pub(crate) fn summed<'a>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> &'a mut [f32] {
     let fresh = sink.fresh();
     let sums = sink.range(range.clone());
     if fresh {
@@ -122,125 +71,121 @@ impl Network {
         Sight { window: self.decoder.attention.windows[number], slopes: &self.slopes }
     }
 
-    fn pass<'a, E: Storage>(
+    pub(crate) fn pass<'a, E: Storage>(
         &'a self,
-        weights: Weights<'a, E>,
-        batch: usize,
-        seq: usize,
+        weights: HostWeights<'a, E>,
+        shape: (usize, usize),
         products: &'a mut Products,
     ) -> Pass<'a, E> {
-        Pass { network: self, weights, heads: self.heads(batch, seq), position: 0, products }
+        Pass { network: self, weights, heads: self.heads(shape.0, shape.1), position: 0, products }
     }
 
-    /// Loss and, added to `sink`, the gradients of `scale` x the summed loss. Units are done from the head to the embedding.
-    pub fn forward_backward<E: Storage, S: Sink>(
+    /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
+    fn head_units(&self) -> impl Iterator<Item = usize> {
+        let tied = self.layout.head.weight == self.layout.embedding;
+        tied.then_some(0).into_iter().chain([self.layout.blocks.len() + 1])
+    }
+
+    /// The summed loss; the gradients of `scale` times it go to the units, from the head to the embedding.
+    pub fn forward_backward<E: Storage>(
         &self,
-        weights: Weights<E>,
-        batch: Batch,
+        units: &mut dyn Units<Host<E>>,
+        batch: &Batch,
         scale: f32,
         products: &mut Products,
         work: &mut Workspace<E>,
-        sink: &mut S,
-    ) -> Result<Loss, S::Error> {
-        let mut pass = self.pass(weights, batch.sequences(), batch.seq, products);
-        let units = &self.layout.units;
+    ) -> Result<f64> {
+        let shape = (batch.sequences(), batch.seq);
         let blocks = self.layout.blocks.len();
         work.resize(self, batch.ids.len(), blocks);
         let Workspace { saved, last, embedded, scratch } = work;
 
-        pass.embed(batch.ids, &mut saved[0].x, embedded, scratch);
+        units.need(0)?;
+        self.pass(units.weights(), shape, products).embed(batch.ids, &mut saved[0].x, embedded, scratch);
+        units.release(0);
         for number in 0..blocks {
             let (now, later) = saved[number..].split_at_mut(1);
             let out = later.first_mut().map_or(&mut *last, |next| &mut next.x);
-            pass.block_forward(number, &mut now[0], out, scratch, None);
+            units.need(number + 1)?;
+            self.pass(units.weights(), shape, products).block_forward(
+                number,
+                &mut now[0],
+                out,
+                scratch,
+                None,
+            );
+            units.release(number + 1);
         }
-        let loss = pass.head_forward_backward(last, batch.targets, scale, scratch, sink);
-        sink.unit_done(&units[blocks + 1])?;
+
+        self.head_units().try_for_each(|unit| units.need(unit))?;
+        let (weights, sink) = units.numbers();
+        let loss =
+            self.pass(weights, shape, products).head_forward_backward(last, batch, scale, scratch, sink);
+        self.head_units().for_each(|unit| units.release(unit));
+        units.ready(blocks + 1)?;
         for number in (0..blocks).rev() {
-            pass.block_backward(number, &mut saved[number], scratch, sink);
-            sink.unit_done(&units[number + 1])?;
+            units.need(number + 1)?;
+            let (weights, sink) = units.numbers();
+            self.pass(weights, shape, products).block_backward(number, &mut saved[number], scratch, sink);
+            units.release(number + 1);
+            units.ready(number + 1)?;
         }
-        pass.embed_backward(batch.ids, embedded, scratch, sink);
-        sink.unit_done(&units[0])?;
+        units.need(0)?;
+        let (weights, sink) = units.numbers();
+        self.pass(weights, shape, products).embed_backward(batch.ids, embedded, scratch, sink);
+        units.release(0);
+        units.ready(0)?;
         Ok(loss)
     }
 
     /// The loss alone.
     pub fn loss<E: Storage>(
         &self,
-        weights: Weights<E>,
-        batch: Batch,
+        units: &mut dyn UnitWeights<Host<E>>,
+        batch: &Batch,
         products: &mut Products,
         work: &mut Workspace<E>,
-    ) -> Loss {
-        self.forward(weights, batch, false, products, work).loss
-    }
-
-    /// The loss, and how many targets are the likeliest token.
-    pub fn score<E: Storage>(
-        &self,
-        weights: Weights<E>,
-        batch: Batch,
-        products: &mut Products,
-        work: &mut Workspace<E>,
-    ) -> Score {
-        self.forward(weights, batch, true, products, work)
-    }
-
-    fn forward<E: Storage>(
-        &self,
-        weights: Weights<E>,
-        batch: Batch,
-        wants_hits: bool,
-        products: &mut Products,
-        work: &mut Workspace<E>,
-    ) -> Score {
-        self.hidden_states(weights, batch.ids, batch.seq, products, work, &mut |_, _| {});
-        let mut pass = self.pass(weights, batch.sequences(), batch.seq, products);
-        pass.head_score(&work.saved[0].x, batch.targets, wants_hits, &mut work.scratch)
-    }
-
-    /// `[t, v]` logits of whole sequences.
-    pub fn logits<E: Storage>(
-        &self,
-        weights: Weights<E>,
-        ids: &[i64],
-        seq: usize,
-        products: &mut Products,
-        work: &mut Workspace<E>,
-    ) -> Vec<f32> {
-        self.hidden_states(weights, ids, seq, products, work, &mut |_, _| {});
-        let mut pass = self.pass(weights, ids.len() / seq, seq, products);
-        pass.head_logits(&work.saved[0].x[..ids.len() * self.hidden()], &mut work.scratch)
+    ) -> Result<Tally> {
+        self.hidden_states(units, batch.ids, batch.seq, products, work, &mut |_, _| {})?;
+        self.head_units().try_for_each(|unit| units.need(unit))?;
+        let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products);
+        let (loss, hits) = pass.head_loss(&work.saved[0].x, batch, &mut work.scratch);
+        self.head_units().for_each(|unit| units.release(unit));
+        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
     }
 
     /// Runs the blocks without keeping anything for a backward; leaves the last hidden states in `work.saved[0].x`. `layer_done` sees
     /// each layer's rotated `[t, q + 2 kv]` buffer.
     pub(crate) fn hidden_states<E: Storage>(
         &self,
-        weights: Weights<E>,
+        units: &mut dyn UnitWeights<Host<E>>,
         ids: &[i64],
         seq: usize,
         products: &mut Products,
         work: &mut Workspace<E>,
         layer_done: &mut dyn FnMut(usize, &[E]),
-    ) {
-        let mut pass = self.pass(weights, ids.len() / seq, seq, products);
+    ) -> Result<()> {
+        let shape = (ids.len() / seq, seq);
         work.resize(self, ids.len(), 1);
         let Workspace { saved, last, embedded, scratch } = work;
         let saved = &mut saved[0];
-        pass.embed(ids, &mut saved.x, embedded, scratch);
+        units.need(0)?;
+        self.pass(units.weights(), shape, products).embed(ids, &mut saved.x, embedded, scratch);
+        units.release(0);
         for number in 0..self.layout.blocks.len() {
-            pass.block_forward(number, saved, last, scratch, None);
-            layer_done(number, &saved.qkv[..pass.heads.qkv_len()]);
+            units.need(number + 1)?;
+            self.pass(units.weights(), shape, products).block_forward(number, saved, last, scratch, None);
+            units.release(number + 1);
+            layer_done(number, &saved.qkv[..self.heads(shape.0, shape.1).qkv_len()]);
             std::mem::swap(&mut saved.x, last);
         }
+        Ok(())
     }
 
     /// One token after `position` others.
     pub(crate) fn one_token<'a, E: Storage>(
         &'a self,
-        weights: Weights<'a, E>,
+        weights: HostWeights<'a, E>,
         position: usize,
         products: &'a mut Products,
     ) -> Pass<'a, E> {
@@ -282,7 +227,7 @@ impl<E: Storage> Pass<'_, E> {
         x: &[E],
         linear: &Linear,
         sums: &mut Vec<f32>,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let t = self.tokens();
         self.bias_backward(dy, linear, sums, sink);
@@ -296,7 +241,7 @@ impl<E: Storage> Pass<'_, E> {
         dy: &[T],
         linear: &Linear,
         sums: &mut Vec<f32>,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let Some(bias) = &linear.bias else { return };
         let (t, width) = (self.tokens(), linear.outputs);

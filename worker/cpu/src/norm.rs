@@ -1,11 +1,12 @@
 //! Norms of rows, and of the heads' queries and keys.
 
 use crate::block::Pass;
-use crate::network::{Sink, summed};
+use crate::network::summed;
 use crate::product::Storage;
 use crate::workspace::grow;
 use fleet_common::model::{Affine, NormKind};
 use fleet_kernels::{self as kernels, Element, RowStats, Store};
+use fleet_learn::Gradients;
 
 /// What norms keep of rows, and sums of their gradients by pieces.
 #[derive(Default)]
@@ -91,7 +92,7 @@ impl<E: Storage> Pass<'_, E> {
         store: Store,
         again: bool,
         scratch: &mut NormScratch,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let t = self.tokens();
         let d = x.len() / t;
@@ -151,7 +152,7 @@ impl<E: Storage> Pass<'_, E> {
         dqkv: &mut [E],
         raw: &[f32],
         scratch: &mut NormScratch,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let block = &self.network.layout.blocks[number];
         let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) else { return };
@@ -190,7 +191,7 @@ impl<E: Storage> Pass<'_, E> {
         affine: &Affine,
         dx: &mut [f32],
         scratch: &mut NormScratch,
-        sink: &mut impl Sink,
+        sink: &mut dyn Gradients,
     ) {
         let d = self.heads.head_dim;
         let rows = x.len() / d;

@@ -5,10 +5,11 @@
 //!
 //! Legend: t rows (tokens), i inputs, o outputs; x_ti activations, w_oi weights, dy_to gradients of outputs.
 
-use crate::shim::{DnnElement, Matrix, dnn_linear, dnn_matmul, mkl_matmul};
-use crate::workers::Workers;
+use crate::shim::{Matrix, dnn_linear, dnn_matmul, mkl_matmul};
 use fleet_kernels as kernels;
+use fleet_learn::{HostNumber, Workers};
 use half::bf16;
+use std::sync::Arc;
 
 /// Rows of a product that one thread takes at least: below, the libraries lose more than threads win.
 const GRANULE: usize = 16;
@@ -37,10 +38,8 @@ pub enum Out<'a, E> {
 }
 
 /// What products work on.
-pub trait Storage: kernels::Element + DnnElement {
+pub trait Storage: HostNumber {
     const NAME: &'static str;
-    /// The weights that products read: the masters themselves or their bf16 copy.
-    fn weights<'a>(master: &'a [f32], copy: &'a [bf16]) -> &'a [Self];
     /// `x` as operand; `room` is as long as `x` where it is needed.
     fn narrow<'a>(x: &'a [f32], room: &'a mut [Self], workers: &Workers) -> &'a [Self];
     #[doc(hidden)]
@@ -83,7 +82,7 @@ pub struct Products {
     fp32: Library,
     /// bf16 products by oneDNN.
     bf16: bool,
-    workers: Workers,
+    workers: Arc<Workers>,
     narrow_out: Vec<bf16>,
     wide_a: Vec<f32>,
     wide_b: Vec<f32>,
@@ -91,7 +90,7 @@ pub struct Products {
 }
 
 impl Products {
-    pub fn new(workers: Workers) -> Self {
+    pub fn new(workers: Arc<Workers>) -> Self {
         Self {
             fp32: fp32_library(),
             bf16: cpu_has_bf16()
@@ -200,10 +199,6 @@ impl Products {
 impl Storage for f32 {
     const NAME: &'static str = "32";
 
-    fn weights<'a>(master: &'a [f32], _copy: &'a [bf16]) -> &'a [f32] {
-        master
-    }
-
     fn narrow<'a>(x: &'a [f32], _room: &'a mut [f32], _workers: &Workers) -> &'a [f32] {
         x
     }
@@ -218,10 +213,6 @@ impl Storage for f32 {
 
 impl Storage for bf16 {
     const NAME: &'static str = "bf16-mixed";
-
-    fn weights<'a>(_master: &'a [f32], copy: &'a [bf16]) -> &'a [bf16] {
-        copy
-    }
 
     fn narrow<'a>(x: &'a [f32], room: &'a mut [bf16], workers: &Workers) -> &'a [bf16] {
         convert(workers, x, room);
@@ -336,7 +327,7 @@ pub fn cpu_has_bf16() -> bool {
 }
 
 /// Tries a small product with a transposed operand against a plain loop.
-fn dnn_works<T: DnnElement + kernels::Element>(
+fn dnn_works<T: HostNumber>(
     multiply: impl Fn((usize, usize, usize), Matrix<T>, Matrix<T>, &mut [T]) -> Result<(), String>,
 ) -> bool {
     let (m, n, k) = (16, 24, 32);
@@ -357,13 +348,14 @@ fn dnn_works<T: DnnElement + kernels::Element>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workers;
 
     fn numbers(len: usize, seed: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 7919 + seed * 104_729) % 1000) as f32 / 500.0 - 1.0).collect()
     }
 
     fn check<E: Storage>(threads: u32, tolerance: f32) {
-        let mut products = Products::new(Workers::new(threads).unwrap());
+        let mut products = Products::new(workers(threads).unwrap());
         let (t, i, o) = (37, 48, 33);
         let [x, w, dy] = [(t * i, 1), (o * i, 2), (t * o, 3)]
             .map(|(len, seed)| numbers(len, seed).into_iter().map(E::from_f32).collect::<Vec<E>>());

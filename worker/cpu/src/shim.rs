@@ -4,7 +4,7 @@
 
 #![allow(unsafe_code)]
 
-use half::bf16;
+use fleet_learn::HostNumber;
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 #[link(name = "fleet_shim", kind = "static")]
@@ -139,7 +139,7 @@ pub fn mkl_matmul(
 }
 
 /// `out[m,n] = a[m,k] b[k,n] + beta out` by oneDNN. `Err` is libtorch's own line, for instance that the CPU lacks the instructions.
-pub fn dnn_matmul<T: DnnElement>(
+pub fn dnn_matmul<T: HostNumber>(
     (m, n, k): (usize, usize, usize),
     a: Matrix<T>,
     b: Matrix<T>,
@@ -222,22 +222,6 @@ fn outcome(failed: c_int, error: &[c_char; ERROR_MAX]) -> Result<(), String> {
     // SAFETY: the shim ends what it writes with a zero.
     let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy();
     Err(text.split("\nException raised from").next().unwrap_or_default().to_owned())
-}
-
-/// The element types that `dnn_matmul` takes.
-pub trait DnnElement: sealed::Sealed {
-    const IS_BF16: bool;
-}
-impl DnnElement for f32 {
-    const IS_BF16: bool = false;
-}
-impl DnnElement for bf16 {
-    const IS_BF16: bool = true;
-}
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::bf16 {}
 }
 
 /// How many threads a product called from this thread uses.

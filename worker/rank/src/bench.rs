@@ -1,10 +1,9 @@
 //! `fleet-rank bench`: times optimizer steps of one rank on made-up data, without agent and data.
 
-use fleet_collectives::Solo;
-use fleet_cpu::{Batch, Storage, Workers};
-use fleet_rank::engine::{AdamW, Engine, Votes};
-use fleet_rank::error::{Error, Result};
-use fleet_rank::model::Model;
+use fleet_cpu::Storage;
+use fleet_learn::model::Model;
+use fleet_learn::{AdamW, Learner, Result, TokenBatch, Update, Votes};
+use fleet_rank::assemble::solo;
 use half::bf16;
 use serde_json::json;
 use std::time::Instant;
@@ -46,18 +45,18 @@ fn time<E: Storage>(args: &BenchArgs) -> Result<()> {
         "rms_norm_eps": 1e-5,
     });
     let config = config.as_object().cloned().unwrap_or_default();
-    let workers = Workers::new(args.threads).map_err(|e| Error::Environment(e.to_string()))?;
-    let mut engine =
-        Engine::<E>::new(Model::new(&config)?.network(args.seq), workers, Box::new(Solo::new(0)))?;
+    let mut engine = solo::<E>(&Model::new(&config)?, args.threads, args.seq)?;
     engine.fresh_weights(0)?;
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
     let t = args.seq * args.batch;
     let ids: Vec<i64> = (0..=t as i64).map(|i| (i * i + 7 * i) % i64::from(args.vocab)).collect();
-    let batch = Batch { ids: &ids[..t], targets: &ids[1..], seq: args.seq };
+    let batch =
+        TokenBatch { ids: ids[..t].to_vec(), targets: ids[1..].to_vec(), weights: None, seq: args.seq };
+    let batches = [batch];
     let mut times = Vec::new();
     for step in 1..=args.steps {
         let start = Instant::now();
-        let report = engine.step(std::iter::once(batch), t as u64, &adamw, 1e-4, step, Votes::default())?;
+        let report = engine.step(&batches, &Update { adamw, lr: 1e-4, step }, Votes::default())?;
         times.push(start.elapsed().as_secs_f64());
         if step == 1 {
             println!("first step done after {:.3} s, loss {:.3}", began.elapsed().as_secs_f64(), report.loss);
@@ -66,11 +65,10 @@ fn time<E: Storage>(args: &BenchArgs) -> Result<()> {
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     println!(
-        "{} ({}), {} parameters, {} threads: {:.1} ms per step, {:.0} tokens/s, best {:.0}; peak RSS {} MiB",
+        "{} ({}), {} parameters: {:.1} ms per step, {:.0} tokens/s, best {:.0}; peak RSS {} MiB",
         E::NAME,
-        engine.products().describe::<E>(),
-        engine.model().layout.count(),
-        args.threads,
+        engine.describe(),
+        engine.layout().count(),
         median * 1e3,
         t as f64 / median,
         t as f64 / times[0],

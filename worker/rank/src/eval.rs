@@ -1,20 +1,20 @@
 //! `fleet-rank eval`: how well a model predicts texts, which are read, tokenised and joined as training reads them.
 
-use crate::error::{Error, Result};
-use crate::stored;
+use crate::host_model::read_weights;
+use crate::logits::device_of;
 use fleet_checkpoint::ModelDir;
 use fleet_common::events::Level;
 use fleet_common::job::{Job, of_data};
 use fleet_common::model::Positions;
-use fleet_cpu::{Batch, Network, Products, Storage, Weights, Workers, Workspace};
+use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_data::{Note, Stream};
-use fleet_kernels::IGNORED;
-use fleet_torch::{Executor, Memory, Numbers};
+use fleet_learn::{Error, Executor, HostWeights, IGNORED, Result, Tally, TokenBatch};
+use fleet_torch::{FlatWeights, Numbers, TorchExecutor};
 use half::bf16;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tch::{Device, Tensor};
+use tch::Device;
 
 /// Windows are no longer than this where nobody says how long.
 const WINDOW: usize = 2048;
@@ -59,23 +59,15 @@ pub struct Evaluation {
     pub seconds: f64,
 }
 
-/// Sums over what was predicted.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
-    loss: f64,
-    tokens: u64,
-    hits: u64,
-}
-
 pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
     let began = Instant::now();
     let here = std::env::current_dir()
         .map_err(|e| Error::Environment(format!("there is no directory to work in: {e}")))?;
     let input = |e: &dyn std::fmt::Display| Error::Input(e.to_string());
     let job = of_data(&wanted.model, &wanted.data, &wanted.sets, &here).map_err(|e| input(&e))?;
-    let model = stored::open(&wanted.model)?;
+    let (model, flat) = read_weights(&wanted.model)?;
     let window = window(wanted, &model)?;
-    let device = stored::device(&wanted.device)?;
+    let device = device_of(&wanted.device)?;
     let stream = read(&job)?;
     let vocab = model.decoder.vocab_size;
     if let Some(id) = stream.ids.iter().find(|id| **id as usize >= vocab) {
@@ -91,18 +83,18 @@ pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
         )));
     }
     let ids: Vec<i64> = stream.ids.iter().map(|id| i64::from(*id)).collect();
-    let flat = stored::weights(&wanted.model, &model)?;
     let total = predicted(ids.len(), window);
     let mut progress = Progress::new(total);
+    let batches = batches(&ids, window, wanted.batch);
     let sums = match (device, wanted.bf16) {
-        (Device::Cpu, false) => on_cpu::<f32>(&model, &flat, &[], &ids, window, wanted.batch, &mut progress)?,
+        (Device::Cpu, false) => on_cpu::<f32>(&model, HostWeights::flat(&flat, &[]), batches, &mut progress)?,
         (Device::Cpu, true) => {
             let copy: Vec<bf16> = flat.iter().map(|x| bf16::from_f32(*x)).collect();
-            on_cpu::<bf16>(&model, &flat, &copy, &ids, window, wanted.batch, &mut progress)?
+            on_cpu::<bf16>(&model, HostWeights::flat(&flat, &copy), batches, &mut progress)?
         }
         (device, bf16) => {
             let numbers = if bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-            on_torch(&model, &flat, (device, numbers), &ids, window, wanted.batch, &mut progress)?
+            on_torch(&model, &flat, (device, numbers), batches, &mut progress)?
         }
     };
     progress.clear();
@@ -160,95 +152,59 @@ fn predicted(tokens: usize, window: usize) -> u64 {
     (tokens / window * (window - 1) + (tokens % window).saturating_sub(1)) as u64
 }
 
-/// Windows of one length, and for each token the next one of its window. They are whole, as transformers would get them: some rotary
-/// embeddings depend on how long a sequence is.
-struct Windows {
-    ids: Vec<i64>,
-    targets: Vec<i64>,
-    len: usize,
-}
-
-impl Windows {
-    fn new(ids: &[i64], len: usize) -> Windows {
-        let targets = ids.chunks(len).flat_map(|window| window[1..].iter().copied().chain([IGNORED]));
-        Windows { ids: ids.to_vec(), targets: targets.collect(), len }
-    }
-
-    fn view(&self) -> Batch<'_> {
-        Batch { ids: &self.ids, targets: &self.targets, seq: self.len }
-    }
+/// Windows of one length, in which each token predicts the next. They are whole, as transformers would get them: some rotary embeddings
+/// depend on how long a sequence is.
+fn whole(ids: &[i64], len: usize) -> TokenBatch {
+    let targets = ids.chunks(len).flat_map(|window| window[1..].iter().copied().chain([IGNORED]));
+    TokenBatch { ids: ids.to_vec(), targets: targets.collect(), weights: None, seq: len }
 }
 
 /// Batches of full windows, then what is left over.
-fn batches(ids: &[i64], window: usize, batch: usize) -> impl Iterator<Item = Windows> {
+fn batches(ids: &[i64], window: usize, batch: usize) -> impl Iterator<Item = TokenBatch> {
     let (full, rest) = ids.split_at(ids.len() / window * window);
-    let rest = (rest.len() > 1).then(|| Windows::new(rest, rest.len()));
-    full.chunks(window * batch).map(move |ids| Windows::new(ids, window)).chain(rest)
+    let rest = (rest.len() > 1).then(|| whole(rest, rest.len()));
+    full.chunks(window * batch).map(move |ids| whole(ids, window)).chain(rest)
 }
 
 fn on_cpu<E: Storage>(
     model: &ModelDir,
-    master: &[f32],
-    copy: &[bf16],
-    ids: &[i64],
-    window: usize,
-    batch: usize,
+    mut weights: HostWeights<E>,
+    batches: impl Iterator<Item = TokenBatch>,
     progress: &mut Progress,
-) -> Result<Sums> {
+) -> Result<Tally> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let workers = Workers::new(threads)
-        .map_err(|e| Error::Environment(format!("cannot start {threads} threads: {e}")))?;
-    let (mut products, mut work) = (Products::new(workers), Workspace::new());
-    let weights = Weights::<E>::new(master, copy);
-    let mut sums = Sums::default();
-    let mut network: Option<(usize, Network)> = None;
-    for batch in batches(ids, window, batch) {
-        let batch = batch.view();
-        if network.as_ref().is_none_or(|(seq, _)| *seq != batch.seq) {
-            let (decoder, layout) = (model.decoder.clone(), model.layout.clone());
-            network = Some((batch.seq, Network::new(decoder, layout, batch.seq)));
+    let workers = workers(threads)?;
+    let made = |seq| {
+        let network = Network::new(model.decoder.clone(), model.layout.clone(), seq);
+        CpuExecutor::<E>::new(network, workers.clone())
+    };
+    let (mut tally, mut seq, mut executor) = (Tally::default(), 0, made(1));
+    for batch in batches {
+        if batch.seq != seq {
+            (seq, executor) = (batch.seq, made(batch.seq));
         }
-        let Some((_, network)) = &network else { unreachable!("made above") };
-        let score = network.score(weights, batch, &mut products, &mut work);
-        sums.loss += score.loss.sum;
-        sums.tokens += score.loss.tokens;
-        sums.hits += score.hits;
-        progress.tell(&sums);
+        tally.add(executor.evaluate(&mut weights, &batch.view())?);
+        progress.tell(&tally);
     }
-    Ok(sums)
+    Ok(tally)
 }
 
 fn on_torch(
     model: &ModelDir,
     flat: &[f32],
     (device, numbers): (Device, Numbers),
-    ids: &[i64],
-    window: usize,
-    batch: usize,
+    batches: impl Iterator<Item = TokenBatch>,
     progress: &mut Progress,
-) -> Result<Sums> {
-    let failed = |error: fleet_torch::Error| {
-        Error::Environment(format!(
-            "the model cannot be computed on {device:?}: {error}; give a smaller --batch-size"
-        ))
-    };
-    let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
-    let mut memory = Memory::new(&executor.network, false).map_err(failed)?;
-    memory.set(flat).map_err(failed)?;
-    let mut sums = Sums::default();
-    for batch in batches(ids, window, batch) {
-        let batch = batch.view();
-        let of = |ids: &[i64]| -> std::result::Result<Tensor, fleet_torch::Error> {
-            Ok(Tensor::f_from_slice(ids)?.f_view([-1, batch.seq as i64])?.f_to_device(device)?)
-        };
-        let both = (&of(batch.ids).map_err(failed)?, &of(batch.targets).map_err(failed)?);
-        let (loss, hits) = executor.score(&memory, both).map_err(failed)?;
-        sums.loss += loss;
-        sums.tokens += batch.targets.iter().filter(|target| **target != IGNORED).count() as u64;
-        sums.hits += hits;
-        progress.tell(&sums);
+) -> Result<Tally> {
+    let mut weights = FlatWeights::new(model.layout.len, device, numbers.products)?;
+    weights.set(0, flat).and_then(|()| weights.refresh())?;
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let mut tally = Tally::default();
+    for batch in batches {
+        tally.add(executor.evaluate(&mut weights, &batch.view())?);
+        progress.tell(&tally);
     }
-    Ok(sums)
+    Ok(tally)
 }
 
 /// One line on a terminal that is written over, and nothing elsewhere.
@@ -263,7 +219,7 @@ impl Progress {
         Progress { total, shows: std::io::stderr().is_terminal(), told: None }
     }
 
-    fn tell(&mut self, sums: &Sums) {
+    fn tell(&mut self, sums: &Tally) {
         if !self.shows || self.told.is_some_and(|told| told.elapsed() < TOLD_EVERY) {
             return;
         }
@@ -313,12 +269,12 @@ mod tests {
         for (window, batch, want) in
             [(4, 2, vec![6, 2]), (4, 1, vec![3, 3, 2]), (5, 8, vec![8]), (20, 1, vec![10]), (10, 3, vec![9])]
         {
-            let counted = |batch: Windows| batch.targets.iter().filter(|target| **target != IGNORED).count();
+            let counted = |batch: TokenBatch| batch.view().tokens() as usize;
             let counts: Vec<usize> = batches(&ids, window, batch).map(counted).collect();
             assert_eq!(counts, want, "{window} {batch}");
             assert_eq!(predicted(ids.len(), window), counts.iter().sum::<usize>() as u64);
         }
         let last = batches(&ids, 4, 2).last().unwrap();
-        assert_eq!((last.ids, last.targets, last.len), (vec![8, 9, 10], vec![9, 10, IGNORED], 3));
+        assert_eq!((last.ids, last.targets, last.seq), (vec![8, 9, 10], vec![9, 10, IGNORED], 3));
     }
 }

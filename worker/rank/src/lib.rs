@@ -1,18 +1,9 @@
-//! The training engine: one process per device, a child of the node agent.
-//!
-//! An executor computes (`fleet_cpu`, `fleet_torch`), `engine` holds weights and optimizer and takes steps with its peers, `trainer` decides what happens when, `agent_link`
-//! speaks with the agent. `generate` continues a text from a model directory, `logits` shows what one computes,
-//! `eval` how well it predicts.
+//! What a rank is made of: `assemble` puts an executor and a strategy together for a job, which `fleet_learn` then trains. `generate` continues a
+//! text from a model directory, `logits` shows what a model computes, `eval` how well it
+//! predicts.
 
-pub mod agent_link;
-pub mod engine;
-pub mod error;
+pub mod assemble;
 pub mod eval;
 pub mod generate;
+pub mod host_model;
 pub mod logits;
-pub mod model;
-pub mod shim;
-mod stored;
-#[doc(hidden)]
-pub mod testing;
-pub mod trainer;

@@ -1,9 +1,9 @@
 //! `fleet-rank logits`: what a model of any family computes for given tokens.
 
-use crate::error::{Error, Result};
-use crate::stored;
+use crate::host_model::read_weights;
 use fleet_common::model::Positions;
-use fleet_torch::{Executor, Memory, Numbers};
+use fleet_learn::{Error, Result};
+use fleet_torch::{FlatWeights, Numbers, TorchExecutor, device};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -23,7 +23,7 @@ pub struct Wanted {
 
 /// Writes the tensor `logits`, `[sequences, tokens, vocabulary]` in fp32.
 pub fn write(wanted: &Wanted) -> Result<()> {
-    let model = stored::open(&wanted.model)?;
+    let (model, flat) = read_weights(&wanted.model)?;
     let (ids, sequences) = read_ids(&wanted.ids)?;
     let refuse = |what: String| Error::Input(format!("{}: {what}", wanted.ids.display()));
     let (vocab, len) = (model.decoder.vocab_size, ids.len() / sequences);
@@ -40,33 +40,43 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     if bytes > BYTES_MAX {
         return Err(refuse(format!("its logits would have {} GiB; give fewer tokens", bytes >> 30)));
     }
-    let device = stored::device(&wanted.device)?;
+    let device = device_of(&wanted.device)?;
     let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let flat = stored::weights(&wanted.model, &model)?;
-    let mut executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
     };
-    let mut memory = Memory::new(&executor.network, false).map_err(failed)?;
-    memory.set(&flat).map_err(failed)?;
+    let mut weights = FlatWeights::new(model.layout.len, device, numbers.products).map_err(failed)?;
+    weights.set(0, &flat).and_then(|()| weights.refresh()).map_err(failed)?;
     drop(flat);
     let mut out = Vec::with_capacity(bytes);
     for sequence in ids.chunks(len) {
-        let logits = compute(&mut executor, &memory, sequence).map_err(failed)?;
+        let logits = compute(&mut executor, &weights, sequence).map_err(failed)?;
         logits.iter().for_each(|x| out.extend(x.to_le_bytes()));
     }
     save(&wanted.out, &[sequences, len, vocab], &out)
 }
 
 fn compute(
-    executor: &mut Executor,
-    memory: &Memory,
+    executor: &mut TorchExecutor,
+    weights: &FlatWeights,
     sequence: &[u64],
 ) -> std::result::Result<Vec<f32>, fleet_torch::Error> {
     let ids: Vec<i64> = sequence.iter().map(|id| *id as i64).collect();
     let ids = Tensor::f_from_slice(&ids)?.f_view([1, -1])?.f_to_device(executor.network.device)?;
-    let logits = executor.logits(memory, &ids)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+    let logits = executor.logits(weights.view(), &ids)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     Ok(Vec::<f32>::try_from(&logits.f_contiguous()?.f_view([-1])?)?)
+}
+
+pub(crate) fn device_of(name: &str) -> Result<Device> {
+    match (name, if name == "cpu" { Err(String::new()) } else { device::cuda_devices() }) {
+        ("cpu", _) => Ok(Device::Cpu),
+        (_, Ok(_)) => Ok(Device::Cuda(0)),
+        ("cuda", Err(why)) => {
+            Err(Error::Environment(format!("{why}; leave --device out to compute on the CPU")))
+        }
+        (_, Err(_)) => Ok(Device::Cpu),
+    }
 }
 
 /// Ids of all sequences, one after the other, and how many sequences there are.

@@ -1,4 +1,4 @@
-//! `fleet-rank`: without arguments a rank of a training job, started by the node agent; also the probe, text generation, and what shows of a model how good it is.
+//! `fleet-rank`: without arguments a rank of a training job, started by the node agent; also the probe, and text generation.
 
 mod bench;
 
@@ -9,10 +9,11 @@ use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_cpu::{product, shim as libtorch};
-use fleet_rank::agent_link::AgentLink;
-use fleet_rank::error::Error;
+use fleet_learn::agent_link::AgentLink;
+use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{eval, logits, shim, trainer};
+use fleet_rank::{assemble, eval, logits};
+use fleet_torch::device;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -154,9 +155,11 @@ fn report(result: Result<(), Error>) -> u8 {
 }
 
 fn probe() -> u8 {
+    let cuda = device::cuda_devices();
     let line = serde_json::json!({
         "libtorch": libtorch::libtorch_version(),
-        "cuda_devices": tch::Cuda::device_count(),
+        "cuda_devices": cuda.as_ref().copied().unwrap_or(0),
+        "no_cuda": cuda.err(),
         "mps": tch::utils::has_mps(),
         "bf16_products": product::cpu_has_bf16(),
     });
@@ -224,7 +227,7 @@ fn be_a_rank() -> u8 {
         message,
         last_lines: Vec::new(),
     };
-    let outcome = catch_unwind(AssertUnwindSafe(|| trainer::run(&start, &mut link)));
+    let outcome = catch_unwind(AssertUnwindSafe(|| trainer::run(&start, &mut link, &assemble::learner)));
     let error = match outcome {
         Ok(Ok(outcome @ (Outcome::Succeeded { .. } | Outcome::Stopped { .. }))) => {
             link.send(&FromRank::Done(outcome));

@@ -48,7 +48,7 @@ fn copy_of(name: &str) -> tempfile::TempDir {
 }
 
 /// The likeliest continuation, whose pieces are its text.
-fn greedy(dir: &Path, prompt: &str) -> Result<Generated, fleet_rank::error::Error> {
+fn greedy(dir: &Path, prompt: &str) -> Result<Generated, fleet_learn::Error> {
     let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
     let settings = Settings { max_new_tokens: 24, sampling, threads: 1 };
     let mut pieces = String::new();

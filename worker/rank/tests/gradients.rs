@@ -4,9 +4,10 @@
 #![allow(clippy::assign_op_pattern)] // in tch `+=` works in place, which autograd would refuse
 
 use fleet_common::model::{Decoder, Layout, Object, Positions};
-use fleet_cpu::{Batch, Products, Storage, Weights, Workers, Workspace};
-use fleet_rank::model::{Model, init};
-use fleet_rank::testing::{VecSink, tiny_with, token_ids};
+use fleet_cpu::{CpuExecutor, Network, Storage, workers};
+use fleet_learn::model::{Model, init};
+use fleet_learn::testing::{Whole, tiny_with, token_ids};
+use fleet_learn::{Batch, Executor};
 use half::bf16;
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -94,46 +95,44 @@ fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
     let mut targets = token_ids(3 * seq, 97, 2);
     targets[5] = -100;
     targets[12] = -100;
-    let batch = Batch { ids: &ids, targets: &targets, seq };
+    let batch = Batch { ids: &ids, targets: &targets, weights: None, seq };
     let model = Model::new(&config).unwrap();
-    let (decoder, model) = (model.decoder.clone(), model.network(32));
-    let mut flat = vec![0.0; model.layout.len];
-    for p in &model.layout.parameters {
+    let decoder = model.decoder.clone();
+    let layout = model.layout();
+    let mut flat = vec![0.0; layout.len];
+    for p in &layout.parameters {
         init::fill(p, 0..usize::MAX, 3, &mut flat, 0);
     }
     // Norm weights that are not all 1.
-    for p in model.layout.parameters.iter().filter(|p| p.role.is_vector()) {
+    for p in layout.parameters.iter().filter(|p| p.role.is_vector()) {
         flat[p.range.clone()].iter_mut().enumerate().for_each(|(i, w)| *w = 0.75 + (i % 7) as f32 / 8.0);
     }
-    let copy: Vec<bf16> = flat.iter().map(|v| bf16::from_f32(*v)).collect();
-    let weights = Weights::<E>::new(&flat, &copy);
-    let mut products = Products::new(Workers::new(threads).unwrap());
-    let mut work = Workspace::<E>::new();
-    let mut sink = VecSink { grads: vec![f32::NAN; model.layout.len], fresh: true, done: Vec::new() };
-    let loss = model.forward_backward(weights, batch, 0.5, &mut products, &mut work, &mut sink).unwrap();
+    let mut whole = Whole::new(flat);
+    let mut executor =
+        CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), 32), workers(threads).unwrap());
+    executor.forward_backward(&mut whole, &batch, 0.5).unwrap();
+    let loss = executor.take_loss().unwrap();
 
-    let (want, grads) = oracle(&decoder, &model.layout, &flat, batch, 0.5);
-    assert_eq!(loss.tokens, 37);
-    assert!((loss.sum - want).abs() / want < tolerance, "loss {} {want}", loss.sum);
-    for (p, want) in model.layout.parameters.iter().zip(&grads) {
-        let off = distance(&sink.grads[p.range.clone()], want);
+    let (want, grads) = oracle(&decoder, &layout, &whole.master, batch, 0.5);
+    assert!((loss - want).abs() / want < tolerance, "loss {loss} {want}");
+    for (p, want) in layout.parameters.iter().zip(&grads) {
+        let off = distance(&whole.grads.numbers[p.range.clone()], want);
         assert!(off < tolerance, "{}: {off}", p.name);
     }
-    let mut units: Vec<_> = model.layout.units.clone();
-    units.reverse();
-    assert_eq!(sink.done, units);
+    assert_eq!(whole.done, (0..layout.units.len()).rev().collect::<Vec<_>>());
 
     // A second micro-batch adds; evaluation gives the same loss.
-    sink.fresh = false;
-    let again = model.forward_backward(weights, batch, 0.5, &mut products, &mut work, &mut sink).unwrap();
-    assert_eq!(again, loss);
-    for (p, want) in model.layout.parameters.iter().zip(&grads) {
+    whole.grads.fresh = false;
+    executor.forward_backward(&mut whole, &batch, 0.5).unwrap();
+    assert_eq!(executor.take_loss().unwrap(), loss);
+    for (p, want) in layout.parameters.iter().zip(&grads) {
         let doubled: Vec<f64> = want.iter().map(|v| 2.0 * v).collect();
-        let off = distance(&sink.grads[p.range.clone()], &doubled);
+        let off = distance(&whole.grads.numbers[p.range.clone()], &doubled);
         assert!(off < tolerance, "{} twice: {off}", p.name);
     }
-    let evaluated = model.loss(weights, batch, &mut products, &mut Workspace::<E>::new());
-    assert!((evaluated.sum - loss.sum).abs() < 1e-3 * loss.sum, "{} {}", evaluated.sum, loss.sum);
+    let evaluated = executor.evaluate(&mut whole, &batch).unwrap();
+    assert_eq!(evaluated.tokens, 37);
+    assert!((evaluated.loss - loss).abs() < 1e-3 * loss, "{} {loss}", evaluated.loss);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use fleet_checkpoint::ModelDir;
 use fleet_common::events::Outcome;
 use fleet_common::job::{Job, Model as Described, parse_toml};
 use fleet_common::model::{Family, Layout, Object};
-use fleet_rank::model::{Model, init};
+use fleet_learn::model::{Model, init};
 use gang::launch;
 use serde_json::Value;
 use std::collections::BTreeMap;

@@ -4,10 +4,13 @@
 
 use fleet_checkpoint::{Dtype, Tensors};
 use fleet_common::job::{Optimizer, Schedule};
-use fleet_cpu::{Cache, Storage};
-use fleet_rank::engine::{AdamW, Engine, Votes};
+use fleet_cpu::Storage;
+use fleet_learn::model::Model;
+use fleet_learn::trainer::learning_rate;
+use fleet_learn::{AdamW, Learner, TokenBatch, Update, Votes};
+use fleet_rank::assemble::solo;
 use fleet_rank::generate::Sampling;
-use fleet_rank::trainer::{TokenBatch, learning_rate};
+use fleet_rank::host_model::HostModel;
 use half::bf16;
 use std::path::PathBuf;
 
@@ -43,7 +46,7 @@ fn logits_are_hugging_faces() {
         let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
         let input = ids(&tensors, "input_ids");
         let want = numbers(&tensors, "logits", Dtype::F32, f32::from_le_bytes);
-        let got = Engine::<f32>::open(&dir, 1, None).unwrap().logits(&input, 48);
+        let got = HostModel::open(&dir, 1, None).unwrap().logits(&input, 48).unwrap();
         assert_eq!(got.len(), want.len());
         let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 1e-5, "{model}: {worst}");
@@ -57,17 +60,17 @@ fn greedy_generation_with_a_cache_is_hugging_faces() {
         let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
         let want = ids(&tensors, "greedy");
         let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-        let mut engine = Engine::<f32>::open(&dir, 1, None).unwrap();
-        let mut cache = Cache::new(engine.model());
-        let mut logits = engine.prefill(&want[..8], &mut cache);
+        let mut host = HostModel::open(&dir, 1, None).unwrap();
+        let mut cache = host.cache();
+        let mut logits = host.prefill(&want[..8], &mut cache).unwrap();
         let mut got = want[..8].to_vec();
         while got.len() < want.len() {
             got.push(greedy.pick(&logits, 0) as i64);
-            logits = engine.decode(got[got.len() - 1], &mut cache);
+            logits = host.decode(got[got.len() - 1], &mut cache);
         }
         assert_eq!(got, want, "{model}");
         // The cache holds what a whole forward computes.
-        let whole = engine.logits(&got, got.len());
+        let whole = host.logits(&got, got.len()).unwrap();
         let last = &whole[whole.len() - logits.len()..];
         let worst = logits.iter().zip(last).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 1e-4, "{model}: {worst}");
@@ -89,13 +92,7 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
         eps: hyper("eps"),
         max_grad_norm: hyper("max_grad_norm"),
     };
-    let adamw = AdamW {
-        beta1: optimizer.beta1,
-        beta2: optimizer.beta2,
-        eps: optimizer.eps,
-        weight_decay: optimizer.weight_decay,
-        max_grad_norm: optimizer.max_grad_norm,
-    };
+    let adamw = AdamW::from(&optimizer);
     for model in MODELS {
         let dir = golden().join(model);
         let tensors = Tensors::open(&dir.join(format!("train_{kind}.safetensors"))).unwrap();
@@ -103,15 +100,14 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
         let (norms, rates) = (reals(&tensors, "grad_norms"), reals(&tensors, "learning_rates"));
         let shape = tensors.get("batches").unwrap().shape.to_vec();
         let total = hyper("total_steps") as u64;
-        let mut engine = Engine::<E>::open(&dir, 1, Some(shape[2])).unwrap();
+        let mut engine = solo::<E>(&Model::read(&dir).unwrap(), 1, shape[2]).unwrap();
+        engine.load_weights(&dir).unwrap();
         for (step, tokens) in batches.chunks_exact(shape[1] * shape[2]).enumerate() {
             let lr = learning_rate(&optimizer, step as u64, total);
             assert!((lr - rates[step]).abs() < 1e-12, "rate of step {step}");
-            let batch = TokenBatch::from_tokens(tokens, shape[2]);
-            let predictions = (shape[1] * (shape[2] - 1)) as u64;
-            let views = std::iter::once(batch.view());
-            let report =
-                engine.step(views, predictions, &adamw, lr, step as u64 + 1, Votes::default()).unwrap();
+            let batches = [TokenBatch::of_windows(tokens, shape[2])];
+            let update = Update { adamw, lr, step: step as u64 + 1 };
+            let report = engine.step(&batches, &update, Votes::default()).unwrap();
             let close = |got: f64, want: f64, tolerance| (got / want - 1.0).abs() < tolerance;
             assert!(
                 close(report.loss, losses[step], tolerance),

@@ -44,6 +44,34 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
 }
 
 #[test]
+fn libtorch_trains_as_fleets_own_executor_does_and_either_continues_the_other() {
+    for precision in [Precision::Fp32, Precision::Bf16Mixed] {
+        let dir = tempfile::tempdir().unwrap();
+        let own = Job { precision, accumulate_grad_batches: 2, batch_size: 2, ..job(dir.path()) };
+        let torch = Job { executor: Executor::Torch, run_name: "torch".into(), ..own.clone() };
+        let (own_run, torch_run) = (launch(&own, 1, None, None), launch(&torch, 1, None, None));
+        let tolerance = if precision == Precision::Fp32 { 1e-4 } else { 2e-2 };
+        let same = |a: &[f64], b: &[f64]| {
+            assert_eq!(a.len(), b.len());
+            for (a, b) in a.iter().zip(b) {
+                assert!((a / b - 1.0).abs() < tolerance, "{precision:?}: {a} {b}");
+            }
+        };
+        assert_eq!(torch_run.losses().len(), 12, "{:?}", torch_run.outcomes);
+        same(&torch_run.losses(), &own_run.losses());
+        let losses = |ended: &gang::Ended| ended.evaluations().iter().map(|e| e.1).collect::<Vec<_>>();
+        same(&losses(&torch_run), &losses(&own_run));
+        let half = &torch_run.checkpoints()[0].path;
+        let [own_rest, torch_rest] = [&own, &torch].map(|job| {
+            let job = Job { run_name: format!("{}-rest", job.run_name), ..job.clone() };
+            launch(&job, 1, Some(half), None)
+        });
+        assert_eq!(torch_rest.losses(), torch_run.losses()[6..], "bit for bit");
+        same(&own_rest.losses(), &torch_run.losses()[6..]);
+    }
+}
+
+#[test]
 fn a_stop_is_agreed_on_and_leaves_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let job = Job { batch_size: 2, max_steps: Some(100_000), ..job(dir.path()) };

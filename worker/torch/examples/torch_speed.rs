@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // an example ends at the first error
 
 use fleet_common::model::{Family, Layout};
-use fleet_torch::{AdamW, Executor, Memory, Numbers, Optimizer, device};
+use fleet_learn::{AdamW, Engine, Learner, TokenBatch, Update, Votes};
+use fleet_torch::{Numbers, Solo, TorchExecutor, device};
 use serde_json::json;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -36,20 +37,13 @@ fn main() {
     let layout = Layout::new(&decoder, family);
     let (parameters, flops) = (layout.count(), decoder.flops_per_token(seq as usize));
     let vocab = decoder.vocab_size as i64;
-    let mut executor = Executor::new(decoder, layout, device, numbers);
-    let mut memory = Memory::new(&executor.network, true).unwrap();
-    for p in executor.network.layout.parameters.clone() {
-        let mut slot = memory.master.narrow(0, p.range.start as i64, p.range.len() as i64);
-        match p.role.constant() {
-            Some(constant) => drop(slot.fill_(f64::from(constant))),
-            None => drop(slot.normal_(0.0, p.std)),
-        }
-    }
-    memory.refresh().unwrap();
-    let mut optimizer = Optimizer::new(&executor.network).unwrap();
+    let solo = Solo::new(layout.clone(), device, numbers.products, 0).unwrap();
+    let mut engine = Engine::new(TorchExecutor::new(decoder, layout, device, numbers), solo);
+    engine.fresh_weights(0).unwrap();
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
-    let ids = Tensor::randint(vocab, [batch, seq], (Kind::Int64, device));
-    let targets = ids.roll([-1], [1]);
+    let ids: Vec<i64> = (0..=batch * seq).map(|i| (i * i % 65_537 + 7 * i) % vocab).collect();
+    let (inputs, targets) = (ids[..ids.len() - 1].to_vec(), ids[1..].to_vec());
+    let batches = [TokenBatch { ids: inputs, targets, weights: None, seq: seq as usize }];
     let wait = || {
         if let Device::Cuda(n) = device {
             tch::Cuda::synchronize(n as i64)
@@ -57,49 +51,25 @@ fn main() {
     };
 
     let began = Instant::now();
-    let mut last = f64::NAN;
-    let (mut compute, mut update) = (0.0, 0.0);
     let mut timed = Instant::now();
+    let mut last = f64::NAN;
     const WARM: i64 = 5;
-    let scale = 1.0 / (batch * seq) as f64;
     for step in 0..WARM + steps {
         if step == WARM {
-            wait();
             timed = Instant::now();
         }
-        let loss = executor
-            .forward_backward(&mut memory, (&ids, &targets), scale, true, &mut |_, _| Ok(()))
-            .unwrap();
-        let _ = optimizer.step(&mut memory, &adamw, 1e-4, step as u64 + 1).unwrap();
+        let update = Update { adamw, lr: 1e-4, step: step as u64 + 1 };
+        last = engine.step(&batches, &update, Votes::default()).unwrap().loss;
         if step == 0 {
-            last = f64::try_from(&loss).unwrap() * scale;
             println!("first step after {:.2} s, loss {last:.4}", began.elapsed().as_secs_f64());
-        } else if step == WARM + steps - 1 {
-            last = f64::try_from(&loss).unwrap() * scale;
         }
     }
-    wait();
     let per_step = timed.elapsed().as_secs_f64() / steps as f64;
-    for _ in 0..5 {
-        wait();
-        let at = Instant::now();
-        let _ = executor
-            .forward_backward(&mut memory, (&ids, &targets), scale, true, &mut |_, _| Ok(()))
-            .unwrap();
-        wait();
-        compute += at.elapsed().as_secs_f64() / 5.0;
-        let at = Instant::now();
-        let _ = optimizer.step(&mut memory, &adamw, 1e-4, 100).unwrap();
-        wait();
-        update += at.elapsed().as_secs_f64() / 5.0;
-    }
     let peak = product_rate(numbers.products, device, &wait);
     let rate = batch as f64 * seq as f64 / per_step;
     println!(
-        "fleet {model} {numbers:?} batch {batch} x {seq}: {rate:.0} tokens/s, {:.1} ms a step (alone: {:.1} compute, {:.1} optimizer), {:.1}% of {:.0} TFLOP/s, {:.1} M parameters, loss {last:.4}",
+        "fleet {model} {numbers:?} batch {batch} x {seq}: {rate:.0} tokens/s, {:.1} ms a step, {:.1}% of {:.0} TFLOP/s, {:.1} M parameters, loss {last:.4}",
         per_step * 1e3,
-        compute * 1e3,
-        update * 1e3,
         100.0 * rate * flops / peak,
         peak / 1e12,
         parameters as f64 / 1e6,

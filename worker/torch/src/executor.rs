@@ -1,56 +1,41 @@
 //! Forward and backward of a whole decoder, unit by unit: a unit's graph lives from its forward to its backward, and its gradients are
 //! complete when its turn is over, while the units before it still wait.
 
+use crate::memory::{Gradients, Tensors, Weights};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
-use crate::{Result, shim};
+use crate::{Error, Result, device, shim};
 use fleet_common::model::{Decoder, Layout};
+use fleet_learn::{Batch, Executor, IGNORED, Tally, UnitWeights, Units};
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// A target that does not count.
-pub const IGNORED: i64 = -100;
-
 /// Computes; owns activations for as long as a step, never weights.
-pub struct Executor {
+pub struct TorchExecutor {
     pub network: Network,
     /// Most numbers of logits that exist at once.
     logits_max: usize,
     frame: Option<(usize, Frame)>,
+    /// Summed since it was asked for.
+    loss: Option<Tensor>,
+    /// What is being computed, for errors.
+    doing: Doing,
 }
 
-/// The numbers of all units, flat, on one device.
-pub struct Memory {
-    pub master: Tensor,
-    /// In the type of products; `None` where that is the masters'.
-    pub copy: Option<Tensor>,
-    /// fp32.
-    pub grads: Tensor,
+/// A part of a step.
+#[derive(Clone, Copy, Debug)]
+enum Doing {
+    Forward(usize),
+    Head,
+    Backward(usize),
 }
 
-impl Memory {
-    pub fn new(network: &Network, wants_grad: bool) -> Result<Memory> {
-        let (len, device) = (network.layout.len as i64, network.device);
-        let zeros = |kind, len| Tensor::f_zeros([len], (kind, device));
-        let kind = network.numbers.products;
-        Ok(Memory {
-            master: zeros(Kind::Float, len)?,
-            copy: (kind != Kind::Float).then(|| zeros(kind, len)).transpose()?,
-            grads: zeros(Kind::Float, if wants_grad { len } else { 0 })?,
-        })
-    }
-
-    /// Takes over flat parameters, and makes the copy for products.
-    pub fn set(&mut self, flat: &[f32]) -> Result<()> {
-        self.master.f_copy_(&Tensor::f_from_slice(flat)?)?;
-        self.refresh()
-    }
-
-    /// Makes the copy for products anew.
-    pub fn refresh(&mut self) -> Result<()> {
-        if let Some(copy) = &mut self.copy {
-            copy.f_copy_(&self.master)?;
-        }
-        Ok(())
-    }
+/// Token ids of `[b, s]` and what is to be predicted, on the executor's device.
+struct OnDevice {
+    ids: Tensor,
+    /// `[b * s]`.
+    targets: Tensor,
+    /// `[b * s]` in fp32: what each target counts; zero where there is none.
+    weights: Tensor,
 }
 
 /// A unit's graph between its forward and its backward.
@@ -60,10 +45,11 @@ struct Saved {
     leaves: Vec<Leaf>,
 }
 
-impl Executor {
-    pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> Executor {
+impl TorchExecutor {
+    pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> TorchExecutor {
         let logits_max = if device.is_cuda() { 1 << 28 } else { 1 << 20 };
-        Executor { network: Network { decoder, layout, device, numbers }, logits_max, frame: None }
+        let network = Network { decoder, layout, device, numbers };
+        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0) }
     }
 
     fn take_frame(&mut self, len: usize) -> Result<Frame> {
@@ -74,220 +60,313 @@ impl Executor {
     }
 
     /// `[b, s, v]` logits of `[b, s]` ids, in the type of products.
-    pub fn logits(&mut self, memory: &Memory, ids: &Tensor) -> Result<Tensor> {
+    pub fn logits(&mut self, weights: Weights, ids: &Tensor) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let last = self.hidden(memory, ids)?;
-        Ok(last.f_linear(&self.head(memory)?, self.head_bias(memory)?.as_ref())?)
-    }
-
-    /// `[b, s, e]` of `[b, s]` ids: what the head multiplies.
-    fn hidden(&mut self, memory: &Memory, ids: &Tensor) -> Result<Tensor> {
         let len = ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
         let network = &self.network;
-        let mut leaves = Leaves::new(network, &memory.master, memory.copy.as_ref(), false);
+        let mut leaves = Leaves::new(network, weights, false);
         let mut x = network.embed(&mut leaves, ids)?;
         for number in 0..network.layout.blocks.len() {
             x = network.block(&mut leaves, number, &x, &frame)?;
         }
         let last = network.last(&mut leaves, &x)?;
+        let (head, bias) = self.head(weights)?;
         self.frame = Some((len, frame));
-        Ok(last)
+        Ok(last.f_linear(&head, bias.as_ref())?)
     }
 
-    /// Loss of `[b, s]` ids and targets, summed over the targets that count, and how many of them are the likeliest token. The head works in
-    /// slices of tokens.
-    pub fn score(&mut self, memory: &Memory, (ids, targets): (&Tensor, &Tensor)) -> Result<(f64, u64)> {
-        let _guard = tch::no_grad_guard();
-        let last = self.hidden(memory, ids)?;
-        let layout = &self.network.layout;
-        let (weight, bias) = (self.head(memory)?, self.head_bias(memory)?);
-        let x = last.f_view([-1, layout.head.inputs as i64])?;
-        let targets = targets.f_view([-1])?;
-        let tokens = x.size()[0];
-        let rows = (self.logits_max as i64 / layout.head.outputs as i64).clamp(64, tokens.max(64));
-        let (mut loss, mut hits) = (0.0, 0);
-        for start in (0..tokens).step_by(rows as usize) {
-            let count = rows.min(tokens - start);
-            let (x, targets) = (x.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
-            let logits = x.f_linear(&weight, bias.as_ref())?;
-            let hit = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?.f_sum(Kind::Int64)?;
-            hits += u64::try_from(i64::try_from(&hit)?).unwrap_or(0);
-            let logs = logits.f_log_softmax(-1, Kind::Float)?;
-            let counts = targets.f_ne(IGNORED)?;
-            let at = targets.f_where_self(&counts, &targets.f_zeros_like()?)?.f_unsqueeze(1)?;
-            let of_target = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?;
-            loss -= f64::try_from(&of_target.f_mul(&counts)?.f_sum(Kind::Double)?)?;
-        }
-        Ok((loss, hits))
-    }
-
-    fn head(&self, memory: &Memory) -> Result<Tensor> {
+    /// The head's matrix and bias.
+    fn head(&self, weights: Weights) -> Result<(Tensor, Option<Tensor>)> {
         let head = &self.network.layout.head;
-        let flat = memory.copy.as_ref().unwrap_or(&memory.master);
-        let head_rows = flat.f_narrow(0, head.weight.start as i64, head.weight.len() as i64)?;
-        Ok(head_rows.f_view([head.outputs as i64, head.inputs as i64])?)
+        let matrix = weights.of(&head.weight)?.f_view([head.outputs as i64, head.inputs as i64])?;
+        Ok((matrix, head.bias.as_ref().map(|range| weights.of(range)).transpose()?))
     }
 
-    fn head_bias(&self, memory: &Memory) -> Result<Option<Tensor>> {
-        let flat = memory.copy.as_ref().unwrap_or(&memory.master);
-        let bias = self.network.layout.head.bias.as_ref();
-        Ok(bias.map(|range| flat.f_narrow(0, range.start as i64, range.len() as i64)).transpose()?)
+    /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
+    fn head_units(&self) -> impl Iterator<Item = usize> + use<> {
+        let layout = &self.network.layout;
+        let tied = layout.head.weight == layout.embedding;
+        tied.then_some(0).into_iter().chain([layout.units.len() - 1])
     }
 
-    /// Loss of `[b, s]` ids and targets: the sum over the targets that count, as a tensor of one number on the device. Gradients of `scale`
-    /// times it go to `memory.grads`: they are set where `fresh`, else added. `done` hears of each unit whose gradients are complete.
-    pub fn forward_backward(
+    fn on_device(&self, batch: &Batch) -> Result<OnDevice> {
+        let seq = batch.seq as i64;
+        let weight = |at: usize| batch.weights.map_or(1.0, |weights| weights[at]);
+        let weights: Vec<f32> = (0..batch.targets.len())
+            .map(|at| if batch.targets[at] == IGNORED { 0.0 } else { weight(at) })
+            .collect();
+        // Any token will do where none is to be predicted.
+        let targets: Vec<i64> = batch.targets.iter().map(|target| (*target).max(0)).collect();
+        let to = |tensor: Tensor| device::to(&tensor, self.network.device);
+        Ok(OnDevice {
+            ids: to(Tensor::f_from_slice(batch.ids)?)?.f_view([-1, seq])?,
+            targets: to(Tensor::f_from_slice(&targets)?)?,
+            weights: to(Tensor::f_from_slice(&weights)?)?,
+        })
+    }
+
+    fn step(
         &mut self,
-        memory: &mut Memory,
-        batch: (&Tensor, &Tensor),
+        units: &mut dyn Units<Tensors>,
+        batch: &OnDevice,
         scale: f64,
-        fresh: bool,
-        done: &mut dyn FnMut(usize, &mut Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
-        let (ids, targets) = batch;
-        let len = ids.size()[1] as usize;
+    ) -> fleet_learn::Result<()> {
+        let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
-        let network = &self.network;
-        let units = network.layout.units.len();
-        let mut saved: Vec<Saved> = Vec::with_capacity(units - 1);
-        let (master, copy) = (memory.master.shallow_clone(), memory.copy.as_ref().map(Tensor::shallow_clone));
-        let new_leaves = || Leaves::new(network, &master, copy.as_ref(), true);
-
-        let mut leaves = new_leaves();
-        let output = network.embed(&mut leaves, ids)?;
-        saved.push(Saved { input: ids.shallow_clone(), output, leaves: leaves.into_taken() });
-        for number in 0..network.layout.blocks.len() {
-            let input = saved[number].output.f_detach()?.set_requires_grad(true);
-            let mut leaves = new_leaves();
-            let output = network.block(&mut leaves, number, &input, &frame)?;
-            saved.push(Saved { input, output, leaves: leaves.into_taken() });
+        let last_unit = self.network.layout.units.len() - 1;
+        let mut saved: Vec<Saved> = Vec::with_capacity(last_unit);
+        for unit in 0..last_unit {
+            self.doing = Doing::Forward(unit);
+            units.need(unit)?;
+            saved.push(self.unit_forward(units.weights(), unit, saved.last(), batch, &frame)?);
+            units.release(unit);
         }
-        let input = saved[units - 2].output.f_detach()?.set_requires_grad(true);
-        let mut leaves = new_leaves();
-        let last = network.last(&mut leaves, &input)?;
-        let taken = leaves.into_taken();
-
-        let (loss, seed) = self.head_backward(memory, &last, targets, scale, fresh)?;
-        let mut seed = self.unit_backward(memory, (&last, &seed), Some(&input), &taken, fresh)?;
-        drop((last, taken));
-        done(units - 1, &mut memory.grads)?;
-        for unit in (1..units - 1).rev() {
-            let Saved { input, output, leaves } = saved.pop().expect("one for each unit but the head");
-            let given = seed.take().expect("a block's input has part in its output");
-            seed = self.unit_backward(memory, (&output, &given), Some(&input), &leaves, fresh)?;
-            done(unit, &mut memory.grads)?;
+        self.doing = Doing::Head;
+        self.head_units().try_for_each(|unit| units.need(unit))?;
+        let (weights, grads) = units.numbers();
+        let mut seed = self.head_step(weights, &grads, &saved[last_unit - 1].output, batch, scale)?;
+        self.head_units().for_each(|unit| units.release(unit));
+        units.ready(last_unit)?;
+        while let Some(Saved { input, output, leaves }) = saved.pop() {
+            let unit = saved.len();
+            self.doing = Doing::Backward(unit);
+            units.need(unit)?;
+            let (_, grads) = units.numbers();
+            let given = seed.take().ok_or_else(|| Error::of("a unit has no part in the one after it"))?;
+            // What the first unit reads are ids.
+            let input = (unit > 0).then_some(&input);
+            seed = self.unit_backward(&grads, (&output, &given), input, &leaves)?;
+            units.release(unit);
+            units.ready(unit)?;
         }
-        let Saved { output, leaves, .. } = saved.pop().expect("the embedding");
-        // A head that is the embedding has written there already.
-        let tied = network.layout.head.weight == network.layout.embedding;
-        let given = seed.take().expect("a block's input has part in its output");
-        self.embedding_backward(memory, (&output, &given), &leaves, fresh, tied)?;
-        done(0, &mut memory.grads)?;
         self.frame = Some((len, frame));
-        Ok(loss)
+        Ok(())
     }
 
+    /// The graph of the embedding or of a block, from what the unit before it gave.
+    fn unit_forward(
+        &self,
+        weights: Weights,
+        unit: usize,
+        before: Option<&Saved>,
+        batch: &OnDevice,
+        frame: &Frame,
+    ) -> Result<Saved> {
+        let mut leaves = Leaves::new(&self.network, weights, true);
+        let (input, output) = match before {
+            None => (batch.ids.shallow_clone(), self.network.embed(&mut leaves, &batch.ids)?),
+            Some(before) => {
+                let input = before.output.f_detach()?.set_requires_grad(true);
+                let output = self.network.block(&mut leaves, unit - 1, &input, frame)?;
+                (input, output)
+            }
+        };
+        Ok(Saved { input, output, leaves: leaves.into_taken() })
+    }
+
+    /// The gradients of a unit's parameters; what flows back to its input.
     fn unit_backward(
         &self,
-        memory: &mut Memory,
+        grads: &Gradients,
         (output, seed): (&Tensor, &Tensor),
         input: Option<&Tensor>,
         leaves: &[Leaf],
-        fresh: bool,
     ) -> Result<Option<Tensor>> {
         let inputs: Vec<&Tensor> = leaves.iter().map(|leaf| &leaf.tensor).chain(input).collect();
-        let mut grads = shim::grad(output, seed, &inputs)?;
-        let input_grad = if input.is_some() { grads.pop().flatten() } else { None };
-        for (leaf, grad) in leaves.iter().zip(grads) {
-            store(&memory.grads, leaf.start, leaf.len, grad.as_ref(), fresh)?;
+        let mut found = shim::grad(output, seed, &inputs)?;
+        let input_grad = if input.is_some() { found.pop().flatten() } else { None };
+        for (leaf, grad) in leaves.iter().zip(found) {
+            grads.store(&leaf.range, grad.as_ref(), grads.fresh && !self.head_wrote(input, &leaf.range))?;
         }
         Ok(input_grad)
     }
 
-    fn embedding_backward(
-        &self,
-        memory: &mut Memory,
-        (output, seed): (&Tensor, &Tensor),
-        leaves: &[Leaf],
-        fresh: bool,
-        tied: bool,
-    ) -> Result<()> {
-        let inputs: Vec<&Tensor> = leaves.iter().map(|leaf| &leaf.tensor).collect();
-        let grads = shim::grad(output, seed, &inputs)?;
-        for (leaf, grad) in leaves.iter().zip(grads) {
-            let is_table = leaf.start == self.network.layout.embedding.start;
-            store(&memory.grads, leaf.start, leaf.len, grad.as_ref(), fresh && !(tied && is_table))?;
-        }
+    /// A head that is the embedding has written there already when the embedding's turn comes.
+    fn head_wrote(&self, input: Option<&Tensor>, range: &Range<usize>) -> bool {
+        let layout = &self.network.layout;
+        input.is_none() && *range == layout.embedding && layout.head.weight == layout.embedding
+    }
+
+    /// The head's forward and backward at once; what flows back to `x`, the last block's output.
+    fn head_step(
+        &mut self,
+        weights: Weights,
+        grads: &Gradients,
+        x: &Tensor,
+        batch: &OnDevice,
+        scale: f64,
+    ) -> Result<Option<Tensor>> {
+        let input = x.f_detach()?.set_requires_grad(true);
+        let mut leaves = Leaves::new(&self.network, weights, true);
+        let last = self.network.last(&mut leaves, &input)?;
+        let leaves = leaves.into_taken();
+        let (loss, seed, _) = self.score(weights, Some((grads, scale)), &last, batch)?;
+        self.add_loss(loss)?;
+        self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)
+    }
+
+    fn add_loss(&mut self, loss: Tensor) -> Result<()> {
+        self.loss = Some(match self.loss.take() {
+            Some(sum) => sum.f_add(&loss)?,
+            None => loss,
+        });
         Ok(())
     }
 
-    /// The summed loss, and what flows back to `last`, `[b, s, e]`. The head works in slices of tokens, so that logits never exist at once.
-    fn head_backward(
+    /// The summed loss and, with `grads`, the head's gradients for `scale` times it and what flows back to `last`, `[b, s, e]`; without them, how
+    /// many targets are the likeliest token. Works in slices of tokens, so that logits never exist all at once.
+    fn score(
         &self,
-        memory: &mut Memory,
+        weights: Weights,
+        grads: Option<(&Gradients, f64)>,
         last: &Tensor,
-        targets: &Tensor,
-        scale: f64,
-        fresh: bool,
-    ) -> Result<(Tensor, Tensor)> {
+        batch: &OnDevice,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         let _guard = tch::no_grad_guard();
         let layout = &self.network.layout;
         let (v, e) = (layout.head.outputs as i64, layout.head.inputs as i64);
-        let (weight, bias) = (self.head(memory)?, self.head_bias(memory)?);
+        let (matrix, bias) = self.head(weights)?;
         let x = last.f_detach()?.f_view([-1, e])?;
-        let targets = targets.f_view([-1])?;
         let tokens = x.size()[0];
         let rows = (self.logits_max as i64 / v).clamp(64, tokens.max(64));
         let seed = x.f_empty_like()?;
-        let mut loss = Tensor::f_zeros([1], (Kind::Float, self.network.device))?;
+        let mut loss = Tensor::f_zeros([1], (self.loss_kind(), self.network.device))?;
+        let mut hits = Tensor::f_zeros([1], (Kind::Int64, self.network.device))?;
         for start in (0..tokens).step_by(rows as usize) {
             let count = rows.min(tokens - start);
-            let (x, targets) = (x.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
-            let logits = x.f_linear(&weight, bias.as_ref())?;
+            let cut = |tensor: &Tensor| tensor.f_narrow(0, start, count);
+            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?.f_unsqueeze(1)?, cut(&batch.weights)?);
+            let logits = x.f_linear(&matrix, bias.as_ref())?;
             let logs = logits.f_log_softmax(-1, Kind::Float)?;
-            let counts = targets.f_ne(IGNORED)?;
-            let at = targets.f_where_self(&counts, &targets.f_zeros_like()?)?.f_unsqueeze(1)?;
-            let of_target = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?;
-            let counts = counts.f_to_kind(Kind::Float)?;
-            loss = loss.f_sub(&of_target.f_mul(&counts)?.f_sum(Kind::Float)?)?;
+            let of_target = logs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?;
+            loss = loss.f_sub(&of_target.f_mul(&counts)?.f_sum(self.loss_kind())?)?;
+            let Some((grads, scale)) = grads else {
+                let hit = logits.f_argmax(-1, true)?.f_eq_tensor(&targets)?.f_squeeze_dim(1)?;
+                hits = hits.f_add(&hit.f_logical_and(&counts.f_gt(0.0)?)?.f_sum(Kind::Int64)?)?;
+                continue;
+            };
             let mut flow = logs.f_exp()?;
-            let _ = flow.f_scatter_add_(
-                1,
-                &at,
-                &Tensor::f_full([count, 1], -1.0, (Kind::Float, self.network.device))?,
-            )?;
-            let flow = flow
-                .f_mul(&counts.f_mul_scalar(scale)?.f_unsqueeze(1)?)?
-                .f_to_kind(self.network.numbers.products)?;
-            let _ = Tensor::f_matmul_out(&flow, &seed.f_narrow(0, start, count)?, &weight)?;
-            let set = fresh && start == 0;
-            store(
-                &memory.grads,
-                layout.head.weight.start,
-                layout.head.weight.len(),
-                Some(&flow.f_transpose(0, 1)?.f_matmul(&x)?),
-                set,
-            )?;
+            let minus = Tensor::f_full([count, 1], -1.0, (Kind::Float, self.network.device))?;
+            let _ = flow.f_scatter_add_(1, &targets, &minus)?;
+            let flow = flow.f_mul(&counts.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
+            let flow = flow.f_to_kind(self.network.numbers.products)?;
+            let _ = Tensor::f_matmul_out(&flow, &cut(&seed)?, &matrix)?;
+            let set = grads.fresh && start == 0;
+            grads.store(&layout.head.weight, Some(&flow.f_transpose(0, 1)?.f_matmul(&x)?), set)?;
             if let Some(range) = &layout.head.bias {
                 let sum = flow.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-                store(&memory.grads, range.start, range.len(), Some(&sum), set)?;
+                grads.store(range, Some(&sum), set)?;
             }
         }
-        let shape = last.size();
-        Ok((loss, seed.f_view(shape.as_slice())?))
+        Ok((loss, seed.f_view(last.size().as_slice())?, hits))
+    }
+
+    /// Metal has no fp64.
+    fn loss_kind(&self) -> Kind {
+        if self.network.device == Device::Mps { Kind::Float } else { Kind::Double }
+    }
+
+    /// The summed loss alone, and how many targets are the likeliest token, as tensors of one number on the device.
+    fn loss(
+        &mut self,
+        units: &mut dyn UnitWeights<Tensors>,
+        batch: &OnDevice,
+    ) -> fleet_learn::Result<(Tensor, Tensor)> {
+        let _guard = tch::no_grad_guard();
+        let len = batch.ids.size()[1] as usize;
+        let frame = self.take_frame(len)?;
+        let network = &self.network;
+        units.need(0)?;
+        let mut x = network.embed(&mut Leaves::new(network, units.weights(), false), &batch.ids)?;
+        units.release(0);
+        for number in 0..network.layout.blocks.len() {
+            units.need(number + 1)?;
+            x = network.block(&mut Leaves::new(network, units.weights(), false), number, &x, &frame)?;
+            units.release(number + 1);
+        }
+        self.head_units().try_for_each(|unit| units.need(unit))?;
+        let weights = units.weights();
+        let last = network.last(&mut Leaves::new(network, weights, false), &x)?;
+        let (loss, _, hits) = self.score(weights, None, &last, batch)?;
+        self.head_units().for_each(|unit| units.release(unit));
+        self.frame = Some((len, frame));
+        Ok((loss, hits))
+    }
+
+    /// What went wrong, with the part of the model and, where memory is short, what to do.
+    fn explained(&self, error: fleet_learn::Error) -> fleet_learn::Error {
+        let fleet_learn::Error::Environment(what) = error else { return error };
+        let blocks = self.network.layout.blocks.len();
+        let unit = |unit: usize| match unit {
+            0 => "the embedding".to_owned(),
+            unit => format!("block {unit} of {blocks}"),
+        };
+        let part = match self.doing {
+            Doing::Forward(number) => format!("the forward of {}", unit(number)),
+            Doing::Backward(number) => format!("the backward of {}", unit(number)),
+            Doing::Head => "the head".to_owned(),
+        };
+        let device = device::name(self.network.device);
+        fleet_learn::Error::Environment(match device::memory_is_short(&what) {
+            true => format!(
+                "{device} has not enough memory for {part}: {}; lower batch_size and raise accumulate_grad_batches, or lower max_seq_len",
+                what.split(". ").take(2).collect::<Vec<_>>().join(". ").trim_end_matches('.')
+            ),
+            false => format!("{device} failed in {part}: {what}"),
+        })
     }
 }
 
-/// Sets or adds a gradient in the flat buffer.
-fn store(grads: &Tensor, start: usize, len: usize, grad: Option<&Tensor>, set: bool) -> Result<()> {
-    let _guard = tch::no_grad_guard();
-    let mut slot = grads.f_narrow(0, start as i64, len as i64)?;
-    match (grad, set) {
-        (Some(grad), true) => slot.f_copy_(&grad.f_reshape([-1])?).map(|_| ())?,
-        (Some(grad), false) => slot.f_add_(&grad.f_reshape([-1])?).map(|_| ())?,
-        (None, true) => slot.f_zero_().map(|_| ())?,
-        (None, false) => {}
+impl Executor<Tensors> for TorchExecutor {
+    fn layout(&self) -> &Layout {
+        &self.network.layout
     }
-    Ok(())
+
+    fn device(&self) -> String {
+        device::name(self.network.device)
+    }
+
+    fn describe(&self) -> String {
+        let kind = match self.network.numbers.products {
+            Kind::BFloat16 => "bf16",
+            _ => "fp32",
+        };
+        format!("{kind} products by libtorch on {}", device::describe(self.network.device))
+    }
+
+    fn forward_backward(
+        &mut self,
+        units: &mut dyn Units<Tensors>,
+        batch: &Batch,
+        scale: f32,
+    ) -> fleet_learn::Result<()> {
+        self.doing = Doing::Forward(0);
+        let result = self.on_device(batch).map_err(Into::into);
+        let result = result.and_then(|batch| self.step(units, &batch, f64::from(scale)));
+        result.map_err(|error| self.explained(error))
+    }
+
+    fn take_loss(&mut self) -> fleet_learn::Result<Tensor> {
+        match self.loss.take() {
+            Some(loss) => Ok(loss),
+            None => Ok(Tensor::f_zeros([1], (self.loss_kind(), self.network.device)).map_err(Error::from)?),
+        }
+    }
+
+    fn evaluate(
+        &mut self,
+        units: &mut dyn UnitWeights<Tensors>,
+        batch: &Batch,
+    ) -> fleet_learn::Result<Tally> {
+        self.doing = Doing::Forward(0);
+        let result = self.on_device(batch).map_err(Into::into);
+        let result = result.and_then(|batch| {
+            let (loss, hits) = self.loss(units, &batch)?;
+            let hits = i64::try_from(&hits).map_err(Error::from)?;
+            Ok((f64::try_from(&loss).map_err(Error::from)?, hits))
+        });
+        let (loss, hits) = result.map_err(|error: fleet_learn::Error| self.explained(error))?;
+        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits: hits as u64 })
+    }
 }

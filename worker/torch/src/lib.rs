@@ -3,22 +3,37 @@
 
 pub mod device;
 mod executor;
+mod memory;
 mod network;
 mod optimizer;
 mod shim;
+mod solo;
 
-pub use executor::{Executor, Memory};
+pub use executor::TorchExecutor;
+pub use memory::{FlatWeights, Gradients, Tensors, Weights};
 pub use network::{Network, Numbers};
-pub use optimizer::{AdamW, Optimizer};
+pub use solo::Solo;
 
 /// What went wrong, in libtorch's words without its stack.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
 
+impl Error {
+    pub(crate) fn of(what: &str) -> Error {
+        Error(what.to_owned())
+    }
+}
+
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         Error(first_line(&error.to_string()))
+    }
+}
+
+impl From<Error> for fleet_learn::Error {
+    fn from(error: Error) -> Self {
+        fleet_learn::Error::Environment(error.0)
     }
 }
 
@@ -27,4 +42,4 @@ fn first_line(text: &str) -> String {
     text.split("\nException raised from").next().unwrap_or_default().to_owned()
 }
 
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,7 +1,9 @@
 //! The forward pass of each unit, in libtorch's operations. `[b, s, h]` throughout.
 
 use crate::Result;
+use crate::memory::Weights;
 use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Layout, Linear, NormKind, Positions};
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// In which types is computed.
@@ -30,10 +32,7 @@ pub struct Network {
 /// The parameters of one unit as tensors that gradients are asked for, in the order in which they were taken.
 pub struct Leaves<'a> {
     network: &'a Network,
-    /// The flat parameters.
-    master: &'a Tensor,
-    /// The same in the type of products, where that is another one.
-    copy: Option<&'a Tensor>,
+    weights: Weights<'a>,
     wants_grad: bool,
     taken: Vec<Leaf>,
 }
@@ -42,8 +41,7 @@ pub struct Leaves<'a> {
 pub struct Leaf {
     pub tensor: Tensor,
     /// In the flat buffer.
-    pub start: usize,
-    pub len: usize,
+    pub range: Range<usize>,
 }
 
 /// What all blocks need of a sequence's length.
@@ -56,38 +54,37 @@ pub struct Frame {
 }
 
 impl<'a> Leaves<'a> {
-    pub fn new(network: &'a Network, master: &'a Tensor, copy: Option<&'a Tensor>, wants_grad: bool) -> Self {
-        Self { network, master, copy, wants_grad, taken: Vec::new() }
+    pub fn new(network: &'a Network, weights: Weights<'a>, wants_grad: bool) -> Self {
+        Self { network, weights, wants_grad, taken: Vec::new() }
     }
 
     pub fn into_taken(self) -> Vec<Leaf> {
         self.taken
     }
 
-    fn take(&mut self, flat: &Tensor, range: &std::ops::Range<usize>, shape: &[i64]) -> Result<Tensor> {
-        let tensor = flat.f_narrow(0, range.start as i64, range.len() as i64)?.f_view(shape)?;
+    fn take(&mut self, numbers: Tensor, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
+        let tensor = numbers.f_view(shape)?;
         let tensor = if self.wants_grad { tensor.set_requires_grad(true) } else { tensor };
-        self.taken.push(Leaf { tensor: tensor.shallow_clone(), start: range.start, len: range.len() });
+        self.taken.push(Leaf { tensor: tensor.shallow_clone(), range: range.clone() });
         Ok(tensor)
     }
 
-    fn matrix(&mut self, range: &std::ops::Range<usize>, outputs: usize, inputs: usize) -> Result<Tensor> {
-        self.take(self.copy.unwrap_or(self.master), range, &[outputs as i64, inputs as i64])
+    fn matrix(&mut self, range: &Range<usize>, outputs: usize, inputs: usize) -> Result<Tensor> {
+        self.take(self.weights.of(range)?, range, &[outputs as i64, inputs as i64])
     }
 
     /// A bias of products.
-    fn bias(&mut self, range: Option<&std::ops::Range<usize>>) -> Result<Option<Tensor>> {
-        let flat = self.copy.unwrap_or(self.master);
-        range.map(|range| self.take(flat, range, &[range.len() as i64])).transpose()
+    fn bias(&mut self, range: Option<&Range<usize>>) -> Result<Option<Tensor>> {
+        range.map(|range| self.take(self.weights.of(range)?, range, &[range.len() as i64])).transpose()
     }
 
     /// Of a norm or a table of the residual stream.
-    fn residual(&mut self, range: &std::ops::Range<usize>, shape: &[i64]) -> Result<Tensor> {
-        let flat = match self.network.numbers.residual == Kind::Float {
-            true => self.master,
-            false => self.copy.unwrap_or(self.master),
+    fn residual(&mut self, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
+        let numbers = match self.network.numbers.residual == Kind::Float {
+            true => self.weights.exact(range)?,
+            false => self.weights.of(range)?,
         };
-        self.take(flat, range, shape)
+        self.take(numbers, range, shape)
     }
 
     fn linear(&mut self, x: &Tensor, linear: &Linear) -> Result<Tensor> {
@@ -98,7 +95,7 @@ impl<'a> Leaves<'a> {
 
     fn norm(&mut self, x: &Tensor, affine: &Affine) -> Result<Tensor> {
         let size = *x.size().last().unwrap_or(&0);
-        let mut of = |range: &Option<std::ops::Range<usize>>| {
+        let mut of = |range: &Option<Range<usize>>| {
             range.as_ref().map(|range| self.residual(range, &[size])).transpose()
         };
         let (scale, bias) = (of(&affine.scale)?, of(&affine.bias)?);

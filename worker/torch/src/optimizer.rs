@@ -1,38 +1,25 @@
 //! AdamW over flat buffers, with clipping, without waiting for the device: how far gradients are scaled down stays there as a number.
 
-use crate::executor::Memory;
+use crate::Result;
 use crate::shim::{self, AdamWNumbers, AdamWTensors};
-use crate::{Network, Result};
-use tch::{Kind, Tensor};
-
-/// PyTorch's `clip_grad_norm_` adds this to the norm.
-const CLIP_EPS: f64 = 1e-6;
-
-/// Constants of the optimizer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    /// Of matrices; norms and biases do not decay.
-    pub weight_decay: f64,
-    /// Gradients are scaled down to this norm; 0 turns clipping off.
-    pub max_grad_norm: f64,
-}
+use fleet_common::model::Layout;
+use fleet_learn::optimizer::CLIP_EPS;
+use fleet_learn::{AdamW, Update};
+use tch::{Device, Kind, Tensor};
 
 /// Moments of all parameters.
 pub struct Optimizer {
-    moment1: Tensor,
-    moment2: Tensor,
+    pub moment1: Tensor,
+    pub moment2: Tensor,
     /// Runs of the flat buffer that decay, and those that do not: start and length.
     runs: [Vec<(i64, i64)>; 2],
 }
 
 impl Optimizer {
-    pub fn new(network: &Network) -> Result<Optimizer> {
-        let zeros = || Tensor::f_zeros([network.layout.len as i64], (Kind::Float, network.device));
+    pub fn new(layout: &Layout, device: Device) -> Result<Optimizer> {
+        let zeros = || Tensor::f_zeros([layout.len as i64], (Kind::Float, device));
         let mut runs: [Vec<(i64, i64)>; 2] = Default::default();
-        for p in &network.layout.parameters {
+        for p in &layout.parameters {
             let list = &mut runs[usize::from(p.role.is_vector())];
             let (start, len) = (p.range.start as i64, p.range.len() as i64);
             match list.last_mut() {
@@ -43,36 +30,35 @@ impl Optimizer {
         Ok(Optimizer { moment1: zeros()?, moment2: zeros()?, runs })
     }
 
-    /// One step with the gradients in `memory`; `step` counts from 1. Gives the gradients' norm before clipping, as a tensor of one number
-    /// on the device. Where that is no number, nothing is changed.
-    pub fn step(&mut self, memory: &mut Memory, adamw: &AdamW, lr: f64, step: u64) -> Result<Tensor> {
+    /// One step over the flat parameters with their gradients. Gives the gradients' norm before clipping, as a tensor of one number on the
+    /// device. Where that is no number, nothing is changed.
+    pub fn step(&mut self, master: &Tensor, grads: &Tensor, update: &Update) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let norm = memory.grads.f_norm()?;
-        let divisor = match adamw.max_grad_norm > 0.0 {
-            true => norm.f_add_scalar(CLIP_EPS)?.f_div_scalar(adamw.max_grad_norm)?.f_clamp_min(1.0)?,
+        let AdamW { beta1, beta2, eps, weight_decay, max_grad_norm } = update.adamw;
+        let norm = grads.f_norm()?;
+        let divisor = match max_grad_norm > 0.0 {
+            true => norm.f_add_scalar(CLIP_EPS)?.f_div_scalar(max_grad_norm)?.f_clamp_min(1.0)?,
             false => norm.f_ones_like()?,
         };
         let skip = norm.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
-        for (group, decay) in self.runs.iter().zip([adamw.weight_decay, 0.0]) {
+        for (group, decay) in self.runs.iter().zip([weight_decay, 0.0]) {
             let views = |flat: &Tensor| -> Result<Vec<Tensor>> {
                 group.iter().map(|(start, len)| Ok(flat.f_narrow(0, *start, *len)?)).collect()
             };
             // The kernel takes the step from a tensor each; one serves all.
-            let count = Tensor::f_full([1], step as f64, (Kind::Float, norm.device()))?;
+            let count = Tensor::f_full([1], update.step as f64, (Kind::Float, norm.device()))?;
             let steps: Vec<Tensor> = group.iter().map(|_| count.shallow_clone()).collect();
             let tensors = AdamWTensors {
-                params: &views(&memory.master)?,
-                grads: &views(&memory.grads)?,
+                params: &views(master)?,
+                grads: &views(grads)?,
                 moments1: &views(&self.moment1)?,
                 moments2: &views(&self.moment2)?,
                 steps: &steps,
                 divisor: &divisor,
                 skip: &skip,
             };
-            let AdamW { beta1, beta2, eps, .. } = *adamw;
-            shim::adamw(&tensors, AdamWNumbers { lr, beta1, beta2, decay, eps })?;
+            shim::adamw(&tensors, AdamWNumbers { lr: update.lr, beta1, beta2, decay, eps })?;
         }
-        memory.refresh()?;
         Ok(norm)
     }
 }

@@ -6,29 +6,26 @@
 mod cases;
 
 use cases::{Case, apart, cases, hits, hyper, targets};
-use fleet_torch::{AdamW, Executor, Memory, Numbers, Optimizer};
+use fleet_learn::strategy::{Micro, Slot, Strategy};
+use fleet_learn::{AdamW, Engine, Executor, Learner, TokenBatch, UnitWeights, Update, Votes};
+use fleet_torch::{Numbers, Solo, TorchExecutor};
 use tch::{Device, Kind, Tensor};
 
-fn executor(case: &Case, device: Device, numbers: Numbers) -> (Executor, Memory) {
+fn parts(case: &Case, device: Device, numbers: Numbers) -> (TorchExecutor, Solo) {
     let model = &case.model;
-    let executor = Executor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
-    let mut memory = Memory::new(&executor.network, true).unwrap();
-    memory.set(&case.weights()).unwrap();
-    (executor, memory)
+    let executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let mut solo = Solo::new(model.layout.clone(), device, numbers.products, 1).unwrap();
+    let weights = case.weights();
+    let mut read = |range: std::ops::Range<usize>, out: &mut [f32]| {
+        out.copy_from_slice(&weights[range]);
+        Ok(())
+    };
+    solo.fill(Slot::Weights, &mut read).unwrap();
+    (executor, solo)
 }
 
-/// `[b, s]` ids and targets.
-struct Batch {
-    ids: Tensor,
-    targets: Tensor,
-    /// Targets that count.
-    count: f64,
-}
-
-fn batch(ids: &[i64], seq: usize, device: Device) -> Batch {
-    let of = |ids: &[i64]| Tensor::from_slice(ids).view([-1, seq as i64]).to_device(device);
-    let count = (ids.len() / seq * (seq - 1)) as f64;
-    Batch { ids: of(ids), targets: of(&targets(ids, seq)), count }
+fn batch(ids: &[i64], seq: usize) -> TokenBatch {
+    TokenBatch { ids: ids.to_vec(), targets: targets(ids, seq), weights: None, seq }
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
@@ -55,22 +52,23 @@ fn logits_and_loss_are_those_of_transformers_in_both_precisions() {
     for device in devices() {
         for case in cases() {
             let (ids, shape) = case.ids("ids");
-            let batch = batch(&ids, shape[1], device);
+            let batch = batch(&ids, shape[1]);
             for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 2e-2)] {
-                let (mut executor, mut memory) = executor(&case, device, numbers);
-                let logits = executor.logits(&memory, &batch.ids).unwrap();
+                let (mut executor, mut solo) = parts(&case, device, numbers);
+                let ids = Tensor::from_slice(&ids).view([-1, shape[1] as i64]).to_device(device);
+                let logits = executor.logits(UnitWeights::weights(&solo), &ids).unwrap();
                 let far = apart(&floats(&logits), &case.f32("logits"), 1e-6);
                 assert!(far < tolerance, "{} on {device:?} in {numbers:?}: logits {far}", case.name);
-                let both = (&batch.ids, &batch.targets);
-                let score = executor.score(&memory, both).unwrap();
+                let tally = executor.evaluate(&mut solo, &batch.view()).unwrap();
                 if numbers == Numbers::FP32 {
-                    assert_eq!(score.1, hits(&floats(&logits), &targets(&ids, shape[1])), "{}", case.name);
+                    assert_eq!(tally.hits, hits(&floats(&logits), &batch.targets), "{}", case.name);
                 }
-                let loss =
-                    executor.forward_backward(&mut memory, both, 1.0, true, &mut |_, _| Ok(())).unwrap();
-                let (loss, want) = (number(&loss) / batch.count, case.f64("loss")[0]);
+                let micro = Micro { first: true, last: true };
+                executor.forward_backward(solo.units(micro), &batch.view(), 1.0).unwrap();
+                let loss = number(&executor.take_loss().unwrap());
+                assert!((loss - tally.loss).abs() < 1e-3 * loss, "{}: {loss} {}", case.name, tally.loss);
+                let (loss, want) = (tally.mean(), case.f64("loss")[0]);
                 assert!((loss - want).abs() < f64::from(tolerance), "{}: loss {loss}, {want}", case.name);
-                assert!((score.0 / batch.count - loss).abs() < 1e-5, "{}: {score:?}, {loss}", case.name);
             }
         }
     }
@@ -80,23 +78,18 @@ fn logits_and_loss_are_those_of_transformers_in_both_precisions() {
 fn every_gradient_is_that_of_transformers() {
     for device in devices() {
         for case in cases() {
-            let (mut executor, mut memory) = executor(&case, device, Numbers::FP32);
+            let (mut executor, mut solo) = parts(&case, device, Numbers::FP32);
             let (ids, shape) = case.ids("ids");
-            let mut units = Vec::new();
-            // In two micro-batches: the first sets, the second adds.
-            for (micro, ids) in ids.chunks(shape[1]).enumerate() {
-                let batch = batch(ids, shape[1], device);
-                let both = (&batch.ids, &batch.targets);
-                let _ = executor
-                    .forward_backward(&mut memory, both, 0.5 / batch.count, micro == 0, &mut |unit, _| {
-                        units.push(unit);
-                        Ok(())
-                    })
-                    .unwrap();
+            let count = ids.chunks(shape[1]).len();
+            // In micro-batches: the first sets, the others add.
+            for (number, ids) in ids.chunks(shape[1]).enumerate() {
+                let batch = batch(ids, shape[1]);
+                let micro = Micro { first: number == 0, last: number + 1 == count };
+                let scale = 0.5 / (shape[1] - 1) as f32;
+                executor.forward_backward(solo.units(micro), &batch.view(), scale).unwrap();
             }
-            let last = case.model.layout.units.len() - 1;
-            assert_eq!(units, (0..=last).rev().cycle().take(2 * (last + 1)).collect::<Vec<_>>());
-            case.check_gradients(&floats(&memory.grads), 1e-4);
+            let (_, grads) = solo.units(Micro { first: true, last: true }).numbers();
+            case.check_gradients(&floats(grads.flat), 1e-4);
         }
     }
 }
@@ -113,18 +106,14 @@ fn twenty_steps_of_training_are_those_of_pytorch() {
     let lr = hyper("learning_rate");
     for device in devices() {
         for case in cases() {
-            let (mut executor, mut memory) = executor(&case, device, Numbers::FP32);
-            let mut optimizer = Optimizer::new(&executor.network).unwrap();
+            let (executor, solo) = parts(&case, device, Numbers::FP32);
+            let mut engine = Engine::new(executor, solo);
             let (ids, shape) = case.ids("batches");
             let (losses, norms) = (case.f64("losses"), case.f64("grad_norms"));
             for (step, ids) in ids.chunks(shape[1] * shape[2]).enumerate() {
-                let batch = batch(ids, shape[2], device);
-                let both = (&batch.ids, &batch.targets);
-                let loss = executor
-                    .forward_backward(&mut memory, both, 1.0 / batch.count, true, &mut |_, _| Ok(()))
-                    .unwrap();
-                let norm = optimizer.step(&mut memory, &adamw, lr, step as u64 + 1).unwrap();
-                let (loss, norm) = (number(&loss) / batch.count, number(&norm));
+                let update = Update { adamw, lr, step: step as u64 + 1 };
+                let report = engine.step(&[batch(ids, shape[2])], &update, Votes::default()).unwrap();
+                let (loss, norm) = (report.loss, report.grad_norm);
                 let close = |a: f64, b: f64, tolerance: f64| (a - b).abs() < tolerance * b.abs().max(1.0);
                 assert!(
                     close(loss, losses[step], 1e-4),

@@ -620,14 +620,32 @@ fn heartbeats_go_out_every_second_while_connected_and_only_then() {
 #[test]
 fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
     let cuda = Config { accelerator: Accelerator::Cuda { devices: 2 }, ..config() };
-    let with = |device, devices| Job { device, devices, ..job() };
-    assert_eq!(cuda.device_of(&with(Device::Auto, Devices::Auto), 1), Ok("cuda:1".into()));
-    assert_eq!(cuda.device_of(&with(Device::Cuda, Devices::Ids(vec![1])), 0), Ok("cuda:1".into()));
-    assert_eq!(cuda.device_of(&with(Device::Cpu, Devices::Auto), 3), Ok("cpu".into()));
-    assert!(cuda.device_of(&with(Device::Auto, Devices::Auto), 2).is_err());
-    assert!(
-        config().device_of(&with(Device::Cuda, Devices::Auto), 0).unwrap_err().contains("no CUDA device")
-    );
+    let job = |device, devices| Job { device, devices, ..job() };
+    let auto = job(Device::Auto, Devices::Auto);
+    let device = |config: &Config, job: &Job, ranks, taken: &[u32]| {
+        let place = config.place(job, 0, ranks, &taken.iter().copied().collect())?;
+        Ok::<_, String>((place.device, place.note.unwrap_or_default()))
+    };
+    let plain = |device: &str| Ok((device.to_owned(), String::new()));
+    assert_eq!(device(&cuda, &auto, 1, &[]), plain("cuda:0"));
+    assert_eq!(device(&cuda, &auto, 1, &[0]), plain("cuda:1"), "the first belongs to another job");
+    assert_eq!(device(&cuda, &job(Device::Cuda, Devices::Ids(vec![1])), 1, &[]), plain("cuda:1"));
+    assert_eq!(device(&cuda, &job(Device::Cpu, Devices::Auto), 4, &[]), plain("cpu"));
+
+    let (place, note) = device(&cuda, &auto, 2, &[]).unwrap();
+    assert!(place == "cpu" && note.contains("one rank") && note.ends_with("training on the CPU"), "{note}");
+    let refused = device(&cuda, &job(Device::Cuda, Devices::Auto), 2, &[]).unwrap_err();
+    assert!(refused.contains("one rank"), "{refused}");
+    let refused = device(&cuda, &job(Device::Cuda, Devices::Ids(vec![2])), 1, &[]).unwrap_err();
+    assert!(refused.contains("has 2 CUDA devices"), "{refused}");
+
+    let refused = device(&config(), &job(Device::Cuda, Devices::Auto), 1, &[]).unwrap_err();
+    assert!(refused.contains("no CUDA device; set"), "{refused}");
+    let broken = Config { no_cuda: Some("the driver is too old".into()), ..config() };
+    let (place, note) = device(&broken, &auto, 1, &[]).unwrap();
+    assert_eq!((place.as_str(), note.as_str()), ("cpu", "the driver is too old: training on the CPU"));
+    let refused = device(&broken, &job(Device::Cuda, Devices::Auto), 1, &[]).unwrap_err();
+    assert!(refused.contains("the driver is too old; set device"), "{refused}");
 }
 
 #[test]

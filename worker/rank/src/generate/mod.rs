@@ -7,13 +7,11 @@ mod text;
 pub use sampler::Sampling;
 pub use text::TextStream;
 
-use crate::engine::Engine;
-use crate::error::{Error, Result};
-use crate::model::Model;
-use fleet_checkpoint::{MANIFEST_FILE, TOKENIZER_FILE};
-use fleet_cpu::Cache;
+use crate::host_model::HostModel;
+use fleet_checkpoint::TOKENIZER_FILE;
 use fleet_data::model_dir::PromptTokenizer;
 use fleet_kernels::all_finite;
+use fleet_learn::{Error, Result};
 use prompt::{Prompt, end_ids};
 use std::path::Path;
 use std::time::Instant;
@@ -58,11 +56,8 @@ pub fn generate(
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Generated> {
     let Settings { max_new_tokens, sampling, threads } = settings;
-    if dir.join(MANIFEST_FILE).exists() {
-        fleet_checkpoint::verify(dir)?;
-    }
-    let model = Model::read(dir)?;
-    let mut engine = Engine::<f32>::open(dir, *threads, None)?;
+    let mut host = HostModel::open(dir, *threads, None)?;
+    let model = host.model.clone();
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let opened = PromptTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;
@@ -87,14 +82,14 @@ pub fn generate(
     }
 
     let prompt_tokens = ids.len();
-    let mut cache = Cache::new(engine.model());
+    let mut cache = host.cache();
     let mut stream = TextStream::new(&opened.tokenizer, &ids)
         .map_err(|e| refuse(format!("cannot decode the prompt: {e}")))?;
     let mut text = String::new();
     let mut new_tokens = 0;
     let began = Instant::now();
     let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
-    let mut logits = if *max_new_tokens > 0 { engine.prefill(&ids, &mut cache) } else { Vec::new() };
+    let mut logits = if *max_new_tokens > 0 { host.prefill(&ids, &mut cache)? } else { Vec::new() };
     let end = loop {
         if new_tokens == *max_new_tokens {
             break End::MaxNewTokens;
@@ -120,7 +115,7 @@ pub fn generate(
             break End::Context;
         }
         if new_tokens < *max_new_tokens {
-            logits = engine.decode(i64::from(id), &mut cache);
+            logits = host.decode(i64::from(id), &mut cache);
         }
     };
     let rest = stream.finish().map_err(|e| refuse(format!("cannot decode: {e}")))?;

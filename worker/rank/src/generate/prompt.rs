@@ -1,7 +1,7 @@
 //! A prompt as tokens.
 
-use crate::error::{Error, Result};
 use fleet_data::model_dir::PromptTokenizer;
+use fleet_learn::{Error, Result};
 use tokenizers::Tokenizer;
 
 pub struct Prompt {

@@ -8,9 +8,9 @@ use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, RankStart, ToRank};
-use fleet_rank::agent_link::AgentLink;
-use fleet_rank::error::Error;
-use fleet_rank::trainer;
+use fleet_learn::agent_link::AgentLink;
+use fleet_learn::{Error, trainer};
+use fleet_rank::assemble;
 use serde_json::json;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -39,7 +39,7 @@ pub fn job(dir: &Path) -> Job {
     "#;
     let mut job = parse_toml(text, dir).unwrap().0;
     let sizes = json!({"vocab_size": 270, "max_position_embeddings": 16});
-    job.model = Model::New(fleet_rank::testing::tiny_with(sizes));
+    job.model = Model::New(fleet_learn::testing::tiny_with(sizes));
     job.tokenizer = Tokenizer::Train { vocab_size: 270 };
     job
 }
@@ -97,7 +97,7 @@ pub fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u6
                 write_frame_blocking(&mut agent, &ToRank::Start(Box::new(start))).unwrap();
                 let trainer = scope.spawn(move || {
                     let (mut link, start) = AgentLink::open(socket).unwrap();
-                    let outcome = trainer::run(&start, &mut link);
+                    let outcome = trainer::run(&start, &mut link, &assemble::learner);
                     link.send(&FromRank::Done(Outcome::Stopped { steps: 0 }));
                     outcome
                 });

@@ -15,6 +15,7 @@ pub fn config() -> Config {
         name: "box".into(),
         slots: 4,
         accelerator: Accelerator::Cpu,
+        no_cuda: None,
         cores: 8,
         program_version: "0".into(),
         labels: BTreeMap::new(),

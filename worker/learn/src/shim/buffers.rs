@@ -1,7 +1,7 @@
 //! Numbers in memory that ranks share, seen as slices.
 //!
 //! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::Collective`
-//! (reduce, finish, update the own part, barrier), which `engine::Engine::step` follows. Within the process the borrow checker holds.
+//! (reduce, finish, update the own part, barrier), which `strategy::Shared` follows. Within the process the borrow checker holds.
 
 #![allow(unsafe_code)]
 
@@ -51,12 +51,12 @@ impl<T: Number> SharedSlice<T> {
 }
 
 /// This rank's gradients, which its peers reduce in place.
-pub struct Gradients {
+pub struct RankGradients {
     memory: PerRank,
     len: usize,
 }
 
-impl Gradients {
+impl RankGradients {
     pub fn new(memory: PerRank) -> Self {
         let len = memory.len() / size_of::<f32>();
         assert!(memory.as_mut_ptr().cast::<f32>().is_aligned(), "shared memory is page-aligned");
@@ -86,11 +86,4 @@ impl Gradients {
 pub fn as_bytes<T: Number>(numbers: &[T]) -> &[u8] {
     // SAFETY: numbers have no padding, every byte is initialised, and bytes need no alignment.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
-}
-
-/// The reverse of `as_bytes`; `None` where the bytes are not aligned or not whole numbers.
-pub fn from_bytes<T: Number>(bytes: &[u8]) -> Option<&[T]> {
-    let fits = bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>());
-    // SAFETY: aligned, of whole numbers, and every bit pattern is a value.
-    fits.then(|| unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) })
 }

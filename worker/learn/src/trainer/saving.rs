@@ -4,10 +4,9 @@ use super::Trainer;
 use super::companions::Companions;
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use fleet_checkpoint::{CheckpointError, MODEL_FILE, OPTIMIZER_FILE, RunDir, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{CheckpointError, RunDir, TOKENIZER_FILE, Writer};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
-use fleet_cpu::Storage;
 use std::time::Duration;
 
 /// In a checkpoint: the weight and the two moments of AdamW, in fp32.
@@ -32,13 +31,13 @@ pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// The same in a run that was told to stop, and has not long for it.
 pub(super) const STOPPED_WAIT: Duration = Duration::from_secs(1);
 
-impl<E: Storage> Trainer<E> {
+impl Trainer {
     /// Saves, and reports how it went. A failure ends nothing; the last valid checkpoint stays.
     pub(super) fn save(&mut self, link: &mut AgentLink) -> Result<()> {
         if self.saving.is_none() {
             return Ok(());
         }
-        self.engine.collective().note(Activity::Saving);
+        self.learner.gang().note(Activity::Saving);
         let step = self.state.step;
         let mut written = self.write();
         if written.as_ref().is_err_and(|e| e.is_full_disk()) && self.make_room(link) {
@@ -75,7 +74,7 @@ impl<E: Storage> Trainer<E> {
     }
 
     fn checkpoint_bytes(&self) -> u64 {
-        self.engine.model().layout.count() * BYTES_PER_PARAMETER
+        self.learner.layout().count() * BYTES_PER_PARAMETER
     }
 
     fn what_is_needed(&self, error: &CheckpointError) -> String {
@@ -88,15 +87,13 @@ impl<E: Storage> Trainer<E> {
         }
     }
 
-    fn write(&self) -> Result<CheckpointRecord, CheckpointError> {
+    fn write(&mut self) -> Result<CheckpointRecord, CheckpointError> {
         let Saving { dir, companions } = self.saving.as_ref().expect("only rank 0 writes, and it has this");
         let tokenizer = self.cache.tokenizer_path();
         let tokenizer =
             std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
         let mut writer = Writer::begin(dir, self.state.step)?;
-        writer.write_safetensors(MODEL_FILE, &self.engine.stored_weights().refs())?;
-        let names = self.engine.moment_names();
-        writer.write_safetensors(OPTIMIZER_FILE, &self.engine.moment_refs(&names))?;
+        self.learner.save(&mut writer)?;
         writer.write_bytes(TOKENIZER_FILE, &tokenizer)?;
         companions.write(&mut writer)?;
         writer.write_state(&self.state)?;

@@ -1,69 +1,63 @@
 //! The training loop: what happens when. Data, step, log, evaluate, save.
 //!
 //! Every rank runs it. What depends on time or on the agent (stop, the time limit) is agreed in the step's own reduction, so that all
-//! ranks leave the loop after the same step. It never touches a tensor.
+//! ranks leave the loop after the same step. It never touches a tensor, and knows no device, no family of models and no transport: what it
+//! trains is a `Learner`, made by whoever runs it.
 
-mod batches;
 mod companions;
 mod saving;
 mod schedule;
 
-pub use batches::TokenBatch;
 use saving::{RECORD_WAIT, STOPPED_WAIT, Saving};
 
 pub use schedule::{learning_rate, warmup_steps};
 
 use crate::agent_link::AgentLink;
-use crate::engine::{AdamW, Engine, Votes};
+use crate::batch::TokenBatch;
+use crate::engine::Learner;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::objective::{NextToken, Objective};
+use crate::optimizer::{AdamW, Update};
+use crate::strategy::Votes;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, RunDir, TrainerState};
-use fleet_collectives::{Activity, Collective, ShmCollective, Solo};
+use fleet_collectives::Activity;
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
-use fleet_common::job::{self, Job, Precision, Strategy, Tokenizer};
+use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
-use fleet_cpu::{Storage, Workers};
 use fleet_data::{Order, TokenCache, evaluation_part};
-use half::bf16;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Longest wait for a peer: the others wait while rank 0 writes a checkpoint. A dead peer ends the gang at once by other means.
-const DEADLINE: Duration = Duration::from_secs(900);
+/// Makes what a rank trains: the model of the job, with weights that are still zero. A collective call.
+pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Made>;
+
+/// What a rank trains.
+pub struct Made {
+    pub learner: Box<dyn Learner>,
+    /// Why it is not computed where it would be faster.
+    pub note: Option<String>,
+}
 
 /// Trains as the agent asked, to the end or until stopped.
-pub fn run(start: &RankStart, link: &mut AgentLink) -> Result<Outcome> {
+pub fn run(start: &RankStart, link: &mut AgentLink, learner: MakeLearner) -> Result<Outcome> {
     let began = Instant::now();
     let mut job =
         Job::from_json(&start.job_json).map_err(|e| Error::Input(format!("the job cannot be read: {e}")))?;
     if let Some(checkpoint) = &start.resume {
         fleet_checkpoint::take_what_is_gone(&mut job, Path::new(checkpoint));
     }
-    if start.device != "cpu" {
-        return Err(Error::Environment(format!(
-            "this fleet-rank trains on the CPU, not on {}; set device = \"cpu\"",
-            start.device
-        )));
-    }
-    if job.strategy == Strategy::Fsdp {
-        return Err(Error::Input("strategy \"fsdp\" is not available yet; use \"ddp\"".into()));
-    }
-    match job.precision {
-        Precision::Fp32 => Trainer::<f32>::new(start, job, began, link)?.train(link),
-        Precision::Bf16Mixed => Trainer::<bf16>::new(start, job, began, link)?.train(link),
-        Precision::Fp16Mixed | Precision::Bf16True => Err(Error::Input(
-            "this precision is not available on the CPU; use \"32\" or \"bf16-mixed\"".into(),
-        )),
-    }
+    Trainer::new(start, job, began, link, learner)?.train(link)
 }
 
-struct Trainer<E> {
+struct Trainer {
     job: Job,
     rank: u64,
     world: u64,
-    engine: Engine<E>,
+    learner: Box<dyn Learner>,
+    objective: Box<dyn Objective>,
     cache: TokenCache,
     order: Order,
     adamw: AdamW,
@@ -82,13 +76,18 @@ struct Trainer<E> {
     rotated: Option<u64>,
 }
 
-impl<E: Storage> Trainer<E> {
-    fn new(start: &RankStart, job: Job, began: Instant, link: &mut AgentLink) -> Result<Self> {
+impl Trainer {
+    fn new(
+        start: &RankStart,
+        job: Job,
+        began: Instant,
+        link: &mut AgentLink,
+        make: MakeLearner,
+    ) -> Result<Self> {
         let dir = match start.rank {
             0 => Some(claim(start, &job)?),
             _ => None,
         };
-        let collective = join(start)?;
         let cache =
             TokenCache::open(Path::new(&start.cache_dir)).map_err(|e| Error::Environment(e.to_string()))?;
         let (model, pretrained) = model_of(&job, &cache)?;
@@ -99,10 +98,10 @@ impl<E: Storage> Trainer<E> {
             .map_err(|e| Error::Input(e.to_string()))?;
         let total_steps = order.total_steps(job.epochs, job.max_steps);
 
-        let workers = Workers::new(start.threads)
-            .map_err(|e| Error::Environment(format!("cannot start {} threads: {e}", start.threads)))?;
-        let network = model.network(job.max_seq_len as usize);
-        let mut engine = Engine::<E>::new(network, workers, collective)?;
+        let Made { mut learner, note } = make(start, &job, &model)?;
+        if let Some(note) = note {
+            link.log(Level::Warn, note);
+        }
         let mut state = TrainerState {
             step: 0,
             epoch: 0,
@@ -131,8 +130,8 @@ impl<E: Storage> Trainer<E> {
                 if start.rank == 0 {
                     notes.into_iter().for_each(|note| link.log(Level::Warn, note));
                 }
-                engine.load_weights(checkpoint)?;
-                engine.load_optimizer(checkpoint)?;
+                learner.load_weights(checkpoint)?;
+                learner.load_optimizer(checkpoint)?;
                 state = TrainerState {
                     step: was.step,
                     epoch: was.epoch,
@@ -143,17 +142,10 @@ impl<E: Storage> Trainer<E> {
                     ..state
                 };
             }
-            (None, Some(dir)) => engine.load_weights(dir)?,
-            (None, None) => engine.fresh_weights(job.seed)?,
+            (None, Some(dir)) => learner.load_weights(dir)?,
+            (None, None) => learner.fresh_weights(job.seed)?,
         }
-        let o = &job.optimizer;
-        let adamw = AdamW {
-            beta1: o.beta1,
-            beta2: o.beta2,
-            eps: o.eps,
-            weight_decay: o.weight_decay,
-            max_grad_norm: o.max_grad_norm,
-        };
+        let adamw = AdamW::from(&job.optimizer);
         let rank = u64::from(start.rank);
         let saving = dir.map(|dir| {
             let origins = Origins {
@@ -174,7 +166,8 @@ impl<E: Storage> Trainer<E> {
             job,
             rank,
             world,
-            engine,
+            learner,
+            objective: Box::new(NextToken),
             cache,
             order,
             adamw,
@@ -191,13 +184,13 @@ impl<E: Storage> Trainer<E> {
 
     fn train(mut self, link: &mut AgentLink) -> Result<Outcome> {
         if self.rank == 0 {
-            let parameters = self.engine.model().layout.count();
-            let products = self.engine.products().describe::<E>();
-            link.event(EventBody::Started { step: self.state.step, parameters, device: "cpu".into() });
-            link.log(
-                Level::Info,
-                format!("{} threads, {products}", self.engine.products().workers().count()),
-            );
+            let parameters = self.learner.layout().count();
+            link.event(EventBody::Started {
+                step: self.state.step,
+                parameters,
+                device: self.learner.device(),
+            });
+            link.log(Level::Info, self.learner.describe());
             self.warn_of_a_small_disk(link);
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
                 let cut = warmup_steps(&self.job.optimizer, self.total_steps);
@@ -247,12 +240,12 @@ impl<E: Storage> Trainer<E> {
     fn step(&mut self, link: &AgentLink) -> Result<Votes> {
         let began = Instant::now();
         let step = self.state.step;
-        self.engine.collective().begin_step(step + 1, self.meter.last);
-        self.engine.collective().note(Activity::LoadingData);
+        self.learner.gang().begin_step(step + 1, self.meter.last);
+        self.learner.gang().note(Activity::LoadingData);
         let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
                 let indices = self.order.rank_part(step, micro, self.rank, self.world);
-                TokenBatch::read(self.cache.train(), indices.into_iter())
+                self.objective.batch(self.cache.train(), &mut indices.into_iter())
             })
             .collect();
         let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
@@ -260,9 +253,8 @@ impl<E: Storage> Trainer<E> {
             stop: link.stop_asked(),
             time: self.job.max_time_s.is_some_and(|limit| self.began.elapsed() >= Duration::from_secs(limit)),
         };
-        let tokens = self.order.predictions_per_step(self.job.max_seq_len);
-        let batches = micro_batches.iter().map(TokenBatch::view);
-        let report = self.engine.step(batches, tokens, &self.adamw, lr, step + 1, mine)?;
+        let update = Update { adamw: self.adamw, lr, step: step + 1 };
+        let report = self.learner.step(&micro_batches, &update, mine)?;
 
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
@@ -286,10 +278,10 @@ impl<E: Storage> Trainer<E> {
         let batches: Vec<TokenBatch> = mine
             .clone()
             .step_by(size as usize)
-            .map(|at| TokenBatch::read(windows, at..(at + size).min(mine.end)))
+            .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))))
             .collect();
-        let loss = self.engine.evaluate(batches.iter().map(TokenBatch::view))?;
-        let mean = loss.sum / loss.tokens.max(1) as f64;
+        let tally = self.learner.evaluate(&batches)?;
+        let mean = tally.mean();
         self.state.eval_loss = Some(mean);
         if self.rank == 0 {
             let bytes_per_token = self.cache.meta().validation_bytes_per_token;
@@ -297,7 +289,7 @@ impl<E: Storage> Trainer<E> {
                 step: self.state.step,
                 loss: mean,
                 bits_per_byte: mean / std::f64::consts::LN_2 / bytes_per_token,
-                tokens: loss.tokens,
+                tokens: tally.tokens,
             }));
         }
         Ok(())
@@ -314,22 +306,6 @@ fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
         reads: &job.inputs(),
     };
     Ok(RunDir::claim(&claim)?)
-}
-
-fn join(start: &RankStart) -> Result<Box<dyn Collective>> {
-    let mut collective: Box<dyn Collective> = match (start.world_size, start.shm_fd) {
-        (1, _) => Box::new(Solo::new(start.generation)),
-        (world, Some(fd)) => {
-            Box::new(ShmCollective::attach(fd, start.rank as usize, world as usize, start.generation)?)
-        }
-        (_, None) => {
-            return Err(Error::Environment(
-                "the agent gave no shared segment to a gang of several ranks".into(),
-            ));
-        }
-    };
-    collective.set_deadline(DEADLINE);
-    Ok(collective)
 }
 
 /// The model, and where its weights come from if they are not fresh.

@@ -1,7 +1,5 @@
 //! The threads of one rank. Work is cut into pieces that do not depend on timing, so results depend on the number of threads at most.
 
-use crate::shim;
-
 /// A fixed number of threads; with one, everything runs on the caller.
 pub struct Workers {
     pool: Option<rayon::ThreadPool>,
@@ -9,17 +7,17 @@ pub struct Workers {
 }
 
 impl Workers {
-    pub fn new(threads: u32) -> Result<Self, rayon::ThreadPoolBuildError> {
+    /// `prepare` is called on each of the threads, the caller's first.
+    pub fn new(threads: u32, prepare: fn()) -> Result<Self, rayon::ThreadPoolBuildError> {
         let count = threads.max(1) as usize;
-        // Products are cut here, not inside the libraries: one pool, one order.
-        shim::set_threads(1);
+        prepare();
         let pool = match count {
             1 => None,
             _ => Some(
                 rayon::ThreadPoolBuilder::new()
                     .num_threads(count)
                     .thread_name(|i| format!("engine-{i}"))
-                    .start_handler(|_| shim::set_threads(1))
+                    .start_handler(move |_| prepare())
                     .build()?,
             ),
         };

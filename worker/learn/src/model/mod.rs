@@ -8,7 +8,6 @@ pub use config::with_end;
 use crate::error::{Error, Result};
 use fleet_checkpoint::ModelDir;
 use fleet_common::model::{Decoder, Family, Layout, Object};
-use fleet_cpu::Network;
 use fleet_data::model_dir::token_ids;
 use std::path::Path;
 
@@ -53,9 +52,9 @@ impl Model {
         }
     }
 
-    /// For sequences of at most `positions` tokens.
-    pub fn network(&self, positions: usize) -> Network {
-        Network::new(self.decoder.clone(), Layout::new(&self.decoder, self.family), positions)
+    /// Where its tensors lie.
+    pub fn layout(&self) -> Layout {
+        Layout::new(&self.decoder, self.family)
     }
 
     /// What describes it, in the words of its `config.json`.

@@ -1,0 +1,75 @@
+//! The executor as training and generation use it: a network, its products, and the memory of a pass.
+
+use crate::decode::Cache;
+use crate::network::Network;
+use crate::product::{Products, Storage};
+use crate::workspace::Workspace;
+use fleet_common::model::Layout;
+use fleet_learn::{Batch, Executor, Host, HostWeights, Result, Tally, UnitWeights, Units, Workers};
+use std::sync::Arc;
+
+pub struct CpuExecutor<E> {
+    network: Network,
+    products: Products,
+    work: Workspace<E>,
+    /// Summed since it was asked for.
+    loss: f64,
+}
+
+impl<E: Storage> CpuExecutor<E> {
+    pub fn new(network: Network, workers: Arc<Workers>) -> CpuExecutor<E> {
+        CpuExecutor { network, products: Products::new(workers), work: Workspace::new(), loss: 0.0 }
+    }
+
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// `[t, v]` logits of whole sequences of `seq` tokens.
+    pub fn logits(&mut self, weights: HostWeights<E>, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
+        self.network.logits(weights, ids, seq, &mut self.products, &mut self.work)
+    }
+
+    /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
+    pub fn prefill(
+        &mut self,
+        weights: HostWeights<E>,
+        ids: &[i64],
+        cache: &mut Cache<E>,
+    ) -> Result<Vec<f32>> {
+        self.network.prefill(weights, ids, cache, &mut self.products, &mut self.work)
+    }
+
+    /// `[v]` logits of the token after `id`, which is added to the cache.
+    pub fn decode(&mut self, weights: HostWeights<E>, id: i64, cache: &mut Cache<E>) -> Vec<f32> {
+        self.network.decode(weights, id, cache, &mut self.products, &mut self.work)
+    }
+}
+
+impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
+    fn layout(&self) -> &Layout {
+        &self.network.layout
+    }
+
+    fn device(&self) -> String {
+        "cpu".into()
+    }
+
+    fn describe(&self) -> String {
+        format!("{} threads, {}", self.products.workers().count(), self.products.describe::<E>())
+    }
+
+    fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
+        let Self { network, products, work, loss } = self;
+        *loss += network.forward_backward(units, batch, scale, products, work)?;
+        Ok(())
+    }
+
+    fn take_loss(&mut self) -> Result<f64> {
+        Ok(std::mem::take(&mut self.loss))
+    }
+
+    fn evaluate(&mut self, units: &mut dyn UnitWeights<Host<E>>, batch: &Batch) -> Result<Tally> {
+        self.network.loss(units, batch, &mut self.products, &mut self.work)
+    }
+}

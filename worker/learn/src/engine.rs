@@ -1,0 +1,243 @@
+//! An executor and a strategy, put together: weights in and out, a step, an evaluation.
+
+use crate::batch::TokenBatch;
+use crate::error::{Error, Result};
+use crate::executor::{Executor, Tally};
+use crate::model::init;
+use crate::optimizer::Update;
+use crate::shim::buffers::as_bytes;
+use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
+use crate::units::Memory;
+use fleet_checkpoint::{
+    CheckpointError, Dtype, MODEL_FILE, ModelDir, OPTIMIZER_FILE, TensorRef, Tensors, Writer, stored,
+    stored_shape,
+};
+use fleet_collectives::{Activity, Collective, Op};
+use fleet_common::model::Layout;
+use fleet_kernels::all_finite;
+use std::borrow::Cow;
+use std::ops::Range;
+use std::path::Path;
+
+/// All that the trainer sees of a model, of what computes it, and of the ranks that train it together.
+pub trait Learner {
+    fn layout(&self) -> &Layout;
+    /// As `device` in a job names it.
+    fn device(&self) -> String;
+    /// For the log: with what is computed.
+    fn describe(&self) -> String;
+    /// The ranks that train together.
+    fn gang(&mut self) -> &mut dyn Collective;
+
+    /// Weights that hang on `seed` alone.
+    fn fresh_weights(&mut self, seed: u64) -> Result<()>;
+    /// The weights of a model directory or of a checkpoint.
+    fn load_weights(&mut self, dir: &Path) -> Result<()>;
+    /// The optimizer state of a checkpoint.
+    fn load_optimizer(&mut self, dir: &Path) -> Result<()>;
+
+    /// One step of the optimizer over `micro_batches`, this rank's share of the global batch. `votes` are this rank's. The loss is that for
+    /// each target that counts, over all ranks.
+    fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report>;
+    /// The sums over the batches of all ranks. A rank may have no batch.
+    fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally>;
+
+    /// Weights as the files of the family have them, and the optimizer state.
+    fn save(&mut self, writer: &mut Writer) -> Result<(), CheckpointError>;
+}
+
+pub struct Engine<M> {
+    executor: Box<dyn Executor<M>>,
+    strategy: Box<dyn Strategy<M>>,
+    layout: Layout,
+}
+
+impl<M: Memory> Engine<M> {
+    pub fn new(executor: impl Executor<M> + 'static, strategy: impl Strategy<M> + 'static) -> Engine<M> {
+        let layout = executor.layout().clone();
+        Engine { executor: Box::new(executor), strategy: Box::new(strategy), layout }
+    }
+
+    /// The flat weights, on the host.
+    pub fn weights(&self) -> Result<Cow<'_, [f32]>> {
+        self.strategy.flat(Slot::Weights)
+    }
+}
+
+impl<M: Memory> Learner for Engine<M> {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn device(&self) -> String {
+        self.executor.device()
+    }
+
+    fn describe(&self) -> String {
+        self.executor.describe()
+    }
+
+    fn gang(&mut self) -> &mut dyn Collective {
+        self.strategy.gang()
+    }
+
+    fn fresh_weights(&mut self, seed: u64) -> Result<()> {
+        let layout = &self.layout;
+        self.strategy.fill(Slot::Weights, &mut |range, out| {
+            for p in &layout.parameters {
+                init::fill(p, range.clone(), seed, out, range.start);
+            }
+            Ok(())
+        })
+    }
+
+    /// Each rank looks whether its part of them are numbers.
+    fn load_weights(&mut self, dir: &Path) -> Result<()> {
+        let given = ModelDir::open(dir)?;
+        let shapes = |layout: &Layout| -> Vec<(String, Vec<usize>)> {
+            layout.parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
+        };
+        if shapes(&given.layout) != shapes(&self.layout) {
+            return Err(Error::Input(format!(
+                "{}: these are the weights of another model than the job's; set model.path to this directory, or use other weights",
+                dir.display()
+            )));
+        }
+        let layout = &self.layout;
+        self.strategy.fill(Slot::Weights, &mut |range, out| {
+            for p in &layout.parameters {
+                if !all_finite(given.read_part(p, &range, out)) {
+                    return Err(Error::Input(format!(
+                        "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
+                        dir.display(),
+                        p.name
+                    )));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn load_optimizer(&mut self, dir: &Path) -> Result<()> {
+        let tensors = Tensors::open(&dir.join(OPTIMIZER_FILE))?;
+        for (slot, suffix) in MOMENTS {
+            let of_parameters: Vec<(&Range<usize>, &[u8])> = self
+                .layout
+                .parameters
+                .iter()
+                .map(|p| {
+                    let name = moment_name(&p.name, suffix);
+                    let tensor = tensors.get(&name).filter(|t| t.shape == p.shape && t.dtype == Dtype::F32);
+                    let lacks =
+                        || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display()));
+                    Ok((&p.range, tensor.ok_or_else(lacks)?.data))
+                })
+                .collect::<Result<_>>()?;
+            self.strategy.fill(slot, &mut |range, out| {
+                for (parameter, bytes) in &of_parameters {
+                    copy_moments(bytes, parameter, &range, out);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report> {
+        let mut weight = [micro_batches.iter().map(|batch| batch.view().weight()).sum()];
+        self.strategy.gang().all_reduce_f64(&mut weight, Op::Sum)?;
+        let [weight] = weight;
+        if weight <= 0.0 {
+            return Err(Error::Input(format!(
+                "no token of step {} is to be predicted; look at the data",
+                update.step
+            )));
+        }
+        self.strategy.gang().note(Activity::Forward);
+        let last = micro_batches.len().saturating_sub(1);
+        for (number, batch) in micro_batches.iter().enumerate() {
+            let micro = Micro { first: number == 0, last: number == last };
+            let units = self.strategy.units(micro);
+            self.executor.forward_backward(units, &batch.view(), 1.0 / weight as f32)?;
+        }
+        let report = self.strategy.update(update, self.executor.take_loss()?, votes)?;
+        Ok(Report { loss: report.loss / weight, ..report })
+    }
+
+    fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {
+        self.strategy.gang().note(Activity::Evaluating);
+        let mut tally = Tally::default();
+        for batch in batches {
+            tally.add(self.executor.evaluate(self.strategy.weights(), &batch.view())?);
+        }
+        let mut sums = [tally.loss, tally.weight, tally.tokens as f64, tally.hits as f64];
+        self.strategy.gang().all_reduce_f64(&mut sums, Op::Sum)?;
+        let [loss, weight, tokens, hits] = sums;
+        Ok(Tally { loss, weight, tokens: tokens as u64, hits: hits as u64 })
+    }
+
+    fn save(&mut self, writer: &mut Writer) -> Result<(), CheckpointError> {
+        self.save_weights(writer)?;
+        self.save_moments(writer)
+    }
+}
+
+impl<M: Memory> Engine<M> {
+    fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>, CheckpointError> {
+        self.strategy.flat(slot).map_err(|e| CheckpointError::Device(e.to_string()))
+    }
+
+    fn save_weights(&self, writer: &mut Writer) -> Result<(), CheckpointError> {
+        let (flat, parameters) = (self.flat(Slot::Weights)?, &self.layout.parameters);
+        let tensors: Vec<(Vec<usize>, Cow<[f32]>)> =
+            parameters.iter().map(|p| (stored_shape(p), stored(p, &flat))).collect();
+        let named = parameters.iter().zip(&tensors);
+        let refs: Vec<TensorRef> = named
+            .map(|(p, (shape, data))| TensorRef {
+                name: &p.name,
+                dtype: Dtype::F32,
+                shape,
+                data: as_bytes(data),
+            })
+            .collect();
+        writer.write_safetensors(MODEL_FILE, &refs)
+    }
+
+    fn save_moments(&self, writer: &mut Writer) -> Result<(), CheckpointError> {
+        let parameters = &self.layout.parameters;
+        let mut moments = Vec::new();
+        for (slot, suffix) in MOMENTS {
+            let names: Vec<String> = parameters.iter().map(|p| moment_name(&p.name, suffix)).collect();
+            moments.push((self.flat(slot)?, names));
+        }
+        let refs: Vec<TensorRef> = moments
+            .iter()
+            .flat_map(|(flat, names)| {
+                parameters.iter().zip(names).map(|(p, name)| TensorRef {
+                    name,
+                    dtype: Dtype::F32,
+                    shape: &p.shape,
+                    data: as_bytes(&flat[p.range.clone()]),
+                })
+            })
+            .collect();
+        writer.write_safetensors(OPTIMIZER_FILE, &refs)
+    }
+}
+
+/// By PyTorch's names.
+const MOMENTS: [(Slot, &str); 2] = [(Slot::Moment1, "exp_avg"), (Slot::Moment2, "exp_avg_sq")];
+
+fn moment_name(parameter: &str, suffix: &str) -> String {
+    format!("{parameter}.{suffix}")
+}
+
+/// What of a parameter's moments lies in `range`, into `out`, which covers it.
+fn copy_moments(bytes: &[u8], parameter: &Range<usize>, range: &Range<usize>, out: &mut [f32]) {
+    let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
+    if begin < end {
+        let bytes = &bytes[4 * (begin - parameter.start)..4 * (end - parameter.start)];
+        let out = &mut out[begin - range.start..end - range.start];
+        out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+    }
+}

@@ -1,0 +1,51 @@
+//! What computes: a decoder's forward and backward on some device.
+
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::units::{Memory, UnitWeights, Units};
+use fleet_common::model::Layout;
+
+/// Computes with weights that it is given, and owns what it keeps between forward and backward. It makes no decision about training.
+pub trait Executor<M: Memory> {
+    /// Where the model's tensors lie in the flat buffer.
+    fn layout(&self) -> &Layout;
+    /// As `device` in a job names it.
+    fn device(&self) -> String;
+    /// For the log: with what it computes.
+    fn describe(&self) -> String;
+
+    /// The gradients of `scale` times the summed loss of `batch`, unit by unit from the head to the embedding. The loss itself is
+    /// added to what `take_loss` gives.
+    fn forward_backward(&mut self, units: &mut dyn Units<M>, batch: &Batch, scale: f32) -> Result<()>;
+    /// The losses that were summed since it was asked last, not waited for.
+    fn take_loss(&mut self) -> Result<M::Number>;
+    /// The loss alone.
+    fn evaluate(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch) -> Result<Tally>;
+}
+
+/// Sums over targets.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tally {
+    /// In nats, each times its weight.
+    pub loss: f64,
+    /// What the targets count together.
+    pub weight: f64,
+    /// How many they are.
+    pub tokens: u64,
+    /// How many of them the model finds likelier than any other token.
+    pub hits: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: Tally) {
+        self.loss += other.loss;
+        self.weight += other.weight;
+        self.tokens += other.tokens;
+        self.hits += other.hits;
+    }
+
+    /// Nats for each that counts.
+    pub fn mean(&self) -> f64 {
+        self.loss / if self.weight > 0.0 { self.weight } else { 1.0 }
+    }
+}

@@ -1,0 +1,31 @@
+//! How a run learns, without a device: what happens when (`trainer`), what is asked of the model (`objective`), where its numbers lie and who
+//! updates them (`strategy`), and the seam to what computes (`executor`, `units`).
+//!
+//! A step: the trainer reads windows and hands them to a `Learner`. Behind that an `Engine` gives them to an executor, which asks the
+//! strategy for each unit's weights, gives them back, and says when the unit's gradients are ready; at the end the strategy updates.
+
+pub mod agent_link;
+pub mod batch;
+pub mod engine;
+pub mod error;
+pub mod executor;
+pub mod model;
+pub mod objective;
+pub mod optimizer;
+pub mod shim;
+pub mod strategy;
+#[doc(hidden)]
+pub mod testing;
+pub mod trainer;
+pub mod units;
+mod workers;
+
+pub use batch::{Batch, IGNORED, TokenBatch};
+pub use engine::{Engine, Learner};
+pub use error::{Error, Result};
+pub use executor::{Executor, Tally};
+pub use objective::{NextToken, Objective};
+pub use optimizer::{AdamW, Update};
+pub use strategy::{Report, Strategy, Votes};
+pub use units::{Gradients, Host, HostNumber, HostWeights, Memory, Pieces, UnitWeights, Units};
+pub use workers::Workers;

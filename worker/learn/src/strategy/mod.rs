@@ -1,0 +1,103 @@
+//! Where a model's numbers lie, who reduces gradients and who updates weights.
+
+mod shared;
+mod solo;
+
+pub use shared::Shared;
+pub use solo::Solo;
+
+use crate::error::{Error, Result};
+use crate::optimizer::Update;
+use crate::units::{Memory, UnitWeights, Units};
+use fleet_collectives::Collective;
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// One rank's part in keeping and updating a model. All ranks make the same calls in the same order.
+pub trait Strategy<M: Memory> {
+    /// The ranks that train together.
+    fn gang(&mut self) -> &mut dyn Collective;
+
+    /// For one micro-batch of a step.
+    fn units(&mut self, micro: Micro) -> &mut dyn Units<M>;
+    /// To be read, between two steps.
+    fn weights(&mut self) -> &mut dyn UnitWeights<M>;
+
+    /// Ends a step whose micro-batches are done: gradients of all ranks together, clipped, one step of the optimizer. `loss` is this rank's
+    /// sum. Where loss or norm is no number the weights stay what they were, and that is the error.
+    fn update(&mut self, update: &Update, loss: M::Number, votes: Votes) -> Result<Report>;
+
+    /// Calls `read` for each range that this rank keeps of `slot`, which is to be filled. Afterwards all ranks see it.
+    fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()>;
+    /// The flat buffer of `slot`, on the host, to be written to files.
+    fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>>;
+}
+
+/// Fills a range of the flat buffer.
+pub type Read<'a> = dyn FnMut(Range<usize>, &mut [f32]) -> Result<()> + 'a;
+
+/// Which micro-batch of a step it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Micro {
+    /// Gradients are set, not added.
+    pub first: bool,
+    /// Gradients are complete after it.
+    pub last: bool,
+}
+
+/// What a strategy keeps of each parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    Weights,
+    /// Of the optimizer: the mean of gradients.
+    Moment1,
+    /// The mean of their squares.
+    Moment2,
+}
+
+/// What all ranks know after a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Report {
+    /// Summed over all ranks; an engine divides it by what the targets count together.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    /// Of any rank.
+    pub votes: Votes,
+}
+
+/// Why a rank wants to end the run after this step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Votes {
+    /// It was asked to.
+    pub stop: bool,
+    /// The time limit is over.
+    pub time: bool,
+}
+
+impl Votes {
+    fn numbers(self) -> [f64; 2] {
+        [self.stop, self.time].map(|vote| f64::from(u8::from(vote)))
+    }
+}
+
+impl Report {
+    /// `squares` of the gradients, `loss`, and votes, summed over all ranks.
+    pub(crate) fn of_sums(sums: [f64; 4], step: u64) -> Result<Report> {
+        let [squares, loss, stop, time] = sums;
+        let votes = Votes { stop: stop > 0.0, time: time > 0.0 };
+        Report { loss, grad_norm: squares.sqrt(), votes }.checked(step)
+    }
+
+    /// Itself, unless it has no numbers.
+    pub fn checked(self, step: u64) -> Result<Report> {
+        let (what, number) = match self.loss.is_finite() {
+            true if self.grad_norm.is_finite() => return Ok(self),
+            true => ("gradient norm", self.grad_norm),
+            false => ("loss", self.loss),
+        };
+        Err(Error::Job(format!(
+            "the {what} became {number} at step {step}; lower learning_rate, raise warmup_steps, or look at the data of that step"
+        )))
+    }
+}

@@ -1,0 +1,112 @@
+//! The choices of a rank: what computes, where the numbers lie, how the ranks reach each other.
+
+use fleet_collectives::{Collective, ShmCollective};
+use fleet_common::capability::{Refusal, Wanted};
+use fleet_common::job::{self, Job, Precision};
+use fleet_common::protocol::RankStart;
+use fleet_cpu::{CpuExecutor, Network, Storage, workers};
+use fleet_learn::model::Model;
+use fleet_learn::strategy::{Shared, Solo};
+use fleet_learn::trainer::Made;
+use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
+use fleet_torch::{Numbers, TorchExecutor};
+use half::bf16;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+/// Longest wait for a peer: the others wait while rank 0 writes a checkpoint. A dead peer ends the gang at once by other means.
+const DEADLINE: Duration = Duration::from_secs(900);
+
+/// What rank `start` trains for `job`, with weights that are still zero. A collective call.
+pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+    match place(&start.device) {
+        Ok(Place::Host) => on_host(start, job, model, None),
+        Ok(Place::Device(kind, device)) => on_device(start, job, model, kind, device),
+        Err(why) if job.device == job::Device::Auto && start.world_size == 1 => {
+            on_host(start, job, model, Some(format!("{why}: training on the CPU")))
+        }
+        Err(why) => Err(Error::Environment(format!("{why}; set device = \"cpu\" to train without it"))),
+    }
+}
+
+/// Where a rank computes.
+enum Place {
+    Host,
+    Device(job::Device, Device),
+}
+
+fn place(name: &str) -> std::result::Result<Place, String> {
+    let kind = match name {
+        "cpu" => return Ok(Place::Host),
+        "mps" => job::Device::Mps,
+        _ => job::Device::Cuda,
+    };
+    Ok(Place::Device(kind, fleet_torch::device::open(name)?))
+}
+
+fn on_host(start: &RankStart, job: &Job, model: &Model, note: Option<String>) -> Result<Made> {
+    let wanted = Wanted::of(job, job::Device::Cpu, start.world_size);
+    let learner = match (wanted.executor().map_err(refused)?, job.precision) {
+        (job::Executor::Torch, _) => return on_device(start, job, model, job::Device::Cpu, Device::Cpu),
+        (_, Precision::Bf16Mixed) => on_cpu::<bf16>(start, job, model)?,
+        _ => on_cpu::<f32>(start, job, model)?,
+    };
+    Ok(Made { learner, note })
+}
+
+fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, device: Device) -> Result<Made> {
+    Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
+    let numbers = match job.precision {
+        Precision::Bf16Mixed => Numbers::BF16_MIXED,
+        _ => Numbers::FP32,
+    };
+    if device == Device::Cpu {
+        tch::set_num_threads(start.threads as i32);
+    }
+    let layout = model.layout();
+    let strategy = fleet_torch::Solo::new(layout.clone(), device, numbers.products, start.generation)?;
+    let executor = TorchExecutor::new(model.decoder.clone(), layout, device, numbers);
+    Ok(Made { learner: Box::new(Engine::new(executor, strategy)), note: None })
+}
+
+fn refused(refusal: Refusal) -> Error {
+    Error::Input(refusal.to_string())
+}
+
+fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box<dyn Learner>> {
+    let (executor, workers) = cpu::<E>(model, start.threads, job.max_seq_len as usize)?;
+    let layout = model.layout();
+    Ok(match gang(start)? {
+        None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation))),
+        Some(gang) => Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)),
+    })
+}
+
+fn cpu<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<(CpuExecutor<E>, Arc<Workers>)> {
+    let workers = workers(threads)?;
+    let network = Network::new(model.decoder.clone(), model.layout(), positions);
+    Ok((CpuExecutor::new(network, workers.clone()), workers))
+}
+
+/// A model on this machine's CPU alone, for sequences of at most `positions` tokens, with weights that are still zero.
+pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<Engine<Host<E>>> {
+    let (executor, workers) = cpu::<E>(model, threads, positions)?;
+    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)))
+}
+
+/// The peers, where there are any.
+fn gang(start: &RankStart) -> Result<Option<Box<dyn Collective>>> {
+    let (rank, world) = (start.rank as usize, start.world_size as usize);
+    match (world, start.shm_fd) {
+        (1, _) => Ok(None),
+        (_, Some(fd)) => {
+            let mut gang = ShmCollective::attach(fd, rank, world, start.generation)?;
+            gang.set_deadline(DEADLINE);
+            Ok(Some(Box::new(gang)))
+        }
+        (_, None) => {
+            Err(Error::Environment("the agent gave no shared segment to a gang of several ranks".into()))
+        }
+    }
+}

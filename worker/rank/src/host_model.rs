@@ -1,0 +1,62 @@
+//! A model directory in this machine's memory, computed on its CPU.
+
+use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
+use fleet_cpu::{Cache, CpuExecutor, Network, workers};
+use fleet_kernels::all_finite;
+use fleet_learn::model::Model;
+use fleet_learn::{Error, HostWeights, Result};
+use std::path::Path;
+
+pub struct HostModel {
+    pub model: Model,
+    executor: CpuExecutor<f32>,
+    weights: Vec<f32>,
+}
+
+impl HostModel {
+    /// For sequences of at most `positions` tokens (`None`: as many as the model was made for).
+    pub fn open(dir: &Path, threads: u32, positions: Option<usize>) -> Result<HostModel> {
+        let (given, weights) = read_weights(dir)?;
+        let model = Model::of_dir(&given);
+        let positions = positions.unwrap_or(model.decoder.max_positions);
+        let network = Network::new(given.decoder, given.layout, positions);
+        Ok(HostModel { model, executor: CpuExecutor::new(network, workers(threads)?), weights })
+    }
+
+    pub fn cache(&self) -> Cache<f32> {
+        Cache::new(self.executor.network())
+    }
+
+    /// `[t, v]` logits of whole sequences of `seq` tokens.
+    pub fn logits(&mut self, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
+        self.executor.logits(HostWeights::flat(&self.weights, &[]), ids, seq)
+    }
+
+    /// Runs a prompt; `[v]` logits of the token after it.
+    pub fn prefill(&mut self, ids: &[i64], cache: &mut Cache<f32>) -> Result<Vec<f32>> {
+        self.executor.prefill(HostWeights::flat(&self.weights, &[]), ids, cache)
+    }
+
+    /// `[v]` logits of the token after `id`.
+    pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Vec<f32> {
+        self.executor.decode(HostWeights::flat(&self.weights, &[]), id, cache)
+    }
+}
+
+/// The flat weights of a directory, which is checked by its manifest where it has one. All are numbers.
+pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
+    if dir.join(MANIFEST_FILE).exists() {
+        fleet_checkpoint::verify(dir)?;
+    }
+    let model = ModelDir::open(dir)?;
+    let mut flat = vec![0.0; model.layout.len];
+    model.read(&mut flat);
+    if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
+        return Err(Error::Input(format!(
+            "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
+            dir.display(),
+            p.name
+        )));
+    }
+    Ok((model, flat))
+}

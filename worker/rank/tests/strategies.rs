@@ -1,0 +1,187 @@
+//! The same training under every strategy: alone, over memory that ranks share, and gathered unit by unit.
+
+#![allow(clippy::unwrap_used)] // a test may panic
+
+use fleet_collectives::{Segment, ShmCollective};
+use fleet_common::model::Object;
+use fleet_cpu::{CpuExecutor, Network, Storage, workers};
+use fleet_learn::model::Model;
+use fleet_learn::strategy::{Shared, Solo};
+use fleet_learn::testing::{Gathering, tiny_config, tiny_with, token_ids};
+use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
+use half::bf16;
+use serde_json::json;
+use std::os::fd::AsRawFd;
+
+const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+const SEQ: usize = 12;
+const SEQUENCES: usize = 8;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Solo,
+    Shared,
+    Gathering,
+}
+
+/// How a global batch is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    kind: Kind,
+    world: usize,
+    micro: usize,
+}
+
+const ALONE: Cut = Cut { kind: Kind::Solo, world: 1, micro: 1 };
+
+/// What each rank reported, and the weights afterwards.
+type Trained = (Vec<Report>, Vec<f32>);
+
+/// Trains `steps` on ranks that are threads of this process.
+fn train<E: Storage>(config: &Object, cut: Cut, steps: u64) -> Vec<Trained> {
+    let segment = Segment::create(cut.world, 1).unwrap();
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..cut.world)
+            .map(|rank| {
+                let fd = segment.fd().as_raw_fd();
+                scope.spawn(move || {
+                    let gang = || Box::new(ShmCollective::attach(fd, rank, cut.world, 1).unwrap());
+                    run(engine::<E>(config, cut, gang), cut, rank, steps)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn engine<E: Storage>(config: &Object, cut: Cut, gang: impl Fn() -> Box<ShmCollective>) -> Engine<Host<E>> {
+    let model = Model::new(config).unwrap();
+    let (layout, workers) = (model.layout(), workers(1).unwrap());
+    let executor = CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), SEQ), workers.clone());
+    match cut.kind {
+        Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1)),
+        Kind::Shared => Engine::new(executor, Shared::<E>::new(layout, workers, gang()).unwrap()),
+        Kind::Gathering => Engine::new(executor, Gathering::<E>::new(layout, gang())),
+    }
+}
+
+/// Some targets do not count and others count more, unevenly over the sequences: the ranks' shares of the loss differ.
+fn global_batch(step: u64) -> TokenBatch {
+    let ids = token_ids(SEQUENCES * SEQ, 97, step % 3);
+    let mut targets = token_ids(SEQUENCES * SEQ, 97, step % 3 + 50);
+    targets[..SEQ + 5].fill(IGNORED);
+    let weights = (0..ids.len()).map(|at| if at % 5 == 0 { 2.0 } else { 1.0 }).collect();
+    TokenBatch { ids, targets, weights: Some(weights), seq: SEQ }
+}
+
+fn run<E: Storage>(mut engine: Engine<Host<E>>, cut: Cut, rank: usize, steps: u64) -> Trained {
+    engine.fresh_weights(5).unwrap();
+    let size = SEQUENCES / cut.micro / cut.world * SEQ;
+    let reports = (1..=steps)
+        .map(|step| {
+            let whole = global_batch(step);
+            let part = |micro: usize| {
+                let range = (micro * cut.world + rank) * size..(micro * cut.world + rank + 1) * size;
+                TokenBatch {
+                    ids: whole.ids[range.clone()].to_vec(),
+                    targets: whole.targets[range.clone()].to_vec(),
+                    weights: whole.weights.as_ref().map(|weights| weights[range].to_vec()),
+                    seq: SEQ,
+                }
+            };
+            let batches: Vec<TokenBatch> = (0..cut.micro).map(part).collect();
+            let update = Update { adamw: ADAMW, lr: 3e-3, step };
+            engine.step(&batches, &update, Votes { stop: rank == 1 && step == 4, time: false }).unwrap()
+        })
+        .collect();
+    let weights = engine.weights().unwrap().into_owned();
+    (reports, weights)
+}
+
+fn same_curve(a: &[Report], b: &[Report], tolerance: f64, what: Cut) {
+    for (step, (a, b)) in a.iter().zip(b).enumerate() {
+        let close = |a: f64, b: f64| (a / b - 1.0).abs() < tolerance;
+        assert!(close(a.loss, b.loss), "{what:?} loss of step {step}: {} {}", a.loss, b.loss);
+        assert!(
+            close(a.grad_norm, b.grad_norm),
+            "{what:?} norm of step {step}: {} {}",
+            a.grad_norm,
+            b.grad_norm
+        );
+    }
+}
+
+#[test]
+fn every_strategy_and_cut_trains_the_same_model() {
+    for tied in [false, true] {
+        let config = tiny_with(json!({"tie_word_embeddings": tied}));
+        let (alone, _) = train::<f32>(&config, ALONE, 20).remove(0);
+        assert!(alone[19].loss < 0.8 * alone[0].loss, "it learns: {alone:?}");
+        let cuts = [(1, 4), (1, 1), (2, 1), (4, 1), (2, 2)];
+        for (kind, (world, micro)) in
+            [Kind::Shared, Kind::Gathering].into_iter().flat_map(|kind| cuts.map(|cut| (kind, cut)))
+        {
+            let cut = Cut { kind, world, micro };
+            let ranks = train::<f32>(&config, cut, 20);
+            for (reports, weights) in &ranks {
+                same_curve(reports, &alone, 1e-4, cut);
+                assert_eq!(reports, &ranks[0].0, "{cut:?}: every rank knows the same");
+                if kind == Kind::Shared {
+                    assert_eq!(weights, &ranks[0].1, "{cut:?}: every rank has the same weights");
+                }
+                let stops: Vec<bool> = reports.iter().map(|r| r.votes.stop).collect();
+                assert_eq!(stops.iter().filter(|s| **s).count(), usize::from(world > 1));
+                assert_eq!(
+                    stops[3],
+                    world > 1,
+                    "all ranks learn of a stop in the step in which one was asked"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn one_rank_has_the_same_bits_under_every_strategy() {
+    let (alone, weights) = train::<f32>(&tiny_config(), ALONE, 6).remove(0);
+    for kind in [Kind::Shared, Kind::Gathering] {
+        let (reports, others) = train::<f32>(&tiny_config(), Cut { kind, ..ALONE }, 6).remove(0);
+        assert_eq!(
+            reports.iter().map(|r| r.loss).collect::<Vec<_>>(),
+            alone.iter().map(|r| r.loss).collect::<Vec<_>>()
+        );
+        assert!(others == weights, "{kind:?}");
+    }
+}
+
+#[test]
+fn bf16_ranks_train_like_one() {
+    let (alone, _) = train::<bf16>(&tiny_config(), ALONE, 20).remove(0);
+    let (fp32, _) = train::<f32>(&tiny_config(), ALONE, 20).remove(0);
+    same_curve(&alone, &fp32, 5e-2, ALONE);
+    for kind in [Kind::Shared, Kind::Gathering] {
+        let cut = Cut { kind, world: 2, micro: 1 };
+        for (reports, _) in train::<bf16>(&tiny_config(), cut, 20) {
+            same_curve(&reports, &alone, 2e-2, cut);
+        }
+    }
+}
+
+#[test]
+fn the_same_run_gives_the_same_bits() {
+    let cut = Cut { kind: Kind::Shared, world: 2, micro: 2 };
+    let once = train::<f32>(&tiny_config(), cut, 6);
+    let twice = train::<f32>(&tiny_config(), cut, 6);
+    assert_eq!(once[0].1, twice[0].1);
+    assert_eq!(once[0].0, twice[1].0);
+}
+
+#[test]
+fn a_step_in_which_nothing_counts_is_refused() {
+    let mut engine = engine::<f32>(&tiny_config(), ALONE, || unreachable!("alone"));
+    engine.fresh_weights(1).unwrap();
+    let batch = TokenBatch { targets: vec![IGNORED; SEQ], ids: vec![1; SEQ], weights: None, seq: SEQ };
+    let update = Update { adamw: ADAMW, lr: 1e-3, step: 7 };
+    let error = engine.step(&[batch], &update, Votes::default()).unwrap_err().to_string();
+    assert!(error.contains("step 7"), "{error}");
+}

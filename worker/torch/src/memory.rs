@@ -1,0 +1,115 @@
+//! Numbers of a model as tensors of one device: what the executor reads and where its gradients go.
+
+use crate::{Error, Result};
+use fleet_learn::{Memory, UnitWeights};
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// The memory of a device of libtorch.
+pub struct Tensors;
+
+impl Memory for Tensors {
+    type Weights<'a> = Weights<'a>;
+    type Gradients<'a> = Gradients<'a>;
+    /// Of one number, in fp64 where the device has that.
+    type Number = Tensor;
+}
+
+/// The flat parameters.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// fp32.
+    pub master: &'a Tensor,
+    /// The same in the type of products; `None` where that is the masters'.
+    pub copy: Option<&'a Tensor>,
+}
+
+impl Weights<'_> {
+    /// A range as products read it.
+    pub fn of(&self, range: &Range<usize>) -> Result<Tensor> {
+        narrow(self.copy.unwrap_or(self.master), range)
+    }
+
+    /// A range in fp32.
+    pub fn exact(&self, range: &Range<usize>) -> Result<Tensor> {
+        narrow(self.master, range)
+    }
+}
+
+/// All parameters of a model, flat, on one device.
+pub struct FlatWeights {
+    master: Tensor,
+    copy: Option<Tensor>,
+}
+
+impl FlatWeights {
+    /// `len` zeros, which products read as `products`.
+    pub fn new(len: usize, device: Device, products: Kind) -> Result<FlatWeights> {
+        let zeros = |kind| Tensor::f_zeros([len as i64], (kind, device));
+        let copy = (products != Kind::Float).then(|| zeros(products)).transpose()?;
+        Ok(FlatWeights { master: zeros(Kind::Float)?, copy })
+    }
+
+    pub fn view(&self) -> Weights<'_> {
+        Weights { master: &self.master, copy: self.copy.as_ref() }
+    }
+
+    /// Sets the numbers from `start` on; `refresh` has to follow.
+    pub fn set(&mut self, start: usize, numbers: &[f32]) -> Result<()> {
+        set(&self.master, start, numbers)
+    }
+
+    /// Makes the copy for products anew.
+    pub fn refresh(&mut self) -> Result<()> {
+        if let Some(copy) = &mut self.copy {
+            let _guard = tch::no_grad_guard();
+            copy.f_copy_(&self.master)?;
+        }
+        Ok(())
+    }
+}
+
+/// A model that is only read.
+impl UnitWeights<Tensors> for FlatWeights {
+    fn need(&mut self, _unit: usize) -> fleet_learn::Result<()> {
+        Ok(())
+    }
+    fn release(&mut self, _unit: usize) {}
+    fn weights(&self) -> Weights<'_> {
+        self.view()
+    }
+}
+
+/// Sets the numbers of a flat tensor from `start` on.
+pub(crate) fn set(flat: &Tensor, start: usize, numbers: &[f32]) -> Result<()> {
+    let _guard = tch::no_grad_guard();
+    let mut target = flat.f_narrow(0, start as i64, numbers.len() as i64)?;
+    target.f_copy_(&Tensor::f_from_slice(numbers)?)?;
+    Ok(())
+}
+
+/// Where gradients go: fp32, at the ranges of the flat buffer.
+pub struct Gradients<'a> {
+    pub flat: &'a Tensor,
+    /// The first micro-batch of a step overwrites what is there.
+    pub fresh: bool,
+}
+
+impl Gradients<'_> {
+    /// Sets or adds the gradient of a range; nothing is a gradient of zeros.
+    pub fn store(&self, range: &Range<usize>, grad: Option<&Tensor>, set: bool) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let mut slot = narrow(self.flat, range)?;
+        match (grad, set) {
+            (Some(grad), true) => slot.f_copy_(&grad.f_reshape([-1])?).map(|_| ())?,
+            (Some(grad), false) => slot.f_add_(&grad.f_reshape([-1])?).map(|_| ())?,
+            (None, true) => slot.f_zero_().map(|_| ())?,
+            (None, false) => {}
+        }
+        Ok(())
+    }
+}
+
+fn narrow(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    flat.f_narrow(0, range.start as i64, range.len() as i64).map_err(Error::from)
+}

@@ -1,0 +1,100 @@
+//! One rank that has everything on one device.
+
+use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
+use crate::optimizer::Optimizer;
+use crate::{Error, Result};
+use fleet_collectives::Collective;
+use fleet_common::model::Layout;
+use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::{UnitWeights, Units, Update};
+use std::borrow::Cow;
+use tch::{Device, Kind, Tensor};
+
+pub struct Solo {
+    gang: fleet_collectives::Solo,
+    layout: Layout,
+    weights: FlatWeights,
+    grads: Tensor,
+    fresh: bool,
+    optimizer: Optimizer,
+}
+
+impl Solo {
+    /// Weights are zero until they are filled. Products read them as `products`.
+    pub fn new(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
+        Ok(Solo {
+            gang: fleet_collectives::Solo::new(generation),
+            weights: FlatWeights::new(layout.len, device, products)?,
+            grads: Tensor::f_zeros([layout.len as i64], (Kind::Float, device))?,
+            fresh: true,
+            optimizer: Optimizer::new(&layout, device)?,
+            layout,
+        })
+    }
+
+    fn of(&self, slot: Slot) -> &Tensor {
+        match slot {
+            Slot::Weights => self.weights.view().master,
+            Slot::Moment1 => &self.optimizer.moment1,
+            Slot::Moment2 => &self.optimizer.moment2,
+        }
+    }
+}
+
+impl UnitWeights<Tensors> for Solo {
+    fn need(&mut self, _unit: usize) -> fleet_learn::Result<()> {
+        Ok(())
+    }
+    fn release(&mut self, _unit: usize) {}
+    fn weights(&self) -> Weights<'_> {
+        self.weights.view()
+    }
+}
+
+impl Units<Tensors> for Solo {
+    fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
+        (self.weights.view(), Gradients { flat: &self.grads, fresh: self.fresh })
+    }
+    fn ready(&mut self, _unit: usize) -> fleet_learn::Result<()> {
+        Ok(())
+    }
+}
+
+impl Strategy<Tensors> for Solo {
+    fn gang(&mut self) -> &mut dyn Collective {
+        &mut self.gang
+    }
+
+    fn units(&mut self, micro: Micro) -> &mut dyn Units<Tensors> {
+        self.fresh = micro.first;
+        self
+    }
+
+    fn weights(&mut self) -> &mut dyn UnitWeights<Tensors> {
+        self
+    }
+
+    /// The device has all that it shall do before its numbers are waited for.
+    fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
+        let norm = self.optimizer.step(self.weights.view().master, &self.grads, update)?;
+        self.weights.refresh()?;
+        let number = |tensor: &Tensor| f64::try_from(tensor).map_err(Error::from);
+        Report { loss: number(&loss)?, grad_norm: number(&norm)?, votes }.checked(update.step)
+    }
+
+    fn fill(&mut self, slot: Slot, read: &mut Read) -> fleet_learn::Result<()> {
+        for unit in &self.layout.units {
+            let mut numbers = vec![0.0; unit.len()];
+            read(unit.clone(), &mut numbers)?;
+            set(self.of(slot), unit.start, &numbers)?;
+        }
+        Ok(self.weights.refresh()?)
+    }
+
+    fn flat(&self, slot: Slot) -> fleet_learn::Result<Cow<'_, [f32]>> {
+        let mut numbers = vec![0.0; self.layout.len];
+        let on_host = self.of(slot).f_to_device(Device::Cpu).map_err(Error::from)?;
+        on_host.f_copy_data(&mut numbers, self.layout.len).map_err(Error::from)?;
+        Ok(Cow::Owned(numbers))
+    }
+}
