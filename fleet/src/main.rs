@@ -62,6 +62,7 @@ enum Command {
     Login(commands::login::Args),
     Generate(commands::generate::Args),
     Logits(commands::logits::Args),
+    Eval(commands::eval::Args),
     Config(commands::config::Args),
 }
 
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         Command::Login(args) => commands::login::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),
     };
     match (done, out::lost()) {
@@ -144,6 +146,7 @@ mod tests {
         for takes in [
             "--cluster X jobs",
             "generate --model m --prompt X",
+            "eval --model m --data a b --set X",
             "launch job.toml --set X",
             "submit job.toml --set X",
             "submit --id X job.toml",
@@ -157,6 +160,7 @@ mod tests {
         }
         for path in [
             "generate --model X --prompt p",
+            "eval --model m --data a --data X",
             "launch job.toml --data-dir X",
             "status --data-dir X",
             "submit --env-file X -- program",

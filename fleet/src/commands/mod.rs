@@ -5,6 +5,7 @@ pub mod checkpoints;
 pub mod config;
 pub mod coordinators;
 pub mod drain;
+pub mod eval;
 pub mod events;
 pub mod exports;
 pub mod generate;

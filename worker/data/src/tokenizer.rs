@@ -3,6 +3,7 @@
 use crate::model_dir::{self, SpecialTokens};
 use crate::{Coverage, DataError};
 use fleet_common::job;
+use fleet_common::model::Object;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
@@ -221,12 +222,16 @@ pub(crate) struct ModelIds {
 impl ModelIds {
     pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
         match model {
-            job::Model::New(config) => Ok(ModelIds {
-                vocab_size: config.vocab_size,
-                ends: config.eos_token_id.into_iter().collect(),
-                chosen: config.eos_token_id.is_some(),
-            }),
-            job::Model::Pretrained(dir) => ModelIds::of_dir(dir),
+            job::Model::New(config) => {
+                let ids = ModelIds::of_config(config, Path::new("[model]"))?;
+                Ok(ModelIds { chosen: !ids.ends.is_empty(), ..ids })
+            }
+            job::Model::Pretrained(dir) => {
+                let path = dir.join(model_dir::CONFIG);
+                let missing =
+                    || DataError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() };
+                ModelIds::of_config(&model_dir::read_object(&path)?.ok_or_else(missing)?, &path)
+            }
         }
     }
 
@@ -242,14 +247,12 @@ impl ModelIds {
         Ok(())
     }
 
-    fn of_dir(dir: &Path) -> Result<ModelIds, DataError> {
-        let path = dir.join(model_dir::CONFIG);
-        let missing = || DataError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() };
-        let config = model_dir::read_object(&path)?.ok_or_else(missing)?;
+    /// As a configuration says, which stands in `path`.
+    fn of_config(config: &Object, path: &Path) -> Result<ModelIds, DataError> {
         let vocab_size = config.get("vocab_size").and_then(model_dir::whole);
         let vocab_size = vocab_size
-            .ok_or_else(|| DataError::Settings { path: path.clone(), what: "has no vocab_size".into() })?;
-        Ok(ModelIds { vocab_size, ends: model_dir::token_ids(&config, "eos_token_id"), chosen: false })
+            .ok_or_else(|| DataError::Settings { path: path.into(), what: "has no vocab_size".into() })?;
+        Ok(ModelIds { vocab_size, ends: model_dir::token_ids(config, "eos_token_id"), chosen: false })
     }
 }
 

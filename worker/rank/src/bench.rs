@@ -1,11 +1,11 @@
 //! `fleet-rank bench`: times optimizer steps of one rank on made-up data, without agent and data.
 
-use fleet_common::job::LlamaConfig;
 use fleet_cpu::Storage;
 use fleet_learn::model::Model;
 use fleet_learn::{AdamW, Learner, Result, TokenBatch, Update, Votes};
 use fleet_rank::assemble::solo;
 use half::bf16;
+use serde_json::json;
 use std::time::Instant;
 
 /// The defaults are the model that bench/README.md measures.
@@ -39,23 +39,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn time<E: Storage>(args: &BenchArgs) -> Result<()> {
     let began = Instant::now();
-    let config = LlamaConfig {
-        vocab_size: args.vocab,
-        hidden_size: args.hidden,
-        intermediate_size: args.ffn,
-        num_hidden_layers: args.layers,
-        num_attention_heads: args.heads,
-        num_key_value_heads: args.heads,
-        head_dim: args.hidden / args.heads,
-        max_position_embeddings: args.seq as u32,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        tie_word_embeddings: false,
-        initializer_range: 0.02,
-        bos_token_id: None,
-        eos_token_id: None,
-    };
-    let mut engine = solo::<E>(&Model::new(&config), args.threads, args.seq)?;
+    let config = json!({
+        "model_type": "llama", "vocab_size": args.vocab, "hidden_size": args.hidden, "intermediate_size": args.ffn,
+        "num_hidden_layers": args.layers, "num_attention_heads": args.heads, "max_position_embeddings": args.seq,
+        "rms_norm_eps": 1e-5,
+    });
+    let config = config.as_object().cloned().unwrap_or_default();
+    let mut engine = solo::<E>(&Model::new(&config)?, args.threads, args.seq)?;
     engine.fresh_weights(0)?;
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
     let t = args.seq * args.batch;

@@ -26,8 +26,13 @@ pub(super) fn like_qwen(s: &Settings, head_dim: Option<usize>) -> Result<Decoder
     let mut decoder = like_llama(s, Defaults { kv_heads: Some(32), head_dim, max_positions: 32_768 })?;
     if s.flag("use_sliding_window", false)? {
         let window = if s.names("sliding_window") { s.count("sliding_window")? } else { Some(4096) };
-        let first = s.whole_or("max_window_layers", 28)?;
-        let listed = s.get("layer_types").and_then(|list| list.as_array());
+        let (first, layers) = (s.whole_or("max_window_layers", 28)?, decoder.layers);
+        let listed = match s.get("layer_types") {
+            None => None,
+            Some(list) => Some(list.as_array().filter(|list| list.len() == layers).ok_or(format!(
+                "layer_types is no list of {layers} kinds of attention, one for each of num_hidden_layers"
+            ))?),
+        };
         for (layer, slot) in decoder.attention.windows.iter_mut().enumerate() {
             let slides = match listed.and_then(|list| list.get(layer)?.as_str()) {
                 Some(kind) => kind == "sliding_attention",
