@@ -408,10 +408,12 @@ fn known(key: &str, value: &Value, family: Option<&Family>) -> Result<&'static s
         if let Some(instead) = later(&key) {
             return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
         }
-        if let Some(instead) = elsewhere::instead(&key) {
+        let fits = |name: &&str| !is_description(name) || family.is_some_and(|family| has(family, name));
+        // What it names of a model must be this family's word for it.
+        let is_apt = |instead: &&str| instead.split('`').skip(1).step_by(2).all(|name| fits(&name));
+        if let Some(instead) = elsewhere::instead(&key).filter(is_apt) {
             return Err(JobFileError::Elsewhere { place, key, instead: instead.to_owned() });
         }
-        let fits = |name: &&str| !is_description(name) || family.is_some_and(|family| has(family, name));
         let of_family = keys().filter(fits);
         let suggestion = nearest(&key, of_family).map(str::to_owned);
         return Err(JobFileError::UnknownKey { place, key, suggestion });

@@ -535,6 +535,8 @@ fn a_model_that_its_family_cannot_be_is_refused_with_its_line() {
         ("sliding_window = 7", "job:2: `model.sliding_window` is a key of mistral, qwen2, qwen3, and ".into()),
         ("model_type = \"gpt2\"\nn_emb = 64", "job:3: unknown key `model.n_emb`; did you mean `model.n_embd`?".into()),
         ("model_type = \"bloom\"\nn_heads = 4", "job:3: unknown key `model.n_heads`; did you mean `model.n_head`?".into()),
+        ("n_layers = 2", "job:2: `model.n_layers` is a key of other tools: write `model.num_hidden_layers`".into()),
+        ("model_type = \"gpt2\"\nn_layers = 2", "job:3: unknown key `model.n_layers`; did you mean `model.n_layer`?".into()),
         ("model_type = \"gpt2\"\nn_embd = 100", format!("job:3: {cannot}: n_embd (100) is not a multiple of n_head (12); set n_embd to 96 or 108")),
         ("model_type = \"mistral\"\nsliding_window = 0", format!("job:3: {cannot}: sliding_window is 0, not a positive whole number")),
         (

@@ -1,7 +1,7 @@
 //! How parts of a gang end, and with the last of them the job, or only this start of it.
 //!
-//! A gang lives or dies as a whole: when one part ends badly the others are told to stop, those that train at once, those of a program with the
-//! time that a cancelled one has. Nothing new is started before every part has reported its end or its node was given up.
+//! A gang lives or dies as a whole: when one part ends badly the others are told to stop, with the time that a cancelled job has. Nothing new is
+//! started before every part has reported its end or its node was given up.
 
 use super::records::{JobRecord, Stop, node_error};
 use super::{Context, Effect, State};
@@ -32,10 +32,7 @@ impl State {
         }
         if !ended_well && job.stop.is_none_or(|_| matches!(job.ending, Some(Outcome::Failed(_)))) {
             job.state = JobState::Stopping;
-            job.stop = match job.trains {
-                true => Some(Stop::Now),
-                false => job.stop.or(Some(Stop::AfterCheckpoint)),
-            };
+            job.stop.get_or_insert(Stop::AfterCheckpoint);
             wake_parts(job, context);
         }
     }

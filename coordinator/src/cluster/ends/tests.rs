@@ -35,13 +35,6 @@ fn a_job_is_over_when_all_its_parts_are_and_their_slots_are_free_before() {
 
 #[test]
 fn the_first_failure_stops_the_others_and_is_the_job_s() {
-    let mut script = Script::with_nodes(&[2, 2]);
-    let trains = script.submit_training(4);
-    script.place(trains, &[(1, 2), (2, 2)]);
-    script.tell(trains, 2, 1, vec![failed("rank 3 broke")]);
-    let orders = script.state.orders(NodeId(1));
-    assert!(matches!(orders[1], ToAgent::StopGang { now: true, generation: 1, .. }), "{orders:?}");
-    // What a program does when it is asked to end is its own.
     let (mut script, job) = on_two_nodes();
     script.tell(job, 2, 1, vec![failed("rank 3 broke")]);
     let orders = script.state.orders(NodeId(1));
