@@ -16,7 +16,7 @@ use std::sync::Arc;
 const GRANULE: usize = 16;
 
 /// Fewest weights that are read for a single row on several threads: below, waking them takes longer.
-const VECTOR_MIN: usize = 1 << 19;
+const VECTOR_MIN: usize = 1 << 21;
 
 /// Numbers per piece when a buffer is converted on several threads: whole cache lines of both types.
 const CONVERT_GRANULE: usize = 4096;
