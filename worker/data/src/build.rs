@@ -2,7 +2,7 @@
 
 use crate::cache::{FORMAT, META, Meta, TOKENIZER, TRAIN, VALIDATION};
 use crate::split::split;
-use crate::tokenizer::{Encoder, ModelIds};
+use crate::tokenizer::{Encoded, Encoder, ModelIds};
 use crate::windows::Width;
 use crate::{Coverage, DataError, Note, documents};
 use fleet_common::job::{self, Job};
@@ -121,9 +121,9 @@ impl Packed {
             false => Coverage::whole(texts),
         };
         let mut bytes = Vec::new();
-        for ids in documents {
+        for Encoded { ids, .. } in documents {
             width.encode(&ids, &mut bytes);
-            if !encoder.ends_texts() {
+            if !encoder.ends_texts() && encoder.lacks_end(&ids) {
                 width.encode(&[encoder.eos_id], &mut bytes);
             }
         }
