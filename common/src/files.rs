@@ -5,10 +5,12 @@
 mod claim;
 mod kind;
 mod new_file;
+mod stand_in;
 
 pub use claim::{claim, lock, mend};
 pub use kind::Kind;
 pub use new_file::NewFile;
+pub use stand_in::{StandIn, stand_in};
 
 use nix::sys::stat::Mode;
 use std::fs::{self, DirBuilder, OpenOptions};

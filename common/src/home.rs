@@ -4,6 +4,13 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// `$HOME`, else what the system calls this user's home.
+pub fn dir() -> io::Result<PathBuf> {
+    let user = || nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.dir);
+    let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute()).or_else(user);
+    home.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no home directory is known; set HOME"))
+}
+
 /// `$XDG_STATE_HOME`, else `~/.local/state`.
 pub fn state() -> io::Result<PathBuf> {
     below("XDG_STATE_HOME", ".local/state")

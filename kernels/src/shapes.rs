@@ -103,12 +103,20 @@ impl RopeTable {
     /// Turns the first `2 * frequencies.len()` numbers of a head, each pair by its frequency times the position. `amplitude` multiplies
     /// sines and cosines.
     pub fn from_frequencies(positions: usize, frequencies: &[f64], amplitude: f64) -> RopeTable {
-        let angles: Vec<f32> =
-            (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f32 * *f as f32)).collect();
-        RopeTable {
-            cos: angles.iter().map(|a| (f64::from(*a).cos() * amplitude) as f32).collect(),
-            sin: angles.iter().map(|a| (f64::from(*a).sin() * amplitude) as f32).collect(),
-            half: frequencies.len(),
+        let half = frequencies.len();
+        let room = || Vec::with_capacity(positions * half);
+        let mut table = RopeTable { cos: room(), sin: room(), half };
+        (0..positions).for_each(|_| table.push(frequencies, amplitude));
+        table
+    }
+
+    /// Adds the next position, with frequencies of its own.
+    pub fn push(&mut self, frequencies: &[f64], amplitude: f64) {
+        let position = self.positions() as f32;
+        let angles = frequencies.iter().map(|f| f64::from(position * *f as f32));
+        for (cos, sin) in angles.map(|angle| (angle.cos() * amplitude, angle.sin() * amplitude)) {
+            self.cos.push(cos as f32);
+            self.sin.push(sin as f32);
         }
     }
 

@@ -93,6 +93,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let max_seq_len = f.int32("max_seq_len", 2, 1 << 20)?.unwrap_or(256);
     let batch_size = f.int32("batch_size", 1, SIZE_MAX)?.unwrap_or(8);
     let max_steps = max_steps(f)?;
+    let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let num_nodes = f.int32("num_nodes", 1, RANKS_MAX)?.unwrap_or(1);
     if num_nodes != 1 {
@@ -105,10 +106,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     Ok(Job {
         task_name: task_name(f)?,
         run_name: run_name::of(f, file_stem)?,
-        output_dir: absolute(
-            dir,
-            &f.text("output_dir", "a directory")?.unwrap_or_else(|| "training_output".to_owned()),
-        ),
+        output_dir: path("output_dir", "a directory")?.unwrap_or_else(|| dir.join("training_output")),
         working_dir: dir.to_owned(),
         seed: f.int("seed", 0, INT_MAX)?.unwrap_or(42),
         strategy: wanted.strategy,
@@ -308,7 +306,7 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
 // ---- data, optimizer, checkpoints, evaluation -------------------------------------------------------------------------
 
 /// Names of the files that are read from a folder where `data.include` is not given: all that the reader knows.
-const READABLE: [&str; 2] =
+pub const READABLE: [&str; 2] =
     ["**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}", "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}.gz"];
 
 fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
@@ -323,7 +321,7 @@ fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
         Ok(given.unwrap_or_else(|| default.iter().map(|glob| (*glob).to_owned()).collect()))
     };
     Ok(Data {
-        paths: paths.iter().map(|path| absolute(dir, path)).collect(),
+        paths: paths.iter().map(|path| absolute(f, "data.path", dir, path)).collect::<Result<_, _>>()?,
         include: globs("data.include", &READABLE)?,
         exclude: globs("data.exclude", &[])?,
         text_field: f.text("data.text_field", "the name of a field")?.unwrap_or_else(|| "text".to_owned()),
@@ -388,18 +386,25 @@ fn warmup_steps(
 
 fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
     let wanted = "\"latest\", \"no\" or the directory of a checkpoint";
-    let resume = f.get("checkpoint.resume", wanted, |v| match (v.bool(), v.text()) {
-        (Some(true), _) => Some(Resume::Latest),
-        (Some(false), _) => Some(Resume::No),
-        (None, Some("latest")) => Some(Resume::Latest),
-        (None, Some("no" | "")) => Some(Resume::No),
-        (None, Some(path)) => Some(Resume::Path(absolute(dir, path))),
-        (None, None) => None,
+    // Words of other tools, unless a directory is called so.
+    let is_word = |text: &str| {
+        const WORDS: [&str; 9] = ["last", "newest", "auto", "true", "yes", "false", "none", "null", "never"];
+        WORDS.contains(&text.to_lowercase().as_str()) && !dir.join(text).is_dir()
+    };
+    let given = f.get("checkpoint.resume", wanted, |v| match (v.bool(), v.text()) {
+        (Some(true), _) => Some("latest".to_owned()),
+        (Some(false), _) => Some("no".to_owned()),
+        (None, text) => text.filter(|text| !is_word(text)).map(str::to_owned),
     })?;
+    let resume = match given.as_deref() {
+        Some("latest") => Resume::Latest,
+        Some("no" | "") | None => Resume::No,
+        Some(path) => Resume::Path(absolute(f, "checkpoint.resume", dir, path)?),
+    };
     Ok(Checkpoint {
         save_steps: f.int("checkpoint.save_steps", 0, INT_MAX)?.unwrap_or(250),
         save_total_limit: f.int32("checkpoint.save_total_limit", 1, 1_000_000)?.unwrap_or(2),
-        resume: resume.unwrap_or(Resume::No),
+        resume,
         overwrite: f.flag("checkpoint.overwrite")?.unwrap_or(false),
     })
 }
@@ -413,7 +418,26 @@ fn eval(f: &Fields, batch_size: u32) -> Result<Eval, JobFileError> {
     })
 }
 
-/// `path` below `dir` unless it is absolute, without `.` parts.
-pub(super) fn absolute(dir: &Path, path: &str) -> PathBuf {
-    dir.join(path).components().collect()
+/// `path` below `dir` unless it is absolute, without `.` parts. A `~` at its beginning is the home directory, as in a shell.
+pub(super) fn absolute(
+    f: &Fields,
+    key: &'static str,
+    dir: &Path,
+    path: &str,
+) -> Result<PathBuf, JobFileError> {
+    let whole = match path.strip_prefix('~') {
+        Some(below) if below.is_empty() || below.starts_with('/') => {
+            let home =
+                crate::home::dir().map_err(|e| f.refuse(&[key], format!("`{key}` is {path:?}: {e}")))?;
+            home.join(below.trim_start_matches('/'))
+        }
+        Some(_) => {
+            let message = format!(
+                "`{key}` is {path:?}, and of other users' homes fleet knows nothing; write the whole path, or ./{path} for a file of that name"
+            );
+            return Err(f.refuse(&[key], message));
+        }
+        None => dir.join(path),
+    };
+    Ok(whole.components().collect())
 }

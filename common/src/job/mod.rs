@@ -20,7 +20,7 @@ mod vocabulary;
 
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
-pub use load::{RANKS_MAX, VOCAB_MIN, load, of_data, parse_toml};
+pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
 pub use ranks::RanksError;
 
 use crate::model::Object;
@@ -157,6 +157,13 @@ pub struct Data {
     /// Share of the documents held out for evaluation, `0.0..1.0`.
     pub validation_fraction: f64,
     pub clean: Clean,
+}
+
+impl Data {
+    /// Nobody said which files of a folder are to be read.
+    pub fn takes_all_kinds(&self) -> bool {
+        self.include == load::READABLE
+    }
 }
 
 /// Cleaning, in this order. All off by default.

@@ -17,8 +17,9 @@ pub(super) const NONE: &str = "none";
 
 /// The model and its tokenizer. Relative paths are taken from `dir`.
 pub(super) fn model(f: &Fields, dir: &Path, max_seq_len: u32) -> Result<(Model, Tokenizer), JobFileError> {
-    let model = f.text("model.path", "a Hugging Face directory")?.map(|path| absolute(dir, &path));
-    let tokenizer = f.text("tokenizer.path", "a tokenizer.json")?.map(|path| absolute(dir, &path));
+    let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
+    let model = path("model.path", "a Hugging Face directory")?;
+    let tokenizer = path("tokenizer.path", "a tokenizer.json")?;
     match model {
         Some(path) => pretrained(f, path, tokenizer),
         None => fresh(f, max_seq_len, tokenizer),

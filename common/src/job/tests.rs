@@ -101,6 +101,28 @@ fn every_spelling_reaches_its_field() {
 }
 
 #[test]
+fn a_tilde_is_the_home_directory_in_every_path() {
+    let home = crate::home::dir().unwrap();
+    let text = "output_dir = \"~/out\"\nresume_from_checkpoint = \"~/c\"\n[model]\npath = \"~/m\"\n[tokenizer]\npath = \"~/t.json\"\n\
+        [data]\npath = [\"~\", \"a~b\", \"./~x\"]\n";
+    let (job, _) = parse(Format::Toml, text, &[]).unwrap();
+    assert_eq!((&job.output_dir, &job.model), (&home.join("out"), &Model::Pretrained(home.join("m"))));
+    assert_eq!(job.tokenizer, Tokenizer::File(home.join("t.json")));
+    assert_eq!(job.checkpoint.resume, Resume::Path(home.join("c")));
+    assert_eq!(job.data.paths, [home, PathBuf::from("/work/dir/a~b"), PathBuf::from("/work/dir/~x")]);
+    let said = error("output_dir = \"~ann/out\"");
+    assert!(said.contains("`output_dir` is \"~ann/out\"") && said.contains("./~ann/out"), "{said}");
+}
+
+#[test]
+fn words_of_other_tools_for_the_newest_checkpoint_name_fleets() {
+    for word in ["last", "auto", "True", "none"] {
+        let said = error(&format!("resume_from_checkpoint = \"{word}\""));
+        assert!(said.contains("\"latest\", \"no\" or the directory of a checkpoint is wanted"), "{said}");
+    }
+}
+
+#[test]
 fn set_replaces_any_spelling_and_the_last_one_wins() {
     let sets = ["learning_rate=2e-3", "epochs=4", "epochs=5", "run_name=7", "data.path=/y z.txt"];
     let (job, _) = parse(Format::Toml, "lr = 1\nnum_epochs = 3\n[data]\npath = \"x\"\n", &sets).unwrap();

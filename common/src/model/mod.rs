@@ -9,7 +9,20 @@ mod settings;
 pub use families::Family;
 pub use layout::{Affine, Block, Layout, Linear, Parameter, Role, Stored};
 pub use rotary::{Rotary, Scaling};
-pub use settings::{Object, Settings};
+pub use settings::{Object, Settings, parse_object};
+
+/// What is wrong with a model's `path` that is no directory. Names of the hub are not fetched.
+pub fn no_such_model(path: &std::path::Path) -> &'static str {
+    match path.exists() {
+        true => {
+            "it is a file; name the directory of a model, which holds config.json, model.safetensors and tokenizer.json"
+        }
+        false => {
+            "there is no such model directory; check the path (a model of the Hugging Face hub is fetched before: \
+             `hf download NAME --local-dir DIR`)"
+        }
+    }
+}
 
 /// Beyond any model.
 const NUMBERS_MAX: f64 = 1e13;

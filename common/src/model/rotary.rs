@@ -160,9 +160,15 @@ impl Rotary {
             Scaling::Llama3 { factor, low, high, positions } => base
                 .iter()
                 .map(|f| {
-                    let wave = TAU / f;
-                    let smooth = ((positions / wave - low) / (high - low)).clamp(0.0, 1.0);
-                    (1.0 - smooth) * f / factor + smooth * f
+                    // In this order, which also says what is done where `low` is above `high`.
+                    match TAU / f {
+                        wave if wave > positions / low => f / factor,
+                        wave if wave < positions / high => *f,
+                        wave => {
+                            let smooth = (positions / wave - low) / (high - low);
+                            (1.0 - smooth) * f / factor + smooth * f
+                        }
+                    }
                 })
                 .collect(),
             Scaling::Yarn { factor, fast, slow, truncate, positions, .. } => {

@@ -8,6 +8,54 @@ pub type Object = Map<String, Value>;
 const COUNT_MAX: u64 = 1 << 30;
 const LAYERS_MAX: u64 = 4096;
 
+/// As transformers 5 writes numbers that JSON does not have: an object of this key and the number's name.
+const FLOAT_TAG: &str = "__float__";
+
+/// The object that a file of settings holds. `NaN`, `Infinity` and `-Infinity` stand in some, since Python writes and reads them; they become
+/// what transformers 5 writes for them, which is no number, so that a key that is used is refused by its name.
+pub fn parse_object(bytes: &[u8]) -> serde_json::Result<Object> {
+    serde_json::from_slice(bytes).or_else(|error| match tagged(bytes) {
+        Some(tagged) => serde_json::from_slice(&tagged),
+        None => Err(error),
+    })
+}
+
+/// `bytes` with those numbers in the other spelling; `None` where there are none.
+fn tagged(bytes: &[u8]) -> Option<Vec<u8>> {
+    bytes.trim_ascii_start().starts_with(b"{").then_some(())?;
+    let (mut out, mut rest, mut found) = (Vec::with_capacity(bytes.len()), bytes, false);
+    while let [first, ..] = rest {
+        let number =
+            ["NaN", "-Infinity", "Infinity"].into_iter().find(|name| rest.starts_with(name.as_bytes()));
+        let taken = match (first, number) {
+            (b'"', _) => text_len(rest),
+            (_, Some(number)) => {
+                found = true;
+                out.extend(format!("{{\"{FLOAT_TAG}\":\"{number}\"}}").bytes());
+                rest = &rest[number.len()..];
+                continue;
+            }
+            _ => 1,
+        };
+        out.extend(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    found.then_some(out)
+}
+
+/// Bytes of the text that begins here, with its quotes.
+fn text_len(bytes: &[u8]) -> usize {
+    let mut at = 1;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
 /// Typed access to a configuration. Every error names the key.
 pub struct Settings<'a> {
     object: &'a Object,
@@ -101,7 +149,29 @@ impl<'a> Settings<'a> {
     /// An object that is not empty.
     pub fn object(&self, key: &str) -> Result<Option<Settings<'a>>, String> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let object = value.as_object().ok_or(format!("{key} is {value}, not an object"))?;
+        let object = value.as_object().filter(|object| !object.contains_key(FLOAT_TAG));
+        let object = object.ok_or(format!("{key} is {value}, not an object"))?;
         Ok((!object.is_empty()).then_some(Settings { object }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn numbers_that_python_writes_are_read_and_are_none() {
+        let text = br#"{"unused": NaN, "list": [Infinity, -Infinity, 1], "text": "is NaN, \"Infinity", "eps": NaN, "rope": NaN}"#;
+        let object = parse_object(text).unwrap();
+        let tag = |name: &str| json!({"__float__": name});
+        assert_eq!(object["list"], json!([tag("Infinity"), tag("-Infinity"), 1]));
+        assert_eq!(object["text"], "is NaN, \"Infinity");
+        let settings = Settings::new(&object);
+        assert!(settings.real("eps").unwrap_err().contains("eps is {\"__float__\":\"NaN\"}"));
+        assert!(settings.object("rope").err().unwrap().contains("not an object"));
+        for bad in ["{\"a\": nan}", "{\"a\": NaN", "{\"a", "NaN", "{\"a\": \"\\"] {
+            assert!(parse_object(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 }

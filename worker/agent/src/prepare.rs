@@ -4,11 +4,11 @@
 use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
-use fleet_checkpoint::{CheckpointError, Claim, RunDir, Search};
+use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, RunDir, Search};
 use fleet_common::events::{JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
-use fleet_common::job::{Job, Resume};
+use fleet_common::job::{Job, Model, Resume};
 use fleet_data::{DataError, DataFiles, Note, TokenCache};
 use std::path::PathBuf;
 
@@ -44,15 +44,22 @@ pub fn prepare(
         let notes = fleet_checkpoint::take_what_is_gone(&mut job, checkpoint);
         notes.into_iter().for_each(|note| progress(Level::Warn, note));
     }
+    if let (None, Model::Pretrained(dir)) = (&resume, &job.model)
+        && dir.join(MANIFEST_FILE).exists()
+    {
+        fleet_checkpoint::verify(dir).map_err(failed)?; // a checkpoint is one whole, also where only its weights are wanted
+    }
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {
         dir: &job.checkpoint_dir(),
         run: &run,
         resumed: resume.as_deref(),
         overwrite: job.checkpoint.overwrite,
+        until: job.max_steps,
         reads: &reads,
     };
-    drop(RunDir::claim(&claim).map_err(failed)?); // rank 0 takes it again, and keeps it: here it was to be known before the data are read
+    // Kept until the data are read, so that nobody else reads them for the same place in vain; then rank 0 takes it.
+    let _claimed = RunDir::claim(&claim).map_err(failed)?;
     let (cache, stats) = TokenCache::build_or_open(&job, &files, &tell).map_err(no_data)?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
 }

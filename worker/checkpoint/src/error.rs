@@ -26,6 +26,15 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// One that may be whole.
+    #[error(
+        "the checkpoint {path} cannot be read now: {source}; make it readable, or move it away, and start again"
+    )]
+    Unreadable {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error(
         "there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew"
     )]
@@ -50,10 +59,11 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
-    /// Old checkpoints that should go do not. All that is saved stays.
-    #[error("cannot remove {path}: {source}")]
+    /// Old checkpoints that should go do not. All that is saved stays, but for one of which a part is removed: it is not called a checkpoint.
+    #[error("cannot remove {path}: {source}{}", rest.as_ref().map_or(String::new(), |rest| format!("; what is left of it lies in {}", rest.display())))]
     Rotation {
         path: PathBuf,
+        rest: Option<PathBuf>,
         #[source]
         source: io::Error,
     },
@@ -65,6 +75,12 @@ pub enum CheckpointError {
     /// A run that would begin where another one's checkpoints lie.
     #[error("{dir} holds checkpoints of another run ({count}, the newest {newest}{}", ways_out(*is_whole))]
     Occupied { dir: PathBuf, count: usize, newest: String, is_whole: bool },
+    /// A run that continues would have to save in their place.
+    #[error(
+        "{dir} holds checkpoints of another run after step {step} ({count}, such as {first}), where this one would save: move them away, set \
+         overwrite = true to replace them, or give this run another run_name and resume_from_checkpoint = {resumed:?}"
+    )]
+    Ahead { dir: PathBuf, step: u64, count: usize, first: String, resumed: PathBuf },
     /// What lies where this run may have to write a checkpoint, and is none.
     #[error(
         "{0} is not a checkpoint that fleet wrote, and this run may write one there; move it away, or set another run_name"
@@ -94,6 +110,7 @@ impl CheckpointError {
             | CheckpointError::Device(_)
             | CheckpointError::Unwritable { .. }
             | CheckpointError::Rotation { .. }
+            | CheckpointError::Unreadable { .. }
             | CheckpointError::Read { .. } => Fault::Environment,
             _ => Fault::Input,
         }
@@ -127,7 +144,7 @@ impl CheckpointError {
     }
 }
 
-fn is_full_disk(source: &io::Error) -> bool {
+pub(crate) fn is_full_disk(source: &io::Error) -> bool {
     matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

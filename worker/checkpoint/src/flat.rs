@@ -2,6 +2,7 @@
 //! names the tensor.
 
 use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, TensorSlice, Tensors};
+use fleet_common::files::stand_in;
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -30,7 +31,7 @@ impl ModelDir {
         let file = path.join(CONFIG_FILE);
         let refuse = |path: &Path, what: String| CheckpointError::Model { path: path.to_owned(), what };
         if !path.is_dir() {
-            return Err(refuse(path, "there is no such model directory; check the path".into()));
+            return Err(refuse(path, fleet_common::model::no_such_model(path).into()));
         }
         if std::fs::metadata(&file).is_ok_and(|found| !found.is_file()) {
             return Err(refuse(&file, "is no file".into()));
@@ -38,11 +39,17 @@ impl ModelDir {
         let bytes = std::fs::read(&file).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => refuse(
                 &file,
-                "there is no such file; a model directory holds config.json, model.safetensors and tokenizer.json".into(),
+                format!(
+                    "there is no such file; a model directory holds config.json, model.safetensors and tokenizer.json{}",
+                    crate::tensors::instead_of_weights(path).map(|what| format!(", and this one {what}")).unwrap_or_default()
+                ),
             ),
             _ => CheckpointError::read(&file, e),
         })?;
-        let config: Object = serde_json::from_slice(&bytes)
+        if let Some(pointer) = stand_in(&bytes) {
+            return Err(refuse(&file, format!("is {}; {}", pointer.name, pointer.cure)));
+        }
+        let config = fleet_common::model::parse_object(&bytes)
             .map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
         let (family, mut decoder) = Family::of_config(&config).map_err(|what| refuse(&file, what))?;
         let single = path.join(MODEL_FILE);

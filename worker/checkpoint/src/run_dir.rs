@@ -1,5 +1,6 @@
 //! The directory of a run: one process writes there at a time, and what another run left there is not touched unasked.
 
+use crate::error::is_full_disk;
 use crate::search::{self, Found};
 use crate::writer::{TEMPORARY, create_dir_durably, sync_dir};
 use crate::{CheckpointError, verify};
@@ -32,6 +33,8 @@ pub struct Claim<'a> {
     pub resumed: Option<&'a Path>,
     /// What other runs left in `dir` may go.
     pub overwrite: bool,
+    /// The last step that it can save, where that is known.
+    pub until: Option<u64>,
     /// What the job reads, which may not go.
     pub reads: &'a [PathBuf],
 }
@@ -72,7 +75,7 @@ impl RunDir {
             read: BTreeMap::new(),
             _lock: lock,
         };
-        probe(claim.dir).map_err(unwritable)?;
+        let probed = probe(claim.dir);
         let unreadable = |e| CheckpointError::read(claim.dir, e);
         let found = search::by_age(claim.dir).map_err(unreadable)?;
         claimed.before = found.iter().map(|found| found.serial).max().unwrap_or(0);
@@ -85,8 +88,35 @@ impl RunDir {
             claimed.read.insert(continued.path.clone(), true); // who continues it has verified it
             step = Some(manifest.step);
         }
+        if let Err(source) = probed
+            && !(is_full_disk(&source) && claimed.can_make_room(&found, continued))
+        {
+            return Err(unwritable(source));
+        }
         let others: Vec<&Found> =
             found.iter().filter(|found| found.is_fleets() && !claimed.owns(found)).collect();
+        let saves =
+            |at: u64| step.is_none_or(|step| at > step) && claim.until.is_none_or(|until| at <= until);
+        let in_place = |found: &&&Found| saves(found.step());
+        if let Some(found) = found.iter().find(|found| found.unreadable.is_some() && saves(found.step())) {
+            let why = found.unreadable.as_ref().expect("found by it");
+            let source = io::Error::new(why.kind(), why.to_string());
+            return Err(CheckpointError::Unreadable { path: found.path.clone(), source });
+        }
+        // Damaged ones are passed over, and replaced.
+        let ahead: Vec<&&Found> =
+            others.iter().filter(|found| found.manifest.is_some()).filter(in_place).collect();
+        if let (Some(first), Some(step), Some(resumed), false) =
+            (ahead.first(), step, claim.resumed, claim.overwrite)
+        {
+            return Err(CheckpointError::Ahead {
+                dir: claim.dir.to_owned(),
+                step,
+                count: ahead.len(),
+                first: first.name(),
+                resumed: resumed.to_owned(),
+            });
+        }
         if let (Some(newest), None, false) = (others.last(), step, claim.overwrite) {
             return Err(CheckpointError::Occupied {
                 dir: claim.dir.to_owned(),
@@ -102,6 +132,12 @@ impl RunDir {
             others.iter().try_for_each(|found| is_unused(&found.path, claim.reads))?;
         }
         Ok(claimed)
+    }
+
+    /// Whether older checkpoints of this run would go for a new one, as `make_room` removes them.
+    fn can_make_room(&self, found: &[Found], continued: Option<&Found>) -> bool {
+        let older = |other: &&Found| continued.is_some_and(|continued| other.serial < continued.serial);
+        found.iter().filter(older).any(|found| self.owns(found))
     }
 
     pub fn path(&self) -> &Path {
@@ -123,12 +159,17 @@ impl RunDir {
 
     /// Removes the oldest checkpoints of this run so that `keep` whole ones remain, counting up to and including the one of `committed`,
     /// which is known to be good and is never removed; newer ones are not touched, nor those of other runs unless they may be overwritten:
-    /// then all of them go. Returns what was removed.
-    pub fn rotate(&mut self, keep: u32, committed: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+    /// then all of them go, but not for the checkpoint of a run that was stopped. Returns what was removed.
+    pub fn rotate(
+        &mut self,
+        keep: u32,
+        committed: u64,
+        stopped: bool,
+    ) -> Result<Vec<PathBuf>, CheckpointError> {
         let (mut whole, mut doomed) = (1, Vec::new());
         for found in self.older(committed)?.into_iter().rev() {
             if !self.owns(&found) {
-                doomed.extend((self.overwrite && found.is_fleets()).then_some(found.path));
+                doomed.extend((self.overwrite && !stopped && found.may_go()).then_some(found.path));
             } else if whole >= keep {
                 doomed.push(found.path);
             } else if self.is_whole(&found) {
@@ -142,12 +183,12 @@ impl RunDir {
     /// Removes the oldest checkpoints until `bytes` are free that were not: first those that may be overwritten, then this run's own that are
     /// older than the one of `committed`. One that is known to be good stays: that one, else the newest whole one. Returns what was removed.
     pub fn make_room(&mut self, bytes: u64, committed: Option<u64>) -> Result<Vec<PathBuf>, CheckpointError> {
-        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), source };
+        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), rest: None, source };
         let all = search::by_age(&self.dir).map_err(failed)?;
         let own = committed.map_or(Ok(Vec::new()), |committed| self.older(committed))?;
         let has_good = committed.is_some_and(|committed| self.good(&all, committed).is_some());
         let spared = all.iter().rfind(|found| !has_good && found.seems_whole());
-        let others = all.iter().filter(|found| self.overwrite && found.is_fleets() && !self.owns(found));
+        let others = all.iter().filter(|found| self.overwrite && found.may_go() && !self.owns(found));
         let others = others.filter(|found| spared.is_none_or(|spared| spared.path != found.path));
         let (mut freed, mut doomed) = (0, Vec::new());
         for found in others.chain(own.iter().filter(|found| self.owns(found))) {
@@ -161,7 +202,7 @@ impl RunDir {
 
     /// Oldest first. None where the one of `committed` was not written here: then nothing is known to be good, and nothing may be removed.
     fn older(&self, committed: u64) -> Result<Vec<Found>, CheckpointError> {
-        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), source };
+        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), rest: None, source };
         let mut found = search::by_age(&self.dir).map_err(failed)?;
         found.truncate(self.good(&found, committed).unwrap_or(0));
         Ok(found)
@@ -183,26 +224,45 @@ impl RunDir {
     fn remove(&self, doomed: Vec<PathBuf>) -> Result<Vec<PathBuf>, CheckpointError> {
         let (mut removed, mut failed) = (Vec::new(), None);
         for path in doomed {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let hidden = self.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
-            // At no moment is half a checkpoint called one.
-            match fs::rename(&path, &hidden).and_then(|()| fs::remove_dir_all(&hidden)) {
+            match self.remove_one(&path) {
                 Ok(()) => removed.push(path),
-                Err(source) => failed = failed.or(Some(CheckpointError::Rotation { path, source })),
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
         if !removed.is_empty() {
             let path = || self.dir.clone();
-            sync_dir(&self.dir).map_err(|source| CheckpointError::Rotation { path: path(), source })?;
+            sync_dir(&self.dir).map_err(|source| CheckpointError::Rotation {
+                path: path(),
+                rest: None,
+                source,
+            })?;
         }
         failed.map_or(Ok(removed), Err)
+    }
+
+    /// At no moment is half a checkpoint called one; where nothing of it could be removed it has its name again.
+    fn remove_one(&self, path: &Path) -> Result<(), CheckpointError> {
+        let failed = |rest, source| CheckpointError::Rotation { path: path.to_owned(), rest, source };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let hidden = self.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
+        let found = Found::at(path.to_owned());
+        fs::rename(path, &hidden).map_err(|source| failed(None, source))?;
+        let Err(source) = fs::remove_dir_all(&hidden) else { return Ok(()) };
+        let is_as_it_was = Found::at(hidden.clone()).manifest == found.manifest
+            && found.manifest.as_ref().is_some_and(|manifest| manifest.fits(&hidden));
+        match is_as_it_was && !path.exists() && fs::rename(&hidden, path).is_ok() {
+            true => Err(failed(None, source)),
+            false => Err(failed(Some(hidden), source)),
+        }
     }
 
     /// Whether a checkpoint of this run may take the place of what lies at `target`: one of its own, or one that was passed over as
     /// damaged when the run was continued from an older one.
     pub(crate) fn may_replace(&self, target: &Path) -> bool {
         let found = Found::at(target.to_owned());
-        search::is_replaceable(target) && (self.overwrite || found.manifest.is_none() || self.owns(&found))
+        search::is_replaceable(target)
+            && found.unreadable.is_none()
+            && (self.overwrite || found.manifest.is_none() || self.owns(&found))
     }
 
     fn owns(&self, found: &Found) -> bool {

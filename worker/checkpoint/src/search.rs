@@ -17,13 +17,16 @@ pub struct Search {
 }
 
 /// Looks for the newest whole checkpoint of `checkpoint_dir`, verifying from the newest down to the first good one. A directory
-/// that does not exist has none.
+/// that does not exist has none. One that cannot be read now may be whole, so it is not passed over.
 pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
     let dirs = by_age(checkpoint_dir).map_err(|e| CheckpointError::read(checkpoint_dir, e))?;
     let mut passed_over = Vec::new();
     for Found { path, .. } in dirs.into_iter().rev() {
         match verify(&path) {
             Ok(manifest) => return Ok(Search { newest: Some((path, manifest)), passed_over }),
+            Err(CheckpointError::Read { source, .. }) => {
+                return Err(CheckpointError::Unreadable { path, source });
+            }
             Err(e) => passed_over.push(e),
         }
     }
@@ -39,12 +42,15 @@ fn steps(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in entries {
         let entry = entry?;
-        let name = entry.file_name();
-        let step = name.to_str().and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse::<u64>().ok());
+        let step = entry.file_name().to_str().and_then(step_of);
         found.extend(step.map(|step| (step, entry.path())));
     }
     found.sort();
     Ok(found)
+}
+
+fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix("step-")?.parse().ok()
 }
 
 /// What is called as a checkpoint of a step after `step` and holds what fleet did not write: a file, a link, a directory without a manifest.
@@ -110,15 +116,21 @@ fn is_another_live_process(pid: i32) -> bool {
 pub(crate) struct Found {
     pub path: PathBuf,
     pub serial: u64,
-    /// `None` where it cannot be read.
+    /// `None` where it is damaged, is not there, or cannot be read now.
     pub manifest: Option<Manifest>,
+    /// Why the manifest cannot be read now: it may be whole.
+    pub unreadable: Option<io::Error>,
 }
 
 impl Found {
     pub fn at(path: PathBuf) -> Found {
-        let manifest = Manifest::read(&path).ok();
+        let (manifest, unreadable) = match Manifest::read(&path) {
+            Ok(manifest) => (Some(manifest), None),
+            Err(CheckpointError::Read { source, .. }) => (None, Some(source)),
+            Err(_) => (None, None),
+        };
         let serial = manifest.as_ref().map_or(0, |manifest| manifest.serial.min(u64::MAX - 1));
-        Found { path, serial, manifest }
+        Found { path, serial, manifest, unreadable }
     }
 
     /// Who wrote it; `None` where that cannot be told.
@@ -133,6 +145,16 @@ impl Found {
     /// Whether fleet wrote it, whole or not.
     pub fn is_fleets(&self) -> bool {
         self.manifest.is_some() || has_manifest(&self.path)
+    }
+
+    /// Whether it may be removed where checkpoints of other runs may.
+    pub fn may_go(&self) -> bool {
+        self.is_fleets() && self.unreadable.is_none()
+    }
+
+    /// As its name says.
+    pub fn step(&self) -> u64 {
+        step_of(&self.name()).unwrap_or(0)
     }
 
     /// As far as lengths tell.

@@ -52,21 +52,30 @@ impl TrainerState {
     }
 
     /// Whether a job that would start as `job` may continue from this state. Refuses what would silently train something else;
-    /// returns a note for each difference that only costs the last bits.
-    pub fn check_compatible(&self, job: &TrainerState) -> Result<Vec<String>, CheckpointError> {
+    /// returns a note for each difference that only costs the last bits. `trained`: the job's tokenizer is made of its data.
+    pub fn check_compatible(
+        &self,
+        job: &TrainerState,
+        trained: bool,
+    ) -> Result<Vec<String>, CheckpointError> {
         let refuse = |text: String| Err(CheckpointError::Incompatible(text));
         if let Some(difference) = model_difference(&self.model, &job.model) {
             return refuse(format!("{difference}; give the job the model of the checkpoint"));
         }
-        if self.tokenizer_sha256 != job.tokenizer_sha256 {
+        if self.tokenizer_sha256 != job.tokenizer_sha256 && !trained {
             return refuse(
                 "it was trained with another tokenizer; use the checkpoint's tokenizer.json".into(),
             );
         }
-        if self.cache_hash != job.cache_hash {
+        if (&self.cache_hash, &self.tokenizer_sha256) != (&job.cache_hash, &job.tokenizer_sha256) {
             return refuse(format!(
-                "its data were others (files, cleaning, max_seq_len or validation share; cache {} and now {}); restore them, or \
-                 start a new run from its weights: model.path set to it, under another run_name",
+                "its data were others ({}; cache {} and now {}); restore them, or start a new run from its weights: model.path set to it, \
+                 under another run_name",
+                match trained {
+                    true =>
+                        "files, cleaning, data.text_field, max_seq_len or data.validation_fraction: the tokenizer is made of them",
+                    false => "files, cleaning, data.text_field, max_seq_len or data.validation_fraction",
+                },
                 short(&self.cache_hash),
                 short(&job.cache_hash)
             ));
@@ -181,7 +190,7 @@ mod tests {
     fn refusal(change: impl Fn(&mut TrainerState)) -> String {
         let mut job = state();
         change(&mut job);
-        state().check_compatible(&job).unwrap_err().to_string()
+        state().check_compatible(&job, false).unwrap_err().to_string()
     }
 
     #[test]
@@ -205,13 +214,25 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_that_is_made_of_the_data_is_no_cause_of_its_own() {
+        let job = TrainerState { tokenizer_sha256: "ee".into(), cache_hash: "fedc".into(), ..state() };
+        let said = |trained| state().check_compatible(&job, trained).unwrap_err().to_string();
+        assert!(
+            said(true).contains("its data were others") && said(true).contains("validation_fraction"),
+            "{}",
+            said(true)
+        );
+        assert!(!said(true).contains("another tokenizer") && said(false).contains("another tokenizer"));
+    }
+
+    #[test]
     fn what_only_costs_the_last_bits_is_noted() {
-        assert_eq!(state().check_compatible(&state()).unwrap(), [] as [String; 0]);
+        assert_eq!(state().check_compatible(&state(), false).unwrap(), [] as [String; 0]);
         let mut job = state();
         (job.world_size, job.batch_size) = (2, 4);
         job.model.remove("eos_token_id");
         job.model.insert("rope_parameters".into(), serde_json::json!({"rope_theta": 1e4})); // as it is written today
-        let notes = state().check_compatible(&job).unwrap();
+        let notes = state().check_compatible(&job, false).unwrap();
         assert_eq!(notes.len(), 2);
         assert!(notes[0].contains("ranks 4, this job has 2"), "{notes:?}");
     }

@@ -1,6 +1,7 @@
 //! Reads safetensors by memory mapping: one file, or a directory with `model.safetensors` or its sharded index.
 
 use crate::{CheckpointError, MODEL_FILE};
+use fleet_common::files::stand_in;
 use fleet_common::mapped::Mapped;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
@@ -74,6 +75,9 @@ impl Tensors {
             return Err(bad("it is no file".into()));
         }
         let mapped = Mapped::open(path).map_err(|e| CheckpointError::read(path, e))?;
+        if let Some(pointer) = stand_in(&mapped) {
+            return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
+        }
         let (header, metadata) = SafeTensors::read_metadata(&mapped).map_err(|e| bad(e.to_string()))?;
         let data = header + size_of::<u64>();
         for (name, info) in metadata.tensors() {
@@ -97,8 +101,9 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
     if !index.exists() {
         let single = path.join(MODEL_FILE);
         if !single.exists() {
-            let what = format!("the directory has neither {MODEL_FILE} nor {INDEX_FILE}");
-            return Err(CheckpointError::Tensors { path: path.to_owned(), what });
+            let but = instead_of_weights(path).map(|what| format!(", but {what}")).unwrap_or_default();
+            let what = format!("the directory has neither {MODEL_FILE} nor {INDEX_FILE}{but}");
+            return Err(CheckpointError::Model { path: path.to_owned(), what });
         }
         return Ok(vec![single]);
     }
@@ -115,6 +120,31 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
         }
         None => Ok(files),
     }
+}
+
+/// What a directory without safetensors of its own has instead, and what to do with it.
+pub(crate) fn instead_of_weights(dir: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let find = |is: fn(&str) -> bool| names.iter().find(|name| is(name));
+    if let Some(name) = find(|name| name == "adapter_config.json" || name.starts_with("adapter_model")) {
+        return Some(format!(
+            "has an adapter ({name}), which is no model by itself; merge it into its base model (peft: merge_and_unload(), then \
+             save_pretrained)"
+        ));
+    }
+    if let Some(name) =
+        find(|name| name.starts_with("pytorch_model") || name.ends_with(".pth") || name.ends_with(".pt"))
+    {
+        return Some(format!(
+            "has {name}, which holds pickled Python objects; write the model with transformers' \
+             save_pretrained(DIR, safe_serialization=True)"
+        ));
+    }
+    let name = find(|name| name.ends_with(".gguf"))?;
+    Some(format!("has {name}, which llama.cpp reads; fetch the model that it was made from, as safetensors"))
 }
 
 /// The files that an index names, in order, each once.

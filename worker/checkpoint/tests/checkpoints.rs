@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn claim(dir: &Path) -> RunDir {
-    RunDir::claim(&Claim { dir, run: "run", resumed: None, overwrite: false, reads: &[] }).unwrap()
+    RunDir::claim(&Claim { dir, run: "run", resumed: None, overwrite: false, until: None, reads: &[] })
+        .unwrap()
 }
 
 fn save(dir: &Path, step: u64) -> CheckpointRecord {
@@ -210,6 +211,21 @@ fn child_saves_to_a_full_disk() {
     assert_eq!(names(&dir), ["step-00000001"]);
     assert_eq!(latest(&dir).unwrap().newest.unwrap().0, PathBuf::from(small.path));
     save(&dir, 3);
+
+    // A run that continues makes room of its older ones, so it may begin though the disk is full to the last byte.
+    let fill = || std::io::copy(&mut std::io::repeat(1), &mut fs::File::create(dir.join("filler")).unwrap());
+    assert!(fill().is_err());
+    let from = |step| Some(step_dir(&dir, step));
+    let resume = |from: Option<PathBuf>| {
+        let resumed = from.as_deref();
+        RunDir::claim(&Claim { dir: &dir, run: "b", resumed, overwrite: false, until: None, reads: &[] })
+    };
+    let mut run = resume(from(3)).unwrap();
+    assert_eq!(run.make_room(1, Some(3)).unwrap(), [step_dir(&dir, 1)]);
+    drop(run);
+    assert!(fill().is_err());
+    let line = resume(from(3)).unwrap_err().to_string();
+    assert!(line.contains("checkpoints cannot be written to"), "nothing older could go: {line}");
 }
 
 #[test]

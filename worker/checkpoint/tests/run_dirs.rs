@@ -5,11 +5,11 @@
 use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, Manifest, RunDir, Writer, latest, step_dir};
 use fleet_common::exit::Fault;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 fn claim<'a>(dir: &'a Path, run: &'a str) -> Claim<'a> {
-    Claim { dir, run, resumed: None, overwrite: false, reads: &[] }
+    Claim { dir, run, resumed: None, overwrite: false, until: None, reads: &[] }
 }
 
 fn save(dir: &RunDir, step: u64) -> PathBuf {
@@ -38,11 +38,11 @@ fn rotation_keeps_the_newest_and_never_touches_what_is_not_committed() {
     let dir = tempfile::tempdir().unwrap();
     let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     (1..=5).for_each(|step| drop(save(&run, step)));
-    let removed = run.rotate(2, 4).unwrap();
+    let removed = run.rotate(2, 4, false).unwrap();
     assert_eq!(removed, [step_dir(dir.path(), 1), step_dir(dir.path(), 2)]);
     assert_eq!(steps(dir.path()), pairs(&[(3, "a"), (4, "a"), (5, "a")]));
-    assert!(run.rotate(1, 99).unwrap().is_empty(), "a step that is not there protects nothing");
-    run.rotate(0, 4).unwrap();
+    assert!(run.rotate(1, 99, false).unwrap().is_empty(), "a step that is not there protects nothing");
+    run.rotate(0, 4, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(4, "a"), (5, "a")]));
 }
 
@@ -76,7 +76,11 @@ fn a_run_whose_manifests_cannot_be_read_is_another_one() {
     let second = step_dir(dir.path(), 20);
     fs::copy(path.join(MANIFEST_FILE), second.join(MANIFEST_FILE)).unwrap();
     save(&first, 20); // a run that was continued from before a damaged one comes to its step again
-    assert_eq!(first.rotate(1, 20).unwrap(), [] as [PathBuf; 0], "whose it is cannot be told, so it stays");
+    assert_eq!(
+        first.rotate(1, 20, false).unwrap(),
+        [] as [PathBuf; 0],
+        "whose it is cannot be told, so it stays"
+    );
     drop(first);
     fs::remove_dir_all(second).unwrap();
     assert!(matches!(RunDir::claim(&claim(dir.path(), "a")), Err(CheckpointError::Occupied { .. })));
@@ -96,7 +100,7 @@ fn who_continues_a_run_goes_on_under_its_name_and_rotates_what_it_left() {
     fs::remove_file(link).unwrap();
     assert_eq!(second.run(), "a");
     save(&second, 30);
-    second.rotate(2, 30).unwrap();
+    second.rotate(2, 30, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(20, "a"), (30, "a")]));
 }
 
@@ -124,7 +128,7 @@ fn what_may_be_overwritten_goes_with_the_first_recorded_checkpoint_and_not_befor
     assert_eq!(steps(dir.path()), pairs(&[(10, "old"), (20, "old")]));
     save(&new, 10);
     assert_eq!(steps(dir.path()), pairs(&[(10, "new"), (20, "old")]), "the same step is replaced");
-    new.rotate(5, 10).unwrap();
+    new.rotate(5, 10, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(10, "new")]));
 }
 
@@ -187,7 +191,7 @@ fn a_checkpoint_of_another_run_that_appeared_meanwhile_is_not_replaced() {
     let error = writer.finish(1.0).unwrap_err().to_string();
     assert!(error.contains("it is not a checkpoint of this run"), "{error}");
     save(&run, 6);
-    run.rotate(1, 6).unwrap();
+    run.rotate(1, 6, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(5, "b"), (6, "a")]));
 }
 
@@ -214,7 +218,7 @@ fn only_whole_checkpoints_count_and_a_damaged_one_goes_where_a_whole_one_would()
     let cut = |step| fs::write(step_dir(dir.path(), step).join("config.json"), "").unwrap();
     (1..=5).for_each(|step| drop(save(&run, step)));
     cut(4);
-    run.rotate(2, 5).unwrap();
+    run.rotate(2, 5, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(3, "a"), (4, "a"), (5, "a")]));
     drop(run);
     // What an earlier process left is read: a byte may have changed.
@@ -222,11 +226,11 @@ fn only_whole_checkpoints_count_and_a_damaged_one_goes_where_a_whole_one_would()
     let from = step_dir(dir.path(), 5);
     let mut run = RunDir::claim(&Claim { resumed: Some(&from), ..claim(dir.path(), "a") }).unwrap();
     save(&run, 6);
-    assert_eq!(run.rotate(3, 6).unwrap(), [] as [PathBuf; 0]);
-    assert_eq!(run.rotate(2, 6).unwrap(), [step_dir(dir.path(), 3), step_dir(dir.path(), 4)]);
+    assert_eq!(run.rotate(3, 6, false).unwrap(), [] as [PathBuf; 0]);
+    assert_eq!(run.rotate(2, 6, false).unwrap(), [step_dir(dir.path(), 3), step_dir(dir.path(), 4)]);
     save(&run, 7);
     fs::remove_file(step_dir(dir.path(), 7).join("config.json")).unwrap();
-    assert!(run.rotate(1, 7).unwrap().is_empty(), "what is recorded and not whole protects nothing");
+    assert!(run.rotate(1, 7, false).unwrap().is_empty(), "what is recorded and not whole protects nothing");
 }
 
 #[test]
@@ -261,7 +265,7 @@ fn a_link_is_no_checkpoint_and_no_lock() {
     let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     symlink(step_dir(elsewhere.path(), 2), step_dir(dir.path(), 2)).unwrap();
     (3..=5).for_each(|step| drop(save(&run, step)));
-    run.rotate(2, 5).unwrap();
+    run.rotate(2, 5, false).unwrap();
     assert_eq!(steps(dir.path()), pairs(&[(2, "a"), (4, "a"), (5, "a")]));
     assert_eq!(steps(elsewhere.path()), pairs(&[(2, "a")]));
     let mut writer = Writer::begin(&run, 2).unwrap();
@@ -292,7 +296,7 @@ fn what_fleet_did_not_write_is_in_the_way_and_stays() {
     fs::write(&notes, "mine").unwrap();
     fs::create_dir(step_dir(dir.path(), 2)).unwrap();
     save(&run, 2);
-    run.rotate(1, 2).unwrap();
+    run.rotate(1, 2, false).unwrap();
     let mut writer = Writer::begin(&run, 1).unwrap();
     writer.write_bytes("config.json", b"{}").unwrap();
     assert!(writer.finish(1.0).unwrap_err().to_string().contains("move it away"));
@@ -346,11 +350,147 @@ fn a_rotation_that_fails_says_that_and_does_what_it_can() {
     (1..=3).for_each(|step| drop(save(&run, step)));
     let taken = dir.path().join(format!(".tmp-removed-step-00000001-{}", std::process::id()));
     fs::create_dir_all(taken.join("full")).unwrap();
-    let error = run.rotate(1, 3).unwrap_err();
+    let error = run.rotate(1, 3, false).unwrap_err();
     assert_eq!(error.fault(), Fault::Environment);
     let line = error.to_string();
     assert!(line.starts_with("cannot remove ") && line.contains("step-00000001: "), "{line}");
     assert_eq!(steps(dir.path()), pairs(&[(1, "a"), (3, "a")]));
+}
+
+/// Does it as a user whom modes bind, which they do not bind root, in a directory of that user's.
+fn as_somebody<T: Send>(dir: &Path, what: impl FnOnce() -> T + Send) -> T {
+    if !nix::unistd::geteuid().is_root() {
+        return what();
+    }
+    const NOBODY: u32 = 65_534;
+    std::os::unix::fs::chown(dir, Some(NOBODY), None).unwrap();
+    let it = || {
+        nix::unistd::setfsuid(NOBODY.into()); // of this thread and those that it starts
+        what()
+    };
+    std::thread::scope(|scope| scope.spawn(it).join().unwrap())
+}
+
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_read_now_is_never_replaced_or_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |step| step_dir(dir.path(), step);
+    as_somebody(dir.path(), || {
+        let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+        (1..=3).for_each(|step| drop(save(&run, step * 10)));
+        chmod(&at(30).join(MANIFEST_FILE), 0);
+        let mut writer = Writer::begin(&run, 30).unwrap();
+        writer.write_bytes("config.json", b"{}").unwrap();
+        assert!(writer.finish(1.0).unwrap_err().to_string().contains("step-00000030"));
+        drop(run);
+
+        let line = latest(dir.path()).unwrap_err().to_string();
+        assert!(
+            line.contains("step-00000030 cannot be read now: Permission denied")
+                && line.contains("make it readable"),
+            "{line}"
+        );
+        let resume = |overwrite, until| {
+            let from = at(20);
+            RunDir::claim(&Claim { resumed: Some(&from), overwrite, until, ..claim(dir.path(), "b") })
+        };
+        for overwrite in [false, true] {
+            let refused = resume(overwrite, None).unwrap_err();
+            assert!(matches!(refused, CheckpointError::Unreadable { .. }), "{refused}");
+            assert_eq!(refused.fault(), Fault::Environment);
+        }
+        resume(false, Some(25)).unwrap(); // which never comes there
+        chmod(&at(30), 0o700);
+        let fresh = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "b") }).unwrap_err();
+        assert!(matches!(fresh, CheckpointError::Unreadable { .. }), "{fresh}");
+        let mut far =
+            RunDir::claim(&Claim { overwrite: true, until: Some(25), ..claim(dir.path(), "b") }).unwrap();
+        save(&far, 11);
+        far.rotate(1, 11, false).unwrap();
+        assert!(far.make_room(u64::MAX, Some(11)).unwrap().is_empty());
+        drop(far);
+        chmod(&at(30).join(MANIFEST_FILE), 0o600);
+    });
+    assert_eq!(steps(dir.path()), pairs(&[(11, "b"), (30, "a")]));
+    fleet_checkpoint::verify(&at(30)).unwrap();
+}
+
+#[test]
+fn a_run_that_continues_is_told_at_once_of_anothers_checkpoints_where_it_would_save() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let from = save(&RunDir::claim(&claim(dir.path(), "b")).unwrap(), 10);
+    let other = RunDir::claim(&claim(elsewhere.path(), "a")).unwrap();
+    for step in [5, 20, 30] {
+        fs::rename(save(&other, step), step_dir(dir.path(), step)).unwrap();
+    }
+    let resume = |overwrite, until| {
+        RunDir::claim(&Claim { resumed: Some(&from), overwrite, until, ..claim(dir.path(), "c") })
+    };
+    for until in [None, Some(20)] {
+        let refused = resume(false, until).unwrap_err();
+        assert_eq!(refused.fault(), Fault::Input);
+        let line = refused.to_string();
+        let count = if until.is_none() { "(2, such as step-00000020)" } else { "(1, such as step-00000020)" };
+        for said in
+            [count, "after step 10", "move them away", "overwrite = true", "run_name", "step-00000010"]
+        {
+            assert!(line.contains(said), "{line}");
+        }
+    }
+    assert_eq!(resume(false, Some(19)).unwrap().run(), "b", "it ends before them");
+    let run = resume(true, None).unwrap();
+    save(&run, 20);
+    assert_eq!(steps(dir.path()), pairs(&[(5, "a"), (10, "b"), (20, "b"), (30, "a")]));
+}
+
+#[test]
+fn a_run_that_was_stopped_removes_nothing_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    save(&RunDir::claim(&claim(dir.path(), "old")).unwrap(), 10);
+    let mut new = RunDir::claim(&Claim { overwrite: true, ..claim(dir.path(), "new") }).unwrap();
+    (1..=3).for_each(|step| drop(save(&new, step)));
+    new.rotate(1, 3, true).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(3, "new"), (10, "old")]));
+    save(&new, 4);
+    new.rotate(1, 4, false).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(4, "new")]));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_removed_keeps_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = step_dir(dir.path(), 1);
+    as_somebody(dir.path(), || {
+        let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+        (1..=2).for_each(|step| drop(save(&run, step)));
+        chmod(&first, 0o555);
+        let line = run.rotate(1, 2, false).unwrap_err().to_string();
+        assert!(line.contains(&format!("cannot remove {}: Permission denied", first.display())), "{line}");
+        assert!(!line.contains("what is left"), "{line}");
+    });
+    assert_eq!(steps(dir.path()), pairs(&[(1, "a"), (2, "a")]));
+    fleet_checkpoint::verify(&first).unwrap();
+    // With a folder in it that stays, its files go: what is left is no checkpoint.
+    as_somebody(dir.path(), || {
+        chmod(&first, 0o755);
+        fs::create_dir(first.join("deep")).unwrap();
+        fs::write(first.join("deep/file"), "").unwrap();
+        chmod(&first.join("deep"), 0o555);
+        let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+        let line = run.rotate(1, 2, false).unwrap_err().to_string();
+        let is_told = line.contains("what is left of it lies in") || first.join(MANIFEST_FILE).exists();
+        assert!(is_told, "{line}");
+    });
+    for entry in fs::read_dir(dir.path()).unwrap() {
+        let deep = entry.unwrap().path().join("deep");
+        if deep.exists() {
+            chmod(&deep, 0o755);
+        }
+    }
 }
 
 #[test]

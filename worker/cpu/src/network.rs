@@ -3,7 +3,7 @@
 use crate::block::Pass;
 use crate::product::{Out, Products, Storage};
 use crate::workspace::Workspace;
-use fleet_common::model::{Decoder, Layout, Linear, Positions};
+use fleet_common::model::{Decoder, Layout, Linear, Positions, Scaling};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
@@ -38,10 +38,24 @@ pub(crate) fn summed<'a>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> &
 impl Network {
     /// For sequences of at most `positions` tokens.
     pub fn new(decoder: Decoder, layout: Layout, positions: usize) -> Self {
+        Self::of_text(decoder, layout, positions, positions)
+    }
+
+    /// For texts of at most `positions` tokens that go on, token by token, from one of `prompt` tokens.
+    pub fn of_text(decoder: Decoder, layout: Layout, prompt: usize, positions: usize) -> Self {
         let (rope, slopes) = match &decoder.positions {
             Positions::Rotary(rotary) => {
-                let frequencies = rotary.frequencies(positions);
-                (Some(RopeTable::from_frequencies(positions, &frequencies, rotary.amplitude())), Vec::new())
+                let (frequencies, amplitude) = (rotary.frequencies(prompt), rotary.amplitude());
+                let mut table = RopeTable::from_frequencies(prompt.min(positions), &frequencies, amplitude);
+                let grows = matches!(rotary.scaling, Scaling::Dynamic { .. });
+                for len in table.positions() + 1..=positions {
+                    match grows {
+                        // Tokens that were there before stay turned as they are.
+                        true => table.push(&rotary.frequencies(len), amplitude),
+                        false => table.push(&frequencies, amplitude),
+                    }
+                }
+                (Some(table), Vec::new())
             }
             Positions::Alibi => (None, decoder.attention.alibi_slopes()),
             Positions::Learned { .. } => (None, Vec::new()),

@@ -129,13 +129,14 @@ pub(crate) fn tokens(
     texts: &[&str],
     given: bool,
 ) -> Result<(Vec<Vec<u32>>, Coverage), DataError> {
-    let mut documents = encoder.encode(texts)?;
+    let encoded = encoder.encode(texts)?;
     let coverage = match given {
-        true => encoder.coverage(texts, &documents)?,
+        true => encoder.coverage(texts, &encoded)?,
         false => Coverage::whole(texts),
     };
+    let mut documents: Vec<Vec<u32>> = encoded.into_iter().map(|document| document.ids).collect();
     if !encoder.ends_texts() {
-        documents.iter_mut().for_each(|ids| ids.push(encoder.eos_id));
+        documents.iter_mut().filter(|ids| encoder.lacks_end(ids)).for_each(|ids| ids.push(encoder.eos_id));
     }
     Ok((documents, coverage))
 }

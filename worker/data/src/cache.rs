@@ -78,6 +78,17 @@ impl TokenCache {
         files: &DataFiles,
         progress: &dyn Fn(Note),
     ) -> Result<(TokenCache, DataStats), DataError> {
+        // Tokenizers of others run code of others, which panics at some of them.
+        let all = || TokenCache::prepare(job, files, progress);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(all))
+            .unwrap_or_else(|panic| Err(panicked(&*panic)))
+    }
+
+    fn prepare(
+        job: &Job,
+        files: &DataFiles,
+        progress: &dyn Fn(Note),
+    ) -> Result<(TokenCache, DataStats), DataError> {
         let started = Instant::now();
         let files = files.files.as_slice();
         let ids = ModelIds::of(&job.model)?;
@@ -196,6 +207,15 @@ impl TokenCache {
         });
         checked.inspect_err(|e| tracing::warn!("building a token cache again: {e}")).ok()
     }
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> DataError {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    DataError::Vocabulary(format!(
+        "preparing the data failed within the tokenizer or its training ({}); choose another tokenizer (tokenizer.path), or other data",
+        text.replace('\n', " ")
+    ))
 }
 
 // ---- the hash ---------------------------------------------------------------------------------------------------------

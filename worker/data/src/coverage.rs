@@ -6,7 +6,7 @@ use fleet_common::events::Level;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use tokenizers::Tokenizer;
+use tokenizers::{NormalizedString, Normalizer, Tokenizer};
 
 /// A tokenizer that drops more of the bytes than this is refused.
 const DROPPED_MAX: f64 = 0.01;
@@ -43,20 +43,32 @@ impl Coverage {
         Coverage { text_bytes: texts.iter().map(|text| text.len() as u64).sum(), ..Coverage::default() }
     }
 
-    /// Compares each text with its `ids`; `unknown` is what stands for what the tokenizer does not know.
-    pub fn measure(
+    /// Compares each text with its `ids`, which have nothing around them that the text has not; `unknown` is what stands for what the tokenizer
+    /// does not know. Characters count as the same however they are composed, where the tokenizer composes or decomposes them.
+    pub fn measure<I: AsRef<[u32]> + Sync>(
         tokenizer: &Tokenizer,
         unknown: Option<u32>,
         texts: &[&str],
-        ids: &[Vec<u32>],
+        ids: &[I],
     ) -> Result<Coverage, DataError> {
         let decode = |ids: &[u32]| {
             let known: Vec<u32> = ids.iter().copied().filter(|&id| Some(id) != unknown).collect();
-            tokenizer.decode(&known, true).map_err(cannot)
+            crate::decode(tokenizer, &known, false).map_err(cannot)
         };
-        let one = |mut tally: Tally, (text, ids): (&&str, &Vec<u32>)| {
-            tally.add(text, 1);
-            tally.add(&decode(ids)?, -1);
+        let one = |mut tally: Tally, (text, ids): (&&str, &I)| {
+            let said = decode(ids.as_ref())?;
+            match tokenizer.get_normalizer() {
+                None => tally.compare(text, &said),
+                Some(normalizer) => {
+                    let mut normal = NormalizedString::from(*text);
+                    normalizer.normalize(&mut normal).map_err(cannot)?;
+                    let composed = composed(text);
+                    match self::composed(normal.get()) == composed {
+                        true => tally.compare(normal.get(), &said),
+                        false => tally.compare(&composed, &self::composed(&said)),
+                    }
+                }
+            }
             Ok(tally)
         };
         let tally = texts
@@ -64,12 +76,13 @@ impl Coverage {
             .zip(ids)
             .try_fold(Tally::default, one)
             .try_reduce(Tally::default, |a, b| Ok(a.merge(b)))?;
-        let unknown_tokens = ids.iter().flatten().filter(|&&id| Some(id) == unknown).count() as u64;
+        let all = ids.iter().flat_map(|ids| ids.as_ref());
+        let unknown_tokens = all.filter(|&&id| Some(id) == unknown).count() as u64;
         let mut coverage = Coverage { unknown_tokens, ..tally.coverage(Coverage::whole(texts)) };
         for char in tally.lost_characters() {
             let alone = tokenizer.encode_fast(char.to_string(), false).map_err(cannot)?;
             let said = decode(alone.get_ids())?;
-            let examples = match said.chars().any(|c| is_visible(c) && c != char) {
+            let examples = match composed(&said).chars().any(|c| is_visible(c) && c != char) {
                 true => &mut coverage.changed_examples,
                 false => &mut coverage.lost_examples,
             };
@@ -161,6 +174,30 @@ impl Coverage {
     }
 }
 
+/// In the normal form in which a letter and its accents are one character.
+fn composed(text: &str) -> String {
+    let mut text = NormalizedString::from(text);
+    text.nfc();
+    text.get().to_owned()
+}
+
+impl Coverage {
+    /// What whoever gave a prompt should know.
+    pub fn prompt_note(&self) -> Option<String> {
+        let how = match self.unknown_tokens {
+            0 => "is dropped",
+            _ => "stands as unknown tokens",
+        };
+        (self.lost_bytes > 0).then(|| {
+            format!(
+                "the tokenizer cannot write {} of the prompt{}: it {how}",
+                percent(self.share(self.lost_bytes)),
+                such_as(&self.lost_examples)
+            )
+        })
+    }
+}
+
 fn cannot(error: tokenizers::Error) -> DataError {
     DataError::Vocabulary(format!("the tokenizer cannot decode what it encoded: {error}"))
 }
@@ -198,6 +235,11 @@ impl Default for Ascii {
 }
 
 impl Tally {
+    fn compare(&mut self, text: &str, said: &str) {
+        self.add(text, 1);
+        self.add(said, -1);
+    }
+
     fn add(&mut self, text: &str, by: i64) {
         for c in text.chars() {
             match self.ascii.0.get_mut(c as usize) {
@@ -341,6 +383,29 @@ mod tests {
             told(&coverage),
             "the tokenizer writes 43 % of the data as other characters (such as `A`, `B`, `C`): the model learns those"
         );
+    }
+
+    #[test]
+    fn letters_that_a_tokenizer_composes_are_not_lost() {
+        // A letter and its accent as two characters, as files of macOS have them.
+        let apart = "cafe\u{301} ".repeat(50);
+        let letters = |more: &str| characters(&format!("acfe {more}"), None);
+        let with = |normalizer: Value, model: Value| {
+            measure(model, json!({"normalizer": normalizer, "decoder": {"type": "Fuse"}}), &[&apart])
+        };
+        for (form, model) in
+            [("NFC", letters("\u{e9}")), ("NFKC", letters("\u{e9}")), ("NFD", letters("\u{301}"))]
+        {
+            let coverage = with(json!({"type": form}), model);
+            assert_eq!((coverage.lost_bytes, coverage.changed_bytes), (0, 0), "{form}");
+            assert_eq!(coverage.said_bytes(), apart.len() as u64);
+        }
+        with(json!({"type": "NFC"}), letters("")).check().unwrap_err();
+        measure(letters("\u{e9}"), FUSE(), &[&apart]).check().unwrap_err();
+        let bert = json!({"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": true, "lowercase": true});
+        let coverage = with(bert, letters(""));
+        assert_eq!(coverage.lost_bytes, 0, "changed, as it is where the letter is one character");
+        assert!(coverage.changed_bytes > 0);
     }
 
     #[test]

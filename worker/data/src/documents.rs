@@ -153,12 +153,47 @@ fn parse_file(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Parsed, DataEr
 
 /// What is wrong with a row or a header that has these fields.
 pub(crate) fn no_field<'a>(field: &str, present: impl Iterator<Item = &'a str>) -> String {
+    let present: Vec<&str> = present.collect();
+    let has = |name: &str| present.contains(&name);
+    if let Some(chat) = present.iter().find(|name| is_chat(name)) {
+        return format!("no field `{field}`, but `{chat}`: {}", chat_cure(field));
+    }
+    if let Some((a, b)) = PAIRS.into_iter().find(|(a, b)| has(a) && has(b)) {
+        return format!(
+            "no field `{field}`, but `{a}` and `{b}`, which this version does not learn apart; join them to one text per row in the field `{field}`"
+        );
+    }
     let short = |name: &str| name.chars().take(40).flat_map(char::escape_debug).collect::<String>();
-    let present: Vec<String> = present.take(12).map(short).collect();
-    match present.as_slice() {
+    let names: Vec<String> = present.into_iter().take(12).map(short).collect();
+    match names.as_slice() {
         [] => format!("no field `{field}`, and no other"),
         names => format!("no field `{field}`; set data.text_field to one of: {}", names.join(", ")),
     }
+}
+
+/// Whether a field of this name holds the turns of a chat.
+pub(crate) fn is_chat(field: &str) -> bool {
+    ["messages", "conversations", "conversation"].contains(&field)
+}
+
+/// What people call a question and what is to be learnt of it.
+const PAIRS: [(&str, &str); 8] = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "chosen"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+    ("chosen", "rejected"),
+];
+
+/// What to do with rows of chats, whose text shall stand in `field`.
+pub(crate) fn chat_cure(field: &str) -> String {
+    format!(
+        "rows of chats are not read in this version; write each as one text in the field `{field}`, as the model's chat template gives it \
+         (apply_chat_template of transformers, without tokenizing)"
+    )
 }
 
 fn cut_all(documents: &[String]) -> Vec<String> {
@@ -229,6 +264,21 @@ mod tests {
         let long = "A line of text.\n\n".repeat(60);
         let (texts, told) = read(&[("a.txt", long.as_bytes())], |_| ()).unwrap();
         assert_eq!(told, format!("read 1 document of 1 file, {} pieces after cutting", texts.len()));
+    }
+
+    #[test]
+    fn rows_of_chats_say_what_to_do() {
+        let said = |row: &[u8], more: fn(&mut Data)| read(&[("a.jsonl", row)], more).unwrap_err().to_string();
+        let chat = b"{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}], \"id\": 1}";
+        for told in [said(chat, |_| ()), said(chat, |data| data.text_field = "messages".into())] {
+            assert!(
+                told.contains("rows of chats are not read in this version") && told.contains("field `text`"),
+                "{told}"
+            );
+        }
+        let pair = said(b"{\"prompt\": \"a\", \"completion\": \"b\"}", |_| ());
+        assert!(pair.contains("`prompt` and `completion`") && pair.contains("join them"), "{pair}");
+        assert!(said(b"{\"prompt\": \"a\"}", |_| ()).contains("set data.text_field to one of: prompt"));
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub enum DataError {
     /// Of a model directory.
     #[error("{path} {what}; restore the file")]
     Settings { path: PathBuf, what: String },
+    #[error("{path}: {what}")]
+    Model { path: PathBuf, what: String },
     #[error("tokenizer {path}: {what}")]
     Tokenizer { path: PathBuf, what: String },
     #[error("{0}")]

@@ -1,5 +1,6 @@
 //! Which files a job's data are, in an order that depends on their names alone.
 
+use crate::formats::{is_data_by_name, is_documentation};
 use crate::left_out::{LeftOut, Reason};
 use crate::{DataError, Note};
 use fleet_common::job::{Data, Job};
@@ -22,7 +23,8 @@ impl DataFiles {
     /// Looks for them, and tells how many there are and what was left out.
     pub fn find(job: &Job, progress: &dyn Fn(Note)) -> Result<DataFiles, DataError> {
         let found = find(&job.data, &job.output_dir)?;
-        found.left_out.told().into_iter().for_each(|line| progress(Note::info(line)));
+        let note = if found.left_out.of(Reason::Data).is_some() { Note::warning } else { Note::info };
+        found.left_out.told().into_iter().for_each(|line| progress(note(line)));
         let (count, s) = (found.files.len(), if found.files.len() == 1 { "" } else { "s" });
         progress(Note::info(format!("reading {count} file{s}")));
         Ok(found)
@@ -34,8 +36,18 @@ impl DataFiles {
 /// them. Links are followed; one that leads nowhere is an error where its name asks to be read. `output`, where the job writes, is
 /// no data.
 pub(crate) fn find(data: &Data, output: &Path) -> Result<DataFiles, DataError> {
+    let real = |path: &Path| fs::canonicalize(path).ok();
+    let roots: Vec<PathBuf> = data.paths.iter().filter_map(|path| real(path)).collect();
+    // Data may lie where the job writes; what fleet keeps there is none.
+    let holds_data = |output: &PathBuf| roots.iter().any(|root| root.starts_with(output));
+    let kept = ["cache", "checkpoints"].map(|name| real(&output.join(name)));
     let mut search = Search {
-        output: fs::canonicalize(output).ok(),
+        written: real(output)
+            .filter(|output| !holds_data(output))
+            .into_iter()
+            .chain(kept.into_iter().flatten())
+            .collect(),
+        all_kinds: data.takes_all_kinds(),
         include: globs("include", &data.include)?,
         exclude: globs("exclude", &data.exclude)?,
         seen: HashSet::new(),
@@ -52,15 +64,23 @@ pub(crate) fn find(data: &Data, output: &Path) -> Result<DataFiles, DataError> {
             () => return Err(DataError::Special(path.clone())),
         }
     }
-    if search.found.files.is_empty() {
-        return Err(DataError::Empty(nothing(data, &search.found.left_out)));
+    let found = search.found;
+    if found.files.is_empty() {
+        return Err(DataError::Empty(nothing(data, &found.left_out)));
     }
-    Ok(search.found)
+    let documents = || found.files.iter().all(|file| is_documentation(file) && !data.paths.contains(file));
+    match found.left_out.of(Reason::Data) {
+        Some((count, first)) if documents() => {
+            Err(DataError::Empty(only_documentation(&found.files, count, first)))
+        }
+        _ => Ok(found),
+    }
 }
 
 struct Search {
-    /// If it is there already.
-    output: Option<PathBuf>,
+    /// Real paths of the folders that are there already and that fleet writes.
+    written: Vec<PathBuf>,
+    all_kinds: bool,
     include: GlobSet,
     exclude: GlobSet,
     /// Real paths of the files that were taken.
@@ -102,20 +122,33 @@ impl Search {
         match () {
             () if name.starts_with('.') => Some(Reason::Hidden),
             () if name == "target" && directory => Some(Reason::Target),
-            () if directory && entry.is_some_and(|entry| self.is_output(entry.path())) => {
+            () if directory && entry.is_some_and(|entry| self.is_written(entry.path())) => {
                 Some(Reason::Output)
             }
             () if self.exclude.is_match(below) => Some(Reason::Excluded),
             () if directory => None,
             () if entry.is_some() && !file => Some(Reason::Special),
-            () if !self.include.is_empty() && !self.include.is_match(below) => Some(Reason::NotIncluded),
+            () if !self.include.is_empty() && !self.include.is_match(below) => {
+                Some(if self.all_kinds && is_data_by_name(below) {
+                    Reason::Data
+                } else {
+                    Reason::NotIncluded
+                })
+            }
             () => None,
         }
     }
 
-    fn is_output(&self, path: &Path) -> bool {
-        let Some(output) = &self.output else { return false };
-        path.file_name() == output.file_name() && fs::canonicalize(path).is_ok_and(|path| path == *output)
+    /// Where this job writes, or what any job of fleet's has written.
+    fn is_written(&self, path: &Path) -> bool {
+        let is = |written: &PathBuf| {
+            path.file_name() == written.file_name()
+                && fs::canonicalize(path).is_ok_and(|path| path == *written)
+        };
+        let has = |names: [&str; 3]| names.iter().all(|name| path.join(name).is_file());
+        self.written.iter().any(is)
+            || has(["manifest.json", "trainer_state.json", "model.safetensors"])
+            || has(["meta.json", "train.bin", "validation.bin"])
     }
 
     /// A loop of folders is left out, and a broken link that nobody asked for; the rest cannot be read and is an error.
@@ -124,9 +157,9 @@ impl Search {
         let below = path.strip_prefix(root).unwrap_or(&path);
         let unasked = self.reason(below, None);
         let reason = match () {
-            () if error.loop_ancestor().is_some() => {
-                unasked.filter(|reason| *reason != Reason::NotIncluded).or(Some(Reason::Loop))
-            }
+            () if error.loop_ancestor().is_some() => unasked
+                .filter(|reason| !matches!(reason, Reason::NotIncluded | Reason::Data))
+                .or(Some(Reason::Loop)),
             () if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink()) => unasked,
             () => None,
         };
@@ -171,6 +204,21 @@ fn nothing(data: &Data, left_out: &LeftOut) -> String {
         paths.join(", "),
         globs(&data.include),
         globs(&data.exclude)
+    )
+}
+
+/// Where all that would be read tells about the data.
+fn only_documentation(files: &[PathBuf], count: u64, first: &str) -> String {
+    let names: Vec<String> =
+        files.iter().take(3).map(|file| file.file_name().unwrap_or_default().display().to_string()).collect();
+    let (are, they) = if count == 1 { ("is 1 file", "it") } else { ("are files", "they") };
+    format!(
+        "nothing but documentation would be read ({}), and beside it {are} of data that fleet does not read as {they} {} ({}{first}): write \
+         the rows as JSON Lines (.jsonl), or unpack {}; or name what is to be read in data.include",
+        names.join(", "),
+        if count == 1 { "is" } else { "are" },
+        if count == 1 { String::new() } else { format!("{count}, such as ") },
+        if count == 1 { "it" } else { "them" },
     )
 }
 
@@ -255,7 +303,59 @@ pub(crate) mod tests {
         let dir = folder(&["a.json", "out/cache/1/meta.json", "b/out/c.json"]);
         let (files, told) = look(dir.path(), &["*.json"], &[]);
         assert_eq!(files, ["a.json", "b/out/c.json"]);
-        assert_eq!(told, "left out: 1 where this job writes (out)");
+        assert_eq!(told, "left out: 1 that fleet writes (out)");
+    }
+
+    #[test]
+    fn fleets_own_files_are_no_data_wherever_they_lie() {
+        let names = [
+            "a.json",
+            "cache/1/meta.json",
+            "checkpoints/r/step-00000001/config.json",
+            "sub/b.json",
+            "other/x/manifest.json",
+            "other/x/trainer_state.json",
+            "other/x/model.safetensors",
+            "other/y/manifest.json",
+        ];
+        let dir = folder(&names);
+        let below = |data_of: &Path, output: &Path| -> Vec<String> {
+            let found = find(&data(vec![data_of.to_owned()], &["*.json"], &[]), output).unwrap();
+            let below = |path: &PathBuf| path.strip_prefix(dir.path()).unwrap().display().to_string();
+            found.files.iter().map(below).collect()
+        };
+        // The job writes into its data, and its data lie within what it writes.
+        assert_eq!(below(dir.path(), dir.path()), ["a.json", "other/y/manifest.json", "sub/b.json"]);
+        assert_eq!(below(&dir.path().join("sub"), dir.path()), ["sub/b.json"]);
+    }
+
+    #[test]
+    fn a_data_set_of_which_only_the_documentation_can_be_read_is_refused() {
+        let default = fleet_common::job::READABLE;
+        let find = |names: &[&str], include: &[&str], named: &[&str]| {
+            let dir = folder(names);
+            let paths =
+                [dir.path().to_owned()].into_iter().chain(named.iter().map(|name| dir.path().join(name)));
+            find(&data(paths.collect(), include, &[]), Path::new("out"))
+        };
+        let set = ["README.md", "LICENSE.txt", "data/train-0.parquet", "data/train-1.parquet"];
+        let said = find(&set, &default, &[]).unwrap_err().to_string();
+        assert!(
+            said.contains("(2, such as data/train-0.parquet)") && said.contains("LICENSE.txt, README.md"),
+            "{said}"
+        );
+        assert_eq!(find(&set, &["*.md"], &[]).unwrap().files.len(), 1, "who names it has it");
+        assert_eq!(find(&set, &default, &["README.md"]).unwrap().files.len(), 2);
+        let mixed = find(&["README.md", "a.txt", "b.zip", "c.py"], &default, &[]).unwrap();
+        assert_eq!(
+            mixed.left_out.told().unwrap(),
+            "left out: 1 that data.include does not name (c.py), 1 that looks like data and is of no kind that is read (b.zip)"
+        );
+        assert_eq!(
+            find(&["README.md", "a.rs"], &default, &[]).unwrap().files.len(),
+            1,
+            "no data are left out"
+        );
     }
 
     #[test]

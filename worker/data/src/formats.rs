@@ -1,6 +1,7 @@
 //! What a file is, by its name and its first bytes: the one place that decides it. The name says how text is cut into documents;
 //! the first bytes say whether it is text at all, whatever the name.
 
+use fleet_common::files::stand_in;
 use std::path::Path;
 
 /// How a file's contents become documents.
@@ -19,7 +20,7 @@ pub(crate) enum Kind {
 }
 
 /// A format that is not read.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Foreign {
     /// With its article: "a PDF".
     pub name: &'static str,
@@ -30,19 +31,25 @@ pub(crate) struct Foreign {
 }
 
 /// As much of a file's beginning as `Kind::of` looks at.
-pub(crate) const HEAD: usize = 512;
+pub(crate) const HEAD: usize = 4096;
 
 pub(crate) const GZIP: &[u8] = b"\x1f\x8b\x08";
 
 impl Kind {
     /// The kind of a file of this name that begins with `head` (`HEAD` bytes, or all that it has).
-    pub fn of(path: &Path, head: &[u8]) -> Result<Kind, &'static Foreign> {
+    pub fn of(path: &Path, head: &[u8]) -> Result<Kind, Foreign> {
+        if let Some(pointer) = stand_in(head) {
+            return Err(foreign(pointer.name, pointer.cure, &[]));
+        }
         if head.starts_with(GZIP) {
             return Ok(Kind::Gzip);
         }
+        if let Some(format) = office(head) {
+            return Err(format);
+        }
         let is = |(at, bytes): &(usize, &[u8])| head.get(*at..).is_some_and(|rest| rest.starts_with(bytes));
         match FOREIGN.iter().find(|format| format.magic.iter().all(is)) {
-            Some(format) => Err(format),
+            Some(format) => Err(*format),
             None => Ok(Kind::by_name(path)),
         }
     }
@@ -60,9 +67,60 @@ impl Kind {
     }
 }
 
+/// What an archive is whose first files have the names of Office's. Whoever writes one puts them in any order.
+fn office(head: &[u8]) -> Option<Foreign> {
+    const FILE: &[u8] = b"PK\x03\x04";
+    let name = |at: usize| {
+        let len = u16::from_le_bytes(head.get(at + 26..at + 28)?.try_into().ok()?);
+        let name = head.get(at + 30..)?;
+        Some(&name[..name.len().min(usize::from(len))])
+    };
+    let starts = || (0..head.len()).filter(|at| head[*at..].starts_with(FILE));
+    let names = || starts().filter_map(name);
+    let any = |beginning: &[u8]| head.starts_with(FILE) && names().any(|name| name.starts_with(beginning));
+    match () {
+        () if any(b"xl/") => Some(foreign("an Excel workbook", AS_CSV, &[])),
+        () if any(b"word/") || any(b"ppt/") => Some(foreign("an Office document", AS_TEXT, &[])),
+        () => None,
+    }
+}
+
+/// Whether a file of this name is one of data, read or not.
+pub(crate) fn is_data_by_name(path: &Path) -> bool {
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    DATA.contains(&extension.as_str())
+}
+
+#[rustfmt::skip]
+const DATA: [&str; 37] = [
+    "txt", "text", "json", "jsonl", "ndjson", "csv", "tsv", "tab", "jl",
+    "parquet", "arrow", "feather", "avro", "orc", "h5", "hdf5", "npy", "npz", "pkl", "pickle", "sqlite", "db",
+    "xlsx", "xls", "ods", "pdf", "docx", "epub",
+    "gz", "zip", "zst", "bz2", "xz", "lz4", "7z", "tar", "tgz",
+];
+
+/// Whether a file of this name tells about data rather than being some.
+pub(crate) fn is_documentation(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let (stem, extension) = name.split_once('.').unwrap_or((&name, ""));
+    const STEMS: [&str; 9] = [
+        "readme",
+        "license",
+        "licence",
+        "copying",
+        "notice",
+        "changelog",
+        "contributing",
+        "citation",
+        "authors",
+    ];
+    extension == "md" || STEMS.contains(&stem)
+}
+
 const UNPACK: &str = "unpack it";
 const ROWS: &str = "write its rows as JSON Lines (.jsonl)";
 const AS_TEXT: &str = "save what it says as text";
+const AS_CSV: &str = "save it as CSV";
 const NO_TEXT: &str = "take it out of the data";
 const WEIGHTS: &str = "it has no text to train on: a model goes to model.path";
 
@@ -75,11 +133,7 @@ const fn foreign(
 }
 
 #[rustfmt::skip]
-static FOREIGN: [Foreign; 46] = [
-    // Stand-ins for files that were not fetched.
-    foreign("a Git LFS pointer, not the data", "fetch the data with `git lfs pull`", &[(0, b"version https://git-lfs.github.com/spec/")]),
-    foreign("a Git LFS pointer, not the data", "fetch the data with `git lfs pull`", &[(0, b"version https://hawser.github.com/spec/")]),
-    foreign("a git-annex pointer, not the data", "fetch the data with `git annex get`", &[(0, b"/annex/objects/")]),
+static FOREIGN: [Foreign; 44] = [
     // Compressed files and archives.
     foreign("compressed with zstd", "unpack it with `zstd -d`, or compress it with gzip", &[(0, b"\x28\xb5\x2f\xfd")]),
     foreign("compressed with bzip2", "unpack it with `bunzip2`, or compress it with gzip", &[(0, b"BZh"), (4, b"1AY&SY")]),
@@ -90,7 +144,8 @@ static FOREIGN: [Foreign; 46] = [
     foreign("compressed with Snappy", UNPACK, &[(0, b"\xff\x06\x00\x00sNaPpY")]),
     foreign("a NumPy archive", ROWS, &[(0, b"PK\x03\x04"), (30, b"arr_0.npy")]),
     foreign("an EPUB book", AS_TEXT, &[(0, b"PK\x03\x04"), (38, b"application/epub")]),
-    foreign("an Office document", AS_TEXT, &[(0, b"PK\x03\x04"), (30, b"[Content_Types].xml")]),
+    foreign("a workbook", AS_CSV, &[(0, b"PK\x03\x04"), (38, b"application/vnd.oasis.opendocument.spreadsheet")]),
+    foreign("an Office document or workbook", "save it as text, a workbook as CSV", &[(0, b"PK\x03\x04"), (30, b"[Content_Types].xml")]),
     foreign("an OpenDocument file", AS_TEXT, &[(0, b"PK\x03\x04"), (38, b"application/vnd.oasis.opendocument")]),
     foreign("a zip archive (or a document, workbook or PyTorch file made of one)", UNPACK, &[(0, b"PK\x03\x04")]),
     foreign("an empty zip archive", NO_TEXT, &[(0, b"PK\x05\x06")]),
@@ -177,6 +232,31 @@ mod tests {
                 assert!(format.name.contains(name), "{path}: {}", format.name);
             }
         }
+    }
+
+    #[test]
+    fn a_workbook_is_known_in_whatever_order_it_was_written() {
+        let file = |name: &str| {
+            let mut entry = b"PK\x03\x04".to_vec();
+            entry.resize(26, 0);
+            entry.extend((name.len() as u16).to_le_bytes());
+            entry.extend([0; 2]);
+            [entry, name.as_bytes().to_vec(), vec![0x55; 600]].concat()
+        };
+        let of = |names: &[&str]| {
+            let head: Vec<u8> = names.iter().flat_map(|name| file(name)).collect();
+            Kind::of(Path::new("a.xlsx"), &head[..head.len().min(HEAD)]).unwrap_err()
+        };
+        for names in [
+            ["docProps/app.xml", "docProps/core.xml", "xl/theme/theme1.xml"],
+            ["[Content_Types].xml", "_rels/.rels", "xl/workbook.xml"],
+        ] {
+            assert_eq!((of(&names).name, of(&names).cure), ("an Excel workbook", "save it as CSV"));
+        }
+        assert_eq!(of(&["[Content_Types].xml", "word/document.xml"]).name, "an Office document");
+        assert_eq!(of(&["a.csv"]).cure, UNPACK);
+        let ods = [&file("mimetype")[..38], b"application/vnd.oasis.opendocument.spreadsheet"].concat();
+        assert_eq!(Kind::of(Path::new("a"), &ods).unwrap_err().name, "a workbook");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! The contents decide which it is. Only the text field is kept; the rest is skipped as it is parsed.
 
 use crate::DataError;
-use crate::documents::no_field;
+use crate::documents::{chat_cure, is_chat, no_field};
 use serde::de::{
     DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
 };
@@ -301,7 +301,12 @@ impl<'de> Visitor<'de> for Text<'_> {
     type Value = Shape;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "text in the field `{}`; leave such rows out, or set data.text_field", self.field)
+        match is_chat(self.field) {
+            true => write!(f, "text in the field `{}`; {}", self.field, chat_cure("text")),
+            false => {
+                write!(f, "text in the field `{}`; leave such rows out, or set data.text_field", self.field)
+            }
+        }
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Shape, E> {

@@ -6,11 +6,13 @@ use std::path::Path;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Reason {
     NotIncluded,
+    /// By its name a file of data, of a kind that is not read by itself.
+    Data,
     /// A file, or a folder with all that is in it; so are the next three.
     Excluded,
     Hidden,
     Target,
-    /// The job's output directory.
+    /// The job's output directory, and what fleet keeps anywhere: caches, checkpoints.
     Output,
     /// A FIFO, a socket or a device.
     Special,
@@ -28,6 +30,11 @@ impl LeftOut {
         self.0.entry(reason).or_insert_with(|| (0, below.display().to_string())).0 += 1;
     }
 
+    /// How many for this reason, and the first of them.
+    pub fn of(&self, reason: Reason) -> Option<(u64, &str)> {
+        self.0.get(&reason).map(|(count, first)| (*count, first.as_str()))
+    }
+
     /// One line, if there is anything to tell.
     pub fn told(&self) -> Option<String> {
         let told: Vec<String> =
@@ -39,10 +46,12 @@ impl LeftOut {
 fn told(reason: Reason, count: u64, first: &str) -> String {
     let what = match (reason, count) {
         (Reason::NotIncluded, _) => "that data.include does not name",
+        (Reason::Data, 1) => "that looks like data and is of no kind that is read",
+        (Reason::Data, _) => "that look like data and are of no kind that is read",
         (Reason::Excluded, _) => "by data.exclude",
         (Reason::Hidden, _) => "hidden",
         (Reason::Target, _) => "of build outputs",
-        (Reason::Output, _) => "where this job writes",
+        (Reason::Output, _) => "that fleet writes",
         (Reason::Special, 1) => "that is no file",
         (Reason::Special, _) => "that are no files",
         (Reason::Again, _) => "under a second name",

@@ -1,7 +1,8 @@
 //! The settings beside a tokenizer and the weights of a Hugging Face model: `config.json`, `generation_config.json`,
 //! `tokenizer_config.json`, `special_tokens_map.json`. Read as transformers 5 reads them, where a null says what a missing key says.
 
-use crate::DataError;
+use crate::{DataError, prefix_space};
+use fleet_common::files::stand_in;
 use fleet_common::model::Family;
 use serde_json::{Map, Value};
 use std::fs::File;
@@ -33,7 +34,12 @@ pub fn read_object(path: &Path) -> Result<Option<Object>, DataError> {
     if bytes.len() as u64 > FILE_MAX {
         return Err(bad(format!("has more than {FILE_MAX} bytes")));
     }
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| bad(format!("is not a JSON object ({e})")))
+    if let Some(pointer) = stand_in(&bytes) {
+        return Err(DataError::Foreign { path: path.to_owned(), name: pointer.name, cure: pointer.cure });
+    }
+    fleet_common::model::parse_object(&bytes)
+        .map(Some)
+        .map_err(|e| bad(format!("is not a JSON object ({e})")))
 }
 
 /// `object` without its nulls, at any depth.
@@ -67,19 +73,40 @@ pub fn token_ids(object: &Object, key: &str) -> Vec<u32> {
     }
 }
 
+/// The same of a file, where what is no id is refused. Old configurations write -1 for none.
+fn ids_of(path: &Path, object: &Object, key: &str) -> Result<Vec<u32>, DataError> {
+    let is_none = |value: &Value| path.ends_with(CONFIG) && value.as_i64().is_some_and(|id| id < 0);
+    let wrong = |value: &Value| whole(value).is_none() && !is_none(value);
+    let bad = match object.get(key) {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(list)) => list.iter().find(|value| wrong(value)),
+        Some(value) => Some(value).filter(|value| wrong(value)),
+    };
+    match bad {
+        None => Ok(token_ids(object, key)),
+        Some(value) => {
+            let what = format!("has {value} in {key}, which is no token's id");
+            Err(DataError::Settings { path: path.to_owned(), what })
+        }
+    }
+}
+
 /// The ids at which a model in `dir` ends a text: what `generation_config.json` says, else what `config.json` says. An absent
 /// key there means what it means in transformers' configuration of the family; a null means none.
 pub fn end_ids(dir: &Path) -> Result<Vec<u32>, DataError> {
     const KEY: &str = "eos_token_id";
-    if let Some(generation) = read_object(&dir.join(GENERATION_CONFIG))? {
-        let ids = token_ids(&generation, KEY);
+    let path = dir.join(CONFIG);
+    let config = read_object(&path)?.unwrap_or_default();
+    let ends = ids_of(&path, &config, KEY)?;
+    let path = dir.join(GENERATION_CONFIG);
+    if let Some(generation) = read_object(&path)? {
+        let ids = ids_of(&path, &generation, KEY)?;
         if !ids.is_empty() {
             return Ok(ids);
         }
     }
-    let config = read_object(&dir.join(CONFIG))?.unwrap_or_default();
     if config.contains_key(KEY) {
-        return Ok(token_ids(&config, KEY));
+        return Ok(ends);
     }
     let family = config.get("model_type").and_then(Value::as_str).and_then(Family::find);
     Ok(family.and_then(|family| family.eos).into_iter().collect())
@@ -125,20 +152,33 @@ fn content(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content")?.as_str()).filter(|text| !text.is_empty())
 }
 
-/// A `tokenizer.json` as transformers loads it with what lies beside it, for prompts and for generated text: truncation and padding that
-/// are stored in it do not act, and the tokens that have a role are special. Tokens that it lacks are not added, since no model has them.
-pub struct PromptTokenizer {
+/// A `tokenizer.json` as transformers loads it with what lies beside it, for prompts, for generated text and for data: truncation and
+/// padding that are stored in it do not act, `add_prefix_space` does, and the tokens that have a role are special. Tokens that it lacks are
+/// not added, since no model has them.
+pub struct GivenTokenizer {
     pub tokenizer: Tokenizer,
     pub special: SpecialTokens,
+    /// The file as it stands.
+    pub json: Vec<u8>,
+    /// Names what the files beside it change.
+    pub beside: String,
 }
 
-impl PromptTokenizer {
-    pub fn open(path: &Path) -> Result<PromptTokenizer, DataError> {
+impl GivenTokenizer {
+    pub fn open(path: &Path) -> Result<GivenTokenizer, DataError> {
         let bad = |what: String| DataError::Tokenizer { path: PathBuf::from(path), what };
-        let bytes =
-            std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        let json = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        if let Some(pointer) = stand_in(&json) {
+            return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
+        }
+        let settings =
+            without_nulls(read_object(&path.with_file_name(TOKENIZER_CONFIG))?.unwrap_or_default());
+        let (changed, mut beside) = match prefix_space::changed(&json, &settings) {
+            Some((changed, what)) => (changed, what.to_owned()),
+            None => (json.clone(), String::new()),
+        };
         let mut tokenizer =
-            Tokenizer::from_bytes(bytes).map_err(|e| bad(format!("not a tokenizer.json: {e}")))?;
+            Tokenizer::from_bytes(changed).map_err(|e| bad(format!("not a tokenizer.json: {e}")))?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| bad(e.to_string()))?;
         let special = SpecialTokens::beside(path)?;
@@ -152,7 +192,11 @@ impl PromptTokenizer {
             .map(|name| AddedToken::from(name.clone(), true))
             .collect();
         tokenizer.add_special_tokens(&unmarked);
-        Ok(PromptTokenizer { tokenizer, special })
+        if !unmarked.is_empty() {
+            let names: Vec<&str> = unmarked.iter().map(|token| token.content.as_str()).collect();
+            beside += &format!(" special {names:?}");
+        }
+        Ok(GivenTokenizer { tokenizer, special, json, beside })
     }
 
     /// The id of the token that the files beside the tokenizer call the end of a text.
@@ -206,7 +250,19 @@ mod tests {
         let generation = |eos: Value| (GENERATION_CONFIG, json!({"eos_token_id": eos}));
         assert_eq!(ends(&[config.clone(), generation(json!([7, 8]))]), [7, 8]);
         assert_eq!(ends(&[config.clone(), generation(json!(null))]), [2, 5]);
-        assert_eq!(ends(&[config, generation(json!(-1))]), [2, 5]);
+        let error = |files: &[(&str, Value)]| end_ids(dir(files).path()).unwrap_err().to_string();
+        for wrong in
+            [json!(-1), json!("7"), json!([[7]]), json!([7, "8"]), json!([7, null]), json!(7.5), json!(true)]
+        {
+            let said = error(&[config.clone(), generation(wrong.clone())]);
+            assert!(
+                said.contains("generation_config.json has") && said.contains("in eos_token_id"),
+                "{wrong}: {said}"
+            );
+        }
+        let said = error(&[(CONFIG, json!({"eos_token_id": "2"}))]);
+        assert!(said.contains("config.json has \"2\" in eos_token_id"), "{said}");
+        assert_eq!(ends(&[(CONFIG, json!({"eos_token_id": -1}))]), [0u32; 0], "old ones mean none");
         assert_eq!(ends(&[(CONFIG, json!({"model_type": "llama"}))]), [2], "as LlamaConfig has it");
         assert_eq!(ends(&[(CONFIG, json!({"eos_token_id": null}))]), [0u32; 0]);
     }
@@ -238,7 +294,7 @@ mod tests {
             "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[END]": 2}, "unk_token": "a"}});
         let config = json!({"eos_token": "[END]", "pad_token": "[PAD]"});
         let dir = dir(&[("tokenizer.json", tokenizer), (TOKENIZER_CONFIG, config)]);
-        let opened = PromptTokenizer::open(&dir.path().join("tokenizer.json")).unwrap();
+        let opened = GivenTokenizer::open(&dir.path().join("tokenizer.json")).unwrap();
         let ids = |text| opened.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
         assert_eq!(ids("b b b"), [1, 1, 1]);
         assert_eq!(ids("b[END]"), [1, 2], "a special token is found within text");

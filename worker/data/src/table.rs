@@ -15,6 +15,27 @@ pub(crate) enum Dialect {
     Tsv,
 }
 
+impl Dialect {
+    fn separator(self) -> char {
+        match self {
+            Dialect::Csv => ',',
+            Dialect::Tsv => '\t',
+        }
+    }
+}
+
+/// The character that a first line `sep=;` names, as Excel reads and writes it, and what follows that line.
+fn named_separator(text: &str, newline: char) -> Option<(char, &str)> {
+    let (line, rest) = text.split_once(newline)?;
+    let line = line.trim_end_matches('\r').trim_matches('"');
+    let named = line.strip_prefix("sep=").or_else(|| line.strip_prefix("SEP="))?;
+    let mut characters = named.chars();
+    match (characters.next(), characters.next()) {
+        (Some(separator), None) if separator.is_ascii() && separator != '"' => Some((separator, rest)),
+        _ => None,
+    }
+}
+
 /// The text field of every row; the first row has the names of the columns.
 pub(crate) fn texts(
     path: &Path,
@@ -47,7 +68,7 @@ fn column(header: &Row, field: &str, dialect: Dialect) -> Result<usize, (u64, St
         (Some(at), None) => Ok(at),
         (None, _) => {
             let other = [(',', ".csv"), ('\t', ".tsv"), (';', ""), ('|', "")];
-            let own = if dialect == Dialect::Csv { ',' } else { '\t' };
+            let own = dialect.separator();
             let one = if header.fields.len() == 1 { header.fields[0].as_ref() } else { "" };
             match other.into_iter().find(|(separator, _)| *separator != own && one.contains(*separator)) {
                 Some((separator, "")) => refused(format!(
@@ -83,12 +104,17 @@ struct Rows<'t> {
     rest: &'t str,
     line: u64,
     newline: char,
+    separator: char,
     dialect: Dialect,
 }
 
 impl<'t> Rows<'t> {
     fn new(text: &'t str, dialect: Dialect) -> Rows<'t> {
-        Rows { rest: text, line: 1, newline: newline(text, dialect), dialect }
+        let newline = newline(text, dialect);
+        match named_separator(text, newline).filter(|_| dialect == Dialect::Csv) {
+            Some((separator, rest)) => Rows { rest, line: 2, newline, separator, dialect },
+            None => Rows { rest: text, line: 1, newline, separator: dialect.separator(), dialect },
+        }
     }
 
     /// The next field and whether the row goes on after it. What comes after a field is consumed with it.
@@ -100,7 +126,7 @@ impl<'t> Rows<'t> {
     }
 
     fn plain(&mut self) -> Result<(Cow<'t, str>, bool), String> {
-        let separator = if self.dialect == Dialect::Csv { ',' } else { '\t' };
+        let separator = self.separator;
         let end = self.rest.find([separator, self.newline]).unwrap_or(self.rest.len());
         let field = &self.rest[..end];
         let goes_on = self.rest[end..].starts_with(separator);
@@ -310,5 +336,19 @@ mod tests {
         fn arbitrary_tables_never_panic(text in "[text,\t\"\r\n]{0,40}") {
             let _ = (csv(&text), tsv(&text));
         }
+    }
+
+    #[test]
+    fn a_first_line_that_names_the_separator_is_none_of_the_rows() {
+        let read =
+            |text: &str| texts(Path::new("a.csv"), text, "text", Dialect::Csv).map_err(|e| e.to_string());
+        assert_eq!(read("sep=,\ntext,n\n\"a, b\",1\nc,2\n").unwrap(), ["a, b", "c"]);
+        assert_eq!(read("sep=;\r\nn;text\r\n1;\"a; b\"\r\n").unwrap(), ["a; b"]);
+        assert_eq!(read("\"sep=\t\"\nn\ttext\n1\ta, b\n").unwrap(), ["a, b"]);
+        assert!(
+            read("sep=;\nn;text\n1\n").unwrap_err().contains("line 3"),
+            "lines are counted from the file's first"
+        );
+        assert_eq!(read("text\nsep=;\n").unwrap(), ["sep=;"]);
     }
 }

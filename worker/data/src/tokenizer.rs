@@ -1,12 +1,15 @@
 //! Byte-level BPE: trained on the training documents, or read from a given `tokenizer.json`.
+//!
+//! In the data of a given one the names of its special tokens are these tokens, as for transformers and in prompts; for one that is trained
+//! here they are text, since its data were written without it.
 
-use crate::model_dir::{self, SpecialTokens};
+use crate::model_dir::{self, GivenTokenizer};
 use crate::{Coverage, DataError};
 use fleet_common::job;
-use fleet_common::model::Object;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
@@ -46,6 +49,8 @@ pub(crate) struct Encoder {
     pub eos_id: u32,
     /// What the post-processor puts before a text, such as the begin of a text that Llama wants to see, and behind it.
     frame: (Vec<u32>, Vec<u32>),
+    /// How it is taken otherwise than early fleets took it; empty where it is not.
+    taken: String,
 }
 
 impl Encoder {
@@ -68,24 +73,35 @@ impl Encoder {
         let json = trained
             .to_string(false)
             .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
-        Encoder::from_json(json.into_bytes(), &[], None)
+        Encoder::from_json(json.into_bytes())
             .map_err(|what| DataError::Vocabulary(format!("training the tokenizer: {what}")))
     }
 
     /// A given `tokenizer.json`. A document ends with what the job says; else with the `eos_token` that the files beside the tokenizer
     /// name, as TRL does it; else with the first end of a text that the model names; else with what is usually called so.
     pub fn open(path: &Path, ids: &ModelIds) -> Result<Encoder, DataError> {
-        let json = read(path)?;
-        let named = if ids.chosen { None } else { SpecialTokens::beside(path)?.eos };
-        Encoder::from_json(json, &ids.ends, named.as_deref())
-            .map_err(|what| DataError::Tokenizer { path: path.to_owned(), what })
+        let given = GivenTokenizer::open(path)?;
+        let refused = |what| DataError::Tokenizer { path: path.to_owned(), what };
+        let named = if ids.chosen { None } else { given.special.eos.as_deref() };
+        let GivenTokenizer { tokenizer, json, beside, .. } = &given;
+        let mut encoder = Encoder::new(tokenizer.clone(), json.clone(), &ids.ends, named).map_err(refused)?;
+        let has_special = tokenizer.get_added_tokens_decoder().values().any(|token| token.special);
+        encoder.taken = format!("{beside}{}", if has_special { " special tokens in texts" } else { "" });
+        Ok(encoder)
     }
 
-    fn from_json(json: Vec<u8>, ends: &[u32], named: Option<&str>) -> Result<Encoder, String> {
+    fn from_json(json: Vec<u8>) -> Result<Encoder, String> {
         let mut tokenizer = Tokenizer::from_bytes(&json).map_err(|e| format!("not a tokenizer.json: {e}"))?;
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
         tokenizer.set_encode_special_tokens(true); // in data, `<|endoftext|>` is thirteen characters and no end
+        Encoder::new(tokenizer, json, &[], None)
+    }
+
+    fn new(
+        tokenizer: Tokenizer,
+        json: Vec<u8>,
+        ends: &[u32],
+        named: Option<&str>,
+    ) -> Result<Encoder, String> {
         let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |id| id + 1);
         let eos_id = named
             .and_then(|name| tokenizer.token_to_id(name))
@@ -97,7 +113,7 @@ impl Encoder {
                 )
             })?;
         let frame = frame(&tokenizer).map_err(|e| e.to_string())?;
-        Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame })
+        Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame, taken: String::new() })
     }
 
     /// Whether the post-processor ends a text, so that nobody else has to.
@@ -111,21 +127,26 @@ impl Encoder {
         let name =
             format!("file {} eos {:?}", hex::encode(Sha256::digest(&self.json)), ids.ends.first().copied());
         let (before, behind) = &self.frame;
-        if before.is_empty()
+        let is_plain = before.is_empty()
             && behind.is_empty()
-            && Some(self.eos_id) == usual_end(&self.tokenizer, &ids.ends)
-        {
-            return name;
-        }
-        format!("{name} frame {before:?} {behind:?} end {}", self.eos_id)
+            && Some(self.eos_id) == usual_end(&self.tokenizer, &ids.ends);
+        let frame = match is_plain {
+            true => String::new(),
+            false => format!(" frame {before:?} {behind:?} end {}", self.eos_id),
+        };
+        format!("{name}{frame}{}", self.taken)
     }
 
     /// Token ids of each text with what the post-processor puts around it, on all cores.
-    pub fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>, DataError> {
-        let one =
-            |text: &&str| self.tokenizer.encode_fast(*text, true).map(|encoding| encoding.get_ids().to_vec());
-        let all: Result<Vec<Vec<u32>>, _> = texts.par_iter().map(one).collect();
+    pub fn encode(&self, texts: &[&str]) -> Result<Vec<Encoded>, DataError> {
+        let all: Result<Vec<Encoded>, _> =
+            texts.par_iter().map(|text| encode(&self.tokenizer, text)).collect();
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
+    }
+
+    /// Whether these ids need an end of text behind them: where the text itself ends with it there is one.
+    pub fn lacks_end(&self, ids: &[u32]) -> bool {
+        !(ids.last() == Some(&self.eos_id) && is_special(&self.tokenizer, self.eos_id))
     }
 
     fn has_every_byte(&self, json: &serde_json::Value) -> bool {
@@ -133,19 +154,92 @@ impl Encoder {
         is_byte_level(json) && ByteLevel::alphabet().into_iter().all(known)
     }
 
-    /// How much of the texts is in their `ids`, which `encode` gave.
-    pub fn coverage(&self, texts: &[&str], ids: &[Vec<u32>]) -> Result<Coverage, DataError> {
+    /// How much of the texts is in their tokens, which `encode` gave.
+    pub fn coverage(&self, texts: &[&str], encoded: &[Encoded]) -> Result<Coverage, DataError> {
         let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
         if self.has_every_byte(&json) {
             return Ok(Coverage::whole(texts));
         }
-        let model = &json["model"];
-        let unknown = match model["unk_id"].as_u64() {
-            Some(id) => u32::try_from(id).ok(),
-            None => model["unk_token"].as_str().and_then(|name| self.tokenizer.token_to_id(name)),
-        };
-        Coverage::measure(&self.tokenizer, unknown, texts, ids)
+        Coverage::measure(&self.tokenizer, unknown(&json, &self.tokenizer), texts, encoded)
     }
+}
+
+impl GivenTokenizer {
+    /// How much of a text is in its tokens, which `encode` gave.
+    pub fn coverage(&self, text: &str, encoded: &Encoded) -> Result<Coverage, DataError> {
+        let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
+        let unknown = unknown(&json, &self.tokenizer);
+        Coverage::measure(&self.tokenizer, unknown, &[text], std::slice::from_ref(encoded))
+    }
+
+    /// A text as tokens, be it a document or a prompt.
+    pub fn encode(&self, text: &str) -> tokenizers::Result<Encoded> {
+        encode(&self.tokenizer, text)
+    }
+}
+
+/// What stands for what the tokenizer does not know.
+fn unknown(json: &serde_json::Value, tokenizer: &Tokenizer) -> Option<u32> {
+    let model = &json["model"];
+    match model["unk_id"].as_u64() {
+        Some(id) => u32::try_from(id).ok(),
+        None => model["unk_token"].as_str().and_then(|name| tokenizer.token_to_id(name)),
+    }
+}
+
+/// A text as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    pub ids: Vec<u32>,
+    /// Which of them are the text's, and not what the post-processor puts around it.
+    text: Range<usize>,
+    /// The begin of a text that the text has itself, so that it was not put there again.
+    pub own_begin: Vec<u32>,
+}
+
+impl Encoded {
+    pub fn of_text(&self) -> &[u32] {
+        &self.ids[self.text.clone()]
+    }
+}
+
+impl AsRef<[u32]> for Encoded {
+    fn as_ref(&self) -> &[u32] {
+        self.of_text()
+    }
+}
+
+/// As transformers encodes a text: with what the tokenizer's post-processor puts around it, be it a begin or an end of a text. Only a begin that
+/// the text itself has too is not put there again.
+fn encode(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Encoded> {
+    let encode = |special| tokenizer.encode_fast(text, special).map(|encoding| encoding.get_ids().to_vec());
+    let mut ids = encode(true)?;
+    if tokenizer.get_post_processor().is_none() {
+        return Ok(Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() });
+    }
+    let plain = encode(false)?;
+    let Some(begin) = (0..=ids.len()).find(|at| ids[*at..].starts_with(&plain)) else {
+        return Ok(Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() });
+    };
+    let twice = begin > 0 && !plain.is_empty() && plain.starts_with(&ids[..begin]);
+    let own_begin: Vec<u32> = if twice { ids.drain(..begin).collect() } else { Vec::new() };
+    let begin = begin - own_begin.len();
+    Ok(Encoded { ids, text: begin..begin + plain.len(), own_begin })
+}
+
+/// The text of tokens. Some decoders of the tokenizers library panic where there is nothing to decode.
+pub fn decode(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> tokenizers::Result<String> {
+    let special = |id: &u32| skip_special && is_special(tokenizer, *id);
+    let is_text = |id: &u32| !special(id) && tokenizer.id_to_token(*id).is_some();
+    if !ids.iter().any(is_text) {
+        return Ok(String::new());
+    }
+    tokenizer.decode(ids, skip_special)
+}
+
+fn is_special(tokenizer: &Tokenizer, id: u32) -> bool {
+    let token = tokenizer.id_to_token(id);
+    token.is_some_and(|token| tokenizer.get_added_vocabulary().is_special_token(&token))
 }
 
 /// What a post-processor puts around a text that it knows nothing of.
@@ -217,47 +311,63 @@ pub(crate) struct ModelIds {
     pub ends: Vec<u32>,
     /// By the job, which knows better than the files.
     pub chosen: bool,
+    /// The directory of a given model.
+    pub given: Option<PathBuf>,
 }
 
 impl ModelIds {
     pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
         match model {
             job::Model::New(config) => {
-                let ids = ModelIds::of_config(config, Path::new("[model]"))?;
-                Ok(ModelIds { chosen: !ids.ends.is_empty(), ..ids })
-            }
-            job::Model::Pretrained(dir) => {
-                let path = dir.join(model_dir::CONFIG);
+                let vocab_size = config.get("vocab_size").and_then(model_dir::whole);
                 let missing =
-                    || DataError::Read { path: path.clone(), source: std::io::ErrorKind::NotFound.into() };
-                ModelIds::of_config(&model_dir::read_object(&path)?.ok_or_else(missing)?, &path)
+                    || DataError::Settings { path: "[model]".into(), what: "has no vocab_size".into() };
+                let ends = model_dir::token_ids(config, "eos_token_id");
+                let (vocab_size, chosen) = (vocab_size.ok_or_else(missing)?, !ends.is_empty());
+                Ok(ModelIds { vocab_size, ends, chosen, given: None })
             }
+            job::Model::Pretrained(dir) => ModelIds::of_dir(dir),
         }
     }
 
     /// Whether the model has an embedding for every id of a tokenizer of this size.
     pub fn check_holds(&self, tokenizer_size: u32) -> Result<(), DataError> {
-        if tokenizer_size > self.vocab_size {
-            return Err(DataError::Vocabulary(format!(
-                "the tokenizer has {tokenizer_size} tokens and the model's vocab_size is {}; set vocab_size = {tokenizer_size} in \
-                 [model], or choose a smaller tokenizer",
-                self.vocab_size
-            )));
+        if tokenizer_size <= self.vocab_size {
+            return Ok(());
         }
-        Ok(())
+        let cure = match &self.given {
+            None => format!("set vocab_size = {tokenizer_size} in [model], or choose a smaller tokenizer"),
+            Some(dir) => format!(
+                "a given model has no more; use its own tokenizer.json, which belongs in {} (or to tokenizer.path), without tokens that \
+                 were added later",
+                dir.display()
+            ),
+        };
+        Err(DataError::Vocabulary(format!(
+            "the tokenizer has {tokenizer_size} tokens and the model's vocab_size is {}; {cure}",
+            self.vocab_size
+        )))
     }
 
-    /// As a configuration says, which stands in `path`.
-    fn of_config(config: &Object, path: &Path) -> Result<ModelIds, DataError> {
+    fn of_dir(dir: &Path) -> Result<ModelIds, DataError> {
+        let path = dir.join(model_dir::CONFIG);
+        let refused = |what: &str| DataError::Model { path: dir.to_owned(), what: what.to_owned() };
+        if !dir.is_dir() {
+            return Err(refused(fleet_common::model::no_such_model(dir)));
+        }
+        let missing = || {
+            refused(
+                "it has no config.json; a model directory holds config.json, model.safetensors and tokenizer.json",
+            )
+        };
+        let config = model_dir::read_object(&path)?.ok_or_else(missing)?;
         let vocab_size = config.get("vocab_size").and_then(model_dir::whole);
         let vocab_size = vocab_size
-            .ok_or_else(|| DataError::Settings { path: path.into(), what: "has no vocab_size".into() })?;
-        Ok(ModelIds { vocab_size, ends: model_dir::token_ids(config, "eos_token_id"), chosen: false })
+            .ok_or_else(|| DataError::Settings { path: path.clone(), what: "has no vocab_size".into() })?;
+        model_dir::end_ids(dir)?; // not now, but what is wrong with them
+        let ends = model_dir::token_ids(&config, "eos_token_id");
+        Ok(ModelIds { vocab_size, ends, chosen: false, given: Some(dir.to_owned()) })
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, DataError> {
-    std::fs::read(path).map_err(|source| DataError::Read { path: PathBuf::from(path), source })
 }
 
 #[cfg(test)]
@@ -266,12 +376,16 @@ mod tests {
 
     const TEXT: &str = "the cat sat on the mat and the dog sat on the log; the end of the cat and the dog.\n";
 
+    fn ids_of(encoder: &Encoder, texts: &[&str]) -> Vec<Vec<u32>> {
+        encoder.encode(texts).unwrap().into_iter().map(|encoded| encoded.ids).collect()
+    }
+
     #[test]
     fn a_trained_tokenizer_reads_back_what_it_wrote() {
         let encoder = Encoder::train(&[&TEXT.repeat(3)], 280).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id), (280, 0));
         let text = "the cat\u{1F600} é\n<|endoftext|>";
-        let ids = encoder.encode(&[text]).unwrap().remove(0);
+        let ids = encoder.encode(&[text]).unwrap().remove(0).ids;
         assert!(!ids.contains(&encoder.eos_id), "the name of a special token in data is text: {ids:?}");
         assert_eq!(encoder.tokenizer.decode(&ids, false).unwrap(), text);
         assert!(ids.len() < text.len());
@@ -317,7 +431,7 @@ mod tests {
         assert!([lowering, splitting, dropping].iter().all(|other| !encoder.has_every_byte(other)));
         let mut fewer = json.clone();
         fewer["model"]["vocab"].as_object_mut().unwrap().remove("\u{e9}");
-        let fewer = Encoder::from_json(fewer.to_string().into_bytes(), &[], None).unwrap();
+        let fewer = Encoder::from_json(fewer.to_string().into_bytes()).unwrap();
         assert!(!fewer.has_every_byte(&json));
     }
 
@@ -328,7 +442,8 @@ mod tests {
         let json = r#"{"version":"1.0","added_tokens":[{"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,
             "normalized":false,"special":true}],"model":{"type":"WordLevel","vocab":{"a":0,"b":1,"</s>":2},"unk_token":"a"}}"#;
         std::fs::write(&path, json).unwrap();
-        let ends = |ends: &[u32], chosen| ModelIds { vocab_size: 3, ends: ends.to_vec(), chosen };
+        let ends =
+            |ends: &[u32], chosen| ModelIds { vocab_size: 3, ends: ends.to_vec(), chosen, given: None };
         let encoder = Encoder::open(&path, &ends(&[], false)).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id, encoder.json.as_slice()), (3, 2, json.as_bytes()));
         assert_eq!(Encoder::open(&path, &ends(&[9, 1], false)).unwrap().eos_id, 1);
@@ -360,18 +475,91 @@ mod tests {
             let json = serde_json::json!({"version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")],
                 "post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens},
                 "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2}, "unk_token": "a"}});
-            Encoder::from_json(json.to_string().into_bytes(), &[], None).unwrap()
+            Encoder::from_json(json.to_string().into_bytes()).unwrap()
         };
-        let ids = ModelIds { vocab_size: 3, ends: vec![2], chosen: false };
+        let ids = ModelIds { vocab_size: 3, ends: vec![2], chosen: false, given: None };
         let plain = with("$A");
-        assert_eq!((plain.encode(&["a"]).unwrap(), plain.ends_texts()), (vec![vec![0]], false));
+        assert_eq!((ids_of(&plain, &["a"]), plain.ends_texts()), (vec![vec![0]], false));
         assert!(plain.name(&ids).ends_with("eos Some(2)"), "as it always was: {}", plain.name(&ids));
         let begin = with("<s> $A");
-        assert_eq!((begin.encode(&["a"]).unwrap(), begin.ends_texts()), (vec![vec![1, 0]], false));
+        assert_eq!((ids_of(&begin, &["a"]), begin.ends_texts()), (vec![vec![1, 0]], false));
         let both = with("<s> $A </s>");
-        assert_eq!((both.encode(&["a"]).unwrap(), both.ends_texts()), (vec![vec![1, 0, 2]], true));
+        assert_eq!((ids_of(&both, &["a"]), both.ends_texts()), (vec![vec![1, 0, 2]], true));
         let end_first = with("</s> $A");
-        assert_eq!((end_first.encode(&["a"]).unwrap(), end_first.ends_texts()), (vec![vec![2, 0]], false));
+        assert_eq!((ids_of(&end_first, &["a"]), end_first.ends_texts()), (vec![vec![2, 0]], false));
         assert_ne!(begin.name(&ids), both.name(&ids));
+    }
+
+    /// A directory with a tokenizer of single characters, `<s>` before every text, and `</s>` and `<x>` special.
+    fn of_characters() -> (tempfile::TempDir, PathBuf) {
+        let special = |id: u32, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let pieces = serde_json::json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+        let vocab: serde_json::Map<String, serde_json::Value> =
+            ["<s>", "</s>", "<x>", "a", "b", "<", "x", ">", "/", "s"]
+                .iter()
+                .zip(0..)
+                .map(|(name, id)| ((*name).into(), id.into()))
+                .collect();
+        let json = serde_json::json!({"version": "1.0", "added_tokens": [special(0, "<s>"), special(1, "</s>"), special(2, "<x>")],
+            "post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": pieces,
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+            "decoder": {"type": "BPEDecoder", "suffix": "</w>"},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn special_tokens_in_data_are_those_of_prompts() {
+        let (_dir, path) = of_characters();
+        let ids = ModelIds { vocab_size: 10, ends: vec![], chosen: false, given: None };
+        let encoder = Encoder::open(&path, &ids).unwrap();
+        let texts = ["a<x>b", "<s>a", "ab</s>", "\u{e9}", ""];
+        let all = encoder.encode(&texts).unwrap();
+        let encoded = ids_of(&encoder, &texts);
+        assert_eq!(encoded, [vec![0, 3, 2, 4], vec![0, 3], vec![0, 3, 4, 1], vec![0], vec![0]]);
+        let given = GivenTokenizer::open(&path).unwrap();
+        for (text, ids) in texts.iter().zip(&encoded) {
+            assert_eq!(given.encode(text).unwrap().ids, *ids, "{text}");
+        }
+        assert_eq!(
+            encoded.iter().map(|ids| encoder.lacks_end(ids)).collect::<Vec<_>>(),
+            [true, true, false, true, true]
+        );
+        let coverage = encoder.coverage(&texts, &all).unwrap();
+        assert_eq!((coverage.text_bytes, coverage.lost_bytes), (17, 2), "the names of tokens are said");
+        assert!(
+            encoder.name(&ids).ends_with("special tokens in texts"),
+            "a cache of its own: {}",
+            encoder.name(&ids)
+        );
+    }
+
+    #[test]
+    fn what_has_no_text_is_decoded_without_a_panic() {
+        let (_dir, path) = of_characters();
+        let tokenizer = GivenTokenizer::open(&path).unwrap().tokenizer;
+        for ids in [&[][..], &[0, 1], &[999]] {
+            assert_eq!(decode(&tokenizer, ids, true).unwrap(), "");
+        }
+        assert_eq!(decode(&tokenizer, &[0, 3], true).unwrap(), "a");
+    }
+
+    #[test]
+    fn a_tokenizer_that_is_too_large_for_a_given_model_has_a_cure_that_can_be_done() {
+        let of = |given| ModelIds { vocab_size: 97, ends: vec![], chosen: false, given };
+        let said = |given| of(given).check_holds(300).unwrap_err().to_string();
+        assert!(said(None).contains("set vocab_size = 300 in [model]"));
+        let given = said(Some("/m".into()));
+        assert!(
+            given.contains("its own tokenizer.json, which belongs in /m") && !given.contains("[model]"),
+            "{given}"
+        );
+        of(None).check_holds(97).unwrap();
     }
 }

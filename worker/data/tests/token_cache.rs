@@ -332,3 +332,44 @@ fn nothing_is_held_out_when_the_fraction_is_zero() {
             && stats.validation_bytes_per_token > 1.0
     );
 }
+
+/// The decoder of GPT-1's tokenizer panics at nothing, and of these documents it has a token for nothing.
+#[test]
+fn a_tokenizer_that_drops_whole_documents_is_refused_and_does_not_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = serde_json::json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "BPEDecoder", "suffix": "</w>"},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}});
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(dir.path().join("corpus.txt"), "\u{e9}\u{e8}").unwrap();
+    let mut job = job(dir.path());
+    job.tokenizer = Tokenizer::File(dir.path().join("tokenizer.json"));
+    let line = message(&job);
+    assert!(line.contains("the tokenizer drops 100 % of the data"), "{line}");
+}
+
+#[test]
+fn a_cache_of_a_tokenizer_with_special_tokens_is_not_one_where_they_were_text() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 400);
+    let mut job = job(dir.path());
+    let (cache, _) = build(&job).unwrap();
+    let trained = dir.path().join("tokenizer.json");
+    fs::copy(cache.tokenizer_path(), &trained).unwrap();
+    let text = fs::read_to_string(dir.path().join("corpus.txt")).unwrap();
+    let marked = text.replace("\n\n", "<|endoftext|>\n\n");
+    fs::write(dir.path().join("corpus.txt"), marked).unwrap();
+    let ends = |job: &Job| {
+        let (cache, _) = build(job).unwrap();
+        let mut ids = vec![0; 32];
+        (0..cache.train().len())
+            .map(|at| {
+                cache.train().read(at, &mut ids);
+                ids.iter().filter(|id| **id == 0).count()
+            })
+            .sum::<usize>()
+    };
+    job.tokenizer = Tokenizer::File(trained);
+    assert!(ends(&job) > 250, "each is the token that ends a text: {}", ends(&job));
+    job.tokenizer = Tokenizer::Train { vocab_size: 300 };
+    assert!(ends(&job) < 250, "of a tokenizer that is trained here they are text: {}", ends(&job));
+}

@@ -14,12 +14,23 @@ pub struct HostModel {
 }
 
 impl HostModel {
-    /// For sequences of at most `positions` tokens (`None`: as many as the model was made for).
-    pub fn open(dir: &Path, threads: u32, positions: Option<usize>) -> Result<HostModel> {
+    /// For sequences of as many tokens as the model was made for.
+    pub fn open(dir: &Path, threads: u32) -> Result<HostModel> {
         let (given, weights) = read_weights(dir)?;
+        let positions = given.decoder.max_positions;
+        HostModel::new(given, weights, threads, positions, positions)
+    }
+
+    /// For texts of at most `positions` tokens that go on from one of `prompt` tokens.
+    pub fn new(
+        given: ModelDir,
+        weights: Vec<f32>,
+        threads: u32,
+        prompt: usize,
+        positions: usize,
+    ) -> Result<HostModel> {
         let model = Model::of_dir(&given);
-        let positions = positions.unwrap_or(model.decoder.max_positions);
-        let network = Network::new(given.decoder, given.layout, positions);
+        let network = Network::of_text(given.decoder, given.layout, prompt, positions);
         Ok(HostModel { model, executor: CpuExecutor::new(network, workers(threads)?), weights })
     }
 

@@ -5,6 +5,7 @@ use fleet_common::model::Positions;
 use fleet_learn::{Error, Result};
 use fleet_torch::{FlatWeights, Numbers, TorchExecutor, device};
 use safetensors::tensor::{Dtype, TensorView};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -23,6 +24,7 @@ pub struct Wanted {
 
 /// Writes the tensor `logits`, `[sequences, tokens, vocabulary]` in fp32.
 pub fn write(wanted: &Wanted) -> Result<()> {
+    let out = Out::new(wanted)?;
     let (model, flat) = read_weights(&wanted.model)?;
     let (ids, sequences) = read_ids(&wanted.ids)?;
     let refuse = |what: String| Error::Input(format!("{}: {what}", wanted.ids.display()));
@@ -41,20 +43,20 @@ pub fn write(wanted: &Wanted) -> Result<()> {
         return Err(refuse(format!("its logits would have {} GiB; give fewer tokens", bytes >> 30)));
     }
     let device = device_of(&wanted.device)?;
-    let numbers = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let precision = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, precision);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
     };
-    let mut weights = FlatWeights::new(model.layout.len, device, numbers.products).map_err(failed)?;
+    let mut weights = FlatWeights::new(model.layout.len, device, precision.products).map_err(failed)?;
     weights.set(0, &flat).and_then(|()| weights.refresh()).map_err(failed)?;
     drop(flat);
-    let mut out = Vec::with_capacity(bytes);
+    let mut numbers = Vec::with_capacity(bytes);
     for sequence in ids.chunks(len) {
         let logits = compute(&mut executor, &weights, sequence).map_err(failed)?;
-        logits.iter().for_each(|x| out.extend(x.to_le_bytes()));
+        logits.iter().for_each(|x| numbers.extend(x.to_le_bytes()));
     }
-    save(&wanted.out, &[sequences, len, vocab], &out)
+    out.write(&[sequences, len, vocab], &numbers)
 }
 
 fn compute(
@@ -111,9 +113,86 @@ fn read_ids(path: &Path) -> Result<(Vec<u64>, usize)> {
     Ok((lists.concat(), sequences))
 }
 
-fn save(path: &Path, shape: &[usize], bytes: &[u8]) -> Result<()> {
-    let failed =
-        |e: &dyn std::fmt::Display| Error::Environment(format!("cannot write {}: {e}", path.display()));
-    let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(|e| failed(&e))?;
-    safetensors::serialize_to_file([("logits", view)], None, path).map_err(|e| failed(&e))
+/// Where the logits go. Looked at before anything is computed, and whole or not there afterwards.
+struct Out<'a> {
+    named: &'a Path,
+    /// What links lead to.
+    place: PathBuf,
+    /// A pipe or a device, which takes bytes and is not replaced.
+    takes_bytes: bool,
 }
+
+impl Out<'_> {
+    fn new(wanted: &Wanted) -> Result<Out<'_>> {
+        let named = wanted.out.as_path();
+        let refuse =
+            |what: String| Error::Input(format!("--out {}: {what}; name another file", named.display()));
+        let failed = |e: std::io::Error| Error::Environment(format!("cannot write {}: {e}", named.display()));
+        let place = end_of_links(named).map_err(failed)?;
+        let there = std::fs::metadata(&place).ok();
+        if there.as_ref().is_some_and(|there| there.is_dir()) {
+            return Err(refuse("it is a directory".into()));
+        }
+        let directory = directory(&place);
+        if !directory.is_dir() {
+            return Err(refuse(format!("there is no directory {}", directory.display())));
+        }
+        let is_it = |path: &Path| {
+            let (Some(a), Ok(b)) = (&there, std::fs::metadata(path)) else { return false };
+            (a.dev(), a.ino()) == (b.dev(), b.ino())
+        };
+        let takes_bytes = there.as_ref().is_some_and(|there| !there.is_file());
+        if !takes_bytes && is_it(&wanted.ids) {
+            return Err(refuse("it is the file of --ids".into()));
+        }
+        let of_model = std::fs::read_dir(&wanted.model).into_iter().flatten().flatten();
+        if let Some(file) = of_model.map(|entry| entry.path()).find(|path| is_it(path)) {
+            return Err(refuse(format!("it is {}, a file of the model", file.display())));
+        }
+        let within = |model: PathBuf| directory.canonicalize().is_ok_and(|directory| directory == model);
+        if wanted.model.canonicalize().is_ok_and(within) {
+            return Err(refuse("what lies in the model's directory is read as a part of it".into()));
+        }
+        Ok(Out { named, place, takes_bytes })
+    }
+
+    fn write(self, shape: &[usize], numbers: &[u8]) -> Result<()> {
+        let failed = |e: &dyn std::fmt::Display| {
+            Error::Environment(format!("cannot write {}: {e}", self.named.display()))
+        };
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), numbers).map_err(|e| failed(&e))?;
+        let tensors = [("logits", view)];
+        if self.takes_bytes {
+            let bytes = safetensors::serialize(tensors, None).map_err(|e| failed(&e))?;
+            return std::fs::write(&self.place, bytes).map_err(|e| failed(&e));
+        }
+        let name = self.place.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = directory(&self.place).join(format!(".{name}.{}.tmp", std::process::id()));
+        let written = safetensors::serialize_to_file(tensors, None, &temporary).map_err(|e| failed(&e));
+        let placed = written.and_then(|()| std::fs::rename(&temporary, &self.place).map_err(|e| failed(&e)));
+        placed.inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary); // the error of writing is the one to tell
+        })
+    }
+}
+
+fn directory(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Links are followed as far as they lead, also where nothing is there yet.
+fn end_of_links(path: &Path) -> std::io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        match std::fs::read_link(&path) {
+            // What stands for an open file has no name to follow.
+            Ok(target) if target.is_absolute() && !target.exists() && path.exists() => return Ok(path),
+            Ok(target) => path = directory(&path).join(target),
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(std::io::Error::other("its links lead in a circle"))
+}
+
+/// As many as Linux follows.
+const LINKS_MAX: usize = 40;

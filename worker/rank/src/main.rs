@@ -182,21 +182,53 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
         Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let mut out = std::io::stdout().lock();
-    // A reader that went away ends the text, not with an error.
-    let mut emit =
-        |piece: &str| args.json || out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_ok();
+    // A reader that went away ends the text without an error; a disk that is full is one.
+    let mut written = Ok(());
+    let mut emit = |piece: &str| {
+        if !args.json {
+            written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
+        }
+        written.is_ok()
+    };
     let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, threads };
-    let generated = generate(&args.model, &args.prompt, &settings, &mut emit)?;
+    record_panics(false);
+    let generate = || generate(&args.model, &args.prompt, &settings, &mut emit);
+    let generated =
+        catch_unwind(AssertUnwindSafe(generate)).unwrap_or_else(|_| Err(Error::Job(panic_line())))?;
     let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };
-    let _ = writeln!(out, "{line}");
-    if let Some(note) = generated.note {
+    let written = written.and_then(|()| writeln!(out, "{line}")).and_then(|()| out.flush());
+    for note in generated.notes {
         eprintln!("warning: {note}");
     }
-    Ok(())
+    match written {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::Environment(format!("cannot write the text to stdout: {e}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The message of the last panic, in one line.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
+
+/// Keeps the line of a panic for whoever tells of it, instead of the report of many lines; `told`: it goes to stderr too.
+fn record_panics(told: bool) {
+    std::panic::set_hook(Box::new(move |info| {
+        let what = info.payload().downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let what = what.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
+        let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
+        let line = format!("fleet-rank failed{place}: {what}").replace('\n', " ");
+        if told {
+            eprintln!("{line}");
+        }
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
+    }));
+}
+
+fn panic_line() -> String {
+    let line = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
+    line.unwrap_or_else(|| "fleet-rank failed".into())
+}
 
 fn be_a_rank() -> u8 {
     let Some(fd) = std::env::var(RANK_SOCKET_ENV).ok().and_then(|text| text.parse().ok()) else {
@@ -211,14 +243,7 @@ fn be_a_rank() -> u8 {
             return exit::ENVIRONMENT;
         }
     };
-    std::panic::set_hook(Box::new(|info| {
-        let what = info.payload().downcast_ref::<&str>().map(|s| (*s).to_owned());
-        let what = what.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
-        let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
-        let line = format!("fleet-rank failed{place}: {what}").replace('\n', " ");
-        eprintln!("{line}");
-        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
-    }));
+    record_panics(true);
     let failed = |fault: Fault, rank: Rank, message: String| JobError {
         fault,
         rank: Some(rank),
@@ -236,10 +261,7 @@ fn be_a_rank() -> u8 {
         }
         Ok(Ok(Outcome::Failed(error))) => error,
         Ok(Err(e)) => failed(e.fault(), e.culprit(start.rank), e.to_string()),
-        Err(_) => {
-            let line = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
-            failed(Fault::Job, start.rank, line.unwrap_or_else(|| "fleet-rank failed".into()))
-        }
+        Err(_) => failed(Fault::Job, start.rank, panic_line()),
     };
     link.send(&FromRank::Failed(error));
     exit::JOB_FAILED

@@ -49,7 +49,8 @@ fn training_is_pytorchs_and_what_is_written_reads_back() {
         }
 
         let dir = tempfile::tempdir().unwrap();
-        let claim = Claim { dir: dir.path(), run: "r", resumed: None, overwrite: false, reads: &[] };
+        let claim =
+            Claim { dir: dir.path(), run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
         let run_dir = RunDir::claim(&claim).unwrap();
         let mut writer = Writer::begin(&run_dir, 20).unwrap();
         engine.save(&mut writer).unwrap();

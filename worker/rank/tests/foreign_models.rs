@@ -99,10 +99,80 @@ fn the_tokenizers_own_end_ends_a_text_too() {
 fn a_begin_that_the_prompt_has_is_not_added_again() {
     let plain = greedy(&golden("metaspace"), "The river").unwrap();
     let twice = greedy(&golden("metaspace"), "<s>The river").unwrap();
-    assert!(plain.note.is_none() && twice.note.unwrap().contains("<s>"));
+    assert!(plain.notes.is_empty() && twice.notes.concat().contains("<s>"));
     let tokenizer = tokenizers::Tokenizer::from_file(golden("metaspace").join("tokenizer.json")).unwrap();
     let ids = tokenizer.encode("<s>The river", false).unwrap();
     assert_eq!((twice.prompt_tokens, ids.get_ids()[0]), (ids.len(), 1));
+}
+
+/// The texts are those of transformers 5.17, which turns each new token by the length that the text has then.
+#[test]
+fn a_model_whose_positions_are_stretched_goes_on_beyond_them() {
+    for (name, text) in [
+        ("unigram", "ne o:heean os stones.\nnes:bnterheso stones.\nnehe,;"),
+        (
+            "byte_level",
+            "The\u{309}river_fal\u{1a}\u{fffd}'\u{c}z\u{1a}ardardardros\u{fffd}\u{fffd}ch\u{c}\u{fffd} the\u{c}\u{fffd}",
+        ),
+    ] {
+        let dir = copy_of(name);
+        let of = |kind: &str, factor: Value| {
+            let rope = json!({"rope_type": kind, "factor": factor, "rope_theta": 1e4});
+            change(
+                &dir.path().join("config.json"),
+                json!({"rope_parameters": rope, "max_position_embeddings": 8}),
+            );
+            greedy(dir.path(), "The river").unwrap()
+        };
+        let stretched = of("dynamic", json!(4.0));
+        assert_eq!((stretched.text.as_str(), stretched.new_tokens), (text, 24), "{name}");
+        assert!(stretched.notes.concat().contains("beyond the 8 positions"), "{:?}", stretched.notes);
+        let plain = of("default", Value::Null);
+        assert_eq!(plain.end, End::Context, "{name}");
+        assert!(plain.notes.is_empty());
+    }
+}
+
+#[test]
+fn what_the_tokenizer_cannot_write_of_a_prompt_is_told() {
+    let dir = copy_of("unigram");
+    let some = greedy(dir.path(), "The \u{65e5} river").unwrap();
+    assert!(some.notes.concat().contains("of the prompt (such as `\u{65e5}`)"), "{:?}", some.notes);
+    let none = greedy(dir.path(), "\u{65e5}\u{672c}").unwrap_err();
+    assert_eq!(none.fault(), Fault::Input);
+    assert!(none.to_string().contains("can write nothing of the prompt"), "{none}");
+}
+
+/// A decoder of the tokenizers library that panics where there is nothing to decode.
+#[test]
+fn a_decoder_that_panics_at_nothing_is_given_none() {
+    let dir = copy_of("byte_level");
+    let path = dir.path().join("tokenizer.json");
+    change(&path, json!({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}));
+    greedy(dir.path(), "").unwrap();
+}
+
+#[test]
+fn a_directory_that_is_no_model_says_what_it_is() {
+    for file in ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"] {
+        let dir = copy_of("byte_level");
+        let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{:064}\nsize 9\n", 7);
+        fs::write(dir.path().join(file), pointer).unwrap();
+        let said = greedy(dir.path(), "a").unwrap_err().to_string();
+        assert!(said.contains(file) && said.contains("`git lfs pull`"), "{file}: {said}");
+    }
+    for (has, cure) in [
+        ("pytorch_model.bin", "safe_serialization=True"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("model-q4.gguf", "llama.cpp"),
+    ] {
+        let dir = copy_of("byte_level");
+        fs::rename(dir.path().join("model.safetensors"), dir.path().join(has)).unwrap();
+        let said = greedy(dir.path(), "a").unwrap_err().to_string();
+        assert!(said.contains(has) && said.contains(cure), "{said}");
+    }
+    let said = greedy(Path::new("gpt2"), "a").unwrap_err().to_string();
+    assert!(said.contains("hf download NAME --local-dir DIR"), "{said}");
 }
 
 /// Writes `value` over the number at `index` of a f32 tensor, in whichever shard it is.

@@ -46,7 +46,7 @@ fn logits_are_hugging_faces() {
         let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
         let input = ids(&tensors, "input_ids");
         let want = numbers(&tensors, "logits", Dtype::F32, f32::from_le_bytes);
-        let got = HostModel::open(&dir, 1, None).unwrap().logits(&input, 48).unwrap();
+        let got = HostModel::open(&dir, 1).unwrap().logits(&input, 48).unwrap();
         assert_eq!(got.len(), want.len());
         let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 1e-5, "{model}: {worst}");
@@ -60,7 +60,7 @@ fn greedy_generation_with_a_cache_is_hugging_faces() {
         let tensors = Tensors::open(&dir.join("logits.safetensors")).unwrap();
         let want = ids(&tensors, "greedy");
         let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-        let mut host = HostModel::open(&dir, 1, None).unwrap();
+        let mut host = HostModel::open(&dir, 1).unwrap();
         let mut cache = host.cache();
         let mut logits = host.prefill(&want[..8], &mut cache).unwrap();
         let mut got = want[..8].to_vec();

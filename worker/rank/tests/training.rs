@@ -4,11 +4,12 @@
 
 mod gang;
 
-use fleet_common::events::{CheckpointRecord, Outcome};
+use fleet_checkpoint::{Claim, RunDir, Writer};
+use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::job::*;
 use fleet_rank::generate::{Sampling, Settings, generate};
-use gang::{job, launch};
+use gang::{job, launch, watch};
 use std::path::Path;
 
 fn file(record: &CheckpointRecord, name: &str) -> Vec<u8> {
@@ -95,6 +96,46 @@ fn old_checkpoints_make_room_once_newer_ones_are_recorded() {
         .collect();
     left.sort();
     assert_eq!(left, ["step-00000010", "step-00000012"]);
+}
+
+#[test]
+fn the_token_cache_may_be_emptied_while_a_run_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let job = Job { max_steps: Some(200), ..job(dir.path()) };
+    let ended = watch(&job, 1, None, None, &|event, cache| {
+        if matches!(event, EventBody::Started { .. }) {
+            std::fs::remove_dir_all(cache).unwrap();
+        }
+    });
+    assert!(matches!(ended.outcomes[0], Ok(Outcome::Succeeded { steps: 200, .. })), "{:?}", ended.outcomes);
+    let saved = ended.checkpoints();
+    assert_eq!(saved.len(), 34);
+    assert!(!file(saved.last().unwrap(), "tokenizer.json").is_empty());
+}
+
+#[test]
+fn a_run_that_is_stopped_early_leaves_the_model_that_it_may_overwrite() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut job = Job { max_steps: Some(100_000), ..job(dir.path()) };
+    job.checkpoint = Checkpoint { save_steps: 0, overwrite: true, ..job.checkpoint };
+    let place = job.checkpoint_dir();
+    let claim = Claim { dir: &place, run: "old", resumed: None, overwrite: false, until: None, reads: &[] };
+    let old = RunDir::claim(&claim).unwrap();
+    let writer = |step| {
+        let mut writer = Writer::begin(&old, step).unwrap();
+        writer.write_bytes("config.json", b"{}").unwrap();
+        writer.finish(1.0).unwrap().path
+    };
+    let finished = writer(1_000_000);
+    drop(old);
+    let ended = launch(&job, 1, None, Some(3));
+    assert!(matches!(ended.outcomes[0], Ok(Outcome::Stopped { .. })), "{:?}", ended.outcomes);
+    assert_eq!(ended.checkpoints().len(), 1);
+    assert!(Path::new(&finished).exists(), "nothing regular was saved");
+    // It goes with the first checkpoint of a run that comes to one.
+    let whole = Job { max_steps: Some(2), ..job };
+    assert!(matches!(launch(&whole, 1, None, None).outcomes[0], Ok(Outcome::Succeeded { .. })));
+    assert!(!Path::new(&finished).exists());
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod opt;
 mod phi;
 mod qwen2;
 mod qwen3;
+mod windows;
 
 use super::{Activation, Decoder, Object, Settings, Stored};
 
@@ -137,7 +138,9 @@ impl Family {
 
     /// The decoder that the configuration of a model of this family describes.
     pub fn decoder(&self, config: &Object) -> Result<Decoder, String> {
-        let decoder = (self.read)(&Settings::new(config))?;
+        let settings = Settings::new(config);
+        let decoder = (self.read)(&settings)?;
+        windows::listed(&settings, decoder.layers)?; // what transformers refuses, also of a family without windows
         decoder.check()?;
         Ok(decoder)
     }
@@ -194,7 +197,7 @@ fn object(json: serde_json::Value) -> Object {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Layout, Positions, Scaling};
+    use crate::model::{Layout, Positions, Rotary, Scaling};
     use serde_json::{Value, json};
 
     fn tiny(more: Value) -> Object {
@@ -280,10 +283,80 @@ mod tests {
                 "parameters; fleet takes at most",
             ),
             (json!({"rms_norm_eps": "small"}), "rms_norm_eps is \"small\""),
+            (json!({"layer_types": []}), "layer_types has 0 entries, and the model 1 layers"),
+            (json!({"layer_types": "full_attention"}), "not a list of texts"),
+            (json!({"layer_types": [null]}), "layer_types has null; fleet computes full_attention"),
+            (
+                json!({"model_type": "mistral", "layer_types": ["chunked_attention"]}),
+                "layer_types has \"chunked_attention\"",
+            ),
+            (
+                json!({"model_type": "mistral", "layer_types": ["sliding_attention"], "sliding_window": null}),
+                "sliding_window is null: there is no window",
+            ),
+            (
+                json!({"model_type": "qwen2", "layer_types": ["sliding_attention"], "num_key_value_heads": 3}),
+                "use_sliding_window is false",
+            ),
         ] {
             let error = read(more.clone()).unwrap_err();
             assert!(error.contains(why), "{more}: {error}");
         }
+    }
+
+    /// What transformers 5.17 computes for the same files.
+    #[test]
+    fn windows_are_where_layer_types_says() {
+        const SLIDING: &str = "sliding_attention";
+        const FULL: &str = "full_attention";
+        let windows = |model_type: &str, more: Value| {
+            let mut json = tiny(json!({
+                "model_type": model_type, "num_hidden_layers": 2, "num_key_value_heads": 3, "head_dim": 4, "sliding_window": 3,
+            }));
+            json.extend(object(more));
+            let (family, decoder) = Family::of_config(&json).unwrap();
+            let mut written = (family.write)(&decoder);
+            written.insert("model_type".into(), model_type.into());
+            assert_eq!(Family::of_config(&written).unwrap().1, decoder);
+            (decoder.attention.windows, written.get("layer_types").cloned())
+        };
+        let mixed = json!([SLIDING, FULL]);
+        assert_eq!(windows("mistral", json!({})), (vec![Some(3); 2], None));
+        assert_eq!(windows("mistral", json!({"layer_types": null})).0, [Some(3); 2]);
+        assert_eq!(
+            windows("mistral", json!({"layer_types": mixed})),
+            (vec![Some(3), None], Some(mixed.clone()))
+        );
+        assert_eq!(windows("mistral", json!({"layer_types": [FULL, FULL]})).0, [None; 2]);
+        for family in ["qwen2", "qwen3"] {
+            let used = |more: Value| {
+                let mut keys = json!({"use_sliding_window": true, "max_window_layers": 1});
+                keys.as_object_mut().unwrap().extend(object(more));
+                windows(family, keys).0
+            };
+            assert_eq!(used(json!({})), [None, Some(3)], "{family}");
+            assert_eq!(used(json!({"layer_types": mixed})), [Some(3), None], "{family}");
+            assert_eq!(windows(family, json!({"layer_types": [FULL, FULL]})).0, [None; 2]);
+        }
+        assert_eq!(windows("llama", json!({"layer_types": mixed})).0, [None; 2]);
+    }
+
+    /// Transformers warns and goes on: what is longer than `low_freq_factor` allows is stretched, the rest is not.
+    #[test]
+    fn llama3_with_its_factors_the_wrong_way_round_has_no_middle() {
+        let of = |low: f64, high: f64| {
+            let rope = json!({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": 64});
+            let decoder = read(json!({"head_dim": 32, "rope_parameters": rope})).unwrap();
+            let Positions::Rotary(rotary) = decoder.positions else { panic!() };
+            let plain = Rotary { scaling: Scaling::Default, ..rotary.clone() }.frequencies(9);
+            rotary.frequencies(9).iter().zip(plain).map(|(f, plain)| f / plain).collect::<Vec<f64>>()
+        };
+        let (right, wrong) = (of(1.0, 4.0), of(4.0, 1.0));
+        assert!(right.iter().any(|share| (0.13..0.99).contains(share)), "{right:?}");
+        // Waves of 6.3, 11, 20 and more tokens; from 64 / 4 on they are stretched.
+        assert_eq!(wrong[..3], [1.0, 1.0, 0.125], "{wrong:?}");
+        assert!(wrong[2..].iter().all(|share| *share == 0.125));
     }
 
     #[test]

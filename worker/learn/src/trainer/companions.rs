@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::{Model, with_end};
-use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Writer};
+use fleet_checkpoint::{CONFIG_FILE, CheckpointError, TOKENIZER_FILE, Writer};
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
 };
@@ -45,16 +45,19 @@ pub(super) struct Origins<'a> {
 #[derive(Debug)]
 pub(super) struct Companions {
     config: Object,
+    /// With `tokenizer.json`: the cache that it came from may be emptied while the run goes on.
     files: Vec<(&'static str, Vec<u8>)>,
 }
 
 impl Companions {
     /// The `eos_token_id` of `model` is what every document ends with.
     pub fn gather(from: &Origins, model: &Model) -> Result<Companions> {
-        let tokenizer = Tokenizer::from_file(from.used)
+        let used = std::fs::read(from.used)
+            .map_err(|source| CheckpointError::Read { path: from.used.to_owned(), source })?;
+        let tokenizer = Tokenizer::from_bytes(&used)
             .map_err(|e| Error::Input(format!("{}: not a tokenizer.json: {e}", from.used.display())))?;
         let beside = from.tokenizer.and_then(Path::parent);
-        let mut files = Vec::new();
+        let mut files = vec![(TOKENIZER_FILE, used)];
         for name in OF_TOKENIZER {
             files.extend(first(name, [from.resume, beside])?.map(|bytes| (name, bytes)));
         }

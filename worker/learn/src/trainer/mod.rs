@@ -62,6 +62,8 @@ struct Trainer {
     order: Order,
     adamw: AdamW,
     total_steps: u64,
+    /// The longest text that the model was made for, as its configuration says.
+    positions: usize,
     began: Instant,
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
@@ -74,6 +76,8 @@ struct Trainer {
     saved: Option<u64>,
     /// The recorded checkpoint after which older ones were removed last.
     rotated: Option<u64>,
+    /// The step whose checkpoint is there only because the run was told to stop.
+    stopped_at: Option<u64>,
 }
 
 impl Trainer {
@@ -126,7 +130,8 @@ impl Trainer {
             (Some(checkpoint), _) => {
                 let checkpoint = Path::new(checkpoint);
                 let was = TrainerState::read(checkpoint)?;
-                let notes = was.check_compatible(&state)?;
+                let trained = matches!(job.tokenizer, Tokenizer::Train { .. });
+                let notes = was.check_compatible(&state, trained)?;
                 if start.rank == 0 {
                     notes.into_iter().for_each(|note| link.log(Level::Warn, note));
                 }
@@ -146,6 +151,7 @@ impl Trainer {
             (None, None) => learner.fresh_weights(job.seed)?,
         }
         let adamw = AdamW::from(&job.optimizer);
+        let positions = model.decoder.max_positions;
         let rank = u64::from(start.rank);
         let saving = dir.map(|dir| {
             let origins = Origins {
@@ -172,6 +178,7 @@ impl Trainer {
             order,
             adamw,
             total_steps,
+            positions,
             began,
             state,
             meter,
@@ -179,6 +186,7 @@ impl Trainer {
             resumed,
             saved: None,
             rotated: None,
+            stopped_at: None,
         })
     }
 
@@ -192,6 +200,14 @@ impl Trainer {
             });
             link.log(Level::Info, self.learner.describe());
             self.warn_of_a_small_disk(link);
+            let (given, made_for) = (self.job.max_seq_len, self.positions);
+            if given as usize > made_for {
+                let line = format!(
+                    "max_seq_len is {given}, and the model was made for {made_for} positions: it learns longer texts, and its checkpoints \
+                     still say {made_for}"
+                );
+                link.log(Level::Warn, line);
+            }
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
                 let cut = warmup_steps(&self.job.optimizer, self.total_steps);
                 let line = format!(
@@ -218,6 +234,9 @@ impl Trainer {
                 self.evaluate(link)?;
             }
             if every(self.job.checkpoint.save_steps) || over {
+                let is_regular =
+                    every(self.job.checkpoint.save_steps) || step == self.total_steps || votes.time;
+                self.stopped_at = (!is_regular).then_some(step);
                 saved = self.save(link);
             }
             self.rotate(link);
@@ -303,6 +322,7 @@ fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
         run: &start.run,
         resumed: start.resume.as_deref().map(Path::new),
         overwrite: job.checkpoint.overwrite,
+        until: job.max_steps,
         reads: &job.inputs(),
     };
     Ok(RunDir::claim(&claim)?)

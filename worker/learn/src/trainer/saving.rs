@@ -4,7 +4,7 @@ use super::Trainer;
 use super::companions::Companions;
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use fleet_checkpoint::{CheckpointError, RunDir, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{CheckpointError, RunDir, Writer};
 use fleet_collectives::Activity;
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 use std::time::Duration;
@@ -89,12 +89,8 @@ impl Trainer {
 
     fn write(&mut self) -> Result<CheckpointRecord, CheckpointError> {
         let Saving { dir, companions } = self.saving.as_ref().expect("only rank 0 writes, and it has this");
-        let tokenizer = self.cache.tokenizer_path();
-        let tokenizer =
-            std::fs::read(&tokenizer).map_err(|source| CheckpointError::Read { path: tokenizer, source })?;
         let mut writer = Writer::begin(dir, self.state.step)?;
         self.learner.save(&mut writer)?;
-        writer.write_bytes(TOKENIZER_FILE, &tokenizer)?;
         companions.write(&mut writer)?;
         writer.write_state(&self.state)?;
         writer.finish(self.state.loss)
@@ -139,7 +135,8 @@ impl Trainer {
             return;
         };
         self.rotated = committed;
-        if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0)) {
+        let stopped = committed.is_some() && committed == self.stopped_at;
+        if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0), stopped) {
             link.log(Level::Warn, format!("an old checkpoint stays: {e}"));
         }
     }

@@ -7,10 +7,12 @@ mod text;
 pub use sampler::Sampling;
 pub use text::TextStream;
 
-use crate::host_model::HostModel;
+use crate::host_model::{HostModel, read_weights};
 use fleet_checkpoint::TOKENIZER_FILE;
-use fleet_data::model_dir::PromptTokenizer;
+use fleet_common::model::{Decoder, Positions, Scaling};
+use fleet_data::model_dir::GivenTokenizer;
 use fleet_kernels::all_finite;
+use fleet_learn::model::Model;
 use fleet_learn::{Error, Result};
 use prompt::{Prompt, end_ids};
 use std::path::Path;
@@ -43,9 +45,17 @@ pub struct Generated {
     pub new_tokens: usize,
     pub end: End,
     pub tokens_per_s: f64,
-    /// What the user should know of the prompt.
+    /// What the user should know.
     #[serde(skip)]
-    pub note: Option<String>,
+    pub notes: Vec<String>,
+}
+
+/// Of a text whose model sets no limit: its tokens' keys and values are kept.
+const POSITIONS_MAX: usize = 1 << 20;
+
+/// Whether the positions are scaled for texts that are longer than those of the training; transformers then sets no limit.
+fn is_stretched(decoder: &Decoder) -> bool {
+    matches!(&decoder.positions, Positions::Rotary(rotary) if rotary.scaling != Scaling::Default)
 }
 
 /// Continues `prompt`; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
@@ -56,13 +66,13 @@ pub fn generate(
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Generated> {
     let Settings { max_new_tokens, sampling, threads } = settings;
-    let mut host = HostModel::open(dir, *threads, None)?;
-    let model = host.model.clone();
+    let (given, weights) = read_weights(dir)?;
+    let model = Model::of_dir(&given);
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
-    let opened = PromptTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;
+    let opened = GivenTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;
     let ends = end_ids(dir, &opened)?;
-    let Prompt { mut ids, note } = Prompt::encode(&opened.tokenizer, prompt)?;
+    let Prompt { mut ids, mut notes } = Prompt::encode(&opened, prompt)?;
     if ids.is_empty() {
         // A text begins where another one ended.
         ids.push(model.bos_token_id.or(model.eos_token_id).unwrap_or(0));
@@ -73,15 +83,18 @@ pub fn generate(
             "gives token {id}, but the model knows {vocab}; it belongs to another model"
         )));
     }
-    let context = model.decoder.max_positions;
+    let made_for = model.decoder.max_positions;
+    let context = if is_stretched(&model.decoder) { made_for.max(POSITIONS_MAX) } else { made_for };
     if ids.len() >= context {
         return Err(Error::Input(format!(
-            "the prompt has {} tokens and the model was made for {context}; shorten it",
+            "the prompt has {} tokens and the model takes {context}; shorten it",
             ids.len()
         )));
     }
 
     let prompt_tokens = ids.len();
+    let positions = prompt_tokens.saturating_add(*max_new_tokens).min(context);
+    let mut host = HostModel::new(given, weights, *threads, prompt_tokens, positions)?;
     let mut cache = host.cache();
     let mut stream = TextStream::new(&opened.tokenizer, &ids)
         .map_err(|e| refuse(format!("cannot decode the prompt: {e}")))?;
@@ -118,9 +131,12 @@ pub fn generate(
             logits = host.decode(i64::from(id), &mut cache);
         }
     };
+    if cache.len() > made_for {
+        notes.push(format!("the text goes beyond the {made_for} positions that the model was made for"));
+    }
     let rest = stream.finish().map_err(|e| refuse(format!("cannot decode: {e}")))?;
     emit(&rest);
     text.push_str(&rest);
     let tokens_per_s = new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-    Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s, note })
+    Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s, notes })
 }

@@ -1,40 +1,40 @@
 //! A prompt as tokens.
 
-use fleet_data::model_dir::PromptTokenizer;
+use fleet_data::model_dir::GivenTokenizer;
 use fleet_learn::{Error, Result};
-use tokenizers::Tokenizer;
 
 pub struct Prompt {
     pub ids: Vec<u32>,
     /// What the user should know of it.
-    pub note: Option<String>,
+    pub notes: Vec<String>,
 }
 
 impl Prompt {
-    /// As transformers encodes a text for a model: with what the tokenizer's post-processor puts around it, be it a begin or an end of a
-    /// text. Only a begin that the text itself has too is not put there again.
-    pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Prompt> {
-        let encode = |special| {
-            let encoding = tokenizer.encode_fast(text, special);
-            encoding.map(|encoding| encoding.get_ids().to_vec())
-        };
-        let refuse = |e| Error::Input(format!("the tokenizer cannot encode the prompt: {e}"));
-        let (plain, mut ids) = (encode(false).map_err(refuse)?, encode(true).map_err(refuse)?);
-        let begin = (0..ids.len()).find(|at| ids[*at..].starts_with(&plain)).unwrap_or(0);
-        if begin == 0 || plain.is_empty() || !plain.starts_with(&ids[..begin]) {
-            return Ok(Prompt { ids, note: None });
+    /// As documents are encoded for training. Refused where the tokenizer can write nothing of it.
+    pub fn encode(given: &GivenTokenizer, text: &str) -> Result<Prompt> {
+        let refuse = |e: String| Error::Input(format!("the tokenizer cannot encode the prompt: {e}"));
+        let encoded = given.encode(text).map_err(|e| refuse(e.to_string()))?;
+        let coverage = given.coverage(text, &encoded).map_err(|e| refuse(e.to_string()))?;
+        if coverage.lost_bytes > 0 && coverage.said_bytes() == 0 {
+            return Err(Error::Input(
+                "the tokenizer can write nothing of the prompt; give one in the characters that the model was trained on".into(),
+            ));
         }
-        let tokens: Vec<String> = ids.drain(..begin).filter_map(|id| tokenizer.id_to_token(id)).collect();
-        let note = format!(
-            "the prompt begins with {}, which the tokenizer adds by itself; it was not added again",
-            tokens.concat()
-        );
-        Ok(Prompt { ids, note: Some(note) })
+        let mut notes = coverage.prompt_note().into_iter().collect::<Vec<String>>();
+        if !encoded.own_begin.is_empty() {
+            let token = |id: &u32| given.tokenizer.id_to_token(*id);
+            let tokens: Vec<String> = encoded.own_begin.iter().filter_map(token).collect();
+            notes.push(format!(
+                "the prompt begins with {}, which the tokenizer adds by itself; it was not added again",
+                tokens.concat()
+            ));
+        }
+        Ok(Prompt { ids: encoded.ids, notes })
     }
 }
 
 /// The ids that end a text in the model directory `dir`: those of its configuration, and what its tokenizer calls so.
-pub fn end_ids(dir: &std::path::Path, tokenizer: &PromptTokenizer) -> Result<Vec<u32>> {
+pub fn end_ids(dir: &std::path::Path, tokenizer: &GivenTokenizer) -> Result<Vec<u32>> {
     let mut ids = fleet_data::model_dir::end_ids(dir).map_err(|e| Error::Input(e.to_string()))?;
     ids.extend(tokenizer.eos_id());
     Ok(ids)
@@ -55,12 +55,35 @@ mod tests {
             "post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": pieces,
                 "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
             "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1}, "unk_token": "a"}});
-        let tokenizer = Tokenizer::from_bytes(json.to_string()).unwrap();
-        let encode = |text| Prompt::encode(&tokenizer, text).unwrap();
-        assert_eq!((encode("a a").ids, encode("a a").note), (vec![1, 0, 0], None));
-        assert_eq!((encode("").ids, encode("").note), (vec![1], None));
-        let twice = encode("<s>a");
-        assert_eq!(twice.ids, [1, 0]);
-        assert!(twice.note.unwrap().contains("begins with <s>"));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        let given = GivenTokenizer::open(&path).unwrap();
+        let encode = |text| {
+            let Prompt { ids, notes } = Prompt::encode(&given, text).unwrap();
+            (ids, notes.join(" | "))
+        };
+        assert_eq!(encode("a a"), (vec![1, 0, 0], String::new()));
+        assert_eq!(encode(""), (vec![1], String::new()));
+        let (twice, note) = encode("<s>a");
+        assert_eq!(twice, [1, 0]);
+        assert!(note.contains("begins with <s>"), "{note}");
+    }
+
+    #[test]
+    fn what_the_tokenizer_cannot_write_is_told_and_a_prompt_of_nothing_else_refused() {
+        let json = json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}});
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        let given = GivenTokenizer::open(&path).unwrap();
+        let prompt = Prompt::encode(&given, "a\u{65e5}b").unwrap();
+        assert_eq!(prompt.ids, [0, 1]);
+        let told = prompt.notes.concat();
+        assert!(told.contains("60 % of the prompt (such as `\u{65e5}`)"), "{told}");
+        let error = Prompt::encode(&given, "\u{65e5}\u{672c}").err().unwrap().to_string();
+        assert!(error.contains("can write nothing of the prompt"), "{error}");
+        assert_eq!(Prompt::encode(&given, "ab").unwrap().notes, [] as [String; 0]);
     }
 }

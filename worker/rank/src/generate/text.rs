@@ -96,7 +96,7 @@ impl<'a> TextStream<'a> {
     }
 
     fn decode(&self, ids: &[u32]) -> tokenizers::Result<String> {
-        self.tokenizer.decode(ids, false)
+        fleet_data::decode(self.tokenizer, ids, false)
     }
 
     fn is_text(&self, id: u32) -> bool {

@@ -73,6 +73,17 @@ impl Ended {
 
 /// Runs a gang to its end. Every checkpoint is recorded at once; `stop_after`: rank 0 is asked to stop when it reports that step.
 pub fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u64>) -> Ended {
+    watch(job, world, resume, stop_after, &|_, _| ())
+}
+
+/// The same; `seen` gets every event as it comes, and the directory of the token cache.
+pub fn watch(
+    job: &Job,
+    world: u32,
+    resume: Option<&str>,
+    stop_after: Option<u64>,
+    seen: &(dyn Fn(&EventBody, &Path) + Sync),
+) -> Ended {
     let files = fleet_data::DataFiles::find(job, &|_| {}).unwrap();
     let (cache, _) = fleet_data::TokenCache::build_or_open(job, &files, &|_| {}).unwrap();
     let segment = Segment::create(world as usize, 1).unwrap();
@@ -101,7 +112,8 @@ pub fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u6
                     link.send(&FromRank::Done(Outcome::Stopped { steps: 0 }));
                     outcome
                 });
-                let events = scope.spawn(move || listen(agent, stop_after));
+                let cache = cache.dir();
+                let events = scope.spawn(move || listen(agent, stop_after, &|event| seen(event, cache)));
                 (trainer, events)
             })
             .collect();
@@ -113,11 +125,12 @@ pub fn launch(job: &Job, world: u32, resume: Option<&str>, stop_after: Option<u6
     })
 }
 
-fn listen(mut agent: UnixStream, stop_after: Option<u64>) -> Vec<EventBody> {
+fn listen(mut agent: UnixStream, stop_after: Option<u64>, seen: &dyn Fn(&EventBody)) -> Vec<EventBody> {
     let mut events = Vec::new();
     loop {
         match read_frame_blocking::<_, FromRank>(&mut agent).unwrap() {
             Some(FromRank::Event(event)) => {
+                seen(&event.body);
                 let answer = match &event.body {
                     EventBody::Checkpoint(record) => Some(ToRank::CheckpointCommitted { step: record.step }),
                     EventBody::Step(step) if Some(step.step) == stop_after => Some(ToRank::Stop),
