@@ -101,6 +101,73 @@ fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
+    use fleet_checkpoint::Writer;
+    use fleet_common::job::parse_toml;
+    use std::path::Path;
+
+    fn job(dir: &Path, model: &str) -> Job {
+        let text: String =
+            (0..200).map(|i| format!("Line {i} of a text about a cat and a dog.\n\n")).collect();
+        std::fs::write(dir.join("data.txt"), text).unwrap();
+        let text = format!(
+            "output_dir = \"out\"\nrun_name = \"r\"\nmax_seq_len = 8\n[model]\n{model}\n[data]\npath = \"data.txt\"\n"
+        );
+        parse_toml(&text, dir).unwrap().0
+    }
+
+    const NEW: &str = "vocab_size = 270\nhidden_size = 8\nnum_hidden_layers = 1\nnum_attention_heads = 1";
+
+    #[test]
+    fn nobody_else_prepares_for_the_same_place_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = job(dir.path(), NEW);
+        let (place, told) = (job.checkpoint_dir(), std::cell::Cell::new(0));
+        let claim = || {
+            RunDir::claim(&Claim {
+                dir: &place,
+                run: "other",
+                resumed: None,
+                overwrite: false,
+                until: None,
+                reads: &[],
+            })
+        };
+        let progress = |_: Level, line: String| {
+            if line.starts_with("tokenising") {
+                told.set(told.get() + 1);
+                assert!(matches!(claim(), Err(CheckpointError::Busy(_))));
+            }
+        };
+        prepare(&job, "mine".into(), "n", &progress).unwrap();
+        assert_eq!(told.get(), 1);
+        claim().unwrap(); // now it is for rank 0
+    }
+
+    #[test]
+    fn a_checkpoint_whose_weights_are_taken_is_checked_before_the_data_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("model");
+        let run = RunDir::claim(&Claim {
+            dir: &place,
+            run: "a",
+            resumed: None,
+            overwrite: false,
+            until: None,
+            reads: &[],
+        })
+        .unwrap();
+        let mut writer = Writer::begin(&run, 1).unwrap();
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            writer.write_bytes(name, b"{}").unwrap();
+        }
+        let path = writer.finish(1.0).unwrap().path;
+        std::fs::write(Path::new(&path).join("model.safetensors"), "[]").unwrap();
+        let mut job = job(dir.path(), NEW);
+        job.model = Model::Pretrained(path.into());
+        let progress = |_: Level, line: String| panic!("{line}");
+        let error = prepare(&job, "b".into(), "n", &progress).err().unwrap();
+        assert!(error.message.contains("model.safetensors"), "{}", error.message);
+    }
 
     #[tokio::test]
     async fn a_panic_is_an_error_of_the_job_that_names_it() {

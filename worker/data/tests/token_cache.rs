@@ -373,3 +373,15 @@ fn a_cache_of_a_tokenizer_with_special_tokens_is_not_one_where_they_were_text() 
     job.tokenizer = Tokenizer::Train { vocab_size: 300 };
     assert!(ends(&job) < 250, "of a tokenizer that is trained here they are text: {}", ends(&job));
 }
+
+/// What panics within a tokenizer, or here within what hears of the progress.
+#[test]
+fn a_panic_while_data_are_prepared_is_an_error_of_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    corpus(&dir.path().join("corpus.txt"), 50);
+    let job = job(dir.path());
+    let files = DataFiles::find(&job, &quiet).unwrap();
+    let line = TokenCache::build_or_open(&job, &files, &|_| panic!("at\n0")).unwrap_err().to_string();
+    assert!(line.contains("preparing the data failed") && line.contains("(at 0)"), "{line}");
+    build(&job).unwrap(); // and the lock is free
+}

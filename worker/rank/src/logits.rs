@@ -185,9 +185,14 @@ fn end_of_links(path: &Path) -> std::io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {
         match std::fs::read_link(&path) {
-            // What stands for an open file has no name to follow.
-            Ok(target) if target.is_absolute() && !target.exists() && path.exists() => return Ok(path),
-            Ok(target) => path = directory(&path).join(target),
+            Ok(target) => {
+                let target = directory(&path).join(target);
+                // What stands for an open file, such as a pipe, leads to no name.
+                if path.exists() && !target.exists() {
+                    return Ok(path);
+                }
+                path = target;
+            }
             Err(_) => return Ok(path),
         }
     }

@@ -81,6 +81,16 @@ fn a_file_is_replaced_in_one_step_and_links_and_devices_stay() {
     symlink("/dev/null", at("null")).unwrap();
     write(&wanted("null")).unwrap();
     assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    // As /dev/stdout leads to a pipe.
+    let (mut reader, pipe) = std::io::pipe().unwrap();
+    let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&pipe));
+    symlink(open, at("pipe")).unwrap();
+    write(&wanted("pipe")).unwrap();
+    drop(pipe);
+    let mut read = Vec::new();
+    std::io::Read::read_to_end(&mut reader, &mut read).unwrap();
+    assert!(read == numbers);
+    fs::remove_file(at("pipe")).unwrap();
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 7, "{left:?}");
 }
