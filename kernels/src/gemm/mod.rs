@@ -60,43 +60,34 @@ pub fn gemm<A: Element, B: Element, C: Element>(
 /// Up to this many rows, copying `b` would cost more than the product.
 const NARROW: usize = 3;
 
-/// Columns that [`narrow`] takes together: as many sums as hide the time that an addition takes.
-const TOGETHER: usize = 4;
+/// Sums that [`narrow`] has on the way: enough to hide the time that an addition takes.
+const SUMS: usize = 4;
 
 simd_fn! {
-    /// A few rows times a transposed matrix, as when generating token by token: reads `b` once, in place.
+    /// A few rows times a transposed matrix, as when generating token by token: reads `b` once, in place and in order, as memory gives it
+    /// fastest.
     fn narrow<V, A: Element, B: Element, C: Element>(a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C]) {
         let (n, k) = (b.cols, b.rows);
-        let step = 2 * V::LANES;
-        for first in (0..n).step_by(TOGETHER) {
-            // Columns past the end are the last one again.
-            let columns: [&[B]; TOGETHER] =
-                std::array::from_fn(|j| &b.data[(first + j).min(n - 1) * b.col_stride..][..k]);
+        let whole = k - k % (SUMS * V::LANES);
+        for j in 0..n {
+            let column = &b.data[j * b.col_stride..][..k];
             for i in 0..a.rows {
                 let row = &a.data[i * a.row_stride..][..k];
-                let mut sums = [[V::splat(0.0); 2]; TOGETHER];
-                for t in (0..k - k % step).step_by(step) {
-                    // SAFETY: all of these slices have `k` numbers, at least two vectors from `t` on.
-                    unsafe {
-                        let at = row.as_ptr().add(t);
-                        let x = [A::load::<V>(at), A::load::<V>(at.add(V::LANES))];
-                        for (sums, column) in sums.iter_mut().zip(columns) {
-                            let at = column.as_ptr().add(t);
-                            sums[0] = x[0].mul_add(B::load(at), sums[0]);
-                            sums[1] = x[1].mul_add(B::load(at.add(V::LANES)), sums[1]);
-                        }
+                let mut sums = [V::splat(0.0); SUMS];
+                for t in (0..whole).step_by(SUMS * V::LANES) {
+                    for (s, sum) in sums.iter_mut().enumerate() {
+                        let at = t + s * V::LANES;
+                        // SAFETY: both slices have `k` numbers, at least `SUMS` vectors from `t` on.
+                        let (x, w): (V, V) = unsafe { (A::load(row.as_ptr().add(at)), B::load(column.as_ptr().add(at))) };
+                        *sum = x.mul_add(w, *sum);
                     }
                 }
-                for t in (k - k % step..k).step_by(V::LANES) {
-                    let x: V = load(&row[t..]);
-                    for (sums, column) in sums.iter_mut().zip(columns) {
-                        sums[0] = x.mul_add(load(&column[t..]), sums[0]);
-                    }
+                for t in (whole..k).step_by(V::LANES) {
+                    sums[0] = load::<V, A>(&row[t..]).mul_add(load(&column[t..]), sums[0]);
                 }
-                for (sums, to) in sums.into_iter().zip(&mut c[i * n + first..][..TOGETHER.min(n - first)]) {
-                    let before = if mode == Store::Add { to.to_f32() } else { 0.0 };
-                    *to = C::from_f32(before + sums[0].add(sums[1]).sum());
-                }
+                let [s0, s1, s2, s3] = sums;
+                let before = if mode == Store::Add { c[i * n + j].to_f32() } else { 0.0 };
+                c[i * n + j] = C::from_f32(before + s0.add(s1).add(s2.add(s3)).sum());
             }
         }
     }
