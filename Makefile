@@ -3,10 +3,11 @@
 
 BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
-.PHONY: demo test build programs setup lint chaos bench gpu-bundle clean
+.PHONY: demo test build programs setup lint chaos bench parity gpu-bundle clean
 
+# With CUDA=1 also the libraries that train on an NVIDIA GPU.
 setup:
-	@deploy/setup.sh
+	@deploy/setup.sh $(if $(CUDA),--cuda)
 
 build: setup
 	cargo build --workspace --locked --bins
@@ -35,6 +36,11 @@ chaos: build
 # fleet beside PyTorch, in turn; needs the environment that bench/README.md describes.
 bench: programs
 	bench/run.sh $(BIN)
+
+# fleet against transformers and PyTorch, on fresh random models of every family. PYTHON is one that has torch, transformers and safetensors.
+PYTHON ?= python3
+parity: programs
+	@$(PYTHON) tests/parity/live.py --bin $(BIN)
 
 # One archive that runs the GPU tests and the GPU benchmark on a machine with a driver and a Python that has torch 2.11.0.
 gpu-bundle: setup

@@ -1,10 +1,12 @@
 """The peer: the Llama of llama_13m.toml in plain PyTorch with DistributedDataParallel over gloo. Run by torchrun.
 
-Rank 0 prints one JSON object per step, {"step": n, "loss": x, "time": seconds since 1970 at the end of the step}.
+Rank 0 prints one JSON object per step, {"step": n, "loss": x, "time": seconds since 1970 at the end of the step}. With --share it computes the
+model's largest product after each step too, and at the end prints what share of that product's speed the steps reach, by CPU time.
 """
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
@@ -67,12 +69,25 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
 
+def flops():
+    """Of a step: 6 for each weight of a product and token, 12 for each layer, number of the queries, token, and key that the token sees."""
+    weights = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER) + HIDDEN * VOCABULARY
+    return (6 * weights + 12 * LAYERS * HIDDEN * SEQUENCE / 2) * BATCH * SEQUENCE
+
+
+def cpu_seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     arguments.add_argument("--steps", type=int, default=25)
     arguments.add_argument("--limit-s", type=float, default=float("inf"), help="stop after these seconds and at least 4 steps")
     arguments.add_argument("--compile", action="store_true")
+    arguments.add_argument("--share", action="store_true", help="compare the steps' speed with that of the largest product")
     arguments = arguments.parse_args()
 
     torch.set_num_threads(1)
@@ -84,8 +99,12 @@ def main():
         parallel = torch.compile(parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(dist.get_rank())
+    kind = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    x, weight = torch.randn(BATCH * SEQUENCE, HIDDEN, dtype=kind), torch.randn(VOCABULARY, HIDDEN, dtype=kind)
+    step_s, product_s = [], []
     start = time.monotonic()
     for step in range(1, arguments.steps + 1):
+        cpu = time.process_time()
         tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.precision == "bf16"):
             logits = parallel(tokens)
@@ -96,11 +115,18 @@ def main():
         optimizer.step()
         if dist.get_rank() == 0:
             print(json.dumps({"step": step, "loss": loss.item(), "time": time.time()}), flush=True)
+        if arguments.share:
+            step_s.append(time.process_time() - cpu)
+            product_s.append(cpu_seconds(lambda: [F.linear(x, weight) for _ in range(3)]) / 3)
         over = torch.tensor(float(time.monotonic() - start > arguments.limit_s))
         if step >= 4 and arguments.limit_s < float("inf"):
             dist.broadcast(over, 0)
             if over:
                 break
+    if arguments.share:
+        speed = flops() / statistics.median(step_s)
+        of = 2 * BATCH * SEQUENCE * HIDDEN * VOCABULARY / statistics.median(product_s)
+        print(json.dumps({"gflops": speed / 1e9, "product_gflops": of / 1e9, "share": speed / of}), flush=True)
     dist.destroy_process_group()
 
 

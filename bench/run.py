@@ -165,6 +165,21 @@ def training(arguments, work):
     return rows
 
 
+def shares(arguments):
+    rows = ["| precision | | GFLOP/s | of the largest product's | share |", "|---|---|---|---|---|"]
+    for precision in arguments.precision:
+        fleet = [str(arguments.bin / "fleet-rank"), "bench", "--json", "--steps", str(arguments.steps)]
+        fleet += ["--bf16"] if precision == "bf16" else []
+        peer = torchrun(1, HERE / "peer_ddp.py", "--share", "--precision", precision, "--steps", arguments.steps,
+                        "--limit-s", arguments.limit)
+        for name, command in (("fleet", fleet), ("PyTorch", peer)):
+            ends = [run(command, None)[1][-1] for _ in range(arguments.runs)]
+            it = medians([{key: end[key] for key in ("gflops", "product_gflops", "share")} for end in ends])
+            rows.append(f"| {precision} | {name} | {it['gflops']:.1f} | {it['product_gflops']:.1f} | **{it['share']:.2f}** |")
+            tell(rows[-1])
+    return rows
+
+
 def collectives(arguments):
     found = {}
     for ranks in arguments.ranks:
@@ -228,7 +243,7 @@ def main():
     options.add_argument("--steps", type=int, default=25)
     options.add_argument("--limit", type=float, default=90, help="seconds after which a run of the peer stops (at least 4 steps)")
     options.add_argument("--compile", action="store_true", help="torch.compile in the peer")
-    options.add_argument("--only", choices=["training", "collectives"])
+    options.add_argument("--only", choices=["training", "shares", "collectives"])
     options.add_argument("--results", type=Path, default=HERE / "results", help="folder for the table")
     arguments = options.parse_args()
     arguments.bin = arguments.bin.resolve()
@@ -236,12 +251,14 @@ def main():
     date = datetime.date.today().isoformat()
     report = [f"# fleet beside PyTorch, {date}", "", *conditions(arguments)]
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as work:
-        if arguments.only != "collectives":
+        if arguments.only in (None, "training"):
             tell("the first launch builds the token cache")
             cold = run_fleet(arguments, Path(work), arguments.ranks[0], arguments.precision[0])
             report += ["", "## Training: Llama of 13.8 M parameters, data-parallel", "", *training(arguments, Path(work)), ""]
             report += [f"The first launch, which also trained the tokenizer and built the token cache: start-up {cold['startup_s']:.2f} s."]
-        if arguments.only != "training":
+        if arguments.only in (None, "shares"):
+            report += ["", "## A step's speed beside that of the model's largest product, one rank, by CPU time", "", *shares(arguments)]
+        if arguments.only in (None, "collectives"):
             report += ["", "## Collectives between processes, medians", "", *collectives(arguments)]
     text = "\n".join(report) + "\n"
     print(text)

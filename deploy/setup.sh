@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes this clone ready to build: Debian packages that are missing, and libtorch in .libtorch/ from the PyPI wheels.
-# Run as often as you like; what is there already is left alone. Nothing outside the clone changes but Debian packages.
+# Makes this clone ready to build: Debian packages that are missing, and libtorch in .libtorch/ from the PyPI wheels; with --cuda also the
+# CUDA libraries that libtorch needs on a machine with an NVIDIA driver. Run as often as you like; what is there already is left alone.
+# Nothing outside the clone changes but Debian packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,7 +60,35 @@ libtorch() {
     touch .libtorch/complete-$TORCH
 }
 
+# cuBLAS, cuDNN, NCCL, NVRTC and the others, of the versions that the torch wheel names. They lie beside it, where it looks for them.
+cuda() {
+    if [ -n "${LIBTORCH:-}" ]; then
+        # The wheel of a Python environment finds them there; another libtorch brings its own.
+        [ -e "$LIBTORCH/lib/libtorch_cuda.so" ] || die "LIBTORCH=$LIBTORCH has no lib/libtorch_cuda.so: it is a libtorch for the CPU; unset it to let setup fetch one"
+        return
+    fi
+    [ "$(uname -s)" = Linux ] || die "CUDA needs Linux"
+    [ -e .libtorch/complete-cuda-$TORCH ] && return
+    local wanted=() line
+    while read -r line; do wanted+=("${line%%;*}"); done < <(sed -n 's/^Requires-Dist: \(\(cuda-toolkit\|nvidia-\)[^ ]*.*\)/\1/p' .libtorch/torch-$TORCH*.dist-info/METADATA)
+    [ ${#wanted[@]} -gt 0 ] || die "the torch wheel names no CUDA libraries; fetch it again: rm -rf .libtorch"
+    [ "$(df --output=avail -k .libtorch | tail -1)" -gt 8000000 ] || die "the CUDA libraries need 8 GB of room while they are unpacked; $(df -h --output=avail .libtorch | tail -1 | tr -d ' ') is free"
+    say "fetching the CUDA libraries (2.0 GB to fetch, 3.3 GB on disk) into .libtorch/"
+    mkdir -p .libtorch/wheels
+    python3 -m pip download --quiet --disable-pip-version-check --dest .libtorch/wheels "${wanted[@]}" ||
+        die "pip could not fetch them; check the network, or set LIBTORCH to the torch folder of a Python environment with torch $TORCH"
+    for wheel in .libtorch/wheels/*.whl; do unzip -q -o "$wheel" -d .libtorch && rm "$wheel"; done
+    rm -r .libtorch/wheels
+    touch .libtorch/complete-cuda-$TORCH
+}
+
 debian_packages
-[ "${1:-}" != --tests ] || test_packages
 libtorch
+for option in "$@"; do
+    case $option in
+        --tests) test_packages ;;
+        --cuda) cuda ;;
+        *) die "unknown option $option" ;;
+    esac
+done
 say "ready"

@@ -1,6 +1,7 @@
 //! Command lines, read by one rule: an option takes whatever follows it. A prompt may begin with a hyphen, and so may a name, a secret or a
 //! number. Only of paths there is a doubt, since what they name is often made: one that reads as another option is refused.
 
+use crate::exit;
 use crate::terminal::plain;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
@@ -11,8 +12,20 @@ use std::path::PathBuf;
 
 /// Reads this process's command line. Where there is an error, or help was asked for, it ends the process, as `Parser::parse` does.
 pub fn parse<P: Parser>() -> P {
+    parse_or(|_, _| None)
+}
+
+/// The same. Where `cure` knows what was meant with this line that could not be read, that is the error.
+pub fn parse_or<P: Parser>(cure: impl Fn(&clap::Error, &[OsString]) -> Option<String>) -> P {
     let read = with_the_rule(P::command()).try_get_matches();
-    let mut matches = read.unwrap_or_else(|error| named(error, P::command(), std::env::args_os()).exit());
+    let mut matches = read.unwrap_or_else(|error| {
+        let line: Vec<OsString> = std::env::args_os().collect();
+        let Some(cure) = cure(&error, &line) else {
+            named(error, P::command(), line.into_iter()).exit();
+        };
+        eprintln!("error: {}", plain(&cure));
+        std::process::exit(exit::REFUSED_INPUT.into())
+    });
     P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut P::command()).exit())
 }
 

@@ -67,6 +67,15 @@ pub struct Refusal {
 }
 
 impl Wanted {
+    /// Whatever there is.
+    pub const ANYTHING: Wanted = Wanted {
+        device: Device::Auto,
+        executor: Executor::Auto,
+        precision: Fp32,
+        strategy: Strategy::Auto,
+        ranks: 1,
+    };
+
     /// Of a job with `ranks` ranks on `device`.
     pub fn of(job: &Job, device: Device, ranks: u32) -> Wanted {
         let strategy =
@@ -96,11 +105,15 @@ impl Wanted {
         missed.first().map(|first| (missed.len(), *first))
     }
 
-    /// By the row that comes nearest: the device first, for that is what a machine has.
+    /// By the row that comes nearest: on the device, which is what a machine has, and with the executor, where that computes there.
     fn refusal(&self) -> Refusal {
-        let on_device = |row: &&Row| self.device == Device::Auto || self.device == row.device;
-        let nearest =
-            TABLE.iter().filter(on_device).min_by_key(|row| self.mismatch(row).map_or(0, |(count, _)| count));
+        let on_device = TABLE.iter().filter(|row| self.device == Device::Auto || self.device == row.device);
+        let by_executor = |row: &&Row| self.executor == row.executor;
+        let rows: Vec<&Row> = match on_device.clone().any(|row| by_executor(&row)) {
+            true => on_device.filter(by_executor).collect(),
+            false => on_device.collect(),
+        };
+        let nearest = rows.into_iter().min_by_key(|row| self.mismatch(row).map_or(0, |(count, _)| count));
         let Some((row, (_, key))) = nearest.and_then(|row| Some((row, self.mismatch(row)?))) else {
             return Refusal {
                 key: "device",
@@ -181,13 +194,7 @@ fn quoted(value: &impl serde::Serialize) -> String {
 mod tests {
     use super::*;
 
-    const ANY: Wanted = Wanted {
-        device: Device::Auto,
-        executor: Executor::Auto,
-        precision: Fp32,
-        strategy: Strategy::Auto,
-        ranks: 1,
-    };
+    const ANY: Wanted = Wanted::ANYTHING;
 
     #[test]
     fn each_device_has_what_computes_it() {

@@ -54,6 +54,16 @@ pub enum EventBody {
         /// Of their text.
         bytes: u64,
     },
+    /// For whom the gang waits now, if it stands still: in place of what was told before. It is shown, and not kept.
+    Stall(Option<Stall>),
+}
+
+/// A gang stands still.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stall {
+    pub since_unix_ms: u64,
+    /// For whom it waits and what those do, in one line.
+    pub what: String,
 }
 
 /// Bytes that a line of output counts where there is a budget: its text, and what an event takes besides.

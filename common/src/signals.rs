@@ -1,7 +1,25 @@
-//! What it means when more than one signal asks a process to end.
+//! What signals mean to fleet's own programs.
 
+use nix::sys::signal::{SigSet, Signal};
 use std::time::Duration;
 
 /// One that follows another within this time says nothing new: GNU `timeout` strikes its child and then the whole process group, and a
 /// scheduler does much the same. Only one that comes later asks for the end at once, without what would still be saved.
 pub const AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// For the first lines of `main`: a file that grows beyond a limit (`ulimit -f`) is an error of the writing, which names the file, and not
+/// the end of this process without a word. Threads that start later and programs that are run from here have it from this one.
+pub fn mind_no_file_limit() {
+    let _ = file_limit().thread_block(); // fails for no valid set
+}
+
+/// For a process that becomes somebody else's program: the limit strikes it as it would in a shell.
+pub fn mind_the_file_limit() {
+    let _ = file_limit().thread_unblock();
+}
+
+fn file_limit() -> SigSet {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGXFSZ);
+    set
+}

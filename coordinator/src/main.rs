@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use fleet_common::net::{CERTIFICATE_LIFE, JoinToken, NetError, TokenError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{arguments, exit, files, terminal};
+use fleet_common::{arguments, exit, files, signals, terminal};
 use fleet_coordinator::server::operator::{self, Step};
 use fleet_coordinator::server::{Coordinator, Options, Places, backup, behind, restore};
 use std::io::Write;
@@ -158,6 +158,7 @@ fn life(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
+    signals::mind_no_file_limit();
     // RocksDB makes its files as the process may; a coordinator starts no programs.
     files::restrict_process();
     let done = match arguments::parse::<Cli>().command {

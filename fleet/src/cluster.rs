@@ -218,7 +218,8 @@ fn nowhere(mut logins: Vec<String>) -> String {
     format!("no `fleet launch` runs on this machine; name a cluster with --cluster or FLEET_CLUSTER: {named}")
 }
 
-fn logins() -> Result<Vec<(String, Login)>, Failure> {
+/// All that `fleet login` stored, by their names.
+pub fn logins() -> Result<Vec<(String, Login)>, Failure> {
     let entries = std::fs::read_dir(places::logins_dir()?).into_iter().flatten().flatten();
     let logins = entries.filter_map(|entry| {
         let login = serde_json::from_slice(&std::fs::read(entry.path().join(LOGIN)).ok()?).ok()?;

@@ -54,6 +54,7 @@ pub fn event(event: &Event) -> Value {
             json!({"event": "memory", "first_rank": first_rank, "rss_mib": rss_mib, "pss_mib": pss_mib})
         }
         EventBody::Finished(outcome) => finished(outcome),
+        EventBody::Stall(stall) => json!({"event": "stall", "stall": stall}),
         EventBody::LeftOut { lines, bytes } => json!({"event": "left_out", "lines": lines, "bytes": bytes}),
     };
     line["time"] = json!(event.unix_ms);

@@ -8,6 +8,7 @@ mod environment;
 mod failure;
 mod json;
 mod launch;
+mod meant;
 mod out;
 mod places;
 mod programs;
@@ -18,7 +19,7 @@ mod text;
 use clap::{Parser, Subcommand};
 use failure::Failure;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{arguments, exit};
+use fleet_common::{arguments, exit, signals};
 use std::process::ExitCode;
 
 /// Trains neural networks on a cluster.
@@ -61,12 +62,14 @@ enum Command {
     Login(commands::login::Args),
     Generate(commands::generate::Args),
     Logits(commands::logits::Args),
+    Eval(commands::eval::Args),
     Config(commands::config::Args),
 }
 
 fn main() -> ExitCode {
+    signals::mind_no_file_limit();
     let started_unix_ms = places::unix_ms();
-    let cli: Cli = arguments::parse();
+    let cli: Cli = arguments::parse_or(meant::cure);
     telemetry::init(LogFormat::Human, "warn");
     // an empty variable is an unset one
     let name = cli.cluster.as_deref().filter(|wish| !wish.is_empty());
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
         Command::Login(args) => commands::login::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),
     };
     match (done, out::lost()) {
@@ -142,6 +146,7 @@ mod tests {
         for takes in [
             "--cluster X jobs",
             "generate --model m --prompt X",
+            "eval --model m --data a b --set X",
             "launch job.toml --set X",
             "submit job.toml --set X",
             "submit --id X job.toml",
@@ -155,6 +160,7 @@ mod tests {
         }
         for path in [
             "generate --model X --prompt p",
+            "eval --model m --data a --data X",
             "launch job.toml --data-dir X",
             "status --data-dir X",
             "submit --env-file X -- program",

@@ -16,6 +16,8 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 static CLOSED: AtomicBool = AtomicBool::new(false);
+/// The same of stderr, for what a program writes there.
+static ERROR_CLOSED: AtomicBool = AtomicBool::new(false);
 /// Why stdout could not be written, where nobody has closed it.
 static LOST: OnceLock<String> = OnceLock::new();
 
@@ -27,6 +29,11 @@ pub fn is_closed() -> bool {
 /// Whether something could not be written because whoever read it is gone.
 pub fn reader_is_gone() -> bool {
     is_closed() && lost().is_none()
+}
+
+/// Whether something of a program could not be written to stderr because whoever read it is gone.
+pub fn error_reader_is_gone() -> bool {
+    ERROR_CLOSED.load(Ordering::Relaxed)
 }
 
 /// Waits until nothing can be written any more, also where nothing is.
@@ -79,9 +86,13 @@ pub fn own_output(bytes: &[u8]) {
     write(bytes);
 }
 
-/// The same on stderr; a closed stderr is nobody's loss.
+/// The same on stderr; one that is full is nobody's loss.
 pub fn own_error(bytes: &[u8]) {
-    let _ = std::io::stderr().lock().write_all(bytes);
+    if let Err(error) = std::io::stderr().lock().write_all(bytes)
+        && error.kind() == ErrorKind::BrokenPipe
+    {
+        ERROR_CLOSED.store(true, Ordering::Relaxed);
+    }
 }
 
 fn print(text: &str) {

@@ -128,7 +128,7 @@ impl Report {
         let summary = &mut self.summary;
         match &event.body {
             EventBody::Step(step) => {
-                summary.steps = step.step;
+                summary.steps = summary.steps.max(step.step);
                 summary.final_loss = Some(step.loss);
                 summary.tokens_per_s = Some(step.tokens_per_s);
                 if summary.first_step_s.is_none() {
@@ -138,9 +138,14 @@ impl Report {
             }
             EventBody::Eval(eval) => {
                 self.first_eval.get_or_insert(eval.loss);
+                summary.steps = summary.steps.max(eval.step);
                 summary.eval_loss = Some(eval.loss);
             }
-            EventBody::Checkpoint(checkpoint) => summary.checkpoint = Some(checkpoint.path.clone()),
+            EventBody::Checkpoint(checkpoint) => {
+                summary.checkpoint = Some(checkpoint.path.clone());
+                summary.steps = summary.steps.max(checkpoint.step);
+            }
+            EventBody::CheckpointFailed { step, .. } => summary.steps = summary.steps.max(*step),
             EventBody::Memory { first_rank, rss_mib, .. } => {
                 self.memory_mib = rss_mib.iter().copied().max().unwrap_or_default();
                 let first = *first_rank as usize;
@@ -221,7 +226,7 @@ impl Report {
                 }
             }
             EventBody::LeftOut { lines, bytes } => format!("[node] {}", left_out(*lines, *bytes)),
-            EventBody::Memory { .. } | EventBody::Finished(_) => return None,
+            EventBody::Memory { .. } | EventBody::Stall(_) | EventBody::Finished(_) => return None,
         })
     }
 
@@ -338,8 +343,11 @@ fn last_words(summary: &Summary, first_eval: Option<f64>, program: bool) -> Vec<
     }
     let job = summary.job.as_deref().unwrap_or("the job");
     let mut parts = vec![format!("{job} {}", summary.status)];
-    if summary.steps > 0 {
-        parts.push(format!("{} steps", summary.steps));
+    // Not every step is told; how far one came that failed is known from the last that was.
+    match (summary.status, summary.steps) {
+        (_, 0) => {}
+        ("failed", steps) => parts.push(format!("{steps} steps or more")),
+        (_, steps) => parts.push(format!("{steps} steps")),
     }
     if let Some(loss) = summary.final_loss {
         parts.push(format!("loss {loss:.4}"));
@@ -447,6 +455,17 @@ mod tests {
         assert_eq!(summary.peak_rss_mib, [200, 300]);
         assert_eq!((summary.steps, summary.final_loss, summary.eval_loss), (2, Some(6.0), Some(6.5)));
         assert_eq!((summary.status, &summary.error.unwrap()["message"]), ("failed", &Value::from("gone")));
+    }
+
+    #[test]
+    fn of_a_failed_job_no_more_is_said_than_is_known() {
+        let mut report = Report::new(Style::Program { ranks: 1 }, None);
+        report.event(&event(0, step(1, 7.0)));
+        let error = "no space left on device".to_owned();
+        report.event(&event(0, EventBody::CheckpointFailed { step: 8, error }));
+        let summary = report.finish(End::Failed { message: "gone".into(), code: 1 });
+        let words = last_words(&summary, None, false).join("\n");
+        assert!(words.contains("the job failed, 8 steps or more"), "{words}");
     }
 
     #[test]

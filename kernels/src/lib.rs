@@ -18,6 +18,7 @@ mod activation;
 mod adamw;
 mod attention;
 mod cross_entropy;
+pub mod cuda;
 mod element;
 mod elementwise;
 mod embedding;

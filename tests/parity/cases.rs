@@ -89,3 +89,13 @@ pub fn apart(a: &[f32], b: &[f32], floor: f32) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0f32, |most, (a, b)| most.max((a - b).abs())) / largest(b).max(floor)
 }
+
+/// Targets that are the likeliest token.
+pub fn hits(logits: &[f32], targets: &[i64]) -> u64 {
+    let rows = logits.chunks(logits.len() / targets.len());
+    let first_largest = |row: &[f32]| {
+        let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        row.iter().position(|x| *x == largest).unwrap() as i64
+    };
+    rows.zip(targets).filter(|(row, target)| first_largest(row) == **target).count() as u64
+}

@@ -79,13 +79,14 @@ def train(model, batches):
 def gradients(model, batch):
     model.zero_grad()
     model(input_ids=batch, labels=batch).loss.backward()
-    return {name: p.grad.clone().contiguous() for name, p in model.named_parameters()}
+    return {name: p.grad.float().contiguous() for name, p in model.named_parameters()}
 
 
 def make(name, seed, out):
     model = model_of(name, seed)
     model.save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
+    model = model.double()  # so that what differs is fleet's own rounding
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(0, VOCAB, (2, 40), generator=generator)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def make(name, seed, out):
     stride = torch.randint(1, 4, (STEPS, BATCH, 1), generator=generator)
     batches = (start + stride * torch.arange(SEQUENCE)) % VOCAB
     # A new one: transformers' dynamic rotary embeddings remember the longest sequence.
-    losses, norms = train(model_of(name, seed), batches)
+    losses, norms = train(model_of(name, seed).double(), batches)
     f64 = lambda list: torch.tensor(list, dtype=torch.float64)
     save_file(
         dict(ids=ids, logits=logits.contiguous(), loss=f64([loss.item()]), greedy=greedy.contiguous(), batches=batches.contiguous(),
@@ -120,4 +121,5 @@ def main():
     (args.out / "hyper.json").write_text(json.dumps(HYPER, indent=2) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ mod process;
 pub mod sim;
 pub mod source;
 pub mod submits;
+mod terminal;
 mod world;
 
 pub use client::Client;
@@ -20,6 +21,7 @@ pub use coordinators::Coordinators;
 pub use jobs::{TinyJob, corpus};
 pub use network::{Network, Relay};
 pub use process::{Finished, Running};
+pub use terminal::Terminal;
 pub use world::{Standing, World, end_worlds_on_signals};
 
 use std::path::PathBuf;

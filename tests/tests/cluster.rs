@@ -181,6 +181,10 @@ fn a_job_that_is_submitted_runs_on_a_worker_and_is_seen_by_every_command() {
     assert_eq!(checkpoints.as_array().map(Vec::len), Some(2), "{checkpoints}");
     let logs = world.run("fleet", &["logs", "job-1", "--json", "--cluster", cluster.cluster()]).expect(0);
     assert_eq!(logs.losses(), done.losses(), "the history is what was watched");
+    for full in [&[][..], &["--full"]] {
+        let args = [&["logs", "job-1", "--rank", "2", "--cluster", cluster.cluster()], full].concat();
+        world.run("fleet", &args).expect(2).says("job-1 has no rank 2: its ranks are 0 to 1");
+    }
     // A node keeps its name and certificate: no token is needed again.
     drop(worker);
     let mut again = world.command("worker");

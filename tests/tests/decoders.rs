@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
 use fleet_common::codec;
-use fleet_common::events::{CheckpointRecord, Event, EventBatch, EventBody, JobError, Level, Outcome, Shard};
+use fleet_common::events::{
+    CheckpointRecord, Event, EventBatch, EventBody, JobError, Level, Outcome, Shard, Stall,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
 use fleet_common::net::{Authorities, PrivateKey};
@@ -90,6 +92,7 @@ fn events() -> EventBatch {
         EventBody::Log { rank: Some(1), level: Level::Warn, line: "l".into() },
         EventBody::Memory { first_rank: 0, rss_mib: vec![7], pss_mib: vec![6] },
         EventBody::Checkpoint(checkpoint),
+        EventBody::Stall(Some(Stall { since_unix_ms: 4, what: "rank 1 has not come".into() })),
         EventBody::Finished(Outcome::Failed(failure())),
     ];
     let events = bodies.into_iter().map(|body| Event { unix_ms: 3, body }).collect();

@@ -51,6 +51,22 @@ fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
     let pid = world.ranks()[1];
     strike(pid, Signal::SIGSTOP);
     let begun = Instant::now();
+    let stall = || {
+        let shown = world.run("fleet", &["status", "job-1", "--json"]).expect(0).stdout.concat();
+        serde_json::from_str::<Value>(&shown).unwrap()["stall"].clone()
+    };
+    eventually("its status says for whom it waits", || {
+        stall()["what"]
+            .as_str()
+            .is_some_and(|what| what.contains(&format!("process {pid}, stopped by a signal")))
+    });
+    world
+        .run("fleet", &["status", "job-1"])
+        .expect(0)
+        .stdout
+        .iter()
+        .find(|line| line.starts_with("stands still for "))
+        .unwrap();
     let stalled = launch.until("a stall", |value| is_logged(value, "warn", "has not come to"));
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     let line = stalled["line"].as_str().unwrap().to_owned();
@@ -61,6 +77,7 @@ fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
     assert!(logs.stdout.iter().any(|said| said.contains(&line)), "{}", logs.all());
     strike(pid, Signal::SIGCONT);
     launch.until("going on", |value| is_logged(value, "info", "the ranks go on after"));
+    eventually("its status says nothing of it any more", || stall().is_null());
     let done = launch.finish().expect(0);
     assert_eq!(done.summary()["status"], "succeeded", "{}", done.all());
     world.is_empty_soon();

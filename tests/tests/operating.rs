@@ -128,6 +128,29 @@ fn a_login_learns_of_coordinators_that_joined_after_it() {
 }
 
 #[test]
+fn a_second_cluster_on_a_host_does_not_take_the_first_ones_name() {
+    let world = World::new();
+    let clusters = [1, 2].map(|n| world.coordinator(&world.path(&format!("cluster-{n}")), ANY));
+    let login = |cluster: &Standing, more: &[&str]| {
+        let token = cluster.data_dir.join("tokens/client.token").display().to_string();
+        let args = [&["login", &cluster.endpoint.quic, "--token-file", &token], more].concat();
+        let said = world.run("fleet", &args).expect(0).stdout.concat();
+        said.split_once("--cluster ").and_then(|(_, name)| name.split(' ').next()).unwrap().to_owned()
+    };
+    let [first, second] = &clusters;
+    assert_eq!(login(first, &[]), "127.0.0.1");
+    let long = second.endpoint.quic.replace(':', "-");
+    assert_eq!(login(second, &[]), long);
+    for name in ["127.0.0.1", &long, &first.endpoint.quic, &second.endpoint.quic] {
+        world.run("fleet", &["nodes", "--cluster", name]).expect(0);
+    }
+    // The same cluster again is the same login.
+    assert_eq!(login(first, &[]), "127.0.0.1");
+    // Who names it means it.
+    assert_eq!(login(second, &["--name", "127.0.0.1"]), "127.0.0.1");
+}
+
+#[test]
 fn a_command_says_what_came_of_it() {
     let world = World::new();
     let cluster = world.coordinator(&world.path("cluster"), ANY);

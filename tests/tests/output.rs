@@ -4,7 +4,8 @@
 
 use fleet_tests::{Finished, World, eventually};
 use std::fs::{self, File};
-use std::process::{Command, Output};
+use std::io::Read;
+use std::process::{Command, Output, Stdio};
 
 /// A progress bar of more than 4 KiB that an error writes over, a line of 5,014 bytes, and a code of its own.
 const BAR: &str = r#"n=0; while [ $n -lt 150 ]; do n=$((n + 1)); printf '\r%4d%%|##########          | %d/150 [00:01<00:00]' $n $n >&2; done
@@ -60,6 +61,32 @@ fn a_talkative_program_waits_for_who_reads_and_loses_nothing() {
     assert!(done.status.success());
     let expected: String = (1..=100_000).map(|n| format!("{n}\n")).collect::<String>().repeat(20);
     assert!(done.stdout == expected.as_bytes(), "{} bytes of {}", done.stdout.len(), expected.len());
+}
+
+/// Larger than a cluster's own files, smaller than what a worker keeps of a rank's output in one.
+const FILE_LIMIT: &str = "ulimit -f 8192"; // blocks of 512 bytes
+
+#[test]
+fn a_limit_of_files_costs_the_copy_of_an_output_and_ends_a_program_as_in_a_shell() {
+    let world = World::new();
+    let fleet = fleet_tests::program("fleet").display().to_string();
+    let limited = |script: &str| {
+        let launch = format!("{FILE_LIMIT}; exec {fleet} launch -n 1 -- sh -c '{script}'");
+        world.enter(Command::new("sh")).args(["-c", &launch]).output().unwrap()
+    };
+    let done = limited("seq 1000000");
+    let expected: String = (1..=1_000_000).map(|n| format!("{n}\n")).collect();
+    assert!(
+        done.stdout == expected.as_bytes(),
+        "{} bytes of {}: {}",
+        done.stdout.len(),
+        expected.len(),
+        String::from_utf8_lossy(&done.stderr)
+    );
+    assert_eq!(done.status.code(), Some(0));
+    let done = limited("exec dd if=/dev/zero of=large bs=65536 count=100");
+    assert_eq!(done.status.code(), Some(128 + 25), "{}", String::from_utf8_lossy(&done.stderr));
+    world.is_empty_soon();
 }
 
 #[test]
@@ -120,6 +147,29 @@ fn a_program_whose_reader_goes_away_ends_as_in_a_shell() {
         assert_eq!(fs::read_to_string(world.path("code")).unwrap(), "141\n");
         world.is_empty_soon();
     }
+}
+
+#[test]
+fn a_program_whose_errors_nobody_reads_any_more_ends_as_in_a_shell() {
+    let world = World::new();
+    let mut command = world.command("fleet");
+    let script = "while echo more >&2; do sleep 0.01; done; echo on > on";
+    command
+        .args(["launch", "-n", "1", "--", "sh", "-c", script])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut launch = command.spawn().unwrap();
+    let mut begin = [0; 5];
+    launch.stderr.take().unwrap().read_exact(&mut begin).unwrap(); // closed with that
+    assert_eq!(&begin, b"more\n");
+    let mut code = None;
+    eventually("it ends", || {
+        code = launch.try_wait().unwrap();
+        code.is_some()
+    });
+    assert_eq!(code.unwrap().code(), Some(128 + 13));
+    assert!(!world.path("on").exists());
+    world.is_empty_soon();
 }
 
 #[test]

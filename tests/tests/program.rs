@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{Running, World, eventually};
+use fleet_tests::{Running, Terminal, World, eventually};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 #[test]
 fn a_program_finds_its_rank_and_its_peers_in_the_environment() {
@@ -61,6 +61,46 @@ fn a_rank_that_dies_by_a_signal_gives_128_and_the_signal() {
 }
 
 #[test]
+fn the_other_ranks_of_one_that_fails_can_save_before_they_end() {
+    let world = World::new();
+    let saves = "trap 'sleep 2; echo saved > saved; echo kept; exit 9' TERM; echo > ready; while :; do sleep 0.1; done";
+    let script =
+        format!("if [ $RANK = 1 ]; then until [ -e ready ]; do sleep 0.01; done; exit 7; fi; {saves}");
+    let done = world.run("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", &script]).expect(7);
+    assert!(world.path("saved").is_file(), "{}", done.all());
+    let logs = done.events("log");
+    assert!(logs.iter().any(|log| log["line"] == "kept" && log["rank"] == 0), "{}", done.all());
+    assert!(
+        logs.iter().any(|log| log["line"] == "of the other ranks: exit code 9 (rank 0)"),
+        "{}",
+        done.all()
+    );
+    assert_eq!(done.summary()["error"]["rank"], 1);
+    world.is_empty_soon();
+}
+
+#[test]
+fn who_does_not_want_to_wait_for_the_other_ranks_asks_twice() {
+    let world = World::new();
+    let stays = "trap 'echo asked' TERM INT; echo > ready; while :; do sleep 0.1; done";
+    let script =
+        format!("if [ $RANK = 1 ]; then until [ -e ready ]; do sleep 0.01; done; exit 7; fi; {stays}");
+    let mut launch = world.start("fleet", &["launch", "-n", "2", "--json", "--", "sh", "-c", &script]);
+    launch.until("asked", |line| line["line"] == "asked");
+    launch.signal(Signal::SIGINT);
+    launch.until_it_says("once more, after a second, stops at once");
+    eventually("it ends", || {
+        let ended = launch.has_ended();
+        if !ended {
+            launch.signal(Signal::SIGINT);
+        }
+        ended
+    });
+    launch.finish().expect(130);
+    world.is_empty_soon();
+}
+
+#[test]
 fn a_program_that_does_not_exist_is_named() {
     let world = World::new();
     let done = world.run("fleet", &["launch", "-n", "1", "--", "no-such-program-here"]);
@@ -70,6 +110,7 @@ fn a_program_that_does_not_exist_is_named() {
         line,
         "error: rank 0 on local could not start: no-such-program-here: No such file or directory (os error 2)"
     );
+    assert_eq!(done.stderr.matches("no-such-program-here").count(), 1, "said once: {}", done.all());
 }
 
 #[test]
@@ -122,21 +163,56 @@ fn rank_0_reads_what_the_launch_is_given_to_read() {
 }
 
 #[test]
-fn nobody_reads_from_a_terminal_and_nothing_waits_for_it() {
+fn rank_0_alone_reads_what_is_typed_at_a_terminal() {
     let world = World::new();
-    let mut command = world.enter(Command::new("python3"));
-    command.args(["-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]);
-    command.arg(fleet_tests::program("fleet")).args([
-        "launch",
-        "-n",
-        "1",
-        "--",
-        "sh",
-        "-c",
-        "cat; echo read",
-    ]);
-    let done = Running::start(command).finish().expect(0);
-    assert!(done.stdout.concat().contains("read"), "{}", done.all());
+    let script =
+        "if [ $RANK = 1 ]; then cat > typed-1; exit; fi; echo ready; read x; echo got $x; cat > typed-0";
+    let mut terminal = Terminal::start(&world, &["fleet", "launch", "-n", "2", "--", "sh", "-c", script]);
+    terminal.until("ready");
+    terminal.type_in("first\n");
+    terminal.until("got first");
+    terminal.type_in("second\n\x04");
+    assert_eq!(terminal.finish(), Some(0));
+    let typed = |rank: u32| std::fs::read_to_string(world.path(&format!("typed-{rank}"))).unwrap();
+    assert_eq!((typed(0).as_str(), typed(1).as_str()), ("second\n", ""));
+    world.is_empty_soon();
+}
+
+#[test]
+fn ctrl_c_at_a_terminal_interrupts_a_program_that_waits_for_a_line() {
+    let world = World::new();
+    let script = "trap 'echo caught; exit 3' INT; echo ready; read x";
+    let mut terminal = Terminal::start(&world, &["fleet", "launch", "-n", "1", "--", "sh", "-c", script]);
+    terminal.until("ready");
+    terminal.type_in("\x03");
+    terminal.until("caught");
+    assert_eq!(terminal.finish(), Some(130));
+    world.is_empty_soon();
+}
+
+#[test]
+fn who_asks_for_the_terminal_itself_is_told_that_there_is_none() {
+    let world = World::new();
+    let script = "(read x < /dev/tty) 2> /dev/null || echo nobody to ask";
+    let terminal = Terminal::start(&world, &["fleet", "launch", "-n", "1", "--", "sh", "-c", script]);
+    terminal.until("nobody to ask");
+    assert_eq!(terminal.finish(), Some(0));
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_launch_in_the_background_takes_nothing_that_is_typed() {
+    let world = World::new();
+    let launch = format!(
+        "{} launch -n 1 -- sh -c 'cat; echo nothing to read'",
+        fleet_tests::program("fleet").display()
+    );
+    let mut terminal =
+        Terminal::start(&world, &["sh", "-c", &format!("set -m; {launch} & wait; read x; echo $x too")]);
+    terminal.until("nothing to read");
+    terminal.type_in("mine\n");
+    terminal.until("mine too");
+    assert_eq!(terminal.finish(), Some(0));
     world.is_empty_soon();
 }
 

@@ -49,6 +49,23 @@ fn there_is_one_tls_provider() {
     assert_eq!(found, Vec::<&str>::new());
 }
 
+#[test]
+fn the_trainer_knows_no_device_no_transport_and_no_executor() {
+    // That `fleet-learn` reaches neither executor nor libtorch is the first test's; within it the trainer sees a `Learner` alone.
+    let mut found = Vec::new();
+    visit("worker/learn/src/trainer", &mut |path, text| {
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for word in
+            ["cuda", "Shm", "strategy::Shared", "strategy::Solo", "Executor", "Units", "kernels", "Device"]
+        {
+            if code.contains(word) {
+                found.push(format!("{}: {word}", path.display()));
+            }
+        }
+    });
+    assert_eq!(found, Vec::<String>::new(), "see worker/learn/src/engine.rs");
+}
+
 /// Families of models, whose names stand in their own files alone: whoever else names one would have to be told of the next.
 const FAMILIES: [&str; 7] = ["mistral", "qwen2", "qwen3", "phi", "gpt2", "opt", "bloom"];
 
@@ -79,9 +96,9 @@ const UNSAFE_HOMES: [&str; 7] = [
     "kernels",
     "worker/collectives/src/shm",
     "worker/collectives/src/nccl",
-    "worker/rank/src/shim",
+    "worker/learn/src/shim",
     "worker/cpu/src/shim.rs",
-    "worker/torch/src/shim.rs",
+    "worker/torch/src/shim",
     // Maps files into memory, for all readers of weights and token caches.
     "common/src/mapped.rs",
 ];

@@ -3,7 +3,15 @@
 use std::path::PathBuf;
 
 fn main() {
-    println!("cargo:rerun-if-changed=shim/shim.cpp");
+    let kernels = "../../kernels/cuda";
+    for file in [
+        "shim/shim.cpp",
+        "shim/emulated.cpp",
+        &format!("{kernels}/fused.cu"),
+        &format!("{kernels}/emulated.h"),
+    ] {
+        println!("cargo:rerun-if-changed={file}");
+    }
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     // tch passes on where torch-sys found libtorch.
     let lib = PathBuf::from(
@@ -26,6 +34,18 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .warnings(false)
         .compile("fleet_torch_shim");
+
+    // Only tests call these; a program that does not is linked without them.
+    for (element, prefix) in [("float", "fleet_f32_"), ("bf16", "fleet_bf16_")] {
+        cc::Build::new()
+            .cpp(true)
+            .file("shim/emulated.cpp")
+            .flag("-std=c++17")
+            .define("ELEMENT", element)
+            .define("PREFIX", prefix)
+            .warnings(false)
+            .compile(&format!("{prefix}emulated"));
+    }
 
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=dylib=torch_cpu");

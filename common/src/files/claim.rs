@@ -12,6 +12,9 @@ const OTHERS: u32 = 0o077;
 /// A mode of directories that all may write to, such as the temporary one.
 const STICKY: u32 = 0o1000;
 
+/// Endings of files that an operator puts beside a service.
+const BESIDE: [&str; 6] = ["token", "log", "out", "err", "pid", "env"];
+
 /// Makes `dir`, or takes it over for `kind`: an empty one without a word, one that is kept for the same as `mend` does. One that is kept for
 /// something else, or holds files that are not fleet's, is refused before anything is written.
 pub fn claim(dir: &Path, kind: Kind) -> io::Result<Option<String>> {
@@ -93,13 +96,21 @@ pub fn mend(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     )))
 }
 
-/// What lies in `dir` and is none of `contents`.
+/// What lies in `dir`, is none of `contents`, and looks like somebody's data. What an operator puts beside a service is none: the token that it
+/// joins with, its log, its pid.
 fn first_of_others(dir: &Path, contents: &[&str]) -> io::Result<Option<String>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|error| cannot("read", dir, &error))?,
     };
-    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let beside = |entry: &fs::DirEntry| {
+        let name = entry.file_name();
+        let ending = Path::new(&name).extension().and_then(|ending| ending.to_str());
+        ending.is_some_and(|ending| BESIDE.contains(&ending))
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+    };
+    let others = entries.flatten().filter(|entry| !beside(entry));
+    let names = others.map(|entry| entry.file_name().to_string_lossy().into_owned());
     // The root of a file system has the first, and tools hide theirs.
     let counts =
         |name: &String| name != "lost+found" && !name.starts_with('.') && !contents.contains(&name.as_str());
@@ -252,6 +263,20 @@ mod tests {
         let why = claim(&project, Kind::Worker).unwrap_err().to_string();
         assert!(why.contains("for temporary files of everybody"), "{why}");
         assert_eq!(mode(&project), 0o1777);
+    }
+
+    #[test]
+    fn what_an_operator_put_there_before_the_first_start_is_nobodys_data() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["worker.token", "worker.log", "nohup.out"] {
+            fs::write(dir.path().join(name), "x").unwrap();
+        }
+        assert_eq!(claim(dir.path(), Kind::Worker).unwrap(), None);
+        assert_eq!(mode(dir.path()), 0o700);
+        let other = dir.path().join("other");
+        fs::create_dir_all(other.join("notes.log")).unwrap();
+        let why = claim(&other, Kind::Worker).unwrap_err().to_string();
+        assert!(why.contains("such as notes.log"), "a directory is somebody's: {why}");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Names that other tools (transformers, TRL, axolotl, Lightning) have for what fleet calls otherwise, always does, or leaves out.
+//! Names that other tools (transformers, TRL, axolotl, Lightning, nanoGPT, litgpt, Megatron) have for what fleet calls otherwise, always does, or
+//! leaves out.
 
 /// What to do instead of a key of another tool, in whichever table it stands.
 pub(super) fn instead(key: &str) -> Option<&'static str> {
@@ -16,7 +17,19 @@ const SPREAD: &str = "`-n` of the command, or `devices`, says how many ranks the
 #[rustfmt::skip]
 const NAMES: &[(&[&str], &str)] = &[
     (&["warmup_ratio"], "write `warmup_steps`, as a number of steps; left out it is 50, and at most a tenth of the run"),
-    (&["num_warmup_steps"], "write `warmup_steps`"),
+    (&["num_warmup_steps", "warmup_iters", "lr_warmup_steps", "lr_warmup_iters"], "write `warmup_steps`"),
+    (&["min_lr", "lr_min", "eta_min", "final_lr"], "write `min_lr_ratio`, the lowest rate as a share of `learning_rate`"),
+    (&["global_batch_size", "total_batch_size", "effective_batch_size"],
+        "write `batch_size`, the sequences of one rank, and `accumulate_grad_batches`: their product with the number of ranks is the global batch"),
+    (&["gradient_accumulation_iters"], "write `accumulate_grad_batches`"),
+    (&["n_embd", "n_embed", "d_model", "hidden_dim", "embed_dim"], "write `model.hidden_size`"),
+    (&["n_head", "n_heads", "num_heads"], "write `model.num_attention_heads`"),
+    (&["n_kv_head", "n_kv_heads", "n_query_groups", "num_query_groups"], "write `model.num_key_value_heads`"),
+    (&["n_layer", "n_layers", "num_layers"], "write `model.num_hidden_layers`"),
+    (&["n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"], "write `model.intermediate_size`"),
+    (&["n_positions", "n_ctx"], "write `model.max_position_embeddings`"),
+    (&["padded_vocab_size", "padding_multiple", "make_vocab_size_divisible_by"], "write `vocab_size`"),
+    (&["dropout", "dropout_rate", "hidden_dropout"], "it trains without dropout; take the key out"),
     (&["shuffle", "shuffle_dataset", "data_seed"], "the data are always shuffled, anew in every epoch, and `seed` says how; take the key out"),
     (&["packing", "sample_packing", "eval_packing", "eval_sample_packing", "pad_to_sequence_len", "group_by_length", "train_sampling_strategy"],
         "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
@@ -34,22 +47,27 @@ const NAMES: &[(&[&str], &str)] = &[
         "write `data.validation_fraction`, the share of the documents that is held out"),
     (&["optim", "optimizer_type", "optim_args"], "the optimizer is AdamW; take the key out"),
     (&["lr_scheduler", "scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio"], "write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\", and `min_lr_ratio`"),
-    (&["gradient_clip_val", "gradient_clipping", "grad_clip", "clip_grad_norm"], "write `max_grad_norm`"),
+    (&["decay_lr", "lr_decay_style"], "write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\""),
+    (&["lr_decay_iters", "lr_decay_steps"], "the rate falls until the run's end, which `max_steps` or `epochs` says; take the key out"),
+    (&["gradient_clip_val", "gradient_clipping", "grad_clip", "clip_grad", "clip_grad_norm", "max_norm"], "write `max_grad_norm`"),
     (&["max_epochs", "n_epochs"], "write `epochs`"),
-    (&["max_train_steps", "num_train_steps", "train_steps"], "write `max_steps`"),
-    (&["max_train_samples", "max_samples", "limit_train_batches"], "`max_steps` ends a run early; take the key out"),
-    (&["max_eval_samples", "limit_val_batches"], "write `max_eval_examples`"),
-    (&["eval_strategy", "evaluation_strategy", "do_eval", "eval_on_start", "evals_per_epoch", "val_check_interval", "check_val_every_n_epoch", "eval_delay"],
+    (&["max_train_steps", "num_train_steps", "train_steps", "max_iters", "train_iters"], "write `max_steps`"),
+    (&["max_train_samples", "max_samples", "limit_train_batches", "max_tokens"], "`max_steps` ends a run early; take the key out"),
+    (&["max_eval_samples", "limit_val_batches", "eval_iters"], "write `max_eval_examples`"),
+    (&["eval_strategy", "evaluation_strategy", "do_eval", "eval_on_start", "evals_per_epoch", "val_check_interval", "check_val_every_n_epoch", "eval_delay",
+        "eval_interval", "eval_every"],
         "write `eval_steps`, where 0 is never"),
-    (&["save_strategy", "saves_per_epoch", "save_only_model", "save_safetensors", "enable_checkpointing"],
+    (&["save_strategy", "saves_per_epoch", "save_only_model", "save_safetensors", "enable_checkpointing", "save_interval",
+        "save_every", "checkpoint_interval", "always_save_checkpoint"],
         "write `save_steps`, where 0 is at the end alone; a checkpoint has all that a run needs to go on, in safetensors"),
-    (&["logging_strategy", "log_every_n_steps", "logging_first_step"], "write `logging_steps`; the first step is always told"),
+    (&["logging_strategy", "log_every_n_steps", "logging_first_step", "log_interval", "log_every"], "write `logging_steps`; the first step is always told"),
     (&["load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"],
         "a run goes to its end and keeps its newest checkpoints; take the key out"),
     (&["gradient_checkpointing", "gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
         "there is one way to compute, and nothing to choose; take the key out"),
     (&["num_workers", "dataset_num_proc", "preprocessing_num_workers", "dataset_prepared_path", "overwrite_cache"], PREPARED),
-    (&["deepspeed", "fsdp", "accelerator", "local_rank", "num_processes", "accelerator_config"], SPREAD),
+    (&["deepspeed", "fsdp", "accelerator", "local_rank", "num_processes", "accelerator_config", "tensor_model_parallel_size",
+        "pipeline_model_parallel_size"], SPREAD),
     (&["push_to_hub"], HUB),
     (&["use_cpu", "no_cuda", "use_mps_device"], "write `device`"),
     (&["do_train", "do_predict", "remove_unused_columns", "disable_tqdm", "label_names", "past_index"], "it has no meaning here; take the key out"),
@@ -61,12 +79,33 @@ const NAMES: &[(&[&str], &str)] = &[
 #[rustfmt::skip]
 const FAMILIES: &[(&str, &str)] = &[
     ("wandb_", RECORD), ("mlflow_", RECORD), ("hub_", HUB), ("dataloader_", PREPARED), ("fsdp_", SPREAD), ("ddp_", SPREAD),
+    ("lora_", "all weights are trained; take the key out"),
     ("torch_compile", "there is one way to compute, and nothing to choose; take the key out"),
 ];
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_small_trainers_call_otherwise_is_known() {
+        let names = [
+            ("min_lr", "min_lr_ratio"),
+            ("dropout", "without dropout"),
+            ("log_interval", "logging_steps"),
+            ("eval_interval", "eval_steps"),
+            ("model.n_head", "model.num_attention_heads"),
+            ("n_layer", "model.num_hidden_layers"),
+            ("n_embd", "model.hidden_size"),
+            ("block_size", "max_seq_len"),
+            ("global_batch_size", "accumulate_grad_batches"),
+            ("train.max_norm", "max_grad_norm"),
+            ("lora_query", "all weights"),
+        ];
+        for (name, wanted) in names {
+            assert!(instead(name).is_some_and(|text| text.contains(wanted)), "{name}: {:?}", instead(name));
+        }
+    }
 
     #[test]
     fn no_key_of_fleets_is_called_anothers_and_every_key_that_is_named_exists() {

@@ -5,10 +5,22 @@ use super::elsewhere;
 use super::error::JobFileError;
 use super::suggest::nearest;
 use super::value::{Kind, Place, Value};
+use crate::model::Family;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 /// Tables of a job file; their keys are named `table.key`.
-const TABLES: [&str; 7] = ["model", "tokenizer", "data", "data.clean", "optimizer", "checkpoint", "eval"];
+const TABLES: [&str; 9] = [
+    "model",
+    "model.rope_parameters",
+    "model.rope_scaling",
+    "tokenizer",
+    "data",
+    "data.clean",
+    "optimizer",
+    "checkpoint",
+    "eval",
+];
 
 /// Each setting: the name under which the parser asks for it, then its other spellings, which PyTorch Lightning, Hugging Face and older
 /// tools use. A dotted name is a key in a table.
@@ -38,26 +50,29 @@ pub(super) const SETTINGS: &[&[&str]] = &[
 
     &["vocab_size", "model.vocab_size", "tokenizer.vocab_size"],
     &["model.path"],
-    &["model.hidden_size"],
-    &["model.intermediate_size"],
-    &["model.num_hidden_layers"],
-    &["model.num_attention_heads"],
-    &["model.num_key_value_heads"],
-    &["model.head_dim"],
-    &["model.max_position_embeddings"],
-    &["model.rms_norm_eps"],
-    &["model.rope_theta"],
-    &["model.tie_word_embeddings"],
-    &["model.initializer_range"],
-    &["model.bos_token_id"],
-    &["model.eos_token_id"],
     &["model.model_type"],
     &["model.architectures"],
-    &["model.hidden_act"],
-    &["model.attention_bias"],
-    &["model.mlp_bias"],
+    &["model.bos_token_id"],
+    &["model.eos_token_id"],
     &["model.attention_dropout"],
-    &["model.rope_scaling"],
+    &["model.hidden_dropout"],
+    &["model.attn_pdrop"],
+    &["model.embd_pdrop"],
+    &["model.resid_pdrop"],
+    &["model.dropout"],
+    &["model.rope_theta", "model.rope_parameters.rope_theta", "model.rope_scaling.rope_theta"],
+    &["model.partial_rotary_factor", "model.rope_parameters.partial_rotary_factor", "model.rope_scaling.partial_rotary_factor"],
+    &["model.rope_parameters.rope_type", "model.rope_parameters.type", "model.rope_scaling.rope_type", "model.rope_scaling.type"],
+    &["model.rope_parameters.factor", "model.rope_scaling.factor"],
+    &["model.rope_parameters.original_max_position_embeddings", "model.rope_scaling.original_max_position_embeddings"],
+    &["model.rope_parameters.low_freq_factor", "model.rope_scaling.low_freq_factor"],
+    &["model.rope_parameters.high_freq_factor", "model.rope_scaling.high_freq_factor"],
+    &["model.rope_parameters.attention_factor", "model.rope_scaling.attention_factor"],
+    &["model.rope_parameters.mscale", "model.rope_scaling.mscale"],
+    &["model.rope_parameters.mscale_all_dim", "model.rope_scaling.mscale_all_dim"],
+    &["model.rope_parameters.beta_fast", "model.rope_scaling.beta_fast"],
+    &["model.rope_parameters.beta_slow", "model.rope_scaling.beta_slow"],
+    &["model.rope_parameters.truncate", "model.rope_scaling.truncate"],
 
     &["tokenizer.path"],
 
@@ -91,15 +106,49 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["eval.split"],
 ];
 
+/// What describes a new model beside these: `model.KEY` for every key of every family, which have one spelling.
+static DESCRIPTIONS: LazyLock<Vec<(&'static Family, Vec<String>)>> = LazyLock::new(|| {
+    let named = |family: &'static Family| {
+        (family, family.keys().into_iter().map(|key| format!("{DESCRIPTION}{key}")).collect())
+    };
+    Family::all().map(named).collect()
+});
+
+/// What a name begins with that describes a new model.
+const DESCRIPTION: &str = "model.";
+/// The directory of one that is there.
+const PATH: &str = "model.path";
+
+/// Keys of `[model]` that say nothing of its shape, or that every family has.
+const OF_ANY_MODEL: [&str; 6] = [
+    "vocab_size",
+    PATH,
+    "model.model_type",
+    "model.architectures",
+    "model.bos_token_id",
+    "model.eos_token_id",
+];
+
+/// Shares of what is dropped in training, as the families call them; fleet drops nothing.
+pub(super) const DROPOUTS: [&str; 6] = [
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "model.attn_pdrop",
+    "model.embd_pdrop",
+    "model.resid_pdrop",
+    "model.dropout",
+];
+
 /// Every key that a job file may have, in all spellings; a key in a table as `table.key`.
 pub fn keys() -> impl Iterator<Item = &'static str> {
-    SETTINGS.iter().copied().flatten().copied()
+    let described = DESCRIPTIONS.iter().flat_map(|(_, names)| names).map(String::as_str);
+    SETTINGS.iter().copied().flatten().copied().chain(described)
 }
 
 const ADAPTERS: &str = "it trains all weights; adapters (LoRA) come later";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
-const MODELS: &str = "describe a Llama in [model], or give a Hugging Face directory as `model.path`";
+const MODELS: &str = "describe a new one in [model], or give a Hugging Face directory as `model.path`";
 const DATASETS: &str = "give text files or folders as `data.path`; evaluation uses the part that `data.validation_fraction` holds out";
 const HISTORY: &str = "the history of runs is kept in the cluster; take the key out";
 const BACKENDS: &str = "write `device` and `precision` instead";
@@ -110,7 +159,7 @@ const PREFERENCES: &str = "training on preferences comes later";
 const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
     ("dataset_name", DATASETS), ("dataset_id", DATASETS), ("eval.dataset_id", DATASETS),
-    ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
+    ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("lora_rank", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
     ("target_modules", ADAPTERS), ("adapter", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS),
     ("load_in_8bit", ADAPTERS), ("load_in_4bit", ADAPTERS), ("bias", ADAPTERS), ("task_type", ADAPTERS), ("adapter_path", ADAPTERS),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
@@ -126,6 +175,8 @@ pub(super) struct Fields {
     /// First name -> the spelling used, and the value.
     given: BTreeMap<&'static str, (String, Value)>,
     file: Place,
+    /// What `model.model_type` says that a new model is.
+    pub family: &'static Family,
 }
 
 impl Fields {
@@ -135,17 +186,21 @@ impl Fields {
         table: Vec<(String, Value)>,
         sets: Vec<(String, Value)>,
     ) -> Result<Self, JobFileError> {
-        let mut fields = Fields { given: BTreeMap::new(), file: file.into() };
         let mut flat = Vec::new();
         flatten("", table, &mut flat)?;
+        let family = family(flat.iter().chain(&sets))?;
+        let is_path = |(key, value): &(String, Value)| key == PATH && !matches!(value.kind, Kind::Null);
+        let described = (!flat.iter().chain(&sets).any(is_path)).then_some(family);
+        let mut fields = Fields { given: BTreeMap::new(), file: file.into(), family };
         for (key, value) in flat {
             // a null of a file for other tools (`baseline_run_id`) switches something off that is not there
             let is_others = || later(&key).is_some() || elsewhere::instead(&key).is_some();
             if matches!(value.kind, Kind::Null) && is_others() {
                 continue;
             }
-            let name = known(&key, &value)?;
-            if matches!(value.kind, Kind::Null) {
+            let name = known(&key, &value, described)?;
+            // of a model's shape a null may say what nothing else does
+            if matches!(value.kind, Kind::Null) && SETTINGS.iter().any(|names| names[0] == name) {
                 continue;
             }
             match fields.given.get(name) {
@@ -166,7 +221,7 @@ impl Fields {
             }
         }
         for (key, value) in sets {
-            let name = known(&key, &value)?;
+            let name = known(&key, &value, described)?;
             fields.given.insert(name, (key, value));
         }
         Ok(fields)
@@ -226,7 +281,18 @@ impl Fields {
 
     /// One of the words; the second of each pair is what it means.
     pub fn word<T: Clone>(&self, name: &'static str, words: &[(&str, T)]) -> Result<Option<T>, JobFileError> {
-        let list: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+        self.word_of(name, words, |_| true)
+    }
+
+    /// As `word`, where some are known only to be refused later, with a better reason: what `is_possible` is what an error offers.
+    pub fn word_of<T: Clone>(
+        &self,
+        name: &'static str,
+        words: &[(&str, T)],
+        is_possible: impl Fn(&T) -> bool,
+    ) -> Result<Option<T>, JobFileError> {
+        let offered = words.iter().filter(|(_, meaning)| is_possible(meaning));
+        let list: Vec<_> = offered.map(|(word, _)| format!("{word:?}")).collect();
         let wanted = format!("one of {}", list.join(", "));
         self.get(name, &wanted, |v| {
             let number = v.int().map(|n| n.to_string());
@@ -240,13 +306,27 @@ impl Fields {
         self.given.get(name).map_or(name, |(spelling, _)| spelling)
     }
 
-    pub fn is_given(&self, name: &'static str) -> bool {
-        self.given.contains_key(name)
+    /// What is given and would be decided by `model.path`.
+    pub fn of_new_model(&self) -> Option<&'static str> {
+        let of_model = |name: &&str| OF_ANY_MODEL.contains(name) || name.starts_with(DESCRIPTION);
+        self.given.keys().copied().find(|name| *name != PATH && of_model(name))
     }
 
-    /// The first given setting of those whose name begins with `prefix`.
-    pub fn first_with(&self, prefix: &str) -> Option<&'static str> {
-        self.given.keys().copied().find(|name| name.starts_with(prefix))
+    /// What is given of the description of a new model: the key of its configuration, with a dot where that is in an object, and the name.
+    pub fn description(&self) -> impl Iterator<Item = (&'static str, &'static str, &Value)> {
+        let described = self.given.iter().filter(|(name, _)| is_description(name));
+        described.map(|(name, (_, value))| (&name[DESCRIPTION.len()..], *name, value))
+    }
+
+    /// What the description of a new model comes to is refused: at the first key that the reason names, else at the first there is.
+    pub fn refuse_description(&self, why: &str) -> JobFileError {
+        let names =
+            |key: &str| why.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').any(|word| word == key);
+        let last = |key: &'static str| key.rsplit('.').next().unwrap_or(key);
+        let mut given: Vec<_> = self.description().map(|(key, name, _)| (!names(last(key)), name)).collect();
+        given.sort_by_key(|(unnamed, _)| *unnamed);
+        let given: Vec<_> = given.into_iter().map(|(_, name)| name).collect();
+        self.refuse(&given, format!("the model that `[model]` describes cannot be: {why}"))
     }
 
     /// An error about a combination, at the first of `names` that is given.
@@ -292,6 +372,7 @@ fn flatten(
 fn example(table: &str) -> &'static str {
     match table {
         "model" => "{ hidden_size = 256 } or { path = \"DIR\" }",
+        "model.rope_parameters" | "model.rope_scaling" => "{ rope_type = \"linear\", factor = 2 }",
         "tokenizer" => "{ path = \"tokenizer.json\" }",
         "data" => "{ path = \"FILE\" }",
         "data.clean" => "{ remove_html = true }",
@@ -301,20 +382,71 @@ fn example(table: &str) -> &'static str {
     }
 }
 
-/// The first name of a setting.
-fn known(key: &str, value: &Value) -> Result<&'static str, JobFileError> {
-    if let Some(names) = SETTINGS.iter().find(|names| names.contains(&key)) {
-        return Ok(names[0]);
+/// Of a new model, whatever of it is given; the last one says.
+fn family<'a>(given: impl Iterator<Item = &'a (String, Value)>) -> Result<&'static Family, JobFileError> {
+    let Some((key, value)) = given.filter(|(key, _)| key == "model.model_type").last() else {
+        return Ok(Family::DEFAULT);
+    };
+    if matches!(value.kind, Kind::Null) {
+        return Ok(Family::DEFAULT);
     }
+    value.text().and_then(Family::find).ok_or_else(|| JobFileError::Value {
+        place: value.place.clone(),
+        key: key.clone(),
+        given: value.describe(),
+        wanted: format!("one of {}", Family::list()),
+    })
+}
+
+/// The first name of a setting, in a job whose model is a new one of this family, or one that is there.
+fn known(key: &str, value: &Value, family: Option<&Family>) -> Result<&'static str, JobFileError> {
+    let setting = SETTINGS.iter().find(|names| names.contains(&key)).map(|names| names[0]);
+    let described = || DESCRIPTIONS.iter().flat_map(|(_, names)| names).find(|name| *name == key);
+    let name = setting.or_else(|| described().map(String::as_str));
     let (place, key) = (value.place.clone(), key.to_owned());
-    if let Some(instead) = later(&key) {
-        return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
-    }
-    if let Some(instead) = elsewhere::instead(&key) {
-        return Err(JobFileError::Elsewhere { place, key, instead: instead.to_owned() });
-    }
-    let suggestion = nearest(&key, keys()).map(str::to_owned);
-    Err(JobFileError::UnknownKey { place, key, suggestion })
+    let Some(name) = name else {
+        if let Some(instead) = later(&key) {
+            return Err(JobFileError::Later { place, key, instead: instead.to_owned() });
+        }
+        let fits = |name: &&str| !is_description(name) || family.is_some_and(|family| has(family, name));
+        // What it names of a model must be this family's word for it.
+        let is_apt = |instead: &&str| instead.split('`').skip(1).step_by(2).all(|name| fits(&name));
+        if let Some(instead) = elsewhere::instead(&key).filter(is_apt) {
+            return Err(JobFileError::Elsewhere { place, key, instead: instead.to_owned() });
+        }
+        let of_family = keys().filter(fits);
+        let suggestion = nearest(&key, of_family).map(str::to_owned);
+        return Err(JobFileError::UnknownKey { place, key, suggestion });
+    };
+    let Some(family) = family.filter(|family| is_description(name) && !has(family, name)) else {
+        return Ok(name);
+    };
+    let others: Vec<_> = Family::all().filter(|other| has(other, name)).map(|f| f.model_type).collect();
+    let own: Vec<_> = described_by(family).iter().map(|name| &name[DESCRIPTION.len()..]).collect();
+    let message = format!(
+        "`{key}` is a key of {}, and the model is of `model.model_type` = {:?}, which has {}",
+        others.join(", "),
+        family.model_type,
+        own.join(", ")
+    );
+    Err(JobFileError::Refused { place, message })
+}
+
+/// Whether a setting describes a new model, in the words of some family.
+fn is_description(name: &str) -> bool {
+    name.starts_with(DESCRIPTION) && !OF_ANY_MODEL.contains(&name) && !DROPOUTS.contains(&name)
+}
+
+/// Whether the family has the key, or the object that it is in.
+fn has(family: &Family, name: &str) -> bool {
+    let is =
+        |known: &str| name.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    described_by(family).iter().any(|known| is(known))
+}
+
+fn described_by(family: &Family) -> &'static [String] {
+    let found = DESCRIPTIONS.iter().find(|(known, _)| known.model_type == family.model_type);
+    found.map_or(&[], |(_, names)| names)
 }
 
 /// What to do instead of a setting that belongs to a later version. `export.formats` from `--set` belongs to the table `export`.

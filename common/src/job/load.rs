@@ -15,7 +15,6 @@ const JOB_FILE_MAX: u64 = 1 << 20;
 pub const RANKS_MAX: u32 = 1024;
 /// The byte alphabet and one token that ends a document.
 pub const VOCAB_MIN: u32 = 257;
-const VOCAB_MAX: u32 = 1 << 20;
 const SIZE_MAX: u32 = 1 << 16;
 /// TOML's integers are signed.
 const INT_MAX: u64 = i64::MAX as u64;
@@ -36,6 +35,36 @@ pub fn load(path: &Path, sets: &[String], working_dir: &Path) -> Result<(Job, Ve
 /// As `load`, of a TOML job file that is in memory and called `job.toml`.
 pub fn parse_toml(text: &str, working_dir: &Path) -> Result<(Job, Vec<Warning>), JobFileError> {
     parse(text, Format::Toml, "job.toml", "job".as_ref(), &[], working_dir)
+}
+
+/// A job that reads `data` for the model that lies in `model`, as training would, with what `sets` say of how text is found in them.
+pub fn of_data(
+    model: &Path,
+    data: &[PathBuf],
+    sets: &[String],
+    working_dir: &Path,
+) -> Result<Job, JobFileError> {
+    const SAID_ELSEWHERE: [&str; 3] = ["data.path", "data.paths", "data.validation_fraction"];
+    for set in sets {
+        let (key, value) = super::set::parse(set)?;
+        if !key.starts_with("data.") || SAID_ELSEWHERE.contains(&key.as_str()) {
+            let message = format!(
+                "`{key}` says nothing of how text is read; data.text_field, data.include, data.exclude and those of data.clean do"
+            );
+            return Err(JobFileError::Refused { place: value.place, message });
+        }
+    }
+    let text = |path: &Path| {
+        let message =
+            || format!("{} has a name that is not UTF-8, as a job's paths are; rename it", path.display());
+        path.to_str()
+            .map(str::to_owned)
+            .ok_or_else(|| JobFileError::Refused { place: "--data".into(), message: message() })
+    };
+    let data = data.iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?;
+    let file = serde_json::json!({"model": {"path": text(model)?}, "data": {"path": data}});
+    let job = parse(&file.to_string(), Format::Json, "--data", "data".as_ref(), sets, working_dir)?;
+    Ok(job.0)
 }
 
 pub(super) fn parse(
@@ -65,12 +94,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let batch_size = f.int32("batch_size", 1, SIZE_MAX)?.unwrap_or(8);
     let max_steps = max_steps(f)?;
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
-    let model_path = path("model.path", "a Hugging Face directory")?;
-    let tokenizer_path = path("tokenizer.path", "a tokenizer.json")?;
-    let (model, tokenizer) = match model_path {
-        Some(path) => pretrained(f, path, tokenizer_path)?,
-        None => fresh(f, max_seq_len, tokenizer_path)?,
-    };
+    let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let num_nodes = f.int32("num_nodes", 1, RANKS_MAX)?.unwrap_or(1);
     if num_nodes != 1 {
         let message = format!(
@@ -80,7 +104,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     }
     let wanted = wanted(f)?;
     Ok(Job {
-        task_name: f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned()),
+        task_name: task_name(f)?,
         run_name: run_name::of(f, file_stem)?,
         output_dir: path("output_dir", "a directory")?.unwrap_or_else(|| dir.join("training_output")),
         working_dir: dir.to_owned(),
@@ -111,6 +135,57 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
 
+/// A label, unless it says that the run shall learn something else than text.
+fn task_name(f: &Fields) -> Result<String, JobFileError> {
+    let name = f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned());
+    let plain: String = name.to_lowercase().replace(['_', ' '], "-");
+    if !OTHER_TASKS.contains(&plain.as_str()) {
+        return Ok(name);
+    }
+    let message = format!(
+        "`task_name` = \"{name}\" is not in this version of fleet, which learns every token of plain text; write \"lm\" (or a label of your own), if that is wanted"
+    );
+    Err(f.refuse(&["task_name"], message))
+}
+
+/// What other tools call tasks that are not language modelling on plain text.
+const OTHER_TASKS: [&str; 34] = [
+    "sft",
+    "instruction",
+    "instruction-tuning",
+    "instruct",
+    "chat",
+    "dpo",
+    "ipo",
+    "kto",
+    "orpo",
+    "simpo",
+    "cpo",
+    "ppo",
+    "grpo",
+    "rlhf",
+    "rl",
+    "rm",
+    "reward",
+    "reward-modeling",
+    "reward-model",
+    "distillation",
+    "classification",
+    "text-classification",
+    "sequence-classification",
+    "seq-cls",
+    "token-classification",
+    "token-cls",
+    "ner",
+    "regression",
+    "question-answering",
+    "qa",
+    "summarization",
+    "translation",
+    "seq2seq",
+    "mlm",
+];
+
 /// Above 0 it decides, otherwise `epochs` does.
 fn max_steps(f: &Fields) -> Result<Option<u64>, JobFileError> {
     let wanted = "a whole number; 0 or -1 leaves the length to `epochs`";
@@ -138,7 +213,9 @@ fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
 fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
     use Strategy::{Auto, Ddp, Fsdp};
     let words = [("auto", Auto), ("ddp", Ddp), ("fsdp", Fsdp), ("fsdp_native", Fsdp), ("fsdp2", Fsdp)];
-    Ok(f.word("strategy", &words)?.unwrap_or(Auto))
+    let possible =
+        |strategy: &Strategy| Wanted { strategy: *strategy, ..Wanted::ANYTHING }.executor().is_ok();
+    Ok(f.word_of("strategy", &words, possible)?.unwrap_or(Auto))
 }
 
 fn devices(f: &Fields) -> Result<Devices, JobFileError> {
@@ -172,7 +249,13 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
         ("mlx", Mps),
         ("pytorch", Auto),
     ];
-    let device = f.word("device", &words)?;
+    let possible = |device: &Device| Wanted { device: *device, ..Wanted::ANYTHING }.executor().is_ok();
+    let number = |text: &str| text.to_ascii_lowercase().strip_prefix("cuda:")?.parse::<u32>().ok();
+    if let Some(Some(number)) = f.get("device", "a word", |v| Some(v.text().and_then(number)))? {
+        let message = format!("`device` has no number: write `device` = \"cuda\" and `devices` = [{number}]");
+        return Err(f.refuse(&["device"], message));
+    }
+    let device = f.word_of("device", &words, possible)?;
     let use_gpu = f.flag("use_gpu")?;
     match (device, use_gpu) {
         (Some(Cpu), Some(true)) => Err(f.refuse(
@@ -200,7 +283,9 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         ("bfloat16", Bf16Mixed),
         ("float16", Fp16Mixed),
     ];
-    let precision = f.word("precision", &words)?;
+    let possible =
+        |precision: &Precision| Wanted { precision: *precision, ..Wanted::ANYTHING }.executor().is_ok();
+    let precision = f.word_of("precision", &words, possible)?;
     let use_amp = f.flag("use_amp")?;
     let spelling = f.spelling("precision");
     match (precision, use_amp) {
@@ -215,152 +300,6 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         (Some(precision), _) => Ok(precision),
         (None, Some(true)) => Ok(Bf16Mixed),
         (None, _) => Ok(Fp32),
-    }
-}
-
-// ---- the model --------------------------------------------------------------------------------------------------------
-
-fn pretrained(
-    f: &Fields,
-    path: PathBuf,
-    tokenizer: Option<PathBuf>,
-) -> Result<(Model, Tokenizer), JobFileError> {
-    let shape = f.first_with("model.").filter(|name| *name != "model.path");
-    let other = SHAPE.iter().copied().find(|name| f.is_given(name)).or(shape);
-    if let Some(name) = other {
-        let message = format!(
-            "`{}` and `model.path` do not go together: the shape comes from {}/config.json; take one out",
-            f.spelling(name),
-            path.display()
-        );
-        return Err(f.refuse(&[name], message));
-    }
-    let tokenizer = Tokenizer::File(tokenizer.unwrap_or_else(|| path.join("tokenizer.json")));
-    Ok((Model::Pretrained(path), tokenizer))
-}
-
-/// What a pretrained directory decides.
-const SHAPE: [&str; 10] = [
-    "vocab_size",
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.num_hidden_layers",
-    "model.num_attention_heads",
-    "model.num_key_value_heads",
-    "model.head_dim",
-    "model.max_position_embeddings",
-    "model.rope_theta",
-    "model.tie_word_embeddings",
-];
-
-fn fresh(
-    f: &Fields,
-    max_seq_len: u32,
-    tokenizer: Option<PathBuf>,
-) -> Result<(Model, Tokenizer), JobFileError> {
-    only_llama(f)?;
-    let (vocab_size, tokenizer) = vocabulary(f, tokenizer)?;
-    let hidden = f.int32("model.hidden_size", 1, SIZE_MAX)?.unwrap_or(256);
-    let heads = f.int32("model.num_attention_heads", 1, 4096)?.unwrap_or(if hidden % 64 == 0 {
-        hidden / 64
-    } else {
-        4
-    });
-    if hidden % heads != 0 {
-        let below = hidden / heads * heads;
-        let near = if below == 0 { heads.to_string() } else { format!("{below} or {}", below + heads) };
-        let message = format!(
-            "`model.hidden_size` ({hidden}) is not divisible by `model.num_attention_heads` ({heads}): \
-             set the size to {near}, or the heads to a divisor of {hidden}"
-        );
-        return Err(f.refuse(&["model.hidden_size", "model.num_attention_heads"], message));
-    }
-    let kv_heads = f.int32("model.num_key_value_heads", 1, 4096)?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
-        let fits: Vec<_> = (1..=heads).filter(|n| heads % n == 0).map(|n| n.to_string()).collect();
-        let message = format!(
-            "`model.num_key_value_heads` ({kv_heads}) does not divide `model.num_attention_heads` ({heads}): choose one of {}",
-            fits.join(", ")
-        );
-        return Err(f.refuse(&["model.num_key_value_heads"], message));
-    }
-    let head_dim = f.int32("model.head_dim", 1, SIZE_MAX)?.unwrap_or(hidden / heads);
-    if head_dim % 2 != 0 {
-        let message = format!(
-            "the head dimension is {head_dim} (`model.hidden_size` {hidden}, `model.num_attention_heads` {heads}), and rotary \
-             positions need an even one: set `model.head_dim` to {}, or change size or heads",
-            head_dim + 1
-        );
-        return Err(f.refuse(&["model.head_dim", "model.hidden_size", "model.num_attention_heads"], message));
-    }
-    let positions = f.int32("model.max_position_embeddings", 1, 1 << 24)?.unwrap_or(max_seq_len);
-    if positions < max_seq_len {
-        let message = format!(
-            "`model.max_position_embeddings` ({positions}) is smaller than `max_seq_len` ({max_seq_len}): raise it or shorten the sequences"
-        );
-        return Err(f.refuse(&["model.max_position_embeddings"], message));
-    }
-    let config = LlamaConfig {
-        vocab_size,
-        hidden_size: hidden,
-        // two thirds of four times the size, as Llama has it, up to a multiple of 64
-        intermediate_size: f
-            .int32("model.intermediate_size", 1, 1 << 20)?
-            .unwrap_or_else(|| (hidden * 8 / 3).next_multiple_of(64)),
-        num_hidden_layers: f.int32("model.num_hidden_layers", 1, 1024)?.unwrap_or(4),
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim,
-        max_position_embeddings: positions,
-        rms_norm_eps: f.float("model.rms_norm_eps", "a number above 0", |x| x > 0.0)?.unwrap_or(1e-6),
-        rope_theta: f.float("model.rope_theta", "a number above 1", |x| x > 1.0)?.unwrap_or(10_000.0),
-        tie_word_embeddings: f.flag("model.tie_word_embeddings")?.unwrap_or(false),
-        initializer_range: f
-            .float("model.initializer_range", "a number of at least 0", |x| x >= 0.0)?
-            .unwrap_or(0.02),
-        bos_token_id: f.int32("model.bos_token_id", 0, vocab_size - 1)?,
-        eos_token_id: f.int32("model.eos_token_id", 0, vocab_size - 1)?,
-    };
-    Ok((Model::New(config), tokenizer))
-}
-
-/// Keys of a Hugging Face `config.json` that may stand in [model] with the one value that fleet implements.
-fn only_llama(f: &Fields) -> Result<(), JobFileError> {
-    f.word("model.model_type", &[("llama", ())])?;
-    f.word("model.hidden_act", &[("silu", ())])?;
-    f.get("model.architectures", "[\"LlamaForCausalLM\"]", |v| {
-        v.texts().filter(|names| names.iter().all(|name| name == "LlamaForCausalLM"))
-    })?;
-    for name in ["model.attention_bias", "model.mlp_bias"] {
-        f.get(name, "false", |v| v.bool().filter(|b| !b))?;
-    }
-    f.float("model.attention_dropout", "0", |x| x == 0.0)?;
-    f.get("model.rope_scaling", "null", |_| None::<()>)?;
-    Ok(())
-}
-
-fn vocabulary(f: &Fields, tokenizer: Option<PathBuf>) -> Result<(u32, Tokenizer), JobFileError> {
-    let Some(path) = tokenizer else {
-        let vocab_size = f.int32("vocab_size", VOCAB_MIN, VOCAB_MAX)?.unwrap_or(2048);
-        return Ok((vocab_size, Tokenizer::Train { vocab_size }));
-    };
-    let given = f.int32("vocab_size", 1, VOCAB_MAX)?;
-    let counted = super::vocabulary::count(&path);
-    match (given, counted) {
-        (Some(given), Ok(counted)) if given < counted => {
-            let message = format!(
-                "`{}` ({given}) is smaller than the vocabulary of {} ({counted} tokens): leave it out, or raise it",
-                f.spelling("vocab_size"),
-                path.display()
-            );
-            Err(f.refuse(&["vocab_size"], message))
-        }
-        (Some(given), _) => Ok((given, Tokenizer::File(path))),
-        (None, Ok(counted)) => Ok((counted, Tokenizer::File(path))),
-        (None, Err(why)) => {
-            let message = format!("`tokenizer.path`: {why}; without the file, give `vocab_size`");
-            Err(f.refuse(&["tokenizer.path"], message))
-        }
     }
 }
 
@@ -480,7 +419,12 @@ fn eval(f: &Fields, batch_size: u32) -> Result<Eval, JobFileError> {
 }
 
 /// `path` below `dir` unless it is absolute, without `.` parts. A `~` at its beginning is the home directory, as in a shell.
-fn absolute(f: &Fields, key: &'static str, dir: &Path, path: &str) -> Result<PathBuf, JobFileError> {
+pub(super) fn absolute(
+    f: &Fields,
+    key: &'static str,
+    dir: &Path,
+    path: &str,
+) -> Result<PathBuf, JobFileError> {
     let whole = match path.strip_prefix('~') {
         Some(below) if below.is_empty() || below.starts_with('/') => {
             let home =

@@ -9,6 +9,7 @@ mod error;
 mod fields;
 mod formats;
 mod load;
+mod model;
 mod ranks;
 mod render;
 mod run_name;
@@ -19,9 +20,10 @@ mod vocabulary;
 
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
-pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, parse_toml};
+pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
 pub use ranks::RanksError;
 
+use crate::model::Object;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -126,32 +128,10 @@ pub enum Precision {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Model {
-    /// Fresh weights of this shape.
-    New(LlamaConfig),
+    /// Fresh weights of this shape: what its family's `config.json` says, `model_type` and every default included.
+    New(Object),
     /// Weights, config.json and tokenizer.json from a Hugging Face directory. Absolute path.
     Pretrained(PathBuf),
-}
-
-/// A Llama decoder in the words of Hugging Face's `config.json`. Also what is written there.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LlamaConfig {
-    pub vocab_size: u32,
-    pub hidden_size: u32,
-    pub intermediate_size: u32,
-    pub num_hidden_layers: u32,
-    pub num_attention_heads: u32,
-    /// Divides `num_attention_heads`.
-    pub num_key_value_heads: u32,
-    /// Default `hidden_size / num_attention_heads`; even.
-    pub head_dim: u32,
-    pub max_position_embeddings: u32,
-    pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    pub tie_word_embeddings: bool,
-    /// Standard deviation of fresh weights.
-    pub initializer_range: f64,
-    pub bos_token_id: Option<u32>,
-    pub eos_token_id: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ impl Job {
             "threads_per_rank": self.threads_per_rank,
         }));
         let model = match &self.model {
-            Model::New(config) => table(json!(config)),
+            Model::New(config) => super::model::in_a_file(config),
             Model::Pretrained(path) => table(json!({ "path": path })),
         };
         // the model's vocabulary is written in [model]; a tokenizer that is trained has the same

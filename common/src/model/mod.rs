@@ -26,6 +26,8 @@ pub fn no_such_model(path: &std::path::Path) -> &'static str {
 
 /// Beyond any model.
 const NUMBERS_MAX: f64 = 1e13;
+/// More heads than a message looks through.
+const HEADS_LISTED: usize = 512;
 
 /// A causal language model: embedding, blocks of attention and a feed-forward network, head.
 #[derive(Clone, Debug, PartialEq)]
@@ -165,9 +167,15 @@ impl Decoder {
             ));
         }
         if a.kv_heads == 0 || !a.heads.is_multiple_of(a.kv_heads) {
+            let fits: Vec<_> = (1..=a.heads.min(HEADS_LISTED))
+                .filter(|n| a.heads.is_multiple_of(*n))
+                .map(|n| n.to_string())
+                .collect();
             return Err(format!(
-                "num_attention_heads ({}) is not a multiple of num_key_value_heads ({})",
-                a.heads, a.kv_heads
+                "num_attention_heads ({}) is not a multiple of num_key_value_heads ({}); choose one of {}",
+                a.heads,
+                a.kv_heads,
+                fits.join(", ")
             ));
         }
         if let Positions::Rotary(rotary) = &self.positions

@@ -54,6 +54,9 @@ impl Rotary {
             Some(theta) => theta,
             None => s.real_or("rope_theta", 10_000.0)?,
         };
+        if theta <= 1.0 {
+            return Err(format!("rope_theta is {theta}; it has to be above 1"));
+        }
         let share = match rope.real("partial_rotary_factor")? {
             Some(share) => share,
             None => s.real_or("partial_rotary_factor", share)?,
@@ -67,13 +70,13 @@ impl Rotary {
             Some(kind) => kind,
             None => rope.text("type")?.unwrap_or("default"),
         };
-        let factor = || rope.real("factor")?.ok_or(format!("rotary scaling `{kind}` lacks its factor"));
+        let factor = || rope.real("factor")?.ok_or(format!("rope_type `{kind}` lacks its factor"));
         let original = match rope.real("original_max_position_embeddings")? {
             Some(original) => Some(original),
             None => s.real("original_max_position_embeddings")?,
         };
         let positions = original.unwrap_or(max_positions as f64);
-        let needed = |key: &str| rope.real(key)?.ok_or(format!("rotary scaling `{kind}` lacks {key}"));
+        let needed = |key: &str| rope.real(key)?.ok_or(format!("rope_type `{kind}` lacks {key}"));
         let scaling = match kind {
             "default" => Scaling::Default,
             "linear" => Scaling::Linear { factor: factor()? },
@@ -105,7 +108,7 @@ impl Rotary {
                     positions,
                 }
             }
-            other => return Err(format!("rotary scaling `{other}` is not known; fleet computes {KINDS}")),
+            other => return Err(format!("rope_type is `{other}`; fleet computes {KINDS}")),
         };
         Ok(Rotary { width: (head_dim as f64 * share) as usize, theta, scaling })
     }
@@ -127,9 +130,15 @@ impl Rotary {
         };
         json["rope_theta"] = self.theta.into();
         if self.width != head_dim {
-            json["partial_rotary_factor"] = (self.width as f64 / head_dim as f64).into();
+            json["partial_rotary_factor"] = self.share(head_dim).into();
         }
         json
+    }
+
+    /// Of a head of `head_dim` numbers, what is turned: rounded down it gives `width` again.
+    pub fn share(&self, head_dim: usize) -> f64 {
+        let share = self.width as f64 / head_dim as f64;
+        if ((head_dim as f64 * share) as usize) < self.width { share.next_up() } else { share }
     }
 
     /// Angle per position of each pair, `[width / 2]`, in sequences of `len` tokens.

@@ -41,3 +41,8 @@ pub struct Printed {
     #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
 }
+
+/// What the only line begins with of a rank that never was its program.
+pub const CANNOT_START: &str = "error: cannot start ";
+/// What a job's error has between the rank and the rest of that line.
+pub const COULD_NOT_START: &str = " could not start: ";

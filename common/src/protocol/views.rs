@@ -1,7 +1,7 @@
 //! What the cluster shows of itself.
 
 use super::{CoordinatorAddress, Member, Role, Wish};
-use crate::events::{CheckpointRecord, DataStats, JobError};
+use crate::events::{CheckpointRecord, DataStats, JobError, Stall};
 use crate::ids::{Generation, JobId, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -61,6 +61,8 @@ pub struct JobView {
     pub tokens_per_s: Option<f64>,
     /// Of all its ranks, shared pages counted once.
     pub memory_mib: Option<u64>,
+    /// While it stands still.
+    pub stall: Option<Stall>,
     pub events: u64,
     pub checkpoint: Option<CheckpointRecord>,
     pub error: Option<JobError>,

@@ -1,7 +1,7 @@
 //! How parts of a gang end, and with the last of them the job, or only this start of it.
 //!
-//! A gang lives or dies as a whole: when one part ends badly the others are told to stop at once, and nothing new is started before
-//! every part has reported its end or its node was given up.
+//! A gang lives or dies as a whole: when one part ends badly the others are told to stop, with the time that a cancelled job has. Nothing new is
+//! started before every part has reported its end or its node was given up.
 
 use super::records::{JobRecord, Stop, node_error};
 use super::{Context, Effect, State};
@@ -32,7 +32,7 @@ impl State {
         }
         if !ended_well && job.stop.is_none_or(|_| matches!(job.ending, Some(Outcome::Failed(_)))) {
             job.state = JobState::Stopping;
-            job.stop = Some(Stop::Now);
+            job.stop.get_or_insert(Stop::AfterCheckpoint);
             wake_parts(job, context);
         }
     }

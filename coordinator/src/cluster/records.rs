@@ -3,7 +3,7 @@
 use super::Context;
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, line_cost,
+    CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, Stall, line_cost,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
@@ -98,6 +98,8 @@ pub struct Part {
     pub finished: bool,
     /// What its ranks had in memory when that was looked at last, shared pages counted once.
     pub memory_mib: Option<u64>,
+    /// For whom its ranks wait.
+    pub stall: Option<Stall>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -162,6 +164,12 @@ impl JobRecord {
     pub fn memory_mib(&self) -> Option<u64> {
         let said = self.placement.iter().flat_map(|at| &at.parts).filter_map(|part| part.memory_mib);
         said.reduce(u64::saturating_add)
+    }
+
+    /// For whom it waits.
+    pub fn stall(&self) -> Option<&Stall> {
+        let live = self.placement.iter().flat_map(|at| &at.parts).filter(|part| !part.finished);
+        live.filter(|_| self.state == JobState::Running).find_map(|part| part.stall.as_ref())
     }
 
     /// Takes what an agent tells. Lines and measurements are left out where there are too many, or where the history is `overfull`.
@@ -312,6 +320,11 @@ impl LeftOut {
         self.lines = self.lines.saturating_add(lines);
         self.bytes = self.bytes.saturating_add(bytes);
     }
+}
+
+/// What the state keeps of a stall.
+pub(crate) fn bounded_stall(stall: &Stall) -> Stall {
+    Stall { what: stall.what.chars().take(ERROR_LINE_MAX).collect(), ..*stall }
 }
 
 /// What the state keeps of an error; the event in the history has all of it.

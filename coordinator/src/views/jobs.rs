@@ -179,6 +179,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
             eval_loss: job.progress.eval_loss,
             tokens_per_s: job.progress.tokens_per_s,
             memory_mib: job.memory_mib(),
+            stall: job.stall().cloned(),
             events: job.events,
             checkpoint: job.checkpoints.last().map(|known| known.record.clone()),
             error: job.error.clone(),

@@ -1,10 +1,10 @@
 //! `fleet login`: stores a credential for a cluster that runs elsewhere.
 
 use crate::client::block_on;
-use crate::cluster::Login;
+use crate::cluster::{Login, logins};
 use crate::failure::Failure;
 use crate::{out, places};
-use fleet_common::net::{self, JoinToken, NAME_MAX};
+use fleet_common::net::{self, Identity, JoinToken, NAME_MAX};
 use fleet_common::protocol::Role;
 use fleet_common::{exit, files};
 use serde_json::json;
@@ -21,7 +21,7 @@ pub struct Args {
     /// The token itself, visible to other users of this machine while the command runs
     #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
     token: Option<String>,
-    /// What to call the cluster in --cluster; without it HOST
+    /// What to call the cluster in --cluster; without it HOST, or HOST-PORT where another cluster is called so
     #[arg(long)]
     name: Option<String>,
     /// Print JSON
@@ -36,7 +36,10 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let host = args.address.rsplit_once(':').map(|(host, _)| host);
     let host =
         host.ok_or_else(|| Failure::input(format!("`{}` is not of the form HOST:PORT", args.address)))?;
-    let name = args.name.unwrap_or_else(|| host.trim_matches(['[', ']']).replace(':', "-"));
+    let name = match args.name {
+        Some(name) => name,
+        None => free_name(&args.address, host, &token)?,
+    };
     if name.is_empty()
         || name.starts_with('.')
         || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
@@ -62,9 +65,33 @@ pub fn run(args: Args) -> Result<u8, Failure> {
             "name": name, "address": args.address, "cluster_id": identity.cluster_id,
             "member": identity.member.to_string(),
         })),
-        false => out::line(&format!("logged in as {}; use it with --cluster {name}", identity.member)),
+        false => out::line(&format!(
+            "logged in as {}; use it with --cluster {name} (--name gives it another name)",
+            identity.member
+        )),
     }
     Ok(exit::SUCCEEDED)
+}
+
+/// HOST, or HOST-PORT where another cluster's login is called so already: a credential is never replaced by that of another cluster unless its
+/// name is given.
+fn free_name(address: &str, host: &str, token: &JoinToken) -> Result<String, Failure> {
+    let logins_dir = places::logins_dir()?;
+    let of_another = |name: &str| {
+        let identity = Identity::load(&logins_dir.join(name)).ok().flatten();
+        identity.is_some_and(|identity| !identity.authorities.contains(&token.ca_fingerprint))
+    };
+    let at_this_address = |login: &Login| login.addresses.iter().any(|known| known == address);
+    if let Some((name, _)) =
+        logins()?.into_iter().find(|(name, login)| at_this_address(login) && of_another(name))
+    {
+        return Err(Failure::input(format!(
+            "the login `{name}` is of another cluster at {address}; if that was made anew, replace it with --name {name}, else keep both with another --name"
+        )));
+    }
+    let plain = |text: &str| text.replace(['[', ']'], "").replace(':', "-");
+    let (short, long) = (plain(host), plain(address));
+    Ok(if of_another(&short) { long } else { short })
 }
 
 fn user_name() -> String {

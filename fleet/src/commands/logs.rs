@@ -1,7 +1,7 @@
 //! `fleet logs`: what happened in a job: the ranks' lines, steps, evaluations, checkpoints. With `--full` what the ranks printed, all of
 //! it, from the files on their nodes.
 
-use super::{OutputArgs, Target, connect, jobs};
+use super::{OutputArgs, Target, connect, jobs, submit};
 use crate::client::{Client, Flow, block_on, unexpected};
 use crate::failure::Failure;
 use crate::report::{Report, Style};
@@ -42,6 +42,15 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
                 newest.ok_or_else(|| Failure::input("the cluster has had no job yet"))?
             }
         };
+        if let Some(rank) = args.rank {
+            let ranks = submit::job_view(&mut client, job).await?.world_size;
+            if rank >= ranks {
+                return Err(Failure::input(format!(
+                    "{job} has no rank {rank}: its ranks are 0 to {}",
+                    ranks - 1
+                )));
+            }
+        }
         let style = if args.output.json { Style::Json } else { Style::Lines };
         let mut report = Report::new(style, None);
         if args.full {

@@ -5,6 +5,7 @@ pub mod checkpoints;
 pub mod config;
 pub mod coordinators;
 pub mod drain;
+pub mod eval;
 pub mod events;
 pub mod exports;
 pub mod generate;
@@ -27,8 +28,8 @@ pub mod top;
 use crate::client::{Client, block_on, unexpected};
 use crate::cluster::Cluster;
 use crate::failure::Failure;
-use crate::{out, places, text};
-use fleet_common::job::{self, Job};
+use crate::{meant, out, places, text};
+use fleet_common::job::Job;
 use fleet_common::protocol::{Listing, PAGE_MAX, Page, Reply, Request};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -154,7 +155,7 @@ pub struct JobArgs {
 pub fn load_job(path: &Path, sets: &[String]) -> Result<Job, Failure> {
     let here = std::env::current_dir()
         .map_err(|e| Failure::environment(format!("the current directory cannot be used: {e}")))?;
-    let (job, warnings) = job::load(path, sets, &here)?;
+    let (job, warnings) = meant::load_job(path, sets, &here)?;
     for warning in warnings {
         out::note(&format!("warning: {warning}"));
     }

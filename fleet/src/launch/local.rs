@@ -12,11 +12,10 @@ use fleet_common::endpoint::Endpoint;
 use fleet_common::protocol::{Printed, Reply, Request, Role};
 use fleet_common::{exit, files};
 use nix::sys::signal::{kill, killpg};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::IsTerminal;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -276,11 +275,11 @@ impl Local {
         Ok(Worker::attend(self.spawn(command, "worker")?))
     }
 
-    /// A program's rank 0 reads what this launch was given to read. Not from a terminal: whoever reads there in another process group
-    /// than the one in front is stopped.
+    /// A program's rank 0 reads what this launch was given to read, at a terminal as well: ranks are in sessions of their own, to which its
+    /// rules of who may read there do not apply. So a launch in the background keeps them away from what is typed for the one in front.
     fn stdin(&self) -> Stdio {
         match self.relay {
-            Some(_) if !std::io::stdin().is_terminal() => Stdio::inherit(),
+            Some(_) if !is_in_the_background() => Stdio::inherit(),
             _ => Stdio::null(),
         }
     }
@@ -376,10 +375,10 @@ impl Local {
         }
     }
 
-    /// Nobody reads what the program writes to stdout any more: has it learn that.
-    pub fn close_stdout(&mut self) {
+    /// Nobody reads what the program writes to stdout, or stderr, any more: has it learn that.
+    pub fn close(&mut self, stderr: bool) {
         if let Some(worker) = &mut self.worker {
-            worker.close_stdout();
+            worker.close(stderr);
         }
     }
 
@@ -415,6 +414,11 @@ impl Local {
             let _ = child.wait().await;
         }
     }
+}
+
+/// Whether stdin is the terminal of this session and another process group is in front there.
+fn is_in_the_background() -> bool {
+    tcgetpgrp(std::io::stdin()).is_ok_and(|front| front != getpgrp())
 }
 
 /// Whether a coordinator joined there, all the way.

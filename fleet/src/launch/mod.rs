@@ -17,7 +17,7 @@ use crate::report::{End, Report, Style};
 use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{JobView, Reply, Request, SubmitJob};
+use fleet_common::protocol::{COULD_NOT_START, JobView, Reply, Request, SubmitJob};
 use local::{Incident, Local};
 use output::ProgramOutput;
 use signals::{Notices, Signal, Signals};
@@ -31,7 +31,7 @@ use work::Prepared;
 ///
 /// With `-- PROGRAM ARGS` it starts N copies of any program instead, with RANK, WORLD_SIZE and the rest as torchrun sets them, and with
 /// OMP_NUM_THREADS=1 and PYTHONUNBUFFERED=1 where these are not set. SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are passed on to all of them. Rank 0
-/// reads what this command is given on stdin, unless that is a terminal.
+/// reads what this command is given on stdin, also at a terminal.
 #[derive(clap::Args)]
 pub struct Args {
     /// Ranks to start; without it the job's `devices`, else one per accelerator, else one
@@ -52,7 +52,7 @@ pub struct Args {
     /// Coordinators to run, each its own process: with three, any one may die
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = coordinators)]
     coordinators: u32,
-    /// Any program, as torchrun would start it
+    /// Any program, with the environment that torchrun gives
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
 }
@@ -170,6 +170,9 @@ async fn session(
                 Some(News::Ended(view)) => {
                     if program {
                         local.rest_of_output(signals, |printed| output.print(printed)).await;
+                        if view.error.as_ref().is_some_and(|error| error.message.contains(COULD_NOT_START)) {
+                            output.is_told_otherwise();
+                        }
                         output.finish();
                     }
                     last_event.into_iter().for_each(|event| report.event(&event));
@@ -192,7 +195,10 @@ async fn session(
                 Incident::Printed(printed) => {
                     output.print(printed);
                     if out::reader_is_gone() {
-                        local.close_stdout();
+                        local.close(false);
+                    }
+                    if out::error_reader_is_gone() {
+                        local.close(true);
                     }
                 }
                 Incident::CoordinatorRestarted { name, pid, why } => {

@@ -5,8 +5,8 @@ use crate::{json, out, places};
 use fleet_common::events::{Event, EventBody, Level};
 use fleet_common::ids::Rank;
 use fleet_common::lines::{LINE_MAX, LineSplitter};
-use fleet_common::protocol::Printed;
-use std::collections::BTreeMap;
+use fleet_common::protocol::{CANNOT_START, Printed};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -15,7 +15,14 @@ use std::os::unix::fs::MetadataExt;
 /// Bytes of a line that are waited for, so that what two ranks say does not meet in the middle of one.
 const HELD_MAX: usize = LINE_MAX;
 
-pub enum ProgramOutput {
+pub struct ProgramOutput {
+    shape: Shape,
+    /// What ranks have printed that seem not to have started, and nothing since: if that is how the job ended, its error says it.
+    unstarted: BTreeMap<Rank, Printed>,
+    begun: BTreeSet<Rank>,
+}
+
+enum Shape {
     AsItIs,
     Lines(Lines),
     Json(BTreeMap<(Rank, bool), LineSplitter>),
@@ -23,18 +30,36 @@ pub enum ProgramOutput {
 
 impl ProgramOutput {
     pub fn new(ranks: u32, json: bool) -> ProgramOutput {
-        match (json, ranks) {
-            (true, _) => ProgramOutput::Json(BTreeMap::new()),
-            (false, 1) => ProgramOutput::AsItIs,
-            (false, _) => ProgramOutput::Lines(Lines::default()),
-        }
+        let shape = match (json, ranks) {
+            (true, _) => Shape::Json(BTreeMap::new()),
+            (false, 1) => Shape::AsItIs,
+            (false, _) => Shape::Lines(Lines::default()),
+        };
+        ProgramOutput { shape, unstarted: BTreeMap::new(), begun: BTreeSet::new() }
     }
 
-    pub fn print(&mut self, Printed { rank, stderr, bytes }: Printed) {
-        match self {
-            ProgramOutput::AsItIs => write(stderr, &bytes),
-            ProgramOutput::Lines(lines) => write(stderr, &lines.push(rank, stderr, &bytes)),
-            ProgramOutput::Json(splitters) => {
+    pub fn print(&mut self, printed: Printed) {
+        let first = self.begun.insert(printed.rank);
+        if first && printed.bytes.starts_with(CANNOT_START.as_bytes()) {
+            self.unstarted.insert(printed.rank, printed);
+            return;
+        }
+        if let Some(held) = self.unstarted.remove(&printed.rank) {
+            self.show(held);
+        }
+        self.show(printed);
+    }
+
+    /// The job's error says why its ranks did not start.
+    pub fn is_told_otherwise(&mut self) {
+        self.unstarted.clear();
+    }
+
+    fn show(&mut self, Printed { rank, stderr, bytes }: Printed) {
+        match &mut self.shape {
+            Shape::AsItIs => write(stderr, &bytes),
+            Shape::Lines(lines) => write(stderr, &lines.push(rank, stderr, &bytes)),
+            Shape::Json(splitters) => {
                 let lines = splitters.entry((rank, stderr)).or_default().push(&bytes);
                 lines.into_iter().for_each(|line| tell(rank, stderr, line));
             }
@@ -43,12 +68,13 @@ impl ProgramOutput {
 
     /// What is still held: nothing follows.
     pub fn finish(&mut self) {
-        match self {
-            ProgramOutput::AsItIs => {}
-            ProgramOutput::Lines(lines) => {
+        std::mem::take(&mut self.unstarted).into_values().for_each(|held| self.show(held));
+        match &mut self.shape {
+            Shape::AsItIs => {}
+            Shape::Lines(lines) => {
                 lines.finish().into_iter().for_each(|(stderr, bytes)| write(stderr, &bytes));
             }
-            ProgramOutput::Json(splitters) => {
+            Shape::Json(splitters) => {
                 for ((rank, stderr), splitter) in splitters {
                     splitter.finish().into_iter().for_each(|line| tell(*rank, *stderr, line));
                 }

@@ -2,8 +2,8 @@
 
 use super::Args;
 use crate::failure::Failure;
-use crate::programs;
-use fleet_common::job::{self, Warning};
+use crate::{meant, programs};
+use fleet_common::job::Warning;
 use fleet_common::protocol::{Program, SubmitJob, Variable, Wish, Work};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -38,7 +38,7 @@ pub fn prepare(args: &Args) -> Result<Prepared, Failure> {
 }
 
 fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
-    let (mut job, mut warnings) = job::load(path, &args.sets, &here()?)?;
+    let (mut job, mut warnings) = meant::load_job(path, &args.sets, &here()?)?;
     let (world_size, warning) = job.settle_ranks(args.ranks)?;
     warnings.extend(warning);
     Ok(Prepared {

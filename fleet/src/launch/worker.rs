@@ -24,8 +24,8 @@ pub struct Worker {
     registered: bool,
     /// What its program prints is wanted: the job's number was said.
     pub listens: bool,
-    /// It was told that nobody reads its program's stdout.
-    unheard: bool,
+    /// It was told that nobody reads its program's stdout, and its stderr.
+    unheard: [bool; 2],
 }
 
 /// What a worker says on stdout.
@@ -49,7 +49,7 @@ impl Worker {
             tokio::spawn(listen(BufReader::new(stdout), tell));
         }
         let pid = child.id().unwrap_or_default();
-        Worker { child, pid, said, registered: false, listens: false, unheard: false }
+        Worker { child, pid, said, registered: false, listens: false, unheard: [false; 2] }
     }
 
     /// The next thing that it says; once it is gone and all that it had said was heard, how it ended. May be dropped and called again.
@@ -73,10 +73,10 @@ impl Worker {
         }
     }
 
-    /// Has the program's stdout closed: its next write there fails, as in a pipeline whose reader is gone.
-    pub fn close_stdout(&mut self) {
-        if !std::mem::replace(&mut self.unheard, true) {
-            self.tell(Signal::SIGPIPE);
+    /// Has the program's stdout or stderr closed: its next write there fails, as in a pipeline whose reader is gone.
+    pub fn close(&mut self, stderr: bool) {
+        if !std::mem::replace(&mut self.unheard[usize::from(stderr)], true) {
+            self.tell(if stderr { Signal::SIGIO } else { Signal::SIGPIPE });
         }
     }
 

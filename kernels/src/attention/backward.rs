@@ -1,7 +1,7 @@
 //! The backward pass. For a tile of query rows: probabilities `p` again from the scores and the saved log-sum-exp,
 //! `dp = dout v'`, `ds = p (dp - sum(dout * out)) scale`; then `dq = ds k`, `dk += ds' q`, `dv += p' dout`.
 
-use super::tile::{Left, Place, Right, Sizes, product, rows, transpose};
+use super::tile::{Left, Place, Right, Sizes, product, rows, transposed};
 use super::{QUERIES, slant};
 use crate::element::{load, store};
 use crate::gemm::micro::{tile_cols, tile_rows};
@@ -12,7 +12,7 @@ use crate::{Element, Heads, Sight, Store};
 /// Numbers of scratch.
 pub fn memory(shape: &Heads) -> usize {
     let s = Sizes::new(shape);
-    6 * s.keys * s.hd + 3 * QUERIES * s.hd + 2 * QUERIES * s.keys + 2 * QUERIES
+    5 * s.keys * s.hd + 3 * QUERIES * s.hd + 2 * QUERIES * s.keys + 2 * QUERIES
 }
 
 simd_fn! {
@@ -20,8 +20,8 @@ simd_fn! {
         qkv: &[T], out: &[O], lse: &[f32], dout: &[O], shape: &Heads, sight: &Sight, dqkv: &mut [G], memory: &mut [f32],
     ) {
         match const { tile_rows(V::LANES) } {
-            12 => heads::<V, T, O, G, 12>(qkv, out, lse, dout, shape, sight, dqkv, memory),
-            _ => heads::<V, T, O, G, 6>(qkv, out, lse, dout, shape, sight, dqkv, memory),
+            12 => heads::<V, T, O, G, 12, 32>(qkv, out, lse, dout, shape, sight, dqkv, memory),
+            _ => heads::<V, T, O, G, 6, 16>(qkv, out, lse, dout, shape, sight, dqkv, memory),
         }
     }
 }
@@ -62,7 +62,7 @@ fn cut<'a>(memory: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize>(
+fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize, const NR: usize>(
     qkv: &[T],
     out: &[O],
     lse: &[f32],
@@ -75,7 +75,6 @@ fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize>(
     let s = Sizes::new(shape);
     let (per_key, per_query) = (s.keys * s.hd, QUERIES * s.hd);
     let m = &mut memory;
-    let values = cut(m, per_key);
     let mut kv = KeyValue {
         keys: cut(m, per_key),
         keys_t: cut(m, per_key),
@@ -92,16 +91,14 @@ fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize>(
         lse: cut(m, QUERIES),
         dot: cut(m, QUERIES),
     };
-    let width = tile_cols(V::LANES);
     let group = shape.q_heads / shape.kv_heads;
     for b in 0..shape.batch {
         for kv_head in 0..shape.kv_heads {
             let key_place = Place::fused(shape, b, shape.q_heads + kv_head);
             let value_place = Place::fused(shape, b, shape.q_heads + shape.kv_heads + kv_head);
             rows::<V, T>(qkv, key_place, &s, 0, kv.keys);
-            rows::<V, T>(qkv, value_place, &s, 0, values);
-            transpose(kv.keys, &s, width, kv.keys_t);
-            transpose(values, &s, width, kv.values_t);
+            transposed::<V, T, NR>(qkv, key_place, &s, kv.keys_t);
+            transposed::<V, T, NR>(qkv, value_place, &s, kv.values_t);
             kv.dkeys.fill(0.0);
             kv.dvalues.fill(0.0);
             for head in kv_head * group..(kv_head + 1) * group {
@@ -175,7 +172,7 @@ fn tile<V: Vector, const MR: usize>(
         let seen = first + r + MR;
         let cols = seen.next_multiple_of(width);
         let of = |data| Left { data, start: r * s.hd, row: s.hd, term: 1 };
-        let panels = |data| Right { data, start: 0, term: width, panel: width * s.hd };
+        let panels = |data| Right { data, start: 0, term: width, panel: width * s.head_dim };
         let at = r * s.keys;
         product::<V, MR>(s.head_dim, of(t.q), panels(kv.keys_t), cols, Store::Set, &mut t.p[at..], s.keys);
         product::<V, MR>(

@@ -1,6 +1,6 @@
 //! The forward pass of one head after the other.
 
-use super::tile::{Left, Place, Right, Sizes, product, rows, transpose};
+use super::tile::{Left, Place, Right, Sizes, product, rows, transposed};
 use super::{QUERIES, slant};
 use crate::element::{load, load_filled, store};
 use crate::gemm::micro::{tile_cols, tile_rows};
@@ -19,14 +19,14 @@ simd_fn! {
         qkv: &[T], shape: &Heads, sight: &Sight, out: &mut [O], lse: &mut [f32], memory: &mut [f32],
     ) {
         match const { tile_rows(V::LANES) } {
-            12 => heads::<V, T, O, 12>(qkv, shape, sight, out, lse, memory),
-            _ => heads::<V, T, O, 6>(qkv, shape, sight, out, lse, memory),
+            12 => heads::<V, T, O, 12, 32>(qkv, shape, sight, out, lse, memory),
+            _ => heads::<V, T, O, 6, 16>(qkv, shape, sight, out, lse, memory),
         }
     }
 }
 
 #[inline(always)]
-fn heads<V: Vector, T: Element, O: Element, const MR: usize>(
+fn heads<V: Vector, T: Element, O: Element, const MR: usize, const NR: usize>(
     qkv: &[T],
     shape: &Heads,
     sight: &Sight,
@@ -43,8 +43,7 @@ fn heads<V: Vector, T: Element, O: Element, const MR: usize>(
     for b in 0..shape.batch {
         for kv in 0..shape.kv_heads {
             let value_column = shape.q_heads + shape.kv_heads + kv;
-            rows::<V, T>(qkv, Place::fused(shape, b, shape.q_heads + kv), &s, 0, values);
-            transpose(values, &s, tile_cols(V::LANES), keys_t);
+            transposed::<V, T, NR>(qkv, Place::fused(shape, b, shape.q_heads + kv), &s, keys_t);
             rows::<V, T>(qkv, Place::fused(shape, b, value_column), &s, 0, values);
             for head in kv * group..(kv + 1) * group {
                 let lse = &mut lse[(b * shape.q_heads + head) * s.seq..][..s.seq];
@@ -96,7 +95,7 @@ fn tile<V: Vector, const MR: usize>(
     for r in (0..padded).step_by(MR) {
         let seen = first + r + MR; // keys that the last of these rows sees
         let left = Left { data: queries, start: r * s.hd, row: s.hd, term: 1 };
-        let right = Right { data: keys_t, start: 0, term: width, panel: width * s.hd };
+        let right = Right { data: keys_t, start: 0, term: width, panel: width * s.head_dim };
         let cols = seen.next_multiple_of(width);
         product::<V, MR>(s.head_dim, left, right, cols, Store::Set, &mut scores[r * s.keys..], s.keys);
         for n in r..r + MR {

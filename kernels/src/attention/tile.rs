@@ -4,8 +4,9 @@
 use crate::Element;
 use crate::element::{load, store as store_vector};
 use crate::gemm::micro::{Rows, micro};
+use crate::gemm::pack::pack;
 use crate::simd::Vector;
-use crate::{Heads, Store};
+use crate::{Heads, Matrix, Store};
 
 /// Padding of columns and keys that fits every level: tiles have 16 or 32 columns, and 6 or 12 rows.
 pub const PAD_COLS: usize = 32;
@@ -75,17 +76,19 @@ pub fn rows<V: Vector, T: Element>(from: &[T], place: Place, sizes: &Sizes, firs
     }
 }
 
-/// Panels of the transpose of `[keys, hd]`: `width` keys side by side for each number of the head, panel after panel.
+/// Panels of the transpose of a head's rows: `NR` keys side by side for each number of the head, panel after panel. What stands there for
+/// keys past the end is not said: no query that counts sees them.
 #[inline(always)]
-pub fn transpose(from: &[f32], sizes: &Sizes, width: usize, to: &mut [f32]) {
-    for (p, panel) in to.chunks_exact_mut(width * sizes.hd).enumerate() {
-        let keys = &from[p * width * sizes.hd..];
-        for (j, key) in keys.chunks_exact(sizes.hd).take(width).enumerate() {
-            for (out, value) in panel.iter_mut().skip(j).step_by(width).zip(key) {
-                *out = *value;
-            }
-        }
-    }
+pub fn transposed<V: Vector, T: Element, const NR: usize>(
+    from: &[T],
+    place: Place,
+    sizes: &Sizes,
+    to: &mut [f32],
+) {
+    let data = &from[place.start..];
+    let (rows, cols) = (sizes.head_dim, sizes.seq);
+    let matrix = Matrix { data, rows, cols, row_stride: 1, col_stride: place.stride };
+    pack::<V, T, NR>(&matrix, 0..rows, 0..cols, to);
 }
 
 /// A left operand: row `r`, term `k` is `data[start + r * row + k * term]`.

@@ -2,7 +2,7 @@
 //! panels that fit the caches, and a tile in registers runs over them; see BLIS for the scheme.
 
 pub(crate) mod micro;
-mod pack;
+pub(crate) mod pack;
 
 use crate::element::{load, store as store_vector};
 use crate::simd::{Vector, simd_fn};
@@ -60,22 +60,43 @@ pub fn gemm<A: Element, B: Element, C: Element>(
 /// Up to this many rows, copying `b` would cost more than the product.
 const NARROW: usize = 3;
 
+/// Columns that [`narrow`] takes together: as many sums as hide the time that an addition takes.
+const TOGETHER: usize = 4;
+
 simd_fn! {
     /// A few rows times a transposed matrix, as when generating token by token: reads `b` once, in place.
     fn narrow<V, A: Element, B: Element, C: Element>(a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C]) {
         let (n, k) = (b.cols, b.rows);
-        for j in 0..n {
-            let column = &b.data[j * b.col_stride..][..k];
+        let step = 2 * V::LANES;
+        for first in (0..n).step_by(TOGETHER) {
+            // Columns past the end are the last one again.
+            let columns: [&[B]; TOGETHER] =
+                std::array::from_fn(|j| &b.data[(first + j).min(n - 1) * b.col_stride..][..k]);
             for i in 0..a.rows {
                 let row = &a.data[i * a.row_stride..][..k];
-                let mut sums = (V::splat(0.0), V::splat(0.0));
-                for t in (0..k).step_by(2 * V::LANES) {
-                    let middle = k.min(t + V::LANES);
-                    sums.0 = load::<V, A>(&row[t..]).mul_add(load(&column[t..]), sums.0);
-                    sums.1 = load::<V, A>(&row[middle..]).mul_add(load(&column[middle..]), sums.1);
+                let mut sums = [[V::splat(0.0); 2]; TOGETHER];
+                for t in (0..k - k % step).step_by(step) {
+                    // SAFETY: all of these slices have `k` numbers, at least two vectors from `t` on.
+                    unsafe {
+                        let at = row.as_ptr().add(t);
+                        let x = [A::load::<V>(at), A::load::<V>(at.add(V::LANES))];
+                        for (sums, column) in sums.iter_mut().zip(columns) {
+                            let at = column.as_ptr().add(t);
+                            sums[0] = x[0].mul_add(B::load(at), sums[0]);
+                            sums[1] = x[1].mul_add(B::load(at.add(V::LANES)), sums[1]);
+                        }
+                    }
                 }
-                let before = if mode == Store::Add { c[i * n + j].to_f32() } else { 0.0 };
-                c[i * n + j] = C::from_f32(before + sums.0.add(sums.1).sum());
+                for t in (k - k % step..k).step_by(V::LANES) {
+                    let x: V = load(&row[t..]);
+                    for (sums, column) in sums.iter_mut().zip(columns) {
+                        sums[0] = x.mul_add(load(&column[t..]), sums[0]);
+                    }
+                }
+                for (sums, to) in sums.into_iter().zip(&mut c[i * n + first..][..TOGETHER.min(n - first)]) {
+                    let before = if mode == Store::Add { to.to_f32() } else { 0.0 };
+                    *to = C::from_f32(before + sums[0].add(sums[1]).sum());
+                }
             }
         }
     }
@@ -89,14 +110,14 @@ simd_fn! {
         a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C], packed: &mut [f32],
     ) {
         match const { tile_rows(V::LANES) } {
-            12 => blocked_with::<V, A, B, C, 12>(a, b, mode, c, packed),
-            _ => blocked_with::<V, A, B, C, 6>(a, b, mode, c, packed),
+            12 => blocked_with::<V, A, B, C, 12, 32>(a, b, mode, c, packed),
+            _ => blocked_with::<V, A, B, C, 6, 16>(a, b, mode, c, packed),
         }
     }
 }
 
 #[inline(always)]
-fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize>(
+fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize, const NR: usize>(
     a: Matrix<A>,
     b: Matrix<B>,
     mode: Store,
@@ -104,7 +125,7 @@ fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize>(
     packed: &mut [f32],
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    let nr = tile_cols(V::LANES);
+    assert!(MR == tile_rows(V::LANES) && NR == tile_cols(V::LANES));
     let (a_panels, b_panels) = packed.split_at_mut(PACKED_A);
     let kc = k.div_ceil(k.div_ceil(KC)); // blocks of equal size
     let a_columns = a.t();
@@ -114,26 +135,31 @@ fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize>(
             let terms = k0..k.min(k0 + kc);
             let len = terms.len();
             let mode = if k0 > 0 { Store::Add } else { mode };
-            pack::<V, B>(&b, terms.clone(), j0..j1, nr, b_panels);
+            pack::<V, B, NR>(&b, terms.clone(), j0..j1, b_panels);
             for i0 in (0..m).step_by(MC) {
                 let i1 = m.min(i0 + MC);
-                pack::<V, A>(&a_columns, terms.clone(), i0..i1, MR, a_panels);
-                for (jp, j) in (j0..j1).step_by(nr).enumerate() {
-                    let b_panel = &b_panels[jp * len * nr..][..len * nr];
+                pack::<V, A, MR>(&a_columns, terms.clone(), i0..i1, a_panels);
+                for (jp, j) in (j0..j1).step_by(NR).enumerate() {
+                    let b_panel = &b_panels[jp * len * NR..][..len * NR];
                     for (ip, i) in (i0..i1).step_by(MR).enumerate() {
+                        let cols = NR.min(j1 - j);
+                        for r in 0..MR.min(i1 - i) {
+                            V::prefetch(c[(i + r) * n + j..].as_ptr().cast());
+                        }
                         let a_panel = &a_panels[ip * len * MR..][..len * MR];
-                        // SAFETY: the panels hold `len` terms of MR rows and of nr columns.
+                        // SAFETY: the panels hold `len` terms of MR rows and of NR columns.
                         let tile = unsafe {
                             micro::<V, MR>(
                                 len,
                                 Rows { at: a_panel.as_ptr(), row: 1, term: MR },
                                 b_panel.as_ptr(),
-                                nr,
+                                NR,
                             )
                         };
-                        let cols = nr.min(j1 - j);
-                        for (r, row) in tile.into_iter().enumerate().take(i1 - i) {
-                            write::<V, C>(row, mode, &mut c[(i + r) * n + j..][..cols]);
+                        let (rows, first) = (MR.min(i1 - i), i * n + j);
+                        match (rows, cols) == (MR, NR) {
+                            true => write_whole(tile, mode, &mut c[first..], n),
+                            false => write_part(&tile[..rows], mode, &mut c[first..], n, cols),
                         }
                     }
                 }
@@ -142,13 +168,29 @@ fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize>(
     }
 }
 
-/// One row of a tile to its place, of which there may be less than two vectors.
+/// A tile to its place, the rows `stride` apart.
 #[inline(always)]
-fn write<V: Vector, C: Element>(row: [V; 2], mode: Store, to: &mut [C]) {
-    let (first, second) = to.split_at_mut(V::LANES.min(to.len()));
-    for (value, to) in row.into_iter().zip([first, second]) {
-        let before = if mode == Store::Add { load(to) } else { V::splat(0.0) };
-        store_vector(value.add(before), to);
+fn write_whole<V: Vector, C: Element, const MR: usize>(
+    tile: [[V; 2]; MR],
+    mode: Store,
+    to: &mut [C],
+    stride: usize,
+) {
+    for (r, row) in tile.into_iter().enumerate() {
+        let to = &mut to[r * stride..][..2 * V::LANES];
+        for (value, to) in row.into_iter().zip(to.chunks_exact_mut(V::LANES)) {
+            store_vector(if mode == Store::Add { value.add(load(to)) } else { value }, to);
+        }
+    }
+}
+
+/// As much of a tile as there is place for.
+#[inline(always)]
+fn write_part<V: Vector, C: Element>(tile: &[[V; 2]], mode: Store, to: &mut [C], stride: usize, cols: usize) {
+    for (r, row) in tile.iter().enumerate() {
+        for (value, to) in row.iter().zip(to[r * stride..][..cols].chunks_mut(V::LANES)) {
+            store_vector(if mode == Store::Add { value.add(load(to)) } else { *value }, to);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Eight lanes of AVX2 with FMA. Every method is one or a few intrinsics.
 
-use super::Vector;
+use super::{Eight, Vector};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -26,6 +26,7 @@ fn first(count: usize) -> __m256i {
 
 impl Vector for F32x8 {
     const LANES: usize = 8;
+    type Eight = Self;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -66,6 +67,10 @@ impl Vector for F32x8 {
             let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(high, high));
             _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
         })
+    }
+    #[inline(always)]
+    fn prefetch(at: *const f32) {
+        cpu!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
     }
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -132,6 +137,36 @@ impl Vector for F32x8 {
             let four = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        })
+    }
+}
+
+impl Eight for F32x8 {
+    #[inline(always)]
+    fn transpose(rows: [Self; 8]) -> [Self; 8] {
+        cpu!({
+            let [a, b, c, d, e, f, g, h] = rows.map(|row| row.0);
+            // Pairs of rows, then fours, within each half; then the halves change places.
+            let pairs = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let fours = |low, high| {
+                (_mm256_shuffle_ps::<0b0100_0100>(low, high), _mm256_shuffle_ps::<0b1110_1110>(low, high))
+            };
+            let ((ab0, ab1), (cd0, cd1), (ef0, ef1), (gh0, gh1)) =
+                (pairs(a, b), pairs(c, d), pairs(e, f), pairs(g, h));
+            let ((p0, p1), (p2, p3)) = (fours(ab0, cd0), fours(ab1, cd1));
+            let ((q0, q1), (q2, q3)) = (fours(ef0, gh0), fours(ef1, gh1));
+            let low = |p, q| F32x8(_mm256_permute2f128_ps::<0x20>(p, q));
+            let high = |p, q| F32x8(_mm256_permute2f128_ps::<0x31>(p, q));
+            [
+                low(p0, q0),
+                low(p1, q1),
+                low(p2, q2),
+                low(p3, q3),
+                high(p0, q0),
+                high(p1, q1),
+                high(p2, q2),
+                high(p3, q3),
+            ]
         })
     }
 }

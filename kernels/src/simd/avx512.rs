@@ -23,6 +23,7 @@ fn first(count: usize) -> __mmask16 {
 
 impl Vector for F32x16 {
     const LANES: usize = 16;
+    type Eight = super::avx2::F32x8;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -58,6 +59,10 @@ impl Vector for F32x16 {
             let high = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, rounded, quiet));
             _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(high));
         })
+    }
+    #[inline(always)]
+    fn prefetch(at: *const f32) {
+        cpu!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
     }
     #[inline(always)]
     fn splat(value: f32) -> Self {

@@ -64,6 +64,8 @@ pub use forced::{at_every_level, level};
 /// [`simd_fn!`] sees to both, and nothing else names them.
 pub trait Vector: Copy {
     const LANES: usize;
+    /// The vector of eight lanes that the same CPU has.
+    type Eight: Eight;
 
     /// # Safety
     /// `LANES` numbers are readable at `from`.
@@ -88,6 +90,8 @@ pub trait Vector: Copy {
     /// `LANES` numbers are writable at `to`.
     unsafe fn store_bf16(self, to: *mut u16);
 
+    /// Tells the CPU that the numbers there will be wanted; `at` may be any address.
+    fn prefetch(at: *const f32);
     fn splat(value: f32) -> Self;
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -110,6 +114,12 @@ pub trait Vector: Copy {
     fn sum(self) -> f32;
     /// Largest of the lanes.
     fn max_lane(self) -> f32;
+}
+
+/// A vector of eight lanes.
+pub trait Eight: Vector {
+    /// Lane `i` of result `j` is lane `j` of row `i`.
+    fn transpose(rows: [Self; 8]) -> [Self; 8];
 }
 
 /// Defines a kernel for all levels. The first generic parameter names the vector; it is not part of the signature.

@@ -1,6 +1,6 @@
 //! Eight lanes without intrinsics: what the compiler makes of arrays (SSE2, NEON).
 
-use super::Vector;
+use super::{Eight, Vector};
 use crate::Element;
 use half::bf16;
 
@@ -16,6 +16,7 @@ impl F32x8 {
 
 impl Vector for F32x8 {
     const LANES: usize = 8;
+    type Eight = Self;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -51,6 +52,8 @@ impl Vector for F32x8 {
         // SAFETY: the caller's promise.
         unsafe { *to.cast() = bits }
     }
+    #[inline(always)]
+    fn prefetch(_at: *const f32) {}
     #[inline(always)]
     fn splat(value: f32) -> Self {
         F32x8([value; 8])
@@ -113,5 +116,12 @@ impl Vector for F32x8 {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+}
+
+impl Eight for F32x8 {
+    #[inline(always)]
+    fn transpose(rows: [Self; 8]) -> [Self; 8] {
+        std::array::from_fn(|i| F32x8(std::array::from_fn(|j| rows[j].0[i])))
     }
 }

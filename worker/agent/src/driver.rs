@@ -9,6 +9,7 @@ use crate::gang::{Blow, GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::output;
+use crate::panics;
 use crate::prepare;
 use crate::processes;
 use crate::program::Base;
@@ -173,8 +174,9 @@ struct Signals {
     hangup: Signal,
     user1: Signal,
     user2: Signal,
-    /// Of a `fleet launch` alone: elsewhere a pipe that breaks is an error of the writing and nothing else.
-    pipe: Option<Signal>,
+    /// Of a `fleet launch` alone, which says so that nobody reads its program's stdout, or stderr: elsewhere a pipe that breaks is an error of
+    /// the writing and nothing else.
+    unheard: Option<[Signal; 2]>,
 }
 
 impl Signals {
@@ -186,14 +188,20 @@ impl Signals {
             hangup: signal(SignalKind::hangup())?,
             user1: signal(SignalKind::user_defined1())?,
             user2: signal(SignalKind::user_defined2())?,
-            pipe: relay.then(|| signal(SignalKind::pipe())).transpose()?,
+            unheard: match relay {
+                true => Some([signal(SignalKind::pipe())?, signal(SignalKind::io())?]),
+                false => None,
+            },
         })
     }
 
     async fn next(&mut self) -> Number {
-        let pipe = async {
-            match &mut self.pipe {
-                Some(signal) => signal.recv().await,
+        let unheard = async {
+            match &mut self.unheard {
+                Some([pipe, io]) => tokio::select! {
+                    _ = pipe.recv() => Number::SIGPIPE,
+                    _ = io.recv() => Number::SIGIO,
+                },
                 None => pending().await,
             }
         };
@@ -204,7 +212,7 @@ impl Signals {
             _ = self.hangup.recv() => Number::SIGHUP,
             _ = self.user1.recv() => Number::SIGUSR1,
             _ = self.user2.recv() => Number::SIGUSR2,
-            _ = pipe => Number::SIGPIPE,
+            signal = unheard => signal,
         }
     }
 }
@@ -257,17 +265,23 @@ impl Driver {
                             None
                         }
                         Some(exited) = sources.exits.recv() => self.on_exit(exited),
-                        Some(event) = sources.link_events.recv() => match event {
-                            LinkEvent::Connected(outbox) => {
+                        event = sources.link_events.recv() => match event {
+                            None => {
+                                let why = sources.link.await.map_or_else(panics::said, |()| "it ended".to_owned());
+                                eprintln!("error: the connection to the cluster cannot be kept, by a fault of fleet: {why}");
+                                self.end_all();
+                                return Ok(exit::JOB_FAILED);
+                            }
+                            Some(LinkEvent::Connected(outbox)) => {
                                 self.outbox = Some(outbox);
                                 Some(Input::Connected)
                             }
-                            LinkEvent::Message(message) => Some(Input::Message(message)),
-                            LinkEvent::Disconnected => {
+                            Some(LinkEvent::Message(message)) => Some(Input::Message(message)),
+                            Some(LinkEvent::Disconnected) => {
                                 self.outbox = None;
                                 Some(Input::Disconnected)
                             }
-                            LinkEvent::Hopeless(error) => {
+                            Some(LinkEvent::Hopeless(error)) => {
                                 eprintln!("error: {}", terminal::plain(&error.to_string()));
                                 self.end_all();
                                 return Ok(error.exit_code());
@@ -304,8 +318,8 @@ impl Driver {
             (Number::SIGINT, Some(_)) => Some(Input::PassOn(Blow::Interrupt)),
             (Number::SIGUSR1, Some(_)) => Some(Input::PassOn(Blow::User1)),
             (Number::SIGUSR2, Some(_)) => Some(Input::PassOn(Blow::User2)),
-            (Number::SIGPIPE, Some(relay)) => {
-                relay.close_stdout();
+            (Number::SIGPIPE | Number::SIGIO, Some(relay)) => {
+                relay.close(signal == Number::SIGIO);
                 None
             }
             // The ranks here are those of several people's jobs, who did not ask for it.
@@ -345,12 +359,16 @@ impl Driver {
             Action::Prepare { gang, job } => {
                 let sender = self.messages_sender.clone();
                 let (name, run) = (self.name.clone(), format!("{}/{}", self.cluster_id, gang.job));
-                tokio::task::spawn_blocking(move || {
+                let (node, progress_sender) = (name.clone(), sender.clone());
+                let work = move || {
                     let progress = |level, line| {
-                        let _ = sender.blocking_send((gang, GangInput::Progress(level, line)));
+                        let _ = progress_sender.blocking_send((gang, GangInput::Progress(level, line)));
                     };
-                    let result = prepare::prepare(&job, run, &name, &progress);
-                    let _ = sender.blocking_send((gang, GangInput::Prepared(result)));
+                    prepare::prepare(&job, run, &name, &progress)
+                };
+                tokio::spawn(async move {
+                    let result = prepare::in_a_thread(gang.job, node, work).await;
+                    let _ = sender.send((gang, GangInput::Prepared(result))).await; // the agent ends
                 });
             }
             Action::ToRank { gang, rank, mut message } => {
@@ -462,8 +480,9 @@ impl Driver {
         let Some(outbox) = self.outbox.clone() else { return };
         let OutputWish { ticket, job, generation, local_rank, from } = wish;
         let log = rank_log(&self.records.dir_of(GangId { job, generation }), local_rank);
-        tokio::task::spawn_blocking(move || {
-            let result = output::read(&log, from);
+        tokio::spawn(async move {
+            let read = panics::blocking(move || output::read(&log, from)).await;
+            let result = read.and_then(|piece| piece);
             let _ = outbox.send(FromAgent::Output { ticket, result }); // whoever asked has lost it with the connection
         });
     }

@@ -1,8 +1,14 @@
-//! `worker exec-rank`: what stands between the agent and a rank for a millisecond. It ties the process to the agent's life, enters its
-//! control group, goes to the working directory and becomes the program. It is a program of its own because between fork and exec there is no safe Rust.
+//! `worker exec-rank`: what stands between the agent and a rank for a millisecond. It begins a session, ties the process to the agent's life,
+//! enters its control group, goes to the working directory and becomes the program. It is a program of its own because between fork and exec
+//! there is no safe Rust.
+//!
+//! In a session of its own a rank has no controlling terminal, wherever the agent was started: who asks at `/dev/tty`, as getpass and ssh do,
+//! finds none and asks elsewhere or gives up, where it would else be stopped for ever as a process in the background.
 
 use crate::cgroup;
 use anyhow::Context;
+use fleet_common::protocol::CANNOT_START;
+use fleet_common::signals;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -10,9 +16,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-/// What the last line begins with of a rank that never was its program.
-pub const CANNOT_START: &str = "error: cannot start ";
 
 /// First argument of the hidden mode.
 pub const MODE: &str = "exec-rank";
@@ -60,6 +63,8 @@ fn missing_interpreter(program: &OsStr) -> Option<String> {
 }
 
 fn prepare(parent: &OsStr, dir: &OsStr, cgroup: &OsStr) -> anyhow::Result<()> {
+    nix::unistd::setsid().context("no session of its own")?;
+    signals::mind_the_file_limit();
     let parent: i32 = parent.to_str().and_then(|pid| pid.parse().ok()).context("no parent was named")?;
     #[cfg(target_os = "linux")]
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)

@@ -3,26 +3,30 @@
 //! ```text
 //! preparing --cache ready--> running --all ranks gone--> sweeping --nothing of it is left--> finished --all events committed--> (forgotten)
 //!     |  ranks load libtorch meanwhile   |
-//!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace, then swept
+//!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace (those of a program get SIGTERM before), then swept
 //! ```
 
 use crate::agent::{Action, Config, Now, Place, Room};
 use crate::last_lines::LastLines;
-use crate::stall::{LOOK_PERIOD, Sight, Told, Watch};
+use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
-use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome, Stall};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
 use fleet_common::lines::{self, LINE_MAX};
 use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work, listed};
+use nix::sys::signal::Signal;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// After the first failure the others may still say what they know, so that the true culprit is found.
 pub const BLAME_GRACE: Duration = Duration::from_millis(500);
+/// For the other ranks of a program, between the SIGTERM that the first failure brings them and the kill: what torchrun gives.
+pub const PEER_GRACE: Duration = Duration::from_secs(30);
 /// Between a polite request to stop with a deadline (the agent ends, a program is stopped) and the kill.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
 /// For ranks that are done, to leave on their own.
@@ -187,6 +191,7 @@ pub struct Supervised {
     sample_at: Duration,
     look_at: Duration,
     watch: Watch,
+    standings: Standings,
     last_step: u64,
     peak_rss_mib: Vec<u64>,
     peak_pss_mib: Vec<u64>,
@@ -255,6 +260,7 @@ impl Supervised {
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
             watch: Watch::default(),
+            standings: Standings::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
             peak_pss_mib: vec![0; count as usize],
@@ -291,10 +297,10 @@ impl Supervised {
             GangInput::SpawnFailed { rank, error } => {
                 let message = format!("rank {} could not be started: {error}", self.global(rank));
                 let error = verdict::agent_error(Fault::Environment, &config.name, message);
-                self.suspect(rank, now.mono, Cause::Said(error));
                 if let Some(state) = self.ranks.get_mut(rank as usize) {
                     state.exit = Some(Exit::Code(127));
                 }
+                self.suspect(rank, now.mono, Cause::Said(error), now, out);
             }
             GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
             GangInput::Prepared(Err(error)) => self.fail(error, now),
@@ -489,7 +495,7 @@ impl Supervised {
                 }
             }
             FromRank::Failed(error) => {
-                self.suspect(rank, now.mono, Cause::of_report(self.global(rank), error))
+                self.suspect(rank, now.mono, Cause::of_report(self.global(rank), error), now, out)
             }
         }
     }
@@ -543,10 +549,10 @@ impl Supervised {
                 let line = format!("rank {global} had done its work but did not leave cleanly: {exit:?}");
                 self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
             }
-            Exit::Signal(signal) => self.suspect(rank, at, Cause::Signal(signal)),
+            Exit::Signal(signal) => self.suspect(rank, at, Cause::Signal(signal), now, out),
             Exit::Code(0) if !trains => {}
             Exit::Code(_) if reported => {}
-            Exit::Code(code) => self.suspect(rank, at, Cause::Code(code)),
+            Exit::Code(code) => self.suspect(rank, at, Cause::Code(code), now, out),
         }
         if trains && !done && !expected {
             out.push(Action::AbortCollectives { gang: self.id, rank });
@@ -607,6 +613,13 @@ impl Supervised {
             Some(Told::GoesOn(line)) => self.on_line(None, Level::Info, &line, now),
             None => {}
         }
+        if let Some(standing) = self.standings.news(self.watch.standing(), now.mono) {
+            let stall = standing.map(|Standing { since, what }| Stall {
+                since_unix_ms: now.unix_ms.saturating_sub(now.mono.saturating_sub(since).as_millis() as u64),
+                what,
+            });
+            self.push(now, EventBody::Stall(stall));
+        }
     }
 
     /// What was told is a peak: it is told again when it has grown.
@@ -624,12 +637,19 @@ impl Supervised {
         }
     }
 
-    fn suspect(&mut self, rank: Rank, at: Duration, cause: Cause) {
-        // A signal needs no further evidence; the rest may wait for a better explanation.
-        let grace = if matches!(cause, Cause::Signal(_)) { Duration::ZERO } else { BLAME_GRACE };
+    fn suspect(&mut self, rank: Rank, at: Duration, cause: Cause, now: Now, out: &mut Vec<Action>) {
+        let first = self.suspicions.is_empty();
+        let end = match (&self.kind, &cause) {
+            (Kind::Program, _) => now.mono + PEER_GRACE,
+            // A signal needs no further evidence; the rest may wait for a better explanation.
+            (Kind::Train(_), Cause::Signal(_)) => at,
+            (Kind::Train(_), _) => at + BLAME_GRACE,
+        };
         self.suspicions.push(Suspicion { at, rank: self.global(rank), cause });
-        let at = at + grace;
-        self.kill_at = Some(self.kill_at.map_or(at, |known| known.min(at)));
+        self.kill_at = Some(self.kill_at.map_or(end, |known| known.min(end)));
+        if first && matches!(self.kind, Kind::Program) {
+            self.strike_living(Blow::Terminate, out);
+        }
     }
 
     /// The number of a rank of this node within the job.
@@ -662,8 +682,35 @@ impl Supervised {
         self.finish(config, now);
     }
 
+    /// Of a program of which one rank has failed: how the others ended, but for those that did so well, as that one, or by the SIGTERM.
+    fn push_other_ends(&mut self, outcome: &Outcome, now: Now) {
+        let Outcome::Failed(JobError { rank: Some(blamed), exit_code, signal, .. }) = *outcome else {
+            return;
+        };
+        let mut ends: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (rank, state) in (self.first_rank..).zip(&self.ranks).filter(|(rank, _)| *rank != blamed) {
+            let end = match state.exit {
+                None | Some(Exit::Code(0)) => continue,
+                _ if state.struck => "killed".to_owned(),
+                Some(Exit::Signal(by)) if signal == Some(by) || by == Signal::SIGTERM as i32 => continue,
+                Some(Exit::Signal(by)) => verdict::signal_name(by),
+                Some(Exit::Code(code)) if exit_code == Some(code) => continue,
+                Some(Exit::Code(code)) => format!("exit code {code}"),
+            };
+            ends.entry(end).or_default().push(rank.to_string());
+        }
+        if matches!(self.kind, Kind::Train(_)) || ends.is_empty() {
+            return;
+        }
+        let ends: Vec<String> =
+            ends.iter().map(|(end, ranks)| format!("{end} (rank {})", ranks.join(", "))).collect();
+        let line = format!("of the other ranks: {}", ends.join("; "));
+        self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
+    }
+
     fn finish(&mut self, config: &Config, now: Now) {
         let outcome = self.outcome(config);
+        self.push_other_ends(&outcome, now);
         self.push_memory(now);
         self.push(now, EventBody::Finished(outcome));
         self.phase = Phase::Finished;

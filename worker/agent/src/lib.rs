@@ -13,6 +13,7 @@ mod last_lines;
 mod link;
 mod memory;
 mod output;
+mod panics;
 mod prepare;
 mod processes;
 pub mod program;

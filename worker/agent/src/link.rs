@@ -3,6 +3,7 @@
 
 use crate::backoff::Backoff;
 use crate::coordinators::{self, Coordinators};
+use crate::panics;
 use fleet_common::codec::{self, FRAME_MAX, Frames};
 use fleet_common::net::{self, Identity, NetError, Socket};
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Reply, Request, ToAgent};
@@ -172,7 +173,8 @@ async fn serve(
             piece = receive.read_chunk(READ_MAX, true) => piece,
             written = &mut writer => match written {
                 Ok(Err(error)) => break closed(connection, &error.to_string()),
-                _ => break "the agent closes this connection".to_owned(),
+                Ok(Ok(())) => break "the agent closes this connection".to_owned(),
+                Err(panic) => break panics::said(panic),
             },
             () = tokio::time::sleep_until(look.into()) => {
                 renew(node, &ask);

@@ -12,7 +12,7 @@ use fleet_common::files::{self, Kind};
 use fleet_common::net::{self, Identity, IdentityError, JoinToken, NetError, TokenError};
 use fleet_common::protocol::Role;
 use fleet_common::telemetry::{self, LogFormat};
-use fleet_common::{arguments, exit, home, terminal};
+use fleet_common::{arguments, exit, home, signals, terminal};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,7 @@ struct Join {
     #[arg(long, hide = true)]
     inherit_env: bool,
     /// What programs print follows on stdout, rank 0 reads what this worker could read, and SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are passed
-    /// on to them; SIGPIPE closes their stdout: for the `fleet launch` of one program.
+    /// on to them; SIGPIPE closes their stdout, SIGIO their stderr: for the `fleet launch` of one program.
     #[arg(long, hide = true, value_enum)]
     relay: Option<Streams>,
     /// End when this process, which started this one, ends.
@@ -85,6 +85,7 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|first| first == exec_rank::MODE) {
         return ExitCode::from(exec_rank::run(&arguments[1..]));
     }
+    signals::mind_no_file_limit();
     let Command::Join(join) = arguments::parse::<Cli>().command;
     let code = run(join).unwrap_or_else(|failure| {
         eprintln!("error: {}", terminal::plain(&format!("{:#}", failure.error)));

@@ -2,12 +2,30 @@
 //! verified, built. Blocking work for a thread of its own; its errors carry their fault.
 
 use crate::gang::Prepared;
+use crate::panics;
 use crate::verdict::agent_error;
 use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, RunDir, Search};
 use fleet_common::events::{JobError, Level};
+use fleet_common::exit::Fault;
+use fleet_common::ids::JobId;
 use fleet_common::job::{Job, Model, Resume};
 use fleet_data::{DataError, DataFiles, Note, TokenCache};
 use std::path::PathBuf;
+
+/// Does `work`, which prepares `job` on the node `node`, on a thread of its own. A panic there is an error of the job.
+pub async fn in_a_thread(
+    job: JobId,
+    node: String,
+    work: impl FnOnce() -> Result<Prepared, JobError> + Send + 'static,
+) -> Result<Prepared, JobError> {
+    let done = panics::blocking(work).await;
+    done.unwrap_or_else(|said| {
+        let message = format!(
+            "preparing the data of {job} failed on {node}, by a fault of fleet: {said}; the worker's log says where: please report it"
+        );
+        Err(agent_error(Fault::Job, &node, message))
+    })
+}
 
 /// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it.
 pub fn prepare(
@@ -80,11 +98,26 @@ fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
     use fleet_checkpoint::Writer;
     use fleet_common::job::parse_toml;
     use std::path::Path;
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_of_the_job_that_names_it() {
+        let nothing: Vec<u8> = Vec::new();
+        let error = in_a_thread(JobId(7), "box".to_owned(), move || {
+            let _ = nothing[0];
+            Err(agent_error(Fault::Input, "box", "not reached"))
+        });
+        let error = error.await.unwrap_err();
+        assert_eq!((error.fault, error.rank), (Fault::Job, None));
+        assert!(error.message.contains("job-7 failed on box"), "{}", error.message);
+        assert!(error.message.contains("index out of bounds"), "{}", error.message);
+        assert!(!error.message.contains('\n'), "{}", error.message);
+    }
 
     fn job(dir: &Path, model: &str) -> Job {
         let text: String =

@@ -3,10 +3,12 @@
 
 use crate::gang::GangInput;
 use crate::output::{Lines, OutputFile};
+use crate::panics;
 use crate::relay::Relay;
 use crate::spawn::{Exited, Started};
 use fleet_common::codec;
-use fleet_common::events::{EventBody, Level};
+use fleet_common::events::{EventBody, JobError, Level};
+use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::lines::LineSplitter;
 use fleet_common::protocol::{FromRank, ToRank};
@@ -16,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinError, JoinSet};
 
 /// Bytes read at once from a pipe; the lines in it travel together.
 const READ_MAX: usize = 16 << 10;
@@ -58,20 +61,30 @@ pub fn attend<K: Copy + Send + Sync + 'static>(
     let (exited, exit) = oneshot::channel::<Exited>();
     let (gone_sender, gone) = watch::channel(false);
 
-    let mut readers = tokio::task::JoinSet::new();
-    readers.spawn(read_lines(stdout, rank, Level::Info, log.clone(), deliveries.clone(), gone.clone()));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(read_lines(stdout, rank, Level::Info, log.clone(), deliveries.clone(), gone.clone()));
     if let Some(stderr) = stderr {
-        readers.spawn(read_lines(stderr, rank, Level::Warn, log.clone(), deliveries.clone(), gone.clone()));
+        tasks.spawn(read_lines(stderr, rank, Level::Warn, log.clone(), deliveries.clone(), gone.clone()));
     }
     if let Some(socket) = socket {
         let (read, write) = socket.into_split();
-        readers.spawn(read_messages(read, rank, log, deliveries.clone(), gone));
-        tokio::spawn(write_messages(write, outbox));
+        tasks.spawn(read_messages(read, rank, log, deliveries.clone(), gone.clone()));
+        tasks.spawn(write_messages(write, outbox, gone));
     }
     tokio::spawn(async move {
-        let Ok(exited) = exit.await else { return };
+        let mut exit = exit;
+        let exited = loop {
+            tokio::select! {
+                exited = &mut exit => break exited,
+                Some(ended) = tasks.join_next() => if let Err(panic) = ended {
+                    let failed = GangInput::Rank(rank, FromRank::Failed(lost_touch(panic)));
+                    let _ = deliveries.messages.send((deliveries.key, failed)).await; // the agent ends
+                },
+            }
+        };
+        let Ok(exited) = exited else { return };
         let _ = gone_sender.send(true);
-        readers.join_all().await;
+        while tasks.join_next().await.is_some() {}
         let at = exited.at.saturating_duration_since(started_at);
         let input = GangInput::Exited { rank, at, exit: exited.exit };
         // Behind the lines, in their queue; messages are taken before lines.
@@ -92,8 +105,8 @@ async fn read_lines<K: Copy>(
     let mut buffer = vec![0; READ_MAX];
     loop {
         let unheard = async {
-            match deliveries.relay.as_ref().filter(|_| level == Level::Info) {
-                Some(relay) => relay.stdout_closed().await,
+            match &deliveries.relay {
+                Some(relay) => relay.closed(level != Level::Info).await,
                 None => std::future::pending().await,
             }
         };
@@ -158,11 +171,33 @@ async fn read_messages<K: Copy>(
     }
 }
 
+/// One of the tasks below panicked.
+fn lost_touch(panic: JoinError) -> JobError {
+    JobError {
+        fault: Fault::Job,
+        rank: None,
+        node: None,
+        signal: None,
+        exit_code: None,
+        message: format!(
+            "the worker lost touch with the rank, by a fault of fleet: {}; the worker's log says where: please report it",
+            panics::said(panic)
+        ),
+        last_lines: Vec::new(),
+    }
+}
+
 async fn write_messages(
     mut socket: tokio::net::unix::OwnedWriteHalf,
     mut outbox: mpsc::UnboundedReceiver<ToRank>,
+    mut gone: watch::Receiver<bool>,
 ) {
-    while let Some(message) = outbox.recv().await {
+    loop {
+        let message = tokio::select! {
+            message = outbox.recv() => message,
+            _ = gone.wait_for(|gone| *gone) => None,
+        };
+        let Some(message) = message else { return };
         if let Err(error) = codec::write_frame(&mut socket, &message).await {
             // Its exit is reported by another way.
             tracing::debug!(%error, "a message did not reach its rank");

@@ -22,8 +22,8 @@ pub enum Streams {
 #[derive(Clone, Debug)]
 pub struct Relay {
     pipe: Arc<Mutex<pipe::Sender>>,
-    /// Nobody reads what programs write to their stdout.
-    unheard: watch::Sender<bool>,
+    /// Nobody reads what programs write to their stdout, and to their stderr.
+    unheard: watch::Sender<[bool; 2]>,
 }
 
 impl Relay {
@@ -31,17 +31,18 @@ impl Relay {
     pub fn over_stdout() -> io::Result<Relay> {
         let stdout = io::stdout().as_fd().try_clone_to_owned()?;
         let pipe = Arc::new(Mutex::new(pipe::Sender::from_owned_fd(stdout)?));
-        Ok(Relay { pipe, unheard: watch::Sender::new(false) })
+        Ok(Relay { pipe, unheard: watch::Sender::new([false; 2]) })
     }
 
-    /// From now on programs find their stdout closed.
-    pub fn close_stdout(&self) {
-        self.unheard.send_replace(true);
+    /// From now on programs find their stdout, or their stderr, closed.
+    pub fn close(&self, stderr: bool) {
+        self.unheard.send_modify(|unheard| unheard[usize::from(stderr)] = true);
     }
 
     /// Waits until that is so.
-    pub async fn stdout_closed(&self) {
-        let _ = self.unheard.subscribe().wait_for(|unheard| *unheard).await; // the sender is this one's
+    pub async fn closed(&self, stderr: bool) {
+        let closed = |unheard: &[bool; 2]| unheard[usize::from(stderr)];
+        let _ = self.unheard.subscribe().wait_for(closed).await; // the sender is this one's
     }
 
     /// Returns when it is in the pipe: it is read also when this process is gone by then.

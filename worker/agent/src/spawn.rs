@@ -7,9 +7,11 @@
 use crate::container::{Container, MARK_ENV, Remains};
 use crate::exec_rank;
 use crate::gang::Blow;
+use crate::panics::Vital;
 use crate::processes::{self, Process};
 use crate::verdict::Exit;
-use nix::sys::signal::{Signal, killpg};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
@@ -91,6 +93,7 @@ impl Spawner {
     pub fn start(exits: async_mpsc::UnboundedSender<Exited>) -> io::Result<Spawner> {
         let (orders, inbox) = mpsc::channel();
         std::thread::Builder::new().name("spawner".to_owned()).spawn(move || {
+            let _vital = Vital("thread that starts and reaps ranks");
             let mut children = Children { living: BTreeSet::new(), exits };
             while let Ok(order) = inbox.recv() {
                 children.carry_out(order);
@@ -159,9 +162,7 @@ impl Children {
             }
             Order::EndAll(remains, done) => {
                 let living = std::mem::take(&mut self.living);
-                living.into_iter().for_each(|pid| {
-                    let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGKILL);
-                });
+                living.into_iter().for_each(|pid| signal_group(pid, Signal::SIGKILL));
                 self.sweep(&Sweep { remains: *remains, adopted: true });
                 let _ = done.send(());
             }
@@ -188,7 +189,6 @@ impl Children {
             .env_remove("FLEET_TOKEN")
             .envs(launch.env.iter().map(|(name, value)| (name, value)))
             .env(MARK_ENV, launch.container.marks())
-            .process_group(0)
             .stdin(if launch.own_stdin { Stdio::inherit() } else { Stdio::null() });
         let (stdout, stdout_end) = io::pipe()?;
         let (stderr, stderr_end) = match launch.one_pipe {
@@ -211,18 +211,16 @@ impl Children {
         if !self.living.contains(&pid) {
             return;
         }
-        let group = Pid::from_raw(pid as i32);
         match blow {
-            // Gone in this moment: the reaping follows.
-            Blow::HangUp => drop(killpg(group, Signal::SIGHUP)),
-            Blow::Interrupt => drop(killpg(group, Signal::SIGINT)),
-            Blow::User1 => drop(killpg(group, Signal::SIGUSR1)),
-            Blow::User2 => drop(killpg(group, Signal::SIGUSR2)),
-            Blow::Terminate => drop(killpg(group, Signal::SIGTERM)),
+            Blow::HangUp => signal_group(pid, Signal::SIGHUP),
+            Blow::Interrupt => signal_group(pid, Signal::SIGINT),
+            Blow::User1 => signal_group(pid, Signal::SIGUSR1),
+            Blow::User2 => signal_group(pid, Signal::SIGUSR2),
+            Blow::Terminate => signal_group(pid, Signal::SIGTERM),
             Blow::Kill => {
                 // While it lives, also what has left its group is known to descend from it.
                 let tree = processes::trees(&processes::living(), |seen| seen.process.pid == pid);
-                let _ = killpg(group, Signal::SIGKILL);
+                signal_group(pid, Signal::SIGKILL);
                 tree.iter().for_each(|process| process.kill());
             }
         }
@@ -281,5 +279,14 @@ impl Children {
         processes::trees(&processes::living(), |seen| {
             seen.parent == me && !self.living.contains(&seen.process.pid)
         })
+    }
+}
+
+/// To the process group that this child, which is not reaped, leads; in its first moment, before it does, to it alone.
+fn signal_group(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32);
+    // Gone in this moment: the reaping follows.
+    if killpg(pid, signal) == Err(Errno::ESRCH) {
+        let _ = kill(pid, signal);
     }
 }

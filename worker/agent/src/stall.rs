@@ -5,19 +5,26 @@
 //! time (the start, the first step, evaluation, saving) may last as long as the rank computes, and a minute without; reading and writing of
 //! large files computes little, but not nothing. A process that a signal or a debugger has stopped does nothing of this, and needs no
 //! patience. Every stall must be seen in two looks, with no call made in between: a machine that was suspended shows long waits in the first.
+//!
+//! Who asks how the job stands is told sooner than the log, after `SOON` in place of `MARGIN`: what he sees goes away again.
 
 use fleet_collectives::{Activity, Doing, RankReport};
 use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Between two looks at the ranks.
-pub const LOOK_PERIOD: Duration = Duration::from_secs(1);
-/// Nobody is told of a shorter wait.
+pub const LOOK_PERIOD: Duration = Duration::from_millis(500);
+/// No shorter wait is logged.
 const MARGIN: Duration = Duration::from_secs(2);
+/// Nobody is told of a shorter wait. With two looks after it he is told within two seconds.
+const SOON: Duration = Duration::from_millis(900);
 /// For a rank that does not compute, in what has no usual time.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After a stall is over, before the next one is told: a gang that limps does not fill the log.
 const PAUSE: Duration = Duration::from_secs(30);
+/// Who asks is told of so many stalls in this time; of more he is told when it is over.
+const TOLD_MAX: usize = 10;
+const TOLD_WITHIN: Duration = Duration::from_secs(300);
 /// Steps of which the usual time is the median.
 const STEPS: usize = 9;
 /// Ticks of computing below which a process does nothing: a tenth of a second.
@@ -44,6 +51,14 @@ pub enum Told {
     GoesOn(String),
 }
 
+/// For whom a gang waits at the time of the last look.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standing {
+    pub since: Duration,
+    /// The same while it waits for the same.
+    pub what: String,
+}
+
 /// Watches one gang.
 #[derive(Debug, Default)]
 pub struct Watch {
@@ -55,9 +70,37 @@ pub struct Watch {
     computed: Vec<(u64, Duration)>,
     /// All calls made up to the last look, if it showed a stall.
     seen: Option<u64>,
+    /// The same with what it showed, if that has lasted for `SOON`.
+    seen_soon: Option<(u64, Standing)>,
+    standing: Option<Standing>,
     /// When the stall that was told began, and how long it must last to be told again.
     told: Option<(Duration, Duration)>,
     not_before: Duration,
+}
+
+/// What was told of `Standing`: each change once, and of a gang that limps not every one.
+#[derive(Debug, Default)]
+pub struct Standings {
+    told: Option<String>,
+    /// When the last ones were told, the oldest first.
+    times: VecDeque<Duration>,
+}
+
+impl Standings {
+    /// What is to be told in place of what was told last, if that is another thing.
+    pub fn news(&mut self, standing: Option<&Standing>, now: Duration) -> Option<Option<Standing>> {
+        if standing.map(|standing| &standing.what) == self.told.as_ref() {
+            return None;
+        }
+        self.times.retain(|time| now.saturating_sub(*time) < TOLD_WITHIN);
+        let standing = standing.filter(|_| self.times.len() < TOLD_MAX).cloned();
+        let before =
+            std::mem::replace(&mut self.told, standing.as_ref().map(|standing| standing.what.clone()));
+        if standing.is_some() {
+            self.times.push_back(now);
+        }
+        (before.is_some() || standing.is_some()).then_some(standing)
+    }
 }
 
 struct Stall<'a> {
@@ -71,7 +114,8 @@ impl Watch {
     pub fn look(&mut self, now: Duration, sights: &[Sight]) -> Option<Told> {
         self.learn(now, sights);
         let calls = sights.iter().map(|sight| sight.report.calls).sum();
-        let Some(stall) = self.stall(now, sights) else {
+        self.stand(now, calls, sights);
+        let Some(stall) = self.stall(now, sights, MARGIN) else {
             self.seen = None;
             let (began, _) = self.told.take()?;
             self.not_before = now + PAUSE;
@@ -89,6 +133,23 @@ impl Watch {
         let began = now.saturating_sub(stall.lasts);
         self.told = Some((self.told.map_or(began, |(began, _)| began), stall.lasts * 2));
         Some(Told::Stalls(stall.to_string()))
+    }
+
+    /// For whom the gang waits, by the last two looks.
+    pub fn standing(&self) -> Option<&Standing> {
+        self.standing.as_ref()
+    }
+
+    fn stand(&mut self, now: Duration, calls: u64, sights: &[Sight]) {
+        let stall = self.stall(now, sights, SOON);
+        let new =
+            stall.map(|stall| Standing { since: now.saturating_sub(stall.lasts), what: stall.line(None) });
+        let before = std::mem::replace(&mut self.seen_soon, new.clone().map(|new| (calls, new)));
+        let again = before.is_some_and(|(then, _)| then == calls);
+        self.standing = match (self.standing.take(), new.filter(|_| again)) {
+            (Some(old), Some(new)) if old.what == new.what => Some(old),
+            (_, new) => new,
+        };
     }
 
     fn learn(&mut self, now: Duration, sights: &[Sight]) {
@@ -117,15 +178,18 @@ impl Watch {
         steps.get(steps.len() / 2).copied()
     }
 
-    fn stall<'a>(&self, now: Duration, sights: &'a [Sight]) -> Option<Stall<'a>> {
+    fn stall<'a>(&self, now: Duration, sights: &'a [Sight], margin: Duration) -> Option<Stall<'a>> {
         let still = sights.iter().map(still_for).min()?;
         let all = |lasts| Stall { blamed: sights.iter().collect(), waiting: Vec::new(), lasts };
         if sights.iter().all(|sight| sight.stopped) {
-            return (still >= MARGIN).then(|| all(still));
+            return (still >= margin).then(|| all(still));
         }
         // The call that the ones in front wait in; who was stopped may still be in an earlier one.
         let Some(call) = sights.iter().filter_map(waits_in).map(|(call, _)| call).max() else {
-            return sights.iter().all(|sight| self.is_late(sight, still, 2, now)).then(|| all(still));
+            return sights
+                .iter()
+                .all(|sight| self.is_late(sight, (still, 2), margin, now))
+                .then(|| all(still));
         };
         let in_front = |sight: &&Sight| waits_in(sight).is_some_and(|(its, _)| its == call);
         let (waiting, others): (Vec<_>, Vec<_>) =
@@ -136,20 +200,26 @@ impl Watch {
         if missing.is_empty() {
             missing = others;
         }
-        missing.retain(|sight| self.is_late(sight, lasts, 1, now));
+        missing.retain(|sight| self.is_late(sight, (lasts, 1), margin, now));
         (!missing.is_empty()).then_some(Stall { blamed: missing, waiting, lasts })
     }
 
-    /// Whether the rank has let the others wait for too long.
-    fn is_late(&self, sight: &Sight, waited: Duration, steps: u32, now: Duration) -> bool {
+    /// Whether the rank has let the others wait for too long, for more than so many steps.
+    fn is_late(
+        &self,
+        sight: &Sight,
+        (waited, steps): (Duration, u32),
+        margin: Duration,
+        now: Duration,
+    ) -> bool {
         let in_step = match &sight.report.doing {
             Doing::NotAttached => false,
             Doing::Inside { during, .. } => during.is_some_and(is_of_a_step),
             Doing::Outside { activity, .. } => activity.is_some_and(|(activity, _)| is_of_a_step(activity)),
         };
         match self.usual().filter(|_| in_step) {
-            _ if sight.stopped => waited >= MARGIN,
-            Some(usual) => waited >= usual * steps + MARGIN,
+            _ if sight.stopped => waited >= margin,
+            Some(usual) => waited >= usual * steps + margin,
             None => {
                 let computed = self.computed.get(sight.report.rank);
                 waited >= PATIENCE && computed.is_some_and(|(_, at)| now.saturating_sub(*at) >= PATIENCE)
@@ -184,11 +254,18 @@ fn still_for(sight: &Sight) -> Duration {
 
 impl std::fmt::Display for Stall<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let seconds = self.lasts.as_secs();
+        f.write_str(&self.line(Some(self.lasts.as_secs())))
+    }
+}
+
+impl Stall<'_> {
+    /// With or without the seconds that it lasts, and those of what the ranks do.
+    fn line(&self, seconds: Option<u64>) -> String {
+        let lasts = seconds.map_or(String::new(), |seconds| format!(" for {seconds} s"));
         let several = self.blamed.len() > 1;
         let about = |sight: &&Sight| match several {
-            true => format!("rank {}: {}", sight.report.rank, what(sight)),
-            false => what(sight),
+            true => format!("rank {}: {}", sight.report.rank, what(sight, seconds.is_some())),
+            false => what(sight, seconds.is_some()),
         };
         let mut about: Vec<String> = self.blamed.iter().take(DETAILS_MAX).map(about).collect();
         if self.blamed.len() > DETAILS_MAX {
@@ -196,13 +273,12 @@ impl std::fmt::Display for Stall<'_> {
         }
         let about = about.join("; ");
         let Some(first) = self.waiting.first() else {
-            return write!(f, "all ranks stand still for {seconds} s ({about})");
+            return format!("all ranks stand still{lasts} ({about})");
         };
         let (has, them) = if several { ("have", "them") } else { ("has", "it") };
         let wait = if self.waiting.len() > 1 { "wait" } else { "waits" };
-        write!(
-            f,
-            "{} {has} not come to {} for {seconds} s ({about}); {} {wait} for {them}",
+        format!(
+            "{} {has} not come to {}{lasts} ({about}); {} {wait} for {them}",
             names(&self.blamed),
             place(first),
             names(&self.waiting)
@@ -210,16 +286,18 @@ impl std::fmt::Display for Stall<'_> {
     }
 }
 
-/// `process 4711, in backward since 4 s`.
-fn what(sight: &Sight) -> String {
+/// `process 4711, in backward since 4 s`, or without the time.
+fn what(sight: &Sight, timed: bool) -> String {
+    let since = |since: Duration| match timed {
+        true => format!(" since {} s", since.as_secs()),
+        false => String::new(),
+    };
     let doing = match &sight.report.doing {
         _ if sight.stopped => "stopped by a signal or a debugger".to_owned(),
         Doing::NotAttached => "not yet started".to_owned(),
         Doing::Inside { operation, .. } => format!("in {operation}"),
-        Doing::Outside { activity: Some((activity, since)), .. } => {
-            format!("{activity} since {} s", since.as_secs())
-        }
-        Doing::Outside { since, activity: None } => format!("silent since {} s", since.as_secs()),
+        Doing::Outside { activity: Some((activity, began)), .. } => format!("{activity}{}", since(*began)),
+        Doing::Outside { since: silent, activity: None } => format!("silent{}", since(*silent)),
     };
     format!("process {}, {doing}", sight.pid)
 }
@@ -315,6 +393,49 @@ mod tests {
         assert_eq!((seconds(&over), line(&over[0])), (vec![40], "the ranks go on after 40 s"));
         // The next one soon after that is not told before a pause.
         assert_eq!(seconds(&told(&mut watch, 60, 20, stands)), [70]);
+    }
+
+    #[test]
+    fn who_asks_sees_within_two_seconds_after_the_usual_time_for_whom_the_gang_waits() {
+        let mut watch = Watch::default();
+        let stands = |t| vec![waits(0, 8, t), does(1, 7, Activity::Backward, t)];
+        let look = |watch: &mut Watch, ms_now: u64, sights: Vec<Sight>| {
+            watch.look(ms(ms_now), &sights);
+            watch.standing().cloned()
+        };
+        // A step takes half a second.
+        let mut first = None;
+        for now in (0..=10_000).step_by(LOOK_PERIOD.as_millis() as usize) {
+            if let Some(standing) = look(&mut watch, now, stands(ms(now))) {
+                assert_eq!(standing.since, ms(0));
+                let what = "rank 1 has not come to the reduction of step 12 (process 101, in backward); rank 0 waits for it";
+                assert_eq!(standing.what, what);
+                first.get_or_insert(now);
+            }
+        }
+        assert!(first.is_some_and(|at| at > 500 && at <= 2_500), "{first:?}");
+        let goes = vec![waits(0, 9, ms(10)), does(1, 8, Activity::Backward, ms(10))];
+        assert_eq!(look(&mut watch, 10_500, goes), None);
+        // A long wait in one look alone is none.
+        let long = |calls| vec![waits(0, calls + 1, ms(60_000)), does(1, calls, Activity::Backward, ms(1))];
+        assert_eq!([look(&mut watch, 11_000, long(9)), look(&mut watch, 11_500, long(10))], [None, None]);
+    }
+
+    #[test]
+    fn a_gang_that_limps_is_told_of_ten_times_in_five_minutes() {
+        let mut standings = Standings::default();
+        let standing = Standing { since: ms(0), what: "rank 1".to_owned() };
+        let told = (0..600).filter(|second| {
+            let now = Standing { what: format!("{} {second}", standing.what), ..standing.clone() };
+            let limps = (second % 2 == 0).then_some(&now);
+            matches!(standings.news(limps, Duration::from_secs(*second)), Some(Some(_)))
+        });
+        assert_eq!(told.count(), 20);
+        let now = Duration::from_secs(10_000);
+        assert_eq!(standings.news(Some(&standing), now), Some(Some(standing.clone())));
+        assert_eq!(standings.news(Some(&standing), now), None);
+        assert_eq!(standings.news(None, now), Some(None));
+        assert_eq!(standings.news(None, now), None);
     }
 
     #[test]

@@ -4,10 +4,10 @@
 //! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, then what one says of a peer that did not
 //! come, and what a rank says only because the gang's calls had ended counts last. Within a class the earliest wins.
 
-use crate::exec_rank::CANNOT_START;
 use fleet_common::events::JobError;
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
+use fleet_common::protocol::{CANNOT_START, COULD_NOT_START};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -112,19 +112,26 @@ pub fn sentence(
             ),
             last_lines,
         },
-        Cause::Code(code) => JobError {
-            fault: fault_of(*code),
-            rank: Some(rank),
-            node: Some(node.to_owned()),
-            signal: None,
-            exit_code: Some(*code),
-            message: match (code, why_not_started(*code, trains, &last_lines)) {
-                (_, Some(why)) => format!("rank {rank} on {node} could not start: {why}"),
-                (0, _) => format!("rank {rank} on {node} ended before the job was done"),
-                (code, _) => format!("rank {rank} on {node} ended with exit code {code}"),
-            },
-            last_lines,
-        },
+        Cause::Code(code) => {
+            let why = why_not_started(*code, trains, &last_lines).map(str::to_owned);
+            JobError {
+                fault: fault_of(*code),
+                rank: Some(rank),
+                node: Some(node.to_owned()),
+                signal: None,
+                exit_code: Some(*code),
+                // Said once: what is told is not among the lines that follow.
+                last_lines: last_lines
+                    .into_iter()
+                    .filter(|line| !why.as_ref().is_some_and(|why| line.contains(why)))
+                    .collect(),
+                message: match (code, why) {
+                    (_, Some(why)) => format!("rank {rank} on {node}{COULD_NOT_START}{why}"),
+                    (0, _) => format!("rank {rank} on {node} ended before the job was done"),
+                    (code, _) => format!("rank {rank} on {node} ended with exit code {code}"),
+                },
+            }
+        }
         Cause::Said(error) | Cause::Peer(error) | Cause::Told(error) => JobError {
             rank: Some(suspicion.blamed()),
             node: error.node.clone().or_else(|| Some(node.to_owned())),
@@ -266,7 +273,10 @@ mod tests {
     fn what_did_not_start_is_told_from_what_ended_with_the_same_code() {
         let said = |line: &str| {
             let lines = vec![line.to_owned()];
-            sentence(&suspicion(0, 0, Cause::Code(127)), false, "box", Some(Exit::Code(127)), lines).message
+            let error =
+                sentence(&suspicion(0, 0, Cause::Code(127)), false, "box", Some(Exit::Code(127)), lines);
+            assert_eq!(error.last_lines.is_empty(), error.message.contains("could not start"), "{error:?}");
+            error.message
         };
         let why = "rank 0 on box could not start: nothere: No such file or directory (os error 2)";
         assert_eq!(said("error: cannot start nothere: No such file or directory (os error 2)"), why);

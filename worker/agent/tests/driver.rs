@@ -277,6 +277,23 @@ async fn what_a_program_leaves_behind_ends_with_it_also_in_a_session_of_its_own(
 }
 
 #[tokio::test]
+async fn every_rank_leads_a_session_of_its_own_and_has_no_terminal() {
+    let node = Node::new();
+    let _worker = node.worker();
+    let mut link = node.welcome().await;
+    let script =
+        "read pid name state parent group session tty rest < /proc/self/stat; echo $pid $group $session $tty";
+    link.start(2, shell(script)).await;
+    let (events, outcome) = link.until_finished().await;
+    assert!(matches!(outcome, Outcome::Succeeded { .. }), "{outcome:?}");
+    for rank in 0..2 {
+        let lines = logged(&events, Some(rank));
+        let words: Vec<&str> = lines[0].split(' ').collect();
+        assert_eq!(words, [words[0], words[0], words[0], "0"], "{lines:?}");
+    }
+}
+
+#[tokio::test]
 async fn ranks_die_with_an_agent_that_is_killed() {
     let node = Node::new();
     let mut worker = node.worker();

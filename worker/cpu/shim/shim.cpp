@@ -10,8 +10,6 @@
 namespace at::native {
 // Exported by libtorch_cpu.so, declared in none of its public headers.
 void mkldnn_matmul(const Tensor &a, const Tensor &b, const Tensor &out, float beta, float alpha);
-Tensor mkldnn_linear_pointwise(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, std::string_view attr,
-                               c10::List<std::optional<Scalar>> scalars, std::optional<std::string_view> algorithm);
 } // namespace at::native
 
 namespace {
@@ -37,29 +35,6 @@ int fleet_dnn_matmul(int bf16, int64_t m, int64_t n, int64_t k, const void *a, i
         const auto type = bf16 ? at::kBFloat16 : at::kFloat;
         at::native::mkldnn_matmul(view(a, m, k, a_row, a_col, type), view(b, k, n, b_row, b_col, type),
                                   view(out, m, n, out_row, 1, type), beta, 1.0f);
-        return 0;
-    } catch (const std::exception &e) {
-        copy_error(e.what(), error, error_len);
-    } catch (...) {
-        copy_error("unknown C++ exception", error, error_len);
-    }
-    return 1;
-}
-
-// out[m,n] = a[m,k] b[k,n], or += with add, in fp32, on CPUs for which fleet_dnn_matmul refuses fp32. Strides in elements.
-int fleet_dnn_linear(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t b_row,
-                     int64_t b_col, float *out, int64_t out_row, int add, char *error, size_t error_len) {
-    try {
-        at::InferenceMode guard;
-        const auto result = at::native::mkldnn_linear_pointwise(view(a, m, k, a_row, a_col, at::kFloat),
-                                                                view(b, n, k, b_col, b_row, at::kFloat), std::nullopt, "none",
-                                                                c10::List<std::optional<at::Scalar>>(), std::nullopt);
-        auto target = view(out, m, n, out_row, 1, at::kFloat);
-        if (add) {
-            target.add_(result);
-        } else {
-            target.copy_(result);
-        }
         return 0;
     } catch (const std::exception &e) {
         copy_error(e.what(), error, error_len);

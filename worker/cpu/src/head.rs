@@ -7,6 +7,7 @@ use crate::product::{Out, Storage};
 use crate::workspace::Scratch;
 use fleet_kernels::{self as kernels, Store};
 use fleet_learn::{Batch, Gradients, Workers};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 impl<E: Storage> Pass<'_, E> {
     /// What the head multiplies, `[t, e]`: in `scratch.more_rows` where a matrix leads there, else in `scratch.normed`.
@@ -85,8 +86,8 @@ impl<E: Storage> Pass<'_, E> {
         sum
     }
 
-    /// Loss of the hidden states `x_th` alone.
-    pub(crate) fn head_loss(&mut self, x: &[f32], batch: &Batch, scratch: &mut Scratch<E>) -> f64 {
+    /// Loss of the hidden states `x_th` alone, and how many targets are the likeliest token.
+    pub(crate) fn head_loss(&mut self, x: &[f32], batch: &Batch, scratch: &mut Scratch<E>) -> (f64, u64) {
         let layout = &self.network.layout;
         let Batch { targets, weights, .. } = *batch;
         let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
@@ -94,7 +95,7 @@ impl<E: Storage> Pass<'_, E> {
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
         let read = if layout.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
         let head = self.weights.of(&layout.head.weight);
-        let mut sum = 0.0;
+        let (mut sum, hits) = (0.0, AtomicU64::new(0));
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let (n, first, at) = (targets.len(), slice * *logit_rows, slice * *logit_rows * e);
             let weights = weights.map(|weights| &weights[first..first + n]);
@@ -104,10 +105,11 @@ impl<E: Storage> Pass<'_, E> {
                 kernels::add_rows(logits, bias);
             }
             sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
+                hits.fetch_add(count_hits(logits, targets), Ordering::Relaxed);
                 kernels::cross_entropy_loss(logits, targets, weights)
             });
         }
-        sum
+        (sum, hits.into_inner())
     }
 
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
@@ -128,6 +130,17 @@ impl<E: Storage> Pass<'_, E> {
         }
         logits
     }
+}
+
+/// Rows whose target has the largest number; of equal ones the first is the largest, as for `argmax`.
+fn count_hits<E: Storage>(logits: &[E], targets: &[i64]) -> u64 {
+    let rows = logits.chunks_exact(logits.len() / targets.len().max(1));
+    let is_hit = |(row, target): &(&[E], &i64)| {
+        let Some(at) = usize::try_from(**target).ok().filter(|at| *at < row.len()) else { return false };
+        let own = row[at].to_f32();
+        row[..at].iter().all(|x| x.to_f32() < own) && row[at..].iter().all(|x| x.to_f32() <= own)
+    };
+    rows.zip(targets).filter(is_hit).count() as u64
 }
 
 /// Sum of `loss` over pieces of rows, added in their order.

@@ -1,5 +1,5 @@
 //! The CPU executor: a decoder, as `fleet_common::model` describes it, with an explicit forward and backward over flat buffers. It takes its
-//! memory once, has a fixed order of sums, and costs a fraction of what autograd does; libtorch's libraries give the products.
+//! memory once, has a fixed order of sums, and costs a fraction of what autograd does; `product` says what computes the products.
 //!
 //! Legend: b sequences, s tokens of a sequence, t = b s tokens, h hidden, e width of the embedding, q = heads * head_dim, f feed-forward,
 //! v vocabulary.

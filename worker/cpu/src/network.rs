@@ -163,9 +163,9 @@ impl Network {
         self.hidden_states(units, batch.ids, batch.seq, products, work, &mut |_, _| {})?;
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products);
-        let loss = pass.head_loss(&work.saved[0].x, batch, &mut work.scratch);
+        let (loss, hits) = pass.head_loss(&work.saved[0].x, batch, &mut work.scratch);
         self.head_units().for_each(|unit| units.release(unit));
-        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens() })
+        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
     }
 
     /// Runs the blocks without keeping anything for a backward; leaves the last hidden states in `work.saved[0].x`. `layer_done` sees

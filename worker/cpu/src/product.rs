@@ -1,18 +1,22 @@
 //! Matrix products of the model: which library computes them, on how many threads.
 //!
 //! Weights and activations are stored as `E`: f32, or bf16 under `bf16-mixed`. Sums are kept in fp32. bf16 operands are multiplied by
-//! bf16 instructions where the CPU has them, else widened first, which gives the same products.
+//! bf16 instructions where the CPU has them, else widened first, which gives the same products. A single row, as when generating token by
+//! token, always goes to our own kernel, which reads the weights once and in place.
 //!
 //! Legend: t rows (tokens), i inputs, o outputs; x_ti activations, w_oi weights, dy_to gradients of outputs.
 
-use crate::shim::{Matrix, dnn_linear, dnn_matmul, mkl_matmul};
-use fleet_kernels as kernels;
+use crate::shim::{Matrix, dnn_matmul, mkl_matmul};
+use fleet_kernels::{self as kernels, Element, Scratch, Store};
 use fleet_learn::{HostNumber, Workers};
 use half::bf16;
 use std::sync::Arc;
 
 /// Rows of a product that one thread takes at least: below, the libraries lose more than threads win.
 const GRANULE: usize = 16;
+
+/// Fewest weights that are read for a single row on several threads: below, waking them takes longer.
+const VECTOR_MIN: usize = 1 << 21;
 
 /// Numbers per piece when a buffer is converted on several threads: whole cache lines of both types.
 const CONVERT_GRANULE: usize = 4096;
@@ -23,8 +27,8 @@ enum Library {
     Mkl,
     /// oneDNN for AVX-512.
     Dnn,
-    /// oneDNN for AVX2, which cannot add in place: MKL takes the weight gradients.
-    DnnLinear,
+    /// `kernels::gemm`, for AVX2.
+    Own,
 }
 
 /// Where a product goes.
@@ -76,6 +80,22 @@ impl<'a, E> Job<'a, E> {
             false => Matrix::new(self.b, self.b_stride),
         }
     }
+
+    /// One row times the transpose of rows that lie in one piece.
+    fn is_vector(&self) -> bool {
+        self.m == 1 && !self.a_transposed && self.b_transposed
+    }
+}
+
+/// `rows x cols` numbers (after transposition) for our own kernel.
+fn matrix<E: Element>(
+    data: &[E],
+    stride: usize,
+    transposed: bool,
+    (rows, cols): (usize, usize),
+) -> kernels::Matrix<'_, E> {
+    let (row_stride, col_stride) = if transposed { (1, stride) } else { (stride, 1) };
+    kernels::Matrix { data, rows, cols, row_stride, col_stride }
 }
 
 pub struct Products {
@@ -83,6 +103,8 @@ pub struct Products {
     /// bf16 products by oneDNN.
     bf16: bool,
     workers: Arc<Workers>,
+    /// One for each thread.
+    scratch: Vec<Scratch>,
     narrow_out: Vec<bf16>,
     wide_a: Vec<f32>,
     wide_b: Vec<f32>,
@@ -95,6 +117,7 @@ impl Products {
             fp32: fp32_library(),
             bf16: cpu_has_bf16()
                 && dnn_works::<bf16>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)),
+            scratch: (0..workers.count()).map(|_| Scratch::new()).collect(),
             workers,
             narrow_out: Vec::new(),
             wide_a: Vec::new(),
@@ -112,9 +135,11 @@ impl Products {
         match (E::IS_BF16, self.bf16, self.fp32) {
             (true, true, _) => "bf16 products by oneDNN",
             (true, false, Library::Mkl) => "bf16 operands widened for fp32 products by MKL",
-            (true, false, _) => "bf16 operands widened for fp32 products by oneDNN",
+            (true, false, Library::Dnn) => "bf16 operands widened for fp32 products by oneDNN",
+            (true, false, Library::Own) => "bf16 operands widened for fp32 products by fleet's kernels",
             (false, _, Library::Mkl) => "fp32 products by MKL",
-            (false, _, _) => "fp32 products by oneDNN",
+            (false, _, Library::Dnn) => "fp32 products by oneDNN",
+            (false, _, Library::Own) => "fp32 products by fleet's kernels",
         }
     }
 
@@ -178,20 +203,47 @@ impl Products {
         E::product(self, job, out);
     }
 
-    fn fp32(&self, job: Job<f32>, out: &mut [f32], beta: f32) {
+    fn fp32(&mut self, job: Job<f32>, out: &mut [f32], mode: Store) {
+        if self.fp32 == Library::Own || job.is_vector() {
+            return self.own(job, out, mode);
+        }
         let rows = self.workers.share(job.m, GRANULE);
+        let beta = if mode == Store::Add { 1.0 } else { 0.0 };
         self.workers.pieces(&mut out[..job.m * job.n], rows * job.n, |piece, out| {
             let shape = (out.len() / job.n, job.n, job.k);
             let (a, b) = (job.a(piece * rows), job.b());
             match self.fp32 {
-                Library::DnnLinear if !job.a_transposed && shape.0 >= GRANULE => {
-                    dnn_linear(shape, a, b, beta != 0.0, out, job.n)
-                        .expect("oneDNN computed such a product when it was tried at start")
-                }
-                Library::Mkl | Library::DnnLinear => mkl_matmul(shape, a, b, beta, out, job.n),
                 Library::Dnn => dnn_matmul(shape, a, b, beta, out, job.n)
                     .expect("oneDNN computed such a product when it was tried at start"),
+                _ => mkl_matmul(shape, a, b, beta, out, job.n),
             }
+        });
+    }
+
+    /// By our own kernel, cut by rows of the output; a single row by its columns.
+    fn own<E: Element, C: Element>(&mut self, job: Job<E>, out: &mut [C], mode: Store) {
+        let out = &mut out[..job.m * job.n];
+        let vector = job.is_vector();
+        let (share, piece) = if vector {
+            let granule = if job.n * job.k < VECTOR_MIN { job.n } else { GRANULE };
+            let columns = self.workers.share(job.n, granule);
+            (columns, columns)
+        } else {
+            let rows = self.workers.share(job.m, GRANULE);
+            (rows, rows * job.n)
+        };
+        let pieces = out.chunks_mut(piece).zip(&mut self.scratch).enumerate();
+        self.workers.each(pieces, |(number, (out, scratch))| {
+            let first = number * share;
+            let (rows, columns) = if vector { (1, out.len()) } else { (out.len() / job.n, job.n) };
+            let (a_from, b_from) = match (vector, job.a_transposed) {
+                (true, _) => (0, first * job.b_stride),
+                (false, true) => (first, 0),
+                (false, false) => (first * job.a_stride, 0),
+            };
+            let a = matrix(&job.a[a_from..], job.a_stride, job.a_transposed, (rows, job.k));
+            let b = matrix(&job.b[b_from..], job.b_stride, job.b_transposed, (job.k, columns));
+            kernels::gemm(a, b, mode, out, scratch);
         });
     }
 }
@@ -205,8 +257,8 @@ impl Storage for f32 {
 
     fn product(products: &mut Products, job: Job<f32>, out: Out<f32>) {
         match out {
-            Out::Store(out) | Out::Set(out) => products.fp32(job, out, 0.0),
-            Out::Add(out) => products.fp32(job, out, 1.0),
+            Out::Store(out) | Out::Set(out) => products.fp32(job, out, Store::Set),
+            Out::Add(out) => products.fp32(job, out, Store::Add),
         }
     }
 }
@@ -220,9 +272,15 @@ impl Storage for bf16 {
     }
 
     fn product(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
-        match products.bf16 {
-            true => native(products, job, out),
-            false => widened(products, job, out),
+        let own = products.fp32 == Library::Own && !products.bf16;
+        match (own || job.is_vector(), products.bf16) {
+            (true, _) => match out {
+                Out::Store(out) => products.own(job, out, Store::Set),
+                Out::Set(out) => products.own(job, out, Store::Set),
+                Out::Add(out) => products.own(job, out, Store::Add),
+            },
+            (false, true) => native(products, job, out),
+            (false, false) => widened(products, job, out),
         }
     }
 }
@@ -273,11 +331,11 @@ fn widened(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
     let len = job.m * job.n;
     match out {
         Out::Store(out) => {
-            products.fp32(wide, grown(&mut wide_out, len), 0.0);
+            products.fp32(wide, grown(&mut wide_out, len), Store::Set);
             convert(&products.workers, &wide_out[..len], &mut out[..len]);
         }
-        Out::Set(out) => products.fp32(wide, out, 0.0),
-        Out::Add(out) => products.fp32(wide, out, 1.0),
+        Out::Set(out) => products.fp32(wide, out, Store::Set),
+        Out::Add(out) => products.fp32(wide, out, Store::Add),
     }
     (products.wide_a, products.wide_b, products.wide_out) = (wide_a, wide_b, wide_out);
 }
@@ -295,20 +353,19 @@ fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I],
     workers.pieces(&mut out[..x.len()], piece, |i, out| kernels::convert(&x[i * piece..][..out.len()], out));
 }
 
-/// MKL does not use AVX-512 on AMD CPUs (measured there: MKL 115, oneDNN 250 GFLOP/s per core), and with AVX2 oneDNN is ahead too
-/// (measured with two busy threads per core: 57 and 70).
+/// MKL does not use AVX-512 on AMD CPUs (measured there: MKL 115, oneDNN 250 GFLOP/s per core). With AVX2 our own kernel is even over
+/// the shapes of a step (Zen 3, GFLOP/s per core: 79 to 91), where MKL falls to 58 on wide outputs and long strides, and oneDNN takes memory for each
+/// product and adds it afterwards.
 #[cfg(target_arch = "x86_64")]
 fn fp32_library() -> Library {
-    if std::arch::is_x86_feature_detected!("avx512f")
-        && dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1))
-    {
-        Library::Dnn
-    } else if std::arch::is_x86_feature_detected!("avx2")
-        && dnn_works::<f32>(|shape, a, b, out| dnn_linear(shape, a, b, false, out, shape.1))
-    {
-        Library::DnnLinear
-    } else {
-        Library::Mkl
+    match kernels::Level::best() {
+        kernels::Level::Avx512
+            if dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)) =>
+        {
+            Library::Dnn
+        }
+        kernels::Level::Avx512 | kernels::Level::Avx2 => Library::Own,
+        kernels::Level::Plain => Library::Mkl,
     }
 }
 #[cfg(not(target_arch = "x86_64"))]

@@ -26,22 +26,6 @@ unsafe extern "C" {
         error: *mut c_char,
         error_len: usize,
     ) -> c_int;
-    fn fleet_dnn_linear(
-        m: i64,
-        n: i64,
-        k: i64,
-        a: *const f32,
-        a_row: i64,
-        a_col: i64,
-        b: *const f32,
-        b_row: i64,
-        b_col: i64,
-        out: *mut f32,
-        out_row: i64,
-        add: c_int,
-        error: *mut c_char,
-        error_len: usize,
-    ) -> c_int;
     fn fleet_set_threads(threads: c_int);
     fn fleet_libtorch_version() -> *const c_char;
 }
@@ -168,43 +152,6 @@ pub fn dnn_matmul<T: HostNumber>(
             out.as_mut_ptr().cast(),
             out_stride as i64,
             beta,
-            error.as_mut_ptr(),
-            error.len(),
-        )
-    };
-    outcome(failed, &error)
-}
-
-/// `out[m,n] = a[m,k] b[k,n]`, or `+=` with `add`, in fp32 by oneDNN's kernels for CPUs without AVX-512. It takes memory for the result
-/// while it runs.
-pub fn dnn_linear(
-    (m, n, k): (usize, usize, usize),
-    a: Matrix<f32>,
-    b: Matrix<f32>,
-    add: bool,
-    out: &mut [f32],
-    out_stride: usize,
-) -> Result<(), String> {
-    a.check(m, k);
-    b.check(k, n);
-    check(out.len(), out_stride, m, n);
-    let mut error = [0 as c_char; ERROR_MAX];
-    let ((a_row, a_col), (b_row, b_col)) = (a.steps(), b.steps());
-    // SAFETY: as in `mkl_matmul`; `error` is as long as told.
-    let failed = unsafe {
-        fleet_dnn_linear(
-            m as i64,
-            n as i64,
-            k as i64,
-            a.data.as_ptr(),
-            a_row,
-            a_col,
-            b.data.as_ptr(),
-            b_row,
-            b_col,
-            out.as_mut_ptr(),
-            out_stride as i64,
-            c_int::from(add),
             error.as_mut_ptr(),
             error.len(),
         )

@@ -9,7 +9,7 @@ use fleet_common::model::Form;
 const LOGITS_MAX: usize = 1 << 20;
 
 /// Fewest tokens in such a slice, lest the products become thin.
-const LOGIT_ROWS_MIN: usize = 64;
+const LOGIT_ROWS_MIN: usize = 192;
 
 /// Everything that a pass needs besides weights and gradients.
 #[derive(Default)]

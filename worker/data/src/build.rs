@@ -2,7 +2,7 @@
 
 use crate::cache::{FORMAT, META, Meta, TOKENIZER, TRAIN, VALIDATION};
 use crate::split::split;
-use crate::tokenizer::{Encoded, Encoder, ModelIds};
+use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::Width;
 use crate::{Coverage, DataError, Note, documents};
 use fleet_common::job::{self, Job};
@@ -93,7 +93,7 @@ pub(crate) fn build(
 }
 
 /// The contents of the files, checked against the hashes that named the cache.
-fn read_files(files: &[PathBuf], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
+pub(crate) fn read_files(files: &[PathBuf], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
     let read = |(file, hash): (&PathBuf, &[u8; 32])| {
         let bytes = fs::read(file).map_err(|source| DataError::Read { path: file.clone(), source })?;
         match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
@@ -115,21 +115,30 @@ impl Packed {
     /// `given`: the tokenizer was not trained here, and may not know every byte.
     fn new(encoder: &Encoder, texts: &[&str], given: bool) -> Result<Packed, DataError> {
         let width = Width::of_vocabulary(encoder.vocab_size);
-        let documents = encoder.encode(texts)?;
-        let coverage = match given {
-            true => encoder.coverage(texts, &documents)?,
-            false => Coverage::whole(texts),
-        };
+        let (documents, coverage) = tokens(encoder, texts, given)?;
         let mut bytes = Vec::new();
-        for Encoded { ids, .. } in documents {
-            width.encode(&ids, &mut bytes);
-            if !encoder.ends_texts() && encoder.lacks_end(&ids) {
-                width.encode(&[encoder.eos_id], &mut bytes);
-            }
-        }
+        documents.iter().for_each(|ids| width.encode(ids, &mut bytes));
         let tokens = (bytes.len() / width.bytes()) as u64;
         Ok(Packed { bytes, tokens, coverage })
     }
+}
+
+/// Token ids of each text, which ends with the end of text, and how much of the texts is in them.
+pub(crate) fn tokens(
+    encoder: &Encoder,
+    texts: &[&str],
+    given: bool,
+) -> Result<(Vec<Vec<u32>>, Coverage), DataError> {
+    let encoded = encoder.encode(texts)?;
+    let coverage = match given {
+        true => encoder.coverage(texts, &encoded)?,
+        false => Coverage::whole(texts),
+    };
+    let mut documents: Vec<Vec<u32>> = encoded.into_iter().map(|document| document.ids).collect();
+    if !encoder.ends_texts() {
+        documents.iter_mut().filter(|ids| encoder.lacks_end(ids)).for_each(|ids| ids.push(encoder.eos_id));
+    }
+    Ok((documents, coverage))
 }
 
 fn check_windows(job: &Job, train_tokens: u64, validation_tokens: u64) -> Result<(), DataError> {

@@ -221,7 +221,7 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> DataError {
 // ---- the hash ---------------------------------------------------------------------------------------------------------
 
 /// SHA-256 of each file. What cannot be read by its first bytes is refused before the rest of it is looked at.
-fn hash_files(files: &[PathBuf]) -> Result<Vec<[u8; 32]>, DataError> {
+pub(crate) fn hash_files(files: &[PathBuf]) -> Result<Vec<[u8; 32]>, DataError> {
     let hash = |path: &PathBuf| {
         let read = |source| DataError::Read { path: path.clone(), source };
         let mut file = File::open(path).map_err(read)?;

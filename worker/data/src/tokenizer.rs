@@ -318,12 +318,14 @@ pub(crate) struct ModelIds {
 impl ModelIds {
     pub fn of(model: &job::Model) -> Result<ModelIds, DataError> {
         match model {
-            job::Model::New(config) => Ok(ModelIds {
-                vocab_size: config.vocab_size,
-                ends: config.eos_token_id.into_iter().collect(),
-                chosen: config.eos_token_id.is_some(),
-                given: None,
-            }),
+            job::Model::New(config) => {
+                let vocab_size = config.get("vocab_size").and_then(model_dir::whole);
+                let missing =
+                    || DataError::Settings { path: "[model]".into(), what: "has no vocab_size".into() };
+                let ends = model_dir::token_ids(config, "eos_token_id");
+                let (vocab_size, chosen) = (vocab_size.ok_or_else(missing)?, !ends.is_empty());
+                Ok(ModelIds { vocab_size, ends, chosen, given: None })
+            }
             job::Model::Pretrained(dir) => ModelIds::of_dir(dir),
         }
     }

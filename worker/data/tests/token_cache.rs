@@ -285,9 +285,9 @@ fn bad_data_is_refused_in_one_line_and_leaves_no_cache() {
         assert!(!error.to_string().contains('\n'));
         error.to_string()
     };
-    let grow = |job: &mut Job, size| {
+    let grow = |job: &mut Job, size: u32| {
         let Model::New(config) = &mut job.model else { unreachable!() };
-        config.vocab_size = size;
+        config.insert("vocab_size".into(), size.into());
         job.tokenizer = Tokenizer::Train { vocab_size: size };
     };
     assert!(with(&|job| grow(job, 30_000)).contains("asks for 30000"));

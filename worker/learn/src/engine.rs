@@ -170,10 +170,10 @@ impl<M: Memory> Learner for Engine<M> {
         for batch in batches {
             tally.add(self.executor.evaluate(self.strategy.weights(), &batch.view())?);
         }
-        let mut sums = [tally.loss, tally.weight, tally.tokens as f64];
+        let mut sums = [tally.loss, tally.weight, tally.tokens as f64, tally.hits as f64];
         self.strategy.gang().all_reduce_f64(&mut sums, Op::Sum)?;
-        let [loss, weight, tokens] = sums;
-        Ok(Tally { loss, weight, tokens: tokens as u64 })
+        let [loss, weight, tokens, hits] = sums;
+        Ok(Tally { loss, weight, tokens: tokens as u64, hits: hits as u64 })
     }
 
     fn save(&mut self, writer: &mut Writer) -> Result<(), CheckpointError> {

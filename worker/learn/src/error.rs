@@ -4,6 +4,7 @@ use fleet_checkpoint::CheckpointError;
 use fleet_collectives::CollectiveError;
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
+use fleet_data::DataError;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -21,6 +22,8 @@ pub enum Error {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
     Collective(#[from] CollectiveError),
 }
 
@@ -31,6 +34,7 @@ impl Error {
             Error::Environment(_) => Fault::Environment,
             Error::Job(_) | Error::Collective(_) => Fault::Job,
             Error::Checkpoint(e) => e.fault(),
+            Error::Data(e) => e.fault(),
         }
     }
 

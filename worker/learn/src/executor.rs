@@ -32,6 +32,8 @@ pub struct Tally {
     pub weight: f64,
     /// How many they are.
     pub tokens: u64,
+    /// How many of them the model finds likelier than any other token.
+    pub hits: u64,
 }
 
 impl Tally {
@@ -39,6 +41,7 @@ impl Tally {
         self.loss += other.loss;
         self.weight += other.weight;
         self.tokens += other.tokens;
+        self.hits += other.hits;
     }
 
     /// Nats for each that counts.

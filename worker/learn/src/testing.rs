@@ -7,31 +7,27 @@ use crate::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::units::{Gradients, Host, HostNumber, HostWeights, Pieces, UnitWeights, Units};
 use crate::workers::Workers;
 use fleet_collectives::{Collective, DType, Op};
-use fleet_common::job::LlamaConfig;
-use fleet_common::model::Layout;
+use fleet_common::model::{Layout, Object};
 use half::bf16;
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Two blocks, grouped-query attention, odd vocabulary.
-pub fn tiny_config() -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: 97,
-        hidden_size: 32,
-        intermediate_size: 48,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        max_position_embeddings: 64,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        tie_word_embeddings: false,
-        initializer_range: 0.1,
-        bos_token_id: None,
-        eos_token_id: None,
-    }
+pub fn tiny_config() -> Object {
+    tiny_with(Value::Null)
+}
+
+/// That with what `more` says.
+pub fn tiny_with(more: Value) -> Object {
+    let tiny = json!({
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0, "tie_word_embeddings": false, "initializer_range": 0.1,
+    });
+    let entries = [tiny, more].into_iter().filter_map(|object| object.as_object().cloned());
+    entries.flatten().collect()
 }
 
 /// Token ids that look random but are not.

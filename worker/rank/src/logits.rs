@@ -70,7 +70,7 @@ fn compute(
     Ok(Vec::<f32>::try_from(&logits.f_contiguous()?.f_view([-1])?)?)
 }
 
-fn device_of(name: &str) -> Result<Device> {
+pub(crate) fn device_of(name: &str) -> Result<Device> {
     match (name, if name == "cpu" { Err(String::new()) } else { device::cuda_devices() }) {
         ("cpu", _) => Ok(Device::Cpu),
         (_, Ok(_)) => Ok(Device::Cuda(0)),

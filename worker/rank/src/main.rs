@@ -3,16 +3,16 @@
 mod bench;
 
 use clap::{Parser, Subcommand};
-use fleet_common::arguments;
 use fleet_common::events::{JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
+use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{assemble, logits};
+use fleet_rank::{assemble, eval, logits};
 use fleet_torch::device;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -37,6 +37,8 @@ enum Command {
     Generate(GenerateArgs),
     /// Write the logits of a model for given token ids.
     Logits(LogitsArgs),
+    /// Measure how well a model predicts texts.
+    Eval(EvalArgs),
     /// Time training steps on made-up data.
     #[command(hide = true)]
     Bench(bench::BenchArgs),
@@ -86,6 +88,42 @@ struct LogitsArgs {
     precision: String,
 }
 
+#[derive(clap::Args)]
+struct EvalArgs {
+    /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
+    #[arg(long)]
+    model: PathBuf,
+    /// Files and folders of text, read as a job's `data.path`.
+    #[arg(long, required = true)]
+    data: Vec<PathBuf>,
+    /// How text is found in them: a setting of `[data]` as KEY=VALUE.
+    #[arg(long = "set")]
+    sets: Vec<String>,
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
+    device: String,
+    #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
+    precision: String,
+    /// Tokens of a window.
+    #[arg(long)]
+    max_seq_len: Option<usize>,
+    /// Windows that are computed at once.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch_size: u16,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn run_eval(args: EvalArgs) -> Result<(), Error> {
+    let EvalArgs { model, data, sets, device, precision, max_seq_len, batch_size, json } = args;
+    let (bf16, batch) = (precision == "bf16-mixed", usize::from(batch_size));
+    let wanted = eval::Wanted { model, data, sets, device, bf16, window: max_seq_len, batch };
+    let evaluation = eval::evaluate(&wanted)?;
+    let text = if json { serde_json::json!(evaluation).to_string() } else { evaluation.table() };
+    let _ = writeln!(std::io::stdout(), "{text}"); // a reader that went away is no error
+    Ok(())
+}
+
 impl From<LogitsArgs> for logits::Wanted {
     fn from(args: LogitsArgs) -> Self {
         let LogitsArgs { model, ids, out, device, precision } = args;
@@ -94,11 +132,13 @@ impl From<LogitsArgs> for logits::Wanted {
 }
 
 fn main() -> ExitCode {
+    signals::mind_no_file_limit();
     let args: Args = arguments::parse();
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
         Some(Command::Generate(args)) => report(run_generate(&args)),
+        Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };

@@ -3,26 +3,31 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 #![allow(clippy::assign_op_pattern)] // in tch `+=` works in place, which autograd would refuse
 
-use fleet_common::job::LlamaConfig;
-use fleet_common::model::Layout;
+use fleet_common::model::{Decoder, Layout, Object, Positions};
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::{Model, init};
-use fleet_learn::testing::{Whole, tiny_config, token_ids};
+use fleet_learn::testing::{Whole, tiny_with, token_ids};
 use fleet_learn::{Batch, Executor};
 use half::bf16;
+use serde_json::json;
 use tch::{Kind, Tensor};
 
 /// Loss (summed) and gradients by name, by autograd in fp64.
 fn oracle(
-    config: &LlamaConfig,
+    decoder: &Decoder,
     layout: &Layout,
     flat: &[f32],
     batch: Batch,
     scale: f64,
 ) -> (f64, Vec<Vec<f64>>) {
-    let [h, heads, kv, hd] =
-        [config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim]
-            .map(i64::from);
+    let [h, heads, kv, hd] = [
+        decoder.hidden_size,
+        decoder.attention.heads,
+        decoder.attention.kv_heads,
+        decoder.attention.head_dim,
+    ]
+    .map(|n| n as i64);
+    let Positions::Rotary(rotary) = &decoder.positions else { panic!("a Llama turns its heads") };
     let weights: Vec<Tensor> = layout
         .parameters
         .iter()
@@ -38,10 +43,10 @@ fn oracle(
     let s = batch.seq as i64;
     let b = batch.ids.len() as i64 / s;
     let norm = |x: &Tensor, w: &Tensor| {
-        x * (x.square().mean_dim(-1, true, Kind::Double) + config.rms_norm_eps).rsqrt() * w
+        x * (x.square().mean_dim(-1, true, Kind::Double) + decoder.norm.eps).rsqrt() * w
     };
     let frequency = (Tensor::arange_start_step(0, hd, 2, (Kind::Double, tch::Device::Cpu)) / hd as f64
-        * -config.rope_theta.ln())
+        * -rotary.theta.ln())
     .exp();
     let angle = Tensor::arange(s, (Kind::Double, tch::Device::Cpu)).outer(&frequency);
     let angle = Tensor::cat(&[&angle, &angle], -1);
@@ -54,7 +59,7 @@ fn oracle(
 
     let ids = Tensor::from_slice(batch.ids);
     let mut x = get("model.embed_tokens.weight").index_select(0, &ids).reshape([b, s, h]);
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..decoder.layers {
         let get = |part: &str| get(&format!("model.layers.{layer}.{part}.weight"));
         let n = norm(&x, get("input_layernorm"));
         let split = |w: &Tensor, count: i64| n.matmul(&w.tr()).reshape([b, s, count, hd]).transpose(1, 2);
@@ -69,8 +74,8 @@ fn oracle(
         x = x + inner.matmul(&get("mlp.down_proj").tr());
     }
     let n = norm(&x, get("model.norm.weight"));
-    let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    let logits = n.matmul(&get(head).tr()).reshape([b * s, i64::from(config.vocab_size)]);
+    let head = if decoder.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let logits = n.matmul(&get(head).tr()).reshape([b * s, decoder.vocab_size as i64]);
     let targets = Tensor::from_slice(batch.targets);
     let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Sum, -100, 0.0);
     (&loss * scale).backward();
@@ -84,14 +89,15 @@ fn distance(got: &[f32], want: &[f64]) -> f64 {
     got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt() / norm.max(1e-12)
 }
 
-fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
+fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
     let seq = 13;
     let ids = token_ids(3 * seq, 97, 1);
     let mut targets = token_ids(3 * seq, 97, 2);
     targets[5] = -100;
     targets[12] = -100;
     let batch = Batch { ids: &ids, targets: &targets, weights: None, seq };
-    let model = Model::new(&config);
+    let model = Model::new(&config).unwrap();
+    let decoder = model.decoder.clone();
     let layout = model.layout();
     let mut flat = vec![0.0; layout.len];
     for p in &layout.parameters {
@@ -107,7 +113,7 @@ fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
     executor.forward_backward(&mut whole, &batch, 0.5).unwrap();
     let loss = executor.take_loss().unwrap();
 
-    let (want, grads) = oracle(&config, &layout, &whole.master, batch, 0.5);
+    let (want, grads) = oracle(&decoder, &layout, &whole.master, batch, 0.5);
     assert!((loss - want).abs() / want < tolerance, "loss {loss} {want}");
     for (p, want) in layout.parameters.iter().zip(&grads) {
         let off = distance(&whole.grads.numbers[p.range.clone()], want);
@@ -133,7 +139,7 @@ fn check<E: Storage>(config: LlamaConfig, threads: u32, tolerance: f64) {
 fn fp32_gradients_are_autograds() {
     for tied in [false, true] {
         for threads in [1, 2] {
-            check::<f32>(LlamaConfig { tie_word_embeddings: tied, ..tiny_config() }, threads, 2e-5);
+            check::<f32>(tiny_with(json!({"tie_word_embeddings": tied})), threads, 2e-5);
         }
     }
 }
@@ -141,6 +147,6 @@ fn fp32_gradients_are_autograds() {
 #[test]
 fn bf16_gradients_are_autograds_within_bf16() {
     for tied in [false, true] {
-        check::<bf16>(LlamaConfig { tie_word_embeddings: tied, ..tiny_config() }, 1, 3e-2);
+        check::<bf16>(tiny_with(json!({"tie_word_embeddings": tied})), 1, 3e-2);
     }
 }

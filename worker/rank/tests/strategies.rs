@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use fleet_collectives::{Segment, ShmCollective};
-use fleet_common::job::LlamaConfig;
+use fleet_common::model::Object;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Shared, Solo};
-use fleet_learn::testing::{Gathering, tiny_config, token_ids};
+use fleet_learn::testing::{Gathering, tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
 use half::bf16;
+use serde_json::json;
 use std::os::fd::AsRawFd;
 
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
@@ -37,7 +38,7 @@ const ALONE: Cut = Cut { kind: Kind::Solo, world: 1, micro: 1 };
 type Trained = (Vec<Report>, Vec<f32>);
 
 /// Trains `steps` on ranks that are threads of this process.
-fn train<E: Storage>(config: &LlamaConfig, cut: Cut, steps: u64) -> Vec<Trained> {
+fn train<E: Storage>(config: &Object, cut: Cut, steps: u64) -> Vec<Trained> {
     let segment = Segment::create(cut.world, 1).unwrap();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..cut.world)
@@ -53,12 +54,8 @@ fn train<E: Storage>(config: &LlamaConfig, cut: Cut, steps: u64) -> Vec<Trained>
     })
 }
 
-fn engine<E: Storage>(
-    config: &LlamaConfig,
-    cut: Cut,
-    gang: impl Fn() -> Box<ShmCollective>,
-) -> Engine<Host<E>> {
-    let model = Model::new(config);
+fn engine<E: Storage>(config: &Object, cut: Cut, gang: impl Fn() -> Box<ShmCollective>) -> Engine<Host<E>> {
+    let model = Model::new(config).unwrap();
     let (layout, workers) = (model.layout(), workers(1).unwrap());
     let executor = CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), SEQ), workers.clone());
     match cut.kind {
@@ -117,7 +114,7 @@ fn same_curve(a: &[Report], b: &[Report], tolerance: f64, what: Cut) {
 #[test]
 fn every_strategy_and_cut_trains_the_same_model() {
     for tied in [false, true] {
-        let config = LlamaConfig { tie_word_embeddings: tied, ..tiny_config() };
+        let config = tiny_with(json!({"tie_word_embeddings": tied}));
         let (alone, _) = train::<f32>(&config, ALONE, 20).remove(0);
         assert!(alone[19].loss < 0.8 * alone[0].loss, "it learns: {alone:?}");
         let cuts = [(1, 4), (1, 1), (2, 1), (4, 1), (2, 2)];

@@ -50,6 +50,7 @@ fn main() {
         }
     };
 
+    println!("{}", engine.describe());
     let began = Instant::now();
     let mut timed = Instant::now();
     let mut last = f64::NAN;

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <dlfcn.h>
 #include <cstring>
 #include <exception>
 
@@ -34,9 +36,102 @@ template <typename F> int guarded(char *error, size_t error_len, F body) {
     return 1;
 }
 
+// Starts a kernel over tensors: which one, their memory, and numbers. Not 0: it could not.
+using Launch = int (*)(const void *fused, int kernel, void *const *pointers, int pointer_count, const int64_t *numbers, int number_count);
+
+enum Kernel { SWIGLU = 0, SWIGLU_BACKWARD = 1, ROTARY = 2 };
+
+// Where to start kernels, as autograd keeps it.
+struct Launcher {
+    Launch launch;
+    const void *fused;
+
+    void save(torch::autograd::AutogradContext *ctx) const {
+        ctx->saved_data["launch"] = reinterpret_cast<int64_t>(launch);
+        ctx->saved_data["fused"] = reinterpret_cast<int64_t>(fused);
+    }
+    static Launcher saved(torch::autograd::AutogradContext *ctx) {
+        return {reinterpret_cast<Launch>(ctx->saved_data["launch"].toInt()), reinterpret_cast<const void *>(ctx->saved_data["fused"].toInt())};
+    }
+    void operator()(Kernel kernel, std::vector<void *> pointers, std::vector<int64_t> numbers) const {
+        TORCH_CHECK(launch(fused, kernel, pointers.data(), (int)pointers.size(), numbers.data(), (int)numbers.size()) == 0,
+                    "a kernel of fleet could not be started");
+    }
+};
+
+struct Swiglu : public torch::autograd::Function<Swiglu> {
+    static at::Tensor forward(torch::autograd::AutogradContext *ctx, const at::Tensor &x, int64_t launcher) {
+        const auto &start = *reinterpret_cast<const Launcher *>(launcher);
+        TORCH_CHECK(x.is_contiguous(), "swiglu: x has gaps");
+        start.save(ctx);
+        ctx->save_for_backward({x});
+        const int64_t f = x.size(-1) / 2, rows = x.numel() / (2 * f);
+        auto shape = x.sizes().vec();
+        shape.back() = f;
+        auto out = at::empty(shape, x.options());
+        start(SWIGLU, {x.data_ptr(), out.data_ptr()}, {rows, f});
+        return out;
+    }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx, torch::autograd::variable_list grads) {
+        const auto x = ctx->get_saved_variables()[0];
+        const auto flow = grads[0].contiguous();
+        auto dx = at::empty_like(x);
+        const int64_t f = x.size(-1) / 2, rows = x.numel() / (2 * f);
+        Launcher::saved(ctx)(SWIGLU_BACKWARD, {x.data_ptr(), flow.data_ptr(), dx.data_ptr()}, {rows, f});
+        return {dx, at::Tensor()};
+    }
+};
+
+// Of `[b, s, n, d]` with room between tokens at most; cosines and sines are `[s, half]` in fp32.
+struct Rotary : public torch::autograd::Function<Rotary> {
+    static at::Tensor turned(const Launcher &start, const at::Tensor &x, const at::Tensor &cosines, const at::Tensor &sines, int64_t sign) {
+        const int64_t b = x.size(0), s = x.size(1), n = x.size(2), d = x.size(3), half = cosines.size(1);
+        TORCH_CHECK(x.stride(3) == 1 && x.stride(2) == d && (b == 1 || x.stride(0) == s * x.stride(1)), "rotary: x has gaps within a token");
+        TORCH_CHECK(cosines.size(0) >= s && cosines.is_contiguous() && sines.is_contiguous() && 2 * half <= d, "rotary: other tables");
+        auto out = at::empty({b, s, n, d}, x.options());
+        start(ROTARY, {x.data_ptr(), out.data_ptr(), cosines.data_ptr(), sines.data_ptr()}, {b * s, s, n, d, half, x.stride(1), sign});
+        return out;
+    }
+    static at::Tensor forward(torch::autograd::AutogradContext *ctx, const at::Tensor &x, const at::Tensor &cosines, const at::Tensor &sines,
+                              int64_t launcher) {
+        const auto &start = *reinterpret_cast<const Launcher *>(launcher);
+        start.save(ctx);
+        ctx->save_for_backward({cosines, sines});
+        return turned(start, x, cosines, sines, 1);
+    }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx, torch::autograd::variable_list grads) {
+        const auto tables = ctx->get_saved_variables();
+        auto dx = turned(Launcher::saved(ctx), grads[0].contiguous(), tables[0], tables[1], -1);
+        return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
+    }
+};
+
 } // namespace
 
 extern "C" {
+
+// The file that libtorch was loaded from, or null.
+const char *fleet_torch_library() {
+    Dl_info info;
+    return dladdr(reinterpret_cast<const void *>(&at::globalContext), &info) != 0 ? info.dli_fname : nullptr;
+}
+
+// `silu(x[.., :f]) * x[.., f:]` as a new tensor in `out`, with its gradient.
+int fleet_torch_swiglu(at::Tensor *x, Launch launch, const void *fused, at::Tensor **out, char *error, size_t error_len) {
+    return guarded(error, error_len, [&] {
+        const Launcher launcher{launch, fused};
+        *out = new at::Tensor(Swiglu::apply(*x, reinterpret_cast<int64_t>(&launcher)));
+    });
+}
+
+// `x` turned by its positions as a new tensor in `out`, with its gradient.
+int fleet_torch_rotary(at::Tensor *x, at::Tensor *cosines, at::Tensor *sines, Launch launch, const void *fused, at::Tensor **out, char *error,
+                       size_t error_len) {
+    return guarded(error, error_len, [&] {
+        const Launcher launcher{launch, fused};
+        *out = new at::Tensor(Rotary::apply(*x, *cosines, *sines, reinterpret_cast<int64_t>(&launcher)));
+    });
+}
 
 // Gradients of sum(output * seed) for each input, into `grads` as new tensors; of an input that has no part in it, a null. Frees the graph.
 int fleet_torch_grad(at::Tensor *output, at::Tensor *seed, at::Tensor *const *inputs, int count, at::Tensor **grads, char *error,

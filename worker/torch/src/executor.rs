@@ -3,7 +3,7 @@
 
 use crate::memory::{Gradients, Tensors, Weights};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
-use crate::{Error, Result, device, shim};
+use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout};
 use fleet_learn::{Batch, Executor, IGNORED, Tally, UnitWeights, Units};
 use std::ops::Range;
@@ -19,6 +19,8 @@ pub struct TorchExecutor {
     loss: Option<Tensor>,
     /// What is being computed, for errors.
     doing: Doing,
+    /// Why a CUDA device goes without our own kernels.
+    unfused: Option<String>,
 }
 
 /// A part of a step.
@@ -48,8 +50,13 @@ struct Saved {
 impl TorchExecutor {
     pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> TorchExecutor {
         let logits_max = if device.is_cuda() { 1 << 28 } else { 1 << 20 };
-        let network = Network { decoder, layout, device, numbers };
-        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0) }
+        let (fused, unfused) = match device.is_cuda().then(|| fused::open(device, numbers.products)) {
+            Some(Ok(fused)) => (Some(fused), None),
+            Some(Err(why)) => (None, Some(why)),
+            None => (None, None),
+        };
+        let network = Network { decoder, layout, device, numbers, fused };
+        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0), unfused }
     }
 
     fn take_frame(&mut self, len: usize) -> Result<Frame> {
@@ -201,7 +208,7 @@ impl TorchExecutor {
         let mut leaves = Leaves::new(&self.network, weights, true);
         let last = self.network.last(&mut leaves, &input)?;
         let leaves = leaves.into_taken();
-        let (loss, seed) = self.score(weights, Some((grads, scale)), &last, batch)?;
+        let (loss, seed, _) = self.score(weights, Some((grads, scale)), &last, batch)?;
         self.add_loss(loss)?;
         self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)
     }
@@ -214,15 +221,15 @@ impl TorchExecutor {
         Ok(())
     }
 
-    /// The summed loss and, with `grads`, the head's gradients for `scale` times it and what flows back to `last`, `[b, s, e]`. Works in slices
-    /// of tokens, so that logits never exist all at once.
+    /// The summed loss and, with `grads`, the head's gradients for `scale` times it and what flows back to `last`, `[b, s, e]`; without them, how
+    /// many targets are the likeliest token. Works in slices of tokens, so that logits never exist all at once.
     fn score(
         &self,
         weights: Weights,
         grads: Option<(&Gradients, f64)>,
         last: &Tensor,
         batch: &OnDevice,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         let _guard = tch::no_grad_guard();
         let layout = &self.network.layout;
         let (v, e) = (layout.head.outputs as i64, layout.head.inputs as i64);
@@ -232,20 +239,20 @@ impl TorchExecutor {
         let rows = (self.logits_max as i64 / v).clamp(64, tokens.max(64));
         let seed = x.f_empty_like()?;
         let mut loss = Tensor::f_zeros([1], (self.loss_kind(), self.network.device))?;
+        let mut hits = Tensor::f_zeros([1], (Kind::Int64, self.network.device))?;
         for start in (0..tokens).step_by(rows as usize) {
             let count = rows.min(tokens - start);
             let cut = |tensor: &Tensor| tensor.f_narrow(0, start, count);
-            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?.f_unsqueeze(1)?, cut(&batch.weights)?);
+            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?, cut(&batch.weights)?);
             let logits = x.f_linear(&matrix, bias.as_ref())?;
-            let logs = logits.f_log_softmax(-1, Kind::Float)?;
-            let of_target = logs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?;
-            loss = loss.f_sub(&of_target.f_mul(&counts)?.f_sum(self.loss_kind())?)?;
-            let Some((grads, scale)) = grads else { continue };
-            let mut flow = logs.f_exp()?;
-            let minus = Tensor::f_full([count, 1], -1.0, (Kind::Float, self.network.device))?;
-            let _ = flow.f_scatter_add_(1, &targets, &minus)?;
-            let flow = flow.f_mul(&counts.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
-            let flow = flow.f_to_kind(self.network.numbers.products)?;
+            if grads.is_none() {
+                let hit = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?;
+                hits = hits.f_add(&hit.f_logical_and(&counts.f_gt(0.0)?)?.f_sum(Kind::Int64)?)?;
+            }
+            let scale = grads.map(|(_, scale)| scale);
+            let (losses, flow) = self.cross_entropy(logits, &targets, &counts, scale)?;
+            loss = loss.f_add(&losses.f_sum(self.loss_kind())?)?;
+            let (Some((grads, _)), Some(flow)) = (grads, flow) else { continue };
             let _ = Tensor::f_matmul_out(&flow, &cut(&seed)?, &matrix)?;
             let set = grads.fresh && start == 0;
             grads.store(&layout.head.weight, Some(&flow.f_transpose(0, 1)?.f_matmul(&x)?), set)?;
@@ -254,7 +261,32 @@ impl TorchExecutor {
                 grads.store(range, Some(&sum), set)?;
             }
         }
-        Ok((loss, seed.f_view(last.size().as_slice())?))
+        Ok((loss, seed.f_view(last.size().as_slice())?, hits))
+    }
+
+    /// Losses of `[n, v]` logits, each times its weight, `[n]`; with `scale` also their gradients times that, in the type of products.
+    fn cross_entropy(
+        &self,
+        logits: Tensor,
+        targets: &Tensor,
+        weights: &Tensor,
+        scale: Option<f64>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if let Some(fused) = &self.network.fused {
+            let losses = fused.cross_entropy(&logits, targets, weights, scale)?;
+            return Ok((losses, scale.map(|_| logits)));
+        }
+        let logs = logits.f_log_softmax(-1, Kind::Float)?;
+        drop(logits);
+        let at = targets.f_unsqueeze(1)?;
+        let losses = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?.f_mul(weights)?.f_neg()?;
+        let Some(scale) = scale else { return Ok((losses, None)) };
+        let mut flow = logs.f_exp()?;
+        drop(logs);
+        let minus = Tensor::f_full([targets.size()[0], 1], -1.0, (Kind::Float, self.network.device))?;
+        let _ = flow.f_scatter_add_(1, &at, &minus)?;
+        let flow = flow.f_mul(&weights.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
+        Ok((losses, Some(flow.f_to_kind(self.network.numbers.products)?)))
     }
 
     /// Metal has no fp64.
@@ -262,12 +294,12 @@ impl TorchExecutor {
         if self.network.device == Device::Mps { Kind::Float } else { Kind::Double }
     }
 
-    /// The summed loss alone, as a tensor of one number on the device.
+    /// The summed loss alone, and how many targets are the likeliest token, as tensors of one number on the device.
     fn loss(
         &mut self,
         units: &mut dyn UnitWeights<Tensors>,
         batch: &OnDevice,
-    ) -> fleet_learn::Result<Tensor> {
+    ) -> fleet_learn::Result<(Tensor, Tensor)> {
         let _guard = tch::no_grad_guard();
         let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
@@ -283,10 +315,10 @@ impl TorchExecutor {
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let weights = units.weights();
         let last = network.last(&mut Leaves::new(network, weights, false), &x)?;
-        let (loss, _) = self.score(weights, None, &last, batch)?;
+        let (loss, _, hits) = self.score(weights, None, &last, batch)?;
         self.head_units().for_each(|unit| units.release(unit));
         self.frame = Some((len, frame));
-        Ok(loss)
+        Ok((loss, hits))
     }
 
     /// What went wrong, with the part of the model and, where memory is short, what to do.
@@ -327,7 +359,12 @@ impl Executor<Tensors> for TorchExecutor {
             Kind::BFloat16 => "bf16",
             _ => "fp32",
         };
-        format!("{kind} products by libtorch on {}", device::describe(self.network.device))
+        let own = match (&self.network.fused, &self.unfused) {
+            (Some(_), _) => ", with fused kernels",
+            (None, Some(why)) => &format!(", without fused kernels: {why}"),
+            (None, None) => "",
+        };
+        format!("{kind} products by libtorch on {}{own}", device::describe(self.network.device))
     }
 
     fn forward_backward(
@@ -357,10 +394,11 @@ impl Executor<Tensors> for TorchExecutor {
         self.doing = Doing::Forward(0);
         let result = self.on_device(batch).map_err(Into::into);
         let result = result.and_then(|batch| {
-            let loss = self.loss(units, &batch)?;
-            Ok(f64::try_from(&loss).map_err(Error::from)?)
+            let (loss, hits) = self.loss(units, &batch)?;
+            let hits = i64::try_from(&hits).map_err(Error::from)?;
+            Ok((f64::try_from(&loss).map_err(Error::from)?, hits))
         });
-        let loss = result.map_err(|error: fleet_learn::Error| self.explained(error))?;
-        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens() })
+        let (loss, hits) = result.map_err(|error: fleet_learn::Error| self.explained(error))?;
+        Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits: hits as u64 })
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod device;
 mod executor;
+mod fused;
 mod memory;
 mod network;
 mod optimizer;

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::memory::Weights;
+use crate::shim::fused::Fused;
 use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Layout, Linear, NormKind, Positions};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -27,6 +28,8 @@ pub struct Network {
     pub layout: Layout,
     pub device: Device,
     pub numbers: Numbers,
+    /// Kernels of our own, where there are any for the device.
+    pub(crate) fused: Option<Fused>,
 }
 
 /// The parameters of one unit as tensors that gradients are asked for, in the order in which they were taken.
@@ -218,7 +221,10 @@ impl Network {
             qk = Tensor::f_cat(&[q, k], 2)?.f_to_kind(self.kind())?;
         }
         if let Some(turn) = &frame.turn {
-            qk = turned(&qk, turn)?;
+            qk = match &self.fused {
+                Some(fused) if qk.kind() == self.kind() => fused.rotary(&qk, turn)?,
+                _ => turned(&qk, turn)?,
+            };
         }
         let of = |x: &Tensor, start, count| -> Result<Tensor> {
             Ok(x.f_narrow(2, start, count)?.f_transpose(1, 2)?)
@@ -254,13 +260,14 @@ impl Network {
         let outputs = if mlp.gated { 2 * mlp.size } else { mlp.size };
         debug_assert_eq!(block.up.outputs, outputs);
         let x = leaves.linear(&x.f_to_kind(self.kind())?, &block.up)?;
-        let x = match mlp.gated {
-            true => {
+        let x = match (mlp.gated, mlp.activation, &self.fused) {
+            (true, Activation::Silu, Some(fused)) => fused.swiglu(&x)?,
+            (true, ..) => {
                 let size = mlp.size as i64;
                 let gate = activated(&x.f_narrow(-1, 0, size)?, mlp.activation)?;
                 gate.f_mul(&x.f_narrow(-1, size, size)?)?
             }
-            false => activated(&x, mlp.activation)?,
+            (false, ..) => activated(&x, mlp.activation)?,
         };
         leaves.linear(&x, &block.down)
     }
@@ -283,7 +290,7 @@ fn norm2(block: &Block) -> &Affine {
     block.norm2.as_ref().expect("only parallel blocks have one norm")
 }
 
-fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
+pub(crate) fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
     Ok(match activation {
         Activation::Silu => x.f_silu()?,
         Activation::Gelu => x.f_gelu("none")?,
@@ -293,7 +300,7 @@ fn activated(x: &Tensor, activation: Activation) -> Result<Tensor> {
 }
 
 /// The first numbers of each head, turned by its position, and the rest. `x` is `[b, s, n, d]`.
-fn turned(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
+pub(crate) fn turned(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
     let (half, dim) = (cos.size()[1], x.size()[3]);
     let kind = x.kind();
     let of = |table: &Tensor| -> Result<Tensor> { Ok(table.f_view([1, -1, 1, half])?.f_to_kind(kind)?) };

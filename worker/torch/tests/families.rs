@@ -5,7 +5,7 @@
 #[path = "../../../tests/parity/cases.rs"]
 mod cases;
 
-use cases::{Case, apart, cases, hyper, targets};
+use cases::{Case, apart, cases, hits, hyper, targets};
 use fleet_learn::strategy::{Micro, Slot, Strategy};
 use fleet_learn::{AdamW, Engine, Executor, Learner, TokenBatch, UnitWeights, Update, Votes};
 use fleet_torch::{Numbers, Solo, TorchExecutor};
@@ -53,13 +53,16 @@ fn logits_and_loss_are_those_of_transformers_in_both_precisions() {
         for case in cases() {
             let (ids, shape) = case.ids("ids");
             let batch = batch(&ids, shape[1]);
-            for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 3e-2)] {
+            for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 2e-2)] {
                 let (mut executor, mut solo) = parts(&case, device, numbers);
                 let ids = Tensor::from_slice(&ids).view([-1, shape[1] as i64]).to_device(device);
                 let logits = executor.logits(UnitWeights::weights(&solo), &ids).unwrap();
                 let far = apart(&floats(&logits), &case.f32("logits"), 1e-6);
                 assert!(far < tolerance, "{} on {device:?} in {numbers:?}: logits {far}", case.name);
                 let tally = executor.evaluate(&mut solo, &batch.view()).unwrap();
+                if numbers == Numbers::FP32 {
+                    assert_eq!(tally.hits, hits(&floats(&logits), &batch.targets), "{}", case.name);
+                }
                 let micro = Micro { first: true, last: true };
                 executor.forward_backward(solo.units(micro), &batch.view(), 1.0).unwrap();
                 let loss = number(&executor.take_loss().unwrap());
@@ -86,7 +89,7 @@ fn every_gradient_is_that_of_transformers() {
                 executor.forward_backward(solo.units(micro), &batch.view(), scale).unwrap();
             }
             let (_, grads) = solo.units(Micro { first: true, last: true }).numbers();
-            case.check_gradients(&floats(grads.flat), 2e-4);
+            case.check_gradients(&floats(grads.flat), 1e-4);
         }
     }
 }
@@ -119,7 +122,7 @@ fn twenty_steps_of_training_are_those_of_pytorch() {
                     losses[step]
                 );
                 assert!(
-                    close(norm, norms[step], 1e-3),
+                    close(norm, norms[step], 1e-4),
                     "{} step {step}: norm {norm}, {}",
                     case.name,
                     norms[step]

@@ -29,8 +29,10 @@ pub const FAMILY: Family = Family {
     qkv_by_head: true,
     prefix: "transformer.",
     eos: Some(2),
+    positions_key: "seq_length",
     read,
     write,
+    fill: as_read,
 };
 
 /// BLOOM names no longest sequence; it was trained on this many tokens.
@@ -48,9 +50,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         Some(given) => given,
         None => s.layers("num_hidden_layers")?.unwrap_or(2),
     };
-    if !hidden_size.is_multiple_of(heads) {
-        return Err(format!("hidden_size ({hidden_size}) is not a multiple of n_head ({heads})"));
-    }
+    whole_heads(("hidden_size", hidden_size), ("n_head", heads))?;
     Ok(Decoder {
         vocab_size: s.count_or("vocab_size", 250_880)?,
         hidden_size,

@@ -29,8 +29,10 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "transformer.",
     eos: Some(50_256),
+    positions_key: "n_positions",
     read,
     write,
+    fill: as_read,
 };
 
 fn read(s: &Settings) -> Result<Decoder, String> {
@@ -40,9 +42,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("n_embd", 768)?;
     let heads = s.count_or("n_head", 12)?;
     let layers = s.layers("n_layer")?.unwrap_or(12);
-    if !hidden_size.is_multiple_of(heads) {
-        return Err(format!("n_embd ({hidden_size}) is not a multiple of n_head ({heads})"));
-    }
+    whole_heads(("n_embd", hidden_size), ("n_head", heads))?;
     Ok(Decoder {
         vocab_size: s.count_or("vocab_size", 50_257)?,
         hidden_size,

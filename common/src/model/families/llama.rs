@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::{Attention, Form, Init, Mlp, Norm, NormKind, Positions, Rotary};
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub const FAMILY: Family = Family {
     model_type: "llama",
@@ -12,8 +12,10 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "model.",
     eos: Some(2),
+    positions_key: "max_position_embeddings",
     read,
     write,
+    fill,
 };
 
 fn read(s: &Settings) -> Result<Decoder, String> {
@@ -29,6 +31,31 @@ fn write(d: &Decoder) -> Object {
     json.insert("attention_bias".into(), d.attention.qkv_bias.into());
     json.insert("mlp_bias".into(), d.mlp.bias.into());
     json
+}
+
+/// A new model is small: heads of 64 numbers, as many for keys as for queries, and as long as its sequences. Transformers' own sizes are those
+/// of models that no single machine trains.
+fn fill(config: &mut Object, positions: usize) -> Result<(), String> {
+    let said = Settings::new(config);
+    let hidden = said.count_or("hidden_size", 256)?;
+    let usual = if hidden.is_multiple_of(64) { hidden / 64 } else { 4 };
+    let heads = said.count_or("num_attention_heads", usual)?;
+    whole_heads(("hidden_size", hidden), ("num_attention_heads", heads))?;
+    for (key, usual) in [
+        ("hidden_size", hidden),
+        // two thirds of four times the size, as Llama has it, up to a multiple of 64
+        ("intermediate_size", (hidden * 8 / 3).next_multiple_of(64)),
+        ("num_hidden_layers", 4),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", heads),
+        ("head_dim", hidden / heads),
+        ("max_position_embeddings", positions),
+    ] {
+        if config.get(key).is_none_or(Value::is_null) {
+            config.insert(key.into(), usual.into());
+        }
+    }
+    Ok(())
 }
 
 /// What the families of Llama's shape take for a key that is not there.

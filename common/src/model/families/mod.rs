@@ -27,9 +27,13 @@ pub struct Family {
     pub prefix: &'static str,
     /// The token that ends a text where a configuration has no `eos_token_id`.
     pub eos: Option<u32>,
+    /// What its configuration calls the longest sequence.
+    pub positions_key: &'static str,
     pub read: fn(&Settings) -> Result<Decoder, String>,
     /// The keys that describe a decoder, so that `read` gives the same one.
     pub write: fn(&Decoder) -> Object,
+    /// Puts in what somebody who wants a new model, for sequences of so many tokens, need not say, where that is not what `read` takes for it.
+    pub fill: fn(&mut Object, usize) -> Result<(), String>,
 }
 
 /// What tensors are called, without `.weight` and `.bias`.
@@ -97,9 +101,25 @@ impl Family {
         FAMILIES.into_iter().find(|family| family.model_type == model_type)
     }
 
+    /// What a new model is of where nobody says.
+    pub const DEFAULT: &'static Family = FAMILIES[0];
+
+    pub fn all() -> impl Iterator<Item = &'static Family> {
+        FAMILIES.into_iter()
+    }
+
     /// What there is, for messages.
     pub fn list() -> String {
         FAMILIES.map(|family| family.model_type).join(", ")
+    }
+
+    /// The keys that describe a model of it.
+    pub fn keys(&self) -> Vec<String> {
+        let mut config = object(serde_json::json!({"vocab_size": 1}));
+        let decoder = (self.fill)(&mut config, 1).and_then(|()| self.decoder(&config));
+        let decoder =
+            decoder.expect("a test holds that every family describes a model of which nothing was said");
+        (self.write)(&decoder).into_iter().map(|(key, _)| key).collect()
     }
 
     /// The decoder that a `config.json` describes, or why fleet cannot run it.
@@ -113,10 +133,16 @@ impl Family {
         if settings.get("quantization_config").is_some() {
             return Err("quantization_config is set; fleet reads weights that are not quantized".into());
         }
-        let decoder = (family.read)(&settings)?;
+        Ok((family, family.decoder(config)?))
+    }
+
+    /// The decoder that the configuration of a model of this family describes.
+    pub fn decoder(&self, config: &Object) -> Result<Decoder, String> {
+        let settings = Settings::new(config);
+        let decoder = (self.read)(&settings)?;
         windows::listed(&settings, decoder.layers)?; // what transformers refuses, also of a family without windows
         decoder.check()?;
-        Ok((family, decoder))
+        Ok(decoder)
     }
 
     pub(super) fn stored_qkv(&self, heads: usize) -> Stored {
@@ -142,6 +168,23 @@ fn activation_name(activation: Activation) -> &'static str {
         Activation::GeluTanh => "gelu_new",
         Activation::Relu => "relu",
     }
+}
+
+/// What `read` takes for a key that is not there is what a new model has.
+fn as_read(_: &mut Object, _: usize) -> Result<(), String> {
+    Ok(())
+}
+
+/// The hidden size is a whole number of heads.
+fn whole_heads((size_key, size): (&str, usize), (heads_key, heads): (&str, usize)) -> Result<(), String> {
+    if size.is_multiple_of(heads) {
+        return Ok(());
+    }
+    let below = size / heads * heads;
+    let near = if below == 0 { heads.to_string() } else { format!("{below} or {}", below + heads) };
+    Err(format!(
+        "{size_key} ({size}) is not a multiple of {heads_key} ({heads}); set {size_key} to {near}, or {heads_key} to a divisor of {size}"
+    ))
 }
 
 fn object(json: serde_json::Value) -> Object {
@@ -222,7 +265,10 @@ mod tests {
             (json!({"quantization_config": {"bits": 4}}), "quantization_config is set"),
             (json!({"hidden_act": "mish"}), "hidden_act is `mish`"),
             (json!({"hidden_act": 5}), "hidden_act is 5, not a text"),
-            (json!({"rope_scaling": {"rope_type": "longrope"}}), "rotary scaling `longrope` is not known"),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope"}}),
+                "rope_type is `longrope`; fleet computes default",
+            ),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "`linear` lacks its factor"),
             (json!({"rope_parameters": "oops"}), "rope_parameters is \"oops\", not an object"),
             (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "turn whole heads"),

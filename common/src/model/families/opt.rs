@@ -29,8 +29,10 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "model.",
     eos: Some(2),
+    positions_key: "max_position_embeddings",
     read,
     write,
+    fill: as_read,
 };
 
 /// That of PyTorch's LayerNorm; OPT has no key for it.
@@ -40,11 +42,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("hidden_size", 768)?;
     let heads = s.count_or("num_attention_heads", 12)?;
     let layers = s.layers("num_hidden_layers")?.unwrap_or(12);
-    if !hidden_size.is_multiple_of(heads) {
-        return Err(format!(
-            "hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads})"
-        ));
-    }
+    whole_heads(("hidden_size", hidden_size), ("num_attention_heads", heads))?;
     let first = s.flag("do_layer_norm_before", true)?;
     let bias = s.flag("enable_bias", true)?;
     Ok(Decoder {

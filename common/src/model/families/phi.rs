@@ -20,8 +20,10 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "model.",
     eos: Some(2),
+    positions_key: "max_position_embeddings",
     read,
     write,
+    fill: as_read,
 };
 
 fn read(s: &Settings) -> Result<Decoder, String> {
@@ -74,7 +76,7 @@ fn write(d: &Decoder) -> Object {
         "max_position_embeddings": d.max_positions,
         "layer_norm_eps": d.norm.eps,
         "rope_theta": rotary.theta,
-        "partial_rotary_factor": rotary.width as f64 / d.attention.head_dim as f64,
+        "partial_rotary_factor": rotary.share(d.attention.head_dim),
         "rope_parameters": rotary.write(d.attention.head_dim),
         "qk_layernorm": d.attention.qk_norm,
         "hidden_act": activation_name(d.mlp.activation),

@@ -35,6 +35,7 @@ impl AssignGang {
                 next_seq: 1,
                 finished: false,
                 memory_mib: None,
+                stall: None,
             };
             first_rank += ranks;
             part

@@ -126,7 +126,7 @@ mod tests {
         assert!(script.state.orders(NodeId(1)).is_empty(), "nobody knows whether it was started");
         let orders = script.state.orders(NodeId(2));
         assert!(
-            matches!(orders[1], ToAgent::StopGang { now: true, .. }),
+            matches!(orders[1], ToAgent::StopGang { now: false, .. }),
             "the other part is stopped: {orders:?}"
         );
         script.tell(job, 2, 1, vec![stopped(0)]);

@@ -1,6 +1,6 @@
 //! What happened in a gang on one node, in order and each event once. The last event ends this part of the gang.
 
-use crate::cluster::records::Part;
+use crate::cluster::records::{Part, bounded_stall};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::events::{Event, EventBatch, EventBody};
 use fleet_common::ids::NodeId;
@@ -27,7 +27,9 @@ impl RecordEvents {
                 EventBody::Log { line, .. } => {
                     event.body = EventBody::LeftOut { lines: 1, bytes: line.len() as u64 };
                 }
-                EventBody::Memory { .. } => event.body = EventBody::LeftOut { lines: 0, bytes: 0 },
+                EventBody::Memory { .. } | EventBody::Stall(_) => {
+                    event.body = EventBody::LeftOut { lines: 0, bytes: 0 }
+                }
                 _ => {}
             }
         }
@@ -53,8 +55,12 @@ impl RecordEvents {
             let leads = part.first_rank == 0;
             context.effects.push(Effect::Job(id));
             for event in &events[known..] {
-                if let EventBody::Memory { pss_mib, .. } = &event.body {
-                    part.memory_mib = Some(pss_mib.iter().fold(0, |sum, mib| sum.saturating_add(*mib)));
+                match &event.body {
+                    EventBody::Memory { pss_mib, .. } => {
+                        part.memory_mib = Some(pss_mib.iter().fold(0, |sum, mib| sum.saturating_add(*mib)));
+                    }
+                    EventBody::Stall(stall) => part.stall = stall.as_ref().map(bounded_stall),
+                    _ => {}
                 }
             }
             let overfull = state.retention.is_overfull();
@@ -64,6 +70,7 @@ impl RecordEvents {
                         state.end_part(id, self.node, outcome, context);
                         break;
                     }
+                    EventBody::Stall(_) => {}
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {
@@ -110,7 +117,7 @@ mod tests {
     use super::*;
     use crate::cluster::commands::Change;
     use crate::cluster::tests::{Script, checkpoint, finished, step};
-    use fleet_common::events::{Event, Outcome};
+    use fleet_common::events::{Event, Outcome, Stall};
     use fleet_common::ids::JobId;
     use fleet_common::protocol::JobState;
 
@@ -123,6 +130,22 @@ mod tests {
         let job = script.submit(2);
         script.assign(job);
         (script, job)
+    }
+
+    #[test]
+    fn a_stall_is_shown_while_it_lasts_and_not_kept() {
+        let (mut script, job) = running();
+        let stall = Stall { since_unix_ms: 7, what: "rank 1 has not come".repeat(1_000) };
+        record(&mut script, job, 1, vec![step(1), EventBody::Stall(Some(stall.clone()))]);
+        let shown = |script: &Script| script.state.jobs()[&job].stall().cloned();
+        script.tell(job, 1, 3, vec![EventBody::Started { step: 0, parameters: 1, device: "cpu".into() }]);
+        let seen = shown(&script).unwrap();
+        assert!(seen.since_unix_ms == 7 && stall.what.starts_with(&seen.what) && seen.what.len() <= 2_000);
+        assert_eq!(script.state.jobs()[&job].events, 2);
+        record(&mut script, job, 4, vec![EventBody::Stall(None), step(2)]);
+        assert_eq!((shown(&script), script.steps_in_history(job)), (None, vec![1, 2]));
+        record(&mut script, job, 6, vec![EventBody::Stall(Some(stall)), finished()]);
+        assert_eq!(shown(&script), None, "nothing that has ended waits");
     }
 
     #[test]

@@ -34,11 +34,11 @@ fn a_job_is_over_when_all_its_parts_are_and_their_slots_are_free_before() {
 }
 
 #[test]
-fn the_first_failure_stops_the_others_at_once_and_is_the_job_s() {
+fn the_first_failure_stops_the_others_and_is_the_job_s() {
     let (mut script, job) = on_two_nodes();
     script.tell(job, 2, 1, vec![failed("rank 3 broke")]);
     let orders = script.state.orders(NodeId(1));
-    assert!(matches!(orders[1], ToAgent::StopGang { now: true, generation: 1, .. }), "{orders:?}");
+    assert!(matches!(orders[1], ToAgent::StopGang { now: false, generation: 1, .. }), "{orders:?}");
     script.tell(job, 1, 1, vec![failed("rank 0 lost its peer")]);
     let record = &script.state.jobs()[&job];
     assert_eq!(
@@ -95,7 +95,7 @@ fn ranks_that_an_agent_lost_end_its_part_only() {
 fn a_node_that_shuts_down_takes_the_rest_of_the_gang_along() {
     let (mut script, job) = on_two_nodes();
     script.tell(job, 1, 1, vec![stopped(2)]);
-    assert!(matches!(script.state.orders(NodeId(2))[1], ToAgent::StopGang { now: true, .. }));
+    assert!(matches!(script.state.orders(NodeId(2))[1], ToAgent::StopGang { now: false, .. }));
     script.tell(job, 2, 1, vec![stopped(2)]);
     assert_eq!(script.state.jobs()[&job].state, JobState::Cancelled);
 }

@@ -75,9 +75,8 @@ fn the_second_node_of_a_job_counts_its_ranks_on() {
          > rank 1 prints hello
          send 1: rank 11: `hello`
          > rank 1 exits 3
-         > wait 500
-         kill rank 0
-         > rank 0 dies 9
+         terminate rank 0
+         > rank 0 dies 15
          send 2: failed (Job): rank 11 on box ended with exit code 3
          > committed 2
          forget job-1.1",
@@ -458,14 +457,51 @@ fn of_a_program_the_first_failing_rank_is_named_with_its_code() {
          spawn 3 ranks
          > rank 2 exits 0
          > rank 1 exits 3
+         terminate rank 0
          > wait 100
          > rank 0 dies 6
          > connected
          send hello job-1.1
          > welcome
          registered as node-1
-         send 1: failed (Job): rank 1 on box ended with exit code 3",
+         send 1: `of the other ranks: signal 6 (SIGABRT) (rank 0)`, failed (Job): rank 1 on box ended with exit code 3",
     );
+}
+
+#[test]
+fn the_other_ranks_of_a_program_that_failed_have_half_a_minute_and_their_ends_blame_nobody_else() {
+    let began = "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start program 4
+         spawn 4 ranks
+         > rank 2 dies 11
+         terminate rank 0
+         terminate rank 1
+         terminate rank 3
+         > wait 20000
+         > rank 0 prints saved
+         send 1: `saved`
+         > rank 0 exits 5
+         > rank 1 exits 0";
+    check(&format!(
+        "{began}
+         > wait 9999
+         > wait 1
+         kill rank 3
+         > rank 3 dies 9
+         send 2: `of the other ranks: exit code 5 (rank 0); killed (rank 3)`, failed (Job): rank 2 on box was killed by signal 11 (SIGSEGV)"
+    ));
+    // Who asks for the end meanwhile has it when he asks again.
+    check(&format!(
+        "{began}
+         > interrupt
+         interrupt rank 3
+         > cancel
+         > cancel now
+         kill rank 3"
+    ));
 }
 
 #[test]
@@ -724,7 +760,7 @@ fn ranks_are_looked_at_while_they_train_together() {
         looks(&mut stage)
     };
     assert_eq!(after("> start train 2"), 0, "nothing is trained before the data is there");
-    assert_eq!(after("> start train 2\n> prepared"), 10);
+    assert_eq!(after("> start train 2\n> prepared"), 20);
     assert_eq!(after("> start train 1\n> prepared"), 0);
     assert_eq!(after("> start program 2"), 0);
     assert_eq!(after("> start train 2\n> prepared\n> rank 1 done 9"), 0, "rank 0 may save for long");
@@ -754,8 +790,9 @@ fn a_stall_is_an_event_of_the_job() {
     assert_eq!(
         stage.seen[told..],
         [
-            "send 2: `rank 1 has not come to the reduction of step 3 for 3 s (process 101, stopped by a signal or a debugger); rank 0 waits for it`",
-            "send 3: `the ranks go on after 4 s`"
+            "send 2: stands still since 0",
+            "send 3: `rank 1 has not come to the reduction of step 3 for 3 s (process 101, stopped by a signal or a debugger); rank 0 waits for it`",
+            "send 4: `the ranks go on after 4 s`, goes on"
         ]
     );
 }

@@ -1,22 +1,11 @@
 //! `config.json` of a model as fleet writes its weights, in fp32.
 
 use super::Model;
-use fleet_common::job::LlamaConfig;
 use fleet_common::model::{Family, Object};
 use fleet_data::model_dir::token_ids;
 use serde_json::{Value, json};
 
 const EOS: &str = "eos_token_id";
-
-/// A new Llama.
-pub(super) fn of_llama(config: &LlamaConfig) -> Object {
-    let mut json = match serde_json::to_value(config) {
-        Ok(Value::Object(json)) => json,
-        other => unreachable!("{other:?}: a config is plain data"),
-    };
-    json.insert("model_type".into(), "llama".into());
-    json
-}
 
 impl Model {
     /// What the model came with stays where it says the same: what fleet does not know of it, and its other end tokens.
@@ -58,7 +47,7 @@ pub fn with_end(before: &Object, end: Option<u32>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::tiny_config;
+    use crate::testing::tiny_with;
 
     fn of_dir(config: Value) -> Model {
         let before = config.as_object().unwrap().clone();
@@ -68,8 +57,7 @@ mod tests {
 
     #[test]
     fn a_new_model_reads_back_as_it_was_written() {
-        let model =
-            Model::new(&LlamaConfig { initializer_range: 0.0, eos_token_id: Some(3), ..tiny_config() });
+        let model = Model::new(&tiny_with(json!({"initializer_range": 0.0, "eos_token_id": 3}))).unwrap();
         let json = model.config_json();
         assert_eq!(Family::of_config(&json).unwrap().1, model.decoder);
         assert_eq!((&json["architectures"], &json[EOS]), (&json!(["LlamaForCausalLM"]), &json!(3)));

@@ -5,9 +5,8 @@ pub mod init;
 
 pub use config::with_end;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use fleet_checkpoint::ModelDir;
-use fleet_common::job::LlamaConfig;
 use fleet_common::model::{Decoder, Family, Layout, Object};
 use fleet_data::model_dir::token_ids;
 use std::path::Path;
@@ -24,13 +23,17 @@ pub struct Model {
 }
 
 impl Model {
-    /// A new one.
-    pub fn new(config: &LlamaConfig) -> Model {
-        let json = config::of_llama(config);
-        let (family, decoder) =
-            Family::of_config(&json).expect("a job's model was checked when the job was read");
-        let LlamaConfig { bos_token_id, eos_token_id, .. } = *config;
-        Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id }
+    /// A new one, as a job describes it.
+    pub fn new(config: &Object) -> Result<Model> {
+        let mut config = config.clone();
+        // A job of an earlier version.
+        config.entry("model_type").or_insert_with(|| Family::DEFAULT.model_type.into());
+        let described = Family::of_config(&config);
+        let (family, decoder) = described
+            .map_err(|why| Error::Input(format!("the model that `[model]` describes cannot be: {why}")))?;
+        let id = |key| token_ids(&config, key).first().copied();
+        let (bos_token_id, eos_token_id) = (id("bos_token_id"), id("eos_token_id"));
+        Ok(Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id })
     }
 
     /// The one in a directory.

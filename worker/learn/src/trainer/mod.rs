@@ -331,7 +331,7 @@ fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
 /// The model, and where its weights come from if they are not fresh.
 fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a Path>)> {
     let (mut model, pretrained) = match &job.model {
-        job::Model::New(config) => (Model::new(config), None),
+        job::Model::New(config) => (Model::new(config)?, None),
         job::Model::Pretrained(dir) => (Model::read(dir)?, Some(dir.as_path())),
     };
     let (vocab, tokens) = (model.decoder.vocab_size, cache.meta().vocab_size);

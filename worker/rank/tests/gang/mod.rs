@@ -11,6 +11,7 @@ use fleet_common::protocol::{FromRank, RankStart, ToRank};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, trainer};
 use fleet_rank::assemble;
+use serde_json::json;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -37,8 +38,8 @@ pub fn job(dir: &Path) -> Job {
         eval = { eval_steps = 6, batch_size = 2, max_eval_examples = 10 }
     "#;
     let mut job = parse_toml(text, dir).unwrap().0;
-    let config = fleet_learn::testing::tiny_config();
-    job.model = Model::New(LlamaConfig { vocab_size: 270, max_position_embeddings: 16, ..config });
+    let sizes = json!({"vocab_size": 270, "max_position_embeddings": 16});
+    job.model = Model::New(fleet_learn::testing::tiny_with(sizes));
     job.tokenizer = Tokenizer::Train { vocab_size: 270 };
     job
 }

@@ -314,6 +314,8 @@ fn tell(body: &EventBody) -> String {
             format!("failed ({:?}): {}", error.fault, error.message)
         }
         EventBody::CheckpointFailed { step, error } => format!("no checkpoint {step}: {error}"),
+        EventBody::Stall(Some(stall)) => format!("stands still since {}", stall.since_unix_ms),
+        EventBody::Stall(None) => "goes on".into(),
         other => format!("{other:?}"),
     }
 }

@@ -2,6 +2,11 @@
 
 #![allow(unsafe_code)]
 
+pub mod cuda;
+#[cfg(test)]
+mod emulated;
+pub mod fused;
+
 use crate::{Error, Result, first_line};
 use std::ffi::{CStr, CString, c_char, c_int};
 use tch::Tensor;

@@ -1,0 +1,54 @@
+//! `fleet eval`: how well a model predicts texts. `fleet-rank` does it; this process becomes it.
+
+use crate::failure::Failure;
+use crate::programs;
+use std::path::PathBuf;
+
+/// Measure how well a model predicts texts: loss, perplexity, token accuracy, bits per byte
+#[derive(clap::Args)]
+pub struct Args {
+    /// Directory with config.json, model.safetensors and tokenizer.json: a checkpoint, or any Hugging Face directory of a family that
+    /// fleet knows
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Files and folders of text, read as a job reads its `data.path`; the whole of them counts
+    #[arg(long, value_name = "FILE", required = true)]
+    data: Vec<PathBuf>,
+    /// More of them
+    #[arg(value_name = "FILE")]
+    more: Vec<PathBuf>,
+    /// A setting of how text is found in them, as in a job: data.text_field=body, data.clean.remove_html=true
+    #[arg(long = "set", value_name = "K=V")]
+    sets: Vec<String>,
+    /// auto, cpu or cuda
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// 32 or bf16-mixed
+    #[arg(long, value_name = "PRECISION")]
+    precision: Option<String>,
+    /// Tokens of a window; without it as many as the model was made for, at most 2048
+    #[arg(long, value_name = "N")]
+    max_seq_len: Option<u32>,
+    /// Windows that are computed at once, by default 8
+    #[arg(long, value_name = "N")]
+    batch_size: Option<u16>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<u8, Failure> {
+    if !args.model.is_dir() {
+        return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
+    }
+    let mut options = vec![
+        ("--model", Some(args.model.into())),
+        ("--device", args.device.map(Into::into)),
+        ("--precision", args.precision.map(Into::into)),
+        ("--max-seq-len", args.max_seq_len.map(|n| n.to_string().into())),
+        ("--batch-size", args.batch_size.map(|n| n.to_string().into())),
+    ];
+    options.extend(args.data.into_iter().chain(args.more).map(|path| ("--data", Some(path.into()))));
+    options.extend(args.sets.into_iter().map(|set| ("--set", Some(set.into()))));
+    Err(programs::become_rank("eval", options, args.json))
+}
