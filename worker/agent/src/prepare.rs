@@ -105,6 +105,20 @@ mod tests {
     use fleet_common::job::parse_toml;
     use std::path::Path;
 
+    #[tokio::test]
+    async fn a_panic_is_an_error_of_the_job_that_names_it() {
+        let nothing: Vec<u8> = Vec::new();
+        let error = in_a_thread(JobId(7), "box".to_owned(), move || {
+            let _ = nothing[0];
+            Err(agent_error(Fault::Input, "box", "not reached"))
+        });
+        let error = error.await.unwrap_err();
+        assert_eq!((error.fault, error.rank), (Fault::Job, None));
+        assert!(error.message.contains("job-7 failed on box"), "{}", error.message);
+        assert!(error.message.contains("index out of bounds"), "{}", error.message);
+        assert!(!error.message.contains('\n'), "{}", error.message);
+    }
+
     fn job(dir: &Path, model: &str) -> Job {
         let text: String =
             (0..200).map(|i| format!("Line {i} of a text about a cat and a dog.\n\n")).collect();
@@ -167,19 +181,5 @@ mod tests {
         let progress = |_: Level, line: String| panic!("{line}");
         let error = prepare(&job, "b".into(), "n", &progress).err().unwrap();
         assert!(error.message.contains("model.safetensors"), "{}", error.message);
-    }
-
-    #[tokio::test]
-    async fn a_panic_is_an_error_of_the_job_that_names_it() {
-        let nothing: Vec<u8> = Vec::new();
-        let error = in_a_thread(JobId(7), "box".to_owned(), move || {
-            let _ = nothing[0];
-            Err(agent_error(Fault::Input, "box", "not reached"))
-        });
-        let error = error.await.unwrap_err();
-        assert_eq!((error.fault, error.rank), (Fault::Job, None));
-        assert!(error.message.contains("job-7 failed on box"), "{}", error.message);
-        assert!(error.message.contains("index out of bounds"), "{}", error.message);
-        assert!(!error.message.contains('\n'), "{}", error.message);
     }
 }

@@ -46,13 +46,12 @@ pub enum Grid {
 impl Module {
     /// Compiles `source` with the type of its elements for CUDA device `number`, or says why that cannot be.
     pub fn compile(source: &str, element: &str, number: usize) -> Result<Module, String> {
-        load_nvrtc();
-        // SAFETY: both only look for libraries.
+        if !load_nvrtc() {
+            return Err("NVRTC cannot be loaded; run `make setup CUDA=1`".into());
+        }
+        // SAFETY: only looks for a library.
         if !unsafe { sys::is_culib_present() } {
             return Err("NVIDIA's driver library (libcuda) cannot be loaded".into());
-        }
-        if !unsafe { nvrtc::sys::is_culib_present() } {
-            return Err("NVRTC cannot be loaded; run `make setup CUDA=1`".into());
         }
         let failed = |what: &'static str| move |e: result::DriverError| format!("{what}: {e:?}");
         result::init().map_err(failed("the driver cannot be started"))?;
