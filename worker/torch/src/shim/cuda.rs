@@ -128,7 +128,7 @@ impl Module {
 /// The source as PTX for an architecture such as `compute_90`. NVRTC has to be loadable.
 pub fn to_ptx(source: &str, element: &str, architecture: &str) -> Result<String, String> {
     let options = nvrtc::CompileOptions {
-        options: vec![format!("-DELEMENT={element}"), format!("--gpu-architecture={architecture}")],
+        options: vec![format!("-DELEMENT={element}"), format!("-arch={architecture}")],
         name: Some("fused.cu".into()),
         ..Default::default()
     };
