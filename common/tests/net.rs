@@ -484,7 +484,7 @@ async fn a_joiner_of_another_version_is_told_both() {
     send.write_all(&[4, 0, 0, 0, 7, 0xFF, 0xFF, 0xFF]).await.unwrap();
     let reply = fleet_common::codec::read_frame(&mut receive).await.unwrap();
     let Some(JoinReply::Refused(refusal)) = reply else { panic!() };
-    assert!(refusal.message.contains("version 3 of the protocol, the other side 7"), "{}", refusal.message);
+    assert!(refusal.message.contains("version 4 of the protocol, the other side 7"), "{}", refusal.message);
     connection.close(DONE, b"");
     assert_eq!(server.await.unwrap(), refusal.message);
 }

@@ -563,7 +563,7 @@ fn a_model_that_its_family_cannot_be_is_refused_with_its_line() {
         ("model_type = \"mistral\"\nsliding_window = 0", format!("job:3: {cannot}: sliding_window is 0, not a positive whole number")),
         (
             "model_type = \"qwen2\"\nuse_sliding_window = true\nlayer_types = [\"full_attention\"]",
-            format!("job:4: {cannot}: layer_types is no list of 4 kinds of attention"),
+            format!("job:4: {cannot}: layer_types has 1 entries, and the model 4 layers"),
         ),
         (
             "hidden_size = 128\n[model.rope_scaling]\nrope_type = \"longrope\"",
