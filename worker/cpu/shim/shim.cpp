@@ -8,8 +8,8 @@
 #include <exception>
 
 namespace at::native {
-// Exported by libtorch_cpu.so, declared in none of its public headers.
-void mkldnn_matmul(const Tensor &a, const Tensor &b, const Tensor &out, float beta, float alpha);
+// Exported by libtorch_cpu.so, declared in none of its public headers: a libtorch without it runs too, with other products.
+__attribute__((weak)) void mkldnn_matmul(const Tensor &a, const Tensor &b, const Tensor &out, float beta, float alpha);
 } // namespace at::native
 
 namespace {
@@ -30,6 +30,10 @@ extern "C" {
 // out[m,n] = a[m,k] b[k,n] + beta out, all fp32 (bf16 = 0) or all bf16 (bf16 = 1); strides in elements.
 int fleet_dnn_matmul(int bf16, int64_t m, int64_t n, int64_t k, const void *a, int64_t a_row, int64_t a_col, const void *b,
                      int64_t b_row, int64_t b_col, void *out, int64_t out_row, float beta, char *error, size_t error_len) {
+    if (at::native::mkldnn_matmul == nullptr) {
+        copy_error("this libtorch has no mkldnn_matmul", error, error_len);
+        return 1;
+    }
     try {
         at::InferenceMode guard;
         const auto type = bf16 ? at::kBFloat16 : at::kFloat;

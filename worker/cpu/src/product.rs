@@ -411,8 +411,7 @@ mod tests {
         (0..len).map(|i| ((i * 7919 + seed * 104_729) % 1000) as f32 / 500.0 - 1.0).collect()
     }
 
-    fn check<E: Storage>(threads: u32, tolerance: f32) {
-        let mut products = Products::new(workers(threads).unwrap());
+    fn check<E: Storage>(mut products: Products, tolerance: f32) {
         let (t, i, o) = (37, 48, 33);
         let [x, w, dy] = [(t * i, 1), (o * i, 2), (t * o, 3)]
             .map(|(len, seed)| numbers(len, seed).into_iter().map(E::from_f32).collect::<Vec<E>>());
@@ -443,8 +442,27 @@ mod tests {
     #[test]
     fn products_equal_plain_loops_in_both_precisions_and_on_any_number_of_threads() {
         for threads in [1, 3] {
-            check::<f32>(threads, 1e-4);
-            check::<bf16>(threads, 0.15);
+            let products = || Products::new(workers(threads).unwrap());
+            check::<f32>(products(), 1e-4);
+            check::<bf16>(products(), 0.15);
+        }
+    }
+
+    /// What is chosen where the CPU or the libtorch lacks what others have.
+    #[test]
+    fn every_library_gives_the_same_products() {
+        let has_dnn = dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1));
+        for fp32 in [Library::Own, Library::Mkl, Library::Dnn] {
+            if fp32 == Library::Dnn && !has_dnn {
+                eprintln!("SKIPPED: oneDNN does not compute here");
+                continue;
+            }
+            for bf16_products in [false, cpu_has_bf16() && has_dnn] {
+                let products =
+                    || Products { fp32, bf16: bf16_products, ..Products::new(workers(1).unwrap()) };
+                check::<f32>(products(), 1e-4);
+                check::<bf16>(products(), 0.15);
+            }
         }
     }
 }
