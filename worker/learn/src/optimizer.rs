@@ -58,7 +58,7 @@ pub struct Update {
 
 impl Update {
     /// The numbers of the step for each range of `parts` in which they are the same; the gradients of the whole model have `norm`.
-    pub(crate) fn over<'a>(
+    pub fn over<'a>(
         &'a self,
         norm: f64,
         layout: &'a Layout,
@@ -88,7 +88,7 @@ impl Update {
 }
 
 /// A range of the flat buffers, all of one length.
-pub(crate) struct Numbers<'a> {
+pub struct Numbers<'a> {
     pub master: &'a mut [f32],
     pub grads: &'a [f32],
     pub moment1: &'a mut [f32],
@@ -98,6 +98,7 @@ pub(crate) struct Numbers<'a> {
 }
 
 impl Numbers<'_> {
+    /// AdamW on these numbers.
     pub fn update(self, step: &AdamWStep, workers: &Workers) {
         let share = workers.share(self.master.len(), GRANULE);
         let slices = self.master.chunks_mut(share).zip(self.grads.chunks(share));

@@ -76,14 +76,15 @@ pub struct Votes {
 }
 
 impl Votes {
-    fn numbers(self) -> [f64; 2] {
+    /// As they are summed with other numbers.
+    pub fn numbers(self) -> [f64; 2] {
         [self.stop, self.time].map(|vote| f64::from(u8::from(vote)))
     }
 }
 
 impl Report {
     /// `squares` of the gradients, `loss`, and votes, summed over all ranks.
-    pub(crate) fn of_sums(sums: [f64; 4], step: u64) -> Result<Report> {
+    pub fn of_sums(sums: [f64; 4], step: u64) -> Result<Report> {
         let [squares, loss, stop, time] = sums;
         let votes = Votes { stop: stop > 0.0, time: time > 0.0 };
         Report { loss, grad_norm: squares.sqrt(), votes }.checked(step)

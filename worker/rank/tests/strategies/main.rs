@@ -2,13 +2,16 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
+mod gathering;
+
 use fleet_collectives::{Segment, ShmCollective};
 use fleet_common::model::Object;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Shared, Solo};
-use fleet_learn::testing::{Gathering, tiny_config, tiny_with, token_ids};
+use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
+use gathering::Gathering;
 use half::bf16;
 use serde_json::json;
 use std::os::fd::AsRawFd;
