@@ -79,6 +79,18 @@ fn the_other_ranks_of_one_that_fails_can_save_before_they_end() {
     world.is_empty_soon();
 }
 
+/// Asks to stop until it has ended, and looks how.
+fn insist(mut launch: Running) {
+    eventually("it ends", || {
+        let ended = launch.has_ended();
+        if !ended {
+            launch.signal(Signal::SIGINT);
+        }
+        ended
+    });
+    launch.finish().expect(130);
+}
+
 #[test]
 fn who_does_not_want_to_wait_for_the_other_ranks_asks_twice() {
     let world = World::new();
@@ -89,14 +101,7 @@ fn who_does_not_want_to_wait_for_the_other_ranks_asks_twice() {
     launch.until("asked", |line| line["line"] == "asked");
     launch.signal(Signal::SIGINT);
     launch.until_it_says("once more, after a second, stops at once");
-    eventually("it ends", || {
-        let ended = launch.has_ended();
-        if !ended {
-            launch.signal(Signal::SIGINT);
-        }
-        ended
-    });
-    launch.finish().expect(130);
+    insist(launch);
     world.is_empty_soon();
 }
 
@@ -253,14 +258,7 @@ fn a_program_that_minds_no_signal_is_ended_by_the_second_ctrl_c() {
     launch.until("ready", |line| line["line"] == "ready");
     launch.signal(Signal::SIGINT);
     launch.until_it_says("once more, after a second, stops at once");
-    eventually("it ends", || {
-        let ended = launch.has_ended();
-        if !ended {
-            launch.signal(Signal::SIGINT);
-        }
-        ended
-    });
-    launch.finish().expect(130);
+    insist(launch);
     world.is_empty_soon();
 }
 

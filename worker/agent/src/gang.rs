@@ -6,6 +6,9 @@
 //!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace (those of a program get SIGTERM before), then swept
 //! ```
 
+mod end;
+mod refusal;
+
 use crate::agent::{Action, Config, Now, Place, Room};
 use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
@@ -16,9 +19,8 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
 use fleet_common::lines::{self, LINE_MAX};
-use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work, listed};
-use nix::sys::signal::Signal;
-use std::collections::BTreeMap;
+use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
+use refusal::refuse;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -682,116 +684,7 @@ impl Supervised {
         self.finish(config, now);
     }
 
-    /// Of a program of which one rank has failed: how the others ended, but for those that did so well, as that one, or by the SIGTERM.
-    fn push_other_ends(&mut self, outcome: &Outcome, now: Now) {
-        let Outcome::Failed(JobError { rank: Some(blamed), exit_code, signal, .. }) = *outcome else {
-            return;
-        };
-        let mut ends: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (rank, state) in (self.first_rank..).zip(&self.ranks).filter(|(rank, _)| *rank != blamed) {
-            let end = match state.exit {
-                None | Some(Exit::Code(0)) => continue,
-                _ if state.struck => "killed".to_owned(),
-                Some(Exit::Signal(by)) if signal == Some(by) || by == Signal::SIGTERM as i32 => continue,
-                Some(Exit::Signal(by)) => verdict::signal_name(by),
-                Some(Exit::Code(code)) if exit_code == Some(code) => continue,
-                Some(Exit::Code(code)) => format!("exit code {code}"),
-            };
-            ends.entry(end).or_default().push(rank.to_string());
-        }
-        if matches!(self.kind, Kind::Train(_)) || ends.is_empty() {
-            return;
-        }
-        let ends: Vec<String> =
-            ends.iter().map(|(end, ranks)| format!("{end} (rank {})", ranks.join(", "))).collect();
-        let line = format!("of the other ranks: {}", ends.join("; "));
-        self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
-    }
-
-    fn finish(&mut self, config: &Config, now: Now) {
-        let outcome = self.outcome(config);
-        self.push_other_ends(&outcome, now);
-        self.push_memory(now);
-        self.push(now, EventBody::Finished(outcome));
-        self.phase = Phase::Finished;
-        self.kill_at = None;
-    }
-
-    fn outcome(&self, config: &Config) -> Outcome {
-        if let Some(error) = &self.own_error {
-            return Outcome::Failed(error.clone());
-        }
-        let suspicion = match self.kind {
-            Kind::Train(_) => verdict::culprit(&self.suspicions),
-            Kind::Program => self.suspicions.iter().min_by_key(|suspicion| suspicion.at),
-        };
-        if let Some(suspicion) = suspicion {
-            let state = self.ranks.get(suspicion.blamed().saturating_sub(self.first_rank) as usize);
-            let lines = state.map(|state| state.last_lines.to_vec()).unwrap_or_default();
-            // How it ended after it was struck says nothing about it.
-            let exit = state.filter(|state| !state.struck).and_then(|state| state.exit);
-            let trains = matches!(self.kind, Kind::Train(_));
-            let mut error = verdict::sentence(suspicion, trains, &config.name, exit, lines);
-            if !trains && matches!(suspicion.cause, Cause::Code(_)) {
-                error.fault = Fault::Job; // the codes are the program's own
-            }
-            return Outcome::Failed(error);
-        }
-        let done = self.ranks.first().and_then(|rank| rank.done.clone());
-        if let Some(seconds) = self.expired.filter(|_| !matches!(done, Some(Outcome::Succeeded { .. }))) {
-            let message = format!(
-                "the job had its maximum time of {seconds} s and was stopped; give it more with --max-time, or go on from its last checkpoint"
-            );
-            return Outcome::Failed(verdict::agent_error(Fault::Job, &config.name, message));
-        }
-        match (done, self.stop) {
-            (Some(outcome), _) => outcome,
-            (None, Some(_)) => Outcome::Stopped { steps: self.last_step },
-            (None, None) => Outcome::Succeeded { steps: 0, final_loss: None, tokens_per_s: 0.0 },
-        }
-    }
-
     fn push(&mut self, now: Now, body: EventBody) {
         self.stream.push(Event { unix_ms: now.unix_ms, body }, now.mono);
-    }
-}
-
-/// Why this node cannot run the gang at all.
-fn refuse(
-    gang: &Gang,
-    kind: &Kind,
-    unfit: Option<&str>,
-    places: &Result<Vec<Place>, String>,
-    config: &Config,
-) -> Option<JobError> {
-    let error = |fault, message| Some(verdict::agent_error(fault, &config.name, message));
-    if gang.ranks == 0 || gang.ranks > RANKS_MAX {
-        let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.ranks);
-        return error(Fault::Input, message);
-    }
-    if gang.first_rank.checked_add(gang.ranks).is_none_or(|end| end > gang.world_size) {
-        let message = format!("there are no ranks {}.. of {}", gang.first_rank, gang.world_size);
-        return error(Fault::Input, message);
-    }
-    match (kind, &gang.work) {
-        (_, Work::Program(program)) if program.argv.is_empty() => {
-            error(Fault::Input, "no program was named".to_owned())
-        }
-        // They went between its assignment and its start here.
-        (_, work) if work.removed().next().is_some() => {
-            let names = listed(work.removed());
-            error(
-                Fault::Input,
-                format!("its secrets were removed before it was started ({names}); submit it again"),
-            )
-        }
-        (Kind::Train(_), _) if gang.ranks != gang.world_size => {
-            error(Fault::Input, "a training job runs on one node".to_owned())
-        }
-        (Kind::Train(_), _) => {
-            let reason = unfit.map(str::to_owned).or_else(|| places.clone().err())?;
-            error(Fault::Environment, reason)
-        }
-        _ => None,
     }
 }

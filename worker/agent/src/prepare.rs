@@ -4,7 +4,7 @@
 use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
-use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, RunDir, Search};
+use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, ModelDir, RunDir, Search};
 use fleet_common::events::{JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
@@ -44,10 +44,12 @@ pub fn prepare(
         let notes = fleet_checkpoint::take_what_is_gone(&mut job, checkpoint);
         notes.into_iter().for_each(|note| progress(Level::Warn, note));
     }
-    if let (None, Model::Pretrained(dir)) = (&resume, &job.model)
-        && dir.join(MANIFEST_FILE).exists()
-    {
-        fleet_checkpoint::verify(dir).map_err(failed)?; // a checkpoint is one whole, also where only its weights are wanted
+    if let (None, Model::Pretrained(dir)) = (&resume, &job.model) {
+        if dir.join(MANIFEST_FILE).exists() {
+            fleet_checkpoint::verify(dir).map_err(failed)?; // a checkpoint is one whole, also where only its weights are wanted
+        }
+        // What cannot be run is told before the data are tokenised.
+        ModelDir::open(dir).map_err(failed)?;
     }
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {
@@ -104,6 +106,19 @@ mod tests {
     use fleet_checkpoint::Writer;
     use fleet_common::job::parse_toml;
     use std::path::Path;
+
+    #[test]
+    fn a_model_that_cannot_be_run_is_told_before_the_data_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        std::fs::create_dir(&model).unwrap();
+        std::fs::write(model.join("config.json"), r#"{"model_type": "mamba"}"#).unwrap();
+        let mut job = job(dir.path(), NEW);
+        job.model = Model::Pretrained(model);
+        let progress = |_: Level, line: String| panic!("{line}");
+        let error = prepare(&job, "b".into(), "n", &progress).err().unwrap();
+        assert!(error.fault == Fault::Input && error.message.contains("mamba"), "{}", error.message);
+    }
 
     #[tokio::test]
     async fn a_panic_is_an_error_of_the_job_that_names_it() {

@@ -1,12 +1,12 @@
 //! Scripts: a line that begins with `>` is something that happens, the lines below it are what the agent does about it. `play` acts
 //! the script and writes down what really came out; the two texts must be equal. Heartbeats and looks at memory are left out.
 
+mod programs;
 mod stage;
+mod stalls;
 
 use super::*;
-use crate::stall::Sight;
-use fleet_collectives::{Activity, Doing, RankReport};
-use fleet_common::events::{EventBody, JobError, Outcome};
+use fleet_common::events::EventBody;
 use stage::{GANG, Stage, check, config, gang, input, job};
 
 #[test]
@@ -249,18 +249,6 @@ fn without_libtorch_training_is_refused_at_once_and_programs_still_run() {
 }
 
 #[test]
-fn a_program_whose_secrets_were_removed_on_the_way_is_not_started() {
-    check(
-        "> start secretless 1
-         > connected
-         send hello job-1.1
-         > welcome
-         registered as node-1
-         send 1: failed (Input): its secrets were removed before it was started (KEY); submit it again",
-    );
-}
-
-#[test]
 fn a_cancelled_job_stops_with_a_checkpoint_and_the_second_request_kills() {
     check(
         "> start train 1
@@ -372,153 +360,6 @@ fn a_second_signal_ends_everything_at_once_but_not_what_comes_with_the_first() {
          > rank 0 dies 9
          > rank 1 dies 9
          exit",
-    );
-}
-
-#[test]
-fn a_signal_is_passed_on_to_a_program_and_sterner_ones_follow() {
-    check(
-        "> connected
-         send hello
-         > welcome
-         registered as node-1
-         > start program 2
-         spawn 2 ranks
-         > interrupt
-         interrupt rank 0
-         interrupt rank 1
-         > cancel
-         > rank 0 exits 0
-         > wait 9999
-         > wait 1
-         terminate rank 1
-         > wait 9999
-         > wait 1
-         kill rank 1
-         > rank 1 dies 9
-         send 1: stopped after 0",
-    );
-}
-
-#[test]
-fn a_warning_is_passed_on_to_a_program_and_asks_for_nothing() {
-    check(
-        "> start program 2
-         spawn 2 ranks
-         > warning
-         warn rank 0
-         warn rank 1
-         > rank 1 exits 0
-         > warning
-         warn rank 0
-         > interrupt
-         interrupt rank 0
-         > warning
-         warn rank 0
-         > interrupt",
-    );
-    check(
-        "> start train 1
-         prepare
-         spawn 1 ranks
-         > prepared
-         rank 0: start on cpu with 8 threads
-         > warning",
-    );
-}
-
-#[test]
-fn a_second_signal_hastens_the_end_and_training_is_stopped_in_its_own_way() {
-    check(
-        "> start program 1
-         spawn 1 ranks
-         > interrupt
-         interrupt rank 0
-         > interrupt
-         > cancel now
-         kill rank 0",
-    );
-    check(
-        "> start train 1
-         prepare
-         spawn 1 ranks
-         > prepared
-         rank 0: start on cpu with 8 threads
-         > interrupt
-         > cancel
-         rank 0: stop",
-    );
-}
-
-#[test]
-fn of_a_program_the_first_failing_rank_is_named_with_its_code() {
-    check(
-        "> start program 3
-         spawn 3 ranks
-         > rank 2 exits 0
-         > rank 1 exits 3
-         terminate rank 0
-         > wait 100
-         > rank 0 dies 6
-         > connected
-         send hello job-1.1
-         > welcome
-         registered as node-1
-         send 1: `of the other ranks: signal 6 (SIGABRT) (rank 0)`, failed (Job): rank 1 on box ended with exit code 3",
-    );
-}
-
-#[test]
-fn the_other_ranks_of_a_program_that_failed_have_half_a_minute_and_their_ends_blame_nobody_else() {
-    let began = "> connected
-         send hello
-         > welcome
-         registered as node-1
-         > start program 4
-         spawn 4 ranks
-         > rank 2 dies 11
-         terminate rank 0
-         terminate rank 1
-         terminate rank 3
-         > wait 20000
-         > rank 0 prints saved
-         send 1: `saved`
-         > rank 0 exits 5
-         > rank 1 exits 0";
-    check(&format!(
-        "{began}
-         > wait 9999
-         > wait 1
-         kill rank 3
-         > rank 3 dies 9
-         send 2: `of the other ranks: exit code 5 (rank 0); killed (rank 3)`, failed (Job): rank 2 on box was killed by signal 11 (SIGSEGV)"
-    ));
-    // Who asks for the end meanwhile has it when he asks again.
-    check(&format!(
-        "{began}
-         > interrupt
-         interrupt rank 3
-         > cancel
-         > cancel now
-         kill rank 3"
-    ));
-}
-
-#[test]
-fn a_program_that_prints_and_succeeds() {
-    check(
-        "> connected
-         send hello
-         > welcome
-         registered as node-1
-         > start program 1
-         spawn 1 ranks
-         > rank 0 prints hello world
-         send 1: `hello world`
-         > rank 0 exits 0
-         send 2: succeeded after 0
-         > committed 2
-         forget job-1.1",
     );
 }
 
@@ -699,100 +540,5 @@ fn memory_is_reported_as_peaks_when_they_have_grown() {
     assert_eq!(
         stage.seen[3..],
         ["send 1: memory [10, 20]", "send 2: memory [15, 20]", "send 3: succeeded after 0"]
-    );
-}
-
-/// The outcome among these actions.
-fn failure(actions: &[Action]) -> Option<JobError> {
-    let events = actions.iter().filter_map(|action| match action {
-        Action::Send(FromAgent::Events(batch)) => Some(&batch.events),
-        _ => None,
-    });
-    events.flatten().find_map(|event| match &event.body {
-        EventBody::Finished(Outcome::Failed(error)) => Some(error.clone()),
-        _ => None,
-    })
-}
-
-#[test]
-fn a_missed_deadline_is_the_fault_of_the_rank_that_did_not_come() {
-    let mut stage = Stage::new(Past::default());
-    stage.play(
-        "> connected
-         > welcome
-         > start train 3
-         > prepared
-         > rank 1 prints stuck
-         > rank 0 prints waiting
-         > rank 2 blames 1 all_reduce: aborted: rank 1 did not come to a collective in time
-         > rank 0 blames 1 rank 1 did not enter all_reduce #412 within 900 s; it is in backward since 901.0 s
-         > rank 0 exits 1
-         > rank 2 exits 1
-         > wait 500",
-    );
-    // It stands still, so it was killed.
-    assert!(stage.seen.contains(&"kill rank 1".to_owned()), "{:?}", stage.seen);
-    stage.agent.handle(stage.now, input(&["rank", "1", "dies", "9"], stage.now));
-    let swept = Input::Gang(GANG, GangInput::Swept { left: 0 });
-    let error = failure(&stage.agent.handle(stage.now, swept)).unwrap();
-    assert_eq!((error.rank, error.signal, error.exit_code), (Some(1), None, None));
-    assert!(error.message.starts_with("rank 1 did not enter all_reduce #412"), "{}", error.message);
-    assert_eq!(error.last_lines, ["stuck"]);
-}
-
-/// How often the agent looks at the ranks in ten seconds.
-fn looks(stage: &mut Stage) -> usize {
-    let (mut looks, end) = (0, stage.now.mono + Duration::from_secs(10));
-    while let Some(at) = stage.agent.deadline().filter(|at| *at <= end) {
-        stage.now.mono = at;
-        let actions = stage.agent.handle(stage.now, Input::Tick);
-        looks += actions.iter().filter(|action| matches!(action, Action::Look(_))).count();
-    }
-    stage.now.mono = end;
-    looks
-}
-
-#[test]
-fn ranks_are_looked_at_while_they_train_together() {
-    let after = |script: &str| {
-        let mut stage = Stage::new(Past::default());
-        stage.play(script);
-        looks(&mut stage)
-    };
-    assert_eq!(after("> start train 2"), 0, "nothing is trained before the data is there");
-    assert_eq!(after("> start train 2\n> prepared"), 20);
-    assert_eq!(after("> start train 1\n> prepared"), 0);
-    assert_eq!(after("> start program 2"), 0);
-    assert_eq!(after("> start train 2\n> prepared\n> rank 1 done 9"), 0, "rank 0 may save for long");
-}
-
-#[test]
-fn a_stall_is_an_event_of_the_job() {
-    let mut stage = Stage::new(Past::default());
-    stage.play("> connected\n> welcome\n> start train 2\n> prepared");
-    let told = stage.seen.len();
-    let look = |seconds: u64, stopped: bool| {
-        let since = Duration::from_secs(seconds);
-        let sight = |rank: usize, doing, stopped| {
-            let report = RankReport { rank, doing, calls: 8 - rank as u64, step: 3, last_step: None };
-            Sight { report, pid: 100 + rank as u32, stopped, cpu: 0 }
-        };
-        let (operation, during) = ("reduce #8".to_owned(), Some(Activity::Backward));
-        let waits = Doing::Inside { operation, call: 8, since, during };
-        let computes = Doing::Outside { since, activity: Some((Activity::Backward, since)) };
-        Input::Gang(GANG, GangInput::Looked(vec![sight(0, waits, false), sight(1, computes, stopped)]))
-    };
-    for second in 1..=4 {
-        stage.now.mono = Duration::from_secs(second);
-        stage.happen(look(second, true));
-    }
-    stage.happen(look(0, false));
-    assert_eq!(
-        stage.seen[told..],
-        [
-            "send 2: stands still since 0",
-            "send 3: `rank 1 has not come to the reduction of step 3 for 3 s (process 101, stopped by a signal or a debugger); rank 0 waits for it`",
-            "send 4: `the ranks go on after 4 s`, goes on"
-        ]
     );
 }
