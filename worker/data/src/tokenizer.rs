@@ -47,8 +47,7 @@ pub(crate) struct Encoder {
     /// Ids are below this.
     pub vocab_size: u32,
     pub eos_id: u32,
-    /// What the post-processor puts before a text, such as the begin of a text that Llama wants to see, and behind it.
-    frame: (Vec<u32>, Vec<u32>),
+    frame: Frame,
     /// How it is taken otherwise than early fleets took it; empty where it is not.
     taken: String,
 }
@@ -112,13 +111,13 @@ impl Encoder {
                     END_NAMES.join(" ")
                 )
             })?;
-        let frame = frame(&tokenizer).map_err(|e| e.to_string())?;
+        let frame = Frame::of(&tokenizer).map_err(|e| e.to_string())?;
         Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame, taken: String::new() })
     }
 
     /// Whether the post-processor ends a text, so that nobody else has to.
     pub fn ends_texts(&self) -> bool {
-        self.frame.1.last() == Some(&self.eos_id)
+        self.frame.behind.last() == Some(&self.eos_id)
     }
 
     /// Names what this tokenizer makes of a document, for the hash of a cache. Where that is what fleet always made of it the name is
@@ -126,7 +125,7 @@ impl Encoder {
     pub fn name(&self, ids: &ModelIds) -> String {
         let name =
             format!("file {} eos {:?}", hex::encode(Sha256::digest(&self.json)), ids.ends.first().copied());
-        let (before, behind) = &self.frame;
+        let Frame { before, behind } = &self.frame;
         let is_plain = before.is_empty()
             && behind.is_empty()
             && Some(self.eos_id) == usual_end(&self.tokenizer, &ids.ends);
@@ -140,7 +139,7 @@ impl Encoder {
     /// Token ids of each text with what the post-processor puts around it, on all cores.
     pub fn encode(&self, texts: &[&str]) -> Result<Vec<Encoded>, DataError> {
         let all: Result<Vec<Encoded>, _> =
-            texts.par_iter().map(|text| encode(&self.tokenizer, text)).collect();
+            texts.par_iter().map(|text| self.frame.encode(&self.tokenizer, text)).collect();
         all.map_err(|e| DataError::Vocabulary(format!("the tokenizer cannot encode the data: {e}")))
     }
 
@@ -174,7 +173,7 @@ impl GivenTokenizer {
 
     /// A text as tokens, be it a document or a prompt.
     pub fn encode(&self, text: &str) -> tokenizers::Result<Encoded> {
-        encode(&self.tokenizer, text)
+        Frame::of(&self.tokenizer)?.encode(&self.tokenizer, text)
     }
 }
 
@@ -209,22 +208,46 @@ impl AsRef<[u32]> for Encoded {
     }
 }
 
-/// As transformers encodes a text: with what the tokenizer's post-processor puts around it, be it a begin or an end of a text. Only a begin that
-/// the text itself has too is not put there again.
-fn encode(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Encoded> {
-    let encode = |special| tokenizer.encode_fast(text, special).map(|encoding| encoding.get_ids().to_vec());
-    let mut ids = encode(true)?;
-    if tokenizer.get_post_processor().is_none() {
-        return Ok(Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() });
+/// What a post-processor puts around every text: the begin that Llama wants to see before it, an end behind it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Frame {
+    before: Vec<u32>,
+    behind: Vec<u32>,
+}
+
+impl Frame {
+    fn of(tokenizer: &Tokenizer) -> tokenizers::Result<Frame> {
+        if tokenizer.get_post_processor().is_none() {
+            return Ok(Frame::default());
+        }
+        // The first that the tokenizer can write.
+        for text in ["a", "A", "0", ".", " "] {
+            let ids =
+                |special| tokenizer.encode_fast(text, special).map(|encoding| encoding.get_ids().to_vec());
+            let (plain, mut all) = (ids(false)?, ids(true)?);
+            let begin = (0..all.len()).find(|at| all[*at..].starts_with(&plain));
+            if let Some(begin) = begin.filter(|_| !plain.is_empty()) {
+                let behind = all.split_off(begin + plain.len());
+                all.truncate(begin);
+                return Ok(Frame { before: all, behind });
+            }
+        }
+        Ok(Frame::default())
     }
-    let plain = encode(false)?;
-    let Some(begin) = (0..=ids.len()).find(|at| ids[*at..].starts_with(&plain)) else {
-        return Ok(Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() });
-    };
-    let twice = begin > 0 && !plain.is_empty() && plain.starts_with(&ids[..begin]);
-    let own_begin: Vec<u32> = if twice { ids.drain(..begin).collect() } else { Vec::new() };
-    let begin = begin - own_begin.len();
-    Ok(Encoded { ids, text: begin..begin + plain.len(), own_begin })
+
+    /// As transformers encodes a text: with the frame. Only a begin that the text itself has too is not put there again.
+    fn encode(&self, tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Encoded> {
+        let Frame { before, behind } = self;
+        let mut ids = tokenizer.encode_fast(text, true)?.get_ids().to_vec();
+        let room = ids.len().checked_sub(before.len() + behind.len());
+        let Some(len) = room.filter(|_| ids.starts_with(before) && ids.ends_with(behind)) else {
+            return Ok(Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() });
+        };
+        let twice = !before.is_empty() && ids[before.len()..][..len].starts_with(before);
+        let own_begin: Vec<u32> = if twice { ids.drain(..before.len()).collect() } else { Vec::new() };
+        let begin = before.len() - own_begin.len();
+        Ok(Encoded { ids, text: begin..begin + len, own_begin })
+    }
 }
 
 /// The text of tokens. Some decoders of the tokenizers library panic where there is nothing to decode.
@@ -240,16 +263,6 @@ pub fn decode(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> tokeniz
 fn is_special(tokenizer: &Tokenizer, id: u32) -> bool {
     let token = tokenizer.id_to_token(id);
     token.is_some_and(|token| tokenizer.get_added_vocabulary().is_special_token(&token))
-}
-
-/// What a post-processor puts around a text that it knows nothing of.
-fn frame(tokenizer: &Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
-    let encode = |special| tokenizer.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
-    let (plain, mut all): (Vec<u32>, Vec<u32>) = (encode(false)?, encode(true)?);
-    let begin = (0..all.len()).find(|at| all[*at..].starts_with(&plain)).unwrap_or(0);
-    let behind = all.split_off((begin + plain.len()).min(all.len()));
-    all.truncate(begin);
-    Ok((all, behind))
 }
 
 /// The first of `ends` that the tokenizer has, else the first of the usual names.

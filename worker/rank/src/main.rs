@@ -120,8 +120,18 @@ fn run_eval(args: EvalArgs) -> Result<(), Error> {
     let wanted = eval::Wanted { model, data, sets, device, bf16, window: max_seq_len, batch };
     let evaluation = eval::evaluate(&wanted)?;
     let text = if json { serde_json::json!(evaluation).to_string() } else { evaluation.table() };
-    let _ = writeln!(std::io::stdout(), "{text}"); // a reader that went away is no error
-    Ok(())
+    let mut out = std::io::stdout().lock();
+    told(writeln!(out, "{text}").and_then(|()| out.flush()))
+}
+
+/// A reader that went away is no error; a disk that is full is one.
+fn told(written: std::io::Result<()>) -> Result<(), Error> {
+    match written {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::Environment(format!("cannot write to stdout: {e}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl From<LogitsArgs> for logits::Wanted {
@@ -182,7 +192,6 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
         Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let mut out = std::io::stdout().lock();
-    // A reader that went away ends the text without an error; a disk that is full is one.
     let mut written = Ok(());
     let mut emit = |piece: &str| {
         if !args.json {
@@ -200,12 +209,7 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
     for note in generated.notes {
         eprintln!("warning: {note}");
     }
-    match written {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::Environment(format!("cannot write the text to stdout: {e}")))
-        }
-        _ => Ok(()),
-    }
+    told(written)
 }
 
 /// The message of the last panic, in one line.
