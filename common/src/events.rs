@@ -220,9 +220,34 @@ pub enum Outcome {
     Failed(JobError),
 }
 
+/// How a job failed, for programs that read it; `JobError::message` says it in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// A node could not take it on: its settings, its data or the machine are at fault.
+    Refused,
+    /// A rank was never started.
+    NotStarted,
+    /// A rank said what is wrong with it.
+    Rank,
+    /// A rank did not do its part, as another one saw.
+    Peer,
+    /// A rank was told that what the ranks did together had failed, and nothing else is known.
+    Told,
+    /// A rank was killed by a signal.
+    Signal,
+    /// A rank ended with an exit code and without a word.
+    ExitCode,
+    /// The job had its maximum time.
+    Time,
+    /// A node was given up, or its worker lost its ranks.
+    Node,
+}
+
 /// Why a job failed, with the culprit named where there is one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobError {
+    pub kind: FailureKind,
     pub fault: Fault,
     pub rank: Option<Rank>,
     pub node: Option<String>,

@@ -1,5 +1,5 @@
-//! A whole file, mapped read-only into memory. The one place that maps files: token caches and weights are read through it.
-//! It never writes, and never maps a file that fleet or the user is still writing.
+//! A whole file, mapped read-only into memory. The one place that maps files: token caches, which fleet alone writes and never changes.
+//! What a user may write meanwhile is read, not mapped.
 
 use std::fs::File;
 use std::io;

@@ -5,7 +5,8 @@
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
 use fleet_common::net::*;
 use fleet_common::protocol::{
-    Admission, CoordinatorAddress, JoinReply, JoinRequest, Member, Refusal, RefusalKind, Role,
+    Admission, CoordinatorAddress, JoinReply, JoinRequest, Member, PROTOCOL_VERSION, Refusal, RefusalKind,
+    Role,
 };
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -484,7 +485,8 @@ async fn a_joiner_of_another_version_is_told_both() {
     send.write_all(&[4, 0, 0, 0, 7, 0xFF, 0xFF, 0xFF]).await.unwrap();
     let reply = fleet_common::codec::read_frame(&mut receive).await.unwrap();
     let Some(JoinReply::Refused(refusal)) = reply else { panic!() };
-    assert!(refusal.message.contains("version 4 of the protocol, the other side 7"), "{}", refusal.message);
+    let both = format!("version {PROTOCOL_VERSION} of the protocol, the other side 7");
+    assert!(refusal.message.contains(&both), "{}", refusal.message);
     connection.close(DONE, b"");
     assert_eq!(server.await.unwrap(), refusal.message);
 }

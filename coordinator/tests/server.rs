@@ -306,8 +306,10 @@ fn of_version_7(before: &[u8]) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let named = |text: &str| {
-        let both = "version 4 of the protocol, the other side 7; install the same version of fleet";
-        assert!(text.contains(both), "{text}");
+        let both = format!(
+            "version {PROTOCOL_VERSION} of the protocol, the other side 7; install the same version of fleet"
+        );
+        assert!(text.contains(&both), "{text}");
     };
     let dir = tempdir().unwrap();
     let coordinator = start(dir.path()).await;

@@ -82,7 +82,7 @@ fn record(checkpoint: &CheckpointRecord) -> Value {
 pub fn job_error(error: &JobError) -> Value {
     json!({
         "rank": error.rank, "node": error.node, "signal": error.signal, "exit_code": error.exit_code, "message": error.message,
-        "fault": error.fault, "last_lines": error.last_lines,
+        "kind": error.kind, "fault": error.fault, "last_lines": error.last_lines,
     })
 }
 

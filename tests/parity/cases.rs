@@ -42,30 +42,31 @@ impl Case {
     /// Ids, and their shape.
     pub fn ids(&self, name: &str) -> (Vec<i64>, Vec<usize>) {
         let tensor = self.expected.get(name).unwrap();
-        let ids = tensor.data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
+        let data = tensor.data().unwrap();
+        let ids = data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
         (ids, tensor.shape.to_vec())
     }
 
     pub fn f32(&self, name: &str) -> Vec<f32> {
         let tensor = self.expected.get(name).unwrap_or_else(|| panic!("{name}"));
-        tensor.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        tensor.data().unwrap().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
     }
 
     pub fn f64(&self, name: &str) -> Vec<f64> {
         let tensor = self.expected.get(name).unwrap();
-        tensor.data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+        tensor.data().unwrap().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
     }
 
     /// The model's flat parameters.
     pub fn weights(&self) -> Vec<f32> {
         let mut flat = vec![0.0; self.model.layout.len];
-        self.model.read(&mut flat);
+        self.model.read(&mut flat).unwrap();
         flat
     }
 
     /// Compares flat gradients with those of transformers.
     pub fn check_gradients(&self, flat: &[f32], relative: f32) {
-        let wanted = self.model.in_flat(&|name| self.expected.get(&format!("grad.{name}")));
+        let wanted = self.model.in_flat(&|name| self.expected.get(&format!("grad.{name}"))).unwrap();
         // That of a key's bias is none but for rounding: scores move together.
         let floor = 1e-3 * largest(&wanted);
         for p in &self.model.layout.parameters {

@@ -4,7 +4,7 @@
 
 use fleet_common::codec;
 use fleet_common::events::{
-    CheckpointRecord, Event, EventBatch, EventBody, JobError, Level, Outcome, Shard, Stall,
+    CheckpointRecord, Event, EventBatch, EventBody, FailureKind, JobError, Level, Outcome, Shard, Stall,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
@@ -101,6 +101,7 @@ fn events() -> EventBatch {
 
 fn failure() -> JobError {
     JobError {
+        kind: FailureKind::Signal,
         fault: Fault::Job,
         rank: Some(1),
         node: Some("n".into()),

@@ -44,5 +44,3 @@ pub struct Printed {
 
 /// What the only line begins with of a rank that never was its program.
 pub const CANNOT_START: &str = "error: cannot start ";
-/// What a job's error has between the rank and the rest of that line.
-pub const COULD_NOT_START: &str = " could not start: ";

@@ -11,7 +11,9 @@ use crate::raft::disk::{Disk, Table};
 use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::{Membership, Replica, Sizes};
 use fleet_common::codec;
-use fleet_common::events::{DataStats, Evaluation, Event, EventBatch, EventBody, JobError, Outcome};
+use fleet_common::events::{
+    DataStats, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
 use fleet_common::protocol::{JobState, Program, Role, RunKey, Secret, Variable, Wish, Work};
@@ -42,6 +44,7 @@ fn any_body() -> impl Strategy<Value = EventBody> {
         (1..20u64).prop_map(|step| EventBody::CheckpointFailed { step, error: "no room".into() }),
         any_fault().prop_map(|fault| {
             EventBody::Finished(Outcome::Failed(JobError {
+                kind: FailureKind::Rank,
                 fault,
                 rank: Some(1),
                 node: None,

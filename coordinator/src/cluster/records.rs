@@ -3,7 +3,7 @@
 use super::Context;
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Event, EventBody, JobError, Level, Outcome, Stall, line_cost,
+    CheckpointRecord, DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall, line_cost,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
@@ -338,6 +338,7 @@ fn bounded(error: &JobError) -> JobError {
 /// The error of a job whose node failed it.
 pub(crate) fn node_error(node: String, message: String) -> JobError {
     JobError {
+        kind: FailureKind::Node,
         fault: Fault::Job,
         rank: None,
         node: Some(node),

@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Version of the rows; another one is refused.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// Where a new log begins: the first state counts as a snapshot at this position.
 const GENESIS: Position = Position { index: 1, term: 1 };
 /// Where the log of a replica is that waits to be let into a cluster: before everything.

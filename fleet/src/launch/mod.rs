@@ -14,10 +14,10 @@ use crate::json;
 use crate::out;
 use crate::places::Registration;
 use crate::report::{End, Report, Style};
-use fleet_common::events::{Event, EventBody};
+use fleet_common::events::{Event, EventBody, FailureKind};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{COULD_NOT_START, JobView, Reply, Request, SubmitJob};
+use fleet_common::protocol::{JobView, Reply, Request, SubmitJob};
 use local::{Incident, Local};
 use output::ProgramOutput;
 use signals::{Notices, Signal, Signals};
@@ -170,7 +170,7 @@ async fn session(
                 Some(News::Ended(view)) => {
                     if program {
                         local.rest_of_output(signals, |printed| output.print(printed)).await;
-                        if view.error.as_ref().is_some_and(|error| error.message.contains(COULD_NOT_START)) {
+                        if view.error.as_ref().is_some_and(|error| error.kind == FailureKind::NotStarted) {
                             output.is_told_otherwise();
                         }
                         output.finish();

@@ -80,13 +80,20 @@ fn turn<V: Eight, T: Element, const W: usize>(
             &from.data[line * from.col_stride..][terms.clone()]
         });
         for t in (0..whole).step_by(8) {
-            // SAFETY: each row has `k` numbers, at least eight from `t` on.
-            let block = rows.map(|row| unsafe { T::load::<V>(row.as_ptr().add(t)) });
+            // A loop: closures are not always compiled for the level.
+            let mut block = [V::splat(0.0); 8];
+            for (values, row) in block.iter_mut().zip(&rows) {
+                // SAFETY: each row has `k` numbers, at least eight from `t` on.
+                *values = unsafe { T::load(row.as_ptr().add(t)) };
+            }
             for (i, values) in V::transpose(block).into_iter().enumerate() {
                 put::<V, W>(values, t + i, group, panel);
             }
         }
-        let block = rows.map(|row| load::<V, T>(&row[whole..]));
+        let mut block = [V::splat(0.0); 8];
+        for (values, row) in block.iter_mut().zip(&rows) {
+            *values = load(&row[whole..]);
+        }
         for (values, t) in V::transpose(block).into_iter().zip(whole..k) {
             put::<V, W>(values, t, group, panel);
         }

@@ -145,7 +145,7 @@ impl Eight for F32x8 {
     #[inline(always)]
     fn transpose(rows: [Self; 8]) -> [Self; 8] {
         cpu!({
-            let [a, b, c, d, e, f, g, h] = rows.map(|row| row.0);
+            let [F32x8(a), F32x8(b), F32x8(c), F32x8(d), F32x8(e), F32x8(f), F32x8(g), F32x8(h)] = rows;
             // Pairs of rows, then fours, within each half; then the halves change places.
             let pairs = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             let fours = |low, high| {

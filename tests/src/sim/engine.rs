@@ -9,7 +9,9 @@ use super::world::{Event, World};
 use fleet_agent::agent::Input;
 use fleet_agent::gang::{Blow, GangId, GangInput, Prepared};
 use fleet_agent::verdict::{Exit, agent_error};
-use fleet_common::events::{CheckpointRecord, DataStats, Event as Told, EventBody, Outcome, Shard, Step};
+use fleet_common::events::{
+    CheckpointRecord, DataStats, Event as Told, EventBody, FailureKind, Outcome, Shard, Step,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::job::{Job, Resume};
@@ -257,7 +259,7 @@ impl World {
             let exit = if self.random.chance(1, 2) { Exit::Signal(11) } else { Exit::Code(3) };
             self.queue.after(0, Event::Engine(id, EngineEvent::Gone(rank, exit)));
         } else {
-            let error = agent_error(Fault::Job, "", "the loss is not a number");
+            let error = agent_error(FailureKind::Rank, Fault::Job, "", "the loss is not a number");
             self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
             self.queue.after(20 * MS, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
         }
@@ -278,7 +280,7 @@ impl World {
                         .is_some_and(|process| !matches!(process.stage, Stage::Gone | Stage::Done))
                 };
                 if self.engine.runs.get(&id).filter(living).is_some() {
-                    let error = agent_error(Fault::Job, "", "all_reduce: aborted: a rank is gone");
+                    let error = agent_error(FailureKind::Told, Fault::Job, "", "all_reduce: a rank is gone");
                     self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
                     self.queue.after(20 * MS, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
                 }

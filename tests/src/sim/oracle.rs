@@ -11,7 +11,7 @@
 
 use super::queue::{MS, Micros, SECOND};
 use fleet_common::codec;
-use fleet_common::events::{EventBody, Outcome};
+use fleet_common::events::{EventBody, FailureKind, Outcome};
 use fleet_common::ids::{ExportId, Generation, JobId, NodeId, ProfileId, RunId};
 use fleet_common::protocol::{JobState, JobView, Member, RunKey};
 use fleet_coordinator::cluster::commands::{Change, DrainNode, RevokeMember, UndrainNode};
@@ -306,8 +306,8 @@ impl Oracle {
             }
             EventBody::Finished(Outcome::Failed(error))
                 if facts.excuse.is_none()
-                    && !is_own_fault(&error.message)
-                    && !(self.records_lost && error.message.contains("without its records")) =>
+                    && error.kind != FailureKind::Time
+                    && !(self.records_lost && error.kind == FailureKind::Node) =>
             {
                 return Err(format!("{id} failed and nothing had happened to it: {}", error.message));
             }
@@ -599,11 +599,6 @@ impl Oracle {
 /// Nodes that a gang is placed on.
 fn nodes_of(assign: &fleet_coordinator::cluster::commands::AssignGang) -> Vec<NodeId> {
     assign.parts.iter().map(|(node, _)| *node).collect()
-}
-
-/// Failures that follow from what the job is.
-fn is_own_fault(message: &str) -> bool {
-    message.contains("had its maximum time")
 }
 
 fn short(answer: &Answer) -> String {

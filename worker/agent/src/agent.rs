@@ -5,6 +5,7 @@ use crate::budget::Rates;
 use crate::gang::{Blow, Fate, GangId, GangInput, Stop, Supervised};
 use crate::verdict;
 use fleet_common::capability::Wanted;
+use fleet_common::events::FailureKind;
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
@@ -296,7 +297,12 @@ impl Agent {
             Input::Probed(Err(reason)) => {
                 for gang in self.gangs.values_mut().filter(|gang| gang.needs_libtorch()) {
                     gang.fail(
-                        verdict::agent_error(Fault::Environment, &self.config.name, reason.clone()),
+                        verdict::agent_error(
+                            FailureKind::Refused,
+                            Fault::Environment,
+                            &self.config.name,
+                            reason.clone(),
+                        ),
                         now,
                     );
                 }
@@ -419,7 +425,9 @@ impl Agent {
         let mut supervised = Supervised::start(gang, &room, &self.config, now, out);
         if self.stopping.is_some() {
             let message = format!("{} is being shut down", self.config.name);
-            supervised.fail(verdict::agent_error(Fault::Environment, &self.config.name, message), now);
+            let name = &self.config.name;
+            let error = verdict::agent_error(FailureKind::Refused, Fault::Environment, name, message);
+            supervised.fail(error, now);
         }
         self.gangs.insert(id, supervised);
     }

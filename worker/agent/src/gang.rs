@@ -14,7 +14,7 @@ use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
-use fleet_common::events::{DataStats, Event, EventBody, JobError, Level, Outcome, Stall};
+use fleet_common::events::{DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
@@ -222,7 +222,7 @@ impl Supervised {
                 Job::from_json(job_json).map(resumed).map_err(|e| {
                     let message =
                         format!("the job cannot be read: {e}; is the coordinator of another version?");
-                    verdict::agent_error(Fault::Input, &config.name, message)
+                    verdict::agent_error(FailureKind::Refused, Fault::Input, &config.name, message)
                 })
             }
         };
@@ -298,7 +298,8 @@ impl Supervised {
             GangInput::Exited { rank, at, exit } => self.on_exit(rank, at, exit, now, out),
             GangInput::SpawnFailed { rank, error } => {
                 let message = format!("rank {} could not be started: {error}", self.global(rank));
-                let error = verdict::agent_error(Fault::Environment, &config.name, message);
+                let (kind, fault) = (FailureKind::NotStarted, Fault::Environment);
+                let error = verdict::agent_error(kind, fault, &config.name, message);
                 if let Some(state) = self.ranks.get_mut(rank as usize) {
                     state.exit = Some(Exit::Code(127));
                 }
@@ -468,7 +469,8 @@ impl Supervised {
             Err(diverged) => {
                 // No event of this gang can be recorded any more: it must not go on unseen.
                 self.unrecordable = true;
-                self.fail(verdict::agent_error(Fault::Environment, &config.name, diverged.to_string()), now);
+                let (kind, fault) = (FailureKind::Node, Fault::Environment);
+                self.fail(verdict::agent_error(kind, fault, &config.name, diverged.to_string()), now);
             }
         }
     }
@@ -496,9 +498,7 @@ impl Supervised {
                     self.kill_within(EXIT_GRACE, now);
                 }
             }
-            FromRank::Failed(error) => {
-                self.suspect(rank, now.mono, Cause::of_report(self.global(rank), error), now, out)
-            }
+            FromRank::Failed(error) => self.suspect(rank, now.mono, Cause::Said(error), now, out),
         }
     }
 

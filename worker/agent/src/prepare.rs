@@ -5,7 +5,7 @@ use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
 use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, ModelDir, RunDir, Search};
-use fleet_common::events::{JobError, Level};
+use fleet_common::events::{FailureKind, JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
 use fleet_common::job::{Job, Model, Resume};
@@ -23,7 +23,7 @@ pub async fn in_a_thread(
         let message = format!(
             "preparing the data of {job} failed on {node}, by a fault of fleet: {said}; the worker's log says where: please report it"
         );
-        Err(agent_error(Fault::Job, &node, message))
+        Err(agent_error(FailureKind::Refused, Fault::Job, &node, message))
     })
 }
 
@@ -34,8 +34,10 @@ pub fn prepare(
     node: &str,
     progress: &dyn Fn(Level, String),
 ) -> Result<Prepared, JobError> {
-    let failed = |error: CheckpointError| agent_error(error.fault(), node, error.to_string());
-    let no_data = |error: DataError| agent_error(error.fault(), node, error.to_string());
+    let failed =
+        |error: CheckpointError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
+    let no_data =
+        |error: DataError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
     let tell = |note: Note| progress(note.level, note.line);
     let resume = resume(job, progress).map_err(failed)?;
     let mut job = job.clone();
@@ -125,7 +127,7 @@ mod tests {
         let nothing: Vec<u8> = Vec::new();
         let error = in_a_thread(JobId(7), "box".to_owned(), move || {
             let _ = nothing[0];
-            Err(agent_error(Fault::Input, "box", "not reached"))
+            Err(agent_error(FailureKind::Refused, Fault::Input, "box", "not reached"))
         });
         let error = error.await.unwrap_err();
         assert_eq!((error.fault, error.rank), (Fault::Job, None));

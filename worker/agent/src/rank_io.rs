@@ -7,7 +7,7 @@ use crate::panics;
 use crate::relay::Relay;
 use crate::spawn::{Exited, Started};
 use fleet_common::codec;
-use fleet_common::events::{EventBody, JobError, Level};
+use fleet_common::events::{EventBody, FailureKind, JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::lines::LineSplitter;
@@ -174,6 +174,7 @@ async fn read_messages<K: Copy>(
 /// One of the tasks below panicked.
 fn lost_touch(panic: JoinError) -> JobError {
     JobError {
+        kind: FailureKind::Rank,
         fault: Fault::Job,
         rank: None,
         node: None,

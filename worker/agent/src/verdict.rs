@@ -4,10 +4,10 @@
 //! grace and weighed: a death by signal speaks for itself, a rank's own error comes next, then what one says of a peer that did not
 //! come, and what a rank says only because the gang's calls had ended counts last. Within a class the earliest wins.
 
-use fleet_common::events::JobError;
+use fleet_common::events::{FailureKind, JobError};
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
-use fleet_common::protocol::{CANNOT_START, COULD_NOT_START};
+use fleet_common::protocol::CANNOT_START;
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -24,40 +24,24 @@ impl Exit {
     }
 }
 
-/// Why a rank is suspected. The order is the order of weight.
+/// Why a rank is suspected.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Cause {
     /// Killed by a signal that the agent did not send.
     Signal(i32),
-    /// The rank said what is wrong with it, or could not be started.
-    Said(JobError),
     /// The rank ended with this code and without a word.
     Code(i32),
-    /// The rank saw that a peer did not do its part.
-    Peer(JobError),
-    /// The rank was told that the gang's calls had failed.
-    Told(JobError),
+    /// What the rank said, or the agent where it could not be started.
+    Said(JobError),
 }
 
 impl Cause {
-    /// What a rank's own report amounts to.
-    pub fn of_report(rank: Rank, error: JobError) -> Cause {
-        // `CollectiveError::Aborted` is what every rank meets after the first one left or saw something.
-        if error.message.contains("aborted: ") {
-            return Cause::Told(error);
-        }
-        match error.rank.is_some_and(|blamed| blamed != rank) {
-            true => Cause::Peer(error),
-            false => Cause::Said(error),
-        }
-    }
-
     fn weight(&self) -> u8 {
         match self {
             Cause::Signal(_) => 0,
+            Cause::Said(JobError { kind: FailureKind::Peer, .. }) => 2,
+            Cause::Said(JobError { kind: FailureKind::Told, .. }) => 3,
             Cause::Said(_) | Cause::Code(_) => 1,
-            Cause::Peer(_) => 2,
-            Cause::Told(_) => 3,
         }
     }
 }
@@ -74,7 +58,7 @@ impl Suspicion {
     pub fn blamed(&self) -> Rank {
         match &self.cause {
             Cause::Signal(_) | Cause::Code(_) => self.rank,
-            Cause::Said(error) | Cause::Peer(error) | Cause::Told(error) => error.rank.unwrap_or(self.rank),
+            Cause::Said(error) => error.rank.unwrap_or(self.rank),
         }
     }
 }
@@ -100,6 +84,7 @@ pub fn sentence(
     };
     match &suspicion.cause {
         Cause::Signal(signal) => JobError {
+            kind: FailureKind::Signal,
             fault: Fault::Job,
             rank: Some(rank),
             node: Some(node.to_owned()),
@@ -115,6 +100,7 @@ pub fn sentence(
         Cause::Code(code) => {
             let why = why_not_started(*code, trains, &last_lines).map(str::to_owned);
             JobError {
+                kind: if why.is_some() { FailureKind::NotStarted } else { FailureKind::ExitCode },
                 fault: fault_of(*code),
                 rank: Some(rank),
                 node: Some(node.to_owned()),
@@ -126,13 +112,13 @@ pub fn sentence(
                     .filter(|line| !why.as_ref().is_some_and(|why| line.contains(why)))
                     .collect(),
                 message: match (code, why) {
-                    (_, Some(why)) => format!("rank {rank} on {node}{COULD_NOT_START}{why}"),
+                    (_, Some(why)) => format!("rank {rank} on {node} could not start: {why}"),
                     (0, _) => format!("rank {rank} on {node} ended before the job was done"),
                     (code, _) => format!("rank {rank} on {node} ended with exit code {code}"),
                 },
             }
         }
-        Cause::Said(error) | Cause::Peer(error) | Cause::Told(error) => JobError {
+        Cause::Said(error) => JobError {
             rank: Some(suspicion.blamed()),
             node: error.node.clone().or_else(|| Some(node.to_owned())),
             signal: error.signal.or(signal),
@@ -150,9 +136,10 @@ fn why_not_started(code: i32, trains: bool, last_lines: &[String]) -> Option<&st
     last.strip_prefix(CANNOT_START).or(trains.then_some(last))
 }
 
-/// An error of the agent itself, with no rank to blame.
-pub fn agent_error(fault: Fault, node: &str, message: impl Into<String>) -> JobError {
+/// An error that the agent tells, with no rank to blame.
+pub fn agent_error(kind: FailureKind, fault: Fault, node: &str, message: impl Into<String>) -> JobError {
     JobError {
+        kind,
         fault,
         rank: None,
         node: Some(node.to_owned()),
@@ -197,8 +184,13 @@ fn hint(signal: i32, trains: bool) -> &'static str {
 mod tests {
     use super::*;
 
-    fn said(message: &str) -> JobError {
-        JobError { node: None, ..agent_error(Fault::Job, "", message) }
+    fn said(kind: FailureKind, message: &str) -> Cause {
+        Cause::Said(JobError { node: None, ..agent_error(kind, Fault::Job, "", message) })
+    }
+
+    fn blames(other: Rank, kind: FailureKind, message: &str) -> Cause {
+        let error = agent_error(kind, Fault::Job, "", message);
+        Cause::Said(JobError { node: None, rank: Some(other), ..error })
     }
 
     fn suspicion(at_ms: u64, rank: Rank, cause: Cause) -> Suspicion {
@@ -207,10 +199,9 @@ mod tests {
 
     #[test]
     fn a_rank_killed_by_a_signal_is_blamed_before_those_that_noticed_first() {
-        let aborted = Cause::of_report(0, said("all_reduce #7: aborted: rank 2 is gone"));
         let all = [
-            suspicion(10, 0, aborted),
-            suspicion(11, 1, Cause::Said(said("broken pipe"))),
+            suspicion(10, 0, said(FailureKind::Told, "all_reduce #7: aborted: rank 2 is gone")),
+            suspicion(11, 1, said(FailureKind::Rank, "broken pipe")),
             suspicion(30, 2, Cause::Signal(9)),
             suspicion(31, 3, Cause::Signal(11)),
         ];
@@ -220,29 +211,28 @@ mod tests {
     #[test]
     fn a_rank_with_an_error_of_its_own_is_blamed_before_those_that_were_aborted() {
         let all = [
-            suspicion(10, 0, Cause::of_report(0, said("aborted: rank 1 left"))),
-            suspicion(20, 1, Cause::of_report(1, said("the loss is not a number"))),
+            suspicion(10, 0, said(FailureKind::Told, "aborted: rank 1 left")),
+            suspicion(20, 1, said(FailureKind::Rank, "the loss is not a number")),
         ];
         assert_eq!(culprit(&all).unwrap().rank, 1);
     }
 
     #[test]
     fn a_report_that_names_another_rank_counts_last_but_keeps_that_name() {
-        let late = JobError { rank: Some(3), ..said("rank 3 did not enter all_reduce #4 within 60 s") };
-        let all = [suspicion(5, 0, Cause::of_report(0, late))];
+        let all =
+            [suspicion(5, 0, blames(3, FailureKind::Peer, "rank 3 did not enter all_reduce #4 within 60 s"))];
         let error = sentence(culprit(&all).unwrap(), true, "node-1", Some(Exit::Code(1)), vec![]);
         assert_eq!((error.rank, error.exit_code), (Some(3), Some(1)));
     }
 
     #[test]
     fn who_saw_that_a_rank_did_not_come_is_believed_before_those_who_were_told() {
-        let by = |rank, message| JobError { rank: Some(rank), ..said(message) };
         let told = "aborted: rank 3 did not come to a collective in time";
         let saw = "rank 3 did not enter all_reduce #4 within 900 s; it is in backward since 901.0 s";
         let all = [
-            suspicion(10, 0, Cause::of_report(0, by(3, told))),
-            suspicion(11, 1, Cause::of_report(1, by(3, saw))),
-            suspicion(12, 3, Cause::of_report(3, by(3, told))),
+            suspicion(10, 0, blames(3, FailureKind::Told, told)),
+            suspicion(11, 1, blames(3, FailureKind::Peer, saw)),
+            suspicion(12, 3, blames(3, FailureKind::Told, told)),
         ];
         let first = culprit(&all).unwrap();
         assert_eq!((first.rank, first.blamed()), (1, 3));
@@ -275,7 +265,7 @@ mod tests {
             let lines = vec![line.to_owned()];
             let error =
                 sentence(&suspicion(0, 0, Cause::Code(127)), false, "box", Some(Exit::Code(127)), lines);
-            assert_eq!(error.last_lines.is_empty(), error.message.contains("could not start"), "{error:?}");
+            assert_eq!(error.last_lines.is_empty(), error.kind == FailureKind::NotStarted, "{error:?}");
             error.message
         };
         let why = "rank 0 on box could not start: nothere: No such file or directory (os error 2)";

@@ -1,7 +1,7 @@
 //! A model's tensors, as Hugging Face names and stores them, in and out of the flat buffer of `fleet_common::model::Layout`. Every refusal
 //! names the tensor.
 
-use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, TensorSlice, Tensors};
+use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, Tensor, Tensors};
 use fleet_common::files::stand_in;
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
 use half::{bf16, f16};
@@ -64,7 +64,7 @@ impl ModelDir {
         };
         if decoder.tied
             && let (Some(a), Some(b)) = (model.get(&model.embedding()), model.get(&model.head()))
-            && ((a.dtype, a.shape) != (b.dtype, b.shape) || a.data != b.data)
+            && !a.equals(&b)?
         {
             decoder.tied = false;
             model.layout = Layout::new(&decoder, family);
@@ -83,12 +83,12 @@ impl ModelDir {
     }
 
     /// By its name, or without the prefix that some writers leave out.
-    fn get(&self, name: &str) -> Option<TensorSlice<'_>> {
+    fn get(&self, name: &str) -> Option<Tensor<'_>> {
         self.tensors.get(name).or_else(|| self.tensors.get(name.strip_prefix(self.family.prefix)?))
     }
 
     /// A parameter's tensor. Of a tied pair writers keep one, some of them the head.
-    fn find(&self, parameter: &Parameter) -> Option<TensorSlice<'_>> {
+    fn find(&self, parameter: &Parameter) -> Option<Tensor<'_>> {
         let is_tied = self.decoder.tied && parameter.name == self.embedding();
         let other = || is_tied.then(|| self.get(&self.head())).flatten();
         self.get(&parameter.name).or_else(other)
@@ -161,34 +161,43 @@ impl ModelDir {
     }
 
     /// The part of a parameter that lies in `range` (of the flat buffer), in fp32. `out` is as long as `range`; returns what was filled.
-    pub fn read_part<'a>(&self, p: &Parameter, range: &Range<usize>, out: &'a mut [f32]) -> &'a [f32] {
+    pub fn read_part<'a>(
+        &self,
+        p: &Parameter,
+        range: &Range<usize>,
+        out: &'a mut [f32],
+    ) -> Result<&'a [f32], CheckpointError> {
         let (begin, end) = (range.start.max(p.range.start), range.end.min(p.range.end));
         if begin >= end {
-            return &[];
+            return Ok(&[]);
         }
         let tensor = self.find(p).expect("it was found when the directory was opened");
         let out = &mut out[begin - range.start..end - range.start];
-        copy(p, &tensor, begin - p.range.start, out);
-        out
+        copy(p, &tensor, begin - p.range.start, out)?;
+        Ok(out)
     }
 
     /// All parameters, in fp32. `flat` is as long as the layout.
-    pub fn read(&self, flat: &mut [f32]) {
+    pub fn read(&self, flat: &mut [f32]) -> Result<(), CheckpointError> {
         assert_eq!(flat.len(), self.layout.len, "the flat buffer of this layout");
         for p in &self.layout.parameters {
-            self.read_part(p, &p.range, &mut flat[p.range.clone()]);
+            self.read_part(p, &p.range, &mut flat[p.range.clone()])?;
         }
+        Ok(())
     }
 
     /// Other tensors of the same names and shapes, such as gradients, in a flat buffer.
-    pub fn in_flat<'t>(&self, tensor: &dyn Fn(&str) -> Option<TensorSlice<'t>>) -> Vec<f32> {
+    pub fn in_flat<'t>(
+        &self,
+        tensor: &dyn Fn(&str) -> Option<Tensor<'t>>,
+    ) -> Result<Vec<f32>, CheckpointError> {
         let mut flat = vec![0.0; self.layout.len];
         for p in &self.layout.parameters {
             if let Some(tensor) = tensor(&p.name) {
-                copy(p, &tensor, 0, &mut flat[p.range.clone()]);
+                copy(p, &tensor, 0, &mut flat[p.range.clone()])?;
             }
         }
-        flat
+        Ok(flat)
     }
 }
 
@@ -198,26 +207,40 @@ fn stem(name: &str) -> Option<&str> {
 }
 
 /// Numbers of a parameter from its number `first` on.
-fn copy(p: &Parameter, tensor: &TensorSlice, first: usize, out: &mut [f32]) {
+fn copy(p: &Parameter, tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+    let dtype = tensor.dtype;
     if p.stored != Stored::AsIs {
+        let data = tensor.data()?;
         let numbers = out.iter_mut().enumerate();
-        return numbers.for_each(|(at, x)| *x = number(tensor, stored_index(p, first + at)));
+        numbers.for_each(|(at, x)| *x = number(dtype, &data, stored_index(p, first + at)));
+        return Ok(());
     }
-    match tensor.dtype {
+    let size = size_of_one(dtype);
+    let mut rest = out;
+    tensor.pieces(size * first..size * (first + rest.len()), &mut |bytes| {
+        let (now, later) = std::mem::take(&mut rest).split_at_mut(bytes.len() / size);
+        widen(dtype, bytes, now);
+        rest = later;
+    })
+}
+
+fn size_of_one(dtype: Dtype) -> usize {
+    if dtype == Dtype::F32 { 4 } else { 2 }
+}
+
+fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
         Dtype::F32 => {
-            for (x, b) in out.iter_mut().zip(tensor.data[4 * first..].as_chunks::<4>().0) {
-                *x = f32::from_le_bytes(*b);
-            }
+            let numbers = bytes.as_chunks::<4>().0;
+            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
         }
         Dtype::BF16 => {
-            for (x, b) in out.iter_mut().zip(tensor.data[2 * first..].as_chunks::<2>().0) {
-                *x = bf16::from_le_bytes(*b).to_f32();
-            }
+            let numbers = bytes.as_chunks::<2>().0;
+            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = bf16::from_le_bytes(*b).to_f32());
         }
         _ => {
-            for (x, b) in out.iter_mut().zip(tensor.data[2 * first..].as_chunks::<2>().0) {
-                *x = f16::from_le_bytes(*b).to_f32();
-            }
+            let numbers = bytes.as_chunks::<2>().0;
+            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = f16::from_le_bytes(*b).to_f32());
         }
     }
 }
@@ -256,13 +279,9 @@ fn stored_index(p: &Parameter, at: usize) -> usize {
     }
 }
 
-fn number(tensor: &TensorSlice, at: usize) -> f32 {
-    match tensor.dtype {
-        Dtype::F32 => {
-            let b = &tensor.data[4 * at..4 * at + 4];
-            f32::from_le_bytes([b[0], b[1], b[2], b[3]])
-        }
-        Dtype::BF16 => bf16::from_le_bytes([tensor.data[2 * at], tensor.data[2 * at + 1]]).to_f32(),
-        _ => f16::from_le_bytes([tensor.data[2 * at], tensor.data[2 * at + 1]]).to_f32(),
-    }
+fn number(dtype: Dtype, data: &[u8], at: usize) -> f32 {
+    let size = size_of_one(dtype);
+    let mut one = [0.0];
+    widen(dtype, &data[size * at..][..size], &mut one);
+    one[0]
 }

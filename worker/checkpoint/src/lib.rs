@@ -32,7 +32,7 @@ pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
 pub use state::TrainerState;
-pub use tensors::{TensorSlice, Tensors};
+pub use tensors::{Tensor, Tensors};
 pub use writer::{TensorRef, Writer, step_dir};
 
 /// Weights, in Hugging Face's names.

@@ -1,10 +1,15 @@
-//! Reads safetensors by memory mapping: one file, or a directory with `model.safetensors` or its sharded index.
+//! Reads safetensors: one file, or a directory with `model.safetensors` or its sharded index. A tensor's bytes are read when they are asked
+//! for, and a file that is not as it was when it was opened is an error: nothing else keeps a user from writing it meanwhile.
 
 use crate::{CheckpointError, MODEL_FILE};
 use fleet_common::files::stand_in;
-use fleet_common::mapped::Mapped;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -12,10 +17,19 @@ const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Shards of one model; ten thousand of 5 GB are beyond any model.
 const SHARDS_MAX: usize = 10_000;
 
-/// The tensors of a model, by name, their bytes paged in as they are touched.
+/// Bytes of a header; the safetensors library refuses longer ones too.
+const HEADER_MAX: u64 = 100_000_000;
+
+/// Bytes of a file that tell what it is.
+const HEAD: u64 = 256;
+
+/// Bytes that are read at a time where they are only looked at.
+const CHUNK: usize = 1 << 20;
+
+/// The tensors of a model, by name.
 #[derive(Debug)]
 pub struct Tensors {
-    files: Vec<Mapped>,
+    files: Vec<Shard>,
     index: BTreeMap<String, Entry>,
 }
 
@@ -25,16 +39,18 @@ struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     /// In the file.
-    begin: usize,
-    end: usize,
+    begin: u64,
+    end: u64,
 }
 
-/// A tensor of a mapped file: row-major, little-endian.
+/// A tensor of a file: row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
-pub struct TensorSlice<'a> {
+pub struct Tensor<'a> {
     pub dtype: Dtype,
     pub shape: &'a [usize],
-    pub data: &'a [u8],
+    file: &'a Shard,
+    begin: u64,
+    end: u64,
 }
 
 impl Tensors {
@@ -47,11 +63,13 @@ impl Tensors {
         Ok(tensors)
     }
 
-    pub fn get(&self, name: &str) -> Option<TensorSlice<'_>> {
-        self.index.get(name).map(|e| TensorSlice {
+    pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
+        self.index.get(name).map(|e| Tensor {
             dtype: e.dtype,
             shape: &e.shape,
-            data: &self.files[e.file][e.begin..e.end],
+            file: &self.files[e.file],
+            begin: e.begin,
+            end: e.end,
         })
     }
 
@@ -69,27 +87,139 @@ impl Tensors {
     }
 
     fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let (shard, header) = Shard::open(path)?;
         let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
-        // Opening a FIFO would wait for who never comes.
-        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-            return Err(bad("it is no file".into()));
-        }
-        let mapped = Mapped::open(path).map_err(|e| CheckpointError::read(path, e))?;
-        if let Some(pointer) = stand_in(&mapped) {
-            return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
-        }
-        let (header, metadata) = SafeTensors::read_metadata(&mapped).map_err(|e| bad(e.to_string()))?;
-        let data = header + size_of::<u64>();
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|e| bad(format!("its header: {e}")))?;
+        let data = (header.len() + size_of::<u64>()) as u64;
+        let mut whole = data;
         for (name, info) in metadata.tensors() {
-            let (begin, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
+            let [begin, end] = [info.data_offsets.0, info.data_offsets.1].map(|at| data + at as u64);
+            whole = whole.max(end);
             let entry =
                 Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), begin, end };
             if self.index.insert(name.clone(), entry).is_some() {
                 return Err(bad(format!("the tensor {name} is in two files")));
             }
         }
-        self.files.push(mapped);
+        if whole != shard.state.len {
+            return Err(bad(format!(
+                "its header tells of {whole} bytes and it has {}; it was not copied or fetched to its end",
+                shard.state.len
+            )));
+        }
+        self.files.push(shard);
         Ok(())
+    }
+}
+
+impl Tensor<'_> {
+    pub fn len(&self) -> usize {
+        (self.end - self.begin) as usize
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.end == self.begin
+    }
+
+    /// All of its bytes.
+    pub fn data(&self) -> Result<Vec<u8>, CheckpointError> {
+        self.bytes(0..self.len())
+    }
+
+    pub fn bytes(&self, range: Range<usize>) -> Result<Vec<u8>, CheckpointError> {
+        assert!(range.end <= self.len(), "within the tensor");
+        let mut bytes = vec![0; range.len()];
+        self.file.read(self.begin + range.start as u64, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Calls `each` with its bytes in `range`, piece by piece.
+    pub(crate) fn pieces(
+        &self,
+        range: Range<usize>,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), CheckpointError> {
+        for from in range.clone().step_by(CHUNK) {
+            each(&self.bytes(from..range.end.min(from + CHUNK))?);
+        }
+        Ok(())
+    }
+
+    /// Whether both are the same numbers in the same shape.
+    pub(crate) fn equals(&self, other: &Tensor) -> Result<bool, CheckpointError> {
+        if (self.dtype, self.shape) != (other.dtype, other.shape) {
+            return Ok(false);
+        }
+        for from in (0..self.len()).step_by(CHUNK) {
+            let range = from..self.len().min(from + CHUNK);
+            if self.bytes(range.clone())? != other.bytes(range)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// A file and how it was when it was opened.
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    state: State,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct State {
+    len: u64,
+    modified: (i64, i64),
+}
+
+impl State {
+    fn of(file: &File) -> io::Result<State> {
+        let found = file.metadata()?;
+        Ok(State { len: found.len(), modified: (found.mtime(), found.mtime_nsec()) })
+    }
+}
+
+impl Shard {
+    /// With the bytes of its header.
+    fn open(path: &Path) -> Result<(Shard, Vec<u8>), CheckpointError> {
+        let failed = |e| CheckpointError::read(path, e);
+        let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
+        // Opening a FIFO would wait for who never comes.
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(bad("it is no file".into()));
+        }
+        let file = File::open(path).map_err(failed)?;
+        let state = State::of(&file).map_err(failed)?;
+        let shard = Shard { path: path.to_owned(), file, state };
+        let mut first = vec![0; shard.state.len.min(HEAD) as usize];
+        shard.read(0, &mut first)?;
+        if let Some(pointer) = stand_in(&first) {
+            return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
+        }
+        let Some(len) = first.first_chunk().map(|len| u64::from_le_bytes(*len)) else {
+            return Err(bad(format!("it has {} bytes", first.len())));
+        };
+        if len > HEADER_MAX || len > shard.state.len - size_of::<u64>() as u64 {
+            return Err(bad("its header is longer than it".into()));
+        }
+        let mut header = vec![0; len as usize];
+        shard.read(size_of::<u64>() as u64, &mut header)?;
+        Ok((shard, header))
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
+        let failed = |e| CheckpointError::read(&self.path, e);
+        let read = self.file.read_exact_at(out, at);
+        if State::of(&self.file).map_err(failed)? != self.state {
+            return Err(CheckpointError::Tensors {
+                path: self.path.clone(),
+                what: "it changed while it was being read; start again when it is complete".into(),
+            });
+        }
+        read.map_err(failed)
     }
 }
 

@@ -55,16 +55,41 @@ fn what_is_written_is_verified_and_read_back() {
 
     let tensors = Tensors::open(&path).unwrap();
     let embedding = tensors.get("model.embed_tokens.weight").unwrap();
-    assert_eq!((embedding.dtype, embedding.shape, embedding.data), (Dtype::F32, &[3, 2][..], &[1u8; 24][..]));
-    assert_eq!(tensors.get("counts").unwrap().data, [3; 6]);
+    assert_eq!((embedding.dtype, embedding.shape), (Dtype::F32, &[3, 2][..]));
+    assert_eq!(embedding.data().unwrap(), [1; 24]);
+    assert_eq!(tensors.get("counts").unwrap().data().unwrap(), [3; 6]);
     assert_eq!(
         tensors.names().collect::<Vec<_>>(),
         ["counts", "model.embed_tokens.weight", "model.norm.weight"]
     );
     assert!(tensors.get("other").is_none());
     // Readers that cast in place need every tensor aligned to its elements.
-    let address = embedding.data.as_ptr() as usize;
-    assert_eq!(address % 4, 0);
+    let file = fs::read(path.join(MODEL_FILE)).unwrap();
+    let parsed = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let data = parsed.tensor("model.embed_tokens.weight").unwrap().data();
+    assert_eq!((data.as_ptr() as usize - file.as_ptr() as usize) % 4, 0);
+}
+
+#[test]
+fn weights_that_are_written_while_they_are_read_are_refused_and_replaced_ones_stay_as_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = PathBuf::from(save(dir.path(), 1).path).join(MODEL_FILE);
+    let whole = fs::read(&path).unwrap();
+    let read = |tensors: &Tensors| tensors.get("counts").unwrap().data();
+    let opened = Tensors::open(&path).unwrap();
+    fs::rename(&path, dir.path().join("old")).unwrap();
+    fs::write(&path, "another file").unwrap();
+    assert_eq!(read(&opened).unwrap(), [3; 6]);
+
+    for change in [&whole[..whole.len() - 30], &[&whole[..], &[0]].concat()] {
+        fs::write(&path, &whole).unwrap();
+        let opened = Tensors::open(&path).unwrap();
+        fs::write(&path, change).unwrap();
+        let error = read(&opened).unwrap_err().to_string();
+        assert!(error.contains("changed while it was being read"), "{error}");
+        let error = Tensors::open(&path).unwrap_err().to_string();
+        assert!(error.contains("it was not copied or fetched to its end"), "{error}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::shim::buffers::as_bytes;
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::units::Memory;
 use fleet_checkpoint::{
-    CheckpointError, Dtype, MODEL_FILE, ModelDir, OPTIMIZER_FILE, TensorRef, Tensors, Writer, stored,
+    CheckpointError, Dtype, MODEL_FILE, ModelDir, OPTIMIZER_FILE, Tensor, TensorRef, Tensors, Writer, stored,
     stored_shape,
 };
 use fleet_collectives::{Activity, Collective, Op};
@@ -106,7 +106,7 @@ impl<M: Memory> Learner for Engine<M> {
         let layout = &self.layout;
         self.strategy.fill(Slot::Weights, &mut |range, out| {
             for p in &layout.parameters {
-                if !all_finite(given.read_part(p, &range, out)) {
+                if !all_finite(given.read_part(p, &range, out)?) {
                     return Err(Error::Input(format!(
                         "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
                         dir.display(),
@@ -121,7 +121,7 @@ impl<M: Memory> Learner for Engine<M> {
     fn load_optimizer(&mut self, dir: &Path) -> Result<()> {
         let tensors = Tensors::open(&dir.join(OPTIMIZER_FILE))?;
         for (slot, suffix) in MOMENTS {
-            let of_parameters: Vec<(&Range<usize>, &[u8])> = self
+            let of_parameters: Vec<(&Range<usize>, Tensor)> = self
                 .layout
                 .parameters
                 .iter()
@@ -130,14 +130,13 @@ impl<M: Memory> Learner for Engine<M> {
                     let tensor = tensors.get(&name).filter(|t| t.shape == p.shape && t.dtype == Dtype::F32);
                     let lacks =
                         || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display()));
-                    Ok((&p.range, tensor.ok_or_else(lacks)?.data))
+                    Ok((&p.range, tensor.ok_or_else(lacks)?))
                 })
                 .collect::<Result<_>>()?;
             self.strategy.fill(slot, &mut |range, out| {
-                for (parameter, bytes) in &of_parameters {
-                    copy_moments(bytes, parameter, &range, out);
-                }
-                Ok(())
+                of_parameters
+                    .iter()
+                    .try_for_each(|(parameter, tensor)| read_moments(tensor, parameter, &range, out))
             })?;
         }
         Ok(())
@@ -233,11 +232,17 @@ fn moment_name(parameter: &str, suffix: &str) -> String {
 }
 
 /// What of a parameter's moments lies in `range`, into `out`, which covers it.
-fn copy_moments(bytes: &[u8], parameter: &Range<usize>, range: &Range<usize>, out: &mut [f32]) {
+fn read_moments(
+    tensor: &Tensor,
+    parameter: &Range<usize>,
+    range: &Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
     let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
     if begin < end {
-        let bytes = &bytes[4 * (begin - parameter.start)..4 * (end - parameter.start)];
+        let bytes = tensor.bytes(4 * (begin - parameter.start)..4 * (end - parameter.start))?;
         let out = &mut out[begin - range.start..end - range.start];
         out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
     }
+    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use fleet_checkpoint::CheckpointError;
 use fleet_collectives::CollectiveError;
+use fleet_common::events::FailureKind;
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_data::DataError;
@@ -45,6 +46,15 @@ impl Error {
             _ => rank,
         }
     }
+
+    /// What it says to rank `rank`, which met it.
+    pub fn kind(&self, rank: Rank) -> FailureKind {
+        match self {
+            Error::Collective(CollectiveError::Aborted { .. }) => FailureKind::Told,
+            _ if self.culprit(rank) != rank => FailureKind::Peer,
+            _ => FailureKind::Rank,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -57,7 +67,10 @@ mod tests {
         let late = CollectiveError::Deadline { rank: 3, operation, seconds: 900.0, doing };
         let told = CollectiveError::Aborted { culprit: Some(3), reason: "rank 3 died".into() };
         let stopped = CollectiveError::Aborted { culprit: None, reason: "the job was stopped".into() };
-        assert_eq!([late, told, stopped].map(|e| Error::from(e).culprit(1)), [3, 3, 1]);
-        assert_eq!(Error::Job("the loss became NaN".into()).culprit(1), 1);
+        let [late, told, stopped] = [late, told, stopped].map(Error::from);
+        let own = Error::Job("the loss became NaN".into());
+        let all = [late, told, stopped, own].map(|e| (e.culprit(1), e.kind(1)));
+        use FailureKind::{Peer, Rank, Told};
+        assert_eq!(all, [(3, Peer), (3, Told), (1, Told), (1, Rank)]);
     }
 }

@@ -61,7 +61,7 @@ pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
     }
     let model = ModelDir::open(dir)?;
     let mut flat = vec![0.0; model.layout.len];
-    model.read(&mut flat);
+    model.read(&mut flat)?;
     if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
         return Err(Error::Input(format!(
             "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",

@@ -3,7 +3,7 @@
 mod bench;
 
 use clap::{Parser, Subcommand};
-use fleet_common::events::{JobError, Outcome};
+use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
@@ -248,7 +248,8 @@ fn be_a_rank() -> u8 {
         }
     };
     record_panics(true);
-    let failed = |fault: Fault, rank: Rank, message: String| JobError {
+    let failed = |kind: FailureKind, fault: Fault, rank: Rank, message: String| JobError {
+        kind,
         fault,
         rank: Some(rank),
         node: None,
@@ -264,8 +265,8 @@ fn be_a_rank() -> u8 {
             return exit::SUCCEEDED;
         }
         Ok(Ok(Outcome::Failed(error))) => error,
-        Ok(Err(e)) => failed(e.fault(), e.culprit(start.rank), e.to_string()),
-        Err(_) => failed(Fault::Job, start.rank, panic_line()),
+        Ok(Err(e)) => failed(e.kind(start.rank), e.fault(), e.culprit(start.rank), e.to_string()),
+        Err(_) => failed(FailureKind::Rank, Fault::Job, start.rank, panic_line()),
     };
     link.send(&FromRank::Failed(error));
     exit::JOB_FAILED

@@ -65,7 +65,7 @@ fn training_is_pytorchs_and_what_is_written_reads_back() {
             case.name
         );
         let mut flat = vec![0.0; again.layout.len];
-        again.read(&mut flat);
+        again.read(&mut flat).unwrap();
         assert!(flat[..] == engine.weights().unwrap()[..], "{}: the weights are others", case.name);
         let mut other = solo::<f32>(&Model::of_dir(&again), 1, shape[2]).unwrap();
         other.load_weights(written).unwrap();

@@ -28,7 +28,7 @@ fn numbers<const N: usize, T>(
 ) -> Vec<T> {
     let tensor = tensors.get(name).unwrap_or_else(|| panic!("golden {name}"));
     assert_eq!(tensor.dtype, dtype, "{name}");
-    tensor.data.chunks_exact(N).map(|bytes| read(bytes.try_into().unwrap())).collect()
+    tensor.data().unwrap().chunks_exact(N).map(|bytes| read(bytes.try_into().unwrap())).collect()
 }
 
 fn ids(tensors: &Tensors, name: &str) -> Vec<i64> {

@@ -162,7 +162,7 @@ fn the_rank_that_was_killed_is_named_and_not_those_that_noticed() {
          rank 0: start on cpu with 4 threads
          rank 1: start on cpu with 4 threads
          send 1: data ready
-         > rank 0 fails all_reduce #3: aborted: rank 1 died
+         > rank 0 was told all_reduce #3: aborted: rank 1 died
          > wait 100
          > rank 1 dies 11
          abort collectives: rank 1

@@ -3,7 +3,7 @@
 use super::{Kind, Phase, Supervised};
 use crate::agent::{Config, Now};
 use crate::verdict::{self, Cause, Exit};
-use fleet_common::events::{EventBody, JobError, Level, Outcome};
+use fleet_common::events::{EventBody, FailureKind, JobError, Level, Outcome};
 use fleet_common::exit::Fault;
 use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
@@ -69,7 +69,8 @@ impl Supervised {
             let message = format!(
                 "the job had its maximum time of {seconds} s and was stopped; give it more with --max-time, or go on from its last checkpoint"
             );
-            return Outcome::Failed(verdict::agent_error(Fault::Job, &config.name, message));
+            let error = verdict::agent_error(FailureKind::Time, Fault::Job, &config.name, message);
+            return Outcome::Failed(error);
         }
         match (done, self.stop) {
             (Some(outcome), _) => outcome,

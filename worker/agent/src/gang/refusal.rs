@@ -3,7 +3,7 @@
 use super::{Kind, RANKS_MAX};
 use crate::agent::{Config, Place};
 use crate::verdict;
-use fleet_common::events::JobError;
+use fleet_common::events::{FailureKind, JobError};
 use fleet_common::exit::Fault;
 use fleet_common::protocol::{Gang, Work, listed};
 
@@ -15,7 +15,8 @@ pub(super) fn refuse(
     places: &Result<Vec<Place>, String>,
     config: &Config,
 ) -> Option<JobError> {
-    let error = |fault, message| Some(verdict::agent_error(fault, &config.name, message));
+    let error =
+        |fault, message| Some(verdict::agent_error(FailureKind::Refused, fault, &config.name, message));
     if gang.ranks == 0 || gang.ranks > RANKS_MAX {
         let message = format!("{} ranks were asked for; a node runs 1 to {RANKS_MAX}", gang.ranks);
         return error(Fault::Input, message);

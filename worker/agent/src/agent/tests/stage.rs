@@ -3,7 +3,9 @@
 use super::super::*;
 use crate::gang::Prepared;
 use crate::verdict::{Exit, agent_error};
-use fleet_common::events::{CheckpointRecord, DataStats, Event, EventBody, Level, Outcome, Shard, Step};
+use fleet_common::events::{
+    CheckpointRecord, DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Shard, Step,
+};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, Program, Value, Variable, Work};
@@ -126,9 +128,12 @@ pub fn input(words: &[&str], now: Now) -> Input {
             let prepared = Prepared { cache_dir: "/cache".into(), stats, resume: None, run };
             of_gang(GangInput::Prepared(Ok(prepared)))
         }
-        ["data", "bad", why @ ..] => {
-            of_gang(GangInput::Prepared(Err(agent_error(Fault::Input, "box", why.join(" ")))))
-        }
+        ["data", "bad", why @ ..] => of_gang(GangInput::Prepared(Err(agent_error(
+            FailureKind::Refused,
+            Fault::Input,
+            "box",
+            why.join(" "),
+        )))),
         ["no", "process", n] => {
             of_gang(GangInput::SpawnFailed { rank: rank(n), error: "too many processes".into() })
         }
@@ -164,21 +169,12 @@ pub fn input(words: &[&str], now: Now) -> Input {
                 ["stopped", steps] => {
                     GangInput::Rank(n, FromRank::Done(Outcome::Stopped { steps: number(steps) }))
                 }
-                ["fails", why @ ..] => {
-                    let error = fleet_common::events::JobError {
-                        node: None,
-                        ..agent_error(Fault::Job, "", why.join(" "))
-                    };
-                    GangInput::Rank(n, FromRank::Failed(error))
+                ["fails", why @ ..] => failed(n, FailureKind::Rank, None, why),
+                ["blames", other, why @ ..] => failed(n, FailureKind::Peer, Some(rank(other)), why),
+                ["was", "told", "of", other, why @ ..] => {
+                    failed(n, FailureKind::Told, Some(rank(other)), why)
                 }
-                ["blames", other, why @ ..] => {
-                    let error = fleet_common::events::JobError {
-                        node: None,
-                        rank: Some(rank(other)),
-                        ..agent_error(Fault::Job, "", why.join(" "))
-                    };
-                    GangInput::Rank(n, FromRank::Failed(error))
-                }
+                ["was", "told", why @ ..] => failed(n, FailureKind::Told, None, why),
                 ["exits", code] => {
                     GangInput::Exited { rank: n, at: now.mono, exit: Exit::Code(code.parse().unwrap()) }
                 }
@@ -322,4 +318,10 @@ fn tell(body: &EventBody) -> String {
 
 pub fn check(script: &str) {
     Stage::new(Past::default()).check(script);
+}
+
+/// A rank's own report.
+fn failed(rank: Rank, kind: FailureKind, blamed: Option<Rank>, why: &[&str]) -> GangInput {
+    let error = agent_error(kind, Fault::Job, "", why.join(" "));
+    GangInput::Rank(rank, FromRank::Failed(JobError { node: None, rank: blamed, ..error }))
 }

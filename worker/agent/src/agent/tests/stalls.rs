@@ -27,7 +27,7 @@ fn a_missed_deadline_is_the_fault_of_the_rank_that_did_not_come() {
          > prepared
          > rank 1 prints stuck
          > rank 0 prints waiting
-         > rank 2 blames 1 all_reduce: aborted: rank 1 did not come to a collective in time
+         > rank 2 was told of 1 all_reduce: aborted: rank 1 did not come to a collective in time
          > rank 0 blames 1 rank 1 did not enter all_reduce #412 within 900 s; it is in backward since 901.0 s
          > rank 0 exits 1
          > rank 2 exits 1
