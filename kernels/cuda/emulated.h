@@ -6,6 +6,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __restrict__
 
 struct Place {
     unsigned x;

@@ -25,11 +25,14 @@ struct Sum {
 
 __device__ inline Sum joined(Sum a, Sum b) {
     const float max = fmaxf(a.max, b.max);
-    // Two that have seen nothing yet.
+    // Two that have seen nothing yet, or something that is no number.
     if (max == -INFINITE)
-        return Sum{max, 0.0f};
+        return Sum{max, a.sum + b.sum};
     return Sum{max, a.sum * expf(a.max - max) + b.sum * expf(b.max - max)};
 }
+
+// Numbers of a row that a thread has on the way at once.
+#define AHEAD 4
 
 // Cross-entropy of `[rows, vocab]` logits, one row per block: `losses` gets weight * loss, and where `flow` is not 0 the logits become their
 // gradient times weight * scale. The logits are read twice and written once; nothing else of their size exists.
@@ -39,8 +42,19 @@ extern "C" __global__ void cross_entropy(T *logits, const long long *targets, co
     const long long row = blockIdx.x;
     T *x = logits + row * vocab;
     Sum mine = {-INFINITE, 0.0f};
-    for (long long i = threadIdx.x; i < vocab; i += blockDim.x)
-        mine = joined(mine, Sum{wide(x[i]), 1.0f});
+    for (long long i = threadIdx.x; i < vocab; i += AHEAD * blockDim.x) {
+        float seen[AHEAD], max = mine.max;
+        for (int k = 0; k < AHEAD; k++) {
+            const long long at = i + k * (long long)blockDim.x;
+            seen[k] = at < vocab ? wide(x[at]) : -INFINITE;
+            max = fmaxf(max, seen[k]);
+        }
+        float sum = max == -INFINITE ? mine.sum : mine.sum * expf(mine.max - max);
+        for (int k = 0; k < AHEAD; k++)
+            if (seen[k] != -INFINITE)
+                sum += expf(seen[k] - max);
+        mine = Sum{max, sum};
+    }
     parts[threadIdx.x] = mine;
     __syncthreads();
     for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
@@ -64,47 +78,54 @@ extern "C" __global__ void cross_entropy(T *logits, const long long *targets, co
     }
 }
 
-// `out[t, f] = silu(x[t, i]) * x[t, f + i]` of `x[t, 2 f]`.
-extern "C" __global__ void swiglu(const T *x, T *out, long long rows, long long f) {
-    const long long count = rows * f, step = (long long)gridDim.x * blockDim.x;
-    for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += step) {
-        const long long row = at / f, i = at % f;
-        const float gate = wide(x[row * 2 * f + i]), up = wide(x[row * 2 * f + f + i]);
-        put(out + at, gate / (1.0f + expf(-gate)) * up);
+// `out[t, f] = silu(x[t, i]) * x[t, f + i]` of `x[t, 2 f]`; blocks take rows in turn.
+extern "C" __global__ void swiglu(const T *__restrict__ x, T *__restrict__ out, long long rows, long long f) {
+    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T *gates = x + row * 2 * f, *ups = gates + f;
+        T *to = out + row * f;
+#pragma unroll 4
+        for (long long i = threadIdx.x; i < f; i += blockDim.x) {
+            const float gate = wide(gates[i]);
+            put(to + i, gate / (1.0f + expf(-gate)) * wide(ups[i]));
+        }
     }
 }
 
 // `dx[t, 2 f]` from `dout[t, f]`.
-extern "C" __global__ void swiglu_backward(const T *x, const T *dout, T *dx, long long rows, long long f) {
-    const long long count = rows * f, step = (long long)gridDim.x * blockDim.x;
-    for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += step) {
-        const long long row = at / f, i = at % f, left = row * 2 * f + i;
-        const float gate = wide(x[left]), up = wide(x[left + f]), flow = wide(dout[at]);
-        const float sigmoid = 1.0f / (1.0f + expf(-gate));
-        put(dx + left, flow * up * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
-        put(dx + left + f, flow * gate * sigmoid);
+extern "C" __global__ void swiglu_backward(const T *__restrict__ x, const T *__restrict__ dout, T *__restrict__ dx, long long rows, long long f) {
+    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T *gates = x + row * 2 * f, *ups = gates + f, *flows = dout + row * f;
+        T *to = dx + row * 2 * f;
+#pragma unroll 4
+        for (long long i = threadIdx.x; i < f; i += blockDim.x) {
+            const float gate = wide(gates[i]), flow = wide(flows[i]), sigmoid = 1.0f / (1.0f + expf(-gate));
+            put(to + i, flow * wide(ups[i]) * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
+            put(to + f + i, flow * gate * sigmoid);
+        }
     }
 }
 
 // Rotary embedding: of each head's `dim` numbers the first `2 half` are turned in pairs (i, i + half) by the angle of their position, times `sign`;
 // the rest is copied. `x` is `[tokens, heads, dim]` with `stride` numbers from one token to the next, `out` has no gaps; tokens come in
-// sequences of `len`. `cosines` and `sines` are `[len, half]`.
-extern "C" __global__ void rotary(const T *x, T *out, const float *cosines, const float *sines, long long tokens, long long len, long long heads,
-                                  long long dim, long long half, long long stride, float sign) {
-    const long long rest = dim - half, count = tokens * heads * rest, step = (long long)gridDim.x * blockDim.x;
-    for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += step) {
-        const long long i = at % rest, head = at / rest % heads, token = at / rest / heads;
-        const T *from = x + token * stride + head * dim;
-        T *to = out + (token * heads + head) * dim;
-        if (i >= half) {
-            // Behind the pairs.
-            to[i + half] = from[i + half];
-            continue;
+// sequences of `len`, and blocks take them in turn. `cosines` and `sines` are `[len, half]`.
+extern "C" __global__ void rotary(const T *__restrict__ x, T *__restrict__ out, const float *__restrict__ cosines, const float *__restrict__ sines,
+                                  long long tokens, long long len, long long heads, long long dim, long long half, long long stride, float sign) {
+    const unsigned rest = (unsigned)(dim - half), count = (unsigned)heads * rest, pairs = (unsigned)half;
+    for (long long token = blockIdx.x; token < tokens; token += gridDim.x) {
+        const float *cosine = cosines + token % len * half, *sine = sines + token % len * half;
+#pragma unroll 4
+        for (unsigned at = threadIdx.x; at < count; at += blockDim.x) {
+            const unsigned head = at / rest, i = at % rest;
+            const T *from = x + token * stride + head * dim;
+            T *to = out + (token * heads + head) * dim;
+            if (i >= pairs) {
+                // Behind the pairs.
+                to[i + pairs] = from[i + pairs];
+                continue;
+            }
+            const float c = cosine[i], s = sign * sine[i], a = wide(from[i]), b = wide(from[i + pairs]);
+            put(to + i, a * c - b * s);
+            put(to + i + pairs, b * c + a * s);
         }
-        const long long angle = token % len * half + i;
-        const float cosine = cosines[angle], sine = sign * sines[angle];
-        const float a = wide(from[i]), b = wide(from[i + half]);
-        put(to + i, a * cosine - b * sine);
-        put(to + i + half, b * cosine + a * sine);
     }
 }

@@ -133,6 +133,11 @@ int fleet_torch_rotary(at::Tensor *x, at::Tensor *cosines, at::Tensor *sines, La
     });
 }
 
+// A copy of `x` in memory of the host that a device can read by itself, as a new tensor in `out`.
+int fleet_torch_pinned(at::Tensor *x, at::Tensor **out, char *error, size_t error_len) {
+    return guarded(error, error_len, [&] { *out = new at::Tensor(x->pin_memory()); });
+}
+
 // Gradients of sum(output * seed) for each input, into `grads` as new tensors; of an input that has no part in it, a null. Frees the graph.
 int fleet_torch_grad(at::Tensor *output, at::Tensor *seed, at::Tensor *const *inputs, int count, at::Tensor **grads, char *error,
                      size_t error_len) {

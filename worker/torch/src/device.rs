@@ -11,6 +11,7 @@ pub fn cuda_devices() -> Result<usize, String> {
 }
 
 fn find_cuda() -> Result<usize, String> {
+    shim::cuda::load_nvrtc(); // cuDNN wants it for attention
     shim::load("libtorch_cuda.so")
         .map_err(|why| format!("libtorch's CUDA part cannot be loaded ({why}); run `make setup CUDA=1`"))?;
     match tch::Cuda::device_count() {
@@ -62,18 +63,22 @@ pub fn describe(device: Device) -> String {
 /// A copy on the device, which a host that goes on at once does not wait for.
 pub(crate) fn to(tensor: &Tensor, device: Device) -> Result<Tensor> {
     match device {
-        Device::Cuda(_) => {
-            Ok(tensor.f_pin_memory(device)?.f_to_device_(device, tensor.kind(), true, false)?)
-        }
+        Device::Cuda(_) => Ok(shim::pinned(tensor)?.f_to_device_(device, tensor.kind(), true, false)?),
         _ => Ok(tensor.f_to_device(device)?),
     }
 }
 
 /// Whether libtorch's words say that.
 pub(crate) fn memory_is_short(what: &str) -> bool {
-    ["out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED"]
-        .iter()
-        .any(|words| what.contains(words))
+    [
+        "out of memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    ]
+    .iter()
+    .any(|words| what.contains(words))
 }
 
 #[cfg(test)]

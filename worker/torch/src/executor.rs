@@ -364,7 +364,11 @@ impl Executor<Tensors> for TorchExecutor {
             (None, Some(why)) => &format!(", without fused kernels: {why}"),
             (None, None) => "",
         };
-        format!("{kind} products by libtorch on {}{own}", device::describe(self.network.device))
+        let slow = match (self.network.device.is_cuda(), self.network.numbers.products) {
+            (true, Kind::Float) => " (several times slower there than with precision = \"bf16-mixed\")",
+            _ => "",
+        };
+        format!("{kind} products by libtorch on {}{slow}{own}", device::describe(self.network.device))
     }
 
     fn forward_backward(

@@ -38,9 +38,9 @@ impl From<Error> for fleet_learn::Error {
     }
 }
 
-/// What libtorch appends to its messages is where in its own source it was.
+/// What libtorch appends to its messages is where in its own source it was, and advice for those who debug it.
 fn first_line(text: &str) -> String {
-    text.split("\nException raised from").next().unwrap_or_default().to_owned()
+    text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned()
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;

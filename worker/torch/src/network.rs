@@ -29,7 +29,7 @@ pub struct Network {
     pub device: Device,
     pub numbers: Numbers,
     /// Kernels of our own, where there are any for the device.
-    pub(crate) fused: Option<Fused>,
+    pub(crate) fused: Option<&'static Fused>,
 }
 
 /// The parameters of one unit as tensors that gradients are asked for, in the order in which they were taken.
@@ -53,6 +53,8 @@ pub struct Frame {
     turn: Option<(Tensor, Tensor)>,
     /// `[heads, s, s]`, added to scores, with the causal mask.
     bias: Option<Tensor>,
+    /// `[s, s]`, added to scores, for each window that is shorter than the sequence.
+    windows: Vec<(usize, Tensor)>,
     len: i64,
 }
 
@@ -137,14 +139,24 @@ impl Network {
             Positions::Alibi => {
                 let slopes = a.alibi_slopes();
                 let slopes = Tensor::f_from_slice(&slopes)?.f_view([-1, 1, 1])?.f_to_device(self.device)?;
-                let at = Tensor::f_arange(len as i64, (Kind::Float, self.device))?.f_view([1, 1, -1])?;
-                let bias = slopes.f_mul(&at)?;
+                let at = Tensor::f_arange(len as i64, (Kind::Float, self.device))?;
+                // From the query, not from the start: what is near is small, and exact in bf16.
+                let distances = at.f_view([1, 1, -1])?.f_sub(&at.f_view([1, -1, 1])?)?;
+                let bias = slopes.f_mul(&distances)?;
                 let hidden = self.hidden_places(len, None)?;
                 Some(bias.f_masked_fill(&hidden, f64::NEG_INFINITY)?.f_to_kind(self.kind())?)
             }
             _ => None,
         };
-        Ok(Frame { turn, bias, len: len as i64 })
+        let mut windows: Vec<(usize, Tensor)> = Vec::new();
+        for window in a.windows.iter().flatten().filter(|window| **window < len) {
+            if windows.iter().all(|(known, _)| known != window) {
+                let hidden = self.hidden_places(len, Some(*window))?;
+                let zeros = Tensor::f_zeros([len as i64; 2], (self.kind(), self.device))?;
+                windows.push((*window, zeros.f_masked_fill(&hidden, f64::NEG_INFINITY)?));
+            }
+        }
+        Ok(Frame { turn, bias, windows, len: len as i64 })
     }
 
     /// `[s, s]`: which keys a query does not see.
@@ -214,10 +226,10 @@ impl Network {
         let (batch, len) = (x.size()[0], frame.len);
         let qkv = leaves.linear(&x.f_to_kind(self.kind())?, &block.qkv)?;
         let qkv = qkv.f_view([batch, len, heads + 2 * kv, dim])?;
-        let mut qk = qkv.f_narrow(2, 0, heads + kv)?;
+        let [mut qk, v] = split(&qkv, [heads + kv, kv])?;
         if let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) {
-            let q = leaves.norm(&qk.f_narrow(2, 0, heads)?, q_norm)?;
-            let k = leaves.norm(&qk.f_narrow(2, heads, kv)?, k_norm)?;
+            let [q, k] = split(&qk, [heads, kv])?;
+            let (q, k) = (leaves.norm(&q, q_norm)?, leaves.norm(&k, k_norm)?);
             qk = Tensor::f_cat(&[q, k], 2)?.f_to_kind(self.kind())?;
         }
         if let Some(turn) = &frame.turn {
@@ -226,30 +238,25 @@ impl Network {
                 _ => turned(&qk, turn)?,
             };
         }
-        let of = |x: &Tensor, start, count| -> Result<Tensor> {
-            Ok(x.f_narrow(2, start, count)?.f_transpose(1, 2)?)
+        let [q, k] = split(&qk, [heads, kv])?;
+        let window = a.windows[number];
+        let of_window = frame.windows.iter().find(|(of, _)| Some(*of) == window).map(|(_, mask)| mask);
+        let mask = frame.bias.as_ref().or(of_window);
+        // Of what does not hold all scores at once, only that for 16 bits and without a mask takes fewer heads of keys and values.
+        let shared = heads != kv && mask.is_none() && self.kind() == Kind::BFloat16;
+        let own = |x: Tensor| -> Result<Tensor> {
+            let x = match shared || heads == kv {
+                true => x,
+                false => {
+                    let each = [batch, len, kv, heads / kv, dim];
+                    x.f_unsqueeze(3)?.f_expand(each, false)?.f_reshape([batch, len, heads, dim])?
+                }
+            };
+            Ok(x.f_transpose(1, 2)?)
         };
-        let (q, k, v) = (of(&qk, 0, heads)?, of(&qk, heads, kv)?, of(&qkv, heads + kv, kv)?);
-        let window = a.windows[number].filter(|window| (*window as i64) < len);
-        let mask = match (&frame.bias, window) {
-            (Some(bias), _) => Some(bias.shallow_clone()),
-            (None, Some(window)) => {
-                let hidden = self.hidden_places(len as usize, Some(window))?;
-                let zeros = Tensor::f_zeros([len, len], (self.kind(), self.device))?;
-                Some(zeros.f_masked_fill(&hidden, f64::NEG_INFINITY)?)
-            }
-            (None, None) => None,
-        };
-        let attended = Tensor::f_scaled_dot_product_attention(
-            &q,
-            &k,
-            &v,
-            mask.as_ref(),
-            0.0,
-            mask.is_none(),
-            None,
-            heads != kv,
-        )?;
+        let (q, k, v) = (q.f_transpose(1, 2)?, own(k)?, own(v)?);
+        let (causal, none) = (mask.is_none(), 0.0);
+        let attended = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, none, causal, None, shared)?;
         let attended = attended.f_transpose(1, 2)?.f_reshape([batch, len, heads * dim])?;
         leaves.linear(&attended, &block.out)
     }
@@ -284,6 +291,12 @@ impl Network {
         }
         Ok(x)
     }
+}
+
+/// Heads, in two parts: back from there they come together in one piece.
+fn split(x: &Tensor, sizes: [i64; 2]) -> Result<[Tensor; 2]> {
+    let parts = x.f_split_with_sizes(&sizes, 2)?;
+    parts.try_into().map_err(|_| crate::Error::of("heads were not split in two"))
 }
 
 fn norm2(block: &Block) -> &Affine {

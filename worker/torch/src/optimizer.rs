@@ -41,7 +41,8 @@ impl Optimizer {
             false => norm.f_ones_like()?,
         };
         let skip = norm.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
-        for (group, decay) in self.runs.iter().zip([weight_decay, 0.0]) {
+        for (group, decay) in self.runs.iter().zip([weight_decay, 0.0]).filter(|(group, _)| !group.is_empty())
+        {
             let views = |flat: &Tensor| -> Result<Vec<Tensor>> {
                 group.iter().map(|(start, len)| Ok(flat.f_narrow(0, *start, *len)?)).collect()
             };

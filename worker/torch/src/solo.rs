@@ -1,5 +1,6 @@
 //! One rank that has everything on one device.
 
+use crate::device::{self, memory_is_short};
 use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
@@ -9,6 +10,9 @@ use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
 use tch::{Device, Kind, Tensor};
+
+/// Numbers in fp32 for each parameter: weight, gradient, two moments.
+const NUMBERS: u64 = 4;
 
 pub struct Solo {
     gang: fleet_collectives::Solo,
@@ -22,6 +26,18 @@ pub struct Solo {
 impl Solo {
     /// Weights are zero until they are filled. Products read them as `products`.
     pub fn new(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
+        let bytes = 4 * NUMBERS * layout.len as u64;
+        Solo::made(layout, device, products, generation).map_err(|error| match memory_is_short(&error.0) {
+            true => Error(format!(
+                "{} has not enough memory for weights, gradients and optimizer state ({} MiB): train a smaller model, or on a device with more",
+                device::name(device),
+                bytes >> 20
+            )),
+            false => error,
+        })
+    }
+
+    fn made(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
         Ok(Solo {
             gang: fleet_collectives::Solo::new(generation),
             weights: FlatWeights::new(layout.len, device, products)?,
@@ -76,10 +92,17 @@ impl Strategy<Tensors> for Solo {
 
     /// The device has all that it shall do before its numbers are waited for.
     fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
-        let norm = self.optimizer.step(self.weights.view().master, &self.grads, update)?;
-        self.weights.refresh()?;
-        let number = |tensor: &Tensor| f64::try_from(tensor).map_err(Error::from);
-        Report { loss: number(&loss)?, grad_norm: number(&norm)?, votes }.checked(update.step)
+        let mut done = || -> Result<Vec<f64>> {
+            let norm = self.optimizer.step(self.weights.view().master, &self.grads, update)?;
+            self.weights.refresh()?;
+            // Read at once.
+            let both = Tensor::f_cat(&[loss.f_view([1])?, norm.f_to_kind(loss.kind())?.f_view([1])?], 0)?;
+            Ok(Vec::<f64>::try_from(&both.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)?)
+        };
+        match done().map_err(|error| Error(format!("the optimizer's step: {error}")))?[..] {
+            [loss, grad_norm] => Report { loss, grad_norm, votes }.checked(update.step),
+            _ => unreachable!("two numbers were put together"),
+        }
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> fleet_learn::Result<()> {

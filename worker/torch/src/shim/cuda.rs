@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Threads of a block.
 const BLOCK: u32 = 512;
 
-/// Most blocks of a kernel that goes on to further numbers by itself.
+/// Most blocks of a kernel that goes on to further rows by itself.
 const GRID_MAX: u64 = 1 << 16;
 
 /// Compiled kernels of one device.
@@ -37,10 +37,10 @@ pub enum Arg {
 /// How many blocks run a kernel.
 #[derive(Clone, Copy, Debug)]
 pub enum Grid {
-    /// One for each row.
-    Rows(u64),
-    /// As many as suit so many numbers.
-    Numbers(u64),
+    /// One for each of so many rows.
+    Each(u64),
+    /// Which take so many rows in turn.
+    InTurn(u64),
 }
 
 impl Module {
@@ -64,14 +64,13 @@ impl Module {
         let attribute = |which| unsafe { result::device::get_attribute(device, which) };
         let major = attribute(MAJOR).map_err(failed("its version is not known"))?;
         let minor = attribute(MINOR).map_err(failed("its version is not known"))?;
-        let ptx = to_ptx(source, element, &format!("compute_{major}{minor}"))?;
+        let image = compiled(source, element, &format!("sm_{major}{minor}"))?;
         // SAFETY: `device` was given by the driver; the context is the one that libtorch uses, and is kept for the life of the process.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("no context"))?;
-        let module = CString::new(ptx).map_err(|e| e.to_string())?;
-        // SAFETY: the context is alive; the image is a text that ends with a zero.
+        // SAFETY: the context is alive; the image is one that NVRTC made, whose header says how long it is.
         let module = unsafe {
             result::ctx::set_current(context).map_err(failed("no context"))?;
-            result::module::load_data(module.as_ptr().cast::<c_void>())
+            result::module::load_data(image.as_ptr().cast::<c_void>())
         };
         Ok(Module { context, module: module.map_err(failed("the kernels cannot be loaded"))? })
     }
@@ -83,8 +82,8 @@ impl Module {
     /// libtorch keeps memory that is given back for the same stream.
     pub unsafe fn launch(&self, kernel: &CStr, grid: Grid, args: &[Arg]) -> Result<(), String> {
         let blocks = match grid {
-            Grid::Rows(rows) => rows,
-            Grid::Numbers(numbers) => numbers.div_ceil(u64::from(BLOCK)).min(GRID_MAX),
+            Grid::Each(rows) => rows,
+            Grid::InTurn(rows) => rows.min(GRID_MAX),
         };
         if blocks == 0 {
             return Ok(());
@@ -125,30 +124,54 @@ impl Module {
     }
 }
 
-/// The source as PTX for an architecture such as `compute_90`. NVRTC has to be loadable.
-pub fn to_ptx(source: &str, element: &str, architecture: &str) -> Result<String, String> {
-    let options = nvrtc::CompileOptions {
-        options: vec![format!("-DELEMENT={element}"), format!("-arch={architecture}")],
-        name: Some("fused.cu".into()),
-        ..Default::default()
+/// The source as machine code for an architecture such as `sm_90`: PTX of an NVRTC that is newer than the driver would be refused by it.
+/// NVRTC has to be loadable.
+pub fn compiled(source: &str, element: &str, architecture: &str) -> Result<Vec<u8>, String> {
+    let failed = |what: &'static str| move |e: nvrtc::result::NvrtcError| format!("NVRTC: {what}: {e:?}");
+    let source = CString::new(source).map_err(|e| e.to_string())?;
+    let program = nvrtc::result::create_program(&source, Some(c"fused.cu")).map_err(failed("no program"))?;
+    let options = [format!("-DELEMENT={element}"), format!("-arch={architecture}")];
+    // SAFETY: `program` is alive until it is destroyed at the end; the image is as long as NVRTC says.
+    let image = unsafe {
+        match nvrtc::result::compile_program(program, &options) {
+            Ok(()) => {
+                let mut len = 0;
+                let got = nvrtc::sys::nvrtcGetCUBINSize(program, &mut len).result();
+                let mut image = vec![0u8; len];
+                got.and_then(|()| nvrtc::sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result())
+                    .map(|()| image)
+                    .map_err(failed("no machine code"))
+            }
+            Err(error) => Err(nvrtc::result::get_program_log(program).map_or_else(
+                |_| failed("the kernels cannot be compiled")(error),
+                |log| {
+                    // A text of NVRTC's; what it says first is enough.
+                    let text: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+                    let text = String::from_utf8_lossy(&text);
+                    format!("the kernels cannot be compiled: {}", text.lines().next().unwrap_or_default())
+                },
+            )),
+        }
     };
-    match nvrtc::compile_ptx_with_opts(source, options) {
-        Ok(ptx) => Ok(ptx.to_src()),
-        Err(nvrtc::CompileError::CompileError { log, .. }) => Err(format!(
-            "the kernels cannot be compiled: {}",
-            log.to_string_lossy().lines().next().unwrap_or_default()
-        )),
-        Err(e) => Err(format!("the kernels cannot be compiled: {e:?}")),
-    }
+    // SAFETY: it is not used any more. What cannot be destroyed stays.
+    let _ = unsafe { nvrtc::result::destroy_program(program) };
+    image
 }
 
-/// Whether NVRTC can be loaded, from where the torch wheel has it or from the system.
+/// Whether NVRTC can be loaded, from where the torch wheel has it or from the system. cuDNN looks for it by its name, too.
 pub fn load_nvrtc() -> bool {
-    if let Some(dir) = own_libraries() {
-        // Python's wheels: torch/lib beside nvidia/cu13/lib.
-        let file = dir.join("../../nvidia/cu13/lib/libnvrtc.so.13");
-        if file.exists() {
-            let _ = super::load(&file.to_string_lossy()); // it is looked for by its name below
+    // Python's wheels: torch/lib beside nvidia/cu13/lib, or nvidia/cuda_nvrtc/lib for CUDA 12. NVRTC opens its built-in functions by their
+    // name alone, so they come first.
+    let nvidia = own_libraries().map(|dir| dir.join("../../nvidia"));
+    for folder in
+        ["cu13/lib", "cuda_nvrtc/lib"].iter().filter_map(|folder| Some(nvidia.as_ref()?.join(folder)))
+    {
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        let names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        for start in ["libnvrtc-builtins.so.", "libnvrtc.so."] {
+            for name in names.iter().filter(|name| name.starts_with(start)) {
+                let _ = super::load(&folder.join(name).to_string_lossy()); // it is looked for by its name below
+            }
         }
     }
     // SAFETY: only looks for a library.

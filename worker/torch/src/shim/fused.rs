@@ -38,7 +38,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Compiled for one type of elements on one device. It has to outlive the graphs that it has a part in.
+/// Compiled for one type of elements on one device.
 pub struct Fused {
     module: Module,
     kind: Kind,
@@ -79,15 +79,15 @@ impl Fused {
             Arg::Whole(i64::from(scale.is_some())),
         ];
         // SAFETY: shapes and types were looked at above.
-        unsafe { self.module.launch(c"cross_entropy", Grid::Rows(rows as u64), &args) }
+        unsafe { self.module.launch(c"cross_entropy", Grid::Each(rows as u64), &args) }
             .map_err(|e| Error::of(&e))?;
         Ok(losses)
     }
 
     /// `silu(x[.., :f]) * x[.., f:]`.
-    pub fn swiglu(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn swiglu(&'static self, x: &Tensor) -> Result<Tensor> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: `x` lives through the call, `self` as long as the graph; the shim checks shapes.
+        // SAFETY: `x` lives through the call, `self` as long as the process; the shim checks shapes.
         checked(|error| unsafe {
             fleet_torch_swiglu(x.as_ptr().cast(), launch, self.pointer(), &mut out, error, ERROR_MAX)
         })?;
@@ -96,9 +96,9 @@ impl Fused {
     }
 
     /// `[b, s, n, d]` turned by its positions; `cosines` and `sines` are `[s, half]` in fp32.
-    pub fn rotary(&self, x: &Tensor, (cosines, sines): &(Tensor, Tensor)) -> Result<Tensor> {
+    pub fn rotary(&'static self, x: &Tensor, (cosines, sines): &(Tensor, Tensor)) -> Result<Tensor> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: the tensors live through the call, `self` as long as the graph; the shim checks shapes.
+        // SAFETY: the tensors live through the call, `self` as long as the process; the shim checks shapes.
         checked(|error| unsafe {
             fleet_torch_rotary(
                 x.as_ptr().cast(),
@@ -142,11 +142,9 @@ unsafe extern "C" fn launch(
     };
     let mut args: Vec<Arg> = pointers.iter().map(|pointer| Arg::Pointer(*pointer as u64)).collect();
     let (name, grid) = match (kernel, numbers) {
-        (0, [rows, f]) => (c"swiglu", Grid::Numbers((rows * f) as u64)),
-        (1, [rows, f]) => (c"swiglu_backward", Grid::Numbers((rows * f) as u64)),
-        (2, [tokens, _, heads, dim, half, _, _]) => {
-            (c"rotary", Grid::Numbers((tokens * heads * (dim - half)) as u64))
-        }
+        (0, [rows, _]) => (c"swiglu", Grid::InTurn(*rows as u64)),
+        (1, [rows, _]) => (c"swiglu_backward", Grid::InTurn(*rows as u64)),
+        (2, [tokens, ..]) => (c"rotary", Grid::InTurn(*tokens as u64)),
         _ => return 1,
     };
     match (kernel, numbers.split_last()) {

@@ -26,6 +26,12 @@ unsafe extern "C" {
         error: *mut c_char,
         error_len: usize,
     ) -> c_int;
+    fn fleet_torch_pinned(
+        x: *const at_tensor,
+        out: *mut *mut at_tensor,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
     fn fleet_torch_adamw(
         params: *const *const at_tensor,
         grads: *const *const at_tensor,
@@ -81,6 +87,15 @@ pub fn grad(output: &Tensor, seed: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Op
     // SAFETY: what is not null was made with `new` for the caller, and is taken over once.
     let taken = |grad: *mut at_tensor| (!grad.is_null()).then(|| unsafe { Tensor::from_ptr(grad.cast()) });
     Ok(grads.into_iter().map(taken).collect())
+}
+
+/// A copy in memory of the host that a device reads by itself. tch's own names a device, which libtorch warns of each time.
+pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: `tensor` lives through the call.
+    checked(|error| unsafe { fleet_torch_pinned(tensor.as_ptr().cast(), &mut out, error, ERROR_MAX) })?;
+    // SAFETY: made with `new` for the caller, and taken over once.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }
 
 /// Tensors of one optimizer step: all of the same lengths, on one device.
