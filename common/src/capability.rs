@@ -157,6 +157,14 @@ impl Wanted {
                     format!("{why}; on the device {device} write {}", known.join(" or ")),
                 )
             }
+            Key::Ranks if row.device == Device::Cpu => (
+                "executor",
+                quoted(&self.executor),
+                format!(
+                    "trains with one rank in this version of fleet, and {} are asked for; leave it out, or use one rank",
+                    self.ranks
+                ),
+            ),
             Key::Ranks => (
                 "devices",
                 self.ranks.to_string(),
@@ -223,8 +231,8 @@ mod tests {
             (Wanted { device: Device::Cuda, executor: Executor::Cpu, ..ANY }, "executor", "\"torch\""),
             (
                 Wanted { executor: Executor::Torch, device: Device::Cpu, ranks: 2, ..ANY },
-                "devices",
-                "one rank",
+                "executor",
+                "leave it out",
             ),
         ];
         for (wanted, key, word) in table {

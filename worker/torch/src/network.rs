@@ -295,7 +295,7 @@ impl Network {
 
 /// Heads, in two parts: back from there they come together in one piece.
 fn split(x: &Tensor, sizes: [i64; 2]) -> Result<[Tensor; 2]> {
-    let parts = x.f_split_with_sizes(&sizes, 2)?;
+    let parts = x.f_split_with_sizes(sizes, 2)?;
     parts.try_into().map_err(|_| crate::Error::of("heads were not split in two"))
 }
 
