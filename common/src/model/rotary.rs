@@ -71,11 +71,19 @@ impl Rotary {
             None => rope.text("type")?.unwrap_or("default"),
         };
         let factor = || rope.real("factor")?.ok_or(format!("rope_type `{kind}` lacks its factor"));
-        let original = match rope.real("original_max_position_embeddings")? {
-            Some(original) => Some(original),
-            None => s.real("original_max_position_embeddings")?,
+        let [above, within] = [s, &rope].map(|of| of.real("original_max_position_embeddings"));
+        let original = match (above?, within?) {
+            (Some(above), Some(within)) if above != within && ["llama3", "yarn"].contains(&kind) => {
+                return Err(format!(
+                    "original_max_position_embeddings is {above}, and {within} in rope_scaling: transformers 5 takes the one, transformers 4 \
+                     the other; leave out the wrong one"
+                ));
+            }
+            (above, within) => within.or(above),
         };
         let positions = original.unwrap_or(max_positions as f64);
+        let unless_zero =
+            |key: &str| Ok::<_, String>(Some(rope.from_zero_or(key, 0.0)?).filter(|given| *given != 0.0));
         let needed = |key: &str| rope.real(key)?.ok_or(format!("rope_type `{kind}` lacks {key}"));
         let scaling = match kind {
             "default" => Scaling::Default,
@@ -91,14 +99,15 @@ impl Rotary {
                 let factor = rope.real("factor")?.unwrap_or(max_positions as f64 / positions);
                 let attention = match (
                     rope.real("attention_factor")?,
-                    rope.real("mscale")?,
-                    rope.real("mscale_all_dim")?,
+                    unless_zero("mscale")?,
+                    unless_zero("mscale_all_dim")?,
                 ) {
                     (Some(given), _, _) => given,
                     (None, Some(one), Some(all)) => mscale(factor, one) / mscale(factor, all),
                     _ => mscale(factor, 1.0),
                 };
-                let (fast, slow) = (rope.real_or("beta_fast", 32.0)?, rope.real_or("beta_slow", 1.0)?);
+                let fast = unless_zero("beta_fast")?.unwrap_or(32.0);
+                let slow = unless_zero("beta_slow")?.unwrap_or(1.0);
                 Scaling::Yarn {
                     factor,
                     attention,

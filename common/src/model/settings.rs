@@ -127,13 +127,17 @@ impl<'a> Settings<'a> {
     }
 
     /// A number of at least 0.
-    pub fn std_or(&self, key: &str, default: f64) -> Result<f64, String> {
+    pub fn from_zero_or(&self, key: &str, default: f64) -> Result<f64, String> {
         let Some(value) = self.get(key) else { return Ok(default) };
         let number = value.as_f64().filter(|x| *x >= 0.0 && x.is_finite());
         number.ok_or(format!("{key} is {value}, not a number of at least 0"))
     }
 
     pub fn flag(&self, key: &str, default: bool) -> Result<bool, String> {
+        // What transformers 4 takes for false, and transformers 5 refuses.
+        if default && self.names(key) && self.get(key).is_none() {
+            return Err(format!("{key} is null; write true or false"));
+        }
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_bool().ok_or(format!("{key} is {value}, neither true nor false"))
     }

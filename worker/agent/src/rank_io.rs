@@ -174,7 +174,7 @@ async fn read_messages<K: Copy>(
 /// One of the tasks below panicked.
 fn lost_touch(panic: JoinError) -> JobError {
     JobError {
-        kind: FailureKind::Rank,
+        kind: FailureKind::Node,
         fault: Fault::Job,
         rank: None,
         node: None,

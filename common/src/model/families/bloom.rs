@@ -30,6 +30,11 @@ pub const FAMILY: Family = Family {
     prefix: "transformer.",
     eos: Some(2),
     positions_key: "seq_length",
+    aliases: &[
+        ("n_embed", "hidden_size"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ],
     read,
     write,
     fill: as_read,
@@ -40,16 +45,13 @@ const POSITIONS: usize = 2048;
 
 fn read(s: &Settings) -> Result<Decoder, String> {
     s.only("apply_residual_connection_post_layernorm", false)?;
-    let either = |new: &str, old: &str, default: usize| match s.count(new)? {
-        Some(given) => Ok(given),
-        None => s.count_or(old, default),
-    };
-    let hidden_size = either("hidden_size", "n_embed", 64)?;
-    let heads = either("n_head", "num_attention_heads", 8)?;
-    let layers = match s.layers("n_layer")? {
-        Some(given) => given,
-        None => s.layers("num_hidden_layers")?.unwrap_or(2),
-    };
+    // Together they cut products in pieces, which changes what is computed; either alone changes nothing.
+    if s.flag("slow_but_exact", false)? && s.count_or("pretraining_tp", 1)? > 1 {
+        return Err("slow_but_exact is true and pretraining_tp above 1; fleet does not compute that".into());
+    }
+    let hidden_size = s.count_or("hidden_size", 64)?;
+    let heads = s.count_or("n_head", 8)?;
+    let layers = s.layers("n_layer")?.unwrap_or(2);
     whole_heads(("hidden_size", hidden_size), ("n_head", heads))?;
     Ok(Decoder {
         vocab_size: s.count_or("vocab_size", 250_880)?,
@@ -58,7 +60,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         layers,
         max_positions: s.count_or("seq_length", POSITIONS)?,
         positions: Positions::Alibi,
-        norm: Norm { kind: NormKind::Layer, eps: s.real_or("layer_norm_epsilon", 1e-5)?, affine: true },
+        norm: Norm { kind: NormKind::Layer, eps: s.from_zero_or("layer_norm_epsilon", 1e-5)?, affine: true },
         form: Form::NormFirst,
         embedding_norm: true,
         final_norm: true,
@@ -74,7 +76,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         mlp: Mlp { size: 4 * hidden_size, activation: Activation::GeluTanh, gated: false, bias: true },
         tied: s.flag("tie_word_embeddings", true)?,
         head_bias: false,
-        init: Init { std: s.std_or("initializer_range", 0.02)?, scale_residual: false },
+        init: Init { std: s.from_zero_or("initializer_range", 0.02)?, scale_residual: false },
     })
 }
 

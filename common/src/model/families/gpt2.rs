@@ -30,6 +30,12 @@ pub const FAMILY: Family = Family {
     prefix: "transformer.",
     eos: Some(50_256),
     positions_key: "n_positions",
+    aliases: &[
+        ("hidden_size", "n_embd"),
+        ("max_position_embeddings", "n_positions"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ],
     read,
     write,
     fill: as_read,
@@ -50,7 +56,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         layers,
         max_positions: s.count_or("n_positions", 1024)?,
         positions: Positions::Learned { offset: 0 },
-        norm: Norm { kind: NormKind::Layer, eps: s.real_or("layer_norm_epsilon", 1e-5)?, affine: true },
+        norm: Norm { kind: NormKind::Layer, eps: s.from_zero_or("layer_norm_epsilon", 1e-5)?, affine: true },
         form: Form::NormFirst,
         embedding_norm: false,
         final_norm: true,
@@ -71,7 +77,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         },
         tied: s.flag("tie_word_embeddings", true)?,
         head_bias: false,
-        init: Init { std: s.std_or("initializer_range", 0.02)?, scale_residual: true },
+        init: Init { std: s.from_zero_or("initializer_range", 0.02)?, scale_residual: true },
     })
 }
 

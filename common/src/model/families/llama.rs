@@ -13,6 +13,7 @@ pub const FAMILY: Family = Family {
     prefix: "model.",
     eos: Some(2),
     positions_key: "max_position_embeddings",
+    aliases: &[],
     read,
     write,
     fill,
@@ -74,6 +75,8 @@ pub(super) fn like_llama(s: &Settings, defaults: Defaults) -> Result<Decoder, St
     let layers = s.layers("num_hidden_layers")?.ok_or("lacks num_hidden_layers")?;
     let max_positions = s.count_or("max_position_embeddings", defaults.max_positions)?;
     let head_dim = s.count_or("head_dim", defaults.head_dim.unwrap_or((hidden_size / heads).max(1)))?;
+    // A null says as many as heads, also where a missing key says something else.
+    let kv_heads = defaults.kv_heads.filter(|_| !s.names("num_key_value_heads")).unwrap_or(heads);
     let rotary = Rotary::read(s, head_dim, max_positions, 1.0)?;
     if rotary.width < head_dim {
         return Err("partial_rotary_factor is not 1; models of this family turn whole heads".into());
@@ -85,13 +88,13 @@ pub(super) fn like_llama(s: &Settings, defaults: Defaults) -> Result<Decoder, St
         layers,
         max_positions,
         positions: Positions::Rotary(rotary),
-        norm: Norm { kind: NormKind::Rms, eps: s.real_or("rms_norm_eps", 1e-6)?, affine: true },
+        norm: Norm { kind: NormKind::Rms, eps: s.from_zero_or("rms_norm_eps", 1e-6)?, affine: true },
         form: Form::NormFirst,
         embedding_norm: false,
         final_norm: true,
         attention: Attention {
             heads,
-            kv_heads: s.count_or("num_key_value_heads", defaults.kv_heads.unwrap_or(heads))?,
+            kv_heads: s.count_or("num_key_value_heads", kv_heads)?,
             head_dim,
             qkv_bias: false,
             out_bias: false,
@@ -106,7 +109,7 @@ pub(super) fn like_llama(s: &Settings, defaults: Defaults) -> Result<Decoder, St
         },
         tied: s.flag("tie_word_embeddings", false)?,
         head_bias: false,
-        init: Init { std: s.std_or("initializer_range", 0.02)?, scale_residual: false },
+        init: Init { std: s.from_zero_or("initializer_range", 0.02)?, scale_residual: false },
     })
 }
 

@@ -29,6 +29,8 @@ pub struct Family {
     pub eos: Option<u32>,
     /// What its configuration calls the longest sequence.
     pub positions_key: &'static str,
+    /// Names that count before those that `read` looks for, where both stand there: `attribute_map` in transformers' configuration classes.
+    pub aliases: &'static [(&'static str, &'static str)],
     pub read: fn(&Settings) -> Result<Decoder, String>,
     /// The keys that describe a decoder, so that `read` gives the same one.
     pub write: fn(&Decoder) -> Object,
@@ -138,11 +140,26 @@ impl Family {
 
     /// The decoder that the configuration of a model of this family describes.
     pub fn decoder(&self, config: &Object) -> Result<Decoder, String> {
-        let settings = Settings::new(config);
+        let mut config = config.clone();
+        self.resolve(&mut config);
+        let settings = Settings::new(&config);
+        settings.only("is_causal", true)?;
+        if settings.object("per_layer_config")?.is_some() {
+            return Err("per_layer_config is set; fleet computes all layers alike".into());
+        }
         let decoder = (self.read)(&settings)?;
         windows::listed(&settings, decoder.layers)?; // what transformers refuses, also of a family without windows
         decoder.check()?;
         Ok(decoder)
+    }
+
+    /// Puts what stands under an alias where `read` and every version of transformers look for it.
+    pub fn resolve(&self, config: &mut Object) {
+        for (alias, name) in self.aliases {
+            if let Some(value) = config.remove(*alias).filter(|value| !value.is_null()) {
+                config.insert((*name).into(), value);
+            }
+        }
     }
 
     pub(super) fn stored_qkv(&self, heads: usize) -> Stored {
@@ -283,6 +300,21 @@ mod tests {
                 "parameters; fleet takes at most",
             ),
             (json!({"rms_norm_eps": "small"}), "rms_norm_eps is \"small\""),
+            (json!({"is_causal": false}), "is_causal is false"),
+            (json!({"per_layer_config": {"0": {"rms_norm_eps": 1e-3}}}), "per_layer_config is set"),
+            (
+                json!({"model_type": "bloom", "slow_but_exact": true, "pretraining_tp": 2, "hidden_size": 8}),
+                "slow_but_exact is true and pretraining_tp above 1",
+            ),
+            (json!({"model_type": "opt", "do_layer_norm_before": null}), "do_layer_norm_before is null"),
+            (json!({"model_type": "gpt2", "scale_attn_weights": null}), "scale_attn_weights is null"),
+            (
+                json!({
+                    "original_max_position_embeddings": 16,
+                    "rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 32},
+                }),
+                "original_max_position_embeddings is 16, and 32 in rope_scaling",
+            ),
             (json!({"layer_types": []}), "layer_types has 0 entries, and the model 1 layers"),
             (json!({"layer_types": "full_attention"}), "not a list of texts"),
             (json!({"layer_types": [null]}), "layer_types has null; fleet computes full_attention"),
@@ -302,6 +334,55 @@ mod tests {
             let error = read(more.clone()).unwrap_err();
             assert!(error.contains(why), "{more}: {error}");
         }
+    }
+
+    /// As both versions of transformers read them.
+    #[test]
+    fn standard_names_count_before_those_of_the_family() {
+        let sizes = |model_type: &str, more: Value| {
+            let mut json = object(json!({"model_type": model_type, "vocab_size": 8}));
+            json.extend(object(more));
+            let (_, d) = Family::of_config(&json).unwrap();
+            (d.hidden_size, d.layers, d.attention.heads, d.max_positions)
+        };
+        let native = json!({"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16});
+        let standard = json!({"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 16});
+        assert_eq!(sizes("gpt2", native.clone()), (24, 2, 4, 16));
+        assert_eq!(sizes("gpt2", standard), (24, 2, 4, 16));
+        let mut both = native;
+        both["num_attention_heads"] = 6.into();
+        both["num_hidden_layers"] = Value::Null;
+        assert_eq!(sizes("gpt2", both), (24, 2, 6, 16));
+        let both = json!({"hidden_size": 64, "n_embed": 48, "n_layer": 2, "num_hidden_layers": 1, "n_head": 4, "num_attention_heads": 6});
+        assert_eq!(sizes("bloom", both), (48, 1, 6, 2048));
+        assert_eq!(
+            sizes("bloom", json!({"hidden_size": 64, "n_embed": null, "n_head": 4})),
+            (64, 2, 4, 2048)
+        );
+    }
+
+    /// Both versions of transformers take as many as heads for a null, and the class's own number where the key is not there.
+    #[test]
+    fn a_null_of_heads_of_keys_is_as_many_as_heads() {
+        let heads = |more: Value| {
+            let mut json =
+                object(json!({"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 128}));
+            json.extend(object(more));
+            read(json.into()).unwrap().attention.kv_heads
+        };
+        assert_eq!((heads(json!({"num_key_value_heads": null})), heads(json!({}))), (64, 32));
+    }
+
+    #[test]
+    fn zeros_that_mean_something_are_taken() {
+        let yarn = |more: Value| {
+            let mut rope = json!({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 32});
+            rope.as_object_mut().unwrap().extend(object(more));
+            read(json!({"rope_scaling": rope})).unwrap().positions
+        };
+        let zeros = json!({"mscale": 0, "mscale_all_dim": 0.0, "beta_fast": 0, "beta_slow": 0});
+        assert_eq!(yarn(zeros), yarn(json!({})));
+        assert_eq!(read(json!({"rms_norm_eps": 0.0})).unwrap().norm.eps, 0.0);
     }
 
     /// What transformers 5.17 computes for the same files.

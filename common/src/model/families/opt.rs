@@ -30,6 +30,7 @@ pub const FAMILY: Family = Family {
     prefix: "model.",
     eos: Some(2),
     positions_key: "max_position_embeddings",
+    aliases: &[],
     read,
     write,
     fill: as_read,
@@ -77,7 +78,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         },
         tied: s.flag("tie_word_embeddings", true)?,
         head_bias: false,
-        init: Init { std: s.std_or("init_std", 0.02)?, scale_residual: false },
+        init: Init { std: s.from_zero_or("init_std", 0.02)?, scale_residual: false },
     })
 }
 

@@ -21,6 +21,7 @@ pub const FAMILY: Family = Family {
     prefix: "model.",
     eos: Some(2),
     positions_key: "max_position_embeddings",
+    aliases: &[],
     read,
     write,
     fill: as_read,
@@ -39,7 +40,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         layers,
         max_positions,
         positions: Positions::Rotary(Rotary::read(s, head_dim, max_positions, 0.5)?),
-        norm: Norm { kind: NormKind::Layer, eps: s.real_or("layer_norm_eps", 1e-5)?, affine: true },
+        norm: Norm { kind: NormKind::Layer, eps: s.from_zero_or("layer_norm_eps", 1e-5)?, affine: true },
         form: Form::Parallel,
         embedding_norm: false,
         final_norm: true,
@@ -60,7 +61,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
         },
         tied: s.flag("tie_word_embeddings", false)?,
         head_bias: true,
-        init: Init { std: s.std_or("initializer_range", 0.02)?, scale_residual: false },
+        init: Init { std: s.from_zero_or("initializer_range", 0.02)?, scale_residual: false },
     })
 }
 

@@ -11,6 +11,7 @@ impl Model {
     /// What the model came with stays where it says the same: what fleet does not know of it, and its other end tokens.
     pub fn config_json(&self) -> Object {
         let mut json = self.before.clone();
+        self.family.resolve(&mut json);
         let says_the_same = Family::of_config(&json).is_ok_and(|(_, decoder)| decoder == self.decoder);
         for (key, value) in self.described() {
             // Older versions of transformers look for some in other places than newer ones.
@@ -53,6 +54,15 @@ mod tests {
         let before = config.as_object().unwrap().clone();
         let (family, decoder) = Family::of_config(&before).unwrap();
         Model { family, decoder, before, bos_token_id: Some(1), eos_token_id: Some(5) }
+    }
+
+    #[test]
+    fn what_is_written_says_each_size_once() {
+        let sizes = json!({"model_type": "gpt2", "vocab_size": 8, "n_embd": 24, "n_layer": 2, "n_head": 4, "num_attention_heads": 6});
+        let model = of_dir(sizes);
+        let written = model.config_json();
+        assert_eq!((&written["n_head"], written.get("num_attention_heads")), (&json!(6), None));
+        assert_eq!(Family::of_config(&written).unwrap().1, model.decoder);
     }
 
     #[test]
