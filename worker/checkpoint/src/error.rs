@@ -35,6 +35,11 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// One that is whole for the version of fleet that wrote it.
+    #[error(
+        "the checkpoint {path} was written by another version of fleet: {what}; continue it with that version, or move it away"
+    )]
+    OtherVersion { path: PathBuf, what: String },
     #[error(
         "there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew"
     )]

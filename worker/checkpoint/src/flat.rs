@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Tensors that are named in a refusal; the rest is counted.
-const NAMED: usize = 10;
+pub(crate) const NAMED: usize = 10;
 
 /// A model directory as Hugging Face writes it, opened and checked.
 #[derive(Debug)]

@@ -11,6 +11,11 @@ use std::path::Path;
 /// Raised when the layout changes; other layouts are refused.
 pub(crate) const FORMAT: &str = "fleet-checkpoint/1";
 
+/// What the formats of all versions begin with.
+const FORMATS: &str = "fleet-checkpoint/";
+
+const KEYS: [&str; 6] = ["format", "step", "serial", "loss", "run", "files"];
+
 /// No honest manifest is near this many bytes; more is not read.
 const MANIFEST_MAX: u64 = 1 << 20;
 
@@ -46,6 +51,14 @@ pub struct ManifestFile {
     pub sha256: String,
 }
 
+/// Why a manifest is not taken.
+#[derive(Debug)]
+pub(crate) enum Flaw {
+    Damage(String),
+    /// Another version of fleet may read it.
+    Version(String),
+}
+
 impl Manifest {
     /// Of all files together, in bytes.
     pub fn bytes(&self) -> u64 {
@@ -59,18 +72,37 @@ impl Manifest {
         self.files.iter().all(|(name, file)| has(name).is_some_and(|found| found.len() == file.bytes))
     }
 
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, String> {
-        let manifest: Manifest =
-            serde_json::from_slice(bytes).map_err(|e| format!("{MANIFEST_FILE} cannot be read: {e}"))?;
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, Flaw> {
+        let damaged = |e| Flaw::Damage(format!("{MANIFEST_FILE} cannot be read: {e}"));
+        // What another version wrote is told from damage before anything else of it is believed.
+        let all: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(bytes).map_err(damaged)?;
+        match all.get("format").and_then(|format| format.as_str()) {
+            Some(format) if format != FORMAT && format.starts_with(FORMATS) => {
+                return Err(Flaw::Version(format!(
+                    "its format is `{format}` and this fleet reads `{FORMAT}`"
+                )));
+            }
+            _ => {}
+        }
+        if let Some(key) = all.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let what = format!(
+                "its {MANIFEST_FILE} has the key `{}`, which this fleet does not know",
+                key.escape_default()
+            );
+            return Err(Flaw::Version(what));
+        }
+        let manifest: Manifest = serde_json::from_value(all.into()).map_err(damaged)?;
         if manifest.format != FORMAT {
-            return Err(format!("its format is `{}` and this fleet reads `{FORMAT}`", manifest.format));
+            return Err(Flaw::Damage(format!("its format is `{}`", manifest.format)));
         }
         if manifest.files.len() > FILES_MAX {
-            return Err(format!("{MANIFEST_FILE} names {} files", manifest.files.len()));
+            return Err(Flaw::Damage(format!("{MANIFEST_FILE} names {} files", manifest.files.len())));
         }
         for name in manifest.files.keys() {
             if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
-                return Err(format!("{MANIFEST_FILE} names a file `{}`", name.escape_default()));
+                let what = format!("{MANIFEST_FILE} names a file `{}`", name.escape_default());
+                return Err(Flaw::Damage(what));
             }
         }
         Ok(manifest)
@@ -79,7 +111,10 @@ impl Manifest {
     /// Reads the manifest of a checkpoint directory without checking the files it names.
     pub fn read(dir: &Path) -> Result<Manifest, CheckpointError> {
         let bytes = manifest_bytes(dir)?;
-        Manifest::parse(&bytes).map_err(|what| CheckpointError::damaged(dir, what))
+        Manifest::parse(&bytes).map_err(|flaw| match flaw {
+            Flaw::Damage(what) => CheckpointError::damaged(dir, what),
+            Flaw::Version(what) => CheckpointError::OtherVersion { path: dir.to_owned(), what },
+        })
     }
 }
 
@@ -230,7 +265,8 @@ mod tests {
             let text = format!(
                 r#"{{"format":"{FORMAT}","step":1,"serial":1,"loss":null,"files":{{"{name}":{{"bytes":1,"sha256":""}}}}}}"#
             );
-            assert!(Manifest::parse(text.as_bytes()).unwrap_err().contains("names a file"), "{name}");
+            let flaw = Manifest::parse(text.as_bytes()).unwrap_err();
+            assert!(matches!(&flaw, Flaw::Damage(what) if what.contains("names a file")), "{name}: {flaw:?}");
         }
     }
 }

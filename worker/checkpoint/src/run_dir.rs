@@ -98,10 +98,8 @@ impl RunDir {
         let saves =
             |at: u64| step.is_none_or(|step| at > step) && claim.until.is_none_or(|until| at <= until);
         let in_place = |found: &&&Found| saves(found.step());
-        if let Some(found) = found.iter().find(|found| found.unreadable.is_some() && saves(found.step())) {
-            let why = found.unreadable.as_ref().expect("found by it");
-            let source = io::Error::new(why.kind(), why.to_string());
-            return Err(CheckpointError::Unreadable { path: found.path.clone(), source });
+        if let Some(at) = found.iter().position(|found| found.unreadable.is_some() && saves(found.step())) {
+            return Err(found.into_iter().nth(at).and_then(|found| found.unreadable).expect("found by it"));
         }
         // Damaged ones are passed over, and replaced.
         let ahead: Vec<&&Found> =

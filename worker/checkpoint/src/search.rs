@@ -17,7 +17,7 @@ pub struct Search {
 }
 
 /// Looks for the newest whole checkpoint of `checkpoint_dir`, verifying from the newest down to the first good one. A directory
-/// that does not exist has none. One that cannot be read now may be whole, so it is not passed over.
+/// that does not exist has none. One that cannot be read now, or by this version, may be whole, so it is not passed over.
 pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
     let dirs = by_age(checkpoint_dir).map_err(|e| CheckpointError::read(checkpoint_dir, e))?;
     let mut passed_over = Vec::new();
@@ -27,6 +27,7 @@ pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
             Err(CheckpointError::Read { source, .. }) => {
                 return Err(CheckpointError::Unreadable { path, source });
             }
+            Err(e @ CheckpointError::OtherVersion { .. }) => return Err(e),
             Err(e) => passed_over.push(e),
         }
     }
@@ -118,15 +119,18 @@ pub(crate) struct Found {
     pub serial: u64,
     /// `None` where it is damaged, is not there, or cannot be read now.
     pub manifest: Option<Manifest>,
-    /// Why the manifest cannot be read now: it may be whole.
-    pub unreadable: Option<io::Error>,
+    /// Why the manifest cannot be read, now or by this version of fleet: it may be whole.
+    pub unreadable: Option<CheckpointError>,
 }
 
 impl Found {
     pub fn at(path: PathBuf) -> Found {
         let (manifest, unreadable) = match Manifest::read(&path) {
             Ok(manifest) => (Some(manifest), None),
-            Err(CheckpointError::Read { source, .. }) => (None, Some(source)),
+            Err(CheckpointError::Read { source, .. }) => {
+                (None, Some(CheckpointError::Unreadable { path: path.clone(), source }))
+            }
+            Err(e @ CheckpointError::OtherVersion { .. }) => (None, Some(e)),
             Err(_) => (None, None),
         };
         let serial = manifest.as_ref().map_or(0, |manifest| manifest.serial.min(u64::MAX - 1));

@@ -1,6 +1,7 @@
 //! Reads safetensors: one file, or a directory with `model.safetensors` or its sharded index. A tensor's bytes are read when they are asked
 //! for, and a file that is not as it was when it was opened is an error: nothing else keeps a user from writing it meanwhile.
 
+use crate::flat::NAMED;
 use crate::{CheckpointError, MODEL_FILE};
 use fleet_common::files::stand_in;
 use safetensors::Dtype;
@@ -57,8 +58,30 @@ impl Tensors {
     /// `path` is a safetensors file, or a directory as Hugging Face writes it.
     pub fn open(path: &Path) -> Result<Tensors, CheckpointError> {
         let mut tensors = Tensors { files: Vec::new(), index: BTreeMap::new() };
-        for file in files_of(path)? {
-            tensors.add(&file)?;
+        let (files, placed) = files_of(path)?;
+        for file in &files {
+            tensors.add(file)?;
+        }
+        let is_there = |(name, file): &(&String, &String)| {
+            tensors.index.get(*name).is_some_and(|entry| files[entry.file].ends_with(file))
+        };
+        let lost: Vec<String> = placed
+            .iter()
+            .filter(|place| !is_there(place))
+            .map(|(name, file)| format!("{name} in {file}"))
+            .collect();
+        if !lost.is_empty() {
+            let named = lost[..lost.len().min(NAMED)].join(", ");
+            let more = match lost.len().saturating_sub(NAMED) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            return Err(CheckpointError::Tensors {
+                path: path.join(INDEX_FILE),
+                what: format!(
+                    "it places {named}{more}, and there they are not; fetch or write the model again"
+                ),
+            });
         }
         Ok(tensors)
     }
@@ -223,9 +246,10 @@ impl Shard {
     }
 }
 
-fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+/// The files of a model, and what its index says of where each tensor is.
+fn files_of(path: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>), CheckpointError> {
     if !path.is_dir() {
-        return Ok(vec![path.to_owned()]);
+        return Ok((vec![path.to_owned()], BTreeMap::new()));
     }
     let index = path.join(INDEX_FILE);
     if !index.exists() {
@@ -235,10 +259,11 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
             let what = format!("the directory has neither {MODEL_FILE} nor {INDEX_FILE}{but}");
             return Err(CheckpointError::Model { path: path.to_owned(), what });
         }
-        return Ok(vec![single]);
+        return Ok((vec![single], BTreeMap::new()));
     }
     let bytes = std::fs::read(&index).map_err(|e| CheckpointError::read(&index, e))?;
-    let names = shard_names(&bytes).map_err(|what| CheckpointError::Tensors { path: index.clone(), what })?;
+    let (names, placed) =
+        shard_names(&bytes).map_err(|what| CheckpointError::Tensors { path: index.clone(), what })?;
     let files: Vec<PathBuf> = names.into_iter().map(|name| path.join(name)).collect();
     match files.iter().find(|file| !file.exists()) {
         Some(missing) => {
@@ -248,7 +273,7 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
                 what: format!("it names {name}, which is not there"),
             })
         }
-        None => Ok(files),
+        None => Ok((files, placed)),
     }
 }
 
@@ -277,14 +302,14 @@ pub(crate) fn instead_of_weights(dir: &Path) -> Option<String> {
     Some(format!("has {name}, which llama.cpp reads; fetch the model that it was made from, as safetensors"))
 }
 
-/// The files that an index names, in order, each once.
-fn shard_names(index: &[u8]) -> Result<Vec<String>, String> {
+/// The files that an index names, in order, each once, and which of them has each tensor.
+fn shard_names(index: &[u8]) -> Result<(Vec<String>, BTreeMap<String, String>), String> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let index: Index = serde_json::from_slice(index).map_err(|e| e.to_string())?;
-    let mut names: Vec<String> = index.weight_map.into_values().collect();
+    let mut names: Vec<String> = index.weight_map.values().cloned().collect();
     names.sort();
     names.dedup();
     if names.is_empty() || names.len() > SHARDS_MAX {
@@ -292,7 +317,7 @@ fn shard_names(index: &[u8]) -> Result<Vec<String>, String> {
     }
     match names.iter().find(|n| n.contains(['/', '\\', '\0']) || n.as_str() == "..") {
         Some(name) => Err(format!("it names a file outside its directory: {}", name.escape_default())),
-        None => Ok(names),
+        None => Ok((names, index.weight_map)),
     }
 }
 
@@ -336,7 +361,7 @@ mod tests {
     #[test]
     fn an_index_names_files_beside_it_only() {
         assert_eq!(
-            shard_names(br#"{"weight_map":{"b":"2.st","a":"1.st","c":"2.st"}}"#).unwrap(),
+            shard_names(br#"{"weight_map":{"b":"2.st","a":"1.st","c":"2.st"}}"#).unwrap().0,
             ["1.st", "2.st"]
         );
         assert!(

@@ -109,6 +109,22 @@ fn a_model_in_shards_is_read_as_one() {
     fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
     let tensors = Tensors::open(dir.path()).unwrap();
     assert_eq!(tensors.names().collect::<Vec<_>>(), ["a", "b"]);
+    for (place, wrong) in [
+        ("\"a\":\"1", "\"c\":\"1"),
+        ("\"a\":\"1.safetensors\"", "\"a\":\"1.safetensors\",\"ghost\":\"2.safetensors\""),
+    ] {
+        fs::write(dir.path().join("model.safetensors.index.json"), index.replace(place, wrong)).unwrap();
+        let error = Tensors::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("and there they are not"), "{error}");
+    }
+    let moved = index
+        .replace("1.safetensors", "x")
+        .replace("2.safetensors", "1.safetensors")
+        .replace('x', "2.safetensors");
+    fs::write(dir.path().join("model.safetensors.index.json"), moved).unwrap();
+    let error = Tensors::open(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("a in 2.safetensors, b in 1.safetensors"), "{error}");
+    fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
     fs::remove_file(dir.path().join("2.safetensors")).unwrap();
     assert!(Tensors::open(dir.path()).unwrap_err().to_string().contains("2.safetensors"));
 }

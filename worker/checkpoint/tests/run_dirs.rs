@@ -420,6 +420,37 @@ fn a_checkpoint_that_cannot_be_read_now_is_never_replaced_or_passed_over() {
 }
 
 #[test]
+fn a_checkpoint_of_another_version_is_never_replaced_or_passed_over() {
+    for (old, new) in [("fleet-checkpoint/1", "fleet-checkpoint/2"), ("{", "{\"more\": 1,")] {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |step| step_dir(dir.path(), step);
+        let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+        (1..=3).for_each(|step| drop(save(&run, step * 10)));
+        let path = at(30).join(MANIFEST_FILE);
+        let text = fs::read_to_string(&path).unwrap().replacen(old, new, 1);
+        fs::write(&path, &text).unwrap();
+        let mut writer = Writer::begin(&run, 30).unwrap();
+        writer.write_bytes("config.json", b"{}").unwrap();
+        writer.finish(1.0).unwrap_err();
+        drop(run);
+
+        let line = latest(dir.path()).unwrap_err().to_string();
+        assert!(line.contains("step-00000030 was written by another version of fleet"), "{line}");
+        for (overwrite, from) in [(false, Some(at(20))), (true, Some(at(20))), (true, None)] {
+            let claim = Claim { resumed: from.as_deref(), overwrite, ..claim(dir.path(), "b") };
+            let refused = RunDir::claim(&claim).unwrap_err();
+            assert!(matches!(refused, CheckpointError::OtherVersion { .. }), "{refused}");
+        }
+        let mut far =
+            RunDir::claim(&Claim { overwrite: true, until: Some(25), ..claim(dir.path(), "b") }).unwrap();
+        save(&far, 11);
+        far.rotate(1, 11, false).unwrap();
+        assert!(far.make_room(u64::MAX, Some(11)).unwrap().is_empty());
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+}
+
+#[test]
 fn a_run_that_continues_is_told_at_once_of_anothers_checkpoints_where_it_would_save() {
     let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let from = save(&RunDir::claim(&claim(dir.path(), "b")).unwrap(), 10);
