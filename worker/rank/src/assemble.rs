@@ -66,7 +66,8 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
     }
     let layout = model.layout();
     let strategy = fleet_torch::Solo::new(layout.clone(), device, numbers.products, start.generation)?;
-    let executor = TorchExecutor::new(model.decoder.clone(), layout, device, numbers);
+    let executor = TorchExecutor::new(model.decoder.clone(), layout, device, numbers)
+        .for_texts(job.max_seq_len as usize);
     Ok(Made { learner: Box::new(Engine::new(executor, strategy)), note: None })
 }
 

@@ -10,6 +10,7 @@ use fleet_common::exit::Fault;
 use fleet_common::job::*;
 use fleet_rank::generate::{Sampling, Settings, generate};
 use gang::{job, launch, watch};
+use serde_json::json;
 use std::path::Path;
 
 fn file(record: &CheckpointRecord, name: &str) -> Vec<u8> {
@@ -70,6 +71,21 @@ fn libtorch_trains_as_fleets_own_executor_does_and_either_continues_the_other() 
         assert_eq!(torch_rest.losses(), torch_run.losses()[6..], "bit for bit");
         same(&own_rest.losses(), &torch_run.losses()[6..]);
     }
+}
+
+/// transformers runs a model on the whole window, of which the last token is predicted only.
+#[test]
+fn rotary_embeddings_that_grow_grow_to_the_whole_window_in_both_executors() {
+    let dir = tempfile::tempdir().unwrap();
+    let rope = json!({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4});
+    let sizes = json!({"vocab_size": 270, "max_position_embeddings": 6, "rope_parameters": rope});
+    let own = Job { model: Model::New(fleet_learn::testing::tiny_with(sizes)), ..job(dir.path()) };
+    let torch = Job { executor: Executor::Torch, run_name: "torch".into(), ..own.clone() };
+    let [own, torch] = [own, torch].map(|job| launch(&job, 1, None, None));
+    let first = |ended: &gang::Ended| (ended.evaluations()[0].1, ended.losses()[0]);
+    let ((own_eval, own_loss), (eval, loss)) = (first(&own), first(&torch));
+    assert!((eval / own_eval - 1.0).abs() < 1e-6, "{eval} {own_eval}");
+    assert!((loss / own_loss - 1.0).abs() < 1e-6, "{loss} {own_loss}");
 }
 
 #[test]

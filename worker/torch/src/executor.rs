@@ -55,8 +55,14 @@ impl TorchExecutor {
             Some(Err(why)) => (None, Some(why)),
             None => (None, None),
         };
-        let network = Network { decoder, layout, device, numbers, fused };
+        let network = Network { decoder, layout, device, numbers, text: 0, fused };
         TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0), unfused }
+    }
+
+    /// For batches of texts of so many tokens, the last of which is predicted only.
+    pub fn for_texts(mut self, tokens: usize) -> TorchExecutor {
+        self.network.text = tokens;
+        self
     }
 
     fn take_frame(&mut self, len: usize) -> Result<Frame> {

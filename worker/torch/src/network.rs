@@ -28,6 +28,8 @@ pub struct Network {
     pub layout: Layout,
     pub device: Device,
     pub numbers: Numbers,
+    /// Tokens of a whole text, of which a batch may leave out the last: where rotary embeddings grow with it, they grow to this.
+    pub text: usize,
     /// Kernels of our own, where there are any for the device.
     pub(crate) fused: Option<&'static Fused>,
 }
@@ -123,7 +125,7 @@ impl Network {
         let a = &self.decoder.attention;
         let turn = match &self.decoder.positions {
             Positions::Rotary(rotary) => {
-                let frequencies = rotary.frequencies(len);
+                let frequencies = rotary.frequencies(len.max(self.text));
                 let angles = Tensor::f_arange(len as i64, (Kind::Double, Device::Cpu))?
                     .f_outer(&Tensor::f_from_slice(&frequencies)?)?;
                 let of = |x: Tensor| -> Result<Tensor> {
