@@ -3,6 +3,7 @@
 //! The agent finds the `DataFiles` and builds a `TokenCache` once per data set, before the ranks start; every rank opens it and computes from `Order`
 //! alone which windows are its own. Nothing here knows of tensors or of the cluster.
 
+mod added;
 mod build;
 mod cache;
 mod clean;

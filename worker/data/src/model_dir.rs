@@ -1,7 +1,7 @@
 //! The settings beside a tokenizer and the weights of a Hugging Face model: `config.json`, `generation_config.json`,
 //! `tokenizer_config.json`, `special_tokens_map.json`. Read as transformers 5 reads them, where a null says what a missing key says.
 
-use crate::{DataError, prefix_space};
+use crate::{DataError, added, prefix_space};
 use fleet_common::files::stand_in;
 use fleet_common::model::Family;
 use serde_json::{Map, Value};
@@ -16,6 +16,10 @@ pub const CONFIG: &str = "config.json";
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
+
+/// Roles in transformers' order.
+const ROLES: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// Settings are some kilobytes; with a list of added tokens and a chat template some megabytes.
 const FILE_MAX: u64 = 64 << 20;
@@ -117,8 +121,8 @@ pub fn end_ids(dir: &Path) -> Result<Vec<u32>, DataError> {
 pub struct SpecialTokens {
     pub bos: Option<String>,
     pub eos: Option<String>,
-    /// These two and all others that have a role.
-    pub all: Vec<String>,
+    /// These two and all others that have a role, in the order in which transformers adds them where a tokenizer lacks them.
+    pub all: Vec<AddedToken>,
 }
 
 impl SpecialTokens {
@@ -132,29 +136,27 @@ impl SpecialTokens {
         if !roles.contains_key("added_tokens_decoder") {
             roles.extend(read(SPECIAL_TOKENS_MAP)?);
         }
-        let of = |role: &str| roles.get(role).and_then(content).map(str::to_owned);
-        let several = ["additional_special_tokens", "extra_special_tokens"]
-            .into_iter()
-            .filter_map(|key| roles.get(key))
-            .flat_map(|list| match list {
-                Value::Array(list) => list.iter().collect(),
-                Value::Object(named) => named.values().collect(),
-                _ => Vec::new(),
-            });
-        let one = roles.iter().filter(|(key, _)| key.ends_with("_token")).map(|(_, value)| value);
-        let all = one.chain(several).filter_map(content).map(str::to_owned).collect();
+        let of = |role: &str| {
+            roles.get(role).and_then(|token| added::token(token, true)).map(|token| token.content)
+        };
+        let several =
+            ["extra_special_tokens", "additional_special_tokens"].iter().find_map(|key| roles.get(*key));
+        let several = match several {
+            Some(Value::Array(list)) => list.iter().collect(),
+            Some(Value::Object(named)) => named.values().collect(),
+            _ => Vec::new(),
+        };
+        let is_role = |key: &str| key.ends_with("_token") && !ROLES.contains(&key);
+        let others = roles.iter().filter(|(key, _)| is_role(key)).map(|(_, value)| value);
+        let usual = ROLES.iter().filter_map(|role| roles.get(*role));
+        let all = usual.chain(others).chain(several).filter_map(|value| added::token(value, true)).collect();
         Ok(SpecialTokens { bos: of("bos_token"), eos: of("eos_token"), all })
     }
 }
 
-/// The text of a token: a string, or an object that also says how it is matched.
-fn content(token: &Value) -> Option<&str> {
-    token.as_str().or_else(|| token.get("content")?.as_str()).filter(|text| !text.is_empty())
-}
-
 /// A `tokenizer.json` as transformers loads it with what lies beside it, for prompts, for generated text and for data: truncation and
 /// padding that are stored in it do not act, `add_prefix_space` does, and the tokens that have a role are special. Tokens that it lacks are
-/// not added, since no model has them.
+/// added where the model has a row for them.
 pub struct GivenTokenizer {
     pub tokenizer: Tokenizer,
     pub special: SpecialTokens,
@@ -165,7 +167,8 @@ pub struct GivenTokenizer {
 }
 
 impl GivenTokenizer {
-    pub fn open(path: &Path) -> Result<GivenTokenizer, DataError> {
+    /// For a model of `rows` embeddings.
+    pub fn open(path: &Path, rows: u32) -> Result<GivenTokenizer, DataError> {
         let bad = |what: String| DataError::Tokenizer { path: PathBuf::from(path), what };
         let json = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
         if let Some(pointer) = stand_in(&json) {
@@ -185,16 +188,20 @@ impl GivenTokenizer {
         let unmarked: Vec<AddedToken> = special
             .all
             .iter()
-            .filter(|name| {
-                tokenizer.token_to_id(name).is_some()
-                    && !tokenizer.get_added_vocabulary().get_vocab().contains_key(*name)
+            .filter(|AddedToken { content, .. }| {
+                tokenizer.token_to_id(content).is_some()
+                    && !tokenizer.get_added_vocabulary().get_vocab().contains_key(content)
             })
-            .map(|name| AddedToken::from(name.clone(), true))
+            .cloned()
             .collect();
         tokenizer.add_special_tokens(&unmarked);
         if !unmarked.is_empty() {
             let names: Vec<&str> = unmarked.iter().map(|token| token.content.as_str()).collect();
             beside += &format!(" special {names:?}");
+        }
+        let added = added::add(&mut tokenizer, &added::named(path, &special.all)?, rows);
+        if !added.is_empty() {
+            beside += &format!(" added {added:?}");
         }
         Ok(GivenTokenizer { tokenizer, special, json, beside })
     }
@@ -276,7 +283,8 @@ mod tests {
             "additional_special_tokens": ["<a>", {"content": "<b>"}], "add_bos_token": true, "clean_up_tokenization_spaces": false});
         let found = special(&[(TOKENIZER_CONFIG, config.clone())]);
         assert_eq!((found.bos.as_deref(), found.eos.as_deref()), (Some("<s>"), Some("</s>")));
-        assert_eq!(found.all, ["<s>", "</s>", "<a>", "<b>"]);
+        let names: Vec<&str> = found.all.iter().map(|token| token.content.as_str()).collect();
+        assert_eq!(names, ["<s>", "</s>", "<a>", "<b>"]);
         let map = (SPECIAL_TOKENS_MAP, json!({"eos_token": "<end>", "bos_token": null}));
         let found = special(&[(TOKENIZER_CONFIG, config.clone()), map.clone()]);
         assert_eq!((found.bos.as_deref(), found.eos.as_deref()), (Some("<s>"), Some("<end>")));
@@ -294,7 +302,7 @@ mod tests {
             "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[END]": 2}, "unk_token": "a"}});
         let config = json!({"eos_token": "[END]", "pad_token": "[PAD]"});
         let dir = dir(&[("tokenizer.json", tokenizer), (TOKENIZER_CONFIG, config)]);
-        let opened = GivenTokenizer::open(&dir.path().join("tokenizer.json")).unwrap();
+        let opened = GivenTokenizer::open(&dir.path().join("tokenizer.json"), 3).unwrap();
         let ids = |text| opened.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
         assert_eq!(ids("b b b"), [1, 1, 1]);
         assert_eq!(ids("b[END]"), [1, 2], "a special token is found within text");

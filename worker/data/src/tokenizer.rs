@@ -79,7 +79,7 @@ impl Encoder {
     /// A given `tokenizer.json`. A document ends with what the job says; else with the `eos_token` that the files beside the tokenizer
     /// name, as TRL does it; else with the first end of a text that the model names; else with what is usually called so.
     pub fn open(path: &Path, ids: &ModelIds) -> Result<Encoder, DataError> {
-        let given = GivenTokenizer::open(path)?;
+        let given = GivenTokenizer::open(path, ids.vocab_size)?;
         let refused = |what| DataError::Tokenizer { path: path.to_owned(), what };
         let named = if ids.chosen { None } else { given.special.eos.as_deref() };
         let GivenTokenizer { tokenizer, json, beside, .. } = &given;
@@ -536,7 +536,7 @@ mod tests {
         let all = encoder.encode(&texts).unwrap();
         let encoded = ids_of(&encoder, &texts);
         assert_eq!(encoded, [vec![0, 3, 2, 4], vec![0, 3], vec![0, 3, 4, 1], vec![0], vec![0]]);
-        let given = GivenTokenizer::open(&path).unwrap();
+        let given = GivenTokenizer::open(&path, u32::MAX).unwrap();
         for (text, ids) in texts.iter().zip(&encoded) {
             assert_eq!(given.encode(text).unwrap().ids, *ids, "{text}");
         }
@@ -556,7 +556,7 @@ mod tests {
     #[test]
     fn what_has_no_text_is_decoded_without_a_panic() {
         let (_dir, path) = of_characters();
-        let tokenizer = GivenTokenizer::open(&path).unwrap().tokenizer;
+        let tokenizer = GivenTokenizer::open(&path, u32::MAX).unwrap().tokenizer;
         for ids in [&[][..], &[0, 1], &[999]] {
             assert_eq!(decode(&tokenizer, ids, true).unwrap(), "");
         }

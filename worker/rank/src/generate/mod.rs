@@ -70,14 +70,14 @@ pub fn generate(
     let model = Model::of_dir(&given);
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
-    let opened = GivenTokenizer::open(&path).map_err(|e| Error::Input(e.to_string()))?;
+    let vocab = model.decoder.vocab_size as u32;
+    let opened = GivenTokenizer::open(&path, vocab).map_err(|e| Error::Input(e.to_string()))?;
     let ends = end_ids(dir, &opened)?;
     let Prompt { mut ids, mut notes } = Prompt::encode(&opened, prompt)?;
     if ids.is_empty() {
         // A text begins where another one ended.
         ids.push(model.bos_token_id.or(model.eos_token_id).unwrap_or(0));
     }
-    let vocab = model.decoder.vocab_size as u32;
     if let Some(id) = ids.iter().find(|id| **id >= vocab) {
         return Err(refuse(format!(
             "gives token {id}, but the model knows {vocab}; it belongs to another model"

@@ -58,7 +58,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         std::fs::write(&path, json.to_string()).unwrap();
-        let given = GivenTokenizer::open(&path).unwrap();
+        let given = GivenTokenizer::open(&path, u32::MAX).unwrap();
         let encode = |text| {
             let Prompt { ids, notes } = Prompt::encode(&given, text).unwrap();
             (ids, notes.join(" | "))
@@ -77,7 +77,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         std::fs::write(&path, json.to_string()).unwrap();
-        let given = GivenTokenizer::open(&path).unwrap();
+        let given = GivenTokenizer::open(&path, u32::MAX).unwrap();
         let prompt = Prompt::encode(&given, "a\u{65e5}b").unwrap();
         assert_eq!(prompt.ids, [0, 1]);
         let told = prompt.notes.concat();
