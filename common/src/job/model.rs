@@ -19,7 +19,8 @@ pub(super) const NONE: &str = "none";
 pub(super) fn model(f: &Fields, dir: &Path, max_seq_len: u32) -> Result<(Model, Tokenizer), JobFileError> {
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let model = path("model.path", "a Hugging Face directory")?;
-    let tokenizer = path("tokenizer.path", "a tokenizer.json")?;
+    let mut tokenizer = path("tokenizer.path", "a tokenizer.json, or its directory")?;
+    tokenizer.iter_mut().filter(|path| path.is_dir()).for_each(|path| path.push("tokenizer.json"));
     match model {
         Some(path) => pretrained(f, path, tokenizer),
         None => fresh(f, max_seq_len, tokenizer),
@@ -169,7 +170,13 @@ fn vocabulary(f: &Fields, tokenizer: Option<PathBuf>) -> Result<(u32, Tokenizer)
         (Some(given), _) => Ok((given, Tokenizer::File(path))),
         (None, Ok(counted)) => Ok((counted, Tokenizer::File(path))),
         (None, Err(why)) => {
-            let message = format!("`tokenizer.path`: {why}; without the file, give `vocab_size`");
+            let fetch = match path.exists() {
+                true => "",
+                false => {
+                    " (one of the Hugging Face hub is fetched before: `hf download NAME tokenizer.json --local-dir DIR`)"
+                }
+            };
+            let message = format!("`tokenizer.path`: {why}{fetch}");
             Err(f.refuse(&["tokenizer.path"], message))
         }
     }

@@ -6,7 +6,7 @@ mod layout;
 mod rotary;
 mod settings;
 
-pub use families::Family;
+pub use families::{Family, Splits};
 pub use layout::{Affine, Block, Layout, Linear, Parameter, Role, Stored};
 pub use rotary::{Rotary, Scaling};
 pub use settings::{Object, Settings, parse_object};

@@ -4,7 +4,7 @@ use crate::cache::{FORMAT, META, Meta, TOKENIZER, TRAIN, VALIDATION};
 use crate::split::split;
 use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::Width;
-use crate::{Coverage, DataError, Note, documents};
+use crate::{Coverage, DataError, Note, documents, splits};
 use fleet_common::job::{self, Job};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -55,9 +55,13 @@ pub(crate) fn build(
             ids.check_holds(*vocab_size)?;
             let what = format!("training a tokenizer of {vocab_size} tokens on {} documents", train.len());
             progress(Note::info(what));
-            Encoder::train(&train, *vocab_size)?
+            Encoder::train(&train, *vocab_size, ids.splits)?
         }
-        job::Tokenizer::File(path) => Encoder::open(path, ids)?,
+        job::Tokenizer::File(path) => {
+            let encoder = Encoder::open(path, ids)?;
+            splits::warning(&encoder.json, ids.splits).map(Note::warning).into_iter().for_each(progress);
+            encoder
+        }
     };
     ids.check_holds(encoder.vocab_size)?;
 

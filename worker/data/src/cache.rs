@@ -11,12 +11,13 @@
 
 use crate::files::DataFiles;
 use crate::formats::{HEAD, Kind};
-use crate::tokenizer::{Encoder, ModelIds};
+use crate::tokenizer::{Encoder, ModelIds, guarded};
 use crate::windows::{Width, Windows};
 use crate::{Counts, Coverage, DataError, Note, build, text};
 use fleet_common::events::DataStats;
 use fleet_common::job::{Job, Tokenizer};
 use fleet_common::mapped::Mapped;
+use fleet_common::model::Splits;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -78,10 +79,7 @@ impl TokenCache {
         files: &DataFiles,
         progress: &dyn Fn(Note),
     ) -> Result<(TokenCache, DataStats), DataError> {
-        // Tokenizers of others run code of others, which panics at some of them.
-        let all = || TokenCache::prepare(job, files, progress);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(all))
-            .unwrap_or_else(|panic| Err(panicked(&*panic)))
+        guarded(&job.tokenizer, || TokenCache::prepare(job, files, progress))
     }
 
     fn prepare(
@@ -209,15 +207,6 @@ impl TokenCache {
     }
 }
 
-fn panicked(panic: &(dyn std::any::Any + Send)) -> DataError {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    DataError::Vocabulary(format!(
-        "preparing the data failed within the tokenizer or its training ({}); choose another tokenizer (tokenizer.path), or other data",
-        text.replace('\n', " ")
-    ))
-}
-
 // ---- the hash ---------------------------------------------------------------------------------------------------------
 
 /// SHA-256 of each file. What cannot be read by its first bytes is refused before the rest of it is looked at.
@@ -244,7 +233,9 @@ fn cache_hash(
     ids: &ModelIds,
 ) -> Result<String, DataError> {
     let tokenizer = match &job.tokenizer {
-        Tokenizer::Train { vocab_size } => format!("train {vocab_size}"),
+        Tokenizer::Train { vocab_size } => {
+            format!("train {vocab_size}{}", if ids.splits == Splits::ByDigit { " by digit" } else { "" })
+        }
         Tokenizer::File(path) => Encoder::open(path, ids)?.name(ids),
     };
     let clean = serde_json::to_string(&job.data.clean).expect("plain data");

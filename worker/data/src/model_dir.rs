@@ -170,7 +170,12 @@ impl GivenTokenizer {
     /// For a model of `rows` embeddings.
     pub fn open(path: &Path, rows: u32) -> Result<GivenTokenizer, DataError> {
         let bad = |what: String| DataError::Tokenizer { path: PathBuf::from(path), what };
-        let json = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        let json = std::fs::read(path).map_err(|source| match (source.kind(), instead(path)) {
+            (ErrorKind::NotFound, Some(others)) => bad(format!(
+                "it is not there, and {others} is; write it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )),
+            _ => DataError::Read { path: path.to_owned(), source },
+        })?;
         if let Some(pointer) = stand_in(&json) {
             return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
         }
@@ -210,6 +215,13 @@ impl GivenTokenizer {
     pub fn eos_id(&self) -> Option<u32> {
         self.special.eos.as_deref().and_then(|name| self.tokenizer.token_to_id(name))
     }
+}
+
+/// Files of a tokenizer in older forms, where a `tokenizer.json` is looked for.
+fn instead(tokenizer: &Path) -> Option<&'static str> {
+    ["vocab.json", "tokenizer.model", "spiece.model", "vocab.txt"]
+        .into_iter()
+        .find(|name| tokenizer.with_file_name(name).exists())
 }
 
 #[cfg(test)]
@@ -308,6 +320,13 @@ mod tests {
         assert_eq!(ids("b[END]"), [1, 2], "a special token is found within text");
         assert_eq!(opened.tokenizer.decode(&[1, 2], true).unwrap(), "b");
         assert_eq!((opened.eos_id(), opened.tokenizer.get_vocab_size(true)), (Some(2), 3));
+    }
+
+    #[test]
+    fn older_forms_of_a_tokenizer_are_named_with_what_to_do() {
+        let dir = dir(&[("vocab.json", json!({}))]);
+        let error = GivenTokenizer::open(&dir.path().join("tokenizer.json"), 3).err().unwrap().to_string();
+        assert!(error.contains("vocab.json is") && error.contains("save_pretrained"), "{error}");
     }
 
     #[test]

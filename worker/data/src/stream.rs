@@ -1,6 +1,6 @@
 //! Data as one stream of tokens in memory, in the order of the files: what a cache would train on if nothing were held out.
 
-use crate::tokenizer::{Encoder, ModelIds};
+use crate::tokenizer::{Encoder, ModelIds, guarded};
 use crate::{DataError, DataFiles, Note, build, cache, documents};
 use fleet_common::job::{Job, Tokenizer};
 
@@ -16,6 +16,10 @@ pub struct Stream {
 impl Stream {
     /// Reads, cleans and tokenises the data of a job whose tokenizer is given. `progress` gets what is to know of them.
     pub fn read(job: &Job, progress: &dyn Fn(Note)) -> Result<Stream, DataError> {
+        guarded(&job.tokenizer, || Stream::tokenised(job, progress))
+    }
+
+    fn tokenised(job: &Job, progress: &dyn Fn(Note)) -> Result<Stream, DataError> {
         let files = DataFiles::find(job, progress)?.files;
         let Tokenizer::File(path) = &job.tokenizer else {
             return Err(DataError::Vocabulary(

@@ -4,8 +4,9 @@
 //! here they are text, since its data were written without it.
 
 use crate::model_dir::{self, GivenTokenizer};
-use crate::{Coverage, DataError};
+use crate::{Coverage, DataError, splits};
 use fleet_common::job;
+use fleet_common::model::{Family, Splits};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
@@ -54,13 +55,13 @@ pub(crate) struct Encoder {
 
 impl Encoder {
     /// Trains as Hugging Face's `ByteLevelBPETokenizer` does. The same texts give the same bytes.
-    pub fn train(texts: &[&str], vocab_size: u32) -> Result<Encoder, DataError> {
+    pub fn train(texts: &[&str], vocab_size: u32, splits: Splits) -> Result<Encoder, DataError> {
         if vocab_size < VOCABULARY_MIN {
             return Err(DataError::Vocabulary(format!(
                 "vocab_size is {vocab_size}; a byte-level tokenizer needs at least {VOCABULARY_MIN} (256 bytes and {END_OF_TEXT})"
             )));
         }
-        let trained = train(texts, vocab_size)
+        let trained = train(texts, vocab_size, splits)
             .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
         let found = trained.get_vocab_size(true);
         if found < vocab_size as usize {
@@ -250,6 +251,25 @@ impl Frame {
     }
 }
 
+/// What is done with a tokenizer: those of others run code of others, which panics at some of them.
+pub fn guarded<T>(
+    tokenizer: &job::Tokenizer,
+    work: impl FnOnce() -> Result<T, DataError>,
+) -> Result<T, DataError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        let which = match tokenizer {
+            job::Tokenizer::File(path) => path.display().to_string(),
+            job::Tokenizer::Train { .. } => "the one that is trained".to_owned(),
+        };
+        Err(DataError::Vocabulary(format!(
+            "the tokenizer ({which}) fails at these texts ({}); choose another one (tokenizer.path), or other data",
+            text.replace('\n', " ")
+        )))
+    })
+}
+
 /// The text of tokens. Some decoders of the tokenizers library panic where there is nothing to decode.
 pub fn decode(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> tokenizers::Result<String> {
     let special = |id: &u32| skip_special && is_special(tokenizer, *id);
@@ -282,14 +302,15 @@ fn is_byte_level(json: &serde_json::Value) -> bool {
         }
         _ => is(splits, "ByteLevel"),
     };
-    byte_level && is(&json["model"], "BPE") && json["normalizer"].is_null()
+    // Composed letters are the same text.
+    let keeps = json["normalizer"].is_null() || is(&json["normalizer"], "NFC");
+    byte_level && is(&json["model"], "BPE") && keeps
 }
 
-fn train(texts: &[&str], vocab_size: u32) -> tokenizers::Result<Tokenizer> {
-    let byte_level = ByteLevel::new(false, true, true);
+fn train(texts: &[&str], vocab_size: u32, splits: Splits) -> tokenizers::Result<Tokenizer> {
     let mut tokenizer = Tokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(byte_level));
-    tokenizer.with_decoder(Some(byte_level));
+    splits::put(&mut tokenizer, splits)?;
+    tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
     tokenizer.with_post_processor(Some(ByteLevel::new(false, false, true)));
     let trainer = BpeTrainerBuilder::new()
         .show_progress(false)
@@ -318,6 +339,11 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+fn splits_of(config: &model_dir::Object) -> Splits {
+    let family = config.get("model_type").and_then(|name| Family::find(name.as_str()?));
+    family.map_or(Splits::AsWritten, |family| family.splits)
+}
+
 /// What the model says about ids: how many there are, and which end a text.
 pub(crate) struct ModelIds {
     pub vocab_size: u32,
@@ -326,6 +352,7 @@ pub(crate) struct ModelIds {
     pub chosen: bool,
     /// The directory of a given model.
     pub given: Option<PathBuf>,
+    pub splits: Splits,
 }
 
 impl ModelIds {
@@ -337,7 +364,8 @@ impl ModelIds {
                     || DataError::Settings { path: "[model]".into(), what: "has no vocab_size".into() };
                 let ends = model_dir::token_ids(config, "eos_token_id");
                 let (vocab_size, chosen) = (vocab_size.ok_or_else(missing)?, !ends.is_empty());
-                Ok(ModelIds { vocab_size, ends, chosen, given: None })
+                let splits = splits_of(config);
+                Ok(ModelIds { vocab_size, ends, chosen, given: None, splits })
             }
             job::Model::Pretrained(dir) => ModelIds::of_dir(dir),
         }
@@ -379,7 +407,8 @@ impl ModelIds {
             .ok_or_else(|| DataError::Settings { path: path.clone(), what: "has no vocab_size".into() })?;
         model_dir::end_ids(dir)?; // not now, but what is wrong with them
         let ends = model_dir::token_ids(&config, "eos_token_id");
-        Ok(ModelIds { vocab_size, ends, chosen: false, given: Some(dir.to_owned()) })
+        let splits = splits_of(&config);
+        Ok(ModelIds { vocab_size, ends, chosen: false, given: Some(dir.to_owned()), splits })
     }
 }
 
@@ -395,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_trained_tokenizer_reads_back_what_it_wrote() {
-        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280).unwrap();
+        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280, Splits::AsWritten).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id), (280, 0));
         let text = "the cat\u{1F600} é\n<|endoftext|>";
         let ids = encoder.encode(&[text]).unwrap().remove(0).ids;
@@ -421,16 +450,22 @@ mod tests {
 
     #[test]
     fn a_vocabulary_larger_than_the_data_allows_names_what_it_gave() {
-        let error = Encoder::train(&[TEXT], 4096).err().unwrap().to_string();
+        let error = Encoder::train(&[TEXT], 4096, Splits::AsWritten).err().unwrap().to_string();
         let found: u32 = error.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
         assert!((258..400).contains(&found) && error.contains("asks for 4096"), "{error}");
-        assert_eq!(Encoder::train(&[TEXT], found).unwrap().vocab_size, found);
-        assert!(Encoder::train(&[TEXT], 256).err().unwrap().to_string().contains("at least 257"));
+        assert_eq!(Encoder::train(&[TEXT], found, Splits::AsWritten).unwrap().vocab_size, found);
+        assert!(
+            Encoder::train(&[TEXT], 256, Splits::AsWritten)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("at least 257")
+        );
     }
 
     #[test]
     fn only_a_whole_byte_level_tokenizer_is_taken_to_lose_nothing() {
-        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280).unwrap();
+        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280, Splits::AsWritten).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&encoder.json).unwrap();
         assert!(encoder.has_every_byte(&json));
         let mut lowering = json.clone();
@@ -455,8 +490,13 @@ mod tests {
         let json = r#"{"version":"1.0","added_tokens":[{"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,
             "normalized":false,"special":true}],"model":{"type":"WordLevel","vocab":{"a":0,"b":1,"</s>":2},"unk_token":"a"}}"#;
         std::fs::write(&path, json).unwrap();
-        let ends =
-            |ends: &[u32], chosen| ModelIds { vocab_size: 3, ends: ends.to_vec(), chosen, given: None };
+        let ends = |ends: &[u32], chosen| ModelIds {
+            vocab_size: 3,
+            ends: ends.to_vec(),
+            chosen,
+            given: None,
+            splits: Splits::AsWritten,
+        };
         let encoder = Encoder::open(&path, &ends(&[], false)).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id, encoder.json.as_slice()), (3, 2, json.as_bytes()));
         assert_eq!(Encoder::open(&path, &ends(&[9, 1], false)).unwrap().eos_id, 1);
@@ -490,7 +530,8 @@ mod tests {
                 "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2}, "unk_token": "a"}});
             Encoder::from_json(json.to_string().into_bytes()).unwrap()
         };
-        let ids = ModelIds { vocab_size: 3, ends: vec![2], chosen: false, given: None };
+        let ids =
+            ModelIds { vocab_size: 3, ends: vec![2], chosen: false, given: None, splits: Splits::AsWritten };
         let plain = with("$A");
         assert_eq!((ids_of(&plain, &["a"]), plain.ends_texts()), (vec![vec![0]], false));
         assert!(plain.name(&ids).ends_with("eos Some(2)"), "as it always was: {}", plain.name(&ids));
@@ -530,7 +571,8 @@ mod tests {
     #[test]
     fn special_tokens_in_data_are_those_of_prompts() {
         let (_dir, path) = of_characters();
-        let ids = ModelIds { vocab_size: 10, ends: vec![], chosen: false, given: None };
+        let ids =
+            ModelIds { vocab_size: 10, ends: vec![], chosen: false, given: None, splits: Splits::AsWritten };
         let encoder = Encoder::open(&path, &ids).unwrap();
         let texts = ["a<x>b", "<s>a", "ab</s>", "\u{e9}", ""];
         let all = encoder.encode(&texts).unwrap();
@@ -565,7 +607,13 @@ mod tests {
 
     #[test]
     fn a_tokenizer_that_is_too_large_for_a_given_model_has_a_cure_that_can_be_done() {
-        let of = |given| ModelIds { vocab_size: 97, ends: vec![], chosen: false, given };
+        let of = |given| ModelIds {
+            vocab_size: 97,
+            ends: vec![],
+            chosen: false,
+            given,
+            splits: Splits::AsWritten,
+        };
         let said = |given| of(given).check_holds(300).unwrap_err().to_string();
         assert!(said(None).contains("set vocab_size = 300 in [model]"));
         let given = said(Some("/m".into()));

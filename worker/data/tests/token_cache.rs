@@ -382,6 +382,6 @@ fn a_panic_while_data_are_prepared_is_an_error_of_one_line() {
     let job = job(dir.path());
     let files = DataFiles::find(&job, &quiet).unwrap();
     let line = TokenCache::build_or_open(&job, &files, &|_| panic!("at\n0")).unwrap_err().to_string();
-    assert!(line.contains("preparing the data failed") && line.contains("(at 0)"), "{line}");
+    assert!(line.contains("fails at these texts") && line.contains("(at 0)"), "{line}");
     build(&job).unwrap(); // and the lock is free
 }

@@ -29,6 +29,7 @@ pub const FAMILY: Family = Family {
     qkv_by_head: true,
     prefix: "transformer.",
     eos: Some(2),
+    splits: Splits::AsWritten,
     positions_key: "seq_length",
     aliases: &[
         ("n_embed", "hidden_size"),

@@ -29,6 +29,7 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "transformer.",
     eos: Some(50_256),
+    splits: Splits::AsWritten,
     positions_key: "n_positions",
     aliases: &[
         ("hidden_size", "n_embd"),

@@ -27,6 +27,8 @@ pub struct Family {
     pub prefix: &'static str,
     /// The token that ends a text where a configuration has no `eos_token_id`.
     pub eos: Option<u32>,
+    /// How transformers 5 splits texts for its models.
+    pub splits: Splits,
     /// What its configuration calls the longest sequence.
     pub positions_key: &'static str,
     /// Names that count before those that `read` looks for, where both stand there: `attribute_map` in transformers' configuration classes.
@@ -36,6 +38,15 @@ pub struct Family {
     pub write: fn(&Decoder) -> Object,
     /// Puts in what somebody who wants a new model, for sequences of so many tokens, need not say, where that is not what `read` takes for it.
     pub fill: fn(&mut Object, usize) -> Result<(), String>,
+}
+
+/// How a tokenizer splits a text into words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Splits {
+    /// As its `tokenizer.json` says.
+    AsWritten,
+    /// Into letters that are composed, and digits one by one: what a byte-level `tokenizer.json` says of that is not looked at.
+    ByDigit,
 }
 
 /// What tensors are called, without `.weight` and `.bias`.

@@ -20,6 +20,7 @@ pub const FAMILY: Family = Family {
     qkv_by_head: false,
     prefix: "model.",
     eos: Some(2),
+    splits: Splits::AsWritten,
     positions_key: "max_position_embeddings",
     aliases: &[],
     read,

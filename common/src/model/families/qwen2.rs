@@ -7,6 +7,7 @@ pub const FAMILY: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     eos: None,
+    splits: Splits::ByDigit,
     read,
     write,
     ..super::llama::FAMILY

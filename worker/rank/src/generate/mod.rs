@@ -9,7 +9,9 @@ pub use text::TextStream;
 
 use crate::host_model::{HostModel, read_weights};
 use fleet_checkpoint::TOKENIZER_FILE;
+use fleet_common::job::Tokenizer;
 use fleet_common::model::{Decoder, Positions, Scaling};
+use fleet_data::guarded;
 use fleet_data::model_dir::GivenTokenizer;
 use fleet_kernels::all_finite;
 use fleet_learn::model::Model;
@@ -73,7 +75,8 @@ pub fn generate(
     let vocab = model.decoder.vocab_size as u32;
     let opened = GivenTokenizer::open(&path, vocab).map_err(|e| Error::Input(e.to_string()))?;
     let ends = end_ids(dir, &opened)?;
-    let Prompt { mut ids, mut notes } = Prompt::encode(&opened, prompt)?;
+    let file = Tokenizer::File(path.clone());
+    let Prompt { mut ids, mut notes } = guarded(&file, || Ok(Prompt::encode(&opened, prompt)))??;
     if ids.is_empty() {
         // A text begins where another one ended.
         ids.push(model.bos_token_id.or(model.eos_token_id).unwrap_or(0));
@@ -96,7 +99,7 @@ pub fn generate(
     let positions = prompt_tokens.saturating_add(*max_new_tokens).min(context);
     let mut host = HostModel::new(given, weights, *threads, prompt_tokens, positions)?;
     let mut cache = host.cache();
-    let mut stream = TextStream::new(&opened.tokenizer, &ids)
+    let mut stream = guarded(&file, || Ok(TextStream::new(&opened.tokenizer, &ids)))?
         .map_err(|e| refuse(format!("cannot decode the prompt: {e}")))?;
     let mut text = String::new();
     let mut new_tokens = 0;
