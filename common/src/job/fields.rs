@@ -184,10 +184,11 @@ impl Fields {
     pub fn new(
         file: &str,
         table: Vec<(String, Value)>,
-        sets: Vec<(String, Value)>,
+        set: Vec<(String, Value)>,
     ) -> Result<Self, JobFileError> {
-        let mut flat = Vec::new();
+        let (mut flat, mut sets) = (Vec::new(), Vec::new());
         flatten("", table, &mut flat)?;
+        flatten("", set, &mut sets)?;
         let family = family(flat.iter().chain(&sets))?;
         let is_path = |(key, value): &(String, Value)| key == PATH && !matches!(value.kind, Kind::Null);
         let described = (!flat.iter().chain(&sets).any(is_path)).then_some(family);
@@ -306,10 +307,10 @@ impl Fields {
         self.given.get(name).map_or(name, |(spelling, _)| spelling)
     }
 
-    /// What is given and would be decided by `model.path`.
-    pub fn of_new_model(&self) -> Option<&'static str> {
+    /// All that is given and would be decided by `model.path`.
+    pub fn of_new_model(&self) -> Vec<&'static str> {
         let of_model = |name: &&str| OF_ANY_MODEL.contains(name) || name.starts_with(DESCRIPTION);
-        self.given.keys().copied().find(|name| *name != PATH && of_model(name))
+        self.given.keys().copied().filter(|name| *name != PATH && of_model(name)).collect()
     }
 
     /// What is given of the description of a new model: the key of its configuration, with a dot where that is in an object, and the name.

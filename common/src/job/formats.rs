@@ -120,17 +120,28 @@ fn toml_kind(value: &DeValue<'_>, place: &Place, lines: &Lines<'_>) -> Result<Ki
     })
 }
 
-/// A scalar or a list as TOML writes it; `None` where the text is neither.
+/// A value as TOML writes it in one line; `None` where the text is none.
 pub(super) fn toml_value(text: &str, place: &Place) -> Option<Kind> {
     let parsed = DeValue::parse(text.trim()).ok()?;
-    if matches!(parsed.get_ref(), DeValue::Datetime(_) | DeValue::Table(_)) {
+    if matches!(parsed.get_ref(), DeValue::Datetime(_)) {
         return None;
     }
     let mut kind = toml_kind(parsed.get_ref(), place, &Lines { text, file: "" }).ok()?;
-    if let Kind::List(items) = &mut kind {
-        items.iter_mut().for_each(|item| item.place = place.clone());
-    }
+    put(place, &mut kind);
     Some(kind)
+}
+
+/// All that is in a value stands where it does.
+fn put(place: &Place, kind: &mut Kind) {
+    let inner: Vec<&mut Value> = match kind {
+        Kind::List(items) => items.iter_mut().collect(),
+        Kind::Table(entries) => entries.iter_mut().map(|(_, value)| value).collect(),
+        _ => return,
+    };
+    for value in inner {
+        value.place = place.clone();
+        put(place, &mut value.kind);
+    }
 }
 
 // ---- JSON with comments -----------------------------------------------------------------------------------------------

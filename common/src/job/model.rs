@@ -32,13 +32,16 @@ fn pretrained(
     path: PathBuf,
     tokenizer: Option<PathBuf>,
 ) -> Result<(Model, Tokenizer), JobFileError> {
-    if let Some(name) = f.of_new_model() {
+    let shape = f.of_new_model();
+    if !shape.is_empty() {
+        let keys: Vec<_> = shape.iter().map(|name| format!("`{}`", f.spelling(name))).collect();
         let message = format!(
-            "`{}` and `model.path` do not go together: the shape comes from {}/config.json; take one out",
-            f.spelling(name),
-            path.display()
+            "{} and `model.path` do not go together: the shape comes from {}/config.json; take {} out",
+            keys.join(", "),
+            path.display(),
+            if keys.len() == 1 { "one" } else { "them, or `model.path`," }
         );
-        return Err(f.refuse(&[name], message));
+        return Err(f.refuse(&shape, message));
     }
     let tokenizer = Tokenizer::File(tokenizer.unwrap_or_else(|| path.join("tokenizer.json")));
     Ok((Model::Pretrained(path), tokenizer))

@@ -4,7 +4,7 @@ use super::error::JobFileError;
 use super::formats;
 use super::value::{Kind, Value};
 
-/// The dotted key and the value. The value is read as a TOML number, boolean, quoted text or list; anything else is text.
+/// The dotted key and the value. The value is read as a TOML number, boolean, quoted text, list or inline table; anything else is text.
 pub(super) fn parse(text: &str) -> Result<(String, Value), JobFileError> {
     let (key, typed) = match text.split_once('=') {
         Some((key, typed)) if !key.trim().is_empty() => (key.trim(), typed),

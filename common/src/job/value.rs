@@ -34,7 +34,7 @@ impl Value {
     pub fn text(&self) -> Option<&str> {
         match (&self.kind, &self.typed) {
             (Kind::Text(text), _) => Some(text),
-            (Kind::Int(_) | Kind::Float(_) | Kind::Bool(_), Some(typed)) => Some(typed),
+            (Kind::Int(_) | Kind::Float(_) | Kind::Bool(_) | Kind::Table(_), Some(typed)) => Some(typed),
             _ => None,
         }
     }
