@@ -4,6 +4,7 @@ use crate::network::Network;
 use crate::product::{Products, Storage};
 use crate::workspace::Workspace;
 use fleet_kernels::Heads;
+use fleet_learn::zeros::{Part, reserve};
 use fleet_learn::{HostWeights, Result};
 
 /// Keys and values of the tokens so far, of every layer.
@@ -36,6 +37,15 @@ impl<E: Storage> Cache<E> {
         Self { layers: network.layout.blocks.iter().map(|_| Layer::default()).collect(), len: 0 }
     }
 
+    /// Room for so many tokens more, of `heads` each.
+    fn reserve(&mut self, tokens: usize, heads: &Heads) -> Result<()> {
+        let more = tokens * heads.kv_heads * heads.head_dim;
+        self.layers.iter_mut().try_for_each(|layer| {
+            reserve(&mut layer.keys, more, Part::Cache)?;
+            reserve(&mut layer.values, more, Part::Cache)
+        })
+    }
+
     /// Tokens seen.
     pub fn len(&self) -> usize {
         self.len
@@ -58,7 +68,7 @@ impl Network {
     ) -> Result<Vec<f32>> {
         self.hidden_states(&mut weights, ids, seq, products, work, &mut |_, _| {})?;
         let mut pass = self.pass(weights, (ids.len() / seq, seq), products);
-        Ok(pass.head_logits(&work.saved[0].x[..ids.len() * self.hidden()], &mut work.scratch))
+        pass.head_logits(&work.saved[0].x[..ids.len() * self.hidden()], &mut work.scratch)
     }
 
     /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
@@ -72,6 +82,7 @@ impl Network {
     ) -> Result<Vec<f32>> {
         assert!(cache.is_empty() && !ids.is_empty(), "a prompt for an empty cache");
         let heads = self.heads(1, ids.len());
+        cache.reserve(ids.len(), &heads)?;
         self.hidden_states(&mut weights, ids, ids.len(), products, work, &mut |number, qkv| {
             cache.layers[number].push(qkv, &heads);
         })?;
@@ -79,7 +90,7 @@ impl Network {
         let h = self.hidden();
         let last = (ids.len() - 1) * h;
         let mut pass = self.one_token(weights, ids.len() - 1, products);
-        Ok(pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch))
+        pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch)
     }
 
     /// `[v]` logits of the token after `id`, which is added to the cache.
@@ -90,8 +101,9 @@ impl Network {
         cache: &mut Cache<E>,
         products: &mut Products,
         work: &mut Workspace<E>,
-    ) -> Vec<f32> {
-        work.resize(self, 1, 1);
+    ) -> Result<Vec<f32>> {
+        work.resize(self, 1, 1)?;
+        cache.reserve(1, &self.heads(1, 1))?;
         let mut pass = self.one_token(weights, cache.len, products);
         let Workspace { saved, last, embedded, scratch } = work;
         let saved = &mut saved[0];

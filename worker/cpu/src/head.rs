@@ -6,7 +6,8 @@ use crate::network::{grad, summed};
 use crate::product::{Out, Storage};
 use crate::workspace::Scratch;
 use fleet_kernels::{self as kernels, Store};
-use fleet_learn::{Batch, Gradients, Workers};
+use fleet_learn::zeros::{Part, zeros};
+use fleet_learn::{Batch, Gradients, Result, Workers};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 impl<E: Storage> Pass<'_, E> {
@@ -113,7 +114,7 @@ impl<E: Storage> Pass<'_, E> {
     }
 
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
-    pub(crate) fn head_logits(&mut self, x: &[f32], scratch: &mut Scratch<E>) -> Vec<f32> {
+    pub(crate) fn head_logits(&mut self, x: &[f32], scratch: &mut Scratch<E>) -> Result<Vec<f32>> {
         let layout = &self.network.layout;
         let n = x.len() / self.network.hidden();
         self.heads.batch = 1;
@@ -122,13 +123,13 @@ impl<E: Storage> Pass<'_, E> {
         let (e, v) = (layout.head.inputs, layout.head.outputs);
         let read =
             if layout.project_out.is_some() { &scratch.more_rows[..n * e] } else { &scratch.normed[..n * e] };
-        let mut logits = vec![0.0; n * v];
+        let mut logits = zeros(n * v, Part::Logits)?;
         let head = self.weights.of(&layout.head.weight);
         self.products.forward(read, head, Out::Set(&mut logits), (n, e, v));
         if let Some(bias) = self.bias_of_head() {
             kernels::add_rows(&mut logits, bias);
         }
-        logits
+        Ok(logits)
     }
 }
 

@@ -111,7 +111,7 @@ impl Network {
     ) -> Result<f64> {
         let shape = (batch.sequences(), batch.seq);
         let blocks = self.layout.blocks.len();
-        work.resize(self, batch.ids.len(), blocks);
+        work.resize(self, batch.ids.len(), blocks)?;
         let Workspace { saved, last, embedded, scratch } = work;
 
         units.need(0)?;
@@ -180,7 +180,7 @@ impl Network {
         layer_done: &mut dyn FnMut(usize, &[E]),
     ) -> Result<()> {
         let shape = (ids.len() / seq, seq);
-        work.resize(self, ids.len(), 1);
+        work.resize(self, ids.len(), 1)?;
         let Workspace { saved, last, embedded, scratch } = work;
         let saved = &mut saved[0];
         units.need(0)?;

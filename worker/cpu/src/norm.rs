@@ -6,7 +6,7 @@ use crate::product::Storage;
 use crate::workspace::grow;
 use fleet_common::model::{Affine, NormKind};
 use fleet_kernels::{self as kernels, Element, RowStats, Store};
-use fleet_learn::Gradients;
+use fleet_learn::{Gradients, Result};
 
 /// What norms keep of rows, and sums of their gradients by pieces.
 #[derive(Default)]
@@ -24,13 +24,14 @@ pub(crate) struct NormScratch {
 }
 
 impl NormScratch {
-    pub fn resize(&mut self, rows: usize, width: usize) {
-        grow(&mut self.rstd, rows);
-        grow(&mut self.stats, rows);
+    pub fn resize(&mut self, rows: usize, width: usize) -> Result<()> {
+        grow(&mut self.rstd, rows)?;
+        grow(&mut self.stats, rows)?;
         if self.ones.len() < width {
             self.ones = vec![1.0; width];
             self.zeros = vec![0.0; width];
         }
+        Ok(())
     }
 
     pub fn sums(&mut self) -> &mut Vec<f32> {

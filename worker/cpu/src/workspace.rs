@@ -4,6 +4,8 @@ use crate::network::Network;
 use crate::norm::NormScratch;
 use crate::product::Storage;
 use fleet_common::model::Form;
+use fleet_learn::Result;
+use fleet_learn::zeros::{Part, zeros};
 
 /// Most numbers of logits that exist at once: the head works in slices of tokens.
 const LOGITS_MAX: usize = 1 << 20;
@@ -84,7 +86,7 @@ impl<E: Storage> Workspace<E> {
     }
 
     /// Makes room for `t` tokens with `layers` blocks kept. Never shrinks.
-    pub(crate) fn resize(&mut self, network: &Network, t: usize, layers: usize) {
+    pub(crate) fn resize(&mut self, network: &Network, t: usize, layers: usize) -> Result<()> {
         let d = &network.decoder;
         let (a, h, e, f) = (&d.attention, d.hidden_size, d.embedding_size, d.mlp.size);
         let (q, qkv) = (a.q_size(), a.qkv_size());
@@ -95,36 +97,36 @@ impl<E: Storage> Workspace<E> {
             self.saved.push(Saved::default());
         }
         for saved in &mut self.saved[..layers] {
-            grow(&mut saved.x, t * h);
-            grow(&mut saved.qkv, t * qkv);
-            grow(&mut saved.raw, where_so(a.qk_norm, t * (q + a.kv_heads * a.head_dim)));
-            grow(&mut saved.attention, t * q);
-            grow(&mut saved.lse, t * a.heads);
-            grow(&mut saved.middle, where_so(d.form != Form::Parallel, t * h));
-            grow(&mut saved.up, t * up);
-            grow(&mut saved.last, where_so(d.form == Form::NormLast, t * h));
+            grow(&mut saved.x, t * h)?;
+            grow(&mut saved.qkv, t * qkv)?;
+            grow(&mut saved.raw, where_so(a.qk_norm, t * (q + a.kv_heads * a.head_dim)))?;
+            grow(&mut saved.attention, t * q)?;
+            grow(&mut saved.lse, t * a.heads)?;
+            grow(&mut saved.middle, where_so(d.form != Form::Parallel, t * h))?;
+            grow(&mut saved.up, t * up)?;
+            grow(&mut saved.last, where_so(d.form == Form::NormLast, t * h))?;
         }
-        grow(&mut self.last, t * h);
-        grow(&mut self.embedded.rows, where_so(projected, t * e));
-        grow(&mut self.embedded.before_norm, where_so(d.embedding_norm, t * h));
+        grow(&mut self.last, t * h)?;
+        grow(&mut self.embedded.rows, where_so(projected, t * e))?;
+        grow(&mut self.embedded.before_norm, where_so(d.embedding_norm, t * h))?;
         let scratch = &mut self.scratch;
         scratch.logit_rows = (LOGITS_MAX / d.vocab_size).max(LOGIT_ROWS_MIN).min(t);
-        grow(&mut scratch.normed, t * h);
-        grow(&mut scratch.inner, t * f);
-        grow(&mut scratch.rows, t * h.max(q).max(e));
-        grow(&mut scratch.more_rows, where_so(projected || d.form == Form::Parallel, t * h.max(e)));
-        grow(&mut scratch.dqkv, t * qkv);
-        grow(&mut scratch.g, t * h);
-        grow(&mut scratch.g_narrow, where_so(E::IS_BF16, t * h.max(e)));
-        grow(&mut scratch.stream, where_so(d.form == Form::NormLast || d.embedding_norm, t * h));
-        grow(&mut scratch.logits, scratch.logit_rows * d.vocab_size);
-        scratch.norms.resize(t.max(a.heads), h.max(a.head_dim));
+        grow(&mut scratch.normed, t * h)?;
+        grow(&mut scratch.inner, t * f)?;
+        grow(&mut scratch.rows, t * h.max(q).max(e))?;
+        grow(&mut scratch.more_rows, where_so(projected || d.form == Form::Parallel, t * h.max(e)))?;
+        grow(&mut scratch.dqkv, t * qkv)?;
+        grow(&mut scratch.g, t * h)?;
+        grow(&mut scratch.g_narrow, where_so(E::IS_BF16, t * h.max(e)))?;
+        grow(&mut scratch.stream, where_so(d.form == Form::NormLast || d.embedding_norm, t * h))?;
+        grow(&mut scratch.logits, scratch.logit_rows * d.vocab_size)?;
+        scratch.norms.resize(t.max(a.heads), h.max(a.head_dim))
     }
 }
 
-/// Fresh zeroed memory costs nothing until it is touched.
-pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) {
+pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> Result<()> {
     if buffer.len() < len {
-        *buffer = vec![T::default(); len];
+        *buffer = zeros(len, Part::Activations)?;
     }
+    Ok(())
 }

@@ -84,7 +84,7 @@ fn greedy_tokens_come_one_by_one_as_from_whole_sequences() {
         let mut logits = executor.prefill(model.flat(), &greedy[..8], &mut cache).unwrap();
         for want in &greedy[8..] {
             assert_eq!(likeliest(&logits), *want, "{} after {} tokens", case.name, cache.len());
-            logits = executor.decode(model.flat(), *want, &mut cache);
+            logits = executor.decode(model.flat(), *want, &mut cache).unwrap();
         }
     }
 }

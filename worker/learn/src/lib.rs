@@ -19,6 +19,7 @@ pub mod testing;
 pub mod trainer;
 pub mod units;
 mod workers;
+pub mod zeros;
 
 pub use batch::{Batch, IGNORED, TokenBatch};
 pub use engine::{Engine, Learner};

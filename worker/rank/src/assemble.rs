@@ -79,7 +79,7 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box
     let (executor, workers) = cpu::<E>(model, start.threads, job.max_seq_len as usize)?;
     let layout = model.layout();
     Ok(match gang(start)? {
-        None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation))),
+        None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
         Some(gang) => Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)),
     })
 }
@@ -93,7 +93,7 @@ fn cpu<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<(Cpu
 /// A model on this machine's CPU alone, for sequences of at most `positions` tokens, with weights that are still zero.
 pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
-    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)))
+    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?))
 }
 
 /// The peers, where there are any.

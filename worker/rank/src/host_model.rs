@@ -4,6 +4,7 @@ use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
 use fleet_kernels::all_finite;
 use fleet_learn::model::Model;
+use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, HostWeights, Result};
 use std::path::Path;
 
@@ -49,7 +50,7 @@ impl HostModel {
     }
 
     /// `[v]` logits of the token after `id`.
-    pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Vec<f32> {
+    pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Result<Vec<f32>> {
         self.executor.decode(HostWeights::flat(&self.weights, &[]), id, cache)
     }
 }
@@ -60,7 +61,7 @@ pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
         fleet_checkpoint::verify(dir)?;
     }
     let model = ModelDir::open(dir)?;
-    let mut flat = vec![0.0; model.layout.len];
+    let mut flat = zeros(model.layout.len, Part::Weights)?;
     model.read(&mut flat)?;
     if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {
         return Err(Error::Input(format!(

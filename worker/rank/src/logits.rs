@@ -2,6 +2,7 @@
 
 use crate::host_model::read_weights;
 use fleet_common::model::Positions;
+use fleet_learn::zeros::{Part, reserve};
 use fleet_learn::{Error, Result};
 use fleet_torch::{FlatWeights, Numbers, TorchExecutor, device};
 use safetensors::tensor::{Dtype, TensorView};
@@ -51,7 +52,8 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     let mut weights = FlatWeights::new(model.layout.len, device, precision.products).map_err(failed)?;
     weights.set(0, &flat).and_then(|()| weights.refresh()).map_err(failed)?;
     drop(flat);
-    let mut numbers = Vec::with_capacity(bytes);
+    let mut numbers = Vec::new();
+    reserve(&mut numbers, bytes, Part::Logits)?;
     for sequence in ids.chunks(len) {
         let logits = compute(&mut executor, &weights, sequence).map_err(failed)?;
         logits.iter().for_each(|x| numbers.extend(x.to_le_bytes()));

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
+use crate::zeros::{Part, zeros};
 use fleet_collectives::Collective;
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
@@ -43,19 +44,19 @@ impl Gradients for Summed {
 
 impl<E: HostNumber> Solo<E> {
     /// Weights are zero until they are filled.
-    pub fn new(layout: Layout, workers: Arc<Workers>, generation: u64) -> Solo<E> {
-        let zeros = || vec![0.0; layout.len];
-        Solo {
+    pub fn new(layout: Layout, workers: Arc<Workers>, generation: u64) -> Result<Solo<E>> {
+        let numbers = || zeros(layout.len, Part::Learner);
+        Ok(Solo {
             gang: fleet_collectives::Solo::new(generation),
-            master: zeros(),
-            copy: vec![bf16::ZERO; if E::IS_BF16 { layout.len } else { 0 }],
-            moment1: zeros(),
-            moment2: zeros(),
-            grads: Summed { numbers: zeros(), fresh: true },
+            master: numbers()?,
+            copy: zeros(if E::IS_BF16 { layout.len } else { 0 }, Part::Learner)?,
+            moment1: numbers()?,
+            moment2: numbers()?,
+            grads: Summed { numbers: numbers()?, fresh: true },
             layout,
             workers,
             kind: PhantomData,
-        }
+        })
     }
 }
 

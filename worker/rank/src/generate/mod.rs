@@ -131,7 +131,7 @@ pub fn generate(
             break End::Context;
         }
         if new_tokens < *max_new_tokens {
-            logits = host.decode(i64::from(id), &mut cache);
+            logits = host.decode(i64::from(id), &mut cache)?;
         }
     };
     if cache.len() > made_for {

@@ -62,7 +62,7 @@ fn engine<E: Storage>(config: &Object, cut: Cut, gang: impl Fn() -> Box<ShmColle
     let (layout, workers) = (model.layout(), workers(1).unwrap());
     let executor = CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), SEQ), workers.clone());
     match cut.kind {
-        Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1)),
+        Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1).unwrap()),
         Kind::Shared => Engine::new(executor, Shared::<E>::new(layout, workers, gang()).unwrap()),
         Kind::Gathering => Engine::new(executor, Gathering::<E>::new(layout, gang())),
     }
