@@ -1,10 +1,10 @@
-//! Tokens that are named beside a `tokenizer.json` and not in it. Transformers adds them behind those that it has, and so does fleet where the model
-//! has an embedding for them.
+//! Tokens that are named beside a `tokenizer.json`. Transformers adds those that it lacks behind those that it has, and so does fleet where the model
+//! has an embedding for them; of a token that it has they say how it is matched.
 
 use crate::DataError;
 use crate::model_dir::{Object, TOKENIZER_CONFIG, read_object, whole, without_nulls};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use tokenizers::{AddedToken, Tokenizer};
 
@@ -22,9 +22,41 @@ pub fn token(setting: &Value, special: bool) -> Option<AddedToken> {
     Some(token.single_word(flag("single_word", false)))
 }
 
-/// All that the files beside `tokenizer` name, in the order in which transformers 5 adds what a tokenizer lacks: those that have an id, which
-/// says their order alone, and then those that have a role, `special`.
-pub fn named(tokenizer: &Path, special: &[AddedToken]) -> Result<Vec<AddedToken>, DataError> {
+/// Adds all that the files beside the tokenizer at `path` name, as far as their ids are below `rows`: those that have an id, which says their
+/// order alone, and then those that have a role, `special`, and are not there yet. Gives what that changed.
+pub fn add(
+    tokenizer: &mut Tokenizer,
+    path: &Path,
+    special: &[AddedToken],
+    rows: u32,
+) -> Result<Vec<AddedToken>, DataError> {
+    let mut taken = with_ids(path, special)?;
+    let before = tokenizer.get_added_tokens_decoder();
+    for token in special {
+        let is_there = |other: &AddedToken| other.content == token.content;
+        if !before.values().chain(&taken).any(is_there) {
+            taken.push(token.clone());
+        }
+    }
+    // As the tokenizers library numbers them.
+    let base = tokenizer.get_vocab_size(false) as u32;
+    let last = before.keys().max().copied();
+    let next = last.map_or(base, |last| base.max(last + 1));
+    let mut new = HashSet::new();
+    taken.retain(|token| match tokenizer.token_to_id(&token.content) {
+        Some(_) => !before.values().any(|other| other == token),
+        None => {
+            new.contains(&token.content) || {
+                let has_row = next as usize + new.len() < rows as usize;
+                has_row && new.insert(token.content.clone())
+            }
+        }
+    });
+    tokenizer.add_tokens(&taken);
+    Ok(taken)
+}
+
+fn with_ids(tokenizer: &Path, special: &[AddedToken]) -> Result<Vec<AddedToken>, DataError> {
     let read = |name: &str| -> Result<Object, DataError> {
         Ok(without_nulls(read_object(&tokenizer.with_file_name(name))?.unwrap_or_default()))
     };
@@ -42,26 +74,7 @@ pub fn named(tokenizer: &Path, special: &[AddedToken]) -> Result<Vec<AddedToken>
             }
         }
     }
-    Ok(by_id.into_values().chain(special.iter().cloned()).collect())
-}
-
-/// Adds those of `named` that the tokenizer lacks, as far as their ids are below `rows`; gives their names.
-pub fn add(tokenizer: &mut Tokenizer, named: &[AddedToken], rows: u32) -> Vec<String> {
-    let mut taken: Vec<AddedToken> = Vec::new();
-    for token in named {
-        let is_known = tokenizer.token_to_id(&token.content).is_some();
-        if !is_known && taken.iter().all(|other| other.content != token.content) {
-            taken.push(token.clone());
-        }
-    }
-    // As the tokenizers library numbers them.
-    let base = tokenizer.get_vocab_size(false) as u32;
-    let last = tokenizer.get_added_tokens_decoder().keys().max().copied();
-    let next = last.map_or(base, |last| base.max(last + 1));
-    taken.truncate(rows.saturating_sub(next) as usize);
-    let names = taken.iter().map(|token| token.content.clone()).collect();
-    tokenizer.add_tokens(&taken);
-    names
+    Ok(by_id.into_values().collect())
 }
 
 #[cfg(test)]
@@ -98,6 +111,7 @@ mod tests {
             vec![config(json!({"additional_special_tokens": ["<y>"], "added_tokens_decoder": {"9": x}}))],
             vec![("special_tokens_map.json", json!({"additional_special_tokens": ["<x>", "<y>"]}))],
             vec![("added_tokens.json", json!({"<y>": 8, "<x>": 7}))],
+            vec![config(json!({"added_tokens_decoder": {"9": x, "10": x, "11": y}}))],
         ] {
             assert_eq!(ids(7, TEXT, &files), [0, 5, 0, 6], "{files:?}");
         }
@@ -105,5 +119,22 @@ mod tests {
         assert_eq!(ids(6, TEXT, &both), [0, 5, 0, 1, 3, 2], "no row for the second");
         assert_eq!(ids(5, TEXT, &both), [0, 1, 3, 2, 0, 1, 3, 2]);
         assert_eq!(ids(7, TEXT, &[]), [0, 1, 3, 2, 0, 1, 3, 2]);
+    }
+
+    /// Measured with transformers 5.17 and 4.57, which agree.
+    #[test]
+    fn of_a_token_that_is_there_they_say_how_it_is_matched() {
+        let config = |json: Value| [("tokenizer_config.json", json)];
+        let decoder = |token: Value| config(json!({"added_tokens_decoder": {"0": token}}));
+        assert_eq!(ids(5, "aa", &[]), [3]);
+        assert_eq!(ids(5, "aa", &decoder(json!({"content": "a"}))), [0, 0], "of the vocabulary");
+        assert_eq!(ids(5, "aa a", &decoder(json!({"content": "a", "single_word": true}))), [3, 0]);
+        assert_eq!(ids(5, "aa", &config(json!({"pad_token": "a"}))), [0, 0], "by its role");
+        assert_eq!(ids(5, "b<s>c", &[]), [3, 4, 3]);
+        assert_eq!(
+            ids(5, "b<s>c", &decoder(json!({"content": "<s>", "special": true, "single_word": true}))),
+            [3, 1, 3, 2, 3]
+        );
+        assert_eq!(ids(5, "a <s>", &config(json!({"split_special_tokens": true}))), [0, 1, 3, 2]);
     }
 }

@@ -190,23 +190,13 @@ impl GivenTokenizer {
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| bad(e.to_string()))?;
         let special = SpecialTokens::beside(path)?;
-        let unmarked: Vec<AddedToken> = special
-            .all
-            .iter()
-            .filter(|AddedToken { content, .. }| {
-                tokenizer.token_to_id(content).is_some()
-                    && !tokenizer.get_added_vocabulary().get_vocab().contains_key(content)
-            })
-            .cloned()
-            .collect();
-        tokenizer.add_special_tokens(&unmarked);
-        if !unmarked.is_empty() {
-            let names: Vec<&str> = unmarked.iter().map(|token| token.content.as_str()).collect();
-            beside += &format!(" special {names:?}");
-        }
-        let added = added::add(&mut tokenizer, &added::named(path, &special.all)?, rows);
+        let added = added::add(&mut tokenizer, path, &special.all, rows)?;
         if !added.is_empty() {
             beside += &format!(" added {added:?}");
+        }
+        if settings.get("split_special_tokens").and_then(Value::as_bool) == Some(true) {
+            tokenizer.set_encode_special_tokens(true);
+            beside += " special tokens are split";
         }
         Ok(GivenTokenizer { tokenizer, special, json, beside })
     }
