@@ -278,6 +278,26 @@ fn a_tuned_model_keeps_what_it_came_with_and_so_does_a_run_that_is_continued() {
     }
 }
 
+/// As transformers 4.57 and 5.17 write them, and as both read them from the settings.
+#[test]
+fn further_chat_templates_come_along() {
+    let (data, dir) = (tempfile::tempdir().unwrap(), copy_of("byte_level"));
+    let templates = dir.path().join("additional_chat_templates");
+    fs::create_dir(&templates).unwrap();
+    fs::write(templates.join("tool_use.jinja"), "{{ tools }}").unwrap();
+    fs::write(templates.join("rag.jinja"), "é").unwrap();
+    fs::write(dir.path().join("chat_template.jinja"), "usual").unwrap();
+    let job = tuned(data.path(), dir.path());
+    let all = json!([{"name": "default", "template": "usual"}, {"name": "rag", "template": "é"}, {"name": "tool_use", "template": "{{ tools }}"}]);
+    let [half, full] = <[_; 2]>::try_from(launch(&job, 1, None, None).checkpoints()).unwrap();
+    assert_eq!(read(&Path::new(&full.path).join("tokenizer_config.json"))["chat_template"], all);
+    assert!(!Path::new(&full.path).join("chat_template.jinja").exists());
+    fs::remove_dir_all(templates).unwrap();
+    fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
+    let again = launch(&job, 1, Some(&half.path), None).checkpoints().pop().unwrap();
+    assert_eq!(read(&Path::new(&again.path).join("tokenizer_config.json"))["chat_template"], all);
+}
+
 #[test]
 fn a_begin_stands_before_every_document_of_a_model_that_wants_one() {
     let (data, dir) = (tempfile::tempdir().unwrap(), copy_of("metaspace"));

@@ -7,7 +7,7 @@ use fleet_checkpoint::{CONFIG_FILE, CheckpointError, TOKENIZER_FILE, Writer};
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -17,13 +17,19 @@ use tokenizers::Tokenizer;
 const OF_TOKENIZER: [&str; 8] = [
     SPECIAL_TOKENS_MAP,
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
 ];
+
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// Where further templates lie, each by its name. A checkpoint has no folders: there they stand in the tokenizer's settings, which
+/// transformers reads as well.
+const MORE_TEMPLATES: &str = "additional_chat_templates";
+const TEMPLATES_MAX: usize = 64;
 
 /// The largest of them, lists of tokens, are some megabytes. Each is held in memory.
 const FILE_MAX: u64 = 64 << 20;
@@ -76,6 +82,20 @@ impl Companions {
             None => tokenizer_config(&tokenizer, &model),
         };
         for_both_versions(&mut of_tokenizer);
+        let more = [from.resume, beside]
+            .into_iter()
+            .flatten()
+            .map(more_templates)
+            .find(|more| !matches!(more, Ok(more) if more.is_empty()));
+        if let Some(more) = more.transpose()? {
+            let usual =
+                files.iter().position(|(name, _)| *name == CHAT_TEMPLATE).map(|at| files.remove(at).1);
+            let usual = usual.map(|bytes| String::from_utf8_lossy(&bytes).into_owned().into());
+            let usual = usual.or_else(|| of_tokenizer.remove("chat_template").filter(Value::is_string));
+            let all = usual.map(|text| ("default".to_owned(), text)).into_iter().chain(more);
+            let all = all.map(|(name, template)| json!({"name": name, "template": template})).collect();
+            of_tokenizer.insert("chat_template".into(), all);
+        }
         if from.model.is_none() && special.eos.is_some() && special.eos != end {
             // The job has chosen another end.
             files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
@@ -164,6 +184,26 @@ fn first(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Vec<u8>>> {
         return Ok(Some(bytes));
     }
     Ok(None)
+}
+
+/// Names and texts of the further templates of the tokenizer in `dir`, by name.
+fn more_templates(dir: &Path) -> Result<Vec<(String, Value)>> {
+    let dir = dir.join(MORE_TEMPLATES);
+    let Ok(entries) = std::fs::read_dir(&dir) else { return Ok(Vec::new()) };
+    let mut files: Vec<_> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    files.retain(|file| file.ends_with(".jinja"));
+    files.sort();
+    if files.len() > TEMPLATES_MAX {
+        let (dir, count) = (dir.display(), files.len());
+        return Err(Error::Input(format!("{dir}: has {count} chat templates; keep at most {TEMPLATES_MAX}")));
+    }
+    let mut templates = Vec::new();
+    for file in files {
+        let text = first(&file, [Some(&dir), None])?.unwrap_or_default();
+        let name = file.trim_end_matches(".jinja").to_owned();
+        templates.push((name, String::from_utf8_lossy(&text).into()));
+    }
+    Ok(templates)
 }
 
 fn first_object(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Object>> {
