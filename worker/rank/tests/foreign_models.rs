@@ -7,7 +7,7 @@ mod gang;
 
 use fleet_checkpoint::Tensors;
 use fleet_common::exit::Fault;
-use fleet_common::job::{Job, Model, Tokenizer};
+use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
 use fleet_rank::generate::{End, Generated, Sampling, Settings, generate};
 use gang::{job, launch};
 use serde_json::{Value, json};
@@ -275,6 +275,31 @@ fn a_tuned_model_keeps_what_it_came_with_and_so_does_a_run_that_is_continued() {
     assert_eq!(again, full);
     for name in ["tokenizer.model", "chat_template.jinja", "generation_config.json", "config.json"] {
         assert_eq!(fs::read(again.join(name)).unwrap(), fs::read(kept.join(name)).unwrap(), "{name}");
+    }
+}
+
+/// Transformers 5 takes its own class for this family, which adds tokens for what has no role: the model has no rows for them.
+#[test]
+fn roles_that_a_class_of_transformers_would_add_tokens_for_are_named() {
+    let (data, dir) = (tempfile::tempdir().unwrap(), copy_of("byte_level"));
+    fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "<|eot_id|>"}"#).unwrap();
+    fs::write(dir.path().join("special_tokens_map.json"), "{}").unwrap();
+    for (family, named) in [("qwen2", json!("<|eot_id|>")), ("llama", json!(null))] {
+        let path = dir.path().display();
+        let text = format!(
+            "max_seq_len = 16\ndata.path = \"x\"\ntokenizer.path = \"{path}\"\n[model]\nmodel_type = \"{family}\"\nhidden_size = 32\nnum_attention_heads = 4\nnum_hidden_layers = 1"
+        );
+        let (described, _) = parse_toml(&text, dir.path()).unwrap();
+        let checkpoints = tempfile::tempdir().unwrap();
+        let job = Job {
+            model: described.model,
+            output_dir: checkpoints.path().to_owned(),
+            max_seq_len: 16,
+            ..tuned(data.path(), dir.path())
+        };
+        let last = launch(&job, 1, None, None).checkpoints().pop().unwrap();
+        let settings = read(&Path::new(&last.path).join("tokenizer_config.json"));
+        assert_eq!((&settings["pad_token"], &settings["unk_token"]), (&named, &named), "{family}");
     }
 }
 
