@@ -273,7 +273,22 @@ impl Fields {
 
     /// Text that is not empty.
     pub fn text(&self, name: &'static str, wanted: &str) -> Result<Option<String>, JobFileError> {
-        self.get(name, wanted, |v| v.text().filter(|t| !t.trim().is_empty()).map(str::to_owned))
+        self.text_that(name, wanted, |text| !text.trim().is_empty())
+    }
+
+    /// Text that fits. A number or a word such as `on` was perhaps meant as text.
+    pub fn text_that(
+        &self,
+        name: &'static str,
+        wanted: &str,
+        fits: impl Fn(&str) -> bool,
+    ) -> Result<Option<String>, JobFileError> {
+        let is_bare = |(_, value): &(String, Value)| {
+            matches!(value.kind, Kind::Int(_) | Kind::Float(_) | Kind::Bool(_))
+        };
+        let quotes = if self.given.get(name).is_some_and(is_bare) { " in quotes" } else { "" };
+        let wanted = format!("{wanted}{quotes}");
+        self.get(name, &wanted, |v| v.text().filter(|text| fits(text)).map(str::to_owned))
     }
 
     pub fn texts(&self, name: &'static str, wanted: &str) -> Result<Option<Vec<String>>, JobFileError> {

@@ -16,7 +16,7 @@ pub(super) fn of(f: &Fields, file_stem: &OsStr) -> Result<String, JobFileError> 
     let wanted = format!(
         "a name of at most {BYTES_MAX} bytes of letters and digits of any script and . _ - =, not beginning with a dot,"
     );
-    let given = f.get("run_name", &wanted, |v| v.text().filter(|name| fits(name)).map(str::to_owned))?;
+    let given = f.text_that("run_name", &wanted, fits)?;
     Ok(given.unwrap_or_else(|| from_file(file_stem)))
 }
 

@@ -183,6 +183,10 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ("num_epochs = 1.5", "job:1: `num_epochs` is 1.5; a whole number from 1 to 1000000 is wanted"),
         ("learning_rate = nan", "job:1: `learning_rate` is NaN; a number above 0 is wanted"),
         ("lr = -1", "job:1: `lr` is -1; a number above 0 is wanted"),
+        (
+            "run_name = 20240102",
+            "job:1: `run_name` is 20240102; a name of at most 250 bytes of letters and digits of any script and . _ - =, not beginning with a dot, in quotes is wanted",
+        ),
         ("log_to_db = 1", "job:1: `log_to_db` is 1; true or false is wanted"),
         (
             "model = \"llama\"",

@@ -39,7 +39,12 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
                 Reply::Runs(listing) => Ok(listing),
                 other => Err(other),
             };
-            list(&mut client, &args, Request::Runs, take, json::run, print)?;
+            list(&mut client, &args, Request::Runs, take, json::run, |runs| {
+                print(runs);
+                if runs.is_empty() {
+                    out::note("no client has recorded a run; training jobs are listed by `fleet jobs`");
+                }
+            })?;
         }
         Action::Show { run, points, output } => block_on(show(&mut client, run, points, &output))?,
     }
