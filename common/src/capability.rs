@@ -4,6 +4,9 @@
 use crate::job::{Device, Executor, Job, Precision, RANKS_MAX, Strategy};
 use Precision::{Bf16Mixed, Bf16True, Fp16Mixed, Fp32};
 
+/// Where there is NVIDIA's driver, there is this file.
+pub const CUDA_DRIVER: &str = "/dev/nvidiactl";
+
 /// Something that is built and tested.
 struct Row {
     executor: Executor,

@@ -84,12 +84,38 @@ fn utf8(text: &OsStr, what: &str) -> Result<String, Failure> {
     text.to_str().map(str::to_owned).ok_or_else(bad)
 }
 
-/// CUDA devices of this machine, at least 1.
+/// CUDA devices of this machine that programs may see, at least 1.
 pub fn accelerators() -> u32 {
     let names = std::fs::read_dir("/dev").into_iter().flatten().flatten().map(|entry| entry.file_name());
     let is_gpu = |name: &std::ffi::OsString| {
         let number = name.to_str().and_then(|name| name.strip_prefix("nvidia"));
         number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
     };
-    u32::try_from(names.filter(is_gpu).count()).unwrap_or(1).max(1)
+    let all = names.filter(is_gpu).count();
+    u32::try_from(visible(all, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())).unwrap_or(1).max(1)
+}
+
+/// How many of `all` the variable leaves: those that it lists, up to the first that is none, as the CUDA driver reads it.
+fn visible(all: usize, listed: Option<&str>) -> usize {
+    let is_one = |entry: &&str| !entry.trim().is_empty() && !entry.trim().starts_with('-');
+    listed.map_or(all, |listed| listed.split(',').take_while(is_one).count().min(all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::visible;
+
+    #[test]
+    fn only_devices_that_programs_see_get_a_rank() {
+        let cases = [
+            (None, 4),
+            (Some("2"), 1),
+            (Some("3,1"), 2),
+            (Some("GPU-1f,GPU-2e"), 2),
+            (Some(""), 0),
+            (Some("0,-1,1"), 1),
+        ];
+        assert_eq!(cases.map(|(listed, _)| visible(4, listed)), cases.map(|(_, count)| count));
+        assert_eq!(visible(0, Some("0,1")), 0);
+    }
 }

@@ -22,6 +22,7 @@ use crate::stall::Sight;
 use anyhow::Context;
 use fleet_collectives::shm::Abort;
 use fleet_collectives::{RankReport, Segment};
+use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
@@ -36,9 +37,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-
-/// Where there is NVIDIA's driver, there is this file.
-const CUDA_DRIVER: &str = "/dev/nvidiactl";
 
 /// Messages of ranks that wait for the driver; more make the senders wait.
 const MESSAGES_MAX: usize = 1024;

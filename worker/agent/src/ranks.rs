@@ -24,6 +24,8 @@ use tokio::net::UnixStream;
 pub const WARM_FOR: Duration = Duration::from_secs(60);
 /// More ranks than this are not kept waiting: each holds some 100 MiB.
 const WARM_MAX: u32 = 8;
+/// A driver that hangs is asked no longer. Libraries of some GB may come from a slow disk.
+const PROBE_MAX: Duration = Duration::from_secs(180);
 /// The generation that a job starts with; ranks that wait are made for it.
 const FIRST_GENERATION: u64 = 1;
 
@@ -186,10 +188,19 @@ impl Launcher {
             .spawn(Launch { argv, container, ..Launch::default() })
             .await
             .map_err(|error| error.to_string())?;
-        let exit = exited(started.pid).await.map(|exited| exited.exit);
+        let exit = tokio::time::timeout(PROBE_MAX, exited(started.pid)).await;
+        if exit.is_err() {
+            self.spawner.strike(started.pid, Blow::Kill);
+        }
         let _ = self.spawner.sweep(Sweep { remains, adopted: false }).await; // its group goes
+        let Ok(exit) = exit else {
+            let seconds = PROBE_MAX.as_secs();
+            return Err(format!(
+                "libtorch has not said within {seconds} s which devices there are; look whether `nvidia-smi` answers, or give --device cpu"
+            ));
+        };
         let output = read_all(started.stdout);
-        if exit != Some(Exit::Code(0)) {
+        if exit.map(|exited| exited.exit) != Some(Exit::Code(0)) {
             return Err(unfit(started.stderr));
         }
         let line = output.lines().next().unwrap_or_default();

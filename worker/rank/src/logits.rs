@@ -1,6 +1,7 @@
 //! `fleet-rank logits`: what a model of any family computes for given tokens.
 
 use crate::host_model::read_weights;
+use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::model::Positions;
 use fleet_learn::zeros::{Part, reserve};
 use fleet_learn::{Error, Result};
@@ -72,14 +73,20 @@ fn compute(
     Ok(Vec::<f32>::try_from(&logits.f_contiguous()?.f_view([-1])?)?)
 }
 
+/// The device of this name, which has shown that it computes. `auto` says why a machine's GPU does not.
 pub(crate) fn device_of(name: &str) -> Result<Device> {
-    match (name, if name == "cpu" { Err(String::new()) } else { device::cuda_devices() }) {
-        ("cpu", _) => Ok(Device::Cpu),
-        (_, Ok(_)) => Ok(Device::Cuda(0)),
-        ("cuda", Err(why)) => {
-            Err(Error::Environment(format!("{why}; leave --device out to compute on the CPU")))
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    match (device::open("cuda:0"), name) {
+        (Ok(device), _) => Ok(device),
+        (Err(why), "auto") => {
+            if Path::new(CUDA_DRIVER).exists() {
+                eprintln!("warning: {why}: computing on the CPU");
+            }
+            Ok(Device::Cpu)
         }
-        (_, Err(_)) => Ok(Device::Cpu),
+        (Err(why), _) => Err(Error::Environment(format!("{why}; leave --device out to compute on the CPU"))),
     }
 }
 

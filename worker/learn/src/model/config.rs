@@ -19,6 +19,11 @@ impl Model {
                 json.insert(key, value);
             }
         }
+        if let Some(scaling) =
+            scaling_of_rope(&json).filter(|_| json.get("rope_scaling").is_none_or(Value::is_null))
+        {
+            json.insert("rope_scaling".into(), scaling.into());
+        }
         json.entry("architectures").or_insert_with(|| json!([self.family.architecture]));
         // Old and new name of the same; every version of transformers reads the old one.
         for key in ["dtype", "torch_dtype"] {
@@ -32,6 +37,13 @@ impl Model {
         json.insert(EOS.into(), with_end(&self.before, self.eos_token_id));
         json
     }
+}
+
+/// What transformers 5 has in `rope_parameters` and 4 looks for in `rope_scaling`, where anything is scaled. What stands beside it in 4 is left out.
+fn scaling_of_rope(config: &Object) -> Option<Object> {
+    let mut rope = config.get("rope_parameters")?.as_object()?.clone();
+    rope.retain(|key, _| !["rope_theta", "partial_rotary_factor"].contains(&key.as_str()));
+    rope.get("rope_type").filter(|kind| *kind != "default").is_some().then_some(rope)
 }
 
 /// The ends of a text that `before` names, and `end`, as `config.json` and `generation_config.json` have them.
@@ -72,6 +84,28 @@ mod tests {
         assert_eq!(Family::of_config(&json).unwrap().1, model.decoder);
         assert_eq!((&json["architectures"], &json[EOS]), (&json!(["LlamaForCausalLM"]), &json!(3)));
         assert_eq!((&json["torch_dtype"], &json["bos_token_id"]), (&json!("float32"), &Value::Null));
+    }
+
+    /// Transformers 4.57 takes a model without `rope_scaling` for one that is not scaled, and says nothing; 5.17 reads both.
+    #[test]
+    fn scaled_positions_are_told_to_both_versions_of_transformers() {
+        for rope in [
+            json!({"rope_type": "linear", "factor": 2.0}),
+            json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}),
+        ] {
+            let model = of_dir(
+                json!({"model_type": "llama", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "rope_parameters": rope}),
+            );
+            let json = model.config_json();
+            assert_eq!(
+                (&json["rope_scaling"]["rope_type"], &json["rope_scaling"]["factor"]),
+                (&rope["rope_type"], &rope["factor"])
+            );
+            assert_eq!(json["rope_scaling"].get("rope_theta"), None);
+            assert_eq!(Family::of_config(&json).unwrap().1, model.decoder);
+        }
+        let plain = Model::new(&tiny_with(json!({}))).unwrap();
+        assert_eq!(plain.config_json().get("rope_scaling"), None);
     }
 
     #[test]
