@@ -3,7 +3,7 @@
 use crate::block::Pass;
 use crate::product::{Out, Products, Storage};
 use crate::workspace::Workspace;
-use fleet_common::model::{Decoder, Layout, Linear, Positions, Scaling};
+use fleet_common::model::{Decoder, Layout, Linear, Positions};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
@@ -36,31 +36,26 @@ pub(crate) fn summed<'a>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> &
 }
 
 impl Network {
-    /// For sequences of at most `positions` tokens.
+    /// For sequences of at most `positions` tokens, and longer ones that go on from such a one token by token.
     pub fn new(decoder: Decoder, layout: Layout, positions: usize) -> Self {
-        Self::of_text(decoder, layout, positions, positions)
-    }
-
-    /// For texts of at most `positions` tokens that go on, token by token, from one of `prompt` tokens.
-    pub fn of_text(decoder: Decoder, layout: Layout, prompt: usize, positions: usize) -> Self {
         let (rope, slopes) = match &decoder.positions {
             Positions::Rotary(rotary) => {
-                let (frequencies, amplitude) = (rotary.frequencies(prompt), rotary.amplitude());
-                let mut table = RopeTable::from_frequencies(prompt.min(positions), &frequencies, amplitude);
-                let grows = matches!(rotary.scaling, Scaling::Dynamic { .. });
-                for len in table.positions() + 1..=positions {
-                    match grows {
-                        // Tokens that were there before stay turned as they are.
-                        true => table.push(&rotary.frequencies(len), amplitude),
-                        false => table.push(&frequencies, amplitude),
-                    }
-                }
-                (Some(table), Vec::new())
+                let (frequencies, amplitude) = (rotary.frequencies(positions), rotary.amplitude());
+                (Some(RopeTable::from_frequencies(positions, &frequencies, amplitude)), Vec::new())
             }
             Positions::Alibi => (None, decoder.attention.alibi_slopes()),
             Positions::Learned { .. } => (None, Vec::new()),
         };
         Self { decoder, layout, rope, slopes }
+    }
+
+    /// Makes it good for `positions` tokens. Those that were there before stay turned as they are.
+    pub(crate) fn reach(&mut self, positions: usize) {
+        if let (Positions::Rotary(rotary), Some(table)) = (&self.decoder.positions, &mut self.rope) {
+            for len in table.positions() + 1..=positions {
+                table.push(&rotary.frequencies(len), rotary.amplitude());
+            }
+        }
     }
 
     pub(crate) fn heads(&self, batch: usize, seq: usize) -> Heads {

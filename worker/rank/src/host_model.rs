@@ -19,19 +19,13 @@ impl HostModel {
     pub fn open(dir: &Path, threads: u32) -> Result<HostModel> {
         let (given, weights) = read_weights(dir)?;
         let positions = given.decoder.max_positions;
-        HostModel::new(given, weights, threads, positions, positions)
+        HostModel::new(given, weights, threads, positions)
     }
 
-    /// For texts of at most `positions` tokens that go on from one of `prompt` tokens.
-    pub fn new(
-        given: ModelDir,
-        weights: Vec<f32>,
-        threads: u32,
-        prompt: usize,
-        positions: usize,
-    ) -> Result<HostModel> {
+    /// For sequences of at most `positions` tokens, and texts that go on from such a one token by token.
+    pub fn new(given: ModelDir, weights: Vec<f32>, threads: u32, positions: usize) -> Result<HostModel> {
         let model = Model::of_dir(&given);
-        let network = Network::of_text(given.decoder, given.layout, prompt, positions);
+        let network = Network::new(given.decoder, given.layout, positions);
         Ok(HostModel { model, executor: CpuExecutor::new(network, workers(threads)?), weights })
     }
 

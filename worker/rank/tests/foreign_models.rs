@@ -351,7 +351,7 @@ fn a_new_model_has_what_transformers_needs_to_take_its_tokenizer_as_it_is() {
     assert_eq!(
         tokenizer,
         json!({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": false,
-            "model_max_length": 16, "tokenizer_class": "PreTrainedTokenizerFast"})
+            "model_max_length": 16, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]})
     );
     let generation = read(&path.join("generation_config.json"));
     assert_eq!(generation, json!({"bos_token_id": 0, "eos_token_id": 0}));

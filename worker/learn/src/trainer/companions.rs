@@ -36,6 +36,11 @@ const TEMPLATES_MAX: usize = 64;
 /// The largest of them, lists of tokens, are some megabytes. Each is held in memory.
 const FILE_MAX: u64 = 64 << 20;
 
+const GENERAL_CLASS: &str = "PreTrainedTokenizerFast";
+/// What a tokenizer gives to a model. By itself transformers 4 gives one of the general class `token_type_ids` too, which most models refuse and GPT-2 adds
+/// to its embedding.
+const INPUTS: [&str; 2] = ["input_ids", "attention_mask"];
+
 const EOS: &str = "eos_token_id";
 
 /// Where a run's model comes from.
@@ -157,14 +162,16 @@ fn tokenizer_config(tokenizer: &Tokenizer, model: &Model) -> Object {
     }
     made.insert("clean_up_tokenization_spaces".into(), false.into());
     made.insert("model_max_length".into(), model.decoder.max_positions.into());
-    made.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    made.insert("tokenizer_class".into(), GENERAL_CLASS.into());
+    made.insert("model_input_names".into(), json!(INPUTS));
     made
 }
 
 /// What transformers 5 writes into a `tokenizer_config.json` and transformers 4 cannot read, by the names that both take for the same.
 fn for_both_versions(of_tokenizer: &mut Object) {
     if of_tokenizer.get("tokenizer_class").is_some_and(|class| class == "TokenizersBackend") {
-        of_tokenizer.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        of_tokenizer.insert("tokenizer_class".into(), GENERAL_CLASS.into());
+        of_tokenizer.entry("model_input_names").or_insert_with(|| json!(INPUTS));
     }
     let (list, older) = ("extra_special_tokens", "additional_special_tokens");
     if of_tokenizer.get(list).is_some_and(|tokens| tokens.is_array())
@@ -250,7 +257,7 @@ mod tests {
             change(
                 json!({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"], "eos_token": "</s>"})
             ),
-            json!({"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>"], "eos_token": "</s>"})
+            json!({"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>"], "eos_token": "</s>", "model_input_names": INPUTS})
         );
         for same in [
             json!({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}),

@@ -96,8 +96,7 @@ pub fn generate(
     }
 
     let prompt_tokens = ids.len();
-    let positions = prompt_tokens.saturating_add(*max_new_tokens).min(context);
-    let mut host = HostModel::new(given, weights, *threads, prompt_tokens, positions)?;
+    let mut host = HostModel::new(given, weights, *threads, prompt_tokens)?;
     let mut cache = host.cache();
     let mut stream = guarded(&file, || Ok(TextStream::new(&opened.tokenizer, &ids)))?
         .map_err(|e| refuse(format!("cannot decode the prompt: {e}")))?;
