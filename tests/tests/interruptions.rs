@@ -67,6 +67,11 @@ fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
         .iter()
         .find(|line| line.starts_with("stands still for "))
         .unwrap();
+    let overview = world.run("fleet", &["status"]).expect(0).stdout;
+    assert!(
+        overview.iter().any(|line| line.starts_with("job-1 ") && line.contains("stands still for ")),
+        "{overview:?}"
+    );
     let stalled = launch.until("a stall", |value| is_logged(value, "warn", "has not come to"));
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     let line = stalled["line"].as_str().unwrap().to_owned();

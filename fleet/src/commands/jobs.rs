@@ -3,7 +3,7 @@
 use super::{OutputArgs, Target, connect, pages, say_what_was_removed};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
-use crate::{json, out, text};
+use crate::{json, out, places, text};
 use fleet_common::exit;
 use fleet_common::protocol::{JobState, JobView, Reply, Request};
 
@@ -70,11 +70,18 @@ pub fn print(jobs: &[JobView]) {
                 format!("{}{of}", job.step),
                 text::loss(job.loss),
                 text::loss(job.eval_loss),
-                job.reason.clone(),
+                stall(job).unwrap_or_else(|| job.reason.clone()),
             ]
         })
         .collect();
     out::table(&["JOB", "NAME", "STATE", "RANKS", "STEP", "LOSS", "EVAL", "WHY"], &rows);
+}
+
+/// For whom a job waits that stands still.
+pub fn stall(job: &JobView) -> Option<String> {
+    let stall = job.stall.as_ref()?;
+    let seconds = places::unix_ms().saturating_sub(stall.since_unix_ms) / 1_000;
+    Some(format!("stands still for {}: {}", text::clock(seconds), stall.what))
 }
 
 pub fn state_name(state: JobState) -> &'static str {

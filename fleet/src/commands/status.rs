@@ -4,7 +4,7 @@ use super::{OutputArgs, Target, connect, coordinators, jobs, nodes, submit};
 use crate::client::{Client, block_on, unexpected};
 use crate::cluster::{Cluster, local_pid};
 use crate::failure::Failure;
-use crate::{json, out, places, text};
+use crate::{json, out, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{ClusterView, CoordinatorView, JobView, Reply, Request, Wish};
@@ -130,9 +130,8 @@ fn print_job(job: &JobView) {
             text::loss(job.eval_loss)
         ));
     }
-    if let Some(stall) = &job.stall {
-        let seconds = places::unix_ms().saturating_sub(stall.since_unix_ms) / 1_000;
-        out::line(&format!("stands still for {}: {}", text::clock(seconds), stall.what));
+    if let Some(stall) = jobs::stall(job) {
+        out::line(&stall);
     }
     if let Some(checkpoint) = &job.checkpoint {
         out::line(&format!(

@@ -96,11 +96,14 @@ impl TokenCache {
         let target = caches.join(&hash);
 
         let mut cached = true;
-        let cache = match TokenCache::open_verified(&target) {
+        // What the hash stands for is also what it was built for, unless somebody has changed it.
+        let known =
+            || TokenCache::open_verified(&target).filter(|cache| cache.meta.max_seq_len == job.max_seq_len);
+        let cache = match known() {
             Some(cache) => cache,
             None => {
                 let _lock = build::lock(&caches)?;
-                match TokenCache::open_verified(&target) {
+                match known() {
                     Some(cache) => cache, // another process built it while this one waited
                     None => {
                         cached = false;

@@ -8,6 +8,7 @@ use fleet_common::job::{Job, of_data};
 use fleet_common::model::Positions;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_data::{Note, Stream};
+use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, Executor, HostWeights, IGNORED, Result, Tally, TokenBatch};
 use fleet_torch::{FlatWeights, Numbers, TorchExecutor};
 use half::bf16;
@@ -89,7 +90,8 @@ pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
     let sums = match (device, wanted.bf16) {
         (Device::Cpu, false) => on_cpu::<f32>(&model, HostWeights::flat(&flat, &[]), batches, &mut progress)?,
         (Device::Cpu, true) => {
-            let copy: Vec<bf16> = flat.iter().map(|x| bf16::from_f32(*x)).collect();
+            let mut copy: Vec<bf16> = zeros(flat.len(), Part::Weights)?;
+            fleet_kernels::convert(&flat, &mut copy);
             on_cpu::<bf16>(&model, HostWeights::flat(&flat, &copy), batches, &mut progress)?
         }
         (device, bf16) => {

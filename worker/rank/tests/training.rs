@@ -42,6 +42,10 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
         for name in ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "config.json"] {
             assert!(file(&again, name) == file(&full, name), "{name} of {world} ranks");
         }
+
+        let done = launch(&job, world, Some(&again.path), None);
+        let told = |event: &EventBody| matches!(event, EventBody::Log { line, .. } if line.contains("nothing is left to do; raise max_steps"));
+        assert!(done.losses().is_empty() && done.events.iter().any(told), "{:?}", done.events);
     }
 }
 

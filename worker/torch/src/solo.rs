@@ -26,7 +26,8 @@ pub struct Solo {
 impl Solo {
     /// Weights are zero until they are filled. Products read them as `products`.
     pub fn new(layout: Layout, device: Device, products: Kind, generation: u64) -> Result<Solo> {
-        let bytes = 4 * NUMBERS * layout.len as u64;
+        let copy = if products == Kind::Float { 0 } else { 2 };
+        let bytes = (4 * NUMBERS + copy) * layout.len as u64;
         Solo::made(layout, device, products, generation).map_err(|error| match memory_is_short(&error.0) {
             true => Error(format!(
                 "{} has not enough memory for weights, gradients and optimizer state ({} MiB): train a smaller model, or on a device with more",

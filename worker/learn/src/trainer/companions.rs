@@ -89,20 +89,7 @@ impl Companions {
             None => tokenizer_config(&tokenizer, &model),
         };
         for_both_versions(&mut of_tokenizer);
-        let more = [from.resume, beside]
-            .into_iter()
-            .flatten()
-            .map(more_templates)
-            .find(|more| !matches!(more, Ok(more) if more.is_empty()));
-        if let Some(more) = more.transpose()? {
-            let usual =
-                files.iter().position(|(name, _)| *name == CHAT_TEMPLATE).map(|at| files.remove(at).1);
-            let usual = usual.map(|bytes| String::from_utf8_lossy(&bytes).into_owned().into());
-            let usual = usual.or_else(|| of_tokenizer.remove("chat_template").filter(Value::is_string));
-            let all = usual.map(|text| ("default".to_owned(), text)).into_iter().chain(more);
-            let all = all.map(|(name, template)| json!({"name": name, "template": template})).collect();
-            of_tokenizer.insert("chat_template".into(), all);
-        }
+        with_templates(&mut of_tokenizer, &mut files, [from.resume, beside])?;
         if from.model.is_none() && special.eos.is_some() && special.eos != end {
             // The job has chosen another end.
             files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
@@ -202,6 +189,25 @@ fn first(name: &str, dirs: [Option<&Path>; 2]) -> Result<Option<Vec<u8>>> {
         return Ok(Some(bytes));
     }
     Ok(None)
+}
+
+/// Puts all chat templates into the settings, where the first of `dirs` that has further ones has any.
+fn with_templates(
+    settings: &mut Object,
+    files: &mut Vec<(&str, Vec<u8>)>,
+    dirs: [Option<&Path>; 2],
+) -> Result<()> {
+    let mut found = dirs.into_iter().flatten().map(more_templates);
+    let Some(more) = found.find(|more| !matches!(more, Ok(more) if more.is_empty())).transpose()? else {
+        return Ok(());
+    };
+    let own = files.iter().position(|(name, _)| *name == CHAT_TEMPLATE).map(|at| files.remove(at).1);
+    let own = own.map(|bytes| String::from_utf8_lossy(&bytes).into_owned().into());
+    let usual = own.or_else(|| settings.remove("chat_template").filter(Value::is_string));
+    let all = usual.map(|text| ("default".to_owned(), text)).into_iter().chain(more);
+    let all = all.map(|(name, template)| json!({"name": name, "template": template})).collect();
+    settings.insert("chat_template".into(), all);
+    Ok(())
 }
 
 /// Names and texts of the further templates of the tokenizer in `dir`, by name.

@@ -220,6 +220,14 @@ impl Trainer {
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
         }
+        if self.rank == 0 && self.state.step >= self.total_steps {
+            let (step, total) = (self.state.step, self.total_steps);
+            let key = if self.job.max_steps.is_some() { "max_steps" } else { "epochs" };
+            link.log(
+                Level::Warn,
+                format!("the run was done at step {total}, and the checkpoint is of step {step}: nothing is left to do; raise {key} to train on"),
+            );
+        }
         let first = self.state.step + 1;
         let (mut saved, mut stopped) = (Ok(()), false);
         while self.state.step < self.total_steps && !stopped {
