@@ -43,7 +43,9 @@ impl<E: Storage> CpuExecutor<E> {
     /// `[v]` logits of the token after `id`, which is added to the cache.
     pub fn decode(&mut self, weights: HostWeights<E>, id: i64, cache: &mut Cache<E>) -> Result<Vec<f32>> {
         self.network.reach(cache.len() + 1);
-        self.network.decode(weights, id, cache, &mut self.products, &mut self.work)
+        let Self { network, products, work, .. } = self;
+        let workers = products.shared_workers();
+        workers.inside(|| network.decode(weights, id, cache, products, work))
     }
 }
 

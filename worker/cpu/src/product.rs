@@ -16,7 +16,7 @@ use std::sync::Arc;
 const GRANULE: usize = 16;
 
 /// Fewest weights that are read for a single row on several threads: below, waking them takes longer.
-const VECTOR_MIN: usize = 1 << 21;
+const VECTOR_MIN: usize = 1 << 16;
 
 /// Numbers per piece when a buffer is converted on several threads: whole cache lines of both types.
 const CONVERT_GRANULE: usize = 4096;
@@ -128,6 +128,10 @@ impl Products {
 
     pub fn workers(&self) -> &Workers {
         &self.workers
+    }
+
+    pub fn shared_workers(&self) -> Arc<Workers> {
+        self.workers.clone()
     }
 
     /// In words, for the log.

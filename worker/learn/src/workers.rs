@@ -28,6 +28,14 @@ impl Workers {
         self.count
     }
 
+    /// Does `work` on one of the threads: between pieces that follow each other closely, the others then stay awake.
+    pub fn inside<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.pool {
+            None => work(),
+            Some(pool) => pool.install(work),
+        }
+    }
+
     /// Calls `work(i, piece i)` for the pieces of `data`, each `piece` long (the last may be shorter).
     pub fn pieces<T: Send>(&self, data: &mut [T], piece: usize, work: impl Fn(usize, &mut [T]) + Sync) {
         match &self.pool {
