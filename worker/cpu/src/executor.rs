@@ -1,4 +1,5 @@
-//! The executor as training and generation use it: a network, its products, and the memory of a pass.
+//! The executor as training and generation use it: a network, its products, and the memory of a pass. A pass runs inside the threads' pool, which
+//! keeps them awake from product to product.
 
 use crate::decode::Cache;
 use crate::network::Network;
@@ -27,7 +28,9 @@ impl<E: Storage> CpuExecutor<E> {
 
     /// `[t, v]` logits of whole sequences of `seq` tokens.
     pub fn logits(&mut self, weights: HostWeights<E>, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
-        self.network.logits(weights, ids, seq, &mut self.products, &mut self.work)
+        let Self { network, products, work, .. } = self;
+        let workers = products.shared_workers();
+        workers.inside(|| network.logits(weights, ids, seq, products, work))
     }
 
     /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
@@ -37,7 +40,9 @@ impl<E: Storage> CpuExecutor<E> {
         ids: &[i64],
         cache: &mut Cache<E>,
     ) -> Result<Vec<f32>> {
-        self.network.prefill(weights, ids, cache, &mut self.products, &mut self.work)
+        let Self { network, products, work, .. } = self;
+        let workers = products.shared_workers();
+        workers.inside(|| network.prefill(weights, ids, cache, products, work))
     }
 
     /// `[v]` logits of the token after `id`, which is added to the cache.
@@ -64,7 +69,8 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
 
     fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
         let Self { network, products, work, loss } = self;
-        *loss += network.forward_backward(units, batch, scale, products, work)?;
+        let workers = products.shared_workers();
+        *loss += workers.inside(|| network.forward_backward(units, batch, scale, products, work))?;
         Ok(())
     }
 
@@ -73,6 +79,8 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     }
 
     fn evaluate(&mut self, units: &mut dyn UnitWeights<Host<E>>, batch: &Batch) -> Result<Tally> {
-        self.network.loss(units, batch, &mut self.products, &mut self.work)
+        let Self { network, products, work, .. } = self;
+        let workers = products.shared_workers();
+        workers.inside(|| network.loss(units, batch, products, work))
     }
 }

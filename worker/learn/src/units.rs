@@ -19,7 +19,7 @@ pub trait Memory: 'static {
 }
 
 /// Weights, unit by unit.
-pub trait UnitWeights<M: Memory> {
+pub trait UnitWeights<M: Memory>: Send {
     /// Brings the weights of `unit` in, where they stay until `release`. What is there costs nothing.
     fn need(&mut self, unit: usize) -> Result<()>;
     /// They will not be looked at until they are needed again.

@@ -8,7 +8,7 @@ fn limited(args: &str) -> (Option<i32>, String) {
         "ulimit -v 4194304; exec {} bench --threads 1 --steps 1 {args}",
         env!("CARGO_BIN_EXE_fleet-rank")
     );
-    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let output = Command::new("sh").args(["-c", &script]).output().expect("sh runs");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
