@@ -1,6 +1,6 @@
 """Greedy generation token by token: `fleet-rank generate` beside transformers' `generate`, in turn; the README beside it says how.
 
-Both read the same directories, which are made here with random weights, in fp32 and with as many threads as there are cores.
+Both read the same directories, which are made here with random weights, in fp32 and in bf16, and compute in fp32 with as many threads as there are cores.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,9 +32,10 @@ def gpt2_124m():
     return GPT2LMHeadModel(GPT2Config(**NO_END))
 
 
-def make(model, path):
+def make(model, dtype, path):
     """The model's directory, with a tokenizer that has a token for each byte, and names for the others."""
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
+    model.float()
     size, letters = model.config.vocab_size, sorted(pre_tokenizers.ByteLevel.alphabet())
     names = letters + [f"<{number}>" for number in range(size - len(letters))]
     tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
@@ -68,19 +70,19 @@ def main():
     arguments = options.parse_args()
     torch.set_num_threads(os.cpu_count())
     print(f"{os.cpu_count()} threads, {arguments.tokens} tokens, {arguments.rounds} rounds in turn; load average {os.getloadavg()[0]:.1f}")
-    print("| model | fleet tokens/s | transformers tokens/s | ratio, median (range) | same text |\n|---|---|---|---|---|")
-    for make_model in (llama_13m, gpt2_124m):
+    print("| model | written as | fleet tokens/s | transformers tokens/s | ratio, median (range) | same text |\n|---|---|---|---|---|---|")
+    for make_model, dtype in product((llama_13m, gpt2_124m), (torch.float32, torch.bfloat16)):
         torch.manual_seed(0)
         model = make_model().eval()
         with tempfile.TemporaryDirectory(prefix="fleet-decode-") as path:
-            tokenizer = make(model, Path(path))
+            tokenizer = make(model, dtype, Path(path))
             peer(model, tokenizer, 5)
             rounds = [(fleet(arguments.bin / "fleet-rank", path, arguments.tokens), peer(model, tokenizer, arguments.tokens))
                       for _ in range(arguments.rounds)]
         ours, theirs = ([round[side][0] for round in rounds] for side in (0, 1))
         ratios = [a / b for a, b in zip(ours, theirs)]
         same = all(a[1] == b[1] for a, b in rounds)
-        print(f"| {make_model.__name__} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} "
+        print(f"| {make_model.__name__} | {str(dtype)[6:]} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} "
               f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {'yes' if same else 'no'} |", flush=True)
 
 

@@ -62,7 +62,7 @@ mod tests {
         assert_eq!(choose(path("/x"), path("/h"), entry), is("/x", false));
         assert_eq!(choose(path("x"), path("/h"), entry), is("/h", true));
         assert_eq!(choose(None, path(""), entry), is("/usr", true));
-        assert_eq!(choose(None, path("relative"), || Some("/nonexistent".into())), None);
+        assert_eq!(choose(None, path("relative"), || Some("/dev/null/home".into())), None);
         assert_eq!(choose(None, None, || Some("/".into())), None);
         assert_eq!(choose(None, None, || None), None);
     }

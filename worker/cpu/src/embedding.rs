@@ -29,8 +29,7 @@ impl<E: Storage> Pass<'_, E> {
                 let rows = &mut kept.rows[..t * e];
                 kernels::embedding(table, e, ids, rows);
                 let narrow = E::narrow(rows, &mut scratch.g_narrow, self.products.workers());
-                let weight = self.weights.of(&project.weight);
-                self.products.forward(narrow, weight, Out::Set(target), (t, e, h));
+                self.times(narrow, &project.weight, Out::Set(target), (t, e, h));
             }
             None => kernels::embedding(table, h, ids, target),
         }

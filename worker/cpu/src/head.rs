@@ -21,9 +21,8 @@ impl<E: Storage> Pass<'_, E> {
             None => kernels::convert(x, normed),
         }
         if let Some(project) = &layout.project_out {
-            let weight = self.weights.of(&project.weight);
             let out = Out::Store(&mut scratch.more_rows[..t * project.outputs]);
-            self.products.forward(normed, weight, out, (t, project.inputs, project.outputs));
+            self.times(normed, &project.weight, out, (t, project.inputs, project.outputs));
         }
     }
 
@@ -124,8 +123,7 @@ impl<E: Storage> Pass<'_, E> {
         let read =
             if layout.project_out.is_some() { &scratch.more_rows[..n * e] } else { &scratch.normed[..n * e] };
         let mut logits = zeros(n * v, Part::Logits)?;
-        let head = self.weights.of(&layout.head.weight);
-        self.products.forward(read, head, Out::Set(&mut logits), (n, e, v));
+        self.times(read, &layout.head.weight, Out::Set(&mut logits), (n, e, v));
         if let Some(bias) = self.bias_of_head() {
             kernels::add_rows(&mut logits, bias);
         }

@@ -203,12 +203,19 @@ impl Network {
 }
 
 impl<E: Storage> Pass<'_, E> {
+    /// `out_to = x_ti w^T`. For a single row the time goes into reading `w`: where there is that in half the bytes, it is taken.
+    pub(crate) fn times(&mut self, x: &[E], w: &Range<usize>, out: Out<E>, (t, i, o): (usize, usize, usize)) {
+        match self.weights.compact(w) {
+            Some(compact) if t == 1 => self.products.single(x, compact, out, (i, o)),
+            _ => self.products.forward(x, self.weights.of(w), out, (t, i, o)),
+        }
+    }
+
     /// `out_to = x_ti w^T + bias`.
     pub(crate) fn linear(&mut self, x: &[E], linear: &Linear, out: &mut [E]) {
         let t = self.tokens();
         let out = &mut out[..t * linear.outputs];
-        let weight = self.weights.of(&linear.weight);
-        self.products.forward(x, weight, Out::Store(out), (t, linear.inputs, linear.outputs));
+        self.times(x, &linear.weight, Out::Store(out), (t, linear.inputs, linear.outputs));
         self.add_bias(linear, out);
     }
 
@@ -217,8 +224,7 @@ impl<E: Storage> Pass<'_, E> {
         let t = self.tokens();
         let out = &mut out[..t * linear.outputs];
         self.add_bias(linear, out);
-        let weight = self.weights.of(&linear.weight);
-        self.products.forward(x, weight, Out::Add(out), (t, linear.inputs, linear.outputs));
+        self.times(x, &linear.weight, Out::Add(out), (t, linear.inputs, linear.outputs));
     }
 
     fn add_bias<T: kernels::Element>(&self, linear: &Linear, out: &mut [T]) {

@@ -163,6 +163,16 @@ impl Products {
         E::product(self, job, out);
     }
 
+    /// `forward` of a single row, by weights that need not be of its type.
+    pub fn single<E: Storage>(&mut self, x: &[E], w: &[bf16], out: Out<E>, (i, o): (usize, usize)) {
+        let x = &x[..i];
+        match out {
+            Out::Store(out) => self.vector(x, w, &mut out[..o], Store::Set),
+            Out::Set(out) => self.vector(x, w, &mut out[..o], Store::Set),
+            Out::Add(out) => self.vector(x, w, &mut out[..o], Store::Add),
+        }
+    }
+
     /// `out_ti = dy_to w_oi`.
     pub fn backward_input<E: Storage>(
         &mut self,
@@ -224,29 +234,32 @@ impl Products {
         });
     }
 
-    /// By our own kernel, cut by rows of the output; a single row by its columns.
+    /// By our own kernel, cut by rows of the output.
     fn own<E: Element, C: Element>(&mut self, job: Job<E>, out: &mut [C], mode: Store) {
         let out = &mut out[..job.m * job.n];
-        let vector = job.is_vector();
-        let (share, piece) = if vector {
-            let granule = if job.n * job.k < VECTOR_MIN { job.n } else { GRANULE };
-            let columns = self.workers.share(job.n, granule);
-            (columns, columns)
-        } else {
-            let rows = self.workers.share(job.m, GRANULE);
-            (rows, rows * job.n)
-        };
-        let pieces = out.chunks_mut(piece).zip(&mut self.scratch).enumerate();
+        if job.is_vector() {
+            return self.vector(&job.a[..job.k], job.b, out, mode);
+        }
+        let share = self.workers.share(job.m, GRANULE);
+        let pieces = out.chunks_mut(share * job.n).zip(&mut self.scratch).enumerate();
         self.workers.each(pieces, |(number, (out, scratch))| {
             let first = number * share;
-            let (rows, columns) = if vector { (1, out.len()) } else { (out.len() / job.n, job.n) };
-            let (a_from, b_from) = match (vector, job.a_transposed) {
-                (true, _) => (0, first * job.b_stride),
-                (false, true) => (first, 0),
-                (false, false) => (first * job.a_stride, 0),
-            };
-            let a = matrix(&job.a[a_from..], job.a_stride, job.a_transposed, (rows, job.k));
-            let b = matrix(&job.b[b_from..], job.b_stride, job.b_transposed, (job.k, columns));
+            let from = if job.a_transposed { first } else { first * job.a_stride };
+            let a = matrix(&job.a[from..], job.a_stride, job.a_transposed, (out.len() / job.n, job.k));
+            let b = matrix(job.b, job.b_stride, job.b_transposed, (job.k, job.n));
+            kernels::gemm(a, b, mode, out, scratch);
+        });
+    }
+
+    /// A single row, `out_o = x_i w_oi^T`, by our own kernel, cut by its columns.
+    fn vector<A: Element, B: Element, C: Element>(&mut self, x: &[A], w: &[B], out: &mut [C], mode: Store) {
+        let (k, n) = (x.len(), out.len());
+        let granule = if n * k < VECTOR_MIN { n } else { GRANULE };
+        let columns = self.workers.share(n, granule);
+        let pieces = out.chunks_mut(columns).zip(&mut self.scratch).enumerate();
+        self.workers.each(pieces, |(number, (out, scratch))| {
+            let a = matrix(x, k, false, (1, k));
+            let b = matrix(&w[number * columns * k..], k, true, (k, out.len()));
             kernels::gemm(a, b, mode, out, scratch);
         });
     }

@@ -88,3 +88,23 @@ fn greedy_tokens_come_one_by_one_as_from_whole_sequences() {
         }
     }
 }
+
+#[test]
+fn weights_in_half_the_bytes_give_the_same_token() {
+    for case in cases() {
+        let compact: Vec<bf16> = case.weights().iter().map(|x| bf16::from_f32(*x)).collect();
+        let model = Whole::new(compact.iter().map(|x| x.to_f32()).collect());
+        let (ids, _) = case.ids("greedy");
+        let decoded = |compact: Option<&[bf16]>, threads| {
+            let mut executor = executor::<f32>(&case, 8, threads);
+            let mut cache = Cache::new(executor.network());
+            executor.prefill(model.flat(), &ids[..8], &mut cache).unwrap();
+            executor.decode(model.flat().with_compact(compact), ids[8], &mut cache).unwrap()
+        };
+        let plain = decoded(None, 1);
+        for threads in [1, 2] {
+            let far = apart(&decoded(Some(&compact), threads), &plain, 1e-6);
+            assert!(far < 1e-6, "{} by {threads} threads: {far}", case.name);
+        }
+    }
+}

@@ -92,17 +92,28 @@ impl<'a, T> Pieces<'a, T> {
 pub struct HostWeights<'a, E> {
     master: Pieces<'a, f32>,
     products: Pieces<'a, E>,
+    compact: Option<&'a [bf16]>,
 }
 
 impl<'a, E: HostNumber> HostWeights<'a, E> {
     /// `copy` is not looked at in fp32.
     pub fn new(master: Pieces<'a, f32>, copy: Pieces<'a, bf16>) -> Self {
-        Self { master, products: E::products(master, copy) }
+        Self { master, products: E::products(master, copy), compact: None }
     }
 
     /// All units at once.
     pub fn flat(master: &'a [f32], copy: &'a [bf16]) -> Self {
         Self::new(Pieces::Flat(master), Pieces::Flat(copy))
+    }
+
+    /// `compact` are the same numbers of all units in bf16, which has to hold each of them exactly.
+    pub fn with_compact(self, compact: Option<&'a [bf16]>) -> Self {
+        Self { compact, ..self }
+    }
+
+    /// The same as `exact` in half the bytes, where there is that.
+    pub fn compact(&self, range: &Range<usize>) -> Option<&'a [bf16]> {
+        self.compact.map(|all| &all[range.clone()])
     }
 
     /// As products read it.

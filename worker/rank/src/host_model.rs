@@ -2,16 +2,19 @@
 
 use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
-use fleet_kernels::all_finite;
+use fleet_kernels::{self as kernels, all_finite};
 use fleet_learn::model::Model;
 use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, HostWeights, Result};
+use half::bf16;
 use std::path::Path;
 
 pub struct HostModel {
     pub model: Model,
     executor: CpuExecutor<f32>,
     weights: Vec<f32>,
+    /// The same in bf16, where that holds all of them exactly: a model that was written so.
+    compact: Option<Vec<bf16>>,
 }
 
 impl HostModel {
@@ -26,7 +29,8 @@ impl HostModel {
     pub fn new(given: ModelDir, weights: Vec<f32>, threads: u32, positions: usize) -> Result<HostModel> {
         let model = Model::of_dir(&given);
         let network = Network::new(given.decoder, given.layout, positions);
-        Ok(HostModel { model, executor: CpuExecutor::new(network, workers(threads)?), weights })
+        let executor = CpuExecutor::new(network, workers(threads)?);
+        Ok(HostModel { model, executor, compact: compact(&weights), weights })
     }
 
     pub fn cache(&self) -> Cache<f32> {
@@ -45,8 +49,19 @@ impl HostModel {
 
     /// `[v]` logits of the token after `id`.
     pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Result<Vec<f32>> {
-        self.executor.decode(HostWeights::flat(&self.weights, &[]), id, cache)
+        let weights = HostWeights::flat(&self.weights, &[]).with_compact(self.compact.as_deref());
+        self.executor.decode(weights, id, cache)
     }
+}
+
+/// `None` where a number would be rounded, or where there is no memory for it.
+fn compact(weights: &[f32]) -> Option<Vec<bf16>> {
+    if weights.iter().any(|x| x.to_bits() as u16 != 0) {
+        return None;
+    }
+    let mut compact = zeros(weights.len(), Part::Weights).ok()?;
+    kernels::convert(weights, &mut compact);
+    Some(compact)
 }
 
 /// The flat weights of a directory, which is checked by its manifest where it has one. All are numbers.
