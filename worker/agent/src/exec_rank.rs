@@ -11,7 +11,7 @@ use fleet_common::protocol::CANNOT_START;
 use fleet_common::signals;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ pub fn run(arguments: &[OsString]) -> u8 {
         return fleet_common::exit::REFUSED_INPUT;
     };
     if let Err(error) = prepare(parent, dir, cgroup) {
-        eprintln!("{CANNOT_START}{}: {error:#}", program.display());
+        tell(program, &format!("{error:#}"));
         return 126;
     }
     let error = Command::new(program).args(rest).exec();
@@ -43,8 +43,14 @@ pub fn run(arguments: &[OsString]) -> u8 {
         || error.to_string(),
         |name| format!("its first line names an interpreter that is not there: `{}`", name.escape_debug()),
     );
-    eprintln!("{CANNOT_START}{}: {why}", program.display());
+    tell(program, &why);
     if error.kind() == ErrorKind::NotFound { 127 } else { 126 }
+}
+
+/// In one write: whoever reads it holds the whole line, and says it once.
+fn tell(program: &OsStr, why: &str) {
+    let line = format!("{CANNOT_START}{}: {why}\n", program.display());
+    let _ = std::io::stderr().write_all(line.as_bytes()); // nobody to tell it to is nobody's loss
 }
 
 /// The interpreter of a script, if that is what was not found: the system says the same of both.

@@ -26,11 +26,18 @@ impl<E: Storage> CpuExecutor<E> {
         &self.network
     }
 
+    /// Does `work` on one of the threads.
+    fn pass<R: Send>(
+        &mut self,
+        work: impl FnOnce(&Network, &mut Products, &mut Workspace<E>) -> R + Send,
+    ) -> R {
+        let workers = self.products.shared_workers();
+        workers.inside(|| work(&self.network, &mut self.products, &mut self.work))
+    }
+
     /// `[t, v]` logits of whole sequences of `seq` tokens.
     pub fn logits(&mut self, weights: HostWeights<E>, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
-        let Self { network, products, work, .. } = self;
-        let workers = products.shared_workers();
-        workers.inside(|| network.logits(weights, ids, seq, products, work))
+        self.pass(|network, products, work| network.logits(weights, ids, seq, products, work))
     }
 
     /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
@@ -40,17 +47,13 @@ impl<E: Storage> CpuExecutor<E> {
         ids: &[i64],
         cache: &mut Cache<E>,
     ) -> Result<Vec<f32>> {
-        let Self { network, products, work, .. } = self;
-        let workers = products.shared_workers();
-        workers.inside(|| network.prefill(weights, ids, cache, products, work))
+        self.pass(|network, products, work| network.prefill(weights, ids, cache, products, work))
     }
 
     /// `[v]` logits of the token after `id`, which is added to the cache.
     pub fn decode(&mut self, weights: HostWeights<E>, id: i64, cache: &mut Cache<E>) -> Result<Vec<f32>> {
         self.network.reach(cache.len() + 1);
-        let Self { network, products, work, .. } = self;
-        let workers = products.shared_workers();
-        workers.inside(|| network.decode(weights, id, cache, products, work))
+        self.pass(|network, products, work| network.decode(weights, id, cache, products, work))
     }
 }
 
@@ -68,9 +71,8 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     }
 
     fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
-        let Self { network, products, work, loss } = self;
-        let workers = products.shared_workers();
-        *loss += workers.inside(|| network.forward_backward(units, batch, scale, products, work))?;
+        self.loss += self
+            .pass(|network, products, work| network.forward_backward(units, batch, scale, products, work))?;
         Ok(())
     }
 
@@ -79,8 +81,6 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     }
 
     fn evaluate(&mut self, units: &mut dyn UnitWeights<Host<E>>, batch: &Batch) -> Result<Tally> {
-        let Self { network, products, work, .. } = self;
-        let workers = products.shared_workers();
-        workers.inside(|| network.loss(units, batch, products, work))
+        self.pass(|network, products, work| network.loss(units, batch, products, work))
     }
 }
