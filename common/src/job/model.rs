@@ -184,3 +184,6 @@ fn vocabulary(f: &Fields, tokenizer: Option<PathBuf>) -> Result<(u32, Tokenizer)
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
