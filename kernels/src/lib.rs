@@ -40,7 +40,7 @@ pub use cross_entropy::{cross_entropy, cross_entropy_loss};
 pub use element::Element;
 pub use elementwise::{add, add_rows, all_finite, convert, sum_rows, sum_squares};
 pub use embedding::{embedding, embedding_backward};
-pub use gemm::gemm;
+pub use gemm::{Sheet, gemm, sheets};
 pub use half::bf16;
 pub use layer_norm::{RowStats, layer_norm, layer_norm_backward};
 pub use rms_norm::{rms_norm, rms_norm_backward};

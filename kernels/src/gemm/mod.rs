@@ -3,22 +3,27 @@
 
 pub(crate) mod micro;
 pub(crate) mod pack;
+mod sheet;
+
+pub use sheet::{Sheet, sheets};
 
 use crate::element::{load, store as store_vector};
 use crate::simd::{Vector, simd_fn};
 use crate::{Element, Matrix, Scratch, Store};
 use micro::{Rows, micro, tile_cols, tile_rows};
 use pack::pack;
+use sheet::SHEET;
+use std::ops::Range;
 
 /// Terms of one block: a panel of B (`KC` x 16 numbers) stays in the first cache, 32 KiB.
 const KC: usize = 384;
 /// Rows of one block of A: `MC` x `KC` numbers stay in the second cache, 512 KiB. A multiple of every tile's rows.
 const MC: usize = 192;
-/// Columns of one block of B: `KC` x `NC` numbers stay in the third cache. A multiple of every tile's columns.
-const NC: usize = 2048;
+/// Numbers of a block of A in panels.
+const A_PANELS: usize = MC * KC;
 
 /// `c = a * b` or `c += a * b`, with `a: [m, k]`, `b: [k, n]` of any strides (see [`Matrix::t`]) and `c: [m, n]` dense.
-/// bf16 results are rounded once. For several threads, split the rows of `a` and `c`.
+/// bf16 results are rounded once. Several threads share [`sheets`] instead.
 pub fn gemm<A: Element, B: Element, C: Element>(
     a: Matrix<A>,
     b: Matrix<B>,
@@ -42,18 +47,24 @@ pub fn gemm<A: Element, B: Element, C: Element>(
     if a.rows <= NARROW && a.col_stride == 1 && b.row_stride == 1 {
         return narrow(a, b, mode, c);
     }
-    let blocks = a.cols.div_ceil(KC);
-    let packed = PACKED_A + PACKED_B;
-    if size_of::<C>() == size_of::<f32>() || blocks == 1 {
-        blocked(a, b, mode, c, scratch.take(packed));
+    // Sums of several blocks must not be rounded in between.
+    let wide = if size_of::<C>() < size_of::<f32>() && Sheet::sums_in_c(a.cols) { c.len() } else { 0 };
+    let (packed, rest) = scratch.take(SHEET + A_PANELS + wide).split_at_mut(SHEET);
+    let (a_panels, wide) = rest.split_at_mut(A_PANELS);
+    if wide.is_empty() {
+        sheets(a.cols, b.cols).for_each(|sheet| {
+            sheet.pack(b, 0, packed);
+            multiply(&sheet, a, packed, mode, c, a_panels);
+        });
         return;
     }
-    // Sums of several blocks must not be rounded in between.
-    let (packed, wide) = scratch.take(packed + c.len()).split_at_mut(packed);
     if mode == Store::Add {
         crate::convert(c, wide);
     }
-    blocked(a, b, mode, wide, packed);
+    sheets(a.cols, b.cols).for_each(|sheet| {
+        sheet.pack(b, 0, packed);
+        multiply(&sheet, a, packed, mode, wide, a_panels);
+    });
     crate::convert(wide, c);
 }
 
@@ -93,65 +104,49 @@ simd_fn! {
     }
 }
 
-const PACKED_A: usize = MC * KC;
-const PACKED_B: usize = NC * KC;
-
 simd_fn! {
-    fn blocked<V, A: Element, B: Element, C: Element>(
-        a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C], packed: &mut [f32],
-    ) {
+    fn multiply<V, A: Element, C: Element>(sheet: &Sheet, a: Matrix<A>, packed: &[f32], mode: Store, c: &mut [C], a_panels: &mut [f32]) {
         match const { tile_rows(V::LANES) } {
-            12 => blocked_with::<V, A, B, C, 12, 32>(a, b, mode, c, packed),
-            _ => blocked_with::<V, A, B, C, 6, 16>(a, b, mode, c, packed),
+            12 => multiply_with::<V, A, C, 12, 32>(sheet, a, packed, mode, c, a_panels),
+            _ => multiply_with::<V, A, C, 6, 16>(sheet, a, packed, mode, c, a_panels),
         }
     }
 }
 
 #[inline(always)]
-fn blocked_with<V: Vector, A: Element, B: Element, C: Element, const MR: usize, const NR: usize>(
+fn multiply_with<V: Vector, A: Element, C: Element, const MR: usize, const NR: usize>(
+    sheet: &Sheet,
     a: Matrix<A>,
-    b: Matrix<B>,
+    packed: &[f32],
     mode: Store,
     c: &mut [C],
-    packed: &mut [f32],
+    a_panels: &mut [f32],
 ) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let (m, n) = (a.rows, sheet.of.1);
     assert!(MR == tile_rows(V::LANES) && NR == tile_cols(V::LANES));
-    let (a_panels, b_panels) = packed.split_at_mut(PACKED_A);
-    let kc = k.div_ceil(k.div_ceil(KC)); // blocks of equal size
     let a_columns = a.t();
-    for j0 in (0..n).step_by(NC) {
-        let j1 = n.min(j0 + NC);
-        for k0 in (0..k).step_by(kc) {
-            let terms = k0..k.min(k0 + kc);
-            let len = terms.len();
-            let mode = if k0 > 0 { Store::Add } else { mode };
-            pack::<V, B, NR>(&b, terms.clone(), j0..j1, b_panels);
-            for i0 in (0..m).step_by(MC) {
-                let i1 = m.min(i0 + MC);
-                pack::<V, A, MR>(&a_columns, terms.clone(), i0..i1, a_panels);
-                for (jp, j) in (j0..j1).step_by(NR).enumerate() {
-                    let b_panel = &b_panels[jp * len * NR..][..len * NR];
-                    for (ip, i) in (i0..i1).step_by(MR).enumerate() {
-                        let cols = NR.min(j1 - j);
-                        for r in 0..MR.min(i1 - i) {
-                            V::prefetch(c[(i + r) * n + j..].as_ptr().cast());
-                        }
-                        let a_panel = &a_panels[ip * len * MR..][..len * MR];
-                        // SAFETY: the panels hold `len` terms of MR rows and of NR columns.
-                        let tile = unsafe {
-                            micro::<V, MR>(
-                                len,
-                                Rows { at: a_panel.as_ptr(), row: 1, term: MR },
-                                b_panel.as_ptr(),
-                                NR,
-                            )
-                        };
-                        let (rows, first) = (MR.min(i1 - i), i * n + j);
-                        match (rows, cols) == (MR, NR) {
-                            true => write_whole(tile, mode, &mut c[first..], n),
-                            false => write_part(&tile[..rows], mode, &mut c[first..], n, cols),
-                        }
+    let Range { start: j0, end: j1 } = sheet.columns;
+    for terms in sheet.blocks() {
+        let (len, before) = (terms.len(), (terms.start - sheet.terms.start) * NR);
+        let mode = if terms.start > 0 { Store::Add } else { mode };
+        for i0 in (0..m).step_by(MC) {
+            let i1 = m.min(i0 + MC);
+            pack::<V, A, MR>(&a_columns, terms.clone(), i0..i1, a_panels);
+            for (jp, j) in (j0..j1).step_by(NR).enumerate() {
+                let b_panel = &packed[jp * sheet.terms.len() * NR + before..][..len * NR];
+                for (ip, i) in (i0..i1).step_by(MR).enumerate() {
+                    let cols = NR.min(j1 - j);
+                    for r in 0..MR.min(i1 - i) {
+                        V::prefetch(c[(i + r) * n + j..].as_ptr().cast());
+                    }
+                    let a_panel = &a_panels[ip * len * MR..][..len * MR];
+                    let rows_of_a = Rows { at: a_panel.as_ptr(), row: 1, term: MR };
+                    // SAFETY: the panels hold `len` terms of MR rows and of NR columns.
+                    let tile = unsafe { micro::<V, MR>(len, rows_of_a, b_panel.as_ptr(), NR) };
+                    let (rows, first) = (MR.min(i1 - i), i * n + j);
+                    match (rows, cols) == (MR, NR) {
+                        true => write_whole(tile, mode, &mut c[first..], n),
+                        false => write_part(&tile[..rows], mode, &mut c[first..], n, cols),
                     }
                 }
             }
@@ -223,11 +218,44 @@ mod tests {
         }
     }
 
+    /// As threads share it.
+    fn in_parts(m: usize, n: usize, k: usize, threads: usize) {
+        let (a, b) = (numbers::<f32>(1, m * k), numbers::<bf16>(2, k * n));
+        let (mut c, mut whole) = (numbers::<f32>(3, m * n), numbers::<f32>(3, m * n));
+        let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k).t());
+        gemm(a, b, Store::Add, &mut whole, &mut Scratch::new());
+        for sheet in sheets(k, n) {
+            let mut packed = vec![f32::NAN; sheet.packed_len()];
+            let share = sheet.share(threads);
+            packed.chunks_mut(share).enumerate().for_each(|(i, to)| sheet.pack(b, i * share, to));
+            let rows = m.div_ceil(threads);
+            for (c, a) in c.chunks_mut(rows * n).zip(a.data.chunks(rows * k)) {
+                let a = Matrix::new(a, a.len() / k, k);
+                sheet.multiply(a, &packed, Store::Add, c, &mut Scratch::new());
+            }
+        }
+        assert_eq!(c, whole, "{m} x {n} x {k} by {threads} threads");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn threads_compute_the_same(m in NARROW + 1..40, n in 1usize..200, k in 1usize..90, threads in 1usize..6) {
+            at_every_level(|| in_parts(m, n, k, threads));
+        }
+    }
+
+    #[test]
+    fn several_sheets_in_both_directions() {
+        at_every_level(|| in_parts(9, sheet::NC + 19, KC + 5, 3));
+        at_every_level(|| in_parts(5, sheet::NC / 2, 2 * KC + 9, 2));
+    }
+
     #[test]
     fn several_blocks_in_every_direction() {
         at_every_level(|| {
             check::<f32, f32, f32>((MC + 7, 33, 2 * KC + 5), (false, true), Store::Add, 1, 1e-6);
-            check::<bf16, bf16, bf16>((5, NC + 19, KC + 1), (true, false), Store::Add, 2, BF16_STEP);
+            check::<bf16, bf16, bf16>((5, sheet::NC + 19, KC + 1), (true, false), Store::Add, 2, BF16_STEP);
         });
     }
 }

@@ -105,6 +105,8 @@ pub struct Products {
     workers: Arc<Workers>,
     /// One for each thread.
     scratch: Vec<Scratch>,
+    /// A sheet of B that they share.
+    packed: Vec<f32>,
     narrow_out: Vec<bf16>,
     wide_a: Vec<f32>,
     wide_b: Vec<f32>,
@@ -119,6 +121,7 @@ impl Products {
                 && dnn_works::<bf16>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)),
             scratch: (0..workers.count()).map(|_| Scratch::new()).collect(),
             workers,
+            packed: Vec::new(),
             narrow_out: Vec::new(),
             wide_a: Vec::new(),
             wide_b: Vec::new(),
@@ -234,21 +237,32 @@ impl Products {
         });
     }
 
-    /// By our own kernel, cut by rows of the output.
+    /// By our own kernel. Several threads copy each sheet of B together, then each of them multiplies rows of A by it.
     fn own<E: Element, C: Element>(&mut self, job: Job<E>, out: &mut [C], mode: Store) {
         let out = &mut out[..job.m * job.n];
         if job.is_vector() {
             return self.vector(&job.a[..job.k], job.b, out, mode);
         }
+        let b = matrix(job.b, job.b_stride, job.b_transposed, (job.k, job.n));
         let share = self.workers.share(job.m, GRANULE);
-        let pieces = out.chunks_mut(share * job.n).zip(&mut self.scratch).enumerate();
-        self.workers.each(pieces, |(number, (out, scratch))| {
-            let first = number * share;
-            let from = if job.a_transposed { first } else { first * job.a_stride };
-            let a = matrix(&job.a[from..], job.a_stride, job.a_transposed, (out.len() / job.n, job.k));
-            let b = matrix(job.b, job.b_stride, job.b_transposed, (job.k, job.n));
-            kernels::gemm(a, b, mode, out, scratch);
-        });
+        if share >= job.m {
+            let a = matrix(job.a, job.a_stride, job.a_transposed, (job.m, job.k));
+            return kernels::gemm(a, b, mode, out, &mut self.scratch[0]);
+        }
+        for sheet in kernels::sheets(job.k, job.n) {
+            let packed = grown(&mut self.packed, sheet.packed_len());
+            let part = sheet.share(self.workers.count());
+            self.workers.pieces(packed, part, |piece, to| sheet.pack(b, piece * part, to));
+            let packed = &*packed;
+            let pieces = out.chunks_mut(share * job.n).zip(&mut self.scratch).enumerate();
+            self.workers.each(pieces, |(number, (out, scratch))| {
+                let first = number * share;
+                let from = if job.a_transposed { first } else { first * job.a_stride };
+                let shape = (out.len() / job.n, job.k);
+                let a = matrix(&job.a[from..], job.a_stride, job.a_transposed, shape);
+                sheet.multiply(a, packed, mode, out, scratch);
+            });
+        }
     }
 
     /// A single row, `out_o = x_i w_oi^T`, by our own kernel, cut by its columns.
@@ -290,13 +304,21 @@ impl Storage for bf16 {
 
     fn product(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
         let own = products.fp32 == Library::Own && !products.bf16;
-        match (own || job.is_vector(), products.bf16) {
-            (true, _) => match out {
-                Out::Store(out) => products.own(job, out, Store::Set),
+        match (job.is_vector(), products.bf16) {
+            (true, _) => products.single(job.a, job.b, out, (job.k, job.n)),
+            (false, true) => native(products, job, out),
+            (false, false) if own => match out {
+                Out::Store(out) if !kernels::Sheet::sums_in_c(job.k) => products.own(job, out, Store::Set),
+                Out::Store(out) => {
+                    let mut wide = std::mem::take(&mut products.wide_out);
+                    let len = job.m * job.n;
+                    products.own(job, grown(&mut wide, len), Store::Set);
+                    convert(&products.workers, &wide[..len], &mut out[..len]);
+                    products.wide_out = wide;
+                }
                 Out::Set(out) => products.own(job, out, Store::Set),
                 Out::Add(out) => products.own(job, out, Store::Add),
             },
-            (false, true) => native(products, job, out),
             (false, false) => widened(products, job, out),
         }
     }
