@@ -63,7 +63,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["logging_strategy", "log_every_n_steps", "logging_first_step", "log_interval", "log_every"], "write `logging_steps`; the first step is always told"),
     (&["load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"],
         "a run goes to its end and keeps its newest checkpoints; take the key out"),
-    (&["gradient_checkpointing", "gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
+    (&["gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
         "there is one way to compute, and nothing to choose; take the key out"),
     (&["num_workers", "dataset_num_proc", "preprocessing_num_workers", "dataset_prepared_path", "overwrite_cache"], PREPARED),
     (&["deepspeed", "fsdp", "accelerator", "local_rank", "num_processes", "accelerator_config", "tensor_model_parallel_size",

@@ -117,6 +117,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         precision: wanted.precision,
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
+        activation_checkpointing: activation_checkpointing(f)?,
         max_seq_len,
         epochs: f.int32("epochs", 1, 1_000_000)?.unwrap_or(1),
         max_steps,
@@ -301,6 +302,18 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         (None, Some(true)) => Ok(Bf16Mixed),
         (None, _) => Ok(Fp32),
     }
+}
+
+fn activation_checkpointing(f: &Fields) -> Result<ActivationCheckpointing, JobFileError> {
+    use ActivationCheckpointing::{Blocks, First, None as No};
+    let wanted = "\"none\", \"blocks\", or how many blocks, from the first on, are computed a second time";
+    let given = f.get("activation_checkpointing", wanted, |v| match (v.text(), v.bool(), v.int()) {
+        (Some("none"), ..) | (_, Some(false), _) | (.., Some(0)) => Some(No),
+        (Some("blocks"), ..) | (_, Some(true), _) => Some(Blocks),
+        (.., Some(count)) => u32::try_from(count).ok().map(First),
+        _ => None,
+    })?;
+    Ok(given.unwrap_or_default())
 }
 
 // ---- data, optimizer, checkpoints, evaluation -------------------------------------------------------------------------

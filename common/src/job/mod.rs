@@ -49,6 +49,8 @@ pub struct Job {
     /// Sequences per rank in one micro-batch.
     pub batch_size: u32,
     pub accumulate_grad_batches: u32,
+    #[serde(default)]
+    pub activation_checkpointing: ActivationCheckpointing,
     /// Tokens in one sequence; a window of this length gives `max_seq_len - 1` predictions.
     pub max_seq_len: u32,
     pub epochs: u32,
@@ -123,6 +125,28 @@ pub enum Precision {
     /// Everything in bf16.
     #[serde(rename = "bf16-true")]
     Bf16True,
+}
+
+/// Of which blocks nothing is kept between forward and backward but what they read: they are computed a second time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationCheckpointing {
+    #[default]
+    None,
+    Blocks,
+    /// So many, from the first on.
+    First(u32),
+}
+
+impl ActivationCheckpointing {
+    /// How many of a model's `blocks`.
+    pub fn of(self, blocks: usize) -> usize {
+        match self {
+            ActivationCheckpointing::None => 0,
+            ActivationCheckpointing::Blocks => blocks,
+            ActivationCheckpointing::First(count) => blocks.min(count as usize),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

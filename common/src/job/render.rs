@@ -23,6 +23,11 @@ impl Job {
             "precision": self.precision,
             "batch_size": self.batch_size,
             "accumulate_grad_batches": self.accumulate_grad_batches,
+            "activation_checkpointing": match self.activation_checkpointing {
+                ActivationCheckpointing::None => json!("none"),
+                ActivationCheckpointing::Blocks => json!("blocks"),
+                ActivationCheckpointing::First(count) => json!(count),
+            },
             "max_seq_len": self.max_seq_len,
             "epochs": self.epochs,
             "max_steps": self.max_steps,

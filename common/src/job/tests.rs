@@ -63,6 +63,12 @@ fn every_spelling_reaches_its_field() {
         ("per_device_batch_size = 3", |j| j.batch_size == 3),
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
+        ("", |j| j.activation_checkpointing == ActivationCheckpointing::None),
+        ("activation_checkpointing = \"blocks\"", |j| {
+            j.activation_checkpointing == ActivationCheckpointing::Blocks
+        }),
+        ("activation_checkpointing = 3", |j| j.activation_checkpointing == ActivationCheckpointing::First(3)),
+        ("gradient_checkpointing = true", |j| j.activation_checkpointing == ActivationCheckpointing::Blocks),
         ("learning_rate = 1", |j| j.optimizer.learning_rate == 1.0),
         ("optimizer.lr = 0.25", |j| j.optimizer.learning_rate == 0.25),
         ("max_grad_norm = 0", |j| j.optimizer.max_grad_norm == 0.0),

@@ -32,62 +32,71 @@ impl<'a, E: Storage> Pass<'a, E> {
         &self.network.layout.blocks[number]
     }
 
-    /// `out_th` from `saved.x`. With a cache there is one token.
+    /// `out_th` from `x_th`; where it is not wanted, as much as `block_backward` looks at. With a cache there is one token.
     pub fn block_forward(
         &mut self,
         number: usize,
+        x: &[f32],
         saved: &mut Saved<E>,
-        out: &mut [f32],
+        out: Option<&mut [f32]>,
         scratch: &mut Scratch<E>,
         cache: Option<&mut Layer<E>>,
     ) {
         let block = self.layout(number);
-        let (t, h) = (self.tokens(), self.network.hidden());
-        let (len, out_len) = (t * h, self.heads.out_len());
+        let len = self.tokens() * self.network.hidden();
+        let out_len = self.heads.out_len();
         let Scratch { normed, inner, stream, norms, kernels, g_narrow, .. } = scratch;
-        let normed = &mut normed[..len];
-        let x = std::mem::take(&mut saved.x);
+        let (normed, x, out) = (&mut normed[..len], &x[..len], out.map(|out| &mut out[..len]));
         match self.network.decoder.form {
             Form::NormFirst => {
-                self.norm(&x[..len], &block.norm1, normed, norms);
+                self.norm(x, &block.norm1, normed, norms);
                 self.attend(number, normed, saved, cache, norms, kernels);
                 let mut middle = std::mem::take(&mut saved.middle);
-                middle[..len].copy_from_slice(&x[..len]);
+                middle[..len].copy_from_slice(x);
                 self.linear_add(&saved.attention[..out_len], &block.out, &mut middle[..len]);
                 self.norm(&middle[..len], norm2(block), normed, norms);
-                out[..len].copy_from_slice(&middle[..len]);
-                self.mlp(number, normed, &mut saved.up, inner, &mut out[..len]);
+                self.mlp_up(number, normed, &mut saved.up);
+                if let Some(out) = out {
+                    out.copy_from_slice(&middle[..len]);
+                    self.mlp_down(number, &saved.up, inner, out);
+                }
                 saved.middle = middle;
             }
             Form::Parallel => {
-                self.norm(&x[..len], &block.norm1, normed, norms);
+                self.norm(x, &block.norm1, normed, norms);
                 self.attend(number, normed, saved, cache, norms, kernels);
-                out[..len].copy_from_slice(&x[..len]);
-                self.linear_add(&saved.attention[..out_len], &block.out, &mut out[..len]);
-                self.mlp(number, normed, &mut saved.up, inner, &mut out[..len]);
+                self.mlp_up(number, normed, &mut saved.up);
+                if let Some(out) = out {
+                    out.copy_from_slice(x);
+                    self.linear_add(&saved.attention[..out_len], &block.out, out);
+                    self.mlp_down(number, &saved.up, inner, out);
+                }
             }
             Form::NormLast => {
-                let narrow = E::narrow(&x[..len], g_narrow, self.products.workers());
+                let narrow = E::narrow(x, g_narrow, self.products.workers());
                 self.attend(number, narrow, saved, cache, norms, kernels);
                 let (mut middle, mut last) =
                     (std::mem::take(&mut saved.middle), std::mem::take(&mut saved.last));
-                middle[..len].copy_from_slice(&x[..len]);
+                middle[..len].copy_from_slice(x);
                 self.linear_add(&saved.attention[..out_len], &block.out, &mut middle[..len]);
                 self.norm(&middle[..len], &block.norm1, &mut stream[..len], norms);
                 last[..len].copy_from_slice(&stream[..len]);
                 let narrow = E::narrow(&stream[..len], g_narrow, self.products.workers());
-                self.mlp(number, narrow, &mut saved.up, inner, &mut last[..len]);
-                self.norm(&last[..len], norm2(block), &mut out[..len], norms);
+                self.mlp_up(number, narrow, &mut saved.up);
+                self.mlp_down(number, &saved.up, inner, &mut last[..len]);
+                if let Some(out) = out {
+                    self.norm(&last[..len], norm2(block), out, norms);
+                }
                 (saved.middle, saved.last) = (middle, last);
             }
         }
-        saved.x = x;
     }
 
-    /// Turns `scratch.g`, the gradient of the block's output, into that of its input, and adds the weights' gradients to `sink`.
+    /// Turns `scratch.g`, the gradient of the block's output, into that of its input `x_th`, and adds the weights' gradients to `sink`.
     pub fn block_backward(
         &mut self,
         number: usize,
+        x: &[f32],
         saved: &mut Saved<E>,
         scratch: &mut Scratch<E>,
         sink: &mut dyn Gradients,
@@ -99,7 +108,7 @@ impl<'a, E: Storage> Pass<'a, E> {
         let out_len = self.heads.out_len();
         let Scratch { normed, inner, rows, more_rows, dqkv, g, g_narrow, stream, norms, kernels, .. } =
             scratch;
-        let (normed, g, dqkv) = (&mut normed[..len], &mut g[..len], &mut dqkv[..qkv_len]);
+        let (x, normed, g, dqkv) = (&x[..len], &mut normed[..len], &mut g[..len], &mut dqkv[..qkv_len]);
         let up_len = t * block.up.outputs;
         match self.network.decoder.form {
             Form::NormFirst => {
@@ -118,7 +127,6 @@ impl<'a, E: Storage> Pass<'a, E> {
                 let da = &mut rows[..out_len];
                 self.linear_input_backward(gn, &block.out, Out::Store(da));
                 self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
-                let x = &saved.x[..len];
                 self.norm(x, &block.norm1, normed, norms);
                 self.linear_weight_backward(dqkv, normed, &block.qkv, norms.sums(), sink);
                 let dn = &mut rows[..len];
@@ -132,7 +140,6 @@ impl<'a, E: Storage> Pass<'a, E> {
                 self.linear_weight_backward(gn, &saved.attention[..out_len], &block.out, norms.sums(), sink);
                 self.linear_input_backward(gn, &block.out, Out::Store(da));
                 self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
-                let x = &saved.x[..len];
                 self.norm(x, &block.norm1, normed, norms);
                 self.linear_weight_backward(&saved.up[..up_len], normed, &block.up, norms.sums(), sink);
                 self.linear_weight_backward(dqkv, normed, &block.qkv, norms.sums(), sink);
@@ -163,7 +170,7 @@ impl<'a, E: Storage> Pass<'a, E> {
                 let da = &mut rows[..out_len];
                 self.linear_input_backward(gn, &block.out, Out::Store(da));
                 self.attend_backward(number, saved, da, dqkv, norms, kernels, sink);
-                let narrow = E::narrow(&saved.x[..len], g_narrow, self.products.workers());
+                let narrow = E::narrow(x, g_narrow, self.products.workers());
                 self.linear_weight_backward(dqkv, narrow, &block.qkv, norms.sums(), sink);
                 self.linear_input_backward(dqkv, &block.qkv, Out::Add(g));
             }

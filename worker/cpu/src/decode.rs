@@ -1,8 +1,8 @@
 //! Logits: of whole sequences, and of one token at a time with a cache of keys and values.
 
-use crate::network::Network;
+use crate::network::{Network, two};
 use crate::product::{Products, Storage};
-use crate::workspace::Workspace;
+use crate::workspace::{Keep, Workspace};
 use fleet_kernels::Heads;
 use fleet_learn::zeros::{Part, reserve};
 use fleet_learn::{HostWeights, Result};
@@ -68,7 +68,7 @@ impl Network {
     ) -> Result<Vec<f32>> {
         self.hidden_states(&mut weights, ids, seq, products, work, &mut |_, _| {})?;
         let mut pass = self.pass(weights, (ids.len() / seq, seq), products);
-        pass.head_logits(&work.saved[0].x[..ids.len() * self.hidden()], &mut work.scratch)
+        pass.head_logits(&work.stream[0][..ids.len() * self.hidden()], &mut work.scratch)
     }
 
     /// Fills an empty cache with a prompt; `[v]` logits of the token after it.
@@ -90,7 +90,7 @@ impl Network {
         let h = self.hidden();
         let last = (ids.len() - 1) * h;
         let mut pass = self.one_token(weights, ids.len() - 1, products);
-        pass.head_logits(&work.saved[0].x[last..last + h], &mut work.scratch)
+        pass.head_logits(&work.stream[0][last..last + h], &mut work.scratch)
     }
 
     /// `[v]` logits of the token after `id`, which is added to the cache.
@@ -102,17 +102,17 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<Vec<f32>> {
-        work.resize(self, 1, 1)?;
+        work.resize(&self.decoder, Keep::for_forward(1))?;
         cache.reserve(1, &self.heads(1, 1))?;
         let mut pass = self.one_token(weights, cache.len, products);
-        let Workspace { saved, last, embedded, scratch } = work;
-        let saved = &mut saved[0];
-        pass.embed(&[id], &mut saved.x, embedded, scratch);
+        let Workspace { stream, saved, embedded, scratch } = work;
+        let (x, out, saved) = two(stream, saved);
+        pass.embed(&[id], x, embedded, scratch);
         for (number, layer) in cache.layers.iter_mut().enumerate() {
-            pass.block_forward(number, saved, last, scratch, Some(layer));
-            std::mem::swap(&mut saved.x, last);
+            pass.block_forward(number, x, saved, Some(out), scratch, Some(layer));
+            std::mem::swap(x, out);
         }
         cache.len += 1;
-        pass.head_logits(&saved.x[..self.hidden()], scratch)
+        pass.head_logits(&x[..self.hidden()], scratch)
     }
 }

@@ -13,13 +13,21 @@ pub struct CpuExecutor<E> {
     network: Network,
     products: Products,
     work: Workspace<E>,
+    /// Of so many blocks the forward is computed a second time.
+    again: usize,
     /// Summed since it was asked for.
     loss: f64,
 }
 
 impl<E: Storage> CpuExecutor<E> {
     pub fn new(network: Network, workers: Arc<Workers>) -> CpuExecutor<E> {
-        CpuExecutor { network, products: Products::new(workers), work: Workspace::new(), loss: 0.0 }
+        CpuExecutor { network, products: Products::new(workers), work: Workspace::new(), again: 0, loss: 0.0 }
+    }
+
+    /// Of the first `blocks` blocks nothing is kept between forward and backward but what they read (activation checkpointing).
+    pub fn computing_again(mut self, blocks: usize) -> CpuExecutor<E> {
+        self.again = blocks;
+        self
     }
 
     pub fn network(&self) -> &Network {
@@ -71,8 +79,9 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     }
 
     fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
-        self.loss += self
-            .pass(|network, products, work| network.forward_backward(units, batch, scale, products, work))?;
+        let how = (scale, self.again);
+        self.loss +=
+            self.pass(|network, products, work| network.forward_backward(units, batch, how, products, work))?;
         Ok(())
     }
 

@@ -21,7 +21,7 @@ pub use decode::Cache;
 pub use executor::CpuExecutor;
 pub use network::Network;
 pub use product::{Products, Storage};
-pub use workspace::Workspace;
+pub use workspace::{Workspace, activation_bytes};
 
 use fleet_learn::Workers;
 use std::sync::Arc;

@@ -16,11 +16,15 @@ fn activation(activation: model::Activation) -> Activation {
 }
 
 impl<E: Storage> Pass<'_, E> {
-    /// `out_th += down(activation(up(x_th)))`; keeps `up`, `[t, f]` or `[t, 2 f]`.
-    pub(crate) fn mlp(&mut self, number: usize, x: &[E], up: &mut [E], inner: &mut [E], out: &mut [f32]) {
+    /// `up`, `[t, f]` or `[t, 2 f]`, of `x_th`.
+    pub(crate) fn mlp_up(&mut self, number: usize, x: &[E], up: &mut [E]) {
+        self.linear(x, &self.network.layout.blocks[number].up, up);
+    }
+
+    /// `out_th += down(activation(up))`.
+    pub(crate) fn mlp_down(&mut self, number: usize, up: &[E], inner: &mut [E], out: &mut [f32]) {
         let block = &self.network.layout.blocks[number];
         let (t, f, kind) = self.mlp_shape();
-        self.linear(x, &block.up, up);
         let (up, inner) = (&up[..t * block.up.outputs], &mut inner[..t * f]);
         let rows = self.workers().share(t, 1);
         let gated = self.network.decoder.mlp.gated;

@@ -2,7 +2,7 @@
 
 use crate::block::Pass;
 use crate::product::{Out, Products, Storage};
-use crate::workspace::Workspace;
+use crate::workspace::{Keep, Saved, Workspace};
 use fleet_common::model::{Decoder, Layout, Linear, Positions};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
@@ -15,6 +15,15 @@ pub struct Network {
     rope: Option<RopeTable>,
     /// For each head, where positions are told by slopes.
     slopes: Vec<f32>,
+}
+
+/// A stream, another one that takes its place, and what is kept of a block, where there is no backward.
+pub(crate) fn two<'a, E>(
+    stream: &'a mut [Vec<f32>],
+    saved: &'a mut [Saved<E>],
+) -> (&'a mut Vec<f32>, &'a mut Vec<f32>, &'a mut Saved<E>) {
+    let (x, out) = stream.split_at_mut(1);
+    (&mut x[0], &mut out[0], &mut saved[0])
 }
 
 /// The gradient of a weight as the target of a product.
@@ -95,47 +104,54 @@ impl Network {
         tied.then_some(0).into_iter().chain([self.layout.blocks.len() + 1])
     }
 
-    /// The summed loss; the gradients of `scale` times it go to the units, from the head to the embedding.
+    /// The summed loss; the gradients of `scale` times it go to the units, from the head to the embedding. Of the first `again` blocks nothing
+    /// is kept but their inputs: they are computed a second time on the way back.
     pub fn forward_backward<E: Storage>(
         &self,
         units: &mut dyn Units<Host<E>>,
         batch: &Batch,
-        scale: f32,
+        (scale, again): (f32, usize),
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<f64> {
         let shape = (batch.sequences(), batch.seq);
         let blocks = self.layout.blocks.len();
-        work.resize(self, batch.ids.len(), blocks)?;
-        let Workspace { saved, last, embedded, scratch } = work;
+        let again = again.min(blocks);
+        let kept = |number: usize| if again == 0 { number } else { (number + 1).saturating_sub(again) };
+        work.resize(&self.decoder, Keep::for_backward(batch.ids.len(), blocks, again))?;
+        let Workspace { stream, saved, embedded, scratch } = work;
 
         units.need(0)?;
-        self.pass(units.weights(), shape, products).embed(batch.ids, &mut saved[0].x, embedded, scratch);
+        self.pass(units.weights(), shape, products).embed(batch.ids, &mut stream[0], embedded, scratch);
         units.release(0);
         for number in 0..blocks {
-            let (now, later) = saved[number..].split_at_mut(1);
-            let out = later.first_mut().map_or(&mut *last, |next| &mut next.x);
+            let (x, out) = stream[number..].split_at_mut(1);
+            let saved = &mut saved[kept(number)];
             units.need(number + 1)?;
-            self.pass(units.weights(), shape, products).block_forward(
-                number,
-                &mut now[0],
-                out,
-                scratch,
-                None,
-            );
+            let mut pass = self.pass(units.weights(), shape, products);
+            pass.block_forward(number, &x[0], saved, Some(&mut out[0]), scratch, None);
             units.release(number + 1);
         }
 
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let (weights, sink) = units.numbers();
-        let loss =
-            self.pass(weights, shape, products).head_forward_backward(last, batch, scale, scratch, sink);
+        let loss = self.pass(weights, shape, products).head_forward_backward(
+            &stream[blocks],
+            batch,
+            scale,
+            scratch,
+            sink,
+        );
         self.head_units().for_each(|unit| units.release(unit));
         units.ready(blocks + 1)?;
         for number in (0..blocks).rev() {
             units.need(number + 1)?;
             let (weights, sink) = units.numbers();
-            self.pass(weights, shape, products).block_backward(number, &mut saved[number], scratch, sink);
+            let (mut pass, saved) = (self.pass(weights, shape, products), &mut saved[kept(number)]);
+            if number < again {
+                pass.block_forward(number, &stream[number], saved, None, scratch, None);
+            }
+            pass.block_backward(number, &stream[number], saved, scratch, sink);
             units.release(number + 1);
             units.ready(number + 1)?;
         }
@@ -158,12 +174,12 @@ impl Network {
         self.hidden_states(units, batch.ids, batch.seq, products, work, &mut |_, _| {})?;
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products);
-        let (loss, hits) = pass.head_loss(&work.saved[0].x, batch, &mut work.scratch);
+        let (loss, hits) = pass.head_loss(&work.stream[0], batch, &mut work.scratch);
         self.head_units().for_each(|unit| units.release(unit));
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
     }
 
-    /// Runs the blocks without keeping anything for a backward; leaves the last hidden states in `work.saved[0].x`. `layer_done` sees
+    /// Runs the blocks without keeping anything for a backward; leaves the last hidden states in `work.stream[0]`. `layer_done` sees
     /// each layer's rotated `[t, q + 2 kv]` buffer.
     pub(crate) fn hidden_states<E: Storage>(
         &self,
@@ -175,18 +191,19 @@ impl Network {
         layer_done: &mut dyn FnMut(usize, &[E]),
     ) -> Result<()> {
         let shape = (ids.len() / seq, seq);
-        work.resize(self, ids.len(), 1)?;
-        let Workspace { saved, last, embedded, scratch } = work;
-        let saved = &mut saved[0];
+        work.resize(&self.decoder, Keep::for_forward(ids.len()))?;
+        let Workspace { stream, saved, embedded, scratch } = work;
+        let (x, out, saved) = two(stream, saved);
         units.need(0)?;
-        self.pass(units.weights(), shape, products).embed(ids, &mut saved.x, embedded, scratch);
+        self.pass(units.weights(), shape, products).embed(ids, x, embedded, scratch);
         units.release(0);
         for number in 0..self.layout.blocks.len() {
             units.need(number + 1)?;
-            self.pass(units.weights(), shape, products).block_forward(number, saved, last, scratch, None);
+            let mut pass = self.pass(units.weights(), shape, products);
+            pass.block_forward(number, x, saved, Some(out), scratch, None);
             units.release(number + 1);
             layer_done(number, &saved.qkv[..self.heads(shape.0, shape.1).qkv_len()]);
-            std::mem::swap(&mut saved.x, last);
+            std::mem::swap(x, out);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::block::Pass;
 use crate::network::summed;
 use crate::product::Storage;
-use crate::workspace::grow;
+use crate::workspace::Buffer;
 use fleet_common::model::{Affine, NormKind};
 use fleet_kernels::{self as kernels, Element, RowStats, Store};
 use fleet_learn::{Gradients, Result};
@@ -24,9 +24,14 @@ pub(crate) struct NormScratch {
 }
 
 impl NormScratch {
-    pub fn resize(&mut self, rows: usize, width: usize) -> Result<()> {
-        grow(&mut self.rstd, rows)?;
-        grow(&mut self.stats, rows)?;
+    pub fn resize(
+        &mut self,
+        rows: usize,
+        width: usize,
+        see: &mut dyn FnMut(&mut dyn Buffer, usize) -> Result<()>,
+    ) -> Result<()> {
+        see(&mut self.rstd, rows)?;
+        see(&mut self.stats, rows)?;
         if self.ones.len() < width {
             self.ones = vec![1.0; width];
             self.zeros = vec![0.0; width];

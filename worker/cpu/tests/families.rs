@@ -67,6 +67,26 @@ fn every_gradient_is_that_of_transformers() {
 }
 
 #[test]
+fn blocks_that_are_computed_again_give_the_same_gradients() {
+    for case in cases() {
+        let (ids, shape) = case.ids("ids");
+        let ids = &ids[..shape[1]];
+        let targets = targets(ids, shape[1]);
+        let batch = Batch { ids, targets: &targets, weights: None, seq: shape[1] };
+        let gradients = |again| {
+            let mut executor = executor::<f32>(&case, shape[1], 2).computing_again(again);
+            let mut model = Whole::new(case.weights());
+            executor.forward_backward(&mut model, &batch, 0.5).unwrap();
+            (executor.take_loss().unwrap(), model.grads.numbers)
+        };
+        let kept = gradients(0);
+        for again in 1..=case.model.decoder.layers + 1 {
+            assert!(gradients(again) == kept, "{} with {again} blocks", case.name);
+        }
+    }
+}
+
+#[test]
 fn greedy_tokens_come_one_by_one_as_from_whole_sequences() {
     for case in cases() {
         // Transformers' dynamic embeddings turn all of a sequence anew when it grows, which a cache of turned keys cannot follow.

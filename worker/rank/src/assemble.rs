@@ -78,6 +78,7 @@ fn refused(refusal: Refusal) -> Error {
 fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box<dyn Learner>> {
     let (executor, workers) = cpu::<E>(model, start.threads, job.max_seq_len as usize)?;
     let layout = model.layout();
+    let executor = executor.computing_again(job.activation_checkpointing.of(layout.blocks.len()));
     Ok(match gang(start)? {
         None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
         Some(gang) => Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)),
