@@ -3,6 +3,7 @@
 //! `Gang`, `Exchange` and `SharedHost` are what the training engine sees. `Solo` is the gang of one. `ShmCollective` serves the ranks of one
 //! host through a memory segment that the agent makes (`Segment`) and the ranks inherit.
 
+pub mod algorithm;
 mod call;
 mod collective;
 mod dtype;

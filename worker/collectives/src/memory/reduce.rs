@@ -250,7 +250,7 @@ pub(crate) unsafe fn reduce(
 
 /// Which operand of a reduction is the first; sums of floats do not hang on it, which of two NaNs or zeros is kept does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum First {
+pub(crate) enum First {
     Own,
     Received,
 }
