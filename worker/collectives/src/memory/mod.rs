@@ -80,6 +80,11 @@ impl PerRank {
         Ok(PerRank { map: anonymous(bytes)?, bytes, stride: bytes, rank: 0, ranks: 1, id: 0 })
     }
 
+    /// A buffer of this rank alone, whose ranges are told from those of others by `id`.
+    pub(crate) fn registered(bytes: usize, id: u64) -> Result<PerRank> {
+        Ok(PerRank { id, ..PerRank::private(bytes)? })
+    }
+
     /// `rank`'s view of one buffer of `bytes` for each of `ranks`, `stride` apart in `map`.
     #[cfg(target_os = "linux")]
     pub(crate) fn new(
@@ -154,6 +159,10 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub fn bytes(&mut self) -> &mut [u8] {
         let start = self.buffers.as_mut_ptr().wrapping_add(self.bytes.start);
         // SAFETY: inside the mapping, which `buffers` keeps alive; the one who posted the range has left it to this claim, and no two claims

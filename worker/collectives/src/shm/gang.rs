@@ -3,8 +3,9 @@
 #![allow(unsafe_code)]
 
 use super::posted::Pending;
-use super::segment::{Abort, Control, HALF_BYTES, Mark, PAGE, Slot};
+use super::segment::{Control, HALF_BYTES, Mark, PAGE, Slot};
 use super::wait::{Event, Woken};
+use crate::abort::Abort;
 use crate::call::{self, Call, Signature};
 use crate::collective::refuse;
 use crate::error::{CollectiveError, Result};
@@ -143,11 +144,7 @@ impl ShmCollective {
         };
         if let Err(error) = &result {
             self.failed = Some(error.clone());
-            self.control.abort(match error {
-                CollectiveError::Deadline { rank, .. } => Abort::RankLate(*rank),
-                CollectiveError::Mismatch { rank, .. } => Abort::RankDiffers(*rank),
-                _ => Abort::RankFailed(self.names[self.rank]),
-            });
+            self.control.abort(Abort::for_error(error, self.names[self.rank]));
         }
         result
     }

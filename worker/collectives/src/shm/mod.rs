@@ -20,6 +20,6 @@ mod wait;
 #[cfg(target_os = "linux")]
 pub use gang::{AbortHandle, ShmCollective};
 #[cfg(target_os = "linux")]
-pub use segment::{Abort, RANKS_MAX, Segment};
+pub use segment::{RANKS_MAX, Segment};
 #[cfg(target_os = "linux")]
 pub use trace::{Doing, RankReport};
