@@ -10,6 +10,8 @@ mod collective;
 mod cost;
 mod dtype;
 mod error;
+#[cfg(target_os = "linux")]
+mod host;
 mod memory;
 pub mod net;
 pub mod shm;
@@ -19,6 +21,8 @@ pub use abort::Abort;
 pub use collective::{Activity, Exchange, Gang, Keep, PART_ALIGN, Posted, SharedHost, Ticket, part};
 pub use dtype::{DType, Op};
 pub use error::{CollectiveError, Result};
+#[cfg(target_os = "linux")]
+pub use host::{HostAbortHandle, HostCollective};
 pub use memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
 pub use shm::{AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};

@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, too
 
 mod calls;
+mod meeting;
 
 use fleet_collectives::net::{Key, Listener, NetCollective, PublicKey, RankAddress, Rendezvous};
-use fleet_collectives::{Abort, CollectiveError, DType, Exchange, Gang, Op, Posted};
+use fleet_collectives::{Abort, DType, Exchange, Gang, Op, Posted};
+use meeting::{GENERATION, TIMEOUT, each, ranks};
 use proptest::prelude::*;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -13,56 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-const GENERATION: u64 = 7;
-/// To come together; under load it takes a while.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// One rank before it connects.
-struct Before {
-    listener: Listener,
-    key: Key,
-    told: Rendezvous,
-}
-
-/// Ranks on hosts with these numbers, each with a port and a key of its own.
-fn ranks(hosts: &[usize], encryption: bool) -> Vec<Before> {
-    let listeners: Vec<Listener> =
-        hosts.iter().map(|_| Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap()).collect();
-    let keys: Vec<Key> = hosts.iter().map(|_| Key::generate().unwrap()).collect();
-    let ranks: Vec<RankAddress> = (listeners.iter().zip(&keys).zip(hosts))
-        .map(|((listener, key), host)| RankAddress {
-            host: *host,
-            address: listener.address().unwrap(),
-            key: key.public().clone(),
-        })
-        .collect();
-    listeners
-        .into_iter()
-        .zip(keys)
-        .enumerate()
-        .map(|(rank, (listener, key))| {
-            let told = Rendezvous { generation: GENERATION, rank, ranks: ranks.clone(), encryption };
-            Before { listener, key, told }
-        })
-        .collect()
-}
-
-impl Before {
-    fn connect(self, timeout: Duration) -> Result<NetCollective, CollectiveError> {
-        self.listener.tcp(&self.told, &self.key, timeout)
-    }
-}
-
 /// The ranks of a gang as threads.
 fn gang<T: Send>(hosts: &[usize], encryption: bool, body: impl Fn(NetCollective) -> T + Sync) -> Vec<T> {
     each(ranks(hosts, encryption), |before| body(before.connect(TIMEOUT).unwrap()))
-}
-
-fn each<T: Send>(ranks: Vec<Before>, body: impl Fn(Before) -> T + Sync) -> Vec<T> {
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks.into_iter().map(|before| scope.spawn(|| body(before))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
 }
 
 proptest! {

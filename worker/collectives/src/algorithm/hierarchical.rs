@@ -115,6 +115,16 @@ impl Ring {
     }
 }
 
+/// A barrier of the first ranks of all hosts; the others have nothing to do.
+pub(crate) fn barrier_of_hosts(topology: &Topology, rank: usize) -> Vec<Step> {
+    let leaders: Vec<usize> = (0..topology.hosts()).map(|host| topology.ranks_of(host)[0]).collect();
+    let mut steps = Steps::default();
+    if let Some(group) = Group::of(&leaders, rank) {
+        tree::barrier(&mut steps, group);
+    }
+    steps.list
+}
+
 /// The part of an all_reduce that is left when the ranks of each host have reduced among themselves in shared memory: each has the host's
 /// sum of its `part` among its host's ranks, of elements of `size` bytes, and gets the sum over all hosts. Where hosts have different
 /// numbers of ranks, the buffer is cut at the ends of all parts of all hosts.

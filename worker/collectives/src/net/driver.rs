@@ -359,6 +359,12 @@ impl Driver {
                 Abort::RankDied(peer)
             }
             Trouble::Said(peer) => match self.peers[peer].last {
+                // Who has just come and hears that somebody is late is the one.
+                Some(Last::Said(_, Farewell { reason: Some(Abort::RankLate(_)), .. }))
+                    if waits_for.is_none() =>
+                {
+                    Abort::RankLate(self.rank)
+                }
                 Some(Last::Said(_, Farewell { reason: Some(reason), .. })) => reason,
                 _ => Abort::RankFailed(peer),
             },

@@ -224,6 +224,9 @@ impl NetCollective {
             Cut::Hosts(size) => Work::by_part(operation, bytes, size, world),
         };
         let steps = match cut {
+            Cut::Hosts(_) if operation == Operation::Barrier => {
+                crate::algorithm::barrier_of_hosts(&self.topology, self.rank)
+            }
             Cut::Hosts(_) => {
                 let algorithm = self.chooser.across(&work);
                 crate::algorithm::across(algorithm, &work, size, &self.topology, self.rank)
@@ -295,6 +298,35 @@ impl NetCollective {
             let place = bytes.start as u64;
             gang.post_work(buffers.claim(bytes), call, operation, Cut::Hosts(dtype.size()), place)
         })
+    }
+
+    /// `Exchange::post` of a buffer whose range all ranks call `place`.
+    pub(crate) fn post_at(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        exchange: Posted,
+        place: u64,
+    ) -> Result<Ticket> {
+        self.latched(|gang| {
+            exchange.check(buffers, &bytes, gang.world())?;
+            let cut = match exchange {
+                Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => {
+                    Cut::Parts(dtype.size())
+                }
+                Posted::Broadcast { .. } | Posted::AllToAll => Cut::Even,
+            };
+            let mut claim = buffers.claim(bytes);
+            if exchange == Posted::AllToAll {
+                keep_own(claim.bytes(), gang.rank, gang.world());
+            }
+            gang.post_work(claim, exchange.call(), exchange.into(), cut, place)
+        })
+    }
+
+    /// The first ranks of all hosts meet; the others only count the call.
+    pub(crate) fn barrier_of_hosts(&mut self) -> Result<()> {
+        self.latched(|gang| gang.call(Call::Barrier, Operation::Barrier, Cut::Hosts(1), &mut [0]))
     }
 
     fn stop_worker(&mut self, abort: Abort) {
@@ -434,21 +466,8 @@ impl Exchange for NetCollective {
     }
 
     fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket> {
-        self.latched(|gang| {
-            exchange.check(buffers, &bytes, gang.world())?;
-            let cut = match exchange {
-                Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => {
-                    Cut::Parts(dtype.size())
-                }
-                Posted::Broadcast { .. } | Posted::AllToAll => Cut::Even,
-            };
-            let place = buffers.id + bytes.start as u64;
-            let mut claim = buffers.claim(bytes);
-            if exchange == Posted::AllToAll {
-                keep_own(claim.bytes(), gang.rank, gang.world());
-            }
-            gang.post_work(claim, exchange.call(), exchange.into(), cut, place)
-        })
+        let place = buffers.id + bytes.start as u64;
+        self.post_at(buffers, bytes, exchange, place)
     }
 
     fn progress(&mut self) -> Result<()> {

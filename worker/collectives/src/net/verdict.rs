@@ -92,7 +92,11 @@ fn late(met: Met, lasts: &[Last], from: usize) -> usize {
     for _ in 0..lasts.len() {
         let next = match lasts.get(rank) {
             _ if rank == met.rank => met.waits_for,
-            Some(Last::Said(_, farewell)) => farewell.waits_for,
+            Some(Last::Said(_, farewell)) => farewell.waits_for.or(match farewell.reason {
+                // It has waited elsewhere, among the ranks of its host.
+                Some(Abort::RankLate(late)) if late != rank => Some(late),
+                _ => None,
+            }),
             _ => None,
         };
         match next {
