@@ -3,7 +3,9 @@
 //! Bytes are those of the whole buffer: the input of all_reduce and reduce_scatter, the output of all_gather. A time is the median
 //! over calls as rank 0 sees them; `copies` takes ordinary memory, `in place` works on buffers that lie in the segment.
 
-use fleet_collectives::{Collective, DType, Keep, Op, PerRank, Result, Segment, ShmCollective, part};
+use fleet_collectives::{
+    DType, Exchange, Gang, Keep, Op, PerRank, Result, Segment, SharedHost, ShmCollective, part,
+};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Instant;

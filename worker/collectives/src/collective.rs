@@ -1,61 +1,26 @@
-//! The trait that the engine programs against, and the words it uses. No transport is named here.
+//! The traits that the engine programs against: what ranks can do together, from what every transport can to what only ranks of one host
+//! can. No transport is named here.
+//!
+//! | trait | who has it |
+//! |---|---|
+//! | `Gang`: who am I, meet, add a few numbers | all |
+//! | `Exchange`: buffers from rank to rank | all that have host memory |
+//! | `SharedHost`: memory that all ranks of a host see | `Solo`, `ShmCollective`, `HostCollective` |
 
-use crate::error::Result;
-use crate::shm::memory::{Common, PerRank};
+use crate::call::Call;
+use crate::dtype::{DType, Op};
+use crate::error::{CollectiveError, Result};
+use crate::memory::{Common, PerRank};
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-/// Type of the elements that a reduction works on. All are in the machine's byte order; buffers need no alignment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DType {
-    F32,
-    /// Summed in f32, rounded once.
-    Bf16,
-    F64,
-    /// Sums wrap.
-    I64,
-    /// Sums wrap.
-    U64,
-}
-
-impl DType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            DType::Bf16 => 2,
-            DType::F32 => 4,
-            DType::F64 | DType::I64 | DType::U64 => 8,
-        }
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::Bf16 => "bf16",
-            DType::F64 => "f64",
-            DType::I64 => "i64",
-            DType::U64 => "u64",
-        })
-    }
-}
-
-/// How elements of different ranks become one. Always taken in rank order, so every rank gets the same bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    Sum,
-    /// A NaN on any rank gives NaN.
-    Max,
-}
-
-/// Where the result of `Collective::post_reduce` is left.
+/// Where the result of `SharedHost::post_reduce` is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// Reduce-scatter: each rank has the result of its own `part`, in its own buffer; the rest of its buffer keeps its input.
+    /// Each rank has the result of its `part` among the ranks of its host, in its own buffer; the rest of its buffer keeps its input.
     MyPart,
-    /// All-reduce: every rank has the whole result in its own buffer.
+    /// Every rank has the whole result in its own buffer.
     Everything,
 }
 
@@ -89,27 +54,75 @@ impl fmt::Display for Activity {
 /// into the same line.
 pub const PART_ALIGN: usize = 64;
 
-/// The elements, of `0..elements`, that `rank` of `world_size` reduces and (with shared optimizer state) updates. The parts of all ranks
+/// The elements, of `0..elements`, that `rank` of `world_size` reduces and (with sharded optimizer state) updates. The parts of all ranks
 /// cover `0..elements` once, in rank order; late parts can be shorter or empty.
 pub fn part(elements: usize, rank: usize, world_size: usize) -> Range<usize> {
     let size = elements.div_ceil(world_size).next_multiple_of(PART_ALIGN);
     (rank * size).min(elements)..((rank + 1) * size).min(elements)
 }
 
-/// One rank's end of a gang. Every rank makes the same calls in the same order with the same sizes.
+/// An exchange that can be posted, in place on a range of every rank's registered buffer. `part` is that of all elements of the range
+/// among all ranks of the gang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Posted {
+    /// The range becomes the reduction over all ranks.
+    AllReduce(DType, Op),
+    /// This rank's `part` becomes the reduction; what the rest of the range holds afterwards is not defined.
+    ReduceScatter(DType, Op),
+    /// Each rank gives its `part`; the range becomes all of them.
+    AllGather(DType),
+    Broadcast {
+        root: usize,
+    },
+    /// The first half of the range is the input, the second the output; both hold `world_size` parts of equal length.
+    AllToAll,
+}
+
+impl Posted {
+    pub(crate) fn call(self) -> Call {
+        match self {
+            Posted::AllReduce(dtype, op) => Call::AllReduce(dtype, op),
+            Posted::ReduceScatter(dtype, op) => Call::ReduceScatter(dtype, op),
+            Posted::AllGather(dtype) => Call::AllGather(dtype),
+            Posted::Broadcast { root } => Call::Broadcast { root },
+            Posted::AllToAll => Call::AllToAll,
+        }
+    }
+
+    /// Refuses what cannot be done on `bytes` of `buffers` by `world_size` ranks.
+    pub(crate) fn check(self, buffers: &PerRank, bytes: &Range<usize>, world_size: usize) -> Result<()> {
+        let whole = match self {
+            Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => dtype,
+            Posted::Broadcast { .. } | Posted::AllToAll => DType::U8,
+        };
+        buffers.check(bytes, whole)?;
+        match self {
+            Posted::Broadcast { root } if root >= world_size => {
+                Err(refuse("broadcast", format!("there is no rank {root} of {world_size}")))
+            }
+            Posted::AllToAll if !bytes.len().is_multiple_of(2 * world_size) => {
+                let message =
+                    format!("{} bytes are not {world_size} parts of input and output each", bytes.len());
+                Err(refuse("all_to_all", message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(crate) fn refuse(operation: &'static str, message: String) -> CollectiveError {
+    CollectiveError::Refused { operation, message }
+}
+
+/// A posted exchange, to be waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub(crate) u64);
+
+/// One rank's end of a gang: who it is, and how it meets the others. Every rank makes the same calls in the same order with the same sizes.
 ///
 /// Errors latch: after one, every further call fails at once with the same error. A call waits at most the deadline for its peers, and
 /// ends early when the gang is aborted. Blocking calls first `finish` what was posted.
-///
-/// Two kinds of memory let ranks of one host work without copies. For data-parallel training with one optimizer state per host:
-/// gradients in a `PerRank` buffer; master weights, optimizer state and the bf16 copy in `Common` buffers; then per step
-/// 1. after each block's last backward `post_reduce(&grads, range_of_block, F32, Sum, Keep::MyPart)`, which also makes progress;
-/// 2. `finish()`: now `part(elements_of_block, rank, world_size)` of each block's range holds the sum over the ranks;
-/// 3. the sum of squares of these parts through `all_reduce_f64`: after it no peer reads this rank's gradients any more, so they may be
-///    zeroed or overwritten;
-/// 4. the optimizer on the own parts of the common buffers;
-/// 5. `barrier()`: all parts are written, the next forward may read them.
-pub trait Collective: Send {
+pub trait Gang: Send {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
     /// The start of the job's gang that this rank belongs to.
@@ -120,7 +133,17 @@ pub trait Collective: Send {
     fn note(&mut self, activity: Activity);
     /// Tells the same that this rank begins a step, counted from 1, and how long the one before took, where that is how long steps take.
     fn begin_step(&mut self, step: u64, last: Option<Duration>);
+    /// Returns when every rank has called it; what they wrote before, also in shared buffers, is then visible.
+    fn barrier(&mut self) -> Result<()>;
+    /// Replaces each of a few numbers by its reduction over all ranks.
+    fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()>;
+}
 
+/// Buffers travel between ranks: at once, or posted and worked off while the caller computes.
+///
+/// A posted exchange works in place. From `post` to the return of its `wait` (or of `finish`, or of any blocking call) the range belongs to
+/// the transport. What is posted is done in the order in which it was posted.
+pub trait Exchange: Gang {
     /// Replaces `data` by the reduction of all ranks' `data`.
     fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Result<()>;
     /// `input` holds `world_size` parts of `output.len()` bytes; `output` becomes the reduction of all ranks' part number `rank`.
@@ -131,15 +154,43 @@ pub trait Collective: Send {
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<()>;
     /// Part `p` of `output` becomes part `rank` of rank `p`'s `input`; both hold `world_size` parts of equal length.
     fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Result<()>;
-    /// Returns when every rank has called it; what they wrote before, also in shared buffers, is then visible.
-    fn barrier(&mut self) -> Result<()>;
+
+    /// A registered buffer for each rank, zeroed, page-aligned, for what is posted. A collective call.
+    fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank>;
+    /// Starts an exchange of `bytes` (a range of bytes of every rank's buffer) and returns at once.
+    fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket>;
+    /// Does what this rank can do now for what is posted. Never waits. A transport with threads of its own needs none of it.
+    fn progress(&mut self) -> Result<()>;
+    /// Completes a posted exchange, and all that were posted before it.
+    fn wait(&mut self, ticket: Ticket) -> Result<()>;
+    /// Completes everything posted.
+    fn finish(&mut self) -> Result<()>;
+}
+
+/// Ranks of one host share memory, so that weights and optimizer state lie there once.
+///
+/// For data-parallel training: gradients in a `PerRank` buffer; master weights, optimizer state and the bf16 copy in `Common` buffers;
+/// then per step
+/// 1. after each block's last backward `post_reduce(&grads, range_of_block, F32, Sum, Keep::MyPart)`, which also makes progress;
+/// 2. `finish()`: now `part(elements_of_block, local_rank, local_size)` of each block's range holds the sum over all ranks of the gang, the
+///    same bits on every host;
+/// 3. the sum of squares of these parts through `all_reduce_f64`, counted on the first host alone: after it no peer reads this rank's
+///    gradients any more, so they may be zeroed or overwritten;
+/// 4. the optimizer on the own parts of the common buffers;
+/// 5. `barrier()`: all parts are written, the next forward may read them.
+pub trait SharedHost: Exchange {
+    /// This rank's place among the ranks of its host.
+    fn local_rank(&self) -> usize;
+    /// Ranks on this host.
+    fn local_size(&self) -> usize;
+    /// This rank's host among those of the gang, from 0. What every host has the same of is counted on host 0.
+    fn host(&self) -> usize;
 
     /// One buffer that all ranks of the host see, zeroed, page-aligned. A collective call.
     fn allocate_common(&mut self, bytes: usize) -> Result<Common>;
-    /// A buffer for each rank, zeroed, page-aligned, that `post_reduce` reduces in place. A collective call.
-    fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank>;
-    /// Starts the reduction of `bytes` (a range of bytes of every rank's buffer) and returns at once: this rank's input is complete and
-    /// must not be touched until `finish`. Reductions that all ranks have posted are worked off here, in `progress` and in `finish`.
+    /// Starts the reduction of `bytes` (a range of bytes of every rank's buffer) over all ranks of the gang and returns at once: this rank's
+    /// input is complete and must not be touched until `finish`. After that the result is in place; other ranks may still be reading
+    /// this rank's buffer until the next blocking call returns (with `Keep::Everything`: nobody does).
     fn post_reduce(
         &mut self,
         buffers: &PerRank,
@@ -148,21 +199,19 @@ pub trait Collective: Send {
         op: Op,
         keep: Keep,
     ) -> Result<()>;
-    /// Does this rank's share of the posted reductions whose peers are ready. Never waits.
-    fn progress(&mut self) -> Result<()>;
-    /// Completes everything posted. After it the result is in place; other ranks may still be reading this rank's buffer until
-    /// the next blocking call returns (with `Keep::Everything`: nobody does).
-    fn finish(&mut self) -> Result<()>;
+}
 
-    /// `all_reduce` of a few numbers.
-    fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()> {
-        let mut bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
-        self.all_reduce(&mut bytes, DType::F64, op)?;
-        for (value, eight) in values.iter_mut().zip(bytes.chunks_exact(8)) {
-            *value = f64::from_ne_bytes(eight.try_into().expect("a chunk of eight bytes"));
-        }
-        Ok(())
+/// `Gang::all_reduce_f64` by way of an `all_reduce` of bytes.
+pub(crate) fn through_bytes(
+    values: &mut [f64],
+    all_reduce: impl FnOnce(&mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let mut bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+    all_reduce(&mut bytes)?;
+    for (value, eight) in values.iter_mut().zip(bytes.chunks_exact(8)) {
+        *value = f64::from_ne_bytes(eight.try_into().expect("a chunk of eight bytes"));
     }
+    Ok(())
 }
 
 #[cfg(test)]

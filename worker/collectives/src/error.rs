@@ -1,5 +1,6 @@
 //! What can go wrong in a collective, each with the rank that is to blame.
 
+use crate::abort::Abort;
 use std::sync::Arc;
 
 pub type Result<T> = std::result::Result<T, CollectiveError>;
@@ -22,10 +23,15 @@ pub enum CollectiveError {
     )]
     Mismatch { rank: usize, other: usize, theirs: String, others: String },
     /// Another rank met an error, or the agent ended the gang's calls.
-    #[error("aborted: {reason}")]
-    Aborted { culprit: Option<usize>, reason: String },
+    #[error("aborted: {abort}")]
+    Aborted { abort: Abort },
     #[error("{operation}: {message}")]
     Refused { operation: &'static str, message: String },
+    /// While the gang came together.
+    #[error("rank {rank} {what}")]
+    Peer { rank: usize, what: String },
+    #[error("network: {what}: {source}")]
+    Network { what: &'static str, source: Arc<std::io::Error> },
     #[error("the shared segment belongs to generation {segment} of the gang, this rank to {rank}")]
     Generation { segment: u64, rank: u64 },
     #[error("shared memory: {what}: {source}")]
@@ -37,7 +43,8 @@ impl CollectiveError {
     pub fn culprit(&self) -> Option<usize> {
         match self {
             CollectiveError::Deadline { rank, .. } | CollectiveError::Mismatch { rank, .. } => Some(*rank),
-            CollectiveError::Aborted { culprit, .. } => *culprit,
+            CollectiveError::Aborted { abort } => abort.culprit(),
+            CollectiveError::Peer { rank, .. } => Some(*rank),
             _ => None,
         }
     }

@@ -1,16 +1,29 @@
 //! Collective operations of a gang of ranks, over byte slices and element types; it knows no tensors and links no libtorch.
 //!
-//! `Collective` is what the training engine sees. `Solo` is the gang of one. `ShmCollective` serves the ranks of one host through a
-//! memory segment that the agent makes (`Segment`) and the ranks inherit.
+//! `Gang`, `Exchange` and `SharedHost` are what the training engine sees. `Solo` is the gang of one. `ShmCollective` serves the ranks of one
+//! host through a memory segment that the agent makes (`Segment`) and the ranks inherit.
 
+mod abort;
+pub mod algorithm;
+mod call;
 mod collective;
+mod cost;
+mod dtype;
 mod error;
+#[cfg(target_os = "linux")]
+mod host;
+mod memory;
+pub mod net;
 pub mod shm;
 mod solo;
 
-pub use collective::{Activity, Collective, DType, Keep, Op, PART_ALIGN, part};
+pub use abort::Abort;
+pub use collective::{Activity, Exchange, Gang, Keep, PART_ALIGN, Posted, SharedHost, Ticket, part};
+pub use dtype::{DType, Op};
 pub use error::{CollectiveError, Result};
-pub use shm::memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
-pub use shm::{Abort, AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
+pub use host::{HostAbortHandle, HostCollective};
+pub use memory::{Common, PerRank};
+#[cfg(target_os = "linux")]
+pub use shm::{AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
 pub use solo::Solo;

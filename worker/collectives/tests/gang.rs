@@ -3,8 +3,12 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // helpers of tests, too
 
+mod calls;
+
+use calls::{inputs, reduced};
 use fleet_collectives::{
-    Abort, Activity, Collective, CollectiveError, DType, Doing, Keep, Op, Segment, ShmCollective, part,
+    Abort, Activity, CollectiveError, DType, Doing, Exchange, Gang, Keep, Op, Segment, SharedHost,
+    ShmCollective, part,
 };
 use proptest::prelude::*;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -58,9 +62,10 @@ fn child() {
     let mut gang = ShmCollective::attach(number() as i32, number(), number(), 1).unwrap();
     match words.next().unwrap() {
         "everything" => {
-            for (index, call) in Call::all().into_iter().enumerate() {
+            for (index, call) in calls::all().into_iter().enumerate() {
                 call.check(&mut gang, index as u64);
             }
+            check_every_post_reduce(&mut gang);
         }
         "training" => train(gang, 5),
         "wait" => loop {
@@ -87,158 +92,42 @@ fn child() {
     }
 }
 
-/// Number `index` of what `rank` puts into call `salt`: small integers, so that sums are exact in every type.
-fn input(salt: u64, rank: usize, index: usize) -> u64 {
-    let mixed =
-        (salt + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (rank as u64 * 7919 + index as u64 * 104_729);
-    (mixed ^ (mixed >> 29)) % 16
-}
-
-fn encode(dtype: DType, values: impl Iterator<Item = u64>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for value in values {
-        match dtype {
-            DType::F32 => bytes.extend((value as f32).to_ne_bytes()),
-            DType::Bf16 => bytes.extend(half::bf16::from_f32(value as f32).to_ne_bytes()),
-            DType::F64 => bytes.extend((value as f64).to_ne_bytes()),
-            DType::I64 | DType::U64 => bytes.extend(value.to_ne_bytes()),
-        }
+/// `post_reduce` in both of its forms, two at once in one buffer.
+fn check_post_reduce(gang: &mut ShmCollective, dtype: DType, op: Op, keep: Keep, size: usize) {
+    let (rank, world) = (gang.rank(), gang.world_size());
+    let (gap, length) = (24, size * dtype.size());
+    let buffer = gang.allocate_per_rank(3 * gap + 2 * length).unwrap();
+    let starts = [gap, 2 * gap + length];
+    for (i, start) in starts.into_iter().enumerate() {
+        buffer.write(start, &inputs(dtype, i as u64, rank, 0..size));
+        gang.post_reduce(&buffer, start..start + length, dtype, op, keep).unwrap();
     }
-    bytes
+    gang.finish().unwrap();
+    for (i, start) in starts.into_iter().enumerate() {
+        let mut got = vec![0; length];
+        buffer.read(start, &mut got);
+        let mut want = inputs(dtype, i as u64, rank, 0..size);
+        let range = match keep {
+            Keep::MyPart => part(size, rank, world),
+            Keep::Everything => 0..size,
+        };
+        let sum = reduced(dtype, op, i as u64, world, range.clone());
+        want[range.start * dtype.size()..range.end * dtype.size()].copy_from_slice(&sum);
+        assert_eq!(got, want, "{dtype} {op:?} {keep:?} of {size}");
+    }
+    gang.barrier().unwrap();
 }
 
-fn inputs(dtype: DType, salt: u64, rank: usize, range: std::ops::Range<usize>) -> Vec<u8> {
-    encode(dtype, range.map(|i| input(salt, rank, i)))
-}
-
-fn reduced(dtype: DType, op: Op, salt: u64, world: usize, range: std::ops::Range<usize>) -> Vec<u8> {
-    let one = |i: usize| {
-        let all = (0..world).map(|rank| input(salt, rank, i));
-        match op {
-            Op::Sum => all.sum::<u64>(),
-            Op::Max => all.max().unwrap(),
-        }
-    };
-    encode(dtype, range.map(one))
-}
-
-/// One call with its size: in elements, or in bytes where there is no type.
-#[derive(Clone, Copy, Debug)]
-enum Call {
-    AllReduce(DType, Op, usize),
-    ReduceScatter(DType, Op, usize),
-    AllGather(usize),
-    Broadcast(usize),
-    AllToAll(usize),
-    Barrier,
-    Posted(DType, Op, Keep, usize),
-}
-
-impl Call {
-    fn all() -> Vec<Call> {
-        let mut calls = vec![Call::Barrier];
-        for dtype in [DType::F32, DType::Bf16, DType::F64, DType::I64, DType::U64] {
-            for op in [Op::Sum, Op::Max] {
-                for size in [0, 1, 259] {
-                    calls.push(Call::AllReduce(dtype, op, size));
-                    calls.push(Call::ReduceScatter(dtype, op, size));
-                    calls.push(Call::Posted(dtype, op, Keep::MyPart, size));
-                    calls.push(Call::Posted(dtype, op, Keep::Everything, size));
+fn check_every_post_reduce(gang: &mut ShmCollective) {
+    for dtype in DType::ALL {
+        for op in [Op::Sum, Op::Max] {
+            for keep in [Keep::MyPart, Keep::Everything] {
+                for size in [0, 1, 259, 10_001] {
+                    check_post_reduce(gang, dtype, op, keep, size);
                 }
             }
         }
-        // Longer than the staging area.
-        calls.push(Call::AllReduce(DType::F32, Op::Sum, 70_001));
-        calls.push(Call::ReduceScatter(DType::F32, Op::Sum, 33_001));
-        calls.push(Call::Posted(DType::F32, Op::Sum, Keep::Everything, 70_001));
-        for size in [0, 1, 13, 132_077] {
-            calls.extend([Call::AllGather(size), Call::Broadcast(size), Call::AllToAll(size)]);
-        }
-        calls
     }
-
-    /// Makes the call with inputs that depend on `salt` and the rank, and compares with the plain reference.
-    fn check(self, gang: &mut ShmCollective, salt: u64) {
-        let (rank, world) = (gang.rank(), gang.world_size());
-        let bytes = |rank, range| inputs(DType::U64, salt, rank, range);
-        match self {
-            Call::Barrier => gang.barrier().unwrap(),
-            Call::AllReduce(dtype, op, size) => {
-                let mut data = inputs(dtype, salt, rank, 0..size);
-                gang.all_reduce(&mut data, dtype, op).unwrap();
-                assert_eq!(data, reduced(dtype, op, salt, world, 0..size), "{self:?}");
-            }
-            Call::ReduceScatter(dtype, op, size) => {
-                let data = inputs(dtype, salt, rank, 0..size * world);
-                let mut output = vec![0xaa; size * dtype.size()];
-                gang.reduce_scatter(&data, &mut output, dtype, op).unwrap();
-                let mine = rank * size..(rank + 1) * size;
-                assert_eq!(output, reduced(dtype, op, salt, world, mine), "{self:?}");
-            }
-            Call::AllGather(size) => {
-                let mut output = vec![0xaa; size * world];
-                gang.all_gather(&bytes(rank, 0..size)[..size], &mut output).unwrap();
-                let want: Vec<u8> = (0..world).flat_map(|r| bytes(r, 0..size)[..size].to_vec()).collect();
-                assert_eq!(output, want, "{self:?}");
-            }
-            Call::Broadcast(size) => {
-                let root = salt as usize % world;
-                let mut data = bytes(rank, 0..size)[..size].to_vec();
-                gang.broadcast(&mut data, root).unwrap();
-                assert_eq!(data, bytes(root, 0..size)[..size], "{self:?}");
-            }
-            Call::AllToAll(size) => {
-                let of = |r: usize| bytes(r, 0..size * world)[..size * world].to_vec();
-                let mut output = vec![0xaa; size * world];
-                gang.all_to_all(&of(rank), &mut output).unwrap();
-                let part = |r: usize| of(r)[rank * size..(rank + 1) * size].to_vec();
-                assert_eq!(output, (0..world).flat_map(part).collect::<Vec<u8>>(), "{self:?}");
-            }
-            Call::Posted(dtype, op, keep, size) => {
-                // Two posts in one buffer, with a gap before, between and after.
-                let (gap, length) = (24, size * dtype.size());
-                let buffer = gang.allocate_per_rank(3 * gap + 2 * length).unwrap();
-                let starts = [gap, 2 * gap + length];
-                for (i, start) in starts.into_iter().enumerate() {
-                    buffer.write(start, &inputs(dtype, salt + i as u64, rank, 0..size));
-                    gang.post_reduce(&buffer, start..start + length, dtype, op, keep).unwrap();
-                }
-                gang.finish().unwrap();
-                for (i, start) in starts.into_iter().enumerate() {
-                    let mut got = vec![0; length];
-                    buffer.read(start, &mut got);
-                    let mut want = inputs(dtype, salt + i as u64, rank, 0..size);
-                    let range = match keep {
-                        Keep::MyPart => part(size, rank, world),
-                        Keep::Everything => 0..size,
-                    };
-                    let sum = reduced(dtype, op, salt + i as u64, world, range.clone());
-                    want[range.start * dtype.size()..range.end * dtype.size()].copy_from_slice(&sum);
-                    assert_eq!(got, want, "{self:?}");
-                }
-                gang.barrier().unwrap();
-                let mut edge = vec![1; gap];
-                buffer.read(0, &mut edge);
-                assert_eq!(edge, vec![0; gap], "written before the range");
-            }
-        }
-    }
-}
-
-fn any_call() -> impl Strategy<Value = Call> {
-    let dtype = || prop::sample::select(vec![DType::F32, DType::Bf16, DType::F64, DType::I64, DType::U64]);
-    let op = || prop::sample::select(vec![Op::Sum, Op::Max]);
-    let keep = || prop::sample::select(vec![Keep::MyPart, Keep::Everything]);
-    let size = || prop_oneof![4 => 0usize..300, 1 => 30_000usize..70_000];
-    prop_oneof![
-        Just(Call::Barrier),
-        (dtype(), op(), size()).prop_map(|(d, o, s)| Call::AllReduce(d, o, s)),
-        (dtype(), op(), size()).prop_map(|(d, o, s)| Call::ReduceScatter(d, o, s)),
-        size().prop_map(Call::AllGather),
-        size().prop_map(Call::Broadcast),
-        size().prop_map(Call::AllToAll),
-        (dtype(), op(), keep(), size()).prop_map(|(d, o, k, s)| Call::Posted(d, o, k, s)),
-    ]
 }
 
 proptest! {
@@ -246,7 +135,7 @@ proptest! {
     #[test]
     fn any_order_of_calls_agrees_with_the_reference(
         world in 1usize..=8,
-        calls in prop::collection::vec(any_call(), 1..12),
+        calls in prop::collection::vec(calls::any(), 1..12),
     ) {
         threads(world, |mut gang| {
             for (index, call) in calls.iter().enumerate() {
@@ -268,7 +157,7 @@ fn processes_agree_with_the_reference_also_with_more_ranks_than_cores() {
     }
 }
 
-/// Data-parallel steps as `Collective` describes them, on numbers whose result is known in closed form.
+/// Data-parallel steps as `SharedHost` describes them, on numbers whose result is known in closed form.
 fn train(mut gang: ShmCollective, steps: usize) {
     let (rank, world) = (gang.rank(), gang.world_size());
     let blocks = [0..1000usize, 1024..1025, 1088..5000];

@@ -12,7 +12,7 @@ use fleet_checkpoint::{
     CheckpointError, Dtype, MODEL_FILE, ModelDir, OPTIMIZER_FILE, Tensor, TensorRef, Tensors, Writer, stored,
     stored_shape,
 };
-use fleet_collectives::{Activity, Collective, Op};
+use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_kernels::all_finite;
 use std::borrow::Cow;
@@ -27,7 +27,7 @@ pub trait Learner {
     /// For the log: with what is computed.
     fn describe(&self) -> String;
     /// The ranks that train together.
-    fn gang(&mut self) -> &mut dyn Collective;
+    fn gang(&mut self) -> &mut dyn Gang;
 
     /// Weights that hang on `seed` alone.
     fn fresh_weights(&mut self, seed: u64) -> Result<()>;
@@ -77,7 +77,7 @@ impl<M: Memory> Learner for Engine<M> {
         self.executor.describe()
     }
 
-    fn gang(&mut self) -> &mut dyn Collective {
+    fn gang(&mut self) -> &mut dyn Gang {
         self.strategy.gang()
     }
 

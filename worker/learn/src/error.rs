@@ -60,13 +60,14 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fleet_collectives::Abort;
 
     #[test]
     fn in_a_collective_the_rank_that_did_not_come_is_to_blame_and_otherwise_the_one_that_reports() {
         let (operation, doing) = ("all_reduce #4".to_owned(), "it is loading data since 901.0 s".to_owned());
         let late = CollectiveError::Deadline { rank: 3, operation, seconds: 900.0, doing };
-        let told = CollectiveError::Aborted { culprit: Some(3), reason: "rank 3 died".into() };
-        let stopped = CollectiveError::Aborted { culprit: None, reason: "the job was stopped".into() };
+        let told = CollectiveError::Aborted { abort: Abort::RankDied(3) };
+        let stopped = CollectiveError::Aborted { abort: Abort::Stopped };
         let [late, told, stopped] = [late, told, stopped].map(Error::from);
         let own = Error::Job("the loss became NaN".into());
         let all = [late, told, stopped, own].map(|e| (e.culprit(1), e.kind(1)));

@@ -1,6 +1,6 @@
 //! The choices of a rank: what computes, where the numbers lie, how the ranks reach each other.
 
-use fleet_collectives::{Collective, ShmCollective};
+use fleet_collectives::{Gang, SharedHost, ShmCollective};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision};
 use fleet_common::protocol::RankStart;
@@ -98,7 +98,7 @@ pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result
 }
 
 /// The peers, where there are any.
-fn gang(start: &RankStart) -> Result<Option<Box<dyn Collective>>> {
+fn gang(start: &RankStart) -> Result<Option<Box<dyn SharedHost>>> {
     let (rank, world) = (start.rank as usize, start.world_size as usize);
     match (world, start.shm_fd) {
         (1, _) => Ok(None),

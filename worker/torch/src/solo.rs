@@ -4,7 +4,7 @@ use crate::device::{self, memory_is_short};
 use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
-use fleet_collectives::Collective;
+use fleet_collectives::Gang;
 use fleet_common::model::Layout;
 use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
@@ -78,7 +78,7 @@ impl Units<Tensors> for Solo {
 }
 
 impl Strategy<Tensors> for Solo {
-    fn gang(&mut self) -> &mut dyn Collective {
+    fn gang(&mut self) -> &mut dyn Gang {
         &mut self.gang
     }
 

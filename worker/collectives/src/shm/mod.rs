@@ -5,10 +5,11 @@
 //! move nothing: each rank marks that its buffer is complete, and reduces its part of all buffers where they lie.
 
 #[cfg(target_os = "linux")]
-mod gang;
-pub mod memory;
+mod calls;
 #[cfg(target_os = "linux")]
-mod reduce;
+mod gang;
+#[cfg(target_os = "linux")]
+mod posted;
 #[cfg(target_os = "linux")]
 mod segment;
 #[cfg(target_os = "linux")]
@@ -19,6 +20,6 @@ mod wait;
 #[cfg(target_os = "linux")]
 pub use gang::{AbortHandle, ShmCollective};
 #[cfg(target_os = "linux")]
-pub use segment::{Abort, RANKS_MAX, Segment};
+pub use segment::{RANKS_MAX, Segment};
 #[cfg(target_os = "linux")]
 pub use trace::{Doing, RankReport};

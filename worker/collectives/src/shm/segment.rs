@@ -7,6 +7,7 @@
 
 use super::trace::{History, RankReport};
 use super::wait::Event;
+use crate::abort::Abort;
 use crate::error::{CollectiveError, Result};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
@@ -62,72 +63,6 @@ pub(super) struct Mark {
 #[repr(C, align(64))]
 pub(super) struct Line {
     pub value: AtomicU64,
-}
-
-/// Why a gang's collectives were aborted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Abort {
-    /// The agent saw the rank's process end.
-    RankDied(usize),
-    /// The job was stopped.
-    Stopped,
-    /// A rank met an error of its own; its log has it.
-    RankFailed(usize),
-    /// The others waited for the rank until their deadline.
-    RankLate(usize),
-    /// The rank made another call than the others.
-    RankDiffers(usize),
-}
-
-impl Abort {
-    fn word(self) -> u64 {
-        match self {
-            Abort::RankDied(rank) => (1 << 32) | rank as u64,
-            Abort::Stopped => 2 << 32,
-            Abort::RankFailed(rank) => (3 << 32) | rank as u64,
-            Abort::RankLate(rank) => (4 << 32) | rank as u64,
-            Abort::RankDiffers(rank) => (5 << 32) | rank as u64,
-        }
-    }
-
-    fn of(word: u64) -> Abort {
-        let rank = word as u32 as usize;
-        match word >> 32 {
-            1 => Abort::RankDied(rank),
-            2 => Abort::Stopped,
-            4 => Abort::RankLate(rank),
-            5 => Abort::RankDiffers(rank),
-            _ => Abort::RankFailed(rank),
-        }
-    }
-
-    fn culprit(self) -> Option<usize> {
-        match self {
-            Abort::Stopped => None,
-            Abort::RankDied(rank)
-            | Abort::RankFailed(rank)
-            | Abort::RankLate(rank)
-            | Abort::RankDiffers(rank) => Some(rank),
-        }
-    }
-}
-
-impl std::fmt::Display for Abort {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Abort::RankDied(rank) => write!(f, "rank {rank} died"),
-            Abort::Stopped => write!(f, "the job was stopped"),
-            Abort::RankFailed(rank) => write!(f, "rank {rank} failed in a collective; its log says why"),
-            Abort::RankLate(rank) => write!(f, "rank {rank} did not come to a collective in time"),
-            Abort::RankDiffers(rank) => write!(f, "rank {rank} made another call than the others"),
-        }
-    }
-}
-
-impl From<Abort> for CollectiveError {
-    fn from(abort: Abort) -> CollectiveError {
-        CollectiveError::Aborted { culprit: abort.culprit(), reason: abort.to_string() }
-    }
 }
 
 /// A mapping of header, slots and staging.

@@ -4,90 +4,11 @@
 
 #![allow(unsafe_code)]
 
-use crate::collective::{Activity, DType, Keep, Op};
+use crate::call::{self, Signature};
+use crate::collective::Activity;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-
-/// The calls a rank can be in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Call {
-    AllReduce(DType, Op),
-    ReduceScatter(DType, Op),
-    AllGather,
-    Broadcast { root: usize },
-    AllToAll,
-    Barrier,
-    Allocate { common: bool },
-    Reduce(DType, Op, Keep),
-}
-
-impl Call {
-    fn kind(self) -> u64 {
-        match self {
-            Call::AllReduce(..) => 1,
-            Call::ReduceScatter(..) => 2,
-            Call::AllGather => 3,
-            Call::Broadcast { .. } => 4,
-            Call::AllToAll => 5,
-            Call::Barrier => 6,
-            Call::Allocate { .. } => 7,
-            Call::Reduce(..) => 8,
-        }
-    }
-
-    /// One word, never 0: kind, then dtype, operation and keep or root.
-    pub fn word(self) -> u64 {
-        let element = |dtype: DType, op: Op| ((dtype as u64 + 1) << 8) | ((op as u64) << 16);
-        let more = match self {
-            Call::AllReduce(dtype, op) | Call::ReduceScatter(dtype, op) => element(dtype, op),
-            Call::Reduce(dtype, op, keep) => element(dtype, op) | ((keep as u64) << 24),
-            Call::Broadcast { root } => (root as u64) << 24,
-            Call::Allocate { common } => u64::from(common) << 24,
-            Call::AllGather | Call::AllToAll | Call::Barrier => 0,
-        };
-        self.kind() | more
-    }
-}
-
-/// The name of the call in a word.
-pub(super) fn name(word: u64) -> &'static str {
-    match word & 0xff {
-        1 => "all_reduce",
-        2 => "reduce_scatter",
-        3 => "all_gather",
-        4 => "broadcast",
-        5 => "all_to_all",
-        6 => "barrier",
-        7 => "allocate",
-        8 => "reduce",
-        _ => "an unknown call",
-    }
-}
-
-/// `all_reduce #412 (f32 sum, 4096 bytes)`.
-pub(super) fn describe(sequence: u64, word: u64, bytes: u64) -> String {
-    let dtype = match (word >> 8) & 0xff {
-        1 => "f32 ",
-        2 => "bf16 ",
-        3 => "f64 ",
-        4 => "i64 ",
-        5 => "u64 ",
-        _ => "",
-    };
-    let op = match (dtype, (word >> 16) & 0xff) {
-        ("", _) => "",
-        (_, 0) => "sum, ",
-        _ => "max, ",
-    };
-    let rest = match (word & 0xff, word >> 24) {
-        (4, root) => format!("from rank {root}, "),
-        (8, keep) if keep == Keep::Everything as u64 => "all-reduce, ".to_owned(),
-        (7, common) if common != 0 => "common, ".to_owned(),
-        _ => String::new(),
-    };
-    format!("{} #{sequence} ({dtype}{op}{rest}{bytes} bytes)", name(word))
-}
 
 /// What one rank does, and since when.
 #[repr(C, align(64))]
@@ -137,10 +58,10 @@ impl History {
     }
 
     /// The rank waits in this call, from now on.
-    pub fn wait_in(&self, sequence: u64, call: Call) {
+    pub fn wait_in(&self, call: Signature) {
         self.inside_since_ns.store(now_ns(), Relaxed);
-        self.inside_what.store(call.word(), Relaxed);
-        self.inside.store(sequence, Relaxed);
+        self.inside_what.store(call.word, Relaxed);
+        self.inside.store(call.sequence, Relaxed);
     }
 
     /// It waits no more.
@@ -182,7 +103,7 @@ impl History {
                 }
             }
             (Some(attached), call) => Doing::Inside {
-                operation: format!("{} #{call}", name(self.inside_what.load(Relaxed))),
+                operation: format!("{} #{call}", call::name(self.inside_what.load(Relaxed))),
                 call,
                 since: since(&self.inside_since_ns).unwrap_or(attached),
                 during: activity,

@@ -1,6 +1,6 @@
 //! Numbers in memory that ranks share, seen as slices.
 //!
-//! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::Collective`
+//! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::SharedHost`
 //! (reduce, finish, update the own part, barrier), which `strategy::Shared` follows. Within the process the borrow checker holds.
 
 #![allow(unsafe_code)]

@@ -9,14 +9,14 @@ pub use solo::Solo;
 use crate::error::{Error, Result};
 use crate::optimizer::Update;
 use crate::units::{Memory, UnitWeights, Units};
-use fleet_collectives::Collective;
+use fleet_collectives::Gang;
 use std::borrow::Cow;
 use std::ops::Range;
 
 /// One rank's part in keeping and updating a model. All ranks make the same calls in the same order.
 pub trait Strategy<M: Memory> {
     /// The ranks that train together.
-    fn gang(&mut self) -> &mut dyn Collective;
+    fn gang(&mut self) -> &mut dyn Gang;
 
     /// For one micro-batch of a step.
     fn units(&mut self, micro: Micro) -> &mut dyn Units<M>;

@@ -1,5 +1,5 @@
-//! Data-parallel on one host: every rank computes gradients of its part of the global batch. Master weights, their bf16 copy and the
-//! optimizer state lie once in memory that all ranks share. A unit's gradients are reduced while earlier units are still computed; each
+//! Data-parallel: every rank computes gradients of its part of the global batch. Master weights, their bf16 copy and the optimizer state lie
+//! once on each host, in memory that its ranks share. A unit's gradients are reduced while earlier units are still computed; each
 //! rank updates its part of every unit, so all ranks hold the same weights because they are the same memory.
 
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
@@ -8,7 +8,7 @@ use crate::optimizer::{Numbers, Update};
 use crate::shim::buffers::{RankGradients, SharedSlice};
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
-use fleet_collectives::{Activity, Collective, DType, Keep, Op, part};
+use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost, part};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use half::bf16;
@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub struct Shared<E> {
-    gang: Box<dyn Collective>,
+    gang: Box<dyn SharedHost>,
     layout: Layout,
     /// This rank's part of each unit.
     parts: Vec<Range<usize>>,
@@ -49,11 +49,11 @@ impl Gradients for Reduced {
 
 impl<E: HostNumber> Shared<E> {
     /// Weights are zero until they are filled. A collective call.
-    pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn Collective>) -> Result<Shared<E>> {
+    pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Shared<E>> {
         gang.note(Activity::Starting);
-        let (rank, world) = (gang.rank(), gang.world_size());
+        let (rank, ranks) = (gang.local_rank(), gang.local_size());
         let own = |unit: &Range<usize>| {
-            let within = part(unit.len(), rank, world);
+            let within = part(unit.len(), rank, ranks);
             unit.start + within.start..unit.start + within.end
         };
         let mut common = |bytes: usize| gang.allocate_common(bytes);
@@ -103,7 +103,7 @@ impl<E: HostNumber> Units<Host<E>> for Shared<E> {
 }
 
 impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
-    fn gang(&mut self) -> &mut dyn Collective {
+    fn gang(&mut self) -> &mut dyn Gang {
         &mut *self.gang
     }
 
@@ -120,7 +120,11 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
         self.gang.finish()?;
         self.gang.note(Activity::Optimizer);
         let grads = &mut self.grads.numbers;
-        let squares = self.parts.iter().map(|part| kernels::sum_squares(grads.range_mut(part.clone()))).sum();
+        // Every host holds the same sums.
+        let squares = match self.gang.host() {
+            0 => self.parts.iter().map(|part| kernels::sum_squares(grads.range_mut(part.clone()))).sum(),
+            _ => 0.0,
+        };
         let [stop, time] = votes.numbers();
         let mut sums = [squares, loss, stop, time];
         self.gang.all_reduce_f64(&mut sums, Op::Sum)?;

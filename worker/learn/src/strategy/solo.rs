@@ -6,7 +6,7 @@ use crate::optimizer::{Numbers, Update};
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
-use fleet_collectives::Collective;
+use fleet_collectives::Gang;
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use half::bf16;
@@ -80,7 +80,7 @@ impl<E: HostNumber> Units<Host<E>> for Solo<E> {
 }
 
 impl<E: HostNumber> Strategy<Host<E>> for Solo<E> {
-    fn gang(&mut self) -> &mut dyn Collective {
+    fn gang(&mut self) -> &mut dyn Gang {
         &mut self.gang
     }
 

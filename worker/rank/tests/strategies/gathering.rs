@@ -1,6 +1,6 @@
 //! A strategy that keeps no more than its part of each unit and gathers a unit when it is needed, written from outside of `fleet-learn`.
 
-use fleet_collectives::{Collective, DType, Op};
+use fleet_collectives::{DType, Exchange, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_learn::optimizer::Numbers;
 use fleet_learn::shim::buffers::as_bytes;
@@ -16,7 +16,7 @@ use std::ops::Range;
 
 /// What the seam has to bear.
 pub struct Gathering<E> {
-    gang: Box<dyn Collective>,
+    gang: Box<dyn Exchange>,
     layout: Layout,
     /// For each slot and unit this rank's part, as long as every other rank's.
     parts: [Vec<Vec<f32>>; 3],
@@ -50,7 +50,7 @@ impl Gradients for UnitSums {
 }
 
 impl<E: HostNumber> Gathering<E> {
-    pub fn new(layout: Layout, gang: Box<dyn Collective>) -> Gathering<E> {
+    pub fn new(layout: Layout, gang: Box<dyn Exchange>) -> Gathering<E> {
         let world = gang.world_size();
         let zeros = || -> Vec<Vec<f32>> {
             layout.units.iter().map(|unit| vec![0.0; unit.len().div_ceil(world)]).collect()
@@ -122,7 +122,7 @@ impl<E: HostNumber> Units<Host<E>> for Gathering<E> {
 }
 
 impl<E: HostNumber> Strategy<Host<E>> for Gathering<E> {
-    fn gang(&mut self) -> &mut dyn Collective {
+    fn gang(&mut self) -> &mut dyn Gang {
         &mut *self.gang
     }
 

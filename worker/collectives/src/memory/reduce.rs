@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::collective::{DType, Op};
+use crate::dtype::{DType, Op};
 
 /// Elements reduced at a time: their accumulators stay in the L1 cache while the sources stream by.
 const TILE: usize = 1024;
@@ -72,8 +72,10 @@ macro_rules! integer {
 
 float!(f32);
 float!(f64);
+integer!(i32);
 integer!(i64);
 integer!(u64);
+integer!(u8);
 
 /// The bits of a bfloat16.
 #[derive(Clone, Copy)]
@@ -93,6 +95,45 @@ impl Element for Bf16 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         let quiet = (bits >> 16) | 0x40;
         Bf16(if wide.is_nan() { quiet as u16 } else { rounded as u16 })
+    }
+    #[inline(always)]
+    fn sum(a: f32, b: f32) -> f32 {
+        a + b
+    }
+    #[inline(always)]
+    fn max(a: f32, b: f32) -> f32 {
+        <f32 as Element>::max(a, b)
+    }
+}
+
+/// The bits of an IEEE half.
+#[derive(Clone, Copy)]
+struct F16(u16);
+
+impl Element for F16 {
+    type Wide = f32;
+    const ZERO: f32 = 0.0;
+    /// Exact. Without branches, so that it vectorises: exponents are moved by a product, which is right for subnormals too.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let magnitude = u32::from(self.0 & 0x7fff) << 13;
+        let finite = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
+        let bits = if magnitude >= 0x7c00 << 13 { magnitude | 0x7f80_0000 } else { finite.to_bits() };
+        f32::from_bits(bits | u32::from(self.0 & 0x8000) << 16)
+    }
+    /// Rounds to nearest, ties to even; NaN stays NaN. Subnormals are rounded by the adder, at the place where their last bit is.
+    #[inline(always)]
+    fn narrow(wide: f32) -> F16 {
+        const LAST_PLACE: f32 = 0.5;
+        let sign = wide.to_bits() & 0x8000_0000;
+        let magnitude = wide.to_bits() ^ sign;
+        let odd = (magnitude >> 13) & 1;
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+        let subnormal = (f32::from_bits(magnitude) + LAST_PLACE).to_bits().wrapping_sub(LAST_PLACE.to_bits());
+        let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+        let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
+        let half = if magnitude >= (127 + 16) << 23 { special } else { finite };
+        F16((half | sign >> 16) as u16)
     }
     #[inline(always)]
     fn sum(a: f32, b: f32) -> f32 {
@@ -144,14 +185,20 @@ unsafe fn every_type(sources: &[*const u8], results: &[*mut u8], elements: usize
         match (dtype, op) {
             (DType::F32, Op::Sum) => tiles::<f32, true>(sources, results, elements),
             (DType::F32, Op::Max) => tiles::<f32, false>(sources, results, elements),
-            (DType::F64, Op::Sum) => tiles::<f64, true>(sources, results, elements),
-            (DType::F64, Op::Max) => tiles::<f64, false>(sources, results, elements),
             (DType::Bf16, Op::Sum) => tiles::<Bf16, true>(sources, results, elements),
             (DType::Bf16, Op::Max) => tiles::<Bf16, false>(sources, results, elements),
+            (DType::F16, Op::Sum) => tiles::<F16, true>(sources, results, elements),
+            (DType::F16, Op::Max) => tiles::<F16, false>(sources, results, elements),
+            (DType::F64, Op::Sum) => tiles::<f64, true>(sources, results, elements),
+            (DType::F64, Op::Max) => tiles::<f64, false>(sources, results, elements),
+            (DType::I32, Op::Sum) => tiles::<i32, true>(sources, results, elements),
+            (DType::I32, Op::Max) => tiles::<i32, false>(sources, results, elements),
             (DType::I64, Op::Sum) => tiles::<i64, true>(sources, results, elements),
             (DType::I64, Op::Max) => tiles::<i64, false>(sources, results, elements),
             (DType::U64, Op::Sum) => tiles::<u64, true>(sources, results, elements),
             (DType::U64, Op::Max) => tiles::<u64, false>(sources, results, elements),
+            (DType::U8, Op::Sum) => tiles::<u8, true>(sources, results, elements),
+            (DType::U8, Op::Max) => tiles::<u8, false>(sources, results, elements),
         }
     }
 }
@@ -175,7 +222,7 @@ unsafe fn avx512(sources: &[*const u8], results: &[*mut u8], elements: usize, dt
 /// # Safety
 /// There is at least one source; each source is readable and each result writable for `elements` elements; a result is one of the
 /// sources or overlaps none; nobody else writes to the sources or uses the results meanwhile.
-pub(super) unsafe fn reduce(
+pub(crate) unsafe fn reduce(
     sources: &[*const u8],
     results: &[*mut u8],
     elements: usize,
@@ -201,10 +248,29 @@ pub(super) unsafe fn reduce(
     unsafe { every_type(sources, results, elements, dtype, op) }
 }
 
+/// Which operand of a reduction is the first; sums of floats do not hang on it, which of two NaNs or zeros is kept does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum First {
+    Own,
+    Received,
+}
+
+/// `own` becomes the reduction of `own` and `received`, which have the same length of whole elements.
+pub(crate) fn reduce_into(own: &mut [u8], received: &[u8], dtype: DType, op: Op, first: First) {
+    assert!(own.len() == received.len() && own.len().is_multiple_of(dtype.size()), "operands of a reduction");
+    let result = own.as_mut_ptr();
+    let sources = match first {
+        First::Own => [result.cast_const(), received.as_ptr()],
+        First::Received => [received.as_ptr(), result.cast_const()],
+    };
+    // SAFETY: both have the length that was checked; the result is one of the sources, and borrowed by this call alone.
+    unsafe { reduce(&sources, &[result], own.len() / dtype.size(), dtype, op) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     fn run(buffers: &[Vec<u8>], dtype: DType, op: Op) -> Vec<u8> {
@@ -239,6 +305,32 @@ mod tests {
                 prop_assert!(want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan());
             }
         }
+    }
+
+    #[test]
+    fn halves_are_widened_and_rounded_as_half_does() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (F16(bits).widen(), f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}");
+        }
+        // All signs and exponents, and mantissas on both sides of every tie.
+        for top in 0..=u16::MAX {
+            for bottom in [0, 1, 0x0fff, 0x1000, 0x1001, 0x8000, 0xffff] {
+                let wide = f32::from_bits(u32::from(top) << 16 | bottom);
+                let (ours, theirs) = (F16::narrow(wide).0, f16::from_f32(wide));
+                assert!(ours == theirs.to_bits() || wide.is_nan() && theirs.is_nan(), "{wide:e}: {ours:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_operand_is_the_one_that_was_asked_for() {
+        let zeros = |first| {
+            let mut own = (-0f32).to_ne_bytes();
+            reduce_into(&mut own, &0f32.to_ne_bytes(), DType::F32, Op::Max, first);
+            f32::from_ne_bytes(own).is_sign_negative()
+        };
+        assert_eq!([zeros(First::Own), zeros(First::Received)], [true, false]);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 #![allow(unsafe_code)]
 
-use crate::collective::DType;
+pub(crate) mod reduce;
+
+use crate::dtype::DType;
 use crate::error::{CollectiveError, Result};
 use memmap2::{MmapOptions, MmapRaw};
 use std::ops::Range;
@@ -48,7 +50,7 @@ impl Common {
     }
 
     /// Page-aligned, valid as long as this value or a clone of it lives. Other ranks write there too: access is ordered by the
-    /// collectives, as `Collective` describes.
+    /// collectives, as `SharedHost` describes.
     pub fn as_mut_ptr(&self) -> *mut u8 {
         self.map.as_mut_ptr()
     }
@@ -76,6 +78,11 @@ impl Common {
 impl PerRank {
     pub(crate) fn private(bytes: usize) -> Result<PerRank> {
         Ok(PerRank { map: anonymous(bytes)?, bytes, stride: bytes, rank: 0, ranks: 1, id: 0 })
+    }
+
+    /// A buffer of this rank alone, whose ranges are told from those of others by `id`.
+    pub(crate) fn registered(bytes: usize, id: u64) -> Result<PerRank> {
+        Ok(PerRank { id, ..PerRank::private(bytes)? })
     }
 
     /// `rank`'s view of one buffer of `bytes` for each of `ranks`, `stride` apart in `map`.
@@ -121,6 +128,12 @@ impl PerRank {
         read(self.as_mut_ptr(), self.bytes, offset, data);
     }
 
+    /// This rank's range for a transport to work on. Whoever posts it leaves it alone until it is done: the contract of `Exchange`.
+    pub(crate) fn claim(&self, bytes: Range<usize>) -> Claim {
+        assert!(bytes.start <= bytes.end && bytes.end <= self.bytes, "a claim outside of the buffer");
+        Claim { buffers: self.clone(), bytes }
+    }
+
     pub(crate) fn of(&self, rank: usize) -> *mut u8 {
         self.map.as_mut_ptr().wrapping_add(rank * self.stride)
     }
@@ -136,6 +149,25 @@ impl PerRank {
             bytes.start, bytes.end, self.bytes
         );
         Err(CollectiveError::Refused { operation: "reduce", message })
+    }
+}
+
+/// A range of this rank's buffer that belongs to a transport.
+pub(crate) struct Claim {
+    buffers: PerRank,
+    bytes: Range<usize>,
+}
+
+impl Claim {
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn bytes(&mut self) -> &mut [u8] {
+        let start = self.buffers.as_mut_ptr().wrapping_add(self.bytes.start);
+        // SAFETY: inside the mapping, which `buffers` keeps alive; the one who posted the range has left it to this claim, and no two claims
+        // are worked on at once.
+        unsafe { std::slice::from_raw_parts_mut(start, self.bytes.len()) }
     }
 }
 

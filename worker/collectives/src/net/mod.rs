@@ -1,0 +1,16 @@
+//! Collectives between processes and hosts, over connections of which each end knows the other by a key.
+//!
+//! `rendezvous.rs` says who is where; `tcp.rs` and `quic.rs` make `Links` of it; `driver.rs` carries out the steps of an algorithm over them;
+//! `gang.rs` is what the engine sees; `frame.rs` and `verdict.rs` are what ranks say to each other, and how they find who is to blame.
+
+mod driver;
+mod frame;
+mod gang;
+mod links;
+mod rendezvous;
+mod tcp;
+mod tls;
+mod verdict;
+
+pub use gang::{NetAbortHandle, NetCollective};
+pub use rendezvous::{Key, Listener, PublicKey, RankAddress, Rendezvous};

@@ -1,0 +1,186 @@
+//! Gangs on several hosts: a segment for each host, connections between all ranks.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)] // helpers of tests, too
+
+mod calls;
+mod meeting;
+
+use calls::{inputs, reduced};
+use fleet_collectives::algorithm::Topology;
+use fleet_collectives::{
+    Abort, CollectiveError, DType, Exchange, Gang, HostCollective, Keep, Op, Segment, SharedHost,
+    ShmCollective, part,
+};
+use meeting::{Before, TIMEOUT, each, ranks};
+use proptest::prelude::*;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+/// The ranks of a gang as threads, on hosts with these numbers.
+fn gang<T: Send>(hosts: &[usize], body: impl Fn(HostCollective) -> T + Sync) -> Vec<T> {
+    let topology = Topology::new(hosts);
+    let segments: Vec<Segment> = (0..topology.hosts())
+        .map(|host| Segment::create(topology.ranks_of(host).len(), meeting::GENERATION).unwrap())
+        .collect();
+    each(ranks(hosts, true), |before: Before| {
+        let rank = before.told.rank;
+        let host = topology.host_of(rank);
+        let (place, size) = (topology.place_of(rank), topology.ranks_of(host).len());
+        let fd = segments[host].fd().as_raw_fd();
+        let shm = ShmCollective::attach(fd, place, size, meeting::GENERATION).unwrap();
+        body(HostCollective::new(shm, before.connect(TIMEOUT).unwrap()).unwrap())
+    })
+}
+
+/// `post_reduce` twice in one buffer: the sums of all ranks of all hosts, in the part among the ranks of the host.
+fn check_post_reduce(gang: &mut HostCollective, dtype: DType, op: Op, keep: Keep, size: usize) {
+    let (rank, world) = (gang.rank(), gang.world_size());
+    let (gap, length) = (24, size * dtype.size());
+    let buffer = gang.allocate_per_rank(3 * gap + 2 * length).unwrap();
+    let starts = [gap, 2 * gap + length];
+    for (i, start) in starts.into_iter().enumerate() {
+        buffer.write(start, &inputs(dtype, i as u64, rank, 0..size));
+        gang.post_reduce(&buffer, start..start + length, dtype, op, keep).unwrap();
+        gang.progress().unwrap();
+    }
+    gang.finish().unwrap();
+    for (i, start) in starts.into_iter().enumerate() {
+        let mut got = vec![0; length];
+        buffer.read(start, &mut got);
+        let mut want = inputs(dtype, i as u64, rank, 0..size);
+        let range = match keep {
+            Keep::MyPart => part(size, gang.local_rank(), gang.local_size()),
+            Keep::Everything => 0..size,
+        };
+        let sum = reduced(dtype, op, i as u64, world, range.clone());
+        want[range.start * dtype.size()..range.end * dtype.size()].copy_from_slice(&sum);
+        assert_eq!(got, want, "{dtype} {op:?} {keep:?} of {size}");
+    }
+    gang.barrier().unwrap();
+}
+
+#[test]
+fn reductions_in_place_are_those_of_all_hosts() {
+    for hosts in [&[0, 0][..], &[0, 1], &[0, 0, 1, 1], &[0, 0, 0, 1, 1], &[0, 1, 0, 2, 0]] {
+        gang(hosts, |mut gang| {
+            for dtype in DType::ALL {
+                for keep in [Keep::MyPart, Keep::Everything] {
+                    for size in [0, 1, 259, 5_001] {
+                        check_post_reduce(&mut gang, dtype, Op::Sum, keep, size);
+                    }
+                }
+            }
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 10, ..ProptestConfig::default() })]
+    #[test]
+    fn any_order_of_calls_agrees_with_the_definition(
+        hosts in prop::collection::vec(0usize..3, 1..=6),
+        calls in prop::collection::vec(calls::any(), 1..8),
+        reductions in prop::collection::vec((prop::sample::select(DType::ALL.to_vec()), 0usize..3000, any::<bool>()), 1..4),
+    ) {
+        gang(&hosts, |mut gang| {
+            for (index, call) in calls.iter().enumerate() {
+                call.check(&mut gang, index as u64);
+                if let Some((dtype, size, whole)) = reductions.get(index).copied() {
+                    let keep = if whole { Keep::Everything } else { Keep::MyPart };
+                    check_post_reduce(&mut gang, dtype, Op::Max, keep, size);
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn floats_have_the_same_bits_on_all_hosts_and_run_after_run() {
+    let run = || {
+        gang(&[0, 0, 1, 1, 1], |mut gang| {
+            let value = |i: usize| ((gang.rank() * 7919 + i) as f32).sin();
+            let mut data: Vec<u8> = (0..30_001).flat_map(|i| value(i).to_ne_bytes()).collect();
+            gang.all_reduce(&mut data, DType::F32, Op::Sum).unwrap();
+            data
+        })
+    };
+    let (one, other) = (run(), run());
+    assert!(one.iter().chain(&other).all(|data| *data == one[0]));
+}
+
+/// Data-parallel steps as `SharedHost` describes them, on numbers whose result is known in closed form.
+#[test]
+fn a_data_parallel_step_gives_all_hosts_the_same_weights() {
+    let elements = 5000;
+    gang(&[0, 0, 1, 1], |mut gang| {
+        let grads = gang.allocate_per_rank(elements * 4).unwrap();
+        let weights = gang.allocate_common(elements * 4).unwrap();
+        let read = |read: &dyn Fn(usize, &mut [u8]), i: usize| {
+            let mut four = [0; 4];
+            read(i * 4, &mut four);
+            f32::from_ne_bytes(four)
+        };
+        for step in 1..=3 {
+            for i in 0..elements {
+                grads.write(i * 4, &((gang.rank() + 1) as f32 * (i % 7) as f32).to_ne_bytes());
+            }
+            gang.post_reduce(&grads, 0..elements * 4, DType::F32, Op::Sum, Keep::MyPart).unwrap();
+            gang.finish().unwrap();
+            let mine = part(elements, gang.local_rank(), gang.local_size());
+            let squares = mine.clone().map(|i| f64::from(read(&|o, b| grads.read(o, b), i)).powi(2)).sum();
+            let mut sums = [if gang.host() == 0 { squares } else { 0.0 }];
+            gang.all_reduce_f64(&mut sums, Op::Sum).unwrap();
+            assert_eq!(sums[0], (0..elements).map(|i| (10.0 * (i % 7) as f64).powi(2)).sum::<f64>());
+            for i in mine {
+                let new = read(&|o, b| weights.read(o, b), i) + read(&|o, b| grads.read(o, b), i);
+                weights.write(i * 4, &new.to_ne_bytes());
+            }
+            gang.barrier().unwrap();
+            for i in 0..elements {
+                assert_eq!(read(&|o, b| weights.read(o, b), i), step as f32 * 10.0 * (i % 7) as f32);
+            }
+        }
+    });
+}
+
+#[test]
+fn what_breaks_on_one_host_is_told_on_all() {
+    // A wrong call on one host.
+    let errors = gang(&[0, 0, 1, 1], |mut gang| {
+        let mut data = vec![0; if gang.rank() < 2 { 8 } else { 16 }];
+        gang.all_reduce(&mut data, DType::F32, Op::Sum).unwrap_err().to_string()
+    });
+    assert!(
+        errors.iter().all(|error| error.contains("rank 2 called") || error.contains("another call")),
+        "{errors:?}"
+    );
+    // A rank that never comes.
+    let over = std::sync::Barrier::new(4);
+    let errors = gang(&[0, 0, 1, 1], |mut gang| {
+        gang.barrier().unwrap();
+        gang.set_deadline(Duration::from_millis(if gang.rank() == 2 { 400 } else { 60_000 }));
+        if gang.rank() == 3 {
+            over.wait();
+            return gang.barrier().unwrap_err();
+        }
+        let error = gang.all_reduce_f64(&mut [1.0], Op::Sum).unwrap_err();
+        over.wait();
+        error
+    });
+    assert!(matches!(errors[2], CollectiveError::Deadline { rank: 3, .. }), "{:?}", errors[2]);
+    let culprits: Vec<_> = errors.iter().map(CollectiveError::culprit).collect();
+    assert_eq!(culprits, [Some(3); 4], "{errors:?}");
+    // The agent of one host sees a rank die.
+    let errors = gang(&[0, 0, 1, 1], |mut gang| {
+        gang.barrier().unwrap();
+        match gang.rank() {
+            1 => {
+                gang.abort_handle().abort(Abort::RankDied(1));
+                gang.barrier().unwrap_err().culprit()
+            }
+            _ => gang.barrier().unwrap_err().culprit(),
+        }
+    });
+    assert_eq!(errors, [Some(1); 4]);
+}
