@@ -23,7 +23,7 @@ const TABLE: [Row; 4] = [
         executor: Executor::Cpu,
         device: Device::Cpu,
         precisions: &[Fp32, Bf16Mixed],
-        strategies: &[Strategy::Auto, Strategy::Ddp],
+        strategies: &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp],
         ranks_max: RANKS_MAX,
     },
     Row {
@@ -81,8 +81,7 @@ impl Wanted {
 
     /// Of a job with `ranks` ranks on `device`.
     pub fn of(job: &Job, device: Device, ranks: u32) -> Wanted {
-        let strategy =
-            if ranks == 1 && job.strategy == Strategy::Ddp { Strategy::Auto } else { job.strategy };
+        let strategy = if ranks == 1 { Strategy::Auto } else { job.strategy };
         Wanted { device, executor: job.executor, precision: job.precision, strategy, ranks }
     }
 
@@ -134,11 +133,6 @@ impl Wanted {
                     "does not compute on the device {device}; leave it out, or write {}",
                     quoted(&row.executor)
                 ),
-            ),
-            Key::Strategy if self.strategy == Strategy::Fsdp => (
-                "strategy",
-                quoted(&self.strategy),
-                "is not in this version of fleet; use \"ddp\" or \"auto\"".to_owned(),
             ),
             Key::Strategy => (
                 "strategy",
@@ -226,7 +220,7 @@ mod tests {
     #[test]
     fn a_refusal_names_the_key_that_is_at_fault_and_what_to_write() {
         let table = [
-            (Wanted { strategy: Strategy::Fsdp, ..ANY }, "strategy", "\"ddp\""),
+            (Wanted { strategy: Strategy::Fsdp, device: Device::Cuda, ..ANY }, "strategy", "\"auto\""),
             (Wanted { precision: Fp16Mixed, ..ANY }, "precision", "\"bf16-mixed\""),
             (Wanted { precision: Bf16True, device: Device::Cuda, ..ANY }, "precision", "cuda"),
             (Wanted { precision: Bf16Mixed, device: Device::Mps, ..ANY }, "precision", "\"32\""),

@@ -200,9 +200,8 @@ fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
     let words = [("auto", Executor::Auto), ("cpu", Executor::Cpu), ("torch", Executor::Torch)];
     let executor = f.word("executor", &words)?.unwrap_or_default();
     let wanted = Wanted { device, executor, precision: precision(f)?, strategy: strategy(f)?, ranks: 1 };
-    // With one rank `ddp` is `auto`.
-    let strategy = if wanted.strategy == Strategy::Ddp { Strategy::Auto } else { wanted.strategy };
-    match (Wanted { strategy, ..wanted }).executor() {
+    // With one rank every strategy is `auto`.
+    match (Wanted { strategy: Strategy::Auto, ..wanted }).executor() {
         Ok(_) => Ok(wanted),
         Err(refusal) => {
             let spelling = f.spelling(refusal.key);
@@ -212,8 +211,15 @@ fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
 }
 
 fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
-    use Strategy::{Auto, Ddp, Fsdp};
-    let words = [("auto", Auto), ("ddp", Ddp), ("fsdp", Fsdp), ("fsdp_native", Fsdp), ("fsdp2", Fsdp)];
+    use Strategy::{Auto, Ddp, Fsdp, Hsdp};
+    let words = [
+        ("auto", Auto),
+        ("ddp", Ddp),
+        ("fsdp", Fsdp),
+        ("fsdp_native", Fsdp),
+        ("fsdp2", Fsdp),
+        ("hsdp", Hsdp),
+    ];
     let possible =
         |strategy: &Strategy| Wanted { strategy: *strategy, ..Wanted::ANYTHING }.executor().is_ok();
     Ok(f.word_of("strategy", &words, possible)?.unwrap_or(Auto))

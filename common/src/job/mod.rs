@@ -77,8 +77,12 @@ pub struct Job {
 pub enum Strategy {
     /// One rank: plain; more: ddp.
     Auto,
+    /// Data-parallel.
     Ddp,
+    /// Gradients and optimizer state are sharded over all ranks.
     Fsdp,
+    /// They are sharded over the ranks of each host, and the hosts are data-parallel.
+    Hsdp,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

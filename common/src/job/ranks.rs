@@ -13,7 +13,7 @@ pub enum RanksError {
 }
 
 impl Job {
-    /// The number of ranks: `requested` (`-n`), else `devices`, else one. `ddp` with one rank becomes `auto`, and that is said.
+    /// The number of ranks: `requested` (`-n`), else `devices`, else one. Any strategy with one rank becomes `auto`, and that is said.
     pub fn settle_ranks(&mut self, requested: Option<u32>) -> Result<(u32, Option<Warning>), RanksError> {
         let devices = match &self.devices {
             Devices::Auto => None,
@@ -29,12 +29,18 @@ impl Job {
         if !(1..=RANKS_MAX).contains(&ranks) {
             return Err(RanksError::OutOfRange(ranks));
         }
-        if ranks > 1 || self.strategy != Strategy::Ddp {
+        if ranks > 1 || self.strategy == Strategy::Auto {
             return Ok((ranks, None));
         }
-        self.strategy = Strategy::Auto;
-        let text = "`strategy` = \"ddp\" with one rank: going on as \"auto\"; give -n or `devices` to train with more";
-        Ok((ranks, Some(Warning(text.to_owned()))))
+        let name = match std::mem::replace(&mut self.strategy, Strategy::Auto) {
+            Strategy::Fsdp => "fsdp",
+            Strategy::Hsdp => "hsdp",
+            Strategy::Ddp | Strategy::Auto => "ddp",
+        };
+        let text = format!(
+            "`strategy` = \"{name}\" with one rank: going on as \"auto\"; give -n or `devices` to train with more"
+        );
+        Ok((ranks, Some(Warning(text))))
     }
 }
 
@@ -60,11 +66,14 @@ mod tests {
     }
 
     #[test]
-    fn ddp_with_one_rank_goes_on_as_auto_with_a_warning() {
-        let mut one = job("strategy = \"ddp\"\n");
-        let (ranks, warning) = one.settle_ranks(None).unwrap();
-        assert_eq!((ranks, one.strategy), (1, Strategy::Auto));
-        assert!(warning.unwrap().0.contains("one rank"));
+    fn a_strategy_with_one_rank_goes_on_as_auto_with_a_warning() {
+        for name in ["ddp", "fsdp", "hsdp"] {
+            let mut one = job(&format!("strategy = \"{name}\"\n"));
+            let (ranks, warning) = one.settle_ranks(None).unwrap();
+            assert_eq!((ranks, one.strategy), (1, Strategy::Auto));
+            let warning = warning.unwrap().0;
+            assert!(warning.contains("one rank") && warning.contains(name), "{warning}");
+        }
 
         let mut four = job("strategy = \"ddp\"\n");
         assert_eq!(four.settle_ranks(Some(4)).unwrap(), (4, None));

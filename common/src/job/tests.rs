@@ -63,6 +63,8 @@ fn every_spelling_reaches_its_field() {
         ("per_device_batch_size = 3", |j| j.batch_size == 3),
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
+        ("strategy = \"fsdp_native\"", |j| j.strategy == Strategy::Fsdp),
+        ("strategy = \"hsdp\"", |j| j.strategy == Strategy::Hsdp),
         ("", |j| j.activation_checkpointing == ActivationCheckpointing::None),
         ("activation_checkpointing = \"blocks\"", |j| {
             j.activation_checkpointing == ActivationCheckpointing::Blocks
@@ -214,10 +216,6 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         (
             "use_amp = true\nprecision = \"32\"",
             "job:1: `use_amp` = true and `precision` = \"32\" contradict each other; keep one",
-        ),
-        (
-            "strategy = \"fsdp_native\"",
-            "job:1: `strategy` = \"fsdp\" is not in this version of fleet; use \"ddp\" or \"auto\"",
         ),
         (
             "precision = \"16-mixed\"",

@@ -2,11 +2,11 @@
 
 use fleet_collectives::{Gang, SharedHost, ShmCollective};
 use fleet_common::capability::{Refusal, Wanted};
-use fleet_common::job::{self, Job, Precision};
+use fleet_common::job::{self, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
-use fleet_learn::strategy::{Shared, Solo};
+use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
 use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
 use fleet_torch::{Numbers, TorchExecutor};
@@ -81,7 +81,14 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box
     let executor = executor.computing_again(job.activation_checkpointing.of(layout.blocks.len()));
     Ok(match gang(start)? {
         None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
-        Some(gang) => Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)),
+        Some(gang) => match job.strategy {
+            Strategy::Fsdp | Strategy::Hsdp => {
+                Box::new(Engine::new(executor, Sharded::<E>::new(layout, workers, gang)?))
+            }
+            Strategy::Auto | Strategy::Ddp => {
+                Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?))
+            }
+        },
     })
 }
 

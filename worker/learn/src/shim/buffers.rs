@@ -39,6 +39,15 @@ impl<T: Number> SharedSlice<T> {
         unsafe { std::slice::from_raw_parts(self.memory.as_mut_ptr().cast(), self.len) }
     }
 
+    /// A part that no other rank writes. Panics outside of the buffer.
+    pub fn part(&self, range: Range<usize>) -> &[T] {
+        assert!(range.start <= range.end && range.end <= self.len, "a part inside of the buffer");
+        // SAFETY: inside the mapping; this process writes only through `&mut self`, and other ranks write other parts.
+        unsafe {
+            std::slice::from_raw_parts(self.memory.as_mut_ptr().cast::<T>().add(range.start), range.len())
+        }
+    }
+
     /// The part that this rank alone updates. Panics outside of the buffer.
     pub fn part_mut(&mut self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "a part inside of the buffer");
@@ -66,6 +75,15 @@ impl RankGradients {
     /// For `Collective::post_reduce`.
     pub fn memory(&self) -> &PerRank {
         &self.memory
+    }
+
+    /// A range that is not being reduced. Panics outside of the buffer.
+    pub fn range(&self, range: Range<usize>) -> &[f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "a range inside of the buffer");
+        // SAFETY: as for `range_mut`; nobody writes while `self` is borrowed.
+        unsafe {
+            std::slice::from_raw_parts(self.memory.as_mut_ptr().cast::<f32>().add(range.start), range.len())
+        }
     }
 
     /// A range that is not being reduced: between `post_reduce` and `finish` its peers own it. Panics outside of the buffer.

@@ -1,8 +1,11 @@
 //! Where a model's numbers lie, who reduces gradients and who updates weights.
 
+mod sharded;
 mod shared;
 mod solo;
+mod state;
 
+pub use sharded::Sharded;
 pub use shared::Shared;
 pub use solo::Solo;
 

@@ -1,35 +1,24 @@
-//! Data-parallel: every rank computes gradients of its part of the global batch. Master weights, their bf16 copy and the optimizer state lie
-//! once on each host, in memory that its ranks share. A unit's gradients are reduced while earlier units are still computed; each
-//! rank updates its part of every unit, so all ranks hold the same weights because they are the same memory.
+//! Data-parallel (DDP): every rank computes gradients of its part of the global batch, for all of the model. What the optimizer keeps lies once on
+//! each host. A unit's gradients are reduced while earlier units are still computed.
 
+use super::state::HostState;
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
-use crate::optimizer::{Numbers, Update};
-use crate::shim::buffers::{RankGradients, SharedSlice};
+use crate::optimizer::Update;
+use crate::shim::buffers::RankGradients;
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
-use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost, part};
+use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
-use half::bf16;
 use std::borrow::Cow;
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
 pub struct Shared<E> {
     gang: Box<dyn SharedHost>,
-    layout: Layout,
-    /// This rank's part of each unit.
-    parts: Vec<Range<usize>>,
-    workers: Arc<Workers>,
-    master: SharedSlice<f32>,
-    /// What products read under bf16-mixed; empty in fp32.
-    copy: SharedSlice<bf16>,
-    moment1: SharedSlice<f32>,
-    moment2: SharedSlice<f32>,
+    state: HostState<E>,
     grads: Reduced,
-    kind: PhantomData<E>,
 }
 
 /// Gradients that are handed to the peers unit by unit.
@@ -51,28 +40,9 @@ impl<E: HostNumber> Shared<E> {
     /// Weights are zero until they are filled. A collective call.
     pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Shared<E>> {
         gang.note(Activity::Starting);
-        let (rank, ranks) = (gang.local_rank(), gang.local_size());
-        let own = |unit: &Range<usize>| {
-            let within = part(unit.len(), rank, ranks);
-            unit.start + within.start..unit.start + within.end
-        };
-        let mut common = |bytes: usize| gang.allocate_common(bytes);
-        let [master, moment1, moment2] =
-            [common(layout.len * 4)?, common(layout.len * 4)?, common(layout.len * 4)?];
-        let copy = common(if E::IS_BF16 { layout.len * 2 } else { 0 })?;
-        let numbers = RankGradients::new(gang.allocate_per_rank(layout.len * 4)?);
-        Ok(Shared {
-            gang,
-            parts: layout.units.iter().map(own).filter(|part| !part.is_empty()).collect(),
-            layout,
-            workers,
-            master: SharedSlice::new(master),
-            copy: SharedSlice::new(copy),
-            moment1: SharedSlice::new(moment1),
-            moment2: SharedSlice::new(moment2),
-            grads: Reduced { numbers, micro: Micro { first: true, last: true } },
-            kind: PhantomData,
-        })
+        let state = HostState::new(layout, workers, &mut *gang)?;
+        let numbers = RankGradients::new(gang.allocate_per_rank(state.layout.len * 4)?);
+        Ok(Shared { gang, state, grads: Reduced { numbers, micro: Micro { first: true, last: true } } })
     }
 }
 
@@ -82,19 +52,19 @@ impl<E: HostNumber> UnitWeights<Host<E>> for Shared<E> {
     }
     fn release(&mut self, _unit: usize) {}
     fn weights(&self) -> HostWeights<'_, E> {
-        HostWeights::flat(self.master.all(), self.copy.all())
+        self.state.weights()
     }
 }
 
 impl<E: HostNumber> Units<Host<E>> for Shared<E> {
     fn numbers(&mut self) -> (HostWeights<'_, E>, &mut dyn Gradients) {
-        (HostWeights::flat(self.master.all(), self.copy.all()), &mut self.grads)
+        (self.state.weights(), &mut self.grads)
     }
 
     fn ready(&mut self, unit: usize) -> Result<()> {
         if self.grads.micro.last {
             self.gang.note(Activity::Backward);
-            let unit = &self.layout.units[unit];
+            let unit = &self.state.layout.units[unit];
             let (memory, bytes) = (self.grads.numbers.memory(), unit.start * 4..unit.end * 4);
             self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, Keep::MyPart)?;
         }
@@ -119,51 +89,27 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
     fn update(&mut self, update: &Update, loss: f64, votes: Votes) -> Result<Report> {
         self.gang.finish()?;
         self.gang.note(Activity::Optimizer);
-        let grads = &mut self.grads.numbers;
+        let grads = &self.grads.numbers;
         // Every host holds the same sums.
         let squares = match self.gang.host() {
-            0 => self.parts.iter().map(|part| kernels::sum_squares(grads.range_mut(part.clone()))).sum(),
+            0 => self.state.parts.iter().map(|part| kernels::sum_squares(grads.range(part.clone()))).sum(),
             _ => 0.0,
         };
         let [stop, time] = votes.numbers();
         let mut sums = [squares, loss, stop, time];
         self.gang.all_reduce_f64(&mut sums, Op::Sum)?;
         let report = Report::of_sums(sums, update.step)?;
-        for (step, range) in update.over(report.grad_norm, &self.layout, &self.parts) {
-            let numbers = Numbers {
-                master: self.master.part_mut(range.clone()),
-                moment1: self.moment1.part_mut(range.clone()),
-                moment2: self.moment2.part_mut(range.clone()),
-                copy: E::IS_BF16.then_some(&mut self.copy).map(|copy| copy.part_mut(range.clone())),
-                grads: self.grads.numbers.range_mut(range),
-            };
-            numbers.update(&step, &self.workers);
-        }
+        self.state.update(update, report.grad_norm, |range| grads.range(range));
         self.gang.barrier()?;
         Ok(report)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()> {
-        for part in &self.parts {
-            let numbers = match slot {
-                Slot::Weights => &mut self.master,
-                Slot::Moment1 => &mut self.moment1,
-                Slot::Moment2 => &mut self.moment2,
-            };
-            let numbers = numbers.part_mut(part.clone());
-            read(part.clone(), numbers)?;
-            if slot == Slot::Weights && E::IS_BF16 {
-                kernels::convert(numbers, self.copy.part_mut(part.clone()));
-            }
-        }
+        self.state.fill(slot, read)?;
         Ok(self.gang.barrier()?)
     }
 
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Borrowed(match slot {
-            Slot::Weights => self.master.all(),
-            Slot::Moment1 => self.moment1.all(),
-            Slot::Moment2 => self.moment2.all(),
-        }))
+        Ok(Cow::Borrowed(self.state.of(slot)))
     }
 }

@@ -8,7 +8,7 @@ use fleet_collectives::{Segment, ShmCollective};
 use fleet_common::model::Object;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
-use fleet_learn::strategy::{Shared, Solo};
+use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
 use gathering::Gathering;
@@ -24,8 +24,12 @@ const SEQUENCES: usize = 8;
 enum Kind {
     Solo,
     Shared,
+    Sharded,
     Gathering,
 }
+
+/// All that take several ranks.
+const OF_SEVERAL: [Kind; 3] = [Kind::Shared, Kind::Sharded, Kind::Gathering];
 
 /// How a global batch is cut.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +68,7 @@ fn engine<E: Storage>(config: &Object, cut: Cut, gang: impl Fn() -> Box<ShmColle
     match cut.kind {
         Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1).unwrap()),
         Kind::Shared => Engine::new(executor, Shared::<E>::new(layout, workers, gang()).unwrap()),
+        Kind::Sharded => Engine::new(executor, Sharded::<E>::new(layout, workers, gang()).unwrap()),
         Kind::Gathering => Engine::new(executor, Gathering::<E>::new(layout, gang())),
     }
 }
@@ -121,15 +126,13 @@ fn every_strategy_and_cut_trains_the_same_model() {
         let (alone, _) = train::<f32>(&config, ALONE, 20).remove(0);
         assert!(alone[19].loss < 0.8 * alone[0].loss, "it learns: {alone:?}");
         let cuts = [(1, 4), (1, 1), (2, 1), (4, 1), (2, 2)];
-        for (kind, (world, micro)) in
-            [Kind::Shared, Kind::Gathering].into_iter().flat_map(|kind| cuts.map(|cut| (kind, cut)))
-        {
+        for (kind, (world, micro)) in OF_SEVERAL.into_iter().flat_map(|kind| cuts.map(|cut| (kind, cut))) {
             let cut = Cut { kind, world, micro };
             let ranks = train::<f32>(&config, cut, 20);
             for (reports, weights) in &ranks {
                 same_curve(reports, &alone, 1e-4, cut);
                 assert_eq!(reports, &ranks[0].0, "{cut:?}: every rank knows the same");
-                if kind == Kind::Shared {
+                if kind != Kind::Gathering {
                     assert_eq!(weights, &ranks[0].1, "{cut:?}: every rank has the same weights");
                 }
                 let stops: Vec<bool> = reports.iter().map(|r| r.votes.stop).collect();
@@ -147,7 +150,7 @@ fn every_strategy_and_cut_trains_the_same_model() {
 #[test]
 fn one_rank_has_the_same_bits_under_every_strategy() {
     let (alone, weights) = train::<f32>(&tiny_config(), ALONE, 6).remove(0);
-    for kind in [Kind::Shared, Kind::Gathering] {
+    for kind in OF_SEVERAL {
         let (reports, others) = train::<f32>(&tiny_config(), Cut { kind, ..ALONE }, 6).remove(0);
         assert_eq!(
             reports.iter().map(|r| r.loss).collect::<Vec<_>>(),
@@ -162,7 +165,7 @@ fn bf16_ranks_train_like_one() {
     let (alone, _) = train::<bf16>(&tiny_config(), ALONE, 20).remove(0);
     let (fp32, _) = train::<f32>(&tiny_config(), ALONE, 20).remove(0);
     same_curve(&alone, &fp32, 5e-2, ALONE);
-    for kind in [Kind::Shared, Kind::Gathering] {
+    for kind in OF_SEVERAL {
         let cut = Cut { kind, world: 2, micro: 1 };
         for (reports, _) in train::<bf16>(&tiny_config(), cut, 20) {
             same_curve(&reports, &alone, 2e-2, cut);
@@ -172,11 +175,13 @@ fn bf16_ranks_train_like_one() {
 
 #[test]
 fn the_same_run_gives_the_same_bits() {
-    let cut = Cut { kind: Kind::Shared, world: 2, micro: 2 };
-    let once = train::<f32>(&tiny_config(), cut, 6);
-    let twice = train::<f32>(&tiny_config(), cut, 6);
-    assert_eq!(once[0].1, twice[0].1);
-    assert_eq!(once[0].0, twice[1].0);
+    for kind in [Kind::Shared, Kind::Sharded] {
+        let cut = Cut { kind, world: 3, micro: 2 };
+        let once = train::<f32>(&tiny_config(), cut, 6);
+        let twice = train::<f32>(&tiny_config(), cut, 6);
+        assert_eq!(once[0].1, twice[0].1);
+        assert_eq!(once[0].0, twice[1].0);
+    }
 }
 
 #[test]
