@@ -9,9 +9,6 @@ use std::time::Duration;
 const HOSTS: [usize; 5] = [1, 4, 16, 64, 128];
 const RANKS: usize = 8;
 
-const ALGORITHMS: [Algorithm; 4] =
-    [Algorithm::Ring, Algorithm::Hierarchical, Algorithm::Tree, Algorithm::Halving];
-
 fn main() {
     let links = Links {
         inside: Link {
@@ -41,7 +38,8 @@ fn main() {
         for (size, bytes) in [("64 KiB", 64 << 10), ("4 MiB", 4 << 20), ("256 MiB", 256 << 20)] {
             // Halving differs in all_reduce alone.
             let all_reduce = matches!(exchange, Posted::AllReduce(..));
-            for algorithm in ALGORITHMS.into_iter().filter(|one| all_reduce || *one != Algorithm::Halving) {
+            for algorithm in Algorithm::ALL.into_iter().filter(|one| all_reduce || *one != Algorithm::Halving)
+            {
                 print!("| {size} | {algorithm} |");
                 for hosts in HOSTS {
                     let topology = Topology::even(hosts, RANKS);

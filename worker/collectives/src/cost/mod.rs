@@ -180,7 +180,9 @@ impl Chooser {
 pub(crate) fn choose(work: &Work, topology: &Topology, links: &Links) -> Algorithm {
     let possible = |algorithm: &Algorithm| match algorithm {
         Algorithm::Ring => topology.world() <= RING_MAX,
-        Algorithm::Hierarchical => topology.hosts() > 1 && topology.hosts() < topology.world(),
+        Algorithm::Hierarchical | Algorithm::HierarchicalTree => {
+            topology.hosts() > 1 && topology.hosts() < topology.world()
+        }
         Algorithm::Tree | Algorithm::Halving => true,
     };
     let costs =
@@ -202,7 +204,9 @@ mod tests {
         let flat = Topology::even(1, 8);
         assert_eq!(chosen(4, &flat), Algorithm::Tree);
         assert_ne!(chosen(64 << 20, &flat), Algorithm::Tree);
-        assert_eq!(chosen(1 << 20, &Topology::even(16, 8)), Algorithm::Hierarchical);
+        assert_eq!(chosen(1 << 20, &Topology::even(16, 8)), Algorithm::HierarchicalTree);
+        let large = chosen(64 << 20, &Topology::even(4, 8));
+        assert!(matches!(large, Algorithm::Hierarchical | Algorithm::HierarchicalTree), "{large}");
     }
 
     #[test]
@@ -235,8 +239,8 @@ mod tests {
     #[test]
     fn a_thousand_ranks_are_predicted() {
         let (topology, sum) = (Topology::even(128, 8), Posted::AllReduce(DType::F32, Op::Sum));
-        let time = |algorithm| predict(sum, 1 << 20, algorithm, &topology, &Links::ASSUMED);
-        assert!(time(Algorithm::Hierarchical) < time(Algorithm::Tree));
+        let time = |algorithm| predict(sum, 256 << 10, algorithm, &topology, &Links::ASSUMED);
+        assert!(time(Algorithm::HierarchicalTree) < time(Algorithm::Tree));
         assert_eq!(cheapest(sum, 4, &topology, &Links::ASSUMED), Algorithm::Tree);
     }
 }
