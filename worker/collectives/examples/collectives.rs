@@ -40,7 +40,7 @@ fn main() -> std::result::Result<(), Failed> {
             return Ok(in_shared_memory(&mut gang)?);
         }
         ["rank-net", transport, rank, world, address] => {
-            return Ok(rank_of_net(transport, rank.parse()?, world.parse()?, address)?);
+            return rank_of_net(transport, rank.parse()?, world.parse()?, address);
         }
         _ => {}
     }

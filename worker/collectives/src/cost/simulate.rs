@@ -15,11 +15,13 @@ const FLOW: f64 = 16384.0;
 /// When the first byte and the last one of a step are through, in seconds; `None` while it is not known.
 type Times = Option<(f64, f64)>;
 
+/// A peer, its messages that have come and are not received, and the steps that receive.
+type Incoming = (usize, VecDeque<(f64, f64)>, VecDeque<usize>);
+
 struct Rank {
     plan: Plan,
     times: Vec<Times>,
-    /// Of each peer: the messages that have come and are not received, and the steps that receive.
-    peers: Vec<(usize, VecDeque<(f64, f64)>, VecDeque<usize>)>,
+    peers: Vec<Incoming>,
     /// Steps that send, in their order.
     sends: VecDeque<usize>,
     /// When the last that it received was through.
