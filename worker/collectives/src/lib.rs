@@ -7,7 +7,7 @@ mod abort;
 pub mod algorithm;
 mod call;
 mod collective;
-mod cost;
+pub mod cost;
 mod dtype;
 mod error;
 #[cfg(target_os = "linux")]

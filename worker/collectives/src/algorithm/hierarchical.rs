@@ -16,40 +16,182 @@ fn carried<'a>(
     (0..parts.len()).filter(move |rank| topology.carrier(host, *rank) == carrier)
 }
 
-/// Inside: everybody gets the host's sum of what it carries. Across: each part goes around the hosts and ends at its rank.
-pub fn reduce_scatter(steps: &mut Steps, topology: &Topology, rank: usize, parts: &[Range<usize>]) {
-    let locals = topology.ranks_of(topology.host_of(rank));
-    let local = Group { ranks: locals, me: topology.place_of(rank) };
-    ring::reduce_scatter(steps, local, |place| merged(topology, locals[place], parts));
-    let (hosts, mine) = (Ring::of(topology, rank), Carried::of(topology, rank, parts));
-    for step in 1..hosts.len {
-        for owner in mine.of_host(hosts.before(step)) {
-            let to = topology.carrier(hosts.after(1), owner);
-            steps.push_all(Kind::Send, to, vec![parts[owner].clone()]);
-        }
-        for owner in mine.of_host(hosts.before(step + 1)) {
-            let from = topology.carrier(hosts.before(1), owner);
-            steps.push_all(Kind::Reduce(First::Received), from, vec![parts[owner].clone()]);
+/// How hosts reach each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Across {
+    Ring,
+    Tree,
+}
+
+/// Large buffers are cut into this many pieces, so that one goes across while the next is summed inside.
+const PIECES: usize = 8;
+/// Bytes of a piece of one rank's part, at least: below it, more messages cost more than they gain. Tests cut small buffers.
+const PIECE_MIN: usize = if cfg!(test) { 256 } else { 64 << 10 };
+
+/// Inside: everybody gets the host's sum of what it carries. Across: each part ends at its rank with the sums of all hosts.
+pub fn reduce_scatter(
+    steps: &mut Steps,
+    across: Across,
+    topology: &Topology,
+    rank: usize,
+    parts: &[Range<usize>],
+) {
+    let at = Place { across, topology, rank };
+    in_turn(
+        parts,
+        [&|steps, parts| at.sum_inside(steps, parts), &|steps, parts| at.sum_across(steps, parts)],
+        steps,
+    );
+}
+
+/// Backwards: each part goes to all hosts, then around inside.
+pub fn all_gather(
+    steps: &mut Steps,
+    across: Across,
+    topology: &Topology,
+    rank: usize,
+    parts: &[Range<usize>],
+) {
+    let at = Place { across, topology, rank };
+    in_turn(
+        parts,
+        [&|steps, parts| at.spread_across(steps, parts), &|steps, parts| at.spread_inside(steps, parts)],
+        steps,
+    );
+}
+
+/// Both, one behind the other.
+pub fn all_reduce(
+    steps: &mut Steps,
+    across: Across,
+    topology: &Topology,
+    rank: usize,
+    parts: &[Range<usize>],
+) {
+    let at = Place { across, topology, rank };
+    let stages: [Stage; 4] = [
+        &|steps, parts| at.sum_inside(steps, parts),
+        &|steps, parts| at.sum_across(steps, parts),
+        &|steps, parts| at.spread_across(steps, parts),
+        &|steps, parts| at.spread_inside(steps, parts),
+    ];
+    in_turn(parts, stages, steps);
+}
+
+type Stage<'a> = &'a dyn Fn(&mut Steps, &[Range<usize>]);
+
+/// Takes the same piece of every part through all stages, each piece one stage behind the one before it.
+fn in_turn<const STAGES: usize>(parts: &[Range<usize>], stages: [Stage<'_>; STAGES], steps: &mut Steps) {
+    let longest = parts.iter().map(Range::len).max().unwrap_or(0);
+    let pieces = (longest / PIECE_MIN).clamp(1, PIECES);
+    let piece = |number: usize| -> Vec<Range<usize>> {
+        let of = |part: &Range<usize>| {
+            // Whole elements of every type, where parts are.
+            let size = part.len().div_ceil(pieces).next_multiple_of(8);
+            let end = |number: usize| (part.start + number * size).min(part.end);
+            end(number)..end(number + 1)
+        };
+        parts.iter().map(of).collect()
+    };
+    for turn in 0..pieces + STAGES - 1 {
+        for (stage, emit) in stages.iter().enumerate() {
+            if let Some(number) = turn.checked_sub(stage).filter(|number| *number < pieces) {
+                emit(steps, &piece(number));
+            }
         }
     }
 }
 
-/// Backwards: each part goes around the hosts, then around inside.
-pub fn all_gather(steps: &mut Steps, topology: &Topology, rank: usize, parts: &[Range<usize>]) {
-    let (hosts, mine) = (Ring::of(topology, rank), Carried::of(topology, rank, parts));
-    for step in 1..hosts.len {
-        for owner in mine.of_host(hosts.before(step - 1)) {
-            let to = topology.carrier(hosts.after(1), owner);
-            steps.push_all(Kind::Send, to, vec![parts[owner].clone()]);
-        }
-        for owner in mine.of_host(hosts.before(step)) {
-            let from = topology.carrier(hosts.before(1), owner);
-            steps.push_all(Kind::Receive, from, vec![parts[owner].clone()]);
+/// One rank on its host.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    across: Across,
+    topology: &'a Topology,
+    rank: usize,
+}
+
+impl Place<'_> {
+    fn locals(&self) -> Group<'_> {
+        let ranks = self.topology.ranks_of(self.topology.host_of(self.rank));
+        Group { ranks, me: self.topology.place_of(self.rank) }
+    }
+
+    fn sum_inside(&self, steps: &mut Steps, parts: &[Range<usize>]) {
+        let locals = self.locals();
+        ring::reduce_scatter(steps, locals, |place| merged(self.topology, locals.ranks[place], parts));
+    }
+
+    fn spread_inside(&self, steps: &mut Steps, parts: &[Range<usize>]) {
+        let locals = self.locals();
+        ring::all_gather(steps, locals, |place| merged(self.topology, locals.ranks[place], parts));
+    }
+
+    /// Rounds: how far the partners are, and the hosts whose parts are sent and come, as first and count.
+    fn sum_across(&self, steps: &mut Steps, parts: &[Range<usize>]) {
+        let hosts = Ring::of(self.topology, self.rank);
+        match self.across {
+            Across::Ring => {
+                for step in 1..hosts.len {
+                    self.send(steps, parts, hosts.after(1), (hosts.before(step), 1));
+                    let kind = Kind::Reduce(First::Received);
+                    self.take(steps, parts, kind, hosts.before(1), (hosts.before(step + 1), 1));
+                }
+            }
+            Across::Tree => {
+                for (distance, count) in tree::rounds(hosts.len).rev() {
+                    self.send(steps, parts, hosts.after(distance), (hosts.after(distance), count));
+                    let kind = Kind::Reduce(First::Own);
+                    self.take(steps, parts, kind, hosts.before(distance), (hosts.me, count));
+                }
+            }
         }
     }
-    let locals = topology.ranks_of(topology.host_of(rank));
-    let local = Group { ranks: locals, me: topology.place_of(rank) };
-    ring::all_gather(steps, local, |place| merged(topology, locals[place], parts));
+
+    fn spread_across(&self, steps: &mut Steps, parts: &[Range<usize>]) {
+        let hosts = Ring::of(self.topology, self.rank);
+        match self.across {
+            Across::Ring => {
+                for step in 1..hosts.len {
+                    self.send(steps, parts, hosts.after(1), (hosts.before(step - 1), 1));
+                    self.take(steps, parts, Kind::Receive, hosts.before(1), (hosts.before(step), 1));
+                }
+            }
+            Across::Tree => {
+                for (distance, count) in tree::rounds(hosts.len) {
+                    self.send(steps, parts, hosts.before(distance), (hosts.me, count));
+                    let from = hosts.after(distance);
+                    self.take(steps, parts, Kind::Receive, from, (from, count));
+                }
+            }
+        }
+    }
+
+    /// Sends to `host` what this rank carries of `owners`: so many hosts from the first on, around.
+    fn send(&self, steps: &mut Steps, parts: &[Range<usize>], host: usize, owners: (usize, usize)) {
+        for owner in self.carried_of(owners) {
+            steps.push_all(Kind::Send, self.topology.carrier(host, owner), vec![parts[owner].clone()]);
+        }
+    }
+
+    fn take(
+        &self,
+        steps: &mut Steps,
+        parts: &[Range<usize>],
+        kind: Kind,
+        host: usize,
+        owners: (usize, usize),
+    ) {
+        for owner in self.carried_of(owners) {
+            steps.push_all(kind, self.topology.carrier(host, owner), vec![parts[owner].clone()]);
+        }
+    }
+
+    fn carried_of(&self, (first, count): (usize, usize)) -> impl Iterator<Item = usize> + '_ {
+        let here = self.topology.host_of(self.rank);
+        let hosts = (first..first + count).map(|host| host % self.topology.hosts());
+        let owners = hosts.flat_map(|host| self.topology.ranks_of(host).iter().copied());
+        owners.filter(move |owner| self.topology.carrier(here, *owner) == self.rank)
+    }
 }
 
 /// A chain of hosts, from the root to the first rank of each other host, and on each host a chain of its ranks.
@@ -76,25 +218,6 @@ fn merged(topology: &Topology, carrier: usize, parts: &[Range<usize>]) -> Ranges
         }
     }
     ranges
-}
-
-/// The parts that one rank carries, by the host of those to whom they belong.
-struct Carried {
-    by_host: Vec<Vec<usize>>,
-}
-
-impl Carried {
-    fn of(topology: &Topology, rank: usize, parts: &[Range<usize>]) -> Carried {
-        let mut by_host = vec![Vec::new(); topology.hosts()];
-        for owner in carried(topology, rank, parts) {
-            by_host[topology.host_of(owner)].push(owner);
-        }
-        Carried { by_host }
-    }
-
-    fn of_host(&self, host: usize) -> impl Iterator<Item = usize> + '_ {
-        self.by_host[host].iter().copied()
-    }
 }
 
 /// The hosts around, seen from that of a rank.
@@ -162,7 +285,7 @@ pub(crate) fn across(
                 Algorithm::Tree => {
                     tree::all_reduce(&mut steps, group, segment.start * size..segment.end * size);
                 }
-                Algorithm::Halving => {
+                Algorithm::Halving | Algorithm::HierarchicalTree => {
                     tree::reduce_scatter(&mut steps, group, &chunks);
                     tree::all_gather(&mut steps, group, &chunks);
                 }

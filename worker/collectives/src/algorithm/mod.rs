@@ -7,6 +7,7 @@
 //! | `Tree` | recursive doubling | Bruck's, n of any kind | binomial tree | of order log n |
 //! | `Halving` | reduce_scatter, then all_gather, as `Tree` | as `Tree` | as `Tree` | of order log n |
 //! | `Hierarchical` | inside the hosts, across, inside | the same | chain of hosts, chains inside | of order hosts + ranks of a host |
+//! | `HierarchicalTree` | the same, across as `Halving` | the same, across as `Tree` | as `Hierarchical` | of order log hosts + ranks of a host |
 //!
 //! Sources: rings as in Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009; doubling and halving as in Thakur, Rabenseifner
 //! and Gropp, "Optimization of collective communication operations in MPICH", 2005; Bruck et al., "Efficient algorithms for all-to-all
@@ -55,11 +56,26 @@ pub enum Algorithm {
     Tree,
     Halving,
     Hierarchical,
+    HierarchicalTree,
 }
 
 impl Algorithm {
-    pub const ALL: [Algorithm; 4] =
-        [Algorithm::Ring, Algorithm::Tree, Algorithm::Halving, Algorithm::Hierarchical];
+    pub const ALL: [Algorithm; 5] = [
+        Algorithm::Ring,
+        Algorithm::Tree,
+        Algorithm::Halving,
+        Algorithm::Hierarchical,
+        Algorithm::HierarchicalTree,
+    ];
+}
+
+impl Algorithm {
+    fn across(self) -> hierarchical::Across {
+        match self {
+            Algorithm::HierarchicalTree => hierarchical::Across::Tree,
+            _ => hierarchical::Across::Ring,
+        }
+    }
 }
 
 impl fmt::Display for Algorithm {
@@ -68,7 +84,8 @@ impl fmt::Display for Algorithm {
             Algorithm::Ring => "ring",
             Algorithm::Tree => "tree",
             Algorithm::Halving => "halving",
-            Algorithm::Hierarchical => "hierarchical",
+            Algorithm::Hierarchical => "hierarchical ring",
+            Algorithm::HierarchicalTree => "hierarchical tree",
         })
     }
 }
@@ -152,24 +169,23 @@ pub(crate) fn steps(algorithm: Algorithm, work: &Work, topology: &Topology, rank
             tree::reduce_scatter(&mut steps, group, &work.parts);
             tree::all_gather(&mut steps, group, &work.parts);
         }
-        (Operation::AllReduce(..), Algorithm::Hierarchical) => {
-            hierarchical::reduce_scatter(&mut steps, topology, rank, &work.parts);
-            hierarchical::all_gather(&mut steps, topology, rank, &work.parts);
+        (Operation::AllReduce(..), Algorithm::Hierarchical | Algorithm::HierarchicalTree) => {
+            hierarchical::all_reduce(&mut steps, algorithm.across(), topology, rank, &work.parts);
         }
         (Operation::ReduceScatter(..), Algorithm::Ring) => ring::reduce_scatter(&mut steps, group, chunks),
-        (Operation::ReduceScatter(..), Algorithm::Hierarchical) => {
-            hierarchical::reduce_scatter(&mut steps, topology, rank, &work.parts);
+        (Operation::ReduceScatter(..), Algorithm::Hierarchical | Algorithm::HierarchicalTree) => {
+            hierarchical::reduce_scatter(&mut steps, algorithm.across(), topology, rank, &work.parts);
         }
         (Operation::ReduceScatter(..), _) => tree::reduce_scatter(&mut steps, group, &work.parts),
         (Operation::AllGather, Algorithm::Ring) => ring::all_gather(&mut steps, group, chunks),
-        (Operation::AllGather, Algorithm::Hierarchical) => {
-            hierarchical::all_gather(&mut steps, topology, rank, &work.parts);
+        (Operation::AllGather, Algorithm::Hierarchical | Algorithm::HierarchicalTree) => {
+            hierarchical::all_gather(&mut steps, algorithm.across(), topology, rank, &work.parts);
         }
         (Operation::AllGather, _) => tree::all_gather(&mut steps, group, &work.parts),
         (Operation::Broadcast { root }, Algorithm::Ring) => {
             ring::broadcast(&mut steps, group.from(root), 0..work.bytes);
         }
-        (Operation::Broadcast { root }, Algorithm::Hierarchical) => {
+        (Operation::Broadcast { root }, Algorithm::Hierarchical | Algorithm::HierarchicalTree) => {
             hierarchical::broadcast(&mut steps, topology, rank, root, 0..work.bytes);
         }
         (Operation::Broadcast { root }, _) => tree::broadcast(&mut steps, group, root, 0..work.bytes),

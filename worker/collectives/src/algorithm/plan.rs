@@ -36,7 +36,7 @@ impl Plan {
                     if step.kind == Kind::Send {
                         piece.readers.push(at as u32);
                     } else {
-                        earlier.extend(piece.readers.drain(..));
+                        earlier.append(&mut piece.readers);
                         piece.writer = Some(at as u32);
                     }
                 }

@@ -124,9 +124,9 @@ fn interpret(
         }
         // Unlucky, or at a stand: everybody tries once more.
         let mut any = moved;
-        for me in 0..ranks.len() {
-            for at in fronts(&ranks[me]) {
-                any |= network.go_on(me, &mut ranks[me], at, &mut chance);
+        for (me, rank) in ranks.iter_mut().enumerate() {
+            for at in fronts(rank) {
+                any |= network.go_on(me, rank, at, &mut chance);
             }
         }
         assert!(any, "no rank can go on");

@@ -42,7 +42,7 @@ fn around(parts: &[Range<usize>], first: usize, count: usize) -> impl Iterator<I
 }
 
 /// The rounds of Bruck's algorithm: how far the partner is, and how many parts are exchanged.
-fn rounds(n: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+pub fn rounds(n: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
     let count = if n < 2 { 0 } else { (n - 1).ilog2() + 1 };
     (0..count).map(move |round| (1 << round, (1 << round).min(n - (1 << round))))
 }

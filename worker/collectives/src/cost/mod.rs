@@ -4,9 +4,13 @@
 mod simulate;
 
 use crate::algorithm::{Algorithm, Operation, Topology, Work};
+use crate::collective::{Exchange, Posted};
+use crate::dtype::{DType, Op};
+use crate::error::Result;
+use crate::memory::reduce::{First, reduce_into};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One kind of link: between ranks of a host, or between hosts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,6 +55,76 @@ impl Links {
         reduce: 1.0 / 10e9,
     };
 }
+
+/// How long the slowest rank takes for an exchange of `bytes`, by the model.
+pub fn predict(
+    exchange: Posted,
+    bytes: usize,
+    algorithm: Algorithm,
+    topology: &Topology,
+    links: &Links,
+) -> Duration {
+    cost(algorithm, &work(exchange, bytes, topology), topology, links)
+}
+
+/// The cheapest algorithm for an exchange of `bytes`, by the model.
+pub fn cheapest(exchange: Posted, bytes: usize, topology: &Topology, links: &Links) -> Algorithm {
+    choose(&work(exchange, bytes, topology), topology, links)
+}
+
+fn work(exchange: Posted, bytes: usize, topology: &Topology) -> Work {
+    let size = match exchange {
+        Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => {
+            dtype.size()
+        }
+        Posted::Broadcast { .. } | Posted::AllToAll => 1,
+    };
+    Work::by_part(exchange.into(), bytes, size, topology.world())
+}
+
+/// Measures latency and bandwidth between the ranks of a gang of two, or the worst of more. A collective call; all ranks get the same.
+pub fn measure_link(gang: &mut dyn Exchange) -> Result<Link> {
+    let mut seconds = [0.0; 2];
+    for _ in 0..MEASURED {
+        let start = Instant::now();
+        gang.barrier()?;
+        seconds[0] =
+            f64::min(if seconds[0] == 0.0 { f64::MAX } else { seconds[0] }, start.elapsed().as_secs_f64());
+    }
+    let (mut data, mut fastest) = (vec![0; MEASURED_BYTES], f64::MAX);
+    for _ in 0..MEASURED {
+        gang.barrier()?;
+        let start = Instant::now();
+        gang.broadcast(&mut data, 0)?;
+        gang.barrier()?;
+        fastest = fastest.min(start.elapsed().as_secs_f64() - seconds[0]);
+    }
+    seconds[1] = fastest.max(1e-9);
+    gang.all_reduce_f64(&mut seconds, Op::Max)?;
+    Ok(Link {
+        // Of as many rounds as a barrier has.
+        latency: Duration::from_secs_f64(
+            seconds[0] / f64::from(gang.world_size().max(2).next_power_of_two().ilog2()),
+        ),
+        bandwidth: MEASURED_BYTES as f64 / seconds[1],
+        loss: 0.0,
+        retransmit: Duration::ZERO,
+    })
+}
+
+/// Measures how long this machine takes to add a byte to another, in seconds.
+pub fn measure_reduce() -> f64 {
+    let (mut own, other) = (vec![0u8; MEASURED_BYTES], vec![0u8; MEASURED_BYTES]);
+    let times = (0..MEASURED).map(|_| {
+        let start = Instant::now();
+        reduce_into(&mut own, &other, DType::F32, Op::Sum, First::Own);
+        start.elapsed().as_secs_f64()
+    });
+    times.fold(f64::MAX, f64::min) / MEASURED_BYTES as f64
+}
+
+const MEASURED: usize = 8;
+const MEASURED_BYTES: usize = 8 << 20;
 
 /// How long the slowest rank takes for `work`, by the model.
 pub(crate) fn cost(algorithm: Algorithm, work: &Work, topology: &Topology, links: &Links) -> Duration {
@@ -106,7 +180,9 @@ impl Chooser {
 pub(crate) fn choose(work: &Work, topology: &Topology, links: &Links) -> Algorithm {
     let possible = |algorithm: &Algorithm| match algorithm {
         Algorithm::Ring => topology.world() <= RING_MAX,
-        Algorithm::Hierarchical => topology.hosts() > 1 && topology.hosts() < topology.world(),
+        Algorithm::Hierarchical | Algorithm::HierarchicalTree => {
+            topology.hosts() > 1 && topology.hosts() < topology.world()
+        }
         Algorithm::Tree | Algorithm::Halving => true,
     };
     let costs =
@@ -117,7 +193,6 @@ pub(crate) fn choose(work: &Work, topology: &Topology, links: &Links) -> Algorit
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::{DType, Op};
 
     fn chosen(bytes: usize, topology: &Topology) -> Algorithm {
         let operation = Operation::AllReduce(DType::F32, Op::Sum);
@@ -129,7 +204,9 @@ mod tests {
         let flat = Topology::even(1, 8);
         assert_eq!(chosen(4, &flat), Algorithm::Tree);
         assert_ne!(chosen(64 << 20, &flat), Algorithm::Tree);
-        assert_eq!(chosen(1 << 20, &Topology::even(16, 8)), Algorithm::Hierarchical);
+        assert_eq!(chosen(1 << 20, &Topology::even(16, 8)), Algorithm::HierarchicalTree);
+        let large = chosen(64 << 20, &Topology::even(4, 8));
+        assert!(matches!(large, Algorithm::Hierarchical | Algorithm::HierarchicalTree), "{large}");
     }
 
     #[test]
@@ -143,5 +220,27 @@ mod tests {
         let cost = cost(Algorithm::Ring, &work, &Topology::even(1, 8), &links).as_secs_f64();
         let want = 2.0 * 7.0 / 8.0 * f64::from(64 << 20) / 1e9;
         assert!((cost / want - 1.0).abs() < 0.05, "{cost} s instead of {want}");
+    }
+
+    #[test]
+    fn a_lossy_link_costs_more_and_the_same_each_time() {
+        let clean = Links {
+            across: Link { retransmit: Duration::from_millis(1), ..Links::ASSUMED.across },
+            ..Links::ASSUMED
+        };
+        let lossy = Links { across: Link { loss: 0.01, ..clean.across }, ..clean };
+        let time = |links: &Links| {
+            predict(Posted::AllGather(DType::F32), 1 << 20, Algorithm::Ring, &Topology::even(4, 2), links)
+        };
+        assert!(time(&lossy) > time(&clean) + Duration::from_millis(1));
+        assert_eq!(time(&lossy), time(&lossy));
+    }
+
+    #[test]
+    fn a_thousand_ranks_are_predicted() {
+        let (topology, sum) = (Topology::even(128, 8), Posted::AllReduce(DType::F32, Op::Sum));
+        let time = |algorithm| predict(sum, 256 << 10, algorithm, &topology, &Links::ASSUMED);
+        assert!(time(Algorithm::HierarchicalTree) < time(Algorithm::Tree));
+        assert_eq!(cheapest(sum, 4, &topology, &Links::ASSUMED), Algorithm::Tree);
     }
 }

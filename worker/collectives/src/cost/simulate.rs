@@ -15,13 +15,17 @@ const FLOW: f64 = 16384.0;
 /// When the first byte and the last one of a step are through, in seconds; `None` while it is not known.
 type Times = Option<(f64, f64)>;
 
+/// A peer, its messages that have come and are not received, and the steps that receive.
+type Incoming = (usize, VecDeque<(f64, f64)>, VecDeque<usize>);
+
 struct Rank {
     plan: Plan,
     times: Vec<Times>,
-    /// Of each peer: the messages that have come and are not received, and the steps that receive.
-    peers: Vec<(usize, VecDeque<(f64, f64)>, VecDeque<usize>)>,
+    peers: Vec<Incoming>,
     /// Steps that send, in their order.
     sends: VecDeque<usize>,
+    /// When the last that it received was through.
+    end: f64,
 }
 
 /// Seconds as whole picoseconds, to be ordered.
@@ -40,7 +44,8 @@ pub fn time(steps: impl Fn(usize) -> Vec<Step>, topology: &Topology, links: &Lin
     let mut end = 0.0f64;
     while let Some(Reverse((_, me))) = ready.pop() {
         ranks[me].receive(links.reduce);
-        while let Some((at, from)) = ranks[me].next_send() {
+        while let Some((place, from)) = ranks[me].next_send() {
+            let Some(at) = ranks[me].sends.remove(place) else { break };
             let step = ranks[me].plan.steps[at].clone();
             let inside = topology.host_of(me) == topology.host_of(step.peer);
             let (link, port) = match inside {
@@ -58,10 +63,10 @@ pub fn time(steps: impl Fn(usize) -> Vec<Step>, topology: &Topology, links: &Lin
                 messages.push_back(came);
             }
             ready.push(Reverse((key(came.0), step.peer)));
-            ranks[me].sends.retain(|send| *send != at);
+            // Its first byte is received when the last is on its way.
+            end = end.max(last + late);
         }
-        let times = ranks[me].times.iter().flatten();
-        end = times.fold(end, |end, (_, last)| end.max(*last));
+        end = end.max(ranks[me].end);
     }
     Duration::from_secs_f64(end)
 }
@@ -85,6 +90,7 @@ impl Rank {
             peers: Vec::new(),
             sends: (0..steps.len()).filter(|at| steps[*at].kind == Kind::Send).collect(),
             plan: Plan::new(Vec::new()),
+            end: 0.0,
         };
         for (at, step) in steps.iter().enumerate().filter(|(_, step)| step.kind != Kind::Send) {
             match rank.peers.iter_mut().find(|peer| peer.0 == step.peer) {
@@ -116,7 +122,9 @@ impl Rank {
                 let step = &self.plan.steps[at];
                 let work = if step.kind == Kind::Receive { 0.0 } else { step.range.len() as f64 * reduce };
                 let first = came.0.max(from.0);
-                self.times[at] = Some((first, came.1.max(from.1).max(first + work)));
+                let last = came.1.max(from.1).max(first + work);
+                self.times[at] = Some((first, last));
+                self.end = self.end.max(last);
                 self.peers[peer].1.pop_front();
                 self.peers[peer].2.pop_front();
                 moved = true;
@@ -127,10 +135,11 @@ impl Rank {
         }
     }
 
-    /// A step that sends and waits for nothing that is not known, the first in order, and from when on it may.
+    /// The place of the first step that sends and waits for nothing that is not known, and from when on it may.
     fn next_send(&self) -> Option<(usize, (f64, f64))> {
         // A rank has few sends open at a time; those far behind wait for what is not known.
-        self.sends.iter().take(SENDS_AHEAD).find_map(|at| Some((*at, self.from(*at)?)))
+        let near = self.sends.iter().take(SENDS_AHEAD).enumerate();
+        near.into_iter().find_map(|(place, at)| Some((place, self.from(*at)?)))
     }
 }
 

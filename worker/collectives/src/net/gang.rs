@@ -1,21 +1,23 @@
 //! A rank's end of a connected gang. Blocking calls are carried out by the thread that makes them, posted ones by a thread of the gang's own,
 //! one after the other.
 
+use super::calls::keep_own;
 use super::driver::{Driver, Job, Stop};
 use super::links::{Links, Wake};
+use super::posted::{Posting, Shared};
 use super::rendezvous::Rendezvous;
 use crate::abort::Abort;
 use crate::algorithm::{Operation, Plan, Topology, Work};
 use crate::call::{Call, Signature};
-use crate::collective::{Activity, Exchange, Gang, Posted, Ticket, refuse, through_bytes};
+use crate::collective::{Posted, Ticket};
 use crate::cost::Chooser;
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Claim, PerRank};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,57 +29,32 @@ const PLANS_MAX: usize = 1024;
 
 /// Collectives over connections between processes and hosts.
 pub struct NetCollective {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     topology: Arc<Topology>,
-    rank: usize,
-    generation: u64,
-    deadline: Duration,
+    pub(super) rank: usize,
+    pub(super) generation: u64,
+    pub(super) deadline: Duration,
     /// Calls made, blocking and posted.
     sequence: u64,
-    posts: u64,
+    pub(super) posts: u64,
     /// Names the next registered buffer; the same on every rank.
-    next_buffer: u64,
+    pub(super) next_buffer: u64,
     chooser: Chooser,
     plans: HashMap<(Operation, usize, Cut), Arc<Plan>>,
-    scratch: Vec<u8>,
+    pub(super) scratch: Vec<u8>,
     worker: Option<JoinHandle<()>>,
     failed: Option<CollectiveError>,
 }
 
 /// How a buffer is cut among the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Cut {
+pub(super) enum Cut {
     /// Into equal parts.
     Even,
     /// Into `part`s of elements of so many bytes.
     Parts(usize),
     /// Into `part`s on each host, to be reduced over the hosts.
     Hosts(usize),
-}
-
-struct Shared {
-    driver: Mutex<Driver>,
-    queue: Mutex<Queue>,
-    changed: Condvar,
-    stop: Stop,
-    waker: Arc<dyn Wake>,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Posting>,
-    /// Number of the last that is over.
-    done: u64,
-    failed: Option<CollectiveError>,
-    closed: bool,
-}
-
-struct Posting {
-    plan: Arc<Plan>,
-    reduction: Option<(DType, Op)>,
-    signature: Signature,
-    deadline: Duration,
-    claim: Claim,
 }
 
 /// Aborts a gang from another thread.
@@ -92,58 +69,6 @@ impl NetAbortHandle {
     }
 }
 
-impl Shared {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn driver(&self) -> MutexGuard<'_, Driver> {
-        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `number` posts are over, or one has failed.
-    fn wait_for(&self, number: u64) -> Result<()> {
-        let mut queue = self.queue();
-        loop {
-            if let Some(error) = &queue.failed {
-                return Err(error.clone());
-            }
-            if queue.done >= number {
-                return Ok(());
-            }
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// The gang's own thread.
-    fn work_off(&self) {
-        let mut queue = self.queue();
-        loop {
-            let Some(mut posting) = queue.waiting.pop_front() else {
-                if queue.closed {
-                    return;
-                }
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(queue);
-            let Posting { ref plan, reduction, signature, deadline, .. } = posting;
-            let job = Job { plan, reduction, signature, deadline };
-            let result = self.driver().run(&job, posting.claim.bytes());
-            queue = self.queue();
-            match result {
-                Ok(()) => queue.done += 1,
-                Err(error) => {
-                    queue.failed = Some(error);
-                    queue.waiting.clear();
-                    queue.closed = true;
-                }
-            }
-            self.changed.notify_all();
-        }
-    }
-}
-
 impl NetCollective {
     pub(super) fn new(
         links: Box<dyn Links>,
@@ -154,13 +79,7 @@ impl NetCollective {
         let topology = Arc::new(rendezvous.topology());
         let (rank, generation) = (rendezvous.rank, rendezvous.generation);
         let driver = Driver::new(links, rank, topology.world(), generation, stop.clone());
-        let shared = Shared {
-            driver: Mutex::new(driver),
-            queue: Mutex::default(),
-            changed: Condvar::new(),
-            stop,
-            waker,
-        };
+        let shared = Shared::new(driver, stop, waker);
         NetCollective {
             shared: Arc::new(shared),
             chooser: Chooser::new(topology.clone()),
@@ -187,7 +106,7 @@ impl NetCollective {
     }
 
     /// Runs one call: nothing after an error, and an error stays, here and for the peers.
-    fn latched<T>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+    pub(super) fn latched<T>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -205,7 +124,7 @@ impl NetCollective {
         result
     }
 
-    fn world(&self) -> usize {
+    pub(super) fn world(&self) -> usize {
         self.topology.world()
     }
 
@@ -245,7 +164,13 @@ impl NetCollective {
     }
 
     /// A blocking call in place.
-    fn call(&mut self, call: Call, operation: Operation, cut: Cut, buffer: &mut [u8]) -> Result<()> {
+    pub(super) fn call(
+        &mut self,
+        call: Call,
+        operation: Operation,
+        cut: Cut,
+        buffer: &mut [u8],
+    ) -> Result<()> {
         self.shared.wait_for(self.posts)?;
         self.sequence += 1;
         let plan = self.plan(operation, buffer.len(), cut);
@@ -355,137 +280,4 @@ impl Drop for NetCollective {
             self.shared.driver().leave(signature);
         }
     }
-}
-
-fn expect_whole(operation: &'static str, bytes: usize, dtype: DType) -> Result<()> {
-    if bytes.is_multiple_of(dtype.size()) {
-        return Ok(());
-    }
-    Err(refuse(operation, format!("{bytes} bytes are not whole {dtype} elements")))
-}
-
-impl Gang for NetCollective {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-    fn world_size(&self) -> usize {
-        self.world()
-    }
-    fn generation(&self) -> u64 {
-        self.generation
-    }
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.deadline = deadline;
-    }
-    fn note(&mut self, _activity: Activity) {}
-    fn begin_step(&mut self, _step: u64, _last: Option<Duration>) {}
-
-    fn barrier(&mut self) -> Result<()> {
-        self.latched(|gang| gang.call(Call::Barrier, Operation::Barrier, Cut::Even, &mut [0]))
-    }
-
-    fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()> {
-        through_bytes(values, |bytes| self.all_reduce(bytes, DType::F64, op))
-    }
-}
-
-impl Exchange for NetCollective {
-    fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Result<()> {
-        self.latched(|gang| {
-            expect_whole("all_reduce", data.len(), dtype)?;
-            let operation = Operation::AllReduce(dtype, op);
-            gang.call(Call::AllReduce(dtype, op), operation, Cut::Parts(dtype.size()), data)
-        })
-    }
-
-    fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], dtype: DType, op: Op) -> Result<()> {
-        self.latched(|gang| {
-            let (bytes, world) = (output.len(), gang.world());
-            expect_whole("reduce_scatter", bytes, dtype)?;
-            if input.len() != bytes * world {
-                let message = format!("{} bytes are not {world} parts of {bytes}", input.len());
-                return Err(refuse("reduce_scatter", message));
-            }
-            let mut scratch = std::mem::take(&mut gang.scratch);
-            scratch.clear();
-            scratch.extend_from_slice(input);
-            let operation = Operation::ReduceScatter(dtype, op);
-            gang.call(Call::ReduceScatter(dtype, op), operation, Cut::Even, &mut scratch)?;
-            output.copy_from_slice(&scratch[gang.rank * bytes..(gang.rank + 1) * bytes]);
-            gang.scratch = scratch;
-            Ok(())
-        })
-    }
-
-    fn all_gather(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        self.latched(|gang| {
-            let (bytes, world) = (input.len(), gang.world());
-            if output.len() != bytes * world {
-                let message = format!("{} bytes are not room for {world} parts of {bytes}", output.len());
-                return Err(refuse("all_gather", message));
-            }
-            output[gang.rank * bytes..(gang.rank + 1) * bytes].copy_from_slice(input);
-            gang.call(Call::AllGather(DType::U8), Operation::AllGather, Cut::Even, output)
-        })
-    }
-
-    fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<()> {
-        self.latched(|gang| {
-            if root >= gang.world() {
-                return Err(refuse("broadcast", format!("there is no rank {root} of {}", gang.world())));
-            }
-            gang.call(Call::Broadcast { root }, Operation::Broadcast { root }, Cut::Even, data)
-        })
-    }
-
-    fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        self.latched(|gang| {
-            let (total, world) = (input.len(), gang.world());
-            if output.len() != total || !total.is_multiple_of(world) {
-                let message =
-                    format!("input of {total} and output of {} bytes, not {world} parts each", output.len());
-                return Err(refuse("all_to_all", message));
-            }
-            let mut scratch = std::mem::take(&mut gang.scratch);
-            scratch.clear();
-            scratch.extend_from_slice(input);
-            scratch.resize(2 * total, 0);
-            keep_own(&mut scratch, gang.rank, world);
-            gang.call(Call::AllToAll, Operation::AllToAll, Cut::Even, &mut scratch)?;
-            output.copy_from_slice(&scratch[total..]);
-            gang.scratch = scratch;
-            Ok(())
-        })
-    }
-
-    fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank> {
-        let buffer = PerRank::registered(bytes, self.next_buffer)?;
-        // Ranges of two buffers are never the same place.
-        self.next_buffer += (bytes as u64 + 1).next_multiple_of(64);
-        Ok(buffer)
-    }
-
-    fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket> {
-        let place = buffers.id + bytes.start as u64;
-        self.post_at(buffers, bytes, exchange, place)
-    }
-
-    fn progress(&mut self) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(0))
-    }
-
-    fn wait(&mut self, ticket: Ticket) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(ticket.0))
-    }
-
-    fn finish(&mut self) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(gang.posts))
-    }
-}
-
-/// The part that a rank sends to itself, from the input half to the output half.
-fn keep_own(buffer: &mut [u8], rank: usize, world: usize) {
-    let half = buffer.len() / 2;
-    let size = half / world;
-    buffer.copy_within(rank * size..(rank + 1) * size, half + rank * size);
 }
