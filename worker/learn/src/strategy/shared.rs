@@ -162,4 +162,11 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
             Slot::Moment2 => self.moment2.all(),
         }))
     }
+    fn name(&self) -> &'static str {
+        "shared"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        self.parts.clone()
+    }
 }
