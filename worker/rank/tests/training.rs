@@ -56,6 +56,61 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
     }
 }
 
+/// Training goes on while a checkpoint is written, and nothing of the steps after it gets into it.
+#[test]
+fn a_save_after_every_step_has_the_state_of_that_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut job = Job { batch_size: 4, ..job(dir.path()) };
+    job.checkpoint = Checkpoint { save_steps: 1, save_total_limit: 20, ..job.checkpoint };
+    let whole = launch(&job, 3, None, None);
+    let saved = whole.checkpoints();
+    assert_eq!(saved.iter().map(|record| record.step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
+    for at in [2, 7] {
+        let other = Job { run_name: format!("from-{at}"), ..job.clone() };
+        let rest = launch(&other, 3, Some(&saved[at].path), None);
+        assert_eq!(rest.losses(), whole.losses()[at + 1..]);
+        let (last, again) = (&saved[11].path, &rest.checkpoints()[10 - at].path);
+        assert_eq!(diff(Path::new(last), Path::new(again)).unwrap(), []);
+    }
+}
+
+#[test]
+fn a_save_that_fails_in_the_background_is_told_and_the_last_one_fails_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let job = Job { batch_size: 2, ..job(dir.path()) };
+    let failed = |ended: &gang::Ended| -> Vec<(u64, String)> {
+        let of = |event: &EventBody| match event {
+            EventBody::CheckpointFailed { step, error } => Some((*step, error.clone())),
+            _ => None,
+        };
+        ended.events.iter().filter_map(of).collect()
+    };
+    let blocked = |job: &Job, step: u64| {
+        let place = fleet_checkpoint::step_dir(&job.checkpoint_dir(), step);
+        watch(job, 2, None, None, &|event, _| {
+            if matches!(event, EventBody::Started { .. }) {
+                std::fs::write(&place, "in the way").unwrap();
+            }
+        })
+    };
+    let ended = blocked(&job, 6);
+    let told = failed(&ended);
+    assert!(
+        told.len() == 1 && told[0].0 == 6 && told[0].1.contains("not a checkpoint of this run"),
+        "{told:?}"
+    );
+    assert!(ended.outcomes.iter().all(|outcome| outcome.is_ok()), "{:?}", ended.outcomes);
+    assert_eq!(ended.checkpoints().iter().map(|record| record.step).collect::<Vec<_>>(), [12]);
+
+    let ended = blocked(&Job { run_name: "last".into(), ..job }, 12);
+    assert_eq!(failed(&ended).iter().map(|(step, _)| *step).collect::<Vec<_>>(), [12]);
+    assert_eq!(ended.checkpoints().iter().map(|record| record.step).collect::<Vec<_>>(), [6]);
+    let error = ended.outcomes[0].as_ref().unwrap_err();
+    assert_eq!(error.fault(), Fault::Environment);
+    assert!(error.to_string().contains("the run ended without its last checkpoint"), "{error}");
+    assert!(ended.outcomes[1].is_ok(), "rank 0 tells it for all");
+}
+
 #[test]
 fn libtorch_trains_as_fleets_own_executor_does_and_either_continues_the_other() {
     for precision in [Precision::Fp32, Precision::Bf16Mixed] {
