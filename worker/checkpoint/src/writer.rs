@@ -29,6 +29,19 @@ pub struct Ticket {
     pub pid: u32,
 }
 
+impl Ticket {
+    /// As they are summed with those of ranks that have none: zeros.
+    pub fn numbers(self) -> [f64; 3] {
+        [self.pid, (self.serial >> 32) as u32, self.serial as u32].map(f64::from)
+    }
+
+    /// `None` where nobody had one.
+    pub fn of_numbers([pid, high, low]: [f64; 3]) -> Option<Ticket> {
+        let serial = ((high as u64) << 32) | low as u64;
+        (pid > 0.0).then_some(Ticket { serial, pid: pid as u32 })
+    }
+}
+
 /// A checkpoint being written, in the hands of rank 0. Dropped before `finish`, it removes what was written.
 #[derive(Debug)]
 pub struct Writer {

@@ -117,22 +117,14 @@ impl Trainer {
             }
         };
         // Whether there is something to write, and where.
-        let mut numbers = begun.as_ref().map_or([0.0; 3], |writer| {
-            let Ticket { serial, pid } = writer.ticket();
-            [1.0, serial as f64, f64::from(pid)]
-        });
+        let mut numbers = begun.as_ref().map_or([0.0; 3], |writer| writer.ticket().numbers());
         self.learner.gang().all_reduce_f64(&mut numbers, Op::Sum)?;
-        let [is_begun, serial, pid] = numbers;
-        self.saving.is_open = is_begun > 0.0;
-        if !self.saving.is_open {
-            return Ok(());
-        }
+        let ticket = Ticket::of_numbers(numbers);
+        self.saving.is_open = ticket.is_some();
+        let Some(ticket) = ticket else { return Ok(()) };
         let pen = match (begun, &self.saving.lead) {
             (Some(writer), Some(lead)) => Pen::Lead(writer, lead.companions.clone(), self.state.clone()),
-            _ => {
-                let ticket = Ticket { serial: serial as u64, pid: pid as u32 };
-                Pen::Other(PartWriter::join(&self.saving.dir, step, ticket, self.rank as u32))
-            }
+            _ => Pen::Other(PartWriter::join(&self.saving.dir, step, ticket, self.rank as u32)),
         };
         let mut snapshot = match self.learner.snapshot(self.saving.spare.take()) {
             Ok(snapshot) => snapshot,
@@ -205,10 +197,11 @@ impl Trainer {
         match result {
             Ok(Some(record)) => {
                 self.saved = Some(step);
-                (self.saving.outcome, self.saving.again) = (Ok(()), false);
+                self.saving.outcome = Ok(());
                 link.event(EventBody::Checkpoint(record));
             }
             Ok(None) => {}
+            Err(e) if e.is_full_disk() && self.make_room(link) => self.saving.again = true,
             Err(e) => self.failed(step, &e, link),
         }
     }
@@ -218,13 +211,10 @@ impl Trainer {
         if self.saving.lead.is_none() {
             return;
         }
-        let line = format!("{error}{}", self.what_is_needed(error));
-        self.saving.outcome =
-            Err(Error::Environment(format!("the run ended without its last checkpoint: {line}")));
-        self.saving.again = error.is_full_disk() && self.make_room(link);
-        if !self.saving.again {
-            link.event(EventBody::CheckpointFailed { step, error: line });
-        }
+        let error = format!("{error}{}", self.what_is_needed(error));
+        let last = Error::Environment(format!("the run ended without its last checkpoint: {error}"));
+        self.saving.outcome = Err(last);
+        link.event(EventBody::CheckpointFailed { step, error });
     }
 
     /// A save that will fail is told of before the hours that it is to save. Compression and quotas are not known here: nothing is refused.
@@ -264,8 +254,12 @@ impl Trainer {
             self.make_room(link);
         }
         let Some(Lead { dir, .. }) = &self.saving.lead else { return Ok(None) };
-        let writer = Writer::begin(dir, self.state.step)?;
-        Ok(Some(writer.of(self.learner.strategy(), self.world as u32)))
+        let mut writer = Writer::begin(dir, self.state.step);
+        if writer.as_ref().is_err_and(CheckpointError::is_full_disk) && self.make_room(link) {
+            let Some(Lead { dir, .. }) = &self.saving.lead else { return Ok(None) };
+            writer = Writer::begin(dir, self.state.step);
+        }
+        Ok(Some(writer?.of(self.learner.strategy(), self.world as u32)))
     }
 
     /// Waits a moment for the newest checkpoint to be recorded: only then may older ones go.
