@@ -83,6 +83,7 @@ impl Call {
 
 /// Lets a child save and kills it at its call number `at`, from 1. Whether it came to its end before that; `None` where nobody may look
 /// at the calls of a process.
+#[allow(clippy::zombie_processes, reason = "it is waited for by its number")]
 fn killed_at(dir: &Path, at: usize) -> Option<bool> {
     let script = r#"kill -STOP $$; exec "$0" --exact child_saves --ignored"#;
     let mut command = Command::new("sh");

@@ -65,7 +65,7 @@ fn size(bytes: u64) -> String {
 
 /// What a rank writes with.
 enum Pen {
-    Lead(Writer, Arc<Companions>, TrainerState),
+    Lead(Writer, Arc<Companions>, Box<TrainerState>),
     Other(PartWriter),
 }
 
@@ -123,7 +123,9 @@ impl Trainer {
         self.saving.is_open = ticket.is_some();
         let Some(ticket) = ticket else { return Ok(()) };
         let pen = match (begun, &self.saving.lead) {
-            (Some(writer), Some(lead)) => Pen::Lead(writer, lead.companions.clone(), self.state.clone()),
+            (Some(writer), Some(lead)) => {
+                Pen::Lead(writer, lead.companions.clone(), Box::new(self.state.clone()))
+            }
             _ => Pen::Other(PartWriter::join(&self.saving.dir, step, ticket, self.rank as u32)),
         };
         let mut snapshot = match self.learner.snapshot(self.saving.spare.take()) {
