@@ -1,10 +1,11 @@
 //! From the files of several ranks to one file of weights and one of the optimizer's state.
 
 use crate::manifest::{FORMAT, Manifest};
+use crate::names::{is_of_model, is_of_optimizer};
 use crate::part::PartWriter;
 use crate::tensors::{Tensor, Tensors};
 use crate::writer::{TEMPORARY, sync_dir, whole};
-use crate::{CheckpointError, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, names, verify};
+use crate::{CheckpointError, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, verify};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -38,12 +39,10 @@ fn write(from: &Path, manifest: &Manifest, to: &Path) -> Result<Manifest, Checkp
     let mut part = PartWriter::new(to.to_owned(), manifest.step, 0);
     let model = Tensors::of_model(from)?;
     part.copy_safetensors(MODEL_FILE, &all(&model))?;
-    let has_state = |name: &String| name.starts_with("optimizer");
-    if manifest.files.keys().any(has_state) {
+    if manifest.files.keys().any(|name| is_of_optimizer(name)) {
         part.copy_safetensors(OPTIMIZER_FILE, &all(&Tensors::of_optimizer(from)?))?;
     }
-    let is_written =
-        |name: &str| names::is_of_model(name) || name == MODEL_INDEX_FILE || name.starts_with("optimizer");
+    let is_written = |name: &str| is_of_model(name) || name == MODEL_INDEX_FILE || is_of_optimizer(name);
     for name in manifest.files.keys().filter(|name| !is_written(name)) {
         let path = from.join(name);
         let bytes = fs::read(&path).map_err(|e| CheckpointError::read(&path, e))?;

@@ -1,8 +1,9 @@
 //! In which tensors two checkpoints, or models, differ.
 
-use crate::manifest::PIECE_MAX;
+use crate::manifest::{Manifest, PIECE_MAX};
+use crate::names::is_of_optimizer;
 use crate::tensors::{Tensor, Tensors};
-use crate::{CheckpointError, Dtype, MANIFEST_FILE, OPTIMIZER_FILE};
+use crate::{CheckpointError, Dtype, OPTIMIZER_FILE};
 use half::{bf16, f16};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -38,7 +39,8 @@ pub fn diff(a: &Path, b: &Path) -> Result<Vec<Difference>, CheckpointError> {
 }
 
 fn has_state(dir: &Path) -> bool {
-    dir.join(MANIFEST_FILE).exists() || dir.join(OPTIMIZER_FILE).exists()
+    let is_named = |manifest: Manifest| manifest.files.keys().any(|file| is_of_optimizer(file));
+    Manifest::read(dir).is_ok_and(is_named) || dir.join(OPTIMIZER_FILE).exists()
 }
 
 fn compare(a: &Tensors, b: &Tensors) -> Result<Vec<Difference>, CheckpointError> {

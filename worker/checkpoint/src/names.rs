@@ -37,6 +37,11 @@ pub(crate) fn is_of_model(file: &str) -> bool {
     file == MODEL_FILE || is_shard_of_model(file)
 }
 
+/// Whether a file has the optimizer's state.
+pub(crate) fn is_of_optimizer(file: &str) -> bool {
+    file == OPTIMIZER_FILE || file.starts_with("optimizer-")
+}
+
 /// For each tensor, of these sizes, the rank that writes it: the largest first, each to who has least so far. Of `world` ranks the first have
 /// some where there are fewer tensors than ranks.
 pub fn writers(sizes: &[usize], world: usize) -> Vec<usize> {

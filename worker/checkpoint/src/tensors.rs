@@ -7,7 +7,7 @@
 
 use crate::flat::NAMED;
 use crate::manifest::{Manifest, PIECE_MAX};
-use crate::names::is_of_model;
+use crate::names::{is_of_model, is_of_optimizer};
 use crate::verify::changed;
 use crate::{CheckpointError, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE};
 use fleet_common::files::stand_in;
@@ -117,7 +117,7 @@ impl Tensors {
     /// The optimizer state of a checkpoint.
     pub fn of_optimizer(dir: &Path) -> Result<Tensors, CheckpointError> {
         match manifest_with_tensors(dir)? {
-            Some(manifest) => Tensors::of_manifest(dir, manifest, |file| !is_of_model(file)),
+            Some(manifest) => Tensors::of_manifest(dir, manifest, is_of_optimizer),
             None => Tensors::open(&dir.join(OPTIMIZER_FILE)),
         }
     }
