@@ -33,6 +33,7 @@ mod part;
 mod resume;
 mod run_dir;
 mod search;
+mod shard;
 mod state;
 mod tensors;
 mod verify;
