@@ -140,7 +140,7 @@ pub struct Shard {
     pub writer: Rank,
     pub name: String,
     pub bytes: u64,
-    /// In hex.
+    /// Of the file, in hex; of one with tensors, that of all its hashes in the manifest.
     pub sha256: String,
 }
 

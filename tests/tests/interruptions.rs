@@ -136,7 +136,7 @@ fn stopping_signals_end_the_job_with_a_checkpoint() {
         assert_eq!(summary["status"], "cancelled", "{summary}");
         let checkpoint =
             summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all()));
-        assert!(Path::new(checkpoint).join("model.safetensors").is_file());
+        assert!(Path::new(checkpoint).join("model.safetensors.index.json").is_file());
         world.is_empty_soon();
     }
 }

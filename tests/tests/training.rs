@@ -12,7 +12,7 @@ fn checkpoint(done: &Finished) -> PathBuf {
     let path = PathBuf::from(
         summary["checkpoint"].as_str().unwrap_or_else(|| panic!("no checkpoint: {}", done.all())),
     );
-    assert!(path.join("model.safetensors").is_file(), "{}", path.display());
+    assert!(path.join("manifest.json").is_file(), "{}", path.display());
     path
 }
 
@@ -55,7 +55,8 @@ fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
     let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", killed.all())).0;
     assert!([51, 101, 151].contains(&first), "resumed at {first}, not after a checkpoint");
     assert_eq!(losses, whole_losses[first as usize - 1..], "the losses differ");
-    for file in ["model.safetensors", "tokenizer.json", "config.json"] {
+    let weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    for file in weights.into_iter().chain(["tokenizer.json", "config.json"]) {
         let read = |done: &Finished| fs::read(checkpoint(done).join(file)).unwrap();
         assert!(read(&whole) == read(&resumed), "{file} differs");
     }

@@ -1,6 +1,7 @@
 //! One command per file, and what they share.
 
 pub mod cancel;
+pub mod checkpoint;
 pub mod checkpoints;
 pub mod config;
 pub mod coordinators;

@@ -17,6 +17,16 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// A copy of a checkpoint, elsewhere. Nothing is left behind.
+    #[error("cannot write a checkpoint to {path}: {source}")]
+    Copy {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// Another rank did not write its part. Nothing is left behind, older checkpoints are untouched.
+    #[error("checkpoint of step {step} was not saved by rank {rank}: {line}")]
+    Peer { step: u64, rank: u32, is_full: bool, line: String },
     /// Nothing is left behind, older checkpoints are untouched.
     #[error("the numbers to be saved cannot be read from their device: {0}")]
     Device(String),
@@ -112,6 +122,8 @@ impl CheckpointError {
     pub fn fault(&self) -> Fault {
         match self {
             CheckpointError::Write { .. }
+            | CheckpointError::Copy { .. }
+            | CheckpointError::Peer { .. }
             | CheckpointError::Device(_)
             | CheckpointError::Unwritable { .. }
             | CheckpointError::Rotation { .. }
@@ -123,7 +135,11 @@ impl CheckpointError {
 
     /// Whether there was no room for a checkpoint.
     pub fn is_full_disk(&self) -> bool {
-        matches!(self, CheckpointError::Write { source, .. } if is_full_disk(source))
+        match self {
+            CheckpointError::Write { source, .. } => is_full_disk(source),
+            CheckpointError::Peer { is_full, .. } => *is_full,
+            _ => false,
+        }
     }
 
     /// What is wrong with which, without what to do about it.

@@ -1,7 +1,7 @@
 //! A model's tensors, as Hugging Face names and stores them, in and out of the flat buffer of `fleet_common::model::Layout`. Every refusal
 //! names the tensor.
 
-use crate::{CONFIG_FILE, CheckpointError, Dtype, MODEL_FILE, Tensor, Tensors};
+use crate::{CONFIG_FILE, CheckpointError, Dtype, Tensor, Tensors};
 use fleet_common::files::stand_in;
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
 use half::{bf16, f16};
@@ -52,8 +52,7 @@ impl ModelDir {
         let config = fleet_common::model::parse_object(&bytes)
             .map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
         let (family, mut decoder) = Family::of_config(&config).map_err(|what| refuse(&file, what))?;
-        let single = path.join(MODEL_FILE);
-        let tensors = Tensors::open(if single.exists() { &single } else { path })?;
+        let tensors = Tensors::of_model(path)?;
         let mut model = ModelDir {
             path: path.to_owned(),
             config,
@@ -245,9 +244,8 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// A parameter as a file of its family has it; a view where it lies in the flat buffer as it does there.
-pub fn stored<'a>(p: &Parameter, flat: &'a [f32]) -> Cow<'a, [f32]> {
-    let values = &flat[p.range.clone()];
+/// A parameter's numbers as a file of its family has them; a view where they lie in the flat buffer as they do there.
+pub fn stored<'a>(p: &Parameter, values: &'a [f32]) -> Cow<'a, [f32]> {
     if p.stored == Stored::AsIs {
         return Cow::Borrowed(values);
     }

@@ -1,44 +1,59 @@
-//! Checkpoints on disk: written whole or not at all, every byte covered by a hash, read back without copies.
+//! Checkpoints on disk: written whole or not at all, by one rank or by several, every byte covered by a hash, read back range by range.
 //!
 //! ```text
 //! <checkpoint_dir>/step-00000100/
-//!   model.safetensors      weights under Hugging Face names
-//!   config.json            Hugging Face model description
+//!   model-00001-of-00002.safetensors      weights under Hugging Face names, whole tensors; model.safetensors where one rank writes
+//!   model-00002-of-00002.safetensors
+//!   model.safetensors.index.json          which of them has which
+//!   config.json                           Hugging Face model description
 //!   tokenizer.json
-//!   ...                    what else belongs to them: generation_config.json, tokenizer_config.json, a chat template
-//!   optimizer.safetensors  state of AdamW
-//!   trainer_state.json     step, cursor, seed, what the run was made of
-//!   manifest.json          length and SHA-256 of every other file; written last
+//!   ...                                   what else belongs to them: generation_config.json, tokenizer_config.json, a chat template
+//!   optimizer-00001-of-00002.safetensors  what each rank keeps of AdamW's state; optimizer.safetensors where one rank writes
+//!   optimizer-00002-of-00002.safetensors
+//!   trainer_state.json                    step, cursor, seed, what the run was made of
+//!   manifest.json                         every file, every tensor and its pieces, hashes; written last
 //! ```
+//!
+//! Each rank writes files of its own, at the same time as the others. Weights are cut between tensors, not within them, although a rank may
+//! keep just a range of each: so the directory is a model as transformers reads it. Nobody else reads the optimizer's state, so each
+//! rank writes just what it keeps: parts of tensors, under names such as `model.norm.weight.exp_avg[0:64]`. The manifest puts them together;
+//! readers go by it and never by who wrote what, so any number of ranks and any strategy takes any checkpoint. Padding of the flat buffer
+//! belongs to no tensor and is never written.
 //!
 //! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
+mod consolidate;
+mod diff;
 mod error;
 mod flat;
 mod manifest;
+mod names;
+mod part;
 mod resume;
 mod run_dir;
 mod search;
+mod shard;
 mod state;
 mod tensors;
+mod verify;
 mod writer;
 
+pub use consolidate::consolidate;
+pub use diff::{Difference, Differs, diff};
 pub use error::CheckpointError;
 pub use flat::{ModelDir, stored, stored_shape};
-pub use manifest::{Manifest, ManifestFile, manifest_sha256, verify};
+pub use manifest::{Manifest, ManifestFile, ManifestTensor, Piece, manifest_sha256};
+pub use names::{
+    CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE,
+    model_file, optimizer_file, writers,
+};
+pub use part::{PartWriter, TensorRef};
 pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
 pub use state::TrainerState;
 pub use tensors::{Tensor, Tensors};
-pub use writer::{TensorRef, Writer, step_dir};
-
-/// Weights, in Hugging Face's names.
-pub const MODEL_FILE: &str = "model.safetensors";
-pub const CONFIG_FILE: &str = "config.json";
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
-pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-pub const STATE_FILE: &str = "trainer_state.json";
-pub const MANIFEST_FILE: &str = "manifest.json";
+pub use verify::{inspect, verify};
+pub use writer::{Ticket, Writer, step_dir};

@@ -1,6 +1,10 @@
-//! The manifest: length and SHA-256 of every file of a checkpoint, and the check of a directory against it.
+//! The manifest: every file of a checkpoint, every tensor, and a hash for every byte.
+//!
+//! A tensor is a row of *pieces*, each a range of some file with a hash of its own, in the order of its numbers. Small pieces are what lets a
+//! rank read just its range of a tensor and still check every byte that it takes: it reads the pieces that the range touches, whole. What of
+//! a file is in no piece (all of a plain file, the header of one with tensors) is under the hash of the file.
 
-use crate::{CheckpointError, MANIFEST_FILE, MODEL_FILE};
+use crate::{CheckpointError, Dtype, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -8,27 +12,32 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Raised when the layout changes; other layouts are refused.
-pub(crate) const FORMAT: &str = "fleet-checkpoint/1";
+/// Raised when the layout changes. What is not among `READ` is refused.
+pub(crate) const FORMAT: &str = "fleet-checkpoint/2";
+/// Before several ranks wrote: whole files, without tensors.
+const FORMAT_1: &str = "fleet-checkpoint/1";
+const READ: [&str; 2] = [FORMAT_1, FORMAT];
 
 /// What the formats of all versions begin with.
 const FORMATS: &str = "fleet-checkpoint/";
 
-const KEYS: [&str; 6] = ["format", "step", "serial", "loss", "run", "files"];
+const KEYS_1: [&str; 6] = ["format", "step", "serial", "loss", "run", "files"];
+const KEYS: [&str; 9] =
+    ["format", "step", "serial", "loss", "run", "strategy", "world_size", "files", "tensors"];
 
-/// No honest manifest is near this many bytes; more is not read.
-const MANIFEST_MAX: u64 = 1 << 20;
+/// No honest manifest is near this many bytes; more is not read. A model of a hundred billion parameters has 150,000 pieces of 150 bytes each.
+const MANIFEST_MAX: u64 = 64 << 20;
 
-/// A checkpoint has some twenty files; a manifest that names more than this is not one of ours, and each file costs a thread.
-const FILES_MAX: usize = 64;
+/// As many as a record of a checkpoint may name.
+const FILES_MAX: usize = fleet_common::events::SHARDS_MAX;
 
-/// Bytes hashed at a time.
-const HASH_CHUNK: usize = 1 << 20;
+/// Bytes of a piece: read whole, so not many; listed each, so not few.
+pub(crate) const PIECE_MAX: usize = 8 << 20;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// `fleet-checkpoint/1`.
+    /// `fleet-checkpoint/2`.
     pub format: String,
     /// Optimizer steps done.
     pub step: u64,
@@ -39,16 +48,53 @@ pub struct Manifest {
     /// The run that wrote it, and whose continuations may remove it. Empty where an early fleet did not say.
     #[serde(default)]
     pub run: String,
+    /// Where the numbers lay while they were trained. Empty where an early fleet did not say.
+    #[serde(default)]
+    pub strategy: String,
+    /// Ranks that trained, each of which wrote its part.
+    #[serde(default = "one")]
+    pub world_size: u32,
     /// By name, without the manifest itself.
     pub files: BTreeMap<String, ManifestFile>,
+    /// By name. Empty where an early fleet wrote whole files.
+    #[serde(default)]
+    pub tensors: BTreeMap<String, ManifestTensor>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestFile {
     pub bytes: u64,
+    /// Of those of its bytes that are in no piece, in hex.
+    pub sha256: String,
+    /// The rank that wrote it.
+    #[serde(default)]
+    pub writer: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestTensor {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// In the order of its numbers, which they hold once and all.
+    pub pieces: Vec<Piece>,
+}
+
+/// A range of a file with numbers of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    pub file: String,
+    /// In the file, in bytes.
+    pub offset: u64,
+    pub bytes: u64,
     /// Hex.
     pub sha256: String,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// Why a manifest is not taken.
@@ -59,10 +105,51 @@ pub(crate) enum Flaw {
     Version(String),
 }
 
+impl ManifestTensor {
+    /// `None` where no file could have so many.
+    pub fn bytes(&self) -> Option<u64> {
+        let bits = self.shape.iter().try_fold(self.dtype.bitsize() as u64, |bits, size| {
+            bits.checked_mul(u64::try_from(*size).ok()?)
+        })?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+}
+
 impl Manifest {
     /// Of all files together, in bytes.
     pub fn bytes(&self) -> u64 {
         self.files.values().fold(0u64, |sum, f| sum.saturating_add(f.bytes))
+    }
+
+    /// A file and who wrote it, for people.
+    pub(crate) fn named(&self, file: &str) -> String {
+        match self.files.get(file).filter(|_| self.world_size > 1) {
+            Some(ManifestFile { writer, .. }) => format!("{file}, which rank {writer} wrote,"),
+            None => file.to_owned(),
+        }
+    }
+
+    /// The tensors of which something lies in each file, with their pieces there.
+    pub(crate) fn pieces_by_file(&self) -> BTreeMap<&str, Vec<(&str, &Piece)>> {
+        let mut by_file: BTreeMap<&str, Vec<(&str, &Piece)>> = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            for piece in &tensor.pieces {
+                by_file.entry(&piece.file).or_default().push((name, piece));
+            }
+        }
+        by_file.values_mut().for_each(|pieces| pieces.sort_by_key(|(_, piece)| piece.offset));
+        by_file
+    }
+
+    /// One hash for all of a file: its own where no piece lies in it, else the hash of that one and of the pieces' in their order.
+    pub(crate) fn file_sha256(&self, file: &ManifestFile, pieces: &[(&str, &Piece)]) -> String {
+        if pieces.is_empty() {
+            return file.sha256.clone();
+        }
+        let mut hasher = Sha256::new();
+        hasher.update(&file.sha256);
+        pieces.iter().for_each(|(_, piece)| hasher.update(&piece.sha256));
+        hex::encode(hasher.finalize())
     }
 
     /// Whether `dir` has all the files, of the lengths that they should have.
@@ -77,15 +164,12 @@ impl Manifest {
         // What another version wrote is told from damage before anything else of it is believed.
         let all: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(bytes).map_err(damaged)?;
-        match all.get("format").and_then(|format| format.as_str()) {
-            Some(format) if format != FORMAT && format.starts_with(FORMATS) => {
-                return Err(Flaw::Version(format!(
-                    "its format is `{format}` and this fleet reads `{FORMAT}`"
-                )));
-            }
-            _ => {}
+        let format = all.get("format").and_then(|format| format.as_str()).unwrap_or_default().to_owned();
+        if !READ.contains(&format.as_str()) && format.starts_with(FORMATS) {
+            return Err(Flaw::Version(format!("its format is `{format}` and this fleet reads `{FORMAT}`")));
         }
-        if let Some(key) = all.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        let keys: &[&str] = if format == FORMAT_1 { &KEYS_1 } else { &KEYS };
+        if let Some(key) = all.keys().find(|key| !keys.contains(&key.as_str())) {
             let what = format!(
                 "its {MANIFEST_FILE} has the key `{}`, which this fleet does not know",
                 key.escape_default()
@@ -93,19 +177,43 @@ impl Manifest {
             return Err(Flaw::Version(what));
         }
         let manifest: Manifest = serde_json::from_value(all.into()).map_err(damaged)?;
-        if manifest.format != FORMAT {
+        if !READ.contains(&manifest.format.as_str()) {
             return Err(Flaw::Damage(format!("its format is `{}`", manifest.format)));
         }
-        if manifest.files.len() > FILES_MAX {
-            return Err(Flaw::Damage(format!("{MANIFEST_FILE} names {} files", manifest.files.len())));
+        manifest.check().map_err(|what| Flaw::Damage(format!("{MANIFEST_FILE} {what}")))?;
+        Ok(manifest)
+    }
+
+    /// That what it says can be: names within the directory, pieces within their files and beside each other, whole tensors.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.files.len() > FILES_MAX {
+            return Err(format!("names {} files", self.files.len()));
         }
-        for name in manifest.files.keys() {
-            if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
-                let what = format!("{MANIFEST_FILE} names a file `{}`", name.escape_default());
-                return Err(Flaw::Damage(what));
+        let leaves =
+            |name: &&String| matches!(name.as_str(), "" | "." | "..") || name.contains(['/', '\\', '\0']);
+        if let Some(name) = self.files.keys().find(leaves) {
+            return Err(format!("names a file `{}`", name.escape_default()));
+        }
+        for (name, tensor) in &self.tensors {
+            let held = tensor.pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.bytes));
+            if held.is_none() || held != tensor.bytes() {
+                return Err(format!("has not all of the tensor {}", name.escape_default()));
             }
         }
-        Ok(manifest)
+        for (file, pieces) in self.pieces_by_file() {
+            let Some(ManifestFile { bytes, .. }) = self.files.get(file) else {
+                return Err(format!("has pieces in `{}`, which it does not name", file.escape_default()));
+            };
+            let mut free = 0;
+            for (name, piece) in pieces {
+                let end = piece.offset.checked_add(piece.bytes).filter(|end| end <= bytes);
+                if piece.offset < free || piece.bytes > PIECE_MAX as u64 || end.is_none() {
+                    return Err(format!("has a piece of {} where there is none", name.escape_default()));
+                }
+                free = piece.offset + piece.bytes;
+            }
+        }
+        Ok(())
     }
 
     /// Reads the manifest of a checkpoint directory without checking the files it names.
@@ -121,58 +229,6 @@ impl Manifest {
 /// SHA-256 of the manifest file, in hex: what a `CheckpointRecord` holds.
 pub fn manifest_sha256(dir: &Path) -> Result<String, CheckpointError> {
     Ok(hex::encode(Sha256::digest(manifest_bytes(dir)?)))
-}
-
-/// Checks that `dir` is a checkpoint of fleet and that every file has the length and hash it was written with. Reads all of it.
-pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
-    let manifest = Manifest::read(dir)?;
-    let checks = std::thread::scope(|scope| {
-        let threads: Vec<_> = manifest
-            .files
-            .iter()
-            .map(|(name, expected)| scope.spawn(move || check_file(dir, name, expected)))
-            .collect();
-        threads.into_iter().map(|t| t.join()).collect::<Vec<_>>()
-    });
-    for check in checks {
-        check.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    }
-    Ok(manifest)
-}
-
-fn check_file(dir: &Path, name: &str, expected: &ManifestFile) -> Result<(), CheckpointError> {
-    let path = dir.join(name);
-    let file = match File::open(&path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Err(CheckpointError::damaged(dir, format!("{name} is missing")));
-        }
-        Err(e) => return Err(CheckpointError::read(&path, e)),
-    };
-    let bytes = file.metadata().map_err(|e| CheckpointError::read(&path, e))?.len();
-    if bytes != expected.bytes {
-        let what = format!("{name} has {bytes} bytes and should have {}", expected.bytes);
-        return Err(CheckpointError::damaged(dir, what));
-    }
-    let found = hash_reader(file).map_err(|e| CheckpointError::read(&path, e))?;
-    if found != expected.sha256 {
-        return Err(CheckpointError::damaged(
-            dir,
-            format!("the contents of {name} have changed since it was written"),
-        ));
-    }
-    Ok(())
-}
-
-fn hash_reader(mut reader: impl Read) -> io::Result<String> {
-    let mut hasher = Sha256::new();
-    let mut chunk = vec![0u8; HASH_CHUNK];
-    loop {
-        match reader.read(&mut chunk)? {
-            0 => return Ok(hex::encode(hasher.finalize())),
-            n => hasher.update(&chunk[..n]),
-        }
-    }
 }
 
 fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
@@ -209,7 +265,7 @@ fn no_manifest(dir: &Path) -> CheckpointError {
     if !steps.is_empty() {
         return CheckpointError::foreign(dir, "it holds checkpoints, and none of them is whole");
     }
-    let weights = [MODEL_FILE, "model.safetensors.index.json", "pytorch_model.bin"];
+    let weights = [MODEL_FILE, MODEL_INDEX_FILE, "pytorch_model.bin"];
     if let Some(name) = weights.iter().find(|name| dir.join(name).exists()) {
         let what = format!(
             "it has {name} but no {MANIFEST_FILE}, as a Hugging Face model has; to start from its weights set model.path \
@@ -225,6 +281,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const NEW: &str = r#"{"format":"fleet-checkpoint/2","step":100,"serial":2,"loss":1.5,"run":"c/job-1","strategy":"ddp",
+        "world_size":2,"files":{"a.safetensors":{"bytes":40,"sha256":"ab","writer":0},"b.safetensors":{"bytes":40,"sha256":"cd","writer":1}},
+        "tensors":{"w":{"dtype":"F32","shape":[3,2],"pieces":[{"file":"a.safetensors","offset":24,"bytes":16,"sha256":"ef"},
+        {"file":"b.safetensors","offset":32,"bytes":8,"sha256":"01"}]}}}"#;
+
     proptest! {
         #[test]
         fn arbitrary_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
@@ -232,11 +293,8 @@ mod tests {
         }
 
         #[test]
-        fn a_manifest_with_a_changed_byte_never_panics(at in 0usize..200, byte: u8) {
-            let files = [("model.safetensors".to_owned(), ManifestFile { bytes: 7, sha256: "00".into() })].into();
-            let manifest = Manifest { format: FORMAT.into(), step: 3, serial: 1, loss: Some(1.5), run: "c/job-1".into(), files };
-            let mut bytes = serde_json::to_vec(&manifest).unwrap();
-            prop_assert_eq!(Manifest::parse(&bytes).unwrap(), manifest);
+        fn a_manifest_with_a_changed_byte_never_panics(at in 0usize..600, byte: u8) {
+            let mut bytes = NEW.as_bytes().to_vec();
             let at = at % bytes.len();
             bytes[at] = byte;
             let _ = Manifest::parse(&bytes);
@@ -246,6 +304,13 @@ mod tests {
     /// As checkpoints on users' disks have it: a change that does not read this needs a new `FORMAT` and a reader of the old one.
     #[test]
     fn the_layout_on_disk_never_changes() {
+        let manifest = Manifest::parse(NEW.as_bytes()).unwrap();
+        let written: serde_json::Value = serde_json::to_value(&manifest).unwrap();
+        assert_eq!(written, serde_json::from_str::<serde_json::Value>(NEW).unwrap());
+    }
+
+    #[test]
+    fn what_earlier_versions_wrote_is_read() {
         let text = r#"{"format":"fleet-checkpoint/1","step":100,"serial":2,"loss":null,"run":"c/job-1",
             "files":{"config.json":{"bytes":12,"sha256":"ab"}}}"#;
         let manifest = Manifest::parse(text.as_bytes()).unwrap();
@@ -255,8 +320,6 @@ mod tests {
             Manifest { run: String::new(), ..manifest.clone() },
             Manifest::parse(early.as_bytes()).unwrap()
         );
-        let written: serde_json::Value = serde_json::to_value(&manifest).unwrap();
-        assert_eq!(written, serde_json::from_str::<serde_json::Value>(text).unwrap());
     }
 
     #[test]
@@ -267,6 +330,22 @@ mod tests {
             );
             let flaw = Manifest::parse(text.as_bytes()).unwrap_err();
             assert!(matches!(&flaw, Flaw::Damage(what) if what.contains("names a file")), "{name}: {flaw:?}");
+        }
+    }
+
+    #[test]
+    fn tensors_that_are_not_whole_and_pieces_that_cannot_be_are_refused() {
+        let cases = [
+            (r#""bytes":8"#, r#""bytes":4"#, "not all of the tensor w"),
+            (r#"[3,2]"#, r#"[3,18446744073709551615]"#, "not all of the tensor w"),
+            (r#""offset":32"#, r#""offset":33"#, "a piece of w where there is none"),
+            (r#""offset":32"#, r#""offset":18446744073709551615"#, "a piece of w where there is none"),
+            (r#"{"file":"b.s"#, r#"{"file":"c.s"#, "pieces in `c.safetensors`, which it does not name"),
+            (r#"{"file":"b.s"#, r#"{"file":"a.s"#, "a piece of w where there is none"),
+        ];
+        for (is, instead, said) in cases {
+            let flaw = Manifest::parse(NEW.replacen(is, instead, 1).as_bytes()).unwrap_err();
+            assert!(matches!(&flaw, Flaw::Damage(what) if what.contains(said)), "{said}: {flaw:?}");
         }
     }
 }

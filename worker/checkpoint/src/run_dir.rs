@@ -43,9 +43,7 @@ pub struct Claim<'a> {
 /// has locks.
 #[derive(Debug)]
 pub struct RunDir {
-    dir: PathBuf,
-    run: String,
-    overwrite: bool,
+    owner: Owner,
     /// What was made for it, the deepest first; it goes again if nothing is ever written there.
     made: Vec<PathBuf>,
     /// The newest serial that was there before; what is newer was written, and hashed, by this process.
@@ -53,6 +51,29 @@ pub struct RunDir {
     /// Older ones whose files were read: whether they are whole.
     read: BTreeMap<PathBuf, bool>,
     _lock: File,
+}
+
+/// Whose checkpoints lie in a directory, and what it may put in the place of others.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner {
+    pub dir: PathBuf,
+    pub run: String,
+    overwrite: bool,
+}
+
+impl Owner {
+    /// Whether a checkpoint of this run may take the place of what lies at `target`: one of its own, or one that was passed over as
+    /// damaged when the run was continued from an older one.
+    pub fn may_replace(&self, target: &Path) -> bool {
+        let found = Found::at(target.to_owned());
+        search::is_replaceable(target)
+            && found.unreadable.is_none()
+            && (self.overwrite || found.manifest.is_none() || self.owns(&found))
+    }
+
+    fn owns(&self, found: &Found) -> bool {
+        found.run() == Some(self.run.as_str())
+    }
 }
 
 impl RunDir {
@@ -67,9 +88,7 @@ impl RunDir {
             return Err(CheckpointError::Busy(claim.dir.to_owned()));
         };
         let mut claimed = RunDir {
-            dir: claim.dir.to_owned(),
-            run: claim.run.to_owned(),
-            overwrite: claim.overwrite,
+            owner: Owner { dir: claim.dir.to_owned(), run: claim.run.to_owned(), overwrite: claim.overwrite },
             made,
             before: 0,
             read: BTreeMap::new(),
@@ -84,7 +103,7 @@ impl RunDir {
         if let Some((continued, manifest)) =
             continued.and_then(|found| Some((found, found.manifest.as_ref()?)))
         {
-            manifest.run.clone_into(&mut claimed.run);
+            manifest.run.clone_into(&mut claimed.owner.run);
             claimed.read.insert(continued.path.clone(), true); // who continues it has verified it
             step = Some(manifest.step);
         }
@@ -138,18 +157,22 @@ impl RunDir {
         found.iter().filter(older).any(|found| self.owns(found))
     }
 
+    pub(crate) fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
     pub fn path(&self) -> &Path {
-        &self.dir
+        &self.owner.dir
     }
 
     /// The name that its checkpoints bear.
     pub fn run(&self) -> &str {
-        &self.run
+        &self.owner.run
     }
 
     /// Bytes that may still be written here, where the file system tells.
     pub fn free_bytes(&self) -> Option<u64> {
-        let found = nix::sys::statvfs::statvfs(&self.dir).ok()?;
+        let found = nix::sys::statvfs::statvfs(&self.owner.dir).ok()?;
         #[allow(clippy::useless_conversion)] // u32 on macOS
         let (blocks, size) = (u64::from(found.blocks_available()), u64::from(found.fragment_size()));
         Some(blocks.saturating_mul(size))
@@ -167,7 +190,7 @@ impl RunDir {
         let (mut whole, mut doomed) = (1, Vec::new());
         for found in self.older(committed)?.into_iter().rev() {
             if !self.owns(&found) {
-                doomed.extend((self.overwrite && !stopped && found.may_go()).then_some(found.path));
+                doomed.extend((self.owner.overwrite && !stopped && found.may_go()).then_some(found.path));
             } else if whole >= keep {
                 doomed.push(found.path);
             } else if self.is_whole(&found) {
@@ -181,12 +204,12 @@ impl RunDir {
     /// Removes the oldest checkpoints until `bytes` are free that were not: first those that may be overwritten, then this run's own that are
     /// older than the one of `committed`. One that is known to be good stays: that one, else the newest whole one. Returns what was removed.
     pub fn make_room(&mut self, bytes: u64, committed: Option<u64>) -> Result<Vec<PathBuf>, CheckpointError> {
-        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), rest: None, source };
-        let all = search::by_age(&self.dir).map_err(failed)?;
+        let failed = |source| CheckpointError::Rotation { path: self.owner.dir.clone(), rest: None, source };
+        let all = search::by_age(&self.owner.dir).map_err(failed)?;
         let own = committed.map_or(Ok(Vec::new()), |committed| self.older(committed))?;
         let has_good = committed.is_some_and(|committed| self.good(&all, committed).is_some());
         let spared = all.iter().rfind(|found| !has_good && found.seems_whole());
-        let others = all.iter().filter(|found| self.overwrite && found.may_go() && !self.owns(found));
+        let others = all.iter().filter(|found| self.owner.overwrite && found.may_go() && !self.owns(found));
         let others = others.filter(|found| spared.is_none_or(|spared| spared.path != found.path));
         let (mut freed, mut doomed) = (0, Vec::new());
         for found in others.chain(own.iter().filter(|found| self.owns(found))) {
@@ -200,15 +223,15 @@ impl RunDir {
 
     /// Oldest first. None where the one of `committed` was not written here: then nothing is known to be good, and nothing may be removed.
     fn older(&self, committed: u64) -> Result<Vec<Found>, CheckpointError> {
-        let failed = |source| CheckpointError::Rotation { path: self.dir.clone(), rest: None, source };
-        let mut found = search::by_age(&self.dir).map_err(failed)?;
+        let failed = |source| CheckpointError::Rotation { path: self.owner.dir.clone(), rest: None, source };
+        let mut found = search::by_age(&self.owner.dir).map_err(failed)?;
         found.truncate(self.good(&found, committed).unwrap_or(0));
         Ok(found)
     }
 
     /// Where the one of `committed` stands, if this run wrote it and it is whole.
     fn good(&self, found: &[Found], committed: u64) -> Option<usize> {
-        let good = crate::step_dir(&self.dir, committed);
+        let good = crate::step_dir(&self.owner.dir, committed);
         found.iter().position(|found| found.path == good && self.owns(found) && found.seems_whole())
     }
 
@@ -228,8 +251,8 @@ impl RunDir {
             }
         }
         if !removed.is_empty() {
-            let path = || self.dir.clone();
-            sync_dir(&self.dir).map_err(|source| CheckpointError::Rotation {
+            let path = || self.owner.dir.clone();
+            sync_dir(&self.owner.dir).map_err(|source| CheckpointError::Rotation {
                 path: path(),
                 rest: None,
                 source,
@@ -242,7 +265,7 @@ impl RunDir {
     fn remove_one(&self, path: &Path) -> Result<(), CheckpointError> {
         let failed = |rest, source| CheckpointError::Rotation { path: path.to_owned(), rest, source };
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hidden = self.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
+        let hidden = self.owner.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
         let found = Found::at(path.to_owned());
         fs::rename(path, &hidden).map_err(|source| failed(None, source))?;
         let Err(source) = fs::remove_dir_all(&hidden) else { return Ok(()) };
@@ -254,17 +277,8 @@ impl RunDir {
         }
     }
 
-    /// Whether a checkpoint of this run may take the place of what lies at `target`: one of its own, or one that was passed over as
-    /// damaged when the run was continued from an older one.
-    pub(crate) fn may_replace(&self, target: &Path) -> bool {
-        let found = Found::at(target.to_owned());
-        search::is_replaceable(target)
-            && found.unreadable.is_none()
-            && (self.overwrite || found.manifest.is_none() || self.owns(&found))
-    }
-
     fn owns(&self, found: &Found) -> bool {
-        found.run() == Some(self.run.as_str())
+        self.owner.owns(found)
     }
 }
 
@@ -272,7 +286,7 @@ impl Drop for RunDir {
     /// The file of the lock is removed while it is held, and with it the directories that were made for nothing. What cannot be removed
     /// does no harm.
     fn drop(&mut self) {
-        let _ = fs::remove_file(self.dir.join(LOCK));
+        let _ = fs::remove_file(self.owner.dir.join(LOCK));
         let _ = self.made.iter().try_for_each(fs::remove_dir); // ends at the first that holds something
     }
 }

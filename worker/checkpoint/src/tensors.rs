@@ -1,69 +1,79 @@
-//! Reads safetensors: one file, or a directory with `model.safetensors` or its sharded index. A tensor's bytes are read when they are asked
-//! for, and a file that is not as it was when it was opened is an error: nothing else keeps a user from writing it meanwhile.
+//! Reads safetensors: one file, a directory with `model.safetensors` or its sharded index, or a checkpoint by its manifest. A tensor's bytes
+//! are read when they are asked for, and a file that is not as it was when it was opened is an error: nothing else keeps a user from writing
+//! it meanwhile.
+//!
+//! Of a checkpoint the pieces that a range touches are read whole and held against their hashes, so that what a rank takes of a tensor is
+//! checked without the rest of it. That costs at most two pieces more than the range has.
 
 use crate::flat::NAMED;
-use crate::{CheckpointError, MODEL_FILE};
-use fleet_common::files::stand_in;
+use crate::manifest::{Manifest, PIECE_MAX};
+use crate::names::{is_of_model, is_of_optimizer};
+use crate::shard::Shard;
+use crate::verify::changed;
+use crate::{CheckpointError, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Shards of one model; ten thousand of 5 GB are beyond any model.
 const SHARDS_MAX: usize = 10_000;
 
-/// Bytes of a header; the safetensors library refuses longer ones too.
-const HEADER_MAX: u64 = 100_000_000;
-
-/// Bytes of a file that tell what it is.
-const HEAD: u64 = 256;
-
 /// Bytes that are read at a time where they are only looked at.
 const CHUNK: usize = 1 << 20;
 
-/// The tensors of a model, by name.
+/// The tensors of a model, or of an optimizer, by name.
 #[derive(Debug)]
 pub struct Tensors {
     files: Vec<Shard>,
     index: BTreeMap<String, Entry>,
+    /// What the hashes of spans are of.
+    checkpoint: Option<(PathBuf, Manifest)>,
 }
 
 #[derive(Debug)]
 struct Entry {
-    file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    /// In the file.
-    begin: u64,
-    end: u64,
+    /// In the order of its bytes, all of them.
+    spans: Vec<Span>,
 }
 
-/// A tensor of a file: row-major, little-endian.
+/// Bytes of a tensor that lie together in a file.
+#[derive(Debug)]
+struct Span {
+    file: usize,
+    /// In the file.
+    begin: u64,
+    /// In the tensor.
+    range: Range<usize>,
+    /// Hex, where there is a hash of just these.
+    sha256: Option<String>,
+}
+
+/// A tensor: row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor<'a> {
+    pub name: &'a str,
     pub dtype: Dtype,
     pub shape: &'a [usize],
-    file: &'a Shard,
-    begin: u64,
-    end: u64,
+    spans: &'a [Span],
+    of: &'a Tensors,
 }
 
 impl Tensors {
     /// `path` is a safetensors file, or a directory as Hugging Face writes it.
     pub fn open(path: &Path) -> Result<Tensors, CheckpointError> {
-        let mut tensors = Tensors { files: Vec::new(), index: BTreeMap::new() };
+        let mut tensors = Tensors { files: Vec::new(), index: BTreeMap::new(), checkpoint: None };
         let (files, placed) = files_of(path)?;
         for file in &files {
             tensors.add(file)?;
         }
         let is_there = |(name, file): &(&String, &String)| {
-            tensors.index.get(*name).is_some_and(|entry| files[entry.file].ends_with(file))
+            let entry = tensors.index.get(*name);
+            entry.is_some_and(|entry| entry.spans.iter().all(|span| files[span.file].ends_with(file)))
         };
         let lost: Vec<String> = placed
             .iter()
@@ -77,7 +87,7 @@ impl Tensors {
                 more => format!(" and {more} more"),
             };
             return Err(CheckpointError::Tensors {
-                path: path.join(INDEX_FILE),
+                path: path.join(MODEL_INDEX_FILE),
                 what: format!(
                     "it places {named}{more}, and there they are not; fetch or write the model again"
                 ),
@@ -86,14 +96,56 @@ impl Tensors {
         Ok(tensors)
     }
 
+    /// The weights of a model directory, by its manifest where it is a checkpoint.
+    pub fn of_model(dir: &Path) -> Result<Tensors, CheckpointError> {
+        if let Some(manifest) = manifest_with_tensors(dir)? {
+            return Tensors::of_manifest(dir, manifest, is_of_model);
+        }
+        let single = dir.join(MODEL_FILE);
+        Tensors::open(if single.exists() { &single } else { dir })
+    }
+
+    /// The optimizer state of a checkpoint.
+    pub fn of_optimizer(dir: &Path) -> Result<Tensors, CheckpointError> {
+        match manifest_with_tensors(dir)? {
+            Some(manifest) => Tensors::of_manifest(dir, manifest, is_of_optimizer),
+            None => Tensors::open(&dir.join(OPTIMIZER_FILE)),
+        }
+    }
+
+    /// The tensors of those files for which `is_wanted`.
+    fn of_manifest(
+        dir: &Path,
+        mut manifest: Manifest,
+        is_wanted: impl Fn(&str) -> bool,
+    ) -> Result<Tensors, CheckpointError> {
+        let (mut files, mut index, mut numbers) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in std::mem::take(&mut manifest.tensors) {
+            if !tensor.pieces.iter().any(|piece| is_wanted(&piece.file)) {
+                continue;
+            }
+            let (mut spans, mut at) = (Vec::new(), 0);
+            for piece in tensor.pieces {
+                let file = match numbers.get(&piece.file) {
+                    Some(number) => *number,
+                    None => {
+                        files.push(Shard::of_checkpoint(dir, &piece.file, &manifest)?);
+                        numbers.insert(piece.file, files.len() - 1);
+                        files.len() - 1
+                    }
+                };
+                let end = at + piece.bytes as usize;
+                spans.push(Span { file, begin: piece.offset, range: at..end, sha256: Some(piece.sha256) });
+                at = end;
+            }
+            index.insert(name, Entry { dtype: tensor.dtype, shape: tensor.shape, spans });
+        }
+        Ok(Tensors { files, index, checkpoint: Some((dir.to_owned(), manifest)) })
+    }
+
     pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
-        self.index.get(name).map(|e| Tensor {
-            dtype: e.dtype,
-            shape: &e.shape,
-            file: &self.files[e.file],
-            begin: e.begin,
-            end: e.end,
-        })
+        let (name, entry) = self.index.get_key_value(name)?;
+        Some(Tensor { name, dtype: entry.dtype, shape: &entry.shape, spans: &entry.spans, of: self })
     }
 
     /// In alphabetical order.
@@ -110,25 +162,25 @@ impl Tensors {
     }
 
     fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let (shard, header) = Shard::open(path)?;
+        let (shard, header) = Shard::with_header(path)?;
         let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|e| bad(format!("its header: {e}")))?;
         let data = (header.len() + size_of::<u64>()) as u64;
         let mut whole = data;
         for (name, info) in metadata.tensors() {
-            let [begin, end] = [info.data_offsets.0, info.data_offsets.1].map(|at| data + at as u64);
-            whole = whole.max(end);
-            let entry =
-                Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), begin, end };
+            let (begin, len) = (data + info.data_offsets.0 as u64, info.data_offsets.1 - info.data_offsets.0);
+            whole = whole.max(begin + len as u64);
+            let span = Span { file: self.files.len(), begin, range: 0..len, sha256: None };
+            let entry = Entry { dtype: info.dtype, shape: info.shape.clone(), spans: vec![span] };
             if self.index.insert(name.clone(), entry).is_some() {
                 return Err(bad(format!("the tensor {name} is in two files")));
             }
         }
-        if whole != shard.state.len {
+        if whole != shard.len() {
             return Err(bad(format!(
                 "its header tells of {whole} bytes and it has {}; it was not copied or fetched to its end",
-                shard.state.len
+                shard.len()
             )));
         }
         self.files.push(shard);
@@ -136,13 +188,22 @@ impl Tensors {
     }
 }
 
+/// `None` where a directory is no checkpoint, or an early fleet has written it. Others may have a file of this name too.
+fn manifest_with_tensors(dir: &Path) -> Result<Option<Manifest>, CheckpointError> {
+    match Manifest::read(dir) {
+        Ok(manifest) => Ok((!manifest.tensors.is_empty()).then_some(manifest)),
+        Err(e @ CheckpointError::Read { .. }) => Err(e),
+        Err(_) => Ok(None),
+    }
+}
+
 impl Tensor<'_> {
     pub fn len(&self) -> usize {
-        (self.end - self.begin) as usize
+        self.spans.last().map_or(0, |span| span.range.end)
     }
 
     pub fn is_empty(&self) -> bool {
-        self.end == self.begin
+        self.len() == 0
     }
 
     /// All of its bytes.
@@ -151,20 +212,46 @@ impl Tensor<'_> {
     }
 
     pub fn bytes(&self, range: Range<usize>) -> Result<Vec<u8>, CheckpointError> {
-        assert!(range.end <= self.len(), "within the tensor");
-        let mut bytes = vec![0; range.len()];
-        self.file.read(self.begin + range.start as u64, &mut bytes)?;
+        let mut bytes = Vec::with_capacity(range.len());
+        self.pieces(range, &mut |piece| bytes.extend_from_slice(piece))?;
         Ok(bytes)
     }
 
-    /// Calls `each` with its bytes in `range`, piece by piece.
-    pub(crate) fn pieces(
+    /// Calls `each` with its bytes in `range`, of whole numbers, piece by piece.
+    pub fn pieces(&self, range: Range<usize>, each: &mut dyn FnMut(&[u8])) -> Result<(), CheckpointError> {
+        assert!(range.start <= range.end && range.end <= self.len(), "within the tensor");
+        let mut buffer = Vec::new();
+        let first = self.spans.partition_point(|span| span.range.end <= range.start);
+        for span in self.spans[first..].iter().take_while(|span| span.range.start < range.end) {
+            let (from, to) = (range.start.max(span.range.start), range.end.min(span.range.end));
+            self.read(span, from - span.range.start..to - span.range.start, &mut buffer, each)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with what of `span` is `within`. `buffer` is there to be used again.
+    fn read(
         &self,
-        range: Range<usize>,
+        span: &Span,
+        within: Range<usize>,
+        buffer: &mut Vec<u8>,
         each: &mut dyn FnMut(&[u8]),
     ) -> Result<(), CheckpointError> {
-        for from in range.clone().step_by(CHUNK) {
-            each(&self.bytes(from..range.end.min(from + CHUNK))?);
+        let file = &self.of.files[span.file];
+        if let (Some(sha256), Some((dir, manifest))) = (&span.sha256, &self.of.checkpoint) {
+            buffer.resize(span.range.len(), 0);
+            file.read(span.begin, buffer)?;
+            if hex::encode(Sha256::digest(&buffer)) != *sha256 {
+                let name = file.path.file_name().unwrap_or_default().to_string_lossy();
+                return Err(changed(dir, manifest, &name, Some(self.name)));
+            }
+            each(&buffer[within]);
+            return Ok(());
+        }
+        for at in within.clone().step_by(CHUNK) {
+            buffer.resize(CHUNK.min(within.end - at), 0);
+            file.read(span.begin + at as u64, buffer)?;
+            each(buffer);
         }
         Ok(())
     }
@@ -174,8 +261,8 @@ impl Tensor<'_> {
         if (self.dtype, self.shape) != (other.dtype, other.shape) {
             return Ok(false);
         }
-        for from in (0..self.len()).step_by(CHUNK) {
-            let range = from..self.len().min(from + CHUNK);
+        for from in (0..self.len()).step_by(PIECE_MAX) {
+            let range = from..self.len().min(from + PIECE_MAX);
             if self.bytes(range.clone())? != other.bytes(range)? {
                 return Ok(false);
             }
@@ -184,79 +271,17 @@ impl Tensor<'_> {
     }
 }
 
-/// A file and how it was when it was opened.
-#[derive(Debug)]
-struct Shard {
-    path: PathBuf,
-    file: File,
-    state: State,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct State {
-    len: u64,
-    modified: (i64, i64),
-}
-
-impl State {
-    fn of(file: &File) -> io::Result<State> {
-        let found = file.metadata()?;
-        Ok(State { len: found.len(), modified: (found.mtime(), found.mtime_nsec()) })
-    }
-}
-
-impl Shard {
-    /// With the bytes of its header.
-    fn open(path: &Path) -> Result<(Shard, Vec<u8>), CheckpointError> {
-        let failed = |e| CheckpointError::read(path, e);
-        let bad = |what: String| CheckpointError::Tensors { path: path.to_owned(), what };
-        // Opening a FIFO would wait for who never comes.
-        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-            return Err(bad("it is no file".into()));
-        }
-        let file = File::open(path).map_err(failed)?;
-        let state = State::of(&file).map_err(failed)?;
-        let shard = Shard { path: path.to_owned(), file, state };
-        let mut first = vec![0; shard.state.len.min(HEAD) as usize];
-        shard.read(0, &mut first)?;
-        if let Some(pointer) = stand_in(&first) {
-            return Err(bad(format!("it is {}; {}", pointer.name, pointer.cure)));
-        }
-        let Some(len) = first.first_chunk().map(|len| u64::from_le_bytes(*len)) else {
-            return Err(bad(format!("it has {} bytes", first.len())));
-        };
-        if len > HEADER_MAX || len > shard.state.len - size_of::<u64>() as u64 {
-            return Err(bad("its header is longer than it".into()));
-        }
-        let mut header = vec![0; len as usize];
-        shard.read(size_of::<u64>() as u64, &mut header)?;
-        Ok((shard, header))
-    }
-
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
-        let failed = |e| CheckpointError::read(&self.path, e);
-        let read = self.file.read_exact_at(out, at);
-        if State::of(&self.file).map_err(failed)? != self.state {
-            return Err(CheckpointError::Tensors {
-                path: self.path.clone(),
-                what: "it changed while it was being read; start again when it is complete".into(),
-            });
-        }
-        read.map_err(failed)
-    }
-}
-
 /// The files of a model, and what its index says of where each tensor is.
 fn files_of(path: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>), CheckpointError> {
     if !path.is_dir() {
         return Ok((vec![path.to_owned()], BTreeMap::new()));
     }
-    let index = path.join(INDEX_FILE);
+    let index = path.join(MODEL_INDEX_FILE);
     if !index.exists() {
         let single = path.join(MODEL_FILE);
         if !single.exists() {
             let but = instead_of_weights(path).map(|what| format!(", but {what}")).unwrap_or_default();
-            let what = format!("the directory has neither {MODEL_FILE} nor {INDEX_FILE}{but}");
+            let what = format!("the directory has neither {MODEL_FILE} nor {MODEL_INDEX_FILE}{but}");
             return Err(CheckpointError::Model { path: path.to_owned(), what });
         }
         return Ok((vec![single], BTreeMap::new()));

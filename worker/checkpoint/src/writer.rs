@@ -1,38 +1,57 @@
 //! Writes one checkpoint: into a hidden directory, synced, then renamed. Whatever fails on the way, nothing is left behind.
+//!
+//! Each rank writes files of its own (`part.rs`). Rank 0 makes the directory, waits until all have handed in what they wrote, holds together
+//! what they say, and publishes it. Only it decides that there is a checkpoint.
 
-use crate::manifest::{FORMAT, Manifest, ManifestFile};
-use crate::{CheckpointError, MANIFEST_FILE, RunDir, STATE_FILE, TrainerState, search};
+use crate::manifest::{FORMAT, Manifest, ManifestTensor};
+use crate::names::is_shard_of_model;
+use crate::part::{HandedIn, Part, PartWriter, TensorPart, failed, handed_in, part_file};
+use crate::run_dir::Owner;
+use crate::{CheckpointError, MANIFEST_FILE, MODEL_INDEX_FILE, RunDir, TensorRef, TrainerState, search};
 use fleet_common::events::{CheckpointRecord, Shard};
-use safetensors::Dtype;
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Directories that are being written or removed begin with this; no reader looks at them.
 pub(crate) const TEMPORARY: &str = ".tmp-";
 
-/// Handed to the system in one call, in bytes, so that a full disk is noticed early.
-const WRITE_CHUNK: usize = 8 << 20;
+/// Between two looks at what the others have handed in.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// A tensor to write. `data` holds `shape`'s elements in row-major order, little-endian.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorRef<'a> {
-    pub name: &'a str,
-    pub dtype: Dtype,
-    pub shape: &'a [usize],
-    pub data: &'a [u8],
+/// Names the directory that a checkpoint is written to, for all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    pub serial: u64,
+    /// The process of rank 0.
+    pub pid: u32,
 }
 
-/// A checkpoint being written. Dropped before `finish`, it removes what it wrote.
+impl Ticket {
+    /// As they are summed with those of ranks that have none: zeros.
+    pub fn numbers(self) -> [f64; 3] {
+        [self.pid, (self.serial >> 32) as u32, self.serial as u32].map(f64::from)
+    }
+
+    /// `None` where nobody had one.
+    pub fn of_numbers([pid, high, low]: [f64; 3]) -> Option<Ticket> {
+        let serial = ((high as u64) << 32) | low as u64;
+        (pid > 0.0).then_some(Ticket { serial, pid: pid as u32 })
+    }
+}
+
+/// A checkpoint being written, in the hands of rank 0. Dropped before `finish`, it removes what was written.
 #[derive(Debug)]
-pub struct Writer<'a> {
-    dir: &'a RunDir,
+pub struct Writer {
+    owner: Owner,
     temporary: PathBuf,
     step: u64,
-    serial: u64,
-    files: BTreeMap<String, ManifestFile>,
+    ticket: Ticket,
+    strategy: String,
+    world_size: u32,
+    own: PartWriter,
     finished: bool,
 }
 
@@ -41,58 +60,91 @@ pub fn step_dir(checkpoint_dir: &Path, step: u64) -> PathBuf {
     checkpoint_dir.join(format!("step-{step:08}"))
 }
 
-impl<'a> Writer<'a> {
+/// The serial tells it from what an earlier one may have left there for good.
+pub(crate) fn temporary_dir(checkpoint_dir: &Path, step: u64, ticket: Ticket) -> PathBuf {
+    checkpoint_dir.join(format!("{TEMPORARY}step-{step:08}-{}-{}", ticket.serial, ticket.pid))
+}
+
+impl Writer {
     /// Starts the checkpoint of `step` (optimizer steps done) in `dir`. What dead writers left there is removed.
-    pub fn begin(dir: &'a RunDir, step: u64) -> Result<Writer<'a>, CheckpointError> {
-        let fail = |path: &Path, source| CheckpointError::Write { step, path: path.to_owned(), source };
+    pub fn begin(dir: &RunDir, step: u64) -> Result<Writer, CheckpointError> {
         let place = dir.path();
-        search::remove_leftovers(place).map_err(|e| fail(place, e))?;
-        let serial = search::highest_serial(place).map_err(|e| fail(place, e))? + 1;
-        // The serial tells it from what an earlier one may have left here for good.
-        let temporary = place.join(format!("{TEMPORARY}step-{step:08}-{serial}-{}", std::process::id()));
-        fs::create_dir(&temporary).map_err(|e| fail(&temporary, e))?;
-        Ok(Writer { dir, temporary, step, serial, files: BTreeMap::new(), finished: false })
+        search::remove_leftovers(place).map_err(|e| failed(step, place, e))?;
+        let serial = search::highest_serial(place).map_err(|e| failed(step, place, e))? + 1;
+        let ticket = Ticket { serial, pid: std::process::id() };
+        let temporary = temporary_dir(place, step, ticket);
+        fs::create_dir(&temporary).map_err(|e| failed(step, &temporary, e))?;
+        Ok(Writer {
+            owner: dir.owner().clone(),
+            own: PartWriter::new(temporary.clone(), step, 0),
+            temporary,
+            step,
+            ticket,
+            strategy: String::new(),
+            world_size: 1,
+            finished: false,
+        })
     }
 
-    /// Writes tensors as a safetensors file, straight from their memory, hashing on a second thread.
-    ///
-    /// # Panics
-    /// If a tensor's bytes do not match its shape, or two share a name: the caller laid them out.
+    /// Written by `world_size` ranks, which keep their numbers as `strategy` says.
+    pub fn of(mut self, strategy: &str, world_size: u32) -> Writer {
+        (self.strategy, self.world_size) = (strategy.to_owned(), world_size);
+        self
+    }
+
+    /// For `PartWriter::join`.
+    pub fn ticket(&self) -> Ticket {
+        self.ticket
+    }
+
+    /// Rank 0's own part.
+    pub fn part(&mut self) -> &mut PartWriter {
+        &mut self.own
+    }
+
+    /// As `PartWriter`, into rank 0's part.
     pub fn write_safetensors(&mut self, file: &str, tensors: &[TensorRef]) -> Result<(), CheckpointError> {
-        let mut ordered: Vec<&TensorRef> = tensors.iter().collect();
-        ordered.sort_by_key(|t| std::cmp::Reverse(t.dtype.bitsize())); // keeps every tensor aligned to its elements
-        let header = header(&ordered);
-        let mut parts = vec![header.as_slice()];
-        parts.extend(ordered.iter().map(|t| t.data));
-        self.write_parts(file, &parts)
+        self.own.write_safetensors(file, tensors)
     }
 
-    /// Writes a file of these bytes.
     pub fn write_bytes(&mut self, file: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.write_parts(file, &[bytes])
+        self.own.write_bytes(file, bytes)
     }
 
-    /// Writes `trainer_state.json`.
     pub fn write_state(&mut self, state: &TrainerState) -> Result<(), CheckpointError> {
-        let json = serde_json::to_vec_pretty(state).expect("a trainer state is plain data");
-        self.write_bytes(STATE_FILE, &json)
+        self.own.write_state(state)
     }
 
-    /// Writes the manifest, syncs the directory, renames it into place (replacing a checkpoint of the same step) and syncs the
-    /// parent. `loss` is the training loss of the last step, in nats.
-    pub fn finish(mut self, loss: f64) -> Result<CheckpointRecord, CheckpointError> {
+    /// Writes index and manifest, syncs the directory, renames it into place (replacing a checkpoint of the same step) and syncs the parent.
+    /// `loss` is the training loss of the last step, in nats.
+    pub fn finish(self, loss: f64) -> Result<CheckpointRecord, CheckpointError> {
+        self.finish_together(loss, &|| true)
+    }
+
+    /// The same when the parts of all ranks are there; they are waited for while `wait` says so.
+    pub fn finish_together(
+        mut self,
+        loss: f64,
+        wait: &dyn Fn() -> bool,
+    ) -> Result<CheckpointRecord, CheckpointError> {
+        let tensors = self.collect(wait)?;
+        self.write_index(&tensors)?;
         let manifest = Manifest {
             format: FORMAT.to_owned(),
             step: self.step,
-            serial: self.serial,
+            serial: self.ticket.serial,
             loss: loss.is_finite().then_some(loss),
-            run: self.dir.run().to_owned(),
-            files: std::mem::take(&mut self.files),
+            run: self.owner.run.clone(),
+            strategy: std::mem::take(&mut self.strategy),
+            world_size: self.world_size,
+            files: std::mem::take(&mut self.own.part.files),
+            tensors,
         };
-        let bytes = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
-        let manifest_sha256 = self.write_file(MANIFEST_FILE, &[&bytes])?.sha256;
-        let target = step_dir(self.dir.path(), self.step);
-        if !self.dir.may_replace(&target) {
+        manifest.check().map_err(|what| self.inconsistent(format!("its {MANIFEST_FILE} {what}")))?;
+        let bytes = serde_json::to_vec(&manifest).expect("a manifest is plain data");
+        let (_, hashes) = self.own.write(MANIFEST_FILE, &[&bytes])?;
+        let target = step_dir(&self.owner.dir, self.step);
+        if !self.owner.may_replace(&target) {
             let taken = io::Error::new(
                 io::ErrorKind::AlreadyExists,
                 "it is not a checkpoint of this run; move it away",
@@ -102,59 +154,106 @@ impl<'a> Writer<'a> {
         sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;
         publish(&self.temporary, &target).map_err(|e| self.failed(&target, e))?;
         self.finished = true;
-        sync_dir(self.dir.path()).map_err(|e| self.failed(self.dir.path(), e))?;
+        sync_dir(&self.owner.dir).map_err(|e| self.failed(&self.owner.dir, e))?;
+        let path = fs::canonicalize(&target).unwrap_or(target);
+        let by_file = manifest.pieces_by_file();
         let shards = manifest.files.iter().map(|(name, file)| Shard {
-            writer: 0,
+            writer: file.writer,
             name: name.clone(),
             bytes: file.bytes,
-            sha256: file.sha256.clone(),
+            sha256: manifest.file_sha256(file, by_file.get(name.as_str()).map_or(&[], Vec::as_slice)),
         });
-        let path = fs::canonicalize(&target).unwrap_or(target);
         Ok(CheckpointRecord {
             step: self.step,
             path: path.to_string_lossy().into_owned(),
-            manifest_sha256,
+            manifest_sha256: hashes.into_iter().next().expect("there is one part"),
             bytes: manifest.bytes(),
             loss,
-            // Whatever their number, rank 0 writes for all.
-            writers: 1,
+            writers: self.world_size,
             shards: shards.collect(),
         })
     }
 
-    fn write_parts(&mut self, file: &str, parts: &[&[u8]]) -> Result<(), CheckpointError> {
-        let entry = self.write_file(file, parts)?;
-        self.files.insert(file.to_owned(), entry);
-        Ok(())
+    /// The tensors of all parts, each whole; their files are put to rank 0's own.
+    fn collect(
+        &mut self,
+        wait: &dyn Fn() -> bool,
+    ) -> Result<BTreeMap<String, ManifestTensor>, CheckpointError> {
+        let mut tensors = std::mem::take(&mut self.own.part.tensors);
+        for rank in 1..self.world_size {
+            let Part { files, tensors: more } = self.part_of(rank, wait)?;
+            fs::remove_file(self.temporary.join(part_file(rank)))
+                .map_err(|e| self.failed(&self.temporary, e))?;
+            for (name, file) in files {
+                if file.writer != rank || self.own.part.files.insert(name.clone(), file).is_some() {
+                    return Err(
+                        self.inconsistent(format!("rank {rank} has written {name}, as another one has"))
+                    );
+                }
+            }
+            for (name, tensor) in more {
+                match tensors.get_mut(&name) {
+                    Some(known) if (known.dtype, &known.shape) == (tensor.dtype, &tensor.shape) => {
+                        known.pieces.extend(tensor.pieces);
+                    }
+                    Some(_) => {
+                        return Err(
+                            self.inconsistent(format!("rank {rank} has another {name} than the others"))
+                        );
+                    }
+                    None => drop(tensors.insert(name, tensor)),
+                }
+            }
+        }
+        let whole = |(name, tensor): (String, TensorPart)| {
+            let tensor = whole(tensor).map_err(|what| self.inconsistent(format!("{what} of {name}")))?;
+            Ok((name, tensor))
+        };
+        tensors.into_iter().map(whole).collect()
     }
 
-    fn write_file(&self, name: &str, parts: &[&[u8]]) -> Result<ManifestFile, CheckpointError> {
-        let path = self.temporary.join(name);
-        std::thread::scope(|scope| {
-            let hash = scope.spawn(|| {
-                let mut hasher = Sha256::new();
-                parts.iter().for_each(|part| hasher.update(part));
-                hex::encode(hasher.finalize())
-            });
-            let write = || {
-                let mut out = File::create_new(&path)?;
-                for part in parts {
-                    part.chunks(WRITE_CHUNK).try_for_each(|chunk| out.write_all(chunk))?;
+    fn part_of(&self, rank: u32, wait: &dyn Fn() -> bool) -> Result<Part, CheckpointError> {
+        loop {
+            match handed_in(&self.temporary, rank).map_err(|e| self.failed(&self.temporary, e))? {
+                Some(HandedIn::Written(part)) => return Ok(part),
+                Some(HandedIn::Failed { is_full, line }) => {
+                    return Err(CheckpointError::Peer { step: self.step, rank, is_full, line });
                 }
-                out.sync_all()
-            };
-            write().map_err(|e| self.failed(&path, e))?;
-            let sha256 = hash.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            Ok(ManifestFile { bytes: parts.iter().map(|part| part.len() as u64).sum(), sha256 })
-        })
+                None if wait() => std::thread::sleep(LOOK_EVERY),
+                None => {
+                    let line = "its part did not come".to_owned();
+                    return Err(CheckpointError::Peer { step: self.step, rank, is_full: false, line });
+                }
+            }
+        }
+    }
+
+    /// Tells transformers which of several files has each weight.
+    fn write_index(&mut self, tensors: &BTreeMap<String, ManifestTensor>) -> Result<(), CheckpointError> {
+        let place = |(name, tensor): (&String, &ManifestTensor)| {
+            let piece = tensor.pieces.first().filter(|piece| is_shard_of_model(&piece.file))?;
+            Some((name.clone(), piece.file.clone()))
+        };
+        let weight_map: BTreeMap<String, String> = tensors.iter().filter_map(place).collect();
+        if weight_map.is_empty() {
+            return Ok(());
+        }
+        let total: u64 = weight_map.keys().filter_map(|name| tensors[name].bytes()).sum();
+        let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+        let json = serde_json::to_vec_pretty(&index).expect("an index is plain data");
+        self.own.write_bytes(MODEL_INDEX_FILE, &json)
     }
 
     fn failed(&self, path: &Path, source: io::Error) -> CheckpointError {
-        CheckpointError::Write { step: self.step, path: path.to_owned(), source }
+        failed(self.step, path, source)
+    }
+
+    fn inconsistent(&self, what: String) -> CheckpointError {
+        self.failed(&self.temporary, io::Error::new(io::ErrorKind::InvalidData, what))
     }
 }
 
-impl Drop for Writer<'_> {
+impl Drop for Writer {
     fn drop(&mut self) {
         if !self.finished
             && let Err(e) = fs::remove_dir_all(&self.temporary)
@@ -164,33 +263,19 @@ impl Drop for Writer<'_> {
     }
 }
 
-/// Length and JSON header of a safetensors file with these tensors in this order, padded to 8 bytes.
-fn header(tensors: &[&TensorRef]) -> Vec<u8> {
-    let mut names = HashSet::new();
-    let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".into(), serde_json::json!({ "format": "pt" }));
-    let mut begin = 0usize;
-    for tensor in tensors {
-        let bits = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize();
-        assert_eq!(
-            tensor.data.len() * 8,
-            bits,
-            "bytes of tensor {} of shape {:?}",
-            tensor.name,
-            tensor.shape
-        );
-        assert!(names.insert(tensor.name), "two tensors are called {}", tensor.name);
-        let end = begin + tensor.data.len();
-        let entry =
-            serde_json::json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end] });
-        entries.insert(tensor.name.to_owned(), entry);
-        begin = end;
+/// A tensor whose pieces, in their order, leave nothing out and hold nothing twice; else what is wrong.
+pub(crate) fn whole(mut tensor: TensorPart) -> Result<ManifestTensor, String> {
+    tensor.pieces.sort_by_key(|(at, _)| *at);
+    let mut next = 0;
+    for (at, piece) in &tensor.pieces {
+        match *at {
+            at if at > next => return Err(format!("nobody has written bytes {next}..{at}")),
+            at if at < next => return Err(format!("two ranks have written bytes {at}..{next}")),
+            _ => next += piece.bytes,
+        }
     }
-    let mut json = serde_json::to_vec(&entries).expect("a header is plain data");
-    json.resize(json.len().next_multiple_of(8), b' ');
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend(json);
-    header
+    let pieces = tensor.pieces.into_iter().map(|(_, piece)| piece).collect();
+    Ok(ManifestTensor { dtype: tensor.dtype, shape: tensor.shape, pieces })
 }
 
 /// Makes a directory and the missing ones above it so that they are still there after a power cut. Returns those, the deepest first.

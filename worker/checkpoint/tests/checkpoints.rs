@@ -21,9 +21,15 @@ fn save(dir: &Path, step: u64) -> CheckpointRecord {
     let mut writer = Writer::begin(&dir, step).unwrap();
     let (embedding, norm, counts) = ([1u8; 24], [2u8; 8], [3u8; 6]);
     let tensors = [
-        TensorRef { name: "counts", dtype: Dtype::BF16, shape: &[3], data: &counts },
-        TensorRef { name: "model.embed_tokens.weight", dtype: Dtype::F32, shape: &[3, 2], data: &embedding },
-        TensorRef { name: "model.norm.weight", dtype: Dtype::F32, shape: &[2], data: &norm },
+        TensorRef { name: "counts", dtype: Dtype::BF16, shape: &[3], first: 0, data: &counts },
+        TensorRef {
+            name: "model.embed_tokens.weight",
+            dtype: Dtype::F32,
+            shape: &[3, 2],
+            first: 0,
+            data: &embedding,
+        },
+        TensorRef { name: "model.norm.weight", dtype: Dtype::F32, shape: &[2], first: 0, data: &norm },
     ];
     writer.write_safetensors(MODEL_FILE, &tensors).unwrap();
     writer.write_bytes("config.json", format!("{{\"step\":{step}}}").as_bytes()).unwrap();
@@ -99,7 +105,7 @@ fn a_model_in_shards_is_read_as_one() {
     for (step, name) in [(1, "a"), (2, "b")] {
         let claimed = claim(dir.path());
         let mut writer = Writer::begin(&claimed, step).unwrap();
-        let tensor = TensorRef { name, dtype: Dtype::F32, shape: &[1], data: &data };
+        let tensor = TensorRef { name, dtype: Dtype::F32, shape: &[1], first: 0, data: &data };
         writer.write_safetensors(MODEL_FILE, &[tensor]).unwrap();
         writer.finish(0.0).unwrap();
         fs::copy(step_dir(dir.path(), step).join(MODEL_FILE), dir.path().join(format!("{step}.safetensors")))
@@ -148,7 +154,7 @@ fn every_kind_of_damage_has_its_line() {
         let bytes = fs::read(p.join(MODEL_FILE)).unwrap();
         fs::write(p.join(MODEL_FILE), &bytes[..20]).unwrap();
     };
-    assert!(damage(&flip).contains("the contents of model.safetensors have changed"));
+    assert!(damage(&flip).contains("the contents of the tensor counts in model.safetensors have changed"));
     assert!(damage(&cut).contains("model.safetensors has 20 bytes and should have"));
     assert!(damage(&|p| fs::remove_file(p.join("config.json")).unwrap()).contains("config.json is missing"));
     assert!(
@@ -243,7 +249,7 @@ fn child_saves_to_a_full_disk() {
     let big = vec![7u8; 8 << 20];
     let claimed = claim(&dir);
     let mut writer = Writer::begin(&claimed, 2).unwrap();
-    let tensor = TensorRef { name: "w", dtype: Dtype::U8, shape: &[big.len()], data: &big };
+    let tensor = TensorRef { name: "w", dtype: Dtype::U8, shape: &[big.len()], first: 0, data: &big };
     let error = writer.write_safetensors(MODEL_FILE, &[tensor]).unwrap_err();
     drop(writer);
     drop(claimed);

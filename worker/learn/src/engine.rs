@@ -5,13 +5,10 @@ use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally};
 use crate::model::init;
 use crate::optimizer::Update;
-use crate::shim::buffers::as_bytes;
+use crate::snapshot::{MOMENTS, Snapshot, moment_name};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::units::Memory;
-use fleet_checkpoint::{
-    CheckpointError, Dtype, MODEL_FILE, ModelDir, OPTIMIZER_FILE, Tensor, TensorRef, Tensors, Writer, stored,
-    stored_shape,
-};
+use fleet_checkpoint::{Dtype, ModelDir, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_kernels::all_finite;
@@ -42,8 +39,10 @@ pub trait Learner {
     /// The sums over the batches of all ranks. A rank may have no batch.
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally>;
 
-    /// Weights as the files of the family have them, and the optimizer state.
-    fn save(&mut self, writer: &mut Writer) -> Result<(), CheckpointError>;
+    /// How numbers are kept, as a checkpoint names it.
+    fn strategy(&self) -> &'static str;
+    /// Copies what this rank writes of a checkpoint, into the memory of an earlier copy where there is one. A collective call.
+    fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot>;
 }
 
 pub struct Engine<M> {
@@ -119,7 +118,7 @@ impl<M: Memory> Learner for Engine<M> {
     }
 
     fn load_optimizer(&mut self, dir: &Path) -> Result<()> {
-        let tensors = Tensors::open(&dir.join(OPTIMIZER_FILE))?;
+        let tensors = Tensors::of_optimizer(dir)?;
         for (slot, suffix) in MOMENTS {
             let of_parameters: Vec<(&Range<usize>, Tensor)> = self
                 .layout
@@ -175,60 +174,22 @@ impl<M: Memory> Learner for Engine<M> {
         Ok(Tally { loss, weight, tokens: tokens as u64, hits: hits as u64 })
     }
 
-    fn save(&mut self, writer: &mut Writer) -> Result<(), CheckpointError> {
-        self.save_weights(writer)?;
-        self.save_moments(writer)
-    }
-}
-
-impl<M: Memory> Engine<M> {
-    fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>, CheckpointError> {
-        self.strategy.flat(slot).map_err(|e| CheckpointError::Device(e.to_string()))
+    fn strategy(&self) -> &'static str {
+        self.strategy.name()
     }
 
-    fn save_weights(&self, writer: &mut Writer) -> Result<(), CheckpointError> {
-        let (flat, parameters) = (self.flat(Slot::Weights)?, &self.layout.parameters);
-        let tensors: Vec<(Vec<usize>, Cow<[f32]>)> =
-            parameters.iter().map(|p| (stored_shape(p), stored(p, &flat))).collect();
-        let named = parameters.iter().zip(&tensors);
-        let refs: Vec<TensorRef> = named
-            .map(|(p, (shape, data))| TensorRef {
-                name: &p.name,
-                dtype: Dtype::F32,
-                shape,
-                data: as_bytes(data),
-            })
-            .collect();
-        writer.write_safetensors(MODEL_FILE, &refs)
+    fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot> {
+        let mut snapshot = match spare {
+            Some(spare) => spare,
+            None => {
+                let gang = self.strategy.gang();
+                let (rank, world) = (gang.rank(), gang.world_size());
+                Snapshot::new(&self.layout, &self.strategy.kept(), rank, world)?
+            }
+        };
+        snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;
+        Ok(snapshot)
     }
-
-    fn save_moments(&self, writer: &mut Writer) -> Result<(), CheckpointError> {
-        let parameters = &self.layout.parameters;
-        let mut moments = Vec::new();
-        for (slot, suffix) in MOMENTS {
-            let names: Vec<String> = parameters.iter().map(|p| moment_name(&p.name, suffix)).collect();
-            moments.push((self.flat(slot)?, names));
-        }
-        let refs: Vec<TensorRef> = moments
-            .iter()
-            .flat_map(|(flat, names)| {
-                parameters.iter().zip(names).map(|(p, name)| TensorRef {
-                    name,
-                    dtype: Dtype::F32,
-                    shape: &p.shape,
-                    data: as_bytes(&flat[p.range.clone()]),
-                })
-            })
-            .collect();
-        writer.write_safetensors(OPTIMIZER_FILE, &refs)
-    }
-}
-
-/// By PyTorch's names.
-const MOMENTS: [(Slot, &str); 2] = [(Slot::Moment1, "exp_avg"), (Slot::Moment2, "exp_avg_sq")];
-
-fn moment_name(parameter: &str, suffix: &str) -> String {
-    format!("{parameter}.{suffix}")
 }
 
 /// What of a parameter's moments lies in `range`, into `out`, which covers it.
@@ -240,9 +201,14 @@ fn read_moments(
 ) -> Result<()> {
     let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
     if begin < end {
-        let bytes = tensor.bytes(4 * (begin - parameter.start)..4 * (end - parameter.start))?;
-        let out = &mut out[begin - range.start..end - range.start];
-        out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        let mut rest = &mut out[begin - range.start..end - range.start];
+        let wanted = 4 * (begin - parameter.start)..4 * (end - parameter.start);
+        tensor.pieces(wanted, &mut |bytes| {
+            let numbers = bytes.as_chunks::<4>().0;
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(numbers.len());
+            now.iter_mut().zip(numbers).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+            rest = later;
+        })?;
     }
     Ok(())
 }

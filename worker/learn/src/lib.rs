@@ -13,6 +13,7 @@ pub mod model;
 pub mod objective;
 pub mod optimizer;
 pub mod shim;
+pub mod snapshot;
 pub mod strategy;
 #[doc(hidden)]
 pub mod testing;
@@ -27,6 +28,7 @@ pub use error::{Error, Result};
 pub use executor::{Executor, Tally};
 pub use objective::{NextToken, Objective};
 pub use optimizer::{AdamW, Update};
+pub use snapshot::Snapshot;
 pub use strategy::{Report, Strategy, Votes};
 pub use units::{Gradients, Host, HostNumber, HostWeights, Memory, Pieces, UnitWeights, Units};
 pub use workers::Workers;

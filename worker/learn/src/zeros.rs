@@ -9,6 +9,8 @@ pub enum Part {
     Learner,
     /// Weights that are only read.
     Weights,
+    /// A copy of weights and optimizer state, for a checkpoint.
+    Snapshot,
     /// What a forward and backward pass keeps.
     Activations,
     Logits,
@@ -23,6 +25,10 @@ impl Part {
                 ("weights, gradients and optimizer state", "train a smaller model, or on a machine with more")
             }
             Part::Weights => ("the weights", "use a smaller model, or a machine with more"),
+            Part::Snapshot => (
+                "the copy of weights and optimizer state that a checkpoint is written from",
+                "train a smaller model, or on a machine with more",
+            ),
             Part::Activations => (
                 "the activations of a pass",
                 "lower batch_size (and raise accumulate_grad_batches in a job) or max_seq_len",

@@ -53,7 +53,7 @@ fn training_is_pytorchs_and_what_is_written_reads_back() {
             Claim { dir: dir.path(), run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
         let run_dir = RunDir::claim(&claim).unwrap();
         let mut writer = Writer::begin(&run_dir, 20).unwrap();
-        engine.save(&mut writer).unwrap();
+        engine.snapshot(None).unwrap().write(writer.part()).unwrap();
         writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&model.config_json()).unwrap()).unwrap();
         let record = writer.finish(1.0).unwrap();
         let written = Path::new(&record.path);

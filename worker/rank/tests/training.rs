@@ -4,7 +4,7 @@
 
 mod gang;
 
-use fleet_checkpoint::{Claim, RunDir, Writer};
+use fleet_checkpoint::{Claim, RunDir, Writer, diff, verify};
 use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::job::*;
@@ -31,6 +31,12 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
         assert_eq!(evaluations.iter().map(|e| e.0).collect::<Vec<_>>(), [0, 6, 12]);
         assert!(evaluations[2].1 < 0.9 * evaluations[0].1, "{evaluations:?}");
         let [half, full] = <[CheckpointRecord; 2]>::try_from(whole.checkpoints()).unwrap();
+        for record in [&half, &full] {
+            assert_eq!((record.writers, record.flaw()), (world, None));
+            let manifest = verify(Path::new(&record.path)).unwrap();
+            let strategy = if world == 1 { "solo" } else { "ddp" };
+            assert_eq!((manifest.world_size, manifest.strategy.as_str()), (world, strategy));
+        }
         assert_eq!((half.step, full.step), (6, 12));
 
         let moved = half.path.replace("step-00000006", "kept");
@@ -39,14 +45,70 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
         assert_eq!(rest.losses(), whole.losses()[6..]);
         assert_eq!(rest.evaluations(), evaluations[2..]);
         let again = rest.checkpoints().pop().unwrap();
-        for name in ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "config.json"] {
+        for name in ["trainer_state.json", "config.json"] {
             assert!(file(&again, name) == file(&full, name), "{name} of {world} ranks");
         }
+        assert_eq!(diff(Path::new(&again.path), Path::new(&full.path)).unwrap(), []);
 
         let done = launch(&job, world, Some(&again.path), None);
         let told = |event: &EventBody| matches!(event, EventBody::Log { line, .. } if line.contains("nothing is left to do; raise max_steps"));
         assert!(done.losses().is_empty() && done.events.iter().any(told), "{:?}", done.events);
     }
+}
+
+/// Training goes on while a checkpoint is written, and nothing of the steps after it gets into it.
+#[test]
+fn a_save_after_every_step_has_the_state_of_that_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut job = Job { batch_size: 4, ..job(dir.path()) };
+    job.checkpoint = Checkpoint { save_steps: 1, save_total_limit: 20, ..job.checkpoint };
+    let whole = launch(&job, 3, None, None);
+    let saved = whole.checkpoints();
+    assert_eq!(saved.iter().map(|record| record.step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
+    for at in [2, 7] {
+        let other = Job { run_name: format!("from-{at}"), ..job.clone() };
+        let rest = launch(&other, 3, Some(&saved[at].path), None);
+        assert_eq!(rest.losses(), whole.losses()[at + 1..]);
+        let (last, again) = (&saved[11].path, &rest.checkpoints()[10 - at].path);
+        assert_eq!(diff(Path::new(last), Path::new(again)).unwrap(), []);
+    }
+}
+
+#[test]
+fn a_save_that_fails_in_the_background_is_told_and_the_last_one_fails_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let job = Job { batch_size: 2, ..job(dir.path()) };
+    let failed = |ended: &gang::Ended| -> Vec<(u64, String)> {
+        let of = |event: &EventBody| match event {
+            EventBody::CheckpointFailed { step, error } => Some((*step, error.clone())),
+            _ => None,
+        };
+        ended.events.iter().filter_map(of).collect()
+    };
+    let blocked = |job: &Job, step: u64| {
+        let place = fleet_checkpoint::step_dir(&job.checkpoint_dir(), step);
+        watch(job, 2, None, None, &|event, _| {
+            if matches!(event, EventBody::Started { .. }) {
+                std::fs::write(&place, "in the way").unwrap();
+            }
+        })
+    };
+    let ended = blocked(&job, 6);
+    let told = failed(&ended);
+    assert!(
+        told.len() == 1 && told[0].0 == 6 && told[0].1.contains("not a checkpoint of this run"),
+        "{told:?}"
+    );
+    assert!(ended.outcomes.iter().all(|outcome| outcome.is_ok()), "{:?}", ended.outcomes);
+    assert_eq!(ended.checkpoints().iter().map(|record| record.step).collect::<Vec<_>>(), [12]);
+
+    let ended = blocked(&Job { run_name: "last".into(), ..job }, 12);
+    assert_eq!(failed(&ended).iter().map(|(step, _)| *step).collect::<Vec<_>>(), [12]);
+    assert_eq!(ended.checkpoints().iter().map(|record| record.step).collect::<Vec<_>>(), [6]);
+    let error = ended.outcomes[0].as_ref().unwrap_err();
+    assert_eq!(error.fault(), Fault::Environment);
+    assert!(error.to_string().contains("the run ended without its last checkpoint"), "{error}");
+    assert!(ended.outcomes[1].is_ok(), "rank 0 tells it for all");
 }
 
 #[test]

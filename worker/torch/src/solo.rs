@@ -9,6 +9,7 @@ use fleet_common::model::Layout;
 use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// Numbers in fp32 for each parameter: weight, gradient, two moments.
@@ -120,5 +121,12 @@ impl Strategy<Tensors> for Solo {
         let on_host = self.of(slot).f_to_device(Device::Cpu).map_err(Error::from)?;
         on_host.f_copy_data(&mut numbers, self.layout.len).map_err(Error::from)?;
         Ok(Cow::Owned(numbers))
+    }
+    fn name(&self) -> &'static str {
+        "solo"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        self.layout.units.clone()
     }
 }

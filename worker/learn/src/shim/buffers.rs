@@ -25,7 +25,7 @@ pub struct SharedSlice<T> {
 }
 
 impl<T: Number> SharedSlice<T> {
-    /// `memory` is page-aligned and zeroed, as `Collective::allocate_common` gives it.
+    /// `memory` is page-aligned and zeroed, as `SharedHost::allocate_common` gives it.
     pub fn new(memory: Common) -> Self {
         let len = memory.len() / size_of::<T>();
         assert!(memory.as_mut_ptr().cast::<T>().is_aligned(), "shared memory is page-aligned");
@@ -72,7 +72,7 @@ impl RankGradients {
         Self { memory, len }
     }
 
-    /// For `Collective::post_reduce`.
+    /// For `SharedHost::post_reduce`.
     pub fn memory(&self) -> &PerRank {
         &self.memory
     }

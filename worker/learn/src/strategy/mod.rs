@@ -32,8 +32,25 @@ pub trait Strategy<M: Memory> {
 
     /// Calls `read` for each range that this rank keeps of `slot`, which is to be filled. Afterwards all ranks see it.
     fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()>;
-    /// The flat buffer of `slot`, on the host, to be written to files.
+    /// The flat buffer of `slot`, on the host.
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>>;
+
+    /// As a checkpoint names it.
+    fn name(&self) -> &'static str;
+    /// The ranges of the flat buffer whose optimizer state this rank writes to checkpoints: no number is in those of two ranks, every one is
+    /// in those of one.
+    fn kept(&self) -> Vec<Range<usize>>;
+    /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps. A collective call,
+    /// between two steps.
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
+        let (flat, mut rest) = (self.flat(slot)?, out);
+        for range in ranges {
+            let (now, later) = rest.split_at_mut(range.len());
+            now.copy_from_slice(&flat[range.clone()]);
+            rest = later;
+        }
+        Ok(())
+    }
 }
 
 /// Fills a range of the flat buffer.

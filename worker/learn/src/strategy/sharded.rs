@@ -179,6 +179,14 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
         Ok(Cow::Borrowed(self.state.of(slot)))
     }
+
+    fn name(&self) -> &'static str {
+        "fsdp"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        self.state.kept(&*self.gang)
+    }
 }
 
 #[cfg(test)]

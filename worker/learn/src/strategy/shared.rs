@@ -112,4 +112,12 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
         Ok(Cow::Borrowed(self.state.of(slot)))
     }
+
+    fn name(&self) -> &'static str {
+        "ddp"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        self.state.kept(&*self.gang)
+    }
 }

@@ -133,4 +133,11 @@ impl<E: HostNumber> Strategy<Host<E>> for Solo<E> {
             Slot::Moment2 => &self.moment2,
         }))
     }
+    fn name(&self) -> &'static str {
+        "solo"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        self.layout.units.clone()
+    }
 }

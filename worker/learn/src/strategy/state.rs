@@ -91,6 +91,11 @@ impl<E: HostNumber> HostState<E> {
         Ok(())
     }
 
+    /// What this rank writes to checkpoints. Every host has the same; the first one's ranks write it.
+    pub fn kept(&self, gang: &dyn SharedHost) -> Vec<Range<usize>> {
+        if gang.host() == 0 { self.parts.clone() } else { Vec::new() }
+    }
+
     pub fn of(&self, slot: Slot) -> &[f32] {
         match slot {
             Slot::Weights => self.master.all(),

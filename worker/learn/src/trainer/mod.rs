@@ -3,12 +3,14 @@
 //! Every rank runs it. What depends on time or on the agent (stop, the time limit) is agreed in the step's own reduction, so that all
 //! ranks leave the loop after the same step. It never touches a tensor, and knows no device, no family of models and no transport: what it
 //! trains is a `Learner`, made by whoever runs it.
+//! A checkpoint is written while the next steps are made (`saving`).
 
 mod companions;
+mod in_flight;
 mod saving;
 mod schedule;
 
-use saving::{RECORD_WAIT, STOPPED_WAIT, Saving};
+use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
 
 pub use schedule::{learning_rate, warmup_steps};
 
@@ -29,6 +31,7 @@ use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
 use fleet_data::{Order, TokenCache, evaluation_part};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Makes what a rank trains: the model of the job, with weights that are still zero. A collective call.
@@ -68,8 +71,7 @@ struct Trainer {
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
     meter: Meter,
-    /// Of rank 0, which writes the checkpoints.
-    saving: Option<Saving>,
+    saving: Saving,
     /// The step whose checkpoint the run continues.
     resumed: Option<u64>,
     /// The step of the newest checkpoint that was written.
@@ -153,7 +155,7 @@ impl Trainer {
         let adamw = AdamW::from(&job.optimizer);
         let positions = model.decoder.max_positions;
         let rank = u64::from(start.rank);
-        let saving = dir.map(|dir| {
+        let lead = dir.map(|dir| {
             let origins = Origins {
                 resume: start.resume.as_deref().map(Path::new),
                 model: pretrained,
@@ -163,9 +165,10 @@ impl Trainer {
                 },
                 used: &cache.tokenizer_path(),
             };
-            Companions::gather(&origins, &model).map(|companions| Saving { dir, companions })
+            let companions = Arc::new(Companions::gather(&origins, &model)?);
+            Ok::<_, Error>(Lead { dir, companions })
         });
-        let saving = saving.transpose()?;
+        let saving = Saving::new(job.checkpoint_dir(), lead.transpose()?);
         let meter = Meter::default();
         let resumed = start.resume.is_some().then_some(state.step);
         Ok(Self {
@@ -229,7 +232,7 @@ impl Trainer {
             );
         }
         let first = self.state.step + 1;
-        let (mut saved, mut stopped) = (Ok(()), false);
+        let mut stopped = false;
         while self.state.step < self.total_steps && !stopped {
             let votes = self.step(link)?;
             let step = self.state.step;
@@ -245,20 +248,22 @@ impl Trainer {
                 let is_regular =
                     every(self.job.checkpoint.save_steps) || step == self.total_steps || votes.time;
                 self.stopped_at = (!is_regular).then_some(step);
-                saved = self.save(link);
+                self.save(link)?;
             }
+            self.look_at_save(link)?;
             self.rotate(link);
             stopped = votes.stop;
             if votes.time {
                 break;
             }
         }
+        self.end_saving(link)?;
         self.await_record(link, if stopped { STOPPED_WAIT } else { RECORD_WAIT });
         self.rotate(link);
         if stopped {
             return Ok(Outcome::Stopped { steps: self.state.step });
         }
-        saved?;
+        self.last_save()?;
         let final_loss = Some(self.state.loss).filter(|loss| loss.is_finite());
         Ok(Outcome::Succeeded { steps: self.state.step, final_loss, tokens_per_s: self.meter.mean() })
     }

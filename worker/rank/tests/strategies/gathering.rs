@@ -194,4 +194,35 @@ impl<E: HostNumber> Strategy<Host<E>> for Gathering<E> {
         }
         Ok(Cow::Owned(flat))
     }
+    fn name(&self) -> &'static str {
+        "gathering"
+    }
+
+    fn kept(&self) -> Vec<Range<usize>> {
+        (0..self.layout.units.len()).map(|unit| self.own(unit)).collect()
+    }
+
+    /// Weights unit by unit, as for a pass; moments from where they are.
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
+        for unit in 0..self.layout.units.len() {
+            let (own, whole) = (self.own(unit), self.layout.units[unit].clone());
+            if slot == Slot::Weights {
+                self.need(unit)?;
+            }
+            let (first, numbers) = match slot {
+                Slot::Weights => (whole.start, &self.master[unit].1),
+                _ => (own.start, &self.parts[slot as usize][unit]),
+            };
+            let mut at = 0;
+            for range in ranges {
+                if whole.contains(&range.start) {
+                    let numbers = &numbers[range.start - first..range.end - first];
+                    out[at..at + range.len()].copy_from_slice(numbers);
+                }
+                at += range.len();
+            }
+            self.release(unit);
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,148 @@
+//! What one rank writes of a checkpoint: a copy, so that training goes on while it is written.
+//!
+//! Weights are shared out as whole tensors, so that others read the files; of the optimizer's state each rank has just what it keeps.
+
+use crate::error::Result;
+use crate::shim::buffers::as_bytes;
+use crate::strategy::Slot;
+use crate::zeros::{Part, zeros};
+use fleet_checkpoint::{
+    CheckpointError, Dtype, PartWriter, TensorRef, model_file, optimizer_file, stored, stored_shape, writers,
+};
+use fleet_common::model::{Layout, Parameter};
+use std::ops::Range;
+
+/// By PyTorch's names.
+pub(crate) const MOMENTS: [(Slot, &str); 2] = [(Slot::Moment1, "exp_avg"), (Slot::Moment2, "exp_avg_sq")];
+
+pub(crate) fn moment_name(parameter: &str, suffix: &str) -> String {
+    format!("{parameter}.{suffix}")
+}
+
+/// Its memory is used again from one checkpoint to the next.
+pub struct Snapshot {
+    /// What this rank writes of the weights, and into which file.
+    weights: Vec<Parameter>,
+    model_file: String,
+    /// What it keeps of the optimizer's state.
+    kept: Vec<Kept>,
+    optimizer_file: String,
+    /// The weights, then both moments, each in their order.
+    numbers: Vec<f32>,
+}
+
+/// Numbers of a parameter that this rank keeps.
+struct Kept {
+    name: String,
+    shape: Vec<usize>,
+    /// The first of them, counted in the parameter.
+    first: usize,
+    /// In the flat buffer.
+    range: Range<usize>,
+}
+
+/// Copies ranges of the flat buffer, one after the other.
+pub type CopyOut<'a> = dyn FnMut(Slot, &[Range<usize>], &mut [f32]) -> Result<()> + 'a;
+
+impl Snapshot {
+    /// For rank `rank` of `world`, which keeps the ranges `kept` of the flat buffer.
+    pub fn new(layout: &Layout, kept: &[Range<usize>], rank: usize, world: usize) -> Result<Snapshot> {
+        let sizes: Vec<usize> = layout.parameters.iter().map(|p| p.range.len()).collect();
+        let weights: Vec<Parameter> = layout
+            .parameters
+            .iter()
+            .zip(writers(&sizes, world))
+            .filter(|(_, writer)| *writer == rank)
+            .map(|(p, _)| p.clone())
+            .collect();
+        let kept: Vec<Kept> = layout
+            .parameters
+            .iter()
+            .flat_map(|p| kept.iter().filter_map(|range| Kept::of(p, range)))
+            .collect();
+        let count = |ranges: &mut dyn Iterator<Item = usize>| ranges.sum::<usize>();
+        let len = count(&mut weights.iter().map(|p| p.range.len()))
+            + MOMENTS.len() * count(&mut kept.iter().map(|kept| kept.range.len()));
+        Ok(Snapshot {
+            weights,
+            model_file: model_file(rank, world.min(sizes.len())),
+            kept,
+            optimizer_file: optimizer_file(rank, world),
+            numbers: zeros(len, Part::Snapshot)?,
+        })
+    }
+
+    /// Copies the state as it is now.
+    pub fn take(&mut self, copy: &mut CopyOut) -> Result<()> {
+        let weights: Vec<Range<usize>> = self.weights.iter().map(|p| p.range.clone()).collect();
+        let kept: Vec<Range<usize>> = self.kept.iter().map(|kept| kept.range.clone()).collect();
+        let mut rest = &mut self.numbers[..];
+        for (slot, ranges) in [(Slot::Weights, &weights), (Slot::Moment1, &kept), (Slot::Moment2, &kept)] {
+            let (now, later) = rest.split_at_mut(ranges.iter().map(Range::len).sum());
+            copy(slot, ranges, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Writes what was copied. The copy is then as files have it.
+    pub fn write(&mut self, part: &mut PartWriter) -> Result<(), CheckpointError> {
+        let mut at = 0;
+        for p in &self.weights {
+            let numbers = &mut self.numbers[at..at + p.range.len()];
+            if let std::borrow::Cow::Owned(ordered) = stored(p, numbers) {
+                numbers.copy_from_slice(&ordered);
+            }
+            at += p.range.len();
+        }
+        let mut rest = &self.numbers[..];
+        let mut next = |len: usize| {
+            let (now, later) = rest.split_at(len);
+            rest = later;
+            as_bytes(now)
+        };
+        let shapes: Vec<Vec<usize>> = self.weights.iter().map(stored_shape).collect();
+        let weights: Vec<TensorRef> = self
+            .weights
+            .iter()
+            .zip(&shapes)
+            .map(|(p, shape)| TensorRef {
+                name: &p.name,
+                dtype: Dtype::F32,
+                shape,
+                first: 0,
+                data: next(p.range.len()),
+            })
+            .collect();
+        if !weights.is_empty() {
+            part.write_safetensors(&self.model_file, &weights)?;
+        }
+        let names = MOMENTS.map(|(_, suffix)| {
+            self.kept.iter().map(|kept| moment_name(&kept.name, suffix)).collect::<Vec<String>>()
+        });
+        let named = names.iter().flat_map(|names| names.iter().zip(&self.kept));
+        let moments: Vec<TensorRef> = named
+            .map(|(name, kept)| TensorRef {
+                name,
+                dtype: Dtype::F32,
+                shape: &kept.shape,
+                first: kept.first,
+                data: next(kept.range.len()),
+            })
+            .collect();
+        part.write_safetensors(&self.optimizer_file, &moments)
+    }
+}
+
+impl Kept {
+    /// What of `p` lies in `range`; never what is between parameters.
+    fn of(p: &Parameter, range: &Range<usize>) -> Option<Kept> {
+        let range = range.start.max(p.range.start)..range.end.min(p.range.end);
+        (!range.is_empty()).then(|| Kept {
+            name: p.name.clone(),
+            shape: p.shape.clone(),
+            first: range.start - p.range.start,
+            range,
+        })
+    }
+}
