@@ -74,6 +74,9 @@ pub(crate) struct Signature {
 }
 
 impl Signature {
+    /// Of a rank that is in none.
+    pub const NONE: Signature = Signature { sequence: 0, word: 0, bytes: 0, place: 0 };
+
     /// `all_reduce #412`.
     pub fn short(&self) -> String {
         format!("{} #{}", name(self.word), self.sequence)

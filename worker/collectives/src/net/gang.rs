@@ -117,9 +117,8 @@ impl NetCollective {
         if let Err(error) = &result {
             self.failed = Some(error.clone());
             self.stop_worker(Abort::for_error(error, self.rank));
-            let signature = self.signature(Call::Barrier, 0, 0);
             // Where a call has failed among the peers, they have heard it.
-            self.shared.driver().fail(signature, Abort::for_error(error, self.rank));
+            self.shared.driver().fail(Abort::for_error(error, self.rank));
         }
         result
     }
@@ -275,9 +274,7 @@ impl Drop for NetCollective {
         self.stop_worker(Abort::RankFailed(self.rank));
         let failed = self.failed.is_some() || self.shared.queue().failed.is_some();
         if !failed {
-            self.sequence += 1;
-            let signature = self.signature(Call::Barrier, 0, 0);
-            self.shared.driver().leave(signature);
+            self.shared.driver().leave();
         }
     }
 }

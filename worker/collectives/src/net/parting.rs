@@ -167,13 +167,14 @@ impl Driver {
     }
 
     /// Tells all others that this rank fails for a reason of its own.
-    pub fn fail(&mut self, signature: Signature, abort: Abort) {
-        self.say_farewell(signature, Farewell { reason: Some(abort), waits_for: None });
+    pub fn fail(&mut self, abort: Abort) {
+        self.say_farewell(Signature::NONE, Farewell { reason: Some(abort), waits_for: None });
     }
 
     /// Tells all others that this rank has made all of its calls, and waits a little for what they have not read yet.
-    pub fn leave(&mut self, signature: Signature) {
+    pub fn leave(&mut self) {
         let farewell = Farewell { reason: None, waits_for: None };
+        let signature = Signature::NONE;
         let header = Header { generation: self.generation, signature, body: Body::Farewell(farewell) };
         let (until, me) = (Instant::now() + LINGER, self.rank);
         for to in (0..self.peers.len()).filter(|to| *to != me) {

@@ -47,7 +47,9 @@ pub fn verdict(met: Met, lasts: &[Last]) -> CollectiveError {
             .iter()
             .enumerate()
             .filter_map(same)
-            .filter(|(_, signature)| signature.sequence == met.signature.sequence)
+            .filter(|(_, signature)| {
+                *signature != Signature::NONE && signature.sequence == met.signature.sequence
+            })
             .collect();
         if let Err(error) = call::compare(&says) {
             return error;
@@ -174,7 +176,10 @@ mod tests {
         assert_eq!(error.culprit(), Some(0));
         let behind =
             Last::Said(call(3, 0), Farewell { reason: Some(Abort::RankDiffers(1)), waits_for: None });
-        let error = verdict(met(0, Abort::RankDiffers(1), None), &[SILENT, differs(16), behind, behind]);
+        let outside =
+            Last::Said(Signature::NONE, Farewell { reason: Some(Abort::RankDiffers(1)), waits_for: None });
+        let error =
+            verdict(met(0, Abort::RankDiffers(1), None), &[SILENT, differs(16), behind, outside, outside]);
         assert_eq!(error.culprit(), Some(1), "who is at another call says nothing about this one");
     }
 }
