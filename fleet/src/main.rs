@@ -65,6 +65,7 @@ enum Command {
     Logits(commands::logits::Args),
     Eval(commands::eval::Args),
     Config(commands::config::Args),
+    Plan(commands::plan::Args),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),
+        Command::Plan(args) => commands::plan::run(args),
     };
     match (done, out::lost()) {
         (Ok(exit::SUCCEEDED), Some(why)) => {

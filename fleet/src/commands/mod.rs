@@ -16,6 +16,7 @@ pub mod logits;
 pub mod logs;
 pub mod members;
 pub mod nodes;
+pub mod plan;
 pub mod profiles;
 pub mod retention;
 pub mod revoke;

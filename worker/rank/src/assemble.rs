@@ -76,9 +76,10 @@ fn refused(refusal: Refusal) -> Error {
 }
 
 fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box<dyn Learner>> {
-    let (executor, workers) = cpu::<E>(model, start.threads, job.max_seq_len as usize)?;
     let layout = model.layout();
-    let executor = executor.computing_again(job.activation_checkpointing.of(layout.blocks.len()));
+    let again = job.activation_checkpointing.of(layout.blocks.len());
+    let threads = Threads { count: start.threads, again };
+    let (executor, workers) = cpu::<E>(model, threads, job.max_seq_len as usize)?;
     Ok(match gang(start)? {
         None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
         Some(gang) => match job.strategy {
@@ -92,14 +93,31 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box
     })
 }
 
-fn cpu<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<(CpuExecutor<E>, Arc<Workers>)> {
-    let workers = workers(threads)?;
+/// How a pass computes.
+#[derive(Clone, Copy)]
+pub struct Threads {
+    pub count: u32,
+    /// So many blocks are computed a second time.
+    pub again: usize,
+}
+
+fn cpu<E: Storage>(
+    model: &Model,
+    threads: Threads,
+    positions: usize,
+) -> Result<(CpuExecutor<E>, Arc<Workers>)> {
+    let workers = workers(threads.count)?;
     let network = Network::new(model.decoder.clone(), model.layout(), positions);
-    Ok((CpuExecutor::new(network, workers.clone()), workers))
+    Ok((CpuExecutor::new(network, workers.clone()).computing_again(threads.again), workers))
 }
 
 /// A model on this machine's CPU alone, for sequences of at most `positions` tokens, with weights that are still zero.
 pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<Engine<Host<E>>> {
+    solo_with(model, Threads { count: threads, again: 0 }, positions)
+}
+
+/// As `solo`.
+pub fn solo_with<E: Storage>(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
     Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?))
 }

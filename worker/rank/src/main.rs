@@ -6,13 +6,14 @@ use clap::{Parser, Subcommand};
 use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
+use fleet_common::job::Job;
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
-use fleet_rank::{assemble, eval, logits};
+use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -39,6 +40,8 @@ enum Command {
     Logits(LogitsArgs),
     /// Measure how well a model predicts texts.
     Eval(EvalArgs),
+    /// Say what a job needs and how fast it will be, before it runs.
+    Plan(PlanArgs),
     /// Time training steps on made-up data.
     #[command(hide = true)]
     Bench(bench::BenchArgs),
@@ -86,6 +89,26 @@ struct LogitsArgs {
     device: String,
     #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
     precision: String,
+}
+
+#[derive(clap::Args)]
+struct PlanArgs {
+    /// The job, as it travels (`Job::to_json`).
+    #[arg(long)]
+    job: String,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    ranks: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn run_plan(args: &PlanArgs) -> Result<(), Error> {
+    let job = Job::from_json(&args.job).map_err(|e| Error::Input(format!("--job: {e}")))?;
+    let plan = plan::plan(&job, args.ranks)?;
+    let text = if args.json { serde_json::json!(plan).to_string() } else { plan.table() };
+    let mut out = std::io::stdout().lock();
+    told(writeln!(out, "{text}").and_then(|()| out.flush()))
 }
 
 #[derive(clap::Args)]
@@ -151,6 +174,7 @@ fn main() -> ExitCode {
         Some(Command::Generate(args)) => report(run_generate(&args)),
         Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
+        Some(Command::Plan(args)) => report(run_plan(&args)),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };
     ExitCode::from(code)

@@ -1,10 +1,12 @@
 //! Where a model's numbers lie, who reduces gradients and who updates weights.
 
+mod needs;
 mod sharded;
 mod shared;
 mod solo;
 mod state;
 
+pub use needs::Needs;
 pub use sharded::Sharded;
 pub use shared::Shared;
 pub use solo::Solo;

@@ -57,7 +57,7 @@ impl Gradients for Rooms {
 
 /// Rooms for the gradients of each unit, and how long they are together. Blocks take two in turn; embedding and head share one, unless the
 /// head writes into the embedding's.
-fn rooms(layout: &Layout) -> (Vec<Range<usize>>, usize) {
+pub(super) fn rooms(layout: &Layout) -> (Vec<Range<usize>>, usize) {
     let units = &layout.units;
     let last = units.len() - 1;
     let tied = layout.head.weight == layout.embedding;

@@ -1,0 +1,277 @@
+//! What a job will need on this machine's CPU, for each strategy and precision, before it runs: memory by what is known of the model, speed by
+//! steps of the same model with one and with two blocks.
+
+use crate::assemble::{self, Threads};
+use fleet_common::job::{Job, Model as Described, Precision, Strategy};
+use fleet_cpu::{Storage, activation_bytes};
+use fleet_kernels as kernels;
+use fleet_learn::model::Model;
+use fleet_learn::strategy::Needs;
+use fleet_learn::{AdamW, Error, Learner, Result, TokenBatch, Update, Votes};
+use half::bf16;
+use serde::Serialize;
+use std::fmt::Write;
+use std::time::Instant;
+
+/// Steps that are timed for each size, after one that is not.
+const STEPS: u64 = 3;
+/// Numbers with which the optimizer and the sum of gradients are timed.
+const SAMPLE: usize = 1 << 21;
+
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    pub parameters: usize,
+    pub ranks: u32,
+    pub threads_per_rank: u32,
+    /// Of this machine now, for all ranks together.
+    pub available_mib: u64,
+    pub choices: Vec<Choice>,
+}
+
+/// One way to run the job. Memory is in MiB for each rank; what the ranks share is divided by their number.
+#[derive(Debug, Serialize)]
+pub struct Choice {
+    pub strategy: Strategy,
+    pub precision: Precision,
+    pub weights_mib: u64,
+    pub gradients_mib: u64,
+    pub optimizer_mib: u64,
+    pub activations_mib: u64,
+    /// Of the program and its libraries.
+    pub program_mib: u64,
+    pub peak_mib: u64,
+    pub fits: bool,
+    /// Of all ranks.
+    pub tokens_per_s: f64,
+    /// What the job asks for.
+    pub is_job: bool,
+}
+
+/// For `ranks` ranks on this machine.
+pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
+    let model = match &job.model {
+        Described::New(config) => Model::new(config)?,
+        Described::Pretrained(dir) => Model::read(dir)?,
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let threads_per_rank = job.threads_per_rank.unwrap_or(cores / ranks).max(1);
+    let run = Run { job, model, ranks: ranks as usize, threads: threads_per_rank };
+    let program = program_bytes(run.ranks);
+    let available = available_bytes();
+    let mut choices = Vec::new();
+    for precision in [Precision::Fp32, Precision::Bf16Mixed] {
+        let is_bf16 = precision == Precision::Bf16Mixed;
+        let speeds = if is_bf16 { run.speeds::<bf16>()? } else { run.speeds::<f32>()? };
+        let strategies: &[Strategy] =
+            if ranks == 1 { &[Strategy::Auto] } else { &[Strategy::Ddp, Strategy::Fsdp] };
+        for &strategy in strategies {
+            let layout = run.model.layout();
+            let needs = Needs::of(strategy, &layout, is_bf16, run.ranks);
+            let again = job.activation_checkpointing.of(run.model.decoder.layers);
+            let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
+            let activations = match is_bf16 {
+                true => activation_bytes::<bf16>(&run.model.decoder, tokens, again),
+                false => activation_bytes::<f32>(&run.model.decoder, tokens, again),
+            };
+            let peak = needs.total() + activations + program;
+            choices.push(Choice {
+                strategy,
+                precision,
+                weights_mib: mib(needs.weights),
+                gradients_mib: mib(needs.gradients),
+                optimizer_mib: mib(needs.optimizer),
+                activations_mib: mib(activations),
+                program_mib: mib(program),
+                peak_mib: mib(peak),
+                fits: peak * run.ranks <= available,
+                tokens_per_s: run.tokens_per_s(&speeds, strategy, layout.len),
+                is_job: precision == job.precision && is_chosen(strategy, job.strategy, ranks),
+            });
+        }
+    }
+    let parameters = run.model.layout().count();
+    Ok(Plan { parameters, ranks, threads_per_rank, available_mib: mib(available), choices })
+}
+
+/// Whether a job with `wanted` runs as `strategy`.
+fn is_chosen(strategy: Strategy, wanted: Strategy, ranks: u32) -> bool {
+    match wanted {
+        _ if ranks == 1 => true,
+        Strategy::Auto | Strategy::Ddp => strategy == Strategy::Ddp,
+        Strategy::Fsdp | Strategy::Hsdp => strategy == Strategy::Fsdp,
+    }
+}
+
+struct Run<'a> {
+    job: &'a Job,
+    model: Model,
+    ranks: usize,
+    threads: u32,
+}
+
+/// Seconds, with all ranks at work.
+struct Speeds {
+    /// Forward and backward of one micro-batch.
+    pass: f64,
+    /// Of the optimizer, for each number.
+    update: f64,
+    /// Of adding up gradients, for each number.
+    add: f64,
+}
+
+impl Run<'_> {
+    fn speeds<E: Storage>(&self) -> Result<Speeds> {
+        let [update, add] = self.per_number()?;
+        let mut one = self.model.clone();
+        one.decoder.layers = 1;
+        one.decoder.attention.windows.truncate(1);
+        let mut two = self.model.clone();
+        two.decoder.layers = two.decoder.layers.min(2);
+        two.decoder.attention.windows.truncate(2);
+        let pass = |model: &Model| -> Result<f64> {
+            Ok(self.step::<E>(model)? - model.layout().len as f64 * update)
+        };
+        let first = pass(&one)?;
+        let more = if two.decoder.layers == 2 { (pass(&two)? - first).max(0.0) } else { 0.0 };
+        Ok(Speeds { pass: first + more * (self.model.decoder.layers - 1) as f64, update, add })
+    }
+
+    /// Seconds of a step of `model`, by the slowest of all ranks at once, each with an optimizer of its own.
+    fn step<E: Storage>(&self, model: &Model) -> Result<f64> {
+        let seq = self.job.max_seq_len as usize - 1;
+        let again = self.job.activation_checkpointing.of(model.decoder.layers);
+        let vocab = model.decoder.vocab_size as i64;
+        let tokens = seq * self.job.batch_size as usize;
+        let ids: Vec<i64> = (0..=tokens as i64).map(|i| (i * i + 7 * i) % vocab).collect();
+        self.at_once(|| {
+            let mut engine = assemble::solo_with::<E>(model, Threads { count: self.threads, again }, seq)?;
+            engine.fresh_weights(0)?;
+            let batch =
+                [TokenBatch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), weights: None, seq }];
+            let adamw = AdamW::from(&self.job.optimizer);
+            let mut times = Vec::new();
+            for step in 1..=STEPS + 1 {
+                let began = Instant::now();
+                engine.step(&batch, &Update { adamw, lr: 1e-5, step }, Votes::default())?;
+                times.push(began.elapsed().as_secs_f64());
+            }
+            Ok(median(&mut times[1..]))
+        })
+    }
+
+    /// Seconds for each number of an optimizer's step, and of adding gradients up.
+    fn per_number(&self) -> Result<[f64; 2]> {
+        let step = kernels::AdamWStep {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            step: 1,
+            grad_scale: 1.0,
+        };
+        let time = |work: &(dyn Fn(&mut [Vec<f32>; 4]) + Sync)| {
+            self.at_once(|| {
+                let mut numbers: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.5; SAMPLE]);
+                let mut times: Vec<f64> = (0..=STEPS)
+                    .map(|_| {
+                        let began = Instant::now();
+                        work(&mut numbers);
+                        began.elapsed().as_secs_f64()
+                    })
+                    .collect();
+                Ok(median(&mut times[1..]) / SAMPLE as f64)
+            })
+        };
+        let update = time(&|[p, g, m, v]| kernels::adamw(&step, p, g, m, v, None))?;
+        let add = time(&|[sum, more, ..]| kernels::add(sum, more.as_slice()))?;
+        Ok([update / f64::from(self.threads), add])
+    }
+
+    /// The longest time of all ranks, which work at once.
+    fn at_once(&self, work: impl Fn() -> Result<f64> + Sync) -> Result<f64> {
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = (0..self.ranks).map(|_| scope.spawn(&work)).collect();
+            ranks.into_iter().try_fold(0.0, |longest: f64, rank| {
+                let time = rank.join().map_err(|_| Error::Job("a rank of the plan panicked".into()))??;
+                Ok(longest.max(time))
+            })
+        })
+    }
+
+    fn tokens_per_s(&self, speeds: &Speeds, strategy: Strategy, parameters: usize) -> f64 {
+        let micro = f64::from(self.job.accumulate_grad_batches);
+        let (ranks, numbers) = (self.ranks as f64, parameters as f64);
+        let reductions = match strategy {
+            _ if self.ranks == 1 => 0.0,
+            Strategy::Auto | Strategy::Ddp => 1.0,
+            Strategy::Fsdp | Strategy::Hsdp => micro,
+        };
+        let step = micro * speeds.pass + numbers * (speeds.update / ranks + reductions * speeds.add);
+        let tokens = ranks * micro * f64::from(self.job.batch_size) * f64::from(self.job.max_seq_len);
+        tokens / step
+    }
+}
+
+impl Plan {
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = format!(
+            "On the CPU of this machine: {:.1} M parameters; {} ranks with {} threads each; {} MiB available here\n\n",
+            self.parameters as f64 / 1e6,
+            self.ranks,
+            self.threads_per_rank,
+            self.available_mib
+        );
+        text += "MiB per rank           weights  gradients  optimizer  activations  program     peak  fits  tokens/s\n";
+        for choice in &self.choices {
+            let name = format!("{} {}", word(&choice.strategy), word(&choice.precision));
+            let fits = if choice.fits { "yes" } else { "no" };
+            let mark = if choice.is_job { "  <- the job" } else { "" };
+            let _ = writeln!(
+                text,
+                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>7}  {:>7}  {fits:>4}  {:>8.0}{mark}",
+                choice.weights_mib,
+                choice.gradients_mib,
+                choice.optimizer_mib,
+                choice.activations_mib,
+                choice.program_mib,
+                choice.peak_mib,
+                choice.tokens_per_s
+            );
+        }
+        text.trim_end().to_owned()
+    }
+}
+
+/// As a job file has it.
+fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn mib(bytes: usize) -> u64 {
+    (bytes as u64).div_ceil(1 << 20)
+}
+
+/// A line of a file in `/proc` that gives KiB.
+fn kib(path: &str, key: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(path).ok()?;
+    text.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok())
+}
+
+/// What this program takes before it has a model, where `ranks` processes share the pages of its files.
+fn program_bytes(ranks: usize) -> usize {
+    let of = |key| kib("/proc/self/smaps_rollup", key).unwrap_or(0) << 10;
+    let all = kib("/proc/self/status", "VmRSS:").unwrap_or(0) << 10;
+    let own = of("Anonymous:");
+    own + all.saturating_sub(own) / ranks
+}
+
+fn available_bytes() -> usize {
+    kib("/proc/meminfo", "MemAvailable:").map_or(usize::MAX, |kib| kib << 10)
+}

@@ -1,0 +1,46 @@
+//! `fleet-rank plan` says what a job needs, without running it.
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use fleet_common::job::parse_toml;
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+
+fn plan(settings: &str, ranks: u32) -> Value {
+    let model = "[model]\nmodel_type = \"llama\"\nvocab_size = 512\nhidden_size = 64\nintermediate_size = 128\nnum_hidden_layers = 12\nnum_attention_heads = 4\nmax_position_embeddings = 64\n";
+    let job = format!(
+        "batch_size = 32\nmax_seq_len = 64\nthreads_per_rank = 1\n{settings}\n[data]\npath = \"x.txt\"\n{model}"
+    );
+    let (job, _) = parse_toml(&job, Path::new("/tmp")).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_fleet-rank"))
+        .args(["plan", "--json", "--job", &job.to_json(), "--ranks", &ranks.to_string()])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn of<'a>(plan: &'a Value, strategy: &str, precision: &str) -> &'a Value {
+    let choices = plan["choices"].as_array().unwrap();
+    choices.iter().find(|c| c["strategy"] == strategy && c["precision"] == precision).unwrap()
+}
+
+#[test]
+fn every_choice_is_told_and_one_is_the_jobs() {
+    let plan = plan("strategy = \"fsdp\"\nprecision = \"bf16-mixed\"", 4);
+    let choices = plan["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 4);
+    let chosen: Vec<&Value> = choices.iter().filter(|choice| choice["is_job"] == true).collect();
+    assert_eq!(chosen, [of(&plan, "fsdp", "bf16-mixed")]);
+    assert!(choices.iter().all(|c| c["tokens_per_s"].as_f64().unwrap() > 0.0 && c["fits"] == true));
+    let peak = |strategy| of(&plan, strategy, "32")["peak_mib"].as_u64().unwrap();
+    assert!(peak("fsdp") <= peak("ddp"), "{plan}");
+}
+
+#[test]
+fn blocks_that_are_computed_again_keep_less() {
+    let kept = |settings| plan(settings, 1)["choices"][0]["activations_mib"].as_u64().unwrap();
+    let (all, again) = (kept(""), kept("activation_checkpointing = \"blocks\""));
+    assert!(again * 2 < all, "{again} of {all} MiB");
+}
