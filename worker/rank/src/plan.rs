@@ -15,12 +15,14 @@ use std::time::Instant;
 
 /// Steps that are timed for each size, after one that is not.
 const STEPS: u64 = 3;
+/// Bytes of a parameter in a checkpoint.
+const COPIED: usize = 12;
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
 #[derive(Debug, Serialize)]
 pub struct Plan {
-    pub parameters: usize,
+    pub parameters: u64,
     pub ranks: u32,
     pub threads_per_rank: u32,
     /// Of this machine now, for all ranks together.
@@ -37,6 +39,8 @@ pub struct Choice {
     pub gradients_mib: u64,
     pub optimizer_mib: u64,
     pub activations_mib: u64,
+    /// The copy that a checkpoint is written from.
+    pub saving_mib: u64,
     /// Of the program and its libraries.
     pub program_mib: u64,
     pub peak_mib: u64,
@@ -73,7 +77,8 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
                 true => activation_bytes::<bf16>(&run.model.decoder, tokens, again),
                 false => activation_bytes::<f32>(&run.model.decoder, tokens, again),
             };
-            let peak = needs.total() + activations + program;
+            let saving = COPIED * layout.len / run.ranks;
+            let peak = needs.total() + activations + saving + program;
             choices.push(Choice {
                 strategy,
                 precision,
@@ -81,6 +86,7 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
                 gradients_mib: mib(needs.gradients),
                 optimizer_mib: mib(needs.optimizer),
                 activations_mib: mib(activations),
+                saving_mib: mib(saving),
                 program_mib: mib(program),
                 peak_mib: mib(peak),
                 fits: peak * run.ranks <= available,
@@ -223,18 +229,19 @@ impl Plan {
             self.threads_per_rank,
             self.available_mib
         );
-        text += "MiB per rank           weights  gradients  optimizer  activations  program     peak  fits  tokens/s\n";
+        text += "MiB per rank           weights  gradients  optimizer  activations  saving  program     peak  fits  tokens/s\n";
         for choice in &self.choices {
             let name = format!("{} {}", word(&choice.strategy), word(&choice.precision));
             let fits = if choice.fits { "yes" } else { "no" };
             let mark = if choice.is_job { "  <- the job" } else { "" };
             let _ = writeln!(
                 text,
-                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>7}  {:>7}  {fits:>4}  {:>8.0}{mark}",
+                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>6}  {:>7}  {:>7}  {fits:>4}  {:>8.0}{mark}",
                 choice.weights_mib,
                 choice.gradients_mib,
                 choice.optimizer_mib,
                 choice.activations_mib,
+                choice.saving_mib,
                 choice.program_mib,
                 choice.peak_mib,
                 choice.tokens_per_s
