@@ -12,7 +12,7 @@ use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::{Membership, Replica, Sizes};
 use fleet_common::codec;
 use fleet_common::events::{
-    DataStats, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
+    DataStats, Endpoint, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
@@ -35,6 +35,7 @@ fn any_body() -> impl Strategy<Value = EventBody> {
         }),
         any::<bool>().prop_map(|cached| EventBody::DataReady(DataStats {
             documents: 3,
+            fingerprint: if cached { "a".into() } else { "b".into() },
             cached,
             ..DataStats::default()
         })),
@@ -55,6 +56,11 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             }))
         }),
         Just(log),
+        (0..3u16, 1..3u8).prop_map(|(ranks, key)| {
+            EventBody::Listening(
+                (0..ranks).map(|rank| Endpoint { port: 9 + rank, key: vec![key; 44] }).collect(),
+            )
+        }),
         (0..9u64).prop_map(|lines| EventBody::LeftOut { lines, bytes: 3 * lines }),
         Just(finished()),
         (0..5u64).prop_map(stopped),
@@ -176,6 +182,9 @@ fn job_change() -> impl Strategy<Value = Change> {
         }),
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::FailJob(FailJob { job, generation, node, message: "m".into() })
+        }),
+        1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
+            Change::BreakOff(BreakOff { job, generation, node, waited_ms: 60_000 })
         }),
     ]
 }
