@@ -20,6 +20,15 @@ const DEADLINE: Duration = Duration::from_secs(900);
 
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+    if let Some(network) = &start.network {
+        let mut hosts: Vec<&str> = network.peers.iter().map(|peer| peer.address.as_str()).collect();
+        hosts.dedup();
+        let hosts = hosts.join(", ");
+        let why = format!(
+            "the ranks of this version know how to reach each other on several hosts ({hosts}), and no strategy of it trains over them yet; set num_nodes = 1"
+        );
+        return Err(Error::Environment(why));
+    }
     match place(&start.device) {
         Ok(Place::Host) => on_host(start, job, model, None),
         Ok(Place::Device(kind, device)) => on_device(start, job, model, kind, device),
