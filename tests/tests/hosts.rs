@@ -40,7 +40,8 @@ fn nodes_that_disagree_are_refused_with_both_numbers() {
     let world = World::new();
     let job = world.job(&TinyJob { more: "num_nodes = 2", ..TinyJob::default() }).display().to_string();
     for args in [["--nodes", "3"], ["-n", "3"]] {
-        let refused = world.run("fleet", &["submit", "--cluster", "nowhere:1", args[0], args[1], &job]).expect(2);
+        let refused =
+            world.run("fleet", &["submit", "--cluster", "nowhere:1", args[0], args[1], &job]).expect(2);
         let all = refused.all();
         assert!(all.contains('2') && all.contains('3') && all.contains("nodes"), "{all}");
     }

@@ -97,8 +97,7 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::commands::{BreakOff, CancelJob, Change, DescribeNode, FailJob};
-    use crate::cluster::records::Stop;
+    use crate::cluster::commands::{BreakOff, Change, DescribeNode, DrainNode, FailJob, UndrainNode};
     use crate::cluster::tests::{Script, describe, job, stopped, training};
     use fleet_common::events::DataStats;
     use fleet_common::protocol::{JobState, ToAgent, Wish};
@@ -159,13 +158,13 @@ mod tests {
         for node in [1, 2] {
             script.tell(job, node, 1, vec![listening(100, 2), ready("d")]);
         }
-        script.state.jobs.get_mut(&job).unwrap().requeue = true;
-        script.run(Change::CancelJob(CancelJob { job, stop: Stop::AfterCheckpoint }));
+        script.run(Change::DrainNode(DrainNode { node: NodeId(2), now: true }));
         assert_eq!(told(&script, 1), None, "what shall stop meets nobody");
         for node in [1, 2] {
             script.tell(job, node, 3, vec![stopped(0)]);
         }
         assert_eq!(script.state.jobs()[&job].state, JobState::Queued);
+        script.run(Change::UndrainNode(UndrainNode { node: NodeId(2) }));
         script.place(job, &[(1, 2), (2, 2)]);
         script.tell(job, 1, 1, vec![listening(200, 2), ready("d")]);
         assert_eq!(told(&script, 1), None);

@@ -522,7 +522,7 @@ fn commands_keep_their_bytes() {
             "08050103016d".into(),
         ),
         (Change::RevokeToken(RevokeToken { id: "t".into() }), "090174".into()),
-        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013002")),
+        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013003")),
         (Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }), "0b02".into()),
         (Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }), "0c02".into()),
         (
@@ -562,6 +562,10 @@ fn commands_keep_their_bytes() {
         (Change::HoldCa(HoldCa { replica: ReplicaId(2), der: vec![9] }), "19020109".into()),
         (Change::ShowCa(ShowCa { member, ca: 2 }), "1a010302".into()),
         (Change::FinishCa(FinishCa { force: true }), "1b01".into()),
+        (
+            Change::BreakOff(BreakOff { job: job_id, generation: 1, node, waited_ms: 60_000 }),
+            "1e050103fb60ea".into(),
+        ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
@@ -580,4 +584,4 @@ fn commands_keep_their_bytes() {
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 30;
+const COMMANDS: usize = 31;

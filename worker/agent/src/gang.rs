@@ -275,7 +275,7 @@ impl Supervised {
             expired: None,
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
-            watch: Watch::default(),
+            watch: Watch::new(gang.first_rank),
             standings: Standings::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
