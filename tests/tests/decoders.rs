@@ -149,6 +149,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         resume: None,
         work: program(),
     };
+    let peers = vec![Peer { host: 0, address: "n1".into(), port: 29_600, key: vec![48; 44] }];
     let start = RankStart {
         job: JobId(5),
         generation: 1,
@@ -165,11 +166,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         threads: 1,
         device: "cpu".into(),
         shm_fd: Some(7),
-        network: Some(Network {
-            peers: vec![Peer { host: 0, address: "n1".into(), port: 29_600, key: vec![48; 44] }],
-            key: PrivateKey::new(vec![48; 20]),
-            listener_fd: 8,
-        }),
+        network: Some(Network { peers: peers.clone(), key: PrivateKey::new(vec![48; 20]), listener_fd: 8 }),
     };
     let join = JoinRequest {
         version: PROTOCOL_VERSION,
@@ -201,6 +198,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         tagged(3, &ToAgent::Welcome { node: NodeId(3) }),
         tagged(3, &ToAgent::StartGang(gang)),
         tagged(3, &ToAgent::StopGang { job: JobId(5), generation: 1, now: true }),
+        tagged(3, &ToAgent::MeetPeers { job: JobId(5), generation: 1, peers }),
         tagged(3, &ToAgent::Coordinators(vec![address(), address()])),
         tagged(4, &FromRank::Event(events().events.remove(3))),
         tagged(4, &FromRank::Done(Outcome::Stopped { steps: 3 })),
