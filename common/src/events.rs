@@ -17,7 +17,7 @@ pub struct Event {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum EventBody {
-    /// The token cache is there; the ranks start.
+    /// The token cache is there; the ranks start, or wait for those of other nodes.
     DataReady(DataStats),
     /// All ranks have loaded the model and met; training starts at `step`.
     Started {
@@ -56,6 +56,27 @@ pub enum EventBody {
     },
     /// For whom the gang waits now, if it stands still: in place of what was told before. It is shown, and not kept.
     Stall(Option<Stall>),
+    /// The ranks of one of several nodes can be called, in rank order. For the other ranks of this generation, and not kept.
+    Listening(Vec<Endpoint>),
+}
+
+/// Where a rank listens on its node, and by which key it is known there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Of TCP.
+    pub port: u16,
+    /// Public half of an ed25519 key that was made for this rank and generation: a SubjectPublicKeyInfo in DER.
+    pub key: Vec<u8>,
+}
+
+/// Bytes of a public key, with room to spare: those of ed25519 have 44.
+const KEY_MAX: usize = 128;
+
+impl Endpoint {
+    /// Somebody could be called there.
+    pub fn is_sound(&self) -> bool {
+        self.port != 0 && (1..=KEY_MAX).contains(&self.key.len())
+    }
 }
 
 /// A gang stands still.
@@ -88,6 +109,8 @@ pub struct DataStats {
     /// Bytes of UTF-8 text per token of the validation part, to turn nats per token into bits per byte.
     pub validation_bytes_per_token: f64,
     pub vocab_size: u32,
+    /// SHA-256 of all that ranks read of the data, in hex: the same on every node of a job.
+    pub fingerprint: String,
     /// Read from an earlier build of the same data.
     pub cached: bool,
     pub seconds: f64,

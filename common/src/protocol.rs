@@ -10,7 +10,7 @@
 //! | stdout of a worker | worker -> `fleet launch` | a line of JSON when it is registered; then `Printed`, where it runs a program |
 
 use crate::codec::{self, Versioned};
-use crate::events::{Event, EventBatch, JobError, Outcome};
+use crate::events::EventBatch;
 use crate::ids::{Generation, JobId, NodeId, ParseIdError, Rank, ReplicaId, UserId};
 use crate::net::{Authorities, PrivateKey};
 use serde::{Deserialize, Serialize};
@@ -21,17 +21,19 @@ use std::str::FromStr;
 mod client;
 mod environment;
 mod output;
+mod ranks;
 mod records;
 mod views;
 
 pub use client::*;
 pub use environment::*;
 pub use output::*;
+pub use ranks::*;
 pub use records::*;
 pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// The first message of each stream between coordinators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -259,6 +261,12 @@ pub enum ToAgent {
     },
     /// A piece of what a rank printed, please. At most `OUTPUT_ASKED_MAX` of these are unanswered on a connection.
     ReadOutput(OutputWish),
+    /// Where all ranks of a gang on several nodes can be called, in rank order: every node of it is told the same, once all can. Idempotent.
+    MeetPeers {
+        job: JobId,
+        generation: Generation,
+        peers: Vec<Peer>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -273,7 +281,7 @@ pub struct Gang {
     /// Nodes of the job, and which of them this is.
     pub nodes: u32,
     pub node_index: u32,
-    /// Where ranks on several nodes meet; ranks on one node meet as they like.
+    /// Where the ranks of a program on several nodes meet; those on one node meet as they like, and those that train are told by `MeetPeers`.
     pub meeting: Option<Meeting>,
     /// The agent ends the gang when it has run for so long.
     pub max_time_ms: Option<u64>,
@@ -287,52 +295,4 @@ pub struct Gang {
 pub struct Meeting {
     pub host: String,
     pub port: u16,
-}
-
-// ---- ranks ------------------------------------------------------------------------------------------------------------
-
-/// Environment variable with the number of the inherited socket to the agent.
-pub const RANK_SOCKET_ENV: &str = "FLEET_RANK_SOCKET";
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum ToRank {
-    /// First.
-    Start(Box<RankStart>),
-    /// Stop at the next step that all ranks agree on, with a checkpoint.
-    Stop,
-    /// The checkpoint of this step is recorded: older ones may be rotated away.
-    CheckpointCommitted { step: u64 },
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RankStart {
-    pub job: JobId,
-    pub generation: Generation,
-    pub rank: Rank,
-    pub world_size: u32,
-    pub local_rank: u32,
-    /// `Job::to_json`.
-    pub job_json: String,
-    /// Directory of the token cache (`fleet_data::TokenCache::open`).
-    pub cache_dir: String,
-    /// The checkpoint to continue from, already verified by the agent.
-    pub resume: Option<String>,
-    /// The name of a run that begins with this job, for `fleet_checkpoint::Claim`.
-    pub run: String,
-    /// That compute.
-    pub threads: u32,
-    /// `cpu`, `cuda:0`, `mps`.
-    pub device: String,
-    /// Inherited file descriptor of the gang's shared segment; `None` for one rank.
-    pub shm_fd: Option<i32>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum FromRank {
-    /// Passed on by the agent in order. Step, eval and checkpoint events come from rank 0 only.
-    Event(Event),
-    /// The rank is done and will exit with 0.
-    Done(Outcome),
-    /// The rank cannot go on and will exit with 1.
-    Failed(JobError),
 }

@@ -54,6 +54,9 @@ pub fn event(event: &Event) -> Value {
             json!({"event": "memory", "first_rank": first_rank, "rss_mib": rss_mib, "pss_mib": pss_mib})
         }
         EventBody::Finished(outcome) => finished(outcome),
+        EventBody::Listening(endpoints) => {
+            json!({"event": "listening", "ports": endpoints.iter().map(|at| at.port).collect::<Vec<_>>()})
+        }
         EventBody::Stall(stall) => json!({"event": "stall", "stall": stall}),
         EventBody::LeftOut { lines, bytes } => json!({"event": "left_out", "lines": lines, "bytes": bytes}),
     };

@@ -226,7 +226,10 @@ impl Report {
                 }
             }
             EventBody::LeftOut { lines, bytes } => format!("[node] {}", left_out(*lines, *bytes)),
-            EventBody::Memory { .. } | EventBody::Stall(_) | EventBody::Finished(_) => return None,
+            EventBody::Memory { .. }
+            | EventBody::Stall(_)
+            | EventBody::Listening(_)
+            | EventBody::Finished(_) => return None,
         })
     }
 

@@ -11,8 +11,8 @@ use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
 use fleet_common::net::{Authorities, PrivateKey};
 use fleet_common::protocol::{
     Admission, AgentHello, ClientFrame, CoordinatorAddress, FromAgent, FromRank, Gang, JoinReply,
-    JoinRequest, Member, PROTOCOL_VERSION, Page, Point, Printed, Program, RankStart, Reply, Request,
-    SubmitJob, ToAgent, ToRank, Wish, Work,
+    JoinRequest, Member, Network, PROTOCOL_VERSION, Page, Peer, Point, Printed, Program, RankStart, Reply,
+    Request, SubmitJob, ToAgent, ToRank, Wish, Work,
 };
 use fleet_coordinator::archive::{self, Record};
 use fleet_coordinator::cluster::commands::{Change, StartRun};
@@ -149,12 +149,16 @@ fn real_messages() -> Vec<Vec<u8>> {
         resume: None,
         work: program(),
     };
+    let peers = vec![Peer { host: 0, address: "n1".into(), port: 29_600, key: vec![48; 44] }];
     let start = RankStart {
         job: JobId(5),
         generation: 1,
         rank: 1,
         world_size: 2,
-        local_rank: 1,
+        local_rank: 0,
+        local_world_size: 1,
+        host: 1,
+        hosts: 2,
         job_json: "{}".into(),
         cache_dir: "/cache".into(),
         resume: Some("/c/step-5".into()),
@@ -162,6 +166,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         threads: 1,
         device: "cpu".into(),
         shm_fd: Some(7),
+        network: Some(Network { peers: peers.clone(), key: PrivateKey::new(vec![48; 20]), listener_fd: 8 }),
     };
     let join = JoinRequest {
         version: PROTOCOL_VERSION,
@@ -193,6 +198,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         tagged(3, &ToAgent::Welcome { node: NodeId(3) }),
         tagged(3, &ToAgent::StartGang(gang)),
         tagged(3, &ToAgent::StopGang { job: JobId(5), generation: 1, now: true }),
+        tagged(3, &ToAgent::MeetPeers { job: JobId(5), generation: 1, peers }),
         tagged(3, &ToAgent::Coordinators(vec![address(), address()])),
         tagged(4, &FromRank::Event(events().events.remove(3))),
         tagged(4, &FromRank::Done(Outcome::Stopped { steps: 3 })),

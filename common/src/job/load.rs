@@ -95,13 +95,6 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let max_steps = max_steps(f)?;
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
-    let num_nodes = f.int32("num_nodes", 1, RANKS_MAX)?.unwrap_or(1);
-    if num_nodes != 1 {
-        let message = format!(
-            "`num_nodes` is {num_nodes}, and this version keeps a job's ranks on one node; leave it at 1"
-        );
-        return Err(f.refuse(&["num_nodes"], message));
-    }
     let wanted = wanted(f)?;
     Ok(Job {
         task_name: task_name(f)?,
@@ -111,13 +104,14 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         seed: f.int("seed", 0, INT_MAX)?.unwrap_or(42),
         strategy: wanted.strategy,
         devices: devices(f)?,
-        num_nodes,
+        num_nodes: f.int32("num_nodes", 1, RANKS_MAX)?,
         device: wanted.device,
         executor: wanted.executor,
         precision: wanted.precision,
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         activation_checkpointing: activation_checkpointing(f)?,
+        transport_encryption: f.flag("transport_encryption")?.unwrap_or(true),
         max_seq_len,
         epochs: f.int32("epochs", 1, 1_000_000)?.unwrap_or(1),
         max_steps,

@@ -21,7 +21,7 @@ mod vocabulary;
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
-pub use ranks::RanksError;
+pub use ranks::{Asked, RanksError, Shape};
 
 use crate::model::Object;
 use serde::{Deserialize, Serialize};
@@ -41,7 +41,8 @@ pub struct Job {
     pub seed: u64,
     pub strategy: Strategy,
     pub devices: Devices,
-    pub num_nodes: u32,
+    /// `None`: what `fleet submit --nodes` says, else one.
+    pub num_nodes: Option<u32>,
     pub device: Device,
     #[serde(default)]
     pub executor: Executor,
@@ -51,6 +52,9 @@ pub struct Job {
     pub accumulate_grad_batches: u32,
     #[serde(default)]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// What ranks on several nodes send each other is encrypted.
+    #[serde(default = "yes")]
+    pub transport_encryption: bool,
     /// Tokens in one sequence; a window of this length gives `max_seq_len - 1` predictions.
     pub max_seq_len: u32,
     pub epochs: u32,
@@ -88,9 +92,11 @@ pub enum Strategy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Devices {
-    /// As many ranks as `fleet launch -n` or `fleet submit -n` asks for, else one.
+    /// As many ranks as `fleet launch -n` or `fleet submit -n` asks for, else one on each node.
     Auto,
+    /// So many ranks on each node.
     Count(u32),
+    /// A rank for each of these, on each node.
     Ids(Vec<u32>),
 }
 
@@ -129,6 +135,10 @@ pub enum Precision {
     /// Everything in bf16.
     #[serde(rename = "bf16-true")]
     Bf16True,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Of which blocks nothing is kept between forward and backward but what they read: they are computed a second time.

@@ -28,6 +28,7 @@ impl Job {
                 ActivationCheckpointing::Blocks => json!("blocks"),
                 ActivationCheckpointing::First(count) => json!(count),
             },
+            "transport_encryption": self.transport_encryption,
             "max_seq_len": self.max_seq_len,
             "epochs": self.epochs,
             "max_steps": self.max_steps,

@@ -64,6 +64,8 @@ fn every_spelling_reaches_its_field() {
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
         ("strategy = \"fsdp_native\"", |j| j.strategy == Strategy::Fsdp),
+        ("", |j| j.transport_encryption),
+        ("transport_encryption = false", |j| !j.transport_encryption),
         ("strategy = \"hsdp\"", |j| j.strategy == Strategy::Hsdp),
         ("", |j| j.activation_checkpointing == ActivationCheckpointing::None),
         ("activation_checkpointing = \"blocks\"", |j| {
@@ -233,10 +235,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "device = \"cuda\"\nuse_gpu = false",
             "job:2: `use_gpu` = false and the `device` contradict each other; keep one",
         ),
-        (
-            "num_nodes = 2",
-            "job:1: `num_nodes` is 2, and this version keeps a job's ranks on one node; leave it at 1",
-        ),
+        ("num_nodes = 0", "job:1: `num_nodes` is 0; it must be a whole number from 1 to 1024"),
         (
             "lora_r = 8",
             "job:1: `lora_r` is not in this version of fleet: it trains all weights; adapters (LoRA) come later",

@@ -3,10 +3,10 @@
 //! A gang lives or dies as a whole: when one part ends badly the others are told to stop, with the time that a cancelled job has. Nothing new is
 //! started before every part has reported its end or its node was given up.
 
-use super::records::{JobRecord, Stop, node_error};
+use super::records::{JobRecord, Part, Placement, Report, Stop, node_error};
 use super::{Context, Effect, State};
 use crate::cluster::history::HistoryRow;
-use fleet_common::events::{Event, EventBody, Outcome};
+use fleet_common::events::{Event, EventBody, FailureKind, JobError, Outcome};
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::JobState;
 
@@ -17,24 +17,45 @@ pub const ARCHIVED_MAX: usize = 100_000;
 
 impl State {
     /// No rank of this part of the job is alive any more.
-    pub(crate) fn end_part(&mut self, id: JobId, node: NodeId, outcome: Outcome, context: &mut Context) {
+    pub(crate) fn end_part(&mut self, id: JobId, node: NodeId, mut outcome: Outcome, context: &mut Context) {
         let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.state.is_final()) else { return };
         let Some(at) = job.placement.as_mut() else { return };
         let Some(part) = at.parts.iter_mut().find(|part| part.node == node && !part.finished) else { return };
         part.finished = true;
+        part.report = Report::default();
         let leads = part.first_rank == 0;
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         let all = at.all_finished();
+        let elsewhere = blamed_elsewhere(at, node, &outcome).and_then(|node| self.nodes.get(&node));
+        if let (Some(other), Outcome::Failed(error)) = (elsewhere, &mut outcome) {
+            error.node = Some(other.name.clone());
+        }
         let ended_well = matches!(outcome, Outcome::Succeeded { .. });
         job.ending = Some(worse(job.ending.take(), outcome, leads));
         if all {
             return self.settle(id, context);
         }
-        if !ended_well && job.stop.is_none_or(|_| matches!(job.ending, Some(Outcome::Failed(_)))) {
+        let failed = matches!(job.ending, Some(Outcome::Failed(_)));
+        if !ended_well && (failed || job.stop.is_none()) {
+            // Ranks that train have nothing to save without the others.
+            let how = if failed && job.trains { Stop::Now } else { Stop::AfterCheckpoint };
             job.state = JobState::Stopping;
-            job.stop.get_or_insert(Stop::AfterCheckpoint);
+            job.stop = job.stop.max(Some(how));
             wake_parts(job, context);
         }
+    }
+
+    /// A gang cannot go on, though its ranks may live: its parts are told to stop, and with the last of them the job fails for this reason.
+    pub(crate) fn break_off(&mut self, id: JobId, error: JobError, context: &mut Context) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.state.is_final()) else { return };
+        if job.placement.is_none() {
+            return;
+        }
+        job.ending = Some(worse(job.ending.take(), Outcome::Failed(error), false));
+        job.state = JobState::Stopping;
+        job.stop = Some(Stop::Now);
+        context.effects.push(Effect::Job(id));
+        wake_parts(job, context);
     }
 
     /// All parts have ended.
@@ -118,16 +139,26 @@ pub(crate) fn wake_parts(job: &JobRecord, context: &mut Context) {
     context.effects.extend(parts.map(|part| Effect::Node(part.node)));
 }
 
-/// The first failure counts most, then a stop; how a success looked is for rank 0 to say.
+/// The node of another part whose rank this one's end is blamed on.
+fn blamed_elsewhere(at: &Placement, here: NodeId, outcome: &Outcome) -> Option<NodeId> {
+    let Outcome::Failed(JobError { rank: Some(rank), .. }) = outcome else { return None };
+    let has = |part: &&Part| part.first_rank <= *rank && *rank - part.first_rank < part.ranks;
+    at.parts.iter().find(has).map(|part| part.node).filter(|node| *node != here)
+}
+
+/// A failure counts most: before others the first that a part tells of itself, then what one tells of a peer, then what it was told by the
+/// others. After that a stop; how a success looked is for rank 0 to say.
 fn worse(known: Option<Outcome>, new: Outcome, leads: bool) -> Outcome {
     let weight = |outcome: &Outcome| match outcome {
-        Outcome::Failed(_) => 2,
+        Outcome::Failed(JobError { kind: FailureKind::Told, .. }) => 2,
+        Outcome::Failed(JobError { kind: FailureKind::Peer, .. }) => 3,
+        Outcome::Failed(_) => 4,
         Outcome::Stopped { .. } => 1,
         Outcome::Succeeded { .. } => 0,
     };
     match known {
         Some(known) if weight(&known) > weight(&new) || (weight(&known) == weight(&new) && !leads) => known,
-        Some(known @ Outcome::Failed(_)) => known,
+        Some(known @ Outcome::Failed(_)) if weight(&known) == weight(&new) => known,
         _ => new,
     }
 }

@@ -11,6 +11,7 @@ pub mod epochs;
 pub mod fit;
 pub mod history;
 pub mod jobs;
+pub mod meeting;
 pub mod members;
 pub mod orders;
 pub mod records;

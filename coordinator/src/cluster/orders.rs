@@ -15,6 +15,9 @@ impl State {
             let Some(part) = at.part(node) else { continue };
             let generation = at.generation;
             orders.push(ToAgent::StartGang(self.gang(job, record, at, part, work)));
+            if let Some(peers) = record.peers() {
+                orders.push(ToAgent::MeetPeers { job, generation, peers });
+            }
             if let Some(stop) = record.stop {
                 orders.push(ToAgent::StopGang { job, generation, now: stop == Stop::Now });
             }

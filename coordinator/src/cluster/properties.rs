@@ -12,7 +12,7 @@ use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::{Membership, Replica, Sizes};
 use fleet_common::codec;
 use fleet_common::events::{
-    DataStats, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
+    DataStats, Endpoint, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
@@ -35,6 +35,7 @@ fn any_body() -> impl Strategy<Value = EventBody> {
         }),
         any::<bool>().prop_map(|cached| EventBody::DataReady(DataStats {
             documents: 3,
+            fingerprint: if cached { "a".into() } else { "b".into() },
             cached,
             ..DataStats::default()
         })),
@@ -55,6 +56,11 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             }))
         }),
         Just(log),
+        (0..3u16, 1..3u8).prop_map(|(ranks, key)| {
+            EventBody::Listening(
+                (0..ranks).map(|rank| Endpoint { port: 9 + rank, key: vec![key; 44] }).collect(),
+            )
+        }),
         (0..9u64).prop_map(|lines| EventBody::LeftOut { lines, bytes: 3 * lines }),
         Just(finished()),
         (0..5u64).prop_map(stopped),
@@ -176,6 +182,9 @@ fn job_change() -> impl Strategy<Value = Change> {
         }),
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::FailJob(FailJob { job, generation, node, message: "m".into() })
+        }),
+        1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
+            Change::BreakOff(BreakOff { job, generation, node, waited_ms: 60_000 })
         }),
     ]
 }
@@ -513,7 +522,7 @@ fn commands_keep_their_bytes() {
             "08050103016d".into(),
         ),
         (Change::RevokeToken(RevokeToken { id: "t".into() }), "090174".into()),
-        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013002")),
+        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013003")),
         (Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }), "0b02".into()),
         (Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }), "0c02".into()),
         (
@@ -553,6 +562,10 @@ fn commands_keep_their_bytes() {
         (Change::HoldCa(HoldCa { replica: ReplicaId(2), der: vec![9] }), "19020109".into()),
         (Change::ShowCa(ShowCa { member, ca: 2 }), "1a010302".into()),
         (Change::FinishCa(FinishCa { force: true }), "1b01".into()),
+        (
+            Change::BreakOff(BreakOff { job: job_id, generation: 1, node, waited_ms: 60_000 }),
+            "1e050103fb60ea".into(),
+        ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
@@ -571,4 +584,4 @@ fn commands_keep_their_bytes() {
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 30;
+const COMMANDS: usize = 31;

@@ -3,7 +3,8 @@
 use super::Context;
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall, line_cost,
+    CheckpointRecord, DataStats, Endpoint, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall,
+    line_cost,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
@@ -82,7 +83,7 @@ pub struct Placement {
     pub generation: Generation,
     pub parts: Vec<Part>,
     pub placed_unix_ms: u64,
-    /// Where rank 0 listens, if there are several parts. No other job has it on that node.
+    /// Where rank 0 of a program listens, if there are several parts. No other job has it on that node.
     pub port: Option<u16>,
 }
 
@@ -100,6 +101,19 @@ pub struct Part {
     pub memory_mib: Option<u64>,
     /// For whom its ranks wait.
     pub stall: Option<Stall>,
+    pub report: Report,
+}
+
+/// What the parts of a training gang on several nodes must say before any of its ranks starts: each of them is then told of all. Gone when
+/// the part is over.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Where its ranks can be called, in rank order; empty until it says so.
+    pub endpoints: Vec<Endpoint>,
+    /// Under which name or address its node was reached then.
+    pub address: String,
+    /// `DataStats::fingerprint`, once its data are ready.
+    pub data: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

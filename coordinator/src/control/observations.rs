@@ -10,7 +10,7 @@
 
 use super::peer::{Report, SIGHTINGS_MAX, Sighting};
 use super::{Action, Control, Now, PeerMessage};
-use crate::planner::{LEASE_MS, Observed, Seen};
+use crate::planner::{LEASE_MS, Observed, PartId, Seen};
 use crate::raft::disk::Disk;
 use fleet_common::ids::{NodeId, ReplicaId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +32,8 @@ pub(super) struct Observations {
     heard: BTreeMap<NodeId, u64>,
     /// On the leader: since when it could have heard each node that it counts on.
     expected: BTreeMap<NodeId, u64>,
+    /// On the leader: since when each part of a gang whose report is due could have made it.
+    unreported: BTreeMap<PartId, u64>,
     /// What the leader has not got yet.
     changed: BTreeSet<NodeId>,
     /// To whom, and in which term, reports go.
@@ -111,9 +113,19 @@ impl Observations {
         self.expected = nodes.map(since).collect();
     }
 
+    /// On the leader: these parts of gangs should say where their ranks can be called. Each whose node is connected has the whole time from
+    /// when that is so.
+    pub fn await_reports(&mut self, parts: impl Iterator<Item = PartId>, now: Now) {
+        let known = std::mem::take(&mut self.unreported);
+        let connected = parts.filter(|(_, node)| self.is_connected(*node, now));
+        let since = |part| (part, known.get(&part).copied().unwrap_or(now.mono_ms));
+        self.unreported = connected.map(since).collect();
+    }
+
     /// No silence counts from before now.
     pub fn begin_anew(&mut self) {
         self.expected.clear();
+        self.unreported.clear();
     }
 
     /// All that is known of every node: connected if anybody holds its agent, heard when it was heard last by anybody.
@@ -126,7 +138,7 @@ impl Observations {
                 seen.connected = true;
             }
         }
-        Observed { nodes, counted_from_ms: self.expected.clone() }
+        Observed { nodes, counted_from_ms: self.expected.clone(), unreported_ms: self.unreported.clone() }
     }
 
     /// Anybody holds the node's agent, as far as is known here.

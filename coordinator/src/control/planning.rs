@@ -30,6 +30,9 @@ impl<D: Disk> Control<D> {
         (self.plan_now, self.planned_ms) = (false, now.mono_ms);
         let there = self.replica.state().nodes().iter().filter(|(_, record)| !record.lost);
         self.observations.expect(there.map(|(node, _)| *node), now);
+        // What is reported while there is no room for it is heard when there is.
+        let heard = matches!(self.room, Room::Enough);
+        self.observations.await_reports(self.replica.state().unreported().filter(|_| heard), now);
         let observed = self.observed(now);
         let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms, now.unix_ms);
         if !matches!(self.room, Room::Enough) {

@@ -52,6 +52,7 @@ struct Piece {
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Order {
     Start(JobId, Generation),
+    Meet(JobId, Generation),
     Stop(JobId, Generation, bool),
     Other,
 }
@@ -60,6 +61,7 @@ impl From<&ToAgent> for Order {
     fn from(order: &ToAgent) -> Order {
         match order {
             ToAgent::StartGang(gang) => Order::Start(gang.job, gang.generation),
+            ToAgent::MeetPeers { job, generation, .. } => Order::Meet(*job, *generation),
             ToAgent::StopGang { job, generation, now } => Order::Stop(*job, *generation, *now),
             _ => Order::Other,
         }

@@ -5,6 +5,7 @@ use super::outlook::{Outlook, Placing};
 use crate::cluster::State;
 use crate::cluster::members::NodeRecord;
 use crate::cluster::records::JobRecord;
+use fleet_common::events::Outcome;
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{JobState, Wish, listed};
 
@@ -42,6 +43,9 @@ impl Outlook {
                     "goes back to the queue, since a node is drained; {} saves what it has if there is time{beware}",
                     nodes()
                 )
+            }
+            JobState::Stopping if let Some(why) = broken_off(job) => {
+                format!("{why}; its ranks are being stopped{beware}")
             }
             JobState::Stopping if job.ending.is_some() => {
                 format!("a part of it has ended; the others are being stopped{beware}")
@@ -148,6 +152,15 @@ impl Outlook {
                 format!("it needs {needed}{like}, and {all} {sum}{what}")
             }
         }
+    }
+}
+
+/// Why a job cannot go on though none of its parts has ended.
+fn broken_off(job: &JobRecord) -> Option<&str> {
+    let whole = job.placement.as_ref().is_some_and(|at| at.parts.iter().all(|part| !part.finished));
+    match &job.ending {
+        Some(Outcome::Failed(error)) if whole => Some(&error.message),
+        _ => None,
     }
 }
 

@@ -12,13 +12,16 @@ mod timeline;
 pub use explain::ended;
 pub use outlook::{OVERRUN_MS, Outlook, Placing};
 
-use crate::cluster::commands::{AssignGang, Change, MarkNodeLost};
+use crate::cluster::commands::{AssignGang, BreakOff, Change, MarkNodeLost};
 use crate::cluster::{Command, State};
-use fleet_common::ids::{JobId, NodeId};
+use fleet_common::ids::{Generation, JobId, NodeId};
 use std::collections::BTreeMap;
 
 /// A node that is silent for this long is lost with its jobs. Long enough for a coordinator to restart and an agent to find it.
 pub const LEASE_MS: u64 = 10_000;
+
+/// A worker that was told of its part of a gang on several nodes says within this time where its ranks can be called, which takes it a moment.
+pub const REPORT_MS: u64 = 60_000;
 
 /// Why the planner wants a command; logged, and shown by `fleet status`.
 pub type Why = String;
@@ -30,7 +33,12 @@ pub struct Observed {
     /// Since when each node that should be there could have been heard. Nobody is called silent for longer than that, and who is not
     /// in it not at all.
     pub counted_from_ms: BTreeMap<NodeId, u64>,
+    /// Since when each part of a gang could have said where its ranks can be called, and has not. Nobody who is not in it is late.
+    pub unreported_ms: BTreeMap<PartId, u64>,
 }
+
+/// A gang's part on this node.
+pub type PartId = ((JobId, Generation), NodeId);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
@@ -57,6 +65,7 @@ impl Observed {
 /// The commands that the state and the observations call for at `now_ms` of the leader's clock and `unix_ms` of the world's.
 pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
     let mut decisions = lost_nodes(state, observed, now_ms);
+    decisions.extend(late_parts(state, observed, now_ms));
     if decisions.is_empty() {
         decisions.extend(starts(state, observed, unix_ms));
         return decisions;
@@ -107,6 +116,19 @@ fn lost_nodes(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, W
         })
     });
     silent.collect()
+}
+
+fn late_parts(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why)> {
+    let late = state.unreported().filter_map(|part| {
+        let waited_ms = now_ms.saturating_sub(*observed.unreported_ms.get(&part)?);
+        let ((job, generation), node) = part;
+        (waited_ms >= REPORT_MS).then(|| {
+            let name = state.node_name(node);
+            let why = format!("node {name} ({node}) has not reported of {job} for {waited_ms} ms");
+            (Change::BreakOff(BreakOff { job, generation, node, waited_ms }), why)
+        })
+    });
+    late.collect()
 }
 
 #[cfg(test)]

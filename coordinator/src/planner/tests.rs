@@ -2,7 +2,7 @@ use super::*;
 use crate::cluster::Answer;
 use crate::cluster::commands::{CancelJob, DrainNode};
 use crate::cluster::records::Stop;
-use crate::cluster::tests::{Script, describe, job, program, redeem, token};
+use crate::cluster::tests::{Script, describe, job, program, redeem, token, training};
 use fleet_common::protocol::{Program, Role, Value, Variable, Wish, Work};
 use proptest::prelude::*;
 
@@ -14,6 +14,7 @@ fn all_connected(script: &Script) -> Observed {
     Observed {
         nodes: nodes.clone().map(|id| (*id, seen)).collect(),
         counted_from_ms: nodes.map(|id| (*id, 0)).collect(),
+        ..Observed::default()
     }
 }
 
@@ -436,4 +437,23 @@ proptest! {
             prop_assert!(sentence.starts_with("waits "), "{}: {}", id, sentence);
         }
     }
+}
+
+#[test]
+fn a_part_that_has_not_reported_is_given_up_when_its_time_is_over_and_only_once() {
+    let mut script = Script::with_nodes(&[1, 1]);
+    let nodes = Wish { nodes: Some(2), ..Wish::default() };
+    let gang = script.submit_as(job(training(), 2, nodes));
+    script.place(gang, &[(1, 1), (2, 1)]);
+    let mut observed = all_connected(&script);
+    let silent: Vec<_> = script.state.unreported().collect();
+    observed.unreported_ms =
+        silent.into_iter().filter(|(_, node)| *node == NodeId(2)).map(|part| (part, 5)).collect();
+    assert!(plan(&script.state, &observed, 4 + REPORT_MS, UNIX_MS).is_empty());
+    let late = plan(&script.state, &observed, 5 + REPORT_MS, UNIX_MS);
+    assert!(matches!(&late[..], [(Change::BreakOff(off), _)] if off.node == NodeId(2)), "{late:?}");
+    late.into_iter().for_each(|(change, why)| drop(script.decide(&why, change)));
+    assert!(plan(&script.state, &observed, 5 + REPORT_MS, UNIX_MS).is_empty());
+    let told = explain(&script.state, &observed, UNIX_MS, gang);
+    assert!(told.contains("n2 has not said within 60 s"), "{told}");
 }

@@ -10,6 +10,7 @@ use crate::report::{End, Report, Style};
 use crate::{out, places};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
+use fleet_common::job::{Asked, Shape};
 use fleet_common::protocol::{JobState, JobView, Reply, Request, SubmitJob, Wish, Work};
 use serde_json::json;
 use std::ffi::OsString;
@@ -95,8 +96,8 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let started_unix_ms = places::unix_ms();
-    let (world_size, work) = work(&args)?;
-    let wish = args.wish.wish();
+    let (world_size, work, nodes) = work(&args)?;
+    let wish = Wish { nodes, ..args.wish.wish() };
     let mut client = connect(cluster)?;
     block_on(async {
         let submit_job = SubmitJob { world_size, work, wish };
@@ -121,13 +122,14 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     })
 }
 
-/// What is to be done, and by how many ranks.
-fn work(args: &Args) -> Result<(u32, Work), Failure> {
+/// What is to be done, by how many ranks, and on how many nodes if that is said.
+fn work(args: &Args) -> Result<(u32, Work, Option<u32>), Failure> {
     let Some(path) = &args.job else {
         if args.program.is_empty() {
             return Err(no_work());
         }
-        return Ok((args.ranks.unwrap_or(1), work_of(&args.program, args.env.variables()?)?));
+        let work = work_of(&args.program, args.env.variables()?)?;
+        return Ok((args.ranks.unwrap_or(1), work, args.wish.nodes));
     };
     if !args.env.is_empty() {
         return Err(Failure::input(
@@ -135,11 +137,12 @@ fn work(args: &Args) -> Result<(u32, Work), Failure> {
         ));
     }
     let mut job = load_job(path, &args.sets)?;
-    let (world_size, warning) = job.settle_ranks(args.ranks)?;
+    let asked = Asked { ranks: args.ranks, nodes: args.wish.nodes };
+    let (Shape { ranks, nodes }, warning) = job.settle_ranks(asked)?;
     if let Some(warning) = warning {
         out::note(&format!("warning: {warning}"));
     }
-    Ok((world_size, Work::Train { job_json: job.to_json() }))
+    Ok((ranks, Work::Train { job_json: job.to_json() }, Some(nodes)))
 }
 
 pub async fn submit(client: &mut Client, request: SubmitJob) -> Result<JobId, Failure> {

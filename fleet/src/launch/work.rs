@@ -4,6 +4,7 @@ use super::Args;
 use crate::failure::Failure;
 use crate::{meant, programs};
 use fleet_common::job::Warning;
+use fleet_common::job::{Asked, Shape};
 use fleet_common::protocol::{Program, SubmitJob, Variable, Wish, Work};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -39,7 +40,13 @@ pub fn prepare(args: &Args) -> Result<Prepared, Failure> {
 
 fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
     let (mut job, mut warnings) = meant::load_job(path, &args.sets, &here()?)?;
-    let (world_size, warning) = job.settle_ranks(args.ranks)?;
+    if let Some(nodes) = job.num_nodes.filter(|nodes| *nodes > 1) {
+        return Err(Failure::input(format!(
+            "`num_nodes` is {nodes}, and fleet launch runs a job on this machine alone; give it to a cluster with fleet submit"
+        )));
+    }
+    let (Shape { ranks: world_size, .. }, warning) =
+        job.settle_ranks(Asked { ranks: args.ranks, nodes: None })?;
     warnings.extend(warning);
     Ok(Prepared {
         submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() }, wish: wish() },

@@ -10,12 +10,12 @@ use fleet_agent::agent::Input;
 use fleet_agent::gang::{Blow, GangId, GangInput, Prepared};
 use fleet_agent::verdict::{Exit, agent_error};
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Event as Told, EventBody, FailureKind, Outcome, Shard, Step,
+    CheckpointRecord, DataStats, Endpoint, Event as Told, EventBody, FailureKind, Outcome, Shard, Step,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::job::{Job, Resume};
-use fleet_common::protocol::{FromRank, Gang, ToRank, Work};
+use fleet_common::protocol::{FromRank, Gang, Peer, ToRank, Work};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -57,6 +57,10 @@ struct Proc {
 #[derive(Clone, Debug)]
 pub struct Run {
     world_size: u32,
+    /// Where its ranks can be called: as the first of its nodes was told.
+    peers: Option<Vec<Peer>>,
+    /// Where they listen, as the agents said.
+    endpoints: BTreeMap<Rank, Endpoint>,
     train: Option<Box<Job>>,
     procs: BTreeMap<Rank, Proc>,
     step: u64,
@@ -122,6 +126,8 @@ impl World {
         let chance = mix(id.job.0 ^ id.generation << 32);
         let run = self.engine.runs.entry(id).or_insert_with(|| Run {
             world_size: gang.world_size,
+            peers: None,
+            endpoints: BTreeMap::new(),
             train,
             procs: BTreeMap::new(),
             step: 0,
@@ -150,6 +156,42 @@ impl World {
             self.queue.after(takes, Event::Engine(id, EngineEvent::Ran(rank)));
         }
         self.say(format_args!("machine-{machine} starts ranks {:?} of {id}", ranks_of(gang)));
+        self.listen(machine, id, gang);
+    }
+
+    /// Ranks that train on several machines can be called from the beginning.
+    fn listen(&mut self, machine: u32, id: GangId, gang: &Gang) {
+        if gang.nodes <= 1 || matches!(gang.work, Work::Program(_)) {
+            return;
+        }
+        let unique = |rank: Rank| mix(id.job.0 ^ id.generation << 20 ^ u64::from(rank) << 40);
+        let endpoint = |rank: Rank| Endpoint {
+            port: 1024 + (unique(rank) % 60_000) as u16,
+            key: unique(rank).to_be_bytes().to_vec(),
+        };
+        let endpoints: BTreeMap<Rank, Endpoint> = ranks_of(gang).map(|rank| (rank, endpoint(rank))).collect();
+        let told = GangInput::Listening(endpoints.values().cloned().collect());
+        if let Some(run) = self.engine.runs.get_mut(&id) {
+            run.endpoints.extend(endpoints);
+        }
+        self.tell_agent_later(machine, Input::Gang(id, told));
+    }
+
+    /// The agent knows where all ranks can be called: where they listen in this generation, and as every other agent of it does.
+    pub fn meet(&mut self, machine: u32, id: GangId, peers: Vec<Peer>) {
+        let Some(run) = self.engine.runs.get_mut(&id) else { return };
+        let listen = (0..).zip(&peers).all(|(rank, peer)| {
+            let of = |endpoint: &Endpoint| endpoint.port == peer.port && endpoint.key == peer.key;
+            run.endpoints.get(&rank).is_some_and(of)
+        });
+        let (all, same) =
+            (peers.len() == run.world_size as usize, run.peers.as_ref().is_none_or(|told| *told == peers));
+        run.peers = Some(peers);
+        if !(all && listen && same) {
+            self.violated(format!(
+                "machine-{machine} was told of other ranks of {id} than there are, or than others were"
+            ));
+        }
     }
 
     /// The agent asks for the token cache and the checkpoint to go on from.
@@ -167,6 +209,11 @@ impl World {
         let Some(rank) = run.global(machine, local) else { return };
         match message {
             ToRank::Start(start) => {
+                let alone = run.peers.is_none();
+                if start.hosts > 1 && alone {
+                    self.violated(format!("rank {rank} of {id} starts and knows no other"));
+                    return;
+                }
                 if let Some(process) =
                     run.procs.get_mut(&rank).filter(|process| process.stage == Stage::Loading)
                 {

@@ -37,9 +37,10 @@ pub fn submit(name: &str, random: &mut Random, machines: &BTreeMap<u32, Machine>
     slots.sort_unstable_by(|a, b| b.cmp(a));
     let largest = slots.first().copied().unwrap_or(1);
     let slots_per_rank = if largest >= 4 && random.chance(1, 6) { 2 } else { 1 };
-    // Training keeps to one node; any other program may have ranks on several.
     let trains = random.chance(2, 3);
-    let (nodes, world_size) = match if trains { 2 } else { random.range(0..3) } {
+    // Training asks for several nodes or keeps to one; any other program may have ranks wherever there is room.
+    let spread = if trains { 2 * random.range(0..2) } else { random.range(0..3) };
+    let (nodes, world_size) = match spread {
         // As many on each of some machines.
         0 => {
             let nodes = 1 + random.index(slots.len().min(3));

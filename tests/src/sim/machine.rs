@@ -293,7 +293,8 @@ impl World {
                 }
                 self.spawn(number, &gang);
             }
-            Action::Prepare { gang, job } => self.prepare(number, gang, &job),
+            Action::Prepare { gang, job, .. } => self.prepare(number, gang, &job),
+            Action::Meet { gang, peers } => self.meet(number, gang, peers),
             Action::ToRank { gang, rank, message } => self.tell_rank(number, gang, rank, message),
             Action::Strike { gang, rank, blow } => self.strike(number, gang, rank, blow),
             Action::AbortCollectives { gang, .. } => self.abort_collectives(gang, number),
@@ -330,7 +331,7 @@ impl World {
         }
     }
 
-    fn tell_agent_later(&mut self, number: u32, input: Input) {
+    pub(super) fn tell_agent_later(&mut self, number: u32, input: Input) {
         let life = self.machines[&number].life;
         self.queue.after(MS, Event::ToAgentCore { machine: number, life, input: Box::new(input) });
     }

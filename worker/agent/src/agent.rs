@@ -9,7 +9,9 @@ use fleet_common::events::FailureKind;
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
-use fleet_common::protocol::{AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, ToAgent, ToRank};
+use fleet_common::protocol::{
+    AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, Peer, ToAgent, ToRank,
+};
 use fleet_common::signals::AGAIN_AFTER;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -187,14 +189,21 @@ pub enum Action {
     /// The first welcome. What earlier processes started is the cluster's knowledge now: they need not be named any more.
     Registered(NodeId),
     /// Record on disk that the gang is being started here, then start all its ranks, for training with a shared segment. Without the
-    /// record nothing may be started.
+    /// record nothing may be started. Ranks that train on several nodes listen from the beginning: `GangInput::Listening`.
     Spawn(Box<Gang>),
     /// Build or find the token cache, and find and verify the checkpoint to resume from.
     Prepare {
         gang: GangId,
         job: Box<Job>,
+        /// This node has rank 0, which writes what the run leaves.
+        leads: bool,
     },
-    /// The driver fills in `RankStart::shm_fd`, which only it knows.
+    /// Where all ranks of a gang on several nodes can be called; before they start.
+    Meet {
+        gang: GangId,
+        peers: Vec<Peer>,
+    },
+    /// The driver fills in `RankStart::shm_fd` and `network`, which only it knows.
     ToRank {
         gang: GangId,
         rank: Rank,
@@ -380,6 +389,11 @@ impl Agent {
                 if let Some(gang) = self.gangs.get_mut(&GangId { job, generation }) {
                     let how = if at_once { Stop::Now } else { Stop::WhenSaved };
                     gang.stop(how, &self.config, now, out);
+                }
+            }
+            ToAgent::MeetPeers { job, generation, peers } => {
+                if let Some(gang) = self.gangs.get_mut(&GangId { job, generation }) {
+                    gang.meet(peers, &self.config, now, out);
                 }
             }
             ToAgent::EventsCommitted { job, generation, seq } => {

@@ -5,6 +5,7 @@ use crate::budget::Rates;
 use crate::cgroup;
 use crate::container::{Container, Containers, Leader, Remains};
 use crate::coordinators::Coordinators;
+use crate::doors::Ports;
 use crate::gang::{Blow, GangId, GangInput};
 use crate::link::{self, LinkEvent};
 use crate::memory;
@@ -14,7 +15,7 @@ use crate::prepare;
 use crate::processes;
 use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
-use crate::ranks::{Launcher, NewGang, Probe, Warm};
+use crate::ranks::{Launcher, NewGang, Probe, Seat, Warm};
 use crate::records::Records;
 use crate::relay::{Relay, Streams};
 use crate::spawn::{Exited, Spawner, Sweep};
@@ -24,7 +25,7 @@ use fleet_collectives::{Abort, RankReport, Segment};
 use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
-use fleet_common::protocol::{FromAgent, Gang, OutputWish, ToRank};
+use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, ToRank};
 use fleet_common::{exit, terminal};
 use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
@@ -32,6 +33,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -57,6 +59,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
     pub host: Option<String>,
+    /// Where ranks that train listen for those of other nodes.
+    pub rank_ports: Ports,
     /// What programs find in their environment before what their job sets.
     pub programs: Base,
     /// How much of a gang's output goes to the coordinators.
@@ -93,7 +97,17 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let relay = options.relay.map(|_| Relay::over_stdout()).transpose().context("--relay needs a pipe")?;
     let containers = Containers::new(process, cgroups.ok());
-    let launcher = Launcher::new(spawner, containers, cores, options.programs, options.relay)?;
+    let host = options.host.unwrap_or_else(|| own_address(options.coordinators.given()));
+    let launcher = Launcher {
+        spawner,
+        containers: Arc::new(containers),
+        fleet_rank: Launcher::fleet_rank_beside()?,
+        cores,
+        programs: options.programs,
+        relay: options.relay,
+        ports: options.rank_ports,
+        host: host.clone(),
+    };
 
     let computes_on = accelerator(&launcher, options.device, &mut exits, &mut child).await;
     let Found { accelerator, unfit, no_cuda } = match computes_on {
@@ -115,7 +129,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         cores,
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         labels: options.labels,
-        host: options.host.unwrap_or_else(|| own_address(options.coordinators.given())),
+        host,
         process,
         lines: options.lines,
     };
@@ -219,11 +233,14 @@ struct Running {
     container: Container,
     ranks: Vec<Option<Child>>,
     segment: Option<Segment>,
+    /// Where all ranks of a gang on several nodes can be called, once that is known.
+    peers: Vec<Peer>,
 }
 
 struct Child {
     pid: u32,
     shm_fd: Option<i32>,
+    seat: Option<Seat>,
     to_rank: mpsc::UnboundedSender<ToRank>,
 }
 
@@ -353,7 +370,7 @@ impl Driver {
                 announce(node);
             }
             Action::Spawn(gang) => self.spawn(&gang).await,
-            Action::Prepare { gang, job } => {
+            Action::Prepare { gang, job, leads } => {
                 let sender = self.messages_sender.clone();
                 let (name, run) = (self.name.clone(), format!("{}/{}", self.cluster_id, gang.job));
                 let (node, progress_sender) = (name.clone(), sender.clone());
@@ -361,17 +378,29 @@ impl Driver {
                     let progress = |level, line| {
                         let _ = progress_sender.blocking_send((gang, GangInput::Progress(level, line)));
                     };
-                    prepare::prepare(&job, run, &name, &progress)
+                    prepare::prepare(&job, run, leads, &name, &progress)
                 };
                 tokio::spawn(async move {
                     let result = prepare::in_a_thread(gang.job, node, work).await;
                     let _ = sender.send((gang, GangInput::Prepared(result))).await; // the agent ends
                 });
             }
+            Action::Meet { gang, peers } => {
+                if let Some(running) = self.gangs.get_mut(&gang) {
+                    running.peers = peers;
+                }
+            }
             Action::ToRank { gang, rank, mut message } => {
-                if let Some(child) = self.child(gang, rank) {
+                if let Some(running) = self.gangs.get(&gang)
+                    && let Some(Some(child)) = running.ranks.get(rank as usize)
+                {
                     if let ToRank::Start(start) = &mut message {
                         start.shm_fd = child.shm_fd;
+                        start.network = child.seat.as_ref().map(|seat| Network {
+                            peers: running.peers.clone(),
+                            key: seat.key.clone(),
+                            listener_fd: seat.listener_fd,
+                        });
                     }
                     let _ = child.to_rank.send(message); // a rank that is gone is reported by its exit
                 }
@@ -428,6 +457,10 @@ impl Driver {
         };
         let living = new.ranks.iter().flatten().filter_map(|rank| Leader::of(rank.started.pid));
         self.records.started(id, &new.container, living.collect());
+        if !new.endpoints.is_empty() {
+            let listening = GangInput::Listening(new.endpoints.clone());
+            self.inputs.push_back(Input::Gang(id, listening));
+        }
         let dir = self.records.dir_of(id);
         let running = self.attend(id, new, &dir);
         self.gangs.insert(id, running);
@@ -450,7 +483,7 @@ impl Driver {
         for (rank, new_rank) in new.ranks.into_iter().enumerate() {
             let rank = rank as Rank;
             let child = new_rank.and_then(|new_rank| {
-                let (pid, shm_fd) = (new_rank.started.pid, new_rank.shm_fd);
+                let (pid, shm_fd, seat) = (new_rank.started.pid, new_rank.shm_fd, new_rank.seat);
                 let log = rank_log(dir, rank);
                 let deliveries = Deliveries {
                     key: id,
@@ -462,14 +495,14 @@ impl Driver {
                     rank_io::attend(rank, new_rank.started, new_rank.socket, &log, deliveries, self.begin);
                 let io = io.map_err(|error| error.to_string())?;
                 self.attended.insert(pid, io.exited);
-                Ok(Child { pid, shm_fd, to_rank: io.to_rank })
+                Ok(Child { pid, shm_fd, seat, to_rank: io.to_rank })
             });
             if let Err(error) = &child {
                 self.inputs.push_back(Input::Gang(id, GangInput::SpawnFailed { rank, error: error.clone() }));
             }
             ranks.push(child.ok());
         }
-        Running { container: new.container, ranks, segment: new.segment }
+        Running { container: new.container, ranks, segment: new.segment, peers: Vec::new() }
     }
 
     /// Answers on the connection on which it was asked.

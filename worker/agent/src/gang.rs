@@ -1,12 +1,13 @@
 //! One gang of ranks from `StartGang` to its committed `Finished` event. Pure: inputs and the time in, actions out.
 //!
 //! ```text
-//! preparing --cache ready--> running --all ranks gone--> sweeping --nothing of it is left--> finished --all events committed--> (forgotten)
+//! preparing --cache ready, and peers known--> running --all ranks gone--> sweeping --nothing of it is left--> finished --all events committed--> (forgotten)
 //!     |  ranks load libtorch meanwhile   |
 //!     +------- a failure or a stop ------+--> ending: the rest are killed after a grace (those of a program get SIGTERM before), then swept
 //! ```
 
 mod end;
+mod meeting;
 mod refusal;
 
 use crate::agent::{Action, Config, Now, Place, Room};
@@ -14,12 +15,15 @@ use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
-use fleet_common::events::{DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall};
+use fleet_common::events::{
+    DataStats, Endpoint, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall,
+};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, Rank};
 use fleet_common::job::{Job, Resume};
 use fleet_common::lines::{self, LINE_MAX};
-use fleet_common::protocol::{FromRank, Gang, RankStart, ToRank, Work};
+use fleet_common::protocol::{FromRank, Gang, ToRank, Work};
+use meeting::Hosts;
 use refusal::refuse;
 use std::fmt;
 use std::path::PathBuf;
@@ -80,6 +84,8 @@ pub enum GangInput {
         rank: Rank,
         error: String,
     },
+    /// Where its ranks can be called by those of other nodes, in rank order.
+    Listening(Vec<Endpoint>),
     /// The token cache and the checkpoint to resume from.
     Prepared(Result<Prepared, JobError>),
     /// Nothing that the ranks started lives any more, but for so many that are to die and could not yet.
@@ -172,10 +178,15 @@ pub struct Supervised {
     /// Ranks are counted from here within the job, and from 0 on this node: everywhere but in what leaves the agent.
     first_rank: Rank,
     world_size: u32,
+    hosts: Hosts,
     phase: Phase,
     ranks: Vec<RankState>,
     /// Of each rank that trains.
     places: Vec<Place>,
+    /// Kept until the ranks start.
+    prepared: Option<Prepared>,
+    /// The ranks of other nodes are known, or there are none.
+    met: bool,
     stream: EventStream,
     stop: Option<Stop>,
     suspicions: Vec<Suspicion>,
@@ -232,7 +243,7 @@ impl Supervised {
         };
         let places = match (&refusal, &kind) {
             (None, Kind::Train(job)) => {
-                (0..gang.ranks).map(|rank| config.place(job, rank, gang.ranks, &room.taken)).collect()
+                (0..gang.ranks).map(|rank| config.place(job, rank, gang.world_size, &room.taken)).collect()
             }
             _ => Ok(Vec::new()),
         };
@@ -247,9 +258,12 @@ impl Supervised {
             kind,
             first_rank: gang.first_rank,
             world_size: gang.world_size,
+            hosts: Hosts { index: gang.node_index, count: gang.nodes },
             phase: if preparing { Phase::Preparing } else { Phase::Running },
             ranks: (0..count).map(|_| RankState::default()).collect(),
             places: places.unwrap_or_default(),
+            prepared: None,
+            met: gang.nodes <= 1,
             stream: EventStream::new(id.job, id.generation, config.lines),
             stop: None,
             suspicions: Vec::new(),
@@ -261,7 +275,7 @@ impl Supervised {
             expired: None,
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
-            watch: Watch::default(),
+            watch: Watch::new(gang.first_rank),
             standings: Standings::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
@@ -273,7 +287,7 @@ impl Supervised {
             return supervised;
         }
         if let Kind::Train(job) = &supervised.kind {
-            out.push(Action::Prepare { gang: id, job: job.clone() });
+            out.push(Action::Prepare { gang: id, job: job.clone(), leads: supervised.first_rank == 0 });
         }
         out.push(Action::Spawn(Box::new(gang)));
         supervised
@@ -305,6 +319,7 @@ impl Supervised {
                 }
                 self.suspect(rank, now.mono, Cause::Said(error), now, out);
             }
+            GangInput::Listening(endpoints) => self.push(now, EventBody::Listening(endpoints)),
             GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
             GangInput::Prepared(Err(error)) => self.fail(error, now),
             GangInput::Memory { rss_mib, pss_mib } => self.on_memory(&rss_mib, &pss_mib, now),
@@ -558,39 +573,6 @@ impl Supervised {
         }
         if trains && !done && !expected {
             out.push(Action::AbortCollectives { gang: self.id, rank });
-        }
-    }
-
-    fn on_prepared(&mut self, prepared: Prepared, config: &Config, now: Now, out: &mut Vec<Action>) {
-        let ending = self.stop.is_some() || self.own_error.is_some() || !self.suspicions.is_empty();
-        let Kind::Train(job) = &self.kind else { return };
-        if ending || self.phase != Phase::Preparing {
-            return;
-        }
-        let ranks = self.ranks.len() as u32;
-        let job_json = job.to_json();
-        let threads = config.threads(job, ranks);
-        for (rank, place) in (0..ranks).zip(&self.places) {
-            let start = RankStart {
-                job: self.id.job,
-                generation: self.id.generation,
-                rank: self.first_rank + rank,
-                world_size: self.world_size,
-                local_rank: rank,
-                job_json: job_json.clone(),
-                cache_dir: prepared.cache_dir.to_string_lossy().into_owned(),
-                resume: prepared.resume.as_ref().map(|path| path.to_string_lossy().into_owned()),
-                run: prepared.run.clone(),
-                threads,
-                device: place.device.clone(),
-                shm_fd: None,
-            };
-            out.push(Action::ToRank { gang: self.id, rank, message: ToRank::Start(Box::new(start)) });
-        }
-        self.phase = Phase::Running;
-        self.push(now, EventBody::DataReady(prepared.stats));
-        if let Some(line) = self.places.iter().find_map(|place| place.note.clone()) {
-            self.push(now, EventBody::Log { rank: None, level: Level::Warn, line });
         }
     }
 

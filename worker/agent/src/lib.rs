@@ -6,6 +6,7 @@ pub mod budget;
 mod cgroup;
 mod container;
 pub mod coordinators;
+pub mod doors;
 pub mod driver;
 pub mod exec_rank;
 pub mod gang;

@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use fleet_agent::budget::Rates;
 use fleet_agent::coordinators::{Coordinators, with_the_way_out};
+use fleet_agent::doors::Ports;
 use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
 use fleet_agent::program::Base;
@@ -61,6 +62,9 @@ struct Join {
     /// Name or address under which other nodes reach this one [default: the address on the way to the coordinator].
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
+    /// Ports on which ranks of a training job on several nodes listen for each other, such as 29600-29699 [default: any that is free].
+    #[arg(long, value_name = "A-B")]
+    rank_ports: Option<Ports>,
     /// Bytes of one job's output each second that this node sends to the coordinators, which keep it; 0 for all. What is over it is in
     /// the ranks' files here, and shown by `fleet logs JOB --full`.
     #[arg(long, value_name = "BYTES", default_value_t = Rates::USUAL.per_s)]
@@ -127,6 +131,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             device: join.device,
             labels: join.labels.into_iter().collect(),
             host: join.host,
+            rank_ports: join.rank_ports.unwrap_or_default(),
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
             lines: Rates::of(join.log_rate),
             relay: join.relay,

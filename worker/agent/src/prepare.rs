@@ -27,10 +27,12 @@ pub async fn in_a_thread(
     })
 }
 
-/// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it.
+/// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it, in the directory that is
+/// claimed where rank 0 is, which is the node that `leads`.
 pub fn prepare(
     job: &Job,
     run: String,
+    leads: bool,
     node: &str,
     progress: &dyn Fn(Level, String),
 ) -> Result<Prepared, JobError> {
@@ -63,7 +65,7 @@ pub fn prepare(
         reads: &reads,
     };
     // Kept until the data are read, so that nobody else reads them for the same place in vain; then rank 0 takes it.
-    let _claimed = RunDir::claim(&claim).map_err(failed)?;
+    let _claimed = leads.then(|| RunDir::claim(&claim)).transpose().map_err(failed)?;
     let (cache, stats) = TokenCache::build_or_open(&job, &files, &tell).map_err(no_data)?;
     Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
 }
@@ -118,7 +120,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(model);
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = prepare(&job, "b".into(), "n", &progress).err().unwrap();
+        let error = prepare(&job, "b".into(), true, "n", &progress).err().unwrap();
         assert!(error.fault == Fault::Input && error.message.contains("mamba"), "{}", error.message);
     }
 
@@ -169,7 +171,7 @@ mod tests {
                 assert!(matches!(claim(), Err(CheckpointError::Busy(_))));
             }
         };
-        prepare(&job, "mine".into(), "n", &progress).unwrap();
+        prepare(&job, "mine".into(), true, "n", &progress).unwrap();
         assert_eq!(told.get(), 1);
         claim().unwrap(); // now it is for rank 0
     }
@@ -196,7 +198,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(path.into());
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = prepare(&job, "b".into(), "n", &progress).err().unwrap();
+        let error = prepare(&job, "b".into(), true, "n", &progress).err().unwrap();
         assert!(error.message.contains("model.safetensors"), "{}", error.message);
     }
 }

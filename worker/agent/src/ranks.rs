@@ -2,6 +2,7 @@
 //! any job asks for them, so that libtorch is loaded while the cluster comes up, and the probe of the machine.
 
 use crate::container::{Container, Containers, Remains};
+use crate::doors::{Door, Ports};
 use crate::gang::Blow;
 use crate::program::{self, Base};
 use crate::relay::Streams;
@@ -9,6 +10,8 @@ use crate::spawn::{Exited, Launch, Spawner, Started, Sweep};
 use crate::verdict::Exit;
 use anyhow::Context;
 use fleet_collectives::Segment;
+use fleet_common::events::Endpoint;
+use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{Gang, Program, RANK_SOCKET_ENV, Work};
 use serde::Deserialize;
 use std::ffi::OsString;
@@ -36,6 +39,16 @@ pub struct NewRank {
     pub socket: Option<UnixStream>,
     /// Number of the shared segment in the process.
     pub shm_fd: Option<i32>,
+    /// Where those of other nodes call it.
+    pub seat: Option<Seat>,
+}
+
+/// A rank's own end of the network: what only this node knows of it.
+#[derive(Debug)]
+pub struct Seat {
+    /// Number of the listening socket in the process.
+    pub listener_fd: i32,
+    pub key: PrivateKey,
 }
 
 /// All ranks of a gang, each started or not, what holds them, and the memory that they share.
@@ -44,13 +57,15 @@ pub struct NewGang {
     pub container: Container,
     pub ranks: Vec<Result<NewRank, String>>,
     pub segment: Option<Segment>,
+    /// Of ranks that those of other nodes call.
+    pub endpoints: Vec<Endpoint>,
 }
 
 impl NewGang {
     /// No rank could be started.
     pub fn failed(container: Container, ranks: u32, error: &str) -> NewGang {
         let ranks = (0..ranks).map(|_| Err(error.to_owned())).collect();
-        NewGang { container, ranks, segment: None }
+        NewGang { container, ranks, segment: None, endpoints: Vec::new() }
     }
 }
 
@@ -64,57 +79,59 @@ pub struct Launcher {
     pub programs: Base,
     /// A `fleet launch` is on the other side of this agent's stdin and stdout.
     pub relay: Option<Streams>,
+    /// Where ranks listen for those of other nodes, and under which address these call them.
+    pub ports: Ports,
+    pub host: String,
 }
 
 impl Launcher {
-    /// Finds `fleet-rank` beside the own executable.
-    pub fn new(
-        spawner: Spawner,
-        containers: Containers,
-        cores: u32,
-        programs: Base,
-        relay: Option<Streams>,
-    ) -> anyhow::Result<Launcher> {
+    /// Where this program finds `fleet-rank`: beside itself.
+    pub fn fleet_rank_beside() -> anyhow::Result<PathBuf> {
         let own = std::env::current_exe().context("cannot find the own executable")?;
-        let fleet_rank = own.with_file_name("fleet-rank");
-        Ok(Launcher { spawner, containers: Arc::new(containers), fleet_rank, cores, programs, relay })
+        Ok(own.with_file_name("fleet-rank"))
     }
 
     pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
         match &gang.work {
-            Work::Train { .. } => self.training(gang.ranks, gang.generation, container).await,
+            Work::Train { .. } => {
+                let doors = match gang.nodes {
+                    0 | 1 => Ok(Vec::new()),
+                    _ => self.ports.open(&self.host, gang.ranks),
+                };
+                match doors {
+                    Ok(doors) => self.training(gang.ranks, gang.generation, doors, container).await,
+                    Err(error) => NewGang::failed(container, gang.ranks, &error),
+                }
+            }
             Work::Program(program) => self.program(gang, program, container).await,
         }
     }
 
-    async fn training(&self, world_size: u32, generation: u64, container: Container) -> NewGang {
-        let segment = match world_size {
+    /// `doors`, if there are any, are as many as ranks.
+    async fn training(&self, ranks: u32, generation: u64, doors: Vec<Door>, container: Container) -> NewGang {
+        let segment = match ranks {
             1 => Ok(None),
-            _ => {
-                Segment::create(world_size as usize, generation).map(Some).map_err(|error| error.to_string())
-            }
+            _ => Segment::create(ranks as usize, generation).map(Some).map_err(|error| error.to_string()),
         };
         let segment = match segment {
             Ok(segment) => segment,
-            Err(error) => {
-                return NewGang::failed(container, world_size, &error);
-            }
+            Err(error) => return NewGang::failed(container, ranks, &error),
         };
-        let mut ranks = Vec::new();
-        for _ in 0..world_size {
-            ranks.push(
-                self.fleet_rank(segment.as_ref(), world_size, &container)
-                    .await
-                    .map_err(|error| format!("{error:#}")),
-            );
+        let endpoints = doors.iter().map(|door| door.endpoint.clone()).collect();
+        let mut doors = doors.into_iter();
+        let mut started = Vec::new();
+        for _ in 0..ranks {
+            let rank = self.fleet_rank(segment.as_ref(), doors.next(), ranks, &container).await;
+            started.push(rank.map_err(|error| format!("{error:#}")));
         }
-        NewGang { container, ranks, segment }
+        NewGang { container, ranks: started, segment, endpoints }
     }
 
     async fn fleet_rank(
         &self,
         segment: Option<&Segment>,
-        world_size: u32,
+        door: Option<Door>,
+        local_world_size: u32,
         container: &Container,
     ) -> anyhow::Result<NewRank> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().context("no socket for it")?;
@@ -123,16 +140,25 @@ impl Launcher {
         if let Some(segment) = segment {
             inherit.push((Arc::new(segment.fd().try_clone_to_owned()?), None));
         }
+        let key = door.map(|Door { socket, key, .. }| {
+            inherit.push((Arc::new(OwnedFd::from(socket)), None));
+            key
+        });
         let env = match std::env::var_os("OMP_NUM_THREADS") {
             Some(_) => Vec::new(),
-            None => vec![("OMP_NUM_THREADS".into(), (self.cores / world_size).max(1).to_string().into())],
+            None => {
+                let threads = (self.cores / local_world_size).max(1);
+                vec![("OMP_NUM_THREADS".into(), threads.to_string().into())]
+            }
         };
         let argv = vec![self.fleet_rank.clone().into_os_string()];
         let container = container.clone();
         let launch = Launch { argv, env, inherit, container, ..Launch::default() };
         let started = self.spawner.spawn(launch).await?;
-        let shm_fd = started.inherited.get(1).copied();
-        Ok(NewRank { started, socket: Some(UnixStream::from_std(ours)?), shm_fd })
+        let mut inherited = started.inherited.iter().skip(1).copied();
+        let shm_fd = segment.and_then(|_| inherited.next());
+        let seat = key.zip(inherited.next()).map(|(key, listener_fd)| Seat { listener_fd, key });
+        Ok(NewRank { started, socket: Some(UnixStream::from_std(ours)?), shm_fd, seat })
     }
 
     async fn program(&self, gang: &Gang, program: &Program, container: Container) -> NewGang {
@@ -168,11 +194,11 @@ impl Launcher {
             let started = self.spawner.spawn(launch).await;
             ranks.push(
                 started
-                    .map(|started| NewRank { started, socket: None, shm_fd: None })
+                    .map(|started| NewRank { started, socket: None, shm_fd: None, seat: None })
                     .map_err(|error| error.to_string()),
             );
         }
-        NewGang { container, ranks, segment: None }
+        NewGang { container, ranks, segment: None, endpoints: Vec::new() }
     }
 
     /// Runs `fleet-rank --probe`. `exited` waits for the process that is named to it.
@@ -215,7 +241,7 @@ impl Launcher {
             return None;
         }
         let container = self.containers.create().ok()?;
-        let gang = self.training(slots, FIRST_GENERATION, container).await;
+        let gang = self.training(slots, FIRST_GENERATION, Vec::new(), container).await;
         let warm = Warm { gang, until: Instant::now() + WARM_FOR };
         if warm.gang.ranks.iter().all(Result::is_ok) {
             return Some(warm);
@@ -245,7 +271,9 @@ pub struct Warm {
 impl Warm {
     pub fn fits(&self, gang: &Gang) -> bool {
         let same = gang.ranks as usize == self.gang.ranks.len() && gang.generation == FIRST_GENERATION;
-        same && matches!(gang.work, Work::Train { .. })
+        // Nobody could call them: they listen nowhere.
+        let alone = gang.nodes <= 1;
+        same && alone && matches!(gang.work, Work::Train { .. })
     }
 
     pub fn container(&self) -> &Container {

@@ -9,6 +9,7 @@
 //! Who asks how the job stands is told sooner than the log, after `SOON` in place of `MARGIN`: what he sees goes away again.
 
 use fleet_collectives::{Activity, Doing, RankReport};
+use fleet_common::ids::Rank;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct Standing {
 /// Watches one gang.
 #[derive(Debug, Default)]
 pub struct Watch {
+    /// The number within the job of the first of its ranks, which are counted from 0 otherwise.
+    first_rank: usize,
     /// How long the last steps took, the newest last.
     steps: VecDeque<Duration>,
     /// The last of them.
@@ -104,12 +107,18 @@ impl Standings {
 }
 
 struct Stall<'a> {
+    first_rank: usize,
     blamed: Vec<&'a Sight>,
     waiting: Vec<&'a Sight>,
     lasts: Duration,
 }
 
 impl Watch {
+    /// Of a gang whose ranks on this node begin with this one.
+    pub fn new(first_rank: Rank) -> Watch {
+        Watch { first_rank: first_rank as usize, ..Watch::default() }
+    }
+
     /// `sights` are all ranks of the gang, in their order.
     pub fn look(&mut self, now: Duration, sights: &[Sight]) -> Option<Told> {
         self.learn(now, sights);
@@ -180,7 +189,8 @@ impl Watch {
 
     fn stall<'a>(&self, now: Duration, sights: &'a [Sight], margin: Duration) -> Option<Stall<'a>> {
         let still = sights.iter().map(still_for).min()?;
-        let all = |lasts| Stall { blamed: sights.iter().collect(), waiting: Vec::new(), lasts };
+        let first_rank = self.first_rank;
+        let all = |lasts| Stall { first_rank, blamed: sights.iter().collect(), waiting: Vec::new(), lasts };
         if sights.iter().all(|sight| sight.stopped) {
             return (still >= margin).then(|| all(still));
         }
@@ -201,7 +211,7 @@ impl Watch {
             missing = others;
         }
         missing.retain(|sight| self.is_late(sight, (lasts, 1), margin, now));
-        (!missing.is_empty()).then_some(Stall { blamed: missing, waiting, lasts })
+        (!missing.is_empty()).then_some(Stall { first_rank, blamed: missing, waiting, lasts })
     }
 
     /// Whether the rank has let the others wait for too long, for more than so many steps.
@@ -264,7 +274,9 @@ impl Stall<'_> {
         let lasts = seconds.map_or(String::new(), |seconds| format!(" for {seconds} s"));
         let several = self.blamed.len() > 1;
         let about = |sight: &&Sight| match several {
-            true => format!("rank {}: {}", sight.report.rank, what(sight, seconds.is_some())),
+            true => {
+                format!("rank {}: {}", self.first_rank + sight.report.rank, what(sight, seconds.is_some()))
+            }
             false => what(sight, seconds.is_some()),
         };
         let mut about: Vec<String> = self.blamed.iter().take(DETAILS_MAX).map(about).collect();
@@ -279,9 +291,9 @@ impl Stall<'_> {
         let wait = if self.waiting.len() > 1 { "wait" } else { "waits" };
         format!(
             "{} {has} not come to {}{lasts} ({about}); {} {wait} for {them}",
-            names(&self.blamed),
+            names(&self.blamed, self.first_rank),
             place(first),
-            names(&self.waiting)
+            names(&self.waiting, self.first_rank)
         )
     }
 }
@@ -316,8 +328,9 @@ fn place(sight: &Sight) -> String {
 }
 
 /// `rank 1`, `ranks 0, 2 and 3`.
-fn names(sights: &[&Sight]) -> String {
-    let mut ranks: Vec<String> = sights.iter().map(|sight| sight.report.rank.to_string()).collect();
+fn names(sights: &[&Sight], first_rank: usize) -> String {
+    let mut ranks: Vec<String> =
+        sights.iter().map(|sight| (first_rank + sight.report.rank).to_string()).collect();
     let last = ranks.pop().unwrap_or_default();
     match ranks.is_empty() {
         true => format!("rank {last}"),
@@ -374,6 +387,14 @@ mod tests {
         match &told.1 {
             Told::Stalls(line) | Told::GoesOn(line) => line,
         }
+    }
+
+    #[test]
+    fn ranks_of_a_later_node_have_their_numbers_within_the_job() {
+        let mut watch = Watch::new(4);
+        let all = told(&mut watch, 0, 10, |t| vec![waits(0, 8, t), does(1, 7, Activity::Backward, t)]);
+        let line = line(&all[0]);
+        assert!(line.starts_with("rank 5 has not come") && line.ends_with("rank 4 waits for it"), "{line}");
     }
 
     /// A step takes half a second: one is late after two and a half.

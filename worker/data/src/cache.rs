@@ -177,9 +177,17 @@ impl TokenCache {
             train_tokens: self.meta.train_tokens,
             validation_bytes_per_token: self.meta.validation_bytes_per_token,
             vocab_size: self.meta.vocab_size,
+            fingerprint: self.fingerprint(),
             cached: true,
             seconds: 0.0,
         }
+    }
+
+    /// SHA-256 of what ranks read, wherever and by whom it was built.
+    fn fingerprint(&self) -> String {
+        let Meta { format, tokenizer_sha256, train_sha256, validation_sha256, max_seq_len, .. } = &self.meta;
+        let read = [format, tokenizer_sha256, train_sha256, validation_sha256, &max_seq_len.to_string()];
+        hex::encode(Sha256::digest(read.map(String::as_str).join("\n")))
     }
 
     /// The cache, if it is there and every file has its hash. A damaged one is built again.

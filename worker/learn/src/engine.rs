@@ -41,7 +41,9 @@ pub trait Learner {
 
     /// How numbers are kept, as a checkpoint names it.
     fn strategy(&self) -> &'static str;
-    /// Copies what this rank writes of a checkpoint, into the memory of an earlier copy where there is one. A collective call.
+    /// Ranks that write checkpoints, the first ones.
+    fn writers(&mut self) -> usize;
+    /// Copies what this rank, one of the writers, writes of a checkpoint, into the memory of an earlier copy where there is one. A collective call.
     fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot>;
 }
 
@@ -178,13 +180,16 @@ impl<M: Memory> Learner for Engine<M> {
         self.strategy.name()
     }
 
+    fn writers(&mut self) -> usize {
+        self.strategy.writers()
+    }
+
     fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot> {
         let mut snapshot = match spare {
             Some(spare) => spare,
             None => {
-                let gang = self.strategy.gang();
-                let (rank, world) = (gang.rank(), gang.world_size());
-                Snapshot::new(&self.layout, &self.strategy.kept(), rank, world)?
+                let (rank, writers) = (self.strategy.gang().rank(), self.strategy.writers());
+                Snapshot::new(&self.layout, &self.strategy.kept(), rank, writers)?
             }
         };
         snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;

@@ -1,6 +1,6 @@
-//! The choices of a rank: what computes, where the numbers lie, how the ranks reach each other.
+//! The choices of a rank: what computes, and where the numbers lie.
 
-use fleet_collectives::{Gang, SharedHost, ShmCollective};
+use crate::gang;
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
@@ -12,11 +12,7 @@ use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
 use fleet_torch::{Numbers, TorchExecutor};
 use half::bf16;
 use std::sync::Arc;
-use std::time::Duration;
 use tch::Device;
-
-/// Longest wait for a peer: the others wait while rank 0 writes a checkpoint. A dead peer ends the gang at once by other means.
-const DEADLINE: Duration = Duration::from_secs(900);
 
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
@@ -80,7 +76,7 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let threads = Threads { count: start.threads, again };
     let (executor, workers) = cpu::<E>(model, threads, job.max_seq_len as usize)?;
-    Ok(match gang(start)? {
+    Ok(match gang::join(start, job.transport_encryption)? {
         None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
         Some(gang) => match job.strategy {
             Strategy::Fsdp | Strategy::Hsdp => {
@@ -120,20 +116,4 @@ pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result
 pub fn solo_with<E: Storage>(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
     Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?))
-}
-
-/// The peers, where there are any.
-fn gang(start: &RankStart) -> Result<Option<Box<dyn SharedHost>>> {
-    let (rank, world) = (start.rank as usize, start.world_size as usize);
-    match (world, start.shm_fd) {
-        (1, _) => Ok(None),
-        (_, Some(fd)) => {
-            let mut gang = ShmCollective::attach(fd, rank, world, start.generation)?;
-            gang.set_deadline(DEADLINE);
-            Ok(Some(Box::new(gang)))
-        }
-        (_, None) => {
-            Err(Error::Environment("the agent gave no shared segment to a gang of several ranks".into()))
-        }
-    }
 }

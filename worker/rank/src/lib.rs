@@ -4,6 +4,7 @@
 
 pub mod assemble;
 pub mod eval;
+mod gang;
 pub mod generate;
 pub mod host_model;
 pub mod logits;

@@ -1,7 +1,7 @@
 //! A place for a job: its gang of ranks gets nodes and a new generation.
 
 use crate::cluster::ends::wake_parts;
-use crate::cluster::records::{Part, Placement};
+use crate::cluster::records::{Part, Placement, Report};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::ids::{Generation, JobId, NodeId};
 use fleet_common::protocol::JobState;
@@ -22,8 +22,9 @@ impl AssignGang {
         if let Err(refusal) = self.check(state) {
             return refusal;
         }
+        let trains = state.jobs.get(&self.job).is_some_and(|job| job.trains);
         let port = match self.parts.first() {
-            Some((leader, _)) if self.parts.len() > 1 => state.free_port(self.job, *leader),
+            Some((leader, _)) if self.parts.len() > 1 && !trains => state.free_port(self.job, *leader),
             _ => None,
         };
         let mut first_rank = 0;
@@ -36,6 +37,7 @@ impl AssignGang {
                 finished: false,
                 memory_mib: None,
                 stall: None,
+                report: Report::default(),
             };
             first_rank += ranks;
             part

@@ -4,6 +4,7 @@
 //! it is proposed only once every coordinator knows it.
 
 mod assign_gang;
+mod break_off;
 mod cancel_job;
 mod change_secrets;
 mod create_token;
@@ -35,6 +36,7 @@ mod submit_once;
 mod undrain_node;
 
 pub use assign_gang::AssignGang;
+pub use break_off::BreakOff;
 pub use cancel_job::CancelJob;
 pub use change_secrets::ChangeSecrets;
 pub use create_token::CreateToken;
@@ -69,7 +71,7 @@ use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
 /// The newest commands that this program knows.
-pub const COMMAND_LEVEL: u32 = 2;
+pub const COMMAND_LEVEL: u32 = 3;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
@@ -103,6 +105,7 @@ pub enum Change {
     FinishCa(FinishCa),
     Forget(Forget),
     SetRetention(SetRetention),
+    BreakOff(BreakOff),
 }
 
 impl Change {
@@ -138,10 +141,12 @@ impl Change {
             Change::FinishCa(command) => command.apply(state, context),
             Change::Forget(command) => command.apply(state, context),
             Change::SetRetention(command) => command.apply(state, context),
+            Change::BreakOff(command) => command.apply(state, context),
         }
     }
 
-    /// What a coordinator must know to apply it: 1 is membership and jobs, 2 adds what is recorded of runs. Proposed only where
+    /// What a coordinator must know to apply it: 1 is membership and jobs, 2 adds what is recorded of runs, 3 training on several
+    /// nodes. Proposed only where
     /// `State::level` is at least that.
     pub fn level(&self) -> u32 {
         match self {
@@ -150,6 +155,7 @@ impl Change {
             | Change::FinishRun(_)
             | Change::RecordExport(_)
             | Change::RecordProfile(_) => 2,
+            Change::BreakOff(_) => 3,
             _ => 1,
         }
     }
@@ -160,6 +166,7 @@ impl Change {
             Change::MarkNodeLost(_)
             | Change::CancelJob(_)
             | Change::FailJob(_)
+            | Change::BreakOff(_)
             | Change::RevokeToken(_)
             | Change::PromoteReplica(_)
             | Change::RemoveReplica(_)
@@ -233,6 +240,7 @@ impl Change {
             Change::FinishCa(_) => "finish_ca",
             Change::Forget(_) => "forget",
             Change::SetRetention(_) => "set_retention",
+            Change::BreakOff(_) => "break_off",
         }
     }
 }

@@ -65,12 +65,13 @@ impl RecordEvents {
             }
             let overfull = state.retention.is_overfull();
             for event in merged(events.into_iter().skip(known)) {
+                state.take_report(id, self.node, &event.body, context);
                 match event.body {
                     EventBody::Finished(outcome) => {
                         state.end_part(id, self.node, outcome, context);
                         break;
                     }
-                    EventBody::Stall(_) => {}
+                    EventBody::Stall(_) | EventBody::Listening(_) => {}
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {

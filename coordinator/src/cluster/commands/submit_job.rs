@@ -89,9 +89,6 @@ impl SubmitJob {
                 self.world_size
             ));
         }
-        if matches!(self.work, Work::Train { .. }) && *nodes != Some(1) {
-            return Err("a training job runs on one node; leave out the number of nodes or make it 1".into());
-        }
         if labels.len() > LABELS_MAX || labels.iter().any(|(name, value)| !is_label(name, value)) {
             return Err(format!(
                 "a job asks for at most {LABELS_MAX} labels like `gpu=h200` of at most {NAME_MAX} characters each"
@@ -298,14 +295,15 @@ mod tests {
     }
 
     #[test]
-    fn a_training_job_keeps_to_one_node() {
+    fn a_training_job_keeps_to_one_node_unless_it_asks_for_more() {
         let mut script = Script::with_nodes(&[2, 2]);
         let train = |nodes| {
             let wish = Wish { nodes, ..Wish::default() };
             let work = training();
             Change::SubmitJob(SubmitJob { name: "t".into(), world_size: 4, work, wish, keep_checkpoints: 1 })
         };
-        assert!(why(script.run(train(Some(2)))).contains("runs on one node"));
         assert!(why(script.run(train(None))).contains("4 ranks on one node"));
+        assert!(why(script.run(train(Some(3)))).contains("divided evenly over 3 nodes"));
+        assert!(matches!(script.run(train(Some(2))), Answer::Submitted { .. }));
     }
 }

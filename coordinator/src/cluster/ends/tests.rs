@@ -1,9 +1,9 @@
 use super::*;
 use crate::cluster::commands::{CancelJob, Change, FailJob, MarkNodeLost};
 use crate::cluster::orders::GangStanding;
-use crate::cluster::tests::{Script, finished, step, stopped};
-use fleet_common::events::{EventBody, JobError};
-use fleet_common::protocol::ToAgent;
+use crate::cluster::tests::{Script, finished, job, step, stopped, training};
+use fleet_common::events::{EventBody, FailureKind, JobError};
+use fleet_common::protocol::{ToAgent, Wish};
 
 fn failed(message: &str) -> EventBody {
     let error = node_error("n2".into(), message.into());
@@ -109,4 +109,38 @@ fn a_cancelled_gang_is_told_everywhere_and_saves_what_it_has() {
     assert!(matches!(orders[1], ToAgent::StopGang { now: false, .. }), "{orders:?}");
     script.tell(job, 2, 1, vec![stopped(2)]);
     assert_eq!(script.state.jobs()[&job].state, JobState::Cancelled);
+}
+
+/// A training job of four ranks, two on each of two nodes.
+fn trains_on_two_nodes() -> (Script, JobId) {
+    let mut script = Script::with_nodes(&[2, 2]);
+    let wish = Wish { nodes: Some(2), ..Wish::default() };
+    let job = script.submit_as(job(training(), 4, wish));
+    script.place(job, &[(1, 2), (2, 2)]);
+    (script, job)
+}
+
+fn blames(kind: FailureKind, rank: u32, message: &str) -> EventBody {
+    let error = node_error("whoever says it".into(), message.into());
+    EventBody::Finished(Outcome::Failed(JobError { kind, rank: Some(rank), ..error }))
+}
+
+#[test]
+fn who_failed_is_shown_and_not_those_that_noticed_it_first() {
+    let (mut script, job) = trains_on_two_nodes();
+    script.tell(job, 1, 1, vec![blames(FailureKind::Told, 3, "aborted: rank 3 is gone")]);
+    script.tell(job, 2, 1, vec![blames(FailureKind::Signal, 3, "rank 3 was killed")]);
+    let error = script.state.jobs()[&job].error.clone().unwrap();
+    assert_eq!((error.kind, error.message.as_str()), (FailureKind::Signal, "rank 3 was killed"));
+}
+
+#[test]
+fn a_rank_that_only_others_know_to_have_failed_is_named_with_its_own_node() {
+    let (mut script, job) = trains_on_two_nodes();
+    script.tell(job, 1, 1, vec![blames(FailureKind::Peer, 3, "rank 3 did not come")]);
+    let orders = script.state.orders(NodeId(2));
+    assert!(matches!(orders[1], ToAgent::StopGang { now: true, .. }), "nothing can be saved: {orders:?}");
+    script.tell(job, 2, 1, vec![stopped(5)]);
+    let error = script.state.jobs()[&job].error.clone().unwrap();
+    assert_eq!((error.rank, error.node.as_deref()), (Some(3), Some("n2")));
 }

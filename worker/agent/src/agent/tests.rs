@@ -1,6 +1,7 @@
 //! Scripts: a line that begins with `>` is something that happens, the lines below it are what the agent does about it. `play` acts
 //! the script and writes down what really came out; the two texts must be equal. Heartbeats and looks at memory are left out.
 
+mod meeting;
 mod programs;
 mod stage;
 mod stalls;

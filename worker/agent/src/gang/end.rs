@@ -53,7 +53,9 @@ impl Supervised {
             Kind::Program => self.suspicions.iter().min_by_key(|suspicion| suspicion.at),
         };
         if let Some(suspicion) = suspicion {
-            let state = self.ranks.get(suspicion.blamed().saturating_sub(self.first_rank) as usize);
+            // Where it is on this node.
+            let local = suspicion.blamed().checked_sub(self.first_rank);
+            let state = local.and_then(|rank| self.ranks.get(rank as usize));
             let lines = state.map(|state| state.last_lines.to_vec()).unwrap_or_default();
             // How it ended after it was struck says nothing about it.
             let exit = state.filter(|state| !state.struck).and_then(|state| state.exit);

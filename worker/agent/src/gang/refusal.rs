@@ -37,9 +37,6 @@ pub(super) fn refuse(
                 format!("its secrets were removed before it was started ({names}); submit it again"),
             )
         }
-        (Kind::Train(_), _) if gang.ranks != gang.world_size => {
-            error(Fault::Input, "a training job runs on one node".to_owned())
-        }
         (Kind::Train(_), _) => {
             let reason = unfit.map(str::to_owned).or_else(|| places.clone().err())?;
             error(Fault::Environment, reason)

@@ -17,7 +17,7 @@ use std::time::Duration;
 /// Ranks that are connected with each other. Each has a connection to every other one.
 pub const RANKS_MAX: usize = 1024;
 
-/// A rank's ed25519 key pair, made anew for each generation. Never leaves its process.
+/// A rank's ed25519 key pair, made anew for each generation. The agent makes it and hands it to the rank; it never leaves their host.
 pub struct Key {
     pub(super) private: PrivatePkcs8KeyDer<'static>,
     public: PublicKey,
@@ -41,9 +41,22 @@ impl Key {
             source: Arc::new(io::Error::other(source)),
         };
         let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(|error| failed(error.to_string()))?;
-        let private = PrivatePkcs8KeyDer::from(pair.serialize_der());
-        let public = PublicKey(tls::public_key(&private).map_err(|error| failed(error.to_string()))?);
-        Ok(Key { private, public })
+        Key::from_pkcs8(pair.serialize_der())
+    }
+
+    /// What `secret_der` gave.
+    pub fn from_pkcs8(der: Vec<u8>) -> Result<Key> {
+        let private = PrivatePkcs8KeyDer::from(der);
+        let public = tls::public_key(&private).map_err(|error| CollectiveError::Network {
+            what: "cannot use a key",
+            source: Arc::new(io::Error::other(error.to_string())),
+        })?;
+        Ok(Key { private, public: PublicKey(public) })
+    }
+
+    /// PKCS#8 in DER, for the process that is to be known by it.
+    pub fn secret_der(&self) -> &[u8] {
+        self.private.secret_pkcs8_der()
     }
 
     pub fn public(&self) -> &PublicKey {
@@ -80,6 +93,13 @@ impl Rendezvous {
 /// A port that is open before the others are told of it.
 pub struct Listener {
     pub(super) socket: TcpListener,
+}
+
+impl From<TcpListener> for Listener {
+    /// One that was inherited.
+    fn from(socket: TcpListener) -> Listener {
+        Listener { socket }
+    }
 }
 
 impl Listener {

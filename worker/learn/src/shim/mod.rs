@@ -1,4 +1,4 @@
-//! The only unsafe code of this package: memory that ranks share, and the inherited socket.
+//! The only unsafe code of this package: memory that ranks share, and the inherited sockets.
 
 #![allow(unsafe_code)]
 
@@ -6,9 +6,21 @@ pub mod buffers;
 
 use std::ffi::c_int;
 
+/// Takes over the socket on which other hosts call this rank. Call once.
+pub fn inherited_listener(fd: i32) -> std::io::Result<std::net::TcpListener> {
+    check_socket(fd)?;
+    // SAFETY: `fd` is an open socket that was inherited for this process alone and is owned by nothing else here.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
 /// Takes over the socket whose number the agent left in the environment. Call once, before anything else opens files.
 pub fn inherited_socket(fd: i32) -> std::io::Result<std::os::unix::net::UnixStream> {
-    use std::os::fd::FromRawFd;
+    check_socket(fd)?;
+    // SAFETY: `fd` is an open socket that was inherited for this process alone and is owned by nothing else here.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
+fn check_socket(fd: i32) -> std::io::Result<()> {
     let mut kind: c_int = 0;
     let mut len = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: getsockopt writes at most `len` bytes into `kind`; a number that is no socket is an error, not undefined.
@@ -17,6 +29,5 @@ pub fn inherited_socket(fd: i32) -> std::io::Result<std::os::unix::net::UnixStre
     if rc != 0 {
         return Err(std::io::Error::last_os_error());
     }
-    // SAFETY: `fd` is an open socket that was inherited for this process alone and is owned by nothing else here.
-    Ok(unsafe { std::os::unix::net::UnixStream::from_raw_fd(fd) })
+    Ok(())
 }

@@ -39,6 +39,10 @@ pub trait Strategy<M: Memory> {
 
     /// As a checkpoint names it.
     fn name(&self) -> &'static str;
+    /// Ranks that write checkpoints, the first ones.
+    fn writers(&mut self) -> usize {
+        self.gang().world_size()
+    }
     /// The ranges of the flat buffer whose optimizer state this rank writes to checkpoints: no number is in those of two ranks, every one is
     /// in those of one.
     fn kept(&self) -> Vec<Range<usize>>;

@@ -117,6 +117,11 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
         "ddp"
     }
 
+    /// Every host has the same numbers: the first one's ranks write them, on its disk.
+    fn writers(&mut self) -> usize {
+        self.gang.local_size()
+    }
+
     fn kept(&self) -> Vec<Range<usize>> {
         self.state.kept(&*self.gang)
     }

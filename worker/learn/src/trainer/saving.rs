@@ -122,6 +122,9 @@ impl Trainer {
         let ticket = Ticket::of_numbers(numbers);
         self.saving.is_open = ticket.is_some();
         let Some(ticket) = ticket else { return Ok(()) };
+        if self.rank as usize >= self.learner.writers() {
+            return Ok(());
+        }
         let pen = match (begun, &self.saving.lead) {
             (Some(writer), Some(lead)) => {
                 Pen::Lead(writer, lead.companions.clone(), Box::new(self.state.clone()))
@@ -261,7 +264,8 @@ impl Trainer {
             let Some(Lead { dir, .. }) = &self.saving.lead else { return Ok(None) };
             writer = Writer::begin(dir, self.state.step);
         }
-        Ok(Some(writer?.of(self.learner.strategy(), self.world as u32)))
+        let writers = self.learner.writers() as u32;
+        Ok(Some(writer?.of(self.learner.strategy(), writers)))
     }
 
     /// Waits a moment for the newest checkpoint to be recorded: only then may older ones go.

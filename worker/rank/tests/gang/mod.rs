@@ -97,6 +97,9 @@ pub fn watch(
                     rank,
                     world_size: world,
                     local_rank: rank,
+                    local_world_size: world,
+                    host: 0,
+                    hosts: 1,
                     job_json: job.to_json(),
                     cache_dir: cache.dir().to_string_lossy().into_owned(),
                     resume: resume.map(str::to_owned),
@@ -104,6 +107,7 @@ pub fn watch(
                     threads: 1,
                     device: "cpu".into(),
                     shm_fd: (world > 1).then(|| segment.fd().as_raw_fd()),
+                    network: None,
                 };
                 write_frame_blocking(&mut agent, &ToRank::Start(Box::new(start))).unwrap();
                 let trainer = scope.spawn(move || {

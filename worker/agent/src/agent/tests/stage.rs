@@ -4,11 +4,12 @@ use super::super::*;
 use crate::gang::Prepared;
 use crate::verdict::{Exit, agent_error};
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Event, EventBody, FailureKind, JobError, Level, Outcome, Shard, Step,
+    CheckpointRecord, DataStats, Endpoint, Event, EventBody, FailureKind, JobError, Level, Outcome, Shard,
+    Step,
 };
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{FromRank, Program, Value, Variable, Work};
+use fleet_common::protocol::{FromRank, Peer, Program, Value, Variable, Work};
 
 pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
 
@@ -115,6 +116,11 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["resend", "from", seq] => {
             Input::Message(ToAgent::ResendEvents { job, generation, next_seq: number(seq) })
         }
+        ["peers", count] => {
+            let peer = |n: u16| Peer { host: 0, address: "box".into(), port: 500 + n, key: vec![1; 44] };
+            let peers = (0..number(count) as u16).map(peer).collect();
+            Input::Message(ToAgent::MeetPeers { job, generation, peers })
+        }
         ["cancel"] => Input::Message(ToAgent::StopGang { job, generation, now: false }),
         ["cancel", "now"] => Input::Message(ToAgent::StopGang { job, generation, now: true }),
         ["signal"] => Input::Stop,
@@ -122,6 +128,10 @@ pub fn input(words: &[&str], now: Now) -> Input {
         ["warning"] => Input::PassOn(Blow::User1),
         ["swept"] => of_gang(GangInput::Swept { left: 0 }),
         ["swept", "but", left] => of_gang(GangInput::Swept { left: number(left) as usize }),
+        ["listens", ports @ ..] => {
+            let endpoint = |port: &&str| Endpoint { port: number(port) as u16, key: vec![1; 44] };
+            of_gang(GangInput::Listening(ports.iter().map(endpoint).collect()))
+        }
         ["probe", "fails", why @ ..] => Input::Probed(Err(why.join(" "))),
         ["prepared"] => {
             let (stats, run) = (DataStats::default(), "c/job-1".to_owned());
@@ -266,12 +276,19 @@ fn describe(action: &Action) -> Option<String> {
         Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
-        Action::Prepare { job, .. } => match &job.checkpoint.resume {
+        Action::Prepare { job, leads, .. } => match &job.checkpoint.resume {
             Resume::Path(path) => format!("prepare from {}", path.display()),
+            _ if !leads => "prepare for others".into(),
             _ => "prepare".into(),
         },
         Action::ToRank { rank, message: ToRank::Start(start), .. } => {
-            format!("rank {rank}: start on {} with {} threads", start.device, start.threads)
+            let of = match start.hosts {
+                0 | 1 => String::new(),
+                hosts => {
+                    format!(" as {} of {} on host {} of {hosts}", start.rank, start.world_size, start.host)
+                }
+            };
+            format!("rank {rank}: start on {} with {} threads{of}", start.device, start.threads)
         }
         Action::ToRank { rank, message: ToRank::Stop, .. } => format!("rank {rank}: stop"),
         Action::ToRank { rank, message: ToRank::CheckpointCommitted { step }, .. } => {
@@ -289,6 +306,7 @@ fn describe(action: &Action) -> Option<String> {
             format!("{how} rank {rank}")
         }
         Action::AbortCollectives { rank, .. } => format!("abort collectives: rank {rank}"),
+        Action::Meet { peers, .. } => format!("meet {} ranks", peers.len()),
         Action::Reconnect => "connect anew".into(),
         Action::Forget(gang) => format!("forget {gang}"),
         Action::Exit { refused: None } => "exit".into(),
@@ -299,6 +317,10 @@ fn describe(action: &Action) -> Option<String> {
 fn tell(body: &EventBody) -> String {
     match body {
         EventBody::DataReady(_) => "data ready".into(),
+        EventBody::Listening(endpoints) => {
+            let ports: Vec<u16> = endpoints.iter().map(|endpoint| endpoint.port).collect();
+            format!("listening on {ports:?}")
+        }
         EventBody::Step(step) => format!("step {}", step.step),
         EventBody::Checkpoint(record) => format!("checkpoint {}", record.step),
         EventBody::Log { rank: Some(rank @ 10..), line, .. } => format!("rank {rank}: `{line}`"),
