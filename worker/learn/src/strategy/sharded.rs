@@ -35,6 +35,21 @@ struct Rooms {
     units: Vec<Range<usize>>,
     /// For each unit where its room is in `numbers`.
     rooms: Vec<Range<usize>>,
+    /// Between the parameters of each unit: nobody writes there, so that another unit's numbers would be left.
+    gaps: Vec<Vec<Range<usize>>>,
+}
+
+/// For each unit what of its range no parameter has.
+fn gaps(layout: &Layout) -> Vec<Vec<Range<usize>>> {
+    let of = |unit: &Range<usize>| {
+        let mut parameters: Vec<Range<usize>> = layout.parameters.iter().map(|p| p.range.clone()).collect();
+        parameters.retain(|range| unit.start <= range.start && range.end <= unit.end);
+        parameters.sort_by_key(|range| range.start);
+        let ends = std::iter::once(unit.start).chain(parameters.iter().map(|range| range.end));
+        let starts = parameters.iter().map(|range| range.start).chain([unit.end]);
+        ends.zip(starts).map(|(end, start)| end..start).filter(|gap| !gap.is_empty()).collect()
+    };
+    layout.units.iter().map(of).collect()
 }
 
 impl Rooms {
@@ -83,7 +98,8 @@ impl<E: HostNumber> Sharded<E> {
         let (rooms, len) = rooms(&state.layout);
         let numbers = RankGradients::new(gang.allocate_per_rank(len * 4)?);
         let sums = SharedSlice::new(gang.allocate_common(state.layout.len * 4)?);
-        let rooms = Rooms { numbers, units: state.layout.units.clone(), rooms };
+        let gaps = gaps(&state.layout);
+        let rooms = Rooms { numbers, units: state.layout.units.clone(), rooms, gaps };
         Ok(Sharded { gang, state, rooms, sums, posted: VecDeque::new(), first: true })
     }
 
@@ -125,6 +141,9 @@ impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
 
     fn ready(&mut self, unit: usize) -> Result<()> {
         self.gang.note(Activity::Backward);
+        for gap in self.rooms.gaps[unit].clone() {
+            self.rooms.range(gap).fill(0.0);
+        }
         let room = self.rooms.rooms[unit].clone();
         let bytes = room.start * 4..room.end * 4;
         let memory = self.rooms.numbers.memory();
