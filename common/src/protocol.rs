@@ -227,12 +227,6 @@ pub enum ToAgent {
         generation: Generation,
         now: bool,
     },
-    /// Where all ranks of a gang on several nodes can be called, in rank order: every node of it is told the same, once all can. Idempotent.
-    MeetPeers {
-        job: JobId,
-        generation: Generation,
-        peers: Vec<Peer>,
-    },
     /// Events up to `seq` are committed. After a `Finished` event is, the agent forgets the gang.
     EventsCommitted {
         job: JobId,
@@ -267,6 +261,12 @@ pub enum ToAgent {
     },
     /// A piece of what a rank printed, please. At most `OUTPUT_ASKED_MAX` of these are unanswered on a connection.
     ReadOutput(OutputWish),
+    /// Where all ranks of a gang on several nodes can be called, in rank order: every node of it is told the same, once all can. Idempotent.
+    MeetPeers {
+        job: JobId,
+        generation: Generation,
+        peers: Vec<Peer>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
