@@ -202,7 +202,10 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "model = \"llama\"",
             "job:1: `model` is the text \"llama\"; a table such as { hidden_size = 256 } or { path = \"DIR\" } is wanted",
         ),
-        ("strategy = \"dpp\"", "job:1: `strategy` is the text \"dpp\"; one of \"auto\", \"ddp\", \"fsdp\", \"fsdp_native\", \"fsdp2\", \"hsdp\" is wanted"),
+        (
+            "strategy = \"dpp\"",
+            "job:1: `strategy` is the text \"dpp\"; one of \"auto\", \"ddp\", \"fsdp\", \"fsdp_native\", \"fsdp2\", \"hsdp\" is wanted",
+        ),
         (
             "devices = [0, 0]",
             "job:1: `devices` is a list of 2; a number of ranks, \"auto\" or a list of different device ids is wanted",
