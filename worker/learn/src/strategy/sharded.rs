@@ -108,6 +108,9 @@ impl<E: HostNumber> Sharded<E> {
         let Some((unit, ticket)) = self.posted.pop_front() else { return Ok(()) };
         self.gang.wait(ticket)?;
         let part = own_part(&self.state.layout.units[unit], &*self.gang);
+        if part.is_empty() {
+            return Ok(());
+        }
         let (sums, new) = (self.sums.part_mut(part.clone()), self.rooms.range(part));
         match self.first {
             true => sums.copy_from_slice(new),
