@@ -55,9 +55,17 @@ fn the_trainer_knows_no_device_no_transport_and_no_executor() {
     let mut found = Vec::new();
     visit("worker/learn/src/trainer", &mut |path, text| {
         let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        for word in
-            ["cuda", "Shm", "strategy::Shared", "strategy::Solo", "Executor", "Units", "kernels", "Device"]
-        {
+        for word in [
+            "cuda",
+            "Shm",
+            "strategy::Shared",
+            "strategy::Sharded",
+            "strategy::Solo",
+            "Executor",
+            "Units",
+            "kernels",
+            "Device",
+        ] {
             if code.contains(word) {
                 found.push(format!("{}: {word}", path.display()));
             }

@@ -2,7 +2,7 @@
 //!
 //! Weights are shared out as whole tensors, so that others read the files; of the optimizer's state each rank has just what it keeps.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::shim::buffers::as_bytes;
 use crate::strategy::Slot;
 use crate::zeros::{Part, zeros};
@@ -17,6 +17,11 @@ pub(crate) const MOMENTS: [(Slot, &str); 2] = [(Slot::Moment1, "exp_avg"), (Slot
 
 pub(crate) fn moment_name(parameter: &str, suffix: &str) -> String {
     format!("{parameter}.{suffix}")
+}
+
+/// Why there is nothing to write.
+pub(crate) fn not_copied(error: &Error) -> CheckpointError {
+    CheckpointError::Device(error.to_string())
 }
 
 /// Its memory is used again from one checkpoint to the next.

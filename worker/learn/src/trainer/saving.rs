@@ -6,7 +6,7 @@ use super::companions::Companions;
 use super::in_flight::{InFlight, Written};
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, not_copied};
 use fleet_checkpoint::{CheckpointError, PartWriter, RunDir, Ticket, TrainerState, Writer};
 use fleet_collectives::{Activity, Op};
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
@@ -135,7 +135,7 @@ impl Trainer {
             Ok(snapshot) => snapshot,
             Err(e @ Error::Collective(_)) => return Err(e),
             Err(e) => {
-                let error = CheckpointError::Device(e.to_string());
+                let error = not_copied(&e);
                 pen.give_up(&error);
                 self.failed(step, &error, link);
                 return Ok(());
