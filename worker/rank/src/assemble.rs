@@ -2,7 +2,7 @@
 
 use crate::gang;
 use fleet_common::capability::{Refusal, Wanted};
-use fleet_common::job::{self, Job, Precision, Strategy};
+use fleet_common::job::{self, ActivationCheckpointing, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
@@ -53,6 +53,11 @@ fn on_host(start: &RankStart, job: &Job, model: &Model, note: Option<String>) ->
 
 fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, device: Device) -> Result<Made> {
     Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
+    if job.activation_checkpointing != ActivationCheckpointing::None {
+        return Err(Error::Input(
+            "`activation_checkpointing` is of the executor cpu alone in this version of fleet; take it out, or set device = \"cpu\" and leave `executor` out".into(),
+        ));
+    }
     let numbers = match job.precision {
         Precision::Bf16Mixed => Numbers::BF16_MIXED,
         _ => Numbers::FP32,
