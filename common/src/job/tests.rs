@@ -238,7 +238,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "device = \"cuda\"\nuse_gpu = false",
             "job:2: `use_gpu` = false and the `device` contradict each other; keep one",
         ),
-        ("num_nodes = 0", "job:1: `num_nodes` is 0; it must be a whole number from 1 to 1024"),
+        ("num_nodes = 0", "job:1: `num_nodes` is 0; a whole number from 1 to 1024 is wanted"),
         (
             "lora_r = 8",
             "job:1: `lora_r` is not in this version of fleet: it trains all weights; adapters (LoRA) come later",
