@@ -10,11 +10,17 @@ pub(crate) enum Call {
     AllReduce(DType, Op),
     ReduceScatter(DType, Op),
     AllGather(DType),
-    Broadcast { root: usize },
+    Broadcast {
+        root: usize,
+    },
     AllToAll,
     Barrier,
-    Allocate { common: bool },
+    Allocate {
+        common: bool,
+    },
     Reduce(DType, Op, Keep),
+    /// Of parts into memory of the host.
+    Gather,
 }
 
 impl Call {
@@ -28,6 +34,7 @@ impl Call {
             Call::Barrier => 6,
             Call::Allocate { .. } => 7,
             Call::Reduce(..) => 8,
+            Call::Gather => 9,
         }
     }
 
@@ -40,7 +47,7 @@ impl Call {
             Call::Broadcast { root } => (root as u64) << 24,
             Call::Allocate { common } => u64::from(common) << 24,
             Call::AllGather(dtype) => element(dtype, Op::Sum),
-            Call::AllToAll | Call::Barrier => 0,
+            Call::AllToAll | Call::Barrier | Call::Gather => 0,
         };
         self.kind() | more
     }
@@ -57,6 +64,7 @@ pub(crate) fn name(word: u64) -> &'static str {
         6 => "barrier",
         7 => "allocate",
         8 => "reduce",
+        9 => "gather",
         _ => "an unknown call",
     }
 }

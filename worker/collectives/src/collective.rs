@@ -13,13 +13,19 @@ use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// Of each rank of a gang, in rank order, the bytes of a buffer that are its own; each begins where the one before it ends.
+pub type Parts = Arc<[Range<usize>]>;
 
 /// Where the result of `SharedHost::post_reduce` is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
     /// Each rank has the result of its `part` among the ranks of its host, in its own buffer; the rest of its buffer keeps its input.
     MyPart,
+    /// Each rank has the result of its `part` among all ranks of the gang, in its own buffer; what the rest holds is not defined.
+    MyShard,
     /// Every rank has the whole result in its own buffer.
     Everything,
 }
@@ -186,11 +192,14 @@ pub trait SharedHost: Exchange {
     /// This rank's host among those of the gang, from 0. What every host has the same of is counted on host 0.
     fn host(&self) -> usize;
 
+    /// Ranks on a host of the gang; 0 where there is no such host.
+    fn size_of_host(&self, host: usize) -> usize;
+
     /// One buffer that all ranks of the host see, zeroed, page-aligned. A collective call.
     fn allocate_common(&mut self, bytes: usize) -> Result<Common>;
     /// Starts the reduction of `bytes` (a range of bytes of every rank's buffer) over all ranks of the gang and returns at once: this rank's
-    /// input is complete and must not be touched until `finish`. After that the result is in place; other ranks may still be reading
-    /// this rank's buffer until the next blocking call returns (with `Keep::Everything`: nobody does).
+    /// input is complete and must not be touched until `wait` of the ticket, or `finish`. Then the result is in place. After `finish` other
+    /// ranks may still be reading this rank's buffer until the next blocking call returns; after `wait`, and with `Keep::Everything`, nobody does.
     fn post_reduce(
         &mut self,
         buffers: &PerRank,
@@ -198,7 +207,47 @@ pub trait SharedHost: Exchange {
         dtype: DType,
         op: Op,
         keep: Keep,
-    ) -> Result<()>;
+    ) -> Result<Ticket>;
+
+    /// Starts to collect what the ranks of the gang have each of `parts`, into a range of the host's memory, and returns at once. From the post
+    /// to its `wait` the source and the parts belong to the transport, on all ranks of the host: nobody reads what was there before.
+    fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket>;
+}
+
+/// What `SharedHost::post_gather` collects: once for each host.
+#[derive(Clone, Copy, Debug)]
+pub struct Gather<'a> {
+    /// Where this rank's part is: its own buffer, from this byte on.
+    pub from: (&'a PerRank, usize),
+    pub into: &'a Common,
+    /// In `into`.
+    pub parts: &'a Parts,
+}
+
+impl Gather<'_> {
+    /// Refuses what does not fit. Returns this rank's part.
+    pub(crate) fn check(&self, rank: usize, world: usize) -> Result<Range<usize>> {
+        let Gather { from: (from, at), into, parts } = *self;
+        let own = parts.get(rank).cloned().unwrap_or_default();
+        let joined = parts.windows(2).all(|two| two[0].end == two[1].start);
+        let inside = parts.last().is_some_and(|last| last.end <= into.len());
+        if parts.len() == world && joined && inside && own.start <= own.end && at + own.len() <= from.len() {
+            return Ok(own);
+        }
+        let message = format!(
+            "{} parts of a gang of {world} do not fit into {} bytes, or byte {at} of {} is not where one begins",
+            parts.len(),
+            into.len(),
+            from.len()
+        );
+        Err(refuse("gather", message))
+    }
+
+    /// Puts this rank's part where it belongs.
+    pub(crate) fn place_own(&self, own: Range<usize>) {
+        let Gather { from: (from, at), into, .. } = *self;
+        from.copy_to(at, into, own);
+    }
 }
 
 /// `Gang::all_reduce_f64` by way of an `all_reduce` of bytes.

@@ -1,41 +1,54 @@
 //! Ranks on several hosts that share memory inside each: reductions go through the segment first, then every rank of a host carries its own
-//! part across, and the results lie in the segment again. All else goes over the connections.
+//! part across, and the results lie in the segment again. What is collected lies once on each host. All else goes over the connections.
+//!
+//! What is posted is carried out by a thread of the rank's own, one after the other: inside, across, inside.
 
 use crate::abort::Abort;
-use crate::collective::{Activity, Exchange, Gang, Keep, Posted, SharedHost, Ticket, refuse, through_bytes};
+use crate::algorithm::Topology;
+use crate::collective::{
+    Activity, Exchange, Gang, Gather, Keep, Parts, Posted, SharedHost, Ticket, part, refuse, through_bytes,
+};
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
 use crate::net::{NetAbortHandle, NetCollective};
-use crate::shm::{AbortHandle, ShmCollective};
-use std::collections::VecDeque;
+use crate::posts::Posts;
+use crate::shm::{AbortHandle, Notes, ShmCollective};
 use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// For what is posted, when a rank goes.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Bytes of the buffer through which blocking reductions go, piece by piece.
 const PIECE: usize = 4 << 20;
 
 /// A rank of a gang on several hosts.
 pub struct HostCollective {
-    /// The ranks of this host.
-    shm: ShmCollective,
-    /// All ranks.
-    net: NetCollective,
-    /// Reductions that are not over, oldest first.
-    reductions: VecDeque<Reduction>,
-    /// How many of them the ranks of this host have been asked for, and have been handed to the connections.
-    posted: u64,
-    handed: u64,
+    pair: Arc<Mutex<Pair>>,
+    posts: Posts<Work>,
+    topology: Topology,
+    rank: usize,
+    generation: u64,
+    notes: Notes,
+    abort: HostAbortHandle,
     piece: Option<PerRank>,
     failed: Option<CollectiveError>,
 }
 
-struct Reduction {
-    buffers: PerRank,
-    bytes: Range<usize>,
-    dtype: DType,
-    op: Op,
-    keep: Keep,
+/// Used by one thread at a time: the rank's, when nothing is posted, or that which carries out.
+struct Pair {
+    /// The ranks of this host.
+    shm: ShmCollective,
+    /// All ranks.
+    net: NetCollective,
+}
+
+enum Work {
+    Reduce { buffers: PerRank, bytes: Range<usize>, dtype: DType, op: Op, keep: Keep },
+    Gather { from: PerRank, at: usize, into: Common, parts: Parts },
+    Exchange { buffers: PerRank, bytes: Range<usize>, exchange: Posted },
 }
 
 /// Aborts a gang from another thread.
@@ -55,34 +68,43 @@ impl HostAbortHandle {
 impl HostCollective {
     /// `shm` joins the ranks of this host, in the order in which they stand in the gang; `net` all ranks of the gang.
     pub fn new(shm: ShmCollective, net: NetCollective) -> Result<HostCollective> {
-        let topology = net.topology();
-        let here = topology.ranks_of(topology.host_of(net.rank()));
-        if here.len() != shm.world_size() || here.get(shm.rank()) != Some(&net.rank()) {
+        let (topology, rank) = (net.topology().clone(), net.rank());
+        let here = topology.ranks_of(topology.host_of(rank));
+        if here.len() != shm.world_size() || here.get(shm.rank()) != Some(&rank) {
             let message = format!(
-                "rank {} of the gang is rank {} of {} in the segment; the rendezvous has {here:?} on its host",
-                net.rank(),
+                "rank {rank} of the gang is rank {} of {} in the segment; the rendezvous has {here:?} on its host",
                 shm.rank(),
                 shm.world_size()
             );
             return Err(refuse("connect", message));
         }
-        let names = here.to_vec();
+        let shm = shm.named(here.to_vec());
         Ok(HostCollective {
-            shm: shm.named(names),
-            net,
-            reductions: VecDeque::new(),
-            posted: 0,
-            handed: 0,
+            abort: HostAbortHandle { shm: shm.abort_handle(), net: net.abort_handle() },
+            notes: shm.notes(),
+            generation: net.generation(),
+            pair: Arc::new(Mutex::new(Pair { shm, net })),
+            posts: Posts::new(),
+            topology,
+            rank,
             piece: None,
             failed: None,
         })
     }
 
     pub fn abort_handle(&self) -> HostAbortHandle {
-        HostAbortHandle { shm: self.shm.abort_handle(), net: self.net.abort_handle() }
+        self.abort.clone()
     }
 
-    /// Runs one call: an error of one side is one of the other.
+    /// Runs one call, when what was posted is over.
+    fn call<T>(&mut self, call: impl FnOnce(&mut Pair) -> Result<T>) -> Result<T> {
+        self.latched(|gang| {
+            gang.posts.finish()?;
+            call(&mut gang.pair())
+        })
+    }
+
+    /// An error of one side is one of the other, and stays.
     fn latched<T>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -90,38 +112,35 @@ impl HostCollective {
         let result = call(self);
         if let Err(error) = &result {
             self.failed = Some(error.clone());
-            let abort = Abort::for_error(error, self.net.rank());
-            self.abort_handle().abort(abort);
-            // Tells the other hosts, also where this rank is in no call with them.
-            let _ = self.net.progress();
+            self.give_up(error);
         }
         result
     }
 
-    /// Hands to the connections what the ranks of this host have reduced.
-    fn hand_over(&mut self, reduced: u64) -> Result<()> {
-        while self.handed < reduced {
-            let at = self.reductions.len() - (self.posted - self.handed) as usize;
-            let Reduction { buffers, bytes, dtype, op, .. } = &self.reductions[at];
-            self.net.post_across(buffers, bytes.clone(), *dtype, *op)?;
-            self.handed += 1;
-        }
-        Ok(())
+    /// Ends the calls of both sides, and tells the other hosts, also where this rank is in no call with them.
+    fn give_up(&mut self, error: &CollectiveError) {
+        let abort = self.abort.clone();
+        let why = Abort::for_error(error, self.rank);
+        abort.abort(why);
+        self.posts.close(|| abort.abort(why));
+        let _ = self.pair().net.progress();
     }
 
-    /// Inside, across, and inside again for those who want everything.
-    fn finish_reductions(&mut self) -> Result<()> {
-        self.shm.finish()?;
-        self.hand_over(self.posted)?;
-        self.net.finish()?;
-        let mut gathers = false;
-        for reduction in self.reductions.drain(..) {
-            if reduction.keep == Keep::Everything {
-                self.shm.post(&reduction.buffers, reduction.bytes, Posted::AllGather(reduction.dtype))?;
-                gathers = true;
+    fn pair(&self) -> MutexGuard<'_, Pair> {
+        self.pair.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post(&mut self, work: Work) -> Result<Ticket> {
+        let (pair, abort, rank) = (self.pair.clone(), self.abort.clone(), self.rank);
+        self.posts.post(work, || {
+            move |work: Work| {
+                let result = pair.lock().unwrap_or_else(PoisonError::into_inner).carry_out(&work);
+                if let Err(error) = &result {
+                    abort.abort(Abort::for_error(error, rank));
+                }
+                result
             }
-        }
-        if gathers { self.shm.finish() } else { Ok(()) }
+        })
     }
 
     /// The buffer of blocking reductions; allocated by all ranks in the same call.
@@ -129,41 +148,97 @@ impl HostCollective {
         match &self.piece {
             Some(piece) => Ok(piece.clone()),
             None => {
-                let piece = self.shm.allocate_per_rank(PIECE)?;
+                let piece = self.pair().shm.allocate_per_rank(PIECE)?;
                 Ok(self.piece.insert(piece).clone())
             }
         }
     }
 }
 
+impl Pair {
+    fn carry_out(&mut self, work: &Work) -> Result<()> {
+        match work {
+            Work::Reduce { buffers, bytes, dtype, op, keep } => {
+                self.reduce(buffers, bytes.clone(), *dtype, *op, *keep)
+            }
+            Work::Gather { from, at, into, parts } => self.gather(&Gather { from: (from, *at), into, parts }),
+            // Buffers lie elsewhere in the segment of another host.
+            Work::Exchange { buffers, bytes, exchange } => {
+                self.net.exchange_at(buffers, bytes.clone(), *exchange, bytes.start as u64)
+            }
+        }
+    }
+
+    fn reduce(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+        op: Op,
+        keep: Keep,
+    ) -> Result<()> {
+        if keep == Keep::MyShard {
+            let parts = shards(bytes.len(), dtype.size(), self.net.world_size());
+            let own = self.net.carried(&parts).into_iter();
+            let own = own.map(|one| bytes.start + one.start..bytes.start + one.end).collect();
+            let inside = self.shm.post_reduce_own(buffers, bytes.clone(), dtype, op, own)?;
+            self.shm.wait(inside)?;
+            return self.net.reduce_shards_across(buffers, bytes, &parts, dtype, op);
+        }
+        let inside = self.shm.post_reduce(buffers, bytes.clone(), dtype, op, Keep::MyPart)?;
+        self.shm.wait(inside)?;
+        self.net.reduce_across(buffers, bytes.clone(), dtype, op)?;
+        if keep == Keep::Everything {
+            let inside = self.shm.post(buffers, bytes, Posted::AllGather(dtype))?;
+            self.shm.wait(inside)?;
+        }
+        Ok(())
+    }
+
+    fn gather(&mut self, gather: &Gather<'_>) -> Result<()> {
+        let own = gather.check(self.net.rank(), self.net.world_size())?;
+        // Nobody here reads any more what was there before.
+        self.shm.barrier()?;
+        gather.place_own(own);
+        self.net.gather_across(gather.into, gather.parts)?;
+        self.shm.barrier()
+    }
+}
+
+/// The `part`s of all ranks, in bytes.
+fn shards(bytes: usize, size: usize, world: usize) -> Parts {
+    let of = |rank| part(bytes / size, rank, world);
+    (0..world).map(of).map(|part| part.start * size..part.end * size).collect()
+}
+
 impl Gang for HostCollective {
     fn rank(&self) -> usize {
-        self.net.rank()
+        self.rank
     }
     fn world_size(&self) -> usize {
-        self.net.world_size()
+        self.topology.world()
     }
     fn generation(&self) -> u64 {
-        self.net.generation()
+        self.generation
     }
     fn set_deadline(&mut self, deadline: Duration) {
-        self.shm.set_deadline(deadline);
-        self.net.set_deadline(deadline);
+        let mut pair = self.pair();
+        pair.shm.set_deadline(deadline);
+        pair.net.set_deadline(deadline);
     }
     fn note(&mut self, activity: Activity) {
-        self.shm.note(activity);
+        self.notes.note(activity);
     }
     fn begin_step(&mut self, step: u64, last: Option<Duration>) {
-        self.shm.begin_step(step, last);
+        self.notes.begin_step(step, last);
     }
 
     /// The ranks of a host meet before and after the first of each meet.
     fn barrier(&mut self) -> Result<()> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.shm.barrier()?;
-            gang.net.barrier_of_hosts()?;
-            gang.shm.barrier()
+        self.call(|pair| {
+            pair.shm.barrier()?;
+            pair.net.barrier_of_hosts()?;
+            pair.shm.barrier()
         })
     }
 
@@ -179,19 +254,14 @@ impl Exchange for HostCollective {
                 let message = format!("{} bytes are not whole {dtype} elements", data.len());
                 return Err(refuse("all_reduce", message));
             }
-            gang.finish_reductions()?;
+            gang.posts.finish()?;
             let piece = gang.piece()?;
             // Nothing at all still compares what ranks call.
             let pieces = data.len().div_ceil(PIECE).max(1);
             for at in 0..pieces {
                 let some = at * PIECE..((at + 1) * PIECE).min(data.len());
                 piece.write(0, &data[some.clone()]);
-                gang.shm.post_reduce(&piece, 0..some.len(), dtype, op, Keep::MyPart)?;
-                gang.shm.finish()?;
-                let ticket = gang.net.post_across(&piece, 0..some.len(), dtype, op)?;
-                gang.net.wait(ticket)?;
-                gang.shm.post(&piece, 0..some.len(), Posted::AllGather(dtype))?;
-                gang.shm.finish()?;
+                gang.pair().reduce(&piece, 0..some.len(), dtype, op, Keep::Everything)?;
                 piece.read(0, &mut data[some]);
             }
             Ok(())
@@ -199,84 +269,62 @@ impl Exchange for HostCollective {
     }
 
     fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], dtype: DType, op: Op) -> Result<()> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.net.reduce_scatter(input, output, dtype, op)
-        })
+        self.call(|pair| pair.net.reduce_scatter(input, output, dtype, op))
     }
 
     fn all_gather(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.net.all_gather(input, output)
-        })
+        self.call(|pair| pair.net.all_gather(input, output))
     }
 
     fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<()> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.net.broadcast(data, root)
-        })
+        self.call(|pair| pair.net.broadcast(data, root))
     }
 
     fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.net.all_to_all(input, output)
-        })
+        self.call(|pair| pair.net.all_to_all(input, output))
     }
 
     fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.shm.allocate_per_rank(bytes)
-        })
+        self.call(|pair| pair.shm.allocate_per_rank(bytes))
     }
 
     fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket> {
         self.latched(|gang| {
-            // What was posted before is handed over before, so that all ranks keep one order.
-            gang.shm.finish()?;
-            gang.hand_over(gang.posted)?;
-            // Buffers lie elsewhere in the segment of another host.
-            let place = bytes.start as u64;
-            gang.net.post_at(buffers, bytes, exchange, place)
+            exchange.check(buffers, &bytes, gang.world_size())?;
+            gang.post(Work::Exchange { buffers: buffers.clone(), bytes, exchange })
         })
     }
 
     fn progress(&mut self) -> Result<()> {
-        self.latched(|gang| {
-            gang.shm.progress()?;
-            gang.hand_over(gang.posted - gang.shm.pending_posts())?;
-            gang.net.progress()
-        })
+        self.latched(|gang| gang.posts.wait_for(0))
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {
-        self.latched(|gang| gang.net.wait(ticket))
+        self.latched(|gang| gang.posts.wait_for(ticket.0))
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.latched(HostCollective::finish_reductions)
+        self.latched(|gang| gang.posts.finish())
     }
 }
 
 impl SharedHost for HostCollective {
     fn local_rank(&self) -> usize {
-        self.shm.local_rank()
+        self.topology.place_of(self.rank)
     }
     fn local_size(&self) -> usize {
-        self.shm.local_size()
+        self.topology.ranks_of(self.host()).len()
     }
     fn host(&self) -> usize {
-        self.net.topology().host_of(self.net.rank())
+        self.topology.host_of(self.rank)
+    }
+
+    fn size_of_host(&self, host: usize) -> usize {
+        if host < self.topology.hosts() { self.topology.ranks_of(host).len() } else { 0 }
     }
 
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
-        self.latched(|gang| {
-            gang.finish_reductions()?;
-            gang.shm.allocate_common(bytes)
-        })
+        self.call(|pair| pair.shm.allocate_common(bytes))
     }
 
     fn post_reduce(
@@ -286,12 +334,27 @@ impl SharedHost for HostCollective {
         dtype: DType,
         op: Op,
         keep: Keep,
-    ) -> Result<()> {
+    ) -> Result<Ticket> {
         self.latched(|gang| {
-            gang.shm.post_reduce(buffers, bytes.clone(), dtype, op, Keep::MyPart)?;
-            gang.reductions.push_back(Reduction { buffers: buffers.clone(), bytes, dtype, op, keep });
-            gang.posted += 1;
-            gang.hand_over(gang.posted - gang.shm.pending_posts())
+            buffers.check(&bytes, dtype)?;
+            gang.post(Work::Reduce { buffers: buffers.clone(), bytes, dtype, op, keep })
         })
+    }
+
+    fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket> {
+        self.latched(|gang| {
+            gather.check(gang.rank, gang.world_size())?;
+            let Gather { from: (from, at), into, parts } = gather;
+            gang.post(Work::Gather { from: from.clone(), at, into: into.clone(), parts: parts.clone() })
+        })
+    }
+}
+
+impl Drop for HostCollective {
+    /// What all have posted and nobody waits for any more is still done: the others would take it for a failure.
+    fn drop(&mut self) {
+        let (abort, rank) = (self.abort.clone(), self.rank);
+        self.posts.finish_within(LINGER);
+        self.posts.close(|| abort.abort(Abort::RankFailed(rank)));
     }
 }

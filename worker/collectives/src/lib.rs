@@ -14,11 +14,14 @@ mod error;
 mod host;
 mod memory;
 pub mod net;
+mod posts;
 pub mod shm;
 mod solo;
 
 pub use abort::Abort;
-pub use collective::{Activity, Exchange, Gang, Keep, PART_ALIGN, Posted, SharedHost, Ticket, part};
+pub use collective::{
+    Activity, Exchange, Gang, Gather, Keep, PART_ALIGN, Parts, Posted, SharedHost, Ticket, part,
+};
 pub use dtype::{DType, Op};
 pub use error::{CollectiveError, Result};
 #[cfg(target_os = "linux")]

@@ -1,6 +1,6 @@
 //! The gang of one rank: every reduction is the identity, every wait is over at once.
 
-use crate::collective::{Activity, Exchange, Gang, Keep, Posted, SharedHost, Ticket};
+use crate::collective::{Activity, Exchange, Gang, Gather, Keep, Posted, SharedHost, Ticket};
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
@@ -99,6 +99,9 @@ impl SharedHost for Solo {
     fn host(&self) -> usize {
         0
     }
+    fn size_of_host(&self, host: usize) -> usize {
+        usize::from(host == 0)
+    }
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         Common::private(bytes)
     }
@@ -109,8 +112,13 @@ impl SharedHost for Solo {
         dtype: DType,
         _op: Op,
         _keep: Keep,
-    ) -> Result<()> {
-        buffers.check(&bytes, dtype)
+    ) -> Result<Ticket> {
+        buffers.check(&bytes, dtype).map(|()| Ticket(0))
+    }
+    fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket> {
+        let own = gather.check(0, 1)?;
+        gather.place_own(own);
+        Ok(Ticket(0))
     }
 }
 

@@ -108,7 +108,7 @@ fn check_post_reduce(gang: &mut ShmCollective, dtype: DType, op: Op, keep: Keep,
         buffer.read(start, &mut got);
         let mut want = inputs(dtype, i as u64, rank, 0..size);
         let range = match keep {
-            Keep::MyPart => part(size, rank, world),
+            Keep::MyPart | Keep::MyShard => part(size, rank, world),
             Keep::Everything => 0..size,
         };
         let sum = reduced(dtype, op, i as u64, world, range.clone());
@@ -121,7 +121,7 @@ fn check_post_reduce(gang: &mut ShmCollective, dtype: DType, op: Op, keep: Keep,
 fn check_every_post_reduce(gang: &mut ShmCollective) {
     for dtype in DType::ALL {
         for op in [Op::Sum, Op::Max] {
-            for keep in [Keep::MyPart, Keep::Everything] {
+            for keep in [Keep::MyPart, Keep::MyShard, Keep::Everything] {
                 for size in [0, 1, 259, 10_001] {
                     check_post_reduce(gang, dtype, op, keep, size);
                 }
@@ -404,7 +404,7 @@ fn a_rank_that_differs_is_named_by_all() {
         let buffer = gang.allocate_per_rank(128).unwrap();
         let start = gang.rank() * 64;
         gang.post_reduce(&buffer, start..start + 64, DType::F32, Op::Sum, Keep::MyPart)
-            .and_then(|()| gang.finish())
+            .and_then(|_| gang.finish())
             .is_err()
     });
     assert_eq!(errors, [true, true], "another place in the buffer");

@@ -9,8 +9,8 @@ mod meeting;
 use calls::{inputs, reduced};
 use fleet_collectives::algorithm::Topology;
 use fleet_collectives::{
-    Abort, CollectiveError, DType, Exchange, Gang, HostCollective, Keep, Op, Segment, SharedHost,
-    ShmCollective, part,
+    Abort, CollectiveError, DType, Exchange, Gang, Gather, HostCollective, Keep, Op, Parts, Segment,
+    SharedHost, ShmCollective, part,
 };
 use meeting::{Before, TIMEOUT, each, ranks};
 use proptest::prelude::*;
@@ -51,11 +51,47 @@ fn check_post_reduce(gang: &mut HostCollective, dtype: DType, op: Op, keep: Keep
         let mut want = inputs(dtype, i as u64, rank, 0..size);
         let range = match keep {
             Keep::MyPart => part(size, gang.local_rank(), gang.local_size()),
+            Keep::MyShard => part(size, rank, world),
             Keep::Everything => 0..size,
         };
+        if keep == Keep::MyShard {
+            // The rest is not defined.
+            want.copy_from_slice(&got);
+        }
         let sum = reduced(dtype, op, i as u64, world, range.clone());
         want[range.start * dtype.size()..range.end * dtype.size()].copy_from_slice(&sum);
         assert_eq!(got, want, "{dtype} {op:?} {keep:?} of {size}");
+    }
+    gang.barrier().unwrap();
+}
+
+const KEEPS: [Keep; 3] = [Keep::MyPart, Keep::MyShard, Keep::Everything];
+
+/// `post_gather` of two rooms in turn, three times: each host has the parts of all ranks, whatever was there before.
+fn check_gather(gang: &mut HostCollective, seed: u64, size: usize) {
+    let (rank, world) = (gang.rank(), gang.world_size());
+    let room = size.next_multiple_of(8);
+    let (from, into) = (gang.allocate_per_rank(3 * size).unwrap(), gang.allocate_common(2 * room).unwrap());
+    // Parts of all lengths, none among them.
+    let ends: Vec<usize> = (0..=world).map(|rank| size * rank * rank / (world * world)).collect();
+    let parts = |turn: usize| -> Parts {
+        let start = turn % 2 * room;
+        ends.windows(2).map(|two| start + two[0]..start + two[1]).collect()
+    };
+    let bytes = |turn: u64| inputs(DType::U8, seed * 3 + turn, 0, 0..size);
+    let posted: Vec<_> = (0..3)
+        .map(|turn| {
+            let own = ends[rank]..ends[rank + 1];
+            from.write(turn * size, &bytes(turn as u64)[own]);
+            let from = (&from, turn * size);
+            gang.post_gather(Gather { from, into: &into, parts: &parts(turn) }).unwrap()
+        })
+        .collect();
+    gang.wait(posted[2]).unwrap();
+    for (turn, start) in [(1, room), (2, 0)] {
+        let mut got = vec![0; size];
+        into.read(start, &mut got);
+        assert_eq!(got, bytes(turn), "turn {turn} of {size}");
     }
     gang.barrier().unwrap();
 }
@@ -65,7 +101,7 @@ fn reductions_in_place_are_those_of_all_hosts() {
     for hosts in [&[0, 0][..], &[0, 1], &[0, 0, 1, 1], &[0, 0, 0, 1, 1], &[0, 1, 0, 2, 0]] {
         gang(hosts, |mut gang| {
             for dtype in DType::ALL {
-                for keep in [Keep::MyPart, Keep::Everything] {
+                for keep in KEEPS {
                     for size in [0, 1, 259, 5_001] {
                         check_post_reduce(&mut gang, dtype, Op::Sum, keep, size);
                     }
@@ -81,14 +117,17 @@ proptest! {
     fn any_order_of_calls_agrees_with_the_definition(
         hosts in prop::collection::vec(0usize..3, 1..=6),
         calls in prop::collection::vec(calls::any(), 1..8),
-        reductions in prop::collection::vec((prop::sample::select(DType::ALL.to_vec()), 0usize..3000, any::<bool>()), 1..4),
+        reductions in prop::collection::vec(
+            (prop::sample::select(DType::ALL.to_vec()), 0usize..3000, prop::sample::select(KEEPS.to_vec())),
+            1..4,
+        ),
     ) {
         gang(&hosts, |mut gang| {
             for (index, call) in calls.iter().enumerate() {
                 call.check(&mut gang, index as u64);
-                if let Some((dtype, size, whole)) = reductions.get(index).copied() {
-                    let keep = if whole { Keep::Everything } else { Keep::MyPart };
+                if let Some((dtype, size, keep)) = reductions.get(index).copied() {
                     check_post_reduce(&mut gang, dtype, Op::Max, keep, size);
+                    check_gather(&mut gang, index as u64, size);
                 }
             }
         });

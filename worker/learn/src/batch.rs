@@ -56,6 +56,11 @@ impl TokenBatch {
         batch
     }
 
+    /// A token without a target: a pass over it counts nothing.
+    pub fn nothing() -> TokenBatch {
+        TokenBatch { ids: vec![0], targets: vec![IGNORED], weights: None, seq: 1 }
+    }
+
     pub fn view(&self) -> Batch<'_> {
         Batch { ids: &self.ids, targets: &self.targets, weights: self.weights.as_deref(), seq: self.seq }
     }

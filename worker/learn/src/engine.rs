@@ -45,6 +45,8 @@ pub trait Learner {
     fn writers(&mut self) -> usize;
     /// Copies what this rank, one of the writers, writes of a checkpoint, into the memory of an earlier copy where there is one. A collective call.
     fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot>;
+    /// The same call of a rank that writes nothing.
+    fn accompany_snapshot(&mut self) -> Result<()>;
 }
 
 pub struct Engine<M> {
@@ -166,9 +168,17 @@ impl<M: Memory> Learner for Engine<M> {
 
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {
         self.strategy.gang().note(Activity::Evaluating);
+        let mut most = [batches.len() as f64];
+        if self.strategy.passes_together() {
+            self.strategy.gang().all_reduce_f64(&mut most, Op::Max)?;
+        }
         let mut tally = Tally::default();
         for batch in batches {
             tally.add(self.executor.evaluate(self.strategy.weights(), &batch.view())?);
+        }
+        let nothing = TokenBatch::nothing();
+        for _ in batches.len()..most[0] as usize {
+            self.executor.evaluate(self.strategy.weights(), &nothing.view())?;
         }
         let mut sums = [tally.loss, tally.weight, tally.tokens as f64, tally.hits as f64];
         self.strategy.gang().all_reduce_f64(&mut sums, Op::Sum)?;
@@ -185,15 +195,41 @@ impl<M: Memory> Learner for Engine<M> {
     }
 
     fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot> {
-        let mut snapshot = match spare {
-            Some(spare) => spare,
+        let snapshot = match spare {
+            Some(spare) => Ok(spare),
             None => {
                 let (rank, writers) = (self.strategy.gang().rank(), self.strategy.writers());
-                Snapshot::new(&self.layout, &self.strategy.kept(), rank, writers)?
+                Snapshot::new(&self.layout, &self.strategy.kept(), rank, writers)
             }
         };
+        let all_have_room = self.all_have_room(snapshot.is_ok())?;
+        let mut snapshot = snapshot?;
+        if !all_have_room {
+            return Err(Error::Environment("another rank has no memory for its copy".into()));
+        }
         snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;
         Ok(snapshot)
+    }
+
+    fn accompany_snapshot(&mut self) -> Result<()> {
+        if self.all_have_room(true)? {
+            for slot in [Slot::Weights, Slot::Moment1, Slot::Moment2] {
+                self.strategy.copy_out(slot, &[], &mut [])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<M: Memory> Engine<M> {
+    /// Where ranks copy together, whether all of them can.
+    fn all_have_room(&mut self, this_has: bool) -> Result<bool> {
+        if !self.strategy.passes_together() {
+            return Ok(this_has);
+        }
+        let mut short = [f64::from(u8::from(!this_has))];
+        self.strategy.gang().all_reduce_f64(&mut short, Op::Max)?;
+        Ok(short[0] == 0.0)
     }
 }
 

@@ -30,5 +30,5 @@ pub use objective::{NextToken, Objective};
 pub use optimizer::{AdamW, Update};
 pub use snapshot::Snapshot;
 pub use strategy::{Report, Strategy, Votes};
-pub use units::{Gradients, Host, HostNumber, HostWeights, Memory, Pieces, UnitWeights, Units};
+pub use units::{Gradients, Host, HostNumber, HostWeights, Memory, Pieces, Places, UnitWeights, Units};
 pub use workers::Workers;

@@ -3,6 +3,7 @@
 //! them is a strategy's business.
 
 use crate::error::Result;
+use crate::shim::buffers::{Number, SharedSlice};
 use fleet_kernels::Element;
 use half::bf16;
 use std::marker::PhantomData;
@@ -46,7 +47,7 @@ impl<E: HostNumber> Memory for Host<E> {
 }
 
 /// What products read.
-pub trait HostNumber: Element {
+pub trait HostNumber: Element + Number {
     const IS_BF16: bool;
     /// Of the masters and, under bf16-mixed, their copy.
     fn products<'a>(master: Pieces<'a, f32>, copy: Pieces<'a, bf16>) -> Pieces<'a, Self>;
@@ -66,23 +67,74 @@ impl HostNumber for bf16 {
     }
 }
 
-/// Numbers of the flat buffer: all of them, or those of some units.
-#[derive(Clone, Copy, Debug)]
-pub enum Pieces<'a, T> {
-    Flat(&'a [T]),
-    /// For each unit, where it begins in the flat buffer and what it holds, nothing where it is not in.
-    Units(&'a [(usize, Vec<T>)]),
+/// Where ranges of the flat buffer are in a smaller one.
+#[derive(Clone, Debug, Default)]
+pub struct Places {
+    /// In ascending order, with where each begins there.
+    ranges: Vec<(Range<usize>, usize)>,
 }
 
-impl<'a, T> Pieces<'a, T> {
+impl Places {
+    /// `ranges` are in ascending order; those that hold nothing are left out.
+    pub fn new(ranges: impl IntoIterator<Item = (Range<usize>, usize)>) -> Places {
+        Places { ranges: ranges.into_iter().filter(|(range, _)| !range.is_empty()).collect() }
+    }
+
+    /// One behind the other, as many as there are.
+    pub fn in_a_row(ranges: impl IntoIterator<Item = Range<usize>>) -> Places {
+        let mut next = 0;
+        Places::new(ranges.into_iter().map(|range| {
+            next += range.len();
+            (range.clone(), next - range.len())
+        }))
+    }
+
+    /// Where `range` is, if one of the ranges holds all of it.
+    pub fn find(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        let at = self.ranges.partition_point(|(one, _)| one.start <= range.start).checked_sub(1)?;
+        let (one, place) = &self.ranges[at];
+        let start = place + (range.start - one.start);
+        (range.end <= one.end).then(|| start..start + range.len())
+    }
+
+    /// The same. Panics where nothing holds it: an executor's mistake.
+    pub fn of(&self, range: &Range<usize>) -> Range<usize> {
+        let found = if range.is_empty() { Some(0..0) } else { self.find(range) };
+        found.expect("a range of what was asked for")
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &(Range<usize>, usize)> {
+        self.ranges.iter()
+    }
+
+    /// How long the other buffer is at least.
+    pub fn end(&self) -> usize {
+        self.ranges.iter().map(|(range, place)| place + range.len()).max().unwrap_or(0)
+    }
+}
+
+/// Numbers of the flat buffer: all of them, or some.
+#[derive(Debug)]
+pub enum Pieces<'a, T> {
+    Flat(&'a [T]),
+    /// Elsewhere, in memory that the ranks of a host share.
+    Placed(&'a Places, &'a SharedSlice<T>),
+}
+
+impl<T> Clone for Pieces<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Pieces<'_, T> {}
+
+impl<'a, T: Number> Pieces<'a, T> {
     /// A range within one unit. Panics where that unit was not asked for: an executor's mistake.
     pub fn of(&self, range: &Range<usize>) -> &'a [T] {
         match self {
             Pieces::Flat(numbers) => &numbers[range.clone()],
-            Pieces::Units(units) => {
-                let (start, numbers) = &units[units.partition_point(|(start, _)| *start <= range.start) - 1];
-                &numbers[range.start - start..range.end - start]
-            }
+            Pieces::Placed(places, numbers) => numbers.part(places.of(range)),
         }
     }
 }
@@ -151,13 +203,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_found_in_its_unit() {
-        let units = [(0, vec![0, 1, 2]), (3, vec![]), (3, vec![3, 4]), (5, vec![5])];
-        let pieces = Pieces::Units(&units);
-        assert_eq!(
-            (pieces.of(&(1..3)), pieces.of(&(3..5)), pieces.of(&(5..6))),
-            (&[1, 2][..], &[3, 4][..], &[5][..])
-        );
-        assert_eq!(Pieces::Flat(&[7, 8, 9]).of(&(1..2)), [8]);
+    fn a_range_is_found_in_the_one_that_holds_it() {
+        let places = Places::new([(0..3, 10), (3..3, 20), (3..5, 0), (8..9, 2)]);
+        assert_eq!((places.of(&(1..3)), places.of(&(3..5)), places.of(&(8..9))), (11..13, 0..2, 2..3));
+        assert_eq!((places.find(&(2..4)), places.find(&(6..7)), places.find(&(8..10))), (None, None, None));
+        assert_eq!((places.of(&(7..7)), places.end()), (0..0, 13));
+        assert_eq!(Places::in_a_row([4..6, 9..9, 9..12]).of(&(10..12)), 3..5);
+        assert_eq!(Pieces::Flat(&[7.0, 8.0, 9.0]).of(&(1..2)), [8.0]);
     }
 }

@@ -84,8 +84,9 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box
     Ok(match gang::join(start, job.transport_encryption)? {
         None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
         Some(gang) => match job.strategy {
-            Strategy::Fsdp | Strategy::Hsdp => {
-                Box::new(Engine::new(executor, Sharded::<E>::new(layout, workers, gang)?))
+            Strategy::Fsdp => Box::new(Engine::new(executor, Sharded::<E>::fully(layout, workers, gang)?)),
+            Strategy::Hsdp => {
+                Box::new(Engine::new(executor, Sharded::<E>::within_hosts(layout, workers, gang)?))
             }
             Strategy::Auto | Strategy::Ddp => {
                 Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?))

@@ -1,7 +1,7 @@
 //! Inside the hosts and across them. On each host every rank carries a share of what belongs to other hosts, so that all ranks of a host
 //! send across at once, and a byte crosses between two hosts as rarely as in a ring of hosts.
 
-use super::{Algorithm, Group, Kind, Ranges, Step, Steps, Topology, Work, ring, tree};
+use super::{Algorithm, Group, Kind, Operation, Ranges, Step, Steps, Topology, Work, ring, tree};
 use crate::collective::part;
 use crate::memory::reduce::First;
 use std::ops::Range;
@@ -246,6 +246,32 @@ pub(crate) fn barrier_of_hosts(topology: &Topology, rank: usize) -> Vec<Step> {
         tree::barrier(&mut steps, group);
     }
     steps.list
+}
+
+/// What is left of a reduce_scatter or an all_gather of `parts` when the ranks of each host share memory. Before a reduce_scatter each rank has
+/// its host's sums of what it carries; after an all_gather what it carries is there.
+pub(crate) fn shards_across(
+    algorithm: Algorithm,
+    operation: Operation,
+    topology: &Topology,
+    rank: usize,
+    parts: &[Range<usize>],
+) -> Vec<Step> {
+    let across = match algorithm {
+        Algorithm::Ring | Algorithm::Hierarchical => Across::Ring,
+        Algorithm::Tree | Algorithm::Halving | Algorithm::HierarchicalTree => Across::Tree,
+    };
+    let (at, mut steps) = (Place { across, topology, rank }, Steps::default());
+    match operation {
+        Operation::ReduceScatter(..) => at.sum_across(&mut steps, parts),
+        _ => at.spread_across(&mut steps, parts),
+    }
+    steps.list
+}
+
+/// What `rank` carries on its host of `parts`, pieces that touch as one.
+pub(crate) fn carried_by(topology: &Topology, rank: usize, parts: &[Range<usize>]) -> Vec<Range<usize>> {
+    merged(topology, rank, parts)
 }
 
 /// The part of an all_reduce that is left when the ranks of each host have reduced among themselves in shared memory: each has the host's

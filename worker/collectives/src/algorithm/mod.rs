@@ -25,7 +25,7 @@ mod tests;
 use crate::collective::{Posted, part};
 use crate::dtype::{DType, Op};
 use crate::memory::reduce::First;
-pub(crate) use hierarchical::{across, barrier_of_hosts};
+pub(crate) use hierarchical::{across, barrier_of_hosts, carried_by, shards_across};
 pub(crate) use plan::Plan;
 use std::fmt;
 use std::ops::Range;

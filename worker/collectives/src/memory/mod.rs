@@ -55,6 +55,13 @@ impl Common {
         self.map.as_mut_ptr()
     }
 
+    /// A range for a transport to work on, of which this rank's steps touch what no other rank's do.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn claim(&self, bytes: Range<usize>) -> Claim {
+        assert!(bytes.start <= bytes.end && bytes.end <= self.bytes, "a claim outside of the buffer");
+        Claim { map: self.map.clone(), bytes }
+    }
+
     /// In bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -131,7 +138,17 @@ impl PerRank {
     /// This rank's range for a transport to work on. Whoever posts it leaves it alone until it is done: the contract of `Exchange`.
     pub(crate) fn claim(&self, bytes: Range<usize>) -> Claim {
         assert!(bytes.start <= bytes.end && bytes.end <= self.bytes, "a claim outside of the buffer");
-        Claim { buffers: self.clone(), bytes }
+        let first = self.rank * self.stride;
+        Claim { map: self.map.clone(), bytes: first + bytes.start..first + bytes.end }
+    }
+
+    /// Copies this rank's bytes from `at` on to `to` of `common`; panics outside of either.
+    pub(crate) fn copy_to(&self, at: usize, common: &Common, to: Range<usize>) {
+        assert!(at <= self.bytes && to.len() <= self.bytes - at, "a copy from outside of a buffer");
+        assert!(to.start <= to.end && to.end <= common.bytes, "a copy to outside of a buffer");
+        let source = self.as_mut_ptr().wrapping_add(at);
+        // SAFETY: both ranges lie inside of their mappings, which are two; whoever copies owns both.
+        unsafe { std::ptr::copy_nonoverlapping(source, common.as_mut_ptr().add(to.start), to.len()) }
     }
 
     pub(crate) fn of(&self, rank: usize) -> *mut u8 {
@@ -152,9 +169,10 @@ impl PerRank {
     }
 }
 
-/// A range of this rank's buffer that belongs to a transport.
+/// A range of a buffer that belongs to a transport.
 pub(crate) struct Claim {
-    buffers: PerRank,
+    map: Arc<MmapRaw>,
+    /// In the mapping.
     bytes: Range<usize>,
 }
 
@@ -164,9 +182,9 @@ impl Claim {
     }
 
     pub fn bytes(&mut self) -> &mut [u8] {
-        let start = self.buffers.as_mut_ptr().wrapping_add(self.bytes.start);
-        // SAFETY: inside the mapping, which `buffers` keeps alive; the one who posted the range has left it to this claim, and no two claims
-        // are worked on at once.
+        let start = self.map.as_mut_ptr().wrapping_add(self.bytes.start);
+        // SAFETY: inside the mapping, which `map` keeps alive; the one who posted the range has left it to this claim, and no two claims
+        // are worked on at once. Other ranks of the host may write other bytes of it, which no step of this rank touches.
         unsafe { std::slice::from_raw_parts_mut(start, self.bytes.len()) }
     }
 }

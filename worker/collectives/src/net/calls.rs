@@ -124,15 +124,15 @@ impl Exchange for NetCollective {
     }
 
     fn progress(&mut self) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(0))
+        self.latched(|gang| gang.posts.wait_for(0))
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(ticket.0))
+        self.latched(|gang| gang.posts.wait_for(ticket.0))
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.latched(|gang| gang.shared.wait_for(gang.posts))
+        self.latched(|gang| gang.posts.finish())
     }
 }
 

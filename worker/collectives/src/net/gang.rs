@@ -9,21 +9,19 @@ use super::rendezvous::Rendezvous;
 use crate::abort::Abort;
 use crate::algorithm::{Operation, Plan, Topology, Work};
 use crate::call::{Call, Signature};
-use crate::collective::{Posted, Ticket};
+use crate::collective::{Parts, Posted, Ticket};
 use crate::cost::Chooser;
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
-use crate::memory::{Claim, PerRank};
+use crate::memory::{Claim, Common, PerRank};
+use crate::posts::Posts;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 const DEADLINE: Duration = Duration::from_secs(60);
-/// Posted exchanges in flight; beyond it `post` waits.
-const POSTS_MAX: usize = 256;
 /// Plans that are kept. A training step has a few per block.
 const PLANS_MAX: usize = 1024;
 
@@ -36,18 +34,17 @@ pub struct NetCollective {
     pub(super) deadline: Duration,
     /// Calls made, blocking and posted.
     sequence: u64,
-    pub(super) posts: u64,
+    pub(super) posts: Posts<Posting>,
     /// Names the next registered buffer; the same on every rank.
     pub(super) next_buffer: u64,
     chooser: Chooser,
     plans: HashMap<(Operation, usize, Cut), Arc<Plan>>,
     pub(super) scratch: Vec<u8>,
-    worker: Option<JoinHandle<()>>,
     failed: Option<CollectiveError>,
 }
 
 /// How a buffer is cut among the ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Cut {
     /// Into equal parts.
     Even,
@@ -55,6 +52,8 @@ pub(super) enum Cut {
     Parts(usize),
     /// Into `part`s on each host, to be reduced over the hosts.
     Hosts(usize),
+    /// Into these, where the ranks of a host share memory.
+    Shards(Parts),
 }
 
 /// Aborts a gang from another thread.
@@ -64,8 +63,7 @@ pub struct NetAbortHandle(Arc<Shared>);
 impl NetAbortHandle {
     /// Ends the calls of this rank, which tells the others. The first reason stays.
     pub fn abort(&self, abort: Abort) {
-        let _ = self.0.stop.compare_exchange(0, abort.word(), SeqCst, SeqCst);
-        self.0.waker.wake();
+        self.0.abort(abort);
     }
 }
 
@@ -88,11 +86,10 @@ impl NetCollective {
             generation,
             deadline: DEADLINE,
             sequence: 0,
-            posts: 0,
+            posts: Posts::new(),
             next_buffer: 0,
             plans: HashMap::new(),
             scratch: Vec::new(),
-            worker: None,
             failed: None,
         }
     }
@@ -116,7 +113,8 @@ impl NetCollective {
         };
         if let Err(error) = &result {
             self.failed = Some(error.clone());
-            self.stop_worker(Abort::for_error(error, self.rank));
+            let (shared, abort) = (self.shared.clone(), Abort::for_error(error, self.rank));
+            self.posts.close(|| shared.abort(abort));
             // Where a call has failed among the peers, they have heard it.
             self.shared.driver().fail(Abort::for_error(error, self.rank));
         }
@@ -132,16 +130,21 @@ impl NetCollective {
     }
 
     fn plan(&mut self, operation: Operation, bytes: usize, cut: Cut) -> Arc<Plan> {
-        if let Some(plan) = self.plans.get(&(operation, bytes, cut)) {
+        let key = (operation, bytes, cut);
+        if let Some(plan) = self.plans.get(&key) {
             return plan.clone();
         }
         let (world, size) = (self.world(), operation.reduction().map_or(1, |(dtype, _)| dtype.size()));
-        let work = match cut {
+        let work = match &key.2 {
             Cut::Even => Work::in_equal_parts(operation, bytes, world),
-            Cut::Parts(size) => Work::by_part(operation, bytes, size, world),
-            Cut::Hosts(size) => Work::by_part(operation, bytes, size, world),
+            Cut::Parts(size) | Cut::Hosts(size) => Work::by_part(operation, bytes, *size, world),
+            Cut::Shards(parts) => Work { operation, bytes, parts: parts.to_vec() },
         };
-        let steps = match cut {
+        let steps = match &key.2 {
+            Cut::Shards(parts) => {
+                let algorithm = self.chooser.across(&work);
+                crate::algorithm::shards_across(algorithm, operation, &self.topology, self.rank, parts)
+            }
             Cut::Hosts(_) if operation == Operation::Barrier => {
                 crate::algorithm::barrier_of_hosts(&self.topology, self.rank)
             }
@@ -158,7 +161,7 @@ impl NetCollective {
         if self.plans.len() >= PLANS_MAX {
             self.plans.clear();
         }
-        self.plans.insert((operation, bytes, cut), plan.clone());
+        self.plans.insert(key, plan.clone());
         plan
     }
 
@@ -170,7 +173,7 @@ impl NetCollective {
         cut: Cut,
         buffer: &mut [u8],
     ) -> Result<()> {
-        self.shared.wait_for(self.posts)?;
+        self.posts.finish()?;
         self.sequence += 1;
         let plan = self.plan(operation, buffer.len(), cut);
         let signature = self.signature(call, buffer.len(), 0);
@@ -178,54 +181,73 @@ impl NetCollective {
         self.shared.driver().run(&job, buffer)
     }
 
-    /// Hands a range of this rank's buffer to the gang's own thread.
-    fn post_work(
-        &mut self,
-        claim: Claim,
-        call: Call,
-        operation: Operation,
-        cut: Cut,
-        place: u64,
-    ) -> Result<Ticket> {
-        if let Some(oldest) = (self.posts + 1).checked_sub(POSTS_MAX as u64) {
-            self.shared.wait_for(oldest)?;
-        }
-        self.sequence += 1;
-        self.posts += 1;
-        let plan = self.plan(operation, claim.len(), cut);
-        let signature = self.signature(call, claim.len(), place);
-        let posting =
-            Posting { plan, reduction: operation.reduction(), signature, deadline: self.deadline, claim };
-        if self.worker.is_none() {
-            let shared = self.shared.clone();
-            let worker =
-                std::thread::Builder::new().name("fleet-net".into()).spawn(move || shared.work_off());
-            self.worker = Some(worker.map_err(super::rendezvous::failed("cannot start a thread"))?);
-        }
-        self.shared.queue().waiting.push_back(posting);
-        self.shared.changed.notify_all();
-        Ok(Ticket(self.posts))
+    /// Carries out at once, in place, what may also be posted. All ranks call the range `place`.
+    fn now(&mut self, claim: Claim, call: Call, operation: Operation, cut: Cut, place: u64) -> Result<()> {
+        self.posts.finish()?;
+        let posting = self.posting(claim, call, operation, cut, place);
+        self.shared.carry_out(posting)
     }
 
-    /// Starts the reduction over all hosts of what the ranks of each host have reduced among themselves: each its `part` among the ranks of
-    /// its host. The other parts of `bytes` are left alone.
-    pub(crate) fn post_across(
+    fn posting(&mut self, claim: Claim, call: Call, operation: Operation, cut: Cut, place: u64) -> Posting {
+        self.sequence += 1;
+        let plan = self.plan(operation, claim.len(), cut);
+        let signature = self.signature(call, claim.len(), place);
+        Posting { plan, reduction: operation.reduction(), signature, deadline: self.deadline, claim }
+    }
+
+    /// Reduces over all hosts what the ranks of each host have reduced among themselves: each its `part` among the ranks of its host. The other
+    /// parts of `bytes` are left alone.
+    pub(crate) fn reduce_across(
         &mut self,
         buffers: &PerRank,
         bytes: Range<usize>,
         dtype: DType,
         op: Op,
-    ) -> Result<Ticket> {
+    ) -> Result<()> {
         self.latched(|gang| {
             buffers.check(&bytes, dtype)?;
             let (call, operation) = (Call::AllReduce(dtype, op), Operation::AllReduce(dtype, op));
             let place = bytes.start as u64;
-            gang.post_work(buffers.claim(bytes), call, operation, Cut::Hosts(dtype.size()), place)
+            gang.now(buffers.claim(bytes), call, operation, Cut::Hosts(dtype.size()), place)
         })
     }
 
+    /// As `reduce_across`, for what `carried` names: each rank gets the sum over all hosts of its one of `parts`, which are counted from
+    /// `bytes.start` on.
+    pub(crate) fn reduce_shards_across(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        parts: &Parts,
+        dtype: DType,
+        op: Op,
+    ) -> Result<()> {
+        self.latched(|gang| {
+            buffers.check(&bytes, dtype)?;
+            let (call, operation) = (Call::ReduceScatter(dtype, op), Operation::ReduceScatter(dtype, op));
+            let place = bytes.start as u64;
+            gang.now(buffers.claim(bytes), call, operation, Cut::Shards(parts.clone()), place)
+        })
+    }
+
+    /// Collects `parts`, of which each rank has its own in place, into the memory of each host: this rank what it carries.
+    pub(crate) fn gather_across(&mut self, into: &Common, parts: &Parts) -> Result<()> {
+        self.latched(|gang| {
+            let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return Ok(()) };
+            let whole = first.start..last.end;
+            let parts = parts.iter().map(|part| part.start - whole.start..part.end - whole.start).collect();
+            let place = whole.start as u64;
+            gang.now(into.claim(whole), Call::Gather, Operation::AllGather, Cut::Shards(parts), place)
+        })
+    }
+
+    /// What this rank carries of `parts` on its host.
+    pub(crate) fn carried(&self, parts: &Parts) -> Vec<Range<usize>> {
+        crate::algorithm::carried_by(&self.topology, self.rank, parts)
+    }
+
     /// `Exchange::post` of a buffer whose range all ranks call `place`.
-    pub(crate) fn post_at(
+    pub(super) fn post_at(
         &mut self,
         buffers: &PerRank,
         bytes: Range<usize>,
@@ -233,47 +255,53 @@ impl NetCollective {
         place: u64,
     ) -> Result<Ticket> {
         self.latched(|gang| {
-            exchange.check(buffers, &bytes, gang.world())?;
-            let cut = match exchange {
-                Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => {
-                    Cut::Parts(dtype.size())
-                }
-                Posted::Broadcast { .. } | Posted::AllToAll => Cut::Even,
-            };
-            let mut claim = buffers.claim(bytes);
-            if exchange == Posted::AllToAll {
-                keep_own(claim.bytes(), gang.rank, gang.world());
-            }
-            gang.post_work(claim, exchange.call(), exchange.into(), cut, place)
+            let (claim, cut) = gang.claimed(buffers, bytes, exchange)?;
+            let posting = gang.posting(claim, exchange.call(), exchange.into(), cut, place);
+            let shared = gang.shared.clone();
+            gang.posts.post(posting, || move |posting| shared.carry_out(posting))
         })
+    }
+
+    /// The same, at once.
+    pub(crate) fn exchange_at(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        exchange: Posted,
+        place: u64,
+    ) -> Result<()> {
+        self.latched(|gang| {
+            let (claim, cut) = gang.claimed(buffers, bytes, exchange)?;
+            gang.now(claim, exchange.call(), exchange.into(), cut, place)
+        })
+    }
+
+    fn claimed(&self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<(Claim, Cut)> {
+        exchange.check(buffers, &bytes, self.world())?;
+        let cut = match exchange {
+            Posted::AllReduce(dtype, _) | Posted::ReduceScatter(dtype, _) | Posted::AllGather(dtype) => {
+                Cut::Parts(dtype.size())
+            }
+            Posted::Broadcast { .. } | Posted::AllToAll => Cut::Even,
+        };
+        let mut claim = buffers.claim(bytes);
+        if exchange == Posted::AllToAll {
+            keep_own(claim.bytes(), self.rank, self.world());
+        }
+        Ok((claim, cut))
     }
 
     /// The first ranks of all hosts meet; the others only count the call.
     pub(crate) fn barrier_of_hosts(&mut self) -> Result<()> {
         self.latched(|gang| gang.call(Call::Barrier, Operation::Barrier, Cut::Hosts(1), &mut [0]))
     }
-
-    fn stop_worker(&mut self, abort: Abort) {
-        let Some(worker) = self.worker.take() else { return };
-        {
-            let mut queue = self.shared.queue();
-            queue.closed = true;
-            queue.waiting.clear();
-            if queue.done < self.posts && queue.failed.is_none() {
-                let _ = self.shared.stop.compare_exchange(0, abort.word(), SeqCst, SeqCst);
-            }
-        }
-        self.shared.changed.notify_all();
-        self.shared.waker.wake();
-        let _ = worker.join();
-    }
 }
 
 impl Drop for NetCollective {
     fn drop(&mut self) {
-        self.stop_worker(Abort::RankFailed(self.rank));
-        let failed = self.failed.is_some() || self.shared.queue().failed.is_some();
-        if !failed {
+        let (shared, abort) = (self.shared.clone(), Abort::RankFailed(self.rank));
+        self.posts.close(|| shared.abort(abort));
+        if self.failed.is_none() && !self.posts.has_failed() {
             self.shared.driver().leave();
         }
     }

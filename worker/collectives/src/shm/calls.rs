@@ -3,9 +3,12 @@
 #![allow(unsafe_code)]
 
 use super::gang::ShmCollective;
+use super::posted::Told;
 use super::segment::{HALF_BYTES, PAGE, RANKS_MAX};
 use crate::call::Call;
-use crate::collective::{Activity, Exchange, Gang, Keep, Posted, SharedHost, Ticket, refuse, through_bytes};
+use crate::collective::{
+    Activity, Exchange, Gang, Gather, Keep, Posted, SharedHost, Ticket, refuse, through_bytes,
+};
 use crate::dtype::{DType, Op};
 use crate::error::Result;
 use crate::memory::reduce::reduce;
@@ -221,7 +224,8 @@ impl Exchange for ShmCollective {
     }
 
     fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket> {
-        self.latched(|gang| gang.post_exchange(buffers, bytes, exchange, exchange.call(), true))
+        let told = Told { exchange, call: exchange.call(), of_all: true, own: None };
+        self.latched(|gang| gang.post_exchange(buffers, bytes, told))
     }
 
     fn progress(&mut self) -> Result<()> {
@@ -250,6 +254,10 @@ impl SharedHost for ShmCollective {
         0
     }
 
+    fn size_of_host(&self, host: usize) -> usize {
+        if host == 0 { self.world() } else { 0 }
+    }
+
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         self.latched(|gang| {
             let (map, _) = gang.allocate(true, bytes, 1)?;
@@ -264,12 +272,41 @@ impl SharedHost for ShmCollective {
         dtype: DType,
         op: Op,
         keep: Keep,
-    ) -> Result<()> {
+    ) -> Result<Ticket> {
         let (exchange, of_all) = match keep {
-            Keep::MyPart => (Posted::ReduceScatter(dtype, op), false),
+            Keep::MyPart | Keep::MyShard => (Posted::ReduceScatter(dtype, op), false),
             Keep::Everything => (Posted::AllReduce(dtype, op), true),
         };
-        let call = Call::Reduce(dtype, op, keep);
-        self.latched(|gang| gang.post_exchange(buffers, bytes, exchange, call, of_all).map(drop))
+        let told = Told { exchange, call: Call::Reduce(dtype, op, keep), of_all, own: None };
+        self.latched(|gang| gang.post_exchange(buffers, bytes, told))
+    }
+
+    /// The ranks of one host need not send each other anything: each puts its part in place, once all have left what was there.
+    fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket> {
+        self.latched(|gang| {
+            let own = gather.check(gang.rank, gang.world())?;
+            gang.exchange(Call::Gather, own.len(), 0, |_, _| {}, |_, _| {})?;
+            gather.place_own(own);
+            let told =
+                Told { exchange: Posted::AllGather(DType::U8), call: Call::Gather, of_all: true, own: None };
+            gang.post_exchange(gather.from.0, 0..0, told)
+        })
+    }
+}
+
+impl ShmCollective {
+    /// A `post_reduce` of which this rank gets `own`, bytes of the buffer, and no other rank of the host the same.
+    pub(crate) fn post_reduce_own(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+        op: Op,
+        own: Vec<Range<usize>>,
+    ) -> Result<Ticket> {
+        let exchange = Posted::ReduceScatter(dtype, op);
+        let call = Call::Reduce(dtype, op, Keep::MyShard);
+        let told = Told { exchange, call, of_all: false, own: Some(own) };
+        self.latched(|gang| gang.post_exchange(buffers, bytes, told))
     }
 }

@@ -7,7 +7,7 @@ use super::segment::{Control, HALF_BYTES, Mark, PAGE, Slot};
 use super::wait::{Event, Woken};
 use crate::abort::Abort;
 use crate::call::{self, Call, Signature};
-use crate::collective::refuse;
+use crate::collective::{Activity, refuse};
 use crate::error::{CollectiveError, Result};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -39,6 +39,22 @@ pub struct ShmCollective {
     /// Bytes of the segment's file in use; the same on every rank.
     arena_end: usize,
     failed: Option<CollectiveError>,
+}
+
+/// Where a rank says what it does.
+pub(crate) struct Notes {
+    control: Arc<Control>,
+    rank: usize,
+}
+
+impl Notes {
+    pub fn note(&self, activity: Activity) {
+        self.control.slot(self.rank).history.note(activity);
+    }
+
+    pub fn begin_step(&self, step: u64, last: Option<Duration>) {
+        self.control.slot(self.rank).history.begin_step(step, last);
+    }
 }
 
 /// Aborts a gang from another thread.
@@ -121,9 +137,9 @@ impl ShmCollective {
         self
     }
 
-    /// What was posted and this rank has not worked off.
-    pub(crate) fn pending_posts(&self) -> u64 {
-        self.pending.len() as u64
+    /// Says what this rank does, from whichever of its threads.
+    pub(crate) fn notes(&self) -> Notes {
+        Notes { control: self.control.clone(), rank: self.rank }
     }
 
     pub fn abort_handle(&self) -> AbortHandle {

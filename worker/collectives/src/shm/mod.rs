@@ -18,6 +18,8 @@ mod trace;
 mod wait;
 
 #[cfg(target_os = "linux")]
+pub(crate) use gang::Notes;
+#[cfg(target_os = "linux")]
 pub use gang::{AbortHandle, ShmCollective};
 #[cfg(target_os = "linux")]
 pub use segment::{RANKS_MAX, Segment};

@@ -19,6 +19,17 @@ pub(super) struct Pending {
     buffers: PerRank,
     bytes: Range<usize>,
     exchange: Posted,
+    /// What this rank reduces, where that is not its `part`: bytes of the buffer.
+    own: Option<Vec<Range<usize>>>,
+}
+
+/// An exchange among the ranks of the host, as peers are told of it.
+pub(super) struct Told {
+    pub exchange: Posted,
+    pub call: Call,
+    /// Over only when every rank has done its share.
+    pub of_all: bool,
+    pub own: Option<Vec<Range<usize>>>,
 }
 
 fn post_mark(slot: &Slot, number: u64) -> &Mark {
@@ -81,7 +92,21 @@ impl ShmCollective {
     }
 
     fn reduce_share(&self, posted: &Pending, dtype: DType, op: Op, into: Range<usize>) {
-        let mine = share(&posted.bytes, dtype.size(), self.rank, self.world());
+        match &posted.own {
+            Some(own) => own.iter().for_each(|one| self.reduce(posted, one, dtype, op, into.clone())),
+            None => {
+                let mine = share(&posted.bytes, dtype.size(), self.rank, self.world());
+                self.reduce(posted, &mine, dtype, op, into);
+            }
+        }
+    }
+
+    /// `mine` lies in what was posted, and no other rank of the host has it.
+    fn reduce(&self, posted: &Pending, mine: &Range<usize>, dtype: DType, op: Op, into: Range<usize>) {
+        assert!(
+            posted.bytes.start <= mine.start && mine.end <= posted.bytes.end,
+            "inside of what was posted"
+        );
         let mut all = [std::ptr::null_mut::<u8>(); RANKS_MAX];
         for (rank, pointer) in all[..self.world()].iter_mut().enumerate() {
             *pointer = posted.buffers.of(rank).wrapping_add(mine.start);
@@ -145,15 +170,13 @@ impl ShmCollective {
         self.wait_done(ticket.0)
     }
 
-    /// `call` is what peers are compared by. `of_all`: over only when every rank has done its share.
     pub(super) fn post_exchange(
         &mut self,
         buffers: &PerRank,
         bytes: Range<usize>,
-        exchange: Posted,
-        call: Call,
-        of_all: bool,
+        told: Told,
     ) -> Result<Ticket> {
+        let Told { exchange, call, of_all, own } = told;
         exchange.check(buffers, &bytes, self.world())?;
         if buffers.ranks() != self.world() {
             return Err(refuse("post", "the buffer was not allocated by this gang".to_owned()));
@@ -169,7 +192,7 @@ impl ShmCollective {
         if of_all {
             self.last_of_all = number;
         }
-        self.pending.push_back(Pending { number, signature, buffers: buffers.clone(), bytes, exchange });
+        self.pending.push_back(Pending { number, signature, buffers: buffers.clone(), bytes, exchange, own });
         post_mark(self.slot(), number).set(number, signature);
         if self.is_posted(number) {
             self.control.header().posted.wake();

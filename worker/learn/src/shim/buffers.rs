@@ -1,12 +1,12 @@
 //! Numbers in memory that ranks share, seen as slices.
 //!
 //! Rust's rules stop at the process: that no other rank writes what this one reads is the protocol of `fleet_collectives::SharedHost`
-//! (reduce, finish, update the own part, barrier), which `strategy::Shared` follows. Within the process the borrow checker holds.
+//! (reduce, finish, update the own part, barrier; gather, wait), which the strategies follow. Within the process the borrow checker holds.
 
 #![allow(unsafe_code)]
 
 use fleet_collectives::{Common, PerRank};
-use number::Number;
+pub use number::Number;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -18,6 +18,7 @@ mod number {
 }
 
 /// One buffer for all ranks of the host: master weights, optimizer state, the bf16 copy.
+#[derive(Debug)]
 pub struct SharedSlice<T> {
     memory: Common,
     len: usize,
@@ -30,6 +31,11 @@ impl<T: Number> SharedSlice<T> {
         let len = memory.len() / size_of::<T>();
         assert!(memory.as_mut_ptr().cast::<T>().is_aligned(), "shared memory is page-aligned");
         Self { memory, len, kind: PhantomData }
+    }
+
+    /// To be posted.
+    pub fn memory(&self) -> &Common {
+        &self.memory
     }
 
     /// To be read between a barrier and the next update.
@@ -59,43 +65,42 @@ impl<T: Number> SharedSlice<T> {
     }
 }
 
-/// This rank's gradients, which its peers reduce in place.
-pub struct RankGradients {
+/// This rank's own numbers, which its peers reduce or read in place: gradients, shards.
+pub struct RankSlice<T> {
     memory: PerRank,
     len: usize,
+    kind: PhantomData<T>,
 }
 
-impl RankGradients {
+impl<T: Number> RankSlice<T> {
+    /// `memory` is page-aligned and zeroed, as `Exchange::allocate_per_rank` gives it.
     pub fn new(memory: PerRank) -> Self {
-        let len = memory.len() / size_of::<f32>();
-        assert!(memory.as_mut_ptr().cast::<f32>().is_aligned(), "shared memory is page-aligned");
-        Self { memory, len }
+        let len = memory.len() / size_of::<T>();
+        assert!(memory.as_mut_ptr().cast::<T>().is_aligned(), "shared memory is page-aligned");
+        Self { memory, len, kind: PhantomData }
     }
 
-    /// For `SharedHost::post_reduce`.
+    /// To be posted.
     pub fn memory(&self) -> &PerRank {
         &self.memory
     }
 
-    /// A range that is not being reduced. Panics outside of the buffer.
-    pub fn range(&self, range: Range<usize>) -> &[f32] {
+    /// A range that is not posted. Panics outside of the buffer.
+    pub fn range(&self, range: Range<usize>) -> &[T] {
         assert!(range.start <= range.end && range.end <= self.len, "a range inside of the buffer");
         // SAFETY: as for `range_mut`; nobody writes while `self` is borrowed.
         unsafe {
-            std::slice::from_raw_parts(self.memory.as_mut_ptr().cast::<f32>().add(range.start), range.len())
+            std::slice::from_raw_parts(self.memory.as_mut_ptr().cast::<T>().add(range.start), range.len())
         }
     }
 
-    /// A range that is not being reduced: between `post_reduce` and `finish` its peers own it. Panics outside of the buffer.
-    pub fn range_mut(&mut self, range: Range<usize>) -> &mut [f32] {
+    /// A range that is not posted: until `wait` or `finish` its peers own it. Panics outside of the buffer.
+    pub fn range_mut(&mut self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "a range inside of the buffer");
-        // SAFETY: inside the mapping, which lives as long as `memory`; `&mut self` excludes other uses in this process; peers write
-        // only what was posted, and the trainer does not touch that until `finish`.
+        // SAFETY: inside the mapping, which lives as long as `memory`; all bit patterns are values; `&mut self` excludes other uses in this
+        // process; peers write only what was posted, and the strategy does not touch that until it was waited for.
         unsafe {
-            std::slice::from_raw_parts_mut(
-                self.memory.as_mut_ptr().cast::<f32>().add(range.start),
-                range.len(),
-            )
+            std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<T>().add(range.start), range.len())
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Where a model's numbers lie, who reduces gradients and who updates weights.
 
+mod gathered;
 mod needs;
 mod sharded;
+mod shards;
 mod shared;
 mod solo;
 mod state;
@@ -14,7 +16,7 @@ pub use solo::Solo;
 use crate::error::{Error, Result};
 use crate::optimizer::Update;
 use crate::units::{Memory, UnitWeights, Units};
-use fleet_collectives::Gang;
+use fleet_collectives::{Gang, Op};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -37,6 +39,11 @@ pub trait Strategy<M: Memory> {
     /// The flat buffer of `slot`, on the host.
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>>;
 
+    /// Whether a pass over the model is a collective call, so that all ranks have to make as many.
+    fn passes_together(&self) -> bool {
+        false
+    }
+
     /// As a checkpoint names it.
     fn name(&self) -> &'static str;
     /// Ranks that write checkpoints, the first ones.
@@ -46,8 +53,8 @@ pub trait Strategy<M: Memory> {
     /// The ranges of the flat buffer whose optimizer state this rank writes to checkpoints: no number is in those of two ranks, every one is
     /// in those of one.
     fn kept(&self) -> Vec<Range<usize>>;
-    /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps. A collective call,
-    /// between two steps.
+    /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps; of a rank that
+    /// writes nothing no range. A collective call of all ranks, between two steps.
     fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
         let (flat, mut rest) = (self.flat(slot)?, out);
         for range in ranges {
@@ -109,6 +116,14 @@ impl Votes {
 }
 
 impl Report {
+    /// Of all ranks, of which this one has these squares of gradients, this loss, and these votes. A collective call.
+    pub fn summed(gang: &mut dyn Gang, squares: f64, loss: f64, votes: Votes, step: u64) -> Result<Report> {
+        let [stop, time] = votes.numbers();
+        let mut sums = [squares, loss, stop, time];
+        gang.all_reduce_f64(&mut sums, Op::Sum)?;
+        Report::of_sums(sums, step)
+    }
+
     /// `squares` of the gradients, `loss`, and votes, summed over all ranks.
     pub fn of_sums(sums: [f64; 4], step: u64) -> Result<Report> {
         let [squares, loss, stop, time] = sums;

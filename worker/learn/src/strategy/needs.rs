@@ -1,6 +1,6 @@
 //! What a strategy keeps in memory, before anything runs.
 
-use super::sharded::rooms;
+use super::sharded::Rooms;
 use fleet_common::job::Strategy;
 use fleet_common::model::Layout;
 
@@ -22,7 +22,7 @@ impl Needs {
         let gradients = match strategy {
             _ if ranks == 1 => whole,
             Strategy::Auto | Strategy::Ddp => whole,
-            Strategy::Fsdp | Strategy::Hsdp => shared(4) + 4 * rooms(layout).1,
+            Strategy::Fsdp | Strategy::Hsdp => shared(4) + 4 * Rooms::of_gradients(layout).len,
         };
         Needs { weights: shared(if bf16 { 6 } else { 4 }), gradients, optimizer: shared(8) }
     }
@@ -47,7 +47,7 @@ mod tests {
         assert_eq!(of(Strategy::Ddp, 1), of(Strategy::Fsdp, 1));
         assert_eq!(of(Strategy::Ddp, 1).total(), 16 * layout.len);
         assert_eq!(of(Strategy::Ddp, 4).gradients, 4 * layout.len);
-        assert_eq!(of(Strategy::Fsdp, 4).gradients, layout.len + 4 * rooms(&layout).1);
+        assert_eq!(of(Strategy::Fsdp, 4).gradients, layout.len + 4 * Rooms::of_gradients(&layout).len);
         assert_eq!(of(Strategy::Fsdp, 4).optimizer, 2 * layout.len);
         assert_eq!(Needs::of(Strategy::Ddp, &layout, true, 2).weights, 3 * layout.len);
     }

@@ -1,15 +1,18 @@
-//! Fully sharded (FSDP): each rank keeps its part of the optimizer's state and of the gradients. On a host the weights lie in memory that its ranks
-//! share, so that gathering a unit costs nothing. A rank's own gradients are those of two blocks, in turn, and of embedding and head: a unit's are
-//! reduced to parts while the next one is computed, after every micro-batch.
+//! Sharded (FSDP, HSDP): each rank keeps its part of the optimizer's state and of the gradients. On a host the weights lie in memory that its
+//! ranks share, so that gathering a unit there costs nothing. Over several hosts FSDP shards them over all ranks, and collects a unit once for
+//! each host, while the one before it is computed; HSDP keeps all of them on each host. A rank's own gradients are those of two blocks, in turn,
+//! and of embedding and head: a unit's are reduced to parts while the next one is computed, after every micro-batch.
 
-use super::state::{HostState, own_part};
+use super::shards::ShardState;
+use super::state::{HostState, State};
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
-use crate::shim::buffers::{RankGradients, SharedSlice};
-use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
+use crate::shim::buffers::RankSlice;
+use crate::units::{Gradients, Host, HostNumber, HostWeights, Places, UnitWeights, Units};
 use crate::workers::Workers;
-use fleet_collectives::{Activity, DType, Gang, Op, Posted, SharedHost, Ticket};
+use crate::zeros::{Part, zeros};
+use fleet_collectives::{Activity, DType, Gang, Op, SharedHost, Ticket};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use std::borrow::Cow;
@@ -19,24 +22,70 @@ use std::sync::Arc;
 
 pub struct Sharded<E> {
     gang: Box<dyn SharedHost>,
-    state: HostState<E>,
-    rooms: Rooms,
-    /// The sums over ranks and micro-batches, of which each rank looks at its parts.
-    sums: SharedSlice<f32>,
+    state: Box<dyn State<E>>,
+    own: OwnGradients,
+    sums: Summed,
     /// Units whose reduction is under way, oldest first.
     posted: VecDeque<(usize, Ticket)>,
     /// The first micro-batch of a step.
     first: bool,
+    name: &'static str,
 }
 
 /// This rank's own gradients, of as many units as are on their way.
-struct Rooms {
-    numbers: RankGradients,
-    units: Vec<Range<usize>>,
+struct OwnGradients {
+    numbers: RankSlice<f32>,
     /// For each unit where its room is in `numbers`.
     rooms: Vec<Range<usize>>,
+    places: Places,
     /// Between the parameters of each unit: nobody writes there, so that another unit's numbers would be left.
     gaps: Vec<Vec<Range<usize>>>,
+}
+
+/// This rank's part of each unit's gradients, over ranks and micro-batches.
+struct Summed {
+    numbers: Vec<f32>,
+    places: Places,
+}
+
+impl Summed {
+    fn of(&self, part: Range<usize>) -> &[f32] {
+        &self.numbers[self.places.of(&part)]
+    }
+}
+
+/// Places for the units of a model that are not all there at once.
+pub(super) struct Rooms {
+    /// Of each unit.
+    pub rooms: Vec<Range<usize>>,
+    pub len: usize,
+}
+
+impl Rooms {
+    /// Of units that are so long. Blocks take two rooms in turn; embedding and head have their own.
+    pub fn apart(lens: &[usize]) -> Rooms {
+        Rooms::with(lens, lens[0])
+    }
+
+    /// For gradients. Embedding and head share one, unless the head writes into the embedding's.
+    pub fn of_gradients(layout: &Layout) -> Rooms {
+        let lens: Vec<usize> = layout.units.iter().map(Range::len).collect();
+        let tied = layout.head.weight == layout.embedding;
+        Rooms::with(&lens, if tied { lens[0] } else { 0 })
+    }
+
+    fn with(lens: &[usize], head_at: usize) -> Rooms {
+        let last = lens.len() - 1;
+        let edges = lens[0].max(head_at + lens[last]);
+        let block = lens[1..last].iter().copied().max().unwrap_or(0);
+        let start = |unit: usize| match unit {
+            0 => 0,
+            unit if unit == last => head_at,
+            unit => edges + unit % 2 * block,
+        };
+        let rooms = lens.iter().enumerate().map(|(unit, len)| start(unit)..start(unit) + len).collect();
+        Rooms { rooms, len: edges + 2 * block }
+    }
 }
 
 /// For each unit what of its range no parameter has.
@@ -52,17 +101,9 @@ fn gaps(layout: &Layout) -> Vec<Vec<Range<usize>>> {
     layout.units.iter().map(of).collect()
 }
 
-impl Rooms {
-    fn of(&self, range: &Range<usize>) -> Range<usize> {
-        let unit = self.units.partition_point(|unit| unit.end <= range.start);
-        let shift = |at: usize| at - self.units[unit].start + self.rooms[unit].start;
-        shift(range.start)..shift(range.end)
-    }
-}
-
-impl Gradients for Rooms {
+impl Gradients for OwnGradients {
     fn range(&mut self, range: Range<usize>) -> &mut [f32] {
-        self.numbers.range_mut(self.of(&range))
+        self.numbers.range_mut(self.places.of(&range))
     }
     /// What was there before was another unit's, or has been added up.
     fn fresh(&self) -> bool {
@@ -70,48 +111,56 @@ impl Gradients for Rooms {
     }
 }
 
-/// Rooms for the gradients of each unit, and how long they are together. Blocks take two in turn; embedding and head share one, unless the
-/// head writes into the embedding's.
-pub(super) fn rooms(layout: &Layout) -> (Vec<Range<usize>>, usize) {
-    let units = &layout.units;
-    let last = units.len() - 1;
-    let tied = layout.head.weight == layout.embedding;
-    let [embedding, head] = [units[0].len(), units[last].len()];
-    let head_at = if tied { embedding } else { 0 };
-    let edges = embedding.max(head_at + head);
-    let block = units[1..last].iter().map(Range::len).max().unwrap_or(0);
-    let start = |unit: usize| match unit {
-        0 => 0,
-        unit if unit == last => head_at,
-        unit => edges + unit % 2 * block,
-    };
-    let rooms =
-        units.iter().enumerate().map(|(unit, range)| start(unit)..start(unit) + range.len()).collect();
-    (rooms, edges + 2 * block)
-}
-
 impl<E: HostNumber> Sharded<E> {
-    /// Weights are zero until they are filled. All ranks are on one host. A collective call.
-    pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Sharded<E>> {
+    /// Each rank has its shard among all ranks of the gang. Weights are zero until they are filled. A collective call.
+    pub fn fully(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Sharded<E>> {
+        gang.note(Activity::Starting);
+        let state: Box<dyn State<E>> = match gang.local_size() == gang.world_size() {
+            true => Box::new(HostState::new(layout, workers, &mut *gang)?),
+            false => Box::new(ShardState::new(layout, workers, &mut *gang)?),
+        };
+        Sharded::new(state, gang, "fsdp")
+    }
+
+    /// Each rank has its shard among the ranks of its host, and every host all of them. As `fully`.
+    pub fn within_hosts(
+        layout: Layout,
+        workers: Arc<Workers>,
+        mut gang: Box<dyn SharedHost>,
+    ) -> Result<Sharded<E>> {
         gang.note(Activity::Starting);
         let state = HostState::new(layout, workers, &mut *gang)?;
-        let (rooms, len) = rooms(&state.layout);
-        let numbers = RankGradients::new(gang.allocate_per_rank(len * 4)?);
-        let sums = SharedSlice::new(gang.allocate_common(state.layout.len * 4)?);
-        let gaps = gaps(&state.layout);
-        let rooms = Rooms { numbers, units: state.layout.units.clone(), rooms, gaps };
-        Ok(Sharded { gang, state, rooms, sums, posted: VecDeque::new(), first: true })
+        Sharded::new(Box::new(state), gang, "hsdp")
+    }
+
+    fn new(
+        state: Box<dyn State<E>>,
+        mut gang: Box<dyn SharedHost>,
+        name: &'static str,
+    ) -> Result<Sharded<E>> {
+        let layout = state.layout();
+        let Rooms { rooms, len } = Rooms::of_gradients(layout);
+        let own = OwnGradients {
+            numbers: RankSlice::new(gang.allocate_per_rank(len * 4)?),
+            places: Places::new(layout.units.iter().cloned().zip(rooms.iter().map(|room| room.start))),
+            rooms,
+            gaps: gaps(layout),
+        };
+        let places = Places::in_a_row(state.parts().iter().cloned());
+        let sums = Summed { numbers: zeros(places.end(), Part::Learner)?, places };
+        Ok(Sharded { gang, state, own, sums, posted: VecDeque::new(), first: true, name })
     }
 
     /// Adds up the oldest unit whose reduction is under way, and gives its room back.
     fn take_in(&mut self) -> Result<()> {
         let Some((unit, ticket)) = self.posted.pop_front() else { return Ok(()) };
         self.gang.wait(ticket)?;
-        let part = own_part(&self.state.layout.units[unit], &*self.gang);
+        let part = self.state.parts()[unit].clone();
         if part.is_empty() {
             return Ok(());
         }
-        let (sums, new) = (self.sums.part_mut(part.clone()), self.rooms.range(part));
+        let sums = &mut self.sums.numbers[self.sums.places.of(&part)];
+        let new = self.own.range(part);
         match self.first {
             true => sums.copy_from_slice(new),
             false => kernels::add(sums, new),
@@ -128,9 +177,10 @@ impl<E: HostNumber> Sharded<E> {
 }
 
 impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
-    fn need(&mut self, _unit: usize) -> Result<()> {
-        Ok(())
+    fn need(&mut self, unit: usize) -> Result<()> {
+        self.state.need(unit, &mut *self.gang)
     }
+    /// Its room goes to the one that is needed after the next.
     fn release(&mut self, _unit: usize) {}
     fn weights(&self) -> HostWeights<'_, E> {
         self.state.weights()
@@ -139,27 +189,23 @@ impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
 
 impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
     fn numbers(&mut self) -> (HostWeights<'_, E>, &mut dyn Gradients) {
-        (self.state.weights(), &mut self.rooms)
+        (self.state.weights(), &mut self.own)
     }
 
     fn ready(&mut self, unit: usize) -> Result<()> {
         self.gang.note(Activity::Backward);
-        for gap in self.rooms.gaps[unit].clone() {
-            self.rooms.range(gap).fill(0.0);
+        for gap in self.own.gaps[unit].clone() {
+            self.own.range(gap).fill(0.0);
         }
-        let room = self.rooms.rooms[unit].clone();
-        let bytes = room.start * 4..room.end * 4;
-        let memory = self.rooms.numbers.memory();
-        let ticket = self.gang.post(memory, bytes, Posted::ReduceScatter(DType::F32, Op::Sum))?;
+        let room = self.own.rooms[unit].clone();
+        let (memory, bytes) = (self.own.numbers.memory(), room.start * 4..room.end * 4);
+        let ticket = self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, self.state.keep())?;
         self.posted.push_back((unit, ticket));
         // The next one's room has to be free; before the first of another micro-batch all of them.
         let Some(next) = unit.checked_sub(1) else { return self.take_all_in() };
-        let next = self.rooms.rooms[next].clone();
-        let taken = |rooms: &Rooms, unit: usize| {
-            let room = &rooms.rooms[unit];
-            room.start < next.end && next.start < room.end
-        };
-        while self.posted.iter().any(|(unit, _)| taken(&self.rooms, *unit)) {
+        let next = self.own.rooms[next].clone();
+        let taken = |room: &Range<usize>| room.start < next.end && next.start < room.end;
+        while self.posted.iter().any(|(unit, _)| taken(&self.own.rooms[*unit])) {
             self.take_in()?;
         }
         Ok(())
@@ -180,39 +226,41 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
         self
     }
 
+    fn passes_together(&self) -> bool {
+        self.state.needs_together()
+    }
+
     fn update(&mut self, update: &Update, loss: f64, votes: Votes) -> Result<Report> {
         self.gang.note(Activity::Optimizer);
         let sums = &self.sums;
-        let squares = self.state.parts.iter().map(|part| kernels::sum_squares(sums.part(part.clone()))).sum();
-        let [stop, time] = votes.numbers();
-        let mut all = [squares, loss, stop, time];
-        self.gang.all_reduce_f64(&mut all, Op::Sum)?;
-        let report = Report::of_sums(all, update.step)?;
-        self.state.update(update, report.grad_norm, |range| sums.part(range));
-        self.gang.barrier()?;
+        let squares = self.state.squares(&|part| sums.of(part), &*self.gang);
+        let report = Report::summed(&mut *self.gang, squares, loss, votes, update.step)?;
+        self.state.update(update, report.grad_norm, &|part| sums.of(part), &mut *self.gang)?;
         Ok(report)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()> {
-        self.state.fill(slot, read)?;
-        Ok(self.gang.barrier()?)
+        self.state.fill(slot, read, &mut *self.gang)
     }
 
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Borrowed(self.state.of(slot)))
+        Ok(self.state.flat(slot))
     }
 
     fn name(&self) -> &'static str {
-        "fsdp"
+        self.name
     }
 
-    /// Every host has the same numbers: the first one's ranks write them, on its disk.
     fn writers(&mut self) -> usize {
-        self.gang.local_size()
+        self.state.writers(&*self.gang)
     }
 
     fn kept(&self) -> Vec<Range<usize>> {
         self.state.kept(&*self.gang)
+    }
+
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
+        self.state.copy_out(slot, ranges, out, &mut *self.gang)
     }
 }
 
@@ -228,7 +276,7 @@ mod tests {
         for (tied, layers) in [(false, 1), (false, 4), (true, 1), (true, 5)] {
             let config = tiny_with(json!({"tie_word_embeddings": tied, "num_hidden_layers": layers}));
             let layout = Model::new(&config).unwrap().layout();
-            let (rooms, len) = rooms(&layout);
+            let Rooms { rooms, len } = Rooms::of_gradients(&layout);
             let apart = |a: &Range<usize>, b: &Range<usize>| a.end <= b.start || b.end <= a.start;
             for (unit, room) in rooms.iter().enumerate() {
                 assert_eq!(room.len(), layout.units[unit].len());

@@ -1,16 +1,15 @@
 //! Data-parallel (DDP): every rank computes gradients of its part of the global batch, for all of the model. What the optimizer keeps lies once on
 //! each host. A unit's gradients are reduced while earlier units are still computed.
 
-use super::state::HostState;
+use super::state::{HostState, State};
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
-use crate::shim::buffers::RankGradients;
+use crate::shim::buffers::RankSlice;
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
 use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost};
 use fleet_common::model::Layout;
-use fleet_kernels as kernels;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,7 +22,7 @@ pub struct Shared<E> {
 
 /// Gradients that are handed to the peers unit by unit.
 struct Reduced {
-    numbers: RankGradients,
+    numbers: RankSlice<f32>,
     micro: Micro,
 }
 
@@ -41,7 +40,7 @@ impl<E: HostNumber> Shared<E> {
     pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Shared<E>> {
         gang.note(Activity::Starting);
         let state = HostState::new(layout, workers, &mut *gang)?;
-        let numbers = RankGradients::new(gang.allocate_per_rank(state.layout.len * 4)?);
+        let numbers = RankSlice::new(gang.allocate_per_rank(state.layout().len * 4)?);
         Ok(Shared { gang, state, grads: Reduced { numbers, micro: Micro { first: true, last: true } } })
     }
 }
@@ -64,7 +63,7 @@ impl<E: HostNumber> Units<Host<E>> for Shared<E> {
     fn ready(&mut self, unit: usize) -> Result<()> {
         if self.grads.micro.last {
             self.gang.note(Activity::Backward);
-            let unit = &self.state.layout.units[unit];
+            let unit = &self.state.layout().units[unit];
             let (memory, bytes) = (self.grads.numbers.memory(), unit.start * 4..unit.end * 4);
             self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, Keep::MyPart)?;
         }
@@ -90,36 +89,26 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
         self.gang.finish()?;
         self.gang.note(Activity::Optimizer);
         let grads = &self.grads.numbers;
-        // Every host holds the same sums.
-        let squares = match self.gang.host() {
-            0 => self.state.parts.iter().map(|part| kernels::sum_squares(grads.range(part.clone()))).sum(),
-            _ => 0.0,
-        };
-        let [stop, time] = votes.numbers();
-        let mut sums = [squares, loss, stop, time];
-        self.gang.all_reduce_f64(&mut sums, Op::Sum)?;
-        let report = Report::of_sums(sums, update.step)?;
-        self.state.update(update, report.grad_norm, |range| grads.range(range));
-        self.gang.barrier()?;
+        let squares = self.state.squares(&|range| grads.range(range), &*self.gang);
+        let report = Report::summed(&mut *self.gang, squares, loss, votes, update.step)?;
+        self.state.update(update, report.grad_norm, &|range| grads.range(range), &mut *self.gang)?;
         Ok(report)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()> {
-        self.state.fill(slot, read)?;
-        Ok(self.gang.barrier()?)
+        self.state.fill(slot, read, &mut *self.gang)
     }
 
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Borrowed(self.state.of(slot)))
+        Ok(self.state.flat(slot))
     }
 
     fn name(&self) -> &'static str {
         "ddp"
     }
 
-    /// Every host has the same numbers: the first one's ranks write them, on its disk.
     fn writers(&mut self) -> usize {
-        self.gang.local_size()
+        self.state.writers(&*self.gang)
     }
 
     fn kept(&self) -> Vec<Range<usize>> {

@@ -1,5 +1,4 @@
-//! What the ranks of a host keep of a model, once in memory that they share: master weights, their copy for products, and moments. Each rank
-//! updates its part of every unit, so all of them hold the same weights because they are the same memory.
+//! What a rank and its host keep of a model: weights, and what the optimizer keeps.
 
 use super::{Read, Slot};
 use crate::error::Result;
@@ -7,18 +6,95 @@ use crate::optimizer::{Numbers, Update};
 use crate::shim::buffers::SharedSlice;
 use crate::units::{HostNumber, HostWeights};
 use crate::workers::Workers;
-use fleet_collectives::{SharedHost, part};
+use fleet_collectives::{Keep, SharedHost, part};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use half::bf16;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// This rank's gradients of a range that it updates, summed over all ranks.
+pub(super) type Sums<'a> = dyn Fn(Range<usize>) -> &'a [f32] + 'a;
+
+/// Where weights and moments are, and which of them this rank updates.
+pub(super) trait State<E>: Send {
+    fn layout(&self) -> &Layout;
+    /// Of each unit the part that this rank updates; it may hold nothing.
+    fn parts(&self) -> &[Range<usize>];
+    /// Which sums of gradients that wants.
+    fn keep(&self) -> Keep;
+    /// The squares of this rank's part of the gradients, each counted by one rank of the gang.
+    fn squares(&self, sums: &Sums<'_>, gang: &dyn SharedHost) -> f64;
+
+    /// Brings the weights of a unit in.
+    fn need(&mut self, unit: usize, gang: &mut dyn SharedHost) -> Result<()>;
+    /// Whether that is a collective call.
+    fn needs_together(&self) -> bool;
+    /// Of all units that are in.
+    fn weights(&self) -> HostWeights<'_, E>;
+
+    /// One step of the optimizer on this rank's parts; the gradients of the whole model have `norm`. A collective call.
+    fn update(
+        &mut self,
+        update: &Update,
+        norm: f64,
+        sums: &Sums<'_>,
+        gang: &mut dyn SharedHost,
+    ) -> Result<()>;
+    /// Calls `read` for each of this rank's parts. A collective call.
+    fn fill(&mut self, slot: Slot, read: &mut Read, gang: &mut dyn SharedHost) -> Result<()>;
+    /// What is here of the flat buffer; the rest is zero.
+    fn flat(&self, slot: Slot) -> Cow<'_, [f32]>;
+    /// As `Strategy::copy_out`.
+    fn copy_out(
+        &mut self,
+        slot: Slot,
+        ranges: &[Range<usize>],
+        out: &mut [f32],
+        gang: &mut dyn SharedHost,
+    ) -> Result<()>;
+
+    /// The ranks of the first host write checkpoints, on its disk.
+    fn writers(&self, gang: &dyn SharedHost) -> usize {
+        gang.size_of_host(0)
+    }
+    /// What this rank writes of the moments.
+    fn kept(&self, gang: &dyn SharedHost) -> Vec<Range<usize>> {
+        match gang.host() {
+            0 => self.layout().units.iter().map(|unit| of_host(unit, gang)).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The part of a unit that this rank has among the ranks of its host. It may hold nothing.
+fn of_host(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
+    within(unit, gang.local_rank(), gang.local_size())
+}
+
+/// The part of a unit that one of `ranks` has.
+pub(super) fn within(unit: &Range<usize>, rank: usize, ranks: usize) -> Range<usize> {
+    let part = part(unit.len(), rank, ranks);
+    unit.start + part.start..unit.start + part.end
+}
+
+/// Copies of `flat` what is asked for.
+pub(super) fn copy_ranges(flat: &[f32], ranges: &[Range<usize>], out: &mut [f32]) {
+    let mut rest = out;
+    for range in ranges {
+        let (now, later) = rest.split_at_mut(range.len());
+        now.copy_from_slice(&flat[range.clone()]);
+        rest = later;
+    }
+}
+
+/// All of it once on each host, in memory that its ranks share: master weights, their copy for products, and moments. Each rank updates its
+/// part of every unit among the ranks of its host, so all of them hold the same weights because they are the same memory.
 pub(super) struct HostState<E> {
-    pub layout: Layout,
-    /// This rank's part of each unit.
-    pub parts: Vec<Range<usize>>,
+    layout: Layout,
+    parts: Vec<Range<usize>>,
     workers: Arc<Workers>,
     master: SharedSlice<f32>,
     /// What products read under bf16-mixed; empty in fp32.
@@ -31,8 +107,7 @@ pub(super) struct HostState<E> {
 impl<E: HostNumber> HostState<E> {
     /// All zeros. A collective call.
     pub fn new(layout: Layout, workers: Arc<Workers>, gang: &mut dyn SharedHost) -> Result<HostState<E>> {
-        let parts =
-            layout.units.iter().map(|unit| own_part(unit, gang)).filter(|part| !part.is_empty()).collect();
+        let parts = layout.units.iter().map(|unit| of_host(unit, gang)).collect();
         let mut common = |bytes: usize| gang.allocate_common(bytes);
         let [master, moment1, moment2] =
             [common(layout.len * 4)?, common(layout.len * 4)?, common(layout.len * 4)?];
@@ -49,33 +124,69 @@ impl<E: HostNumber> HostState<E> {
         })
     }
 
-    /// To be read between a barrier and the next update.
-    pub fn weights(&self) -> HostWeights<'_, E> {
+    fn of(&self, slot: Slot) -> &[f32] {
+        match slot {
+            Slot::Weights => self.master.all(),
+            Slot::Moment1 => self.moment1.all(),
+            Slot::Moment2 => self.moment2.all(),
+        }
+    }
+}
+
+impl<E: HostNumber> State<E> for HostState<E> {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn parts(&self) -> &[Range<usize>] {
+        &self.parts
+    }
+
+    fn keep(&self) -> Keep {
+        Keep::MyPart
+    }
+
+    /// Every host holds the same sums.
+    fn squares(&self, sums: &Sums<'_>, gang: &dyn SharedHost) -> f64 {
+        match gang.host() {
+            0 => self.parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum(),
+            _ => 0.0,
+        }
+    }
+
+    fn need(&mut self, _unit: usize, _gang: &mut dyn SharedHost) -> Result<()> {
+        Ok(())
+    }
+
+    fn needs_together(&self) -> bool {
+        false
+    }
+
+    fn weights(&self) -> HostWeights<'_, E> {
         HostWeights::flat(self.master.all(), self.copy.all())
     }
 
-    /// One step of the optimizer on this rank's parts, whose gradients `grads` gives; those of the whole model have `norm`. A barrier has to
-    /// follow.
-    pub fn update<'a>(
+    fn update(
         &mut self,
         update: &Update,
         norm: f64,
-        mut grads: impl FnMut(Range<usize>) -> &'a [f32],
-    ) {
+        sums: &Sums<'_>,
+        gang: &mut dyn SharedHost,
+    ) -> Result<()> {
         for (step, range) in update.over(norm, &self.layout, &self.parts) {
             let numbers = Numbers {
                 master: self.master.part_mut(range.clone()),
                 moment1: self.moment1.part_mut(range.clone()),
                 moment2: self.moment2.part_mut(range.clone()),
                 copy: E::IS_BF16.then_some(&mut self.copy).map(|copy| copy.part_mut(range.clone())),
-                grads: grads(range),
+                grads: sums(range),
             };
             numbers.update(&step, &self.workers);
         }
+        Ok(gang.barrier()?)
     }
 
-    /// Calls `read` for each of this rank's parts. A barrier has to follow.
-    pub fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()> {
+    fn fill(&mut self, slot: Slot, read: &mut Read, gang: &mut dyn SharedHost) -> Result<()> {
         for part in &self.parts {
             let numbers = match slot {
                 Slot::Weights => &mut self.master,
@@ -88,25 +199,21 @@ impl<E: HostNumber> HostState<E> {
                 kernels::convert(numbers, self.copy.part_mut(part.clone()));
             }
         }
+        Ok(gang.barrier()?)
+    }
+
+    fn flat(&self, slot: Slot) -> Cow<'_, [f32]> {
+        Cow::Borrowed(self.of(slot))
+    }
+
+    fn copy_out(
+        &mut self,
+        slot: Slot,
+        ranges: &[Range<usize>],
+        out: &mut [f32],
+        _gang: &mut dyn SharedHost,
+    ) -> Result<()> {
+        copy_ranges(self.of(slot), ranges, out);
         Ok(())
     }
-
-    /// What this rank writes to checkpoints. Every host has the same; the first one's ranks write it.
-    pub fn kept(&self, gang: &dyn SharedHost) -> Vec<Range<usize>> {
-        if gang.host() == 0 { self.parts.clone() } else { Vec::new() }
-    }
-
-    pub fn of(&self, slot: Slot) -> &[f32] {
-        match slot {
-            Slot::Weights => self.master.all(),
-            Slot::Moment1 => self.moment1.all(),
-            Slot::Moment2 => self.moment2.all(),
-        }
-    }
-}
-
-/// The part of a unit that this rank updates. It may be empty.
-pub(super) fn own_part(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
-    let within = part(unit.len(), gang.local_rank(), gang.local_size());
-    unit.start + within.start..unit.start + within.end
 }

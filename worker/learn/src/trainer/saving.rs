@@ -123,7 +123,7 @@ impl Trainer {
         self.saving.is_open = ticket.is_some();
         let Some(ticket) = ticket else { return Ok(()) };
         if self.rank as usize >= self.learner.writers() {
-            return Ok(());
+            return self.learner.accompany_snapshot();
         }
         let pen = match (begun, &self.saving.lead) {
             (Some(writer), Some(lead)) => {

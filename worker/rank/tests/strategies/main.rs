@@ -1,22 +1,22 @@
-//! The same training under every strategy: alone, over memory that ranks share, and gathered unit by unit.
+//! The same training under every strategy, on one host and on several: alone, with all gradients, and in shards.
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
-mod gathering;
+mod hosts;
 
 use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, consolidate, diff, verify};
-use fleet_collectives::{Segment, ShmCollective};
+use fleet_collectives::SharedHost;
 use fleet_common::model::Object;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
-use gathering::Gathering;
 use half::bf16;
+use hosts::seats;
 use serde_json::json;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
 const SEQ: usize = 12;
@@ -26,52 +26,69 @@ const SEQUENCES: usize = 8;
 enum Kind {
     Solo,
     Shared,
-    Sharded,
-    Gathering,
+    Fsdp,
+    Hsdp,
 }
 
 /// All that take several ranks.
-const OF_SEVERAL: [Kind; 3] = [Kind::Shared, Kind::Sharded, Kind::Gathering];
+const OF_SEVERAL: [Kind; 3] = [Kind::Shared, Kind::Fsdp, Kind::Hsdp];
+
+/// One to four ranks.
+const ONE_HOST: [&[usize]; 4] = [&[0], &[0; 2], &[0; 3], &[0; 4]];
 
 /// How a global batch is cut.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     kind: Kind,
-    world: usize,
+    /// Of each rank.
+    hosts: &'static [usize],
     micro: usize,
 }
 
-const ALONE: Cut = Cut { kind: Kind::Solo, world: 1, micro: 1 };
+impl Cut {
+    fn world(self) -> usize {
+        self.hosts.len()
+    }
+
+    /// Each rank has no more than its part of the weights.
+    fn is_sharded_over_hosts(self) -> bool {
+        self.kind == Kind::Fsdp && self.hosts.iter().any(|host| *host > 0)
+    }
+}
+
+const ALONE: Cut = Cut { kind: Kind::Solo, hosts: &[0], micro: 1 };
 
 /// What each rank reported, and the weights afterwards.
 type Trained = (Vec<Report>, Vec<f32>);
 
-/// Trains `steps` on ranks that are threads of this process.
-fn train<E: Storage>(config: &Object, cut: Cut, steps: u64) -> Vec<Trained> {
-    let segment = Segment::create(cut.world, 1).unwrap();
+/// A thread of this process for each rank.
+fn each<T: Send>(cut: Cut, rank: impl Fn(usize, hosts::Seat) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..cut.world)
-            .map(|rank| {
-                let fd = segment.fd().as_raw_fd();
-                scope.spawn(move || {
-                    let gang = || Box::new(ShmCollective::attach(fd, rank, cut.world, 1).unwrap());
-                    run(engine::<E>(config, cut, gang), cut, rank, steps)
-                })
-            })
-            .collect();
+        let rank = &rank;
+        let seats = seats(cut.hosts).into_iter().enumerate();
+        let ranks: Vec<_> = seats.map(|(number, seat)| scope.spawn(move || rank(number, seat))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
 
-fn engine<E: Storage>(config: &Object, cut: Cut, gang: impl Fn() -> Box<ShmCollective>) -> Engine<Host<E>> {
+/// Trains `steps`.
+fn train<E: Storage>(config: &Object, cut: Cut, steps: u64) -> Vec<Trained> {
+    each(cut, |rank, seat| run(engine::<E>(config, cut, || seat.take()), cut, rank, steps))
+}
+
+fn engine<E: Storage>(
+    config: &Object,
+    cut: Cut,
+    gang: impl FnOnce() -> Box<dyn SharedHost>,
+) -> Engine<Host<E>> {
     let model = Model::new(config).unwrap();
     let (layout, workers) = (model.layout(), workers(1).unwrap());
     let executor = CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), SEQ), workers.clone());
     match cut.kind {
         Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1).unwrap()),
         Kind::Shared => Engine::new(executor, Shared::<E>::new(layout, workers, gang()).unwrap()),
-        Kind::Sharded => Engine::new(executor, Sharded::<E>::new(layout, workers, gang()).unwrap()),
-        Kind::Gathering => Engine::new(executor, Gathering::<E>::new(layout, gang())),
+        Kind::Fsdp => Engine::new(executor, Sharded::<E>::fully(layout, workers, gang()).unwrap()),
+        Kind::Hsdp => Engine::new(executor, Sharded::<E>::within_hosts(layout, workers, gang()).unwrap()),
     }
 }
 
@@ -92,12 +109,13 @@ fn run<E: Storage>(mut engine: Engine<Host<E>>, cut: Cut, rank: usize, steps: u6
 }
 
 fn step<E: Storage>(engine: &mut Engine<Host<E>>, cut: Cut, rank: usize, steps: u64) -> Vec<Report> {
-    let size = SEQUENCES / cut.micro / cut.world * SEQ;
+    let size = SEQUENCES / cut.micro / cut.world() * SEQ;
     (1..=steps)
         .map(|step| {
             let whole = global_batch(step);
             let part = |micro: usize| {
-                let range = (micro * cut.world + rank) * size..(micro * cut.world + rank + 1) * size;
+                let at = micro * cut.world() + rank;
+                let range = at * size..(at + 1) * size;
                 TokenBatch {
                     ids: whole.ids[range.clone()].to_vec(),
                     targets: whole.targets[range.clone()].to_vec(),
@@ -116,49 +134,46 @@ fn step<E: Storage>(engine: &mut Engine<Host<E>>, cut: Cut, rank: usize, steps: 
 fn save<E: Storage>(config: &Object, cut: Cut, dir: &Path, from: Option<&Path>) -> PathBuf {
     let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
     let run_dir = RunDir::claim(&claim).unwrap();
-    let writer = Writer::begin(&run_dir, 3).unwrap().of("test", cut.world as u32);
+    let writers = cut.hosts.iter().filter(|host| **host == 0).count();
+    let writer = Writer::begin(&run_dir, 3).unwrap().of("test", writers as u32);
     let ticket = writer.ticket();
-    let mut lead = Some(writer);
-    let segment = Segment::create(cut.world, 1).unwrap();
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..cut.world)
-            .map(|rank| {
-                let (fd, lead) = (segment.fd().as_raw_fd(), lead.take());
-                scope.spawn(move || {
-                    let gang = || Box::new(ShmCollective::attach(fd, rank, cut.world, 1).unwrap());
-                    let mut engine = engine::<E>(config, cut, gang);
-                    match from {
-                        Some(from) => {
-                            engine.load_weights(from).unwrap();
-                            engine.load_optimizer(from).unwrap();
-                        }
-                        None => {
-                            engine.fresh_weights(5).unwrap();
-                            step(&mut engine, cut, rank, 3);
-                        }
-                    }
-                    let mut snapshot = engine.snapshot(None).unwrap();
-                    match lead {
-                        Some(mut writer) => {
-                            snapshot.write(writer.part()).unwrap();
-                            let json = Model::new(config).unwrap().config_json();
-                            writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&json).unwrap()).unwrap();
-                            Some(writer.finish_together(1.0, &|| true).unwrap())
-                        }
-                        None => {
-                            let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
-                            snapshot.write(&mut part).unwrap();
-                            part.hand_in().unwrap();
-                            None
-                        }
-                    }
-                })
-            })
-            .collect();
-        let records: Vec<_> = ranks.into_iter().filter_map(|rank| rank.join().unwrap()).collect();
-        assert_eq!(records[0].flaw(), None);
-        records[0].path.clone().into()
-    })
+    let lead = Mutex::new(Some(writer));
+    let records = each(cut, |rank, seat| {
+        let lead = if rank == 0 { lead.lock().unwrap().take() } else { None };
+        let mut engine = engine::<E>(config, cut, || seat.take());
+        match from {
+            Some(from) => {
+                engine.load_weights(from).unwrap();
+                engine.load_optimizer(from).unwrap();
+            }
+            None => {
+                engine.fresh_weights(5).unwrap();
+                step(&mut engine, cut, rank, 3);
+            }
+        }
+        if rank >= engine.writers() {
+            engine.accompany_snapshot().unwrap();
+            return None;
+        }
+        let mut snapshot = engine.snapshot(None).unwrap();
+        match lead {
+            Some(mut writer) => {
+                snapshot.write(writer.part()).unwrap();
+                let json = Model::new(config).unwrap().config_json();
+                writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&json).unwrap()).unwrap();
+                Some(writer.finish_together(1.0, &|| true).unwrap())
+            }
+            None => {
+                let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
+                snapshot.write(&mut part).unwrap();
+                part.hand_in().unwrap();
+                None
+            }
+        }
+    });
+    let record = records[0].as_ref().unwrap();
+    assert_eq!(record.flaw(), None);
+    record.path.clone().into()
 }
 
 /// Under every pair of strategies, to the last bit, with what of the state is padding left out.
@@ -167,8 +182,10 @@ fn what_n_ranks_save_m_ranks_load() {
     let transposed = json!({"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64});
     let configs = [tiny_config(), transposed.as_object().cloned().unwrap()];
     let mut cuts = vec![ALONE];
-    let several = |kind| [1, 2, 3, 4].map(|world| Cut { kind, world, micro: 1 });
-    cuts.extend([Kind::Shared, Kind::Gathering].into_iter().flat_map(several));
+    let cut = |kind, hosts| Cut { kind, hosts, micro: 1 };
+    cuts.extend(ONE_HOST.map(|hosts| cut(Kind::Shared, hosts)));
+    cuts.extend([&[0][..], &[0, 1], &[0, 0, 1], &[0, 1, 1, 1]].map(|hosts| cut(Kind::Fsdp, hosts)));
+    cuts.extend([&[0, 0, 0][..], &[0, 0, 1, 1]].map(|hosts| cut(Kind::Hsdp, hosts)));
     for config in configs {
         let dir = tempfile::tempdir().unwrap();
         let place = |name: String| {
@@ -213,14 +230,18 @@ fn every_strategy_and_cut_trains_the_same_model() {
         let config = tiny_with(json!({"tie_word_embeddings": tied}));
         let (alone, _) = train::<f32>(&config, ALONE, 20).remove(0);
         assert!(alone[19].loss < 0.8 * alone[0].loss, "it learns: {alone:?}");
-        let cuts = [(1, 4), (1, 1), (2, 1), (4, 1), (2, 2)];
-        for (kind, (world, micro)) in OF_SEVERAL.into_iter().flat_map(|kind| cuts.map(|cut| (kind, cut))) {
-            let cut = Cut { kind, world, micro };
+        let several = [&[0, 0, 1, 1][..], &[0, 1], &[0, 1, 1, 1], &[0, 1, 2, 0]].map(|hosts| (hosts, 1));
+        let cuts = [(ONE_HOST[0], 4), (ONE_HOST[0], 1), (ONE_HOST[1], 1), (ONE_HOST[3], 1), (ONE_HOST[1], 2)];
+        let cuts: Vec<_> = cuts.into_iter().chain(several).chain([(&[0, 1][..], 2)]).collect();
+        for (kind, (hosts, micro)) in
+            OF_SEVERAL.iter().flat_map(|kind| cuts.iter().map(move |cut| (*kind, *cut)))
+        {
+            let (cut, world) = (Cut { kind, hosts, micro }, hosts.len());
             let ranks = train::<f32>(&config, cut, 20);
             for (reports, weights) in &ranks {
                 same_curve(reports, &alone, 1e-4, cut);
                 assert_eq!(reports, &ranks[0].0, "{cut:?}: every rank knows the same");
-                if kind != Kind::Gathering {
+                if !cut.is_sharded_over_hosts() {
                     assert_eq!(weights, &ranks[0].1, "{cut:?}: every rank has the same weights");
                 }
                 let stops: Vec<bool> = reports.iter().map(|r| r.votes.stop).collect();
@@ -253,8 +274,9 @@ fn bf16_ranks_train_like_one() {
     let (alone, _) = train::<bf16>(&tiny_config(), ALONE, 20).remove(0);
     let (fp32, _) = train::<f32>(&tiny_config(), ALONE, 20).remove(0);
     same_curve(&alone, &fp32, 5e-2, ALONE);
-    for kind in OF_SEVERAL {
-        let cut = Cut { kind, world: 2, micro: 1 };
+    let hosts = [&[0, 0][..], &[0, 1]];
+    for (kind, hosts) in OF_SEVERAL.into_iter().flat_map(|kind| hosts.map(|hosts| (kind, hosts))) {
+        let cut = Cut { kind, hosts, micro: 1 };
         for (reports, _) in train::<bf16>(&tiny_config(), cut, 20) {
             same_curve(&reports, &alone, 2e-2, cut);
         }
@@ -263,8 +285,9 @@ fn bf16_ranks_train_like_one() {
 
 #[test]
 fn the_same_run_gives_the_same_bits() {
-    for kind in [Kind::Shared, Kind::Sharded] {
-        let cut = Cut { kind, world: 3, micro: 2 };
+    let hosts = [&[0, 0, 0][..], &[0, 0, 1]];
+    for (kind, hosts) in OF_SEVERAL.into_iter().flat_map(|kind| hosts.map(|hosts| (kind, hosts))) {
+        let cut = Cut { kind, hosts, micro: 2 };
         let once = train::<f32>(&tiny_config(), cut, 6);
         let twice = train::<f32>(&tiny_config(), cut, 6);
         assert_eq!(once[0].1, twice[0].1);
