@@ -20,21 +20,31 @@ fn ended(client: &mut Client, job: JobId) -> JobView {
 }
 
 #[test]
-fn a_job_on_two_nodes_trains_as_on_one() {
+fn a_job_on_two_nodes_trains_as_on_one_under_every_strategy() {
     let world = World::new();
     // A coordinator and two nodes.
     let Some(network) = Network::new(3) else { return };
     let coordinators = Coordinators::on(&world, &network, 1);
     let _nodes = [coordinators.worker(1, 4), coordinators.worker(2, 2)];
-    let losses = [("1", "on-one"), ("2", "on-two")].map(|(nodes, run_name)| {
-        let job = world.job(&TinyJob { run_name, ..TinyJob::default() }).display().to_string();
+    let loss = |nodes: &str, run_name: &'static str, more: &'static str| {
+        let job = world.job(&TinyJob { run_name, more, ..TinyJob::default() }).display().to_string();
         let submitted = coordinators.ask(&["submit", "-n", "4", "--nodes", nodes, &job]);
         let id: JobId = submitted["job"].as_str().unwrap().parse().unwrap();
         let view = ended(&mut coordinators.any_client(), id);
-        assert_eq!(view.state, JobState::Succeeded, "{nodes} nodes: {:?}", view.error);
+        assert_eq!(view.state, JobState::Succeeded, "{run_name}: {:?}", view.error);
         view.loss.unwrap()
-    });
-    assert!((losses[0] / losses[1] - 1.0).abs() < 1e-4, "{losses:?}");
+    };
+    let one = loss("1", "one-node", "");
+    let strategies = [
+        ("ddp", "strategy = \"ddp\""),
+        ("fsdp", "strategy = \"fsdp\""),
+        ("fsdp-bf16", "strategy = \"fsdp\"\nprecision = \"bf16-mixed\""),
+        ("hsdp", "strategy = \"hsdp\""),
+    ];
+    for (name, more) in strategies {
+        let (two, tolerance) = (loss("2", name, more), if name.contains("bf16") { 1e-2 } else { 1e-4 });
+        assert!((one / two - 1.0).abs() < tolerance, "{name}: {one} on one node, {two} on two");
+    }
 }
 
 #[test]

@@ -28,10 +28,6 @@ pub enum RanksError {
     Nodes { num_nodes: u32, requested: u32 },
     #[error("{ranks} ranks cannot be divided evenly over {nodes} nodes; choose a number of ranks that can")]
     Uneven { ranks: u32, nodes: u32 },
-    #[error(
-        "`strategy` = \"{strategy}\" shards over the ranks of one node in this version of fleet, and {nodes} nodes are asked for; use \"ddp\", or one node"
-    )]
-    ShardedNodes { strategy: &'static str, nodes: u32 },
     #[error("-n {0} is not a number of ranks from 1 to {RANKS_MAX}")]
     OutOfRange(u32),
 }
@@ -63,20 +59,17 @@ impl Job {
         if !ranks.is_multiple_of(nodes) {
             return Err(RanksError::Uneven { ranks, nodes });
         }
+        self.num_nodes = Some(nodes);
+        let shape = Shape { ranks, nodes };
+        if ranks > 1 || self.strategy == Strategy::Auto {
+            return Ok((shape, None));
+        }
         let name = match self.strategy {
             Strategy::Auto => "auto",
             Strategy::Ddp => "ddp",
             Strategy::Fsdp => "fsdp",
             Strategy::Hsdp => "hsdp",
         };
-        if nodes > 1 && matches!(self.strategy, Strategy::Fsdp | Strategy::Hsdp) {
-            return Err(RanksError::ShardedNodes { strategy: name, nodes });
-        }
-        self.num_nodes = Some(nodes);
-        let shape = Shape { ranks, nodes };
-        if ranks > 1 || self.strategy == Strategy::Auto {
-            return Ok((shape, None));
-        }
         self.strategy = Strategy::Auto;
         let text = format!(
             "`strategy` = \"{name}\" with one rank: going on as \"auto\"; give -n or `devices` to train with more"
@@ -121,8 +114,7 @@ mod tests {
         assert_eq!(uneven, RanksError::Uneven { ranks: 5, nodes: 2 });
         let both = settled("num_nodes = 2\n", Some(6), Some(3)).unwrap_err().to_string();
         assert_eq!(both, "`num_nodes` is 2 and --nodes 3; leave one of them out");
-        let sharded = settled("strategy = \"fsdp\"\n", Some(4), Some(2)).unwrap_err().to_string();
-        assert!(sharded.contains("fsdp") && sharded.contains("2 nodes"), "{sharded}");
+        assert_eq!(settled("strategy = \"fsdp\"\n", Some(4), Some(2)), Ok((4, 2)));
         assert!(settled("num_nodes = 1000\ndevices = 1000\n", None, None).is_err());
     }
 
