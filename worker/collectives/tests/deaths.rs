@@ -6,7 +6,7 @@
 mod meeting;
 
 use fleet_collectives::net::{Key, PublicKey, RankAddress, Rendezvous};
-use fleet_collectives::{Abort, DType, Exchange, Op, Posted, Result, Segment, ShmCollective};
+use fleet_collectives::{Abort, CollectiveError, DType, Exchange, Op, Posted, Segment, ShmCollective};
 use meeting::{GENERATION, TIMEOUT, Wire};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,7 +19,7 @@ const WORLD: usize = 4;
 const VICTIM: usize = 2;
 
 /// Makes one call again and again.
-fn again_and_again(gang: &mut dyn Exchange, call: &str) -> Result<()> {
+fn again_and_again(gang: &mut dyn Exchange, call: &str) -> Result<(), CollectiveError> {
     let (world, part) = (gang.world_size(), 256 << 10);
     let (mut one, mut whole) = (vec![0; part], vec![0; part * world]);
     let input = whole.clone();
@@ -149,7 +149,9 @@ fn kill_one(transport: &str, call: &str, mourn: impl Fn()) {
 #[test]
 fn over_tcp_the_dead_one_is_named_by_all_others_at_once() {
     for transport in ["tls", "plain"] {
-        CALLS.map(|call| kill_one(transport, call, || {}));
+        for call in CALLS {
+            kill_one(transport, call, || {});
+        }
     }
 }
 
