@@ -26,8 +26,9 @@ fn a_job_on_two_nodes_trains_as_on_one() {
     let Some(network) = Network::new(3) else { return };
     let coordinators = Coordinators::on(&world, &network, 1);
     let _nodes = [coordinators.worker(1, 4), coordinators.worker(2, 2)];
-    let losses = [("1", "on-one"), ("2", "on-two")].map(|(nodes, run_name)| {
-        let job = world.job(&TinyJob { run_name, ..TinyJob::default() }).display().to_string();
+    let jobs = [("1", "on-one", ""), ("2", "on-two", ""), ("2", "over-quic", "transport = \"quic\"")];
+    let losses = jobs.map(|(nodes, run_name, more)| {
+        let job = world.job(&TinyJob { run_name, more, ..TinyJob::default() }).display().to_string();
         let submitted = coordinators.ask(&["submit", "-n", "4", "--nodes", nodes, &job]);
         let id: JobId = submitted["job"].as_str().unwrap().parse().unwrap();
         let view = ended(&mut coordinators.any_client(), id);
@@ -35,6 +36,7 @@ fn a_job_on_two_nodes_trains_as_on_one() {
         view.loss.unwrap()
     });
     assert!((losses[0] / losses[1] - 1.0).abs() < 1e-4, "{losses:?}");
+    assert_eq!(losses[1], losses[2], "what carries the bytes changes none");
 }
 
 #[test]
