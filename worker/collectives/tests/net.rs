@@ -7,6 +7,7 @@ mod meeting;
 use fleet_collectives::net::{Key, NetCollective, Rendezvous};
 use fleet_collectives::{Abort, DType, Exchange, Gang, Op, Posted};
 use meeting::{TIMEOUT, WIRES, Wire, each, ranks};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Barrier, Mutex};
@@ -304,6 +305,48 @@ fn tap(wire: Wire, target: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
         }
     };
     (address, heard)
+}
+
+/// Carries a connection to `target`; what the caller sends goes at this many bytes in a second. Returns where to call instead.
+fn narrow(target: SocketAddr, rate: usize) -> SocketAddr {
+    let relay = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    // As much as a switch would hold.
+    set_socket_recv_buffer_size(&relay, 128 << 10).unwrap();
+    let address = relay.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let (mut near, _) = relay.accept().unwrap();
+        let mut far = TcpStream::connect(target).unwrap();
+        let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+        std::thread::spawn(move || drop(std::io::copy(&mut back_from, &mut back_to)));
+        let mut some = vec![0; 32 << 10];
+        while let Ok(count @ 1..) = near.read(&mut some) {
+            std::thread::sleep(Duration::from_secs_f64(count as f64 / rate as f64));
+            if far.write_all(&some[..count]).is_err() {
+                return;
+            }
+        }
+        drop(far.shutdown(std::net::Shutdown::Write));
+    });
+    address
+}
+
+#[test]
+fn a_link_that_is_slower_than_the_others_is_named() {
+    for wire in [Wire::Tls, Wire::Plain] {
+        let mut all = ranks(&[0, 1, 2], wire);
+        all[2].told.ranks[0].address = narrow(all[0].told.ranks[0].address, 8 << 20);
+        let said = each(all, |before| {
+            let mut gang = before.connect(TIMEOUT).unwrap();
+            gang.all_reduce(&mut vec![0; 12 << 20], DType::F32, Op::Sum).unwrap();
+            let slow = gang.slow_link().unwrap().map(|link| link.to_string());
+            (slow, gang.slow_link().unwrap())
+        });
+        for (slow, later) in said {
+            let slow = slow.expect("it is a hundred times slower");
+            assert!(slow.starts_with("slow link: host 2 to host 0, "), "{slow}");
+            assert_eq!(later, None, "nothing has gone over it since");
+        }
+    }
 }
 
 /// Packets, until one of the two is closed.

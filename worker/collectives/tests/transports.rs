@@ -8,7 +8,7 @@ mod calls;
 mod meeting;
 
 use calls::Call;
-use fleet_collectives::{Exchange, Segment, ShmCollective};
+use fleet_collectives::{Exchange, Op, Segment, ShmCollective};
 use meeting::{GENERATION, TIMEOUT, WIRES, Wire, each, ranks};
 use proptest::prelude::*;
 use std::os::fd::AsRawFd;
@@ -55,6 +55,28 @@ fn every_call_in_every_type_agrees_with_the_definition() {
                 }
             });
         }
+    }
+}
+
+/// For which this thread had a core.
+fn cpu_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+}
+
+#[test]
+fn who_waits_leaves_the_cores_to_others_also_where_there_are_few() {
+    for transport in transports() {
+        gang(transport, &[0; 8], |gang| {
+            gang.barrier().unwrap();
+            if gang.rank() == 5 {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            let before = cpu_time();
+            gang.all_reduce_f64(&mut [1.0], Op::Sum).unwrap();
+            let used = cpu_time() - before;
+            assert!(used < Duration::from_millis(20), "{transport:?}: {used:?} for a wait of 1 s");
+        });
     }
 }
 
