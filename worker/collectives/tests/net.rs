@@ -68,9 +68,10 @@ fn a_rank_that_ends_early_takes_nothing_along() {
 #[test]
 fn a_deadline_names_the_rank_that_did_not_come_also_to_those_who_wait_for_others() {
     for wire in WIRES {
-        let over = Barrier::new(5);
+        let (met, over) = (Barrier::new(5), Barrier::new(5));
         let errors = gang(&[0, 1, 2, 3, 4], wire, |mut gang| {
             gang.barrier().unwrap();
+            met.wait();
             let late = gang.rank() == 3;
             gang.set_deadline(Duration::from_millis(if gang.rank() == 0 { 400 } else { 60_000 }));
             if late {
@@ -136,9 +137,10 @@ fn a_wrong_size_ends_the_gang_for_all() {
 #[test]
 fn an_abort_ends_a_wait_and_is_told() {
     for wire in WIRES {
-        let over = Barrier::new(3);
+        let (met, over) = (Barrier::new(3), Barrier::new(3));
         let errors = gang(&[0, 1, 2], wire, |mut gang| {
             gang.barrier().unwrap();
+            met.wait();
             let (rank, handle) = (gang.rank(), gang.abort_handle());
             // Who comes late may still find all that the others have sent.
             let mut gather = move || {
@@ -337,7 +339,7 @@ fn a_link_that_is_slower_than_the_others_is_named() {
         all[2].told.ranks[0].address = narrow(all[0].told.ranks[0].address, 8 << 20);
         let said = each(all, |before| {
             let mut gang = before.connect(TIMEOUT).unwrap();
-            gang.all_reduce(&mut vec![0; 12 << 20], DType::F32, Op::Sum).unwrap();
+            gang.all_reduce(&mut vec![0; 32 << 20], DType::F32, Op::Sum).unwrap();
             let slow = gang.slow_link().unwrap().map(|link| link.to_string());
             (slow, gang.slow_link().unwrap())
         });
