@@ -11,6 +11,7 @@ nothing, so that 0.96 is the most that packets of 1500 bytes can give to TCP and
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def main():
     options.add_argument("--gbit", type=float, nargs="+", default=[1, 10])
     options.add_argument("--runs", type=int, default=3)
     arguments = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     with Hosts() as hosts:
         for gbit in arguments.gbit:
             gbit = int(gbit) if gbit == int(gbit) else gbit

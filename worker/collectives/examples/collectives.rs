@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 /// Bytes, and calls over shared memory and over connections.
 const SIZES: [(usize, usize, usize); 5] = [
-    (4, 20_000, 5_000),
-    (4 << 10, 5_000, 2_000),
-    (64 << 10, 2_000, 1_000),
-    (4 << 20, 200, 40),
+    (4, 20_000, 1_000),
+    (4 << 10, 5_000, 500),
+    (64 << 10, 2_000, 200),
+    (4 << 20, 200, 20),
     (64 << 20, 20, 6),
 ];
 const TIMEOUT: Duration = Duration::from_secs(30);
