@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-SIZES = [(4, 2000), (4 << 10, 2000), (4 << 20, 100), (64 << 20, 15)]
+SIZES = [(4, 2000), (4 << 10, 2000), (64 << 10, 1000), (4 << 20, 100), (64 << 20, 15)]
 
 
 def measure(name, size, calls, call):

@@ -39,6 +39,7 @@ fn a_job_on_two_nodes_trains_as_on_one_under_every_strategy() {
         ("ddp", "strategy = \"ddp\""),
         ("fsdp", "strategy = \"fsdp\""),
         ("fsdp-bf16", "strategy = \"fsdp\"\nprecision = \"bf16-mixed\""),
+        ("over-quic", "transport = \"quic\""),
         ("hsdp", "strategy = \"hsdp\""),
     ];
     for (name, more) in strategies {

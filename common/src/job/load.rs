@@ -111,6 +111,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         activation_checkpointing: activation_checkpointing(f)?,
+        transport: transport(f)?,
         transport_encryption: f.flag("transport_encryption")?.unwrap_or(true),
         max_seq_len,
         epochs: f.int32("epochs", 1, 1_000_000)?.unwrap_or(1),
@@ -302,6 +303,15 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         (None, Some(true)) => Ok(Bf16Mixed),
         (None, _) => Ok(Fp32),
     }
+}
+
+fn transport(f: &Fields) -> Result<Transport, JobFileError> {
+    let transport = f.word("transport", &[("tcp", Transport::Tcp), ("quic", Transport::Quic)])?;
+    if transport == Some(Transport::Quic) && f.flag("transport_encryption")? == Some(false) {
+        let message = "QUIC always encrypts; leave `transport_encryption` away, or set `transport` = \"tcp\"";
+        return Err(f.refuse(&["transport_encryption", "transport"], message.to_owned()));
+    }
+    Ok(transport.unwrap_or_default())
 }
 
 fn activation_checkpointing(f: &Fields) -> Result<ActivationCheckpointing, JobFileError> {

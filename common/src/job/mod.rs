@@ -52,6 +52,9 @@ pub struct Job {
     pub accumulate_grad_batches: u32,
     #[serde(default)]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// What carries the bytes between ranks on several nodes.
+    #[serde(default)]
+    pub transport: Transport,
     /// What ranks on several nodes send each other is encrypted.
     #[serde(default = "yes")]
     pub transport_encryption: bool,
@@ -74,6 +77,15 @@ pub struct Job {
     pub optimizer: Optimizer,
     pub checkpoint: Checkpoint,
     pub eval: Eval,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    #[default]
+    Tcp,
+    /// From one UDP port for each rank; always encrypted.
+    Quic,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -64,7 +64,8 @@ fn every_spelling_reaches_its_field() {
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
         ("strategy = \"fsdp_native\"", |j| j.strategy == Strategy::Fsdp),
-        ("", |j| j.transport_encryption),
+        ("", |j| j.transport == Transport::Tcp && j.transport_encryption),
+        ("transport = \"quic\"", |j| j.transport == Transport::Quic && j.transport_encryption),
         ("transport_encryption = false", |j| !j.transport_encryption),
         ("strategy = \"hsdp\"", |j| j.strategy == Strategy::Hsdp),
         ("", |j| j.activation_checkpointing == ActivationCheckpointing::None),
@@ -122,6 +123,14 @@ fn a_tilde_is_the_home_directory_in_every_path() {
     assert_eq!(job.data.paths, [home, PathBuf::from("/work/dir/a~b"), PathBuf::from("/work/dir/~x")]);
     let said = error("output_dir = \"~ann/out\"");
     assert!(said.contains("`output_dir` is \"~ann/out\"") && said.contains("./~ann/out"), "{said}");
+}
+
+#[test]
+fn quic_without_encryption_is_refused() {
+    let said = error("transport = \"quic\"\ntransport_encryption = false");
+    assert!(said.contains("QUIC always encrypts; leave `transport_encryption` away"), "{said}");
+    let said = error("transport = \"udp\"");
+    assert!(said.contains("\"tcp\", \"quic\""), "{said}");
 }
 
 #[test]

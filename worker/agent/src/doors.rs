@@ -2,10 +2,12 @@
 
 use fleet_collectives::net::Key;
 use fleet_common::events::Endpoint;
+use fleet_common::job::Transport;
 use fleet_common::net::PrivateKey;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
 use std::str::FromStr;
 
 /// Which ports ranks may listen on; `None`: any that is free.
@@ -15,7 +17,7 @@ pub struct Ports(Option<RangeInclusive<u16>>);
 /// For one rank.
 #[derive(Debug)]
 pub struct Door {
-    pub socket: TcpListener,
+    pub socket: OwnedFd,
     pub key: PrivateKey,
     /// What the others are told of it.
     pub endpoint: Endpoint,
@@ -37,8 +39,8 @@ impl FromStr for Ports {
 }
 
 impl Ports {
-    /// So many doors. `host` is where other nodes reach this one: where that is an address of this machine, they are open there alone.
-    pub fn open(&self, host: &str, count: u32) -> Result<Vec<Door>, String> {
+    /// So many doors for ranks that are connected by `transport`. `host` is where other nodes reach this one: where that is an address of this machine, they are open there alone.
+    pub fn open(&self, transport: Transport, host: &str, count: u32) -> Result<Vec<Door>, String> {
         let failed = |error: String| format!("no place where ranks of other nodes could call it: {error}");
         let own = host.parse::<IpAddr>().ok().filter(|own| TcpListener::bind((*own, 0)).is_ok());
         let anywhere = || match TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)) {
@@ -49,11 +51,10 @@ impl Ports {
         let mut ports = self.0.clone();
         let mut doors = Vec::new();
         for _ in 0..count {
-            let socket = match &mut ports {
-                None => TcpListener::bind((address, 0)).map_err(|error| failed(error.to_string()))?,
-                Some(ports) => bind_in(address, ports).map_err(failed)?,
+            let (socket, port) = match &mut ports {
+                None => bind(transport, address, 0).map_err(|error| failed(error.to_string()))?,
+                Some(ports) => bind_in(transport, address, ports).map_err(failed)?,
             };
-            let port = socket.local_addr().map_err(|error| failed(error.to_string()))?.port();
             let key = Key::generate().map_err(|error| failed(error.to_string()))?;
             let endpoint = Endpoint { port, key: key.public().0.clone() };
             doors.push(Door { socket, key: PrivateKey::new(key.secret_der().to_vec()), endpoint });
@@ -62,12 +63,26 @@ impl Ports {
     }
 }
 
+/// The socket and its port.
+fn bind(transport: Transport, address: IpAddr, port: u16) -> io::Result<(OwnedFd, u16)> {
+    match transport {
+        Transport::Tcp => TcpListener::bind((address, port))
+            .and_then(|socket| socket.local_addr().map(|address| (socket.into(), address.port()))),
+        Transport::Quic => UdpSocket::bind((address, port))
+            .and_then(|socket| socket.local_addr().map(|address| (socket.into(), address.port()))),
+    }
+}
+
 /// On the first port of these that is free, which are then fewer.
-fn bind_in(address: IpAddr, ports: &mut RangeInclusive<u16>) -> Result<TcpListener, String> {
+fn bind_in(
+    transport: Transport,
+    address: IpAddr,
+    ports: &mut RangeInclusive<u16>,
+) -> Result<(OwnedFd, u16), String> {
     let (first, last) = (*ports.start(), *ports.end());
     for port in ports.by_ref() {
-        match TcpListener::bind((address, port)) {
-            Ok(socket) => return Ok(socket),
+        match bind(transport, address, port) {
+            Ok(bound) => return Ok(bound),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}
             Err(error) => return Err(named(port, &error)),
         }
@@ -87,7 +102,7 @@ mod tests {
 
     #[test]
     fn every_rank_has_a_port_and_a_key_of_its_own_and_can_be_called_at_once() {
-        let doors = Ports::default().open("127.0.0.1", 3).unwrap();
+        let doors = Ports::default().open(Transport::Tcp, "127.0.0.1", 3).unwrap();
         let ports: BTreeSet<u16> = doors.iter().map(|door| door.endpoint.port).collect();
         let keys: BTreeSet<&[u8]> = doors.iter().map(|door| &door.endpoint.key[..]).collect();
         assert_eq!((ports.len(), keys.len()), (3, 3));
@@ -100,9 +115,18 @@ mod tests {
     }
 
     #[test]
+    fn a_door_for_quic_takes_datagrams() {
+        let door = Ports::default().open(Transport::Quic, "127.0.0.1", 1).unwrap().remove(0);
+        let port = door.endpoint.port;
+        UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"hello", ("127.0.0.1", port)).unwrap();
+        let mut heard = [0; 8];
+        assert_eq!(UdpSocket::from(door.socket).recv(&mut heard).unwrap(), 5);
+    }
+
+    #[test]
     fn a_name_or_an_address_of_somebody_else_opens_everywhere() {
         for host in ["some-name", "192.0.2.1"] {
-            let doors = Ports::default().open(host, 1).unwrap();
+            let doors = Ports::default().open(Transport::Tcp, host, 1).unwrap();
             std::net::TcpStream::connect(("127.0.0.1", doors[0].endpoint.port)).unwrap();
         }
     }
@@ -119,11 +143,11 @@ mod tests {
         };
         let port = held.local_addr().unwrap().port();
         let range: Ports = format!("{port}-{next}").parse().unwrap();
-        match range.open("127.0.0.1", 1) {
+        match range.open(Transport::Tcp, "127.0.0.1", 1) {
             Ok(doors) => assert_eq!(doors[0].endpoint.port, next),
             Err(why) => assert!(why.contains("all taken"), "{why}"), // another test was faster
         }
-        let why = range.open("127.0.0.1", 2).unwrap_err();
+        let why = range.open(Transport::Tcp, "127.0.0.1", 2).unwrap_err();
         assert!(
             why.contains(&format!("{port}-{next}")) || why.contains(&format!("-{next} are all taken")),
             "{why}"

@@ -11,6 +11,7 @@ use crate::verdict::Exit;
 use anyhow::Context;
 use fleet_collectives::Segment;
 use fleet_common::events::Endpoint;
+use fleet_common::job::Job;
 use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{Gang, Program, RANK_SOCKET_ENV, Work};
 use serde::Deserialize;
@@ -93,10 +94,12 @@ impl Launcher {
 
     pub async fn gang(&self, gang: &Gang, container: Container) -> NewGang {
         match &gang.work {
-            Work::Train { .. } => {
+            Work::Train { job_json } => {
                 let doors = match gang.nodes {
                     0 | 1 => Ok(Vec::new()),
-                    _ => self.ports.open(&self.host, gang.ranks),
+                    _ => Job::from_json(job_json)
+                        .map_err(|error| error.to_string())
+                        .and_then(|job| self.ports.open(job.transport, &self.host, gang.ranks)),
                 };
                 match doors {
                     Ok(doors) => self.training(gang.ranks, gang.generation, doors, container).await,
@@ -141,7 +144,7 @@ impl Launcher {
             inherit.push((Arc::new(segment.fd().try_clone_to_owned()?), None));
         }
         let key = door.map(|Door { socket, key, .. }| {
-            inherit.push((Arc::new(OwnedFd::from(socket)), None));
+            inherit.push((Arc::new(socket), None));
             key
         });
         let env = match std::env::var_os("OMP_NUM_THREADS") {

@@ -1,6 +1,6 @@
 //! Times collectives between real processes and prints one JSON object per line.
 //!
-//! `collectives [shm|tcp|plain] [RANKS]... [NETNS=ADDRESS]...`; without a transport shm, without ranks 2 and 4. With network namespaces the
+//! `collectives [shm|tcp|plain|quic] [RANKS]... [NETNS=ADDRESS]...`; without a transport shm, without ranks 2 and 4. With network namespaces the
 //! ranks are dealt to them in turn, each at its address: `collectives tcp 2 h1=10.0.0.1 h2=10.0.0.2`.
 //!
 //! Bytes are those of the whole buffer: the input of all_reduce and reduce_scatter, the output of all_gather. A time is the median
@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 /// Bytes, and calls over shared memory and over connections.
 const SIZES: [(usize, usize, usize); 5] = [
-    (4, 20_000, 5_000),
-    (4 << 10, 5_000, 2_000),
-    (256 << 10, 1_000, 300),
-    (4 << 20, 200, 40),
+    (4, 20_000, 1_000),
+    (4 << 10, 5_000, 500),
+    (64 << 10, 2_000, 200),
+    (4 << 20, 200, 20),
     (64 << 20, 20, 6),
 ];
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -45,7 +45,7 @@ fn main() -> std::result::Result<(), Failed> {
         _ => {}
     }
     let transport =
-        words.iter().find(|word| ["shm", "tcp", "plain"].contains(word)).copied().unwrap_or("shm");
+        words.iter().find(|word| ["shm", "tcp", "plain", "quic"].contains(word)).copied().unwrap_or("shm");
     let mut worlds: Vec<usize> = words.iter().filter_map(|word| word.parse().ok()).collect();
     if worlds.is_empty() {
         worlds = vec![2, 4];
@@ -120,7 +120,8 @@ fn join(ranks: Vec<Child>) -> std::result::Result<(), Failed> {
 }
 
 fn rank_of_net(transport: &str, rank: usize, world: usize, address: &str) -> std::result::Result<(), Failed> {
-    let listener = Listener::bind(format!("{address}:0").parse()?)?;
+    let place = format!("{address}:0").parse()?;
+    let listener = if transport == "quic" { Listener::quic(place)? } else { Listener::tcp(place)? };
     let key = Key::generate()?;
     let hex: String = key.public().0.iter().map(|byte| format!("{byte:02x}")).collect();
     println!("{} {hex}", listener.address()?);
@@ -134,9 +135,8 @@ fn rank_of_net(transport: &str, rank: usize, world: usize, address: &str) -> std
         ranks.push(RankAddress { host: host.parse()?, address: address.parse()?, key: PublicKey(key) });
     }
     let told = Rendezvous { generation: 1, rank, ranks, encryption: transport != "plain" };
-    let mut gang = listener.tcp(&told, &key, TIMEOUT)?;
-    let library = if transport == "plain" { "fleet tcp, plain" } else { "fleet tcp" };
-    Ok(exchanges(&mut gang, library, false)?)
+    let mut gang = listener.connect(&told, &key, TIMEOUT)?;
+    Ok(exchanges(&mut gang, &format!("fleet {transport}"), false)?)
 }
 
 /// What every transport can.

@@ -10,7 +10,6 @@ use fleet_collectives::{
     Abort, Activity, CollectiveError, DType, Doing, Exchange, Gang, Keep, Op, Segment, SharedHost,
     ShmCollective, part,
 };
-use proptest::prelude::*;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -127,21 +126,6 @@ fn check_every_post_reduce(gang: &mut ShmCollective) {
                 }
             }
         }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-    #[test]
-    fn any_order_of_calls_agrees_with_the_reference(
-        world in 1usize..=8,
-        calls in prop::collection::vec(calls::any(), 1..12),
-    ) {
-        threads(world, |mut gang| {
-            for (index, call) in calls.iter().enumerate() {
-                call.check(&mut gang, index as u64);
-            }
-        });
     }
 }
 

@@ -12,7 +12,7 @@ use fleet_collectives::{
     Abort, CollectiveError, DType, Exchange, Gang, Gather, HostCollective, Keep, Op, Parts, Segment,
     SharedHost, ShmCollective, part,
 };
-use meeting::{Before, TIMEOUT, each, ranks};
+use meeting::{Before, TIMEOUT, Wire, each, ranks};
 use proptest::prelude::*;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -23,7 +23,7 @@ fn gang<T: Send>(hosts: &[usize], body: impl Fn(HostCollective) -> T + Sync) -> 
     let segments: Vec<Segment> = (0..topology.hosts())
         .map(|host| Segment::create(topology.ranks_of(host).len(), meeting::GENERATION).unwrap())
         .collect();
-    each(ranks(hosts, true), |before: Before| {
+    each(ranks(hosts, Wire::Tls), |before: Before| {
         let rank = before.told.rank;
         let host = topology.host_of(rank);
         let (place, size) = (topology.place_of(rank), topology.ranks_of(host).len());

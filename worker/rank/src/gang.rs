@@ -50,7 +50,7 @@ fn across(start: &RankStart, network: &Network, encryption: bool) -> Result<Host
     let rendezvous =
         Rendezvous { generation: start.generation, rank: start.rank as usize, ranks, encryption };
     let key = Key::from_pkcs8(network.key.secret_der().to_vec())?;
-    let net = Listener::from(listener).tcp(&rendezvous, &key, MEETING)?;
+    let net = Listener::try_from(listener)?.connect(&rendezvous, &key, MEETING)?;
     Ok(HostCollective::new(of_host(start)?, net)?)
 }
 

@@ -5,6 +5,7 @@
 
 use super::frame::{Body, FRAME_MAX, Farewell, HEADER, Header};
 use super::links::{Links, Want};
+use super::rate::Rate;
 use super::verdict::Last;
 use crate::abort::Abort;
 use crate::algorithm::{Kind, Plan};
@@ -40,6 +41,8 @@ pub(super) struct Peer {
     pub incoming: Incoming,
     pub outgoing: Outgoing,
     pub heard: Instant,
+    /// At which it takes what this rank sends.
+    pub rate: Rate,
     pub last: Option<Last>,
     /// All that it sent was read.
     pub gone: bool,
@@ -98,6 +101,7 @@ impl Driver {
             incoming: Incoming::default(),
             outgoing: Outgoing::default(),
             heard: Instant::now(),
+            rate: Rate::default(),
             last: None,
             gone: false,
         };
@@ -178,10 +182,11 @@ impl Driver {
     fn send(&mut self, run: &mut Run<'_>, buffer: &[u8], to: usize) -> Result<bool, Trouble> {
         let mut moved = false;
         while let Some(at) = run.sends[to].front().copied() {
-            let outgoing = &mut self.peers[to].outgoing;
+            let Peer { outgoing, rate, .. } = &mut self.peers[to];
             if !outgoing.is_begun() {
                 let room = run.room(at).min(FRAME_MAX);
                 if room == 0 && !run.is_empty(at) {
+                    rate.is_idle();
                     break;
                 }
                 outgoing.begin(self.generation, run.job.signature, room);
@@ -189,12 +194,19 @@ impl Driver {
             let position = run.positions[at];
             let payload = &buffer[position..position + outgoing.left];
             let sent = outgoing.send(&mut *self.links, to, payload).map_err(|_| Trouble::Ended(to))?;
-            let Some(sent) = sent else { break };
+            let Some(sent) = sent else {
+                rate.is_full(Instant::now());
+                break;
+            };
+            rate.took(sent, Instant::now());
             moved = true;
             run.positions[at] += sent;
             if !self.peers[to].outgoing.is_begun() && run.is_over(at) {
                 run.sends[to].pop_front();
             }
+        }
+        if run.sends[to].is_empty() {
+            self.peers[to].rate.is_idle();
         }
         Ok(moved)
     }

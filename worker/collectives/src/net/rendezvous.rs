@@ -2,15 +2,17 @@
 
 use super::driver::Stop;
 use super::gang::NetCollective;
-use super::tcp;
-use super::tls;
+use super::links::{Links, Wake};
+use super::{quic, tcp, tls};
 use crate::algorithm::Topology;
 use crate::error::{CollectiveError, Result};
 use rcgen::{KeyPair, PKCS_ED25519};
+use rustix::net::SocketType;
 use rustls_pki_types::PrivatePkcs8KeyDer;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,41 +92,81 @@ impl Rendezvous {
     }
 }
 
-/// A port that is open before the others are told of it.
-pub struct Listener {
-    pub(super) socket: TcpListener,
+/// A port that is open before the others are told of it. Its kind says what connects the ranks: a TCP port TCP, a UDP port QUIC.
+pub struct Listener(Socket);
+
+enum Socket {
+    Tcp(TcpListener),
+    Quic(UdpSocket),
 }
 
 impl From<TcpListener> for Listener {
-    /// One that was inherited.
     fn from(socket: TcpListener) -> Listener {
-        Listener { socket }
+        Listener(Socket::Tcp(socket))
+    }
+}
+
+impl From<UdpSocket> for Listener {
+    fn from(socket: UdpSocket) -> Listener {
+        Listener(Socket::Quic(socket))
+    }
+}
+
+impl TryFrom<OwnedFd> for Listener {
+    type Error = CollectiveError;
+
+    /// A socket that was inherited, of whichever kind.
+    fn try_from(socket: OwnedFd) -> Result<Listener> {
+        let kind = rustix::net::sockopt::socket_type(&socket);
+        match kind.map_err(|error| failed("cannot use the inherited socket")(error.into()))? {
+            SocketType::DGRAM => Ok(UdpSocket::from(socket).into()),
+            _ => Ok(TcpListener::from(socket).into()),
+        }
     }
 }
 
 impl Listener {
-    /// `address` may have port 0.
-    pub fn bind(address: SocketAddr) -> Result<Listener> {
-        let socket = TcpListener::bind(address).map_err(failed("cannot listen"))?;
-        Ok(Listener { socket })
+    /// For TCP. `address` may have port 0.
+    pub fn tcp(address: SocketAddr) -> Result<Listener> {
+        TcpListener::bind(address).map(Listener::from).map_err(failed("cannot listen"))
+    }
+
+    /// For QUIC. `address` may have port 0.
+    pub fn quic(address: SocketAddr) -> Result<Listener> {
+        UdpSocket::bind(address).map(Listener::from).map_err(failed("cannot listen"))
     }
 
     pub fn address(&self) -> Result<SocketAddr> {
-        self.socket.local_addr().map_err(failed("cannot listen"))
+        let address = match &self.0 {
+            Socket::Tcp(socket) => socket.local_addr(),
+            Socket::Quic(socket) => socket.local_addr(),
+        };
+        address.map_err(failed("cannot listen"))
     }
 
-    /// Connects with all other ranks over TCP, with TLS 1.3 where `encryption` says so. Fails where they have not come within `timeout`, and
-    /// names one.
-    pub fn tcp(self, rendezvous: &Rendezvous, key: &Key, timeout: Duration) -> Result<NetCollective> {
-        let world = rendezvous.ranks.len();
-        if world == 0 || world > RANKS_MAX || rendezvous.rank >= world {
-            let message =
-                format!("rank {} of {world}; 1 to {RANKS_MAX} ranks can be connected", rendezvous.rank);
-            return Err(CollectiveError::Refused { operation: "connect", message });
+    /// Connects with all other ranks: over TCP, with TLS 1.3 where `encryption` says so, or over QUIC, which always encrypts. Fails where
+    /// they have not come within `timeout`, and names one. Not to be called by a task of an async runtime.
+    pub fn connect(self, rendezvous: &Rendezvous, key: &Key, timeout: Duration) -> Result<NetCollective> {
+        let refused = |message| CollectiveError::Refused { operation: "connect", message };
+        let (rank, world) = (rendezvous.rank, rendezvous.ranks.len());
+        if world == 0 || world > RANKS_MAX || rank >= world {
+            return Err(refused(format!("rank {rank} of {world}; 1 to {RANKS_MAX} ranks can be connected")));
         }
-        let stop = Stop::default();
-        let (links, waker) = tcp::connect(self, rendezvous, key, timeout)?;
-        Ok(NetCollective::new(Box::new(links), waker, rendezvous, stop))
+        let (links, waker): (Box<dyn Links>, Arc<dyn Wake>) = match self.0 {
+            Socket::Tcp(socket) => {
+                let (links, waker) = tcp::connect(&socket, rendezvous, key, timeout)?;
+                (Box::new(links), waker)
+            }
+            Socket::Quic(_) if !rendezvous.encryption => {
+                let message = "QUIC always encrypts; without encryption ranks are connected by TCP";
+                return Err(refused(message.to_owned()));
+            }
+            Socket::Quic(socket) => {
+                let (links, waker) = quic::connect(socket, rendezvous, key, timeout)?;
+                (Box::new(links), waker)
+            }
+        };
+        Ok(NetCollective::new(links, waker, rendezvous, Stop::default()))
     }
 }
 

@@ -11,6 +11,30 @@ pub const GENERATION: u64 = 7;
 /// To come together; under load it takes a while.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// What carries the bytes between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    Tls,
+    Plain,
+    Quic,
+}
+
+pub const WIRES: [Wire; 3] = [Wire::Tls, Wire::Plain, Wire::Quic];
+
+impl Wire {
+    pub fn listen(self) -> Listener {
+        let anywhere = (Ipv4Addr::LOCALHOST, 0).into();
+        match self {
+            Wire::Quic => Listener::quic(anywhere).unwrap(),
+            Wire::Tls | Wire::Plain => Listener::tcp(anywhere).unwrap(),
+        }
+    }
+
+    pub fn encrypts(self) -> bool {
+        self != Wire::Plain
+    }
+}
+
 /// One rank before it connects.
 pub struct Before {
     pub listener: Listener,
@@ -19,9 +43,8 @@ pub struct Before {
 }
 
 /// Ranks on hosts with these numbers, each with a port and a key of its own.
-pub fn ranks(hosts: &[usize], encryption: bool) -> Vec<Before> {
-    let listeners: Vec<Listener> =
-        hosts.iter().map(|_| Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap()).collect();
+pub fn ranks(hosts: &[usize], wire: Wire) -> Vec<Before> {
+    let listeners: Vec<Listener> = hosts.iter().map(|_| wire.listen()).collect();
     let keys: Vec<Key> = hosts.iter().map(|_| Key::generate().unwrap()).collect();
     let ranks: Vec<RankAddress> = (listeners.iter().zip(&keys).zip(hosts))
         .map(|((listener, key), host)| RankAddress {
@@ -35,7 +58,12 @@ pub fn ranks(hosts: &[usize], encryption: bool) -> Vec<Before> {
         .zip(keys)
         .enumerate()
         .map(|(rank, (listener, key))| {
-            let told = Rendezvous { generation: GENERATION, rank, ranks: ranks.clone(), encryption };
+            let told = Rendezvous {
+                generation: GENERATION,
+                rank,
+                ranks: ranks.clone(),
+                encryption: wire.encrypts(),
+            };
             Before { listener, key, told }
         })
         .collect()
@@ -43,7 +71,7 @@ pub fn ranks(hosts: &[usize], encryption: bool) -> Vec<Before> {
 
 impl Before {
     pub fn connect(self, timeout: Duration) -> Result<NetCollective, CollectiveError> {
-        self.listener.tcp(&self.told, &self.key, timeout)
+        self.listener.connect(&self.told, &self.key, timeout)
     }
 }
 

@@ -7,7 +7,7 @@ pub mod buffers;
 use std::ffi::c_int;
 
 /// Takes over the socket on which other hosts call this rank. Call once.
-pub fn inherited_listener(fd: i32) -> std::io::Result<std::net::TcpListener> {
+pub fn inherited_listener(fd: i32) -> std::io::Result<std::os::fd::OwnedFd> {
     check_socket(fd)?;
     // SAFETY: `fd` is an open socket that was inherited for this process alone and is owned by nothing else here.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
