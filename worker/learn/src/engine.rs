@@ -166,9 +166,19 @@ impl<M: Memory> Learner for Engine<M> {
 
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {
         self.strategy.gang().note(Activity::Evaluating);
+        let mut most = [batches.len() as f64];
+        self.strategy.gang().all_reduce_f64(&mut most, Op::Max)?;
         let mut tally = Tally::default();
         for batch in batches {
             tally.add(self.executor.evaluate(self.strategy.weights(), &batch.view())?);
+        }
+        // A strategy may gather units when they are needed, which takes all ranks as often.
+        for _ in batches.len()..most[0] as usize {
+            let weights = self.strategy.weights();
+            for unit in 0..self.layout.units.len() {
+                weights.need(unit)?;
+                weights.release(unit);
+            }
         }
         let mut sums = [tally.loss, tally.weight, tally.tokens as f64, tally.hits as f64];
         self.strategy.gang().all_reduce_f64(&mut sums, Op::Sum)?;
