@@ -177,6 +177,18 @@ fn exchanges_are_done_in_the_order_in_which_they_were_posted() {
 }
 
 #[test]
+fn what_is_not_waited_for_is_ended_before_its_memory_goes() {
+    ranks(2, LONG, never, |rank, mut nccl, log, _| {
+        if rank == 0 {
+            let mut memory = [0.0; 2];
+            post(&mut nccl, Call::AllGather, &mut memory).unwrap();
+            drop(nccl);
+            assert_eq!(log.lock().unwrap().last().unwrap(), "abort");
+        }
+    });
+}
+
+#[test]
 fn unequal_shares_are_refused() {
     ranks(2, LONG, never, |_, mut nccl, _, _| {
         let error = post(&mut nccl, Call::AllGather, &mut [0.0; 3]).unwrap_err().to_string();

@@ -8,7 +8,7 @@ use fleet_learn::Result;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// Over NCCL. Dropping it waits for what was posted.
+/// Over NCCL. What was posted and not waited for ends when it is dropped.
 pub struct NcclTransport {
     // Before the rooms, which it uses until it is gone.
     nccl: NcclCollective,
