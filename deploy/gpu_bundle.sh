@@ -8,12 +8,16 @@ stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 into=$stage/gpu-bundle
 mkdir "$into"
-tests=$(cargo test -p fleet-torch --locked --test families --no-run --message-format=json 2>/dev/null |
-    sed -n 's/.*"executable":"\([^"]*families[^"]*\)".*/\1/p' | tail -1)
+# NAME: the program of a test of the torch executor.
+built() {
+    cargo test -p fleet-torch --locked --test "$1" --no-run --message-format=json 2>/dev/null |
+        sed -n "s/.*\"executable\":\"\([^\"]*\/$1-[^\"]*\)\".*/\1/p" | tail -1
+}
 cargo build -p fleet-torch --locked --example torch_speed
-cp "$tests" "$into/families-test"
+cp "$(built families)" "$into/families-test"
+cp "$(built sharded)" "$into/sharded-test"
 cp "$bin/examples/torch_speed" bench/gpu/run.sh bench/gpu/pytorch.py "$into/"
-strip "$into/families-test" "$into/torch_speed"
+strip "$into/families-test" "$into/sharded-test" "$into/torch_speed"
 cp -r tests/parity/golden/families "$into/families"
 tar -C "$stage" -czf "$out" gpu-bundle
 printf '%s: %s KiB; unpack it there and run gpu-bundle/run.sh\n' "$out" "$(du -k "$out" | cut -f1)"

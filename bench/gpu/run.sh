@@ -30,6 +30,7 @@ python3 -c 'import torch; print("torch", torch.__version__)'
 
 say "tests"
 lines=25 part tests 240 ./families-test --test-threads 1
+lines=25 part "sharded tests" 120 ./sharded-test --test-threads 1
 
 say "fleet"
 for model in "124m 16 1024" "1b 8 2048"; do

@@ -15,7 +15,10 @@ struct Row {
     strategies: &'static [Strategy],
     /// Of one job.
     ranks_max: u32,
+    nodes_max: u32,
 }
+
+const ALL: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp];
 
 /// In the order in which they are preferred.
 const TABLE: [Row; 4] = [
@@ -23,29 +26,34 @@ const TABLE: [Row; 4] = [
         executor: Executor::Cpu,
         device: Device::Cpu,
         precisions: &[Fp32, Bf16Mixed],
-        strategies: &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp],
+        strategies: ALL,
         ranks_max: RANKS_MAX,
+        nodes_max: RANKS_MAX,
     },
     Row {
         executor: Executor::Torch,
         device: Device::Cuda,
         precisions: &[Fp32, Bf16Mixed],
-        strategies: &[Strategy::Auto],
-        ranks_max: 1,
+        strategies: ALL,
+        ranks_max: RANKS_MAX,
+        nodes_max: 1,
     },
     Row {
         executor: Executor::Torch,
         device: Device::Mps,
         precisions: &[Fp32],
         strategies: &[Strategy::Auto],
+        // A machine has one such device.
         ranks_max: 1,
+        nodes_max: 1,
     },
     Row {
         executor: Executor::Torch,
         device: Device::Cpu,
         precisions: &[Fp32, Bf16Mixed],
-        strategies: &[Strategy::Auto],
-        ranks_max: 1,
+        strategies: ALL,
+        ranks_max: RANKS_MAX,
+        nodes_max: 1,
     },
 ];
 
@@ -57,6 +65,7 @@ pub struct Wanted {
     pub precision: Precision,
     pub strategy: Strategy,
     pub ranks: u32,
+    pub nodes: u32,
 }
 
 /// What it cannot have, and what to write instead: the end of a line about `key`.
@@ -77,12 +86,14 @@ impl Wanted {
         precision: Fp32,
         strategy: Strategy::Auto,
         ranks: 1,
+        nodes: 1,
     };
 
     /// Of a job with `ranks` ranks on `device`.
     pub fn of(job: &Job, device: Device, ranks: u32) -> Wanted {
         let strategy = if ranks == 1 { Strategy::Auto } else { job.strategy };
-        Wanted { device, executor: job.executor, precision: job.precision, strategy, ranks }
+        let nodes = job.num_nodes.unwrap_or(1);
+        Wanted { device, executor: job.executor, precision: job.precision, strategy, ranks, nodes }
     }
 
     /// What computes it, never `Executor::Auto`. A device that is `Auto` may be any.
@@ -101,6 +112,7 @@ impl Wanted {
             (Key::Executor, self.executor != Executor::Auto && self.executor != row.executor),
             (Key::Strategy, !row.strategies.contains(&self.strategy)),
             (Key::Precision, !row.precisions.contains(&self.precision)),
+            (Key::Nodes, self.nodes > row.nodes_max),
             (Key::Ranks, self.ranks > row.ranks_max),
         ];
         let missed: Vec<Key> = misses.iter().filter(|(_, misses)| *misses).map(|(key, _)| *key).collect();
@@ -154,12 +166,12 @@ impl Wanted {
                     format!("{why}; on the device {device} write {}", known.join(" or ")),
                 )
             }
-            Key::Ranks if row.device == Device::Cpu => (
-                "executor",
-                quoted(&self.executor),
+            Key::Nodes => (
+                "num_nodes",
+                self.nodes.to_string(),
                 format!(
-                    "trains with one rank in this version of fleet, and {} are asked for; leave it out, or use one rank",
-                    self.ranks
+                    "is more than the one node that {} trains on with the device {device} in this version of fleet; use one node, or device = \"cpu\" without `executor`",
+                    name(&row.executor)
                 ),
             ),
             Key::Ranks => (
@@ -180,6 +192,7 @@ enum Key {
     Executor,
     Strategy,
     Precision,
+    Nodes,
     Ranks,
 }
 
@@ -215,22 +228,25 @@ mod tests {
         let ddp =
             Wanted { device: Device::Cpu, strategy: Strategy::Ddp, ranks: 4, precision: Bf16Mixed, ..ANY };
         assert_eq!(ddp.executor(), Ok(Executor::Cpu));
+        assert_eq!(Wanted { nodes: 2, ..ddp }.executor(), Ok(Executor::Cpu));
+        for device in [Device::Cpu, Device::Cuda] {
+            let several =
+                Wanted { device, executor: Executor::Torch, strategy: Strategy::Fsdp, ranks: 4, ..ANY };
+            assert_eq!(several.executor(), Ok(Executor::Torch));
+            assert!(Wanted { nodes: 2, ..several }.executor().is_err());
+        }
     }
 
     #[test]
     fn a_refusal_names_the_key_that_is_at_fault_and_what_to_write() {
         let table = [
-            (Wanted { strategy: Strategy::Fsdp, device: Device::Cuda, ..ANY }, "strategy", "\"auto\""),
+            (Wanted { strategy: Strategy::Fsdp, device: Device::Mps, ..ANY }, "strategy", "\"auto\""),
             (Wanted { precision: Fp16Mixed, ..ANY }, "precision", "\"bf16-mixed\""),
             (Wanted { precision: Bf16True, device: Device::Cuda, ..ANY }, "precision", "cuda"),
             (Wanted { precision: Bf16Mixed, device: Device::Mps, ..ANY }, "precision", "\"32\""),
-            (Wanted { device: Device::Cuda, ranks: 2, ..ANY }, "devices", "cuda"),
+            (Wanted { device: Device::Mps, ranks: 2, ..ANY }, "devices", "mps"),
+            (Wanted { device: Device::Cuda, ranks: 2, nodes: 2, ..ANY }, "num_nodes", "one node"),
             (Wanted { device: Device::Cuda, executor: Executor::Cpu, ..ANY }, "executor", "\"torch\""),
-            (
-                Wanted { executor: Executor::Torch, device: Device::Cpu, ranks: 2, ..ANY },
-                "executor",
-                "leave it out",
-            ),
         ];
         for (wanted, key, word) in table {
             let refusal = wanted.executor().unwrap_err();

@@ -194,7 +194,8 @@ fn wanted(f: &Fields) -> Result<Wanted, JobFileError> {
     let device = device(f)?;
     let words = [("auto", Executor::Auto), ("cpu", Executor::Cpu), ("torch", Executor::Torch)];
     let executor = f.word("executor", &words)?.unwrap_or_default();
-    let wanted = Wanted { device, executor, precision: precision(f)?, strategy: strategy(f)?, ranks: 1 };
+    let (precision, strategy) = (precision(f)?, strategy(f)?);
+    let wanted = Wanted { device, executor, precision, strategy, ..Wanted::ANYTHING };
     // With one rank every strategy is `auto`.
     match (Wanted { strategy: Strategy::Auto, ..wanted }).executor() {
         Ok(_) => Ok(wanted),

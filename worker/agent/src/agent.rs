@@ -85,7 +85,7 @@ impl Config {
         ranks: u32,
         taken: &BTreeSet<u32>,
     ) -> Result<Place, String> {
-        let index = match (&job.devices, self.accelerator) {
+        let index_of = |local_rank: Rank| match (&job.devices, self.accelerator) {
             (Devices::Ids(ids), _) => ids.get(local_rank as usize).copied().unwrap_or(local_rank),
             (Devices::Auto | Devices::Count(_), Accelerator::Cuda { devices }) => {
                 let mut free = (0..devices).filter(|device| !taken.contains(device));
@@ -93,6 +93,7 @@ impl Config {
             }
             (Devices::Auto | Devices::Count(_), _) => local_rank,
         };
+        let index = index_of(local_rank);
         let name = &self.name;
         let refusal = |device| Wanted::of(job, device, ranks).executor().err();
         let on = |device: &str| Place { device: device.to_owned(), note: None };
@@ -109,10 +110,13 @@ impl Config {
             },
             (Device::Auto, Accelerator::Cuda { devices }) => match refusal(Device::Cuda) {
                 Some(refusal) => Ok(on_cpu(refusal.to_string())),
-                None if index < devices => Ok(on_cuda()),
-                None => {
-                    Ok(on_cpu(format!("{name} has {devices} CUDA devices, the job asks for number {index}")))
-                }
+                // Ranks of a gang compute on devices of one kind.
+                None => match (0..ranks).map(index_of).find(|index| *index >= devices) {
+                    None => Ok(on_cuda()),
+                    Some(missing) => Ok(on_cpu(format!(
+                        "{name} has {devices} CUDA devices, the job asks for number {missing}"
+                    ))),
+                },
             },
             (Device::Auto, Accelerator::Mps) => match refusal(Device::Mps) {
                 Some(refusal) => Ok(on_cpu(refusal.to_string())),

@@ -1,7 +1,7 @@
 //! Collective operations of a gang of ranks, over byte slices and element types; it knows no tensors and links no libtorch.
 //!
 //! `Gang`, `Exchange` and `SharedHost` are what the training engine sees. `Solo` is the gang of one. `ShmCollective` serves the ranks of one
-//! host through a memory segment that the agent makes (`Segment`) and the ranks inherit.
+//! host through a memory segment that the agent makes (`Segment`) and the ranks inherit. `nccl` exchanges what lies on CUDA devices.
 
 mod abort;
 pub mod algorithm;
@@ -13,6 +13,7 @@ mod error;
 #[cfg(target_os = "linux")]
 mod host;
 mod memory;
+pub mod nccl;
 pub mod net;
 mod posts;
 pub mod shm;

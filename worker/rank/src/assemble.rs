@@ -1,6 +1,8 @@
 //! The choices of a rank: what computes, and where the numbers lie.
 
 use crate::gang;
+use fleet_collectives::SharedHost;
+use fleet_collectives::nccl::{Library, Loaded, NcclCollective};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, ActivationCheckpointing, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
@@ -9,7 +11,7 @@ use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
 use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
-use fleet_torch::{Numbers, TorchExecutor};
+use fleet_torch::{HostTransport, NcclTransport, Numbers, Rooms, TorchExecutor, Transport};
 use half::bf16;
 use std::sync::Arc;
 use tch::Device;
@@ -66,10 +68,32 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
         tch::set_num_threads(start.threads as i32);
     }
     let layout = model.layout();
-    let strategy = fleet_torch::Solo::new(layout.clone(), device, numbers.products, start.generation)?;
-    let executor = TorchExecutor::new(model.decoder.clone(), layout, device, numbers)
+    let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), device, numbers)
         .for_texts(job.max_seq_len as usize);
-    Ok(Made { learner: Box::new(Engine::new(executor, strategy)), note: None })
+    let learner: Box<dyn Learner> = match gang::join(start, job.transport_encryption)? {
+        None => {
+            let strategy = fleet_torch::Solo::new(layout, device, numbers.products, start.generation)?;
+            Box::new(Engine::new(executor, strategy))
+        }
+        Some(gang) => {
+            let rooms = match job.strategy {
+                Strategy::Fsdp | Strategy::Hsdp => Rooms::TwoBlocks,
+                Strategy::Auto | Strategy::Ddp => Rooms::Everything,
+            };
+            let transport = transport(gang, device)?;
+            let strategy = fleet_torch::Sharded::new(layout, rooms, device, numbers.products, transport)?;
+            Box::new(Engine::new(executor, strategy))
+        }
+    };
+    Ok(Made { learner, note: None })
+}
+
+/// Between CUDA devices over NCCL, else over the memory of the host. A collective call.
+fn transport(gang: Box<dyn SharedHost>, device: Device) -> Result<Box<dyn Transport>> {
+    let Device::Cuda(number) = device else { return Ok(Box::new(HostTransport::new(gang, device))) };
+    let library = Loaded::open(number).map(|library| Box::new(library) as Box<dyn Library>);
+    let nccl = NcclCollective::join(library, gang, gang::DEADLINE)?;
+    Ok(Box::new(NcclTransport::new(nccl, device)))
 }
 
 fn refused(refusal: Refusal) -> Error {

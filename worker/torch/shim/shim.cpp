@@ -138,6 +138,13 @@ int fleet_torch_pinned(at::Tensor *x, at::Tensor **out, char *error, size_t erro
     return guarded(error, error_len, [&] { *out = new at::Tensor(x->pin_memory()); });
 }
 
+// Memory of the host as a flat tensor of fp32 in `out`; `give_back` gets `owner` when nothing uses it any more.
+int fleet_torch_over(void *data, int64_t len, void (*give_back)(void *), void *owner, at::Tensor **out, char *error, size_t error_len) {
+    return guarded(error, error_len, [&] {
+        *out = new at::Tensor(at::from_blob(data, {len}, [=](void *) { give_back(owner); }, at::TensorOptions(at::kFloat)));
+    });
+}
+
 // Gradients of sum(output * seed) for each input, into `grads` as new tensors; of an input that has no part in it, a null. Frees the graph.
 int fleet_torch_grad(at::Tensor *output, at::Tensor *seed, at::Tensor *const *inputs, int count, at::Tensor **grads, char *error,
                      size_t error_len) {

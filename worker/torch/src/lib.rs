@@ -7,13 +7,19 @@ mod fused;
 mod memory;
 mod network;
 mod optimizer;
+mod parts;
+mod sharded;
 mod shim;
 mod solo;
+mod transport;
 
 pub use executor::TorchExecutor;
 pub use memory::{FlatWeights, Gradients, Tensors, Weights};
 pub use network::{Network, Numbers};
+pub use parts::{Parts, Rooms};
+pub use sharded::Sharded;
 pub use solo::Solo;
+pub use transport::{Exchanged, HostTransport, NcclTransport, Room, Transport};
 
 /// What went wrong, in libtorch's words without its stack.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,6 @@
 //! Numbers of a model as tensors of one device: what the executor reads and where its gradients go.
 
+use crate::parts::Parts;
 use crate::{Error, Result};
 use fleet_learn::{Memory, UnitWeights};
 use std::ops::Range;
@@ -15,25 +16,31 @@ impl Memory for Tensors {
     type Number = Tensor;
 }
 
-/// The flat parameters.
+/// The flat parameters, or rooms with those of the units that are in.
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
     /// fp32.
     pub master: &'a Tensor,
     /// The same in the type of products; `None` where that is the masters'.
     pub copy: Option<&'a Tensor>,
+    /// Where units are; `None` where all lie as in the flat buffer.
+    pub parts: Option<&'a Parts>,
 }
 
 impl Weights<'_> {
     /// A range as products read it.
     pub fn of(&self, range: &Range<usize>) -> Result<Tensor> {
-        narrow(self.copy.unwrap_or(self.master), range)
+        narrow(self.copy.unwrap_or(self.master), &place(self.parts, range))
     }
 
     /// A range in fp32.
     pub fn exact(&self, range: &Range<usize>) -> Result<Tensor> {
-        narrow(self.master, range)
+        narrow(self.master, &place(self.parts, range))
     }
+}
+
+fn place(parts: Option<&Parts>, range: &Range<usize>) -> Range<usize> {
+    parts.map_or_else(|| range.clone(), |parts| parts.place(range))
 }
 
 /// All parameters of a model, flat, on one device.
@@ -51,7 +58,7 @@ impl FlatWeights {
     }
 
     pub fn view(&self) -> Weights<'_> {
-        Weights { master: &self.master, copy: self.copy.as_ref() }
+        Weights { master: &self.master, copy: self.copy.as_ref(), parts: None }
     }
 
     /// Sets the numbers from `start` on; `refresh` has to follow.
@@ -88,9 +95,11 @@ pub(crate) fn set(flat: &Tensor, start: usize, numbers: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Where gradients go: fp32, at the ranges of the flat buffer.
+/// Where gradients go: fp32, at the ranges of the flat buffer, or in rooms.
 pub struct Gradients<'a> {
     pub flat: &'a Tensor,
+    /// As those of weights.
+    pub parts: Option<&'a Parts>,
     /// The first micro-batch of a step overwrites what is there.
     pub fresh: bool,
 }
@@ -99,7 +108,7 @@ impl Gradients<'_> {
     /// Sets or adds the gradient of a range; nothing is a gradient of zeros.
     pub fn store(&self, range: &Range<usize>, grad: Option<&Tensor>, set: bool) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        let mut slot = narrow(self.flat, range)?;
+        let mut slot = narrow(self.flat, &place(self.parts, range))?;
         match (grad, set) {
             (Some(grad), true) => slot.f_copy_(&grad.f_reshape([-1])?).map(|_| ())?,
             (Some(grad), false) => slot.f_add_(&grad.f_reshape([-1])?).map(|_| ())?,
@@ -110,6 +119,14 @@ impl Gradients<'_> {
     }
 }
 
-fn narrow(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+pub(crate) fn narrow(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
     flat.f_narrow(0, range.start as i64, range.len() as i64).map_err(Error::from)
+}
+
+/// Copies into a range of a room without autograd's knowledge: a graph has a unit's weights where they were at its forward, and the same
+/// numbers are there again at its backward.
+pub(crate) fn hidden_copy(room: &Tensor, range: &Range<usize>, numbers: &Tensor) -> Result<()> {
+    let _guard = tch::no_grad_guard();
+    narrow(&room.f_data()?, range)?.f_copy_(numbers)?;
+    Ok(())
 }

@@ -1,13 +1,15 @@
 //! AdamW over flat buffers, with clipping, without waiting for the device: how far gradients are scaled down stays there as a number.
 
 use crate::Result;
+use crate::parts::merged;
 use crate::shim::{self, AdamWNumbers, AdamWTensors};
-use fleet_common::model::Layout;
+use fleet_common::model::Parameter;
 use fleet_learn::optimizer::CLIP_EPS;
 use fleet_learn::{AdamW, Update};
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// Moments of all parameters.
+/// Moments of what a rank keeps of the parameters.
 pub struct Optimizer {
     pub moment1: Tensor,
     pub moment2: Tensor,
@@ -16,26 +18,26 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    pub fn new(layout: &Layout, device: Device) -> Result<Optimizer> {
-        let zeros = || Tensor::f_zeros([layout.len as i64], (Kind::Float, device));
-        let mut runs: [Vec<(i64, i64)>; 2] = Default::default();
-        for p in &layout.parameters {
-            let list = &mut runs[usize::from(p.role.is_vector())];
-            let (start, len) = (p.range.start as i64, p.range.len() as i64);
-            match list.last_mut() {
-                Some((before, before_len)) if *before + *before_len == start => *before_len += len,
-                _ => list.push((start, len)),
-            }
-        }
+    /// For a buffer of `len` numbers, in which each of the parameters has a range.
+    pub fn new<'a>(
+        len: usize,
+        parameters: impl Iterator<Item = (&'a Parameter, Range<usize>)>,
+        device: Device,
+    ) -> Result<Optimizer> {
+        let zeros = || Tensor::f_zeros([len as i64], (Kind::Float, device));
+        let (vectors, matrices): (Vec<_>, Vec<_>) = parameters.partition(|(p, _)| p.role.is_vector());
+        let runs = [matrices, vectors].map(|list| {
+            let runs = merged(list.into_iter().map(|(_, range)| range));
+            runs.into_iter().map(|run| (run.start as i64, run.len() as i64)).collect()
+        });
         Ok(Optimizer { moment1: zeros()?, moment2: zeros()?, runs })
     }
 
-    /// One step over the flat parameters with their gradients. Gives the gradients' norm before clipping, as a tensor of one number on the
-    /// device. Where that is no number, nothing is changed.
-    pub fn step(&mut self, master: &Tensor, grads: &Tensor, update: &Update) -> Result<Tensor> {
+    /// One step over parameters with their gradients; those of the whole model have `norm`, a tensor of one number on the device. Where that is
+    /// no number, nothing is changed.
+    pub fn step(&mut self, master: &Tensor, grads: &Tensor, norm: &Tensor, update: &Update) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let AdamW { beta1, beta2, eps, weight_decay, max_grad_norm } = update.adamw;
-        let norm = grads.f_norm()?;
         let divisor = match max_grad_norm > 0.0 {
             true => norm.f_add_scalar(CLIP_EPS)?.f_div_scalar(max_grad_norm)?.f_clamp_min(1.0)?,
             false => norm.f_ones_like()?,
@@ -60,6 +62,6 @@ impl Optimizer {
             };
             shim::adamw(&tensors, AdamWNumbers { lr: update.lr, beta1, beta2, decay, eps })?;
         }
-        Ok(norm)
+        Ok(())
     }
 }

@@ -45,7 +45,11 @@ impl Solo {
             weights: FlatWeights::new(layout.len, device, products)?,
             grads: Tensor::f_zeros([layout.len as i64], (Kind::Float, device))?,
             fresh: true,
-            optimizer: Optimizer::new(&layout, device)?,
+            optimizer: Optimizer::new(
+                layout.len,
+                layout.parameters.iter().map(|p| (p, p.range.clone())),
+                device,
+            )?,
             layout,
         })
     }
@@ -71,7 +75,7 @@ impl UnitWeights<Tensors> for Solo {
 
 impl Units<Tensors> for Solo {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
-        (self.weights.view(), Gradients { flat: &self.grads, fresh: self.fresh })
+        (self.weights.view(), Gradients { flat: &self.grads, parts: None, fresh: self.fresh })
     }
     fn ready(&mut self, _unit: usize) -> fleet_learn::Result<()> {
         Ok(())
@@ -95,7 +99,8 @@ impl Strategy<Tensors> for Solo {
     /// The device has all that it shall do before its numbers are waited for.
     fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
         let mut done = || -> Result<Vec<f64>> {
-            let norm = self.optimizer.step(self.weights.view().master, &self.grads, update)?;
+            let norm = self.grads.f_norm()?;
+            self.optimizer.step(self.weights.view().master, &self.grads, &norm, update)?;
             self.weights.refresh()?;
             // Read at once.
             let both = Tensor::f_cat(&[loss.f_view([1])?, norm.f_to_kind(loss.kind())?.f_view([1])?], 0)?;

@@ -510,10 +510,12 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
     assert_eq!(device(&cuda, &job(Device::Cuda, Devices::Ids(vec![1])), 1, &[]), plain("cuda:1"));
     assert_eq!(device(&cuda, &job(Device::Cpu, Devices::Auto), 4, &[]), plain("cpu"));
 
-    let (place, note) = device(&cuda, &auto, 2, &[]).unwrap();
-    assert!(place == "cpu" && note.contains("one rank") && note.ends_with("training on the CPU"), "{note}");
-    let refused = device(&cuda, &job(Device::Cuda, Devices::Auto), 2, &[]).unwrap_err();
-    assert!(refused.contains("one rank"), "{refused}");
+    assert_eq!(device(&cuda, &auto, 2, &[]), plain("cuda:0"));
+    let (place, note) = device(&cuda, &auto, 3, &[]).unwrap();
+    assert!(place == "cpu" && note.contains("has 2 CUDA devices"), "rank 0 goes where rank 2 can: {note}");
+    let over_nodes = Job { num_nodes: Some(2), ..job(Device::Cuda, Devices::Auto) };
+    let refused = device(&cuda, &over_nodes, 2, &[]).unwrap_err();
+    assert!(refused.contains("one node"), "{refused}");
     let refused = device(&cuda, &job(Device::Cuda, Devices::Ids(vec![2])), 1, &[]).unwrap_err();
     assert!(refused.contains("has 2 CUDA devices"), "{refused}");
 

@@ -6,9 +6,11 @@ pub mod cuda;
 #[cfg(test)]
 mod emulated;
 pub mod fused;
+pub mod nccl;
 
 use crate::{Error, Result, first_line};
-use std::ffi::{CStr, CString, c_char, c_int};
+use fleet_collectives::PerRank;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use tch::Tensor;
 
 /// tch does not name the type that its pointers point to.
@@ -28,6 +30,15 @@ unsafe extern "C" {
     ) -> c_int;
     fn fleet_torch_pinned(
         x: *const at_tensor,
+        out: *mut *mut at_tensor,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
+    fn fleet_torch_over(
+        data: *mut c_void,
+        len: i64,
+        give_back: unsafe extern "C" fn(owner: *mut c_void),
+        owner: *mut c_void,
         out: *mut *mut at_tensor,
         error: *mut c_char,
         error_len: usize,
@@ -94,6 +105,26 @@ pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: `tensor` lives through the call.
     checked(|error| unsafe { fleet_torch_pinned(tensor.as_ptr().cast(), &mut out, error, ERROR_MAX) })?;
+    // SAFETY: made with `new` for the caller, and taken over once.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
+}
+
+/// This rank's buffer as a flat tensor of fp32 on the CPU, which keeps the buffer alive. Whoever uses it holds to what `Exchange` asks: what is
+/// posted is left alone until it was waited for.
+pub fn over(memory: PerRank) -> Result<Tensor> {
+    unsafe extern "C" fn give_back(owner: *mut c_void) {
+        // SAFETY: made with `Box::into_raw` below, and given back once.
+        drop(unsafe { Box::from_raw(owner.cast::<PerRank>()) });
+    }
+    let (data, len) = (memory.as_mut_ptr(), memory.len() / size_of::<f32>());
+    assert!(data.cast::<f32>().is_aligned(), "buffers of ranks are page-aligned");
+    let owner = Box::into_raw(Box::new(memory));
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the buffer has `len` numbers, of which every pattern of bits is a value, and lives until libtorch gives the owner back: that is
+    // once, from whichever thread, and never where the call fails (the mapping then stays until the process ends).
+    checked(|error| unsafe {
+        fleet_torch_over(data.cast(), len as i64, give_back, owner.cast(), &mut out, error, ERROR_MAX)
+    })?;
     // SAFETY: made with `new` for the caller, and taken over once.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }

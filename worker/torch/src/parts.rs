@@ -1,0 +1,242 @@
+//! How a model's numbers are cut for several ranks, as numbers alone: which part of each unit a rank keeps, where whole units lie while they are
+//! in, and in which order they come.
+
+use fleet_collectives::{PART_ALIGN, part};
+use fleet_common::model::{Layout, Parameter};
+use std::ops::Range;
+
+/// Which units have rooms at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rooms {
+    /// All of them, each in a room of its own: data-parallel (DDP).
+    Everything,
+    /// Two blocks in turn, and embedding or head; both where the head reads the embedding's matrix. Fully sharded (FSDP).
+    TwoBlocks,
+}
+
+/// One rank's view of a model.
+#[derive(Debug, PartialEq)]
+pub struct Parts {
+    units: Vec<Unit>,
+    /// Elements that every rank keeps of the model, padding included.
+    pub shard: usize,
+    /// Elements of all rooms together.
+    pub rooms: usize,
+}
+
+/// Where a unit lies. Ranges are in elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unit {
+    /// In the flat buffer.
+    pub flat: Range<usize>,
+    /// This rank's part, in the flat buffer. It may be empty.
+    pub own: Range<usize>,
+    /// This rank's part in its shard: as long as every other rank's, so longer than `own` where the unit does not divide.
+    pub shard: Range<usize>,
+    /// The whole unit in its room, as many shards as there are ranks.
+    pub room: Range<usize>,
+    /// What of this rank's part is parameters, counted from its begin.
+    pub used: Vec<Range<usize>>,
+}
+
+impl Parts {
+    pub fn new(layout: &Layout, rooms: Rooms, rank: usize, world: usize) -> Parts {
+        // As long as the longest `part`.
+        let size = |unit: &Range<usize>| unit.len().div_ceil(world).next_multiple_of(PART_ALIGN);
+        let sizes: Vec<usize> = layout.units.iter().map(size).collect();
+        let lens: Vec<usize> = sizes.iter().map(|size| size * world).collect();
+        let (starts, rooms) = match rooms {
+            Rooms::Everything => side_by_side(&lens),
+            Rooms::TwoBlocks => in_turn(&lens, layout.head.weight == layout.embedding),
+        };
+        let (shards, shard) = side_by_side(&sizes);
+        let unit = |number: usize| {
+            let flat = layout.units[number].clone();
+            let within = part(flat.len(), rank, world);
+            let own = flat.start + within.start..flat.start + within.end;
+            let used = merged(layout.parameters.iter().filter_map(|p| within_part(p, &own)));
+            Unit {
+                shard: shards[number]..shards[number] + sizes[number],
+                room: starts[number]..starts[number] + lens[number],
+                flat,
+                own,
+                used,
+            }
+        };
+        Parts { units: (0..layout.units.len()).map(unit).collect(), shard, rooms }
+    }
+
+    pub fn units(&self) -> &[Unit] {
+        &self.units
+    }
+
+    pub fn last(&self) -> usize {
+        self.units.len() - 1
+    }
+
+    /// Where a range of the flat buffer, which lies within one unit, is in the rooms.
+    pub fn place(&self, range: &Range<usize>) -> Range<usize> {
+        let unit = &self.units[self.units.partition_point(|unit| unit.flat.end <= range.start)];
+        let shift = |at: usize| at - unit.flat.start + unit.room.start;
+        shift(range.start)..shift(range.end)
+    }
+
+    /// Where in the shard this rank's part of each parameter lies.
+    pub fn kept<'a>(&'a self, layout: &'a Layout) -> impl Iterator<Item = (&'a Parameter, Range<usize>)> {
+        layout.parameters.iter().flat_map(|parameter| {
+            self.units.iter().filter_map(move |unit| {
+                let within = within_part(parameter, &unit.own)?;
+                Some((parameter, unit.shard.start + within.start..unit.shard.start + within.end))
+            })
+        })
+    }
+
+    /// Other units whose rooms overlap that of `unit`.
+    pub fn neighbours(&self, unit: usize) -> impl Iterator<Item = usize> + use<'_> {
+        let room = self.units[unit].room.clone();
+        let overlap = move |other: &Range<usize>| other.start < room.end && room.start < other.end;
+        (0..self.units.len()).filter(move |other| *other != unit && overlap(&self.units[*other].room))
+    }
+}
+
+impl Unit {
+    /// This rank's part in the unit's room.
+    pub fn own_room(&self, rank: usize) -> Range<usize> {
+        let start = self.room.start + rank * self.shard.len();
+        start..start + self.shard.len()
+    }
+}
+
+/// What of a parameter is in a part of a unit, counted from the part's begin.
+fn within_part(parameter: &Parameter, part: &Range<usize>) -> Option<Range<usize>> {
+    let range = parameter.range.start.max(part.start)..parameter.range.end.min(part.end);
+    (!range.is_empty()).then(|| range.start - part.start..range.end - part.start)
+}
+
+/// Ranges in order; those that touch are one.
+pub fn merged(ranges: impl Iterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+    let mut sorted: Vec<Range<usize>> = ranges.collect();
+    sorted.sort_by_key(|range| range.start);
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for range in sorted {
+        match out.last_mut() {
+            Some(before) if before.end == range.start => before.end = range.end,
+            _ => out.push(range),
+        }
+    }
+    out
+}
+
+/// Where each begins, and how long they are together.
+fn side_by_side(lens: &[usize]) -> (Vec<usize>, usize) {
+    let ends = lens.iter().scan(0, |end, len| {
+        *end += len;
+        Some(*end)
+    });
+    (ends.zip(lens).map(|(end, len)| end - len).collect(), lens.iter().sum())
+}
+
+fn in_turn(lens: &[usize], tied: bool) -> (Vec<usize>, usize) {
+    let last = lens.len() - 1;
+    let head = if tied { lens[0] } else { 0 };
+    let edges = lens[0].max(head + lens[last]);
+    let block = lens[1..last].iter().copied().max().unwrap_or(0);
+    let start = |unit: usize| match unit {
+        0 => 0,
+        unit if unit == last => head,
+        unit => edges + unit % 2 * block,
+    };
+    ((0..lens.len()).map(start).collect(), edges + 2 * block)
+}
+
+/// In which order a micro-batch needs units: forward from the embedding to the head, then back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    next: Option<usize>,
+    back: bool,
+}
+
+impl Turn {
+    pub const FORWARD: Turn = Turn { next: Some(0), back: false };
+
+    /// After the head, `last`.
+    pub fn back(last: usize) -> Turn {
+        Turn { next: last.checked_sub(1), back: true }
+    }
+
+    /// `unit` is needed now: which one comes next. None at the ends, and where it is needed out of its turn (a head that reads the embedding).
+    pub fn after(&mut self, unit: usize, last: usize) -> Option<usize> {
+        if self.next != Some(unit) {
+            return None;
+        }
+        self.next = if self.back { unit.checked_sub(1) } else { (unit < last).then_some(unit + 1) };
+        self.next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet_learn::model::Model;
+    use fleet_learn::testing::tiny_with;
+    use serde_json::json;
+
+    fn layout(tied: bool, layers: usize) -> Layout {
+        // Odd sizes: there is room between parameters.
+        let config = tiny_with(
+            json!({"tie_word_embeddings": tied, "num_hidden_layers": layers, "intermediate_size": 45}),
+        );
+        Model::new(&config).unwrap().layout()
+    }
+
+    #[test]
+    fn every_parameter_is_kept_once_and_no_padding() {
+        for (world, rooms) in
+            [(1, Rooms::Everything), (2, Rooms::TwoBlocks), (3, Rooms::TwoBlocks), (7, Rooms::Everything)]
+        {
+            let layout = layout(false, 3);
+            let ranks: Vec<Parts> = (0..world).map(|rank| Parts::new(&layout, rooms, rank, world)).collect();
+            assert!(ranks.iter().all(|parts| (parts.shard, parts.rooms) == (ranks[0].shard, ranks[0].rooms)));
+            let kept = |parts: &Parts| parts.kept(&layout).map(|(_, range)| range.len()).sum::<usize>();
+            let numbers: usize = layout.parameters.iter().map(|p| p.range.len()).sum();
+            assert_eq!(ranks.iter().map(kept).sum::<usize>(), numbers);
+            for parts in &ranks {
+                let used: usize = parts.units().iter().flat_map(|unit| &unit.used).map(Range::len).sum();
+                assert_eq!(used, kept(parts));
+                let mut ranges: Vec<Range<usize>> = parts.kept(&layout).map(|(_, range)| range).collect();
+                ranges.sort_by_key(|range| range.start);
+                assert!(
+                    ranges.windows(2).all(|two| two[0].end <= two[1].start)
+                        && ranges.iter().all(|r| r.end <= parts.shard)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_room_is_where_its_unit_is_and_neighbours_in_time_are_not_in_space() {
+        for (tied, layers) in [(false, 1), (false, 4), (true, 1), (true, 5)] {
+            let layout = layout(tied, layers);
+            let parts = Parts::new(&layout, Rooms::TwoBlocks, 1, 3);
+            for (number, unit) in parts.units().iter().enumerate() {
+                assert!(unit.room.len() >= unit.flat.len() && unit.room.end <= parts.rooms);
+                let others: Vec<usize> = parts.neighbours(number).collect();
+                assert!(others.iter().all(|other| other.abs_diff(number) > 1), "{number}: {others:?}");
+                assert_eq!(parts.place(&unit.flat).start, unit.room.start);
+                let begins = |own: &Range<usize>| parts.place(own).start == unit.own_room(1).start;
+                assert!(unit.own.is_empty() || begins(&unit.own));
+            }
+            assert_eq!(parts.neighbours(0).next().is_none(), tied, "a tied head reads both");
+            assert_eq!(Parts::new(&layout, Rooms::Everything, 0, 3).neighbours(0).next(), None);
+        }
+    }
+
+    #[test]
+    fn units_come_forward_and_then_back() {
+        let mut turn = Turn::FORWARD;
+        let forward = [0, 1, 2, 0, 3].map(|unit| turn.after(unit, 3));
+        assert_eq!(forward, [Some(1), Some(2), Some(3), None, None]);
+        let mut turn = Turn::back(3);
+        assert_eq!([2, 1, 0].map(|unit| turn.after(unit, 3)), [Some(1), Some(0), None]);
+    }
+}

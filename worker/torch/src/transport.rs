@@ -1,0 +1,50 @@
+//! How the numbers of a device come to the other ranks.
+
+mod host;
+mod nccl;
+
+pub use host::HostTransport;
+pub use nccl::NcclTransport;
+
+use fleet_collectives::Gang;
+use fleet_learn::Result;
+use std::ops::Range;
+use tch::Tensor;
+
+/// Exchanges of flat tensors, in place on ranges of rooms that every rank has. Every rank makes the same calls in the same order.
+///
+/// From `post` to the return of its `wait` the range belongs to the transport. What is posted is done in the order in which it was posted.
+pub trait Transport: Send {
+    fn gang(&mut self) -> &mut dyn Gang;
+    /// `len` zeros in fp32 on the device. A collective call.
+    fn room(&mut self, len: usize) -> Result<Room>;
+    /// Starts an exchange of a range, which holds one share of equal length for each rank, and returns at once.
+    fn post(&mut self, room: &Room, range: Range<usize>, exchange: Exchanged) -> Result<Posted>;
+    /// Completes a posted exchange, and all that were posted before it: what is asked of the device afterwards sees its result.
+    fn wait(&mut self, posted: Posted) -> Result<()>;
+}
+
+/// What becomes of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exchanged {
+    /// Each rank gives its share; the range becomes all of them.
+    Gathered,
+    /// Each rank's share becomes the sum over all ranks; the rest may hold anything afterwards.
+    Reduced,
+}
+
+/// Memory of this rank that a transport knows.
+pub struct Room {
+    pub tensor: Tensor,
+    number: usize,
+}
+
+/// The number of an exchange, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Posted(u64);
+
+/// The share of a rank.
+fn share(range: &Range<usize>, rank: usize, world: usize) -> Range<usize> {
+    let len = range.len() / world;
+    range.start + rank * len..range.start + (rank + 1) * len
+}

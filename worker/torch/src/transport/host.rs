@@ -1,0 +1,101 @@
+//! Over the memory of the host. Tensors of the CPU lie in the memory that is exchanged; what another device has is copied there and back.
+
+use super::{Exchanged, Posted, Room, Transport, share};
+use crate::memory::{hidden_copy, narrow};
+use crate::{Error, shim};
+use fleet_collectives::{self as collectives, DType, Exchange, Gang, Op, PerRank, Ticket};
+use fleet_learn::Result;
+use std::collections::VecDeque;
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Over any exchange of bytes.
+pub struct HostTransport {
+    gang: Box<dyn Exchange>,
+    device: Device,
+    /// Whether tensors are copied although they are the CPU's.
+    apart: bool,
+    rooms: Vec<Memory>,
+    under_way: VecDeque<UnderWay>,
+    posts: u64,
+}
+
+struct Memory {
+    bytes: PerRank,
+    /// Over `bytes`.
+    host: Tensor,
+    /// The same tensor, or one of another device.
+    device: Tensor,
+}
+
+struct UnderWay {
+    posted: Posted,
+    ticket: Ticket,
+    room: usize,
+    /// What a device gets of it.
+    result: Range<usize>,
+}
+
+impl HostTransport {
+    pub fn new(gang: Box<dyn Exchange>, device: Device) -> HostTransport {
+        let apart = device != Device::Cpu;
+        HostTransport { gang, device, apart, rooms: Vec::new(), under_way: VecDeque::new(), posts: 0 }
+    }
+
+    /// Treats the CPU as a device with memory of its own.
+    pub fn copying(self) -> HostTransport {
+        HostTransport { apart: true, ..self }
+    }
+
+    fn copied(&self, room: usize, range: &Range<usize>, to_host: bool) -> Result<()> {
+        if self.apart {
+            let room = &self.rooms[room];
+            let (from, to) = if to_host { (&room.device, &room.host) } else { (&room.host, &room.device) };
+            hidden_copy(to, range, &narrow(from, range)?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Transport for HostTransport {
+    fn gang(&mut self) -> &mut dyn Gang {
+        &mut *self.gang
+    }
+
+    fn room(&mut self, len: usize) -> Result<Room> {
+        let bytes = self.gang.allocate_per_rank(len * size_of::<f32>())?;
+        let host = shim::over(bytes.clone())?;
+        let device = match self.apart {
+            true => Tensor::f_zeros([len as i64], (Kind::Float, self.device)).map_err(Error::from)?,
+            false => host.shallow_clone(),
+        };
+        let room = Room { tensor: device.shallow_clone(), number: self.rooms.len() };
+        self.rooms.push(Memory { bytes, host, device });
+        Ok(room)
+    }
+
+    fn post(&mut self, room: &Room, range: Range<usize>, exchange: Exchanged) -> Result<Posted> {
+        let mine = share(&range, self.gang.rank(), self.gang.world_size());
+        let (given, result, exchange) = match exchange {
+            Exchanged::Gathered => (&mine, range.clone(), collectives::Posted::AllGather(DType::F32)),
+            Exchanged::Reduced => {
+                (&range, mine.clone(), collectives::Posted::ReduceScatter(DType::F32, Op::Sum))
+            }
+        };
+        self.copied(room.number, given, true)?;
+        let bytes = range.start * size_of::<f32>()..range.end * size_of::<f32>();
+        let ticket = self.gang.post(&self.rooms[room.number].bytes, bytes, exchange)?;
+        self.posts += 1;
+        let posted = Posted(self.posts);
+        self.under_way.push_back(UnderWay { posted, ticket, room: room.number, result });
+        Ok(posted)
+    }
+
+    fn wait(&mut self, posted: Posted) -> Result<()> {
+        while let Some(done) = self.under_way.pop_front_if(|other| other.posted <= posted) {
+            self.gang.wait(done.ticket)?;
+            self.copied(done.room, &done.result, false)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,131 @@
+//! The sharded path with one rank, on the CPU and, where there is one, on a CUDA device over NCCL; checkpoints go from one to the other.
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use fleet_checkpoint::{CONFIG_FILE, Claim, RunDir, Writer, diff};
+use fleet_collectives::nccl::{Loaded, NcclCollective};
+use fleet_learn::model::Model;
+use fleet_learn::testing::{tiny_with, token_ids};
+use fleet_learn::{AdamW, Engine, Learner, Report, TokenBatch, Update, Votes};
+use fleet_torch::{HostTransport, NcclTransport, Numbers, Rooms, Sharded, Solo, TorchExecutor, Transport};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tch::Device;
+
+const SEQ: usize = 16;
+
+/// CUDA as well where there is one.
+fn devices() -> Vec<Device> {
+    match fleet_torch::device::cuda_devices() {
+        Ok(_) => vec![Device::Cpu, Device::Cuda(0)],
+        Err(why) => {
+            eprintln!("SKIPPED on CUDA: {why}");
+            vec![Device::Cpu]
+        }
+    }
+}
+
+fn model() -> Model {
+    Model::new(&tiny_with(json!({"num_hidden_layers": 4, "intermediate_size": 45}))).unwrap()
+}
+
+/// `None`: without shards.
+fn learner(device: Device, numbers: Numbers, rooms: Option<Rooms>) -> Box<dyn Learner> {
+    let model = model();
+    let layout = model.layout();
+    let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers);
+    let Some(rooms) = rooms else {
+        return Box::new(Engine::new(executor, Solo::new(layout, device, numbers.products, 1).unwrap()));
+    };
+    let gang = Box::new(fleet_collectives::Solo::new(1));
+    let transport: Box<dyn Transport> = match device {
+        Device::Cuda(number) => {
+            let library = Box::new(Loaded::open(number).unwrap());
+            let nccl = NcclCollective::join(Ok(library), gang, Duration::from_secs(60)).unwrap();
+            Box::new(NcclTransport::new(nccl, device))
+        }
+        _ => Box::new(HostTransport::new(gang, device)),
+    };
+    Box::new(Engine::new(executor, Sharded::new(layout, rooms, device, numbers.products, transport).unwrap()))
+}
+
+fn step(learner: &mut dyn Learner, step: u64) -> Report {
+    let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+    let batches = [0, 1].map(|micro| TokenBatch {
+        ids: token_ids(4 * SEQ, 97, 2 * step + micro),
+        targets: token_ids(4 * SEQ, 97, 2 * step + micro + 40),
+        weights: None,
+        seq: SEQ,
+    });
+    learner.step(&batches, &Update { adamw, lr: 2e-3, step }, Votes::default()).unwrap()
+}
+
+fn close(a: Report, b: Report, tolerance: f64) -> bool {
+    (a.loss / b.loss - 1.0).abs() < tolerance && (a.grad_norm / b.grad_norm - 1.0).abs() < tolerance
+}
+
+#[test]
+fn one_rank_trains_alike_with_and_without_shards() {
+    for device in devices() {
+        for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 1e-3)] {
+            let train = |rooms| {
+                let mut learner = learner(device, numbers, rooms);
+                learner.fresh_weights(5).unwrap();
+                (1..=10).map(|number| step(&mut *learner, number)).collect::<Vec<Report>>()
+            };
+            let alone = train(None);
+            for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
+                for (step, (found, wanted)) in train(Some(rooms)).into_iter().zip(&alone).enumerate() {
+                    assert!(
+                        close(found, *wanted, tolerance),
+                        "{rooms:?} on {device:?} in {numbers:?}, step {step}: {found:?}, {wanted:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn save(learner: &mut dyn Learner, dir: &Path, at: u64) -> PathBuf {
+    std::fs::create_dir(dir).unwrap();
+    let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
+    let mut writer = Writer::begin(&RunDir::claim(&claim).unwrap(), at).unwrap();
+    learner.snapshot(None).unwrap().write(writer.part()).unwrap();
+    writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&model().config_json()).unwrap()).unwrap();
+    writer.finish(1.0).unwrap().path.into()
+}
+
+#[test]
+fn a_checkpoint_of_the_cpu_goes_on_on_a_device_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let load = |device, rooms, from: &Path| {
+        let mut learner = learner(device, Numbers::FP32, rooms);
+        learner.load_weights(from).unwrap();
+        learner.load_optimizer(from).unwrap();
+        learner
+    };
+    let mut cpu = learner(Device::Cpu, Numbers::FP32, None);
+    cpu.fresh_weights(5).unwrap();
+    for number in 1..=3 {
+        step(&mut *cpu, number);
+    }
+    let saved = save(&mut *cpu, &dir.path().join("cpu"), 3);
+    let wanted = [4, 5].map(|number| step(&mut *cpu, number));
+    for (number, device) in devices().into_iter().enumerate() {
+        for (name, rooms) in [("alone", None), ("sharded", Some(Rooms::TwoBlocks))] {
+            let place = |what: &str| dir.path().join(format!("{number}-{name}-{what}"));
+            let mut other = load(device, rooms, &saved);
+            assert_eq!(diff(&saved, &save(&mut *other, &place("same"), 3)).unwrap(), [], "to the last bit");
+            let there = step(&mut *other, 4);
+            assert!(close(there, wanted[0], 1e-4), "{name} on {device:?}: {there:?}, {:?}", wanted[0]);
+            let mut back = load(Device::Cpu, None, &save(&mut *other, &place("next"), 4));
+            let here = step(&mut *back, 5);
+            assert!(
+                close(here, wanted[1], 1e-4),
+                "back from {name} on {device:?}: {here:?}, {:?}",
+                wanted[1]
+            );
+        }
+    }
+}
