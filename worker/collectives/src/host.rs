@@ -2,7 +2,9 @@
 //! part across, and the results lie in the segment again. All else goes over the connections.
 
 use crate::abort::Abort;
-use crate::collective::{Activity, Exchange, Gang, Keep, Posted, SharedHost, Ticket, refuse, through_bytes};
+use crate::collective::{
+    Activity, Exchange, Gang, Keep, Pace, Posted, SharedHost, Ticket, refuse, through_bytes,
+};
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
@@ -153,7 +155,7 @@ impl Gang for HostCollective {
     fn note(&mut self, activity: Activity) {
         self.shm.note(activity);
     }
-    fn begin_step(&mut self, step: u64, last: Option<Duration>) {
+    fn begin_step(&mut self, step: u64, last: Option<Pace>) {
         self.shm.begin_step(step, last);
     }
 
@@ -247,9 +249,13 @@ impl Exchange for HostCollective {
     fn progress(&mut self) -> Result<()> {
         self.latched(|gang| {
             gang.shm.progress()?;
-            gang.hand_over(gang.posted - gang.shm.pending_posts())?;
+            gang.hand_over(gang.posted - gang.shm.pending() as u64)?;
             gang.net.progress()
         })
+    }
+
+    fn pending(&self) -> usize {
+        (self.posted - self.handed) as usize + self.net.pending()
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {
@@ -291,7 +297,7 @@ impl SharedHost for HostCollective {
             gang.shm.post_reduce(buffers, bytes.clone(), dtype, op, Keep::MyPart)?;
             gang.reductions.push_back(Reduction { buffers: buffers.clone(), bytes, dtype, op, keep });
             gang.posted += 1;
-            gang.hand_over(gang.posted - gang.shm.pending_posts())
+            gang.hand_over(gang.posted - gang.shm.pending() as u64)
         })
     }
 }

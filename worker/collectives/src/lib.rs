@@ -18,12 +18,12 @@ pub mod shm;
 mod solo;
 
 pub use abort::Abort;
-pub use collective::{Activity, Exchange, Gang, Keep, PART_ALIGN, Posted, SharedHost, Ticket, part};
+pub use collective::{Activity, Exchange, Gang, Keep, PART_ALIGN, Pace, Posted, SharedHost, Ticket, part};
 pub use dtype::{DType, Op};
 pub use error::{CollectiveError, Result};
 #[cfg(target_os = "linux")]
 pub use host::{HostAbortHandle, HostCollective};
 pub use memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
-pub use shm::{AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
+pub use shm::{AbortHandle, Computed, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
 pub use solo::Solo;

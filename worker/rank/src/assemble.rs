@@ -1,6 +1,6 @@
 //! The choices of a rank: what computes, and where the numbers lie.
 
-use crate::gang;
+use crate::{fits, gang};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, ActivationCheckpointing, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
@@ -8,7 +8,7 @@ use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
-use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
+use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
 use fleet_torch::{Numbers, TorchExecutor};
 use half::bf16;
 use std::sync::Arc;
@@ -77,21 +77,26 @@ fn refused(refusal: Refusal) -> Error {
 }
 
 fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box<dyn Learner>> {
+    fits::check(start, job, model)?;
     let layout = model.layout();
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let threads = Threads { count: start.threads, again };
     let (executor, workers) = cpu::<E>(model, threads, job.max_seq_len as usize)?;
-    Ok(match gang::join(start, job.transport_encryption)? {
-        None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
-        Some(gang) => match job.strategy {
+    let watch = Stopwatch::default();
+    let Some(gang) = gang::join(start, job.transport_encryption)? else {
+        let strategy = Solo::<E>::new(layout, workers, start.generation)?;
+        return Ok(Box::new(Engine::new(executor, strategy).watched(watch)));
+    };
+    let gang = Box::new(TimedGang::new(gang, watch.clone()));
+    Ok(Box::new(
+        match job.strategy {
             Strategy::Fsdp | Strategy::Hsdp => {
-                Box::new(Engine::new(executor, Sharded::<E>::new(layout, workers, gang)?))
+                Engine::new(executor, Sharded::<E>::new(layout, workers, gang)?)
             }
-            Strategy::Auto | Strategy::Ddp => {
-                Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?))
-            }
-        },
-    })
+            Strategy::Auto | Strategy::Ddp => Engine::new(executor, Shared::<E>::new(layout, workers, gang)?),
+        }
+        .watched(watch),
+    ))
 }
 
 /// How a pass computes.

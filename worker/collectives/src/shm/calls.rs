@@ -5,7 +5,9 @@
 use super::gang::ShmCollective;
 use super::segment::{HALF_BYTES, PAGE, RANKS_MAX};
 use crate::call::Call;
-use crate::collective::{Activity, Exchange, Gang, Keep, Posted, SharedHost, Ticket, refuse, through_bytes};
+use crate::collective::{
+    Activity, Exchange, Gang, Keep, Pace, Posted, SharedHost, Ticket, refuse, through_bytes,
+};
 use crate::dtype::{DType, Op};
 use crate::error::Result;
 use crate::memory::reduce::reduce;
@@ -51,7 +53,7 @@ impl Gang for ShmCollective {
         self.slot().history.note(activity);
     }
 
-    fn begin_step(&mut self, step: u64, last: Option<Duration>) {
+    fn begin_step(&mut self, step: u64, last: Option<Pace>) {
         self.slot().history.begin_step(step, last);
     }
 
@@ -226,6 +228,10 @@ impl Exchange for ShmCollective {
 
     fn progress(&mut self) -> Result<()> {
         self.latched(ShmCollective::work_off_ready)
+    }
+
+    fn pending(&self) -> usize {
+        self.pending.len()
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {

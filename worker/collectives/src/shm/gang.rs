@@ -121,11 +121,6 @@ impl ShmCollective {
         self
     }
 
-    /// What was posted and this rank has not worked off.
-    pub(crate) fn pending_posts(&self) -> u64 {
-        self.pending.len() as u64
-    }
-
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle(self.control.clone())
     }
