@@ -58,6 +58,8 @@ pub enum EventBody {
     Stall(Option<Stall>),
     /// The ranks of one of several nodes can be called, in rank order. For the other ranks of this generation, and not kept.
     Listening(Vec<Endpoint>),
+    /// Where the time of the last steps went.
+    Times(Times),
 }
 
 /// Where a rank listens on its node, and by which key it is known there.
@@ -129,6 +131,59 @@ pub struct Step {
     pub grad_norm: f64,
     /// Of all ranks, over the steps since the last event.
     pub tokens_per_s: f64,
+}
+
+/// Seconds of a step, in parts: means over all ranks and over `steps` steps up to `step`. What a device has not done when the next part begins
+/// counts with that one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    pub step: u64,
+    pub steps: u64,
+    pub data_s: f64,
+    pub forward_s: f64,
+    /// With the head's forward.
+    pub backward_s: f64,
+    /// In which nothing is computed: waiting for other ranks, and working for them.
+    pub communication_s: f64,
+    pub optimizer_s: f64,
+    /// Copying what is saved, and waiting for an earlier save.
+    pub checkpoint_s: f64,
+}
+
+impl Times {
+    /// The parts, by their names.
+    pub fn parts(&self) -> [(&'static str, f64); 6] {
+        [
+            ("data", self.data_s),
+            ("forward", self.forward_s),
+            ("backward", self.backward_s),
+            ("communication", self.communication_s),
+            ("optimizer", self.optimizer_s),
+            ("checkpoint", self.checkpoint_s),
+        ]
+    }
+
+    /// All parts together.
+    pub fn step_s(&self) -> f64 {
+        self.parts().iter().map(|(_, seconds)| seconds).sum()
+    }
+
+    /// The means over the steps of both.
+    pub fn and(&self, other: &Times) -> Times {
+        let steps = self.steps + other.steps;
+        let of = |times: &Times| times.steps as f64 / steps.max(1) as f64;
+        let mean = |mine: f64, theirs: f64| mine * of(self) + theirs * of(other);
+        Times {
+            step: self.step.max(other.step),
+            steps,
+            data_s: mean(self.data_s, other.data_s),
+            forward_s: mean(self.forward_s, other.forward_s),
+            backward_s: mean(self.backward_s, other.backward_s),
+            communication_s: mean(self.communication_s, other.communication_s),
+            optimizer_s: mean(self.optimizer_s, other.optimizer_s),
+            checkpoint_s: mean(self.checkpoint_s, other.checkpoint_s),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

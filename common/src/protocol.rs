@@ -33,7 +33,7 @@ pub use records::*;
 pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// The first message of each stream between coordinators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -50,6 +50,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["log_to_db"],
     &["max_time_s"],
     &["threads_per_rank"],
+    &["trace"],
 
     &["vocab_size", "model.vocab_size", "tokenizer.vocab_size"],
     &["model.path"],

@@ -120,6 +120,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         log_to_db: f.flag("log_to_db")?.unwrap_or(true),
         max_time_s: f.int("max_time_s", 1, INT_MAX)?,
         threads_per_rank: f.int32("threads_per_rank", 1, 1024)?,
+        trace: path("trace", "a file")?,
         model,
         tokenizer,
         data: data(f, dir)?,

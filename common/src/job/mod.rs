@@ -23,6 +23,7 @@ pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
 pub use ranks::{Asked, RanksError, Shape};
 
+use crate::ids::Rank;
 use crate::model::Object;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -71,6 +72,9 @@ pub struct Job {
     pub max_time_s: Option<u64>,
     /// Threads that compute in each rank; `None`: cores of the node divided by its ranks, at least 1.
     pub threads_per_rank: Option<u32>,
+    /// Each rank writes beside this file what it did when. Absolute.
+    #[serde(default)]
+    pub trace: Option<PathBuf>,
     pub model: Model,
     pub tokenizer: Tokenizer,
     pub data: Data,
@@ -313,6 +317,13 @@ impl Job {
     /// `output_dir/checkpoints/run_name`.
     pub fn checkpoint_dir(&self) -> PathBuf {
         self.output_dir.join("checkpoints").join(&self.run_name)
+    }
+
+    /// Where a rank writes its part of the trace, if there shall be one: the file's name with `.rank-N` behind it.
+    pub fn trace_of(&self, rank: Rank) -> Option<PathBuf> {
+        let mut name = self.trace.clone()?.into_os_string();
+        name.push(format!(".rank-{rank}"));
+        Some(name.into())
     }
 }
 

@@ -37,6 +37,7 @@ impl Job {
             "log_to_db": self.log_to_db,
             "max_time_s": self.max_time_s,
             "threads_per_rank": self.threads_per_rank,
+            "trace": self.trace,
         }));
         let model = match &self.model {
             Model::New(config) => super::model::in_a_file(config),

@@ -56,6 +56,14 @@ impl fmt::Display for Activity {
     }
 }
 
+/// How a step went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    pub took: Duration,
+    /// So much of that this rank computed; for the rest it was busy with its peers.
+    pub computed: Duration,
+}
+
 /// Parts of a reduction begin at multiples of this many elements: whole cache lines for every type, so that ranks never write
 /// into the same line.
 pub const PART_ALIGN: usize = 64;
@@ -137,8 +145,8 @@ pub trait Gang: Send {
     fn set_deadline(&mut self, deadline: Duration);
     /// Tells whoever looks at a stalled gang what this rank is doing now. Costs one store.
     fn note(&mut self, activity: Activity);
-    /// Tells the same that this rank begins a step, counted from 1, and how long the one before took, where that is how long steps take.
-    fn begin_step(&mut self, step: u64, last: Option<Duration>);
+    /// Tells the same that this rank begins a step, counted from 1, and how the one before went, where that is how steps go.
+    fn begin_step(&mut self, step: u64, last: Option<Pace>);
     /// Returns when every rank has called it; what they wrote before, also in shared buffers, is then visible.
     fn barrier(&mut self) -> Result<()>;
     /// Replaces each of a few numbers by its reduction over all ranks.
@@ -167,6 +175,8 @@ pub trait Exchange: Gang {
     fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket>;
     /// Does what this rank can do now for what is posted. Never waits. A transport with threads of its own needs none of it.
     fn progress(&mut self) -> Result<()>;
+    /// Of what is posted so much was not done when it was looked at last. Costs nothing.
+    fn pending(&self) -> usize;
     /// Completes a posted exchange, and all that were posted before it.
     fn wait(&mut self, ticket: Ticket) -> Result<()>;
     /// Completes everything posted.

@@ -6,7 +6,8 @@
 use crate::abort::Abort;
 use crate::algorithm::Topology;
 use crate::collective::{
-    Activity, Exchange, Gang, Gather, Keep, Parts, Posted, SharedHost, Ticket, part, refuse, through_bytes,
+    Activity, Exchange, Gang, Gather, Keep, Pace, Parts, Posted, SharedHost, Ticket, part, refuse,
+    through_bytes,
 };
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
@@ -229,7 +230,7 @@ impl Gang for HostCollective {
     fn note(&mut self, activity: Activity) {
         self.notes.note(activity);
     }
-    fn begin_step(&mut self, step: u64, last: Option<Duration>) {
+    fn begin_step(&mut self, step: u64, last: Option<Pace>) {
         self.notes.begin_step(step, last);
     }
 
@@ -297,6 +298,10 @@ impl Exchange for HostCollective {
 
     fn progress(&mut self) -> Result<()> {
         self.latched(|gang| gang.posts.wait_for(0))
+    }
+
+    fn pending(&self) -> usize {
+        self.posts.pending()
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {

@@ -21,7 +21,7 @@ mod solo;
 
 pub use abort::Abort;
 pub use collective::{
-    Activity, Exchange, Gang, Gather, Keep, PART_ALIGN, Parts, Posted, SharedHost, Ticket, part,
+    Activity, Exchange, Gang, Gather, Keep, PART_ALIGN, Pace, Parts, Posted, SharedHost, Ticket, part,
 };
 pub use dtype::{DType, Op};
 pub use error::{CollectiveError, Result};
@@ -29,5 +29,5 @@ pub use error::{CollectiveError, Result};
 pub use host::{HostAbortHandle, HostCollective};
 pub use memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
-pub use shm::{AbortHandle, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
+pub use shm::{AbortHandle, Computed, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
 pub use solo::Solo;

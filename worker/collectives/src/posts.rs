@@ -89,6 +89,11 @@ impl<W: Send + 'static> Posts<W> {
         drop(self.shared.changed.wait_timeout_while(queue, limit, unfinished));
     }
 
+    /// Posts that are not over.
+    pub fn pending(&self) -> usize {
+        (self.posted - self.shared.queue().done) as usize
+    }
+
     pub fn has_failed(&self) -> bool {
         self.shared.queue().failed.is_some()
     }

@@ -1,6 +1,6 @@
 //! The gang of one rank: every reduction is the identity, every wait is over at once.
 
-use crate::collective::{Activity, Exchange, Gang, Gather, Keep, Posted, SharedHost, Ticket};
+use crate::collective::{Activity, Exchange, Gang, Gather, Keep, Pace, Posted, SharedHost, Ticket};
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
@@ -40,7 +40,7 @@ impl Gang for Solo {
     }
     fn set_deadline(&mut self, _deadline: Duration) {}
     fn note(&mut self, _activity: Activity) {}
-    fn begin_step(&mut self, _step: u64, _last: Option<Duration>) {}
+    fn begin_step(&mut self, _step: u64, _last: Option<Pace>) {}
     fn barrier(&mut self) -> Result<()> {
         Ok(())
     }
@@ -80,6 +80,9 @@ impl Exchange for Solo {
     }
     fn progress(&mut self) -> Result<()> {
         Ok(())
+    }
+    fn pending(&self) -> usize {
+        0
     }
     fn wait(&mut self, _ticket: Ticket) -> Result<()> {
         Ok(())

@@ -6,7 +6,10 @@ use crate::executor::{Executor, Tally};
 use crate::model::init;
 use crate::optimizer::Update;
 use crate::snapshot::{MOMENTS, Snapshot, moment_name};
+use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
+use crate::suspects;
+use crate::timed::TimedUnits;
 use crate::units::Memory;
 use fleet_checkpoint::{Dtype, ModelDir, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
@@ -25,6 +28,8 @@ pub trait Learner {
     fn describe(&self) -> String;
     /// The ranks that train together.
     fn gang(&mut self) -> &mut dyn Gang;
+    /// Is told by the steps what they do.
+    fn watch(&self) -> &Stopwatch;
 
     /// Weights that hang on `seed` alone.
     fn fresh_weights(&mut self, seed: u64) -> Result<()>;
@@ -53,12 +58,19 @@ pub struct Engine<M> {
     executor: Box<dyn Executor<M>>,
     strategy: Box<dyn Strategy<M>>,
     layout: Layout,
+    watch: Stopwatch,
 }
 
 impl<M: Memory> Engine<M> {
     pub fn new(executor: impl Executor<M> + 'static, strategy: impl Strategy<M> + 'static) -> Engine<M> {
         let layout = executor.layout().clone();
-        Engine { executor: Box::new(executor), strategy: Box::new(strategy), layout }
+        let watch = Stopwatch::default();
+        Engine { executor: Box::new(executor), strategy: Box::new(strategy), layout, watch }
+    }
+
+    /// With the stopwatch that its gang tells, too.
+    pub fn watched(self, watch: Stopwatch) -> Engine<M> {
+        Engine { watch, ..self }
     }
 
     /// The flat weights, on the host.
@@ -82,6 +94,10 @@ impl<M: Memory> Learner for Engine<M> {
 
     fn gang(&mut self) -> &mut dyn Gang {
         self.strategy.gang()
+    }
+
+    fn watch(&self) -> &Stopwatch {
+        &self.watch
     }
 
     fn fresh_weights(&mut self, seed: u64) -> Result<()> {
@@ -156,14 +172,24 @@ impl<M: Memory> Learner for Engine<M> {
             )));
         }
         self.strategy.gang().note(Activity::Forward);
+        let head = self.layout.units.len() - 1;
+        let scale = 1.0 / weight as f32;
         let last = micro_batches.len().saturating_sub(1);
         for (number, batch) in micro_batches.iter().enumerate() {
             let micro = Micro { first: number == 0, last: number == last };
-            let units = self.strategy.units(micro);
-            self.executor.forward_backward(units, &batch.view(), 1.0 / weight as f32)?;
+            self.watch.switch(Phase::Forward);
+            let mut units = TimedUnits::new(self.strategy.units(micro), &self.watch, head);
+            self.executor.forward_backward(&mut units, &batch.view(), scale)?;
         }
-        let report = self.strategy.update(update, self.executor.take_loss()?, votes)?;
-        Ok(Report { loss: report.loss / weight, ..report })
+        self.watch.switch(Phase::Optimizer);
+        match self.strategy.update(update, self.executor.take_loss()?, votes) {
+            Ok(report) => Ok(Report { loss: report.loss / weight, ..report }),
+            Err(error @ Error::NoNumber { .. }) => {
+                let step = suspects::Step { micro_batches, scale, number: update.step };
+                Err(suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {

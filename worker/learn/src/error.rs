@@ -20,6 +20,9 @@ pub enum Error {
     /// Training went wrong.
     #[error("{0}")]
     Job(String),
+    /// A step computed something that is no number; on which rank, where it was not on all.
+    #[error("{message}")]
+    NoNumber { message: String, culprit: Option<Rank> },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
@@ -29,20 +32,29 @@ pub enum Error {
 }
 
 impl Error {
+    /// `what` became what it should not be at `step`.
+    pub(crate) fn no_number(what: &str, step: u64, culprit: Option<Rank>) -> Error {
+        let message = format!(
+            "{what} at step {step}; lower learning_rate, raise warmup_steps, or look at the data of that step"
+        );
+        Error::NoNumber { message, culprit }
+    }
+
     pub fn fault(&self) -> Fault {
         match self {
             Error::Input(_) => Fault::Input,
             Error::Environment(_) => Fault::Environment,
-            Error::Job(_) | Error::Collective(_) => Fault::Job,
+            Error::Job(_) | Error::NoNumber { .. } | Error::Collective(_) => Fault::Job,
             Error::Checkpoint(e) => e.fault(),
             Error::Data(e) => e.fault(),
         }
     }
 
-    /// The rank to blame for what rank `rank` met: in a collective it can be another one.
+    /// The rank to blame for what rank `rank` met: of what ranks do together it can be another one.
     pub fn culprit(&self, rank: Rank) -> Rank {
         match self {
             Error::Collective(e) => e.culprit().map_or(rank, |culprit| culprit as Rank),
+            Error::NoNumber { culprit, .. } => culprit.unwrap_or(rank),
             _ => rank,
         }
     }

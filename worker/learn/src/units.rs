@@ -17,6 +17,11 @@ pub trait Memory: 'static {
     type Gradients<'a>;
     /// A number that was computed there, and may not have been waited for.
     type Number;
+
+    /// Waits for it.
+    fn value(number: Self::Number) -> Result<f64>;
+    /// Whether those of a range within one unit are numbers.
+    fn all_finite(gradients: Self::Gradients<'_>, range: &Range<usize>) -> Result<bool>;
 }
 
 /// Weights, unit by unit.
@@ -44,6 +49,13 @@ impl<E: HostNumber> Memory for Host<E> {
     type Weights<'a> = HostWeights<'a, E>;
     type Gradients<'a> = &'a mut dyn Gradients;
     type Number = f64;
+
+    fn value(number: f64) -> Result<f64> {
+        Ok(number)
+    }
+    fn all_finite(gradients: &mut dyn Gradients, range: &Range<usize>) -> Result<bool> {
+        Ok(fleet_kernels::all_finite(gradients.range(range.clone())))
+    }
 }
 
 /// What products read.

@@ -1,6 +1,6 @@
 //! The choices of a rank: what computes, and where the numbers lie.
 
-use crate::gang;
+use crate::{fits, gang};
 use fleet_collectives::SharedHost;
 use fleet_collectives::nccl::{Library, Loaded, NcclCollective};
 use fleet_common::capability::{Refusal, Wanted};
@@ -10,7 +10,7 @@ use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
-use fleet_learn::{Engine, Error, Host, Learner, Result, Workers};
+use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
 use fleet_torch::{HostTransport, NcclTransport, Numbers, Rooms, TorchExecutor, Transport};
 use half::bf16;
 use std::sync::Arc;
@@ -101,22 +101,25 @@ fn refused(refusal: Refusal) -> Error {
 }
 
 fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Box<dyn Learner>> {
+    fits::check(start, job, model)?;
     let layout = model.layout();
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let threads = Threads { count: start.threads, again };
     let (executor, workers) = cpu::<E>(model, threads, job.max_seq_len as usize)?;
-    Ok(match gang::join(start, job.transport_encryption)? {
-        None => Box::new(Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?)),
-        Some(gang) => match job.strategy {
-            Strategy::Fsdp => Box::new(Engine::new(executor, Sharded::<E>::fully(layout, workers, gang)?)),
-            Strategy::Hsdp => {
-                Box::new(Engine::new(executor, Sharded::<E>::within_hosts(layout, workers, gang)?))
-            }
-            Strategy::Auto | Strategy::Ddp => {
-                Box::new(Engine::new(executor, Shared::<E>::new(layout, workers, gang)?))
-            }
-        },
-    })
+    let watch = Stopwatch::default();
+    let Some(gang) = gang::join(start, job.transport_encryption)? else {
+        let strategy = Solo::<E>::new(layout, workers, start.generation)?;
+        return Ok(Box::new(Engine::new(executor, strategy).watched(watch)));
+    };
+    let gang = Box::new(TimedGang::new(gang, watch.clone()));
+    Ok(Box::new(
+        match job.strategy {
+            Strategy::Fsdp => Engine::new(executor, Sharded::<E>::fully(layout, workers, gang)?),
+            Strategy::Hsdp => Engine::new(executor, Sharded::<E>::within_hosts(layout, workers, gang)?),
+            Strategy::Auto | Strategy::Ddp => Engine::new(executor, Shared::<E>::new(layout, workers, gang)?),
+        }
+        .watched(watch),
+    ))
 }
 
 /// How a pass computes.

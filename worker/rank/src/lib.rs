@@ -4,8 +4,10 @@
 
 pub mod assemble;
 pub mod eval;
+pub mod fits;
 mod gang;
 pub mod generate;
 pub mod host_model;
 pub mod logits;
+pub mod machine;
 pub mod plan;

@@ -2,11 +2,12 @@
 //! steps of the same model with one and with two blocks.
 
 use crate::assemble::{self, Threads};
+use crate::fits::{Need, Setting};
+use crate::machine::{available_bytes, program_bytes};
 use fleet_common::job::{Job, Model as Described, Precision, Strategy};
-use fleet_cpu::{Storage, activation_bytes};
+use fleet_cpu::Storage;
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
-use fleet_learn::strategy::Needs;
 use fleet_learn::{AdamW, Error, Learner, Result, TokenBatch, Update, Votes};
 use half::bf16;
 use serde::Serialize;
@@ -70,13 +71,8 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
             if ranks == 1 { &[Strategy::Auto] } else { &[Strategy::Ddp, Strategy::Fsdp] };
         for &strategy in strategies {
             let layout = run.model.layout();
-            let needs = Needs::of(strategy, &layout, is_bf16, run.ranks);
-            let again = job.activation_checkpointing.of(run.model.decoder.layers);
-            let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
-            let activations = match is_bf16 {
-                true => activation_bytes::<bf16>(&run.model.decoder, tokens, again),
-                false => activation_bytes::<f32>(&run.model.decoder, tokens, again),
-            };
+            let setting = Setting { strategy, precision, ..Setting::of(job, ranks) };
+            let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
             let saving = COPIED * layout.len / run.ranks;
             let peak = needs.total() + activations + saving + program;
             choices.push(Choice {
@@ -263,22 +259,4 @@ fn median(times: &mut [f64]) -> f64 {
 
 fn mib(bytes: usize) -> u64 {
     (bytes as u64).div_ceil(1 << 20)
-}
-
-/// A line of a file in `/proc` that gives KiB.
-fn kib(path: &str, key: &str) -> Option<usize> {
-    let text = std::fs::read_to_string(path).ok()?;
-    text.lines().find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse().ok())
-}
-
-/// What this program takes before it has a model, where `ranks` processes share the pages of its files.
-fn program_bytes(ranks: usize) -> usize {
-    let of = |key| kib("/proc/self/smaps_rollup", key).unwrap_or(0) << 10;
-    let all = kib("/proc/self/status", "VmRSS:").unwrap_or(0) << 10;
-    let own = of("Anonymous:");
-    own + all.saturating_sub(own) / ranks
-}
-
-fn available_bytes() -> usize {
-    kib("/proc/meminfo", "MemAvailable:").map_or(usize::MAX, |kib| kib << 10)
 }

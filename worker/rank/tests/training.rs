@@ -12,6 +12,7 @@ use fleet_rank::generate::{Sampling, Settings, generate};
 use gang::{job, launch, watch};
 use serde_json::json;
 use std::path::Path;
+use std::time::Instant;
 
 fn file(record: &CheckpointRecord, name: &str) -> Vec<u8> {
     std::fs::read(Path::new(&record.path).join(name)).unwrap()
@@ -221,6 +222,34 @@ fn a_run_that_is_stopped_early_leaves_the_model_that_it_may_overwrite() {
 }
 
 #[test]
+fn the_time_of_steps_is_told_in_parts_that_cover_them() {
+    let dir = tempfile::tempdir().unwrap();
+    for world in [1, 2] {
+        let job = Job { batch_size: 2, logging_steps: 5, run_name: format!("of-{world}"), ..job(dir.path()) };
+        let began = Instant::now();
+        let ended = launch(&job, world, None, None);
+        let took = began.elapsed().as_secs_f64();
+        let times = ended.times();
+        let steps: Vec<_> = times.iter().map(|times| (times.step, times.steps)).collect();
+        assert_eq!(steps, [(1, 1), (5, 4), (10, 5), (12, 2)], "{:?}", ended.outcomes);
+        let all = times.iter().skip(1).fold(times[0], |all, times| all.and(times));
+        assert!(
+            all.parts().iter().all(|(part, s)| *s > 0.0 || (*part, world) == ("communication", 1)),
+            "{all:?}"
+        );
+        assert!((all.communication_s > 0.0) == (world > 1), "{all:?}");
+        assert!(12.0 * all.step_s() < took, "{all:?} of {took} s");
+        // What the steps took by another clock.
+        let tokens = 12.0 * f64::from(world) * f64::from(job.batch_size * job.max_seq_len);
+        let Ok(Outcome::Succeeded { tokens_per_s, .. }) = ended.outcomes[0] else {
+            panic!("{:?}", ended.outcomes)
+        };
+        let (told, measured) = (all.step_s() - all.checkpoint_s, tokens / tokens_per_s / 12.0);
+        assert!(told > 0.5 * measured && told < 1.5 * measured + 0.01, "{told} {measured}");
+    }
+}
+
+#[test]
 fn a_loss_that_explodes_ends_the_run_and_names_the_step() {
     let dir = tempfile::tempdir().unwrap();
     let mut job = job(dir.path());
@@ -230,6 +259,20 @@ fn a_loss_that_explodes_ends_the_run_and_names_the_step() {
         let error = outcome.unwrap_err();
         assert_eq!(error.fault(), Fault::Job);
         assert!(error.to_string().contains("at step"), "{error}");
+    }
+}
+
+#[test]
+fn a_job_that_can_never_fit_is_refused_before_it_takes_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = json!({"vocab_size": 270, "hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 2000});
+    let job = Job { model: Model::New(fleet_learn::testing::tiny_with(sizes)), ..job(dir.path()) };
+    for outcome in launch(&job, 2, None, None).outcomes {
+        let error = outcome.unwrap_err();
+        assert_eq!(error.fault(), Fault::Environment);
+        let line = error.to_string();
+        assert!(line.starts_with("a step needs at least ") && line.contains("for 2 ranks"), "{line}");
+        assert!(line.ends_with("take a smaller model, or a machine with more memory"), "{line}");
     }
 }
 

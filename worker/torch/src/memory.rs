@@ -14,6 +14,19 @@ impl Memory for Tensors {
     type Gradients<'a> = Gradients<'a>;
     /// Of one number, in fp64 where the device has that.
     type Number = Tensor;
+
+    fn value(number: Tensor) -> fleet_learn::Result<f64> {
+        let value = number.f_to_device(Device::Cpu).and_then(|number| number.f_double_value(&[0]));
+        Ok(value.map_err(Error::from)?)
+    }
+
+    fn all_finite(gradients: Gradients<'_>, range: &Range<usize>) -> fleet_learn::Result<bool> {
+        let found = || -> Result<bool> {
+            let _guard = tch::no_grad_guard();
+            Ok(narrow(gradients.flat, range)?.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+        };
+        Ok(found()?)
+    }
 }
 
 /// The flat parameters, or rooms with those of the units that are in.

@@ -3,7 +3,7 @@
 use super::gang::{Cut, NetCollective};
 use crate::algorithm::Operation;
 use crate::call::Call;
-use crate::collective::{Activity, Exchange, Gang, Posted, Ticket, refuse, through_bytes};
+use crate::collective::{Activity, Exchange, Gang, Pace, Posted, Ticket, refuse, through_bytes};
 use crate::dtype::{DType, Op};
 use crate::error::Result;
 use crate::memory::PerRank;
@@ -31,7 +31,7 @@ impl Gang for NetCollective {
         self.deadline = deadline;
     }
     fn note(&mut self, _activity: Activity) {}
-    fn begin_step(&mut self, _step: u64, _last: Option<Duration>) {}
+    fn begin_step(&mut self, _step: u64, _last: Option<Pace>) {}
 
     fn barrier(&mut self) -> Result<()> {
         self.latched(|gang| gang.call(Call::Barrier, Operation::Barrier, Cut::Even, &mut [0]))
@@ -125,6 +125,10 @@ impl Exchange for NetCollective {
 
     fn progress(&mut self) -> Result<()> {
         self.latched(|gang| gang.posts.wait_for(0))
+    }
+
+    fn pending(&self) -> usize {
+        self.posts.pending()
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {

@@ -7,7 +7,7 @@ use super::posted::Told;
 use super::segment::{HALF_BYTES, PAGE, RANKS_MAX};
 use crate::call::Call;
 use crate::collective::{
-    Activity, Exchange, Gang, Gather, Keep, Posted, SharedHost, Ticket, refuse, through_bytes,
+    Activity, Exchange, Gang, Gather, Keep, Pace, Posted, SharedHost, Ticket, refuse, through_bytes,
 };
 use crate::dtype::{DType, Op};
 use crate::error::Result;
@@ -54,7 +54,7 @@ impl Gang for ShmCollective {
         self.slot().history.note(activity);
     }
 
-    fn begin_step(&mut self, step: u64, last: Option<Duration>) {
+    fn begin_step(&mut self, step: u64, last: Option<Pace>) {
         self.slot().history.begin_step(step, last);
     }
 
@@ -230,6 +230,10 @@ impl Exchange for ShmCollective {
 
     fn progress(&mut self) -> Result<()> {
         self.latched(ShmCollective::work_off_ready)
+    }
+
+    fn pending(&self) -> usize {
+        self.pending.len()
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<()> {

@@ -7,7 +7,7 @@ use super::segment::{Control, HALF_BYTES, Mark, PAGE, Slot};
 use super::wait::{Event, Woken};
 use crate::abort::Abort;
 use crate::call::{self, Call, Signature};
-use crate::collective::{Activity, refuse};
+use crate::collective::{Activity, Pace, refuse};
 use crate::error::{CollectiveError, Result};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -52,7 +52,7 @@ impl Notes {
         self.control.slot(self.rank).history.note(activity);
     }
 
-    pub fn begin_step(&self, step: u64, last: Option<Duration>) {
+    pub fn begin_step(&self, step: u64, last: Option<Pace>) {
         self.control.slot(self.rank).history.begin_step(step, last);
     }
 }

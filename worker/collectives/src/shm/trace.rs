@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::call::{self, Signature};
-use crate::collective::Activity;
+use crate::collective::{Activity, Pace};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -28,6 +28,9 @@ pub(super) struct History {
     step: AtomicU64,
     /// How long the step before it took; 0: not known.
     last_step_ns: AtomicU64,
+    /// Steps of which is known how they went, and how long the rank computed for them.
+    steps: AtomicU64,
+    computed_ns: AtomicU64,
 }
 
 /// Nanoseconds of the clock that all processes of the machine share.
@@ -48,8 +51,12 @@ impl History {
         self.activity.store(activity as u64 + 1, Relaxed);
     }
 
-    pub fn begin_step(&self, step: u64, last: Option<Duration>) {
-        self.last_step_ns.store(last.map_or(0, |last| last.as_nanos().max(1) as u64), Relaxed);
+    pub fn begin_step(&self, step: u64, last: Option<Pace>) {
+        self.last_step_ns.store(last.map_or(0, |last| last.took.as_nanos().max(1) as u64), Relaxed);
+        if let Some(Pace { computed, .. }) = last {
+            self.computed_ns.fetch_add(computed.as_nanos() as u64, Relaxed);
+            self.steps.fetch_add(1, Relaxed);
+        }
         self.step.store(step, Relaxed);
     }
 
@@ -116,6 +123,10 @@ impl History {
             calls: self.calls(),
             step: self.step.load(Relaxed),
             last_step: last_step.map(Duration::from_nanos),
+            computed: Computed {
+                steps: self.steps.load(Relaxed),
+                time: Duration::from_nanos(self.computed_ns.load(Relaxed)),
+            },
         }
     }
 }
@@ -158,4 +169,12 @@ pub struct RankReport {
     pub step: u64,
     /// How long the step before that took, if that tells how long steps take.
     pub last_step: Option<Duration>,
+    pub computed: Computed,
+}
+
+/// What a rank has done by itself in all steps so far that tell how steps go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Computed {
+    pub steps: u64,
+    pub time: Duration,
 }

@@ -1,4 +1,4 @@
-//! The only unsafe code of this package: memory that ranks share, and the inherited sockets.
+//! The only unsafe code of this package: memory that ranks share, the inherited sockets, and the clock that the processes of a machine share.
 
 #![allow(unsafe_code)]
 
@@ -18,6 +18,14 @@ pub fn inherited_socket(fd: i32) -> std::io::Result<std::os::unix::net::UnixStre
     check_socket(fd)?;
     // SAFETY: `fd` is an open socket that was inherited for this process alone and is owned by nothing else here.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+}
+
+/// Nanoseconds of the clock that all processes of the machine share.
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is valid for the write; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    (time.tv_sec as u64) * 1_000_000_000 + time.tv_nsec as u64
 }
 
 fn check_socket(fd: i32) -> std::io::Result<()> {

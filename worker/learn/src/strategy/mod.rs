@@ -31,7 +31,7 @@ pub trait Strategy<M: Memory> {
     fn weights(&mut self) -> &mut dyn UnitWeights<M>;
 
     /// Ends a step whose micro-batches are done: gradients of all ranks together, clipped, one step of the optimizer. `loss` is this rank's
-    /// sum. Where loss or norm is no number the weights stay what they were, and that is the error.
+    /// sum. Where loss or norm is no number, on all ranks the weights stay what they were, and `Error::NoNumber` is the answer.
     fn update(&mut self, update: &Update, loss: M::Number, votes: Votes) -> Result<Report>;
 
     /// Calls `read` for each range that this rank keeps of `slot`, which is to be filled. Afterwards all ranks see it.
@@ -138,8 +138,6 @@ impl Report {
             true => ("gradient norm", self.grad_norm),
             false => ("loss", self.loss),
         };
-        Err(Error::Job(format!(
-            "the {what} became {number} at step {step}; lower learning_rate, raise warmup_steps, or look at the data of that step"
-        )))
+        Err(Error::no_number(&format!("the {what} became {number}"), step, None))
     }
 }

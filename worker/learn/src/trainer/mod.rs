@@ -5,10 +5,12 @@
 //! trains is a `Learner`, made by whoever runs it.
 //! A checkpoint is written while the next steps are made (`saving`).
 
+mod breakdown;
 mod companions;
 mod in_flight;
 mod saving;
 mod schedule;
+mod tracing;
 
 use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
 
@@ -21,10 +23,12 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::objective::{NextToken, Objective};
 use crate::optimizer::{AdamW, Update};
+use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
+use breakdown::Breakdown;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, RunDir, TrainerState};
-use fleet_collectives::Activity;
+use fleet_collectives::{Activity, Pace};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
 use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
@@ -52,7 +56,11 @@ pub fn run(start: &RankStart, link: &mut AgentLink, learner: MakeLearner) -> Res
     if let Some(checkpoint) = &start.resume {
         fleet_checkpoint::take_what_is_gone(&mut job, Path::new(checkpoint));
     }
-    Trainer::new(start, job, began, link, learner)?.train(link)
+    let mut trainer = Trainer::new(start, job, began, link, learner)?;
+    let tracing = trainer.begin_trace(start)?;
+    let outcome = trainer.train(link);
+    tracing.into_iter().for_each(|tracing| tracing.end(link));
+    outcome
 }
 
 struct Trainer {
@@ -71,6 +79,8 @@ struct Trainer {
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
     meter: Meter,
+    watch: Stopwatch,
+    breakdown: Breakdown,
     saving: Saving,
     /// The step whose checkpoint the run continues.
     resumed: Option<u64>,
@@ -170,6 +180,7 @@ impl Trainer {
         });
         let saving = Saving::new(job.checkpoint_dir(), lead.transpose()?);
         let meter = Meter::default();
+        let watch = learner.watch().clone();
         let resumed = start.resume.is_some().then_some(state.step);
         Ok(Self {
             job,
@@ -185,6 +196,8 @@ impl Trainer {
             began,
             state,
             meter,
+            watch,
+            breakdown: Breakdown::default(),
             saving,
             resumed,
             saved: None,
@@ -232,12 +245,14 @@ impl Trainer {
             );
         }
         let first = self.state.step + 1;
+        self.breakdown = Breakdown::begin(self.watch.sums(), self.state.step);
         let mut stopped = false;
         while self.state.step < self.total_steps && !stopped {
             let votes = self.step(link)?;
             let step = self.state.step;
             let over = step == self.total_steps || votes.stop || votes.time;
-            if self.rank == 0 && (step == first || step.is_multiple_of(self.job.logging_steps) || over) {
+            let told = step == first || step.is_multiple_of(self.job.logging_steps) || over;
+            if told && self.rank == 0 {
                 link.event(EventBody::Step(self.meter.event(&self.state, self.order.epochs_done(step))));
             }
             let every = |steps: u64| steps > 0 && step.is_multiple_of(steps);
@@ -252,6 +267,9 @@ impl Trainer {
             }
             self.look_at_save(link)?;
             self.rotate(link);
+            if told {
+                self.tell_times(link)?;
+            }
             stopped = votes.stop;
             if votes.time {
                 break;
@@ -272,7 +290,9 @@ impl Trainer {
     fn step(&mut self, link: &AgentLink) -> Result<Votes> {
         let began = Instant::now();
         let step = self.state.step;
-        self.learner.gang().begin_step(step + 1, self.meter.last);
+        self.watch.begin_step(step + 1);
+        let last = self.meter.last.map(|took| Pace { took, computed: self.breakdown.computed });
+        self.learner.gang().begin_step(step + 1, last);
         self.learner.gang().note(Activity::LoadingData);
         let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
@@ -287,6 +307,8 @@ impl Trainer {
         };
         let update = Update { adamw: self.adamw, lr, step: step + 1 };
         let report = self.learner.step(&micro_batches, &update, mine)?;
+        self.watch.end_step();
+        self.breakdown.after_step(self.watch.sums());
 
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
@@ -298,8 +320,13 @@ impl Trainer {
         Ok(report.votes)
     }
 
-    /// Loss on the validation part, if it is to be measured and there is one.
     fn evaluate(&mut self, link: &mut AgentLink) -> Result<()> {
+        let watch = self.watch.clone();
+        watch.during(Phase::Evaluation, || self.evaluate_now(link))
+    }
+
+    /// Loss on the validation part, if it is to be measured and there is one.
+    fn evaluate_now(&mut self, link: &mut AgentLink) -> Result<()> {
         let windows = self.cache.validation();
         if self.job.eval.eval_steps == 0 || windows.is_empty() {
             return Ok(());

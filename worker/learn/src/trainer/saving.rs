@@ -7,6 +7,8 @@ use super::in_flight::{InFlight, Written};
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
 use crate::snapshot::{Snapshot, not_copied};
+use crate::stopwatch::Phase;
+use crate::trace::What;
 use fleet_checkpoint::{CheckpointError, PartWriter, RunDir, Ticket, TrainerState, Writer};
 use fleet_collectives::{Activity, Op};
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
@@ -105,6 +107,11 @@ impl Pen {
 impl Trainer {
     /// Begins to save when the save before is done. A failure ends nothing; the last valid checkpoint stays. A collective call.
     pub(super) fn save(&mut self, link: &mut AgentLink) -> Result<()> {
+        let watch = self.watch.clone();
+        watch.during(Phase::Checkpoint, || self.save_now(link))
+    }
+
+    fn save_now(&mut self, link: &mut AgentLink) -> Result<()> {
         self.settle(link);
         self.saving.again = false;
         self.learner.gang().note(Activity::Saving);
@@ -141,8 +148,11 @@ impl Trainer {
                 return Ok(());
             }
         };
+        let watch = self.watch.clone();
         let started = InFlight::start(step, move |given_up| {
+            let (began, _) = watch.now();
             let result = pen.write(&mut snapshot, given_up);
+            watch.keep(What::Writing(step), began);
             Written { result, spare: snapshot }
         });
         match started {

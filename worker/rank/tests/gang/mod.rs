@@ -4,7 +4,7 @@
 
 use fleet_collectives::Segment;
 use fleet_common::codec::{read_frame_blocking, write_frame_blocking};
-use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
+use fleet_common::events::{CheckpointRecord, EventBody, Outcome, Times};
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
 use fleet_common::protocol::{FromRank, RankStart, ToRank};
@@ -62,6 +62,9 @@ impl Ended {
             .iter()
             .filter_map(|e| if let EventBody::Eval(v) = e { Some((v.step, v.loss)) } else { None })
             .collect()
+    }
+    pub fn times(&self) -> Vec<Times> {
+        self.events.iter().filter_map(|e| if let EventBody::Times(t) = e { Some(*t) } else { None }).collect()
     }
     pub fn checkpoints(&self) -> Vec<CheckpointRecord> {
         self.events

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod hosts;
+mod poison;
 
 use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, consolidate, diff, verify};
 use fleet_collectives::SharedHost;

@@ -1,0 +1,206 @@
+//! A job that can never fit into this machine is refused before it takes any memory, with what would fit.
+
+use crate::machine;
+use fleet_common::job::{ActivationCheckpointing, Job, Precision, Strategy};
+use fleet_common::protocol::RankStart;
+use fleet_cpu::activation_bytes;
+use fleet_learn::model::Model;
+use fleet_learn::strategy::Needs;
+use fleet_learn::{Error, Result};
+use half::bf16;
+
+/// What decides how much memory a step takes for each rank of a machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Setting {
+    pub strategy: Strategy,
+    pub precision: Precision,
+    pub activation_checkpointing: ActivationCheckpointing,
+    /// Sequences at once.
+    pub batch_size: u32,
+    /// On this machine.
+    pub ranks: u32,
+}
+
+impl Setting {
+    pub fn of(job: &Job, ranks: u32) -> Setting {
+        Setting {
+            strategy: job.strategy,
+            precision: job.precision,
+            activation_checkpointing: job.activation_checkpointing,
+            batch_size: job.batch_size,
+            ranks,
+        }
+    }
+}
+
+/// Bytes for each rank. What the ranks share is divided by their number.
+pub struct Need {
+    pub kept: Needs,
+    pub activations: usize,
+}
+
+impl Need {
+    pub fn of(model: &Model, max_seq_len: u32, setting: &Setting) -> Need {
+        let is_bf16 = setting.precision == Precision::Bf16Mixed;
+        let again = setting.activation_checkpointing.of(model.decoder.layers);
+        let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
+        Need {
+            kept: Needs::of(setting.strategy, &model.layout(), is_bf16, setting.ranks as usize),
+            activations: match is_bf16 {
+                true => activation_bytes::<bf16>(&model.decoder, tokens, again),
+                false => activation_bytes::<f32>(&model.decoder, tokens, again),
+            },
+        }
+    }
+
+    pub fn total(&self) -> usize {
+        self.kept.total() + self.activations
+    }
+}
+
+/// Refuses a job whose ranks need more here than the machine has, whatever else runs on it.
+pub fn check(start: &RankStart, job: &Job, model: &Model) -> Result<()> {
+    let setting = Setting::of(job, start.local_world_size.max(1));
+    let needs = |setting: &Setting| Need::of(model, job.max_seq_len, setting).total();
+    match refusal(&setting, machine::total_bytes(), needs) {
+        None => Ok(()),
+        Some(line) => Err(Error::Environment(line)),
+    }
+}
+
+/// Why `setting` cannot run where there are `total` bytes, by what each rank `needs`.
+fn refusal(setting: &Setting, total: usize, needs: impl Fn(&Setting) -> usize) -> Option<String> {
+    let all = |setting: &Setting| needs(setting).saturating_mul(setting.ranks as usize);
+    let fits = |setting: &Setting| all(setting) <= total;
+    if fits(setting) {
+        return None;
+    }
+    let changes = changes(setting);
+    let mut alone: Vec<&str> = changes
+        .iter()
+        .filter(|(change, _)| fits(&change(setting)))
+        .map(|(_, words)| words.as_str())
+        .collect();
+    let mut with_all = *setting;
+    let mut words = Vec::new();
+    if alone.is_empty() {
+        for (change, what) in &changes {
+            with_all = change(&with_all);
+            words.push(what.as_str());
+            if fits(&with_all) {
+                break;
+            }
+        }
+    }
+    let together = words.join(" and ");
+    if alone.is_empty() && fits(&with_all) {
+        alone.push(&together);
+    }
+    let help = match alone.is_empty() {
+        true => "no setting makes it fit: take a smaller model, or a machine with more memory".to_owned(),
+        false => format!("it would fit with {}", alone.join(", or with ")),
+    };
+    let ranks = match setting.ranks {
+        1 => String::new(),
+        ranks => format!(" for {ranks} ranks"),
+    };
+    Some(format!(
+        "a step needs at least {}{ranks}, and this machine has {} of memory; {help}",
+        size(all(setting)),
+        size(total)
+    ))
+}
+
+/// A change of a setting.
+type Change = Box<dyn Fn(&Setting) -> Setting>;
+
+/// What can be changed, the ones first that cost least, with the words for it.
+fn changes(setting: &Setting) -> Vec<(Change, String)> {
+    let mut changes: Vec<(Change, String)> = Vec::new();
+    let is_sharded = matches!(setting.strategy, Strategy::Fsdp | Strategy::Hsdp);
+    if setting.ranks > 1 && !is_sharded {
+        let fsdp = |setting: &Setting| Setting { strategy: Strategy::Fsdp, ..*setting };
+        changes.push((Box::new(fsdp), "strategy = \"fsdp\"".to_owned()));
+    }
+    if setting.batch_size > 1 {
+        let one = |setting: &Setting| Setting { batch_size: 1, ..*setting };
+        changes.push((Box::new(one), "batch_size = 1 and a larger accumulate_grad_batches".to_owned()));
+    }
+    if setting.activation_checkpointing != ActivationCheckpointing::Blocks {
+        let again = |setting: &Setting| Setting {
+            activation_checkpointing: ActivationCheckpointing::Blocks,
+            ..*setting
+        };
+        changes.push((Box::new(again), "activation_checkpointing = \"blocks\"".to_owned()));
+    }
+    if setting.precision == Precision::Fp32 {
+        let bf16 = |setting: &Setting| Setting { precision: Precision::Bf16Mixed, ..*setting };
+        changes.push((Box::new(bf16), "precision = \"bf16-mixed\"".to_owned()));
+    }
+    if setting.ranks > 1 {
+        let one = |setting: &Setting| Setting { ranks: 1, ..*setting };
+        changes.push((Box::new(one), "one rank on a machine".to_owned()));
+    }
+    changes
+}
+
+/// For people.
+fn size(bytes: usize) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    match gib < 10.0 {
+        true => format!("{gib:.1} GiB"),
+        false => format!("{gib:.0} GiB"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: usize = 1 << 30;
+
+    fn setting() -> Setting {
+        Setting {
+            strategy: Strategy::Auto,
+            precision: Precision::Fp32,
+            activation_checkpointing: ActivationCheckpointing::None,
+            batch_size: 8,
+            ranks: 4,
+        }
+    }
+
+    /// What shrinks with what is known here by its size: gradients, and activations of a sequence.
+    fn needs(gradients: usize, sequence: usize) -> impl Fn(&Setting) -> usize {
+        move |setting| {
+            let shared = if setting.strategy == Strategy::Fsdp { setting.ranks as usize } else { 1 };
+            let kept =
+                if setting.activation_checkpointing == ActivationCheckpointing::Blocks { 4 } else { 1 };
+            gradients / shared + sequence * setting.batch_size as usize / kept
+        }
+    }
+
+    #[test]
+    fn what_fits_is_never_refused_and_what_would_fit_is_told() {
+        let refusal = |total, gradients, sequence| {
+            refusal(&setting(), total * GIB, needs(gradients * GIB, sequence * GIB))
+        };
+        assert_eq!(refusal(32, 8, 0), None);
+        assert_eq!(
+            refusal(20, 8, 0).unwrap(),
+            "a step needs at least 32 GiB for 4 ranks, and this machine has 20 GiB of memory; it would fit with strategy = \"fsdp\", or with \
+             one rank on a machine"
+        );
+        assert_eq!(
+            refusal(20, 4, 2).unwrap(),
+            "a step needs at least 80 GiB for 4 ranks, and this machine has 20 GiB of memory; it would fit with one rank on a machine"
+        );
+        assert!(refusal(12, 8, 1).unwrap().ends_with(
+            "it would fit with strategy = \"fsdp\" and batch_size = 1 and a larger accumulate_grad_batches"
+        ));
+        assert!(
+            refusal(1, 8, 1)
+                .unwrap()
+                .ends_with("no setting makes it fit: take a smaller model, or a machine with more memory")
+        );
+    }
+}
