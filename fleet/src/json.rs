@@ -1,6 +1,6 @@
 //! Every JSON shape that `fleet` prints, in one place. A number that is not finite is written as null, so that each line stays valid JSON.
 
-use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome};
+use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome, Times};
 use fleet_common::protocol::{
     CheckpointView, ClusterView, CoordinatorView, ExportView, JobView, NodeView, ProfileView, RunView,
 };
@@ -58,6 +58,7 @@ pub fn event(event: &Event) -> Value {
             json!({"event": "listening", "ports": endpoints.iter().map(|at| at.port).collect::<Vec<_>>()})
         }
         EventBody::Stall(stall) => json!({"event": "stall", "stall": stall}),
+        EventBody::Times(times) => with_event("times", json!(times)),
         EventBody::LeftOut { lines, bytes } => json!({"event": "left_out", "lines": lines, "bytes": bytes}),
     };
     line["time"] = json!(event.unix_ms);
@@ -107,8 +108,21 @@ pub struct Summary {
     pub tokens_per_s: Option<f64>,
     pub first_step_s: Option<f64>,
     pub peak_rss_mib: Vec<u64>,
+    /// Of all steps but the first one, unless that is the only one.
+    pub times: Option<Times>,
     pub checkpoint: Option<String>,
     pub error: Option<Value>,
+}
+
+/// For each part of a step its seconds and its share.
+fn times_of(times: &Times) -> Value {
+    let step_s = times.step_s();
+    let of = |(name, seconds): (&str, f64)| {
+        (name.to_owned(), json!({"s": seconds, "share": seconds / step_s.max(f64::MIN_POSITIVE)}))
+    };
+    let mut value = json!({"steps": times.steps, "step_s": step_s});
+    value.as_object_mut().into_iter().for_each(|object| object.extend(times.parts().map(of)));
+    value
 }
 
 pub fn summary(summary: &Summary) -> Value {
@@ -117,6 +131,9 @@ pub fn summary(summary: &Summary) -> Value {
         "final_loss": summary.final_loss, "eval_loss": summary.eval_loss, "tokens_per_s": summary.tokens_per_s,
         "first_step_s": summary.first_step_s, "peak_rss_mib": summary.peak_rss_mib, "checkpoint": summary.checkpoint,
     });
+    if let Some(times) = &summary.times {
+        line["times"] = times_of(times);
+    }
     if let Some(error) = &summary.error {
         line["error"] = error.clone();
     }
@@ -251,6 +268,15 @@ mod tests {
             summary(&it).to_string(),
             r#"{"event":"summary","status":"succeeded","job":"job-1","steps":0,"final_loss":null,"eval_loss":null,"tokens_per_s":null,"first_step_s":null,"peak_rss_mib":[7,8],"checkpoint":null}"#
         );
+        it.times = Some(Times {
+            steps: 4,
+            forward_s: 0.25,
+            backward_s: 0.5,
+            communication_s: 0.25,
+            ..Times::default()
+        });
+        let times = &summary(&it)["times"];
+        assert_eq!((&times["step_s"], &times["backward"]["share"]), (&json!(1.0), &json!(0.5)));
         it.error = Some(plain_error("no", Some(2)));
         assert_eq!(summary(&it)["error"]["message"], "no");
     }

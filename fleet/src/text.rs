@@ -30,6 +30,15 @@ pub fn clock(seconds: u64) -> String {
     if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
 }
 
+/// `412 ms`, `1.24 s`, `73 s`.
+pub fn seconds(s: f64) -> String {
+    match s {
+        s if s < 0.9995 => format!("{:.0} ms", 1000.0 * s),
+        s if s < 10.0 => format!("{s:.2} s"),
+        s => format!("{s:.0} s"),
+    }
+}
+
 /// `12 s`, `3 min`, `5 h`, `2 d` for an age in milliseconds.
 pub fn age(ms: u64) -> String {
     match ms / 1000 {
@@ -57,6 +66,7 @@ mod tests {
     #[test]
     fn numbers_read_well() {
         assert_eq!([thousands(7), thousands(1234), thousands(1_234_567)], ["7", "1,234", "1,234,567"]);
+        assert_eq!([seconds(0.0123), seconds(0.9999), seconds(72.6)], ["12 ms", "1.00 s", "73 s"]);
         assert_eq!([short(999), short(1500), short(4_012_345)], ["999", "1.5 k", "4.01 M"]);
         assert_eq!([clock(5), clock(65), clock(3725)], ["0:05", "1:05", "1:02:05"]);
         assert_eq!(

@@ -8,6 +8,8 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 fn strike(pid: u32, signal: Signal) {
@@ -65,11 +67,11 @@ fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
         .expect(0)
         .stdout
         .iter()
-        .find(|line| line.starts_with("stands still for "))
+        .find(|line| line.starts_with("held up for "))
         .unwrap();
     let overview = world.run("fleet", &["status"]).expect(0).stdout;
     assert!(
-        overview.iter().any(|line| line.starts_with("job-1 ") && line.contains("stands still for ")),
+        overview.iter().any(|line| line.starts_with("job-1 ") && line.contains("held up for ")),
         "{overview:?}"
     );
     let stalled = launch.until("a stall", |value| is_logged(value, "warn", "has not come to"));
@@ -85,6 +87,40 @@ fn a_rank_that_stands_still_is_named_and_the_job_goes_on_with_it() {
     eventually("its status says nothing of it any more", || stall().is_null());
     let done = launch.finish().expect(0);
     assert_eq!(done.summary()["status"], "succeeded", "{}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
+fn a_rank_that_is_slower_than_the_others_is_named_while_it_is() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(3);
+    let pid = world.ranks()[1];
+    let (release, released) = mpsc::channel::<()>();
+    // It stands still for two thirds of the time.
+    let brake = thread::spawn(move || {
+        let held = |signal, ms| {
+            strike(pid, signal);
+            released.recv_timeout(Duration::from_millis(ms)) == Err(RecvTimeoutError::Timeout)
+        };
+        while held(Signal::SIGSTOP, 40) && held(Signal::SIGCONT, 20) {}
+        strike(pid, Signal::SIGCONT);
+    });
+    let slow =
+        launch.until("a slow rank", |value| is_logged(value, "warn", "times as slow as the others since"));
+    let line = slow["line"].as_str().unwrap().to_owned();
+    assert!(line.starts_with("rank "), "{line}");
+    let stall = || {
+        let shown = world.run("fleet", &["status", "job-1", "--json"]).expect(0).stdout.concat();
+        serde_json::from_str::<Value>(&shown).unwrap()["stall"].clone()
+    };
+    eventually("its status says so", || stall()["what"] == line.as_str());
+    drop(release);
+    brake.join().unwrap();
+    launch.until("the end of it", |value| is_logged(value, "info", "is as fast as the others again"));
+    eventually("its status says nothing of it any more", || stall().is_null());
+    launch.signal(Signal::SIGINT);
+    launch.finish().expect(130);
     world.is_empty_soon();
 }
 

@@ -63,6 +63,33 @@ fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
 }
 
 #[test]
+fn a_launch_tells_where_the_time_went_and_leaves_one_trace_of_all_ranks() {
+    let world = World::new();
+    let file = world.path("trace.json");
+    let trace = file.display().to_string();
+    let done = world.launch(2, &TinyJob::default(), &["--trace", &trace]).finish().expect(0);
+    let times = &done.summary()["times"];
+    let parts = ["data", "forward", "backward", "communication", "optimizer", "checkpoint"];
+    let shares: f64 = parts.iter().map(|part| times[part]["share"].as_f64().unwrap()).sum();
+    assert!((shares - 1.0).abs() < 1e-6 && times["step_s"].as_f64() > Some(0.0), "{times}");
+    assert!(times["communication"]["s"].as_f64() > Some(0.0), "{times}");
+    assert_eq!(times["steps"], 19, "the first one is not counted: {}", done.all());
+    let whole: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let steps_of = |rank: u64| {
+        let is_step = |event: &&serde_json::Value| {
+            event["pid"] == rank && event["name"].as_str().is_some_and(|name| name.starts_with("step "))
+        };
+        whole["traceEvents"].as_array().unwrap().iter().filter(is_step).count()
+    };
+    assert_eq!([steps_of(0), steps_of(1)], [20, 20]);
+    let beside = fs::read_dir(file.parent().unwrap())
+        .unwrap()
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().contains("trace.json"));
+    assert_eq!(beside.count(), 1, "the ranks' parts are gone");
+}
+
+#[test]
 fn a_job_trains_in_bf16_evaluates_and_its_checkpoint_generates_text() {
     let world = World::new();
     let more = "precision = \"bf16-mixed\"\naccumulate_grad_batches = 2";

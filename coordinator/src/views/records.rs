@@ -161,6 +161,9 @@ fn points_of(event: &Event) -> Vec<Point> {
         EventBody::Eval(at) => {
             vec![point("eval_loss", at.step, at.loss), point("bits_per_byte", at.step, at.bits_per_byte)]
         }
+        EventBody::Times(at) => {
+            at.parts().map(|(name, seconds)| point(&format!("{name}_s"), at.step, seconds)).to_vec()
+        }
         _ => Vec::new(),
     }
 }

@@ -81,7 +81,7 @@ pub fn print(jobs: &[JobView]) {
 pub fn stall(job: &JobView) -> Option<String> {
     let stall = job.stall.as_ref()?;
     let seconds = places::unix_ms().saturating_sub(stall.since_unix_ms) / 1_000;
-    Some(format!("stands still for {}: {}", text::clock(seconds), stall.what))
+    Some(format!("held up for {}: {}", text::clock(seconds), stall.what))
 }
 
 pub fn state_name(state: JobState) -> &'static str {

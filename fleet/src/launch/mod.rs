@@ -3,6 +3,7 @@
 mod local;
 mod output;
 mod signals;
+mod trace;
 pub mod work;
 mod worker;
 
@@ -25,7 +26,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use work::Prepared;
+use work::{Prepared, Traced};
 
 /// Train on this machine: brings up a cluster, runs one job, takes the cluster down
 ///
@@ -52,6 +53,9 @@ pub struct Args {
     /// Coordinators to run, each its own process: with three, any one may die
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = coordinators)]
     coordinators: u32,
+    /// Write what each rank did when to this file, for https://ui.perfetto.dev; as `trace` in the job
+    #[arg(long, value_name = "FILE", conflicts_with = "program")]
+    trace: Option<PathBuf>,
     /// Any program, with the environment that torchrun gives
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -103,9 +107,11 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
             false => "apart",
         });
         let ranks = prepared.submit.world_size;
+        let traced = prepared.traced.clone();
         let mut local = Local::new(&entry.launch.data_dir, ranks, args.coordinators, relay)?;
         let done = session(&mut local, &mut signals, &mut notices, prepared, report).await;
         local.end(&mut signals).await;
+        traced.iter().for_each(|traced| put_together(traced, report));
         if !matches!(done, Ok(exit::SUCCEEDED)) {
             entry.keep();
         }
@@ -113,6 +119,30 @@ fn run_prepared(prepared: Prepared, args: &Args, report: &mut Report) -> Result<
     });
     runtime.shutdown_background();
     done
+}
+
+/// After the ranks' end, whatever that was.
+fn put_together(traced: &Traced, report: &Report) {
+    let file = traced.file.display();
+    let line = match trace::put_together(&traced.file, &traced.parts) {
+        Ok(missing) if missing.is_empty() => {
+            format!("the trace is in {file}; https://ui.perfetto.dev opens it")
+        }
+        Ok(missing) if missing.len() == traced.parts.len() => {
+            format!("warning: the trace in {file} is empty: no rank came so far as to write its part")
+        }
+        Ok(missing) => {
+            let missing: Vec<String> = missing.iter().map(u32::to_string).collect();
+            format!(
+                "warning: the trace in {file} lacks what ranks did that wrote nothing: {}",
+                missing.join(", ")
+            )
+        }
+        Err(e) => {
+            format!("warning: the trace could not be put together; each rank's part lies beside {file}: {e}")
+        }
+    };
+    report.note(&line);
 }
 
 /// What the tasks that talk to the coordinator tell the main loop.

@@ -3,11 +3,12 @@
 use super::Args;
 use crate::failure::Failure;
 use crate::{meant, programs};
+use fleet_common::ids::Rank;
 use fleet_common::job::Warning;
 use fleet_common::job::{Asked, Shape};
 use fleet_common::protocol::{Program, SubmitJob, Variable, Wish, Work};
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The worker's own limit of slots on one machine.
 const RANKS_MAX: u32 = 64;
@@ -16,6 +17,15 @@ pub struct Prepared {
     pub submit: SubmitJob,
     pub program: bool,
     pub warnings: Vec<Warning>,
+    pub traced: Option<Traced>,
+}
+
+/// The trace that the job wants.
+#[derive(Clone)]
+pub struct Traced {
+    pub file: PathBuf,
+    /// What each rank writes.
+    pub parts: Vec<(Rank, PathBuf)>,
 }
 
 pub fn prepare(args: &Args) -> Result<Prepared, Failure> {
@@ -48,10 +58,17 @@ fn training(path: &Path, args: &Args) -> Result<Prepared, Failure> {
     let (Shape { ranks: world_size, .. }, warning) =
         job.settle_ranks(Asked { ranks: args.ranks, nodes: None })?;
     warnings.extend(warning);
+    if let Some(file) = &args.trace {
+        utf8(file.as_os_str(), "the trace's name")?;
+        job.trace = Some(here()?.join(file));
+    }
+    let parts = (0..world_size).filter_map(|rank| Some((rank, job.trace_of(rank)?))).collect();
+    let traced = job.trace.clone().map(|file| Traced { file, parts });
     Ok(Prepared {
         submit: SubmitJob { world_size, work: Work::Train { job_json: job.to_json() }, wish: wish() },
         program: false,
         warnings,
+        traced,
     })
 }
 
@@ -59,7 +76,8 @@ fn program(args: &Args) -> Result<Prepared, Failure> {
     // the worker of a launch gives its programs what it has itself from here
     let work = work_of(&args.program, Vec::new())?;
     let world_size = args.ranks.unwrap_or_else(accelerators);
-    Ok(Prepared { submit: SubmitJob { world_size, work, wish: wish() }, program: true, warnings: Vec::new() })
+    let submit = SubmitJob { world_size, work, wish: wish() };
+    Ok(Prepared { submit, program: true, warnings: Vec::new(), traced: None })
 }
 
 pub fn no_work() -> Failure {

@@ -13,6 +13,7 @@ mod refusal;
 use crate::agent::{Action, Config, Now, Place, Room};
 use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
+use crate::straggler::Straggler;
 use crate::stream::EventStream;
 use crate::verdict::{self, Cause, Exit, Suspicion};
 use fleet_common::events::{
@@ -204,6 +205,7 @@ pub struct Supervised {
     sample_at: Duration,
     look_at: Duration,
     watch: Watch,
+    straggler: Straggler,
     standings: Standings,
     last_step: u64,
     peak_rss_mib: Vec<u64>,
@@ -276,6 +278,7 @@ impl Supervised {
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
             watch: Watch::new(gang.first_rank),
+            straggler: Straggler::new(gang.first_rank, &config.name),
             standings: Standings::default(),
             last_step: 0,
             peak_rss_mib: vec![0; count as usize],
@@ -592,12 +595,15 @@ impl Supervised {
         if !self.can_stall() {
             return;
         }
-        match self.watch.look(now.mono, sights) {
-            Some(Told::Stalls(line)) => self.on_line(None, Level::Warn, &line, now),
-            Some(Told::GoesOn(line)) => self.on_line(None, Level::Info, &line, now),
-            None => {}
+        let told = [self.watch.look(now.mono, sights), self.straggler.look(now.mono, sights)];
+        for told in told.into_iter().flatten() {
+            match told {
+                Told::Stalls(line) => self.on_line(None, Level::Warn, &line, now),
+                Told::GoesOn(line) => self.on_line(None, Level::Info, &line, now),
+            }
         }
-        if let Some(standing) = self.standings.news(self.watch.standing(), now.mono) {
+        let standing = self.watch.standing().or(self.straggler.standing());
+        if let Some(standing) = self.standings.news(standing, now.mono) {
             let stall = standing.map(|Standing { since, what }| Stall {
                 since_unix_ms: now.unix_ms.saturating_sub(now.mono.saturating_sub(since).as_millis() as u64),
                 what,

@@ -24,5 +24,6 @@ mod records;
 pub mod relay;
 mod spawn;
 pub mod stall;
+mod straggler;
 pub mod stream;
 pub mod verdict;

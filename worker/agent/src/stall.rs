@@ -342,13 +342,21 @@ fn names(sights: &[&Sight], first_rank: usize) -> String {
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
+    use fleet_collectives::Computed;
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
     }
 
     fn sight(rank: usize, calls: u64, doing: Doing) -> Sight {
-        let report = RankReport { rank, doing, calls, step: 12, last_step: Some(ms(500)) };
+        let report = RankReport {
+            rank,
+            doing,
+            calls,
+            step: 12,
+            last_step: Some(ms(500)),
+            computed: Computed::default(),
+        };
         Sight { report, pid: 100 + rank as u32, stopped: false, cpu: 0 }
     }
 

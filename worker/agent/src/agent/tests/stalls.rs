@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::stall::Sight;
-use fleet_collectives::{Activity, Doing, RankReport};
+use fleet_collectives::{Activity, Computed, Doing, RankReport};
 use fleet_common::events::{JobError, Outcome};
 
 /// The outcome among these actions.
@@ -77,7 +77,14 @@ fn a_stall_is_an_event_of_the_job() {
     let look = |seconds: u64, stopped: bool| {
         let since = Duration::from_secs(seconds);
         let sight = |rank: usize, doing, stopped| {
-            let report = RankReport { rank, doing, calls: 8 - rank as u64, step: 3, last_step: None };
+            let report = RankReport {
+                rank,
+                doing,
+                calls: 8 - rank as u64,
+                step: 3,
+                last_step: None,
+                computed: Computed::default(),
+            };
             Sight { report, pid: 100 + rank as u32, stopped, cpu: 0 }
         };
         let (operation, during) = ("reduce #8".to_owned(), Some(Activity::Backward));
