@@ -58,6 +58,12 @@ pub enum EventBody {
     Stall(Option<Stall>),
     /// The ranks of one of several nodes can be called, in rank order. For the other ranks of this generation, and not kept.
     Listening(Vec<Endpoint>),
+    /// What the gang was to go on from cannot be had on this node, and the cluster decides what becomes of it. Not kept as it is.
+    CheckpointLost {
+        manifest_sha256: String,
+        /// Which piece is missing, and who had it, in one line.
+        why: String,
+    },
 }
 
 /// Where a rank listens on its node, and by which key it is known there.

@@ -229,6 +229,7 @@ impl Report {
             EventBody::Memory { .. }
             | EventBody::Stall(_)
             | EventBody::Listening(_)
+            | EventBody::CheckpointLost { .. }
             | EventBody::Finished(_) => return None,
         })
     }

@@ -296,7 +296,7 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
 }
 
 /// Makes `temporary` appear as `target` in one step, also where a checkpoint of that name is there already.
-fn publish(temporary: &Path, target: &Path) -> io::Result<()> {
+pub(crate) fn publish(temporary: &Path, target: &Path) -> io::Result<()> {
     if !target.exists() {
         return fs::rename(temporary, target);
     }
