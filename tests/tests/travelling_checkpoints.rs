@@ -90,9 +90,9 @@ fn a_job_that_leaves_a_node_goes_on_elsewhere_as_if_it_had_not() {
     let world = World::new();
     let Some(network) = Network::new(4) else { return };
     let scene = Scene::new(&world, &network);
-    let straight = scene.submit("4", "2", &TinyJob { run_name: "straight", ..LONG }, &[]);
+    let straight = scene.submit("4", "2", &TinyJob { run_name: "straight", max_steps: 300, ..LONG }, &[]);
     assert_eq!(scene.ended(straight).state, JobState::Succeeded);
-    let id = scene.submit("4", "2", &LONG, &[]);
+    let id = scene.submit("4", "2", &TinyJob { max_steps: 300, ..LONG }, &[]);
     let begun = scene.until(id, "it has saved", |view| view.checkpoint.is_some() && view.step > 12);
     // Its first node has the checkpoints, and is drained.
     let first = begun.parts[0].name.clone();
@@ -109,7 +109,7 @@ fn a_job_that_leaves_a_node_goes_on_elsewhere_as_if_it_had_not() {
     let listed = scene.coordinators.ask(&["checkpoints", "ls", &id.to_string()]);
     let last = listed.as_array().unwrap().iter().max_by_key(|view| view["step"].as_u64()).unwrap().clone();
     assert_eq!(last["places"][0]["name"].as_str(), Some(ended.parts[0].name.as_str()), "{last}");
-    assert!(!scene.on(host, "long", 120).exists());
+    assert!(!scene.on(host, "long", 300).exists());
 }
 
 #[test]
@@ -167,18 +167,12 @@ fn a_node_that_dies_while_it_is_read_is_named_and_read_on_when_it_is_back() {
     assert_eq!(ended.state, JobState::Succeeded, "{:?}", ended.error);
     assert_eq!(scene.losses(more).keys().next().copied(), Some(121));
     // Gone for good: what is missing and who had it is the job's error.
-    scene.coordinators.ask(&["drain", &ended.parts[0].name]);
     let host: usize = ended.parts[0].name.strip_prefix("box-").unwrap().parse().unwrap();
+    scene.coordinators.ask(&["drain", &ended.parts[0].name]);
     scene.nodes[host - 1] = None;
-    let resume = [
-        "--set",
-        "max_steps=140",
-        "--set",
-        "resume_from_checkpoint=latest",
-        "--set",
-        "checkpoint.save_total_limit=1",
-    ];
-    let last = scene.ended(scene.submit("1", "1", &LONG, &resume));
+    let path =
+        format!("resume_from_checkpoint={}", world.path("out/checkpoints/long/step-00000130").display());
+    let last = scene.ended(scene.submit("1", "1", &LONG, &["--set", "max_steps=140", "--set", &path]));
     let message = last.error.map(|error| error.message).unwrap_or_default();
     assert!(
         last.state == JobState::Failed && message.contains(&format!("node box-{host} had it")),

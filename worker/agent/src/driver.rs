@@ -27,7 +27,7 @@ use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, ToRank};
-use fleet_common::{exit, terminal};
+use fleet_common::{exit, files, terminal};
 use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
@@ -127,7 +127,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     let (shown, newest) = watch::channel(identity.clone());
     let lender = match &relay {
         Some(_) => None,
-        None => lender(&host, options.checkpoint_port, &newest)?,
+        None => lender(&host, options.checkpoint_port, &options.data_dir, &newest)?,
     };
     let config = Config {
         name: identity.name.clone(),
@@ -178,16 +178,31 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
     driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
 }
 
-/// A port that was asked for and cannot be had is an error; without one this node lends nothing.
+/// A port that was asked for and cannot be had is an error; without one this node lends nothing. It is kept: who reads here while this
+/// worker starts again finds it.
 fn lender(
     host: &str,
     port: Option<u16>,
+    data_dir: &Path,
     identity: &watch::Receiver<Identity>,
 ) -> anyhow::Result<Option<Lender>> {
-    match (Lender::start(host, port.unwrap_or(0), identity.clone()), port) {
-        (Ok(lender), _) => Ok(Some(lender)),
-        (Err(why), Some(_)) => anyhow::bail!("other nodes cannot fetch checkpoints here: {why}"),
-        (Err(why), None) => {
+    if let Some(port) = port {
+        let lender = Lender::start(host, port, identity.clone());
+        return lender
+            .map(Some)
+            .map_err(|why| anyhow::anyhow!("other nodes cannot fetch checkpoints here: {why}"));
+    }
+    let kept = data_dir.join("checkpoint-port");
+    let last = files::read_optional(&kept).ok().flatten().and_then(|text| text.trim().parse().ok());
+    let started = Lender::start(host, last.unwrap_or(0), identity.clone());
+    match started.or_else(|_| Lender::start(host, 0, identity.clone())) {
+        Ok(lender) => {
+            if last != Some(lender.port) {
+                files::write_atomic(&kept, format!("{}\n", lender.port).as_bytes())?;
+            }
+            Ok(Some(lender))
+        }
+        Err(why) => {
             tracing::warn!(%why, "other nodes cannot fetch checkpoints that lie here");
             Ok(None)
         }

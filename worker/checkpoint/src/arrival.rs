@@ -63,7 +63,7 @@ impl Arrival {
         let dir = target.parent().unwrap_or(Path::new("."));
         let failed = |source| CheckpointError::Copy { path: target.to_owned(), source };
         create_dir_durably(dir).map_err(failed)?;
-        search::remove_leftovers(dir).map_err(failed)?;
+        search::remove_leftovers(dir, false).map_err(failed)?;
         let (free, needed) = (free_bytes(dir), parsed.bytes());
         if let Some(free) = free.filter(|free| *free < needed) {
             let what = format!("it takes {needed} bytes, and {free} are free");
