@@ -27,7 +27,7 @@ impl<'a> Scene<'a> {
 
     fn submit(&self, ranks: &str, nodes: &str, job: &TinyJob, more: &[&str]) -> JobId {
         let file = self.world.job(job).display().to_string();
-        let args = [&["submit", "-n", ranks, "--nodes", nodes, &file], more].concat();
+        let args = [&["submit", "-n", ranks, "--nodes", nodes, &file][..], more].concat();
         self.coordinators.ask(&args)["job"].as_str().unwrap().parse().unwrap()
     }
 

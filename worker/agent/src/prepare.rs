@@ -170,7 +170,7 @@ mod tests {
     use fleet_common::protocol::Member;
     use std::time::{Duration, SystemTime};
 
-    fn place(run: &str) -> Place {
+    fn on_n(run: &str) -> Place {
         let now = SystemTime::now();
         let ca = ClusterCa::create("c", now).unwrap();
         let identity = ca.issue(Member::Worker(NodeId(1)), "n", now, Duration::from_secs(600)).unwrap();
@@ -193,7 +193,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(model);
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = error(prepare(&job, place("b"), &progress));
+        let error = error(prepare(&job, on_n("b"), &progress));
         assert!(error.fault == Fault::Input && error.message.contains("mamba"), "{}", error.message);
     }
 
@@ -244,7 +244,7 @@ mod tests {
                 assert!(matches!(claim(), Err(CheckpointError::Busy(_))));
             }
         };
-        prepare(&job, place("mine"), &progress).unwrap();
+        prepare(&job, on_n("mine"), &progress).unwrap();
         assert_eq!(told.get(), 1);
         claim().unwrap(); // now it is for rank 0
     }
@@ -271,7 +271,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(path.into());
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = error(prepare(&job, place("b"), &progress));
+        let error = error(prepare(&job, on_n("b"), &progress));
         assert!(error.message.contains("model.safetensors"), "{}", error.message);
     }
 }

@@ -228,7 +228,7 @@ fn a_lender_that_ends_in_the_middle_and_comes_back_is_read_on() {
     let (loan, over) = (scene.loan(), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let two = scene.dir.path().join("two");
-        let begun = || {
+        let begun = move || {
             let came =
                 |dir: PathBuf| fs::metadata(dir.join("model.safetensors")).is_ok_and(|file| file.len() > 0);
             fs::read_dir(&two).into_iter().flatten().flatten().any(|entry| came(entry.path()))
