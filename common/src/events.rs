@@ -60,6 +60,12 @@ pub enum EventBody {
     Listening(Vec<Endpoint>),
     /// Where the time of the last steps went.
     Times(Times),
+    /// What the gang was to go on from cannot be had on this node, and the cluster decides what becomes of it. Not kept as it is.
+    CheckpointLost {
+        manifest_sha256: String,
+        /// Which piece is missing, and who had it, in one line.
+        why: String,
+    },
 }
 
 /// Where a rank listens on its node, and by which key it is known there.

@@ -5,6 +5,7 @@
 //! | `fleet-join/1` | anyone with a token -> coordinator, clients' socket | one `JoinRequest`, one `JoinReply`; the only thing open without a certificate |
 //! | `fleet/1`, role client | `fleet` -> coordinator, clients' socket | bidirectional streams of requests, one after another on each: `ClientFrame`, then one `Reply` (or many for `Watch`, which is the last of its stream) |
 //! | `fleet/1`, role worker | agent -> coordinator, members' socket | one long bidirectional stream: `FromAgent` up, `ToAgent` down |
+//! | `fleet-agent/1` | agent -> agent | bidirectional streams: one `Fetch`, one `Fetched`, then the bytes of a file of a checkpoint |
 //! | `fleet/1`, role coordinator | coordinator -> coordinator, members' socket | unidirectional streams of `PeerMessage` behind a `PeerHello`: one for raft, one for what is large |
 //! | inherited Unix socket | agent <-> rank | `ToRank` down, `FromRank` up |
 //! | stdout of a worker | worker -> `fleet launch` | a line of JSON when it is registered; then `Printed`, where it runs a program |
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+mod checkpoints;
 mod client;
 mod environment;
 mod output;
@@ -25,6 +27,7 @@ mod ranks;
 mod records;
 mod views;
 
+pub use checkpoints::*;
 pub use client::*;
 pub use environment::*;
 pub use output::*;
@@ -200,6 +203,8 @@ pub struct AgentHello {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one: a name or an address, without a port.
     pub host: String,
+    /// Of UDP, where the agents of other nodes fetch checkpoints; 0: nowhere.
+    pub checkpoint_port: u16,
     /// Drawn when the worker's process began: tells it from another one that holds a copy of its certificate.
     pub process: u64,
     /// Gangs that this agent knows: running, or ended with events not yet acknowledged.
@@ -267,6 +272,8 @@ pub enum ToAgent {
         generation: Generation,
         peers: Vec<Peer>,
     },
+    /// All checkpoints that other nodes may read here, in place of those that were told before on this connection.
+    Lend(Vec<Loan>),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -285,8 +292,8 @@ pub struct Gang {
     pub meeting: Option<Meeting>,
     /// The agent ends the gang when it has run for so long.
     pub max_time_ms: Option<u64>,
-    /// The checkpoint to go on from, which an earlier generation wrote.
-    pub resume: Option<String>,
+    /// The recorded checkpoint to go on from: one of an earlier generation, or one that the job names.
+    pub resume: Option<ResumePoint>,
     pub work: Work,
 }
 

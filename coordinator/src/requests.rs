@@ -1,13 +1,14 @@
 //! The words of clients turned into changes of the state, and its answers into replies. Pure functions.
 
 use crate::cluster::Answer;
+use crate::cluster::checkpoints::Continues;
 use crate::cluster::commands::{
     CancelJob, Change, ChangeSecrets, DrainNode, FinishCa, FinishRun, RecordExport, RecordMetrics,
     RecordProfile, RemoveReplica, RevokeMember, RevokeToken, SetRetention, StartRun, SubmitJob, SubmitOnce,
     UndrainNode,
 };
 use crate::cluster::records::Stop;
-use fleet_common::job::Job;
+use fleet_common::job::{Job, Resume};
 use fleet_common::protocol::{self, Refusal, RefusalKind, Reply, Request, Work};
 
 /// How short and how small a history may be wished for: a slip of the keyboard shall not remove what ended a minute ago.
@@ -86,20 +87,25 @@ fn retention(age_s: Option<u64>, bytes: Option<u64>) -> Result<SetRetention, Ref
 }
 
 fn submit(job: protocol::SubmitJob) -> Result<SubmitJob, Refusal> {
-    let (name, keep_checkpoints) = match &job.work {
+    let (name, keep_checkpoints, continues) = match &job.work {
         Work::Train { job_json } => {
             let job =
                 Job::from_json(job_json).map_err(|error| invalid(format!("this is not a job: {error}")))?;
-            (job.run_name.clone(), job.checkpoint.save_total_limit)
+            let continues = match &job.checkpoint.resume {
+                Resume::No => Continues::Nothing,
+                Resume::Path(path) => Continues::From(path.to_string_lossy().into_owned()),
+                Resume::Latest => Continues::Newest(job.checkpoint_dir().to_string_lossy().into_owned()),
+            };
+            (job.run_name.clone(), job.checkpoint.save_total_limit, continues)
         }
         Work::Program(program) => {
             let name = program.argv.first();
             let name = name.ok_or_else(|| invalid("a program has at least its own name as an argument"))?;
-            (name.rsplit('/').next().unwrap_or(name).to_owned(), 1)
+            (name.rsplit('/').next().unwrap_or(name).to_owned(), 1, Continues::Nothing)
         }
     };
     let protocol::SubmitJob { world_size, work, wish } = job;
-    Ok(SubmitJob { name, world_size, work, wish, keep_checkpoints })
+    Ok(SubmitJob { name, world_size, work, wish, keep_checkpoints, continues })
 }
 
 /// What a client is told of its change.

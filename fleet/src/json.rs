@@ -2,7 +2,8 @@
 
 use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome, Times};
 use fleet_common::protocol::{
-    CheckpointView, ClusterView, CoordinatorView, ExportView, JobView, NodeView, ProfileView, RunView,
+    CheckpointPlace, CheckpointView, ClusterView, CoordinatorView, ExportView, Files, JobView, NodeView,
+    ProfileView, RunView,
 };
 use serde_json::{Map, Value, json};
 
@@ -54,6 +55,7 @@ pub fn event(event: &Event) -> Value {
             json!({"event": "memory", "first_rank": first_rank, "rss_mib": rss_mib, "pss_mib": pss_mib})
         }
         EventBody::Finished(outcome) => finished(outcome),
+        EventBody::CheckpointLost { why, .. } => json!({"event": "checkpoint_lost", "error": why}),
         EventBody::Listening(endpoints) => {
             json!({"event": "listening", "ports": endpoints.iter().map(|at| at.port).collect::<Vec<_>>()})
         }
@@ -172,10 +174,20 @@ pub fn checkpoint(view: &CheckpointView) -> Value {
     value["job"] = json!(view.job.to_string());
     value["run_name"] = json!(view.run_name);
     value["unix_ms"] = json!(view.unix_ms);
+    value["places"] = view.places.iter().map(place).collect();
     if !view.checkpoint.shards.is_empty() {
         value["shards"] = json!(view.checkpoint.shards);
     }
     value
+}
+
+/// `ranks`: the first and the last one whose files are there, or null for all files.
+fn place(place: &CheckpointPlace) -> Value {
+    let ranks = match place.files {
+        Files::All => Value::Null,
+        Files::Of { first, ranks } => json!([first, first + ranks.max(1) - 1]),
+    };
+    json!({"node": place.node.to_string(), "name": place.name, "ranks": ranks})
 }
 
 pub fn coordinator(view: &CoordinatorView) -> Value {

@@ -239,6 +239,7 @@ impl Report {
             | EventBody::Stall(_)
             | EventBody::Listening(_)
             | EventBody::Times(_)
+            | EventBody::CheckpointLost { .. }
             | EventBody::Finished(_) => return None,
         })
     }

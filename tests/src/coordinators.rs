@@ -199,12 +199,34 @@ impl<'a> Coordinators<'a> {
 
     /// A worker that knows all of them, once it is registered.
     pub fn worker(&self, host: usize, slots: u32) -> Running {
+        self.registered(self.placed(host, self.join_worker(host, slots)))
+    }
+
+    /// The same on a network, with a disk of its own: what is written to `out` lies in `disk-HOST`, and no other worker sees it.
+    pub fn worker_with_disk(&self, host: usize, slots: u32) -> Running {
+        let (out, disk) = (self.world.path("out"), self.world.path(&format!("disk-{host}")));
+        for dir in [&out, &disk] {
+            std::fs::create_dir_all(dir).expect("the world is writable");
+        }
+        let joins = self.join_worker(host, slots);
+        // A host has mounts of its own.
+        let mut command = self.world.enter(Command::new("sh"));
+        command.args(["-c", "mount --bind \"$0\" \"$1\" && shift && exec \"$@\""]).args([&disk, &out]);
+        command.arg(joins.get_program()).args(joins.get_args());
+        self.registered(self.placed(host, command))
+    }
+
+    fn join_worker(&self, host: usize, slots: u32) -> Command {
         let mut command = self.world.command("worker");
         command.args(["join", &self.addresses().join(","), "--device", "cpu"]);
         command.args(["--slots", &slots.to_string(), "--name", &format!("box-{host}")]);
         command.arg("--token-file").arg(self.data_dir(0).join("tokens/worker.token"));
         command.arg("--data-dir").arg(self.world.path(&format!("node-{host}")));
-        let mut worker = Running::start(self.placed(host, command));
+        command
+    }
+
+    fn registered(&self, command: Command) -> Running {
+        let mut worker = Running::start(command);
         worker.until("registration", |line| line["node"].is_string());
         worker
     }

@@ -10,9 +10,9 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
 use fleet_common::net::{Authorities, PrivateKey};
 use fleet_common::protocol::{
-    Admission, AgentHello, ClientFrame, CoordinatorAddress, FromAgent, FromRank, Gang, JoinReply,
-    JoinRequest, Member, Network, PROTOCOL_VERSION, Page, Peer, Point, Printed, Program, RankStart, Reply,
-    Request, SubmitJob, ToAgent, ToRank, Wish, Work,
+    Admission, AgentHello, ClientFrame, CoordinatorAddress, Files, FromAgent, FromRank, Gang, Holder,
+    JoinReply, JoinRequest, Loan, Member, Network, PROTOCOL_VERSION, Page, Peer, Point, Printed, Program,
+    RankStart, Reply, Request, ResumePoint, SubmitJob, ToAgent, ToRank, Wish, Work,
 };
 use fleet_coordinator::archive::{self, Record};
 use fleet_coordinator::cluster::commands::{Change, StartRun};
@@ -92,6 +92,7 @@ fn events() -> EventBatch {
         EventBody::Log { rank: Some(1), level: Level::Warn, line: "l".into() },
         EventBody::Memory { first_rank: 0, rss_mib: vec![7], pss_mib: vec![6] },
         EventBody::Checkpoint(checkpoint),
+        EventBody::CheckpointLost { manifest_sha256: "cd".repeat(32), why: "n4 had it".into() },
         EventBody::Stall(Some(Stall { since_unix_ms: 4, what: "rank 1 has not come".into() })),
         EventBody::Finished(Outcome::Failed(failure())),
     ];
@@ -131,11 +132,23 @@ fn real_messages() -> Vec<Vec<u8>> {
         program_version: "0".into(),
         labels: BTreeMap::new(),
         host: "h".into(),
+        checkpoint_port: 0,
         process: 7,
         gangs: vec![(JobId(5), 1)],
         lost: vec![(JobId(4), 2)],
         earlier: vec![6],
     };
+    let holder = Holder {
+        node: NodeId(4),
+        name: "n4".into(),
+        address: Some("h:7".into()),
+        key: [7; 32],
+        files: Files::Of { first: 0, ranks: 2 },
+    };
+    let (path, manifest_sha256) = ("/c/step-5".to_owned(), "cd".repeat(32));
+    let loan =
+        Loan { to: NodeId(3), key: [8; 32], path: path.clone(), manifest_sha256: manifest_sha256.clone() };
+    let resume = ResumePoint { step: 5, path, manifest_sha256, holders: vec![holder] };
     let gang = Gang {
         job: JobId(5),
         generation: 1,
@@ -146,7 +159,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         node_index: 0,
         meeting: None,
         max_time_ms: Some(9),
-        resume: None,
+        resume: Some(resume),
         work: program(),
     };
     let peers = vec![Peer { host: 0, address: "n1".into(), port: 29_600, key: vec![48; 44] }];
@@ -197,6 +210,7 @@ fn real_messages() -> Vec<Vec<u8>> {
         tagged(2, &FromAgent::Renew { csr_der: vec![48; 20] }),
         tagged(3, &ToAgent::Welcome { node: NodeId(3) }),
         tagged(3, &ToAgent::StartGang(gang)),
+        tagged(3, &ToAgent::Lend(vec![loan])),
         tagged(3, &ToAgent::StopGang { job: JobId(5), generation: 1, now: true }),
         tagged(3, &ToAgent::MeetPeers { job: JobId(5), generation: 1, peers }),
         tagged(3, &ToAgent::Coordinators(vec![address(), address()])),

@@ -182,6 +182,7 @@ async fn session(
         program_version: "bench".into(),
         labels: Default::default(),
         host: "127.0.0.1".into(),
+        checkpoint_port: 0,
         process: 1,
         gangs: Vec::new(),
         lost: Vec::new(),

@@ -5,6 +5,7 @@
 //! | `fleet`, a joiner | clients' | itself, by pings | 2 s |
 //! | an agent | members' | its heartbeats, each second | 3 s |
 //! | a coordinator | members' | raft's heartbeats, ten a second | 2 s |
+//! | an agent that fetches a checkpoint | another agent's | itself, by pings | 3 s |
 
 use super::Link;
 use quinn::congestion::CubicConfig;
@@ -46,6 +47,8 @@ const FIRST_RTT: Duration = Duration::from_millis(50);
 const CLIENT_STREAMS: u32 = 256;
 /// One for raft, one for what is large, and their successors.
 const PEER_STREAMS: u32 = 4;
+/// Files that one agent reads of another at a time.
+const FETCH_STREAMS: u32 = 4;
 /// What coordinators may send each other before the first acknowledgement: a batch of entries.
 const PEER_WINDOW: u64 = 1 << 20;
 
@@ -58,6 +61,8 @@ struct Windows {
 
 const CLIENT: Windows = Windows { stream: 256 << 10, connection: 1 << 20, send: 2 << 20 };
 const AGENT: Windows = Windows { stream: 256 << 10, connection: 512 << 10, send: 1 << 20 };
+/// A hundred megabytes a second over a tenth of a second.
+const FETCH: Windows = Windows { stream: 8 << 20, connection: 8 << 20, send: 8 << 20 };
 const PEER: Windows = Windows { stream: 8 << 20, connection: 16 << 20, send: 16 << 20 };
 
 /// Settings of the side that connects.
@@ -97,6 +102,24 @@ pub(super) fn members() -> Arc<TransportConfig> {
 /// Gives an accepted connection the share of a coordinator.
 pub fn widen(connection: &Connection) {
     connection.set_receive_window(PEER.connection.into());
+}
+
+/// Settings of an agent that fetches checkpoints.
+pub(super) fn fetching() -> Arc<TransportConfig> {
+    let mut config = fetches(0);
+    config.keep_alive_interval(Some(KEEP_ALIVE));
+    Arc::new(config)
+}
+
+/// Settings of an agent that lends them.
+pub(super) fn lending() -> Arc<TransportConfig> {
+    Arc::new(fetches(FETCH_STREAMS))
+}
+
+fn fetches(bidi: u32) -> TransportConfig {
+    let mut config = windows(&FETCH, IDLE_AGENT, bidi, 0);
+    config.mtu_discovery_config(Some(MtuDiscoveryConfig::default()));
+    config
 }
 
 fn peers(bidi: u32, uni: u32) -> TransportConfig {

@@ -4,6 +4,7 @@
 //! cluster is decided by who accepts him (`accept`), from the hash of his key. This never stores a secret in a log, never
 //! resumes a session (an expired certificate would come back) and never sends data before the handshake is done.
 
+mod agents;
 mod authorities;
 mod ca;
 mod connect;
@@ -17,6 +18,7 @@ mod tls;
 mod token;
 mod verdict;
 
+pub use agents::{accept_agent, connect_agent, renew_agents, serve_agents};
 pub use authorities::Authorities;
 pub use ca::{CERTIFICATE_LIFE, CaError, ClusterCa, fingerprint, requested_key};
 pub use connect::{Reached, connect, connect_from, reach};

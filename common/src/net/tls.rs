@@ -3,9 +3,11 @@
 use super::authorities::Authorities;
 use super::ca::fingerprint;
 use super::identity::Identity;
+use super::peer::{KeyHash, key_hash};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
@@ -14,6 +16,8 @@ use std::sync::{Arc, OnceLock};
 
 /// Protocol (ALPN) of members.
 pub(super) const FLEET: &[u8] = b"fleet/1";
+/// Protocol (ALPN) between agents.
+pub(super) const AGENTS: &[u8] = b"fleet-agent/1";
 /// Protocol (ALPN) of those who want to become one.
 pub(super) const JOIN: &[u8] = b"fleet-join/1";
 
@@ -70,6 +74,37 @@ pub(super) fn client(
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
     Ok(without_memory(config, FLEET))
+}
+
+/// For an agent that others call. A certificate is demanded.
+pub(super) fn agents_server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(members(&identity.authorities)?)
+        .with_single_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
+    config.alpn_protocols = vec![AGENTS.to_vec()];
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// For an agent that calls another one, which has this key.
+pub(super) fn agents_client(identity: &Identity, peer: KeyHash) -> Result<ClientConfig, rustls::Error> {
+    let verifier = ByKey { members: members(&identity.authorities)?, key: peer };
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
+    Ok(without_memory(config, AGENTS))
+}
+
+/// Trusts the certificates of members.
+fn members(authorities: &Authorities) -> Result<Arc<dyn ClientCertVerifier>, rustls::Error> {
+    WebPkiClientVerifier::builder_with_provider(roots(authorities)?, provider())
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))
 }
 
 /// For a joiner, which has nothing but the fingerprint of the CA. `seen` gets the fingerprint that was shown instead.
@@ -151,6 +186,53 @@ impl ServerCertVerifier for ByAuthorities {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.verifier.supported_verify_schemes()
+    }
+}
+
+/// Trusts one member, whose key the cluster has told: who has a member's certificate and another key is not meant. Agents have no
+/// certificates of servers, so theirs are looked at as a coordinator does.
+#[derive(Debug)]
+struct ByKey {
+    members: Arc<dyn ClientCertVerifier>,
+    key: KeyHash,
+}
+
+impl ServerCertVerifier for ByKey {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.members.verify_client_cert(end_entity, intermediates, now)?;
+        match key_hash(end_entity) {
+            Ok(key) if key == self.key => Ok(ServerCertVerified::assertion()),
+            _ => Err(rustls::CertificateError::ApplicationVerificationFailure.into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls13RequiredForQuic.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.members.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.members.supported_verify_schemes()
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the cluster shows of itself.
 
-use super::{CoordinatorAddress, Member, Role, Wish};
+use super::{CoordinatorAddress, Files, Member, Role, Wish};
 use crate::events::{CheckpointRecord, DataStats, JobError, Stall};
 use crate::ids::{Generation, JobId, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
@@ -105,6 +105,16 @@ pub struct CheckpointView {
     /// Its shards are only in answers to `Request::Checkpoint`.
     pub checkpoint: CheckpointRecord,
     pub unix_ms: u64,
+    /// Where it lies.
+    pub places: Vec<CheckpointPlace>,
+}
+
+/// A node that has a checkpoint, or files of it, on its disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointPlace {
+    pub node: NodeId,
+    pub name: String,
+    pub files: Files,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -26,6 +26,8 @@ impl State {
         let leads = part.first_rank == 0;
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         let all = at.all_finished();
+        let holders = at.resume.iter().flat_map(|resumed| &resumed.held);
+        context.effects.extend(holders.map(|held| Effect::Node(held.node)));
         let elsewhere = blamed_elsewhere(at, node, &outcome).and_then(|node| self.nodes.get(&node));
         if let (Some(other), Outcome::Failed(error)) = (elsewhere, &mut outcome) {
             error.node = Some(other.name.clone());

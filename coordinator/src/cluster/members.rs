@@ -59,6 +59,8 @@ pub struct NodeRecord {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach it.
     pub host: String,
+    /// Of UDP, where its agent lends checkpoints; 0: nowhere.
+    pub checkpoint_port: u16,
     /// Its worker's process, as `AgentHello::process`; 0 before the first greeting. All unfinished parts of gangs on this node are this
     /// process's, or an earlier one's whose records it has.
     pub process: u64,
@@ -94,6 +96,7 @@ impl NodeRecord {
             version: String::new(),
             labels: BTreeMap::new(),
             host: String::new(),
+            checkpoint_port: 0,
             process: 0,
             former: VecDeque::new(),
             lost: false,

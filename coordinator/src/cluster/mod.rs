@@ -5,6 +5,7 @@
 
 pub mod admitted;
 pub mod authorities;
+pub mod checkpoints;
 pub mod commands;
 pub mod ends;
 pub mod epochs;

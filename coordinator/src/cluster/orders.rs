@@ -28,8 +28,6 @@ impl State {
     fn gang(&self, job: JobId, record: &JobRecord, at: &Placement, part: &Part, work: &Work) -> Gang {
         let leader = at.parts.first().and_then(|part| self.nodes.get(&part.node));
         let meeting = at.port.zip(leader).map(|(port, leader)| Meeting { host: leader.host.clone(), port });
-        // The first start does what the job says; what an earlier one saved counts for the next.
-        let saved = record.checkpoints.last().filter(|_| at.generation > 1);
         Gang {
             job,
             generation: at.generation,
@@ -40,7 +38,7 @@ impl State {
             node_index: at.parts.iter().take_while(|other| other.node != part.node).count() as u32,
             meeting,
             max_time_ms: record.wish.max_time_s.map(|seconds| seconds.saturating_mul(1_000)),
-            resume: saved.map(|known| known.record.path.clone()),
+            resume: at.resume.as_ref().map(|resumed| self.resume_point(resumed)),
             work: work.clone(),
         }
     }

@@ -1,5 +1,6 @@
 //! What holds for all commands together, in any order.
 
+use super::checkpoints::Continues;
 use super::commands::*;
 use super::ends::FINISHED_IN_STATE;
 use super::history::HistoryRow;
@@ -60,6 +61,10 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             EventBody::Listening(
                 (0..ranks).map(|rank| Endpoint { port: 9 + rank, key: vec![key; 44] }).collect(),
             )
+        }),
+        any::<bool>().prop_map(|meant| EventBody::CheckpointLost {
+            manifest_sha256: if meant { "cd".repeat(32) } else { "ef".repeat(32) },
+            why: "node n1 had it".into(),
         }),
         (0..9u64).prop_map(|lines| EventBody::LeftOut { lines, bytes: 3 * lines }),
         Just(finished()),
@@ -157,11 +162,11 @@ fn job_change() -> impl Strategy<Value = Change> {
     prop_oneof![
         2 => (1..4u32, any_wish(), any::<bool>(), 1..5u32).prop_map(|(world_size, wish, trains, keep)| {
             let work = if trains { training() } else { with_secret() };
-            Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep })
+            Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: keep, continues: Continues::Nothing })
         }),
         1 => (1..4u32, 0..3u8).prop_map(|(world_size, id)| {
             let (work, wish) = (program(), Wish::default());
-            let job = SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: 1 };
+            let job = SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: 1, continues: Continues::Nothing };
             Change::SubmitOnce(SubmitOnce { id: format!("s{id}"), job })
         }),
         4 => (job_id(), 1..3u64, parts)
@@ -504,12 +509,26 @@ fn commands_keep_their_bytes() {
         ),
         (
             describe(node, "n", 4, &[("a", "b")]),
-            "0203016e040363707501300101610162".to_owned() + "06" + &hex::encode("host-3") + "01" + "00",
+            "0203016e040363707501300101610162".to_owned()
+                + "06"
+                + &hex::encode("host-3")
+                + "fbbc02"
+                + "01"
+                + "00",
         ),
         (Change::MarkNodeLost(MarkNodeLost { node, silent_ms: 4 }), "030304".into()),
         (
             job(training(), 4, Wish { nodes: Some(1), max_time_s: Some(9), ..Wish::default() }),
-            "040474657374040002".to_owned() + "7b7d" + "00" + "0101" + "01" + "00" + "0109" + "00" + "03",
+            "040474657374040002".to_owned()
+                + "7b7d"
+                + "00"
+                + "0101"
+                + "01"
+                + "00"
+                + "0109"
+                + "00"
+                + "03"
+                + "00",
         ),
         (
             Change::AssignGang(AssignGang { job: job_id, generation: 1, parts: vec![(node, 4)] }),
@@ -556,7 +575,7 @@ fn commands_keep_their_bytes() {
                 Change::SubmitJob(job) => Change::SubmitOnce(SubmitOnce { id: "i".into(), job }),
                 other => other,
             },
-            "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03",
+            "160169047465737401".to_owned() + "00027b7d" + "000001000000" + "03" + "00",
         ),
         (Change::IntroduceCa(IntroduceCa { der: vec![9], holder: ReplicaId(2) }), "18010902".into()),
         (Change::HoldCa(HoldCa { replica: ReplicaId(2), der: vec![9] }), "19020109".into()),

@@ -1,6 +1,7 @@
 //! What is known of a job, and what its events tell about it.
 
 use super::Context;
+use super::checkpoints::{Continues, Held, Resumed};
 use crate::cluster::history::HistoryRow;
 use fleet_common::events::{
     CheckpointRecord, DataStats, Endpoint, Event, EventBody, FailureKind, JobError, Level, Outcome, Stall,
@@ -56,6 +57,10 @@ pub struct JobRecord {
     pub data: Option<DataStats>,
     /// Valid checkpoints, oldest first, at most `keep_checkpoints`.
     pub checkpoints: Vec<RecordedCheckpoint>,
+    /// What it goes on from while it has none.
+    pub continues: Continues,
+    /// Manifests of checkpoints that a node could not get, and that are not tried again.
+    pub passed_over: Vec<String>,
     pub error: Option<JobError>,
 }
 
@@ -85,6 +90,8 @@ pub struct Placement {
     pub placed_unix_ms: u64,
     /// Where rank 0 of a program listens, if there are several parts. No other job has it on that node.
     pub port: Option<u16>,
+    /// What it goes on from, where the cluster knows that.
+    pub resume: Option<Resumed>,
 }
 
 /// The ranks of a gang on one node, and how far their stream of events has come.
@@ -138,6 +145,8 @@ pub struct RecordedCheckpoint {
     /// The job's event that has all of it.
     pub event: u64,
     pub unix_ms: u64,
+    /// Where it lies.
+    pub held: Vec<Held>,
 }
 
 impl Placement {
@@ -298,8 +307,9 @@ impl JobRecord {
 
     fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64) {
         record.shards = Vec::new();
+        let held = self.written_by(record.writers);
         self.checkpoints.retain(|known| known.record.path != record.path);
-        self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms });
+        self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms, held });
         let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
         self.checkpoints.drain(..surplus);
     }

@@ -1,5 +1,6 @@
 //! Scripts for the commands' tests.
 
+use super::checkpoints::Continues;
 use super::commands::*;
 use super::history::HistoryRow;
 use super::members::Standing;
@@ -212,6 +213,7 @@ pub(crate) fn describe(node: NodeId, name: &str, slots: u32, labels: &[(&str, &s
         version: "0".into(),
         labels: labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         host: format!("host-{}", node.0),
+        checkpoint_port: 700,
         process: 1,
         earlier: vec![],
     })
@@ -226,7 +228,14 @@ pub(crate) fn training() -> Work {
 }
 
 pub(crate) fn job(work: Work, world_size: u32, wish: Wish) -> Change {
-    Change::SubmitJob(SubmitJob { name: "test".into(), world_size, work, wish, keep_checkpoints: 3 })
+    Change::SubmitJob(SubmitJob {
+        name: "test".into(),
+        world_size,
+        work,
+        wish,
+        keep_checkpoints: 3,
+        continues: Continues::Nothing,
+    })
 }
 
 /// A program that may wait for nodes.

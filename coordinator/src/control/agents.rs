@@ -290,7 +290,11 @@ impl<D: Disk> Control<D> {
                 self.close_agent(session, "the cluster has given this node up; greet again", false);
                 continue;
             }
-            let orders = state.orders(node);
+            let (orders, loans) = (state.orders(node), state.loans(node));
+            if agent.loans != loans {
+                agent.loans.clone_from(&loans);
+                self.out.push(Action::ToAgent { session, message: ToAgent::Lend(loans) });
+            }
             agent.remember_only(&orders);
             for message in orders {
                 if agent.is_news(&message) {
@@ -423,6 +427,7 @@ fn describe(node: NodeId, hello: AgentHello) -> DescribeNode {
         version: hello.program_version,
         labels: hello.labels,
         host: hello.host,
+        checkpoint_port: hello.checkpoint_port,
         process: hello.process,
         earlier: hello.earlier,
     }
@@ -454,5 +459,6 @@ fn as_described(node: NodeId, record: &NodeRecord, hello: &AgentHello) -> bool {
         && record.version == hello.program_version
         && record.labels == hello.labels
         && record.host == hello.host
+        && record.checkpoint_port == hello.checkpoint_port
         && record.process == hello.process
 }

@@ -2,7 +2,7 @@
 
 use fleet_common::events::EventBatch;
 use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{AgentHello, ToAgent};
+use fleet_common::protocol::{AgentHello, Loan, ToAgent};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How far a connection has come.
@@ -31,6 +31,8 @@ pub(super) struct AgentSession {
     pub deadline_ms: u64,
     pub hello: Option<AgentHello>,
     told: BTreeSet<Order>,
+    /// What it was told that others may read at its node.
+    pub loans: Vec<Loan>,
     queue: VecDeque<Piece>,
     /// Batches of the driver that are not given back.
     held: usize,
@@ -76,6 +78,7 @@ impl AgentSession {
             deadline_ms,
             hello: None,
             told: BTreeSet::new(),
+            loans: Vec::new(),
             queue: VecDeque::new(),
             held: 0,
             recording: None,

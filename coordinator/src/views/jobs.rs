@@ -2,6 +2,7 @@
 
 use super::{View, not_found, removed, unreadable};
 use crate::cluster::State;
+use crate::cluster::checkpoints::Held;
 use crate::cluster::records::{JobRecord, RecordedCheckpoint};
 use crate::planner::{Outlook, ended};
 use crate::raft::disk::{Disk, Table};
@@ -9,7 +10,7 @@ use crate::raft::history::History;
 use fleet_common::events::EventBody;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{
-    CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, VariableView, Work,
+    CheckpointPlace, CheckpointView, JobView, Listing, PAGE_MAX, Page, PartView, Refusal, VariableView, Work,
 };
 use std::ops::Range;
 
@@ -108,10 +109,11 @@ impl<D: Disk + ?Sized> View<'_, D> {
     ) -> Result<Listing<CheckpointView>, Refusal> {
         if let Some(id) = only {
             let job = self.record(id)?;
-            return Ok(Listing { items: checkpoints_of(id, &job), next: None });
+            return Ok(Listing { items: self.checkpoints_of(id, &job), next: None });
         }
         // A job has few; one without any is passed over.
-        let some = |id, job: &JobRecord| Some(checkpoints_of(JobId(id), job)).filter(|few| !few.is_empty());
+        let some =
+            |id, job: &JobRecord| Some(self.checkpoints_of(JobId(id), job)).filter(|few| !few.is_empty());
         let jobs = self.page(
             Page { max: page.max.min(PAGE_MAX / 4), ..page },
             self.state.last_job(),
@@ -134,7 +136,7 @@ impl<D: Disk + ?Sized> View<'_, D> {
                 "{id} has no checkpoint of step {step}; `fleet checkpoints ls {id}` lists them"
             ))
         })?;
-        let mut view = checkpoint_view(id, &job, known);
+        let mut view = self.checkpoint_view(id, &job, known);
         let events = self.history.events(id, known.event, 1).map_err(unreadable)?;
         if let Some((_, event)) = events.into_iter().next()
             && let EventBody::Checkpoint(whole) = event.body
@@ -187,17 +189,21 @@ impl<D: Disk + ?Sized> View<'_, D> {
             job_json: String::new(),
         }
     }
-}
+    fn checkpoints_of(&self, id: JobId, job: &JobRecord) -> Vec<CheckpointView> {
+        job.checkpoints.iter().map(|known| self.checkpoint_view(id, job, known)).collect()
+    }
 
-fn checkpoints_of(id: JobId, job: &JobRecord) -> Vec<CheckpointView> {
-    job.checkpoints.iter().map(|known| checkpoint_view(id, job, known)).collect()
-}
-
-fn checkpoint_view(id: JobId, job: &JobRecord, known: &RecordedCheckpoint) -> CheckpointView {
-    CheckpointView {
-        job: id,
-        run_name: job.name.clone(),
-        checkpoint: known.record.clone(),
-        unix_ms: known.unix_ms,
+    fn checkpoint_view(&self, id: JobId, job: &JobRecord, known: &RecordedCheckpoint) -> CheckpointView {
+        let place = |held: &Held| {
+            let (node, name, files) = (held.node, self.state.node_name(held.node), held.files);
+            CheckpointPlace { node, name, files }
+        };
+        CheckpointView {
+            job: id,
+            run_name: job.name.clone(),
+            checkpoint: known.record.clone(),
+            unix_ms: known.unix_ms,
+            places: known.held.iter().map(place).collect(),
+        }
     }
 }

@@ -227,6 +227,7 @@ pub fn hello() -> AgentHello {
         program_version: "test".into(),
         labels: BTreeMap::new(),
         host: "127.0.0.1".into(),
+        checkpoint_port: 0,
         process: 1,
         gangs: vec![],
         lost: vec![],

@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::{json, out, places, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
-use fleet_common::protocol::{CheckpointView, Page, Reply, Request};
+use fleet_common::protocol::{CheckpointView, Files, Page, Reply, Request};
 
 /// List valid checkpoints, or show one with its files
 #[derive(clap::Args)]
@@ -85,11 +85,19 @@ fn print(checkpoints: &[CheckpointView]) {
                 text::loss(Some(view.checkpoint.loss)),
                 format!("{}B", text::short(view.checkpoint.bytes)),
                 format!("{} ago", text::age(now.saturating_sub(view.unix_ms))),
+                nodes_with(view, |_| true),
                 view.checkpoint.path.clone(),
             ]
         })
         .collect();
-    out::table(&["JOB", "RUN", "STEP", "LOSS", "SIZE", "SAVED", "PATH"], &rows);
+    out::table(&["JOB", "RUN", "STEP", "LOSS", "SIZE", "SAVED", "NODES", "PATH"], &rows);
+}
+
+/// On whose disks files lie of which this holds.
+fn nodes_with(view: &CheckpointView, has: impl Fn(Files) -> bool) -> String {
+    let names = view.places.iter().filter(|place| has(place.files)).map(|place| place.name.as_str());
+    let names: Vec<&str> = names.collect();
+    if names.is_empty() { "-".to_owned() } else { names.join(",") }
 }
 
 fn print_one(view: &CheckpointView) {
@@ -103,10 +111,11 @@ fn print_one(view: &CheckpointView) {
             vec![
                 shard.name.clone(),
                 shard.writer.to_string(),
+                nodes_with(view, |files| files.has(shard.writer)),
                 format!("{}B", text::short(shard.bytes)),
                 shard.sha256.clone(),
             ]
         })
         .collect();
-    out::table(&["FILE", "RANK", "SIZE", "SHA256"], &rows);
+    out::table(&["FILE", "RANK", "NODES", "SIZE", "SHA256"], &rows);
 }

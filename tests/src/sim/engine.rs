@@ -15,7 +15,7 @@ use fleet_common::events::{
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
 use fleet_common::job::{Job, Resume};
-use fleet_common::protocol::{FromRank, Gang, Peer, ToRank, Work};
+use fleet_common::protocol::{FromRank, Gang, Peer, ResumePoint, ToRank, Work};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -25,6 +25,8 @@ const STALL: Micros = 60 * SECOND;
 #[derive(Clone, Debug)]
 pub enum EngineEvent {
     Prepared(u32, Option<PathBuf>),
+    /// The checkpoint with this manifest cannot be fetched.
+    Lost(u32, String),
     /// A rank without a training job has run its time.
     Ran(Rank),
     Step,
@@ -195,8 +197,17 @@ impl World {
     }
 
     /// The agent asks for the token cache and the checkpoint to go on from.
-    pub fn prepare(&mut self, machine: u32, id: GangId, job: &Job) {
+    pub fn prepare(&mut self, machine: u32, id: GangId, job: &Job, point: Option<ResumePoint>) {
         let takes = self.random.range(100 * MS..4 * SECOND);
+        let node = self.machines.get(&machine).and_then(|machine| machine.node);
+        let elsewhere = point.filter(|point| point.holders.iter().all(|holder| Some(holder.node) != node));
+        if let Some(point) = elsewhere
+            && self.random.chance(1, 4)
+        {
+            self.oracle.excuse(id.job, "what it goes on from cannot be had");
+            self.queue.after(takes, Event::Engine(id, EngineEvent::Lost(machine, point.manifest_sha256)));
+            return;
+        }
         let resume = match &job.checkpoint.resume {
             Resume::Path(path) => Some(path.clone()),
             _ => None,
@@ -316,6 +327,10 @@ impl World {
     pub fn on_engine(&mut self, id: GangId, event: EngineEvent) {
         match event {
             EngineEvent::Prepared(machine, resume) => self.prepared(machine, id, resume),
+            EngineEvent::Lost(machine, manifest_sha256) => {
+                let input = GangInput::CheckpointLost { manifest_sha256, why: "nobody has it".into() };
+                self.tell_agent_core(machine, Input::Gang(id, input));
+            }
             EngineEvent::Step => self.step(id),
             EngineEvent::Ran(rank) => self.exit(id, rank, Exit::Code(0)),
             EngineEvent::Left(rank) => self.exit(id, rank, Exit::Code(0)),

@@ -85,6 +85,7 @@ impl Machine {
             program_version: "0".into(),
             labels: self.labels.clone(),
             host: format!("machine-{}", self.number),
+            checkpoint_port: 1,
             process: self.life,
             lines: Rates::USUAL,
         }
@@ -293,7 +294,7 @@ impl World {
                 }
                 self.spawn(number, &gang);
             }
-            Action::Prepare { gang, job, .. } => self.prepare(number, gang, &job),
+            Action::Prepare { gang, job, resume, .. } => self.prepare(number, gang, &job, resume),
             Action::Meet { gang, peers } => self.meet(number, gang, peers),
             Action::ToRank { gang, rank, message } => self.tell_rank(number, gang, rank, message),
             Action::Strike { gang, rank, blow } => self.strike(number, gang, rank, blow),
@@ -303,6 +304,8 @@ impl World {
                 let input = GangInput::Memory { rss_mib: Vec::new(), pss_mib: Vec::new() };
                 self.tell_agent_later(number, Input::Gang(gang, input));
             }
+            // Files are made up as well, and so is who can get them.
+            Action::Lend(_) => {}
             // Nobody asks in here: what is printed is made up.
             Action::ReadOutput(_) => {}
             // Nor is there a segment in which one could see them.

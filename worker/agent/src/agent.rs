@@ -10,7 +10,7 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
 use fleet_common::protocol::{
-    AgentHello, FromAgent, Gang, OutputWish, PROTOCOL_VERSION, Peer, ToAgent, ToRank,
+    AgentHello, FromAgent, Gang, Loan, OutputWish, PROTOCOL_VERSION, Peer, ResumePoint, ToAgent, ToRank,
 };
 use fleet_common::signals::AGAIN_AFTER;
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,6 +47,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Where other nodes reach this one.
     pub host: String,
+    /// Where agents of other nodes fetch checkpoints; 0: nowhere.
+    pub checkpoint_port: u16,
     /// Drawn when the process began.
     pub process: u64,
     /// How much of a gang's output goes to the coordinators.
@@ -195,10 +197,11 @@ pub enum Action {
     /// Record on disk that the gang is being started here, then start all its ranks, for training with a shared segment. Without the
     /// record nothing may be started. Ranks that train on several nodes listen from the beginning: `GangInput::Listening`.
     Spawn(Box<Gang>),
-    /// Build or find the token cache, and find and verify the checkpoint to resume from.
+    /// Build or find the token cache, and find and verify the checkpoint to resume from: fetch `resume` where it is not here.
     Prepare {
         gang: GangId,
         job: Box<Job>,
+        resume: Option<ResumePoint>,
         /// This node has rank 0, which writes what the run leaves.
         leads: bool,
     },
@@ -228,6 +231,8 @@ pub enum Action {
     Look(GangId),
     /// Read a piece of a rank's output from its file and send it.
     ReadOutput(OutputWish),
+    /// Other nodes may read these checkpoints here from now on, and no others.
+    Lend(Vec<Loan>),
     /// All ranks are gone: end whatever else there is of the gang. `GangInput::Swept` says when.
     Sweep(GangId),
     /// The cluster has recorded how the gang ended here: its record goes.
@@ -264,6 +269,8 @@ pub struct Agent {
     heard_at: Duration,
     /// Why ranks cannot run here.
     unfit: Option<String>,
+    /// Other nodes may read checkpoints here.
+    lends: bool,
     /// When it was first told to end.
     stopping: Option<Duration>,
     /// Set when an ending agent has no living gang any more.
@@ -284,6 +291,7 @@ impl Agent {
             heartbeat_at: Duration::ZERO,
             heard_at: Duration::ZERO,
             unfit: None,
+            lends: false,
             stopping: None,
             leave_at: None,
         }
@@ -366,6 +374,7 @@ impl Agent {
             program_version: self.config.program_version.clone(),
             labels: self.config.labels.clone(),
             host: self.config.host.clone(),
+            checkpoint_port: self.config.checkpoint_port,
             process: self.config.process,
             gangs: self.gangs.keys().map(|id| (id.job, id.generation)).collect(),
             lost: self.lost.iter().map(|id| (id.job, id.generation)).collect(),
@@ -383,6 +392,9 @@ impl Agent {
                     out.push(Action::Forget(known));
                 }
                 self.earlier.clear();
+                if std::mem::take(&mut self.lends) {
+                    out.push(Action::Lend(Vec::new())); // the cluster tells again what is lent
+                }
                 if !self.registered {
                     self.registered = true;
                     out.push(Action::Registered(node));
@@ -414,6 +426,10 @@ impl Agent {
                 if let Some(gang) = self.gangs.get_mut(&id) {
                     gang.resend_from(next_seq, &self.config, now, out);
                 }
+            }
+            ToAgent::Lend(loans) => {
+                self.lends = !loans.is_empty();
+                out.push(Action::Lend(loans));
             }
             ToAgent::ReadOutput(wish) => out.push(Action::ReadOutput(wish)),
             ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),

@@ -42,12 +42,7 @@ impl Ports {
     /// So many doors for ranks that are connected by `transport`. `host` is where other nodes reach this one: where that is an address of this machine, they are open there alone.
     pub fn open(&self, transport: Transport, host: &str, count: u32) -> Result<Vec<Door>, String> {
         let failed = |error: String| format!("no place where ranks of other nodes could call it: {error}");
-        let own = host.parse::<IpAddr>().ok().filter(|own| TcpListener::bind((*own, 0)).is_ok());
-        let anywhere = || match TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)) {
-            Ok(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
-            Err(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-        };
-        let address = own.unwrap_or_else(anywhere);
+        let address = listen_address(host);
         let mut ports = self.0.clone();
         let mut doors = Vec::new();
         for _ in 0..count {
@@ -71,6 +66,15 @@ fn bind(transport: Transport, address: IpAddr, port: u16) -> io::Result<(OwnedFd
         Transport::Quic => UdpSocket::bind((address, port))
             .and_then(|socket| socket.local_addr().map(|address| (socket.into(), address.port()))),
     }
+}
+
+/// Where to listen for other nodes, which reach this one at `host`: there alone if that is an address of this machine, else everywhere.
+pub fn listen_address(host: &str) -> IpAddr {
+    let own = host.parse::<IpAddr>().ok().filter(|own| TcpListener::bind((*own, 0)).is_ok());
+    own.unwrap_or_else(|| match TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)) {
+        Ok(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+        Err(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+    })
 }
 
 /// On the first port of these that is free, which are then fewer.

@@ -7,11 +7,12 @@ use crate::container::{Container, Containers, Leader, Remains};
 use crate::coordinators::Coordinators;
 use crate::doors::Ports;
 use crate::gang::{Blow, GangId, GangInput};
+use crate::lend::Lender;
 use crate::link::{self, LinkEvent};
 use crate::memory;
 use crate::output;
 use crate::panics;
-use crate::prepare;
+use crate::prepare::{self, Place, Unprepared};
 use crate::processes;
 use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
@@ -26,7 +27,7 @@ use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, ToRank};
-use fleet_common::{exit, terminal};
+use fleet_common::{exit, files, terminal};
 use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
@@ -36,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 /// Messages of ranks that wait for the driver; more make the senders wait.
@@ -61,6 +62,8 @@ pub struct Options {
     pub host: Option<String>,
     /// Where ranks that train listen for those of other nodes.
     pub rank_ports: Ports,
+    /// Of UDP, where other nodes fetch checkpoints; `None`: any that is free.
+    pub checkpoint_port: Option<u16>,
     /// What programs find in their environment before what their job sets.
     pub programs: Base,
     /// How much of a gang's output goes to the coordinators.
@@ -121,6 +124,11 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         Accelerator::Cuda { devices } => devices.max(1),
         Accelerator::Cpu | Accelerator::Mps => 1,
     });
+    let (shown, newest) = watch::channel(identity.clone());
+    let lender = match &relay {
+        Some(_) => None,
+        None => lender(&host, options.checkpoint_port, &options.data_dir, &newest)?,
+    };
     let config = Config {
         name: identity.name.clone(),
         slots,
@@ -130,6 +138,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         labels: options.labels,
         host,
+        checkpoint_port: lender.as_ref().map_or(0, |lender| lender.port),
         process,
         lines: options.lines,
     };
@@ -139,6 +148,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         identity,
         identity_dir: options.data_dir.join("identity"),
         coordinators: options.coordinators,
+        shown,
         mark: None,
     };
     let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
@@ -154,6 +164,8 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         begin: Instant::now(),
         launcher,
         records,
+        identity: newest,
+        lender,
         gangs: BTreeMap::new(),
         attended: BTreeMap::new(),
         outbox: None,
@@ -164,6 +176,37 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         relay,
     };
     driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
+}
+
+/// A port that was asked for and cannot be had is an error; without one this node lends nothing. It is kept: who reads here while this
+/// worker starts again finds it.
+fn lender(
+    host: &str,
+    port: Option<u16>,
+    data_dir: &Path,
+    identity: &watch::Receiver<Identity>,
+) -> anyhow::Result<Option<Lender>> {
+    if let Some(port) = port {
+        let lender = Lender::start(host, port, identity.clone());
+        return lender
+            .map(Some)
+            .map_err(|why| anyhow::anyhow!("other nodes cannot fetch checkpoints here: {why}"));
+    }
+    let kept = data_dir.join("checkpoint-port");
+    let last = files::read_optional(&kept).ok().flatten().and_then(|text| text.trim().parse().ok());
+    let started = Lender::start(host, last.unwrap_or(0), identity.clone());
+    match started.or_else(|_| Lender::start(host, 0, identity.clone())) {
+        Ok(lender) => {
+            if last != Some(lender.port) {
+                files::write_atomic(&kept, format!("{}\n", lender.port).as_bytes())?;
+            }
+            Ok(Some(lender))
+        }
+        Err(why) => {
+            tracing::warn!(%why, "other nodes cannot fetch checkpoints that lie here");
+            Ok(None)
+        }
+    }
 }
 
 /// Everything that the driver waits for.
@@ -251,6 +294,10 @@ struct Driver {
     begin: Instant,
     launcher: Launcher,
     records: Records,
+    /// The newest one of this node.
+    identity: watch::Receiver<Identity>,
+    /// Of checkpoints, to other nodes.
+    lender: Option<Lender>,
     gangs: BTreeMap<GangId, Running>,
     /// Living ranks by process id, each with whom to tell of its end.
     attended: BTreeMap<u32, oneshot::Sender<Exited>>,
@@ -370,19 +417,31 @@ impl Driver {
                 announce(node);
             }
             Action::Spawn(gang) => self.spawn(&gang).await,
-            Action::Prepare { gang, job, leads } => {
+            Action::Prepare { gang, job, resume, leads } => {
                 let sender = self.messages_sender.clone();
-                let (name, run) = (self.name.clone(), format!("{}/{}", self.cluster_id, gang.job));
-                let (node, progress_sender) = (name.clone(), sender.clone());
+                let place = Place {
+                    node: self.name.clone(),
+                    identity: self.identity.borrow().clone(),
+                    leads,
+                    run: format!("{}/{}", self.cluster_id, gang.job),
+                    resume,
+                };
+                let (node, progress_sender) = (self.name.clone(), sender.clone());
                 let work = move || {
                     let progress = |level, line| {
                         let _ = progress_sender.blocking_send((gang, GangInput::Progress(level, line)));
                     };
-                    prepare::prepare(&job, run, leads, &name, &progress)
+                    prepare::prepare(&job, place, &progress)
                 };
                 tokio::spawn(async move {
-                    let result = prepare::in_a_thread(gang.job, node, work).await;
-                    let _ = sender.send((gang, GangInput::Prepared(result))).await; // the agent ends
+                    let input = match prepare::in_a_thread(gang.job, node, work).await {
+                        Ok(prepared) => GangInput::Prepared(Ok(prepared)),
+                        Err(Unprepared::Failed(error)) => GangInput::Prepared(Err(error)),
+                        Err(Unprepared::Lost { manifest_sha256, why }) => {
+                            GangInput::CheckpointLost { manifest_sha256, why }
+                        }
+                    };
+                    let _ = sender.send((gang, input)).await; // the agent ends
                 });
             }
             Action::Meet { gang, peers } => {
@@ -418,6 +477,11 @@ impl Driver {
             Action::SampleMemory(gang) => self.sample_memory(gang),
             Action::Look(gang) => self.look(gang),
             Action::ReadOutput(wish) => self.read_output(wish),
+            Action::Lend(loans) => {
+                if let Some(lender) = &self.lender {
+                    lender.lend(loans);
+                }
+            }
             Action::Forget(gang) => {
                 tracing::info!(%gang, "gang ended");
                 self.records.forget(gang);

@@ -89,6 +89,11 @@ pub enum GangInput {
     Listening(Vec<Endpoint>),
     /// The token cache and the checkpoint to resume from.
     Prepared(Result<Prepared, JobError>),
+    /// What it was to go on from cannot be had: why, in one line. The cluster says what becomes of it.
+    CheckpointLost {
+        manifest_sha256: String,
+        why: String,
+    },
     /// Nothing that the ranks started lives any more, but for so many that are to die and could not yet.
     Swept {
         left: usize,
@@ -226,9 +231,13 @@ impl Supervised {
         let kind = match &gang.work {
             Work::Program(_) => Ok(Kind::Program),
             Work::Train { job_json } => {
+                // A job that asks for its newest checkpoint looks on its own node first, where it has only one.
+                let looks = gang.generation == 1 && gang.nodes <= 1;
                 let resumed = |mut job: Job| {
-                    if let Some(path) = &gang.resume {
-                        job.checkpoint.resume = Resume::Path(path.into());
+                    if let Some(point) = &gang.resume
+                        && !(looks && job.checkpoint.resume == Resume::Latest)
+                    {
+                        job.checkpoint.resume = Resume::Path(point.path.clone().into());
                     }
                     Kind::Train(Box::new(job))
                 };
@@ -290,7 +299,8 @@ impl Supervised {
             return supervised;
         }
         if let Kind::Train(job) = &supervised.kind {
-            out.push(Action::Prepare { gang: id, job: job.clone(), leads: supervised.first_rank == 0 });
+            let (job, resume, leads) = (job.clone(), gang.resume.clone(), supervised.first_rank == 0);
+            out.push(Action::Prepare { gang: id, job, resume, leads });
         }
         out.push(Action::Spawn(Box::new(gang)));
         supervised
@@ -325,6 +335,9 @@ impl Supervised {
             GangInput::Listening(endpoints) => self.push(now, EventBody::Listening(endpoints)),
             GangInput::Prepared(Ok(prepared)) => self.on_prepared(prepared, config, now, out),
             GangInput::Prepared(Err(error)) => self.fail(error, now),
+            GangInput::CheckpointLost { manifest_sha256, why } => {
+                self.push(now, EventBody::CheckpointLost { manifest_sha256, why });
+            }
             GangInput::Memory { rss_mib, pss_mib } => self.on_memory(&rss_mib, &pss_mib, now),
             GangInput::Looked(sights) => self.on_look(&sights, now),
             GangInput::Swept { .. } => {}

@@ -11,7 +11,7 @@ use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use rand::Rng;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 /// Before the first connection: so long is a cluster that does not answer tried.
@@ -42,6 +42,8 @@ pub struct Node {
     pub identity: Identity,
     pub identity_dir: PathBuf,
     pub coordinators: Coordinators,
+    /// Shows the newest identity to whoever else needs it.
+    pub shown: watch::Sender<Identity>,
     /// `Authorities::mark` of what the cluster says is to be trusted.
     pub mark: Option<[u8; 32]>,
 }
@@ -215,6 +217,7 @@ async fn pass_on(
                     let stored = renewed.store_renewed(&node.identity_dir, &node.identity);
                     stored.map_err(|error| error.to_string())?;
                     let moved = renewed.is_of_issuing_ca() && !node.identity.is_of_same_ca(&renewed);
+                    node.shown.send_replace(renewed.clone());
                     node.identity = renewed;
                     Ok(moved)
                 });

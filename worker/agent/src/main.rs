@@ -65,6 +65,9 @@ struct Join {
     /// Ports on which ranks of a training job on several nodes listen for each other, such as 29600-29699 [default: any that is free].
     #[arg(long, value_name = "A-B")]
     rank_ports: Option<Ports>,
+    /// UDP port on which other nodes fetch checkpoints that lie here [default: one that is free, and the same one again].
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    checkpoint_port: Option<u16>,
     /// Bytes of one job's output each second that this node sends to the coordinators, which keep it; 0 for all. What is over it is in
     /// the ranks' files here, and shown by `fleet logs JOB --full`.
     #[arg(long, value_name = "BYTES", default_value_t = Rates::USUAL.per_s)]
@@ -132,6 +135,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             labels: join.labels.into_iter().collect(),
             host: join.host,
             rank_ports: join.rank_ports.unwrap_or_default(),
+            checkpoint_port: join.checkpoint_port,
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
             lines: Rates::of(join.log_rate),
             relay: join.relay,

@@ -1,6 +1,7 @@
 //! What must be there before ranks start: the checkpoint to resume from, a directory that takes new ones, and the token cache; found,
 //! verified, built. Blocking work for a thread of its own; its errors carry their fault.
 
+use crate::fetch::{self, Unfetched};
 use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
@@ -9,39 +10,65 @@ use fleet_common::events::{FailureKind, JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
 use fleet_common::job::{Job, Model, Resume};
+use fleet_common::net::Identity;
+use fleet_common::protocol::ResumePoint;
 use fleet_data::{DataError, DataFiles, Note, TokenCache};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// Where and for whom a job is prepared.
+pub struct Place {
+    /// The node's name.
+    pub node: String,
+    pub identity: Identity,
+    /// Rank 0 is here.
+    pub leads: bool,
+    /// The name of a run that begins with the job.
+    pub run: String,
+    /// The recorded checkpoint that it goes on from.
+    pub resume: Option<ResumePoint>,
+}
+
+/// Why ranks cannot start.
+#[derive(Debug)]
+pub enum Unprepared {
+    Failed(JobError),
+    /// The checkpoint to go on from is not here and cannot be fetched: why, in one line.
+    Lost {
+        manifest_sha256: String,
+        why: String,
+    },
+}
+
+impl From<JobError> for Unprepared {
+    fn from(error: JobError) -> Unprepared {
+        Unprepared::Failed(error)
+    }
+}
 
 /// Does `work`, which prepares `job` on the node `node`, on a thread of its own. A panic there is an error of the job.
 pub async fn in_a_thread(
     job: JobId,
     node: String,
-    work: impl FnOnce() -> Result<Prepared, JobError> + Send + 'static,
-) -> Result<Prepared, JobError> {
+    work: impl FnOnce() -> Result<Prepared, Unprepared> + Send + 'static,
+) -> Result<Prepared, Unprepared> {
     let done = panics::blocking(work).await;
     done.unwrap_or_else(|said| {
         let message = format!(
             "preparing the data of {job} failed on {node}, by a fault of fleet: {said}; the worker's log says where: please report it"
         );
-        Err(agent_error(FailureKind::Refused, Fault::Job, &node, message))
+        Err(agent_error(FailureKind::Refused, Fault::Job, &node, message).into())
     })
 }
 
-/// Prepares a job on the node `node`, telling `progress` what goes on. `run` names the run that begins with it, in the directory that is
-/// claimed where rank 0 is, which is the node that `leads`.
-pub fn prepare(
-    job: &Job,
-    run: String,
-    leads: bool,
-    node: &str,
-    progress: &dyn Fn(Level, String),
-) -> Result<Prepared, JobError> {
+/// Prepares a job, telling `progress` what goes on. The directory of its run is claimed where rank 0 is.
+pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Result<Prepared, Unprepared> {
+    let node = &place.node;
     let failed =
         |error: CheckpointError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
     let no_data =
         |error: DataError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
     let tell = |note: Note| progress(note.level, note.line);
-    let resume = resume(job, progress).map_err(failed)?;
+    let resume = resume(job, &place, progress)?;
     let mut job = job.clone();
     let reads = job.inputs();
     if let Some(checkpoint) = &resume {
@@ -58,20 +85,49 @@ pub fn prepare(
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {
         dir: &job.checkpoint_dir(),
-        run: &run,
+        run: &place.run,
         resumed: resume.as_deref(),
         overwrite: job.checkpoint.overwrite,
         until: job.max_steps,
         reads: &reads,
     };
     // Kept until the data are read, so that nobody else reads them for the same place in vain; then rank 0 takes it.
-    let _claimed = leads.then(|| RunDir::claim(&claim)).transpose().map_err(failed)?;
+    let _claimed = place.leads.then(|| RunDir::claim(&claim)).transpose().map_err(failed)?;
     let (cache, stats) = TokenCache::build_or_open(&job, &files, &tell).map_err(no_data)?;
-    Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run })
+    Ok(Prepared { cache_dir: cache.dir().to_owned(), stats, resume, run: place.run })
 }
 
-/// The checkpoint that the job continues from, with every hash checked.
-fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, CheckpointError> {
+/// The checkpoint that the job continues from, with every hash checked. What the cluster knows of and is not here is fetched.
+fn resume(job: &Job, place: &Place, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, Unprepared> {
+    let failed = |error: CheckpointError| {
+        Unprepared::from(agent_error(FailureKind::Refused, error.fault(), &place.node, error.to_string()))
+    };
+    let Some(point) = &place.resume else { return own(job, progress).map_err(failed) };
+    if job.checkpoint.resume == Resume::Latest
+        && let Ok(Some(dir)) = own(job, &|_, _| {})
+    {
+        progress(Level::Info, format!("continuing from {}", dir.display()));
+        return Ok(Some(dir));
+    }
+    let dir = Path::new(&point.path);
+    let here = fleet_checkpoint::manifest_sha256(dir).is_ok_and(|sha256| sha256 == point.manifest_sha256);
+    if !here || fleet_checkpoint::verify(dir).is_err() {
+        let told = |line| progress(Level::Info, line);
+        fetch::fetch(point, place.identity.clone(), fetch::PATIENCE, &told).map_err(|unfetched| {
+            match unfetched {
+                Unfetched::Refused(error) => failed(error),
+                Unfetched::Lost(why) => {
+                    Unprepared::Lost { manifest_sha256: point.manifest_sha256.clone(), why }
+                }
+            }
+        })?;
+    }
+    progress(Level::Info, format!("continuing from {}", dir.display()));
+    Ok(Some(dir.to_owned()))
+}
+
+/// What the job itself says it continues from, as it lies on this node.
+fn own(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, CheckpointError> {
     let dir = match &job.checkpoint.resume {
         Resume::No => return Ok(None),
         Resume::Path(dir) => {
@@ -108,8 +164,25 @@ fn resume(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>
 mod tests {
     use super::*;
     use fleet_checkpoint::Writer;
+    use fleet_common::ids::NodeId;
     use fleet_common::job::parse_toml;
-    use std::path::Path;
+    use fleet_common::net::ClusterCa;
+    use fleet_common::protocol::Member;
+    use std::time::{Duration, SystemTime};
+
+    fn on_n(run: &str) -> Place {
+        let now = SystemTime::now();
+        let ca = ClusterCa::create("c", now).unwrap();
+        let identity = ca.issue(Member::Worker(NodeId(1)), "n", now, Duration::from_secs(600)).unwrap();
+        Place { node: "n".into(), identity, leads: true, run: run.into(), resume: None }
+    }
+
+    fn error(unprepared: Result<Prepared, Unprepared>) -> JobError {
+        match unprepared {
+            Err(Unprepared::Failed(error)) => error,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn a_model_that_cannot_be_run_is_told_before_the_data_are_read() {
@@ -120,7 +193,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(model);
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = prepare(&job, "b".into(), true, "n", &progress).err().unwrap();
+        let error = error(prepare(&job, on_n("b"), &progress));
         assert!(error.fault == Fault::Input && error.message.contains("mamba"), "{}", error.message);
     }
 
@@ -129,9 +202,9 @@ mod tests {
         let nothing: Vec<u8> = Vec::new();
         let error = in_a_thread(JobId(7), "box".to_owned(), move || {
             let _ = nothing[0];
-            Err(agent_error(FailureKind::Refused, Fault::Input, "box", "not reached"))
+            Err(agent_error(FailureKind::Refused, Fault::Input, "box", "not reached").into())
         });
-        let error = error.await.unwrap_err();
+        let error = super::tests::error(error.await);
         assert_eq!((error.fault, error.rank), (Fault::Job, None));
         assert!(error.message.contains("job-7 failed on box"), "{}", error.message);
         assert!(error.message.contains("index out of bounds"), "{}", error.message);
@@ -171,7 +244,7 @@ mod tests {
                 assert!(matches!(claim(), Err(CheckpointError::Busy(_))));
             }
         };
-        prepare(&job, "mine".into(), true, "n", &progress).unwrap();
+        prepare(&job, on_n("mine"), &progress).unwrap();
         assert_eq!(told.get(), 1);
         claim().unwrap(); // now it is for rank 0
     }
@@ -198,7 +271,7 @@ mod tests {
         let mut job = job(dir.path(), NEW);
         job.model = Model::Pretrained(path.into());
         let progress = |_: Level, line: String| panic!("{line}");
-        let error = prepare(&job, "b".into(), true, "n", &progress).err().unwrap();
+        let error = error(prepare(&job, on_n("b"), &progress));
         assert!(error.message.contains("model.safetensors"), "{}", error.message);
     }
 }

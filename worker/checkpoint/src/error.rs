@@ -18,7 +18,7 @@ pub enum CheckpointError {
         source: io::Error,
     },
     /// A copy of a checkpoint, elsewhere. Nothing is left behind.
-    #[error("cannot write a checkpoint to {path}: {source}")]
+    #[error("cannot write a checkpoint to {path}: {source}{}", full_disk_hint(source))]
     Copy {
         path: PathBuf,
         #[source]

@@ -23,6 +23,7 @@
 //! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
+mod arrival;
 mod consolidate;
 mod diff;
 mod error;
@@ -35,15 +36,19 @@ mod run_dir;
 mod search;
 mod shard;
 mod state;
+mod stock;
 mod tensors;
 mod verify;
 mod writer;
 
+pub use arrival::{Arrival, ArrivingFile, Unfit};
 pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
 pub use error::CheckpointError;
 pub use flat::{ModelDir, stored, stored_shape};
-pub use manifest::{Manifest, ManifestFile, ManifestTensor, Piece, manifest_sha256};
+pub use manifest::{
+    MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
+};
 pub use names::{
     CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE,
     model_file, optimizer_file, writers,
@@ -54,6 +59,7 @@ pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
 pub use state::TrainerState;
+pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
 pub use verify::{inspect, verify};
 pub use writer::{Ticket, Writer, step_dir};

@@ -26,7 +26,7 @@ const KEYS: [&str; 9] =
     ["format", "step", "serial", "loss", "run", "strategy", "world_size", "files", "tensors"];
 
 /// No honest manifest is near this many bytes; more is not read. A model of a hundred billion parameters has 150,000 pieces of 150 bytes each.
-const MANIFEST_MAX: u64 = 64 << 20;
+pub const MANIFEST_MAX: u64 = 64 << 20;
 
 /// As many as a record of a checkpoint may name.
 const FILES_MAX: usize = fleet_common::events::SHARDS_MAX;
@@ -218,8 +218,12 @@ impl Manifest {
 
     /// Reads the manifest of a checkpoint directory without checking the files it names.
     pub fn read(dir: &Path) -> Result<Manifest, CheckpointError> {
-        let bytes = manifest_bytes(dir)?;
-        Manifest::parse(&bytes).map_err(|flaw| match flaw {
+        Manifest::of_bytes(dir, &manifest_bytes(dir)?)
+    }
+
+    /// The manifest of the checkpoint `dir`, which is these bytes.
+    pub(crate) fn of_bytes(dir: &Path, bytes: &[u8]) -> Result<Manifest, CheckpointError> {
+        Manifest::parse(bytes).map_err(|flaw| match flaw {
             Flaw::Damage(what) => CheckpointError::damaged(dir, what),
             Flaw::Version(what) => CheckpointError::OtherVersion { path: dir.to_owned(), what },
         })
@@ -231,7 +235,12 @@ pub fn manifest_sha256(dir: &Path) -> Result<String, CheckpointError> {
     Ok(hex::encode(Sha256::digest(manifest_bytes(dir)?)))
 }
 
-fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
+/// Whether these bytes are those of the manifest with this hash, in hex.
+pub fn is_manifest(bytes: &[u8], sha256: &str) -> bool {
+    hex::encode(Sha256::digest(bytes)) == sha256
+}
+
+pub(crate) fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
     let path = dir.join(MANIFEST_FILE);
     let file = match File::open(&path) {
         Ok(file) => file,
@@ -253,6 +262,14 @@ fn manifest_bytes(dir: &Path) -> Result<Vec<u8>, CheckpointError> {
         ));
     }
     Ok(bytes)
+}
+
+/// Bytes that may still be written where `dir` is, where the file system tells.
+pub(crate) fn free_bytes(dir: &Path) -> Option<u64> {
+    let found = nix::sys::statvfs::statvfs(dir).ok()?;
+    #[allow(clippy::useless_conversion)] // u32 on macOS
+    let (blocks, size) = (u64::from(found.blocks_available()), u64::from(found.fragment_size()));
+    Some(blocks.saturating_mul(size))
 }
 
 /// Says what a directory without a manifest seems to be.

@@ -1,6 +1,7 @@
 //! The directory of a run: one process writes there at a time, and what another run left there is not touched unasked.
 
 use crate::error::is_full_disk;
+use crate::manifest::free_bytes;
 use crate::search::{self, Found};
 use crate::writer::{TEMPORARY, create_dir_durably, sync_dir};
 use crate::{CheckpointError, verify};
@@ -62,6 +63,11 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
+    /// A run that overwrites nothing.
+    pub fn of(dir: &Path, run: &str) -> Owner {
+        Owner { dir: dir.to_owned(), run: run.to_owned(), overwrite: false }
+    }
+
     /// Whether a checkpoint of this run may take the place of what lies at `target`: one of its own, or one that was passed over as
     /// damaged when the run was continued from an older one.
     pub fn may_replace(&self, target: &Path) -> bool {
@@ -172,10 +178,7 @@ impl RunDir {
 
     /// Bytes that may still be written here, where the file system tells.
     pub fn free_bytes(&self) -> Option<u64> {
-        let found = nix::sys::statvfs::statvfs(&self.owner.dir).ok()?;
-        #[allow(clippy::useless_conversion)] // u32 on macOS
-        let (blocks, size) = (u64::from(found.blocks_available()), u64::from(found.fragment_size()));
-        Some(blocks.saturating_mul(size))
+        free_bytes(&self.owner.dir)
     }
 
     /// Removes the oldest checkpoints of this run so that `keep` whole ones remain, counting up to and including the one of `committed`,

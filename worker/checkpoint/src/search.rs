@@ -80,15 +80,17 @@ pub(crate) fn highest_serial(dir: &Path) -> io::Result<u64> {
     Ok(by_age(dir)?.last().map_or(0, |found| found.serial))
 }
 
-/// Removes what writers and rotations that died have left. Their names end with the process; this process has no other writer. What cannot be
-/// removed is told and stays: it is in nobody's way.
-pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
+/// Removes what writers and rotations that died have left. Their names end with the process; what this one left goes where it has `alone` no
+/// other writer. What cannot be removed is told and stays: it is in nobody's way.
+pub(crate) fn remove_leftovers(dir: &Path, alone: bool) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
         let writer = name.rsplit('-').next().and_then(|pid| pid.parse::<i32>().ok());
-        if name.starts_with(TEMPORARY) && !writer.is_some_and(is_another_live_process) {
+        let is_mine = writer == Some(std::process::id() as i32);
+        if name.starts_with(TEMPORARY) && !writer.is_some_and(is_another_live_process) && (alone || !is_mine)
+        {
             let path = entry.path();
             if let Err(e) = remove(&path) {
                 tracing::warn!(

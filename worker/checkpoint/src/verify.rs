@@ -142,9 +142,12 @@ impl Check<'_> {
 }
 
 pub(crate) fn changed(dir: &Path, manifest: &Manifest, file: &str, tensor: Option<&str>) -> CheckpointError {
+    let what = contents_of(manifest, file, tensor);
+    CheckpointError::damaged(dir, format!("{what} have changed since it was written"))
+}
+
+/// What lies in a file, or of one tensor there, for people.
+pub(crate) fn contents_of(manifest: &Manifest, file: &str, tensor: Option<&str>) -> String {
     let of = tensor.map_or(String::new(), |tensor| format!("the tensor {tensor} in "));
-    CheckpointError::damaged(
-        dir,
-        format!("the contents of {of}{} have changed since it was written", manifest.named(file)),
-    )
+    format!("the contents of {of}{}", manifest.named(file))
 }

@@ -69,7 +69,7 @@ impl Writer {
     /// Starts the checkpoint of `step` (optimizer steps done) in `dir`. What dead writers left there is removed.
     pub fn begin(dir: &RunDir, step: u64) -> Result<Writer, CheckpointError> {
         let place = dir.path();
-        search::remove_leftovers(place).map_err(|e| failed(step, place, e))?;
+        search::remove_leftovers(place, true).map_err(|e| failed(step, place, e))?;
         let serial = search::highest_serial(place).map_err(|e| failed(step, place, e))? + 1;
         let ticket = Ticket { serial, pid: std::process::id() };
         let temporary = temporary_dir(place, step, ticket);
@@ -296,7 +296,7 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
 }
 
 /// Makes `temporary` appear as `target` in one step, also where a checkpoint of that name is there already.
-fn publish(temporary: &Path, target: &Path) -> io::Result<()> {
+pub(crate) fn publish(temporary: &Path, target: &Path) -> io::Result<()> {
     if !target.exists() {
         return fs::rename(temporary, target);
     }

@@ -1,5 +1,6 @@
 //! A place for a job: its gang of ranks gets nodes and a new generation.
 
+use crate::cluster::checkpoints::wake_holders;
 use crate::cluster::ends::wake_parts;
 use crate::cluster::records::{Part, Placement, Report};
 use crate::cluster::{Answer, Context, Effect, State};
@@ -27,6 +28,8 @@ impl AssignGang {
             Some((leader, _)) if self.parts.len() > 1 && !trains => state.free_port(self.job, *leader),
             _ => None,
         };
+        let nodes: Vec<NodeId> = self.parts.iter().map(|(node, _)| *node).collect();
+        let resume = state.resume_of(self.job, &nodes);
         let mut first_rank = 0;
         let parts = self.parts.iter().map(|(node, ranks)| {
             let part = Part {
@@ -47,12 +50,14 @@ impl AssignGang {
             parts: parts.collect(),
             placed_unix_ms: context.unix_ms,
             port,
+            resume,
         };
         if let Some(job) = state.jobs.get_mut(&self.job) {
             job.state = JobState::Starting;
             job.generation = self.generation;
             job.placement = Some(placement);
             wake_parts(job, context);
+            wake_holders(job, context);
         }
         context.effects.push(Effect::Job(self.job));
         Answer::Done

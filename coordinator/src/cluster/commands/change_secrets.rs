@@ -70,6 +70,7 @@ fn give(id: JobId, mut work: Work, values: Vec<(String, Secret)>) -> Result<(Wor
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::checkpoints::Continues;
     use crate::cluster::commands::{CancelJob, Change, SubmitJob};
     use crate::cluster::history::HistoryRow;
     use crate::cluster::records::Stop;
@@ -80,7 +81,14 @@ mod tests {
         let env = vec![Variable::open("PATH", "/bin"), Variable::secret("KEY", "hidden")];
         let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env };
         let (work, wish) = (Work::Program(program), Wish::default());
-        let submit = SubmitJob { name: "n".into(), world_size: 1, work, wish, keep_checkpoints: 1 };
+        let submit = SubmitJob {
+            name: "n".into(),
+            world_size: 1,
+            work,
+            wish,
+            keep_checkpoints: 1,
+            continues: Continues::Nothing,
+        };
         match script.run(Change::SubmitJob(submit)) {
             Answer::Submitted { job } => job,
             other => panic!("{other:?}"),

@@ -23,6 +23,7 @@ pub struct DescribeNode {
     pub version: String,
     pub labels: BTreeMap<String, String>,
     pub host: String,
+    pub checkpoint_port: u16,
     pub process: u64,
     /// The earlier processes whose records this one has.
     pub earlier: Vec<u64>,
@@ -57,6 +58,7 @@ impl DescribeNode {
         node.version = clip(&self.version);
         node.labels = self.labels;
         node.host = clip(&self.host);
+        node.checkpoint_port = self.checkpoint_port;
         if ![0, self.process].contains(&node.process) {
             node.former.push_back(node.process);
             node.former.drain(..node.former.len().saturating_sub(FORMER_MAX));
@@ -98,6 +100,7 @@ mod tests {
             version: "1".into(),
             labels: BTreeMap::new(),
             host: "h".into(),
+            checkpoint_port: 0,
             process: 1,
             earlier: vec![],
         };

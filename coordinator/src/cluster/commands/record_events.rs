@@ -1,5 +1,6 @@
 //! What happened in a gang on one node, in order and each event once. The last event ends this part of the gang.
 
+use crate::cluster::checkpoints::wake_holders;
 use crate::cluster::records::{Part, bounded_stall};
 use crate::cluster::{Answer, Context, Effect, State};
 use fleet_common::events::{Event, EventBatch, EventBody};
@@ -66,12 +67,22 @@ impl RecordEvents {
             let overfull = state.retention.is_overfull();
             for event in merged(events.into_iter().skip(known)) {
                 state.take_report(id, self.node, &event.body, context);
+                match &event.body {
+                    EventBody::DataReady(_) => state.has_checkpoint(id, self.node),
+                    EventBody::CheckpointLost { manifest_sha256, why } => {
+                        state.checkpoint_lost(id, self.node, manifest_sha256, why, context);
+                    }
+                    EventBody::Started { .. } => {
+                        state.jobs.get(&id).into_iter().for_each(|job| wake_holders(job, context));
+                    }
+                    _ => {}
+                }
                 match event.body {
                     EventBody::Finished(outcome) => {
                         state.end_part(id, self.node, outcome, context);
                         break;
                     }
-                    EventBody::Stall(_) | EventBody::Listening(_) => {}
+                    EventBody::Stall(_) | EventBody::Listening(_) | EventBody::CheckpointLost { .. } => {}
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {

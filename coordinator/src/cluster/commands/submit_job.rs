@@ -1,5 +1,6 @@
 //! A new job. It waits until the planner finds a place for it.
 
+use crate::cluster::checkpoints::Continues;
 use crate::cluster::fit::fit;
 use crate::cluster::history::HistoryRow;
 use crate::cluster::members::{LABELS_MAX, NAME_MAX, clip, is_label};
@@ -25,6 +26,7 @@ pub struct SubmitJob {
     pub work: Work,
     pub wish: Wish,
     pub keep_checkpoints: u32,
+    pub continues: Continues,
 }
 
 impl SubmitJob {
@@ -66,6 +68,8 @@ impl SubmitJob {
             progress: Progress::default(),
             data: None,
             checkpoints: Vec::new(),
+            continues: self.continues,
+            passed_over: Vec::new(),
             error: None,
         };
         state.jobs.insert(job, record);
@@ -198,6 +202,7 @@ mod tests {
             work: program(),
             wish,
             keep_checkpoints: 1,
+            continues: Continues::Nothing,
         })
     }
 
@@ -217,7 +222,14 @@ mod tests {
             let program = Program { argv: vec!["true".into()], working_dir: "/".into(), env };
             let (name, work) = (name.to_owned(), Work::Program(program));
             let wish = Wish::default();
-            Change::SubmitJob(SubmitJob { name, world_size: 1, work, wish, keep_checkpoints: u32::MAX })
+            Change::SubmitJob(SubmitJob {
+                name,
+                world_size: 1,
+                work,
+                wish,
+                keep_checkpoints: u32::MAX,
+                continues: Continues::Nothing,
+            })
         };
         assert!(why(script.run(submit("n", WORK_MAX))).contains("131072 is the limit"));
         let answer = script.run(submit(&"n".repeat(5_000), WORK_MAX / 2));
@@ -300,7 +312,14 @@ mod tests {
         let train = |nodes| {
             let wish = Wish { nodes, ..Wish::default() };
             let work = training();
-            Change::SubmitJob(SubmitJob { name: "t".into(), world_size: 4, work, wish, keep_checkpoints: 1 })
+            Change::SubmitJob(SubmitJob {
+                name: "t".into(),
+                world_size: 4,
+                work,
+                wish,
+                keep_checkpoints: 1,
+                continues: Continues::Nothing,
+            })
         };
         assert!(why(script.run(train(None))).contains("4 ranks on one node"));
         assert!(why(script.run(train(Some(3)))).contains("divided evenly over 3 nodes"));

@@ -76,6 +76,7 @@ pub(super) fn hello(process: u64, gangs: Vec<(JobId, u64)>) -> AgentHello {
         program_version,
         labels: Default::default(),
         host: "h".into(),
+        checkpoint_port: 0,
         process,
         gangs,
         lost: vec![],

@@ -119,6 +119,44 @@ fn a_later_generation_goes_on_from_the_recorded_checkpoint() {
 }
 
 #[test]
+fn what_a_gang_cannot_go_on_from_is_told_and_the_cluster_says_what_becomes_of_it() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > start train 1 resumes /c/step-5
+         prepare from /c/step-5
+         spawn 1 ranks
+         > lost a file of node other
+         send 1: checkpoint lost: a file of node other
+         > cancel now
+         kill rank 0
+         > rank 0 dies 9
+         send 2: stopped after 0",
+    );
+}
+
+#[test]
+fn what_was_lent_counts_until_the_cluster_says_otherwise_or_is_found_again() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > lend 2 3
+         lend 2
+         > disconnected
+         > connected
+         send hello
+         > welcome
+         lend 0
+         > lend
+         lend 0",
+    );
+}
+
+#[test]
 fn a_lost_connection_is_invisible_to_the_ranks_and_nothing_is_sent_twice_or_never() {
     check(
         "> connected

@@ -9,7 +9,7 @@ use fleet_common::events::{
 };
 use fleet_common::ids::JobId;
 use fleet_common::job::*;
-use fleet_common::protocol::{FromRank, Peer, Program, Value, Variable, Work};
+use fleet_common::protocol::{Files, FromRank, Holder, Peer, Program, ResumePoint, Value, Variable, Work};
 
 pub const GANG: GangId = GangId { job: JobId(1), generation: 1 };
 
@@ -23,6 +23,7 @@ pub fn config() -> Config {
         program_version: "0".into(),
         labels: BTreeMap::new(),
         host: "box".into(),
+        checkpoint_port: 700,
         process: 1,
         lines: Rates::USUAL,
     }
@@ -75,6 +76,13 @@ pub fn gang(work: &str, world_size: u32, generation: u64) -> Gang {
     }
 }
 
+/// What one node, which is out of touch, has at `path`.
+fn point(path: &str) -> ResumePoint {
+    let (node, name, files) = (NodeId(7), "other".to_owned(), Files::All);
+    let holder = Holder { node, name, address: None, key: [0; 32], files };
+    ResumePoint { step: 5, path: path.into(), manifest_sha256: "cd".repeat(32), holders: vec![holder] }
+}
+
 pub struct Stage {
     pub agent: Agent,
     pub now: Now,
@@ -109,8 +117,20 @@ pub fn input(words: &[&str], now: Now) -> Input {
             Input::Message(ToAgent::StartGang(gang))
         }
         ["start", work, ranks, "resumes", path] => {
-            let gang = Gang { generation: 1, resume: Some((*path).into()), ..gang(work, rank(ranks), 1) };
+            let gang = Gang { resume: Some(point(path)), ..gang(work, rank(ranks), 1) };
             Input::Message(ToAgent::StartGang(gang))
+        }
+        ["lend", to @ ..] => {
+            let loan = |to: &&str| Loan {
+                to: NodeId(number(to)),
+                key: [1; 32],
+                path: "/c".into(),
+                manifest_sha256: "cd".repeat(32),
+            };
+            Input::Message(ToAgent::Lend(to.iter().map(loan).collect()))
+        }
+        ["lost", why @ ..] => {
+            of_gang(GangInput::CheckpointLost { manifest_sha256: "cd".repeat(32), why: why.join(" ") })
         }
         ["committed", seq] => Input::Message(ToAgent::EventsCommitted { job, generation, seq: number(seq) }),
         ["resend", "from", seq] => {
@@ -273,6 +293,7 @@ fn describe(action: &Action) -> Option<String> {
         }
         Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
         Action::Send(FromAgent::Output { .. }) => "send output".into(),
+        Action::Lend(loans) => format!("lend {}", loans.len()),
         Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
@@ -332,6 +353,7 @@ fn tell(body: &EventBody) -> String {
             format!("failed ({:?}): {}", error.fault, error.message)
         }
         EventBody::CheckpointFailed { step, error } => format!("no checkpoint {step}: {error}"),
+        EventBody::CheckpointLost { why, .. } => format!("checkpoint lost: {why}"),
         EventBody::Stall(Some(stall)) => format!("stands still since {}", stall.since_unix_ms),
         EventBody::Stall(None) => "goes on".into(),
         other => format!("{other:?}"),

@@ -1,0 +1,350 @@
+//! Where checkpoints lie, and which one a gang goes on from.
+//!
+//! A checkpoint lies on the disks of the nodes whose ranks have written it, and on those that have fetched it since. The one that a generation
+//! goes on from is chosen when the gang gets its place, once for all of its nodes. Each node that has not got it is told who has, and those
+//! are told to whom they lend it until the ranks start. When a node cannot get it, the gang stops and starts again from an older one.
+
+use super::ends::wake_parts;
+use super::records::{JobRecord, RecordedCheckpoint, Stop, node_error};
+use super::{Context, Effect, State};
+use fleet_common::events::{CheckpointRecord, Event, EventBody, Level};
+use fleet_common::exit::Fault;
+use fleet_common::ids::{JobId, NodeId};
+use fleet_common::protocol::{Files, Holder, JobState, Loan, Member, ResumePoint};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Nodes of which it is known that they have fetched one checkpoint.
+const COPIES_MAX: usize = 64;
+/// Characters of what is said of a checkpoint that cannot be had.
+const WHY_MAX: usize = 1_000;
+
+/// What a job goes on from when it starts for the first time, as its file says.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Continues {
+    #[default]
+    Nothing,
+    /// The checkpoint at this path.
+    From(String),
+    /// The newest one in this directory.
+    Newest(String),
+}
+
+/// A node that has a checkpoint, or files of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    pub node: NodeId,
+    pub files: Files,
+}
+
+/// The checkpoint that a generation goes on from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// Whose it is.
+    pub job: JobId,
+    /// Without its shards.
+    pub record: CheckpointRecord,
+    pub held: Vec<Held>,
+}
+
+impl Continues {
+    fn takes(&self, record: &CheckpointRecord) -> bool {
+        match self {
+            Continues::Nothing => false,
+            Continues::From(path) => record.path == *path,
+            Continues::Newest(dir) => Path::new(&record.path).parent() == Some(Path::new(dir)),
+        }
+    }
+}
+
+impl State {
+    /// What the next start of a job on these nodes goes on from, as far as the cluster knows of it: its own newest checkpoint, or before it
+    /// has one what its file says. What all these nodes have is left to them, as is what the cluster has not recorded.
+    pub(crate) fn resume_of(&self, id: JobId, nodes: &[NodeId]) -> Option<Resumed> {
+        let job = self.jobs.get(&id)?;
+        let passed = |known: &RecordedCheckpoint| job.passed_over.contains(&known.record.manifest_sha256);
+        let resumed = |of: JobId, known: &RecordedCheckpoint| Resumed {
+            job: of,
+            record: known.record.clone(),
+            held: known.held.clone(),
+        };
+        if job.generation > 0 && !job.checkpoints.is_empty() {
+            let newest = job.checkpoints.iter().rev().find(|known| !passed(known));
+            return newest.map(|known| resumed(id, known));
+        }
+        let all =
+            self.jobs.iter().flat_map(|(of, job)| job.checkpoints.iter().map(move |known| (*of, known)));
+        let meant = all.filter(|(_, known)| job.continues.takes(&known.record) && !passed(known));
+        let (of, known) = meant.max_by_key(|(of, known)| (known.unix_ms, *of, known.event))?;
+        let all_have_it =
+            nodes.iter().all(|node| known.held.contains(&Held { node: *node, files: Files::All }));
+        (!all_have_it).then(|| resumed(of, known))
+    }
+
+    /// As agents are told.
+    pub(super) fn resume_point(&self, resumed: &Resumed) -> ResumePoint {
+        let Resumed { record, held, .. } = resumed;
+        let holder = |held: &Held| {
+            let node = self.nodes.get(&held.node).filter(|node| !node.lost && node.checkpoint_port != 0);
+            let admitted = self.admitted.get(&Member::Worker(held.node));
+            Holder {
+                node: held.node,
+                name: self.node_name(held.node),
+                address: node.zip(admitted).map(|(node, _)| match node.host.contains(':') {
+                    true => format!("[{}]:{}", node.host, node.checkpoint_port),
+                    false => format!("{}:{}", node.host, node.checkpoint_port),
+                }),
+                key: admitted.map(|admitted| admitted.key).unwrap_or_default(),
+                files: held.files,
+            }
+        };
+        ResumePoint {
+            step: record.step,
+            path: record.path.clone(),
+            manifest_sha256: record.manifest_sha256.clone(),
+            holders: held.iter().map(holder).collect(),
+        }
+    }
+
+    /// What other nodes may read on this one: checkpoints of gangs that were placed there and have not started.
+    pub fn loans(&self, node: NodeId) -> Vec<Loan> {
+        let mut loans = Vec::new();
+        for job in self.jobs.values().filter(|job| job.state == JobState::Starting) {
+            let Some(at) = &job.placement else { continue };
+            let Some(resumed) = at.resume.as_ref().filter(|resumed| resumed.has(node)) else { continue };
+            for part in at.parts.iter().filter(|part| part.node != node && !part.finished) {
+                let Some(admitted) = self.admitted.get(&Member::Worker(part.node)) else { continue };
+                loans.push(Loan {
+                    to: part.node,
+                    key: admitted.key,
+                    path: resumed.record.path.clone(),
+                    manifest_sha256: resumed.record.manifest_sha256.clone(),
+                });
+            }
+        }
+        loans
+    }
+
+    /// A node has what its part of the job goes on from.
+    pub(crate) fn has_checkpoint(&mut self, id: JobId, node: NodeId) {
+        let Some((at, job)) = self.jobs.get(&id).and_then(|job| Some((job.placement.as_ref()?, job))) else {
+            return;
+        };
+        // Of one that looks on its own node first it is not known which it took.
+        let looks =
+            at.generation == 1 && at.parts.len() == 1 && matches!(job.continues, Continues::Newest(_));
+        let Some(resumed) = at.resume.as_ref().filter(|_| !looks) else { return };
+        let (of, sha256) = (resumed.job, resumed.record.manifest_sha256.clone());
+        let mut all = self.jobs.get_mut(&of).into_iter().flat_map(|job| &mut job.checkpoints);
+        let Some(known) = all.find(|known| known.record.manifest_sha256 == sha256) else { return };
+        let copy = Held { node, files: Files::All };
+        if known.held.len() < COPIES_MAX && !known.held.contains(&copy) {
+            known.held.push(copy);
+        }
+    }
+
+    /// A node cannot get what its part of the job was to go on from: the gang stops, and starts again from an older one, if there is any.
+    pub(crate) fn checkpoint_lost(
+        &mut self,
+        id: JobId,
+        node: NodeId,
+        manifest_sha256: &str,
+        why: &str,
+        context: &mut Context,
+    ) {
+        let name = self.node_name(node);
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| job.stop.is_none() && !job.state.is_final())
+        else {
+            return;
+        };
+        let Some(at) = &job.placement else { return };
+        let meant = at.resume.as_ref().filter(|resumed| resumed.record.manifest_sha256 == manifest_sha256);
+        let Some(resumed) = meant else { return };
+        let (step, nodes) = (resumed.record.step, at.parts.iter().map(|part| part.node).collect::<Vec<_>>());
+        let why: String = why.chars().filter(|c| !c.is_control()).take(WHY_MAX).collect();
+        job.passed_over.push(manifest_sha256.to_owned());
+        let next = self.resume_of(id, &nodes);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(next) = next else {
+            let message = format!(
+                "on node {name} the job cannot go on from step {step}, and there is no older checkpoint that it could go on from: {why}; bring that \
+                 node back, or its files to the same path on {name}, and submit the job again with resume_from_checkpoint = \"latest\""
+            );
+            let mut error = node_error(name, message);
+            error.fault = Fault::Environment;
+            return self.break_off(id, error, context);
+        };
+        let line = format!(
+            "on node {name}: {why}; the job goes back to the checkpoint of step {}",
+            next.record.step
+        );
+        let body = EventBody::Log { rank: None, level: Level::Warn, line };
+        job.record(id, Event { unix_ms: context.unix_ms, body }, context);
+        job.state = JobState::Stopping;
+        job.stop = Some(Stop::Now);
+        job.requeue = true;
+        context.effects.push(Effect::Job(id));
+        wake_parts(job, context);
+    }
+}
+
+impl Resumed {
+    fn has(&self, node: NodeId) -> bool {
+        self.held.iter().any(|held| held.node == node)
+    }
+}
+
+impl JobRecord {
+    /// Where a checkpoint lies that so many ranks of the present gang, the first ones, have written.
+    pub(super) fn written_by(&self, writers: u32) -> Vec<Held> {
+        let parts = self.placement.iter().flat_map(|at| &at.parts).filter(|part| part.first_rank < writers);
+        let mut held: Vec<Held> = parts
+            .map(|part| {
+                let files =
+                    Files::Of { first: part.first_rank, ranks: part.ranks.min(writers - part.first_rank) };
+                Held { node: part.node, files }
+            })
+            .collect();
+        if let [only] = &mut held[..] {
+            only.files = Files::All;
+        }
+        held
+    }
+}
+
+/// Those who lend the gang its checkpoint have something new to be told.
+pub(crate) fn wake_holders(job: &JobRecord, context: &mut Context) {
+    let resumed = job.placement.iter().filter_map(|at| at.resume.as_ref());
+    context.effects.extend(resumed.flat_map(|resumed| &resumed.held).map(|held| Effect::Node(held.node)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::commands::{Change, DrainNode, MarkNodeLost, SubmitJob};
+    use crate::cluster::tests::{Script, checkpoint_of, stopped, training};
+    use fleet_common::events::DataStats;
+    use fleet_common::protocol::{ToAgent, Wish};
+
+    fn saved(step: u64, writers: u32) -> EventBody {
+        let manifest_sha256 = format!("{step:064x}");
+        EventBody::Checkpoint(CheckpointRecord { manifest_sha256, ..checkpoint_of(step, writers) })
+    }
+
+    fn lost(step: u64) -> EventBody {
+        EventBody::CheckpointLost { manifest_sha256: format!("{step:064x}"), why: "it is gone".into() }
+    }
+
+    fn submit(script: &mut Script, continues: Continues, nodes: u32) -> JobId {
+        let wish = Wish { queue: true, nodes: Some(nodes), ..Wish::default() };
+        let (name, work) = ("test".into(), training());
+        script.submit_as(Change::SubmitJob(SubmitJob {
+            name,
+            world_size: 2 * nodes,
+            work,
+            wish,
+            keep_checkpoints: 3,
+            continues,
+        }))
+    }
+
+    fn told(script: &Script, node: u64) -> Option<ResumePoint> {
+        script.state.orders(NodeId(node)).into_iter().find_map(|order| match order {
+            ToAgent::StartGang(gang) => gang.resume,
+            _ => None,
+        })
+    }
+
+    /// A job that has saved steps 5 and 6 on node 1 and waits for another place.
+    fn drained() -> (Script, JobId) {
+        let mut script = Script::with_nodes(&[2, 2, 2]);
+        let job = submit(&mut script, Continues::Nothing, 1);
+        script.place(job, &[(1, 2)]);
+        script.tell(job, 1, 1, vec![saved(5, 2), saved(6, 2)]);
+        script.run(Change::DrainNode(DrainNode { node: NodeId(1), now: true }));
+        script.tell(job, 1, 3, vec![stopped(6)]);
+        (script, job)
+    }
+
+    #[test]
+    fn who_has_written_a_checkpoint_lends_it_to_the_next_place_until_the_ranks_start() {
+        let (mut script, job) = drained();
+        assert!(script.state.loans(NodeId(1)).is_empty());
+        script.place(job, &[(2, 2)]);
+        let point = told(&script, 2).unwrap();
+        assert_eq!((point.step, point.path.as_str()), (6, "/c/step-6"));
+        let [holder] = &point.holders[..] else { panic!("{point:?}") };
+        assert_eq!((holder.node, holder.files), (NodeId(1), Files::All));
+        assert_eq!(holder.address.as_deref(), Some("host-1:700"));
+        let loans = script.state.loans(NodeId(1));
+        assert!(
+            matches!(&loans[..], [loan] if loan.to == NodeId(2) && loan.path == "/c/step-6"),
+            "{loans:?}"
+        );
+        assert!(script.state.loans(NodeId(2)).is_empty() && script.state.loans(NodeId(3)).is_empty());
+        script.tell(job, 2, 1, vec![EventBody::DataReady(DataStats::default())]);
+        let held = &script.state.jobs()[&job].checkpoints[1].held;
+        assert_eq!(held[1], Held { node: NodeId(2), files: Files::All }, "it has a copy now");
+        script.tell(job, 2, 2, vec![EventBody::Started { step: 6, parameters: 1, device: "cpu".into() }]);
+        assert!(script.state.loans(NodeId(1)).is_empty(), "it has started");
+    }
+
+    #[test]
+    fn what_several_hosts_have_written_lies_on_each_of_them() {
+        let mut script = Script::with_nodes(&[2, 2]);
+        let job = submit(&mut script, Continues::Nothing, 2);
+        script.place(job, &[(1, 2), (2, 2)]);
+        script.tell(job, 1, 1, vec![saved(5, 2), saved(6, 3)]);
+        let checkpoints = &script.state.jobs()[&job].checkpoints;
+        assert_eq!(checkpoints[0].held, [Held { node: NodeId(1), files: Files::All }]);
+        let of = |node, first, ranks| Held { node: NodeId(node), files: Files::Of { first, ranks } };
+        assert_eq!(checkpoints[1].held, [of(1, 0, 2), of(2, 2, 1)]);
+    }
+
+    #[test]
+    fn without_the_newest_one_a_gang_goes_back_to_an_older_one_and_fails_without_any() {
+        let (mut script, job) = drained();
+        script.run(Change::MarkNodeLost(MarkNodeLost { node: NodeId(1), silent_ms: 10_000 }));
+        script.place(job, &[(2, 2)]);
+        assert_eq!(told(&script, 2).unwrap().holders[0].address, None, "nobody can ask it");
+        script.tell(job, 2, 1, vec![lost(5)]);
+        assert_eq!(script.state.jobs()[&job].state, JobState::Starting, "it goes on from another one");
+        script.tell(job, 2, 2, vec![lost(6)]);
+        assert!(script.state.jobs()[&job].requeue);
+        script.tell(job, 2, 3, vec![stopped(0)]);
+        assert_eq!(script.state.jobs()[&job].state, JobState::Queued);
+        script.place(job, &[(3, 2)]);
+        assert_eq!(told(&script, 3).unwrap().step, 5);
+        script.tell(job, 3, 1, vec![lost(5)]);
+        script.tell(job, 3, 2, vec![stopped(0)]);
+        let record = &script.state.jobs()[&job];
+        let error = record.error.clone().unwrap();
+        assert_eq!((record.state, error.fault), (JobState::Failed, Fault::Environment));
+        assert!(
+            error.message.contains("it is gone") && error.message.contains("node n3"),
+            "{}",
+            error.message
+        );
+    }
+
+    #[test]
+    fn a_job_that_names_a_checkpoint_gets_it_from_whoever_has_it() {
+        let (mut script, _) = drained();
+        for (continues, step) in [
+            (Continues::From("/c/step-5".into()), Some(5)),
+            (Continues::Newest("/c".into()), Some(6)),
+            (Continues::Newest("/d".into()), None),
+            (Continues::Nothing, None),
+        ] {
+            let job = submit(&mut script, continues, 1);
+            script.place(job, &[(2, 2)]);
+            assert_eq!(told(&script, 2).map(|point| point.step), step);
+            script.tell(job, 2, 1, vec![stopped(0)]);
+        }
+        // On the node where it lies it is the node's to look at.
+        script.run(Change::UndrainNode(crate::cluster::commands::UndrainNode { node: NodeId(1) }));
+        let job = submit(&mut script, Continues::Newest("/c".into()), 1);
+        script.place(job, &[(1, 2)]);
+        assert_eq!(told(&script, 1), None);
+    }
+}
