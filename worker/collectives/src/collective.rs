@@ -11,6 +11,7 @@ use crate::call::Call;
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
+use crate::net::SlowLink;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -151,6 +152,11 @@ pub trait Gang: Send {
     fn barrier(&mut self) -> Result<()>;
     /// Replaces each of a few numbers by its reduction over all ranks.
     fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()>;
+    /// The link between hosts, if there is one, that was much slower than the others since the last call. A collective call; all ranks get
+    /// the same.
+    fn slow_link(&mut self) -> Result<Option<SlowLink>> {
+        Ok(None)
+    }
 }
 
 /// Buffers travel between ranks: at once, or posted and worked off while the caller computes.

@@ -12,7 +12,7 @@ use crate::collective::{
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
 use crate::memory::{Common, PerRank};
-use crate::net::{NetAbortHandle, NetCollective};
+use crate::net::{NetAbortHandle, NetCollective, SlowLink};
 use crate::posts::Posts;
 use crate::shm::{AbortHandle, Notes, ShmCollective};
 use std::ops::Range;
@@ -245,6 +245,10 @@ impl Gang for HostCollective {
 
     fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()> {
         through_bytes(values, |bytes| self.all_reduce(bytes, DType::F64, op))
+    }
+
+    fn slow_link(&mut self) -> Result<Option<SlowLink>> {
+        self.call(|pair| pair.net.slow_link())
     }
 }
 

@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::stopwatch::{Doing, Phase, Stopwatch};
 use crate::trace::What;
 use crate::units::{Memory, UnitWeights, Units};
+use fleet_collectives::net::SlowLink;
 use fleet_collectives::{
     Activity, Common, DType, Exchange, Gang, Gather, Keep, Op, Pace, PerRank, Posted, Result as Reached,
     SharedHost, Ticket,
@@ -114,6 +115,9 @@ impl<G: Gang + ?Sized> Gang for TimedGang<G> {
     }
     fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Reached<()> {
         self.call(|gang| gang.all_reduce_f64(values, op))
+    }
+    fn slow_link(&mut self) -> Reached<Option<SlowLink>> {
+        self.call(|gang| gang.slow_link())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The calls of ranks that are connected.
 
 use super::gang::{Cut, NetCollective};
+use super::rate::SlowLink;
 use crate::algorithm::Operation;
 use crate::call::Call;
 use crate::collective::{Activity, Exchange, Gang, Pace, Posted, Ticket, refuse, through_bytes};
@@ -39,6 +40,20 @@ impl Gang for NetCollective {
 
     fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()> {
         through_bytes(values, |bytes| self.all_reduce(bytes, DType::F64, op))
+    }
+
+    /// Known where ranks had more to send than connections took.
+    fn slow_link(&mut self) -> Result<Option<SlowLink>> {
+        let mine: Vec<f64> = {
+            self.finish()?;
+            self.shared.driver().peers.iter_mut().map(|peer| peer.rate.look()).collect()
+        };
+        let mine: Vec<u8> = mine.iter().flat_map(|rate| rate.to_le_bytes()).collect();
+        let mut all = vec![0; mine.len() * self.world()];
+        self.all_gather(&mine, &mut all)?;
+        let rate = |eight: &[u8]| f64::from_le_bytes(eight.try_into().expect("a chunk of eight bytes"));
+        let rates: Vec<f64> = all.chunks_exact(8).map(rate).collect();
+        Ok(SlowLink::among(&self.topology, &rates))
     }
 }
 

@@ -5,12 +5,11 @@ use super::calls::keep_own;
 use super::driver::{Driver, Job, Stop};
 use super::links::{Links, Wake};
 use super::posted::{Posting, Shared};
-use super::rate::SlowLink;
 use super::rendezvous::Rendezvous;
 use crate::abort::Abort;
 use crate::algorithm::{Operation, Plan, Topology, Work};
 use crate::call::{Call, Signature};
-use crate::collective::{Exchange, Parts, Posted, Ticket};
+use crate::collective::{Parts, Posted, Ticket};
 use crate::cost::Chooser;
 use crate::dtype::{DType, Op};
 use crate::error::{CollectiveError, Result};
@@ -295,21 +294,6 @@ impl NetCollective {
     /// The first ranks of all hosts meet; the others only count the call.
     pub(crate) fn barrier_of_hosts(&mut self) -> Result<()> {
         self.latched(|gang| gang.call(Call::Barrier, Operation::Barrier, Cut::Hosts(1), &mut [0]))
-    }
-
-    /// The link between hosts, if there is one, that was much slower than the others since the last call. Known where ranks had more to
-    /// send than connections took. A collective call; all ranks get the same.
-    pub fn slow_link(&mut self) -> Result<Option<SlowLink>> {
-        let mine: Vec<f64> = {
-            self.finish()?;
-            self.shared.driver().peers.iter_mut().map(|peer| peer.rate.look()).collect()
-        };
-        let mine: Vec<u8> = mine.iter().flat_map(|rate| rate.to_le_bytes()).collect();
-        let mut all = vec![0; mine.len() * self.world()];
-        self.all_gather(&mine, &mut all)?;
-        let rate = |eight: &[u8]| f64::from_le_bytes(eight.try_into().expect("a chunk of eight bytes"));
-        let rates: Vec<f64> = all.chunks_exact(8).map(rate).collect();
-        Ok(SlowLink::among(&self.topology, &rates))
     }
 }
 

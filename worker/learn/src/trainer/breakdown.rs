@@ -5,7 +5,7 @@ use crate::agent_link::AgentLink;
 use crate::error::Result;
 use crate::stopwatch::Phase;
 use fleet_collectives::Op;
-use fleet_common::events::{EventBody, Times};
+use fleet_common::events::{EventBody, Level, Times};
 use std::time::Duration;
 
 /// What was told of the stopwatch.
@@ -18,13 +18,15 @@ pub(super) struct Breakdown {
     all_computed: u64,
     /// For how long this rank computed in that step.
     pub computed: Duration,
+    /// The slow link that was named last: from host, to host.
+    slow: Option<(usize, usize)>,
 }
 
 impl Breakdown {
     /// From here on, after `step`.
     pub fn begin(sums: [u64; 6], step: u64) -> Breakdown {
         let (all_computed, computed) = (computed(&sums), Duration::ZERO);
-        Breakdown { told: sums, step, all_computed, computed }
+        Breakdown { told: sums, step, all_computed, computed, slow: None }
     }
 
     pub fn after_step(&mut self, sums: [u64; 6]) {
@@ -50,6 +52,16 @@ fn computed(sums: &[u64; 6]) -> u64 {
 }
 
 impl Trainer {
+    /// Rank 0 names a link between hosts that is slow, each once. A collective call.
+    pub(super) fn tell_slow_link(&mut self, link: &mut AgentLink) -> Result<()> {
+        let Some(slow) = self.learner.gang().slow_link()? else { return Ok(()) };
+        let hosts = Some((slow.from_host, slow.to_host));
+        if self.rank == 0 && std::mem::replace(&mut self.breakdown.slow, hosts) != hosts {
+            link.log(Level::Warn, slow.to_string());
+        }
+        Ok(())
+    }
+
     /// Rank 0 tells the means over all ranks. A collective call.
     pub(super) fn tell_times(&mut self, link: &mut AgentLink) -> Result<()> {
         let step = self.state.step;

@@ -269,6 +269,7 @@ impl Trainer {
             self.rotate(link);
             if told {
                 self.tell_times(link)?;
+                self.tell_slow_link(link)?;
             }
             stopped = votes.stop;
             if votes.time {

@@ -26,7 +26,7 @@ pub fn seats(hosts: &[usize]) -> Vec<Seat> {
     let segments: Vec<Arc<Segment>> =
         (0..count).map(|host| Arc::new(Segment::create(size(host), GENERATION).unwrap())).collect();
     let network = |_: &usize| {
-        let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let listener = Listener::tcp((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         (listener, Key::generate().unwrap())
     };
     let doors: Vec<(Listener, Key)> = hosts.iter().map(network).collect();
@@ -56,7 +56,8 @@ impl Seat {
         match self.network {
             None => Box::new(shm),
             Some((listener, key, told)) => {
-                Box::new(HostCollective::new(shm, listener.tcp(&told, &key, TIMEOUT).unwrap()).unwrap())
+                let net = listener.connect(&told, &key, TIMEOUT).unwrap();
+                Box::new(HostCollective::new(shm, net).unwrap())
             }
         }
     }
