@@ -53,7 +53,7 @@ impl Gang for NetCollective {
         self.all_gather(&mine, &mut all)?;
         let rate = |eight: &[u8]| f64::from_le_bytes(eight.try_into().expect("a chunk of eight bytes"));
         let rates: Vec<f64> = all.chunks_exact(8).map(rate).collect();
-        Ok(SlowLink::among(&self.topology, &rates))
+        Ok(SlowLink::among(self.topology(), &rates))
     }
 }
 
