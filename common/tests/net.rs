@@ -481,11 +481,12 @@ async fn a_joiner_of_another_version_is_told_both() {
     });
     let connection = raw_joiner(&ca, addr).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    // Version 7, and then what no request has.
-    send.write_all(&[4, 0, 0, 0, 7, 0xFF, 0xFF, 0xFF]).await.unwrap();
+    // Another version, and then what no request has.
+    let other = PROTOCOL_VERSION as u8 + 1;
+    send.write_all(&[4, 0, 0, 0, other, 0xFF, 0xFF, 0xFF]).await.unwrap();
     let reply = fleet_common::codec::read_frame(&mut receive).await.unwrap();
     let Some(JoinReply::Refused(refusal)) = reply else { panic!() };
-    let both = format!("version {PROTOCOL_VERSION} of the protocol, the other side 7");
+    let both = format!("version {PROTOCOL_VERSION} of the protocol, the other side {other}");
     assert!(refusal.message.contains(&both), "{}", refusal.message);
     connection.close(DONE, b"");
     assert_eq!(server.await.unwrap(), refusal.message);

@@ -298,8 +298,8 @@ async fn a_workers_certificate_does_no_clients_work() {
 }
 
 /// A frame as another version of fleet would send it: its version, then what this one does not know.
-fn of_version_7(before: &[u8]) -> Vec<u8> {
-    let body = [before, &[7, 0xFF, 0xFF, 0xFF]].concat();
+fn of_the_next_version(before: &[u8]) -> Vec<u8> {
+    let body = [before, &[PROTOCOL_VERSION as u8 + 1, 0xFF, 0xFF, 0xFF]].concat();
     [&(body.len() as u32).to_le_bytes()[..], &body].concat()
 }
 
@@ -307,7 +307,8 @@ fn of_version_7(before: &[u8]) -> Vec<u8> {
 async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let named = |text: &str| {
         let both = format!(
-            "version {PROTOCOL_VERSION} of the protocol, the other side 7; install the same version of fleet"
+            "version {PROTOCOL_VERSION} of the protocol, the other side {}; install the same version of fleet",
+            PROTOCOL_VERSION + 1
         );
         assert!(text.contains(&both), "{text}");
     };
@@ -316,7 +317,7 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let identity = Identity::load(&dir.path().join("client")).unwrap().unwrap();
     let connection = net::connect(&[coordinator.endpoint().quic.clone()], &identity).await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    send.write_all(&of_version_7(&[])).await.unwrap();
+    send.write_all(&of_the_next_version(&[])).await.unwrap();
     let Some(Reply::Refused(refusal)) = fleet_common::codec::read_frame(&mut receive).await.unwrap() else {
         panic!()
     };
@@ -326,7 +327,7 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let identity = join(&coordinator, &token(dir.path(), "worker"), "box").await.unwrap();
     let connection = net::connect(&members, &identity).await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    send.write_all(&of_version_7(&[0])).await.unwrap();
+    send.write_all(&of_the_next_version(&[0])).await.unwrap();
     let told: Option<ToAgent> = fleet_common::codec::read_frame(&mut receive).await.unwrap();
     let Some(ToAgent::Refused { message, fatal: true }) = told else { panic!("{told:?}") };
     named(&message);
@@ -337,7 +338,7 @@ async fn another_version_is_named_to_clients_workers_and_coordinators() {
     let identity = join(&coordinator, &text.parse().unwrap(), "other").await.unwrap();
     let connection = net::connect(&members, &identity).await.unwrap();
     let mut stream = connection.open_uni().await.unwrap();
-    stream.write_all(&of_version_7(&[])).await.unwrap();
+    stream.write_all(&of_the_next_version(&[])).await.unwrap();
     named(&net::describe(&tokio::time::timeout(DEADLINE, connection.closed()).await.unwrap()));
 }
 

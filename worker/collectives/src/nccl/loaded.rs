@@ -35,16 +35,25 @@ struct Config {
     later: c_int,
 }
 
+type GetUniqueId = unsafe extern "C" fn(*mut UniqueId) -> Status;
+type CommInitRankConfig = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> Status;
+type CommGetAsyncError = unsafe extern "C" fn(Comm, *mut Status) -> Status;
+type CommAbort = unsafe extern "C" fn(Comm) -> Status;
+type AllGather =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, sys::CUstream) -> Status;
+type ReduceScatter =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> Status;
+type GetErrorString = unsafe extern "C" fn(Status) -> *const c_char;
+
 /// The functions that are used.
 struct Functions {
-    get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> Status,
-    comm_init_rank_config: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> Status,
-    comm_get_async_error: unsafe extern "C" fn(Comm, *mut Status) -> Status,
-    comm_abort: unsafe extern "C" fn(Comm) -> Status,
-    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, sys::CUstream) -> Status,
-    reduce_scatter:
-        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> Status,
-    get_error_string: unsafe extern "C" fn(Status) -> *const c_char,
+    get_unique_id: GetUniqueId,
+    comm_init_rank_config: CommInitRankConfig,
+    comm_get_async_error: CommGetAsyncError,
+    comm_abort: CommAbort,
+    all_gather: AllGather,
+    reduce_scatter: ReduceScatter,
+    get_error_string: GetErrorString,
 }
 
 impl Functions {
@@ -72,13 +81,17 @@ impl Functions {
         unsafe {
             use std::mem::transmute as function;
             Ok(Functions {
-                get_unique_id: function(symbol(c"ncclGetUniqueId")?),
-                comm_init_rank_config: function(symbol(c"ncclCommInitRankConfig")?),
-                comm_get_async_error: function(symbol(c"ncclCommGetAsyncError")?),
-                comm_abort: function(symbol(c"ncclCommAbort")?),
-                all_gather: function(symbol(c"ncclAllGather")?),
-                reduce_scatter: function(symbol(c"ncclReduceScatter")?),
-                get_error_string: function(symbol(c"ncclGetErrorString")?),
+                get_unique_id: function::<*mut c_void, GetUniqueId>(symbol(c"ncclGetUniqueId")?),
+                comm_init_rank_config: function::<*mut c_void, CommInitRankConfig>(symbol(
+                    c"ncclCommInitRankConfig",
+                )?),
+                comm_get_async_error: function::<*mut c_void, CommGetAsyncError>(symbol(
+                    c"ncclCommGetAsyncError",
+                )?),
+                comm_abort: function::<*mut c_void, CommAbort>(symbol(c"ncclCommAbort")?),
+                all_gather: function::<*mut c_void, AllGather>(symbol(c"ncclAllGather")?),
+                reduce_scatter: function::<*mut c_void, ReduceScatter>(symbol(c"ncclReduceScatter")?),
+                get_error_string: function::<*mut c_void, GetErrorString>(symbol(c"ncclGetErrorString")?),
             })
         }
     }
@@ -87,9 +100,10 @@ impl Functions {
         match status {
             SUCCESS => Ok(true),
             IN_PROGRESS => Ok(false),
-            // SAFETY: NCCL gives a constant text for any number.
             other => {
-                Err(unsafe { CStr::from_ptr((self.get_error_string)(other)) }.to_string_lossy().into_owned())
+                // SAFETY: NCCL gives a constant text for any number.
+                let text = unsafe { CStr::from_ptr((self.get_error_string)(other)) };
+                Err(text.to_string_lossy().into_owned())
             }
         }
     }
