@@ -151,7 +151,7 @@ async fn speak(
                     return "this coordinator is stopping".to_owned();
                 }
                 downs.drain(..).try_for_each(|down| match down {
-                    Down::Say(message @ ToAgent::Welcome { .. }) => {
+                    Down::Say(message) if matches!(*message, ToAgent::Welcome { .. }) => {
                         let coordinators = shared.addresses.borrow().clone();
                         let mark = shared.trust.authorities().mark();
                         encode(&message)

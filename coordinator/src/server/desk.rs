@@ -19,7 +19,7 @@ pub enum CallSink {
 /// What the task of an agent's connection is told.
 #[derive(Debug)]
 pub enum Down {
-    Say(ToAgent),
+    Say(Box<ToAgent>),
     /// One batch of events is done with; another may come.
     Taken,
     Close {
@@ -57,7 +57,7 @@ impl Desk {
     /// To every agent.
     pub fn say_to_all(&self, message: &ToAgent) {
         for sink in self.sessions.values() {
-            let _ = sink.send(Down::Say(message.clone())); // one that is gone reports it itself
+            let _ = sink.send(Down::Say(Box::new(message.clone()))); // one that is gone reports it itself
         }
     }
 
@@ -97,7 +97,7 @@ impl Desk {
                     let _ = sink.send(result);
                 }
             }
-            Action::ToAgent { session, message } => self.down(session, Down::Say(message)),
+            Action::ToAgent { session, message } => self.down(session, Down::Say(Box::new(message))),
             Action::AgentTaken { session } => self.down(session, Down::Taken),
             Action::CloseAgent { session, message, fatal } => {
                 self.down(session, Down::Close { message, fatal });

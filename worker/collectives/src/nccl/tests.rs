@@ -1,5 +1,6 @@
 //! The logic of exchanges over NCCL against a double of the library: ranks are threads, devices are memory of the host.
 
+#![allow(clippy::unwrap_used)] // helpers of tests may panic
 #![allow(unsafe_code)]
 
 use super::*;
