@@ -61,7 +61,9 @@ impl Kind {
                 "coordinator-5.log",
                 "worker.log",
             ],
-            Kind::Worker => &["lock", "identity", "coordinators.json", "process.json", "gangs"],
+            Kind::Worker => {
+                &["lock", "identity", "coordinators.json", "process.json", "gangs", "checkpoint-port"]
+            }
             Kind::Runs => &[],
         }
     }

@@ -47,7 +47,17 @@ pub fn fetch(
     })?;
     let mut fetcher =
         Fetcher { point, me: identity.node(), identity, patience, connections: BTreeMap::new() };
-    let done = runtime.block_on(fetcher.all(told));
+    // `told` may block, which nothing may inside of a runtime.
+    let done = runtime.block_on(fetcher.begin()).and_then(|arrival| {
+        let names: Vec<&str> = fetcher.others().map(|holder| holder.name.as_str()).collect();
+        let (kib, from) = (arrival.bytes().div_ceil(1 << 10), names.join(", "));
+        told(format!("fetching the checkpoint of step {} ({kib} KiB) from {from}", point.step));
+        let began = Instant::now();
+        runtime.block_on(fetcher.files(&arrival))?;
+        arrival.finish().map_err(Unfetched::Refused)?;
+        told(format!("fetched it in {:.1} s", began.elapsed().as_secs_f64()));
+        Ok(())
+    });
     for connection in fetcher.connections.values() {
         connection.close(net::DONE, b"");
     }
@@ -113,22 +123,15 @@ impl From<Unfit> for Failed {
 }
 
 impl Fetcher<'_> {
-    async fn all(&mut self, told: &dyn Fn(String)) -> Result<(), Unfetched> {
+    async fn begin(&mut self) -> Result<Arrival, Unfetched> {
         let manifest = self.manifest().await?;
-        let arrival = Arrival::begin(Path::new(&self.point.path), &manifest).map_err(Unfetched::Refused)?;
-        let names: Vec<&str> = self.others().map(|holder| holder.name.as_str()).collect();
-        told(format!(
-            "fetching the checkpoint of step {} ({} KiB) from {}",
-            self.point.step,
-            arrival.bytes().div_ceil(1 << 10),
-            names.join(", ")
-        ));
-        let began = Instant::now();
+        Arrival::begin(Path::new(&self.point.path), &manifest).map_err(Unfetched::Refused)
+    }
+
+    async fn files(&mut self, arrival: &Arrival) -> Result<(), Unfetched> {
         for (name, _, writer) in arrival.files() {
-            self.file(&arrival, name, writer).await?;
+            self.file(arrival, name, writer).await?;
         }
-        arrival.finish().map_err(Unfetched::Refused)?;
-        told(format!("fetched it in {:.1} s", began.elapsed().as_secs_f64()));
         Ok(())
     }
 
