@@ -3,6 +3,7 @@
 use crate::collective::Ticket;
 use crate::error::{CollectiveError, Result};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 #[cfg(target_os = "linux")]
@@ -135,7 +136,11 @@ impl<W> Shared<W> {
                 continue;
             };
             drop(queue);
-            let result = carry_out(work);
+            // Who waits for a post waits for this thread.
+            let result = catch_unwind(AssertUnwindSafe(|| carry_out(work))).unwrap_or_else(|_| {
+                let message = "fleet's own thread panicked; this rank's log says where: please report it";
+                Err(CollectiveError::Refused { operation: "posted exchange", message: message.into() })
+            });
             queue = self.queue();
             match result {
                 Ok(()) => queue.done += 1,
@@ -147,5 +152,21 @@ impl<W> Shared<W> {
             }
             self.changed.notify_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_what_is_posted_instead_of_letting_it_wait() {
+        let mut posts = Posts::new();
+        let carry_out = || |number: u32| -> Result<()> { if number == 2 { panic!("two") } else { Ok(()) } };
+        let tickets = [1, 2, 3].map(|number| posts.post(number, carry_out).unwrap());
+        posts.wait_for(tickets[0].0).ok();
+        assert!(posts.wait_for(tickets[1].0).unwrap_err().to_string().contains("panicked"));
+        assert!(posts.finish().is_err() && posts.has_failed());
+        posts.close(|| unreachable!("it has ended"));
     }
 }

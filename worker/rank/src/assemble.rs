@@ -80,9 +80,10 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
                 Strategy::Fsdp | Strategy::Hsdp => Rooms::TwoBlocks,
                 Strategy::Auto | Strategy::Ddp => Rooms::Everything,
             };
-            let transport = transport(gang, device)?;
+            let watch = Stopwatch::default();
+            let transport = transport(Box::new(TimedGang::new(gang, watch.clone())), device)?;
             let strategy = fleet_torch::Sharded::new(layout, rooms, device, numbers.products, transport)?;
-            Box::new(Engine::new(executor, strategy))
+            Box::new(Engine::new(executor, strategy).watched(watch))
         }
     };
     Ok(Made { learner, note: None })
