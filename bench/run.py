@@ -22,7 +22,7 @@ ROOT = HERE.parent
 SEQUENCE, BATCH = 256, 4
 UNSTEADY_STEPS = 5
 STEPS_MIN = 4
-SAMPLE_S = 0.5
+SAMPLE_S = 1.0
 
 
 class Failed(Exception):
@@ -33,26 +33,32 @@ class Failed(Exception):
 
 
 class MemorySampler(threading.Thread):
-    """The highest RSS and PSS, in MiB, of each descendant of a process whose command line has `wanted` and not `unwanted`."""
+    """RSS and PSS, in MiB, of `count` descendants of a process whose command line has `wanted` and not
+    `unwanted`: means over the ranks at moments when all of them are there, since one that is alone is charged for what was shared."""
 
-    def __init__(self, root, wanted, unwanted=None):
+    def __init__(self, root, count, wanted, unwanted=None):
         super().__init__(daemon=True)
-        self.root, self.wanted, self.unwanted = root, wanted, unwanted
-        self.rss, self.pss, self.ended = {}, {}, threading.Event()
+        self.root, self.count, self.wanted, self.unwanted = root, count, wanted, unwanted
+        self.samples, self.ended = [], threading.Event()
 
     def run(self):
+        ranks = []
         while not self.ended.wait(SAMPLE_S):
-            for pid in self.ranks():
-                try:
-                    self.keep(self.rss, pid, "status", "VmHWM")
-                    self.keep(self.pss, pid, "smaps_rollup", "Pss")
-                except OSError:
-                    pass  # it has just ended
+            ranks = ranks if len(ranks) == self.count else list(self.ranks())
+            try:
+                sample = [self.look(pid) for pid in ranks]
+            except OSError:
+                return  # a rank has ended
+            if len(sample) == self.count:
+                self.samples.append({key: statistics.mean(one[key] for one in sample) for key in sample[0]})
 
-    def keep(self, table, pid, file, field):
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.M)
-        if found:
-            table[pid] = max(table.get(pid, 0), int(found.group(1)) / 1024)
+    def of(self, which, key):
+        return which(sample[key] for sample in self.samples) if self.samples else float("nan")
+
+    def look(self, pid):
+        text = "".join(Path(f"/proc/{pid}/{file}").read_text() for file in ("status", "smaps_rollup"))
+        found = {key: re.search(rf"^{field}:\s+(\d+) kB", text, re.M) for key, field in (("rss", "VmHWM"), ("pss", "Pss"))}
+        return {key: int(match.group(1)) / 1024 if match else 0 for key, match in found.items()}
 
     def ranks(self):
         parents = {}
@@ -75,16 +81,16 @@ class MemorySampler(threading.Thread):
                     yield pid
 
 
-def run(command, wanted, unwanted=None):
-    """Runs a command to its end: (start in seconds since 1970, the JSON objects of its stdout, the memory of its ranks).
+def run(command, ranks, wanted, unwanted=None):
+    """Runs a command to its end: (start in seconds since 1970, the JSON objects of its stdout, the sampler of its ranks' memory).
 
-    `wanted` and `unwanted` tell its ranks by their command lines; without `wanted` no memory is looked at.
+    `wanted` and `unwanted` tell its `ranks` by their command lines; without `wanted` no memory is looked at.
     """
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     with tempfile.TemporaryFile("w+") as errors:
         start = time.time()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment)
-        memory = MemorySampler(process.pid, wanted, unwanted)
+        memory = MemorySampler(process.pid, ranks, wanted, unwanted)
         if wanted:
             memory.start()
         lines = [json.loads(line) for line in process.stdout if line.startswith("{")]
@@ -108,13 +114,14 @@ def summarise(start, step_ends, ranks, memory):
     return {
         "tokens_per_s": ranks * BATCH * SEQUENCE / step_s,
         "startup_s": step_ends[0] - start - step_s,
-        "rss_mib": statistics.mean(memory.rss.values()) if memory.rss else float("nan"),
-        "pss_mib": statistics.mean(memory.pss.values()) if memory.pss else float("nan"),
+        "rss_mib": memory.of(max, "rss"),
+        "pss_mib": memory.of(max, "pss"),
     }
 
 
-def run_fleet(arguments, work, ranks, precision):
+def run_fleet(arguments, work, ranks, strategy, precision):
     settings = {
+        "strategy": strategy,
         "precision": {"fp32": "32", "bf16": "bf16-mixed"}[precision],
         "output_dir": work / "output",
         "run_name": f"bench-{time.time_ns()}",
@@ -122,46 +129,66 @@ def run_fleet(arguments, work, ranks, precision):
     }
     command = [str(arguments.bin / "fleet"), "launch", "-n", str(ranks), str(HERE / "llama_13m.toml"), "--json"]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    start, lines, memory = run(command, "fleet-rank")
+    start, lines, memory = run(command, ranks, "fleet-rank")
     ends = [line["time"] / 1000 for line in lines if line.get("event") == "step"]
     shutil.rmtree(work / "output" / "checkpoints", ignore_errors=True)
-    return summarise(start, ends, ranks, memory)
+    times = lines[-1]["times"]
+    return summarise(start, ends, ranks, memory) | {"communication": times["communication"]["share"]}
 
 
 def torchrun(ranks, *words):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *map(str, words)]
 
 
-def run_peer(arguments, _work, ranks, precision):
-    command = torchrun(ranks, HERE / "peer_ddp.py", "--precision", precision, "--steps", arguments.steps,
+def run_peer(arguments, _work, ranks, strategy, precision):
+    command = torchrun(ranks, HERE / "peer.py", "--strategy", strategy, "--precision", precision, "--steps", arguments.steps,
                        "--limit-s", arguments.limit)
     command += ["--compile"] if arguments.compile else []
-    start, lines, memory = run(command, "peer_ddp.py", "torch.distributed.run")
+    start, lines, memory = run(command, ranks, "peer.py", "torch.distributed.run")
     return summarise(start, [line["time"] for line in lines if "step" in line], ranks, memory)
+
+
+NAMES = {(run_fleet, "ddp"): "fleet", (run_fleet, "fsdp"): "fleet", (run_peer, "ddp"): "PyTorch DDP", (run_peer, "fsdp"): "PyTorch FSDP2"}
 
 
 # ---- the tables ---------------------------------------------------------------------------------------------------------
 
 
 def training(arguments, work):
-    rows = ["| ranks | precision | | tokens/s | start-up s | RSS MiB | PSS MiB |", "|---|---|---|---|---|---|---|"]
+    """Rows of the table, and of a second one that holds fleet's strategies and numbers of ranks against each other."""
+    rows = ["| ranks | strategy | precision | | tokens/s | start-up s | RSS MiB | PSS MiB | communication |", "|---|---|---|---|---|---|---|---|---|"]
+    speed = {}
     for ranks in arguments.ranks:
         for precision in arguments.precision:
-            sides = {"fleet": [], "PyTorch DDP": []}
+            sides = [(strategy, runner) for strategy in (arguments.strategy if ranks > 1 else ["ddp"]) for runner in (run_fleet, run_peer)]
+            runs = {side: [] for side in sides}
             for turn in range(arguments.runs):
-                for name, runner in (("fleet", run_fleet), ("PyTorch DDP", run_peer)):
-                    sides[name].append(runner(arguments, work, ranks, precision))
-                    tell(f"{ranks} ranks, {precision}, run {turn + 1}, {name}: {shown(sides[name][-1])}")
-            median = {name: medians(runs) for name, runs in sides.items()}
-            for name, runs in sides.items():
-                low, high = (pick(run["tokens_per_s"] for run in runs) for pick in (min, max))
-                it = median[name]
-                rows.append(f"| {ranks} | {precision} | {name} | {it['tokens_per_s']:.0f} ({low:.0f}-{high:.0f}) | {it['startup_s']:.2f} "
-                            f"| {it['rss_mib']:.0f} | {it['pss_mib']:.0f} |")
-            fleet, peer = median["fleet"], median["PyTorch DDP"]
-            ratio = {key: fleet[key] / peer[key] for key in fleet}
-            rows.append(f"| {ranks} | {precision} | **fleet / PyTorch** | **{ratio['tokens_per_s']:.2f}** | **{ratio['startup_s']:.2f}** "
-                        f"| **{ratio['rss_mib']:.2f}** | **{ratio['pss_mib']:.2f}** |")
+                for strategy, runner in sides:
+                    runs[strategy, runner].append(runner(arguments, work, ranks, strategy, precision))
+                    tell(f"{ranks} ranks, {precision}, run {turn + 1}, {NAMES[runner, strategy]}: {shown(runs[strategy, runner][-1])}")
+            median = {side: medians(those) for side, those in runs.items()}
+            for strategy, runner in sides:
+                low, high = (pick(run["tokens_per_s"] for run in runs[strategy, runner]) for pick in (min, max))
+                it = median[strategy, runner]
+                exposed = f"{it['communication']:.1%}" if "communication" in it else "-"
+                rows.append(f"| {ranks} | {strategy} | {precision} | {NAMES[runner, strategy]} | {it['tokens_per_s']:.0f} ({low:.0f}-{high:.0f}) "
+                            f"| {it['startup_s']:.2f} | {it['rss_mib']:.0f} | {it['pss_mib']:.0f} | {exposed} |")
+                if runner is run_peer:
+                    fleet = median[strategy, run_fleet]
+                    ratio = {key: f"**{fleet[key] / it[key]:.2f}**" for key in it}
+                    rows.append(f"| {ranks} | {strategy} | {precision} | **fleet / PyTorch** | {ratio['tokens_per_s']} | {ratio['startup_s']} "
+                                f"| {ratio['rss_mib']} | {ratio['pss_mib']} | |")
+                else:
+                    speed[ranks, strategy, precision] = it
+    return rows + ["", *against_each_other(speed)]
+
+
+def against_each_other(speed):
+    rows = ["| fleet | precision | ratio of tokens/s |", "|---|---|---|"]
+    for (ranks, strategy, precision), it in speed.items():
+        for name, other in ((f"{strategy}, {ranks} ranks / 1 rank", (1, "ddp", precision)), (f"{strategy} / ddp, {ranks} ranks", (ranks, "ddp", precision))):
+            if other in speed and other != (ranks, strategy, precision) and not (other[0] == 1 and ranks > os.cpu_count()):
+                rows.append(f"| {name} | {precision} | **{it['tokens_per_s'] / speed[other]['tokens_per_s']:.2f}** |")
     return rows
 
 
@@ -170,10 +197,10 @@ def shares(arguments):
     for precision in arguments.precision:
         fleet = [str(arguments.bin / "fleet-rank"), "bench", "--json", "--steps", str(arguments.steps)]
         fleet += ["--bf16"] if precision == "bf16" else []
-        peer = torchrun(1, HERE / "peer_ddp.py", "--share", "--precision", precision, "--steps", arguments.steps,
+        peer = torchrun(1, HERE / "peer.py", "--share", "--precision", precision, "--steps", arguments.steps,
                         "--limit-s", arguments.limit)
         for name, command in (("fleet", fleet), ("PyTorch", peer)):
-            ends = [run(command, None)[1][-1] for _ in range(arguments.runs)]
+            ends = [run(command, 1, None)[1][-1] for _ in range(arguments.runs)]
             it = medians([{key: end[key] for key in ("gflops", "product_gflops", "share")} for end in ends])
             rows.append(f"| {precision} | {name} | {it['gflops']:.1f} | {it['product_gflops']:.1f} | **{it['share']:.2f}** |")
             tell(rows[-1])
@@ -184,7 +211,7 @@ def collectives(arguments):
     found = {}
     for ranks in arguments.ranks:
         for command in ([str(arguments.bin / "examples" / "collectives"), str(ranks)], torchrun(ranks, HERE / "peer_gloo.py")):
-            for line in run(command, None)[1]:
+            for line in run(command, ranks, None)[1]:
                 side = line["memory"] if line["library"] == "fleet shm" else "gloo"
                 found[(ranks, line["operation"], line["bytes"], side)] = (line["median_us"], line["gb_per_s"])
     rows = ["| ranks | operation | bytes | gloo | fleet, copies | fleet, in place | gloo / in place |", "|---|---|---|---|---|---|---|"]
@@ -237,7 +264,8 @@ def conditions(arguments):
 def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--bin", type=Path, default=ROOT / "target/debug", help="folder of fleet's programs")
-    options.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    options.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--strategy", nargs="+", choices=["ddp", "fsdp"], default=["ddp", "fsdp"])
     options.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     options.add_argument("--runs", type=int, default=3)
     options.add_argument("--steps", type=int, default=25)
@@ -253,8 +281,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as work:
         if arguments.only in (None, "training"):
             tell("the first launch builds the token cache")
-            cold = run_fleet(arguments, Path(work), arguments.ranks[0], arguments.precision[0])
-            report += ["", "## Training: Llama of 13.8 M parameters, data-parallel", "", *training(arguments, Path(work)), ""]
+            cold = run_fleet(arguments, Path(work), arguments.ranks[0], "ddp", arguments.precision[0])
+            report += ["", "## Training: Llama of 13.8 M parameters", "", *training(arguments, Path(work)), ""]
             report += [f"The first launch, which also trained the tokenizer and built the token cache: start-up {cold['startup_s']:.2f} s."]
         if arguments.only in (None, "shares"):
             report += ["", "## A step's speed beside that of the model's largest product, one rank, by CPU time", "", *shares(arguments)]

@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, Command, Parser};
 use std::any::TypeId;
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Reads this process's command line. Where there is an error, or help was asked for, it ends the process, as `Parser::parse` does.
@@ -21,12 +22,24 @@ pub fn parse_or<P: Parser>(cure: impl Fn(&clap::Error, &[OsString]) -> Option<St
     let mut matches = read.unwrap_or_else(|error| {
         let line: Vec<OsString> = std::env::args_os().collect();
         let Some(cure) = cure(&error, &line) else {
-            named(error, P::command(), line.into_iter()).exit();
+            end(named(error, P::command(), line.into_iter()));
         };
         eprintln!("error: {}", plain(&cure));
         std::process::exit(exit::REFUSED_INPUT.into())
     });
-    P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut P::command()).exit())
+    P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| end(error.format(&mut P::command())))
+}
+
+/// Prints an error or the help that was asked for, and ends the process. A reader that has gone away has read enough.
+fn end(error: clap::Error) -> ! {
+    let code = error.exit_code();
+    match error.print().and_then(|()| std::io::stdout().flush()) {
+        Err(why) if code == 0 && why.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("error: what was to be printed could not be written: {why}");
+            std::process::exit(exit::ENVIRONMENT.into())
+        }
+        _ => std::process::exit(code),
+    }
 }
 
 /// The same error; of an argument that is not UTF-8 where there has to be text, with that argument.

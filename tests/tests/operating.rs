@@ -159,9 +159,13 @@ fn a_command_says_what_came_of_it() {
     let again = fleet(&world, &cluster, &["cancel", "job-1"]).expect(0).stdout.concat();
     assert!(again.contains("job-1 has ended: cancelled"), "{again}");
     // What could not be written was not printed.
-    let mut command = world.enter(Command::new("sh"));
-    command.args(["-c", "exec \"$0\" jobs --cluster cluster/ > /dev/full"]).arg(program("fleet"));
-    Running::start(command).finish().expect(4).says("No space left");
+    let into_a_full_disk = |line: &str| {
+        let mut command = world.enter(Command::new("sh"));
+        command.args(["-c", &format!("exec \"$0\" {line} > /dev/full")]).arg(program("fleet"));
+        Running::start(command).finish().expect(4).says("No space left");
+    };
+    into_a_full_disk("jobs --cluster cluster/");
+    into_a_full_disk("launch --help");
 }
 
 #[test]

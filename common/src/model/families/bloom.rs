@@ -30,6 +30,7 @@ pub const FAMILY: Family = Family {
     prefix: "transformer.",
     eos: Some(2),
     splits: Splits::AsWritten,
+    adds_end_of_text: false,
     positions_key: "seq_length",
     aliases: &[
         ("n_embed", "hidden_size"),

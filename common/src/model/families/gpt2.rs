@@ -30,6 +30,7 @@ pub const FAMILY: Family = Family {
     prefix: "transformer.",
     eos: Some(50_256),
     splits: Splits::AsWritten,
+    adds_end_of_text: false,
     positions_key: "n_positions",
     aliases: &[
         ("hidden_size", "n_embd"),

@@ -13,6 +13,7 @@ pub const FAMILY: Family = Family {
     prefix: "model.",
     eos: Some(2),
     splits: Splits::AsWritten,
+    adds_end_of_text: false,
     positions_key: "max_position_embeddings",
     aliases: &[],
     read,

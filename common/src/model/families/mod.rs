@@ -29,6 +29,8 @@ pub struct Family {
     pub eos: Option<u32>,
     /// How transformers 5 splits texts for its models.
     pub splits: Splits,
+    /// The tokenizer class that transformers 5 takes for its models adds `<|endoftext|>` where no token for padding or the unknown is named.
+    pub adds_end_of_text: bool,
     /// What its configuration calls the longest sequence.
     pub positions_key: &'static str,
     /// Names that count before those that `read` looks for, where both stand there: `attribute_map` in transformers' configuration classes.

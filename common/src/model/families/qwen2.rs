@@ -8,6 +8,7 @@ pub const FAMILY: Family = Family {
     architecture: "Qwen2ForCausalLM",
     eos: None,
     splits: Splits::ByDigit,
+    adds_end_of_text: true,
     read,
     write,
     ..super::llama::FAMILY

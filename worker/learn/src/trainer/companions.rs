@@ -4,7 +4,6 @@
 use crate::error::{Error, Result};
 use crate::model::{Model, with_end};
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, TOKENIZER_FILE, Writer};
-use fleet_common::model::Splits;
 use fleet_data::END_OF_TEXT;
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
@@ -95,8 +94,8 @@ impl Companions {
             files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
             of_tokenizer.insert("eos_token".into(), json!(end));
         }
-        if from.model.is_none() && model.family.splits == Splits::ByDigit {
-            // The class that transformers 5 takes for it adds <|endoftext|> for both, and the model has no row for it.
+        if from.model.is_none() && model.family.adds_end_of_text {
+            // The model has no row for that token.
             for role in ["pad_token", "unk_token"]
                 .into_iter()
                 .filter(|_| tokenizer.token_to_id(END_OF_TEXT).is_none())

@@ -1,4 +1,4 @@
-"""The peer: the Llama of llama_13m.toml in plain PyTorch with DistributedDataParallel over gloo. Run by torchrun.
+"""The peer: the Llama of llama_13m.toml in plain PyTorch over gloo, with DistributedDataParallel or with FSDP2. Run by torchrun.
 
 Rank 0 prints one JSON object per step, {"step": n, "loss": x, "time": seconds since 1970 at the end of the step}. With --share it computes the
 model's largest product after each step too, and at the end prints what share of that product's speed the steps reach, by CPU time.
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, SEQUENCE, BATCH = 4096, 384, 1024, 6, 6, 256, 4
@@ -69,6 +70,19 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
 
+def ddp(model, _precision):
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def fsdp(model, precision):
+    """Each block and the rest are a unit; gathered in the type of the precision, reduced in fp32."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    for unit in [*model.blocks, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return model
+
+
 def flops():
     """Of a step: 6 for each weight of a product and token, 12 for each layer, number of the queries, token, and key that the token sees."""
     weights = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER) + HIDDEN * VOCABULARY
@@ -83,6 +97,7 @@ def cpu_seconds(work):
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
     arguments.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     arguments.add_argument("--steps", type=int, default=25)
     arguments.add_argument("--limit-s", type=float, default=float("inf"), help="stop after these seconds and at least 4 steps")
@@ -94,7 +109,7 @@ def main():
     dist.init_process_group("gloo")
     torch.manual_seed(1)
     model = Llama()
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parallel = {"ddp": ddp, "fsdp": fsdp}[arguments.strategy](model, arguments.precision)
     if arguments.compile:
         parallel = torch.compile(parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
