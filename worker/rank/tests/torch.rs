@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod gang;
+#[path = "strategies/hosts.rs"]
+mod hosts;
 
 use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, diff, verify};
-use fleet_collectives::{Exchange, Segment, ShmCollective};
+use fleet_collectives::{Exchange, SharedHost};
 use fleet_common::events::Outcome;
 use fleet_common::job::{self, Job};
 use fleet_common::model::Object;
@@ -16,7 +18,6 @@ use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, IGNORED, Learner, Report, TokenBatch, Update, Votes};
 use fleet_torch::{HostTransport, Numbers, Rooms, Sharded, TorchExecutor};
 use serde_json::json;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use tch::Device;
 
@@ -32,6 +33,8 @@ enum Kind {
     Ranks(Rooms),
     /// As on a device whose memory is not the host's.
     Copying(Rooms),
+    /// The first half of the ranks on one host, the others on another.
+    OnTwoHosts(Rooms),
 }
 
 /// How a global batch is cut.
@@ -46,7 +49,7 @@ const CPU: Cut = Cut { kind: Kind::Cpu, world: 1, micro: 1 };
 const DDP: Kind = Kind::Ranks(Rooms::Everything);
 const FSDP: Kind = Kind::Ranks(Rooms::TwoBlocks);
 
-fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<ShmCollective>) -> Box<dyn Learner> {
+fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHost>) -> Box<dyn Learner> {
     let model = Model::new(config).unwrap();
     let (layout, workers) = (model.layout(), workers(1).unwrap());
     let cpu = || {
@@ -69,7 +72,7 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<ShmCollectiv
             let strategy = fleet_torch::Solo::new(layout.clone(), Device::Cpu, products, 1).unwrap();
             Box::new(Engine::new(torch(), strategy))
         }
-        Kind::Ranks(rooms) => sharded(rooms, host(gang)),
+        Kind::Ranks(rooms) | Kind::OnTwoHosts(rooms) => sharded(rooms, host(gang)),
         Kind::Copying(rooms) => sharded(rooms, host(gang).copying()),
     }
 }
@@ -81,15 +84,16 @@ fn ranks<T: Send>(
     numbers: Numbers,
     run: impl Fn(usize, &mut dyn Learner) -> T + Sync,
 ) -> Vec<T> {
-    let segment = Segment::create(cut.world, 1).unwrap();
+    let is_on_two = matches!(cut.kind, Kind::OnTwoHosts(_));
+    let hosts: Vec<usize> =
+        (0..cut.world).map(|rank| if is_on_two { 2 * rank / cut.world } else { 0 }).collect();
     std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..cut.world)
-            .map(|rank| {
-                let (fd, run) = (segment.fd().as_raw_fd(), &run);
+        let run = &run;
+        let ranks: Vec<_> = (hosts::seats(&hosts).into_iter().enumerate())
+            .map(|(rank, seat)| {
                 scope.spawn(move || {
                     tch::set_num_threads(1);
-                    let gang = Box::new(ShmCollective::attach(fd, rank, cut.world, 1).unwrap());
-                    run(rank, &mut *learner(config, cut.kind, numbers, gang))
+                    run(rank, &mut *learner(config, cut.kind, numbers, seat.take()))
                 })
             })
             .collect();
@@ -195,7 +199,8 @@ fn fifty_losses_are_those_of_one_rank_on_the_cpu() {
             "alone",
         );
         for (world, micro) in [(1, 2), (2, 3), (3, 1), (4, 2)] {
-            for kind in [DDP, FSDP] {
+            let over_hosts = [Rooms::Everything, Rooms::TwoBlocks].map(Kind::OnTwoHosts);
+            for kind in [DDP, FSDP].into_iter().chain(over_hosts.into_iter().filter(|_| world > 1)) {
                 let cut = Cut { kind, world, micro };
                 let all = train(&config, cut, Numbers::FP32, 50);
                 for reports in &all {
@@ -265,6 +270,7 @@ fn what_n_ranks_save_m_ranks_load() {
             vec![CPU, Cut { kind: Kind::CpuShared, world: 3, micro: 1 }, Cut { kind: Kind::Alone, ..CPU }];
         let several = |kind| worlds.iter().map(move |world| Cut { kind, world: *world, micro: 1 });
         cuts.extend([DDP, FSDP].into_iter().flat_map(several));
+        cuts.push(Cut { kind: Kind::OnTwoHosts(Rooms::TwoBlocks), world: 3, micro: 1 });
         let dir = tempfile::tempdir().unwrap();
         let parameters = Model::new(&config).unwrap().layout().parameters.len();
         for (n, saved) in cuts.iter().enumerate() {
