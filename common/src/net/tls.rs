@@ -6,12 +6,13 @@ use super::identity::Identity;
 use super::peer::{KeyHash, key_hash};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 /// Protocol (ALPN) of members.
@@ -47,15 +48,29 @@ fn key(identity: &Identity) -> PrivateKeyDer<'static> {
 
 /// For a listener: offers both protocols. A certificate may be absent here; `classify` demands it for `fleet/1`.
 pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(&identity.authorities)?, provider())
+    let members = WebPkiClientVerifier::builder_with_provider(roots(&identity.authorities)?, provider())
         .allow_unauthenticated()
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
+    listening(members, (chain(identity), key(identity)), &[FLEET, JOIN])
+}
+
+/// For an agent that others call. A certificate is demanded.
+pub(super) fn agents_server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
+    let own = vec![identity.certificate_der.clone().into()];
+    listening(members(&identity.authorities)?, (own, key(identity)), &[AGENTS])
+}
+
+fn listening(
+    members: Arc<dyn ClientCertVerifier>,
+    (chain, key): (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>),
+    protocols: &[&[u8]],
+) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain(identity), key(identity))?;
-    config.alpn_protocols = vec![FLEET.to_vec(), JOIN.to_vec()];
+        .with_client_cert_verifier(members)
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;
@@ -67,37 +82,13 @@ pub(super) fn client(
     identity: &Identity,
     refused: Arc<OnceLock<Vec<u8>>>,
 ) -> Result<ClientConfig, rustls::Error> {
-    let verifier = ByAuthorities { verifier: server_verifier(&identity.authorities)?, refused };
-    let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
-    Ok(without_memory(config, FLEET))
-}
-
-/// For an agent that others call. A certificate is demanded.
-pub(super) fn agents_server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(members(&identity.authorities)?)
-        .with_single_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
-    config.alpn_protocols = vec![AGENTS.to_vec()];
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.max_early_data_size = 0;
-    Ok(config)
+    let judge = ByAuthorities { verifier: server_verifier(&identity.authorities)?, refused };
+    calling(judge, Some(identity), FLEET)
 }
 
 /// For an agent that calls another one, which has this key.
 pub(super) fn agents_client(identity: &Identity, peer: KeyHash) -> Result<ClientConfig, rustls::Error> {
-    let verifier = ByKey { members: members(&identity.authorities)?, key: peer };
-    let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_client_auth_cert(vec![identity.certificate_der.clone().into()], key(identity))?;
-    Ok(without_memory(config, AGENTS))
+    calling(ByKey { members: members(&identity.authorities)?, key: peer }, Some(identity), AGENTS)
 }
 
 /// Trusts the certificates of members.
@@ -112,17 +103,7 @@ pub(super) fn joiner(
     ca_fingerprint: &str,
     seen: Arc<OnceLock<String>>,
 ) -> Result<ClientConfig, rustls::Error> {
-    let verifier = ByFingerprint {
-        wanted: ca_fingerprint.to_owned(),
-        seen,
-        algorithms: provider().signature_verification_algorithms,
-    };
-    let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_no_client_auth();
-    Ok(without_memory(config, JOIN))
+    calling(ByFingerprint { wanted: ca_fingerprint.to_owned(), seen }, None, JOIN)
 }
 
 /// Fails unless certificate, key and CA belong together. Says nothing about the time.
@@ -132,17 +113,43 @@ pub(super) fn check(identity: &Identity) -> Result<(), rustls::Error> {
     rustls::sign::CertifiedKey::new(chain(identity), signer).keys_match()
 }
 
-fn without_memory(mut config: ClientConfig, alpn: &[u8]) -> ClientConfig {
-    config.alpn_protocols = vec![alpn.to_vec()];
+/// For who connects to a server that `judge` believes, and shows its own certificate where it has one.
+fn calling(
+    judge: impl Judge + 'static,
+    identity: Option<&Identity>,
+    protocol: &[u8],
+) -> Result<ClientConfig, rustls::Error> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Judged(judge)));
+    let mut config = match identity {
+        Some(own) => config.with_client_auth_cert(vec![own.certificate_der.clone().into()], key(own))?,
+        None => config.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![protocol.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
-    config
+    Ok(config)
 }
 
 fn server_verifier(authorities: &Authorities) -> Result<Arc<WebPkiServerVerifier>, rustls::Error> {
     WebPkiServerVerifier::builder_with_provider(roots(authorities)?, provider())
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))
+}
+
+/// Whether a server is who it should be.
+trait Judge: fmt::Debug + Send + Sync {
+    fn judge(&self, shown: &Shown<'_>) -> Result<(), rustls::Error>;
+}
+
+/// What a server shows of itself, and who asks when.
+struct Shown<'a> {
+    certificate: &'a CertificateDer<'a>,
+    intermediates: &'a [CertificateDer<'a>],
+    name: &'a ServerName<'a>,
+    now: UnixTime,
 }
 
 /// Trusts a coordinator's certificate as rustls does, and remembers one that it does not: who is that?
@@ -152,40 +159,9 @@ struct ByAuthorities {
     refused: Arc<OnceLock<Vec<u8>>>,
 }
 
-impl ServerCertVerifier for ByAuthorities {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let verified =
-            self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        verified.inspect_err(|_| drop(self.refused.set(end_entity.to_vec())))
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.verifier.supported_verify_schemes()
+impl Judge for ByAuthorities {
+    fn judge(&self, shown: &Shown<'_>) -> Result<(), rustls::Error> {
+        shown.by(&self.verifier).inspect_err(|_| drop(self.refused.set(shown.certificate.to_vec())))
     }
 }
 
@@ -197,42 +173,13 @@ struct ByKey {
     key: KeyHash,
 }
 
-impl ServerCertVerifier for ByKey {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.members.verify_client_cert(end_entity, intermediates, now)?;
-        match key_hash(end_entity) {
-            Ok(key) if key == self.key => Ok(ServerCertVerified::assertion()),
+impl Judge for ByKey {
+    fn judge(&self, shown: &Shown<'_>) -> Result<(), rustls::Error> {
+        self.members.verify_client_cert(shown.certificate, shown.intermediates, shown.now)?;
+        match key_hash(shown.certificate) {
+            Ok(key) if key == self.key => Ok(()),
             _ => Err(rustls::CertificateError::ApplicationVerificationFailure.into()),
         }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::PeerIncompatible::Tls13RequiredForQuic.into())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.members.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.members.supported_verify_schemes()
     }
 }
 
@@ -241,37 +188,50 @@ impl ServerCertVerifier for ByKey {
 struct ByFingerprint {
     wanted: String,
     seen: Arc<OnceLock<String>>,
-    algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl ServerCertVerifier for ByFingerprint {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(ca) = intermediates.iter().find(|der| fingerprint(der) == self.wanted) else {
-            let shown = intermediates.last().map(|der| fingerprint(der)).unwrap_or_default();
-            let _ = self.seen.set(shown);
+impl Judge for ByFingerprint {
+    fn judge(&self, shown: &Shown<'_>) -> Result<(), rustls::Error> {
+        let Some(ca) = shown.intermediates.iter().find(|der| fingerprint(der) == self.wanted) else {
+            let last = shown.intermediates.last().map(|der| fingerprint(der)).unwrap_or_default();
+            let _ = self.seen.set(last);
             return Err(rustls::CertificateError::UnknownIssuer.into());
         };
-        server_verifier(&Authorities::one(ca.to_vec()))?.verify_server_cert(
-            end_entity,
-            &[],
-            server_name,
-            ocsp_response,
-            now,
-        )
+        let ca = server_verifier(&Authorities::one(ca.to_vec()))?;
+        Shown { intermediates: &[], ..*shown }.by(&ca)
+    }
+}
+
+impl Shown<'_> {
+    fn by(&self, verifier: &WebPkiServerVerifier) -> Result<(), rustls::Error> {
+        let Shown { certificate, intermediates, name, now } = *self;
+        verifier.verify_server_cert(certificate, intermediates, name, &[], now).map(drop)
+    }
+}
+
+/// Asks a judge about a server; its signatures are checked as TLS 1.3 has them.
+#[derive(Debug)]
+struct Judged<J>(J);
+
+impl<J: Judge> ServerCertVerifier for Judged<J> {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.0
+            .judge(&Shown { certificate, intermediates, name, now })
+            .map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
         &self,
         _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
         Err(rustls::PeerIncompatible::Tls13RequiredForQuic.into())
     }
@@ -279,13 +239,13 @@ impl ServerCertVerifier for ByFingerprint {
     fn verify_tls13_signature(
         &self,
         message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        verify_tls13_signature(message, certificate, signature, &provider().signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        provider().signature_verification_algorithms.supported_schemes()
     }
 }
