@@ -12,6 +12,7 @@ pub mod home;
 pub mod ids;
 pub mod job;
 pub mod lines;
+pub mod link;
 pub mod mapped;
 pub mod model;
 pub mod net;

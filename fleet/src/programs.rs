@@ -22,7 +22,11 @@ pub fn beside(name: &str) -> Result<PathBuf, Failure> {
 
 /// Becomes `fleet-rank`, which alone links libtorch, doing `command`. Options without a value are left out. Returns only where it cannot
 /// be started.
-pub fn become_rank(command: &str, options: Vec<(&str, Option<OsString>)>, json: bool) -> Failure {
+pub fn become_rank<'a>(
+    command: &str,
+    options: Vec<(&str, Option<OsString>)>,
+    flags: impl IntoIterator<Item = &'a str>,
+) -> Failure {
     let program = match beside("fleet-rank") {
         Ok(program) => program,
         Err(failure) => return failure,
@@ -35,8 +39,6 @@ pub fn become_rank(command: &str, options: Vec<(&str, Option<OsString>)>, json: 
             value.map(|value| [OsString::from(name), "=".into(), value].into_iter().collect::<OsString>()),
         );
     }
-    if json {
-        process.arg("--json");
-    }
+    process.args(flags);
     Failure::environment(format!("cannot start fleet-rank: {}", process.exec()))
 }

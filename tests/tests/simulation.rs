@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::sim::{self, Report};
+use fleet_common::codec::FRAME_MAX;
+use fleet_tests::sim::{self, Report, scale};
 use std::path::Path;
 
 /// Seeds that are run each time.
@@ -46,4 +47,30 @@ fn a_seed_gives_the_same_run_again() {
     assert_eq!((one.hash, one.events), (two.hash, two.events));
     assert_ne!(one.hash, sim::run(78, 10, false).hash);
     assert!(one.commands > 100, "a run in which nothing happens shows nothing: {one:?}");
+}
+
+/// The real coordinators and agents, 1,024 ranks on 128 hosts: all meet, a rank that dies is named and takes all others along, a stop and a
+/// second start leave none behind, and the loss of a host is told as that. That no rank of two starts lives at a time the simulator sees to itself.
+#[test]
+fn a_thousand_ranks_meet_and_leave_together() {
+    let [few, many] = [1, 128].map(|hosts| scale::run(hosts, 1, false).unwrap());
+    assert_eq!((few.ranks, many.ranks), (8, 1024));
+
+    let error = many.death.error.clone().unwrap();
+    let dead = scale::victim(1024);
+    assert_eq!((error.rank, error.signal), (Some(dead), Some(9)), "{error:?}");
+    let node = format!("machine-{}", dead / 8 + 1);
+    assert_eq!(error.node.as_deref(), Some(node.as_str()), "{error:?}");
+    assert!(many.death.gone < 2.0 && many.death.recorded < 3.0, "{many:?}");
+
+    assert_eq!(many.stop.error, None);
+    assert!(many.stop.gone < 2.0, "{many:?}");
+    let error = many.lost.error.clone().unwrap();
+    assert_eq!(error.node.as_deref(), Some("machine-65"), "{error:?}");
+
+    // What is said grows with the ranks, and what each agent gets stays far below the limit of a message.
+    assert!(many.start.list_bytes < 128 * (few.start.list_bytes + 1024), "{many:?} {few:?}");
+    assert!((many.start.list_bytes as usize) < FRAME_MAX / 16, "{many:?}");
+    assert!(many.start.log_bytes < 200 * few.start.log_bytes.max(2048), "{many:?} {few:?}");
+    assert!(many.start.told < 2.0, "{many:?}");
 }

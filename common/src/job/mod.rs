@@ -95,7 +95,7 @@ pub enum Transport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
-    /// One rank: plain; more: ddp.
+    /// One rank: plain; more: what fits, by the memory of the nodes.
     Auto,
     /// Data-parallel.
     Ddp,

@@ -20,6 +20,12 @@ pub struct Shape {
     pub nodes: u32,
 }
 
+impl Shape {
+    pub fn of_node(self) -> u32 {
+        self.ranks / self.nodes
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RanksError {
     #[error("`devices` asks for {devices} ranks and -n for {requested}; leave one of them out")]

@@ -41,9 +41,13 @@ impl State {
         if !ended_well && (failed || job.stop.is_none()) {
             // Ranks that train have nothing to save without the others.
             let how = if failed && job.trains { Stop::Now } else { Stop::AfterCheckpoint };
+            let stop = job.stop.max(Some(how));
             job.state = JobState::Stopping;
-            job.stop = job.stop.max(Some(how));
-            wake_parts(job, context);
+            // Parts that end because they were told to have nothing new to tell the others.
+            if job.stop != stop {
+                job.stop = stop;
+                wake_parts(job, context);
+            }
         }
     }
 

@@ -50,5 +50,5 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     ];
     options.extend(args.data.into_iter().chain(args.more).map(|path| ("--data", Some(path.into()))));
     options.extend(args.sets.into_iter().map(|set| ("--set", Some(set.into()))));
-    Err(programs::become_rank("eval", options, args.json))
+    Err(programs::become_rank("eval", options, args.json.then_some("--json")))
 }

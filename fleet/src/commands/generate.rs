@@ -44,5 +44,5 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--top-p", args.top_p.map(|p| p.to_string().into())),
         ("--seed", args.seed.map(|seed| seed.to_string().into())),
     ];
-    Err(programs::become_rank("generate", options, args.json))
+    Err(programs::become_rank("generate", options, args.json.then_some("--json")))
 }

@@ -35,5 +35,5 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--device", args.device.map(Into::into)),
         ("--precision", args.precision.map(Into::into)),
     ];
-    Err(programs::become_rank("logits", options, false))
+    Err(programs::become_rank("logits", options, None))
 }

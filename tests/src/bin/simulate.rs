@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use fleet_common::arguments;
-use fleet_tests::sim::{self, Report};
+use fleet_tests::sim::{self, Report, scale};
 use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -27,6 +27,9 @@ struct Arguments {
     /// With many seeds: go on after a violation.
     #[arg(long)]
     keep_going: bool,
+    /// Instead: gangs of up to 1,024 ranks on 1 to 128 hosts, with few faults, and how long their protocol takes.
+    #[arg(long, conflicts_with_all = ["seeds", "hours"])]
+    gangs: bool,
     /// With many seeds: so many at once.
     #[arg(long)]
     jobs: Option<usize>,
@@ -40,6 +43,9 @@ fn range(text: &str) -> Result<Range<u64>, String> {
 
 fn main() -> ExitCode {
     let arguments = arguments::parse::<Arguments>();
+    if arguments.gangs {
+        return gangs(arguments.seed);
+    }
     let minutes = (arguments.hours * 60.0).ceil() as u64;
     let failures = match &arguments.seeds {
         Some(seeds) => many(seeds.clone(), minutes, &arguments),
@@ -50,6 +56,24 @@ fn main() -> ExitCode {
         }
     };
     if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Hosts of the gangs, each with eight ranks.
+const HOSTS: [u32; 5] = [1, 4, 16, 64, 128];
+
+fn gangs(seed: u64) -> ExitCode {
+    let mut all = Vec::new();
+    for hosts in HOSTS {
+        match scale::run(hosts, seed, false) {
+            Ok(figures) => all.push(figures),
+            Err(what) => {
+                println!("{hosts} hosts: VIOLATION: {what}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    print!("{}", scale::table(&all));
+    ExitCode::SUCCESS
 }
 
 /// Returns how many runs ended in a violation.

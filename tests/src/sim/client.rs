@@ -150,7 +150,7 @@ impl World {
         self.queue.after(0, Event::ClientNext { client: OPERATOR });
     }
 
-    fn order_request(&mut self, want: Want, request: Request) {
+    pub fn order_request(&mut self, want: Want, request: Request) {
         let Some(operator) = self.clients.get_mut(&OPERATOR) else { return };
         let question = operator.frame(request);
         operator.tasks.push_back((want, question));
@@ -170,6 +170,15 @@ impl World {
         {
             self.order_request(Want::Undrain(node), Request::Undrain(node));
         }
+    }
+
+    pub fn order_cancel(&mut self, job: JobId) {
+        self.order_request(Want::Cancel(job), Request::Cancel { job, now: false });
+    }
+
+    /// The node's jobs go back to the queue at once.
+    pub fn order_drain(&mut self, node: NodeId) {
+        self.order_request(Want::Drain(node), Request::Drain { node, now: true });
     }
 
     pub fn order_join(&mut self, want: Want, redeem: RedeemToken) {

@@ -2,6 +2,7 @@
 //!
 //! A gang is one thing here even when its ranks are on several machines: it goes on only while all of them live and run.
 
+use super::mesh;
 use super::net::Site;
 use super::queue::{MS, Micros, SECOND};
 use super::random::mix;
@@ -10,7 +11,8 @@ use fleet_agent::agent::Input;
 use fleet_agent::gang::{Blow, GangId, GangInput, Prepared};
 use fleet_agent::verdict::{Exit, agent_error};
 use fleet_common::events::{
-    CheckpointRecord, DataStats, Endpoint, Event as Told, EventBody, FailureKind, Outcome, Shard, Step,
+    CheckpointRecord, DataStats, Endpoint, Event as Told, EventBody, FailureKind, JobError, Outcome, Shard,
+    Step,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::Rank;
@@ -32,6 +34,8 @@ pub enum EngineEvent {
     Step,
     /// Ranks whose peer is gone notice it.
     Aborted(Rank),
+    /// A rank has found why it cannot go on.
+    Failed(Rank, Box<JobError>),
     Left(Rank),
     Gone(Rank, Exit),
 }
@@ -136,7 +140,7 @@ impl World {
             stepping: false,
             broken: false,
             stop: false,
-            step_takes: 500 * MS + chance % (8 * SECOND),
+            step_takes: if self.scale.is_some() { mesh::STEP } else { 500 * MS + chance % (8 * SECOND) },
             stepped_at: now,
         });
         let mut twice = None;
@@ -198,9 +202,10 @@ impl World {
 
     /// The agent asks for the token cache and the checkpoint to go on from.
     pub fn prepare(&mut self, machine: u32, id: GangId, job: &Job, point: Option<ResumePoint>) {
-        let takes = self.random.range(100 * MS..4 * SECOND);
+        let takes = if self.scale.is_some() { 0 } else { self.random.range(100 * MS..4 * SECOND) };
         let node = self.machines.get(&machine).and_then(|machine| machine.node);
-        let elsewhere = point.filter(|point| point.holders.iter().all(|holder| Some(holder.node) != node));
+        let chancy = point.filter(|_| self.scale.is_none());
+        let elsewhere = chancy.filter(|point| point.holders.iter().all(|holder| Some(holder.node) != node));
         if let Some(point) = elsewhere
             && self.random.chance(1, 4)
         {
@@ -225,10 +230,12 @@ impl World {
                     self.violated(format!("rank {rank} of {id} starts and knows no other"));
                     return;
                 }
+                let now = self.queue.now();
                 if let Some(process) =
                     run.procs.get_mut(&rank).filter(|process| process.stage == Stage::Loading)
                 {
                     process.stage = Stage::Started;
+                    self.scale.iter_mut().for_each(|scale| scale.mesh.told(rank, now));
                 }
                 if rank == 0 {
                     run.step =
@@ -238,10 +245,11 @@ impl World {
                     .all(|rank| run.procs.get(&rank).is_some_and(|process| process.stage == Stage::Started));
                 if all && !run.stepping {
                     run.stepping = true;
-                    run.stepped_at = self.queue.now();
+                    let first = self.scale.as_mut().map_or(now + SECOND, |scale| scale.all_told());
+                    run.stepped_at = now;
                     let step = run.step;
                     self.rank_says(id, 0, EventBody::Started { step, parameters: 1, device: "cpu".into() });
-                    self.queue.after(SECOND, Event::Engine(id, EngineEvent::Step));
+                    self.queue.at(first, Event::Engine(id, EngineEvent::Step));
                 }
             }
             ToRank::Stop => {
@@ -336,17 +344,22 @@ impl World {
             EngineEvent::Left(rank) => self.exit(id, rank, Exit::Code(0)),
             EngineEvent::Gone(rank, exit) => self.exit(id, rank, exit),
             EngineEvent::Aborted(rank) => {
-                let living = |run: &&Run| {
-                    run.procs
-                        .get(&rank)
-                        .is_some_and(|process| !matches!(process.stage, Stage::Gone | Stage::Done))
-                };
-                if self.engine.runs.get(&id).filter(living).is_some() {
-                    let error = agent_error(FailureKind::Told, Fault::Job, "", "all_reduce: a rank is gone");
-                    self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
-                    self.queue.after(20 * MS, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
-                }
+                let error = agent_error(FailureKind::Told, Fault::Job, "", "all_reduce: a rank is gone");
+                self.rank_fails(id, rank, error);
             }
+            EngineEvent::Failed(rank, error) => self.rank_fails(id, rank, *error),
+        }
+    }
+
+    /// A rank that is not done says so and goes.
+    fn rank_fails(&mut self, id: GangId, rank: Rank, error: JobError) {
+        let living = |run: &&Run| {
+            let process = run.procs.get(&rank);
+            process.is_some_and(|process| !matches!(process.stage, Stage::Gone | Stage::Done))
+        };
+        if self.engine.runs.get(&id).filter(living).is_some() {
+            self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Failed(error)));
+            self.queue.after(mesh::EXIT, Event::Engine(id, EngineEvent::Gone(rank, Exit::Code(1))));
         }
     }
 
@@ -433,7 +446,7 @@ impl World {
         }
         process.stage = Stage::Done;
         self.tell_agent(id, rank, |local| GangInput::Rank(local, FromRank::Done(outcome)));
-        let leaves = self.random.range(10 * MS..2 * SECOND);
+        let leaves = if self.scale.is_some() { mesh::EXIT } else { self.random.range(10 * MS..2 * SECOND) };
         self.queue.after(leaves, Event::Engine(id, EngineEvent::Left(rank)));
     }
 

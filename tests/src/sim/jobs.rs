@@ -76,7 +76,8 @@ pub fn submit(name: &str, random: &mut Random, machines: &BTreeMap<u32, Machine>
     Request::Submit(SubmitJob { world_size, work, wish })
 }
 
-fn training(name: &str, steps: u64, save_steps: u64) -> Job {
+/// Of so many steps, with a checkpoint every few of them.
+pub fn training(name: &str, steps: u64, save_steps: u64) -> Job {
     let text = format!(
         r#"
         run_name = "{name}"

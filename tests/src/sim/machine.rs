@@ -132,6 +132,11 @@ impl World {
         }
     }
 
+    /// The machine stops from one moment to the other, for good.
+    pub fn power_off(&mut self, number: u32) {
+        self.leave(number);
+    }
+
     /// The agent ends by itself, and ends its ranks before.
     fn leave(&mut self, number: u32) {
         if self.drop_agent(number) {

@@ -2,7 +2,7 @@
 //! network, disks, clocks, processes, ranks and people. One thread, virtual time, and one number from which all chance follows.
 //!
 //! `world` has the loop, `net`, `host`, `machine`, `engine`, `client` and `burst` are what takes part, `faults` breaks it, `oracle` and
-//! `watch` know what must hold all the same.
+//! `watch` know what must hold all the same. `scale` runs large gangs without chance in it, whose ranks meet and part over `mesh`.
 
 mod burst;
 mod client;
@@ -12,10 +12,12 @@ mod host;
 mod jobs;
 mod machine;
 mod members;
+mod mesh;
 mod net;
 mod oracle;
 mod queue;
 pub mod random;
+pub mod scale;
 mod setup;
 mod trace;
 mod watch;

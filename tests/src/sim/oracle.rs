@@ -64,6 +64,8 @@ pub struct Oracle {
     /// When a leader put an entry into its log, by term and index.
     proposed: BTreeMap<(u64, u64), Proposed>,
     pub commands: u64,
+    /// Of all committed entries.
+    pub log_bytes: u64,
     /// A worker came back without its records: nobody knows what it had started.
     pub records_lost: bool,
 }
@@ -122,6 +124,7 @@ impl Oracle {
             came: BTreeMap::new(),
             proposed: BTreeMap::new(),
             commands: 0,
+            log_bytes: 0,
             records_lost: false,
         }
     }
@@ -163,6 +166,7 @@ impl Oracle {
         }
         self.entries.insert(index, content);
         self.applied = index;
+        self.log_bytes += (entry.data.len() + entry.context.len()) as u64;
         self.state.reach(index, entry.term);
         match command_of(entry)? {
             Some(command) => self.apply(entry, command).map(Some),

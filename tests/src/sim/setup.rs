@@ -45,7 +45,19 @@ impl World {
         let mut random = Random::new(seed);
         let state = genesis(3);
         let fault_every = [4, 15, 15, 40][random.index(4)] * SECOND;
-        let mut world = World {
+        let mut world = World::empty(seed, random, &state, fault_every, print);
+        world.found();
+        world.people();
+        world.queue.after(0, Event::Look);
+        world.queue.after(SECOND, Event::Compare);
+        world.queue.after(10 * SECOND, Event::Fault);
+        world.queue.at(faults_end, Event::Calm);
+        world
+    }
+
+    /// In which nobody is yet.
+    pub fn empty(seed: u64, random: Random, state: &State, fault_every: Micros, print: bool) -> World {
+        World {
             seed,
             queue: Queue::default(),
             trace: Trace::new(print),
@@ -57,6 +69,7 @@ impl World {
             machines: BTreeMap::new(),
             clients: BTreeMap::new(),
             bursts: Bursts::default(),
+            scale: None,
             engine: Engine::default(),
             oracle: Oracle::new(state.clone(), GENESIS),
             watch: Watch::default(),
@@ -67,16 +80,12 @@ impl World {
             done: false,
             events: 0,
             random,
-        };
-        world.people(&state);
-        world.queue.after(0, Event::Look);
-        world.queue.after(SECOND, Event::Compare);
-        world.queue.after(10 * SECOND, Event::Fault);
-        world.queue.at(faults_end, Event::Calm);
-        world
+        }
     }
 
-    fn people(&mut self, state: &State) {
+    /// Starts the three coordinators that the state begins with.
+    pub fn found(&mut self) {
+        let state = self.oracle.state().clone();
         for number in 1..=3 {
             let clock = self.clock();
             let mut host = Host::new(number, clock);
@@ -88,6 +97,9 @@ impl World {
             self.addresses.insert(ReplicaId(id), number);
             self.start_host(number);
         }
+    }
+
+    fn people(&mut self) {
         for number in 0..self.random.range(4..u64::from(CLIENTS_MAX) + 1) as u32 {
             self.net.up(Site::Client(number), 1);
             let think = self.random.range(SECOND / 2..4 * SECOND);
@@ -202,7 +214,7 @@ pub fn redeem(role: Role, name: String) -> RedeemToken {
 }
 
 /// A cluster of these coordinators, in which there are tokens for everybody already, and the clients have joined.
-fn genesis(founders: u64) -> State {
+pub fn genesis(founders: u64) -> State {
     let founder = |id: u64| {
         let record = ReplicaRecord {
             address: address_of(ReplicaId(id), id as u32),

@@ -10,6 +10,7 @@ use super::net::{ConnId, Net, NetEvent, Site};
 use super::oracle::{self, Oracle};
 use super::queue::{MINUTE, MS, Micros, Queue, SECOND};
 use super::random::Random;
+use super::scale::Scale;
 use super::trace::Trace;
 use super::watch::Watch;
 use fleet_agent::agent;
@@ -100,6 +101,8 @@ pub struct World {
     pub machines: BTreeMap<u32, Machine>,
     pub clients: BTreeMap<u32, Client>,
     pub bursts: Bursts,
+    /// In a world of large gangs.
+    pub scale: Option<Box<Scale>>,
     pub engine: Engine,
     pub oracle: Oracle,
     pub watch: Watch,
@@ -138,7 +141,7 @@ impl World {
         }
     }
 
-    fn on_event(&mut self, event: Event) {
+    pub fn on_event(&mut self, event: Event) {
         match event {
             Event::Look => {
                 for event in self.net.look(self.queue.now(), &mut self.random) {
@@ -177,6 +180,8 @@ impl World {
 
     pub fn send(&mut self, conn: ConnId, from_end: usize, payload: Payload, bytes: usize) {
         let now = self.queue.now();
+        let counted = self.scale.as_mut().and_then(|scale| scale.count(&payload));
+        let bytes = counted.unwrap_or(bytes);
         if let Some(event) = self.net.send(conn, from_end, payload, bytes, now, &mut self.random) {
             self.on_net(event);
         }

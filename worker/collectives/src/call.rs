@@ -71,7 +71,7 @@ pub(crate) fn name(word: u64) -> &'static str {
 
 /// What a rank says about a call; equal on all ranks, or the gang is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Signature {
+pub struct Signature {
     /// The number of the call, from 1.
     pub sequence: u64,
     /// `Call::word`.

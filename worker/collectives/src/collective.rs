@@ -20,11 +20,13 @@ use std::time::Duration;
 /// Of each rank of a gang, in rank order, the bytes of a buffer that are its own; each begins where the one before it ends.
 pub type Parts = Arc<[Range<usize>]>;
 
-/// Where the result of `SharedHost::post_reduce` is left.
+/// What the result of `SharedHost::post_reduce` is, and where it is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
     /// Each rank has the result of its `part` among the ranks of its host, in its own buffer; the rest of its buffer keeps its input.
     MyPart,
+    /// The result is over the ranks of the host alone: nothing goes across. It is left as with `MyPart`.
+    MyPartOfHost,
     /// Each rank has the result of its `part` among all ranks of the gang, in its own buffer; what the rest holds is not defined.
     MyShard,
     /// Every rank has the whole result in its own buffer.

@@ -186,6 +186,10 @@ impl Pair {
             self.shm.wait(inside)?;
             return self.net.reduce_shards_across(buffers, bytes, &parts, dtype, op);
         }
+        if keep == Keep::MyPartOfHost {
+            let inside = self.shm.post_reduce(buffers, bytes, dtype, op, keep)?;
+            return self.shm.wait(inside);
+        }
         let inside = self.shm.post_reduce(buffers, bytes.clone(), dtype, op, Keep::MyPart)?;
         self.shm.wait(inside)?;
         self.net.reduce_across(buffers, bytes.clone(), dtype, op)?;

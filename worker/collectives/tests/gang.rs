@@ -107,7 +107,7 @@ fn check_post_reduce(gang: &mut ShmCollective, dtype: DType, op: Op, keep: Keep,
         buffer.read(start, &mut got);
         let mut want = inputs(dtype, i as u64, rank, 0..size);
         let range = match keep {
-            Keep::MyPart | Keep::MyShard => part(size, rank, world),
+            Keep::MyPart | Keep::MyPartOfHost | Keep::MyShard => part(size, rank, world),
             Keep::Everything => 0..size,
         };
         let sum = reduced(dtype, op, i as u64, world, range.clone());
@@ -120,7 +120,7 @@ fn check_post_reduce(gang: &mut ShmCollective, dtype: DType, op: Op, keep: Keep,
 fn check_every_post_reduce(gang: &mut ShmCollective) {
     for dtype in DType::ALL {
         for op in [Op::Sum, Op::Max] {
-            for keep in [Keep::MyPart, Keep::MyShard, Keep::Everything] {
+            for keep in [Keep::MyPart, Keep::MyPartOfHost, Keep::MyShard, Keep::Everything] {
                 for size in [0, 1, 259, 10_001] {
                     check_post_reduce(gang, dtype, op, keep, size);
                 }

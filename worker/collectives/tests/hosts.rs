@@ -6,7 +6,7 @@
 mod calls;
 mod meeting;
 
-use calls::{inputs, reduced};
+use calls::{inputs, reduced_over};
 use fleet_collectives::algorithm::Topology;
 use fleet_collectives::{
     Abort, CollectiveError, DType, Exchange, Gang, Gather, HostCollective, Keep, Op, Parts, Segment,
@@ -34,8 +34,14 @@ fn gang<T: Send>(hosts: &[usize], body: impl Fn(HostCollective) -> T + Sync) -> 
 }
 
 /// `post_reduce` twice in one buffer: the sums of all ranks of all hosts, in the part among the ranks of the host.
-fn check_post_reduce(gang: &mut HostCollective, dtype: DType, op: Op, keep: Keep, size: usize) {
-    let (rank, world) = (gang.rank(), gang.world_size());
+fn check_post_reduce(
+    gang: &mut HostCollective,
+    hosts: &[usize],
+    (dtype, op): (DType, Op),
+    keep: Keep,
+    size: usize,
+) {
+    let (rank, world, topology) = (gang.rank(), gang.world_size(), Topology::new(hosts));
     let (gap, length) = (24, size * dtype.size());
     let buffer = gang.allocate_per_rank(3 * gap + 2 * length).unwrap();
     let starts = [gap, 2 * gap + length];
@@ -50,7 +56,7 @@ fn check_post_reduce(gang: &mut HostCollective, dtype: DType, op: Op, keep: Keep
         buffer.read(start, &mut got);
         let mut want = inputs(dtype, i as u64, rank, 0..size);
         let range = match keep {
-            Keep::MyPart => part(size, gang.local_rank(), gang.local_size()),
+            Keep::MyPart | Keep::MyPartOfHost => part(size, gang.local_rank(), gang.local_size()),
             Keep::MyShard => part(size, rank, world),
             Keep::Everything => 0..size,
         };
@@ -58,14 +64,17 @@ fn check_post_reduce(gang: &mut HostCollective, dtype: DType, op: Op, keep: Keep
             // The rest is not defined.
             want.copy_from_slice(&got);
         }
-        let sum = reduced(dtype, op, i as u64, world, range.clone());
+        let of_host = keep == Keep::MyPartOfHost;
+        let ranks: Vec<usize> =
+            (0..world).filter(|one| !of_host || topology.host_of(*one) == gang.host()).collect();
+        let sum = reduced_over(dtype, op, i as u64, &ranks, range.clone());
         want[range.start * dtype.size()..range.end * dtype.size()].copy_from_slice(&sum);
         assert_eq!(got, want, "{dtype} {op:?} {keep:?} of {size}");
     }
     gang.barrier().unwrap();
 }
 
-const KEEPS: [Keep; 3] = [Keep::MyPart, Keep::MyShard, Keep::Everything];
+const KEEPS: [Keep; 4] = [Keep::MyPart, Keep::MyPartOfHost, Keep::MyShard, Keep::Everything];
 
 /// `post_gather` of two rooms in turn, three times: each host has the parts of all ranks, whatever was there before.
 fn check_gather(gang: &mut HostCollective, seed: u64, size: usize) {
@@ -103,7 +112,7 @@ fn reductions_in_place_are_those_of_all_hosts() {
             for dtype in DType::ALL {
                 for keep in KEEPS {
                     for size in [0, 1, 259, 5_001] {
-                        check_post_reduce(&mut gang, dtype, Op::Sum, keep, size);
+                        check_post_reduce(&mut gang, hosts, (dtype, Op::Sum), keep, size);
                     }
                 }
             }
@@ -126,7 +135,7 @@ proptest! {
             for (index, call) in calls.iter().enumerate() {
                 call.check(&mut gang, index as u64);
                 if let Some((dtype, size, keep)) = reductions.get(index).copied() {
-                    check_post_reduce(&mut gang, dtype, Op::Max, keep, size);
+                    check_post_reduce(&mut gang, &hosts, (dtype, Op::Max), keep, size);
                     check_gather(&mut gang, index as u64, size);
                 }
             }

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally};
 use crate::model::init;
 use crate::optimizer::Update;
+use crate::reached::Reached;
 use crate::snapshot::{MOMENTS, Snapshot, moment_name};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
@@ -41,6 +42,8 @@ pub trait Learner {
     /// One step of the optimizer over `micro_batches`, this rank's share of the global batch. `votes` are this rank's. The loss is that for
     /// each target that counts, over all ranks.
     fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report>;
+    /// What to tell of parameters that no gradient of the first step has reached; once, behind it.
+    fn without_gradient(&mut self) -> Option<String>;
     /// The sums over the batches of all ranks. A rank may have no batch.
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally>;
 
@@ -59,13 +62,22 @@ pub struct Engine<M> {
     strategy: Box<dyn Strategy<M>>,
     layout: Layout,
     watch: Stopwatch,
+    /// In the first step.
+    reached: Option<Reached>,
+    without_gradient: Option<String>,
 }
 
 impl<M: Memory> Engine<M> {
     pub fn new(executor: impl Executor<M> + 'static, strategy: impl Strategy<M> + 'static) -> Engine<M> {
         let layout = executor.layout().clone();
-        let watch = Stopwatch::default();
-        Engine { executor: Box::new(executor), strategy: Box::new(strategy), layout, watch }
+        Engine {
+            executor: Box::new(executor),
+            strategy: Box::new(strategy),
+            watch: Stopwatch::default(),
+            reached: Some(Reached::new(&layout)),
+            without_gradient: None,
+            layout,
+        }
     }
 
     /// With the stopwatch that its gang tells, too.
@@ -179,17 +191,32 @@ impl<M: Memory> Learner for Engine<M> {
             let micro = Micro { first: number == 0, last: number == last };
             self.watch.switch(Phase::Forward);
             let mut units = TimedUnits::new(self.strategy.units(micro), &self.watch, head);
-            self.executor.forward_backward(&mut units, &batch.view(), scale)?;
+            match &mut self.reached {
+                Some(reached) => {
+                    let mut watched = reached.watch(&mut units, &self.layout);
+                    self.executor.forward_backward(&mut watched, &batch.view(), scale)?;
+                }
+                None => self.executor.forward_backward(&mut units, &batch.view(), scale)?,
+            }
         }
         self.watch.switch(Phase::Optimizer);
         match self.strategy.update(update, self.executor.take_loss()?, votes) {
-            Ok(report) => Ok(Report { loss: report.loss / weight, ..report }),
+            Ok(report) => {
+                if let Some(reached) = self.reached.take() {
+                    self.without_gradient = reached.line(&self.layout, self.strategy.gang())?;
+                }
+                Ok(Report { loss: report.loss / weight, ..report })
+            }
             Err(error @ Error::NoNumber { .. }) => {
                 let step = suspects::Step { micro_batches, scale, number: update.step };
                 Err(suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?)
             }
             Err(error) => Err(error),
         }
+    }
+
+    fn without_gradient(&mut self) -> Option<String> {
+        self.without_gradient.take()
     }
 
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {

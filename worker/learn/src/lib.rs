@@ -12,6 +12,7 @@ pub mod executor;
 pub mod model;
 pub mod objective;
 pub mod optimizer;
+mod reached;
 pub mod shim;
 pub mod snapshot;
 pub mod stopwatch;

@@ -22,6 +22,8 @@ pub trait Memory: 'static {
     fn value(number: Self::Number) -> Result<f64>;
     /// Whether those of a range within one unit are numbers.
     fn all_finite(gradients: Self::Gradients<'_>, range: &Range<usize>) -> Result<bool>;
+    /// Whether any of them is not zero.
+    fn any(gradients: Self::Gradients<'_>, range: &Range<usize>) -> Result<bool>;
 }
 
 /// Weights, unit by unit.
@@ -55,6 +57,9 @@ impl<E: HostNumber> Memory for Host<E> {
     }
     fn all_finite(gradients: &mut dyn Gradients, range: &Range<usize>) -> Result<bool> {
         Ok(fleet_kernels::all_finite(gradients.range(range.clone())))
+    }
+    fn any(gradients: &mut dyn Gradients, range: &Range<usize>) -> Result<bool> {
+        Ok(gradients.range(range.clone()).iter().any(|number| *number != 0.0))
     }
 }
 

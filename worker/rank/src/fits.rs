@@ -1,11 +1,12 @@
-//! A job that can never fit into this machine is refused before it takes any memory, with what would fit.
+//! What a job needs on the CPU. One that can never fit is refused before it takes any memory, with what would fit.
 
+use crate::choice::{self, Memory, Pool};
 use crate::machine;
-use fleet_common::job::{ActivationCheckpointing, Job, Precision, Strategy};
-use fleet_common::protocol::RankStart;
+use fleet_collectives::{Gang, Op};
+use fleet_common::job::{ActivationCheckpointing, Job, Precision, Shape, Strategy};
 use fleet_cpu::activation_bytes;
 use fleet_learn::model::Model;
-use fleet_learn::strategy::Needs;
+use fleet_learn::strategy::{Keeping, Needs};
 use fleet_learn::{Error, Result};
 use half::bf16;
 
@@ -17,18 +18,28 @@ pub struct Setting {
     pub activation_checkpointing: ActivationCheckpointing,
     /// Sequences at once.
     pub batch_size: u32,
-    /// On this machine.
-    pub ranks: u32,
+    pub accumulate_grad_batches: u32,
+    pub shape: Shape,
 }
 
 impl Setting {
-    pub fn of(job: &Job, ranks: u32) -> Setting {
+    pub fn of(job: &Job, shape: Shape) -> Setting {
         Setting {
             strategy: job.strategy,
             precision: job.precision,
             activation_checkpointing: job.activation_checkpointing,
             batch_size: job.batch_size,
-            ranks,
+            accumulate_grad_batches: job.accumulate_grad_batches,
+            shape,
+        }
+    }
+
+    pub fn keeping(&self) -> Keeping {
+        Keeping {
+            strategy: self.strategy,
+            bf16: self.precision == Precision::Bf16Mixed,
+            shape: self.shape,
+            accumulates: self.accumulate_grad_batches > 1,
         }
     }
 }
@@ -45,7 +56,7 @@ impl Need {
         let again = setting.activation_checkpointing.of(model.decoder.layers);
         let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
         Need {
-            kept: Needs::of(setting.strategy, &model.layout(), is_bf16, setting.ranks as usize),
+            kept: Needs::of(&setting.keeping(), &model.layout()),
             activations: match is_bf16 {
                 true => activation_bytes::<bf16>(&model.decoder, tokens, again),
                 false => activation_bytes::<f32>(&model.decoder, tokens, again),
@@ -58,19 +69,65 @@ impl Need {
     }
 }
 
-/// Refuses a job whose ranks need more here than the machine has, whatever else runs on it.
-pub fn check(start: &RankStart, job: &Job, model: &Model) -> Result<()> {
-    let setting = Setting::of(job, start.local_world_size.max(1));
+/// Bytes of a parameter in a checkpoint: weight and both moments.
+const COPIED: usize = 12;
+
+/// The copy that a checkpoint is written from, for each rank that writes: those of one node.
+pub fn saving(model: &Model, setting: &Setting) -> usize {
+    let layout = model.layout();
+    let longest = layout.units.iter().map(|unit| unit.len()).max().unwrap_or(0);
+    // Units come from all hosts through a buffer.
+    let buffer = if setting.keeping().is_sharded_over_hosts() { 4 * longest } else { 0 };
+    COPIED * layout.len / setting.shape.of_node() as usize + buffer
+}
+
+/// What a job runs as.
+pub struct Settled {
+    /// Never `Auto` for several ranks.
+    pub strategy: Strategy,
+    /// Why it was chosen, where the job left it open.
+    pub reason: Option<String>,
+}
+
+/// Chooses a strategy where the job leaves it open, and refuses a job that needs more than the smallest of its machines has, whatever else runs
+/// on it. With the `gang` of all ranks, where there are several: they find the same. A collective call.
+pub fn settle(job: &Job, model: &Model, shape: Shape, gang: Option<&mut dyn Gang>) -> Result<Settled> {
+    let several = gang.is_some();
+    let [memory, with_swap] = smallest([machine::memory_bytes(), machine::total_bytes()], gang)?;
+    let mut setting = Setting::of(job, shape);
     let needs = |setting: &Setting| Need::of(model, job.max_seq_len, setting).total();
-    match refusal(&setting, machine::total_bytes(), needs) {
-        None => Ok(()),
+    let mut reason = None;
+    if several && setting.strategy == Strategy::Auto {
+        let chosen = choose(model, job.max_seq_len, &setting, memory);
+        setting.strategy = chosen.strategy;
+        reason = Some(format!("strategy: {}", chosen.reason));
+    }
+    match refusal(&setting, with_swap, needs) {
+        None => Ok(Settled { strategy: setting.strategy, reason }),
         Some(line) => Err(Error::Environment(line)),
     }
 }
 
+/// The least of each that any rank has. A collective call.
+pub fn smallest(bytes: [usize; 2], gang: Option<&mut dyn Gang>) -> Result<[usize; 2]> {
+    let Some(gang) = gang else { return Ok(bytes) };
+    let mut negative = bytes.map(|bytes| -(bytes as f64));
+    gang.all_reduce_f64(&mut negative, Op::Max)?;
+    Ok(negative.map(|bytes| -bytes as usize))
+}
+
+/// What `auto` is for this setting where the smallest node has so much memory.
+pub fn choose(model: &Model, max_seq_len: u32, setting: &Setting, memory: usize) -> choice::Choice {
+    let needs = |strategy| {
+        let setting = Setting { strategy, ..*setting };
+        Need::of(model, max_seq_len, &setting).total() + saving(model, &setting)
+    };
+    choice::choose(setting.shape, Memory { bytes: memory, from: Pool::Node }, needs)
+}
+
 /// Why `setting` cannot run where there are `total` bytes, by what each rank `needs`.
 fn refusal(setting: &Setting, total: usize, needs: impl Fn(&Setting) -> usize) -> Option<String> {
-    let all = |setting: &Setting| needs(setting).saturating_mul(setting.ranks as usize);
+    let all = |setting: &Setting| needs(setting).saturating_mul(setting.shape.of_node() as usize);
     let fits = |setting: &Setting| all(setting) <= total;
     if fits(setting) {
         return None;
@@ -100,12 +157,14 @@ fn refusal(setting: &Setting, total: usize, needs: impl Fn(&Setting) -> usize) -
         true => "no setting makes it fit: take a smaller model, or a machine with more memory".to_owned(),
         false => format!("it would fit with {}", alone.join(", or with ")),
     };
-    let ranks = match setting.ranks {
-        1 => String::new(),
-        ranks => format!(" for {ranks} ranks"),
+    let Shape { ranks, nodes } = setting.shape;
+    let (ranks, machine) = match (ranks, nodes) {
+        (1, _) => (String::new(), "this machine"),
+        (ranks, 1) => (format!(" for {ranks} ranks"), "this machine"),
+        _ => (format!(" on each node of {}", setting.shape.of_node()), "the smallest of them"),
     };
     Some(format!(
-        "a step needs at least {}{ranks}, and this machine has {} of memory; {help}",
+        "a step needs at least {}{ranks}, and {machine} has {} of memory; {help}",
         size(all(setting)),
         size(total)
     ))
@@ -117,8 +176,9 @@ type Change = Box<dyn Fn(&Setting) -> Setting>;
 /// What can be changed, the ones first that cost least, with the words for it.
 fn changes(setting: &Setting) -> Vec<(Change, String)> {
     let mut changes: Vec<(Change, String)> = Vec::new();
-    let is_sharded = matches!(setting.strategy, Strategy::Fsdp | Strategy::Hsdp);
-    if setting.ranks > 1 && !is_sharded {
+    let Shape { ranks, nodes } = setting.shape;
+    let is_sharded = setting.strategy == Strategy::Fsdp || setting.strategy == Strategy::Hsdp && nodes == 1;
+    if ranks > 1 && !is_sharded {
         let fsdp = |setting: &Setting| Setting { strategy: Strategy::Fsdp, ..*setting };
         changes.push((Box::new(fsdp), "strategy = \"fsdp\"".to_owned()));
     }
@@ -137,15 +197,18 @@ fn changes(setting: &Setting) -> Vec<(Change, String)> {
         let bf16 = |setting: &Setting| Setting { precision: Precision::Bf16Mixed, ..*setting };
         changes.push((Box::new(bf16), "precision = \"bf16-mixed\"".to_owned()));
     }
-    if setting.ranks > 1 {
-        let one = |setting: &Setting| Setting { ranks: 1, ..*setting };
+    if setting.shape.of_node() > 1 {
+        let one = |setting: &Setting| {
+            let nodes = setting.shape.nodes;
+            Setting { shape: Shape { ranks: nodes, nodes }, ..*setting }
+        };
         changes.push((Box::new(one), "one rank on a machine".to_owned()));
     }
     changes
 }
 
 /// For people.
-fn size(bytes: usize) -> String {
+pub(crate) fn size(bytes: usize) -> String {
     let gib = bytes as f64 / f64::from(1 << 30);
     match gib < 10.0 {
         true => format!("{gib:.1} GiB"),
@@ -165,14 +228,15 @@ mod tests {
             precision: Precision::Fp32,
             activation_checkpointing: ActivationCheckpointing::None,
             batch_size: 8,
-            ranks: 4,
+            accumulate_grad_batches: 1,
+            shape: Shape { ranks: 4, nodes: 1 },
         }
     }
 
     /// What shrinks with what is known here by its size: gradients, and activations of a sequence.
     fn needs(gradients: usize, sequence: usize) -> impl Fn(&Setting) -> usize {
         move |setting| {
-            let shared = if setting.strategy == Strategy::Fsdp { setting.ranks as usize } else { 1 };
+            let shared = if setting.strategy == Strategy::Fsdp { setting.shape.ranks as usize } else { 1 };
             let kept =
                 if setting.activation_checkpointing == ActivationCheckpointing::Blocks { 4 } else { 1 };
             gradients / shared + sequence * setting.batch_size as usize / kept
@@ -202,5 +266,20 @@ mod tests {
                 .unwrap()
                 .ends_with("no setting makes it fit: take a smaller model, or a machine with more memory")
         );
+    }
+
+    #[test]
+    fn over_nodes_it_is_told_what_each_of_them_needs() {
+        let shape = Shape { ranks: 4, nodes: 2 };
+        let refused = |strategy| {
+            let setting = Setting { strategy, shape, ..setting() };
+            refusal(&setting, 7 * GIB, needs(8 * GIB, 0)).unwrap()
+        };
+        assert_eq!(
+            refused(Strategy::Hsdp),
+            "a step needs at least 16 GiB on each node of 2, and the smallest of them has 7.0 GiB of memory; it would fit with \
+             strategy = \"fsdp\""
+        );
+        assert!(refused(Strategy::Ddp).contains("strategy = \"fsdp\""));
     }
 }

@@ -3,6 +3,7 @@
 //! predicts, `plan` what a job will need.
 
 pub mod assemble;
+pub mod choice;
 pub mod eval;
 pub mod fits;
 mod gang;

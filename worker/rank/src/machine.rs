@@ -2,14 +2,21 @@
 
 use std::path::Path;
 
-/// Bytes that all processes here can have together at most: of the machine, with its swap, or of the control groups around this process.
-pub fn total_bytes() -> usize {
-    let of = |key| kib("/proc/meminfo", key).unwrap_or(0) << 10;
-    let (memory, swap) = (of("MemTotal:"), of("SwapTotal:"));
-    match memory {
+/// Bytes of memory that all processes here have together: of the machine, or of the control groups around this process.
+pub fn memory_bytes() -> usize {
+    match of_machine("MemTotal:") {
         0 => usize::MAX,
-        memory => group_limit().map_or(memory, |limit| limit.min(memory)) + swap,
+        memory => group_limit().map_or(memory, |limit| limit.min(memory)),
     }
+}
+
+/// The same with swap: what they can have at most.
+pub fn total_bytes() -> usize {
+    memory_bytes().saturating_add(of_machine("SwapTotal:"))
+}
+
+fn of_machine(key: &str) -> usize {
+    kib("/proc/meminfo", key).unwrap_or(0) << 10
 }
 
 /// Bytes that are free, or can be made free at once, by the machine's count.
@@ -50,6 +57,7 @@ mod tests {
     #[test]
     fn what_is_available_is_a_part_of_the_whole() {
         let (total, available) = (total_bytes(), available_bytes());
+        assert!(memory_bytes() <= total);
         assert!(available > 1 << 20 && available < total && total < usize::MAX, "{available} of {total}");
         assert!(program_bytes(1) > program_bytes(4));
     }

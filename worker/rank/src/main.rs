@@ -6,7 +6,8 @@ use clap::{Parser, Subcommand};
 use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
-use fleet_common::job::Job;
+use fleet_common::job::{Job, Shape};
+use fleet_common::link::{Latency, Rate};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
@@ -96,8 +97,20 @@ struct PlanArgs {
     /// The job, as it travels (`Job::to_json`).
     #[arg(long)]
     job: String,
+    /// Of the whole job.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     ranks: u32,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    nodes: u32,
+    /// What goes from node to node, such as 10Gbit.
+    #[arg(long)]
+    link: Option<Rate>,
+    /// From node to node, such as 50us.
+    #[arg(long)]
+    latency: Option<Latency>,
+    /// Show instead how algorithms are chosen.
+    #[arg(long)]
+    costs: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -105,8 +118,22 @@ struct PlanArgs {
 
 fn run_plan(args: &PlanArgs) -> Result<(), Error> {
     let job = Job::from_json(&args.job).map_err(|e| Error::Input(format!("--job: {e}")))?;
-    let plan = plan::plan(&job, args.ranks)?;
-    let text = if args.json { serde_json::json!(plan).to_string() } else { plan.table() };
+    let (ranks, nodes) = (args.ranks, args.nodes);
+    if !ranks.is_multiple_of(nodes) {
+        return Err(Error::Input(format!("{ranks} ranks cannot be divided evenly over {nodes} nodes")));
+    }
+    let wanted = plan::Wanted {
+        shape: Shape { ranks, nodes },
+        links: plan::links(args.link, args.latency),
+        told: args.link.is_some() && args.latency.is_some(),
+    };
+    let text = if args.costs {
+        let costs = wanted.costs();
+        if args.json { serde_json::json!(costs).to_string() } else { costs.table() }
+    } else {
+        let plan = plan::plan(&job, &wanted)?;
+        if args.json { serde_json::json!(plan).to_string() } else { plan.table() }
+    };
     let mut out = std::io::stdout().lock();
     told(writeln!(out, "{text}").and_then(|()| out.flush()))
 }

@@ -1,10 +1,19 @@
-//! What a job will need on this machine's CPU, for each strategy and precision, before it runs: memory by what is known of the model, speed by
-//! steps of the same model with one and with two blocks.
+//! What a job will need on CPUs such as this machine's, for each strategy and precision, before it runs: memory by what is known of the model,
+//! speed by steps of the same model with one and with two blocks, and by a model of the links between nodes.
+
+mod between;
+mod costs;
+mod timeline;
 
 use crate::assemble::{self, Threads};
-use crate::fits::{Need, Setting};
-use crate::machine::{available_bytes, program_bytes};
-use fleet_common::job::{Job, Model as Described, Precision, Strategy};
+use crate::choice;
+use crate::fits::{self, Need, Setting};
+use crate::machine::{available_bytes, memory_bytes, program_bytes};
+use between::Between;
+pub use between::links;
+pub use costs::Costs;
+use fleet_collectives::cost::Links;
+use fleet_common::job::{ActivationCheckpointing, Job, Model as Described, Precision, Shape, Strategy};
 use fleet_cpu::Storage;
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
@@ -13,11 +22,10 @@ use half::bf16;
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
+use timeline::{Step, Unit};
 
 /// Steps that are timed for each size, after one that is not.
 const STEPS: u64 = 3;
-/// Bytes of a parameter in a checkpoint.
-const COPIED: usize = 12;
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
@@ -25,9 +33,14 @@ const SAMPLE: usize = 1 << 21;
 pub struct Plan {
     pub parameters: u64,
     pub ranks: u32,
+    pub nodes: u32,
     pub threads_per_rank: u32,
-    /// Of this machine now, for all ranks together.
+    /// Of this machine now, for all ranks of a node together.
     pub available_mib: u64,
+    /// What is taken to be between several nodes.
+    pub link: Option<String>,
+    /// What the job's `auto` is where all nodes are as this machine, and why.
+    pub auto: Option<String>,
     pub choices: Vec<Choice>,
 }
 
@@ -52,28 +65,47 @@ pub struct Choice {
     pub is_job: bool,
 }
 
-/// For `ranks` ranks on this machine.
-pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
+/// How a job is to be laid out.
+pub struct Wanted {
+    pub shape: Shape,
+    pub links: Links,
+    /// Somebody said what the links are.
+    pub told: bool,
+}
+
+impl Wanted {
+    /// How gangs of this shape choose their algorithms.
+    pub fn costs(&self) -> Costs {
+        costs::costs(self.shape, &self.links, between::describe(&self.links, self.told))
+    }
+}
+
+/// For nodes that are all as this machine.
+pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
     let model = match &job.model {
         Described::New(config) => Model::new(config)?,
         Described::Pretrained(dir) => Model::read(dir)?,
     };
+    let shape = wanted.shape;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let threads_per_rank = job.threads_per_rank.unwrap_or(cores / ranks).max(1);
-    let run = Run { job, model, ranks: ranks as usize, threads: threads_per_rank };
+    let threads_per_rank = job.threads_per_rank.unwrap_or(cores / shape.of_node()).max(1);
+    let run = Run { job, model, ranks: shape.of_node() as usize, threads: threads_per_rank };
+    let crowded = threads_per_rank * shape.of_node() >= cores;
+    let mut between = Between::new(shape, wanted.links, job.transport_encryption, crowded)?;
     let program = program_bytes(run.ranks);
     let available = available_bytes();
+    let setting = Setting::of(job, shape);
+    let auto = (job.strategy == Strategy::Auto && shape.ranks > 1)
+        .then(|| fits::choose(&run.model, job.max_seq_len, &setting, memory_bytes()));
+    let chosen = auto.as_ref().map_or(job.strategy, |choice| choice.strategy);
     let mut choices = Vec::new();
     for precision in [Precision::Fp32, Precision::Bf16Mixed] {
         let is_bf16 = precision == Precision::Bf16Mixed;
         let speeds = if is_bf16 { run.speeds::<bf16>()? } else { run.speeds::<f32>()? };
-        let strategies: &[Strategy] =
-            if ranks == 1 { &[Strategy::Auto] } else { &[Strategy::Ddp, Strategy::Fsdp] };
-        for &strategy in strategies {
-            let layout = run.model.layout();
-            let setting = Setting { strategy, precision, ..Setting::of(job, ranks) };
+        for strategy in strategies(shape, chosen) {
+            let setting = Setting { strategy, precision, ..setting };
             let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
-            let saving = COPIED * layout.len / run.ranks;
+            let saving = fits::saving(&run.model, &setting);
             let peak = needs.total() + activations + saving + program;
             choices.push(Choice {
                 strategy,
@@ -86,21 +118,41 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
                 program_mib: mib(program),
                 peak_mib: mib(peak),
                 fits: peak * run.ranks <= available,
-                tokens_per_s: run.tokens_per_s(&speeds, strategy, layout.len),
-                is_job: precision == job.precision && is_chosen(strategy, job.strategy, ranks),
+                tokens_per_s: run.tokens_per_s(&speeds, &setting, &mut between),
+                is_job: precision == job.precision && is_chosen(strategy, chosen, shape),
             });
         }
     }
-    let parameters = run.model.layout().count();
-    Ok(Plan { parameters, ranks, threads_per_rank, available_mib: mib(available), choices })
+    Ok(Plan {
+        parameters: run.model.layout().count(),
+        ranks: shape.ranks,
+        nodes: shape.nodes,
+        threads_per_rank,
+        available_mib: mib(available),
+        link: (shape.nodes > 1).then(|| between::describe(&wanted.links, wanted.told)),
+        auto: auto.map(|choice| choice.reason),
+        choices,
+    })
+}
+
+/// Those that differ, with the one that the job has.
+fn strategies(shape: Shape, chosen: Strategy) -> Vec<Strategy> {
+    if shape.ranks == 1 {
+        return vec![Strategy::Auto];
+    }
+    let mut all = choice::in_order(shape);
+    if !all.iter().any(|strategy| is_chosen(*strategy, chosen, shape)) {
+        all.push(chosen);
+    }
+    all
 }
 
 /// Whether a job with `wanted` runs as `strategy`.
-fn is_chosen(strategy: Strategy, wanted: Strategy, ranks: u32) -> bool {
+fn is_chosen(strategy: Strategy, wanted: Strategy, shape: Shape) -> bool {
     match wanted {
-        _ if ranks == 1 => true,
-        Strategy::Auto | Strategy::Ddp => strategy == Strategy::Ddp,
-        Strategy::Fsdp | Strategy::Hsdp => strategy == Strategy::Fsdp,
+        _ if shape.ranks == 1 => true,
+        Strategy::Hsdp if shape.nodes == 1 => strategy == Strategy::Fsdp,
+        wanted => strategy == wanted,
     }
 }
 
@@ -113,8 +165,10 @@ struct Run<'a> {
 
 /// Seconds, with all ranks at work.
 struct Speeds {
-    /// Forward and backward of one micro-batch.
-    pass: f64,
+    /// Forward and backward of one block, of one micro-batch.
+    block: f64,
+    /// The same of everything else.
+    edges: f64,
     /// Of the optimizer, for each number.
     update: f64,
     /// Of adding up gradients, for each number.
@@ -135,7 +189,9 @@ impl Run<'_> {
         };
         let first = pass(&one)?;
         let more = if two.decoder.layers == 2 { (pass(&two)? - first).max(0.0) } else { 0.0 };
-        Ok(Speeds { pass: first + more * (self.model.decoder.layers - 1) as f64, update, add })
+        // One block is not told apart where there is only one.
+        let (block, edges) = if first > more { (more, first - more) } else { (first, 0.0) };
+        Ok(Speeds { block, edges, update, add })
     }
 
     /// Seconds of a step of `model`, by the slowest of all ranks at once, each with an optimizer of its own.
@@ -201,30 +257,67 @@ impl Run<'_> {
         })
     }
 
-    fn tokens_per_s(&self, speeds: &Speeds, strategy: Strategy, parameters: usize) -> f64 {
+    fn tokens_per_s(&self, speeds: &Speeds, setting: &Setting, between: &mut Between) -> f64 {
+        let layout = self.model.layout();
+        let shape = setting.shape;
         let micro = f64::from(self.job.accumulate_grad_batches);
-        let (ranks, numbers) = (self.ranks as f64, parameters as f64);
-        let reductions = match strategy {
-            _ if self.ranks == 1 => 0.0,
-            Strategy::Auto | Strategy::Ddp => 1.0,
-            Strategy::Fsdp | Strategy::Hsdp => micro,
+        let numbers = layout.len as f64;
+        let keeping = setting.keeping();
+        let in_rooms = matches!(setting.strategy, Strategy::Fsdp | Strategy::Hsdp);
+        let within = match setting.strategy {
+            _ if shape.ranks == 1 => 0.0,
+            _ if in_rooms => micro,
+            _ => 1.0,
         };
-        let step = micro * speeds.pass + numbers * (speeds.update / ranks + reductions * speeds.add);
-        let tokens = ranks * micro * f64::from(self.job.batch_size) * f64::from(self.job.max_seq_len);
-        tokens / step
+        // What a rank updates.
+        let updaters = if keeping.is_sharded_over_hosts() { shape.ranks } else { shape.of_node() };
+        let mut end = numbers * (speeds.update / f64::from(updaters) + within * speeds.add);
+        end += between.of_small_calls();
+        let summed = if keeping.is_sharded_over_hosts() { between::SCATTERED } else { between::SUMMED };
+        let collects = keeping.collects(&layout);
+        let last = layout.units.len() - 1;
+        // Blocks whose forward is computed a second time do so in their backward.
+        let again = self.job.activation_checkpointing != ActivationCheckpointing::None;
+        let share = if again { 0.25 } else { 1.0 / 3.0 };
+        let mut units = Vec::new();
+        for (number, range) in layout.units.iter().enumerate() {
+            let computed = match number {
+                0 => Unit::default(),
+                number if number == last => Unit { backward: speeds.edges, ..Unit::default() },
+                _ => Unit {
+                    forward: share * speeds.block,
+                    backward: (1.0 - share) * speeds.block,
+                    ..Unit::default()
+                },
+            };
+            // Most blocks are collected for the forward and again for the backward.
+            let times = if number == 0 || number == last { 1.0 } else { 2.0 * micro };
+            let (unit, stolen) = between.add(computed, (summed, 4 * range.len()), collects[number], times);
+            units.push(unit);
+            end += stolen;
+        }
+        let micro_batches = self.job.accumulate_grad_batches;
+        let step = Step { units, micro_batches, in_rooms, end }.seconds();
+        let tokens = f64::from(shape.ranks) * micro * f64::from(self.job.batch_size);
+        tokens * f64::from(self.job.max_seq_len) / step
     }
 }
 
 impl Plan {
     /// For people.
     pub fn table(&self) -> String {
+        let on = if self.nodes > 1 { format!(" on {} nodes", self.nodes) } else { String::new() };
         let mut text = format!(
-            "On the CPU of this machine: {:.1} M parameters; {} ranks with {} threads each; {} MiB available here\n\n",
+            "On the CPU of this machine: {:.1} M parameters; {} ranks{on} with {} threads each; {} MiB available here\n",
             self.parameters as f64 / 1e6,
             self.ranks,
             self.threads_per_rank,
             self.available_mib
         );
+        if let Some(link) = &self.link {
+            let _ = writeln!(text, "{link}");
+        }
+        text.push('\n');
         text += "MiB per rank           weights  gradients  optimizer  activations  saving  program     peak  fits  tokens/s\n";
         for choice in &self.choices {
             let name = format!("{} {}", word(&choice.strategy), word(&choice.precision));
@@ -242,6 +335,9 @@ impl Plan {
                 choice.peak_mib,
                 choice.tokens_per_s
             );
+        }
+        if let Some(reason) = &self.auto {
+            let _ = write!(text, "\nstrategy = \"auto\" is {reason}");
         }
         text.trim_end().to_owned()
     }

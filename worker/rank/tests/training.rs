@@ -57,6 +57,21 @@ fn it_learns_evaluates_saves_and_resumes_bit_for_bit() {
     }
 }
 
+#[test]
+fn a_job_that_leaves_its_strategy_open_is_told_which_it_has_and_why() {
+    let told = |world, strategy| {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job { strategy, max_steps: Some(1), ..job(dir.path()) };
+        let events = launch(&job, world, None, None).events;
+        let line = |event: EventBody| if let EventBody::Log { line, .. } = event { Some(line) } else { None };
+        let lines: Vec<String> = events.into_iter().filter_map(line).collect();
+        lines.into_iter().filter(|line| line.starts_with("strategy: ")).collect::<Vec<String>>()
+    };
+    let lines = told(2, Strategy::Auto);
+    assert!(matches!(&lines[..], [line] if line.starts_with("strategy: ddp: the model fits (")), "{lines:?}");
+    assert_eq!(told(1, Strategy::Auto).len() + told(2, Strategy::Fsdp).len(), 0);
+}
+
 /// Training goes on while a checkpoint is written, and nothing of the steps after it gets into it.
 #[test]
 fn a_save_after_every_step_has_the_state_of_that_step() {

@@ -52,6 +52,14 @@ pub fn name(device: Device) -> String {
     }
 }
 
+/// Bytes of memory that a device has of its own, as far as that is known.
+pub fn memory(device: Device) -> Option<usize> {
+    match device {
+        Device::Cuda(number) => shim::cuda::memory(number),
+        _ => None,
+    }
+}
+
 /// For the log.
 pub fn describe(device: Device) -> String {
     match device {

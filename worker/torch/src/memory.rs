@@ -21,11 +21,11 @@ impl Memory for Tensors {
     }
 
     fn all_finite(gradients: Gradients<'_>, range: &Range<usize>) -> fleet_learn::Result<bool> {
-        let found = || -> Result<bool> {
-            let _guard = tch::no_grad_guard();
-            Ok(narrow(gradients.flat, range)?.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
-        };
-        Ok(found()?)
+        Ok(gradients.hold(range, |numbers| numbers.f_isfinite()?.f_all())?)
+    }
+
+    fn any(gradients: Gradients<'_>, range: &Range<usize>) -> fleet_learn::Result<bool> {
+        Ok(gradients.hold(range, |numbers| numbers.f_ne(0)?.f_any())?)
     }
 }
 
@@ -118,6 +118,17 @@ pub struct Gradients<'a> {
 }
 
 impl Gradients<'_> {
+    /// What `question` finds of the numbers of a range, as one number.
+    fn hold(
+        &self,
+        range: &Range<usize>,
+        question: impl FnOnce(&Tensor) -> std::result::Result<Tensor, tch::TchError>,
+    ) -> Result<bool> {
+        let _guard = tch::no_grad_guard();
+        let numbers = narrow(self.flat, &place(self.parts, range))?;
+        Ok(question(&numbers)?.f_int64_value(&[])? != 0)
+    }
+
     /// Sets or adds the gradient of a range; nothing is a gradient of zeros.
     pub fn store(&self, range: &Range<usize>, grad: Option<&Tensor>, set: bool) -> Result<()> {
         let _guard = tch::no_grad_guard();

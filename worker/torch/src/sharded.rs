@@ -10,7 +10,7 @@ use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
-use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::strategy::{Micro, Needs, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -60,6 +60,13 @@ enum Gathered {
 }
 
 impl Sharded {
+    /// Bytes of each of `world` ranks.
+    pub fn needs(layout: &Layout, rooms: Rooms, products: Kind, world: usize) -> Needs {
+        let Parts { shard, rooms, .. } = Parts::new(layout, rooms, 0, world);
+        let copy = if products == Kind::Float { 0 } else { 2 * rooms };
+        Needs { weights: 4 * (shard + rooms) + copy, gradients: 4 * (shard + rooms), optimizer: 8 * shard }
+    }
+
     /// Weights are zero until they are filled. Products read them as `products`. A collective call.
     pub fn new(
         layout: Layout,

@@ -87,6 +87,36 @@ fn one_rank_trains_alike_with_and_without_shards() {
     }
 }
 
+#[test]
+fn gradients_are_looked_at_where_they_lie() {
+    for (device, rooms) in
+        devices().into_iter().flat_map(|device| [None, Some(Rooms::TwoBlocks)].map(|rooms| (device, rooms)))
+    {
+        let mut learner = learner(device, Numbers::FP32, rooms);
+        // Weights of zeros: nothing flows anywhere.
+        step(&mut *learner, 1);
+        let line = learner.without_gradient().unwrap();
+        let all = learner.layout().parameters.len();
+        assert!(line.contains(&format!("{all} parameters: model.embed_tokens.weight, ")), "{line}");
+
+        let mut learner = self::learner(device, Numbers::FP32, rooms);
+        learner.fresh_weights(5).unwrap();
+        step(&mut *learner, 1);
+        assert_eq!(learner.without_gradient(), None);
+        let targets = TokenBatch {
+            ids: token_ids(SEQ, 97, 1),
+            targets: token_ids(SEQ, 97, 2),
+            // Two that count so much that their flow back is more than fp32 holds, while their losses cancel.
+            weights: Some((0..SEQ).map(|at| [0.0, 1e36, 0.0, -1e36, 1e-6][at.min(4)]).collect()),
+            seq: SEQ,
+        };
+        let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
+        let update = Update { adamw, lr: 2e-3, step: 2 };
+        let error = learner.step(&[targets], &update, Votes::default()).unwrap_err().to_string();
+        assert!(error.contains("became NaN or infinite at step 2"), "{error}");
+    }
+}
+
 fn save(learner: &mut dyn Learner, dir: &Path, at: u64) -> PathBuf {
     std::fs::create_dir(dir).unwrap();
     let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };

@@ -1,7 +1,10 @@
 //! What an algorithm costs on given links, and which one to take. All ranks must choose alike, so what is known of the links is told to all and
 //! never measured by each for itself.
 
+mod hosts;
 mod simulate;
+
+pub use hosts::{Crossing, between_hosts};
 
 use crate::algorithm::{Algorithm, Operation, Topology, Work};
 use crate::collective::{Exchange, Posted};
@@ -65,6 +68,11 @@ pub fn predict(
     links: &Links,
 ) -> Duration {
     cost(algorithm, &work(exchange, bytes, topology), topology, links)
+}
+
+/// The algorithm that a gang takes for an exchange of `bytes`, whatever its links are: the cheapest for a size near it on assumed ones.
+pub fn chosen(exchange: Posted, bytes: usize, topology: &Topology) -> Algorithm {
+    Chooser::new(Arc::new(topology.clone())).choose(&work(exchange, bytes, topology))
 }
 
 /// The cheapest algorithm for an exchange of `bytes`, by the model.

@@ -48,12 +48,9 @@ impl Gang for NetCollective {
             self.finish()?;
             self.shared.driver().peers.iter_mut().map(|peer| peer.rate.look()).collect()
         };
-        let mine: Vec<u8> = mine.iter().flat_map(|rate| rate.to_le_bytes()).collect();
-        let mut all = vec![0; mine.len() * self.world()];
-        self.all_gather(&mine, &mut all)?;
-        let rate = |eight: &[u8]| f64::from_le_bytes(eight.try_into().expect("a chunk of eight bytes"));
-        let rates: Vec<f64> = all.chunks_exact(8).map(rate).collect();
-        Ok(SlowLink::among(self.topology(), &rates))
+        let mut links = SlowLink::of_rank(self.topology(), self.rank, &mine);
+        self.all_reduce_f64(&mut links, Op::Sum)?;
+        Ok(SlowLink::among(self.topology().hosts(), &links))
     }
 }
 

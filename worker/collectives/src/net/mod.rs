@@ -19,6 +19,14 @@ mod tcp;
 mod tls;
 mod verdict;
 
+/// What the simulator makes ranks say to each other when they part.
+#[doc(hidden)]
+pub mod parted {
+    pub use super::frame::{Farewell, HEADER};
+    pub use super::verdict::{Last, Met, verdict};
+    pub use crate::call::Signature;
+}
+
 pub use gang::{NetAbortHandle, NetCollective};
 pub use rate::SlowLink;
 pub use rendezvous::{Key, Listener, PublicKey, RankAddress, Rendezvous};

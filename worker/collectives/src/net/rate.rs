@@ -68,17 +68,22 @@ pub struct SlowLink {
 }
 
 impl SlowLink {
-    /// `rates` has a row for each rank with what it measured to every rank, 0 where nothing. What the ranks of a host send to another host
-    /// is added up.
-    pub fn among(topology: &Topology, rates: &[f64]) -> Option<SlowLink> {
-        let (world, hosts) = (topology.world(), topology.hosts());
+    /// What `rank` measured to every rank, 0 where nothing, as a part of what each host sends to each other host: a row for each host. What the
+    /// ranks of a host send to another one is to be added up.
+    pub(super) fn of_rank(topology: &Topology, rank: usize, rates: &[f64]) -> Vec<f64> {
+        let (from, hosts) = (topology.host_of(rank), topology.hosts());
         let mut links = vec![0.0; hosts * hosts];
-        for (at, rate) in rates.iter().enumerate() {
-            let (from, to) = (topology.host_of(at / world), topology.host_of(at % world));
+        for (peer, rate) in rates.iter().enumerate() {
+            let to = topology.host_of(peer);
             if from != to {
                 links[from * hosts + to] += rate;
             }
         }
+        links
+    }
+
+    /// `links` has a row for each host with the rates to all hosts.
+    pub(super) fn among(hosts: usize, links: &[f64]) -> Option<SlowLink> {
         let mut known: Vec<usize> = (0..links.len()).filter(|link| links[*link] > 0.0).collect();
         known.sort_by(|one, other| links[*one].total_cmp(&links[*other]));
         let (slowest, others) = known.split_first()?;
@@ -130,23 +135,26 @@ mod tests {
 
     #[test]
     fn the_link_that_is_slower_than_the_others_is_named() {
-        let three = Topology::new(&[0, 1, 2]);
         let fast = 125e6;
         let mut rates = [0.0, fast, 0.0, 0.0, 0.0, fast / 11.0, 1.2 * fast, 0.0, 0.0];
-        let slow = SlowLink::among(&three, &rates).unwrap();
+        let slow = SlowLink::among(3, &rates).unwrap();
         assert_eq!(slow.to_string(), "slow link: host 1 to host 2, 91 Mbit/s, others 1.2 Gbit/s");
         rates[5] = fast / 2.0;
-        assert_eq!(SlowLink::among(&three, &rates), None, "half is no other kind of link");
-        assert_eq!(SlowLink::among(&three, &[0.0; 9]), None);
+        assert_eq!(SlowLink::among(3, &rates), None, "half is no other kind of link");
+        assert_eq!(SlowLink::among(3, &[0.0; 9]), None);
         rates = [0.0; 9];
         rates[1] = fast;
-        assert_eq!(SlowLink::among(&three, &rates), None, "there is nothing to compare with");
+        assert_eq!(SlowLink::among(3, &rates), None, "there is nothing to compare with");
         // Ranks of a host share its link, and those of one host are no link.
         let two = Topology::new(&[0, 0, 1, 1]);
-        let mut rates = [0.0; 16];
-        (rates[1], rates[2], rates[7], rates[8]) = (9e9, fast / 20.0, fast / 20.0, fast);
+        let rows = [[0.0, 9e9, fast / 20.0, 0.0], [0.0, 0.0, 0.0, fast / 20.0], [fast, 0.0, 0.0, 0.0]];
+        let mut links = [0.0; 4];
+        for (rank, row) in rows.iter().enumerate() {
+            let of_rank = SlowLink::of_rank(&two, rank, row);
+            links.iter_mut().zip(of_rank).for_each(|(link, rate)| *link += rate);
+        }
         assert_eq!(
-            SlowLink::among(&two, &rates).unwrap().to_string(),
+            SlowLink::among(2, &links).unwrap().to_string(),
             "slow link: host 0 to host 1, 100 Mbit/s, others 1.0 Gbit/s"
         );
     }

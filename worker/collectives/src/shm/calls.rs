@@ -278,7 +278,7 @@ impl SharedHost for ShmCollective {
         keep: Keep,
     ) -> Result<Ticket> {
         let (exchange, of_all) = match keep {
-            Keep::MyPart | Keep::MyShard => (Posted::ReduceScatter(dtype, op), false),
+            Keep::MyPart | Keep::MyPartOfHost | Keep::MyShard => (Posted::ReduceScatter(dtype, op), false),
             Keep::Everything => (Posted::AllReduce(dtype, op), true),
         };
         let told = Told { exchange, call: Call::Reduce(dtype, op, keep), of_all, own: None };

@@ -34,8 +34,14 @@ pub fn inputs(dtype: DType, salt: u64, rank: usize, range: Range<usize>) -> Vec<
 }
 
 pub fn reduced(dtype: DType, op: Op, salt: u64, world: usize, range: Range<usize>) -> Vec<u8> {
+    let ranks: Vec<usize> = (0..world).collect();
+    reduced_over(dtype, op, salt, &ranks, range)
+}
+
+/// The same of some of the ranks.
+pub fn reduced_over(dtype: DType, op: Op, salt: u64, ranks: &[usize], range: Range<usize>) -> Vec<u8> {
     let one = |i: usize| {
-        let all = (0..world).map(|rank| input(salt, rank, i));
+        let all = ranks.iter().map(|rank| input(salt, *rank, i));
         match op {
             Op::Sum => all.sum::<u64>(),
             Op::Max => all.max().unwrap(),

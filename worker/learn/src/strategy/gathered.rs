@@ -33,8 +33,7 @@ impl<T: Number> Gathered<T> {
         shards: &dyn Fn(usize, usize) -> Range<usize>,
         gang: &mut dyn SharedHost,
     ) -> Result<Gathered<T>> {
-        let lens: Vec<usize> = members.iter().map(|ranges| ranges.iter().map(Range::len).sum()).collect();
-        let rooms = Rooms::apart(&lens);
+        let rooms = rooms(members);
         let mut places = Vec::new();
         for (ranges, room) in members.iter().zip(&rooms.rooms) {
             let mut next = room.start;
@@ -44,13 +43,8 @@ impl<T: Number> Gathered<T> {
             }
         }
         let (rank, world) = (gang.rank(), gang.world_size());
-        let of_rank = |unit: usize, rank: usize| {
-            let shard = shards(unit, rank);
-            members[unit].iter().map(move |range| range.start.max(shard.start)..range.end.min(shard.end))
-        };
-        let of_all_units = |rank: usize| (0..members.len()).flat_map(move |unit| of_rank(unit, rank));
-        let own = Places::in_a_row(of_all_units(rank));
-        let most = (0..world).map(|rank| of_all_units(rank).map(|range| range.len()).sum::<usize>()).max();
+        let of_rank = |unit: usize, rank: usize| of_shard(&members[unit], shards(unit, rank));
+        let own = Places::in_a_row((0..members.len()).flat_map(|unit| of_rank(unit, rank)));
         let (mut units, mut from) = (Vec::new(), 0);
         for unit in 0..members.len() {
             let mut next = rooms.rooms[unit].start * size_of::<T>();
@@ -65,7 +59,7 @@ impl<T: Number> Gathered<T> {
             from += len;
         }
         Ok(Gathered {
-            shards: RankSlice::new(gang.allocate_per_rank(most.unwrap_or(0) * size_of::<T>())?),
+            shards: RankSlice::new(gang.allocate_per_rank(longest(members, shards, world) * size_of::<T>())?),
             own,
             rooms: SharedSlice::new(gang.allocate_common(rooms.len * size_of::<T>())?),
             places: Places::new(places),
@@ -102,4 +96,27 @@ impl<T: Number> Gathered<T> {
     pub fn owned(&self) -> Vec<Range<usize>> {
         self.own.iter().map(|(range, _)| range.clone()).collect()
     }
+}
+
+/// Where each of `members` lies while it is in.
+pub(super) fn rooms(members: &[Vec<Range<usize>>]) -> Rooms {
+    let lens: Vec<usize> = members.iter().map(|ranges| ranges.iter().map(Range::len).sum()).collect();
+    Rooms::apart(&lens)
+}
+
+/// Numbers of the rank that keeps most of `members`, of `world` ranks.
+pub(super) fn longest(
+    members: &[Vec<Range<usize>>],
+    shards: &dyn Fn(usize, usize) -> Range<usize>,
+    world: usize,
+) -> usize {
+    let of_unit = |unit: usize, rank: usize| of_shard(&members[unit], shards(unit, rank)).map(|r| r.len());
+    let of = |rank: usize| (0..members.len()).flat_map(|unit| of_unit(unit, rank)).sum();
+    (0..world).map(of).max().unwrap_or(0)
+}
+
+/// What of `ranges` lies in `shard`; it may be nothing.
+fn of_shard(ranges: &[Range<usize>], shard: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
+    let cut = move |range: &Range<usize>| range.start.max(shard.start)..range.end.min(shard.end);
+    ranges.iter().map(cut)
 }

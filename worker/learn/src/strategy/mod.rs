@@ -8,7 +8,7 @@ mod shared;
 mod solo;
 mod state;
 
-pub use needs::Needs;
+pub use needs::{Keeping, Needs};
 pub use sharded::Sharded;
 pub use shared::Shared;
 pub use solo::Solo;

@@ -1,10 +1,11 @@
 //! Sharded (FSDP, HSDP): each rank keeps its part of the optimizer's state and of the gradients. On a host the weights lie in memory that its
 //! ranks share, so that gathering a unit there costs nothing. Over several hosts FSDP shards them over all ranks, and collects a unit once for
 //! each host, while the one before it is computed; HSDP keeps all of them on each host. A rank's own gradients are those of two blocks, in turn,
-//! and of embedding and head: a unit's are reduced to parts while the next one is computed, after every micro-batch.
+//! and of embedding and head: a unit's are reduced to parts while the next one is computed, after every micro-batch. Only those of the last one
+//! of a step go across hosts: what a host has summed before is added to them there.
 
 use super::shards::ShardState;
-use super::state::{HostState, State};
+use super::state::{HostState, State, of_host};
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
@@ -12,7 +13,7 @@ use crate::shim::buffers::RankSlice;
 use crate::units::{Gradients, Host, HostNumber, HostWeights, Places, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
-use fleet_collectives::{Activity, DType, Gang, Op, SharedHost, Ticket};
+use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost, Ticket};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use std::borrow::Cow;
@@ -24,11 +25,13 @@ pub struct Sharded<E> {
     gang: Box<dyn SharedHost>,
     state: Box<dyn State<E>>,
     own: OwnGradients,
+    /// Over all ranks, when a step's last micro-batch is done.
     sums: Summed,
+    /// Over the ranks of this host and the micro-batches so far; `None` where `sums` has the same parts, or no step has had several micro-batches.
+    held: Option<Summed>,
     /// Units whose reduction is under way, oldest first.
     posted: VecDeque<(usize, Ticket)>,
-    /// The first micro-batch of a step.
-    first: bool,
+    micro: Micro,
     name: &'static str,
 }
 
@@ -42,15 +45,26 @@ struct OwnGradients {
     gaps: Vec<Vec<Range<usize>>>,
 }
 
-/// This rank's part of each unit's gradients, over ranks and micro-batches.
+/// A part of each unit's gradients.
 struct Summed {
+    parts: Vec<Range<usize>>,
     numbers: Vec<f32>,
     places: Places,
 }
 
 impl Summed {
+    /// One of `parts` for each unit.
+    fn new(parts: Vec<Range<usize>>) -> Result<Summed> {
+        let places = Places::in_a_row(parts.iter().cloned());
+        Ok(Summed { parts, numbers: zeros(places.end(), Part::Learner)?, places })
+    }
+
     fn of(&self, part: Range<usize>) -> &[f32] {
         &self.numbers[self.places.of(&part)]
+    }
+
+    fn of_mut(&mut self, part: Range<usize>) -> &mut [f32] {
+        &mut self.numbers[self.places.of(&part)]
     }
 }
 
@@ -146,24 +160,33 @@ impl<E: HostNumber> Sharded<E> {
             rooms,
             gaps: gaps(layout),
         };
-        let places = Places::in_a_row(state.parts().iter().cloned());
-        let sums = Summed { numbers: zeros(places.end(), Part::Learner)?, places };
-        Ok(Sharded { gang, state, own, sums, posted: VecDeque::new(), first: true, name })
+        let sums = Summed::new(state.parts().to_vec())?;
+        let micro = Micro { first: true, last: true };
+        Ok(Sharded { gang, state, own, sums, held: None, posted: VecDeque::new(), micro, name })
+    }
+
+    /// Has room for what this host sums before the last micro-batch.
+    fn hold(&mut self) -> Result<()> {
+        if self.held.is_none() && self.state.keep() == Keep::MyShard {
+            let units = &self.state.layout().units;
+            self.held = Some(Summed::new(units.iter().map(|unit| of_host(unit, &*self.gang)).collect())?);
+        }
+        Ok(())
     }
 
     /// Adds up the oldest unit whose reduction is under way, and gives its room back.
     fn take_in(&mut self) -> Result<()> {
         let Some((unit, ticket)) = self.posted.pop_front() else { return Ok(()) };
         self.gang.wait(ticket)?;
-        let part = self.state.parts()[unit].clone();
-        if part.is_empty() {
-            return Ok(());
-        }
-        let sums = &mut self.sums.numbers[self.sums.places.of(&part)];
-        let new = self.own.range(part);
-        match self.first {
-            true => sums.copy_from_slice(new),
-            false => kernels::add(sums, new),
+        let into =
+            if self.micro.last { &mut self.sums } else { self.held.as_mut().unwrap_or(&mut self.sums) };
+        let part = into.parts[unit].clone();
+        if !part.is_empty() {
+            let (sums, new) = (into.of_mut(part.clone()), self.own.range(part));
+            match self.micro.first || self.micro.last {
+                true => sums.copy_from_slice(new),
+                false => kernels::add(sums, new),
+            }
         }
         Ok(())
     }
@@ -197,9 +220,22 @@ impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
         for gap in self.own.gaps[unit].clone() {
             self.own.range(gap).fill(0.0);
         }
+        let keep = match self.micro {
+            Micro { last: false, .. } => {
+                self.hold()?;
+                Keep::MyPartOfHost
+            }
+            Micro { first: false, .. } => {
+                let held = self.held.as_ref().unwrap_or(&self.sums);
+                let part = held.parts[unit].clone();
+                kernels::add(self.own.range(part.clone()), held.of(part));
+                self.state.keep()
+            }
+            _ => self.state.keep(),
+        };
         let room = self.own.rooms[unit].clone();
         let (memory, bytes) = (self.own.numbers.memory(), room.start * 4..room.end * 4);
-        let ticket = self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, self.state.keep())?;
+        let ticket = self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, keep)?;
         self.posted.push_back((unit, ticket));
         // The next one's room has to be free; before the first of another micro-batch all of them.
         let Some(next) = unit.checked_sub(1) else { return self.take_all_in() };
@@ -218,7 +254,7 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
     }
 
     fn units(&mut self, micro: Micro) -> &mut dyn Units<Host<E>> {
-        self.first = micro.first;
+        self.micro = micro;
         self
     }
 

@@ -58,14 +58,9 @@ impl<E: HostNumber> ShardState<E> {
             || -> Result<RankSlice<f32>> { Ok(RankSlice::new(gang.allocate_per_rank(most * 4)?)) };
         let [moment1, moment2] = [shard()?, shard()?];
         let master = if E::IS_BF16 { Some(shard()?) } else { None };
-        let whole: Vec<Vec<Range<usize>>> = layout.units.iter().map(|unit| vec![unit.clone()]).collect();
-        let (exact, copy) = match E::IS_BF16 {
-            false => (Gathered::new(&whole, &shards, gang)?, None),
-            true => {
-                let [read, multiplied] = members(&layout);
-                (Gathered::new(&read, &shards, gang)?, Some(Gathered::new(&multiplied, &shards, gang)?))
-            }
-        };
+        let Collected { exact, copy } = Collected::of(&layout, E::IS_BF16);
+        let exact = Gathered::new(&exact, &shards, gang)?;
+        let copy = copy.map(|copy| Gathered::new(&copy, &shards, gang)).transpose()?;
         let units = layout.units.iter().map(|_| Unit::Absent).collect();
         Ok(ShardState {
             layout,
@@ -154,6 +149,24 @@ impl<E: HostNumber> ShardState<E> {
 fn share_room(one: usize, other: usize, units: usize) -> bool {
     let block = |unit: usize| unit > 0 && unit + 1 < units;
     block(one) && block(other) && one % 2 == other % 2
+}
+
+/// Of each unit what is collected.
+pub(super) struct Collected {
+    /// In fp32.
+    pub exact: Vec<Vec<Range<usize>>>,
+    /// In bf16, under bf16-mixed.
+    pub copy: Option<Vec<Vec<Range<usize>>>>,
+}
+
+impl Collected {
+    pub fn of(layout: &Layout, bf16: bool) -> Collected {
+        if bf16 {
+            let [exact, copy] = members(layout);
+            return Collected { exact, copy: Some(copy) };
+        }
+        Collected { exact: layout.units.iter().map(|unit| vec![unit.clone()]).collect(), copy: None }
+    }
 }
 
 /// Of each unit what is read in fp32 under bf16-mixed, and what products read.

@@ -44,6 +44,8 @@ pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Made>;
 /// What a rank trains.
 pub struct Made {
     pub learner: Box<dyn Learner>,
+    /// By which strategy and why, where the job left that open.
+    pub strategy: Option<String>,
     /// Why it is not computed where it would be faster.
     pub note: Option<String>,
 }
@@ -114,7 +116,10 @@ impl Trainer {
             .map_err(|e| Error::Input(e.to_string()))?;
         let total_steps = order.total_steps(job.epochs, job.max_steps);
 
-        let Made { mut learner, note } = make(start, &job, &model)?;
+        let Made { mut learner, strategy, note } = make(start, &job, &model)?;
+        if let Some(line) = strategy.filter(|_| start.rank == 0) {
+            link.log(Level::Info, line);
+        }
         if let Some(note) = note {
             link.log(Level::Warn, note);
         }
@@ -250,6 +255,9 @@ impl Trainer {
         while self.state.step < self.total_steps && !stopped {
             let votes = self.step(link)?;
             let step = self.state.step;
+            if let Some(line) = self.learner.without_gradient().filter(|_| self.rank == 0) {
+                link.log(Level::Warn, line);
+            }
             let over = step == self.total_steps || votes.stop || votes.time;
             let told = step == first || step.is_multiple_of(self.job.logging_steps) || over;
             if told && self.rank == 0 {

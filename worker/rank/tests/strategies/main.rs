@@ -2,17 +2,20 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
+mod accumulating;
 mod hosts;
 mod poison;
+mod reached;
 
 use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, consolidate, diff, verify};
-use fleet_collectives::SharedHost;
-use fleet_common::model::Object;
+use fleet_collectives::{Gang, SharedHost};
+use fleet_common::model::{Layout, Object};
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
+use fleet_rank::fits;
 use half::bf16;
 use hosts::seats;
 use serde_json::json;
@@ -304,4 +307,16 @@ fn a_step_in_which_nothing_counts_is_refused() {
     let update = Update { adamw: ADAMW, lr: 1e-3, step: 7 };
     let error = engine.step(&[batch], &update, Votes::default()).unwrap_err().to_string();
     assert!(error.contains("step 7"), "{error}");
+}
+
+#[test]
+fn ranks_whose_machines_differ_go_by_the_smallest() {
+    let cut = Cut { kind: Kind::Shared, hosts: &[0, 0, 1], micro: 1 };
+    let found = each(cut, |rank, seat| {
+        let mut gang = seat.take();
+        let mine = [[24 << 30, usize::MAX], [23 << 30, 30 << 30], [64 << 30, 64 << 30]][rank];
+        fits::smallest(mine, Some(&mut *gang as &mut dyn Gang)).unwrap()
+    });
+    assert_eq!(found, [[23 << 30, 30 << 30]; 3]);
+    assert_eq!(fits::smallest([1, 2], None).unwrap(), [1, 2]);
 }

@@ -124,6 +124,17 @@ impl Module {
     }
 }
 
+/// Bytes of memory of CUDA device `number`.
+pub fn memory(number: usize) -> Option<usize> {
+    // SAFETY: only looks for a library.
+    if !unsafe { sys::is_culib_present() } || result::init().is_err() {
+        return None;
+    }
+    let device = result::device::get(number as i32).ok()?;
+    // SAFETY: `device` was given by the driver.
+    unsafe { result::device::total_mem(device) }.ok()
+}
+
 /// The source as machine code for an architecture such as `sm_90`: PTX of an NVRTC that is newer than the driver would be refused by it.
 /// NVRTC has to be loadable.
 pub fn compiled(source: &str, element: &str, architecture: &str) -> Result<Vec<u8>, String> {

@@ -34,7 +34,8 @@ pub fn connect(
     let accepting =
         Accepting { config: Arc::new(config), rendezvous: rendezvous.clone(), arrive: arrive.clone() };
     std::thread::spawn(move || {
-        for (rank, config) in calling.into_iter().enumerate() {
+        // The nearest first: then a rank is called by one after the other, and not by all at once.
+        for (rank, config) in calling.into_iter().enumerate().rev() {
             let arrival = match call(&rendezvous, rank, config, until) {
                 Ok(link) => Arrival::Joined(rank, link),
                 Err(why) => Arrival::Wrong(why.of(rank, rendezvous.ranks[rank].address)),

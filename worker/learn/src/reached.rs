@@ -1,0 +1,99 @@
+//! Which parameters a step's gradients reach. An executor writes zeros where nothing flows back, so that a parameter is without a gradient
+//! whose numbers are all exactly zero, in every micro-batch and on every rank, before any rank adds to those of another.
+
+use crate::error::Result;
+use crate::units::{Memory, UnitWeights, Units};
+use fleet_collectives::{Gang, Op};
+use fleet_common::model::Layout;
+
+/// Names that a line has.
+const NAMED_MAX: usize = 8;
+
+/// Of each parameter of a layout, whether any of its gradients was not zero.
+pub(crate) struct Reached(Vec<bool>);
+
+impl Reached {
+    pub fn new(layout: &Layout) -> Reached {
+        Reached(vec![false; layout.parameters.len()])
+    }
+
+    /// The same units, looked at where they are ready. A number that is not zero ends the look at its parameter.
+    pub fn watch<'a, M: Memory>(
+        &'a mut self,
+        units: &'a mut dyn Units<M>,
+        layout: &'a Layout,
+    ) -> Watched<'a, M> {
+        Watched { units, layout, reached: self }
+    }
+
+    /// What to say of the parameters that no gradient of any rank has reached, if there are some. A collective call.
+    pub fn line(&self, layout: &Layout, gang: &mut dyn Gang) -> Result<Option<String>> {
+        let mut found: Vec<f64> = self.0.iter().map(|found| f64::from(u8::from(*found))).collect();
+        gang.all_reduce_f64(&mut found, Op::Max)?;
+        let missed = layout.parameters.iter().zip(found).filter(|(_, found)| *found == 0.0);
+        Ok(said(&missed.map(|(parameter, _)| parameter.name.as_str()).collect::<Vec<_>>()))
+    }
+}
+
+fn said(names: &[&str]) -> Option<String> {
+    let named = names[..names.len().min(NAMED_MAX)].join(", ");
+    let more = match names.len().saturating_sub(NAMED_MAX) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let are = match names.len() {
+        0 => return None,
+        1 => "1 parameter",
+        count => &format!("{count} parameters"),
+    };
+    Some(format!(
+        "no gradient of the first step has reached {are}: {named}{more}; weight decay alone changes what never gets one"
+    ))
+}
+
+pub(crate) struct Watched<'a, M: Memory> {
+    units: &'a mut dyn Units<M>,
+    layout: &'a Layout,
+    reached: &'a mut Reached,
+}
+
+impl<M: Memory> UnitWeights<M> for Watched<'_, M> {
+    fn need(&mut self, unit: usize) -> Result<()> {
+        self.units.need(unit)
+    }
+    fn release(&mut self, unit: usize) {
+        self.units.release(unit);
+    }
+    fn weights(&self) -> M::Weights<'_> {
+        self.units.weights()
+    }
+}
+
+impl<M: Memory> Units<M> for Watched<'_, M> {
+    fn numbers(&mut self) -> (M::Weights<'_>, M::Gradients<'_>) {
+        self.units.numbers()
+    }
+
+    fn ready(&mut self, unit: usize) -> Result<()> {
+        let parameters = self.layout.parameters.iter().zip(&mut self.reached.0);
+        for (parameter, reached) in parameters.filter(|(parameter, _)| parameter.unit == unit) {
+            *reached = *reached || M::any(self.units.numbers().1, &parameter.range)?;
+        }
+        self.units.ready(unit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_names_are_told_and_then_their_number() {
+        assert_eq!(said(&[]), None);
+        let one = said(&["lm_head.weight"]).unwrap();
+        assert!(one.contains("reached 1 parameter: lm_head.weight; "), "{one}");
+        let many: Vec<String> = (0..10).map(|n| format!("w{n}")).collect();
+        let many = said(&many.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+        assert!(many.contains("10 parameters: w0, w1,") && many.contains("w7 and 2 more; "), "{many}");
+    }
+}
