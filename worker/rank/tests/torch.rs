@@ -4,7 +4,7 @@
 
 mod gang;
 
-use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, diff, verify};
+use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors, Writer, diff, verify};
 use fleet_collectives::{Exchange, Segment, ShmCollective};
 use fleet_common::events::Outcome;
 use fleet_common::job::{self, Job};
@@ -154,7 +154,7 @@ fn save(config: &Object, cut: Cut, dir: &Path, from: Result<&Path, u64>) -> Path
                 steps(learner, cut, rank, count);
             }
         }
-        let mut snapshot = learner.snapshot(None).unwrap();
+        let mut snapshot = learner.snapshot(&Disks::one(cut.world), None).unwrap();
         if rank > 0 {
             let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
             snapshot.write(&mut part).unwrap();

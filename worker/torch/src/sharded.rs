@@ -8,6 +8,7 @@ use crate::optimizer::Optimizer;
 use crate::parts::{Parts, Rooms, Turn};
 use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
+use fleet_checkpoint::Disks;
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
@@ -315,7 +316,7 @@ impl Strategy<Tensors> for Sharded {
         }
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
+    fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         let parts = self.parts.units().iter().map(|unit| unit.own.clone());
         parts.filter(|part| !part.is_empty()).collect()
     }

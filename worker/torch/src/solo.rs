@@ -4,6 +4,7 @@ use crate::device::{self, memory_is_short};
 use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
+use fleet_checkpoint::Disks;
 use fleet_collectives::Gang;
 use fleet_common::model::Layout;
 use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
@@ -131,7 +132,7 @@ impl Strategy<Tensors> for Solo {
         "solo"
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
+    fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         self.layout.units.clone()
     }
 }
