@@ -211,8 +211,11 @@ pub struct CheckpointRecord {
     /// Of all shards together.
     pub bytes: u64,
     pub loss: f64,
-    /// How many ranks wrote it.
+    /// How many ranks wrote it: the first ones.
     pub writers: u32,
+    /// Of each host of the gang, in the order of ranks, the disk that it sees: hosts with the same number see the same directory. They are
+    /// numbered from 0 in the order in which they come.
+    pub disks: Vec<u32>,
     /// Every file but the manifest.
     pub shards: Vec<Shard>,
 }
@@ -230,6 +233,8 @@ pub struct Shard {
 
 /// Files of one checkpoint: with names of the longest kind they fit into one command of the log.
 pub const SHARDS_MAX: usize = 8_192;
+/// Hosts of one gang.
+pub const HOSTS_MAX: usize = 4_096;
 /// Bytes of a path on a node: what Linux allows.
 pub const PATH_MAX: usize = 4_096;
 
@@ -237,7 +242,16 @@ impl CheckpointRecord {
     /// What is wrong with it: every writer must have a shard, every shard a name of its own and a hash, and together they must be all
     /// that was written. The agent asks before it passes a checkpoint on, the cluster before it records it: what is recorded is whole.
     pub fn flaw(&self) -> Option<String> {
-        let CheckpointRecord { writers, shards, manifest_sha256, bytes, path, .. } = self;
+        let CheckpointRecord { writers, disks, shards, manifest_sha256, bytes, path, .. } = self;
+        let mut next = 0;
+        let in_order = disks.iter().all(|disk| {
+            let is_known = *disk <= next;
+            next = next.max(disk.saturating_add(1));
+            is_known
+        });
+        if disks.is_empty() || disks.len() > HOSTS_MAX || !in_order {
+            return Some(format!("the disks of its {} hosts are not numbered as they come", disks.len()));
+        }
         if shards.len() > SHARDS_MAX {
             return Some(format!("it names {} files, and {SHARDS_MAX} is the limit", shards.len()));
         }
@@ -366,6 +380,7 @@ mod tests {
             bytes: 20,
             loss: 1.0,
             writers: 2,
+            disks: vec![0, 1],
             shards: vec![shard(0), shard(1)],
         }
     }
@@ -391,6 +406,8 @@ mod tests {
         says("not the hash of a manifest", spoiled(|record| record.manifest_sha256.clear()));
         says("its shards have", spoiled(|record| record.bytes = 21));
         says("a path", spoiled(|record| record.path = "x".repeat(PATH_MAX + 1)));
+        says("not numbered as they come", spoiled(|record| record.disks = vec![0, 2]));
+        says("not numbered as they come", spoiled(|record| record.disks.clear()));
         says("nobody wrote it", spoiled(|record| (record.writers, record.shards) = (0, Vec::new())));
     }
 }

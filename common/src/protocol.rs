@@ -36,7 +36,7 @@ pub use records::*;
 pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// The first message of each stream between coordinators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,6 +181,10 @@ pub enum FromAgent {
         ticket: u64,
         result: Result<OutputPiece, String>,
     },
+    /// With these of what `ToAgent::Superseded` told the node has done what it could: hashes of their manifests.
+    Removed {
+        manifests: Vec<String>,
+    },
 }
 
 impl Versioned for FromAgent {
@@ -274,6 +278,8 @@ pub enum ToAgent {
     },
     /// All checkpoints that other nodes may read here, in place of those that were told before on this connection.
     Lend(Vec<Loan>),
+    /// All checkpoints that this node need not keep, in place of those that were told before on this connection.
+    Superseded(Vec<Superseded>),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

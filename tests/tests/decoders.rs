@@ -85,6 +85,7 @@ fn events() -> EventBatch {
         bytes: 10,
         loss: 1.5,
         writers: 1,
+        disks: vec![0],
         shards: vec![shard],
     };
     let bodies = [

@@ -8,7 +8,7 @@ use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, JobView, Reply, Request};
 use fleet_tests::{Client, Coordinators, Network, Running, TinyJob, World, eventually};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Host 0 has the coordinator, 1 to 3 are nodes.
@@ -110,6 +110,59 @@ fn a_job_that_leaves_a_node_goes_on_elsewhere_as_if_it_had_not() {
     let last = listed.as_array().unwrap().iter().max_by_key(|view| view["step"].as_u64()).unwrap().clone();
     assert_eq!(last["places"][0]["name"].as_str(), Some(ended.parts[0].name.as_str()), "{last}");
     assert!(!scene.on(host, "long", 300).exists());
+    // What it left behind has been replaced since, and goes.
+    let left = world.path(&format!("disk-{host}/checkpoints/long"));
+    eventually("its old checkpoints are removed from the node that it left", || {
+        let mut entries = std::fs::read_dir(&left).into_iter().flatten().flatten();
+        !entries.any(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
+    });
+}
+
+#[test]
+fn what_two_nodes_wrote_each_to_its_own_disk_goes_on_on_a_third() {
+    let world = World::new();
+    let Some(network) = Network::new(4) else { return };
+    let mut scene = Scene::new(&world, &network);
+    let job = TinyJob { run_name: "sharded", max_steps: 100_000, more: "strategy = \"fsdp\"", ..LONG };
+    let id = scene.submit("2", "2", &job, &[]);
+    let begun = scene.until(id, "it has saved", |view| view.checkpoint.is_some() && view.step > 22);
+    let names: Vec<String> = begun.parts.iter().map(|part| part.name.clone()).collect();
+    let hosts: Vec<usize> =
+        names.iter().map(|name| name.strip_prefix("box-").unwrap().parse().unwrap()).collect();
+    names.iter().for_each(|name| drop(scene.coordinators.ask(&["drain", name])));
+    hosts.iter().for_each(|host| scene.nodes[host - 1] = None);
+    let ended = scene.ended(id);
+    assert_eq!(ended.state, JobState::Failed, "{:?}", ended.error);
+    let saved = ended.checkpoint.unwrap();
+    let files = |host: usize| {
+        let entries = std::fs::read_dir(scene.on(host, "sharded", saved.step)).unwrap().flatten();
+        entries.map(|entry| entry.file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
+    };
+    let (first, second) = (files(hosts[0]), files(hosts[1]));
+    for name in ["model.safetensors", "config.json", "tokenizer.json", "optimizer-00001-of-00002.safetensors"]
+    {
+        assert!(first.contains(name) && !second.contains(name), "{name}: {first:?}, {second:?}");
+    }
+    let missing = "optimizer-00002-of-00002.safetensors";
+    assert!(second.contains(missing) && !first.contains(missing), "{first:?}, {second:?}");
+    let part = scene.on(hosts[0], "sharded", saved.step).display().to_string();
+    let said = world.run("fleet", &["checkpoint", "verify", &part]).expect(2).all();
+    assert!(said.contains("only in part") && said.contains(missing), "{said}");
+    // Both are back, and only lend what they have.
+    for host in &hosts {
+        scene.nodes[host - 1] = Some(scene.coordinators.worker_with_disk(*host, 2));
+    }
+    let steps = format!("max_steps={}", saved.step + 5);
+    let more = scene.submit("2", "1", &job, &["--set", "resume_from_checkpoint=latest", "--set", &steps]);
+    let ended = scene.ended(more);
+    assert_eq!(ended.state, JobState::Succeeded, "{:?}", ended.error);
+    assert!(!names.contains(&ended.parts[0].name), "{:?}", ended.parts);
+    assert_eq!(scene.losses(more).keys().next().copied(), Some(saved.step + 1));
+    let lines = scene.lines(more);
+    assert!(names.iter().all(|name| lines.contains(name)), "{lines}");
+    let third: usize = ended.parts[0].name.strip_prefix("box-").unwrap().parse().unwrap();
+    let whole = scene.on(third, "sharded", saved.step).display().to_string();
+    world.run("fleet", &["checkpoint", "verify", &whole]).expect(0);
 }
 
 #[test]

@@ -61,6 +61,14 @@ pub struct Loan {
     pub manifest_sha256: String,
 }
 
+/// A checkpoint that a node need not keep: newer ones have been recorded in its place.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Superseded {
+    /// Where it lies there.
+    pub path: String,
+    pub manifest_sha256: String,
+}
+
 /// One on each stream; answered by a `Fetched`, and after `Fetched::Comes` by those bytes, raw.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fetch {

@@ -5,7 +5,7 @@
 //! are told to whom they lend it until the ranks start. When a node cannot get it, the gang stops and starts again from an older one.
 
 use super::ends::wake_parts;
-use super::records::{JobRecord, RecordedCheckpoint, Stop, node_error};
+use super::records::{JobRecord, Part, RecordedCheckpoint, Stop, node_error};
 use super::{Context, Effect, State};
 use fleet_common::events::{CheckpointRecord, Event, EventBody, Level};
 use fleet_common::exit::Fault;
@@ -42,7 +42,7 @@ pub struct Held {
 pub struct Resumed {
     /// Whose it is.
     pub job: JobId,
-    /// Without its shards.
+    /// Without its shards and disks.
     pub record: CheckpointRecord,
     pub held: Vec<Held>,
 }
@@ -195,20 +195,28 @@ impl Resumed {
 }
 
 impl JobRecord {
-    /// Where a checkpoint lies that so many ranks of the present gang, the first ones, have written.
-    pub(super) fn written_by(&self, writers: u32) -> Vec<Held> {
-        let parts = self.placement.iter().flat_map(|at| &at.parts).filter(|part| part.first_rank < writers);
-        let mut held: Vec<Held> = parts
-            .map(|part| {
-                let files =
-                    Files::Of { first: part.first_rank, ranks: part.ranks.min(writers - part.first_rank) };
-                Held { node: part.node, files }
-            })
-            .collect();
-        if let [only] = &mut held[..] {
-            only.files = Files::All;
+    /// Where a checkpoint lies that the present gang has written. A node has what was written to the disk that it sees.
+    pub(super) fn written_by(&self, record: &CheckpointRecord) -> Vec<Held> {
+        let parts = self.placement.as_ref().map_or(&[][..], |at| &at.parts[..]);
+        let on_disks: Vec<(&Part, u32)> = parts.iter().zip(record.disks.iter().copied()).collect();
+        let mut all = Vec::new();
+        for (part, disk) in &on_disks {
+            let there = on_disks.iter().filter(|(other, of)| of == disk && other.first_rank < record.writers);
+            let held = there.map(|(other, _)| Held {
+                node: part.node,
+                files: Files::Of {
+                    first: other.first_rank,
+                    ranks: other.ranks.min(record.writers - other.first_rank),
+                },
+            });
+            let held: Vec<Held> = held.collect();
+            let ranks = |held: &Held| if let Files::Of { ranks, .. } = held.files { ranks } else { 0 };
+            match held.iter().map(ranks).sum::<u32>() == record.writers {
+                true => all.push(Held { node: part.node, files: Files::All }),
+                false => all.extend(held),
+            }
         }
-        held
+        all
     }
 }
 
@@ -290,15 +298,24 @@ mod tests {
     }
 
     #[test]
-    fn what_several_hosts_have_written_lies_on_each_of_them() {
-        let mut script = Script::with_nodes(&[2, 2]);
-        let job = submit(&mut script, Continues::Nothing, 2);
-        script.place(job, &[(1, 2), (2, 2)]);
-        script.tell(job, 1, 1, vec![saved(5, 2), saved(6, 3)]);
-        let checkpoints = &script.state.jobs()[&job].checkpoints;
-        assert_eq!(checkpoints[0].held, [Held { node: NodeId(1), files: Files::All }]);
+    fn what_several_hosts_have_written_lies_on_the_disks_that_they_see() {
         let of = |node, first, ranks| Held { node: NodeId(node), files: Files::Of { first, ranks } };
-        assert_eq!(checkpoints[1].held, [of(1, 0, 2), of(2, 2, 1)]);
+        let all = |node| Held { node: NodeId(node), files: Files::All };
+        let cases = [
+            (2, vec![0, 1, 2], vec![all(1)]),
+            (5, vec![0, 1, 2], vec![of(1, 0, 2), of(2, 2, 2), of(3, 4, 1)]),
+            (6, vec![0, 0, 0], vec![all(1), all(2), all(3)]),
+            (2, vec![0, 0, 1], vec![all(1), all(2)]),
+            (6, vec![0, 1, 0], vec![of(1, 0, 2), of(1, 4, 2), of(2, 2, 2), of(3, 0, 2), of(3, 4, 2)]),
+        ];
+        for (writers, disks, held) in cases {
+            let mut script = Script::with_nodes(&[2, 2, 2]);
+            let job = submit(&mut script, Continues::Nothing, 3);
+            script.place(job, &[(1, 2), (2, 2), (3, 2)]);
+            let record = CheckpointRecord { disks, ..checkpoint_of(5, writers) };
+            script.tell(job, 1, 1, vec![EventBody::Checkpoint(record)]);
+            assert_eq!(script.state.jobs()[&job].checkpoints[0].held, held);
+        }
     }
 
     #[test]

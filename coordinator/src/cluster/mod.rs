@@ -20,16 +20,17 @@ pub mod retention;
 pub mod runs;
 pub mod session;
 pub mod submissions;
+pub mod superseded;
 
 use admitted::Admitted;
 use authorities::Cas;
 use commands::Change;
 use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
-use fleet_common::protocol::{Member, Refusal, RefusalKind, Work};
+use fleet_common::protocol::{Member, Refusal, RefusalKind, Superseded, Work};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
-use records::JobRecord;
+use records::{JobRecord, RecordedCheckpoint};
 use retention::{Removal, Retention};
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,8 @@ pub struct State {
     finished: VecDeque<JobId>,
     /// Checkpoints that training jobs left which are not in `jobs` any more: step and hash of the manifest.
     archived: BTreeMap<JobId, Vec<(u64, String)>>,
+    /// Checkpoints that nodes need not keep and have not removed yet, oldest first.
+    superseded: BTreeMap<NodeId, Vec<Superseded>>,
     /// The open ones and those that ended last.
     runs: BTreeMap<RunId, RunRecord>,
     finished_runs: VecDeque<RunId>,
@@ -154,11 +157,20 @@ pub(crate) struct Context {
     pub removed: Vec<Removal>,
     /// Bytes of what was added to the history.
     pub kept: u64,
+    /// Checkpoints that are not recorded any more, where they lie on nodes that their job has left.
+    pub superseded: Vec<RecordedCheckpoint>,
 }
 
 impl Context {
     fn new(unix_ms: u64) -> Context {
-        Context { unix_ms, effects: Vec::new(), history: Vec::new(), removed: Vec::new(), kept: 0 }
+        Context {
+            unix_ms,
+            effects: Vec::new(),
+            history: Vec::new(),
+            removed: Vec::new(),
+            kept: 0,
+            superseded: Vec::new(),
+        }
     }
 }
 
@@ -176,6 +188,7 @@ impl State {
             jobs: BTreeMap::new(),
             finished: VecDeque::new(),
             archived: BTreeMap::new(),
+            superseded: BTreeMap::new(),
             runs: BTreeMap::new(),
             finished_runs: VecDeque::new(),
             tokens: BTreeMap::new(),
@@ -240,6 +253,8 @@ impl State {
                 answer
             }
         };
+        let superseded = std::mem::take(&mut context.superseded);
+        self.supersede(superseded, &mut context);
         self.sessions.expire(index);
         self.retention.added(context.kept);
         Applied { answer, effects: context.effects, history: context.history, removed: context.removed }

@@ -191,6 +191,9 @@ fn job_change() -> impl Strategy<Value = Change> {
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::BreakOff(BreakOff { job, generation, node, waited_ms: 60_000 })
         }),
+        1 => node_id().prop_map(|node| {
+            Change::SettleSuperseded(SettleSuperseded { node, manifests: vec!["cd".repeat(32)] })
+        }),
     ]
 }
 
@@ -249,6 +252,7 @@ pub(crate) fn check_invariants(state: &State) {
         assert_eq!(ended, job.work.is_none(), "{id}");
         assert_eq!(ended, state.finished.contains(id), "{id}");
         assert!(job.checkpoints.len() <= job.keep_checkpoints as usize);
+        assert!(job.checkpoints.iter().all(|known| !known.held.is_empty()), "{id}: {job:?}");
         assert_eq!(job.state == JobState::Queued, !ended && job.placement.is_none(), "{id}");
         assert!(job.stop.is_none() || job.state == JobState::Stopping, "{id}: {job:?}");
         assert!(
@@ -541,7 +545,7 @@ fn commands_keep_their_bytes() {
             "08050103016d".into(),
         ),
         (Change::RevokeToken(RevokeToken { id: "t".into() }), "090174".into()),
-        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013003")),
+        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013004")),
         (Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }), "0b02".into()),
         (Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }), "0c02".into()),
         (
@@ -585,6 +589,10 @@ fn commands_keep_their_bytes() {
             Change::BreakOff(BreakOff { job: job_id, generation: 1, node, waited_ms: 60_000 }),
             "1e050103fb60ea".into(),
         ),
+        (
+            Change::SettleSuperseded(SettleSuperseded { node, manifests: vec!["ab".into()] }),
+            "1f0301026162".into(),
+        ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
@@ -603,4 +611,4 @@ fn commands_keep_their_bytes() {
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 31;
+const COMMANDS: usize = 32;

@@ -140,7 +140,7 @@ pub struct Progress {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecordedCheckpoint {
-    /// Without its shards, which are in the event.
+    /// Without its shards and disks, which are in the event.
     pub record: CheckpointRecord,
     /// The job's event that has all of it.
     pub event: u64,
@@ -277,7 +277,7 @@ impl JobRecord {
         self.follow(&event.body);
         match &mut event.body {
             EventBody::Checkpoint(checkpoint) => match checkpoint.flaw() {
-                None => self.keep(checkpoint.clone(), event.unix_ms),
+                None => self.keep(checkpoint.clone(), event.unix_ms, context),
                 Some(flaw) => {
                     let (step, error) = (checkpoint.step, format!("its manifest is not whole: {flaw}"));
                     event.body = EventBody::CheckpointFailed { step, error };
@@ -305,13 +305,19 @@ impl JobRecord {
         }
     }
 
-    fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64) {
-        record.shards = Vec::new();
-        let held = self.written_by(record.writers);
-        self.checkpoints.retain(|known| known.record.path != record.path);
+    fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64, context: &mut Context) {
+        let held = self.written_by(&record);
+        (record.shards, record.disks) = (Vec::new(), Vec::new());
+        let mut gone: Vec<RecordedCheckpoint> =
+            self.checkpoints.extract_if(.., |known| known.record.path == record.path).collect();
         self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms, held });
         let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
-        self.checkpoints.drain(..surplus);
+        gone.extend(self.checkpoints.drain(..surplus));
+        // Where the job runs its ranks remove them.
+        let here: Vec<NodeId> =
+            self.placement.iter().flat_map(|at| &at.parts).map(|part| part.node).collect();
+        gone.iter_mut().for_each(|known| known.held.retain(|held| !here.contains(&held.node)));
+        context.superseded.append(&mut gone);
     }
 
     fn close(&mut self, outcome: &Outcome, unix_ms: u64) {

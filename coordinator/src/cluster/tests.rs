@@ -273,6 +273,7 @@ pub(crate) fn checkpoint_of(step: u64, writers: u32) -> CheckpointRecord {
         bytes: 10 * u64::from(writers),
         loss: 1.0,
         writers,
+        disks: vec![0],
         shards: shards.collect(),
     }
 }

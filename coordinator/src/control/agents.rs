@@ -10,7 +10,7 @@ use super::session::{AgentSession, Phase};
 use super::{AGENT_BATCHES_MAX, AGENTS_MAX, Action, Control, Now, Session};
 use crate::cluster::Answer;
 use crate::cluster::admitted::cut_off;
-use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents};
+use crate::cluster::commands::{Change, DescribeNode, FailJob, RecordEvents, SettleSuperseded};
 use crate::cluster::members::{NodeRecord, clean_name};
 use crate::cluster::orders::GangStanding;
 use crate::planner::LEASE_MS;
@@ -120,6 +120,13 @@ impl<D: Disk> Control<D> {
             // The driver's own: it has the CA.
             FromAgent::Heartbeat { .. } | FromAgent::Renew { .. } => {}
             FromAgent::Output { ticket, result } => self.output_came(session, ticket, result),
+            FromAgent::Removed { manifests } => {
+                let known = &agent.superseded;
+                let is_known = |sha256: &String| known.iter().any(|one| one.manifest_sha256 == *sha256);
+                let (node, manifests) = (agent.node, manifests.into_iter().filter(is_known).collect());
+                let change = Change::SettleSuperseded(SettleSuperseded { node, manifests });
+                self.ask(now, Asker::Agent(session), What::change(None, change));
+            }
             FromAgent::Hello(_) if agent.phase != Phase::Silent => {
                 self.close_agent(session, "a worker greets once per connection", false);
             }
@@ -295,6 +302,11 @@ impl<D: Disk> Control<D> {
                 agent.loans.clone_from(&loans);
                 self.out.push(Action::ToAgent { session, message: ToAgent::Lend(loans) });
             }
+            let superseded = state.superseded(node);
+            if agent.superseded != superseded {
+                agent.superseded.clone_from(&superseded);
+                self.out.push(Action::ToAgent { session, message: ToAgent::Superseded(superseded) });
+            }
             agent.remember_only(&orders);
             for message in orders {
                 if agent.is_news(&message) {
@@ -355,6 +367,8 @@ impl<D: Disk> Control<D> {
                 Change::RecordEvents(RecordEvents { batch, .. }) => {
                     agent.put_back(batch, now.mono_ms + RETRY_MS);
                 }
+                // It is told of them again with the next orders.
+                Change::SettleSuperseded(_) => agent.superseded.clear(),
                 _ => self.close_agent(session, refusal.message, !refusal.kind.is_passing()),
             },
             What::Query(_) => {}

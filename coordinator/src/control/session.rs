@@ -2,7 +2,7 @@
 
 use fleet_common::events::EventBatch;
 use fleet_common::ids::{Generation, JobId, NodeId};
-use fleet_common::protocol::{AgentHello, Loan, ToAgent};
+use fleet_common::protocol::{AgentHello, Loan, Superseded, ToAgent};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How far a connection has come.
@@ -33,6 +33,8 @@ pub(super) struct AgentSession {
     told: BTreeSet<Order>,
     /// What it was told that others may read at its node.
     pub loans: Vec<Loan>,
+    /// What it was told that its node need not keep.
+    pub superseded: Vec<Superseded>,
     queue: VecDeque<Piece>,
     /// Batches of the driver that are not given back.
     held: usize,
@@ -79,6 +81,7 @@ impl AgentSession {
             hello: None,
             told: BTreeSet::new(),
             loans: Vec::new(),
+            superseded: Vec::new(),
             queue: VecDeque::new(),
             held: 0,
             recording: None,

@@ -97,6 +97,7 @@ fn show(dir: &Path, output: &OutputArgs) -> Result<u8, Failure> {
         let mut value = serde_json::to_value(&manifest)
             .map_err(|e| Failure::environment(format!("the manifest cannot be printed: {e}")))?;
         value["bytes"] = manifest.bytes().into();
+        value["missing"] = json!(manifest.missing(dir));
         value["state"] = state.map_or(Value::Null, |state| json!(state));
         out::json(&value);
         return Ok(exit::SUCCEEDED);
@@ -114,10 +115,7 @@ fn show(dir: &Path, output: &OutputArgs) -> Result<u8, Failure> {
         named(&manifest.strategy),
         sizes(&manifest)
     ));
-    let file = |(name, file): (&String, &ManifestFile)| {
-        vec![name.clone(), file.writer.to_string(), format!("{}B", text::short(file.bytes))]
-    };
-    out::table(&["FILE", "RANK", "SIZE"], &manifest.files.iter().map(file).collect::<Vec<_>>());
+    show_files(dir, &manifest);
     if !manifest.tensors.is_empty() {
         let rows: Vec<Vec<String>> = manifest
             .tensors
@@ -138,6 +136,22 @@ fn show(dir: &Path, output: &OutputArgs) -> Result<u8, Failure> {
         out::table(&["TENSOR", "TYPE", "SHAPE", "PIECES", "SIZE"], &rows);
     }
     Ok(exit::SUCCEEDED)
+}
+
+/// With where they are, of a checkpoint that was written to several disks.
+fn show_files(dir: &Path, manifest: &Manifest) {
+    let missing = manifest.missing(dir);
+    let file = |(name, file): (&String, &ManifestFile)| {
+        let mut row = vec![name.clone(), file.writer.to_string(), format!("{}B", text::short(file.bytes))];
+        if let Some(host) = manifest.disks.get(file.disk as usize) {
+            let is_here = if missing.contains(name.as_str()) { "no" } else { "yes" };
+            row.extend([host.clone(), is_here.to_owned()]);
+        }
+        row
+    };
+    let columns = if manifest.disks.is_empty() { 3 } else { 5 };
+    let titles = &["FILE", "RANK", "SIZE", "WRITTEN ON", "HERE"][..columns];
+    out::table(titles, &manifest.files.iter().map(file).collect::<Vec<_>>());
 }
 
 fn diff(first: &Path, second: &Path, output: &OutputArgs) -> Result<u8, Failure> {

@@ -427,6 +427,7 @@ impl World {
             bytes: 900,
             loss: 1.0,
             writers: 1,
+            disks: vec![0],
             shards: vec![Shard {
                 writer: 0,
                 name: "model".into(),

@@ -9,7 +9,7 @@ use fleet_agent::agent::{Accelerator, Action, Agent, Config, Input, Now, Past};
 use fleet_agent::budget::Rates;
 use fleet_agent::gang::{GangId, GangInput};
 use fleet_common::ids::NodeId;
-use fleet_common::protocol::ToAgent;
+use fleet_common::protocol::{FromAgent, ToAgent};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -133,7 +133,7 @@ impl World {
     }
 
     /// The machine stops from one moment to the other, for good.
-    pub fn power_off(&mut self, number: u32) {
+    pub fn lose_machine(&mut self, number: u32) {
         self.leave(number);
     }
 
@@ -311,6 +311,12 @@ impl World {
             }
             // Files are made up as well, and so is who can get them.
             Action::Lend(_) => {}
+            Action::Remove(checkpoints) => {
+                let manifests = checkpoints.into_iter().map(|one| one.manifest_sha256).collect();
+                if let Some(conn) = self.machines[&number].conn {
+                    self.send(conn, 0, Payload::FromAgent(FromAgent::Removed { manifests }), 400);
+                }
+            }
             // Nobody asks in here: what is printed is made up.
             Action::ReadOutput(_) => {}
             // Nor is there a segment in which one could see them.

@@ -10,7 +10,8 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
 use fleet_common::protocol::{
-    AgentHello, FromAgent, Gang, Loan, OutputWish, PROTOCOL_VERSION, Peer, ResumePoint, ToAgent, ToRank,
+    AgentHello, FromAgent, Gang, Loan, OutputWish, PROTOCOL_VERSION, Peer, ResumePoint, Superseded, ToAgent,
+    ToRank,
 };
 use fleet_common::signals::AGAIN_AFTER;
 use std::collections::{BTreeMap, BTreeSet};
@@ -204,6 +205,8 @@ pub enum Action {
         resume: Option<ResumePoint>,
         /// This node has rank 0, which writes what the run leaves.
         leads: bool,
+        /// All of its ranks are here.
+        alone: bool,
     },
     /// Where all ranks of a gang on several nodes can be called; before they start.
     Meet {
@@ -233,6 +236,8 @@ pub enum Action {
     ReadOutput(OutputWish),
     /// Other nodes may read these checkpoints here from now on, and no others.
     Lend(Vec<Loan>),
+    /// Remove these checkpoints where nobody writes beside them, and tell the cluster: `FromAgent::Removed`.
+    Remove(Vec<Superseded>),
     /// All ranks are gone: end whatever else there is of the gang. `GangInput::Swept` says when.
     Sweep(GangId),
     /// The cluster has recorded how the gang ended here: its record goes.
@@ -431,6 +436,8 @@ impl Agent {
                 self.lends = !loans.is_empty();
                 out.push(Action::Lend(loans));
             }
+            ToAgent::Superseded(checkpoints) if checkpoints.is_empty() => {}
+            ToAgent::Superseded(checkpoints) => out.push(Action::Remove(checkpoints)),
             ToAgent::ReadOutput(wish) => out.push(Action::ReadOutput(wish)),
             ToAgent::Refused { message, fatal: true } => out.push(Action::Exit { refused: Some(message) }),
             // The connection ends by itself; the next one may go better.

@@ -22,11 +22,12 @@ use crate::relay::{Relay, Streams};
 use crate::spawn::{Exited, Spawner, Sweep};
 use crate::stall::Sight;
 use anyhow::Context;
+use fleet_checkpoint::RunDir;
 use fleet_collectives::{Abort, RankReport, Segment};
 use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
-use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, ToRank};
+use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, Superseded, ToRank};
 use fleet_common::{exit, files, terminal};
 use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
@@ -417,12 +418,13 @@ impl Driver {
                 announce(node);
             }
             Action::Spawn(gang) => self.spawn(&gang).await,
-            Action::Prepare { gang, job, resume, leads } => {
+            Action::Prepare { gang, job, resume, leads, alone } => {
                 let sender = self.messages_sender.clone();
                 let place = Place {
                     node: self.name.clone(),
                     identity: self.identity.borrow().clone(),
                     leads,
+                    alone,
                     run: format!("{}/{}", self.cluster_id, gang.job),
                     resume,
                 };
@@ -482,6 +484,7 @@ impl Driver {
                     lender.lend(loans);
                 }
             }
+            Action::Remove(checkpoints) => self.remove(checkpoints),
             Action::Forget(gang) => {
                 tracing::info!(%gang, "gang ended");
                 self.records.forget(gang);
@@ -581,6 +584,19 @@ impl Driver {
         });
     }
 
+    /// Tells on the connection on which it was told. Without that it is told again, and finds them gone.
+    fn remove(&self, checkpoints: Vec<Superseded>) {
+        let Some(outbox) = self.outbox.clone() else { return };
+        tokio::spawn(async move {
+            let manifests = checkpoints.iter().map(|one| one.manifest_sha256.clone()).collect();
+            let done = panics::blocking(move || checkpoints.iter().for_each(retire)).await;
+            if let Err(panic) = done {
+                tracing::warn!("old checkpoints stay: {panic}");
+            }
+            let _ = outbox.send(FromAgent::Removed { manifests }); // as above
+        });
+    }
+
     fn child(&self, gang: GangId, rank: Rank) -> Option<&Child> {
         self.gangs.get(&gang)?.ranks.get(rank as usize)?.as_ref()
     }
@@ -634,6 +650,16 @@ impl Driver {
 }
 
 /// Where the output of a rank begins, which is counted from 0 on this node.
+/// What cannot be removed is told and stays.
+fn retire(checkpoint: &Superseded) {
+    let Superseded { path, manifest_sha256 } = checkpoint;
+    match RunDir::retire(Path::new(path), manifest_sha256) {
+        Ok(true) => tracing::info!("removed {path}: newer checkpoints of its run have its place"),
+        Ok(false) => {}
+        Err(error) => tracing::warn!("an old checkpoint stays: {error}"),
+    }
+}
+
 fn rank_log(gang_dir: &Path, local_rank: Rank) -> PathBuf {
     gang_dir.join(format!("rank-{local_rank}.log"))
 }

@@ -9,7 +9,7 @@ use fleet_common::ids::NodeId;
 use fleet_common::net::{self, Identity};
 use fleet_common::protocol::{FETCH_MAX, Fetch, Fetched, Holder, ResumePoint};
 use quinn::Connection;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -49,8 +49,9 @@ pub fn fetch(
         Fetcher { point, me: identity.node(), identity, patience, connections: BTreeMap::new() };
     // `told` may block, which nothing may inside of a runtime.
     let done = runtime.block_on(fetcher.begin()).and_then(|arrival| {
-        let names: Vec<&str> = fetcher.others().map(|holder| holder.name.as_str()).collect();
-        let (kib, from) = (arrival.bytes().div_ceil(1 << 10), names.join(", "));
+        let names: BTreeSet<&str> = fetcher.others().map(|holder| holder.name.as_str()).collect();
+        let (kib, from) =
+            (arrival.bytes().div_ceil(1 << 10), names.into_iter().collect::<Vec<_>>().join(", "));
         told(format!("fetching the checkpoint of step {} ({kib} KiB) from {from}", point.step));
         let began = Instant::now();
         runtime.block_on(fetcher.files(&arrival))?;

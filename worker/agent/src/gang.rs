@@ -299,8 +299,9 @@ impl Supervised {
             return supervised;
         }
         if let Kind::Train(job) = &supervised.kind {
-            let (job, resume, leads) = (job.clone(), gang.resume.clone(), supervised.first_rank == 0);
-            out.push(Action::Prepare { gang: id, job, resume, leads });
+            let (leads, alone) = (supervised.first_rank == 0, gang.nodes == 1);
+            let (job, resume) = (job.clone(), gang.resume.clone());
+            out.push(Action::Prepare { gang: id, job, resume, leads, alone });
         }
         out.push(Action::Spawn(Box::new(gang)));
         supervised

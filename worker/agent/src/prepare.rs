@@ -5,7 +5,7 @@ use crate::fetch::{self, Unfetched};
 use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
-use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, ModelDir, RunDir, Search};
+use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, Manifest, ModelDir, RunDir, Search};
 use fleet_common::events::{FailureKind, JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
@@ -22,6 +22,8 @@ pub struct Place {
     pub identity: Identity,
     /// Rank 0 is here.
     pub leads: bool,
+    /// All ranks are.
+    pub alone: bool,
     /// The name of a run that begins with the job.
     pub run: String,
     /// The recorded checkpoint that it goes on from.
@@ -77,7 +79,11 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
     }
     if let (None, Model::Pretrained(dir)) = (&resume, &job.model) {
         if dir.join(MANIFEST_FILE).exists() {
-            fleet_checkpoint::verify(dir).map_err(failed)?; // a checkpoint is one whole, also where only its weights are wanted
+            // A checkpoint is one whole, also where only its weights are wanted; of several disks, what one of them has.
+            match fleet_checkpoint::verify(dir) {
+                Ok(_) | Err(CheckpointError::Partial { .. }) => {}
+                Err(error) => return Err(failed(error).into()),
+            }
         }
         // What cannot be run is told before the data are tokenised.
         ModelDir::open(dir).map_err(failed)?;
@@ -103,8 +109,12 @@ fn resume(job: &Job, place: &Place, progress: &dyn Fn(Level, String)) -> Result<
         Unprepared::from(agent_error(FailureKind::Refused, error.fault(), &place.node, error.to_string()))
     };
     let Some(point) = &place.resume else { return own(job, progress).map_err(failed) };
+    // What this node has and no other can be as new only where all ranks are here: those of several nodes go on from the same one.
+    let is_as_new = |dir: &Path| Manifest::read(dir).is_ok_and(|manifest| manifest.step >= point.step);
     if job.checkpoint.resume == Resume::Latest
+        && place.alone
         && let Ok(Some(dir)) = own(job, &|_, _| {})
+        && is_as_new(&dir)
     {
         progress(Level::Info, format!("continuing from {}", dir.display()));
         return Ok(Some(dir));
@@ -174,7 +184,7 @@ mod tests {
         let now = SystemTime::now();
         let ca = ClusterCa::create("c", now).unwrap();
         let identity = ca.issue(Member::Worker(NodeId(1)), "n", now, Duration::from_secs(600)).unwrap();
-        Place { node: "n".into(), identity, leads: true, run: run.into(), resume: None }
+        Place { node: "n".into(), identity, leads: true, alone: true, run: run.into(), resume: None }
     }
 
     fn error(unprepared: Result<Prepared, Unprepared>) -> JobError {

@@ -52,7 +52,14 @@ fn write(from: &Path, manifest: &Manifest, to: &Path) -> Result<Manifest, Checkp
     let tensors = std::mem::take(&mut part.part.tensors);
     let tensors = tensors.into_iter().map(|(name, tensor)| Some((name, whole(tensor).ok()?)));
     let tensors = tensors.collect::<Option<_>>().expect("each was copied from its first byte to its last");
-    let whole = Manifest { format: FORMAT.into(), world_size: 1, files, tensors, ..manifest.clone() };
+    let whole = Manifest {
+        format: FORMAT.into(),
+        world_size: 1,
+        disks: Vec::new(),
+        files,
+        tensors,
+        ..manifest.clone()
+    };
     let json = serde_json::to_vec(&whole).expect("a manifest is plain data");
     part.write(MANIFEST_FILE, &[&json])?;
     Ok(whole)

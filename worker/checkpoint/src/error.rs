@@ -60,6 +60,12 @@ pub enum CheckpointError {
     /// Written by fleet, but not as it was.
     #[error("the checkpoint {path} is damaged: {what}; resume from an older one")]
     Damaged { path: PathBuf, what: String },
+    /// As it was written to one of several disks.
+    #[error(
+        "the checkpoint {path} is here only in part: {what}; `fleet checkpoints show` names the nodes that have them, and a job that continues \
+         it fetches them"
+    )]
+    Partial { path: PathBuf, what: String },
     #[error("{path} is not a usable safetensors file: {what}")]
     Tensors { path: PathBuf, what: String },
     /// A model directory that fleet cannot run, or whose weights do not fit its description.
@@ -145,7 +151,9 @@ impl CheckpointError {
     /// What is wrong with which, without what to do about it.
     fn what(&self) -> String {
         match self {
-            CheckpointError::Damaged { path, what } | CheckpointError::Foreign { path, what } => {
+            CheckpointError::Damaged { path, what }
+            | CheckpointError::Partial { path, what }
+            | CheckpointError::Foreign { path, what } => {
                 format!("{}: {what}", path.file_name().unwrap_or_default().display())
             }
             other => other.to_string(),

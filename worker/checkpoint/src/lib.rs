@@ -20,12 +20,18 @@
 //! readers go by it and never by who wrote what, so any number of ranks and any strategy takes any checkpoint. Padding of the flat buffer
 //! belongs to no tensor and is never written.
 //!
+//! Hosts without a common file system write each to its own disk (`disks.rs`), to a directory of the same path. The manifest, the same on all of
+//! them, says which file lies on which disk. All that is no optimizer state lies on disk 0, rank 0's: there the directory is a whole model.
+//! The checkpoint appears in three steps, each of which all disks have behind them before any begins the next: files written and synced; manifest
+//! written, directory synced; renamed. Only then does it count.
+//!
 //! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
 mod arrival;
 mod consolidate;
 mod diff;
+mod disks;
 mod error;
 mod flat;
 mod manifest;
@@ -44,6 +50,7 @@ mod writer;
 pub use arrival::{Arrival, ArrivingFile, Unfit};
 pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
+pub use disks::{Disks, Mark, MarkOf};
 pub use error::CheckpointError;
 pub use flat::{ModelDir, stored, stored_shape};
 pub use manifest::{

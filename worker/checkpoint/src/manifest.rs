@@ -7,23 +7,27 @@
 use crate::{CheckpointError, Dtype, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 /// Raised when the layout changes. What is not among `READ` is refused.
-pub(crate) const FORMAT: &str = "fleet-checkpoint/2";
+pub(crate) const FORMAT: &str = "fleet-checkpoint/3";
+/// Before several disks were written to.
+const FORMAT_2: &str = "fleet-checkpoint/2";
 /// Before several ranks wrote: whole files, without tensors.
 const FORMAT_1: &str = "fleet-checkpoint/1";
-const READ: [&str; 2] = [FORMAT_1, FORMAT];
+const READ: [&str; 3] = [FORMAT_1, FORMAT_2, FORMAT];
 
 /// What the formats of all versions begin with.
 const FORMATS: &str = "fleet-checkpoint/";
 
 const KEYS_1: [&str; 6] = ["format", "step", "serial", "loss", "run", "files"];
-const KEYS: [&str; 9] =
+const KEYS_2: [&str; 9] =
     ["format", "step", "serial", "loss", "run", "strategy", "world_size", "files", "tensors"];
+const KEYS: [&str; 10] =
+    ["format", "step", "serial", "loss", "run", "strategy", "world_size", "disks", "files", "tensors"];
 
 /// No honest manifest is near this many bytes; more is not read. A model of a hundred billion parameters has 150,000 pieces of 150 bytes each.
 pub const MANIFEST_MAX: u64 = 64 << 20;
@@ -37,7 +41,7 @@ pub(crate) const PIECE_MAX: usize = 8 << 20;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// `fleet-checkpoint/2`.
+    /// `fleet-checkpoint/3`.
     pub format: String,
     /// Optimizer steps done.
     pub step: u64,
@@ -54,6 +58,9 @@ pub struct Manifest {
     /// Ranks that trained, each of which wrote its part.
     #[serde(default = "one")]
     pub world_size: u32,
+    /// Of each disk that was written to the host that it belongs to, by its name or address. Empty where there was one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
     /// By name, without the manifest itself.
     pub files: BTreeMap<String, ManifestFile>,
     /// By name. Empty where an early fleet wrote whole files.
@@ -70,6 +77,9 @@ pub struct ManifestFile {
     /// The rank that wrote it.
     #[serde(default)]
     pub writer: u32,
+    /// The disk that it was written to, one of `Manifest::disks`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub disk: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,6 +105,10 @@ pub struct Piece {
 
 fn one() -> u32 {
     1
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Why a manifest is not taken.
@@ -124,7 +138,10 @@ impl Manifest {
     /// A file and who wrote it, for people.
     pub(crate) fn named(&self, file: &str) -> String {
         match self.files.get(file).filter(|_| self.world_size > 1) {
-            Some(ManifestFile { writer, .. }) => format!("{file}, which rank {writer} wrote,"),
+            Some(ManifestFile { writer, disk, .. }) => match self.disks.get(*disk as usize) {
+                Some(host) => format!("{file}, which rank {writer} wrote on {host},"),
+                None => format!("{file}, which rank {writer} wrote,"),
+            },
             None => file.to_owned(),
         }
     }
@@ -152,11 +169,38 @@ impl Manifest {
         hex::encode(hasher.finalize())
     }
 
-    /// Whether `dir` has all the files, of the lengths that they should have.
-    pub(crate) fn fits(&self, dir: &Path) -> bool {
+    /// Files that `dir` has not, or not as long as they should be.
+    pub fn missing(&self, dir: &Path) -> BTreeSet<&str> {
         let has =
             |name: &String| std::fs::symlink_metadata(dir.join(name)).ok().filter(|found| found.is_file());
-        self.files.iter().all(|(name, file)| has(name).is_some_and(|found| found.len() == file.bytes))
+        let is_there =
+            |name: &String, file: &ManifestFile| has(name).is_some_and(|found| found.len() == file.bytes);
+        let missing = self.files.iter().filter(|(name, file)| !is_there(name, file));
+        missing.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Whether `dir` has all that was written to one of the disks, as far as lengths tell.
+    pub(crate) fn fits(&self, dir: &Path) -> bool {
+        let missing = self.missing(dir);
+        let disks = 0..self.disks.len().max(1) as u32;
+        disks.into_iter().any(|disk| {
+            let mut of_disk = self.files.iter().filter(|(_, file)| file.disk == disk);
+            of_disk.all(|(name, _)| !missing.contains(name.as_str()))
+        })
+    }
+
+    /// The files of other disks, of which nothing is in `dir`.
+    pub fn elsewhere(&self, dir: &Path) -> BTreeSet<&str> {
+        let is_here = |disk: u32| {
+            let mut of_disk = self.files.iter().filter(|(_, file)| file.disk == disk);
+            of_disk.any(|(name, _)| dir.join(name).exists())
+        };
+        let absent: BTreeSet<u32> = (0..self.disks.len() as u32).filter(|disk| !is_here(*disk)).collect();
+        if absent.len() == self.disks.len() {
+            return BTreeSet::new();
+        }
+        let files = self.files.iter().filter(|(_, file)| absent.contains(&file.disk));
+        files.map(|(name, _)| name.as_str()).collect()
     }
 
     pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, Flaw> {
@@ -168,7 +212,11 @@ impl Manifest {
         if !READ.contains(&format.as_str()) && format.starts_with(FORMATS) {
             return Err(Flaw::Version(format!("its format is `{format}` and this fleet reads `{FORMAT}`")));
         }
-        let keys: &[&str] = if format == FORMAT_1 { &KEYS_1 } else { &KEYS };
+        let keys: &[&str] = match format.as_str() {
+            FORMAT_1 => &KEYS_1,
+            FORMAT_2 => &KEYS_2,
+            _ => &KEYS,
+        };
         if let Some(key) = all.keys().find(|key| !keys.contains(&key.as_str())) {
             let what = format!(
                 "its {MANIFEST_FILE} has the key `{}`, which this fleet does not know",
@@ -193,6 +241,10 @@ impl Manifest {
             |name: &&String| matches!(name.as_str(), "" | "." | "..") || name.contains(['/', '\\', '\0']);
         if let Some(name) = self.files.keys().find(leaves) {
             return Err(format!("names a file `{}`", name.escape_default()));
+        }
+        let disks = self.disks.len().max(1);
+        if let Some((name, _)) = self.files.iter().find(|(_, file)| file.disk as usize >= disks) {
+            return Err(format!("has `{}` on a disk that it does not name", name.escape_default()));
         }
         for (name, tensor) in &self.tensors {
             let held = tensor.pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.bytes));
@@ -298,8 +350,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const NEW: &str = r#"{"format":"fleet-checkpoint/2","step":100,"serial":2,"loss":1.5,"run":"c/job-1","strategy":"ddp",
-        "world_size":2,"files":{"a.safetensors":{"bytes":40,"sha256":"ab","writer":0},"b.safetensors":{"bytes":40,"sha256":"cd","writer":1}},
+    const NEW: &str = r#"{"format":"fleet-checkpoint/3","step":100,"serial":2,"loss":1.5,"run":"c/job-1","strategy":"fsdp",
+        "world_size":2,"disks":["box-1","box-2"],
+        "files":{"a.safetensors":{"bytes":40,"sha256":"ab","writer":0},"b.safetensors":{"bytes":40,"sha256":"cd","writer":1,"disk":1}},
         "tensors":{"w":{"dtype":"F32","shape":[3,2],"pieces":[{"file":"a.safetensors","offset":24,"bytes":16,"sha256":"ef"},
         {"file":"b.safetensors","offset":32,"bytes":8,"sha256":"01"}]}}}"#;
 
@@ -337,6 +390,24 @@ mod tests {
             Manifest { run: String::new(), ..manifest.clone() },
             Manifest::parse(early.as_bytes()).unwrap()
         );
+        let two = NEW.replace("point/3", "point/2").replace(r#""disks":["box-1","box-2"],"#, "");
+        let manifest = Manifest::parse(two.replace(r#","disk":1"#, "").as_bytes()).unwrap();
+        assert_eq!((manifest.world_size, manifest.disks.len(), manifest.tensors.len()), (2, 0, 1));
+    }
+
+    #[test]
+    fn what_lies_on_other_disks_is_told_from_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = Manifest::parse(NEW.as_bytes()).unwrap();
+        assert!(!manifest.fits(dir.path()) && manifest.elsewhere(dir.path()).is_empty());
+        let write = |name: &str, bytes: usize| std::fs::write(dir.path().join(name), vec![0; bytes]).unwrap();
+        write("b.safetensors", 40);
+        assert!(manifest.fits(dir.path()));
+        assert_eq!(manifest.elsewhere(dir.path()), BTreeSet::from(["a.safetensors"]));
+        write("a.safetensors", 39);
+        assert!(manifest.fits(dir.path()) && manifest.elsewhere(dir.path()).is_empty());
+        assert_eq!(manifest.missing(dir.path()), BTreeSet::from(["a.safetensors"]));
+        assert_eq!(manifest.named("b.safetensors"), "b.safetensors, which rank 1 wrote on box-2,");
     }
 
     #[test]
@@ -359,6 +430,7 @@ mod tests {
             (r#""offset":32"#, r#""offset":18446744073709551615"#, "a piece of w where there is none"),
             (r#"{"file":"b.s"#, r#"{"file":"c.s"#, "pieces in `c.safetensors`, which it does not name"),
             (r#"{"file":"b.s"#, r#"{"file":"a.s"#, "a piece of w where there is none"),
+            (r#""disk":1"#, r#""disk":2"#, "`b.safetensors` on a disk that it does not name"),
         ];
         for (is, instead, said) in cases {
             let flaw = Manifest::parse(NEW.replacen(is, instead, 1).as_bytes()).unwrap_err();

@@ -1,5 +1,5 @@
 //! What one rank writes of a checkpoint: files of its own, each synced, with a hash for every byte. Where several ranks write, each of
-//! them hands its part in to rank 0 by a small file in the directory that they write to: no step waits for it.
+//! them hands its part in to the first one on its disk by a small file in the directory that they write to: no step waits for it.
 
 use crate::manifest::{ManifestFile, PIECE_MAX, Piece};
 use crate::writer::{Ticket, temporary_dir};
@@ -63,7 +63,7 @@ pub(crate) struct TensorPart {
     pub pieces: Vec<(u64, Piece)>,
 }
 
-/// What a rank tells rank 0 when it has written.
+/// What a rank tells the first one on its disk when it has written.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum HandedIn {
     Written(Part),
@@ -84,7 +84,7 @@ pub struct PartWriter {
 }
 
 impl PartWriter {
-    /// Rank `writer`'s part of the checkpoint of `step` that rank 0 began in `checkpoint_dir` and tells of with `ticket`.
+    /// Rank `writer`'s part of the checkpoint of `step` that the first rank on this disk began in `checkpoint_dir` and tells of with `ticket`.
     pub fn join(checkpoint_dir: &Path, step: u64, ticket: Ticket, writer: u32) -> PartWriter {
         PartWriter::new(temporary_dir(checkpoint_dir, step, ticket), step, writer)
     }
@@ -106,7 +106,7 @@ impl PartWriter {
         let (bytes, hashes) = self.write(file, &parts)?;
         let mut hashes = hashes.into_iter();
         let sha256 = hashes.next().expect("the header is the first part");
-        self.part.files.insert(file.to_owned(), ManifestFile { bytes, sha256, writer: self.writer });
+        self.part.files.insert(file.to_owned(), ManifestFile { bytes, sha256, writer: self.writer, disk: 0 });
         let mut offset = header.len() as u64;
         for tensor in ordered {
             let known = self.part.tensors.entry(tensor.name.to_owned()).or_insert_with(|| TensorPart {
@@ -151,7 +151,7 @@ impl PartWriter {
         }
         out.sync_all().map_err(cannot)?;
         let sha256 = hex::encode(Sha256::digest(&header));
-        let entry = ManifestFile { bytes: offset, sha256, writer: self.writer };
+        let entry = ManifestFile { bytes: offset, sha256, writer: self.writer, disk: 0 };
         self.part.files.insert(file.to_owned(), entry);
         Ok(())
     }
@@ -160,7 +160,7 @@ impl PartWriter {
     pub fn write_bytes(&mut self, file: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
         let (bytes, hashes) = self.write(file, &[bytes])?;
         let sha256 = hashes.into_iter().next().expect("there is one part");
-        self.part.files.insert(file.to_owned(), ManifestFile { bytes, sha256, writer: self.writer });
+        self.part.files.insert(file.to_owned(), ManifestFile { bytes, sha256, writer: self.writer, disk: 0 });
         Ok(())
     }
 
@@ -170,20 +170,20 @@ impl PartWriter {
         self.write_bytes(STATE_FILE, &json)
     }
 
-    /// Tells rank 0 that this part is on the disk.
+    /// Tells the first rank that this part is on the disk.
     pub fn hand_in(self) -> Result<(), CheckpointError> {
         let part = HandedIn::Written(self.part);
         hand_in(&self.dir, self.writer, &part).map_err(|e| failed(self.step, &self.dir, e))
     }
 
-    /// Tells rank 0 that there will be no part. What was written of it goes first: it may be what filled the disk.
+    /// Tells the first rank that there will be no part. What was written of it goes first: it may be what filled the disk.
     pub fn fail(self, error: &CheckpointError) {
         for file in self.part.files.keys() {
-            let _ = fs::remove_file(self.dir.join(file)); // rank 0 removes the whole directory
+            let _ = fs::remove_file(self.dir.join(file)); // the first rank removes the whole directory
         }
         let told = HandedIn::Failed { is_full: error.is_full_disk(), line: error.to_string() };
         if let Err(e) = hand_in(&self.dir, self.writer, &told) {
-            tracing::debug!("rank 0 cannot be told in {}: {e}", self.dir.display());
+            tracing::debug!("the first rank cannot be told in {}: {e}", self.dir.display());
         }
     }
 

@@ -224,6 +224,29 @@ impl RunDir {
         self.remove(doomed)
     }
 
+    /// Takes back the checkpoint of `step`, which was published here and not on all disks. It was never recorded.
+    pub fn withdraw(&self, step: u64) -> Result<(), CheckpointError> {
+        self.remove(vec![crate::step_dir(&self.owner.dir, step)]).map(drop)
+    }
+
+    /// Removes the checkpoint at `path` with this manifest, of which it is recorded that newer ones have taken its place, on a node where its run
+    /// writes no more. Whether it is gone by this: where somebody writes to the directory it is left to them.
+    pub fn retire(path: &Path, manifest_sha256: &str) -> Result<bool, CheckpointError> {
+        let Some(dir) = path.parent() else { return Ok(false) };
+        let is_it = || crate::manifest_sha256(path).is_ok_and(|found| found == manifest_sha256);
+        let failed = |source| CheckpointError::Rotation { path: path.to_owned(), rest: None, source };
+        if !is_it() {
+            return Ok(false);
+        }
+        let Some((lock, made)) = lock(dir).map_err(failed)? else { return Ok(false) };
+        let owner = Owner::of(dir, "");
+        let held = RunDir { owner, made, before: 0, read: BTreeMap::new(), _lock: lock };
+        match is_it() {
+            true => held.remove(vec![path.to_owned()]).map(|_| true),
+            false => Ok(false),
+        }
+    }
+
     /// Oldest first. None where the one of `committed` was not written here: then nothing is known to be good, and nothing may be removed.
     fn older(&self, committed: u64) -> Result<Vec<Found>, CheckpointError> {
         let failed = |source| CheckpointError::Rotation { path: self.owner.dir.clone(), rest: None, source };
@@ -270,10 +293,13 @@ impl RunDir {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let hidden = self.owner.dir.join(format!("{TEMPORARY}removed-{name}-{}", std::process::id()));
         let found = Found::at(path.to_owned());
+        let missing = |dir: &Path| found.manifest.as_ref().map(|manifest| manifest.missing(dir));
+        let before = missing(path);
         fs::rename(path, &hidden).map_err(|source| failed(None, source))?;
         let Err(source) = fs::remove_dir_all(&hidden) else { return Ok(()) };
-        let is_as_it_was = Found::at(hidden.clone()).manifest == found.manifest
-            && found.manifest.as_ref().is_some_and(|manifest| manifest.fits(&hidden));
+        let is_as_it_was = before.is_some()
+            && Found::at(hidden.clone()).manifest == found.manifest
+            && missing(&hidden) == before;
         match is_as_it_was && !path.exists() && fs::rename(&hidden, path).is_ok() {
             true => Err(failed(None, source)),
             false => Err(failed(Some(hidden), source)),

@@ -163,7 +163,7 @@ impl Found {
         step_of(&self.name()).unwrap_or(0)
     }
 
-    /// As far as lengths tell.
+    /// As far as lengths tell; also of what one of several disks has.
     pub fn seems_whole(&self) -> bool {
         self.manifest.as_ref().is_some_and(|manifest| manifest.fits(&self.path))
     }

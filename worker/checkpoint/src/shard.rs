@@ -2,6 +2,7 @@
 
 use crate::CheckpointError;
 use crate::manifest::Manifest;
+use crate::verify::partial;
 use fleet_common::files::stand_in;
 use std::fs::File;
 use std::io;
@@ -58,7 +59,9 @@ impl Shard {
             |what: String| CheckpointError::damaged(dir, format!("{} {what}", manifest.named(name)));
         let shard = match Shard::open(&dir.join(name)) {
             Err(CheckpointError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Err(damaged("is missing".into()));
+                let partial =
+                    manifest.elsewhere(dir).contains(name).then(|| partial(dir, manifest)).flatten();
+                return Err(partial.unwrap_or_else(|| damaged("is missing".into())));
             }
             other => other?,
         };

@@ -1,8 +1,10 @@
 //! Reads a checkpoint to its last byte and holds it against its manifest.
 
 use crate::CheckpointError;
+use crate::flat::NAMED;
 use crate::manifest::{Manifest, ManifestFile, Piece};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -19,18 +21,47 @@ const THREADS_MAX: usize = 16;
 
 /// Checks that `dir` is a checkpoint of fleet and that every byte is what it was written as. Reads all of it.
 pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
-    let (manifest, wrong) = inspect(dir)?;
-    wrong.into_iter().next().map_or(Ok(manifest), Err)
+    let manifest = Manifest::read(dir)?;
+    if let Some(partial) = partial(dir, &manifest) {
+        return Err(partial);
+    }
+    look_at(dir, &manifest).into_iter().next().map_or(Ok(manifest), Err)
 }
 
-/// The same, with everything that is wrong: each file, and each tensor in it.
+/// The same, with everything that is wrong: each file, and each tensor in it. What lies on other disks is one error, the last.
 pub fn inspect(dir: &Path) -> Result<(Manifest, Vec<CheckpointError>), CheckpointError> {
     let manifest = Manifest::read(dir)?;
+    let mut wrong = look_at(dir, &manifest);
+    wrong.extend(partial(dir, &manifest));
+    Ok((manifest, wrong))
+}
+
+/// Says what of a checkpoint lies on other disks, if anything does.
+pub(crate) fn partial(dir: &Path, manifest: &Manifest) -> Option<CheckpointError> {
+    let elsewhere = manifest.elsewhere(dir);
+    let mut by_host: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for name in &elsewhere {
+        let host = manifest.files.get(*name).and_then(|file| manifest.disks.get(file.disk as usize));
+        by_host.entry(host.map_or("another host", String::as_str)).or_default().push(name);
+    }
+    let told = by_host.into_iter().map(|(host, mut names)| {
+        let more = names.len().saturating_sub(NAMED);
+        names.truncate(NAMED);
+        let and = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("on {host} were written {}{and}", names.join(", "))
+    });
+    let what = told.collect::<Vec<_>>().join("; ");
+    (!elsewhere.is_empty()).then(|| CheckpointError::Partial { path: dir.to_owned(), what })
+}
+
+/// All that is wrong with what was written to the disks of which something is here.
+fn look_at(dir: &Path, manifest: &Manifest) -> Vec<CheckpointError> {
+    let elsewhere = manifest.elsewhere(dir);
     let mut by_file = manifest.pieces_by_file();
     let (mut wrong, mut checks) = (Vec::new(), Vec::new());
-    for (name, expected) in &manifest.files {
+    for (name, expected) in manifest.files.iter().filter(|(name, _)| !elsewhere.contains(name.as_str())) {
         let pieces = by_file.remove(name.as_str()).unwrap_or_default();
-        match open(dir, name, expected, &manifest) {
+        match open(dir, name, expected, manifest) {
             Ok(file) => checks.push((name, expected, pieces, file)),
             Err(error) => wrong.push(error),
         }
@@ -49,8 +80,8 @@ pub fn inspect(dir: &Path) -> Result<(Manifest, Vec<CheckpointError>), Checkpoin
             Check { name, file, tensor: Some(tensor), ranges: vec![range], sha256: &piece.sha256 }
         }));
     }
-    wrong.extend(check_all(dir, &manifest, &parts));
-    Ok((manifest, wrong))
+    wrong.extend(check_all(dir, manifest, &parts));
+    wrong
 }
 
 /// Bytes of a file that are under one hash.

@@ -1,13 +1,17 @@
 //! Writes one checkpoint: into a hidden directory, synced, then renamed. Whatever fails on the way, nothing is left behind.
 //!
-//! Each rank writes files of its own (`part.rs`). Rank 0 makes the directory, waits until all have handed in what they wrote, holds together
-//! what they say, and publishes it. Only it decides that there is a checkpoint.
+//! Each rank writes files of its own (`part.rs`). The first rank on a disk makes the directory there and waits until those that write to it have
+//! handed in what they wrote (`collect`). Of several disks each then takes in what was written to the others (`handed`, `take_in`), so that all
+//! write the same manifest (`prepare`), and when all have it, each publishes (`publish`). Who calls this sees to it that all are as far; rank 0
+//! decides that there is a checkpoint.
 
 use crate::manifest::{FORMAT, Manifest, ManifestTensor};
 use crate::names::is_shard_of_model;
 use crate::part::{HandedIn, Part, PartWriter, TensorPart, failed, handed_in, part_file};
 use crate::run_dir::Owner;
-use crate::{CheckpointError, MANIFEST_FILE, MODEL_INDEX_FILE, RunDir, TensorRef, TrainerState, search};
+use crate::{
+    CheckpointError, Disks, MANIFEST_FILE, MODEL_INDEX_FILE, RunDir, TensorRef, TrainerState, search,
+};
 use fleet_common::events::{CheckpointRecord, Shard};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,7 +29,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
     pub serial: u64,
-    /// The process of rank 0.
+    /// The process that made the directory.
     pub pid: u32,
 }
 
@@ -42,17 +46,25 @@ impl Ticket {
     }
 }
 
-/// A checkpoint being written, in the hands of rank 0. Dropped before `finish`, it removes what was written.
+/// A checkpoint being written, in the hands of the first rank on a disk. Dropped before it is published, it removes what was written.
 #[derive(Debug)]
 pub struct Writer {
     owner: Owner,
     temporary: PathBuf,
     step: u64,
     ticket: Ticket,
+    /// Of the manifest: the highest of all disks'.
+    serial: u64,
     strategy: String,
-    world_size: u32,
+    /// The first ranks, that write.
+    writers: u32,
+    disks: Disks,
+    /// This one.
+    disk: usize,
     own: PartWriter,
-    finished: bool,
+    /// Once it is prepared.
+    record: Option<CheckpointRecord>,
+    published: bool,
 }
 
 /// `<checkpoint_dir>/step-00000100`.
@@ -80,15 +92,28 @@ impl Writer {
             temporary,
             step,
             ticket,
+            serial,
             strategy: String::new(),
-            world_size: 1,
-            finished: false,
+            writers: 1,
+            disks: Disks::one(1),
+            disk: 0,
+            record: None,
+            published: false,
         })
     }
 
-    /// Written by `world_size` ranks, which keep their numbers as `strategy` says.
-    pub fn of(mut self, strategy: &str, world_size: u32) -> Writer {
-        (self.strategy, self.world_size) = (strategy.to_owned(), world_size);
+    /// Written by `writers` ranks, which keep their numbers as `strategy` says.
+    pub fn of(mut self, strategy: &str, writers: u32) -> Writer {
+        (self.strategy, self.writers) = (strategy.to_owned(), writers);
+        self.disks = Disks::one(writers as usize);
+        self
+    }
+
+    /// On several disks, of which `disk` is this one. Before anything is written.
+    pub fn among(mut self, disks: Disks, disk: usize) -> Writer {
+        let lead = disks.lead(disk) as u32;
+        self.own = PartWriter::new(self.temporary.clone(), self.step, lead);
+        (self.disks, self.disk) = (disks, disk);
         self
     }
 
@@ -97,12 +122,17 @@ impl Writer {
         self.ticket
     }
 
-    /// Rank 0's own part.
+    /// The serial of the checkpoint, which must be higher than those on all disks.
+    pub fn numbered(&mut self, serial: u64) {
+        self.serial = serial;
+    }
+
+    /// This rank's own part.
     pub fn part(&mut self) -> &mut PartWriter {
         &mut self.own
     }
 
-    /// As `PartWriter`, into rank 0's part.
+    /// As `PartWriter`, into this rank's part.
     pub fn write_safetensors(&mut self, file: &str, tensors: &[TensorRef]) -> Result<(), CheckpointError> {
         self.own.write_safetensors(file, tensors)
     }
@@ -115,8 +145,7 @@ impl Writer {
         self.own.write_state(state)
     }
 
-    /// Writes index and manifest, syncs the directory, renames it into place (replacing a checkpoint of the same step) and syncs the parent.
-    /// `loss` is the training loss of the last step, in nats.
+    /// Collects, prepares and publishes, on one disk.
     pub fn finish(self, loss: f64) -> Result<CheckpointRecord, CheckpointError> {
         self.finish_together(loss, &|| true)
     }
@@ -127,22 +156,104 @@ impl Writer {
         loss: f64,
         wait: &dyn Fn() -> bool,
     ) -> Result<CheckpointRecord, CheckpointError> {
-        let tensors = self.collect(wait)?;
-        self.write_index(&tensors)?;
+        self.collect(wait)?;
+        self.prepare(loss)?;
+        self.publish()
+    }
+
+    /// Takes the parts of the other ranks on this disk, which are waited for while `wait` says so.
+    pub fn collect(&mut self, wait: &dyn Fn() -> bool) -> Result<(), CheckpointError> {
+        let lead = self.disks.lead(self.disk) as u32;
+        for rank in self.writers_on(self.disk).filter(move |rank| *rank != lead) {
+            let part = self.part_of(rank, wait)?;
+            fs::remove_file(self.temporary.join(part_file(rank)))
+                .map_err(|e| self.failed(&self.temporary, e))?;
+            self.merge(part, &[rank])?;
+        }
+        let disk = self.disk as u32;
+        self.own.part.files.values_mut().for_each(|file| file.disk = disk);
+        if self.disk == 0 { self.write_index() } else { Ok(()) }
+    }
+
+    /// What was written to this disk, for those of the other ones.
+    pub fn handed(&self) -> Vec<u8> {
+        serde_json::to_vec(&(&self.owner.run, &self.own.part)).expect("a part is plain data")
+    }
+
+    /// What was written to another disk, as `handed` has it there.
+    pub fn take_in(&mut self, disk: usize, handed: &[u8]) -> Result<(), CheckpointError> {
+        let unreadable = |e| self.inconsistent(format!("what {} says: {e}", self.disks.name(disk)));
+        let (run, part): (String, Part) = serde_json::from_slice(handed).map_err(unreadable)?;
+        if run != self.owner.run {
+            let host = self.disks.name(disk);
+            return Err(self.inconsistent(format!(
+                "on {host} it is one of the run {run}, and here of {}",
+                self.owner.run
+            )));
+        }
+        let writers: Vec<u32> = self.writers_on(disk).collect();
+        if let Some((name, _)) = part.files.iter().find(|(_, file)| file.disk as usize != disk) {
+            return Err(
+                self.inconsistent(format!("{name} is on another disk than {}", self.disks.name(disk)))
+            );
+        }
+        self.merge(part, &writers)
+    }
+
+    /// Writes the manifest and syncs the directory. `loss` is the training loss of the last step, in nats.
+    pub fn prepare(&mut self, loss: f64) -> Result<(), CheckpointError> {
+        let tensors = std::mem::take(&mut self.own.part.tensors).into_iter().map(|(name, tensor)| {
+            let tensor = whole(tensor).map_err(|what| self.inconsistent(format!("{what} of {name}")))?;
+            Ok((name, tensor))
+        });
+        let tensors = tensors.collect::<Result<BTreeMap<_, _>, CheckpointError>>()?;
+        let disks = match self.disks.written(self.writers as usize) {
+            1 => Vec::new(),
+            several => (0..several).map(|disk| self.disks.name(disk).to_owned()).collect(),
+        };
         let manifest = Manifest {
             format: FORMAT.to_owned(),
             step: self.step,
-            serial: self.ticket.serial,
+            serial: self.serial,
             loss: loss.is_finite().then_some(loss),
             run: self.owner.run.clone(),
             strategy: std::mem::take(&mut self.strategy),
-            world_size: self.world_size,
+            world_size: self.writers,
+            disks,
             files: std::mem::take(&mut self.own.part.files),
             tensors,
         };
         manifest.check().map_err(|what| self.inconsistent(format!("its {MANIFEST_FILE} {what}")))?;
         let bytes = serde_json::to_vec(&manifest).expect("a manifest is plain data");
         let (_, hashes) = self.own.write(MANIFEST_FILE, &[&bytes])?;
+        sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;
+        let target = step_dir(&self.owner.dir, self.step);
+        let by_file = manifest.pieces_by_file();
+        let shards = manifest.files.iter().map(|(name, file)| Shard {
+            writer: file.writer,
+            name: name.clone(),
+            bytes: file.bytes,
+            sha256: manifest.file_sha256(file, by_file.get(name.as_str()).map_or(&[], Vec::as_slice)),
+        });
+        self.record = Some(CheckpointRecord {
+            step: self.step,
+            path: target.to_string_lossy().into_owned(),
+            manifest_sha256: hashes.into_iter().next().expect("there is one part"),
+            bytes: manifest.bytes(),
+            loss,
+            writers: self.writers,
+            disks: self.disks.of_hosts().to_vec(),
+            shards: shards.collect(),
+        });
+        Ok(())
+    }
+
+    /// Renames the directory into its place, where it replaces a checkpoint of the same step, and syncs the parent.
+    ///
+    /// # Panics
+    /// If it is not prepared.
+    pub fn publish(mut self) -> Result<CheckpointRecord, CheckpointError> {
+        let mut record = self.record.take().expect("it is prepared");
         let target = step_dir(&self.owner.dir, self.step);
         if !self.owner.may_replace(&target) {
             let taken = io::Error::new(
@@ -151,65 +262,41 @@ impl Writer {
             );
             return Err(self.failed(&target, taken));
         }
-        sync_dir(&self.temporary).map_err(|e| self.failed(&self.temporary, e))?;
         publish(&self.temporary, &target).map_err(|e| self.failed(&target, e))?;
-        self.finished = true;
+        self.published = true;
         sync_dir(&self.owner.dir).map_err(|e| self.failed(&self.owner.dir, e))?;
-        let path = fs::canonicalize(&target).unwrap_or(target);
-        let by_file = manifest.pieces_by_file();
-        let shards = manifest.files.iter().map(|(name, file)| Shard {
-            writer: file.writer,
-            name: name.clone(),
-            bytes: file.bytes,
-            sha256: manifest.file_sha256(file, by_file.get(name.as_str()).map_or(&[], Vec::as_slice)),
-        });
-        Ok(CheckpointRecord {
-            step: self.step,
-            path: path.to_string_lossy().into_owned(),
-            manifest_sha256: hashes.into_iter().next().expect("there is one part"),
-            bytes: manifest.bytes(),
-            loss,
-            writers: self.world_size,
-            shards: shards.collect(),
-        })
+        record.path = fs::canonicalize(&target).unwrap_or(target).to_string_lossy().into_owned();
+        Ok(record)
     }
 
-    /// The tensors of all parts, each whole; their files are put to rank 0's own.
-    fn collect(
-        &mut self,
-        wait: &dyn Fn() -> bool,
-    ) -> Result<BTreeMap<String, ManifestTensor>, CheckpointError> {
-        let mut tensors = std::mem::take(&mut self.own.part.tensors);
-        for rank in 1..self.world_size {
-            let Part { files, tensors: more } = self.part_of(rank, wait)?;
-            fs::remove_file(self.temporary.join(part_file(rank)))
-                .map_err(|e| self.failed(&self.temporary, e))?;
-            for (name, file) in files {
-                if file.writer != rank || self.own.part.files.insert(name.clone(), file).is_some() {
-                    return Err(
-                        self.inconsistent(format!("rank {rank} has written {name}, as another one has"))
-                    );
-                }
-            }
-            for (name, tensor) in more {
-                match tensors.get_mut(&name) {
-                    Some(known) if (known.dtype, &known.shape) == (tensor.dtype, &tensor.shape) => {
-                        known.pieces.extend(tensor.pieces);
-                    }
-                    Some(_) => {
-                        return Err(
-                            self.inconsistent(format!("rank {rank} has another {name} than the others"))
-                        );
-                    }
-                    None => drop(tensors.insert(name, tensor)),
-                }
+    /// Those that write to a disk.
+    fn writers_on(&self, disk: usize) -> impl Iterator<Item = u32> + use<> {
+        let ranks = self.disks.ranks(disk).filter(|rank| *rank < self.writers as usize);
+        ranks.map(|rank| rank as u32).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Puts what these ranks wrote to the rest.
+    fn merge(&mut self, part: Part, by: &[u32]) -> Result<(), CheckpointError> {
+        let Part { files, tensors } = part;
+        for (name, file) in files {
+            let rank = file.writer;
+            if !by.contains(&rank) || self.own.part.files.insert(name.clone(), file).is_some() {
+                return Err(self.inconsistent(format!("rank {rank} has written {name}, as another one has")));
             }
         }
-        let whole = |(name, tensor): (String, TensorPart)| {
-            let tensor = whole(tensor).map_err(|what| self.inconsistent(format!("{what} of {name}")))?;
-            Ok((name, tensor))
-        };
-        tensors.into_iter().map(whole).collect()
+        for (name, tensor) in tensors {
+            match self.own.part.tensors.get_mut(&name) {
+                Some(known) if (known.dtype, &known.shape) == (tensor.dtype, &tensor.shape) => {
+                    known.pieces.extend(tensor.pieces);
+                }
+                Some(_) => {
+                    let rank = by.first().copied().unwrap_or_default();
+                    return Err(self.inconsistent(format!("rank {rank} has another {name} than the others")));
+                }
+                None => drop(self.own.part.tensors.insert(name, tensor)),
+            }
+        }
+        Ok(())
     }
 
     fn part_of(&self, rank: u32, wait: &dyn Fn() -> bool) -> Result<Part, CheckpointError> {
@@ -229,16 +316,18 @@ impl Writer {
     }
 
     /// Tells transformers which of several files has each weight.
-    fn write_index(&mut self, tensors: &BTreeMap<String, ManifestTensor>) -> Result<(), CheckpointError> {
-        let place = |(name, tensor): (&String, &ManifestTensor)| {
-            let piece = tensor.pieces.first().filter(|piece| is_shard_of_model(&piece.file))?;
+    fn write_index(&mut self) -> Result<(), CheckpointError> {
+        let tensors = &self.own.part.tensors;
+        let place = |(name, tensor): (&String, &TensorPart)| {
+            let (_, piece) = tensor.pieces.first().filter(|(_, piece)| is_shard_of_model(&piece.file))?;
             Some((name.clone(), piece.file.clone()))
         };
         let weight_map: BTreeMap<String, String> = tensors.iter().filter_map(place).collect();
         if weight_map.is_empty() {
             return Ok(());
         }
-        let total: u64 = weight_map.keys().filter_map(|name| tensors[name].bytes()).sum();
+        let bytes = |name: &String| tensors[name].pieces.iter().map(|(_, piece)| piece.bytes).sum::<u64>();
+        let total: u64 = weight_map.keys().map(bytes).sum();
         let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
         let json = serde_json::to_vec_pretty(&index).expect("an index is plain data");
         self.own.write_bytes(MODEL_INDEX_FILE, &json)
@@ -255,7 +344,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if !self.finished
+        if !self.published
             && let Err(e) = fs::remove_dir_all(&self.temporary)
         {
             tracing::warn!("cannot remove the unfinished checkpoint {}: {e}", self.temporary.display());

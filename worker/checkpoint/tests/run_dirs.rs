@@ -421,7 +421,7 @@ fn a_checkpoint_that_cannot_be_read_now_is_never_replaced_or_passed_over() {
 
 #[test]
 fn a_checkpoint_of_another_version_is_never_replaced_or_passed_over() {
-    for (old, new) in [("fleet-checkpoint/2", "fleet-checkpoint/3"), ("{", "{\"more\": 1,")] {
+    for (old, new) in [("fleet-checkpoint/3", "fleet-checkpoint/4"), ("{", "{\"more\": 1,")] {
         let dir = tempfile::tempdir().unwrap();
         let at = |step| step_dir(dir.path(), step);
         let run = RunDir::claim(&claim(dir.path(), "a")).unwrap();

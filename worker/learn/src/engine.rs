@@ -6,13 +6,13 @@ use crate::executor::{Executor, Tally};
 use crate::model::init;
 use crate::optimizer::Update;
 use crate::reached::Reached;
-use crate::snapshot::{MOMENTS, Snapshot, moment_name};
+use crate::snapshot::{MOMENTS, Share, Snapshot, moment_name};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::suspects;
 use crate::timed::TimedUnits;
 use crate::units::Memory;
-use fleet_checkpoint::{Dtype, ModelDir, Tensor, Tensors};
+use fleet_checkpoint::{Disks, Dtype, ModelDir, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_kernels::all_finite;
@@ -49,12 +49,11 @@ pub trait Learner {
 
     /// How numbers are kept, as a checkpoint names it.
     fn strategy(&self) -> &'static str;
-    /// Ranks that write checkpoints, the first ones.
-    fn writers(&mut self) -> usize;
-    /// Copies what this rank, one of the writers, writes of a checkpoint, into the memory of an earlier copy where there is one. A collective call.
-    fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot>;
-    /// The same call of a rank that writes nothing.
-    fn accompany_snapshot(&mut self) -> Result<()>;
+    /// Ranks that write checkpoints to these disks, the first ones.
+    fn writers(&mut self, disks: &Disks) -> usize;
+    /// Copies what this rank, one of the writers, writes of a checkpoint to these disks, into the memory of an earlier copy where there is one.
+    /// A collective call of all writers.
+    fn snapshot(&mut self, disks: &Disks, spare: Option<Snapshot>) -> Result<Snapshot>;
 }
 
 pub struct Engine<M> {
@@ -243,16 +242,17 @@ impl<M: Memory> Learner for Engine<M> {
         self.strategy.name()
     }
 
-    fn writers(&mut self) -> usize {
-        self.strategy.writers()
+    fn writers(&mut self, disks: &Disks) -> usize {
+        self.strategy.writers(disks)
     }
 
-    fn snapshot(&mut self, spare: Option<Snapshot>) -> Result<Snapshot> {
+    fn snapshot(&mut self, disks: &Disks, spare: Option<Snapshot>) -> Result<Snapshot> {
         let snapshot = match spare {
             Some(spare) => Ok(spare),
             None => {
-                let (rank, writers) = (self.strategy.gang().rank(), self.strategy.writers());
-                Snapshot::new(&self.layout, &self.strategy.kept(), rank, writers)
+                let (rank, optimizers) = (self.strategy.gang().rank(), self.strategy.writers(disks));
+                let share = Share { rank, models: disks.together(), optimizers };
+                Snapshot::new(&self.layout, &self.strategy.kept(disks), share)
             }
         };
         let all_have_room = self.all_have_room(snapshot.is_ok())?;
@@ -262,15 +262,6 @@ impl<M: Memory> Learner for Engine<M> {
         }
         snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;
         Ok(snapshot)
-    }
-
-    fn accompany_snapshot(&mut self) -> Result<()> {
-        if self.all_have_room(true)? {
-            for slot in [Slot::Weights, Slot::Moment1, Slot::Moment2] {
-                self.strategy.copy_out(slot, &[], &mut [])?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! What one rank writes of a checkpoint: a copy, so that training goes on while it is written.
 //!
-//! Weights are shared out as whole tensors, so that others read the files; of the optimizer's state each rank has just what it keeps.
+//! Weights are shared out as whole tensors among the ranks on rank 0's disk, so that others read the directory as a model; of the optimizer's
+//! state each rank has just what it keeps, on whichever disk.
 
 use crate::error::{Error, Result};
 use crate::shim::buffers::as_bytes;
@@ -36,6 +37,16 @@ pub struct Snapshot {
     numbers: Vec<f32>,
 }
 
+/// A rank among those that write.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    pub rank: usize,
+    /// Ranks that write weights, the first ones: those on rank 0's disk, so that there the directory is a whole model.
+    pub models: usize,
+    /// Ranks that write optimizer state, the first ones.
+    pub optimizers: usize,
+}
+
 /// Numbers of a parameter that this rank keeps.
 struct Kept {
     name: String,
@@ -50,13 +61,14 @@ struct Kept {
 pub type CopyOut<'a> = dyn FnMut(Slot, &[Range<usize>], &mut [f32]) -> Result<()> + 'a;
 
 impl Snapshot {
-    /// For rank `rank` of `world`, which keeps the ranges `kept` of the flat buffer.
-    pub fn new(layout: &Layout, kept: &[Range<usize>], rank: usize, world: usize) -> Result<Snapshot> {
+    /// For a rank which keeps the ranges `kept` of the flat buffer.
+    pub fn new(layout: &Layout, kept: &[Range<usize>], share: Share) -> Result<Snapshot> {
+        let Share { rank, models, optimizers } = share;
         let sizes: Vec<usize> = layout.parameters.iter().map(|p| p.range.len()).collect();
         let weights: Vec<Parameter> = layout
             .parameters
             .iter()
-            .zip(writers(&sizes, world))
+            .zip(writers(&sizes, models))
             .filter(|(_, writer)| *writer == rank)
             .map(|(p, _)| p.clone())
             .collect();
@@ -70,9 +82,9 @@ impl Snapshot {
             + MOMENTS.len() * count(&mut kept.iter().map(|kept| kept.range.len()));
         Ok(Snapshot {
             weights,
-            model_file: model_file(rank, world.min(sizes.len())),
+            model_file: model_file(rank, models.min(sizes.len())),
             kept,
-            optimizer_file: optimizer_file(rank, world),
+            optimizer_file: optimizer_file(rank, optimizers),
             numbers: zeros(len, Part::Snapshot)?,
         })
     }

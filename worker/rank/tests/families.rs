@@ -6,7 +6,7 @@
 mod cases;
 
 use cases::{cases, golden, hyper, targets};
-use fleet_checkpoint::{CONFIG_FILE, Claim, ModelDir, RunDir, Writer};
+use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, ModelDir, RunDir, Writer};
 use fleet_learn::model::Model;
 use fleet_learn::{AdamW, Learner, TokenBatch, Update, Votes};
 use fleet_rank::assemble::solo;
@@ -53,7 +53,7 @@ fn training_is_pytorchs_and_what_is_written_reads_back() {
             Claim { dir: dir.path(), run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
         let run_dir = RunDir::claim(&claim).unwrap();
         let mut writer = Writer::begin(&run_dir, 20).unwrap();
-        engine.snapshot(None).unwrap().write(writer.part()).unwrap();
+        engine.snapshot(&Disks::one(1), None).unwrap().write(writer.part()).unwrap();
         writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&model.config_json()).unwrap()).unwrap();
         let record = writer.finish(1.0).unwrap();
         let written = Path::new(&record.path);

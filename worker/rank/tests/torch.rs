@@ -6,7 +6,7 @@ mod gang;
 #[path = "strategies/hosts.rs"]
 mod hosts;
 
-use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, diff, verify};
+use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors, Writer, diff, verify};
 use fleet_collectives::{Exchange, SharedHost};
 use fleet_common::events::Outcome;
 use fleet_common::job::{self, Job};
@@ -158,7 +158,7 @@ fn save(config: &Object, cut: Cut, dir: &Path, from: Result<&Path, u64>) -> Path
                 steps(learner, cut, rank, count);
             }
         }
-        let mut snapshot = learner.snapshot(None).unwrap();
+        let mut snapshot = learner.snapshot(&Disks::one(cut.world), None).unwrap();
         if rank > 0 {
             let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
             snapshot.write(&mut part).unwrap();

@@ -8,9 +8,10 @@ use crate::optimizer::Optimizer;
 use crate::parts::{Parts, Rooms, Turn};
 use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
+
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
-use fleet_learn::strategy::{Micro, Needs, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::strategy::{Disks, Micro, Needs, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -322,7 +323,7 @@ impl Strategy<Tensors> for Sharded {
         }
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
+    fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         let parts = self.parts.units().iter().map(|unit| unit.own.clone());
         parts.filter(|part| !part.is_empty()).collect()
     }

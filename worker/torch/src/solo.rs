@@ -4,9 +4,10 @@ use crate::device::{self, memory_is_short};
 use crate::memory::{FlatWeights, Gradients, Tensors, Weights, set};
 use crate::optimizer::Optimizer;
 use crate::{Error, Result};
+
 use fleet_collectives::Gang;
 use fleet_common::model::Layout;
-use fleet_learn::strategy::{Micro, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::strategy::{Disks, Micro, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -131,7 +132,7 @@ impl Strategy<Tensors> for Solo {
         "solo"
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
+    fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         self.layout.units.clone()
     }
 }

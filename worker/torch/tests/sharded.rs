@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use fleet_checkpoint::{CONFIG_FILE, Claim, RunDir, Writer, diff};
+use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, RunDir, Writer, diff};
 use fleet_collectives::nccl::{Loaded, NcclCollective};
 use fleet_learn::model::Model;
 use fleet_learn::testing::{tiny_with, token_ids};
@@ -121,7 +121,7 @@ fn save(learner: &mut dyn Learner, dir: &Path, at: u64) -> PathBuf {
     std::fs::create_dir(dir).unwrap();
     let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
     let mut writer = Writer::begin(&RunDir::claim(&claim).unwrap(), at).unwrap();
-    learner.snapshot(None).unwrap().write(writer.part()).unwrap();
+    learner.snapshot(&Disks::one(1), None).unwrap().write(writer.part()).unwrap();
     writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&model().config_json()).unwrap()).unwrap();
     writer.finish(1.0).unwrap().path.into()
 }

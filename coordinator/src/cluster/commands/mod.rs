@@ -29,6 +29,7 @@ mod remove_replica;
 mod revoke_member;
 mod revoke_token;
 mod set_retention;
+mod settle_superseded;
 mod show_ca;
 mod start_run;
 mod submit_job;
@@ -61,6 +62,7 @@ pub use remove_replica::RemoveReplica;
 pub use revoke_member::RevokeMember;
 pub use revoke_token::RevokeToken;
 pub use set_retention::SetRetention;
+pub use settle_superseded::SettleSuperseded;
 pub use show_ca::ShowCa;
 pub use start_run::StartRun;
 pub use submit_job::SubmitJob;
@@ -71,7 +73,7 @@ use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
 /// The newest commands that this program knows.
-pub const COMMAND_LEVEL: u32 = 3;
+pub const COMMAND_LEVEL: u32 = 4;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
@@ -106,6 +108,7 @@ pub enum Change {
     Forget(Forget),
     SetRetention(SetRetention),
     BreakOff(BreakOff),
+    SettleSuperseded(SettleSuperseded),
 }
 
 impl Change {
@@ -142,12 +145,12 @@ impl Change {
             Change::Forget(command) => command.apply(state, context),
             Change::SetRetention(command) => command.apply(state, context),
             Change::BreakOff(command) => command.apply(state, context),
+            Change::SettleSuperseded(command) => command.apply(state, context),
         }
     }
 
     /// What a coordinator must know to apply it: 1 is membership and jobs, 2 adds what is recorded of runs, 3 training on several
-    /// nodes. Proposed only where
-    /// `State::level` is at least that.
+    /// nodes, 4 what nodes need not keep. Proposed only where `State::level` is at least that.
     pub fn level(&self) -> u32 {
         match self {
             Change::StartRun(_)
@@ -156,6 +159,7 @@ impl Change {
             | Change::RecordExport(_)
             | Change::RecordProfile(_) => 2,
             Change::BreakOff(_) => 3,
+            Change::SettleSuperseded(_) => 4,
             _ => 1,
         }
     }
@@ -174,6 +178,7 @@ impl Change {
             | Change::DrainNode(_)
             | Change::FinishRun(_)
             | Change::Forget(_)
+            | Change::SettleSuperseded(_)
             | Change::SetRetention(_)
             // Small, and they end the trust in a CA that has leaked.
             | Change::IntroduceCa(_)
@@ -241,6 +246,7 @@ impl Change {
             Change::Forget(_) => "forget",
             Change::SetRetention(_) => "set_retention",
             Change::BreakOff(_) => "break_off",
+            Change::SettleSuperseded(_) => "settle_superseded",
         }
     }
 }

@@ -34,6 +34,7 @@ impl RevokeMember {
             let message = format!("node {name} was cut off from the cluster");
             state.give_up_node(node, &message, context);
             state.nodes.remove(&node);
+            state.superseded.remove(&node);
             context.effects.push(Effect::Node(node));
         }
         if let Member::Client(user) = member {

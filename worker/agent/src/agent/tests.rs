@@ -157,6 +157,19 @@ fn what_was_lent_counts_until_the_cluster_says_otherwise_or_is_found_again() {
 }
 
 #[test]
+fn what_newer_checkpoints_have_replaced_is_removed() {
+    check(
+        "> connected
+         send hello
+         > welcome
+         registered as node-1
+         > superseded 5 6
+         remove 2
+         > superseded",
+    );
+}
+
+#[test]
 fn a_lost_connection_is_invisible_to_the_ranks_and_nothing_is_sent_twice_or_never() {
     check(
         "> connected

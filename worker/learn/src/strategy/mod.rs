@@ -8,6 +8,7 @@ mod shared;
 mod solo;
 mod state;
 
+pub use fleet_checkpoint::Disks;
 pub use needs::{Keeping, Needs};
 pub use sharded::Sharded;
 pub use shared::Shared;
@@ -46,15 +47,15 @@ pub trait Strategy<M: Memory> {
 
     /// As a checkpoint names it.
     fn name(&self) -> &'static str;
-    /// Ranks that write checkpoints, the first ones.
-    fn writers(&mut self) -> usize {
+    /// Ranks that write checkpoints to these disks, the first ones.
+    fn writers(&mut self, _disks: &Disks) -> usize {
         self.gang().world_size()
     }
     /// The ranges of the flat buffer whose optimizer state this rank writes to checkpoints: no number is in those of two ranks, every one is
     /// in those of one.
-    fn kept(&self) -> Vec<Range<usize>>;
-    /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps; of a rank that
-    /// writes nothing no range. A collective call of all ranks, between two steps.
+    fn kept(&self, disks: &Disks) -> Vec<Range<usize>>;
+    /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps. A collective
+    /// call of all writers, between two steps.
     fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
         let (flat, mut rest) = (self.flat(slot)?, out);
         for range in ranges {

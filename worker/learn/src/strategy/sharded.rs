@@ -13,6 +13,7 @@ use crate::shim::buffers::RankSlice;
 use crate::units::{Gradients, Host, HostNumber, HostWeights, Places, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
+use fleet_checkpoint::Disks;
 use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost, Ticket};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
@@ -287,12 +288,12 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
         self.name
     }
 
-    fn writers(&mut self) -> usize {
-        self.state.writers(&*self.gang)
+    fn writers(&mut self, disks: &Disks) -> usize {
+        self.state.writers(disks, &*self.gang)
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
-        self.state.kept(&*self.gang)
+    fn kept(&self, disks: &Disks) -> Vec<Range<usize>> {
+        self.state.kept(disks, &*self.gang)
     }
 
     fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {

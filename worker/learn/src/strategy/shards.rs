@@ -6,9 +6,10 @@ use super::state::{State, Sums, within};
 use super::{Read, Slot};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
-use crate::shim::buffers::RankSlice;
+use crate::shim::buffers::{RankSlice, as_bytes};
 use crate::units::{HostNumber, HostWeights, Pieces, Places};
 use crate::workers::Workers;
+use fleet_checkpoint::Disks;
 use fleet_collectives::{Keep, SharedHost, Ticket};
 use fleet_common::model::{Layout, Role};
 use fleet_kernels as kernels;
@@ -128,6 +129,20 @@ impl<E: HostNumber> ShardState<E> {
             Slot::Moment1 => self.moment1.range(self.own.of(range)),
             Slot::Moment2 => self.moment2.range(self.own.of(range)),
         }
+    }
+
+    /// The masters of a unit, of all ranks. A collective call.
+    fn gather_masters(&self, unit: usize, gang: &mut dyn SharedHost) -> Result<Vec<f32>> {
+        let world = gang.world_size();
+        let own = &self.parts[unit];
+        // The first rank has the most, and as many have the others but the last that have any.
+        let mut part = vec![0.0f32; within(&self.layout.units[unit], 0, world).len()];
+        if !own.is_empty() {
+            part[..own.len()].copy_from_slice(self.master(own));
+        }
+        let mut bytes = vec![0u8; part.len() * world * 4];
+        gang.all_gather(as_bytes(&part), &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
     }
 
     /// What is collected, from the masters.
@@ -286,7 +301,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
         Cow::Owned(flat)
     }
 
-    /// Unit by unit, through the gang.
+    /// Moments from where they are. Weights unit by unit as for a pass, where that brings them in fp32, else through the gang.
     fn copy_out(
         &mut self,
         slot: Slot,
@@ -294,27 +309,49 @@ impl<E: HostNumber> State<E> for ShardState<E> {
         out: &mut [f32],
         gang: &mut dyn SharedHost,
     ) -> Result<()> {
-        let world = gang.world_size();
-        for (number, unit) in self.layout.units.iter().enumerate() {
-            let shard = unit.len().div_ceil(world).next_multiple_of(fleet_collectives::PART_ALIGN);
-            let own = &self.parts[number];
-            let mut part = vec![0.0f32; shard];
-            if !own.is_empty() {
-                part[..own.len()].copy_from_slice(self.of(slot, own));
+        if slot != Slot::Weights {
+            let mut rest = out;
+            for range in ranges {
+                let (now, later) = rest.split_at_mut(range.len());
+                now.copy_from_slice(self.of(slot, range));
+                rest = later;
             }
-            let mut bytes = vec![0u8; shard * world * 4];
-            gang.all_gather(crate::shim::buffers::as_bytes(&part), &mut bytes)?;
+            return Ok(());
+        }
+        for unit in 0..self.layout.units.len() {
+            let whole = self.layout.units[unit].clone();
+            let gathered = match &self.master {
+                None => {
+                    self.need(unit, gang)?;
+                    None
+                }
+                Some(_) => Some(self.gather_masters(unit, gang)?),
+            };
             let mut at = 0;
             for range in ranges {
-                if unit.start <= range.start && range.end <= unit.end {
-                    let within = (range.start - unit.start) * 4..(range.end - unit.start) * 4;
-                    let numbers = bytes[within].as_chunks::<4>().0;
-                    let room = &mut out[at..at + range.len()];
-                    room.iter_mut().zip(numbers).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-                }
+                let room = &mut out[at..at + range.len()];
                 at += range.len();
+                if range.start < whole.start || range.end > whole.end {
+                    continue;
+                }
+                match &gathered {
+                    None => room.copy_from_slice(self.exact.pieces().of(range)),
+                    Some(numbers) => {
+                        room.copy_from_slice(&numbers[range.start - whole.start..range.end - whole.start]);
+                    }
+                }
             }
         }
+        self.last = None; // the next pass goes up again
         Ok(())
+    }
+
+    /// Each rank has other numbers.
+    fn writers(&self, _disks: &Disks, gang: &dyn SharedHost) -> usize {
+        gang.world_size()
+    }
+
+    fn kept(&self, _disks: &Disks, _gang: &dyn SharedHost) -> Vec<Range<usize>> {
+        self.parts.clone()
     }
 }

@@ -8,6 +8,7 @@ use crate::optimizer::Update;
 use crate::shim::buffers::RankSlice;
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
+use fleet_checkpoint::Disks;
 use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost};
 use fleet_common::model::Layout;
 use std::borrow::Cow;
@@ -107,11 +108,11 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
         "ddp"
     }
 
-    fn writers(&mut self) -> usize {
-        self.state.writers(&*self.gang)
+    fn writers(&mut self, disks: &Disks) -> usize {
+        self.state.writers(disks, &*self.gang)
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
-        self.state.kept(&*self.gang)
+    fn kept(&self, disks: &Disks) -> Vec<Range<usize>> {
+        self.state.kept(disks, &*self.gang)
     }
 }

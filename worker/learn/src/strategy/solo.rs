@@ -6,6 +6,7 @@ use crate::optimizer::{Numbers, Update};
 use crate::units::{Gradients, Host, HostNumber, HostWeights, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
+use fleet_checkpoint::Disks;
 use fleet_collectives::Gang;
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
@@ -137,7 +138,7 @@ impl<E: HostNumber> Strategy<Host<E>> for Solo<E> {
         "solo"
     }
 
-    fn kept(&self) -> Vec<Range<usize>> {
+    fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         self.layout.units.clone()
     }
 }

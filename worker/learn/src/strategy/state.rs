@@ -6,6 +6,7 @@ use crate::optimizer::{Numbers, Update};
 use crate::shim::buffers::SharedSlice;
 use crate::units::{HostNumber, HostWeights};
 use crate::workers::Workers;
+use fleet_checkpoint::Disks;
 use fleet_collectives::{Keep, SharedHost, part};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
@@ -56,17 +57,10 @@ pub(super) trait State<E>: Send {
         gang: &mut dyn SharedHost,
     ) -> Result<()>;
 
-    /// The ranks of the first host write checkpoints, on its disk.
-    fn writers(&self, gang: &dyn SharedHost) -> usize {
-        gang.size_of_host(0)
-    }
+    /// Ranks that write checkpoints, the first ones.
+    fn writers(&self, disks: &Disks, gang: &dyn SharedHost) -> usize;
     /// What this rank writes of the moments.
-    fn kept(&self, gang: &dyn SharedHost) -> Vec<Range<usize>> {
-        match gang.host() {
-            0 => self.layout().units.iter().map(|unit| of_host(unit, gang)).collect(),
-            _ => Vec::new(),
-        }
-    }
+    fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>>;
 }
 
 /// The part of a unit that this rank has among the ranks of its host. It may hold nothing.
@@ -215,5 +209,16 @@ impl<E: HostNumber> State<E> for HostState<E> {
     ) -> Result<()> {
         copy_ranges(self.of(slot), ranges, out);
         Ok(())
+    }
+
+    /// Every host has all of it, so nothing need lie on another disk than rank 0's.
+    fn writers(&self, disks: &Disks, _gang: &dyn SharedHost) -> usize {
+        disks.together()
+    }
+
+    fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>> {
+        let (rank, writers) = (gang.rank(), disks.together());
+        let parts = self.layout.units.iter().filter(|_| rank < writers);
+        parts.map(|unit| within(unit, rank, writers)).collect()
     }
 }

@@ -1,36 +1,40 @@
-//! A checkpoint that is being written while training goes on.
+//! A stage of a checkpoint that is done while training goes on.
 
 use crate::snapshot::Snapshot;
-use fleet_checkpoint::CheckpointError;
+use fleet_checkpoint::{CheckpointError, Writer};
 use fleet_common::events::CheckpointRecord;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
-/// Of one step. Dropped, it is given up: nobody is waited for any more, and what was written goes.
+/// Dropped, it is given up: nobody is waited for any more, and what was written goes.
 pub(super) struct InFlight {
-    pub step: u64,
     given_up: Arc<AtomicBool>,
     thread: Option<JoinHandle<Written>>,
 }
 
-/// How it went; the record is rank 0's. The copy's memory is for the next one.
+/// How it went. The copy's memory is for the next one.
 pub(super) struct Written {
-    pub result: Result<Option<CheckpointRecord>, CheckpointError>,
-    pub spare: Snapshot,
+    pub result: Result<Done, CheckpointError>,
+    pub spare: Option<Snapshot>,
+}
+
+pub(super) enum Done {
+    /// What this rank has to write is written; others do the rest.
+    Part,
+    /// For the next stage.
+    Ready(Box<Writer>),
+    Published(CheckpointRecord),
 }
 
 impl InFlight {
     /// Writes on a thread of its own. `work` is told whether the save was given up.
-    pub fn start(
-        step: u64,
-        work: impl FnOnce(&AtomicBool) -> Written + Send + 'static,
-    ) -> io::Result<InFlight> {
+    pub fn start(work: impl FnOnce(&AtomicBool) -> Written + Send + 'static) -> io::Result<InFlight> {
         let given_up = Arc::new(AtomicBool::new(false));
         let told = given_up.clone();
         let thread = Builder::new().name("checkpoint".into()).spawn(move || work(&told))?;
-        Ok(InFlight { step, given_up, thread: Some(thread) })
+        Ok(InFlight { given_up, thread: Some(thread) })
     }
 
     pub fn is_done(&self) -> bool {

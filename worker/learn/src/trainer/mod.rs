@@ -7,7 +7,9 @@
 
 mod breakdown;
 mod companions;
+mod disks;
 mod in_flight;
+mod room;
 mod saving;
 mod schedule;
 mod tracing;
@@ -123,6 +125,13 @@ impl Trainer {
         if let Some(note) = note {
             link.log(Level::Warn, note);
         }
+        let disks = disks::find(start, &job.checkpoint_dir(), learner.gang())?;
+        let writers = learner.writers(&disks);
+        let rank = start.rank as usize;
+        let dir = match dir {
+            None if rank < writers && disks.lead(disks.of_rank(rank)) == rank => Some(claim(start, &job)?),
+            dir => dir,
+        };
         let mut state = TrainerState {
             step: 0,
             epoch: 0,
@@ -169,7 +178,6 @@ impl Trainer {
         }
         let adamw = AdamW::from(&job.optimizer);
         let positions = model.decoder.max_positions;
-        let rank = u64::from(start.rank);
         let lead = dir.map(|dir| {
             let origins = Origins {
                 resume: start.resume.as_deref().map(Path::new),
@@ -180,16 +188,16 @@ impl Trainer {
                 },
                 used: &cache.tokenizer_path(),
             };
-            let companions = Arc::new(Companions::gather(&origins, &model)?);
-            Ok::<_, Error>(Lead { dir, companions })
+            let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;
+            Ok::<_, Error>(Lead { dir, companions: companions.map(Arc::new) })
         });
-        let saving = Saving::new(job.checkpoint_dir(), lead.transpose()?);
+        let saving = Saving::new(job.checkpoint_dir(), disks, rank, writers, lead.transpose()?);
         let meter = Meter::default();
         let watch = learner.watch().clone();
         let resumed = start.resume.is_some().then_some(state.step);
         Ok(Self {
             job,
-            rank,
+            rank: rank as u64,
             world,
             learner,
             objective: Box::new(NextToken),
@@ -220,7 +228,6 @@ impl Trainer {
                 device: self.learner.device(),
             });
             link.log(Level::Info, self.learner.describe());
-            self.warn_of_a_small_disk(link);
             let (given, made_for) = (self.job.max_seq_len, self.positions);
             if given as usize > made_for {
                 let line = format!(
@@ -238,6 +245,7 @@ impl Trainer {
                 link.log(Level::Warn, line);
             }
         }
+        self.warn_of_a_small_disk(link);
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
         }
@@ -284,8 +292,7 @@ impl Trainer {
                 break;
             }
         }
-        self.end_saving(link)?;
-        self.await_record(link, if stopped { STOPPED_WAIT } else { RECORD_WAIT });
+        self.end_saving(if stopped { STOPPED_WAIT } else { RECORD_WAIT }, link)?;
         self.rotate(link);
         if stopped {
             return Ok(Outcome::Stopped { steps: self.state.step });

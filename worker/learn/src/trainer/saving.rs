@@ -1,15 +1,24 @@
-//! Checkpoints of a run. Every rank copies what it writes of one and goes on training; a thread of its own writes the copy. Rank 0's waits
-//! there for the others' parts and publishes. One checkpoint is in flight at a time: the next one, and the end of the run, wait for it.
+//! Checkpoints of a run. Every rank copies what it writes of one and goes on training; a thread of its own writes the copy. That of the first
+//! rank on a disk waits there for the parts of the others. One checkpoint is in flight at a time: the next one, and the end of the run, wait for
+//! it.
+//!
+//! On one disk that thread publishes as well. On several a checkpoint goes through stages, each of which the first rank on every disk does by a
+//! thread, while a few numbers that all ranks sum between steps say when all are done with it, or one has failed:
+//!
+//! ```text
+//! Writing ──what was written travels──▶ Preparing ──all have the manifest──▶ Publishing ──all have renamed──▶ Recording ──▶ older ones go
+//!    └──────────────────── one failed: nobody goes on, what was written is removed ────────────────────┘
+//! ```
 
-use super::Trainer;
 use super::companions::Companions;
-use super::in_flight::{InFlight, Written};
+use super::in_flight::{Done, InFlight, Written};
+use super::{Trainer, disks};
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
 use crate::snapshot::{Snapshot, not_copied};
 use crate::stopwatch::Phase;
 use crate::trace::What;
-use fleet_checkpoint::{CheckpointError, PartWriter, RunDir, Ticket, TrainerState, Writer};
+use fleet_checkpoint::{CheckpointError, Disks, PartWriter, RunDir, Ticket, TrainerState, Writer};
 use fleet_collectives::{Activity, Op};
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 use std::path::PathBuf;
@@ -17,77 +26,128 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// In a checkpoint: the weight and the two moments of AdamW, in fp32.
-const BYTES_PER_PARAMETER: u64 = 12;
-
 /// Longest wait for the cluster to record a checkpoint before older ones may go. At the end of a run they are left to the next one then.
 pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// The same in a run that was told to stop, and has not long for it.
 pub(super) const STOPPED_WAIT: Duration = Duration::from_secs(1);
 
-/// Longest wait for the part of a rank that is slower to write than rank 0. A rank that dies ends the gang, and the wait, at once.
+/// Longest wait for the part of a rank that is slower to write than the first one on its disk. A rank that dies ends the gang, and the wait,
+/// at once.
 const PART_WAIT: Duration = Duration::from_secs(900);
 
 /// What a rank has for checkpoints.
 pub(super) struct Saving {
     /// Where they lie.
     pub dir: PathBuf,
+    disks: Disks,
+    /// The one that this rank sees.
+    pub disk: usize,
+    /// Ranks that write, the first ones.
+    writers: usize,
     in_flight: Option<InFlight>,
+    /// Between two stages.
+    held: Option<Box<Writer>>,
+    /// Published on this disk, and perhaps not yet on the others.
+    published: Option<CheckpointRecord>,
     /// Dropped after what is in flight, which writes to its directory.
     pub lead: Option<Lead>,
-    /// All ranks know of a save that may not be done.
-    is_open: bool,
+    /// What all ranks know of a save that may not be done.
+    stage: Option<Stage>,
+    /// Of the newest save: its step, the loss there, and since when it waits to be recorded.
+    step: u64,
+    loss: f64,
+    since: Option<Instant>,
     /// The memory of an earlier copy.
     spare: Option<Snapshot>,
-    /// How the newest one went.
+    /// How the newest one went here.
     outcome: Result<()>,
+    failed: bool,
     /// The newest one found the disk full, and there is room now.
     again: bool,
+    /// What rank 0 has told of the newest one that is recorded.
+    pub recorded: Option<u64>,
 }
 
-/// What rank 0 has, which publishes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Writing,
+    Preparing,
+    Publishing,
+    Recording,
+}
+
+/// What the first rank on a disk has, which publishes them there.
 pub(super) struct Lead {
     pub dir: RunDir,
-    pub companions: Arc<Companions>,
+    /// Rank 0's.
+    pub companions: Option<Arc<Companions>>,
 }
 
 impl Saving {
-    pub fn new(dir: PathBuf, lead: Option<Lead>) -> Saving {
-        Saving { dir, lead, in_flight: None, is_open: false, spare: None, outcome: Ok(()), again: false }
+    /// For rank `rank`, one of those of which the first `writers` write.
+    pub fn new(dir: PathBuf, disks: Disks, rank: usize, writers: usize, lead: Option<Lead>) -> Saving {
+        Saving {
+            dir,
+            disk: disks.of_rank(rank),
+            disks,
+            writers,
+            in_flight: None,
+            held: None,
+            published: None,
+            lead,
+            stage: None,
+            step: 0,
+            loss: f64::NAN,
+            since: None,
+            spare: None,
+            outcome: Ok(()),
+            failed: false,
+            again: false,
+            recorded: None,
+        }
     }
-}
 
-/// For people.
-fn size(bytes: u64) -> String {
-    match bytes >> 20 {
-        0..10 => format!("{} KiB", bytes.div_ceil(1 << 10)),
-        mib => format!("{mib} MiB"),
+    /// Of the ranks that write, those that do so to this disk, and all.
+    pub fn share(&self) -> (usize, usize) {
+        (self.disks.ranks(self.disk).filter(|rank| *rank < self.writers).count(), self.writers)
+    }
+
+    fn written(&self) -> usize {
+        self.disks.written(self.writers)
     }
 }
 
 /// What a rank writes with.
 enum Pen {
-    Lead(Writer, Arc<Companions>, Box<TrainerState>),
+    /// With what only rank 0 has to write.
+    Lead(Box<Writer>, Option<(Arc<Companions>, Box<TrainerState>)>),
     Other(PartWriter),
 }
 
 impl Pen {
+    /// With `loss`, publishes on the only disk.
     fn write(
         self,
         snapshot: &mut Snapshot,
+        loss: Option<f64>,
         given_up: &AtomicBool,
-    ) -> Result<Option<CheckpointRecord>, CheckpointError> {
+    ) -> Result<Done, CheckpointError> {
         match self {
-            Pen::Lead(mut writer, companions, state) => {
+            Pen::Lead(mut writer, own) => {
                 snapshot.write(writer.part())?;
-                companions.write(&mut writer)?;
-                writer.write_state(&state)?;
+                if let Some((companions, state)) = own {
+                    companions.write(&mut writer)?;
+                    writer.write_state(&state)?;
+                }
                 let written = Instant::now();
                 let wait = || !given_up.load(Ordering::Relaxed) && written.elapsed() < PART_WAIT;
-                writer.finish_together(state.loss, &wait).map(Some)
+                writer.collect(&wait)?;
+                let Some(loss) = loss else { return Ok(Done::Ready(writer)) };
+                writer.prepare(loss)?;
+                writer.publish().map(Done::Published)
             }
             Pen::Other(mut part) => match snapshot.write(&mut part) {
-                Ok(()) => part.hand_in().map(|()| None),
+                Ok(()) => part.hand_in().map(|()| Done::Part),
                 Err(e) => {
                     part.fail(&e);
                     Err(e)
@@ -113,88 +173,194 @@ impl Trainer {
 
     fn save_now(&mut self, link: &mut AgentLink) -> Result<()> {
         self.settle(link);
-        self.saving.again = false;
+        while self.saving.stage.is_some_and(|stage| stage != Stage::Recording) {
+            self.agree(link)?;
+            self.settle(link);
+        }
         self.learner.gang().note(Activity::Saving);
-        let step = self.state.step;
+        let (step, loss) = (self.state.step, self.state.loss);
+        let saving = &mut self.saving;
+        (saving.step, saving.loss, saving.failed, saving.again) = (step, loss, false, false);
         let begun = match self.begin(link) {
             Ok(writer) => writer,
             Err(e) => {
-                self.failed(step, &e, link);
+                self.failed(&e, link);
                 None
             }
         };
-        // Whether there is something to write, and where.
-        let mut numbers = begun.as_ref().map_or([0.0; 3], |writer| writer.ticket().numbers());
-        self.learner.gang().all_reduce_f64(&mut numbers, Op::Sum)?;
-        let ticket = Ticket::of_numbers(numbers);
-        self.saving.is_open = ticket.is_some();
-        let Some(ticket) = ticket else { return Ok(()) };
-        if self.rank as usize >= self.learner.writers() {
-            return self.learner.accompany_snapshot();
+        let Some(tickets) = self.tickets(begun.as_ref())? else {
+            self.saving.stage = None;
+            return Ok(());
+        };
+        self.saving.stage = Some(Stage::Writing);
+        if self.rank as usize >= self.saving.writers {
+            return Ok(());
         }
         let pen = match (begun, &self.saving.lead) {
-            (Some(writer), Some(lead)) => {
-                Pen::Lead(writer, lead.companions.clone(), Box::new(self.state.clone()))
+            (Some(mut writer), Some(lead)) => {
+                writer.numbered(tickets.iter().map(|ticket| ticket.serial).max().unwrap_or(1));
+                let own = lead.companions.clone().map(|files| (files, Box::new(self.state.clone())));
+                Pen::Lead(Box::new(writer), own)
             }
-            _ => Pen::Other(PartWriter::join(&self.saving.dir, step, ticket, self.rank as u32)),
+            _ => {
+                let ticket = tickets[self.saving.disk];
+                Pen::Other(PartWriter::join(&self.saving.dir, step, ticket, self.rank as u32))
+            }
         };
-        let mut snapshot = match self.learner.snapshot(self.saving.spare.take()) {
+        let mut snapshot = match self.learner.snapshot(&self.saving.disks, self.saving.spare.take()) {
             Ok(snapshot) => snapshot,
             Err(e @ Error::Collective(_)) => return Err(e),
             Err(e) => {
                 let error = not_copied(&e);
                 pen.give_up(&error);
-                self.failed(step, &error, link);
+                self.failed(&error, link);
                 return Ok(());
             }
         };
-        let watch = self.watch.clone();
-        let started = InFlight::start(step, move |given_up| {
+        let alone = (self.saving.written() == 1).then_some(loss);
+        self.start(link, move |given_up| {
+            let result = pen.write(&mut snapshot, alone, given_up);
+            Written { result, spare: Some(snapshot) }
+        });
+        Ok(())
+    }
+
+    /// Names of the directories on all disks; none where there is nothing to write. A collective call.
+    fn tickets(&mut self, begun: Option<&Writer>) -> Result<Option<Vec<Ticket>>> {
+        let mut numbers = vec![[0.0; 3]; self.saving.written()];
+        if let Some(writer) = begun {
+            numbers[self.saving.disk] = writer.ticket().numbers();
+        }
+        self.learner.gang().all_reduce_f64(numbers.as_flattened_mut(), Op::Sum)?;
+        Ok(numbers.into_iter().map(Ticket::of_numbers).collect())
+    }
+
+    /// Does a stage of the save on a thread of its own.
+    fn start(&mut self, link: &mut AgentLink, work: impl FnOnce(&AtomicBool) -> Written + Send + 'static) {
+        let (watch, step) = (self.watch.clone(), self.saving.step);
+        let started = InFlight::start(move |given_up| {
             let (began, _) = watch.now();
-            let result = pen.write(&mut snapshot, given_up);
+            let written = work(given_up);
             watch.keep(What::Writing(step), began);
-            Written { result, spare: snapshot }
+            written
         });
         match started {
             Ok(in_flight) => self.saving.in_flight = Some(in_flight),
             Err(source) => {
                 let error = CheckpointError::Write { step, path: self.saving.dir.clone(), source };
-                self.failed(step, &error, link);
+                self.failed(&error, link);
             }
         }
-        Ok(())
     }
 
-    /// Looks whether the save in flight is done, and saves again where there was no room and now is some. A collective call.
+    /// Looks how far the save in flight is, and saves again where there was no room and now is some. A collective call.
     pub(super) fn look_at_save(&mut self, link: &mut AgentLink) -> Result<()> {
         if self.saving.in_flight.as_ref().is_some_and(InFlight::is_done) {
             self.settle(link);
         }
-        if self.saving.is_open && self.agree()? {
+        if self.agree(link)? {
             self.save(link)?;
         }
         Ok(())
     }
 
-    /// Waits for the last save. A collective call.
-    pub(super) fn end_saving(&mut self, link: &mut AgentLink) -> Result<()> {
-        while self.saving.is_open {
+    /// Waits for the last save, and at most for `longest` until it is recorded. A collective call.
+    pub(super) fn end_saving(&mut self, longest: Duration, link: &mut AgentLink) -> Result<()> {
+        while self.saving.stage.is_some() {
             self.settle(link);
-            if self.agree()? {
+            if self.saving.stage == Some(Stage::Recording) {
+                self.await_record(link, longest);
+                self.saving.since = None;
+            }
+            if self.agree(link)? {
                 self.save(link)?;
             }
+        }
+        self.await_record(link, longest);
+        Ok(())
+    }
+
+    /// What the first ranks on all disks know of the save is what all know: whether it goes on, has failed, or is done with a stage, and then
+    /// the next one begins. Whether it is to be tried again. A collective call, while there is a save.
+    fn agree(&mut self, link: &mut AgentLink) -> Result<bool> {
+        let Some(stage) = self.saving.stage else { return Ok(false) };
+        let saving = &self.saving;
+        let recorded = link.committed().filter(|_| self.rank == 0);
+        let waits = stage == Stage::Recording
+            && self.rank == 0
+            && recorded < Some(saving.step)
+            && saving.since.is_some_and(|since| since.elapsed() < RECORD_WAIT);
+        let busy = saving.lead.is_some() && saving.in_flight.is_some() || waits;
+        let [busy, failed, again] = [busy, saving.failed, saving.again].map(|flag| f64::from(u8::from(flag)));
+        let mut numbers = [busy, failed, again, recorded.map_or(-1.0, |step| step as f64)];
+        self.learner.gang().all_reduce_f64(&mut numbers, Op::Max)?;
+        let [busy, failed, again, recorded] = numbers;
+        self.saving.recorded = (recorded >= 0.0).then_some(recorded as u64).or(self.saving.recorded);
+        if busy > 0.0 {
+            return Ok(false);
+        }
+        let several = self.saving.written() > 1;
+        self.saving.stage = match stage {
+            _ if failed > 0.0 => {
+                self.take_back(link);
+                None
+            }
+            Stage::Writing if several => {
+                self.exchange(link)?;
+                Some(Stage::Preparing)
+            }
+            Stage::Preparing => {
+                if let Some(writer) = self.saving.held.take() {
+                    self.start(link, move |_| Written {
+                        result: writer.publish().map(Done::Published),
+                        spare: None,
+                    });
+                }
+                Some(Stage::Publishing)
+            }
+            Stage::Publishing => {
+                self.saving.since = Some(Instant::now());
+                if let Some(record) = self.saving.published.take() {
+                    self.tell(record, link);
+                }
+                Some(Stage::Recording)
+            }
+            Stage::Writing | Stage::Recording => None,
+        };
+        Ok(again > 0.0)
+    }
+
+    /// Each disk gets what was written to the others, and prepares. A collective call.
+    fn exchange(&mut self, link: &mut AgentLink) -> Result<()> {
+        let mut others = Vec::new();
+        for disk in 0..self.saving.written() {
+            let held = self.saving.held.as_ref().filter(|_| disk == self.saving.disk);
+            let handed = held.map(|writer| writer.handed());
+            let bytes = disks::from_one(handed.as_deref(), self.learner.gang())?;
+            if disk != self.saving.disk {
+                others.push((disk, bytes));
+            }
+        }
+        let loss = self.saving.loss;
+        if let Some(mut writer) = self.saving.held.take() {
+            self.start(link, move |_| {
+                let taken = others.iter().try_for_each(|(disk, bytes)| writer.take_in(*disk, bytes));
+                let result = taken.and_then(|()| writer.prepare(loss)).map(|()| Done::Ready(writer));
+                Written { result, spare: None }
+            });
         }
         Ok(())
     }
 
-    /// What rank 0 knows of the save in flight is what all know: whether it goes on, and whether it is to be tried again.
-    fn agree(&mut self) -> Result<bool> {
-        let Saving { lead, in_flight, again, .. } = &self.saving;
-        let goes_on = lead.is_some() && in_flight.is_some();
-        let mut numbers = [goes_on, *again].map(|flag| f64::from(u8::from(flag)));
-        self.learner.gang().all_reduce_f64(&mut numbers, Op::Max)?;
-        self.saving.is_open = numbers[0] > 0.0;
-        Ok(numbers[1] > 0.0)
+    /// A stage failed on some disk: what was written goes, also what was published on this one.
+    fn take_back(&mut self, link: &mut AgentLink) {
+        self.saving.held = None;
+        let published = self.saving.published.take();
+        if let (Some(record), Some(lead)) = (published, &self.saving.lead)
+            && let Err(e) = lead.dir.withdraw(record.step)
+        {
+            link.log(Level::Warn, format!("a checkpoint that is not whole stays: {e}"));
+        }
     }
 
     /// How the last save went.
@@ -202,68 +368,52 @@ impl Trainer {
         std::mem::replace(&mut self.saving.outcome, Ok(()))
     }
 
-    /// Waits for the save in flight, if there is one, and tells how it went.
+    /// Waits for what is in flight, if anything is, and tells how it went.
     fn settle(&mut self, link: &mut AgentLink) {
         let Some(in_flight) = self.saving.in_flight.take() else { return };
         self.learner.gang().note(Activity::Saving);
-        let step = in_flight.step;
         let Written { result, spare } = in_flight.wait();
-        self.saving.spare = Some(spare);
+        self.saving.spare = spare.or(self.saving.spare.take());
         match result {
-            Ok(Some(record)) => {
-                self.saved = Some(step);
-                self.saving.outcome = Ok(());
-                link.event(EventBody::Checkpoint(record));
+            Ok(Done::Published(record)) if self.saving.written() == 1 => self.tell(record, link),
+            Ok(Done::Published(record)) => self.saving.published = Some(record),
+            Ok(Done::Ready(writer)) => self.saving.held = Some(writer),
+            Ok(Done::Part) => {}
+            Err(e) if e.is_full_disk() && self.make_room(link) => {
+                (self.saving.failed, self.saving.again) = (true, true);
             }
-            Ok(None) => {}
-            Err(e) if e.is_full_disk() && self.make_room(link) => self.saving.again = true,
-            Err(e) => self.failed(step, &e, link),
+            Err(e) => self.failed(&e, link),
         }
     }
 
-    /// Rank 0 tells it for all.
-    fn failed(&mut self, step: u64, error: &CheckpointError, link: &mut AgentLink) {
+    /// It is on all disks. Rank 0 tells the cluster.
+    fn tell(&mut self, record: CheckpointRecord, link: &mut AgentLink) {
+        self.saving.outcome = Ok(());
+        if self.rank == 0 {
+            self.saved = Some(record.step);
+            link.event(EventBody::Checkpoint(record));
+        }
+    }
+
+    /// The first rank on a disk tells it for all there.
+    fn failed(&mut self, error: &CheckpointError, link: &mut AgentLink) {
         if self.saving.lead.is_none() {
             return;
         }
-        let error = format!("{error}{}", self.what_is_needed(error));
+        self.saving.failed = true;
+        let on = match self.saving.written() {
+            1 => String::new(),
+            _ => format!("on {}: ", self.saving.disks.name(self.saving.disk)),
+        };
+        let error = format!("{on}{error}{}", self.what_is_needed(error));
         let last = Error::Environment(format!("the run ended without its last checkpoint: {error}"));
         self.saving.outcome = Err(last);
-        link.event(EventBody::CheckpointFailed { step, error });
+        link.event(EventBody::CheckpointFailed { step: self.saving.step, error });
     }
 
-    /// A save that will fail is told of before the hours that it is to save. Compression and quotas are not known here: nothing is refused.
-    pub(super) fn warn_of_a_small_disk(&self, link: &mut AgentLink) {
-        let needed = self.checkpoint_bytes();
-        let Some(Lead { dir, .. }) = &self.saving.lead else { return };
-        if let Some(free) = dir.free_bytes().filter(|free| *free < needed) {
-            let line = format!(
-                "a checkpoint takes {}, and {} has room for {}: make room, or saving may fail",
-                size(needed),
-                dir.path().display(),
-                size(free)
-            );
-            link.log(Level::Warn, line);
-        }
-    }
-
-    fn checkpoint_bytes(&self) -> u64 {
-        self.learner.layout().count() * BYTES_PER_PARAMETER
-    }
-
-    fn what_is_needed(&self, error: &CheckpointError) -> String {
-        let free = self.saving.lead.as_ref().and_then(|lead| lead.dir.free_bytes());
-        match free.filter(|_| error.is_full_disk()) {
-            Some(free) => {
-                format!(": a checkpoint takes {} bytes, and {free} are free", self.checkpoint_bytes())
-            }
-            None => String::new(),
-        }
-    }
-
-    /// On rank 0: the checkpoint's directory, where there is room or room can be made.
+    /// On the first rank of a disk: the checkpoint's directory, where there is room or room can be made.
     fn begin(&mut self, link: &mut AgentLink) -> Result<Option<Writer>, CheckpointError> {
-        let needed = self.checkpoint_bytes();
+        let needed = self.bytes_here();
         let Some(Lead { dir, .. }) = &self.saving.lead else { return Ok(None) };
         if dir.free_bytes().is_some_and(|free| free < needed) {
             self.make_room(link);
@@ -274,52 +424,15 @@ impl Trainer {
             let Some(Lead { dir, .. }) = &self.saving.lead else { return Ok(None) };
             writer = Writer::begin(dir, self.state.step);
         }
-        let writers = self.learner.writers() as u32;
-        Ok(Some(writer?.of(self.learner.strategy(), writers)))
+        let Saving { disks, disk, writers, .. } = &self.saving;
+        let writer = writer?.of(self.learner.strategy(), *writers as u32);
+        Ok(Some(writer.among(disks.clone(), *disk)))
     }
 
-    /// Waits a moment for the newest checkpoint to be recorded: only then may older ones go.
+    /// On rank 0: waits a moment for the newest checkpoint to be recorded: only then may older ones go.
     pub(super) fn await_record(&self, link: &AgentLink, longest: Duration) {
         if let Some(step) = self.saved {
             link.wait_committed(step, longest);
-        }
-    }
-
-    /// On a full disk: removes the oldest checkpoints before `save_total_limit` asks for it, but never the newest that is known to be good.
-    /// Whether there is room now that there was not.
-    fn make_room(&mut self, link: &mut AgentLink) -> bool {
-        self.await_record(link, RECORD_WAIT);
-        let (bytes, step) = (self.checkpoint_bytes(), self.state.step);
-        let good = link.committed().or(self.resumed);
-        let Some(Lead { dir, .. }) = &mut self.saving.lead else { return false };
-        let (line, made) = match dir.make_room(bytes, good) {
-            Ok(removed) if removed.is_empty() => return false,
-            Ok(removed) => {
-                let names: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-                (
-                    format!(
-                        "the disk is full: removed {} for the checkpoint of step {step}",
-                        names.join(", ")
-                    ),
-                    true,
-                )
-            }
-            Err(e) => (format!("the disk is full, and an old checkpoint stays: {e}"), false),
-        };
-        link.log(Level::Warn, line);
-        made
-    }
-
-    /// Removes what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
-    pub(super) fn rotate(&mut self, link: &mut AgentLink) {
-        let committed = link.committed();
-        let Some(Lead { dir, .. }) = self.saving.lead.as_mut().filter(|_| committed != self.rotated) else {
-            return;
-        };
-        self.rotated = committed;
-        let stopped = committed.is_some() && committed == self.stopped_at;
-        if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0), stopped) {
-            link.log(Level::Warn, format!("an old checkpoint stays: {e}"));
         }
     }
 }

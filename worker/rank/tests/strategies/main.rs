@@ -7,7 +7,9 @@ mod hosts;
 mod poison;
 mod reached;
 
-use fleet_checkpoint::{CONFIG_FILE, Claim, PartWriter, RunDir, Tensors, Writer, consolidate, diff, verify};
+use fleet_checkpoint::{
+    CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors, Ticket, Writer, consolidate, diff, verify,
+};
 use fleet_collectives::{Gang, SharedHost};
 use fleet_common::model::{Layout, Object};
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
@@ -134,16 +136,39 @@ fn step<E: Storage>(engine: &mut Engine<Host<E>>, cut: Cut, rank: usize, steps: 
         .collect()
 }
 
-/// A checkpoint in `dir` of what `from` has, or of a run of three steps.
-fn save<E: Storage>(config: &Object, cut: Cut, dir: &Path, from: Option<&Path>) -> PathBuf {
-    let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
-    let run_dir = RunDir::claim(&claim).unwrap();
-    let writers = cut.hosts.iter().filter(|host| **host == 0).count();
-    let writer = Writer::begin(&run_dir, 3).unwrap().of("test", writers as u32);
-    let ticket = writer.ticket();
-    let lead = Mutex::new(Some(writer));
-    let records = each(cut, |rank, seat| {
-        let lead = if rank == 0 { lead.lock().unwrap().take() } else { None };
+/// Which disks the hosts of a cut write to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Files {
+    Shared,
+    Apart,
+}
+
+fn disks(cut: Cut, files: Files) -> Disks {
+    let hosts: Vec<u32> = cut.hosts.iter().map(|host| *host as u32).collect();
+    let count = hosts.iter().max().map_or(0, |last| last + 1);
+    let seen: Vec<u32> = (0..count).map(|host| if files == Files::Apart { host } else { 0 }).collect();
+    Disks::new(hosts, &seen, (0..count).map(|host| format!("host-{host}")).collect())
+}
+
+/// A checkpoint in `dir` of what `from` has, or of a run of three steps. What was written to several disks is brought together.
+fn save<E: Storage>(config: &Object, cut: Cut, files: Files, dir: &Path, from: Option<&Path>) -> PathBuf {
+    let disks = disks(cut, files);
+    let writers = if cut.is_sharded_over_hosts() { cut.world() } else { disks.together() };
+    let place = |disk: usize| dir.join(format!("disk-{disk}"));
+    let claim = |disk: usize| {
+        let dir = place(disk);
+        let claim = Claim { dir: &dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
+        RunDir::claim(&claim).unwrap()
+    };
+    let run_dirs: Vec<RunDir> = (0..disks.written(writers)).map(claim).collect();
+    let begin = |(disk, run_dir): (usize, &RunDir)| {
+        let writer = Writer::begin(run_dir, 3).unwrap().of("test", writers as u32);
+        writer.among(disks.clone(), disk)
+    };
+    let begun: Vec<Writer> = run_dirs.iter().enumerate().map(begin).collect();
+    let tickets: Vec<Ticket> = begun.iter().map(Writer::ticket).collect();
+    let begun: Vec<_> = begun.into_iter().map(|writer| Mutex::new(Some(writer))).collect();
+    let written = each(cut, |rank, seat| {
         let mut engine = engine::<E>(config, cut, || seat.take());
         match from {
             Some(from) => {
@@ -155,29 +180,46 @@ fn save<E: Storage>(config: &Object, cut: Cut, dir: &Path, from: Option<&Path>) 
                 step(&mut engine, cut, rank, 3);
             }
         }
-        if rank >= engine.writers() {
-            engine.accompany_snapshot().unwrap();
+        assert_eq!(engine.writers(&disks), writers, "{cut:?} {files:?}");
+        if rank >= writers {
             return None;
         }
-        let mut snapshot = engine.snapshot(None).unwrap();
-        match lead {
-            Some(mut writer) => {
-                snapshot.write(writer.part()).unwrap();
-                let json = Model::new(config).unwrap().config_json();
-                writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&json).unwrap()).unwrap();
-                Some(writer.finish_together(1.0, &|| true).unwrap())
-            }
-            None => {
-                let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
-                snapshot.write(&mut part).unwrap();
-                part.hand_in().unwrap();
-                None
-            }
+        let mut snapshot = engine.snapshot(&disks, None).unwrap();
+        let disk = disks.of_rank(rank);
+        if disks.lead(disk) != rank {
+            let mut part = PartWriter::join(&place(disk), 3, tickets[disk], rank as u32);
+            snapshot.write(&mut part).unwrap();
+            part.hand_in().unwrap();
+            return None;
         }
+        let mut writer = begun[disk].lock().unwrap().take().unwrap();
+        snapshot.write(writer.part()).unwrap();
+        if rank == 0 {
+            let json = Model::new(config).unwrap().config_json();
+            writer.write_bytes(CONFIG_FILE, &serde_json::to_vec(&json).unwrap()).unwrap();
+        }
+        writer.collect(&|| true).unwrap();
+        Some(writer)
     });
-    let record = records[0].as_ref().unwrap();
-    assert_eq!(record.flaw(), None);
-    record.path.clone().into()
+    let mut writers: Vec<Writer> = written.into_iter().flatten().collect();
+    let handed: Vec<Vec<u8>> = writers.iter().map(Writer::handed).collect();
+    for (disk, writer) in writers.iter_mut().enumerate() {
+        let others = handed.iter().enumerate().filter(|(other, _)| *other != disk);
+        others.for_each(|(other, handed)| writer.take_in(other, handed).unwrap());
+        writer.prepare(1.0).unwrap();
+    }
+    let records: Vec<_> = writers.into_iter().map(|writer| writer.publish().unwrap()).collect();
+    assert!(records.iter().all(|record| record.flaw().is_none()));
+    assert!(records.iter().all(|record| record.manifest_sha256 == records[0].manifest_sha256));
+    let first = PathBuf::from(&records[0].path);
+    let parameters = Model::new(config).unwrap().layout().parameters.len();
+    assert_eq!(Tensors::of_model(&first).unwrap().len(), parameters, "rank 0's host has a whole model");
+    for record in &records[1..] {
+        for entry in std::fs::read_dir(&record.path).unwrap().flatten() {
+            std::fs::copy(entry.path(), first.join(entry.file_name())).unwrap();
+        }
+    }
+    first
 }
 
 /// Under every pair of strategies, to the last bit, with what of the state is padding left out.
@@ -185,11 +227,19 @@ fn save<E: Storage>(config: &Object, cut: Cut, dir: &Path, from: Option<&Path>) 
 fn what_n_ranks_save_m_ranks_load() {
     let transposed = json!({"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64});
     let configs = [tiny_config(), transposed.as_object().cloned().unwrap()];
-    let mut cuts = vec![ALONE];
     let cut = |kind, hosts| Cut { kind, hosts, micro: 1 };
-    cuts.extend(ONE_HOST.map(|hosts| cut(Kind::Shared, hosts)));
-    cuts.extend([&[0][..], &[0, 1], &[0, 0, 1], &[0, 1, 1, 1]].map(|hosts| cut(Kind::Fsdp, hosts)));
-    cuts.extend([&[0, 0, 0][..], &[0, 0, 1, 1]].map(|hosts| cut(Kind::Hsdp, hosts)));
+    let mut cuts = vec![(ALONE, Files::Shared)];
+    cuts.extend(ONE_HOST.map(|hosts| (cut(Kind::Shared, hosts), Files::Shared)));
+    let several: [(Kind, &[usize]); 5] = [
+        (Kind::Shared, &[0, 0, 1]),
+        (Kind::Fsdp, &[0, 1]),
+        (Kind::Fsdp, &[0, 0, 1]),
+        (Kind::Fsdp, &[0, 1, 1, 1]),
+        (Kind::Hsdp, &[0, 0, 1, 1]),
+    ];
+    let several = several.map(|(kind, hosts)| cut(kind, hosts)).into_iter();
+    cuts.extend(several.flat_map(|cut| [(cut, Files::Shared), (cut, Files::Apart)]));
+    cuts.extend([&[0][..], &[0, 0, 0]].map(|hosts| (cut(Kind::Fsdp, hosts), Files::Shared)));
     for config in configs {
         let dir = tempfile::tempdir().unwrap();
         let place = |name: String| {
@@ -197,22 +247,57 @@ fn what_n_ranks_save_m_ranks_load() {
             std::fs::create_dir(&path).unwrap();
             path
         };
-        for (n, saved) in cuts.iter().enumerate() {
-            let from = save::<f32>(&config, *saved, &place(format!("{n}")), None);
+        for (n, (saved, files)) in cuts.iter().enumerate() {
+            let from = save::<f32>(&config, *saved, *files, &place(format!("{n}")), None);
             verify(&from).unwrap();
             let whole = dir.path().join(format!("{n}-whole"));
             consolidate(&from, &whole).unwrap();
             verify(&whole).unwrap();
-            assert_eq!(diff(&from, &whole).unwrap(), [], "{saved:?}");
+            assert_eq!(diff(&from, &whole).unwrap(), [], "{saved:?} {files:?}");
             let parameters = Model::new(&config).unwrap().layout().parameters.len();
-            assert_eq!(Tensors::of_model(&from).unwrap().len(), parameters);
             assert_eq!(Tensors::of_optimizer(&from).unwrap().len(), 2 * parameters);
-            for (m, loaded) in cuts.iter().enumerate() {
-                let again = save::<f32>(&config, *loaded, &place(format!("{n}-{m}")), Some(&from));
-                assert_eq!(diff(&from, &again).unwrap(), [], "{saved:?} to {loaded:?}");
+            for (m, (loaded, to)) in cuts.iter().enumerate() {
+                let again = save::<f32>(&config, *loaded, *to, &place(format!("{n}-{m}")), Some(&from));
+                assert_eq!(diff(&from, &again).unwrap(), [], "{saved:?} {files:?} to {loaded:?} {to:?}");
             }
         }
     }
+}
+
+/// As above, with masters beside what products read, which are collected otherwise.
+#[test]
+fn what_ranks_of_two_hosts_save_under_bf16_is_what_they_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let over_hosts = Cut { kind: Kind::Fsdp, hosts: &[0, 0, 1], micro: 1 };
+    let place = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        path
+    };
+    let from = save::<bf16>(&tiny_config(), over_hosts, Files::Apart, &place("a"), None);
+    let alone = save::<bf16>(&tiny_config(), ALONE, Files::Shared, &place("b"), Some(&from));
+    let again = save::<bf16>(&tiny_config(), over_hosts, Files::Apart, &place("c"), Some(&alone));
+    assert_eq!((diff(&from, &alone).unwrap(), diff(&from, &again).unwrap()), (vec![], vec![]));
+}
+
+/// A save takes nothing from the steps after it.
+#[test]
+fn training_goes_on_after_a_save_as_without_it() {
+    let cut = Cut { kind: Kind::Fsdp, hosts: &[0, 0, 1], micro: 1 };
+    let disks = disks(cut, Files::Apart);
+    let losses = |saves: bool| {
+        each(cut, |rank, seat| {
+            let mut engine = engine::<f32>(&tiny_config(), cut, || seat.take());
+            engine.fresh_weights(5).unwrap();
+            let mut reports = step(&mut engine, cut, rank, 2);
+            if saves {
+                engine.snapshot(&disks, None).unwrap();
+            }
+            reports.extend(step(&mut engine, cut, rank, 3));
+            reports
+        })
+    };
+    assert_eq!(losses(false), losses(true));
 }
 
 fn same_curve(a: &[Report], b: &[Report], tolerance: f64, what: Cut) {

@@ -32,7 +32,7 @@ fn told(cut: Cut, checkpoint: &Path) -> Vec<[Option<String>; 2]> {
 #[test]
 fn what_got_no_gradient_in_the_first_step_is_named_once() {
     let dir = tempfile::tempdir().unwrap();
-    let whole = save::<f32>(&tiny_config(), ALONE, dir.path(), None);
+    let whole = save::<f32>(&tiny_config(), ALONE, Files::Shared, dir.path(), None);
     let (one, spoiled) = (dir.path().join("one"), dir.path().join("spoiled"));
     consolidate(&whole, &one).unwrap();
     // Without the hashes of a checkpoint.

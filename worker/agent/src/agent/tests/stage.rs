@@ -38,6 +38,7 @@ fn checkpoint(step: u64) -> CheckpointRecord {
         bytes: 1,
         loss: 1.0,
         writers: 1,
+        disks: vec![0],
         shards: vec![shard],
     }
 }
@@ -128,6 +129,13 @@ pub fn input(words: &[&str], now: Now) -> Input {
                 manifest_sha256: "cd".repeat(32),
             };
             Input::Message(ToAgent::Lend(to.iter().map(loan).collect()))
+        }
+        ["superseded", steps @ ..] => {
+            let one = |step: &&str| Superseded {
+                path: format!("/c/step-{step}"),
+                manifest_sha256: "cd".repeat(32),
+            };
+            Input::Message(ToAgent::Superseded(steps.iter().map(one).collect()))
         }
         ["lost", why @ ..] => {
             of_gang(GangInput::CheckpointLost { manifest_sha256: "cd".repeat(32), why: why.join(" ") })
@@ -293,7 +301,9 @@ fn describe(action: &Action) -> Option<String> {
         }
         Action::Send(FromAgent::Renew { .. }) => "ask for a certificate".into(),
         Action::Send(FromAgent::Output { .. }) => "send output".into(),
+        Action::Send(FromAgent::Removed { manifests }) => format!("has removed {}", manifests.len()),
         Action::Lend(loans) => format!("lend {}", loans.len()),
+        Action::Remove(checkpoints) => format!("remove {}", checkpoints.len()),
         Action::ReadOutput(wish) => format!("read rank {} from {}", wish.local_rank, wish.from),
         Action::Registered(node) => format!("registered as {node}"),
         Action::Spawn(gang) => format!("spawn {} ranks", gang.ranks),
