@@ -1,18 +1,22 @@
 //! A job that can never fit into this machine is refused before it takes any memory, with what would fit.
 
 use crate::machine;
-use fleet_common::job::{ActivationCheckpointing, Job, Precision, Strategy};
+use fleet_common::capability::{Refusal, Wanted};
+use fleet_common::job::{ActivationCheckpointing, Device, Executor, Job, Precision, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::activation_bytes;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::Needs;
 use fleet_learn::{Error, Result};
+use fleet_torch::{Numbers, Rooms};
 use half::bf16;
 
 /// What decides how much memory a step takes for each rank of a machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Setting {
     pub strategy: Strategy,
+    /// As the job has it.
+    pub executor: Executor,
     pub precision: Precision,
     pub activation_checkpointing: ActivationCheckpointing,
     /// Sequences at once.
@@ -25,11 +29,18 @@ impl Setting {
     pub fn of(job: &Job, ranks: u32) -> Setting {
         Setting {
             strategy: job.strategy,
+            executor: job.executor,
             precision: job.precision,
             activation_checkpointing: job.activation_checkpointing,
             batch_size: job.batch_size,
             ranks,
         }
+    }
+
+    /// What computes it on a CPU; an error where nothing does.
+    pub fn computed_by(&self) -> std::result::Result<Executor, Refusal> {
+        let Setting { executor, precision, .. } = *self;
+        Wanted { device: Device::Cpu, executor, precision, ..Wanted::ANYTHING }.executor()
     }
 }
 
@@ -41,11 +52,22 @@ pub struct Need {
 
 impl Need {
     pub fn of(model: &Model, max_seq_len: u32, setting: &Setting) -> Need {
-        let is_bf16 = setting.precision == Precision::Bf16Mixed;
+        let ranks = setting.ranks as usize;
         let again = setting.activation_checkpointing.of(model.decoder.layers);
         let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
+        if setting.computed_by() == Ok(Executor::Torch) {
+            let (numbers, layout) = (Numbers::from(setting.precision), model.layout());
+            return Need {
+                kept: fleet_torch::needs(&layout, Rooms::of(setting.strategy), numbers, ranks),
+                activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
+            };
+        }
+        let (layout, is_bf16) = (model.layout(), setting.precision != Precision::Fp32);
         Need {
-            kept: Needs::of(setting.strategy, &model.layout(), is_bf16, setting.ranks as usize),
+            kept: match setting.precision {
+                Precision::Bf16True => Needs::in_bf16(&layout, ranks),
+                _ => Needs::of(setting.strategy, &layout, is_bf16, ranks),
+            },
             activations: match is_bf16 {
                 true => activation_bytes::<bf16>(&model.decoder, tokens, again),
                 false => activation_bytes::<f32>(&model.decoder, tokens, again),
@@ -137,6 +159,10 @@ fn changes(setting: &Setting) -> Vec<(Change, String)> {
         let bf16 = |setting: &Setting| Setting { precision: Precision::Bf16Mixed, ..*setting };
         changes.push((Box::new(bf16), "precision = \"bf16-mixed\"".to_owned()));
     }
+    let in_bf16 = |setting: &Setting| Setting { precision: Precision::Bf16True, ..*setting };
+    if setting.precision != Precision::Bf16True && in_bf16(setting).computed_by().is_ok() {
+        changes.push((Box::new(in_bf16), "precision = \"bf16-true\"".to_owned()));
+    }
     if setting.ranks > 1 {
         let one = |setting: &Setting| Setting { ranks: 1, ..*setting };
         changes.push((Box::new(one), "one rank on a machine".to_owned()));
@@ -162,6 +188,7 @@ mod tests {
     fn setting() -> Setting {
         Setting {
             strategy: Strategy::Auto,
+            executor: Executor::Auto,
             precision: Precision::Fp32,
             activation_checkpointing: ActivationCheckpointing::None,
             batch_size: 8,

@@ -1,23 +1,27 @@
 //! What a job will need on this machine's CPU, for each strategy and precision, before it runs: memory by what is known of the model, speed by
-//! steps of the same model with one and with two blocks.
+//! steps of the same model with one and with two blocks, with the executor that a job of that precision has here.
 
 use crate::assemble::{self, Threads};
 use crate::fits::{Need, Setting};
 use crate::machine::{available_bytes, program_bytes};
-use fleet_common::job::{Job, Model as Described, Precision, Strategy};
-use fleet_cpu::Storage;
+use fleet_common::job::{Executor, Job, Model as Described, Precision, Strategy};
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
-use fleet_learn::{AdamW, Error, Learner, Result, TokenBatch, Update, Votes};
-use half::bf16;
+use fleet_learn::{AdamW, Error, Result, TokenBatch, Update, Votes};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
 
 /// Steps that are timed for each size, after one that is not.
 const STEPS: u64 = 3;
+const PRECISIONS: [Precision; 4] =
+    [Precision::Fp32, Precision::Bf16Mixed, Precision::Fp16Mixed, Precision::Bf16True];
+
 /// Bytes of a parameter in a checkpoint.
-const COPIED: usize = 12;
+fn copied(precision: Precision) -> usize {
+    if precision == Precision::Bf16True { 6 } else { 12 }
+}
+
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
@@ -64,16 +68,18 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
     let program = program_bytes(run.ranks);
     let available = available_bytes();
     let mut choices = Vec::new();
-    for precision in [Precision::Fp32, Precision::Bf16Mixed] {
-        let is_bf16 = precision == Precision::Bf16Mixed;
-        let speeds = if is_bf16 { run.speeds::<bf16>()? } else { run.speeds::<f32>()? };
+    for precision in PRECISIONS {
+        let of_job = Setting { precision, ..Setting::of(job, ranks) };
+        // An executor that the job names may not compute it.
+        let Ok(executor) = of_job.computed_by() else { continue };
+        let speeds = run.speeds(executor, precision)?;
         let strategies: &[Strategy] =
             if ranks == 1 { &[Strategy::Auto] } else { &[Strategy::Ddp, Strategy::Fsdp] };
         for &strategy in strategies {
             let layout = run.model.layout();
-            let setting = Setting { strategy, precision, ..Setting::of(job, ranks) };
+            let setting = Setting { strategy, ..of_job };
             let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
-            let saving = COPIED * layout.len / run.ranks;
+            let saving = copied(precision) * layout.len / run.ranks;
             let peak = needs.total() + activations + saving + program;
             choices.push(Choice {
                 strategy,
@@ -122,7 +128,7 @@ struct Speeds {
 }
 
 impl Run<'_> {
-    fn speeds<E: Storage>(&self) -> Result<Speeds> {
+    fn speeds(&self, executor: Executor, precision: Precision) -> Result<Speeds> {
         let [update, add] = self.per_number()?;
         let mut one = self.model.clone();
         one.decoder.layers = 1;
@@ -131,7 +137,7 @@ impl Run<'_> {
         two.decoder.layers = two.decoder.layers.min(2);
         two.decoder.attention.windows.truncate(2);
         let pass = |model: &Model| -> Result<f64> {
-            Ok(self.step::<E>(model)? - model.layout().len as f64 * update)
+            Ok(self.step(executor, precision, model)? - model.layout().len as f64 * update)
         };
         let first = pass(&one)?;
         let more = if two.decoder.layers == 2 { (pass(&two)? - first).max(0.0) } else { 0.0 };
@@ -139,14 +145,15 @@ impl Run<'_> {
     }
 
     /// Seconds of a step of `model`, by the slowest of all ranks at once, each with an optimizer of its own.
-    fn step<E: Storage>(&self, model: &Model) -> Result<f64> {
+    fn step(&self, executor: Executor, precision: Precision, model: &Model) -> Result<f64> {
         let seq = self.job.max_seq_len as usize - 1;
         let again = self.job.activation_checkpointing.of(model.decoder.layers);
         let vocab = model.decoder.vocab_size as i64;
         let tokens = seq * self.job.batch_size as usize;
         let ids: Vec<i64> = (0..=tokens as i64).map(|i| (i * i + 7 * i) % vocab).collect();
         self.at_once(|| {
-            let mut engine = assemble::solo_with::<E>(model, Threads { count: self.threads, again }, seq)?;
+            let threads = Threads { count: self.threads, again };
+            let mut engine = assemble::alone(executor, precision, model, threads, seq)?;
             engine.fresh_weights(0)?;
             let batch =
                 [TokenBatch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), weights: None, seq }];

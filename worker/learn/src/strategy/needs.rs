@@ -27,6 +27,13 @@ impl Needs {
         Needs { weights: shared(if bf16 { 6 } else { 4 }), gradients, optimizer: shared(8) }
     }
 
+    /// Of a model in bf16.
+    pub fn in_bf16(layout: &Layout, ranks: usize) -> Needs {
+        let shared = |bytes_each: usize| (bytes_each * layout.len).div_ceil(ranks);
+        let gradients = shared(2) + 4 * Rooms::of_gradients(layout).len;
+        Needs { weights: shared(2), gradients, optimizer: shared(4) }
+    }
+
     pub fn total(&self) -> usize {
         self.weights + self.gradients + self.optimizer
     }
@@ -50,5 +57,7 @@ mod tests {
         assert_eq!(of(Strategy::Fsdp, 4).gradients, layout.len + 4 * Rooms::of_gradients(&layout).len);
         assert_eq!(of(Strategy::Fsdp, 4).optimizer, 2 * layout.len);
         assert_eq!(Needs::of(Strategy::Ddp, &layout, true, 2).weights, 3 * layout.len);
+        let rooms = 4 * Rooms::of_gradients(&layout).len;
+        assert_eq!(Needs::in_bf16(&layout, 1).total(), 8 * layout.len + rooms);
     }
 }

@@ -3,28 +3,32 @@
 //! each host, while the one before it is computed; HSDP keeps all of them on each host. A rank's own gradients are those of two blocks, in turn,
 //! and of embedding and head: a unit's are reduced to parts while the next one is computed, after every micro-batch.
 
+use super::narrow::NarrowState;
 use super::shards::ShardState;
 use super::state::{HostState, State};
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
 use crate::shim::buffers::RankSlice;
-use crate::units::{Gradients, Host, HostNumber, HostWeights, Places, UnitWeights, Units};
+use crate::units::{Gradients, Host, HostNumber, HostWeights, Kept, Places, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
+use fleet_checkpoint::Dtype;
 use fleet_collectives::{Activity, DType, Gang, Op, SharedHost, Ticket};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
+use half::bf16;
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub struct Sharded<E> {
+/// Sums of gradients are kept as `S`.
+pub struct Sharded<E, S = f32> {
     gang: Box<dyn SharedHost>,
-    state: Box<dyn State<E>>,
+    state: Box<dyn State<E, S>>,
     own: OwnGradients,
-    sums: Summed,
+    sums: Summed<S>,
     /// Units whose reduction is under way, oldest first.
     posted: VecDeque<(usize, Ticket)>,
     /// The first micro-batch of a step.
@@ -43,13 +47,13 @@ struct OwnGradients {
 }
 
 /// This rank's part of each unit's gradients, over ranks and micro-batches.
-struct Summed {
-    numbers: Vec<f32>,
+struct Summed<S> {
+    numbers: Vec<S>,
     places: Places,
 }
 
-impl Summed {
-    fn of(&self, part: Range<usize>) -> &[f32] {
+impl<S> Summed<S> {
+    fn of(&self, part: Range<usize>) -> &[S] {
         &self.numbers[self.places.of(&part)]
     }
 }
@@ -132,12 +136,29 @@ impl<E: HostNumber> Sharded<E> {
         let state = HostState::new(layout, workers, &mut *gang)?;
         Sharded::new(Box::new(state), gang, "hsdp")
     }
+}
 
-    fn new(
-        state: Box<dyn State<E>>,
+impl Sharded<bf16, bf16> {
+    /// A model in bf16: each rank has its shard among the ranks of its host, whatever the strategy is that `name` names. Sums over ranks are
+    /// made in fp32, and rounded where they are kept. As `fully`.
+    pub fn in_bf16(
+        layout: Layout,
+        workers: Arc<Workers>,
         mut gang: Box<dyn SharedHost>,
         name: &'static str,
-    ) -> Result<Sharded<E>> {
+    ) -> Result<Sharded<bf16, bf16>> {
+        gang.note(Activity::Starting);
+        let state = NarrowState::new(layout, workers, &mut *gang)?;
+        Sharded::new(Box::new(state), gang, name)
+    }
+}
+
+impl<E: HostNumber, S: Kept> Sharded<E, S> {
+    fn new(
+        state: Box<dyn State<E, S>>,
+        mut gang: Box<dyn SharedHost>,
+        name: &'static str,
+    ) -> Result<Sharded<E, S>> {
         let layout = state.layout();
         let Rooms { rooms, len } = Rooms::of_gradients(layout);
         let own = OwnGradients {
@@ -162,8 +183,8 @@ impl<E: HostNumber> Sharded<E> {
         let sums = &mut self.sums.numbers[self.sums.places.of(&part)];
         let new = self.own.range(part);
         match self.first {
-            true => sums.copy_from_slice(new),
-            false => kernels::add(sums, new),
+            true => kernels::convert(&*new, sums),
+            false => kernels::add(sums, &*new),
         }
         Ok(())
     }
@@ -176,7 +197,7 @@ impl<E: HostNumber> Sharded<E> {
     }
 }
 
-impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> UnitWeights<Host<E>> for Sharded<E, S> {
     fn need(&mut self, unit: usize) -> Result<()> {
         self.state.need(unit, &mut *self.gang)
     }
@@ -187,7 +208,7 @@ impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
     }
 }
 
-impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> Units<Host<E>> for Sharded<E, S> {
     fn numbers(&mut self) -> (HostWeights<'_, E>, &mut dyn Gradients) {
         (self.state.weights(), &mut self.own)
     }
@@ -212,7 +233,7 @@ impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
     }
 }
 
-impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> Strategy<Host<E>> for Sharded<E, S> {
     fn gang(&mut self) -> &mut dyn Gang {
         &mut *self.gang
     }
@@ -245,6 +266,10 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
 
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
         Ok(self.state.flat(slot))
+    }
+
+    fn dtype(&self) -> Dtype {
+        S::DTYPE
     }
 
     fn name(&self) -> &'static str {

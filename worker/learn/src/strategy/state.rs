@@ -16,17 +16,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// This rank's gradients of a range that it updates, summed over all ranks.
-pub(super) type Sums<'a> = dyn Fn(Range<usize>) -> &'a [f32] + 'a;
+pub(super) type Sums<'a, S = f32> = dyn Fn(Range<usize>) -> &'a [S] + 'a;
 
-/// Where weights and moments are, and which of them this rank updates.
-pub(super) trait State<E>: Send {
+/// Where weights and moments are, and which of them this rank updates with sums of gradients in `S`.
+pub(super) trait State<E, S = f32>: Send {
     fn layout(&self) -> &Layout;
     /// Of each unit the part that this rank updates; it may hold nothing.
     fn parts(&self) -> &[Range<usize>];
     /// Which sums of gradients that wants.
     fn keep(&self) -> Keep;
     /// The squares of this rank's part of the gradients, each counted by one rank of the gang.
-    fn squares(&self, sums: &Sums<'_>, gang: &dyn SharedHost) -> f64;
+    fn squares(&self, sums: &Sums<'_, S>, gang: &dyn SharedHost) -> f64;
 
     /// Brings the weights of a unit in.
     fn need(&mut self, unit: usize, gang: &mut dyn SharedHost) -> Result<()>;
@@ -40,7 +40,7 @@ pub(super) trait State<E>: Send {
         &mut self,
         update: &Update,
         norm: f64,
-        sums: &Sums<'_>,
+        sums: &Sums<'_, S>,
         gang: &mut dyn SharedHost,
     ) -> Result<()>;
     /// Calls `read` for each of this rank's parts. A collective call.
@@ -70,7 +70,7 @@ pub(super) trait State<E>: Send {
 }
 
 /// The part of a unit that this rank has among the ranks of its host. It may hold nothing.
-fn of_host(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
+pub(super) fn of_host(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
     within(unit, gang.local_rank(), gang.local_size())
 }
 

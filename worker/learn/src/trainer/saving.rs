@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// In a checkpoint: the weight and the two moments of AdamW, in fp32.
-const BYTES_PER_PARAMETER: u64 = 12;
+/// In a checkpoint: the weight and the two moments of AdamW.
+const NUMBERS_PER_PARAMETER: u64 = 3;
 
 /// Longest wait for the cluster to record a checkpoint before older ones may go. At the end of a run they are left to the next one then.
 pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
@@ -248,7 +248,7 @@ impl Trainer {
     }
 
     fn checkpoint_bytes(&self) -> u64 {
-        self.learner.layout().count() * BYTES_PER_PARAMETER
+        self.learner.layout().count() * NUMBERS_PER_PARAMETER * self.learner.dtype().bitsize() as u64 / 8
     }
 
     fn what_is_needed(&self, error: &CheckpointError) -> String {
