@@ -18,6 +18,9 @@ struct Row {
     nodes_max: u32,
 }
 
+/// Of libtorch, where it is tested.
+const PRECISIONS: &[Precision] = &[Fp32, Bf16Mixed, Fp16Mixed, Bf16True];
+
 const ALL: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp];
 
 /// In the order in which they are preferred.
@@ -25,7 +28,7 @@ const TABLE: [Row; 4] = [
     Row {
         executor: Executor::Cpu,
         device: Device::Cpu,
-        precisions: &[Fp32, Bf16Mixed],
+        precisions: &[Fp32, Bf16Mixed, Bf16True],
         strategies: ALL,
         ranks_max: RANKS_MAX,
         nodes_max: RANKS_MAX,
@@ -33,7 +36,7 @@ const TABLE: [Row; 4] = [
     Row {
         executor: Executor::Torch,
         device: Device::Cuda,
-        precisions: &[Fp32, Bf16Mixed],
+        precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
         nodes_max: 1,
@@ -50,7 +53,7 @@ const TABLE: [Row; 4] = [
     Row {
         executor: Executor::Torch,
         device: Device::Cpu,
-        precisions: &[Fp32, Bf16Mixed],
+        precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
         nodes_max: 1,
@@ -119,6 +122,18 @@ impl Wanted {
         missed.first().map(|first| (missed.len(), *first))
     }
 
+    /// What else a job over so many nodes has to change.
+    fn precision_over_nodes(&self) -> String {
+        let there = TABLE.iter().find(|row| row.nodes_max >= self.nodes);
+        match there.filter(|row| !row.precisions.contains(&self.precision)) {
+            Some(row) => {
+                let known: Vec<String> = row.precisions.iter().map(quoted).collect();
+                format!(" in precision {}", known.join(" or "))
+            }
+            None => String::new(),
+        }
+    }
+
     /// By the row that comes nearest: on the device, which is what a machine has, and with the executor, where that computes there.
     fn refusal(&self) -> Refusal {
         let on_device = TABLE.iter().filter(|row| self.device == Device::Auto || self.device == row.device);
@@ -127,7 +142,9 @@ impl Wanted {
             true => on_device.filter(by_executor).collect(),
             false => on_device.collect(),
         };
-        let nearest = rows.into_iter().min_by_key(|row| self.mismatch(row).map_or(0, |(count, _)| count));
+        // Of two that come as near the one that computes in this precision.
+        let distance = |row: &&Row| self.mismatch(row).map(|(count, key)| (count, key == Key::Precision));
+        let nearest = rows.into_iter().min_by_key(distance);
         let Some((row, (_, key))) = nearest.and_then(|row| Some((row, self.mismatch(row)?))) else {
             return Refusal {
                 key: "device",
@@ -156,22 +173,26 @@ impl Wanted {
             ),
             Key::Precision => {
                 let known: Vec<String> = row.precisions.iter().map(quoted).collect();
-                let why = match self.precision {
-                    Fp16Mixed => "needs a scaling of losses that this version of fleet does not have",
-                    Bf16True | Fp32 | Bf16Mixed => "is not in this version of fleet",
+                let known = known.join(" or ");
+                let mut others = TABLE.iter().filter(|other| other.device == row.device);
+                let reason = match others.any(|other| other.precisions.contains(&self.precision)) {
+                    true => format!(
+                        "is not computed by the executor {}; leave `executor` out, or write {known}",
+                        name(&row.executor)
+                    ),
+                    false => {
+                        format!("is not in this version of fleet; on the device {device} write {known}")
+                    }
                 };
-                (
-                    "precision",
-                    quoted(&self.precision),
-                    format!("{why}; on the device {device} write {}", known.join(" or ")),
-                )
+                ("precision", quoted(&self.precision), reason)
             }
             Key::Nodes => (
                 "num_nodes",
                 self.nodes.to_string(),
                 format!(
-                    "is more than the one node that {} trains on with the device {device} in this version of fleet; use one node, or device = \"cpu\" without `executor`",
-                    name(&row.executor)
+                    "is more than the one node that {} trains on with the device {device} in this version of fleet; use one node, or device = \"cpu\" without `executor`{}",
+                    name(&row.executor),
+                    self.precision_over_nodes()
                 ),
             ),
             Key::Ranks => (
@@ -229,6 +250,19 @@ mod tests {
             Wanted { device: Device::Cpu, strategy: Strategy::Ddp, ranks: 4, precision: Bf16Mixed, ..ANY };
         assert_eq!(ddp.executor(), Ok(Executor::Cpu));
         assert_eq!(Wanted { nodes: 2, ..ddp }.executor(), Ok(Executor::Cpu));
+        for (device, precision, executor) in [
+            (Device::Cpu, Bf16True, Executor::Cpu),
+            (Device::Cuda, Bf16True, Executor::Torch),
+            (Device::Cpu, Fp16Mixed, Executor::Torch),
+            (Device::Cuda, Fp16Mixed, Executor::Torch),
+        ] {
+            assert_eq!(Wanted { device, precision, ..ANY }.executor(), Ok(executor));
+        }
+        let over_nodes = Wanted { device: Device::Cpu, precision: Fp16Mixed, ranks: 2, nodes: 2, ..ANY };
+        let refusal = over_nodes.executor().unwrap_err();
+        assert_eq!(refusal.key, "num_nodes");
+        let cure = "in precision \"32\" or \"bf16-mixed\" or \"bf16-true\"";
+        assert!(refusal.reason.ends_with(cure), "{refusal}");
         for device in [Device::Cpu, Device::Cuda] {
             let several =
                 Wanted { device, executor: Executor::Torch, strategy: Strategy::Fsdp, ranks: 4, ..ANY };
@@ -241,8 +275,12 @@ mod tests {
     fn a_refusal_names_the_key_that_is_at_fault_and_what_to_write() {
         let table = [
             (Wanted { strategy: Strategy::Fsdp, device: Device::Mps, ..ANY }, "strategy", "\"auto\""),
-            (Wanted { precision: Fp16Mixed, ..ANY }, "precision", "\"bf16-mixed\""),
-            (Wanted { precision: Bf16True, device: Device::Cuda, ..ANY }, "precision", "cuda"),
+            (
+                Wanted { precision: Fp16Mixed, executor: Executor::Cpu, ..ANY },
+                "precision",
+                "leave `executor` out",
+            ),
+            (Wanted { precision: Bf16True, device: Device::Mps, ..ANY }, "precision", "mps"),
             (Wanted { precision: Bf16Mixed, device: Device::Mps, ..ANY }, "precision", "\"32\""),
             (Wanted { device: Device::Mps, ranks: 2, ..ANY }, "devices", "mps"),
             (Wanted { device: Device::Cuda, ranks: 2, nodes: 2, ..ANY }, "num_nodes", "one node"),

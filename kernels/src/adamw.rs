@@ -1,8 +1,8 @@
 //! AdamW over flat buffers, as PyTorch's fused kernel computes it, in one pass over memory.
 
-use crate::AdamWStep;
 use crate::element::{load, store};
 use crate::simd::{Vector, simd_fn};
+use crate::{AdamWStep, Element};
 use half::bf16;
 
 /// The step's numbers as the loop wants them.
@@ -36,13 +36,13 @@ impl<V: Vector> Factors<V> {
 
     /// Updates up to one vector at the start of each slice and returns the new parameters.
     #[inline(always)]
-    fn update(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> V {
-        let g = load::<V, f32>(g).mul(self.grad);
+    fn update<S: Element, G: Element>(&self, p: &mut [S], g: &[G], m: &mut [S], v: &mut [S]) -> V {
+        let g = load::<V, G>(g).mul(self.grad);
         let m_old: V = load(m);
         let m_new = g.sub(m_old).mul_add(self.beta1_rest, m_old);
-        let v_new = g.mul(g).mul_add(self.beta2_rest, load::<V, f32>(v).mul(self.beta2));
+        let v_new = g.mul(g).mul_add(self.beta2_rest, load::<V, S>(v).mul(self.beta2));
         let denominator = v_new.sqrt().mul_add(self.correction, self.eps);
-        let p_new = m_new.div(denominator).mul_add(self.minus_rate, load::<V, f32>(p).mul(self.keep));
+        let p_new = m_new.div(denominator).mul_add(self.minus_rate, load::<V, S>(p).mul(self.keep));
         store(m_new, m);
         store(v_new, v);
         store(p_new, p);
@@ -52,8 +52,8 @@ impl<V: Vector> Factors<V> {
 
 simd_fn! {
     /// One step over parameters `p`, gradients `g` and the moments `m` and `v`, all of one length; `copy` receives the new
-    /// parameters as bf16. Ranges with another weight decay are other calls.
-    pub fn adamw<V>(step: &AdamWStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], copy: Option<&mut [bf16]>) {
+    /// parameters as bf16. Numbers in 16 bits are computed in fp32 and rounded once. Ranges with another weight decay are other calls.
+    pub fn adamw<V, S: Element, G: Element>(step: &AdamWStep, p: &mut [S], g: &[G], m: &mut [S], v: &mut [S], copy: Option<&mut [bf16]>) {
         let len = p.len();
         assert!(step.step > 0, "adamw: steps count from 1");
         assert!(g.len() == len && m.len() == len && v.len() == len, "adamw: lengths differ");
@@ -115,6 +115,24 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn numbers_in_16_bits_are_computed_in_fp32_and_rounded_once() {
+        at_every_level(|| {
+            let round = |x: &[f32]| x.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<bf16>>();
+            let wide = |x: &[bf16]| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+            let mut narrow = [1, 2, 3].map(|seed| round(&numbers::<f32>(seed, 37)));
+            narrow[2].iter_mut().for_each(|v| *v = bf16::from_f32(v.to_f32().abs()));
+            let g = round(&numbers::<f32>(4, 37));
+            let mut exact = narrow.each_ref().map(|x| wide(x));
+            let now = AdamWStep { step: 3, ..STEP };
+            let [p, m, v] = &mut exact;
+            adamw(&now, p, &wide(&g), m, v, None);
+            let [p, m, v] = &mut narrow;
+            adamw(&now, p, &g, m, v, None);
+            assert_eq!(narrow, exact.map(|x| round(&x)));
+        });
     }
 
     #[test]

@@ -9,10 +9,10 @@ const LANES: usize = 16;
 
 simd_fn! {
     /// `x += y`.
-    pub fn add<V, T: Element>(x: &mut [f32], y: &[T]) {
+    pub fn add<V, X: Element, T: Element>(x: &mut [X], y: &[T]) {
         assert_eq!(x.len(), y.len(), "add: lengths differ");
         for (x, y) in x.iter_mut().zip(y) {
-            *x += y.to_f32();
+            *x = X::from_f32(x.to_f32() + y.to_f32());
         }
     }
 }

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = pathlib.Path(__file__).parent
 STEPS, BATCH, SEQUENCE = 20, 4, 32
+SCALE_LOG2 = 22
 HYPER = dict(
     learning_rate=3e-3, warmup_steps=4, total_steps=STEPS, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
 )
@@ -53,14 +54,23 @@ def learning_rate(step):
     return HYPER["learning_rate"] * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def train(name, autocast):
+KINDS = ("fp32", "bf16", "fp16", "bf16_true")
+
+
+def train(name, kind):
+    """`kind`: fp32; bf16 and fp16 as autocast computes in them, fp16 with a loss scale that is too large at first; bf16_true is a model in bf16."""
     model = model_of(name)
+    if kind == "bf16_true":
+        model = model.bfloat16()
+    autocast = dict(bf16=torch.bfloat16, fp16=torch.float16).get(kind)
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [dict(params=decay, weight_decay=HYPER["weight_decay"]), dict(params=plain, weight_decay=0.0)],
-        lr=0.0, betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"],
+        # Of numbers in bf16 the fused kernel computes in fp32 and rounds once.
+        lr=0.0, betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"], fused=kind == "bf16_true",
     )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**SCALE_LOG2, enabled=kind == "fp16")
     # Learnable text: each sequence counts up from a random start with a random stride, with some noise.
     generator = torch.Generator().manual_seed(99)
     start = torch.randint(0, 256, (STEPS, BATCH, 1), generator=generator)
@@ -68,16 +78,19 @@ def train(name, autocast):
     batches = (start + stride * torch.arange(SEQUENCE)) % 256
     noise = torch.rand(batches.shape, generator=generator) < 0.05
     batches = torch.where(noise, torch.randint(0, 256, batches.shape, generator=generator), batches)
-    losses, norms, rates = [], [], []
+    losses, norms, rates, scales = [], [], [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             loss = model(input_ids=batches[step], labels=batches[step]).loss
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), HYPER["max_grad_norm"])
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
         losses.append(loss.item())
         norms.append(norm.item())
         rates.append(learning_rate(step))
@@ -87,6 +100,9 @@ def train(name, autocast):
         grad_norms=torch.tensor(norms, dtype=torch.float64),
         learning_rates=torch.tensor(rates, dtype=torch.float64),
     )
+    if kind == "fp16":
+        # After each step; the norm of one that was skipped is no number.
+        tensors["scales"] = torch.tensor(scales, dtype=torch.float64)
     return tensors
 
 
@@ -104,10 +120,11 @@ def main():
             logits = model(input_ids=input_ids).logits
             greedy = model.generate(input_ids[:1, :8], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
         save_file(dict(input_ids=input_ids, logits=logits.contiguous(), greedy=greedy.contiguous()), out / "logits.safetensors")
-        for kind, autocast in (("fp32", False), ("bf16", True)):
-            save_file(train(name, autocast), out / f"train_{kind}.safetensors")
+        for kind in KINDS:
+            save_file(train(name, kind), out / f"train_{kind}.safetensors")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__, cpu=torch.backends.cpu.get_cpu_capability())
     (golden / "hyper.json").write_text(json.dumps(dict(**HYPER, made_with=versions), indent=2) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

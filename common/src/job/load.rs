@@ -111,6 +111,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         activation_checkpointing: activation_checkpointing(f)?,
+        offload_optimizer: f.flag("offload_optimizer")?.unwrap_or(false),
         transport: transport(f)?,
         transport_encryption: f.flag("transport_encryption")?.unwrap_or(true),
         max_seq_len,
@@ -293,10 +294,12 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
     let use_amp = f.flag("use_amp")?;
     let spelling = f.spelling("precision");
     match (precision, use_amp) {
-        (Some(Fp32), Some(true)) => Err(f.refuse(
-            &["use_amp"],
-            format!("`use_amp` = true and `{spelling}` = \"32\" contradict each other; keep one"),
-        )),
+        (Some(precision @ (Fp32 | Bf16True)), Some(true)) => {
+            let word = if precision == Fp32 { "32" } else { "bf16-true" };
+            let message =
+                format!("`use_amp` = true and `{spelling}` = \"{word}\" contradict each other; keep one");
+            Err(f.refuse(&["use_amp"], message))
+        }
         (Some(Bf16Mixed | Fp16Mixed), Some(false)) => Err(f.refuse(
             &["use_amp"],
             format!("`use_amp` = false and a mixed `{spelling}` contradict each other; keep one"),

@@ -53,6 +53,9 @@ pub struct Job {
     pub accumulate_grad_batches: u32,
     #[serde(default)]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// The optimizer's state and the weights that it updates are in the memory of the host, not of the device.
+    #[serde(default)]
+    pub offload_optimizer: bool,
     /// What carries the bytes between ranks on several nodes.
     #[serde(default)]
     pub transport: Transport,
@@ -145,10 +148,10 @@ pub enum Precision {
     /// fp32 master weights, bf16 copy for the products.
     #[serde(rename = "bf16-mixed")]
     Bf16Mixed,
-    /// fp16 products with a loss scaler. CUDA only.
+    /// fp32 master weights, fp16 copy for the products, losses that are scaled.
     #[serde(rename = "16-mixed")]
     Fp16Mixed,
-    /// Everything in bf16.
+    /// Weights, gradients and moments in bf16.
     #[serde(rename = "bf16-true")]
     Bf16True,
 }

@@ -28,6 +28,7 @@ impl Job {
                 ActivationCheckpointing::Blocks => json!("blocks"),
                 ActivationCheckpointing::First(count) => json!(count),
             },
+            "offload_optimizer": self.offload_optimizer,
             "transport": self.transport,
             "transport_encryption": self.transport_encryption,
             "max_seq_len": self.max_seq_len,

@@ -75,6 +75,8 @@ fn every_spelling_reaches_its_field() {
         }),
         ("activation_checkpointing = 3", |j| j.activation_checkpointing == ActivationCheckpointing::First(3)),
         ("gradient_checkpointing = true", |j| j.activation_checkpointing == ActivationCheckpointing::Blocks),
+        ("", |j| !j.offload_optimizer),
+        ("offload_optimizer = true", |j| j.offload_optimizer),
         ("learning_rate = 1", |j| j.optimizer.learning_rate == 1.0),
         ("optimizer.lr = 0.25", |j| j.optimizer.learning_rate == 0.25),
         ("max_grad_norm = 0", |j| j.optimizer.max_grad_norm == 0.0),
@@ -95,6 +97,9 @@ fn every_spelling_reaches_its_field() {
         ("use_amp = true", |j| j.precision == Precision::Bf16Mixed),
         ("precision = \"bfloat16\"", |j| j.precision == Precision::Bf16Mixed),
         ("precision = \"bf16-mixed\"\nuse_amp = true", |j| j.precision == Precision::Bf16Mixed),
+        ("precision = \"bf16-true\"", |j| j.precision == Precision::Bf16True),
+        ("precision = \"16-mixed\"\nuse_amp = true", |j| j.precision == Precision::Fp16Mixed),
+        ("dtype = \"float16\"\ndevice = \"cpu\"", |j| j.precision == Precision::Fp16Mixed),
         ("use_gpu = false", |j| j.device == Device::Cpu),
         ("use_gpu = true", |j| j.device == Device::Cuda),
         ("device = \"gpu\"", |j| j.device == Device::Cuda),
@@ -233,8 +238,12 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "job:1: `use_amp` = true and `precision` = \"32\" contradict each other; keep one",
         ),
         (
-            "precision = \"16-mixed\"",
-            "job:1: `precision` = \"16-mixed\" needs a scaling of losses that this version of fleet does not have; on the device cpu write \"32\" or \"bf16-mixed\"",
+            "executor = \"cpu\"\nprecision = \"16-mixed\"",
+            "job:2: `precision` = \"16-mixed\" is not computed by the executor cpu; leave `executor` out, or write \"32\" or \"bf16-mixed\" or \"bf16-true\"",
+        ),
+        (
+            "precision = \"bf16-true\"\nuse_amp = true",
+            "job:2: `use_amp` = true and `precision` = \"bf16-true\" contradict each other; keep one",
         ),
         (
             "device = \"cuda\"\nexecutor = \"cpu\"",

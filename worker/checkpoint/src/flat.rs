@@ -214,11 +214,16 @@ fn copy(p: &Parameter, tensor: &Tensor, first: usize, out: &mut [f32]) -> Result
         numbers.for_each(|(at, x)| *x = number(dtype, &data, stored_index(p, first + at)));
         return Ok(());
     }
-    let size = size_of_one(dtype);
+    read_numbers(tensor, first, out)
+}
+
+/// Numbers of a tensor of F32, BF16 or F16 from its number `first` on, in fp32.
+pub fn read_numbers(tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+    let size = size_of_one(tensor.dtype);
     let mut rest = out;
     tensor.pieces(size * first..size * (first + rest.len()), &mut |bytes| {
         let (now, later) = std::mem::take(&mut rest).split_at_mut(bytes.len() / size);
-        widen(dtype, bytes, now);
+        widen(tensor.dtype, bytes, now);
         rest = later;
     })
 }
@@ -245,11 +250,11 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// A parameter's numbers as a file of its family has them; a view where they lie in the flat buffer as they do there.
-pub fn stored<'a>(p: &Parameter, values: &'a [f32]) -> Cow<'a, [f32]> {
+pub fn stored<'a, T: Copy + Default>(p: &Parameter, values: &'a [T]) -> Cow<'a, [T]> {
     if p.stored == Stored::AsIs {
         return Cow::Borrowed(values);
     }
-    let mut out = vec![0.0; values.len()];
+    let mut out = vec![T::default(); values.len()];
     values.iter().enumerate().for_each(|(at, x)| out[stored_index(p, at)] = *x);
     Cow::Owned(out)
 }

@@ -52,7 +52,7 @@ pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
 pub use disks::{Disks, Mark, MarkOf};
 pub use error::CheckpointError;
-pub use flat::{ModelDir, stored, stored_shape};
+pub use flat::{ModelDir, read_numbers, stored, stored_shape};
 pub use manifest::{
     MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
 };
@@ -65,7 +65,7 @@ pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
-pub use state::TrainerState;
+pub use state::{LossScale, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
 pub use verify::{inspect, verify};

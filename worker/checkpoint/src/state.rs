@@ -41,6 +41,20 @@ pub struct TrainerState {
     pub batch_size: u32,
     pub accumulate_grad_batches: u32,
     pub threads_per_rank: u32,
+    /// Where products are in fp16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
+}
+
+/// By how much losses are scaled so that their gradients are numbers in fp16.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossScale {
+    pub scale: f64,
+    /// Steps with numbers since it was changed.
+    pub good_steps: u64,
+    /// Steps of the run that had none and changed nothing.
+    pub skipped: u64,
 }
 
 impl TrainerState {
@@ -97,19 +111,35 @@ impl TrainerState {
                 self.step, job.total_steps
             ));
         }
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = self.precision_note(job.precision).into_iter().collect();
         let mut note = |what: &str, was: String, is: String| {
             if was != is {
                 notes.push(format!("the checkpoint was written with {what} {was}, this job has {is}: not bit for bit the same"));
             }
         };
-        note("precision", format!("{:?}", self.precision), format!("{:?}", job.precision));
         note("ranks", self.world_size.to_string(), job.world_size.to_string());
         note("batch_size", self.batch_size.to_string(), job.batch_size.to_string());
         note("threads per rank", self.threads_per_rank.to_string(), job.threads_per_rank.to_string());
         note("total steps", self.total_steps.to_string(), job.total_steps.to_string());
         Ok(notes)
     }
+
+    /// What a job of another precision makes of the checkpoint's numbers.
+    fn precision_note(&self, job: Precision) -> Option<String> {
+        let what = match (self.precision, job) {
+            (was, is) if was == is => return None,
+            (Precision::Bf16True, _) => "weights and moments are widened from bf16 to fp32 as they are read",
+            (_, Precision::Bf16True) => "weights and moments are rounded from fp32 to bf16 as they are read",
+            _ => "not bit for bit the same",
+        };
+        let (was, is) = (word(self.precision), word(job));
+        Some(format!("the checkpoint was written with precision {was}, this job has {is}: {what}"))
+    }
+}
+
+/// As a job file has it.
+fn word(precision: Precision) -> String {
+    serde_json::to_value(precision).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
@@ -173,6 +203,7 @@ mod tests {
             batch_size: 2,
             accumulate_grad_batches: 1,
             threads_per_rank: 1,
+            loss_scale: None,
         }
     }
 
@@ -185,6 +216,14 @@ mod tests {
                         tokenizer_sha256 model precision world_size batch_size accumulate_grad_batches threads_per_rank";
         assert_eq!(names, expected.split_whitespace().collect::<Vec<_>>());
         assert_eq!(written["precision"], "32");
+        let scale = LossScale { scale: 1024.0, good_steps: 7, skipped: 6 };
+        let scaled = TrainerState { loss_scale: Some(scale), ..state() };
+        let written = serde_json::to_value(&scaled).unwrap();
+        assert_eq!(
+            written["loss_scale"],
+            serde_json::json!({"scale": 1024.0, "good_steps": 7, "skipped": 6})
+        );
+        assert_eq!(serde_json::from_value::<TrainerState>(written).unwrap(), scaled);
     }
 
     fn refusal(change: impl Fn(&mut TrainerState)) -> String {

@@ -19,7 +19,7 @@ impl<E: Storage> Pass<'_, E> {
     ) {
         let layout = &self.network.layout;
         let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
-        let table = self.weights.exact(&layout.embedding);
+        let table = self.weights.table(&layout.embedding);
         let target = match layout.embedding_norm.is_some() {
             true => &mut kept.before_norm[..t * h],
             false => &mut x[..t * h],
@@ -27,16 +27,16 @@ impl<E: Storage> Pass<'_, E> {
         match &layout.project_in {
             Some(project) => {
                 let rows = &mut kept.rows[..t * e];
-                kernels::embedding(table, e, ids, rows);
+                table.rows(e, ids, rows);
                 let narrow = E::narrow(rows, &mut scratch.g_narrow, self.products.workers());
                 self.times(narrow, &project.weight, Out::Set(target), (t, e, h));
             }
-            None => kernels::embedding(table, h, ids, target),
+            None => table.rows(h, ids, target),
         }
         if let Some(table) = &layout.positions {
-            let table = self.weights.exact(table);
+            let table = self.weights.table(table);
             for (at, row) in target.chunks_exact_mut(h).enumerate() {
-                kernels::add(row, &table[self.position_row(at) * h..][..h]);
+                table.add_row(self.position_row(at), row);
             }
         }
         if let Some(affine) = &layout.embedding_norm {

@@ -6,13 +6,14 @@ use crate::executor::{Executor, Tally};
 use crate::model::init;
 use crate::optimizer::Update;
 use crate::reached::Reached;
+use crate::scaler::Scaler;
 use crate::snapshot::{MOMENTS, Share, Snapshot, moment_name};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::suspects;
 use crate::timed::TimedUnits;
 use crate::units::Memory;
-use fleet_checkpoint::{Disks, Dtype, ModelDir, Tensor, Tensors};
+use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
 use fleet_kernels::all_finite;
@@ -47,7 +48,14 @@ pub trait Learner {
     /// The sums over the batches of all ranks. A rank may have no batch.
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally>;
 
-    /// How numbers are kept, as a checkpoint names it.
+    /// By how much losses are scaled, where they are.
+    fn loss_scale(&self) -> Option<LossScale>;
+    /// Goes on from a checkpoint's; nothing where losses are not scaled.
+    fn set_loss_scale(&mut self, scale: LossScale);
+
+    /// How weights and moments are kept and written: F32 or BF16.
+    fn dtype(&self) -> Dtype;
+    /// Who keeps which numbers, as a checkpoint names it.
     fn strategy(&self) -> &'static str;
     /// Ranks that write checkpoints to these disks, the first ones.
     fn writers(&mut self, disks: &Disks) -> usize;
@@ -55,6 +63,8 @@ pub trait Learner {
     /// A collective call of all writers.
     fn snapshot(&mut self, disks: &Disks, spare: Option<Snapshot>) -> Result<Snapshot>;
 }
+
+const NOT_SCALED: LossScale = LossScale { scale: 1.0, good_steps: 0, skipped: 0 };
 
 pub struct Engine<M> {
     executor: Box<dyn Executor<M>>,
@@ -64,6 +74,8 @@ pub struct Engine<M> {
     /// In the first step.
     reached: Option<Reached>,
     without_gradient: Option<String>,
+    /// Where products are in fp16.
+    scaler: Option<Scaler>,
 }
 
 impl<M: Memory> Engine<M> {
@@ -76,12 +88,18 @@ impl<M: Memory> Engine<M> {
             reached: Some(Reached::new(&layout)),
             without_gradient: None,
             layout,
+            scaler: None,
         }
     }
 
     /// With the stopwatch that its gang tells, too.
     pub fn watched(self, watch: Stopwatch) -> Engine<M> {
         Engine { watch, ..self }
+    }
+
+    /// Scales losses so that their gradients are numbers in fp16.
+    pub fn scaling_losses(self) -> Engine<M> {
+        Engine { scaler: Some(Scaler::default()), ..self }
     }
 
     /// The flat weights, on the host.
@@ -157,7 +175,8 @@ impl<M: Memory> Learner for Engine<M> {
                 .iter()
                 .map(|p| {
                     let name = moment_name(&p.name, suffix);
-                    let tensor = tensors.get(&name).filter(|t| t.shape == p.shape && t.dtype == Dtype::F32);
+                    let fits = |t: &Tensor| t.shape == p.shape && matches!(t.dtype, Dtype::F32 | Dtype::BF16);
+                    let tensor = tensors.get(&name).filter(fits);
                     let lacks =
                         || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display()));
                     Ok((&p.range, tensor.ok_or_else(lacks)?))
@@ -184,7 +203,11 @@ impl<M: Memory> Learner for Engine<M> {
         }
         self.strategy.gang().note(Activity::Forward);
         let head = self.layout.units.len() - 1;
-        let scale = 1.0 / weight as f32;
+        let LossScale { scale: loss_scale, skipped, .. } = self.loss_scale().unwrap_or(NOT_SCALED);
+        if self.scaler.is_some() {
+            self.strategy.scale_losses(loss_scale);
+        }
+        let scale = loss_scale as f32 / weight as f32;
         let last = micro_batches.len().saturating_sub(1);
         for (number, batch) in micro_batches.iter().enumerate() {
             let micro = Micro { first: number == 0, last: number == last };
@@ -199,8 +222,17 @@ impl<M: Memory> Learner for Engine<M> {
             }
         }
         self.watch.switch(Phase::Optimizer);
-        match self.strategy.update(update, self.executor.take_loss()?, votes) {
+        // Steps that were left out are none to the optimizer.
+        let taken = Update { step: update.step - skipped, ..*update };
+        let outcome = self.strategy.update(&taken, self.executor.take_loss()?, votes);
+        if let Err(Error::NoNumber { report: Some(report), .. }) = &outcome
+            && self.scaler.as_mut().is_some_and(Scaler::skip)
+        {
+            return Ok(Report { loss: report.loss / weight, skipped: true, ..*report });
+        }
+        match outcome {
             Ok(report) => {
+                self.scaler.iter_mut().for_each(Scaler::succeed);
                 if let Some(reached) = self.reached.take() {
                     self.without_gradient = reached.line(&self.layout, self.strategy.gang())?;
                 }
@@ -208,7 +240,13 @@ impl<M: Memory> Learner for Engine<M> {
             }
             Err(error @ Error::NoNumber { .. }) => {
                 let step = suspects::Step { micro_batches, scale, number: update.step };
-                Err(suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?)
+                let error = suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?;
+                Err(match self.scaler {
+                    Some(_) => error.with_reason(&format!(
+                        "{skipped} steps were skipped, and a loss scale below 1 helps no more: use precision = \"bf16-mixed\" or \"32\""
+                    )),
+                    None => error,
+                })
             }
             Err(error) => Err(error),
         }
@@ -238,6 +276,18 @@ impl<M: Memory> Learner for Engine<M> {
         Ok(Tally { loss, weight, tokens: tokens as u64, hits: hits as u64 })
     }
 
+    fn loss_scale(&self) -> Option<LossScale> {
+        self.scaler.as_ref().map(Scaler::state)
+    }
+
+    fn set_loss_scale(&mut self, scale: LossScale) {
+        self.scaler.iter_mut().for_each(|scaler| *scaler = Scaler::of(scale));
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.strategy.dtype()
+    }
+
     fn strategy(&self) -> &'static str {
         self.strategy.name()
     }
@@ -252,7 +302,7 @@ impl<M: Memory> Learner for Engine<M> {
             None => {
                 let (rank, optimizers) = (self.strategy.gang().rank(), self.strategy.writers(disks));
                 let share = Share { rank, models: disks.together(), optimizers };
-                Snapshot::new(&self.layout, &self.strategy.kept(disks), share)
+                Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
             }
         };
         let all_have_room = self.all_have_room(snapshot.is_ok())?;
@@ -286,14 +336,8 @@ fn read_moments(
 ) -> Result<()> {
     let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
     if begin < end {
-        let mut rest = &mut out[begin - range.start..end - range.start];
-        let wanted = 4 * (begin - parameter.start)..4 * (end - parameter.start);
-        tensor.pieces(wanted, &mut |bytes| {
-            let numbers = bytes.as_chunks::<4>().0;
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(numbers.len());
-            now.iter_mut().zip(numbers).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-            rest = later;
-        })?;
+        let out = &mut out[begin - range.start..end - range.start];
+        fleet_checkpoint::read_numbers(tensor, begin - parameter.start, out)?;
     }
     Ok(())
 }

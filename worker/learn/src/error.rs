@@ -1,5 +1,6 @@
 //! Why a rank cannot go on: one line each, with whose fault it is.
 
+use crate::strategy::Report;
 use fleet_checkpoint::CheckpointError;
 use fleet_collectives::CollectiveError;
 use fleet_common::events::FailureKind;
@@ -20,9 +21,9 @@ pub enum Error {
     /// Training went wrong.
     #[error("{0}")]
     Job(String),
-    /// A step computed something that is no number; on which rank, where it was not on all.
+    /// A step computed something that is no number; on which rank, where it was not on all; and what else all ranks know of it.
     #[error("{message}")]
-    NoNumber { message: String, culprit: Option<Rank> },
+    NoNumber { message: String, culprit: Option<Rank>, report: Option<Report> },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
@@ -37,7 +38,27 @@ impl Error {
         let message = format!(
             "{what} at step {step}; lower learning_rate, raise warmup_steps, or look at the data of that step"
         );
-        Error::NoNumber { message, culprit }
+        Error::NoNumber { message, culprit, report: None }
+    }
+
+    /// The same, of a step that went so.
+    pub(crate) fn with_report(self, report: Report) -> Error {
+        match self {
+            Error::NoNumber { message, culprit, .. } => {
+                Error::NoNumber { message, culprit, report: Some(report) }
+            }
+            other => other,
+        }
+    }
+
+    /// The same, with what it means for the loss scale.
+    pub(crate) fn with_reason(self, reason: &str) -> Error {
+        match self {
+            Error::NoNumber { message, culprit, report } => {
+                Error::NoNumber { message: format!("{message}; {reason}"), culprit, report }
+            }
+            other => other,
+        }
     }
 
     pub fn fault(&self) -> Fault {

@@ -13,6 +13,7 @@ pub mod model;
 pub mod objective;
 pub mod optimizer;
 mod reached;
+mod scaler;
 pub mod shim;
 pub mod snapshot;
 pub mod stopwatch;
@@ -37,5 +38,7 @@ pub use snapshot::Snapshot;
 pub use stopwatch::{Phase, Stopwatch};
 pub use strategy::{Report, Strategy, Votes};
 pub use timed::TimedGang;
-pub use units::{Gradients, Host, HostNumber, HostWeights, Memory, Pieces, Places, UnitWeights, Units};
+pub use units::{
+    Gradients, Host, HostNumber, HostWeights, Kept, Memory, Pieces, Places, Table, UnitWeights, Units,
+};
 pub use workers::Workers;

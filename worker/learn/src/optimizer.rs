@@ -3,7 +3,7 @@
 use crate::workers::Workers;
 use fleet_common::job;
 use fleet_common::model::{Layout, Parameter};
-use fleet_kernels::{self as kernels, AdamWStep};
+use fleet_kernels::{self as kernels, AdamWStep, Element};
 use half::bf16;
 use std::ops::Range;
 
@@ -88,16 +88,16 @@ impl Update {
 }
 
 /// A range of the flat buffers, all of one length.
-pub struct Numbers<'a> {
-    pub master: &'a mut [f32],
-    pub grads: &'a [f32],
-    pub moment1: &'a mut [f32],
-    pub moment2: &'a mut [f32],
+pub struct Numbers<'a, S = f32> {
+    pub master: &'a mut [S],
+    pub grads: &'a [S],
+    pub moment1: &'a mut [S],
+    pub moment2: &'a mut [S],
     /// Under bf16-mixed.
     pub copy: Option<&'a mut [bf16]>,
 }
 
-impl Numbers<'_> {
+impl<S: Element> Numbers<'_, S> {
     /// AdamW on these numbers.
     pub fn update(self, step: &AdamWStep, workers: &Workers) {
         let share = workers.share(self.master.len(), GRANULE);

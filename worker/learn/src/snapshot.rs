@@ -4,13 +4,15 @@
 //! state each rank has just what it keeps, on whichever disk.
 
 use crate::error::{Error, Result};
-use crate::shim::buffers::as_bytes;
+use crate::shim::buffers::{Number, as_bytes};
 use crate::strategy::Slot;
 use crate::zeros::{Part, zeros};
 use fleet_checkpoint::{
     CheckpointError, Dtype, PartWriter, TensorRef, model_file, optimizer_file, stored, stored_shape, writers,
 };
 use fleet_common::model::{Layout, Parameter};
+use fleet_kernels as kernels;
+use half::bf16;
 use std::ops::Range;
 
 /// By PyTorch's names.
@@ -34,7 +36,13 @@ pub struct Snapshot {
     kept: Vec<Kept>,
     optimizer_file: String,
     /// The weights, then both moments, each in their order.
-    numbers: Vec<f32>,
+    numbers: Numbers,
+}
+
+/// As files have them.
+enum Numbers {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
 }
 
 /// A rank among those that write.
@@ -61,8 +69,8 @@ struct Kept {
 pub type CopyOut<'a> = dyn FnMut(Slot, &[Range<usize>], &mut [f32]) -> Result<()> + 'a;
 
 impl Snapshot {
-    /// For a rank which keeps the ranges `kept` of the flat buffer.
-    pub fn new(layout: &Layout, kept: &[Range<usize>], share: Share) -> Result<Snapshot> {
+    /// For a rank which keeps the ranges `kept` of the flat buffer. `dtype` is F32 or BF16.
+    pub fn new((layout, dtype): (&Layout, Dtype), kept: &[Range<usize>], share: Share) -> Result<Snapshot> {
         let Share { rank, models, optimizers } = share;
         let sizes: Vec<usize> = layout.parameters.iter().map(|p| p.range.len()).collect();
         let weights: Vec<Parameter> = layout
@@ -85,7 +93,10 @@ impl Snapshot {
             model_file: model_file(rank, models.min(sizes.len())),
             kept,
             optimizer_file: optimizer_file(rank, optimizers),
-            numbers: zeros(len, Part::Snapshot)?,
+            numbers: match dtype {
+                Dtype::BF16 => Numbers::Bf16(zeros(len, Part::Snapshot)?),
+                _ => Numbers::F32(zeros(len, Part::Snapshot)?),
+            },
         })
     }
 
@@ -93,61 +104,86 @@ impl Snapshot {
     pub fn take(&mut self, copy: &mut CopyOut) -> Result<()> {
         let weights: Vec<Range<usize>> = self.weights.iter().map(|p| p.range.clone()).collect();
         let kept: Vec<Range<usize>> = self.kept.iter().map(|kept| kept.range.clone()).collect();
-        let mut rest = &mut self.numbers[..];
-        for (slot, ranges) in [(Slot::Weights, &weights), (Slot::Moment1, &kept), (Slot::Moment2, &kept)] {
-            let (now, later) = rest.split_at_mut(ranges.iter().map(Range::len).sum());
-            copy(slot, ranges, now)?;
-            rest = later;
+        let slots = [(Slot::Weights, &weights), (Slot::Moment1, &kept), (Slot::Moment2, &kept)];
+        let mut start = 0;
+        for (slot, ranges) in slots {
+            let end = start + ranges.iter().map(Range::len).sum::<usize>();
+            match &mut self.numbers {
+                Numbers::F32(all) => copy(slot, ranges, &mut all[start..end])?,
+                Numbers::Bf16(all) => {
+                    let mut wide = zeros::<f32>(end - start, Part::Snapshot)?;
+                    copy(slot, ranges, &mut wide)?;
+                    kernels::convert(&wide, &mut all[start..end]);
+                }
+            }
+            start = end;
         }
         Ok(())
     }
 
     /// Writes what was copied. The copy is then as files have it.
     pub fn write(&mut self, part: &mut PartWriter) -> Result<(), CheckpointError> {
+        let Snapshot { weights, model_file, kept, optimizer_file, numbers } = self;
+        let files = Files { weights, model_file, kept, optimizer_file };
+        match numbers {
+            Numbers::F32(all) => files.write(all, Dtype::F32, part),
+            Numbers::Bf16(all) => files.write(all, Dtype::BF16, part),
+        }
+    }
+}
+
+/// What a rank writes, and where.
+struct Files<'a> {
+    weights: &'a [Parameter],
+    model_file: &'a str,
+    kept: &'a [Kept],
+    optimizer_file: &'a str,
+}
+
+impl Files<'_> {
+    /// `numbers` are then as files have them.
+    fn write<T: Number + Default>(
+        &self,
+        numbers: &mut [T],
+        dtype: Dtype,
+        part: &mut PartWriter,
+    ) -> Result<(), CheckpointError> {
         let mut at = 0;
-        for p in &self.weights {
-            let numbers = &mut self.numbers[at..at + p.range.len()];
+        for p in self.weights {
+            let numbers = &mut numbers[at..at + p.range.len()];
             if let std::borrow::Cow::Owned(ordered) = stored(p, numbers) {
                 numbers.copy_from_slice(&ordered);
             }
             at += p.range.len();
         }
-        let mut rest = &self.numbers[..];
+        let mut rest = &numbers[..];
         let mut next = |len: usize| {
             let (now, later) = rest.split_at(len);
             rest = later;
             as_bytes(now)
         };
         let shapes: Vec<Vec<usize>> = self.weights.iter().map(stored_shape).collect();
-        let weights: Vec<TensorRef> = self
-            .weights
-            .iter()
-            .zip(&shapes)
-            .map(|(p, shape)| TensorRef {
-                name: &p.name,
-                dtype: Dtype::F32,
-                shape,
-                first: 0,
-                data: next(p.range.len()),
-            })
+        let of_weights = self.weights.iter().zip(&shapes);
+        let weights: Vec<TensorRef> = of_weights
+            .map(|(p, shape)| TensorRef { name: &p.name, dtype, shape, first: 0, data: next(p.range.len()) })
             .collect();
         if !weights.is_empty() {
-            part.write_safetensors(&self.model_file, &weights)?;
+            part.write_safetensors(self.model_file, &weights)?;
         }
         let names = MOMENTS.map(|(_, suffix)| {
             self.kept.iter().map(|kept| moment_name(&kept.name, suffix)).collect::<Vec<String>>()
         });
-        let named = names.iter().flat_map(|names| names.iter().zip(&self.kept));
+        let named = names.iter().flat_map(|names| names.iter().zip(self.kept));
         let moments: Vec<TensorRef> = named
             .map(|(name, kept)| TensorRef {
                 name,
-                dtype: Dtype::F32,
+                dtype,
                 shape: &kept.shape,
                 first: kept.first,
                 data: next(kept.range.len()),
             })
             .collect();
-        part.write_safetensors(&self.optimizer_file, &moments)
+        part.write_safetensors(self.optimizer_file, &moments)
     }
 }
 

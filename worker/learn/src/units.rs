@@ -4,7 +4,8 @@
 
 use crate::error::Result;
 use crate::shim::buffers::{Number, SharedSlice};
-use fleet_kernels::Element;
+use fleet_checkpoint::Dtype;
+use fleet_kernels::{self as kernels, Element};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -61,6 +62,20 @@ impl<E: HostNumber> Memory for Host<E> {
     fn any(gradients: &mut dyn Gradients, range: &Range<usize>) -> Result<bool> {
         Ok(gradients.range(range.clone()).iter().any(|number| *number != 0.0))
     }
+}
+
+/// How a strategy keeps weights, sums of gradients, and moments.
+pub trait Kept: Element + Number {
+    /// As files have it.
+    const DTYPE: Dtype;
+}
+
+impl Kept for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl Kept for bf16 {
+    const DTYPE: Dtype = Dtype::BF16;
 }
 
 /// What products read.
@@ -161,18 +176,51 @@ impl<'a, T: Number> Pieces<'a, T> {
 pub struct HostWeights<'a, E> {
     master: Pieces<'a, f32>,
     products: Pieces<'a, E>,
+    /// Tables are where products read them.
+    narrow_tables: bool,
     compact: Option<&'a [bf16]>,
+}
+
+/// A table of which rows are looked up.
+#[derive(Clone, Copy, Debug)]
+pub enum Table<'a, E> {
+    Exact(&'a [f32]),
+    Narrow(&'a [E]),
+}
+
+impl<E: HostNumber> Table<'_, E> {
+    /// The rows of `ids`, each `width` long.
+    pub fn rows(&self, width: usize, ids: &[i64], out: &mut [f32]) {
+        match self {
+            Table::Exact(table) => kernels::embedding(table, width, ids, out),
+            Table::Narrow(table) => kernels::embedding(table, width, ids, out),
+        }
+    }
+
+    /// Adds a row, which is as long as `to`.
+    pub fn add_row(&self, row: usize, to: &mut [f32]) {
+        let range = row * to.len()..(row + 1) * to.len();
+        match self {
+            Table::Exact(table) => kernels::add(to, &table[range]),
+            Table::Narrow(table) => kernels::add(to, &table[range]),
+        }
+    }
 }
 
 impl<'a, E: HostNumber> HostWeights<'a, E> {
     /// `copy` is not looked at in fp32.
     pub fn new(master: Pieces<'a, f32>, copy: Pieces<'a, bf16>) -> Self {
-        Self { master, products: E::products(master, copy), compact: None }
+        Self { master, products: E::products(master, copy), narrow_tables: false, compact: None }
     }
 
     /// All units at once.
     pub fn flat(master: &'a [f32], copy: &'a [bf16]) -> Self {
         Self::new(Pieces::Flat(master), Pieces::Flat(copy))
+    }
+
+    /// All units in the type of products, but norms and biases, which are `vectors`.
+    pub fn narrow(vectors: Pieces<'a, f32>, all: &'a [E]) -> Self {
+        Self { master: vectors, products: Pieces::Flat(all), narrow_tables: true, compact: None }
     }
 
     /// `compact` are the same numbers of all units in bf16, which has to hold each of them exactly.
@@ -190,7 +238,15 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
         self.products.of(range)
     }
 
-    /// In fp32: norms, biases, tables.
+    /// Embeddings, and tables of positions.
+    pub fn table(&self, range: &Range<usize>) -> Table<'a, E> {
+        match self.narrow_tables {
+            true => Table::Narrow(self.of(range)),
+            false => Table::Exact(self.exact(range)),
+        }
+    }
+
+    /// In fp32: norms and biases.
     pub fn exact(&self, range: &Range<usize>) -> &'a [f32] {
         self.master.of(range)
     }

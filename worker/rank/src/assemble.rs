@@ -1,34 +1,44 @@
 //! The choices of a rank: what computes, and where the numbers lie.
 
 use crate::choice::{self, Memory, Pool};
-use crate::fits::{Need, Setting, Settled};
+use crate::fits::Settled;
 use crate::{fits, gang, machine};
 use fleet_collectives::nccl::{Library, Loaded, NcclCollective};
 use fleet_collectives::{Gang, SharedHost};
 use fleet_common::capability::{Refusal, Wanted};
-use fleet_common::job::{self, ActivationCheckpointing, Job, Precision, Shape, Strategy};
+use fleet_common::job::{self, Job, Precision, Shape, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
-use fleet_learn::{Engine, Error, Host, Result, Stopwatch, TimedGang, Workers};
-use fleet_torch::{HostTransport, NcclTransport, Numbers, Rooms, TorchExecutor, Transport};
+use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
+use fleet_torch::{
+    AloneTransport, HostTransport, Keeping, NcclTransport, Numbers, Rooms, TorchExecutor, Transport,
+};
 use half::bf16;
 use std::sync::Arc;
 use tch::Device;
 
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
-    match place(&start.device) {
-        Ok(Place::Host) => on_host(start, job, model, None),
-        Ok(Place::Device(kind, device)) => on_device(start, job, model, kind, device),
+    let note = match place(&start.device) {
+        Ok(Place::Device(kind, device)) => return on_device(start, job, model, kind, device),
+        Ok(Place::Host) => None,
         Err(why) if job.device == job::Device::Auto && start.world_size == 1 => {
-            on_host(start, job, model, Some(format!("{why}: training on the CPU")))
+            Some(format!("{why}: training on the CPU"))
         }
-        Err(why) => Err(Error::Environment(format!("{why}; set device = \"cpu\" to train without it"))),
-    }
+        Err(why) => {
+            return Err(Error::Environment(format!("{why}; set device = \"cpu\" to train without it")));
+        }
+    };
+    let offload = job.offload_optimizer.then(|| OFFLOAD_ON_HOST.to_owned());
+    let notes: Vec<String> = note.into_iter().chain(offload).collect();
+    let note = (!notes.is_empty()).then(|| notes.join("; "));
+    Ok(Made { note, ..on_host(start, job, model)? })
 }
+
+const OFFLOAD_ON_HOST: &str = "offload_optimizer changes nothing on the CPU: the optimizer's state is in the memory of the host already";
 
 /// Where a rank computes.
 enum Place {
@@ -45,75 +55,84 @@ fn place(name: &str) -> std::result::Result<Place, String> {
     Ok(Place::Device(kind, fleet_torch::device::open(name)?))
 }
 
-fn on_host(start: &RankStart, job: &Job, model: &Model, note: Option<String>) -> Result<Made> {
+fn on_host(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
     let wanted = Wanted::of(job, job::Device::Cpu, start.world_size);
-    let made = match (wanted.executor().map_err(refused)?, job.precision) {
-        (job::Executor::Torch, _) => return on_device(start, job, model, job::Device::Cpu, Device::Cpu),
-        (_, Precision::Bf16Mixed) => on_cpu::<bf16>(start, job, model)?,
-        _ => on_cpu::<f32>(start, job, model)?,
-    };
-    Ok(Made { note, ..made })
+    match (wanted.executor().map_err(refused)?, job.precision) {
+        (job::Executor::Torch, _) => on_device(start, job, model, job::Device::Cpu, Device::Cpu),
+        (_, Precision::Bf16True) => in_bf16(start, job, model),
+        (_, Precision::Bf16Mixed) => on_cpu::<bf16>(start, job, model),
+        _ => on_cpu::<f32>(start, job, model),
+    }
 }
 
 fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, device: Device) -> Result<Made> {
     Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
-    if job.activation_checkpointing != ActivationCheckpointing::None {
-        return Err(Error::Input(
-            "`activation_checkpointing` is of the executor cpu alone in this version of fleet; take it out, or set device = \"cpu\" and leave `executor` out".into(),
-        ));
-    }
-    let numbers = match job.precision {
-        Precision::Bf16Mixed => Numbers::BF16_MIXED,
-        _ => Numbers::FP32,
-    };
+    let numbers = Numbers::from(job.precision);
     if device == Device::Cpu {
         tch::set_num_threads(start.threads as i32);
     }
     let layout = model.layout();
     let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), device, numbers)
-        .for_texts(job.max_seq_len as usize);
-    let Some(mut gang) = gang::join(start, job.transport_encryption)? else {
-        let strategy = fleet_torch::Solo::new(layout, device, numbers.products, start.generation)?;
-        return Ok(Made { learner: Box::new(Engine::new(executor, strategy)), strategy: None, note: None });
+        .for_texts(job.max_seq_len as usize)
+        .computing_again(job.activation_checkpointing.of(layout.blocks.len()));
+    let mut gang = gang::join(start, job.transport_encryption)?;
+    let settled = match device {
+        Device::Cpu => {
+            fits::settle(job, model, shape_of(start), gang.as_deref_mut().map(|gang| gang as &mut dyn Gang))?
+        }
+        _ => settle_on_device(start, job, model, (device, numbers), gang.as_deref_mut())?,
     };
-    let settled = settle_on_device(start, job, model, (device, numbers), &mut *gang)?;
-    let watch = Stopwatch::default();
-    let transport = transport(Box::new(TimedGang::new(gang, watch.clone())), device)?;
-    let rooms = rooms_of(settled.strategy);
-    let strategy = fleet_torch::Sharded::new(layout, rooms, device, numbers.products, transport)?;
-    let learner = Box::new(Engine::new(executor, strategy).watched(watch));
+    let keeping = Keeping {
+        rooms: Rooms::of(settled.strategy),
+        numbers,
+        device,
+        offload: job.offload_optimizer && device != Device::Cpu,
+    };
+    let engine = match gang {
+        None if keeping.offload => {
+            let transport = AloneTransport::new(fleet_collectives::Solo::new(start.generation), device);
+            Engine::new(executor, fleet_torch::Sharded::new(layout, keeping, Box::new(transport))?)
+        }
+        None => {
+            let strategy = fleet_torch::Solo::new(layout, device, numbers, start.generation)?;
+            Engine::new(executor, strategy)
+        }
+        Some(gang) => {
+            let watch = Stopwatch::default();
+            let transport = transport(Box::new(TimedGang::new(gang, watch.clone())), device)?;
+            let strategy = fleet_torch::Sharded::new(layout, keeping, transport)?;
+            Engine::new(executor, strategy).watched(watch)
+        }
+    };
+    let learner: Box<dyn Learner> = match job.precision {
+        Precision::Fp16Mixed => Box::new(engine.scaling_losses()),
+        _ => Box::new(engine),
+    };
     Ok(Made { learner, strategy: settled.reason, note: None })
 }
 
-fn rooms_of(strategy: Strategy) -> Rooms {
-    match strategy {
-        Strategy::Fsdp | Strategy::Hsdp => Rooms::TwoBlocks,
-        Strategy::Auto | Strategy::Ddp => Rooms::Everything,
-    }
-}
-
-/// As `fits::settle` chooses, and refuses nothing: what activations take is known by the CPU executor's alone. A collective call.
+/// As `fits::settle` chooses, by the memory of the devices; refuses nothing. A collective call.
 fn settle_on_device(
     start: &RankStart,
     job: &Job,
     model: &Model,
     (device, numbers): (Device, Numbers),
-    gang: &mut dyn SharedHost,
+    gang: Option<&mut (dyn SharedHost + 'static)>,
 ) -> Result<Settled> {
-    if job.strategy != Strategy::Auto {
+    let Some(gang) = gang.filter(|_| job.strategy == Strategy::Auto) else {
         return Ok(Settled { strategy: job.strategy, reason: None });
-    }
+    };
     let (bytes, from) = match fleet_torch::device::memory(device) {
         Some(bytes) => (bytes, Pool::Device),
         None => (machine::memory_bytes(), Pool::Node),
     };
     let [bytes, _] = fits::smallest([bytes; 2], Some(gang as &mut dyn Gang))?;
     let (layout, world) = (model.layout(), start.world_size as usize);
-    let needs = |strategy| {
-        let kept = fleet_torch::Sharded::needs(&layout, rooms_of(strategy), numbers.products, world);
-        let setting = Setting { strategy, ..Setting::of(job, shape_of(start)) };
-        kept.total() + Need::of(model, job.max_seq_len, &setting).activations
-    };
+    let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
+    let again = job.activation_checkpointing.of(layout.blocks.len());
+    let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
+    let needs =
+        |strategy| fleet_torch::needs(&layout, Rooms::of(strategy), numbers, world).total() + activations;
     let chosen = choice::choose(shape_of(start), Memory { bytes, from }, needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })
 }
@@ -134,16 +153,25 @@ fn refused(refusal: Refusal) -> Error {
     Error::Input(refusal.to_string())
 }
 
-fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
-    let watch = Stopwatch::default();
+/// The peers, where there are any, and what the job runs as. A collective call.
+fn settle_on_cpu(
+    start: &RankStart,
+    job: &Job,
+    model: &Model,
+    watch: &Stopwatch,
+) -> Result<(Option<Box<dyn SharedHost>>, Settled)> {
     let gang = gang::join(start, job.transport_encryption)?;
     let mut gang = gang.map(|gang| Box::new(TimedGang::new(gang, watch.clone())));
-    let Settled { strategy, reason } =
-        fits::settle(job, model, shape_of(start), gang.as_deref_mut().map(|gang| gang as &mut dyn Gang))?;
+    let peers = gang.as_deref_mut().map(|gang| gang as &mut dyn Gang);
+    let settled = fits::settle(job, model, shape_of(start), peers)?;
+    Ok((gang.map(|gang| gang as Box<dyn SharedHost>), settled))
+}
+
+fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+    let watch = Stopwatch::default();
+    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, &watch)?;
     let layout = model.layout();
-    let again = job.activation_checkpointing.of(layout.blocks.len());
-    let threads = Threads { count: start.threads, again };
-    let (executor, workers) = cpu::<E>(model, threads, job.max_seq_len as usize)?;
+    let (executor, workers) = cpu::<E>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
     let engine = match (gang, strategy) {
         (None, _) => Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?),
         (Some(gang), Strategy::Fsdp) => Engine::new(executor, Sharded::<E>::fully(layout, workers, gang)?),
@@ -157,12 +185,34 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Mad
     Ok(Made { learner: Box::new(engine.watched(watch)), strategy: reason, note: None })
 }
 
+fn in_bf16(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+    let watch = Stopwatch::default();
+    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, &watch)?;
+    let (executor, workers) = cpu::<bf16>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
+    let (gang, name) = match (gang, strategy) {
+        (None, _) => {
+            (Box::new(fleet_collectives::Solo::new(start.generation)) as Box<dyn SharedHost>, "solo")
+        }
+        (Some(gang), Strategy::Fsdp) => (gang, "fsdp"),
+        (Some(gang), Strategy::Hsdp) => (gang, "hsdp"),
+        (Some(gang), Strategy::Auto | Strategy::Ddp) => (gang, "ddp"),
+    };
+    let engine = Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, name)?);
+    Ok(Made { learner: Box::new(engine.watched(watch)), strategy: reason, note: None })
+}
+
 /// How a pass computes.
 #[derive(Clone, Copy)]
 pub struct Threads {
     pub count: u32,
     /// So many blocks are computed a second time.
     pub again: usize,
+}
+
+impl Threads {
+    fn of(start: &RankStart, job: &Job, model: &Model) -> Threads {
+        Threads { count: start.threads, again: job.activation_checkpointing.of(model.decoder.layers) }
+    }
 }
 
 fn cpu<E: Storage>(
@@ -175,6 +225,28 @@ fn cpu<E: Storage>(
     Ok((CpuExecutor::new(network, workers.clone()).computing_again(threads.again), workers))
 }
 
+/// A model on this machine's CPU alone in any precision, for sequences of at most `positions` tokens.
+pub fn alone(
+    executor: job::Executor,
+    precision: Precision,
+    model: &Model,
+    threads: Threads,
+    positions: usize,
+) -> Result<Box<dyn Learner>> {
+    Ok(match (executor, precision) {
+        (job::Executor::Torch, _) => {
+            tch::set_num_threads(threads.count as i32);
+            let (numbers, layout) = (Numbers::from(precision), model.layout());
+            let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), Device::Cpu, numbers);
+            let strategy = fleet_torch::Solo::new(layout, Device::Cpu, numbers, 0)?;
+            Box::new(Engine::new(executor.computing_again(threads.again), strategy))
+        }
+        (_, Precision::Bf16True) => Box::new(solo_in_bf16(model, threads, positions)?),
+        (_, Precision::Bf16Mixed) => Box::new(solo_with::<bf16>(model, threads, positions)?),
+        _ => Box::new(solo_with::<f32>(model, threads, positions)?),
+    })
+}
+
 /// A model on this machine's CPU alone, for sequences of at most `positions` tokens, with weights that are still zero.
 pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result<Engine<Host<E>>> {
     solo_with(model, Threads { count: threads, again: 0 }, positions)
@@ -184,4 +256,11 @@ pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result
 pub fn solo_with<E: Storage>(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
     Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?))
+}
+
+/// The same in bf16.
+pub fn solo_in_bf16(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<bf16>>> {
+    let (executor, workers) = cpu::<bf16>(model, threads, positions)?;
+    let gang = Box::new(fleet_collectives::Solo::new(0));
+    Ok(Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, "solo")?))
 }

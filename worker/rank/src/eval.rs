@@ -198,7 +198,7 @@ fn on_torch(
     batches: impl Iterator<Item = TokenBatch>,
     progress: &mut Progress,
 ) -> Result<Tally> {
-    let mut weights = FlatWeights::new(model.layout.len, device, numbers.products)?;
+    let mut weights = FlatWeights::new(model.layout.len, device, numbers)?;
     weights.set(0, flat).and_then(|()| weights.refresh())?;
     let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let mut tally = Tally::default();

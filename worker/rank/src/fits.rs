@@ -3,17 +3,21 @@
 use crate::choice::{self, Memory, Pool};
 use crate::machine;
 use fleet_collectives::{Gang, Op};
-use fleet_common::job::{ActivationCheckpointing, Job, Precision, Shape, Strategy};
+use fleet_common::capability::{Refusal, Wanted};
+use fleet_common::job::{ActivationCheckpointing, Device, Executor, Job, Precision, Shape, Strategy};
 use fleet_cpu::activation_bytes;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Keeping, Needs};
 use fleet_learn::{Error, Result};
+use fleet_torch::{Numbers, Rooms};
 use half::bf16;
 
 /// What decides how much memory a step takes for each rank of a machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Setting {
     pub strategy: Strategy,
+    /// As the job has it.
+    pub executor: Executor,
     pub precision: Precision,
     pub activation_checkpointing: ActivationCheckpointing,
     /// Sequences at once.
@@ -26,6 +30,7 @@ impl Setting {
     pub fn of(job: &Job, shape: Shape) -> Setting {
         Setting {
             strategy: job.strategy,
+            executor: job.executor,
             precision: job.precision,
             activation_checkpointing: job.activation_checkpointing,
             batch_size: job.batch_size,
@@ -37,10 +42,17 @@ impl Setting {
     pub fn keeping(&self) -> Keeping {
         Keeping {
             strategy: self.strategy,
-            bf16: self.precision == Precision::Bf16Mixed,
+            bf16: matches!(self.precision, Precision::Bf16Mixed | Precision::Fp16Mixed),
+            narrow: self.precision == Precision::Bf16True,
             shape: self.shape,
             accumulates: self.accumulate_grad_batches > 1,
         }
+    }
+
+    /// What computes it on a CPU; an error where nothing does.
+    pub fn computed_by(&self) -> std::result::Result<Executor, Refusal> {
+        let Setting { executor, precision, .. } = *self;
+        Wanted { device: Device::Cpu, executor, precision, ..Wanted::ANYTHING }.executor()
     }
 }
 
@@ -52,11 +64,19 @@ pub struct Need {
 
 impl Need {
     pub fn of(model: &Model, max_seq_len: u32, setting: &Setting) -> Need {
-        let is_bf16 = setting.precision == Precision::Bf16Mixed;
+        let ranks = setting.shape.ranks as usize;
         let again = setting.activation_checkpointing.of(model.decoder.layers);
         let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
+        if setting.computed_by() == Ok(Executor::Torch) {
+            let (numbers, layout) = (Numbers::from(setting.precision), model.layout());
+            return Need {
+                kept: fleet_torch::needs(&layout, Rooms::of(setting.strategy), numbers, ranks),
+                activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
+            };
+        }
+        let (layout, is_bf16) = (model.layout(), setting.precision != Precision::Fp32);
         Need {
-            kept: Needs::of(&setting.keeping(), &model.layout()),
+            kept: Needs::of(&setting.keeping(), &layout),
             activations: match is_bf16 {
                 true => activation_bytes::<bf16>(&model.decoder, tokens, again),
                 false => activation_bytes::<f32>(&model.decoder, tokens, again),
@@ -70,7 +90,9 @@ impl Need {
 }
 
 /// Bytes of a parameter in a checkpoint: weight and both moments.
-const COPIED: usize = 12;
+fn copied(precision: Precision) -> usize {
+    if precision == Precision::Bf16True { 6 } else { 12 }
+}
 
 /// The copy that a checkpoint is written from, for each rank that writes: those of one node.
 pub fn saving(model: &Model, setting: &Setting) -> usize {
@@ -78,7 +100,7 @@ pub fn saving(model: &Model, setting: &Setting) -> usize {
     let longest = layout.units.iter().map(|unit| unit.len()).max().unwrap_or(0);
     // Units come from all hosts through a buffer.
     let buffer = if setting.keeping().is_sharded_over_hosts() { 4 * longest } else { 0 };
-    COPIED * layout.len / setting.shape.of_node() as usize + buffer
+    copied(setting.precision) * layout.len / setting.shape.of_node() as usize + buffer
 }
 
 /// What a job runs as.
@@ -197,6 +219,10 @@ fn changes(setting: &Setting) -> Vec<(Change, String)> {
         let bf16 = |setting: &Setting| Setting { precision: Precision::Bf16Mixed, ..*setting };
         changes.push((Box::new(bf16), "precision = \"bf16-mixed\"".to_owned()));
     }
+    let in_bf16 = |setting: &Setting| Setting { precision: Precision::Bf16True, ..*setting };
+    if setting.precision != Precision::Bf16True && in_bf16(setting).computed_by().is_ok() {
+        changes.push((Box::new(in_bf16), "precision = \"bf16-true\"".to_owned()));
+    }
     if setting.shape.of_node() > 1 {
         let one = |setting: &Setting| {
             let nodes = setting.shape.nodes;
@@ -225,6 +251,7 @@ mod tests {
     fn setting() -> Setting {
         Setting {
             strategy: Strategy::Auto,
+            executor: Executor::Auto,
             precision: Precision::Fp32,
             activation_checkpointing: ActivationCheckpointing::None,
             batch_size: 8,

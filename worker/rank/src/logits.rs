@@ -50,7 +50,7 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
     };
-    let mut weights = FlatWeights::new(model.layout.len, device, precision.products).map_err(failed)?;
+    let mut weights = FlatWeights::new(model.layout.len, device, precision).map_err(failed)?;
     weights.set(0, &flat).and_then(|()| weights.refresh()).map_err(failed)?;
     drop(flat);
     let mut numbers = Vec::new();

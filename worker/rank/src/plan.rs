@@ -1,5 +1,6 @@
 //! What a job will need on CPUs such as this machine's, for each strategy and precision, before it runs: memory by what is known of the model,
-//! speed by steps of the same model with one and with two blocks, and by a model of the links between nodes.
+//! speed by steps of the same model with one and with two blocks, with the executor that a job of that precision has here, and by a model of the
+//! links between nodes.
 
 mod between;
 mod costs;
@@ -13,12 +14,12 @@ use between::Between;
 pub use between::links;
 pub use costs::Costs;
 use fleet_collectives::cost::Links;
-use fleet_common::job::{ActivationCheckpointing, Job, Model as Described, Precision, Shape, Strategy};
-use fleet_cpu::Storage;
+use fleet_common::job::{
+    ActivationCheckpointing, Executor, Job, Model as Described, Precision, Shape, Strategy,
+};
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
-use fleet_learn::{AdamW, Error, Learner, Result, TokenBatch, Update, Votes};
-use half::bf16;
+use fleet_learn::{AdamW, Error, Result, TokenBatch, Update, Votes};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -26,6 +27,9 @@ use timeline::{Step, Unit};
 
 /// Steps that are timed for each size, after one that is not.
 const STEPS: u64 = 3;
+const PRECISIONS: [Precision; 4] =
+    [Precision::Fp32, Precision::Bf16Mixed, Precision::Fp16Mixed, Precision::Bf16True];
+
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
@@ -99,11 +103,13 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         .then(|| fits::choose(&run.model, job.max_seq_len, &setting, memory_bytes()));
     let chosen = auto.as_ref().map_or(job.strategy, |choice| choice.strategy);
     let mut choices = Vec::new();
-    for precision in [Precision::Fp32, Precision::Bf16Mixed] {
-        let is_bf16 = precision == Precision::Bf16Mixed;
-        let speeds = if is_bf16 { run.speeds::<bf16>()? } else { run.speeds::<f32>()? };
+    for precision in PRECISIONS {
+        let of_job = Setting { precision, ..setting };
+        // An executor that the job names may not compute it.
+        let Ok(executor) = of_job.computed_by() else { continue };
+        let speeds = run.speeds(executor, precision)?;
         for strategy in strategies(shape, chosen) {
-            let setting = Setting { strategy, precision, ..setting };
+            let setting = Setting { strategy, ..of_job };
             let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
             let saving = fits::saving(&run.model, &setting);
             let peak = needs.total() + activations + saving + program;
@@ -176,7 +182,7 @@ struct Speeds {
 }
 
 impl Run<'_> {
-    fn speeds<E: Storage>(&self) -> Result<Speeds> {
+    fn speeds(&self, executor: Executor, precision: Precision) -> Result<Speeds> {
         let [update, add] = self.per_number()?;
         let mut one = self.model.clone();
         one.decoder.layers = 1;
@@ -185,7 +191,7 @@ impl Run<'_> {
         two.decoder.layers = two.decoder.layers.min(2);
         two.decoder.attention.windows.truncate(2);
         let pass = |model: &Model| -> Result<f64> {
-            Ok(self.step::<E>(model)? - model.layout().len as f64 * update)
+            Ok(self.step(executor, precision, model)? - model.layout().len as f64 * update)
         };
         let first = pass(&one)?;
         let more = if two.decoder.layers == 2 { (pass(&two)? - first).max(0.0) } else { 0.0 };
@@ -195,14 +201,15 @@ impl Run<'_> {
     }
 
     /// Seconds of a step of `model`, by the slowest of all ranks at once, each with an optimizer of its own.
-    fn step<E: Storage>(&self, model: &Model) -> Result<f64> {
+    fn step(&self, executor: Executor, precision: Precision, model: &Model) -> Result<f64> {
         let seq = self.job.max_seq_len as usize - 1;
         let again = self.job.activation_checkpointing.of(model.decoder.layers);
         let vocab = model.decoder.vocab_size as i64;
         let tokens = seq * self.job.batch_size as usize;
         let ids: Vec<i64> = (0..=tokens as i64).map(|i| (i * i + 7 * i) % vocab).collect();
         self.at_once(|| {
-            let mut engine = assemble::solo_with::<E>(model, Threads { count: self.threads, again }, seq)?;
+            let threads = Threads { count: self.threads, again };
+            let mut engine = assemble::alone(executor, precision, model, threads, seq)?;
             engine.fresh_weights(0)?;
             let batch =
                 [TokenBatch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), weights: None, seq }];

@@ -4,11 +4,10 @@
 
 use fleet_checkpoint::{Dtype, Tensors};
 use fleet_common::job::{Optimizer, Schedule};
-use fleet_cpu::Storage;
 use fleet_learn::model::Model;
 use fleet_learn::trainer::learning_rate;
 use fleet_learn::{AdamW, Learner, TokenBatch, Update, Votes};
-use fleet_rank::assemble::solo;
+use fleet_rank::assemble::{Threads, solo, solo_in_bf16};
 use fleet_rank::generate::Sampling;
 use fleet_rank::host_model::HostModel;
 use half::bf16;
@@ -77,7 +76,7 @@ fn greedy_generation_with_a_cache_is_hugging_faces() {
     }
 }
 
-fn train<E: Storage>(kind: &str, tolerance: f64) {
+fn train(kind: &str, engine: impl Fn(&Model, usize) -> Box<dyn Learner>, tolerance: f64) {
     let hyper: serde_json::Value =
         serde_json::from_slice(&std::fs::read(golden().join("hyper.json")).unwrap()).unwrap();
     let hyper = |key: &str| hyper[key].as_f64().unwrap_or_else(|| panic!("{key}"));
@@ -100,7 +99,7 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
         let (norms, rates) = (reals(&tensors, "grad_norms"), reals(&tensors, "learning_rates"));
         let shape = tensors.get("batches").unwrap().shape.to_vec();
         let total = hyper("total_steps") as u64;
-        let mut engine = solo::<E>(&Model::read(&dir).unwrap(), 1, shape[2]).unwrap();
+        let mut engine = engine(&Model::read(&dir).unwrap(), shape[2]);
         engine.load_weights(&dir).unwrap();
         for (step, tokens) in batches.chunks_exact(shape[1] * shape[2]).enumerate() {
             let lr = learning_rate(&optimizer, step as u64, total);
@@ -125,10 +124,16 @@ fn train<E: Storage>(kind: &str, tolerance: f64) {
 
 #[test]
 fn twenty_fp32_steps_are_pytorchs() {
-    train::<f32>("fp32", 1e-4);
+    train("fp32", |model, seq| Box::new(solo::<f32>(model, 1, seq).unwrap()), 1e-4);
 }
 
 #[test]
 fn twenty_bf16_steps_are_pytorchs_autocast() {
-    train::<bf16>("bf16", 1e-2);
+    train("bf16", |model, seq| Box::new(solo::<bf16>(model, 1, seq).unwrap()), 1e-2);
+}
+
+#[test]
+fn twenty_steps_of_a_model_in_bf16_are_pytorchs() {
+    let threads = Threads { count: 1, again: 0 };
+    train("bf16_true", |model, seq| Box::new(solo_in_bf16(model, threads, seq).unwrap()), 2e-2);
 }

@@ -35,7 +35,7 @@ fn of<'a>(plan: &'a Value, strategy: &str, precision: &str) -> &'a Value {
 fn every_choice_is_told_and_one_is_the_jobs() {
     let plan = plan("strategy = \"fsdp\"\nprecision = \"bf16-mixed\"", 4);
     let choices = plan["choices"].as_array().unwrap();
-    assert_eq!(choices.len(), 4);
+    assert_eq!(choices.len(), 8, "four precisions, two strategies");
     let chosen: Vec<&Value> = choices.iter().filter(|choice| choice["is_job"] == true).collect();
     assert_eq!(chosen, [of(&plan, "fsdp", "bf16-mixed")]);
     assert!(choices.iter().all(|c| c["tokens_per_s"].as_f64().unwrap() > 0.0 && c["fits"] == true));
@@ -77,4 +77,15 @@ fn the_model_of_costs_is_told_without_a_step() {
     let rows = costs["rows"].as_array().unwrap();
     assert!(rows.iter().any(|row| row["operation"] == "all_gather" && row["shared_memory"] == true));
     assert!(rows.iter().all(|row| row["microseconds"].as_f64().unwrap() > 0.0));
+}
+
+#[test]
+fn a_model_in_bf16_takes_half_of_what_one_in_fp32_does() {
+    let plan = plan("", 1);
+    let of = |precision: &str, part: &str| of(&plan, "auto", precision)[part].as_u64().unwrap();
+    for part in ["weights_mib", "gradients_mib", "optimizer_mib", "saving_mib"] {
+        let (whole, half) = (of("32", part), of("bf16-true", part));
+        assert!(half <= whole.div_ceil(2) && half > 0, "{part}: {half} of {whole}");
+    }
+    assert_eq!(of("16-mixed", "weights_mib"), of("bf16-mixed", "weights_mib"));
 }

@@ -1,6 +1,6 @@
 //! Training steps of a Llama on made-up data: tokens/s, and as a share of what the machine's largest product reaches.
 //!
-//!     torch_speed MODEL BATCH SEQ STEPS NUMBERS DEVICE     (124m | 1b | tiny; bf16 | bf16-stream | fp32; cuda | cpu)
+//!     torch_speed MODEL BATCH SEQ STEPS NUMBERS DEVICE     (124m | 1b | tiny; bf16 | bf16-stream | bf16-true | fp16 | fp32; cuda | cpu)
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // an example ends at the first error
 
@@ -21,7 +21,9 @@ fn main() {
     };
     let numbers = match numbers.as_str() {
         "bf16" => Numbers::BF16_MIXED,
-        "bf16-stream" => Numbers { products: Kind::BFloat16, residual: Kind::BFloat16 },
+        "bf16-stream" => Numbers { residual: Kind::BFloat16, ..Numbers::BF16_MIXED },
+        "bf16-true" => Numbers::BF16_TRUE,
+        "fp16" => Numbers::FP16_MIXED,
         _ => Numbers::FP32,
     };
     let shape = |h: u32, f: u32, layers: u32, heads: u32, kv: u32, vocab: u32, tied: bool| {
@@ -37,7 +39,7 @@ fn main() {
     let layout = Layout::new(&decoder, family);
     let (parameters, flops) = (layout.count(), decoder.flops_per_token(seq as usize));
     let vocab = decoder.vocab_size as i64;
-    let solo = Solo::new(layout.clone(), device, numbers.products, 0).unwrap();
+    let solo = Solo::new(layout.clone(), device, numbers, 0).unwrap();
     let mut engine = Engine::new(TorchExecutor::new(decoder, layout, device, numbers), solo);
     engine.fresh_weights(0).unwrap();
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };

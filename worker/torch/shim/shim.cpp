@@ -138,10 +138,11 @@ int fleet_torch_pinned(at::Tensor *x, at::Tensor **out, char *error, size_t erro
     return guarded(error, error_len, [&] { *out = new at::Tensor(x->pin_memory()); });
 }
 
-// Memory of the host as a flat tensor of fp32 in `out`; `give_back` gets `owner` when nothing uses it any more.
-int fleet_torch_over(void *data, int64_t len, void (*give_back)(void *), void *owner, at::Tensor **out, char *error, size_t error_len) {
+// Memory of the host as a flat tensor of fp32 or bf16 in `out`; `give_back` gets `owner` when nothing uses it any more.
+int fleet_torch_over(void *data, int64_t len, int is_bf16, void (*give_back)(void *), void *owner, at::Tensor **out, char *error,
+                     size_t error_len) {
     return guarded(error, error_len, [&] {
-        *out = new at::Tensor(at::from_blob(data, {len}, [=](void *) { give_back(owner); }, at::TensorOptions(at::kFloat)));
+        *out = new at::Tensor(at::from_blob(data, {len}, [=](void *) { give_back(owner); }, at::TensorOptions(is_bf16 ? at::kBFloat16 : at::kFloat)));
     });
 }
 

@@ -2,6 +2,7 @@
 //! complete when its turn is over, while the units before it still wait.
 
 use crate::memory::{Gradients, Tensors, Weights};
+use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout};
@@ -15,6 +16,8 @@ pub struct TorchExecutor {
     /// Most numbers of logits that exist at once.
     logits_max: usize,
     frame: Option<(usize, Frame)>,
+    /// Of so many blocks, from the first on, the forward is computed a second time.
+    again: usize,
     /// Summed since it was asked for.
     loss: Option<Tensor>,
     /// What is being computed, for errors.
@@ -40,23 +43,31 @@ struct OnDevice {
     weights: Tensor,
 }
 
-/// A unit's graph between its forward and its backward.
+/// What is kept of a unit between its forward and its backward.
 struct Saved {
     input: Tensor,
     output: Tensor,
-    leaves: Vec<Leaf>,
+    /// `None`: there is no graph, and its forward will be computed a second time.
+    leaves: Option<Vec<Leaf>>,
 }
 
 impl TorchExecutor {
     pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> TorchExecutor {
-        let logits_max = if device.is_cuda() { 1 << 28 } else { 1 << 20 };
+        let logits_max = if device.is_cuda() { 1 << 28 } else { LOGITS_MAX };
         let (fused, unfused) = match device.is_cuda().then(|| fused::open(device, numbers.products)) {
             Some(Ok(fused)) => (Some(fused), None),
             Some(Err(why)) => (None, Some(why)),
             None => (None, None),
         };
         let network = Network { decoder, layout, device, numbers, text: 0, fused };
-        TorchExecutor { network, logits_max, frame: None, loss: None, doing: Doing::Forward(0), unfused }
+        let doing = Doing::Forward(0);
+        TorchExecutor { network, logits_max, frame: None, again: 0, loss: None, doing, unfused }
+    }
+
+    /// Of the first `blocks` blocks nothing is kept between forward and backward but what they read (activation checkpointing).
+    pub fn computing_again(mut self, blocks: usize) -> TorchExecutor {
+        self.again = blocks;
+        self
     }
 
     /// For batches of texts of so many tokens, the last of which is predicted only.
@@ -132,7 +143,12 @@ impl TorchExecutor {
         for unit in 0..last_unit {
             self.doing = Doing::Forward(unit);
             units.need(unit)?;
-            saved.push(self.unit_forward(units.weights(), unit, saved.last(), batch, &frame)?);
+            let input = match saved.last() {
+                None => batch.ids.shallow_clone(),
+                Some(before) => before.output.f_detach().map_err(Error::from)?,
+            };
+            let keeps = unit == 0 || unit > self.again;
+            saved.push(self.unit_forward(units.weights(), unit, input, keeps, &frame)?);
             units.release(unit);
         }
         self.doing = Doing::Head;
@@ -141,15 +157,19 @@ impl TorchExecutor {
         let mut seed = self.head_step(weights, &grads, &saved[last_unit - 1].output, batch, scale)?;
         self.head_units().for_each(|unit| units.release(unit));
         units.ready(last_unit)?;
-        while let Some(Saved { input, output, leaves }) = saved.pop() {
+        while let Some(mut kept) = saved.pop() {
             let unit = saved.len();
             self.doing = Doing::Backward(unit);
             units.need(unit)?;
-            let (_, grads) = units.numbers();
+            let (weights, grads) = units.numbers();
+            if kept.leaves.is_none() {
+                kept = self.unit_forward(weights, unit, kept.input, true, &frame)?;
+            }
+            let Saved { input, output, leaves } = kept;
             let given = seed.take().ok_or_else(|| Error::of("a unit has no part in the one after it"))?;
             // What the first unit reads are ids.
             let input = (unit > 0).then_some(&input);
-            seed = self.unit_backward(&grads, (&output, &given), input, &leaves)?;
+            seed = self.unit_backward(&grads, (&output, &given), input, leaves.as_deref().unwrap_or(&[]))?;
             units.release(unit);
             units.ready(unit)?;
         }
@@ -157,25 +177,23 @@ impl TorchExecutor {
         Ok(())
     }
 
-    /// The graph of the embedding or of a block, from what the unit before it gave.
+    /// The forward of the embedding or of a block for its `input`: ids, or what the unit before it gave. `keeps` its graph, or nothing of it.
     fn unit_forward(
         &self,
         weights: Weights,
         unit: usize,
-        before: Option<&Saved>,
-        batch: &OnDevice,
+        input: Tensor,
+        keeps: bool,
         frame: &Frame,
     ) -> Result<Saved> {
-        let mut leaves = Leaves::new(&self.network, weights, true);
-        let (input, output) = match before {
-            None => (batch.ids.shallow_clone(), self.network.embed(&mut leaves, &batch.ids)?),
-            Some(before) => {
-                let input = before.output.f_detach()?.set_requires_grad(true);
-                let output = self.network.block(&mut leaves, unit - 1, &input, frame)?;
-                (input, output)
-            }
+        let _guard = (!keeps).then(tch::no_grad_guard);
+        let input = if unit > 0 { input.set_requires_grad(keeps) } else { input };
+        let mut leaves = Leaves::new(&self.network, weights, keeps);
+        let output = match unit {
+            0 => self.network.embed(&mut leaves, &input)?,
+            _ => self.network.block(&mut leaves, unit - 1, &input, frame)?,
         };
-        Ok(Saved { input, output, leaves: leaves.into_taken() })
+        Ok(Saved { input, output, leaves: keeps.then(|| leaves.into_taken()) })
     }
 
     /// The gradients of a unit's parameters; what flows back to its input.
@@ -242,8 +260,12 @@ impl TorchExecutor {
         let (matrix, bias) = self.head(weights)?;
         let x = last.f_detach()?.f_view([-1, e])?;
         let tokens = x.size()[0];
-        let rows = (self.logits_max as i64 / v).clamp(64, tokens.max(64));
+        let rows =
+            (self.logits_max as i64 / v).clamp(LOGIT_ROWS_MIN as i64, tokens.max(LOGIT_ROWS_MIN as i64));
         let seed = x.f_empty_like()?;
+        // Of a head whose gradients are kept in 16 bits, slices of tokens are added in fp32 and rounded once.
+        let is_summed = self.network.numbers.kept != Kind::Float && rows < tokens;
+        let mut sum: Option<Tensor> = None;
         let mut loss = Tensor::f_zeros([1], (self.loss_kind(), self.network.device))?;
         let mut hits = Tensor::f_zeros([1], (Kind::Int64, self.network.device))?;
         for start in (0..tokens).step_by(rows as usize) {
@@ -261,11 +283,19 @@ impl TorchExecutor {
             let (Some((grads, _)), Some(flow)) = (grads, flow) else { continue };
             let _ = Tensor::f_matmul_out(&flow, &cut(&seed)?, &matrix)?;
             let set = grads.fresh && start == 0;
-            grads.store(&layout.head.weight, Some(&flow.f_transpose(0, 1)?.f_matmul(&x)?), set)?;
+            let product = flow.f_transpose(0, 1)?.f_matmul(&x)?;
+            match &mut sum {
+                Some(sum) => sum.f_add_(&product).map(|_| ())?,
+                None if is_summed => sum = Some(product.f_to_kind(Kind::Float)?),
+                None => grads.store(&layout.head.weight, Some(&product), set)?,
+            }
             if let Some(range) = &layout.head.bias {
                 let sum = flow.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
                 grads.store(range, Some(&sum), set)?;
             }
+        }
+        if let (Some((grads, _)), Some(sum)) = (grads, &sum) {
+            grads.store(&layout.head.weight, Some(sum), grads.fresh)?;
         }
         Ok((loss, seed.f_view(last.size().as_slice())?, hits))
     }
@@ -361,8 +391,10 @@ impl Executor<Tensors> for TorchExecutor {
     }
 
     fn describe(&self) -> String {
-        let kind = match self.network.numbers.products {
-            Kind::BFloat16 => "bf16",
+        let kind = match (self.network.numbers.kept, self.network.numbers.products) {
+            (Kind::BFloat16, _) => "everything in bf16,",
+            (_, Kind::BFloat16) => "bf16",
+            (_, Kind::Half) => "fp16",
             _ => "fp32",
         };
         let own = match (&self.network.fused, &self.unfused) {

@@ -13,6 +13,9 @@ pub fn open(device: Device, kind: Kind) -> Result<&'static Fused, String> {
     type Opened = ((usize, Kind), Result<&'static Fused, String>);
     static OPENED: Mutex<Vec<Opened>> = Mutex::new(Vec::new());
     let Device::Cuda(number) = device else { return Err("they are for CUDA".into()) };
+    if kind == Kind::Half {
+        return Err("they are for fp32 and bf16".into());
+    }
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, known)) = opened.iter().find(|(of, _)| *of == (number, kind)) {
         return known.clone();

@@ -5,6 +5,7 @@ pub mod device;
 mod executor;
 mod fused;
 mod memory;
+mod needs;
 mod network;
 mod optimizer;
 mod parts;
@@ -15,11 +16,12 @@ mod transport;
 
 pub use executor::TorchExecutor;
 pub use memory::{FlatWeights, Gradients, Tensors, Weights};
+pub use needs::{activation_bytes, needs};
 pub use network::{Network, Numbers};
 pub use parts::{Parts, Rooms};
-pub use sharded::Sharded;
+pub use sharded::{Keeping, Sharded};
 pub use solo::Solo;
-pub use transport::{Exchanged, HostTransport, NcclTransport, Room, Transport};
+pub use transport::{AloneTransport, Exchanged, HostTransport, NcclTransport, Room, Transport};
 
 /// What went wrong, in libtorch's words without its stack.
 #[derive(Debug, thiserror::Error)]

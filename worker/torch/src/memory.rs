@@ -1,7 +1,9 @@
 //! Numbers of a model as tensors of one device: what the executor reads and where its gradients go.
 
+use crate::network::Numbers;
 use crate::parts::Parts;
 use crate::{Error, Result};
+use fleet_checkpoint::Dtype;
 use fleet_learn::{Memory, UnitWeights};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -32,7 +34,7 @@ impl Memory for Tensors {
 /// The flat parameters, or rooms with those of the units that are in.
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
-    /// fp32.
+    /// As they are kept: fp32, or bf16.
     pub master: &'a Tensor,
     /// The same in the type of products; `None` where that is the masters'.
     pub copy: Option<&'a Tensor>,
@@ -46,7 +48,7 @@ impl Weights<'_> {
         narrow(self.copy.unwrap_or(self.master), &place(self.parts, range))
     }
 
-    /// A range in fp32.
+    /// A range as it is kept.
     pub fn exact(&self, range: &Range<usize>) -> Result<Tensor> {
         narrow(self.master, &place(self.parts, range))
     }
@@ -63,11 +65,11 @@ pub struct FlatWeights {
 }
 
 impl FlatWeights {
-    /// `len` zeros, which products read as `products`.
-    pub fn new(len: usize, device: Device, products: Kind) -> Result<FlatWeights> {
+    /// `len` zeros.
+    pub fn new(len: usize, device: Device, numbers: Numbers) -> Result<FlatWeights> {
         let zeros = |kind| Tensor::f_zeros([len as i64], (kind, device));
-        let copy = (products != Kind::Float).then(|| zeros(products)).transpose()?;
-        Ok(FlatWeights { master: zeros(Kind::Float)?, copy })
+        let copy = numbers.copied().map(zeros).transpose()?;
+        Ok(FlatWeights { master: zeros(numbers.kept)?, copy })
     }
 
     pub fn view(&self) -> Weights<'_> {
@@ -108,7 +110,18 @@ pub(crate) fn set(flat: &Tensor, start: usize, numbers: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Where gradients go: fp32, at the ranges of the flat buffer, or in rooms.
+/// Numbers of a flat tensor from `start` on, in fp32.
+pub(crate) fn copy_out(flat: &Tensor, start: usize, numbers: &mut [f32]) -> Result<()> {
+    let some = narrow(flat, &(start..start + numbers.len()))?.f_to_device(Device::Cpu)?;
+    Ok(some.f_to_kind(Kind::Float)?.f_copy_data(numbers, numbers.len())?)
+}
+
+/// As the files of checkpoints have numbers of this type.
+pub(crate) fn dtype(kept: Kind) -> Dtype {
+    if kept == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 }
+}
+
+/// Where gradients go, as they are kept: at the ranges of the flat buffer, or in rooms.
 pub struct Gradients<'a> {
     pub flat: &'a Tensor,
     /// As those of weights.

@@ -3,13 +3,16 @@
 use crate::Result;
 use crate::memory::Weights;
 use crate::shim::fused::Fused;
+use fleet_common::job::Precision;
 use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Layout, Linear, NormKind, Positions};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// In which types is computed.
+/// In which types numbers are kept and computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Numbers {
+    /// Of weights, gradients and the optimizer's moments between two operations.
+    pub kept: Kind,
     /// Of products and of attention.
     pub products: Kind,
     /// Of the residual stream and of norms.
@@ -17,9 +20,36 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    pub const FP32: Numbers = Numbers { products: Kind::Float, residual: Kind::Float };
+    pub const FP32: Numbers = Numbers { kept: Kind::Float, products: Kind::Float, residual: Kind::Float };
     /// What `torch.autocast` makes of a model in fp32.
-    pub const BF16_MIXED: Numbers = Numbers { products: Kind::BFloat16, residual: Kind::Float };
+    pub const BF16_MIXED: Numbers = Numbers { products: Kind::BFloat16, ..Numbers::FP32 };
+    /// The same with fp16, for losses that are scaled.
+    pub const FP16_MIXED: Numbers = Numbers { products: Kind::Half, ..Numbers::FP32 };
+    /// A model in bf16.
+    pub const BF16_TRUE: Numbers =
+        Numbers { kept: Kind::BFloat16, products: Kind::BFloat16, residual: Kind::BFloat16 };
+
+    /// The type of the weights that products read, where it is not the one in which they are kept.
+    pub(crate) fn copied(self) -> Option<Kind> {
+        (self.products != self.kept).then_some(self.products)
+    }
+
+    /// Bytes of a number that is kept, and of its copy for products.
+    pub(crate) fn bytes(self) -> (usize, usize) {
+        let size = Kind::elt_size_in_bytes;
+        (size(self.kept), self.copied().map_or(0, size))
+    }
+}
+
+impl From<Precision> for Numbers {
+    fn from(precision: Precision) -> Numbers {
+        match precision {
+            Precision::Fp32 => Numbers::FP32,
+            Precision::Bf16Mixed => Numbers::BF16_MIXED,
+            Precision::Fp16Mixed => Numbers::FP16_MIXED,
+            Precision::Bf16True => Numbers::BF16_TRUE,
+        }
+    }
 }
 
 /// A decoder on a device, without its weights.
@@ -245,7 +275,7 @@ impl Network {
         let of_window = frame.windows.iter().find(|(of, _)| Some(*of) == window).map(|(_, mask)| mask);
         let mask = frame.bias.as_ref().or(of_window);
         // Of what does not hold all scores at once, only that for 16 bits and without a mask takes fewer heads of keys and values.
-        let shared = heads != kv && mask.is_none() && self.kind() == Kind::BFloat16;
+        let shared = heads != kv && mask.is_none() && self.kind() != Kind::Float;
         let own = |x: Tensor| -> Result<Tensor> {
             let x = match shared || heads == kv {
                 true => x,

@@ -1,6 +1,7 @@
 //! AdamW over flat buffers, with clipping, without waiting for the device: how far gradients are scaled down stays there as a number.
 
 use crate::Result;
+use crate::memory::narrow;
 use crate::parts::merged;
 use crate::shim::{self, AdamWNumbers, AdamWTensors};
 use fleet_common::model::Parameter;
@@ -8,6 +9,24 @@ use fleet_learn::optimizer::CLIP_EPS;
 use fleet_learn::{AdamW, Update};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
+
+/// Gradients of `scale` times the loss.
+pub struct Scaled<'a> {
+    pub numbers: &'a Tensor,
+    /// Of the whole model, without the scale: a tensor of one number on their device.
+    pub norm: &'a Tensor,
+    pub scale: f64,
+}
+
+/// The norm of flat numbers, summed in fp32. Those in 16 bits are widened one of the ranges, which are all of them, after the other.
+pub fn norm(numbers: &Tensor, ranges: impl Iterator<Item = Range<usize>>) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    if numbers.kind() == Kind::Float {
+        return Ok(numbers.f_norm()?);
+    }
+    let norms = ranges.map(|range| Ok(narrow(numbers, &range)?.f_norm_scalaropt_dtype(2.0, Kind::Float)?));
+    Ok(Tensor::f_stack(&norms.collect::<Result<Vec<Tensor>>>()?, 0)?.f_norm()?)
+}
 
 /// Moments of what a rank keeps of the parameters.
 pub struct Optimizer {
@@ -22,9 +41,9 @@ impl Optimizer {
     pub fn new<'a>(
         len: usize,
         parameters: impl Iterator<Item = (&'a Parameter, Range<usize>)>,
-        device: Device,
+        options: (Kind, Device),
     ) -> Result<Optimizer> {
-        let zeros = || Tensor::f_zeros([len as i64], (Kind::Float, device));
+        let zeros = || Tensor::f_zeros([len as i64], options);
         let (vectors, matrices): (Vec<_>, Vec<_>) = parameters.partition(|(p, _)| p.role.is_vector());
         let runs = [matrices, vectors].map(|list| {
             let runs = merged(list.into_iter().map(|(_, range)| range));
@@ -33,15 +52,17 @@ impl Optimizer {
         Ok(Optimizer { moment1: zeros()?, moment2: zeros()?, runs })
     }
 
-    /// One step over parameters with their gradients; those of the whole model have `norm`, a tensor of one number on the device. Where that is
+    /// One step over `master`, each number computed in fp32 and rounded once to the type in which it is kept. Where the norm of the gradients is
     /// no number, nothing is changed.
-    pub fn step(&mut self, master: &Tensor, grads: &Tensor, norm: &Tensor, update: &Update) -> Result<()> {
+    pub fn step(&mut self, master: &Tensor, grads: &Scaled, update: &Update) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        let Scaled { numbers: grads, norm, scale } = grads;
         let AdamW { beta1, beta2, eps, weight_decay, max_grad_norm } = update.adamw;
         let divisor = match max_grad_norm > 0.0 {
             true => norm.f_add_scalar(CLIP_EPS)?.f_div_scalar(max_grad_norm)?.f_clamp_min(1.0)?,
             false => norm.f_ones_like()?,
         };
+        let divisor = divisor.f_mul_scalar(*scale)?;
         let skip = norm.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
         for (group, decay) in self.runs.iter().zip([weight_decay, 0.0]).filter(|(group, _)| !group.is_empty())
         {

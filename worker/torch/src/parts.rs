@@ -2,6 +2,7 @@
 //! in, and in which order they come.
 
 use fleet_collectives::{PART_ALIGN, part};
+use fleet_common::job::Strategy;
 use fleet_common::model::{Layout, Parameter};
 use std::ops::Range;
 
@@ -12,6 +13,16 @@ pub enum Rooms {
     Everything,
     /// Two blocks in turn, and embedding or head; both where the head reads the embedding's matrix. Fully sharded (FSDP).
     TwoBlocks,
+}
+
+impl Rooms {
+    /// Those of a job's strategy.
+    pub fn of(strategy: Strategy) -> Rooms {
+        match strategy {
+            Strategy::Fsdp | Strategy::Hsdp => Rooms::TwoBlocks,
+            Strategy::Auto | Strategy::Ddp => Rooms::Everything,
+        }
+    }
 }
 
 /// One rank's view of a model.

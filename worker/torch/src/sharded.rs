@@ -3,28 +3,47 @@
 //! units are computed. With a room for every unit that is data-parallel training (DDP), with rooms for two blocks fully sharded (FSDP).
 
 use crate::device::memory_is_short;
-use crate::memory::{Gradients, Tensors, Weights, hidden_copy, narrow, set};
-use crate::optimizer::Optimizer;
+use crate::memory::{Gradients, Tensors, Weights, copy_out, dtype, hidden_copy, narrow, set};
+use crate::network::Numbers;
+use crate::optimizer::{Optimizer, Scaled, norm};
 use crate::parts::{Parts, Rooms, Turn};
 use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
-
+use fleet_checkpoint::Dtype;
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::Layout;
-use fleet_learn::strategy::{Disks, Micro, Needs, Read, Report, Slot, Strategy, Votes};
+use fleet_learn::strategy::{Disks, Micro, Read, Report, Slot, Strategy, Votes};
 use fleet_learn::{UnitWeights, Units, Update};
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
+/// How a rank keeps a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Keeping {
+    pub rooms: Rooms,
+    pub numbers: Numbers,
+    /// Where is computed.
+    pub device: Device,
+    /// This rank's parts are in the memory of the host, where they are updated; the device has whole units alone (optimizer offload).
+    pub offload: bool,
+}
+
+impl Keeping {
+    /// Where this rank's parts are.
+    fn home(&self) -> Device {
+        if self.offload { Device::Cpu } else { self.device }
+    }
+}
+
 pub struct Sharded {
     transport: Box<dyn Transport>,
     layout: Layout,
-    rooms: Rooms,
+    keeping: Keeping,
     parts: Parts,
     rank: usize,
-    /// This rank's parts, in fp32.
+    /// This rank's parts.
     master: Tensor,
     optimizer: Optimizer,
     grads: Tensor,
@@ -34,6 +53,8 @@ pub struct Sharded {
     /// Units whose gradients are on their way, oldest first.
     reduced: VecDeque<(usize, Posted)>,
     micro: Micro,
+    /// Of the losses whose gradients these are.
+    loss_scale: f64,
 }
 
 /// Whole units' weights.
@@ -61,30 +82,22 @@ enum Gathered {
 }
 
 impl Sharded {
-    /// Bytes of each of `world` ranks.
-    pub fn needs(layout: &Layout, rooms: Rooms, products: Kind, world: usize) -> Needs {
-        let Parts { shard, rooms, .. } = Parts::new(layout, rooms, 0, world);
-        let copy = if products == Kind::Float { 0 } else { 2 * rooms };
-        Needs { weights: 4 * (shard + rooms) + copy, gradients: 4 * (shard + rooms), optimizer: 8 * shard }
-    }
-
-    /// Weights are zero until they are filled. Products read them as `products`. A collective call.
+    /// Weights are zero until they are filled. A collective call.
     pub fn new(
         layout: Layout,
-        rooms: Rooms,
-        device: Device,
-        products: Kind,
+        keeping: Keeping,
         mut transport: Box<dyn Transport>,
     ) -> fleet_learn::Result<Sharded> {
         transport.gang().note(Activity::Starting);
         let (rank, world) = (transport.gang().rank(), transport.gang().world_size());
-        let parts = Parts::new(&layout, rooms, rank, world);
-        let whole = [transport.room(parts.rooms)?, transport.room(parts.rooms)?];
-        let made = Sharded::made(layout, (rooms, parts), device, products, transport, whole);
+        let parts = Parts::new(&layout, keeping.rooms, rank, world);
+        let mut room = || transport.room(parts.rooms, keeping.numbers.kept);
+        let whole = [room()?, room()?];
+        let made = Sharded::made(layout, keeping, parts, transport, whole);
         Ok(made.map_err(|error| match memory_is_short(&error.0) {
             true => Error(format!(
                 "{} has not enough memory for this rank's part of weights, gradients and optimizer state: train with more ranks, a smaller model, or strategy = \"fsdp\"",
-                device::name(device)
+                device::name(keeping.device)
             )),
             false => error,
         })?)
@@ -92,26 +105,28 @@ impl Sharded {
 
     fn made(
         layout: Layout,
-        (rooms, parts): (Rooms, Parts),
-        device: Device,
-        products: Kind,
+        keeping: Keeping,
+        parts: Parts,
         mut transport: Box<dyn Transport>,
         [weights, whole]: [Room; 2],
     ) -> Result<Sharded> {
-        let zeros = |len: usize, kind: Kind| Tensor::f_zeros([len as i64], (kind, device));
-        let copy = (products != Kind::Float).then(|| zeros(parts.rooms, products)).transpose()?;
+        let numbers = keeping.numbers;
+        let copy = numbers.copied().map(|kind| Tensor::f_zeros([parts.rooms as i64], (kind, keeping.device)));
+        let options = (numbers.kept, keeping.home());
+        let shard = || Tensor::f_zeros([parts.shard as i64], options);
         let units = vec![Standing::default(); parts.units().len()];
         Ok(Sharded {
             rank: transport.gang().rank(),
             transport,
-            rooms,
-            master: zeros(parts.shard, Kind::Float)?,
-            optimizer: Optimizer::new(parts.shard, parts.kept(&layout), device)?,
-            grads: zeros(parts.shard, Kind::Float)?,
-            weights: InRooms { master: weights, copy, units, turn: Turn::FORWARD },
+            keeping,
+            master: shard()?,
+            optimizer: Optimizer::new(parts.shard, parts.kept(&layout), options)?,
+            grads: shard()?,
+            weights: InRooms { master: weights, copy: copy.transpose()?, units, turn: Turn::FORWARD },
             whole,
             reduced: VecDeque::new(),
             micro: Micro { first: true, last: true },
+            loss_scale: 1.0,
             parts,
             layout,
         })
@@ -179,10 +194,10 @@ impl Sharded {
             let new = narrow(&self.whole.tensor, &within(own_room.start))?;
             let mut sum = narrow(&self.grads, &within(of.shard.start))?;
             // Ranks that keep every unit's gradients have summed over micro-batches before.
-            let set = self.micro.first || self.rooms == Rooms::Everything;
+            let set = self.micro.first || self.keeping.rooms == Rooms::Everything;
             match set {
                 true => sum.f_copy_(&new)?,
-                false => sum.f_add_(&new).map(|_| ())?,
+                false => sum.f_add_(&new.f_to_device(self.keeping.home())?).map(|_| ())?,
             }
             Ok(())
         };
@@ -234,7 +249,7 @@ impl UnitWeights<Tensors> for Sharded {
 impl Units<Tensors> for Sharded {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
         // What was in a room of two blocks was another's, or has been added up.
-        let fresh = self.micro.first || self.rooms == Rooms::TwoBlocks;
+        let fresh = self.micro.first || self.keeping.rooms == Rooms::TwoBlocks;
         let grads = Gradients { flat: &self.whole.tensor, parts: Some(&self.parts), fresh };
         (self.in_rooms(), grads)
     }
@@ -245,7 +260,7 @@ impl Units<Tensors> for Sharded {
             self.transport.gang().note(Activity::Backward);
             self.weights.turn = Turn::back(last);
         }
-        if self.micro.last || self.rooms == Rooms::TwoBlocks {
+        if self.micro.last || self.keeping.rooms == Rooms::TwoBlocks {
             let room = self.parts.units()[unit].room.clone();
             let posted = self.transport.post(&self.whole, room, Exchanged::Reduced)?;
             self.reduced.push_back((unit, posted));
@@ -253,7 +268,10 @@ impl Units<Tensors> for Sharded {
         // The next one's room has to be free; before another micro-batch all of them.
         let Some(next) = unit.checked_sub(1) else { return self.take_all_in() };
         let neighbours: Vec<usize> = self.parts.neighbours(next).collect();
-        while self.reduced.iter().any(|(unit, _)| neighbours.contains(unit)) {
+        let is_taken =
+            |reduced: &VecDeque<(usize, Posted)>| reduced.iter().any(|(unit, _)| neighbours.contains(unit));
+        // What goes to the host does so while earlier units are computed.
+        while is_taken(&self.reduced) || (self.keeping.offload && self.reduced.len() > 1) {
             self.take_in()?;
         }
         Ok(())
@@ -279,14 +297,18 @@ impl Strategy<Tensors> for Sharded {
     fn update(&mut self, update: &Update, loss: Tensor, votes: Votes) -> fleet_learn::Result<Report> {
         self.transport.gang().note(Activity::Optimizer);
         let number = |tensor: &Tensor| f64::try_from(tensor).map_err(Error::from);
-        let norm = number(&self.grads.f_norm().map_err(Error::from)?)?;
+        let scale = self.loss_scale;
+        let shards = self.parts.units().iter().map(|unit| unit.shard.clone());
+        let norm = number(&norm(&self.grads, shards)?)? / scale;
         let [stop, time] = votes.numbers();
         let mut sums = [norm * norm, number(&loss)?, stop, time];
         self.transport.gang().all_reduce_f64(&mut sums, Op::Sum)?;
         let report = Report::of_sums(sums, update.step)?;
         let mut step = || -> Result<()> {
-            let norm = Tensor::f_full([1], report.grad_norm, (Kind::Float, self.grads.device()))?;
-            self.optimizer.step(&self.master, &self.grads, &norm.f_squeeze()?, update)
+            let norm =
+                Tensor::f_full([1], report.grad_norm, (Kind::Float, self.grads.device()))?.f_squeeze()?;
+            let grads = Scaled { numbers: &self.grads, norm: &norm, scale };
+            self.optimizer.step(&self.master, &grads, update)
         };
         step().map_err(|error| Error(format!("the optimizer's step: {error}")))?;
         self.outdate()?;
@@ -295,6 +317,14 @@ impl Strategy<Tensors> for Sharded {
 
     fn passes_together(&self) -> bool {
         true
+    }
+
+    fn scale_losses(&mut self, scale: f64) {
+        self.loss_scale = scale;
+    }
+
+    fn dtype(&self) -> Dtype {
+        dtype(self.keeping.numbers.kept)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read) -> fleet_learn::Result<()> {
@@ -317,7 +347,7 @@ impl Strategy<Tensors> for Sharded {
     }
 
     fn name(&self) -> &'static str {
-        match self.rooms {
+        match self.keeping.rooms {
             Rooms::Everything => "ddp",
             Rooms::TwoBlocks => "fsdp",
         }
@@ -355,10 +385,4 @@ impl Strategy<Tensors> for Sharded {
         }
         Ok(())
     }
-}
-
-/// Numbers of a flat tensor from `start` on, in the host's memory.
-fn copy_out(flat: &Tensor, start: usize, numbers: &mut [f32]) -> Result<()> {
-    let some = narrow(flat, &(start..start + numbers.len()))?.f_to_device(Device::Cpu)?;
-    Ok(some.f_copy_data(numbers, numbers.len())?)
 }

@@ -1,23 +1,25 @@
 //! How the numbers of a device come to the other ranks.
 
+mod alone;
 mod host;
 mod nccl;
 
+pub use alone::AloneTransport;
 pub use host::HostTransport;
 pub use nccl::NcclTransport;
 
-use fleet_collectives::Gang;
+use fleet_collectives::{DType, Gang};
 use fleet_learn::Result;
 use std::ops::Range;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Exchanges of flat tensors, in place on ranges of rooms that every rank has. Every rank makes the same calls in the same order.
 ///
 /// From `post` to the return of its `wait` the range belongs to the transport. What is posted is done in the order in which it was posted.
 pub trait Transport: Send {
     fn gang(&mut self) -> &mut dyn Gang;
-    /// `len` zeros in fp32 on the device. A collective call.
-    fn room(&mut self, len: usize) -> Result<Room>;
+    /// `len` zeros of `kind`, fp32 or bf16, on the device. A collective call.
+    fn room(&mut self, len: usize, kind: Kind) -> Result<Room>;
     /// Starts an exchange of a range, which holds one share of equal length for each rank, and returns at once.
     fn post(&mut self, room: &Room, range: Range<usize>, exchange: Exchanged) -> Result<Posted>;
     /// Completes a posted exchange, and all that were posted before it: what is asked of the device afterwards sees its result.
@@ -29,7 +31,7 @@ pub trait Transport: Send {
 pub enum Exchanged {
     /// Each rank gives its share; the range becomes all of them.
     Gathered,
-    /// Each rank's share becomes the sum over all ranks; the rest may hold anything afterwards.
+    /// Each rank's share becomes the sum over all ranks, which in bf16 is rounded where ranks meet; the rest may hold anything afterwards.
     Reduced,
 }
 
@@ -42,6 +44,15 @@ pub struct Room {
 /// The number of an exchange, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Posted(u64);
+
+/// How ranks exchange what is kept as `kind`.
+fn dtype(kind: Kind) -> DType {
+    match kind {
+        Kind::Float => DType::F32,
+        Kind::BFloat16 => DType::Bf16,
+        other => unreachable!("nothing is kept as {other:?}"),
+    }
+}
 
 /// The share of a rank.
 fn share(range: &Range<usize>, rank: usize, world: usize) -> Range<usize> {

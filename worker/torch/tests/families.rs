@@ -16,7 +16,7 @@ fn parts(case: &Case, device: Device, numbers: Numbers) -> (TorchExecutor, Solo)
     let executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
     let described = executor.describe();
     assert!(device == Device::Cpu || described.contains("with fused kernels"), "{described}");
-    let mut solo = Solo::new(model.layout.clone(), device, numbers.products, 1).unwrap();
+    let mut solo = Solo::new(model.layout.clone(), device, numbers, 1).unwrap();
     let weights = case.weights();
     let mut read = |range: std::ops::Range<usize>, out: &mut [f32]| {
         out.copy_from_slice(&weights[range]);

@@ -7,7 +7,10 @@ use fleet_collectives::nccl::{Loaded, NcclCollective};
 use fleet_learn::model::Model;
 use fleet_learn::testing::{tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Learner, Report, TokenBatch, Update, Votes};
-use fleet_torch::{HostTransport, NcclTransport, Numbers, Rooms, Sharded, Solo, TorchExecutor, Transport};
+use fleet_torch::{
+    AloneTransport, HostTransport, Keeping, NcclTransport, Numbers, Rooms, Sharded, Solo, TorchExecutor,
+    Transport,
+};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,11 +35,16 @@ fn model() -> Model {
 
 /// `None`: without shards.
 fn learner(device: Device, numbers: Numbers, rooms: Option<Rooms>) -> Box<dyn Learner> {
+    learner_with(device, numbers, rooms, 0)
+}
+
+/// Of so many blocks the forward is computed a second time.
+fn learner_with(device: Device, numbers: Numbers, rooms: Option<Rooms>, again: usize) -> Box<dyn Learner> {
     let model = model();
     let layout = model.layout();
-    let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers);
+    let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers).computing_again(again);
     let Some(rooms) = rooms else {
-        return Box::new(Engine::new(executor, Solo::new(layout, device, numbers.products, 1).unwrap()));
+        return Box::new(Engine::new(executor, Solo::new(layout, device, numbers, 1).unwrap()));
     };
     let gang = Box::new(fleet_collectives::Solo::new(1));
     let transport: Box<dyn Transport> = match device {
@@ -47,7 +55,8 @@ fn learner(device: Device, numbers: Numbers, rooms: Option<Rooms>) -> Box<dyn Le
         }
         _ => Box::new(HostTransport::new(gang, device)),
     };
-    Box::new(Engine::new(executor, Sharded::new(layout, rooms, device, numbers.products, transport).unwrap()))
+    let keeping = Keeping { rooms, numbers, device, offload: false };
+    Box::new(Engine::new(executor, Sharded::new(layout, keeping, transport).unwrap()))
 }
 
 fn step(learner: &mut dyn Learner, step: u64) -> Report {
@@ -68,7 +77,9 @@ fn close(a: Report, b: Report, tolerance: f64) -> bool {
 #[test]
 fn one_rank_trains_alike_with_and_without_shards() {
     for device in devices() {
-        for (numbers, tolerance) in [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 1e-3)] {
+        for (numbers, tolerance) in
+            [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 1e-3), (Numbers::BF16_TRUE, 1e-2)]
+        {
             let train = |rooms| {
                 let mut learner = learner(device, numbers, rooms);
                 learner.fresh_weights(5).unwrap();
@@ -156,6 +167,72 @@ fn a_checkpoint_of_the_cpu_goes_on_on_a_device_and_back() {
                 "back from {name} on {device:?}: {here:?}, {:?}",
                 wanted[1]
             );
+        }
+    }
+}
+
+#[test]
+fn blocks_that_are_computed_again_give_the_same_bits() {
+    for device in devices() {
+        for numbers in [Numbers::FP32, Numbers::BF16_MIXED, Numbers::BF16_TRUE] {
+            for rooms in [None, Some(Rooms::TwoBlocks)] {
+                let train = |again| {
+                    let mut learner = learner_with(device, numbers, rooms, again);
+                    learner.fresh_weights(5).unwrap();
+                    (1..=4).map(|number| step(&mut *learner, number)).collect::<Vec<Report>>()
+                };
+                let wanted = train(0);
+                for again in [1, 4] {
+                    assert_eq!(
+                        train(again),
+                        wanted,
+                        "{again} blocks on {device:?} in {numbers:?}, {rooms:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// With a device that is another one than the host where there is one.
+#[test]
+fn an_optimizer_on_the_host_does_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    for (number, device) in devices().into_iter().enumerate() {
+        for numbers in [Numbers::FP32, Numbers::BF16_MIXED, Numbers::BF16_TRUE] {
+            let offloaded = |rooms| {
+                let model = model();
+                let layout = model.layout();
+                let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers);
+                let keeping = Keeping { rooms, numbers, device, offload: true };
+                let transport = AloneTransport::new(fleet_collectives::Solo::new(1), device);
+                Engine::new(executor, Sharded::new(layout, keeping, Box::new(transport)).unwrap())
+            };
+            let tolerance = if numbers == Numbers::FP32 { 1e-5 } else { 1e-2 };
+            let mut alone = learner(device, numbers, None);
+            alone.fresh_weights(5).unwrap();
+            let first: Vec<Report> = (1..=3).map(|number| step(&mut *alone, number)).collect();
+            let place = |name: &str| dir.path().join(format!("{number}-{numbers:?}-{name}"));
+            let saved = save(&mut *alone, &place("alone"), 3);
+            let wanted = step(&mut *alone, 4);
+            for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
+                let mut learner = offloaded(rooms);
+                learner.fresh_weights(5).unwrap();
+                for (number, wanted) in (1..).zip(&first) {
+                    let found = step(&mut learner, number);
+                    assert!(
+                        close(found, *wanted, tolerance),
+                        "{rooms:?}, {numbers:?}: {found:?}, {wanted:?}"
+                    );
+                }
+                let mut learner = offloaded(rooms);
+                learner.load_weights(&saved).unwrap();
+                learner.load_optimizer(&saved).unwrap();
+                let again = save(&mut learner, &place(&format!("{rooms:?}")), 3);
+                assert_eq!(diff(&saved, &again).unwrap(), [], "to the last bit");
+                let found = step(&mut learner, 4);
+                assert!(close(found, wanted, tolerance), "{rooms:?}, {numbers:?}: {found:?}, {wanted:?}");
+            }
         }
     }
 }

@@ -2,10 +2,12 @@
 
 #![allow(unsafe_code)]
 
+use crate::DType;
+
 /// Names a communicator that is to be made.
 pub type Id = [u8; 128];
 
-/// An exchange of fp32 numbers in place, of which each rank has a share of equal length.
+/// An exchange of numbers in place, of which each rank has a share of equal length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// Each rank gives its share; all of them come to be everywhere.
@@ -27,8 +29,9 @@ impl Call {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Numbers {
     pub address: u64,
-    /// Of fp32 numbers.
     pub count: usize,
+    /// fp32 or bf16.
+    pub dtype: DType,
 }
 
 /// A place in the stream of exchanges, from 1.

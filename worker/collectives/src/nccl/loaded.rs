@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::library::{Call, Id, Library, Mark, Numbers};
+use crate::DType;
 use cudarc::driver::{result, sys};
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -15,6 +16,7 @@ type Status = c_int;
 const SUCCESS: Status = 0;
 const IN_PROGRESS: Status = 7;
 const FLOAT32: c_int = 7;
+const BFLOAT16: c_int = 9;
 const SUM: c_int = 0;
 
 /// `ncclUniqueId`.
@@ -214,7 +216,12 @@ impl Library for Loaded {
         let comm = self.comm()?;
         let share = numbers.count / self.world;
         let whole = numbers.address as *mut c_void;
-        let own = (numbers.address + (self.rank * share * size_of::<f32>()) as u64) as *mut c_void;
+        let own = (numbers.address + (self.rank * share * numbers.dtype.size()) as u64) as *mut c_void;
+        let kind = match numbers.dtype {
+            DType::F32 => FLOAT32,
+            DType::Bf16 => BFLOAT16,
+            other => return Err(format!("{other} is not exchanged over NCCL")),
+        };
         // SAFETY: stream, event and communicator are alive; the null stream is the default one; both addresses lie within `numbers`, for which the
         // caller answers.
         let status = unsafe {
@@ -222,9 +229,9 @@ impl Library for Loaded {
             let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             result::stream::wait_event(self.stream, self.before, flags).map_err(told)?;
             match call {
-                Call::AllGather => (self.functions.all_gather)(own, whole, share, FLOAT32, comm, self.stream),
+                Call::AllGather => (self.functions.all_gather)(own, whole, share, kind, comm, self.stream),
                 Call::ReduceScatter => {
-                    (self.functions.reduce_scatter)(whole, own, share, FLOAT32, SUM, comm, self.stream)
+                    (self.functions.reduce_scatter)(whole, own, share, kind, SUM, comm, self.stream)
                 }
             }
         };

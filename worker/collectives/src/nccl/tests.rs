@@ -150,7 +150,8 @@ fn never(_rank: usize) -> usize {
 }
 
 fn post(nccl: &mut NcclCollective, call: Call, memory: &mut [f32]) -> crate::Result<u64> {
-    let numbers = Numbers { address: memory.as_mut_ptr() as u64, count: memory.len() };
+    let numbers =
+        Numbers { address: memory.as_mut_ptr() as u64, count: memory.len(), dtype: crate::DType::F32 };
     // SAFETY: each test keeps its memory until it has waited, or until its communicator is gone.
     unsafe { nccl.post(call, numbers) }
 }

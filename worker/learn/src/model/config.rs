@@ -1,6 +1,7 @@
-//! `config.json` of a model as fleet writes its weights, in fp32.
+//! `config.json` of a model as fleet writes its weights.
 
 use super::Model;
+use fleet_checkpoint::Dtype;
 use fleet_common::model::{Family, Object};
 use fleet_data::model_dir::token_ids;
 use serde_json::{Value, json};
@@ -8,8 +9,13 @@ use serde_json::{Value, json};
 const EOS: &str = "eos_token_id";
 
 impl Model {
-    /// What the model came with stays where it says the same: what fleet does not know of it, and its other end tokens.
+    /// As `config_json_of`, of weights in fp32.
     pub fn config_json(&self) -> Object {
+        self.config_json_of(Dtype::F32)
+    }
+
+    /// What the model came with stays where it says the same: what fleet does not know of it, and its other end tokens.
+    pub fn config_json_of(&self, weights: Dtype) -> Object {
         let mut json = self.before.clone();
         self.family.resolve(&mut json);
         let says_the_same = Family::of_config(&json).is_ok_and(|(_, decoder)| decoder == self.decoder);
@@ -28,7 +34,8 @@ impl Model {
         // Old and new name of the same; every version of transformers reads the old one.
         for key in ["dtype", "torch_dtype"] {
             if key == "torch_dtype" || json.contains_key(key) {
-                json.insert(key.into(), "float32".into());
+                let name = if weights == Dtype::BF16 { "bfloat16" } else { "float32" };
+                json.insert(key.into(), name.into());
             }
         }
         if self.before.is_empty() {

@@ -1,6 +1,7 @@
 //! Where a model's numbers lie, who reduces gradients and who updates weights.
 
 mod gathered;
+mod narrow;
 mod needs;
 mod sharded;
 mod shards;
@@ -17,6 +18,7 @@ pub use solo::Solo;
 use crate::error::{Error, Result};
 use crate::optimizer::Update;
 use crate::units::{Memory, UnitWeights, Units};
+use fleet_checkpoint::Dtype;
 use fleet_collectives::{Gang, Op};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -35,6 +37,11 @@ pub trait Strategy<M: Memory> {
     /// sum. Where loss or norm is no number, on all ranks the weights stay what they were, and `Error::NoNumber` is the answer.
     fn update(&mut self, update: &Update, loss: M::Number, votes: Votes) -> Result<Report>;
 
+    /// Gradients are those of the losses times `scale` from now on, which `update` divides out.
+    fn scale_losses(&mut self, scale: f64) {
+        assert!(scale == 1.0, "{} takes losses as they are", self.name());
+    }
+
     /// Calls `read` for each range that this rank keeps of `slot`, which is to be filled. Afterwards all ranks see it.
     fn fill(&mut self, slot: Slot, read: &mut Read) -> Result<()>;
     /// The flat buffer of `slot`, on the host.
@@ -45,6 +52,10 @@ pub trait Strategy<M: Memory> {
         false
     }
 
+    /// How weights and moments are kept, and written to checkpoints: F32 or BF16.
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
     /// As a checkpoint names it.
     fn name(&self) -> &'static str;
     /// Ranks that write checkpoints to these disks, the first ones.
@@ -98,6 +109,8 @@ pub struct Report {
     pub grad_norm: f64,
     /// Of any rank.
     pub votes: Votes,
+    /// Gradients of scaled losses were no numbers: nothing was changed. Then `loss` and `grad_norm` may be none, too.
+    pub skipped: bool,
 }
 
 /// Why a rank wants to end the run after this step.
@@ -117,6 +130,10 @@ impl Votes {
 }
 
 impl Report {
+    pub fn new(loss: f64, grad_norm: f64, votes: Votes) -> Report {
+        Report { loss, grad_norm, votes, skipped: false }
+    }
+
     /// Of all ranks, of which this one has these squares of gradients, this loss, and these votes. A collective call.
     pub fn summed(gang: &mut dyn Gang, squares: f64, loss: f64, votes: Votes, step: u64) -> Result<Report> {
         let [stop, time] = votes.numbers();
@@ -129,7 +146,7 @@ impl Report {
     pub fn of_sums(sums: [f64; 4], step: u64) -> Result<Report> {
         let [squares, loss, stop, time] = sums;
         let votes = Votes { stop: stop > 0.0, time: time > 0.0 };
-        Report { loss, grad_norm: squares.sqrt(), votes }.checked(step)
+        Report::new(loss, squares.sqrt(), votes).checked(step)
     }
 
     /// Itself, unless it has no numbers.
@@ -139,6 +156,7 @@ impl Report {
             true => ("gradient norm", self.grad_norm),
             false => ("loss", self.loss),
         };
-        Err(Error::no_number(&format!("the {what} became {number}"), step, None))
+        let error = Error::no_number(&format!("the {what} became {number}"), step, None);
+        Err(error.with_report(self))
     }
 }

@@ -22,8 +22,10 @@ pub struct Needs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keeping {
     pub strategy: Strategy,
-    /// Under bf16-mixed.
+    /// Under bf16-mixed and 16-mixed.
     pub bf16: bool,
+    /// Everything is in bf16.
+    pub narrow: bool,
     pub shape: Shape,
     /// A step has several micro-batches.
     pub accumulates: bool,
@@ -36,6 +38,10 @@ impl Needs {
             return Needs::over_hosts(keeping, layout);
         }
         let of_host = |bytes_each: usize| keeping.of_host(bytes_each * layout.len);
+        if keeping.narrow {
+            let gradients = of_host(2) + 4 * Rooms::of_gradients(layout).len;
+            return Needs { weights: of_host(2), gradients, optimizer: of_host(4) };
+        }
         let gradients = match keeping.strategy {
             _ if keeping.shape.ranks == 1 => 4 * layout.len,
             Strategy::Auto | Strategy::Ddp => 4 * layout.len,
@@ -70,7 +76,7 @@ impl Needs {
 impl Keeping {
     /// Each rank has no more than its part of the weights.
     pub fn is_sharded_over_hosts(&self) -> bool {
-        self.strategy == Strategy::Fsdp && self.shape.nodes > 1
+        self.strategy == Strategy::Fsdp && self.shape.nodes > 1 && !self.narrow
     }
 
     /// Of each unit the bytes that a host collects before it is computed.
@@ -98,7 +104,7 @@ mod tests {
     use serde_json::json;
 
     fn keeping(strategy: Strategy, ranks: u32, nodes: u32) -> Keeping {
-        Keeping { strategy, bf16: false, shape: Shape { ranks, nodes }, accumulates: false }
+        Keeping { strategy, bf16: false, narrow: false, shape: Shape { ranks, nodes }, accumulates: false }
     }
 
     fn layout() -> Layout {
@@ -116,6 +122,9 @@ mod tests {
         assert_eq!(of(Strategy::Fsdp, 4).optimizer, 2 * layout.len);
         let bf16 = Keeping { bf16: true, ..keeping(Strategy::Ddp, 2, 1) };
         assert_eq!(Needs::of(&bf16, &layout).weights, 3 * layout.len);
+        let narrow = Keeping { narrow: true, ..keeping(Strategy::Ddp, 1, 1) };
+        let rooms = 4 * Rooms::of_gradients(&layout).len;
+        assert_eq!(Needs::of(&narrow, &layout).total(), 8 * layout.len + rooms);
     }
 
     #[test]

@@ -4,32 +4,35 @@
 //! and of embedding and head: a unit's are reduced to parts while the next one is computed, after every micro-batch. Only those of the last one
 //! of a step go across hosts: what a host has summed before is added to them there.
 
+use super::narrow::NarrowState;
 use super::shards::ShardState;
 use super::state::{HostState, State, of_host};
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
 use crate::shim::buffers::RankSlice;
-use crate::units::{Gradients, Host, HostNumber, HostWeights, Places, UnitWeights, Units};
+use crate::units::{Gradients, Host, HostNumber, HostWeights, Kept, Places, UnitWeights, Units};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
-use fleet_checkpoint::Disks;
+use fleet_checkpoint::{Disks, Dtype};
 use fleet_collectives::{Activity, DType, Gang, Keep, Op, SharedHost, Ticket};
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
+use half::bf16;
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub struct Sharded<E> {
+/// Sums of gradients are kept as `S`.
+pub struct Sharded<E, S = f32> {
     gang: Box<dyn SharedHost>,
-    state: Box<dyn State<E>>,
+    state: Box<dyn State<E, S>>,
     own: OwnGradients,
     /// Over all ranks, when a step's last micro-batch is done.
-    sums: Summed,
+    sums: Summed<S>,
     /// Over the ranks of this host and the micro-batches so far; `None` where `sums` has the same parts, or no step has had several micro-batches.
-    held: Option<Summed>,
+    held: Option<Summed<S>>,
     /// Units whose reduction is under way, oldest first.
     posted: VecDeque<(usize, Ticket)>,
     micro: Micro,
@@ -47,24 +50,24 @@ struct OwnGradients {
 }
 
 /// A part of each unit's gradients.
-struct Summed {
+struct Summed<S> {
     parts: Vec<Range<usize>>,
-    numbers: Vec<f32>,
+    numbers: Vec<S>,
     places: Places,
 }
 
-impl Summed {
+impl<S: Kept> Summed<S> {
     /// One of `parts` for each unit.
-    fn new(parts: Vec<Range<usize>>) -> Result<Summed> {
+    fn new(parts: Vec<Range<usize>>) -> Result<Summed<S>> {
         let places = Places::in_a_row(parts.iter().cloned());
         Ok(Summed { parts, numbers: zeros(places.end(), Part::Learner)?, places })
     }
 
-    fn of(&self, part: Range<usize>) -> &[f32] {
+    fn of(&self, part: Range<usize>) -> &[S] {
         &self.numbers[self.places.of(&part)]
     }
 
-    fn of_mut(&mut self, part: Range<usize>) -> &mut [f32] {
+    fn of_mut(&mut self, part: Range<usize>) -> &mut [S] {
         &mut self.numbers[self.places.of(&part)]
     }
 }
@@ -147,12 +150,29 @@ impl<E: HostNumber> Sharded<E> {
         let state = HostState::new(layout, workers, &mut *gang)?;
         Sharded::new(Box::new(state), gang, "hsdp")
     }
+}
 
-    fn new(
-        state: Box<dyn State<E>>,
+impl Sharded<bf16, bf16> {
+    /// A model in bf16: each rank has its shard among the ranks of its host, whatever the strategy is that `name` names. Sums over ranks are
+    /// made in fp32, and rounded where they are kept. As `fully`.
+    pub fn in_bf16(
+        layout: Layout,
+        workers: Arc<Workers>,
         mut gang: Box<dyn SharedHost>,
         name: &'static str,
-    ) -> Result<Sharded<E>> {
+    ) -> Result<Sharded<bf16, bf16>> {
+        gang.note(Activity::Starting);
+        let state = NarrowState::new(layout, workers, &mut *gang)?;
+        Sharded::new(Box::new(state), gang, name)
+    }
+}
+
+impl<E: HostNumber, S: Kept> Sharded<E, S> {
+    fn new(
+        state: Box<dyn State<E, S>>,
+        mut gang: Box<dyn SharedHost>,
+        name: &'static str,
+    ) -> Result<Sharded<E, S>> {
         let layout = state.layout();
         let Rooms { rooms, len } = Rooms::of_gradients(layout);
         let own = OwnGradients {
@@ -185,8 +205,8 @@ impl<E: HostNumber> Sharded<E> {
         if !part.is_empty() {
             let (sums, new) = (into.of_mut(part.clone()), self.own.range(part));
             match self.micro.first || self.micro.last {
-                true => sums.copy_from_slice(new),
-                false => kernels::add(sums, new),
+                true => kernels::convert(&*new, sums),
+                false => kernels::add(sums, &*new),
             }
         }
         Ok(())
@@ -200,7 +220,7 @@ impl<E: HostNumber> Sharded<E> {
     }
 }
 
-impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> UnitWeights<Host<E>> for Sharded<E, S> {
     fn need(&mut self, unit: usize) -> Result<()> {
         self.state.need(unit, &mut *self.gang)
     }
@@ -211,7 +231,7 @@ impl<E: HostNumber> UnitWeights<Host<E>> for Sharded<E> {
     }
 }
 
-impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> Units<Host<E>> for Sharded<E, S> {
     fn numbers(&mut self) -> (HostWeights<'_, E>, &mut dyn Gradients) {
         (self.state.weights(), &mut self.own)
     }
@@ -249,7 +269,7 @@ impl<E: HostNumber> Units<Host<E>> for Sharded<E> {
     }
 }
 
-impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
+impl<E: HostNumber, S: Kept> Strategy<Host<E>> for Sharded<E, S> {
     fn gang(&mut self) -> &mut dyn Gang {
         &mut *self.gang
     }
@@ -282,6 +302,10 @@ impl<E: HostNumber> Strategy<Host<E>> for Sharded<E> {
 
     fn flat(&self, slot: Slot) -> Result<Cow<'_, [f32]>> {
         Ok(self.state.flat(slot))
+    }
+
+    fn dtype(&self) -> Dtype {
+        S::DTYPE
     }
 
     fn name(&self) -> &'static str {

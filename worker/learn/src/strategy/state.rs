@@ -17,17 +17,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// This rank's gradients of a range that it updates, summed over all ranks.
-pub(super) type Sums<'a> = dyn Fn(Range<usize>) -> &'a [f32] + 'a;
+pub(super) type Sums<'a, S = f32> = dyn Fn(Range<usize>) -> &'a [S] + 'a;
 
-/// Where weights and moments are, and which of them this rank updates.
-pub(super) trait State<E>: Send {
+/// Where weights and moments are, and which of them this rank updates with sums of gradients in `S`.
+pub(super) trait State<E, S = f32>: Send {
     fn layout(&self) -> &Layout;
     /// Of each unit the part that this rank updates; it may hold nothing.
     fn parts(&self) -> &[Range<usize>];
     /// Which sums of gradients that wants.
     fn keep(&self) -> Keep;
     /// The squares of this rank's part of the gradients, each counted by one rank of the gang.
-    fn squares(&self, sums: &Sums<'_>, gang: &dyn SharedHost) -> f64;
+    fn squares(&self, sums: &Sums<'_, S>, gang: &dyn SharedHost) -> f64;
 
     /// Brings the weights of a unit in.
     fn need(&mut self, unit: usize, gang: &mut dyn SharedHost) -> Result<()>;
@@ -41,7 +41,7 @@ pub(super) trait State<E>: Send {
         &mut self,
         update: &Update,
         norm: f64,
-        sums: &Sums<'_>,
+        sums: &Sums<'_, S>,
         gang: &mut dyn SharedHost,
     ) -> Result<()>;
     /// Calls `read` for each of this rank's parts. A collective call.
@@ -57,10 +57,16 @@ pub(super) trait State<E>: Send {
         gang: &mut dyn SharedHost,
     ) -> Result<()>;
 
-    /// Ranks that write checkpoints, the first ones.
-    fn writers(&self, disks: &Disks, gang: &dyn SharedHost) -> usize;
+    /// Ranks that write checkpoints, the first ones. Where every host has all of it, nothing need lie on another disk than rank 0's.
+    fn writers(&self, disks: &Disks, _gang: &dyn SharedHost) -> usize {
+        disks.together()
+    }
     /// What this rank writes of the moments.
-    fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>>;
+    fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>> {
+        let (rank, writers) = (gang.rank(), disks.together());
+        let parts = self.layout().units.iter().filter(|_| rank < writers);
+        parts.map(|unit| within(unit, rank, writers)).collect()
+    }
 }
 
 /// The part of a unit that this rank has among the ranks of its host. It may hold nothing.
@@ -209,16 +215,5 @@ impl<E: HostNumber> State<E> for HostState<E> {
     ) -> Result<()> {
         copy_ranges(self.of(slot), ranges, out);
         Ok(())
-    }
-
-    /// Every host has all of it, so nothing need lie on another disk than rank 0's.
-    fn writers(&self, disks: &Disks, _gang: &dyn SharedHost) -> usize {
-        disks.together()
-    }
-
-    fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>> {
-        let (rank, writers) = (gang.rank(), disks.together());
-        let parts = self.layout.units.iter().filter(|_| rank < writers);
-        parts.map(|unit| within(unit, rank, writers)).collect()
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::{Model, with_end};
-use fleet_checkpoint::{CONFIG_FILE, CheckpointError, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
 use fleet_data::END_OF_TEXT;
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
@@ -52,6 +52,8 @@ pub(super) struct Origins<'a> {
     pub tokenizer: Option<&'a Path>,
     /// The `tokenizer.json` that is used.
     pub used: &'a Path,
+    /// How checkpoints have weights.
+    pub weights: Dtype,
 }
 
 #[derive(Debug)]
@@ -118,7 +120,7 @@ impl Companions {
             generation.insert(EOS.into(), ends);
             files.push((GENERATION_CONFIG, pretty(&generation)));
         }
-        Ok(Companions { config: model.config_json(), files })
+        Ok(Companions { config: model.config_json_of(from.weights), files })
     }
 
     pub fn write(&self, writer: &mut Writer) -> std::result::Result<(), CheckpointError> {

@@ -29,7 +29,7 @@ use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
 use breakdown::Breakdown;
 use companions::{Companions, Origins};
-use fleet_checkpoint::{Claim, RunDir, TrainerState};
+use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
 use fleet_collectives::{Activity, Pace};
 use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
 use fleet_common::job::{self, Job, Tokenizer};
@@ -151,6 +151,7 @@ impl Trainer {
             batch_size: job.batch_size,
             accumulate_grad_batches: job.accumulate_grad_batches,
             threads_per_rank: start.threads,
+            loss_scale: None,
         };
         match (&start.resume, &pretrained) {
             (Some(checkpoint), _) => {
@@ -163,6 +164,7 @@ impl Trainer {
                 }
                 learner.load_weights(checkpoint)?;
                 learner.load_optimizer(checkpoint)?;
+                was.loss_scale.into_iter().for_each(|scale| learner.set_loss_scale(scale));
                 state = TrainerState {
                     step: was.step,
                     epoch: was.epoch,
@@ -176,6 +178,7 @@ impl Trainer {
             (None, Some(dir)) => learner.load_weights(dir)?,
             (None, None) => learner.fresh_weights(job.seed)?,
         }
+        state.loss_scale = learner.loss_scale();
         let adamw = AdamW::from(&job.optimizer);
         let positions = model.decoder.max_positions;
         let lead = dir.map(|dir| {
@@ -187,6 +190,7 @@ impl Trainer {
                     Tokenizer::Train { .. } => None,
                 },
                 used: &cache.tokenizer_path(),
+                weights: learner.dtype(),
             };
             let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;
             Ok::<_, Error>(Lead { dir, companions: companions.map(Arc::new) })
@@ -268,7 +272,8 @@ impl Trainer {
             }
             let over = step == self.total_steps || votes.stop || votes.time;
             let told = step == first || step.is_multiple_of(self.job.logging_steps) || over;
-            if told && self.rank == 0 {
+            // A run whose steps were all skipped has nothing to tell yet.
+            if told && self.rank == 0 && !(self.state.loss_scale.is_some() && self.state.loss.is_nan()) {
                 link.event(EventBody::Step(self.meter.event(&self.state, self.order.epochs_done(step))));
             }
             let every = |steps: u64| steps > 0 && step.is_multiple_of(steps);
@@ -303,7 +308,7 @@ impl Trainer {
     }
 
     /// One optimizer step; tells what the ranks agreed on.
-    fn step(&mut self, link: &AgentLink) -> Result<Votes> {
+    fn step(&mut self, link: &mut AgentLink) -> Result<Votes> {
         let began = Instant::now();
         let step = self.state.step;
         self.watch.begin_step(step + 1);
@@ -329,10 +334,17 @@ impl Trainer {
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
         (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
-        state.loss = report.loss;
+        if report.loss.is_finite() || !report.skipped {
+            state.loss = report.loss;
+        }
+        let scaled_by = std::mem::replace(&mut state.loss_scale, self.learner.loss_scale());
         let tokens = state.global_batch * u64::from(self.job.max_seq_len);
         state.tokens_seen += tokens;
-        self.meter.add(tokens, began.elapsed(), lr, report.grad_norm);
+        let grad_norm = if report.skipped { self.meter.grad_norm } else { report.grad_norm };
+        self.meter.add(tokens, began.elapsed(), lr, grad_norm);
+        if report.skipped && self.rank == 0 {
+            link.log(Level::Warn, skipped(step + 1, scaled_by, self.state.loss_scale));
+        }
         Ok(report.votes)
     }
 
@@ -369,6 +381,16 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// What the log says of a step that changed nothing.
+fn skipped(step: u64, was: Option<LossScale>, is: Option<LossScale>) -> String {
+    let scale = |state: Option<LossScale>| state.map_or(1.0, |state| state.scale);
+    format!(
+        "step {step} was skipped: its gradients were NaN or infinite with the loss scale {}, which is {} now",
+        scale(was),
+        scale(is)
+    )
 }
 
 /// Takes the directory of the run for as long as this process lives.

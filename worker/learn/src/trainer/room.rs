@@ -6,10 +6,8 @@ use crate::agent_link::AgentLink;
 use fleet_checkpoint::CheckpointError;
 use fleet_common::events::Level;
 
-/// In a checkpoint: the weight in fp32.
-const WEIGHT_BYTES: u64 = 4;
-/// The two moments of AdamW.
-const MOMENTS_BYTES: u64 = 8;
+/// In a checkpoint, beside the weight.
+const MOMENTS: u64 = 2;
 
 /// For people.
 fn size(bytes: u64) -> String {
@@ -38,9 +36,9 @@ impl Trainer {
     /// What a checkpoint has on this rank's disk.
     pub(super) fn bytes_here(&self) -> u64 {
         let (here, all) = self.saving.share();
-        let parameters = self.learner.layout().count();
-        let weights = if self.saving.disk == 0 { parameters * WEIGHT_BYTES } else { 0 };
-        weights + (parameters * MOMENTS_BYTES * here as u64).div_ceil(all as u64)
+        let one = self.learner.layout().count() * self.learner.dtype().bitsize() as u64 / 8;
+        let weights = if self.saving.disk == 0 { one } else { 0 };
+        weights + (MOMENTS * one * here as u64).div_ceil(all as u64)
     }
 
     pub(super) fn what_is_needed(&self, error: &CheckpointError) -> String {

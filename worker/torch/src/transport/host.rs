@@ -1,9 +1,9 @@
 //! Over the memory of the host. Tensors of the CPU lie in the memory that is exchanged; what another device has is copied there and back.
 
-use super::{Exchanged, Posted, Room, Transport, share};
+use super::{Exchanged, Posted, Room, Transport, dtype, share};
 use crate::memory::{hidden_copy, narrow};
 use crate::{Error, shim};
-use fleet_collectives::{self as collectives, DType, Exchange, Gang, Op, PerRank, Ticket};
+use fleet_collectives::{self as collectives, Exchange, Gang, Op, PerRank, Ticket};
 use fleet_learn::Result;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -62,11 +62,11 @@ impl Transport for HostTransport {
         &mut *self.gang
     }
 
-    fn room(&mut self, len: usize) -> Result<Room> {
-        let bytes = self.gang.allocate_per_rank(len * size_of::<f32>())?;
-        let host = shim::over(bytes.clone())?;
+    fn room(&mut self, len: usize, kind: Kind) -> Result<Room> {
+        let bytes = self.gang.allocate_per_rank(len * kind.elt_size_in_bytes())?;
+        let host = shim::over(bytes.clone(), kind)?;
         let device = match self.apart {
-            true => Tensor::f_zeros([len as i64], (Kind::Float, self.device)).map_err(Error::from)?,
+            true => Tensor::f_zeros([len as i64], (kind, self.device)).map_err(Error::from)?,
             false => host.shallow_clone(),
         };
         let room = Room { tensor: device.shallow_clone(), number: self.rooms.len() };
@@ -76,14 +76,13 @@ impl Transport for HostTransport {
 
     fn post(&mut self, room: &Room, range: Range<usize>, exchange: Exchanged) -> Result<Posted> {
         let mine = share(&range, self.gang.rank(), self.gang.world_size());
+        let dtype = dtype(room.tensor.kind());
         let (given, result, exchange) = match exchange {
-            Exchanged::Gathered => (&mine, range.clone(), collectives::Posted::AllGather(DType::F32)),
-            Exchanged::Reduced => {
-                (&range, mine.clone(), collectives::Posted::ReduceScatter(DType::F32, Op::Sum))
-            }
+            Exchanged::Gathered => (&mine, range.clone(), collectives::Posted::AllGather(dtype)),
+            Exchanged::Reduced => (&range, mine.clone(), collectives::Posted::ReduceScatter(dtype, Op::Sum)),
         };
         self.copied(room.number, given, true)?;
-        let bytes = range.start * size_of::<f32>()..range.end * size_of::<f32>();
+        let bytes = range.start * dtype.size()..range.end * dtype.size();
         let ticket = self.gang.post(&self.rooms[room.number].bytes, bytes, exchange)?;
         self.posts += 1;
         let posted = Posted(self.posts);

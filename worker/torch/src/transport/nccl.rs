@@ -1,6 +1,6 @@
 //! Between CUDA devices, where the numbers lie.
 
-use super::{Exchanged, Posted, Room, Transport};
+use super::{Exchanged, Posted, Room, Transport, dtype};
 use crate::{Error, shim};
 use fleet_collectives::Gang;
 use fleet_collectives::nccl::{Call, NcclCollective};
@@ -28,8 +28,8 @@ impl Transport for NcclTransport {
         self.nccl.gang()
     }
 
-    fn room(&mut self, len: usize) -> Result<Room> {
-        let tensor = Tensor::f_zeros([len as i64], (Kind::Float, self.device)).map_err(Error::from)?;
+    fn room(&mut self, len: usize, kind: Kind) -> Result<Room> {
+        let tensor = Tensor::f_zeros([len as i64], (kind, self.device)).map_err(Error::from)?;
         self.rooms.push(tensor.shallow_clone());
         Ok(Room { tensor, number: self.rooms.len() - 1 })
     }
@@ -39,7 +39,8 @@ impl Transport for NcclTransport {
             Exchanged::Gathered => Call::AllGather,
             Exchanged::Reduced => Call::ReduceScatter,
         };
-        Ok(Posted(shim::nccl::post(&mut self.nccl, &self.rooms[room.number], range, call)?))
+        let dtype = dtype(room.tensor.kind());
+        Ok(Posted(shim::nccl::post(&mut self.nccl, &self.rooms[room.number], (range, dtype), call)?))
     }
 
     fn wait(&mut self, posted: Posted) -> Result<()> {

@@ -2,11 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
+#[path = "../gang/mod.rs"]
 mod gang;
-#[path = "strategies/hosts.rs"]
+#[path = "../strategies/hosts.rs"]
 mod hosts;
+mod precisions;
 
-use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors, Writer, diff, verify};
+use fleet_checkpoint::{
+    CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors as Files, Writer, diff, verify,
+};
 use fleet_collectives::{Exchange, SharedHost};
 use fleet_common::events::Outcome;
 use fleet_common::job::{self, Job};
@@ -16,7 +20,7 @@ use fleet_learn::model::Model;
 use fleet_learn::strategy::{Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, IGNORED, Learner, Report, TokenBatch, Update, Votes};
-use fleet_torch::{HostTransport, Numbers, Rooms, Sharded, TorchExecutor};
+use fleet_torch::{HostTransport, Keeping, Numbers, Rooms, Sharded, Tensors, TorchExecutor};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tch::Device;
@@ -57,10 +61,13 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
         CpuExecutor::<f32>::new(network, workers.clone())
     };
     let torch = || TorchExecutor::new(model.decoder.clone(), layout.clone(), Device::Cpu, numbers);
-    let products = numbers.products;
+    let scaled = |engine: Engine<Tensors>| -> Box<dyn Learner> {
+        Box::new(if numbers == Numbers::FP16_MIXED { engine.scaling_losses() } else { engine })
+    };
     let sharded = |rooms, transport: HostTransport| {
-        let strategy = Sharded::new(layout.clone(), rooms, Device::Cpu, products, Box::new(transport));
-        Box::new(Engine::new(torch(), strategy.unwrap()))
+        let keeping = Keeping { rooms, numbers, device: Device::Cpu, offload: false };
+        let strategy = Sharded::new(layout.clone(), keeping, Box::new(transport));
+        scaled(Engine::new(torch(), strategy.unwrap()))
     };
     let host = |gang: Box<dyn Exchange>| HostTransport::new(gang, Device::Cpu);
     match kind {
@@ -69,8 +76,8 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
             Box::new(Engine::new(cpu(), Shared::<f32>::new(layout, workers.clone(), gang).unwrap()))
         }
         Kind::Alone => {
-            let strategy = fleet_torch::Solo::new(layout.clone(), Device::Cpu, products, 1).unwrap();
-            Box::new(Engine::new(torch(), strategy))
+            let strategy = fleet_torch::Solo::new(layout.clone(), Device::Cpu, numbers, 1).unwrap();
+            scaled(Engine::new(torch(), strategy))
         }
         Kind::Ranks(rooms) | Kind::OnTwoHosts(rooms) => sharded(rooms, host(gang)),
         Kind::Copying(rooms) => sharded(rooms, host(gang).copying()),
@@ -141,13 +148,18 @@ fn train(config: &Object, cut: Cut, numbers: Numbers, count: u64) -> Vec<Vec<Rep
 
 /// A checkpoint in `dir` of what `from` has, or of a run of so many steps.
 fn save(config: &Object, cut: Cut, dir: &Path, from: Result<&Path, u64>) -> PathBuf {
+    save_in(Numbers::FP32, config, cut, dir, from)
+}
+
+/// The same in another precision.
+fn save_in(numbers: Numbers, config: &Object, cut: Cut, dir: &Path, from: Result<&Path, u64>) -> PathBuf {
     std::fs::create_dir(dir).unwrap();
     let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
     let run_dir = RunDir::claim(&claim).unwrap();
     let writer = Writer::begin(&run_dir, 3).unwrap().of("test", cut.world as u32);
     let ticket = writer.ticket();
     let lead = std::sync::Mutex::new(Some(writer));
-    let records = ranks(config, cut, Numbers::FP32, |rank, learner| {
+    let records = ranks(config, cut, numbers, |rank, learner| {
         match from {
             Ok(from) => {
                 learner.load_weights(from).unwrap();
@@ -224,7 +236,7 @@ fn the_first_gradients_are_those_of_one_rank_on_the_cpu() {
         let moments = |cut: Cut| -> Vec<f32> {
             let name = format!("{number}-{:?}-{}-{}", cut.kind, cut.world, cut.micro);
             let at = save(&config, cut, &dir.path().join(name), Err(1));
-            let tensors = Tensors::of_optimizer(&at).unwrap();
+            let tensors = Files::of_optimizer(&at).unwrap();
             let layout = Model::new(&config).unwrap().layout();
             let of = |name: &str| tensors.get(&format!("{name}.exp_avg")).unwrap().data().unwrap();
             let bytes: Vec<u8> = layout.parameters.iter().flat_map(|p| of(&p.name)).collect();
@@ -276,8 +288,8 @@ fn what_n_ranks_save_m_ranks_load() {
         for (n, saved) in cuts.iter().enumerate() {
             let from = save(&config, *saved, &dir.path().join(format!("{n}")), Err(3));
             verify(&from).unwrap();
-            assert_eq!(Tensors::of_model(&from).unwrap().len(), parameters);
-            assert_eq!(Tensors::of_optimizer(&from).unwrap().len(), 2 * parameters);
+            assert_eq!(Files::of_model(&from).unwrap().len(), parameters);
+            assert_eq!(Files::of_optimizer(&from).unwrap().len(), 2 * parameters);
             for (m, loaded) in cuts.iter().enumerate() {
                 let again = save(&config, *loaded, &dir.path().join(format!("{n}-{m}")), Ok(&from));
                 assert_eq!(diff(&from, &again).unwrap(), [], "{saved:?} to {loaded:?}");
