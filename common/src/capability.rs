@@ -15,13 +15,16 @@ struct Row {
     strategies: &'static [Strategy],
     /// Of one job.
     ranks_max: u32,
-    nodes_max: u32,
+    /// The strategies of ranks on several nodes; none where it trains on one.
+    over_nodes: &'static [Strategy],
 }
 
 /// Of libtorch, where it is tested.
 const PRECISIONS: &[Precision] = &[Fp32, Bf16Mixed, Fp16Mixed, Bf16True];
 
 const ALL: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp];
+/// Of ranks that reach all others in the same way.
+const FLAT: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp];
 
 /// In the order in which they are preferred.
 const TABLE: [Row; 4] = [
@@ -31,7 +34,7 @@ const TABLE: [Row; 4] = [
         precisions: &[Fp32, Bf16Mixed, Bf16True],
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        nodes_max: RANKS_MAX,
+        over_nodes: ALL,
     },
     Row {
         executor: Executor::Torch,
@@ -39,7 +42,7 @@ const TABLE: [Row; 4] = [
         precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        nodes_max: 1,
+        over_nodes: FLAT,
     },
     Row {
         executor: Executor::Torch,
@@ -48,7 +51,7 @@ const TABLE: [Row; 4] = [
         strategies: &[Strategy::Auto],
         // A machine has one such device.
         ranks_max: 1,
-        nodes_max: 1,
+        over_nodes: &[],
     },
     Row {
         executor: Executor::Torch,
@@ -56,7 +59,7 @@ const TABLE: [Row; 4] = [
         precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        nodes_max: 1,
+        over_nodes: FLAT,
     },
 ];
 
@@ -115,23 +118,18 @@ impl Wanted {
             (Key::Executor, self.executor != Executor::Auto && self.executor != row.executor),
             (Key::Strategy, !row.strategies.contains(&self.strategy)),
             (Key::Precision, !row.precisions.contains(&self.precision)),
-            (Key::Nodes, self.nodes > row.nodes_max),
+            (Key::Nodes, self.nodes > 1 && row.over_nodes.is_empty()),
+            (Key::OverNodes, self.nodes > 1 && !row.over_nodes.contains(&self.strategy)),
             (Key::Ranks, self.ranks > row.ranks_max),
         ];
         let missed: Vec<Key> = misses.iter().filter(|(_, misses)| *misses).map(|(key, _)| *key).collect();
         missed.first().map(|first| (missed.len(), *first))
     }
 
-    /// What else a job over so many nodes has to change.
-    fn precision_over_nodes(&self) -> String {
-        let there = TABLE.iter().find(|row| row.nodes_max >= self.nodes);
-        match there.filter(|row| !row.precisions.contains(&self.precision)) {
-            Some(row) => {
-                let known: Vec<String> = row.precisions.iter().map(quoted).collect();
-                format!(" in precision {}", known.join(" or "))
-            }
-            None => String::new(),
-        }
+    /// Whether ranks on several nodes can train so.
+    pub fn trains_over_nodes(executor: Executor, device: Device, strategy: Strategy) -> bool {
+        let mut rows = TABLE.iter().filter(|row| row.executor == executor && row.device == device);
+        rows.any(|row| row.over_nodes.contains(&strategy))
     }
 
     /// By the row that comes nearest: on the device, which is what a machine has, and with the executor, where that computes there.
@@ -190,9 +188,17 @@ impl Wanted {
                 "num_nodes",
                 self.nodes.to_string(),
                 format!(
-                    "is more than the one node that {} trains on with the device {device} in this version of fleet; use one node, or device = \"cpu\" without `executor`{}",
+                    "is more than the one node that {} trains on with the device {device} in this version of fleet; use one node, or device = \"cpu\" without `executor`",
+                    name(&row.executor)
+                ),
+            ),
+            Key::OverNodes => (
+                "strategy",
+                quoted(&self.strategy),
+                format!(
+                    "is of one node with {} on the device {device} in this version of fleet; over {} nodes use \"fsdp\" or \"ddp\"",
                     name(&row.executor),
-                    self.precision_over_nodes()
+                    self.nodes
                 ),
             ),
             Key::Ranks => (
@@ -214,6 +220,7 @@ enum Key {
     Strategy,
     Precision,
     Nodes,
+    OverNodes,
     Ranks,
 }
 
@@ -259,15 +266,12 @@ mod tests {
             assert_eq!(Wanted { device, precision, ..ANY }.executor(), Ok(executor));
         }
         let over_nodes = Wanted { device: Device::Cpu, precision: Fp16Mixed, ranks: 2, nodes: 2, ..ANY };
-        let refusal = over_nodes.executor().unwrap_err();
-        assert_eq!(refusal.key, "num_nodes");
-        let cure = "in precision \"32\" or \"bf16-mixed\" or \"bf16-true\"";
-        assert!(refusal.reason.ends_with(cure), "{refusal}");
+        assert_eq!(over_nodes.executor(), Ok(Executor::Torch));
         for device in [Device::Cpu, Device::Cuda] {
             let several =
                 Wanted { device, executor: Executor::Torch, strategy: Strategy::Fsdp, ranks: 4, ..ANY };
             assert_eq!(several.executor(), Ok(Executor::Torch));
-            assert!(Wanted { nodes: 2, ..several }.executor().is_err());
+            assert_eq!(Wanted { nodes: 2, ..several }.executor(), Ok(Executor::Torch));
         }
     }
 
@@ -283,7 +287,12 @@ mod tests {
             (Wanted { precision: Bf16True, device: Device::Mps, ..ANY }, "precision", "mps"),
             (Wanted { precision: Bf16Mixed, device: Device::Mps, ..ANY }, "precision", "\"32\""),
             (Wanted { device: Device::Mps, ranks: 2, ..ANY }, "devices", "mps"),
-            (Wanted { device: Device::Cuda, ranks: 2, nodes: 2, ..ANY }, "num_nodes", "one node"),
+            (Wanted { device: Device::Mps, nodes: 2, ..ANY }, "num_nodes", "one node"),
+            (
+                Wanted { device: Device::Cuda, strategy: Strategy::Hsdp, ranks: 4, nodes: 2, ..ANY },
+                "strategy",
+                "\"fsdp\"",
+            ),
             (Wanted { device: Device::Cuda, executor: Executor::Cpu, ..ANY }, "executor", "\"torch\""),
         ];
         for (wanted, key, word) in table {

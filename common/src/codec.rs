@@ -282,7 +282,7 @@ mod tests {
     /// A change of these bytes is a change of the protocol: raise `PROTOCOL_VERSION`.
     #[test]
     fn messages_have_the_bytes_they_always_had() {
-        golden(ClientFrame::change(ClientId(300), 2, Request::Job(JobId(7))), "07fb2c01020200000607");
+        golden(ClientFrame::change(ClientId(300), 2, Request::Job(JobId(7))), "08fb2c01020200000607");
         golden(Reply::Submitted { job: JobId(251) }, "00fbfb00");
         golden(ToAgent::Welcome { node: NodeId(1) }, "0001");
         golden(ToRank::CheckpointCommitted { step: 100 }, "0264");
@@ -343,12 +343,12 @@ mod tests {
         let named = |error: CodecError| {
             let text = error.to_string();
             assert!(
-                text.contains(&format!("version {PROTOCOL_VERSION} of the protocol, the other side 8")),
+                text.contains(&format!("version {PROTOCOL_VERSION} of the protocol, the other side 99")),
                 "{text}"
             );
         };
         // A version, then what no message of ours has; a greeting begins with its tag.
-        let (bare, greeting) = (hex::decode("08ffff").unwrap(), hex::decode("0008ffff").unwrap());
+        let (bare, greeting) = (hex::decode("63ffff").unwrap(), hex::decode("0063ffff").unwrap());
         named(decode_versioned::<ClientFrame>(&bare).unwrap_err());
         named(decode_versioned::<JoinRequest>(&bare).unwrap_err());
         named(decode_versioned::<FromAgent>(&greeting).unwrap_err());

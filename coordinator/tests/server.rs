@@ -97,7 +97,7 @@ async fn a_job_runs_from_submit_to_its_last_event_and_a_watcher_sees_all_of_it()
         disks: vec![0],
         shards: vec![Shard { writer: 0, name: "model".into(), bytes: 8, sha256: "ab".repeat(32) }],
     };
-    let listed = CheckpointRecord { shards: vec![], ..record.clone() };
+    let listed = CheckpointRecord { disks: vec![], shards: vec![], ..record.clone() };
     agent
         .events(
             (job, 1),

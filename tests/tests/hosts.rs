@@ -41,6 +41,8 @@ fn a_job_on_two_nodes_trains_as_on_one_under_every_strategy() {
         ("fsdp-bf16", "strategy = \"fsdp\"\nprecision = \"bf16-mixed\""),
         ("over-quic", "transport = \"quic\""),
         ("hsdp", "strategy = \"hsdp\""),
+        ("torch", "executor = \"torch\"\nstrategy = \"fsdp\""),
+        ("torch-ddp", "executor = \"torch\"\nstrategy = \"ddp\""),
     ];
     for (name, more) in strategies {
         let (two, tolerance) = (loss("2", name, more), if name.contains("bf16") { 1e-2 } else { 1e-4 });

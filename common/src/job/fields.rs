@@ -41,6 +41,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["batch_size", "per_device_train_batch_size", "per_device_batch_size"],
     &["accumulate_grad_batches", "gradient_accumulation_steps"],
     &["activation_checkpointing", "gradient_checkpointing"],
+    &["reshard_after_forward"],
     &["offload_optimizer"],
     &["transport"],
     &["transport_encryption"],

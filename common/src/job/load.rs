@@ -111,6 +111,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         batch_size,
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         activation_checkpointing: activation_checkpointing(f)?,
+        reshard_after_forward: f.flag("reshard_after_forward")?.unwrap_or(true),
         offload_optimizer: f.flag("offload_optimizer")?.unwrap_or(false),
         transport: transport(f)?,
         transport_encryption: f.flag("transport_encryption")?.unwrap_or(true),

@@ -53,6 +53,9 @@ pub struct Job {
     pub accumulate_grad_batches: u32,
     #[serde(default)]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// Under fsdp, where weights are gathered: a block's go after its forward and are gathered again for its backward. Else they stay for the step.
+    #[serde(default = "yes")]
+    pub reshard_after_forward: bool,
     /// The optimizer's state and the weights that it updates are in the memory of the host, not of the device.
     #[serde(default)]
     pub offload_optimizer: bool,

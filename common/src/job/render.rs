@@ -28,6 +28,7 @@ impl Job {
                 ActivationCheckpointing::Blocks => json!("blocks"),
                 ActivationCheckpointing::First(count) => json!(count),
             },
+            "reshard_after_forward": self.reshard_after_forward,
             "offload_optimizer": self.offload_optimizer,
             "transport": self.transport,
             "transport_encryption": self.transport_encryption,

@@ -79,13 +79,13 @@ impl Config {
         job.threads_per_rank.unwrap_or(self.cores / ranks.max(1)).max(1)
     }
 
-    /// Where a rank of a job with `ranks` ranks computes, or why nowhere, in one line. CUDA devices in `taken` belong to other jobs: a job that
+    /// Where a rank of a job with `here` ranks on this node and `world` together computes, or why nowhere, in one line. CUDA devices in `taken` belong to other jobs: a job that
     /// does not name its devices gets others as long as there are any.
     pub fn place(
         &self,
         job: &Job,
         local_rank: Rank,
-        ranks: u32,
+        (here, world): (u32, u32),
         taken: &BTreeSet<u32>,
     ) -> Result<Place, String> {
         let index_of = |local_rank: Rank| match (&job.devices, self.accelerator) {
@@ -98,7 +98,7 @@ impl Config {
         };
         let index = index_of(local_rank);
         let name = &self.name;
-        let refusal = |device| Wanted::of(job, device, ranks).executor().err();
+        let refusal = |device| Wanted::of(job, device, world).executor().err();
         let on = |device: &str| Place { device: device.to_owned(), note: None };
         let on_cuda = || on(&format!("cuda:{index}"));
         let on_cpu = |why: String| Place {
@@ -111,10 +111,13 @@ impl Config {
                 Some(why) => Ok(on_cpu(why.clone())),
                 None => Ok(on("cpu")),
             },
+            // What the others have is not known here, and ranks of a gang compute on devices of one kind.
+            (Device::Auto, Accelerator::Cuda { .. }) if here < world => Ok(on_cpu(
+                "`device` is \"auto\" and the job has several nodes; where all of them have CUDA devices, write device = \"cuda\"".into(),
+            )),
             (Device::Auto, Accelerator::Cuda { devices }) => match refusal(Device::Cuda) {
                 Some(refusal) => Ok(on_cpu(refusal.to_string())),
-                // Ranks of a gang compute on devices of one kind.
-                None => match (0..ranks).map(index_of).find(|index| *index >= devices) {
+                None => match (0..here).map(index_of).find(|index| *index >= devices) {
                     None => Ok(on_cuda()),
                     Some(missing) => Ok(on_cpu(format!(
                         "{name} has {devices} CUDA devices, the job asks for number {missing}"

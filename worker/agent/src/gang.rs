@@ -253,9 +253,9 @@ impl Supervised {
             Err(error) => (Kind::Program, Some(error)),
         };
         let places = match (&refusal, &kind) {
-            (None, Kind::Train(job)) => {
-                (0..gang.ranks).map(|rank| config.place(job, rank, gang.world_size, &room.taken)).collect()
-            }
+            (None, Kind::Train(job)) => (0..gang.ranks)
+                .map(|rank| config.place(job, rank, (gang.ranks, gang.world_size), &room.taken))
+                .collect(),
             _ => Ok(Vec::new()),
         };
         let refusal = refusal.or_else(|| refuse(&gang, &kind, room.unfit.as_deref(), &places, config));

@@ -211,7 +211,8 @@ fn the_one_that_is_missing_is_named_with_those_that_were_refused() {
     for wire in WIRES {
         let mut all = ranks(&[0, 1, 2], wire);
         let mut stranger = ranks(&[0, 1, 2], wire).remove(2);
-        stranger.told.ranks[0] = all[0].told.ranks[0].clone();
+        // The nearest is called first, and there it ends.
+        stranger.told.ranks[1] = all[1].told.ranks[1].clone();
         stranger.told.generation = 6;
         let zero = all.remove(0);
         let one = all.remove(0);
@@ -219,10 +220,10 @@ fn the_one_that_is_missing_is_named_with_those_that_were_refused() {
             let zero = scope.spawn(move || zero.connect(Duration::from_secs(3)).err().unwrap().to_string());
             let one = scope.spawn(move || one.connect(Duration::from_secs(3)).err().unwrap().to_string());
             assert!(stranger.connect(Duration::from_secs(2)).is_err());
-            let text = zero.join().unwrap();
+            let text = one.join().unwrap();
             assert!(text.starts_with("rank 2 did not connect in time; refused 127.0.0.1:"), "{text}");
             assert!(text.contains(" that calls itself rank-2.generation-6: "), "{text}");
-            assert_eq!(one.join().unwrap(), "rank 2 did not connect in time");
+            assert_eq!(zero.join().unwrap(), "rank 2 did not connect in time");
         });
     }
 }

@@ -10,11 +10,11 @@ use fleet_common::job::{self, Job, Precision, Shape, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
-use fleet_learn::strategy::{Sharded, Shared, Solo};
+use fleet_learn::strategy::{Resident, Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
 use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
 use fleet_torch::{
-    AloneTransport, HostTransport, Keeping, NcclTransport, Numbers, Rooms, TorchExecutor, Transport,
+    AloneTransport, Held, HostTransport, Keeping, NcclTransport, Numbers, TorchExecutor, Transport,
 };
 use half::bf16;
 use std::sync::Arc;
@@ -83,7 +83,7 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
         _ => settle_on_device(start, job, model, (device, numbers), gang.as_deref_mut())?,
     };
     let keeping = Keeping {
-        rooms: Rooms::of(settled.strategy),
+        held: Held::of(settled.strategy, job.reshard_after_forward),
         numbers,
         device,
         offload: job.offload_optimizer && device != Device::Cpu,
@@ -131,9 +131,13 @@ fn settle_on_device(
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
-    let needs =
-        |strategy| fleet_torch::needs(&layout, Rooms::of(strategy), numbers, world).total() + activations;
-    let chosen = choice::choose(shape_of(start), Memory { bytes, from }, needs);
+    let needs = |strategy| {
+        fleet_torch::needs(&layout, Held::of(strategy, job.reshard_after_forward), numbers, world).total()
+            + activations
+    };
+    let kind = if device == Device::Mps { job::Device::Mps } else { job::Device::Cuda };
+    let ways = choice::in_order(shape_of(start), job::Executor::Torch, kind);
+    let chosen = choice::choose(shape_of(start), Memory { bytes, from }, &ways, needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })
 }
 
@@ -174,7 +178,10 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Mad
     let (executor, workers) = cpu::<E>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
     let engine = match (gang, strategy) {
         (None, _) => Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?),
-        (Some(gang), Strategy::Fsdp) => Engine::new(executor, Sharded::<E>::fully(layout, workers, gang)?),
+        (Some(gang), Strategy::Fsdp) => {
+            let resident = Resident::of(job.reshard_after_forward);
+            Engine::new(executor, Sharded::<E>::fully(layout, workers, gang, resident)?)
+        }
         (Some(gang), Strategy::Hsdp) => {
             Engine::new(executor, Sharded::<E>::within_hosts(layout, workers, gang)?)
         }

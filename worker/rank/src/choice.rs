@@ -1,7 +1,8 @@
 //! What `strategy = "auto"` is: the strategy that moves the least between ranks, of those that fit.
 
 use crate::fits::size;
-use fleet_common::job::{Shape, Strategy};
+use fleet_common::capability::Wanted;
+use fleet_common::job::{Device, Executor, Shape, Strategy};
 
 /// Of memory so much is left for the system and for programs.
 const SPARE: usize = 10;
@@ -29,15 +30,14 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// For several ranks, of which each `needs` so many bytes under a strategy. Ranks that are told the same choose the same.
-pub fn choose(shape: Shape, memory: Memory, needs: impl Fn(Strategy) -> usize) -> Choice {
+/// For several ranks, of which each `needs` so many bytes under a strategy, of `ways`. Ranks that are told the same choose the same.
+pub fn choose(shape: Shape, memory: Memory, ways: &[Strategy], needs: impl Fn(Strategy) -> usize) -> Choice {
     let together = match memory.from {
         Pool::Node => shape.of_node() as usize,
         Pool::Device => 1,
     };
     let need = |strategy: Strategy| needs(strategy).saturating_mul(together);
     let limit = memory.bytes - memory.bytes / SPARE;
-    let ways = in_order(shape);
     let fitting = ways.iter().position(|strategy| need(*strategy) <= limit);
     // What came before it would be too much.
     let tried = &ways[..fitting.unwrap_or(ways.len())];
@@ -63,7 +63,7 @@ pub fn choose(shape: Shape, memory: Memory, needs: impl Fn(Strategy) -> usize) -
             Choice { strategy: chosen, reason }
         }
         None => {
-            let least = ways.into_iter().min_by_key(|strategy| need(*strategy)).unwrap_or(Strategy::Fsdp);
+            let least = ways.iter().copied().min_by_key(|strategy| need(*strategy)).unwrap_or(Strategy::Fsdp);
             let reason = format!(
                 "{}: nothing else needs less ({}); {place} has {all}",
                 word(least),
@@ -75,11 +75,11 @@ pub fn choose(shape: Shape, memory: Memory, needs: impl Fn(Strategy) -> usize) -
 }
 
 /// What several ranks can train by, from what moves least to what needs least.
-pub fn in_order(shape: Shape) -> Vec<Strategy> {
-    match (shape.nodes, shape.of_node()) {
-        (1, _) | (_, 1) => vec![Strategy::Ddp, Strategy::Fsdp],
-        _ => vec![Strategy::Ddp, Strategy::Hsdp, Strategy::Fsdp],
-    }
+pub fn in_order(shape: Shape, executor: Executor, device: Device) -> Vec<Strategy> {
+    let is_hybrid = shape.nodes > 1 && shape.of_node() > 1;
+    let hybrid = is_hybrid && Wanted::trains_over_nodes(executor, device, Strategy::Hsdp);
+    let all = [(Strategy::Ddp, true), (Strategy::Hsdp, hybrid), (Strategy::Fsdp, true)];
+    all.into_iter().filter(|(_, possible)| *possible).map(|(strategy, _)| strategy).collect()
 }
 
 /// As a job file has it.
@@ -106,7 +106,8 @@ mod tests {
             Strategy::Hsdp => needs[1] * GIB,
             Strategy::Fsdp => needs[2] * GIB,
         };
-        choose(Shape { ranks, nodes }, memory, need)
+        let shape = Shape { ranks, nodes };
+        choose(shape, memory, &in_order(shape, Executor::Cpu, Device::Cpu), need)
     }
 
     #[test]
@@ -148,8 +149,19 @@ mod tests {
     }
 
     #[test]
+    fn what_an_executor_cannot_train_over_nodes_is_not_chosen() {
+        let shape = Shape { ranks: 4, nodes: 2 };
+        assert_eq!(
+            in_order(shape, Executor::Cpu, Device::Cpu),
+            [Strategy::Ddp, Strategy::Hsdp, Strategy::Fsdp]
+        );
+        assert_eq!(in_order(shape, Executor::Torch, Device::Cuda), [Strategy::Ddp, Strategy::Fsdp]);
+    }
+
+    #[test]
     fn devices_are_each_rank_s_own() {
-        let on = |from| choose(Shape { ranks: 4, nodes: 1 }, Memory { bytes: 24 * GIB, from }, |_| 10 * GIB);
+        let (shape, ways) = (Shape { ranks: 4, nodes: 1 }, [Strategy::Ddp, Strategy::Fsdp]);
+        let on = |from| choose(shape, Memory { bytes: 24 * GIB, from }, &ways, |_| 10 * GIB);
         assert_eq!(on(Pool::Device).reason, "ddp: the model fits (10 GiB of 24 GiB)");
         assert_eq!(on(Pool::Node).strategy, Strategy::Ddp, "nothing needs less");
         assert!(on(Pool::Node).reason.contains("40 GiB"));

@@ -7,9 +7,9 @@ use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{ActivationCheckpointing, Device, Executor, Job, Precision, Shape, Strategy};
 use fleet_cpu::activation_bytes;
 use fleet_learn::model::Model;
-use fleet_learn::strategy::{Keeping, Needs};
+use fleet_learn::strategy::{Keeping, Needs, Resident};
 use fleet_learn::{Error, Result};
-use fleet_torch::{Numbers, Rooms};
+use fleet_torch::{Held, Numbers};
 use half::bf16;
 
 /// What decides how much memory a step takes for each rank of a machine.
@@ -19,6 +19,7 @@ pub struct Setting {
     /// As the job has it.
     pub executor: Executor,
     pub precision: Precision,
+    pub reshard_after_forward: bool,
     pub activation_checkpointing: ActivationCheckpointing,
     /// Sequences at once.
     pub batch_size: u32,
@@ -32,6 +33,7 @@ impl Setting {
             strategy: job.strategy,
             executor: job.executor,
             precision: job.precision,
+            reshard_after_forward: job.reshard_after_forward,
             activation_checkpointing: job.activation_checkpointing,
             batch_size: job.batch_size,
             accumulate_grad_batches: job.accumulate_grad_batches,
@@ -45,8 +47,14 @@ impl Setting {
             bf16: matches!(self.precision, Precision::Bf16Mixed | Precision::Fp16Mixed),
             narrow: self.precision == Precision::Bf16True,
             shape: self.shape,
+            resident: Resident::of(self.reshard_after_forward),
             accumulates: self.accumulate_grad_batches > 1,
         }
+    }
+
+    /// What its ranks can train by, in the order of `choice::in_order`.
+    pub fn ways(&self) -> Vec<Strategy> {
+        choice::in_order(self.shape, self.computed_by().unwrap_or(Executor::Cpu), Device::Cpu)
     }
 
     /// What computes it on a CPU; an error where nothing does.
@@ -70,7 +78,12 @@ impl Need {
         if setting.computed_by() == Ok(Executor::Torch) {
             let (numbers, layout) = (Numbers::from(setting.precision), model.layout());
             return Need {
-                kept: fleet_torch::needs(&layout, Rooms::of(setting.strategy), numbers, ranks),
+                kept: fleet_torch::needs(
+                    &layout,
+                    Held::of(setting.strategy, setting.reshard_after_forward),
+                    numbers,
+                    ranks,
+                ),
                 activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
             };
         }
@@ -144,7 +157,7 @@ pub fn choose(model: &Model, max_seq_len: u32, setting: &Setting, memory: usize)
         let setting = Setting { strategy, ..*setting };
         Need::of(model, max_seq_len, &setting).total() + saving(model, &setting)
     };
-    choice::choose(setting.shape, Memory { bytes: memory, from: Pool::Node }, needs)
+    choice::choose(setting.shape, Memory { bytes: memory, from: Pool::Node }, &setting.ways(), needs)
 }
 
 /// Why `setting` cannot run where there are `total` bytes, by what each rank `needs`.
@@ -253,6 +266,7 @@ mod tests {
             strategy: Strategy::Auto,
             executor: Executor::Auto,
             precision: Precision::Fp32,
+            reshard_after_forward: true,
             activation_checkpointing: ActivationCheckpointing::None,
             batch_size: 8,
             accumulate_grad_batches: 1,

@@ -7,7 +7,6 @@ mod costs;
 mod timeline;
 
 use crate::assemble::{self, Threads};
-use crate::choice;
 use crate::fits::{self, Need, Setting};
 use crate::machine::{available_bytes, memory_bytes, program_bytes};
 use between::Between;
@@ -108,7 +107,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         // An executor that the job names may not compute it.
         let Ok(executor) = of_job.computed_by() else { continue };
         let speeds = run.speeds(executor, precision)?;
-        for strategy in strategies(shape, chosen) {
+        for strategy in strategies(&of_job, chosen) {
             let setting = Setting { strategy, ..of_job };
             let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
             let saving = fits::saving(&run.model, &setting);
@@ -142,11 +141,12 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
 }
 
 /// Those that differ, with the one that the job has.
-fn strategies(shape: Shape, chosen: Strategy) -> Vec<Strategy> {
+fn strategies(setting: &Setting, chosen: Strategy) -> Vec<Strategy> {
+    let shape = setting.shape;
     if shape.ranks == 1 {
         return vec![Strategy::Auto];
     }
-    let mut all = choice::in_order(shape);
+    let mut all = setting.ways();
     if !all.iter().any(|strategy| is_chosen(*strategy, chosen, shape)) {
         all.push(chosen);
     }
@@ -297,8 +297,9 @@ impl Run<'_> {
                     ..Unit::default()
                 },
             };
-            // Most blocks are collected for the forward and again for the backward.
-            let times = if number == 0 || number == last { 1.0 } else { 2.0 * micro };
+            // Most blocks are collected for the forward and again for the backward, unless they stay.
+            let once = number == 0 || number == last || !setting.reshard_after_forward;
+            let times = if once { 1.0 } else { 2.0 * micro };
             let (unit, stolen) = between.add(computed, (summed, 4 * range.len()), collects[number], times);
             units.push(unit);
             end += stolen;

@@ -18,7 +18,7 @@ pub use executor::TorchExecutor;
 pub use memory::{FlatWeights, Gradients, Tensors, Weights};
 pub use needs::{activation_bytes, needs};
 pub use network::{Network, Numbers};
-pub use parts::{Parts, Rooms};
+pub use parts::{Held, Parts, Rooms};
 pub use sharded::{Keeping, Sharded};
 pub use solo::Solo;
 pub use transport::{AloneTransport, Exchanged, HostTransport, NcclTransport, Room, Transport};

@@ -1,7 +1,7 @@
 //! What the torch executor and its strategies need in memory, before anything runs.
 
 use crate::network::Numbers;
-use crate::parts::{Parts, Rooms};
+use crate::parts::{Held, Parts};
 use fleet_common::model::{Decoder, Form, Layout, NormKind};
 use fleet_learn::strategy::Needs;
 use tch::Kind;
@@ -11,17 +11,19 @@ pub(crate) const LOGITS_MAX: usize = 1 << 20;
 /// Fewest tokens whose logits are computed at once.
 pub(crate) const LOGIT_ROWS_MIN: usize = 64;
 
-/// Bytes that each of `ranks` ranks keeps on its device; of one alone `rooms` do not matter.
-pub fn needs(layout: &Layout, rooms: Rooms, numbers: Numbers, ranks: usize) -> Needs {
+/// Bytes that each of `ranks` ranks keeps on its device; of one alone what is `held` does not matter.
+pub fn needs(layout: &Layout, held: Held, numbers: Numbers, ranks: usize) -> Needs {
     let (kept, copied) = numbers.bytes();
     if ranks == 1 {
         let len = layout.len;
         return Needs { weights: (kept + copied) * len, gradients: kept * len, optimizer: 2 * kept * len };
     }
-    let Parts { shard, rooms, .. } = Parts::new(layout, rooms, 0, ranks);
+    let [weights, gradients] =
+        [held.weights, held.gradients].map(|rooms| Parts::new(layout, rooms, 0, ranks));
+    let shard = weights.shard;
     Needs {
-        weights: kept * shard + (kept + copied) * rooms,
-        gradients: kept * (shard + rooms),
+        weights: kept * shard + (kept + copied) * weights.rooms,
+        gradients: kept * (shard + gradients.rooms),
         optimizer: 2 * kept * shard,
     }
 }
@@ -65,15 +67,15 @@ mod tests {
     #[test]
     fn bytes_of_a_parameter_are_those_of_its_precision() {
         let layout = model().layout();
-        let of = |numbers, rooms, ranks| needs(&layout, rooms, numbers, ranks);
+        let of = |numbers, held, ranks| needs(&layout, held, numbers, ranks);
         for (numbers, bytes) in [
             (Numbers::FP32, 16),
             (Numbers::BF16_MIXED, 18),
             (Numbers::FP16_MIXED, 18),
             (Numbers::BF16_TRUE, 8),
         ] {
-            assert_eq!(of(numbers, Rooms::Everything, 1).total(), bytes * layout.len, "{numbers:?}");
-            let [ddp, fsdp] = [Rooms::Everything, Rooms::TwoBlocks].map(|rooms| of(numbers, rooms, 4));
+            assert_eq!(of(numbers, Held::DDP, 1).total(), bytes * layout.len, "{numbers:?}");
+            let [ddp, fsdp] = [Held::DDP, Held::FSDP].map(|held| of(numbers, held, 4));
             assert!(fsdp.total() * 2 < ddp.total() && ddp.optimizer == fsdp.optimizer, "{numbers:?}");
         }
     }

@@ -15,12 +15,25 @@ pub enum Rooms {
     TwoBlocks,
 }
 
-impl Rooms {
-    /// Those of a job's strategy.
-    pub fn of(strategy: Strategy) -> Rooms {
+/// The rooms of a strategy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub weights: Rooms,
+    pub gradients: Rooms,
+}
+
+impl Held {
+    pub const DDP: Held = Held { weights: Rooms::Everything, gradients: Rooms::Everything };
+    pub const FSDP: Held = Held { weights: Rooms::TwoBlocks, gradients: Rooms::TwoBlocks };
+    /// Weights stay from a step's first forward to its last backward.
+    pub const FSDP_KEEPING_WEIGHTS: Held = Held { weights: Rooms::Everything, ..Held::FSDP };
+
+    /// Of a job's strategy, and whether weights go after a block's forward.
+    pub fn of(strategy: Strategy, reshard_after_forward: bool) -> Held {
         match strategy {
-            Strategy::Fsdp | Strategy::Hsdp => Rooms::TwoBlocks,
-            Strategy::Auto | Strategy::Ddp => Rooms::Everything,
+            Strategy::Fsdp | Strategy::Hsdp if reshard_after_forward => Held::FSDP,
+            Strategy::Fsdp | Strategy::Hsdp => Held::FSDP_KEEPING_WEIGHTS,
+            Strategy::Auto | Strategy::Ddp => Held::DDP,
         }
     }
 }

@@ -1,12 +1,13 @@
 //! Several ranks, each of which keeps its part of the weights, of the gradients and of the optimizer's state. Whole units are in rooms: a
 //! unit's weights are gathered before it is computed, while the one before it still is; its gradients are reduced to parts while earlier
-//! units are computed. With a room for every unit that is data-parallel training (DDP), with rooms for two blocks fully sharded (FSDP).
+//! units are computed. With a room for every unit that is data-parallel training (DDP), with rooms for two blocks fully sharded (FSDP); with rooms
+//! for all weights and two blocks' gradients FSDP that gathers once for each step.
 
 use crate::device::memory_is_short;
 use crate::memory::{Gradients, Tensors, Weights, copy_out, dtype, hidden_copy, narrow, set};
 use crate::network::Numbers;
 use crate::optimizer::{Optimizer, Scaled, norm};
-use crate::parts::{Parts, Rooms, Turn};
+use crate::parts::{Held, Parts, Rooms, Turn};
 use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
 use fleet_checkpoint::Dtype;
@@ -22,7 +23,7 @@ use tch::{Device, Kind, Tensor};
 /// How a rank keeps a model.
 #[derive(Clone, Copy, Debug)]
 pub struct Keeping {
-    pub rooms: Rooms,
+    pub held: Held,
     pub numbers: Numbers,
     /// Where is computed.
     pub device: Device,
@@ -41,7 +42,10 @@ pub struct Sharded {
     transport: Box<dyn Transport>,
     layout: Layout,
     keeping: Keeping,
+    /// With the rooms of whole units' weights.
     parts: Parts,
+    /// With those of their gradients.
+    gradients: Parts,
     rank: usize,
     /// This rank's parts.
     master: Tensor,
@@ -90,9 +94,10 @@ impl Sharded {
     ) -> fleet_learn::Result<Sharded> {
         transport.gang().note(Activity::Starting);
         let (rank, world) = (transport.gang().rank(), transport.gang().world_size());
-        let parts = Parts::new(&layout, keeping.rooms, rank, world);
-        let mut room = || transport.room(parts.rooms, keeping.numbers.kept);
-        let whole = [room()?, room()?];
+        let parts = |rooms| Parts::new(&layout, rooms, rank, world);
+        let parts = [parts(keeping.held.weights), parts(keeping.held.gradients)];
+        let mut room = |of: &Parts| transport.room(of.rooms, keeping.numbers.kept);
+        let whole = [room(&parts[0])?, room(&parts[1])?];
         let made = Sharded::made(layout, keeping, parts, transport, whole);
         Ok(made.map_err(|error| match memory_is_short(&error.0) {
             true => Error(format!(
@@ -106,7 +111,7 @@ impl Sharded {
     fn made(
         layout: Layout,
         keeping: Keeping,
-        parts: Parts,
+        [parts, gradients]: [Parts; 2],
         mut transport: Box<dyn Transport>,
         [weights, whole]: [Room; 2],
     ) -> Result<Sharded> {
@@ -128,6 +133,7 @@ impl Sharded {
             micro: Micro { first: true, last: true },
             loss_scale: 1.0,
             parts,
+            gradients,
             layout,
         })
     }
@@ -187,14 +193,14 @@ impl Sharded {
     fn take_in(&mut self) -> fleet_learn::Result<()> {
         let Some((unit, posted)) = self.reduced.pop_front() else { return Ok(()) };
         self.transport.wait(posted)?;
-        let of = &self.parts.units()[unit];
+        let of = &self.gradients.units()[unit];
         let own_room = of.own_room(self.rank);
         let mut add = |used: &Range<usize>| -> Result<()> {
             let within = |start: usize| start + used.start..start + used.end;
             let new = narrow(&self.whole.tensor, &within(own_room.start))?;
             let mut sum = narrow(&self.grads, &within(of.shard.start))?;
             // Ranks that keep every unit's gradients have summed over micro-batches before.
-            let set = self.micro.first || self.keeping.rooms == Rooms::Everything;
+            let set = self.micro.first || self.keeping.held.gradients == Rooms::Everything;
             match set {
                 true => sum.f_copy_(&new)?,
                 false => sum.f_add_(&new.f_to_device(self.keeping.home())?).map(|_| ())?,
@@ -249,8 +255,8 @@ impl UnitWeights<Tensors> for Sharded {
 impl Units<Tensors> for Sharded {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
         // What was in a room of two blocks was another's, or has been added up.
-        let fresh = self.micro.first || self.keeping.rooms == Rooms::TwoBlocks;
-        let grads = Gradients { flat: &self.whole.tensor, parts: Some(&self.parts), fresh };
+        let fresh = self.micro.first || self.keeping.held.gradients == Rooms::TwoBlocks;
+        let grads = Gradients { flat: &self.whole.tensor, parts: Some(&self.gradients), fresh };
         (self.in_rooms(), grads)
     }
 
@@ -260,14 +266,14 @@ impl Units<Tensors> for Sharded {
             self.transport.gang().note(Activity::Backward);
             self.weights.turn = Turn::back(last);
         }
-        if self.micro.last || self.keeping.rooms == Rooms::TwoBlocks {
-            let room = self.parts.units()[unit].room.clone();
+        if self.micro.last || self.keeping.held.gradients == Rooms::TwoBlocks {
+            let room = self.gradients.units()[unit].room.clone();
             let posted = self.transport.post(&self.whole, room, Exchanged::Reduced)?;
             self.reduced.push_back((unit, posted));
         }
         // The next one's room has to be free; before another micro-batch all of them.
         let Some(next) = unit.checked_sub(1) else { return self.take_all_in() };
-        let neighbours: Vec<usize> = self.parts.neighbours(next).collect();
+        let neighbours: Vec<usize> = self.gradients.neighbours(next).collect();
         let is_taken =
             |reduced: &VecDeque<(usize, Posted)>| reduced.iter().any(|(unit, _)| neighbours.contains(unit));
         // What goes to the host does so while earlier units are computed.
@@ -347,7 +353,7 @@ impl Strategy<Tensors> for Sharded {
     }
 
     fn name(&self) -> &'static str {
-        match self.keeping.rooms {
+        match self.keeping.held.gradients {
             Rooms::Everything => "ddp",
             Rooms::TwoBlocks => "fsdp",
         }

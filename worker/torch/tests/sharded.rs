@@ -8,7 +8,7 @@ use fleet_learn::model::Model;
 use fleet_learn::testing::{tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Learner, Report, TokenBatch, Update, Votes};
 use fleet_torch::{
-    AloneTransport, HostTransport, Keeping, NcclTransport, Numbers, Rooms, Sharded, Solo, TorchExecutor,
+    AloneTransport, Held, HostTransport, Keeping, NcclTransport, Numbers, Sharded, Solo, TorchExecutor,
     Transport,
 };
 use serde_json::json;
@@ -34,16 +34,16 @@ fn model() -> Model {
 }
 
 /// `None`: without shards.
-fn learner(device: Device, numbers: Numbers, rooms: Option<Rooms>) -> Box<dyn Learner> {
-    learner_with(device, numbers, rooms, 0)
+fn learner(device: Device, numbers: Numbers, held: Option<Held>) -> Box<dyn Learner> {
+    learner_with(device, numbers, held, 0)
 }
 
 /// Of so many blocks the forward is computed a second time.
-fn learner_with(device: Device, numbers: Numbers, rooms: Option<Rooms>, again: usize) -> Box<dyn Learner> {
+fn learner_with(device: Device, numbers: Numbers, held: Option<Held>, again: usize) -> Box<dyn Learner> {
     let model = model();
     let layout = model.layout();
     let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers).computing_again(again);
-    let Some(rooms) = rooms else {
+    let Some(held) = held else {
         return Box::new(Engine::new(executor, Solo::new(layout, device, numbers, 1).unwrap()));
     };
     let gang = Box::new(fleet_collectives::Solo::new(1));
@@ -55,7 +55,7 @@ fn learner_with(device: Device, numbers: Numbers, rooms: Option<Rooms>, again: u
         }
         _ => Box::new(HostTransport::new(gang, device)),
     };
-    let keeping = Keeping { rooms, numbers, device, offload: false };
+    let keeping = Keeping { held, numbers, device, offload: false };
     Box::new(Engine::new(executor, Sharded::new(layout, keeping, transport).unwrap()))
 }
 
@@ -80,17 +80,17 @@ fn one_rank_trains_alike_with_and_without_shards() {
         for (numbers, tolerance) in
             [(Numbers::FP32, 1e-5), (Numbers::BF16_MIXED, 1e-3), (Numbers::BF16_TRUE, 1e-2)]
         {
-            let train = |rooms| {
-                let mut learner = learner(device, numbers, rooms);
+            let train = |held| {
+                let mut learner = learner(device, numbers, held);
                 learner.fresh_weights(5).unwrap();
                 (1..=10).map(|number| step(&mut *learner, number)).collect::<Vec<Report>>()
             };
             let alone = train(None);
-            for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
-                for (step, (found, wanted)) in train(Some(rooms)).into_iter().zip(&alone).enumerate() {
+            for held in [Held::DDP, Held::FSDP] {
+                for (step, (found, wanted)) in train(Some(held)).into_iter().zip(&alone).enumerate() {
                     assert!(
                         close(found, *wanted, tolerance),
-                        "{rooms:?} on {device:?} in {numbers:?}, step {step}: {found:?}, {wanted:?}"
+                        "{held:?} on {device:?} in {numbers:?}, step {step}: {found:?}, {wanted:?}"
                     );
                 }
             }
@@ -100,17 +100,17 @@ fn one_rank_trains_alike_with_and_without_shards() {
 
 #[test]
 fn gradients_are_looked_at_where_they_lie() {
-    for (device, rooms) in
-        devices().into_iter().flat_map(|device| [None, Some(Rooms::TwoBlocks)].map(|rooms| (device, rooms)))
+    for (device, held) in
+        devices().into_iter().flat_map(|device| [None, Some(Held::FSDP)].map(|held| (device, held)))
     {
-        let mut learner = learner(device, Numbers::FP32, rooms);
+        let mut learner = learner(device, Numbers::FP32, held);
         // Weights of zeros: nothing flows anywhere.
         step(&mut *learner, 1);
         let line = learner.without_gradient().unwrap();
         let all = learner.layout().parameters.len();
         assert!(line.contains(&format!("{all} parameters: model.embed_tokens.weight, ")), "{line}");
 
-        let mut learner = self::learner(device, Numbers::FP32, rooms);
+        let mut learner = self::learner(device, Numbers::FP32, held);
         learner.fresh_weights(5).unwrap();
         step(&mut *learner, 1);
         assert_eq!(learner.without_gradient(), None);
@@ -140,8 +140,8 @@ fn save(learner: &mut dyn Learner, dir: &Path, at: u64) -> PathBuf {
 #[test]
 fn a_checkpoint_of_the_cpu_goes_on_on_a_device_and_back() {
     let dir = tempfile::tempdir().unwrap();
-    let load = |device, rooms, from: &Path| {
-        let mut learner = learner(device, Numbers::FP32, rooms);
+    let load = |device, held, from: &Path| {
+        let mut learner = learner(device, Numbers::FP32, held);
         learner.load_weights(from).unwrap();
         learner.load_optimizer(from).unwrap();
         learner
@@ -154,9 +154,9 @@ fn a_checkpoint_of_the_cpu_goes_on_on_a_device_and_back() {
     let saved = save(&mut *cpu, &dir.path().join("cpu"), 3);
     let wanted = [4, 5].map(|number| step(&mut *cpu, number));
     for (number, device) in devices().into_iter().enumerate() {
-        for (name, rooms) in [("alone", None), ("sharded", Some(Rooms::TwoBlocks))] {
+        for (name, held) in [("alone", None), ("sharded", Some(Held::FSDP))] {
             let place = |what: &str| dir.path().join(format!("{number}-{name}-{what}"));
-            let mut other = load(device, rooms, &saved);
+            let mut other = load(device, held, &saved);
             assert_eq!(diff(&saved, &save(&mut *other, &place("same"), 3)).unwrap(), [], "to the last bit");
             let there = step(&mut *other, 4);
             assert!(close(there, wanted[0], 1e-4), "{name} on {device:?}: {there:?}, {:?}", wanted[0]);
@@ -175,19 +175,15 @@ fn a_checkpoint_of_the_cpu_goes_on_on_a_device_and_back() {
 fn blocks_that_are_computed_again_give_the_same_bits() {
     for device in devices() {
         for numbers in [Numbers::FP32, Numbers::BF16_MIXED, Numbers::BF16_TRUE] {
-            for rooms in [None, Some(Rooms::TwoBlocks)] {
+            for held in [None, Some(Held::FSDP)] {
                 let train = |again| {
-                    let mut learner = learner_with(device, numbers, rooms, again);
+                    let mut learner = learner_with(device, numbers, held, again);
                     learner.fresh_weights(5).unwrap();
                     (1..=4).map(|number| step(&mut *learner, number)).collect::<Vec<Report>>()
                 };
                 let wanted = train(0);
                 for again in [1, 4] {
-                    assert_eq!(
-                        train(again),
-                        wanted,
-                        "{again} blocks on {device:?} in {numbers:?}, {rooms:?}"
-                    );
+                    assert_eq!(train(again), wanted, "{again} blocks on {device:?} in {numbers:?}, {held:?}");
                 }
             }
         }
@@ -200,11 +196,11 @@ fn an_optimizer_on_the_host_does_the_same() {
     let dir = tempfile::tempdir().unwrap();
     for (number, device) in devices().into_iter().enumerate() {
         for numbers in [Numbers::FP32, Numbers::BF16_MIXED, Numbers::BF16_TRUE] {
-            let offloaded = |rooms| {
+            let offloaded = |held| {
                 let model = model();
                 let layout = model.layout();
                 let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers);
-                let keeping = Keeping { rooms, numbers, device, offload: true };
+                let keeping = Keeping { held, numbers, device, offload: true };
                 let transport = AloneTransport::new(fleet_collectives::Solo::new(1), device);
                 Engine::new(executor, Sharded::new(layout, keeping, Box::new(transport)).unwrap())
             };
@@ -215,23 +211,20 @@ fn an_optimizer_on_the_host_does_the_same() {
             let place = |name: &str| dir.path().join(format!("{number}-{numbers:?}-{name}"));
             let saved = save(&mut *alone, &place("alone"), 3);
             let wanted = step(&mut *alone, 4);
-            for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
-                let mut learner = offloaded(rooms);
+            for held in [Held::DDP, Held::FSDP] {
+                let mut learner = offloaded(held);
                 learner.fresh_weights(5).unwrap();
                 for (number, wanted) in (1..).zip(&first) {
                     let found = step(&mut learner, number);
-                    assert!(
-                        close(found, *wanted, tolerance),
-                        "{rooms:?}, {numbers:?}: {found:?}, {wanted:?}"
-                    );
+                    assert!(close(found, *wanted, tolerance), "{held:?}, {numbers:?}: {found:?}, {wanted:?}");
                 }
-                let mut learner = offloaded(rooms);
+                let mut learner = offloaded(held);
                 learner.load_weights(&saved).unwrap();
                 learner.load_optimizer(&saved).unwrap();
-                let again = save(&mut learner, &place(&format!("{rooms:?}")), 3);
+                let again = save(&mut learner, &place(&format!("{held:?}")), 3);
                 assert_eq!(diff(&saved, &again).unwrap(), [], "to the last bit");
                 let found = step(&mut learner, 4);
-                assert!(close(found, wanted, tolerance), "{rooms:?}, {numbers:?}: {found:?}, {wanted:?}");
+                assert!(close(found, wanted, tolerance), "{held:?}, {numbers:?}: {found:?}, {wanted:?}");
             }
         }
     }

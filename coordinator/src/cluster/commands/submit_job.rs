@@ -157,7 +157,7 @@ impl SubmitJob {
                 )
             }
             (Some(largest), Some(nodes)) => format!(
-                "the job has {ranks} on {nodes} nodes, and there are {} nodes{like}, the largest with {}; {cure}",
+                "the job has {ranks} on {nodes} nodes, and the nodes{like} that joined are {}, the largest with {}; {cure}",
                 room.len(),
                 places(largest)
             ),

@@ -551,10 +551,11 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
     let cuda = Config { accelerator: Accelerator::Cuda { devices: 2 }, ..config() };
     let job = |device, devices| Job { device, devices, ..job() };
     let auto = job(Device::Auto, Devices::Auto);
-    let device = |config: &Config, job: &Job, ranks, taken: &[u32]| {
+    let among = |config: &Config, job: &Job, ranks: (u32, u32), taken: &[u32]| {
         let place = config.place(job, 0, ranks, &taken.iter().copied().collect())?;
         Ok::<_, String>((place.device, place.note.unwrap_or_default()))
     };
+    let device = |config: &Config, job: &Job, ranks, taken: &[u32]| among(config, job, (ranks, ranks), taken);
     let plain = |device: &str| Ok((device.to_owned(), String::new()));
     assert_eq!(device(&cuda, &auto, 1, &[]), plain("cuda:0"));
     assert_eq!(device(&cuda, &auto, 1, &[0]), plain("cuda:1"), "the first belongs to another job");
@@ -564,9 +565,10 @@ fn the_device_of_a_rank_is_the_jobs_wish_or_the_nodes_best() {
     assert_eq!(device(&cuda, &auto, 2, &[]), plain("cuda:0"));
     let (place, note) = device(&cuda, &auto, 3, &[]).unwrap();
     assert!(place == "cpu" && note.contains("has 2 CUDA devices"), "rank 0 goes where rank 2 can: {note}");
-    let over_nodes = Job { num_nodes: Some(2), ..job(Device::Cuda, Devices::Auto) };
-    let refused = device(&cuda, &over_nodes, 2, &[]).unwrap_err();
-    assert!(refused.contains("one node"), "{refused}");
+    let over_nodes = |device| Job { num_nodes: Some(2), ..job(device, Devices::Auto) };
+    assert_eq!(among(&cuda, &over_nodes(Device::Cuda), (2, 4), &[]), plain("cuda:0"));
+    let (place, note) = among(&cuda, &over_nodes(Device::Auto), (2, 4), &[]).unwrap();
+    assert!(place == "cpu" && note.contains("write device = \"cuda\""), "{note}");
     let refused = device(&cuda, &job(Device::Cuda, Devices::Ids(vec![2])), 1, &[]).unwrap_err();
     assert!(refused.contains("has 2 CUDA devices"), "{refused}");
 

@@ -1,5 +1,6 @@
 //! Numbers of a model of which each rank of the gang keeps a shard, and each host, in turn, all of some units.
 
+use super::Resident;
 use super::sharded::Rooms;
 use crate::error::Result;
 use crate::shim::buffers::{Number, RankSlice, SharedSlice};
@@ -31,9 +32,10 @@ impl<T: Number> Gathered<T> {
     pub fn new(
         members: &[Vec<Range<usize>>],
         shards: &dyn Fn(usize, usize) -> Range<usize>,
+        resident: Resident,
         gang: &mut dyn SharedHost,
     ) -> Result<Gathered<T>> {
-        let rooms = rooms(members);
+        let rooms = rooms(members, resident);
         let mut places = Vec::new();
         for (ranges, room) in members.iter().zip(&rooms.rooms) {
             let mut next = room.start;
@@ -99,9 +101,12 @@ impl<T: Number> Gathered<T> {
 }
 
 /// Where each of `members` lies while it is in.
-pub(super) fn rooms(members: &[Vec<Range<usize>>]) -> Rooms {
+pub(super) fn rooms(members: &[Vec<Range<usize>>], resident: Resident) -> Rooms {
     let lens: Vec<usize> = members.iter().map(|ranges| ranges.iter().map(Range::len).sum()).collect();
-    Rooms::apart(&lens)
+    match resident {
+        Resident::TwoBlocks => Rooms::apart(&lens),
+        Resident::AllUnits => Rooms::of_all(&lens),
+    }
 }
 
 /// Numbers of the rank that keeps most of `members`, of `world` ranks.

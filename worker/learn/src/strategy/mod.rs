@@ -81,6 +81,21 @@ pub trait Strategy<M: Memory> {
 /// Fills a range of the flat buffer.
 pub type Read<'a> = dyn FnMut(Range<usize>, &mut [f32]) -> Result<()> + 'a;
 
+/// What a host has of weights that it collects from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resident {
+    /// Embedding and head, and two blocks in turn: blocks are collected for the forward and again for the backward.
+    TwoBlocks,
+    /// All units, from a step's first forward to its last backward: each is collected once.
+    AllUnits,
+}
+
+impl Resident {
+    pub fn of(reshard_after_forward: bool) -> Resident {
+        if reshard_after_forward { Resident::TwoBlocks } else { Resident::AllUnits }
+    }
+}
+
 /// Which micro-batch of a step it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Micro {

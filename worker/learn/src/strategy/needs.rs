@@ -1,5 +1,6 @@
 //! What a strategy keeps in memory and collects from other hosts, before anything runs.
 
+use super::Resident;
 use super::gathered::{longest, rooms};
 use super::sharded::Rooms;
 use super::shards::Collected;
@@ -27,6 +28,8 @@ pub struct Keeping {
     /// Everything is in bf16.
     pub narrow: bool,
     pub shape: Shape,
+    /// Of what is collected from other hosts.
+    pub resident: Resident,
     /// A step has several micro-batches.
     pub accumulates: bool,
 }
@@ -57,7 +60,8 @@ impl Needs {
         let shard = longest(&whole, &shards, world);
         let Collected { exact, copy } = Collected::of(layout, keeping.bf16);
         let collected = |members: &[Vec<Range<usize>>], size: usize| {
-            size * longest(members, &shards, world) + keeping.of_host(size * rooms(members).len)
+            size * longest(members, &shards, world)
+                + keeping.of_host(size * rooms(members, keeping.resident).len)
         };
         let masters = if keeping.bf16 { 4 * shard } else { 0 };
         let held = if keeping.accumulates { keeping.of_host(4 * layout.len) } else { 0 };
@@ -104,7 +108,14 @@ mod tests {
     use serde_json::json;
 
     fn keeping(strategy: Strategy, ranks: u32, nodes: u32) -> Keeping {
-        Keeping { strategy, bf16: false, narrow: false, shape: Shape { ranks, nodes }, accumulates: false }
+        Keeping {
+            strategy,
+            bf16: false,
+            narrow: false,
+            shape: Shape { ranks, nodes },
+            resident: Resident::TwoBlocks,
+            accumulates: false,
+        }
     }
 
     fn layout() -> Layout {
@@ -142,6 +153,8 @@ mod tests {
             "{two:?} {four:?}"
         );
         assert!(two.weights < 3 * layout.len && four.weights < two.weights, "{two:?} {four:?}");
+        let staying = Keeping { resident: Resident::AllUnits, ..keeping(Strategy::Fsdp, 4, 2) };
+        assert!(Needs::of(&staying, &layout).weights > two.weights + layout.len, "{two:?}");
         let adding = Keeping { accumulates: true, ..keeping(Strategy::Fsdp, 4, 2) };
         let more = Needs::of(&adding, &layout).gradients - two.gradients;
         assert_eq!(more, 2 * layout.len, "a host holds its own sums of all units");

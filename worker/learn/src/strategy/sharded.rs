@@ -7,7 +7,7 @@
 use super::narrow::NarrowState;
 use super::shards::ShardState;
 use super::state::{HostState, State, of_host};
-use super::{Micro, Read, Report, Slot, Strategy, Votes};
+use super::{Micro, Read, Report, Resident, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::Update;
 use crate::shim::buffers::RankSlice;
@@ -85,6 +85,17 @@ impl Rooms {
         Rooms::with(lens, lens[0])
     }
 
+    /// Of units that are so long, each in its own.
+    pub fn of_all(lens: &[usize]) -> Rooms {
+        let mut next = 0;
+        let room = |len: &usize| {
+            next += len;
+            next - len..next
+        };
+        let rooms = lens.iter().map(room).collect();
+        Rooms { rooms, len: next }
+    }
+
     /// For gradients. Embedding and head share one, unless the head writes into the embedding's.
     pub fn of_gradients(layout: &Layout) -> Rooms {
         let lens: Vec<usize> = layout.units.iter().map(Range::len).collect();
@@ -131,11 +142,16 @@ impl Gradients for OwnGradients {
 
 impl<E: HostNumber> Sharded<E> {
     /// Each rank has its shard among all ranks of the gang. Weights are zero until they are filled. A collective call.
-    pub fn fully(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Sharded<E>> {
+    pub fn fully(
+        layout: Layout,
+        workers: Arc<Workers>,
+        mut gang: Box<dyn SharedHost>,
+        resident: Resident,
+    ) -> Result<Sharded<E>> {
         gang.note(Activity::Starting);
         let state: Box<dyn State<E>> = match gang.local_size() == gang.world_size() {
             true => Box::new(HostState::new(layout, workers, &mut *gang)?),
-            false => Box::new(ShardState::new(layout, workers, &mut *gang)?),
+            false => Box::new(ShardState::new(layout, workers, resident, &mut *gang)?),
         };
         Sharded::new(state, gang, "fsdp")
     }

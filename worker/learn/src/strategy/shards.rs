@@ -3,7 +3,7 @@
 
 use super::gathered::Gathered;
 use super::state::{State, Sums, within};
-use super::{Read, Slot};
+use super::{Read, Resident, Slot};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
 use crate::shim::buffers::{RankSlice, as_bytes};
@@ -34,6 +34,7 @@ pub(super) struct ShardState<E> {
     /// Under bf16-mixed what products read.
     copy: Option<Gathered<bf16>>,
     units: Vec<Unit>,
+    resident: Resident,
     /// The unit that was needed last.
     last: Option<usize>,
     kind: PhantomData<E>,
@@ -48,7 +49,12 @@ enum Unit {
 
 impl<E: HostNumber> ShardState<E> {
     /// All zeros. A collective call.
-    pub fn new(layout: Layout, workers: Arc<Workers>, gang: &mut dyn SharedHost) -> Result<ShardState<E>> {
+    pub fn new(
+        layout: Layout,
+        workers: Arc<Workers>,
+        resident: Resident,
+        gang: &mut dyn SharedHost,
+    ) -> Result<ShardState<E>> {
         let (rank, world) = (gang.rank(), gang.world_size());
         let shards = |unit: usize, rank: usize| within(&layout.units[unit], rank, world);
         let parts: Vec<Range<usize>> = (0..layout.units.len()).map(|unit| shards(unit, rank)).collect();
@@ -60,8 +66,8 @@ impl<E: HostNumber> ShardState<E> {
         let [moment1, moment2] = [shard()?, shard()?];
         let master = if E::IS_BF16 { Some(shard()?) } else { None };
         let Collected { exact, copy } = Collected::of(&layout, E::IS_BF16);
-        let exact = Gathered::new(&exact, &shards, gang)?;
-        let copy = copy.map(|copy| Gathered::new(&copy, &shards, gang)).transpose()?;
+        let exact = Gathered::new(&exact, &shards, resident, gang)?;
+        let copy = copy.map(|copy| Gathered::new(&copy, &shards, resident, gang)).transpose()?;
         let units = layout.units.iter().map(|_| Unit::Absent).collect();
         Ok(ShardState {
             layout,
@@ -74,6 +80,7 @@ impl<E: HostNumber> ShardState<E> {
             exact,
             copy,
             units,
+            resident,
             last: None,
             kind: PhantomData,
         })
@@ -85,7 +92,7 @@ impl<E: HostNumber> ShardState<E> {
             return Ok(());
         }
         for other in (0..self.units.len()).filter(|other| *other != unit) {
-            if share_room(unit, other, self.units.len()) {
+            if self.resident == Resident::TwoBlocks && share_room(unit, other, self.units.len()) {
                 self.units[other] = Unit::Absent;
             }
         }

@@ -52,7 +52,9 @@ fn a_host_needs_no_other_before_the_last_micro_batch() {
             let mut strategy: Box<dyn Strategy<Host<f32>>> = match kind {
                 Kind::Solo => unreachable!("several ranks"),
                 Kind::Shared => Box::new(Shared::new(layout.clone(), workers, gang).unwrap()),
-                Kind::Fsdp => Box::new(Sharded::fully(layout.clone(), workers, gang).unwrap()),
+                Kind::Fsdp | Kind::FsdpKeepingWeights => {
+                    Box::new(Sharded::fully(layout.clone(), workers, gang, cut.resident()).unwrap())
+                }
                 Kind::Hsdp => Box::new(Sharded::within_hosts(layout.clone(), workers, gang).unwrap()),
             };
             // Twice: what is left of the first step is not in the second.

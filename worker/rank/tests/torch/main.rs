@@ -20,7 +20,7 @@ use fleet_learn::model::Model;
 use fleet_learn::strategy::{Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, IGNORED, Learner, Report, TokenBatch, Update, Votes};
-use fleet_torch::{HostTransport, Keeping, Numbers, Rooms, Sharded, Tensors, TorchExecutor};
+use fleet_torch::{Held, HostTransport, Keeping, Numbers, Sharded, Tensors, TorchExecutor};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tch::Device;
@@ -34,11 +34,11 @@ enum Kind {
     Cpu,
     CpuShared,
     Alone,
-    Ranks(Rooms),
+    Ranks(Held),
     /// As on a device whose memory is not the host's.
-    Copying(Rooms),
+    Copying(Held),
     /// The first half of the ranks on one host, the others on another.
-    OnTwoHosts(Rooms),
+    OnTwoHosts(Held),
 }
 
 /// How a global batch is cut.
@@ -50,8 +50,9 @@ struct Cut {
 }
 
 const CPU: Cut = Cut { kind: Kind::Cpu, world: 1, micro: 1 };
-const DDP: Kind = Kind::Ranks(Rooms::Everything);
-const FSDP: Kind = Kind::Ranks(Rooms::TwoBlocks);
+const DDP: Kind = Kind::Ranks(Held::DDP);
+const FSDP: Kind = Kind::Ranks(Held::FSDP);
+const FSDP_KEEPING_WEIGHTS: Kind = Kind::Ranks(Held::FSDP_KEEPING_WEIGHTS);
 
 fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHost>) -> Box<dyn Learner> {
     let model = Model::new(config).unwrap();
@@ -64,8 +65,8 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
     let scaled = |engine: Engine<Tensors>| -> Box<dyn Learner> {
         Box::new(if numbers == Numbers::FP16_MIXED { engine.scaling_losses() } else { engine })
     };
-    let sharded = |rooms, transport: HostTransport| {
-        let keeping = Keeping { rooms, numbers, device: Device::Cpu, offload: false };
+    let sharded = |held, transport: HostTransport| {
+        let keeping = Keeping { held, numbers, device: Device::Cpu, offload: false };
         let strategy = Sharded::new(layout.clone(), keeping, Box::new(transport));
         scaled(Engine::new(torch(), strategy.unwrap()))
     };
@@ -79,8 +80,8 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
             let strategy = fleet_torch::Solo::new(layout.clone(), Device::Cpu, numbers, 1).unwrap();
             scaled(Engine::new(torch(), strategy))
         }
-        Kind::Ranks(rooms) | Kind::OnTwoHosts(rooms) => sharded(rooms, host(gang)),
-        Kind::Copying(rooms) => sharded(rooms, host(gang).copying()),
+        Kind::Ranks(held) | Kind::OnTwoHosts(held) => sharded(held, host(gang)),
+        Kind::Copying(held) => sharded(held, host(gang).copying()),
     }
 }
 
@@ -211,8 +212,11 @@ fn fifty_losses_are_those_of_one_rank_on_the_cpu() {
             "alone",
         );
         for (world, micro) in [(1, 2), (2, 3), (3, 1), (4, 2)] {
-            let over_hosts = [Rooms::Everything, Rooms::TwoBlocks].map(Kind::OnTwoHosts);
-            for kind in [DDP, FSDP].into_iter().chain(over_hosts.into_iter().filter(|_| world > 1)) {
+            let over_hosts = [Held::DDP, Held::FSDP].map(Kind::OnTwoHosts);
+            for kind in [DDP, FSDP, FSDP_KEEPING_WEIGHTS]
+                .into_iter()
+                .chain(over_hosts.into_iter().filter(|_| world > 1))
+            {
                 let cut = Cut { kind, world, micro };
                 let all = train(&config, cut, Numbers::FP32, 50);
                 for reports in &all {
@@ -257,11 +261,11 @@ fn the_first_gradients_are_those_of_one_rank_on_the_cpu() {
 
 #[test]
 fn a_world_size_gives_the_same_bits_whether_memory_is_shared_or_copied() {
-    for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
-        let cut = Cut { kind: Kind::Ranks(rooms), world: 3, micro: 2 };
+    for held in [Held::DDP, Held::FSDP, Held::FSDP_KEEPING_WEIGHTS] {
+        let cut = Cut { kind: Kind::Ranks(held), world: 3, micro: 2 };
         let once = train(&tiny_config(), cut, Numbers::FP32, 8);
         assert_eq!(once, train(&tiny_config(), cut, Numbers::FP32, 8));
-        assert_eq!(once, train(&tiny_config(), Cut { kind: Kind::Copying(rooms), ..cut }, Numbers::FP32, 8));
+        assert_eq!(once, train(&tiny_config(), Cut { kind: Kind::Copying(held), ..cut }, Numbers::FP32, 8));
     }
 }
 
@@ -282,7 +286,7 @@ fn what_n_ranks_save_m_ranks_load() {
             vec![CPU, Cut { kind: Kind::CpuShared, world: 3, micro: 1 }, Cut { kind: Kind::Alone, ..CPU }];
         let several = |kind| worlds.iter().map(move |world| Cut { kind, world: *world, micro: 1 });
         cuts.extend([DDP, FSDP].into_iter().flat_map(several));
-        cuts.push(Cut { kind: Kind::OnTwoHosts(Rooms::TwoBlocks), world: 3, micro: 1 });
+        cuts.push(Cut { kind: Kind::OnTwoHosts(Held::FSDP), world: 3, micro: 1 });
         let dir = tempfile::tempdir().unwrap();
         let parameters = Model::new(&config).unwrap().layout().parameters.len();
         for (n, saved) in cuts.iter().enumerate() {

@@ -11,13 +11,13 @@ const ALONE: Cut = Cut { kind: Kind::Alone, ..CPU };
 fn ranks_with_models_in_bf16_learn_like_one() {
     let alone = train(&tiny_config(), ALONE, Numbers::BF16_TRUE, 20).remove(0);
     assert!(alone[19].loss < 0.9 * alone[0].loss, "it learns: {alone:?}");
-    for rooms in [Rooms::Everything, Rooms::TwoBlocks] {
-        let cut = Cut { kind: Kind::Ranks(rooms), world: 3, micro: 2 };
+    for held in [Held::DDP, Held::FSDP, Held::FSDP_KEEPING_WEIGHTS] {
+        let cut = Cut { kind: Kind::Ranks(held), world: 3, micro: 2 };
         let all = train(&tiny_config(), cut, Numbers::BF16_TRUE, 20);
-        close(&all[0], &alone, 2e-2, &format!("{rooms:?}"));
+        close(&all[0], &alone, 2e-2, &format!("{held:?}"));
         assert_eq!(all[0], all[2], "every rank knows the same");
-        let copying = Cut { kind: Kind::Copying(rooms), ..cut };
-        assert_eq!(all, train(&tiny_config(), copying, Numbers::BF16_TRUE, 20), "{rooms:?}");
+        let copying = Cut { kind: Kind::Copying(held), ..cut };
+        assert_eq!(all, train(&tiny_config(), copying, Numbers::BF16_TRUE, 20), "{held:?}");
     }
 }
 
