@@ -50,8 +50,8 @@ pub struct Choice {
     pub program_mib: u64,
     pub peak_mib: u64,
     pub fits: bool,
-    /// Of all ranks.
-    pub tokens_per_s: f64,
+    /// Of all ranks; `None`: few CPUs multiply fp16, so that is measured for jobs alone that ask for it.
+    pub tokens_per_s: Option<f64>,
     /// What the job asks for.
     pub is_job: bool,
 }
@@ -72,7 +72,8 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
         let of_job = Setting { precision, ..Setting::of(job, ranks) };
         // An executor that the job names may not compute it.
         let Ok(executor) = of_job.computed_by() else { continue };
-        let speeds = run.speeds(executor, precision)?;
+        let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
+        let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
         let strategies: &[Strategy] =
             if ranks == 1 { &[Strategy::Auto] } else { &[Strategy::Ddp, Strategy::Fsdp] };
         for &strategy in strategies {
@@ -92,7 +93,7 @@ pub fn plan(job: &Job, ranks: u32) -> Result<Plan> {
                 program_mib: mib(program),
                 peak_mib: mib(peak),
                 fits: peak * run.ranks <= available,
-                tokens_per_s: run.tokens_per_s(&speeds, strategy, layout.len),
+                tokens_per_s: speeds.as_ref().map(|speeds| run.tokens_per_s(speeds, strategy, layout.len)),
                 is_job: precision == job.precision && is_chosen(strategy, job.strategy, ranks),
             });
         }
@@ -236,18 +237,18 @@ impl Plan {
         for choice in &self.choices {
             let name = format!("{} {}", word(&choice.strategy), word(&choice.precision));
             let fits = if choice.fits { "yes" } else { "no" };
+            let speed = choice.tokens_per_s.map_or_else(|| "-".to_owned(), |speed| format!("{speed:.0}"));
             let mark = if choice.is_job { "  <- the job" } else { "" };
             let _ = writeln!(
                 text,
-                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>6}  {:>7}  {:>7}  {fits:>4}  {:>8.0}{mark}",
+                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>6}  {:>7}  {:>7}  {fits:>4}  {speed:>8}{mark}",
                 choice.weights_mib,
                 choice.gradients_mib,
                 choice.optimizer_mib,
                 choice.activations_mib,
                 choice.saving_mib,
                 choice.program_mib,
-                choice.peak_mib,
-                choice.tokens_per_s
+                choice.peak_mib
             );
         }
         text.trim_end().to_owned()
