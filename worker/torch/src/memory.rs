@@ -25,7 +25,8 @@ impl Memory for Tensors {
     fn all_finite(gradients: Gradients<'_>, range: &Range<usize>) -> fleet_learn::Result<bool> {
         let found = || -> Result<bool> {
             let _guard = tch::no_grad_guard();
-            Ok(narrow(gradients.flat, range)?.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+            let range = place(gradients.parts, range);
+            Ok(narrow(gradients.flat, &range)?.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
         };
         Ok(found()?)
     }
