@@ -223,7 +223,7 @@ impl<M: Memory> Learner for Engine<M> {
         }
         self.watch.switch(Phase::Optimizer);
         // Steps that were left out are none to the optimizer.
-        let taken = Update { step: update.step - skipped, ..*update };
+        let taken = Update { step: update.step.saturating_sub(skipped).max(1), ..*update };
         let outcome = self.strategy.update(&taken, self.executor.take_loss()?, votes);
         if let Err(Error::NoNumber { report: Some(report), .. }) = &outcome
             && self.scaler.as_mut().is_some_and(Scaler::skip)
@@ -243,7 +243,7 @@ impl<M: Memory> Learner for Engine<M> {
                 let error = suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?;
                 Err(match self.scaler {
                     Some(_) => error.with_reason(&format!(
-                        "{skipped} steps were skipped, and a loss scale below 1 helps no more: use precision = \"bf16-mixed\" or \"32\""
+                        "a loss scale below 1 helps no more (steps skipped so far: {skipped}): use precision = \"bf16-mixed\" or \"32\""
                     )),
                     None => error,
                 })

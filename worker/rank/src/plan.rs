@@ -62,8 +62,8 @@ pub struct Choice {
     pub program_mib: u64,
     pub peak_mib: u64,
     pub fits: bool,
-    /// Of all ranks.
-    pub tokens_per_s: f64,
+    /// Of all ranks; `None`: few CPUs multiply fp16, so that is measured for jobs alone that ask for it.
+    pub tokens_per_s: Option<f64>,
     /// What the job asks for.
     pub is_job: bool,
 }
@@ -106,7 +106,8 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         let of_job = Setting { precision, ..setting };
         // An executor that the job names may not compute it.
         let Ok(executor) = of_job.computed_by() else { continue };
-        let speeds = run.speeds(executor, precision)?;
+        let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
+        let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
         for strategy in strategies(&of_job, chosen) {
             let setting = Setting { strategy, ..of_job };
             let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
@@ -123,7 +124,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
                 program_mib: mib(program),
                 peak_mib: mib(peak),
                 fits: peak * run.ranks <= available,
-                tokens_per_s: run.tokens_per_s(&speeds, &setting, &mut between),
+                tokens_per_s: speeds.as_ref().map(|speeds| run.tokens_per_s(speeds, &setting, &mut between)),
                 is_job: precision == job.precision && is_chosen(strategy, chosen, shape),
             });
         }
@@ -330,18 +331,18 @@ impl Plan {
         for choice in &self.choices {
             let name = format!("{} {}", word(&choice.strategy), word(&choice.precision));
             let fits = if choice.fits { "yes" } else { "no" };
+            let speed = choice.tokens_per_s.map_or_else(|| "-".to_owned(), |speed| format!("{speed:.0}"));
             let mark = if choice.is_job { "  <- the job" } else { "" };
             let _ = writeln!(
                 text,
-                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>6}  {:>7}  {:>7}  {fits:>4}  {:>8.0}{mark}",
+                "{name:<22} {:>7}  {:>9}  {:>9}  {:>11}  {:>6}  {:>7}  {:>7}  {fits:>4}  {speed:>8}{mark}",
                 choice.weights_mib,
                 choice.gradients_mib,
                 choice.optimizer_mib,
                 choice.activations_mib,
                 choice.saving_mib,
                 choice.program_mib,
-                choice.peak_mib,
-                choice.tokens_per_s
+                choice.peak_mib
             );
         }
         if let Some(reason) = &self.auto {

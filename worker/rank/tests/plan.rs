@@ -38,7 +38,8 @@ fn every_choice_is_told_and_one_is_the_jobs() {
     assert_eq!(choices.len(), 8, "four precisions, two strategies");
     let chosen: Vec<&Value> = choices.iter().filter(|choice| choice["is_job"] == true).collect();
     assert_eq!(chosen, [of(&plan, "fsdp", "bf16-mixed")]);
-    assert!(choices.iter().all(|c| c["tokens_per_s"].as_f64().unwrap() > 0.0 && c["fits"] == true));
+    let is_measured = |c: &Value| c["tokens_per_s"].as_f64().is_some_and(|speed| speed > 0.0);
+    assert!(choices.iter().all(|c| is_measured(c) != (c["precision"] == "16-mixed") && c["fits"] == true));
     let peak = |strategy| of(&plan, strategy, "32")["peak_mib"].as_u64().unwrap();
     assert!(peak("fsdp") <= peak("ddp"), "{plan}");
 }
