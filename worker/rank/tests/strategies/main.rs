@@ -238,15 +238,16 @@ fn what_n_ranks_save_m_ranks_load() {
     let cut = |kind, hosts| Cut { kind, hosts, micro: 1 };
     let mut cuts = vec![(ALONE, Files::Shared)];
     cuts.extend(ONE_HOST.map(|hosts| (cut(Kind::Shared, hosts), Files::Shared)));
-    let several: [(Kind, &[usize]); 5] = [
-        (Kind::Shared, &[0, 0, 1]),
-        (Kind::Fsdp, &[0, 1]),
-        (Kind::Fsdp, &[0, 0, 1]),
-        (Kind::Fsdp, &[0, 1, 1, 1]),
-        (Kind::Hsdp, &[0, 0, 1, 1]),
+    let several: [(Kind, &[usize], Files); 7] = [
+        (Kind::Shared, &[0, 0, 1], Files::Apart),
+        (Kind::Fsdp, &[0, 1], Files::Shared),
+        (Kind::Fsdp, &[0, 1], Files::Apart),
+        (Kind::Fsdp, &[0, 0, 1], Files::Apart),
+        (Kind::Fsdp, &[0, 1, 1, 1], Files::Shared),
+        (Kind::Hsdp, &[0, 0, 1, 1], Files::Shared),
+        (Kind::Hsdp, &[0, 0, 1, 1], Files::Apart),
     ];
-    let several = several.map(|(kind, hosts)| cut(kind, hosts)).into_iter();
-    cuts.extend(several.flat_map(|cut| [(cut, Files::Shared), (cut, Files::Apart)]));
+    cuts.extend(several.map(|(kind, hosts, files)| (cut(kind, hosts), files)));
     cuts.extend([&[0][..], &[0, 0, 0]].map(|hosts| (cut(Kind::Fsdp, hosts), Files::Shared)));
     for config in configs {
         let dir = tempfile::tempdir().unwrap();
