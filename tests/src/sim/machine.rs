@@ -133,7 +133,7 @@ impl World {
     }
 
     /// The machine stops from one moment to the other, for good.
-    pub fn power_off(&mut self, number: u32) {
+    pub fn lose_machine(&mut self, number: u32) {
         self.leave(number);
     }
 

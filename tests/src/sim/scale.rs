@@ -250,7 +250,7 @@ impl World {
     fn cut_the_power(&mut self, id: GangId) {
         self.oracle.excuse(id.job, "one of its machines was lost");
         let machine = self.machines.len() as u32 / 2 + 1;
-        self.power_off(machine);
+        self.lose_machine(machine);
     }
 
     /// Back to the queue and placed anew: no rank of the new start may live beside one of the old.
