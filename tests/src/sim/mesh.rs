@@ -45,11 +45,9 @@ impl Mesh {
         let told: Vec<Micros> = self.told.values().copied().collect();
         let (mut calls, mut answers) = (told.clone(), told.clone());
         for distance in 1..told.len() {
-            for rank in distance..told.len() {
-                let called = rank - distance;
-                let begins = (calls[rank] + LATENCY).max(answers[called]);
-                answers[called] = begins + HANDSHAKE;
-                calls[rank] = answers[called] + LATENCY;
+            for (call, answer) in calls[distance..].iter_mut().zip(&mut answers) {
+                *answer = (*call + LATENCY).max(*answer) + HANDSHAKE;
+                *call = *answer + LATENCY;
             }
         }
         calls.into_iter().chain(answers).max().unwrap_or(0)
