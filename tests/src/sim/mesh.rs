@@ -12,7 +12,7 @@ use std::time::Duration;
 pub const RANKS: u32 = 8;
 /// From host to host.
 const LATENCY: Micros = 20;
-/// Of the core of a rank for a handshake with keys at both ends: some 300 µs were measured for both together on one core.
+/// Of the core of a rank for a handshake with keys at both ends: assumed, not measured.
 const HANDSHAKE: Micros = 300;
 /// Of a core for a last word that is sent or read.
 const WORD: Micros = 5;
@@ -45,9 +45,9 @@ impl Mesh {
         let told: Vec<Micros> = self.told.values().copied().collect();
         let (mut calls, mut answers) = (told.clone(), told.clone());
         for distance in 1..told.len() {
-            for (calls, answers) in calls[distance..].iter_mut().zip(&mut answers) {
-                *answers = (*calls + LATENCY).max(*answers) + HANDSHAKE;
-                *calls = *answers + LATENCY;
+            for (call, answer) in calls[distance..].iter_mut().zip(&mut answers) {
+                *answer = (*call + LATENCY).max(*answer) + HANDSHAKE;
+                *call = *answer + LATENCY;
             }
         }
         calls.into_iter().chain(answers).max().unwrap_or(0)

@@ -261,8 +261,8 @@ impl World {
         self.until("the job is back in the queue", |world| {
             world.oracle.state().jobs().get(&job).is_some_and(|job| job.placement.is_none())
         })?;
-        if let Some(rank) = self.engine.living().keys().next() {
-            return Err(format!("{rank} is back in the queue and has living ranks"));
+        if let Some(id) = self.engine.living().keys().next() {
+            return Err(format!("{id} is back in the queue and has living ranks"));
         }
         self.order_undrain();
         let (_, met) = self.until_met()?;
