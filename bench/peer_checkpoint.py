@@ -1,4 +1,4 @@
-"""The peer of checkpoint.py: torch.distributed.checkpoint on the state of a Llama and AdamW, sharded by FSDP2 over gloo. Run by torchrun.
+"""The peer of checkpoints.py: torch.distributed.checkpoint on the state of a Llama and AdamW, sharded by FSDP2 over gloo. Run by torchrun.
 
 Rank 0 prints one JSON object for each save and load, {"what": "save" | "async_save" | "load", "s": seconds}. Of async_save the time until it
 returns is printed: for so long training stands still.

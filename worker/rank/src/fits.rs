@@ -102,18 +102,18 @@ impl Need {
     }
 }
 
-/// Bytes of a parameter in a checkpoint: weight and both moments.
-fn copied(precision: Precision) -> usize {
-    if precision == Precision::Bf16True { 6 } else { 12 }
-}
-
-/// The copy that a checkpoint is written from, for each rank that writes: those of one node.
+/// The copy that a checkpoint is written from, for each rank of the first node, which have the most: they write the weights, and all that keep
+/// moments write these.
 pub fn saving(model: &Model, setting: &Setting) -> usize {
     let layout = model.layout();
+    let one = if setting.precision == Precision::Bf16True { 2 } else { 4 } * layout.len;
+    let (keeping, of_node) = (setting.keeping(), setting.shape.of_node() as usize);
+    let is_over_hosts = keeping.is_sharded_over_hosts();
+    let moments = 2 * one / if is_over_hosts { setting.shape.ranks as usize } else { of_node };
+    // Masters come from all hosts through a buffer where they are not what is collected anyway.
     let longest = layout.units.iter().map(|unit| unit.len()).max().unwrap_or(0);
-    // Units come from all hosts through a buffer.
-    let buffer = if setting.keeping().is_sharded_over_hosts() { 4 * longest } else { 0 };
-    copied(setting.precision) * layout.len / setting.shape.of_node() as usize + buffer
+    let buffer = if is_over_hosts && keeping.bf16 { 4 * longest } else { 0 };
+    one / of_node + moments + buffer
 }
 
 /// What a job runs as.
