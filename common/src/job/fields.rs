@@ -303,7 +303,7 @@ impl Fields {
 
     /// One of the words; the second of each pair is what it means.
     pub fn word<T: Clone>(&self, name: &'static str, words: &[(&str, T)]) -> Result<Option<T>, JobFileError> {
-        self.word_of(name, words, |_| true)
+        self.word_of(name, words, &[], |_| true)
     }
 
     /// As `word`, where some are known only to be refused later, with a better reason: what `is_possible` is what an error offers.
@@ -311,6 +311,7 @@ impl Fields {
         &self,
         name: &'static str,
         words: &[(&str, T)],
+        understood: &[(&str, T)],
         is_possible: impl Fn(&T) -> bool,
     ) -> Result<Option<T>, JobFileError> {
         let offered = words.iter().filter(|(_, meaning)| is_possible(meaning));
@@ -319,7 +320,11 @@ impl Fields {
         self.get(name, &wanted, |v| {
             let number = v.int().map(|n| n.to_string());
             let given = v.text().map(str::to_ascii_lowercase).or(number)?;
-            words.iter().find(|(word, _)| *word == given).map(|(_, meaning)| meaning.clone())
+            words
+                .iter()
+                .chain(understood)
+                .find(|(word, _)| *word == given)
+                .map(|(_, meaning)| meaning.clone())
         })
     }
 

@@ -221,7 +221,15 @@ fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
     ];
     let possible =
         |strategy: &Strategy| Wanted { strategy: *strategy, ..Wanted::ANYTHING }.executor().is_ok();
-    Ok(f.word_of("strategy", &words, possible)?.unwrap_or(Auto))
+    let others = [
+        ("full_shard", Fsdp),
+        ("zero3", Fsdp),
+        ("zero_3", Fsdp),
+        ("hybrid_shard", Hsdp),
+        ("ddp_find_unused_parameters_true", Ddp),
+        ("ddp_find_unused_parameters_false", Ddp),
+    ];
+    Ok(f.word_of("strategy", &words, &others, possible)?.unwrap_or(Auto))
 }
 
 fn devices(f: &Fields) -> Result<Devices, JobFileError> {
@@ -261,7 +269,7 @@ fn device(f: &Fields) -> Result<Device, JobFileError> {
         let message = format!("`device` has no number: write `device` = \"cuda\" and `devices` = [{number}]");
         return Err(f.refuse(&["device"], message));
     }
-    let device = f.word_of("device", &words, possible)?;
+    let device = f.word_of("device", &words, &[], possible)?;
     let use_gpu = f.flag("use_gpu")?;
     match (device, use_gpu) {
         (Some(Cpu), Some(true)) => Err(f.refuse(
@@ -289,9 +297,12 @@ fn precision(f: &Fields) -> Result<Precision, JobFileError> {
         ("bfloat16", Bf16Mixed),
         ("float16", Fp16Mixed),
     ];
+    // As PyTorch Lightning and accelerate abbreviate.
+    let short =
+        [("bf16", Bf16Mixed), ("16", Fp16Mixed), ("fp16", Fp16Mixed), ("fp32", Fp32), ("32-true", Fp32)];
     let possible =
         |precision: &Precision| Wanted { precision: *precision, ..Wanted::ANYTHING }.executor().is_ok();
-    let precision = f.word_of("precision", &words, possible)?;
+    let precision = f.word_of("precision", &words, &short, possible)?;
     let use_amp = f.flag("use_amp")?;
     let spelling = f.spelling("precision");
     match (precision, use_amp) {

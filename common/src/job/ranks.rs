@@ -3,6 +3,7 @@
 use super::error::Warning;
 use super::load::RANKS_MAX;
 use super::{Devices, Job, Strategy};
+use crate::capability::{Refusal, Wanted};
 
 /// What the command line asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub enum RanksError {
     Uneven { ranks: u32, nodes: u32 },
     #[error("-n {0} is not a number of ranks from 1 to {RANKS_MAX}")]
     OutOfRange(u32),
+    #[error("{0}")]
+    Impossible(#[from] Refusal),
 }
 
 impl Job {
@@ -67,6 +70,8 @@ impl Job {
         }
         self.num_nodes = Some(nodes);
         let shape = Shape { ranks, nodes };
+        // A device that is `auto` may be any.
+        Wanted::of(self, self.device, ranks).executor()?;
         if ranks > 1 || self.strategy == Strategy::Auto {
             return Ok((shape, None));
         }
@@ -122,6 +127,9 @@ mod tests {
         assert_eq!(both, "`num_nodes` is 2 and --nodes 3; leave one of them out");
         assert_eq!(settled("strategy = \"fsdp\"\n", Some(4), Some(2)), Ok((4, 2)));
         assert!(settled("num_nodes = 1000\ndevices = 1000\n", None, None).is_err());
+        let impossible =
+            settled("strategy = \"hsdp\"\nexecutor = \"torch\"\n", Some(4), Some(2)).unwrap_err();
+        assert!(impossible.to_string().contains("over 2 nodes use \"fsdp\""), "{impossible}");
     }
 
     #[test]

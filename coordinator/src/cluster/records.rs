@@ -307,15 +307,14 @@ impl JobRecord {
 
     fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64, context: &mut Context) {
         let held = self.written_by(&record);
+        let here: Vec<NodeId> = held.iter().map(|held| held.node).collect();
         (record.shards, record.disks) = (Vec::new(), Vec::new());
         let mut gone: Vec<RecordedCheckpoint> =
             self.checkpoints.extract_if(.., |known| known.record.path == record.path).collect();
         self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms, held });
         let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
         gone.extend(self.checkpoints.drain(..surplus));
-        // Where the job runs its ranks remove them.
-        let here: Vec<NodeId> =
-            self.placement.iter().flat_map(|at| &at.parts).map(|part| part.node).collect();
+        // Where the job's ranks write they remove them.
         gone.iter_mut().for_each(|known| known.held.retain(|held| !here.contains(&held.node)));
         context.superseded.append(&mut gone);
     }

@@ -16,7 +16,7 @@ pub struct Args {
     #[arg(short = 'n', long = "ranks", value_name = "N")]
     ranks: Option<u32>,
     /// Spread the ranks evenly over so many nodes, which are all as this machine; without it as `num_nodes` says
-    #[arg(long, value_name = "M")]
+    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..))]
     nodes: Option<u32>,
     /// What goes from node to node; without it 10Gbit
     #[arg(long, value_name = "RATE")]

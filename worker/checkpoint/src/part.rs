@@ -170,10 +170,16 @@ impl PartWriter {
         self.write_bytes(STATE_FILE, &json)
     }
 
-    /// Tells the first rank that this part is on the disk.
-    pub fn hand_in(self) -> Result<(), CheckpointError> {
-        let part = HandedIn::Written(self.part);
-        hand_in(&self.dir, self.writer, &part).map_err(|e| failed(self.step, &self.dir, e))
+    /// Tells the first rank that this part is on the disk, or, where that itself has no room, that there is none.
+    pub fn hand_in(mut self) -> Result<(), CheckpointError> {
+        let part = HandedIn::Written(std::mem::take(&mut self.part));
+        let Err(e) = hand_in(&self.dir, self.writer, &part) else { return Ok(()) };
+        let error = failed(self.step, &self.dir, e);
+        if let HandedIn::Written(part) = part {
+            self.part = part;
+        }
+        self.fail(&error);
+        Err(error)
     }
 
     /// Tells the first rank that there will be no part. What was written of it goes first: it may be what filled the disk.
@@ -182,8 +188,12 @@ impl PartWriter {
             let _ = fs::remove_file(self.dir.join(file)); // the first rank removes the whole directory
         }
         let told = HandedIn::Failed { is_full: error.is_full_disk(), line: error.to_string() };
-        if let Err(e) = hand_in(&self.dir, self.writer, &told) {
-            tracing::debug!("the first rank cannot be told in {}: {e}", self.dir.display());
+        if hand_in(&self.dir, self.writer, &told).is_ok() {
+            return;
+        }
+        // An empty file needs no room, and says that there was none.
+        if let Err(e) = File::create(self.dir.join(part_file(self.writer))) {
+            tracing::warn!("the first rank cannot be told in {}: {e}", self.dir.display());
         }
     }
 
@@ -216,6 +226,9 @@ pub(crate) fn failed(step: u64, path: &Path, source: io::Error) -> CheckpointErr
 /// What `writer` has handed in.
 pub(crate) fn handed_in(dir: &Path, writer: u32) -> io::Result<Option<HandedIn>> {
     match fs::read(dir.join(part_file(writer))) {
+        Ok(bytes) if bytes.is_empty() => {
+            Ok(Some(HandedIn::Failed { is_full: true, line: "there was no room to hand its part in".into() }))
+        }
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
@@ -225,8 +238,12 @@ pub(crate) fn handed_in(dir: &Path, writer: u32) -> io::Result<Option<HandedIn>>
 /// It appears whole. It need not outlive a power cut: what it says goes into the manifest.
 fn hand_in(dir: &Path, writer: u32, what: &HandedIn) -> io::Result<()> {
     let (path, beside) = (dir.join(part_file(writer)), dir.join(format!("{}.new", part_file(writer))));
-    fs::write(&beside, serde_json::to_vec(what).expect("it is plain data"))?;
-    fs::rename(beside, path)
+    let written = fs::write(&beside, serde_json::to_vec(what).expect("it is plain data"));
+    if let Err(e) = written.and_then(|()| fs::rename(&beside, path)) {
+        let _ = fs::remove_file(beside); // so that who comes next has its room
+        return Err(e);
+    }
+    Ok(())
 }
 
 pub(crate) fn part_file(writer: u32) -> String {

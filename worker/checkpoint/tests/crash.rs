@@ -84,7 +84,9 @@ fn save_apart(dir: &Path, step: u64) {
         writer.collect(&|| false).unwrap();
     }
     let handed = writers.each_ref().map(Writer::handed);
+    let serial = writers.iter().map(|writer| writer.ticket().serial).max().unwrap();
     for (disk, writer) in writers.iter_mut().enumerate() {
+        writer.numbered(serial);
         writer.take_in(1 - disk, &handed[1 - disk]).unwrap();
         writer.prepare(1.0).unwrap();
     }

@@ -285,6 +285,24 @@ fn a_rank_that_cannot_write_fails_the_save_of_all_and_is_named() {
     assert_eq!(latest(dir.path()).unwrap().newest.unwrap().1.step, 1);
 }
 
+/// A directory where the small file would be is as good as a full disk: it cannot be written.
+#[test]
+fn a_part_that_cannot_be_handed_in_is_told_as_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = claim(dir.path());
+    let mut writer = Writer::begin(&run, 1).unwrap().of("ddp", 2);
+    write_part(writer.part(), &State::of(&[50]), 0, 2).unwrap();
+    let mut other = PartWriter::join(dir.path(), 1, writer.ticket(), 1);
+    write_part(&mut other, &State::of(&[50]), 1, 2).unwrap();
+    let temporary = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let temporary = temporary.into_iter().find(|path| path.to_string_lossy().contains(".tmp-")).unwrap();
+    fs::create_dir(temporary.join(".part-00001.new")).unwrap();
+    assert!(other.hand_in().is_err());
+    let error = writer.finish_together(1.0, &|| false).unwrap_err();
+    assert!(matches!(error, CheckpointError::Peer { rank: 1, is_full: true, .. }), "{error}");
+    assert!(error.to_string().contains("no room to hand its part in"), "{error}");
+}
+
 #[test]
 fn a_part_that_never_comes_is_not_waited_for_for_ever() {
     let dir = tempfile::tempdir().unwrap();

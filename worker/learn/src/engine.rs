@@ -225,7 +225,9 @@ impl<M: Memory> Learner for Engine<M> {
         // Steps that were left out are none to the optimizer.
         let taken = Update { step: update.step.saturating_sub(skipped).max(1), ..*update };
         let outcome = self.strategy.update(&taken, self.executor.take_loss()?, votes);
+        // A loss that is no number is none whatever its scale.
         if let Err(Error::NoNumber { report: Some(report), .. }) = &outcome
+            && report.loss.is_finite()
             && self.scaler.as_mut().is_some_and(Scaler::skip)
         {
             return Ok(Report { loss: report.loss / weight, skipped: true, ..*report });
@@ -241,10 +243,11 @@ impl<M: Memory> Learner for Engine<M> {
             Err(error @ Error::NoNumber { .. }) => {
                 let step = suspects::Step { micro_batches, scale, number: update.step };
                 let error = suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?;
-                Err(match self.scaler {
-                    Some(_) => error.with_reason(&format!(
+                Err(match &self.scaler {
+                    Some(scaler) if scaler.is_spent() => error.with_reason(&format!(
                         "a loss scale below 1 helps no more (steps skipped so far: {skipped}): use precision = \"bf16-mixed\" or \"32\""
                     )),
+                    Some(_) => error.with_reason("in fp16 what is above 65504 is infinite: precision = \"bf16-mixed\" has the range of fp32"),
                     None => error,
                 })
             }

@@ -40,13 +40,18 @@ impl Scaler {
         }
     }
 
+    /// The scale cannot be halved any more.
+    pub fn is_spent(&self) -> bool {
+        self.state.scale / 2.0 < LEAST
+    }
+
     /// A step had none and is left out. `false`: the scale cannot be halved any more.
     pub fn skip(&mut self) -> bool {
-        let scale = self.state.scale / 2.0;
-        if scale < LEAST {
+        if self.is_spent() {
             return false;
         }
-        self.state = LossScale { scale, good_steps: 0, skipped: self.state.skipped + 1 };
+        self.state =
+            LossScale { scale: self.state.scale / 2.0, good_steps: 0, skipped: self.state.skipped + 1 };
         true
     }
 }

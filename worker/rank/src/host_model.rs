@@ -1,6 +1,6 @@
 //! A model directory in this machine's memory, computed on its CPU.
 
-use fleet_checkpoint::{MANIFEST_FILE, ModelDir};
+use fleet_checkpoint::{CheckpointError, MANIFEST_FILE, ModelDir};
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
 use fleet_kernels::{self as kernels, all_finite};
 use fleet_learn::model::Model;
@@ -64,12 +64,18 @@ fn compact(weights: &[f32]) -> Option<Vec<bf16>> {
     Some(compact)
 }
 
-/// The flat weights of a directory, which is checked by its manifest where it has one. All are numbers.
+/// The flat weights of a directory, which is checked by its manifest where it has one. All are numbers. Optimizer state may lie on other disks.
 pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
+    let mut elsewhere = None;
     if dir.join(MANIFEST_FILE).exists() {
-        fleet_checkpoint::verify(dir)?;
+        for wrong in fleet_checkpoint::inspect(dir)?.1 {
+            match wrong {
+                CheckpointError::Partial { .. } => elsewhere = Some(wrong),
+                wrong => return Err(wrong.into()),
+            }
+        }
     }
-    let model = ModelDir::open(dir)?;
+    let model = ModelDir::open(dir).map_err(|error| elsewhere.unwrap_or(error))?;
     let mut flat = zeros(model.layout.len, Part::Weights)?;
     model.read(&mut flat)?;
     if let Some(p) = model.layout.parameters.iter().find(|p| !all_finite(&flat[p.range.clone()])) {

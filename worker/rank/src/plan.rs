@@ -8,7 +8,7 @@ mod timeline;
 
 use crate::assemble::{self, Threads};
 use crate::fits::{self, Need, Setting};
-use crate::machine::{available_bytes, memory_bytes, program_bytes};
+use crate::machine::{self, available_bytes, memory_bytes, program_bytes};
 use between::Between;
 pub use between::links;
 pub use costs::Costs;
@@ -40,6 +40,8 @@ pub struct Plan {
     pub threads_per_rank: u32,
     /// Of this machine now, for all ranks of a node together.
     pub available_mib: u64,
+    /// What else the machine does while speeds are measured, where that is much.
+    pub busy: Option<String>,
     /// What is taken to be between several nodes.
     pub link: Option<String>,
     /// What the job's `auto` is where all nodes are as this machine, and why.
@@ -97,6 +99,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
     let mut between = Between::new(shape, wanted.links, job.transport_encryption, crowded)?;
     let program = program_bytes(run.ranks);
     let available = available_bytes();
+    let busy = machine::busy(cores);
     let setting = Setting::of(job, shape);
     let auto = (job.strategy == Strategy::Auto && shape.ranks > 1)
         .then(|| fits::choose(&run.model, job.max_seq_len, &setting, memory_bytes()));
@@ -106,13 +109,21 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         let of_job = Setting { precision, ..setting };
         // An executor that the job names may not compute it.
         let Ok(executor) = of_job.computed_by() else { continue };
-        let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
-        let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
-        for strategy in strategies(&of_job, chosen) {
+        let ways = strategies(&of_job, chosen).into_iter().map(|strategy| {
             let setting = Setting { strategy, ..of_job };
-            let Need { kept: needs, activations } = Need::of(&run.model, job.max_seq_len, &setting);
+            let need = Need::of(&run.model, job.max_seq_len, &setting);
             let saving = fits::saving(&run.model, &setting);
-            let peak = needs.total() + activations + saving + program;
+            let peak = need.total() + saving + program;
+            (setting, need, saving, peak)
+        });
+        let ways: Vec<_> = ways.collect();
+        let fits = |peak: usize| peak.saturating_mul(run.ranks) <= available;
+        let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
+        // A step that does not fit is not tried.
+        let is_measured = is_measured && ways.iter().any(|(.., peak)| fits(*peak));
+        let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
+        for (setting, Need { kept: needs, activations }, saving, peak) in ways {
+            let strategy = setting.strategy;
             choices.push(Choice {
                 strategy,
                 precision,
@@ -123,7 +134,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
                 saving_mib: mib(saving),
                 program_mib: mib(program),
                 peak_mib: mib(peak),
-                fits: peak * run.ranks <= available,
+                fits: fits(peak),
                 tokens_per_s: speeds.as_ref().map(|speeds| run.tokens_per_s(speeds, &setting, &mut between)),
                 is_job: precision == job.precision && is_chosen(strategy, chosen, shape),
             });
@@ -135,6 +146,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         nodes: shape.nodes,
         threads_per_rank,
         available_mib: mib(available),
+        busy,
         link: (shape.nodes > 1).then(|| between::describe(&wanted.links, wanted.told)),
         auto: auto.map(|choice| choice.reason),
         choices,
@@ -221,7 +233,7 @@ impl Run<'_> {
                 engine.step(&batch, &Update { adamw, lr: 1e-5, step }, Votes::default())?;
                 times.push(began.elapsed().as_secs_f64());
             }
-            Ok(median(&mut times[1..]))
+            Ok(best(&times[1..]))
         })
     }
 
@@ -239,14 +251,14 @@ impl Run<'_> {
         let time = |work: &(dyn Fn(&mut [Vec<f32>; 4]) + Sync)| {
             self.at_once(|| {
                 let mut numbers: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.5; SAMPLE]);
-                let mut times: Vec<f64> = (0..=STEPS)
+                let times: Vec<f64> = (0..=STEPS)
                     .map(|_| {
                         let began = Instant::now();
                         work(&mut numbers);
                         began.elapsed().as_secs_f64()
                     })
                     .collect();
-                Ok(median(&mut times[1..]) / SAMPLE as f64)
+                Ok(best(&times[1..]) / SAMPLE as f64)
             })
         };
         let update = time(&|[p, g, m, v]| kernels::adamw(&step, p, g, m, v, None))?;
@@ -326,6 +338,9 @@ impl Plan {
         if let Some(link) = &self.link {
             let _ = writeln!(text, "{link}");
         }
+        if let Some(busy) = &self.busy {
+            let _ = writeln!(text, "{busy}");
+        }
         text.push('\n');
         text += "MiB per rank           weights  gradients  optimizer  activations  saving  program     peak  fits  tokens/s\n";
         for choice in &self.choices {
@@ -357,9 +372,9 @@ fn word(value: &impl Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+/// Whatever else the machine does makes a step longer, never shorter.
+fn best(times: &[f64]) -> f64 {
+    times.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
 fn mib(bytes: usize) -> u64 {

@@ -272,8 +272,7 @@ impl Trainer {
             }
             let over = step == self.total_steps || votes.stop || votes.time;
             let told = step == first || step.is_multiple_of(self.job.logging_steps) || over;
-            // A run whose steps were all skipped has nothing to tell yet.
-            if told && self.rank == 0 && !(self.state.loss_scale.is_some() && self.state.loss.is_nan()) {
+            if told && self.rank == 0 {
                 link.event(EventBody::Step(self.meter.event(&self.state, self.order.epochs_done(step))));
             }
             let every = |steps: u64| steps > 0 && step.is_multiple_of(steps);
@@ -334,9 +333,7 @@ impl Trainer {
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
         (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
-        if report.loss.is_finite() || !report.skipped {
-            state.loss = report.loss;
-        }
+        state.loss = report.loss;
         let scaled_by = std::mem::replace(&mut state.loss_scale, self.learner.loss_scale());
         let tokens = state.global_batch * u64::from(self.job.max_seq_len);
         state.tokens_seen += tokens;
