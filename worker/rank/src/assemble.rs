@@ -32,7 +32,7 @@ pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
             return Err(Error::Environment(format!("{why}; set device = \"cpu\" to train without it")));
         }
     };
-    let offload = job.offload_optimizer.then(|| OFFLOAD_ON_HOST.to_owned());
+    let offload = (job.offload_optimizer && start.rank == 0).then(|| OFFLOAD_ON_HOST.to_owned());
     let notes: Vec<String> = note.into_iter().chain(offload).collect();
     let note = (!notes.is_empty()).then(|| notes.join("; "));
     Ok(Made { note, ..on_host(start, job, model)? })

@@ -249,9 +249,10 @@ fn changes(setting: &Setting) -> Vec<(Change, String)> {
 /// For people.
 pub(crate) fn size(bytes: usize) -> String {
     let gib = bytes as f64 / f64::from(1 << 30);
-    match gib < 10.0 {
-        true => format!("{gib:.1} GiB"),
-        false => format!("{gib:.0} GiB"),
+    match gib {
+        ..0.95 => format!("{} MiB", bytes.div_ceil(1 << 20)),
+        ..10.0 => format!("{gib:.1} GiB"),
+        _ => format!("{gib:.0} GiB"),
     }
 }
 
