@@ -42,7 +42,7 @@ def launch(arguments, work, shape, settings):
     }
     command = [str(arguments.bin / "fleet"), "launch", "-n", str(RANKS), str(run.HERE / "llama_13m.toml"), "--json"]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return run.run(command, None)
+    return run.run(command, RANKS, None)
 
 
 def started(start, lines):
@@ -70,7 +70,7 @@ def peer(arguments, work, model):
     shape, _, _ = MODELS[model]
     words = run.torchrun(RANKS, run.HERE / "peer_checkpoint.py", "--dir", work / "peer", "--shape", *shape)
     words[0] = arguments.python
-    _, lines, _ = run.run(words, None)
+    _, lines, _ = run.run(words, RANKS, None)
     of = lambda what: [line["s"] for line in lines if line.get("what") == what]
     return {"save": of("save"), "async_save": of("async_save"), "load": of("load")}
 

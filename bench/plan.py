@@ -51,12 +51,12 @@ def measure(arguments, work, ranks, settings):
         "save_steps": arguments.steps // 2,
     }
     command = [str(arguments.bin / "fleet"), "launch", "-n", str(ranks), str(JOB), "--json", *words({**settings, **more})]
-    _, lines, memory = run.run(command, "fleet-rank")
+    _, lines, memory = run.run(command, ranks, "fleet-rank")
     shutil.rmtree(work / "output" / "checkpoints", ignore_errors=True)
     ends = [line["time"] / 1000 for line in lines if line.get("event") == "step"]
     gaps = [b - a for a, b in zip(ends, ends[1:])][UNSTEADY_STEPS:]
     sequences = ranks * settings.get("batch_size", run.BATCH) * settings.get("accumulate_grad_batches", 1)
-    return sum(memory.pss.values()), sequences * run.SEQUENCE / statistics.median(gaps)
+    return ranks * memory.of(max, "pss"), sequences * run.SEQUENCE / statistics.median(gaps)
 
 
 def compare(arguments, work):
