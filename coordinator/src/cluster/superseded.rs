@@ -1,4 +1,5 @@
-//! Checkpoints that are recorded and then have newer ones in their place, on nodes that their job has left: where it runs its ranks remove them.
+//! Checkpoints that are recorded and then have newer ones in their place, on nodes to which their job does not write any more: where it
+//! writes its ranks remove them.
 //!
 //! A node is told of them until it says that it has done what it can. Never of one that a gang goes on from just now.
 
