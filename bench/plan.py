@@ -63,7 +63,8 @@ def compare(arguments, work):
     rows = ["| model | ranks | strategy | precision | MiB planned | measured | planned / measured | tokens/s planned | measured | planned / measured |",
             "|---|---|---|---|---|---|---|---|---|---|"]
     for name, ranks, settings in JOBS:
-        planned, measured = plan(arguments, ranks, settings), measure(arguments, work, ranks, settings)
+        turns = [(plan(arguments, ranks, settings), measure(arguments, work, ranks, settings)) for _ in range(arguments.runs)]
+        planned, measured = ([statistics.median(numbers) for numbers in zip(*side)] for side in zip(*turns))
         how = settings.get("strategy", "ddp" if ranks > 1 else "-"), settings.get("precision", "32")
         rows.append(f"| {name} | {ranks} | {' | '.join(how)} | {planned[0]:.0f} | {measured[0]:.0f} | **{planned[0] / measured[0]:.2f}** "
                     f"| {planned[1]:.0f} | {measured[1]:.0f} | **{planned[1] / measured[1]:.2f}** |")
@@ -75,6 +76,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--bin", type=Path, default=run.ROOT / "target/debug", help="folder of fleet's programs")
     options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--runs", type=int, default=3, help="plans and runs, in turn; medians count")
     options.add_argument("--results", type=Path, default=run.HERE / "results", help="folder for the table")
     arguments = options.parse_args()
     arguments.bin = arguments.bin.resolve()

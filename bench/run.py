@@ -133,7 +133,7 @@ def run_fleet(arguments, work, ranks, strategy, precision):
     ends = [line["time"] / 1000 for line in lines if line.get("event") == "step"]
     shutil.rmtree(work / "output" / "checkpoints", ignore_errors=True)
     times = lines[-1]["times"]
-    return summarise(start, ends, ranks, memory) | {"communication": times["communication"]["share"]}
+    return summarise(start, ends, ranks, memory) | {what: times[what]["share"] for what in ("communication", "waiting")}
 
 
 def torchrun(ranks, *words):
@@ -156,7 +156,7 @@ NAMES = {(run_fleet, "ddp"): "fleet", (run_fleet, "fsdp"): "fleet", (run_peer, "
 
 def training(arguments, work):
     """Rows of the table, and of a second one that holds fleet's strategies and numbers of ranks against each other."""
-    rows = ["| ranks | strategy | precision | | tokens/s | start-up s | RSS MiB | PSS MiB | communication |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| ranks | strategy | precision | | tokens/s | start-up s | RSS MiB | PSS MiB | communication | waiting |", "|---|---|---|---|---|---|---|---|---|---|"]
     speed = {}
     for ranks in arguments.ranks:
         for precision in arguments.precision:
@@ -170,14 +170,14 @@ def training(arguments, work):
             for strategy, runner in sides:
                 low, high = (pick(run["tokens_per_s"] for run in runs[strategy, runner]) for pick in (min, max))
                 it = median[strategy, runner]
-                exposed = f"{it['communication']:.1%}" if "communication" in it else "-"
+                exposed = f"{it['communication']:.1%} | {it['waiting']:.1%}" if "communication" in it else "- | -"
                 rows.append(f"| {ranks} | {strategy} | {precision} | {NAMES[runner, strategy]} | {it['tokens_per_s']:.0f} ({low:.0f}-{high:.0f}) "
                             f"| {it['startup_s']:.2f} | {it['rss_mib']:.0f} | {it['pss_mib']:.0f} | {exposed} |")
                 if runner is run_peer:
                     fleet = median[strategy, run_fleet]
                     ratio = {key: f"**{fleet[key] / it[key]:.2f}**" for key in it}
                     rows.append(f"| {ranks} | {strategy} | {precision} | **fleet / PyTorch** | {ratio['tokens_per_s']} | {ratio['startup_s']} "
-                                f"| {ratio['rss_mib']} | {ratio['pss_mib']} | |")
+                                f"| {ratio['rss_mib']} | {ratio['pss_mib']} | | |")
                 else:
                     speed[ranks, strategy, precision] = it
     return rows + ["", *against_each_other(speed)]

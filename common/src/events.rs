@@ -149,8 +149,10 @@ pub struct Times {
     pub forward_s: f64,
     /// With the head's forward.
     pub backward_s: f64,
-    /// In which nothing is computed: waiting for other ranks, and working for them.
+    /// In which nothing is computed, of the rank that has least of it: it waits for no slower one.
     pub communication_s: f64,
+    /// What the others have more of it than that rank: waiting for slower ones.
+    pub waiting_s: f64,
     pub optimizer_s: f64,
     /// Copying what is saved, and waiting for an earlier save.
     pub checkpoint_s: f64,
@@ -158,12 +160,13 @@ pub struct Times {
 
 impl Times {
     /// The parts, by their names.
-    pub fn parts(&self) -> [(&'static str, f64); 6] {
+    pub fn parts(&self) -> [(&'static str, f64); 7] {
         [
             ("data", self.data_s),
             ("forward", self.forward_s),
             ("backward", self.backward_s),
             ("communication", self.communication_s),
+            ("waiting", self.waiting_s),
             ("optimizer", self.optimizer_s),
             ("checkpoint", self.checkpoint_s),
         ]
@@ -186,6 +189,7 @@ impl Times {
             forward_s: mean(self.forward_s, other.forward_s),
             backward_s: mean(self.backward_s, other.backward_s),
             communication_s: mean(self.communication_s, other.communication_s),
+            waiting_s: mean(self.waiting_s, other.waiting_s),
             optimizer_s: mean(self.optimizer_s, other.optimizer_s),
             checkpoint_s: mean(self.checkpoint_s, other.checkpoint_s),
         }

@@ -69,7 +69,7 @@ fn a_launch_tells_where_the_time_went_and_leaves_one_trace_of_all_ranks() {
     let trace = file.display().to_string();
     let done = world.launch(2, &TinyJob::default(), &["--trace", &trace]).finish().expect(0);
     let times = &done.summary()["times"];
-    let parts = ["data", "forward", "backward", "communication", "optimizer", "checkpoint"];
+    let parts = ["data", "forward", "backward", "communication", "waiting", "optimizer", "checkpoint"];
     let shares: f64 = parts.iter().map(|part| times[part]["share"].as_f64().unwrap()).sum();
     assert!((shares - 1.0).abs() < 1e-6 && times["step_s"].as_f64() > Some(0.0), "{times}");
     assert!(times["communication"]["s"].as_f64() > Some(0.0), "{times}");

@@ -1,21 +1,14 @@
 //! Which rank is slower than the others, and what is said of that. Ranks of a step end it together, so a slow one shows in how long it computes
 //! while the others wait. Pure: looks at the ranks and the time go in, lines come out.
 //!
-//! Compared are means over windows of several steps. A rank is slow that computes `SLOW` times as long as the others (their median) in two
-//! windows one after the other, and until it comes below `FINE` again.
+//! Compared are means over windows of several steps, by the rules of `fleet_collectives::straggler`.
 
 use crate::stall::{Sight, Standing, Told};
 use fleet_collectives::Computed;
+use fleet_collectives::straggler::{FINE, SLOW, STEPS_MIN, WINDOW_MIN, slowest, times_as_long};
 use fleet_common::ids::Rank;
 use std::time::Duration;
 
-const SLOW: f64 = 1.5;
-const FINE: f64 = 1.25;
-/// A window has so many steps at least, and lasts so long.
-const STEPS_MIN: u64 = 5;
-const WINDOW_MIN: Duration = Duration::from_secs(3);
-/// Less for each step is no matter.
-const DIFFERENCE_MIN: Duration = Duration::from_millis(2);
 /// It is told again when it has lasted for twice as long as before, and for this long at least.
 const AGAIN_MIN: Duration = Duration::from_secs(60);
 
@@ -86,7 +79,7 @@ impl Straggler {
 
     fn judge(&mut self, now: Duration, found: Option<Slow>, means: &[f64]) -> Option<Told> {
         if let Some(named) = &mut self.named {
-            let times = times_of(means, named.slow.rank);
+            let times = times_as_long(means, named.slow.rank);
             if times < FINE {
                 let lasted = now.saturating_sub(named.slow.since).as_secs();
                 let rank = self.first_rank + named.slow.rank;
@@ -136,23 +129,6 @@ fn means(before: &[Computed], now: &[Computed]) -> Option<Vec<f64>> {
         Some(now.time.saturating_sub(before.time).as_secs_f64() / steps as f64)
     };
     before.iter().zip(now).map(mean).collect()
-}
-
-/// How many times as long as the others this rank computes.
-fn times_of(means: &[f64], rank: usize) -> f64 {
-    let mut others: Vec<f64> = means.to_vec();
-    let mine = others.remove(rank);
-    others.sort_by(f64::total_cmp);
-    let Some(median) = others.get(others.len() / 2) else { return 1.0 };
-    match mine - median < DIFFERENCE_MIN.as_secs_f64() {
-        true => 1.0,
-        false => mine / median.max(1e-9),
-    }
-}
-
-fn slowest(means: &[f64]) -> Option<(usize, f64)> {
-    let all = (0..means.len()).map(|rank| (rank, times_of(means, rank)));
-    all.max_by(|a, b| a.1.total_cmp(&b.1))
 }
 
 #[cfg(test)]

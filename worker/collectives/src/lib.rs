@@ -18,6 +18,7 @@ pub mod net;
 mod posts;
 pub mod shm;
 mod solo;
+pub mod straggler;
 
 pub use abort::Abort;
 pub use collective::{

@@ -104,6 +104,11 @@ impl Stopwatch {
         self.laps().trace = Some(Trace::default());
     }
 
+    /// What was done, and for how many seconds each time, since the trace began, which is over.
+    pub fn take_trace(&self) -> Vec<(Doing, f64)> {
+        self.laps().trace.take().into_iter().flat_map(Trace::doings).collect()
+    }
+
     pub(crate) fn is_tracing(&self) -> bool {
         self.laps().trace.is_some()
     }

@@ -59,6 +59,14 @@ impl Trace {
         }
     }
 
+    /// What the rank did, and for how many seconds.
+    pub fn doings(self) -> impl Iterator<Item = (Doing, f64)> {
+        self.spans.into_iter().filter_map(|span| match span.what {
+            What::Doing(doing) => Some((doing, (span.ended - span.began) as f64 / 1e9)),
+            _ => None,
+        })
+    }
+
     /// Writes all of it; the answer is how many spans had no room.
     pub fn write(&self, row: &Row, out: &mut impl Write) -> io::Result<u64> {
         let pid = row.rank;

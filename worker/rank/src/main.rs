@@ -21,6 +21,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// The training engine of fleet. Started by `worker`; run by hand it can only probe and generate.
 #[derive(Parser)]
@@ -116,6 +117,17 @@ struct PlanArgs {
     json: bool,
 }
 
+/// After some seconds, to a user who sees nothing until then.
+fn say_what_takes_long(max_seq_len: u32) {
+    const PATIENCE: Duration = Duration::from_secs(4);
+    let say = move || {
+        std::thread::sleep(PATIENCE);
+        eprintln!("measuring steps of {max_seq_len} tokens on this machine, in each precision that fits ...");
+    };
+    // It ends with the process. Without it the plan is the same.
+    drop(std::thread::Builder::new().name("patience".into()).spawn(say));
+}
+
 fn run_plan(args: &PlanArgs) -> Result<(), Error> {
     let job = Job::from_json(&args.job).map_err(|e| Error::Input(format!("--job: {e}")))?;
     let (ranks, nodes) = (args.ranks, args.nodes);
@@ -131,6 +143,7 @@ fn run_plan(args: &PlanArgs) -> Result<(), Error> {
         let costs = wanted.costs();
         if args.json { serde_json::json!(costs).to_string() } else { costs.table() }
     } else {
+        say_what_takes_long(job.max_seq_len);
         let plan = plan::plan(&job, &wanted)?;
         if args.json { serde_json::json!(plan).to_string() } else { plan.table() }
     };

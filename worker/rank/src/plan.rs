@@ -1,36 +1,28 @@
 //! What a job will need on CPUs such as this machine's, for each strategy and precision, before it runs: memory by what is known of the model,
-//! speed by steps of the same model with one and with two blocks, with the executor that a job of that precision has here, and by a model of the
+//! speed by steps of the same model with fewer blocks, with the executor that a job of that precision has here, and by a model of the
 //! links between nodes.
 
 mod between;
 mod costs;
+mod speeds;
 mod timeline;
 
-use crate::assemble::{self, Threads};
 use crate::fits::{self, Need, Setting};
 use crate::machine::{self, available_bytes, memory_bytes, program_bytes};
 use between::Between;
 pub use between::links;
 pub use costs::Costs;
 use fleet_collectives::cost::Links;
-use fleet_common::job::{
-    ActivationCheckpointing, Executor, Job, Model as Described, Precision, Shape, Strategy,
-};
-use fleet_kernels as kernels;
+use fleet_common::job::{Job, Model as Described, Precision, Shape, Strategy};
+use fleet_learn::Result;
 use fleet_learn::model::Model;
-use fleet_learn::{AdamW, Error, Result, TokenBatch, Update, Votes};
 use serde::Serialize;
+use speeds::{Run, Speeds};
 use std::fmt::Write;
-use std::time::Instant;
 use timeline::{Step, Unit};
 
-/// Steps that are timed for each size, after one that is not.
-const STEPS: u64 = 3;
 const PRECISIONS: [Precision; 4] =
     [Precision::Fp32, Precision::Bf16Mixed, Precision::Fp16Mixed, Precision::Bf16True];
-
-/// Numbers with which the optimizer and the sum of gradients are timed.
-const SAMPLE: usize = 1 << 21;
 
 #[derive(Debug, Serialize)]
 pub struct Plan {
@@ -175,108 +167,7 @@ fn is_chosen(strategy: Strategy, wanted: Strategy, shape: Shape) -> bool {
     }
 }
 
-struct Run<'a> {
-    job: &'a Job,
-    model: Model,
-    ranks: usize,
-    threads: u32,
-}
-
-/// Seconds, with all ranks at work.
-struct Speeds {
-    /// Forward and backward of one block, of one micro-batch.
-    block: f64,
-    /// The same of everything else.
-    edges: f64,
-    /// Of the optimizer, for each number.
-    update: f64,
-    /// Of adding up gradients, for each number.
-    add: f64,
-}
-
 impl Run<'_> {
-    fn speeds(&self, executor: Executor, precision: Precision) -> Result<Speeds> {
-        let [update, add] = self.per_number()?;
-        let mut one = self.model.clone();
-        one.decoder.layers = 1;
-        one.decoder.attention.windows.truncate(1);
-        let mut two = self.model.clone();
-        two.decoder.layers = two.decoder.layers.min(2);
-        two.decoder.attention.windows.truncate(2);
-        let pass = |model: &Model| -> Result<f64> {
-            Ok(self.step(executor, precision, model)? - model.layout().len as f64 * update)
-        };
-        let first = pass(&one)?;
-        let more = if two.decoder.layers == 2 { (pass(&two)? - first).max(0.0) } else { 0.0 };
-        // One block is not told apart where there is only one.
-        let (block, edges) = if first > more { (more, first - more) } else { (first, 0.0) };
-        Ok(Speeds { block, edges, update, add })
-    }
-
-    /// Seconds of a step of `model`, by the slowest of all ranks at once, each with an optimizer of its own.
-    fn step(&self, executor: Executor, precision: Precision, model: &Model) -> Result<f64> {
-        let seq = self.job.max_seq_len as usize - 1;
-        let again = self.job.activation_checkpointing.of(model.decoder.layers);
-        let vocab = model.decoder.vocab_size as i64;
-        let tokens = seq * self.job.batch_size as usize;
-        let ids: Vec<i64> = (0..=tokens as i64).map(|i| (i * i + 7 * i) % vocab).collect();
-        self.at_once(|| {
-            let threads = Threads { count: self.threads, again };
-            let mut engine = assemble::alone(executor, precision, model, threads, seq)?;
-            engine.fresh_weights(0)?;
-            let batch =
-                [TokenBatch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), weights: None, seq }];
-            let adamw = AdamW::from(&self.job.optimizer);
-            let mut times = Vec::new();
-            for step in 1..=STEPS + 1 {
-                let began = Instant::now();
-                engine.step(&batch, &Update { adamw, lr: 1e-5, step }, Votes::default())?;
-                times.push(began.elapsed().as_secs_f64());
-            }
-            Ok(best(&times[1..]))
-        })
-    }
-
-    /// Seconds for each number of an optimizer's step, and of adding gradients up.
-    fn per_number(&self) -> Result<[f64; 2]> {
-        let step = kernels::AdamWStep {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: 1,
-            grad_scale: 1.0,
-        };
-        let time = |work: &(dyn Fn(&mut [Vec<f32>; 4]) + Sync)| {
-            self.at_once(|| {
-                let mut numbers: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.5; SAMPLE]);
-                let times: Vec<f64> = (0..=STEPS)
-                    .map(|_| {
-                        let began = Instant::now();
-                        work(&mut numbers);
-                        began.elapsed().as_secs_f64()
-                    })
-                    .collect();
-                Ok(best(&times[1..]) / SAMPLE as f64)
-            })
-        };
-        let update = time(&|[p, g, m, v]| kernels::adamw(&step, p, g, m, v, None))?;
-        let add = time(&|[sum, more, ..]| kernels::add(sum, more.as_slice()))?;
-        Ok([update / f64::from(self.threads), add])
-    }
-
-    /// The longest time of all ranks, which work at once.
-    fn at_once(&self, work: impl Fn() -> Result<f64> + Sync) -> Result<f64> {
-        std::thread::scope(|scope| {
-            let ranks: Vec<_> = (0..self.ranks).map(|_| scope.spawn(&work)).collect();
-            ranks.into_iter().try_fold(0.0, |longest: f64, rank| {
-                let time = rank.join().map_err(|_| Error::Job("a rank of the plan panicked".into()))??;
-                Ok(longest.max(time))
-            })
-        })
-    }
-
     fn tokens_per_s(&self, speeds: &Speeds, setting: &Setting, between: &mut Between) -> f64 {
         let layout = self.model.layout();
         let shape = setting.shape;
@@ -296,19 +187,12 @@ impl Run<'_> {
         let summed = if keeping.is_sharded_over_hosts() { between::SCATTERED } else { between::SUMMED };
         let collects = keeping.collects(&layout);
         let last = layout.units.len() - 1;
-        // Blocks whose forward is computed a second time do so in their backward.
-        let again = self.job.activation_checkpointing != ActivationCheckpointing::None;
-        let share = if again { 0.25 } else { 1.0 / 3.0 };
         let mut units = Vec::new();
         for (number, range) in layout.units.iter().enumerate() {
             let computed = match number {
                 0 => Unit::default(),
                 number if number == last => Unit { backward: speeds.edges, ..Unit::default() },
-                _ => Unit {
-                    forward: share * speeds.block,
-                    backward: (1.0 - share) * speeds.block,
-                    ..Unit::default()
-                },
+                _ => Unit { forward: speeds.forward, backward: speeds.backward, ..Unit::default() },
             };
             // Most blocks are collected for the forward and again for the backward, unless they stay.
             let once = number == 0 || number == last || !setting.reshard_after_forward;
@@ -370,11 +254,6 @@ impl Plan {
 /// As a job file has it.
 fn word(value: &impl Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-/// Whatever else the machine does makes a step longer, never shorter.
-fn best(times: &[f64]) -> f64 {
-    times.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
 fn mib(bytes: usize) -> u64 {

@@ -12,6 +12,7 @@ mod in_flight;
 mod room;
 mod saving;
 mod schedule;
+mod slow_host;
 mod tracing;
 
 use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
@@ -214,7 +215,7 @@ impl Trainer {
             state,
             meter,
             watch,
-            breakdown: Breakdown::default(),
+            breakdown: Breakdown::new(world as usize, start.hosts.max(1) as usize),
             saving,
             resumed,
             saved: None,
@@ -262,7 +263,7 @@ impl Trainer {
             );
         }
         let first = self.state.step + 1;
-        self.breakdown = Breakdown::begin(self.watch.sums(), self.state.step);
+        self.breakdown.begin(self.watch.sums(), self.state.step);
         let mut stopped = false;
         while self.state.step < self.total_steps && !stopped {
             let votes = self.step(link)?;
@@ -328,7 +329,7 @@ impl Trainer {
         let update = Update { adamw: self.adamw, lr, step: step + 1 };
         let report = self.learner.step(&micro_batches, &update, mine)?;
         self.watch.end_step();
-        self.breakdown.after_step(self.watch.sums());
+        self.breakdown.after_step(self.watch.sums(), step + 1);
 
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
