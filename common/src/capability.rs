@@ -15,16 +15,14 @@ struct Row {
     strategies: &'static [Strategy],
     /// Of one job.
     ranks_max: u32,
-    /// The strategies of ranks on several nodes; none where it trains on one.
-    over_nodes: &'static [Strategy],
+    /// Whether it trains on several nodes.
+    over_nodes: bool,
 }
 
 /// Of libtorch, where it is tested.
 const PRECISIONS: &[Precision] = &[Fp32, Bf16Mixed, Fp16Mixed, Bf16True];
 
 const ALL: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp];
-/// Of ranks that reach all others in the same way.
-const FLAT: &[Strategy] = &[Strategy::Auto, Strategy::Ddp, Strategy::Fsdp];
 
 /// In the order in which they are preferred.
 const TABLE: [Row; 4] = [
@@ -34,7 +32,7 @@ const TABLE: [Row; 4] = [
         precisions: &[Fp32, Bf16Mixed, Bf16True],
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        over_nodes: ALL,
+        over_nodes: true,
     },
     Row {
         executor: Executor::Torch,
@@ -42,7 +40,7 @@ const TABLE: [Row; 4] = [
         precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        over_nodes: FLAT,
+        over_nodes: true,
     },
     Row {
         executor: Executor::Torch,
@@ -51,7 +49,7 @@ const TABLE: [Row; 4] = [
         strategies: &[Strategy::Auto],
         // A machine has one such device.
         ranks_max: 1,
-        over_nodes: &[],
+        over_nodes: false,
     },
     Row {
         executor: Executor::Torch,
@@ -59,7 +57,7 @@ const TABLE: [Row; 4] = [
         precisions: PRECISIONS,
         strategies: ALL,
         ranks_max: RANKS_MAX,
-        over_nodes: FLAT,
+        over_nodes: true,
     },
 ];
 
@@ -118,18 +116,11 @@ impl Wanted {
             (Key::Executor, self.executor != Executor::Auto && self.executor != row.executor),
             (Key::Strategy, !row.strategies.contains(&self.strategy)),
             (Key::Precision, !row.precisions.contains(&self.precision)),
-            (Key::Nodes, self.nodes > 1 && row.over_nodes.is_empty()),
-            (Key::OverNodes, self.nodes > 1 && !row.over_nodes.contains(&self.strategy)),
+            (Key::Nodes, self.nodes > 1 && !row.over_nodes),
             (Key::Ranks, self.ranks > row.ranks_max),
         ];
         let missed: Vec<Key> = misses.iter().filter(|(_, misses)| *misses).map(|(key, _)| *key).collect();
         missed.first().map(|first| (missed.len(), *first))
-    }
-
-    /// Whether ranks on several nodes can train so.
-    pub fn trains_over_nodes(executor: Executor, device: Device, strategy: Strategy) -> bool {
-        let mut rows = TABLE.iter().filter(|row| row.executor == executor && row.device == device);
-        rows.any(|row| row.over_nodes.contains(&strategy))
     }
 
     /// By the row that comes nearest: on the device, which is what a machine has, and with the executor, where that computes there.
@@ -192,15 +183,6 @@ impl Wanted {
                     name(&row.executor)
                 ),
             ),
-            Key::OverNodes => (
-                "strategy",
-                quoted(&self.strategy),
-                format!(
-                    "is of one node with {} on the device {device} in this version of fleet; over {} nodes use \"fsdp\" or \"ddp\"",
-                    name(&row.executor),
-                    self.nodes
-                ),
-            ),
             Key::Ranks => (
                 "devices",
                 self.ranks.to_string(),
@@ -220,7 +202,6 @@ enum Key {
     Strategy,
     Precision,
     Nodes,
-    OverNodes,
     Ranks,
 }
 
@@ -268,10 +249,11 @@ mod tests {
         let over_nodes = Wanted { device: Device::Cpu, precision: Fp16Mixed, ranks: 2, nodes: 2, ..ANY };
         assert_eq!(over_nodes.executor(), Ok(Executor::Torch));
         for device in [Device::Cpu, Device::Cuda] {
-            let several =
-                Wanted { device, executor: Executor::Torch, strategy: Strategy::Fsdp, ranks: 4, ..ANY };
-            assert_eq!(several.executor(), Ok(Executor::Torch));
-            assert_eq!(Wanted { nodes: 2, ..several }.executor(), Ok(Executor::Torch));
+            for strategy in [Strategy::Ddp, Strategy::Fsdp, Strategy::Hsdp] {
+                let several = Wanted { device, executor: Executor::Torch, strategy, ranks: 4, ..ANY };
+                assert_eq!(several.executor(), Ok(Executor::Torch));
+                assert_eq!(Wanted { nodes: 2, ..several }.executor(), Ok(Executor::Torch));
+            }
         }
     }
 
@@ -288,11 +270,6 @@ mod tests {
             (Wanted { precision: Bf16Mixed, device: Device::Mps, ..ANY }, "precision", "\"32\""),
             (Wanted { device: Device::Mps, ranks: 2, ..ANY }, "devices", "mps"),
             (Wanted { device: Device::Mps, nodes: 2, ..ANY }, "num_nodes", "one node"),
-            (
-                Wanted { device: Device::Cuda, strategy: Strategy::Hsdp, ranks: 4, nodes: 2, ..ANY },
-                "strategy",
-                "\"fsdp\"",
-            ),
             (Wanted { device: Device::Cuda, executor: Executor::Cpu, ..ANY }, "executor", "\"torch\""),
         ];
         for (wanted, key, word) in table {

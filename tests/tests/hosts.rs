@@ -43,6 +43,8 @@ fn a_job_on_two_nodes_trains_as_on_one_under_every_strategy() {
         ("hsdp", "strategy = \"hsdp\""),
         ("torch", "executor = \"torch\"\nstrategy = \"fsdp\""),
         ("torch-ddp", "executor = \"torch\"\nstrategy = \"ddp\""),
+        ("torch-hsdp", "executor = \"torch\"\nstrategy = \"hsdp\""),
+        ("torch-bf16", "executor = \"torch\"\nstrategy = \"fsdp\"\nprecision = \"bf16-mixed\""),
     ];
     for (name, more) in strategies {
         let (two, tolerance) = (loss("2", name, more), if name.contains("bf16") { 1e-2 } else { 1e-4 });

@@ -127,9 +127,9 @@ mod tests {
         assert_eq!(both, "`num_nodes` is 2 and --nodes 3; leave one of them out");
         assert_eq!(settled("strategy = \"fsdp\"\n", Some(4), Some(2)), Ok((4, 2)));
         assert!(settled("num_nodes = 1000\ndevices = 1000\n", None, None).is_err());
-        let impossible =
-            settled("strategy = \"hsdp\"\nexecutor = \"torch\"\n", Some(4), Some(2)).unwrap_err();
-        assert!(impossible.to_string().contains("over 2 nodes use \"fsdp\""), "{impossible}");
+        assert_eq!(settled("strategy = \"hsdp\"\nexecutor = \"torch\"\n", Some(4), Some(2)), Ok((4, 2)));
+        let impossible = settled("device = \"mps\"\n", Some(2), Some(2)).unwrap_err();
+        assert!(impossible.to_string().contains("use one node"), "{impossible}");
     }
 
     #[test]

@@ -111,10 +111,6 @@ impl Config {
                 Some(why) => Ok(on_cpu(why.clone())),
                 None => Ok(on("cpu")),
             },
-            // What the others have is not known here, and ranks of a gang compute on devices of one kind.
-            (Device::Auto, Accelerator::Cuda { .. }) if here < world => Ok(on_cpu(
-                "`device` is \"auto\" and the job has several nodes; where all of them have CUDA devices, write device = \"cuda\"".into(),
-            )),
             (Device::Auto, Accelerator::Cuda { devices }) => match refusal(Device::Cuda) {
                 Some(refusal) => Ok(on_cpu(refusal.to_string())),
                 None => match (0..here).map(index_of).find(|index| *index >= devices) {

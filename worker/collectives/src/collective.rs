@@ -213,6 +213,8 @@ pub trait SharedHost: Exchange {
     /// Ranks on a host of the gang; 0 where there is no such host.
     fn size_of_host(&self, host: usize) -> usize;
 
+    /// As `all_reduce_f64`, over the ranks of this host alone.
+    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Result<()>;
     /// One buffer that all ranks of the host see, zeroed, page-aligned. A collective call.
     fn allocate_common(&mut self, bytes: usize) -> Result<Common>;
     /// Starts the reduction of `bytes` (a range of bytes of every rank's buffer) over all ranks of the gang and returns at once: this rank's
@@ -226,6 +228,10 @@ pub trait SharedHost: Exchange {
         op: Op,
         keep: Keep,
     ) -> Result<Ticket>;
+
+    /// As `post` of an `AllGather`, of the `part`s of the ranks of this host alone.
+    fn post_gather_of_host(&mut self, buffers: &PerRank, bytes: Range<usize>, dtype: DType)
+    -> Result<Ticket>;
 
     /// Starts to collect what the ranks of the gang have each of `parts`, into a range of the host's memory, and returns at once. From the post
     /// to its `wait` the source and the parts belong to the transport, on all ranks of the host: nobody reads what was there before.

@@ -49,6 +49,7 @@ struct Pair {
 enum Work {
     Reduce { buffers: PerRank, bytes: Range<usize>, dtype: DType, op: Op, keep: Keep },
     Gather { from: PerRank, at: usize, into: Common, parts: Parts },
+    GatherOfHost { buffers: PerRank, bytes: Range<usize>, dtype: DType },
     Exchange { buffers: PerRank, bytes: Range<usize>, exchange: Posted },
 }
 
@@ -163,6 +164,10 @@ impl Pair {
                 self.reduce(buffers, bytes.clone(), *dtype, *op, *keep)
             }
             Work::Gather { from, at, into, parts } => self.gather(&Gather { from: (from, *at), into, parts }),
+            Work::GatherOfHost { buffers, bytes, dtype } => {
+                let inside = self.shm.post(buffers, bytes.clone(), Posted::AllGather(*dtype))?;
+                self.shm.wait(inside)
+            }
             // Buffers lie elsewhere in the segment of another host.
             Work::Exchange { buffers, bytes, exchange } => {
                 self.net.exchange_at(buffers, bytes.clone(), *exchange, bytes.start as u64)
@@ -336,6 +341,10 @@ impl SharedHost for HostCollective {
         if host < self.topology.hosts() { self.topology.ranks_of(host).len() } else { 0 }
     }
 
+    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Result<()> {
+        self.call(|pair| pair.shm.all_reduce_f64(values, op))
+    }
+
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         self.call(|pair| pair.shm.allocate_common(bytes))
     }
@@ -351,6 +360,18 @@ impl SharedHost for HostCollective {
         self.latched(|gang| {
             buffers.check(&bytes, dtype)?;
             gang.post(Work::Reduce { buffers: buffers.clone(), bytes, dtype, op, keep })
+        })
+    }
+
+    fn post_gather_of_host(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+    ) -> Result<Ticket> {
+        self.latched(|gang| {
+            buffers.check(&bytes, dtype)?;
+            gang.post(Work::GatherOfHost { buffers: buffers.clone(), bytes, dtype })
         })
     }
 

@@ -105,6 +105,9 @@ impl SharedHost for Solo {
     fn size_of_host(&self, host: usize) -> usize {
         usize::from(host == 0)
     }
+    fn all_reduce_f64_of_host(&mut self, _values: &mut [f64], _op: Op) -> Result<()> {
+        Ok(())
+    }
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         Common::private(bytes)
     }
@@ -117,6 +120,14 @@ impl SharedHost for Solo {
         _keep: Keep,
     ) -> Result<Ticket> {
         buffers.check(&bytes, dtype).map(|()| Ticket(0))
+    }
+    fn post_gather_of_host(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+    ) -> Result<Ticket> {
+        self.post(buffers, bytes, Posted::AllGather(dtype))
     }
     fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket> {
         let own = gather.check(0, 1)?;

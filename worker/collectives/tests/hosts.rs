@@ -74,6 +74,46 @@ fn check_post_reduce(
     gang.barrier().unwrap();
 }
 
+/// Twice in one buffer: each host has the parts of its own ranks, and the sums of theirs.
+fn check_gather_of_host(gang: &mut HostCollective, hosts: &[usize], dtype: DType, size: usize) {
+    let (rank, topology) = (gang.rank(), Topology::new(hosts));
+    let length = size * dtype.size();
+    let buffer = gang.allocate_per_rank(2 * length).unwrap();
+    for turn in 0..2 {
+        buffer.write(turn * length, &inputs(dtype, turn as u64, rank, 0..size));
+        gang.post_gather_of_host(&buffer, turn * length..(turn + 1) * length, dtype).unwrap();
+    }
+    gang.finish().unwrap();
+    let ranks = topology.ranks_of(gang.host());
+    for turn in 0..2 {
+        let mut got = vec![0; length];
+        buffer.read(turn * length, &mut got);
+        let parts = ranks.iter().enumerate().flat_map(|(local, one)| {
+            let own = part(size, local, ranks.len());
+            inputs(dtype, turn as u64, *one, 0..size)[own.start * dtype.size()..own.end * dtype.size()]
+                .to_vec()
+        });
+        assert_eq!(got, parts.collect::<Vec<u8>>(), "{dtype} of {size}");
+    }
+    let mut numbers = [rank as f64, 1.0];
+    gang.all_reduce_f64_of_host(&mut numbers, Op::Sum).unwrap();
+    assert_eq!(numbers, [ranks.iter().sum::<usize>() as f64, ranks.len() as f64]);
+    gang.barrier().unwrap();
+}
+
+#[test]
+fn ranks_of_a_host_gather_and_sum_among_themselves() {
+    for hosts in [&[0, 0][..], &[0, 1], &[0, 0, 1, 1], &[0, 0, 0, 1, 1], &[0, 1, 0, 2, 0]] {
+        gang(hosts, |mut gang| {
+            for dtype in [DType::F32, DType::F16, DType::U8] {
+                for size in [0, 1, 259, 5_001] {
+                    check_gather_of_host(&mut gang, hosts, dtype, size);
+                }
+            }
+        });
+    }
+}
+
 const KEEPS: [Keep; 4] = [Keep::MyPart, Keep::MyPartOfHost, Keep::MyShard, Keep::Everything];
 
 /// `post_gather` of two rooms in turn, three times: each host has the parts of all ranks, whatever was there before.

@@ -71,7 +71,7 @@ pub struct Engine<M> {
     strategy: Box<dyn Strategy<M>>,
     layout: Layout,
     watch: Stopwatch,
-    /// In the first step.
+    /// Until a step has changed weights.
     reached: Option<Reached>,
     without_gradient: Option<String>,
     /// Where products are in fp16.
@@ -230,6 +230,8 @@ impl<M: Memory> Learner for Engine<M> {
             && report.loss.is_finite()
             && self.scaler.as_mut().is_some_and(Scaler::skip)
         {
+            // What is no number is not zero, and reached nothing.
+            self.reached.iter_mut().for_each(|reached| *reached = Reached::new(&self.layout));
             return Ok(Report { loss: report.loss / weight, skipped: true, ..*report });
         }
         match outcome {
@@ -308,25 +310,13 @@ impl<M: Memory> Learner for Engine<M> {
                 Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
             }
         };
-        let all_have_room = self.all_have_room(snapshot.is_ok())?;
+        let all_have_room = self.strategy.all_can_copy(snapshot.is_ok())?;
         let mut snapshot = snapshot?;
         if !all_have_room {
             return Err(Error::Environment("another rank has no memory for its copy".into()));
         }
         snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;
         Ok(snapshot)
-    }
-}
-
-impl<M: Memory> Engine<M> {
-    /// Where ranks copy together, whether all of them can.
-    fn all_have_room(&mut self, this_has: bool) -> Result<bool> {
-        if !self.strategy.passes_together() {
-            return Ok(this_has);
-        }
-        let mut short = [f64::from(u8::from(!this_has))];
-        self.strategy.gang().all_reduce_f64(&mut short, Op::Max)?;
-        Ok(short[0] == 0.0)
     }
 }
 

@@ -170,6 +170,9 @@ impl<G: SharedHost + ?Sized> SharedHost for TimedGang<G> {
     fn size_of_host(&self, host: usize) -> usize {
         self.gang.size_of_host(host)
     }
+    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Reached<()> {
+        self.call(|gang| gang.all_reduce_f64_of_host(values, op))
+    }
     fn allocate_common(&mut self, bytes: usize) -> Reached<Common> {
         self.call(|gang| gang.allocate_common(bytes))
     }
@@ -182,6 +185,14 @@ impl<G: SharedHost + ?Sized> SharedHost for TimedGang<G> {
         keep: Keep,
     ) -> Reached<Ticket> {
         self.exchange(Some(reduction), |gang| gang.post_reduce(buffers, bytes, dtype, op, keep))
+    }
+    fn post_gather_of_host(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+    ) -> Reached<Ticket> {
+        self.exchange(Some(|_| What::Gather), |gang| gang.post_gather_of_host(buffers, bytes, dtype))
     }
     fn post_gather(&mut self, gather: Gather<'_>) -> Reached<Ticket> {
         self.exchange(Some(|_| What::Gather), |gang| gang.post_gather(gather))

@@ -2,8 +2,9 @@
 
 use crate::choice::{self, Memory, Pool};
 use crate::fits::Settled;
-use crate::{fits, gang, machine};
-use fleet_collectives::nccl::{Library, Loaded, NcclCollective};
+use crate::place::Place;
+use crate::{fits, gang, machine, place};
+use fleet_collectives::nccl::{Among, Library, Loaded, NcclCollective};
 use fleet_collectives::{Gang, SharedHost};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision, Shape, Strategy};
@@ -20,52 +21,49 @@ use half::bf16;
 use std::sync::Arc;
 use tch::Device;
 
+/// The ranks that train together, where there are several.
+type Peers = Option<Box<dyn SharedHost>>;
+
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
-    let note = match place(&start.device) {
-        Ok(Place::Device(kind, device)) => return on_device(start, job, model, kind, device),
-        Ok(Place::Host) => None,
-        Err(why) if job.device == job::Device::Auto && start.world_size == 1 => {
-            Some(format!("{why}: training on the CPU"))
-        }
-        Err(why) => {
+    let is_open = job.device == job::Device::Auto;
+    let found = match place::find(&start.device) {
+        Err(why) if !is_open => {
             return Err(Error::Environment(format!("{why}; set device = \"cpu\" to train without it")));
         }
+        found => found,
     };
+    let mut peers = gang::join(start, job.transport_encryption)?;
+    let gang = peers.as_deref_mut().filter(|_| is_open).map(|gang| gang as &mut dyn Gang);
+    let (place, note) = place::agree(found, gang)?;
+    if let Place::Device(kind, device) = place {
+        return on_device(start, job, model, peers, (kind, device));
+    }
     let offload = (job.offload_optimizer && start.rank == 0).then(|| OFFLOAD_ON_HOST.to_owned());
     let notes: Vec<String> = note.into_iter().chain(offload).collect();
     let note = (!notes.is_empty()).then(|| notes.join("; "));
-    Ok(Made { note, ..on_host(start, job, model)? })
+    Ok(Made { note, ..on_host(start, job, model, peers)? })
 }
 
 const OFFLOAD_ON_HOST: &str = "offload_optimizer changes nothing on the CPU: the optimizer's state is in the memory of the host already";
 
-/// Where a rank computes.
-enum Place {
-    Host,
-    Device(job::Device, Device),
-}
-
-fn place(name: &str) -> std::result::Result<Place, String> {
-    let kind = match name {
-        "cpu" => return Ok(Place::Host),
-        "mps" => job::Device::Mps,
-        _ => job::Device::Cuda,
-    };
-    Ok(Place::Device(kind, fleet_torch::device::open(name)?))
-}
-
-fn on_host(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+fn on_host(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
     let wanted = Wanted::of(job, job::Device::Cpu, start.world_size);
     match (wanted.executor().map_err(refused)?, job.precision) {
-        (job::Executor::Torch, _) => on_device(start, job, model, job::Device::Cpu, Device::Cpu),
-        (_, Precision::Bf16True) => in_bf16(start, job, model),
-        (_, Precision::Bf16Mixed) => on_cpu::<bf16>(start, job, model),
-        _ => on_cpu::<f32>(start, job, model),
+        (job::Executor::Torch, _) => on_device(start, job, model, peers, (job::Device::Cpu, Device::Cpu)),
+        (_, Precision::Bf16True) => in_bf16(start, job, model, peers),
+        (_, Precision::Bf16Mixed) => on_cpu::<bf16>(start, job, model, peers),
+        _ => on_cpu::<f32>(start, job, model, peers),
     }
 }
 
-fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, device: Device) -> Result<Made> {
+fn on_device(
+    start: &RankStart,
+    job: &Job,
+    model: &Model,
+    mut gang: Peers,
+    (kind, device): (job::Device, Device),
+) -> Result<Made> {
     Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
     let numbers = Numbers::from(job.precision);
     if device == Device::Cpu {
@@ -75,7 +73,6 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
     let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), device, numbers)
         .for_texts(job.max_seq_len as usize)
         .computing_again(job.activation_checkpointing.of(layout.blocks.len()));
-    let mut gang = gang::join(start, job.transport_encryption)?;
     let settled = match device {
         Device::Cpu => {
             fits::settle(job, model, shape_of(start), gang.as_deref_mut().map(|gang| gang as &mut dyn Gang))?
@@ -99,7 +96,8 @@ fn on_device(start: &RankStart, job: &Job, model: &Model, kind: job::Device, dev
         }
         Some(gang) => {
             let watch = Stopwatch::default();
-            let transport = transport(Box::new(TimedGang::new(gang, watch.clone())), device)?;
+            let gang = Box::new(TimedGang::new(gang, watch.clone()));
+            let transport = transport(gang, device, settled.strategy == Strategy::Hsdp)?;
             let strategy = fleet_torch::Sharded::new(layout, keeping, transport)?;
             Engine::new(executor, strategy).watched(watch)
         }
@@ -127,17 +125,16 @@ fn settle_on_device(
         None => (machine::memory_bytes(), Pool::Node),
     };
     let [bytes, _] = fits::smallest([bytes; 2], Some(gang as &mut dyn Gang))?;
-    let (layout, world) = (model.layout(), start.world_size as usize);
+    let (layout, shape) = (model.layout(), shape_of(start));
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
     let needs = |strategy| {
-        fleet_torch::needs(&layout, Held::of(strategy, job.reshard_after_forward), numbers, world).total()
-            + activations
+        let held = Held::of(strategy, job.reshard_after_forward);
+        let together = choice::together(strategy, shape);
+        fleet_torch::needs(&layout, held, numbers, together).total() + activations
     };
-    let kind = if device == Device::Mps { job::Device::Mps } else { job::Device::Cuda };
-    let ways = choice::in_order(shape_of(start), job::Executor::Torch, kind);
-    let chosen = choice::choose(shape_of(start), Memory { bytes, from }, &ways, needs);
+    let chosen = choice::choose(shape, Memory { bytes, from }, choice::in_order(shape), needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })
 }
 
@@ -145,11 +142,16 @@ fn shape_of(start: &RankStart) -> Shape {
     Shape { ranks: start.world_size, nodes: start.hosts.max(1) }
 }
 
-/// Between CUDA devices over NCCL, else over the memory of the host. A collective call.
-fn transport(gang: Box<dyn SharedHost>, device: Device) -> Result<Box<dyn Transport>> {
-    let Device::Cuda(number) = device else { return Ok(Box::new(HostTransport::new(gang, device))) };
+/// Between CUDA devices over NCCL, else over the memory of the host; the ranks of each host keep a model together, or all of them. A collective
+/// call.
+fn transport(gang: Box<dyn SharedHost>, device: Device, within_hosts: bool) -> Result<Box<dyn Transport>> {
+    let Device::Cuda(number) = device else {
+        let transport = HostTransport::new(gang, device);
+        return Ok(Box::new(if within_hosts { transport.within_hosts() } else { transport }));
+    };
     let library = Loaded::open(number).map(|library| Box::new(library) as Box<dyn Library>);
-    let nccl = NcclCollective::join(library, gang, gang::DEADLINE)?;
+    let among = if within_hosts { Among::Hosts } else { Among::All };
+    let nccl = NcclCollective::join(library, gang, among, gang::DEADLINE)?;
     Ok(Box::new(NcclTransport::new(nccl, device)))
 }
 
@@ -162,18 +164,18 @@ fn settle_on_cpu(
     start: &RankStart,
     job: &Job,
     model: &Model,
+    peers: Peers,
     watch: &Stopwatch,
-) -> Result<(Option<Box<dyn SharedHost>>, Settled)> {
-    let gang = gang::join(start, job.transport_encryption)?;
-    let mut gang = gang.map(|gang| Box::new(TimedGang::new(gang, watch.clone())));
+) -> Result<(Peers, Settled)> {
+    let mut gang = peers.map(|gang| Box::new(TimedGang::new(gang, watch.clone())));
     let peers = gang.as_deref_mut().map(|gang| gang as &mut dyn Gang);
     let settled = fits::settle(job, model, shape_of(start), peers)?;
     Ok((gang.map(|gang| gang as Box<dyn SharedHost>), settled))
 }
 
-fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
     let watch = Stopwatch::default();
-    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, &watch)?;
+    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, peers, &watch)?;
     let layout = model.layout();
     let (executor, workers) = cpu::<E>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
     let engine = match (gang, strategy) {
@@ -192,9 +194,9 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model) -> Result<Mad
     Ok(Made { learner: Box::new(engine.watched(watch)), strategy: reason, note: None })
 }
 
-fn in_bf16(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
     let watch = Stopwatch::default();
-    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, &watch)?;
+    let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, peers, &watch)?;
     let (executor, workers) = cpu::<bf16>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
     let (gang, name) = match (gang, strategy) {
         (None, _) => {

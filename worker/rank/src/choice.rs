@@ -1,8 +1,7 @@
 //! What `strategy = "auto"` is: the strategy that moves the least between ranks, of those that fit.
 
 use crate::fits::size;
-use fleet_common::capability::Wanted;
-use fleet_common::job::{Device, Executor, Shape, Strategy};
+use fleet_common::job::{Shape, Strategy};
 
 /// Of memory so much is left for the system and for programs.
 const SPARE: usize = 10;
@@ -75,11 +74,19 @@ pub fn choose(shape: Shape, memory: Memory, ways: &[Strategy], needs: impl Fn(St
 }
 
 /// What several ranks can train by, from what moves least to what needs least.
-pub fn in_order(shape: Shape, executor: Executor, device: Device) -> Vec<Strategy> {
-    let is_hybrid = shape.nodes > 1 && shape.of_node() > 1;
-    let hybrid = is_hybrid && Wanted::trains_over_nodes(executor, device, Strategy::Hsdp);
-    let all = [(Strategy::Ddp, true), (Strategy::Hsdp, hybrid), (Strategy::Fsdp, true)];
-    all.into_iter().filter(|(_, possible)| *possible).map(|(strategy, _)| strategy).collect()
+pub fn in_order(shape: Shape) -> &'static [Strategy] {
+    match shape.nodes > 1 && shape.of_node() > 1 {
+        true => &[Strategy::Ddp, Strategy::Hsdp, Strategy::Fsdp],
+        false => &[Strategy::Ddp, Strategy::Fsdp],
+    }
+}
+
+/// Ranks that keep a model together, each with memory of its own.
+pub fn together(strategy: Strategy, shape: Shape) -> usize {
+    match strategy {
+        Strategy::Hsdp => shape.of_node() as usize,
+        Strategy::Auto | Strategy::Ddp | Strategy::Fsdp => shape.ranks as usize,
+    }
 }
 
 /// As a job file has it.
@@ -107,7 +114,7 @@ mod tests {
             Strategy::Fsdp => needs[2] * GIB,
         };
         let shape = Shape { ranks, nodes };
-        choose(shape, memory, &in_order(shape, Executor::Cpu, Device::Cpu), need)
+        choose(shape, memory, in_order(shape), need)
     }
 
     #[test]
@@ -146,16 +153,6 @@ mod tests {
         assert_eq!(chosen(1, 1, 100, [91, 9, 9]).strategy, Strategy::Fsdp);
         // Within a node of one rank nothing is sharded.
         assert_eq!(chosen(2, 2, 24, [23, 20, 4]).strategy, Strategy::Fsdp);
-    }
-
-    #[test]
-    fn what_an_executor_cannot_train_over_nodes_is_not_chosen() {
-        let shape = Shape { ranks: 4, nodes: 2 };
-        assert_eq!(
-            in_order(shape, Executor::Cpu, Device::Cpu),
-            [Strategy::Ddp, Strategy::Hsdp, Strategy::Fsdp]
-        );
-        assert_eq!(in_order(shape, Executor::Torch, Device::Cuda), [Strategy::Ddp, Strategy::Fsdp]);
     }
 
     #[test]

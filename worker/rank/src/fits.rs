@@ -52,11 +52,6 @@ impl Setting {
         }
     }
 
-    /// What its ranks can train by, in the order of `choice::in_order`.
-    pub fn ways(&self) -> Vec<Strategy> {
-        choice::in_order(self.shape, self.computed_by().unwrap_or(Executor::Cpu), Device::Cpu)
-    }
-
     /// What computes it on a CPU; an error where nothing does.
     pub fn computed_by(&self) -> std::result::Result<Executor, Refusal> {
         let Setting { executor, precision, .. } = *self;
@@ -72,7 +67,6 @@ pub struct Need {
 
 impl Need {
     pub fn of(model: &Model, max_seq_len: u32, setting: &Setting) -> Need {
-        let ranks = setting.shape.ranks as usize;
         let again = setting.activation_checkpointing.of(model.decoder.layers);
         let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
         if setting.computed_by() == Ok(Executor::Torch) {
@@ -82,7 +76,7 @@ impl Need {
                     &layout,
                     Held::of(setting.strategy, setting.reshard_after_forward),
                     numbers,
-                    ranks,
+                    choice::together(setting.strategy, setting.shape),
                 ),
                 activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
             };
@@ -108,12 +102,17 @@ pub fn saving(model: &Model, setting: &Setting) -> usize {
     let layout = model.layout();
     let one = if setting.precision == Precision::Bf16True { 2 } else { 4 } * layout.len;
     let (keeping, of_node) = (setting.keeping(), setting.shape.of_node() as usize);
-    let is_over_hosts = keeping.is_sharded_over_hosts();
-    let moments = 2 * one / if is_over_hosts { setting.shape.ranks as usize } else { of_node };
-    // Masters come from all hosts through a buffer where they are not what is collected anyway.
+    let together = match setting.computed_by() {
+        Ok(Executor::Torch) => choice::together(setting.strategy, setting.shape),
+        _ if keeping.is_sharded_over_hosts() => setting.shape.ranks as usize,
+        _ => of_node,
+    };
+    // Masters come from other ranks through a buffer where they are not what is gathered anyway.
     let longest = layout.units.iter().map(|unit| unit.len()).max().unwrap_or(0);
-    let buffer = if is_over_hosts && keeping.bf16 { 4 * longest } else { 0 };
-    one / of_node + moments + buffer
+    let is_torch = setting.computed_by() == Ok(Executor::Torch);
+    let is_gathered = keeping.is_sharded_over_hosts() || is_torch && together > 1;
+    let buffer = if is_gathered && keeping.bf16 { 4 * longest } else { 0 };
+    one / of_node + 2 * one / together + buffer
 }
 
 /// What a job runs as.
@@ -157,7 +156,8 @@ pub fn choose(model: &Model, max_seq_len: u32, setting: &Setting, memory: usize)
         let setting = Setting { strategy, ..*setting };
         Need::of(model, max_seq_len, &setting).total() + saving(model, &setting)
     };
-    choice::choose(setting.shape, Memory { bytes: memory, from: Pool::Node }, &setting.ways(), needs)
+    let memory = Memory { bytes: memory, from: Pool::Node };
+    choice::choose(setting.shape, memory, choice::in_order(setting.shape), needs)
 }
 
 /// Why `setting` cannot run where there are `total` bytes, by what each rank `needs`.

@@ -11,4 +11,5 @@ pub mod generate;
 pub mod host_model;
 pub mod logits;
 pub mod machine;
+mod place;
 pub mod plan;

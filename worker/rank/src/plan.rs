@@ -7,13 +7,14 @@ mod costs;
 mod speeds;
 mod timeline;
 
+use crate::choice;
 use crate::fits::{self, Need, Setting};
 use crate::machine::{self, available_bytes, memory_bytes, program_bytes};
 use between::Between;
 pub use between::links;
 pub use costs::Costs;
 use fleet_collectives::cost::Links;
-use fleet_common::job::{Job, Model as Described, Precision, Shape, Strategy};
+use fleet_common::job::{Executor, Job, Model as Described, Precision, Shape, Strategy};
 use fleet_learn::Result;
 use fleet_learn::model::Model;
 use serde::Serialize;
@@ -103,10 +104,15 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         let Ok(executor) = of_job.computed_by() else { continue };
         let ways = strategies(&of_job, chosen).into_iter().map(|strategy| {
             let setting = Setting { strategy, ..of_job };
-            let need = Need::of(&run.model, job.max_seq_len, &setting);
+            let mut need = Need::of(&run.model, job.max_seq_len, &setting);
             let saving = fits::saving(&run.model, &setting);
+            let mut program = program;
+            if executor == Executor::Torch {
+                need.activations = fleet_torch::held_bytes(need.activations);
+                program += fleet_torch::PROGRAM;
+            }
             let peak = need.total() + saving + program;
-            (setting, need, saving, peak)
+            (setting, need, (saving, program), peak)
         });
         let ways: Vec<_> = ways.collect();
         let fits = |peak: usize| peak.saturating_mul(run.ranks) <= available;
@@ -114,7 +120,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         // A step that does not fit is not tried.
         let is_measured = is_measured && ways.iter().any(|(.., peak)| fits(*peak));
         let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
-        for (setting, Need { kept: needs, activations }, saving, peak) in ways {
+        for (setting, Need { kept: needs, activations }, (saving, program), peak) in ways {
             let strategy = setting.strategy;
             choices.push(Choice {
                 strategy,
@@ -151,7 +157,7 @@ fn strategies(setting: &Setting, chosen: Strategy) -> Vec<Strategy> {
     if shape.ranks == 1 {
         return vec![Strategy::Auto];
     }
-    let mut all = setting.ways();
+    let mut all = choice::in_order(shape).to_vec();
     if !all.iter().any(|strategy| is_chosen(*strategy, chosen, shape)) {
         all.push(chosen);
     }

@@ -138,11 +138,12 @@ int fleet_torch_pinned(at::Tensor *x, at::Tensor **out, char *error, size_t erro
     return guarded(error, error_len, [&] { *out = new at::Tensor(x->pin_memory()); });
 }
 
-// Memory of the host as a flat tensor of fp32 or bf16 in `out`; `give_back` gets `owner` when nothing uses it any more.
-int fleet_torch_over(void *data, int64_t len, int is_bf16, void (*give_back)(void *), void *owner, at::Tensor **out, char *error,
+// Memory of the host as a flat tensor in `out`, of fp32, bf16 or fp16 (`number` 0, 1, 2); `give_back` gets `owner` when nothing uses it any more.
+int fleet_torch_over(void *data, int64_t len, int number, void (*give_back)(void *), void *owner, at::Tensor **out, char *error,
                      size_t error_len) {
     return guarded(error, error_len, [&] {
-        *out = new at::Tensor(at::from_blob(data, {len}, [=](void *) { give_back(owner); }, at::TensorOptions(is_bf16 ? at::kBFloat16 : at::kFloat)));
+        const at::ScalarType kinds[] = {at::kFloat, at::kBFloat16, at::kHalf};
+        *out = new at::Tensor(at::from_blob(data, {len}, [=](void *) { give_back(owner); }, at::TensorOptions(kinds[number])));
     });
 }
 

@@ -103,8 +103,8 @@ impl TorchExecutor {
     /// The head's matrix and bias.
     fn head(&self, weights: Weights) -> Result<(Tensor, Option<Tensor>)> {
         let head = &self.network.layout.head;
-        let matrix = weights.of(&head.weight)?.f_view([head.outputs as i64, head.inputs as i64])?;
-        Ok((matrix, head.bias.as_ref().map(|range| weights.of(range)).transpose()?))
+        let matrix = weights.products.of(&head.weight)?.f_view([head.outputs as i64, head.inputs as i64])?;
+        Ok((matrix, head.bias.as_ref().map(|range| weights.products.of(range)).transpose()?))
     }
 
     /// The units whose weights the head reads: its own, and that of the embedding where it is tied.

@@ -2,8 +2,10 @@
 //! code runs on CUDA, Metal and the CPU; on the CPU it is the test of what runs on the others.
 
 pub mod device;
+mod exact;
 mod executor;
 mod fused;
+mod gathered;
 mod memory;
 mod needs;
 mod network;
@@ -15,10 +17,10 @@ mod solo;
 mod transport;
 
 pub use executor::TorchExecutor;
-pub use memory::{FlatWeights, Gradients, Tensors, Weights};
-pub use needs::{activation_bytes, needs};
+pub use memory::{FlatWeights, Gradients, Stored, Tensors, Weights};
+pub use needs::{PROGRAM, activation_bytes, held_bytes, needs};
 pub use network::{Network, Numbers};
-pub use parts::{Held, Parts, Rooms};
+pub use parts::{Held, Parts, Rooms, Seat};
 pub use sharded::{Keeping, Sharded};
 pub use solo::Solo;
 pub use transport::{AloneTransport, Exchanged, HostTransport, NcclTransport, Room, Transport};

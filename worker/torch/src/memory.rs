@@ -1,10 +1,9 @@
 //! Numbers of a model as tensors of one device: what the executor reads and where its gradients go.
 
 use crate::network::Numbers;
-use crate::parts::Parts;
 use crate::{Error, Result};
 use fleet_checkpoint::Dtype;
-use fleet_learn::{Memory, UnitWeights};
+use fleet_learn::{Memory, Places, UnitWeights};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -31,31 +30,31 @@ impl Memory for Tensors {
     }
 }
 
-/// The flat parameters, or rooms with those of the units that are in.
+/// Numbers of a model in a flat tensor.
+#[derive(Clone, Copy)]
+pub struct Stored<'a> {
+    pub flat: &'a Tensor,
+    /// Where ranges of a model are in it; `None` where all lie as in the flat buffer.
+    pub places: Option<&'a Places>,
+}
+
+impl Stored<'_> {
+    /// A range within one unit, which is in.
+    pub fn of(&self, range: &Range<usize>) -> Result<Tensor> {
+        match self.places {
+            Some(places) => narrow(self.flat, &places.of(range)),
+            None => narrow(self.flat, range),
+        }
+    }
+}
+
+/// Weights of the units that are in.
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
-    /// As they are kept: fp32, or bf16.
-    pub master: &'a Tensor,
-    /// The same in the type of products; `None` where that is the masters'.
-    pub copy: Option<&'a Tensor>,
-    /// Where units are; `None` where all lie as in the flat buffer.
-    pub parts: Option<&'a Parts>,
-}
-
-impl Weights<'_> {
-    /// A range as products read it.
-    pub fn of(&self, range: &Range<usize>) -> Result<Tensor> {
-        narrow(self.copy.unwrap_or(self.master), &place(self.parts, range))
-    }
-
-    /// A range as it is kept.
-    pub fn exact(&self, range: &Range<usize>) -> Result<Tensor> {
-        narrow(self.master, &place(self.parts, range))
-    }
-}
-
-fn place(parts: Option<&Parts>, range: &Range<usize>) -> Range<usize> {
-    parts.map_or_else(|| range.clone(), |parts| parts.place(range))
+    /// In the type of products.
+    pub products: Stored<'a>,
+    /// As they are kept, fp32 or bf16: of all that is not read by products at least.
+    pub exact: Stored<'a>,
 }
 
 /// All parameters of a model, flat, on one device.
@@ -73,7 +72,13 @@ impl FlatWeights {
     }
 
     pub fn view(&self) -> Weights<'_> {
-        Weights { master: &self.master, copy: self.copy.as_ref(), parts: None }
+        let flat = |flat| Stored { flat, places: None };
+        Weights { products: flat(self.copy.as_ref().unwrap_or(&self.master)), exact: flat(&self.master) }
+    }
+
+    /// As they are kept.
+    pub fn master(&self) -> &Tensor {
+        &self.master
     }
 
     /// Sets the numbers from `start` on; `refresh` has to follow.
@@ -123,9 +128,7 @@ pub(crate) fn dtype(kept: Kind) -> Dtype {
 
 /// Where gradients go, as they are kept: at the ranges of the flat buffer, or in rooms.
 pub struct Gradients<'a> {
-    pub flat: &'a Tensor,
-    /// As those of weights.
-    pub parts: Option<&'a Parts>,
+    pub numbers: Stored<'a>,
     /// The first micro-batch of a step overwrites what is there.
     pub fresh: bool,
 }
@@ -138,14 +141,14 @@ impl Gradients<'_> {
         question: impl FnOnce(&Tensor) -> std::result::Result<Tensor, tch::TchError>,
     ) -> Result<bool> {
         let _guard = tch::no_grad_guard();
-        let numbers = narrow(self.flat, &place(self.parts, range))?;
+        let numbers = self.numbers.of(range)?;
         Ok(question(&numbers)?.f_int64_value(&[])? != 0)
     }
 
     /// Sets or adds the gradient of a range; nothing is a gradient of zeros.
     pub fn store(&self, range: &Range<usize>, grad: Option<&Tensor>, set: bool) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        let mut slot = narrow(self.flat, &place(self.parts, range))?;
+        let mut slot = self.numbers.of(range)?;
         match (grad, set) {
             (Some(grad), true) => slot.f_copy_(&grad.f_reshape([-1])?).map(|_| ())?,
             (Some(grad), false) => slot.f_add_(&grad.f_reshape([-1])?).map(|_| ())?,

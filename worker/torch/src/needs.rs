@@ -1,8 +1,9 @@
 //! What the torch executor and its strategies need in memory, before anything runs.
 
+use crate::gathered::Gathered;
 use crate::network::Numbers;
-use crate::parts::{Held, Parts};
-use fleet_common::model::{Decoder, Form, Layout, NormKind};
+use crate::parts::{Held, Parts, Seat};
+use fleet_common::model::{Activation, Decoder, Form, Layout, NormKind, Positions};
 use fleet_learn::strategy::Needs;
 use tch::Kind;
 
@@ -11,46 +12,107 @@ pub(crate) const LOGITS_MAX: usize = 1 << 20;
 /// Fewest tokens whose logits are computed at once.
 pub(crate) const LOGIT_ROWS_MIN: usize = 64;
 
-/// Bytes that each of `ranks` ranks keeps on its device; of one alone what is `held` does not matter.
+/// Bytes that each of `ranks` ranks, which keep a model together, keeps on its device; of one alone what is `held` does not matter.
 pub fn needs(layout: &Layout, held: Held, numbers: Numbers, ranks: usize) -> Needs {
     let (kept, copied) = numbers.bytes();
     if ranks == 1 {
         let len = layout.len;
         return Needs { weights: (kept + copied) * len, gradients: kept * len, optimizer: 2 * kept * len };
     }
-    let [weights, gradients] =
-        [held.weights, held.gradients].map(|rooms| Parts::new(layout, rooms, 0, ranks));
-    let shard = weights.shard;
+    let seat = Seat::flat(0, ranks);
+    let Parts { shard, rooms, .. } = Parts::new(layout, held.gradients, &seat);
     Needs {
-        weights: kept * shard + (kept + copied) * weights.rooms,
-        gradients: kept * (shard + gradients.rooms),
+        weights: kept * shard + Gathered::bytes(layout, held.weights, numbers, &seat),
+        gradients: kept * (shard + rooms),
         optimizer: 2 * kept * shard,
     }
 }
 
-/// Bytes that autograd keeps of `tokens` tokens in a step on the CPU, of which the forward of `again` blocks is computed a second time, and what
+/// What the first step adds to the program: pages of libtorch's libraries, and the buffers of their products.
+pub const PROGRAM: usize = 72 << 20;
+
+/// Of memory that tensors take and give back, the allocator of the C library holds so much more than they have at once, in percent. Measured with
+/// models of 64 to 768 numbers for each token, where it was 19 to 52.
+const HELD: usize = 34;
+
+/// Bytes that a step on the CPU takes for `tokens` tokens: what autograd keeps, of which the forward of `again` blocks is computed a second time, and what
 /// the widest operations take on the way.
 pub fn activation_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, again: usize) -> usize {
-    let size = Kind::elt_size_in_bytes;
-    let (p, r) = (size(numbers.products), size(numbers.residual));
-    let (a, h, f, v) = (&decoder.attention, decoder.hidden_size, decoder.mlp.size, decoder.vocab_size);
-    let (q, kv) = (a.q_size(), a.kv_heads * a.head_dim);
-    // What a norm keeps beside its input: of RMS the quotient, and in any case what products read.
-    let norm = if decoder.norm.kind == NormKind::Rms { h * (4 + p) } else { h * p };
-    let norms = if decoder.form == Form::Parallel { norm } else { 2 * norm };
-    let stream = if decoder.form == Form::Parallel { h * r } else { 2 * h * r };
-    // Queries and keys before and after they are turned, values, and, where few heads of keys serve many, their copies.
-    let copies = if a.heads != a.kv_heads && numbers.products == Kind::Float { 2 * q } else { 0 };
-    let attention = p * ((q + 2 * kv) + (q + kv) + copies + q);
-    let mlp = p * if decoder.mlp.gated { 4 * f } else { 2 * f };
-    let block = tokens * (norms + stream + attention + mlp);
-    let blocks = decoder.layers;
-    let kept = (blocks - again) * block + again * tokens * h * r;
-    let rows = (LOGITS_MAX / v).max(LOGIT_ROWS_MIN).min(tokens);
-    // Logits, their logarithms, and what flows back; backward, at the head, begins when all blocks are kept.
-    let head = tokens * (norm + 2 * h * r) + rows * v * (2 * p + 8);
-    // The block whose backward it is has its gradients beside what is kept of it.
-    kept + head.max(block)
+    let step = Step::of(decoder, numbers);
+    let inputs = again * tokens * step.stream;
+    let block = tokens * step.block;
+    // The block whose backward it is has its gradients beside what is kept of it; that of the head begins when all blocks are kept.
+    let backward = block + step.block_gradients;
+    let kept = (decoder.layers - again) * block + step.head(tokens).max(backward);
+    let computed_again = if again > 0 { block + backward } else { 0 };
+    (inputs + kept.max(computed_again)).max(step.table_gradients)
+}
+
+/// Bytes that the process has for such a step.
+pub fn held_bytes(activations: usize) -> usize {
+    activations / 100 * (100 + HELD)
+}
+
+/// Bytes of a decoder's parts: for each token, and of gradients as autograd gives them, before they are added up.
+struct Step {
+    /// A block's input.
+    stream: usize,
+    /// What is kept of a block.
+    block: usize,
+    block_gradients: usize,
+    table_gradients: usize,
+    /// What is kept of the final norm, and what flows back.
+    last: usize,
+    /// Of one row of logits, their logarithms, and what flows back.
+    logits: usize,
+    vocab: usize,
+    head_gradients: usize,
+}
+
+impl Step {
+    fn of(decoder: &Decoder, numbers: Numbers) -> Step {
+        let size = Kind::elt_size_in_bytes;
+        let (p, r) = (size(numbers.products), size(numbers.residual));
+        let (a, h, f, v) = (&decoder.attention, decoder.hidden_size, decoder.mlp.size, decoder.vocab_size);
+        let (q, kv) = (a.q_size(), a.kv_heads * a.head_dim);
+        let is_parallel = decoder.form == Form::Parallel;
+        // What a norm keeps beside its input: of RMS the quotient, and in any case what products read.
+        let norm = if decoder.norm.kind == NormKind::Rms { h * (4 + p) } else { h * p };
+        let norms = if is_parallel { norm } else { 2 * norm };
+        let stream = if is_parallel { h * r } else { 2 * h * r };
+        // Queries and keys, turned where they are, and values; where few heads of keys serve many, their copies in the place of values.
+        let is_turned = matches!(decoder.positions, Positions::Rotary(_));
+        let turned = if is_turned { q + kv } else { 0 };
+        let is_copied = a.heads != a.kv_heads && numbers.products == Kind::Float;
+        let given = match (is_copied, is_turned) {
+            (true, true) => 2 * q,
+            (true, false) => q + 2 * kv + 2 * q,
+            (false, _) => q + 2 * kv,
+        };
+        let attention = p * (given + turned + q);
+        let mlp = p * match (decoder.mlp.gated, decoder.mlp.activation) {
+            (true, _) => 4 * f,
+            (false, Activation::Relu) => f,
+            (false, _) => 2 * f,
+        };
+        let matrices = if decoder.mlp.gated { 3 } else { 2 };
+        let e = decoder.embedding_size;
+        Step {
+            stream: h * r,
+            block: norms + stream + attention + mlp,
+            block_gradients: p * (h * (q + 2 * kv) + q * h + matrices * h * f),
+            table_gradients: r * v * e,
+            last: norm + 2 * h * r,
+            logits: v * (2 * p + 8),
+            vocab: v,
+            head_gradients: p * v * e,
+        }
+    }
+
+    fn head(&self, tokens: usize) -> usize {
+        let rows = (LOGITS_MAX / self.vocab).max(LOGIT_ROWS_MIN).min(tokens);
+        tokens * self.last + rows * self.logits + self.head_gradients
+    }
 }
 
 #[cfg(test)]

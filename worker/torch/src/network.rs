@@ -107,19 +107,21 @@ impl<'a> Leaves<'a> {
     }
 
     fn matrix(&mut self, range: &Range<usize>, outputs: usize, inputs: usize) -> Result<Tensor> {
-        self.take(self.weights.of(range)?, range, &[outputs as i64, inputs as i64])
+        self.take(self.weights.products.of(range)?, range, &[outputs as i64, inputs as i64])
     }
 
     /// A bias of products.
     fn bias(&mut self, range: Option<&Range<usize>>) -> Result<Option<Tensor>> {
-        range.map(|range| self.take(self.weights.of(range)?, range, &[range.len() as i64])).transpose()
+        range
+            .map(|range| self.take(self.weights.products.of(range)?, range, &[range.len() as i64]))
+            .transpose()
     }
 
     /// Of a norm or a table of the residual stream.
     fn residual(&mut self, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
         let numbers = match self.network.numbers.residual == Kind::Float {
-            true => self.weights.exact(range)?,
-            false => self.weights.of(range)?,
+            true => self.weights.exact.of(range)?,
+            false => self.weights.products.of(range)?,
         };
         self.take(numbers, range, shape)
     }

@@ -1,10 +1,50 @@
 //! How a model's numbers are cut for several ranks, as numbers alone: which part of each unit a rank keeps, where whole units lie while they are
 //! in, and in which order they come.
 
-use fleet_collectives::{PART_ALIGN, part};
+use fleet_collectives::{PART_ALIGN, SharedHost};
 use fleet_common::job::Strategy;
 use fleet_common::model::{Layout, Parameter};
+use fleet_learn::Places;
 use std::ops::Range;
+
+/// A rank among those that keep a model together: all of a gang, or those of one of several hosts that have a replica each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seat {
+    pub rank: usize,
+    pub world: usize,
+    /// Which replica theirs is, from 0.
+    pub replica: usize,
+    pub replicas: usize,
+    /// Every unit is padded to so many equal shares, a multiple of the ranks of any replica: its room is as long in all of them.
+    shares: usize,
+}
+
+impl Seat {
+    /// Of a gang whose ranks keep one model together.
+    pub fn flat(rank: usize, world: usize) -> Seat {
+        Seat { rank, world, replica: 0, replicas: 1, shares: world }
+    }
+
+    /// Of a gang on hosts of which each has a replica.
+    pub fn on_host(gang: &dyn SharedHost) -> Seat {
+        let sizes = (0..).map(|host| gang.size_of_host(host)).take_while(|size| *size > 0);
+        Seat::in_replica(gang.local_rank(), gang.host(), &sizes.collect::<Vec<usize>>())
+    }
+
+    /// In one of several replicas, each of so many ranks.
+    pub fn in_replica(rank: usize, replica: usize, sizes: &[usize]) -> Seat {
+        let shares = sizes.iter().copied().fold(1, least_common_multiple);
+        Seat { rank, world: sizes[replica], replica, replicas: sizes.len(), shares }
+    }
+}
+
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (mut divisor, mut rest) = (a, b);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    a / divisor * b
+}
 
 /// Which units have rooms at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +79,15 @@ impl Held {
 }
 
 /// One rank's view of a model.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Parts {
     units: Vec<Unit>,
     /// Elements that every rank keeps of the model, padding included.
     pub shard: usize,
     /// Elements of all rooms together.
     pub rooms: usize,
+    /// Where units are in the rooms.
+    pub places: Places,
 }
 
 /// Where a unit lies. Ranges are in elements.
@@ -57,18 +99,29 @@ pub struct Unit {
     pub own: Range<usize>,
     /// This rank's part in its shard: as long as every other rank's, so longer than `own` where the unit does not divide.
     pub shard: Range<usize>,
-    /// The whole unit in its room, as many shards as there are ranks.
+    /// The whole unit in its room, as many shards as there are ranks. Empty where it has none.
     pub room: Range<usize>,
     /// What of this rank's part is parameters, counted from its begin.
     pub used: Vec<Range<usize>>,
 }
 
 impl Parts {
-    pub fn new(layout: &Layout, rooms: Rooms, rank: usize, world: usize) -> Parts {
-        // As long as the longest `part`.
-        let size = |unit: &Range<usize>| unit.len().div_ceil(world).next_multiple_of(PART_ALIGN);
-        let sizes: Vec<usize> = layout.units.iter().map(size).collect();
-        let lens: Vec<usize> = sizes.iter().map(|size| size * world).collect();
+    /// With a room for every unit.
+    pub fn new(layout: &Layout, rooms: Rooms, seat: &Seat) -> Parts {
+        Parts::with(layout, rooms, seat, true)
+    }
+
+    /// With rooms for what products read: none for the first unit, where they read nothing of that.
+    pub fn of_products(layout: &Layout, rooms: Rooms, seat: &Seat) -> Parts {
+        Parts::with(layout, rooms, seat, products_read_first(layout))
+    }
+
+    fn with(layout: &Layout, rooms: Rooms, seat: &Seat, has_first: bool) -> Parts {
+        let sizes: Vec<usize> = layout.units.iter().map(|unit| share(unit, seat)).collect();
+        let mut lens: Vec<usize> = sizes.iter().map(|size| size * seat.world).collect();
+        if !has_first {
+            lens[0] = 0;
+        }
         let (starts, rooms) = match rooms {
             Rooms::Everything => side_by_side(&lens),
             Rooms::TwoBlocks => in_turn(&lens, layout.head.weight == layout.embedding),
@@ -76,8 +129,7 @@ impl Parts {
         let (shards, shard) = side_by_side(&sizes);
         let unit = |number: usize| {
             let flat = layout.units[number].clone();
-            let within = part(flat.len(), rank, world);
-            let own = flat.start + within.start..flat.start + within.end;
+            let own = part(&flat, seat.rank, sizes[number]);
             let used = merged(layout.parameters.iter().filter_map(|p| within_part(p, &own)));
             Unit {
                 shard: shards[number]..shards[number] + sizes[number],
@@ -87,7 +139,10 @@ impl Parts {
                 used,
             }
         };
-        Parts { units: (0..layout.units.len()).map(unit).collect(), shard, rooms }
+        let units: Vec<Unit> = (0..layout.units.len()).map(unit).collect();
+        let with_room = units.iter().filter(|unit| !unit.room.is_empty());
+        let places = Places::new(with_room.map(|unit| (unit.flat.clone(), unit.room.start)));
+        Parts { units, shard, rooms, places }
     }
 
     pub fn units(&self) -> &[Unit] {
@@ -96,13 +151,6 @@ impl Parts {
 
     pub fn last(&self) -> usize {
         self.units.len() - 1
-    }
-
-    /// Where a range of the flat buffer, which lies within one unit, is in the rooms.
-    pub fn place(&self, range: &Range<usize>) -> Range<usize> {
-        let unit = &self.units[self.units.partition_point(|unit| unit.flat.end <= range.start)];
-        let shift = |at: usize| at - unit.flat.start + unit.room.start;
-        shift(range.start)..shift(range.end)
     }
 
     /// Where in the shard this rank's part of each parameter lies.
@@ -126,9 +174,35 @@ impl Parts {
 impl Unit {
     /// This rank's part in the unit's room.
     pub fn own_room(&self, rank: usize) -> Range<usize> {
-        let start = self.room.start + rank * self.shard.len();
+        self.own_room_from(self.room.start, rank)
+    }
+
+    /// The same in a room that begins at `start`.
+    pub fn own_room_from(&self, start: usize, rank: usize) -> Range<usize> {
+        let start = start + rank * self.shard.len();
         start..start + self.shard.len()
     }
+
+    /// What another rank has of it, in the flat buffer. It may be empty.
+    pub fn part(&self, rank: usize) -> Range<usize> {
+        part(&self.flat, rank, self.shard.len())
+    }
+}
+
+/// Elements that each rank has of a unit.
+fn share(unit: &Range<usize>, seat: &Seat) -> usize {
+    unit.len().div_ceil(seat.shares).next_multiple_of(PART_ALIGN) * (seat.shares / seat.world)
+}
+
+/// Of a unit that is cut into parts of `size`, the one of a rank.
+fn part(unit: &Range<usize>, rank: usize, size: usize) -> Range<usize> {
+    let at = |rank: usize| (unit.start + rank * size).min(unit.end);
+    at(rank)..at(rank + 1)
+}
+
+/// Whether products read any of the first unit, whose tables are looked up.
+pub fn products_read_first(layout: &Layout) -> bool {
+    layout.project_in.is_some() || layout.head.weight == layout.embedding
 }
 
 /// What of a parameter is in a part of a unit, counted from the part's begin.
@@ -219,7 +293,8 @@ mod tests {
             [(1, Rooms::Everything), (2, Rooms::TwoBlocks), (3, Rooms::TwoBlocks), (7, Rooms::Everything)]
         {
             let layout = layout(false, 3);
-            let ranks: Vec<Parts> = (0..world).map(|rank| Parts::new(&layout, rooms, rank, world)).collect();
+            let ranks: Vec<Parts> =
+                (0..world).map(|rank| Parts::new(&layout, rooms, &Seat::flat(rank, world))).collect();
             assert!(ranks.iter().all(|parts| (parts.shard, parts.rooms) == (ranks[0].shard, ranks[0].rooms)));
             let kept = |parts: &Parts| parts.kept(&layout).map(|(_, range)| range.len()).sum::<usize>();
             let numbers: usize = layout.parameters.iter().map(|p| p.range.len()).sum();
@@ -241,17 +316,44 @@ mod tests {
     fn a_room_is_where_its_unit_is_and_neighbours_in_time_are_not_in_space() {
         for (tied, layers) in [(false, 1), (false, 4), (true, 1), (true, 5)] {
             let layout = layout(tied, layers);
-            let parts = Parts::new(&layout, Rooms::TwoBlocks, 1, 3);
+            let seat = Seat::flat(1, 3);
+            let parts = Parts::new(&layout, Rooms::TwoBlocks, &seat);
             for (number, unit) in parts.units().iter().enumerate() {
                 assert!(unit.room.len() >= unit.flat.len() && unit.room.end <= parts.rooms);
                 let others: Vec<usize> = parts.neighbours(number).collect();
                 assert!(others.iter().all(|other| other.abs_diff(number) > 1), "{number}: {others:?}");
-                assert_eq!(parts.place(&unit.flat).start, unit.room.start);
-                let begins = |own: &Range<usize>| parts.place(own).start == unit.own_room(1).start;
+                assert_eq!(parts.places.of(&unit.flat).start, unit.room.start);
+                let begins = |own: &Range<usize>| parts.places.of(own).start == unit.own_room(1).start;
                 assert!(unit.own.is_empty() || begins(&unit.own));
             }
             assert_eq!(parts.neighbours(0).next().is_none(), tied, "a tied head reads both");
-            assert_eq!(Parts::new(&layout, Rooms::Everything, 0, 3).neighbours(0).next(), None);
+            assert_eq!(Parts::new(&layout, Rooms::Everything, &seat).neighbours(0).next(), None);
+            let of_products = Parts::of_products(&layout, Rooms::TwoBlocks, &seat);
+            assert_eq!(of_products.units()[0].room.is_empty(), !tied);
+            assert!(of_products.neighbours(0).next().is_none() && of_products.rooms <= parts.rooms);
+        }
+    }
+
+    #[test]
+    fn replicas_of_other_sizes_have_rooms_of_the_same_length() {
+        let layout = layout(false, 3);
+        let sizes = [1, 2, 3];
+        let of = |replica: usize, rank| {
+            Parts::new(&layout, Rooms::TwoBlocks, &Seat::in_replica(rank, replica, &sizes))
+        };
+        let alone = of(0, 0);
+        for (replica, size) in sizes.into_iter().enumerate() {
+            let ranks: Vec<Parts> = (0..size).map(|rank| of(replica, rank)).collect();
+            for (number, unit) in alone.units().iter().enumerate() {
+                let own: Vec<Range<usize>> =
+                    ranks.iter().map(|parts| parts.units()[number].own.clone()).collect();
+                assert_eq!(own.iter().map(Range::len).sum::<usize>(), unit.flat.len());
+                for parts in &ranks {
+                    let same = &parts.units()[number];
+                    assert_eq!(same.room, unit.room);
+                    assert!((0..size).all(|rank| same.part(rank) == own[rank]));
+                }
+            }
         }
     }
 

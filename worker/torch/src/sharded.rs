@@ -4,10 +4,11 @@
 //! for all weights and two blocks' gradients FSDP that gathers once for each step.
 
 use crate::device::memory_is_short;
-use crate::memory::{Gradients, Tensors, Weights, copy_out, dtype, hidden_copy, narrow, set};
+use crate::gathered::Gathered;
+use crate::memory::{Gradients, Stored, Tensors, Weights, copy_out, dtype, narrow, set};
 use crate::network::Numbers;
 use crate::optimizer::{Optimizer, Scaled, norm};
-use crate::parts::{Held, Parts, Rooms, Turn};
+use crate::parts::{Held, Parts, Rooms, Seat, Turn};
 use crate::transport::{Exchanged, Posted, Room, Transport};
 use crate::{Error, Result, device};
 use fleet_checkpoint::Dtype;
@@ -33,7 +34,7 @@ pub struct Keeping {
 
 impl Keeping {
     /// Where this rank's parts are.
-    fn home(&self) -> Device {
+    pub(crate) fn home(&self) -> Device {
         if self.offload { Device::Cpu } else { self.device }
     }
 }
@@ -42,16 +43,15 @@ pub struct Sharded {
     transport: Box<dyn Transport>,
     layout: Layout,
     keeping: Keeping,
-    /// With the rooms of whole units' weights.
+    seat: Seat,
+    /// With the rooms of whole units' gradients.
     parts: Parts,
-    /// With those of their gradients.
-    gradients: Parts,
-    rank: usize,
-    /// This rank's parts.
+    /// This rank's part of each unit's weights.
     master: Tensor,
     optimizer: Optimizer,
+    /// Of its gradients.
     grads: Tensor,
-    weights: InRooms,
+    weights: Gathered,
     /// Whole units' gradients.
     whole: Room,
     /// Units whose gradients are on their way, oldest first.
@@ -59,30 +59,6 @@ pub struct Sharded {
     micro: Micro,
     /// Of the losses whose gradients these are.
     loss_scale: f64,
-}
-
-/// Whole units' weights.
-struct InRooms {
-    master: Room,
-    /// In the type of products, where that is another.
-    copy: Option<Tensor>,
-    units: Vec<Standing>,
-    turn: Turn,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Standing {
-    gathered: Gathered,
-    /// Between `need` and `release`.
-    in_use: bool,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Gathered {
-    #[default]
-    No,
-    Coming(Posted),
-    Yes,
 }
 
 impl Sharded {
@@ -93,12 +69,10 @@ impl Sharded {
         mut transport: Box<dyn Transport>,
     ) -> fleet_learn::Result<Sharded> {
         transport.gang().note(Activity::Starting);
-        let (rank, world) = (transport.gang().rank(), transport.gang().world_size());
-        let parts = |rooms| Parts::new(&layout, rooms, rank, world);
-        let parts = [parts(keeping.held.weights), parts(keeping.held.gradients)];
-        let mut room = |of: &Parts| transport.room(of.rooms, keeping.numbers.kept);
-        let whole = [room(&parts[0])?, room(&parts[1])?];
-        let made = Sharded::made(layout, keeping, parts, transport, whole);
+        let weights = Gathered::new(&layout, &keeping, &mut *transport)?;
+        let parts = Parts::new(&layout, keeping.held.gradients, &transport.seat());
+        let whole = transport.room(parts.rooms, keeping.numbers.kept)?;
+        let made = Sharded::made(layout, keeping, (weights, parts, whole), transport);
         Ok(made.map_err(|error| match memory_is_short(&error.0) {
             true => Error(format!(
                 "{} has not enough memory for this rank's part of weights, gradients and optimizer state: train with more ranks, a smaller model, or strategy = \"fsdp\"",
@@ -111,97 +85,67 @@ impl Sharded {
     fn made(
         layout: Layout,
         keeping: Keeping,
-        [parts, gradients]: [Parts; 2],
-        mut transport: Box<dyn Transport>,
-        [weights, whole]: [Room; 2],
+        (weights, parts, whole): (Gathered, Parts, Room),
+        transport: Box<dyn Transport>,
     ) -> Result<Sharded> {
-        let numbers = keeping.numbers;
-        let copy = numbers.copied().map(|kind| Tensor::f_zeros([parts.rooms as i64], (kind, keeping.device)));
-        let options = (numbers.kept, keeping.home());
+        let options = (keeping.numbers.kept, keeping.home());
         let shard = || Tensor::f_zeros([parts.shard as i64], options);
-        let units = vec![Standing::default(); parts.units().len()];
         Ok(Sharded {
-            rank: transport.gang().rank(),
+            seat: transport.seat(),
             transport,
             keeping,
             master: shard()?,
             optimizer: Optimizer::new(parts.shard, parts.kept(&layout), options)?,
             grads: shard()?,
-            weights: InRooms { master: weights, copy: copy.transpose()?, units, turn: Turn::FORWARD },
+            weights,
             whole,
             reduced: VecDeque::new(),
             micro: Micro { first: true, last: true },
             loss_scale: 1.0,
             parts,
-            gradients,
             layout,
         })
     }
 
-    /// Starts to gather a unit's weights. What else was in its room is not in any more.
-    fn gather(&mut self, unit: usize) -> fleet_learn::Result<Posted> {
-        for other in self.parts.neighbours(unit).collect::<Vec<_>>() {
-            let standing = &mut self.weights.units[other];
-            assert!(!standing.in_use, "unit {other} is in use and has its room with unit {unit}");
-            if let Gathered::Coming(posted) = std::mem::take(&mut standing.gathered) {
-                self.transport.wait(posted)?;
-            }
-        }
+    /// Starts to reduce a unit's gradients to parts. Between replicas go those of a step's last micro-batch alone, to which this one adds what it has
+    /// summed before.
+    fn reduce(&mut self, unit: usize) -> fleet_learn::Result<()> {
         let of = &self.parts.units()[unit];
-        hidden_copy(&self.weights.master.tensor, &of.own_room(self.rank), &narrow(&self.master, &of.shard)?)?;
-        let posted = self.transport.post(&self.weights.master, of.room.clone(), Exchanged::Gathered)?;
-        self.weights.units[unit].gathered = Gathered::Coming(posted);
-        Ok(posted)
-    }
-
-    /// Has a unit's weights in its room.
-    fn bring(&mut self, unit: usize) -> fleet_learn::Result<()> {
-        let posted = match self.weights.units[unit].gathered {
-            Gathered::Yes => return Ok(()),
-            Gathered::Coming(posted) => posted,
-            Gathered::No => self.gather(unit)?,
+        let exchange = match self.seat.replicas {
+            1 => Exchanged::Reduced,
+            _ if self.micro.last => Exchanged::Reduced,
+            _ => Exchanged::ReducedWithin,
         };
-        self.transport.wait(posted)?;
-        if let Some(copy) = &self.weights.copy {
-            let room = &self.parts.units()[unit].room;
-            hidden_copy(copy, room, &narrow(&self.weights.master.tensor, room)?)?;
+        if self.seat.replicas > 1 && self.micro.last && !self.micro.first {
+            let _guard = tch::no_grad_guard();
+            let sums =
+                narrow(&self.grads, &of.shard)?.f_to_device(self.keeping.device).map_err(Error::from)?;
+            let mut own = narrow(&self.whole.tensor, &of.own_room(self.seat.rank))?;
+            let _ = own.f_add_(&sums).map_err(Error::from)?;
         }
-        self.weights.units[unit].gathered = Gathered::Yes;
+        let posted = self.transport.post(&self.whole, of.room.clone(), exchange)?;
+        self.reduced.push_back((unit, posted));
         Ok(())
     }
 
-    /// Starts to gather a unit whose room is free.
-    fn prepare(&mut self, unit: usize) -> fleet_learn::Result<()> {
-        let taken = self.parts.neighbours(unit).any(|other| self.weights.units[other].in_use);
-        if self.weights.units[unit].gathered == Gathered::No && !taken {
-            self.gather(unit)?;
-        }
-        Ok(())
-    }
-
-    /// What was gathered is not what ranks keep any more.
-    fn outdate(&mut self) -> fleet_learn::Result<()> {
-        for standing in &mut self.weights.units {
-            if let Gathered::Coming(posted) = std::mem::take(&mut standing.gathered) {
-                self.transport.wait(posted)?;
-            }
-        }
-        Ok(())
+    /// Sums of this step are what comes, and are not added to what was there: that is in it, or of another step.
+    fn sets_sums(&self) -> bool {
+        // Ranks that keep every unit's gradients have summed over micro-batches before.
+        let is_in = self.seat.replicas > 1 && self.micro.last;
+        self.micro.first || is_in || self.keeping.held.gradients == Rooms::Everything
     }
 
     /// Adds up the oldest unit whose gradients are on their way, and gives its room back.
     fn take_in(&mut self) -> fleet_learn::Result<()> {
         let Some((unit, posted)) = self.reduced.pop_front() else { return Ok(()) };
         self.transport.wait(posted)?;
-        let of = &self.gradients.units()[unit];
-        let own_room = of.own_room(self.rank);
+        let of = &self.parts.units()[unit];
+        let own_room = of.own_room(self.seat.rank);
         let mut add = |used: &Range<usize>| -> Result<()> {
             let within = |start: usize| start + used.start..start + used.end;
             let new = narrow(&self.whole.tensor, &within(own_room.start))?;
             let mut sum = narrow(&self.grads, &within(of.shard.start))?;
-            // Ranks that keep every unit's gradients have summed over micro-batches before.
-            let set = self.micro.first || self.keeping.held.gradients == Rooms::Everything;
-            match set {
+            match self.sets_sums() {
                 true => sum.f_copy_(&new)?,
                 false => sum.f_add_(&new.f_to_device(self.keeping.home())?).map(|_| ())?,
             }
@@ -225,30 +169,17 @@ impl Sharded {
             Slot::Moment2 => &self.optimizer.moment2,
         }
     }
-
-    fn in_rooms(&self) -> Weights<'_> {
-        Weights {
-            master: &self.weights.master.tensor,
-            copy: self.weights.copy.as_ref(),
-            parts: Some(&self.parts),
-        }
-    }
 }
 
 impl UnitWeights<Tensors> for Sharded {
     fn need(&mut self, unit: usize) -> fleet_learn::Result<()> {
-        self.bring(unit)?;
-        self.weights.units[unit].in_use = true;
-        match self.weights.turn.after(unit, self.parts.last()) {
-            Some(next) => self.prepare(next),
-            None => Ok(()),
-        }
+        self.weights.need(unit, &self.master, &mut *self.transport)
     }
     fn release(&mut self, unit: usize) {
-        self.weights.units[unit].in_use = false;
+        self.weights.release(unit);
     }
     fn weights(&self) -> Weights<'_> {
-        self.in_rooms()
+        self.weights.view()
     }
 }
 
@@ -256,24 +187,22 @@ impl Units<Tensors> for Sharded {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
         // What was in a room of two blocks was another's, or has been added up.
         let fresh = self.micro.first || self.keeping.held.gradients == Rooms::TwoBlocks;
-        let grads = Gradients { flat: &self.whole.tensor, parts: Some(&self.gradients), fresh };
-        (self.in_rooms(), grads)
+        let numbers = Stored { flat: &self.whole.tensor, places: Some(&self.parts.places) };
+        (self.weights.view(), Gradients { numbers, fresh })
     }
 
     fn ready(&mut self, unit: usize) -> fleet_learn::Result<()> {
         let last = self.parts.last();
         if unit == last {
             self.transport.gang().note(Activity::Backward);
-            self.weights.turn = Turn::back(last);
+            self.weights.begin(Turn::back(last));
         }
         if self.micro.last || self.keeping.held.gradients == Rooms::TwoBlocks {
-            let room = self.gradients.units()[unit].room.clone();
-            let posted = self.transport.post(&self.whole, room, Exchanged::Reduced)?;
-            self.reduced.push_back((unit, posted));
+            self.reduce(unit)?;
         }
         // The next one's room has to be free; before another micro-batch all of them.
         let Some(next) = unit.checked_sub(1) else { return self.take_all_in() };
-        let neighbours: Vec<usize> = self.gradients.neighbours(next).collect();
+        let neighbours: Vec<usize> = self.parts.neighbours(next).collect();
         let is_taken =
             |reduced: &VecDeque<(usize, Posted)>| reduced.iter().any(|(unit, _)| neighbours.contains(unit));
         // What goes to the host does so while earlier units are computed.
@@ -286,17 +215,17 @@ impl Units<Tensors> for Sharded {
 
 impl Strategy<Tensors> for Sharded {
     fn gang(&mut self) -> &mut dyn Gang {
-        self.transport.gang()
+        self.transport.gang() as &mut dyn Gang
     }
 
     fn units(&mut self, micro: Micro) -> &mut dyn Units<Tensors> {
         self.micro = micro;
-        self.weights.turn = Turn::FORWARD;
+        self.weights.begin(Turn::FORWARD);
         self
     }
 
     fn weights(&mut self) -> &mut dyn UnitWeights<Tensors> {
-        self.weights.turn = Turn::FORWARD;
+        self.weights.begin(Turn::FORWARD);
         self
     }
 
@@ -306,10 +235,9 @@ impl Strategy<Tensors> for Sharded {
         let scale = self.loss_scale;
         let shards = self.parts.units().iter().map(|unit| unit.shard.clone());
         let norm = number(&norm(&self.grads, shards)?)? / scale;
-        let [stop, time] = votes.numbers();
-        let mut sums = [norm * norm, number(&loss)?, stop, time];
-        self.transport.gang().all_reduce_f64(&mut sums, Op::Sum)?;
-        let report = Report::of_sums(sums, update.step)?;
+        // Every replica has the same sums.
+        let squares = if self.seat.replica == 0 { norm * norm } else { 0.0 };
+        let report = Report::summed(self.transport.gang(), squares, number(&loss)?, votes, update.step)?;
         let mut step = || -> Result<()> {
             let norm =
                 Tensor::f_full([1], report.grad_norm, (Kind::Float, self.grads.device()))?.f_squeeze()?;
@@ -317,7 +245,7 @@ impl Strategy<Tensors> for Sharded {
             self.optimizer.step(&self.master, &grads, update)
         };
         step().map_err(|error| Error(format!("the optimizer's step: {error}")))?;
-        self.outdate()?;
+        self.weights.outdate(&mut *self.transport)?;
         Ok(report)
     }
 
@@ -339,7 +267,7 @@ impl Strategy<Tensors> for Sharded {
             read(unit.own.clone(), &mut numbers)?;
             set(self.of(slot), unit.shard.start, &numbers)?;
         }
-        self.outdate()?;
+        self.weights.outdate(&mut *self.transport)?;
         Ok(self.transport.gang().barrier()?)
     }
 
@@ -355,37 +283,46 @@ impl Strategy<Tensors> for Sharded {
     fn name(&self) -> &'static str {
         match self.keeping.held.gradients {
             Rooms::Everything => "ddp",
+            Rooms::TwoBlocks if self.seat.replicas > 1 => "hsdp",
             Rooms::TwoBlocks => "fsdp",
         }
     }
 
+    /// Where every host has everything, nothing need lie on another disk than rank 0's.
+    fn writers(&mut self, disks: &Disks) -> usize {
+        if self.seat.replicas > 1 { disks.together() } else { self.seat.world }
+    }
+
+    /// Those of a host, where each has everything.
+    fn all_can_copy(&mut self, this_can: bool) -> fleet_learn::Result<bool> {
+        let mut cannot = [f64::from(u8::from(!this_can))];
+        match self.seat.replicas {
+            1 => self.transport.gang().all_reduce_f64(&mut cannot, Op::Max)?,
+            _ => self.transport.gang().all_reduce_f64_of_host(&mut cannot, Op::Max)?,
+        }
+        Ok(cannot[0] == 0.0)
+    }
+
     fn kept(&self, _disks: &Disks) -> Vec<Range<usize>> {
         let parts = self.parts.units().iter().map(|unit| unit.own.clone());
-        parts.filter(|part| !part.is_empty()).collect()
+        parts.filter(|part| self.seat.replica == 0 && !part.is_empty()).collect()
     }
 
     /// Weights unit by unit, as for a pass; moments from where they are.
     fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> fleet_learn::Result<()> {
-        for number in 0..self.parts.units().len() {
-            if slot == Slot::Weights {
-                self.bring(number)?;
-            }
-            let unit = &self.parts.units()[number];
+        for (number, unit) in self.parts.units().iter().enumerate() {
+            let (numbers, begin) = match slot {
+                Slot::Weights => {
+                    (self.weights.whole(number, &self.master, &mut *self.transport)?, unit.flat.start)
+                }
+                _ => (narrow(self.of(slot), &unit.shard)?, unit.own.start),
+            };
             let mut at = 0;
             for range in ranges {
-                let numbers = &mut out[at..at + range.len()];
+                let out = &mut out[at..at + range.len()];
                 at += range.len();
-                if !unit.flat.contains(&range.start) {
-                    continue;
-                }
-                match slot {
-                    Slot::Weights => {
-                        copy_out(&self.weights.master.tensor, self.parts.place(range).start, numbers)?
-                    }
-                    _ => {
-                        let start = range.start - unit.own.start + unit.shard.start;
-                        copy_out(self.of(slot), start, numbers)?
-                    }
+                if unit.flat.contains(&range.start) {
+                    copy_out(&numbers, range.start - begin, out)?;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! One rank that has everything on one device.
 
 use crate::device::{self, memory_is_short};
-use crate::memory::{FlatWeights, Gradients, Tensors, Weights, copy_out, dtype, set};
+use crate::memory::{FlatWeights, Gradients, Stored, Tensors, Weights, copy_out, dtype, set};
 use crate::network::Numbers;
 use crate::optimizer::{Optimizer, Scaled, norm};
 use crate::{Error, Result};
@@ -61,7 +61,7 @@ impl Solo {
 
     fn of(&self, slot: Slot) -> &Tensor {
         match slot {
-            Slot::Weights => self.weights.view().master,
+            Slot::Weights => self.weights.master(),
             Slot::Moment1 => &self.optimizer.moment1,
             Slot::Moment2 => &self.optimizer.moment2,
         }
@@ -80,7 +80,8 @@ impl UnitWeights<Tensors> for Solo {
 
 impl Units<Tensors> for Solo {
     fn numbers(&mut self) -> (Weights<'_>, Gradients<'_>) {
-        (self.weights.view(), Gradients { flat: &self.grads, parts: None, fresh: self.fresh })
+        let numbers = Stored { flat: &self.grads, places: None };
+        (self.weights.view(), Gradients { numbers, fresh: self.fresh })
     }
     fn ready(&mut self, _unit: usize) -> fleet_learn::Result<()> {
         Ok(())
@@ -107,7 +108,7 @@ impl Strategy<Tensors> for Solo {
             let scale = self.loss_scale;
             let norm = norm(&self.grads, self.layout.units.iter().cloned())?.f_div_scalar(scale)?;
             let grads = Scaled { numbers: &self.grads, norm: &norm, scale };
-            self.optimizer.step(self.weights.view().master, &grads, update)?;
+            self.optimizer.step(self.weights.master(), &grads, update)?;
             self.weights.refresh()?;
             // Read at once.
             let both = Tensor::f_cat(&[loss.f_view([1])?, norm.f_to_kind(loss.kind())?.f_view([1])?], 0)?;

@@ -91,7 +91,7 @@ fn every_gradient_is_that_of_transformers() {
                 executor.forward_backward(solo.units(micro), &batch.view(), scale).unwrap();
             }
             let (_, grads) = solo.units(Micro { first: true, last: true }).numbers();
-            case.check_gradients(&floats(grads.flat), 1e-4);
+            case.check_gradients(&floats(grads.numbers.flat), 1e-4);
         }
     }
 }

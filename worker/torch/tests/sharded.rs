@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, RunDir, Writer, diff};
-use fleet_collectives::nccl::{Loaded, NcclCollective};
+use fleet_collectives::SharedHost;
+use fleet_collectives::nccl::{Among, Loaded, NcclCollective};
 use fleet_learn::model::Model;
 use fleet_learn::testing::{tiny_with, token_ids};
 use fleet_learn::{AdamW, Engine, Learner, Report, TokenBatch, Update, Votes};
@@ -46,11 +47,11 @@ fn learner_with(device: Device, numbers: Numbers, held: Option<Held>, again: usi
     let Some(held) = held else {
         return Box::new(Engine::new(executor, Solo::new(layout, device, numbers, 1).unwrap()));
     };
-    let gang = Box::new(fleet_collectives::Solo::new(1));
+    let gang: Box<dyn SharedHost> = Box::new(fleet_collectives::Solo::new(1));
     let transport: Box<dyn Transport> = match device {
         Device::Cuda(number) => {
             let library = Box::new(Loaded::open(number).unwrap());
-            let nccl = NcclCollective::join(Ok(library), gang, Duration::from_secs(60)).unwrap();
+            let nccl = NcclCollective::join(Ok(library), gang, Among::All, Duration::from_secs(60)).unwrap();
             Box::new(NcclTransport::new(nccl, device))
         }
         _ => Box::new(HostTransport::new(gang, device)),

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code)]
 
-use super::library::{Call, Id, Library, Mark, Numbers};
+use super::library::{Call, Group, Id, Library, Mark, Numbers};
 use crate::DType;
 use cudarc::driver::{result, sys};
 use std::collections::VecDeque;
@@ -15,6 +15,7 @@ type Status = c_int;
 
 const SUCCESS: Status = 0;
 const IN_PROGRESS: Status = 7;
+const FLOAT16: c_int = 6;
 const FLOAT32: c_int = 7;
 const BFLOAT16: c_int = 9;
 const SUM: c_int = 0;
@@ -45,6 +46,8 @@ type AllGather =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, sys::CUstream) -> Status;
 type ReduceScatter =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> Status;
+type AllReduce =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> Status;
 type GetErrorString = unsafe extern "C" fn(Status) -> *const c_char;
 
 /// The functions that are used.
@@ -55,6 +58,7 @@ struct Functions {
     comm_abort: CommAbort,
     all_gather: AllGather,
     reduce_scatter: ReduceScatter,
+    all_reduce: AllReduce,
     get_error_string: GetErrorString,
 }
 
@@ -93,6 +97,7 @@ impl Functions {
                 comm_abort: function::<*mut c_void, CommAbort>(symbol(c"ncclCommAbort")?),
                 all_gather: function::<*mut c_void, AllGather>(symbol(c"ncclAllGather")?),
                 reduce_scatter: function::<*mut c_void, ReduceScatter>(symbol(c"ncclReduceScatter")?),
+                all_reduce: function::<*mut c_void, AllReduce>(symbol(c"ncclAllReduce")?),
                 get_error_string: function::<*mut c_void, GetErrorString>(symbol(c"ncclGetErrorString")?),
             })
         }
@@ -117,10 +122,8 @@ pub struct Loaded {
     context: sys::CUcontext,
     /// Of exchanges.
     stream: sys::CUstream,
-    /// Null before `connect` and after `abort`.
-    comm: Comm,
-    rank: usize,
-    world: usize,
+    /// Of each group.
+    members: [Member; 2],
     /// Behind what the default stream had at the last start.
     before: sys::CUevent,
     /// Of marks that were not reached, oldest first, and how many were made.
@@ -128,6 +131,19 @@ pub struct Loaded {
     made: u64,
     /// Events to use again.
     spare: Vec<sys::CUevent>,
+}
+
+/// This rank in a group.
+#[derive(Clone, Copy)]
+struct Member {
+    /// Null before `connect` and after `abort`.
+    comm: Comm,
+    rank: usize,
+    world: usize,
+}
+
+impl Member {
+    const NONE: Member = Member { comm: std::ptr::null_mut(), rank: 0, world: 1 };
 }
 
 // SAFETY: the handles may be used by any thread that has made the context its current one, which every call does.
@@ -151,9 +167,7 @@ impl Loaded {
             functions,
             context,
             stream: result::stream::create(result::stream::StreamKind::NonBlocking).map_err(told)?,
-            comm: std::ptr::null_mut(),
-            rank: 0,
-            world: 1,
+            members: [Member::NONE; 2],
             before: event()?,
             marks: VecDeque::new(),
             made: 0,
@@ -166,9 +180,10 @@ impl Loaded {
         unsafe { result::ctx::set_current(self.context) }.map_err(told)
     }
 
-    /// The communicator, unless it is gone.
-    fn comm(&self) -> Result<Comm, String> {
-        if self.comm.is_null() { Err("the communicator was aborted".into()) } else { Ok(self.comm) }
+    /// This rank in a group, unless its communicator is gone.
+    fn member(&self, group: Group) -> Result<Member, String> {
+        let member = self.members[group as usize];
+        if member.comm.is_null() { Err("the communicator was aborted".into()) } else { Ok(member) }
     }
 }
 
@@ -188,9 +203,10 @@ impl Library for Loaded {
         self.functions.checked(status).map(|_| id.internal)
     }
 
-    fn connect(&mut self, id: &Id, rank: usize, world: usize) -> Result<(), String> {
+    fn connect(&mut self, group: Group, id: &Id, rank: usize, world: usize) -> Result<(), String> {
         self.current()?;
-        (self.rank, self.world) = (rank, world);
+        let member = &mut self.members[group as usize];
+        *member = Member { rank, world, ..Member::NONE };
         let version = 2 * 10_000 + 14 * 100;
         let mut config =
             Config { size: size_of::<Config>(), magic: 0xcafe_beef, version, blocking: 0, later: 0 };
@@ -198,28 +214,32 @@ impl Library for Loaded {
         // SAFETY: NCCL writes the communicator, which this owns from now on, and reads as much of the configuration as it says it has.
         let status = unsafe {
             let (rank, world) = (rank as c_int, world as c_int);
-            (self.functions.comm_init_rank_config)(&mut self.comm, world, id, rank, &mut config)
+            (self.functions.comm_init_rank_config)(&mut member.comm, world, id, rank, &mut config)
         };
         self.functions.checked(status).map(|_| ())
     }
 
     fn settled(&mut self) -> Result<bool, String> {
-        let comm = self.comm()?;
-        let mut status = SUCCESS;
-        // SAFETY: the communicator is alive.
-        self.functions.checked(unsafe { (self.functions.comm_get_async_error)(comm, &mut status) })?;
-        self.functions.checked(status)
+        self.member(Group::Shards)?;
+        let alive = self.members.iter().filter(|member| !member.comm.is_null());
+        alive.map(|member| member.comm).try_fold(true, |settled, comm| {
+            let mut status = SUCCESS;
+            // SAFETY: the communicator is alive.
+            self.functions.checked(unsafe { (self.functions.comm_get_async_error)(comm, &mut status) })?;
+            Ok(self.functions.checked(status)? && settled)
+        })
     }
 
-    unsafe fn start(&mut self, call: Call, numbers: Numbers) -> Result<(), String> {
+    unsafe fn start(&mut self, group: Group, call: Call, numbers: Numbers) -> Result<(), String> {
         self.current()?;
-        let comm = self.comm()?;
-        let share = numbers.count / self.world;
+        let Member { comm, rank, world } = self.member(group)?;
+        let share = numbers.count / world;
         let whole = numbers.address as *mut c_void;
-        let own = (numbers.address + (self.rank * share * numbers.dtype.size()) as u64) as *mut c_void;
+        let own = (numbers.address + (rank * share * numbers.dtype.size()) as u64) as *mut c_void;
         let kind = match numbers.dtype {
             DType::F32 => FLOAT32,
             DType::Bf16 => BFLOAT16,
+            DType::F16 => FLOAT16,
             other => return Err(format!("{other} is not exchanged over NCCL")),
         };
         // SAFETY: stream, event and communicator are alive; the null stream is the default one; both addresses lie within `numbers`, for which the
@@ -232,6 +252,9 @@ impl Library for Loaded {
                 Call::AllGather => (self.functions.all_gather)(own, whole, share, kind, comm, self.stream),
                 Call::ReduceScatter => {
                     (self.functions.reduce_scatter)(whole, own, share, kind, SUM, comm, self.stream)
+                }
+                Call::AllReduce => {
+                    (self.functions.all_reduce)(whole, whole, numbers.count, kind, SUM, comm, self.stream)
                 }
             }
         };
@@ -267,10 +290,11 @@ impl Library for Loaded {
     }
 
     fn abort(&mut self) {
-        let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
-        if !comm.is_null() && self.current().is_ok() {
-            // SAFETY: the communicator is alive and is not used any more. What cannot be aborted stays until the process ends.
-            let _ = unsafe { (self.functions.comm_abort)(comm) };
+        for member in std::mem::replace(&mut self.members, [Member::NONE; 2]) {
+            if !member.comm.is_null() && self.current().is_ok() {
+                // SAFETY: the communicator is alive and is not used any more. What cannot be aborted stays until the process ends.
+                let _ = unsafe { (self.functions.comm_abort)(member.comm) };
+            }
         }
     }
 }
@@ -308,7 +332,12 @@ mod tests {
             }
         };
         let id = nccl.unique_id().unwrap();
-        nccl.connect(&id, 0, 1).unwrap();
+        nccl.connect(Group::Shards, &id, 0, 1).unwrap();
+        let id = nccl.unique_id().unwrap();
+        while !nccl.settled().unwrap() {
+            std::thread::yield_now();
+        }
+        nccl.connect(Group::Replicas, &id, 0, 1).unwrap();
         while !nccl.settled().unwrap() {
             std::thread::yield_now();
         }

@@ -262,6 +262,10 @@ impl SharedHost for ShmCollective {
         if host == 0 { self.world() } else { 0 }
     }
 
+    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Result<()> {
+        self.all_reduce_f64(values, op)
+    }
+
     fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         self.latched(|gang| {
             let (map, _) = gang.allocate(true, bytes, 1)?;
@@ -283,6 +287,15 @@ impl SharedHost for ShmCollective {
         };
         let told = Told { exchange, call: Call::Reduce(dtype, op, keep), of_all, own: None };
         self.latched(|gang| gang.post_exchange(buffers, bytes, told))
+    }
+
+    fn post_gather_of_host(
+        &mut self,
+        buffers: &PerRank,
+        bytes: Range<usize>,
+        dtype: DType,
+    ) -> Result<Ticket> {
+        self.post(buffers, bytes, Posted::AllGather(dtype))
     }
 
     /// The ranks of one host need not send each other anything: each puts its part in place, once all have left what was there.

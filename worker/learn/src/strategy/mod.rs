@@ -65,6 +65,15 @@ pub trait Strategy<M: Memory> {
     /// The ranges of the flat buffer whose optimizer state this rank writes to checkpoints: no number is in those of two ranks, every one is
     /// in those of one.
     fn kept(&self, disks: &Disks) -> Vec<Range<usize>>;
+    /// Whether this rank and all with which it copies out can. A collective call of these.
+    fn all_can_copy(&mut self, this_can: bool) -> Result<bool> {
+        if !self.passes_together() {
+            return Ok(this_can);
+        }
+        let mut cannot = [f64::from(u8::from(!this_can))];
+        self.gang().all_reduce_f64(&mut cannot, Op::Max)?;
+        Ok(cannot[0] == 0.0)
+    }
     /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps. A collective
     /// call of all writers, between two steps.
     fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {

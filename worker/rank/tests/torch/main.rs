@@ -11,7 +11,7 @@ mod precisions;
 use fleet_checkpoint::{
     CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors as Files, Writer, diff, verify,
 };
-use fleet_collectives::{Exchange, SharedHost};
+use fleet_collectives::SharedHost;
 use fleet_common::events::Outcome;
 use fleet_common::job::{self, Job};
 use fleet_common::model::Object;
@@ -39,6 +39,10 @@ enum Kind {
     Copying(Held),
     /// The first half of the ranks on one host, the others on another.
     OnTwoHosts(Held),
+    /// The same, and each host has a model.
+    Hsdp,
+    /// As `Hsdp` on devices whose memory is not the host's.
+    HsdpCopying,
 }
 
 /// How a global batch is cut.
@@ -70,7 +74,7 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
         let strategy = Sharded::new(layout.clone(), keeping, Box::new(transport));
         scaled(Engine::new(torch(), strategy.unwrap()))
     };
-    let host = |gang: Box<dyn Exchange>| HostTransport::new(gang, Device::Cpu);
+    let host = |gang: Box<dyn SharedHost>| HostTransport::new(gang, Device::Cpu);
     match kind {
         Kind::Cpu => Box::new(Engine::new(cpu(), Solo::<f32>::new(layout, workers.clone(), 1).unwrap())),
         Kind::CpuShared => {
@@ -82,7 +86,15 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
         }
         Kind::Ranks(held) | Kind::OnTwoHosts(held) => sharded(held, host(gang)),
         Kind::Copying(held) => sharded(held, host(gang).copying()),
+        Kind::Hsdp => sharded(Held::FSDP, host(gang).within_hosts()),
+        Kind::HsdpCopying => sharded(Held::FSDP, host(gang).within_hosts().copying()),
     }
+}
+
+/// Of each rank.
+fn hosts(cut: Cut) -> Vec<usize> {
+    let is_on_two = matches!(cut.kind, Kind::OnTwoHosts(_) | Kind::Hsdp | Kind::HsdpCopying);
+    (0..cut.world).map(|rank| if is_on_two { 2 * rank / cut.world } else { 0 }).collect()
 }
 
 /// What each rank gives, on ranks that are threads of this process.
@@ -92,9 +104,7 @@ fn ranks<T: Send>(
     numbers: Numbers,
     run: impl Fn(usize, &mut dyn Learner) -> T + Sync,
 ) -> Vec<T> {
-    let is_on_two = matches!(cut.kind, Kind::OnTwoHosts(_));
-    let hosts: Vec<usize> =
-        (0..cut.world).map(|rank| if is_on_two { 2 * rank / cut.world } else { 0 }).collect();
+    let hosts = hosts(cut);
     std::thread::scope(|scope| {
         let run = &run;
         let ranks: Vec<_> = (hosts::seats(&hosts).into_iter().enumerate())
@@ -147,6 +157,15 @@ fn train(config: &Object, cut: Cut, numbers: Numbers, count: u64) -> Vec<Vec<Rep
     })
 }
 
+/// Where each host has a model, each has a disk of its own, and the first one writes.
+fn disks(cut: Cut) -> Disks {
+    let hosts: Vec<u32> = hosts(cut).into_iter().map(|host| host as u32).collect();
+    match cut.kind {
+        Kind::Hsdp => Disks::new(hosts, &[0, 1], ["a", "b"].map(str::to_owned).to_vec()),
+        _ => Disks::one(cut.world),
+    }
+}
+
 /// A checkpoint in `dir` of what `from` has, or of a run of so many steps.
 fn save(config: &Object, cut: Cut, dir: &Path, from: Result<&Path, u64>) -> PathBuf {
     save_in(Numbers::FP32, config, cut, dir, from)
@@ -157,7 +176,9 @@ fn save_in(numbers: Numbers, config: &Object, cut: Cut, dir: &Path, from: Result
     std::fs::create_dir(dir).unwrap();
     let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
     let run_dir = RunDir::claim(&claim).unwrap();
-    let writer = Writer::begin(&run_dir, 3).unwrap().of("test", cut.world as u32);
+    let disks = disks(cut);
+    let writers = if cut.kind == Kind::Hsdp { disks.together() } else { cut.world };
+    let writer = Writer::begin(&run_dir, 3).unwrap().of("test", writers as u32);
     let ticket = writer.ticket();
     let lead = std::sync::Mutex::new(Some(writer));
     let records = ranks(config, cut, numbers, |rank, learner| {
@@ -171,7 +192,11 @@ fn save_in(numbers: Numbers, config: &Object, cut: Cut, dir: &Path, from: Result
                 steps(learner, cut, rank, count);
             }
         }
-        let mut snapshot = learner.snapshot(&Disks::one(cut.world), None).unwrap();
+        assert_eq!(learner.writers(&disks), writers, "{cut:?}");
+        if rank >= writers {
+            return None;
+        }
+        let mut snapshot = learner.snapshot(&disks, None).unwrap();
         if rank > 0 {
             let mut part = PartWriter::join(dir, 3, ticket, rank as u32);
             snapshot.write(&mut part).unwrap();
@@ -212,7 +237,7 @@ fn fifty_losses_are_those_of_one_rank_on_the_cpu() {
             "alone",
         );
         for (world, micro) in [(1, 2), (2, 3), (3, 1), (4, 2)] {
-            let over_hosts = [Held::DDP, Held::FSDP].map(Kind::OnTwoHosts);
+            let over_hosts = [Kind::OnTwoHosts(Held::DDP), Kind::OnTwoHosts(Held::FSDP), Kind::Hsdp];
             for kind in [DDP, FSDP, FSDP_KEEPING_WEIGHTS]
                 .into_iter()
                 .chain(over_hosts.into_iter().filter(|_| world > 1))
@@ -267,14 +292,44 @@ fn a_world_size_gives_the_same_bits_whether_memory_is_shared_or_copied() {
         assert_eq!(once, train(&tiny_config(), cut, Numbers::FP32, 8));
         assert_eq!(once, train(&tiny_config(), Cut { kind: Kind::Copying(held), ..cut }, Numbers::FP32, 8));
     }
+    for world in [3, 4] {
+        let cut = Cut { kind: Kind::Hsdp, world, micro: 3 };
+        let once = train(&tiny_config(), cut, Numbers::FP32, 8);
+        assert_eq!(once, train(&tiny_config(), cut, Numbers::FP32, 8));
+        assert_eq!(once, train(&tiny_config(), Cut { kind: Kind::HsdpCopying, ..cut }, Numbers::FP32, 8));
+    }
 }
 
 #[test]
-fn bf16_ranks_train_like_one() {
-    let alone = train(&tiny_config(), Cut { kind: Kind::Alone, ..CPU }, Numbers::BF16_MIXED, 20).remove(0);
-    for kind in [DDP, FSDP] {
-        let all = train(&tiny_config(), Cut { kind, world: 2, micro: 1 }, Numbers::BF16_MIXED, 20);
-        close(&all[0], &alone, 2e-2, &format!("{kind:?}"));
+fn ranks_in_16_bits_train_like_one() {
+    let tied = tiny_with(json!({"tie_word_embeddings": true}));
+    for (config, numbers) in [
+        (tiny_config(), Numbers::BF16_MIXED),
+        (tied, Numbers::BF16_MIXED),
+        (transposed(), Numbers::FP16_MIXED),
+    ] {
+        let alone = train(&config, Cut { kind: Kind::Alone, ..CPU }, numbers, 20).remove(0);
+        for (kind, world) in
+            [(DDP, 2), (FSDP, 3), (FSDP_KEEPING_WEIGHTS, 2), (Kind::Copying(Held::FSDP), 2), (Kind::Hsdp, 4)]
+        {
+            let all = train(&config, Cut { kind, world, micro: 1 }, numbers, 20);
+            close(&all[0], &alone, 2e-2, &format!("{kind:?} in {numbers:?}"));
+            assert_eq!(all[0], all[world - 1], "every rank knows the same");
+        }
+    }
+}
+
+/// What a rank reads are the numbers that one rank alone reads: of the products rounded, of tables, norms and biases exact.
+#[test]
+fn the_first_loss_in_16_bits_is_that_of_one_rank_to_the_last_digits() {
+    for numbers in [Numbers::BF16_MIXED, Numbers::FP16_MIXED] {
+        for config in [tiny_config(), tiny_with(json!({"tie_word_embeddings": true})), transposed()] {
+            let alone = train(&config, Cut { kind: Kind::Alone, ..CPU }, numbers, 1).remove(0)[0].loss;
+            for kind in [DDP, FSDP, Kind::OnTwoHosts(Held::FSDP), Kind::Hsdp] {
+                let found = train(&config, Cut { kind, world: 2, micro: 1 }, numbers, 1).remove(0)[0].loss;
+                assert!((found / alone - 1.0).abs() < 1e-6, "{kind:?} in {numbers:?}: {found}, {alone}");
+            }
+        }
     }
 }
 
@@ -286,7 +341,7 @@ fn what_n_ranks_save_m_ranks_load() {
             vec![CPU, Cut { kind: Kind::CpuShared, world: 3, micro: 1 }, Cut { kind: Kind::Alone, ..CPU }];
         let several = |kind| worlds.iter().map(move |world| Cut { kind, world: *world, micro: 1 });
         cuts.extend([DDP, FSDP].into_iter().flat_map(several));
-        cuts.push(Cut { kind: Kind::OnTwoHosts(Held::FSDP), world: 3, micro: 1 });
+        cuts.extend([Kind::OnTwoHosts(Held::FSDP), Kind::Hsdp].map(|kind| Cut { kind, world: 3, micro: 1 }));
         let dir = tempfile::tempdir().unwrap();
         let parameters = Model::new(&config).unwrap().layout().parameters.len();
         for (n, saved) in cuts.iter().enumerate() {

@@ -109,6 +109,24 @@ fn a_step_in_which_any_rank_has_no_numbers_in_fp16_is_skipped_by_all() {
     }
 }
 
+#[test]
+fn a_step_that_is_skipped_does_not_tell_what_gradients_reach() {
+    for cut in [ALONE, Cut { kind: FSDP, world: 2, micro: 1 }] {
+        ranks(&tiny_config(), cut, Numbers::FP16_MIXED, |_, learner| {
+            // Weights of zeros: nothing flows anywhere, but what is infinite times zero is no number.
+            let step = |learner: &mut dyn Learner, number, batch| {
+                let update = Update { adamw: ADAMW, lr: 2e-3, step: number };
+                learner.step(&[batch], &update, Votes::default()).unwrap()
+            };
+            assert!(step(learner, 1, spoiled(1)).skipped);
+            assert_eq!(learner.without_gradient(), None);
+            assert!(!step(learner, 2, global_batch(1)).skipped);
+            let (line, all) = (learner.without_gradient().unwrap(), learner.layout().parameters.len());
+            assert!(line.contains(&format!("reached {all} parameters: ")), "{cut:?}: {line}");
+        });
+    }
+}
+
 /// Lines of the log.
 fn lines(ended: &gang::Ended) -> Vec<String> {
     let line = |event: &EventBody| match event {

@@ -37,7 +37,7 @@ unsafe extern "C" {
     fn fleet_torch_over(
         data: *mut c_void,
         len: i64,
-        is_bf16: c_int,
+        number: c_int,
         give_back: unsafe extern "C" fn(owner: *mut c_void),
         owner: *mut c_void,
         out: *mut *mut at_tensor,
@@ -110,32 +110,27 @@ pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }
 
-/// This rank's buffer as a flat tensor of `kind`, fp32 or bf16, on the CPU, which keeps the buffer alive. Whoever uses it holds to what `Exchange` asks: what is
+/// This rank's buffer as a flat tensor of `kind`, fp32, bf16 or fp16, on the CPU, which keeps the buffer alive. Whoever uses it holds to what `Exchange` asks: what is
 /// posted is left alone until it was waited for.
 pub fn over(memory: PerRank, kind: Kind) -> Result<Tensor> {
     unsafe extern "C" fn give_back(owner: *mut c_void) {
         // SAFETY: made with `Box::into_raw` below, and given back once.
         drop(unsafe { Box::from_raw(owner.cast::<PerRank>()) });
     }
-    assert!(matches!(kind, Kind::Float | Kind::BFloat16), "buffers hold fp32 or bf16");
+    let number = match kind {
+        Kind::Float => 0,
+        Kind::BFloat16 => 1,
+        Kind::Half => 2,
+        other => unreachable!("no room is of {other:?}"),
+    };
     let (data, len) = (memory.as_mut_ptr(), memory.len() / kind.elt_size_in_bytes());
-    let is_bf16 = c_int::from(kind == Kind::BFloat16);
     assert!(data.cast::<f32>().is_aligned(), "buffers of ranks are page-aligned");
     let owner = Box::into_raw(Box::new(memory));
     let mut out = std::ptr::null_mut();
     // SAFETY: the buffer has `len` numbers, of which every pattern of bits is a value, and lives until libtorch gives the owner back: that is
     // once, from whichever thread, and never where the call fails (the mapping then stays until the process ends).
     checked(|error| unsafe {
-        fleet_torch_over(
-            data.cast(),
-            len as i64,
-            is_bf16,
-            give_back,
-            owner.cast(),
-            &mut out,
-            error,
-            ERROR_MAX,
-        )
+        fleet_torch_over(data.cast(), len as i64, number, give_back, owner.cast(), &mut out, error, ERROR_MAX)
     })?;
     // SAFETY: made with `new` for the caller, and taken over once.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use fleet_collectives::nccl::{Call, NcclCollective, Numbers};
+use fleet_collectives::nccl::{NcclCollective, Numbers, Work};
 use fleet_collectives::{DType, Result};
 use std::ops::Range;
 use tch::Tensor;
@@ -13,7 +13,7 @@ pub fn post(
     nccl: &mut NcclCollective,
     tensor: &Tensor,
     (range, dtype): (Range<usize>, DType),
-    call: Call,
+    work: Work,
 ) -> Result<u64> {
     assert!(tensor.device().is_cuda() && tensor.is_contiguous());
     assert!(tensor.kind().elt_size_in_bytes() == dtype.size(), "numbers of this type");
@@ -21,5 +21,5 @@ pub fn post(
     let address = tensor.data_ptr() as u64 + (range.start * dtype.size()) as u64;
     // SAFETY: inside the tensor, which `NcclTransport` drops after the communicator; its one user, the strategy, waits for a range before it
     // touches it again.
-    unsafe { nccl.post(call, Numbers { address, count: range.len(), dtype }) }
+    unsafe { nccl.post(work, Numbers { address, count: range.len(), dtype }) }
 }

@@ -2,7 +2,8 @@
 
 use super::{Exchanged, Posted, Room, Transport};
 use crate::Error;
-use fleet_collectives::{Gang, Solo};
+use crate::parts::Seat;
+use fleet_collectives::{SharedHost, Solo};
 use fleet_learn::Result;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -21,8 +22,12 @@ impl AloneTransport {
 }
 
 impl Transport for AloneTransport {
-    fn gang(&mut self) -> &mut dyn Gang {
+    fn gang(&mut self) -> &mut dyn SharedHost {
         &mut self.gang
+    }
+
+    fn seat(&self) -> Seat {
+        Seat::flat(0, 1)
     }
 
     fn room(&mut self, len: usize, kind: Kind) -> Result<Room> {

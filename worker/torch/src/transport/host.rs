@@ -2,8 +2,9 @@
 
 use super::{Exchanged, Posted, Room, Transport, dtype, share};
 use crate::memory::{hidden_copy, narrow};
+use crate::parts::Seat;
 use crate::{Error, shim};
-use fleet_collectives::{self as collectives, Exchange, Gang, Op, PerRank, Ticket};
+use fleet_collectives::{self as collectives, Keep, Op, PerRank, SharedHost, Ticket};
 use fleet_learn::Result;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -11,7 +12,8 @@ use tch::{Device, Kind, Tensor};
 
 /// Over any exchange of bytes.
 pub struct HostTransport {
-    gang: Box<dyn Exchange>,
+    gang: Box<dyn SharedHost>,
+    seat: Seat,
     device: Device,
     /// Whether tensors are copied although they are the CPU's.
     apart: bool,
@@ -37,9 +39,16 @@ struct UnderWay {
 }
 
 impl HostTransport {
-    pub fn new(gang: Box<dyn Exchange>, device: Device) -> HostTransport {
+    /// All ranks keep a model together.
+    pub fn new(gang: Box<dyn SharedHost>, device: Device) -> HostTransport {
+        let seat = Seat::flat(gang.rank(), gang.world_size());
         let apart = device != Device::Cpu;
-        HostTransport { gang, device, apart, rooms: Vec::new(), under_way: VecDeque::new(), posts: 0 }
+        HostTransport { gang, seat, device, apart, rooms: Vec::new(), under_way: VecDeque::new(), posts: 0 }
+    }
+
+    /// The ranks of each host keep one together.
+    pub fn within_hosts(self) -> HostTransport {
+        HostTransport { seat: Seat::on_host(&*self.gang), ..self }
     }
 
     /// Treats the CPU as a device with memory of its own.
@@ -58,8 +67,12 @@ impl HostTransport {
 }
 
 impl Transport for HostTransport {
-    fn gang(&mut self) -> &mut dyn Gang {
+    fn gang(&mut self) -> &mut dyn SharedHost {
         &mut *self.gang
+    }
+
+    fn seat(&self) -> Seat {
+        self.seat
     }
 
     fn room(&mut self, len: usize, kind: Kind) -> Result<Room> {
@@ -75,15 +88,24 @@ impl Transport for HostTransport {
     }
 
     fn post(&mut self, room: &Room, range: Range<usize>, exchange: Exchanged) -> Result<Posted> {
-        let mine = share(&range, self.gang.rank(), self.gang.world_size());
+        let mine = share(&range, &self.seat);
         let dtype = dtype(room.tensor.kind());
-        let (given, result, exchange) = match exchange {
-            Exchanged::Gathered => (&mine, range.clone(), collectives::Posted::AllGather(dtype)),
-            Exchanged::Reduced => (&range, mine.clone(), collectives::Posted::ReduceScatter(dtype, Op::Sum)),
+        let (given, result) = match exchange {
+            Exchanged::Gathered => (&mine, range.clone()),
+            Exchanged::Reduced | Exchanged::ReducedWithin => (&range, mine.clone()),
         };
         self.copied(room.number, given, true)?;
         let bytes = range.start * dtype.size()..range.end * dtype.size();
-        let ticket = self.gang.post(&self.rooms[room.number].bytes, bytes, exchange)?;
+        let (gang, buffers) = (&mut self.gang, &self.rooms[room.number].bytes);
+        let ticket = match (exchange, self.seat.replicas) {
+            (Exchanged::Gathered, 1) => gang.post(buffers, bytes, collectives::Posted::AllGather(dtype)),
+            (Exchanged::Gathered, _) => gang.post_gather_of_host(buffers, bytes, dtype),
+            (_, 1) => gang.post(buffers, bytes, collectives::Posted::ReduceScatter(dtype, Op::Sum)),
+            (Exchanged::Reduced, _) => gang.post_reduce(buffers, bytes, dtype, Op::Sum, Keep::MyPart),
+            (Exchanged::ReducedWithin, _) => {
+                gang.post_reduce(buffers, bytes, dtype, Op::Sum, Keep::MyPartOfHost)
+            }
+        }?;
         self.posts += 1;
         let posted = Posted(self.posts);
         self.under_way.push_back(UnderWay { posted, ticket, room: room.number, result });
