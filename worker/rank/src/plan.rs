@@ -20,6 +20,7 @@ use fleet_common::job::{
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
 use fleet_learn::{AdamW, Error, Result, TokenBatch, Update, Votes};
+use fleet_torch::Numbers;
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -116,7 +117,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
             let saving = fits::saving(&run.model, &setting);
             let mut program = program;
             if executor == Executor::Torch {
-                need.activations = fleet_torch::held_bytes(need.activations);
+                need.activations = run.held_bytes(&setting);
                 program += fleet_torch::PROGRAM;
             }
             let peak = need.total() + saving + program;
@@ -201,6 +202,14 @@ struct Speeds {
 }
 
 impl Run<'_> {
+    /// Of the torch executor's activations.
+    fn held_bytes(&self, setting: &Setting) -> usize {
+        let decoder = &self.model.decoder;
+        let tokens = self.job.batch_size as usize * (self.job.max_seq_len as usize - 1);
+        let again = setting.activation_checkpointing.of(decoder.layers);
+        fleet_torch::held_bytes(decoder, Numbers::from(setting.precision), tokens, again)
+    }
+
     fn speeds(&self, executor: Executor, precision: Precision) -> Result<Speeds> {
         let [update, add] = self.per_number()?;
         let mut one = self.model.clone();
