@@ -17,6 +17,7 @@ use fleet_collectives::cost::Links;
 use fleet_common::job::{Executor, Job, Model as Described, Precision, Shape, Strategy};
 use fleet_learn::Result;
 use fleet_learn::model::Model;
+use fleet_torch::Numbers;
 use serde::Serialize;
 use speeds::{Run, Speeds};
 use std::fmt::Write;
@@ -108,7 +109,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
             let saving = fits::saving(&run.model, &setting);
             let mut program = program;
             if executor == Executor::Torch {
-                need.activations = fleet_torch::held_bytes(need.activations);
+                need.activations = run.held_bytes(&setting);
                 program += fleet_torch::PROGRAM;
             }
             let peak = need.total() + saving + program;
@@ -174,6 +175,14 @@ fn is_chosen(strategy: Strategy, wanted: Strategy, shape: Shape) -> bool {
 }
 
 impl Run<'_> {
+    /// Of the torch executor's activations.
+    fn held_bytes(&self, setting: &Setting) -> usize {
+        let decoder = &self.model.decoder;
+        let tokens = self.job.batch_size as usize * (self.job.max_seq_len as usize - 1);
+        let again = setting.activation_checkpointing.of(decoder.layers);
+        fleet_torch::held_bytes(decoder, Numbers::from(setting.precision), tokens, again)
+    }
+
     fn tokens_per_s(&self, speeds: &Speeds, setting: &Setting, between: &mut Between) -> f64 {
         let layout = self.model.layout();
         let shape = setting.shape;

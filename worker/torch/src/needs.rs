@@ -31,10 +31,6 @@ pub fn needs(layout: &Layout, held: Held, numbers: Numbers, ranks: usize) -> Nee
 /// What the first step adds to the program: pages of libtorch's libraries, and the buffers of their products.
 pub const PROGRAM: usize = 72 << 20;
 
-/// Of memory that tensors take and give back, the allocator of the C library holds so much more than they have at once, in percent. Measured with
-/// models of 64 to 768 numbers for each token, where it was 19 to 52.
-const HELD: usize = 34;
-
 /// Bytes that a step on the CPU takes for `tokens` tokens: what autograd keeps, of which the forward of `again` blocks is computed a second time, and what
 /// the widest operations take on the way.
 pub fn activation_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, again: usize) -> usize {
@@ -48,9 +44,20 @@ pub fn activation_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, agai
     (inputs + kept.max(computed_again)).max(step.table_gradients)
 }
 
-/// Bytes that the process has for such a step.
-pub fn held_bytes(activations: usize) -> usize {
-    activations / 100 * (100 + HELD)
+/// Bytes that the process holds for such a step: between tensors that come and go the C library's allocator leaves holes, the more the more
+/// sizes there are. Measured with models of 64 to 768 numbers for each token (`tests/memory.rs`).
+pub fn held_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, again: usize) -> usize {
+    let percent = if is_turned(decoder) && !is_copied(decoder, numbers) { 34 } else { 17 };
+    activation_bytes(decoder, numbers, tokens, again) / 100 * (100 + percent)
+}
+
+fn is_turned(decoder: &Decoder) -> bool {
+    matches!(decoder.positions, Positions::Rotary(_))
+}
+
+/// Few heads of keys and values serve many by copies.
+fn is_copied(decoder: &Decoder, numbers: Numbers) -> bool {
+    decoder.attention.heads != decoder.attention.kv_heads && numbers.products == Kind::Float
 }
 
 /// Bytes of a decoder's parts: for each token, and of gradients as autograd gives them, before they are added up.
@@ -63,7 +70,7 @@ struct Step {
     table_gradients: usize,
     /// What is kept of the final norm, and what flows back.
     last: usize,
-    /// Of one row of logits, their logarithms, and what flows back.
+    /// Of one row of logits, of which two forms are there at a time.
     logits: usize,
     vocab: usize,
     head_gradients: usize,
@@ -76,15 +83,15 @@ impl Step {
         let (a, h, f, v) = (&decoder.attention, decoder.hidden_size, decoder.mlp.size, decoder.vocab_size);
         let (q, kv) = (a.q_size(), a.kv_heads * a.head_dim);
         let is_parallel = decoder.form == Form::Parallel;
-        // What a norm keeps beside its input: of RMS the quotient, and in any case what products read.
-        let norm = if decoder.norm.kind == NormKind::Rms { h * (4 + p) } else { h * p };
+        // What a norm keeps beside its input: of RMS the quotient, and the input widened; in any case what products read.
+        let widened = if numbers.residual == Kind::Float { 0 } else { 4 };
+        let norm = h * if decoder.norm.kind == NormKind::Rms { widened + 4 + p } else { p };
         let norms = if is_parallel { norm } else { 2 * norm };
         let stream = if is_parallel { h * r } else { 2 * h * r };
         // Queries and keys, turned where they are, and values; where few heads of keys serve many, their copies in the place of values.
-        let is_turned = matches!(decoder.positions, Positions::Rotary(_));
+        let is_turned = is_turned(decoder);
         let turned = if is_turned { q + kv } else { 0 };
-        let is_copied = a.heads != a.kv_heads && numbers.products == Kind::Float;
-        let given = match (is_copied, is_turned) {
+        let given = match (is_copied(decoder, numbers), is_turned) {
             (true, true) => 2 * q,
             (true, false) => q + 2 * kv + 2 * q,
             (false, _) => q + 2 * kv,
@@ -103,7 +110,7 @@ impl Step {
             block_gradients: p * (h * (q + 2 * kv) + q * h + matrices * h * f),
             table_gradients: r * v * e,
             last: norm + 2 * h * r,
-            logits: v * (2 * p + 8),
+            logits: 8 * v,
             vocab: v,
             head_gradients: p * v * e,
         }

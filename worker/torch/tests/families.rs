@@ -4,8 +4,10 @@
 
 #[path = "../../../tests/parity/cases.rs"]
 mod cases;
+mod common;
 
 use cases::{Case, apart, cases, hits, hyper, targets};
+use common::devices;
 use fleet_learn::strategy::{Micro, Slot, Strategy};
 use fleet_learn::{AdamW, Engine, Executor, Learner, TokenBatch, UnitWeights, Update, Votes};
 use fleet_torch::{Numbers, Solo, TorchExecutor};
@@ -36,17 +38,6 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
 
 fn number(tensor: &Tensor) -> f64 {
     f64::try_from(tensor).unwrap()
-}
-
-/// CUDA as well where there is one.
-fn devices() -> Vec<Device> {
-    match fleet_torch::device::cuda_devices() {
-        Ok(_) => vec![Device::Cpu, Device::Cuda(0)],
-        Err(why) => {
-            eprintln!("SKIPPED on CUDA: {why}");
-            vec![Device::Cpu]
-        }
-    }
 }
 
 #[test]

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common;
+
+use common::devices;
 use fleet_checkpoint::{Dtype, LossScale, ModelDir, Tensors};
 use fleet_learn::{AdamW, Engine, Learner, Report, TokenBatch, Update, Votes};
 use fleet_torch::{Numbers, Solo, TorchExecutor};
@@ -14,17 +17,6 @@ const MODELS: [&str; 2] = ["gqa", "tied"];
 fn golden() -> PathBuf {
     let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden");
     std::env::var_os("FLEET_GOLDEN").map_or_else(here, |dir| Path::new(&dir).join(".."))
-}
-
-/// CUDA as well where there is one.
-fn devices() -> Vec<Device> {
-    match fleet_torch::device::cuda_devices() {
-        Ok(_) => vec![Device::Cpu, Device::Cuda(0)],
-        Err(why) => {
-            eprintln!("SKIPPED on CUDA: {why}");
-            vec![Device::Cpu]
-        }
-    }
 }
 
 fn adamw() -> AdamW {

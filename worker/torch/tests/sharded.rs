@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common;
+
+use common::devices;
 use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, RunDir, Writer, diff};
 use fleet_collectives::SharedHost;
 use fleet_collectives::nccl::{Among, Loaded, NcclCollective};
@@ -18,17 +21,6 @@ use std::time::Duration;
 use tch::Device;
 
 const SEQ: usize = 16;
-
-/// CUDA as well where there is one.
-fn devices() -> Vec<Device> {
-    match fleet_torch::device::cuda_devices() {
-        Ok(_) => vec![Device::Cpu, Device::Cuda(0)],
-        Err(why) => {
-            eprintln!("SKIPPED on CUDA: {why}");
-            vec![Device::Cpu]
-        }
-    }
-}
 
 fn model() -> Model {
     Model::new(&tiny_with(json!({"num_hidden_layers": 4, "intermediate_size": 45}))).unwrap()

@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod accumulating;
+#[path = "../batches/mod.rs"]
+mod batches;
 mod hosts;
 mod poison;
 mod reached;
 
+use batches::{ADAMW, SEQ, Share};
 use fleet_checkpoint::{
     CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors, Ticket, Writer, consolidate, diff, verify,
 };
@@ -16,7 +19,7 @@ use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Resident, Sharded, Shared, Solo};
 use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
-use fleet_learn::{AdamW, Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
+use fleet_learn::{Engine, Host, IGNORED, Learner, Report, TokenBatch, Update, Votes};
 use fleet_rank::fits;
 use half::bf16;
 use hosts::seats;
@@ -24,8 +27,6 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
-const SEQ: usize = 12;
 const SEQUENCES: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -106,15 +107,6 @@ fn engine<E: Storage>(
     }
 }
 
-/// Some targets do not count and others count more, unevenly over the sequences: the ranks' shares of the loss differ.
-fn global_batch(step: u64) -> TokenBatch {
-    let ids = token_ids(SEQUENCES * SEQ, 97, step % 3);
-    let mut targets = token_ids(SEQUENCES * SEQ, 97, step % 3 + 50);
-    targets[..SEQ + 5].fill(IGNORED);
-    let weights = (0..ids.len()).map(|at| if at % 5 == 0 { 2.0 } else { 1.0 }).collect();
-    TokenBatch { ids, targets, weights: Some(weights), seq: SEQ }
-}
-
 fn run<E: Storage>(mut engine: Engine<Host<E>>, cut: Cut, rank: usize, steps: u64) -> Trained {
     engine.fresh_weights(5).unwrap();
     let reports = step(&mut engine, cut, rank, steps);
@@ -123,25 +115,8 @@ fn run<E: Storage>(mut engine: Engine<Host<E>>, cut: Cut, rank: usize, steps: u6
 }
 
 fn step<E: Storage>(engine: &mut Engine<Host<E>>, cut: Cut, rank: usize, steps: u64) -> Vec<Report> {
-    let size = SEQUENCES / cut.micro / cut.world() * SEQ;
-    (1..=steps)
-        .map(|step| {
-            let whole = global_batch(step);
-            let part = |micro: usize| {
-                let at = micro * cut.world() + rank;
-                let range = at * size..(at + 1) * size;
-                TokenBatch {
-                    ids: whole.ids[range.clone()].to_vec(),
-                    targets: whole.targets[range.clone()].to_vec(),
-                    weights: whole.weights.as_ref().map(|weights| weights[range].to_vec()),
-                    seq: SEQ,
-                }
-            };
-            let batches: Vec<TokenBatch> = (0..cut.micro).map(part).collect();
-            let update = Update { adamw: ADAMW, lr: 3e-3, step };
-            engine.step(&batches, &update, Votes { stop: rank == 1 && step == 4, time: false }).unwrap()
-        })
-        .collect()
+    let share = Share { rank, world: cut.world(), micro_batches: cut.micro, sequences: SEQUENCES };
+    batches::train(engine, share, 3e-3, steps)
 }
 
 /// Which disks the hosts of a cut write to.

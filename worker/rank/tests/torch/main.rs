@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
+#[path = "../batches/mod.rs"]
+mod batches;
 #[path = "../gang/mod.rs"]
 mod gang;
 #[path = "../strategies/hosts.rs"]
 mod hosts;
 mod precisions;
 
+use batches::{ADAMW, SEQ, Share};
 use fleet_checkpoint::{
     CONFIG_FILE, Claim, Disks, PartWriter, RunDir, Tensors as Files, Writer, diff, verify,
 };
@@ -18,15 +21,13 @@ use fleet_common::model::Object;
 use fleet_cpu::{CpuExecutor, workers};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Shared, Solo};
-use fleet_learn::testing::{tiny_config, tiny_with, token_ids};
-use fleet_learn::{AdamW, Engine, IGNORED, Learner, Report, TokenBatch, Update, Votes};
+use fleet_learn::testing::{tiny_config, tiny_with};
+use fleet_learn::{Engine, Learner, Report, TokenBatch, Update, Votes};
 use fleet_torch::{Held, HostTransport, Keeping, Numbers, Sharded, Tensors, TorchExecutor};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tch::Device;
 
-const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
-const SEQ: usize = 12;
 const SEQUENCES: usize = 24;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -119,34 +120,13 @@ fn ranks<T: Send>(
     })
 }
 
-/// Some targets do not count and others count more, unevenly over the sequences: the ranks' shares of the loss differ.
 fn global_batch(step: u64) -> TokenBatch {
-    let ids = token_ids(SEQUENCES * SEQ, 97, step % 3);
-    let mut targets = token_ids(SEQUENCES * SEQ, 97, step % 3 + 50);
-    targets[..SEQ + 5].fill(IGNORED);
-    let weights = (0..ids.len()).map(|at| if at % 5 == 0 { 2.0 } else { 1.0 }).collect();
-    TokenBatch { ids, targets, weights: Some(weights), seq: SEQ }
+    batches::global_batch(SEQUENCES, step)
 }
 
 fn steps(learner: &mut dyn Learner, cut: Cut, rank: usize, steps: u64) -> Vec<Report> {
-    let size = SEQUENCES / cut.micro / cut.world * SEQ;
-    let of = |whole: &TokenBatch, micro: usize| {
-        let range = (micro * cut.world + rank) * size..(micro * cut.world + rank + 1) * size;
-        TokenBatch {
-            ids: whole.ids[range.clone()].to_vec(),
-            targets: whole.targets[range.clone()].to_vec(),
-            weights: whole.weights.as_ref().map(|weights| weights[range].to_vec()),
-            seq: SEQ,
-        }
-    };
-    (1..=steps)
-        .map(|step| {
-            let whole = global_batch(step);
-            let batches: Vec<TokenBatch> = (0..cut.micro).map(|micro| of(&whole, micro)).collect();
-            let update = Update { adamw: ADAMW, lr: 2e-3, step };
-            learner.step(&batches, &update, Votes { stop: rank == 1 && step == 4, time: false }).unwrap()
-        })
-        .collect()
+    let share = Share { rank, world: cut.world, micro_batches: cut.micro, sequences: SEQUENCES };
+    batches::train(learner, share, 2e-3, steps)
 }
 
 /// The reports of each rank.
