@@ -57,7 +57,7 @@ pub(super) struct Saving {
     step: u64,
     loss: f64,
     since: Option<Instant>,
-    /// The memory of an earlier copy.
+    /// The memory of copies.
     spare: Option<Snapshot>,
     /// How the newest one went here.
     outcome: Result<()>,
@@ -225,6 +225,20 @@ impl Trainer {
         Ok(())
     }
 
+    /// Takes the memory of copies while training goes on, so that the first save stands still no longer than others. Where there is too
+    /// little, that save tells it.
+    pub(super) fn take_room(&mut self) {
+        if self.rank as usize >= self.saving.writers || self.saving.in_flight.is_some() {
+            return;
+        }
+        let Ok(mut room) = self.learner.room(&self.saving.disks) else { return };
+        let taken = InFlight::start(move |_| {
+            room.take_memory();
+            Written { result: Ok(Done::Room), spare: Some(room) }
+        });
+        self.saving.in_flight = taken.ok();
+    }
+
     /// Names of the directories on all disks; none where there is nothing to write. A collective call.
     fn tickets(&mut self, begun: Option<&Writer>) -> Result<Option<Vec<Ticket>>> {
         let mut numbers = vec![[0.0; 3]; self.saving.written()];
@@ -378,7 +392,7 @@ impl Trainer {
             Ok(Done::Published(record)) if self.saving.written() == 1 => self.tell(record, link),
             Ok(Done::Published(record)) => self.saving.published = Some(record),
             Ok(Done::Ready(writer)) => self.saving.held = Some(writer),
-            Ok(Done::Part) => {}
+            Ok(Done::Part | Done::Room) => {}
             Err(e) if e.is_full_disk() && self.make_room(link) => {
                 (self.saving.failed, self.saving.again) = (true, true);
             }
