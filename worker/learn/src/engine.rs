@@ -11,8 +11,9 @@ use crate::snapshot::{MOMENTS, Share, Snapshot, moment_name};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::suspects;
-use crate::timed::TimedUnits;
+use crate::timed::Pass;
 use crate::units::Memory;
+use crate::watched::Watched;
 use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Reading, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
 use fleet_common::model::{Layout, Parameter};
@@ -222,11 +223,11 @@ impl<M: Memory> Learner for Engine<M> {
         for (number, batch) in micro_batches.iter().enumerate() {
             let micro = Micro { first: number == 0, last: number == last };
             self.watch.switch(Phase::Forward);
-            let mut units = TimedUnits::new(self.strategy.units(micro), &self.watch, head);
+            let mut units = Watched { units: self.strategy.units(micro), by: Pass::new(&self.watch, head) };
             match &mut self.reached {
                 Some(reached) => {
-                    let mut watched = reached.watch(&mut units, &self.layout);
-                    self.executor.forward_backward(&mut watched, &batch.view(), scale)?;
+                    let mut looked_at = Watched { units: &mut units, by: reached.look(&self.layout) };
+                    self.executor.forward_backward(&mut looked_at, &batch.view(), scale)?;
                 }
                 None => self.executor.forward_backward(&mut units, &batch.view(), scale)?,
             }

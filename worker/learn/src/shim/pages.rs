@@ -5,18 +5,18 @@ use super::buffers::Number;
 /// Bytes that are taken in one call, so that whoever else in this process maps memory does not wait for long.
 const AT_ONCE: usize = 16 << 20;
 
-/// Has the system give all pages of `memory` now, large ones where it has them, and leaves what is in them. What it does not give now, it gives
-/// to the first who writes there.
+/// Has the system give all pages of `memory` now, and leaves what is in them. What it does not give now, it gives to the first who writes there.
+/// Large pages are not asked for: where memory is full of cached files, making one takes as long as a thousand small ones.
 #[cfg(target_os = "linux")]
 pub fn take<T: Number>(memory: &mut [T]) {
     let (begin, whole) = whole_pages(memory);
-    let advise = |from: usize, len: usize, advice: libc::c_int| {
-        // SAFETY: whole pages within `memory`, which is borrowed for this call; both advices leave what is in them.
-        unsafe { libc::madvise(begin.wrapping_add(from).cast(), len, advice) == 0 }
-    };
-    advise(0, whole, libc::MADV_HUGEPAGE); // a wish
-    let mut parts = (0..whole).step_by(AT_ONCE);
-    parts.all(|from| advise(from, AT_ONCE.min(whole - from), libc::MADV_POPULATE_WRITE));
+    for from in (0..whole).step_by(AT_ONCE) {
+        let (page, len) = (begin.wrapping_add(from).cast(), AT_ONCE.min(whole - from));
+        // SAFETY: whole pages within `memory`, which is borrowed for this call; what is in them stays.
+        if unsafe { libc::madvise(page, len, libc::MADV_POPULATE_WRITE) } != 0 {
+            return;
+        }
+    }
 }
 
 #[cfg(not(target_os = "linux"))]

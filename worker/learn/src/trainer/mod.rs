@@ -9,6 +9,8 @@ mod breakdown;
 mod companions;
 mod disks;
 mod in_flight;
+mod meter;
+mod pen;
 mod room;
 mod saving;
 mod schedule;
@@ -31,11 +33,12 @@ use breakdown::Breakdown;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
 use fleet_collectives::{Activity, Pace};
-use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
+use fleet_common::events::{Evaluation, EventBody, Level, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
 use fleet_data::{Cursor, Order, TokenCache, evaluation_part};
+use meter::Meter;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -434,46 +437,4 @@ fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a P
     }
     model.eos_token_id = Some(cache.meta().eos_id); // what every document ends with
     Ok((model, pretrained))
-}
-
-/// Counts tokens and the time of steps alone: evaluation and saving do not slow training down on paper.
-#[derive(Default)]
-struct Meter {
-    tokens: u64,
-    time: Duration,
-    all_tokens: u64,
-    all_time: Duration,
-    /// Of the last step, unless it was the first one, which carries the warming up of everything.
-    last: Option<Duration>,
-    lr: f64,
-    grad_norm: f64,
-}
-
-impl Meter {
-    fn add(&mut self, tokens: u64, time: Duration, lr: f64, grad_norm: f64) {
-        self.last = (self.all_tokens > 0).then_some(time);
-        self.tokens += tokens;
-        self.time += time;
-        self.all_tokens += tokens;
-        self.all_time += time;
-        (self.lr, self.grad_norm) = (lr, grad_norm);
-    }
-
-    fn event(&mut self, state: &TrainerState, epoch: f64) -> Step {
-        let tokens_per_s = self.tokens as f64 / self.time.as_secs_f64().max(1e-9);
-        (self.tokens, self.time) = (0, Duration::ZERO);
-        Step {
-            step: state.step,
-            total_steps: state.total_steps,
-            epoch,
-            loss: state.loss,
-            lr: self.lr,
-            grad_norm: self.grad_norm,
-            tokens_per_s,
-        }
-    }
-
-    fn mean(&self) -> f64 {
-        self.all_tokens as f64 / self.all_time.as_secs_f64().max(1e-9)
-    }
 }

@@ -12,28 +12,25 @@
 
 use super::companions::Companions;
 use super::in_flight::{Done, InFlight, Written};
+use super::pen::Pen;
 use super::{Trainer, disks};
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
 use crate::snapshot::{Snapshot, not_copied};
 use crate::stopwatch::Phase;
 use crate::trace::What;
-use fleet_checkpoint::{CheckpointError, Disks, PartWriter, RunDir, Ticket, TrainerState, Writer};
+use fleet_checkpoint::{CheckpointError, Disks, PartWriter, RunDir, Ticket, Writer};
 use fleet_collectives::{Activity, Op};
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Longest wait for the cluster to record a checkpoint before older ones may go. At the end of a run they are left to the next one then.
 pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// The same in a run that was told to stop, and has not long for it.
 pub(super) const STOPPED_WAIT: Duration = Duration::from_secs(1);
-
-/// Longest wait for the part of a rank that is slower to write than the first one on its disk. A rank that dies ends the gang, and the wait,
-/// at once.
-const PART_WAIT: Duration = Duration::from_secs(900);
 
 /// What a rank has for checkpoints.
 pub(super) struct Saving {
@@ -114,53 +111,6 @@ impl Saving {
 
     fn written(&self) -> usize {
         self.disks.written(self.writers)
-    }
-}
-
-/// What a rank writes with.
-enum Pen {
-    /// With what only rank 0 has to write.
-    Lead(Box<Writer>, Option<(Arc<Companions>, Box<TrainerState>)>),
-    Other(PartWriter),
-}
-
-impl Pen {
-    /// With `loss`, publishes on the only disk.
-    fn write(
-        self,
-        snapshot: &mut Snapshot,
-        loss: Option<f64>,
-        given_up: &AtomicBool,
-    ) -> Result<Done, CheckpointError> {
-        match self {
-            Pen::Lead(mut writer, own) => {
-                snapshot.write(writer.part())?;
-                if let Some((companions, state)) = own {
-                    companions.write(&mut writer)?;
-                    writer.write_state(&state)?;
-                }
-                let written = Instant::now();
-                let wait = || !given_up.load(Ordering::Relaxed) && written.elapsed() < PART_WAIT;
-                writer.collect(&wait)?;
-                let Some(loss) = loss else { return Ok(Done::Ready(writer)) };
-                writer.prepare(loss)?;
-                writer.publish().map(Done::Published)
-            }
-            Pen::Other(mut part) => match snapshot.write(&mut part) {
-                Ok(()) => part.hand_in().map(|()| Done::Part),
-                Err(e) => {
-                    part.fail(&e);
-                    Err(e)
-                }
-            },
-        }
-    }
-
-    /// There is nothing to write.
-    fn give_up(self, why: &CheckpointError) {
-        if let Pen::Other(part) = self {
-            part.fail(why);
-        }
     }
 }
 
