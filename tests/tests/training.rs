@@ -63,6 +63,27 @@ fn a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit() {
 }
 
 #[test]
+fn a_run_goes_on_with_steps_of_another_size_behind_the_sequences_that_were_taken() {
+    let world = World::new();
+    let go_on = |ranks: u32, max_steps: u64| {
+        let job = TinyJob { run_name: "grown", max_steps, ..TinyJob::default() };
+        let done = world.launch(ranks, &job, &["--set", "resume_from_checkpoint=latest"]).finish().expect(0);
+        let state = fs::read(checkpoint(&done).join("trainer_state.json")).unwrap();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
+        let steps: Vec<u64> = done.losses().iter().map(|(step, _)| *step).collect();
+        let said = ["step", "epoch", "epoch_step", "global_batch"].map(|key| state[key].as_u64().unwrap());
+        (steps, said, state["epoch_windows"].as_u64(), state["tokens_seen"].as_u64().unwrap() / 64, done)
+    };
+    let (steps, said, windows, taken, _) = go_on(1, 6);
+    assert_eq!((steps, said, windows, taken), ((1..=6).collect(), [6, 0, 6, 4], None, 24));
+    let (steps, said, windows, taken, done) = go_on(3, 9);
+    assert_eq!((steps, said, windows, taken), ((7..=9).collect(), [9, 0, 9, 12], Some(60), 60));
+    assert!(done.all().contains("took 4 sequences each, those of this job take 12"), "{}", done.all());
+    let (steps, said, windows, taken, _) = go_on(2, 10);
+    assert_eq!((steps, said, windows, taken), (vec![10], [10, 0, 10, 8], Some(68), 68));
+}
+
+#[test]
 fn a_launch_tells_where_the_time_went_and_leaves_one_trace_of_all_ranks() {
     let world = World::new();
     let file = world.path("trace.json");

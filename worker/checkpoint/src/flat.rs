@@ -1,13 +1,12 @@
 //! A model's tensors, as Hugging Face names and stores them, in and out of the flat buffer of `fleet_common::model::Layout`. Every refusal
 //! names the tensor.
 
+use crate::reading::{Reading, read_numbers, size_of_one, widen};
 use crate::{CONFIG_FILE, CheckpointError, Dtype, Tensor, Tensors};
 use fleet_common::files::stand_in;
 use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
-use half::{bf16, f16};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Tensors that are named in a refusal; the rest is counted.
@@ -159,30 +158,29 @@ impl ModelDir {
         })
     }
 
-    /// The part of a parameter that lies in `range` (of the flat buffer), in fp32. `out` is as long as `range`; returns what was filled.
+    /// Has numbers of a parameter, from its number `first` on, read in fp32.
     pub fn read_part<'a>(
-        &self,
-        p: &Parameter,
-        range: &Range<usize>,
+        &'a self,
+        p: &'a Parameter,
+        first: usize,
         out: &'a mut [f32],
-    ) -> Result<&'a [f32], CheckpointError> {
-        let (begin, end) = (range.start.max(p.range.start), range.end.min(p.range.end));
-        if begin >= end {
-            return Ok(&[]);
-        }
+        reading: &mut Reading<'a>,
+    ) {
         let tensor = self.find(p).expect("it was found when the directory was opened");
-        let out = &mut out[begin - range.start..end - range.start];
-        copy(p, &tensor, begin - p.range.start, out)?;
-        Ok(out)
+        match p.stored {
+            Stored::AsIs => reading.numbers(tensor, first, out),
+            _ => reading.job(move || copy(p, &tensor, first, out)),
+        }
     }
 
     /// All parameters, in fp32. `flat` is as long as the layout.
     pub fn read(&self, flat: &mut [f32]) -> Result<(), CheckpointError> {
         assert_eq!(flat.len(), self.layout.len, "the flat buffer of this layout");
-        for p in &self.layout.parameters {
-            self.read_part(p, &p.range, &mut flat[p.range.clone()])?;
-        }
-        Ok(())
+        self.layout.parameters.iter().try_for_each(|p| {
+            let mut reading = Reading::default();
+            self.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
+            reading.run(1)
+        })
     }
 
     /// Other tensors of the same names and shapes, such as gradients, in a flat buffer.
@@ -215,38 +213,6 @@ fn copy(p: &Parameter, tensor: &Tensor, first: usize, out: &mut [f32]) -> Result
         return Ok(());
     }
     read_numbers(tensor, first, out)
-}
-
-/// Numbers of a tensor of F32, BF16 or F16 from its number `first` on, in fp32.
-pub fn read_numbers(tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
-    let size = size_of_one(tensor.dtype);
-    let mut rest = out;
-    tensor.pieces(size * first..size * (first + rest.len()), &mut |bytes| {
-        let (now, later) = std::mem::take(&mut rest).split_at_mut(bytes.len() / size);
-        widen(tensor.dtype, bytes, now);
-        rest = later;
-    })
-}
-
-fn size_of_one(dtype: Dtype) -> usize {
-    if dtype == Dtype::F32 { 4 } else { 2 }
-}
-
-fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => {
-            let numbers = bytes.as_chunks::<4>().0;
-            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-        }
-        Dtype::BF16 => {
-            let numbers = bytes.as_chunks::<2>().0;
-            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = bf16::from_le_bytes(*b).to_f32());
-        }
-        _ => {
-            let numbers = bytes.as_chunks::<2>().0;
-            out.iter_mut().zip(numbers).for_each(|(x, b)| *x = f16::from_le_bytes(*b).to_f32());
-        }
-    }
 }
 
 /// A parameter's numbers as a file of its family has them; a view where they lie in the flat buffer as they do there.

@@ -37,6 +37,7 @@ mod flat;
 mod manifest;
 mod names;
 mod part;
+mod reading;
 mod resume;
 mod run_dir;
 mod search;
@@ -52,7 +53,7 @@ pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
 pub use disks::{Disks, Mark, MarkOf};
 pub use error::CheckpointError;
-pub use flat::{ModelDir, read_numbers, stored, stored_shape};
+pub use flat::{ModelDir, stored, stored_shape};
 pub use manifest::{
     MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
 };
@@ -61,6 +62,7 @@ pub use names::{
     model_file, optimizer_file, writers,
 };
 pub use part::{PartWriter, TensorRef};
+pub use reading::{Reading, read_numbers};
 pub use resume::take_what_is_gone;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;

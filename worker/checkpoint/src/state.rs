@@ -15,6 +15,9 @@ pub struct TrainerState {
     /// The cursor: epochs finished, and steps done of the one after.
     pub epoch: u64,
     pub epoch_step: u64,
+    /// Windows that those have taken, where not all of them took `global_batch`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch_windows: Option<u64>,
     /// Where the learning-rate schedule ends, in optimizer steps.
     pub total_steps: u64,
     pub tokens_seen: u64,
@@ -65,6 +68,11 @@ impl TrainerState {
             .map_err(|e| CheckpointError::damaged(checkpoint, format!("{STATE_FILE} cannot be read: {e}")))
     }
 
+    /// Windows that the steps of the epoch after `epoch` have taken.
+    pub fn windows_taken(&self) -> u64 {
+        self.epoch_windows.unwrap_or_else(|| self.epoch_step.saturating_mul(self.global_batch))
+    }
+
     /// Whether a job that would start as `job` may continue from this state. Refuses what would silently train something else;
     /// returns a note for each difference that only costs the last bits. `trained`: the job's tokenizer is made of its data.
     pub fn check_compatible(
@@ -94,11 +102,9 @@ impl TrainerState {
                 short(&job.cache_hash)
             ));
         }
-        let same_batch = "choose ranks x batch_size x accumulate_grad_batches to give the same";
         let fixed = [
             ("seed", self.seed, job.seed, "the order of the data hangs on it; restore it"),
             ("number of training windows", self.train_windows, job.train_windows, "restore the data"),
-            ("number of sequences per optimizer step", self.global_batch, job.global_batch, same_batch),
         ];
         for (what, was, is, cure) in fixed {
             if was != is {
@@ -112,6 +118,13 @@ impl TrainerState {
             ));
         }
         let mut notes: Vec<String> = self.precision_note(job.precision).into_iter().collect();
+        if self.global_batch != job.global_batch {
+            notes.push(format!(
+                "the checkpoint's steps took {} sequences each, those of this job take {}: it goes on behind the sequences that were taken, \
+                 and ends after {} steps in all",
+                self.global_batch, job.global_batch, job.total_steps
+            ));
+        }
         let mut note = |what: &str, was: String, is: String| {
             if was != is {
                 notes.push(format!("the checkpoint was written with {what} {was}, this job has {is}: not bit for bit the same"));
@@ -188,6 +201,7 @@ mod tests {
             step: 10,
             epoch: 1,
             epoch_step: 2,
+            epoch_windows: None,
             total_steps: 40,
             tokens_seen: 1000,
             loss: 3.25,
@@ -248,7 +262,7 @@ mod tests {
                 .contains("cache 0123456789ab and now fedcba987654")
         );
         assert!(refusal(|j| j.seed = 2).contains("its seed was 1 and the job's is 2"));
-        assert!(refusal(|j| j.global_batch = 4).contains("sequences per optimizer step"));
+        assert!(refusal(|j| j.train_windows = 63).contains("restore the data"));
         assert!(refusal(|j| j.total_steps = 9).contains("has done 10 steps and the job ends after 9"));
     }
 
@@ -274,6 +288,15 @@ mod tests {
         let notes = state().check_compatible(&job, false).unwrap();
         assert_eq!(notes.len(), 2);
         assert!(notes[0].contains("ranks 4, this job has 2"), "{notes:?}");
+    }
+
+    #[test]
+    fn batches_of_another_size_are_told_and_the_place_in_the_data_counts_sequences() {
+        let job = TrainerState { global_batch: 12, total_steps: 31, ..state() };
+        let notes = state().check_compatible(&job, false).unwrap();
+        assert!(notes[0].contains("took 8 sequences each, those of this job take 12"), "{notes:?}");
+        assert_eq!((state().windows_taken(), job.windows_taken()), (16, 24));
+        assert_eq!(TrainerState { epoch_windows: Some(28), ..job }.windows_taken(), 28);
     }
 
     #[test]

@@ -43,14 +43,14 @@ struct Entry {
 
 /// Bytes of a tensor that lie together in a file.
 #[derive(Debug)]
-struct Span {
+pub(crate) struct Span {
     file: usize,
     /// In the file.
-    begin: u64,
+    pub begin: u64,
     /// In the tensor.
-    range: Range<usize>,
+    pub range: Range<usize>,
     /// Hex, where there is a hash of just these.
-    sha256: Option<String>,
+    pub sha256: Option<String>,
 }
 
 /// A tensor: row-major, little-endian.
@@ -197,7 +197,7 @@ fn manifest_with_tensors(dir: &Path) -> Result<Option<Manifest>, CheckpointError
     }
 }
 
-impl Tensor<'_> {
+impl<'a> Tensor<'a> {
     pub fn len(&self) -> usize {
         self.spans.last().map_or(0, |span| span.range.end)
     }
@@ -219,14 +219,34 @@ impl Tensor<'_> {
 
     /// Calls `each` with its bytes in `range`, of whole numbers, piece by piece.
     pub fn pieces(&self, range: Range<usize>, each: &mut dyn FnMut(&[u8])) -> Result<(), CheckpointError> {
-        assert!(range.start <= range.end && range.end <= self.len(), "within the tensor");
         let mut buffer = Vec::new();
+        self.spans(range).try_for_each(|(span, within)| self.read(span, within, &mut buffer, each))
+    }
+
+    /// Spans of which something lies in `range`, each with what.
+    pub(crate) fn spans(
+        &self,
+        range: Range<usize>,
+    ) -> impl Iterator<Item = (&'a Span, Range<usize>)> + use<'a> {
+        assert!(range.start <= range.end && range.end <= self.len(), "within the tensor");
         let first = self.spans.partition_point(|span| span.range.end <= range.start);
-        for span in self.spans[first..].iter().take_while(|span| span.range.start < range.end) {
-            let (from, to) = (range.start.max(span.range.start), range.end.min(span.range.end));
-            self.read(span, from - span.range.start..to - span.range.start, &mut buffer, each)?;
-        }
-        Ok(())
+        let (start, end) = (range.start, range.end);
+        let touched = self.spans[first..].iter().take_while(move |span| span.range.start < end);
+        touched.map(move |span| {
+            let (from, to) = (start.max(span.range.start), end.min(span.range.end));
+            (span, from - span.range.start..to - span.range.start)
+        })
+    }
+
+    pub(crate) fn file(&self, span: &Span) -> &'a Shard {
+        &self.of.files[span.file]
+    }
+
+    /// What to say where a span is not what its hash is of.
+    pub(crate) fn changed(&self, span: &Span) -> CheckpointError {
+        let name = self.file(span).path.file_name().unwrap_or_default().to_string_lossy();
+        let (dir, manifest) = self.of.checkpoint.as_ref().expect("hashes come from a manifest");
+        changed(dir, manifest, &name, Some(self.name))
     }
 
     /// Calls `each` with what of `span` is `within`. `buffer` is there to be used again.
@@ -237,13 +257,12 @@ impl Tensor<'_> {
         buffer: &mut Vec<u8>,
         each: &mut dyn FnMut(&[u8]),
     ) -> Result<(), CheckpointError> {
-        let file = &self.of.files[span.file];
-        if let (Some(sha256), Some((dir, manifest))) = (&span.sha256, &self.of.checkpoint) {
+        let file = self.file(span);
+        if let Some(sha256) = &span.sha256 {
             buffer.resize(span.range.len(), 0);
             file.read(span.begin, buffer)?;
             if hex::encode(Sha256::digest(&buffer)) != *sha256 {
-                let name = file.path.file_name().unwrap_or_default().to_string_lossy();
-                return Err(changed(dir, manifest, &name, Some(self.name)));
+                return Err(self.changed(span));
             }
             each(&buffer[within]);
             return Ok(());
@@ -347,51 +366,4 @@ fn shard_names(index: &[u8]) -> Result<(Vec<String>, BTreeMap<String, String>), 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn arbitrary_files_never_panic(
-            length in prop_oneof![0u64..400, any::<u64>()], json in "[{}\\[\\]\":,a-z0-9F_ ]{0,200}", data in 0usize..50
-        ) {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("x.safetensors");
-            let bytes = [&length.to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat();
-            std::fs::write(&path, bytes).unwrap();
-            let _ = Tensors::open(&path);
-        }
-
-        #[test]
-        fn arbitrary_indexes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = shard_names(&bytes);
-        }
-
-        #[test]
-        fn headers_with_other_numbers_never_panic(
-            shape in proptest::collection::vec(any::<u64>(), 0..4), begin: u64, end: u64, dtype in "F32|BF16|F4|I64|X"
-        ) {
-            let header = format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{begin},{end}]}}}}"#);
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("x.safetensors");
-            let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat();
-            std::fs::write(&path, bytes).unwrap();
-            if let Ok(tensors) = Tensors::open(&path) {
-                tensors.get("w").unwrap();
-            }
-        }
-    }
-
-    #[test]
-    fn an_index_names_files_beside_it_only() {
-        assert_eq!(
-            shard_names(br#"{"weight_map":{"b":"2.st","a":"1.st","c":"2.st"}}"#).unwrap().0,
-            ["1.st", "2.st"]
-        );
-        assert!(
-            shard_names(br#"{"weight_map":{"b":"../2.st"}}"#).unwrap_err().contains("outside its directory")
-        );
-        assert!(shard_names(br#"{"weight_map":{}}"#).is_err());
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! Which windows are trained on when and by whom: a pure function of (seed, epoch, step).
 //!
 //! The global batch of a step does not depend on the number of ranks; each rank computes its part from its position. A checkpoint
-//! holds a cursor, not a list.
+//! holds a cursor, not a list: sequences taken of an epoch, from which batches of any size go on.
 
 use crate::DataError;
 use crate::permutation::Permutation;
@@ -14,13 +14,16 @@ pub struct Order {
     windows: u64,
     global_batch: u64,
     micro_batches: u64,
+    /// Steps that were done before batches were of this size, and where they led.
+    before: (u64, Cursor),
 }
 
-/// Position in the data: `epoch` passes are complete, and `step` optimizer steps of the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Position in the data: `epoch` passes are complete, and of the next one so many optimizer steps, which took its first `windows` ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
     pub epoch: u64,
     pub step: u64,
+    pub windows: u64,
 }
 
 impl Order {
@@ -37,7 +40,13 @@ impl Order {
                  accumulate_grad_batches); lower batch_size or max_seq_len, or add data"
             )));
         }
-        Ok(Order { seed, windows, global_batch, micro_batches })
+        Ok(Order { seed, windows, global_batch, micro_batches, before: (0, Cursor::default()) })
+    }
+
+    /// Of a run that goes on at a position to which `steps` steps have led, perhaps of other batches. Windows left over in its epoch are too few
+    /// for a batch. It knows no step before.
+    pub fn from(self, steps: u64, position: Cursor) -> Order {
+        Order { before: (steps, position), ..self }
     }
 
     pub fn windows(&self) -> u64 {
@@ -53,19 +62,54 @@ impl Order {
         self.windows / self.global_batch
     }
 
+    /// Steps from where batches have this size to the end of that epoch.
+    fn first_steps(&self) -> u64 {
+        self.windows.saturating_sub(self.before.1.windows) / self.global_batch
+    }
+
     /// Optimizer steps of a run; `max_steps` wins over `epochs`.
     pub fn total_steps(&self, epochs: u32, max_steps: Option<u64>) -> u64 {
-        max_steps.unwrap_or_else(|| self.steps_per_epoch().saturating_mul(u64::from(epochs)))
+        if let Some(steps) = max_steps {
+            return steps;
+        }
+        let ((done, position), epochs) = (self.before, u64::from(epochs));
+        let of = |epochs: u64| self.steps_per_epoch().saturating_mul(epochs);
+        match epochs.checked_sub(position.epoch + 1) {
+            Some(later) => done.saturating_add(self.first_steps()).saturating_add(of(later)),
+            None if (epochs, 0) == (position.epoch, position.windows) => done,
+            None => of(epochs).min(done.saturating_sub(1)), // it is behind the end
+        }
     }
 
     /// Where the run stands when `step` steps are done.
+    ///
+    /// # Panics
+    /// If the run goes on behind `step`.
     pub fn cursor(&self, step: u64) -> Cursor {
-        Cursor { epoch: step / self.steps_per_epoch(), step: step % self.steps_per_epoch() }
+        let (before, position) = self.before;
+        let done = step.checked_sub(before).expect("a step of this run");
+        match done.checked_sub(self.first_steps()) {
+            None => Cursor {
+                step: position.step + done,
+                windows: position.windows + done * self.global_batch,
+                ..position
+            },
+            Some(later) => {
+                let step = later % self.steps_per_epoch();
+                let epoch = position.epoch + 1 + later / self.steps_per_epoch();
+                Cursor { epoch, step, windows: step * self.global_batch }
+            }
+        }
     }
 
-    /// Passes over the data when `step` steps are done.
+    /// Passes over the data when `step` steps are done, of what all steps of an epoch take.
     pub fn epochs_done(&self, step: u64) -> f64 {
-        step as f64 / self.steps_per_epoch() as f64
+        let cursor = self.cursor(step);
+        let taken = match cursor.epoch == self.before.1.epoch {
+            true => self.before.1.windows + self.first_steps() * self.global_batch,
+            false => self.steps_per_epoch() * self.global_batch,
+        };
+        (cursor.epoch * taken + cursor.windows) as f64 / taken as f64
     }
 
     /// Labels of one step over all ranks: what its loss is divided by. Windows have `max_seq_len` tokens.
@@ -94,10 +138,9 @@ impl Order {
 
     /// Windows at these positions of the global batch of `step`.
     fn positions(&self, step: u64, within: Range<u64>) -> impl Iterator<Item = u64> + use<> {
-        let Cursor { epoch, step } = self.cursor(step);
+        let Cursor { epoch, windows, .. } = self.cursor(step);
         let permutation = Permutation::new(self.windows, self.seed, epoch);
-        let first = step * self.global_batch;
-        within.map(move |i| permutation.at(first + i))
+        within.map(move |i| permutation.at(windows + i))
     }
 }
 
@@ -144,6 +187,49 @@ mod tests {
         }
 
         #[test]
+        fn a_run_that_goes_on_takes_what_it_would_have_taken(
+            seed: u64, batch in 1u64..9, windows in 9u64..100, done in 0u64..60, more in 0u64..30
+        ) {
+            let whole = Order::new(seed, windows, batch, 1).unwrap();
+            let later = whole.from(done, whole.cursor(done));
+            let step = done + more;
+            prop_assert!(later.batch(step).eq(whole.batch(step)));
+            prop_assert_eq!(later.cursor(step), whole.cursor(step));
+            prop_assert_eq!(later.epochs_done(step), step as f64 / whole.steps_per_epoch() as f64);
+            for epochs in 0..20 {
+                prop_assert_eq!(later.total_steps(epochs, None), whole.total_steps(epochs, None));
+            }
+        }
+
+        #[test]
+        fn batches_of_other_sizes_go_on_behind_what_was_taken(
+            seed: u64, windows in 30u64..200, runs in proptest::collection::vec((1u64..30, 0u64..12), 1..6)
+        ) {
+            let (mut step, mut position, mut seen) = (0, Cursor::default(), std::collections::BTreeMap::new());
+            for (batch, steps) in runs {
+                let order = Order::new(seed, windows, batch, 1).unwrap().from(step, position);
+                for _ in 0..steps {
+                    let of_epoch: &mut Vec<u64> = seen.entry(order.cursor(step).epoch).or_default();
+                    of_epoch.extend(order.batch(step));
+                    step += 1;
+                }
+                position = order.cursor(step);
+                prop_assert_eq!(order.epochs_done(step).floor() as u64, position.epoch);
+                let of_epoch = seen.get(&position.epoch).map_or(0, Vec::len) as u64;
+                prop_assert_eq!(position.windows, of_epoch);
+            }
+            for (epoch, mut of_epoch) in seen {
+                let whole = Order::new(seed, windows, windows, 1).unwrap();
+                let all: Vec<u64> = whole.batch(epoch).take(of_epoch.len()).collect();
+                prop_assert!(all == of_epoch, "in the order of the epoch");
+                let count = of_epoch.len();
+                of_epoch.sort_unstable();
+                of_epoch.dedup();
+                prop_assert_eq!(count, of_epoch.len());
+            }
+        }
+
+        #[test]
         fn evaluation_covers_every_window_once(windows in 0u64..300, limit in proptest::option::of(0u64..400), world in 1u64..9) {
             let all: Vec<u64> = (0..world).flat_map(|rank| evaluation_part(windows, limit, rank, world)).collect();
             prop_assert!(all.into_iter().eq(0..windows.min(limit.unwrap_or(u64::MAX))));
@@ -165,10 +251,16 @@ mod tests {
     fn cursor_and_totals() {
         let order = Order::new(1, 103, 10, 2).unwrap();
         assert_eq!(order.steps_per_epoch(), 10);
-        assert_eq!(order.cursor(25), Cursor { epoch: 2, step: 5 });
+        assert_eq!(order.cursor(25), Cursor { epoch: 2, step: 5, windows: 50 });
         assert_eq!(order.total_steps(3, None), 30);
         assert_eq!(order.total_steps(3, Some(7)), 7);
         assert_eq!(order.predictions_per_step(256), 2550);
+        // After 25 steps 53 windows of the third epoch are left, for two batches of 20.
+        let wider = Order::new(1, 103, 20, 1).unwrap().from(25, order.cursor(25));
+        assert_eq!(wider.cursor(26), Cursor { epoch: 2, step: 6, windows: 70 });
+        assert_eq!(wider.cursor(27), Cursor { epoch: 3, step: 0, windows: 0 });
+        assert_eq!([1, 2, 3, 4].map(|epochs| wider.total_steps(epochs, None)), [5, 10, 27, 32]);
+        assert_eq!((wider.total_steps(3, Some(90)), wider.epochs_done(26)), (90, 2.0 + 70.0 / 90.0));
     }
 
     #[test]

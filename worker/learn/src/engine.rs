@@ -11,11 +11,12 @@ use crate::snapshot::{MOMENTS, Share, Snapshot, moment_name};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::suspects;
-use crate::timed::TimedUnits;
+use crate::timed::Pass;
 use crate::units::Memory;
-use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Tensor, Tensors};
+use crate::watched::Watched;
+use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Reading, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
-use fleet_common::model::Layout;
+use fleet_common::model::{Layout, Parameter};
 use fleet_kernels::all_finite;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -59,9 +60,10 @@ pub trait Learner {
     fn strategy(&self) -> &'static str;
     /// Ranks that write checkpoints to these disks, the first ones.
     fn writers(&mut self, disks: &Disks) -> usize;
-    /// Copies what this rank, one of the writers, writes of a checkpoint to these disks, into the memory of an earlier copy where there is one.
-    /// A collective call of all writers.
-    fn snapshot(&mut self, disks: &Disks, spare: Option<Snapshot>) -> Result<Snapshot>;
+    /// Memory for what this rank, one of the writers, writes of a checkpoint to these disks.
+    fn room(&mut self, disks: &Disks) -> Result<Snapshot>;
+    /// Copies that, into `room` where there is some. A collective call of all writers.
+    fn snapshot(&mut self, disks: &Disks, room: Option<Snapshot>) -> Result<Snapshot>;
 }
 
 const NOT_SCALED: LossScale = LossScale { scale: 1.0, good_steps: 0, skipped: 0 };
@@ -76,6 +78,8 @@ pub struct Engine<M> {
     without_gradient: Option<String>,
     /// Where products are in fp16.
     scaler: Option<Scaler>,
+    /// That read weights and optimizer state.
+    readers: usize,
 }
 
 impl<M: Memory> Engine<M> {
@@ -89,7 +93,13 @@ impl<M: Memory> Engine<M> {
             without_gradient: None,
             layout,
             scaler: None,
+            readers: 1,
         }
+    }
+
+    /// Reads weights and optimizer state by so many threads.
+    pub fn read_by(self, threads: u32) -> Engine<M> {
+        Engine { readers: threads as usize, ..self }
     }
 
     /// With the stopwatch that its gang tells, too.
@@ -151,41 +161,42 @@ impl<M: Memory> Learner for Engine<M> {
                 dir.display()
             )));
         }
-        let layout = &self.layout;
+        let (layout, readers) = (&self.layout, self.readers);
         self.strategy.fill(Slot::Weights, &mut |range, out| {
-            for p in &layout.parameters {
-                if !all_finite(given.read_part(p, &range, out)?) {
-                    return Err(Error::Input(format!(
-                        "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
-                        dir.display(),
-                        p.name
-                    )));
-                }
+            let mut reading = Reading::default();
+            for (p, first, numbers) in by_parameter(layout, &range, out) {
+                given.read_part(p, first, numbers, &mut reading);
             }
-            Ok(())
+            reading.run(readers)?;
+            let no_number = by_parameter(layout, &range, out).find(|(_, _, numbers)| !all_finite(numbers));
+            match no_number {
+                None => Ok(()),
+                Some((p, ..)) => Err(Error::Input(format!(
+                    "{}: {} holds values that are NaN or infinite; restore the weights, or use an older checkpoint",
+                    dir.display(),
+                    p.name
+                ))),
+            }
         })
     }
 
     fn load_optimizer(&mut self, dir: &Path) -> Result<()> {
         let tensors = Tensors::of_optimizer(dir)?;
+        let (layout, readers) = (&self.layout, self.readers);
         for (slot, suffix) in MOMENTS {
-            let of_parameters: Vec<(&Range<usize>, Tensor)> = self
-                .layout
-                .parameters
-                .iter()
-                .map(|p| {
-                    let name = moment_name(&p.name, suffix);
-                    let fits = |t: &Tensor| t.shape == p.shape && matches!(t.dtype, Dtype::F32 | Dtype::BF16);
-                    let tensor = tensors.get(&name).filter(fits);
-                    let lacks =
-                        || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display()));
-                    Ok((&p.range, tensor.ok_or_else(lacks)?))
-                })
-                .collect::<Result<_>>()?;
+            let of = |p: &Parameter| {
+                let name = moment_name(&p.name, suffix);
+                let fits = |t: &Tensor| t.shape == p.shape && matches!(t.dtype, Dtype::F32 | Dtype::BF16);
+                let lacks = || Error::Input(format!("{}: the optimizer state lacks {name}", dir.display()));
+                tensors.get(&name).filter(fits).ok_or_else(lacks)
+            };
+            layout.parameters.iter().try_for_each(|p| of(p).map(drop))?;
             self.strategy.fill(slot, &mut |range, out| {
-                of_parameters
-                    .iter()
-                    .try_for_each(|(parameter, tensor)| read_moments(tensor, parameter, &range, out))
+                let mut reading = Reading::default();
+                for (p, first, numbers) in by_parameter(layout, &range, out) {
+                    reading.numbers(of(p)?, first, numbers);
+                }
+                Ok(reading.run(readers)?)
             })?;
         }
         Ok(())
@@ -212,11 +223,11 @@ impl<M: Memory> Learner for Engine<M> {
         for (number, batch) in micro_batches.iter().enumerate() {
             let micro = Micro { first: number == 0, last: number == last };
             self.watch.switch(Phase::Forward);
-            let mut units = TimedUnits::new(self.strategy.units(micro), &self.watch, head);
+            let mut units = Watched { units: self.strategy.units(micro), by: Pass::new(&self.watch, head) };
             match &mut self.reached {
                 Some(reached) => {
-                    let mut watched = reached.watch(&mut units, &self.layout);
-                    self.executor.forward_backward(&mut watched, &batch.view(), scale)?;
+                    let mut looked_at = Watched { units: &mut units, by: reached.look(&self.layout) };
+                    self.executor.forward_backward(&mut looked_at, &batch.view(), scale)?;
                 }
                 None => self.executor.forward_backward(&mut units, &batch.view(), scale)?,
             }
@@ -301,15 +312,14 @@ impl<M: Memory> Learner for Engine<M> {
         self.strategy.writers(disks)
     }
 
-    fn snapshot(&mut self, disks: &Disks, spare: Option<Snapshot>) -> Result<Snapshot> {
-        let snapshot = match spare {
-            Some(spare) => Ok(spare),
-            None => {
-                let (rank, optimizers) = (self.strategy.gang().rank(), self.strategy.writers(disks));
-                let share = Share { rank, models: disks.together(), optimizers };
-                Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
-            }
-        };
+    fn room(&mut self, disks: &Disks) -> Result<Snapshot> {
+        let (rank, optimizers) = (self.strategy.gang().rank(), self.strategy.writers(disks));
+        let share = Share { rank, models: disks.together(), optimizers };
+        Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
+    }
+
+    fn snapshot(&mut self, disks: &Disks, room: Option<Snapshot>) -> Result<Snapshot> {
+        let snapshot = room.map_or_else(|| self.room(disks), Ok);
         let all_have_room = self.strategy.all_can_copy(snapshot.is_ok())?;
         let mut snapshot = snapshot?;
         if !all_have_room {
@@ -320,17 +330,22 @@ impl<M: Memory> Learner for Engine<M> {
     }
 }
 
-/// What of a parameter's moments lies in `range`, into `out`, which covers it.
-fn read_moments(
-    tensor: &Tensor,
-    parameter: &Range<usize>,
+/// The parameters of which something lies in `range`, each with the first of its numbers there, and with their places in `out`, which is as long
+/// as `range`.
+fn by_parameter<'a>(
+    layout: &'a Layout,
     range: &Range<usize>,
-    out: &mut [f32],
-) -> Result<()> {
-    let (begin, end) = (range.start.max(parameter.start), range.end.min(parameter.end));
-    if begin < end {
-        let out = &mut out[begin - range.start..end - range.start];
-        fleet_checkpoint::read_numbers(tensor, begin - parameter.start, out)?;
-    }
-    Ok(())
+    out: &'a mut [f32],
+) -> impl Iterator<Item = (&'a Parameter, usize, &'a mut [f32])> {
+    let within = |p: &Parameter| range.start.max(p.range.start)..range.end.min(p.range.end);
+    let mut parts: Vec<(&Parameter, Range<usize>)> =
+        layout.parameters.iter().map(|p| (p, within(p))).filter(|(_, part)| !part.is_empty()).collect();
+    parts.sort_by_key(|(_, part)| part.start);
+    let (mut at, mut rest) = (range.start, out);
+    parts.into_iter().map(move |(p, part)| {
+        let (_, from) = std::mem::take(&mut rest).split_at_mut(part.start - at);
+        let (numbers, later) = from.split_at_mut(part.len());
+        (at, rest) = (part.end, later);
+        (p, part.start - p.range.start, numbers)
+    })
 }

@@ -25,6 +25,7 @@ mod timed;
 pub mod trace;
 pub mod trainer;
 pub mod units;
+mod watched;
 mod workers;
 pub mod zeros;
 

@@ -2,7 +2,8 @@
 //! whose numbers are all exactly zero, in every micro-batch and on every rank, before any rank adds to those of another.
 
 use crate::error::Result;
-use crate::units::{Memory, UnitWeights, Units};
+use crate::units::{Memory, Units};
+use crate::watched::Watch;
 use fleet_collectives::{Gang, Op};
 use fleet_common::model::Layout;
 
@@ -17,13 +18,9 @@ impl Reached {
         Reached(vec![false; layout.parameters.len()])
     }
 
-    /// The same units, looked at where they are ready. A number that is not zero ends the look at its parameter.
-    pub fn watch<'a, M: Memory>(
-        &'a mut self,
-        units: &'a mut dyn Units<M>,
-        layout: &'a Layout,
-    ) -> Watched<'a, M> {
-        Watched { units, layout, reached: self }
+    /// For a pass over the units of `layout`. A number that is not zero ends the look at its parameter.
+    pub fn look<'a>(&'a mut self, layout: &'a Layout) -> Look<'a> {
+        Look { layout, reached: self }
     }
 
     /// What to say of the parameters that no gradient of any rank has reached, if there are some. A collective call.
@@ -51,35 +48,19 @@ fn said(names: &[&str]) -> Option<String> {
     ))
 }
 
-pub(crate) struct Watched<'a, M: Memory> {
-    units: &'a mut dyn Units<M>,
+/// Looks at gradients where they are ready.
+pub(crate) struct Look<'a> {
     layout: &'a Layout,
     reached: &'a mut Reached,
 }
 
-impl<M: Memory> UnitWeights<M> for Watched<'_, M> {
-    fn need(&mut self, unit: usize) -> Result<()> {
-        self.units.need(unit)
-    }
-    fn release(&mut self, unit: usize) {
-        self.units.release(unit);
-    }
-    fn weights(&self) -> M::Weights<'_> {
-        self.units.weights()
-    }
-}
-
-impl<M: Memory> Units<M> for Watched<'_, M> {
-    fn numbers(&mut self) -> (M::Weights<'_>, M::Gradients<'_>) {
-        self.units.numbers()
-    }
-
-    fn ready(&mut self, unit: usize) -> Result<()> {
+impl<M: Memory> Watch<M> for Look<'_> {
+    fn ready(&mut self, unit: usize, units: &mut dyn Units<M>) -> Result<()> {
         let parameters = self.layout.parameters.iter().zip(&mut self.reached.0);
         for (parameter, reached) in parameters.filter(|(parameter, _)| parameter.unit == unit) {
-            *reached = *reached || M::any(self.units.numbers().1, &parameter.range)?;
+            *reached = *reached || M::any(units.numbers().1, &parameter.range)?;
         }
-        self.units.ready(unit)
+        units.ready(unit)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::shim::buffers::{Number, as_bytes};
+use crate::shim::pages;
 use crate::strategy::Slot;
 use crate::zeros::{Part, zeros};
 use fleet_checkpoint::{
@@ -98,6 +99,14 @@ impl Snapshot {
                 _ => Numbers::F32(zeros(len, Part::Snapshot)?),
             },
         })
+    }
+
+    /// Takes its memory before the first copy, which else does so page by page: that takes five times as long as the copy.
+    pub fn take_memory(&mut self) {
+        match &mut self.numbers {
+            Numbers::F32(all) => pages::take(all),
+            Numbers::Bf16(all) => pages::take(all),
+        }
     }
 
     /// Copies the state as it is now.

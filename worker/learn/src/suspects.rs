@@ -5,7 +5,8 @@ use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
 use crate::executor::Executor;
 use crate::strategy::{Micro, Strategy};
-use crate::units::{Memory, UnitWeights, Units};
+use crate::units::{Memory, Units};
+use crate::watched::{Watch, Watched};
 use fleet_collectives::{Activity, Op};
 use fleet_common::ids::Rank;
 use fleet_common::model::Layout;
@@ -70,9 +71,9 @@ pub(crate) fn named<M: Memory>(
     let mut mine = None;
     for batch in step.micro_batches {
         let units = strategy.units(Micro { first: true, last: false });
-        let mut looking = Looking { units, layout: &layout, found: None };
-        executor.forward_backward(&mut looking, &batch.view(), step.scale)?;
-        let found = looking.found.map(Found::Gradients);
+        let mut searched = Watched { units, by: Search { layout: &layout, found: None } };
+        executor.forward_backward(&mut searched, &batch.view(), step.scale)?;
+        let found = searched.by.found.map(Found::Gradients);
         let loss = M::value(executor.take_loss()?)?;
         let found = if loss.is_finite() { found } else { Some(Found::Loss(loss)) };
         mine = mine.or(found);
@@ -84,36 +85,19 @@ pub(crate) fn named<M: Memory>(
     Ok(verdict(&codes, &layout, step.number).unwrap_or(error))
 }
 
-/// Units that are looked at where they would be handed to the peers.
-struct Looking<'a, M: Memory> {
-    units: &'a mut dyn Units<M>,
+/// Looks at gradients where they would be handed to the peers, and keeps them back.
+struct Search<'a> {
     layout: &'a Layout,
     /// The first unit whose gradients are no numbers.
     found: Option<usize>,
 }
 
-impl<M: Memory> UnitWeights<M> for Looking<'_, M> {
-    fn need(&mut self, unit: usize) -> Result<()> {
-        self.units.need(unit)
-    }
-    fn release(&mut self, unit: usize) {
-        self.units.release(unit);
-    }
-    fn weights(&self) -> M::Weights<'_> {
-        self.units.weights()
-    }
-}
-
-impl<M: Memory> Units<M> for Looking<'_, M> {
-    fn numbers(&mut self) -> (M::Weights<'_>, M::Gradients<'_>) {
-        self.units.numbers()
-    }
-
-    fn ready(&mut self, unit: usize) -> Result<()> {
+impl<M: Memory> Watch<M> for Search<'_> {
+    fn ready(&mut self, unit: usize, units: &mut dyn Units<M>) -> Result<()> {
         let whole = &self.layout.units[unit];
         let of_unit = |range: &&std::ops::Range<usize>| whole.start <= range.start && range.end <= whole.end;
         for range in self.layout.parameters.iter().map(|p| &p.range).filter(of_unit) {
-            if self.found.is_none() && !M::all_finite(self.units.numbers().1, range)? {
+            if self.found.is_none() && !M::all_finite(units.numbers().1, range)? {
                 self.found = Some(unit);
             }
         }

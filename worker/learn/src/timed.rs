@@ -1,55 +1,38 @@
 //! What stands between the engine and what it calls, and tells the stopwatch: a strategy's units, and its gang.
 
-use crate::error::Result;
 use crate::stopwatch::{Doing, Phase, Stopwatch};
 use crate::trace::What;
-use crate::units::{Memory, UnitWeights, Units};
+use crate::units::Memory;
+use crate::watched::Watch;
 use fleet_collectives::net::SlowLink;
 use fleet_collectives::{
-    Activity, Common, DType, Exchange, Gang, Gather, Keep, Op, Pace, PerRank, Posted, Result as Reached,
-    SharedHost, Ticket,
+    Activity, Common, DType, Exchange, Gang, Gather, Keep, Op, Pace, PerRank, Posted, Result, SharedHost,
+    Ticket,
 };
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
-/// Units of which an executor asks for one after the other: forward to the head, the last one, and back.
-pub(crate) struct TimedUnits<'a, M: Memory> {
-    units: &'a mut dyn Units<M>,
+/// Tells of units of which an executor asks for one after the other: forward to the head, the last one, and back.
+pub(crate) struct Pass<'a> {
     watch: &'a Stopwatch,
     head: usize,
     /// The head has been asked for.
     back: bool,
 }
 
-impl<'a, M: Memory> TimedUnits<'a, M> {
+impl Pass<'_> {
     /// `head` is the number of the last unit.
-    pub fn new(units: &'a mut dyn Units<M>, watch: &'a Stopwatch, head: usize) -> TimedUnits<'a, M> {
-        TimedUnits { units, watch, head, back: false }
+    pub fn new(watch: &Stopwatch, head: usize) -> Pass<'_> {
+        Pass { watch, head, back: false }
     }
 }
 
-impl<M: Memory> UnitWeights<M> for TimedUnits<'_, M> {
-    fn need(&mut self, unit: usize) -> Result<()> {
+impl<M: Memory> Watch<M> for Pass<'_> {
+    fn needed(&mut self, unit: usize) {
         self.back |= unit == self.head;
         let phase = if self.back { Phase::Backward } else { Phase::Forward };
         self.watch.switch(Doing { phase, unit: Some(unit) });
-        self.units.need(unit)
-    }
-    fn release(&mut self, unit: usize) {
-        self.units.release(unit);
-    }
-    fn weights(&self) -> M::Weights<'_> {
-        self.units.weights()
-    }
-}
-
-impl<M: Memory> Units<M> for TimedUnits<'_, M> {
-    fn numbers(&mut self) -> (M::Weights<'_>, M::Gradients<'_>) {
-        self.units.numbers()
-    }
-    fn ready(&mut self, unit: usize) -> Result<()> {
-        self.units.ready(unit)
     }
 }
 
@@ -110,49 +93,49 @@ impl<G: Gang + ?Sized> Gang for TimedGang<G> {
     fn begin_step(&mut self, step: u64, last: Option<Pace>) {
         self.gang.begin_step(step, last);
     }
-    fn barrier(&mut self) -> Reached<()> {
+    fn barrier(&mut self) -> Result<()> {
         self.call(|gang| gang.barrier())
     }
-    fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Reached<()> {
+    fn all_reduce_f64(&mut self, values: &mut [f64], op: Op) -> Result<()> {
         self.call(|gang| gang.all_reduce_f64(values, op))
     }
-    fn slow_link(&mut self) -> Reached<Option<SlowLink>> {
+    fn slow_link(&mut self) -> Result<Option<SlowLink>> {
         self.call(|gang| gang.slow_link())
     }
 }
 
 impl<G: Exchange + ?Sized> Exchange for TimedGang<G> {
-    fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Reached<()> {
+    fn all_reduce(&mut self, data: &mut [u8], dtype: DType, op: Op) -> Result<()> {
         self.call(|gang| gang.all_reduce(data, dtype, op))
     }
-    fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], dtype: DType, op: Op) -> Reached<()> {
+    fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], dtype: DType, op: Op) -> Result<()> {
         self.call(|gang| gang.reduce_scatter(input, output, dtype, op))
     }
-    fn all_gather(&mut self, input: &[u8], output: &mut [u8]) -> Reached<()> {
+    fn all_gather(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
         self.call(|gang| gang.all_gather(input, output))
     }
-    fn broadcast(&mut self, data: &mut [u8], root: usize) -> Reached<()> {
+    fn broadcast(&mut self, data: &mut [u8], root: usize) -> Result<()> {
         self.call(|gang| gang.broadcast(data, root))
     }
-    fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Reached<()> {
+    fn all_to_all(&mut self, input: &[u8], output: &mut [u8]) -> Result<()> {
         self.call(|gang| gang.all_to_all(input, output))
     }
-    fn allocate_per_rank(&mut self, bytes: usize) -> Reached<PerRank> {
+    fn allocate_per_rank(&mut self, bytes: usize) -> Result<PerRank> {
         self.call(|gang| gang.allocate_per_rank(bytes))
     }
-    fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Reached<Ticket> {
+    fn post(&mut self, buffers: &PerRank, bytes: Range<usize>, exchange: Posted) -> Result<Ticket> {
         self.exchange(Some(reduction), |gang| gang.post(buffers, bytes, exchange))
     }
     fn pending(&self) -> usize {
         self.gang.pending()
     }
-    fn progress(&mut self) -> Reached<()> {
+    fn progress(&mut self) -> Result<()> {
         self.exchange(None, |gang| gang.progress())
     }
-    fn wait(&mut self, ticket: Ticket) -> Reached<()> {
+    fn wait(&mut self, ticket: Ticket) -> Result<()> {
         self.exchange(None, |gang| gang.wait(ticket))
     }
-    fn finish(&mut self) -> Reached<()> {
+    fn finish(&mut self) -> Result<()> {
         self.exchange(None, |gang| gang.finish())
     }
 }
@@ -170,10 +153,10 @@ impl<G: SharedHost + ?Sized> SharedHost for TimedGang<G> {
     fn size_of_host(&self, host: usize) -> usize {
         self.gang.size_of_host(host)
     }
-    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Reached<()> {
+    fn all_reduce_f64_of_host(&mut self, values: &mut [f64], op: Op) -> Result<()> {
         self.call(|gang| gang.all_reduce_f64_of_host(values, op))
     }
-    fn allocate_common(&mut self, bytes: usize) -> Reached<Common> {
+    fn allocate_common(&mut self, bytes: usize) -> Result<Common> {
         self.call(|gang| gang.allocate_common(bytes))
     }
     fn post_reduce(
@@ -183,7 +166,7 @@ impl<G: SharedHost + ?Sized> SharedHost for TimedGang<G> {
         dtype: DType,
         op: Op,
         keep: Keep,
-    ) -> Reached<Ticket> {
+    ) -> Result<Ticket> {
         self.exchange(Some(reduction), |gang| gang.post_reduce(buffers, bytes, dtype, op, keep))
     }
     fn post_gather_of_host(
@@ -191,10 +174,10 @@ impl<G: SharedHost + ?Sized> SharedHost for TimedGang<G> {
         buffers: &PerRank,
         bytes: Range<usize>,
         dtype: DType,
-    ) -> Reached<Ticket> {
+    ) -> Result<Ticket> {
         self.exchange(Some(|_| What::Gather), |gang| gang.post_gather_of_host(buffers, bytes, dtype))
     }
-    fn post_gather(&mut self, gather: Gather<'_>) -> Reached<Ticket> {
+    fn post_gather(&mut self, gather: Gather<'_>) -> Result<Ticket> {
         self.exchange(Some(|_| What::Gather), |gang| gang.post_gather(gather))
     }
 }

@@ -101,7 +101,8 @@ fn on_device(
             let strategy = fleet_torch::Sharded::new(layout, keeping, transport)?;
             Engine::new(executor, strategy).watched(watch)
         }
-    };
+    }
+    .read_by(start.threads);
     let learner: Box<dyn Learner> = match job.precision {
         Precision::Fp16Mixed => Box::new(engine.scaling_losses()),
         _ => Box::new(engine),
@@ -191,7 +192,7 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers)
             Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)
         }
     };
-    Ok(Made { learner: Box::new(engine.watched(watch)), strategy: reason, note: None })
+    Ok(Made { learner: Box::new(engine.watched(watch).read_by(start.threads)), strategy: reason, note: None })
 }
 
 fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
@@ -207,7 +208,7 @@ fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<
         (Some(gang), Strategy::Auto | Strategy::Ddp) => (gang, "ddp"),
     };
     let engine = Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, name)?);
-    Ok(Made { learner: Box::new(engine.watched(watch)), strategy: reason, note: None })
+    Ok(Made { learner: Box::new(engine.watched(watch).read_by(start.threads)), strategy: reason, note: None })
 }
 
 /// How a pass computes.
@@ -248,7 +249,7 @@ pub fn alone(
             let (numbers, layout) = (Numbers::from(precision), model.layout());
             let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), Device::Cpu, numbers);
             let strategy = fleet_torch::Solo::new(layout, Device::Cpu, numbers, 0)?;
-            Box::new(Engine::new(executor.computing_again(threads.again), strategy))
+            Box::new(Engine::new(executor.computing_again(threads.again), strategy).read_by(threads.count))
         }
         (_, Precision::Bf16True) => Box::new(solo_in_bf16(model, threads, positions)?),
         (_, Precision::Bf16Mixed) => Box::new(solo_with::<bf16>(model, threads, positions)?),
@@ -264,12 +265,12 @@ pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result
 /// As `solo`.
 pub fn solo_with<E: Storage>(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
-    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?))
+    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?).read_by(threads.count))
 }
 
 /// The same in bf16.
 pub fn solo_in_bf16(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<bf16>>> {
     let (executor, workers) = cpu::<bf16>(model, threads, positions)?;
     let gang = Box::new(fleet_collectives::Solo::new(0));
-    Ok(Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, "solo")?))
+    Ok(Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, "solo")?).read_by(threads.count))
 }

@@ -1,8 +1,9 @@
-//! The only unsafe code of this package: memory that ranks share, the inherited sockets, and the clock that the processes of a machine share.
+//! The only unsafe code of this package: memory that ranks share, pages of memory, the inherited sockets, and the clock that the processes of a machine share.
 
 #![allow(unsafe_code)]
 
 pub mod buffers;
+pub mod pages;
 
 use std::ffi::c_int;
 

@@ -1,7 +1,7 @@
 //! Weights and moments in bf16, once on each host, in memory that its ranks share. Each rank updates its part of every unit among the ranks of
 //! its host: each number is computed in fp32 and rounded once. Norms and biases, which are read in fp32, are there widened as well.
 
-use super::state::{State, Sums, of_host};
+use super::state::{Base, State, Sums};
 use super::{Read, Slot};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
@@ -9,7 +9,7 @@ use crate::shim::buffers::SharedSlice;
 use crate::units::{HostWeights, Pieces, Places};
 use crate::workers::Workers;
 use crate::zeros::{Part, zeros};
-use fleet_collectives::{Keep, SharedHost};
+use fleet_collectives::SharedHost;
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use half::bf16;
@@ -18,9 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub(super) struct NarrowState {
-    layout: Layout,
-    parts: Vec<Range<usize>>,
-    workers: Arc<Workers>,
+    base: Base,
     weights: SharedSlice<bf16>,
     moment1: SharedSlice<bf16>,
     moment2: SharedSlice<bf16>,
@@ -32,15 +30,13 @@ pub(super) struct NarrowState {
 impl NarrowState {
     /// All zeros. A collective call.
     pub fn new(layout: Layout, workers: Arc<Workers>, gang: &mut dyn SharedHost) -> Result<NarrowState> {
-        let parts = layout.units.iter().map(|unit| of_host(unit, gang)).collect();
-        let places = Places::in_a_row(vectors(&layout));
-        let mut common = || gang.allocate_common(layout.len * size_of::<bf16>());
+        let base = Base::of_host(layout, workers, gang);
+        let places = Places::in_a_row(vectors(&base.layout));
+        let mut common = || gang.allocate_common(base.layout.len * size_of::<bf16>());
         let [weights, moment1, moment2] = [common()?, common()?, common()?];
         let vectors = gang.allocate_common(places.end() * size_of::<f32>())?;
         Ok(NarrowState {
-            layout,
-            parts,
-            workers,
+            base,
             weights: SharedSlice::new(weights),
             moment1: SharedSlice::new(moment1),
             moment2: SharedSlice::new(moment2),
@@ -59,7 +55,7 @@ impl NarrowState {
 
     /// Widens the norms and biases of this rank's parts.
     fn refresh(&mut self) {
-        for part in &self.parts {
+        for part in &self.base.parts {
             for (range, place) in self.places.iter() {
                 let (start, end) = (range.start.max(part.start), range.end.min(part.end));
                 if start < end {
@@ -87,32 +83,8 @@ fn vectors(layout: &Layout) -> Vec<Range<usize>> {
 }
 
 impl State<bf16, bf16> for NarrowState {
-    fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    fn parts(&self) -> &[Range<usize>] {
-        &self.parts
-    }
-
-    fn keep(&self) -> Keep {
-        Keep::MyPart
-    }
-
-    /// Every host holds the same sums.
-    fn squares(&self, sums: &Sums<'_, bf16>, gang: &dyn SharedHost) -> f64 {
-        match gang.host() {
-            0 => self.parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum(),
-            _ => 0.0,
-        }
-    }
-
-    fn need(&mut self, _unit: usize, _gang: &mut dyn SharedHost) -> Result<()> {
-        Ok(())
-    }
-
-    fn needs_together(&self) -> bool {
-        false
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn weights(&self) -> HostWeights<'_, bf16> {
@@ -126,7 +98,7 @@ impl State<bf16, bf16> for NarrowState {
         sums: &Sums<'_, bf16>,
         gang: &mut dyn SharedHost,
     ) -> Result<()> {
-        for (step, range) in update.over(norm, &self.layout, &self.parts) {
+        for (step, range) in update.over(norm, &self.base.layout, &self.base.parts) {
             let numbers = Numbers {
                 master: self.weights.part_mut(range.clone()),
                 moment1: self.moment1.part_mut(range.clone()),
@@ -134,14 +106,14 @@ impl State<bf16, bf16> for NarrowState {
                 copy: None,
                 grads: sums(range),
             };
-            numbers.update(&step, &self.workers);
+            numbers.update(&step, &self.base.workers);
         }
         self.refresh();
         Ok(gang.barrier()?)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read, gang: &mut dyn SharedHost) -> Result<()> {
-        for part in self.parts.clone() {
+        for part in self.base.parts.clone() {
             let mut wide = zeros::<f32>(part.len(), Part::Learner)?;
             read(part.clone(), &mut wide)?;
             let numbers = match slot {
@@ -156,7 +128,7 @@ impl State<bf16, bf16> for NarrowState {
     }
 
     fn flat(&self, slot: Slot) -> Cow<'_, [f32]> {
-        let mut wide = vec![0.0; self.layout.len];
+        let mut wide = vec![0.0; self.base.layout.len];
         kernels::convert(self.of(slot).all(), &mut wide);
         Cow::Owned(wide)
     }

@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Sums of gradients are kept as `S`.
-pub struct Sharded<E, S = f32> {
+pub struct Sharded<E, S: Kept = f32> {
     gang: Box<dyn SharedHost>,
     state: Box<dyn State<E, S>>,
     own: OwnGradients,
@@ -189,7 +189,7 @@ impl<E: HostNumber, S: Kept> Sharded<E, S> {
         mut gang: Box<dyn SharedHost>,
         name: &'static str,
     ) -> Result<Sharded<E, S>> {
-        let layout = state.layout();
+        let layout = &state.base().layout;
         let Rooms { rooms, len } = Rooms::of_gradients(layout);
         let own = OwnGradients {
             numbers: RankSlice::new(gang.allocate_per_rank(len * 4)?),
@@ -197,7 +197,7 @@ impl<E: HostNumber, S: Kept> Sharded<E, S> {
             rooms,
             gaps: gaps(layout),
         };
-        let sums = Summed::new(state.parts().to_vec())?;
+        let sums = Summed::new(state.base().parts.to_vec())?;
         let micro = Micro { first: true, last: true };
         Ok(Sharded { gang, state, own, sums, held: None, posted: VecDeque::new(), micro, name })
     }
@@ -205,7 +205,7 @@ impl<E: HostNumber, S: Kept> Sharded<E, S> {
     /// Has room for what this host sums before the last micro-batch.
     fn hold(&mut self) -> Result<()> {
         if self.held.is_none() && self.state.keep() == Keep::MyShard {
-            let units = &self.state.layout().units;
+            let units = &self.state.base().layout.units;
             self.held = Some(Summed::new(units.iter().map(|unit| of_host(unit, &*self.gang)).collect())?);
         }
         Ok(())

@@ -2,7 +2,7 @@
 //! of its ranks, the units that are needed: embedding and head, and two blocks, of which one is collected while the other is computed.
 
 use super::gathered::Gathered;
-use super::state::{State, Sums, within};
+use super::state::{Base, State, Sums, within};
 use super::{Read, Resident, Slot};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
@@ -20,9 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub(super) struct ShardState<E> {
-    layout: Layout,
-    parts: Vec<Range<usize>>,
-    workers: Arc<Workers>,
+    base: Base,
     /// Where this rank's parts are in its moments and, under bf16-mixed, in its masters.
     own: Places,
     moment1: RankSlice<f32>,
@@ -70,9 +68,7 @@ impl<E: HostNumber> ShardState<E> {
         let copy = copy.map(|copy| Gathered::new(&copy, &shards, resident, gang)).transpose()?;
         let units = layout.units.iter().map(|_| Unit::Absent).collect();
         Ok(ShardState {
-            layout,
-            parts,
-            workers,
+            base: Base { layout, parts, workers },
             own,
             moment1,
             moment2,
@@ -141,9 +137,9 @@ impl<E: HostNumber> ShardState<E> {
     /// The masters of a unit, of all ranks. A collective call.
     fn gather_masters(&self, unit: usize, gang: &mut dyn SharedHost) -> Result<Vec<f32>> {
         let world = gang.world_size();
-        let own = &self.parts[unit];
+        let own = &self.base.parts[unit];
         // The first rank has the most, and as many have the others but the last that have any.
-        let mut part = vec![0.0f32; within(&self.layout.units[unit], 0, world).len()];
+        let mut part = vec![0.0f32; within(&self.base.layout.units[unit], 0, world).len()];
         if !own.is_empty() {
             part[..own.len()].copy_from_slice(self.master(own));
         }
@@ -217,12 +213,8 @@ fn members(layout: &Layout) -> [Vec<Vec<Range<usize>>>; 2] {
 }
 
 impl<E: HostNumber> State<E> for ShardState<E> {
-    fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    fn parts(&self) -> &[Range<usize>] {
-        &self.parts
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn keep(&self) -> Keep {
@@ -230,7 +222,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
     }
 
     fn squares(&self, sums: &Sums<'_>, _gang: &dyn SharedHost) -> f64 {
-        self.parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum()
+        self.base.parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum()
     }
 
     fn need(&mut self, unit: usize, gang: &mut dyn SharedHost) -> Result<()> {
@@ -262,7 +254,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
         gang: &mut dyn SharedHost,
     ) -> Result<()> {
         gang.finish()?;
-        for (step, range) in update.over(norm, &self.layout, &self.parts) {
+        for (step, range) in update.over(norm, &self.base.layout, &self.base.parts) {
             let place = self.own.of(&range);
             let master = match &mut self.master {
                 Some(master) => master.range_mut(place.clone()),
@@ -275,7 +267,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
                 copy: None,
                 grads: sums(range),
             };
-            numbers.update(&step, &self.workers);
+            numbers.update(&step, &self.base.workers);
         }
         self.refresh();
         self.anew(gang)
@@ -283,7 +275,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
 
     fn fill(&mut self, slot: Slot, read: &mut Read, gang: &mut dyn SharedHost) -> Result<()> {
         gang.finish()?;
-        for part in self.parts.iter().filter(|part| !part.is_empty()) {
+        for part in self.base.parts.iter().filter(|part| !part.is_empty()) {
             let place = self.own.of(part);
             let numbers = match (slot, &mut self.master) {
                 (Slot::Weights, Some(master)) => master.range_mut(place),
@@ -301,8 +293,8 @@ impl<E: HostNumber> State<E> for ShardState<E> {
     }
 
     fn flat(&self, slot: Slot) -> Cow<'_, [f32]> {
-        let mut flat = vec![0.0; self.layout.len];
-        for part in self.parts.iter().filter(|part| !part.is_empty()) {
+        let mut flat = vec![0.0; self.base.layout.len];
+        for part in self.base.parts.iter().filter(|part| !part.is_empty()) {
             flat[part.clone()].copy_from_slice(self.of(slot, part));
         }
         Cow::Owned(flat)
@@ -325,8 +317,8 @@ impl<E: HostNumber> State<E> for ShardState<E> {
             }
             return Ok(());
         }
-        for unit in 0..self.layout.units.len() {
-            let whole = self.layout.units[unit].clone();
+        for unit in 0..self.base.layout.units.len() {
+            let whole = self.base.layout.units[unit].clone();
             let gathered = match &self.master {
                 None => {
                     self.need(unit, gang)?;
@@ -359,6 +351,6 @@ impl<E: HostNumber> State<E> for ShardState<E> {
     }
 
     fn kept(&self, _disks: &Disks, _gang: &dyn SharedHost) -> Vec<Range<usize>> {
-        self.parts.clone()
+        self.base.parts.clone()
     }
 }

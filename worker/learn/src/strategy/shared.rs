@@ -41,7 +41,7 @@ impl<E: HostNumber> Shared<E> {
     pub fn new(layout: Layout, workers: Arc<Workers>, mut gang: Box<dyn SharedHost>) -> Result<Shared<E>> {
         gang.note(Activity::Starting);
         let state = HostState::new(layout, workers, &mut *gang)?;
-        let numbers = RankSlice::new(gang.allocate_per_rank(state.layout().len * 4)?);
+        let numbers = RankSlice::new(gang.allocate_per_rank(state.base().layout.len * 4)?);
         Ok(Shared { gang, state, grads: Reduced { numbers, micro: Micro { first: true, last: true } } })
     }
 }
@@ -64,7 +64,7 @@ impl<E: HostNumber> Units<Host<E>> for Shared<E> {
     fn ready(&mut self, unit: usize) -> Result<()> {
         if self.grads.micro.last {
             self.gang.note(Activity::Backward);
-            let unit = &self.state.layout().units[unit];
+            let unit = &self.state.base().layout.units[unit];
             let (memory, bytes) = (self.grads.numbers.memory(), unit.start * 4..unit.end * 4);
             self.gang.post_reduce(memory, bytes, DType::F32, Op::Sum, Keep::MyPart)?;
         }

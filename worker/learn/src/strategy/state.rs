@@ -9,7 +9,7 @@ use crate::workers::Workers;
 use fleet_checkpoint::Disks;
 use fleet_collectives::{Keep, SharedHost, part};
 use fleet_common::model::Layout;
-use fleet_kernels as kernels;
+use fleet_kernels::{self as kernels, Element};
 use half::bf16;
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -19,20 +19,47 @@ use std::sync::Arc;
 /// This rank's gradients of a range that it updates, summed over all ranks.
 pub(super) type Sums<'a, S = f32> = dyn Fn(Range<usize>) -> &'a [S] + 'a;
 
-/// Where weights and moments are, and which of them this rank updates with sums of gradients in `S`.
-pub(super) trait State<E, S = f32>: Send {
-    fn layout(&self) -> &Layout;
+/// What every state has.
+pub(super) struct Base {
+    pub layout: Layout,
     /// Of each unit the part that this rank updates; it may hold nothing.
-    fn parts(&self) -> &[Range<usize>];
-    /// Which sums of gradients that wants.
-    fn keep(&self) -> Keep;
+    pub parts: Vec<Range<usize>>,
+    pub workers: Arc<Workers>,
+}
+
+impl Base {
+    /// Of a state that lies once on each host: each of its ranks has a part of every unit.
+    pub fn of_host(layout: Layout, workers: Arc<Workers>, gang: &dyn SharedHost) -> Base {
+        let parts = layout.units.iter().map(|unit| of_host(unit, gang)).collect();
+        Base { layout, parts, workers }
+    }
+}
+
+/// Where weights and moments are, and which of them this rank updates with sums of gradients in `S`. Where nothing else is said, all of it is
+/// on each host, which holds the same sums as others.
+pub(super) trait State<E, S: Element = f32>: Send {
+    fn base(&self) -> &Base;
+
+    /// Which sums of gradients it wants.
+    fn keep(&self) -> Keep {
+        Keep::MyPart
+    }
     /// The squares of this rank's part of the gradients, each counted by one rank of the gang.
-    fn squares(&self, sums: &Sums<'_, S>, gang: &dyn SharedHost) -> f64;
+    fn squares(&self, sums: &Sums<'_, S>, gang: &dyn SharedHost) -> f64 {
+        match gang.host() {
+            0 => self.base().parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum(),
+            _ => 0.0,
+        }
+    }
 
     /// Brings the weights of a unit in.
-    fn need(&mut self, unit: usize, gang: &mut dyn SharedHost) -> Result<()>;
+    fn need(&mut self, _unit: usize, _gang: &mut dyn SharedHost) -> Result<()> {
+        Ok(())
+    }
     /// Whether that is a collective call.
-    fn needs_together(&self) -> bool;
+    fn needs_together(&self) -> bool {
+        false
+    }
     /// Of all units that are in.
     fn weights(&self) -> HostWeights<'_, E>;
 
@@ -64,7 +91,7 @@ pub(super) trait State<E, S = f32>: Send {
     /// What this rank writes of the moments.
     fn kept(&self, disks: &Disks, gang: &dyn SharedHost) -> Vec<Range<usize>> {
         let (rank, writers) = (gang.rank(), disks.together());
-        let parts = self.layout().units.iter().filter(|_| rank < writers);
+        let parts = self.base().layout.units.iter().filter(|_| rank < writers);
         parts.map(|unit| within(unit, rank, writers)).collect()
     }
 }
@@ -93,9 +120,7 @@ pub(super) fn copy_ranges(flat: &[f32], ranges: &[Range<usize>], out: &mut [f32]
 /// All of it once on each host, in memory that its ranks share: master weights, their copy for products, and moments. Each rank updates its
 /// part of every unit among the ranks of its host, so all of them hold the same weights because they are the same memory.
 pub(super) struct HostState<E> {
-    layout: Layout,
-    parts: Vec<Range<usize>>,
-    workers: Arc<Workers>,
+    base: Base,
     master: SharedSlice<f32>,
     /// What products read under bf16-mixed; empty in fp32.
     copy: SharedSlice<bf16>,
@@ -107,15 +132,13 @@ pub(super) struct HostState<E> {
 impl<E: HostNumber> HostState<E> {
     /// All zeros. A collective call.
     pub fn new(layout: Layout, workers: Arc<Workers>, gang: &mut dyn SharedHost) -> Result<HostState<E>> {
-        let parts = layout.units.iter().map(|unit| of_host(unit, gang)).collect();
+        let base = Base::of_host(layout, workers, gang);
+        let len = base.layout.len;
         let mut common = |bytes: usize| gang.allocate_common(bytes);
-        let [master, moment1, moment2] =
-            [common(layout.len * 4)?, common(layout.len * 4)?, common(layout.len * 4)?];
-        let copy = common(if E::IS_BF16 { layout.len * 2 } else { 0 })?;
+        let [master, moment1, moment2] = [common(len * 4)?, common(len * 4)?, common(len * 4)?];
+        let copy = common(if E::IS_BF16 { len * 2 } else { 0 })?;
         Ok(HostState {
-            layout,
-            parts,
-            workers,
+            base,
             master: SharedSlice::new(master),
             copy: SharedSlice::new(copy),
             moment1: SharedSlice::new(moment1),
@@ -134,32 +157,8 @@ impl<E: HostNumber> HostState<E> {
 }
 
 impl<E: HostNumber> State<E> for HostState<E> {
-    fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    fn parts(&self) -> &[Range<usize>] {
-        &self.parts
-    }
-
-    fn keep(&self) -> Keep {
-        Keep::MyPart
-    }
-
-    /// Every host holds the same sums.
-    fn squares(&self, sums: &Sums<'_>, gang: &dyn SharedHost) -> f64 {
-        match gang.host() {
-            0 => self.parts.iter().map(|part| kernels::sum_squares(sums(part.clone()))).sum(),
-            _ => 0.0,
-        }
-    }
-
-    fn need(&mut self, _unit: usize, _gang: &mut dyn SharedHost) -> Result<()> {
-        Ok(())
-    }
-
-    fn needs_together(&self) -> bool {
-        false
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn weights(&self) -> HostWeights<'_, E> {
@@ -173,7 +172,7 @@ impl<E: HostNumber> State<E> for HostState<E> {
         sums: &Sums<'_>,
         gang: &mut dyn SharedHost,
     ) -> Result<()> {
-        for (step, range) in update.over(norm, &self.layout, &self.parts) {
+        for (step, range) in update.over(norm, &self.base.layout, &self.base.parts) {
             let numbers = Numbers {
                 master: self.master.part_mut(range.clone()),
                 moment1: self.moment1.part_mut(range.clone()),
@@ -181,13 +180,13 @@ impl<E: HostNumber> State<E> for HostState<E> {
                 copy: E::IS_BF16.then_some(&mut self.copy).map(|copy| copy.part_mut(range.clone())),
                 grads: sums(range),
             };
-            numbers.update(&step, &self.workers);
+            numbers.update(&step, &self.base.workers);
         }
         Ok(gang.barrier()?)
     }
 
     fn fill(&mut self, slot: Slot, read: &mut Read, gang: &mut dyn SharedHost) -> Result<()> {
-        for part in &self.parts {
+        for part in &self.base.parts {
             let numbers = match slot {
                 Slot::Weights => &mut self.master,
                 Slot::Moment1 => &mut self.moment1,

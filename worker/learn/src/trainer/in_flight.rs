@@ -21,6 +21,8 @@ pub(super) struct Written {
 }
 
 pub(super) enum Done {
+    /// There is memory for copies.
+    Room,
     /// What this rank has to write is written; others do the rest.
     Part,
     /// For the next stage.

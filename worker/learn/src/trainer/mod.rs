@@ -9,6 +9,8 @@ mod breakdown;
 mod companions;
 mod disks;
 mod in_flight;
+mod meter;
+mod pen;
 mod room;
 mod saving;
 mod schedule;
@@ -32,11 +34,12 @@ use breakdown::Breakdown;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
 use fleet_collectives::{Activity, Pace};
-use fleet_common::events::{Evaluation, EventBody, Level, Outcome, Step};
+use fleet_common::events::{Evaluation, EventBody, Level, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
-use fleet_data::{Order, TokenCache, evaluation_part};
+use fleet_data::{Cursor, Order, TokenCache, evaluation_part};
+use meter::Meter;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -115,8 +118,14 @@ impl Trainer {
         let world = u64::from(start.world_size);
         let micro_batches = u64::from(job.accumulate_grad_batches);
         let global_batch = world * u64::from(job.batch_size) * micro_batches;
-        let order = Order::new(job.seed, cache.train().len(), global_batch, micro_batches)
+        let resumed = start.resume.as_deref().map(Path::new);
+        let was = resumed.map(TrainerState::read).transpose()?;
+        let mut order = Order::new(job.seed, cache.train().len(), global_batch, micro_batches)
             .map_err(|e| Error::Input(e.to_string()))?;
+        if let Some(was) = &was {
+            let position = Cursor { epoch: was.epoch, step: was.epoch_step, windows: was.windows_taken() };
+            order = order.from(was.step, position);
+        }
         let total_steps = order.total_steps(job.epochs, job.max_steps);
 
         let Made { mut learner, strategy, note } = make(start, &job, &model)?;
@@ -137,6 +146,7 @@ impl Trainer {
             step: 0,
             epoch: 0,
             epoch_step: 0,
+            epoch_windows: None,
             total_steps,
             tokens_seen: 0,
             loss: f64::NAN,
@@ -154,10 +164,8 @@ impl Trainer {
             threads_per_rank: start.threads,
             loss_scale: None,
         };
-        match (&start.resume, &pretrained) {
-            (Some(checkpoint), _) => {
-                let checkpoint = Path::new(checkpoint);
-                let was = TrainerState::read(checkpoint)?;
+        match (resumed.zip(was), &pretrained) {
+            (Some((checkpoint, was)), _) => {
                 let trained = matches!(job.tokenizer, Tokenizer::Train { .. });
                 let notes = was.check_compatible(&state, trained)?;
                 if start.rank == 0 {
@@ -170,6 +178,7 @@ impl Trainer {
                     step: was.step,
                     epoch: was.epoch,
                     epoch_step: was.epoch_step,
+                    epoch_windows: was.epoch_windows,
                     tokens_seen: was.tokens_seen,
                     loss: was.loss,
                     eval_loss: was.eval_loss,
@@ -184,7 +193,7 @@ impl Trainer {
         let positions = model.decoder.max_positions;
         let lead = dir.map(|dir| {
             let origins = Origins {
-                resume: start.resume.as_deref().map(Path::new),
+                resume: resumed,
                 model: pretrained,
                 tokenizer: match &job.tokenizer {
                     Tokenizer::File(path) => Some(path),
@@ -199,7 +208,7 @@ impl Trainer {
         let saving = Saving::new(job.checkpoint_dir(), disks, rank, writers, lead.transpose()?);
         let meter = Meter::default();
         let watch = learner.watch().clone();
-        let resumed = start.resume.is_some().then_some(state.step);
+        let resumed = resumed.map(|_| state.step);
         Ok(Self {
             job,
             rank: rank as u64,
@@ -286,6 +295,9 @@ impl Trainer {
                 self.stopped_at = (!is_regular).then_some(step);
                 self.save(link)?;
             }
+            if step == first {
+                self.take_room();
+            }
             self.look_at_save(link)?;
             self.rotate(link);
             if told {
@@ -334,6 +346,8 @@ impl Trainer {
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
         (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
+        let in_equal_steps = cursor.step * state.global_batch;
+        state.epoch_windows = Some(cursor.windows).filter(|windows| *windows != in_equal_steps);
         state.loss = report.loss;
         let scaled_by = std::mem::replace(&mut state.loss_scale, self.learner.loss_scale());
         let tokens = state.global_batch * u64::from(self.job.max_seq_len);
@@ -424,46 +438,4 @@ fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a P
     }
     model.eos_token_id = Some(cache.meta().eos_id); // what every document ends with
     Ok((model, pretrained))
-}
-
-/// Counts tokens and the time of steps alone: evaluation and saving do not slow training down on paper.
-#[derive(Default)]
-struct Meter {
-    tokens: u64,
-    time: Duration,
-    all_tokens: u64,
-    all_time: Duration,
-    /// Of the last step, unless it was the first one, which carries the warming up of everything.
-    last: Option<Duration>,
-    lr: f64,
-    grad_norm: f64,
-}
-
-impl Meter {
-    fn add(&mut self, tokens: u64, time: Duration, lr: f64, grad_norm: f64) {
-        self.last = (self.all_tokens > 0).then_some(time);
-        self.tokens += tokens;
-        self.time += time;
-        self.all_tokens += tokens;
-        self.all_time += time;
-        (self.lr, self.grad_norm) = (lr, grad_norm);
-    }
-
-    fn event(&mut self, state: &TrainerState, epoch: f64) -> Step {
-        let tokens_per_s = self.tokens as f64 / self.time.as_secs_f64().max(1e-9);
-        (self.tokens, self.time) = (0, Duration::ZERO);
-        Step {
-            step: state.step,
-            total_steps: state.total_steps,
-            epoch,
-            loss: state.loss,
-            lr: self.lr,
-            grad_norm: self.grad_norm,
-            tokens_per_s,
-        }
-    }
-
-    fn mean(&self) -> f64 {
-        self.all_tokens as f64 / self.all_time.as_secs_f64().max(1e-9)
-    }
 }

@@ -12,28 +12,25 @@
 
 use super::companions::Companions;
 use super::in_flight::{Done, InFlight, Written};
+use super::pen::Pen;
 use super::{Trainer, disks};
 use crate::agent_link::AgentLink;
 use crate::error::{Error, Result};
 use crate::snapshot::{Snapshot, not_copied};
 use crate::stopwatch::Phase;
 use crate::trace::What;
-use fleet_checkpoint::{CheckpointError, Disks, PartWriter, RunDir, Ticket, TrainerState, Writer};
+use fleet_checkpoint::{CheckpointError, Disks, PartWriter, RunDir, Ticket, Writer};
 use fleet_collectives::{Activity, Op};
 use fleet_common::events::{CheckpointRecord, EventBody, Level};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Longest wait for the cluster to record a checkpoint before older ones may go. At the end of a run they are left to the next one then.
 pub(super) const RECORD_WAIT: Duration = Duration::from_secs(5);
 /// The same in a run that was told to stop, and has not long for it.
 pub(super) const STOPPED_WAIT: Duration = Duration::from_secs(1);
-
-/// Longest wait for the part of a rank that is slower to write than the first one on its disk. A rank that dies ends the gang, and the wait,
-/// at once.
-const PART_WAIT: Duration = Duration::from_secs(900);
 
 /// What a rank has for checkpoints.
 pub(super) struct Saving {
@@ -57,7 +54,7 @@ pub(super) struct Saving {
     step: u64,
     loss: f64,
     since: Option<Instant>,
-    /// The memory of an earlier copy.
+    /// The memory of copies.
     spare: Option<Snapshot>,
     /// How the newest one went here.
     outcome: Result<()>,
@@ -114,53 +111,6 @@ impl Saving {
 
     fn written(&self) -> usize {
         self.disks.written(self.writers)
-    }
-}
-
-/// What a rank writes with.
-enum Pen {
-    /// With what only rank 0 has to write.
-    Lead(Box<Writer>, Option<(Arc<Companions>, Box<TrainerState>)>),
-    Other(PartWriter),
-}
-
-impl Pen {
-    /// With `loss`, publishes on the only disk.
-    fn write(
-        self,
-        snapshot: &mut Snapshot,
-        loss: Option<f64>,
-        given_up: &AtomicBool,
-    ) -> Result<Done, CheckpointError> {
-        match self {
-            Pen::Lead(mut writer, own) => {
-                snapshot.write(writer.part())?;
-                if let Some((companions, state)) = own {
-                    companions.write(&mut writer)?;
-                    writer.write_state(&state)?;
-                }
-                let written = Instant::now();
-                let wait = || !given_up.load(Ordering::Relaxed) && written.elapsed() < PART_WAIT;
-                writer.collect(&wait)?;
-                let Some(loss) = loss else { return Ok(Done::Ready(writer)) };
-                writer.prepare(loss)?;
-                writer.publish().map(Done::Published)
-            }
-            Pen::Other(mut part) => match snapshot.write(&mut part) {
-                Ok(()) => part.hand_in().map(|()| Done::Part),
-                Err(e) => {
-                    part.fail(&e);
-                    Err(e)
-                }
-            },
-        }
-    }
-
-    /// There is nothing to write.
-    fn give_up(self, why: &CheckpointError) {
-        if let Pen::Other(part) = self {
-            part.fail(why);
-        }
     }
 }
 
@@ -223,6 +173,20 @@ impl Trainer {
             Written { result, spare: Some(snapshot) }
         });
         Ok(())
+    }
+
+    /// Takes the memory of copies while training goes on, so that the first save stands still no longer than others. Where there is too
+    /// little, that save tells it.
+    pub(super) fn take_room(&mut self) {
+        if self.rank as usize >= self.saving.writers || self.saving.in_flight.is_some() {
+            return;
+        }
+        let Ok(mut room) = self.learner.room(&self.saving.disks) else { return };
+        let taken = InFlight::start(move |_| {
+            room.take_memory();
+            Written { result: Ok(Done::Room), spare: Some(room) }
+        });
+        self.saving.in_flight = taken.ok();
     }
 
     /// Names of the directories on all disks; none where there is nothing to write. A collective call.
@@ -378,7 +342,7 @@ impl Trainer {
             Ok(Done::Published(record)) if self.saving.written() == 1 => self.tell(record, link),
             Ok(Done::Published(record)) => self.saving.published = Some(record),
             Ok(Done::Ready(writer)) => self.saving.held = Some(writer),
-            Ok(Done::Part) => {}
+            Ok(Done::Part | Done::Room) => {}
             Err(e) if e.is_full_disk() && self.make_room(link) => {
                 (self.saving.failed, self.saving.again) = (true, true);
             }
