@@ -7,7 +7,7 @@
 use super::ends::wake_parts;
 use super::records::{JobRecord, Part, RecordedCheckpoint, Stop, node_error};
 use super::{Context, Effect, State};
-use fleet_common::events::{CheckpointRecord, Event, EventBody, Level};
+use fleet_common::events::{CheckpointRecord, Event, EventBody, HOSTS_MAX, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{Files, Holder, JobState, Loan, Member, ResumePoint};
@@ -48,11 +48,11 @@ pub struct Resumed {
 }
 
 impl Continues {
-    fn takes(&self, record: &CheckpointRecord) -> bool {
+    pub(super) fn takes(&self, path: &str) -> bool {
         match self {
             Continues::Nothing => false,
-            Continues::From(path) => record.path == *path,
-            Continues::Newest(dir) => Path::new(&record.path).parent() == Some(Path::new(dir)),
+            Continues::From(of) => path == of,
+            Continues::Newest(dir) => Path::new(path).parent() == Some(Path::new(dir)),
         }
     }
 }
@@ -74,7 +74,7 @@ impl State {
         }
         let all =
             self.jobs.iter().flat_map(|(of, job)| job.checkpoints.iter().map(move |known| (*of, known)));
-        let meant = all.filter(|(_, known)| job.continues.takes(&known.record) && !passed(known));
+        let meant = all.filter(|(_, known)| job.continues.takes(&known.record.path) && !passed(known));
         let (of, known) = meant.max_by_key(|(of, known)| (known.unix_ms, *of, known.event))?;
         let all_have_it =
             nodes.iter().all(|node| known.held.contains(&Held { node: *node, files: Files::All }));
@@ -134,12 +134,22 @@ impl State {
         let looks =
             at.generation == 1 && at.parts.len() == 1 && matches!(job.continues, Continues::Newest(_));
         let Some(resumed) = at.resume.as_ref().filter(|_| !looks) else { return };
-        let (of, sha256) = (resumed.job, resumed.record.manifest_sha256.clone());
+        let (of, record) = (resumed.job, resumed.record.clone());
+        let sha256 = &record.manifest_sha256;
         let mut all = self.jobs.get_mut(&of).into_iter().flat_map(|job| &mut job.checkpoints);
-        let Some(known) = all.find(|known| known.record.manifest_sha256 == sha256) else { return };
+        let known = all.find(|known| known.record.manifest_sha256 == *sha256);
         let copy = Held { node, files: Files::All };
-        if known.held.len() < COPIES_MAX && !known.held.contains(&copy) {
+        let was_there = known.as_ref().is_some_and(|known| known.held.iter().any(|held| held.node == node));
+        if let Some(known) =
+            known.filter(|known| known.held.len() < COPIES_MAX && !known.held.contains(&copy))
+        {
             known.held.push(copy);
+        }
+        let Some(job) = self.jobs.get_mut(&id).filter(|_| of != id && !was_there) else { return };
+        match job.fetched.iter_mut().find(|fetched| fetched.record.manifest_sha256 == *sha256) {
+            Some(fetched) if fetched.held.contains(&copy) || fetched.held.len() >= HOSTS_MAX => {}
+            Some(fetched) => fetched.held.push(copy),
+            None => job.fetched.push(Resumed { job: of, record, held: vec![copy] }),
         }
     }
 

@@ -89,6 +89,7 @@ impl State {
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         wake_parts(job, context);
         self.job_ended(id, context);
+        self.wake_superseded(context);
         self.finished.push_back(id);
         while self.finished.len() > FINISHED_IN_STATE {
             if let Some(oldest) = self.finished.pop_front() {

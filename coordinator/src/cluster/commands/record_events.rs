@@ -74,6 +74,7 @@ impl RecordEvents {
                     }
                     EventBody::Started { .. } => {
                         state.jobs.get(&id).into_iter().for_each(|job| wake_holders(job, context));
+                        state.wake_superseded(context);
                     }
                     _ => {}
                 }
