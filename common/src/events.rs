@@ -93,6 +93,21 @@ pub struct Stall {
     pub since_unix_ms: u64,
     /// For whom it waits and what those do, in one line.
     pub what: String,
+    pub culprit: Culprit,
+}
+
+/// What a node sees of those of its ranks for whom a gang waits. Of several nodes the one that sees most tells, which is the last here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Culprit {
+    /// They wait in calls themselves, and perhaps for ranks of another node.
+    Waits,
+    /// They compute longer than the others.
+    Slow,
+    /// They make no call.
+    Silent,
+    /// A signal or a debugger has stopped them.
+    Stopped,
 }
 
 /// Bytes that a line of output counts where there is a budget: its text, and what an event takes besides.

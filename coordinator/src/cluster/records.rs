@@ -11,6 +11,7 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
 use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
 use std::path::Path;
 
 /// Events of one job that are kept, and bytes of its lines over all its starts and nodes; beyond it lines of output are left out and
@@ -192,10 +193,11 @@ impl JobRecord {
         said.reduce(u64::saturating_add)
     }
 
-    /// For whom it waits.
+    /// For whom it waits, as the node tells that sees most of it, and of several such the first to see it.
     pub fn stall(&self) -> Option<&Stall> {
         let live = self.placement.iter().flat_map(|at| &at.parts).filter(|part| !part.finished);
-        live.filter(|_| self.state == JobState::Running).find_map(|part| part.stall.as_ref())
+        let told = live.filter(|_| self.state == JobState::Running).filter_map(|part| part.stall.as_ref());
+        told.min_by_key(|stall| (Reverse(stall.culprit), stall.since_unix_ms))
     }
 
     /// Takes what an agent tells. Lines and measurements are left out where there are too many, or where the history is `overfull`.
