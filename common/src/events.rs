@@ -66,6 +66,13 @@ pub enum EventBody {
         /// Which piece is missing, and who had it, in one line.
         why: String,
     },
+    /// Older checkpoints were removed from a disk, for newer ones or for want of room. The cluster's record follows; not kept as it is.
+    CheckpointsRemoved {
+        /// Of the gang, those that see the disk, by their number in the order of ranks.
+        hosts: Vec<u32>,
+        /// Hashes of their manifests, in hex.
+        manifests: Vec<String>,
+    },
 }
 
 /// Where a rank listens on its node, and by which key it is known there.

@@ -94,6 +94,7 @@ fn events() -> EventBatch {
         EventBody::Log { rank: Some(1), level: Level::Warn, line: "l".into() },
         EventBody::Memory { first_rank: 0, rss_mib: vec![7], pss_mib: vec![6] },
         EventBody::Checkpoint(checkpoint),
+        EventBody::CheckpointsRemoved { hosts: vec![1], manifests: vec!["cd".repeat(32)] },
         EventBody::CheckpointLost { manifest_sha256: "cd".repeat(32), why: "n4 had it".into() },
         EventBody::Stall(Some(Stall {
             since_unix_ms: 4,

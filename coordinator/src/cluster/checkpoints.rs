@@ -153,6 +153,24 @@ impl State {
         }
     }
 
+    /// The nodes of these hosts of the job's gang do not have these checkpoints any more, whosever they are. One that no node has is none.
+    pub(crate) fn checkpoints_removed(&mut self, id: JobId, hosts: &[u32], manifests: &[String]) {
+        let parts = self.jobs.get(&id).and_then(|job| job.placement.as_ref()).map(|at| &at.parts[..]);
+        let part = |host: &u32| parts?.get(*host as usize);
+        let nodes: Vec<NodeId> = hosts.iter().filter_map(part).map(|part| part.node).collect();
+        let stays = |record: &CheckpointRecord, held: &mut Vec<Held>| {
+            if !manifests.contains(&record.manifest_sha256) {
+                return true;
+            }
+            held.retain(|held| !nodes.contains(&held.node));
+            !held.is_empty()
+        };
+        for job in self.jobs.values_mut() {
+            job.checkpoints.retain_mut(|known| stays(&known.record, &mut known.held));
+            job.fetched.retain_mut(|fetched| stays(&fetched.record, &mut fetched.held));
+        }
+    }
+
     /// A node cannot get what its part of the job was to go on from: the gang stops, and starts again from an older one, if there is any.
     pub(crate) fn checkpoint_lost(
         &mut self,
@@ -352,6 +370,35 @@ mod tests {
             "{}",
             error.message
         );
+    }
+
+    #[test]
+    fn what_a_disk_has_no_more_is_not_said_to_be_on_the_nodes_that_see_it() {
+        let mut script = Script::with_nodes(&[2, 2, 2]);
+        let job = submit(&mut script, Continues::Nothing, 3);
+        script.place(job, &[(1, 2), (2, 2), (3, 2)]);
+        let saved = |step: u64| {
+            let manifest_sha256 = format!("{step:064x}");
+            let record = CheckpointRecord { disks: vec![0, 1, 1], manifest_sha256, ..checkpoint_of(step, 6) };
+            EventBody::Checkpoint(record)
+        };
+        script.tell(job, 1, 1, vec![saved(5), saved(6)]);
+        let removed = |hosts: &[u32], step: u64| {
+            let manifests = vec![format!("{step:064x}"), "ef".repeat(32)];
+            EventBody::CheckpointsRemoved { hosts: hosts.to_vec(), manifests }
+        };
+        let nodes = |script: &Script| -> Vec<(u64, Vec<u64>)> {
+            let known = script.state.jobs()[&job].checkpoints.iter();
+            known.map(|one| (one.record.step, one.held.iter().map(|held| held.node.0).collect())).collect()
+        };
+        let before = nodes(&script);
+        assert_eq!(before, [(5, vec![1, 2, 2, 3, 3]), (6, vec![1, 2, 2, 3, 3])]);
+        let kept = script.state.jobs()[&job].events;
+        script.tell(job, 2, 1, vec![removed(&[1, 2, 9], 5)]);
+        assert_eq!(nodes(&script), [(5, vec![1]), before[1].clone()]);
+        script.tell(job, 1, 3, vec![removed(&[0], 5)]);
+        assert_eq!(nodes(&script), before[1..], "nobody has it");
+        assert_eq!(script.state.jobs()[&job].events, kept);
     }
 
     #[test]

@@ -196,7 +196,9 @@ impl JobRecord {
     /// For whom it waits, as the node tells that sees most of it, and of several such the first to see it.
     pub fn stall(&self) -> Option<&Stall> {
         let live = self.placement.iter().flat_map(|at| &at.parts).filter(|part| !part.finished);
-        let told = live.filter(|_| self.state == JobState::Running).filter_map(|part| part.stall.as_ref());
+        let told = live
+            .filter(|_| matches!(self.state, JobState::Running | JobState::Stopping))
+            .filter_map(|part| part.stall.as_ref());
         told.min_by_key(|stall| (Reverse(stall.culprit), stall.since_unix_ms))
     }
 

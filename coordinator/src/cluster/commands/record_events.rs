@@ -72,6 +72,9 @@ impl RecordEvents {
                     EventBody::CheckpointLost { manifest_sha256, why } => {
                         state.checkpoint_lost(id, self.node, manifest_sha256, why, context);
                     }
+                    EventBody::CheckpointsRemoved { hosts, manifests } => {
+                        state.checkpoints_removed(id, hosts, manifests);
+                    }
                     EventBody::Started { .. } => {
                         state.jobs.get(&id).into_iter().for_each(|job| wake_holders(job, context));
                         state.wake_superseded(context);
@@ -83,7 +86,10 @@ impl RecordEvents {
                         state.end_part(id, self.node, outcome, context);
                         break;
                     }
-                    EventBody::Stall(_) | EventBody::Listening(_) | EventBody::CheckpointLost { .. } => {}
+                    EventBody::Stall(_)
+                    | EventBody::Listening(_)
+                    | EventBody::CheckpointLost { .. }
+                    | EventBody::CheckpointsRemoved { .. } => {}
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {
