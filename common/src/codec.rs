@@ -44,6 +44,20 @@ pub enum CodecError {
     Io(#[from] io::Error),
 }
 
+impl CodecError {
+    /// The other side has left, perhaps in the middle of a message: nothing that it said was wrong.
+    pub fn is_end(&self) -> bool {
+        use io::ErrorKind::*;
+        match self {
+            CodecError::Truncated => true,
+            CodecError::Io(error) => {
+                matches!(error.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Encodes one value. Refuses what a receiver would refuse for its size.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
     let bytes = bincode::serde::encode_to_vec(value, CONFIG).map_err(CodecError::Encode)?;

@@ -66,6 +66,13 @@ pub enum EventBody {
         /// Which piece is missing, and who had it, in one line.
         why: String,
     },
+    /// Older checkpoints were removed from a disk, for newer ones or for want of room. The cluster's record follows; not kept as it is.
+    CheckpointsRemoved {
+        /// Of the gang, those that see the disk, by their number in the order of ranks.
+        hosts: Vec<u32>,
+        /// Hashes of their manifests, in hex.
+        manifests: Vec<String>,
+    },
 }
 
 /// Where a rank listens on its node, and by which key it is known there.
@@ -93,6 +100,21 @@ pub struct Stall {
     pub since_unix_ms: u64,
     /// For whom it waits and what those do, in one line.
     pub what: String,
+    pub culprit: Culprit,
+}
+
+/// What a node sees of those of its ranks for whom a gang waits. Of several nodes the one that sees most tells, which is the last here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Culprit {
+    /// They wait in calls themselves, and perhaps for ranks of another node.
+    Waits,
+    /// They compute longer than the others.
+    Slow,
+    /// They make no call.
+    Silent,
+    /// A signal or a debugger has stopped them.
+    Stopped,
 }
 
 /// Bytes that a line of output counts where there is a budget: its text, and what an event takes besides.

@@ -55,6 +55,9 @@ pub fn event(event: &Event) -> Value {
             json!({"event": "memory", "first_rank": first_rank, "rss_mib": rss_mib, "pss_mib": pss_mib})
         }
         EventBody::Finished(outcome) => finished(outcome),
+        EventBody::CheckpointsRemoved { manifests, .. } => {
+            json!({"event": "checkpoints_removed", "manifests": manifests})
+        }
         EventBody::CheckpointLost { why, .. } => json!({"event": "checkpoint_lost", "error": why}),
         EventBody::Listening(endpoints) => {
             json!({"event": "listening", "ports": endpoints.iter().map(|at| at.port).collect::<Vec<_>>()})

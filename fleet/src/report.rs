@@ -240,6 +240,7 @@ impl Report {
             | EventBody::Listening(_)
             | EventBody::Times(_)
             | EventBody::CheckpointLost { .. }
+            | EventBody::CheckpointsRemoved { .. }
             | EventBody::Finished(_) => return None,
         })
     }

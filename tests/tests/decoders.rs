@@ -4,7 +4,8 @@
 
 use fleet_common::codec;
 use fleet_common::events::{
-    CheckpointRecord, Event, EventBatch, EventBody, FailureKind, JobError, Level, Outcome, Shard, Stall,
+    CheckpointRecord, Culprit, Event, EventBatch, EventBody, FailureKind, JobError, Level, Outcome, Shard,
+    Stall,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, JobId, NodeId, ReplicaId, RunId};
@@ -93,8 +94,13 @@ fn events() -> EventBatch {
         EventBody::Log { rank: Some(1), level: Level::Warn, line: "l".into() },
         EventBody::Memory { first_rank: 0, rss_mib: vec![7], pss_mib: vec![6] },
         EventBody::Checkpoint(checkpoint),
+        EventBody::CheckpointsRemoved { hosts: vec![1], manifests: vec!["cd".repeat(32)] },
         EventBody::CheckpointLost { manifest_sha256: "cd".repeat(32), why: "n4 had it".into() },
-        EventBody::Stall(Some(Stall { since_unix_ms: 4, what: "rank 1 has not come".into() })),
+        EventBody::Stall(Some(Stall {
+            since_unix_ms: 4,
+            what: "rank 1 has not come".into(),
+            culprit: Culprit::Silent,
+        })),
         EventBody::Finished(Outcome::Failed(failure())),
     ];
     let events = bodies.into_iter().map(|body| Event { unix_ms: 3, body }).collect();

@@ -1,10 +1,13 @@
-//! Names that other tools (transformers, TRL, axolotl, Lightning, nanoGPT, litgpt, Megatron) have for what fleet calls otherwise, always does, or
+//! Names that other tools (transformers, TRL, axolotl, Lightning, DeepSpeed, nanoGPT, litgpt, Megatron) have for what fleet calls otherwise, always does, or
 //! leaves out.
 
-/// What to do instead of a key of another tool, in whichever table it stands.
+/// What to do instead of a key of another tool: as it stands, in whichever table, or with all of its table.
 pub(super) fn instead(key: &str) -> Option<&'static str> {
     let name = key.rsplit('.').next().unwrap_or(key);
-    let found = NAMES.iter().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
+    let table = key.split('.').next().unwrap_or(key);
+    let find =
+        |name: &str| NAMES.iter().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
+    let found = [key, name, table].into_iter().find_map(find);
     found.or_else(|| FAMILIES.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead))
 }
 
@@ -13,6 +16,11 @@ const PREPARED: &str = "the data are prepared on all cores before the first step
 const HUB: &str =
     "checkpoints are Hugging Face directories below `output_dir`; upload one with the hub's own tool";
 const SPREAD: &str = "`-n` of the command, or `devices`, says how many ranks there are, and `strategy` how they share the work";
+
+const CLIPPED: &str = "gradients are clipped by their norm, to `max_grad_norm`; take the key out";
+const SHARDED: &str = "write `strategy`: \"fsdp\" shards weights, gradients and optimizer state (full shard, ZeRO-3), with `reshard_after_forward` = false all but weights in use (ZeRO-2), \"hsdp\" within each host";
+const ADAMW: &str = "the optimizer is AdamW, and [optimizer] has what it takes, such as `optimizer.learning_rate`; take the key out";
+const NOTHING: &str = "it has no meaning here; take the key out";
 
 #[rustfmt::skip]
 const NAMES: &[(&[&str], &str)] = &[
@@ -41,8 +49,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["nnodes", "num_machines"], "write `num_nodes`, or give --nodes to `fleet submit`"),
     (&["node_rank", "machine_rank", "local_rank", "main_process_ip", "main_process_port", "master_addr", "master_port", "rdzv_endpoint"],
         "the cluster places the ranks and tells them of each other; take the key out"),
-    (&["sharding_strategy", "zero_stage", "fsdp_sharding_strategy", "fsdp_version"],
-        "write `strategy`: \"fsdp\" shards weights, gradients and optimizer state (full shard, ZeRO-3), with `reshard_after_forward` = false all but weights in use (ZeRO-2), \"hsdp\" within each host"),
+    (&["sharding_strategy", "zero_stage", "zero_optimization", "fsdp_sharding_strategy", "fsdp_version"], SHARDED),
     (&["cpu_offload", "offload_params", "offload_optimizer_device", "offload_param_device", "fsdp_offload_params"],
         "write `offload_optimizer`, which keeps optimizer state and master weights in the memory of the host"),
     (&["use_orig_params", "limit_all_gathers", "cpu_ram_efficient_loading", "backward_prefetch", "forward_prefetch", "auto_wrap_policy", "sync_module_states"],
@@ -63,7 +70,8 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["dataset", "datasets", "dataset_path", "data_files", "train_file", "train_files", "train_data"], "write `data.path`, a file, a folder or a list of them"),
     (&["val_set_size", "validation_split_percentage", "test_size", "validation_file", "eval_dataset", "test_datasets"],
         "write `data.validation_fraction`, the share of the documents that is held out"),
-    (&["optim", "optimizer_type", "optim_args"], "the optimizer is AdamW; take the key out"),
+    (&["optim", "optimizer_type", "optimizer_name", "optim_args", "optim_target_modules", "optimizer.type", "optimizer.name", "optimizer.class_path",
+        "optimizer.params", "optimizer.fused"], ADAMW),
     (&["lr_scheduler", "scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio"], "write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\", and `min_lr_ratio`"),
     (&["decay_lr", "lr_decay_style"], "write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\""),
     (&["lr_decay_iters", "lr_decay_steps"], "the rate falls until the run's end, which `max_steps` or `epochs` says; take the key out"),
@@ -88,7 +96,35 @@ const NAMES: &[(&[&str], &str)] = &[
         "pipeline_model_parallel_size"], SPREAD),
     (&["push_to_hub"], HUB),
     (&["use_cpu", "no_cuda", "use_mps_device"], "write `device`"),
-    (&["do_train", "do_predict", "remove_unused_columns", "disable_tqdm", "label_names", "past_index"], "it has no meaning here; take the key out"),
+    (&["do_train", "do_predict", "remove_unused_columns", "disable_tqdm", "label_names", "past_index", "torch_empty_cache_steps", "skip_memory_metrics",
+        "prediction_loss_only", "include_for_metrics", "include_inputs_for_metrics", "include_num_input_tokens_seen", "include_tokens_per_second",
+        "log_on_each_node", "save_on_each_node", "ignore_data_skip", "length_column_name", "batch_eval_metrics", "jit_mode_eval", "debug", "tpu_num_cores",
+        "eval_accumulation_steps", "callbacks", "plugins", "barebones", "benchmark", "inference_mode", "use_distributed_sampler",
+        "reload_dataloaders_every_n_epochs", "enable_progress_bar", "enable_model_summary", "prescale_gradients", "gradient_predivide_factor",
+        "communication_data_type", "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "data_efficiency", "aio",
+        "dump_state"],
+        NOTHING),
+    (&["average_tokens_across_devices"], "every token counts alike, on whichever rank it is; take the key out"),
+    (&["auto_find_batch_size"], "write `batch_size`; `fleet plan` tells what fits"),
+    (&["padding_free", "packing_strategy", "dataset_kwargs"], "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
+    (&["model_init_kwargs"], "a model is read as it lies at `model.path`; take the key out"),
+    (&["eos_token", "pad_token"], "the tokenizer says so, which is that of the model or of `tokenizer.path`; take the key out"),
+    (&["activation_offloading"], "write `activation_checkpointing`"),
+    (&["loss_type"], "the loss is the cross-entropy of the next token; take the key out"),
+    (&["ckpt_path", "resume_from", "load_checkpoint"], "write `resume_from_checkpoint`, \"latest\" or the directory of a checkpoint"),
+    (&["min_epochs", "min_steps"], "a run ends after `epochs` or `max_steps`, and not before; take the key out"),
+    (&["gradient_clip_algorithm"], CLIPPED),
+    (&["limit_test_batches", "fast_dev_run", "overfit_batches"], "`max_steps` ends a run early; take the key out"),
+    (&["num_sanity_val_steps"], "a run evaluates before its first step; take the key out"),
+    (&["default_root_dir"], "write `output_dir`"),
+    (&["trainer"], "its settings stand at the top of a job file: `max_steps`, `devices`, `precision` and the like; take the table out"),
+    (&["profiler", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "comms_logger"],
+        "where the time goes is always told; write `trace` for each rank's timeline"),
+    (&["detect_anomaly", "logging_nan_inf_filter"], "what is NaN or infinite is found in every step, and named; take the key out"),
+    (&["max_time"], "write `max_time_s`, in seconds"),
+    (&["train_micro_batch_size_per_gpu"], "write `batch_size`, the sequences of one rank"),
+    (&["steps_per_print"], "write `logging_steps`"),
+    (&["tensorboard", "csv_monitor"], RECORD),
     (&["label_smoothing_factor", "neftune_noise_alpha", "completion_only_loss", "assistant_only_loss", "train_on_inputs", "chat_template"],
         "it learns every token of plain text; take the key out"),
 ];
@@ -104,6 +140,39 @@ const FAMILIES: &[(&str, &str)] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As they stand in the files of these tools, at the top or in a table, and what the line must say.
+    #[rustfmt::skip]
+    const COMMON: &[(&str, &str)] = &[
+        // transformers
+        ("optim", "AdamW"), ("warmup_ratio", "`warmup_steps`"), ("bf16", "`precision`"), ("fp16", "`precision`"), ("tf32", "`precision`"),
+        ("report_to", "take the key out"), ("eval_strategy", "`eval_steps`"), ("save_strategy", "`save_steps`"), ("logging_strategy", "`logging_steps`"),
+        ("load_best_model_at_end", "take the key out"), ("dataloader_num_workers", "take the key out"), ("ddp_find_unused_parameters", "`strategy`"),
+        ("push_to_hub", "take the key out|upload"), ("group_by_length", "`max_seq_len`"), ("auto_find_batch_size", "`batch_size`"),
+        ("eval_accumulation_steps", "take the key out"), ("torch_compile", "take the key out"), ("neftune_noise_alpha", "take the key out"),
+        ("deepspeed", "`strategy`"), ("fsdp_config", "`strategy`"), ("use_cpu", "`device`"),
+        // TRL
+        ("max_length", "`max_seq_len`"), ("packing", "always packed"), ("padding_free", "always packed"), ("dataset_text_field", "`data.text_field`"),
+        ("eos_token", "`tokenizer.path`"), ("model_init_kwargs", "`model.path`"), ("loss_type", "cross-entropy"), ("activation_offloading", "`activation_checkpointing`"),
+        // Lightning
+        ("max_epochs", "`epochs`"), ("min_steps", "take the key out"), ("trainer", "`max_steps`"), ("accelerator", "`strategy`"),
+        ("gradient_clip_val", "`max_grad_norm`"), ("limit_val_batches", "`max_eval_examples`"), ("fast_dev_run", "`max_steps`"),
+        ("log_every_n_steps", "`logging_steps`"), ("default_root_dir", "`output_dir`"), ("callbacks", "take the key out"), ("profiler", "`trace`"),
+        ("ckpt_path", "`resume_from_checkpoint`"), ("max_time", "`max_time_s`"),
+        // DeepSpeed
+        ("train_micro_batch_size_per_gpu", "`batch_size`"), ("zero_optimization.stage", "`strategy`"), ("fp16.enabled", "`precision`"),
+        ("bf16.enabled", "`precision`"), ("gradient_clipping", "`max_grad_norm`"), ("optimizer.type", "AdamW"), ("optimizer.params.lr", "AdamW"),
+        ("scheduler.type", "`optimizer.schedule`"), ("steps_per_print", "`logging_steps`"), ("wall_clock_breakdown", "`trace`"),
+    ];
+
+    #[test]
+    fn keys_of_the_large_trainers_lead_to_fleets_or_are_said_to_be_for_nothing() {
+        for (key, wanted) in COMMON {
+            let line = super::super::tests::error(&format!("{key} = 1"));
+            let says = wanted.split('|').any(|wanted| line.contains(wanted));
+            assert!(line.contains("is a key of other tools") && says, "{key}: {line}");
+        }
+    }
 
     #[test]
     fn what_the_small_trainers_call_otherwise_is_known() {

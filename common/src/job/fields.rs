@@ -441,7 +441,9 @@ fn known(key: &str, value: &Value, family: Option<&Family>) -> Result<&'static s
         if let Some(instead) = elsewhere::instead(&key).filter(is_apt) {
             return Err(JobFileError::Elsewhere { place, key, instead: instead.to_owned() });
         }
-        let of_family = keys().filter(fits);
+        // What stretches a rotary embedding has names that mean much else elsewhere.
+        let means_rope = key.contains("rope");
+        let of_family = keys().filter(fits).filter(|name| means_rope || !name.starts_with("model.rope_"));
         let suggestion = nearest(&key, of_family).map(str::to_owned);
         return Err(JobFileError::UnknownKey { place, key, suggestion });
     };

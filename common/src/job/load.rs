@@ -92,7 +92,7 @@ pub(super) fn parse(
 fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -> Result<Job, JobFileError> {
     let max_seq_len = f.int32("max_seq_len", 2, 1 << 20)?.unwrap_or(256);
     let batch_size = f.int32("batch_size", 1, SIZE_MAX)?.unwrap_or(8);
-    let max_steps = max_steps(f)?;
+    let (max_steps, epochs) = length(f, warnings)?;
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
@@ -116,7 +116,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         transport: transport(f)?,
         transport_encryption: f.flag("transport_encryption")?.unwrap_or(true),
         max_seq_len,
-        epochs: f.int32("epochs", 1, 1_000_000)?.unwrap_or(1),
+        epochs,
         max_steps,
         logging_steps: f.int("logging_steps", 1, INT_MAX)?.unwrap_or(10),
         log_to_db: f.flag("log_to_db")?.unwrap_or(true),
@@ -128,7 +128,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         data: data(f, dir)?,
         optimizer: optimizer(f, max_steps, warnings)?,
         checkpoint: checkpoint(f, dir)?,
-        eval: eval(f, batch_size)?,
+        eval: eval(f, batch_size, warnings)?,
     })
 }
 
@@ -185,11 +185,19 @@ const OTHER_TASKS: [&str; 34] = [
     "mlm",
 ];
 
-/// Above 0 it decides, otherwise `epochs` does.
-fn max_steps(f: &Fields) -> Result<Option<u64>, JobFileError> {
+/// `max_steps` and `epochs`. Above 0 the first one decides, otherwise the second.
+fn length(f: &Fields, warnings: &mut Vec<Warning>) -> Result<(Option<u64>, u32), JobFileError> {
     let wanted = "a whole number; 0 or -1 leaves the length to `epochs`";
     let given = f.get("max_steps", wanted, |v| v.int().filter(|n| *n >= -1))?;
-    Ok(given.and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0))
+    let max_steps = given.and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0);
+    let epochs = f.int32("epochs", 1, 1_000_000)?;
+    if let (Some(steps), Some(epochs)) = (max_steps, epochs) {
+        let spelling = f.spelling("epochs");
+        warnings.push(Warning(format!(
+            "`max_steps` ({steps}) decides how long the run is, and `{spelling}` ({epochs}) counts for nothing: leave one of them out"
+        )));
+    }
+    Ok((max_steps, epochs.unwrap_or(1)))
 }
 
 /// What the machine that runs the job has to do, if that is possible with any number of ranks.
@@ -449,11 +457,19 @@ fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
     })
 }
 
-fn eval(f: &Fields, batch_size: u32) -> Result<Eval, JobFileError> {
+/// Of `batch_size` sequences at most at once: then evaluation needs no memory of its own, and its loss is the same.
+fn eval(f: &Fields, most: u32, warnings: &mut Vec<Warning>) -> Result<Eval, JobFileError> {
     f.word("eval.split", &[("validation", ())])?;
+    let given = f.int32("eval.batch_size", 1, SIZE_MAX)?.unwrap_or(most);
+    if given > most {
+        let (eval, train) = (f.spelling("eval.batch_size"), f.spelling("batch_size"));
+        warnings.push(Warning(format!(
+            "`{eval}` ({given}) is larger than `{train}` ({most}): evaluation takes {most} sequences at once, in the memory that training has, and its loss is the same"
+        )));
+    }
     Ok(Eval {
         eval_steps: f.int("eval.eval_steps", 0, INT_MAX)?.unwrap_or(100),
-        batch_size: f.int32("eval.batch_size", 1, SIZE_MAX)?.unwrap_or(batch_size),
+        batch_size: given.min(most),
         max_eval_examples: f.int("eval.max_eval_examples", 1, INT_MAX)?,
     })
 }

@@ -290,7 +290,7 @@ pub enum Resume {
 pub struct Eval {
     /// Evaluate every this many steps, before the first step and at the end; 0: never.
     pub eval_steps: u64,
-    /// Sequences per rank in one evaluation batch.
+    /// Sequences per rank in one evaluation batch, at most `Job::batch_size`.
     pub batch_size: u32,
     /// Evaluate on at most this many windows; `None`: all.
     pub max_eval_examples: Option<u64>,

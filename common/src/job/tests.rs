@@ -407,6 +407,36 @@ fn a_warm_up_longer_than_the_run_is_cut_with_a_warning() {
 }
 
 #[test]
+fn no_key_is_taken_for_one_of_the_rotary_embedding_that_does_not_say_so() {
+    for key in ["data.type", "checkpoint.factor", "truncate"] {
+        assert!(!error(&format!("{key} = 1")).contains("rope"), "{key}");
+    }
+    assert!(error("rope_theta = 1").contains("did you mean `model.rope_theta`"));
+}
+
+#[test]
+fn what_of_a_file_counts_for_nothing_is_said() {
+    let said = |text: &str| {
+        let (job, warnings) = parse(Format::Toml, text, &["data.path=x"]).unwrap();
+        (job, warnings.into_iter().map(|warning| warning.0).collect::<Vec<_>>())
+    };
+    let (job, warnings) = said("max_steps = 100\nnum_train_epochs = 3");
+    assert_eq!(job.max_steps, Some(100));
+    assert!(
+        warnings[0].starts_with("`max_steps` (100) decides how long the run is, and `num_train_epochs` (3)"),
+        "{warnings:?}"
+    );
+    assert!(said("max_steps = -1\nepochs = 3").1.is_empty());
+    let (job, warnings) = said("batch_size = 4\neval.batch_size = 16");
+    assert_eq!(job.eval.batch_size, 4, "what it takes, and what `fleet config` shows");
+    assert!(
+        warnings[0].starts_with("`eval.batch_size` (16) is larger than `batch_size` (4)"),
+        "{warnings:?}"
+    );
+    assert!(said("batch_size = 4\neval.batch_size = 2").1.is_empty());
+}
+
+#[test]
 fn a_given_tokenizer_decides_the_vocabulary() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tokenizer.json");

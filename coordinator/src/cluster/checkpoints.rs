@@ -7,7 +7,7 @@
 use super::ends::wake_parts;
 use super::records::{JobRecord, Part, RecordedCheckpoint, Stop, node_error};
 use super::{Context, Effect, State};
-use fleet_common::events::{CheckpointRecord, Event, EventBody, Level};
+use fleet_common::events::{CheckpointRecord, Event, EventBody, HOSTS_MAX, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{Files, Holder, JobState, Loan, Member, ResumePoint};
@@ -48,11 +48,11 @@ pub struct Resumed {
 }
 
 impl Continues {
-    fn takes(&self, record: &CheckpointRecord) -> bool {
+    pub(super) fn takes(&self, path: &str) -> bool {
         match self {
             Continues::Nothing => false,
-            Continues::From(path) => record.path == *path,
-            Continues::Newest(dir) => Path::new(&record.path).parent() == Some(Path::new(dir)),
+            Continues::From(of) => path == of,
+            Continues::Newest(dir) => Path::new(path).parent() == Some(Path::new(dir)),
         }
     }
 }
@@ -74,7 +74,7 @@ impl State {
         }
         let all =
             self.jobs.iter().flat_map(|(of, job)| job.checkpoints.iter().map(move |known| (*of, known)));
-        let meant = all.filter(|(_, known)| job.continues.takes(&known.record) && !passed(known));
+        let meant = all.filter(|(_, known)| job.continues.takes(&known.record.path) && !passed(known));
         let (of, known) = meant.max_by_key(|(of, known)| (known.unix_ms, *of, known.event))?;
         let all_have_it =
             nodes.iter().all(|node| known.held.contains(&Held { node: *node, files: Files::All }));
@@ -134,12 +134,40 @@ impl State {
         let looks =
             at.generation == 1 && at.parts.len() == 1 && matches!(job.continues, Continues::Newest(_));
         let Some(resumed) = at.resume.as_ref().filter(|_| !looks) else { return };
-        let (of, sha256) = (resumed.job, resumed.record.manifest_sha256.clone());
+        let (of, record) = (resumed.job, resumed.record.clone());
+        let sha256 = &record.manifest_sha256;
         let mut all = self.jobs.get_mut(&of).into_iter().flat_map(|job| &mut job.checkpoints);
-        let Some(known) = all.find(|known| known.record.manifest_sha256 == sha256) else { return };
+        let known = all.find(|known| known.record.manifest_sha256 == *sha256);
         let copy = Held { node, files: Files::All };
-        if known.held.len() < COPIES_MAX && !known.held.contains(&copy) {
+        let was_there = known.as_ref().is_some_and(|known| known.held.iter().any(|held| held.node == node));
+        if let Some(known) =
+            known.filter(|known| known.held.len() < COPIES_MAX && !known.held.contains(&copy))
+        {
             known.held.push(copy);
+        }
+        let Some(job) = self.jobs.get_mut(&id).filter(|_| of != id && !was_there) else { return };
+        match job.fetched.iter_mut().find(|fetched| fetched.record.manifest_sha256 == *sha256) {
+            Some(fetched) if fetched.held.contains(&copy) || fetched.held.len() >= HOSTS_MAX => {}
+            Some(fetched) => fetched.held.push(copy),
+            None => job.fetched.push(Resumed { job: of, record, held: vec![copy] }),
+        }
+    }
+
+    /// The nodes of these hosts of the job's gang do not have these checkpoints any more, whosever they are. One that no node has is none.
+    pub(crate) fn checkpoints_removed(&mut self, id: JobId, hosts: &[u32], manifests: &[String]) {
+        let parts = self.jobs.get(&id).and_then(|job| job.placement.as_ref()).map(|at| &at.parts[..]);
+        let part = |host: &u32| parts?.get(*host as usize);
+        let nodes: Vec<NodeId> = hosts.iter().filter_map(part).map(|part| part.node).collect();
+        let stays = |record: &CheckpointRecord, held: &mut Vec<Held>| {
+            if !manifests.contains(&record.manifest_sha256) {
+                return true;
+            }
+            held.retain(|held| !nodes.contains(&held.node));
+            !held.is_empty()
+        };
+        for job in self.jobs.values_mut() {
+            job.checkpoints.retain_mut(|known| stays(&known.record, &mut known.held));
+            job.fetched.retain_mut(|fetched| stays(&fetched.record, &mut fetched.held));
         }
     }
 
@@ -342,6 +370,35 @@ mod tests {
             "{}",
             error.message
         );
+    }
+
+    #[test]
+    fn what_a_disk_has_no_more_is_not_said_to_be_on_the_nodes_that_see_it() {
+        let mut script = Script::with_nodes(&[2, 2, 2]);
+        let job = submit(&mut script, Continues::Nothing, 3);
+        script.place(job, &[(1, 2), (2, 2), (3, 2)]);
+        let saved = |step: u64| {
+            let manifest_sha256 = format!("{step:064x}");
+            let record = CheckpointRecord { disks: vec![0, 1, 1], manifest_sha256, ..checkpoint_of(step, 6) };
+            EventBody::Checkpoint(record)
+        };
+        script.tell(job, 1, 1, vec![saved(5), saved(6)]);
+        let removed = |hosts: &[u32], step: u64| {
+            let manifests = vec![format!("{step:064x}"), "ef".repeat(32)];
+            EventBody::CheckpointsRemoved { hosts: hosts.to_vec(), manifests }
+        };
+        let nodes = |script: &Script| -> Vec<(u64, Vec<u64>)> {
+            let known = script.state.jobs()[&job].checkpoints.iter();
+            known.map(|one| (one.record.step, one.held.iter().map(|held| held.node.0).collect())).collect()
+        };
+        let before = nodes(&script);
+        assert_eq!(before, [(5, vec![1, 2, 2, 3, 3]), (6, vec![1, 2, 2, 3, 3])]);
+        let kept = script.state.jobs()[&job].events;
+        script.tell(job, 2, 1, vec![removed(&[1, 2, 9], 5)]);
+        assert_eq!(nodes(&script), [(5, vec![1]), before[1].clone()]);
+        script.tell(job, 1, 3, vec![removed(&[0], 5)]);
+        assert_eq!(nodes(&script), before[1..], "nobody has it");
+        assert_eq!(script.state.jobs()[&job].events, kept);
     }
 
     #[test]

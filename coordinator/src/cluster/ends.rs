@@ -89,6 +89,7 @@ impl State {
         context.effects.extend([Effect::Job(id), Effect::Plan]);
         wake_parts(job, context);
         self.job_ended(id, context);
+        self.wake_superseded(context);
         self.finished.push_back(id);
         while self.finished.len() > FINISHED_IN_STATE {
             if let Some(oldest) = self.finished.pop_front() {
@@ -130,12 +131,15 @@ impl State {
 }
 
 fn back_in_the_queue(job: &JobRecord) -> String {
-    let step = job.progress.step;
-    match job.checkpoints.last().map_or(0, |known| known.record.step) {
-        saved if saved == step || !job.trains => format!("back in the queue after step {step}"),
-        saved => format!(
-            "back in the queue after step {step}, without a checkpoint of it; goes on from step {saved}"
-        ),
+    let back = "back in the queue";
+    match (job.progress.step, job.checkpoints.last().map(|known| known.record.step)) {
+        _ if !job.trains => back.to_owned(),
+        (0, _) => format!("{back} before its first step"),
+        (step, Some(saved)) if saved == step => format!("{back} after step {step}"),
+        (step, Some(saved)) => {
+            format!("{back} after step {step}, without a checkpoint of it; goes on from step {saved}")
+        }
+        (step, None) => format!("{back} after step {step}, without a checkpoint; begins as it did before"),
     }
 }
 

@@ -24,13 +24,14 @@ pub mod superseded;
 
 use admitted::Admitted;
 use authorities::Cas;
+use checkpoints::Resumed;
 use commands::Change;
 use epochs::Epochs;
 use fleet_common::ids::{ExportId, JobId, NodeId, ProfileId, ReplicaId, RunId, UserId};
 use fleet_common::protocol::{Member, Refusal, RefusalKind, Superseded, Work};
 use history::{Decision, HistoryRow};
 use members::{NodeRecord, ReplicaRecord, TokenRecord, UserRecord};
-use records::{JobRecord, RecordedCheckpoint};
+use records::JobRecord;
 use retention::{Removal, Retention};
 use runs::RunRecord;
 use serde::{Deserialize, Serialize};
@@ -158,7 +159,7 @@ pub(crate) struct Context {
     /// Bytes of what was added to the history.
     pub kept: u64,
     /// Checkpoints that are not recorded any more, where they lie on nodes that their job has left.
-    pub superseded: Vec<RecordedCheckpoint>,
+    pub superseded: Vec<Resumed>,
 }
 
 impl Context {

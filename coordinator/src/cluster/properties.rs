@@ -13,7 +13,8 @@ use crate::raft::memory::MemoryDisk;
 use crate::raft::replica::{Membership, Replica, Sizes};
 use fleet_common::codec;
 use fleet_common::events::{
-    DataStats, Endpoint, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
+    Culprit, DataStats, Endpoint, Evaluation, Event, EventBatch, EventBody, FailureKind, JobError, Outcome,
+    Stall,
 };
 use fleet_common::exit::Fault;
 use fleet_common::ids::{ClientId, UserId};
@@ -61,6 +62,14 @@ fn any_body() -> impl Strategy<Value = EventBody> {
             EventBody::Listening(
                 (0..ranks).map(|rank| Endpoint { port: 9 + rank, key: vec![key; 44] }).collect(),
             )
+        }),
+        any::<bool>().prop_map(|stands| {
+            let (what, culprit) = ("rank 1 has not come".to_owned(), Culprit::Silent);
+            EventBody::Stall(stands.then_some(Stall { since_unix_ms: 1, what, culprit }))
+        }),
+        (0..3u32).prop_map(|host| EventBody::CheckpointsRemoved {
+            hosts: vec![host],
+            manifests: vec!["cd".repeat(32)]
         }),
         any::<bool>().prop_map(|meant| EventBody::CheckpointLost {
             manifest_sha256: if meant { "cd".repeat(32) } else { "ef".repeat(32) },
@@ -190,6 +199,9 @@ fn job_change() -> impl Strategy<Value = Change> {
         }),
         1 => (job_id(), 1..3u64, node_id()).prop_map(|(job, generation, node)| {
             Change::BreakOff(BreakOff { job, generation, node, waited_ms: 60_000 })
+        }),
+        1 => (job_id(), 1..3u64).prop_map(|(job, generation)| {
+            Change::ForceStop(ForceStop { job, generation, waited_ms: 10_000 })
         }),
         1 => node_id().prop_map(|node| {
             Change::SettleSuperseded(SettleSuperseded { node, manifests: vec!["cd".repeat(32)] })
@@ -545,7 +557,7 @@ fn commands_keep_their_bytes() {
             "08050103016d".into(),
         ),
         (Change::RevokeToken(RevokeToken { id: "t".into() }), "090174".into()),
-        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013004")),
+        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013005")),
         (Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }), "0b02".into()),
         (Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }), "0c02".into()),
         (
@@ -593,6 +605,10 @@ fn commands_keep_their_bytes() {
             Change::SettleSuperseded(SettleSuperseded { node, manifests: vec!["ab".into()] }),
             "1f0301026162".into(),
         ),
+        (
+            Change::ForceStop(ForceStop { job: job_id, generation: 1, waited_ms: 10_000 }),
+            "200501fb1027".into(),
+        ),
     ];
     assert_eq!(golden.len(), COMMANDS, "a command has no golden bytes");
     for (change, hex) in golden {
@@ -611,4 +627,4 @@ fn commands_keep_their_bytes() {
 }
 
 /// Variants of `Change`.
-const COMMANDS: usize = 32;
+const COMMANDS: usize = 33;

@@ -11,6 +11,8 @@ use fleet_common::exit::Fault;
 use fleet_common::ids::{Generation, JobId, NodeId, Rank};
 use fleet_common::protocol::{JobState, Wish, Work};
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
+use std::path::Path;
 
 /// Events of one job that are kept, and bytes of its lines over all its starts and nodes; beyond it lines of output are left out and
 /// only the rest is kept. Agents keep to less by themselves; they are not relied on.
@@ -59,6 +61,8 @@ pub struct JobRecord {
     pub checkpoints: Vec<RecordedCheckpoint>,
     /// What it goes on from while it has none.
     pub continues: Continues,
+    /// Checkpoints of other jobs, with the nodes that fetched a copy for this one. They go when it has as many of its own as it keeps.
+    pub fetched: Vec<Resumed>,
     /// Manifests of checkpoints that a node could not get, and that are not tried again.
     pub passed_over: Vec<String>,
     pub error: Option<JobError>,
@@ -189,10 +193,13 @@ impl JobRecord {
         said.reduce(u64::saturating_add)
     }
 
-    /// For whom it waits.
+    /// For whom it waits, as the node tells that sees most of it, and of several such the first to see it.
     pub fn stall(&self) -> Option<&Stall> {
         let live = self.placement.iter().flat_map(|at| &at.parts).filter(|part| !part.finished);
-        live.filter(|_| self.state == JobState::Running).find_map(|part| part.stall.as_ref())
+        let told = live
+            .filter(|_| matches!(self.state, JobState::Running | JobState::Stopping))
+            .filter_map(|part| part.stall.as_ref());
+        told.min_by_key(|stall| (Reverse(stall.culprit), stall.since_unix_ms))
     }
 
     /// Takes what an agent tells. Lines and measurements are left out where there are too many, or where the history is `overfull`.
@@ -277,7 +284,7 @@ impl JobRecord {
         self.follow(&event.body);
         match &mut event.body {
             EventBody::Checkpoint(checkpoint) => match checkpoint.flaw() {
-                None => self.keep(checkpoint.clone(), event.unix_ms, context),
+                None => self.keep(id, checkpoint.clone(), event.unix_ms, context),
                 Some(flaw) => {
                     let (step, error) = (checkpoint.step, format!("its manifest is not whole: {flaw}"));
                     event.body = EventBody::CheckpointFailed { step, error };
@@ -305,17 +312,26 @@ impl JobRecord {
         }
     }
 
-    fn keep(&mut self, mut record: CheckpointRecord, unix_ms: u64, context: &mut Context) {
+    fn keep(&mut self, id: JobId, mut record: CheckpointRecord, unix_ms: u64, context: &mut Context) {
         let held = self.written_by(&record);
         let here: Vec<NodeId> = held.iter().map(|held| held.node).collect();
         (record.shards, record.disks) = (Vec::new(), Vec::new());
+        let path = record.path.clone();
         let mut gone: Vec<RecordedCheckpoint> =
             self.checkpoints.extract_if(.., |known| known.record.path == record.path).collect();
         self.checkpoints.push(RecordedCheckpoint { record, event: self.events + 1, unix_ms, held });
-        let surplus = self.checkpoints.len().saturating_sub(self.keep_checkpoints.max(1) as usize);
-        gone.extend(self.checkpoints.drain(..surplus));
+        let keeps = self.keep_checkpoints.max(1) as usize;
+        gone.extend(self.checkpoints.drain(..self.checkpoints.len().saturating_sub(keeps)));
+        let own = |known: RecordedCheckpoint| Resumed { job: id, record: known.record, held: known.held };
+        let mut gone: Vec<Resumed> = gone.into_iter().map(own).collect();
+        if self.checkpoints.len() == keeps {
+            gone.append(&mut self.fetched);
+        }
         // Where the job's ranks write they remove them.
-        gone.iter_mut().for_each(|known| known.held.retain(|held| !here.contains(&held.node)));
+        let dir = Path::new(&path).parent();
+        for known in gone.iter_mut().filter(|known| Path::new(&known.record.path).parent() == dir) {
+            known.held.retain(|held| !here.contains(&held.node));
+        }
         context.superseded.append(&mut gone);
     }
 

@@ -12,7 +12,7 @@ use super::peer::{Report, SIGHTINGS_MAX, Sighting};
 use super::{Action, Control, Now, PeerMessage};
 use crate::planner::{LEASE_MS, Observed, PartId, Seen};
 use crate::raft::disk::Disk;
-use fleet_common::ids::{NodeId, ReplicaId};
+use fleet_common::ids::{Generation, JobId, NodeId, ReplicaId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Between two reports to the leader.
@@ -34,6 +34,8 @@ pub(super) struct Observations {
     expected: BTreeMap<NodeId, u64>,
     /// On the leader: since when each part of a gang whose report is due could have made it.
     unreported: BTreeMap<PartId, u64>,
+    /// On the leader: since when each gang that was asked to stop is seen to stand still.
+    stuck: BTreeMap<(JobId, Generation), u64>,
     /// What the leader has not got yet.
     changed: BTreeSet<NodeId>,
     /// To whom, and in which term, reports go.
@@ -122,8 +124,16 @@ impl Observations {
         self.unreported = connected.map(since).collect();
     }
 
+    /// On the leader: these gangs were asked to stop, and stand still.
+    pub fn await_stops(&mut self, stuck: impl Iterator<Item = (JobId, Generation)>, now: Now) {
+        let known = std::mem::take(&mut self.stuck);
+        let since = |gang| (gang, known.get(&gang).copied().unwrap_or(now.mono_ms));
+        self.stuck = stuck.map(since).collect();
+    }
+
     /// No silence counts from before now.
     pub fn begin_anew(&mut self) {
+        self.stuck.clear();
         self.expected.clear();
         self.unreported.clear();
     }
@@ -138,7 +148,12 @@ impl Observations {
                 seen.connected = true;
             }
         }
-        Observed { nodes, counted_from_ms: self.expected.clone(), unreported_ms: self.unreported.clone() }
+        Observed {
+            nodes,
+            counted_from_ms: self.expected.clone(),
+            unreported_ms: self.unreported.clone(),
+            stuck_ms: self.stuck.clone(),
+        }
     }
 
     /// Anybody holds the node's agent, as far as is known here.

@@ -33,6 +33,7 @@ impl<D: Disk> Control<D> {
         // What is reported while there is no room for it is heard when there is.
         let heard = matches!(self.room, Room::Enough);
         self.observations.await_reports(self.replica.state().unreported().filter(|_| heard), now);
+        self.observations.await_stops(self.replica.state().stuck_stops(), now);
         let observed = self.observed(now);
         let mut planned = planner::plan(self.replica.state(), &observed, now.mono_ms, now.unix_ms);
         if !matches!(self.room, Room::Enough) {

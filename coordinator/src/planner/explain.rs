@@ -4,7 +4,7 @@ use super::Observed;
 use super::outlook::{Outlook, Placing};
 use crate::cluster::State;
 use crate::cluster::members::NodeRecord;
-use crate::cluster::records::JobRecord;
+use crate::cluster::records::{JobRecord, Stop};
 use fleet_common::events::Outcome;
 use fleet_common::ids::{JobId, NodeId};
 use fleet_common::protocol::{JobState, Wish, listed};
@@ -38,6 +38,9 @@ impl Outlook {
                 ),
                 total => format!("step {} of {total} with {ranks} on {}{beware}", job.progress.step, nodes()),
             },
+            JobState::Stopping if job.stop == Some(Stop::Now) && job.stall().is_some() => {
+                format!("asked to stop, it stood still; {} ends it without a checkpoint{beware}", nodes())
+            }
             JobState::Stopping if job.requeue => {
                 format!(
                     "goes back to the queue, since a node is drained; {} saves what it has if there is time{beware}",

@@ -12,7 +12,7 @@ mod timeline;
 pub use explain::ended;
 pub use outlook::{OVERRUN_MS, Outlook, Placing};
 
-use crate::cluster::commands::{AssignGang, BreakOff, Change, MarkNodeLost};
+use crate::cluster::commands::{AssignGang, BreakOff, Change, ForceStop, MarkNodeLost};
 use crate::cluster::{Command, State};
 use fleet_common::ids::{Generation, JobId, NodeId};
 use std::collections::BTreeMap;
@@ -22,6 +22,9 @@ pub const LEASE_MS: u64 = 10_000;
 
 /// A worker that was told of its part of a gang on several nodes says within this time where its ranks can be called, which takes it a moment.
 pub const REPORT_MS: u64 = 60_000;
+
+/// A gang that was asked to stop and stands still has so long to go on, which is what the ranks have that a signal stops.
+pub const STUCK_MS: u64 = 10_000;
 
 /// Why the planner wants a command; logged, and shown by `fleet status`.
 pub type Why = String;
@@ -35,6 +38,8 @@ pub struct Observed {
     pub counted_from_ms: BTreeMap<NodeId, u64>,
     /// Since when each part of a gang could have said where its ranks can be called, and has not. Nobody who is not in it is late.
     pub unreported_ms: BTreeMap<PartId, u64>,
+    /// Since when each gang that was asked to stop stands still.
+    pub stuck_ms: BTreeMap<(JobId, Generation), u64>,
 }
 
 /// A gang's part on this node.
@@ -66,6 +71,7 @@ impl Observed {
 pub fn plan(state: &State, observed: &Observed, now_ms: u64, unix_ms: u64) -> Vec<(Change, Why)> {
     let mut decisions = lost_nodes(state, observed, now_ms);
     decisions.extend(late_parts(state, observed, now_ms));
+    decisions.extend(stuck_stops(state, observed, now_ms));
     if decisions.is_empty() {
         decisions.extend(starts(state, observed, unix_ms));
         return decisions;
@@ -129,6 +135,18 @@ fn late_parts(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, W
         })
     });
     late.collect()
+}
+
+fn stuck_stops(state: &State, observed: &Observed, now_ms: u64) -> Vec<(Change, Why)> {
+    let stuck = state.stuck_stops().filter_map(|gang| {
+        let waited_ms = now_ms.saturating_sub(*observed.stuck_ms.get(&gang)?);
+        let (job, generation) = gang;
+        (waited_ms >= STUCK_MS).then(|| {
+            let why = format!("{job} was asked to stop and has stood still for {waited_ms} ms");
+            (Change::ForceStop(ForceStop { job, generation, waited_ms }), why)
+        })
+    });
+    stuck.collect()
 }
 
 #[cfg(test)]

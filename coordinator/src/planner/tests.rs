@@ -3,6 +3,7 @@ use crate::cluster::Answer;
 use crate::cluster::commands::{CancelJob, DrainNode};
 use crate::cluster::records::Stop;
 use crate::cluster::tests::{Script, describe, job, program, redeem, token, training};
+use fleet_common::events::{Culprit, EventBody, Stall};
 use fleet_common::protocol::{Program, Role, Value, Variable, Wish, Work};
 use proptest::prelude::*;
 
@@ -456,4 +457,26 @@ fn a_part_that_has_not_reported_is_given_up_when_its_time_is_over_and_only_once(
     assert!(plan(&script.state, &observed, 5 + REPORT_MS, UNIX_MS).is_empty());
     let told = explain(&script.state, &observed, UNIX_MS, gang);
     assert!(told.contains("n2 has not said within 60 s"), "{told}");
+}
+
+#[test]
+fn a_gang_that_shall_stop_and_stands_still_has_ten_seconds() {
+    let mut script = Script::with_nodes(&[2]);
+    let gang = script.submit_as(job(training(), 2, Wish::default()));
+    script.place(gang, &[(1, 2)]);
+    let what = "rank 1 has not come".to_owned();
+    let stall = Stall { since_unix_ms: 1, what, culprit: Culprit::Stopped };
+    let started = EventBody::Started { step: 0, parameters: 1, device: "cpu".into() };
+    script.tell(gang, 1, 1, vec![started, EventBody::Stall(Some(stall))]);
+    assert_eq!(script.state.stuck_stops().count(), 0, "nobody has asked it to stop");
+    script.run(Change::CancelJob(CancelJob { job: gang, stop: Stop::AfterCheckpoint }));
+    let mut observed = all_connected(&script);
+    observed.stuck_ms = script.state.stuck_stops().map(|gang| (gang, 5)).collect();
+    assert!(plan(&script.state, &observed, 4 + STUCK_MS, UNIX_MS).is_empty());
+    let forced = plan(&script.state, &observed, 5 + STUCK_MS, UNIX_MS);
+    assert!(matches!(&forced[..], [(Change::ForceStop(force), _)] if force.job == gang), "{forced:?}");
+    forced.into_iter().for_each(|(change, why)| drop(script.decide(&why, change)));
+    assert!(plan(&script.state, &observed, 5 + STUCK_MS, UNIX_MS).is_empty());
+    let told = explain(&script.state, &observed, UNIX_MS, gang);
+    assert!(told.contains("ends it without a checkpoint"), "{told}");
 }

@@ -5,7 +5,7 @@ use crate::cluster::State;
 use fleet_common::codec;
 
 /// Version of the state and of the history's rows; another one is refused.
-pub const FORMAT: u32 = 8;
+pub const FORMAT: u32 = 9;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {

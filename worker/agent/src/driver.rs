@@ -649,7 +649,6 @@ impl Driver {
     }
 }
 
-/// Where the output of a rank begins, which is counted from 0 on this node.
 /// What cannot be removed is told and stays.
 fn retire(checkpoint: &Superseded) {
     let Superseded { path, manifest_sha256 } = checkpoint;
@@ -660,6 +659,7 @@ fn retire(checkpoint: &Superseded) {
     }
 }
 
+/// Where the output of a rank lies, which is counted from 0 on this node.
 fn rank_log(gang_dir: &Path, local_rank: Rank) -> PathBuf {
     gang_dir.join(format!("rank-{local_rank}.log"))
 }

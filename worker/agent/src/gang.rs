@@ -286,7 +286,7 @@ impl Supervised {
             expired: None,
             sample_at: now.mono + MEMORY_PERIOD,
             look_at: now.mono + LOOK_PERIOD,
-            watch: Watch::new(gang.first_rank),
+            watch: Watch::new(gang.first_rank, gang.world_size),
             straggler: Straggler::new(gang.first_rank, &config.name),
             standings: Standings::default(),
             last_step: 0,
@@ -480,7 +480,7 @@ impl Supervised {
 
     /// Its ranks train together, and none has come to its end.
     fn can_stall(&self) -> bool {
-        let trains = matches!(self.kind, Kind::Train(_)) && self.ranks.len() > 1;
+        let trains = matches!(self.kind, Kind::Train(_)) && self.world_size > 1;
         let over = |state: &RankState| state.done.is_some() || state.exit.is_some();
         trains && self.phase == Phase::Running && self.suspicions.is_empty() && !self.ranks.iter().any(over)
     }
@@ -618,9 +618,10 @@ impl Supervised {
         }
         let standing = self.watch.standing().or(self.straggler.standing());
         if let Some(standing) = self.standings.news(standing, now.mono) {
-            let stall = standing.map(|Standing { since, what }| Stall {
+            let stall = standing.map(|Standing { since, what, culprit }| Stall {
                 since_unix_ms: now.unix_ms.saturating_sub(now.mono.saturating_sub(since).as_millis() as u64),
                 what,
+                culprit,
             });
             self.push(now, EventBody::Stall(stall));
         }

@@ -157,8 +157,9 @@ async fn read_messages<K: Copy>(
                 let _ = deliveries.messages.send((deliveries.key, GangInput::Rank(rank, message))).await;
             }
             Ok(None) => return,
-            Err(error) if *gone.borrow() => {
-                tracing::debug!(rank, %error, "the rank died in the middle of a message");
+            // Its end is reported by another way.
+            Err(error) if error.is_end() || *gone.borrow() => {
+                tracing::debug!(rank, %error, "the rank left in the middle of a message");
                 return;
             }
             Err(error) => {
@@ -210,4 +211,42 @@ async fn write_messages(
 async fn silence_after_the_end(mut gone: watch::Receiver<bool>) {
     let _ = gone.wait_for(|gone| *gone).await;
     tokio::time::sleep(LAST_WORDS).await;
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream as Blocking;
+
+    /// What is told of a rank that does this with its end of the socket. The agent has sent it something.
+    async fn told(does: impl FnOnce(Blocking)) -> Vec<GangInput> {
+        let (mut here, there) = Blocking::pair().unwrap();
+        here.write_all(b"to be read").unwrap();
+        does(there);
+        here.set_nonblocking(true).unwrap();
+        let (socket, _keep) = UnixStream::from_std(here).unwrap().into_split();
+        let (messages, mut inbox) = mpsc::channel(8);
+        let (lines, _lines) = mpsc::channel(8);
+        let (_gone, gone) = watch::channel(false);
+        let dir = tempfile::tempdir().unwrap();
+        let log = OutputFile::create(&dir.path().join("rank.log"));
+        let deliveries = Deliveries { key: (), messages, lines, relay: None };
+        read_messages(socket, 1, log, deliveries, gone).await;
+        std::iter::from_fn(|| inbox.try_recv().ok()).map(|((), input)| input).collect()
+    }
+
+    #[tokio::test]
+    async fn a_rank_that_is_gone_has_sent_nothing_wrong() {
+        let left = |input: Vec<GangInput>| assert!(input.is_empty(), "{input:?}");
+        // What was sent to it is unread: the connection is reset.
+        left(told(drop).await);
+        left(told(|mut rank| rank.write_all(&[9, 0]).unwrap()).await);
+        let wrong = told(|mut rank| rank.write_all(&[0xff; 64]).unwrap()).await;
+        assert!(
+            matches!(&wrong[..], [GangInput::Progress(Level::Warn, line)] if line.starts_with("rank 1 sent something that cannot be read")),
+            "{wrong:?}"
+        );
+    }
 }

@@ -9,6 +9,7 @@
 //! Who asks how the job stands is told sooner than the log, after `SOON` in place of `MARGIN`: what he sees goes away again.
 
 use fleet_collectives::{Activity, Doing, RankReport};
+use fleet_common::events::Culprit;
 use fleet_common::ids::Rank;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -58,6 +59,7 @@ pub struct Standing {
     pub since: Duration,
     /// The same while it waits for the same.
     pub what: String,
+    pub culprit: Culprit,
 }
 
 /// Watches one gang.
@@ -65,6 +67,8 @@ pub struct Standing {
 pub struct Watch {
     /// The number within the job of the first of its ranks, which are counted from 0 otherwise.
     first_rank: usize,
+    /// Ranks of the whole job.
+    world_size: usize,
     /// How long the last steps took, the newest last.
     steps: VecDeque<Duration>,
     /// The last of them.
@@ -108,18 +112,21 @@ impl Standings {
 
 struct Stall<'a> {
     first_rank: usize,
+    /// No other node has ranks of the job.
+    is_whole: bool,
     blamed: Vec<&'a Sight>,
     waiting: Vec<&'a Sight>,
     lasts: Duration,
 }
 
 impl Watch {
-    /// Of a gang whose ranks on this node begin with this one.
-    pub fn new(first_rank: Rank) -> Watch {
-        Watch { first_rank: first_rank as usize, ..Watch::default() }
+    /// Of a gang of so many ranks, those on this node beginning with `first_rank`.
+    pub fn new(first_rank: Rank, world_size: u32) -> Watch {
+        let (first_rank, world_size) = (first_rank as usize, world_size as usize);
+        Watch { first_rank, world_size, ..Watch::default() }
     }
 
-    /// `sights` are all ranks of the gang, in their order.
+    /// `sights` are all ranks of the gang on this node, in their order.
     pub fn look(&mut self, now: Duration, sights: &[Sight]) -> Option<Told> {
         self.learn(now, sights);
         let calls = sights.iter().map(|sight| sight.report.calls).sum();
@@ -151,8 +158,11 @@ impl Watch {
 
     fn stand(&mut self, now: Duration, calls: u64, sights: &[Sight]) {
         let stall = self.stall(now, sights, SOON);
-        let new =
-            stall.map(|stall| Standing { since: now.saturating_sub(stall.lasts), what: stall.line(None) });
+        let new = stall.map(|stall| Standing {
+            since: now.saturating_sub(stall.lasts),
+            what: stall.line(None),
+            culprit: stall.culprit(),
+        });
         let before = std::mem::replace(&mut self.seen_soon, new.clone().map(|new| (calls, new)));
         let again = before.is_some_and(|(then, _)| then == calls);
         self.standing = match (self.standing.take(), new.filter(|_| again)) {
@@ -190,7 +200,9 @@ impl Watch {
     fn stall<'a>(&self, now: Duration, sights: &'a [Sight], margin: Duration) -> Option<Stall<'a>> {
         let still = sights.iter().map(still_for).min()?;
         let first_rank = self.first_rank;
-        let all = |lasts| Stall { first_rank, blamed: sights.iter().collect(), waiting: Vec::new(), lasts };
+        let is_whole = sights.len() >= self.world_size;
+        let blamed = || sights.iter().collect();
+        let all = |lasts| Stall { first_rank, is_whole, blamed: blamed(), waiting: Vec::new(), lasts };
         if sights.iter().all(|sight| sight.stopped) {
             return (still >= margin).then(|| all(still));
         }
@@ -211,7 +223,7 @@ impl Watch {
             missing = others;
         }
         missing.retain(|sight| self.is_late(sight, (lasts, 1), margin, now));
-        (!missing.is_empty()).then_some(Stall { first_rank, blamed: missing, waiting, lasts })
+        (!missing.is_empty()).then_some(Stall { first_rank, is_whole, blamed: missing, waiting, lasts })
     }
 
     /// Whether the rank has let the others wait for too long, for more than so many steps.
@@ -269,6 +281,15 @@ impl std::fmt::Display for Stall<'_> {
 }
 
 impl Stall<'_> {
+    fn culprit(&self) -> Culprit {
+        let seen = |sight: &&Sight| match sight.report.doing {
+            _ if sight.stopped => Culprit::Stopped,
+            Doing::Outside { .. } => Culprit::Silent,
+            Doing::Inside { .. } | Doing::NotAttached => Culprit::Waits,
+        };
+        self.blamed.iter().map(seen).max().unwrap_or(Culprit::Waits)
+    }
+
     /// With or without the seconds that it lasts, and those of what the ranks do.
     fn line(&self, seconds: Option<u64>) -> String {
         let lasts = seconds.map_or(String::new(), |seconds| format!(" for {seconds} s"));
@@ -285,7 +306,12 @@ impl Stall<'_> {
         }
         let about = about.join("; ");
         let Some(first) = self.waiting.first() else {
-            return format!("all ranks stand still{lasts} ({about})");
+            let (who, stand) = match (self.is_whole, several) {
+                (true, _) => ("all ranks".to_owned(), "stand"),
+                (false, true) => (names(&self.blamed, self.first_rank), "stand"),
+                (false, false) => (names(&self.blamed, self.first_rank), "stands"),
+            };
+            return format!("{who} {stand} still{lasts} ({about})");
         };
         let (has, them) = if several { ("have", "them") } else { ("has", "it") };
         let wait = if self.waiting.len() > 1 { "wait" } else { "waits" };
@@ -399,7 +425,7 @@ mod tests {
 
     #[test]
     fn ranks_of_a_later_node_have_their_numbers_within_the_job() {
-        let mut watch = Watch::new(4);
+        let mut watch = Watch::new(4, 6);
         let all = told(&mut watch, 0, 10, |t| vec![waits(0, 8, t), does(1, 7, Activity::Backward, t)]);
         let line = line(&all[0]);
         assert!(line.starts_with("rank 5 has not come") && line.ends_with("rank 4 waits for it"), "{line}");
@@ -438,7 +464,7 @@ mod tests {
             if let Some(standing) = look(&mut watch, now, stands(ms(now))) {
                 assert_eq!(standing.since, ms(0));
                 let what = "rank 1 has not come to the reduction of step 12 (process 101, in backward); rank 0 waits for it";
-                assert_eq!(standing.what, what);
+                assert_eq!((standing.what.as_str(), standing.culprit), (what, Culprit::Silent));
                 first.get_or_insert(now);
             }
         }
@@ -453,7 +479,7 @@ mod tests {
     #[test]
     fn a_gang_that_limps_is_told_of_ten_times_in_five_minutes() {
         let mut standings = Standings::default();
-        let standing = Standing { since: ms(0), what: "rank 1".to_owned() };
+        let standing = Standing { since: ms(0), what: "rank 1".to_owned(), culprit: Culprit::Silent };
         let told = (0..600).filter(|second| {
             let now = Standing { what: format!("{} {second}", standing.what), ..standing.clone() };
             let limps = (second % 2 == 0).then_some(&now);
@@ -550,6 +576,23 @@ mod tests {
             line(&all[0]).starts_with("all ranks stand still for 3 s (rank 0: process 100, stopped"),
             "{all:?}"
         );
+    }
+
+    #[test]
+    fn one_node_of_several_tells_of_its_own_ranks_and_not_that_they_wait_for_others() {
+        let of = |stands: fn(Duration) -> Sight| {
+            let mut watch = Watch::new(3, 4);
+            let all = told(&mut watch, 0, 5, |t| vec![stands(t)]);
+            (all, watch.standing().map(|standing| standing.culprit))
+        };
+        assert_eq!(of(|t| waits(0, 8, t)), (Vec::new(), None), "for whom is seen elsewhere");
+        let (all, culprit) = of(|t| stopped(waits(0, 7, t)));
+        assert!(line(&all[0]).starts_with("rank 3 stands still for 3 s (process 100, stopped"), "{all:?}");
+        assert_eq!(culprit, Some(Culprit::Stopped));
+        // Ranks that wait for each other may all wait for another node.
+        let mut watch = Watch::new(2, 6);
+        told(&mut watch, 0, 70, |t| vec![waits(0, 8, t), waits(1, 7, t)]);
+        assert!(watch.standing().is_none_or(|standing| standing.culprit == Culprit::Waits));
     }
 
     #[test]

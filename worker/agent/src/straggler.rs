@@ -6,6 +6,7 @@
 use crate::stall::{Sight, Standing, Told};
 use fleet_collectives::Computed;
 use fleet_collectives::straggler::{FINE, SLOW, STEPS_MIN, WINDOW_MIN, slowest, times_as_long};
+use fleet_common::events::Culprit;
 use fleet_common::ids::Rank;
 use std::time::Duration;
 
@@ -107,7 +108,7 @@ impl Straggler {
             }
         };
         let line = line(&slow, self.first_rank, &self.node);
-        let standing = Standing { since: slow.since, what: line.clone() };
+        let standing = Standing { since: slow.since, what: line.clone(), culprit: Culprit::Slow };
         self.named = Some(Named { slow, again_at: now + AGAIN_MIN, standing });
         Some(Told::Stalls(line))
     }

@@ -14,6 +14,7 @@ mod drain_node;
 mod fail_job;
 mod finish_ca;
 mod finish_run;
+mod force_stop;
 mod forget;
 mod hold_ca;
 mod introduce_ca;
@@ -47,6 +48,7 @@ pub use drain_node::DrainNode;
 pub use fail_job::FailJob;
 pub use finish_ca::FinishCa;
 pub use finish_run::FinishRun;
+pub use force_stop::ForceStop;
 pub use forget::Forget;
 pub use hold_ca::HoldCa;
 pub use introduce_ca::IntroduceCa;
@@ -73,7 +75,7 @@ use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
 /// The newest commands that this program knows.
-pub const COMMAND_LEVEL: u32 = 4;
+pub const COMMAND_LEVEL: u32 = 5;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
@@ -109,6 +111,7 @@ pub enum Change {
     SetRetention(SetRetention),
     BreakOff(BreakOff),
     SettleSuperseded(SettleSuperseded),
+    ForceStop(ForceStop),
 }
 
 impl Change {
@@ -146,11 +149,12 @@ impl Change {
             Change::SetRetention(command) => command.apply(state, context),
             Change::BreakOff(command) => command.apply(state, context),
             Change::SettleSuperseded(command) => command.apply(state, context),
+            Change::ForceStop(command) => command.apply(state, context),
         }
     }
 
     /// What a coordinator must know to apply it: 1 is membership and jobs, 2 adds what is recorded of runs, 3 training on several
-    /// nodes, 4 what nodes need not keep. Proposed only where `State::level` is at least that.
+    /// nodes, 4 what nodes need not keep, 5 stops that are forced. Proposed only where `State::level` is at least that.
     pub fn level(&self) -> u32 {
         match self {
             Change::StartRun(_)
@@ -160,6 +164,7 @@ impl Change {
             | Change::RecordProfile(_) => 2,
             Change::BreakOff(_) => 3,
             Change::SettleSuperseded(_) => 4,
+            Change::ForceStop(_) => 5,
             _ => 1,
         }
     }
@@ -171,6 +176,7 @@ impl Change {
             | Change::CancelJob(_)
             | Change::FailJob(_)
             | Change::BreakOff(_)
+            | Change::ForceStop(_)
             | Change::RevokeToken(_)
             | Change::PromoteReplica(_)
             | Change::RemoveReplica(_)
@@ -247,6 +253,7 @@ impl Change {
             Change::SetRetention(_) => "set_retention",
             Change::BreakOff(_) => "break_off",
             Change::SettleSuperseded(_) => "settle_superseded",
+            Change::ForceStop(_) => "force_stop",
         }
     }
 }

@@ -72,8 +72,12 @@ impl RecordEvents {
                     EventBody::CheckpointLost { manifest_sha256, why } => {
                         state.checkpoint_lost(id, self.node, manifest_sha256, why, context);
                     }
+                    EventBody::CheckpointsRemoved { hosts, manifests } => {
+                        state.checkpoints_removed(id, hosts, manifests);
+                    }
                     EventBody::Started { .. } => {
                         state.jobs.get(&id).into_iter().for_each(|job| wake_holders(job, context));
+                        state.wake_superseded(context);
                     }
                     _ => {}
                 }
@@ -82,7 +86,10 @@ impl RecordEvents {
                         state.end_part(id, self.node, outcome, context);
                         break;
                     }
-                    EventBody::Stall(_) | EventBody::Listening(_) | EventBody::CheckpointLost { .. } => {}
+                    EventBody::Stall(_)
+                    | EventBody::Listening(_)
+                    | EventBody::CheckpointLost { .. }
+                    | EventBody::CheckpointsRemoved { .. } => {}
                     _ => {
                         if let Some(job) = state.jobs.get_mut(&id).filter(|_| leads || is_local(&event.body))
                         {
@@ -129,7 +136,7 @@ mod tests {
     use super::*;
     use crate::cluster::commands::Change;
     use crate::cluster::tests::{Script, checkpoint, finished, step};
-    use fleet_common::events::{Event, Outcome, Stall};
+    use fleet_common::events::{Culprit, Event, Outcome, Stall};
     use fleet_common::ids::JobId;
     use fleet_common::protocol::JobState;
 
@@ -147,7 +154,8 @@ mod tests {
     #[test]
     fn a_stall_is_shown_while_it_lasts_and_not_kept() {
         let (mut script, job) = running();
-        let stall = Stall { since_unix_ms: 7, what: "rank 1 has not come".repeat(1_000) };
+        let what = "rank 1 has not come".repeat(1_000);
+        let stall = Stall { since_unix_ms: 7, what, culprit: Culprit::Silent };
         record(&mut script, job, 1, vec![step(1), EventBody::Stall(Some(stall.clone()))]);
         let shown = |script: &Script| script.state.jobs()[&job].stall().cloned();
         script.tell(job, 1, 3, vec![EventBody::Started { step: 0, parameters: 1, device: "cpu".into() }]);
@@ -158,6 +166,26 @@ mod tests {
         assert_eq!((shown(&script), script.steps_in_history(job)), (None, vec![1, 2]));
         record(&mut script, job, 6, vec![EventBody::Stall(Some(stall)), finished()]);
         assert_eq!(shown(&script), None, "nothing that has ended waits");
+    }
+
+    #[test]
+    fn of_several_nodes_the_one_tells_of_a_stall_that_sees_whose_it_is() {
+        let mut script = Script::with_nodes(&[2, 2, 2]);
+        let job = script.submit(6);
+        script.place(job, &[(1, 2), (2, 2), (3, 2)]);
+        let started = EventBody::Started { step: 0, parameters: 1, device: "cpu".into() };
+        let told = |culprit, since_unix_ms, what: &str| {
+            EventBody::Stall(Some(Stall { since_unix_ms, what: what.to_owned(), culprit }))
+        };
+        script.tell(job, 1, 1, vec![started, told(Culprit::Waits, 1, "rank 1, in a call")]);
+        script.tell(job, 2, 1, vec![told(Culprit::Stopped, 3, "rank 3, stopped")]);
+        script.tell(job, 3, 1, vec![told(Culprit::Stopped, 2, "rank 5, stopped")]);
+        let shown = |script: &Script| script.state.jobs()[&job].stall().map(|stall| stall.what.clone());
+        assert_eq!(shown(&script).as_deref(), Some("rank 5, stopped"), "it was the first");
+        script.tell(job, 3, 2, vec![EventBody::Stall(None)]);
+        assert_eq!(shown(&script).as_deref(), Some("rank 3, stopped"));
+        script.tell(job, 2, 2, vec![told(Culprit::Silent, 3, "rank 3, in backward")]);
+        assert_eq!(shown(&script).as_deref(), Some("rank 3, in backward"), "before one that waits itself");
     }
 
     #[test]

@@ -69,6 +69,7 @@ impl SubmitJob {
             data: None,
             checkpoints: Vec::new(),
             continues: self.continues,
+            fetched: Vec::new(),
             passed_over: Vec::new(),
             error: None,
         };

@@ -1,7 +1,7 @@
 use super::*;
-use crate::cluster::commands::{CancelJob, Change, FailJob, MarkNodeLost};
+use crate::cluster::commands::{CancelJob, Change, DrainNode, FailJob, MarkNodeLost};
 use crate::cluster::orders::GangStanding;
-use crate::cluster::tests::{Script, finished, job, step, stopped, training};
+use crate::cluster::tests::{Script, checkpoint, finished, job, step, stopped, training};
 use fleet_common::events::{EventBody, FailureKind, JobError};
 use fleet_common::protocol::{ToAgent, Wish};
 
@@ -143,4 +143,28 @@ fn a_rank_that_only_others_know_to_have_failed_is_named_with_its_own_node() {
     script.tell(job, 2, 1, vec![stopped(5)]);
     let error = script.state.jobs()[&job].error.clone().unwrap();
     assert_eq!((error.rank, error.node.as_deref()), (Some(3), Some("n2")));
+}
+
+#[test]
+fn what_goes_back_to_the_queue_says_how_far_it_had_come() {
+    let said = |bodies: Vec<EventBody>| {
+        let mut script = Script::with_node(2);
+        let gang = script.submit_as(job(training(), 2, Wish::default()));
+        script.place(gang, &[(1, 2)]);
+        let next = bodies.len() as u64 + 1;
+        script.tell(gang, 1, 1, bodies);
+        script.run(Change::DrainNode(DrainNode { node: NodeId(1), now: true }));
+        script.tell(gang, 1, next, vec![stopped(0)]);
+        match &script.events(gang).last().unwrap().body {
+            EventBody::Log { line, .. } => line.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(said(Vec::new()), "back in the queue before its first step");
+    assert_eq!(said(vec![step(3), checkpoint(3)]), "back in the queue after step 3");
+    assert!(
+        said(vec![checkpoint(3), step(5)])
+            .ends_with("after step 5, without a checkpoint of it; goes on from step 3")
+    );
+    assert!(said(vec![step(5)]).ends_with("after step 5, without a checkpoint; begins as it did before"));
 }
