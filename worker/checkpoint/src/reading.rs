@@ -123,3 +123,58 @@ pub(crate) fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Claim, RunDir, TensorRef, Tensors, Writer, step_dir};
+
+    /// Of three pieces.
+    const LEN: usize = 5 << 20;
+
+    /// A checkpoint of one tensor of that many numbers: `at % 251`.
+    fn saved(dir: &std::path::Path, dtype: Dtype) -> std::path::PathBuf {
+        let claim = Claim { dir, run: "r", resumed: None, overwrite: false, until: None, reads: &[] };
+        let mut writer = Writer::begin(&RunDir::claim(&claim).unwrap(), 1).unwrap();
+        let numbers = (0..LEN).map(|at| (at % 251) as f32);
+        let data: Vec<u8> = match dtype {
+            Dtype::F32 => numbers.flat_map(f32::to_le_bytes).collect(),
+            _ => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        };
+        let tensor = TensorRef { name: "w", dtype, shape: &[LEN], first: 0, data: &data };
+        writer.write_safetensors("model.safetensors", &[tensor]).unwrap();
+        writer.finish(1.0).unwrap();
+        step_dir(dir, 1)
+    }
+
+    #[test]
+    fn any_range_comes_from_pieces_that_are_checked_whole_by_any_number_of_threads() {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = saved(dir.path(), dtype);
+            let tensors = Tensors::of_model(&path).unwrap();
+            let read = |range: Range<usize>, threads| {
+                let mut out = vec![-1.0; range.len()];
+                let mut reading = Reading::default();
+                reading.numbers(tensors.get("w").unwrap(), range.start, &mut out);
+                reading.run(threads).map(|()| out)
+            };
+            let edge = (8 << 20) / (dtype.bitsize() / 8);
+            let ranges = [0..LEN, 1..2, edge - 3..edge + 70_000, LEN - 5..LEN, 7..7];
+            for (range, threads) in ranges.into_iter().flat_map(|range| [(range.clone(), 1), (range, 3)]) {
+                let numbers = read(range.clone(), threads).unwrap();
+                assert!(numbers.into_iter().eq(range.map(|at| (at % 251) as f32)), "{threads} threads");
+            }
+            // The last byte of the file: the first piece is as it was, and of the last one nothing is taken.
+            let file = path.join("model.safetensors");
+            let mut bytes = std::fs::read(&file).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            std::fs::write(&file, bytes).unwrap();
+            let tensors = Tensors::of_model(&path).unwrap();
+            let read = |first| read_numbers(&tensors.get("w").unwrap(), first, &mut [0.0; 3]);
+            read(0).unwrap();
+            let error = read(LEN - 9).unwrap_err().to_string();
+            assert!(error.contains("tensor w in model.safetensors have changed"), "{error}");
+        }
+    }
+}
