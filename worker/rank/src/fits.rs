@@ -102,15 +102,16 @@ pub fn saving(model: &Model, setting: &Setting) -> usize {
     let layout = model.layout();
     let one = if setting.precision == Precision::Bf16True { 2 } else { 4 } * layout.len;
     let (keeping, of_node) = (setting.keeping(), setting.shape.of_node() as usize);
-    let together = match setting.computed_by() {
-        Ok(Executor::Torch) => choice::together(setting.strategy, setting.shape),
-        _ if keeping.is_sharded_over_hosts() => setting.shape.ranks as usize,
+    let is_torch = setting.computed_by() == Ok(Executor::Torch);
+    let is_over_hosts = keeping.is_sharded_over_hosts();
+    let together = match (is_torch, is_over_hosts) {
+        (true, _) => choice::together(setting.strategy, setting.shape),
+        (_, true) => setting.shape.ranks as usize,
         _ => of_node,
     };
     // Masters come from other ranks through a buffer where they are not what is gathered anyway.
     let longest = layout.units.iter().map(|unit| unit.len()).max().unwrap_or(0);
-    let is_torch = setting.computed_by() == Ok(Executor::Torch);
-    let is_gathered = keeping.is_sharded_over_hosts() || is_torch && together > 1;
+    let is_gathered = is_over_hosts || is_torch && together > 1;
     let buffer = if is_gathered && keeping.bf16 { 4 * longest } else { 0 };
     one / of_node + 2 * one / together + buffer
 }

@@ -145,7 +145,7 @@ mod tests {
         ] {
             assert_eq!(of(numbers, Held::DDP, 1).total(), bytes * layout.len, "{numbers:?}");
             let [ddp, fsdp] = [Held::DDP, Held::FSDP].map(|held| of(numbers, held, 4));
-            assert!(fsdp.total() * 2 < ddp.total() && ddp.optimizer == fsdp.optimizer, "{numbers:?}");
+            assert!(fsdp.total() * 3 < ddp.total() * 2 && ddp.optimizer == fsdp.optimizer, "{numbers:?}");
         }
     }
 
@@ -155,6 +155,6 @@ mod tests {
         let of = |numbers, again| activation_bytes(&decoder, numbers, 1024, again);
         assert!(of(Numbers::FP32, 20) * 4 < of(Numbers::FP32, 0));
         assert!(of(Numbers::FP32, 10) < of(Numbers::FP32, 0));
-        assert!(of(Numbers::BF16_TRUE, 0) < of(Numbers::BF16_MIXED, 0));
+        assert!(of(Numbers::BF16_MIXED, 0) < of(Numbers::FP32, 0));
     }
 }

@@ -111,11 +111,8 @@ impl Sharded {
     /// summed before.
     fn reduce(&mut self, unit: usize) -> fleet_learn::Result<()> {
         let of = &self.parts.units()[unit];
-        let exchange = match self.seat.replicas {
-            1 => Exchanged::Reduced,
-            _ if self.micro.last => Exchanged::Reduced,
-            _ => Exchanged::ReducedWithin,
-        };
+        let is_whole = self.seat.replicas == 1 || self.micro.last;
+        let exchange = if is_whole { Exchanged::Reduced } else { Exchanged::ReducedWithin };
         if self.seat.replicas > 1 && self.micro.last && !self.micro.first {
             let _guard = tch::no_grad_guard();
             let sums =
