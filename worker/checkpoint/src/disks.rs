@@ -64,6 +64,11 @@ impl Disks {
         (0..self.hosts.len()).filter(move |rank| self.of_rank(*rank) == disk)
     }
 
+    /// Those that see a disk, in ascending order.
+    pub fn hosts(&self, disk: usize) -> impl Iterator<Item = u32> {
+        (0..).zip(&self.of_host).filter(move |(_, of)| **of as usize == disk).map(|(host, _)| host)
+    }
+
     /// The host to which a disk belongs, for people.
     pub fn name(&self, disk: usize) -> &str {
         let host = self.of_host.iter().position(|of| *of as usize == disk);

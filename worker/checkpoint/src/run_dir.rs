@@ -51,6 +51,8 @@ pub struct RunDir {
     before: u64,
     /// Older ones whose files were read: whether they are whole.
     read: BTreeMap<PathBuf, bool>,
+    /// Manifests of what was removed and not told of yet.
+    removed: Vec<String>,
     _lock: File,
 }
 
@@ -98,6 +100,7 @@ impl RunDir {
             made,
             before: 0,
             read: BTreeMap::new(),
+            removed: Vec::new(),
             _lock: lock,
         };
         let probed = probe(claim.dir);
@@ -225,7 +228,7 @@ impl RunDir {
     }
 
     /// Takes back the checkpoint of `step`, which was published here and not on all disks. It was never recorded.
-    pub fn withdraw(&self, step: u64) -> Result<(), CheckpointError> {
+    pub fn withdraw(&mut self, step: u64) -> Result<(), CheckpointError> {
         self.remove(vec![crate::step_dir(&self.owner.dir, step)]).map(drop)
     }
 
@@ -240,7 +243,8 @@ impl RunDir {
         }
         let Some((lock, made)) = lock(dir).map_err(failed)? else { return Ok(false) };
         let owner = Owner::of(dir, "");
-        let held = RunDir { owner, made, before: 0, read: BTreeMap::new(), _lock: lock };
+        let (read, removed) = (BTreeMap::new(), Vec::new());
+        let mut held = RunDir { owner, made, before: 0, read, removed, _lock: lock };
         match is_it() {
             true => held.remove(vec![path.to_owned()]).map(|_| true),
             false => Ok(false),
@@ -267,12 +271,22 @@ impl RunDir {
             && (found.serial > self.before || *self.read.entry(found.path.clone()).or_insert_with(was_read))
     }
 
+    /// Hashes of the manifests, in hex, of the checkpoints that were removed since this was asked last, also of those beside which others
+    /// could not be.
+    pub fn take_removed(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.removed)
+    }
+
     /// As many as can be. Returns what was removed.
-    fn remove(&self, doomed: Vec<PathBuf>) -> Result<Vec<PathBuf>, CheckpointError> {
+    fn remove(&mut self, doomed: Vec<PathBuf>) -> Result<Vec<PathBuf>, CheckpointError> {
         let (mut removed, mut failed) = (Vec::new(), None);
         for path in doomed {
+            let manifest = crate::manifest_sha256(&path);
             match self.remove_one(&path) {
-                Ok(()) => removed.push(path),
+                Ok(()) => {
+                    self.removed.extend(manifest);
+                    removed.push(path);
+                }
                 Err(error) => failed = failed.or(Some(error)),
             }
         }

@@ -238,7 +238,9 @@ fn room_is_made_from_the_oldest_on_and_one_whole_checkpoint_stays() {
     let dir = tempfile::tempdir().unwrap();
     let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
     (1..=5).for_each(|step| drop(save(&run, step)));
+    let manifest = fleet_checkpoint::manifest_sha256(&step_dir(dir.path(), 1)).unwrap();
     assert_eq!(run.make_room(1, Some(4)).unwrap(), [step_dir(dir.path(), 1)]);
+    assert_eq!((run.take_removed(), run.take_removed()), (vec![manifest], Vec::new()));
     assert_eq!(run.make_room(u64::MAX, Some(4)).unwrap(), [step_dir(dir.path(), 2), step_dir(dir.path(), 3)]);
     assert!(run.make_room(1, Some(4)).unwrap().is_empty());
     assert!(run.make_room(1, Some(99)).unwrap().is_empty(), "nothing is known to be good");

@@ -4,7 +4,7 @@ use super::Trainer;
 use super::saving::{Lead, RECORD_WAIT};
 use crate::agent_link::AgentLink;
 use fleet_checkpoint::CheckpointError;
-use fleet_common::events::Level;
+use fleet_common::events::{EventBody, Level};
 
 /// In a checkpoint, beside the weight.
 const MOMENTS: u64 = 2;
@@ -62,6 +62,7 @@ impl Trainer {
         self.await_record(link, RECORD_WAIT);
         let (bytes, step) = (self.bytes_here(), self.state.step);
         let good = self.recorded(link).or(self.resumed);
+        let place = self.saving.place();
         let Some(Lead { dir, .. }) = &mut self.saving.lead else { return false };
         let (line, made) = match dir.make_room(bytes, good) {
             Ok(removed) if removed.is_empty() => return false,
@@ -69,28 +70,40 @@ impl Trainer {
                 let names: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
                 (
                     format!(
-                        "the disk is full: removed {} for the checkpoint of step {step}",
+                        "{place}the disk is full: removed {} for the checkpoint of step {step}",
                         names.join(", ")
                     ),
                     true,
                 )
             }
-            Err(e) => (format!("the disk is full, and an old checkpoint stays: {e}"), false),
+            Err(e) => (format!("{place}the disk is full, and an old checkpoint stays: {e}"), false),
         };
         link.log(Level::Warn, line);
+        self.tell_removed(link);
         made
     }
 
     /// Removes from this disk what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
     pub(super) fn rotate(&mut self, link: &mut AgentLink) {
-        let committed = self.recorded(link);
+        let (committed, place) = (self.recorded(link), self.saving.place());
         let Some(Lead { dir, .. }) = self.saving.lead.as_mut().filter(|_| committed != self.rotated) else {
             return;
         };
         self.rotated = committed;
         let stopped = committed.is_some() && committed == self.stopped_at;
         if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0), stopped) {
-            link.log(Level::Warn, format!("an old checkpoint stays: {e}"));
+            link.log(Level::Warn, format!("{place}an old checkpoint stays: {e}"));
+        }
+        self.tell_removed(link);
+    }
+
+    /// What this disk has no more.
+    fn tell_removed(&mut self, link: &mut AgentLink) {
+        let hosts = self.saving.hosts();
+        let Some(Lead { dir, .. }) = &mut self.saving.lead else { return };
+        let manifests = dir.take_removed();
+        if !manifests.is_empty() {
+            link.event(EventBody::CheckpointsRemoved { hosts, manifests });
         }
     }
 }

@@ -109,6 +109,19 @@ impl Saving {
         (self.disks.ranks(self.disk).filter(|rank| *rank < self.writers).count(), self.writers)
     }
 
+    /// Hosts that see this rank's disk.
+    pub fn hosts(&self) -> Vec<u32> {
+        self.disks.hosts(self.disk).collect()
+    }
+
+    /// For people, before what happened there: which disk this is, where there are several.
+    pub fn place(&self) -> String {
+        match self.written() {
+            1 => String::new(),
+            _ => format!("on {}: ", self.disks.name(self.disk)),
+        }
+    }
+
     fn written(&self) -> usize {
         self.disks.written(self.writers)
     }
@@ -320,7 +333,7 @@ impl Trainer {
     fn take_back(&mut self, link: &mut AgentLink) {
         self.saving.held = None;
         let published = self.saving.published.take();
-        if let (Some(record), Some(lead)) = (published, &self.saving.lead)
+        if let (Some(record), Some(lead)) = (published, &mut self.saving.lead)
             && let Err(e) = lead.dir.withdraw(record.step)
         {
             link.log(Level::Warn, format!("a checkpoint that is not whole stays: {e}"));
@@ -365,11 +378,7 @@ impl Trainer {
             return;
         }
         self.saving.failed = true;
-        let on = match self.saving.written() {
-            1 => String::new(),
-            _ => format!("on {}: ", self.saving.disks.name(self.saving.disk)),
-        };
-        let error = format!("{on}{error}{}", self.what_is_needed(error));
+        let error = format!("{}{error}{}", self.saving.place(), self.what_is_needed(error));
         let last = Error::Environment(format!("the run ended without its last checkpoint: {error}"));
         self.saving.outcome = Err(last);
         link.event(EventBody::CheckpointFailed { step: self.saving.step, error });
