@@ -2,6 +2,7 @@
 //! their settings as options.
 
 use crate::failure::Failure;
+use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use fleet_common::job::{self, Job, JobFileError, Warning};
 use std::ffi::OsString;
@@ -16,7 +17,8 @@ pub fn cure(error: &clap::Error, line: &[OsString]) -> Option<String> {
             let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg) else { return None };
             let at =
                 words.iter().rposition(|word| word == unknown || word.starts_with(&format!("{unknown}=")))?;
-            setting(&words[at..]).or_else(|| program(command, &words, at))
+            let of_other = || of_the_other(command, words[at]);
+            setting(&words[at..]).or_else(of_other).or_else(|| program(command, &words, at))
         }
         // A job file, and settings behind `--`.
         ErrorKind::ArgumentConflict => {
@@ -37,6 +39,21 @@ fn setting(words: &[&str]) -> Option<String> {
     let key = name.replace('-', "_");
     job::keys().find(|known| *known == key)?;
     Some(format!("settings of a job file are given with --set: `--set {key}={value}` instead of `--{name}`"))
+}
+
+/// `launch --nodes 2` where `submit --nodes 2` is wanted.
+fn of_the_other(command: &str, option: &str) -> Option<String> {
+    let name = option.strip_prefix("--")?.split('=').next()?;
+    let (other, why) = match command {
+        "launch" => {
+            ("submit", "which hands a job to a cluster; `fleet launch` runs it on this machine alone")
+        }
+        _ => ("launch", "which runs a job on this machine alone; `fleet submit` hands it to a cluster"),
+    };
+    let commands = crate::Cli::command();
+    let mut options = commands.find_subcommand(other)?.get_arguments().filter(|option| !option.is_hide_set());
+    options.find(|option| option.get_long() == Some(name))?;
+    Some(format!("`--{name}` is an option of `fleet {other}`, {why}"))
 }
 
 /// `launch -n 2 python3 train.py` where `launch -n 2 -- python3 train.py` is wanted.
@@ -91,7 +108,6 @@ fn is_job_file(word: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
     use fleet_common::arguments;
 
     fn told(line: &str) -> Option<String> {
@@ -116,6 +132,16 @@ mod tests {
         }
         assert_eq!(told("fleet launch job.toml --colour red"), None);
         assert_eq!(told("fleet jobs --max_steps 5"), None);
+    }
+
+    #[test]
+    fn an_option_of_submit_is_told_to_who_launches_and_the_other_way_round() {
+        let says = |line: &str, part: &str| {
+            assert!(told(line).is_some_and(|told| told.contains(part)), "{line}: {:?}", told(line))
+        };
+        says("fleet launch -n 2 --nodes 2 job.toml", "`--nodes` is an option of `fleet submit`");
+        says("fleet launch job.toml --max-time=2h", "`--max-time` is an option of `fleet submit`");
+        says("fleet submit job.toml --data-dir d", "`--data-dir` is an option of `fleet launch`");
     }
 
     #[test]

@@ -417,6 +417,30 @@ fn who_follows_a_quiet_job_outlives_a_coordinator() {
 }
 
 #[test]
+fn who_follows_a_job_is_told_how_it_ended_and_ends_so() {
+    let world = World::new();
+    let cluster = world.coordinator(&world.path("cluster"), ANY);
+    let _worker = world.worker(&cluster, 1);
+    let at = ["--cluster", cluster.cluster()];
+    let run = |args: &[&str]| world.run("fleet", &[&at[..], args].concat());
+    let ends = [
+        ("exit 0", 0, "job-1 succeeded: done"),
+        ("exit 3", 1, "job-2 failed: "),
+        ("sleep 1000", 1, "job-3 cancelled: "),
+    ];
+    for (number, (script, code, last)) in (1..).zip(ends) {
+        run(&["submit", "-n", "1", "--", "sh", "-c", script]).expect(0);
+        let job = format!("job-{number}");
+        let following = world.start("fleet", &[&at[..], &["logs", &job, "--follow"]].concat());
+        if script.starts_with("sleep") {
+            run(&["cancel", &job, "--now"]).expect(0);
+        }
+        let done = following.finish().expect(code);
+        assert!(done.stderr.lines().last().is_some_and(|line| line.starts_with(last)), "{}", done.all());
+    }
+}
+
+#[test]
 fn a_coordinator_on_a_full_disk_refuses_changes_and_recovers() {
     let world = World::new();
     let disk = world.path("disk");

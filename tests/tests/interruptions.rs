@@ -125,6 +125,21 @@ fn a_rank_that_is_slower_than_the_others_is_named_while_it_is() {
 }
 
 #[test]
+fn a_job_that_stands_still_ends_some_time_after_it_was_cancelled() {
+    let world = World::new();
+    let mut launch = world.launch(2, &endless(), &[]);
+    launch.until_step(3);
+    strike(world.ranks()[1], Signal::SIGSTOP);
+    launch.until("a stall", |value| is_logged(value, "warn", "stopped by a signal"));
+    world.run("fleet", &["cancel", "job-1"]).expect(0);
+    launch
+        .until("its end by force", |value| is_logged(value, "info", "and ends without a checkpoint: rank "));
+    let done = launch.finish().expect(1);
+    assert_eq!(done.summary()["status"], "cancelled", "{}", done.all());
+    world.is_empty_soon();
+}
+
+#[test]
 fn a_gang_that_is_stopped_as_a_whole_blames_nobody() {
     let world = World::new();
     let mut launch = world.launch(2, &endless(), &[]);

@@ -119,6 +119,34 @@ fn a_job_that_leaves_a_node_goes_on_elsewhere_as_if_it_had_not() {
 }
 
 #[test]
+fn a_job_leaves_no_copies_of_another_s_checkpoint_from_which_it_went_on() {
+    let world = World::new();
+    let Some(network) = Network::new(4) else { return };
+    let scene = Scene::new(&world, &network);
+    let host_of = |name: &str| name.strip_prefix("box-").unwrap().parse::<usize>().unwrap();
+    let ended = scene.ended(scene.submit("1", "1", &LONG, &[]));
+    let (first, name) = (host_of(&ended.parts[0].name), ended.parts[0].name.clone());
+    scene.coordinators.ask(&["drain", &name]);
+    let path = world.path("out/checkpoints/long/step-00000120").display().to_string();
+    let resume = format!("resume_from_checkpoint={path}");
+    let job = TinyJob { run_name: "on", max_steps: 260, ..LONG };
+    let id = scene.submit("2", "2", &job, &["--set", &resume]);
+    let others = [1, 2, 3].into_iter().filter(|host| *host != first);
+    let ended = scene.ended(id);
+    assert_eq!(ended.state, JobState::Succeeded, "{:?}", ended.error);
+    assert!(scene.lines(id).contains("fetching the checkpoint of step 120"), "{}", scene.lines(id));
+    for host in others {
+        eventually("the copy is removed", || !scene.on(host, "long", 120).exists());
+    }
+    assert!(scene.on(first, "long", 120).exists(), "it was written there");
+    let listed = scene.coordinators.ask(&["checkpoints", "ls", "job-1"]);
+    let last = listed.as_array().unwrap().iter().max_by_key(|view| view["step"].as_u64()).unwrap();
+    let places: Vec<&str> =
+        last["places"].as_array().unwrap().iter().filter_map(|place| place["name"].as_str()).collect();
+    assert_eq!(places, [name.as_str()]);
+}
+
+#[test]
 fn what_two_nodes_wrote_each_to_its_own_disk_goes_on_on_a_third() {
     let world = World::new();
     let Some(network) = Network::new(4) else { return };

@@ -9,7 +9,7 @@ use crate::{out, text};
 use fleet_common::events::{Event, EventBody};
 use fleet_common::exit;
 use fleet_common::ids::{JobId, Rank};
-use fleet_common::protocol::{Reply, Request};
+use fleet_common::protocol::{JobView, Reply, Request};
 
 /// Bytes of a line that are held before they are shown: what is longer is shown as several.
 const LINE_MAX: usize = 1 << 20;
@@ -22,7 +22,7 @@ pub struct Args {
     /// Only this rank's lines
     #[arg(long)]
     rank: Option<Rank>,
-    /// Go on until the job ends
+    /// Go on until the job ends, and end as it does
     #[arg(short, long)]
     follow: bool,
     /// All that the ranks of the last start printed up to now, rank by rank, from the files on their nodes
@@ -66,8 +66,21 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
             watched = client.watch(job, 1, args.follow, print) => watched?,
             () = out::reader_gone() => {} // nothing may be printed for hours, which would tell as well
         }
+        if args.follow && !out::is_closed() {
+            let view = submit::job_view(&mut client, job).await?;
+            if view.state.is_final() {
+                report.note(&ended(&view));
+                return Ok(submit::exit_code(&view));
+            }
+        }
         Ok(exit::SUCCEEDED)
     })
+}
+
+/// How the job that was followed has ended, in one line.
+fn ended(view: &JobView) -> String {
+    let JobView { job, state, reason, .. } = view;
+    format!("{job} {}: {}", jobs::state_name(*state), reason.lines().next().unwrap_or_default())
 }
 
 /// What the ranks printed, whole, one rank after the other.

@@ -8,11 +8,11 @@ use fleet_common::arguments;
 use fleet_common::ids::{JobId, RunId};
 use fleet_common::protocol::{JobState, Point, Reply, Request, RunKey};
 use fleet_tests::sim::random::Random;
-use fleet_tests::{Client, Coordinators, TinyJob, World};
+use fleet_tests::{Client, Coordinators, Finished, TinyJob, World};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 #[derive(Parser)]
@@ -28,8 +28,10 @@ struct Args {
 /// Step and loss, the latter as bits.
 type Curve = Vec<(u64, u64)>;
 
-/// Between looks at a job that nobody disturbs.
-const LOOK: Duration = Duration::from_millis(500);
+/// Between two changes: many small ones, not as many as possible, since the machine trains too.
+const PACE: Duration = Duration::from_millis(5);
+/// Two of three coordinators acknowledge a change in less, whatever the third one does.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let args = arguments::parse::<Args>();
@@ -59,19 +61,19 @@ fn run(seed: u64, steps: u64) -> Result<(), String> {
     let world = World::new();
     let mut coordinators = Coordinators::start(&world, 3);
     let nodes = [coordinators.worker(3, 2), coordinators.worker(4, 2)];
-    let over = AtomicBool::new(false);
+    let (over, is_over) = mpsc::channel();
+    let (acknowledged, acknowledgements) = mpsc::channel();
     let begun = Instant::now();
     let mut random = Random::new(seed);
-    let mut faults = Faults::default();
+    let mut faults = Faults { acknowledgements, kills: 0, pauses: 0 };
     let mut writer = coordinators.any_client();
     let (written, curve) = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| write(&mut writer, &over));
-        // Also when the training panics: the scope waits for the writer.
-        let raise = Raise(&over);
-        let curve = train(&world, &mut coordinators, &job, |coordinators| {
-            faults.strike(coordinators, &mut random);
-        });
-        drop(raise);
+        let writing = scope.spawn(|| write(&mut writer, &is_over, &acknowledged));
+        // Dropped also when the training panics: the scope waits for the writer.
+        let over: Sender<()> = over;
+        let curve =
+            train(&world, &mut coordinators, &job, |coordinators| faults.strike(coordinators, &mut random));
+        drop(over);
         (writing.join().expect("the writer does not panic"), curve)
     });
     let curve = curve.map_err(|why| {
@@ -108,24 +110,21 @@ fn run(seed: u64, steps: u64) -> Result<(), String> {
     }
 }
 
-/// Raised when dropped.
-struct Raise<'a>(&'a AtomicBool);
-
-impl Drop for Raise<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// The same job with nothing that goes wrong.
 fn undisturbed(job: &TinyJob) -> Result<Curve, String> {
     let world = World::new();
-    let mut calm = Coordinators::start(&world, 1);
+    let calm = Coordinators::start(&world, 1);
     let _nodes = [calm.worker(0, 2), calm.worker(1, 2)];
     let begun = Instant::now();
-    let curve = train(&world, &mut calm, job, |_| std::thread::sleep(LOOK))?;
+    let (file, cluster) = (world.job(job).display().to_string(), calm.data_dir(0).display().to_string());
+    let submit = ["submit", "-n", "2", "--wait", "--json", "--cluster", &cluster, &file];
+    let curve = curve_of(&world.run("fleet", &submit).expect(0));
     println!("undisturbed: {} steps in {:.0} s", curve.len(), begun.elapsed().as_secs_f64());
     Ok(curve)
+}
+
+fn curve_of(said: &Finished) -> Curve {
+    said.losses().into_iter().map(|(step, loss)| (step, loss.to_bits())).collect()
 }
 
 /// Submits the job, calls `meanwhile` again and again until it has ended, and returns its curve.
@@ -133,14 +132,14 @@ fn train(
     world: &World,
     coordinators: &mut Coordinators,
     job: &TinyJob,
-    mut meanwhile: impl FnMut(&mut Coordinators),
+    mut meanwhile: impl FnMut(&mut Coordinators) -> Result<(), String>,
 ) -> Result<Curve, String> {
     let file = world.job(job).display().to_string();
     let submitted = coordinators.ask(&["submit", "-n", "2", &file]);
     let id: JobId = submitted["job"].as_str().and_then(|id| id.parse().ok()).expect("the job has an id");
     let mut client = coordinators.any_client();
     loop {
-        meanwhile(coordinators);
+        meanwhile(coordinators)?;
         let Ok(Reply::Job(view)) = client.query(Request::Job(id)) else { continue };
         match view.state {
             JobState::Succeeded => break,
@@ -150,32 +149,42 @@ fn train(
     }
     let cluster = coordinators.data_dir(0).display().to_string();
     let logs = world.run("fleet", &["logs", &id.to_string(), "--json", "--cluster", &cluster]).expect(0);
-    Ok(logs.losses().into_iter().map(|(step, loss)| (step, loss.to_bits())).collect())
+    Ok(curve_of(&logs))
 }
 
-#[derive(Default)]
 struct Faults {
+    /// One for each change that was acknowledged.
+    acknowledgements: Receiver<()>,
     kills: u32,
     pauses: u32,
 }
 
 impl Faults {
-    /// One coordinator dies or stands still for a while, then all is calm for a while.
-    fn strike(&mut self, coordinators: &mut Coordinators, random: &mut Random) {
+    /// One coordinator dies or stands still while the others go on, then all go on.
+    fn strike(&mut self, coordinators: &mut Coordinators, random: &mut Random) -> Result<(), String> {
         let victim = random.index(coordinators.count());
-        let away = Duration::from_millis(random.range(200..3_000));
+        let away = random.range(0..300);
         if random.chance(2, 3) {
             self.kills += 1;
             coordinators.kill(victim);
-            std::thread::sleep(away);
+            self.go_on(away)?;
             coordinators.start_again(victim);
         } else {
             self.pauses += 1;
             coordinators.signal(victim, Signal::SIGSTOP);
-            std::thread::sleep(away);
+            let gone_on = self.go_on(away);
             coordinators.signal(victim, Signal::SIGCONT);
+            gone_on?;
         }
-        std::thread::sleep(Duration::from_millis(random.range(500..3_000)));
+        self.go_on(random.range(100..400))
+    }
+
+    /// Until so many more changes are acknowledged.
+    fn go_on(&self, changes: u64) -> Result<(), String> {
+        self.acknowledgements.try_iter().for_each(drop);
+        let next = |_| self.acknowledgements.recv_timeout(PATIENCE);
+        let all: Result<(), RecvTimeoutError> = (0..changes).try_for_each(next);
+        all.map_err(|_| format!("no change was acknowledged in {} s", PATIENCE.as_secs()))
     }
 }
 
@@ -188,14 +197,14 @@ struct Written {
     steps: Vec<u64>,
 }
 
-/// Records one point after the other until it is over.
-fn write(client: &mut Client, over: &AtomicBool) -> Written {
+/// Records one point after the other until it is over, and tells of each that is acknowledged.
+fn write(client: &mut Client, over: &Receiver<()>, acknowledged: &Sender<()>) -> Written {
     let Ok(Reply::RunStarted(run)) = client.change(Request::StartRun { name: "chaos".into() }) else {
         panic!("no run was started")
     };
     let mut written = Written { run, acknowledged: 0, unknown: 0, steps: Vec::new() };
     for step in 1.. {
-        if over.load(Ordering::Relaxed) {
+        if over.recv_timeout(PACE) != Err(RecvTimeoutError::Timeout) {
             break;
         }
         let points = vec![Point { series: "n".into(), step, value: step as f64, unix_ms: step }];
@@ -203,12 +212,11 @@ fn write(client: &mut Client, over: &AtomicBool) -> Written {
             Ok(Reply::Done) => {
                 written.acknowledged += 1;
                 written.steps.push(step);
+                let _ = acknowledged.send(()); // who waits for them may have given up
             }
             Ok(other) => panic!("a point was refused: {other:?}"),
             Err(_) => written.unknown += 1,
         }
-        // Many small changes, not as many as possible: the machine trains too.
-        std::thread::sleep(Duration::from_millis(5));
     }
     written
 }

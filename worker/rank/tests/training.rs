@@ -194,6 +194,12 @@ fn old_checkpoints_make_room_once_newer_ones_are_recorded() {
         .collect();
     left.sort();
     assert_eq!(left, ["step-00000010", "step-00000012"]);
+    let told = ended.events.iter().filter_map(|event| match event {
+        EventBody::CheckpointsRemoved { hosts, manifests } if hosts[..] == [0] => Some(manifests.clone()),
+        _ => None,
+    });
+    let gone = ended.checkpoints().into_iter().take(4).map(|saved| saved.manifest_sha256);
+    assert_eq!(told.flatten().collect::<Vec<_>>(), gone.collect::<Vec<_>>());
 }
 
 #[test]
