@@ -68,7 +68,8 @@ fn run(seed: u64, steps: u64) -> Result<(), String> {
     let mut faults = Faults { acknowledgements, kills: 0, pauses: 0 };
     let mut writer = coordinators.any_client();
     let (written, curve) = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| write(&mut writer, &is_over, &acknowledged));
+        let writer = &mut writer;
+        let writing = scope.spawn(move || write(writer, &is_over, &acknowledged));
         // Dropped also when the training panics: the scope waits for the writer.
         let over: Sender<()> = over;
         let curve =

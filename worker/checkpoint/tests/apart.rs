@@ -166,7 +166,7 @@ fn who_looks_at_a_part_is_told_what_lies_where() {
 fn what_one_disk_cannot_do_appears_on_none() {
     let scene = Scene::new();
     scene.save(1);
-    let runs = [scene.claim(0), scene.claim(1)];
+    let mut runs = [scene.claim(0), scene.claim(1)];
     let mut writers = scene.written(&runs, 2);
     // A rank of the other disk that says it wrote what this one did.
     let handed = writers[0].handed();
