@@ -95,7 +95,7 @@ pub type Rank = u32;
 pub struct ClientId(pub u128);
 
 #[derive(Debug, thiserror::Error)]
-#[error("`{text}` is not an id; write it like `{example}`")]
+#[error("`{text}` is not an id; write it like `{example}`, as the lists of them show it")]
 pub struct ParseIdError {
     text: String,
     example: &'static str,

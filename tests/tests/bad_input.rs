@@ -33,7 +33,7 @@ fn settings_that_are_wrong_or_contradict_each_other() {
     let world = World::new();
     refused(&world, &["batch_sise=4"], 2, &["unknown key `batch_sise`", "did you mean `batch_size`?"]);
     refused(&world, &["max_steps=many"], 2, &["`max_steps`", "whole number"]);
-    refused(&world, &["model.hidden_size=66"], 2, &["hidden_size (66) is not a multiple", "64 or 68"]);
+    refused(&world, &["model.hidden_size=66"], 2, &["hidden_size (66) is not a multiple", "64 or 72"]);
     let twice = TinyJob { more: "per_device_train_batch_size = 8", ..TinyJob::default() };
     let file = world.write("twice.toml", twice.toml()).display().to_string();
     let done = world.run("fleet", &["launch", &file]);

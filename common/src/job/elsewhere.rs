@@ -19,7 +19,7 @@ const SPREAD: &str = "`-n` of the command, or `devices`, says how many ranks the
 
 const CLIPPED: &str = "gradients are clipped by their norm, to `max_grad_norm`; take the key out";
 const SHARDED: &str = "write `strategy`: \"fsdp\" shards weights, gradients and optimizer state (full shard, ZeRO-3), with `reshard_after_forward` = false all but weights in use (ZeRO-2), \"hsdp\" within each host";
-const ADAMW: &str = "the optimizer is AdamW, and [optimizer] has what it takes, such as `optimizer.learning_rate`; take the key out";
+const ADAMW: &str = "the optimizer is AdamW; what it takes is in [optimizer], such as `optimizer.learning_rate`; take the key out";
 const NOTHING: &str = "it has no meaning here; take the key out";
 
 #[rustfmt::skip]
@@ -27,7 +27,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["warmup_ratio"], "write `warmup_steps`, as a number of steps; left out it is 50, and at most a tenth of the run"),
     (&["num_warmup_steps", "warmup_iters", "lr_warmup_steps", "lr_warmup_iters"], "write `warmup_steps`"),
     (&["min_lr", "lr_min", "eta_min", "final_lr"], "write `min_lr_ratio`, the lowest rate as a share of `learning_rate`"),
-    (&["global_batch_size", "total_batch_size", "effective_batch_size"],
+    (&["global_batch_size", "total_batch_size", "effective_batch_size", "train_batch_size"],
         "write `batch_size`, the sequences of one rank, and `accumulate_grad_batches`: their product with the number of ranks is the global batch"),
     (&["gradient_accumulation_iters"], "write `accumulate_grad_batches`"),
     (&["n_embd", "n_embed", "d_model", "hidden_dim", "embed_dim"], "write `model.hidden_size`"),
@@ -62,7 +62,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["drop_last", "dataloader_drop_last"], "the last step of an epoch that is not full is left out; take the key out"),
     (&["report_to", "logging_dir", "logger", "log_level", "use_wandb", "use_tensorboard"], RECORD),
     (&["max_length", "sequence_len", "seq_len", "seq_length", "block_size", "cutoff_len", "context_length"], "write `max_seq_len`"),
-    (&["micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"], "write `batch_size`, the sequences of one rank"),
+    (&["micro_batch_size", "per_gpu_train_batch_size"], "write `batch_size`, the sequences of one rank"),
     (&["per_gpu_eval_batch_size"], "write `eval.batch_size`"),
     (&["model_name_or_path", "base_model", "model_id", "pretrained_model_name_or_path"], "write `model.path`, a Hugging Face directory on this machine"),
     (&["tokenizer_name", "tokenizer_name_or_path", "tokenizer_config"], "write `tokenizer.path`, a tokenizer.json on this machine"),
@@ -92,10 +92,10 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
         "there is one way to compute, and nothing to choose; take the key out"),
     (&["num_workers", "dataset_num_proc", "preprocessing_num_workers", "dataset_prepared_path", "overwrite_cache"], PREPARED),
-    (&["deepspeed", "fsdp", "accelerator", "local_rank", "num_processes", "accelerator_config", "tensor_model_parallel_size",
+    (&["deepspeed", "fsdp", "local_rank", "num_processes", "accelerator_config", "tensor_model_parallel_size",
         "pipeline_model_parallel_size"], SPREAD),
     (&["push_to_hub"], HUB),
-    (&["use_cpu", "no_cuda", "use_mps_device"], "write `device`"),
+    (&["use_cpu", "no_cuda", "use_mps_device", "accelerator"], "write `device`"),
     (&["do_train", "do_predict", "remove_unused_columns", "disable_tqdm", "label_names", "past_index", "torch_empty_cache_steps", "skip_memory_metrics",
         "prediction_loss_only", "include_for_metrics", "include_inputs_for_metrics", "include_num_input_tokens_seen", "include_tokens_per_second",
         "log_on_each_node", "save_on_each_node", "ignore_data_skip", "length_column_name", "batch_eval_metrics", "jit_mode_eval", "debug", "tpu_num_cores",
@@ -155,7 +155,7 @@ mod tests {
         ("max_length", "`max_seq_len`"), ("packing", "always packed"), ("padding_free", "always packed"), ("dataset_text_field", "`data.text_field`"),
         ("eos_token", "`tokenizer.path`"), ("model_init_kwargs", "`model.path`"), ("loss_type", "cross-entropy"), ("activation_offloading", "`activation_checkpointing`"),
         // Lightning
-        ("max_epochs", "`epochs`"), ("min_steps", "take the key out"), ("trainer", "`max_steps`"), ("accelerator", "`strategy`"),
+        ("max_epochs", "`epochs`"), ("min_steps", "take the key out"), ("trainer", "`max_steps`"), ("accelerator", "`device`"),
         ("gradient_clip_val", "`max_grad_norm`"), ("limit_val_batches", "`max_eval_examples`"), ("fast_dev_run", "`max_steps`"),
         ("log_every_n_steps", "`logging_steps`"), ("default_root_dir", "`output_dir`"), ("callbacks", "take the key out"), ("profiler", "`trace`"),
         ("ckpt_path", "`resume_from_checkpoint`"), ("max_time", "`max_time_s`"),

@@ -288,7 +288,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ),
         (
             "[model]\nhidden_size = 100\nnum_attention_heads = 3",
-            "job:2: the model that `[model]` describes cannot be: hidden_size (100) is not a multiple of num_attention_heads (3); set hidden_size to 99 or 102, \
+            "job:2: the model that `[model]` describes cannot be: hidden_size (100) is not a multiple of num_attention_heads (3); set hidden_size to 96 or 102, \
              or num_attention_heads to a divisor of 100",
         ),
         (

@@ -58,9 +58,20 @@ impl Continues {
 }
 
 impl State {
-    /// What the next start of a job on these nodes goes on from, as far as the cluster knows of it: its own newest checkpoint, or before it
-    /// has one what its file says. What all these nodes have is left to them, as is what the cluster has not recorded.
+    /// What the next start of a job on these nodes goes on from, as far as the cluster knows of it. What all these nodes have is left to them,
+    /// until one turns out not to have it, as is what the cluster has not recorded.
     pub(crate) fn resume_of(&self, id: JobId, nodes: &[NodeId]) -> Option<Resumed> {
+        let job = self.jobs.get(&id)?;
+        let is_first = job.generation == 0 || job.checkpoints.is_empty();
+        let is_left_to_them = |known: &Resumed| {
+            let has_it = |node: &NodeId| known.held.contains(&Held { node: *node, files: Files::All });
+            is_first && job.passed_over.is_empty() && nodes.iter().all(has_it)
+        };
+        self.newest_for(id).filter(|known| !is_left_to_them(known))
+    }
+
+    /// The newest checkpoint from which a job can go on: of its own, or before it has one of what its file says.
+    fn newest_for(&self, id: JobId) -> Option<Resumed> {
         let job = self.jobs.get(&id)?;
         let passed = |known: &RecordedCheckpoint| job.passed_over.contains(&known.record.manifest_sha256);
         let resumed = |of: JobId, known: &RecordedCheckpoint| Resumed {
@@ -75,10 +86,8 @@ impl State {
         let all =
             self.jobs.iter().flat_map(|(of, job)| job.checkpoints.iter().map(move |known| (*of, known)));
         let meant = all.filter(|(_, known)| job.continues.takes(&known.record.path) && !passed(known));
-        let (of, known) = meant.max_by_key(|(of, known)| (known.unix_ms, *of, known.event))?;
-        let all_have_it =
-            nodes.iter().all(|node| known.held.contains(&Held { node: *node, files: Files::All }));
-        (!all_have_it).then(|| resumed(of, known))
+        let newest = meant.max_by_key(|(of, known)| (known.unix_ms, *of, known.event));
+        newest.map(|(of, known)| resumed(of, known))
     }
 
     /// As agents are told.
@@ -188,10 +197,10 @@ impl State {
         let Some(at) = &job.placement else { return };
         let meant = at.resume.as_ref().filter(|resumed| resumed.record.manifest_sha256 == manifest_sha256);
         let Some(resumed) = meant else { return };
-        let (step, nodes) = (resumed.record.step, at.parts.iter().map(|part| part.node).collect::<Vec<_>>());
+        let step = resumed.record.step;
         let why: String = why.chars().filter(|c| !c.is_control()).take(WHY_MAX).collect();
         job.passed_over.push(manifest_sha256.to_owned());
-        let next = self.resume_of(id, &nodes);
+        let next = self.newest_for(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(next) = next else {
             let message = format!(
@@ -420,5 +429,22 @@ mod tests {
         let job = submit(&mut script, Continues::Newest("/c".into()), 1);
         script.place(job, &[(1, 2)]);
         assert_eq!(told(&script, 1), None);
+    }
+
+    #[test]
+    fn an_older_one_that_all_its_nodes_have_is_what_a_gang_goes_back_to() {
+        let (mut script, _) = drained();
+        let ready = || EventBody::DataReady(DataStats::default());
+        let other = submit(&mut script, Continues::From("/c/step-5".into()), 1);
+        script.place(other, &[(2, 2)]);
+        script.tell(other, 2, 1, vec![ready(), stopped(0)]);
+        let job = submit(&mut script, Continues::Newest("/c".into()), 1);
+        script.place(job, &[(2, 2)]);
+        assert_eq!(told(&script, 2).map(|point| point.step), Some(6));
+        script.tell(job, 2, 1, vec![lost(6)]);
+        assert!(script.state.jobs()[&job].requeue);
+        script.tell(job, 2, 2, vec![stopped(0)]);
+        script.place(job, &[(2, 2)]);
+        assert_eq!(told(&script, 2).map(|point| point.step), Some(5));
     }
 }

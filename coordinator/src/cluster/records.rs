@@ -350,7 +350,8 @@ impl JobRecord {
             }
             Outcome::Stopped { steps } => {
                 self.state = JobState::Cancelled;
-                self.progress.step = *steps;
+                // Of ranks that had not begun, it is none of those before.
+                self.progress.step = self.progress.step.max(*steps);
             }
             Outcome::Failed(error) => {
                 self.state = JobState::Failed;

@@ -27,9 +27,9 @@ impl Outlook {
                 format!("{}{again}", waits.unwrap_or_default())
             }
             JobState::Starting if job.trains => {
-                format!("{} prepares the data and starts {ranks}{beware}", nodes())
+                format!("preparing data for {ranks} on {}{beware}", nodes())
             }
-            JobState::Starting => format!("{} starts {ranks}{beware}", nodes()),
+            JobState::Starting => format!("starting {ranks} on {}{beware}", nodes()),
             JobState::Running => match job.progress.total_steps {
                 0 => format!(
                     "{ranks} {} on {}{beware}",
@@ -39,11 +39,14 @@ impl Outlook {
                 total => format!("step {} of {total} with {ranks} on {}{beware}", job.progress.step, nodes()),
             },
             JobState::Stopping if job.stop == Some(Stop::Now) && job.stall().is_some() => {
-                format!("asked to stop, it stood still; {} ends it without a checkpoint{beware}", nodes())
+                format!(
+                    "asked to stop, it stood still; it is ended without a checkpoint on {}{beware}",
+                    nodes()
+                )
             }
             JobState::Stopping if job.requeue => {
                 format!(
-                    "goes back to the queue, since a node is drained; {} saves what it has if there is time{beware}",
+                    "goes back to the queue, since a node is drained; what it has is saved on {} if there is time{beware}",
                     nodes()
                 )
             }
@@ -54,7 +57,7 @@ impl Outlook {
                 format!("a part of it has ended; the others are being stopped{beware}")
             }
             JobState::Stopping => {
-                format!("asked to stop; {} writes a checkpoint if there is time{beware}", nodes())
+                format!("asked to stop; a checkpoint is written on {} if there is time{beware}", nodes())
             }
             JobState::Succeeded | JobState::Failed | JobState::Cancelled => ended(job),
         }

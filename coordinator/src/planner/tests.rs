@@ -478,5 +478,5 @@ fn a_gang_that_shall_stop_and_stands_still_has_ten_seconds() {
     forced.into_iter().for_each(|(change, why)| drop(script.decide(&why, change)));
     assert!(plan(&script.state, &observed, 5 + STUCK_MS, UNIX_MS).is_empty());
     let told = explain(&script.state, &observed, UNIX_MS, gang);
-    assert!(told.contains("ends it without a checkpoint"), "{told}");
+    assert!(told.contains("it is ended without a checkpoint"), "{told}");
 }

@@ -7,6 +7,7 @@ use crate::{json, out, places, text};
 use fleet_common::exit;
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{CheckpointView, Files, Page, Reply, Request};
+use std::collections::BTreeSet;
 
 /// List valid checkpoints, or show one with its files
 #[derive(clap::Args)]
@@ -96,7 +97,8 @@ fn print(checkpoints: &[CheckpointView]) {
 /// On whose disks files lie of which this holds.
 fn nodes_with(view: &CheckpointView, has: impl Fn(Files) -> bool) -> String {
     let names = view.places.iter().filter(|place| has(place.files)).map(|place| place.name.as_str());
-    let names: Vec<&str> = names.collect();
+    let names: BTreeSet<&str> = names.collect();
+    let names: Vec<&str> = names.into_iter().collect();
     if names.is_empty() { "-".to_owned() } else { names.join(",") }
 }
 

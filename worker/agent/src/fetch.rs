@@ -10,7 +10,7 @@ use fleet_common::net::{self, Identity};
 use fleet_common::protocol::{FETCH_MAX, Fetch, Fetched, Holder, ResumePoint};
 use quinn::Connection;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
@@ -126,7 +126,17 @@ impl From<Unfit> for Failed {
 impl Fetcher<'_> {
     async fn begin(&mut self) -> Result<Arrival, Unfetched> {
         let manifest = self.manifest().await?;
-        Arrival::begin(Path::new(&self.point.path), &manifest).map_err(Unfetched::Refused)
+        Arrival::begin(Path::new(&self.point.path), &manifest).map_err(|error| match &error {
+            // It may be had of an older one.
+            CheckpointError::Copy { path, source } if source.kind() == io::ErrorKind::AlreadyExists => {
+                let step = self.point.step;
+                Unfetched::Lost(format!(
+                    "the checkpoint of step {step} cannot come to {}: {source}",
+                    path.display()
+                ))
+            }
+            _ => Unfetched::Refused(error),
+        })
     }
 
     async fn files(&mut self, arrival: &Arrival) -> Result<(), Unfetched> {

@@ -28,7 +28,7 @@ pub enum CheckpointError {
     #[error("checkpoint of step {step} was not saved by rank {rank}: {line}")]
     Peer { step: u64, rank: u32, is_full: bool, line: String },
     /// Nothing is left behind, older checkpoints are untouched.
-    #[error("the numbers to be saved cannot be read from their device: {0}")]
+    #[error("the numbers to be saved cannot be copied: {0}")]
     Device(String),
     #[error("cannot read {path}: {source}")]
     Read {

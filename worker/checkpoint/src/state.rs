@@ -113,8 +113,8 @@ impl TrainerState {
         }
         if self.step > job.total_steps {
             return refuse(format!(
-                "it has done {} steps and the job ends after {}; raise epochs or max_steps",
-                self.step, job.total_steps
+                "it has done {} steps, more than this job's epochs or max_steps are; raise them",
+                self.step
             ));
         }
         let mut notes: Vec<String> = self.precision_note(job.precision).into_iter().collect();
@@ -263,7 +263,7 @@ mod tests {
         );
         assert!(refusal(|j| j.seed = 2).contains("its seed was 1 and the job's is 2"));
         assert!(refusal(|j| j.train_windows = 63).contains("restore the data"));
-        assert!(refusal(|j| j.total_steps = 9).contains("has done 10 steps and the job ends after 9"));
+        assert!(refusal(|j| j.total_steps = 9).contains("has done 10 steps, more than"));
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub fn busy(cores: u32) -> Option<String> {
     let text = std::fs::read_to_string("/proc/loadavg").ok()?;
     let load: f64 = text.split_whitespace().next()?.parse().ok()?;
     (load > 0.25 * f64::from(cores))
-        .then(|| format!("the machine is busy (load {load} on {cores} cores): speeds are too low"))
+        .then(|| format!("the machine is busy (load {load} on {cores} cores): speeds are unsteady, and may be several times off"))
 }
 
 /// What this program takes before it has a model, where `ranks` processes share the pages of its files.

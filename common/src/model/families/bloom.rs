@@ -54,7 +54,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("hidden_size", 64)?;
     let heads = s.count_or("n_head", 8)?;
     let layers = s.layers("n_layer")?.unwrap_or(2);
-    whole_heads(("hidden_size", hidden_size), ("n_head", heads))?;
+    whole_heads(("hidden_size", hidden_size), ("n_head", heads), 1)?;
     Ok(Decoder {
         vocab_size: s.count_or("vocab_size", 250_880)?,
         hidden_size,

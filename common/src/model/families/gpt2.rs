@@ -50,7 +50,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("n_embd", 768)?;
     let heads = s.count_or("n_head", 12)?;
     let layers = s.layers("n_layer")?.unwrap_or(12);
-    whole_heads(("n_embd", hidden_size), ("n_head", heads))?;
+    whole_heads(("n_embd", hidden_size), ("n_head", heads), 1)?;
     Ok(Decoder {
         vocab_size: s.count_or("vocab_size", 50_257)?,
         hidden_size,

@@ -43,7 +43,7 @@ fn fill(config: &mut Object, positions: usize) -> Result<(), String> {
     let hidden = said.count_or("hidden_size", 256)?;
     let usual = if hidden.is_multiple_of(64) { hidden / 64 } else { 4 };
     let heads = said.count_or("num_attention_heads", usual)?;
-    whole_heads(("hidden_size", hidden), ("num_attention_heads", heads))?;
+    whole_heads(("hidden_size", hidden), ("num_attention_heads", heads), 2)?;
     for (key, usual) in [
         ("hidden_size", hidden),
         // two thirds of four times the size, as Llama has it, up to a multiple of 64

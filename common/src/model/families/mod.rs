@@ -205,13 +205,19 @@ fn as_read(_: &mut Object, _: usize) -> Result<(), String> {
     Ok(())
 }
 
-/// The hidden size is a whole number of heads.
-fn whole_heads((size_key, size): (&str, usize), (heads_key, heads): (&str, usize)) -> Result<(), String> {
+/// The hidden size is a whole number of heads. Proposed are sizes that give each a multiple of `elements`.
+fn whole_heads(
+    (size_key, size): (&str, usize),
+    (heads_key, heads): (&str, usize),
+    elements: usize,
+) -> Result<(), String> {
     if size.is_multiple_of(heads) {
         return Ok(());
     }
-    let below = size / heads * heads;
-    let near = if below == 0 { heads.to_string() } else { format!("{below} or {}", below + heads) };
+    let step = heads.saturating_mul(elements);
+    let below = size / step * step;
+    let near =
+        if below == 0 { step.to_string() } else { format!("{below} or {}", below.saturating_add(step)) };
     Err(format!(
         "{size_key} ({size}) is not a multiple of {heads_key} ({heads}); set {size_key} to {near}, or {heads_key} to a divisor of {size}"
     ))

@@ -45,7 +45,7 @@ fn read(s: &Settings) -> Result<Decoder, String> {
     let hidden_size = s.count_or("hidden_size", 768)?;
     let heads = s.count_or("num_attention_heads", 12)?;
     let layers = s.layers("num_hidden_layers")?.unwrap_or(12);
-    whole_heads(("hidden_size", hidden_size), ("num_attention_heads", heads))?;
+    whole_heads(("hidden_size", hidden_size), ("num_attention_heads", heads), 1)?;
     let first = s.flag("do_layer_norm_before", true)?;
     let bias = s.flag("enable_bias", true)?;
     Ok(Decoder {
