@@ -53,14 +53,14 @@ impl Map {
         let mut own = Vec::new();
         for vector in vectors() {
             let unit = &units[vector.unit];
-            for rank in 0..seat.world {
+            for (rank, given) in lens.iter_mut().enumerate() {
                 let part = unit.part(rank);
                 let run = vector.range.start.max(part.start)..vector.range.end.min(part.end);
                 if run.is_empty() {
                     continue;
                 }
-                runs.push((rank, lens[rank], run.len()));
-                lens[rank] += run.len();
+                runs.push((rank, *given, run.len()));
+                *given += run.len();
                 if rank == seat.rank {
                     let start = unit.shard.start + run.start - part.start;
                     own.extend((start..start + run.len()).map(|at| at as i64));

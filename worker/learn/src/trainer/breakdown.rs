@@ -59,7 +59,7 @@ impl Breakdown {
         self.computed = Duration::from_nanos(computed(&sums) - computed(&before));
         let at = Phase::Communication as usize;
         let seconds = (sums[at] - before[at]) as f64 / 1e9;
-        match self.communicated.last_mut().filter(|_| (step - self.step - 1) % self.folded != 0) {
+        match self.communicated.last_mut().filter(|_| !(step - self.step - 1).is_multiple_of(self.folded)) {
             Some(last) => *last += seconds,
             None => self.communicated.push(seconds),
         }
