@@ -51,7 +51,7 @@ pub enum CheckpointError {
     )]
     OtherVersion { path: PathBuf, what: String },
     #[error(
-        "there is no checkpoint at {0}; check the path, or leave `resume_from_checkpoint` out to start anew"
+        "there is no checkpoint at {0}; check the path, write \"latest\" for the newest one that is there, or leave `resume_from_checkpoint` out to start anew"
     )]
     Missing(PathBuf),
     /// Not written by fleet.
