@@ -17,6 +17,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod copy;
 mod cross_entropy;
 pub mod cuda;
 mod element;
@@ -36,6 +37,7 @@ mod testing;
 pub use activation::{activate, activate_backward, gated, gated_backward};
 pub use adamw::adamw;
 pub use attention::{attention, attention_backward, attention_decode};
+pub use copy::copy;
 pub use cross_entropy::{cross_entropy, cross_entropy_loss};
 pub use element::Element;
 pub use elementwise::{add, add_rows, all_finite, convert, sum_rows, sum_squares};

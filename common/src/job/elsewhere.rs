@@ -7,8 +7,17 @@ pub(super) fn instead(key: &str) -> Option<&'static str> {
     let table = key.split('.').next().unwrap_or(key);
     let find =
         |name: &str| NAMES.iter().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
-    let found = [key, name, table].into_iter().find_map(find);
-    found.or_else(|| FAMILIES.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead))
+    let begins =
+        |name: &str| FAMILIES.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead);
+    [key, name, table].into_iter().find_map(find).or_else(|| [name, table].into_iter().find_map(begins))
+}
+
+/// The name of another tool that `key` is but for a letter or two, and what to do instead.
+pub(super) fn misspelt(key: &str) -> Option<(&'static str, &'static str)> {
+    let name = key.rsplit('.').next().unwrap_or(key).to_lowercase();
+    let is_near =
+        |known: &&&str| known.len() >= 6 && strsim::damerau_levenshtein(&name, known) <= known.len() / 6;
+    NAMES.iter().find_map(|(names, instead)| Some((*names.iter().find(is_near)?, *instead)))
 }
 
 const RECORD: &str = "losses are kept in the cluster (`fleet runs show`) and printed by `fleet launch --json`; take the key out";
@@ -84,9 +93,10 @@ const NAMES: &[(&[&str], &str)] = &[
         "eval_interval", "eval_every"],
         "write `eval_steps`, where 0 is never"),
     (&["save_strategy", "saves_per_epoch", "save_only_model", "save_safetensors", "enable_checkpointing", "save_interval",
-        "save_every", "checkpoint_interval", "always_save_checkpoint"],
+        "save_every", "checkpoint_interval", "always_save_checkpoint", "every_n_train_steps"],
         "write `save_steps`, where 0 is at the end alone; a checkpoint has all that a run needs to go on, in safetensors"),
     (&["logging_strategy", "log_every_n_steps", "logging_first_step", "log_interval", "log_every"], "write `logging_steps`; the first step is always told"),
+    (&["save_top_k", "save_last", "keep_last"], "write `save_total_limit`, how many of the newest checkpoints are kept"),
     (&["load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"],
         "a run goes to its end and keeps its newest checkpoints; take the key out"),
     (&["gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],

@@ -319,13 +319,17 @@ impl Fields {
         let wanted = format!("one of {}", list.join(", "));
         self.get(name, &wanted, |v| {
             let number = v.int().map(|n| n.to_string());
-            let given = v.text().map(str::to_ascii_lowercase).or(number)?;
+            let given = v.text().map(str::to_ascii_lowercase).or(number)?.replace('_', "-");
             words
                 .iter()
                 .chain(understood)
-                .find(|(word, _)| *word == given)
+                .find(|(word, _)| word.replace('_', "-") == given)
                 .map(|(_, meaning)| meaning.clone())
         })
+    }
+
+    pub fn is_given(&self, name: &'static str) -> bool {
+        self.given.contains_key(name)
     }
 
     /// The spelling that the file uses for a setting, else its first name.
@@ -443,9 +447,14 @@ fn known(key: &str, value: &Value, family: Option<&Family>) -> Result<&'static s
         }
         // What stretches a rotary embedding has names that mean much else elsewhere.
         let means_rope = key.contains("rope");
-        let of_family = keys().filter(fits).filter(|name| means_rope || !name.starts_with("model.rope_"));
-        let suggestion = nearest(&key, of_family).map(str::to_owned);
-        return Err(JobFileError::UnknownKey { place, key, suggestion });
+        let of_family =
+            keys().filter(fits).filter(|name| means_rope || !name.starts_with("model.rope_")).chain(TABLES);
+        let suggestion = nearest(&key, of_family);
+        if let Some((of_others, instead)) = elsewhere::misspelt(&key).filter(|_| suggestion.is_none()) {
+            let message = format!("unknown key `{key}`; if `{of_others}` of other tools is meant: {instead}");
+            return Err(JobFileError::Refused { place, message });
+        }
+        return Err(JobFileError::UnknownKey { place, key, suggestion: suggestion.map(str::to_owned) });
     };
     let Some(family) = family.filter(|family| is_description(name) && !has(family, name)) else {
         return Ok(name);

@@ -86,6 +86,7 @@ pub(super) fn parse(
     }
     let mut warnings = Vec::new();
     let job = job(&fields, file_stem, working_dir, &mut warnings)?;
+    warnings.extend(super::idle::warnings(&fields, &job));
     Ok((job, warnings))
 }
 
@@ -233,10 +234,17 @@ fn strategy(f: &Fields) -> Result<Strategy, JobFileError> {
         ("full_shard", Fsdp),
         ("zero3", Fsdp),
         ("zero_3", Fsdp),
+        ("deepspeed_stage_3", Fsdp),
         ("hybrid_shard", Hsdp),
         ("ddp_find_unused_parameters_true", Ddp),
         ("ddp_find_unused_parameters_false", Ddp),
     ];
+    const ZERO_2: [&str; 4] = ["shard_grad_op", "zero2", "zero_2", "deepspeed_stage_2"];
+    let is_zero_2 = |v: &super::value::Value| Some(ZERO_2.contains(&v.text()?));
+    if f.get("strategy", "a word", |v| Some(is_zero_2(v)))?.flatten() == Some(true) {
+        let message = "others call so what is `strategy` = \"fsdp\" with `reshard_after_forward` = false";
+        return Err(f.refuse(&["strategy"], message.to_owned()));
+    }
     Ok(f.word_of("strategy", &words, &others, possible)?.unwrap_or(Auto))
 }
 

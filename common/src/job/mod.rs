@@ -8,6 +8,7 @@ mod elsewhere;
 mod error;
 mod fields;
 mod formats;
+mod idle;
 mod load;
 mod model;
 mod ranks;

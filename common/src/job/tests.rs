@@ -203,7 +203,19 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
             "job:2: unknown key `model.hiden_size`; did you mean `model.hidden_size`?",
         ),
         ("colour = \"red\"", "job:1: unknown key `colour`"),
-        ("[optimizr]\nlr = 1", "job:1: unknown key `optimizr`"),
+        ("[optimizr]\nlr = 1", "job:1: unknown key `optimizr`; did you mean `optimizer`?"),
+        (
+            "lr_schedular = 1",
+            "job:1: unknown key `lr_schedular`; if `lr_scheduler` of other tools is meant: write `optimizer.schedule`, which is \"cosine\", \"linear\" or \"constant\", and `min_lr_ratio`",
+        ),
+        (
+            "strategy = \"zero2\"",
+            "job:1: others call so what is `strategy` = \"fsdp\" with `reshard_after_forward` = false",
+        ),
+        (
+            "fsdp_config = { min_num_params = 1 }",
+            "job:1: `fsdp_config` is a key of other tools: `-n` of the command, or `devices`, says how many ranks there are, and `strategy` how they share the work",
+        ),
         (
             "epochs = \"three\"",
             "job:1: `epochs` is the text \"three\"; a whole number from 1 to 1000000 is wanted",

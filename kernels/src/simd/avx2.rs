@@ -37,6 +37,14 @@ impl Vector for F32x8 {
         cpu!(_mm256_storeu_ps(to, self.0))
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        cpu!(_mm256_stream_ps(to, self.0))
+    }
+    #[inline(always)]
+    fn streamed() {
+        cpu!(_mm_sfence())
+    }
+    #[inline(always)]
     unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
         cpu!({
             let mask = first(count);

@@ -34,6 +34,14 @@ impl Vector for F32x16 {
         cpu!(_mm512_storeu_ps(to, self.0))
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        cpu!(_mm512_stream_ps(to, self.0))
+    }
+    #[inline(always)]
+    fn streamed() {
+        cpu!(_mm_sfence())
+    }
+    #[inline(always)]
     unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
         cpu!(F32x16(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(count), from)))
     }

@@ -73,6 +73,12 @@ pub trait Vector: Copy {
     /// # Safety
     /// `LANES` numbers are writable at `to`.
     unsafe fn store(self, to: *mut f32);
+    /// Writes past the caches. Other threads see it after `streamed`.
+    /// # Safety
+    /// `LANES` numbers are writable at `to`, whose address is a multiple of their bytes.
+    unsafe fn stream(self, to: *mut f32);
+    /// Ends a row of `stream`.
+    fn streamed();
     /// The first `count` lanes, fewer than `LANES`; the others are `fill`.
     /// # Safety
     /// `count` numbers are readable at `from`.

@@ -29,6 +29,13 @@ impl Vector for F32x8 {
         unsafe { *to.cast() = self.0 }
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(to) }
+    }
+    #[inline(always)]
+    fn streamed() {}
+    #[inline(always)]
     unsafe fn load_part(from: *const f32, count: usize, fill: f32) -> Self {
         // SAFETY: the caller's promise.
         F32x8(std::array::from_fn(|i| if i < count { unsafe { *from.add(i) } } else { fill }))

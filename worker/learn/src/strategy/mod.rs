@@ -76,15 +76,7 @@ pub trait Strategy<M: Memory> {
     }
     /// Copies numbers of `slot` out, range after range: of weights any, each within a unit, of moments what this rank keeps. A collective
     /// call of all writers, between two steps.
-    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
-        let (flat, mut rest) = (self.flat(slot)?, out);
-        for range in ranges {
-            let (now, later) = rest.split_at_mut(range.len());
-            now.copy_from_slice(&flat[range.clone()]);
-            rest = later;
-        }
-        Ok(())
-    }
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()>;
 }
 
 /// Fills a range of the flat buffer.

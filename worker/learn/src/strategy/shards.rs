@@ -2,7 +2,7 @@
 //! of its ranks, the units that are needed: embedding and head, and two blocks, of which one is collected while the other is computed.
 
 use super::gathered::Gathered;
-use super::state::{Base, State, Sums, within};
+use super::state::{Base, State, Sums, copy_ranges, within};
 use super::{Read, Resident, Slot};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
@@ -309,12 +309,7 @@ impl<E: HostNumber> State<E> for ShardState<E> {
         gang: &mut dyn SharedHost,
     ) -> Result<()> {
         if slot != Slot::Weights {
-            let mut rest = out;
-            for range in ranges {
-                let (now, later) = rest.split_at_mut(range.len());
-                now.copy_from_slice(self.of(slot, range));
-                rest = later;
-            }
+            copy_ranges(|range| self.of(slot, range), ranges, out, &self.base.workers);
             return Ok(());
         }
         for unit in 0..self.base.layout.units.len() {

@@ -104,6 +104,10 @@ impl<E: HostNumber> Strategy<Host<E>> for Shared<E> {
         Ok(self.state.flat(slot))
     }
 
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
+        self.state.copy_out(slot, ranges, out, &mut *self.gang)
+    }
+
     fn name(&self) -> &'static str {
         "ddp"
     }

@@ -1,5 +1,6 @@
 //! One rank that has everything in its own memory.
 
+use super::state::copy_ranges;
 use super::{Micro, Read, Report, Slot, Strategy, Votes};
 use crate::error::Result;
 use crate::optimizer::{Numbers, Update};
@@ -134,6 +135,12 @@ impl<E: HostNumber> Strategy<Host<E>> for Solo<E> {
             Slot::Moment2 => &self.moment2,
         }))
     }
+    fn copy_out(&mut self, slot: Slot, ranges: &[Range<usize>], out: &mut [f32]) -> Result<()> {
+        let flat = self.flat(slot)?;
+        copy_ranges(|range| &flat[range.clone()], ranges, out, &self.workers);
+        Ok(())
+    }
+
     fn name(&self) -> &'static str {
         "solo"
     }

@@ -107,14 +107,23 @@ pub(super) fn within(unit: &Range<usize>, rank: usize, ranks: usize) -> Range<us
     unit.start + part.start..unit.start + part.end
 }
 
-/// Copies of `flat` what is asked for.
-pub(super) fn copy_ranges(flat: &[f32], ranges: &[Range<usize>], out: &mut [f32]) {
+/// Numbers that one thread copies at a time.
+const COPIED: usize = 1 << 18;
+
+/// Copies what `of` has of each range, one after the other, by all of the rank's threads.
+pub(super) fn copy_ranges<'a>(
+    of: impl Fn(&Range<usize>) -> &'a [f32],
+    ranges: &[Range<usize>],
+    out: &mut [f32],
+    workers: &Workers,
+) {
     let mut rest = out;
-    for range in ranges {
-        let (now, later) = rest.split_at_mut(range.len());
-        now.copy_from_slice(&flat[range.clone()]);
+    let pieces = ranges.iter().flat_map(|range| {
+        let (now, later) = std::mem::take(&mut rest).split_at_mut(range.len());
         rest = later;
-    }
+        of(range).chunks(COPIED).zip(now.chunks_mut(COPIED))
+    });
+    workers.each(pieces, |(from, to)| kernels::copy(from, to));
 }
 
 /// All of it once on each host, in memory that its ranks share: master weights, their copy for products, and moments. Each rank updates its
@@ -212,7 +221,8 @@ impl<E: HostNumber> State<E> for HostState<E> {
         out: &mut [f32],
         _gang: &mut dyn SharedHost,
     ) -> Result<()> {
-        copy_ranges(self.of(slot), ranges, out);
+        let flat = self.of(slot);
+        copy_ranges(|range| &flat[range.clone()], ranges, out, &self.base.workers);
         Ok(())
     }
 }

@@ -16,6 +16,8 @@ const STEPS_MIN: usize = 3;
 const STEPS_MAX: usize = 15;
 const ENOUGH: Duration = Duration::from_millis(1500);
 const LONG: Duration = Duration::from_secs(10);
+/// Tokens of a micro-batch that is timed: what longer ones take follows from it, and from one of half the length where a sequence is longer.
+const TOKENS: usize = 1 << 13;
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
@@ -48,16 +50,31 @@ impl Run<'_> {
         Ok(Speeds { forward, backward, edges, update, add })
     }
 
-    /// Seconds of a block's forward, of its backward, and of all other units.
+    /// Seconds of a block's forward, of its backward, and of all other units, for the micro-batches of the job.
     fn units(&self, executor: Executor, precision: Precision) -> Result<[f64; 3]> {
+        let seq = self.job.max_seq_len as usize - 1;
+        let all = self.job.batch_size as usize;
+        // Threads share sequences out.
+        let batch = all.min((TOKENS / seq).max(self.threads as usize));
+        let of = |seq| self.units_of(executor, precision, batch, seq);
+        let times = if seq <= TOKENS { of(seq)? } else { longer(of(TOKENS / 2)?, of(TOKENS)?, seq) };
+        Ok(times.map(|time| time * all as f64 / batch as f64))
+    }
+
+    fn units_of(
+        &self,
+        executor: Executor,
+        precision: Precision,
+        batch: usize,
+        seq: usize,
+    ) -> Result<[f64; 3]> {
         let mut model = self.model.clone();
         let blocks = model.decoder.layers.min(BLOCKS);
         model.decoder.layers = blocks;
         model.decoder.attention.windows.truncate(blocks);
-        let seq = self.job.max_seq_len as usize - 1;
         let again = self.job.activation_checkpointing.of(blocks);
         let vocab = model.decoder.vocab_size as i64;
-        let tokens = seq * self.job.batch_size as usize;
+        let tokens = seq * batch;
         let ids: Vec<i64> = (0..=tokens as i64).map(|i| (i * i + 7 * i) % vocab).collect();
         self.at_once(|| {
             let threads = Threads { count: self.threads, again };
@@ -111,16 +128,29 @@ impl Run<'_> {
         Ok([update / f64::from(self.threads), add])
     }
 
-    /// The longest times of all ranks, which work at once.
+    /// The longest times of all ranks, which work at once; where there are more than cores, of as many as these keep busy, which the
+    /// others take turns with.
     fn at_once<const N: usize>(&self, work: impl Fn() -> Result<[f64; N]> + Sync) -> Result<[f64; N]> {
-        std::thread::scope(|scope| {
-            let ranks: Vec<_> = (0..self.ranks).map(|_| scope.spawn(&work)).collect();
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let together = self.ranks.min((cores / self.threads as usize).max(1));
+        let longest = std::thread::scope(|scope| {
+            let ranks: Vec<_> = (0..together).map(|_| scope.spawn(&work)).collect();
             ranks.into_iter().try_fold([0.0; N], |longest, rank| {
                 let times = rank.join().map_err(|_| Error::Job("a rank of the plan panicked".into()))??;
-                Ok(std::array::from_fn(|at| f64::max(longest[at], times[at])))
+                Ok::<_, Error>(std::array::from_fn(|at| f64::max(longest[at], times[at])))
             })
-        })
+        })?;
+        Ok(longest.map(|time| time * self.ranks as f64 / together as f64))
     }
+}
+
+/// What `seq` tokens take, from what `TOKENS / 2` and `TOKENS` did: a part of it grows evenly, and attention with the square.
+fn longer<const N: usize>(half: [f64; N], whole: [f64; N], seq: usize) -> [f64; N] {
+    let times = seq as f64 / TOKENS as f64;
+    std::array::from_fn(|at| {
+        let square = (2.0 * whole[at] - 4.0 * half[at]).clamp(0.0, whole[at]);
+        (whole[at] - square) * times + square * times * times
+    })
 }
 
 /// The medians of what several steps, counted from 1, tell.
@@ -141,4 +171,20 @@ fn timed<const N: usize>(mut step: impl FnMut(u64) -> Result<[f64; N]>) -> Resul
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_longer_sequences_take_follows_from_shorter_ones() {
+        let time = |seq: usize| [3.0 * seq as f64 + 0.25 * (seq * seq) as f64, 2.0 * seq as f64];
+        let (found, exact) = (longer(time(TOKENS / 2), time(TOKENS), 100_000), time(100_000));
+        for (found, exact) in found.into_iter().zip(exact) {
+            assert!((found / exact - 1.0).abs() < 1e-9, "{found} for {exact}");
+        }
+        // Noise makes no time of less than nothing.
+        assert!(longer([1.0], [1.5], 2 * TOKENS)[0] >= 1.5);
+    }
 }
