@@ -9,7 +9,7 @@ use fleet_common::protocol::{JobState, JobView, Reply, Request};
 use fleet_tests::{Client, Coordinators, Network, Running, TinyJob, World, eventually};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Host 0 has the coordinator, 1 to 3 are nodes.
 struct Scene<'a> {
@@ -201,11 +201,7 @@ fn a_changed_byte_is_named_and_the_job_goes_back_to_the_checkpoint_before() {
     let id = scene.submit("1", "1", &LONG, &[]);
     let ended = scene.ended(id);
     let host: usize = ended.parts[0].name.strip_prefix("box-").unwrap().parse().unwrap();
-    let file = scene.on(host, "long", 120).join("model.safetensors");
-    let mut bytes = std::fs::read(&file).unwrap();
-    let last = bytes.len() - 1;
-    bytes[last] ^= 1;
-    std::fs::write(&file, bytes).unwrap();
+    change_a_byte(&scene.on(host, "long", 120).join("model.safetensors"));
     scene.coordinators.ask(&["drain", &format!("box-{host}")]);
     let more =
         scene.submit("1", "1", &LONG, &["--set", "max_steps=130", "--set", "resume_from_checkpoint=latest"]);
@@ -221,6 +217,38 @@ fn a_changed_byte_is_named_and_the_job_goes_back_to_the_checkpoint_before() {
         assert!(lines.contains(part), "{part}: {lines}");
     }
     assert_eq!(scene.losses(more).keys().next().copied(), Some(111));
+}
+
+#[test]
+fn what_was_changed_on_one_node_comes_again_from_another() {
+    let world = World::new();
+    let Some(network) = Network::new(4) else { return };
+    let scene = Scene::new(&world, &network);
+    let first = scene.ended(scene.submit("1", "1", &LONG, &[])).parts[0].name.clone();
+    scene.coordinators.ask(&["drain", &first]);
+    let more = ["--set", "max_steps=121", "--set", "resume_from_checkpoint=latest"];
+    let second = scene.ended(scene.submit("1", "1", &LONG, &more)).parts[0].name.clone();
+    let copy = scene.on(second.strip_prefix("box-").unwrap().parse().unwrap(), "long", 120);
+    change_a_byte(&copy.join("model.safetensors"));
+    for name in ["box-1", "box-2", "box-3"].into_iter().filter(|name| *name != second) {
+        scene.coordinators.ask(&["drain", name]);
+    }
+    let path = world.path("out/checkpoints/long/step-00000120").display().to_string();
+    let job = TinyJob { run_name: "on", max_steps: 125, ..LONG };
+    let id = scene.submit("1", "1", &job, &["--set", &format!("resume_from_checkpoint={path}")]);
+    let ended = scene.ended(id);
+    assert_eq!((ended.state, ended.generation), (JobState::Succeeded, 1), "{:?}", ended.error);
+    let lines = scene.lines(id);
+    assert!(lines.contains("fetching the checkpoint of step 120") && lines.contains(&first), "{lines}");
+    assert_eq!(scene.losses(id).keys().next().copied(), Some(121));
+    world.run("fleet", &["checkpoint", "verify", &copy.display().to_string()]).expect(0);
+}
+
+/// The last one of a file.
+fn change_a_byte(file: &Path) {
+    let mut bytes = std::fs::read(file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(file, bytes).unwrap();
 }
 
 #[test]

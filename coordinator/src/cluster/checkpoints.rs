@@ -58,14 +58,14 @@ impl Continues {
 }
 
 impl State {
-    /// What the next start of a job on these nodes goes on from, as far as the cluster knows of it. What all these nodes have is left to them,
-    /// until one turns out not to have it, as is what the cluster has not recorded.
+    /// What the next start of a job on these nodes goes on from, as far as the cluster knows of it. What one node alone has, and the job starts
+    /// there, is left to it, until it turns out not to have it, as is what the cluster has not recorded.
     pub(crate) fn resume_of(&self, id: JobId, nodes: &[NodeId]) -> Option<Resumed> {
         let job = self.jobs.get(&id)?;
         let is_first = job.generation == 0 || job.checkpoints.is_empty();
         let is_left_to_them = |known: &Resumed| {
-            let has_it = |node: &NodeId| known.held.contains(&Held { node: *node, files: Files::All });
-            is_first && job.passed_over.is_empty() && nodes.iter().all(has_it)
+            let on_it = |held: &Held| nodes == [held.node] && held.files == Files::All;
+            is_first && job.passed_over.is_empty() && known.held.iter().all(on_it)
         };
         self.newest_for(id).filter(|known| !is_left_to_them(known))
     }
@@ -429,6 +429,18 @@ mod tests {
         let job = submit(&mut script, Continues::Newest("/c".into()), 1);
         script.place(job, &[(1, 2)]);
         assert_eq!(told(&script, 1), None);
+    }
+
+    #[test]
+    fn a_node_that_has_it_is_told_who_else_has() {
+        let (mut script, _) = drained();
+        let other = submit(&mut script, Continues::From("/c/step-5".into()), 1);
+        script.place(other, &[(2, 2)]);
+        script.tell(other, 2, 1, vec![EventBody::DataReady(DataStats::default()), stopped(0)]);
+        let job = submit(&mut script, Continues::From("/c/step-5".into()), 1);
+        script.place(job, &[(2, 2)]);
+        let holders = told(&script, 2).unwrap().holders;
+        assert_eq!(holders.iter().map(|holder| holder.node).collect::<Vec<_>>(), [NodeId(1), NodeId(2)]);
     }
 
     #[test]

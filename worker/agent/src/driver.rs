@@ -1,11 +1,7 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
-use crate::agent::{Accelerator, Action, Agent, Config, Input, Now};
-use crate::budget::Rates;
-use crate::cgroup;
-use crate::container::{Container, Containers, Leader, Remains};
-use crate::coordinators::Coordinators;
-use crate::doors::Ports;
+use crate::agent::{Action, Agent, Config, Input, Now, Past};
+use crate::container::{Container, Leader, Remains};
 use crate::gang::{Blow, GangId, GangInput};
 use crate::lend::Lender;
 use crate::link::{self, LinkEvent};
@@ -14,30 +10,26 @@ use crate::output;
 use crate::panics;
 use crate::prepare::{self, Place, Unprepared};
 use crate::processes;
-use crate::program::Base;
 use crate::rank_io::{self, Deliveries};
-use crate::ranks::{Launcher, NewGang, Probe, Seat, Warm};
+use crate::ranks::{Launcher, NewGang, Seat, Warm};
 use crate::records::Records;
-use crate::relay::{Relay, Streams};
-use crate::spawn::{Exited, Spawner, Sweep};
+use crate::relay::Relay;
+use crate::signals::Signals;
+use crate::spawn::{Exited, Sweep};
 use crate::stall::Sight;
-use anyhow::Context;
 use fleet_checkpoint::RunDir;
 use fleet_collectives::{Abort, RankReport, Segment};
-use fleet_common::capability::CUDA_DRIVER;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::net::Identity;
 use fleet_common::protocol::{FromAgent, Gang, Network, OutputWish, Peer, Superseded, ToRank};
-use fleet_common::{exit, files, terminal};
+use fleet_common::{exit, terminal};
 use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
-use std::net::{ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::Signal;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -45,168 +37,59 @@ use tokio::task::JoinHandle;
 const MESSAGES_MAX: usize = 1024;
 /// Chunks of output that wait, each of at most 16 KiB.
 const LINES_MAX: usize = 64;
-/// For what an earlier process of this worker left behind to end.
-const REMAINS_MAX: Duration = Duration::from_secs(10);
 /// For the last packet to leave the socket.
 const CLOSING: Duration = Duration::from_millis(50);
 
-/// What `worker join` was asked for.
-#[derive(Debug)]
-pub struct Options {
-    pub coordinators: Coordinators,
-    pub data_dir: PathBuf,
-    /// `None`: one per accelerator, else one.
-    pub slots: Option<u32>,
-    pub device: DeviceWish,
-    pub labels: BTreeMap<String, String>,
-    /// Where other nodes reach this one; `None`: the address from which it reaches the coordinators.
-    pub host: Option<String>,
-    /// Where ranks that train listen for those of other nodes.
-    pub rank_ports: Ports,
-    /// Of UDP, where other nodes fetch checkpoints; `None`: any that is free.
-    pub checkpoint_port: Option<u16>,
-    /// What programs find in their environment before what their job sets.
-    pub programs: Base,
-    /// How much of a gang's output goes to the coordinators.
-    pub lines: Rates,
-    /// A `fleet launch` started this worker for one program: it hears what that prints, gives it what it reads itself, and has its signals passed on.
-    pub relay: Option<Streams>,
+/// A node that is ready to take part.
+pub(crate) struct Ready {
+    pub config: Config,
+    /// What earlier processes of this worker have written down.
+    pub past: Past,
+    pub launcher: Launcher,
+    pub records: Records,
+    /// The newest one of this node.
+    pub identity: watch::Receiver<Identity>,
+    /// Of checkpoints, to other nodes.
+    pub lender: Option<Lender>,
+    pub relay: Option<Relay>,
+    /// Why no rank can run here.
+    pub unfit: Option<String>,
+    pub node: link::Node,
+    pub signals: Signals,
+    pub child: Signal,
+    pub exits: mpsc::UnboundedReceiver<Exited>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum DeviceWish {
-    Auto,
-    Cpu,
-    Cuda,
-    Mps,
-}
-
-/// Runs the agent until it is told to end; returns the exit code.
-pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
-    let signals = Signals::listen(options.relay.is_some())?;
-    let mut child = signal(SignalKind::child())?; // before there is a child
-    let cgroups = cgroup::find();
-    match &cgroups {
-        Ok(dir) => tracing::info!(dir = %dir.display(), "ranks run in control groups"),
-        Err(why) => tracing::info!(
-            %why,
-            "ranks run without control groups; a process that leaves its session and clears its environment is found only when no rank runs"
-        ),
-    }
-    let process: u64 = rand::random();
-    let (records, found) = Records::open(&options.data_dir, process, cgroups.clone().ok())?;
-    end_what_is_left(&found.remains).await;
-    let (exits_sender, mut exits) = mpsc::unbounded_channel(); // at most one for each living child
-    let spawner = Spawner::start(exits_sender).context("cannot start the spawning thread")?;
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let relay = options.relay.map(|_| Relay::over_stdout()).transpose().context("--relay needs a pipe")?;
-    let containers = Containers::new(process, cgroups.ok());
-    let host = options.host.unwrap_or_else(|| own_address(options.coordinators.given()));
-    let launcher = Launcher {
-        spawner,
-        containers: Arc::new(containers),
-        fleet_rank: Launcher::fleet_rank_beside()?,
-        cores,
-        programs: options.programs,
-        relay: options.relay,
-        ports: options.rank_ports,
-        host: host.clone(),
-    };
-
-    let computes_on = accelerator(&launcher, options.device, &mut exits, &mut child).await;
-    let Found { accelerator, unfit, no_cuda } = match computes_on {
-        Ok(computes_on) => computes_on,
-        Err(line) => {
-            eprintln!("error: {line}");
-            return Ok(exit::ENVIRONMENT);
-        }
-    };
-    let slots = options.slots.unwrap_or(match accelerator {
-        Accelerator::Cuda { devices } => devices.max(1),
-        Accelerator::Cpu | Accelerator::Mps => 1,
-    });
-    let (shown, newest) = watch::channel(identity.clone());
-    let lender = match &relay {
-        Some(_) => None,
-        None => lender(&host, options.checkpoint_port, &options.data_dir, &newest)?,
-    };
-    let config = Config {
-        name: identity.name.clone(),
-        slots,
-        accelerator,
-        no_cuda,
-        cores,
-        program_version: env!("CARGO_PKG_VERSION").to_owned(),
-        labels: options.labels,
-        host,
-        checkpoint_port: lender.as_ref().map_or(0, |lender| lender.port),
-        process,
-        lines: options.lines,
-    };
-    let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
-    let cluster_id = identity.cluster_id.clone();
-    let node = link::Node {
-        identity,
-        identity_dir: options.data_dir.join("identity"),
-        coordinators: options.coordinators,
-        shown,
-        mark: None,
-    };
-    let link = tokio::spawn(link::keep(node, events_sender, rand::rngs::StdRng::from_os_rng()));
-    let trains = unfit.is_none() && relay.is_none();
-    let warm = if trains { launcher.warm(slots).await } else { None };
-
-    let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
-    let (lines_sender, lines) = mpsc::channel(LINES_MAX);
-    let driver = Driver {
-        agent: Agent::new(config.clone(), found.past),
-        name: config.name,
-        cluster_id,
-        begin: Instant::now(),
-        launcher,
-        records,
-        identity: newest,
-        lender,
-        gangs: BTreeMap::new(),
-        attended: BTreeMap::new(),
-        outbox: None,
-        warm,
-        inputs: unfit.map(|line| Input::Probed(Err(line))).into_iter().collect(),
-        messages_sender,
-        lines_sender,
-        relay,
-    };
-    driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
-}
-
-/// A port that was asked for and cannot be had is an error; without one this node lends nothing. It is kept: who reads here while this
-/// worker starts again finds it.
-fn lender(
-    host: &str,
-    port: Option<u16>,
-    data_dir: &Path,
-    identity: &watch::Receiver<Identity>,
-) -> anyhow::Result<Option<Lender>> {
-    if let Some(port) = port {
-        let lender = Lender::start(host, port, identity.clone());
-        return lender
-            .map(Some)
-            .map_err(|why| anyhow::anyhow!("other nodes cannot fetch checkpoints here: {why}"));
-    }
-    let kept = data_dir.join("checkpoint-port");
-    let last = files::read_optional(&kept).ok().flatten().and_then(|text| text.trim().parse().ok());
-    let started = Lender::start(host, last.unwrap_or(0), identity.clone());
-    match started.or_else(|_| Lender::start(host, 0, identity.clone())) {
-        Ok(lender) => {
-            if last != Some(lender.port) {
-                files::write_atomic(&kept, format!("{}\n", lender.port).as_bytes())?;
-            }
-            Ok(Some(lender))
-        }
-        Err(why) => {
-            tracing::warn!(%why, "other nodes cannot fetch checkpoints that lie here");
-            Ok(None)
-        }
+impl Ready {
+    /// Takes part until the agent is told to end; returns the exit code.
+    pub async fn drive(self) -> anyhow::Result<u8> {
+        let Ready { config, launcher, unfit, relay, signals, child, exits, .. } = self;
+        let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
+        let cluster_id = self.node.identity.cluster_id.clone();
+        let link = tokio::spawn(link::keep(self.node, events_sender, rand::rngs::StdRng::from_os_rng()));
+        let trains = unfit.is_none() && relay.is_none();
+        let warm = if trains { launcher.warm(config.slots).await } else { None };
+        let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
+        let (lines_sender, lines) = mpsc::channel(LINES_MAX);
+        let driver = Driver {
+            agent: Agent::new(config.clone(), self.past),
+            name: config.name,
+            cluster_id,
+            begin: Instant::now(),
+            launcher,
+            records: self.records,
+            identity: self.identity,
+            lender: self.lender,
+            gangs: BTreeMap::new(),
+            attended: BTreeMap::new(),
+            outbox: None,
+            warm,
+            inputs: unfit.map(|line| Input::Probed(Err(line))).into_iter().collect(),
+            messages_sender,
+            lines_sender,
+            relay,
+        };
+        driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
     }
 }
 
@@ -219,57 +102,6 @@ struct Sources {
     messages: mpsc::Receiver<(GangId, GangInput)>,
     lines: mpsc::Receiver<(GangId, GangInput)>,
     link: JoinHandle<()>,
-}
-
-/// What others may send to this process without ending it on the spot.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    quit: Signal,
-    hangup: Signal,
-    user1: Signal,
-    user2: Signal,
-    /// Of a `fleet launch` alone, which says so that nobody reads its program's stdout, or stderr: elsewhere a pipe that breaks is an error of
-    /// the writing and nothing else.
-    unheard: Option<[Signal; 2]>,
-}
-
-impl Signals {
-    fn listen(relay: bool) -> std::io::Result<Signals> {
-        Ok(Signals {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            quit: signal(SignalKind::quit())?,
-            hangup: signal(SignalKind::hangup())?,
-            user1: signal(SignalKind::user_defined1())?,
-            user2: signal(SignalKind::user_defined2())?,
-            unheard: match relay {
-                true => Some([signal(SignalKind::pipe())?, signal(SignalKind::io())?]),
-                false => None,
-            },
-        })
-    }
-
-    async fn next(&mut self) -> Number {
-        let unheard = async {
-            match &mut self.unheard {
-                Some([pipe, io]) => tokio::select! {
-                    _ = pipe.recv() => Number::SIGPIPE,
-                    _ = io.recv() => Number::SIGIO,
-                },
-                None => pending().await,
-            }
-        };
-        tokio::select! {
-            _ = self.terminate.recv() => Number::SIGTERM,
-            _ = self.interrupt.recv() => Number::SIGINT,
-            _ = self.quit.recv() => Number::SIGQUIT,
-            _ = self.hangup.recv() => Number::SIGHUP,
-            _ = self.user1.recv() => Number::SIGUSR1,
-            _ = self.user2.recv() => Number::SIGUSR2,
-            signal = unheard => signal,
-        }
-    }
 }
 
 /// A gang's processes, what holds them, and its shared memory.
@@ -664,18 +496,6 @@ fn rank_log(gang_dir: &Path, local_rank: Rank) -> PathBuf {
     gang_dir.join(format!("rank-{local_rank}.log"))
 }
 
-/// The address of this machine on the way to the first coordinator that has one. Nothing is sent.
-fn own_address(addrs: &[String]) -> String {
-    let on_the_way = |addr: &String| {
-        let to = addr.to_socket_addrs().ok()?.next()?;
-        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = UdpSocket::bind(any).ok()?;
-        socket.connect(to).ok()?;
-        Some(socket.local_addr().ok()?.ip().to_string())
-    };
-    addrs.iter().find_map(on_the_way).unwrap_or_else(|| "127.0.0.1".to_owned())
-}
-
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -690,92 +510,4 @@ fn announce(node: NodeId) {
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush()); // a closed stdout does not matter to the cluster
     tracing::info!(%node, "registered");
-}
-
-/// What ranks compute on here.
-struct Found {
-    accelerator: Accelerator,
-    /// Why none can run.
-    unfit: Option<String>,
-    /// Why a CUDA device that may be there cannot be used.
-    no_cuda: Option<String>,
-}
-
-/// Only looks closer where there may be something to see: loading libtorch takes a moment that a plain CPU node can spend better.
-async fn accelerator(
-    launcher: &Launcher,
-    wish: DeviceWish,
-    exits: &mut mpsc::UnboundedReceiver<Exited>,
-    child: &mut Signal,
-) -> Result<Found, String> {
-    let plain = Found { accelerator: Accelerator::Cpu, unfit: None, no_cuda: None };
-    let worth_a_look = match wish {
-        DeviceWish::Cpu => false,
-        DeviceWish::Auto => cfg!(target_os = "macos") || Path::new(CUDA_DRIVER).exists(),
-        DeviceWish::Cuda | DeviceWish::Mps => true,
-    };
-    if !worth_a_look {
-        return Ok(plain);
-    }
-    let probe = launcher.probe(async |pid| {
-        loop {
-            tokio::select! {
-                _ = child.recv() => launcher.spawner.reap(),
-                exited = exits.recv() => match exited {
-                    Some(exited) if exited.pid == pid => return Some(exited),
-                    Some(_) => {}
-                    None => return None,
-                },
-            }
-        }
-    });
-    match (wish, probe.await) {
-        (DeviceWish::Auto | DeviceWish::Cuda, Ok(Probe { cuda_devices: devices @ 1.., .. })) => {
-            Ok(Found { accelerator: Accelerator::Cuda { devices }, ..plain })
-        }
-        (DeviceWish::Auto | DeviceWish::Mps, Ok(Probe { mps: true, .. })) => {
-            Ok(Found { accelerator: Accelerator::Mps, ..plain })
-        }
-        (DeviceWish::Auto, Ok(probe)) => {
-            let no_cuda = probe.no_cuda.filter(|_| Path::new(CUDA_DRIVER).exists());
-            if let Some(reason) = &no_cuda {
-                tracing::warn!("{reason}");
-            }
-            Ok(Found { no_cuda, ..plain })
-        }
-        (DeviceWish::Auto, Err(reason)) => {
-            tracing::warn!("{reason}");
-            Ok(Found { unfit: Some(reason), ..plain })
-        }
-        (DeviceWish::Cuda, Ok(Probe { no_cuda: Some(why), .. })) => {
-            Err(format!("{why}; or use --device auto or cpu"))
-        }
-        (_, Ok(probe)) => {
-            Err(format!("libtorch {} finds no such device; use --device auto or cpu", probe.libtorch))
-        }
-        (_, Err(reason)) => Err(reason),
-    }
-}
-
-/// Kills what an earlier process of this worker left behind, and waits until it is gone. What the kernel does not let go was struck and can
-/// do nothing any more.
-async fn end_what_is_left(remains: &Remains) {
-    let end = Instant::now() + REMAINS_MAX;
-    let mut seen = 0;
-    loop {
-        let left = remains.kill();
-        seen = seen.max(left);
-        if left == 0 || Instant::now() > end {
-            remains.remove();
-            if seen > 0 {
-                tracing::warn!(
-                    processes = seen,
-                    still_there = left,
-                    "ended what an earlier process of this worker had left"
-                );
-            }
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }

@@ -1,5 +1,6 @@
 //! The node agent. `agent` decides, purely; `driver` does. The simulator runs `agent` without the driver.
 
+mod accelerator;
 pub mod agent;
 mod backoff;
 pub mod budget;
@@ -7,10 +8,11 @@ mod cgroup;
 mod container;
 pub mod coordinators;
 pub mod doors;
-pub mod driver;
+mod driver;
 pub mod exec_rank;
 pub mod fetch;
 pub mod gang;
+pub mod join;
 mod last_lines;
 pub mod lend;
 mod link;
@@ -24,6 +26,7 @@ mod rank_io;
 mod ranks;
 mod records;
 pub mod relay;
+mod signals;
 mod spawn;
 pub mod stall;
 mod straggler;

@@ -5,8 +5,8 @@ use clap::{Parser, Subcommand};
 use fleet_agent::budget::Rates;
 use fleet_agent::coordinators::{Coordinators, with_the_way_out};
 use fleet_agent::doors::Ports;
-use fleet_agent::driver::{self, DeviceWish, Options};
 use fleet_agent::exec_rank;
+use fleet_agent::join::{self, DeviceWish, Options};
 use fleet_agent::program::Base;
 use fleet_agent::relay::Streams;
 use fleet_common::files::{self, Kind};
@@ -140,7 +140,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             lines: Rates::of(join.log_rate),
             relay: join.relay,
         };
-        driver::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
+        join::run(options, identity).await.map_err(Failure::new(exit::ENVIRONMENT))
     });
     // A cache that is being built for a job that is over does not hold up the end.
     runtime.shutdown_background();

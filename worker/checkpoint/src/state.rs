@@ -1,9 +1,10 @@
 //! `trainer_state.json`: where a run stands and what it was made of, so that another one is not continued by mistake.
 
 use crate::{CheckpointError, STATE_FILE};
-use fleet_common::job::Precision;
+use fleet_common::job::{Optimizer, Precision};
 use fleet_common::model::{Family, Object};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::path::Path;
 
 /// A trainer's state is a number of steps and the parameters of pure functions; no generator state, no shuffled list.
@@ -44,6 +45,11 @@ pub struct TrainerState {
     pub batch_size: u32,
     pub accumulate_grad_batches: u32,
     pub threads_per_rank: u32,
+    /// What computed the steps, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub computed_by: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<Optimizer>,
     /// Where products are in fp16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
@@ -134,7 +140,28 @@ impl TrainerState {
         note("batch_size", self.batch_size.to_string(), job.batch_size.to_string());
         note("threads per rank", self.threads_per_rank.to_string(), job.threads_per_rank.to_string());
         note("total steps", self.total_steps.to_string(), job.total_steps.to_string());
+        if let (Some(was), Some(is)) = (&self.computed_by, &job.computed_by) {
+            note("steps computed by", was.clone(), is.clone());
+        }
+        notes.extend(self.optimizer_notes(job));
         Ok(notes)
+    }
+
+    /// Of each setting of the optimizer that is another one from here on.
+    fn optimizer_notes(&self, job: &TrainerState) -> Vec<String> {
+        let settings = |state: &TrainerState| match serde_json::to_value(&state.optimizer) {
+            Ok(Value::Object(settings)) => settings,
+            _ => Object::new(),
+        };
+        let (was, is) = (settings(self), settings(job));
+        let changed =
+            was.iter().filter_map(|(key, was)| Some((key, was, is.get(key).filter(|is| *is != was)?)));
+        let word = |value: &Value| if value.is_null() { "left out".to_owned() } else { value.to_string() };
+        changed
+            .map(|(key, was, is)| {
+                format!("from here on optimizer.{key} is {}, and was {}", word(is), word(was))
+            })
+            .collect()
     }
 
     /// What a job of another precision makes of the checkpoint's numbers.
@@ -217,6 +244,8 @@ mod tests {
             batch_size: 2,
             accumulate_grad_batches: 1,
             threads_per_rank: 1,
+            computed_by: None,
+            optimizer: None,
             loss_scale: None,
         }
     }
@@ -288,6 +317,37 @@ mod tests {
         let notes = state().check_compatible(&job, false).unwrap();
         assert_eq!(notes.len(), 2);
         assert!(notes[0].contains("ranks 4, this job has 2"), "{notes:?}");
+    }
+
+    #[test]
+    fn another_executor_and_another_learning_rate_are_noted_where_the_checkpoint_tells_them() {
+        let optimizer = Optimizer {
+            learning_rate: 5e-4,
+            schedule: fleet_common::job::Schedule::Cosine,
+            warmup_steps: None,
+            min_lr_ratio: 0.0,
+            weight_decay: 0.01,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            max_grad_norm: 1.0,
+        };
+        let is = Optimizer { learning_rate: 1e-3, warmup_steps: Some(5), ..optimizer.clone() };
+        let of = |by: &str, optimizer| TrainerState {
+            computed_by: Some(by.into()),
+            optimizer: Some(optimizer),
+            ..state()
+        };
+        let notes =
+            of("cpu", optimizer.clone()).check_compatible(&of("torch on cpu", is.clone()), false).unwrap();
+        assert_eq!(notes.len(), 3, "{notes:?}");
+        assert!(
+            notes[0].contains("computed by cpu, this job has torch on cpu: not bit for bit"),
+            "{notes:?}"
+        );
+        assert_eq!(notes[1], "from here on optimizer.learning_rate is 0.001, and was 0.0005");
+        assert_eq!(notes[2], "from here on optimizer.warmup_steps is 5, and was left out");
+        assert_eq!(state().check_compatible(&of("cpu", is), false).unwrap(), [] as [String; 0]);
     }
 
     #[test]

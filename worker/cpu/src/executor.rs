@@ -70,6 +70,10 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
         &self.network.layout
     }
 
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
     fn device(&self) -> String {
         "cpu".into()
     }

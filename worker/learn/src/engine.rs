@@ -25,6 +25,8 @@ use std::path::Path;
 /// All that the trainer sees of a model, of what computes it, and of the ranks that train it together.
 pub trait Learner {
     fn layout(&self) -> &Layout;
+    /// As `executor` in a job names it.
+    fn executor(&self) -> &'static str;
     /// As `device` in a job names it.
     fn device(&self) -> String;
     /// For the log: with what is computed.
@@ -121,6 +123,10 @@ impl<M: Memory> Engine<M> {
 impl<M: Memory> Learner for Engine<M> {
     fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    fn executor(&self) -> &'static str {
+        self.executor.name()
     }
 
     fn device(&self) -> String {

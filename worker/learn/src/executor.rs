@@ -9,6 +9,8 @@ use fleet_common::model::Layout;
 pub trait Executor<M: Memory> {
     /// Where the model's tensors lie in the flat buffer.
     fn layout(&self) -> &Layout;
+    /// As `executor` in a job names it.
+    fn name(&self) -> &'static str;
     /// As `device` in a job names it.
     fn device(&self) -> String;
     /// For the log: with what it computes.

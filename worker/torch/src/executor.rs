@@ -386,6 +386,10 @@ impl Executor<Tensors> for TorchExecutor {
         &self.network.layout
     }
 
+    fn name(&self) -> &'static str {
+        "torch"
+    }
+
     fn device(&self) -> String {
         device::name(self.network.device)
     }

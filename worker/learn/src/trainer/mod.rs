@@ -162,6 +162,8 @@ impl Trainer {
             batch_size: job.batch_size,
             accumulate_grad_batches: job.accumulate_grad_batches,
             threads_per_rank: start.threads,
+            computed_by: Some(computed_by(&*learner)),
+            optimizer: Some(job.optimizer.clone()),
             loss_scale: None,
         };
         match (resumed.zip(was), &pretrained) {
@@ -403,6 +405,12 @@ fn skipped(step: u64, was: Option<LossScale>, is: Option<LossScale>) -> String {
         scale(was),
         scale(is)
     )
+}
+
+/// The executor, and on what kind of device, which is the same for all ranks.
+fn computed_by(learner: &dyn Learner) -> String {
+    let device = learner.device();
+    format!("{} on {}", learner.executor(), device.split(':').next().unwrap_or_default())
 }
 
 /// Takes the directory of the run for as long as this process lives.
