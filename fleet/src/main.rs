@@ -61,6 +61,8 @@ enum Command {
     Members(commands::members::Args),
     Revoke(commands::revoke::Args),
     Login(commands::login::Args),
+    #[command(subcommand)]
+    Adapter(commands::adapter::Command),
     Generate(commands::generate::Args),
     Logits(commands::logits::Args),
     Eval(commands::eval::Args),
@@ -100,6 +102,7 @@ fn main() -> ExitCode {
         Command::Revoke(args) => commands::revoke::run(args, cluster),
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),
+        Command::Adapter(command) => commands::adapter::run(command),
         Command::Generate(args) => commands::generate::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Eval(args) => commands::eval::run(args),

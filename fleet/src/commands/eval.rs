@@ -11,6 +11,9 @@ pub struct Args {
     /// fleet knows
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
+    #[arg(long = "adapter", value_name = "DIR")]
+    adapters: Vec<PathBuf>,
     /// Files and folders of text, read as a job reads its `data.path`; the whole of them counts
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
@@ -49,6 +52,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--batch-size", args.batch_size.map(|n| n.to_string().into())),
     ];
     options.extend(args.data.into_iter().chain(args.more).map(|path| ("--data", Some(path.into()))));
+    options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
     options.extend(args.sets.into_iter().map(|set| ("--set", Some(set.into()))));
     Err(programs::become_rank("eval", options, args.json.then_some("--json")))
 }

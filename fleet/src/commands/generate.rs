@@ -10,6 +10,9 @@ pub struct Args {
     /// Directory with config.json, model.safetensors and tokenizer.json
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
+    #[arg(long = "adapter", value_name = "DIR")]
+    adapters: Vec<PathBuf>,
     /// The beginning of the text
     #[arg(long)]
     prompt: String,
@@ -35,7 +38,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     if !args.model.is_dir() {
         return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
     }
-    let options = vec![
+    let mut options = vec![
         ("--model", Some(args.model.into())),
         ("--prompt", Some(args.prompt.into())),
         ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
@@ -44,5 +47,6 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--top-p", args.top_p.map(|p| p.to_string().into())),
         ("--seed", args.seed.map(|seed| seed.to_string().into())),
     ];
+    options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
     Err(programs::become_rank("generate", options, args.json.then_some("--json")))
 }

@@ -10,6 +10,9 @@ pub struct Args {
     /// Directory with config.json and model.safetensors: a checkpoint, or any Hugging Face directory of a family that fleet knows
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
+    #[arg(long = "adapter", value_name = "DIR")]
+    adapters: Vec<PathBuf>,
     /// JSON file with a list of token ids, or a list of such lists of one length
     #[arg(long, value_name = "FILE.json")]
     ids: PathBuf,
@@ -28,12 +31,13 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     if !args.model.is_dir() {
         return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
     }
-    let options = vec![
+    let mut options = vec![
         ("--model", Some(args.model.into())),
         ("--ids", Some(args.ids.into())),
         ("--out", Some(args.out.into())),
         ("--device", args.device.map(Into::into)),
         ("--precision", args.precision.map(Into::into)),
     ];
+    options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
     Err(programs::become_rank("logits", options, None))
 }

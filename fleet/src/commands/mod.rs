@@ -1,5 +1,6 @@
 //! One command per file, and what they share.
 
+pub mod adapter;
 pub mod cancel;
 pub mod checkpoint;
 pub mod checkpoints;

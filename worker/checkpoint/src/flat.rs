@@ -72,12 +72,36 @@ impl ModelDir {
         Ok(model)
     }
 
-    fn embedding(&self) -> String {
+    /// The name of the matrix of tokens.
+    pub fn embedding(&self) -> String {
         format!("{}.weight", self.family.names.embedding)
     }
 
     fn head(&self) -> String {
         format!("{}.weight", self.family.names.head)
+    }
+
+    /// The parameter that files name so, with or without the family's prefix, and its number in the layout. Of a tied pair either name is the
+    /// embedding's.
+    pub fn parameter(&self, name: &str) -> Option<(usize, &Parameter)> {
+        let tied = self.decoder.tied && name == self.head();
+        let name = if tied { &self.embedding() } else { name };
+        let is = |p: &Parameter| p.name == name || p.name.strip_prefix(self.family.prefix) == Some(name);
+        self.layout.parameters.iter().enumerate().find(|(_, p)| is(p))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tensors that have the parameter's numbers: of a tied pair some writers keep both.
+    pub(crate) fn tensors_of(&self, p: &Parameter) -> impl Iterator<Item = Tensor<'_>> {
+        let is_tied = self.decoder.tied && p.name == self.embedding();
+        [self.get(&p.name), is_tied.then(|| self.get(&self.head())).flatten()].into_iter().flatten()
+    }
+
+    pub(crate) fn tensors_by_file(&self) -> Vec<(String, Vec<Tensor<'_>>)> {
+        self.tensors.by_file()
     }
 
     /// By its name, or without the prefix that some writers leave out.
@@ -201,6 +225,11 @@ impl ModelDir {
 /// The name of a layer without what it is of it.
 fn stem(name: &str) -> Option<&str> {
     name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"))
+}
+
+/// All numbers of a parameter, of a tensor that is stored as its files have it.
+pub fn read_parameter(p: &Parameter, tensor: &Tensor, out: &mut [f32]) -> Result<(), CheckpointError> {
+    copy(p, tensor, 0, out)
 }
 
 /// Numbers of a parameter from its number `first` on.

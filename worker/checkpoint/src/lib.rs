@@ -39,6 +39,7 @@ mod names;
 mod part;
 mod reading;
 mod resume;
+mod rewrite;
 mod run_dir;
 mod search;
 mod shard;
@@ -53,7 +54,7 @@ pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
 pub use disks::{Disks, Mark, MarkOf};
 pub use error::CheckpointError;
-pub use flat::{ModelDir, stored, stored_shape};
+pub use flat::{ModelDir, read_parameter, stored, stored_shape};
 pub use manifest::{
     MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
 };
@@ -64,6 +65,7 @@ pub use names::{
 pub use part::{PartWriter, TensorRef};
 pub use reading::{Reading, read_numbers};
 pub use resume::take_what_is_gone;
+pub use rewrite::rewrite;
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};

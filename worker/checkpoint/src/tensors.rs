@@ -153,6 +153,18 @@ impl Tensors {
         self.index.keys().map(String::as_str)
     }
 
+    /// Of each file, its name and the tensors that begin there.
+    pub(crate) fn by_file(&self) -> Vec<(String, Vec<Tensor<'_>>)> {
+        let name = |shard: &Shard| shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut files: Vec<(String, Vec<Tensor>)> =
+            self.files.iter().map(|shard| (name(shard), Vec::new())).collect();
+        for tensor in self.names().filter_map(|name| self.get(name)) {
+            let file = tensor.spans.first().map_or(0, |span| span.file);
+            files[file].1.push(tensor);
+        }
+        files
+    }
+
     pub fn len(&self) -> usize {
         self.index.len()
     }
@@ -330,8 +342,8 @@ pub(crate) fn instead_of_weights(dir: &Path) -> Option<String> {
     let find = |is: fn(&str) -> bool| names.iter().find(|name| is(name));
     if let Some(name) = find(|name| name == "adapter_config.json" || name.starts_with("adapter_model")) {
         return Some(format!(
-            "has an adapter ({name}), which is no model by itself; merge it into its base model (peft: merge_and_unload(), then \
-             save_pretrained)"
+            "has an adapter ({name}), which is no model by itself: give the directory of its base model, and this one with --adapter, or \
+             make one model of both with fleet adapter merge"
         ));
     }
     if let Some(name) =

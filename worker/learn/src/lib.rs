@@ -4,6 +4,7 @@
 //! A step: the trainer reads windows and hands them to a `Learner`. Behind that an `Engine` gives them to an executor, which asks the
 //! strategy for each unit's weights, gives them back, and says when the unit's gradients are ready; at the end the strategy updates.
 
+pub mod adapter;
 pub mod agent_link;
 pub mod batch;
 pub mod engine;

@@ -27,6 +27,8 @@ const TOLD_EVERY: Duration = Duration::from_millis(250);
 /// What to evaluate, and how.
 pub struct Wanted {
     pub model: PathBuf,
+    /// What changes it, as PEFT writes it.
+    pub adapters: Vec<PathBuf>,
     pub data: Vec<PathBuf>,
     /// Settings of `[data]`, as `key=value`.
     pub sets: Vec<String>,
@@ -66,7 +68,7 @@ pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
         .map_err(|e| Error::Environment(format!("there is no directory to work in: {e}")))?;
     let input = |e: &dyn std::fmt::Display| Error::Input(e.to_string());
     let job = of_data(&wanted.model, &wanted.data, &wanted.sets, &here).map_err(|e| input(&e))?;
-    let (model, flat) = read_weights(&wanted.model)?;
+    let (model, flat) = read_weights(&wanted.model, &wanted.adapters)?;
     let window = window(wanted, &model)?;
     let device = device_of(&wanted.device)?;
     let stream = read(&job)?;

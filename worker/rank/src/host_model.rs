@@ -3,11 +3,12 @@
 use fleet_checkpoint::{CheckpointError, MANIFEST_FILE, ModelDir};
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
 use fleet_kernels::{self as kernels, all_finite};
+use fleet_learn::adapter::Adapter;
 use fleet_learn::model::Model;
 use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, HostWeights, Result};
 use half::bf16;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub struct HostModel {
     pub model: Model,
@@ -20,7 +21,7 @@ pub struct HostModel {
 impl HostModel {
     /// For sequences of as many tokens as the model was made for.
     pub fn open(dir: &Path, threads: u32) -> Result<HostModel> {
-        let (given, weights) = read_weights(dir)?;
+        let (given, weights) = read_weights(dir, &[])?;
         let positions = given.decoder.max_positions;
         HostModel::new(given, weights, threads, positions)
     }
@@ -64,8 +65,9 @@ fn compact(weights: &[f32]) -> Option<Vec<bf16>> {
     Some(compact)
 }
 
-/// The flat weights of a directory, which is checked by its manifest where it has one. All are numbers. Optimizer state may lie on other disks.
-pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
+/// The flat weights of a directory, which is checked by its manifest where it has one, with these adapters, which make part of them one after
+/// the other. All are numbers. Optimizer state may lie on other disks.
+pub fn read_weights(dir: &Path, adapters: &[PathBuf]) -> Result<(ModelDir, Vec<f32>)> {
     let mut elsewhere = None;
     if dir.join(MANIFEST_FILE).exists() {
         for wrong in fleet_checkpoint::inspect(dir)?.1 {
@@ -84,6 +86,9 @@ pub fn read_weights(dir: &Path) -> Result<(ModelDir, Vec<f32>)> {
             dir.display(),
             p.name
         )));
+    }
+    for adapter in adapters {
+        Adapter::open(adapter, &model)?.merge(&model.layout, &mut flat)?;
     }
     Ok((model, flat))
 }

@@ -1,6 +1,6 @@
 //! What a rank is made of: `assemble` puts an executor and a strategy together for a job, which `fleet_learn` then trains. `generate` continues a
 //! text from a model directory, `logits` shows what a model computes, `eval` how well it
-//! predicts, `plan` what a job will need.
+//! predicts, `merge` makes one model of it and its adapters, `plan` says what a job will need.
 
 pub mod assemble;
 pub mod choice;
@@ -11,5 +11,6 @@ pub mod generate;
 pub mod host_model;
 pub mod logits;
 pub mod machine;
+pub mod merge;
 mod place;
 pub mod plan;

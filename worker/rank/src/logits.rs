@@ -17,6 +17,8 @@ const BYTES_MAX: usize = 16 << 30;
 /// What to compute, and where to write it.
 pub struct Wanted {
     pub model: PathBuf,
+    /// What changes it, as PEFT writes it.
+    pub adapters: Vec<PathBuf>,
     pub ids: PathBuf,
     pub out: PathBuf,
     /// auto, cpu, cuda.
@@ -27,7 +29,7 @@ pub struct Wanted {
 /// Writes the tensor `logits`, `[sequences, tokens, vocabulary]` in fp32.
 pub fn write(wanted: &Wanted) -> Result<()> {
     let out = Out::new(wanted)?;
-    let (model, flat) = read_weights(&wanted.model)?;
+    let (model, flat) = read_weights(&wanted.model, &wanted.adapters)?;
     let (ids, sequences) = read_ids(&wanted.ids)?;
     let refuse = |what: String| Error::Input(format!("{}: {what}", wanted.ids.display()));
     let (vocab, len) = (model.decoder.vocab_size, ids.len() / sequences);

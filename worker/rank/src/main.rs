@@ -14,6 +14,7 @@ use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
 use fleet_rank::generate::{Sampling, Settings, generate};
+use fleet_rank::merge::merge;
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
 use std::io::Write;
@@ -42,6 +43,8 @@ enum Command {
     Logits(LogitsArgs),
     /// Measure how well a model predicts texts.
     Eval(EvalArgs),
+    /// Make one model of a model and its adapters.
+    Merge(MergeArgs),
     /// Say what a job needs and how fast it will be, before it runs.
     Plan(PlanArgs),
     /// Time training steps on made-up data.
@@ -54,6 +57,9 @@ struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
+    /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
+    #[arg(long = "adapter")]
+    adapters: Vec<PathBuf>,
     /// The beginning of the text.
     #[arg(long)]
     prompt: String,
@@ -81,6 +87,9 @@ struct LogitsArgs {
     /// A model directory: config.json and model.safetensors. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
+    /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
+    #[arg(long = "adapter")]
+    adapters: Vec<PathBuf>,
     /// A list of token ids as JSON, or a list of such lists of one length.
     #[arg(long)]
     ids: PathBuf,
@@ -91,6 +100,27 @@ struct LogitsArgs {
     device: String,
     #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
     precision: String,
+}
+
+#[derive(clap::Args)]
+struct MergeArgs {
+    #[arg(long)]
+    model: PathBuf,
+    /// As PEFT writes them; several add up.
+    #[arg(long = "adapter", required = true)]
+    adapters: Vec<PathBuf>,
+    /// A directory that is not there yet.
+    #[arg(long)]
+    output: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn run_merge(args: &MergeArgs) -> Result<(), Error> {
+    let merged = merge(&args.model, &args.adapters, &args.output)?;
+    let text = if args.json { serde_json::json!(merged).to_string() } else { merged.to_string() };
+    told(writeln!(std::io::stdout(), "{text}"))
 }
 
 #[derive(clap::Args)]
@@ -156,6 +186,9 @@ struct EvalArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
     model: PathBuf,
+    /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
+    #[arg(long = "adapter")]
+    adapters: Vec<PathBuf>,
     /// Files and folders of text, read as a job's `data.path`.
     #[arg(long, required = true)]
     data: Vec<PathBuf>,
@@ -178,9 +211,9 @@ struct EvalArgs {
 }
 
 fn run_eval(args: EvalArgs) -> Result<(), Error> {
-    let EvalArgs { model, data, sets, device, precision, max_seq_len, batch_size, json } = args;
+    let EvalArgs { model, adapters, data, sets, device, precision, max_seq_len, batch_size, json } = args;
     let (bf16, batch) = (precision == "bf16-mixed", usize::from(batch_size));
-    let wanted = eval::Wanted { model, data, sets, device, bf16, window: max_seq_len, batch };
+    let wanted = eval::Wanted { model, adapters, data, sets, device, bf16, window: max_seq_len, batch };
     record_panics(false); // one within a tokenizer is told in one line
     let evaluation = eval::evaluate(&wanted)?;
     let text = if json { serde_json::json!(evaluation).to_string() } else { evaluation.table() };
@@ -200,8 +233,8 @@ fn told(written: std::io::Result<()>) -> Result<(), Error> {
 
 impl From<LogitsArgs> for logits::Wanted {
     fn from(args: LogitsArgs) -> Self {
-        let LogitsArgs { model, ids, out, device, precision } = args;
-        logits::Wanted { model, ids, out, device, bf16: precision == "bf16-mixed" }
+        let LogitsArgs { model, adapters, ids, out, device, precision } = args;
+        logits::Wanted { model, adapters, ids, out, device, bf16: precision == "bf16-mixed" }
     }
 }
 
@@ -214,6 +247,7 @@ fn main() -> ExitCode {
         Some(Command::Generate(args)) => report(run_generate(&args)),
         Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
+        Some(Command::Merge(args)) => report(run_merge(&args)),
         Some(Command::Plan(args)) => report(run_plan(&args)),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };
@@ -266,7 +300,7 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
     };
     let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, threads };
     record_panics(false);
-    let generate = || generate(&args.model, &args.prompt, &settings, &mut emit);
+    let generate = || generate((&args.model, &args.adapters), &args.prompt, &settings, &mut emit);
     let generated =
         catch_unwind(AssertUnwindSafe(generate)).unwrap_or_else(|_| Err(Error::Job(panic_line())))?;
     let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };

@@ -56,7 +56,7 @@ fn greedy(dir: &Path, prompt: &str) -> Result<Generated, fleet_learn::Error> {
         pieces.push_str(piece);
         true
     };
-    let generated = generate(dir, prompt, &settings, &mut emit)?;
+    let generated = generate((dir, &[]), prompt, &settings, &mut emit)?;
     assert_eq!(generated.text, pieces);
     Ok(generated)
 }
@@ -163,7 +163,7 @@ fn a_directory_that_is_no_model_says_what_it_is() {
     }
     for (has, cure) in [
         ("pytorch_model.bin", "safe_serialization=True"),
-        ("adapter_model.safetensors", "merge_and_unload"),
+        ("adapter_model.safetensors", "fleet adapter merge"),
         ("model-q4.gguf", "llama.cpp"),
     ] {
         let dir = copy_of("byte_level");

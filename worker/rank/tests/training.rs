@@ -345,7 +345,7 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
             true
         };
         let settings = Settings { max_new_tokens: 12, sampling, threads: 1 };
-        let generated = generate(checkpoint, "the", &settings, &mut emit).unwrap();
+        let generated = generate((checkpoint, &[]), "the", &settings, &mut emit).unwrap();
         assert_eq!(generated.text, pieces);
         generated.text
     };
@@ -358,7 +358,7 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
     std::fs::write(&weights, bytes).unwrap();
     let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
     let settings = Settings { max_new_tokens: 12, sampling: greedy, threads: 1 };
-    let error = generate(checkpoint, "the", &settings, &mut |_| true).unwrap_err();
+    let error = generate((checkpoint, &[]), "the", &settings, &mut |_| true).unwrap_err();
     assert_eq!(error.fault(), Fault::Input);
     assert!(error.to_string().contains("model.safetensors"), "{error}");
 }

@@ -17,7 +17,7 @@ use fleet_kernels::all_finite;
 use fleet_learn::model::Model;
 use fleet_learn::{Error, Result};
 use prompt::{Prompt, end_ids};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// How to continue a text.
@@ -60,15 +60,15 @@ fn is_stretched(decoder: &Decoder) -> bool {
     matches!(&decoder.positions, Positions::Rotary(rotary) if rotary.scaling != Scaling::Default)
 }
 
-/// Continues `prompt`; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
+/// Continues `prompt` with the model of a directory and what changes it; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
 pub fn generate(
-    dir: &Path,
+    (dir, adapters): (&Path, &[PathBuf]),
     prompt: &str,
     settings: &Settings,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Generated> {
     let Settings { max_new_tokens, sampling, threads } = settings;
-    let (given, weights) = read_weights(dir)?;
+    let (given, weights) = read_weights(dir, adapters)?;
     let model = Model::of_dir(&given);
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));

@@ -1,0 +1,98 @@
+//! `fleet-rank merge`: one model of a model and its adapters.
+
+use crate::host_model::{HostModel, read_weights};
+use fleet_checkpoint::{Dtype, Tensors, rewrite};
+use fleet_learn::adapter::Adapter;
+use fleet_learn::{Error, Result};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Tokens on which both are compared.
+const PROBE: usize = 32;
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Merged {
+    pub output: PathBuf,
+    /// Parameters that are others than in the model.
+    pub changed: usize,
+    /// Between the logits of the model with its adapters, in fp32, and those of what was written, as a share of the largest.
+    pub difference: f64,
+}
+
+/// Writes `model` with `adapters` in its weights, in the types that these have, to the new directory `output`. Reads it again and computes with it: where it computes
+/// something else than the model with its adapters does, more than its numbers' type explains, nothing is left.
+pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged> {
+    if output.symlink_metadata().is_ok() {
+        return Err(Error::Input(format!(
+            "--output {} is there already; name a new directory",
+            output.display()
+        )));
+    }
+    let (given, flat) = read_weights(model, adapters)?;
+    let mut changed = BTreeSet::new();
+    for adapter in adapters {
+        changed.extend(Adapter::open(adapter, &given)?.changed());
+    }
+    let changed: Vec<usize> = changed.into_iter().collect();
+    rewrite(&given, &changed, &flat, output)?;
+    let checked = (|| {
+        let positions = PROBE.min(given.decoder.max_positions);
+        let vocab = given.decoder.vocab_size as i64;
+        let ids: Vec<i64> = (0..positions as i64).map(|at| (at * 7919 + 13) % vocab).collect();
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        let before = HostModel::new(given, flat, threads, positions)?.logits(&ids, ids.len())?;
+        let after = HostModel::open(output, threads)?.logits(&ids, ids.len())?;
+        let (difference, bound) = (difference(&before, &after), bound(&Tensors::of_model(output)?));
+        match difference <= bound {
+            true => Ok(difference),
+            false => Err(Error::Input(format!(
+                "the model that was made of {} and its adapters computes something else: its logits differ by {difference:.1e} of the largest, and {bound:.0e} \
+                 is what its numbers' type explains; use them apart, with --adapter, or a model in fp32",
+                model.display()
+            ))),
+        }
+    })();
+    match checked {
+        Ok(difference) => Ok(Merged { output: output.to_owned(), changed: changed.len(), difference }),
+        Err(error) => {
+            // It was just made here, of nothing but what it was made of.
+            drop(std::fs::remove_dir_all(output));
+            Err(error)
+        }
+    }
+}
+
+/// The largest, as a share of the largest number; one that is no number is beyond all bounds.
+fn difference(a: &[f32], b: &[f32]) -> f64 {
+    let largest = a.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let most = a
+        .iter()
+        .zip(b)
+        .fold(0.0f32, |most, (a, b)| if (a - b).is_nan() { f32::INFINITY } else { most.max((a - b).abs()) });
+    f64::from(most) / f64::from(largest.max(f32::MIN_POSITIVE))
+}
+
+/// By how much logits may differ because weights are rounded to what the files have.
+fn bound(tensors: &Tensors) -> f64 {
+    let of = |name: &str| {
+        tensors.get(name).map_or(0.0, |tensor| match tensor.dtype {
+            Dtype::BF16 => 5e-2,
+            Dtype::F16 => 1e-2,
+            _ => 1e-4,
+        })
+    };
+    tensors.names().map(of).fold(0.0, f64::max)
+}
+
+impl fmt::Display for Merged {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Merged { output, changed, difference } = self;
+        write!(
+            f,
+            "{}: {changed} parameters changed; its logits are those of the model with its adapters within {difference:.1e} of the largest",
+            output.display()
+        )
+    }
+}

@@ -1,0 +1,137 @@
+//! Adapters of PEFT: what a model computes with one, and what it is when both are made one (tests/parity/adapters.py made the files).
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use fleet_checkpoint::{ModelDir, Tensors};
+use fleet_learn::adapter::Adapter;
+use fleet_rank::host_model::{HostModel, read_weights};
+use fleet_rank::merge::merge;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden")
+}
+
+/// The base model of an adapter of the golden files.
+fn base(adapter: &Path) -> PathBuf {
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(adapter.join("adapter_config.json")).unwrap()).unwrap();
+    golden().join("families").join(config["base_model_name_or_path"].as_str().unwrap())
+}
+
+fn numbers(expected: &Tensors, name: &str) -> Vec<f32> {
+    let data = expected.get(name).unwrap().data().unwrap();
+    data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn ids(expected: &Tensors) -> Vec<i64> {
+    let data = expected.get("ids").unwrap().data().unwrap();
+    data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// The largest difference, as a share of the largest number.
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let largest = b.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    a.iter().zip(b).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest
+}
+
+#[test]
+fn a_model_computes_with_an_adapter_as_peft_does_and_keeps_it_when_both_are_made_one() {
+    let mut seen = 0;
+    for entry in std::fs::read_dir(golden().join("adapters")).unwrap() {
+        let adapter = entry.unwrap().path();
+        let name = adapter.file_name().unwrap().to_string_lossy().into_owned();
+        if name == "tied_embedding" {
+            continue;
+        }
+        let base = base(&adapter);
+        let expected = Tensors::open(&adapter.join("expected.safetensors")).unwrap();
+        let (ids, wanted) = (ids(&expected), numbers(&expected, "logits"));
+        let (model, flat) = read_weights(&base, std::slice::from_ref(&adapter)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let made = dir.path().join("made");
+        let merged = merge(&base, std::slice::from_ref(&adapter), &made).unwrap();
+        assert!(merged.difference < 1e-6, "{name}: {merged:?}");
+        let positions = model.decoder.max_positions;
+        let mut with = HostModel::new(model, flat, 1, positions).unwrap();
+        let off = difference(&with.logits(&ids, ids.len()).unwrap(), &wanted);
+        assert!(off < 1e-5, "{name}: {off}");
+        let mut one = HostModel::open(&made, 1).unwrap();
+        let off = difference(&one.logits(&ids, ids.len()).unwrap(), &numbers(&expected, "merged"));
+        assert!(off < 1e-5, "{name}, made one: {off}");
+        let (was, is) = (Tensors::of_model(&base).unwrap(), Tensors::of_model(&made).unwrap());
+        assert!(was.names().eq(is.names()), "{name}");
+        for tensor in was.names().map(|name| (was.get(name).unwrap(), is.get(name).unwrap())) {
+            assert_eq!((tensor.0.dtype, tensor.0.shape), (tensor.1.dtype, tensor.1.shape));
+        }
+        assert_eq!(
+            std::fs::read(base.join("config.json")).unwrap(),
+            std::fs::read(made.join("config.json")).unwrap()
+        );
+        seen += 1;
+    }
+    assert_eq!(seen, 10, "the golden files were not found");
+}
+
+/// A copy of an adapter of the golden files, changed.
+fn changed(name: &str, change: impl FnOnce(&Path)) -> String {
+    let (from, dir) = (golden().join("adapters").join(name), tempfile::tempdir().unwrap());
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(from.join(file), dir.path().join(file)).unwrap();
+    }
+    change(dir.path());
+    let model = ModelDir::open(&base(&from)).unwrap();
+    let error = Adapter::open(dir.path(), &model).unwrap_err().to_string();
+    assert!(!error.contains('\n'), "{error}");
+    error
+}
+
+fn set(dir: &Path, key: &str, value: Value) {
+    let path = dir.join("adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config[key] = value;
+    std::fs::write(path, config.to_string()).unwrap();
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_is_refused_by_what_does_not() {
+    let of = |name: &str, model: &str| {
+        let model = ModelDir::open(&golden().join("families").join(model)).unwrap();
+        Adapter::open(&golden().join("adapters").join(name), &model).unwrap_err().to_string()
+    };
+    let other = of("lora", "gpt2");
+    assert!(other.contains("the model has no place for") && other.contains("q_proj.lora_A"), "{other}");
+    let wide = of("lora", "mistral");
+    assert!(wide.contains("is [") && wide.contains("asks for [") && wide.contains("another model"), "{wide}");
+    let tied = of("tied_embedding", "opt");
+    assert!(tied.contains("tie_word_embeddings") && tied.contains("untie"), "{tied}");
+    let cases: [(&str, Box<dyn Fn(&Path)>); 6] = [
+        ("r = 5", Box::new(|dir| set(dir, "r", 5.into()))),
+        ("peft_type is \"VERA\"", Box::new(|dir| set(dir, "peft_type", "VERA".into()))),
+        ("lora_magnitude_vector", Box::new(|dir| set(dir, "use_dora", true.into()))),
+        (
+            "there is no such file",
+            Box::new(|dir| std::fs::remove_file(dir.join("adapter_config.json")).unwrap()),
+        ),
+        (
+            "safe_serialization",
+            Box::new(|dir| {
+                std::fs::rename(dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin")).unwrap()
+            }),
+        ),
+        (
+            "not a usable safetensors",
+            Box::new(|dir| std::fs::write(dir.join("adapter_model.safetensors"), "{}").unwrap()),
+        ),
+    ];
+    for (wanted, change) in cases {
+        let error = changed("lora", change);
+        assert!(
+            error.contains(wanted)
+                || wanted == "r = 5" && error.contains("[4, 32]") && error.contains("[5, 32]"),
+            "{error}"
+        );
+    }
+}
