@@ -1,9 +1,10 @@
 //! The other programs of fleet, which lie beside this one.
 
 use crate::failure::Failure;
+use fleet_common::model::no_such_model;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The path of `name` beside the running executable.
@@ -18,6 +19,14 @@ pub fn beside(name: &str) -> Result<PathBuf, Failure> {
         "`{name}` is not beside {}; build or install all of fleet's programs",
         own.display()
     )))
+}
+
+/// What `--model` names must be a directory.
+pub fn check_model(path: &Path) -> Result<(), Failure> {
+    match path.is_dir() {
+        true => Ok(()),
+        false => Err(Failure::input(format!("--model {}: {}", path.display(), no_such_model(path)))),
+    }
 }
 
 /// Becomes `fleet-rank`, which alone links libtorch, doing `command`. Options without a value are left out. Returns only where it cannot

@@ -87,7 +87,10 @@ fn bad_input_is_one_line_and_exit_code_2() {
             "error: `devices` asks for 2 ranks and -n for 4; leave one of them out",
         ),
         (&["launch", "-n", "65", "--", "true"], "error: 65 ranks: one machine runs 1 to 64"),
-        (&["generate", "--model", "none", "--prompt", "x"], "error: --model none is not a directory"),
+        (
+            &["generate", "--model", "none", "--prompt", "x"],
+            "error: --model none: there is no such model directory",
+        ),
         (
             &["login", "127.0.0.1:7", "--token", "fleet_x"],
             "error: the token in --token is damaged: it does not have the form fleet_ROLE_ID_SECRET_FINGERPRINT; copy it whole, it begins with `fleet_`",

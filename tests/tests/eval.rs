@@ -124,7 +124,7 @@ fn what_is_wrong_is_told_in_one_line_by_its_name() {
         let args = ["eval", "--model", model, "--data", "a.jsonl"];
         world.run("fleet", &args).expect(2).stderr
     };
-    assert!(refused("nowhere").contains("--model nowhere is not a directory"));
+    assert!(refused("nowhere").contains("--model nowhere: there is no such model directory"));
 
     // A tokenizer that is larger than the embedding.
     let path = world.path("model/tokenizer.json");

@@ -35,6 +35,8 @@ const NOTHING: &str = "it has no meaning here; take the key out";
 const NAMES: &[(&[&str], &str)] = &[
     (&["warmup_ratio"], "write `warmup_steps`, as a number of steps; left out it is 50, and at most a tenth of the run"),
     (&["num_warmup_steps", "warmup_iters", "lr_warmup_steps", "lr_warmup_iters"], "write `warmup_steps`"),
+    (&["betas", "adam_betas"], "write `optimizer.beta1` and `optimizer.beta2`"),
+    (&["label_smoothing_factor", "label_smoothing"], "the loss is the cross-entropy of the next token; take the key out"),
     (&["min_lr", "lr_min", "eta_min", "final_lr"], "write `min_lr_ratio`, the lowest rate as a share of `learning_rate`"),
     (&["global_batch_size", "total_batch_size", "effective_batch_size", "train_batch_size"],
         "write `batch_size`, the sequences of one rank, and `accumulate_grad_batches`: their product with the number of ranks is the global batch"),
@@ -135,7 +137,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["train_micro_batch_size_per_gpu"], "write `batch_size`, the sequences of one rank"),
     (&["steps_per_print"], "write `logging_steps`"),
     (&["tensorboard", "csv_monitor"], RECORD),
-    (&["label_smoothing_factor", "neftune_noise_alpha", "completion_only_loss", "assistant_only_loss", "train_on_inputs", "chat_template"],
+    (&["neftune_noise_alpha", "completion_only_loss", "assistant_only_loss", "train_on_inputs", "chat_template"],
         "it learns every token of plain text; take the key out"),
 ];
 

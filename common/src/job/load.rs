@@ -400,9 +400,12 @@ fn optimizer(
     let share = |x: f64| (0.0..1.0).contains(&x);
     let schedules =
         [("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
+    let as_transformers = [("constant_with_warmup", Schedule::Constant)];
     Ok(Optimizer {
         learning_rate: f.float("optimizer.learning_rate", "a number above 0", |x| x > 0.0)?.unwrap_or(5e-4),
-        schedule: f.word("optimizer.schedule", &schedules)?.unwrap_or(Schedule::Cosine),
+        schedule: f
+            .word_of("optimizer.schedule", &schedules, &as_transformers, |_| true)?
+            .unwrap_or(Schedule::Cosine),
         warmup_steps: warmup_steps(f, max_steps, warnings)?,
         min_lr_ratio: f
             .float("optimizer.min_lr_ratio", "a number from 0 to 1", |x| (0.0..=1.0).contains(&x))?

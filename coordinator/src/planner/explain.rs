@@ -38,12 +38,6 @@ impl Outlook {
                 ),
                 total => format!("step {} of {total} with {ranks} on {}{beware}", job.progress.step, nodes()),
             },
-            JobState::Stopping if job.stop == Some(Stop::Now) && job.stall().is_some() => {
-                format!(
-                    "asked to stop, it stood still; it is ended without a checkpoint on {}{beware}",
-                    nodes()
-                )
-            }
             JobState::Stopping if job.requeue => {
                 format!(
                     "goes back to the queue, since a node is drained; what it has is saved on {} if there is time{beware}",
@@ -52,6 +46,12 @@ impl Outlook {
             }
             JobState::Stopping if let Some(why) = broken_off(job) => {
                 format!("{why}; its ranks are being stopped{beware}")
+            }
+            JobState::Stopping if job.stop == Some(Stop::Now) && job.stall().is_some() => {
+                format!(
+                    "asked to stop, it stood still; it is ended without a checkpoint on {}{beware}",
+                    nodes()
+                )
             }
             JobState::Stopping if job.ending.is_some() => {
                 format!("a part of it has ended; the others are being stopped{beware}")

@@ -29,9 +29,7 @@ pub struct MergeArgs {
 
 pub fn run(command: Command) -> Result<u8, Failure> {
     let Command::Merge(args) = command;
-    if !args.model.is_dir() {
-        return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
-    }
+    programs::check_model(&args.model)?;
     let mut options = vec![("--model", Some(args.model.into())), ("--output", Some(args.output.into()))];
     options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
     Err(programs::become_rank("merge", options, args.json.then_some("--json")))

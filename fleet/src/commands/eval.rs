@@ -41,9 +41,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<u8, Failure> {
-    if !args.model.is_dir() {
-        return Err(Failure::input(format!("--model {} is not a directory", args.model.display())));
-    }
+    programs::check_model(&args.model)?;
     let mut options = vec![
         ("--model", Some(args.model.into())),
         ("--device", args.device.map(Into::into)),

@@ -30,6 +30,14 @@ pub struct Place {
     pub resume: Option<ResumePoint>,
 }
 
+impl Place {
+    /// Of a job on several nodes it is said on which.
+    fn refused(&self, fault: Fault, error: &dyn std::fmt::Display) -> JobError {
+        let message = if self.alone { error.to_string() } else { format!("on node {}: {error}", self.node) };
+        agent_error(FailureKind::Refused, fault, &self.node, message)
+    }
+}
+
 /// Why ranks cannot start.
 #[derive(Debug)]
 pub enum Unprepared {
@@ -64,11 +72,8 @@ pub async fn in_a_thread(
 
 /// Prepares a job, telling `progress` what goes on. The directory of its run is claimed where rank 0 is.
 pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Result<Prepared, Unprepared> {
-    let node = &place.node;
-    let failed =
-        |error: CheckpointError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
-    let no_data =
-        |error: DataError| agent_error(FailureKind::Refused, error.fault(), node, error.to_string());
+    let failed = |error: CheckpointError| place.refused(error.fault(), &error);
+    let no_data = |error: DataError| place.refused(error.fault(), &error);
     let tell = |note: Note| progress(note.level, note.line);
     let resume = resume(job, &place, progress)?;
     let mut job = job.clone();
@@ -105,9 +110,7 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
 
 /// The checkpoint that the job continues from, with every hash checked. What the cluster knows of and is not here is fetched.
 fn resume(job: &Job, place: &Place, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, Unprepared> {
-    let failed = |error: CheckpointError| {
-        Unprepared::from(agent_error(FailureKind::Refused, error.fault(), &place.node, error.to_string()))
-    };
+    let failed = |error: CheckpointError| Unprepared::from(place.refused(error.fault(), &error));
     let Some(point) = &place.resume else { return own(job, progress).map_err(failed) };
     // What this node has and no other can be as new only where all ranks are here: those of several nodes go on from the same one.
     let is_as_new = |dir: &Path| Manifest::read(dir).is_ok_and(|manifest| manifest.step >= point.step);

@@ -159,15 +159,17 @@ impl ModelDir {
         Err(CheckpointError::Model { path: self.path.clone(), what })
     }
 
-    /// Tensors of the decoder that the description leaves out: of further blocks, or the bias of a matrix that it has. What else a file holds,
-    /// such as masks and other heads, has no part in the decoder.
+    /// Tensors of the decoder that the description leaves out: anything in a block or of the head, and the bias of a matrix that it has. What else a
+    /// file holds, such as other heads, has no part in the decoder, nor have tables that some writers keep.
     fn left_over(&self) -> impl Iterator<Item = &str> {
+        const TABLES: [&str; 4] = [".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias"];
         let known: BTreeSet<&str> = self.layout.parameters.iter().map(|p| p.name.as_str()).collect();
         let stems: BTreeSet<&str> = known.iter().filter_map(|name| stem(name)).collect();
         let before_number = self.family.names.layer.split("{}").next().unwrap_or_default();
         let head = self.head();
+        let of_head = format!("{}.", self.family.names.head);
         self.tensors.names().filter(move |name| {
-            let whole = match name.starts_with(self.family.prefix) || **name == head {
+            let whole = match name.starts_with(self.family.prefix) || name.starts_with(&of_head) {
                 true => (*name).to_owned(),
                 false => format!("{}{name}", self.family.prefix),
             };
@@ -177,7 +179,9 @@ impl ModelDir {
             let number = whole
                 .strip_prefix(before_number)
                 .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-            number.is_some_and(|number| number >= self.decoder.layers)
+            let is_table = TABLES.iter().any(|end| name.ends_with(end));
+            number.is_some_and(|number| number >= self.decoder.layers || !is_table)
+                || whole.starts_with(&of_head)
                 || stem(&whole).is_some_and(|stem| stems.contains(stem))
         })
     }

@@ -190,7 +190,9 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
 fn model_difference(was: &Object, is: &Object) -> Option<String> {
     let (was, is) = (described(was), described(is));
     let free = ["initializer_range", "init_std", "max_position_embeddings", "bos_token_id", "eos_token_id"];
-    let keys = is.keys().chain(was.keys()).filter(|key| !free.contains(&key.as_str()));
+    let family = "model_type".to_owned();
+    let keys =
+        [&family].into_iter().chain(is.keys()).chain(was.keys()).filter(|key| !free.contains(&key.as_str()));
     let value = |object: &Object, key: &str| object.get(key).cloned().unwrap_or_default();
     let mut differing = keys.filter(|key| was.get(*key) != is.get(*key));
     differing

@@ -346,6 +346,9 @@ pub(crate) fn instead_of_weights(dir: &Path) -> Option<String> {
              make one model of both with fleet adapter merge"
         ));
     }
+    if let Some(name) = names.iter().rfind(|name| name.starts_with("step-")) {
+        return Some(format!("has checkpoints of a run, the newest in {}", dir.join(name).display()));
+    }
     if let Some(name) =
         find(|name| name.starts_with("pytorch_model") || name.ends_with(".pth") || name.ends_with(".pt"))
     {

@@ -6,9 +6,7 @@ use std::path::PathBuf;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    #[error(
-        "the data path {0} does not exist; check data.path (relative paths start where `fleet` was started)"
-    )]
+    #[error("the data path {0} does not exist; relative paths start where `fleet` was started")]
     Missing(PathBuf),
     #[error("cannot read {path}: {source}")]
     Read {

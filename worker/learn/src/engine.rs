@@ -320,7 +320,10 @@ impl<M: Memory> Learner for Engine<M> {
 
     fn room(&mut self, disks: &Disks) -> Result<Snapshot> {
         let (rank, optimizers) = (self.strategy.gang().rank(), self.strategy.writers(disks));
-        let share = Share { rank, models: disks.together(), optimizers };
+        let disk = disks.of_rank(rank);
+        let writers = disks.ranks(disk).filter(|rank| *rank < optimizers).count();
+        let here = writers.div_ceil(disks.hosts(disk).count().max(1));
+        let share = Share { rank, models: disks.together(), optimizers, here };
         Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
     }
 

@@ -10,6 +10,7 @@ pub mod batch;
 pub mod engine;
 pub mod error;
 pub mod executor;
+pub mod machine;
 pub mod model;
 pub mod objective;
 pub mod optimizer;

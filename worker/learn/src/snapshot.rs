@@ -4,6 +4,7 @@
 //! state each rank has just what it keeps, on whichever disk.
 
 use crate::error::{Error, Result};
+use crate::machine;
 use crate::shim::buffers::{Number, as_bytes};
 use crate::shim::pages;
 use crate::strategy::Slot;
@@ -54,6 +55,8 @@ pub struct Share {
     pub models: usize,
     /// Ranks that write optimizer state, the first ones.
     pub optimizers: usize,
+    /// Ranks that take memory for a copy on its host.
+    pub here: usize,
 }
 
 /// Numbers of a parameter that this rank keeps.
@@ -72,7 +75,7 @@ pub type CopyOut<'a> = dyn FnMut(Slot, &[Range<usize>], &mut [f32]) -> Result<()
 impl Snapshot {
     /// For a rank which keeps the ranges `kept` of the flat buffer. `dtype` is F32 or BF16.
     pub fn new((layout, dtype): (&Layout, Dtype), kept: &[Range<usize>], share: Share) -> Result<Snapshot> {
-        let Share { rank, models, optimizers } = share;
+        let Share { rank, models, optimizers, here } = share;
         let sizes: Vec<usize> = layout.parameters.iter().map(|p| p.range.len()).collect();
         let weights: Vec<Parameter> = layout
             .parameters
@@ -89,6 +92,11 @@ impl Snapshot {
         let count = |ranges: &mut dyn Iterator<Item = usize>| ranges.sum::<usize>();
         let len = count(&mut weights.iter().map(|p| p.range.len()))
             + MOMENTS.len() * count(&mut kept.iter().map(|kept| kept.range.len()));
+        // Where the system promises more than there is, it ends who takes it.
+        let bytes = len * if dtype == Dtype::BF16 { size_of::<bf16>() } else { size_of::<f32>() };
+        if bytes.saturating_mul(here) > machine::available_bytes() {
+            return Err(Part::Snapshot.short(bytes));
+        }
         Ok(Snapshot {
             weights,
             model_file: model_file(rank, models.min(sizes.len())),

@@ -27,7 +27,7 @@ impl Part {
             Part::Weights => ("the weights", "use a smaller model, or a machine with more"),
             Part::Snapshot => (
                 "the copy of weights and optimizer state that a checkpoint is written from",
-                "train a smaller model, or on a machine with more",
+                "lower batch_size (and raise accumulate_grad_batches) or max_seq_len, train a smaller model, or on a machine with more",
             ),
             Part::Activations => (
                 "the activations of a pass",

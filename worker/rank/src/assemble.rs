@@ -3,13 +3,14 @@
 use crate::choice::{self, Memory, Pool};
 use crate::fits::Settled;
 use crate::place::Place;
-use crate::{fits, gang, machine, place};
+use crate::{fits, gang, place};
 use fleet_collectives::nccl::{Among, Library, Loaded, NcclCollective};
 use fleet_collectives::{Gang, SharedHost};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision, Shape, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
+use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Resident, Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
@@ -121,19 +122,22 @@ fn settle_on_device(
     let Some(gang) = gang.filter(|_| job.strategy == Strategy::Auto) else {
         return Ok(Settled { strategy: job.strategy, reason: None });
     };
-    let (bytes, from) = match fleet_torch::device::memory(device) {
-        Some(bytes) => (bytes, Pool::Device),
-        None => (machine::memory_bytes(), Pool::Node),
-    };
-    let [bytes, _] = fits::smallest([bytes; 2], Some(gang as &mut dyn Gang))?;
     let (layout, shape) = (model.layout(), shape_of(start));
+    let (bytes, from, program) = match fleet_torch::device::memory(device) {
+        Some(bytes) => (bytes, Pool::Device, 0),
+        None => {
+            let program = machine::program_bytes(shape.of_node() as usize) + fleet_torch::PROGRAM;
+            (machine::memory_bytes(), Pool::Node, program)
+        }
+    };
+    let [bytes, _, program] = fits::worst([bytes; 2], program, Some(gang as &mut dyn Gang))?;
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
     let again = job.activation_checkpointing.of(layout.blocks.len());
     let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
     let needs = |strategy| {
         let held = Held::of(strategy, job.reshard_after_forward);
         let together = choice::together(strategy, shape);
-        fleet_torch::needs(&layout, held, numbers, together).total() + activations
+        fleet_torch::needs(&layout, held, numbers, together).total() + activations + program
     };
     let chosen = choice::choose(shape, Memory { bytes, from }, choice::in_order(shape), needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })

@@ -1,11 +1,11 @@
 //! What a job needs on the CPU. One that can never fit is refused before it takes any memory, with what would fit.
 
 use crate::choice::{self, Memory, Pool};
-use crate::machine;
 use fleet_collectives::{Gang, Op};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{ActivationCheckpointing, Device, Executor, Job, Precision, Shape, Strategy};
 use fleet_cpu::activation_bytes;
+use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Keeping, Needs, Resident};
 use fleet_learn::{Error, Result};
@@ -128,12 +128,14 @@ pub struct Settled {
 /// on it. With the `gang` of all ranks, where there are several: they find the same. A collective call.
 pub fn settle(job: &Job, model: &Model, shape: Shape, gang: Option<&mut dyn Gang>) -> Result<Settled> {
     let several = gang.is_some();
-    let [memory, with_swap] = smallest([machine::memory_bytes(), machine::total_bytes()], gang)?;
+    let program = machine::program_bytes(shape.of_node() as usize);
+    let [memory, with_swap, program] =
+        worst([machine::memory_bytes(), machine::total_bytes()], program, gang)?;
     let mut setting = Setting::of(job, shape);
     let needs = |setting: &Setting| Need::of(model, job.max_seq_len, setting).total();
     let mut reason = None;
     if several && setting.strategy == Strategy::Auto {
-        let chosen = choose(model, job.max_seq_len, &setting, memory);
+        let chosen = choose(model, job.max_seq_len, &setting, (memory, program));
         setting.strategy = chosen.strategy;
         reason = Some(format!("strategy: {}", chosen.reason));
     }
@@ -143,19 +145,25 @@ pub fn settle(job: &Job, model: &Model, shape: Shape, gang: Option<&mut dyn Gang
     }
 }
 
-/// The least of each that any rank has. A collective call.
-pub fn smallest(bytes: [usize; 2], gang: Option<&mut dyn Gang>) -> Result<[usize; 2]> {
-    let Some(gang) = gang else { return Ok(bytes) };
-    let mut negative = bytes.map(|bytes| -(bytes as f64));
-    gang.all_reduce_f64(&mut negative, Op::Max)?;
-    Ok(negative.map(|bytes| -bytes as usize))
+/// The least of each that any rank `has`, and the most that any `takes`. A collective call.
+pub fn worst(has: [usize; 2], takes: usize, gang: Option<&mut dyn Gang>) -> Result<[usize; 3]> {
+    let [first, second] = has;
+    let Some(gang) = gang else { return Ok([first, second, takes]) };
+    let mut most = [-(first as f64), -(second as f64), takes as f64];
+    gang.all_reduce_f64(&mut most, Op::Max)?;
+    Ok([-most[0] as usize, -most[1] as usize, most[2] as usize])
 }
 
-/// What `auto` is for this setting where the smallest node has so much memory.
-pub fn choose(model: &Model, max_seq_len: u32, setting: &Setting, memory: usize) -> choice::Choice {
+/// What `auto` is for this setting where the smallest node has so much memory, and the program itself takes so much for each rank.
+pub fn choose(
+    model: &Model,
+    max_seq_len: u32,
+    setting: &Setting,
+    (memory, program): (usize, usize),
+) -> choice::Choice {
     let needs = |strategy| {
         let setting = Setting { strategy, ..*setting };
-        Need::of(model, max_seq_len, &setting).total() + saving(model, &setting)
+        Need::of(model, max_seq_len, &setting).total() + saving(model, &setting) + program
     };
     let memory = Memory { bytes: memory, from: Pool::Node };
     choice::choose(setting.shape, memory, choice::in_order(setting.shape), needs)

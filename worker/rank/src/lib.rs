@@ -10,7 +10,6 @@ mod gang;
 pub mod generate;
 pub mod host_model;
 pub mod logits;
-pub mod machine;
 pub mod merge;
 mod place;
 pub mod plan;

@@ -52,6 +52,13 @@ enum Command {
     Bench(bench::BenchArgs),
 }
 
+/// Those of a job that change what is computed here, by all of their names.
+const PRECISIONS: [&str; 6] = ["32", "fp32", "float32", "bf16-mixed", "bf16", "bfloat16"];
+
+fn is_bf16(precision: &str) -> bool {
+    precision.starts_with('b')
+}
+
 #[derive(clap::Args)]
 struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
@@ -98,7 +105,7 @@ struct LogitsArgs {
     out: PathBuf,
     #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
     device: String,
-    #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
+    #[arg(long, default_value = "32", value_parser = PRECISIONS)]
     precision: String,
 }
 
@@ -197,7 +204,7 @@ struct EvalArgs {
     sets: Vec<String>,
     #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
     device: String,
-    #[arg(long, default_value = "32", value_parser = ["32", "bf16-mixed"])]
+    #[arg(long, default_value = "32", value_parser = PRECISIONS)]
     precision: String,
     /// Tokens of a window.
     #[arg(long)]
@@ -212,7 +219,7 @@ struct EvalArgs {
 
 fn run_eval(args: EvalArgs) -> Result<(), Error> {
     let EvalArgs { model, adapters, data, sets, device, precision, max_seq_len, batch_size, json } = args;
-    let (bf16, batch) = (precision == "bf16-mixed", usize::from(batch_size));
+    let (bf16, batch) = (is_bf16(&precision), usize::from(batch_size));
     let wanted = eval::Wanted { model, adapters, data, sets, device, bf16, window: max_seq_len, batch };
     record_panics(false); // one within a tokenizer is told in one line
     let evaluation = eval::evaluate(&wanted)?;
@@ -234,7 +241,7 @@ fn told(written: std::io::Result<()>) -> Result<(), Error> {
 impl From<LogitsArgs> for logits::Wanted {
     fn from(args: LogitsArgs) -> Self {
         let LogitsArgs { model, adapters, ids, out, device, precision } = args;
-        logits::Wanted { model, adapters, ids, out, device, bf16: precision == "bf16-mixed" }
+        logits::Wanted { model, adapters, ids, out, device, bf16: is_bf16(&precision) }
     }
 }
 

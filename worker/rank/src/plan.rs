@@ -9,13 +9,13 @@ mod timeline;
 
 use crate::choice;
 use crate::fits::{self, Need, Setting};
-use crate::machine::{self, available_bytes, memory_bytes, program_bytes};
 use between::Between;
 pub use between::links;
 pub use costs::Costs;
 use fleet_collectives::cost::Links;
 use fleet_common::job::{Executor, Job, Model as Described, Precision, Shape, Strategy};
 use fleet_learn::Result;
+use fleet_learn::machine::{self, available_bytes, memory_bytes, program_bytes};
 use fleet_learn::model::Model;
 use fleet_torch::Numbers;
 use serde::Serialize;
@@ -96,7 +96,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
     let busy = machine::busy(cores);
     let setting = Setting::of(job, shape);
     let auto = (job.strategy == Strategy::Auto && shape.ranks > 1)
-        .then(|| fits::choose(&run.model, job.max_seq_len, &setting, memory_bytes()));
+        .then(|| fits::choose(&run.model, job.max_seq_len, &setting, (memory_bytes(), program)));
     let chosen = auto.as_ref().map_or(job.strategy, |choice| choice.strategy);
     let mut choices = Vec::new();
     for precision in PRECISIONS {

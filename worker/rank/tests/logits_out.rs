@@ -19,6 +19,7 @@ fn place() -> (tempfile::TempDir, impl Fn(&str) -> Wanted) {
     fs::write(dir.path().join("ids.json"), "[1, 2]").unwrap();
     let at = dir.path().to_owned();
     let wanted = move |out: &str| Wanted {
+        adapters: Vec::new(),
         model: at.join("m"),
         ids: at.join("ids.json"),
         out: at.join(out),

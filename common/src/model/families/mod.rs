@@ -187,7 +187,9 @@ fn activation(settings: &Settings, key: &str, default: &str) -> Result<Activatio
         "gelu" => Ok(Activation::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
         "relu" => Ok(Activation::Relu),
-        other => Err(format!("{key} is `{other}`; fleet computes silu, gelu, gelu_new and relu")),
+        other => Err(format!(
+            "{key} is `{other}`; fleet computes silu (swish), gelu, gelu_new (gelu_pytorch_tanh, gelu_fast) and relu"
+        )),
     }
 }
 

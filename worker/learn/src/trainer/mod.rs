@@ -10,6 +10,7 @@ mod companions;
 mod disks;
 mod in_flight;
 mod meter;
+mod one_resume;
 mod pen;
 mod room;
 mod saving;
@@ -135,6 +136,8 @@ impl Trainer {
         if let Some(note) = note {
             link.log(Level::Warn, note);
         }
+        let from = resumed.zip(was.as_ref()).map(|(checkpoint, was)| (checkpoint, was.step));
+        one_resume::agree(from, learner.gang())?;
         let disks = disks::find(start, &job.checkpoint_dir(), learner.gang())?;
         let writers = learner.writers(&disks);
         let rank = start.rank as usize;
@@ -298,7 +301,7 @@ impl Trainer {
                 self.save(link)?;
             }
             if step == first {
-                self.take_room();
+                self.take_room(link);
             }
             self.look_at_save(link)?;
             self.rotate(link);

@@ -190,11 +190,17 @@ impl Trainer {
 
     /// Takes the memory of copies while training goes on, so that the first save stands still no longer than others. Where there is too
     /// little, that save tells it.
-    pub(super) fn take_room(&mut self) {
+    pub(super) fn take_room(&mut self, link: &mut AgentLink) {
         if self.rank as usize >= self.saving.writers || self.saving.in_flight.is_some() {
             return;
         }
-        let Ok(mut room) = self.learner.room(&self.saving.disks) else { return };
+        let mut room = match self.learner.room(&self.saving.disks) {
+            Ok(room) => room,
+            Err(error) => {
+                let line = format!("as things are, no checkpoint can be saved: {error}");
+                return link.log(Level::Warn, line);
+            }
+        };
         let taken = InFlight::start(move |_| {
             room.take_memory();
             Written { result: Ok(Done::Room), spare: Some(room) }

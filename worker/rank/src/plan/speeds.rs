@@ -3,6 +3,7 @@
 
 use crate::assemble::{self, Threads};
 use fleet_common::job::{Executor, Job, Precision};
+use fleet_common::model::Decoder;
 use fleet_kernels as kernels;
 use fleet_learn::model::Model;
 use fleet_learn::{AdamW, Error, Phase, Result, TokenBatch, Update, Votes};
@@ -16,8 +17,8 @@ const STEPS_MIN: usize = 3;
 const STEPS_MAX: usize = 15;
 const ENOUGH: Duration = Duration::from_millis(1500);
 const LONG: Duration = Duration::from_secs(10);
-/// Tokens of a micro-batch that is timed: what longer ones take follows from it, and from one of half the length where a sequence is longer.
-const TOKENS: usize = 1 << 13;
+/// Tokens of a micro-batch that is timed: what longer ones take follows from it by their floating-point operations.
+const TOKENS: usize = 1 << 12;
 /// Numbers with which the optimizer and the sum of gradients are timed.
 const SAMPLE: usize = 1 << 21;
 
@@ -56,9 +57,12 @@ impl Run<'_> {
         let all = self.job.batch_size as usize;
         // Threads share sequences out.
         let batch = all.min((TOKENS / seq).max(self.threads as usize));
-        let of = |seq| self.units_of(executor, precision, batch, seq);
-        let times = if seq <= TOKENS { of(seq)? } else { longer(of(TOKENS / 2)?, of(TOKENS)?, seq) };
-        Ok(times.map(|time| time * all as f64 / batch as f64))
+        let timed = seq.min(TOKENS);
+        let [forward, backward, edges] = self.units_of(executor, precision, batch, timed)?;
+        let times = seq as f64 / timed as f64 * all as f64 / batch as f64;
+        let of_blocks =
+            times * block_flops(&self.model.decoder, seq) / block_flops(&self.model.decoder, timed);
+        Ok([forward * of_blocks, backward * of_blocks, edges * times])
     }
 
     fn units_of(
@@ -144,13 +148,10 @@ impl Run<'_> {
     }
 }
 
-/// What `seq` tokens take, from what `TOKENS / 2` and `TOKENS` did: a part of it grows evenly, and attention with the square.
-fn longer<const N: usize>(half: [f64; N], whole: [f64; N], seq: usize) -> [f64; N] {
-    let times = seq as f64 / TOKENS as f64;
-    std::array::from_fn(|at| {
-        let square = (2.0 * whole[at] - 4.0 * half[at]).clamp(0.0, whole[at]);
-        (whole[at] - square) * times + square * times * times
-    })
+/// Floating-point operations of one block for each token of a sequence of `seq`.
+fn block_flops(decoder: &Decoder, seq: usize) -> f64 {
+    let of = |layers| Decoder { layers, ..decoder.clone() }.flops_per_token(seq);
+    of(1) - of(0)
 }
 
 /// The medians of what several steps, counted from 1, tell.
@@ -178,13 +179,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_longer_sequences_take_follows_from_shorter_ones() {
-        let time = |seq: usize| [3.0 * seq as f64 + 0.25 * (seq * seq) as f64, 2.0 * seq as f64];
-        let (found, exact) = (longer(time(TOKENS / 2), time(TOKENS), 100_000), time(100_000));
-        for (found, exact) in found.into_iter().zip(exact) {
-            assert!((found / exact - 1.0).abs() < 1e-9, "{found} for {exact}");
-        }
-        // Noise makes no time of less than nothing.
-        assert!(longer([1.0], [1.5], 2 * TOKENS)[0] >= 1.5);
+    fn attention_makes_tokens_of_longer_sequences_cost_more() {
+        let config = serde_json::json!({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 300});
+        let model = Model::new(config.as_object().expect("an object")).expect("a model");
+        let of = |seq| block_flops(&model.decoder, seq);
+        let (short, long) = (of(1), of(1_000_001));
+        assert!((long - short - 6.0 * 64.0 * 1e6).abs() < 1.0, "{short} {long}");
     }
 }

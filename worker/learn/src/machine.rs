@@ -19,10 +19,11 @@ fn of_machine(key: &str) -> usize {
     kib("/proc/meminfo", key).unwrap_or(0) << 10
 }
 
-/// Bytes that are free, or can be made free at once, by the machine's count.
+/// Bytes that are free, or can be made free at once: of the machine, and of each control group around this process.
 pub fn available_bytes() -> usize {
     let free = kib("/proc/meminfo", "MemAvailable:").map_or(usize::MAX, |kib| kib << 10);
-    group_limit().map_or(free, |limit| limit.min(free))
+    let of_groups = groups().iter().map(Group::free).min();
+    of_groups.map_or(free, |of_groups| of_groups.min(free))
 }
 
 /// A line where programs have wanted more than a fourth of these cores in the last minute.
@@ -49,30 +50,59 @@ fn kib(path: &str, key: &str) -> Option<usize> {
 
 /// The smallest limit of the control groups that this process is in, of either version.
 fn group_limit() -> Option<usize> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    limit_of(&groups, Path::new("/sys/fs/cgroup"))
+    groups().iter().map(|group| group.limit).min()
+}
+
+/// A control group that limits memory.
+#[derive(Debug, PartialEq)]
+struct Group {
+    limit: usize,
+    /// What its processes have, without what can be taken from them at once: files that nobody has looked at for long.
+    used: usize,
+}
+
+impl Group {
+    /// Version 2 and version 1 have other names for the same.
+    fn of(dir: &Path) -> Option<Group> {
+        let number = |file: &str| std::fs::read_to_string(dir.join(file)).ok()?.trim().parse::<usize>().ok();
+        let of = |limit: &str, used: &str, idle: &str| {
+            let limit = number(limit)?;
+            let stat = std::fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+            let idle =
+                stat.lines().find_map(|line| line.strip_prefix(idle)?.trim().parse().ok()).unwrap_or(0);
+            Some(Group { limit, used: number(used).unwrap_or(0).saturating_sub(idle) })
+        };
+        of("memory.max", "memory.current", "inactive_file ")
+            .or_else(|| of("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "))
+    }
+
+    fn free(&self) -> usize {
+        self.limit.saturating_sub(self.used)
+    }
+}
+
+fn groups() -> Vec<Group> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    groups_of(&groups, Path::new("/sys/fs/cgroup"))
 }
 
 /// `groups` has a line for each hierarchy: its number, its controllers (none of version 2), and the group. Below `mounted` lies the one of
 /// version 2, or, where that is in `unified`, those of version 1 by their controllers.
-fn limit_of(groups: &str, mounted: &Path) -> Option<usize> {
-    let limits = groups.lines().filter_map(|line| {
+fn groups_of(groups: &str, mounted: &Path) -> Vec<Group> {
+    let found = groups.lines().filter_map(|line| {
         let (controllers, group) = line.split_once(':')?.1.split_once(":/")?;
-        let limit = |root: &str, file: &str| {
-            let of = |group: &Path| -> Option<usize> {
-                std::fs::read_to_string(mounted.join(root).join(group).join(file)).ok()?.trim().parse().ok()
-            };
-            Path::new(group).ancestors().filter_map(of).min()
+        let roots = match controllers {
+            "" => vec!["", "unified"],
+            _ if controllers.split(',').any(|name| name == "memory") => vec![controllers],
+            _ => return None,
         };
-        match controllers {
-            "" => limit("", "memory.max").into_iter().chain(limit("unified", "memory.max")).min(),
-            _ if controllers.split(',').any(|name| name == "memory") => {
-                limit(controllers, "memory.limit_in_bytes")
-            }
-            _ => None,
-        }
+        let of = move |root: &str| {
+            let root = mounted.join(root);
+            Path::new(group).ancestors().filter_map(|group| Group::of(&root.join(group))).collect::<Vec<_>>()
+        };
+        Some(roots.into_iter().flat_map(of).collect::<Vec<_>>())
     });
-    limits.min()
+    found.flatten().collect()
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -88,10 +118,15 @@ mod tests {
             std::fs::write(path, text).unwrap();
         };
         write("a/memory.max", "500\n");
+        write("a/memory.current", "470\n");
+        write("a/memory.stat", "anon 9\ninactive_file 40\nactive_file 7\n");
         write("a/b/memory.max", "max\n");
         write("memory/x/memory.limit_in_bytes", "400\n");
         write("memory/memory.limit_in_bytes", "9223372036854771712\n");
-        let limit = |groups: &str| limit_of(groups, dir.path());
+        write("memory/x/memory.usage_in_bytes", "390\n");
+        let limit = |groups: &str| groups_of(groups, dir.path()).iter().map(|group| group.limit).min();
+        let free = |groups: &str| groups_of(groups, dir.path()).iter().map(Group::free).min();
+        assert_eq!((free("0::/a/b\n"), free("4:memory:/x\n")), (Some(70), Some(10)));
         assert_eq!(limit("0::/a/b\n"), Some(500));
         assert_eq!(limit("12:cpu,cpuacct:/x\n4:memory:/x\n0::/\n"), Some(400));
         assert_eq!(limit("4:memory:/x\n0::/a\n"), Some(400));
