@@ -244,6 +244,38 @@ fn what_was_changed_on_one_node_comes_again_from_another() {
     world.run("fleet", &["checkpoint", "verify", &copy.display().to_string()]).expect(0);
 }
 
+#[test]
+fn nodes_that_have_different_checkpoints_under_one_path_do_not_train_together() {
+    let world = World::new();
+    let Some(network) = Network::new(4) else { return };
+    let scene = Scene::new(&world, &network);
+    let name = scene.ended(scene.submit("1", "1", &LONG, &[])).parts[0].name.clone();
+    let host: usize = name.strip_prefix("box-").unwrap().parse().unwrap();
+    // Copied by hand, so that the cluster knows nothing of them.
+    for (other, step) in [1, 2, 3].into_iter().filter(|other| *other != host).zip([110, 120]) {
+        copy(&scene.on(host, "long", step), &world.path(&format!("disk-{other}/checkpoints/mine/x")));
+    }
+    scene.coordinators.ask(&["drain", &name]);
+    let path = world.path("out/checkpoints/mine/x").display().to_string();
+    let job = TinyJob { run_name: "on", max_steps: 140, ..LONG };
+    let ended =
+        scene.ended(scene.submit("2", "2", &job, &["--set", &format!("resume_from_checkpoint={path}")]));
+    let message = ended.error.unwrap().message;
+    assert_eq!(ended.state, JobState::Failed);
+    for part in
+        ["different checkpoints", "goes on from step 110", "goes on from step 120", "fleet checkpoints ls"]
+    {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
 /// The last one of a file.
 fn change_a_byte(file: &Path) {
     let mut bytes = std::fs::read(file).unwrap();

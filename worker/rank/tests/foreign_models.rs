@@ -5,7 +5,7 @@
 
 mod gang;
 
-use fleet_checkpoint::Tensors;
+use fleet_checkpoint::{ModelDir, Tensors};
 use fleet_common::exit::Fault;
 use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
 use fleet_rank::generate::{End, Generated, Sampling, Settings, generate};
@@ -165,6 +165,7 @@ fn a_directory_that_is_no_model_says_what_it_is() {
         ("pytorch_model.bin", "safe_serialization=True"),
         ("adapter_model.safetensors", "fleet adapter merge"),
         ("model-q4.gguf", "llama.cpp"),
+        ("step-00000030", "has checkpoints of a run, the newest in"),
     ] {
         let dir = copy_of("byte_level");
         fs::rename(dir.path().join("model.safetensors"), dir.path().join(has)).unwrap();
@@ -173,6 +174,42 @@ fn a_directory_that_is_no_model_says_what_it_is() {
     }
     let said = greedy(Path::new("gpt2"), "a").unwrap_err().to_string();
     assert!(said.contains("hf download NAME --local-dir DIR"), "{said}");
+}
+
+/// With one more tensor in its weights.
+fn copy_with(name: &str, tensor: &str) -> tempfile::TempDir {
+    let dir = copy_of(name);
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let mut all = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let two = [0; 8];
+    all.push((
+        tensor.to_owned(),
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2], &two).unwrap(),
+    ));
+    safetensors::serialize_to_file(all, None, &path).unwrap();
+    dir
+}
+
+#[test]
+fn tensors_that_would_change_what_the_model_computes_are_not_passed_over() {
+    for tensor in [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.1.post_feedforward_layernorm.weight",
+        "model.layers.0.mlp.down_proj.weight_scale",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "layers.0.mlp.router.weight",
+        "lm_head.bias",
+    ] {
+        let dir = copy_with("byte_level", tensor);
+        let said = ModelDir::open(dir.path()).unwrap_err().to_string();
+        assert!(said.contains(tensor) && said.contains("describes a model without it"), "{said}");
+    }
+    for tensor in
+        ["model.layers.0.self_attn.rotary_emb.inv_freq", "score.weight", "vision_tower.layers.0.weight"]
+    {
+        ModelDir::open(copy_with("byte_level", tensor).path()).unwrap();
+    }
 }
 
 /// Writes `value` over the number at `index` of a f32 tensor, in whichever shard it is.
