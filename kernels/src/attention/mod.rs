@@ -7,6 +7,7 @@
 mod backward;
 mod decode;
 mod forward;
+mod pairs;
 mod tile;
 
 use crate::{Element, Heads, Scratch, Sight};
@@ -45,6 +46,12 @@ pub fn attention<T: Element, O: Element>(
     scratch: &mut Scratch,
 ) {
     check(shape, qkv.len(), out.len(), lse.len());
+    if let (Some(qkv), Some(out)) = (T::as_bf16(qkv), O::as_bf16_mut(out))
+        && pairs::serve(shape)
+    {
+        let memory = scratch.take(pairs::Forward::memory(shape));
+        return pairs::run(pairs::Forward { qkv, shape, sight, out, lse, memory });
+    }
     let memory = scratch.take(forward::memory(shape));
     forward::run(qkv, shape, sight, out, lse, memory);
 }
@@ -63,6 +70,13 @@ pub fn attention_backward<T: Element, O: Element, G: Element>(
 ) {
     check(shape, qkv.len(), out.len(), lse.len());
     assert!(dqkv.len() == qkv.len() && dout.len() == out.len(), "attention_backward: lengths of gradients");
+    if let (Some(qkv), Some(out), Some(dout)) = (T::as_bf16(qkv), O::as_bf16(out), O::as_bf16(dout))
+        && let Some(dqkv) = G::as_bf16_mut(dqkv)
+        && pairs::serve(shape)
+    {
+        let memory = scratch.take(pairs::Backward::memory(shape));
+        return pairs::run(pairs::Backward { qkv, out, lse, dout, shape, sight, dqkv, memory });
+    }
     let memory = scratch.take(backward::memory(shape));
     backward::run(qkv, out, lse, dout, shape, sight, dqkv, memory);
 }
