@@ -62,9 +62,22 @@ pub fn rows(from: &[bf16], place: Place, s: &Sizes, first: usize, to: &mut [u32]
         let (values, rest) = row.split_at_mut(s.head_dim);
         rest.fill(bf16::ZERO);
         match first + n < s.seq {
-            true => values.copy_from_slice(&from[place.range(first + n, s.head_dim)]),
+            true => copy(&from[place.range(first + n, s.head_dim)], values),
             false => values.fill(bf16::ZERO),
         }
+    }
+}
+
+/// Copies a few numbers without a call.
+#[inline(always)]
+fn copy(from: &[bf16], to: &mut [bf16]) {
+    let (from, from_rest) = from.as_chunks::<SIDE>();
+    let (to, to_rest) = to.as_chunks_mut::<SIDE>();
+    for (from, to) in from.iter().zip(to) {
+        *to = *from;
+    }
+    for (from, to) in from_rest.iter().zip(to_rest) {
+        *to = *from;
     }
 }
 
