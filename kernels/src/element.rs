@@ -1,4 +1,4 @@
-//! The two number formats that kernels read and write. Arithmetic is always f32.
+//! The two number formats that kernels read and write. Arithmetic is f32, but for products of pairs of bf16 in attention.
 
 use crate::simd::Vector;
 use half::bf16;

@@ -15,6 +15,7 @@ trait Test {
 struct Tested<'a, T>(&'a T);
 
 impl<T: Test> Kernel for Tested<'_, T> {
+    #[inline(always)]
     fn run<P: Pairs>(self, pairs: &P) {
         self.0.check(pairs);
     }
@@ -66,6 +67,7 @@ impl Product {
 }
 
 impl Test for Product {
+    #[inline(always)] // compiled for the CPU of `P`
     fn check<P: Pairs>(&self, pairs: &P) {
         let (a, b) = (words(&self.a), words(&self.b));
         let count = self.steps * STEP;
@@ -92,19 +94,17 @@ proptest! {
     }
 }
 
-/// Rounding a probability or the gradient of a score to bf16 changes it by at most this share.
-const HALF_STEP: f32 = 1.0 / 256.0;
-
-/// Both passes over random heads. `slopes` are a head's own powers of 1/2.
+/// Both passes over one sequence of more than one chunk.
 struct Passes {
     shape: Heads,
     window: Option<usize>,
     slopes: Vec<f32>,
     qkv: Vec<bf16>,
     dout: Vec<bf16>,
+    exact: Results,
 }
 
-/// What both passes write.
+#[derive(Clone)]
 struct Results {
     out: Vec<bf16>,
     lse: Vec<f32>,
@@ -113,47 +113,60 @@ struct Results {
 
 impl Passes {
     fn new(shape: Heads, window: Option<usize>, slanted: bool, seed: u64) -> Passes {
-        let slopes = (1..=shape.q_heads).map(|head| 0.5f32.powi(head as i32)).filter(|_| slanted).collect();
-        let qkv = numbers::<f32>(seed, shape.qkv_len()).iter().map(|v| bf16::from_f32(v * 2.0)).collect();
-        Passes { shape, window, slopes, qkv, dout: numbers(seed ^ 1, shape.out_len()) }
+        let slopes = vec![0.01; if slanted { shape.q_heads } else { 0 }];
+        let qkv: Vec<bf16> =
+            numbers::<f32>(seed, shape.qkv_len()).iter().map(|v| bf16::from_f32(v * 2.0)).collect();
+        let dout: Vec<bf16> = numbers(seed ^ 1, shape.out_len());
+        let (out, lse, dqkv) = (dout.clone(), vec![0.0; shape.lse_len()], qkv.clone());
+        let mut passes = Passes { shape, window, slopes, qkv, dout, exact: Results { out, lse, dqkv } };
+        let (mut exact, mut no) = (passes.exact.clone(), Scratch::new());
+        let (qkv, dout, sight) = (&passes.qkv, &passes.dout, &passes.sight());
+        let Results { out, lse, dqkv } = &mut exact;
+        reference::attention(qkv, &shape, sight, out, lse, &mut no);
+        reference::attention_backward(qkv, out, lse, dout, &shape, sight, dqkv, &mut no);
+        passes.exact = exact;
+        passes
     }
+
     fn sight(&self) -> Sight<'_> {
         Sight { window: self.window, slopes: &self.slopes }
     }
-    fn room(&self) -> Results {
-        let shape = &self.shape;
-        let zeros = |len| vec![bf16::ZERO; len];
-        Results { out: zeros(shape.out_len()), lse: vec![0.0; shape.lse_len()], dqkv: zeros(shape.qkv_len()) }
-    }
-    fn results<P: Pairs>(&self, pairs: &P) -> Results {
-        let (shape, sight, mut r) = (&self.shape, &self.sight(), self.room());
-        // Whatever stood in scratch before must not matter.
-        let mut memory = vec![f32::NAN; Forward::memory(shape).max(Backward::memory(shape))];
-        let (out, lse) = (&mut r.out, &mut r.lse);
-        Forward { qkv: &self.qkv, shape, sight, out, lse, memory: &mut memory }.run(pairs);
-        memory.fill(f32::NAN);
-        let (out, lse, dqkv) = (&r.out, &r.lse, &mut r.dqkv);
-        let dout = &self.dout;
-        Backward { qkv: &self.qkv, out, lse, dout, shape, sight, dqkv, memory: &mut memory }.run(pairs);
-        r
-    }
-    fn exact(&self) -> Results {
-        let (shape, sight, mut r, mut no) = (&self.shape, &self.sight(), self.room(), Scratch::new());
-        reference::attention(&self.qkv, shape, sight, &mut r.out, &mut r.lse, &mut no);
-        reference::attention_backward(
-            &self.qkv,
-            &r.out,
-            &r.lse,
-            &self.dout,
-            shape,
-            sight,
-            &mut r.dqkv,
-            &mut no,
-        );
-        r
+}
+
+impl Test for Passes {
+    #[inline(always)] // compiled for the CPU of `P`
+    fn check<P: Pairs>(&self, pairs: &P) {
+        let (Passes { shape, qkv, dout, exact, .. }, sight) = (self, &self.sight());
+        let Results { mut out, mut lse, mut dqkv } = exact.clone();
+        // What stood in scratch before must not matter.
+        let mut memory = vec![f32::NAN; Forward::memory(shape)];
+        let forward = Forward { qkv, shape, sight, out: &mut out, lse: &mut lse, memory: &mut memory };
+        forward.run(pairs);
+        let mut memory = vec![f32::NAN; Backward::memory(shape)];
+        let dqkv_out = &mut dqkv;
+        let backward =
+            Backward { qkv, out: &out, lse: &lse, dout, shape, sight, dqkv: dqkv_out, memory: &mut memory };
+        backward.run(pairs);
+        assert_close(&lse, &exact.lse, 1e-5, 1e-5);
+        // A result is rounded, and before it probabilities and gradients of scores, by 1/256 at most and half of that in
+        // the mean.
+        for (fast, exact) in [(&out, &exact.out), (&dqkv, &exact.dqkv)] {
+            let off = fast.iter().zip(exact).map(|(fast, exact)| (fast.to_f32() - exact.to_f32()).powi(2));
+            let size = exact.iter().map(|number| number.to_f32().powi(2));
+            let relative = (off.sum::<f32>() / size.sum::<f32>()).sqrt();
+            assert!(relative < 1.0 / 128.0, "off by {relative} of their size");
+        }
     }
 }
 
-fn wide(numbers: &[bf16]) -> Vec<f32> {
-    numbers.iter().map(|number| number.to_f32()).collect()
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4))]
+    #[test]
+    fn long_sequences_equal_the_reference(
+        seq in 500usize..1100, head_dim in prop::sample::select(vec![2usize, 16, 40]), group in 1usize..3,
+        window in prop::option::of(1usize..700), slanted: bool, seed: u64,
+    ) {
+        let shape = Heads { batch: 1, seq, q_heads: group, kv_heads: 1, head_dim };
+        with_all_pairs(&Passes::new(shape, window, slanted, seed));
+    }
 }
