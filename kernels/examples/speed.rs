@@ -92,6 +92,60 @@ fn attentions<T: Element>(report: &Report, name: &str) {
     }
 }
 
+/// Attention in bf16 at each level that multiplies pairs, beside AVX-512 in f32: runs in turn, and medians of them.
+fn attention_levels(report: &Report) {
+    let levels: Vec<Level> = [Level::Avx512, Level::Avx512Bf16, Level::Amx]
+        .into_iter()
+        .filter(|level| *level <= Level::best())
+        .collect();
+    let mut scratch = Scratch::new();
+    for (batch, seq) in [(4, 256), (1, 2048)] {
+        let shape = Heads { batch, seq, q_heads: 6, kv_heads: 6, head_dim: 64 };
+        let (qkv, dout) = (numbers::<bf16>(shape.qkv_len()), numbers::<bf16>(shape.out_len()));
+        let (mut out, mut lse, mut dqkv) = (dout.clone(), numbers(shape.lse_len()), qkv.clone());
+        let products = batch * 6 * 2 * seq * (seq + 1) / 2 * 64; // operations of one causal product
+        for (pass, amount) in [("forward", 2 * products), ("backward", 5 * products)] {
+            let title = format!("bf16 {pass} b{batch} s{seq} h6 hd64");
+            if !title.contains(&report.filter) {
+                continue;
+            }
+            let mut times = vec![Vec::new(); levels.len()];
+            for _ in 0..20 {
+                for (level, times) in levels.iter().zip(&mut times) {
+                    let began = thread_seconds();
+                    level.limit(|| match pass {
+                        "forward" => attention(&qkv, &shape, &Sight::ALL, &mut out, &mut lse, &mut scratch),
+                        _ => attention_backward(
+                            &qkv,
+                            &out,
+                            &lse,
+                            &dout,
+                            &shape,
+                            &Sight::ALL,
+                            &mut dqkv,
+                            &mut scratch,
+                        ),
+                    });
+                    times.push(thread_seconds() - began);
+                }
+            }
+            let medians = times.iter_mut().map(|times| {
+                times.sort_by(f64::total_cmp);
+                times[times.len() / 2]
+            });
+            let medians: Vec<f64> = medians.collect();
+            for (level, seconds) in levels.iter().zip(&medians) {
+                let (nanos, rate) = (seconds * 1e9 / (batch * seq) as f64, amount as f64 / seconds / 1e9);
+                let name = format!("{title} {level:?}");
+                println!(
+                    "{name:<48} {nanos:>9.0} ns/token {rate:>8.1} GFLOP/s {:>6.2} x",
+                    medians[0] / seconds
+                );
+            }
+        }
+    }
+}
+
 fn main() {
     let report = Report { filter: std::env::args().nth(1).unwrap_or_default() };
     println!("level {:?}", Level::best());
@@ -174,4 +228,5 @@ fn main() {
     products::<bf16>(&report, "bf16");
     attentions::<f32>(&report, "f32");
     attentions::<bf16>(&report, "bf16");
+    attention_levels(&report);
 }

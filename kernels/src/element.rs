@@ -1,4 +1,4 @@
-//! The two number formats that kernels read and write. Arithmetic is always f32.
+//! The two number formats that kernels read and write. Arithmetic is f32, but for products of pairs of bf16 in attention.
 
 use crate::simd::Vector;
 use half::bf16;
@@ -86,6 +86,13 @@ pub(crate) mod lanes {
         /// # Safety
         /// `count` numbers are writable at `to`.
         unsafe fn store_part<V: Vector>(value: V, to: *mut Self, count: usize);
+        /// The same slice, where these are bf16.
+        fn as_bf16(_slice: &[Self]) -> Option<&[bf16]> {
+            None
+        }
+        fn as_bf16_mut(_slice: &mut [Self]) -> Option<&mut [bf16]> {
+            None
+        }
     }
 
     impl Lanes for f32 {
@@ -112,6 +119,14 @@ pub(crate) mod lanes {
     }
 
     impl Lanes for bf16 {
+        #[inline(always)]
+        fn as_bf16(slice: &[bf16]) -> Option<&[bf16]> {
+            Some(slice)
+        }
+        #[inline(always)]
+        fn as_bf16_mut(slice: &mut [bf16]) -> Option<&mut [bf16]> {
+            Some(slice)
+        }
         #[inline(always)]
         unsafe fn load<V: Vector>(from: *const bf16) -> V {
             // SAFETY: the caller's promise; bf16 is a transparent u16.

@@ -1,18 +1,19 @@
 //! CPU kernels of the training engine, over slices: no tensors, no allocation on the hot path, no threads of their own.
 //!
 //! Every kernel exists twice: here, for the SIMD of the machine (AVX-512, AVX2 with FMA, or plain code; chosen at run
-//! time), and in [`reference`] under the same name, as simple loops that are its oracle in the tests.
+//! time, see [`Level`]), and in [`reference`] under the same name, as simple loops that are its oracle in the tests.
 //!
 //! Legend of the shapes: `rows` tokens, `d` hidden size, `b` sequences, `s` tokens of a sequence, `h` query heads, `kv`
 //! key/value heads, `hd` head size, `f` feed-forward size, `V` vocabulary. All row-major. Numbers are computed in f32 and
-//! stored as the [`Element`] of the slice (f32, or bf16 rounded to nearest even); sums over a whole buffer are f64.
+//! stored as the [`Element`] of the slice (f32, or bf16 rounded to nearest even); sums over a whole buffer are f64. Only
+//! attention in bf16 multiplies bf16 numbers as they are, with sums in f32, where the CPU has fast instructions for that.
 //!
 //! Kernels run in the calling thread. A caller with several threads splits rows (or elements) among them; every kernel
 //! but the sums over rows (`dw` of a norm, the embedding's gradient, losses) gives the same bits however it is split.
 //!
 //! # Panics
 //! Slices whose lengths do not fit together are a bug of the caller: every kernel checks them once and panics.
-#![allow(unsafe_code)] // intrinsics; each block says why it is sound
+#![allow(unsafe_code)] // intrinsics and AMX; each block says why it is sound
 
 mod activation;
 mod adamw;

@@ -127,7 +127,7 @@ fn heads<V: Vector, T: Element, O: Element, G: Element, const MR: usize, const N
 }
 
 #[inline(always)]
-fn dot<V: Vector, O: Element>(a: &[O], b: &[O]) -> f32 {
+pub(super) fn dot<V: Vector, O: Element>(a: &[O], b: &[O]) -> f32 {
     let mut sum = V::splat(0.0);
     for i in (0..a.len()).step_by(V::LANES) {
         sum = load::<V, O>(&a[i..]).mul_add(load(&b[i..]), sum);

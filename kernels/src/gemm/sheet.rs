@@ -43,7 +43,7 @@ fn block(terms: usize) -> usize {
 
 /// Columns of a panel at this CPU's level.
 fn panel_width() -> usize {
-    tile_cols(if level() == Level::Avx512 { 16 } else { 8 })
+    tile_cols(if level() >= Level::Avx512 { 16 } else { 8 })
 }
 
 impl Sheet {

@@ -4,7 +4,7 @@ use super::Vector;
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub struct F32x16(__m512);
+pub struct F32x16(pub __m512);
 
 /// Intrinsics need the CPU's word for it, and `Vector` gives that word for all methods at once.
 macro_rules! cpu {

@@ -3,12 +3,15 @@
 //! A kernel is written once, generic over [`Vector`], by [`simd_fn!`]; the macro compiles it for every level and calls the
 //! best. Plain loops in such a kernel are vectorised by the compiler for the same level.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
 pub mod plain;
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 /// What the CPU can do. Ordered from least to most.
@@ -19,7 +22,13 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ, VL: 16 lanes.
     Avx512,
+    /// And AVX512_BF16: products of pairs of bf16. It is the best level only where they are faster than products in f32.
+    Avx512Bf16,
+    /// And AMX-BF16, which Linux lets this process use: such products of whole tiles.
+    Amx,
 }
+
+thread_local!(static LIMIT: Cell<Level> = const { Cell::new(Level::Amx) });
 
 impl Level {
     /// The best level of this machine.
@@ -27,6 +36,19 @@ impl Level {
         static BEST: OnceLock<Level> = OnceLock::new();
         *BEST.get_or_init(detect)
     }
+
+    /// Runs `run` in this thread as on a CPU that can do no more than this: for comparisons.
+    pub fn limit(self, run: impl FnOnce()) {
+        let before = LIMIT.replace(self);
+        run();
+        LIMIT.set(before);
+    }
+}
+
+/// The level that kernels use in this thread.
+#[inline]
+pub fn level() -> Level {
+    LIMIT.get().min(Level::best())
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -36,27 +58,38 @@ fn detect() -> Level {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (avx2, avx512) {
-        (true, true) => Level::Avx512,
-        (true, false) => Level::Avx2,
-        (false, _) => Level::Plain,
+    let bf16 = is_x86_feature_detected!("avx512bf16");
+    match (avx2, avx512, bf16) {
+        (true, true, true) if tiles() => Level::Amx,
+        // Sapphire Rapids starts a `VDPBF16PS` every other cycle and two FMA in each: half as many products. Zen 4 and 5
+        // start as many of one as of the other: twice as many products.
+        (true, true, true) if !made_by_intel() => Level::Avx512Bf16,
+        (true, true, _) => Level::Avx512,
+        (true, false, _) => Level::Avx2,
+        (false, ..) => Level::Plain,
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn made_by_intel() -> bool {
+    let id = std::arch::x86_64::__cpuid(0);
+    [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles() -> bool {
+    amx::allowed()
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn tiles() -> bool {
+    false
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn detect() -> Level {
     Level::Plain
 }
-
-/// The level that kernels use in this thread: the best, unless a test forces a lower one.
-#[cfg(not(test))]
-#[inline]
-pub fn level() -> Level {
-    Level::best()
-}
-
-#[cfg(test)]
-pub use forced::{at_every_level, level};
 
 /// `LANES` numbers of f32. All loads and stores are unaligned.
 ///
@@ -112,7 +145,7 @@ pub trait Vector: Copy {
     fn sqrt(self) -> Self;
     /// To the nearest whole number, ties to even.
     fn round(self) -> Self;
-    /// 2 to the power of `self`, a whole number in -126..=127.
+    /// 2 to the power of `self`, a whole number in -126..=127; 0 for -127.
     fn exp2_whole(self) -> Self;
     /// `self < limit ? 0 : value`.
     fn zero_where_less(self, limit: Self, value: Self) -> Self;
@@ -156,7 +189,7 @@ macro_rules! simd_fn {
             match $crate::simd::level() {
                 // SAFETY: the level is chosen only when the CPU has these features.
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Level::Avx512 => unsafe { avx512::<$($G),*>($($arg),*) },
+                level if level >= $crate::simd::Level::Avx512 => unsafe { avx512::<$($G),*>($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::simd::Level::Avx2 => unsafe { avx2::<$($G),*>($($arg),*) },
@@ -167,27 +200,14 @@ macro_rules! simd_fn {
 }
 pub(crate) use simd_fn;
 
+/// Runs a test at each level that this machine has, and says which it has not.
 #[cfg(test)]
-mod forced {
-    use super::Level;
-    use std::cell::Cell;
-
-    thread_local!(static FORCED: Cell<Option<Level>> = const { Cell::new(None) });
-
-    pub fn level() -> Level {
-        FORCED.get().unwrap_or(Level::best())
-    }
-
-    /// Runs a test at each level that this machine has, and says which it has not.
-    pub fn at_every_level(test: impl Fn()) {
-        for level in [Level::Plain, Level::Avx2, Level::Avx512] {
-            if level > Level::best() {
-                println!("skipped {level:?}: this CPU has only {:?}", Level::best());
-                continue;
-            }
-            FORCED.set(Some(level));
-            test();
-            FORCED.set(None);
+pub fn at_every_level(test: impl Fn()) {
+    for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx] {
+        if level > Level::best() {
+            println!("skipped {level:?}: this CPU has only {:?}", Level::best());
+            continue;
         }
+        level.limit(&test);
     }
 }
