@@ -398,14 +398,12 @@ fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I],
 #[cfg(target_arch = "x86_64")]
 fn fp32_library() -> Library {
     match kernels::Level::best() {
-        kernels::Level::Avx512 if is_intel() => Library::Mkl,
-        kernels::Level::Avx512
-            if dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)) =>
-        {
-            Library::Dnn
-        }
-        kernels::Level::Avx512 | kernels::Level::Avx2 => Library::Own,
         kernels::Level::Plain => Library::Mkl,
+        kernels::Level::Avx2 => Library::Own,
+        // AVX-512 and better.
+        _ if is_intel() => Library::Mkl,
+        _ if dnn_works::<f32>(|shape, a, b, out| dnn_matmul(shape, a, b, 0.0, out, shape.1)) => Library::Dnn,
+        _ => Library::Own,
     }
 }
 #[cfg(not(target_arch = "x86_64"))]
