@@ -48,6 +48,8 @@ pub enum DataError {
     Tokenizer { path: PathBuf, what: String },
     #[error("{0}")]
     Vocabulary(String),
+    #[error(transparent)]
+    Chat(crate::chat::ChatError),
     #[error("{0}")]
     TooLittle(String),
     /// Writing the cache.

@@ -6,6 +6,7 @@
 mod added;
 mod build;
 mod cache;
+pub mod chat;
 mod clean;
 mod coverage;
 mod documents;

@@ -5,6 +5,7 @@ use crate::{DataError, added, prefix_space};
 use fleet_common::files::stand_in;
 use fleet_common::model::Family;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ pub type Object = Map<String, Value>;
 
 pub const CONFIG: &str = "config.json";
 pub const GENERATION_CONFIG: &str = "generation_config.json";
+pub const TOKENIZER: &str = "tokenizer.json";
 pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
@@ -123,6 +125,8 @@ pub struct SpecialTokens {
     pub eos: Option<String>,
     /// These two and all others that have a role, in the order in which transformers adds them where a tokenizer lacks them.
     pub all: Vec<AddedToken>,
+    /// Those that have a name, by it: `bos_token`, `image_token`. Chat templates know them.
+    pub named: BTreeMap<String, String>,
 }
 
 impl SpecialTokens {
@@ -136,9 +140,8 @@ impl SpecialTokens {
         if !roles.contains_key("added_tokens_decoder") {
             roles.extend(read(SPECIAL_TOKENS_MAP)?);
         }
-        let of = |role: &str| {
-            roles.get(role).and_then(|token| added::token(token, true)).map(|token| token.content)
-        };
+        let content = |token: &Value| added::token(token, true).map(|token| token.content);
+        let of = |role: &str| roles.get(role).and_then(content);
         let several =
             ["extra_special_tokens", "additional_special_tokens"].iter().find_map(|key| roles.get(*key));
         let several = match several {
@@ -146,11 +149,15 @@ impl SpecialTokens {
             Some(Value::Object(named)) => named.values().collect(),
             _ => Vec::new(),
         };
-        let is_role = |key: &str| key.ends_with("_token") && !ROLES.contains(&key);
+        let is_named = |key: &str| key.ends_with("_token");
+        let is_role = |key: &str| is_named(key) && !ROLES.contains(&key);
+        let extra = roles.get("extra_special_tokens").and_then(Value::as_object);
+        let named = extra.into_iter().flatten().chain(roles.iter().filter(|(key, _)| is_named(key)));
+        let named = named.filter_map(|(name, token)| Some((name.clone(), content(token)?))).collect();
         let others = roles.iter().filter(|(key, _)| is_role(key)).map(|(_, value)| value);
         let usual = ROLES.iter().filter_map(|role| roles.get(*role));
         let all = usual.chain(others).chain(several).filter_map(|value| added::token(value, true)).collect();
-        Ok(SpecialTokens { bos: of("bos_token"), eos: of("eos_token"), all })
+        Ok(SpecialTokens { bos: of("bos_token"), eos: of("eos_token"), all, named })
     }
 }
 

@@ -198,6 +198,11 @@ pub struct Encoded {
 }
 
 impl Encoded {
+    /// A text with nothing around it.
+    pub(crate) fn bare(ids: Vec<u32>) -> Encoded {
+        Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() }
+    }
+
     pub fn of_text(&self) -> &[u32] {
         &self.ids[self.text.clone()]
     }

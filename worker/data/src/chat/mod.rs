@@ -1,0 +1,23 @@
+//! Chat templates: a conversation as the text on which a model was trained, as transformers' `apply_chat_template` renders it, and where in
+//! it the assistant speaks.
+//!
+//! A template is a program of others, so it has a budget: what it computes, how deep it calls, what it writes. Nothing here reads a clock;
+//! `strftime_now` writes the time that the caller gives.
+
+mod builtin;
+mod conversation;
+mod dir;
+mod error;
+mod generation;
+mod json;
+mod python;
+mod spans;
+mod strftime;
+mod template;
+mod tokens;
+
+pub use conversation::Conversation;
+pub use dir::Templates;
+pub use error::ChatError;
+pub use template::{Ending, Rendered, Template};
+pub use tokens::Tokens;
