@@ -13,9 +13,18 @@ pub struct Args {
     /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
     #[arg(long = "adapter", value_name = "DIR")]
     adapters: Vec<PathBuf>,
-    /// The beginning of the text
+    /// The beginning of the text; with --chat the user's message
     #[arg(long)]
     prompt: String,
+    /// Answer the prompt, in the words of the model's chat template
+    #[arg(long)]
+    chat: bool,
+    /// What the model is told before the message
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// A chat template by its name, of the model or built in, such as chatml
+    #[arg(long, value_name = "NAME", requires = "chat")]
+    chat_template: Option<String>,
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<u32>,
     /// 0 always takes the likeliest token
@@ -39,6 +48,8 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let mut options = vec![
         ("--model", Some(args.model.into())),
         ("--prompt", Some(args.prompt.into())),
+        ("--system", args.system.map(Into::into)),
+        ("--chat-template", args.chat_template.map(Into::into)),
         ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
         ("--temperature", args.temperature.map(|x| x.to_string().into())),
         ("--top-k", args.top_k.map(|k| k.to_string().into())),
@@ -46,5 +57,6 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--seed", args.seed.map(|seed| seed.to_string().into())),
     ];
     options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
-    Err(programs::become_rank("generate", options, args.json.then_some("--json")))
+    let flags = [args.chat.then_some("--chat"), args.json.then_some("--json")];
+    Err(programs::become_rank("generate", options, flags.into_iter().flatten()))
 }

@@ -13,7 +13,7 @@ use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
-use fleet_rank::generate::{Sampling, Settings, generate};
+use fleet_rank::generate::{Ask, Message, Sampling, Settings, generate};
 use fleet_rank::merge::merge;
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use time::OffsetDateTime;
 
 /// The training engine of fleet. Started by `worker`; run by hand it can only probe and generate.
 #[derive(Parser)]
@@ -67,9 +68,18 @@ struct GenerateArgs {
     /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
     #[arg(long = "adapter")]
     adapters: Vec<PathBuf>,
-    /// The beginning of the text.
+    /// The beginning of the text; with --chat the user's message.
     #[arg(long)]
     prompt: String,
+    /// Answer the prompt, in the words of the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// What the model is told before the message.
+    #[arg(long, requires = "chat")]
+    system: Option<String>,
+    /// A chat template by its name, of the model or built in.
+    #[arg(long, requires = "chat")]
+    chat_template: Option<String>,
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
     /// 0 takes the likeliest token every time.
@@ -307,7 +317,14 @@ fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
     };
     let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, threads };
     record_panics(false);
-    let generate = || generate((&args.model, &args.adapters), &args.prompt, &settings, &mut emit);
+    let message = Message {
+        text: &args.prompt,
+        system: args.system.as_deref(),
+        template: args.chat_template.as_deref(),
+        now: OffsetDateTime::now_utc(),
+    };
+    let ask = if args.chat { Ask::Message(message) } else { Ask::Text(&args.prompt) };
+    let generate = || generate((&args.model, &args.adapters), ask, &settings, &mut emit);
     let generated =
         catch_unwind(AssertUnwindSafe(generate)).unwrap_or_else(|_| Err(Error::Job(panic_line())))?;
     let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };

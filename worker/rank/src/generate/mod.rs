@@ -4,6 +4,7 @@ mod prompt;
 mod sampler;
 mod text;
 
+pub use prompt::{Ask, Message};
 pub use sampler::Sampling;
 pub use text::TextStream;
 
@@ -60,23 +61,26 @@ fn is_stretched(decoder: &Decoder) -> bool {
     matches!(&decoder.positions, Positions::Rotary(rotary) if rotary.scaling != Scaling::Default)
 }
 
-/// Continues `prompt` with the model of a directory and what changes it; `emit` gets the text piece by piece, each whole UTF-8, and ends the generation by giving `false`.
-pub fn generate(
+/// Continues a text, or answers a message, with the model of a directory and the adapters that change it; `emit` gets the text piece by piece, each whole UTF-8,
+/// and ends the generation by giving `false`.
+pub fn generate<'a>(
     (dir, adapters): (&Path, &[PathBuf]),
-    prompt: &str,
+    ask: impl Into<Ask<'a>>,
     settings: &Settings,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Generated> {
     let Settings { max_new_tokens, sampling, threads } = settings;
+    let ask = ask.into();
     let (given, weights) = read_weights(dir, adapters)?;
     let model = Model::of_dir(&given);
     let path = dir.join(TOKENIZER_FILE);
     let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let vocab = model.decoder.vocab_size as u32;
     let opened = GivenTokenizer::open(&path, vocab).map_err(|e| Error::Input(e.to_string()))?;
-    let ends = end_ids(dir, &opened)?;
+    let mut ends = end_ids(dir, &opened)?;
     let file = Tokenizer::File(path.clone());
-    let Prompt { mut ids, mut notes } = guarded(&file, || Ok(Prompt::encode(&opened, prompt)))??;
+    let Prompt { mut ids, end, mut notes } = guarded(&file, || Ok(Prompt::of(&ask, dir, &opened)))??;
+    ends.extend(end);
     if ids.is_empty() {
         // A text begins where another one ended.
         ids.push(model.bos_token_id.or(model.eos_token_id).unwrap_or(0));
@@ -140,5 +144,9 @@ pub fn generate(
     emit(&rest);
     text.push_str(&rest);
     let tokens_per_s = new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+    let prompt = match ask {
+        Ask::Text(text) => text,
+        Ask::Message(message) => message.text,
+    };
     Ok(Generated { prompt: prompt.to_owned(), text, prompt_tokens, new_tokens, end, tokens_per_s, notes })
 }

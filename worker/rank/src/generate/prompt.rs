@@ -1,20 +1,73 @@
 //! A prompt as tokens.
 
+use fleet_data::Encoded;
+use fleet_data::chat::{Conversation, Ending, Templates};
 use fleet_data::model_dir::GivenTokenizer;
 use fleet_learn::{Error, Result};
+use std::path::Path;
+use time::OffsetDateTime;
+
+/// What a model is asked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Ask<'a> {
+    /// To continue this text.
+    Text(&'a str),
+    /// To answer this message of a user.
+    Message(Message<'a>),
+}
+
+impl<'a> From<&'a str> for Ask<'a> {
+    fn from(text: &'a str) -> Self {
+        Ask::Text(text)
+    }
+}
+
+/// A user's message, which the model's chat template turns into a prompt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Message<'a> {
+    pub text: &'a str,
+    /// What stands before it.
+    pub system: Option<&'a str>,
+    /// The name of a template, of the model or built in; else the model's own.
+    pub template: Option<&'a str>,
+    /// For templates that write the date.
+    pub now: OffsetDateTime,
+}
 
 pub struct Prompt {
     pub ids: Vec<u32>,
+    /// With what an answer ends, besides what ends a text.
+    pub end: Option<u32>,
     /// What the user should know of it.
     pub notes: Vec<String>,
 }
 
 impl Prompt {
-    /// As documents are encoded for training. Refused where the tokenizer can write nothing of it.
-    pub fn encode(given: &GivenTokenizer, text: &str) -> Result<Prompt> {
-        let refuse = |e: String| Error::Input(format!("the tokenizer cannot encode the prompt: {e}"));
-        let encoded = given.encode(text).map_err(|e| refuse(e.to_string()))?;
-        let coverage = given.coverage(text, &encoded).map_err(|e| refuse(e.to_string()))?;
+    /// For the model in `dir`.
+    pub fn of(ask: &Ask, dir: &Path, given: &GivenTokenizer) -> Result<Prompt> {
+        let message = match ask {
+            Ask::Text(text) => return Prompt::encode(given, text),
+            Ask::Message(message) => message,
+        };
+        let input = |e: &dyn std::fmt::Display| Error::Input(e.to_string());
+        let templates = Templates::of_dir(dir).map_err(|e| input(&e))?;
+        let template = templates.choose(message.template, false).map_err(|e| input(&e))?;
+        let conversation = Conversation::ask(message.system, message.text);
+        let rendered = template.render(&conversation, Ending::Prompt, message.now).map_err(|e| input(&e))?;
+        let tokens = rendered.tokens(given).map_err(|e| input(&e))?;
+        let prompt = Prompt::known(given, &rendered.text, tokens.encoded)?;
+        Ok(Prompt { end: template.end_of_turn(given, message.now), ..prompt })
+    }
+
+    /// As documents are encoded for training.
+    fn encode(given: &GivenTokenizer, text: &str) -> Result<Prompt> {
+        let encoded = given.encode(text).map_err(refuse)?;
+        Prompt::known(given, text, encoded)
+    }
+
+    /// Refused where the tokenizer can write nothing of the text.
+    fn known(given: &GivenTokenizer, text: &str, encoded: Encoded) -> Result<Prompt> {
+        let coverage = given.coverage(text, &encoded).map_err(refuse)?;
         if coverage.lost_bytes > 0 && coverage.said_bytes() == 0 {
             return Err(Error::Input(
                 "the tokenizer can write nothing of the prompt; give one in the characters that the model was trained on".into(),
@@ -29,12 +82,16 @@ impl Prompt {
                 tokens.concat()
             ));
         }
-        Ok(Prompt { ids: encoded.ids, notes })
+        Ok(Prompt { ids: encoded.ids, end: None, notes })
     }
 }
 
+fn refuse(e: impl std::fmt::Display) -> Error {
+    Error::Input(format!("the tokenizer cannot encode the prompt: {e}"))
+}
+
 /// The ids that end a text in the model directory `dir`: those of its configuration, and what its tokenizer calls so.
-pub fn end_ids(dir: &std::path::Path, tokenizer: &GivenTokenizer) -> Result<Vec<u32>> {
+pub fn end_ids(dir: &Path, tokenizer: &GivenTokenizer) -> Result<Vec<u32>> {
     let mut ids = fleet_data::model_dir::end_ids(dir).map_err(|e| Error::Input(e.to_string()))?;
     ids.extend(tokenizer.eos_id());
     Ok(ids)
@@ -60,7 +117,7 @@ mod tests {
         std::fs::write(&path, json.to_string()).unwrap();
         let given = GivenTokenizer::open(&path, u32::MAX).unwrap();
         let encode = |text| {
-            let Prompt { ids, notes } = Prompt::encode(&given, text).unwrap();
+            let Prompt { ids, notes, .. } = Prompt::encode(&given, text).unwrap();
             (ids, notes.join(" | "))
         };
         assert_eq!(encode("a a"), (vec![1, 0, 0], String::new()));

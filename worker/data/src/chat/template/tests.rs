@@ -46,7 +46,7 @@ fn what_is_wrong_is_said_with_line_and_message() {
     fails("a\n{{ missing.x }}", &["line 2: at messages[0] (role system): `missing` is undefined"]);
     fails("{{ nosuch | upper }}{% include 'x' %}", &["line 1: it is no template"]);
     fails(
-        "{% for m in messages %}\n{% if m.content == 'v' %}{{ raise_exception('no\n' ~ m.role) }}{% endif %}{% endfor %}",
+        "{% for m in messages %}\n{% if m.content == 'v' %}{{ raise_exception('no\\n' ~ m.role) }}{% endif %}{% endfor %}",
         &[
             "line 2: at messages[3] (role user): it refuses the conversation: no user; change the conversation",
         ],
