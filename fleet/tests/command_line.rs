@@ -89,7 +89,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["launch", "-n", "65", "--", "true"], "error: 65 ranks: one machine runs 1 to 64"),
         (
             &["generate", "--model", "none", "--prompt", "x"],
-            "error: --model none: there is no such model directory",
+            "error: --model none: there is no such model directory; check the path (a model of the Hugging Face hub is fetched before: `hf download NAME --local-dir DIR`)",
         ),
         (
             &["login", "127.0.0.1:7", "--token", "fleet_x"],

@@ -318,7 +318,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ("vocab_size = 101", "job:1: `vocab_size` is 101; a whole number from 257 to 1048576 is wanted"),
         (
             "model.hidden_act = \"mish\"",
-            "job:1: the model that `[model]` describes cannot be: hidden_act is `mish`; fleet computes silu, gelu, gelu_new and relu",
+            "job:1: the model that `[model]` describes cannot be: hidden_act is `mish`; fleet computes silu (swish), gelu, gelu_new (gelu_pytorch_tanh, gelu_fast) and relu",
         ),
         (
             "vocab_size = 300\nmodel.path = \"m\"",

@@ -107,7 +107,8 @@ fn an_adapter_that_does_not_fit_is_refused_by_what_does_not() {
     assert!(wide.contains("is [") && wide.contains("asks for [") && wide.contains("another model"), "{wide}");
     let tied = of("tied_embedding", "opt");
     assert!(tied.contains("tie_word_embeddings") && tied.contains("untie"), "{tied}");
-    let cases: [(&str, Box<dyn Fn(&Path)>); 6] = [
+    type Change = Box<dyn Fn(&Path)>;
+    let cases: [(&str, Change); 6] = [
         ("r = 5", Box::new(|dir| set(dir, "r", 5.into()))),
         ("peft_type is \"VERA\"", Box::new(|dir| set(dir, "peft_type", "VERA".into()))),
         ("lora_magnitude_vector", Box::new(|dir| set(dir, "use_dora", true.into()))),

@@ -62,7 +62,12 @@ impl Pairs for Vectors {
     #[inline(always)]
     unsafe fn join(&self, first: F32x16, second: F32x16, to: *mut u32) {
         // SAFETY: the caller's promise; `begin` had the promise that the CPU has the instructions.
-        unsafe { _mm512_storeu_si512(to.cast(), transmute(_mm512_cvtne2ps_pbh(second.0, first.0))) }
+        unsafe {
+            _mm512_storeu_si512(
+                to.cast(),
+                transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second.0, first.0)),
+            )
+        }
     }
 
     #[inline(always)]

@@ -180,7 +180,11 @@ mod tests {
 
     #[test]
     fn attention_makes_tokens_of_longer_sequences_cost_more() {
-        let config = serde_json::json!({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 300});
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4, "tie_word_embeddings": true,
+        });
         let model = Model::new(config.as_object().expect("an object")).expect("a model");
         let of = |seq| block_flops(&model.decoder, seq);
         let (short, long) = (of(1), of(1_000_001));
