@@ -10,10 +10,11 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 /// Tables of a job file; their keys are named `table.key`.
-const TABLES: [&str; 9] = [
+const TABLES: [&str; 10] = [
     "model",
     "model.rope_parameters",
     "model.rope_scaling",
+    "adapter",
     "tokenizer",
     "data",
     "data.clean",
@@ -79,6 +80,21 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["model.rope_parameters.beta_fast", "model.rope_scaling.beta_fast"],
     &["model.rope_parameters.beta_slow", "model.rope_scaling.beta_slow"],
     &["model.rope_parameters.truncate", "model.rope_scaling.truncate"],
+
+    &["adapter.type", "peft_type", "adapter.peft_type", "adapter.method"],
+    &["adapter.r", "lora_r", "lora_rank", "r", "adapter.lora_r", "adapter.rank"],
+    &["adapter.alpha", "lora_alpha", "adapter.lora_alpha"],
+    &["adapter.use_rslora", "use_rslora"],
+    &["adapter.dropout", "lora_dropout", "adapter.lora_dropout"],
+    &["adapter.target_modules", "target_modules", "lora_target_modules", "lora_target"],
+    &["adapter.exclude_modules", "exclude_modules"],
+    &["adapter.layers_to_transform", "layers_to_transform"],
+    &["adapter.modules_to_save", "modules_to_save", "lora_modules_to_save"],
+    &["adapter.bias", "bias"],
+    &["adapter.loraplus_lr_ratio", "loraplus_lr_ratio"],
+    &["adapter.init", "init_lora_weights", "adapter.init_lora_weights"],
+    &["adapter.path", "adapter_path", "adapter_name_or_path"],
+    &["adapter.task_type", "task_type"],
 
     &["tokenizer.path"],
 
@@ -151,7 +167,10 @@ pub fn keys() -> impl Iterator<Item = &'static str> {
     SETTINGS.iter().copied().flatten().copied().chain(described)
 }
 
-const ADAPTERS: &str = "it trains all weights; adapters (LoRA) come later";
+const ADAPTERS: &str =
+    "write an `[adapter]` with `type` = \"lora\", `r`, `alpha`, `dropout`, `target_modules`";
+const DORA: &str = "LoRA and rsLoRA are trained; adapters of DoRA are read and merged";
+const PACKED: &str = "bases are not quantised yet: leave it out";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
 const MODELS: &str = "describe a new one in [model], or give a Hugging Face directory as `model.path`";
@@ -165,9 +184,8 @@ const PREFERENCES: &str = "training on preferences comes later";
 const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
     ("dataset_name", DATASETS), ("dataset_id", DATASETS), ("eval.dataset_id", DATASETS),
-    ("lora", ADAPTERS), ("lora_r", ADAPTERS), ("lora_rank", ADAPTERS), ("r", ADAPTERS), ("lora_alpha", ADAPTERS), ("lora_dropout", ADAPTERS),
-    ("target_modules", ADAPTERS), ("adapter", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS),
-    ("load_in_8bit", ADAPTERS), ("load_in_4bit", ADAPTERS), ("bias", ADAPTERS), ("task_type", ADAPTERS), ("adapter_path", ADAPTERS),
+    ("lora", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS), ("use_dora", DORA), ("adapter.use_dora", DORA),
+    ("load_in_8bit", PACKED), ("load_in_4bit", PACKED),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
     ("quantization", EXPORT), ("run_health_checks", EXPORT),
     ("tier", TIERS), ("modality", TIERS), ("baseline_run_id", TIERS), ("reference_profile_id", TIERS),
@@ -381,8 +399,16 @@ fn flatten(
     for (key, value) in table {
         let key = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
         match value {
+            Value { kind: Kind::Table(inner), place, .. } if key == "adapter" && inner.is_empty() => {
+                let message =
+                    "`adapter` says nothing; `type` = \"lora\" in it takes every default".to_owned();
+                return Err(JobFileError::Refused { place, message });
+            }
             Value { kind: Kind::Table(inner), .. } if TABLES.contains(&key.as_str()) => {
                 flatten(&key, inner, flat)?
+            }
+            Value { kind: Kind::Text(kind), place, typed } if key == "adapter" => {
+                flat.push(("adapter.type".into(), Value { kind: Kind::Text(kind), place, typed }));
             }
             // a YAML table whose keys are all commented out
             Value { kind: Kind::Null, .. } if TABLES.contains(&key.as_str()) => {}
@@ -404,6 +430,7 @@ fn example(table: &str) -> &'static str {
     match table {
         "model" => "{ hidden_size = 256 } or { path = \"DIR\" }",
         "model.rope_parameters" | "model.rope_scaling" => "{ rope_type = \"linear\", factor = 2 }",
+        "adapter" => "{ type = \"lora\", r = 16 }",
         "tokenizer" => "{ path = \"tokenizer.json\" }",
         "data" => "{ path = \"FILE\" }",
         "data.clean" => "{ remove_html = true }",

@@ -124,6 +124,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         max_time_s: f.int("max_time_s", 1, INT_MAX)?,
         threads_per_rank: f.int32("threads_per_rank", 1, 1024)?,
         trace: path("trace", "a file")?,
+        adapter: super::adapter::adapter(f, dir, &model, (wanted.executor, wanted.device))?,
         model,
         tokenizer,
         data: data(f, dir)?,

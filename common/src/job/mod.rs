@@ -4,6 +4,7 @@
 //! wrote, which is how it travels and is stored. Its fields are valid together; what depends on the machine or the data (does
 //! the file exist, are there enough slots) is checked where it is known.
 
+mod adapter;
 mod elsewhere;
 mod error;
 mod fields;
@@ -19,6 +20,7 @@ pub mod suggest;
 mod value;
 mod vocabulary;
 
+pub use adapter::{Adapter, Bias, Init, Targets};
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
@@ -83,6 +85,9 @@ pub struct Job {
     #[serde(default)]
     pub trace: Option<PathBuf>,
     pub model: Model,
+    /// Trained in the place of the model, which then stays as it is.
+    #[serde(default)]
+    pub adapter: Option<Adapter>,
     pub tokenizer: Tokenizer,
     pub data: Data,
     pub optimizer: Optimizer,
@@ -318,7 +323,8 @@ impl Job {
             Tokenizer::File(path) => Some(path),
             Tokenizer::Train { .. } => None,
         };
-        model.into_iter().chain(tokenizer).chain(&self.data.paths).cloned().collect()
+        let adapter = self.adapter.as_ref().and_then(|adapter| adapter.path.as_ref());
+        model.into_iter().chain(adapter).chain(tokenizer).chain(&self.data.paths).cloned().collect()
     }
 
     /// `output_dir/checkpoints/run_name`.

@@ -58,6 +58,7 @@ impl Job {
             "validation_fraction": self.data.validation_fraction,
             "clean": self.data.clean,
         }));
+        let adapter = self.adapter.as_ref().map_or_else(Map::new, super::adapter::in_a_file);
         let checkpoint = table(json!({
             "save_steps": self.checkpoint.save_steps,
             "save_total_limit": self.checkpoint.save_total_limit,
@@ -72,6 +73,7 @@ impl Job {
         let eval = table(json!(self.eval));
         for (name, part) in [
             ("model", model),
+            ("adapter", adapter),
             ("tokenizer", tokenizer),
             ("data", data),
             ("optimizer", optimizer),
@@ -92,7 +94,7 @@ impl Job {
 }
 
 /// The entries of a JSON object that have a value.
-fn table(value: Value) -> Map<String, Value> {
+pub(super) fn table(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(entries) => entries.into_iter().filter(|(_, value)| !value.is_null()).collect(),
         _ => Map::new(),

@@ -1,4 +1,4 @@
-//! Where each parameter lies in the flat buffer of all parameters.
+//! Where each parameter lies in the flat buffer of all parameters, and which of them each part of a decoder reads.
 //!
 //! The buffer is cut into units, the grain of reduction, of sharding and of the optimizer: the embedding, each block, the head. Within a
 //! block queries, keys and values lie side by side, gate and up too, so that each group is one product while every tensor of a file
@@ -23,33 +23,41 @@ pub struct Parameter {
     pub unit: usize,
     pub role: Role,
     pub stored: Stored,
-    /// Standard deviation of a fresh one.
-    pub std: f64,
+    pub fresh: Fresh,
+    /// What the learning rate is multiplied with.
+    pub rate: f64,
+}
+
+/// What a fresh parameter is filled with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fresh {
+    Constant(f32),
+    /// Drawn, with this standard deviation.
+    Normal(f64),
+    /// Drawn, from minus to plus this.
+    Uniform(f64),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Rows of an embedding.
     Table,
+    /// Of one that is the head as well.
+    TiedTable,
     Weight,
     Bias,
     NormScale,
     NormBias,
+    /// The first of an adapter's two matrices, `[rank, in]`.
+    LoraA,
+    /// The second one, `[out, rank]`. While it is zero no gradient reaches the first.
+    LoraB,
 }
 
 impl Role {
-    /// What a parameter of this role does not share with weights: it begins at a constant, stays in fp32 and does not decay.
+    /// What a parameter of this role does not share with weights: it stays in fp32 and does not decay.
     pub fn is_vector(self) -> bool {
         matches!(self, Role::Bias | Role::NormScale | Role::NormBias)
-    }
-
-    /// What a fresh one is filled with; `None`: with numbers that are drawn.
-    pub fn constant(self) -> Option<f32> {
-        match self {
-            Role::NormScale => Some(1.0),
-            Role::Bias | Role::NormBias => Some(0.0),
-            Role::Table | Role::Weight => None,
-        }
     }
 }
 
@@ -97,11 +105,46 @@ pub struct Block {
     pub down: Linear,
 }
 
+/// Parameters in a flat buffer that is cut into units.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layout {
     pub parameters: Vec<Parameter>,
     /// In the order of the forward pass.
     pub units: Vec<Range<usize>>,
+    /// Elements of the flat buffer, with padding.
+    pub len: usize,
+}
+
+impl Layout {
+    /// Numbers of all parameters, without padding.
+    pub fn count(&self) -> u64 {
+        self.parameters.iter().map(|p| p.range.len() as u64).sum()
+    }
+
+    /// Where the parameters that are wanted lie, in ascending order. Several that touch may be read as one.
+    pub fn ranges(&self, is_wanted: impl Fn(&Parameter) -> bool) -> Vec<Range<usize>> {
+        let wanted = self.parameters.iter().filter(|p| is_wanted(p));
+        let mut ranges: Vec<Range<usize>> = wanted.map(|p| p.range.clone()).collect();
+        ranges.sort_by_key(|range| range.start);
+        ranges.into_iter().fold(Vec::new(), |mut joined: Vec<Range<usize>>, range| {
+            match joined.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => joined.push(range),
+            }
+            joined
+        })
+    }
+
+    /// Whether the last unit reads the first one's table.
+    pub fn is_tied(&self) -> bool {
+        self.parameters.iter().any(|p| p.role == Role::TiedTable)
+    }
+}
+
+/// A decoder's layout, and which ranges each of its parts reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wiring {
+    pub layout: Layout,
     pub embedding: Range<usize>,
     pub positions: Option<Range<usize>>,
     pub project_in: Option<Linear>,
@@ -111,12 +154,10 @@ pub struct Layout {
     pub project_out: Option<Linear>,
     /// The embedding where they are tied.
     pub head: Linear,
-    /// Elements of the flat buffer, with padding.
-    pub len: usize,
 }
 
-impl Layout {
-    pub fn new(d: &Decoder, family: &Family) -> Layout {
+impl Wiring {
+    pub fn new(d: &Decoder, family: &Family) -> Wiring {
         let names = &family.names;
         let (a, h) = (&d.attention, d.hidden_size);
         let layer_norm = d.norm.kind == NormKind::Layer;
@@ -126,7 +167,11 @@ impl Layout {
         };
         let mut b = Builder { std: d.init.std, ..Builder::default() };
 
-        let embedding = b.add(&weight(names.embedding), &[d.vocab_size, d.embedding_size], Role::Table);
+        let embedding = b.add(
+            &weight(names.embedding),
+            &[d.vocab_size, d.embedding_size],
+            if d.tied { Role::TiedTable } else { Role::Table },
+        );
         let positions = match d.positions {
             Positions::Learned { offset } => {
                 Some(b.add(&weight(names.positions), &[d.max_positions + offset, h], Role::Table))
@@ -186,9 +231,8 @@ impl Layout {
             outputs: d.vocab_size,
         };
         b.end_unit();
-        Layout {
-            parameters: b.parameters,
-            units: b.units,
+        Wiring {
+            layout: Layout { parameters: b.parameters, units: b.units, len: b.next },
             embedding,
             positions,
             project_in,
@@ -197,13 +241,7 @@ impl Layout {
             final_norm,
             project_out,
             head,
-            len: b.next,
         }
-    }
-
-    /// Trainable numbers, without padding.
-    pub fn count(&self) -> u64 {
-        self.parameters.iter().map(|p| p.range.len() as u64).sum()
     }
 }
 
@@ -239,7 +277,12 @@ impl Builder {
             unit: self.units.len(),
             role,
             stored,
-            std: self.std,
+            fresh: match role {
+                Role::NormScale => Fresh::Constant(1.0),
+                Role::Bias | Role::NormBias => Fresh::Constant(0.0),
+                _ => Fresh::Normal(self.std),
+            },
+            rate: 1.0,
         });
         range
     }

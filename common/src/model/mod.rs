@@ -7,7 +7,7 @@ mod rotary;
 mod settings;
 
 pub use families::{Family, Splits};
-pub use layout::{Affine, Block, Layout, Linear, Parameter, Role, Stored};
+pub use layout::{Affine, Block, Fresh, Layout, Linear, Parameter, Role, Stored, Wiring};
 pub use rotary::{Rotary, Scaling};
 pub use settings::{Object, Settings, parse_object};
 

@@ -4,7 +4,7 @@
 use crate::reading::{Reading, read_numbers, size_of_one, widen};
 use crate::{CONFIG_FILE, CheckpointError, Dtype, Tensor, Tensors};
 use fleet_common::files::stand_in;
-use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored};
+use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored, Wiring};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ impl ModelDir {
         let mut model = ModelDir {
             path: path.to_owned(),
             config,
-            layout: Layout::new(&decoder, family),
+            layout: Wiring::new(&decoder, family).layout,
             decoder: decoder.clone(),
             tensors,
             family,
@@ -65,11 +65,16 @@ impl ModelDir {
             && !a.equals(&b)?
         {
             decoder.tied = false;
-            model.layout = Layout::new(&decoder, family);
+            model.layout = Wiring::new(&decoder, family).layout;
             model.decoder = decoder;
         }
         model.check()?;
         Ok(model)
+    }
+
+    /// What each part of the decoder reads of the flat buffer.
+    pub fn wiring(&self) -> Wiring {
+        Wiring::new(&self.decoder, self.family)
     }
 
     /// The name of the matrix of tokens.
@@ -90,7 +95,7 @@ impl ModelDir {
         self.layout.parameters.iter().enumerate().find(|(_, p)| is(p))
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -194,11 +199,7 @@ impl ModelDir {
         out: &'a mut [f32],
         reading: &mut Reading<'a>,
     ) {
-        let tensor = self.find(p).expect("it was found when the directory was opened");
-        match p.stored {
-            Stored::AsIs => reading.numbers(tensor, first, out),
-            _ => reading.job(move || copy(p, &tensor, first, out)),
-        }
+        read_part(p, self.find(p).expect("it was found when the directory was opened"), first, out, reading);
     }
 
     /// All parameters, in fp32. `flat` is as long as the layout.
@@ -223,6 +224,20 @@ impl ModelDir {
             }
         }
         Ok(flat)
+    }
+}
+
+/// Has numbers of a parameter, from its number `first` on, read in fp32 from a tensor that is stored as its files have it.
+pub fn read_part<'a>(
+    p: &'a Parameter,
+    tensor: Tensor<'a>,
+    first: usize,
+    out: &'a mut [f32],
+    reading: &mut Reading<'a>,
+) {
+    match p.stored {
+        Stored::AsIs => reading.numbers(tensor, first, out),
+        _ => reading.job(move || copy(p, &tensor, first, out)),
     }
 }
 

@@ -54,7 +54,7 @@ pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
 pub use disks::{Disks, Mark, MarkOf};
 pub use error::CheckpointError;
-pub use flat::{ModelDir, read_parameter, stored, stored_shape};
+pub use flat::{ModelDir, read_parameter, read_part, stored, stored_shape};
 pub use manifest::{
     MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
 };

@@ -53,6 +53,9 @@ pub struct TrainerState {
     /// Where products are in fp16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// What describes the adapter that is trained beside the model, in the words of its `adapter_config.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<Object>,
 }
 
 /// By how much losses are scaled so that their gradients are numbers in fp16.
@@ -89,6 +92,26 @@ impl TrainerState {
         let refuse = |text: String| Err(CheckpointError::Incompatible(text));
         if let Some(difference) = model_difference(&self.model, &job.model) {
             return refuse(format!("{difference}; give the job the model of the checkpoint"));
+        }
+        match (&self.adapter, &job.adapter) {
+            (Some(_), None) => {
+                return refuse("it is of an adapter, and the job trains the whole model; give the job its [adapter]".into());
+            }
+            (None, Some(_)) => {
+                return refuse("it is of a whole model, and the job trains an adapter; start a new run with model.path set to it".into());
+            }
+            (Some(was), Some(is)) => {
+                let differing = WHAT_AN_ADAPTER_IS.into_iter().find(|key| was.get(*key) != is.get(*key));
+                if let Some(key) = differing {
+                    let word = |adapter: &Object| adapter.get(key).cloned().unwrap_or_default();
+                    return refuse(format!(
+                        "its adapter has {key} = {} and the job's {}; restore it, or begin a new run with adapter.path set to the checkpoint",
+                        word(was),
+                        word(is)
+                    ));
+                }
+            }
+            (None, None) => {}
         }
         if self.tokenizer_sha256 != job.tokenizer_sha256 && !trained {
             return refuse(
@@ -186,6 +209,12 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
     Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
+/// Keys of an `adapter_config.json` that say which numbers there are, and what they mean.
+const WHAT_AN_ADAPTER_IS: [&str; 10] = [
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "bias",
+    "base_sha256",
+];
+
 /// The first key in which two models differ so that weights do not fit or mean something else.
 fn model_difference(was: &Object, is: &Object) -> Option<String> {
     let (was, is) = (described(was), described(is));
@@ -249,6 +278,7 @@ mod tests {
             computed_by: None,
             optimizer: None,
             loss_scale: None,
+            adapter: None,
         }
     }
 

@@ -105,6 +105,14 @@ impl Tensors {
         Tensors::open(if single.exists() { &single } else { dir })
     }
 
+    /// Those of one file of a directory, by its manifest where it is a checkpoint.
+    pub fn of_file(dir: &Path, name: &str) -> Result<Tensors, CheckpointError> {
+        match manifest_with_tensors(dir)? {
+            Some(manifest) => Tensors::of_manifest(dir, manifest, |file| file == name),
+            None => Tensors::open(&dir.join(name)),
+        }
+    }
+
     /// The optimizer state of a checkpoint.
     pub fn of_optimizer(dir: &Path) -> Result<Tensors, CheckpointError> {
         match manifest_with_tensors(dir)? {

@@ -21,7 +21,7 @@ impl<E: Storage> Pass<'_, E> {
         norms: &mut NormScratch,
         scratch: &mut Vec<kernels::Scratch>,
     ) {
-        let block = &self.network.layout.blocks[number];
+        let block = &self.network.wiring.blocks[number];
         let heads = self.heads;
         self.linear(x, &block.qkv, &mut saved.qkv);
         let qkv = &mut saved.qkv[..heads.qkv_len()];

@@ -1,6 +1,7 @@
 //! One decoder block. Forward keeps what backward needs; backward computes the norms' outputs and the activation again, which costs less
 //! than keeping them.
 
+use crate::adapter::LowRank;
 use crate::decode::Layer;
 use crate::network::Network;
 use crate::product::{Out, Products, Storage};
@@ -16,7 +17,10 @@ pub(crate) struct Pass<'a, E> {
     pub heads: Heads,
     /// Of the first token of each sequence.
     pub position: usize,
+    /// For each sequence what decides which of its numbers adapters do not see.
+    pub noise: Option<&'a [u64]>,
     pub products: &'a mut Products,
+    pub low: &'a mut LowRank<E>,
 }
 
 impl<'a, E: Storage> Pass<'a, E> {
@@ -29,7 +33,7 @@ impl<'a, E: Storage> Pass<'a, E> {
     }
 
     fn layout(&self, number: usize) -> &'a Block {
-        &self.network.layout.blocks[number]
+        &self.network.wiring.blocks[number]
     }
 
     /// `out_th` from `x_th`; where it is not wanted, as much as `block_backward` looks at. With a cache there is one token.

@@ -34,7 +34,7 @@ impl<E: Storage> Layer<E> {
 
 impl<E: Storage> Cache<E> {
     pub fn new(network: &Network) -> Self {
-        Self { layers: network.layout.blocks.iter().map(|_| Layer::default()).collect(), len: 0 }
+        Self { layers: network.wiring.blocks.iter().map(|_| Layer::default()).collect(), len: 0 }
     }
 
     /// Room for so many tokens more, of `heads` each.
@@ -67,7 +67,7 @@ impl Network {
         work: &mut Workspace<E>,
     ) -> Result<Vec<f32>> {
         self.hidden_states(&mut weights, ids, seq, products, work, &mut |_, _| {})?;
-        let mut pass = self.pass(weights, (ids.len() / seq, seq), products);
+        let mut pass = self.pass(weights, (ids.len() / seq, seq), products, &mut work.low);
         pass.head_logits(&work.stream[0][..ids.len() * self.hidden()], &mut work.scratch)
     }
 
@@ -89,7 +89,7 @@ impl Network {
         cache.len = ids.len();
         let h = self.hidden();
         let last = (ids.len() - 1) * h;
-        let mut pass = self.one_token(weights, ids.len() - 1, products);
+        let mut pass = self.one_token(weights, ids.len() - 1, products, &mut work.low);
         pass.head_logits(&work.stream[0][last..last + h], &mut work.scratch)
     }
 
@@ -104,8 +104,8 @@ impl Network {
     ) -> Result<Vec<f32>> {
         work.resize(&self.decoder, Keep::for_forward(1))?;
         cache.reserve(1, &self.heads(1, 1))?;
-        let mut pass = self.one_token(weights, cache.len, products);
-        let Workspace { stream, saved, embedded, scratch } = work;
+        let Workspace { stream, saved, embedded, scratch, low } = work;
+        let mut pass = self.one_token(weights, cache.len, products, low);
         let (x, out, saved) = two(stream, saved);
         pass.embed(&[id], x, embedded, scratch);
         for (number, layer) in cache.layers.iter_mut().enumerate() {

@@ -17,14 +17,14 @@ impl<E: Storage> Pass<'_, E> {
         kept: &mut Embedded,
         scratch: &mut Scratch<E>,
     ) {
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
-        let table = self.weights.table(&layout.embedding);
-        let target = match layout.embedding_norm.is_some() {
+        let table = self.weights.table(&wiring.embedding);
+        let target = match wiring.embedding_norm.is_some() {
             true => &mut kept.before_norm[..t * h],
             false => &mut x[..t * h],
         };
-        match &layout.project_in {
+        match &wiring.project_in {
             Some(project) => {
                 let rows = &mut kept.rows[..t * e];
                 table.rows(e, ids, rows);
@@ -33,13 +33,13 @@ impl<E: Storage> Pass<'_, E> {
             }
             None => table.rows(h, ids, target),
         }
-        if let Some(table) = &layout.positions {
+        if let Some(table) = &wiring.positions {
             let table = self.weights.table(table);
             for (at, row) in target.chunks_exact_mut(h).enumerate() {
                 table.add_row(self.position_row(at), row);
             }
         }
-        if let Some(affine) = &layout.embedding_norm {
+        if let Some(affine) = &wiring.embedding_norm {
             self.norm(&kept.before_norm[..t * h], affine, &mut x[..t * h], &mut scratch.norms);
         }
     }
@@ -52,10 +52,10 @@ impl<E: Storage> Pass<'_, E> {
         scratch: &mut Scratch<E>,
         sink: &mut dyn Gradients,
     ) {
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let (t, h, e) = (ids.len(), self.network.hidden(), self.network.decoder.embedding_size);
         let Scratch { normed, rows, more_rows, g, g_narrow, stream, norms, .. } = scratch;
-        let flow = match &layout.embedding_norm {
+        let flow = match &wiring.embedding_norm {
             Some(affine) => {
                 let x = &kept.before_norm[..t * h];
                 self.norm(x, affine, &mut normed[..t * h], norms);
@@ -73,25 +73,31 @@ impl<E: Storage> Pass<'_, E> {
             }
             None => &g[..t * h],
         };
-        if let Some(table) = &layout.positions {
+        if let Some(table) = wiring.positions.as_ref().and_then(|table| self.weights.trained(table)) {
             let sums = summed(sink, table);
             for (at, row) in flow.chunks_exact(h).enumerate() {
                 kernels::add(&mut sums[self.position_row(at) * h..][..h], row);
             }
         }
         // A head that is the embedding has written there already.
-        let is_first = layout.head.weight != layout.embedding;
-        match &layout.project_in {
+        let is_first = wiring.head.weight != wiring.embedding;
+        match &wiring.project_in {
             Some(project) => {
                 let gn = E::narrow(flow, g_narrow, self.products.workers());
                 let read = &mut more_rows[..t * e];
                 kernels::convert(&kept.rows[..t * e], read);
                 self.linear_weight_backward(gn, read, project, norms.sums(), sink);
-                let dx = &mut rows[..t * e];
-                self.linear_input_backward(gn, project, Out::Store(dx));
-                kernels::embedding_backward(dx, e, ids, table_of(sink, &layout.embedding, is_first));
+                if let Some(range) = self.weights.trained(&wiring.embedding) {
+                    let dx = &mut rows[..t * e];
+                    self.linear_input_backward(gn, project, Out::Store(dx));
+                    kernels::embedding_backward(dx, e, ids, table_of(sink, range, is_first));
+                }
             }
-            None => kernels::embedding_backward(flow, h, ids, table_of(sink, &layout.embedding, is_first)),
+            None => {
+                if let Some(range) = self.weights.trained(&wiring.embedding) {
+                    kernels::embedding_backward(flow, h, ids, table_of(sink, range, is_first));
+                }
+            }
         }
     }
 
@@ -102,13 +108,9 @@ impl<E: Storage> Pass<'_, E> {
     }
 }
 
-fn table_of<'a>(
-    sink: &'a mut dyn Gradients,
-    range: &std::ops::Range<usize>,
-    is_first: bool,
-) -> &'a mut [f32] {
+fn table_of<'a>(sink: &'a mut dyn Gradients, range: std::ops::Range<usize>, is_first: bool) -> &'a mut [f32] {
     match is_first {
         true => summed(sink, range),
-        false => sink.range(range.clone()),
+        false => sink.range(range),
     }
 }

@@ -6,7 +6,10 @@ use crate::network::Network;
 use crate::product::{Products, Storage};
 use crate::workspace::Workspace;
 use fleet_common::model::Layout;
-use fleet_learn::{Batch, Executor, Host, HostWeights, Result, Tally, UnitWeights, Units, Workers};
+use fleet_learn::adapter::{Frozen, Trained};
+use fleet_learn::{
+    Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Workers,
+};
 use std::sync::Arc;
 
 pub struct CpuExecutor<E> {
@@ -17,16 +20,65 @@ pub struct CpuExecutor<E> {
     again: usize,
     /// Summed since it was asked for.
     loss: f64,
+    /// What is not trained, where an adapter is.
+    base: Option<Base<E>>,
+}
+
+/// A frozen model, and what is trained beside it.
+struct Base<E> {
+    frozen: Frozen<E>,
+    trained: Trained,
+}
+
+/// An adapter's weights, seen as the model's.
+struct Beside<'a, U: ?Sized, E> {
+    units: &'a mut U,
+    base: &'a Base<E>,
+}
+
+impl<U: UnitWeights<Host<E>> + ?Sized, E: Storage> UnitWeights<Host<E>> for Beside<'_, U, E> {
+    fn need(&mut self, unit: usize) -> Result<()> {
+        self.units.need(unit)
+    }
+    fn release(&mut self, unit: usize) {
+        self.units.release(unit);
+    }
+    fn weights(&self) -> HostWeights<'_, E> {
+        self.units.weights().beside(self.base.frozen.weights(), &self.base.trained)
+    }
+}
+
+impl<U: Units<Host<E>> + ?Sized, E: Storage> Units<Host<E>> for Beside<'_, U, E> {
+    fn numbers(&mut self) -> (HostWeights<'_, E>, &mut dyn Gradients) {
+        let (weights, sink) = self.units.numbers();
+        (weights.beside(self.base.frozen.weights(), &self.base.trained), sink)
+    }
+    fn ready(&mut self, unit: usize) -> Result<()> {
+        self.units.ready(unit)
+    }
 }
 
 impl<E: Storage> CpuExecutor<E> {
     pub fn new(network: Network, workers: Arc<Workers>) -> CpuExecutor<E> {
-        CpuExecutor { network, products: Products::new(workers), work: Workspace::new(), again: 0, loss: 0.0 }
+        CpuExecutor {
+            network,
+            products: Products::new(workers),
+            work: Workspace::new(),
+            again: 0,
+            loss: 0.0,
+            base: None,
+        }
     }
 
     /// Of the first `blocks` blocks nothing is kept between forward and backward but what they read (activation checkpointing).
     pub fn computing_again(mut self, blocks: usize) -> CpuExecutor<E> {
         self.again = blocks;
+        self
+    }
+
+    /// Trains an adapter beside a model that stays as it is.
+    pub fn beside(mut self, frozen: Frozen<E>, trained: Trained) -> CpuExecutor<E> {
+        self.base = Some(Base { frozen, trained });
         self
     }
 
@@ -39,8 +91,16 @@ impl<E: Storage> CpuExecutor<E> {
         &mut self,
         work: impl FnOnce(&Network, &mut Products, &mut Workspace<E>) -> R + Send,
     ) -> R {
+        self.pass_beside(|network, products, work_room, _| work(network, products, work_room))
+    }
+
+    /// The same, with the model that stays as it is.
+    fn pass_beside<R: Send>(
+        &mut self,
+        work: impl FnOnce(&Network, &mut Products, &mut Workspace<E>, Option<&Base<E>>) -> R + Send,
+    ) -> R {
         let workers = self.products.shared_workers();
-        workers.inside(|| work(&self.network, &mut self.products, &mut self.work))
+        workers.inside(|| work(&self.network, &mut self.products, &mut self.work, self.base.as_ref()))
     }
 
     /// `[t, v]` logits of whole sequences of `seq` tokens.
@@ -67,7 +127,7 @@ impl<E: Storage> CpuExecutor<E> {
 
 impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     fn layout(&self) -> &Layout {
-        &self.network.layout
+        self.base.as_ref().map_or(&self.network.wiring.layout, |base| &base.trained.layout)
     }
 
     fn name(&self) -> &'static str {
@@ -84,8 +144,10 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
 
     fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
         let how = (scale, self.again);
-        self.loss +=
-            self.pass(|network, products, work| network.forward_backward(units, batch, how, products, work))?;
+        self.loss += self.pass_beside(|network, products, work, base| match base {
+            None => network.forward_backward(units, batch, how, products, work),
+            Some(base) => network.forward_backward(&mut Beside { units, base }, batch, how, products, work),
+        })?;
         Ok(())
     }
 
@@ -94,6 +156,9 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
     }
 
     fn evaluate(&mut self, units: &mut dyn UnitWeights<Host<E>>, batch: &Batch) -> Result<Tally> {
-        self.pass(|network, products, work| network.loss(units, batch, products, work))
+        self.pass_beside(|network, products, work, base| match base {
+            None => network.loss(units, batch, products, work),
+            Some(base) => network.loss(&mut Beside { units, base }, batch, products, work),
+        })
     }
 }

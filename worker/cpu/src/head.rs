@@ -14,20 +14,20 @@ impl<E: Storage> Pass<'_, E> {
     /// What the head multiplies, `[t, e]`: in `scratch.more_rows` where a matrix leads there, else in `scratch.normed`.
     fn before_head(&mut self, x: &[f32], scratch: &mut Scratch<E>) {
         let t = x.len() / self.network.hidden();
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let normed = &mut scratch.normed[..x.len()];
-        match &layout.final_norm {
+        match &wiring.final_norm {
             Some(affine) => self.norm(x, affine, normed, &mut scratch.norms),
             None => kernels::convert(x, normed),
         }
-        if let Some(project) = &layout.project_out {
+        if let Some(project) = &wiring.project_out {
             let out = Out::Store(&mut scratch.more_rows[..t * project.outputs]);
             self.times(normed, &project.weight, out, (t, project.inputs, project.outputs));
         }
     }
 
     fn bias_of_head(&self) -> Option<&[f32]> {
-        self.network.layout.head.bias.as_ref().map(|range| self.weights.exact(range))
+        self.network.wiring.head.bias.as_ref().map(|range| self.weights.exact(range))
     }
 
     /// Loss of the hidden states `x_th`; leaves their gradient in `scratch.g`.
@@ -39,15 +39,15 @@ impl<E: Storage> Pass<'_, E> {
         scratch: &mut Scratch<E>,
         sink: &mut dyn Gradients,
     ) -> f64 {
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let Batch { targets, weights, .. } = *batch;
-        let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
+        let (t, h, e, v) = (targets.len(), self.network.hidden(), wiring.head.inputs, wiring.head.outputs);
         let x = &x[..t * h];
         self.before_head(x, scratch);
         let Scratch { normed, rows, more_rows, g, logits, logit_rows, norms, .. } = scratch;
         let (normed, g) = (&mut normed[..t * h], &mut g[..t * h]);
-        let read = if layout.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
-        let head = self.weights.of(&layout.head.weight);
+        let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
+        let head = self.weights.of(&wiring.head.weight);
         let mut sum = 0.0;
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let n = targets.len();
@@ -61,25 +61,27 @@ impl<E: Storage> Pass<'_, E> {
             sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
                 kernels::cross_entropy(logits, targets, weights, scale)
             });
-            if let Some(range) = &layout.head.bias {
-                let sums = if slice == 0 { summed(sink, range) } else { sink.range(range.clone()) };
+            if let Some(range) = wiring.head.bias.as_ref().and_then(|bias| self.weights.trained(bias)) {
+                let sums = if slice == 0 { summed(sink, range) } else { sink.range(range) };
                 kernels::sum_rows(logits, sums);
             }
-            let dw = match slice {
-                0 => grad(sink, &layout.head.weight),
-                _ => Out::Add(sink.range(layout.head.weight.clone())),
-            };
-            self.products.backward_weight(logits, read, dw, (n, e, v));
+            if let Some(range) = self.weights.trained(&wiring.head.weight) {
+                let dw = match slice {
+                    0 => grad(sink, range),
+                    _ => Out::Add(sink.range(range)),
+                };
+                self.products.backward_weight(logits, read, dw, (n, e, v));
+            }
             self.products.backward_input(logits, head, Out::Store(&mut rows[at..at + n * e]), (n, e, v));
         }
         let mut flow = &rows[..t * e];
-        if let Some(project) = &layout.project_out {
+        if let Some(project) = &wiring.project_out {
             self.linear_weight_backward(flow, normed, project, norms.sums(), sink);
             let dx = &mut more_rows[..t * h];
             self.linear_input_backward(flow, project, Out::Store(dx));
             flow = dx;
         }
-        match &layout.final_norm {
+        match &wiring.final_norm {
             Some(affine) => self.norm_backward(flow, x, affine, g, Store::Set, false, norms, sink),
             None => kernels::convert(flow, g),
         }
@@ -88,13 +90,13 @@ impl<E: Storage> Pass<'_, E> {
 
     /// Loss of the hidden states `x_th` alone, and how many targets are the likeliest token.
     pub(crate) fn head_loss(&mut self, x: &[f32], batch: &Batch, scratch: &mut Scratch<E>) -> (f64, u64) {
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let Batch { targets, weights, .. } = *batch;
-        let (t, h, e, v) = (targets.len(), self.network.hidden(), layout.head.inputs, layout.head.outputs);
+        let (t, h, e, v) = (targets.len(), self.network.hidden(), wiring.head.inputs, wiring.head.outputs);
         self.before_head(&x[..t * h], scratch);
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
-        let read = if layout.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
-        let head = self.weights.of(&layout.head.weight);
+        let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
+        let head = self.weights.of(&wiring.head.weight);
         let (mut sum, hits) = (0.0, AtomicU64::new(0));
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let (n, first, at) = (targets.len(), slice * *logit_rows, slice * *logit_rows * e);
@@ -114,16 +116,16 @@ impl<E: Storage> Pass<'_, E> {
 
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
     pub(crate) fn head_logits(&mut self, x: &[f32], scratch: &mut Scratch<E>) -> Result<Vec<f32>> {
-        let layout = &self.network.layout;
+        let wiring = &self.network.wiring;
         let n = x.len() / self.network.hidden();
         self.heads.batch = 1;
         self.heads.seq = n;
         self.before_head(x, scratch);
-        let (e, v) = (layout.head.inputs, layout.head.outputs);
+        let (e, v) = (wiring.head.inputs, wiring.head.outputs);
         let read =
-            if layout.project_out.is_some() { &scratch.more_rows[..n * e] } else { &scratch.normed[..n * e] };
+            if wiring.project_out.is_some() { &scratch.more_rows[..n * e] } else { &scratch.normed[..n * e] };
         let mut logits = zeros(n * v, Part::Logits)?;
-        self.times(read, &layout.head.weight, Out::Set(&mut logits), (n, e, v));
+        self.times(read, &wiring.head.weight, Out::Set(&mut logits), (n, e, v));
         if let Some(bias) = self.bias_of_head() {
             kernels::add_rows(&mut logits, bias);
         }

@@ -4,6 +4,7 @@
 //! Legend: b sequences, s tokens of a sequence, t = b s tokens, h hidden, e width of the embedding, q = heads * head_dim, f feed-forward,
 //! v vocabulary.
 
+mod adapter;
 mod attention;
 mod block;
 mod decode;

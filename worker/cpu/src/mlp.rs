@@ -18,12 +18,12 @@ fn activation(activation: model::Activation) -> Activation {
 impl<E: Storage> Pass<'_, E> {
     /// `up`, `[t, f]` or `[t, 2 f]`, of `x_th`.
     pub(crate) fn mlp_up(&mut self, number: usize, x: &[E], up: &mut [E]) {
-        self.linear(x, &self.network.layout.blocks[number].up, up);
+        self.linear(x, &self.network.wiring.blocks[number].up, up);
     }
 
     /// `out_th += down(activation(up))`.
     pub(crate) fn mlp_down(&mut self, number: usize, up: &[E], inner: &mut [E], out: &mut [f32]) {
-        let block = &self.network.layout.blocks[number];
+        let block = &self.network.wiring.blocks[number];
         let (t, f, kind) = self.mlp_shape();
         let (up, inner) = (&up[..t * block.up.outputs], &mut inner[..t * f]);
         let rows = self.workers().share(t, 1);
@@ -47,7 +47,7 @@ impl<E: Storage> Pass<'_, E> {
         sums: &mut Vec<f32>,
         sink: &mut dyn Gradients,
     ) {
-        let block = &self.network.layout.blocks[number];
+        let block = &self.network.wiring.blocks[number];
         let (t, f, kind) = self.mlp_shape();
         let (up, inner) = (&mut up[..t * block.up.outputs], &mut inner[..t * f]);
         self.linear_input_backward(gn, &block.down, Out::Store(inner));

@@ -1,9 +1,10 @@
 //! A decoder's shape and tables. It owns no weights and makes no decisions about training; it computes on slices that it is given.
 
+use crate::adapter::LowRank;
 use crate::block::Pass;
 use crate::product::{Out, Products, Storage};
 use crate::workspace::{Keep, Saved, Workspace};
-use fleet_common::model::{Decoder, Layout, Linear, Positions};
+use fleet_common::model::{Decoder, Linear, Positions, Wiring};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
@@ -11,7 +12,7 @@ use std::ops::Range;
 /// Shape and tables of a model.
 pub struct Network {
     pub decoder: Decoder,
-    pub layout: Layout,
+    pub wiring: Wiring,
     rope: Option<RopeTable>,
     /// For each head, where positions are told by slopes.
     slopes: Vec<f32>,
@@ -27,17 +28,17 @@ pub(crate) fn two<'a, E>(
 }
 
 /// The gradient of a weight as the target of a product.
-pub(crate) fn grad<'a, E>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> Out<'a, E> {
+pub(crate) fn grad<E>(sink: &mut dyn Gradients, range: Range<usize>) -> Out<'_, E> {
     match sink.fresh() {
-        true => Out::Set(sink.range(range.clone())),
-        false => Out::Add(sink.range(range.clone())),
+        true => Out::Set(sink.range(range)),
+        false => Out::Add(sink.range(range)),
     }
 }
 
 /// The gradient of what is summed piece by piece: zeroed where it is the first.
-pub(crate) fn summed<'a>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> &'a mut [f32] {
+pub(crate) fn summed(sink: &mut dyn Gradients, range: Range<usize>) -> &mut [f32] {
     let fresh = sink.fresh();
-    let sums = sink.range(range.clone());
+    let sums = sink.range(range);
     if fresh {
         sums.fill(0.0);
     }
@@ -46,7 +47,7 @@ pub(crate) fn summed<'a>(sink: &'a mut dyn Gradients, range: &Range<usize>) -> &
 
 impl Network {
     /// For sequences of at most `positions` tokens, and longer ones that go on from such a one token by token.
-    pub fn new(decoder: Decoder, layout: Layout, positions: usize) -> Self {
+    pub fn new(decoder: Decoder, wiring: Wiring, positions: usize) -> Self {
         let (rope, slopes) = match &decoder.positions {
             Positions::Rotary(rotary) => {
                 let (frequencies, amplitude) = (rotary.frequencies(positions), rotary.amplitude());
@@ -55,7 +56,7 @@ impl Network {
             Positions::Alibi => (None, decoder.attention.alibi_slopes()),
             Positions::Learned { .. } => (None, Vec::new()),
         };
-        Self { decoder, layout, rope, slopes }
+        Self { decoder, wiring, rope, slopes }
     }
 
     /// Makes it good for `positions` tokens. Those that were there before stay turned as they are.
@@ -94,14 +95,28 @@ impl Network {
         weights: HostWeights<'a, E>,
         shape: (usize, usize),
         products: &'a mut Products,
+        low: &'a mut LowRank<E>,
     ) -> Pass<'a, E> {
-        Pass { network: self, weights, heads: self.heads(shape.0, shape.1), position: 0, products }
+        let heads = self.heads(shape.0, shape.1);
+        Pass { network: self, weights, heads, position: 0, noise: None, products, low }
+    }
+
+    /// The same in training, where some of what adapters read is dropped.
+    fn training_pass<'a, E: Storage>(
+        &'a self,
+        weights: HostWeights<'a, E>,
+        shape: (usize, usize),
+        products: &'a mut Products,
+        low: &'a mut LowRank<E>,
+        noise: Option<&'a [u64]>,
+    ) -> Pass<'a, E> {
+        Pass { noise, ..self.pass(weights, shape, products, low) }
     }
 
     /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
     fn head_units(&self) -> impl Iterator<Item = usize> {
-        let tied = self.layout.head.weight == self.layout.embedding;
-        tied.then_some(0).into_iter().chain([self.layout.blocks.len() + 1])
+        let tied = self.wiring.head.weight == self.wiring.embedding;
+        tied.then_some(0).into_iter().chain([self.wiring.blocks.len() + 1])
     }
 
     /// The summed loss; the gradients of `scale` times it go to the units, from the head to the embedding. Of the first `again` blocks nothing
@@ -115,27 +130,32 @@ impl Network {
         work: &mut Workspace<E>,
     ) -> Result<f64> {
         let shape = (batch.sequences(), batch.seq);
-        let blocks = self.layout.blocks.len();
+        let blocks = self.wiring.blocks.len();
         let again = again.min(blocks);
         let kept = |number: usize| if again == 0 { number } else { (number + 1).saturating_sub(again) };
         work.resize(&self.decoder, Keep::for_backward(batch.ids.len(), blocks, again))?;
-        let Workspace { stream, saved, embedded, scratch } = work;
+        let Workspace { stream, saved, embedded, scratch, low } = work;
 
         units.need(0)?;
-        self.pass(units.weights(), shape, products).embed(batch.ids, &mut stream[0], embedded, scratch);
+        self.training_pass(units.weights(), shape, products, low, batch.noise).embed(
+            batch.ids,
+            &mut stream[0],
+            embedded,
+            scratch,
+        );
         units.release(0);
         for number in 0..blocks {
             let (x, out) = stream[number..].split_at_mut(1);
             let saved = &mut saved[kept(number)];
             units.need(number + 1)?;
-            let mut pass = self.pass(units.weights(), shape, products);
+            let mut pass = self.training_pass(units.weights(), shape, products, low, batch.noise);
             pass.block_forward(number, &x[0], saved, Some(&mut out[0]), scratch, None);
             units.release(number + 1);
         }
 
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let (weights, sink) = units.numbers();
-        let loss = self.pass(weights, shape, products).head_forward_backward(
+        let loss = self.training_pass(weights, shape, products, low, batch.noise).head_forward_backward(
             &stream[blocks],
             batch,
             scale,
@@ -144,10 +164,16 @@ impl Network {
         );
         self.head_units().for_each(|unit| units.release(unit));
         units.ready(blocks + 1)?;
+        let lowest = units.weights().lowest();
         for number in (0..blocks).rev() {
+            if number + 1 < lowest {
+                units.ready(number + 1)?;
+                continue;
+            }
             units.need(number + 1)?;
             let (weights, sink) = units.numbers();
-            let (mut pass, saved) = (self.pass(weights, shape, products), &mut saved[kept(number)]);
+            let (mut pass, saved) =
+                (self.training_pass(weights, shape, products, low, batch.noise), &mut saved[kept(number)]);
             if number < again {
                 pass.block_forward(number, &stream[number], saved, None, scratch, None);
             }
@@ -155,10 +181,13 @@ impl Network {
             units.release(number + 1);
             units.ready(number + 1)?;
         }
-        units.need(0)?;
-        let (weights, sink) = units.numbers();
-        self.pass(weights, shape, products).embed_backward(batch.ids, embedded, scratch, sink);
-        units.release(0);
+        if lowest == 0 {
+            units.need(0)?;
+            let (weights, sink) = units.numbers();
+            let mut pass = self.training_pass(weights, shape, products, low, batch.noise);
+            pass.embed_backward(batch.ids, embedded, scratch, sink);
+            units.release(0);
+        }
         units.ready(0)?;
         Ok(loss)
     }
@@ -173,7 +202,7 @@ impl Network {
     ) -> Result<Tally> {
         self.hidden_states(units, batch.ids, batch.seq, products, work, &mut |_, _| {})?;
         self.head_units().try_for_each(|unit| units.need(unit))?;
-        let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products);
+        let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products, &mut work.low);
         let (loss, hits) = pass.head_loss(&work.stream[0], batch, &mut work.scratch);
         self.head_units().for_each(|unit| units.release(unit));
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
@@ -192,14 +221,14 @@ impl Network {
     ) -> Result<()> {
         let shape = (ids.len() / seq, seq);
         work.resize(&self.decoder, Keep::for_forward(ids.len()))?;
-        let Workspace { stream, saved, embedded, scratch } = work;
+        let Workspace { stream, saved, embedded, scratch, low } = work;
         let (x, out, saved) = two(stream, saved);
         units.need(0)?;
-        self.pass(units.weights(), shape, products).embed(ids, x, embedded, scratch);
+        self.pass(units.weights(), shape, products, low).embed(ids, x, embedded, scratch);
         units.release(0);
-        for number in 0..self.layout.blocks.len() {
+        for number in 0..self.wiring.blocks.len() {
             units.need(number + 1)?;
-            let mut pass = self.pass(units.weights(), shape, products);
+            let mut pass = self.pass(units.weights(), shape, products, low);
             pass.block_forward(number, x, saved, Some(out), scratch, None);
             units.release(number + 1);
             layer_done(number, &saved.qkv[..self.heads(shape.0, shape.1).qkv_len()]);
@@ -214,8 +243,9 @@ impl Network {
         weights: HostWeights<'a, E>,
         position: usize,
         products: &'a mut Products,
+        low: &'a mut LowRank<E>,
     ) -> Pass<'a, E> {
-        Pass { network: self, weights, heads: self.heads(1, 1), position, products }
+        Pass { network: self, weights, heads: self.heads(1, 1), position, noise: None, products, low }
     }
 }
 
@@ -234,6 +264,7 @@ impl<E: Storage> Pass<'_, E> {
         let out = &mut out[..t * linear.outputs];
         self.times(x, &linear.weight, Out::Store(out), (t, linear.inputs, linear.outputs));
         self.add_bias(linear, out);
+        self.adapter_forward(x, linear, Out::More(out));
     }
 
     /// `out_to += x_ti w^T + bias`, in fp32.
@@ -242,6 +273,7 @@ impl<E: Storage> Pass<'_, E> {
         let out = &mut out[..t * linear.outputs];
         self.add_bias(linear, out);
         self.times(x, &linear.weight, Out::Add(out), (t, linear.inputs, linear.outputs));
+        self.adapter_forward(x, linear, Out::Add(out));
     }
 
     fn add_bias<T: kernels::Element>(&self, linear: &Linear, out: &mut [T]) {
@@ -263,8 +295,11 @@ impl<E: Storage> Pass<'_, E> {
     ) {
         let t = self.tokens();
         self.bias_backward(dy, linear, sums, sink);
-        let target = grad(sink, &linear.weight);
-        self.products.backward_weight(dy, x, target, (t, linear.inputs, linear.outputs));
+        if let Some(range) = self.weights.trained(&linear.weight) {
+            let target = grad(sink, range);
+            self.products.backward_weight(dy, x, target, (t, linear.inputs, linear.outputs));
+        }
+        self.adapter_weight_backward(dy, x, linear, sink);
     }
 
     /// The gradient of a bias alone: the sum over rows, by pieces and then in their order.
@@ -275,7 +310,7 @@ impl<E: Storage> Pass<'_, E> {
         sums: &mut Vec<f32>,
         sink: &mut dyn Gradients,
     ) {
-        let Some(bias) = &linear.bias else { return };
+        let Some(bias) = linear.bias.as_ref().and_then(|bias| self.weights.trained(bias)) else { return };
         let (t, width) = (self.tokens(), linear.outputs);
         let share = self.workers().share(t, 1);
         sums.clear();
@@ -287,9 +322,10 @@ impl<E: Storage> Pass<'_, E> {
     }
 
     /// `out_ti = dy_to w`.
-    pub(crate) fn linear_input_backward(&mut self, dy: &[E], linear: &Linear, out: Out<E>) {
+    pub(crate) fn linear_input_backward(&mut self, dy: &[E], linear: &Linear, mut out: Out<E>) {
         let weight = self.weights.of(&linear.weight);
         let t = self.tokens();
-        self.products.backward_input(dy, weight, out, (t, linear.inputs, linear.outputs));
+        self.products.backward_input(dy, weight, out.again(), (t, linear.inputs, linear.outputs));
+        self.adapter_input_backward(dy, linear, out.and_more());
     }
 }

@@ -126,8 +126,8 @@ impl<E: Storage> Pass<'_, E> {
             }
         }
         for (range, from) in [(&affine.scale, 0), (&affine.bias, d)] {
-            let Some(range) = range else { continue };
-            let total = if again { sink.range(range.clone()) } else { summed(sink, range) };
+            let Some(range) = range.as_ref().and_then(|range| self.weights.trained(range)) else { continue };
+            let total = if again { sink.range(range) } else { summed(sink, range) };
             sums.chunks(2 * d).for_each(|piece| kernels::add(total, &piece[from..from + d]));
         }
     }
@@ -140,7 +140,7 @@ impl<E: Storage> Pass<'_, E> {
         raw: &mut [f32],
         scratch: &mut NormScratch,
     ) {
-        let block = &self.network.layout.blocks[number];
+        let block = &self.network.wiring.blocks[number];
         let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) else { return };
         let (q, n, width) = self.head_widths();
         for (token, raw) in qkv.chunks_exact_mut(width).zip(raw.chunks_exact_mut(n)) {
@@ -160,12 +160,13 @@ impl<E: Storage> Pass<'_, E> {
         scratch: &mut NormScratch,
         sink: &mut dyn Gradients,
     ) {
-        let block = &self.network.layout.blocks[number];
+        let block = &self.network.wiring.blocks[number];
         let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) else { return };
         let (q, n, width) = self.head_widths();
         let hd = self.heads.head_dim;
         for affine in [q_norm, k_norm] {
-            for range in [&affine.scale, &affine.bias].into_iter().flatten() {
+            let ranges = [&affine.scale, &affine.bias].into_iter().flatten();
+            for range in ranges.filter_map(|range| self.weights.trained(range)) {
                 summed(sink, range);
             }
         }
@@ -216,8 +217,8 @@ impl<E: Storage> Pass<'_, E> {
             }
         }
         for (range, from) in [(&affine.scale, &*sums), (&affine.bias, &*more_sums)] {
-            if let Some(range) = range {
-                kernels::add(sink.range(range.clone()), from);
+            if let Some(range) = range.as_ref().and_then(|range| self.weights.trained(range)) {
+                kernels::add(sink.range(range), from);
             }
         }
     }

@@ -39,6 +39,36 @@ pub enum Out<'a, E> {
     Set(&'a mut [f32]),
     /// Added to fp32: the residual stream, further weight gradients.
     Add(&'a mut [f32]),
+    /// Added to what is stored: what an adapter adds.
+    More(&'a mut [E]),
+}
+
+impl<E: Storage> Out<'_, E> {
+    /// The same place, to go on with.
+    pub fn again(&mut self) -> Out<'_, E> {
+        match self {
+            Out::Store(out) => Out::Store(out),
+            Out::Set(out) => Out::Set(out),
+            Out::Add(out) => Out::Add(out),
+            Out::More(out) => Out::More(out),
+        }
+    }
+
+    /// The same place, for what is added to what is there by now.
+    pub fn and_more(&mut self) -> Out<'_, E> {
+        match self {
+            Out::Store(out) | Out::More(out) => Out::More(out),
+            Out::Set(out) | Out::Add(out) => Out::Add(out),
+        }
+    }
+
+    /// Adds numbers that were computed elsewhere.
+    pub fn add(self, from: &[E], workers: &Workers) {
+        match self {
+            Out::Set(out) | Out::Add(out) => add(workers, from, out),
+            Out::Store(out) | Out::More(out) => add(workers, from, out),
+        }
+    }
 }
 
 /// What products work on.
@@ -173,6 +203,7 @@ impl Products {
             Out::Store(out) => self.vector(x, w, &mut out[..o], Store::Set),
             Out::Set(out) => self.vector(x, w, &mut out[..o], Store::Set),
             Out::Add(out) => self.vector(x, w, &mut out[..o], Store::Add),
+            Out::More(out) => self.vector(x, w, &mut out[..o], Store::Add),
         }
     }
 
@@ -289,7 +320,7 @@ impl Storage for f32 {
     fn product(products: &mut Products, job: Job<f32>, out: Out<f32>) {
         match out {
             Out::Store(out) | Out::Set(out) => products.fp32(job, out, Store::Set),
-            Out::Add(out) => products.fp32(job, out, Store::Add),
+            Out::Add(out) | Out::More(out) => products.fp32(job, out, Store::Add),
         }
     }
 }
@@ -318,6 +349,13 @@ impl Storage for bf16 {
                 }
                 Out::Set(out) => products.own(job, out, Store::Set),
                 Out::Add(out) => products.own(job, out, Store::Add),
+                Out::More(out) => {
+                    let mut wide = std::mem::take(&mut products.wide_out);
+                    let len = job.m * job.n;
+                    products.own(job, grown(&mut wide, len), Store::Set);
+                    add(&products.workers, &wide[..len], &mut out[..len]);
+                    products.wide_out = wide;
+                }
             },
             (false, false) => widened(products, job, out),
         }
@@ -343,10 +381,11 @@ fn native(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
         }
         Out::Add(out) => {
             multiply(grown(narrow_out, len));
-            let piece = workers.share(len, CONVERT_GRANULE);
-            workers.pieces(&mut out[..len], piece, |i, out| {
-                kernels::add(out, &narrow_out[i * piece..][..out.len()]);
-            });
+            add(workers, &narrow_out[..len], &mut out[..len]);
+        }
+        Out::More(out) => {
+            multiply(grown(narrow_out, len));
+            add(workers, &narrow_out[..len], &mut out[..len]);
         }
     }
 }
@@ -375,12 +414,16 @@ fn widened(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
         }
         Out::Set(out) => products.fp32(wide, out, Store::Set),
         Out::Add(out) => products.fp32(wide, out, Store::Add),
+        Out::More(out) => {
+            products.fp32(wide, grown(&mut wide_out, len), Store::Set);
+            add(&products.workers, &wide_out[..len], &mut out[..len]);
+        }
     }
     (products.wide_a, products.wide_b, products.wide_out) = (wide_a, wide_b, wide_out);
 }
 
 /// The first `len` numbers of a buffer that only grows.
-fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(crate) fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         *buffer = vec![T::default(); len];
     }
@@ -390,6 +433,11 @@ fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
 fn convert<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I], out: &mut [O]) {
     let piece = workers.share(x.len(), CONVERT_GRANULE);
     workers.pieces(&mut out[..x.len()], piece, |i, out| kernels::convert(&x[i * piece..][..out.len()], out));
+}
+
+fn add<I: kernels::Element, O: kernels::Element>(workers: &Workers, x: &[I], out: &mut [O]) {
+    let piece = workers.share(x.len(), CONVERT_GRANULE);
+    workers.pieces(&mut out[..x.len()], piece, |i, out| kernels::add(out, &x[i * piece..][..out.len()]));
 }
 
 /// MKL does not use AVX-512 on AMD CPUs (measured there: MKL 115, oneDNN 250 GFLOP/s per core). On Intel's it does, and adds to what is there,

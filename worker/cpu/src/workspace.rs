@@ -1,5 +1,6 @@
 //! The memory of a forward and backward pass, taken once and reused: nothing is allocated in a step.
 
+use crate::adapter::LowRank;
 use crate::norm::NormScratch;
 use crate::product::Storage;
 use fleet_common::model::{Decoder, Form};
@@ -20,6 +21,7 @@ pub struct Workspace<E> {
     pub(crate) saved: Vec<Saved<E>>,
     pub(crate) embedded: Embedded,
     pub(crate) scratch: Scratch<E>,
+    pub(crate) low: LowRank<E>,
 }
 
 /// What the embedding keeps from forward to backward.

@@ -12,7 +12,7 @@ use fleet_learn::{Batch, Executor};
 use half::bf16;
 
 fn executor<E: Storage>(case: &Case, positions: usize, threads: u32) -> CpuExecutor<E> {
-    let network = Network::new(case.model.decoder.clone(), case.model.layout.clone(), positions);
+    let network = Network::new(case.model.decoder.clone(), case.model.wiring(), positions);
     CpuExecutor::new(network, workers(threads).unwrap())
 }
 
@@ -24,7 +24,7 @@ fn check_forward<E: Storage>(case: &Case, threads: u32, tolerance: f32) {
     let far = apart(&logits, &case.f32("logits"), 1e-6);
     assert!(far < tolerance, "{} in {}: logits {far}", case.name, E::NAME);
     let targets = targets(&ids, shape[1]);
-    let batch = Batch { ids: &ids, targets: &targets, weights: None, seq: shape[1] };
+    let batch = Batch { ids: &ids, targets: &targets, seq: shape[1], ..Default::default() };
     let tally = executor.evaluate(&mut model, &batch).unwrap();
     assert_eq!((tally.tokens, tally.weight), (batch.tokens(), batch.weight()));
     if !E::IS_BF16 {
@@ -53,7 +53,7 @@ fn every_gradient_is_that_of_transformers() {
             let mut model = Whole::new(case.weights());
             for ids in ids.chunks(shape[1]) {
                 let targets = targets(ids, shape[1]);
-                let batch = Batch { ids, targets: &targets, weights: None, seq: shape[1] };
+                let batch = Batch { ids, targets: &targets, seq: shape[1], ..Default::default() };
                 let scale = 0.5 / (shape[1] - 1) as f32;
                 executor.forward_backward(&mut model, &batch, scale).unwrap();
                 model.grads.fresh = false;
@@ -72,7 +72,7 @@ fn blocks_that_are_computed_again_give_the_same_gradients() {
         let (ids, shape) = case.ids("ids");
         let ids = &ids[..shape[1]];
         let targets = targets(ids, shape[1]);
-        let batch = Batch { ids, targets: &targets, weights: None, seq: shape[1] };
+        let batch = Batch { ids, targets: &targets, seq: shape[1], ..Default::default() };
         let gradients = |again| {
             let mut executor = executor::<f32>(&case, shape[1], 2).computing_again(again);
             let mut model = Whole::new(case.weights());

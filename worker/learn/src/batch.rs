@@ -3,7 +3,7 @@
 pub use fleet_kernels::IGNORED;
 
 /// Token ids of `b` sequences of `seq`, and for each the target.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Batch<'a> {
     /// `[b * seq]`.
     pub ids: &'a [i64],
@@ -12,6 +12,8 @@ pub struct Batch<'a> {
     /// `[b * seq]`: what each target counts. `None`: one each.
     pub weights: Option<&'a [f32]>,
     pub seq: usize,
+    /// `[b]`: for each sequence a number that decides what of it is dropped. `None`: nothing is.
+    pub noise: Option<&'a [u64]>,
 }
 
 impl Batch<'_> {
@@ -43,6 +45,8 @@ pub struct TokenBatch {
     pub targets: Vec<i64>,
     pub weights: Option<Vec<f32>>,
     pub seq: usize,
+    /// `[b]`.
+    pub noise: Option<Vec<u64>>,
 }
 
 impl TokenBatch {
@@ -58,11 +62,17 @@ impl TokenBatch {
 
     /// A token without a target: a pass over it counts nothing.
     pub fn nothing() -> TokenBatch {
-        TokenBatch { ids: vec![0], targets: vec![IGNORED], weights: None, seq: 1 }
+        TokenBatch { ids: vec![0], targets: vec![IGNORED], seq: 1, ..Default::default() }
     }
 
     pub fn view(&self) -> Batch<'_> {
-        Batch { ids: &self.ids, targets: &self.targets, weights: self.weights.as_deref(), seq: self.seq }
+        Batch {
+            ids: &self.ids,
+            targets: &self.targets,
+            weights: self.weights.as_deref(),
+            seq: self.seq,
+            noise: self.noise.as_deref(),
+        }
     }
 }
 
@@ -80,8 +90,13 @@ mod tests {
 
     #[test]
     fn what_is_ignored_counts_nothing_whatever_it_weighs() {
-        let batch =
-            Batch { ids: &[1, 2, 3], targets: &[2, IGNORED, 4], weights: Some(&[0.5, 7.0, 2.0]), seq: 3 };
+        let batch = Batch {
+            ids: &[1, 2, 3],
+            targets: &[2, IGNORED, 4],
+            weights: Some(&[0.5, 7.0, 2.0]),
+            seq: 3,
+            ..Default::default()
+        };
         assert_eq!((batch.tokens(), batch.weight()), (2, 2.5));
     }
 }

@@ -1,5 +1,6 @@
 //! An executor and a strategy, put together: weights in and out, a step, an evaluation.
 
+use crate::adapter::{ADAPTER_MODEL, AdapterFile};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally};
@@ -36,7 +37,7 @@ pub trait Learner {
     /// Is told by the steps what they do.
     fn watch(&self) -> &Stopwatch;
 
-    /// Weights that hang on `seed` alone.
+    /// Weights that hang on `seed` alone; of an adapter such that it changes nothing.
     fn fresh_weights(&mut self, seed: u64) -> Result<()>;
     /// The weights of a model directory or of a checkpoint.
     fn load_weights(&mut self, dir: &Path) -> Result<()>;
@@ -82,6 +83,23 @@ pub struct Engine<M> {
     scaler: Option<Scaler>,
     /// That read weights and optimizer state.
     readers: usize,
+    /// What is trained is an adapter, whose weights are one file.
+    is_adapter: bool,
+}
+
+/// Weights of what is trained, in a directory.
+enum Given {
+    Model(Box<ModelDir>),
+    Adapter(AdapterFile),
+}
+
+impl Given {
+    fn read_part<'a>(&'a self, p: &'a Parameter, first: usize, out: &'a mut [f32], reading: &mut Reading<'a>) {
+        match self {
+            Given::Model(dir) => dir.read_part(p, first, out, reading),
+            Given::Adapter(file) => file.read_part(p, first, out, reading),
+        }
+    }
 }
 
 impl<M: Memory> Engine<M> {
@@ -96,6 +114,29 @@ impl<M: Memory> Engine<M> {
             layout,
             scaler: None,
             readers: 1,
+            is_adapter: false,
+        }
+    }
+
+    /// What is trained is an adapter.
+    pub fn of_adapter(self) -> Engine<M> {
+        Engine { is_adapter: true, ..self }
+    }
+
+    fn given(&self, dir: &Path) -> Result<Given> {
+        if self.is_adapter {
+            return Ok(Given::Adapter(AdapterFile::open(dir, &self.layout)?));
+        }
+        let given = ModelDir::open(dir)?;
+        let shapes = |layout: &Layout| -> Vec<(String, Vec<usize>)> {
+            layout.parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
+        };
+        match shapes(&given.layout) == shapes(&self.layout) {
+            true => Ok(Given::Model(Box::new(given))),
+            false => Err(Error::Input(format!(
+                "{}: these are the weights of another model than the job's; set model.path to this directory, or use other weights",
+                dir.display()
+            ))),
         }
     }
 
@@ -157,16 +198,7 @@ impl<M: Memory> Learner for Engine<M> {
 
     /// Each rank looks whether its part of them are numbers.
     fn load_weights(&mut self, dir: &Path) -> Result<()> {
-        let given = ModelDir::open(dir)?;
-        let shapes = |layout: &Layout| -> Vec<(String, Vec<usize>)> {
-            layout.parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect()
-        };
-        if shapes(&given.layout) != shapes(&self.layout) {
-            return Err(Error::Input(format!(
-                "{}: these are the weights of another model than the job's; set model.path to this directory, or use other weights",
-                dir.display()
-            )));
-        }
+        let given = self.given(dir)?;
         let (layout, readers) = (&self.layout, self.readers);
         self.strategy.fill(Slot::Weights, &mut |range, out| {
             let mut reading = Reading::default();
@@ -323,7 +355,8 @@ impl<M: Memory> Learner for Engine<M> {
         let disk = disks.of_rank(rank);
         let writers = disks.ranks(disk).filter(|rank| *rank < optimizers).count();
         let here = writers.div_ceil(disks.hosts(disk).count().max(1));
-        let share = Share { rank, models: disks.together(), optimizers, here };
+        let file = self.is_adapter.then_some(ADAPTER_MODEL);
+        let share = Share { rank, models: disks.together(), optimizers, here, file };
         Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
     }
 
@@ -341,7 +374,7 @@ impl<M: Memory> Learner for Engine<M> {
 
 /// The parameters of which something lies in `range`, each with the first of its numbers there, and with their places in `out`, which is as long
 /// as `range`.
-fn by_parameter<'a>(
+pub(crate) fn by_parameter<'a>(
     layout: &'a Layout,
     range: &Range<usize>,
     out: &'a mut [f32],

@@ -7,6 +7,7 @@
 pub mod adapter;
 pub mod agent_link;
 pub mod batch;
+pub mod dropout;
 pub mod engine;
 pub mod error;
 pub mod executor;

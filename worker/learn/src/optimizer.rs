@@ -76,7 +76,7 @@ impl Update {
     fn of(&self, parameter: &Parameter, norm: f64) -> AdamWStep {
         let AdamW { beta1, beta2, eps, weight_decay, .. } = self.adamw;
         AdamWStep {
-            lr: self.lr,
+            lr: self.lr * parameter.rate,
             beta1,
             beta2,
             eps,

@@ -5,17 +5,17 @@ use crate::error::Result;
 use crate::units::{Memory, Units};
 use crate::watched::Watch;
 use fleet_collectives::{Gang, Op};
-use fleet_common::model::Layout;
+use fleet_common::model::{Layout, Role};
 
 /// Names that a line has.
 const NAMED_MAX: usize = 8;
 
-/// Of each parameter of a layout, whether any of its gradients was not zero.
+/// Of each parameter of a layout, whether any of its gradients was not zero, or none is expected in a first step.
 pub(crate) struct Reached(Vec<bool>);
 
 impl Reached {
     pub fn new(layout: &Layout) -> Reached {
-        Reached(vec![false; layout.parameters.len()])
+        Reached(layout.parameters.iter().map(|p| p.role == Role::LoraA).collect())
     }
 
     /// For a pass over the units of `layout`. A number that is not zero ends the look at its parameter.

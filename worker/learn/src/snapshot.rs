@@ -57,6 +57,8 @@ pub struct Share {
     pub optimizers: usize,
     /// Ranks that take memory for a copy on its host.
     pub here: usize,
+    /// The one file that all weights go to.
+    pub file: Option<&'static str>,
 }
 
 /// Numbers of a parameter that this rank keeps.
@@ -75,7 +77,8 @@ pub type CopyOut<'a> = dyn FnMut(Slot, &[Range<usize>], &mut [f32]) -> Result<()
 impl Snapshot {
     /// For a rank which keeps the ranges `kept` of the flat buffer. `dtype` is F32 or BF16.
     pub fn new((layout, dtype): (&Layout, Dtype), kept: &[Range<usize>], share: Share) -> Result<Snapshot> {
-        let Share { rank, models, optimizers, here } = share;
+        let Share { rank, optimizers, here, file, .. } = share;
+        let models = if file.is_some() { 1 } else { share.models };
         let sizes: Vec<usize> = layout.parameters.iter().map(|p| p.range.len()).collect();
         let weights: Vec<Parameter> = layout
             .parameters
@@ -99,7 +102,7 @@ impl Snapshot {
         }
         Ok(Snapshot {
             weights,
-            model_file: model_file(rank, models.min(sizes.len())),
+            model_file: file.map_or_else(|| model_file(rank, models.min(sizes.len())), str::to_owned),
             kept,
             optimizer_file: optimizer_file(rank, optimizers),
             numbers: match dtype {

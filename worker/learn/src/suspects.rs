@@ -124,7 +124,7 @@ fn verdict(codes: &[f64], layout: &Layout, step: u64) -> Option<Error> {
 }
 
 fn unit_name(unit: usize, layout: &Layout) -> String {
-    let blocks = layout.blocks.len();
+    let blocks = layout.units.len() - 2;
     match unit {
         0 => "the embedding".to_owned(),
         unit if unit > blocks => "the head".to_owned(),

@@ -2,6 +2,7 @@
 //! weights, gives them back, and says when its gradients are ready. Where the numbers are in between, who reduces them and who updates
 //! them is a strategy's business.
 
+use crate::adapter::{AddedPart, AddedProduct, Trained};
 use crate::error::Result;
 use crate::shim::buffers::{Number, SharedSlice};
 use fleet_checkpoint::Dtype;
@@ -179,6 +180,25 @@ pub struct HostWeights<'a, E> {
     /// Tables are where products read them.
     narrow_tables: bool,
     compact: Option<&'a [bf16]>,
+    adapter: Option<OfAdapter<'a, E>>,
+}
+
+/// What is trained beside a base: its own numbers.
+#[derive(Clone, Copy, Debug)]
+struct OfAdapter<'a, E> {
+    trained: &'a Trained,
+    master: Pieces<'a, f32>,
+    products: Pieces<'a, E>,
+    narrow_tables: bool,
+}
+
+/// What an adapter adds to a product.
+pub struct Added<'a, E> {
+    pub product: &'a AddedProduct,
+    /// `[rank, inputs]`.
+    pub a: &'a [E],
+    /// Of each part `[outputs, rank]`.
+    pub b: Vec<Table<'a, E>>,
 }
 
 /// A table of which rows are looked up.
@@ -189,6 +209,14 @@ pub enum Table<'a, E> {
 }
 
 impl<E: HostNumber> Table<'_, E> {
+    /// All numbers, in fp32, one after the other.
+    pub fn each(&self, mut see: impl FnMut(usize, f32)) {
+        match self {
+            Table::Exact(table) => table.iter().enumerate().for_each(|(at, x)| see(at, *x)),
+            Table::Narrow(table) => table.iter().enumerate().for_each(|(at, x)| see(at, x.to_f32())),
+        }
+    }
+
     /// The rows of `ids`, each `width` long.
     pub fn rows(&self, width: usize, ids: &[i64], out: &mut [f32]) {
         match self {
@@ -210,7 +238,8 @@ impl<E: HostNumber> Table<'_, E> {
 impl<'a, E: HostNumber> HostWeights<'a, E> {
     /// `copy` is not looked at in fp32.
     pub fn new(master: Pieces<'a, f32>, copy: Pieces<'a, bf16>) -> Self {
-        Self { master, products: E::products(master, copy), narrow_tables: false, compact: None }
+        let products = E::products(master, copy);
+        Self { master, products, narrow_tables: false, compact: None, adapter: None }
     }
 
     /// All units at once.
@@ -218,9 +247,50 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
         Self::new(Pieces::Flat(master), Pieces::Flat(copy))
     }
 
-    /// All units in the type of products, but norms and biases, which are `vectors`.
-    pub fn narrow(vectors: Pieces<'a, f32>, all: &'a [E]) -> Self {
-        Self { master: vectors, products: Pieces::Flat(all), narrow_tables: true, compact: None }
+    /// Tables are where products read them.
+    pub fn with_narrow_tables(self) -> Self {
+        Self { narrow_tables: true, ..self }
+    }
+
+    /// These are of an adapter, which is trained beside a `base`: what is asked for is the base's, whatever of it is trained.
+    pub fn beside(self, base: HostWeights<'a, E>, trained: &'a Trained) -> Self {
+        let Self { master, products, narrow_tables, .. } = self;
+        Self { adapter: Some(OfAdapter { trained, master, products, narrow_tables }), ..base }
+    }
+
+    /// What an adapter adds to the product with this weight.
+    pub fn added(&self, weight: &Range<usize>) -> Option<Added<'a, E>> {
+        let OfAdapter { trained, master, products, narrow_tables } = self.adapter?;
+        let product = trained.added(weight)?;
+        let b = |part: &AddedPart| match narrow_tables {
+            true => Table::Narrow(products.of(&part.b)),
+            false => Table::Exact(master.of(&part.b)),
+        };
+        Some(Added { a: products.of(&product.a), b: product.parts.iter().map(b).collect(), product })
+    }
+
+    /// Where the gradients of this range go, if it is trained.
+    pub fn trained(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        match self.adapter {
+            None => Some(range.clone()),
+            Some(adapter) => adapter.trained.place(range),
+        }
+    }
+
+    /// The share of what it reads that an adapter does not see in a training step, if any.
+    pub fn dropout(&self) -> Option<f32> {
+        self.adapter.map(|adapter| adapter.trained.dropout).filter(|share| *share > 0.0)
+    }
+
+    /// The first unit of which anything is trained.
+    pub fn lowest(&self) -> usize {
+        self.adapter.map_or(0, |adapter| adapter.trained.lowest())
+    }
+
+    /// The same range of the adapter, where it is trained there.
+    fn of_adapter(&self, range: &Range<usize>) -> Option<(OfAdapter<'a, E>, Range<usize>)> {
+        let adapter = self.adapter?;
+        Some((adapter, adapter.trained.place(range)?))
     }
 
     /// `compact` are the same numbers of all units in bf16, which has to hold each of them exactly.
@@ -235,12 +305,16 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
 
     /// As products read it.
     pub fn of(&self, range: &Range<usize>) -> &'a [E] {
-        self.products.of(range)
+        match self.of_adapter(range) {
+            Some((adapter, place)) => adapter.products.of(&place),
+            None => self.products.of(range),
+        }
     }
 
     /// Embeddings, and tables of positions.
     pub fn table(&self, range: &Range<usize>) -> Table<'a, E> {
-        match self.narrow_tables {
+        let adapter = self.of_adapter(range).map(|(adapter, _)| adapter.narrow_tables);
+        match adapter.unwrap_or(self.narrow_tables) {
             true => Table::Narrow(self.of(range)),
             false => Table::Exact(self.exact(range)),
         }
@@ -248,7 +322,10 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
 
     /// In fp32: norms and biases.
     pub fn exact(&self, range: &Range<usize>) -> &'a [f32] {
-        self.master.of(range)
+        match self.of_adapter(range) {
+            Some((adapter, place)) => adapter.master.of(&place),
+            None => self.master.of(range),
+        }
     }
 }
 

@@ -1,19 +1,22 @@
 //! The choices of a rank: what computes, and where the numbers lie.
 
-use crate::choice::{self, Memory, Pool};
+use crate::choice::{self, Pool};
 use crate::fits::Settled;
 use crate::place::Place;
 use crate::{fits, gang, place};
+use fleet_checkpoint::ModelDir;
 use fleet_collectives::nccl::{Among, Library, Loaded, NcclCollective};
 use fleet_collectives::{Gang, SharedHost};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision, Shape, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
+use fleet_learn::adapter::Frozen;
 use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Resident, Sharded, Shared, Solo};
 use fleet_learn::trainer::Made;
+use fleet_learn::units::Memory;
 use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
 use fleet_torch::{
     AloneTransport, Held, HostTransport, Keeping, NcclTransport, Numbers, TorchExecutor, Transport,
@@ -27,6 +30,10 @@ type Peers = Option<Box<dyn SharedHost>>;
 
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
+    if model.adapter.is_some() {
+        let note = (start.device != "cpu").then(|| format!("adapters are trained on the CPU: {} is not used", start.device));
+        return Ok(Made { note, ..on_host(start, job, model, gang::join(start, job.transport_encryption)?)? });
+    }
     let is_open = job.device == job::Device::Auto;
     let found = match place::find(&start.device) {
         Err(why) if !is_open => {
@@ -71,9 +78,9 @@ fn on_device(
         tch::set_num_threads(start.threads as i32);
     }
     let layout = model.layout();
-    let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), device, numbers)
+    let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers)
         .for_texts(job.max_seq_len as usize)
-        .computing_again(job.activation_checkpointing.of(layout.blocks.len()));
+        .computing_again(job.activation_checkpointing.of(model.decoder.layers));
     let settled = match device {
         Device::Cpu => {
             fits::settle(job, model, shape_of(start), gang.as_deref_mut().map(|gang| gang as &mut dyn Gang))?
@@ -132,14 +139,14 @@ fn settle_on_device(
     };
     let [bytes, _, program] = fits::worst([bytes; 2], program, Some(gang as &mut dyn Gang))?;
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
-    let again = job.activation_checkpointing.of(layout.blocks.len());
+    let again = job.activation_checkpointing.of(model.decoder.layers);
     let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
     let needs = |strategy| {
         let held = Held::of(strategy, job.reshard_after_forward);
         let together = choice::together(strategy, shape);
         fleet_torch::needs(&layout, held, numbers, together).total() + activations + program
     };
-    let chosen = choice::choose(shape, Memory { bytes, from }, choice::in_order(shape), needs);
+    let chosen = choice::choose(shape, choice::Memory { bytes, from }, choice::in_order(shape), needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })
 }
 
@@ -181,8 +188,10 @@ fn settle_on_cpu(
 fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
     let watch = Stopwatch::default();
     let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, peers, &watch)?;
-    let layout = model.layout();
+    let layout = model.trained_layout();
     let (executor, workers) = cpu::<E>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
+    let mut gang = gang;
+    let executor = beside(executor, model, job.precision, start.threads, gang.as_deref_mut())?;
     let engine = match (gang, strategy) {
         (None, _) => Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?),
         (Some(gang), Strategy::Fsdp) => {
@@ -196,14 +205,38 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers)
             Engine::new(executor, Shared::<E>::new(layout, workers, gang)?)
         }
     };
-    Ok(Made { learner: Box::new(engine.watched(watch).read_by(start.threads)), strategy: reason, note: None })
+    Ok(Made { learner: learning(engine, model, watch, start), strategy: reason, note: None })
+}
+
+fn learning<M: Memory>(engine: Engine<M>, model: &Model, watch: Stopwatch, start: &RankStart) -> Box<dyn Learner> {
+    let engine = engine.watched(watch).read_by(start.threads);
+    Box::new(if model.adapter.is_some() { engine.of_adapter() } else { engine })
+}
+
+/// With the model that stays as it is, where an adapter is trained. A collective call.
+fn beside<E: Storage>(
+    executor: CpuExecutor<E>,
+    model: &Model,
+    precision: Precision,
+    threads: u32,
+    gang: Option<&mut (dyn SharedHost + 'static)>,
+) -> Result<CpuExecutor<E>> {
+    let Some(adapter) = &model.adapter else { return Ok(executor) };
+    let mut alone = fleet_collectives::Solo::new(0);
+    let gang = match gang {
+        Some(gang) => gang as &mut dyn SharedHost,
+        None => &mut alone,
+    };
+    let base = ModelDir::open(&adapter.base)?;
+    let frozen = Frozen::read(&base, &adapter.trained, fits::kept_frozen(precision), gang, threads as usize)?;
+    Ok(executor.beside(frozen, adapter.trained.clone()))
 }
 
 fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<Made> {
     let watch = Stopwatch::default();
     let (gang, Settled { strategy, reason }) = settle_on_cpu(start, job, model, peers, &watch)?;
     let (executor, workers) = cpu::<bf16>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
-    let (gang, name) = match (gang, strategy) {
+    let (mut gang, name) = match (gang, strategy) {
         (None, _) => {
             (Box::new(fleet_collectives::Solo::new(start.generation)) as Box<dyn SharedHost>, "solo")
         }
@@ -211,8 +244,9 @@ fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<
         (Some(gang), Strategy::Hsdp) => (gang, "hsdp"),
         (Some(gang), Strategy::Auto | Strategy::Ddp) => (gang, "ddp"),
     };
-    let engine = Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, name)?);
-    Ok(Made { learner: Box::new(engine.watched(watch).read_by(start.threads)), strategy: reason, note: None })
+    let executor = beside(executor, model, job.precision, start.threads, Some(&mut *gang))?;
+    let engine = Engine::new(executor, Sharded::in_bf16(model.trained_layout(), workers, gang, name)?);
+    Ok(Made { learner: learning(engine, model, watch, start), strategy: reason, note: None })
 }
 
 /// How a pass computes.
@@ -235,7 +269,7 @@ fn cpu<E: Storage>(
     positions: usize,
 ) -> Result<(CpuExecutor<E>, Arc<Workers>)> {
     let workers = workers(threads.count)?;
-    let network = Network::new(model.decoder.clone(), model.layout(), positions);
+    let network = Network::new(model.decoder.clone(), model.wiring(), positions);
     Ok((CpuExecutor::new(network, workers.clone()).computing_again(threads.again), workers))
 }
 
@@ -251,7 +285,7 @@ pub fn alone(
         (job::Executor::Torch, _) => {
             tch::set_num_threads(threads.count as i32);
             let (numbers, layout) = (Numbers::from(precision), model.layout());
-            let executor = TorchExecutor::new(model.decoder.clone(), layout.clone(), Device::Cpu, numbers);
+            let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), Device::Cpu, numbers);
             let strategy = fleet_torch::Solo::new(layout, Device::Cpu, numbers, 0)?;
             Box::new(Engine::new(executor.computing_again(threads.again), strategy).read_by(threads.count))
         }

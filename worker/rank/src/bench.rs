@@ -62,8 +62,12 @@ fn time<E: Storage>(args: &BenchArgs) -> Result<()> {
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
     let t = args.seq * args.batch;
     let ids: Vec<i64> = (0..=t as i64).map(|i| (i * i + 7 * i) % i64::from(args.vocab)).collect();
-    let batch =
-        TokenBatch { ids: ids[..t].to_vec(), targets: ids[1..].to_vec(), weights: None, seq: args.seq };
+    let batch = TokenBatch {
+        ids: ids[..t].to_vec(),
+        targets: ids[1..].to_vec(),
+        seq: args.seq,
+        ..Default::default()
+    };
     let batches = [batch];
     let mut product = Largest::<E>::new(args)?;
     let (mut steps, mut products) = (Times::default(), Times::default());

@@ -160,7 +160,7 @@ fn predicted(tokens: usize, window: usize) -> u64 {
 /// depend on how long a sequence is.
 fn whole(ids: &[i64], len: usize) -> TokenBatch {
     let targets = ids.chunks(len).flat_map(|window| window[1..].iter().copied().chain([IGNORED]));
-    TokenBatch { ids: ids.to_vec(), targets: targets.collect(), weights: None, seq: len }
+    TokenBatch { ids: ids.to_vec(), targets: targets.collect(), seq: len, ..Default::default() }
 }
 
 /// Batches of full windows, then what is left over.
@@ -179,7 +179,7 @@ fn on_cpu<E: Storage>(
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let workers = workers(threads)?;
     let made = |seq| {
-        let network = Network::new(model.decoder.clone(), model.layout.clone(), seq);
+        let network = Network::new(model.decoder.clone(), model.wiring(), seq);
         CpuExecutor::<E>::new(network, workers.clone())
     };
     let (mut tally, mut seq, mut executor) = (Tally::default(), 0, made(1));
@@ -202,7 +202,7 @@ fn on_torch(
 ) -> Result<Tally> {
     let mut weights = FlatWeights::new(model.layout.len, device, numbers)?;
     weights.set(0, flat).and_then(|()| weights.refresh())?;
-    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers);
     let mut tally = Tally::default();
     for batch in batches {
         tally.add(executor.evaluate(&mut weights, &batch.view())?);

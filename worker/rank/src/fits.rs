@@ -5,6 +5,7 @@ use fleet_collectives::{Gang, Op};
 use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{ActivationCheckpointing, Device, Executor, Job, Precision, Shape, Strategy};
 use fleet_cpu::activation_bytes;
+use fleet_learn::adapter::{Kept, frozen_bytes};
 use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Keeping, Needs, Resident};
@@ -81,9 +82,14 @@ impl Need {
                 activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
             };
         }
-        let (layout, is_bf16) = (model.layout(), setting.precision != Precision::Fp32);
+        let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);
+        let mut kept = Needs::of(&setting.keeping(), &layout);
+        if let Some(adapter) = &model.adapter {
+            let frozen = frozen_bytes(&model.layout(), &adapter.trained, kept_frozen(setting.precision));
+            kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
+        }
         Need {
-            kept: Needs::of(&setting.keeping(), &layout),
+            kept,
             activations: match is_bf16 {
                 true => activation_bytes::<bf16>(&model.decoder, tokens, again),
                 false => activation_bytes::<f32>(&model.decoder, tokens, again),
@@ -99,7 +105,7 @@ impl Need {
 /// The copy that a checkpoint is written from, for each rank of the first node, which have the most: they write the weights, and all that keep
 /// moments write these.
 pub fn saving(model: &Model, setting: &Setting) -> usize {
-    let layout = model.layout();
+    let layout = model.trained_layout();
     let one = if setting.precision == Precision::Bf16True { 2 } else { 4 } * layout.len;
     let (keeping, of_node) = (setting.keeping(), setting.shape.of_node() as usize);
     let is_torch = setting.computed_by() == Ok(Executor::Torch);
@@ -114,6 +120,15 @@ pub fn saving(model: &Model, setting: &Setting) -> usize {
     let is_gathered = is_over_hosts || is_torch && together > 1;
     let buffer = if is_gathered && keeping.bf16 { 4 * longest } else { 0 };
     one / of_node + 2 * one / together + buffer
+}
+
+/// How the model is kept beside which an adapter is trained.
+pub fn kept_frozen(precision: Precision) -> Kept {
+    match precision {
+        Precision::Fp32 => Kept::Fp32,
+        Precision::Bf16Mixed | Precision::Fp16Mixed => Kept::Mixed,
+        Precision::Bf16True => Kept::Bf16,
+    }
 }
 
 /// What a job runs as.

@@ -29,7 +29,7 @@ impl HostModel {
     /// For sequences of at most `positions` tokens, and texts that go on from such a one token by token.
     pub fn new(given: ModelDir, weights: Vec<f32>, threads: u32, positions: usize) -> Result<HostModel> {
         let model = Model::of_dir(&given);
-        let network = Network::new(given.decoder, given.layout, positions);
+        let network = Network::new(given.decoder.clone(), given.wiring(), positions);
         let executor = CpuExecutor::new(network, workers(threads)?);
         Ok(HostModel { model, executor, compact: compact(&weights), weights })
     }

@@ -48,7 +48,7 @@ pub fn write(wanted: &Wanted) -> Result<()> {
     }
     let device = device_of(&wanted.device)?;
     let precision = if wanted.bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
-    let mut executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, precision);
+    let mut executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, precision);
     let failed = |error: fleet_torch::Error| {
         Error::Environment(format!("the model cannot be computed on {device:?}: {error}"))
     };

@@ -13,7 +13,7 @@ use between::Between;
 pub use between::links;
 pub use costs::Costs;
 use fleet_collectives::cost::Links;
-use fleet_common::job::{Executor, Job, Model as Described, Precision, Shape, Strategy};
+use fleet_common::job::{Executor, Job, Precision, Shape, Strategy};
 use fleet_learn::Result;
 use fleet_learn::machine::{self, available_bytes, memory_bytes, program_bytes};
 use fleet_learn::model::Model;
@@ -81,10 +81,7 @@ impl Wanted {
 
 /// For nodes that are all as this machine.
 pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
-    let model = match &job.model {
-        Described::New(config) => Model::new(config)?,
-        Described::Pretrained(dir) => Model::read(dir)?,
-    };
+    let model = Model::of_job(job)?;
     let shape = wanted.shape;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads_per_rank = job.threads_per_rank.unwrap_or(cores / shape.of_node()).max(1);
@@ -119,7 +116,7 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         let fits = |peak: usize| peak.saturating_mul(run.ranks) <= available;
         let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
         // A step that does not fit is not tried.
-        let is_measured = is_measured && ways.iter().any(|(.., peak)| fits(*peak));
+        let is_measured = is_measured && run.model.adapter.is_none() && ways.iter().any(|(.., peak)| fits(*peak));
         let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
         for (setting, Need { kept: needs, activations }, (saving, program), peak) in ways {
             let strategy = setting.strategy;

@@ -29,7 +29,7 @@ fn training_is_pytorchs_and_what_is_written_reads_back() {
         let (losses, norms) = (case.f64("losses"), case.f64("grad_norms"));
         for (step, ids) in ids.chunks(shape[1] * shape[2]).enumerate() {
             let targets = targets(ids, shape[2]);
-            let batch = TokenBatch { ids: ids.to_vec(), targets, weights: None, seq: shape[2] };
+            let batch = TokenBatch { ids: ids.to_vec(), targets, seq: shape[2], ..Default::default() };
             let update = Update { adamw, lr: hyper("learning_rate"), step: step as u64 + 1 };
             let report = engine.step(&[batch], &update, Votes::default()).unwrap();
             let close = |a: f64, b: f64, tolerance: f64| (a - b).abs() < tolerance * b.abs().max(1.0);

@@ -95,7 +95,7 @@ fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
     let mut targets = token_ids(3 * seq, 97, 2);
     targets[5] = -100;
     targets[12] = -100;
-    let batch = Batch { ids: &ids, targets: &targets, weights: None, seq };
+    let batch = Batch { ids: &ids, targets: &targets, seq, ..Default::default() };
     let model = Model::new(&config).unwrap();
     let decoder = model.decoder.clone();
     let layout = model.layout();
@@ -108,8 +108,10 @@ fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
         flat[p.range.clone()].iter_mut().enumerate().for_each(|(i, w)| *w = 0.75 + (i % 7) as f32 / 8.0);
     }
     let mut whole = Whole::new(flat);
-    let mut executor =
-        CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), 32), workers(threads).unwrap());
+    let mut executor = CpuExecutor::<E>::new(
+        Network::new(model.decoder.clone(), model.wiring(), 32),
+        workers(threads).unwrap(),
+    );
     executor.forward_backward(&mut whole, &batch, 0.5).unwrap();
     let loss = executor.take_loss().unwrap();
 

@@ -28,7 +28,7 @@ fn fresh_weights_are_drawn_as_transformers_draws_them() {
         let mut config: Object = case["config"].as_object().unwrap().clone();
         config.insert("model_type".into(), model_type.as_str().into());
         let model = Model::new(&config).unwrap();
-        let layout = Layout::new(&model.decoder, model.family);
+        let layout = model.wiring().layout;
         let drawn = case["drawn"].as_object().unwrap();
         assert_eq!(layout.parameters.len(), drawn.len(), "{model_type}");
         for p in &layout.parameters {

@@ -36,16 +36,17 @@ fn main() {
         _ => shape(64, 128, 2, 4, 2, 256, false),
     };
     let (family, decoder) = Family::of_config(config.as_object().unwrap()).unwrap();
-    let layout = Layout::new(&decoder, family);
+    let wiring = Wiring::new(&decoder, family);
+    let layout = &wiring.layout;
     let (parameters, flops) = (layout.count(), decoder.flops_per_token(seq as usize));
     let vocab = decoder.vocab_size as i64;
     let solo = Solo::new(layout.clone(), device, numbers, 0).unwrap();
-    let mut engine = Engine::new(TorchExecutor::new(decoder, layout, device, numbers), solo);
+    let mut engine = Engine::new(TorchExecutor::new(decoder, wiring, device, numbers), solo);
     engine.fresh_weights(0).unwrap();
     let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
     let ids: Vec<i64> = (0..=batch * seq).map(|i| (i * i % 65_537 + 7 * i) % vocab).collect();
     let (inputs, targets) = (ids[..ids.len() - 1].to_vec(), ids[1..].to_vec());
-    let batches = [TokenBatch { ids: inputs, targets, weights: None, seq: seq as usize }];
+    let batches = [TokenBatch { ids: inputs, targets, seq: seq as usize, ..Default::default() }];
     let wait = || {
         if let Device::Cuda(n) = device {
             tch::Cuda::synchronize(n as i64)

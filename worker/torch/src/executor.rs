@@ -5,7 +5,7 @@ use crate::memory::{Gradients, Tensors, Weights};
 use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
-use fleet_common::model::{Decoder, Layout};
+use fleet_common::model::{Decoder, Layout, Wiring};
 use fleet_learn::{Batch, Executor, IGNORED, Tally, UnitWeights, Units};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -52,14 +52,14 @@ struct Saved {
 }
 
 impl TorchExecutor {
-    pub fn new(decoder: Decoder, layout: Layout, device: Device, numbers: Numbers) -> TorchExecutor {
+    pub fn new(decoder: Decoder, wiring: Wiring, device: Device, numbers: Numbers) -> TorchExecutor {
         let logits_max = if device.is_cuda() { 1 << 28 } else { LOGITS_MAX };
         let (fused, unfused) = match device.is_cuda().then(|| fused::open(device, numbers.products)) {
             Some(Ok(fused)) => (Some(fused), None),
             Some(Err(why)) => (None, Some(why)),
             None => (None, None),
         };
-        let network = Network { decoder, layout, device, numbers, text: 0, fused };
+        let network = Network { decoder, wiring, device, numbers, text: 0, fused };
         let doing = Doing::Forward(0);
         TorchExecutor { network, logits_max, frame: None, again: 0, loss: None, doing, unfused }
     }
@@ -91,7 +91,7 @@ impl TorchExecutor {
         let network = &self.network;
         let mut leaves = Leaves::new(network, weights, false);
         let mut x = network.embed(&mut leaves, ids)?;
-        for number in 0..network.layout.blocks.len() {
+        for number in 0..network.wiring.blocks.len() {
             x = network.block(&mut leaves, number, &x, &frame)?;
         }
         let last = network.last(&mut leaves, &x)?;
@@ -102,16 +102,15 @@ impl TorchExecutor {
 
     /// The head's matrix and bias.
     fn head(&self, weights: Weights) -> Result<(Tensor, Option<Tensor>)> {
-        let head = &self.network.layout.head;
+        let head = &self.network.wiring.head;
         let matrix = weights.products.of(&head.weight)?.f_view([head.outputs as i64, head.inputs as i64])?;
         Ok((matrix, head.bias.as_ref().map(|range| weights.products.of(range)).transpose()?))
     }
 
     /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
     fn head_units(&self) -> impl Iterator<Item = usize> + use<> {
-        let layout = &self.network.layout;
-        let tied = layout.head.weight == layout.embedding;
-        tied.then_some(0).into_iter().chain([layout.units.len() - 1])
+        let layout = &self.network.wiring.layout;
+        layout.is_tied().then_some(0).into_iter().chain([layout.units.len() - 1])
     }
 
     fn on_device(&self, batch: &Batch) -> Result<OnDevice> {
@@ -138,7 +137,7 @@ impl TorchExecutor {
     ) -> fleet_learn::Result<()> {
         let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
-        let last_unit = self.network.layout.units.len() - 1;
+        let last_unit = self.network.wiring.layout.units.len() - 1;
         let mut saved: Vec<Saved> = Vec::with_capacity(last_unit);
         for unit in 0..last_unit {
             self.doing = Doing::Forward(unit);
@@ -215,8 +214,8 @@ impl TorchExecutor {
 
     /// A head that is the embedding has written there already when the embedding's turn comes.
     fn head_wrote(&self, input: Option<&Tensor>, range: &Range<usize>) -> bool {
-        let layout = &self.network.layout;
-        input.is_none() && *range == layout.embedding && layout.head.weight == layout.embedding
+        let wiring = &self.network.wiring;
+        input.is_none() && *range == wiring.embedding && wiring.layout.is_tied()
     }
 
     /// The head's forward and backward at once; what flows back to `x`, the last block's output.
@@ -255,8 +254,8 @@ impl TorchExecutor {
         batch: &OnDevice,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let _guard = tch::no_grad_guard();
-        let layout = &self.network.layout;
-        let (v, e) = (layout.head.outputs as i64, layout.head.inputs as i64);
+        let wiring = &self.network.wiring;
+        let (v, e) = (wiring.head.outputs as i64, wiring.head.inputs as i64);
         let (matrix, bias) = self.head(weights)?;
         let x = last.f_detach()?.f_view([-1, e])?;
         let tokens = x.size()[0];
@@ -287,15 +286,15 @@ impl TorchExecutor {
             match &mut sum {
                 Some(sum) => sum.f_add_(&product).map(|_| ())?,
                 None if is_summed => sum = Some(product.f_to_kind(Kind::Float)?),
-                None => grads.store(&layout.head.weight, Some(&product), set)?,
+                None => grads.store(&wiring.head.weight, Some(&product), set)?,
             }
-            if let Some(range) = &layout.head.bias {
+            if let Some(range) = &wiring.head.bias {
                 let sum = flow.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
                 grads.store(range, Some(&sum), set)?;
             }
         }
         if let (Some((grads, _)), Some(sum)) = (grads, &sum) {
-            grads.store(&layout.head.weight, Some(sum), grads.fresh)?;
+            grads.store(&wiring.head.weight, Some(sum), grads.fresh)?;
         }
         Ok((loss, seed.f_view(last.size().as_slice())?, hits))
     }
@@ -343,7 +342,7 @@ impl TorchExecutor {
         units.need(0)?;
         let mut x = network.embed(&mut Leaves::new(network, units.weights(), false), &batch.ids)?;
         units.release(0);
-        for number in 0..network.layout.blocks.len() {
+        for number in 0..network.wiring.blocks.len() {
             units.need(number + 1)?;
             x = network.block(&mut Leaves::new(network, units.weights(), false), number, &x, &frame)?;
             units.release(number + 1);
@@ -360,7 +359,7 @@ impl TorchExecutor {
     /// What went wrong, with the part of the model and, where memory is short, what to do.
     fn explained(&self, error: fleet_learn::Error) -> fleet_learn::Error {
         let fleet_learn::Error::Environment(what) = error else { return error };
-        let blocks = self.network.layout.blocks.len();
+        let blocks = self.network.wiring.blocks.len();
         let unit = |unit: usize| match unit {
             0 => "the embedding".to_owned(),
             unit => format!("block {unit} of {blocks}"),
@@ -383,7 +382,7 @@ impl TorchExecutor {
 
 impl Executor<Tensors> for TorchExecutor {
     fn layout(&self) -> &Layout {
-        &self.network.layout
+        &self.network.wiring.layout
     }
 
     fn name(&self) -> &'static str {

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::memory::Weights;
 use crate::shim::fused::Fused;
 use fleet_common::job::Precision;
-use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Layout, Linear, NormKind, Positions};
+use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Linear, NormKind, Positions, Wiring};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -55,7 +55,7 @@ impl From<Precision> for Numbers {
 /// A decoder on a device, without its weights.
 pub struct Network {
     pub decoder: Decoder,
-    pub layout: Layout,
+    pub wiring: Wiring,
     pub device: Device,
     pub numbers: Numbers,
     /// Tokens of a whole text, of which a batch may leave out the last: where rotary embeddings grow with it, they grow to this.
@@ -205,7 +205,7 @@ impl Network {
 
     /// `[b, s, h]` of `[b, s]` ids: what the first block reads.
     pub fn embed(&self, leaves: &mut Leaves, ids: &Tensor) -> Result<Tensor> {
-        let (d, l) = (&self.decoder, &self.layout);
+        let (d, l) = (&self.decoder, &self.wiring);
         let table = leaves.residual(&l.embedding, &[d.vocab_size as i64, d.embedding_size as i64])?;
         let mut x = Tensor::f_embedding(&table, ids, -1, false, false)?;
         if let Some(project) = &l.project_in {
@@ -225,7 +225,7 @@ impl Network {
 
     /// The output of block `number` for its input `x`.
     pub fn block(&self, leaves: &mut Leaves, number: usize, x: &Tensor, frame: &Frame) -> Result<Tensor> {
-        let block = &self.layout.blocks[number];
+        let block = &self.wiring.blocks[number];
         match self.decoder.form {
             Form::NormFirst => {
                 let normed = leaves.norm(x, &block.norm1)?;
@@ -315,12 +315,12 @@ impl Network {
 
     /// `[b, s, e]` in the type of products: what the head multiplies.
     pub fn last(&self, leaves: &mut Leaves, x: &Tensor) -> Result<Tensor> {
-        let mut x = match &self.layout.final_norm {
+        let mut x = match &self.wiring.final_norm {
             Some(affine) => leaves.norm(x, affine)?,
             None => x.shallow_clone(),
         };
         x = x.f_to_kind(self.kind())?;
-        if let Some(project) = &self.layout.project_out {
+        if let Some(project) = &self.wiring.project_out {
             x = leaves.linear(&x, project)?;
         }
         Ok(x)

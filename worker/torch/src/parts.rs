@@ -3,7 +3,7 @@
 
 use fleet_collectives::{PART_ALIGN, SharedHost};
 use fleet_common::job::Strategy;
-use fleet_common::model::{Layout, Parameter};
+use fleet_common::model::{Layout, Parameter, Role};
 use fleet_learn::Places;
 use std::ops::Range;
 
@@ -124,7 +124,7 @@ impl Parts {
         }
         let (starts, rooms) = match rooms {
             Rooms::Everything => side_by_side(&lens),
-            Rooms::TwoBlocks => in_turn(&lens, layout.head.weight == layout.embedding),
+            Rooms::TwoBlocks => in_turn(&lens, layout.is_tied()),
         };
         let (shards, shard) = side_by_side(&sizes);
         let unit = |number: usize| {
@@ -202,7 +202,8 @@ fn part(unit: &Range<usize>, rank: usize, size: usize) -> Range<usize> {
 
 /// Whether products read any of the first unit, whose tables are looked up.
 pub fn products_read_first(layout: &Layout) -> bool {
-    layout.project_in.is_some() || layout.head.weight == layout.embedding
+    let is_read = |p: &Parameter| p.unit == 0 && matches!(p.role, Role::Weight | Role::TiedTable);
+    layout.parameters.iter().any(is_read)
 }
 
 /// What of a parameter is in a part of a unit, counted from the part's begin.

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 fn parts(case: &Case, device: Device, numbers: Numbers) -> (TorchExecutor, Solo) {
     let model = &case.model;
-    let executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+    let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers);
     let described = executor.describe();
     assert!(device == Device::Cpu || described.contains("with fused kernels"), "{described}");
     let mut solo = Solo::new(model.layout.clone(), device, numbers, 1).unwrap();
@@ -29,7 +29,7 @@ fn parts(case: &Case, device: Device, numbers: Numbers) -> (TorchExecutor, Solo)
 }
 
 fn batch(ids: &[i64], seq: usize) -> TokenBatch {
-    TokenBatch { ids: ids.to_vec(), targets: targets(ids, seq), weights: None, seq }
+    TokenBatch { ids: ids.to_vec(), targets: targets(ids, seq), seq, ..Default::default() }
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {

@@ -62,7 +62,7 @@ fn measured(case: &Case) -> usize {
     tch::set_num_threads(1);
     let model = Model::new(case.config.as_object().unwrap()).unwrap();
     let layout = model.layout();
-    let executor = TorchExecutor::new(model.decoder, layout.clone(), Device::Cpu, case.numbers);
+    let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), Device::Cpu, case.numbers);
     let mut executor = executor.computing_again(case.again);
     let mut solo = Solo::new(layout, Device::Cpu, case.numbers, 1).unwrap();
     let mut small = |_: std::ops::Range<usize>, out: &mut [f32]| {
@@ -72,7 +72,7 @@ fn measured(case: &Case) -> usize {
     solo.fill(Slot::Weights, &mut small).unwrap();
     let mut pass = |sequences: usize, seq: usize| {
         let ids = token_ids(sequences * seq, 1024, 1);
-        let batch = TokenBatch { targets: ids.clone(), ids, weights: None, seq };
+        let batch = TokenBatch { targets: ids.clone(), ids, seq, ..Default::default() };
         let micro = Micro { first: true, last: true };
         executor.forward_backward(solo.units(micro), &batch.view(), 1.0).unwrap();
     };

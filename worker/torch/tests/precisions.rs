@@ -53,7 +53,7 @@ impl Run {
 
     fn learner(&self, device: Device, numbers: Numbers) -> Engine<fleet_torch::Tensors> {
         let model = ModelDir::open(&self.dir).unwrap();
-        let executor = TorchExecutor::new(model.decoder.clone(), model.layout.clone(), device, numbers);
+        let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers);
         Engine::new(executor, Solo::new(model.layout, device, numbers, 1).unwrap())
     }
 

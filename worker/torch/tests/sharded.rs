@@ -35,7 +35,8 @@ fn learner(device: Device, numbers: Numbers, held: Option<Held>) -> Box<dyn Lear
 fn learner_with(device: Device, numbers: Numbers, held: Option<Held>, again: usize) -> Box<dyn Learner> {
     let model = model();
     let layout = model.layout();
-    let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers).computing_again(again);
+    let executor =
+        TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers).computing_again(again);
     let Some(held) = held else {
         return Box::new(Engine::new(executor, Solo::new(layout, device, numbers, 1).unwrap()));
     };
@@ -192,7 +193,7 @@ fn an_optimizer_on_the_host_does_the_same() {
             let offloaded = |held| {
                 let model = model();
                 let layout = model.layout();
-                let executor = TorchExecutor::new(model.decoder, layout.clone(), device, numbers);
+                let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers);
                 let keeping = Keeping { held, numbers, device, offload: true };
                 let transport = AloneTransport::new(fleet_collectives::Solo::new(1), device);
                 Engine::new(executor, Sharded::new(layout, keeping, Box::new(transport)).unwrap())

@@ -465,16 +465,17 @@ mod tests {
     fn units_cover_the_buffer_and_groups_lie_side_by_side() {
         for tied in [false, true] {
             let (family, decoder) = Family::of_config(&tiny(json!({"tie_word_embeddings": tied}))).unwrap();
-            let layout = Layout::new(&decoder, family);
+            let wiring = Wiring::new(&decoder, family);
+            let layout = &wiring.layout;
             let mut next = 0;
             for unit in &layout.units {
                 assert_eq!(unit.start, next);
                 next = unit.end;
             }
             assert_eq!(next, layout.len);
-            assert_eq!(layout.blocks[0].qkv.weight.len(), 3 * 12 * 12);
-            assert_eq!(layout.blocks[0].up.weight.len(), 2 * 16 * 12);
-            assert_eq!(layout.head.weight == layout.embedding, tied);
+            assert_eq!(wiring.blocks[0].qkv.weight.len(), 3 * 12 * 12);
+            assert_eq!(wiring.blocks[0].up.weight.len(), 2 * 16 * 12);
+            assert_eq!((wiring.head.weight == wiring.embedding, layout.is_tied()), (tied, tied));
             let heads = if tied { 1 } else { 2 };
             assert_eq!(layout.count(), heads * 8 * 12 + 4 * 12 * 12 + 3 * 16 * 12 + 3 * 12);
         }

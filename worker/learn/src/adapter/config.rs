@@ -1,12 +1,17 @@
 //! `adapter_config.json`, as PEFT writes it.
 
+use super::targets::{linear_names, of_family};
 use crate::error::{Error, Result};
-use fleet_common::model::{Object, parse_object};
+use crate::model::Model;
+use fleet_common::job::{self, Init};
+use fleet_common::model::{Object, Stored, parse_object};
 use regex::Regex;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::Path;
 
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// Where nobody says it.
+const DROPOUT: f64 = 0.05;
 
 /// Settings that change what an adapter computes, each with the values under which fleet computes it.
 #[rustfmt::skip]
@@ -18,6 +23,10 @@ const ONLY: [(&str, &[&str]); 7] = [
 /// How much of its two matrices an adapter adds to the modules that it changes.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
+    /// As it came, or is written.
+    pub json: Object,
+    /// Share of the inputs that the first matrices do not see in a step.
+    pub dropout: f64,
     /// Over the root of the rank, not over the rank.
     use_rslora: bool,
     pub use_dora: bool,
@@ -40,6 +49,46 @@ impl AdapterConfig {
         })?;
         let config = parse_object(&bytes).map_err(|e| refuse(format!("is not a JSON object ({e})")))?;
         AdapterConfig::of(&config).map_err(refuse)
+    }
+
+    /// Of an adapter that a job begins.
+    pub fn of_job(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<AdapterConfig> {
+        let (targets, rank) = of_family(model);
+        let rank = adapter.r.unwrap_or(rank);
+        let some = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
+        let layers = &adapter.layers_to_transform;
+        let config = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "inference_mode": true,
+            "r": rank,
+            "lora_alpha": adapter.alpha.unwrap_or(2.0 * f64::from(rank)),
+            "lora_dropout": adapter.dropout.unwrap_or(DROPOUT),
+            "use_rslora": adapter.use_rslora,
+            "use_dora": false,
+            "target_modules": match &adapter.target_modules {
+                None => json!(targets),
+                Some(job::Targets::AllLinear) => json!(linear_names(model)),
+                Some(job::Targets::Names(names)) => json!(names),
+                Some(job::Targets::Pattern(pattern)) => json!(pattern),
+            },
+            "exclude_modules": some(&adapter.exclude_modules),
+            "layers_to_transform": if layers.is_empty() { Value::Null } else { json!(layers) },
+            "layers_pattern": null,
+            "modules_to_save": some(&adapter.modules_to_save),
+            "bias": adapter.bias,
+            "fan_in_fan_out": model.layout().parameters.iter().any(|p| p.stored == Stored::Transposed),
+            "init_lora_weights": match adapter.init {
+                Init::Default => json!(true),
+                Init::Gaussian => json!("gaussian"),
+            },
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "revision": null,
+        });
+        let Value::Object(config) = config else { unreachable!("it is written as an object") };
+        AdapterConfig::of(&config).map_err(|what| Error::Input(format!("adapter: {what}")))
     }
 
     fn of(config: &Object) -> std::result::Result<AdapterConfig, String> {
@@ -72,7 +121,16 @@ impl AdapterConfig {
         if r < 1.0 || r.fract() != 0.0 || r > f64::from(u32::MAX) {
             return Err(format!("r is {}; a whole number of at least 1 is wanted", config["r"]));
         }
+        let dropout = match config.get("lora_dropout") {
+            None | Some(Value::Null) => 0.0,
+            Some(_) => number("lora_dropout")?,
+        };
+        if !(0.0..=1.0).contains(&dropout) {
+            return Err("lora_dropout must be between 0 and 1".into());
+        }
         Ok(AdapterConfig {
+            json: config.clone(),
+            dropout,
             use_rslora: flag("use_rslora")?,
             use_dora: flag("use_dora")?,
             lora_alpha: number("lora_alpha")?,

@@ -1,13 +1,22 @@
 //! Adapters, as PEFT writes them: small matrices that change a model which itself stays as it is (LoRA, rsLoRA, DoRA, and whole parameters).
+//! Those of files become part of the weights (`merge.rs`). One that is trained (`trained.rs`) is a layout of its own beside a model that is
+//! frozen (`frozen.rs`): a strategy keeps its numbers as those of any model, and an executor computes with both.
 
 mod config;
+mod files;
+mod frozen;
 mod merge;
+mod targets;
+mod trained;
 
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
+pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
+pub use files::AdapterFile;
+pub use trained::{AddedPart, AddedProduct, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};
 use fleet_checkpoint::{ModelDir, Tensor, Tensors, read_parameter, stored_shape};
-use fleet_common::model::{Parameter, Stored};
+use fleet_common::model::{Fresh, Parameter, Role, Stored};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -212,9 +221,10 @@ fn matrix(tensor: &Tensor, shape: [usize; 2], stored: Stored) -> std::result::Re
         shape: vec![rows, columns],
         range: 0..rows * columns,
         unit: 0,
-        role: fleet_common::model::Role::Weight,
+        role: Role::Weight,
         stored,
-        std: 0.0,
+        fresh: Fresh::Constant(0.0),
+        rate: 1.0,
     };
     numbers(&p, tensor)
 }

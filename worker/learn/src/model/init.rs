@@ -1,28 +1,29 @@
 //! Fresh weights: each a pure function of (seed, parameter name, position), so that any number of ranks or threads makes the same model.
 
-use fleet_common::model::Parameter;
+use fleet_common::model::{Fresh, Parameter};
 use std::ops::Range;
 
 /// Numbers drawn from one stream; streams can be drawn in any order.
 const STREAM: usize = 4096;
 
 /// Fills the elements of `parameter` that lie in `range` (of the flat buffer). `out` begins at the flat element `out_start` and covers
-/// them. What is not drawn becomes its constant, everything else N(0, `std`).
+/// them.
 pub fn fill(parameter: &Parameter, range: Range<usize>, seed: u64, out: &mut [f32], out_start: usize) {
     let begin = range.start.max(parameter.range.start);
     let end = range.end.min(parameter.range.end);
     if begin >= end {
         return;
     }
-    if let Some(constant) = parameter.role.constant() {
-        out[begin - out_start..end - out_start].fill(constant);
-        return;
-    }
+    let draw: &dyn Fn(u64, &mut [f32; STREAM]) = match parameter.fresh {
+        Fresh::Constant(constant) => return out[begin - out_start..end - out_start].fill(constant),
+        Fresh::Normal(std) => &move |state, out| normals(state, std as f32, out),
+        Fresh::Uniform(bound) => &move |state, out| uniform(state, bound as f32, out),
+    };
     let base = parameter.range.start;
     let key = mix(seed ^ fnv(parameter.name.as_bytes()));
     let mut block = [0.0; STREAM];
     for stream in (begin - base) / STREAM..(end - base).div_ceil(STREAM) {
-        normals(mix(key.wrapping_add(stream as u64)), parameter.std as f32, &mut block);
+        draw(mix(key.wrapping_add(stream as u64)), &mut block);
         let first = base + stream * STREAM;
         let (from, to) = (begin.max(first), end.min(first + STREAM));
         out[from - out_start..to - out_start].copy_from_slice(&block[from - first..to - first]);
@@ -41,6 +42,15 @@ fn normals(mut state: u64, std: f32, out: &mut [f32; STREAM]) {
         let (sin, cos) = (std::f32::consts::TAU * b).sin_cos();
         pair[0] = radius * cos;
         pair[1] = radius * sin;
+    }
+}
+
+/// Splitmix64.
+fn uniform(mut state: u64, bound: f32, out: &mut [f32; STREAM]) {
+    for x in out {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let unit = (mix(state) >> 40) as f32 * (1.0 / 16_777_216.0);
+        *x = (2.0 * unit - 1.0) * bound;
     }
 }
 
@@ -71,7 +81,8 @@ mod tests {
             unit: 0,
             role: Role::Weight,
             stored: Stored::AsIs,
-            std: 0.02,
+            fresh: Fresh::Normal(0.02),
+            rate: 1.0,
         }
     }
 
@@ -103,5 +114,14 @@ mod tests {
         assert_ne!(x, draw(2, "a"));
         assert_ne!(x, draw(1, "b"));
         assert_ne!(x[..50], x[STREAM..STREAM + 50]);
+    }
+
+    #[test]
+    fn uniform_numbers_fill_their_interval() {
+        let p = Parameter { fresh: Fresh::Uniform(0.5), ..parameter("a", 0..100_000) };
+        let mut x = vec![0.0; 100_000];
+        fill(&p, 0..100_000, 1, &mut x, 0);
+        let var = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 1e5;
+        assert!(x.iter().all(|v| v.abs() <= 0.5) && (var - 0.25 / 3.0).abs() < 2e-3, "{var}");
     }
 }

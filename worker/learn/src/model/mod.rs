@@ -5,11 +5,14 @@ pub mod init;
 
 pub use config::with_end;
 
+use crate::adapter::TrainedAdapter;
 use crate::error::{Error, Result};
 use fleet_checkpoint::ModelDir;
-use fleet_common::model::{Decoder, Family, Layout, Object};
+use fleet_common::model::{Decoder, Family, Layout, Object, Wiring};
+use fleet_common::job::{self, Job};
 use fleet_data::model_dir::token_ids;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model without its weights.
 #[derive(Clone, Debug)]
@@ -20,6 +23,8 @@ pub struct Model {
     pub before: Object,
     pub bos_token_id: Option<u32>,
     pub eos_token_id: Option<u32>,
+    /// Trained in the place of the model.
+    pub adapter: Option<Arc<TrainedAdapter>>,
 }
 
 impl Model {
@@ -33,7 +38,7 @@ impl Model {
             .map_err(|why| Error::Input(format!("the model that `[model]` describes cannot be: {why}")))?;
         let id = |key| token_ids(&config, key).first().copied();
         let (bos_token_id, eos_token_id) = (id("bos_token_id"), id("eos_token_id"));
-        Ok(Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id })
+        Ok(Model { family, decoder, before: Object::new(), bos_token_id, eos_token_id, adapter: None })
     }
 
     /// The one in a directory.
@@ -49,12 +54,36 @@ impl Model {
             before: dir.config.clone(),
             bos_token_id: id("bos_token_id"),
             eos_token_id: id("eos_token_id"),
+            adapter: None,
         }
+    }
+
+    /// The one that a job gives or describes, with the adapter that it trains.
+    pub fn of_job(job: &Job) -> Result<Model> {
+        let dir = match &job.model {
+            job::Model::New(config) => return Model::new(config),
+            job::Model::Pretrained(dir) => dir,
+        };
+        let mut model = Model::read(dir)?;
+        if let Some(adapter) = &job.adapter {
+            model.adapter = Some(Arc::new(TrainedAdapter::new(adapter, &model, dir)?));
+        }
+        Ok(model)
+    }
+
+    /// Where the numbers lie that are trained.
+    pub fn trained_layout(&self) -> Layout {
+        self.adapter.as_ref().map_or_else(|| self.layout(), |adapter| adapter.trained.layout.clone())
     }
 
     /// Where its tensors lie.
     pub fn layout(&self) -> Layout {
-        Layout::new(&self.decoder, self.family)
+        self.wiring().layout
+    }
+
+    /// What each part of the decoder reads of them.
+    pub fn wiring(&self) -> Wiring {
+        Wiring::new(&self.decoder, self.family)
     }
 
     /// What describes it, in the words of its `config.json`.

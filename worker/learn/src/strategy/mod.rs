@@ -14,6 +14,7 @@ pub use needs::{Keeping, Needs};
 pub use sharded::Sharded;
 pub use shared::Shared;
 pub use solo::Solo;
+pub(crate) use state::of_host as part_on_host;
 
 use crate::error::{Error, Result};
 use crate::optimizer::Update;

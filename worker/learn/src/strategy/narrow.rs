@@ -31,7 +31,7 @@ impl NarrowState {
     /// All zeros. A collective call.
     pub fn new(layout: Layout, workers: Arc<Workers>, gang: &mut dyn SharedHost) -> Result<NarrowState> {
         let base = Base::of_host(layout, workers, gang);
-        let places = Places::in_a_row(vectors(&base.layout));
+        let places = Places::in_a_row(base.layout.ranges(|p| p.role.is_vector()));
         let mut common = || gang.allocate_common(base.layout.len * size_of::<bf16>());
         let [weights, moment1, moment2] = [common()?, common()?, common()?];
         let vectors = gang.allocate_common(places.end() * size_of::<f32>())?;
@@ -68,27 +68,14 @@ impl NarrowState {
     }
 }
 
-/// Where norms and biases are in the flat buffer, in ascending order. Several that touch may be read as one.
-fn vectors(layout: &Layout) -> Vec<Range<usize>> {
-    let of_vectors = layout.parameters.iter().filter(|p| p.role.is_vector());
-    let mut ranges: Vec<Range<usize>> = of_vectors.map(|p| p.range.clone()).collect();
-    ranges.sort_by_key(|range| range.start);
-    ranges.into_iter().fold(Vec::new(), |mut joined: Vec<Range<usize>>, range| {
-        match joined.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => joined.push(range),
-        }
-        joined
-    })
-}
-
 impl State<bf16, bf16> for NarrowState {
     fn base(&self) -> &Base {
         &self.base
     }
 
     fn weights(&self) -> HostWeights<'_, bf16> {
-        HostWeights::narrow(Pieces::Placed(&self.places, &self.vectors), self.weights.all())
+        let vectors = Pieces::Placed(&self.places, &self.vectors);
+        HostWeights::new(vectors, Pieces::Flat(self.weights.all())).with_narrow_tables()
     }
 
     fn update(

@@ -99,7 +99,7 @@ impl Rooms {
     /// For gradients. Embedding and head share one, unless the head writes into the embedding's.
     pub fn of_gradients(layout: &Layout) -> Rooms {
         let lens: Vec<usize> = layout.units.iter().map(Range::len).collect();
-        let tied = layout.head.weight == layout.embedding;
+        let tied = layout.is_tied();
         Rooms::with(&lens, if tied { lens[0] } else { 0 })
     }
 

@@ -189,26 +189,13 @@ impl Collected {
 
 /// Of each unit what is read in fp32 under bf16-mixed, and what products read.
 fn members(layout: &Layout) -> [Vec<Vec<Range<usize>>>; 2] {
-    let of = |wanted: &dyn Fn(Role, &Range<usize>) -> bool| {
-        let unit = |number: usize| {
-            let of_unit = layout.parameters.iter().filter(|p| p.unit == number && wanted(p.role, &p.range));
-            let mut ranges: Vec<Range<usize>> = of_unit.map(|p| p.range.clone()).collect();
-            ranges.sort_by_key(|range| range.start);
-            // Several may be read as one.
-            ranges.into_iter().fold(Vec::new(), |mut joined: Vec<Range<usize>>, range| {
-                match joined.last_mut() {
-                    Some(last) if last.end == range.start => last.end = range.end,
-                    _ => joined.push(range),
-                }
-                joined
-            })
-        };
+    let of = |wanted: &dyn Fn(Role) -> bool| {
+        let unit = |number: usize| layout.ranges(|p| p.unit == number && wanted(p.role));
         (0..layout.units.len()).map(unit).collect()
     };
-    let head = &layout.head.weight;
     [
-        of(&|role, _| role.is_vector() || role == Role::Table),
-        of(&|role, range| role == Role::Weight || range == head),
+        of(&|role| role.is_vector() || matches!(role, Role::Table | Role::TiedTable | Role::LoraB)),
+        of(&|role| matches!(role, Role::Weight | Role::TiedTable | Role::LoraA)),
     ]
 }
 

@@ -97,7 +97,7 @@ pub(super) trait State<E, S: Element = f32>: Send {
 }
 
 /// The part of a unit that this rank has among the ranks of its host. It may hold nothing.
-pub(super) fn of_host(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
+pub(crate) fn of_host(unit: &Range<usize>, gang: &dyn SharedHost) -> Range<usize> {
     within(unit, gang.local_rank(), gang.local_size())
 }
 

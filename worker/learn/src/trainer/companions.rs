@@ -1,6 +1,7 @@
 //! What lies in a checkpoint beside weights and state so that other programs take the model and its tokenizer as fleet does: settings, chat
 //! template, the tokenizer's other files. They come along with a model, and are made for a new one.
 
+use crate::adapter::ADAPTER_CONFIG;
 use crate::error::{Error, Result};
 use crate::model::{Model, with_end};
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
@@ -58,7 +59,8 @@ pub(super) struct Origins<'a> {
 
 #[derive(Debug)]
 pub(super) struct Companions {
-    config: Object,
+    /// What describes the model, or the adapter, and the file that says so.
+    config: (&'static str, Object),
     /// With `tokenizer.json`: the cache that it came from may be emptied while the run goes on.
     files: Vec<(&'static str, Vec<u8>)>,
 }
@@ -111,7 +113,7 @@ impl Companions {
             Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?,
             None => Some(Object::new()),
         };
-        if let Some(mut generation) = generation {
+        if let Some(mut generation) = generation.filter(|_| model.adapter.is_none()) {
             let known = if token_ids(&generation, EOS).is_empty() { &model.before } else { &generation };
             let ends = with_end(known, model.eos_token_id);
             if from.model.is_none() {
@@ -120,11 +122,16 @@ impl Companions {
             generation.insert(EOS.into(), ends);
             files.push((GENERATION_CONFIG, pretty(&generation)));
         }
-        Ok(Companions { config: model.config_json_of(from.weights), files })
+        let config = match &model.adapter {
+            Some(adapter) => (ADAPTER_CONFIG, adapter.config.json.clone()),
+            None => (CONFIG_FILE, model.config_json_of(from.weights)),
+        };
+        Ok(Companions { config, files })
     }
 
     pub fn write(&self, writer: &mut Writer) -> std::result::Result<(), CheckpointError> {
-        writer.write_bytes(CONFIG_FILE, &pretty(&self.config))?;
+        let (name, config) = &self.config;
+        writer.write_bytes(name, &pretty(config))?;
         self.files.iter().try_for_each(|(name, bytes)| writer.write_bytes(name, bytes))
     }
 }

@@ -24,6 +24,7 @@ pub use schedule::{learning_rate, warmup_steps};
 
 use crate::agent_link::AgentLink;
 use crate::batch::TokenBatch;
+use crate::dropout;
 use crate::engine::Learner;
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -168,6 +169,7 @@ impl Trainer {
             computed_by: Some(computed_by(&*learner)),
             optimizer: Some(job.optimizer.clone()),
             loss_scale: None,
+            adapter: model.adapter.as_ref().map(|adapter| adapter.config.json.clone()),
         };
         match (resumed.zip(was), &pretrained) {
             (Some((checkpoint, was)), _) => {
@@ -190,8 +192,14 @@ impl Trainer {
                     ..state
                 };
             }
-            (None, Some(dir)) => learner.load_weights(dir)?,
-            (None, None) => learner.fresh_weights(job.seed)?,
+            (None, from) => {
+                // Of an adapter the model is there already.
+                let from = model.adapter.as_ref().map_or(*from, |adapter| adapter.from.as_deref());
+                match from {
+                    Some(dir) => learner.load_weights(dir)?,
+                    None => learner.fresh_weights(job.seed)?,
+                }
+            }
         }
         state.loss_scale = learner.loss_scale();
         let adamw = AdamW::from(&job.optimizer);
@@ -335,7 +343,10 @@ impl Trainer {
         let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
                 let indices = self.order.rank_part(step, micro, self.rank, self.world);
-                self.objective.batch(self.cache.train(), &mut indices.into_iter())
+                let mut batch = self.objective.batch(self.cache.train(), &mut indices.iter().copied());
+                let noise = indices.iter().map(|index| dropout::of_sequence(self.job.seed, step, *index));
+                batch.noise = Some(noise.collect());
+                batch
             })
             .collect();
         let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
@@ -431,9 +442,10 @@ fn claim(start: &RankStart, job: &Job) -> Result<RunDir> {
 
 /// The model, and where its weights come from if they are not fresh.
 fn model_of<'a>(job: &'a Job, cache: &TokenCache) -> Result<(Model, Option<&'a Path>)> {
-    let (mut model, pretrained) = match &job.model {
-        job::Model::New(config) => (Model::new(config)?, None),
-        job::Model::Pretrained(dir) => (Model::read(dir)?, Some(dir.as_path())),
+    let mut model = Model::of_job(job)?;
+    let pretrained = match &job.model {
+        job::Model::New(_) => None,
+        job::Model::Pretrained(dir) => Some(dir.as_path()),
     };
     let (vocab, tokens) = (model.decoder.vocab_size, cache.meta().vocab_size);
     if tokens as usize > vocab {

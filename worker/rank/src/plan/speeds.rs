@@ -84,8 +84,12 @@ impl Run<'_> {
             let threads = Threads { count: self.threads, again };
             let mut engine = assemble::alone(executor, precision, &model, threads, seq)?;
             engine.fresh_weights(0)?;
-            let batch =
-                [TokenBatch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), weights: None, seq }];
+            let batch = [TokenBatch {
+                ids: ids[..tokens].to_vec(),
+                targets: ids[1..].to_vec(),
+                seq,
+                ..Default::default()
+            }];
             let adamw = AdamW::from(&self.job.optimizer);
             let watch = engine.watch().clone();
             timed(|step| {

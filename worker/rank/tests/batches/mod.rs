@@ -22,7 +22,7 @@ pub fn global_batch(sequences: usize, step: u64) -> TokenBatch {
     let mut targets = token_ids(sequences * SEQ, 97, step % 3 + 50);
     targets[..SEQ + 5].fill(IGNORED);
     let weights = (0..ids.len()).map(|at| if at % 5 == 0 { 2.0 } else { 1.0 }).collect();
-    TokenBatch { ids, targets, weights: Some(weights), seq: SEQ }
+    TokenBatch { ids, targets, weights: Some(weights), seq: SEQ, ..Default::default() }
 }
 
 /// The first steps of a run. Rank 1 asks for a stop in the fourth.

@@ -96,7 +96,8 @@ fn engine<E: Storage>(
 ) -> Engine<Host<E>> {
     let model = Model::new(config).unwrap();
     let (layout, workers) = (model.layout(), workers(1).unwrap());
-    let executor = CpuExecutor::<E>::new(Network::new(model.decoder, layout.clone(), SEQ), workers.clone());
+    let executor =
+        CpuExecutor::<E>::new(Network::new(model.decoder.clone(), model.wiring(), SEQ), workers.clone());
     match cut.kind {
         Kind::Solo => Engine::new(executor, Solo::<E>::new(layout, workers, 1).unwrap()),
         Kind::Shared => Engine::new(executor, Shared::<E>::new(layout, workers, gang()).unwrap()),
@@ -372,7 +373,7 @@ fn the_same_run_gives_the_same_bits() {
 fn a_step_in_which_nothing_counts_is_refused() {
     let mut engine = engine::<f32>(&tiny_config(), ALONE, || unreachable!("alone"));
     engine.fresh_weights(1).unwrap();
-    let batch = TokenBatch { targets: vec![IGNORED; SEQ], ids: vec![1; SEQ], weights: None, seq: SEQ };
+    let batch = TokenBatch { targets: vec![IGNORED; SEQ], ids: vec![1; SEQ], seq: SEQ, ..Default::default() };
     let update = Update { adamw: ADAMW, lr: 1e-3, step: 7 };
     let error = engine.step(&[batch], &update, Votes::default()).unwrap_err().to_string();
     assert!(error.contains("step 7"), "{error}");

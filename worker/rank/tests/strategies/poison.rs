@@ -9,7 +9,7 @@ fn batch(spoil: &dyn Fn(&mut [f32])) -> [TokenBatch; 1] {
     let mut weights = vec![0.0; ids.len()];
     weights[5] = 1e-6;
     spoil(&mut weights);
-    [TokenBatch { ids, targets, weights: Some(weights), seq: SEQ }]
+    [TokenBatch { ids, targets, weights: Some(weights), seq: SEQ, ..Default::default() }]
 }
 
 /// What each rank is told of a step in which `culprit` has a spoiled batch. Before and after, all have the same weights.

@@ -63,10 +63,10 @@ fn learner(config: &Object, kind: Kind, numbers: Numbers, gang: Box<dyn SharedHo
     let model = Model::new(config).unwrap();
     let (layout, workers) = (model.layout(), workers(1).unwrap());
     let cpu = || {
-        let network = fleet_cpu::Network::new(model.decoder.clone(), layout.clone(), SEQ);
+        let network = fleet_cpu::Network::new(model.decoder.clone(), model.wiring(), SEQ);
         CpuExecutor::<f32>::new(network, workers.clone())
     };
-    let torch = || TorchExecutor::new(model.decoder.clone(), layout.clone(), Device::Cpu, numbers);
+    let torch = || TorchExecutor::new(model.decoder.clone(), model.wiring(), Device::Cpu, numbers);
     let scaled = |engine: Engine<Tensors>| -> Box<dyn Learner> {
         Box::new(if numbers == Numbers::FP16_MIXED { engine.scaling_losses() } else { engine })
     };

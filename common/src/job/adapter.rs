@@ -1,0 +1,304 @@
+//! `[adapter]`: the model stays as it is, and small matrices beside it are trained (LoRA).
+
+use super::error::JobFileError;
+use super::fields::Fields;
+use super::load::absolute;
+use super::render::table;
+use super::{Device, Executor, Model};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+
+const RANK_MAX: u32 = 1 << 14;
+const LAYERS_MAX: u32 = 1 << 16;
+
+/// What of an adapter a job says; the rest follows from the model's family.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adapter {
+    /// Of the matrices; `None`: as the model's family has it.
+    pub r: Option<u32>,
+    /// What they add is multiplied with `alpha / r`. `None`: twice the rank.
+    pub alpha: Option<f64>,
+    /// Over the root of the rank, not over the rank.
+    pub use_rslora: bool,
+    /// Share of the inputs that the first matrix does not see in a step. `None`: as the adapter has it that is gone on from, else 0.05.
+    pub dropout: Option<f64>,
+    /// The changed modules. `None`: those of the model's family.
+    pub target_modules: Option<Targets>,
+    /// Of those, modules that stay as they are.
+    pub exclude_modules: Vec<String>,
+    /// Blocks whose modules are changed, counted from 0; empty: all.
+    pub layers_to_transform: Vec<u32>,
+    /// Modules that are trained themselves.
+    pub modules_to_save: Vec<String>,
+    pub bias: Bias,
+    /// What the learning rate of the second matrices is multiplied with (LoRA+).
+    pub loraplus_lr_ratio: f64,
+    pub init: Init,
+    /// An adapter to go on from, with what its own configuration says. Absolute.
+    pub path: Option<PathBuf>,
+}
+
+/// Modules of a model by their names in its files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Targets {
+    /// Every linear layer of every block.
+    AllLinear,
+    /// Whole names, or how they end, from a dot on.
+    Names(Vec<String>),
+    /// A regular expression for the whole name.
+    Pattern(String),
+}
+
+/// Which biases are trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    #[default]
+    None,
+    All,
+    /// Of the changed modules.
+    LoraOnly,
+}
+
+/// How the first matrices begin; the second ones are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// Uniform, as a linear layer of PyTorch.
+    #[default]
+    Default,
+    /// Normal, with the standard deviation `1 / r`.
+    Gaussian,
+}
+
+/// Settings that make a job train an adapter.
+const OF_ADAPTERS: [&str; 14] = [
+    "adapter.type",
+    "adapter.r",
+    "adapter.alpha",
+    "adapter.use_rslora",
+    "adapter.dropout",
+    "adapter.target_modules",
+    "adapter.exclude_modules",
+    "adapter.layers_to_transform",
+    "adapter.modules_to_save",
+    "adapter.bias",
+    "adapter.loraplus_lr_ratio",
+    "adapter.init",
+    "adapter.path",
+    "adapter.task_type",
+];
+
+/// The adapter that a job trains, if it does. Relative paths are taken from `dir`.
+pub(super) fn adapter(
+    f: &Fields,
+    dir: &Path,
+    model: &Model,
+    (executor, device): (Executor, Device),
+) -> Result<Option<Adapter>, JobFileError> {
+    let Some(first) = OF_ADAPTERS.into_iter().find(|name| f.is_given(name)) else { return Ok(None) };
+    f.word("adapter.type", &[("lora", ())])?;
+    f.word("adapter.task_type", &[("causal_lm", ())])?;
+    let spelling = f.spelling(first).to_owned();
+    if matches!(model, Model::New(_)) {
+        let message = format!(
+            "`{spelling}` asks for an adapter, which changes a model that is there; give its directory as `model.path`"
+        );
+        return Err(f.refuse(&[first], message));
+    }
+    let elsewhere = [("executor", executor == Executor::Torch), ("device", !matches!(device, Device::Auto | Device::Cpu))];
+    if let Some((key, _)) = elsewhere.into_iter().find(|(_, is)| *is) {
+        let message = format!(
+            "`{spelling}` and this `{}` do not go together in this version of fleet, which trains adapters on the CPU; leave it out",
+            f.spelling(key)
+        );
+        return Err(f.refuse(&[key], message));
+    }
+    let r = f.get("adapter.r", "a whole number", |v| v.int())?;
+    if r.is_some_and(|r| r <= 0) {
+        return Err(f.refuse(&["adapter.r"], "r must be positive".to_owned()));
+    }
+    let alpha = f.float("adapter.alpha", "a number", |_| true)?;
+    if alpha.is_some_and(|alpha| alpha <= 0.0) {
+        return Err(f.refuse(&["adapter.alpha"], "lora_alpha must be positive".to_owned()));
+    }
+    let dropout = f.float("adapter.dropout", "a number", |_| true)?;
+    if dropout.is_some_and(|dropout| !(0.0..=1.0).contains(&dropout)) {
+        return Err(f.refuse(&["adapter.dropout"], "lora_dropout must be between 0 and 1".to_owned()));
+    }
+    let path = f.text("adapter.path", "the directory of an adapter")?;
+    let path = path.map(|path| absolute(f, "adapter.path", dir, &path)).transpose()?;
+    let names = |name| f.texts(name, "a name or a list of names").map(Option::unwrap_or_default);
+    let adapter = Adapter {
+        r: f.int32("adapter.r", 1, RANK_MAX)?,
+        alpha,
+        use_rslora: f.flag("adapter.use_rslora")?.unwrap_or(false),
+        dropout,
+        target_modules: targets(f)?,
+        exclude_modules: names("adapter.exclude_modules")?,
+        layers_to_transform: layers(f)?,
+        modules_to_save: names("adapter.modules_to_save")?,
+        bias: f
+            .word("adapter.bias", &[("none", Bias::None), ("all", Bias::All), ("lora_only", Bias::LoraOnly)])?
+            .unwrap_or_default(),
+        loraplus_lr_ratio: f
+            .float("adapter.loraplus_lr_ratio", "a number above 0", |x| x > 0.0)?
+            .unwrap_or(1.0),
+        init: init(f)?,
+        path,
+    };
+    if adapter.path.is_some() {
+        let of_new = OF_ADAPTERS.into_iter().filter(|name| {
+            ![
+                "adapter.path",
+                "adapter.type",
+                "adapter.task_type",
+                "adapter.dropout",
+                "adapter.loraplus_lr_ratio",
+            ]
+            .contains(name)
+        });
+        let given: Vec<&str> = of_new.filter(|name| f.is_given(name)).collect();
+        if let Some(first) = given.first() {
+            let message = format!(
+                "`{}` and `{}` do not go together: what an adapter is made of stands in its adapter_config.json; keep one of them",
+                f.spelling(first),
+                f.spelling("adapter.path")
+            );
+            return Err(f.refuse(&[first], message));
+        }
+    }
+    Ok(Some(adapter))
+}
+
+/// As a job file has it.
+pub(super) fn in_a_file(adapter: &Adapter) -> Map<String, Value> {
+    let targets = adapter.target_modules.as_ref().map(|targets| match targets {
+        Targets::AllLinear => json!("all-linear"),
+        Targets::Names(names) => json!(names),
+        Targets::Pattern(pattern) => json!(pattern),
+    });
+    if let Some(path) = &adapter.path {
+        return table(json!({
+            "path": path, "dropout": adapter.dropout, "loraplus_lr_ratio": adapter.loraplus_lr_ratio,
+        }));
+    }
+    let some = |names: &[String]| (!names.is_empty()).then(|| json!(names));
+    let layers = &adapter.layers_to_transform;
+    table(json!({
+        "type": "lora",
+        "r": adapter.r,
+        "alpha": adapter.alpha,
+        "use_rslora": adapter.use_rslora,
+        "dropout": adapter.dropout,
+        "target_modules": targets,
+        "exclude_modules": some(&adapter.exclude_modules),
+        "layers_to_transform": (!layers.is_empty()).then_some(layers),
+        "modules_to_save": some(&adapter.modules_to_save),
+        "bias": adapter.bias,
+        "loraplus_lr_ratio": adapter.loraplus_lr_ratio,
+        "init": adapter.init,
+    }))
+}
+
+fn targets(f: &Fields) -> Result<Option<Targets>, JobFileError> {
+    let wanted =
+        "\"all-linear\", a list of modules or how their names end, or a regular expression for whole names";
+    f.get("adapter.target_modules", wanted, |v| {
+        let is_list = matches!(v.kind, super::value::Kind::List(_));
+        let texts =
+            v.texts().filter(|all| !all.is_empty() && all.iter().all(|text| !text.trim().is_empty()))?;
+        Some(match &texts[..] {
+            [all] if all == "all-linear" => Targets::AllLinear,
+            // As PEFT takes a single text; a plain name is how names end.
+            [one] if !is_list && !one.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '.') => {
+                Targets::Pattern(one.clone())
+            }
+            _ => Targets::Names(texts),
+        })
+    })
+}
+
+fn layers(f: &Fields) -> Result<Vec<u32>, JobFileError> {
+    let wanted = "the number of a block, counted from 0, or a list of them";
+    let number = |n: i64| u32::try_from(n).ok().filter(|n| *n < LAYERS_MAX);
+    let given = f.get("adapter.layers_to_transform", wanted, |v| match &v.kind {
+        super::value::Kind::List(items) => {
+            items.iter().map(|item| item.int().and_then(number)).collect::<Option<Vec<u32>>>()
+        }
+        _ => Some(vec![v.int().and_then(number)?]),
+    })?;
+    let mut layers = given.unwrap_or_default();
+    layers.sort_unstable();
+    layers.dedup();
+    Ok(layers)
+}
+
+fn init(f: &Fields) -> Result<Init, JobFileError> {
+    let wanted = "\"default\" or \"gaussian\"";
+    let given = f.get("adapter.init", wanted, |v| match (v.text(), v.bool()) {
+        (Some("default"), _) | (None, Some(true)) => Some(Init::Default),
+        (Some("gaussian"), _) => Some(Init::Gaussian),
+        _ => None,
+    })?;
+    Ok(given.unwrap_or_default())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+mod tests {
+    use super::super::{Job, parse_toml};
+    use super::*;
+
+    fn of(text: &str) -> Result<Job, String> {
+        let text = format!("data.path = \"x\"\n{text}");
+        parse_toml(&text, "/work/dir".as_ref()).map(|(job, _)| job).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_job_says_what_it_wants_in_the_words_of_peft() {
+        let job = of("model.path = \"m\"\nlora_r = 4\nlora_alpha = 8\ntarget_modules = [\"q_proj\", \"v_proj\"]\nlayers_to_transform = [1, 0, 1]")
+            .unwrap();
+        let adapter = job.adapter.clone().unwrap();
+        assert_eq!((adapter.r, adapter.alpha, adapter.dropout), (Some(4), Some(8.0), None));
+        assert_eq!(adapter.target_modules, Some(Targets::Names(vec!["q_proj".into(), "v_proj".into()])));
+        assert_eq!(adapter.layers_to_transform, [0, 1]);
+        assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
+        let again = parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0;
+        assert_eq!(again, job);
+
+        let adapter = |text: &str| of(&format!("model.path = \"m\"\n{text}")).unwrap().adapter;
+        assert_eq!(adapter("seed = 1"), None);
+        assert!(adapter("adapter = \"lora\"").is_some() && adapter("[adapter]\ntype = \"lora\"").is_some());
+        let targets =
+            |text: &str| adapter(&format!("[adapter]\ntarget_modules = {text}")).unwrap().target_modules;
+        assert_eq!(targets("\"all-linear\""), Some(Targets::AllLinear));
+        assert_eq!(targets("\"q_proj\""), Some(Targets::Names(vec!["q_proj".into()])));
+        assert_eq!(targets("'.*\\.(q|v)_proj'"), Some(Targets::Pattern(".*\\.(q|v)_proj".into())));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for (text, wanted) in [
+            ("adapter.r = 0", "job.toml:3: r must be positive"),
+            ("lora_alpha = -1", "job.toml:3: lora_alpha must be positive"),
+            ("lora_dropout = 1.5", "job.toml:3: lora_dropout must be between 0 and 1"),
+            (
+                "adapter.bias = \"some\"",
+                "`adapter.bias` is the text \"some\"; one of \"none\", \"all\", \"lora_only\"",
+            ),
+            ("adapter.path = \"a\"\nlora_r = 4", "`lora_r` and `adapter.path` do not go together"),
+            ("lora_r = 4\nexecutor = \"torch\"", "`lora_r` and this `executor` do not go together"),
+            ("lora_r = 4\ndevice = \"cuda\"", "`lora_r` and this `device` do not go together"),
+            ("adapter = { }", "says nothing"),
+            ("use_dora = true", "`use_dora`"),
+        ] {
+            let error = of(&format!("model.path = \"m\"\n{text}")).unwrap_err();
+            assert!(error.contains(wanted), "{text}: {error}");
+        }
+        assert!(of("lora_r = 4").unwrap_err().contains("give its directory as `model.path`"));
+    }
+}

@@ -1,0 +1,126 @@
+//! A model that is not trained: its numbers once on each host, in memory that the host's ranks share, as products read them.
+
+use super::Trained;
+use crate::engine::by_parameter;
+use crate::error::{Error, Result};
+use crate::shim::buffers::SharedSlice;
+use crate::strategy::part_on_host;
+use crate::units::{HostNumber, HostWeights, Pieces, Places};
+use crate::zeros::{Part, zeros};
+use fleet_checkpoint::{ModelDir, Reading};
+use fleet_collectives::SharedHost;
+use fleet_common::model::{Layout, Parameter, Role};
+use fleet_kernels as kernels;
+use half::bf16;
+use std::marker::PhantomData;
+
+/// Numbers that are read at a time where they are rounded afterwards.
+const CHUNK: usize = 1 << 24;
+
+/// How a frozen model's numbers are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    Fp32,
+    /// What products read in bf16, the rest in fp32.
+    Mixed,
+    /// All but norms and biases in bf16.
+    Bf16,
+}
+
+pub struct Frozen<E> {
+    kept: Kept,
+    /// In fp32.
+    exact: Places,
+    exact_numbers: SharedSlice<f32>,
+    /// In bf16.
+    narrow: Places,
+    narrow_numbers: SharedSlice<bf16>,
+    kind: PhantomData<E>,
+}
+
+impl<E: HostNumber> Frozen<E> {
+    /// What of the model in `dir` is not trained itself, read by all ranks of the host. A collective call.
+    pub fn read(
+        dir: &ModelDir,
+        trained: &Trained,
+        kept: Kept,
+        gang: &mut dyn SharedHost,
+        threads: usize,
+    ) -> Result<Frozen<E>> {
+        let [exact, narrow] = places(&dir.layout, trained, kept);
+        let exact_numbers = SharedSlice::new(gang.allocate_common(exact.end() * size_of::<f32>())?);
+        let narrow_numbers = SharedSlice::new(gang.allocate_common(narrow.end() * size_of::<bf16>())?);
+        let mut frozen = Frozen { kept, exact, exact_numbers, narrow, narrow_numbers, kind: PhantomData };
+        let read = frozen.fill(dir, &*gang, threads);
+        gang.barrier()?;
+        read.map(|()| frozen)
+    }
+
+    /// This rank's part.
+    fn fill(&mut self, dir: &ModelDir, gang: &dyn SharedHost, threads: usize) -> Result<()> {
+        for (range, place) in self.exact.iter() {
+            let part = part_on_host(range, gang);
+            let start = place + part.start - range.start;
+            let numbers = self.exact_numbers.part_mut(start..start + part.len());
+            read(dir, part.start, numbers, threads)?;
+        }
+        let mut wide = Vec::new();
+        for (range, place) in self.narrow.iter() {
+            let part = part_on_host(range, gang);
+            for first in part.clone().step_by(CHUNK) {
+                let len = CHUNK.min(part.end - first);
+                if wide.len() < len {
+                    wide = zeros(len, Part::Weights)?;
+                }
+                read(dir, first, &mut wide[..len], threads)?;
+                let start = place + first - range.start;
+                kernels::convert(&wide[..len], self.narrow_numbers.part_mut(start..start + len));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn weights(&self) -> HostWeights<'_, E> {
+        let exact = Pieces::Placed(&self.exact, &self.exact_numbers);
+        let weights = HostWeights::new(exact, Pieces::Placed(&self.narrow, &self.narrow_numbers));
+        if self.kept == Kept::Bf16 { weights.with_narrow_tables() } else { weights }
+    }
+}
+
+/// Bytes of what is not trained, on each host.
+pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept) -> usize {
+    let [exact, narrow] = places(layout, trained, kept);
+    exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>()
+}
+
+/// What is kept in fp32, and what in bf16.
+fn places(layout: &Layout, trained: &Trained, kept: Kept) -> [Places; 2] {
+    let of = |wanted: &dyn Fn(Role) -> bool| {
+        let is = |p: &Parameter| wanted(p.role) && trained.place(&p.range).is_none();
+        Places::in_a_row(layout.ranges(is))
+    };
+    let is_read_by_products = |role| matches!(role, Role::Weight | Role::TiedTable);
+    match kept {
+        Kept::Fp32 => [of(&|_| true), Places::default()],
+        Kept::Mixed => [of(&|role| role != Role::Weight), of(&is_read_by_products)],
+        Kept::Bf16 => [of(&Role::is_vector), of(&|role: Role| !role.is_vector())],
+    }
+}
+
+/// Numbers of the flat buffer from `first` on, which have to be numbers.
+fn read(dir: &ModelDir, first: usize, out: &mut [f32], threads: usize) -> Result<()> {
+    let range = first..first + out.len();
+    let mut reading = Reading::default();
+    for (p, first, numbers) in by_parameter(&dir.layout, &range, out) {
+        dir.read_part(p, first, numbers, &mut reading);
+    }
+    reading.run(threads)?;
+    match by_parameter(&dir.layout, &range, out).find(|(_, _, numbers)| !kernels::all_finite(numbers)) {
+        None => Ok(()),
+        Some((p, ..)) => Err(Error::Input(format!(
+            "{}: {} holds values that are NaN or infinite; restore the weights, or use another model",
+            dir.path().display(),
+            p.name
+        ))),
+    }
+}

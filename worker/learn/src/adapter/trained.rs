@@ -1,0 +1,250 @@
+//! What is trained of an adapter: a layout of its own, and where its numbers act in the model.
+
+use super::targets::Targets;
+use super::{Adapter, AdapterConfig};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::units::Places;
+use fleet_checkpoint::ModelDir;
+use fleet_common::job;
+use fleet_common::model::{Fresh, Layout, Linear, Parameter, Role, Stored, Wiring};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Units and groups of matrices begin at whole cache lines.
+const ALIGN: usize = 64;
+
+/// The numbers of an adapter, which a strategy keeps as it keeps those of a model: the same units, of which some may hold nothing.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    pub layout: Layout,
+    /// Parameters of the model that are trained themselves: their ranges in the model's flat buffer, and where they are here.
+    whole: Places,
+    /// In the order of the products' weights in the model.
+    added: Vec<AddedProduct>,
+    /// The first unit that has anything.
+    lowest: usize,
+    /// Share of what the first matrices would read that they do not see in a training step.
+    pub dropout: f32,
+}
+
+/// An adapter that is trained, and beside what.
+#[derive(Clone, Debug)]
+pub struct TrainedAdapter {
+    pub trained: Trained,
+    pub config: AdapterConfig,
+    /// The directory of the model.
+    pub base: PathBuf,
+    /// An adapter whose numbers it begins with.
+    pub from: Option<PathBuf>,
+}
+
+impl TrainedAdapter {
+    /// As `adapter` asks for it, beside the model in `base`.
+    pub fn new(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<TrainedAdapter> {
+        let (trained, config) = Trained::new(adapter, model, base)?;
+        Ok(TrainedAdapter { trained, config, base: base.to_owned(), from: adapter.path.clone() })
+    }
+}
+
+/// What is added to one product: `x a^T`, `[tokens, rank]`, times `b` of each part.
+#[derive(Clone, Debug)]
+pub struct AddedProduct {
+    /// In the model's flat buffer, the weight of the product.
+    weight: Range<usize>,
+    /// Of all parts together.
+    pub rank: usize,
+    /// `[rank, inputs]`, the first matrices of all parts one below the other.
+    pub a: Range<usize>,
+    pub parts: Vec<AddedPart>,
+}
+
+/// One module of the model's files, which has some of the outputs.
+#[derive(Clone, Debug)]
+pub struct AddedPart {
+    pub outputs: Range<usize>,
+    /// Its part of the rank.
+    pub ranks: Range<usize>,
+    /// `[outputs, rank]` of this part.
+    pub b: Range<usize>,
+    pub scale: f32,
+}
+
+impl Trained {
+    /// As `adapter` asks for it, for the model in `base`.
+    fn new(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<(Trained, AdapterConfig)> {
+        let wiring = model.wiring();
+        let (targets, config) = match &adapter.path {
+            None => {
+                let config = AdapterConfig::of_job(adapter, model, base)?;
+                (Targets::of(adapter, &config, model)?, config)
+            }
+            Some(dir) => {
+                let mut config = AdapterConfig::read(dir)?;
+                config.dropout = adapter.dropout.unwrap_or(config.dropout);
+                let given = Adapter::open(dir, &ModelDir::open(base)?)?;
+                (Targets::found(&given, &config, adapter.loraplus_lr_ratio, model)?, config)
+            }
+        };
+        let mut made = Maker::default();
+        let unit_of = |number: usize| wiring.layout.units[number].clone();
+        for (number, _) in wiring.layout.units.iter().enumerate() {
+            for linear in products(&wiring, number) {
+                made.product(linear, &wiring.layout, &targets);
+            }
+            made.wholes(number, &unit_of(number), &wiring.layout, &targets);
+            made.end_unit();
+        }
+        Ok((made.done(&config)?, config))
+    }
+
+    /// Where a range of the model's flat buffer is, if it is trained itself. A range of which only a part is trained is an executor's mistake.
+    pub fn place(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        self.whole.find(range)
+    }
+
+    /// Ranges of the model's flat buffer that are trained themselves.
+    pub fn whole(&self) -> &Places {
+        &self.whole
+    }
+
+    /// What is added to the product with this weight.
+    pub fn added(&self, weight: &Range<usize>) -> Option<&AddedProduct> {
+        let at = self.added.binary_search_by_key(&weight.start, |added| added.weight.start).ok()?;
+        Some(&self.added[at])
+    }
+
+    /// The first unit that has anything: no gradient need flow further down.
+    pub fn lowest(&self) -> usize {
+        self.lowest
+    }
+}
+
+/// The products of a unit that an adapter can change.
+fn products(wiring: &Wiring, unit: usize) -> Vec<&Linear> {
+    let block = unit.checked_sub(1).and_then(|number| wiring.blocks.get(number));
+    block.map_or(Vec::new(), |block| vec![&block.qkv, &block.out, &block.up, &block.down])
+}
+
+#[derive(Default)]
+struct Maker {
+    parameters: Vec<Parameter>,
+    units: Vec<Range<usize>>,
+    unit_start: usize,
+    next: usize,
+    whole: Vec<(Range<usize>, usize)>,
+    added: Vec<AddedProduct>,
+}
+
+impl Maker {
+    fn product(&mut self, linear: &Linear, model: &Layout, targets: &Targets) {
+        let within =
+            |p: &&Parameter| linear.weight.start <= p.range.start && p.range.end <= linear.weight.end;
+        let mut modules: Vec<&Parameter> = model.parameters.iter().filter(within).collect();
+        modules.sort_by_key(|p| p.range.start);
+        let chosen: Vec<_> = modules.into_iter().filter_map(|p| Some((p, targets.lora(p)?))).collect();
+        if chosen.is_empty() {
+            return;
+        }
+        self.next = self.next.next_multiple_of(ALIGN);
+        let (start, mut rank) = (self.next, 0);
+        for (_, lora) in &chosen {
+            let name = format!("{}.lora_A.weight", lora.module);
+            self.add(&name, [lora.rank, linear.inputs], Role::LoraA, Stored::AsIs, lora.fresh(linear.inputs));
+        }
+        let a = start..self.next;
+        let mut parts = Vec::new();
+        for (p, lora) in &chosen {
+            self.next = self.next.next_multiple_of(ALIGN);
+            let first = (p.range.start - linear.weight.start) / linear.inputs;
+            let outputs = first..first + p.shape[0];
+            let stored = if p.stored == Stored::Transposed { Stored::AsIs } else { p.stored };
+            let name = format!("{}.lora_B.weight", lora.module);
+            let b = self.add(&name, [p.shape[0], lora.rank], Role::LoraB, stored, Fresh::Constant(0.0));
+            self.parameters.last_mut().expect("it was added").rate = lora.rate_of_b;
+            parts.push(AddedPart { outputs, ranks: rank..rank + lora.rank, b, scale: lora.scale });
+            rank += lora.rank;
+        }
+        self.added.push(AddedProduct { weight: linear.weight.clone(), rank, a, parts });
+    }
+
+    /// Parameters that are trained themselves.
+    fn wholes(&mut self, unit: usize, range: &Range<usize>, model: &Layout, targets: &Targets) {
+        let mut chosen: Vec<&Parameter> =
+            model.parameters.iter().filter(|p| p.unit == unit && targets.is_whole(p)).collect();
+        chosen.sort_by_key(|p| p.range.start);
+        let mut end = range.start;
+        for p in chosen {
+            // What touches in the model touches here: it may be read as one.
+            if p.range.start != end {
+                self.next = self.next.next_multiple_of(ALIGN);
+            }
+            end = p.range.end;
+            let start = self.next;
+            self.next += p.range.len();
+            self.whole.push((p.range.clone(), start));
+            self.parameters.push(Parameter {
+                name: targets.name_of_whole(p),
+                range: start..self.next,
+                unit: self.units.len(),
+                ..p.clone()
+            });
+        }
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        shape: [usize; 2],
+        role: Role,
+        stored: Stored,
+        fresh: Fresh,
+    ) -> Range<usize> {
+        let range = self.next..self.next + shape[0] * shape[1];
+        self.next = range.end;
+        self.parameters.push(Parameter {
+            name: format!("{}{name}", super::WRAPPED),
+            shape: shape.to_vec(),
+            range: range.clone(),
+            unit: self.units.len(),
+            role,
+            stored,
+            fresh,
+            rate: 1.0,
+        });
+        range
+    }
+
+    fn end_unit(&mut self) {
+        self.next = self.next.next_multiple_of(ALIGN);
+        self.units.push(std::mem::replace(&mut self.unit_start, self.next)..self.next);
+    }
+
+    fn done(self, config: &AdapterConfig) -> Result<Trained> {
+        let lowest = self.units.iter().position(|unit| !unit.is_empty());
+        let lowest =
+            lowest.ok_or_else(|| Error::Input("adapter: nothing of the model is left to train".into()))?;
+        Ok(Trained {
+            layout: Layout { parameters: self.parameters, units: self.units, len: self.next },
+            whole: joined(self.whole),
+            added: self.added,
+            lowest,
+            dropout: config.dropout as f32,
+        })
+    }
+}
+
+/// Ranges that touch, there and here, are one.
+fn joined(mut ranges: Vec<(Range<usize>, usize)>) -> Places {
+    ranges.sort_by_key(|(range, _)| range.start);
+    let mut all: Vec<(Range<usize>, usize)> = Vec::new();
+    for (range, place) in ranges {
+        match all.last_mut() {
+            Some((last, start)) if last.end == range.start && *start + last.len() == place => {
+                last.end = range.end;
+            }
+            _ => all.push((range, place)),
+        }
+    }
+    Places::new(all)
+}
