@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 
+import families
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -66,15 +67,40 @@ def make(name, seed, out):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = family
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if not settings.get("use_dora") and "embed" not in str(settings["target_modules"]):
+        train(family, folder)
     save_file(dict(ids=ids, logits=logits.float().contiguous(), merged=merged.float().contiguous()), folder / "expected.safetensors")
 
 
-def get_peft_model_again(family, folder):
+def get_peft_model_again(family, folder, **settings):
     """As a user loads it: from the file, in fp64."""
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager").double()
-    return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).double().eval()
+    return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False, **settings).double().eval()
+
+
+def train(family, folder):
+    """Twenty steps from there, with what the file has, and the gradients of the first one."""
+    model = get_peft_model_again(family, folder, is_trainable=True)
+    in_file = load_file(folder / "adapter_model.safetensors")
+    trained = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".default", "").replace(".modules_to_save", "")
+        parameter.requires_grad_(parameter.requires_grad and plain in in_file)
+        if parameter.requires_grad:
+            trained[plain] = parameter
+    assert trained.keys() == in_file.keys(), folder
+    batches = load_file(FAMILIES / family / "expected.safetensors")["batches"]
+    grads = {}
+
+    def keep_first():
+        if not grads:
+            grads.update({f"grad.{name}": p.grad.float().contiguous() for name, p in trained.items()})
+
+    losses, norms = families.train(model, batches, list(trained.values()), keep_first)
+    of_steps = dict(losses=torch.tensor(losses, dtype=torch.float64), grad_norms=torch.tensor(norms, dtype=torch.float64))
+    save_file(dict(batches=batches, **of_steps, **grads), folder / "training.safetensors")
 
 
 def main():

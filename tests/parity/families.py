@@ -58,9 +58,10 @@ def model_of(name, seed):
     return model.train()
 
 
-def train(model, batches):
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
+def train(model, batches, parameters=None, with_gradients=lambda: None):
+    parameters = list(model.parameters()) if parameters is None else parameters
+    decay = [p for p in parameters if p.dim() > 1]
+    plain = [p for p in parameters if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [dict(params=decay, weight_decay=HYPER["weight_decay"]), dict(params=plain, weight_decay=0.0)],
         lr=HYPER["learning_rate"], betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"],
@@ -70,7 +71,8 @@ def train(model, batches):
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), HYPER["max_grad_norm"]).item())
+        with_gradients()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, HYPER["max_grad_norm"]).item())
         optimizer.step()
         losses.append(loss.item())
     return losses, norms

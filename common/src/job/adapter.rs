@@ -109,7 +109,10 @@ pub(super) fn adapter(
         );
         return Err(f.refuse(&[first], message));
     }
-    let elsewhere = [("executor", executor == Executor::Torch), ("device", !matches!(device, Device::Auto | Device::Cpu))];
+    let elsewhere = [
+        ("executor", executor == Executor::Torch),
+        ("device", !matches!(device, Device::Auto | Device::Cpu)),
+    ];
     if let Some((key, _)) = elsewhere.into_iter().find(|(_, is)| *is) {
         let message = format!(
             "`{spelling}` and this `{}` do not go together in this version of fleet, which trains adapters on the CPU; leave it out",

@@ -95,7 +95,10 @@ impl TrainerState {
         }
         match (&self.adapter, &job.adapter) {
             (Some(_), None) => {
-                return refuse("it is of an adapter, and the job trains the whole model; give the job its [adapter]".into());
+                return refuse(
+                    "it is of an adapter, and the job trains the whole model; give the job its [adapter]"
+                        .into(),
+                );
             }
             (None, Some(_)) => {
                 return refuse("it is of a whole model, and the job trains an adapter; start a new run with model.path set to it".into());
@@ -211,7 +214,15 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
 
 /// Keys of an `adapter_config.json` that say which numbers there are, and what they mean.
 const WHAT_AN_ADAPTER_IS: [&str; 10] = [
-    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "bias",
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "bias",
     "base_sha256",
 ];
 

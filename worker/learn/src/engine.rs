@@ -4,7 +4,7 @@ use crate::adapter::{ADAPTER_MODEL, AdapterFile};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally};
-use crate::model::init;
+use crate::model::{Model, init};
 use crate::optimizer::Update;
 use crate::reached::Reached;
 use crate::scaler::Scaler;
@@ -94,7 +94,13 @@ enum Given {
 }
 
 impl Given {
-    fn read_part<'a>(&'a self, p: &'a Parameter, first: usize, out: &'a mut [f32], reading: &mut Reading<'a>) {
+    fn read_part<'a>(
+        &'a self,
+        p: &'a Parameter,
+        first: usize,
+        out: &'a mut [f32],
+        reading: &mut Reading<'a>,
+    ) {
         match self {
             Given::Model(dir) => dir.read_part(p, first, out, reading),
             Given::Adapter(file) => file.read_part(p, first, out, reading),
@@ -118,9 +124,9 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    /// What is trained is an adapter.
-    pub fn of_adapter(self) -> Engine<M> {
-        Engine { is_adapter: true, ..self }
+    /// Trains this model, or the adapter that is beside it.
+    pub fn of(self, model: &Model) -> Engine<M> {
+        Engine { is_adapter: model.adapter.is_some(), ..self }
     }
 
     fn given(&self, dir: &Path) -> Result<Given> {

@@ -11,7 +11,7 @@ use fleet_common::capability::{Refusal, Wanted};
 use fleet_common::job::{self, Job, Precision, Shape, Strategy};
 use fleet_common::protocol::RankStart;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
-use fleet_learn::adapter::Frozen;
+use fleet_learn::adapter::{Frozen, Kept};
 use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Resident, Sharded, Shared, Solo};
@@ -31,8 +31,12 @@ type Peers = Option<Box<dyn SharedHost>>;
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
     if model.adapter.is_some() {
-        let note = (start.device != "cpu").then(|| format!("adapters are trained on the CPU: {} is not used", start.device));
-        return Ok(Made { note, ..on_host(start, job, model, gang::join(start, job.transport_encryption)?)? });
+        let note = (start.device != "cpu")
+            .then(|| format!("adapters are trained on the CPU: {} is not used", start.device));
+        return Ok(Made {
+            note,
+            ..on_host(start, job, model, gang::join(start, job.transport_encryption)?)?
+        });
     }
     let is_open = job.device == job::Device::Auto;
     let found = match place::find(&start.device) {
@@ -191,7 +195,7 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers)
     let layout = model.trained_layout();
     let (executor, workers) = cpu::<E>(model, Threads::of(start, job, model), job.max_seq_len as usize)?;
     let mut gang = gang;
-    let executor = beside(executor, model, job.precision, start.threads, gang.as_deref_mut())?;
+    let executor = beside(executor, model, Kept::of(job.precision), start.threads, gang.as_deref_mut())?;
     let engine = match (gang, strategy) {
         (None, _) => Engine::new(executor, Solo::<E>::new(layout, workers, start.generation)?),
         (Some(gang), Strategy::Fsdp) => {
@@ -208,16 +212,20 @@ fn on_cpu<E: Storage>(start: &RankStart, job: &Job, model: &Model, peers: Peers)
     Ok(Made { learner: learning(engine, model, watch, start), strategy: reason, note: None })
 }
 
-fn learning<M: Memory>(engine: Engine<M>, model: &Model, watch: Stopwatch, start: &RankStart) -> Box<dyn Learner> {
-    let engine = engine.watched(watch).read_by(start.threads);
-    Box::new(if model.adapter.is_some() { engine.of_adapter() } else { engine })
+fn learning<M: Memory>(
+    engine: Engine<M>,
+    model: &Model,
+    watch: Stopwatch,
+    start: &RankStart,
+) -> Box<dyn Learner> {
+    Box::new(engine.of(model).watched(watch).read_by(start.threads))
 }
 
 /// With the model that stays as it is, where an adapter is trained. A collective call.
 fn beside<E: Storage>(
     executor: CpuExecutor<E>,
     model: &Model,
-    precision: Precision,
+    kept: Kept,
     threads: u32,
     gang: Option<&mut (dyn SharedHost + 'static)>,
 ) -> Result<CpuExecutor<E>> {
@@ -228,7 +236,7 @@ fn beside<E: Storage>(
         None => &mut alone,
     };
     let base = ModelDir::open(&adapter.base)?;
-    let frozen = Frozen::read(&base, &adapter.trained, fits::kept_frozen(precision), gang, threads as usize)?;
+    let frozen = Frozen::read(&base, &adapter.trained, kept, gang, threads as usize)?;
     Ok(executor.beside(frozen, adapter.trained.clone()))
 }
 
@@ -244,7 +252,7 @@ fn in_bf16(start: &RankStart, job: &Job, model: &Model, peers: Peers) -> Result<
         (Some(gang), Strategy::Hsdp) => (gang, "hsdp"),
         (Some(gang), Strategy::Auto | Strategy::Ddp) => (gang, "ddp"),
     };
-    let executor = beside(executor, model, job.precision, start.threads, Some(&mut *gang))?;
+    let executor = beside(executor, model, Kept::Bf16, start.threads, Some(&mut *gang))?;
     let engine = Engine::new(executor, Sharded::in_bf16(model.trained_layout(), workers, gang, name)?);
     Ok(Made { learner: learning(engine, model, watch, start), strategy: reason, note: None })
 }
@@ -303,12 +311,17 @@ pub fn solo<E: Storage>(model: &Model, threads: u32, positions: usize) -> Result
 /// As `solo`.
 pub fn solo_with<E: Storage>(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<E>>> {
     let (executor, workers) = cpu::<E>(model, threads, positions)?;
-    Ok(Engine::new(executor, Solo::new(model.layout(), workers, 0)?).read_by(threads.count))
+    let kept = if E::IS_BF16 { Kept::Mixed } else { Kept::Fp32 };
+    let executor = beside(executor, model, kept, threads.count, None)?;
+    let engine = Engine::new(executor, Solo::new(model.trained_layout(), workers, 0)?);
+    Ok(engine.of(model).read_by(threads.count))
 }
 
 /// The same in bf16.
 pub fn solo_in_bf16(model: &Model, threads: Threads, positions: usize) -> Result<Engine<Host<bf16>>> {
     let (executor, workers) = cpu::<bf16>(model, threads, positions)?;
+    let executor = beside(executor, model, Kept::Bf16, threads.count, None)?;
     let gang = Box::new(fleet_collectives::Solo::new(0));
-    Ok(Engine::new(executor, Sharded::in_bf16(model.layout(), workers, gang, "solo")?).read_by(threads.count))
+    let engine = Engine::new(executor, Sharded::in_bf16(model.trained_layout(), workers, gang, "solo")?);
+    Ok(engine.of(model).read_by(threads.count))
 }

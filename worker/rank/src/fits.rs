@@ -85,7 +85,7 @@ impl Need {
         let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);
         let mut kept = Needs::of(&setting.keeping(), &layout);
         if let Some(adapter) = &model.adapter {
-            let frozen = frozen_bytes(&model.layout(), &adapter.trained, kept_frozen(setting.precision));
+            let frozen = frozen_bytes(&model.layout(), &adapter.trained, Kept::of(setting.precision));
             kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
         }
         Need {
@@ -120,15 +120,6 @@ pub fn saving(model: &Model, setting: &Setting) -> usize {
     let is_gathered = is_over_hosts || is_torch && together > 1;
     let buffer = if is_gathered && keeping.bf16 { 4 * longest } else { 0 };
     one / of_node + 2 * one / together + buffer
-}
-
-/// How the model is kept beside which an adapter is trained.
-pub fn kept_frozen(precision: Precision) -> Kept {
-    match precision {
-        Precision::Fp32 => Kept::Fp32,
-        Precision::Bf16Mixed | Precision::Fp16Mixed => Kept::Mixed,
-        Precision::Bf16True => Kept::Bf16,
-    }
 }
 
 /// What a job runs as.

@@ -116,7 +116,8 @@ pub fn plan(job: &Job, wanted: &Wanted) -> Result<Plan> {
         let fits = |peak: usize| peak.saturating_mul(run.ranks) <= available;
         let is_measured = precision != Precision::Fp16Mixed || job.precision == precision;
         // A step that does not fit is not tried.
-        let is_measured = is_measured && run.model.adapter.is_none() && ways.iter().any(|(.., peak)| fits(*peak));
+        let is_measured =
+            is_measured && run.model.adapter.is_none() && ways.iter().any(|(.., peak)| fits(*peak));
         let speeds = is_measured.then(|| run.speeds(executor, precision)).transpose()?;
         for (setting, Need { kept: needs, activations }, (saving, program), peak) in ways {
             let strategy = setting.strategy;

@@ -9,6 +9,7 @@ use crate::units::{HostNumber, HostWeights, Pieces, Places};
 use crate::zeros::{Part, zeros};
 use fleet_checkpoint::{ModelDir, Reading};
 use fleet_collectives::SharedHost;
+use fleet_common::job::Precision;
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels as kernels;
 use half::bf16;
@@ -25,6 +26,16 @@ pub enum Kept {
     Mixed,
     /// All but norms and biases in bf16.
     Bf16,
+}
+
+impl Kept {
+    pub fn of(precision: Precision) -> Kept {
+        match precision {
+            Precision::Fp32 => Kept::Fp32,
+            Precision::Bf16Mixed | Precision::Fp16Mixed => Kept::Mixed,
+            Precision::Bf16True => Kept::Bf16,
+        }
+    }
 }
 
 pub struct Frozen<E> {

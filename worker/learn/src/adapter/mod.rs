@@ -10,8 +10,8 @@ mod targets;
 mod trained;
 
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
-pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
 pub use files::AdapterFile;
+pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
 pub use trained::{AddedPart, AddedProduct, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};

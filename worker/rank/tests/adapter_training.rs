@@ -1,0 +1,226 @@
+//! Adapters that are trained, beside PEFT (tests/parity/adapters.py made the files).
+
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+#[path = "../../../tests/parity/cases.rs"]
+mod cases;
+
+use cases::{apart, hyper, largest, targets};
+use fleet_checkpoint::{ModelDir, Reading, Tensors, read_parameter};
+use fleet_collectives::Solo;
+use fleet_common::job::{self, Job, Precision};
+use fleet_cpu::{CpuExecutor, Network, workers};
+use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
+use fleet_learn::model::Model;
+use fleet_learn::testing::Whole;
+use fleet_learn::{AdamW, Executor, Learner, TokenBatch, Update, Votes};
+use fleet_rank::assemble::{Threads, alone, solo};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Adapters whose training is in the golden files, each with its base.
+fn trained() -> Vec<(PathBuf, PathBuf)> {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden");
+    let dirs = std::fs::read_dir(golden.join("adapters")).unwrap().map(|entry| entry.unwrap().path());
+    let base = |dir: &Path| {
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
+        golden.join("families").join(config["base_model_name_or_path"].as_str().unwrap())
+    };
+    let all: Vec<_> =
+        dirs.filter(|dir| dir.join("training.safetensors").exists()).map(|dir| (base(&dir), dir)).collect();
+    assert_eq!(all.len(), 6, "the golden files were not found");
+    all
+}
+
+/// The model of a job that trains an adapter beside `base`.
+fn model(base: &Path, adapter: &Value) -> Result<Model, String> {
+    let file = json!({"model": {"path": base}, "data": {"path": "x"}, "adapter": adapter});
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("job.json");
+    std::fs::write(&path, file.to_string()).unwrap();
+    let (job, _) = job::load(&path, &[], Path::new("/")).map_err(|e| e.to_string())?;
+    assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
+    Model::of_job(&job).map_err(|e| e.to_string())
+}
+
+fn learner(model: &Model, precision: Precision) -> Box<dyn Learner> {
+    let threads = Threads { count: 2, again: 0 };
+    alone(job::Executor::Cpu, precision, model, threads, 64).unwrap()
+}
+
+fn adamw() -> AdamW {
+    AdamW {
+        beta1: hyper("beta1"),
+        beta2: hyper("beta2"),
+        eps: hyper("eps"),
+        weight_decay: hyper("weight_decay"),
+        max_grad_norm: hyper("max_grad_norm"),
+    }
+}
+
+fn batches(expected: &Tensors) -> Vec<TokenBatch> {
+    let tensor = expected.get("batches").unwrap();
+    let data = tensor.data().unwrap();
+    let ids: Vec<i64> = data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
+    let (rows, seq) = (tensor.shape[1], tensor.shape[2]);
+    let batch =
+        |ids: &[i64]| TokenBatch { ids: ids.to_vec(), targets: targets(ids, seq), seq, ..Default::default() };
+    ids.chunks(rows * seq).map(batch).collect()
+}
+
+fn doubles(expected: &Tensors, name: &str) -> Vec<f64> {
+    let data = expected.get(name).unwrap().data().unwrap();
+    data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+#[test]
+fn twenty_steps_are_those_of_peft() {
+    for (base, adapter) in trained() {
+        let name = adapter.file_name().unwrap().to_string_lossy().into_owned();
+        let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
+        let model = model(&base, &json!({"path": adapter})).unwrap();
+        let (losses, norms) = (doubles(&expected, "losses"), doubles(&expected, "grad_norms"));
+        for (precision, tolerance) in
+            [(Precision::Fp32, 1e-4), (Precision::Bf16Mixed, 3e-2), (Precision::Bf16True, 5e-2)]
+        {
+            let mut learner = learner(&model, precision);
+            learner.load_weights(&adapter).unwrap();
+            for (step, batch) in batches(&expected).into_iter().enumerate() {
+                let update = Update { adamw: adamw(), lr: hyper("learning_rate"), step: step as u64 + 1 };
+                let report = learner.step(&[batch], &update, Votes::default()).unwrap();
+                let off = |is: f64, was: f64| (is - was).abs() / was.abs().max(1.0);
+                let (loss, norm) = (off(report.loss, losses[step]), off(report.grad_norm, norms[step]));
+                assert!(
+                    loss < tolerance,
+                    "{name} {precision:?} step {step}: loss {} is {loss} off",
+                    report.loss
+                );
+                assert!(
+                    norm < 3.0 * tolerance,
+                    "{name} {precision:?} step {step}: norm {} is {norm} off",
+                    report.grad_norm
+                );
+            }
+        }
+    }
+}
+
+/// The gradients of the first step, and of a second micro-batch, with blocks kept or computed again.
+#[test]
+fn gradients_are_those_of_peft() {
+    for (base, adapter) in trained() {
+        let name = adapter.file_name().unwrap().to_string_lossy().into_owned();
+        let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
+        let model = model(&base, &json!({"path": adapter})).unwrap();
+        let trained = model.adapter.clone().unwrap().trained.clone();
+        let layout = trained.layout.clone();
+        let given = AdapterFile::open(&adapter, &layout).unwrap();
+        let mut flat = vec![0.0; layout.len];
+        for p in &layout.parameters {
+            let mut reading = Reading::default();
+            given.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
+            reading.run(1).unwrap();
+        }
+        let batch = batches(&expected).remove(0);
+        let scale = 1.0 / batch.view().weight() as f32;
+        for (threads, again) in [(1, 0), (2, 2)] {
+            let mut solo = Solo::new(0);
+            let dir = ModelDir::open(&base).unwrap();
+            let frozen = Frozen::read(&dir, &trained, Kept::Fp32, &mut solo, 1).unwrap();
+            let network = Network::new(model.decoder.clone(), model.wiring(), 64);
+            let mut executor = CpuExecutor::<f32>::new(network, workers(threads).unwrap())
+                .computing_again(again)
+                .beside(frozen, trained.clone());
+            let mut whole = Whole::new(flat.clone());
+            for times in [1.0, 2.0] {
+                executor.forward_backward(&mut whole, &batch.view(), scale).unwrap();
+                whole.grads.fresh = false;
+                for p in &layout.parameters {
+                    let tensor = expected.get(&format!("grad.{}", p.name)).unwrap();
+                    let mut wanted = vec![0.0; p.range.len()];
+                    read_parameter(p, &tensor, &mut wanted).unwrap();
+                    assert!(largest(&wanted) > 0.0, "{name}: {}", p.name);
+                    wanted.iter_mut().for_each(|x| *x *= times);
+                    let far = apart(&whole.grads.numbers[p.range.clone()], &wanted, 0.0);
+                    assert!(far < 1e-4, "{name}: the gradient of {} is {far} away", p.name);
+                }
+            }
+        }
+    }
+}
+
+/// With what a job leaves out, for every family.
+#[test]
+fn a_new_adapter_changes_nothing_until_it_is_trained() {
+    let golden = cases::golden();
+    for name in ["llama", "qwen2", "qwen3", "mistral", "phi", "gpt2", "bloom", "opt", "opt_last"] {
+        let base = golden.join(name);
+        let model = model(&base, &json!({"type": "lora", "dropout": 0.5})).unwrap();
+        let case = cases::cases().into_iter().find(|case| case.name == name).unwrap();
+        let (ids, shape) = case.ids("batches");
+        let ids = &ids[..shape[1] * shape[2]];
+        let batch = TokenBatch {
+            ids: ids.to_vec(),
+            targets: targets(ids, shape[2]),
+            seq: shape[2],
+            ..Default::default()
+        };
+        let mut learner = learner(&model, Precision::Fp32);
+        learner.fresh_weights(7).unwrap();
+        let before = learner.evaluate(&[batch.clone()]).unwrap().mean();
+        let mut plain = solo::<f32>(&Model::read(&base).unwrap(), 1, 64).unwrap();
+        plain.load_weights(&base).unwrap();
+        let of_base = plain.evaluate(&[batch.clone()]).unwrap().mean();
+        assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
+        let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
+        for step in 1..=20 {
+            let batch = TokenBatch {
+                noise: Some((0..shape[1] as u64).map(|row| step << 8 | row).collect()),
+                ..batch.clone()
+            };
+            learner.step(&[batch], &update(step), Votes::default()).unwrap();
+            assert_eq!(learner.without_gradient(), None, "{name}");
+        }
+        let after = learner.evaluate(&[batch]).unwrap().mean();
+        assert!(after < before - 0.1, "{name}: {before} {after}");
+    }
+}
+
+#[test]
+fn what_an_adapter_cannot_be_is_refused() {
+    let golden = cases::golden();
+    let refused = |family: &str, adapter: Value| model(&golden.join(family), &adapter).unwrap_err();
+    for (family, adapter, wanted) in [
+        (
+            "llama",
+            json!({"target_modules": ["q_porj"]}),
+            "no module of the model that can be so is called so; did you mean q_proj?",
+        ),
+        (
+            "llama",
+            json!({"target_modules": "x.*y"}),
+            "no module of the model is called so; it has down_proj, gate_proj, k_proj",
+        ),
+        ("llama", json!({"target_modules": "(q"}), "no regular expression"),
+        ("llama", json!({"layers_to_transform": [2]}), "names block 2, and the model has 2"),
+        (
+            "llama",
+            json!({"modules_to_save": ["q_proj"], "target_modules": ["o_proj"]}),
+            "train both, or neither",
+        ),
+        (
+            "llama",
+            json!({"modules_to_save": ["o_proj"], "target_modules": ["o_proj"]}),
+            "take it out of one of them",
+        ),
+        ("mistral", json!({"modules_to_save": ["lm_head"]}), "untie them first"),
+        ("llama", json!({"path": golden.join("../adapters/dora")}), "adapter of another model"),
+        ("mistral", json!({"path": golden.join("../adapters/dora")}), "DoRA"),
+        ("qwen2", json!({"path": golden.join("../adapters/embedding")}), "linear layers of blocks"),
+    ] {
+        let error = refused(family, adapter.clone());
+        assert!(error.contains(wanted), "{adapter}: {error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+}
