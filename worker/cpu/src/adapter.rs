@@ -104,12 +104,12 @@ impl<E: Storage> Pass<'_, E> {
 
     /// Makes a share of the numbers of `rows_ti` zero and the others larger by as much, alike in forward and backward.
     fn drop(&self, linear: &Linear, share: f32, noise: &[u64], rows: &mut [E]) {
-        let (i, seq) = (linear.inputs, self.heads.seq);
+        let i = linear.inputs;
         let pieces = self.workers().share(self.tokens(), 1);
         self.workers().pieces(rows, pieces * i, |piece, rows| {
             for (at, row) in rows.chunks_exact_mut(i).enumerate() {
-                let token = piece * pieces + at;
-                let seed = dropout::of_row(noise[token / seq], linear.weight.start, token % seq);
+                let (sequence, position) = self.place(piece * pieces + at);
+                let seed = dropout::of_row(noise[sequence], linear.weight.start, position);
                 dropout::apply(seed, share, row);
             }
         });

@@ -14,7 +14,9 @@ use fleet_learn::{Gradients, HostWeights, Workers};
 pub(crate) struct Pass<'a, E> {
     pub network: &'a Network,
     pub weights: HostWeights<'a, E>,
+    /// Of all tokens as one sequence, where `lengths` says how they are cut.
     pub heads: Heads,
+    pub lengths: Option<&'a [usize]>,
     /// Of the first token of each sequence.
     pub position: usize,
     /// For each sequence what decides which of its numbers adapters do not see.
@@ -30,6 +32,19 @@ impl<'a, E: Storage> Pass<'a, E> {
 
     pub fn tokens(&self) -> usize {
         self.heads.batch * self.heads.seq
+    }
+
+    /// The sequence that a token is of, and its position there.
+    pub fn place(&self, token: usize) -> (usize, usize) {
+        let Some(lengths) = self.lengths else { return (token / self.heads.seq, token % self.heads.seq) };
+        let mut start = 0;
+        for (number, length) in lengths.iter().enumerate() {
+            if token < start + length {
+                return (number, token - start);
+            }
+            start += length;
+        }
+        unreachable!("a token of the pass")
     }
 
     fn layout(&self, number: usize) -> &'a Block {

@@ -1,6 +1,6 @@
 //! Logits: of whole sequences, and of one token at a time with a cache of keys and values.
 
-use crate::network::{Network, two};
+use crate::network::{Network, Texts, two};
 use crate::product::{Products, Storage};
 use crate::workspace::{Keep, Workspace};
 use fleet_kernels::Heads;
@@ -66,8 +66,9 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<Vec<f32>> {
-        self.hidden_states(&mut weights, ids, seq, products, work, &mut |_, _| {})?;
-        let mut pass = self.pass(weights, (ids.len() / seq, seq), products, &mut work.low);
+        let texts = Texts::Equal { batch: ids.len() / seq, seq };
+        self.hidden_states(&mut weights, ids, texts, products, work, &mut |_, _| {})?;
+        let mut pass = self.pass(weights, texts, products, &mut work.low);
         pass.head_logits(&work.stream[0][..ids.len() * self.hidden()], &mut work.scratch)
     }
 
@@ -83,7 +84,8 @@ impl Network {
         assert!(cache.is_empty() && !ids.is_empty(), "a prompt for an empty cache");
         let heads = self.heads(1, ids.len());
         cache.reserve(ids.len(), &heads)?;
-        self.hidden_states(&mut weights, ids, ids.len(), products, work, &mut |number, qkv| {
+        let texts = Texts::Equal { batch: 1, seq: ids.len() };
+        self.hidden_states(&mut weights, ids, texts, products, work, &mut |number, qkv| {
             cache.layers[number].push(qkv, &heads);
         })?;
         cache.len = ids.len();

@@ -104,7 +104,7 @@ impl<E: Storage> Pass<'_, E> {
     /// The row of the positions' table for token `at` of the pass.
     fn position_row(&self, at: usize) -> usize {
         let Positions::Learned { offset } = self.network.decoder.positions else { return 0 };
-        offset + self.position + at % self.heads.seq
+        offset + self.position + self.place(at).1
     }
 }
 

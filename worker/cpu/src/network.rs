@@ -18,6 +18,26 @@ pub struct Network {
     slopes: Vec<f32>,
 }
 
+/// How the tokens of a pass are cut into sequences.
+#[derive(Clone, Copy)]
+pub(crate) enum Texts<'a> {
+    Equal {
+        batch: usize,
+        seq: usize,
+    },
+    /// Of these lengths.
+    Of(&'a [usize]),
+}
+
+impl<'a> Texts<'a> {
+    fn of(batch: &Batch<'a>) -> Texts<'a> {
+        match batch.lengths {
+            Some(lengths) => Texts::Of(lengths),
+            None => Texts::Equal { batch: batch.sequences(), seq: batch.seq },
+        }
+    }
+}
+
 /// A stream, another one that takes its place, and what is kept of a block, where there is no backward.
 pub(crate) fn two<'a, E>(
     stream: &'a mut [Vec<f32>],
@@ -93,24 +113,27 @@ impl Network {
     pub(crate) fn pass<'a, E: Storage>(
         &'a self,
         weights: HostWeights<'a, E>,
-        shape: (usize, usize),
+        texts: Texts<'a>,
         products: &'a mut Products,
         low: &'a mut LowRank<E>,
     ) -> Pass<'a, E> {
-        let heads = self.heads(shape.0, shape.1);
-        Pass { network: self, weights, heads, position: 0, noise: None, products, low }
+        let (heads, lengths) = match texts {
+            Texts::Equal { batch, seq } => (self.heads(batch, seq), None),
+            Texts::Of(lengths) => (self.heads(1, lengths.iter().sum()), Some(lengths)),
+        };
+        Pass { network: self, weights, heads, lengths, position: 0, noise: None, products, low }
     }
 
     /// The same in training, where some of what adapters read is dropped.
     fn training_pass<'a, E: Storage>(
         &'a self,
         weights: HostWeights<'a, E>,
-        shape: (usize, usize),
+        texts: Texts<'a>,
         products: &'a mut Products,
         low: &'a mut LowRank<E>,
         noise: Option<&'a [u64]>,
     ) -> Pass<'a, E> {
-        Pass { noise, ..self.pass(weights, shape, products, low) }
+        Pass { noise, ..self.pass(weights, texts, products, low) }
     }
 
     /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
@@ -129,7 +152,7 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<f64> {
-        let shape = (batch.sequences(), batch.seq);
+        let texts = Texts::of(batch);
         let blocks = self.wiring.blocks.len();
         let again = again.min(blocks);
         let kept = |number: usize| if again == 0 { number } else { (number + 1).saturating_sub(again) };
@@ -137,7 +160,7 @@ impl Network {
         let Workspace { stream, saved, embedded, scratch, low } = work;
 
         units.need(0)?;
-        self.training_pass(units.weights(), shape, products, low, batch.noise).embed(
+        self.training_pass(units.weights(), texts, products, low, batch.noise).embed(
             batch.ids,
             &mut stream[0],
             embedded,
@@ -148,14 +171,14 @@ impl Network {
             let (x, out) = stream[number..].split_at_mut(1);
             let saved = &mut saved[kept(number)];
             units.need(number + 1)?;
-            let mut pass = self.training_pass(units.weights(), shape, products, low, batch.noise);
+            let mut pass = self.training_pass(units.weights(), texts, products, low, batch.noise);
             pass.block_forward(number, &x[0], saved, Some(&mut out[0]), scratch, None);
             units.release(number + 1);
         }
 
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let (weights, sink) = units.numbers();
-        let loss = self.training_pass(weights, shape, products, low, batch.noise).head_forward_backward(
+        let loss = self.training_pass(weights, texts, products, low, batch.noise).head_forward_backward(
             &stream[blocks],
             batch,
             scale,
@@ -173,7 +196,7 @@ impl Network {
             units.need(number + 1)?;
             let (weights, sink) = units.numbers();
             let (mut pass, saved) =
-                (self.training_pass(weights, shape, products, low, batch.noise), &mut saved[kept(number)]);
+                (self.training_pass(weights, texts, products, low, batch.noise), &mut saved[kept(number)]);
             if number < again {
                 pass.block_forward(number, &stream[number], saved, None, scratch, None);
             }
@@ -184,7 +207,7 @@ impl Network {
         if lowest == 0 {
             units.need(0)?;
             let (weights, sink) = units.numbers();
-            let mut pass = self.training_pass(weights, shape, products, low, batch.noise);
+            let mut pass = self.training_pass(weights, texts, products, low, batch.noise);
             pass.embed_backward(batch.ids, embedded, scratch, sink);
             units.release(0);
         }
@@ -200,9 +223,9 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<Tally> {
-        self.hidden_states(units, batch.ids, batch.seq, products, work, &mut |_, _| {})?;
+        self.hidden_states(units, batch.ids, Texts::of(batch), products, work, &mut |_, _| {})?;
         self.head_units().try_for_each(|unit| units.need(unit))?;
-        let mut pass = self.pass(units.weights(), (batch.sequences(), batch.seq), products, &mut work.low);
+        let mut pass = self.pass(units.weights(), Texts::of(batch), products, &mut work.low);
         let (loss, hits) = pass.head_loss(&work.stream[0], batch, &mut work.scratch);
         self.head_units().for_each(|unit| units.release(unit));
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
@@ -214,24 +237,23 @@ impl Network {
         &self,
         units: &mut dyn UnitWeights<Host<E>>,
         ids: &[i64],
-        seq: usize,
+        texts: Texts,
         products: &mut Products,
         work: &mut Workspace<E>,
         layer_done: &mut dyn FnMut(usize, &[E]),
     ) -> Result<()> {
-        let shape = (ids.len() / seq, seq);
         work.resize(&self.decoder, Keep::for_forward(ids.len()))?;
         let Workspace { stream, saved, embedded, scratch, low } = work;
         let (x, out, saved) = two(stream, saved);
         units.need(0)?;
-        self.pass(units.weights(), shape, products, low).embed(ids, x, embedded, scratch);
+        self.pass(units.weights(), texts, products, low).embed(ids, x, embedded, scratch);
         units.release(0);
         for number in 0..self.wiring.blocks.len() {
             units.need(number + 1)?;
-            let mut pass = self.pass(units.weights(), shape, products, low);
+            let mut pass = self.pass(units.weights(), texts, products, low);
             pass.block_forward(number, x, saved, Some(out), scratch, None);
             units.release(number + 1);
-            layer_done(number, &saved.qkv[..self.heads(shape.0, shape.1).qkv_len()]);
+            layer_done(number, &saved.qkv[..self.heads(1, ids.len()).qkv_len()]);
             std::mem::swap(x, out);
         }
         Ok(())
@@ -245,7 +267,16 @@ impl Network {
         products: &'a mut Products,
         low: &'a mut LowRank<E>,
     ) -> Pass<'a, E> {
-        Pass { network: self, weights, heads: self.heads(1, 1), position, noise: None, products, low }
+        Pass {
+            network: self,
+            weights,
+            heads: self.heads(1, 1),
+            lengths: None,
+            position,
+            noise: None,
+            products,
+            low,
+        }
     }
 }
 

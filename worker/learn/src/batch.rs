@@ -2,23 +2,48 @@
 
 pub use fleet_kernels::IGNORED;
 
-/// Token ids of `b` sequences of `seq`, and for each the target.
+/// Token ids of `b` sequences, one behind the other, and for each the target. Each sequence begins at position 0 and sees itself alone.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Batch<'a> {
-    /// `[b * seq]`.
+    /// `[t]`, of all sequences.
     pub ids: &'a [i64],
-    /// `[b * seq]`; `IGNORED` where there is none.
+    /// `[t]`; `IGNORED` where there is none.
     pub targets: &'a [i64],
-    /// `[b * seq]`: what each target counts. `None`: one each.
+    /// `[t]`: what each target counts. `None`: one each.
     pub weights: Option<&'a [f32]>,
+    /// Tokens of a sequence, of the longest one where `lengths` says those of each.
     pub seq: usize,
+    /// `[b]`, where they differ. Their sum is `t`.
+    pub lengths: Option<&'a [usize]>,
     /// `[b]`: for each sequence a number that decides what of it is dropped. `None`: nothing is.
     pub noise: Option<&'a [u64]>,
 }
 
 impl Batch<'_> {
     pub fn sequences(&self) -> usize {
-        self.ids.len() / self.seq
+        self.lengths.map_or_else(|| self.ids.len() / self.seq, <[usize]>::len)
+    }
+
+    /// The same with sequences of one length, for who computes with rectangles: what is put behind a sequence predicts nothing and is seen by
+    /// nothing of it.
+    pub fn padded(&self) -> TokenBatch {
+        let (mut padded, mut at) = (TokenBatch { seq: self.seq, ..TokenBatch::default() }, 0);
+        let equal = vec![self.seq; if self.lengths.is_none() { self.sequences() } else { 0 }];
+        for length in self.lengths.unwrap_or(&equal) {
+            let (range, end) = (at..at + length, padded.ids.len() + self.seq);
+            padded.ids.extend(&self.ids[range.clone()]);
+            padded.ids.resize(end, 0);
+            padded.targets.extend(&self.targets[range.clone()]);
+            padded.targets.resize(end, IGNORED);
+            if let Some(weights) = self.weights {
+                let all = padded.weights.get_or_insert_default();
+                all.extend(&weights[range]);
+                all.resize(end, 0.0);
+            }
+            at += length;
+        }
+        padded.noise = self.noise.map(<[u64]>::to_vec);
+        padded
     }
 
     /// Targets that are not ignored.
@@ -46,6 +71,8 @@ pub struct TokenBatch {
     pub weights: Option<Vec<f32>>,
     pub seq: usize,
     /// `[b]`.
+    pub lengths: Option<Vec<usize>>,
+    /// `[b]`.
     pub noise: Option<Vec<u64>>,
 }
 
@@ -60,6 +87,18 @@ impl TokenBatch {
         batch
     }
 
+    /// From sequences of any lengths, each of its ids and targets. There is at least one, and none is empty.
+    pub fn of_sequences<'a>(sequences: impl IntoIterator<Item = (&'a [i64], &'a [i64])>) -> TokenBatch {
+        let (mut batch, mut lengths) = (TokenBatch::default(), Vec::new());
+        for (ids, targets) in sequences {
+            batch.ids.extend(ids);
+            batch.targets.extend(targets);
+            batch.seq = batch.seq.max(ids.len());
+            lengths.push(ids.len());
+        }
+        TokenBatch { lengths: Some(lengths), ..batch }
+    }
+
     /// A token without a target: a pass over it counts nothing.
     pub fn nothing() -> TokenBatch {
         TokenBatch { ids: vec![0], targets: vec![IGNORED], seq: 1, ..Default::default() }
@@ -71,6 +110,7 @@ impl TokenBatch {
             targets: &self.targets,
             weights: self.weights.as_deref(),
             seq: self.seq,
+            lengths: self.lengths.as_deref(),
             noise: self.noise.as_deref(),
         }
     }
@@ -98,5 +138,17 @@ mod tests {
             ..Default::default()
         };
         assert_eq!((batch.tokens(), batch.weight()), (2, 2.5));
+    }
+
+    #[test]
+    fn sequences_of_any_length_become_a_rectangle() {
+        let mut ragged =
+            TokenBatch::of_sequences([(&[1, 2, 3][..], &[2, 3, IGNORED][..]), (&[4][..], &[5][..])]);
+        ragged.weights = Some(vec![1.0, 2.0, 3.0, 4.0]);
+        let (view, padded) = (ragged.view(), ragged.view().padded());
+        assert_eq!((view.sequences(), view.seq, view.weight()), (2, 3, 7.0));
+        assert_eq!(padded.ids, [1, 2, 3, 4, 0, 0]);
+        assert_eq!(padded.targets, [2, 3, IGNORED, 5, IGNORED, IGNORED]);
+        assert_eq!((padded.view().sequences(), padded.view().weight()), (2, 7.0));
     }
 }

@@ -7,9 +7,10 @@ mod cases;
 
 use cases::{cases, golden, hyper, targets};
 use fleet_checkpoint::{CONFIG_FILE, Claim, Disks, ModelDir, RunDir, Writer};
+use fleet_common::job::{self, Precision};
 use fleet_learn::model::Model;
 use fleet_learn::{AdamW, Learner, TokenBatch, Update, Votes};
-use fleet_rank::assemble::solo;
+use fleet_rank::assemble::{Threads, alone, solo};
 use std::path::Path;
 
 #[test]
@@ -87,4 +88,62 @@ fn weights_of_another_model_are_refused() {
     let mut engine = solo::<f32>(&Model::read(&golden().join("gpt2")).unwrap(), 1, 8).unwrap();
     let error = engine.load_weights(&golden().join("opt")).unwrap_err().to_string();
     assert!(error.contains("the weights of another model than the job's"), "{error}");
+}
+
+/// A batch of sequences of different lengths, and what is computed with each alone.
+#[test]
+fn sequences_of_different_lengths_are_as_each_alone() {
+    let lengths = [5, 1, 12, 3, 7, 2];
+    for case in cases() {
+        let (ids, _) = case.ids("batches");
+        let model = Model::of_dir(&case.model);
+        let mut at = 0;
+        let sequences: Vec<(Vec<i64>, Vec<i64>)> = lengths
+            .iter()
+            .map(|length| {
+                at += length;
+                let ids = &ids[at - length..at];
+                // The last target is there, so that a wrong order is seen.
+                let targets = ids[1..].iter().chain([&ids[0]]).copied().collect();
+                (ids.to_vec(), targets)
+            })
+            .collect();
+        let all = TokenBatch::of_sequences(sequences.iter().map(|(ids, targets)| (&ids[..], &targets[..])));
+        let each: Vec<TokenBatch> = sequences
+            .iter()
+            .map(|(ids, targets)| TokenBatch {
+                seq: ids.len(),
+                ids: ids.clone(),
+                targets: targets.clone(),
+                ..Default::default()
+            })
+            .collect();
+        let adamw = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
+        let update = Update { adamw, lr: 1e-2, step: 1 };
+        for executor in [job::Executor::Cpu, job::Executor::Torch] {
+            for count in [1, 2] {
+                let made = || {
+                    let threads = Threads { count, again: 0 };
+                    let mut learner = alone(executor, Precision::Fp32, &model, threads, 32).unwrap();
+                    learner.load_weights(&golden().join(&case.name)).unwrap();
+                    learner
+                };
+                let (mut one, mut several) = (made(), made());
+                let (a, b) = (one.evaluate(&[all.clone()]).unwrap(), several.evaluate(&each).unwrap());
+                assert!(
+                    (a.loss - b.loss).abs() < 1e-4 && a.tokens == b.tokens,
+                    "{} {executor:?}: {a:?} {b:?}",
+                    case.name
+                );
+                let a = one.step(&[all.clone()], &update, Votes::default()).unwrap();
+                let b = several.step(&each, &update, Votes::default()).unwrap();
+                let off = (a.grad_norm - b.grad_norm).abs() / b.grad_norm;
+                assert!(
+                    off < 1e-4 && (a.loss - b.loss).abs() < 1e-5,
+                    "{} {executor:?}: {a:?} {b:?}",
+                    case.name
+                );
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout, Wiring};
-use fleet_learn::{Batch, Executor, IGNORED, Tally, UnitWeights, Units};
+use fleet_learn::{Batch, Executor, IGNORED, Tally, TokenBatch, UnitWeights, Units};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -114,6 +114,9 @@ impl TorchExecutor {
     }
 
     fn on_device(&self, batch: &Batch) -> Result<OnDevice> {
+        // What libtorch attends to is a rectangle.
+        let padded = batch.lengths.map(|_| batch.padded());
+        let batch = padded.as_ref().map_or(*batch, TokenBatch::view);
         let seq = batch.seq as i64;
         let weight = |at: usize| batch.weights.map_or(1.0, |weights| weights[at]);
         let weights: Vec<f32> = (0..batch.targets.len())
