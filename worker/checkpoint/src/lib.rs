@@ -47,6 +47,7 @@ mod state;
 mod stock;
 mod tensors;
 mod verify;
+mod weights_hash;
 mod writer;
 
 pub use arrival::{Arrival, ArrivingFile, Unfit};
@@ -73,4 +74,5 @@ pub use state::{LossScale, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
 pub use verify::{inspect, verify};
+pub use weights_hash::weights_sha256;
 pub use writer::{Ticket, Writer, step_dir};

@@ -56,6 +56,9 @@ pub struct TrainerState {
     /// What describes the adapter that is trained beside the model, in the words of its `adapter_config.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<Object>,
+    /// Of the weights of that model, in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_sha256: Option<String>,
 }
 
 /// By how much losses are scaled so that their gradients are numbers in fp16.
@@ -115,6 +118,15 @@ impl TrainerState {
                 }
             }
             (None, None) => {}
+        }
+        if let (Some(was), Some(is)) = (&self.base_sha256, &job.base_sha256)
+            && was != is
+        {
+            return refuse(format!(
+                "its base was another model than the one in model.path now (weights {} and now {}); restore it",
+                short(was),
+                short(is)
+            ));
         }
         if self.tokenizer_sha256 != job.tokenizer_sha256 && !trained {
             return refuse(
@@ -213,7 +225,7 @@ fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::E
 }
 
 /// Keys of an `adapter_config.json` that say which numbers there are, and what they mean.
-const WHAT_AN_ADAPTER_IS: [&str; 10] = [
+const WHAT_AN_ADAPTER_IS: [&str; 9] = [
     "peft_type",
     "r",
     "lora_alpha",
@@ -223,7 +235,6 @@ const WHAT_AN_ADAPTER_IS: [&str; 10] = [
     "layers_to_transform",
     "modules_to_save",
     "bias",
-    "base_sha256",
 ];
 
 /// The first key in which two models differ so that weights do not fit or mean something else.
@@ -290,6 +301,7 @@ mod tests {
             optimizer: None,
             loss_scale: None,
             adapter: None,
+            base_sha256: None,
         }
     }
 

@@ -45,6 +45,21 @@ impl TrainedAdapter {
         let (trained, config) = Trained::new(adapter, model, base)?;
         Ok(TrainedAdapter { trained, config, base: base.to_owned(), from: adapter.path.clone() })
     }
+
+    /// For the log.
+    pub fn describe(&self, model: &Model) -> String {
+        let modules: usize = self.trained.added.iter().map(|added| added.parts.len()).sum();
+        let whole = self.trained.whole.iter().map(|(range, _)| range.len()).sum::<usize>();
+        let and = if whole > 0 {
+            format!(", and {:.1} M parameters of it", whole as f64 / 1e6)
+        } else {
+            String::new()
+        };
+        format!(
+            "an adapter of {modules} modules{and} is trained beside {:.1} M parameters that stay as they are, once on each node",
+            (model.layout().count() - whole as u64) as f64 / 1e6
+        )
+    }
 }
 
 /// What is added to one product: `x a^T`, `[tokens, rank]`, times `b` of each part.

@@ -5,6 +5,7 @@
 //! trains is a `Learner`, made by whoever runs it.
 //! A checkpoint is written while the next steps are made (`saving`).
 
+mod base;
 mod breakdown;
 mod companions;
 mod disks;
@@ -32,6 +33,7 @@ use crate::objective::{NextToken, Objective};
 use crate::optimizer::{AdamW, Update};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
+use base::BaseHash;
 use breakdown::Breakdown;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
@@ -78,6 +80,10 @@ struct Trainer {
     rank: u64,
     world: u64,
     learner: Box<dyn Learner>,
+    /// Rank 0's.
+    base: BaseHash,
+    /// Of an adapter: what it changes, for the log.
+    beside: Option<String>,
     objective: Box<dyn Objective>,
     cache: TokenCache,
     order: Order,
@@ -170,10 +176,14 @@ impl Trainer {
             optimizer: Some(job.optimizer.clone()),
             loss_scale: None,
             adapter: model.adapter.as_ref().map(|adapter| adapter.config.json.clone()),
+            base_sha256: None,
         };
+        let of_adapter = model.adapter.as_ref().filter(|_| start.rank == 0);
+        let mut base = BaseHash::of(of_adapter.map(|adapter| adapter.base.as_path()))?;
         match (resumed.zip(was), &pretrained) {
             (Some((checkpoint, was)), _) => {
                 let trained = matches!(job.tokenizer, Tokenizer::Train { .. });
+                state.base_sha256 = base.wait()?;
                 let notes = was.check_compatible(&state, trained)?;
                 if start.rank == 0 {
                     notes.into_iter().for_each(|note| link.log(Level::Warn, note));
@@ -227,6 +237,8 @@ impl Trainer {
             rank: rank as u64,
             world,
             learner,
+            base,
+            beside: model.adapter.as_ref().map(|adapter| adapter.describe(&model)),
             objective: Box::new(NextToken),
             cache,
             order,
@@ -249,6 +261,9 @@ impl Trainer {
     fn train(mut self, link: &mut AgentLink) -> Result<Outcome> {
         if self.rank == 0 {
             let parameters = self.learner.layout().count();
+            if let Some(beside) = &self.beside {
+                link.log(Level::Info, beside.clone());
+            }
             link.event(EventBody::Started {
                 step: self.state.step,
                 parameters,

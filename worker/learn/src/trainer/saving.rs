@@ -159,6 +159,7 @@ impl Trainer {
         if self.rank as usize >= self.saving.writers {
             return Ok(());
         }
+        self.state.base_sha256 = self.base.wait()?;
         let pen = match (begun, &self.saving.lead) {
             (Some(mut writer), Some(lead)) => {
                 writer.numbered(tickets.iter().map(|ticket| ticket.serial).max().unwrap_or(1));

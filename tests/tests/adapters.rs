@@ -1,0 +1,158 @@
+//! Adapters from the command line: trained beside a model, killed and resumed, talked to, made one with their model.
+
+#![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
+
+use fleet_tests::{Finished, TinyJob, World};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const LORA: &[&str] =
+    &["--set", "adapter.r=4", "--set", "adapter.dropout=0.1", "--set", "lr=1e-2", "--set", "eval_steps=10"];
+
+/// The checkpoint that the summary names.
+fn checkpoint(done: &Finished) -> PathBuf {
+    PathBuf::from(done.summary()["checkpoint"].as_str().unwrap_or_else(|| panic!("none: {}", done.all())))
+}
+
+/// A world in which a small model has been trained, and the model.
+fn with_a_base() -> (World, PathBuf) {
+    let world = World::new();
+    let base = TinyJob { run_name: "base", ..TinyJob::default() };
+    let base = checkpoint(&world.launch(2, &base, &[]).finish().expect(0));
+    (world, base)
+}
+
+/// A job file that trains an adapter beside `base`.
+fn job(world: &World, base: &Path, run_name: &str) -> String {
+    let text = TinyJob { run_name: "adapter", max_steps: 30, save_steps: 10, ..TinyJob::default() }.toml();
+    let (before, rest) = text.split_once("[model]").unwrap();
+    let (_, after) = rest.split_once("[data]").unwrap();
+    let text = format!("{before}[model]\npath = {base:?}\n\n[data]{after}");
+    let text = text.replace("run_name = \"adapter\"", &format!("run_name = {run_name:?}"));
+    world.write(&format!("{run_name}.toml"), text).display().to_string()
+}
+
+fn launch(world: &World, ranks: &str, job: &str, more: &[&str]) -> fleet_tests::Running {
+    world.start("fleet", &[&["launch", "-n", ranks, "--json", job], LORA, more].concat())
+}
+
+#[test]
+fn a_killed_adapter_is_resumed_bit_for_bit_and_holds_no_more_than_itself() {
+    let (world, base) = with_a_base();
+    let whole = launch(&world, "2", &job(&world, &base, "whole"), &[]).finish().expect(0);
+    let file = job(&world, &base, "killed");
+    let mut killed = launch(&world, "2", &file, &[]);
+    killed.until("checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_string());
+    world.strike_all();
+    killed.finish().expect(128 + 9);
+    world.is_empty_soon();
+    let resume = ["--set", "resume_from_checkpoint=latest"];
+    let resumed = launch(&world, "2", &file, &resume).finish().expect(0);
+    let (losses, all) = (resumed.losses(), whole.losses());
+    let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", resumed.all())).0;
+    assert!([11, 21].contains(&first), "resumed at {first}");
+    assert_eq!(losses, all[first as usize - 1..]);
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        let read = |done: &Finished| fs::read(checkpoint(done).join(file)).unwrap();
+        assert!(read(&whole) == read(&resumed), "{file} differs");
+    }
+    let bytes: u64 =
+        fs::read_dir(checkpoint(&whole)).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+    let of_base = fs::metadata(base.join("model-00001-of-00002.safetensors")).unwrap().len();
+    assert!(bytes < of_base, "{bytes} bytes beside {of_base} of half the base");
+    assert!(!checkpoint(&whole).join("config.json").exists());
+
+    // Another base under the same path.
+    let weights = base.join("model-00001-of-00002.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    fs::remove_file(base.join("manifest.json")).unwrap();
+    let refused =
+        launch(&world, "2", &file, &[&resume[..], &["--set", "max_steps=40"]].concat()).finish().expect(2);
+    assert!(refused.all().contains("its base was another model"), "{}", refused.all());
+}
+
+#[test]
+fn ranks_and_strategies_train_the_same_adapter_with_the_same_dropout() {
+    let (world, base) = with_a_base();
+    let losses = |ranks: &str, name: &str, more: &[&str]| {
+        let batch = format!("batch_size={}", 4 / ranks.parse::<u32>().unwrap());
+        let more = [&["--set", &batch], more].concat();
+        launch(&world, ranks, &job(&world, &base, name), &more).finish().expect(0).losses()
+    };
+    let one = losses("1", "one", &[]);
+    for (ranks, name, more) in [
+        ("2", "ddp", &["--set", "strategy=ddp"][..]),
+        ("4", "fsdp", &["--set", "strategy=fsdp"]),
+        ("2", "again", &["--set", "strategy=fsdp", "--set", "activation_checkpointing=blocks"]),
+    ] {
+        for (a, b) in one.iter().zip(losses(ranks, name, more)) {
+            assert!((a.1 - b.1).abs() <= 1e-4 * a.1, "{name}, step {}: {} and {}", a.0, a.1, b.1);
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() {
+    let (world, base) = with_a_base();
+    let trained = launch(&world, "1", &job(&world, &base, "trained"), &[]).finish().expect(0);
+    let (base, adapter) = (base.display().to_string(), checkpoint(&trained).display().to_string());
+    let loss = |more: &[&str]| {
+        let args = ["eval", "--data", "corpus.jsonl", "--json"];
+        let done = world.run("fleet", &[&args, more].concat()).expect(0);
+        serde_json::from_str::<Value>(&done.stdout.concat()).unwrap()["loss"].as_f64().unwrap()
+    };
+    let of_base = loss(&["--model", &base]);
+    let with = loss(&["--model", &base, "--adapter", &adapter]);
+    assert!(with < of_base - 0.02, "{with} {of_base}");
+
+    let merge = ["adapter", "merge", "--model", &base, "--adapter", &adapter, "--output", "made", "--json"];
+    let merged: Value = serde_json::from_str(&world.run("fleet", &merge).expect(0).stdout.concat()).unwrap();
+    assert!(merged["difference"].as_f64().unwrap() < 1e-5, "{merged}");
+    assert!((loss(&["--model", "made"]) - with).abs() < 1e-4);
+
+    let generate = |more: &[&str]| {
+        let args = [
+            "generate",
+            "--prompt",
+            "harbour winter",
+            "--max-new-tokens",
+            "8",
+            "--temperature",
+            "0",
+            "--json",
+        ];
+        let done = world.run("fleet", &[&args, more].concat()).expect(0);
+        serde_json::from_str::<Value>(&done.stdout.concat()).unwrap()["text"].clone()
+    };
+    assert_eq!(generate(&["--model", &base, "--adapter", &adapter]), generate(&["--model", "made"]));
+    let chat = ["--chat", "--chat-template", "chatml", "--model", &base, "--adapter", &adapter];
+    assert!(generate(&chat).is_string());
+    let alone = world.run("fleet", &["generate", "--prompt", "x", "--model", &adapter]).expect(2);
+    assert!(alone.all().contains("give the directory of its base model"), "{}", alone.all());
+
+    // On from there, as an adapter of its own.
+    let next = job(&world, Path::new(&base), "next");
+    let path = format!("adapter.path={adapter}");
+    let args = [
+        "launch",
+        "-n",
+        "1",
+        "--json",
+        &next,
+        "--set",
+        &path,
+        "--set",
+        "max_steps=1",
+        "--set",
+        "eval_steps=1",
+    ];
+    let done = world.run("fleet", &args).expect(0);
+    let first = done.stdout.iter().find(|line| line.contains("\"eval\"")).unwrap();
+    let first = serde_json::from_str::<Value>(first).unwrap()["loss"].as_f64().unwrap();
+    let last = trained.stdout.iter().rfind(|line| line.contains("\"eval\"")).unwrap();
+    let last = serde_json::from_str::<Value>(last).unwrap()["loss"].as_f64().unwrap();
+    assert!((first - last).abs() < 1e-6, "{first} {last}");
+}
