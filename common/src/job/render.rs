@@ -50,7 +50,7 @@ impl Job {
             Tokenizer::Train { .. } => Map::new(),
             Tokenizer::File(path) => table(json!({ "path": path })),
         };
-        let data = table(json!({
+        let mut data = table(json!({
             "path": self.data.paths,
             "include": self.data.include,
             "exclude": self.data.exclude,
@@ -58,6 +58,7 @@ impl Job {
             "validation_fraction": self.data.validation_fraction,
             "clean": self.data.clean,
         }));
+        data.extend(self.data.rows.iter().flat_map(Rows::in_a_file));
         let checkpoint = table(json!({
             "save_steps": self.checkpoint.save_steps,
             "save_total_limit": self.checkpoint.save_total_limit,
@@ -92,7 +93,7 @@ impl Job {
 }
 
 /// The entries of a JSON object that have a value.
-fn table(value: Value) -> Map<String, Value> {
+pub(super) fn table(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(entries) => entries.into_iter().filter(|(_, value)| !value.is_null()).collect(),
         _ => Map::new(),
