@@ -70,11 +70,18 @@ impl Maker {
             }
             Example::Turns(talk) => self.turns(talk, &mut made)?,
             Example::Answers { prompt, answers, given } => {
-                for answer in answers {
-                    let (prompt_ids, prompt_bytes, text, encoded) = self.joined(prompt, answer, given)?;
-                    made.is_joined &= encoded.ids.starts_with(&prompt_ids);
-                    let is_all = self.loss_on == LossOn::All && answers.len() == 1;
-                    let first = if is_all { 0 } else { prompt_ids.len() };
+                let joined = answers.iter().map(|answer| self.joined(prompt, answer, given));
+                let joined = joined.collect::<Result<Vec<Joined>, Unused>>()?;
+                // An answer begins where its tokens are no longer those of the prompt alone; all of a row begin at the same token.
+                let same = joined
+                    .iter()
+                    .map(|joined| common(&joined.prompt, &joined.encoded.ids))
+                    .min()
+                    .unwrap_or(0);
+                let is_all = self.loss_on == LossOn::All && answers.len() == 1;
+                let first = if is_all { 0 } else { same };
+                for Joined { prompt, prompt_bytes, text, encoded } in joined {
+                    made.is_joined &= same == prompt.len();
                     let bytes = text.len().saturating_sub(if is_all { 0 } else { prompt_bytes });
                     made.add(text, encoded, |ids| (0..ids).map(|at| at >= first).collect(), bytes);
                 }
@@ -100,19 +107,12 @@ impl Maker {
         Ok(())
     }
 
-    /// The tokens and bytes of a prompt, and text and tokens of it with its answer.
-    fn joined(
-        &self,
-        prompt: &Said,
-        answer: &Said,
-        given: &Given,
-    ) -> Result<(Vec<u32>, usize, String, Encoded), Unused> {
+    fn joined(&self, prompt: &Said, answer: &Said, given: &Given) -> Result<Joined, Unused> {
         match (prompt, answer) {
             (Said::Text(prompt), Said::Text(answer)) => {
-                let prompt_ids = self.plain(prompt)?.open().to_vec();
                 let text = format!("{prompt}{answer}");
-                let encoded = self.ended(&text)?;
-                Ok((prompt_ids, prompt.len(), text, encoded))
+                let (asked, encoded) = (self.plain(prompt)?.open().to_vec(), self.ended(&text)?);
+                Ok(Joined { prompt: asked, prompt_bytes: prompt.len(), text, encoded })
             }
             (Said::Messages(prompt), Said::Messages(answer)) => {
                 let template = self.template(given)?;
@@ -120,8 +120,8 @@ impl Maker {
                 let (whole, _) = conversation(&[prompt.as_slice(), answer].concat(), given)?;
                 let asked = template.render(&asked, Ending::Prompt, today())?.text;
                 let text = template.render(&whole, Ending::Complete, today())?.text;
-                let encoded = self.bare(&text)?;
-                Ok((self.bare(&asked)?.ids, asked.len(), text, encoded))
+                let (prompt, encoded) = (self.bare(&asked)?.ids, self.bare(&text)?);
+                Ok(Joined { prompt, prompt_bytes: asked.len(), text, encoded })
             }
             _ => super::bad("one of prompt and answer is a text, and the other one messages"),
         }
@@ -153,6 +153,19 @@ impl Maker {
         let encoding = self.given.tokenizer.encode_fast(text, false).map_err(cannot)?;
         Ok(Encoded::bare(encoding.get_ids().to_vec()))
     }
+}
+
+/// A prompt alone, and with its answer.
+struct Joined {
+    prompt: Vec<u32>,
+    prompt_bytes: usize,
+    text: String,
+    encoded: Encoded,
+}
+
+/// How many tokens both begin with.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 impl Made {
