@@ -29,6 +29,7 @@ const SPREAD: &str = "`-n` of the command, or `devices`, says how many ranks the
 const CLIPPED: &str = "gradients are clipped by their norm, to `max_grad_norm`; take the key out";
 const SHARDED: &str = "write `strategy`: \"fsdp\" shards weights, gradients and optimizer state (full shard, ZeRO-3), with `reshard_after_forward` = false all but weights in use (ZeRO-2), \"hsdp\" within each host";
 const ADAMW: &str = "the optimizer is AdamW; what it takes is in [optimizer], such as `optimizer.learning_rate`; take the key out";
+const PACKED: &str = "nothing is padded: documents are packed into sequences of `max_seq_len` tokens, and rows share one where `data.packing` says so; take the key out";
 const NOTHING: &str = "it has no meaning here; take the key out";
 
 #[rustfmt::skip]
@@ -50,8 +51,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["padded_vocab_size", "padding_multiple", "make_vocab_size_divisible_by"], "write `vocab_size`"),
     (&["dropout", "dropout_rate", "hidden_dropout"], "it trains without dropout; take the key out"),
     (&["shuffle", "shuffle_dataset", "data_seed"], "the data are always shuffled, anew in every epoch, and `seed` says how; take the key out"),
-    (&["packing", "sample_packing", "eval_packing", "eval_sample_packing", "pad_to_sequence_len", "group_by_length", "train_sampling_strategy"],
-        "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
+    (&["eval_packing", "eval_sample_packing", "pad_to_sequence_len", "group_by_length", "train_sampling_strategy"], PACKED),
     (&["bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "tf32", "half_precision_backend", "mixed_precision", "amp", "torch_dtype", "param_dtype", "reduce_dtype"],
         "write `precision`, which is \"32\", \"bf16-mixed\", \"16-mixed\" or \"bf16-true\""),
     (&["grad_scaler", "loss_scale", "initial_scale_power", "loss_scale_window"],
@@ -118,7 +118,7 @@ const NAMES: &[(&[&str], &str)] = &[
         NOTHING),
     (&["average_tokens_across_devices"], "every token counts alike, on whichever rank it is; take the key out"),
     (&["auto_find_batch_size"], "write `batch_size`; `fleet plan` tells what fits"),
-    (&["padding_free", "packing_strategy", "dataset_kwargs"], "documents are always packed into sequences of `max_seq_len` tokens; take the key out"),
+    (&["padding_free", "packing_strategy", "dataset_kwargs"], PACKED),
     (&["model_init_kwargs"], "a model is read as it lies at `model.path`; take the key out"),
     (&["eos_token", "pad_token"], "the tokenizer says so, which is that of the model or of `tokenizer.path`; take the key out"),
     (&["activation_offloading"], "write `activation_checkpointing`"),
@@ -137,8 +137,8 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["train_micro_batch_size_per_gpu"], "write `batch_size`, the sequences of one rank"),
     (&["steps_per_print"], "write `logging_steps`"),
     (&["tensorboard", "csv_monitor"], RECORD),
-    (&["neftune_noise_alpha", "completion_only_loss", "assistant_only_loss", "train_on_inputs", "chat_template"],
-        "it learns every token of plain text; take the key out"),
+    (&["neftune_noise_alpha"], "embeddings are trained without noise; take the key out"),
+    (&["mask_history", "roles_to_train", "train_on_eos"], "`data.loss_on` says which tokens are learnt: every turn of the assistant with its end, or all; take the key out"),
 ];
 
 /// By how they begin.
@@ -164,7 +164,7 @@ mod tests {
         ("eval_accumulation_steps", "take the key out"), ("torch_compile", "take the key out"), ("neftune_noise_alpha", "take the key out"),
         ("deepspeed", "`strategy`"), ("fsdp_config", "`strategy`"), ("use_cpu", "`device`"),
         // TRL
-        ("max_length", "`max_seq_len`"), ("packing", "always packed"), ("padding_free", "always packed"), ("dataset_text_field", "`data.text_field`"),
+        ("max_length", "`max_seq_len`"), ("padding_free", "nothing is padded"), ("roles_to_train", "`data.loss_on`"), ("dataset_text_field", "`data.text_field`"),
         ("eos_token", "`tokenizer.path`"), ("model_init_kwargs", "`model.path`"), ("loss_type", "cross-entropy"), ("activation_offloading", "`activation_checkpointing`"),
         // Lightning
         ("max_epochs", "`epochs`"), ("min_steps", "take the key out"), ("trainer", "`max_steps`"), ("accelerator", "`device`"),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 /// Tables of a job file; their keys are named `table.key`.
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 11] = [
     "model",
     "model.rope_parameters",
     "model.rope_scaling",
@@ -18,6 +18,7 @@ const TABLES: [&str; 10] = [
     "tokenizer",
     "data",
     "data.clean",
+    "data.fields",
     "optimizer",
     "checkpoint",
     "eval",
@@ -106,6 +107,26 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["data.clean.remove_html", "data.remove_html"],
     &["data.clean.normalize_whitespace", "data.normalize_whitespace"],
     &["data.clean.min_chars", "data.min_chars"],
+    &["data.format", "data.formatting", "data.type"],
+    &["data.loss_on", "loss_on"],
+    &["data.completion_only_loss", "completion_only_loss", "assistant_only_loss", "data.assistant_only_loss"],
+    &["data.train_on_inputs", "train_on_inputs", "train_on_prompt", "data.train_on_prompt"],
+    &["data.chat_template", "chat_template", "chat_template_path", "data.chat_template_path"],
+    &["data.packing", "packing", "sample_packing", "data.sample_packing"],
+    &["data.bad_rows", "bad_rows"],
+    &["data.fields.messages", "data.field_messages"],
+    &["data.fields.role", "data.message_field_role"],
+    &["data.fields.content", "data.message_field_content"],
+    &["data.fields.prompt", "data.field_prompt"],
+    &["data.fields.completion", "data.field_completion"],
+    &["data.fields.instruction", "data.field_instruction"],
+    &["data.fields.input", "data.field_input"],
+    &["data.fields.output", "data.field_output"],
+    &["data.fields.system", "data.field_system"],
+    &["data.fields.history", "data.field_history"],
+    &["data.fields.tools", "data.field_tools"],
+    &["data.fields.chosen", "data.field_chosen"],
+    &["data.fields.rejected", "data.field_rejected"],
 
     &["optimizer.learning_rate", "learning_rate", "lr", "optimizer.lr"],
     &["optimizer.schedule", "lr_scheduler_type", "optimizer.lr_scheduler_type"],
@@ -434,6 +455,7 @@ fn example(table: &str) -> &'static str {
         "tokenizer" => "{ path = \"tokenizer.json\" }",
         "data" => "{ path = \"FILE\" }",
         "data.clean" => "{ remove_html = true }",
+        "data.fields" => "{ prompt = \"question\" }",
         "optimizer" => "{ learning_rate = 5e-4 }",
         "checkpoint" => "{ save_steps = 250 }",
         _ => "{ eval_steps = 100 }",

@@ -14,6 +14,14 @@ pub(super) fn warnings(f: &Fields, job: &Job) -> Vec<Warning> {
             format!("`{spelling}` counts for nothing: `data.validation_fraction` is 0, so that there is no text to evaluate on")
         }));
     }
+    if job.data.rows.is_some() {
+        let cleaning = ["data.clean.remove_html", "data.clean.normalize_whitespace", "data.clean.min_chars"];
+        let given = cleaning.into_iter().find(|name| f.is_given(name));
+        all.extend(given.map(|name| {
+            let spelling = f.spelling(name);
+            format!("`{spelling}` counts for nothing: texts are cleaned, and the rows of this job are taken as they stand")
+        }));
+    }
     if job.strategy == Strategy::Ddp && f.is_given("reshard_after_forward") {
         all.push("`reshard_after_forward` counts for nothing under `strategy` = \"ddp\", where every rank has all weights".into());
     }

@@ -97,8 +97,9 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
+    let rows = rows::rows(f, dir, &tokenizer)?;
     Ok(Job {
-        task_name: task_name(f)?,
+        task_name: task_name(f, &rows)?,
         run_name: run_name::of(f, file_stem)?,
         output_dir: path("output_dir", "a directory")?.unwrap_or_else(|| dir.join("training_output")),
         working_dir: dir.to_owned(),
@@ -127,7 +128,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         adapter: super::adapter::adapter(f, dir, &model, (wanted.executor, wanted.device))?,
         model,
         tokenizer,
-        data: data(f, dir)?,
+        data: data(f, dir, rows)?,
         optimizer: optimizer(f, max_steps, warnings)?,
         checkpoint: checkpoint(f, dir)?,
         eval: eval(f, batch_size, warnings)?,
@@ -136,26 +137,22 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
 
-/// A label, unless it says that the run shall learn something else than text.
-fn task_name(f: &Fields) -> Result<String, JobFileError> {
-    let name = f.text("task_name", "a name")?.unwrap_or_else(|| "lm".to_owned());
+/// A label, unless it says that the run shall learn something else than text and rows.
+fn task_name(f: &Fields, rows: &Option<Rows>) -> Result<String, JobFileError> {
+    let usual = if rows.is_some() { "sft" } else { "lm" };
+    let name = f.text("task_name", "a name")?.unwrap_or_else(|| usual.to_owned());
     let plain: String = name.to_lowercase().replace(['_', ' '], "-");
     if !OTHER_TASKS.contains(&plain.as_str()) {
         return Ok(name);
     }
     let message = format!(
-        "`task_name` = \"{name}\" is not in this version of fleet, which learns every token of plain text; write \"lm\" (or a label of your own), if that is wanted"
+        "`task_name` = \"{name}\" is not in this version of fleet, which learns plain text (\"lm\") and rows of instructions (\"sft\"); write one of these (or a label of your own), if that is wanted"
     );
     Err(f.refuse(&["task_name"], message))
 }
 
-/// What other tools call tasks that are not language modelling on plain text.
-const OTHER_TASKS: [&str; 34] = [
-    "sft",
-    "instruction",
-    "instruction-tuning",
-    "instruct",
-    "chat",
+/// What other tools call tasks that are neither.
+const OTHER_TASKS: [&str; 29] = [
     "dpo",
     "ipo",
     "kto",
@@ -366,7 +363,7 @@ fn activation_checkpointing(f: &Fields) -> Result<ActivationCheckpointing, JobFi
 pub const READABLE: [&str; 2] =
     ["**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}", "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}.gz"];
 
-fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
+fn data(f: &Fields, dir: &Path, rows: Option<Rows>) -> Result<Data, JobFileError> {
     let cure = "name the text to train on, a file or a folder, here or with --set data.path=FILE";
     let paths = f
         .get("data.path", "a file, a folder or a list of them", |v| {
@@ -379,7 +376,7 @@ fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
     };
     Ok(Data {
         paths: paths.iter().map(|path| absolute(f, "data.path", dir, path)).collect::<Result<_, _>>()?,
-        include: globs("data.include", &READABLE)?,
+        include: globs("data.include", if rows.is_some() { &rows::READABLE } else { &READABLE })?,
         exclude: globs("data.exclude", &[])?,
         text_field: f.text("data.text_field", "the name of a field")?.unwrap_or_else(|| "text".to_owned()),
         validation_fraction: f
@@ -390,6 +387,7 @@ fn data(f: &Fields, dir: &Path) -> Result<Data, JobFileError> {
             normalize_whitespace: f.flag("data.clean.normalize_whitespace")?.unwrap_or(false),
             min_chars: f.int32("data.clean.min_chars", 0, u32::MAX)?.unwrap_or(0) as usize,
         },
+        rows,
     })
 }
 

@@ -14,6 +14,7 @@ mod load;
 mod model;
 mod ranks;
 mod render;
+mod rows;
 mod run_name;
 mod set;
 pub mod suggest;
@@ -25,6 +26,7 @@ pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
 pub use ranks::{Asked, RanksError, Shape};
+pub use rows::{BadRows, ChatTemplate, LossOn, ROW_FIELDS, RowFormat, Rows};
 
 use crate::ids::Rank;
 use crate::model::Object;
@@ -223,12 +225,15 @@ pub struct Data {
     /// Share of the documents held out for evaluation, `0.0..1.0`.
     pub validation_fraction: f64,
     pub clean: Clean,
+    /// `None`: plain text is learnt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Rows>,
 }
 
 impl Data {
     /// Nobody said which files of a folder are to be read.
     pub fn takes_all_kinds(&self) -> bool {
-        self.include == load::READABLE
+        self.include == load::READABLE || self.include == rows::READABLE
     }
 }
 

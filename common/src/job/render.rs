@@ -50,7 +50,7 @@ impl Job {
             Tokenizer::Train { .. } => Map::new(),
             Tokenizer::File(path) => table(json!({ "path": path })),
         };
-        let data = table(json!({
+        let mut data = table(json!({
             "path": self.data.paths,
             "include": self.data.include,
             "exclude": self.data.exclude,
@@ -59,6 +59,7 @@ impl Job {
             "clean": self.data.clean,
         }));
         let adapter = self.adapter.as_ref().map_or_else(Map::new, super::adapter::in_a_file);
+        data.extend(self.data.rows.iter().flat_map(Rows::in_a_file));
         let checkpoint = table(json!({
             "save_steps": self.checkpoint.save_steps,
             "save_total_limit": self.checkpoint.save_total_limit,

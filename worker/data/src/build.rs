@@ -89,23 +89,26 @@ pub(crate) fn build(
         tokenizer_sha256: hex::encode(Sha256::digest(&encoder.json)),
         train_sha256: hex::encode(Sha256::digest(&train.bytes)),
         validation_sha256: hex::encode(Sha256::digest(&validation.bytes)),
+        rows: None,
     };
     let meta = serde_json::to_vec_pretty(&meta).expect("counts and hashes are plain data");
     let contents: [(&str, &[u8]); 4] =
         [(TRAIN, &train.bytes), (VALIDATION, &validation.bytes), (TOKENIZER, &encoder.json), (META, &meta)];
-    write(target, &contents).map_err(|source| DataError::Write { path: target.to_owned(), source })
+    appear(target, |dir| contents.iter().try_for_each(|(name, bytes)| put(dir, name, bytes)))
 }
 
 /// The contents of the files, checked against the hashes that named the cache.
 pub(crate) fn read_files(files: &[PathBuf], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
-    let read = |(file, hash): (&PathBuf, &[u8; 32])| {
-        let bytes = fs::read(file).map_err(|source| DataError::Read { path: file.clone(), source })?;
-        match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
-            true => Ok(bytes),
-            false => Err(DataError::Changed(file.clone())),
-        }
-    };
-    files.par_iter().zip(hashes).map(read).collect()
+    files.par_iter().zip(hashes).map(|(file, hash)| read_file(file, hash)).collect()
+}
+
+/// Those of one file.
+pub(crate) fn read_file(file: &Path, hash: &[u8; 32]) -> Result<Vec<u8>, DataError> {
+    let bytes = fs::read(file).map_err(|source| DataError::Read { path: file.to_owned(), source })?;
+    match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
+        true => Ok(bytes),
+        false => Err(DataError::Changed(file.to_owned())),
+    }
 }
 
 /// Token ids of one part as they lie on disk, each document followed by the end of text.
@@ -162,18 +165,16 @@ fn check_windows(job: &Job, train_tokens: u64, validation_tokens: u64) -> Result
     Ok(())
 }
 
-/// Writes and syncs the files into a hidden directory and renames it to `target`.
-fn write(target: &Path, contents: &[(&str, &[u8])]) -> io::Result<()> {
+/// Lets `fill` write synced files into a hidden directory and renames it to `target`.
+pub(crate) fn appear(
+    target: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let failed = |source| DataError::Write { path: target.to_owned(), source };
     let parent = target.parent().unwrap_or(Path::new("."));
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     let temporary = parent.join(format!("{TEMPORARY}{name}-{}", std::process::id()));
-    let write_all = || {
-        fs::create_dir(&temporary)?;
-        for (name, bytes) in contents {
-            let mut file = File::create_new(temporary.join(name))?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-        }
+    let rename = || {
         File::open(&temporary)?.sync_all()?;
         if target.exists() {
             fs::remove_dir_all(target)?; // found damaged; no rank runs on it, because ranks start after this
@@ -181,7 +182,18 @@ fn write(target: &Path, contents: &[(&str, &[u8])]) -> io::Result<()> {
         fs::rename(&temporary, target)?;
         File::open(parent)?.sync_all()
     };
-    write_all().inspect_err(|_| {
+    let created = fs::create_dir(&temporary).map_err(failed);
+    created.and_then(|()| fill(&temporary)).and_then(|()| rename().map_err(failed)).inspect_err(|_| {
         let _ = fs::remove_dir_all(&temporary); // the error of writing is the one to tell
     })
+}
+
+/// Writes and syncs one file.
+pub(crate) fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), DataError> {
+    let path = dir.join(name);
+    let written = File::create_new(&path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|source| DataError::Write { path, source })
 }

@@ -3,6 +3,8 @@
 //! ```text
 //! <output_dir>/cache/<hash>/
 //!   train.bin validation.bin   token ids, 2 or 4 bytes little-endian, every document followed by the end of text
+//!   tokens.bin loss.bin        of rows in their place: token ids of all examples, and a bit for each that says whether it carries loss
+//!   train.index validation.index     which sequences of these each item has (rows/write.rs)
 //!   tokenizer.json
 //!   meta.json                  counts and SHA-256 of the others
 //! ```
@@ -11,8 +13,9 @@
 
 use crate::files::DataFiles;
 use crate::formats::{HEAD, Kind};
+use crate::rows::{self, Report};
 use crate::tokenizer::{Encoder, ModelIds, guarded};
-use crate::windows::{Width, Windows};
+use crate::windows::{RowIndex, Width, Windows};
 use crate::{Counts, Coverage, DataError, Note, build, text};
 use fleet_common::events::DataStats;
 use fleet_common::job::{Job, Tokenizer};
@@ -29,8 +32,16 @@ use std::time::Instant;
 /// Raised when anything changes that makes the same data give other files: reading, cutting, splitting, tokenising, layout.
 pub(crate) const FORMAT: &str = "fleet-tokens/2";
 
+/// The same for rows alone.
+const ROWS_FORMAT: &str = "rows/1";
+
 pub(crate) const TRAIN: &str = "train.bin";
 pub(crate) const VALIDATION: &str = "validation.bin";
+/// Of rows: the tokens of both parts, which of them carry loss, and the items of each part.
+pub(crate) const ROW_TOKENS: &str = "tokens.bin";
+pub(crate) const LOSS: &str = "loss.bin";
+pub(crate) const TRAIN_INDEX: &str = "train.index";
+pub(crate) const VALIDATION_INDEX: &str = "validation.index";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const META: &str = "meta.json";
 
@@ -58,8 +69,48 @@ pub struct Meta {
     /// Of both parts.
     pub coverage: Coverage,
     pub tokenizer_sha256: String,
+    /// Of rows: of their indices.
     pub train_sha256: String,
     pub validation_sha256: String,
+    /// Of a cache of rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<RowMeta>,
+}
+
+/// What a cache of rows has beside, or in the place of, what one of text has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RowMeta {
+    pub train_items: u64,
+    pub validation_items: u64,
+    /// Items are packs of examples.
+    pub is_packed: bool,
+    pub tokens_sha256: String,
+    pub loss_sha256: String,
+    pub report: Report,
+}
+
+impl Meta {
+    /// Names of the files, but for this one, with their SHA-256.
+    fn files(&self) -> Vec<(&'static str, &str)> {
+        let parts = match &self.rows {
+            None => vec![(TRAIN, &self.train_sha256), (VALIDATION, &self.validation_sha256)],
+            Some(rows) => vec![
+                (TRAIN_INDEX, &self.train_sha256),
+                (VALIDATION_INDEX, &self.validation_sha256),
+                (ROW_TOKENS, &rows.tokens_sha256),
+                (LOSS, &rows.loss_sha256),
+            ],
+        };
+        let all = parts.into_iter().chain([(TOKENIZER, &self.tokenizer_sha256)]);
+        all.map(|(name, sha256)| (name, sha256.as_str())).collect()
+    }
+
+    fn notes(&self) -> Vec<Note> {
+        let packs = |rows: &RowMeta| rows.is_packed.then_some(rows.train_items + rows.validation_items);
+        let of_rows = self.rows.iter().flat_map(|rows| rows.report.notes(self.max_seq_len, packs(rows)));
+        self.read.notes().into_iter().chain(of_rows).chain(self.coverage.notes()).collect()
+    }
 }
 
 /// An open cache. The windows of both parts are mapped, so ranks on one machine share them.
@@ -107,14 +158,17 @@ impl TokenCache {
                     Some(cache) => cache, // another process built it while this one waited
                     None => {
                         cached = false;
-                        build::build(job, files, &hashes, &ids, &target, progress)?;
+                        match &job.data.rows {
+                            None => build::build(job, files, &hashes, &ids, &target, progress)?,
+                            Some(rows) => rows::build(job, rows, files, &hashes, &ids, &target, progress)?,
+                        }
                         TokenCache::open(&target)?
                     }
                 }
             }
         };
         ids.check_holds(cache.meta.vocab_size)?;
-        cache.meta.read.notes().into_iter().chain(cache.meta.coverage.notes()).for_each(progress);
+        cache.meta.notes().into_iter().for_each(progress);
         let stats = DataStats { cached, seconds: started.elapsed().as_secs_f64(), ..cache.stats() };
         Ok((cache, stats))
     }
@@ -128,18 +182,33 @@ impl TokenCache {
             return Err(bad(format!("its format is `{}` and this fleet reads `{FORMAT}`", meta.format)));
         }
         let width = Width::of_vocabulary(meta.vocab_size);
-        let windows = |name: &str, tokens: u64| {
-            let mapped = Mapped::open(&dir.join(name)).map_err(|e| bad(format!("{name}: {e}")))?;
+        let map = |name: &str| Mapped::open(&dir.join(name)).map_err(|e| bad(format!("{name}: {e}")));
+        let tokens = |name: &str, tokens: u64| {
+            let mapped = map(name)?;
             if mapped.len() as u64 != tokens.saturating_mul(width.bytes() as u64) {
                 return Err(bad(format!(
                     "{name} has {} bytes and should hold {tokens} tokens",
                     mapped.len()
                 )));
             }
-            Ok(Windows::new(mapped, width, meta.max_seq_len as usize))
+            Ok(mapped)
         };
-        let (train, validation) =
-            (windows(TRAIN, meta.train_tokens)?, windows(VALIDATION, meta.validation_tokens)?);
+        let most = meta.max_seq_len as usize;
+        let of_text = |name: &str, count: u64| Ok(Windows::new(tokens(name, count)?, width, most));
+        let of_rows = |name: &str, items: u64| {
+            let count = meta.train_tokens.saturating_add(meta.validation_tokens);
+            let rows = RowIndex { index: map(name)?, loss: map(LOSS)?, items };
+            match rows.is_whole(count) {
+                true => Ok(Windows::of_rows(tokens(ROW_TOKENS, count)?, width, most, rows)),
+                false => Err(bad(format!("{name} or {LOSS} is not as long as it should be"))),
+            }
+        };
+        let (train, validation) = match &meta.rows {
+            None => (of_text(TRAIN, meta.train_tokens)?, of_text(VALIDATION, meta.validation_tokens)?),
+            Some(rows) => {
+                (of_rows(TRAIN_INDEX, rows.train_items)?, of_rows(VALIDATION_INDEX, rows.validation_items)?)
+            }
+        };
         Ok(TokenCache { dir: dir.to_owned(), meta, train, validation })
     }
 
@@ -187,7 +256,9 @@ impl TokenCache {
     fn fingerprint(&self) -> String {
         let Meta { format, tokenizer_sha256, train_sha256, validation_sha256, max_seq_len, .. } = &self.meta;
         let read = [format, tokenizer_sha256, train_sha256, validation_sha256, &max_seq_len.to_string()];
-        hex::encode(Sha256::digest(read.map(String::as_str).join("\n")))
+        let of_rows = self.meta.rows.iter().flat_map(|rows| [&rows.tokens_sha256, &rows.loss_sha256]);
+        let read: Vec<&str> = read.into_iter().chain(of_rows).map(String::as_str).collect();
+        hex::encode(Sha256::digest(read.join("\n")))
     }
 
     /// The cache, if it is there and every file has its hash. A damaged one is built again.
@@ -196,16 +267,10 @@ impl TokenCache {
             return None;
         }
         let checked = TokenCache::open(dir).and_then(|cache| {
-            let meta = &cache.meta;
-            let expected = [
-                (TRAIN, &meta.train_sha256),
-                (VALIDATION, &meta.validation_sha256),
-                (TOKENIZER, &meta.tokenizer_sha256),
-            ];
-            expected.into_par_iter().try_for_each(|(name, sha256)| {
+            cache.meta.files().into_par_iter().try_for_each(|(name, sha256)| {
                 let path = dir.join(name);
                 let bytes = Mapped::open(&path).map_err(|source| DataError::Read { path, source })?;
-                match hex::encode(Sha256::digest(&*bytes)) == *sha256 {
+                match hex::encode(Sha256::digest(&*bytes)) == sha256 {
                     true => Ok(()),
                     false => {
                         Err(DataError::Cache { path: dir.to_owned(), what: format!("{name} has changed") })
@@ -255,6 +320,9 @@ fn cache_hash(
     let mut hasher = Sha256::new();
     let head = format!("{FORMAT}\n{tokenizer}\n{}\n{fraction:x}\n{clean}\n{field:?}\n", job.max_seq_len);
     hasher.update(head);
+    if let (Some(rows), Tokenizer::File(path)) = (&job.data.rows, &job.tokenizer) {
+        hasher.update(format!("{ROWS_FORMAT}\n{}\n", rows::described(rows, path)?));
+    }
     for (file, hash) in files.iter().zip(hashes) {
         let kind = match Kind::by_name(file) {
             Kind::Text | Kind::Gzip => b't',

@@ -160,7 +160,7 @@ pub(crate) fn no_field<'a>(field: &str, present: impl Iterator<Item = &'a str>) 
     }
     if let Some((a, b)) = PAIRS.into_iter().find(|(a, b)| has(a) && has(b)) {
         return format!(
-            "no field `{field}`, but `{a}` and `{b}`, which this version does not learn apart; join them to one text per row in the field `{field}`"
+            "no field `{field}`, but `{a}` and `{b}`: rows of instructions are learnt with `task_name` = \"sft\"; plain text is one text per row in the field `{field}`"
         );
     }
     let short = |name: &str| name.chars().take(40).flat_map(char::escape_debug).collect::<String>();
@@ -191,8 +191,7 @@ const PAIRS: [(&str, &str); 8] = [
 /// What to do with rows of chats, whose text shall stand in `field`.
 pub(crate) fn chat_cure(field: &str) -> String {
     format!(
-        "rows of chats are not read in this version; write each as one text in the field `{field}`, as the model's chat template gives it \
-         (apply_chat_template of transformers, without tokenizing)"
+        "rows of chats are learnt with `task_name` = \"sft\"; plain text is one text per row in the field `{field}`"
     )
 }
 
@@ -272,12 +271,15 @@ mod tests {
         let chat = b"{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}], \"id\": 1}";
         for told in [said(chat, |_| ()), said(chat, |data| data.text_field = "messages".into())] {
             assert!(
-                told.contains("rows of chats are not read in this version") && told.contains("field `text`"),
+                told.contains("learnt with `task_name` = \"sft\"") && told.contains("field `text`"),
                 "{told}"
             );
         }
         let pair = said(b"{\"prompt\": \"a\", \"completion\": \"b\"}", |_| ());
-        assert!(pair.contains("`prompt` and `completion`") && pair.contains("join them"), "{pair}");
+        assert!(
+            pair.contains("`prompt` and `completion`") && pair.contains("`task_name` = \"sft\""),
+            "{pair}"
+        );
         assert!(said(b"{\"prompt\": \"a\"}", |_| ()).contains("set data.text_field to one of: prompt"));
     }
 

@@ -37,6 +37,14 @@ pub enum DataError {
     /// A row of JSON, CSV or TSV; `line` counts from 1.
     #[error("{path}, line {line}: {what}")]
     Row { path: PathBuf, line: u64, what: String },
+    /// A row of instructions; `place` is a line or the number of a row.
+    #[error(
+        "{path}, {place}: {what}; correct the row, or set data.bad_rows = \"skip\" to leave such rows out"
+    )]
+    BadRow { path: PathBuf, place: String, what: String },
+    /// Rows from which nothing can be learnt.
+    #[error("{0}")]
+    Rows(String),
     #[error("{0} changed while it was being read; start the job again when it is complete")]
     Changed(PathBuf),
     /// Of a model directory.

@@ -149,6 +149,7 @@ impl Search {
         self.written.iter().any(is)
             || has(&["manifest.json", "trainer_state.json"])
             || has(&["meta.json", "train.bin", "validation.bin"])
+            || has(&["meta.json", "train.index", "validation.index"])
     }
 
     /// A loop of folders is left out, and a broken link that nobody asked for; the rest cannot be read and is an error.
@@ -251,6 +252,7 @@ pub(crate) mod tests {
             text_field: "text".into(),
             validation_fraction: 0.1,
             clean: Default::default(),
+            rows: None,
         }
     }
 

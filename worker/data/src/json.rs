@@ -32,7 +32,7 @@ pub(crate) fn texts(path: &Path, text: &str, field: &str) -> Result<Vec<String>,
 
 /// Whether the file is one value rather than one per line: there is a single line, or the first is no value by itself and the
 /// second does not begin one like it.
-fn is_one_document<'t>(mut lines: impl Iterator<Item = &'t str>) -> bool {
+pub(crate) fn is_one_document<'t>(mut lines: impl Iterator<Item = &'t str>) -> bool {
     let (Some(first), Some(second)) = (lines.next(), lines.next()) else { return true };
     let whole = serde_json::from_str::<IgnoredAny>(first).is_ok();
     let array = first.starts_with('[');
@@ -48,7 +48,7 @@ fn parse(text: &str, rows: Rows) -> serde_json::Result<()> {
     parser.end()
 }
 
-fn what_is_wrong(text: &str, error: &serde_json::Error) -> String {
+pub(crate) fn what_is_wrong(text: &str, error: &serde_json::Error) -> String {
     let all = without_place(error);
     let (row, what) =
         match all.starts_with("row ").then(|| all.split_at(all.find(": ").map_or(0, |at| at + 2))) {

@@ -1,4 +1,4 @@
-//! From files to batches: reading, cleaning, tokenising, packing, and the order in which windows are trained on.
+//! From files to batches: reading, cleaning, tokenising, packing, and the order in which windows of text or rows are trained on.
 //!
 //! The agent finds the `DataFiles` and builds a `TokenCache` once per data set, before the ranks start; every rank opens it and computes from `Order`
 //! alone which windows are its own. Nothing here knows of tensors or of the cluster.
@@ -20,6 +20,7 @@ mod note;
 mod order;
 mod permutation;
 mod prefix_space;
+mod rows;
 mod split;
 mod splits;
 mod stream;
@@ -28,13 +29,14 @@ mod text;
 mod tokenizer;
 mod windows;
 
-pub use cache::{Meta, TokenCache};
+pub use cache::{Meta, RowMeta, TokenCache};
 pub use coverage::Coverage;
 pub use documents::Counts;
 pub use error::DataError;
 pub use files::DataFiles;
 pub use note::Note;
 pub use order::{Cursor, Order, evaluation_part};
+pub use rows::Report;
 pub use stream::Stream;
 pub use tokenizer::{END_OF_TEXT, Encoded, decode, guarded};
-pub use windows::Windows;
+pub use windows::{Item, Windows};

@@ -5,6 +5,7 @@
 
 use crate::DataError;
 use crate::documents::no_field;
+use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -56,6 +57,38 @@ pub(crate) fn texts(
         texts.push(row.fields.swap_remove(column).into_owned());
     }
     Ok(texts)
+}
+
+/// Gives every row as an object of texts, by the names in the first row, or what is wrong with it.
+pub(crate) fn objects(
+    path: &Path,
+    text: &str,
+    dialect: Dialect,
+    take: &mut dyn FnMut(u64, Result<Map<String, Value>, String>) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let bad = |(line, what): (u64, String)| DataError::Row { path: path.to_owned(), line, what };
+    let mut rows = Rows::new(text, dialect);
+    let Some(header) = rows.next().transpose().map_err(bad)? else { return Ok(()) };
+    let names: Vec<&str> = header.fields.iter().map(|name| name.trim()).collect();
+    if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
+        let what =
+            format!("there are two columns `{twice}` (the second is number {}); rename one of them", at + 1);
+        return Err(bad((header.line, what)));
+    }
+    for row in rows {
+        let (line, row) = match row {
+            Err((line, what)) => (line, Err(what)),
+            Ok(row) if row.fields.len() != names.len() => {
+                (row.line, Err(wrong_length(row.fields.len(), names.len(), dialect)))
+            }
+            Ok(row) => {
+                let values = row.fields.into_iter().map(|field| Value::String(field.into_owned()));
+                (row.line, Ok(names.iter().map(|name| (*name).to_owned()).zip(values).collect()))
+            }
+        };
+        take(line, row)?;
+    }
+    Ok(())
 }
 
 /// Where the text field stands.

@@ -14,6 +14,24 @@ const RATIO_MAX: u64 = 100;
 
 /// The text of a file and how it is to be cut; never `Kind::Gzip`.
 pub(crate) fn read(path: &Path, bytes: Vec<u8>) -> Result<(Kind, String), DataError> {
+    let (kind, bytes) = unpacked(path, bytes)?;
+    Ok((kind, decode(path, bytes)?))
+}
+
+/// The same of a file that may have bytes that are not UTF-8: in their place stands U+FFFD. Tells whether there are such.
+pub(crate) fn read_damaged(path: &Path, bytes: Vec<u8>) -> Result<(Kind, String, bool), DataError> {
+    let (kind, bytes) = unpacked(path, bytes)?;
+    let is_utf16 = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
+    match std::str::from_utf8(&bytes) {
+        Err(_) if !is_utf16 && !bytes.contains(&0) => {
+            let text = String::from_utf8_lossy(&bytes);
+            Ok((kind, text.trim_start_matches('\u{feff}').to_owned(), true))
+        }
+        _ => Ok((kind, decode(path, bytes)?, false)),
+    }
+}
+
+fn unpacked(path: &Path, bytes: Vec<u8>) -> Result<(Kind, Vec<u8>), DataError> {
     let kind = known(path, &bytes)?;
     let (kind, bytes) = match kind {
         Kind::Gzip => {
@@ -26,7 +44,7 @@ pub(crate) fn read(path: &Path, bytes: Vec<u8>) -> Result<(Kind, String), DataEr
     if kind == Kind::Gzip {
         return Err(not_text(path, "it is compressed twice; unpack it".into()));
     }
-    Ok((kind, decode(path, bytes)?))
+    Ok((kind, bytes))
 }
 
 /// The kind of a file that begins so, or the refusal of its format.

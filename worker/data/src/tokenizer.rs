@@ -80,10 +80,14 @@ impl Encoder {
     /// A given `tokenizer.json`. A document ends with what the job says; else with the `eos_token` that the files beside the tokenizer
     /// name, as TRL does it; else with the first end of a text that the model names; else with what is usually called so.
     pub fn open(path: &Path, ids: &ModelIds) -> Result<Encoder, DataError> {
-        let given = GivenTokenizer::open(path, ids.vocab_size)?;
+        Encoder::of(&GivenTokenizer::open(path, ids.vocab_size)?, path, ids)
+    }
+
+    /// Of one that is open; `path` stands in errors.
+    pub fn of(given: &GivenTokenizer, path: &Path, ids: &ModelIds) -> Result<Encoder, DataError> {
         let refused = |what| DataError::Tokenizer { path: path.to_owned(), what };
         let named = if ids.chosen { None } else { given.special.eos.as_deref() };
-        let GivenTokenizer { tokenizer, json, beside, .. } = &given;
+        let GivenTokenizer { tokenizer, json, beside, .. } = given;
         let mut encoder = Encoder::new(tokenizer.clone(), json.clone(), &ids.ends, named).map_err(refused)?;
         let has_special = tokenizer.get_added_tokens_decoder().values().any(|token| token.special);
         encoder.taken = format!("{beside}{}", if has_special { " special tokens in texts" } else { "" });
@@ -154,6 +158,11 @@ impl Encoder {
         is_byte_level(json) && ByteLevel::alphabet().into_iter().all(known)
     }
 
+    /// Whether it can say every text as it stands.
+    pub fn says_all(&self) -> bool {
+        self.has_every_byte(&serde_json::from_slice(&self.json).unwrap_or_default())
+    }
+
     /// How much of the texts is in their tokens, which `encode` gave.
     pub fn coverage(&self, texts: &[&str], encoded: &[Encoded]) -> Result<Coverage, DataError> {
         let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
@@ -201,6 +210,11 @@ impl Encoded {
     /// A text with nothing around it.
     pub(crate) fn bare(ids: Vec<u32>) -> Encoded {
         Encoded { text: 0..ids.len(), ids, own_begin: Vec::new() }
+    }
+
+    /// Without the end that the post-processor puts behind it.
+    pub(crate) fn open(&self) -> &[u32] {
+        &self.ids[..self.text.end]
     }
 
     pub fn of_text(&self) -> &[u32] {

@@ -1,26 +1,81 @@
-//! What a run is trained for: which tokens of its windows are to be predicted, and how much each of them counts. The loss of a step is the
+//! What a run is trained for: which tokens of its items are to be predicted, and how much each of them counts. The loss of a step is the
 //! weighted sum over all ranks and micro-batches, divided by what all targets of the step count together.
 
-use crate::batch::TokenBatch;
-use fleet_data::Windows;
+use crate::batch::{IGNORED, TokenBatch};
+use fleet_data::{Item, Windows};
 
 pub trait Objective {
-    /// The windows with these numbers, as the model takes them.
-    fn batch(&self, windows: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch;
+    /// The items with these numbers, as the model takes them. `noise` is of each sequence a number that no other one of the data has.
+    fn batch(&self, items: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch;
 }
 
-/// Every token predicts the one that follows, and all count the same: training from scratch.
+/// Sequences of one item at most, for numbers that are of one sequence.
+const SEQUENCES_MAX: u64 = 1 << 20;
+
+/// Every token that is learnt is predicted from those before it in its sequence, and all count the same: training from scratch on windows of
+/// text, and supervised fine-tuning (SFT) on rows.
 pub struct NextToken;
 
 impl Objective for NextToken {
-    fn batch(&self, windows: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch {
-        let size = windows.window_tokens();
-        let mut tokens = Vec::new();
+    fn batch(&self, items: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch {
+        let (mut item, mut noise) = (Item::default(), Vec::new());
         for index in indices {
-            let start = tokens.len();
-            tokens.resize(start + size, 0);
-            windows.read(index, &mut tokens[start..]);
+            let before = item.lengths.len();
+            items.append(index, &mut item);
+            let sequences = (item.lengths.len() - before) as u64;
+            noise.extend((0..sequences).map(|number| index * SEQUENCES_MAX + number));
         }
-        TokenBatch::of_windows(&tokens, size)
+        next_tokens(&item, noise)
+    }
+}
+
+fn next_tokens(item: &Item, noise: Vec<u64>) -> TokenBatch {
+    let first = item.lengths.first().copied();
+    let equal = first.filter(|first| *first > 1 && item.lengths.iter().all(|length| length == first));
+    if let Some(window) = equal.filter(|_| item.learnt.iter().all(|learnt| *learnt)) {
+        return TokenBatch { noise: Some(noise), ..TokenBatch::of_windows(&item.ids, window) };
+    }
+    let (mut at, mut sequences, mut of_sequences) = (0, Vec::new(), Vec::new());
+    for (length, noise) in item.lengths.iter().zip(noise) {
+        let (ids, learnt) = (&item.ids[at..at + length], &item.learnt[at..at + length]);
+        at += length;
+        let targets = ids.iter().zip(learnt).skip(1);
+        let targets: Vec<i64> = targets.map(|(id, learnt)| if *learnt { *id } else { IGNORED }).collect();
+        if !targets.is_empty() {
+            sequences.push((&ids[..targets.len()], targets));
+            of_sequences.push(noise);
+        }
+    }
+    if sequences.is_empty() {
+        return TokenBatch::nothing();
+    }
+    let batch = TokenBatch::of_sequences(sequences.iter().map(|(ids, targets)| (*ids, &targets[..])));
+    TokenBatch { noise: Some(of_sequences), ..batch }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_learnt_is_read_and_not_predicted() {
+        let item = Item {
+            lengths: vec![4, 1, 2],
+            ids: vec![1, 2, 3, 4, 5, 6, 7],
+            learnt: vec![false, false, true, true, true, true, false],
+        };
+        let batch = next_tokens(&item, vec![8, 9, 10]);
+        assert_eq!(batch.ids, [1, 2, 3, 6]);
+        assert_eq!(batch.targets, [IGNORED, 3, 4, IGNORED]);
+        assert_eq!((batch.lengths, batch.noise), (Some(vec![3, 1]), Some(vec![8, 10])));
+        let short = Item { lengths: vec![1], ids: vec![1], learnt: vec![true] };
+        assert_eq!(next_tokens(&short, vec![0]), TokenBatch::nothing());
+    }
+
+    #[test]
+    fn windows_are_a_rectangle() {
+        let item = Item { lengths: vec![2, 2], ids: vec![1, 2, 3, 4], learnt: vec![true; 4] };
+        let batch = next_tokens(&item, vec![0, 1]);
+        assert_eq!((batch.ids, batch.targets, batch.seq, batch.lengths), (vec![1, 3], vec![2, 4], 1, None));
     }
 }

@@ -15,6 +15,6 @@ pub(super) fn find(name: &str) -> Option<&'static str> {
     TEMPLATES.iter().find(|(known, _)| *known == name).map(|(_, source)| *source)
 }
 
-pub(super) fn names() -> String {
+pub(crate) fn names() -> String {
     TEMPLATES.map(|(name, _)| name).join(", ")
 }

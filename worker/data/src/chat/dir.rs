@@ -39,6 +39,18 @@ impl Templates {
         Ok(Templates { dir: dir.to_owned(), found, special })
     }
 
+    /// Whether the model has one that is taken where none is named.
+    pub(crate) fn has_usual(&self) -> bool {
+        self.found.contains_key(DEFAULT)
+    }
+
+    /// The template in a file, with the special tokens of this model.
+    pub(crate) fn of_file(&self, path: &Path) -> Result<Template, DataError> {
+        let missing = || DataError::Read { path: path.to_owned(), source: ErrorKind::NotFound.into() };
+        let source = read(path)?.ok_or_else(missing)?;
+        Template::parse(&path.display().to_string(), &source, self.special.clone()).map_err(DataError::Chat)
+    }
+
     /// The one of this name, of the model or built in; without a name the model's own, for tools where there are some.
     pub fn choose(&self, name: Option<&str>, has_tools: bool) -> Result<Template, ChatError> {
         let usual = if has_tools { [TOOL_USE, DEFAULT] } else { [DEFAULT, DEFAULT] };

@@ -16,6 +16,7 @@ mod strftime;
 mod template;
 mod tokens;
 
+pub(crate) use builtin::names as built_in;
 pub use conversation::Conversation;
 pub use dir::Templates;
 pub use error::ChatError;

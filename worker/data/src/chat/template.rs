@@ -93,6 +93,11 @@ impl Template {
         &self.name
     }
 
+    /// All that decides what it renders.
+    pub(crate) fn described(&self) -> String {
+        format!("{} {:?}", self.source, self.special)
+    }
+
     /// Whether the template itself marks what the assistant says.
     pub fn marks_assistant(&self) -> bool {
         self.has_blocks

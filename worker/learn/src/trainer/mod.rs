@@ -358,9 +358,9 @@ impl Trainer {
         let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
                 let indices = self.order.rank_part(step, micro, self.rank, self.world);
-                let mut batch = self.objective.batch(self.cache.train(), &mut indices.iter().copied());
-                let noise = indices.iter().map(|index| dropout::of_sequence(self.job.seed, step, *index));
-                batch.noise = Some(noise.collect());
+                let mut batch = self.objective.batch(self.cache.train(), &mut indices.into_iter());
+                let noise = batch.noise.iter_mut().flatten();
+                noise.for_each(|noise| *noise = dropout::of_sequence(self.job.seed, step, *noise));
                 batch
             })
             .collect();
@@ -374,6 +374,11 @@ impl Trainer {
         self.watch.end_step();
         self.breakdown.after_step(self.watch.sums(), step + 1);
 
+        // Of all ranks, which each of them can tell.
+        let items = (0..u64::from(self.job.accumulate_grad_batches))
+            .flat_map(|micro| (0..self.world).map(move |rank| (micro, rank)))
+            .flat_map(|(micro, rank)| self.order.rank_part(step, micro, rank, self.world));
+        let taken: u64 = items.map(|item| self.cache.train().tokens(item)).sum();
         let cursor = self.order.cursor(step + 1);
         let state = &mut self.state;
         (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
@@ -381,7 +386,7 @@ impl Trainer {
         state.epoch_windows = Some(cursor.windows).filter(|windows| *windows != in_equal_steps);
         state.loss = report.loss;
         let scaled_by = std::mem::replace(&mut state.loss_scale, self.learner.loss_scale());
-        let tokens = state.global_batch * u64::from(self.job.max_seq_len);
+        let tokens = taken;
         state.tokens_seen += tokens;
         let grad_norm = if report.skipped { self.meter.grad_norm } else { report.grad_norm };
         self.meter.add(tokens, began.elapsed(), lr, grad_norm);

@@ -1,0 +1,328 @@
+//! Builds a cache of rows: reads file by file, tokenises row by row, holds out, packs, and writes.
+
+use super::example::Reader;
+use super::format;
+use super::pack::best_fit;
+use super::sequence::{Made, Maker};
+use super::source::{self, Place};
+use super::templates::{self, Chosen};
+use super::write::{Span, Writer, index};
+use super::{Report, Row, Unused};
+use crate::build::{appear, put, read_file};
+use crate::cache::{FORMAT, LOSS, META, Meta, ROW_TOKENS, RowMeta, TOKENIZER, TRAIN_INDEX, VALIDATION_INDEX};
+use crate::model_dir::GivenTokenizer;
+use crate::tokenizer::{Encoder, ModelIds};
+use crate::windows::Width;
+use crate::{Counts, Coverage, DataError, Note, text};
+use fleet_common::job::{self, BadRows, ChatTemplate, Job, RowFormat, Rows};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+
+/// Rows that are tokenised at once.
+const BATCH: usize = 1024;
+
+/// Builds `target`, replacing a damaged one. The caller holds the lock and has hashed the files.
+pub(crate) fn build(
+    job: &Job,
+    rows: &Rows,
+    files: &[PathBuf],
+    hashes: &[[u8; 32]],
+    ids: &ModelIds,
+    target: &Path,
+    progress: &dyn Fn(Note),
+) -> Result<(), DataError> {
+    let job::Tokenizer::File(path) = &job.tokenizer else {
+        return Err(DataError::Vocabulary("rows need a tokenizer that is there; set tokenizer.path".into()));
+    };
+    let given = GivenTokenizer::open(path, ids.vocab_size)?;
+    let encoder = Encoder::of(&given, path, ids)?;
+    ids.check_holds(encoder.vocab_size)?;
+    let maker = Maker { templates: Chosen::of(rows, path)?, given, encoder, loss_on: rows.loss_on };
+    let s = if files.len() == 1 { "" } else { "s" };
+    progress(Note::info(format!("tokenising the rows of {} file{s}", files.len())));
+    appear(target, |dir| {
+        let mut builder = Builder::new(job, rows, &maker, dir)?;
+        for (file, hash) in files.iter().zip(hashes) {
+            builder.file(file, hash)?;
+        }
+        builder.finish(dir, target)
+    })
+}
+
+/// An example that is written: what it is, and where.
+struct Kept {
+    /// Of its tokens and which of them are learnt, before any was cut off.
+    hash: [u8; 16],
+    spans: Vec<Span>,
+    loss_tokens: u64,
+    /// Bytes of text in them.
+    said: u64,
+}
+
+impl Kept {
+    fn tokens(&self) -> u64 {
+        self.spans.iter().map(|span| u64::from(span.len)).sum()
+    }
+}
+
+struct Builder<'a> {
+    job: &'a Job,
+    rows: &'a Rows,
+    maker: &'a Maker,
+    says_all: bool,
+    writer: Writer,
+    kept: Vec<Kept>,
+    counts: Counts,
+    report: Report,
+    coverage: Coverage,
+    file: PathBuf,
+    /// It holds bytes that are not UTF-8.
+    is_damaged: bool,
+    format: Option<RowFormat>,
+    batch: Vec<(Place, Result<Row, String>)>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(job: &'a Job, rows: &'a Rows, maker: &'a Maker, dir: &Path) -> Result<Builder<'a>, DataError> {
+        let width = Width::of_vocabulary(maker.encoder.vocab_size);
+        Ok(Builder {
+            job,
+            rows,
+            maker,
+            says_all: maker.encoder.says_all(),
+            writer: Writer::create(&dir.join(ROW_TOKENS), &dir.join(LOSS), width)?,
+            kept: Vec::new(),
+            counts: Counts::default(),
+            report: Report::default(),
+            coverage: Coverage::default(),
+            file: PathBuf::new(),
+            is_damaged: false,
+            format: None,
+            batch: Vec::new(),
+        })
+    }
+
+    fn file(&mut self, path: &Path, hash: &[u8; 32]) -> Result<(), DataError> {
+        let bytes = read_file(path, hash)?;
+        let (kind, text, is_damaged) = match self.rows.bad_rows {
+            BadRows::Skip => text::read_damaged(path, bytes)?,
+            BadRows::Stop => text::read(path, bytes).map(|(kind, text)| (kind, text, false))?,
+        };
+        (self.file, self.is_damaged, self.format) = (path.to_owned(), is_damaged, None);
+        self.counts.files += 1;
+        source::each(path, kind, &text, &mut |place, row| {
+            self.batch.push((place, row));
+            if self.batch.len() == BATCH { self.flush() } else { Ok(()) }
+        })?;
+        self.flush()
+    }
+
+    /// Tokenises what has been read, and writes it in its order.
+    fn flush(&mut self) -> Result<(), DataError> {
+        let batch = std::mem::take(&mut self.batch);
+        let Some(format) = self.format_of(&batch)? else { return self.all_bad(batch) };
+        let reader = Reader {
+            data: &self.job.data,
+            rows: self.rows,
+            has_template: self.maker.templates.is_some(),
+            is_templated: self
+                .rows
+                .chat_template
+                .as_ref()
+                .is_some_and(|chosen| *chosen != ChatTemplate::None),
+        };
+        let one = |(place, row): (Place, Result<Row, String>)| {
+            let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);
+            let made = row.map_err(Unused::Bad).and_then(|row| reader.read(format, &row));
+            (place, is_damaged, made.and_then(|example| self.maker.make(&example)))
+        };
+        let made: Vec<(Place, bool, Result<Made, Unused>)> = batch.into_par_iter().map(one).collect();
+        self.measure(made.iter().filter_map(|(.., made)| made.as_ref().ok()))?;
+        for (place, is_damaged, made) in made {
+            self.counts.rows += 1;
+            match made {
+                _ if is_damaged => self.report.not_utf8 += 1,
+                Ok(made) => self.keep(place, made)?,
+                Err(Unused::Empty) => self.report.empty += 1,
+                Err(Unused::Same) => self.report.same += 1,
+                Err(Unused::NoTemplate) => return Err(templates::missing()),
+                Err(Unused::Bad(what)) => self.bad(place, what)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What the rows of this file are; `None` as long as none could be read.
+    fn format_of(&mut self, batch: &[(Place, Result<Row, String>)]) -> Result<Option<RowFormat>, DataError> {
+        let first: Vec<&Row> =
+            batch.iter().filter_map(|(_, row)| row.as_ref().ok()).take(format::FIRST).collect();
+        if self.format.is_none() && !first.is_empty() {
+            let found = format::of(&self.job.data, self.rows, &first);
+            let found = found.map_err(|why| DataError::Rows(format!("{}: {why}", self.file.display())))?;
+            let name = format::name(found).to_owned();
+            if !self.report.formats.contains(&name) {
+                self.report.formats.push(name);
+            }
+            self.format = Some(found);
+        }
+        Ok(self.format)
+    }
+
+    fn all_bad(&mut self, batch: Vec<(Place, Result<Row, String>)>) -> Result<(), DataError> {
+        for (place, row) in batch {
+            self.counts.rows += 1;
+            self.bad(place, row.err().unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    fn bad(&mut self, place: Place, what: String) -> Result<(), DataError> {
+        let (path, place) = (self.file.clone(), place.to_string());
+        if self.rows.bad_rows == BadRows::Stop {
+            return Err(DataError::BadRow { path, place, what });
+        }
+        self.report.bad += 1;
+        self.report.first_bad.get_or_insert_with(|| format!("{}, {place}: {what}", path.display()));
+        Ok(())
+    }
+
+    fn keep(&mut self, place: Place, made: Made) -> Result<(), DataError> {
+        let Made { mut sequences, is_joined, .. } = made;
+        if !is_joined {
+            self.report.unjoined += 1;
+            self.report.first_unjoined.get_or_insert_with(|| format!("{}, {place}", self.file.display()));
+        }
+        let mut hasher = Sha256::new();
+        for sequence in &sequences {
+            sequence.ids.iter().for_each(|id| hasher.update(id.to_le_bytes()));
+            sequence.learnt.iter().for_each(|learnt| hasher.update([u8::from(*learnt)]));
+        }
+        if sequences.iter().any(|sequence| sequence.loss_tokens() == 0) {
+            self.report.masked += 1;
+            return Ok(());
+        }
+        let cut: u64 = sequences.iter_mut().map(|sequence| sequence.cut(self.job.max_seq_len as usize)).sum();
+        if cut > 0 {
+            self.report.truncated += 1;
+            self.report.truncated_tokens += cut;
+        }
+        if sequences.iter().any(|sequence| sequence.loss_tokens() == 0) {
+            self.report.cut_off += 1;
+            let left: usize = sequences.iter().map(|sequence| sequence.ids.len()).sum();
+            self.report.truncated_tokens += left as u64;
+            return Ok(());
+        }
+        let spans = sequences.iter().map(|sequence| self.writer.add(&sequence.ids, &sequence.learnt));
+        let mut hash = [0; 16];
+        hash.copy_from_slice(&hasher.finalize()[..16]);
+        self.kept.push(Kept {
+            hash,
+            spans: spans.collect::<Result<_, _>>()?,
+            loss_tokens: sequences.iter().map(|sequence| sequence.loss_tokens()).sum(),
+            said: sequences.iter().map(|sequence| sequence.said).sum(),
+        });
+        Ok(())
+    }
+
+    /// How much of the texts is in their tokens.
+    fn measure<'m>(&mut self, made: impl Iterator<Item = &'m Made>) -> Result<(), DataError> {
+        let (texts, encoded): (Vec<&str>, Vec<_>) =
+            made.flat_map(|made| &made.texts).map(|(text, encoded)| (text.as_str(), encoded.clone())).unzip();
+        let coverage = match self.says_all {
+            true => Coverage::whole(&texts),
+            false => self.maker.encoder.coverage(&texts, &encoded)?,
+        };
+        self.coverage = self.coverage.and(&coverage);
+        Ok(())
+    }
+
+    fn finish(mut self, dir: &Path, target: &Path) -> Result<(), DataError> {
+        let report = &mut self.report;
+        report.rows = self.counts.rows;
+        report.examples = self.kept.len() as u64;
+        report.tokens = self.kept.iter().map(Kept::tokens).sum();
+        report.loss_tokens = self.kept.iter().map(|kept| kept.loss_tokens).sum();
+        report.check(self.job.max_seq_len)?;
+        self.coverage.check()?;
+        let (train, validation, duplicates) = split(&self.kept, self.job.data.validation_fraction)?;
+        report.duplicates = duplicates;
+        let most = self.rows.packing.then_some(self.job.max_seq_len);
+        let [train_items, validation_items] = [&train, &validation].map(|part| items(&self.kept, part, most));
+        let [train_index, validation_index] = [&train_items, &validation_items].map(|items| index(items));
+        put(dir, TRAIN_INDEX, &train_index)?;
+        put(dir, VALIDATION_INDEX, &validation_index)?;
+        let (tokens_sha256, loss_sha256) = self.writer.finish()?;
+        let sum =
+            |part: &[usize], of: fn(&Kept) -> u64| part.iter().map(|at| of(&self.kept[*at])).sum::<u64>();
+        let measured = if validation.is_empty() { &train } else { &validation };
+        let bytes = sum(measured, |kept| kept.said) as f64;
+        let encoder = &self.maker.encoder;
+        let meta = Meta {
+            format: FORMAT.to_owned(),
+            hash: target.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            max_seq_len: self.job.max_seq_len,
+            vocab_size: encoder.vocab_size,
+            eos_id: encoder.eos_id,
+            train_documents: train.len() as u64,
+            validation_documents: validation.len() as u64,
+            train_tokens: sum(&train, Kept::tokens),
+            validation_tokens: sum(&validation, Kept::tokens),
+            validation_bytes_per_token: bytes / sum(measured, |kept| kept.loss_tokens) as f64,
+            read: self.counts,
+            coverage: self.coverage,
+            tokenizer_sha256: hex::encode(Sha256::digest(&encoder.json)),
+            train_sha256: hex::encode(Sha256::digest(&train_index)),
+            validation_sha256: hex::encode(Sha256::digest(&validation_index)),
+            rows: Some(RowMeta {
+                train_items: train_items.len() as u64,
+                validation_items: validation_items.len() as u64,
+                is_packed: self.rows.packing,
+                tokens_sha256,
+                loss_sha256,
+                report: self.report,
+            }),
+        };
+        put(dir, TOKENIZER, &encoder.json)?;
+        put(dir, META, &serde_json::to_vec_pretty(&meta).expect("counts and hashes are plain data"))
+    }
+}
+
+/// Whether a row holds what stands for bytes that are not UTF-8.
+fn holds_damage(row: &Row) -> bool {
+    serde_json::to_string(row).is_ok_and(|text| text.contains(char::REPLACEMENT_CHARACTER))
+}
+
+/// Which examples are trained on, in the order of the data, and which are held out, in that of their hashes, so that the first of them are a
+/// fair sample; and how many were there before. Examples that are the same are on the same side.
+fn split(kept: &[Kept], fraction: f64) -> Result<(Vec<usize>, Vec<usize>, u64), DataError> {
+    let mut by_hash: Vec<usize> = (0..kept.len()).collect();
+    by_hash.sort_by_key(|at| (kept[*at].hash, *at));
+    let is_again = |at: usize| at > 0 && kept[by_hash[at - 1]].hash == kept[by_hash[at]].hash;
+    let duplicates = (0..by_hash.len()).filter(|at| is_again(*at)).count() as u64;
+    if fraction <= 0.0 {
+        return Ok(((0..kept.len()).collect(), Vec::new(), duplicates));
+    }
+    let mut count = ((kept.len() as f64 * fraction).round() as usize).max(1);
+    while count < by_hash.len() && is_again(count) {
+        count += 1;
+    }
+    if count >= by_hash.len() {
+        return Err(DataError::TooLittle(format!(
+            "of {} examples {count} would be held out, and none is left to train on; add rows, or set data.validation_fraction = 0",
+            by_hash.len()
+        )));
+    }
+    let mut train = by_hash.split_off(count);
+    train.sort_unstable();
+    Ok((train, by_hash, duplicates))
+}
+
+/// The items of a part: an example each, or packs of at most so many tokens.
+fn items(kept: &[Kept], part: &[usize], most: Option<u32>) -> Vec<Vec<Span>> {
+    let Some(most) = most else { return part.iter().map(|at| kept[*at].spans.clone()).collect() };
+    let lengths: Vec<u32> = part.iter().map(|at| kept[*at].tokens() as u32).collect();
+    let spans =
+        |pack: &Vec<u32>| pack.iter().flat_map(|at| &kept[part[*at as usize]].spans).copied().collect();
+    best_fit(&lengths, most).iter().map(spans).collect()
+}

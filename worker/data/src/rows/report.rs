@@ -1,0 +1,190 @@
+//! What became of the rows of a job: told before it trains, and with every start.
+
+use crate::{DataError, Note};
+use serde::{Deserialize, Serialize};
+
+/// Counts of rows, unless tokens are said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// What the rows are, in words.
+    pub formats: Vec<String>,
+    pub rows: u64,
+    /// Examples of which something is learnt.
+    pub examples: u64,
+    /// Of the examples, as far as they fit into `max_seq_len`.
+    pub tokens: u64,
+    /// Those of them that carry loss.
+    pub loss_tokens: u64,
+    /// Without text or without an answer.
+    pub empty: u64,
+    /// Whose rejected answer is the chosen one.
+    pub same: u64,
+    /// Examples that were there before, token for token.
+    pub duplicates: u64,
+    /// Left out, because they cannot be read.
+    pub bad: u64,
+    /// Left out, because they hold bytes that are not UTF-8.
+    pub not_utf8: u64,
+    /// Cut at `max_seq_len`, those of which nothing was left to learn included.
+    pub truncated: u64,
+    pub truncated_tokens: u64,
+    /// Left out, because all that was to be learnt of them lies behind `max_seq_len`.
+    pub cut_off: u64,
+    /// Left out, because no token of them carries loss, cut or not.
+    pub masked: u64,
+    /// Whose prompt has other tokens alone than with the answer behind it.
+    pub unjoined: u64,
+    /// The first bad row and the first unjoined one: where, and what is wrong.
+    pub first_bad: Option<String>,
+    pub first_unjoined: Option<String>,
+}
+
+impl Report {
+    /// Refuses data from which nothing can be learnt.
+    pub(super) fn check(&self, max_seq_len: u32) -> Result<(), DataError> {
+        if self.examples > 0 {
+            return Ok(());
+        }
+        let bad = self.first_bad.as_ref().map(|first| format!(" (the first: {first})")).unwrap_or_default();
+        let counts = [
+            (self.bad, format!("cannot be read{bad}")),
+            (self.not_utf8, "are not UTF-8".into()),
+            (self.empty, "have no text or no answer".into()),
+            (self.same, "reject what they choose".into()),
+            (self.masked, "have an answer without tokens".into()),
+            (self.cut_off, format!("have their answer behind max_seq_len, {max_seq_len} tokens")),
+        ];
+        let why: Vec<String> = counts
+            .into_iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("{count} {what}"))
+            .collect();
+        let why = if why.is_empty() { "there are none".to_owned() } else { why.join(", ") };
+        Err(DataError::Rows(format!(
+            "no token of the rows carries loss, so there is nothing to learn: of {} rows {why}",
+            self.rows
+        )))
+    }
+
+    /// What the user should know. `packs`: how many sequences the examples share, if they do.
+    pub(crate) fn notes(&self, max_seq_len: u32, packs: Option<u64>) -> Vec<Note> {
+        let mut notes = vec![Note::info(self.told(packs))];
+        let mut warn = |count: u64, line: String| {
+            if count > 0 {
+                notes.push(Note::warning(line));
+            }
+        };
+        let first = |place: &Option<String>| {
+            place.as_ref().map(|place| format!(" (the first: {place})")).unwrap_or_default()
+        };
+        warn(self.bad, format!("left out: {} that cannot be read{}", rows(self.bad), first(&self.first_bad)));
+        warn(self.not_utf8, format!("left out: {} with bytes that are not UTF-8", rows(self.not_utf8)));
+        let all = self.tokens + self.truncated_tokens;
+        let nothing = match self.cut_off {
+            0 => String::new(),
+            count => format!("; {count} of them are left out, because nothing was left to learn"),
+        };
+        warn(
+            self.truncated,
+            format!(
+                "cut at max_seq_len, {max_seq_len} tokens: {}, which lost {}{nothing}; raise max_seq_len to learn them whole",
+                rows(self.truncated),
+                percent(self.truncated_tokens, all)
+            ),
+        );
+        warn(self.masked, format!("left out: {} of which no token carries loss", rows(self.masked)));
+        warn(
+            self.unjoined,
+            format!(
+                "prompt and answer do not join at a token boundary in {}{}: the model sees other tokens there than when it is asked; end \
+                 prompts without a space, and begin answers with it",
+                rows(self.unjoined),
+                first(&self.first_unjoined)
+            ),
+        );
+        notes
+    }
+
+    fn told(&self, packs: Option<u64>) -> String {
+        let share = percent(self.loss_tokens, self.tokens);
+        let mut line = format!(
+            "{} of {} make {} tokens, of which {share} carry loss",
+            rows(self.examples),
+            self.formats.join(" | "),
+            self.tokens
+        );
+        if let Some(packs) = packs {
+            line += &format!(", packed into {packs} sequences");
+        }
+        for (count, what) in [
+            (self.empty, "without text or answer"),
+            (self.same, "whose answers are the same"),
+            (self.duplicates, "that were there before"),
+        ] {
+            if count > 0 {
+                line += &format!("; {} {what}", rows(count));
+            }
+        }
+        line
+    }
+}
+
+fn rows(count: u64) -> String {
+    format!("{count} row{}", if count == 1 { "" } else { "s" })
+}
+
+fn percent(part: u64, of: u64) -> String {
+    format!("{:.1} %", part as f64 * 100.0 / of.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fleet_common::events::Level;
+
+    #[test]
+    fn what_is_to_know_is_said_in_lines() {
+        let report = Report {
+            formats: vec!["messages".into()],
+            rows: 10,
+            examples: 7,
+            tokens: 400,
+            loss_tokens: 100,
+            empty: 1,
+            duplicates: 2,
+            bad: 1,
+            truncated: 3,
+            truncated_tokens: 100,
+            cut_off: 1,
+            first_bad: Some("a.jsonl, line 3: no".into()),
+            ..Report::default()
+        };
+        report.check(64).unwrap();
+        let notes = report.notes(64, Some(5));
+        let lines: Vec<&str> = notes.iter().map(|note| note.line.as_str()).collect();
+        assert_eq!(
+            lines,
+            [
+                "7 rows of messages make 400 tokens, of which 25.0 % carry loss, packed into 5 sequences; 1 row without text or answer; 2 \
+                 rows that were there before",
+                "left out: 1 row that cannot be read (the first: a.jsonl, line 3: no)",
+                "cut at max_seq_len, 64 tokens: 3 rows, which lost 20.0 %; 1 of them are left out, because nothing was left to learn; raise \
+                 max_seq_len to learn them whole",
+            ]
+        );
+        assert!(notes[0].level == Level::Info && notes[1].level == Level::Warn);
+    }
+
+    #[test]
+    fn data_without_loss_are_refused_with_the_reasons() {
+        let report = Report { rows: 5, empty: 2, cut_off: 3, ..Report::default() };
+        let error = report.check(8).unwrap_err().to_string();
+        assert!(
+            error.contains(
+                "of 5 rows 2 have no text or no answer, 3 have their answer behind max_seq_len, 8 tokens"
+            ),
+            "{error}"
+        );
+    }
+}

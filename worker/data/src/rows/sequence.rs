@@ -1,0 +1,227 @@
+//! From what a row teaches to sequences of tokens, and which of them carry loss.
+
+use super::Unused;
+use super::example::{Example, Given, Said, Talk};
+use super::templates::Chosen;
+use crate::Encoded;
+use crate::chat::{Conversation, Ending, Rendered, Template};
+use crate::model_dir::GivenTokenizer;
+use crate::tokenizer::Encoder;
+use fleet_common::job::LossOn;
+use serde_json::Value;
+use time::OffsetDateTime;
+
+/// What templates write as the present day, so that a row gives the same tokens on every day and host: 26 July 2024, which those of Llama
+/// name where they are given none.
+const TODAY: i64 = 1_721_952_000;
+
+/// Token ids, and which of them are to be predicted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Sequence {
+    pub ids: Vec<u32>,
+    pub learnt: Vec<bool>,
+    /// Bytes of the text that is learnt.
+    pub said: u64,
+}
+
+impl Sequence {
+    /// Tokens that carry loss: nothing predicts the first one.
+    pub fn loss_tokens(&self) -> u64 {
+        self.learnt.iter().skip(1).filter(|learnt| **learnt).count() as u64
+    }
+
+    /// Keeps the first `max` tokens; tells how many are gone.
+    pub fn cut(&mut self, max: usize) -> u64 {
+        let gone = self.ids.len().saturating_sub(max);
+        if gone > 0 {
+            let before = self.loss_tokens().max(1);
+            self.ids.truncate(max);
+            self.learnt.truncate(max);
+            self.said = self.said * self.loss_tokens() / before;
+        }
+        gone as u64
+    }
+}
+
+/// The sequences of a row: one, or one for each answer.
+pub(super) struct Made {
+    pub sequences: Vec<Sequence>,
+    /// The tokens of each prompt are the first ones of its sequence.
+    pub is_joined: bool,
+    /// What was tokenised.
+    pub texts: Vec<(String, Encoded)>,
+}
+
+/// Writes rows in the tokens of a model.
+pub(super) struct Maker {
+    pub given: GivenTokenizer,
+    pub encoder: Encoder,
+    pub templates: Option<Chosen>,
+    pub loss_on: LossOn,
+}
+
+impl Maker {
+    pub fn make(&self, example: &Example) -> Result<Made, Unused> {
+        let mut made = Made { sequences: Vec::new(), is_joined: true, texts: Vec::new() };
+        match example {
+            Example::Text(text) => {
+                let encoded = self.ended(text)?;
+                made.add(text.clone(), encoded, |ids| vec![true; ids], text.len());
+            }
+            Example::Turns(talk) => self.turns(talk, &mut made)?,
+            Example::Answers { prompt, answers, given } => {
+                let joined = answers.iter().map(|answer| self.joined(prompt, answer, given));
+                let joined = joined.collect::<Result<Vec<Joined>, Unused>>()?;
+                // An answer begins where its tokens are no longer those of the prompt alone; all of a row begin at the same token.
+                let same = joined
+                    .iter()
+                    .map(|joined| common(&joined.prompt, &joined.encoded.ids))
+                    .min()
+                    .unwrap_or(0);
+                let is_all = self.loss_on == LossOn::All && answers.len() == 1;
+                let first = if is_all { 0 } else { same };
+                for Joined { prompt, prompt_bytes, text, encoded } in joined {
+                    made.is_joined &= same == prompt.len();
+                    let bytes = text.len().saturating_sub(if is_all { 0 } else { prompt_bytes });
+                    made.add(text, encoded, |ids| (0..ids).map(|at| at >= first).collect(), bytes);
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    fn turns(&self, talk: &Talk, made: &mut Made) -> Result<(), Unused> {
+        let (conversation, silent) = conversation(&talk.messages, &talk.given)?;
+        let template = self.template(&talk.given)?;
+        if self.loss_on == LossOn::All {
+            let text = template.render(&conversation, Ending::Complete, today())?.text;
+            let (encoded, bytes) = (self.bare(&text)?, text.len());
+            made.add(text, encoded, |ids| vec![true; ids], bytes);
+            return Ok(());
+        }
+        let mut rendered = template.render_marked(&conversation, today())?;
+        leave_out(&mut rendered, &silent)?;
+        let tokens = rendered.tokens(&self.given).map_err(|e| Unused::Bad(e.to_string()))?;
+        let bytes = rendered.assistant.iter().map(ExactSizeIterator::len).sum();
+        made.add(rendered.text, tokens.encoded, |_| tokens.assistant, bytes);
+        Ok(())
+    }
+
+    fn joined(&self, prompt: &Said, answer: &Said, given: &Given) -> Result<Joined, Unused> {
+        match (prompt, answer) {
+            (Said::Text(prompt), Said::Text(answer)) => {
+                let text = format!("{prompt}{answer}");
+                let (asked, encoded) = (self.plain(prompt)?.open().to_vec(), self.ended(&text)?);
+                Ok(Joined { prompt: asked, prompt_bytes: prompt.len(), text, encoded })
+            }
+            (Said::Messages(prompt), Said::Messages(answer)) => {
+                let template = self.template(given)?;
+                let (asked, _) = conversation(prompt, given)?;
+                let (whole, _) = conversation(&[prompt.as_slice(), answer].concat(), given)?;
+                let asked = template.render(&asked, Ending::Prompt, today())?.text;
+                let text = template.render(&whole, Ending::Complete, today())?.text;
+                let (prompt, encoded) = (self.bare(&asked)?.ids, self.bare(&text)?);
+                Ok(Joined { prompt, prompt_bytes: asked.len(), text, encoded })
+            }
+            _ => super::bad("one of prompt and answer is a text, and the other one messages"),
+        }
+    }
+
+    fn template(&self, given: &Given) -> Result<&Template, Unused> {
+        let chosen = self.templates.as_ref().ok_or(Unused::NoTemplate)?;
+        Ok(chosen.template(given.tools.is_some()))
+    }
+
+    /// A text with what the tokenizer puts around it.
+    fn plain(&self, text: &str) -> Result<Encoded, Unused> {
+        let encoded = self.encoder.encode(&[text]).map_err(|e| Unused::Bad(e.to_string()))?;
+        Ok(encoded.into_iter().next().expect("one for each text"))
+    }
+
+    /// The same with the end of a text behind it.
+    fn ended(&self, text: &str) -> Result<Encoded, Unused> {
+        let mut encoded = self.plain(text)?;
+        if !self.encoder.ends_texts() && self.encoder.lacks_end(&encoded.ids) {
+            encoded.ids.push(self.encoder.eos_id);
+        }
+        Ok(encoded)
+    }
+
+    /// What a template has written, special tokens included.
+    fn bare(&self, text: &str) -> Result<Encoded, Unused> {
+        let cannot = |e| Unused::Bad(format!("the tokenizer cannot encode the conversation: {e}"));
+        let encoding = self.given.tokenizer.encode_fast(text, false).map_err(cannot)?;
+        Ok(Encoded::bare(encoding.get_ids().to_vec()))
+    }
+}
+
+/// A prompt alone, and with its answer.
+struct Joined {
+    prompt: Vec<u32>,
+    prompt_bytes: usize,
+    text: String,
+    encoded: Encoded,
+}
+
+/// How many tokens both begin with.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+impl Made {
+    fn add(&mut self, text: String, encoded: Encoded, learnt: impl FnOnce(usize) -> Vec<bool>, said: usize) {
+        let learnt = learnt(encoded.ids.len());
+        self.sequences.push(Sequence { ids: encoded.ids.clone(), learnt, said: said as u64 });
+        self.texts.push((text, encoded));
+    }
+}
+
+fn today() -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(TODAY).expect("a day of this century")
+}
+
+/// Messages for a template, and which turns of the assistant are not to be learnt, as OpenAI's `weight` says it.
+fn conversation(messages: &[Value], given: &Given) -> Result<(Conversation, Vec<bool>), Unused> {
+    let mut messages = messages.to_vec();
+    let mut silent = Vec::new();
+    for message in messages.iter_mut().filter_map(Value::as_object_mut) {
+        let weight = message.remove("weight").unwrap_or_default();
+        if message.get("role").is_some_and(|role| role == "assistant") {
+            silent.push(weight.as_f64() == Some(0.0));
+        }
+    }
+    let mut conversation = Conversation::new(&messages)?;
+    conversation.tools = given.tools.clone();
+    conversation.variables = given.variables.clone();
+    Ok((conversation, silent))
+}
+
+/// Takes away the parts of turns that are not to be learnt.
+fn leave_out(rendered: &mut Rendered, silent: &[bool]) -> Result<(), Unused> {
+    if !silent.contains(&true) {
+        return Ok(());
+    }
+    if rendered.assistant.len() != silent.len() {
+        return super::bad(
+            "a message has a `weight` of 0, and the template does not mark each turn of the assistant by itself",
+        );
+    }
+    let mut is_silent = silent.iter();
+    rendered.assistant.retain(|_| is_silent.next() == Some(&false));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_sequence_counts_what_is_left() {
+        let mut sequence =
+            Sequence { ids: vec![1, 2, 3, 4, 5], learnt: vec![true, false, true, true, true], said: 9 };
+        assert_eq!(sequence.loss_tokens(), 3, "the first token is predicted by nothing");
+        assert_eq!((sequence.cut(5), sequence.said), (0, 9));
+        assert_eq!((sequence.cut(4), sequence.loss_tokens(), sequence.said), (1, 2, 6));
+        assert_eq!((sequence.cut(2), sequence.loss_tokens(), sequence.said), (2, 0, 0));
+    }
+}

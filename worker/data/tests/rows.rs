@@ -1,0 +1,296 @@
+//! Rows of instructions as agent and ranks use them: ids and masks against what TRL makes of the same rows (`golden/rows`, made by
+//! `tests/parity/rows.py`), and what is refused, counted and told.
+
+#![allow(clippy::unwrap_used)] // helpers of tests panic as tests do
+
+use fleet_common::events::Level;
+use fleet_common::job::{Job, RowFormat, parse_toml};
+use fleet_data::{DataError, DataFiles, Item, Note, TokenCache, Windows};
+use serde_json::Value;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn here() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
+}
+
+fn golden() -> Value {
+    let text = fs::read_to_string(here().join("tests/golden/rows/expected.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// A directory with a file of data, and a job for it with the tokenizer of the golden files; nothing is held out unless `lines` say so.
+fn job(file: &str, text: &str, lines: &str) -> (tempfile::TempDir, Job) {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(file), text).unwrap();
+    let model = here().join("../../tests/parity/golden/foreign/byte_level");
+    let held_out = if lines.contains("validation_fraction") { "" } else { "validation_fraction = 0" };
+    let toml = format!(
+        "task_name = \"sft\"\noutput_dir = \"out\"\nmax_seq_len = 4096\nmodel = {{ path = {model:?} }}\n[data]\npath = {file:?}\n{held_out}\n{lines}"
+    );
+    let job = parse_toml(&toml, dir.path()).unwrap_or_else(|e| panic!("{e}\n{toml}")).0;
+    (dir, job)
+}
+
+/// The cache of a job, and what is said while it is made.
+fn build(job: &Job) -> Result<(TokenCache, Vec<Note>), DataError> {
+    let notes = RefCell::new(Vec::new());
+    let tell = |note: Note| notes.borrow_mut().push(note);
+    let (cache, _) = TokenCache::build_or_open(job, &DataFiles::find(job, &|_| {})?, &tell)?;
+    Ok((cache, notes.into_inner()))
+}
+
+fn read(windows: &Windows) -> Vec<Item> {
+    let item = |index| {
+        let mut item = Item::default();
+        windows.append(index, &mut item);
+        assert_eq!(item.lengths, windows.lengths(index));
+        assert!(item.ids.len() == item.lengths.iter().sum::<usize>() && item.learnt.len() == item.ids.len());
+        item
+    };
+    (0..windows.len()).map(item).collect()
+}
+
+fn told(notes: &[Note]) -> String {
+    notes.iter().map(|note| note.line.as_str()).collect::<Vec<_>>().join("\n")
+}
+
+/// Ids and mask of each sequence as the golden file writes them.
+fn written(item: &Item) -> Vec<(String, String)> {
+    let (mut ids, mut learnt) = (item.ids.iter(), item.learnt.iter());
+    let sequence = |len: &usize| {
+        let ids: Vec<String> = ids.by_ref().take(*len).map(i64::to_string).collect();
+        let mask = learnt.by_ref().take(*len).map(|learnt| if *learnt { '1' } else { '0' });
+        (ids.join(" "), mask.collect())
+    };
+    item.lengths.iter().map(sequence).collect()
+}
+
+#[test]
+fn rows_give_the_ids_and_masks_that_trl_gives_them() {
+    let golden = golden();
+    let templates = here().join("tests/golden/chat/templates");
+    let mut sequences = 0;
+    for (name, case) in golden["cases"].as_object().unwrap() {
+        let template = match case["chat_template"].as_str() {
+            None => "\"none\"".to_owned(),
+            Some("chatml") => "\"chatml\"".to_owned(),
+            Some(file) => format!("{:?}", templates.join(file).with_extension("jinja")),
+        };
+        let loss_on = case["loss_on"].as_str().unwrap_or("answers");
+        let lines = format!("chat_template = {template}\nloss_on = {loss_on:?}");
+        let (_dir, mut job) = job("rows.json", &case["rows"].to_string(), &lines);
+        let format: RowFormat = serde_json::from_value(case["format"].clone()).unwrap();
+        // The format is found, but for preferences.
+        job.data.rows.as_mut().unwrap().format =
+            Some(format).filter(|format| *format == RowFormat::Preference);
+        let (cache, notes) = build(&job).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let items = read(cache.train());
+        let expected = case["expected"].as_array().unwrap();
+        assert_eq!(items.len(), expected.len(), "{name}: {}", told(&notes));
+        for (at, (item, expected)) in items.iter().zip(expected).enumerate() {
+            let text = |value: &Value| value.as_str().unwrap().to_owned();
+            let pair = |sequence: &Value| (text(&sequence["ids"]), text(&sequence["mask"]));
+            let expected: Vec<_> = expected.as_array().unwrap().iter().map(pair).collect();
+            assert_eq!(written(item), expected, "{name}, row {at}");
+            sequences += expected.len();
+        }
+    }
+    assert!(sequences > 40, "{sequences} sequences");
+}
+
+#[test]
+fn the_same_conversations_are_the_same_in_every_form_and_file() {
+    let messages = "[{\"role\":\"user\",\"content\":\"a, b\"},{\"role\":\"assistant\",\"content\":\"c\"}]";
+    let turns = messages.replace("role", "from").replace("content", "value").replace("user", "human");
+    let turns = turns.replace("assistant", "gpt");
+    let in_csv = format!("\"{}\"", messages.replace('"', "\"\""));
+    let files = [
+        ("a.jsonl", format!("{{\"messages\":{messages}}}\n")),
+        ("a.json", format!("[{{\"conversations\":{turns},\"system\":\"\"}}]")),
+        ("a.json", format!("{{\"messages\":[{messages}]}}")),
+        ("a.csv", format!("id,messages\n1,{in_csv}\n")),
+        ("a.json", "[{\"instruction\":\"a, b\",\"input\":\"\",\"output\":\"c\"}]".to_owned()),
+        ("a.tsv", "instruction\toutput\na, b\tc\n".to_owned()),
+    ];
+    let item = |(file, text): &(&str, String)| {
+        let (_dir, job) = job(file, text, "chat_template = \"chatml\"");
+        let (cache, _) = build(&job).unwrap_or_else(|e| panic!("{text}: {e}"));
+        read(cache.train())
+    };
+    let all: Vec<Vec<Item>> = files.iter().map(item).collect();
+    assert!(all[0].len() == 1 && all[0][0].learnt.contains(&true));
+    for (items, (file, text)) in all.iter().zip(&files) {
+        assert_eq!(*items, all[0], "{file}: {text}");
+    }
+}
+
+/// Rows of prompts and completions of these lengths, told apart by their letters.
+fn rows(lengths: &[usize]) -> String {
+    let letter = |at: usize| char::from(b'a' + (at % 26) as u8);
+    let row = |(at, len): (usize, &usize)| {
+        let answer = format!(" {}{}", letter(at), " x".repeat(*len));
+        serde_json::json!({"prompt": format!("row {at}:"), "completion": answer}).to_string()
+    };
+    lengths.iter().enumerate().map(row).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn packs_hold_whole_examples_once_and_no_more_than_they_may() {
+    let lengths: Vec<usize> = (0..60).map(|n| (n * 37) % 41).collect();
+    let (_alone, single) = job("a.jsonl", &rows(&lengths), "chat_template = \"none\"");
+    let (_packs, mut packed) = job("a.jsonl", &rows(&lengths), "chat_template = \"none\"\npacking = true");
+    packed.max_seq_len = 128;
+    let (single, _) = build(&single).unwrap();
+    let (packed, notes) = build(&packed).unwrap();
+    assert!(single.train().len() == 60 && packed.train().len() < 50);
+    assert!(
+        told(&notes).contains(&format!("packed into {} sequences", packed.train().len())),
+        "{}",
+        told(&notes)
+    );
+    let sequences =
+        |cache: &TokenCache| -> BTreeSet<_> { read(cache.train()).iter().flat_map(written).collect() };
+    assert_eq!(sequences(&packed), sequences(&single), "each as it is alone");
+    let all = read(packed.train());
+    assert_eq!(all.iter().map(|item| item.lengths.len()).sum::<usize>(), 60);
+    assert!(all.iter().all(|item| item.ids.len() <= 128));
+    assert_eq!(packed.stats().train_tokens, single.stats().train_tokens);
+}
+
+#[test]
+fn rows_are_held_out_by_what_they_say_and_found_again() {
+    let (dir, job) = job("a.jsonl", &rows(&[3; 40]), "chat_template = \"none\"\nvalidation_fraction = 0.2");
+    let (cache, _) = build(&job).unwrap();
+    assert_eq!((cache.train().len(), cache.validation().len()), (32, 8));
+    assert!(cache.stats().validation_bytes_per_token > 0.5, "{:?}", cache.stats());
+    let files = DataFiles::find(&job, &|_| {}).unwrap();
+    let (again, stats) = TokenCache::build_or_open(&job, &files, &|_| {}).unwrap();
+    assert!(stats.cached && again.hash() == cache.hash() && stats.fingerprint == cache.stats().fingerprint);
+    let held =
+        |cache: &TokenCache| -> BTreeSet<_> { read(cache.validation()).iter().flat_map(written).collect() };
+    let (kept, before) = (held(&cache), cache.hash().to_owned());
+    // In another order the same ones are held out.
+    let turned: Vec<String> = rows(&[3; 40]).lines().rev().map(str::to_owned).collect();
+    fs::write(dir.path().join("a.jsonl"), turned.join("\n")).unwrap();
+    let (other, _) = build(&job).unwrap();
+    assert!(held(&other) == kept && other.hash() != before);
+    // Every setting of rows is part of the name, and a damaged file is made again.
+    let mut all = job.clone();
+    all.data.rows.as_mut().unwrap().packing = true;
+    assert_ne!(build(&all).unwrap().0.hash(), other.hash());
+    let loss = other.dir().join("loss.bin");
+    let mut bytes = fs::read(&loss).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&loss, bytes).unwrap();
+    let (_, stats) =
+        TokenCache::build_or_open(&job, &DataFiles::find(&job, &|_| {}).unwrap(), &|_| {}).unwrap();
+    assert!(!stats.cached);
+}
+
+#[test]
+fn bad_rows_stop_the_job_or_are_left_out_and_counted() {
+    let good = rows(&[3, 4]);
+    for (file, bad, what) in [
+        ("a.jsonl", "{\"prompt\": \"p\"}", "a.jsonl, line 2: no field `completion`"),
+        ("a.jsonl", "{\"prompt\": \"p\", ", "a.jsonl, line 2: not JSON"),
+        (
+            "a.jsonl",
+            "{\"prompt\": [{\"role\": \"elf\"}], \"completion\": \"x\"}",
+            "line 2: `prompt`[0] has the role `elf`",
+        ),
+        (
+            "a.jsonl",
+            "{\"prompt\": [{\"role\": \"assistant\", \"content\": \"a\"}], \"completion\": \"x\"}",
+            "line 2: the conversation begins with the assistant",
+        ),
+    ] {
+        let text = good.replace('\n', &format!("\n{bad}\n"));
+        let (_dir, mut job) = job(file, &text, "");
+        let error = build(&job).unwrap_err().to_string();
+        assert!(
+            error.contains(what) && error.contains("data.bad_rows = \"skip\"") && !error.contains('\n'),
+            "{error}"
+        );
+        job.data.rows.as_mut().unwrap().bad_rows = fleet_common::job::BadRows::Skip;
+        let (cache, notes) = build(&job).unwrap();
+        assert_eq!(cache.train().len(), 2);
+        let left_out = notes.iter().find(|note| note.line.starts_with("left out: 1 row that cannot be read"));
+        assert!(
+            left_out.is_some_and(|note| note.level == Level::Warn && note.line.contains(what)),
+            "{}",
+            told(&notes)
+        );
+    }
+    let (dir, job) = job("a.csv", "prompt,completion\na,b\nragged\nc,d\n", "bad_rows = \"skip\"");
+    assert_eq!(build(&job).unwrap().0.train().len(), 2);
+    fs::write(dir.path().join("a.csv"), b"prompt,completion\na,caf\xe9\nc,d\n").unwrap();
+    let (cache, notes) = build(&job).unwrap();
+    assert!(
+        cache.train().len() == 1 && told(&notes).contains("1 row with bytes that are not UTF-8"),
+        "{}",
+        told(&notes)
+    );
+}
+
+#[test]
+fn what_is_cut_empty_and_twice_is_told() {
+    let long = rows(&[1, 200]) + "\n" + &rows(&[1]) + "\n{\"prompt\": \"p\", \"completion\": \"\"}\n";
+    let behind = serde_json::json!({"prompt": "long ".repeat(99), "completion": "x"}).to_string();
+    let joined = serde_json::json!({"prompt": "One ", "completion": "two"}).to_string();
+    let (_dir, mut job) = job("a.jsonl", &(long + &behind + "\n" + &joined), "");
+    job.max_seq_len = 48;
+    let (cache, notes) = build(&job).unwrap();
+    let report = &cache.meta().rows.as_ref().unwrap().report;
+    assert_eq!((report.rows, report.examples, report.empty, report.duplicates), (6, 4, 1, 1));
+    assert_eq!((report.truncated, report.cut_off), (2, 1));
+    assert!(report.unjoined >= 1 && report.first_unjoined.is_some());
+    assert_eq!(report.tokens, read(cache.train()).iter().map(|item| item.ids.len() as u64).sum::<u64>());
+    assert!(read(cache.train()).iter().all(|item| item.ids.len() <= 48));
+    let told = told(&notes);
+    assert!(
+        told.contains("cut at max_seq_len, 48 tokens: 2 rows")
+            && told.contains("do not join at a token boundary"),
+        "{told}"
+    );
+    assert!(
+        told.contains("4 rows of prompt and completion make")
+            && told.contains("1 row without text or answer"),
+        "{told}"
+    );
+}
+
+#[test]
+fn data_that_teach_nothing_are_refused_with_the_reason() {
+    let refused = |text: &str, lines: &str| {
+        let (_dir, job) = job("a.jsonl", text, lines);
+        build(&job).unwrap_err().to_string()
+    };
+    let empty = refused("{\"prompt\": \"a\", \"completion\": \"\"}", "");
+    assert!(
+        empty.contains("no token of the rows carries loss") && empty.contains("1 have no text or no answer"),
+        "{empty}"
+    );
+    assert!(
+        refused("{\"body\": \"a\"}", "")
+            .contains("a.jsonl: what its rows are cannot be told by their fields (body)")
+    );
+    let kto = refused("{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}", "");
+    assert!(kto.contains("KTO"), "{kto}");
+    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
+    let none = refused(chat, "chat_template = \"none\"");
+    assert!(none.contains("need a chat template") && none.contains("chatml, llama3"), "{none}");
+    assert!(
+        refused(chat, "chat_template = \"chatlm\"")
+            .contains("data.chat_template: there is no chat template chatlm")
+    );
+    let all = refused(&rows(&[1]), "validation_fraction = 0.5");
+    assert!(all.contains("none is left to train on"), "{all}");
+    let (dir, mut job) = job("a.jsonl", &rows(&[1]), "");
+    fs::write(dir.path().join("notes.txt"), "no rows").unwrap();
+    job.data.paths.push(dir.path().join("notes.txt"));
+    let error = build(&job).unwrap_err().to_string();
+    assert!(error.contains("notes.txt is a text, and this job learns rows"), "{error}");
+}
