@@ -25,21 +25,26 @@ pub(super) fn of(data: &Data, rows: &Rows, first: &[&Row]) -> Result<RowFormat, 
         |row: &&Row| row.get("label").or_else(|| row.get("kto_tag")).is_some_and(|label| label.is_boolean());
     match () {
         () if has("messages") => Ok(Messages),
-        () if present.contains("conversations") => Ok(Conversations),
         () if first.iter().any(is_label) => Err(
             "rows with a label for each answer (KTO) are not learnt in this version; take those with a good one as prompt and completion"
                 .to_owned(),
         ),
         () if has("prompt") && has("completion") => Ok(PromptCompletion),
+        () if has("chosen") && has("rejected") => Err(preferences(&present)),
+        () if present.contains("conversations") => Ok(Conversations),
         () if has("instruction") && has("output") => Ok(Alpaca),
-        () if has("chosen") && has("rejected") => Err(
-            "rows with chosen and rejected answers are for training on preferences, which is not in this version; set \
-             data.fields.completion = \"chosen\" to learn what is chosen"
-                .to_owned(),
-        ),
         () if present.contains(data.text_field.as_str()) => Ok(Text),
         () => Err(unknown(&present)),
     }
+}
+
+fn preferences(present: &BTreeSet<&str>) -> String {
+    let prompt = ["conversations", "instruction"].into_iter().find(|name| present.contains(name));
+    let prompt = prompt.map(|name| format!("data.fields.prompt = \"{name}\" and ")).unwrap_or_default();
+    format!(
+        "rows with chosen and rejected answers are for training on preferences, which is not in this version; to learn what is chosen, set \
+         {prompt}data.fields.completion = \"chosen\""
+    )
 }
 
 /// What people call a question and its answer, and the fields that these are.
@@ -127,7 +132,14 @@ mod tests {
         let said = |row: serde_json::Value| told(&Rows::default(), json!([row])).unwrap_err();
         assert!(said(json!({"prompt": "", "completion": "", "label": true})).contains("(KTO)"));
         assert!(said(json!({"messages_": [], "kto_tag": false})).contains("(KTO)"));
-        assert!(said(json!({"chosen": [], "rejected": []})).contains("data.fields.completion = \"chosen\""));
+        assert!(
+            said(json!({"chosen": [], "rejected": []})).ends_with("set data.fields.completion = \"chosen\"")
+        );
+        let turns = said(json!({"conversations": [], "chosen": {}, "rejected": {}}));
+        assert!(
+            turns.contains("data.fields.prompt = \"conversations\" and data.fields.completion"),
+            "{turns}"
+        );
         let pair = said(json!({"question": "", "answer": ""}));
         assert!(
             pair.ends_with("set data.fields.prompt = \"question\" and data.fields.completion = \"answer\""),

@@ -45,6 +45,14 @@ mod tests {
         assert_eq!(best_fit(&[], 10), Vec::<Vec<u32>>::new());
     }
 
+    #[test]
+    fn packs_are_those_of_trl() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/golden/rows/expected.json")).unwrap();
+        let lengths: Vec<u32> = serde_json::from_value(golden["lengths"].clone()).unwrap();
+        assert_eq!(serde_json::to_value(best_fit(&lengths, 64)).unwrap(), golden["packs"]);
+    }
+
     proptest! {
         #[test]
         fn every_example_is_in_one_pack_and_no_two_packs_are_half_empty(lengths in proptest::collection::vec(1u32..40, 0..80)) {
