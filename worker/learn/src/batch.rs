@@ -99,6 +99,22 @@ impl TokenBatch {
         TokenBatch { lengths: Some(lengths), ..batch }
     }
 
+    /// With a sequence behind the others that predicts nothing, so that the number of all tokens is a multiple of `tokens`: libraries make code
+    /// for every shape that they meet, and keep it. Sequences of one length stay as they are.
+    pub fn filled(mut self, tokens: usize) -> TokenBatch {
+        let more = self.ids.len().next_multiple_of(tokens) - self.ids.len();
+        if let Some(lengths) = self.lengths.as_mut().filter(|_| more > 0) {
+            lengths.push(more);
+            self.seq = self.seq.max(more);
+            let all = self.ids.len() + more;
+            self.ids.resize(all, 0);
+            self.targets.resize(all, IGNORED);
+            self.weights.iter_mut().for_each(|weights| weights.resize(all, 0.0));
+            self.noise.iter_mut().for_each(|noise| noise.push(0));
+        }
+        self
+    }
+
     /// A token without a target: a pass over it counts nothing.
     pub fn nothing() -> TokenBatch {
         TokenBatch { ids: vec![0], targets: vec![IGNORED], seq: 1, ..Default::default() }
@@ -150,5 +166,9 @@ mod tests {
         assert_eq!(padded.ids, [1, 2, 3, 4, 0, 0]);
         assert_eq!(padded.targets, [2, 3, IGNORED, 5, IGNORED, IGNORED]);
         assert_eq!((padded.view().sequences(), padded.view().weight()), (2, 7.0));
+        let filled = ragged.filled(8);
+        assert_eq!((filled.view().sequences(), filled.ids.len(), filled.view().weight()), (3, 8, 7.0));
+        assert_eq!((filled.lengths.clone(), filled.seq), (Some(vec![3, 1, 4]), 4));
+        assert_eq!(filled.clone().filled(8), filled);
     }
 }

@@ -48,6 +48,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Sequences of different lengths are together a multiple of so many tokens.
+const FILLED: usize = 64;
+
 /// Makes what a rank trains: the model of the job, with weights that are still zero. A collective call.
 pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Made>;
 
@@ -361,7 +364,7 @@ impl Trainer {
                 let mut batch = self.objective.batch(self.cache.train(), &mut indices.into_iter());
                 let noise = batch.noise.iter_mut().flatten();
                 noise.for_each(|noise| *noise = dropout::of_sequence(self.job.seed, step, *noise));
-                batch
+                batch.filled(FILLED)
             })
             .collect();
         let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
@@ -413,7 +416,7 @@ impl Trainer {
         let batches: Vec<TokenBatch> = mine
             .clone()
             .step_by(size as usize)
-            .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))))
+            .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))).filled(FILLED))
             .collect();
         let tally = self.learner.evaluate(&batches)?;
         let mean = tally.mean();
