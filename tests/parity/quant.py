@@ -2,8 +2,7 @@
 
     /tmp/parity/bin/python quant.py [--seed N --out DIR]
 
-The environment is that of generate.py. Everything is computed on the CPU, in one thread. The offset of double quantisation is a mean of
-PyTorch, whose last bit differs between CPUs; the files are made on one with AVX-512.
+The environment is that of generate.py. Everything is computed on the CPU, in one thread.
 """
 
 import argparse

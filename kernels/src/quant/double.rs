@@ -76,8 +76,8 @@ fn bound(i: i32, steps: i32) -> f32 {
 }
 
 /// Quantises the scales of blocks: codes (as many), `largest` (one for each [`NESTED_BLOCK`]), and the offset, which is returned. As
-/// bitsandbytes 0.50 has it on x86, where a number's code is found in steps of 1 / 32767.5; its offset is PyTorch's mean on a CPU with
-/// AVX-512, which elsewhere differs in the last bit.
+/// bitsandbytes 0.50 has it on x86, where a number's code is found in steps of 1 / 32767.5; its offset is PyTorch's mean in one thread. More
+/// threads add in another order, and PyTorch takes them from 32768 scales on: there the last bit of the offset may differ.
 pub fn double_quantise(scales: &[f32], codes: &mut [u8], largest: &mut [f32]) -> f32 {
     assert_eq!(codes.len(), scales.len(), "double_quantise: codes");
     assert_eq!(largest.len(), scales.len().div_ceil(NESTED_BLOCK), "double_quantise: scales of the scales");
@@ -102,8 +102,8 @@ pub fn double_quantise(scales: &[f32], codes: &mut [u8], largest: &mut [f32]) ->
     offset
 }
 
-/// Lanes in which PyTorch adds with AVX-512.
-const LANES: usize = 16;
+/// Lanes in which PyTorch adds.
+const LANES: usize = 8;
 
 /// PyTorch's mean of one row in one thread.
 pub(super) fn mean(x: &[f32]) -> f32 {
