@@ -100,36 +100,29 @@ impl FourBit<'_> {
 
     #[inline(always)]
     pub(super) fn decode<V: Vector>(&self, at: usize, to: &mut [f32]) {
-        let (shift, mut at, mut to) = (self.block.trailing_zeros(), at, to);
+        let table = self.map.values();
+        let (head, mut to) = to.split_at_mut((at % 2).min(to.len()));
+        for first in head {
+            *first = self.number(at);
+        }
+        // Blocks are even, so that what follows begins with a byte.
+        let (mut at, shift) = (at.next_multiple_of(2), self.block.trailing_zeros());
         while !to.is_empty() {
             let left = self.block - (at & (self.block - 1));
             let (piece, rest) = to.split_at_mut(left.min(to.len()));
-            self.decode_in_block::<V>(at, self.scales.scale(at >> shift), piece);
+            let codes = &self.codes[at / 2..][..piece.len().div_ceil(2)];
+            let scale = self.scales.scale(at >> shift);
+            let (mut vectors, mut bytes) =
+                (piece.chunks_exact_mut(V::LANES), codes.chunks_exact(V::LANES / 2));
+            for (to, codes) in vectors.by_ref().zip(bytes.by_ref()) {
+                // SAFETY: `to` is one vector long, `codes` half as many bytes.
+                unsafe { V::look_up(table, codes.as_ptr()).mul(V::splat(scale)).store(to.as_mut_ptr()) };
+            }
+            for (i, to) in vectors.into_remainder().iter_mut().enumerate() {
+                *to = table[usize::from(bytes.remainder()[i / 2] >> (4 - i % 2 * 4) & 15)] * scale;
+            }
             at += left;
             to = rest;
-        }
-    }
-
-    #[inline(always)]
-    fn decode_in_block<V: Vector>(&self, at: usize, scale: f32, to: &mut [f32]) {
-        let table = self.map.values();
-        let (head, to) = to.split_at_mut(at % 2);
-        let codes = &self.codes[at / 2..];
-        if let [first] = head {
-            *first = table[usize::from(codes[0] & 15)] * scale;
-        }
-        let codes = &codes[at % 2..][..to.len().div_ceil(2)];
-        let whole = to.len() - to.len() % V::LANES;
-        for i in (0..whole).step_by(V::LANES) {
-            // SAFETY: `whole` numbers have room in `to`, and half as many bytes are in `codes`.
-            unsafe {
-                V::look_up(table, codes.as_ptr().add(i / 2))
-                    .mul(V::splat(scale))
-                    .store(to.as_mut_ptr().add(i))
-            };
-        }
-        for (i, to) in to.iter_mut().enumerate().skip(whole) {
-            *to = table[usize::from(codes[i / 2] >> (4 - i % 2 * 4) & 15)] * scale;
         }
     }
 }

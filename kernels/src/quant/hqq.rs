@@ -142,13 +142,11 @@ impl Hqq<'_> {
         let line_len = if axis == HqqAxis::One { size } else { self.scales.len() };
         let (per_cell, bytes) = bits.cell();
         let step = self.codes.len() / bytes / line_len;
-        let (mut at, mut to) = (at, to);
+        let (mut line, mut col, mut to) = (at / line_len, at % line_len, to);
+        let (mut row, mut shift) = (line % step, bits.count() * (per_cell - 1 - line / step));
         while !to.is_empty() {
-            let (line, col) = (at / line_len, at % line_len);
-            let left = line_len - col;
-            let (piece, rest) = to.split_at_mut(left.min(to.len()));
-            let shift = bits.count() * (per_cell - 1 - line / step);
-            let cells = &self.codes[(line % step * line_len + col) * bytes..][..piece.len() * bytes];
+            let (piece, rest) = to.split_at_mut((line_len - col).min(to.len()));
+            let cells = &self.codes[(row * line_len + col) * bytes..][..piece.len() * bytes];
             unpack(cells, bits, shift, piece);
             match axis {
                 HqqAxis::One => {
@@ -160,8 +158,10 @@ impl Hqq<'_> {
                     piece.iter_mut().zip(groups).for_each(|(v, (scale, zero))| *v = (*v - zero) * scale);
                 }
             }
-            at += left;
-            to = rest;
+            (to, line, row, col) = (rest, line + 1, row + 1, 0);
+            if row == step {
+                (row, shift) = (0, shift.wrapping_sub(bits.count())); // wraps behind the last line alone
+            }
         }
     }
 }
