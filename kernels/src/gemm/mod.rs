@@ -2,9 +2,11 @@
 //! panels that fit the caches, and a tile in registers runs over them; see BLIS for the scheme.
 
 pub(crate) mod micro;
+pub(crate) mod operand;
 pub(crate) mod pack;
 mod sheet;
 
+pub use operand::Operand;
 pub use sheet::{Sheet, sheets};
 
 use crate::element::{load, store as store_vector};
@@ -24,17 +26,18 @@ const A_PANELS: usize = MC * KC;
 
 /// `c = a * b` or `c += a * b`, with `a: [m, k]`, `b: [k, n]` of any strides (see [`Matrix::t`]) and `c: [m, n]` dense.
 /// bf16 results are rounded once. Several threads share [`sheets`] instead.
-pub fn gemm<A: Element, B: Element, C: Element>(
+pub fn gemm<A: Element, B: Operand, C: Element>(
     a: Matrix<A>,
-    b: Matrix<B>,
+    b: B,
     mode: Store,
     c: &mut [C],
     scratch: &mut Scratch,
 ) {
     a.check();
     b.check();
-    assert_eq!(a.cols, b.rows, "gemm: {} x {} times {} x {}", a.rows, a.cols, b.rows, b.cols);
-    assert_eq!(c.len(), a.rows * b.cols, "gemm: length of c");
+    let (terms, columns) = b.shape();
+    assert_eq!(a.cols, terms, "gemm: {} x {} times {terms} x {columns}", a.rows, a.cols);
+    assert_eq!(c.len(), a.rows * columns, "gemm: length of c");
     if c.is_empty() {
         return;
     }
@@ -44,7 +47,7 @@ pub fn gemm<A: Element, B: Element, C: Element>(
         }
         return;
     }
-    if a.rows <= NARROW && a.col_stride == 1 && b.row_stride == 1 {
+    if a.rows <= NARROW && a.col_stride == 1 && b.has_whole_columns() {
         return narrow(a, b, mode, c);
     }
     // Sums of several blocks must not be rounded in between.
@@ -52,7 +55,7 @@ pub fn gemm<A: Element, B: Element, C: Element>(
     let (packed, rest) = scratch.take(SHEET + A_PANELS + wide).split_at_mut(SHEET);
     let (a_panels, wide) = rest.split_at_mut(A_PANELS);
     if wide.is_empty() {
-        sheets(a.cols, b.cols).for_each(|sheet| {
+        sheets(terms, columns).for_each(|sheet| {
             sheet.pack(b, 0, packed);
             multiply(&sheet, a, packed, mode, c, a_panels);
         });
@@ -61,7 +64,7 @@ pub fn gemm<A: Element, B: Element, C: Element>(
     if mode == Store::Add {
         crate::convert(c, wide);
     }
-    sheets(a.cols, b.cols).for_each(|sheet| {
+    sheets(terms, columns).for_each(|sheet| {
         sheet.pack(b, 0, packed);
         multiply(&sheet, a, packed, mode, wide, a_panels);
     });
@@ -69,38 +72,11 @@ pub fn gemm<A: Element, B: Element, C: Element>(
 }
 
 /// Up to this many rows, copying `b` would cost more than the product.
-const NARROW: usize = 3;
-
-/// Sums that [`narrow`] has on the way: enough to hide the time that an addition takes.
-const SUMS: usize = 4;
+pub(crate) const NARROW: usize = 3;
 
 simd_fn! {
-    /// A few rows times a transposed matrix, as when generating token by token: reads `b` once, in place and in order, as memory gives it
-    /// fastest.
-    fn narrow<V, A: Element, B: Element, C: Element>(a: Matrix<A>, b: Matrix<B>, mode: Store, c: &mut [C]) {
-        let (n, k) = (b.cols, b.rows);
-        let whole = k - k % (SUMS * V::LANES);
-        for j in 0..n {
-            let column = &b.data[j * b.col_stride..][..k];
-            for i in 0..a.rows {
-                let row = &a.data[i * a.row_stride..][..k];
-                let mut sums = [V::splat(0.0); SUMS];
-                for t in (0..whole).step_by(SUMS * V::LANES) {
-                    for (s, sum) in sums.iter_mut().enumerate() {
-                        let at = t + s * V::LANES;
-                        // SAFETY: both slices have `k` numbers, at least `SUMS` vectors from `t` on.
-                        let (x, w): (V, V) = unsafe { (A::load(row.as_ptr().add(at)), B::load(column.as_ptr().add(at))) };
-                        *sum = x.mul_add(w, *sum);
-                    }
-                }
-                for t in (whole..k).step_by(V::LANES) {
-                    sums[0] = load::<V, A>(&row[t..]).mul_add(load(&column[t..]), sums[0]);
-                }
-                let [s0, s1, s2, s3] = sums;
-                let before = if mode == Store::Add { c[i * n + j].to_f32() } else { 0.0 };
-                c[i * n + j] = C::from_f32(before + s0.add(s1).add(s2.add(s3)).sum());
-            }
-        }
+    fn narrow<V, A: Element, B: Operand, C: Element>(a: Matrix<A>, b: B, mode: Store, c: &mut [C]) {
+        b.narrow::<V, A, C>(a, mode, c);
     }
 }
 

@@ -42,7 +42,7 @@ fn put<V: Eight, const W: usize>(values: V, t: usize, group: usize, panel: &mut 
 }
 
 /// Panels that are written at the same time where a term's numbers for all of them lie in one piece.
-const SIDE_BY_SIDE: usize = 4;
+pub(crate) const SIDE_BY_SIDE: usize = 4;
 
 /// Lines that lie side by side, of up to so many panels.
 #[inline(always)]
@@ -66,7 +66,7 @@ fn copy<V: Eight, T: Element, const W: usize>(
 
 /// Lines of which each lies in one piece. Those that are missing are the last one again.
 #[inline(always)]
-fn turn<V: Eight, T: Element, const W: usize>(
+pub(crate) fn turn<V: Eight, T: Element, const W: usize>(
     from: &Matrix<T>,
     terms: Range<usize>,
     lines: Range<usize>,

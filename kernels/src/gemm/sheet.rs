@@ -1,7 +1,7 @@
 //! Several threads compute one product: they copy a sheet of B together, then each multiplies rows of A by it.
 
 use super::micro::tile_cols;
-use super::pack::pack;
+use super::operand::Operand;
 use super::{A_PANELS, KC, multiply};
 use crate::simd::{Level, level, simd_fn};
 use crate::{Element, Matrix, Scratch, Store};
@@ -58,9 +58,9 @@ impl Sheet {
     }
 
     /// Makes a part of the copy of `b`, the numbers from `at` on, which is a multiple of a `share`.
-    pub fn pack<B: Element>(&self, b: Matrix<B>, at: usize, to: &mut [f32]) {
+    pub fn pack<B: Operand>(&self, b: B, at: usize, to: &mut [f32]) {
         b.check();
-        assert_eq!((b.rows, b.cols), self.of, "gemm: the shape of b");
+        assert_eq!(b.shape(), self.of, "gemm: the shape of b");
         let first = self.columns.start + at / self.terms.len();
         let columns = to.len() / self.terms.len();
         pack_columns(b, self.terms.clone(), first..self.columns.end.min(first + columns), to);
@@ -93,10 +93,10 @@ impl Sheet {
 }
 
 simd_fn! {
-    fn pack_columns<V, B: Element>(b: Matrix<B>, terms: Range<usize>, columns: Range<usize>, to: &mut [f32]) {
+    fn pack_columns<V, B: Operand>(b: B, terms: Range<usize>, columns: Range<usize>, to: &mut [f32]) {
         match const { tile_cols(V::LANES) } {
-            32 => pack::<V, B, 32>(&b, terms, columns, to),
-            _ => pack::<V, B, 16>(&b, terms, columns, to),
+            32 => b.pack::<V, 32>(terms, columns, to),
+            _ => b.pack::<V, 16>(terms, columns, to),
         }
     }
 }

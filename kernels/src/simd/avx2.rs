@@ -77,6 +77,18 @@ impl Vector for F32x8 {
         })
     }
     #[inline(always)]
+    unsafe fn look_up(table: &[f32; 16], codes: *const u8) -> Self {
+        cpu!({
+            let bytes = _mm_cvtsi32_si128(codes.cast::<i32>().read_unaligned());
+            let pairs = _mm_unpacklo_epi8(_mm_srli_epi16::<4>(bytes), bytes);
+            let codes = _mm256_cvtepu8_epi32(pairs);
+            // A permutation goes by the low three bits of each code; the fourth chooses the half of the table.
+            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), codes);
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr().add(8)), codes);
+            F32x8(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes))))
+        })
+    }
+    #[inline(always)]
     fn prefetch(at: *const f32) {
         cpu!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
     }

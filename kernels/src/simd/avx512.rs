@@ -69,6 +69,15 @@ impl Vector for F32x16 {
         })
     }
     #[inline(always)]
+    unsafe fn look_up(table: &[f32; 16], codes: *const u8) -> Self {
+        cpu!({
+            let bytes = _mm_loadl_epi64(codes.cast());
+            let pairs = _mm_unpacklo_epi8(_mm_srli_epi16::<4>(bytes), bytes);
+            // The permutation goes by the low four bits of each code.
+            F32x16(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(pairs), _mm512_loadu_ps(table.as_ptr())))
+        })
+    }
+    #[inline(always)]
     fn prefetch(at: *const f32) {
         cpu!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
     }

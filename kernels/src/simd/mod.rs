@@ -129,6 +129,11 @@ pub trait Vector: Copy {
     /// `LANES` numbers are writable at `to`.
     unsafe fn store_bf16(self, to: *mut u16);
 
+    /// `table[code]` for codes of four bits, two to a byte, the first in its high half.
+    /// # Safety
+    /// `LANES / 2` bytes are readable at `codes`.
+    unsafe fn look_up(table: &[f32; 16], codes: *const u8) -> Self;
+
     /// Tells the CPU that the numbers there will be wanted; `at` may be any address.
     fn prefetch(at: *const f32);
     fn splat(value: f32) -> Self;

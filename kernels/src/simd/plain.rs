@@ -60,6 +60,12 @@ impl Vector for F32x8 {
         unsafe { *to.cast() = bits }
     }
     #[inline(always)]
+    unsafe fn look_up(table: &[f32; 16], codes: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        let bytes: [u8; 4] = unsafe { *codes.cast() };
+        F32x8(std::array::from_fn(|i| table[usize::from(bytes[i / 2] >> (4 - i % 2 * 4) & 15)]))
+    }
+    #[inline(always)]
     fn prefetch(_at: *const f32) {}
     #[inline(always)]
     fn splat(value: f32) -> Self {
