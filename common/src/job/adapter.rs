@@ -40,6 +40,16 @@ pub struct Adapter {
     pub path: Option<PathBuf>,
 }
 
+/// Four bits for each number, one scale in eight bits for 64 of them, as bitsandbytes has it with `bnb_4bit_use_double_quant`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// Quantiles of the normal distribution.
+    Nf4,
+    /// Floating-point numbers.
+    Fp4,
+}
+
 /// Modules of a model by their names in its files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -207,6 +217,22 @@ pub(super) fn in_a_file(adapter: &Adapter) -> Map<String, Value> {
     }))
 }
 
+pub(super) fn quantization(
+    f: &Fields,
+    adapter: Option<&Adapter>,
+) -> Result<Option<Quantization>, JobFileError> {
+    let words = [("none", None), ("nf4", Some(Quantization::Nf4)), ("fp4", Some(Quantization::Fp4))];
+    let quantization = f.word("quantization", &words)?.flatten();
+    if quantization.is_some() && adapter.is_none() {
+        let message = format!(
+            "`{}` is for a model that stays as it is: weights that are trained need more than four bits; give the job an `[adapter]`, or leave it out",
+            f.spelling("quantization")
+        );
+        return Err(f.refuse(&["quantization"], message));
+    }
+    Ok(quantization)
+}
+
 fn targets(f: &Fields) -> Result<Option<Targets>, JobFileError> {
     let wanted =
         "\"all-linear\", a list of modules or how their names end, or a regular expression for whole names";
@@ -298,6 +324,8 @@ mod tests {
             ("lora_r = 4\ndevice = \"cuda\"", "`lora_r` and this `device` do not go together"),
             ("adapter = { }", "says nothing"),
             ("use_dora = true", "`use_dora`"),
+            ("quantization = \"nf4\"", "give the job an `[adapter]`"),
+            ("lora_r = 4\nquantization = \"int3\"", "one of \"none\", \"nf4\", \"fp4\""),
         ] {
             let error = of(&format!("model.path = \"m\"\n{text}")).unwrap_err();
             assert!(error.contains(wanted), "{text}: {error}");

@@ -82,6 +82,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["model.rope_parameters.beta_slow", "model.rope_scaling.beta_slow"],
     &["model.rope_parameters.truncate", "model.rope_scaling.truncate"],
 
+    &["quantization", "bnb_4bit_quant_type"],
     &["adapter.type", "peft_type", "adapter.peft_type", "adapter.method"],
     &["adapter.r", "lora_r", "lora_rank", "r", "adapter.lora_r", "adapter.rank"],
     &["adapter.alpha", "lora_alpha", "adapter.lora_alpha"],
@@ -191,7 +192,7 @@ pub fn keys() -> impl Iterator<Item = &'static str> {
 const ADAPTERS: &str =
     "write an `[adapter]` with `type` = \"lora\", `r`, `alpha`, `dropout`, `target_modules`";
 const DORA: &str = "LoRA and rsLoRA are trained; adapters of DoRA are read and merged";
-const PACKED: &str = "bases are not quantised yet: leave it out";
+const PACKED: &str = "write `quantization` = \"nf4\", which quantises the model as it is read";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
 const MODELS: &str = "describe a new one in [model], or give a Hugging Face directory as `model.path`";
@@ -208,7 +209,7 @@ const LATER: &[(&str, &str)] = &[
     ("lora", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS), ("use_dora", DORA), ("adapter.use_dora", DORA),
     ("load_in_8bit", PACKED), ("load_in_4bit", PACKED),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
-    ("quantization", EXPORT), ("run_health_checks", EXPORT),
+    ("run_health_checks", EXPORT),
     ("tier", TIERS), ("modality", TIERS), ("baseline_run_id", TIERS), ("reference_profile_id", TIERS),
     ("db_path", HISTORY), ("sweep_id", HISTORY), ("sweep_params", HISTORY),
     ("backend", BACKENDS), ("backend_type", BACKENDS),

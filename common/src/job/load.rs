@@ -97,6 +97,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
+    let adapter = super::adapter::adapter(f, dir, &model, (wanted.executor, wanted.device))?;
     let rows = rows::rows(f, dir, &tokenizer)?;
     Ok(Job {
         task_name: task_name(f, &rows)?,
@@ -125,7 +126,8 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         max_time_s: f.int("max_time_s", 1, INT_MAX)?,
         threads_per_rank: f.int32("threads_per_rank", 1, 1024)?,
         trace: path("trace", "a file")?,
-        adapter: super::adapter::adapter(f, dir, &model, (wanted.executor, wanted.device))?,
+        quantization: super::adapter::quantization(f, adapter.as_ref())?,
+        adapter,
         model,
         tokenizer,
         data: data(f, dir, rows)?,

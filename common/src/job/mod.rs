@@ -21,7 +21,7 @@ pub mod suggest;
 mod value;
 mod vocabulary;
 
-pub use adapter::{Adapter, Bias, Init, Targets};
+pub use adapter::{Adapter, Bias, Init, Quantization, Targets};
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
@@ -90,6 +90,9 @@ pub struct Job {
     /// Trained in the place of the model, which then stays as it is.
     #[serde(default)]
     pub adapter: Option<Adapter>,
+    /// How the matrices of a model are kept that stays as it is.
+    #[serde(default)]
+    pub quantization: Option<Quantization>,
     pub tokenizer: Tokenizer,
     pub data: Data,
     pub optimizer: Optimizer,

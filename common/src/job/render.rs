@@ -21,6 +21,7 @@ impl Job {
             "device": self.device,
             "executor": self.executor,
             "precision": self.precision,
+            "quantization": self.quantization,
             "batch_size": self.batch_size,
             "accumulate_grad_batches": self.accumulate_grad_batches,
             "activation_checkpointing": match self.activation_checkpointing {

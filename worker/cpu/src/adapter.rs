@@ -23,6 +23,8 @@ pub(crate) struct LowRank<E> {
     seen: Vec<E>,
     /// `[t, inputs]`: a gradient before what is dropped is taken out.
     rows: Vec<E>,
+    /// `[outputs, inputs]`: a matrix of few bits, widened for a product.
+    pub wide: Vec<E>,
 }
 
 impl<E: Storage> Pass<'_, E> {

@@ -2,10 +2,11 @@
 
 use crate::adapter::LowRank;
 use crate::block::Pass;
-use crate::product::{Out, Products, Storage};
+use crate::product::{Out, Products, Storage, grown};
 use crate::workspace::{Keep, Saved, Workspace};
 use fleet_common::model::{Decoder, Linear, Positions, Wiring};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
+use fleet_learn::adapter::Packed;
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
 
@@ -283,8 +284,14 @@ impl Network {
 impl<E: Storage> Pass<'_, E> {
     /// `out_to = x_ti w^T`. For a single row the time goes into reading `w`: where there is that in half the bytes, it is taken.
     pub(crate) fn times(&mut self, x: &[E], w: &Range<usize>, out: Out<E>, (t, i, o): (usize, usize, usize)) {
-        match self.weights.compact(w) {
-            Some(compact) if t == 1 => self.products.single(x, compact, out, (i, o)),
+        match (self.weights.compact(w), self.weights.packed(w)) {
+            (Some(compact), _) if t == 1 => self.products.single(x, compact, out, (i, o)),
+            (_, Some(packed)) => {
+                let mut wide = std::mem::take(&mut self.low.wide);
+                self.widen(packed, w, &mut wide);
+                self.products.forward(x, &wide[..w.len()], out, (t, i, o));
+                self.low.wide = wide;
+            }
             _ => self.products.forward(x, self.weights.of(w), out, (t, i, o)),
         }
     }
@@ -305,6 +312,10 @@ impl<E: Storage> Pass<'_, E> {
         self.add_bias(linear, out);
         self.times(x, &linear.weight, Out::Add(out), (t, linear.inputs, linear.outputs));
         self.adapter_forward(x, linear, Out::Add(out));
+    }
+
+    fn widen(&self, packed: &Packed, weight: &Range<usize>, wide: &mut Vec<E>) {
+        packed.widen(weight, grown(wide, weight.len()), self.workers());
     }
 
     fn add_bias<T: kernels::Element>(&self, linear: &Linear, out: &mut [T]) {
@@ -354,9 +365,18 @@ impl<E: Storage> Pass<'_, E> {
 
     /// `out_ti = dy_to w`.
     pub(crate) fn linear_input_backward(&mut self, dy: &[E], linear: &Linear, mut out: Out<E>) {
-        let weight = self.weights.of(&linear.weight);
-        let t = self.tokens();
-        self.products.backward_input(dy, weight, out.again(), (t, linear.inputs, linear.outputs));
+        let shape = (self.tokens(), linear.inputs, linear.outputs);
+        match self.weights.packed(&linear.weight) {
+            Some(packed) => {
+                let mut wide = std::mem::take(&mut self.low.wide);
+                self.widen(packed, &linear.weight, &mut wide);
+                self.products.backward_input(dy, &wide[..linear.weight.len()], out.again(), shape);
+                self.low.wide = wide;
+            }
+            None => {
+                self.products.backward_input(dy, self.weights.of(&linear.weight), out.again(), shape);
+            }
+        }
         self.adapter_input_backward(dy, linear, out.and_more());
     }
 }

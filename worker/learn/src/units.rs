@@ -2,7 +2,7 @@
 //! weights, gives them back, and says when its gradients are ready. Where the numbers are in between, who reduces them and who updates
 //! them is a strategy's business.
 
-use crate::adapter::{AddedPart, AddedProduct, Trained};
+use crate::adapter::{AddedPart, AddedProduct, Packed, Trained};
 use crate::error::Result;
 use crate::shim::buffers::{Number, SharedSlice};
 use fleet_checkpoint::Dtype;
@@ -181,6 +181,7 @@ pub struct HostWeights<'a, E> {
     narrow_tables: bool,
     compact: Option<&'a [bf16]>,
     adapter: Option<OfAdapter<'a, E>>,
+    packed: Option<&'a Packed>,
 }
 
 /// What is trained beside a base: its own numbers.
@@ -239,7 +240,7 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
     /// `copy` is not looked at in fp32.
     pub fn new(master: Pieces<'a, f32>, copy: Pieces<'a, bf16>) -> Self {
         let products = E::products(master, copy);
-        Self { master, products, narrow_tables: false, compact: None, adapter: None }
+        Self { master, products, narrow_tables: false, compact: None, adapter: None, packed: None }
     }
 
     /// All units at once.
@@ -250,6 +251,16 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
     /// Tables are where products read them.
     pub fn with_narrow_tables(self) -> Self {
         Self { narrow_tables: true, ..self }
+    }
+
+    /// Some of the matrices are in few bits.
+    pub fn with_packed(self, packed: Option<&'a Packed>) -> Self {
+        Self { packed, ..self }
+    }
+
+    /// A product's weight, where it is in few bits and has to be widened.
+    pub fn packed(&self, weight: &Range<usize>) -> Option<&'a Packed> {
+        self.packed.filter(|packed| packed.has(weight))
     }
 
     /// These are of an adapter, which is trained beside a `base`: what is asked for is the base's, whatever of it is trained.

@@ -236,7 +236,7 @@ fn beside<E: Storage>(
         None => &mut alone,
     };
     let base = ModelDir::open(&adapter.base)?;
-    let frozen = Frozen::read(&base, &adapter.trained, kept, gang, threads as usize)?;
+    let frozen = Frozen::read(&base, &adapter.trained, (kept, adapter.quantization), gang, threads as usize)?;
     Ok(executor.beside(frozen, adapter.trained.clone()))
 }
 

@@ -85,7 +85,12 @@ impl Need {
         let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);
         let mut kept = Needs::of(&setting.keeping(), &layout);
         if let Some(adapter) = &model.adapter {
-            let frozen = frozen_bytes(&model.layout(), &adapter.trained, Kept::of(setting.precision));
+            let frozen = frozen_bytes(
+                &model.layout(),
+                &adapter.trained,
+                Kept::of(setting.precision),
+                adapter.quantization,
+            );
             kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
         }
         Need {

@@ -6,15 +6,21 @@
 mod cases;
 
 use cases::{apart, hyper, largest, targets};
-use fleet_checkpoint::{ModelDir, Reading, Tensors, read_parameter};
+use fleet_checkpoint::{Dtype, ModelDir, Reading, Tensors, read_parameter, stored, stored_shape};
 use fleet_collectives::Solo;
 use fleet_common::job::{self, Job, Precision};
+use fleet_common::model::Role;
 use fleet_cpu::{CpuExecutor, Network, workers};
+use fleet_kernels::quant::{
+    Codes, Double, FourBit, FourBitMap, Quantised, Scales, dequantise, double_quantise, dynamic_map,
+    quantise_four_bit,
+};
 use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
 use fleet_learn::model::Model;
 use fleet_learn::testing::Whole;
 use fleet_learn::{AdamW, Executor, Learner, TokenBatch, Update, Votes};
 use fleet_rank::assemble::{Threads, alone, solo};
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -35,7 +41,10 @@ fn trained() -> Vec<(PathBuf, PathBuf)> {
 
 /// The model of a job that trains an adapter beside `base`.
 fn model(base: &Path, adapter: &Value) -> Result<Model, String> {
-    let file = json!({"model": {"path": base}, "data": {"path": "x"}, "adapter": adapter});
+    model_of(&json!({"model": {"path": base}, "data": {"path": "x"}, "adapter": adapter}))
+}
+
+fn model_of(file: &Value) -> Result<Model, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("job.json");
     std::fs::write(&path, file.to_string()).unwrap();
@@ -127,7 +136,7 @@ fn gradients_are_those_of_peft() {
         for (threads, again) in [(1, 0), (2, 2)] {
             let mut solo = Solo::new(0);
             let dir = ModelDir::open(&base).unwrap();
-            let frozen = Frozen::read(&dir, &trained, Kept::Fp32, &mut solo, 1).unwrap();
+            let frozen = Frozen::read(&dir, &trained, (Kept::Fp32, None), &mut solo, 1).unwrap();
             let network = Network::new(model.decoder.clone(), model.wiring(), 64);
             let mut executor = CpuExecutor::<f32>::new(network, workers(threads).unwrap())
                 .computing_again(again)
@@ -222,5 +231,80 @@ fn what_an_adapter_cannot_be_is_refused() {
         let error = refused(family, adapter.clone());
         assert!(error.contains(wanted), "{adapter}: {error}");
         assert!(!error.contains('\n'), "{error}");
+    }
+}
+
+/// Beside a model whose matrices are in four bits, and beside one that has what these stand for.
+#[test]
+fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
+    let golden = cases::golden();
+    for (name, word, map) in [
+        ("llama", "nf4", FourBitMap::Nf4),
+        ("qwen2", "fp4", FourBitMap::Fp4),
+        ("gpt2", "nf4", FourBitMap::Nf4),
+    ] {
+        let base = golden.join(name);
+        let dir = ModelDir::open(&base).unwrap();
+        let mut flat = vec![0.0; dir.layout.len];
+        dir.read(&mut flat).unwrap();
+        let blocks = 1..dir.layout.units.len() - 1;
+        for p in dir.layout.parameters.iter().filter(|p| p.role == Role::Weight && blocks.contains(&p.unit)) {
+            let numbers = &mut flat[p.range.clone()];
+            let blocks = numbers.len().div_ceil(64);
+            let (mut codes, mut scales) = (vec![0; numbers.len().div_ceil(2)], vec![0.0; blocks]);
+            quantise_four_bit(numbers, map, 64, &mut codes, &mut scales);
+            let (mut of_scales, mut largest) = (vec![0; blocks], vec![0.0; blocks.div_ceil(256)]);
+            let offset = double_quantise(&scales, &mut of_scales, &mut largest);
+            let double = Double { codes: &of_scales, largest: &largest, map: dynamic_map(), offset };
+            let codes =
+                Codes::FourBit(FourBit { map, block: 64, codes: &codes, scales: Scales::Double(double) });
+            let quantised = Quantised::new(codes, p.shape[0], p.shape[1]);
+            dequantise(quantised, 0..p.shape[0], &mut flat[p.range.clone()]);
+        }
+        let made = tempfile::tempdir().unwrap();
+        std::fs::copy(base.join("config.json"), made.path().join("config.json")).unwrap();
+        let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = dir
+            .layout
+            .parameters
+            .iter()
+            .map(|p| {
+                let numbers = stored(p, &flat[p.range.clone()]);
+                (p.name.clone(), stored_shape(p), numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+            })
+            .collect();
+        let views: Vec<_> = tensors
+            .iter()
+            .map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()))
+            .collect();
+        safetensors::serialize_to_file(views, None, &made.path().join("model.safetensors")).unwrap();
+
+        let adapter = json!({"r": 4, "dropout": 0.0, "target_modules": "all-linear"});
+        let with = |base: &Path, quantization: &str| {
+            model_of(&json!({"model": {"path": base}, "data": {"path": "x"}, "adapter": adapter, "quantization": quantization})).unwrap()
+        };
+        let case = cases::cases().into_iter().find(|case| case.name == name).unwrap();
+        let (ids, shape) = case.ids("batches");
+        let ids = &ids[..shape[1] * shape[2]];
+        let batch = TokenBatch {
+            ids: ids.to_vec(),
+            targets: targets(ids, shape[2]),
+            seq: shape[2],
+            ..Default::default()
+        };
+        let mut losses = [(with(&base, word)), with(made.path(), "none")].map(|model| {
+            let mut learner = learner(&model, Precision::Fp32);
+            learner.fresh_weights(7).unwrap();
+            let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
+            let step = |step| learner.step(&[batch.clone()], &update(step), Votes::default()).unwrap();
+            (1..=8).map(step).map(|report| (report.loss, report.grad_norm)).collect::<Vec<_>>()
+        });
+        let wanted = losses[1].clone();
+        assert!(wanted[7].0 < wanted[0].0 - 0.05, "{name}: {wanted:?}");
+        for (is, wanted) in losses[0].iter_mut().zip(wanted) {
+            assert!(
+                (is.0 - wanted.0).abs() < 1e-5 && (is.1 - wanted.1).abs() < 1e-4,
+                "{name}: {is:?} {wanted:?}"
+            );
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! A model that is not trained: its numbers once on each host, in memory that the host's ranks share, as products read them.
 
 use super::Trained;
+use super::packed::{Packed, is_packed, packed_bytes};
 use crate::engine::by_parameter;
 use crate::error::{Error, Result};
 use crate::shim::buffers::SharedSlice;
@@ -9,7 +10,7 @@ use crate::units::{HostNumber, HostWeights, Pieces, Places};
 use crate::zeros::{Part, zeros};
 use fleet_checkpoint::{ModelDir, Reading};
 use fleet_collectives::SharedHost;
-use fleet_common::job::Precision;
+use fleet_common::job::{Precision, Quantization};
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels as kernels;
 use half::bf16;
@@ -46,6 +47,8 @@ pub struct Frozen<E> {
     /// In bf16.
     narrow: Places,
     narrow_numbers: SharedSlice<bf16>,
+    /// In four bits.
+    packed: Option<Packed>,
     kind: PhantomData<E>,
 }
 
@@ -54,16 +57,25 @@ impl<E: HostNumber> Frozen<E> {
     pub fn read(
         dir: &ModelDir,
         trained: &Trained,
-        kept: Kept,
+        (kept, quantization): (Kept, Option<Quantization>),
         gang: &mut dyn SharedHost,
         threads: usize,
     ) -> Result<Frozen<E>> {
-        let [exact, narrow] = places(&dir.layout, trained, kept);
+        let [exact, narrow] = places(&dir.layout, trained, kept, quantization);
         let exact_numbers = SharedSlice::new(gang.allocate_common(exact.end() * size_of::<f32>())?);
         let narrow_numbers = SharedSlice::new(gang.allocate_common(narrow.end() * size_of::<bf16>())?);
-        let mut frozen = Frozen { kept, exact, exact_numbers, narrow, narrow_numbers, kind: PhantomData };
+        let packed = quantization.map(|quantization| {
+            let parameters: Vec<&Parameter> = packed_parameters(&dir.layout, trained).collect();
+            Packed::read(&parameters, quantization, gang, &mut |p, out| {
+                read(dir, p.range.start, out, threads)
+            })
+        });
+        let packed = packed.transpose();
+        let mut frozen =
+            Frozen { kept, exact, exact_numbers, narrow, narrow_numbers, packed: None, kind: PhantomData };
         let read = frozen.fill(dir, &*gang, threads);
         gang.barrier()?;
+        frozen.packed = packed?;
         read.map(|()| frozen)
     }
 
@@ -94,20 +106,28 @@ impl<E: HostNumber> Frozen<E> {
     pub fn weights(&self) -> HostWeights<'_, E> {
         let exact = Pieces::Placed(&self.exact, &self.exact_numbers);
         let weights = HostWeights::new(exact, Pieces::Placed(&self.narrow, &self.narrow_numbers));
+        let weights = weights.with_packed(self.packed.as_ref());
         if self.kept == Kept::Bf16 { weights.with_narrow_tables() } else { weights }
     }
 }
 
 /// Bytes of what is not trained, on each host.
-pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept) -> usize {
-    let [exact, narrow] = places(layout, trained, kept);
-    exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>()
+pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> usize {
+    let [exact, narrow] = places(layout, trained, kept, quantization);
+    let packed = quantization.map_or(0, |_| packed_bytes(packed_parameters(layout, trained)));
+    exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + packed
+}
+
+/// Those of which nothing is trained.
+fn packed_parameters<'a>(layout: &'a Layout, trained: &'a Trained) -> impl Iterator<Item = &'a Parameter> {
+    layout.parameters.iter().filter(|p| is_packed(p, layout) && trained.place(&p.range).is_none())
 }
 
 /// What is kept in fp32, and what in bf16.
-fn places(layout: &Layout, trained: &Trained, kept: Kept) -> [Places; 2] {
+fn places(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> [Places; 2] {
     let of = |wanted: &dyn Fn(Role) -> bool| {
-        let is = |p: &Parameter| wanted(p.role) && trained.place(&p.range).is_none();
+        let is_here = |p: &Parameter| quantization.is_none() || !is_packed(p, layout);
+        let is = |p: &Parameter| wanted(p.role) && trained.place(&p.range).is_none() && is_here(p);
         Places::in_a_row(layout.ranges(is))
     };
     let is_read_by_products = |role| matches!(role, Role::Weight | Role::TiedTable);

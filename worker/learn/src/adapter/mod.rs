@@ -6,12 +6,14 @@ mod config;
 mod files;
 mod frozen;
 mod merge;
+mod packed;
 mod targets;
 mod trained;
 
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
 pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
+pub use packed::Packed;
 pub use trained::{AddedPart, AddedProduct, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::units::Places;
 use fleet_checkpoint::ModelDir;
-use fleet_common::job;
+use fleet_common::job::{self, Quantization};
 use fleet_common::model::{Fresh, Layout, Linear, Parameter, Role, Stored, Wiring};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -35,15 +35,28 @@ pub struct TrainedAdapter {
     pub config: AdapterConfig,
     /// The directory of the model.
     pub base: PathBuf,
+    /// Of the model's matrices, while it is trained beside.
+    pub quantization: Option<Quantization>,
     /// An adapter whose numbers it begins with.
     pub from: Option<PathBuf>,
 }
 
 impl TrainedAdapter {
     /// As `adapter` asks for it, beside the model in `base`.
-    pub fn new(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<TrainedAdapter> {
+    pub fn new(
+        adapter: &job::Adapter,
+        quantization: Option<Quantization>,
+        model: &Model,
+        base: &Path,
+    ) -> Result<TrainedAdapter> {
         let (trained, config) = Trained::new(adapter, model, base)?;
-        Ok(TrainedAdapter { trained, config, base: base.to_owned(), from: adapter.path.clone() })
+        Ok(TrainedAdapter {
+            trained,
+            config,
+            base: base.to_owned(),
+            quantization,
+            from: adapter.path.clone(),
+        })
     }
 
     /// For the log.
@@ -56,8 +69,13 @@ impl TrainedAdapter {
             String::new()
         };
         format!(
-            "an adapter of {modules} modules{and} is trained beside {:.1} M parameters that stay as they are, once on each node",
-            (model.layout().count() - whole as u64) as f64 / 1e6
+            "an adapter of {modules} modules{and} is trained beside {:.1} M parameters that stay as they are, once on each node{}",
+            (model.layout().count() - whole as u64) as f64 / 1e6,
+            match self.quantization {
+                None => "",
+                Some(Quantization::Nf4) => ", the matrices of blocks in NF4",
+                Some(Quantization::Fp4) => ", the matrices of blocks in FP4",
+            }
         )
     }
 }

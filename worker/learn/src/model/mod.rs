@@ -66,7 +66,7 @@ impl Model {
         };
         let mut model = Model::read(dir)?;
         if let Some(adapter) = &job.adapter {
-            model.adapter = Some(Arc::new(TrainedAdapter::new(adapter, &model, dir)?));
+            model.adapter = Some(Arc::new(TrainedAdapter::new(adapter, job.quantization, &model, dir)?));
         }
         Ok(model)
     }

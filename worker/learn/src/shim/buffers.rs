@@ -13,6 +13,7 @@ use std::ops::Range;
 mod number {
     /// Types of which every bit pattern is a value.
     pub trait Number: Copy + Send + Sync + 'static {}
+    impl Number for u8 {}
     impl Number for f32 {}
     impl Number for half::bf16 {}
 }
