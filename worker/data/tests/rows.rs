@@ -127,6 +127,22 @@ fn the_same_conversations_are_the_same_in_every_form_and_file() {
     }
 }
 
+#[test]
+fn a_turn_of_weight_zero_carries_no_loss() {
+    let learnt = |weight: &str| {
+        let text = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" WEIGHT},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
+        let text = text.replace('\n', " ").replace("WEIGHT", weight);
+        let (_dir, job) = job("a.jsonl", &text, "chat_template = \"chatml\"");
+        read(build(&job).unwrap().0.train()).remove(0)
+    };
+    let (all, one) = (learnt(", \"weight\": 1"), learnt(", \"weight\": 0"));
+    assert_eq!((all.clone().ids, all.learnt.clone()), (learnt("").ids, learnt("").learnt));
+    let count = |item: &Item| item.learnt.iter().filter(|learnt| **learnt).count();
+    assert!(one.ids == all.ids && count(&one) * 2 == count(&all));
+    assert_eq!(one.learnt.iter().rposition(|learnt| *learnt), all.learnt.iter().rposition(|learnt| *learnt));
+}
+
 /// Rows of prompts and completions of these lengths, told apart by their letters.
 fn rows(lengths: &[usize]) -> String {
     let letter = |at: usize| char::from(b'a' + (at % 26) as u8);
