@@ -293,6 +293,9 @@ fn data_that_teach_nothing_are_refused_with_the_reason() {
         refused("{\"body\": \"a\"}", "")
             .contains("a.jsonl: what its rows are cannot be told by their fields (body)")
     );
+    let silent = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\", \"weight\": 0}]}";
+    let masked = refused(silent, "chat_template = \"chatml\"");
+    assert!(masked.contains("of 1 rows 1 have no token that carries loss"), "{masked}");
     let kto = refused("{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}", "");
     assert!(kto.contains("KTO"), "{kto}");
     let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
