@@ -59,12 +59,15 @@ pub(crate) fn texts(
     Ok(texts)
 }
 
+/// A row by the names of its fields, or what is wrong with it.
+pub(crate) type Object = Result<Map<String, Value>, String>;
+
 /// Gives every row as an object of texts, by the names in the first row, or what is wrong with it.
 pub(crate) fn objects(
     path: &Path,
     text: &str,
     dialect: Dialect,
-    take: &mut dyn FnMut(u64, Result<Map<String, Value>, String>) -> Result<(), DataError>,
+    take: &mut dyn FnMut(u64, Object) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let bad = |(line, what): (u64, String)| DataError::Row { path: path.to_owned(), line, what };
     let mut rows = Rows::new(text, dialect);

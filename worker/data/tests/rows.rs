@@ -127,6 +127,22 @@ fn the_same_conversations_are_the_same_in_every_form_and_file() {
     }
 }
 
+#[test]
+fn a_turn_of_weight_zero_carries_no_loss() {
+    let learnt = |weight: &str| {
+        let text = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" WEIGHT},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
+        let text = text.replace('\n', " ").replace("WEIGHT", weight);
+        let (_dir, job) = job("a.jsonl", &text, "chat_template = \"chatml\"");
+        read(build(&job).unwrap().0.train()).remove(0)
+    };
+    let (all, one) = (learnt(", \"weight\": 1"), learnt(", \"weight\": 0"));
+    assert_eq!((all.clone().ids, all.learnt.clone()), (learnt("").ids, learnt("").learnt));
+    let count = |item: &Item| item.learnt.iter().filter(|learnt| **learnt).count();
+    assert!(one.ids == all.ids && count(&one) * 2 == count(&all));
+    assert_eq!(one.learnt.iter().rposition(|learnt| *learnt), all.learnt.iter().rposition(|learnt| *learnt));
+}
+
 /// Rows of prompts and completions of these lengths, told apart by their letters.
 fn rows(lengths: &[usize]) -> String {
     let letter = |at: usize| char::from(b'a' + (at % 26) as u8);
@@ -277,6 +293,9 @@ fn data_that_teach_nothing_are_refused_with_the_reason() {
         refused("{\"body\": \"a\"}", "")
             .contains("a.jsonl: what its rows are cannot be told by their fields (body)")
     );
+    let silent = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\", \"weight\": 0}]}";
+    let masked = refused(silent, "chat_template = \"chatml\"");
+    assert!(masked.contains("of 1 rows 1 have no token that carries loss"), "{masked}");
     let kto = refused("{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}", "");
     assert!(kto.contains("KTO"), "{kto}");
     let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";

@@ -71,7 +71,10 @@ impl Templates {
             None => format!("{} has no chat template for this", self.dir.display()),
         };
         let what = format!("{what} (of the model: {own}; built in: {})", builtin::names());
-        Err(ChatError::new(what, "name the one with which the model was trained (--chat-template NAME)"))
+        Err(ChatError::new(
+            what,
+            "name the one with which the model was trained (--chat-template NAME, in a job data.chat_template)",
+        ))
     }
 }
 

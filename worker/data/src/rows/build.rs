@@ -247,7 +247,8 @@ impl<'a> Builder<'a> {
         self.coverage.check()?;
         let (train, validation, duplicates) = split(&self.kept, self.job.data.validation_fraction)?;
         report.duplicates = duplicates;
-        let most = self.rows.packing.then_some(self.job.max_seq_len);
+        let is_packed = self.rows.packing && self.rows.format != Some(RowFormat::Preference);
+        let most = is_packed.then_some(self.job.max_seq_len);
         let [train_items, validation_items] = [&train, &validation].map(|part| items(&self.kept, part, most));
         let [train_index, validation_index] = [&train_items, &validation_items].map(|items| index(items));
         put(dir, TRAIN_INDEX, &train_index)?;
@@ -277,7 +278,7 @@ impl<'a> Builder<'a> {
             rows: Some(RowMeta {
                 train_items: train_items.len() as u64,
                 validation_items: validation_items.len() as u64,
-                is_packed: self.rows.packing,
+                is_packed,
                 tokens_sha256,
                 loss_sha256,
                 report: self.report,

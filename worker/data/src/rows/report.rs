@@ -52,7 +52,7 @@ impl Report {
             (self.not_utf8, "are not UTF-8".into()),
             (self.empty, "have no text or no answer".into()),
             (self.same, "reject what they choose".into()),
-            (self.masked, "have an answer without tokens".into()),
+            (self.masked, "have no token that carries loss".into()),
             (self.cut_off, format!("have their answer behind max_seq_len, {max_seq_len} tokens")),
         ];
         let why: Vec<String> = counts

@@ -180,6 +180,7 @@ fn columns(object: Row) -> Result<Table, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn read(kind: Kind, text: &str) -> Result<Vec<String>, String> {
         let mut rows = Vec::new();
@@ -234,6 +235,13 @@ mod tests {
             read(Kind::Tsv, "p\tc\n\"a\"\t1\n").unwrap(),
             ["line 2 {\"p\":\"\\\"a\\\"\",\"c\":\"1\"}"]
         );
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in "[\\[\\]{}:,\"a1 \n\r]{0,60}", kind in 0usize..3) {
+            let _ = read([Kind::Json, Kind::Csv, Kind::Tsv][kind], &text);
+        }
     }
 
     #[test]

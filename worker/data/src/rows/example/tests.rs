@@ -1,5 +1,6 @@
 use super::*;
 use crate::files::tests::data;
+use proptest::prelude::*;
 use serde_json::json;
 
 /// `template`: none, the model's own, or one that the job names.
@@ -132,4 +133,29 @@ fn preferences_that_say_nothing_are_named() {
     assert!(said(of(shorter)).contains("the beginning of the other"));
     let ends = json!({"prompt": [user("q"), assistant("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]});
     assert!(said(of(ends)).contains("ends with the assistant"));
+}
+
+/// Values as people put them where others belong.
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<i8>().prop_map(Value::from),
+        "[a \\[{]{0,4}".prop_map(Value::from),
+        Just(user("q")),
+        Just(assistant("a")),
+        Just(json!({"from": "gpt", "value": 3})),
+    ];
+    leaf.prop_recursive(2, 12, 4, |inner| proptest::collection::vec(inner, 0..4).prop_map(Value::Array))
+}
+
+proptest! {
+    #[test]
+    fn no_row_makes_a_reader_panic(values in proptest::collection::vec(any_value(), 13), format in 0usize..6, template in 0u8..3) {
+        use RowFormat::{Alpaca, Conversations, Messages, Preference, PromptCompletion, Text};
+        let format = [Text, Messages, Conversations, PromptCompletion, Alpaca, Preference][format];
+        let names = fleet_common::job::ROW_FIELDS.iter().zip(values.clone());
+        let mut row: Row = names.map(|(name, value)| ((*name).to_owned(), value)).collect();
+        row.insert("conversations".into(), values[0].clone());
+        let _ = read(format, template, Value::Object(row));
+    }
 }
