@@ -8,6 +8,9 @@
 //! stored as the [`Element`] of the slice (f32, or bf16 rounded to nearest even); sums over a whole buffer are f64. Only
 //! attention in bf16 multiplies bf16 numbers as they are, with sums in f32, where the CPU has fast instructions for that.
 //!
+//! Weights that are not trained may have few bits: [`quant`]. The oracle of their codes are golden files, that of their products
+//! [`Quantised::number`](quant::Quantised::number) with [`reference::gemm`].
+//!
 //! Kernels run in the calling thread. A caller with several threads splits rows (or elements) among them; every kernel
 //! but the sums over rows (`dw` of a norm, the embedding's gradient, losses) gives the same bits however it is split.
 //!

@@ -156,3 +156,62 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     let last = serde_json::from_str::<Value>(last).unwrap()["loss"].as_f64().unwrap();
     assert!((first - last).abs() < 1e-6, "{first} {last}");
 }
+
+/// Rows of instructions whose answers follow a rule.
+fn rows(count: usize) -> String {
+    let words = ["harbour", "winter", "lantern", "river", "stone", "morning", "letters"];
+    let row = |n: usize| {
+        let (one, two) = (words[n % 7], words[n / 7 % 7]);
+        serde_json::json!({"instruction": format!("Write the {one} and the {two}."), "input": "", "output": format!("{two} {two}")})
+    };
+    serde_json::to_string(&(0..count).map(row).collect::<Vec<_>>()).unwrap()
+}
+
+#[test]
+fn instructions_are_learnt_beside_a_model_in_four_bits() {
+    let (world, base) = with_a_base();
+    world.write("rows.json", rows(120));
+    let more = [
+        "task_name=sft",
+        "data.path=rows.json",
+        "data.packing=true",
+        "max_seq_len=384",
+        "quantization=nf4",
+        "max_steps=40",
+    ];
+    let sets: Vec<&str> = more.iter().flat_map(|set| ["--set", set]).collect();
+    let file = job(&world, &base, "sft");
+    let evaluations = |done: &Finished| -> Vec<f64> {
+        let events = done.stdout.iter().filter(|line| line.contains("\"event\":\"eval\""));
+        events.map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect()
+    };
+    let packed = launch(&world, "2", &file, &sets).finish().expect(0);
+    let losses = evaluations(&packed);
+    assert!(losses.last().unwrap() < &(losses[0] - 0.5), "{losses:?}");
+
+    // Row by row, on one rank, all gradients of a step are of as many tokens as they are.
+    let alone =
+        [&sets[..], &["--set", "data.packing=false", "--set", "run_name=alone", "--set", "strategy=fsdp"]]
+            .concat();
+    let losses = evaluations(&launch(&world, "4", &file, &alone).finish().expect(0));
+    assert!(losses.last().unwrap() < &(losses[0] - 0.2), "{losses:?}");
+
+    let (base, adapter) = (base.display().to_string(), checkpoint(&packed).display().to_string());
+    let ask = [
+        "generate",
+        "--model",
+        &base,
+        "--adapter",
+        &adapter,
+        "--prompt",
+        "Write the river and the stone.",
+        "--temperature",
+        "0",
+    ];
+    world.run("fleet", &[&ask[..], &["--max-new-tokens", "4"]].concat()).expect(0);
+
+    world.write("broken.json", r#"[{"instruction": "a", "output": "b"}, {"instruction": "a"}]"#);
+    let broken = [&sets[..], &["--set", "data.path=broken.json", "--set", "run_name=broken"]].concat();
+    let refused = launch(&world, "1", &file, &broken).finish();
+    assert!(refused.all().contains("row 2"), "{}", refused.all());
+}

@@ -37,6 +37,7 @@ mod flat;
 mod manifest;
 mod names;
 mod part;
+mod quantised;
 mod reading;
 mod resume;
 mod rewrite;
@@ -64,6 +65,7 @@ pub use names::{
     model_file, optimizer_file, writers,
 };
 pub use part::{PartWriter, TensorRef};
+pub use quantised::{FourBitForm, FourBitKind, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight};
 pub use reading::{Reading, read_numbers};
 pub use resume::take_what_is_gone;
 pub use rewrite::rewrite;

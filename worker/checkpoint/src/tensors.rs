@@ -262,6 +262,11 @@ impl<'a> Tensor<'a> {
         &self.of.files[span.file]
     }
 
+    /// The file that it is in, the first of several.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.spans.first().map_or(PathBuf::new(), |span| self.file(span).path.clone())
+    }
+
     /// What to say where a span is not what its hash is of.
     pub(crate) fn changed(&self, span: &Span) -> CheckpointError {
         let name = self.file(span).path.file_name().unwrap_or_default().to_string_lossy();
