@@ -130,6 +130,20 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     assert_eq!(generate(&["--model", &base, "--adapter", &adapter]), generate(&["--model", "made"]));
     let chat = ["--chat", "--chat-template", "chatml", "--model", &base, "--adapter", &adapter];
     assert!(generate(&chat).is_string());
+    fs::write(Path::new(&base).join("chat_template.jinja"), "{% for m in messages %}{% endfor %}").unwrap();
+    let chat = ["generate", "--chat", "--prompt", "x", "--model", &base];
+    let silent = world.run("fleet", &chat).expect(2);
+    assert!(silent.all().contains("writes nothing of the message"), "{}", silent.all());
+    fs::remove_file(Path::new(&base).join("chat_template.jinja")).unwrap();
+    let consolidate = ["checkpoint", "consolidate", "--out", "one", &adapter];
+    world.run("fleet", &consolidate).expect(0);
+    assert_eq!(loss(&["--model", &base, "--adapter", "one"]), with);
+    let damaged = world.path("one/adapter_model.safetensors");
+    let mut bytes = fs::read(&damaged).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    let args = ["eval", "--data", "corpus.jsonl", "--model", &base, "--adapter", "one"];
+    world.run("fleet", &args).expect(2);
     let alone = world.run("fleet", &["generate", "--prompt", "x", "--model", &adapter]).expect(2);
     assert!(alone.all().contains("give the directory of its base model"), "{}", alone.all());
 
@@ -187,7 +201,7 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     };
     let packed = launch(&world, "2", &file, &sets).finish().expect(0);
     let losses = evaluations(&packed);
-    assert!(losses.last().unwrap() < &(losses[0] - 0.5), "{losses:?}");
+    assert!(losses.last().unwrap() < &(losses[0] - 0.2), "{losses:?}");
 
     // Row by row, on one rank, all gradients of a step are of as many tokens as they are.
     let alone =

@@ -4,7 +4,8 @@ use super::error::JobFileError;
 use super::fields::Fields;
 use super::load::absolute;
 use super::render::table;
-use super::{Device, Executor, Model};
+use super::{Device, Executor, Model, Precision};
+use crate::capability::Wanted;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -107,7 +108,7 @@ pub(super) fn adapter(
     f: &Fields,
     dir: &Path,
     model: &Model,
-    (executor, device): (Executor, Device),
+    wanted: &Wanted,
 ) -> Result<Option<Adapter>, JobFileError> {
     let Some(first) = OF_ADAPTERS.into_iter().find(|name| f.is_given(name)) else { return Ok(None) };
     f.word("adapter.type", &[("lora", ())])?;
@@ -120,12 +121,13 @@ pub(super) fn adapter(
         return Err(f.refuse(&[first], message));
     }
     let elsewhere = [
-        ("executor", executor == Executor::Torch),
-        ("device", !matches!(device, Device::Auto | Device::Cpu)),
+        ("executor", wanted.executor == Executor::Torch),
+        ("device", !matches!(wanted.device, Device::Auto | Device::Cpu)),
+        ("precision", wanted.precision == Precision::Fp16Mixed),
     ];
     if let Some((key, _)) = elsewhere.into_iter().find(|(_, is)| *is) {
         let message = format!(
-            "`{spelling}` and this `{}` do not go together in this version of fleet, which trains adapters on the CPU; leave it out",
+            "`{spelling}` and this `{}` do not go together in this version of fleet, which trains adapters on the CPU, in fp32 or bf16; leave it out",
             f.spelling(key)
         );
         return Err(f.refuse(&[key], message));
@@ -321,6 +323,7 @@ mod tests {
             ),
             ("adapter.path = \"a\"\nlora_r = 4", "`lora_r` and `adapter.path` do not go together"),
             ("lora_r = 4\nexecutor = \"torch\"", "`lora_r` and this `executor` do not go together"),
+            ("lora_r = 4\nprecision = \"16-mixed\"", "`lora_r` and this `precision` do not go together"),
             ("lora_r = 4\ndevice = \"cuda\"", "`lora_r` and this `device` do not go together"),
             ("adapter = { }", "says nothing"),
             ("use_dora = true", "`use_dora`"),

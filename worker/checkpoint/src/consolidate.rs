@@ -5,7 +5,9 @@ use crate::names::{is_of_model, is_of_optimizer};
 use crate::part::PartWriter;
 use crate::tensors::{Tensor, Tensors};
 use crate::writer::{TEMPORARY, sync_dir, whole};
-use crate::{CheckpointError, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, verify};
+use crate::{
+    ADAPTER_FILE, CheckpointError, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, verify,
+};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -37,12 +39,17 @@ pub fn consolidate(from: &Path, to: &Path) -> Result<Manifest, CheckpointError> 
 
 fn write(from: &Path, manifest: &Manifest, to: &Path) -> Result<Manifest, CheckpointError> {
     let mut part = PartWriter::new(to.to_owned(), manifest.step, 0);
-    let model = Tensors::of_model(from)?;
-    part.copy_safetensors(MODEL_FILE, &all(&model))?;
+    let is_adapter = manifest.files.contains_key(ADAPTER_FILE);
+    match is_adapter {
+        true => part.copy_safetensors(ADAPTER_FILE, &all(&Tensors::of_file(from, ADAPTER_FILE)?))?,
+        false => part.copy_safetensors(MODEL_FILE, &all(&Tensors::of_model(from)?))?,
+    }
     if manifest.files.keys().any(|name| is_of_optimizer(name)) {
         part.copy_safetensors(OPTIMIZER_FILE, &all(&Tensors::of_optimizer(from)?))?;
     }
-    let is_written = |name: &str| is_of_model(name) || name == MODEL_INDEX_FILE || is_of_optimizer(name);
+    let is_written = |name: &str| {
+        is_of_model(name) || [MODEL_INDEX_FILE, ADAPTER_FILE].contains(&name) || is_of_optimizer(name)
+    };
     for name in manifest.files.keys().filter(|name| !is_written(name)) {
         let path = from.join(name);
         let bytes = fs::read(&path).map_err(|e| CheckpointError::read(&path, e))?;

@@ -61,8 +61,8 @@ pub use manifest::{
     MANIFEST_MAX, Manifest, ManifestFile, ManifestTensor, Piece, is_manifest, manifest_sha256,
 };
 pub use names::{
-    CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE,
-    model_file, optimizer_file, writers,
+    ADAPTER_FILE, CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, MODEL_INDEX_FILE, OPTIMIZER_FILE, STATE_FILE,
+    TOKENIZER_FILE, model_file, optimizer_file, writers,
 };
 pub use part::{PartWriter, TensorRef};
 pub use quantised::{FourBitForm, FourBitKind, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight};
@@ -76,5 +76,5 @@ pub use state::{LossScale, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
 pub use verify::{inspect, verify};
-pub use weights_hash::weights_sha256;
+pub use weights_hash::{weights_sample_sha256, weights_sha256};
 pub use writer::{Ticket, Writer, step_dir};

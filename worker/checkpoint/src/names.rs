@@ -1,5 +1,7 @@
 //! The files of a checkpoint with several writers, and who writes what.
 
+/// The weights of an adapter, as PEFT names them.
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 /// Weights, in Hugging Face's names.
 pub const MODEL_FILE: &str = "model.safetensors";
 /// Which file has which weight, where there are several.

@@ -10,7 +10,12 @@ pub fn take_what_is_gone(job: &mut Job, checkpoint: &Path) -> Vec<String> {
     let mut note = |key: &str, path: &Path| {
         notes.push(format!("{key} {} is gone: taken from {}", path.display(), checkpoint.display()));
     };
+    // What an adapter began with is in its checkpoint, and what it is trained beside is not.
+    if let Some(path) = job.adapter.as_mut().and_then(|adapter| adapter.path.as_mut()) {
+        checkpoint.clone_into(path);
+    }
     if let Model::Pretrained(dir) = &mut job.model
+        && job.adapter.is_none()
         && !dir.join(CONFIG_FILE).exists()
     {
         note("model.path", dir);

@@ -181,6 +181,14 @@ impl TrainerState {
         if let (Some(was), Some(is)) = (&self.computed_by, &job.computed_by) {
             note("steps computed by", was.clone(), is.clone());
         }
+        let dropout = |state: &TrainerState| {
+            state.adapter.as_ref().and_then(|adapter| adapter.get("lora_dropout").cloned())
+        };
+        if let (Some(was), Some(is)) = (dropout(self), dropout(job))
+            && was != is
+        {
+            notes.push(format!("from here on adapter.dropout is {is}, and was {was}"));
+        }
         notes.extend(self.optimizer_notes(job));
         Ok(notes)
     }

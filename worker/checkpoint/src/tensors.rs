@@ -316,7 +316,7 @@ impl<'a> Tensor<'a> {
 }
 
 /// The files of a model, and what its index says of where each tensor is.
-pub(crate) fn files_of(path: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>), CheckpointError> {
+fn files_of(path: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>), CheckpointError> {
     if !path.is_dir() {
         return Ok((vec![path.to_owned()], BTreeMap::new()));
     }

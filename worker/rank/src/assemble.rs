@@ -77,6 +77,9 @@ fn on_device(
     (kind, device): (job::Device, Device),
 ) -> Result<Made> {
     Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
+    if model.adapter.is_some() {
+        return Err(Error::Input("adapters are trained by the CPU executor alone; leave executor, device and a precision of fp16 out".into()));
+    }
     let numbers = Numbers::from(job.precision);
     if device == Device::Cpu {
         tch::set_num_threads(start.threads as i32);

@@ -88,6 +88,11 @@ pub fn read_weights(dir: &Path, adapters: &[PathBuf]) -> Result<(ModelDir, Vec<f
         )));
     }
     for adapter in adapters {
+        if adapter.join(MANIFEST_FILE).exists() {
+            let mut wrong = fleet_checkpoint::inspect(adapter)?.1.into_iter();
+            let wrong = wrong.find(|wrong| !matches!(wrong, CheckpointError::Partial { .. }));
+            wrong.map_or(Ok(()), Err)?;
+        }
         Adapter::open(adapter, &model)?.merge(&model.layout, &mut flat)?;
     }
     Ok((model, flat))

@@ -15,7 +15,9 @@ const DROPOUT: f64 = 0.05;
 
 /// Settings that change what an adapter computes, each with the values under which fleet computes it.
 #[rustfmt::skip]
-const ONLY: [(&str, &[&str]); 7] = [
+const ONLY: [(&str, &[&str]); 8] = [
+    // Others begin with another base than the model's files have.
+    ("init_lora_weights", &["null", "true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""]),
     ("lora_bias", &["false"]), ("layer_replication", &["null", "[]"]), ("trainable_token_indices", &["null", "[]", "{}"]),
     ("target_parameters", &["null", "[]"]), ("use_qalora", &["false"]), ("alora_invocation_tokens", &["null", "[]"]), ("arrow_config", &["null"]),
 ];
@@ -219,6 +221,7 @@ mod tests {
             (json!({"r": 2.5}), "r is 2.5"),
             (json!({"lora_alpha": "x"}), "lora_alpha is \"x\""),
             (json!({"lora_bias": true}), "lora_bias is true"),
+            (json!({"init_lora_weights": "pissa_niter_4"}), "init_lora_weights is \"pissa_niter_4\""),
             (json!({"layer_replication": [[0, 4]]}), "layer_replication is [[0,4]]"),
             (json!({"use_dora": 1}), "use_dora is 1"),
             (json!({"rank_pattern": {"a": 0}}), "rank_pattern: \"a\" is 0"),

@@ -22,7 +22,7 @@ use fleet_common::model::{Fresh, Parameter, Role, Stored};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub const ADAPTER_MODEL: &str = "adapter_model.safetensors";
+pub use fleet_checkpoint::ADAPTER_FILE as ADAPTER_MODEL;
 /// What PEFT puts before the names of the model that it wraps.
 const WRAPPED: &str = "base_model.model.";
 /// Tensors that are named in a refusal.
@@ -237,6 +237,10 @@ fn added(
     p: &Parameter,
     config: &AdapterConfig,
 ) -> std::result::Result<Option<Added>, String> {
+    let of_lora = [found.a, found.b, found.embedding_a, found.embedding_b, found.magnitude];
+    if of_lora.iter().all(Option::is_none) {
+        return Ok(None);
+    }
     let [rows, columns] = p.shape[..] else { return Err(format!("{module} is no matrix in this model")) };
     let rank = config.rank(module);
     let scale = config.scale(module) as f32;
@@ -246,7 +250,6 @@ fn added(
     };
     let lacks = |what: &str| format!("{module} has no {what} there; write the adapter again");
     let (a, b) = match (found.a, found.b, found.embedding_a, found.embedding_b) {
-        (None, None, None, None) if found.magnitude.is_none() => return Ok(None),
         (Some(a), Some(b), None, None) => {
             has_shape(&a, &[rank, columns], &p.name)?;
             has_shape(&b, &[rows, rank], &p.name)?;

@@ -5,7 +5,7 @@ use super::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use fleet_common::job::{self, Bias, Init, suggest};
-use fleet_common::model::{Fresh, Parameter, Role};
+use fleet_common::model::{Fresh, Object, Parameter, Role};
 use regex::Regex;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -127,6 +127,24 @@ impl Targets {
         match p.name.strip_suffix(".bias").filter(|_| self.lora.contains_key(&weight)) {
             Some(module) => format!("{}{module}.base_layer.bias", super::WRAPPED),
             None => format!("{}{}", super::WRAPPED, p.name),
+        }
+    }
+
+    /// Writes names out where PEFT would take what the job says for something else, or not at all.
+    pub fn spell_out(&self, adapter: &job::Adapter, model: &Model, config: &mut Object) {
+        if matches!(adapter.target_modules, Some(job::Targets::Pattern(_)))
+            && !adapter.layers_to_transform.is_empty()
+        {
+            let modules: Vec<&str> = self.lora.values().map(|lora| lora.module.as_str()).collect();
+            config.insert("target_modules".into(), modules.into());
+            config.insert("layers_to_transform".into(), serde_json::Value::Null);
+        }
+        if !adapter.modules_to_save.is_empty() {
+            let saved = Wanted::Names(adapter.modules_to_save.clone());
+            let layout = model.layout();
+            let modules: BTreeSet<&str> =
+                layout.parameters.iter().map(module).filter(|module| saved.is(module)).collect();
+            config.insert("modules_to_save".into(), modules.into_iter().collect::<Vec<_>>().into());
         }
     }
 
@@ -304,7 +322,7 @@ fn known(name: &str, key: &str, modules: Vec<&str>) -> Result<()> {
     }
     let ends: BTreeSet<&str> = modules.iter().map(|module| last(module)).collect();
     let near = suggest::nearest(name, ends.iter().copied().chain(modules.iter().copied()));
-    let near = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+    let near = near.map(|near| format!("; did you mean {near}?")).unwrap_or_else(|| ".".to_owned());
     Err(refuse(format!(
         "{key} names {name}, and no module of the model that can be so is called so{near} It has {}",
         listed(ends.into_iter())

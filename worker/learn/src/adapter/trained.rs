@@ -109,12 +109,15 @@ impl Trained {
         let wiring = model.wiring();
         let (targets, config) = match &adapter.path {
             None => {
-                let config = AdapterConfig::of_job(adapter, model, base)?;
-                (Targets::of(adapter, &config, model)?, config)
+                let mut config = AdapterConfig::of_job(adapter, model, base)?;
+                let targets = Targets::of(adapter, &config, model)?;
+                targets.spell_out(adapter, model, &mut config.json);
+                (targets, config)
             }
             Some(dir) => {
                 let mut config = AdapterConfig::read(dir)?;
                 config.dropout = adapter.dropout.unwrap_or(config.dropout);
+                config.json.insert("lora_dropout".into(), config.dropout.into());
                 let given = Adapter::open(dir, &ModelDir::open(base)?)?;
                 (Targets::found(&given, &config, adapter.loraplus_lr_ratio, model)?, config)
             }

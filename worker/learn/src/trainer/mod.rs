@@ -147,7 +147,8 @@ impl Trainer {
             link.log(Level::Warn, note);
         }
         let from = resumed.zip(was.as_ref()).map(|(checkpoint, was)| (checkpoint, was.step));
-        one_resume::agree(from, learner.gang())?;
+        let read = pretrained.filter(|_| start.hosts > 1 && (from.is_none() || model.adapter.is_some()));
+        one_resume::agree(from, &read.into_iter().collect::<Vec<_>>(), learner.gang())?;
         let disks = disks::find(start, &job.checkpoint_dir(), learner.gang())?;
         let writers = learner.writers(&disks);
         let rank = start.rank as usize;

@@ -54,6 +54,14 @@ impl Prompt {
         let template = templates.choose(message.template, false).map_err(|e| input(&e))?;
         let conversation = Conversation::ask(message.system, message.text);
         let rendered = template.render(&conversation, Ending::Prompt, message.now).map_err(|e| input(&e))?;
+        let other = Conversation::ask(message.system, &format!("{}?", message.text));
+        if template.render(&other, Ending::Prompt, message.now).is_ok_and(|other| other.text == rendered.text)
+        {
+            return Err(Error::Input(
+                "the chat template writes nothing of the message; name another one with --chat-template"
+                    .into(),
+            ));
+        }
         let tokens = rendered.tokens(given).map_err(|e| input(&e))?;
         let prompt = Prompt::known(given, &rendered.text, tokens.encoded)?;
         Ok(Prompt { end: template.end_of_turn(given, message.now), ..prompt })
