@@ -145,7 +145,6 @@ const NAMES: &[(&[&str], &str)] = &[
 #[rustfmt::skip]
 const FAMILIES: &[(&str, &str)] = &[
     ("wandb_", RECORD), ("mlflow_", RECORD), ("hub_", HUB), ("dataloader_", PREPARED), ("fsdp_", SPREAD), ("ddp_", SPREAD),
-    ("lora_", "what fleet has of LoRA stands in `[adapter]`; take the key out"),
     ("torch_compile", "there is one way to compute, and nothing to choose; take the key out"),
 ];
 
@@ -199,7 +198,6 @@ mod tests {
             ("block_size", "max_seq_len"),
             ("global_batch_size", "accumulate_grad_batches"),
             ("train.max_norm", "max_grad_norm"),
-            ("lora_query", "`[adapter]`"),
         ];
         for (name, wanted) in names {
             assert!(instead(name).is_some_and(|text| text.contains(wanted)), "{name}: {:?}", instead(name));

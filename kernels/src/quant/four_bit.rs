@@ -112,14 +112,16 @@ impl FourBit<'_> {
             let (piece, rest) = to.split_at_mut(left.min(to.len()));
             let codes = &self.codes[at / 2..][..piece.len().div_ceil(2)];
             let scale = self.scales.scale(at >> shift);
-            let (mut vectors, mut bytes) =
-                (piece.chunks_exact_mut(V::LANES), codes.chunks_exact(V::LANES / 2));
-            for (to, codes) in vectors.by_ref().zip(bytes.by_ref()) {
+            // A byte that is half of what is left belongs to it.
+            let whole = piece.len() / V::LANES * V::LANES;
+            let (vectors, left_over) = piece.split_at_mut(whole);
+            let (bytes, tail) = codes.split_at(whole / 2);
+            for (to, codes) in vectors.chunks_exact_mut(V::LANES).zip(bytes.chunks_exact(V::LANES / 2)) {
                 // SAFETY: `to` is one vector long, `codes` half as many bytes.
                 unsafe { V::look_up(table, codes.as_ptr()).mul(V::splat(scale)).store(to.as_mut_ptr()) };
             }
-            for (i, to) in vectors.into_remainder().iter_mut().enumerate() {
-                *to = table[usize::from(bytes.remainder()[i / 2] >> (4 - i % 2 * 4) & 15)] * scale;
+            for (i, to) in left_over.iter_mut().enumerate() {
+                *to = table[usize::from(tail[i / 2] >> (4 - i % 2 * 4) & 15)] * scale;
             }
             at += left;
             to = rest;

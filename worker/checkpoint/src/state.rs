@@ -1,7 +1,7 @@
 //! `trainer_state.json`: where a run stands and what it was made of, so that another one is not continued by mistake.
 
 use crate::{CheckpointError, STATE_FILE};
-use fleet_common::job::{Optimizer, Precision};
+use fleet_common::job::{Optimizer, Precision, Quantization};
 use fleet_common::model::{Family, Object};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -56,6 +56,9 @@ pub struct TrainerState {
     /// What describes the adapter that is trained beside the model, in the words of its `adapter_config.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<Object>,
+    /// How the matrices of that model were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
     /// Of the weights of that model, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_sha256: Option<String>,
@@ -135,15 +138,17 @@ impl TrainerState {
         }
         if (&self.cache_hash, &self.tokenizer_sha256) != (&job.cache_hash, &job.tokenizer_sha256) {
             return refuse(format!(
-                "its data were others ({}; cache {} and now {}); restore them, or start a new run from its weights: model.path set to it, \
+                "its data were others ({}; cache {} and now {}); restore them, or start a new run from its weights: {} set to it, \
                  under another run_name",
                 match trained {
                     true =>
                         "files, cleaning, data.text_field, max_seq_len or data.validation_fraction: the tokenizer is made of them",
-                    false => "files, cleaning, data.text_field, max_seq_len or data.validation_fraction",
+                    false =>
+                        "files, cleaning, how rows are read, data.text_field, data.packing, max_seq_len or data.validation_fraction",
                 },
                 short(&self.cache_hash),
-                short(&job.cache_hash)
+                short(&job.cache_hash),
+                if self.adapter.is_some() { "adapter.path" } else { "model.path" }
             ));
         }
         let fixed = [
@@ -188,6 +193,15 @@ impl TrainerState {
             && was != is
         {
             notes.push(format!("from here on adapter.dropout is {is}, and was {was}"));
+        }
+        if self.quantization != job.quantization {
+            let word = |quantization: Option<Quantization>| match quantization {
+                None => "none",
+                Some(Quantization::Nf4) => "nf4",
+                Some(Quantization::Fp4) => "fp4",
+            };
+            let (is, was) = (word(job.quantization), word(self.quantization));
+            notes.push(format!("from here on quantization is {is}, and was {was}: the model beside the adapter computes something else"));
         }
         notes.extend(self.optimizer_notes(job));
         Ok(notes)
@@ -309,6 +323,7 @@ mod tests {
             optimizer: None,
             loss_scale: None,
             adapter: None,
+            quantization: None,
             base_sha256: None,
         }
     }

@@ -1,6 +1,6 @@
 //! An executor and a strategy, put together: weights in and out, a step, an evaluation.
 
-use crate::adapter::{ADAPTER_MODEL, AdapterFile};
+use crate::adapter::{ADAPTER_MODEL, AdapterFile, plain_name};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally};
@@ -17,11 +17,11 @@ use crate::units::Memory;
 use crate::watched::Watched;
 use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Reading, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
-use fleet_common::model::{Layout, Parameter};
+use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels::all_finite;
 use std::borrow::Cow;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// All that the trainer sees of a model, of what computes it, and of the ranks that train it together.
 pub trait Learner {
@@ -83,8 +83,8 @@ pub struct Engine<M> {
     scaler: Option<Scaler>,
     /// That read weights and optimizer state.
     readers: usize,
-    /// What is trained is an adapter, whose weights are one file.
-    is_adapter: bool,
+    /// The model beside which an adapter is trained, whose weights are one file.
+    beside: Option<PathBuf>,
 }
 
 /// Weights of what is trained, in a directory.
@@ -120,17 +120,17 @@ impl<M: Memory> Engine<M> {
             layout,
             scaler: None,
             readers: 1,
-            is_adapter: false,
+            beside: None,
         }
     }
 
     /// Trains this model, or the adapter that is beside it.
     pub fn of(self, model: &Model) -> Engine<M> {
-        Engine { is_adapter: model.adapter.is_some(), ..self }
+        Engine { beside: model.adapter.as_ref().map(|adapter| adapter.base.clone()), ..self }
     }
 
     fn given(&self, dir: &Path) -> Result<Given> {
-        if self.is_adapter {
+        if self.beside.is_some() {
             return Ok(Given::Adapter(AdapterFile::open(dir, &self.layout)?));
         }
         let given = ModelDir::open(dir)?;
@@ -194,11 +194,19 @@ impl<M: Memory> Learner for Engine<M> {
 
     fn fresh_weights(&mut self, seed: u64) -> Result<()> {
         let layout = &self.layout;
+        let base = self.beside.as_deref().map(ModelDir::open).transpose()?;
         self.strategy.fill(Slot::Weights, &mut |range, out| {
             for p in &layout.parameters {
                 init::fill(p, range.clone(), seed, out, range.start);
             }
-            Ok(())
+            // What is trained of the model itself begins as it is there.
+            let mut reading = Reading::default();
+            for (p, first, numbers) in by_parameter(layout, &range, out) {
+                if let Some(p) = base.as_ref().and_then(|base| of_model(p, base)) {
+                    base.as_ref().expect("there is one").read_part(p, first, numbers, &mut reading);
+                }
+            }
+            Ok(reading.run(1)?)
         })
     }
 
@@ -361,7 +369,7 @@ impl<M: Memory> Learner for Engine<M> {
         let disk = disks.of_rank(rank);
         let writers = disks.ranks(disk).filter(|rank| *rank < optimizers).count();
         let here = writers.div_ceil(disks.hosts(disk).count().max(1));
-        let file = self.is_adapter.then_some(ADAPTER_MODEL);
+        let file = self.beside.is_some().then_some(ADAPTER_MODEL);
         let share = Share { rank, models: disks.together(), optimizers, here, file };
         Snapshot::new((&self.layout, self.dtype()), &self.strategy.kept(disks), share)
     }
@@ -376,6 +384,13 @@ impl<M: Memory> Learner for Engine<M> {
         snapshot.take(&mut |slot, ranges, out| self.strategy.copy_out(slot, ranges, out))?;
         Ok(snapshot)
     }
+}
+
+/// The parameter of the model that an adapter has itself.
+fn of_model<'a>(p: &Parameter, base: &'a ModelDir) -> Option<&'a Parameter> {
+    let name = plain_name(&p.name);
+    let is_added = matches!(p.role, Role::LoraA | Role::LoraB);
+    base.layout.parameters.iter().find(|other| !is_added && other.name == name)
 }
 
 /// The parameters of which something lies in `range`, each with the first of its numbers there, and with their places in `out`, which is as long

@@ -182,6 +182,17 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
         plain.load_weights(&base).unwrap();
         let of_base = plain.evaluate(&[batch.clone()]).unwrap().mean();
         assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
+        // Also where modules and biases of the model are trained themselves.
+        let last = |name: &str| name.rsplit('.').next().unwrap().to_owned();
+        let names = &Model::read(&base).unwrap().family.names;
+        let saved = json!({"bias": "all", "target_modules": [last(names.out)], "modules_to_save": [last(names.down), last(names.final_norm)]});
+        if name != "opt_last" && last(names.out) != last(names.down) {
+            let model = self::model(&base, &saved).unwrap();
+            let mut learner = self::learner(&model, Precision::Fp32);
+            learner.fresh_weights(7).unwrap();
+            let with = learner.evaluate(&[batch.clone()]).unwrap().mean();
+            assert!((with - of_base).abs() < 1e-6, "{name}: {with} {of_base}");
+        }
         let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
         for step in 1..=20 {
             let batch = TokenBatch {

@@ -31,6 +31,7 @@ pub const FAMILY: Family = Family {
     eos: Some(2),
     splits: Splits::AsWritten,
     adds_end_of_text: false,
+    lora: (&["query_key_value", "dense"], 8),
     positions_key: "seq_length",
     aliases: &[
         ("n_embed", "hidden_size"),

@@ -31,6 +31,7 @@ pub const FAMILY: Family = Family {
     eos: Some(50_256),
     splits: Splits::AsWritten,
     adds_end_of_text: false,
+    lora: (&["c_attn", "c_proj"], 12),
     positions_key: "n_positions",
     aliases: &[
         ("hidden_size", "n_embd"),

@@ -14,6 +14,7 @@ pub const FAMILY: Family = Family {
     eos: Some(2),
     splits: Splits::AsWritten,
     adds_end_of_text: false,
+    lora: (&["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 16),
     positions_key: "max_position_embeddings",
     aliases: &[],
     read,

@@ -31,6 +31,8 @@ pub struct Family {
     pub splits: Splits,
     /// The tokenizer class that transformers 5 takes for its models adds `<|endoftext|>` where no token for padding or the unknown is named.
     pub adds_end_of_text: bool,
+    /// Modules that LoRA changes where nobody says which, and its rank.
+    pub lora: (&'static [&'static str], u32),
     /// What its configuration calls the longest sequence.
     pub positions_key: &'static str,
     /// Names that count before those that `read` looks for, where both stand there: `attribute_map` in transformers' configuration classes.

@@ -31,6 +31,7 @@ pub const FAMILY: Family = Family {
     eos: Some(2),
     splits: Splits::AsWritten,
     adds_end_of_text: false,
+    lora: (&["q_proj", "v_proj", "k_proj", "out_proj", "fc1", "fc2"], 8),
     positions_key: "max_position_embeddings",
     aliases: &[],
     read,

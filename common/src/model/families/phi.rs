@@ -22,6 +22,7 @@ pub const FAMILY: Family = Family {
     eos: Some(2),
     splits: Splits::AsWritten,
     adds_end_of_text: false,
+    lora: (&["q_proj", "v_proj", "dense"], 8),
     positions_key: "max_position_embeddings",
     aliases: &[],
     read,

@@ -1,6 +1,6 @@
 //! `adapter_config.json`, as PEFT writes it.
 
-use super::targets::{linear_names, of_family};
+use super::targets::linear_names;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use fleet_common::job::{self, Init};
@@ -55,7 +55,7 @@ impl AdapterConfig {
 
     /// Of an adapter that a job begins.
     pub fn of_job(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<AdapterConfig> {
-        let (targets, rank) = of_family(model);
+        let (targets, rank) = model.family.lora;
         let rank = adapter.r.unwrap_or(rank);
         let some = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
         let layers = &adapter.layers_to_transform;

@@ -43,7 +43,7 @@ impl AdapterFile {
         let more = wrong.len().saturating_sub(NAMED);
         wrong.truncate(NAMED);
         Err(Error::Input(format!(
-            "{}: it is another adapter than the job's: {}{}; give the job's [adapter] what it was made with",
+            "{}: it is another adapter than the job's: {}{}; give the job what it was made with",
             dir.join(ADAPTER_MODEL).display(),
             wrong.join(", "),
             if more > 0 { format!(" and {more} more") } else { String::new() }
@@ -67,7 +67,7 @@ impl AdapterFile {
 }
 
 /// Without what versions of PEFT put between, or before.
-fn plain(name: &str) -> String {
+pub(crate) fn plain(name: &str) -> String {
     let name = name.strip_prefix(super::WRAPPED).unwrap_or(name);
     [".base_layer.", ".modules_to_save."].iter().fold(name.to_owned(), |name, part| name.replace(part, "."))
 }

@@ -12,6 +12,7 @@ mod trained;
 
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
+pub(crate) use files::plain as plain_name;
 pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
 pub use packed::Packed;
 pub use trained::{AddedPart, AddedProduct, Trained, TrainedAdapter};

@@ -11,19 +11,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Modules that an error lists.
 const LISTED: usize = 24;
-/// What PEFT's rank and alpha are where a family has nothing of its own.
-const RANK: u32 = 8;
-
-/// What a family's models are changed in where nobody says it, and by which rank.
-#[rustfmt::skip]
-const FAMILIES: [(&[&str], &[&str], u32); 5] = [
-    (&["llama", "mistral", "qwen2", "qwen3"], &["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 16),
-    (&["phi"], &["q_proj", "v_proj", "dense"], RANK),
-    (&["gpt2"], &["c_attn", "c_proj"], 12),
-    (&["bloom"], &["query_key_value", "dense"], RANK),
-    (&["opt"], &["q_proj", "v_proj", "k_proj", "out_proj", "fc1", "fc2"], RANK),
-];
-
 /// Every module decided.
 #[derive(Debug)]
 pub(super) struct Targets {
@@ -266,7 +253,7 @@ impl Wanted {
                 })?;
                 Wanted::Pattern(regex, pattern.clone())
             }
-            None => Wanted::Names(of_family(model).0.iter().map(|name| (*name).to_owned()).collect()),
+            None => Wanted::Names(model.family.lora.0.iter().map(|name| (*name).to_owned()).collect()),
         })
     }
 
@@ -285,12 +272,6 @@ impl Wanted {
             Wanted::Pattern(_, pattern) => format!("{pattern:?}"),
         }
     }
-}
-
-/// The modules that are changed and the rank, where a job does not say them.
-pub(super) fn of_family(model: &Model) -> (&'static [&'static str], u32) {
-    let found = FAMILIES.iter().find(|(names, ..)| names.contains(&model.family.model_type));
-    found.map_or((&["q_proj", "v_proj"], RANK), |(_, targets, rank)| (targets, *rank))
 }
 
 /// How the modules that an adapter can change end.

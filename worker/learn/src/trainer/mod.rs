@@ -180,6 +180,7 @@ impl Trainer {
             optimizer: Some(job.optimizer.clone()),
             loss_scale: None,
             adapter: model.adapter.as_ref().map(|adapter| adapter.config.json.clone()),
+            quantization: job.quantization,
             base_sha256: None,
         };
         let of_adapter = model.adapter.as_ref().filter(|_| start.rank == 0);
