@@ -108,7 +108,7 @@ impl<E: Storage> Pass<'_, E> {
     }
 }
 
-fn table_of<'a>(sink: &'a mut dyn Gradients, range: std::ops::Range<usize>, is_first: bool) -> &'a mut [f32] {
+fn table_of(sink: &mut dyn Gradients, range: std::ops::Range<usize>, is_first: bool) -> &mut [f32] {
     match is_first {
         true => summed(sink, range),
         false => sink.range(range),

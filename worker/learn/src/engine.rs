@@ -90,7 +90,7 @@ pub struct Engine<M> {
 /// Weights of what is trained, in a directory.
 enum Given {
     Model(Box<ModelDir>),
-    Adapter(AdapterFile),
+    Adapter(Box<AdapterFile>),
 }
 
 impl Given {
@@ -131,7 +131,7 @@ impl<M: Memory> Engine<M> {
 
     fn given(&self, dir: &Path) -> Result<Given> {
         if self.beside.is_some() {
-            return Ok(Given::Adapter(AdapterFile::open(dir, &self.layout)?));
+            return Ok(Given::Adapter(Box::new(AdapterFile::open(dir, &self.layout)?)));
         }
         let given = ModelDir::open(dir)?;
         let shapes = |layout: &Layout| -> Vec<(String, Vec<usize>)> {

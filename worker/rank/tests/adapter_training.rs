@@ -177,10 +177,10 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
         };
         let mut learner = learner(&model, Precision::Fp32);
         learner.fresh_weights(7).unwrap();
-        let before = learner.evaluate(&[batch.clone()]).unwrap().mean();
+        let before = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
         let mut plain = solo::<f32>(&Model::read(&base).unwrap(), 1, 64).unwrap();
         plain.load_weights(&base).unwrap();
-        let of_base = plain.evaluate(&[batch.clone()]).unwrap().mean();
+        let of_base = plain.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
         assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
         // Also where modules and biases of the model are trained themselves.
         let last = |name: &str| name.rsplit('.').next().unwrap().to_owned();
@@ -190,7 +190,7 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
             let model = self::model(&base, &saved).unwrap();
             let mut learner = self::learner(&model, Precision::Fp32);
             learner.fresh_weights(7).unwrap();
-            let with = learner.evaluate(&[batch.clone()]).unwrap().mean();
+            let with = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
             assert!((with - of_base).abs() < 1e-6, "{name}: {with} {of_base}");
         }
         let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
@@ -306,7 +306,8 @@ fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
             let mut learner = learner(&model, Precision::Fp32);
             learner.fresh_weights(7).unwrap();
             let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
-            let step = |step| learner.step(&[batch.clone()], &update(step), Votes::default()).unwrap();
+            let step =
+                |step| learner.step(std::slice::from_ref(&batch), &update(step), Votes::default()).unwrap();
             (1..=8).map(step).map(|report| (report.loss, report.grad_norm)).collect::<Vec<_>>()
         });
         let wanted = losses[1].clone();

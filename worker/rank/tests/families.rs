@@ -129,13 +129,14 @@ fn sequences_of_different_lengths_are_as_each_alone() {
                     learner
                 };
                 let (mut one, mut several) = (made(), made());
-                let (a, b) = (one.evaluate(&[all.clone()]).unwrap(), several.evaluate(&each).unwrap());
+                let (a, b) =
+                    (one.evaluate(std::slice::from_ref(&all)).unwrap(), several.evaluate(&each).unwrap());
                 assert!(
                     (a.loss - b.loss).abs() < 1e-4 && a.tokens == b.tokens,
                     "{} {executor:?}: {a:?} {b:?}",
                     case.name
                 );
-                let a = one.step(&[all.clone()], &update, Votes::default()).unwrap();
+                let a = one.step(std::slice::from_ref(&all), &update, Votes::default()).unwrap();
                 let b = several.step(&each, &update, Votes::default()).unwrap();
                 let off = (a.grad_norm - b.grad_norm).abs() / b.grad_norm;
                 assert!(
