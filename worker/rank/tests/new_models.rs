@@ -7,7 +7,7 @@ mod gang;
 use fleet_checkpoint::ModelDir;
 use fleet_common::events::Outcome;
 use fleet_common::job::{Job, Model as Described, parse_toml};
-use fleet_common::model::{Family, Layout, Object};
+use fleet_common::model::{Family, Object};
 use fleet_learn::model::{Model, init};
 use gang::launch;
 use serde_json::Value;

@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // an example ends at the first error
 
-use fleet_common::model::{Family, Layout};
+use fleet_common::model::{Family, Wiring};
 use fleet_learn::{AdamW, Engine, Learner, TokenBatch, Update, Votes};
 use fleet_torch::{Numbers, Solo, TorchExecutor, device};
 use serde_json::json;

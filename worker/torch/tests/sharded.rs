@@ -58,8 +58,8 @@ fn step(learner: &mut dyn Learner, step: u64) -> Report {
     let batches = [0, 1].map(|micro| TokenBatch {
         ids: token_ids(4 * SEQ, 97, 2 * step + micro),
         targets: token_ids(4 * SEQ, 97, 2 * step + micro + 40),
-        weights: None,
         seq: SEQ,
+        ..Default::default()
     });
     learner.step(&batches, &Update { adamw, lr: 2e-3, step }, Votes::default()).unwrap()
 }
@@ -114,6 +114,7 @@ fn gradients_are_looked_at_where_they_lie() {
             // Two that count so much that their flow back is more than fp32 holds, while their losses cancel.
             weights: Some((0..SEQ).map(|at| [0.0, 1e36, 0.0, -1e36, 1e-6][at.min(4)]).collect()),
             seq: SEQ,
+            ..Default::default()
         };
         let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
         let update = Update { adamw, lr: 2e-3, step: 2 };

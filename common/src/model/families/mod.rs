@@ -235,7 +235,7 @@ fn object(json: serde_json::Value) -> Object {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Layout, Positions, Rotary, Scaling};
+    use crate::model::{Positions, Rotary, Scaling, Wiring};
     use serde_json::{Value, json};
 
     fn tiny(more: Value) -> Object {

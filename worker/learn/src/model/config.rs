@@ -72,7 +72,7 @@ mod tests {
     fn of_dir(config: Value) -> Model {
         let before = config.as_object().unwrap().clone();
         let (family, decoder) = Family::of_config(&before).unwrap();
-        Model { family, decoder, before, bos_token_id: Some(1), eos_token_id: Some(5) }
+        Model { family, decoder, before, bos_token_id: Some(1), eos_token_id: Some(5), adapter: None }
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub fn train(learner: &mut dyn Learner, share: Share, lr: f64, steps: u64) -> Ve
             targets: whole.targets[range.clone()].to_vec(),
             weights: whole.weights.as_ref().map(|weights| weights[range].to_vec()),
             seq: SEQ,
+            ..Default::default()
         }
     };
     let step = |step: u64| {
