@@ -229,3 +229,52 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     let refused = launch(&world, "1", &file, &broken).finish();
     assert!(refused.all().contains("row 2"), "{}", refused.all());
 }
+
+/// Pairs of which a rule says the better answer.
+fn pairs(count: usize) -> String {
+    let words = ["harbour", "winter", "lantern", "river", "stone", "morning", "letters"];
+    let row = |n: usize| {
+        let (one, two) = (words[n % 7], words[n / 7 % 7]);
+        serde_json::json!({"prompt": format!("{one} {two}:"), "chosen": format!(" {one} {one}"), "rejected": format!(" the of {two}")})
+    };
+    serde_json::to_string(&(0..count).map(row).collect::<Vec<_>>()).unwrap()
+}
+
+#[test]
+fn preferences_are_learnt_alike_on_any_number_of_ranks() {
+    let (world, base) = with_a_base();
+    world.write("pairs.json", pairs(120));
+    let more = [
+        "task_name=dpo",
+        "data.path=pairs.json",
+        "max_seq_len=128",
+        "max_steps=20",
+        "lr=5e-3",
+        "adapter.dropout=0.1",
+    ];
+    let sets: Vec<&str> = more.iter().flat_map(|set| ["--set", set]).collect();
+    let launch = |ranks: &str, name: &str, more: &[&str]| {
+        let batch = format!("batch_size={}", 4 / ranks.parse::<usize>().unwrap());
+        let more = [&sets[..], &["--set", &batch], more].concat();
+        launch(&world, ranks, &job(&world, &base, name), &more).finish().expect(0)
+    };
+    let one = launch("1", "one", &[]);
+    let losses = one.losses();
+    assert!(
+        (losses[0].1 - std::f64::consts::LN_2).abs() < 1e-6,
+        "the model is its own reference: {losses:?}"
+    );
+    assert!(losses[19].1 < 0.5, "{losses:?}");
+    let accuracy =
+        one.stdout.iter().rfind(|line| line.contains("evaluation at step") && line.contains("accuracy"));
+    let accuracy =
+        accuracy.unwrap().split("accuracy ").nth(1).unwrap().split(' ').next().unwrap().parse::<f64>();
+    assert!(accuracy.clone().unwrap() > 80.0, "{accuracy:?}");
+    let accumulated =
+        ["--set", "accumulate_grad_batches=2", "--set", "batch_size=1", "--set", "strategy=fsdp"];
+    for (ranks, name, more) in [("2", "ddp", &["--set", "strategy=ddp"][..]), ("2", "fsdp", &accumulated)] {
+        for (a, b) in losses.iter().zip(launch(ranks, name, more).losses()) {
+            assert!((a.1 - b.1).abs() <= 2e-4 * a.1.max(0.1), "{name}, step {}: {} and {}", a.0, a.1, b.1);
+        }
+    }
+}

@@ -10,11 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 /// Tables of a job file; their keys are named `table.key`.
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 12] = [
     "model",
     "model.rope_parameters",
     "model.rope_scaling",
     "adapter",
+    "dpo",
     "tokenizer",
     "data",
     "data.clean",
@@ -97,6 +98,10 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["adapter.init", "init_lora_weights", "adapter.init_lora_weights"],
     &["adapter.path", "adapter_path", "adapter_name_or_path"],
     &["adapter.task_type", "task_type"],
+
+    &["dpo.beta", "beta"],
+    &["dpo.loss_type"],
+    &["dpo.label_smoothing", "label_smoothing"],
 
     &["tokenizer.path"],
 
@@ -199,7 +204,7 @@ const MODELS: &str = "describe a new one in [model], or give a Hugging Face dire
 const DATASETS: &str = "give text files or folders as `data.path`; evaluation uses the part that `data.validation_fraction` holds out";
 const HISTORY: &str = "the history of runs is kept in the cluster; take the key out";
 const BACKENDS: &str = "write `device` and `precision` instead";
-const PREFERENCES: &str = "training on preferences comes later";
+const CURRICULUM: &str = "topics in turn come later";
 
 /// Settings that this version does not know yet, and what to do instead. A table is refused as a whole.
 #[rustfmt::skip]
@@ -213,7 +218,7 @@ const LATER: &[(&str, &str)] = &[
     ("tier", TIERS), ("modality", TIERS), ("baseline_run_id", TIERS), ("reference_profile_id", TIERS),
     ("db_path", HISTORY), ("sweep_id", HISTORY), ("sweep_params", HISTORY),
     ("backend", BACKENDS), ("backend_type", BACKENDS),
-    ("beta", PREFERENCES), ("dpo", PREFERENCES), ("curriculum", PREFERENCES),
+    ("curriculum", CURRICULUM),
 ];
 
 /// A job file in which every setting has its first name. Nulls are left out: they mean "not given".
@@ -452,6 +457,7 @@ fn example(table: &str) -> &'static str {
     match table {
         "model" => "{ hidden_size = 256 } or { path = \"DIR\" }",
         "model.rope_parameters" | "model.rope_scaling" => "{ rope_type = \"linear\", factor = 2 }",
+        "dpo" => "{ beta = 0.1 }",
         "adapter" => "{ type = \"lora\", r = 16 }",
         "tokenizer" => "{ path = \"tokenizer.json\" }",
         "data" => "{ path = \"FILE\" }",

@@ -126,6 +126,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         max_time_s: f.int("max_time_s", 1, INT_MAX)?,
         threads_per_rank: f.int32("threads_per_rank", 1, 1024)?,
         trace: path("trace", "a file")?,
+        dpo: super::dpo::dpo(f, adapter.as_ref())?,
         quantization: super::adapter::quantization(f, adapter.as_ref())?,
         adapter,
         model,
@@ -141,21 +142,24 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
 
 /// A label, unless it says that the run shall learn something else than text and rows.
 fn task_name(f: &Fields, rows: &Option<Rows>) -> Result<String, JobFileError> {
-    let usual = if rows.is_some() { "sft" } else { "lm" };
+    let usual = match rows {
+        Some(rows) if rows.format == Some(RowFormat::Preference) => "dpo",
+        Some(_) => "sft",
+        None => "lm",
+    };
     let name = f.text("task_name", "a name")?.unwrap_or_else(|| usual.to_owned());
     let plain: String = name.to_lowercase().replace(['_', ' '], "-");
     if !OTHER_TASKS.contains(&plain.as_str()) {
         return Ok(name);
     }
     let message = format!(
-        "`task_name` = \"{name}\" is not in this version of fleet, which learns plain text (\"lm\") and rows of instructions (\"sft\"); write one of these (or a label of your own), if that is wanted"
+        "`task_name` = \"{name}\" is not in this version of fleet, which learns plain text (\"lm\") and rows of instructions (\"sft\") and of preferences (\"dpo\"); write one of these (or a label of your own), if that is wanted"
     );
     Err(f.refuse(&["task_name"], message))
 }
 
 /// What other tools call tasks that are neither.
-const OTHER_TASKS: [&str; 29] = [
-    "dpo",
+const OTHER_TASKS: [&str; 28] = [
     "ipo",
     "kto",
     "orpo",
@@ -399,11 +403,14 @@ fn optimizer(
     warnings: &mut Vec<Warning>,
 ) -> Result<Optimizer, JobFileError> {
     let share = |x: f64| (0.0..1.0).contains(&x);
+    let usual_rate = if super::dpo::is_wanted(f)? { 5e-7 } else { 5e-4 };
     let schedules =
         [("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
     let as_transformers = [("constant_with_warmup", Schedule::Constant)];
     Ok(Optimizer {
-        learning_rate: f.float("optimizer.learning_rate", "a number above 0", |x| x > 0.0)?.unwrap_or(5e-4),
+        learning_rate: f
+            .float("optimizer.learning_rate", "a number above 0", |x| x > 0.0)?
+            .unwrap_or(usual_rate),
         schedule: f
             .word_of("optimizer.schedule", &schedules, &as_transformers, |_| true)?
             .unwrap_or(Schedule::Cosine),

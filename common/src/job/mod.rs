@@ -5,6 +5,7 @@
 //! the file exist, are there enough slots) is checked where it is known.
 
 mod adapter;
+mod dpo;
 mod elsewhere;
 mod error;
 mod fields;
@@ -22,6 +23,7 @@ mod value;
 mod vocabulary;
 
 pub use adapter::{Adapter, Bias, Init, Quantization, Targets};
+pub use dpo::{Dpo, PreferenceLoss};
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
@@ -90,6 +92,9 @@ pub struct Job {
     /// Trained in the place of the model, which then stays as it is.
     #[serde(default)]
     pub adapter: Option<Adapter>,
+    /// Pairs of answers are learnt, not texts.
+    #[serde(default)]
+    pub dpo: Option<Dpo>,
     /// How the matrices of a model are kept that stays as it is.
     #[serde(default)]
     pub quantization: Option<Quantization>,

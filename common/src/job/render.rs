@@ -76,6 +76,7 @@ impl Job {
         for (name, part) in [
             ("model", model),
             ("adapter", adapter),
+            ("dpo", self.dpo.map_or_else(Map::new, |dpo| table(json!(dpo)))),
             ("tokenizer", tokenizer),
             ("data", data),
             ("optimizer", optimizer),

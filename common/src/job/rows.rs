@@ -161,12 +161,17 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
     let given = fields.into_iter().filter_map(|(field, name)| Some((field.to_owned(), name?)));
     let bad_rows = [("stop", BadRows::Stop), ("skip", BadRows::Skip)];
     let others = [("error", BadRows::Stop), ("fail", BadRows::Stop), ("drop", BadRows::Skip)];
+    let packing = f.flag("data.packing")?.unwrap_or(false);
+    if packing && format == Some(RowFormat::Preference) {
+        let message = "`data.packing` is for rows of one answer; leave it out".to_owned();
+        return Err(f.refuse(&["data.packing"], message));
+    }
     Ok(Some(Rows {
         format,
         fields: given.collect(),
         loss_on: loss_on(f)?,
         chat_template: chat_template(f, dir)?,
-        packing: f.flag("data.packing")?.unwrap_or(false),
+        packing,
         bad_rows: f.word_of("data.bad_rows", &bad_rows, &others, |_| true)?.unwrap_or_default(),
     }))
 }
@@ -179,6 +184,7 @@ fn format(f: &Fields) -> Result<Option<RowFormat>, JobFileError> {
         ("conversations", Conversations),
         ("prompt_completion", PromptCompletion),
         ("alpaca", Alpaca),
+        ("preference", Preference),
     ];
     let others = [
         ("chat", Messages),
@@ -187,14 +193,22 @@ fn format(f: &Fields) -> Result<Option<RowFormat>, JobFileError> {
         ("chat_template", Messages),
         ("sharegpt", Conversations),
         ("instruction", Alpaca),
-        ("preference", Preference),
     ];
     let format = f.word_of("data.format", &words, &others, |_| true)?;
-    if format == Some(Preference) {
-        let message = "rows of preferences are not trained on in this version of fleet; write their chosen answers as prompt and completion to learn these";
-        return Err(f.refuse(&["data.format"], message.to_owned()));
+    let is_dpo = super::dpo::is_wanted(f)?;
+    match format {
+        None if is_dpo => Ok(Some(Preference)),
+        Some(Preference) if !is_dpo => {
+            let message = "`data.format` is of preferences, and the job does not learn them; write `task_name` = \"dpo\", or their chosen answers as prompt and completion";
+            Err(f.refuse(&["data.format"], message.to_owned()))
+        }
+        Some(format) if is_dpo && format != Preference => {
+            let message =
+                "`data.format` is another than \"preference\", and the job learns preferences; leave it out";
+            Err(f.refuse(&["data.format"], message.to_owned()))
+        }
+        format => Ok(format),
     }
-    Ok(format)
 }
 
 /// Said by `data.loss_on`, or by one of the flags that other tools have for it.
@@ -318,7 +332,7 @@ mod tests {
         let refused = |lines: &str| parsed(lines).unwrap_err();
         assert!(refused("packing = true").contains("`data.packing` is for rows of instructions"));
         assert!(refused("fields.prompt = \"a\"").contains("write `task_name` = \"sft\""));
-        assert!(refused("format = \"preference\"").contains("not trained on in this version"));
+        assert!(refused("format = \"preference\"").contains("the job does not learn them"));
         assert!(refused("format = \"alpca\"").contains("\"alpaca\""));
         assert!(refused("format = \"alpaca\"\nbad_row = \"skip\"").contains("did you mean `data.bad_rows`"));
         assert!(

@@ -8,7 +8,7 @@ use crate::workspace::Workspace;
 use fleet_common::model::Layout;
 use fleet_learn::adapter::{Frozen, Trained};
 use fleet_learn::{
-    Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Workers,
+    Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Which, Workers,
 };
 use std::sync::Arc;
 
@@ -153,6 +153,21 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
 
     fn take_loss(&mut self) -> Result<f64> {
         Ok(std::mem::take(&mut self.loss))
+    }
+
+    fn losses(
+        &mut self,
+        units: &mut dyn UnitWeights<Host<E>>,
+        batch: &Batch,
+        which: Which,
+    ) -> Result<Vec<f64>> {
+        self.pass_beside(|network, products, work, base| match (base, which) {
+            (None, _) => network.losses(units, batch, products, work),
+            (Some(base), Which::Trained) => {
+                network.losses(&mut Beside { units, base }, batch, products, work)
+            }
+            (Some(base), Which::Base) => network.losses(&mut base.frozen.weights(), batch, products, work),
+        })
     }
 
     fn evaluate(&mut self, units: &mut dyn UnitWeights<Host<E>>, batch: &Batch) -> Result<Tally> {

@@ -114,6 +114,39 @@ impl<E: Storage> Pass<'_, E> {
         (sum, hits.into_inner())
     }
 
+    /// Of each sequence the summed loss of the hidden states `x_th` of all.
+    pub(crate) fn head_losses(&mut self, x: &[f32], batch: &Batch, scratch: &mut Scratch<E>) -> Vec<f64> {
+        let wiring = &self.network.wiring;
+        let targets = batch.targets;
+        let (t, h, e, v) = (targets.len(), self.network.hidden(), wiring.head.inputs, wiring.head.outputs);
+        self.before_head(&x[..t * h], scratch);
+        let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
+        let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
+        let head = self.weights.of(&wiring.head.weight);
+        let mut sums = vec![0.0; batch.sequences()];
+        for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
+            let (n, first) = (targets.len(), slice * *logit_rows);
+            let logits = &mut logits[..n * v];
+            self.products.forward(&read[first * e..][..n * e], head, Out::Store(logits), (n, e, v));
+            if let Some(bias) = self.bias_of_head() {
+                kernels::add_rows(logits, bias);
+            }
+            let mut at = 0;
+            while at < n {
+                // As many tokens as are of one sequence.
+                let (sequence, _) = self.place(first + at);
+                let len = (at..n).take_while(|token| self.place(first + token).0 == sequence).count();
+                let (logits, targets) = (&mut logits[at * v..][..len * v], &targets[at..at + len]);
+                sums[sequence] +=
+                    cross_entropy(self.workers(), logits, targets, None, |logits, targets, weights| {
+                        kernels::cross_entropy_loss(logits, targets, weights)
+                    });
+                at += len;
+            }
+        }
+        sums
+    }
+
     /// `[n, v]` logits of the hidden states `x_nh`, in fp32. There may be fewer of them than the pass has tokens.
     pub(crate) fn head_logits(&mut self, x: &[f32], scratch: &mut Scratch<E>) -> Result<Vec<f32>> {
         let wiring = &self.network.wiring;

@@ -232,12 +232,41 @@ impl Network {
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
     }
 
+    /// Of each sequence the summed loss of its targets. What adapters do not see in training they do not see here, where the batch has noise.
+    pub fn losses<E: Storage>(
+        &self,
+        units: &mut dyn UnitWeights<Host<E>>,
+        batch: &Batch,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+    ) -> Result<Vec<f64>> {
+        let texts = Texts::of(batch);
+        self.hidden_states_with(units, (batch.ids, batch.noise), texts, products, work, &mut |_, _| {})?;
+        self.head_units().try_for_each(|unit| units.need(unit))?;
+        let mut pass = self.pass(units.weights(), texts, products, &mut work.low);
+        let losses = pass.head_losses(&work.stream[0], batch, &mut work.scratch);
+        self.head_units().for_each(|unit| units.release(unit));
+        Ok(losses)
+    }
+
     /// Runs the blocks without keeping anything for a backward; leaves the last hidden states in `work.stream[0]`. `layer_done` sees
     /// each layer's rotated `[t, q + 2 kv]` buffer.
     pub(crate) fn hidden_states<E: Storage>(
         &self,
         units: &mut dyn UnitWeights<Host<E>>,
         ids: &[i64],
+        texts: Texts,
+        products: &mut Products,
+        work: &mut Workspace<E>,
+        layer_done: &mut dyn FnMut(usize, &[E]),
+    ) -> Result<()> {
+        self.hidden_states_with(units, (ids, None), texts, products, work, layer_done)
+    }
+
+    fn hidden_states_with<E: Storage>(
+        &self,
+        units: &mut dyn UnitWeights<Host<E>>,
+        (ids, noise): (&[i64], Option<&[u64]>),
         texts: Texts,
         products: &mut Products,
         work: &mut Workspace<E>,
@@ -251,7 +280,7 @@ impl Network {
         units.release(0);
         for number in 0..self.wiring.blocks.len() {
             units.need(number + 1)?;
-            let mut pass = self.pass(units.weights(), texts, products, low);
+            let mut pass = self.training_pass(units.weights(), texts, products, low, noise);
             pass.block_forward(number, x, saved, Some(out), scratch, None);
             units.release(number + 1);
             layer_done(number, &saved.qkv[..self.heads(1, ids.len()).qkv_len()]);

@@ -15,6 +15,8 @@ pub struct Batch<'a> {
     pub seq: usize,
     /// `[b]`, where they differ. Their sum is `t`.
     pub lengths: Option<&'a [usize]>,
+    /// What all targets count together, where that is another number than the sum of their weights.
+    pub counts: Option<f64>,
     /// `[b]`: for each sequence a number that decides what of it is dropped. `None`: nothing is.
     pub noise: Option<&'a [u64]>,
 }
@@ -42,6 +44,7 @@ impl Batch<'_> {
             }
             at += length;
         }
+        padded.counts = self.counts;
         padded.noise = self.noise.map(<[u64]>::to_vec);
         padded
     }
@@ -53,6 +56,9 @@ impl Batch<'_> {
 
     /// What all targets count together.
     pub fn weight(&self) -> f64 {
+        if let Some(counts) = self.counts {
+            return counts;
+        }
         match self.weights {
             None => self.tokens() as f64,
             Some(weights) => {
@@ -72,6 +78,7 @@ pub struct TokenBatch {
     pub seq: usize,
     /// `[b]`.
     pub lengths: Option<Vec<usize>>,
+    pub counts: Option<f64>,
     /// `[b]`.
     pub noise: Option<Vec<u64>>,
 }
@@ -127,6 +134,7 @@ impl TokenBatch {
             weights: self.weights.as_deref(),
             seq: self.seq,
             lengths: self.lengths.as_deref(),
+            counts: self.counts,
             noise: self.noise.as_deref(),
         }
     }

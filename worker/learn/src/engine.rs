@@ -3,7 +3,7 @@
 use crate::adapter::{ADAPTER_MODEL, AdapterFile, plain_name};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
-use crate::executor::{Executor, Tally};
+use crate::executor::{Executor, Tally, Which};
 use crate::model::{Model, init};
 use crate::optimizer::Update;
 use crate::reached::Reached;
@@ -49,6 +49,8 @@ pub trait Learner {
     fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report>;
     /// What to tell of parameters that no gradient of the first step has reached; once, behind it.
     fn without_gradient(&mut self) -> Option<String>;
+    /// Of each sequence of this rank's batches the summed loss of its targets. A rank may have no batch. A collective call.
+    fn losses(&mut self, batches: &[TokenBatch], which: Which) -> Result<Vec<Vec<f64>>>;
     /// The sums over the batches of all ranks. A rank may have no batch.
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally>;
 
@@ -127,6 +129,15 @@ impl<M: Memory> Engine<M> {
     /// Trains this model, or the adapter that is beside it.
     pub fn of(self, model: &Model) -> Engine<M> {
         Engine { beside: model.adapter.as_ref().map(|adapter| adapter.base.clone()), ..self }
+    }
+
+    /// How many passes all ranks make where they have to make as many, with so many batches on this one. A collective call.
+    fn passes(&mut self, batches: usize) -> Result<usize> {
+        let mut most = [batches as f64];
+        if self.strategy.passes_together() {
+            self.strategy.gang().all_reduce_f64(&mut most, Op::Max)?;
+        }
+        Ok(most[0] as usize)
     }
 
     fn given(&self, dir: &Path) -> Result<Given> {
@@ -324,18 +335,27 @@ impl<M: Memory> Learner for Engine<M> {
         self.without_gradient.take()
     }
 
+    fn losses(&mut self, batches: &[TokenBatch], which: Which) -> Result<Vec<Vec<f64>>> {
+        let most = self.passes(batches.len())?;
+        let losses =
+            batches.iter().map(|batch| self.executor.losses(self.strategy.weights(), &batch.view(), which));
+        let losses = losses.collect::<Result<Vec<_>>>()?;
+        let nothing = TokenBatch::nothing();
+        for _ in batches.len()..most {
+            self.executor.losses(self.strategy.weights(), &nothing.view(), which)?;
+        }
+        Ok(losses)
+    }
+
     fn evaluate(&mut self, batches: &[TokenBatch]) -> Result<Tally> {
         self.strategy.gang().note(Activity::Evaluating);
-        let mut most = [batches.len() as f64];
-        if self.strategy.passes_together() {
-            self.strategy.gang().all_reduce_f64(&mut most, Op::Max)?;
-        }
+        let most = self.passes(batches.len())?;
         let mut tally = Tally::default();
         for batch in batches {
             tally.add(self.executor.evaluate(self.strategy.weights(), &batch.view())?);
         }
         let nothing = TokenBatch::nothing();
-        for _ in batches.len()..most[0] as usize {
+        for _ in batches.len()..most {
             self.executor.evaluate(self.strategy.weights(), &nothing.view())?;
         }
         let mut sums = [tally.loss, tally.weight, tally.tokens as f64, tally.hits as f64];

@@ -21,8 +21,19 @@ pub trait Executor<M: Memory> {
     fn forward_backward(&mut self, units: &mut dyn Units<M>, batch: &Batch, scale: f32) -> Result<()>;
     /// The losses that were summed since it was asked last, not waited for.
     fn take_loss(&mut self) -> Result<M::Number>;
+    /// Of each sequence the summed loss of its targets, whatever they count, which is minus its log-probability. `noise` of the batch is heeded.
+    fn losses(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch, which: Which) -> Result<Vec<f64>>;
     /// The loss alone.
     fn evaluate(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch) -> Result<Tally>;
+}
+
+/// Whose losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Of the model as it is trained.
+    Trained,
+    /// Of the model beside which an adapter is trained, as if there were none.
+    Base,
 }
 
 /// Sums over targets.

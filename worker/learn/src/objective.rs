@@ -2,11 +2,36 @@
 //! weighted sum over all ranks and micro-batches, divided by what all targets of the step count together.
 
 use crate::batch::{IGNORED, TokenBatch};
+use crate::engine::Learner;
+use crate::error::Result;
+use crate::executor::Tally;
 use fleet_data::{Item, Windows};
 
 pub trait Objective {
     /// The items with these numbers, as the model takes them. `noise` is of each sequence a number that no other one of the data has.
     fn batch(&self, items: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch;
+
+    /// Says what the targets of a step count, where that hangs on the model as it is now; what the step's loss is then. A collective call.
+    fn weigh(&self, _learner: &mut dyn Learner, _batches: &mut [TokenBatch]) -> Result<Option<Measured>> {
+        Ok(None)
+    }
+
+    /// Of the batches of all ranks. A collective call.
+    fn evaluate(&self, learner: &mut dyn Learner, batches: &[TokenBatch]) -> Result<Measured> {
+        let tally = learner.evaluate(batches)?;
+        Ok(Measured { loss: tally.mean(), tally, line: None })
+    }
+}
+
+/// What was found of batches of all ranks.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The mean of what is trained for.
+    pub loss: f64,
+    /// Of the tokens that are predicted.
+    pub tally: Tally,
+    /// For the log.
+    pub line: Option<String>,
 }
 
 /// Sequences of one item at most, for numbers that are of one sequence.

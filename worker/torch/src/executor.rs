@@ -6,7 +6,7 @@ use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout, Wiring};
-use fleet_learn::{Batch, Executor, IGNORED, Tally, TokenBatch, UnitWeights, Units};
+use fleet_learn::{Batch, Executor, IGNORED, Tally, TokenBatch, UnitWeights, Units, Which};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -432,6 +432,19 @@ impl Executor<Tensors> for TorchExecutor {
             Some(loss) => Ok(loss),
             None => Ok(Tensor::f_zeros([1], (self.loss_kind(), self.network.device)).map_err(Error::from)?),
         }
+    }
+
+    /// One sequence at a time: only an adapter has a base, and those this executor does not train.
+    fn losses(
+        &mut self,
+        units: &mut dyn UnitWeights<Tensors>,
+        batch: &Batch,
+        _which: Which,
+    ) -> fleet_learn::Result<Vec<f64>> {
+        let padded = batch.padded();
+        let (ids, targets) = (padded.ids.chunks(padded.seq), padded.targets.chunks(padded.seq));
+        let one = |(ids, targets)| Batch { ids, targets, seq: padded.seq, ..Batch::default() };
+        ids.zip(targets).map(|both| Ok(self.evaluate(units, &one(both))?.loss)).collect()
     }
 
     fn evaluate(

@@ -29,8 +29,9 @@ use crate::dropout;
 use crate::engine::Learner;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::objective::{NextToken, Objective};
+use crate::objective::{Measured, NextToken, Objective};
 use crate::optimizer::{AdamW, Update};
+use crate::preference::Preferences;
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
 use base::BaseHash;
@@ -235,6 +236,10 @@ impl Trainer {
         });
         let saving = Saving::new(job.checkpoint_dir(), disks, rank, writers, lead.transpose()?);
         let meter = Meter::default();
+        let objective: Box<dyn Objective> = match job.dpo {
+            Some(dpo) => Box::new(Preferences(dpo)),
+            None => Box::new(NextToken),
+        };
         let watch = learner.watch().clone();
         let resumed = resumed.map(|_| state.step);
         Ok(Self {
@@ -244,7 +249,7 @@ impl Trainer {
             learner,
             base,
             beside: model.adapter.as_ref().map(|adapter| adapter.describe(&model)),
-            objective: Box::new(NextToken),
+            objective,
             cache,
             order,
             adamw,
@@ -360,7 +365,7 @@ impl Trainer {
         let last = self.meter.last.map(|took| Pace { took, computed: self.breakdown.computed });
         self.learner.gang().begin_step(step + 1, last);
         self.learner.gang().note(Activity::LoadingData);
-        let micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
+        let mut micro_batches: Vec<TokenBatch> = (0..u64::from(self.job.accumulate_grad_batches))
             .map(|micro| {
                 let indices = self.order.rank_part(step, micro, self.rank, self.world);
                 let mut batch = self.objective.batch(self.cache.train(), &mut indices.into_iter());
@@ -369,6 +374,7 @@ impl Trainer {
                 batch.filled(FILLED)
             })
             .collect();
+        let measured = self.objective.weigh(&mut *self.learner, &mut micro_batches)?;
         let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
         let mine = Votes {
             stop: link.stop_asked(),
@@ -389,12 +395,17 @@ impl Trainer {
         (state.step, state.epoch, state.epoch_step) = (step + 1, cursor.epoch, cursor.step);
         let in_equal_steps = cursor.step * state.global_batch;
         state.epoch_windows = Some(cursor.windows).filter(|windows| *windows != in_equal_steps);
-        state.loss = report.loss;
+        state.loss = measured.as_ref().map_or(report.loss, |measured| measured.loss);
         let scaled_by = std::mem::replace(&mut state.loss_scale, self.learner.loss_scale());
         let tokens = taken;
         state.tokens_seen += tokens;
         let grad_norm = if report.skipped { self.meter.grad_norm } else { report.grad_norm };
         self.meter.add(tokens, began.elapsed(), lr, grad_norm);
+        let is_told = step == 0 || (step + 1).is_multiple_of(self.job.logging_steps);
+        if let Some(line) = measured.and_then(|measured| measured.line).filter(|_| is_told && self.rank == 0)
+        {
+            link.log(Level::Info, format!("step {}: {line}", step + 1));
+        }
         if report.skipped && self.rank == 0 {
             link.log(Level::Warn, skipped(step + 1, scaled_by, self.state.loss_scale));
         }
@@ -420,15 +431,17 @@ impl Trainer {
             .step_by(size as usize)
             .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))).filled(FILLED))
             .collect();
-        let tally = self.learner.evaluate(&batches)?;
-        let mean = tally.mean();
-        self.state.eval_loss = Some(mean);
+        let Measured { loss, tally, line } = self.objective.evaluate(&mut *self.learner, &batches)?;
+        self.state.eval_loss = Some(loss);
         if self.rank == 0 {
+            if let Some(line) = line {
+                link.log(Level::Info, format!("evaluation at step {}: {line}", self.state.step));
+            }
             let bytes_per_token = self.cache.meta().validation_bytes_per_token;
             link.event(EventBody::Eval(Evaluation {
                 step: self.state.step,
-                loss: mean,
-                bits_per_byte: mean / std::f64::consts::LN_2 / bytes_per_token,
+                loss,
+                bits_per_byte: tally.mean() / std::f64::consts::LN_2 / bytes_per_token,
                 tokens: tally.tokens,
             }));
         }
