@@ -73,6 +73,8 @@ pub enum EventBody {
         /// Hashes of their manifests, in hex.
         manifests: Vec<String>,
     },
+    /// What else is known of a step or an evaluation.
+    Metrics(Metrics),
 }
 
 /// Where a rank listens on its node, and by which key it is known there.
@@ -216,6 +218,13 @@ impl Times {
             checkpoint_s: mean(self.checkpoint_s, other.checkpoint_s),
         }
     }
+}
+
+/// By TRL's names; those of an evaluation begin with `eval_`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    pub step: u64,
+    pub values: Vec<(String, f64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

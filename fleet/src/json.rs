@@ -1,6 +1,6 @@
 //! Every JSON shape that `fleet` prints, in one place. A number that is not finite is written as null, so that each line stays valid JSON.
 
-use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Outcome, Times};
+use fleet_common::events::{CheckpointRecord, Event, EventBody, JobError, Level, Metrics, Outcome, Times};
 use fleet_common::protocol::{
     CheckpointPlace, CheckpointView, ClusterView, CoordinatorView, ExportView, Files, JobView, NodeView,
     ProfileView, RunView,
@@ -64,6 +64,11 @@ pub fn event(event: &Event) -> Value {
         }
         EventBody::Stall(stall) => json!({"event": "stall", "stall": stall}),
         EventBody::Times(times) => with_event("times", json!(times)),
+        EventBody::Metrics(Metrics { step, values }) => {
+            let values: Map<String, Value> =
+                values.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+            json!({"event": "metrics", "step": step, "values": values})
+        }
         EventBody::LeftOut { lines, bytes } => json!({"event": "left_out", "lines": lines, "bytes": bytes}),
     };
     line["time"] = json!(event.unix_ms);

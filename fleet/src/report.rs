@@ -3,7 +3,7 @@
 
 use crate::json::{self, Summary};
 use crate::{out, text};
-use fleet_common::events::{Event, EventBody, Level, Outcome, Step, Times};
+use fleet_common::events::{Event, EventBody, Level, Metrics, Outcome, Step, Times};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{JobState, JobView};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -213,6 +213,11 @@ impl Report {
                     eval.bits_per_byte,
                     text::thousands(eval.tokens)
                 )
+            }
+            EventBody::Metrics(Metrics { step, values }) => {
+                let values: Vec<String> =
+                    values.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+                format!("step {step}: {}", values.join(", "))
             }
             EventBody::Checkpoint(checkpoint) => {
                 format!(

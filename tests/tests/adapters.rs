@@ -2,36 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::{Finished, TinyJob, World};
+use fleet_tests::fine_tuning::{checkpoint, job, with_a_base};
+use fleet_tests::{Finished, World};
 use serde_json::Value;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const LORA: &[&str] =
     &["--set", "adapter.r=4", "--set", "adapter.dropout=0.1", "--set", "lr=1e-2", "--set", "eval_steps=10"];
-
-/// The checkpoint that the summary names.
-fn checkpoint(done: &Finished) -> PathBuf {
-    PathBuf::from(done.summary()["checkpoint"].as_str().unwrap_or_else(|| panic!("none: {}", done.all())))
-}
-
-/// A world in which a small model has been trained, and the model.
-fn with_a_base() -> (World, PathBuf) {
-    let world = World::new();
-    let base = TinyJob { run_name: "base", ..TinyJob::default() };
-    let base = checkpoint(&world.launch(2, &base, &[]).finish().expect(0));
-    (world, base)
-}
-
-/// A job file that trains an adapter beside `base`.
-fn job(world: &World, base: &Path, run_name: &str) -> String {
-    let text = TinyJob { run_name: "adapter", max_steps: 30, save_steps: 10, ..TinyJob::default() }.toml();
-    let (before, rest) = text.split_once("[model]").unwrap();
-    let (_, after) = rest.split_once("[data]").unwrap();
-    let text = format!("{before}[model]\npath = {base:?}\n\n[data]{after}");
-    let text = text.replace("run_name = \"adapter\"", &format!("run_name = {run_name:?}"));
-    world.write(&format!("{run_name}.toml"), text).display().to_string()
-}
 
 fn launch(world: &World, ranks: &str, job: &str, more: &[&str]) -> fleet_tests::Running {
     world.start("fleet", &[&["launch", "-n", ranks, "--json", job], LORA, more].concat())
@@ -228,53 +206,4 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     let broken = [&sets[..], &["--set", "data.path=broken.json", "--set", "run_name=broken"]].concat();
     let refused = launch(&world, "1", &file, &broken).finish();
     assert!(refused.all().contains("row 2"), "{}", refused.all());
-}
-
-/// Pairs of which a rule says the better answer.
-fn pairs(count: usize) -> String {
-    let words = ["harbour", "winter", "lantern", "river", "stone", "morning", "letters"];
-    let row = |n: usize| {
-        let (one, two) = (words[n % 7], words[n / 7 % 7]);
-        serde_json::json!({"prompt": format!("{one} {two}:"), "chosen": format!(" {one} {one}"), "rejected": format!(" the of {two}")})
-    };
-    serde_json::to_string(&(0..count).map(row).collect::<Vec<_>>()).unwrap()
-}
-
-#[test]
-fn preferences_are_learnt_alike_on_any_number_of_ranks() {
-    let (world, base) = with_a_base();
-    world.write("pairs.json", pairs(120));
-    let more = [
-        "task_name=dpo",
-        "data.path=pairs.json",
-        "max_seq_len=128",
-        "max_steps=20",
-        "lr=5e-3",
-        "adapter.dropout=0.1",
-    ];
-    let sets: Vec<&str> = more.iter().flat_map(|set| ["--set", set]).collect();
-    let launch = |ranks: &str, name: &str, more: &[&str]| {
-        let batch = format!("batch_size={}", 4 / ranks.parse::<usize>().unwrap());
-        let more = [&sets[..], &["--set", &batch], more].concat();
-        launch(&world, ranks, &job(&world, &base, name), &more).finish().expect(0)
-    };
-    let one = launch("1", "one", &[]);
-    let losses = one.losses();
-    assert!(
-        (losses[0].1 - std::f64::consts::LN_2).abs() < 1e-6,
-        "the model is its own reference: {losses:?}"
-    );
-    assert!(losses[19].1 < 0.5, "{losses:?}");
-    let accuracy =
-        one.stdout.iter().rfind(|line| line.contains("evaluation at step") && line.contains("accuracy"));
-    let accuracy =
-        accuracy.unwrap().split("accuracy ").nth(1).unwrap().split(' ').next().unwrap().parse::<f64>();
-    assert!(accuracy.clone().unwrap() > 80.0, "{accuracy:?}");
-    let accumulated =
-        ["--set", "accumulate_grad_batches=2", "--set", "batch_size=1", "--set", "strategy=fsdp"];
-    for (ranks, name, more) in [("2", "ddp", &["--set", "strategy=ddp"][..]), ("2", "fsdp", &accumulated)] {
-        for (a, b) in losses.iter().zip(launch(ranks, name, more).losses()) {
-            assert!((a.1 - b.1).abs() <= 2e-4 * a.1.max(0.1), "{name}, step {}: {} and {}", a.0, a.1, b.1);
-        }
-    }
 }

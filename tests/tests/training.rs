@@ -139,3 +139,56 @@ fn a_job_trains_in_bf16_evaluates_and_its_checkpoint_generates_text() {
     assert!(text.len() > "the river".len(), "{text}");
     assert_eq!(text, generate("1"));
 }
+
+/// The steps whose checkpoints lie where a run wrote its last one.
+fn saved_steps(done: &Finished) -> Vec<u64> {
+    let names =
+        fs::read_dir(checkpoint(done).parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name());
+    let steps = names.filter_map(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+    let mut steps: Vec<u64> = steps.collect();
+    steps.sort_unstable();
+    steps
+}
+
+fn best(done: &Finished) -> serde_json::Value {
+    let state = fs::read_to_string(checkpoint(done).join("trainer_state.json")).unwrap();
+    serde_json::from_str::<serde_json::Value>(&state).unwrap()["best"].clone()
+}
+
+#[test]
+fn a_run_that_gets_no_better_ends_and_its_best_checkpoint_stays() {
+    let world = World::new();
+    let more = "eval.eval_steps = 2\nsave_total_limit = 1\nkeep_best = true\nearly_stopping.patience = 3\nearly_stopping.min_delta = 100.0";
+    let toml = |run_name, max_steps| {
+        let job = TinyJob { run_name, max_steps, ..TinyJob::default() }.toml();
+        job.replace("eval_steps = 0", "")
+            .replace("save_total_limit = 9", "")
+            .replace("seed = 7", &format!("seed = 7\n{more}"))
+    };
+    let launch = |name: &str, sets: &[&str]| {
+        let file = world.write(&format!("{name}.toml"), toml("patience", 40)).display().to_string();
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        world
+            .start("fleet", &[&["launch", "-n", "2", "--json", &file], &sets[..]].concat())
+            .finish()
+            .expect(0)
+    };
+    // The first evaluation behind a step is the best so far; three worse ones follow it.
+    let done = launch("one", &[]);
+    assert_eq!(done.losses().last().unwrap().0, 8, "{}", done.all());
+    assert!(done.all().contains("the run ends at step 8"), "{}", done.all());
+    assert_eq!((saved_steps(&done), best(&done)["step"].as_u64()), (vec![2, 8], Some(2)));
+
+    // Steps that are much too large lead away from it.
+    let far =
+        ["run_name=far", "early_stopping.min_delta=0", "early_stopping.patience=9", "lr=0.2", "max_steps=12"];
+    let done = launch("far", &far);
+    let best = best(&done)["step"].as_u64().unwrap();
+    let losses = done.events("eval");
+    let least =
+        losses[1..].iter().min_by(|a, b| a["loss"].as_f64().unwrap().total_cmp(&b["loss"].as_f64().unwrap()));
+    assert_eq!(least.unwrap()["step"].as_u64(), Some(best));
+    let mut wanted = vec![best, 12];
+    wanted.dedup();
+    assert_eq!(saved_steps(&done), wanted);
+}

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 /// Tables of a job file; their keys are named `table.key`.
-const TABLES: [&str; 12] = [
+const TABLES: [&str; 13] = [
     "model",
     "model.rope_parameters",
     "model.rope_scaling",
@@ -23,6 +23,7 @@ const TABLES: [&str; 12] = [
     "optimizer",
     "checkpoint",
     "eval",
+    "early_stopping",
 ];
 
 /// Each setting: the name under which the parser asks for it, then its other spellings, which PyTorch Lightning, Hugging Face and older
@@ -102,6 +103,8 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["dpo.beta", "beta"],
     &["dpo.loss_type"],
     &["dpo.label_smoothing", "label_smoothing"],
+    &["dpo.ref_model", "ref_model"],
+    &["dpo.precompute_ref_log_probs", "precompute_ref_log_probs"],
 
     &["tokenizer.path"],
 
@@ -148,11 +151,16 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["checkpoint.save_total_limit", "save_total_limit"],
     &["checkpoint.resume", "resume_from_checkpoint", "checkpoint.resume_from_checkpoint"],
     &["checkpoint.overwrite", "overwrite", "overwrite_output_dir"],
+    &["checkpoint.keep_best", "keep_best", "load_best_model_at_end"],
 
     &["eval.eval_steps", "eval_steps"],
     &["eval.batch_size", "per_device_eval_batch_size", "eval.per_device_eval_batch_size"],
     &["eval.max_eval_examples", "max_eval_examples"],
     &["eval.split"],
+
+    &["early_stopping.patience", "early_stopping_patience"],
+    &["early_stopping.min_delta", "early_stopping_threshold", "early_stopping_min_delta"],
+    &["early_stopping.metric", "metric_for_best_model", "early_stopping.monitor"],
 ];
 
 /// What describes a new model beside these: `model.KEY` for every key of every family, which have one spelling.
@@ -465,6 +473,7 @@ fn example(table: &str) -> &'static str {
         "data.fields" => "{ prompt = \"question\" }",
         "optimizer" => "{ learning_rate = 5e-4 }",
         "checkpoint" => "{ save_steps = 250 }",
+        "early_stopping" => "{ patience = 5 }",
         _ => "{ eval_steps = 100 }",
     }
 }

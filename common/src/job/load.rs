@@ -15,7 +15,7 @@ const JOB_FILE_MAX: u64 = 1 << 20;
 pub const RANKS_MAX: u32 = 1024;
 /// The byte alphabet and one token that ends a document.
 pub const VOCAB_MIN: u32 = 257;
-const SIZE_MAX: u32 = 1 << 16;
+pub(super) const SIZE_MAX: u32 = 1 << 16;
 /// TOML's integers are signed.
 const INT_MAX: u64 = i64::MAX as u64;
 
@@ -94,6 +94,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let max_seq_len = f.int32("max_seq_len", 2, 1 << 20)?.unwrap_or(256);
     let batch_size = f.int32("batch_size", 1, SIZE_MAX)?.unwrap_or(8);
     let (max_steps, epochs) = length(f, warnings)?;
+    let eval = eval(f, batch_size, warnings)?;
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
@@ -126,15 +127,16 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         max_time_s: f.int("max_time_s", 1, INT_MAX)?,
         threads_per_rank: f.int32("threads_per_rank", 1, 1024)?,
         trace: path("trace", "a file")?,
-        dpo: super::dpo::dpo(f, adapter.as_ref())?,
+        dpo: super::dpo::dpo(f, dir, &model, adapter.as_ref())?,
         quantization: super::adapter::quantization(f, adapter.as_ref())?,
         adapter,
         model,
         tokenizer,
         data: data(f, dir, rows)?,
         optimizer: optimizer(f, max_steps, warnings)?,
-        checkpoint: checkpoint(f, dir)?,
-        eval: eval(f, batch_size, warnings)?,
+        early_stopping: super::early_stopping::early_stopping(f, eval.eval_steps)?,
+        checkpoint: checkpoint(f, dir, eval.eval_steps)?,
+        eval,
     })
 }
 
@@ -159,10 +161,8 @@ fn task_name(f: &Fields, rows: &Option<Rows>) -> Result<String, JobFileError> {
 }
 
 /// What other tools call tasks that are neither.
-const OTHER_TASKS: [&str; 28] = [
-    "ipo",
+const OTHER_TASKS: [&str; 26] = [
     "kto",
-    "orpo",
     "simpo",
     "cpo",
     "ppo",
@@ -451,7 +451,8 @@ fn warmup_steps(
     }
 }
 
-fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
+/// `eval_steps`: how often the job evaluates; 0: never.
+fn checkpoint(f: &Fields, dir: &Path, eval_steps: u64) -> Result<Checkpoint, JobFileError> {
     let wanted = "\"latest\", \"no\" or the directory of a checkpoint";
     // Words of other tools, unless a directory is called so.
     let is_word = |text: &str| {
@@ -463,6 +464,14 @@ fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
         (Some(false), _) => Some("no".to_owned()),
         (None, text) => text.filter(|text| !is_word(text)).map(str::to_owned),
     })?;
+    let keep_best = f.flag("checkpoint.keep_best")?.unwrap_or(false);
+    if keep_best && eval_steps == 0 {
+        let message = format!(
+            "`{}` keeps what an evaluation finds the best, and `eval_steps` = 0 makes none; raise it",
+            f.spelling("checkpoint.keep_best")
+        );
+        return Err(f.refuse(&["checkpoint.keep_best"], message));
+    }
     let resume = match given.as_deref() {
         Some("latest") => Resume::Latest,
         Some("no" | "") | None => Resume::No,
@@ -473,6 +482,7 @@ fn checkpoint(f: &Fields, dir: &Path) -> Result<Checkpoint, JobFileError> {
         save_total_limit: f.int32("checkpoint.save_total_limit", 1, 1_000_000)?.unwrap_or(2),
         resume,
         overwrite: f.flag("checkpoint.overwrite")?.unwrap_or(false),
+        keep_best,
     })
 }
 

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod dpo;
+mod early_stopping;
 mod elsewhere;
 mod error;
 mod fields;
@@ -24,6 +25,7 @@ mod vocabulary;
 
 pub use adapter::{Adapter, Bias, Init, Quantization, Targets};
 pub use dpo::{Dpo, PreferenceLoss};
+pub use early_stopping::{EarlyStopping, Watched};
 pub use error::{JobFileError, Warning};
 pub use fields::keys;
 pub use load::{RANKS_MAX, READABLE, VOCAB_MIN, load, of_data, parse_toml};
@@ -103,6 +105,8 @@ pub struct Job {
     pub optimizer: Optimizer,
     pub checkpoint: Checkpoint,
     pub eval: Eval,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -291,6 +295,9 @@ pub struct Checkpoint {
     /// Whether checkpoints of another run, where this one begins, may be removed as soon as it has one of its own.
     #[serde(default)]
     pub overwrite: bool,
+    /// Whether the one of the best evaluation is saved and stays, too.
+    #[serde(default)]
+    pub keep_best: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

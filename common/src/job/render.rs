@@ -70,18 +70,20 @@ impl Job {
                 Resume::Path(path) => json!(path),
             },
             "overwrite": self.checkpoint.overwrite,
+            "keep_best": self.checkpoint.keep_best,
         }));
         let optimizer = table(json!(self.optimizer));
         let eval = table(json!(self.eval));
         for (name, part) in [
             ("model", model),
             ("adapter", adapter),
-            ("dpo", self.dpo.map_or_else(Map::new, |dpo| table(json!(dpo)))),
+            ("dpo", self.dpo.as_ref().map_or_else(Map::new, |dpo| table(json!(dpo)))),
             ("tokenizer", tokenizer),
             ("data", data),
             ("optimizer", optimizer),
             ("checkpoint", checkpoint),
             ("eval", eval),
+            ("early_stopping", self.early_stopping.map_or_else(Map::new, |stopping| table(json!(stopping)))),
         ] {
             if !part.is_empty() {
                 file.insert(name.to_owned(), Value::Object(part));

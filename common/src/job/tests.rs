@@ -363,7 +363,7 @@ fn what_an_error_offers_is_possible() {
 
 #[test]
 fn a_task_that_is_another_one_is_refused_and_a_label_is_a_label() {
-    for task in ["DPO", "Reward Model", "text_classification", "seq2seq"] {
+    for task in ["KTO", "Reward Model", "text_classification", "seq2seq"] {
         let told = error(&format!("task_name = \"{task}\""));
         assert!(
             told.starts_with(&format!("job:1: `task_name` = \"{task}\"")) && told.contains("\"lm\""),

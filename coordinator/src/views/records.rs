@@ -164,6 +164,9 @@ fn points_of(event: &Event) -> Vec<Point> {
         EventBody::Times(at) => {
             at.parts().map(|(name, seconds)| point(&format!("{name}_s"), at.step, seconds)).to_vec()
         }
+        EventBody::Metrics(at) => {
+            at.values.iter().map(|(name, value)| point(name, at.step, *value)).collect()
+        }
         _ => Vec::new(),
     }
 }

@@ -53,6 +53,8 @@ pub struct RunDir {
     read: BTreeMap<PathBuf, bool>,
     /// Manifests of what was removed and not told of yet.
     removed: Vec<String>,
+    /// The step whose checkpoint stays.
+    spared: Option<u64>,
     _lock: File,
 }
 
@@ -101,6 +103,7 @@ impl RunDir {
             before: 0,
             read: BTreeMap::new(),
             removed: Vec::new(),
+            spared: None,
             _lock: lock,
         };
         let probed = probe(claim.dir);
@@ -184,6 +187,11 @@ impl RunDir {
         free_bytes(&self.owner.dir)
     }
 
+    /// Keeps the checkpoint of this step, whatever else goes.
+    pub fn spare(&mut self, step: u64) {
+        self.spared = Some(step);
+    }
+
     /// Removes the oldest checkpoints of this run so that `keep` whole ones remain, counting up to and including the one of `committed`,
     /// which is known to be good and is never removed; newer ones are not touched, nor those of other runs unless they may be overwritten:
     /// then all of them go, but not for the checkpoint of a run that was stopped. Returns what was removed.
@@ -198,7 +206,7 @@ impl RunDir {
             if !self.owns(&found) {
                 doomed.extend((self.owner.overwrite && !stopped && found.may_go()).then_some(found.path));
             } else if whole >= keep {
-                doomed.push(found.path);
+                doomed.extend((!self.spares(&found)).then_some(found.path));
             } else if self.is_whole(&found) {
                 whole += 1;
             }
@@ -218,7 +226,8 @@ impl RunDir {
         let others = all.iter().filter(|found| self.owner.overwrite && found.may_go() && !self.owns(found));
         let others = others.filter(|found| spared.is_none_or(|spared| spared.path != found.path));
         let (mut freed, mut doomed) = (0, Vec::new());
-        for found in others.chain(own.iter().filter(|found| self.owns(found))) {
+        let own = own.iter().filter(|found| self.owns(found) && !self.spares(found));
+        for found in others.chain(own) {
             if freed < bytes {
                 freed += found.manifest.as_ref().filter(|_| found.seems_whole()).map_or(0, |m| m.bytes());
                 doomed.push(found.path.clone());
@@ -244,11 +253,15 @@ impl RunDir {
         let Some((lock, made)) = lock(dir).map_err(failed)? else { return Ok(false) };
         let owner = Owner::of(dir, "");
         let (read, removed) = (BTreeMap::new(), Vec::new());
-        let mut held = RunDir { owner, made, before: 0, read, removed, _lock: lock };
+        let mut held = RunDir { owner, made, before: 0, read, removed, spared: None, _lock: lock };
         match is_it() {
             true => held.remove(vec![path.to_owned()]).map(|_| true),
             false => Ok(false),
         }
+    }
+
+    fn spares(&self, found: &Found) -> bool {
+        self.spared == Some(found.step())
     }
 
     /// Oldest first. None where the one of `committed` was not written here: then nothing is known to be good, and nothing may be removed.

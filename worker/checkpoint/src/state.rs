@@ -62,6 +62,22 @@ pub struct TrainerState {
     /// Of the weights of that model, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_sha256: Option<String>,
+    /// Where the run looks for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+}
+
+/// The best loss so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// After so many steps it was found.
+    pub step: u64,
+    /// NaN where none was a number.
+    #[serde(deserialize_with = "number_or_null")]
+    pub loss: f64,
+    /// At worse losses since then.
+    pub looks_since: u32,
 }
 
 /// By how much losses are scaled so that their gradients are numbers in fp16.
@@ -325,6 +341,7 @@ mod tests {
             adapter: None,
             quantization: None,
             base_sha256: None,
+            best: None,
         }
     }
 

@@ -47,6 +47,21 @@ fn rotation_keeps_the_newest_and_never_touches_what_is_not_committed() {
 }
 
 #[test]
+fn the_one_that_is_spared_stays_until_another_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = RunDir::claim(&claim(dir.path(), "a")).unwrap();
+    (1..=5).for_each(|step| drop(save(&run, step)));
+    run.spare(2);
+    assert_eq!(run.rotate(2, 5, false).unwrap(), [step_dir(dir.path(), 1), step_dir(dir.path(), 3)]);
+    assert_eq!(run.make_room(u64::MAX, Some(5)).unwrap(), [step_dir(dir.path(), 4)]);
+    assert_eq!(steps(dir.path()), pairs(&[(2, "a"), (5, "a")]));
+    save(&run, 6);
+    run.spare(5);
+    run.rotate(1, 6, false).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(5, "a"), (6, "a")]));
+}
+
+#[test]
 fn a_run_does_not_begin_where_anothers_checkpoints_lie() {
     let dir = tempfile::tempdir().unwrap();
     let first = RunDir::claim(&claim(dir.path(), "a")).unwrap();

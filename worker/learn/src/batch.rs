@@ -21,7 +21,15 @@ pub struct Batch<'a> {
     pub noise: Option<&'a [u64]>,
 }
 
-impl Batch<'_> {
+/// Sequences of different lengths are together a multiple of so many tokens.
+const FILLED: usize = 64;
+
+impl<'a> Batch<'a> {
+    /// Tokens of each sequence.
+    pub fn sequence_lengths(self) -> impl Iterator<Item = usize> + 'a {
+        (0..self.sequences()).map(move |at| self.lengths.map_or(self.seq, |lengths| lengths[at]))
+    }
+
     pub fn sequences(&self) -> usize {
         self.lengths.map_or_else(|| self.ids.len() / self.seq, <[usize]>::len)
     }
@@ -30,8 +38,7 @@ impl Batch<'_> {
     /// nothing of it.
     pub fn padded(&self) -> TokenBatch {
         let (mut padded, mut at) = (TokenBatch { seq: self.seq, ..TokenBatch::default() }, 0);
-        let equal = vec![self.seq; if self.lengths.is_none() { self.sequences() } else { 0 }];
-        for length in self.lengths.unwrap_or(&equal) {
+        for length in self.sequence_lengths() {
             let (range, end) = (at..at + length, padded.ids.len() + self.seq);
             padded.ids.extend(&self.ids[range.clone()]);
             padded.ids.resize(end, 0);
@@ -81,6 +88,8 @@ pub struct TokenBatch {
     pub counts: Option<f64>,
     /// `[b]`.
     pub noise: Option<Vec<u64>>,
+    /// The items of the data that it is made of, by their numbers.
+    pub items: Vec<u64>,
 }
 
 impl TokenBatch {
@@ -106,10 +115,10 @@ impl TokenBatch {
         TokenBatch { lengths: Some(lengths), ..batch }
     }
 
-    /// With a sequence behind the others that predicts nothing, so that the number of all tokens is a multiple of `tokens`: libraries make code
+    /// With a sequence behind the others that predicts nothing, so that the number of all tokens is a round one: libraries make code
     /// for every shape that they meet, and keep it. Sequences of one length stay as they are.
-    pub fn filled(mut self, tokens: usize) -> TokenBatch {
-        let more = self.ids.len().next_multiple_of(tokens) - self.ids.len();
+    pub fn filled(mut self) -> TokenBatch {
+        let more = self.ids.len().next_multiple_of(FILLED) - self.ids.len();
         if let Some(lengths) = self.lengths.as_mut().filter(|_| more > 0) {
             lengths.push(more);
             self.seq = self.seq.max(more);
@@ -174,9 +183,9 @@ mod tests {
         assert_eq!(padded.ids, [1, 2, 3, 4, 0, 0]);
         assert_eq!(padded.targets, [2, 3, IGNORED, 5, IGNORED, IGNORED]);
         assert_eq!((padded.view().sequences(), padded.view().weight()), (2, 7.0));
-        let filled = ragged.filled(8);
-        assert_eq!((filled.view().sequences(), filled.ids.len(), filled.view().weight()), (3, 8, 7.0));
-        assert_eq!((filled.lengths.clone(), filled.seq), (Some(vec![3, 1, 4]), 4));
-        assert_eq!(filled.clone().filled(8), filled);
+        let filled = ragged.filled();
+        assert_eq!((filled.view().sequences(), filled.ids.len(), filled.view().weight()), (3, 64, 7.0));
+        assert_eq!((filled.lengths.clone(), filled.seq), (Some(vec![3, 1, 60]), 60));
+        assert_eq!(filled.clone().filled(), filled);
     }
 }

@@ -37,7 +37,7 @@ pub use batch::{Batch, IGNORED, TokenBatch};
 pub use engine::{Engine, Learner};
 pub use error::{Error, Result};
 pub use executor::{Executor, Tally, Which};
-pub use objective::{NextToken, Objective};
+pub use objective::{Measured, NextToken, Objective};
 pub use optimizer::{AdamW, Update};
 pub use snapshot::Snapshot;
 pub use stopwatch::{Phase, Stopwatch};

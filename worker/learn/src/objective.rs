@@ -19,7 +19,8 @@ pub trait Objective {
     /// Of the batches of all ranks. A collective call.
     fn evaluate(&self, learner: &mut dyn Learner, batches: &[TokenBatch]) -> Result<Measured> {
         let tally = learner.evaluate(batches)?;
-        Ok(Measured { loss: tally.mean(), tally, line: None })
+        let accuracy = tally.hits as f64 / tally.tokens.max(1) as f64;
+        Ok(Measured { loss: tally.mean(), tally, metrics: vec![("mean_token_accuracy", accuracy)] })
     }
 }
 
@@ -30,8 +31,8 @@ pub struct Measured {
     pub loss: f64,
     /// Of the tokens that are predicted.
     pub tally: Tally,
-    /// For the log.
-    pub line: Option<String>,
+    /// What else was found, by TRL's names.
+    pub metrics: Vec<(&'static str, f64)>,
 }
 
 /// Sequences of one item at most, for numbers that are of one sequence.
@@ -43,14 +44,15 @@ pub struct NextToken;
 
 impl Objective for NextToken {
     fn batch(&self, items: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch {
-        let (mut item, mut noise) = (Item::default(), Vec::new());
+        let (mut item, mut noise, mut numbers) = (Item::default(), Vec::new(), Vec::new());
         for index in indices {
+            numbers.push(index);
             let before = item.lengths.len();
             items.append(index, &mut item);
             let sequences = (item.lengths.len() - before) as u64;
             noise.extend((0..sequences).map(|number| index * SEQUENCES_MAX + number));
         }
-        next_tokens(&item, noise)
+        TokenBatch { items: numbers, ..next_tokens(&item, noise) }
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::adapter::ADAPTER_CONFIG;
 use crate::error::{Error, Result};
 use crate::model::{Model, with_end};
+use crate::preference::REFERENCE_FILE;
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
 use fleet_data::END_OF_TEXT;
 use fleet_data::model_dir::{
@@ -55,6 +56,8 @@ pub(super) struct Origins<'a> {
     pub used: &'a Path,
     /// How checkpoints have weights.
     pub weights: Dtype,
+    /// With what the model is compared while it learns preferences.
+    pub reference: Option<&'a [u8]>,
 }
 
 #[derive(Debug)]
@@ -74,6 +77,7 @@ impl Companions {
             .map_err(|e| Error::Input(format!("{}: not a tokenizer.json: {e}", from.used.display())))?;
         let beside = from.tokenizer.and_then(Path::parent);
         let mut files = vec![(TOKENIZER_FILE, used)];
+        files.extend(from.reference.map(|bytes| (REFERENCE_FILE, bytes.to_owned())));
         for name in OF_TOKENIZER {
             files.extend(first(name, [from.resume, beside])?.map(|bytes| (name, bytes)));
         }

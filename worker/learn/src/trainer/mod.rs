@@ -5,7 +5,9 @@
 //! trains is a `Learner`, made by whoever runs it.
 //! A checkpoint is written while the next steps are made (`saving`).
 
+mod aim;
 mod base;
+mod best;
 mod breakdown;
 mod companions;
 mod disks;
@@ -19,6 +21,7 @@ mod schedule;
 mod slow_host;
 mod tracing;
 
+use aim::Aim;
 use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
 
 pub use schedule::{learning_rate, warmup_steps};
@@ -29,9 +32,8 @@ use crate::dropout;
 use crate::engine::Learner;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::objective::{Measured, NextToken, Objective};
+use crate::objective::{Measured, Objective};
 use crate::optimizer::{AdamW, Update};
-use crate::preference::Preferences;
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
 use base::BaseHash;
@@ -39,7 +41,7 @@ use breakdown::Breakdown;
 use companions::{Companions, Origins};
 use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
 use fleet_collectives::{Activity, Pace};
-use fleet_common::events::{Evaluation, EventBody, Level, Outcome};
+use fleet_common::events::{Evaluation, EventBody, Level, Metrics, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
@@ -48,9 +50,6 @@ use meter::Meter;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Sequences of different lengths are together a multiple of so many tokens.
-const FILLED: usize = 64;
 
 /// Makes what a rank trains: the model of the job, with weights that are still zero. A collective call.
 pub type MakeLearner<'a> = &'a dyn Fn(&RankStart, &Job, &Model) -> Result<Made>;
@@ -99,6 +98,8 @@ struct Trainer {
     /// Grows with every step; what a checkpoint stores.
     state: TrainerState,
     meter: Meter,
+    /// Of the last step, beside its loss.
+    metrics: Vec<(&'static str, f64)>,
     watch: Stopwatch,
     breakdown: Breakdown,
     saving: Saving,
@@ -183,9 +184,11 @@ impl Trainer {
             adapter: model.adapter.as_ref().map(|adapter| adapter.config.json.clone()),
             quantization: job.quantization,
             base_sha256: None,
+            best: None,
         };
         let of_adapter = model.adapter.as_ref().filter(|_| start.rank == 0);
         let mut base = BaseHash::of(of_adapter.map(|adapter| adapter.base.as_path()))?;
+        let Aim { objective, reference } = Aim::of(&job, start, &model, &cache, &mut *learner, link)?;
         match (resumed.zip(was), &pretrained) {
             (Some((checkpoint, was)), _) => {
                 let trained = matches!(job.tokenizer, Tokenizer::Train { .. });
@@ -205,6 +208,7 @@ impl Trainer {
                     tokens_seen: was.tokens_seen,
                     loss: was.loss,
                     eval_loss: was.eval_loss,
+                    best: was.best,
                     ..state
                 };
             }
@@ -230,16 +234,13 @@ impl Trainer {
                 },
                 used: &cache.tokenizer_path(),
                 weights: learner.dtype(),
+                reference: reference.as_deref(),
             };
             let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;
             Ok::<_, Error>(Lead { dir, companions: companions.map(Arc::new) })
         });
         let saving = Saving::new(job.checkpoint_dir(), disks, rank, writers, lead.transpose()?);
         let meter = Meter::default();
-        let objective: Box<dyn Objective> = match job.dpo {
-            Some(dpo) => Box::new(Preferences(dpo)),
-            None => Box::new(NextToken),
-        };
         let watch = learner.watch().clone();
         let resumed = resumed.map(|_| state.step);
         Ok(Self {
@@ -258,6 +259,7 @@ impl Trainer {
             began,
             state,
             meter,
+            metrics: Vec::new(),
             watch,
             breakdown: Breakdown::new(world as usize, start.hosts.max(1) as usize),
             saving,
@@ -298,6 +300,7 @@ impl Trainer {
             }
         }
         self.warn_of_a_small_disk(link);
+        self.begin_to_judge(link);
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
         }
@@ -318,18 +321,22 @@ impl Trainer {
             if let Some(line) = self.learner.without_gradient().filter(|_| self.rank == 0) {
                 link.log(Level::Warn, line);
             }
-            let over = step == self.total_steps || votes.stop || votes.time;
-            let told = step == first || step.is_multiple_of(self.job.logging_steps) || over;
+            let last = step == self.total_steps || votes.stop || votes.time;
+            let told = step == first || step.is_multiple_of(self.job.logging_steps) || last;
             if told && self.rank == 0 {
                 link.event(EventBody::Step(self.meter.event(&self.state, self.order.epochs_done(step))));
+                tell(link, step, "", &self.metrics);
             }
             let every = |steps: u64| steps > 0 && step.is_multiple_of(steps);
-            if !votes.stop && (every(self.job.eval.eval_steps) || over) {
-                self.evaluate(link)?;
-            }
-            if every(self.job.checkpoint.save_steps) || over {
-                let is_regular =
-                    every(self.job.checkpoint.save_steps) || step == self.total_steps || votes.time;
+            let evaluated =
+                !votes.stop && (every(self.job.eval.eval_steps) || last) && self.evaluate(link)?;
+            let judged = self.judge(evaluated, last || every(self.job.logging_steps), link);
+            let over = last || judged.is_over;
+            if every(self.job.checkpoint.save_steps) || over || judged.is_kept {
+                let is_regular = !votes.stop
+                    || votes.time
+                    || every(self.job.checkpoint.save_steps)
+                    || step == self.total_steps;
                 self.stopped_at = (!is_regular).then_some(step);
                 self.save(link)?;
             }
@@ -343,7 +350,7 @@ impl Trainer {
                 self.tell_slow_link(link)?;
             }
             stopped = votes.stop;
-            if votes.time {
+            if votes.time || judged.is_over {
                 break;
             }
         }
@@ -371,7 +378,7 @@ impl Trainer {
                 let mut batch = self.objective.batch(self.cache.train(), &mut indices.into_iter());
                 let noise = batch.noise.iter_mut().flatten();
                 noise.for_each(|noise| *noise = dropout::of_sequence(self.job.seed, step, *noise));
-                batch.filled(FILLED)
+                batch.filled()
             })
             .collect();
         let measured = self.objective.weigh(&mut *self.learner, &mut micro_batches)?;
@@ -401,27 +408,24 @@ impl Trainer {
         state.tokens_seen += tokens;
         let grad_norm = if report.skipped { self.meter.grad_norm } else { report.grad_norm };
         self.meter.add(tokens, began.elapsed(), lr, grad_norm);
-        let is_told = step == 0 || (step + 1).is_multiple_of(self.job.logging_steps);
-        if let Some(line) = measured.and_then(|measured| measured.line).filter(|_| is_told && self.rank == 0)
-        {
-            link.log(Level::Info, format!("step {}: {line}", step + 1));
-        }
+        self.metrics = measured.map(|measured| measured.metrics).unwrap_or_default();
         if report.skipped && self.rank == 0 {
             link.log(Level::Warn, skipped(step + 1, scaled_by, self.state.loss_scale));
         }
         Ok(report.votes)
     }
 
-    fn evaluate(&mut self, link: &mut AgentLink) -> Result<()> {
+    /// Whether there was something to evaluate.
+    fn evaluate(&mut self, link: &mut AgentLink) -> Result<bool> {
         let watch = self.watch.clone();
         watch.during(Phase::Evaluation, || self.evaluate_now(link))
     }
 
     /// Loss on the validation part, if it is to be measured and there is one.
-    fn evaluate_now(&mut self, link: &mut AgentLink) -> Result<()> {
+    fn evaluate_now(&mut self, link: &mut AgentLink) -> Result<bool> {
         let windows = self.cache.validation();
         if self.job.eval.eval_steps == 0 || windows.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let mine = evaluation_part(windows.len(), self.job.eval.max_eval_examples, self.rank, self.world);
         // No more at once than a training batch: evaluation then needs no memory of its own.
@@ -429,14 +433,12 @@ impl Trainer {
         let batches: Vec<TokenBatch> = mine
             .clone()
             .step_by(size as usize)
-            .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))).filled(FILLED))
+            .map(|at| self.objective.batch(windows, &mut (at..(at + size).min(mine.end))))
+            .map(|batch| TokenBatch { noise: None, ..batch }.filled())
             .collect();
-        let Measured { loss, tally, line } = self.objective.evaluate(&mut *self.learner, &batches)?;
+        let Measured { loss, tally, metrics } = self.objective.evaluate(&mut *self.learner, &batches)?;
         self.state.eval_loss = Some(loss);
         if self.rank == 0 {
-            if let Some(line) = line {
-                link.log(Level::Info, format!("evaluation at step {}: {line}", self.state.step));
-            }
             let bytes_per_token = self.cache.meta().validation_bytes_per_token;
             link.event(EventBody::Eval(Evaluation {
                 step: self.state.step,
@@ -444,8 +446,16 @@ impl Trainer {
                 bits_per_byte: tally.mean() / std::f64::consts::LN_2 / bytes_per_token,
                 tokens: tally.tokens,
             }));
+            tell(link, self.state.step, "eval_", &metrics);
         }
-        Ok(())
+        Ok(true)
+    }
+}
+
+fn tell(link: &mut AgentLink, step: u64, prefix: &str, metrics: &[(&'static str, f64)]) {
+    if !metrics.is_empty() {
+        let values = metrics.iter().map(|(name, value)| (format!("{prefix}{name}"), *value)).collect();
+        link.event(EventBody::Metrics(Metrics { step, values }));
     }
 }
 

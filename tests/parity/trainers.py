@@ -1,0 +1,129 @@
+"""Trains adapters with TRL's trainers, for worker/rank/tests/trl.rs. See README.md.
+
+    python trainers.py           writes golden/trl anew
+    python trainers.py check     trains again and compares
+
+Needs TRL (1.16), transformers (5.24), PEFT (0.18) and torch. Rows are taken in their order.
+"""
+
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+HERE = pathlib.Path(__file__).parent
+GOLDEN = HERE / "golden" / "trl"
+MODEL = HERE / "golden" / "foreign" / "byte_level"
+CHATML = HERE.parent.parent / "worker" / "data" / "src" / "chat" / "templates" / "chatml.jinja"
+STEPS, BATCH, ACCUMULATE = 20, 2, 2
+WORDS = "the a river stone, bird sings; blue wind over far hills 12 and (never) cold night? Light falls. caf\u00e9".split()
+# What the trainers are asked for, and the same in a job of fleet's.
+SFT = {
+    "sft_answers": (dict(assistant_only_loss=True), "messages", {}),
+    "sft_completions": (dict(), "pairs", {}),
+    "sft_packed": (dict(packing=True, max_length=96, assistant_only_loss=True), "messages", {"packing": True}),
+}
+DPO = {
+    "dpo_sigmoid": dict(loss_type="sigmoid"),
+    "dpo_hinge": dict(loss_type="hinge"),
+    "dpo_ipo": dict(loss_type="ipo"),
+    "dpo_robust": dict(loss_type="robust", label_smoothing=0.1),
+    "dpo_sigmoid_norm": dict(loss_type="sigmoid_norm"),
+}
+
+
+class InOrder:
+    """Rows as they stand."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+class Sft(InOrder, SFTTrainer):
+    pass
+
+
+class Dpo(InOrder, DPOTrainer):
+    pass
+
+
+def rows():
+    """Talks, and pairs of answers, of different lengths."""
+    draw = random.Random(5)
+    text = lambda most: " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+    talk = lambda turns: [{"role": ("user", "assistant")[turn % 2], "content": text(5)} for turn in range(turns)]
+    count = STEPS * BATCH * ACCUMULATE
+    return {
+        # Packs take several, and a talk has to fit into one.
+        "messages": [{"messages": talk(2 if n % 3 else 4)} for n in range(3 * count)],
+        "pairs": [{"prompt": text(9) + ":", "completion": " " + text(9)} for _ in range(count)],
+        "preferences": [{"prompt": text(9) + ":", "chosen": " " + text(7), "rejected": " no " + text(7)} for _ in range(count)],
+    }
+
+
+def adapter(out):
+    """As it begins: it changes nothing."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(out)
+    (out / "README.md").unlink()
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "byte_level"
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def trained(kind, settings, data, start, out):
+    """Of each step what the trainer logs."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = CHATML.read_text()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), start, is_trainable=True)
+    usual = dict(
+        output_dir=out, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, max_steps=STEPS, save_strategy="no",
+        per_device_train_batch_size=1 if settings.get("packing") else BATCH, gradient_accumulation_steps=ACCUMULATE, gradient_checkpointing=False,
+        learning_rate=5e-3, lr_scheduler_type="cosine", warmup_steps=3, weight_decay=0.01, max_grad_norm=1.0,
+    )
+    trainer, config = (Dpo, DPOConfig) if kind == "dpo" else (Sft, SFTConfig)
+    # Here the last word counts.
+    args = config(**{**usual, "max_length": None, **settings})
+    trainer = trainer(model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    trainer.train()
+    steps = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert len(steps) == STEPS
+    return {key: [step[key] for step in steps] for key in steps[0] if key.split("/")[0] in ("loss", "grad_norm", "learning_rate", "rewards", "logps")}
+
+
+def main():
+    torch.set_num_threads(1)
+    check = sys.argv[1:] == ["check"]
+    data = rows()
+    if not check:
+        shutil.rmtree(GOLDEN, ignore_errors=True)
+        adapter(GOLDEN / "adapter")
+    cases = {}
+    with tempfile.TemporaryDirectory() as out:
+        for name, (settings, of, job) in SFT.items():
+            cases[name] = {"rows": of, "job": job, **trained("sft", settings, data[of], GOLDEN / "adapter", out)}
+        for name, settings in DPO.items():
+            cases[name] = {"rows": "preferences", "dpo": settings, **trained("dpo", settings, data["preferences"], GOLDEN / "adapter", out)}
+    golden = json.dumps({"trl": trl.__version__, "rows": data, "cases": cases}, ensure_ascii=False) + "\n"
+    file = GOLDEN / "expected.json"
+    if not check:
+        file.write_text(golden)
+    differs = file.read_text() != golden
+    print(f"TRL {trl.__version__}: {len(cases)} cases, {'they differ' if differs else 'the same' if check else 'written'}")
+    return differs
+
+
+if __name__ == "__main__":
+    sys.exit(main())
