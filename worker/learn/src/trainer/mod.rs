@@ -229,6 +229,7 @@ impl Trainer {
                     Tokenizer::Train { .. } => None,
                 },
                 used: &cache.tokenizer_path(),
+                chat_template: cache.chat_template(),
                 weights: learner.dtype(),
             };
             let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;
