@@ -9,6 +9,7 @@ pub mod events;
 pub mod exit;
 pub mod files;
 pub mod home;
+pub mod http;
 pub mod ids;
 pub mod job;
 pub mod lines;

@@ -64,6 +64,7 @@ enum Command {
     #[command(subcommand)]
     Adapter(commands::adapter::Command),
     Generate(commands::generate::Args),
+    Serve(commands::serve::Args),
     Logits(commands::logits::Args),
     Eval(commands::eval::Args),
     Config(commands::config::Args),
@@ -104,6 +105,7 @@ fn main() -> ExitCode {
         Command::Login(args) => commands::login::run(args),
         Command::Adapter(command) => commands::adapter::run(command),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),

@@ -201,6 +201,30 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
         "0",
     ];
     world.run("fleet", &[&ask[..], &["--max-new-tokens", "4"]].concat()).expect(0);
+    let more = ["--max-new-tokens", "4", "--chat", "--json"];
+    let untemplated = world.run("fleet", &[&ask[..], &more].concat()).expect(2);
+    assert!(untemplated.all().contains("has no chat template"), "{}", untemplated.all());
+
+    // One that was trained with a template carries it.
+    let named = [
+        &sets[..],
+        &["--set", "data.chat_template=chatml", "--set", "run_name=named", "--set", "max_steps=2"],
+    ];
+    let named = launch(&world, "2", &file, &named.concat()).finish().expect(0);
+    assert!(named.all().contains("<|im_end|>, <|im_start|> are no token"), "{}", named.all());
+    let adapter = checkpoint(&named);
+    let template = fs::read_to_string(adapter.join("chat_template.jinja")).unwrap();
+    assert!(template.contains("<|im_start|>") && adapter.join("tokenizer.json").exists());
+    let adapter = adapter.display().to_string();
+    let ask =
+        ["generate", "--model", &base, "--adapter", &adapter, "--prompt", "Write.", "--temperature", "0"];
+    let said = |more: &[&str]| {
+        world
+            .run("fleet", &[&ask[..], &["--max-new-tokens", "4", "--chat", "--json"], more].concat())
+            .expect(0)
+    };
+    assert_eq!(said(&[]).json()[0]["text"], said(&["--chat-template", "chatml"]).json()[0]["text"]);
+    assert!(said(&[]).json()[0]["prompt_tokens"].as_u64() > Some(10));
 
     world.write("broken.json", r#"[{"instruction": "a", "output": "b"}, {"instruction": "a"}]"#);
     let broken = [&sets[..], &["--set", "data.path=broken.json", "--set", "run_name=broken"]].concat();

@@ -210,7 +210,8 @@ impl Coordinator {
         let (status, thread) =
             driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
-        let hosts = [&endpoint.quic, &endpoint.http].map(|address| crate::http::host_of(address).to_owned());
+        let hosts =
+            [&endpoint.quic, &endpoint.http].map(|address| fleet_common::http::host_of(address).to_owned());
         let shared = Arc::new(Shared {
             me,
             calls: Calls::new(inbox.clone()),

@@ -1,4 +1,4 @@
-//! `fleet generate`: text from a model. `fleet-rank` does it, because only it links libtorch; this process becomes it.
+//! `fleet generate`: texts from a model. `fleet-rank` does it, because only it links libtorch; this process becomes it.
 
 use crate::failure::Failure;
 use crate::programs;
@@ -13,20 +13,26 @@ pub struct Args {
     /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
     #[arg(long = "adapter", value_name = "DIR")]
     adapters: Vec<PathBuf>,
-    /// The beginning of the text; with --chat the user's message
-    #[arg(long)]
-    prompt: String,
+    /// The beginning of a text; with --chat a user's message. Several are answered one after the other
+    #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "file")]
+    prompts: Vec<String>,
+    /// More of them: a file of JSON, one a line: a text, {"prompt": TEXT}, or a conversation, {"messages": [...]}
+    #[arg(long = "prompts", value_name = "FILE")]
+    file: Option<PathBuf>,
     /// Answer the prompt, in the words of the model's chat template
     #[arg(long)]
     chat: bool,
     /// What the model is told before the message
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
-    /// A chat template by its name, of the model or built in, such as chatml
-    #[arg(long, value_name = "NAME", requires = "chat")]
+    /// A chat template by its name, of the model or built in, such as chatml, or a .jinja file
+    #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<u32>,
+    /// A string before which the text ends; several may be given
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// 0 always takes the likeliest token
     #[arg(long)]
     temperature: Option<f64>,
@@ -47,7 +53,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     programs::check_model(&args.model)?;
     let mut options = vec![
         ("--model", Some(args.model.into())),
-        ("--prompt", Some(args.prompt.into())),
+        ("--prompts", args.file.map(Into::into)),
         ("--system", args.system.map(Into::into)),
         ("--chat-template", args.chat_template.map(Into::into)),
         ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
@@ -57,6 +63,8 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--seed", args.seed.map(|seed| seed.to_string().into())),
     ];
     options.extend(args.adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
+    options.extend(args.prompts.into_iter().map(|text| ("--prompt", Some(text.into()))));
+    options.extend(args.stop.into_iter().map(|text| ("--stop", Some(text.into()))));
     let flags = [args.chat.then_some("--chat"), args.json.then_some("--json")];
     Err(programs::become_rank("generate", options, flags.into_iter().flatten()))
 }

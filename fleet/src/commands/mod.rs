@@ -23,6 +23,7 @@ pub mod retention;
 pub mod revoke;
 pub mod runs;
 pub mod secrets;
+pub mod serve;
 pub mod status;
 pub mod submit;
 pub mod token;

@@ -103,6 +103,11 @@ impl<E: Storage> CpuExecutor<E> {
         workers.inside(|| work(&self.network, &mut self.products, &mut self.work, self.base.as_ref()))
     }
 
+    /// From now on for texts that begin with so many tokens.
+    pub fn made_for(&mut self, positions: usize) {
+        self.network.turn(positions);
+    }
+
     /// `[t, v]` logits of whole sequences of `seq` tokens.
     pub fn logits(&mut self, weights: HostWeights<E>, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
         self.pass(|network, products, work| network.logits(weights, ids, seq, products, work))

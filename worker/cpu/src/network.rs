@@ -69,15 +69,21 @@ pub(crate) fn summed(sink: &mut dyn Gradients, range: Range<usize>) -> &mut [f32
 impl Network {
     /// For sequences of at most `positions` tokens, and longer ones that go on from such a one token by token.
     pub fn new(decoder: Decoder, wiring: Wiring, positions: usize) -> Self {
-        let (rope, slopes) = match &decoder.positions {
-            Positions::Rotary(rotary) => {
-                let (frequencies, amplitude) = (rotary.frequencies(positions), rotary.amplitude());
-                (Some(RopeTable::from_frequencies(positions, &frequencies, amplitude)), Vec::new())
-            }
-            Positions::Alibi => (None, decoder.attention.alibi_slopes()),
-            Positions::Learned { .. } => (None, Vec::new()),
+        let slopes = match &decoder.positions {
+            Positions::Alibi => decoder.attention.alibi_slopes(),
+            Positions::Rotary(_) | Positions::Learned { .. } => Vec::new(),
         };
-        Self { decoder, wiring, rope, slopes }
+        let mut network = Self { decoder, wiring, rope: None, slopes };
+        network.turn(positions);
+        network
+    }
+
+    /// Makes it one for sequences of at most `positions` tokens.
+    pub(crate) fn turn(&mut self, positions: usize) {
+        if let Positions::Rotary(rotary) = &self.decoder.positions {
+            let (frequencies, amplitude) = (rotary.frequencies(positions), rotary.amplitude());
+            self.rope = Some(RopeTable::from_frequencies(positions, &frequencies, amplitude));
+        }
     }
 
     /// Makes it good for `positions` tokens. Those that were there before stay turned as they are.

@@ -33,7 +33,7 @@ use std::time::Instant;
 pub(crate) const FORMAT: &str = "fleet-tokens/2";
 
 /// The same for rows alone.
-const ROWS_FORMAT: &str = "rows/1";
+const ROWS_FORMAT: &str = "rows/2";
 
 pub(crate) const TRAIN: &str = "train.bin";
 pub(crate) const VALIDATION: &str = "validation.bin";
@@ -87,6 +87,8 @@ pub struct RowMeta {
     pub is_packed: bool,
     pub tokens_sha256: String,
     pub loss_sha256: String,
+    /// The text of the chat template by which messages were written, where it is not the model's own.
+    pub chat_template: Option<String>,
     pub report: Report,
 }
 
@@ -218,6 +220,11 @@ impl TokenCache {
 
     pub fn meta(&self) -> &Meta {
         &self.meta
+    }
+
+    /// The text of the chat template by which messages were written, where it is not the model's own.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.meta.rows.as_ref()?.chat_template.as_deref()
     }
 
     /// Names data, tokenizer, window length and cleaning together.

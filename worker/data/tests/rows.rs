@@ -313,3 +313,43 @@ fn data_that_teach_nothing_are_refused_with_the_reason() {
     let error = build(&job).unwrap_err().to_string();
     assert!(error.contains("notes.txt is a text, and this job learns rows"), "{error}");
 }
+
+#[test]
+fn a_cache_has_the_template_that_the_model_lacks_and_says_what_does_not_fit() {
+    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
+    let (_dir, chatml) = job("a.jsonl", chat, "chat_template = \"chatml\"");
+    let (cache, notes) = build(&chatml).unwrap();
+    assert!(cache.chat_template().unwrap().contains("<|im_start|>"));
+    let files = DataFiles::find(&chatml, &|_| {}).unwrap();
+    let again = RefCell::new(Vec::new());
+    let (_, stats) =
+        TokenCache::build_or_open(&chatml, &files, &|note| again.borrow_mut().push(note)).unwrap();
+    for told in [told(&notes), told(&again.into_inner())] {
+        assert!(told.contains("chat template chatml: <|im_end|>, <|im_start|> are no token"), "{told}");
+    }
+    assert!(stats.cached);
+    let (_dir, text) = job("a.jsonl", &rows(&[3]), "");
+    let (cache, notes) = build(&text).unwrap();
+    assert!(cache.chat_template().is_none() && !told(&notes).contains("chat template"), "{}", told(&notes));
+}
+
+#[test]
+fn answers_that_begin_within_a_token_are_counted() {
+    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"river\"}]}";
+    let source = |between: &str| {
+        format!(
+            "{{% for m in messages %}}{{{{ m.role }}}}:{between}{{% if m.role == 'assistant' %}}{{% generation %}}{{{{ m.content }}}}<|endoftext|>{{% endgeneration %}}\
+             {{% else %}}{{{{ m.content }}}}\n{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}assistant:{between}{{% endif %}}"
+        )
+    };
+    for (between, unjoined) in [(" ", 1), ("\n", 0)] {
+        let (dir, mut job) = job("a.jsonl", chat, "");
+        let template = dir.path().join("own.jinja");
+        fs::write(&template, source(between)).unwrap();
+        job.data.rows.as_mut().unwrap().chat_template = Some(fleet_common::job::ChatTemplate::File(template));
+        let (cache, notes) = build(&job).unwrap();
+        let report = &cache.meta().rows.as_ref().unwrap().report;
+        assert_eq!(report.unjoined, unjoined, "{between:?}: {}", told(&notes));
+        assert_eq!(told(&notes).contains("do not join at a token boundary"), unjoined > 0);
+    }
+}

@@ -1,6 +1,6 @@
 //! A model directory in this machine's memory, computed on its CPU.
 
-use fleet_checkpoint::{CheckpointError, MANIFEST_FILE, ModelDir};
+use fleet_checkpoint::{CheckpointError, MANIFEST_FILE, ModelDir, Reading};
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
 use fleet_kernels::{self as kernels, all_finite};
 use fleet_learn::adapter::Adapter;
@@ -8,14 +8,17 @@ use fleet_learn::model::Model;
 use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, HostWeights, Result};
 use half::bf16;
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 pub struct HostModel {
     pub model: Model,
+    given: ModelDir,
     executor: CpuExecutor<f32>,
     weights: Vec<f32>,
-    /// The same in bf16, where that holds all of them exactly: a model that was written so.
-    compact: Option<Vec<bf16>>,
+    /// The same in bf16, where that holds all of them exactly: a model that was written so. Made for the first token that is decoded.
+    compact: OnceCell<Option<Vec<bf16>>>,
 }
 
 impl HostModel {
@@ -31,7 +34,25 @@ impl HostModel {
         let model = Model::of_dir(&given);
         let network = Network::new(given.decoder.clone(), given.wiring(), positions);
         let executor = CpuExecutor::new(network, workers(threads)?);
-        Ok(HostModel { model, executor, compact: compact(&weights), weights })
+        Ok(HostModel { model, given, executor, compact: OnceCell::new(), weights })
+    }
+
+    pub fn dir(&self) -> &ModelDir {
+        &self.given
+    }
+
+    /// Puts adapters in the place of those that change the weights now. What they change is read again.
+    pub fn change(&mut self, from: &[Adapter], to: &[Adapter]) -> Result<()> {
+        let changed: BTreeSet<usize> = from.iter().flat_map(Adapter::changed).collect();
+        for number in changed {
+            let p = &self.given.layout.parameters[number];
+            let mut reading = Reading::default();
+            self.given.read_part(p, 0, &mut self.weights[p.range.clone()], &mut reading);
+            reading.run(1)?;
+        }
+        to.iter().try_for_each(|adapter| adapter.merge(&self.given.layout, &mut self.weights))?;
+        self.compact = OnceCell::new();
+        Ok(())
     }
 
     pub fn cache(&self) -> Cache<f32> {
@@ -43,14 +64,16 @@ impl HostModel {
         self.executor.logits(HostWeights::flat(&self.weights, &[]), ids, seq)
     }
 
-    /// Runs a prompt; `[v]` logits of the token after it.
+    /// Runs a prompt of any length; `[v]` logits of the token after it.
     pub fn prefill(&mut self, ids: &[i64], cache: &mut Cache<f32>) -> Result<Vec<f32>> {
+        self.executor.made_for(ids.len());
         self.executor.prefill(HostWeights::flat(&self.weights, &[]), ids, cache)
     }
 
     /// `[v]` logits of the token after `id`.
     pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Result<Vec<f32>> {
-        let weights = HostWeights::flat(&self.weights, &[]).with_compact(self.compact.as_deref());
+        let compact = self.compact.get_or_init(|| compact(&self.weights));
+        let weights = HostWeights::flat(&self.weights, &[]).with_compact(compact.as_deref());
         self.executor.decode(weights, id, cache)
     }
 }
@@ -88,12 +111,17 @@ pub fn read_weights(dir: &Path, adapters: &[PathBuf]) -> Result<(ModelDir, Vec<f
         )));
     }
     for adapter in adapters {
-        if adapter.join(MANIFEST_FILE).exists() {
-            let mut wrong = fleet_checkpoint::inspect(adapter)?.1.into_iter();
-            let wrong = wrong.find(|wrong| !matches!(wrong, CheckpointError::Partial { .. }));
-            wrong.map_or(Ok(()), Err)?;
-        }
-        Adapter::open(adapter, &model)?.merge(&model.layout, &mut flat)?;
+        open_adapter(adapter, &model)?.merge(&model.layout, &mut flat)?;
     }
     Ok((model, flat))
+}
+
+/// An adapter for this model, which is checked by its manifest where it has one.
+pub fn open_adapter(dir: &Path, model: &ModelDir) -> Result<Adapter> {
+    if dir.join(MANIFEST_FILE).exists() {
+        let mut wrong = fleet_checkpoint::inspect(dir)?.1.into_iter();
+        let wrong = wrong.find(|wrong| !matches!(wrong, CheckpointError::Partial { .. }));
+        wrong.map_or(Ok(()), Err)?;
+    }
+    Adapter::open(dir, model)
 }

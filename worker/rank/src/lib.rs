@@ -1,6 +1,6 @@
-//! What a rank is made of: `assemble` puts an executor and a strategy together for a job, which `fleet_learn` then trains. `generate` continues a
-//! text from a model directory, `logits` shows what a model computes, `eval` how well it
-//! predicts, `merge` makes one model of it and its adapters, `plan` says what a job will need.
+//! What a rank is made of: `assemble` puts an executor and a strategy together for a job, which `fleet_learn` then trains. `generate` writes
+//! texts from a model directory, `logits` shows what a model computes, `eval` how well it
+//! predicts, `merge` makes one model of it and its adapters, `plan` says what a job will need, `serve` answers over HTTP.
 
 pub mod assemble;
 pub mod choice;
@@ -13,3 +13,4 @@ pub mod logits;
 pub mod merge;
 mod place;
 pub mod plan;
+pub mod serve;

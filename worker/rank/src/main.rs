@@ -1,6 +1,8 @@
 //! `fleet-rank`: without arguments a rank of a training job, started by the node agent; also the probe, and text generation.
 
 mod bench;
+mod generating;
+mod serving;
 
 use clap::{Parser, Subcommand};
 use fleet_common::events::{FailureKind, JobError, Outcome};
@@ -13,17 +15,17 @@ use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
-use fleet_rank::generate::{Ask, Message, Sampling, Settings, generate};
 use fleet_rank::merge::merge;
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
+use generating::GenerateArgs;
+use serving::ServeArgs;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
-use time::OffsetDateTime;
 
 /// The training engine of fleet. Started by `worker`; run by hand it can only probe and generate.
 #[derive(Parser)]
@@ -38,8 +40,10 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Continue a text with a trained model.
+    /// Continue texts with a trained model.
     Generate(GenerateArgs),
+    /// Answer over HTTP, as OpenAI's API does.
+    Serve(ServeArgs),
     /// Write the logits of a model for given token ids.
     Logits(LogitsArgs),
     /// Measure how well a model predicts texts.
@@ -58,45 +62,6 @@ const PRECISIONS: [&str; 6] = ["32", "fp32", "float32", "bf16-mixed", "bf16", "b
 
 fn is_bf16(precision: &str) -> bool {
     precision.starts_with('b')
-}
-
-#[derive(clap::Args)]
-struct GenerateArgs {
-    /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
-    #[arg(long)]
-    model: PathBuf,
-    /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
-    #[arg(long = "adapter")]
-    adapters: Vec<PathBuf>,
-    /// The beginning of the text; with --chat the user's message.
-    #[arg(long)]
-    prompt: String,
-    /// Answer the prompt, in the words of the model's chat template.
-    #[arg(long)]
-    chat: bool,
-    /// What the model is told before the message.
-    #[arg(long, requires = "chat")]
-    system: Option<String>,
-    /// A chat template by its name, of the model or built in.
-    #[arg(long, requires = "chat")]
-    chat_template: Option<String>,
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
-    /// 0 takes the likeliest token every time.
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f64,
-    /// Choose among this many likeliest tokens; 0: among all.
-    #[arg(long, default_value_t = 50)]
-    top_k: usize,
-    /// Choose among the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// The same seed gives the same text.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Print one JSON object at the end instead of the text as it comes.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -261,7 +226,8 @@ fn main() -> ExitCode {
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
-        Some(Command::Generate(args)) => report(run_generate(&args)),
+        Some(Command::Generate(args)) => report(generating::run(&args)),
+        Some(Command::Serve(args)) => report(serving::run(&args)),
         Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
         Some(Command::Merge(args)) => report(run_merge(&args)),
@@ -294,45 +260,10 @@ fn probe() -> u8 {
     exit::SUCCEEDED
 }
 
-fn run_generate(args: &GenerateArgs) -> Result<(), Error> {
-    if !(0.0..=1.0).contains(&args.top_p) || args.top_p == 0.0 {
-        return Err(Error::Input(format!("--top-p is {}; give a number above 0, at most 1", args.top_p)));
-    }
-    if !args.temperature.is_finite() || args.temperature < 0.0 {
-        return Err(Error::Input(format!(
-            "--temperature is {}; give 0 or a positive number",
-            args.temperature
-        )));
-    }
-    let sampling =
-        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let mut out = std::io::stdout().lock();
-    let mut written = Ok(());
-    let mut emit = |piece: &str| {
-        if !args.json {
-            written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
-        }
-        written.is_ok()
-    };
-    let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, threads };
+/// What is done for a user at the command line: should it panic, that is an error of one line.
+fn caught(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
     record_panics(false);
-    let message = Message {
-        text: &args.prompt,
-        system: args.system.as_deref(),
-        template: args.chat_template.as_deref(),
-        now: OffsetDateTime::now_utc(),
-    };
-    let ask = if args.chat { Ask::Message(message) } else { Ask::Text(&args.prompt) };
-    let generate = || generate((&args.model, &args.adapters), ask, &settings, &mut emit);
-    let generated =
-        catch_unwind(AssertUnwindSafe(generate)).unwrap_or_else(|_| Err(Error::Job(panic_line())))?;
-    let line = if args.json { serde_json::json!(generated).to_string() } else { String::new() };
-    let written = written.and_then(|()| writeln!(out, "{line}")).and_then(|()| out.flush());
-    for note in generated.notes {
-        eprintln!("warning: {note}");
-    }
-    told(written)
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::Job(panic_line())))
 }
 
 /// The message of the last panic, in one line.

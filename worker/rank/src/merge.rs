@@ -2,6 +2,7 @@
 
 use crate::host_model::{HostModel, read_weights};
 use fleet_checkpoint::{Dtype, Tensors, rewrite};
+use fleet_data::chat::CHAT_TEMPLATE;
 use fleet_learn::adapter::Adapter;
 use fleet_learn::{Error, Result};
 use std::collections::BTreeSet;
@@ -38,6 +39,7 @@ pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged
     let changed: Vec<usize> = changed.into_iter().collect();
     rewrite(&given, &changed, &flat, output)?;
     let checked = (|| {
+        take_template(adapters, output)?;
         let positions = PROBE.min(given.decoder.max_positions);
         let vocab = given.decoder.vocab_size as i64;
         let ids: Vec<i64> = (0..positions as i64).map(|at| (at * 7919 + 13) % vocab).collect();
@@ -62,6 +64,16 @@ pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged
             Err(error)
         }
     }
+}
+
+/// The chat template of the last adapter that has one: the model was asked with it.
+fn take_template(adapters: &[PathBuf], output: &Path) -> Result<()> {
+    let templates = adapters.iter().rev().map(|adapter| adapter.join(CHAT_TEMPLATE));
+    let Some(template) = templates.into_iter().find(|template| template.is_file()) else { return Ok(()) };
+    std::fs::copy(&template, output.join(CHAT_TEMPLATE)).map_err(|e| {
+        Error::Environment(format!("cannot copy {} to {}: {e}", template.display(), output.display()))
+    })?;
+    Ok(())
 }
 
 /// The largest, as a share of the largest number; one that is no number is beyond all bounds.

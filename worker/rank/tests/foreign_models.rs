@@ -8,7 +8,7 @@ mod gang;
 use fleet_checkpoint::{ModelDir, Tensors};
 use fleet_common::exit::Fault;
 use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
-use fleet_rank::generate::{End, Generated, Sampling, Settings, generate};
+use fleet_rank::generate::{End, Generated, Sampling, Settings, TextModel};
 use gang::{job, launch};
 use serde_json::{Value, json};
 use std::fs;
@@ -50,13 +50,13 @@ fn copy_of(name: &str) -> tempfile::TempDir {
 /// The likeliest continuation, whose pieces are its text.
 fn greedy(dir: &Path, prompt: &str) -> Result<Generated, fleet_learn::Error> {
     let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-    let settings = Settings { max_new_tokens: 24, sampling, threads: 1 };
+    let settings = Settings { max_new_tokens: 24, sampling, stop: Vec::new() };
     let mut pieces = String::new();
     let mut emit = |piece: &str| {
         pieces.push_str(piece);
         true
     };
-    let generated = generate((dir, &[]), prompt, &settings, &mut emit)?;
+    let generated = TextModel::open(dir, &[], 1)?.answer(&prompt.into(), &settings, &mut emit)?;
     assert_eq!(generated.text, pieces);
     Ok(generated)
 }

@@ -8,7 +8,7 @@ use fleet_checkpoint::{Claim, RunDir, Writer, diff, verify};
 use fleet_common::events::{CheckpointRecord, EventBody, Outcome};
 use fleet_common::exit::Fault;
 use fleet_common::job::*;
-use fleet_rank::generate::{Sampling, Settings, generate};
+use fleet_rank::generate::{Sampling, Settings, TextModel};
 use gang::{job, launch, watch};
 use serde_json::json;
 use std::path::Path;
@@ -344,8 +344,9 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
             pieces.push_str(piece);
             true
         };
-        let settings = Settings { max_new_tokens: 12, sampling, threads: 1 };
-        let generated = generate((checkpoint, &[]), "the", &settings, &mut emit).unwrap();
+        let settings = Settings { max_new_tokens: 12, sampling, stop: Vec::new() };
+        let mut model = TextModel::open(checkpoint, &[], 1).unwrap();
+        let generated = model.answer(&"the".into(), &settings, &mut emit).unwrap();
         assert_eq!(generated.text, pieces);
         generated.text
     };
@@ -356,9 +357,7 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
     let mut bytes = std::fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&weights, bytes).unwrap();
-    let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-    let settings = Settings { max_new_tokens: 12, sampling: greedy, threads: 1 };
-    let error = generate((checkpoint, &[]), "the", &settings, &mut |_| true).unwrap_err();
+    let error = TextModel::open(checkpoint, &[], 1).err().unwrap();
     assert_eq!(error.fault(), Fault::Input);
     assert!(error.to_string().contains("model.safetensors"), "{error}");
 }

@@ -35,12 +35,20 @@ impl Conversation {
 
     /// One question of a user.
     pub fn ask(system: Option<&str>, question: &str) -> Conversation {
-        let message = |role: &str, text: &str| {
-            Object::from_iter([("role".into(), role.into()), ("content".into(), text.into())])
-        };
         let messages =
             system.map(|text| message("system", text)).into_iter().chain([message("user", question)]);
         Conversation { messages: messages.collect(), ..Conversation::default() }
+    }
+
+    /// A message at the end.
+    pub(super) fn add(&mut self, role: &str, text: &str) {
+        self.messages.push(message(role, text));
+    }
+
+    /// What the last message says, where that is one text.
+    pub fn last_text(&self) -> &str {
+        let content = self.messages.last().and_then(|message| message.get("content"));
+        content.and_then(Value::as_str).unwrap_or_default()
     }
 
     pub fn len(&self) -> usize {
@@ -73,6 +81,10 @@ impl Conversation {
             variables: variables.clone(),
         }
     }
+}
+
+fn message(role: &str, text: &str) -> Object {
+    Object::from_iter([("role".into(), role.into()), ("content".into(), text.into())])
 }
 
 fn checked(index: usize, message: &Value) -> Result<Object, ChatError> {

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
-const FILE: &str = "chat_template.jinja";
+/// The file of the template that a model is asked with.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const MORE: &str = "additional_chat_templates";
 
 /// Bytes of a file that are read; a template may have fewer.
@@ -39,13 +40,23 @@ impl Templates {
         Ok(Templates { dir: dir.to_owned(), found, special })
     }
 
+    /// Those of a model and of what changes it, of which the last has the last word.
+    pub fn of_changed(dir: &Path, changed_by: &[PathBuf]) -> Result<Templates, DataError> {
+        changed_by.iter().try_fold(Templates::of_dir(dir)?, |mut all, adapter| {
+            let Templates { found, special, .. } = Templates::of_dir(adapter)?;
+            all.found.extend(found);
+            all.special.extend(special);
+            Ok(all)
+        })
+    }
+
     /// Whether the model has one that is taken where none is named.
     pub(crate) fn has_usual(&self) -> bool {
         self.found.contains_key(DEFAULT)
     }
 
     /// The template in a file, with the special tokens of this model.
-    pub(crate) fn of_file(&self, path: &Path) -> Result<Template, DataError> {
+    pub fn of_file(&self, path: &Path) -> Result<Template, DataError> {
         let missing = || DataError::Read { path: path.to_owned(), source: ErrorKind::NotFound.into() };
         let source = read(path)?.ok_or_else(missing)?;
         Template::parse(&path.display().to_string(), &source, self.special.clone()).map_err(DataError::Chat)
@@ -88,7 +99,7 @@ fn of_files(dir: &Path) -> Result<Found, DataError> {
         }
         Ok(())
     };
-    add(DEFAULT, &dir.join(FILE))?;
+    add(DEFAULT, &dir.join(CHAT_TEMPLATE))?;
     let more = dir.join(MORE);
     let unread = |source| DataError::Read { path: more.clone(), source };
     let entries = match std::fs::read_dir(&more) {
@@ -182,7 +193,7 @@ mod tests {
         assert_eq!(rendered(of_settings.path(), Some("tool_use"), false).unwrap(), "T<i>");
         let files = [
             settings(named),
-            (FILE, "F{{ eos_token }}".to_owned()),
+            (CHAT_TEMPLATE, "F{{ eos_token }}".to_owned()),
             ("additional_chat_templates/rag.jinja", "R".to_owned()),
         ];
         let of_files = dir(&files);
@@ -212,14 +223,32 @@ mod tests {
     }
 
     #[test]
+    fn what_changes_a_model_has_the_last_word() {
+        let base = dir(&[
+            (CHAT_TEMPLATE, "B{{ eos_token }}".to_owned()),
+            (TOKENIZER_CONFIG, json!({"eos_token": "</s>"}).to_string()),
+        ]);
+        let adapter = dir(&[(CHAT_TEMPLATE, "A{{ eos_token }}".to_owned())]);
+        let plain = dir(&[]);
+        let said = |changed_by: &[&tempfile::TempDir]| {
+            let changed_by: Vec<PathBuf> = changed_by.iter().map(|dir| dir.path().to_owned()).collect();
+            let template = Templates::of_changed(base.path(), &changed_by).unwrap().choose(None, false);
+            let ask = Conversation::ask(None, "q");
+            template.unwrap().render(&ask, Ending::Prompt, OffsetDateTime::UNIX_EPOCH).unwrap().text
+        };
+        assert_eq!(said(&[]), "B</s>");
+        assert_eq!(said(&[&adapter, &plain]), "A</s>");
+    }
+
+    #[test]
     fn files_that_hold_no_template_are_named() {
         let bad = dir(&[(TOKENIZER_CONFIG, json!({"chat_template": [{"name": 3}]}).to_string())]);
         let said = rendered(bad.path(), None, false).unwrap_err();
         assert!(said.contains("tokenizer_config.json has a chat_template that is neither"), "{said}");
-        let bad = dir(&[(FILE, "\u{1}".repeat(1 << 21))]);
+        let bad = dir(&[(CHAT_TEMPLATE, "\u{1}".repeat(1 << 21))]);
         let said = rendered(bad.path(), None, false).unwrap_err();
         assert!(said.contains("chat_template.jinja: it has 2097152 bytes; the most is 1048576"), "{said}");
-        std::fs::write(bad.path().join(FILE), b"a\xff").unwrap();
+        std::fs::write(bad.path().join(CHAT_TEMPLATE), b"a\xff").unwrap();
         let said = rendered(bad.path(), None, false).unwrap_err();
         assert!(said.contains("bad byte at offset 1"), "{said}");
     }

@@ -15,10 +15,12 @@ mod spans;
 mod strftime;
 mod template;
 mod tokens;
+mod turns;
 
 pub(crate) use builtin::names as built_in;
 pub use conversation::Conversation;
-pub use dir::Templates;
+pub use dir::{CHAT_TEMPLATE, Templates};
 pub use error::ChatError;
 pub use template::{Ending, Rendered, Template};
 pub use tokens::Tokens;
+pub use turns::TurnEnd;

@@ -93,6 +93,11 @@ impl Template {
         &self.name
     }
 
+    /// Its text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// All that decides what it renders.
     pub(crate) fn described(&self) -> String {
         format!("{} {:?}", self.source, self.special)

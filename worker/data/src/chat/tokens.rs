@@ -1,15 +1,17 @@
 //! A rendered conversation as tokens.
 
-use super::{Conversation, Ending, Rendered, Template};
+use super::Rendered;
 use crate::model_dir::GivenTokenizer;
 use crate::{DataError, Encoded};
-use time::OffsetDateTime;
+use tokenizers::Encoding;
 
 /// Tokens, and for each whether the assistant wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokens {
     pub encoded: Encoded,
     pub assistant: Vec<bool>,
+    /// Each turn of the assistant begins with a token, as it does where the model is asked.
+    pub is_joined: bool,
 }
 
 impl Rendered {
@@ -26,21 +28,24 @@ impl Rendered {
             spans.first().is_some_and(|span| span.start < *end)
         };
         let assistant = encoding.get_offsets().iter().map(&mut is_inside).collect();
-        Ok(Tokens { encoded: Encoded::bare(encoding.get_ids().to_vec()), assistant })
+        let turns = self.assistant.iter().filter(|span| !span.is_empty());
+        let is_joined = turns.into_iter().all(|span| self.is_boundary(span.start, &encoding, given));
+        Ok(Tokens { encoded: Encoded::bare(encoding.get_ids().to_vec()), assistant, is_joined })
     }
-}
 
-impl Template {
-    /// The special token that the template writes behind an answer: with it a turn ends, whatever the model's settings say.
-    pub fn end_of_turn(&self, given: &GivenTokenizer, now: OffsetDateTime) -> Option<u32> {
-        const ANSWER: &str = "ok";
-        let mut conversation = Conversation::ask(None, ANSWER);
-        let answer = serde_json::json!({"role": "assistant", "content": ANSWER});
-        conversation.messages_mut().extend(answer.as_object().cloned());
-        let text = self.attempt(&conversation, Ending::Complete, now).ok()?.text;
-        let behind = &text[text.rfind(ANSWER)? + ANSWER.len()..];
-        let id = *given.tokenizer.encode(behind.trim_start(), false).ok()?.get_ids().first()?;
-        let token = given.tokenizer.id_to_token(id)?;
-        given.tokenizer.get_added_vocabulary().is_special_token(&token).then_some(id)
+    /// Whether a token begins at this byte.
+    fn is_boundary(&self, at: usize, encoding: &Encoding, given: &GivenTokenizer) -> bool {
+        let offsets = encoding.get_offsets();
+        let next = offsets.partition_point(|(_, end)| *end <= at);
+        let before = next.checked_sub(1).map_or(0, |last| offsets[last].1);
+        match offsets.get(next) {
+            Some((start, _)) if *start < at => false,
+            _ if before == at => true,
+            // Of some tokenizers the places of tokens leave spaces out, whose tokens they may be or not.
+            _ => given
+                .tokenizer
+                .encode(&self.text[..at], false)
+                .is_ok_and(|alone| encoding.get_ids().starts_with(alone.get_ids())),
+        }
     }
 }

@@ -75,6 +75,8 @@ struct Builder<'a> {
     kept: Vec<Kept>,
     counts: Counts,
     report: Report,
+    /// A chat template has written some of the rows.
+    is_templated: bool,
     coverage: Coverage,
     file: PathBuf,
     /// It holds bytes that are not UTF-8.
@@ -95,6 +97,7 @@ impl<'a> Builder<'a> {
             kept: Vec::new(),
             counts: Counts::default(),
             report: Report::default(),
+            is_templated: false,
             coverage: Coverage::default(),
             file: PathBuf::new(),
             is_damaged: false,
@@ -188,7 +191,8 @@ impl<'a> Builder<'a> {
     }
 
     fn keep(&mut self, place: Place, made: Made) -> Result<(), DataError> {
-        let Made { mut sequences, is_joined, .. } = made;
+        let Made { mut sequences, is_joined, is_templated, .. } = made;
+        self.is_templated |= is_templated;
         if !is_joined {
             self.report.unjoined += 1;
             self.report.first_unjoined.get_or_insert_with(|| format!("{}, {place}", self.file.display()));
@@ -238,7 +242,9 @@ impl<'a> Builder<'a> {
     }
 
     fn finish(mut self, dir: &Path, target: &Path) -> Result<(), DataError> {
+        let template = self.maker.templates.as_ref().filter(|_| self.is_templated);
         let report = &mut self.report;
+        report.template = template.map(|chosen| self.maker.misfits(chosen)).unwrap_or_default();
         report.rows = self.counts.rows;
         report.examples = self.kept.len() as u64;
         report.tokens = self.kept.iter().map(Kept::tokens).sum();
@@ -281,6 +287,7 @@ impl<'a> Builder<'a> {
                 is_packed,
                 tokens_sha256,
                 loss_sha256,
+                chat_template: template.and_then(Chosen::carried).map(str::to_owned),
                 report: self.report,
             }),
         };

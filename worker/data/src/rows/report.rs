@@ -33,8 +33,10 @@ pub struct Report {
     pub cut_off: u64,
     /// Left out, because no token of them carries loss, cut or not.
     pub masked: u64,
-    /// Whose prompt has other tokens alone than with the answer behind it.
+    /// Whose prompt has other tokens alone than with the answer behind it, or of whose turns of the assistant one begins within a token.
     pub unjoined: u64,
+    /// What of the chat template does not fit the model's tokenizer, a line each.
+    pub template: Vec<String>,
     /// The first bad row and the first unjoined one: where, and what is wrong.
     pub first_bad: Option<String>,
     pub first_unjoined: Option<String>,
@@ -98,11 +100,12 @@ impl Report {
             self.unjoined,
             format!(
                 "prompt and answer do not join at a token boundary in {}{}: the model sees other tokens there than when it is asked; end \
-                 prompts without a space, and begin answers with it",
+                 prompts without a space and begin answers with it, of messages take a template that ends so",
                 rows(self.unjoined),
                 first(&self.first_unjoined)
             ),
         );
+        notes.extend(self.template.iter().map(Note::warning));
         notes
     }
 

@@ -46,8 +46,10 @@ impl Sequence {
 /// The sequences of a row: one, or one for each answer.
 pub(super) struct Made {
     pub sequences: Vec<Sequence>,
-    /// The tokens of each prompt are the first ones of its sequence.
+    /// The tokens of each prompt are the first ones of its sequence; of messages, each turn of the assistant begins with a token.
     pub is_joined: bool,
+    /// A chat template has written it.
+    pub is_templated: bool,
     /// What was tokenised.
     pub texts: Vec<(String, Encoded)>,
 }
@@ -62,14 +64,19 @@ pub(super) struct Maker {
 
 impl Maker {
     pub fn make(&self, example: &Example) -> Result<Made, Unused> {
-        let mut made = Made { sequences: Vec::new(), is_joined: true, texts: Vec::new() };
+        let mut made =
+            Made { sequences: Vec::new(), is_joined: true, is_templated: false, texts: Vec::new() };
         match example {
             Example::Text(text) => {
                 let encoded = self.ended(text)?;
                 made.add(text.clone(), encoded, |ids| vec![true; ids], text.len());
             }
-            Example::Turns(talk) => self.turns(talk, &mut made)?,
+            Example::Turns(talk) => {
+                made.is_templated = true;
+                self.turns(talk, &mut made)?;
+            }
             Example::Answers { prompt, answers, given } => {
+                made.is_templated = matches!(prompt, Said::Messages(_));
                 let joined = answers.iter().map(|answer| self.joined(prompt, answer, given));
                 let joined = joined.collect::<Result<Vec<Joined>, Unused>>()?;
                 // An answer begins where its tokens are no longer those of the prompt alone; all of a row begin at the same token.
@@ -90,6 +97,11 @@ impl Maker {
         Ok(made)
     }
 
+    /// What of the template does not fit the tokenizer.
+    pub fn misfits(&self, chosen: &Chosen) -> Vec<String> {
+        chosen.template(false).misfits(&self.given, today())
+    }
+
     fn turns(&self, talk: &Talk, made: &mut Made) -> Result<(), Unused> {
         let (conversation, silent) = conversation(&talk.messages, &talk.given)?;
         let template = self.template(&talk.given)?;
@@ -103,6 +115,7 @@ impl Maker {
         leave_out(&mut rendered, &silent)?;
         let tokens = rendered.tokens(&self.given).map_err(|e| Unused::Bad(e.to_string()))?;
         let bytes = rendered.assistant.iter().map(ExactSizeIterator::len).sum();
+        made.is_joined &= tokens.is_joined;
         made.add(rendered.text, tokens.encoded, |_| tokens.assistant, bytes);
         Ok(())
     }

@@ -10,6 +10,8 @@ use std::path::Path;
 pub(super) struct Chosen {
     usual: Template,
     with_tools: Template,
+    /// The model does not have it as its usual one.
+    is_other: bool,
 }
 
 impl Chosen {
@@ -18,7 +20,7 @@ impl Chosen {
         let templates = Templates::of_dir(tokenizer.parent().unwrap_or(Path::new(".")))?;
         let choose = |name: Option<&str>| -> Result<Option<Chosen>, ChatError> {
             let of = |has_tools| templates.choose(name, has_tools);
-            Ok(Some(Chosen { usual: of(false)?, with_tools: of(true)? }))
+            Ok(Some(Chosen { usual: of(false)?, with_tools: of(true)?, is_other: name.is_some() }))
         };
         let refused = |error: ChatError| DataError::Rows(format!("data.chat_template: {error}"));
         match &rows.chat_template {
@@ -28,13 +30,18 @@ impl Chosen {
             Some(ChatTemplate::Named(name)) => choose(Some(name)).map_err(refused),
             Some(ChatTemplate::File(path)) => {
                 let read = || templates.of_file(path);
-                Ok(Some(Chosen { usual: read()?, with_tools: read()? }))
+                Ok(Some(Chosen { usual: read()?, with_tools: read()?, is_other: true }))
             }
         }
     }
 
     pub fn template(&self, has_tools: bool) -> &Template {
         if has_tools { &self.with_tools } else { &self.usual }
+    }
+
+    /// The text of a template that the model does not have as its usual one: with it the checkpoint has to be asked.
+    pub fn carried(&self) -> Option<&str> {
+        self.is_other.then(|| self.usual.source())
     }
 }
 

@@ -7,6 +7,7 @@ use crate::model::{Model, with_end};
 use crate::preference::REFERENCE_FILE;
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
 use fleet_data::END_OF_TEXT;
+use fleet_data::chat::CHAT_TEMPLATE;
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
 };
@@ -28,7 +29,6 @@ const OF_TOKENIZER: [&str; 8] = [
     "vocab.txt",
 ];
 
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Where further templates lie, each by its name. A checkpoint has no folders: there they stand in the tokenizer's settings, which
 /// transformers reads as well.
 const MORE_TEMPLATES: &str = "additional_chat_templates";
@@ -54,6 +54,8 @@ pub(super) struct Origins<'a> {
     pub tokenizer: Option<&'a Path>,
     /// The `tokenizer.json` that is used.
     pub used: &'a Path,
+    /// The text of the chat template by which the run's data were written, where the model has another one.
+    pub chat_template: Option<&'a str>,
     /// How checkpoints have weights.
     pub weights: Dtype,
     /// With what the model is compared while it learns preferences.
@@ -96,7 +98,14 @@ impl Companions {
             None => tokenizer_config(&tokenizer, &model),
         };
         for_both_versions(&mut of_tokenizer);
+        if let Some(text) = from.chat_template {
+            files.retain(|(name, _)| *name != CHAT_TEMPLATE);
+            files.push((CHAT_TEMPLATE, text.as_bytes().to_vec()));
+        }
         with_templates(&mut of_tokenizer, &mut files, [from.resume, beside])?;
+        if from.chat_template.is_some() {
+            as_usual(&mut of_tokenizer, &mut files);
+        }
         if from.model.is_none() && special.eos.is_some() && special.eos != end {
             // The job has chosen another end.
             files.retain(|(name, _)| *name != SPECIAL_TOKENS_MAP);
@@ -220,6 +229,21 @@ fn with_templates(
     let all = all.map(|(name, template)| json!({"name": name, "template": template})).collect();
     settings.insert("chat_template".into(), all);
     Ok(())
+}
+
+/// The settings say no other usual template than the file: where they have several, it is one of them.
+fn as_usual(settings: &mut Object, files: &mut Vec<(&str, Vec<u8>)>) {
+    let Some(at) = files.iter().position(|(name, _)| *name == CHAT_TEMPLATE) else { return };
+    match settings.get_mut("chat_template") {
+        Some(Value::Array(all)) => {
+            let text = String::from_utf8_lossy(&files.remove(at).1).into_owned();
+            all.retain(|template| template["name"] != "default");
+            all.insert(0, json!({"name": "default", "template": text}));
+        }
+        _ => {
+            settings.remove("chat_template");
+        }
+    }
 }
 
 /// Names and texts of the further templates of the tokenizer in `dir`, by name.

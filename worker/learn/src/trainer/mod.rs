@@ -233,6 +233,7 @@ impl Trainer {
                     Tokenizer::Train { .. } => None,
                 },
                 used: &cache.tokenizer_path(),
+                chat_template: cache.chat_template(),
                 weights: learner.dtype(),
                 reference: reference.as_deref(),
             };

@@ -1,19 +1,18 @@
 //! A prompt as tokens.
 
 use fleet_data::Encoded;
-use fleet_data::chat::{Conversation, Ending, Templates};
+use fleet_data::chat::{Conversation, Ending, Template, TurnEnd};
 use fleet_data::model_dir::GivenTokenizer;
 use fleet_learn::{Error, Result};
-use std::path::Path;
 use time::OffsetDateTime;
 
 /// What a model is asked.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy)]
 pub enum Ask<'a> {
     /// To continue this text.
     Text(&'a str),
-    /// To answer this message of a user.
-    Message(Message<'a>),
+    /// To answer in a conversation.
+    Chat(Chat<'a>),
 }
 
 impl<'a> From<&'a str> for Ask<'a> {
@@ -22,14 +21,11 @@ impl<'a> From<&'a str> for Ask<'a> {
     }
 }
 
-/// A user's message, which the model's chat template turns into a prompt.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Message<'a> {
-    pub text: &'a str,
-    /// What stands before it.
-    pub system: Option<&'a str>,
-    /// The name of a template, of the model or built in; else the model's own.
-    pub template: Option<&'a str>,
+/// A conversation, which a chat template turns into a prompt.
+#[derive(Clone, Copy)]
+pub struct Chat<'a> {
+    pub conversation: &'a Conversation,
+    pub template: &'a Template,
     /// For templates that write the date.
     pub now: OffsetDateTime,
 }
@@ -37,26 +33,20 @@ pub struct Message<'a> {
 pub struct Prompt {
     pub ids: Vec<u32>,
     /// With what an answer ends, besides what ends a text.
-    pub end: Option<u32>,
+    pub end: Option<TurnEnd>,
     /// What the user should know of it.
     pub notes: Vec<String>,
 }
 
 impl Prompt {
-    /// For the model in `dir`.
-    pub fn of(ask: &Ask, dir: &Path, given: &GivenTokenizer) -> Result<Prompt> {
-        let message = match ask {
+    pub fn of(ask: &Ask, given: &GivenTokenizer) -> Result<Prompt> {
+        let Chat { conversation, template, now } = match ask {
             Ask::Text(text) => return Prompt::encode(given, text),
-            Ask::Message(message) => message,
+            Ask::Chat(chat) => *chat,
         };
         let input = |e: &dyn std::fmt::Display| Error::Input(e.to_string());
-        let templates = Templates::of_dir(dir).map_err(|e| input(&e))?;
-        let template = templates.choose(message.template, false).map_err(|e| input(&e))?;
-        let conversation = Conversation::ask(message.system, message.text);
-        let rendered = template.render(&conversation, Ending::Prompt, message.now).map_err(|e| input(&e))?;
-        let other = Conversation::ask(message.system, &format!("{}?", message.text));
-        if template.render(&other, Ending::Prompt, message.now).is_ok_and(|other| other.text == rendered.text)
-        {
+        let rendered = template.render(conversation, Ending::Prompt, now).map_err(|e| input(&e))?;
+        if !template.says_last(conversation, &rendered, now) {
             return Err(Error::Input(
                 "the chat template writes nothing of the message; name another one with --chat-template"
                     .into(),
@@ -64,7 +54,7 @@ impl Prompt {
         }
         let tokens = rendered.tokens(given).map_err(|e| input(&e))?;
         let prompt = Prompt::known(given, &rendered.text, tokens.encoded)?;
-        Ok(Prompt { end: template.end_of_turn(given, message.now), ..prompt })
+        Ok(Prompt { end: template.turn_end(given, now), ..prompt })
     }
 
     /// As documents are encoded for training.
@@ -96,13 +86,6 @@ impl Prompt {
 
 fn refuse(e: impl std::fmt::Display) -> Error {
     Error::Input(format!("the tokenizer cannot encode the prompt: {e}"))
-}
-
-/// The ids that end a text in the model directory `dir`: those of its configuration, and what its tokenizer calls so.
-pub fn end_ids(dir: &Path, tokenizer: &GivenTokenizer) -> Result<Vec<u32>> {
-    let mut ids = fleet_data::model_dir::end_ids(dir).map_err(|e| Error::Input(e.to_string()))?;
-    ids.extend(tokenizer.eos_id());
-    Ok(ids)
 }
 
 #[cfg(test)]

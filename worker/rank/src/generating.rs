@@ -1,0 +1,205 @@
+//! `fleet-rank generate`: texts from the command line.
+
+use crate::{caught, told};
+use fleet_data::chat::Conversation;
+use fleet_learn::Error;
+use fleet_rank::generate::{Ask, Chat, Generated, Prompt, Sampling, Settings, TextModel};
+use serde_json::Value;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use time::OffsetDateTime;
+
+#[derive(clap::Args)]
+pub struct GenerateArgs {
+    /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
+    #[arg(long)]
+    model: PathBuf,
+    /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
+    #[arg(long = "adapter")]
+    adapters: Vec<PathBuf>,
+    /// The beginning of a text; with --chat a user's message. Several are answered one after the other.
+    #[arg(long = "prompt", required_unless_present = "file")]
+    prompts: Vec<String>,
+    /// More of them: a file of JSON, one a line: a text, {"prompt": TEXT}, or a conversation, {"messages": [...]}.
+    #[arg(long = "prompts")]
+    file: Option<PathBuf>,
+    /// Answer the prompt, in the words of the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// What the model is told before the message.
+    #[arg(long, requires = "chat")]
+    system: Option<String>,
+    /// A chat template by its name, of the model or built in, or a .jinja file.
+    #[arg(long)]
+    chat_template: Option<String>,
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// A string before which the text ends; several may be given.
+    #[arg(long)]
+    stop: Vec<String>,
+    /// 0 takes the likeliest token every time.
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Choose among this many likeliest tokens; 0: among all.
+    #[arg(long, default_value_t = 50)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object at the end instead of the text as it comes.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Bytes of a file of prompts, which is read whole.
+const FILE_MAX: u64 = 64 << 20;
+
+/// Characters of a prompt that stand before its text, where there are several.
+const TITLE: usize = 60;
+
+/// What is asked.
+enum Asked {
+    Text(String),
+    Chat(Conversation),
+}
+
+pub fn run(args: &GenerateArgs) -> Result<(), Error> {
+    if !(0.0..=1.0).contains(&args.top_p) || args.top_p == 0.0 {
+        return Err(Error::Input(format!("--top-p is {}; give a number above 0, at most 1", args.top_p)));
+    }
+    if !args.temperature.is_finite() || args.temperature < 0.0 {
+        return Err(Error::Input(format!(
+            "--temperature is {}; give 0 or a positive number",
+            args.temperature
+        )));
+    }
+    let sampling =
+        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let settings = Settings { max_new_tokens: args.max_new_tokens, sampling, stop: args.stop.clone() };
+    caught(|| write(args, &settings))
+}
+
+fn write(args: &GenerateArgs, settings: &Settings) -> Result<(), Error> {
+    let asked = asked(args)?;
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let mut model = TextModel::open(&args.model, &args.adapters, threads)?;
+    // Nothing is computed where one of them cannot be asked.
+    let prompts = prompts(args, &model, &asked)?;
+    let mut out = std::io::stdout().lock();
+    for (asked, prompt) in asked.iter().zip(&prompts) {
+        let mut written = match args.json || prompts.len() == 1 {
+            true => Ok(()),
+            false => writeln!(out, "==> {} <==", short(asked.text())),
+        };
+        let mut emit = |piece: &str| {
+            if !args.json && !piece.is_empty() {
+                written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
+            }
+            written.is_ok()
+        };
+        let generated = model.write(prompt, settings, &mut emit)?;
+        let line = if args.json { line(asked.text(), &generated) } else { String::new() };
+        let written = written.and_then(|()| writeln!(out, "{line}")).and_then(|()| out.flush());
+        for note in generated.notes {
+            eprintln!("warning: {note}");
+        }
+        let has_gone = written.is_err();
+        told(written)?;
+        if has_gone {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn prompts(args: &GenerateArgs, model: &TextModel, asked: &[Asked]) -> Result<Vec<Prompt>, Error> {
+    let now = OffsetDateTime::now_utc();
+    let template = match asked.iter().any(|asked| matches!(asked, Asked::Chat(_))) {
+        true => Some(model.template(0, args.chat_template.as_deref())?),
+        false => None,
+    };
+    for misfit in template.iter().flat_map(|template| template.misfits(model.tokenizer(), now)) {
+        eprintln!("warning: {misfit}");
+    }
+    let prompt = |(number, asked): (usize, &Asked)| {
+        let ask = match (asked, &template) {
+            (Asked::Chat(conversation), Some(template)) => Ask::Chat(Chat { conversation, template, now }),
+            _ => Ask::Text(asked.text()),
+        };
+        model.prompt(&ask).map_err(|error| match error {
+            Error::Input(what) if args.prompts.len() + usize::from(args.file.is_some()) > 1 => {
+                Error::Input(format!("prompt {}: {what}", number + 1))
+            }
+            error => error,
+        })
+    };
+    asked.iter().enumerate().map(prompt).collect()
+}
+
+/// All prompts, in their order.
+fn asked(args: &GenerateArgs) -> Result<Vec<Asked>, Error> {
+    let of_text = |text: &str| match args.chat {
+        true => Asked::Chat(Conversation::ask(args.system.as_deref(), text)),
+        false => Asked::Text(text.to_owned()),
+    };
+    let mut all: Vec<Asked> = args.prompts.iter().map(|text| of_text(text)).collect();
+    let Some(path) = &args.file else { return Ok(all) };
+    let text = read(path)?;
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let wrong =
+            |what: &str| Error::Input(format!("--prompts {}, line {}: {what}", path.display(), number + 1));
+        let value: Value = serde_json::from_str(line).map_err(|e| wrong(&format!("not JSON ({e})")))?;
+        all.push(match (&value, &value["prompt"], &value["messages"]) {
+            (Value::String(text), ..) | (_, Value::String(text), Value::Null) => of_text(text),
+            (_, Value::Null, Value::Array(messages)) => {
+                Asked::Chat(Conversation::new(messages).map_err(|e| wrong(&e.to_string()))?)
+            }
+            _ => return Err(wrong("neither a text nor an object with `prompt` or `messages`")),
+        });
+    }
+    match all.is_empty() {
+        false => Ok(all),
+        true => Err(Error::Input(format!("--prompts {}: it has no line", path.display()))),
+    }
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    let cannot = |e: &dyn std::fmt::Display| Error::Input(format!("--prompts {}: {e}", path.display()));
+    let file = std::fs::File::open(path).map_err(|e| cannot(&e))?;
+    let mut text = String::new();
+    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(|e| cannot(&e))?;
+    match text.len() as u64 > FILE_MAX {
+        false => Ok(text),
+        true => Err(cannot(&format!("it has more than {FILE_MAX} bytes; give several smaller ones"))),
+    }
+}
+
+impl Asked {
+    fn text(&self) -> &str {
+        match self {
+            Asked::Text(text) => text,
+            Asked::Chat(conversation) => conversation.last_text(),
+        }
+    }
+}
+
+fn short(text: &str) -> String {
+    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    match line.char_indices().nth(TITLE) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line,
+    }
+}
+
+fn line(prompt: &str, generated: &Generated) -> String {
+    #[derive(serde::Serialize)]
+    struct Line<'a> {
+        prompt: &'a str,
+        #[serde(flatten)]
+        generated: &'a Generated,
+    }
+    serde_json::json!(Line { prompt, generated }).to_string()
+}

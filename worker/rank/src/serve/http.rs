@@ -1,0 +1,235 @@
+//! Connections and requests. The protocol is hyper's; here are the paths and the limits.
+
+use super::Refusal;
+use super::answer::{self, Head};
+use super::api::{self, Kind};
+use super::body::{Body, Events};
+use super::queue::{Queue, Told};
+use bytes::Bytes;
+use fleet_common::http::is_of_this_machine;
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use socket2::SockRef;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+/// Connections at once; more wait.
+const CONNECTIONS_MAX: usize = 64;
+/// Bytes of a request line and its headers.
+const HEAD_MAX: usize = 32 << 10;
+/// Bytes of a request's body that are kept, and of one that is too long those that are thrown away, so that its client reads the answer.
+const BODY_MAX: usize = 4 << 20;
+const THROWN_MAX: usize = 64 << 20;
+/// For a head to arrive, also the next one of a connection that is kept open; for a body; for what is sent to be taken.
+const HEAD_TIME: Duration = Duration::from_secs(15);
+const BODY_TIME: Duration = Duration::from_secs(30);
+const SEND_TIME: Duration = Duration::from_secs(30);
+/// Between attempts to accept when the process has too many files open.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// What all requests need.
+pub struct Shared {
+    pub queue: Queue,
+    /// Names of the variants, in their order.
+    pub names: Vec<String>,
+    pub context: usize,
+    /// Serve only whoever names this machine's loopback: what a browser is shown from elsewhere cannot.
+    pub only_local: bool,
+    /// Seconds since 1970.
+    pub started: u64,
+    pub asked: AtomicU64,
+}
+
+/// Until it is dropped.
+pub async fn run(shared: Arc<Shared>, listener: TcpListener) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let place = room.clone().acquire_owned().await;
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let shared = shared.clone();
+                tokio::task::spawn_local(async move {
+                    connection(shared, stream).await;
+                    drop(place);
+                });
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
+        }
+    }
+}
+
+async fn connection(shared: Arc<Shared>, stream: TcpStream) {
+    // Where it is not granted, a client that never reads keeps its connection, no more.
+    let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(SEND_TIME));
+    let _ = stream.set_nodelay(true);
+    let serve = service_fn(move |request: Request<Incoming>| {
+        let shared = shared.clone();
+        async move { Ok::<_, Infallible>(respond(&shared, request).await.unwrap_or_else(refused)) }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_MAX);
+    // What is wrong with a connection concerns its client.
+    let _ = builder.serve_connection(TokioIo::new(stream), serve).await;
+}
+
+async fn respond(shared: &Shared, request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
+    if shared.only_local && !is_of_this_machine(host(&request)?) {
+        let message = "this Host is not served; ask by the address that fleet serve listens on";
+        return Err(Refusal::new(421, message));
+    }
+    let path = request.uri().path().trim_end_matches('/').to_owned();
+    let (get, kind) = match path.as_str() {
+        "/health" => (Some(json!({"status": "ok"})), None),
+        "/v1/models" => (Some(shared.models()), None),
+        "/v1/chat/completions" => (None, Some(Kind::Chat)),
+        "/v1/completions" => (None, Some(Kind::Completion)),
+        path => match path.strip_prefix("/v1/models/") {
+            Some(name) => (Some(shared.model(shared.variant(name)?)), None),
+            None => return Err(Refusal::new(404, PATHS)),
+        },
+    };
+    match (get, kind, request.method().clone()) {
+        (Some(value), _, Method::GET | Method::HEAD) => Ok(json_response(StatusCode::OK, &value)),
+        (_, Some(kind), Method::POST) => complete(shared, kind, request).await,
+        (get, ..) => Err(Refusal::new(405, if get.is_some() { ONLY_GET } else { ONLY_POST })),
+    }
+}
+
+const PATHS: &str = "there is /health, /v1/models, /v1/chat/completions and /v1/completions";
+const ONLY_GET: &str = "only GET is served here";
+const ONLY_POST: &str = "only POST is served here";
+
+async fn complete(
+    shared: &Shared,
+    kind: Kind,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Refusal> {
+    check_content(request.headers())?;
+    let body = timeout(BODY_TIME, read(request.into_body())).await;
+    let body = body.map_err(|_| Refusal::new(408, "the body did not arrive in time"))??;
+    let asked = api::asked(kind, &body)?;
+    let variant = match &asked.model {
+        Some(name) => shared.variant(name)?,
+        None => 0,
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let number = shared.asked.fetch_add(1, Ordering::Relaxed);
+    let word = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+    let head = Head {
+        kind,
+        id: format!("{word}-{:x}-{number}", now.as_millis()),
+        created: now.as_secs(),
+        model: shared.names[variant].clone(),
+    };
+    let seed = asked.seed.unwrap_or(now.as_nanos() as u64 ^ number);
+    let (stream, usage) = (asked.stream, asked.usage);
+    let mut told = shared.queue.ask(asked, variant, seed)?;
+    loop {
+        match told.recv().await {
+            Some(Told::Begun) if stream => return Ok(events(Events::new(told, head, usage))),
+            Some(Told::Begun | Told::Piece(_)) => {}
+            Some(Told::Done(generated)) => return Ok(json_response(StatusCode::OK, &head.whole(&generated))),
+            Some(Told::Refused(refusal)) => return Err(refusal),
+            None => return Err(Refusal::new(500, "the model is gone; start fleet serve again")),
+        }
+    }
+}
+
+/// A page of another site may send what it likes to this machine as long as it is no JSON.
+fn check_content(headers: &HeaderMap) -> Result<(), Refusal> {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    match kind.eq_ignore_ascii_case("application/json") {
+        true => Ok(()),
+        false => Err(Refusal::new(415, "send JSON, with the header Content-Type: application/json")),
+    }
+}
+
+fn host(request: &Request<Incoming>) -> Result<&str, Refusal> {
+    let mut hosts = request.headers().get_all(HOST).iter();
+    match (hosts.next().and_then(|host| host.to_str().ok()), hosts.next()) {
+        (Some(host), None) => Ok(host),
+        _ => Err(Refusal::new(400, "a request has exactly one Host")),
+    }
+}
+
+async fn read(mut body: Incoming) -> Result<Vec<u8>, Refusal> {
+    let (mut kept, mut length) = (Vec::new(), 0);
+    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+        let frame = frame.map_err(|e| Refusal::new(400, format!("the body cannot be read: {e}")))?;
+        let Ok(bytes) = frame.into_data() else { continue };
+        length += bytes.len();
+        match length {
+            ..=BODY_MAX => kept.extend_from_slice(&bytes),
+            ..=THROWN_MAX => kept = Vec::new(),
+            _ => break,
+        }
+    }
+    match length <= BODY_MAX {
+        true => Ok(kept),
+        false => Err(Refusal::new(413, format!("the body has more than {BODY_MAX} bytes"))),
+    }
+}
+
+impl Shared {
+    fn variant(&self, name: &str) -> Result<usize, Refusal> {
+        self.names.iter().position(|known| known == name).ok_or_else(|| {
+            let message = format!("there is no model {name:?}; there is {}", self.names.join(", "));
+            Refusal { param: Some("model".into()), ..Refusal::new(404, message).coded("model_not_found") }
+        })
+    }
+
+    fn models(&self) -> Value {
+        let models: Vec<Value> = (0..self.names.len()).map(|variant| self.model(variant)).collect();
+        json!({"object": "list", "data": models})
+    }
+
+    fn model(&self, variant: usize) -> Value {
+        answer::model(&self.names[variant], self.started, self.context)
+    }
+}
+
+fn refused(refusal: Refusal) -> Response<Body> {
+    let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = json_response(status, &refusal.json());
+    let headers = response.headers_mut();
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        let allowed = if refusal.message == ONLY_GET { "GET" } else { "POST" };
+        headers.insert(ALLOW, HeaderValue::from_static(allowed));
+    }
+    response
+}
+
+fn json_response(status: StatusCode, value: &Value) -> Response<Body> {
+    let body = Body::Whole(Some(Bytes::from(value.to_string())));
+    response(status, "application/json", body)
+}
+
+fn events(events: Events) -> Response<Body> {
+    response(StatusCode::OK, "text/event-stream", Body::Events(events))
+}
+
+fn response(status: StatusCode, kind: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
+    response
+}
