@@ -30,6 +30,46 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// `y: [rows, d]` becomes `x`, each of its columns times one of `factors: [d]`.
+    pub fn scale_columns<V, X: Element, Y: Element>(x: &[X], factors: &[f32], y: &mut [Y]) {
+        fit_columns(x.len(), factors.len(), y.len());
+        for (x, y) in x.chunks_exact(factors.len()).zip(y.chunks_exact_mut(factors.len())) {
+            for ((x, factor), y) in x.iter().zip(factors).zip(y) {
+                *y = Y::from_f32(factor * x.to_f32());
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `y: [rows, d]` gets `x`, each of its columns times one of `factors: [d]`, added.
+    pub fn add_scaled_columns<V, X: Element, Y: Element>(x: &[X], factors: &[f32], y: &mut [Y]) {
+        fit_columns(x.len(), factors.len(), y.len());
+        for (x, y) in x.chunks_exact(factors.len()).zip(y.chunks_exact_mut(factors.len())) {
+            for ((x, factor), y) in x.iter().zip(factors).zip(y) {
+                *y = Y::from_f32(y.to_f32() + factor * x.to_f32());
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `sums: [d]` gets, of each column of `x` and `y: [rows, d]`, the sum of the products added.
+    pub fn sum_products<V, X: Element, Y: Element>(x: &[X], y: &[Y], sums: &mut [f32]) {
+        fit_columns(x.len(), sums.len(), y.len());
+        for (x, y) in x.chunks_exact(sums.len()).zip(y.chunks_exact(sums.len())) {
+            for ((x, y), sum) in x.iter().zip(y).zip(sums.iter_mut()) {
+                *sum += x.to_f32() * y.to_f32();
+            }
+        }
+    }
+}
+
+fn fit_columns(x: usize, columns: usize, y: usize) {
+    assert!(columns > 0 && x.is_multiple_of(columns) && x == y, "{x} and {y} numbers, rows of {columns}");
+}
+
+simd_fn! {
     /// `sums: [d]` gets the sum over the rows of `x: [rows, d]` added.
     pub fn sum_rows<V, T: Element>(x: &[T], sums: &mut [f32]) {
         assert!(!sums.is_empty() && x.len().is_multiple_of(sums.len()), "sum_rows: {} numbers, rows of {}", x.len(), sums.len());
@@ -141,6 +181,24 @@ mod tests {
             let (mut fast, mut exact) = (b.clone(), b.clone());
             sum_rows(&x, &mut fast);
             reference::sum_rows(&x, &mut exact);
+            assert_close(&fast, &exact, 1e-6, 1e-6);
+        });
+    }
+
+    #[test]
+    fn columns_are_scaled_and_their_products_summed() {
+        at_every_level(|| {
+            let (factors, x, y) = (numbers::<f32>(1, 13), numbers::<bf16>(2, 39), numbers::<f32>(3, 39));
+            let (mut fast, mut exact) = (y.clone(), y.clone());
+            scale_columns(&x, &factors, &mut fast);
+            reference::scale_columns(&x, &factors, &mut exact);
+            assert_eq!(fast, exact);
+            add_scaled_columns(&y, &factors, &mut fast);
+            reference::add_scaled_columns(&y, &factors, &mut exact);
+            assert_close(&fast, &exact, 1e-6, 1e-6);
+            let (mut fast, mut exact) = (factors.clone(), factors);
+            sum_products(&x, &y, &mut fast);
+            reference::sum_products(&x, &y, &mut exact);
             assert_close(&fast, &exact, 1e-6, 1e-6);
         });
     }

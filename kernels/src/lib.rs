@@ -45,7 +45,10 @@ pub use attention::{attention, attention_backward, attention_decode};
 pub use copy::copy;
 pub use cross_entropy::{cross_entropy, cross_entropy_loss};
 pub use element::Element;
-pub use elementwise::{add, add_rows, all_finite, convert, sum_rows, sum_squares};
+pub use elementwise::{
+    add, add_rows, add_scaled_columns, all_finite, convert, scale_columns, sum_products, sum_rows,
+    sum_squares,
+};
 pub use embedding::{embedding, embedding_backward};
 pub use gemm::{Operand, Sheet, gemm, sheets};
 pub use half::bf16;

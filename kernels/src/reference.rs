@@ -203,6 +203,22 @@ pub fn add_rows<T: Element>(x: &mut [T], b: &[f32]) {
     x.iter_mut().enumerate().for_each(|(at, x)| *x = T::from_f32(x.to_f32() + b[at % b.len()]));
 }
 
+pub fn scale_columns<X: Element, Y: Element>(x: &[X], factors: &[f32], y: &mut [Y]) {
+    let d = factors.len();
+    y.iter_mut().zip(x).enumerate().for_each(|(at, (y, x))| *y = Y::from_f32(factors[at % d] * x.to_f32()));
+}
+
+pub fn add_scaled_columns<X: Element, Y: Element>(x: &[X], factors: &[f32], y: &mut [Y]) {
+    let mut scaled = vec![0.0f32; x.len()];
+    scale_columns(x, factors, &mut scaled);
+    y.iter_mut().zip(scaled).for_each(|(y, x)| *y = Y::from_f32(y.to_f32() + x));
+}
+
+pub fn sum_products<X: Element, Y: Element>(x: &[X], y: &[Y], sums: &mut [f32]) {
+    let d = sums.len();
+    x.iter().zip(y).enumerate().for_each(|(at, (x, y))| sums[at % d] += x.to_f32() * y.to_f32());
+}
+
 pub fn sum_rows<T: Element>(x: &[T], sums: &mut [f32]) {
     let d = sums.len();
     x.iter().enumerate().for_each(|(at, x)| sums[at % d] += x.to_f32());

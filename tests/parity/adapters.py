@@ -67,7 +67,7 @@ def make(name, seed, out):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = family
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if not settings.get("use_dora") and "embed" not in str(settings["target_modules"]):
+    if name != "tied_embedding":
         train(family, folder)
     save_file(dict(ids=ids, logits=logits.float().contiguous(), merged=merged.float().contiguous()), folder / "expected.safetensors")
 
@@ -86,11 +86,12 @@ def train(family, folder):
     in_file = load_file(folder / "adapter_model.safetensors")
     trained = {}
     for name, parameter in model.named_parameters():
-        plain = name.replace(".default", "").replace(".modules_to_save", "")
+        plain = name.replace(".default", "").replace(".modules_to_save", "").replace("magnitude_vector.weight", "magnitude_vector")
         parameter.requires_grad_(parameter.requires_grad and plain in in_file)
         if parameter.requires_grad:
             trained[plain] = parameter
-    assert trained.keys() == in_file.keys(), folder
+    # PEFT writes an embedding that is changed, and the head, as they were, too.
+    assert trained.keys() == {key for key in in_file if "base_layer" not in key}, folder
     batches = load_file(FAMILIES / family / "expected.safetensors")["batches"]
     grads = {}
 
@@ -98,9 +99,34 @@ def train(family, folder):
         if not grads:
             grads.update({f"grad.{name}": p.grad.float().contiguous() for name, p in trained.items()})
 
-    losses, norms = families.train(model, batches, list(trained.values()), keep_first)
+    # As transformers' Trainer has it: biases and norms do not decay, magnitudes do.
+    decaying = [p for name, p in trained.items() if p.dim() > 1 or "magnitude" in name]
+    losses, norms = families.train(model, batches, list(trained.values()), keep_first, decaying)
     of_steps = dict(losses=torch.tensor(losses, dtype=torch.float64), grad_norms=torch.tensor(norms, dtype=torch.float64))
     save_file(dict(batches=batches, **of_steps, **grads), folder / "training.safetensors")
+
+
+def combine(seed, adapters, out):
+    """A second adapter of the base of "lora", and what PEFT makes of both."""
+    from peft import PeftModel
+
+    family, first = CASES["lora"][0], adapters / "lora"
+    base = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager")
+    torch.manual_seed(seed)
+    settings = dict(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(out / "other")
+    base = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, first, adapter_name="first")
+    model.load_adapter(out / "other", adapter_name="other")
+    for kind in ["cat", "linear"]:
+        model.add_weighted_adapter(["first", "other"], [0.7, 0.3], kind, combination_type=kind)
+        model.save_pretrained(out, selected_adapters=[kind])
+    (out / "README.md").unlink(missing_ok=True)
+    for folder in out.iterdir():
+        (folder / "README.md").unlink(missing_ok=True)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = family
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():
@@ -112,6 +138,9 @@ def main():
     shutil.rmtree(args.out, ignore_errors=True)
     for name in CASES:
         make(name, args.seed, args.out)
+    combined = args.out.with_name("combined")
+    shutil.rmtree(combined, ignore_errors=True)
+    combine(args.seed, args.out, combined)
 
 
 if __name__ == "__main__":

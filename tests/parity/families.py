@@ -58,10 +58,10 @@ def model_of(name, seed):
     return model.train()
 
 
-def train(model, batches, parameters=None, with_gradients=lambda: None):
+def train(model, batches, parameters=None, with_gradients=lambda: None, decay=None):
     parameters = list(model.parameters()) if parameters is None else parameters
-    decay = [p for p in parameters if p.dim() > 1]
-    plain = [p for p in parameters if p.dim() == 1]
+    decay = [p for p in parameters if p.dim() > 1] if decay is None else decay
+    plain = [p for p in parameters if not any(p is other for other in decay)]
     optimizer = torch.optim.AdamW(
         [dict(params=decay, weight_decay=HYPER["weight_decay"]), dict(params=plain, weight_decay=0.0)],
         lr=HYPER["learning_rate"], betas=(HYPER["beta1"], HYPER["beta2"]), eps=HYPER["eps"],

@@ -4,10 +4,11 @@ use super::error::JobFileError;
 use super::fields::Fields;
 use super::load::absolute;
 use super::render::table;
+use super::value::{Kind, Value};
 use super::{Device, Executor, Model, Precision};
 use crate::capability::Wanted;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
 
 const RANK_MAX: u32 = 1 << 14;
@@ -23,12 +24,18 @@ pub struct Adapter {
     pub alpha: Option<f64>,
     /// Over the root of the rank, not over the rank.
     pub use_rslora: bool,
+    /// Rows of the changed matrices have lengths of their own, which are trained too (DoRA).
+    pub use_dora: bool,
+    /// Other ranks, by regular expressions for how modules' names end, from a dot on; the first that fits counts.
+    pub rank_pattern: Vec<(String, u32)>,
+    /// The same for `alpha`.
+    pub alpha_pattern: Vec<(String, f64)>,
     /// Share of the inputs that the first matrix does not see in a step. `None`: as the adapter has it that is gone on from, else 0.05.
     pub dropout: Option<f64>,
     /// The changed modules. `None`: those of the model's family.
     pub target_modules: Option<Targets>,
     /// Of those, modules that stay as they are.
-    pub exclude_modules: Vec<String>,
+    pub exclude_modules: Option<Targets>,
     /// Blocks whose modules are changed, counted from 0; empty: all.
     pub layers_to_transform: Vec<u32>,
     /// Modules that are trained themselves.
@@ -86,11 +93,14 @@ pub enum Init {
 }
 
 /// Settings that make a job train an adapter.
-const OF_ADAPTERS: [&str; 14] = [
+const OF_ADAPTERS: [&str; 17] = [
     "adapter.type",
     "adapter.r",
     "adapter.alpha",
     "adapter.use_rslora",
+    "adapter.use_dora",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
     "adapter.dropout",
     "adapter.target_modules",
     "adapter.exclude_modules",
@@ -111,7 +121,7 @@ pub(super) fn adapter(
     wanted: &Wanted,
 ) -> Result<Option<Adapter>, JobFileError> {
     let Some(first) = OF_ADAPTERS.into_iter().find(|name| f.is_given(name)) else { return Ok(None) };
-    f.word("adapter.type", &[("lora", ())])?;
+    let is_dora = f.word("adapter.type", &[("lora", false), ("dora", true)])?;
     f.word("adapter.task_type", &[("causal_lm", ())])?;
     let spelling = f.spelling(first).to_owned();
     if matches!(model, Model::New(_)) {
@@ -153,9 +163,17 @@ pub(super) fn adapter(
         r: f.int32("adapter.r", 1, RANK_MAX)?,
         alpha,
         use_rslora: f.flag("adapter.use_rslora")?.unwrap_or(false),
+        use_dora: f.flag("adapter.use_dora")?.or(is_dora).unwrap_or(false),
+        rank_pattern: pattern(f, "adapter.rank_pattern", "a rank, a whole number of at least 1", |v| {
+            v.int().and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=RANK_MAX).contains(n))
+        })?,
+        alpha_pattern: pattern(f, "adapter.alpha_pattern", "a number above 0", |v| {
+            v.float().filter(|x| *x > 0.0)
+        })?,
         dropout,
-        target_modules: targets(f)?,
-        exclude_modules: names("adapter.exclude_modules")?,
+        target_modules: modules(f, "adapter.target_modules", "\"all-linear\", a list")?
+            .map(|targets| if targets == all_linear() { Targets::AllLinear } else { targets }),
+        exclude_modules: modules(f, "adapter.exclude_modules", "a list")?,
         layers_to_transform: layers(f)?,
         modules_to_save: names("adapter.modules_to_save")?,
         bias: f
@@ -192,16 +210,20 @@ pub(super) fn adapter(
 }
 
 /// As a job file has it.
-pub(super) fn in_a_file(adapter: &Adapter) -> Map<String, Value> {
-    let targets = adapter.target_modules.as_ref().map(|targets| match targets {
+pub(super) fn in_a_file(adapter: &Adapter) -> Map<String, serde_json::Value> {
+    let modules = |targets: &Targets| match targets {
         Targets::AllLinear => json!("all-linear"),
         Targets::Names(names) => json!(names),
         Targets::Pattern(pattern) => json!(pattern),
-    });
+    };
     if let Some(path) = &adapter.path {
         return table(json!({
             "path": path, "dropout": adapter.dropout, "loraplus_lr_ratio": adapter.loraplus_lr_ratio,
         }));
+    }
+    fn entries<T: Serialize>(pattern: &[(String, T)]) -> Option<Map<String, serde_json::Value>> {
+        let entries = pattern.iter().map(|(key, number)| (key.clone(), json!(number)));
+        (!pattern.is_empty()).then(|| entries.collect())
     }
     let some = |names: &[String]| (!names.is_empty()).then(|| json!(names));
     let layers = &adapter.layers_to_transform;
@@ -210,9 +232,12 @@ pub(super) fn in_a_file(adapter: &Adapter) -> Map<String, Value> {
         "r": adapter.r,
         "alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": entries(&adapter.rank_pattern),
+        "alpha_pattern": entries(&adapter.alpha_pattern),
         "dropout": adapter.dropout,
-        "target_modules": targets,
-        "exclude_modules": some(&adapter.exclude_modules),
+        "target_modules": adapter.target_modules.as_ref().map(modules),
+        "exclude_modules": adapter.exclude_modules.as_ref().map(modules),
         "layers_to_transform": (!layers.is_empty()).then_some(layers),
         "modules_to_save": some(&adapter.modules_to_save),
         "bias": adapter.bias,
@@ -237,17 +262,35 @@ pub(super) fn quantization(
     Ok(quantization)
 }
 
-fn targets(f: &Fields) -> Result<Option<Targets>, JobFileError> {
+/// Entries of a table from patterns for modules to numbers.
+fn pattern<T>(
+    f: &Fields,
+    name: &'static str,
+    wanted: &str,
+    number: impl Fn(&Value) -> Option<T>,
+) -> Result<Vec<(String, T)>, JobFileError> {
+    let wanted = format!("a table from patterns for the ends of modules' names to {wanted}");
+    let given = f.get(name, &wanted, |v| match &v.kind {
+        Kind::Table(entries) => entries.iter().map(|(key, v)| Some((key.clone(), number(v)?))).collect(),
+        _ => None,
+    })?;
+    Ok(given.unwrap_or_default())
+}
+
+fn all_linear() -> Targets {
+    Targets::Names(vec!["all-linear".to_owned()])
+}
+
+fn modules(f: &Fields, name: &'static str, wanted: &str) -> Result<Option<Targets>, JobFileError> {
     let wanted =
-        "\"all-linear\", a list of modules or how their names end, or a regular expression for whole names";
-    f.get("adapter.target_modules", wanted, |v| {
-        let is_list = matches!(v.kind, super::value::Kind::List(_));
+        format!("{wanted} of modules or how their names end, or a regular expression for whole names");
+    f.get(name, &wanted, |v| {
+        let is_list = matches!(v.kind, Kind::List(_));
         let texts =
             v.texts().filter(|all| !all.is_empty() && all.iter().all(|text| !text.trim().is_empty()))?;
         Some(match &texts[..] {
-            [all] if all == "all-linear" => Targets::AllLinear,
             // As PEFT takes a single text; a plain name is how names end.
-            [one] if !is_list && !one.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '.') => {
+            [one] if !is_list && !one.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c)) => {
                 Targets::Pattern(one.clone())
             }
             _ => Targets::Names(texts),
@@ -259,7 +302,7 @@ fn layers(f: &Fields) -> Result<Vec<u32>, JobFileError> {
     let wanted = "the number of a block, counted from 0, or a list of them";
     let number = |n: i64| u32::try_from(n).ok().filter(|n| *n < LAYERS_MAX);
     let given = f.get("adapter.layers_to_transform", wanted, |v| match &v.kind {
-        super::value::Kind::List(items) => {
+        Kind::List(items) => {
             items.iter().map(|item| item.int().and_then(number)).collect::<Option<Vec<u32>>>()
         }
         _ => Some(vec![v.int().and_then(number)?]),
@@ -311,6 +354,18 @@ mod tests {
         assert_eq!(targets("\"all-linear\""), Some(Targets::AllLinear));
         assert_eq!(targets("\"q_proj\""), Some(Targets::Names(vec!["q_proj".into()])));
         assert_eq!(targets("'.*\\.(q|v)_proj'"), Some(Targets::Pattern(".*\\.(q|v)_proj".into())));
+
+        let dora = |text: &str| adapter(text).unwrap().use_dora;
+        assert!(dora("[adapter]\ntype = \"dora\"") && dora("use_dora = true") && !dora("adapter = \"lora\""));
+        let job = of("model.path = \"m\"\n[adapter]\nexclude_modules = '.*\\.1\\..*'\n[adapter.rank_pattern]\nv_proj = 4\n'layers\\.1\\.q_proj' = 2\nq_proj = 8\n[adapter.alpha_pattern]\nq_proj = 0.5")
+            .unwrap();
+        let adapter = job.adapter.clone().unwrap();
+        let ranks = [("v_proj", 4), ("layers\\.1\\.q_proj", 2), ("q_proj", 8)];
+        assert_eq!(adapter.rank_pattern, ranks.map(|(name, rank)| (name.to_owned(), rank)));
+        assert_eq!(adapter.alpha_pattern, [("q_proj".to_owned(), 0.5)]);
+        assert_eq!(adapter.exclude_modules, Some(Targets::Pattern(".*\\.1\\..*".into())));
+        assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
+        assert_eq!(parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0, job);
     }
 
     #[test]
@@ -328,7 +383,9 @@ mod tests {
             ("lora_r = 4\nprecision = \"16-mixed\"", "`lora_r` and this `precision` do not go together"),
             ("lora_r = 4\ndevice = \"cuda\"", "`lora_r` and this `device` do not go together"),
             ("adapter = { }", "says nothing"),
-            ("use_dora = true", "`use_dora`"),
+            ("adapter.rank_pattern = 4", "`adapter.rank_pattern` is 4; a table from patterns"),
+            ("[adapter.rank_pattern]\nq_proj = 0", "to a rank, a whole number of at least 1"),
+            ("[adapter.alpha_pattern]\nq_proj = -1", "to a number above 0"),
             ("quantization = \"nf4\"", "give the job an `[adapter]`"),
             ("lora_r = 4\nquantization = \"int3\"", "one of \"none\", \"nf4\", \"fp4\""),
         ] {

@@ -89,6 +89,9 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["adapter.r", "lora_r", "lora_rank", "r", "adapter.lora_r", "adapter.rank"],
     &["adapter.alpha", "lora_alpha", "adapter.lora_alpha"],
     &["adapter.use_rslora", "use_rslora"],
+    &["adapter.use_dora", "use_dora"],
+    &["adapter.rank_pattern", "rank_pattern"],
+    &["adapter.alpha_pattern", "alpha_pattern"],
     &["adapter.dropout", "lora_dropout", "adapter.lora_dropout"],
     &["adapter.target_modules", "target_modules", "lora_target_modules", "lora_target"],
     &["adapter.exclude_modules", "exclude_modules"],
@@ -204,7 +207,6 @@ pub fn keys() -> impl Iterator<Item = &'static str> {
 
 const ADAPTERS: &str =
     "write an `[adapter]` with `type` = \"lora\", `r`, `alpha`, `dropout`, `target_modules`";
-const DORA: &str = "LoRA and rsLoRA are trained; adapters of DoRA are read and merged";
 const PACKED: &str = "write `quantization` = \"nf4\", which quantises the model as it is read";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
@@ -219,7 +221,7 @@ const CURRICULUM: &str = "topics in turn come later";
 const LATER: &[(&str, &str)] = &[
     ("model_file", MODELS), ("gist_id", MODELS), ("gist_revision", MODELS), ("model_name", MODELS),
     ("dataset_name", DATASETS), ("dataset_id", DATASETS), ("eval.dataset_id", DATASETS),
-    ("lora", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS), ("use_dora", DORA), ("adapter.use_dora", DORA),
+    ("lora", ADAPTERS), ("peft_config", ADAPTERS), ("use_peft", ADAPTERS),
     ("load_in_8bit", PACKED), ("load_in_4bit", PACKED),
     ("export", EXPORT), ("export_bundle", EXPORT), ("export_formats", EXPORT), ("export_dir", EXPORT),
     ("run_health_checks", EXPORT),

@@ -22,6 +22,10 @@ pub(super) fn warnings(f: &Fields, job: &Job) -> Vec<Warning> {
             format!("`{spelling}` counts for nothing: texts are cleaned, and the rows of this job are taken as they stand")
         }));
     }
+    if job.adapter.as_ref().is_some_and(|adapter| adapter.dropout == Some(1.0)) {
+        let spelling = f.spelling("adapter.dropout");
+        all.push(format!("`{spelling}` is 1: the matrices of the adapter see nothing in training, so that they never change; 0.05 is usual"));
+    }
     if job.strategy == Strategy::Ddp && f.is_given("reshard_after_forward") {
         all.push("`reshard_after_forward` counts for nothing under `strategy` = \"ddp\", where every rank has all weights".into());
     }
@@ -65,6 +69,11 @@ mod tests {
                 Some("`gradient_checkpointing` (99) is more than the model has blocks"),
             ),
             ("activation_checkpointing = 1\ndata.path = \"x\"", None),
+            (
+                "lora_dropout = 1\nmodel.path = \"m\"\ndata.path = \"x\"",
+                Some("`lora_dropout` is 1: the matrices of the adapter see nothing"),
+            ),
+            ("lora_dropout = 0.9\nmodel.path = \"m\"\ndata.path = \"x\"", None),
         ];
         for (text, wanted) in cases {
             let (_, warnings) = parse_toml(text, "/work/dir".as_ref()).unwrap();

@@ -36,6 +36,8 @@ pub enum Fresh {
     Normal(f64),
     /// Drawn, from minus to plus this.
     Uniform(f64),
+    /// The lengths of the rows of the matrix that it stands for, as products read it.
+    RowLengths,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,16 +50,23 @@ pub enum Role {
     Bias,
     NormScale,
     NormBias,
-    /// The first of an adapter's two matrices, `[rank, in]`.
+    /// The one of an adapter's two matrices that is drawn: the first, `[rank, in]`, or, beside an embedding, the second, `[out, rank]`.
     LoraA,
-    /// The second one, `[out, rank]`. While it is zero no gradient reaches the first.
+    /// The other one, `[out, rank]`, or `[in, rank]` beside an embedding. While it is zero no gradient reaches that.
     LoraB,
+    /// The lengths that rows of a changed matrix have, `[out]` (DoRA).
+    Magnitude,
 }
 
 impl Role {
-    /// What a parameter of this role does not share with weights: it stays in fp32 and does not decay.
+    /// Read in fp32, whatever products read.
     pub fn is_vector(self) -> bool {
-        matches!(self, Role::Bias | Role::NormScale | Role::NormBias)
+        matches!(self, Role::Bias | Role::NormScale | Role::NormBias | Role::Magnitude)
+    }
+
+    /// Whether weight decay is for it: not for biases and norms, as in transformers' `Trainer`.
+    pub fn decays(self) -> bool {
+        !matches!(self, Role::Bias | Role::NormScale | Role::NormBias)
     }
 }
 

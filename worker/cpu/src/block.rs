@@ -9,6 +9,7 @@ use crate::workspace::{Saved, Scratch};
 use fleet_common::model::{Affine, Block, Form};
 use fleet_kernels::{Heads, Store};
 use fleet_learn::{Gradients, HostWeights, Workers};
+use std::ops::Range;
 
 /// One way through the network: what computes, with which weights, on sequences of which shape.
 pub(crate) struct Pass<'a, E> {
@@ -17,6 +18,8 @@ pub(crate) struct Pass<'a, E> {
     /// Of all tokens as one sequence, where `lengths` says how they are cut.
     pub heads: Heads,
     pub lengths: Option<&'a [usize]>,
+    /// The tokens that products work on, where these are not all: the head takes them slice by slice.
+    pub slice: Option<Range<usize>>,
     /// Of the first token of each sequence.
     pub position: usize,
     /// For each sequence what decides which of its numbers adapters do not see.
@@ -31,7 +34,12 @@ impl<'a, E: Storage> Pass<'a, E> {
     }
 
     pub fn tokens(&self) -> usize {
-        self.heads.batch * self.heads.seq
+        self.slice.as_ref().map_or(self.heads.batch * self.heads.seq, Range::len)
+    }
+
+    /// The first token that products work on.
+    pub fn first(&self) -> usize {
+        self.slice.as_ref().map_or(0, |slice| slice.start)
     }
 
     /// The sequence that a token is of, and its position there.

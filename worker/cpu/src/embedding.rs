@@ -28,10 +28,14 @@ impl<E: Storage> Pass<'_, E> {
             Some(project) => {
                 let rows = &mut kept.rows[..t * e];
                 table.rows(e, ids, rows);
+                self.adapter_rows(ids, rows);
                 let narrow = E::narrow(rows, &mut scratch.g_narrow, self.products.workers());
                 self.times(narrow, &project.weight, Out::Set(target), (t, e, h));
             }
-            None => table.rows(h, ids, target),
+            None => {
+                table.rows(h, ids, target);
+                self.adapter_rows(ids, target);
+            }
         }
         if let Some(table) = &wiring.positions {
             let table = self.weights.table(table);
@@ -87,13 +91,22 @@ impl<E: Storage> Pass<'_, E> {
                 let read = &mut more_rows[..t * e];
                 kernels::convert(&kept.rows[..t * e], read);
                 self.linear_weight_backward(gn, read, project, norms.sums(), sink);
-                if let Some(range) = self.weights.trained(&wiring.embedding) {
-                    let dx = &mut rows[..t * e];
-                    self.linear_input_backward(gn, project, Out::Store(dx));
+                let (trained, changed) = (self.weights.trained(&wiring.embedding), self.weights.added_rows());
+                if trained.is_none() && changed.is_none() {
+                    return;
+                }
+                let dx = &mut rows[..t * e];
+                self.linear_input_backward(gn, project, Out::Store(dx));
+                self.adapter_rows_backward(ids, dx, sink);
+                if let Some(range) = trained {
                     kernels::embedding_backward(dx, e, ids, table_of(sink, range, is_first));
                 }
             }
             None => {
+                if self.weights.added_rows().is_some() {
+                    let gn = E::narrow(flow, g_narrow, self.products.workers());
+                    self.adapter_rows_backward(ids, gn, sink);
+                }
                 if let Some(range) = self.weights.trained(&wiring.embedding) {
                     kernels::embedding_backward(flow, h, ids, table_of(sink, range, is_first));
                 }

@@ -6,10 +6,12 @@ use crate::network::Network;
 use crate::product::{Products, Storage};
 use crate::workspace::Workspace;
 use fleet_common::model::Layout;
+use fleet_kernels as kernels;
 use fleet_learn::adapter::{Frozen, Trained};
 use fleet_learn::{
     Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Which, Workers,
 };
+use std::ops::Range;
 use std::sync::Arc;
 
 pub struct CpuExecutor<E> {
@@ -158,6 +160,25 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
 
     fn take_loss(&mut self) -> Result<f64> {
         Ok(std::mem::take(&mut self.loss))
+    }
+
+    fn row_lengths(&self, weight: &Range<usize>, first: usize, out: &mut [f32]) {
+        let base = self.base.as_ref().expect("an adapter is trained beside a model");
+        let weights = base.frozen.weights();
+        let of = |numbers: &[E]| {
+            let p = self.network.wiring.layout.parameters.iter().find(|p| p.range == *weight);
+            let width = p.expect("a matrix of the model").shape[1];
+            let rows = numbers.chunks_exact(width).skip(first);
+            rows.zip(out).for_each(|(row, out)| *out = kernels::sum_squares(row).sqrt() as f32);
+        };
+        match weights.packed(weight) {
+            None => of(weights.of(weight)),
+            Some(packed) => {
+                let mut wide = vec![E::default(); weight.len()];
+                packed.widen(weight, &mut wide, self.products.workers());
+                of(&wide);
+            }
+        }
     }
 
     fn losses(

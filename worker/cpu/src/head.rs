@@ -2,7 +2,7 @@
 //! are overwritten by their gradient.
 
 use crate::block::Pass;
-use crate::network::{grad, summed};
+use crate::network::{Further, grad, summed};
 use crate::product::{Out, Storage};
 use crate::workspace::Scratch;
 use fleet_kernels::{self as kernels, Store};
@@ -47,17 +47,14 @@ impl<E: Storage> Pass<'_, E> {
         let Scratch { normed, rows, more_rows, g, logits, logit_rows, norms, .. } = scratch;
         let (normed, g) = (&mut normed[..t * h], &mut g[..t * h]);
         let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
-        let head = self.weights.of(&wiring.head.weight);
         let mut sum = 0.0;
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let n = targets.len();
             let (first, at) = (slice * *logit_rows, slice * *logit_rows * e);
             let weights = weights.map(|weights| &weights[first..first + n]);
             let (read, logits) = (&read[at..at + n * e], &mut logits[..n * v]);
-            self.products.forward(read, head, Out::Store(logits), (n, e, v));
-            if let Some(bias) = self.bias_of_head() {
-                kernels::add_rows(logits, bias);
-            }
+            self.slice = Some(first..first + n);
+            self.linear(read, &wiring.head, logits);
             sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
                 kernels::cross_entropy(logits, targets, weights, scale)
             });
@@ -72,8 +69,13 @@ impl<E: Storage> Pass<'_, E> {
                 };
                 self.products.backward_weight(logits, read, dw, (n, e, v));
             }
-            self.products.backward_input(logits, head, Out::Store(&mut rows[at..at + n * e]), (n, e, v));
+            match slice {
+                0 => self.adapter_weight_backward(logits, read, &wiring.head, sink),
+                _ => self.adapter_weight_backward(logits, read, &wiring.head, &mut Further(sink)),
+            }
+            self.linear_input_backward(logits, &wiring.head, Out::Store(&mut rows[at..at + n * e]));
         }
+        self.slice = None;
         let mut flow = &rows[..t * e];
         if let Some(project) = &wiring.project_out {
             self.linear_weight_backward(flow, normed, project, norms.sums(), sink);
@@ -96,21 +98,19 @@ impl<E: Storage> Pass<'_, E> {
         self.before_head(&x[..t * h], scratch);
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
         let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
-        let head = self.weights.of(&wiring.head.weight);
         let (mut sum, hits) = (0.0, AtomicU64::new(0));
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let (n, first, at) = (targets.len(), slice * *logit_rows, slice * *logit_rows * e);
             let weights = weights.map(|weights| &weights[first..first + n]);
             let logits = &mut logits[..n * v];
-            self.products.forward(&read[at..at + n * e], head, Out::Store(logits), (n, e, v));
-            if let Some(bias) = self.bias_of_head() {
-                kernels::add_rows(logits, bias);
-            }
+            self.slice = Some(first..first + n);
+            self.linear(&read[at..at + n * e], &wiring.head, logits);
             sum += cross_entropy(self.workers(), logits, targets, weights, |logits, targets, weights| {
                 hits.fetch_add(count_hits(logits, targets), Ordering::Relaxed);
                 kernels::cross_entropy_loss(logits, targets, weights)
             });
         }
+        self.slice = None;
         (sum, hits.into_inner())
     }
 
@@ -122,15 +122,12 @@ impl<E: Storage> Pass<'_, E> {
         self.before_head(&x[..t * h], scratch);
         let Scratch { normed, more_rows, logits, logit_rows, .. } = scratch;
         let read = if wiring.project_out.is_some() { &more_rows[..t * e] } else { &normed[..t * e] };
-        let head = self.weights.of(&wiring.head.weight);
         let mut sums = vec![0.0; batch.sequences()];
         for (slice, targets) in targets.chunks(*logit_rows).enumerate() {
             let (n, first) = (targets.len(), slice * *logit_rows);
             let logits = &mut logits[..n * v];
-            self.products.forward(&read[first * e..][..n * e], head, Out::Store(logits), (n, e, v));
-            if let Some(bias) = self.bias_of_head() {
-                kernels::add_rows(logits, bias);
-            }
+            self.slice = Some(first..first + n);
+            self.linear(&read[first * e..][..n * e], &wiring.head, logits);
             let mut at = 0;
             while at < n {
                 // As many tokens as are of one sequence.
@@ -144,6 +141,7 @@ impl<E: Storage> Pass<'_, E> {
                 at += len;
             }
         }
+        self.slice = None;
         sums
     }
 

@@ -8,6 +8,7 @@ mod adapter;
 mod attention;
 mod block;
 mod decode;
+mod dora;
 mod embedding;
 mod executor;
 mod head;

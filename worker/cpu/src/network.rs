@@ -1,12 +1,11 @@
 //! A decoder's shape and tables. It owns no weights and makes no decisions about training; it computes on slices that it is given.
 
-use crate::adapter::LowRank;
+use crate::adapter::{LowRank, Wide};
 use crate::block::Pass;
 use crate::product::{Out, Products, Storage, grown};
 use crate::workspace::{Keep, Saved, Workspace};
 use fleet_common::model::{Decoder, Linear, Positions, Wiring};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
-use fleet_learn::adapter::Packed;
 use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
 use std::ops::Range;
 
@@ -53,6 +52,18 @@ pub(crate) fn grad<E>(sink: &mut dyn Gradients, range: Range<usize>) -> Out<'_, 
     match sink.fresh() {
         true => Out::Set(sink.range(range)),
         false => Out::Add(sink.range(range)),
+    }
+}
+
+/// Gradients of what follows a first slice.
+pub(crate) struct Further<'a>(pub &'a mut dyn Gradients);
+
+impl Gradients for Further<'_> {
+    fn range(&mut self, range: Range<usize>) -> &mut [f32] {
+        self.0.range(range)
+    }
+    fn fresh(&self) -> bool {
+        false
     }
 }
 
@@ -128,7 +139,7 @@ impl Network {
             Texts::Equal { batch, seq } => (self.heads(batch, seq), None),
             Texts::Of(lengths) => (self.heads(1, lengths.iter().sum()), Some(lengths)),
         };
-        Pass { network: self, weights, heads, lengths, position: 0, noise: None, products, low }
+        Pass { network: self, weights, heads, lengths, slice: None, position: 0, noise: None, products, low }
     }
 
     /// The same in training, where some of what adapters read is dropped.
@@ -308,6 +319,7 @@ impl Network {
             weights,
             heads: self.heads(1, 1),
             lengths: None,
+            slice: None,
             position,
             noise: None,
             products,
@@ -316,18 +328,38 @@ impl Network {
     }
 }
 
-impl<E: Storage> Pass<'_, E> {
+impl<'a, E: Storage> Pass<'a, E> {
     /// `out_to = x_ti w^T`. For a single row the time goes into reading `w`: where there is that in half the bytes, it is taken.
     pub(crate) fn times(&mut self, x: &[E], w: &Range<usize>, out: Out<E>, (t, i, o): (usize, usize, usize)) {
-        match (self.weights.compact(w), self.weights.packed(w)) {
-            (Some(compact), _) if t == 1 => self.products.single(x, compact, out, (i, o)),
-            (_, Some(packed)) => {
-                let mut wide = std::mem::take(&mut self.low.wide);
-                self.widen(packed, w, &mut wide);
-                self.products.forward(x, &wide[..w.len()], out, (t, i, o));
-                self.low.wide = wide;
+        if let Some(compact) = self.weights.compact(w).filter(|_| t == 1) {
+            return self.products.single(x, compact, out, (i, o));
+        }
+        let mut wide = std::mem::take(&mut self.low.wide);
+        let weight = self.weight(w, &mut wide);
+        self.products.forward(x, weight, out, (t, i, o));
+        self.low.wide = wide;
+    }
+
+    /// A product's weight, widened into `wide` where it has few bits and is not there already.
+    pub(crate) fn weight<'w>(&self, weight: &Range<usize>, wide: &'w mut Wide<E>) -> &'w [E]
+    where
+        'a: 'w,
+    {
+        let Some(packed) = self.weights.packed(weight) else { return self.weights.of(weight) };
+        if wide.of != *weight {
+            packed.widen(weight, grown(&mut wide.numbers, weight.len()), self.workers());
+            wide.of = weight.clone();
+        }
+        &wide.numbers[..weight.len()]
+    }
+
+    /// `times` for a matrix that an adapter may have changed, without what its two matrices add.
+    fn own_times(&mut self, x: &[E], linear: &Linear, out: Out<E>) {
+        match self.weights.has_magnitudes(&linear.weight) {
+            true => self.dora_forward(x, linear, out),
+            false => {
+                self.times(x, &linear.weight, out, (self.tokens(), linear.inputs, linear.outputs));
             }
-            _ => self.products.forward(x, self.weights.of(w), out, (t, i, o)),
         }
     }
 
@@ -335,7 +367,7 @@ impl<E: Storage> Pass<'_, E> {
     pub(crate) fn linear(&mut self, x: &[E], linear: &Linear, out: &mut [E]) {
         let t = self.tokens();
         let out = &mut out[..t * linear.outputs];
-        self.times(x, &linear.weight, Out::Store(out), (t, linear.inputs, linear.outputs));
+        self.own_times(x, linear, Out::Store(out));
         self.add_bias(linear, out);
         self.adapter_forward(x, linear, Out::More(out));
     }
@@ -345,12 +377,8 @@ impl<E: Storage> Pass<'_, E> {
         let t = self.tokens();
         let out = &mut out[..t * linear.outputs];
         self.add_bias(linear, out);
-        self.times(x, &linear.weight, Out::Add(out), (t, linear.inputs, linear.outputs));
+        self.own_times(x, linear, Out::Add(out));
         self.adapter_forward(x, linear, Out::Add(out));
-    }
-
-    fn widen(&self, packed: &Packed, weight: &Range<usize>, wide: &mut Vec<E>) {
-        packed.widen(weight, grown(wide, weight.len()), self.workers());
     }
 
     fn add_bias<T: kernels::Element>(&self, linear: &Linear, out: &mut [T]) {
@@ -401,17 +429,11 @@ impl<E: Storage> Pass<'_, E> {
     /// `out_ti = dy_to w`.
     pub(crate) fn linear_input_backward(&mut self, dy: &[E], linear: &Linear, mut out: Out<E>) {
         let shape = (self.tokens(), linear.inputs, linear.outputs);
-        match self.weights.packed(&linear.weight) {
-            Some(packed) => {
-                let mut wide = std::mem::take(&mut self.low.wide);
-                self.widen(packed, &linear.weight, &mut wide);
-                self.products.backward_input(dy, &wide[..linear.weight.len()], out.again(), shape);
-                self.low.wide = wide;
-            }
-            None => {
-                self.products.backward_input(dy, self.weights.of(&linear.weight), out.again(), shape);
-            }
-        }
+        let mut room = std::mem::take(self.low);
+        let weight = self.weight(&linear.weight, &mut room.wide);
+        let of_own = self.of_own(dy, linear, &room.kept, &mut room.scaled);
+        self.products.backward_input(of_own, weight, out.again(), shape);
+        *self.low = room;
         self.adapter_input_backward(dy, linear, out.and_more());
     }
 }

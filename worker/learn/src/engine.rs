@@ -1,6 +1,6 @@
 //! An executor and a strategy, put together: weights in and out, a step, an evaluation.
 
-use crate::adapter::{ADAPTER_MODEL, AdapterFile, plain_name};
+use crate::adapter::{ADAPTER_MODEL, AdapterFile, MAGNITUDE, plain_name};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Tally, Which};
@@ -17,7 +17,7 @@ use crate::units::Memory;
 use crate::watched::Watched;
 use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Reading, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
-use fleet_common::model::{Layout, Parameter, Role};
+use fleet_common::model::{Fresh, Layout, Parameter, Role};
 use fleet_kernels::all_finite;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -204,7 +204,7 @@ impl<M: Memory> Learner for Engine<M> {
     }
 
     fn fresh_weights(&mut self, seed: u64) -> Result<()> {
-        let layout = &self.layout;
+        let (layout, executor) = (&self.layout, &self.executor);
         let base = self.beside.as_deref().map(ModelDir::open).transpose()?;
         self.strategy.fill(Slot::Weights, &mut |range, out| {
             for p in &layout.parameters {
@@ -213,8 +213,13 @@ impl<M: Memory> Learner for Engine<M> {
             // What is trained of the model itself begins as it is there.
             let mut reading = Reading::default();
             for (p, first, numbers) in by_parameter(layout, &range, out) {
-                if let Some(p) = base.as_ref().and_then(|base| of_model(p, base)) {
-                    base.as_ref().expect("there is one").read_part(p, first, numbers, &mut reading);
+                let Some(base) = &base else { break };
+                match of_model(p, base) {
+                    Some(of_model) if p.fresh == Fresh::RowLengths => {
+                        executor.row_lengths(&of_model.range, first, numbers);
+                    }
+                    Some(p) => base.read_part(p, first, numbers, &mut reading),
+                    None => {}
                 }
             }
             Ok(reading.run(1)?)
@@ -406,9 +411,12 @@ impl<M: Memory> Learner for Engine<M> {
     }
 }
 
-/// The parameter of the model that an adapter has itself.
+/// The parameter of the model that an adapter has itself, or whose rows' lengths.
 fn of_model<'a>(p: &Parameter, base: &'a ModelDir) -> Option<&'a Parameter> {
-    let name = plain_name(&p.name);
+    let name = match p.role {
+        Role::Magnitude => plain_name(&p.name).replace(MAGNITUDE, ".weight"),
+        _ => plain_name(&p.name),
+    };
     let is_added = matches!(p.role, Role::LoraA | Role::LoraB);
     base.layout.parameters.iter().find(|other| !is_added && other.name == name)
 }

@@ -4,6 +4,7 @@ use crate::batch::Batch;
 use crate::error::Result;
 use crate::units::{Memory, UnitWeights, Units};
 use fleet_common::model::Layout;
+use std::ops::Range;
 
 /// Computes with weights that it is given, and owns what it keeps between forward and backward. It makes no decision about training.
 pub trait Executor<M: Memory> {
@@ -23,6 +24,10 @@ pub trait Executor<M: Memory> {
     fn take_loss(&mut self) -> Result<M::Number>;
     /// Of each sequence the summed loss of its targets, whatever they count, which is minus its log-probability. `noise` of the batch is heeded.
     fn losses(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch, which: Which) -> Result<Vec<f64>>;
+    /// The lengths of rows of one of the matrices beside which an adapter is trained, from row `first` on, as products read it.
+    fn row_lengths(&self, weight: &Range<usize>, first: usize, out: &mut [f32]) {
+        unreachable!("{weight:?}, {first}, {}: an adapter is trained beside a frozen model", out.len());
+    }
     /// The loss alone.
     fn evaluate(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch) -> Result<Tally>;
 }

@@ -80,7 +80,7 @@ impl Update {
             beta1,
             beta2,
             eps,
-            weight_decay: if parameter.role.is_vector() { 0.0 } else { weight_decay },
+            weight_decay: if parameter.role.decays() { weight_decay } else { 0.0 },
             step: self.step,
             grad_scale: self.adamw.clip(norm) as f32,
         }

@@ -2,7 +2,7 @@
 //! weights, gives them back, and says when its gradients are ready. Where the numbers are in between, who reduces them and who updates
 //! them is a strategy's business.
 
-use crate::adapter::{AddedPart, AddedProduct, Packed, Trained};
+use crate::adapter::{AddedPart, AddedProduct, AddedTable, Packed, Trained};
 use crate::error::Result;
 use crate::shim::buffers::{Number, SharedSlice};
 use fleet_checkpoint::Dtype;
@@ -200,6 +200,17 @@ pub struct Added<'a, E> {
     pub a: &'a [E],
     /// Of each part `[outputs, rank]`.
     pub b: Vec<Table<'a, E>>,
+    /// Of each part `[outputs]`, or nothing.
+    pub magnitudes: Vec<&'a [f32]>,
+}
+
+/// What an adapter adds to the embedding.
+pub struct AddedRows<'a, E> {
+    pub table: &'a AddedTable,
+    /// `[vocabulary, rank]`.
+    pub a: Table<'a, E>,
+    /// `[width, rank]`.
+    pub b: &'a [E],
 }
 
 /// A table of which rows are looked up.
@@ -210,11 +221,14 @@ pub enum Table<'a, E> {
 }
 
 impl<E: HostNumber> Table<'_, E> {
-    /// All numbers, in fp32, one after the other.
-    pub fn each(&self, mut see: impl FnMut(usize, f32)) {
+    /// `factor` times the numbers from `first` on.
+    pub fn scaled<O: Element>(&self, first: usize, factor: f32, out: &mut [O]) {
+        fn scaled<T: Element, O: Element>(from: &[T], factor: f32, out: &mut [O]) {
+            from.iter().zip(out).for_each(|(x, out)| *out = O::from_f32(factor * x.to_f32()));
+        }
         match self {
-            Table::Exact(table) => table.iter().enumerate().for_each(|(at, x)| see(at, *x)),
-            Table::Narrow(table) => table.iter().enumerate().for_each(|(at, x)| see(at, x.to_f32())),
+            Table::Exact(table) => scaled(&table[first..], factor, out),
+            Table::Narrow(table) => scaled(&table[first..], factor, out),
         }
     }
 
@@ -277,7 +291,30 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
             true => Table::Narrow(products.of(&part.b)),
             false => Table::Exact(master.of(&part.b)),
         };
-        Some(Added { a: products.of(&product.a), b: product.parts.iter().map(b).collect(), product })
+        let magnitude = |part: &AddedPart| part.magnitude.as_ref().map_or(&[][..], |range| master.of(range));
+        Some(Added {
+            a: products.of(&product.a),
+            b: product.parts.iter().map(b).collect(),
+            magnitudes: product.parts.iter().map(magnitude).collect(),
+            product,
+        })
+    }
+
+    /// What an adapter adds to the embedding's rows.
+    pub fn added_rows(&self) -> Option<AddedRows<'a, E>> {
+        let OfAdapter { trained, master, products, narrow_tables } = self.adapter?;
+        let table = trained.embedding()?;
+        let a = match narrow_tables {
+            true => Table::Narrow(products.of(&table.a)),
+            false => Table::Exact(master.of(&table.a)),
+        };
+        Some(AddedRows { a, b: products.of(&table.b), table })
+    }
+
+    /// Whether an adapter gives magnitudes to rows of this weight.
+    pub fn has_magnitudes(&self, weight: &Range<usize>) -> bool {
+        let added = self.adapter.and_then(|adapter| adapter.trained.added(weight));
+        added.is_some_and(AddedProduct::is_dora)
     }
 
     /// Where the gradients of this range go, if it is trained.

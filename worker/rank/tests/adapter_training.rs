@@ -9,7 +9,7 @@ use cases::{apart, hyper, largest, targets};
 use fleet_checkpoint::{Dtype, ModelDir, Reading, Tensors, read_parameter, stored, stored_shape};
 use fleet_collectives::Solo;
 use fleet_common::job::{self, Job, Precision};
-use fleet_common::model::Role;
+use fleet_common::model::{Parameter, Role};
 use fleet_cpu::{CpuExecutor, Network, workers};
 use fleet_kernels::quant::{
     Codes, Double, FourBit, FourBitMap, Quantised, Scales, dequantise, double_quantise, dynamic_map,
@@ -35,7 +35,7 @@ fn trained() -> Vec<(PathBuf, PathBuf)> {
     };
     let all: Vec<_> =
         dirs.filter(|dir| dir.join("training.safetensors").exists()).map(|dir| (base(&dir), dir)).collect();
-    assert_eq!(all.len(), 6, "the golden files were not found");
+    assert_eq!(all.len(), 10, "the golden files were not found");
     all
 }
 
@@ -165,7 +165,6 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
     let golden = cases::golden();
     for name in ["llama", "qwen2", "qwen3", "mistral", "phi", "gpt2", "bloom", "opt", "opt_last"] {
         let base = golden.join(name);
-        let model = model(&base, &json!({"type": "lora", "dropout": 0.5})).unwrap();
         let case = cases::cases().into_iter().find(|case| case.name == name).unwrap();
         let (ids, shape) = case.ids("batches");
         let ids = &ids[..shape[1] * shape[2]];
@@ -175,16 +174,13 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
             seq: shape[2],
             ..Default::default()
         };
-        let mut learner = learner(&model, Precision::Fp32);
-        learner.fresh_weights(7).unwrap();
-        let before = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
         let mut plain = solo::<f32>(&Model::read(&base).unwrap(), 1, 64).unwrap();
         plain.load_weights(&base).unwrap();
         let of_base = plain.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
-        assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
         // Also where modules and biases of the model are trained themselves.
         let last = |name: &str| name.rsplit('.').next().unwrap().to_owned();
-        let names = &Model::read(&base).unwrap().family.names;
+        let read = Model::read(&base).unwrap();
+        let names = &read.family.names;
         let saved = json!({"bias": "all", "target_modules": [last(names.out)], "modules_to_save": [last(names.down), last(names.final_norm)]});
         if name != "opt_last" && last(names.out) != last(names.down) {
             let model = self::model(&base, &saved).unwrap();
@@ -193,17 +189,107 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
             let with = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
             assert!((with - of_base).abs() < 1e-6, "{name}: {with} {of_base}");
         }
-        let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
-        for step in 1..=20 {
-            let batch = TokenBatch {
-                noise: Some((0..shape[1] as u64).map(|row| step << 8 | row).collect()),
-                ..batch.clone()
-            };
-            learner.step(&[batch], &update(step), Votes::default()).unwrap();
-            assert_eq!(learner.without_gradient(), None, "{name}");
+        let mut adapters = vec![
+            json!({"type": "lora", "dropout": 0.5}),
+            json!({"type": "dora", "dropout": 0.5}),
+            // A rank above every width.
+            json!({"use_dora": true, "dropout": 0, "r": 200, "alpha": 20, "target_modules": "all-linear"}),
+        ];
+        if !read.decoder.tied {
+            adapters.push(json!({"target_modules": [names.embedding, names.head, last(names.out)]}));
+            adapters.push(json!({"target_modules": [names.head], "use_dora": true}));
         }
-        let after = learner.evaluate(&[batch]).unwrap().mean();
-        assert!(after < before - 0.1, "{name}: {before} {after}");
+        for adapter in adapters {
+            let name = format!("{name} {adapter}");
+            let model = self::model(&base, &adapter).unwrap();
+            let mut learner = self::learner(&model, Precision::Fp32);
+            learner.fresh_weights(7).unwrap();
+            let before = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
+            assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
+            let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
+            for step in 1..=20 {
+                let batch = TokenBatch {
+                    noise: Some((0..shape[1] as u64).map(|row| step << 8 | row).collect()),
+                    ..batch.clone()
+                };
+                learner.step(&[batch], &update(step), Votes::default()).unwrap();
+                assert_eq!(learner.without_gradient(), None, "{name}");
+            }
+            let after = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
+            assert!(after < before - 0.1, "{name}: {before} {after}");
+        }
+    }
+}
+
+/// No gradient flows through the lengths of rows, so that losses follow the magnitudes alone: of the first block, through what dropout leaves out above it.
+#[test]
+fn magnitudes_have_the_gradients_that_losses_show_with_dropout() {
+    let adapters = cases::golden().join("../adapters");
+    for (name, family, end) in [("dora", "mistral", "q_proj"), ("transposed_dora", "gpt2", "c_attn")] {
+        let (adapter, base) = (adapters.join(name), cases::golden().join(family));
+        let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
+        let model = model(&base, &json!({"path": adapter, "dropout": 0.3})).unwrap();
+        let trained = model.adapter.clone().unwrap().trained.clone();
+        let mut flat = vec![0.0; trained.layout.len];
+        let given = AdapterFile::open(&adapter, &trained.layout).unwrap();
+        for p in &trained.layout.parameters {
+            let mut reading = Reading::default();
+            given.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
+            reading.run(1).unwrap();
+        }
+        let batch = batches(&expected).remove(0);
+        let batch = TokenBatch { noise: Some((0..16).collect()), ..batch };
+        let mut solo = Solo::new(0);
+        let frozen =
+            Frozen::read(&ModelDir::open(&base).unwrap(), &trained, (Kept::Fp32, None), &mut solo, 1);
+        let mut executor = CpuExecutor::<f32>::new(
+            Network::new(model.decoder.clone(), model.wiring(), 64),
+            workers(2).unwrap(),
+        )
+        .beside(frozen.unwrap(), trained.clone());
+        let mut at = |flat: &[f32]| {
+            let mut whole = Whole::new(flat.to_vec());
+            executor.forward_backward(&mut whole, &batch.view(), 1.0).unwrap();
+            (executor.take_loss().unwrap(), whole.grads.numbers)
+        };
+        let (_, gradients) = at(&flat);
+        let is_first = |p: &&Parameter| p.role == Role::Magnitude && p.name.contains(end);
+        let p = trained.layout.parameters.iter().find(is_first).unwrap();
+        let mut largest: Vec<usize> = p.range.clone().collect();
+        largest.sort_by(|a, b| gradients[*b].abs().total_cmp(&gradients[*a].abs()));
+        for number in &largest[..4] {
+            let mut moved = |by: f32| {
+                let mut flat = flat.clone();
+                flat[*number] += by;
+                at(&flat).0
+            };
+            let step = 0.05 * flat[*number];
+            let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
+            let off = (slope - f64::from(gradients[*number])).abs();
+            assert!(off < 1e-2 * slope.abs() + 1e-3, "{name}: {slope} {}", gradients[*number]);
+        }
+    }
+}
+
+/// In the words of a job, as PEFT has them in its file.
+#[test]
+fn ranks_and_scales_of_some_modules_are_others() {
+    let base = cases::golden().join("llama");
+    let patterns = json!({"r": 4, "alpha": 8, "target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp\..*",
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "q_proj|k_proj": 3}, "alpha_pattern": {"k_proj": 1.5}});
+    let model = model(&base, &patterns).unwrap();
+    let adapter = model.adapter.unwrap();
+    let rank = |module: &str| {
+        let mut parameters = adapter.trained.layout.parameters.iter();
+        parameters.find(|p| p.name.ends_with(&format!("{module}.lora_A.weight"))).map(|p| p.shape[0])
+    };
+    assert_eq!((rank("1.self_attn.q_proj"), rank("0.self_attn.q_proj")), (Some(2), Some(3)));
+    assert_eq!((rank("0.self_attn.k_proj"), rank("0.self_attn.v_proj")), (Some(3), Some(4)));
+    assert_eq!((rank("0.mlp.up_proj"), rank("1.mlp.up_proj")), (Some(4), None));
+    let scale = |module: &str| adapter.config.scale(&format!("model.layers.0.self_attn.{module}"));
+    assert_eq!((scale("k_proj"), scale("v_proj")), (0.5, 2.0));
+    for key in ["rank_pattern", "alpha_pattern", "exclude_modules"] {
+        assert_eq!(adapter.config.json[key], patterns[key]);
     }
 }
 
@@ -220,7 +306,7 @@ fn what_an_adapter_cannot_be_is_refused() {
         (
             "llama",
             json!({"target_modules": "x.*y"}),
-            "no module of the model is called so; it has down_proj, gate_proj, k_proj",
+            "no module of the model is called so, or all are excluded; it has down_proj, embed_tokens, gate_proj",
         ),
         ("llama", json!({"target_modules": "(q"}), "no regular expression"),
         ("llama", json!({"layers_to_transform": [2]}), "names block 2, and the model has 2"),
@@ -236,8 +322,19 @@ fn what_an_adapter_cannot_be_is_refused() {
         ),
         ("mistral", json!({"modules_to_save": ["lm_head"]}), "untie them first"),
         ("llama", json!({"path": golden.join("../adapters/dora")}), "adapter of another model"),
-        ("mistral", json!({"path": golden.join("../adapters/dora")}), "DoRA"),
-        ("qwen2", json!({"path": golden.join("../adapters/embedding")}), "linear layers of blocks"),
+        ("mistral", json!({"target_modules": ["embed_tokens"]}), "untie them first"),
+        ("qwen2", json!({"target_modules": ["embed_tokens"], "use_dora": true}), "DoRA is for linear layers"),
+        (
+            "llama",
+            json!({"exclude_modules": "(q"}),
+            "exclude_modules is \"(q\", which is no regular expression",
+        ),
+        ("llama", json!({"exclude_modules": ".*"}), "or all are excluded"),
+        (
+            "llama",
+            json!({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}),
+            "rank_pattern has \"v_proj\", and none of the changed modules is called so; they are q_proj",
+        ),
     ] {
         let error = refused(family, adapter.clone());
         assert!(error.contains(wanted), "{adapter}: {error}");
@@ -249,10 +346,12 @@ fn what_an_adapter_cannot_be_is_refused() {
 #[test]
 fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
     let golden = cases::golden();
-    for (name, word, map) in [
-        ("llama", "nf4", FourBitMap::Nf4),
-        ("qwen2", "fp4", FourBitMap::Fp4),
-        ("gpt2", "nf4", FourBitMap::Nf4),
+    for (name, word, map, kind) in [
+        ("llama", "nf4", FourBitMap::Nf4, "lora"),
+        ("qwen2", "fp4", FourBitMap::Fp4, "lora"),
+        ("gpt2", "nf4", FourBitMap::Nf4, "lora"),
+        ("llama", "nf4", FourBitMap::Nf4, "dora"),
+        ("gpt2", "fp4", FourBitMap::Fp4, "dora"),
     ] {
         let base = golden.join(name);
         let dir = ModelDir::open(&base).unwrap();
@@ -289,7 +388,7 @@ fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
             .collect();
         safetensors::serialize_to_file(views, None, &made.path().join("model.safetensors")).unwrap();
 
-        let adapter = json!({"r": 4, "dropout": 0.0, "target_modules": "all-linear"});
+        let adapter = json!({"type": kind, "r": 4, "dropout": 0.0, "target_modules": "all-linear"});
         let with = |base: &Path, quantization: &str| {
             model_of(&json!({"model": {"path": base}, "data": {"path": "x"}, "adapter": adapter, "quantization": quantization})).unwrap()
         };

@@ -44,8 +44,8 @@ impl Optimizer {
         options: (Kind, Device),
     ) -> Result<Optimizer> {
         let zeros = || Tensor::f_zeros([len as i64], options);
-        let (vectors, matrices): (Vec<_>, Vec<_>) = parameters.partition(|(p, _)| p.role.is_vector());
-        let runs = [matrices, vectors].map(|list| {
+        let (decaying, others): (Vec<_>, Vec<_>) = parameters.partition(|(p, _)| p.role.decays());
+        let runs = [decaying, others].map(|list| {
             let runs = merged(list.into_iter().map(|(_, range)| range));
             runs.into_iter().map(|run| (run.start as i64, run.len() as i64)).collect()
         });

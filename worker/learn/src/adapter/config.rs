@@ -6,6 +6,7 @@ use crate::model::Model;
 use fleet_common::job::{self, Init};
 use fleet_common::model::{Object, Stored, parse_object};
 use regex::Regex;
+use serde::Serialize;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -58,6 +59,11 @@ impl AdapterConfig {
         let (targets, rank) = model.family.lora;
         let rank = adapter.r.unwrap_or(rank);
         let some = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
+        let modules = |targets: &job::Targets| match targets {
+            job::Targets::AllLinear => json!(linear_names(model)),
+            job::Targets::Names(names) => json!(names),
+            job::Targets::Pattern(pattern) => json!(pattern),
+        };
         let layers = &adapter.layers_to_transform;
         let config = json!({
             "peft_type": "LORA",
@@ -68,14 +74,9 @@ impl AdapterConfig {
             "lora_alpha": adapter.alpha.unwrap_or(2.0 * f64::from(rank)),
             "lora_dropout": adapter.dropout.unwrap_or(DROPOUT),
             "use_rslora": adapter.use_rslora,
-            "use_dora": false,
-            "target_modules": match &adapter.target_modules {
-                None => json!(targets),
-                Some(job::Targets::AllLinear) => json!(linear_names(model)),
-                Some(job::Targets::Names(names)) => json!(names),
-                Some(job::Targets::Pattern(pattern)) => json!(pattern),
-            },
-            "exclude_modules": some(&adapter.exclude_modules),
+            "use_dora": adapter.use_dora,
+            "target_modules": adapter.target_modules.as_ref().map_or_else(|| json!(targets), modules),
+            "exclude_modules": adapter.exclude_modules.as_ref().map(modules),
             "layers_to_transform": if layers.is_empty() { Value::Null } else { json!(layers) },
             "layers_pattern": null,
             "modules_to_save": some(&adapter.modules_to_save),
@@ -85,8 +86,8 @@ impl AdapterConfig {
                 Init::Default => json!(true),
                 Init::Gaussian => json!("gaussian"),
             },
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "rank_pattern": entries(&adapter.rank_pattern),
+            "alpha_pattern": entries(&adapter.alpha_pattern),
             "revision": null,
         });
         let Value::Object(config) = config else { unreachable!("it is written as an object") };
@@ -155,11 +156,19 @@ impl AdapterConfig {
     }
 }
 
+fn entries<T: Serialize>(pattern: &[(String, T)]) -> Object {
+    pattern.iter().map(|(key, number)| (key.clone(), json!(number))).collect()
+}
+
+/// As PEFT matches it: against the end of a module's name, from a dot on.
+pub(super) fn pattern(pattern: &str) -> Option<Regex> {
+    Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).ok()
+}
+
 fn first(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
     patterns.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, number)| *number)
 }
 
-/// As PEFT matches them: against the end of a module's name, from a dot on.
 fn patterns(config: &Object, key: &str) -> std::result::Result<Vec<(Regex, f64)>, String> {
     let given = match config.get(key) {
         None | Some(Value::Null) => return Ok(Vec::new()),
@@ -170,9 +179,9 @@ fn patterns(config: &Object, key: &str) -> std::result::Result<Vec<(Regex, f64)>
         let number = value.as_f64().filter(|number| number.is_finite() && *number > 0.0);
         let number =
             number.ok_or_else(|| format!("{key}: {pattern:?} is {value}; a number above 0 is wanted"))?;
-        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
+        let regex = self::pattern(pattern);
         Ok((
-            regex.map_err(|_| {
+            regex.ok_or_else(|| {
                 format!("{key}: {pattern:?} is no pattern that fleet reads; write the modules out")
             })?,
             number,

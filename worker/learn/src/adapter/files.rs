@@ -35,7 +35,9 @@ impl AdapterFile {
             }
         }
         let known: Vec<String> = layout.parameters.iter().map(|p| plain(&p.name)).collect();
+        // PEFT writes embeddings that an adapter changes as they were, too.
         let others = file.names.iter().filter(|(name, _)| !known.contains(name));
+        let others = others.filter(|(_, name)| !name.ends_with(".base_layer.weight"));
         wrong.extend(others.map(|(_, name)| format!("{name} has no place")));
         if wrong.is_empty() {
             return Ok(file);
@@ -69,5 +71,9 @@ impl AdapterFile {
 /// Without what versions of PEFT put between, or before.
 pub(crate) fn plain(name: &str) -> String {
     let name = name.strip_prefix(super::WRAPPED).unwrap_or(name);
+    let name = match name.strip_suffix(".weight") {
+        Some(magnitude) if magnitude.ends_with(super::MAGNITUDE) => magnitude,
+        _ => name,
+    };
     [".base_layer.", ".modules_to_save."].iter().fold(name.to_owned(), |name, part| name.replace(part, "."))
 }

@@ -15,7 +15,7 @@ pub use files::AdapterFile;
 pub(crate) use files::plain as plain_name;
 pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
 pub use packed::Packed;
-pub use trained::{AddedPart, AddedProduct, Trained, TrainedAdapter};
+pub use trained::{AddedPart, AddedProduct, AddedTable, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};
 use fleet_checkpoint::{ModelDir, Tensor, Tensors, read_parameter, stored_shape};
@@ -24,6 +24,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use fleet_checkpoint::ADAPTER_FILE as ADAPTER_MODEL;
+/// How the names of magnitudes end.
+pub(crate) const MAGNITUDE: &str = ".lora_magnitude_vector";
 /// What PEFT puts before the names of the model that it wraps.
 const WRAPPED: &str = "base_model.model.";
 /// Tensors that are named in a refusal.

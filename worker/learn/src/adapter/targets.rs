@@ -4,8 +4,9 @@ use super::Adapter;
 use super::config::AdapterConfig;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use fleet_checkpoint::{ModelDir, Reading};
 use fleet_common::job::{self, Bias, Init, suggest};
-use fleet_common::model::{Fresh, Object, Parameter, Role};
+use fleet_common::model::{Fresh, Layout, Object, Parameter, Role};
 use regex::Regex;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +27,8 @@ pub(super) struct Lora {
     pub rank: usize,
     pub scale: f32,
     pub rate_of_b: f64,
+    /// Whether its rows have magnitudes.
+    pub is_dora: bool,
     init: Init,
 }
 
@@ -49,36 +52,53 @@ impl Targets {
                 "layers_to_transform names block {block}, and the model has {blocks}, counted from 0"
             )));
         }
-        // What an adapter can change: the matrices of blocks.
-        let linear: Vec<&Parameter> = layout
-            .parameters
-            .iter()
-            .filter(|p| (1..=blocks).contains(&p.unit) && p.role == Role::Weight)
-            .collect();
-        let wanted = Wanted::of(adapter, model)?;
-        let excluded = Wanted::Names(adapter.exclude_modules.clone());
-        for name in &adapter.exclude_modules {
-            let names = linear.iter().map(|p| module(p));
-            known(name, "exclude_modules", names.collect())?;
-        }
-        if let Wanted::Names(names) = &wanted {
-            for name in names {
-                known(name, "target_modules", linear.iter().map(|p| module(p)).collect())?;
+        let can_be: Vec<&Parameter> =
+            layout.parameters.iter().filter(|p| Place::of(p, &layout, model).is_some()).collect();
+        let modules = || can_be.iter().map(|p| module(p)).collect::<Vec<_>>();
+        let wanted = match &adapter.target_modules {
+            Some(targets) => Wanted::of(targets, "target_modules")?,
+            None => Wanted::Names(model.family.lora.0.iter().map(|name| (*name).to_owned()).collect()),
+        };
+        let excluded = adapter.exclude_modules.as_ref();
+        let excluded = excluded.map(|targets| Wanted::of(targets, "exclude_modules")).transpose()?;
+        for (key, wanted) in [("target_modules", Some(&wanted)), ("exclude_modules", excluded.as_ref())] {
+            if let Some(Wanted::Names(names)) = wanted {
+                names.iter().try_for_each(|name| known(name, key, modules()))?;
             }
         }
         let layers = &adapter.layers_to_transform;
         let is_target = |p: &&&Parameter| {
-            (layers.is_empty() || layers.contains(&(p.unit as u32 - 1)))
+            let is_of_block = Place::of(p, &layout, model) == Some(Place::Block);
+            (layers.is_empty() || is_of_block && layers.contains(&(p.unit as u32 - 1)))
+                && (is_of_block || !matches!(wanted, Wanted::All))
                 && wanted.is(module(p))
-                && !excluded.is(module(p))
+                && !excluded.as_ref().is_some_and(|excluded| excluded.is(module(p)))
         };
-        let chosen: Vec<&&Parameter> = linear.iter().filter(is_target).collect();
+        let chosen: Vec<&&Parameter> = can_be.iter().filter(is_target).collect();
         if chosen.is_empty() {
             return Err(refuse(format!(
-                "target_modules is {}, and no module of the model is called so; it has {}",
+                "target_modules is {}, and no module of the model is called so, or all are excluded; it has {}",
                 wanted.said(),
-                listed(linear.iter().map(|p| last(module(p))))
+                listed(modules().into_iter().map(last))
             )));
+        }
+        for p in &chosen {
+            can_change(p, adapter.use_dora)?;
+        }
+        for (key, patterns) in [
+            ("rank_pattern", adapter.rank_pattern.iter().map(|(pattern, _)| pattern).collect::<Vec<_>>()),
+            ("alpha_pattern", adapter.alpha_pattern.iter().map(|(pattern, _)| pattern).collect()),
+        ] {
+            let is_idle = |pattern: &&&String| {
+                let regex = super::config::pattern(pattern);
+                regex.is_some_and(|regex| !chosen.iter().any(|p| regex.is_match(module(p))))
+            };
+            if let Some(idle) = patterns.iter().find(is_idle) {
+                return Err(refuse(format!(
+                    "{key} has {idle:?}, and none of the changed modules is called so; they are {}",
+                    listed(chosen.iter().map(|p| last(module(p))))
+                )));
+            }
         }
         let lora: BTreeMap<String, Lora> = chosen
             .into_iter()
@@ -89,6 +109,7 @@ impl Targets {
                     scale: config.scale(&module) as f32,
                     module,
                     rate_of_b: adapter.loraplus_lr_ratio,
+                    is_dora: adapter.use_dora,
                     init: adapter.init,
                 };
                 (p.name.clone(), lora)
@@ -137,7 +158,7 @@ impl Targets {
 
     /// Those that an adapter's file has.
     pub fn found(
-        adapter: &Adapter,
+        (adapter, base): (&Adapter, &ModelDir),
         config: &AdapterConfig,
         rate_of_b: f64,
         model: &Model,
@@ -146,29 +167,37 @@ impl Targets {
         let (mut lora, mut whole) = (BTreeMap::new(), BTreeSet::new());
         for change in &adapter.changes {
             let p = &layout.parameters[change.parameter];
-            if change.whole.is_some() {
-                whole.insert(p.name.clone());
-            }
             if let Some(added) = &change.added {
-                if added.magnitude.is_some() {
-                    return Err(refuse(
-                        "it is one of DoRA, which fleet reads and merges but does not train".into(),
-                    ));
-                }
-                if p.role != Role::Weight || p.unit == 0 || p.unit + 1 == layout.units.len() {
+                let is_dora = added.magnitude.is_some();
+                if Place::of(p, &layout, model).is_none() {
                     return Err(refuse(format!(
-                        "it changes {}, and fleet trains adapters of the linear layers of blocks",
+                        "it changes {}, and fleet trains adapters of the linear layers of blocks, of the embedding and of the head",
                         p.name
                     )));
                 }
+                can_change(p, is_dora)?;
+                // PEFT writes the embedding beside what changes it.
+                if change.whole.as_ref().is_some_and(|whole| !has(base, p, whole)) {
+                    return Err(refuse(format!("it was made beside another {} than the model has", p.name)));
+                }
                 let module = module(p).to_owned();
                 let (rank, scale) = (config.rank(&module), config.scale(&module) as f32);
-                lora.insert(p.name.clone(), Lora { module, rank, scale, rate_of_b, init: Init::Default });
+                let lora_of_it = Lora { module, rank, scale, rate_of_b, is_dora, init: Init::Default };
+                lora.insert(p.name.clone(), lora_of_it);
+            } else if change.whole.is_some() {
+                whole.insert(p.name.clone());
             }
         }
         together(model, &whole)?;
         Ok(Targets { lora, whole })
     }
+}
+
+/// Whether a parameter of the model has just these numbers.
+fn has(base: &ModelDir, p: &Parameter, numbers: &[f32]) -> bool {
+    let (mut own, mut reading) = (vec![0.0; numbers.len()], Reading::default());
+    base.read_part(p, 0, &mut own, &mut reading);
+    reading.run(1).is_ok() && own == numbers
 }
 
 /// Parameters that are trained themselves: modules that are saved, and biases.
@@ -232,6 +261,41 @@ fn together(model: &Model, whole: &BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
+/// Where a matrix is that an adapter can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Embedding,
+    Block,
+    Head,
+}
+
+impl Place {
+    fn of(p: &Parameter, layout: &Layout, model: &Model) -> Option<Place> {
+        let names = &model.family.names;
+        match p.role {
+            Role::Table | Role::TiedTable if module(p) == names.embedding => Some(Place::Embedding),
+            Role::Weight if p.unit == 0 => None,
+            Role::Weight if p.unit + 1 < layout.units.len() => Some(Place::Block),
+            Role::Weight if module(p) == names.head => Some(Place::Head),
+            _ => None,
+        }
+    }
+}
+
+fn can_change(p: &Parameter, is_dora: bool) -> Result<()> {
+    match (p.role, is_dora) {
+        (Role::TiedTable, _) => Err(refuse(format!(
+            "{} would be changed, which is the embedding and the head at once in this model (tie_word_embeddings), and one adapter cannot change both alike; untie them first, or change linear layers alone",
+            p.name
+        ))),
+        (Role::Table, true) => Err(refuse(format!(
+            "{} would be changed, and DoRA is for linear layers; take the embedding out of target_modules, or set use_dora = false",
+            p.name
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// How modules are meant.
 enum Wanted {
     All,
@@ -240,20 +304,19 @@ enum Wanted {
 }
 
 impl Wanted {
-    fn of(adapter: &job::Adapter, model: &Model) -> Result<Wanted> {
-        Ok(match &adapter.target_modules {
-            Some(job::Targets::AllLinear) => Wanted::All,
-            Some(job::Targets::Names(names)) => Wanted::Names(names.clone()),
-            Some(job::Targets::Pattern(pattern)) => {
+    fn of(targets: &job::Targets, key: &str) -> Result<Wanted> {
+        Ok(match targets {
+            job::Targets::AllLinear => Wanted::All,
+            job::Targets::Names(names) => Wanted::Names(names.clone()),
+            job::Targets::Pattern(pattern) => {
                 let regex = Regex::new(&format!("^(?:{pattern})$"));
                 let regex = regex.map_err(|why| {
                     let why = why.to_string();
                     let why = why.lines().last().unwrap_or_default().trim().to_owned();
-                    refuse(format!("target_modules is {pattern:?}, which is no regular expression ({why})"))
+                    refuse(format!("{key} is {pattern:?}, which is no regular expression ({why})"))
                 })?;
                 Wanted::Pattern(regex, pattern.clone())
             }
-            None => Wanted::Names(model.family.lora.0.iter().map(|name| (*name).to_owned()).collect()),
         })
     }
 

@@ -1,7 +1,7 @@
 //! What is trained of an adapter: a layout of its own, and where its numbers act in the model.
 
 use super::targets::Targets;
-use super::{Adapter, AdapterConfig};
+use super::{Adapter, AdapterConfig, MAGNITUDE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::units::Places;
@@ -22,6 +22,8 @@ pub struct Trained {
     whole: Places,
     /// In the order of the products' weights in the model.
     added: Vec<AddedProduct>,
+    /// What is added to the embedding's rows.
+    embedding: Option<AddedTable>,
     /// The first unit that has anything.
     lowest: usize,
     /// Share of what the first matrices would read that they do not see in a training step.
@@ -62,15 +64,17 @@ impl TrainedAdapter {
     /// For the log.
     pub fn describe(&self, model: &Model) -> String {
         let modules: usize = self.trained.added.iter().map(|added| added.parts.len()).sum();
+        let modules = modules + usize::from(self.trained.embedding.is_some());
         let whole = self.trained.whole.iter().map(|(range, _)| range.len()).sum::<usize>();
         let and = if whole > 0 {
-            format!(", and {:.1} M parameters of it", whole as f64 / 1e6)
+            format!(", and {} parameters of it", counted(whole as u64))
         } else {
             String::new()
         };
         format!(
-            "an adapter of {modules} modules{and} is trained beside {:.1} M parameters that stay as they are, once on each node{}",
-            (model.layout().count() - whole as u64) as f64 / 1e6,
+            "an adapter of {modules} modules with {} parameters{and} is trained beside {} parameters that stay as they are, once on each node{}",
+            counted(self.trained.layout.count() - whole as u64),
+            counted(model.layout().count() - whole as u64),
             match self.quantization {
                 None => "",
                 Some(Quantization::Nf4) => ", the matrices of blocks in NF4",
@@ -80,11 +84,22 @@ impl TrainedAdapter {
     }
 }
 
+/// In thousands or millions, as is usual.
+fn counted(parameters: u64) -> String {
+    match parameters {
+        0..10_000 => parameters.to_string(),
+        10_000..1_000_000 => format!("{:.1} K", parameters as f64 / 1e3),
+        _ => format!("{:.1} M", parameters as f64 / 1e6),
+    }
+}
+
 /// What is added to one product: `x a^T`, `[tokens, rank]`, times `b` of each part.
 #[derive(Clone, Debug)]
 pub struct AddedProduct {
     /// In the model's flat buffer, the weight of the product.
     weight: Range<usize>,
+    /// Counted over all units.
+    pub number: usize,
     /// Of all parts together.
     pub rank: usize,
     /// `[rank, inputs]`, the first matrices of all parts one below the other.
@@ -100,6 +115,26 @@ pub struct AddedPart {
     pub ranks: Range<usize>,
     /// `[outputs, rank]` of this part.
     pub b: Range<usize>,
+    pub scale: f32,
+    /// `[outputs]`, under DoRA.
+    pub magnitude: Option<Range<usize>>,
+}
+
+impl AddedProduct {
+    /// Whether rows of the matrix have magnitudes.
+    pub fn is_dora(&self) -> bool {
+        self.parts.iter().any(|part| part.magnitude.is_some())
+    }
+}
+
+/// What is added to rows of the embedding: those of `a` times `b^T`.
+#[derive(Clone, Debug)]
+pub struct AddedTable {
+    /// `[vocabulary, rank]`.
+    pub a: Range<usize>,
+    /// `[width, rank]`.
+    pub b: Range<usize>,
+    pub rank: usize,
     pub scale: f32,
 }
 
@@ -118,12 +153,14 @@ impl Trained {
                 let mut config = AdapterConfig::read(dir)?;
                 config.dropout = adapter.dropout.unwrap_or(config.dropout);
                 config.json.insert("lora_dropout".into(), config.dropout.into());
-                let given = Adapter::open(dir, &ModelDir::open(base)?)?;
-                (Targets::found(&given, &config, adapter.loraplus_lr_ratio, model)?, config)
+                let base = ModelDir::open(base)?;
+                let given = Adapter::open(dir, &base)?;
+                (Targets::found((&given, &base), &config, adapter.loraplus_lr_ratio, model)?, config)
             }
         };
         let mut made = Maker::default();
         let unit_of = |number: usize| wiring.layout.units[number].clone();
+        made.embedding(&wiring, &targets);
         for (number, _) in wiring.layout.units.iter().enumerate() {
             for linear in products(&wiring, number) {
                 made.product(linear, &wiring.layout, &targets);
@@ -150,6 +187,11 @@ impl Trained {
         Some(&self.added[at])
     }
 
+    /// What is added to the embedding's rows, if anything is.
+    pub fn embedding(&self) -> Option<&AddedTable> {
+        self.embedding.as_ref()
+    }
+
     /// The first unit that has anything: no gradient need flow further down.
     pub fn lowest(&self) -> usize {
         self.lowest
@@ -158,8 +200,12 @@ impl Trained {
 
 /// The products of a unit that an adapter can change.
 fn products(wiring: &Wiring, unit: usize) -> Vec<&Linear> {
-    let block = unit.checked_sub(1).and_then(|number| wiring.blocks.get(number));
-    block.map_or(Vec::new(), |block| vec![&block.qkv, &block.out, &block.up, &block.down])
+    match unit.checked_sub(1).map(|number| wiring.blocks.get(number)) {
+        None => Vec::new(),
+        Some(Some(block)) => vec![&block.qkv, &block.out, &block.up, &block.down],
+        Some(None) if wiring.head.weight == wiring.embedding => Vec::new(),
+        Some(None) => vec![&wiring.head],
+    }
 }
 
 #[derive(Default)]
@@ -170,9 +216,23 @@ struct Maker {
     next: usize,
     whole: Vec<(Range<usize>, usize)>,
     added: Vec<AddedProduct>,
+    embedding: Option<AddedTable>,
 }
 
 impl Maker {
+    fn embedding(&mut self, wiring: &Wiring, targets: &Targets) {
+        let table = wiring.layout.parameters.iter().find(|p| p.range == wiring.embedding);
+        let Some((table, lora)) = table.and_then(|table| Some((table, targets.lora(table)?))) else { return };
+        let (rows, width, rank) = (table.shape[0], table.shape[1], lora.rank);
+        let name = |end: &str| format!("{}.lora_embedding_{end}", lora.module);
+        // PEFT begins with zeros where rows are looked up, and draws what they are multiplied with.
+        let zero = Fresh::Constant(0.0);
+        let a = self.add(&name("A"), &[rows, rank], Role::LoraB, Stored::Transposed, zero);
+        self.next = self.next.next_multiple_of(ALIGN);
+        let b = self.add(&name("B"), &[width, rank], Role::LoraA, Stored::AsIs, Fresh::Normal(1.0));
+        self.embedding = Some(AddedTable { a, b, rank, scale: lora.scale });
+    }
+
     fn product(&mut self, linear: &Linear, model: &Layout, targets: &Targets) {
         let within =
             |p: &&Parameter| linear.weight.start <= p.range.start && p.range.end <= linear.weight.end;
@@ -186,7 +246,13 @@ impl Maker {
         let (start, mut rank) = (self.next, 0);
         for (_, lora) in &chosen {
             let name = format!("{}.lora_A.weight", lora.module);
-            self.add(&name, [lora.rank, linear.inputs], Role::LoraA, Stored::AsIs, lora.fresh(linear.inputs));
+            self.add(
+                &name,
+                &[lora.rank, linear.inputs],
+                Role::LoraA,
+                Stored::AsIs,
+                lora.fresh(linear.inputs),
+            );
         }
         let a = start..self.next;
         let mut parts = Vec::new();
@@ -196,12 +262,21 @@ impl Maker {
             let outputs = first..first + p.shape[0];
             let stored = if p.stored == Stored::Transposed { Stored::AsIs } else { p.stored };
             let name = format!("{}.lora_B.weight", lora.module);
-            let b = self.add(&name, [p.shape[0], lora.rank], Role::LoraB, stored, Fresh::Constant(0.0));
+            let b = self.add(&name, &[p.shape[0], lora.rank], Role::LoraB, stored, Fresh::Constant(0.0));
             self.parameters.last_mut().expect("it was added").rate = lora.rate_of_b;
-            parts.push(AddedPart { outputs, ranks: rank..rank + lora.rank, b, scale: lora.scale });
+            let magnitude = lora.is_dora.then(|| {
+                self.next = self.next.next_multiple_of(ALIGN);
+                let name = format!("{}{MAGNITUDE}", lora.module);
+                let range = self.add(&name, &[p.shape[0]], Role::Magnitude, stored, Fresh::RowLengths);
+                // As PEFT's optimizer of LoRA+ has it.
+                self.parameters.last_mut().expect("it was added").rate = lora.rate_of_b;
+                range
+            });
+            parts.push(AddedPart { outputs, ranks: rank..rank + lora.rank, b, scale: lora.scale, magnitude });
             rank += lora.rank;
         }
-        self.added.push(AddedProduct { weight: linear.weight.clone(), rank, a, parts });
+        let number = self.added.len();
+        self.added.push(AddedProduct { weight: linear.weight.clone(), number, rank, a, parts });
     }
 
     /// Parameters that are trained themselves.
@@ -228,15 +303,8 @@ impl Maker {
         }
     }
 
-    fn add(
-        &mut self,
-        name: &str,
-        shape: [usize; 2],
-        role: Role,
-        stored: Stored,
-        fresh: Fresh,
-    ) -> Range<usize> {
-        let range = self.next..self.next + shape[0] * shape[1];
+    fn add(&mut self, name: &str, shape: &[usize], role: Role, stored: Stored, fresh: Fresh) -> Range<usize> {
+        let range = self.next..self.next + shape.iter().product::<usize>();
         self.next = range.end;
         self.parameters.push(Parameter {
             name: format!("{}{name}", super::WRAPPED),
@@ -264,6 +332,7 @@ impl Maker {
             layout: Layout { parameters: self.parameters, units: self.units, len: self.next },
             whole: joined(self.whole),
             added: self.added,
+            embedding: self.embedding,
             lowest,
             dropout: config.dropout as f32,
         })

@@ -17,6 +17,8 @@ pub fn fill(parameter: &Parameter, range: Range<usize>, seed: u64, out: &mut [f3
     let draw: &dyn Fn(u64, &mut [f32; STREAM]) = match parameter.fresh {
         Fresh::Constant(constant) => return out[begin - out_start..end - out_start].fill(constant),
         Fresh::Normal(std) => &move |state, out| normals(state, std as f32, out),
+        // Who has that matrix writes them.
+        Fresh::RowLengths => return,
         Fresh::Uniform(bound) => &move |state, out| uniform(state, bound as f32, out),
     };
     let base = parameter.range.start;
