@@ -56,7 +56,8 @@ mod tests {
 
     #[test]
     fn html_goes_before_white_space_and_short_documents_are_dropped() {
-        let rules = Clean { remove_html: true, normalize_whitespace: true, min_chars: 3 };
+        let rules =
+            Clean { remove_html: true, normalize_whitespace: true, min_chars: 3, near_duplicates: None };
         assert_eq!(clean(" a <i> b".into(), &rules).as_deref(), Some("a b"));
         assert_eq!(clean("<p>äö</p>".into(), &rules), None);
         assert_eq!(clean("<p>äöü</p>".into(), &rules).as_deref(), Some("äöü"));
