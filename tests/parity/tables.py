@@ -2,7 +2,7 @@
 
     python tables.py         writes golden/parquet of worker/data anew
 
-Needs pyarrow (25).
+Needs pyarrow (26).
 """
 
 import json

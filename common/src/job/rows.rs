@@ -358,6 +358,37 @@ mod tests {
     }
 
     #[test]
+    fn text_too_may_have_bad_rows_weights_and_near_duplicates() {
+        let read = |lines: &str| {
+            let text = format!("model = {{ path = \"m\" }}\n[data]\n{lines}");
+            let parsed = parse_toml(&text, "/work/dir".as_ref()).map_err(|e| e.to_string());
+            parsed.inspect(|(job, _)| {
+                assert_eq!(
+                    parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0,
+                    *job,
+                    "as a job file"
+                );
+            })
+        };
+        let data = |lines: &str| read(lines).unwrap().0.data;
+        let all = data(
+            "path = [\"a\", \"b\"]\nweights = [2, 0.5]\nbad_rows = \"skip\"\nclean = { near_duplicates = 0.8 }",
+        );
+        assert_eq!((all.weights, all.bad_rows), (vec![2.0, 0.5], BadRows::Skip));
+        assert_eq!(all.clean.near_duplicates, Some(0.8));
+        assert_eq!(data("path = [\"a\", \"b\"]\nweights = [1, 1]"), data("path = [\"a\", \"b\"]"));
+        let refused = |lines: &str| read(lines).unwrap_err();
+        assert!(
+            refused("path = \"a\"\nweights = [1, 2]")
+                .contains("`data.weights` has 2 numbers, and `data.path` names 1")
+        );
+        assert!(refused("path = \"a\"\nweights = [0]").contains("from above 0 to 100"));
+        assert!(
+            refused("path = \"a\"\nclean.near_duplicates = 1.5").contains("a similarity from above 0 to 1")
+        );
+    }
+
+    #[test]
     fn a_job_of_before_is_a_job() {
         let (job, _) = parsed("").unwrap();
         assert!(!job.to_json().contains("rows"), "as earlier versions wrote it");

@@ -11,7 +11,6 @@ use crate::windows::Width;
 use crate::{Coverage, DataError, Note, blocks, splits};
 use fleet_common::job::{self, Job};
 use fleet_common::model::Splits;
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -106,19 +105,14 @@ fn train(
         let (sender, texts) = mpsc::sync_channel(1024);
         let reader = scope.spawn(move || {
             let mut number = 0;
-            blocks::batches(documents.files(), documents.reading(), 0, 0, &mut |batch| {
-                let found: Vec<_> =
-                    batch.into_par_iter().map(|(file, block)| documents.found(file, block)).collect();
-                for found in found {
-                    let fates = survey.fates_of(number).unwrap_or_default();
-                    number += 1;
-                    for (text, fate) in found?.texts.into_iter().zip(fates) {
-                        if matches!(fate, Fate::Train(1..)) && sender.send(text).is_err() {
-                            return Err(DataError::Vocabulary("training the tokenizer ended early".into()));
-                        }
-                    }
-                }
-                Ok(())
+            // Not on the threads of rayon, all of which wait for these texts.
+            blocks::each(documents.files(), documents.reading(), 0, 0, &mut |file, block| {
+                let found = documents.found(file, block)?;
+                let fates = survey.fates_of(number).unwrap_or_default();
+                number += 1;
+                let mut trained_on =
+                    found.texts.into_iter().zip(fates).filter(|(_, fate)| matches!(fate, Fate::Train(1..)));
+                Ok(trained_on.all(|(text, _)| sender.send(text).is_ok()))
             })
         });
         let trained = Encoder::train(texts.into_iter(), vocab_size, splits);

@@ -88,6 +88,9 @@ pub struct RowMeta {
     pub is_packed: bool,
     pub tokens_sha256: String,
     pub loss_sha256: String,
+    /// Of examples that are left out as near duplicates: they are in the files and in no item.
+    #[serde(default)]
+    pub dropped_tokens: u64,
     pub report: Report,
 }
 
@@ -196,7 +199,8 @@ impl TokenCache {
         let most = meta.max_seq_len as usize;
         let of_text = |name: &str, count: u64| Ok(Windows::new(tokens(name, count)?, width, most));
         let of_rows = |name: &str, items: u64| {
-            let count = meta.train_tokens.saturating_add(meta.validation_tokens);
+            let dropped = meta.rows.as_ref().map_or(0, |rows| rows.dropped_tokens);
+            let count = meta.train_tokens.saturating_add(meta.validation_tokens).saturating_add(dropped);
             let rows = RowIndex { index: map(name)?, loss: map(LOSS)?, items };
             match rows.is_whole(count) {
                 true => Ok(Windows::of_rows(tokens(ROW_TOKENS, count)?, width, most, rows)),

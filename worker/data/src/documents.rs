@@ -1,7 +1,7 @@
 //! From the bytes of files to documents: rows of tables, text, and pieces of text where there would be too few documents.
 
 use crate::blocks::{self, Block, Contents, Input, Reading};
-use crate::clean::clean;
+use crate::clean::Pipeline;
 use crate::table::{Dialect, Wrong};
 use crate::{DataError, Note, json};
 use fleet_common::job::{BadRows, Data};
@@ -43,7 +43,7 @@ pub struct Counts {
     pub bad: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_bad: Option<String>,
-    /// Rows that are left out, because they hold bytes that are not UTF-8.
+    /// Rows and texts that are left out, because they hold bytes that are not UTF-8.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub not_utf8: u64,
     /// Documents that are left out, because one before them is nearly the same.
@@ -138,6 +138,7 @@ pub(crate) struct Documents<'a> {
     files: &'a [Input],
     /// Where there are too few documents: the least bytes of the pieces that they are cut into.
     piece: Option<usize>,
+    pipeline: Pipeline,
 }
 
 /// Documents of one block, cleaned, in their order.
@@ -150,7 +151,7 @@ pub(crate) struct Found {
 impl<'a> Documents<'a> {
     /// Looks into the files until it is clear that there are enough.
     pub fn of(files: &'a [Input], data: &'a Data) -> Result<Documents<'a>, DataError> {
-        let mut documents = Documents { data, files, piece: None };
+        let mut documents = Documents { data, files, piece: None, pipeline: Pipeline::of(&data.clean) };
         let (mut count, mut bytes) = (0, 0);
         blocks::each(files, documents.reading(), 0, 0, &mut |file, block| {
             let (texts, _) = documents.raw(file, block)?;
@@ -186,7 +187,7 @@ impl<'a> Documents<'a> {
         }
         let found = texts.len();
         counts.pieces = found as u64;
-        let texts: Vec<String> = texts.into_iter().filter_map(|text| clean(text, &self.data.clean)).collect();
+        let texts: Vec<String> = texts.into_iter().filter_map(|text| self.pipeline.process(text)).collect();
         counts.cleaned_away = (found - texts.len()) as u64;
         Ok(Found { texts, counts })
     }
@@ -207,7 +208,11 @@ impl<'a> Documents<'a> {
                 if texts.is_empty() {
                     texts.push(String::new());
                 }
-                let counts = Counts { whole: u64::from(begins), ..Counts::default() };
+                let mut counts = Counts { whole: u64::from(begins), ..Counts::default() };
+                if block.is_damaged {
+                    counts.not_utf8 = texts.len() as u64;
+                    texts.clear();
+                }
                 return Ok((texts, counts));
             }
             Contents::Lines { line, text } => {
@@ -229,9 +234,10 @@ impl<'a> Documents<'a> {
                         Some(Value::String(text)) => rows.take(Ok(text))?,
                         _ => {
                             let what = format!(
-                                "row {number}: no text in the field `{field}`; leave such rows out, or set data.text_field"
+                                "no text in the field `{field}`; leave such rows out, or set data.text_field"
                             );
-                            rows.take(Err((number, what)))?;
+                            let (path, place) = (path.clone(), format!("row {number}"));
+                            rows.bad(place.clone(), what.clone(), DataError::BadRow { path, place, what })?;
                         }
                     }
                 }
@@ -260,14 +266,24 @@ struct Rows<'a> {
 impl Rows<'_> {
     fn take(&mut self, row: Result<String, Wrong>) -> Result<(), DataError> {
         match row {
-            Ok(text) => self.texts.push(text),
-            Err((line, what)) if self.skips => {
-                self.counts.bad += 1;
-                let first = || format!("{}, line {line}: {what}", self.path.display());
-                self.counts.first_bad.get_or_insert_with(first);
+            Ok(text) => {
+                self.texts.push(text);
+                Ok(())
             }
-            Err((line, what)) => return Err(DataError::Row { path: self.path.clone(), line, what }),
+            Err((line, what)) => {
+                let path = self.path.clone();
+                self.bad(format!("line {line}"), what.clone(), DataError::Row { path, line, what })
+            }
         }
+    }
+
+    /// Counts a row that is wrong, or gives the error that it is.
+    fn bad(&mut self, place: String, what: String, error: DataError) -> Result<(), DataError> {
+        if !self.skips {
+            return Err(error);
+        }
+        self.counts.bad += 1;
+        self.counts.first_bad.get_or_insert_with(|| format!("{}, {place}: {what}", self.path.display()));
         Ok(())
     }
 }

@@ -38,6 +38,7 @@ mod weights;
 mod windows;
 
 pub use cache::{Meta, RowMeta, TokenCache};
+pub use clean::{Pipeline, Processor, TextCleaning};
 pub use coverage::Coverage;
 pub use documents::Counts;
 pub use error::DataError;

@@ -256,13 +256,16 @@ impl<'a> Builder<'a> {
     }
 
     fn finish(mut self, dir: &Path, target: &Path) -> Result<(), DataError> {
+        let mut dropped_tokens = 0;
         if let (Some(signatures), Some(similar)) =
             (self.signatures.take(), self.job.data.clean.near_duplicates)
         {
             let mut is_dropped = signatures.duplicates(similar)?.into_iter();
-            let before = self.kept.len();
-            self.kept.retain(|_| is_dropped.next() != Some(true));
-            self.report.near_duplicates = (before - self.kept.len()) as u64;
+            let (dropped, kept): (Vec<Kept>, Vec<Kept>) =
+                std::mem::take(&mut self.kept).into_iter().partition(|_| is_dropped.next() == Some(true));
+            self.kept = kept;
+            self.report.near_duplicates = dropped.len() as u64;
+            dropped_tokens = dropped.iter().map(Kept::tokens).sum();
         }
         let report = &mut self.report;
         report.rows = self.counts.rows;
@@ -311,6 +314,7 @@ impl<'a> Builder<'a> {
                 is_packed,
                 tokens_sha256,
                 loss_sha256,
+                dropped_tokens,
                 report: self.report,
             }),
         };
