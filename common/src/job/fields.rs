@@ -119,6 +119,8 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["data.clean.remove_html", "data.remove_html"],
     &["data.clean.normalize_whitespace", "data.normalize_whitespace"],
     &["data.clean.min_chars", "data.min_chars"],
+    &["data.clean.near_duplicates", "data.near_duplicates"],
+    &["data.weights", "data.weight"],
     &["data.format", "data.formatting", "data.type"],
     &["data.loss_on", "loss_on"],
     &["data.completion_only_loss", "completion_only_loss", "assistant_only_loss", "data.assistant_only_loss"],

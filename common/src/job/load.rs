@@ -366,8 +366,10 @@ fn activation_checkpointing(f: &Fields) -> Result<ActivationCheckpointing, JobFi
 // ---- data, optimizer, checkpoints, evaluation -------------------------------------------------------------------------
 
 /// Names of the files that are read from a folder where `data.include` is not given: all that the reader knows.
-pub const READABLE: [&str; 2] =
-    ["**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}", "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}.gz"];
+pub const READABLE: [&str; 2] = [
+    "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv,parquet}",
+    "**/*.{txt,text,md,json,jsonl,ndjson,csv,tsv}.{gz,zst}",
+];
 
 fn data(f: &Fields, dir: &Path, rows: Option<Rows>) -> Result<Data, JobFileError> {
     let cure = "name the text to train on, a file or a folder, here or with --set data.path=FILE";
@@ -380,7 +382,10 @@ fn data(f: &Fields, dir: &Path, rows: Option<Rows>) -> Result<Data, JobFileError
         let given = f.texts(name, "a glob or a list of globs, such as \"**/*.txt\"")?;
         Ok(given.unwrap_or_else(|| default.iter().map(|glob| (*glob).to_owned()).collect()))
     };
+    let bad_rows = if rows.is_some() { BadRows::Stop } else { rows::bad_rows(f)? };
     Ok(Data {
+        weights: weights(f, paths.len())?,
+        bad_rows,
         paths: paths.iter().map(|path| absolute(f, "data.path", dir, path)).collect::<Result<_, _>>()?,
         include: globs("data.include", if rows.is_some() { &rows::READABLE } else { &READABLE })?,
         exclude: globs("data.exclude", &[])?,
@@ -392,9 +397,33 @@ fn data(f: &Fields, dir: &Path, rows: Option<Rows>) -> Result<Data, JobFileError
             remove_html: f.flag("data.clean.remove_html")?.unwrap_or(false),
             normalize_whitespace: f.flag("data.clean.normalize_whitespace")?.unwrap_or(false),
             min_chars: f.int32("data.clean.min_chars", 0, u32::MAX)?.unwrap_or(0) as usize,
+            near_duplicates: f.float(
+                "data.clean.near_duplicates",
+                "a similarity from above 0 to 1, such as 0.8",
+                |x| 0.0 < x && x <= 1.0,
+            )?,
         },
         rows,
     })
+}
+
+/// The most that a path of the data may weigh.
+const WEIGHT_MAX: f64 = 100.0;
+
+fn weights(f: &Fields, paths: usize) -> Result<Vec<f64>, JobFileError> {
+    const KEY: &str = "data.weights";
+    let wanted = "a list of numbers from above 0 to 100, one for each path in data.path, such as [1, 0.5]";
+    let is_weight = |weight: &f64| 0.0 < *weight && *weight <= WEIGHT_MAX;
+    let weights = f.get(KEY, wanted, |v| v.floats().filter(|weights| weights.iter().all(is_weight)))?;
+    let weights = weights.unwrap_or_default();
+    if !weights.is_empty() && weights.len() != paths {
+        let message = format!(
+            "`{KEY}` has {} numbers, and `data.path` names {paths}; give one for each path",
+            weights.len()
+        );
+        return Err(f.refuse(&[KEY], message));
+    }
+    Ok(if weights.iter().all(|weight| *weight == 1.0) { Vec::new() } else { weights })
 }
 
 fn optimizer(

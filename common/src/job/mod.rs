@@ -237,6 +237,12 @@ pub struct Data {
     /// Share of the documents held out for evaluation, `0.0..1.0`.
     pub validation_fraction: f64,
     pub clean: Clean,
+    /// Of each path, how often what it has is trained on in an epoch; empty where that is once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<f64>,
+    /// Of plain text.
+    #[serde(default, skip_serializing_if = "BadRows::stops")]
+    pub bad_rows: BadRows,
     /// `None`: plain text is learnt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<Rows>,
@@ -257,6 +263,9 @@ pub struct Clean {
     pub normalize_whitespace: bool,
     /// Documents of fewer characters are dropped.
     pub min_chars: usize,
+    /// So are those that are at least so similar to one before them, `0.0..=1.0`, of which 1 is equal but for case and punctuation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub near_duplicates: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -58,6 +58,8 @@ impl Job {
             "text_field": self.data.text_field,
             "validation_fraction": self.data.validation_fraction,
             "clean": self.data.clean,
+            "weights": (!self.data.weights.is_empty()).then_some(&self.data.weights),
+            "bad_rows": (!self.data.bad_rows.stops()).then_some(self.data.bad_rows),
         }));
         let adapter = self.adapter.as_ref().map_or_else(Map::new, super::adapter::in_a_file);
         data.extend(self.data.rows.iter().flat_map(Rows::in_a_file));

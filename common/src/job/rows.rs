@@ -25,6 +25,12 @@ pub struct Rows {
     pub bad_rows: BadRows,
 }
 
+impl BadRows {
+    pub(super) fn stops(&self) -> bool {
+        *self == BadRows::Stop
+    }
+}
+
 /// What a row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,19 +102,18 @@ pub const ROW_FIELDS: [&str; 13] = [
 
 /// Names of the files with rows that are read from a folder where `data.include` is not given.
 pub(super) const READABLE: [&str; 2] =
-    ["**/*.{json,jsonl,ndjson,csv,tsv}", "**/*.{json,jsonl,ndjson,csv,tsv}.gz"];
+    ["**/*.{json,jsonl,ndjson,csv,tsv,parquet}", "**/*.{json,jsonl,ndjson,csv,tsv}.{gz,zst}"];
 
 /// What people call the task of learning from rows.
 const TASKS: [&str; 5] = ["sft", "instruction", "instruction-tuning", "instruct", "chat"];
 
-/// The settings of rows beside `data.format`, in the order of `fields::SETTINGS`.
-const SETTINGS: [&str; 6] = [
+/// The settings that only rows have, beside `data.format`, in the order of `fields::SETTINGS`.
+const SETTINGS: [&str; 5] = [
     "data.loss_on",
     "data.completion_only_loss",
     "data.train_on_inputs",
     "data.chat_template",
     "data.packing",
-    "data.bad_rows",
 ];
 
 const FIELDS: [&str; ROW_FIELDS.len()] = [
@@ -159,8 +164,6 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
     let fields = ROW_FIELDS.iter().zip(FIELDS).map(|(field, key)| Ok((*field, name(key)?)));
     let fields = fields.collect::<Result<Vec<_>, JobFileError>>()?;
     let given = fields.into_iter().filter_map(|(field, name)| Some((field.to_owned(), name?)));
-    let bad_rows = [("stop", BadRows::Stop), ("skip", BadRows::Skip)];
-    let others = [("error", BadRows::Stop), ("fail", BadRows::Stop), ("drop", BadRows::Skip)];
     let packing = f.flag("data.packing")?.unwrap_or(false);
     if packing && format == Some(RowFormat::Preference) {
         let message = "`data.packing` is for rows of one answer; leave it out".to_owned();
@@ -172,8 +175,15 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
         loss_on: loss_on(f)?,
         chat_template: chat_template(f, dir)?,
         packing,
-        bad_rows: f.word_of("data.bad_rows", &bad_rows, &others, |_| true)?.unwrap_or_default(),
+        bad_rows: bad_rows(f)?,
     }))
+}
+
+/// What is done with rows that cannot be read, of instructions or of plain text.
+pub(super) fn bad_rows(f: &Fields) -> Result<BadRows, JobFileError> {
+    let words = [("stop", BadRows::Stop), ("skip", BadRows::Skip)];
+    let others = [("error", BadRows::Stop), ("fail", BadRows::Stop), ("drop", BadRows::Skip)];
+    Ok(f.word_of("data.bad_rows", &words, &others, |_| true)?.unwrap_or_default())
 }
 
 fn format(f: &Fields) -> Result<Option<RowFormat>, JobFileError> {
@@ -345,6 +355,37 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(new.contains("need a tokenizer that is there") && new.contains("`model.path`"), "{new}");
+    }
+
+    #[test]
+    fn text_too_may_have_bad_rows_weights_and_near_duplicates() {
+        let read = |lines: &str| {
+            let text = format!("model = {{ path = \"m\" }}\n[data]\n{lines}");
+            let parsed = parse_toml(&text, "/work/dir".as_ref()).map_err(|e| e.to_string());
+            parsed.inspect(|(job, _)| {
+                assert_eq!(
+                    parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0,
+                    *job,
+                    "as a job file"
+                );
+            })
+        };
+        let data = |lines: &str| read(lines).unwrap().0.data;
+        let all = data(
+            "path = [\"a\", \"b\"]\nweights = [2, 0.5]\nbad_rows = \"skip\"\nclean = { near_duplicates = 0.8 }",
+        );
+        assert_eq!((all.weights, all.bad_rows), (vec![2.0, 0.5], BadRows::Skip));
+        assert_eq!(all.clean.near_duplicates, Some(0.8));
+        assert_eq!(data("path = [\"a\", \"b\"]\nweights = [1, 1]"), data("path = [\"a\", \"b\"]"));
+        let refused = |lines: &str| read(lines).unwrap_err();
+        assert!(
+            refused("path = \"a\"\nweights = [1, 2]")
+                .contains("`data.weights` has 2 numbers, and `data.path` names 1")
+        );
+        assert!(refused("path = \"a\"\nweights = [0]").contains("from above 0 to 100"));
+        assert!(
+            refused("path = \"a\"\nclean.near_duplicates = 1.5").contains("a similarity from above 0 to 1")
+        );
     }
 
     #[test]

@@ -549,7 +549,8 @@ fn any_job() -> impl Generator<Value = Job> {
             job.data.exclude = globs;
             job.data.validation_fraction = d;
             job.data.clean =
-                Clean { remove_html: tie, normalize_whitespace: !tie, min_chars: vocab as usize };
+                Clean { remove_html: tie, normalize_whitespace: !tie, min_chars: vocab as usize, near_duplicates: tie.then_some(0.75) };
+            job.data.weights = if tie { vec![0.5; job.data.paths.len()] } else { Vec::new() };
             job.optimizer.learning_rate = a;
             job.optimizer.min_lr_ratio = b;
             job.optimizer.eps = c;

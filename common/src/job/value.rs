@@ -71,6 +71,14 @@ impl Value {
         }
     }
 
+    /// A list of numbers; one number is a list of one.
+    pub fn floats(&self) -> Option<Vec<f64>> {
+        match &self.kind {
+            Kind::List(items) => items.iter().map(Value::float).collect(),
+            _ => self.float().map(|number| vec![number]),
+        }
+    }
+
     /// Whether both say the same: `1` and `1.0` do.
     pub fn same(&self, other: &Value) -> bool {
         match (&self.kind, &other.kind) {

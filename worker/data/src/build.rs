@@ -1,25 +1,31 @@
-//! Builds a token cache: reads, splits, trains a tokenizer, tokenises, and writes the directory so that it appears whole.
+//! Builds a token cache of text: looks at all documents, holds some out, trains a tokenizer where none is given, tokenises, and lets the
+//! directory appear whole. What a build that was killed has tokenised the next one goes on from.
 
+use crate::blocks::Input;
 use crate::cache::{FORMAT, META, Meta, TOKENIZER, TRAIN, VALIDATION};
-use crate::split::split;
+use crate::documents::Documents;
+use crate::survey::{Fate, Survey};
+use crate::tokenise::{Tokenised, tokenise};
 use crate::tokenizer::{Encoder, ModelIds};
 use crate::windows::Width;
-use crate::{Coverage, DataError, Note, documents, splits};
+use crate::{Coverage, DataError, Note, blocks, splits};
 use fleet_common::job::{self, Job};
-use rayon::prelude::*;
+use fleet_common::model::Splits;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::mpsc;
 
-/// What is being built begins with this; no reader looks at it.
-const TEMPORARY: &str = ".tmp-";
+/// What is being built begins with one of these; no reader looks at it. The second is gone on from.
+pub(crate) const TEMPORARY: &str = ".tmp-";
+const PART: &str = ".part-";
 
 /// Held while building below this directory of caches. Gone with its process.
 pub(crate) struct Lock(#[expect(dead_code, reason = "the lock lasts as long as the open file")] File);
 
-/// Waits for other builders, and removes what dead ones have left.
-pub(crate) fn lock(caches: &Path) -> Result<Lock, DataError> {
+/// Waits for other builders, and removes what dead ones have left, but for a part of this cache.
+pub(crate) fn lock(caches: &Path, cache: &str) -> Result<Lock, DataError> {
     let fail = |source| DataError::Write { path: caches.to_owned(), source };
     fs::create_dir_all(caches).map_err(fail)?;
     let file = File::create(caches.join(".lock")).map_err(fail)?;
@@ -29,7 +35,9 @@ pub(crate) fn lock(caches: &Path) -> Result<Lock, DataError> {
     }
     for entry in fs::read_dir(caches).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_other = name.strip_prefix(PART).is_some_and(|part| part != cache);
+        if name.starts_with(TEMPORARY) || is_other {
             fs::remove_dir_all(entry.path()).map_err(fail)?;
         }
     }
@@ -39,108 +47,137 @@ pub(crate) fn lock(caches: &Path) -> Result<Lock, DataError> {
 /// Builds `target`, replacing a damaged one. The caller holds the lock and has hashed the files.
 pub(crate) fn build(
     job: &Job,
-    files: &[PathBuf],
-    hashes: &[[u8; 32]],
+    files: &[Input],
     ids: &ModelIds,
     target: &Path,
     progress: &dyn Fn(Note),
 ) -> Result<(), DataError> {
-    let (documents, read) = documents::parse(files, read_files(files, hashes)?, &job.data)?;
-    let parts = split(&documents, job.data.validation_fraction, job.max_seq_len);
-    let texts = |indices: &[usize]| -> Vec<&str> { indices.iter().map(|&i| documents[i].as_str()).collect() };
-    let (train, validation) = (texts(&parts.train), texts(&parts.validation));
+    appear(target, PART, |dir| {
+        let documents = Documents::of(files, &job.data)?;
+        let survey = Survey::of(&documents, job, dir)?;
+        let encoder = encoder(job, &documents, &survey, ids, dir, progress)?;
+        ids.check_holds(encoder.vocab_size)?;
+        progress(Note::info(format!("tokenising {} documents", survey.documents)));
+        let made = tokenise(&documents, &survey, &encoder, dir, SAVED_BLOCKS, progress)?;
+        finish(job, &survey, &encoder, &made, dir, target)
+    })
+}
 
-    let encoder = match &job.tokenizer {
-        job::Tokenizer::Train { vocab_size } => {
-            ids.check_holds(*vocab_size)?;
-            let what = format!("training a tokenizer of {vocab_size} tokens on {} documents", train.len());
-            progress(Note::info(what));
-            Encoder::train(&train, *vocab_size, ids.splits)?
-        }
+/// Blocks of about a megabyte after which what has been tokenised is synced, where there are so many.
+const SAVED_BLOCKS: usize = 64;
+
+fn encoder(
+    job: &Job,
+    documents: &Documents,
+    survey: &Survey,
+    ids: &ModelIds,
+    dir: &Path,
+    progress: &dyn Fn(Note),
+) -> Result<Encoder, DataError> {
+    let vocab_size = match &job.tokenizer {
+        job::Tokenizer::Train { vocab_size } => *vocab_size,
         job::Tokenizer::File(path) => {
             let encoder = Encoder::open(path, ids)?;
             splits::warning(&encoder.json, ids.splits).map(Note::warning).into_iter().for_each(progress);
-            encoder
+            return Ok(encoder);
         }
     };
-    ids.check_holds(encoder.vocab_size)?;
+    ids.check_holds(vocab_size)?;
+    let path = dir.join(TOKENIZER);
+    if let Some(trained) = fs::read(&path).ok().and_then(|json| Encoder::trained(json).ok()) {
+        return Ok(trained);
+    }
+    let what = format!("training a tokenizer of {vocab_size} tokens on {} documents", survey.trained_on());
+    progress(Note::info(what));
+    let encoder = train(documents, survey, vocab_size, ids.splits)?;
+    replace(dir, TOKENIZER, &encoder.json)?;
+    Ok(encoder)
+}
 
-    progress(Note::info(format!("tokenising {} documents", documents.len())));
-    let given = matches!(job.tokenizer, job::Tokenizer::File(_));
-    let pack = |texts: &[&str]| Packed::new(&encoder, texts, given);
-    let (train, validation) = (pack(&train)?, pack(&validation)?);
+/// Trains a tokenizer on what the model will be trained on, once each.
+fn train(
+    documents: &Documents,
+    survey: &Survey,
+    vocab_size: u32,
+    splits: Splits,
+) -> Result<Encoder, DataError> {
+    std::thread::scope(|scope| {
+        let (sender, texts) = mpsc::sync_channel(1024);
+        let reader = scope.spawn(move || {
+            let mut number = 0;
+            // Not on the threads of rayon, all of which wait for these texts.
+            blocks::each(documents.files(), documents.reading(), 0, 0, &mut |file, block| {
+                let found = documents.found(file, block)?;
+                let fates = survey.fates_of(number).unwrap_or_default();
+                number += 1;
+                let mut trained_on =
+                    found.texts.into_iter().zip(fates).filter(|(_, fate)| matches!(fate, Fate::Train(1..)));
+                Ok(trained_on.all(|(text, _)| sender.send(text).is_ok()))
+            })
+        });
+        let trained = Encoder::train(texts.into_iter(), vocab_size, splits);
+        match reader.join() {
+            Ok(Ok(())) => trained,
+            Ok(Err(error)) => trained.and(Err(error)),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+fn finish(
+    job: &Job,
+    survey: &Survey,
+    encoder: &Encoder,
+    made: &Tokenised,
+    dir: &Path,
+    target: &Path,
+) -> Result<(), DataError> {
+    let Tokenised { train, validation } = made;
     let coverage = train.coverage.and(&validation.coverage);
     coverage.check()?;
-    check_windows(job, train.tokens, validation.tokens)?;
-    let measured = if validation.tokens > 0 { &validation } else { &train };
+    let width = Width::of_vocabulary(encoder.vocab_size);
+    let tokens = |name: &str| -> Result<u64, DataError> {
+        let path = dir.join(name);
+        let len = fs::metadata(&path).map_err(|source| DataError::Read { path, source })?.len();
+        Ok(len / width.bytes() as u64)
+    };
+    let (train_tokens, validation_tokens) = (tokens(TRAIN)?, tokens(VALIDATION)?);
+    check_windows(job, train_tokens, validation_tokens)?;
+    let measured = if validation_tokens > 0 { validation } else { train };
     let meta = Meta {
         format: FORMAT.to_owned(),
         hash: target.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         max_seq_len: job.max_seq_len,
         vocab_size: encoder.vocab_size,
         eos_id: encoder.eos_id,
-        train_documents: parts.train.len() as u64,
-        validation_documents: parts.validation.len() as u64,
-        train_tokens: train.tokens,
-        validation_tokens: validation.tokens,
+        train_documents: survey.trained_on(),
+        validation_documents: survey.held_out.len() as u64,
+        train_tokens,
+        validation_tokens,
         validation_bytes_per_token: measured.coverage.said_bytes() as f64 / measured.tokens as f64,
-        read,
+        read: survey.counts.clone(),
         coverage,
         tokenizer_sha256: hex::encode(Sha256::digest(&encoder.json)),
-        train_sha256: hex::encode(Sha256::digest(&train.bytes)),
-        validation_sha256: hex::encode(Sha256::digest(&validation.bytes)),
+        train_sha256: sha256(&dir.join(TRAIN))?,
+        validation_sha256: sha256(&dir.join(VALIDATION))?,
         rows: None,
     };
-    let meta = serde_json::to_vec_pretty(&meta).expect("counts and hashes are plain data");
-    let contents: [(&str, &[u8]); 4] =
-        [(TRAIN, &train.bytes), (VALIDATION, &validation.bytes), (TOKENIZER, &encoder.json), (META, &meta)];
-    appear(target, |dir| contents.iter().try_for_each(|(name, bytes)| put(dir, name, bytes)))
+    replace(dir, TOKENIZER, &encoder.json)?;
+    put(dir, META, &serde_json::to_vec_pretty(&meta).expect("counts and hashes are plain data"))
 }
 
-/// The contents of the files, checked against the hashes that named the cache.
-pub(crate) fn read_files(files: &[PathBuf], hashes: &[[u8; 32]]) -> Result<Vec<Vec<u8>>, DataError> {
-    files.par_iter().zip(hashes).map(|(file, hash)| read_file(file, hash)).collect()
-}
-
-/// Those of one file.
-pub(crate) fn read_file(file: &Path, hash: &[u8; 32]) -> Result<Vec<u8>, DataError> {
-    let bytes = fs::read(file).map_err(|source| DataError::Read { path: file.to_owned(), source })?;
-    match <[u8; 32]>::from(Sha256::digest(&bytes)) == *hash {
-        true => Ok(bytes),
-        false => Err(DataError::Changed(file.to_owned())),
-    }
-}
-
-/// Token ids of one part as they lie on disk, each document followed by the end of text.
-struct Packed {
-    bytes: Vec<u8>,
-    tokens: u64,
-    coverage: Coverage,
-}
-
-impl Packed {
-    /// `given`: the tokenizer was not trained here, and may not know every byte.
-    fn new(encoder: &Encoder, texts: &[&str], given: bool) -> Result<Packed, DataError> {
-        let width = Width::of_vocabulary(encoder.vocab_size);
-        let (documents, coverage) = tokens(encoder, texts, given)?;
-        let mut bytes = Vec::new();
-        documents.iter().for_each(|ids| width.encode(ids, &mut bytes));
-        let tokens = (bytes.len() / width.bytes()) as u64;
-        Ok(Packed { bytes, tokens, coverage })
-    }
+/// Of a file, in hex.
+pub(crate) fn sha256(path: &Path) -> Result<String, DataError> {
+    let read = |source| DataError::Read { path: path.to_owned(), source };
+    let mut hasher = Sha256::new();
+    io::copy(&mut File::open(path).map_err(read)?, &mut hasher).map_err(read)?;
+    Ok(hex::encode(hasher.finalize()))
 }
 
 /// Token ids of each text, which ends with the end of text, and how much of the texts is in them.
-pub(crate) fn tokens(
-    encoder: &Encoder,
-    texts: &[&str],
-    given: bool,
-) -> Result<(Vec<Vec<u32>>, Coverage), DataError> {
+pub(crate) fn tokens(encoder: &Encoder, texts: &[&str]) -> Result<(Vec<Vec<u32>>, Coverage), DataError> {
     let encoded = encoder.encode(texts)?;
-    let coverage = match given {
-        true => encoder.coverage(texts, &encoded)?,
-        false => Coverage::whole(texts),
-    };
+    let coverage = encoder.coverage(texts, &encoded)?;
     let mut documents: Vec<Vec<u32>> = encoded.into_iter().map(|document| document.ids).collect();
     if !encoder.ends_texts() {
         documents.iter_mut().filter(|ids| encoder.lacks_end(ids)).for_each(|ids| ids.push(encoder.eos_id));
@@ -165,15 +202,16 @@ fn check_windows(job: &Job, train_tokens: u64, validation_tokens: u64) -> Result
     Ok(())
 }
 
-/// Lets `fill` write synced files into a hidden directory and renames it to `target`.
+/// Lets `fill` write synced files into a hidden directory, whose name begins so, and renames it to `target`.
 pub(crate) fn appear(
     target: &Path,
+    hidden: &str,
     fill: impl FnOnce(&Path) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let failed = |source| DataError::Write { path: target.to_owned(), source };
     let parent = target.parent().unwrap_or(Path::new("."));
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = parent.join(format!("{TEMPORARY}{name}-{}", std::process::id()));
+    let temporary = parent.join(format!("{hidden}{name}"));
     let rename = || {
         File::open(&temporary)?.sync_all()?;
         if target.exists() {
@@ -182,7 +220,7 @@ pub(crate) fn appear(
         fs::rename(&temporary, target)?;
         File::open(parent)?.sync_all()
     };
-    let created = fs::create_dir(&temporary).map_err(failed);
+    let created = fs::create_dir_all(&temporary).map_err(failed);
     created.and_then(|()| fill(&temporary)).and_then(|()| rename().map_err(failed)).inspect_err(|_| {
         let _ = fs::remove_dir_all(&temporary); // the error of writing is the one to tell
     })
@@ -191,9 +229,17 @@ pub(crate) fn appear(
 /// Writes and syncs one file.
 pub(crate) fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), DataError> {
     let path = dir.join(name);
-    let written = File::create_new(&path).and_then(|mut file| {
+    let written = File::create(&path).and_then(|mut file| {
         file.write_all(bytes)?;
         file.sync_all()
     });
     written.map_err(|source| DataError::Write { path, source })
+}
+
+/// The same, whole or not at all, whatever was there.
+pub(crate) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), DataError> {
+    let new = format!("{name}.new");
+    put(dir, &new, bytes)?;
+    let path = dir.join(name);
+    fs::rename(dir.join(new), &path).map_err(|source| DataError::Write { path, source })
 }

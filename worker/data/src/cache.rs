@@ -9,23 +9,24 @@
 //!   meta.json                  counts and SHA-256 of the others
 //! ```
 //!
-//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole.
+//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build of text that was
+//! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs).
 
+use crate::blocks::Input;
 use crate::files::DataFiles;
-use crate::formats::{HEAD, Kind};
+use crate::formats::Kind;
 use crate::rows::{self, Report};
 use crate::tokenizer::{Encoder, ModelIds, guarded};
 use crate::windows::{RowIndex, Width, Windows};
-use crate::{Counts, Coverage, DataError, Note, build, text};
+use crate::{Counts, Coverage, DataError, Note, build};
 use fleet_common::events::DataStats;
-use fleet_common::job::{Job, Tokenizer};
+use fleet_common::job::{BadRows, Job, Tokenizer};
 use fleet_common::mapped::Mapped;
 use fleet_common::model::Splits;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -89,6 +90,9 @@ pub struct RowMeta {
     pub loss_sha256: String,
     /// The text of the chat template by which messages were written, where it is not the model's own.
     pub chat_template: Option<String>,
+    /// Of examples that are left out as near duplicates: they are in the files and in no item.
+    #[serde(default)]
+    pub dropped_tokens: u64,
     pub report: Report,
 }
 
@@ -141,10 +145,9 @@ impl TokenCache {
         progress: &dyn Fn(Note),
     ) -> Result<(TokenCache, DataStats), DataError> {
         let started = Instant::now();
-        let files = files.files.as_slice();
         let ids = ModelIds::of(&job.model)?;
-        let hashes = hash_files(files)?;
-        let hash = cache_hash(job, files, &hashes, &ids)?;
+        let files = &files.hashed()?;
+        let hash = cache_hash(job, files, &ids)?;
         let caches = job.output_dir.join("cache");
         let target = caches.join(&hash);
 
@@ -155,14 +158,14 @@ impl TokenCache {
         let cache = match known() {
             Some(cache) => cache,
             None => {
-                let _lock = build::lock(&caches)?;
+                let _lock = build::lock(&caches, &hash)?;
                 match known() {
                     Some(cache) => cache, // another process built it while this one waited
                     None => {
                         cached = false;
                         match &job.data.rows {
-                            None => build::build(job, files, &hashes, &ids, &target, progress)?,
-                            Some(rows) => rows::build(job, rows, files, &hashes, &ids, &target, progress)?,
+                            None => build::build(job, files, &ids, &target, progress)?,
+                            Some(rows) => rows::build(job, rows, files, &ids, &target, progress)?,
                         }
                         TokenCache::open(&target)?
                     }
@@ -198,7 +201,8 @@ impl TokenCache {
         let most = meta.max_seq_len as usize;
         let of_text = |name: &str, count: u64| Ok(Windows::new(tokens(name, count)?, width, most));
         let of_rows = |name: &str, items: u64| {
-            let count = meta.train_tokens.saturating_add(meta.validation_tokens);
+            let dropped = meta.rows.as_ref().map_or(0, |rows| rows.dropped_tokens);
+            let count = meta.train_tokens.saturating_add(meta.validation_tokens).saturating_add(dropped);
             let rows = RowIndex { index: map(name)?, loss: map(LOSS)?, items };
             match rows.is_whole(count) {
                 true => Ok(Windows::of_rows(tokens(ROW_TOKENS, count)?, width, most, rows)),
@@ -275,9 +279,7 @@ impl TokenCache {
         }
         let checked = TokenCache::open(dir).and_then(|cache| {
             cache.meta.files().into_par_iter().try_for_each(|(name, sha256)| {
-                let path = dir.join(name);
-                let bytes = Mapped::open(&path).map_err(|source| DataError::Read { path, source })?;
-                match hex::encode(Sha256::digest(&*bytes)) == sha256 {
+                match build::sha256(&dir.join(name))? == sha256 {
                     true => Ok(()),
                     false => {
                         Err(DataError::Cache { path: dir.to_owned(), what: format!("{name} has changed") })
@@ -292,29 +294,8 @@ impl TokenCache {
 
 // ---- the hash ---------------------------------------------------------------------------------------------------------
 
-/// SHA-256 of each file. What cannot be read by its first bytes is refused before the rest of it is looked at.
-pub(crate) fn hash_files(files: &[PathBuf]) -> Result<Vec<[u8; 32]>, DataError> {
-    let hash = |path: &PathBuf| {
-        let read = |source| DataError::Read { path: path.clone(), source };
-        let mut file = File::open(path).map_err(read)?;
-        let mut head = Vec::with_capacity(HEAD);
-        (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(read)?;
-        text::known(path, &head)?;
-        let mut hasher = Sha256::new_with_prefix(&head);
-        io::copy(&mut file, &mut hasher).map_err(read)?;
-        Ok(hasher.finalize().into())
-    };
-    let hashes: Vec<Result<[u8; 32], DataError>> = files.par_iter().map(hash).collect();
-    hashes.into_iter().collect() // the first error in the order of the files
-}
-
 /// Hex of SHA-256 over all that decides what is in the cache. Paths do not: the same data elsewhere are the same.
-fn cache_hash(
-    job: &Job,
-    files: &[PathBuf],
-    hashes: &[[u8; 32]],
-    ids: &ModelIds,
-) -> Result<String, DataError> {
+fn cache_hash(job: &Job, files: &[Input], ids: &ModelIds) -> Result<String, DataError> {
     let tokenizer = match &job.tokenizer {
         Tokenizer::Train { vocab_size } => {
             format!("train {vocab_size}{}", if ids.splits == Splits::ByDigit { " by digit" } else { "" })
@@ -330,15 +311,22 @@ fn cache_hash(
     if let (Some(rows), Tokenizer::File(path)) = (&job.data.rows, &job.tokenizer) {
         hasher.update(format!("{ROWS_FORMAT}\n{}\n", rows::described(rows, path)?));
     }
-    for (file, hash) in files.iter().zip(hashes) {
-        let kind = match Kind::by_name(file) {
-            Kind::Text | Kind::Gzip => b't',
+    if job.data.bad_rows == BadRows::Skip {
+        hasher.update("without bad rows\n");
+    }
+    for Input { path, sha256, weight } in files {
+        let kind = match Kind::by_name(path) {
+            Kind::Text | Kind::Packed(_) => b't',
             Kind::Json => b'j',
             Kind::Csv => b',',
             Kind::Tsv => b'\t',
+            Kind::Parquet => b'p',
         };
         hasher.update([kind]);
-        hasher.update(hash);
+        hasher.update(sha256);
+        if *weight != 1.0 {
+            hasher.update(format!(" x {weight}\n"));
+        }
     }
     Ok(hex::encode(&hasher.finalize()[..16]))
 }

@@ -1,13 +1,82 @@
-//! Cleaning of one document, in the order of `job::Clean`: HTML tags, white space, length.
+//! What happens to a document before it is tokenised: a chain of steps, each of which changes the text or drops it.
 
 use fleet_common::job::Clean;
 
-/// The cleaned text, or `None` where nothing worth keeping is left.
-pub(crate) fn clean(text: String, rules: &Clean) -> Option<String> {
-    let text = if rules.remove_html { remove_html(&text) } else { text };
-    let text = if rules.normalize_whitespace { normalize_whitespace(&text) } else { text };
-    let long_enough = rules.min_chars == 0 || text.chars().count() >= rules.min_chars;
-    (long_enough && !text.trim().is_empty()).then_some(text)
+/// A step: the text as it goes on, or `None` where the document is dropped. Closures are such.
+pub trait Processor: Send + Sync {
+    fn process(&self, text: String) -> Option<String>;
+}
+
+impl<F: Fn(String) -> Option<String> + Send + Sync> Processor for F {
+    fn process(&self, text: String) -> Option<String> {
+        self(text)
+    }
+}
+
+/// HTML tags and white space, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TextCleaning {
+    /// Takes out what the regular expression `<[^>]+>` matches.
+    pub remove_html: bool,
+    /// Every run of white space becomes one space; none at the ends.
+    pub normalize_whitespace: bool,
+}
+
+impl Default for TextCleaning {
+    fn default() -> TextCleaning {
+        TextCleaning { remove_html: true, normalize_whitespace: true }
+    }
+}
+
+impl Processor for TextCleaning {
+    fn process(&self, text: String) -> Option<String> {
+        let text = if self.remove_html { remove_html(&text) } else { text };
+        Some(if self.normalize_whitespace { normalize_whitespace(&text) } else { text })
+    }
+}
+
+/// Steps that documents go through, in the order in which they were added.
+///
+/// ```
+/// use fleet_data::{Pipeline, TextCleaning};
+///
+/// let pipeline = Pipeline::default()
+///     .add_processor(TextCleaning::default())
+///     .filter(|text| text.chars().count() > 10)
+///     .add_processor(|text: String| Some(text.to_lowercase()));
+/// let texts = ["<p>A  text\nthat is kept</p>", "<b>short</b>"].map(str::to_owned);
+/// let kept: Vec<String> = texts.into_iter().filter_map(|text| pipeline.process(text)).collect();
+/// assert_eq!(kept, ["a text that is kept"]);
+/// ```
+#[derive(Default)]
+pub struct Pipeline(Vec<Box<dyn Processor>>);
+
+impl Pipeline {
+    /// That of a job. What is left without text is dropped.
+    pub fn of(rules: &Clean) -> Pipeline {
+        let Clean { remove_html, normalize_whitespace, min_chars, .. } = *rules;
+        Pipeline::default()
+            .add_processor(TextCleaning { remove_html, normalize_whitespace })
+            .filter(move |text| min_chars == 0 || text.chars().count() >= min_chars)
+            .filter(|text| !text.trim().is_empty())
+    }
+
+    #[must_use]
+    pub fn add_processor(mut self, step: impl Processor + 'static) -> Pipeline {
+        self.0.push(Box::new(step));
+        self
+    }
+
+    /// Drops the documents for which `keeps` is false.
+    #[must_use]
+    pub fn filter(self, keeps: impl Fn(&str) -> bool + Send + Sync + 'static) -> Pipeline {
+        self.add_processor(move |text: String| keeps(&text).then_some(text))
+    }
+
+    /// The text behind all steps, or `None` where one drops it.
+    pub fn process(&self, text: String) -> Option<String> {
+        self.0.iter().try_fold(text, |text, step| step.process(text))
+    }
 }
 
 /// Takes out what the regular expression `<[^>]+>` matches.
@@ -56,7 +125,9 @@ mod tests {
 
     #[test]
     fn html_goes_before_white_space_and_short_documents_are_dropped() {
-        let rules = Clean { remove_html: true, normalize_whitespace: true, min_chars: 3 };
+        let clean = |text: String, rules: &Clean| Pipeline::of(rules).process(text);
+        let rules =
+            Clean { remove_html: true, normalize_whitespace: true, min_chars: 3, near_duplicates: None };
         assert_eq!(clean(" a <i> b".into(), &rules).as_deref(), Some("a b"));
         assert_eq!(clean("<p>äö</p>".into(), &rules), None);
         assert_eq!(clean("<p>äöü</p>".into(), &rules).as_deref(), Some("äöü"));

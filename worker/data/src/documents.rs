@@ -1,13 +1,13 @@
 //! From the bytes of files to documents: rows of tables, text, and pieces of text where there would be too few documents.
 
-use crate::clean::clean;
-use crate::formats::Kind;
-use crate::table::Dialect;
-use crate::{DataError, Note, json, table, text};
-use fleet_common::job::Data;
-use rayon::prelude::*;
+use crate::blocks::{self, Block, Contents, Input, Reading};
+use crate::clean::Pipeline;
+use crate::table::{Dialect, Wrong};
+use crate::{DataError, Note, json};
+use fleet_common::job::{BadRows, Data};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use serde_json::Value;
+use std::path::PathBuf;
 
 /// With fewer documents than this, texts are cut at blank lines, so that there is something to hold out.
 const DOCUMENTS_MIN: usize = 20;
@@ -17,6 +17,9 @@ const PIECE: usize = 2 << 10;
 
 /// Below this a piece says nothing.
 const PIECE_MIN: usize = 256;
+
+/// The same of a text that is cut because it is large.
+pub(crate) const PIECE_LARGE: usize = 1 << 20;
 
 /// What was read, and what became of it on the way to documents.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,21 @@ pub struct Counts {
     pub cleaned_away: u64,
     /// Rows of TSV whose text stands in quotes as in CSV, which a TSV does not have.
     pub quoted: u64,
+    /// Rows that are left out, because they cannot be read, and the first of them: where, and what is wrong.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bad: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_bad: Option<String>,
+    /// Rows and texts that are left out, because they hold bytes that are not UTF-8.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub not_utf8: u64,
+    /// Documents that are left out, because one before them is nearly the same.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub near_duplicates: u64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Counts {
@@ -48,7 +66,43 @@ impl Counts {
                 counted(self.quoted, "row")
             )));
         }
+        if self.bad > 0 {
+            let first =
+                self.first_bad.as_ref().map(|first| format!(" (the first: {first})")).unwrap_or_default();
+            notes.push(Note::warning(format!(
+                "left out: {} that cannot be read{first}",
+                counted(self.bad, "row")
+            )));
+        }
+        if self.not_utf8 > 0 {
+            notes.push(Note::warning(format!(
+                "left out: {} with bytes that are not UTF-8",
+                counted(self.not_utf8, "row")
+            )));
+        }
         notes
+    }
+
+    /// Of both together; files are counted by whoever knows them.
+    pub(crate) fn add(&mut self, more: Counts) {
+        self.files += more.files;
+        self.rows += more.rows;
+        self.whole += more.whole;
+        self.empty += more.empty;
+        self.pieces += more.pieces;
+        self.cleaned_away += more.cleaned_away;
+        self.quoted += more.quoted;
+        self.bad += more.bad;
+        self.not_utf8 += more.not_utf8;
+        self.near_duplicates += more.near_duplicates;
+        self.first_bad = self.first_bad.take().or(more.first_bad);
+    }
+
+    /// When all have been added: where nothing was cut there are no pieces.
+    pub(crate) fn settle(&mut self) {
+        if self.pieces + self.empty + self.bad + self.not_utf8 == self.rows + self.whole {
+            self.pieces = 0;
+        }
     }
 
     fn told(&self) -> String {
@@ -64,6 +118,7 @@ impl Counts {
             (self.empty, "without text"),
             (self.pieces, "pieces after cutting"),
             (self.cleaned_away, "dropped by data.clean"),
+            (self.near_duplicates, "left out as near duplicates"),
         ] {
             if count > 0 {
                 line += &format!(", {count} {what}");
@@ -77,78 +132,178 @@ fn counted(count: u64, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
-/// The documents of `files`, whose `contents` are given in the same order, cut and cleaned. Never empty.
-pub(crate) fn parse(
-    files: &[PathBuf],
-    contents: Vec<Vec<u8>>,
-    data: &Data,
-) -> Result<(Vec<String>, Counts), DataError> {
-    let parsed: Vec<Result<Parsed, DataError>> = files
-        .par_iter()
-        .zip(contents)
-        .map(|(file, bytes)| parse_file(file, bytes, &data.text_field))
-        .collect();
-    let mut counts = Counts { files: files.len() as u64, ..Counts::default() };
-    let mut documents = Vec::new();
-    for parsed in parsed {
-        let texts = match parsed? {
-            Parsed::Whole(text) => {
-                counts.whole += 1;
-                vec![text]
-            }
-            Parsed::Rows(texts) => {
-                counts.rows += texts.len() as u64;
-                texts
-            }
-            Parsed::Tsv(texts) => {
-                counts.rows += texts.len() as u64;
-                counts.quoted += texts.iter().filter(|text| is_quoted(text)).count() as u64;
-                texts
-            }
-        };
-        documents.extend(texts.into_iter().filter(|text| !text.trim().is_empty()));
-    }
-    counts.empty = counts.rows + counts.whole - documents.len() as u64;
-    if documents.len() < DOCUMENTS_MIN {
-        let uncut = documents.len();
-        documents = cut_all(&documents);
-        counts.pieces = if documents.len() == uncut { 0 } else { documents.len() as u64 };
-    }
-    let found = documents.len() as u64;
-    let documents: Vec<String> =
-        documents.into_par_iter().filter_map(|text| clean(text, &data.clean)).collect();
-    counts.cleaned_away = found - documents.len() as u64;
-    if documents.is_empty() {
-        let first = files.first().map(|f| f.display().to_string()).unwrap_or_default();
-        let what = match found {
-            0 => format!("the data hold no text ({} files, the first {first}); check data.path", files.len()),
-            n => format!("cleaning left nothing of {n} documents; lower data.clean.min_chars"),
-        };
-        return Err(DataError::Empty(what));
-    }
-    Ok((documents, counts))
+/// The documents of a job's data.
+pub(crate) struct Documents<'a> {
+    data: &'a Data,
+    files: &'a [Input],
+    /// Where there are too few documents: the least bytes of the pieces that they are cut into.
+    piece: Option<usize>,
+    pipeline: Pipeline,
 }
 
-enum Parsed {
-    Whole(String),
-    Rows(Vec<String>),
-    Tsv(Vec<String>),
+/// Documents of one block, cleaned, in their order.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub texts: Vec<String>,
+    pub counts: Counts,
+}
+
+impl<'a> Documents<'a> {
+    /// Looks into the files until it is clear that there are enough.
+    pub fn of(files: &'a [Input], data: &'a Data) -> Result<Documents<'a>, DataError> {
+        let mut documents = Documents { data, files, piece: None, pipeline: Pipeline::of(&data.clean) };
+        let (mut count, mut bytes) = (0, 0);
+        blocks::each(files, documents.reading(), 0, 0, &mut |file, block| {
+            let (texts, _) = documents.raw(file, block)?;
+            let filled = texts.iter().filter(|text| !text.trim().is_empty());
+            let (more, said) = filled.fold((0, 0), |(count, bytes), text| (count + 1, bytes + text.len()));
+            count += more;
+            bytes += said;
+            Ok(count < DOCUMENTS_MIN)
+        })?;
+        if count < DOCUMENTS_MIN {
+            documents.piece = Some((bytes / DOCUMENTS_MIN).clamp(PIECE_MIN, PIECE));
+        }
+        Ok(documents)
+    }
+
+    pub fn files(&self) -> &'a [Input] {
+        self.files
+    }
+
+    pub fn reading(&self) -> Reading<'a> {
+        let damaged_too = self.data.bad_rows == BadRows::Skip;
+        Reading { field: Some(&self.data.text_field), piece: self.piece, damaged_too }
+    }
+
+    /// The documents of a block of the file with this number.
+    pub fn found(&self, file: usize, block: Block) -> Result<Found, DataError> {
+        let (mut texts, mut counts) = self.raw(file, block)?;
+        let before = texts.len();
+        texts.retain(|text| !text.trim().is_empty());
+        counts.empty += (before - texts.len()) as u64;
+        if let Some(piece) = self.piece {
+            texts = texts.iter().flat_map(|text| cut(text, piece)).map(str::to_owned).collect();
+        }
+        let found = texts.len();
+        counts.pieces = found as u64;
+        let texts: Vec<String> = texts.into_iter().filter_map(|text| self.pipeline.process(text)).collect();
+        counts.cleaned_away = (found - texts.len()) as u64;
+        Ok(Found { texts, counts })
+    }
+
+    /// Those of a block as they stand.
+    fn raw(&self, file: usize, block: Block) -> Result<(Vec<String>, Counts), DataError> {
+        let path = &self.files[file].path;
+        let field = self.data.text_field.as_str();
+        let mut rows = Rows {
+            path,
+            skips: self.data.bad_rows == BadRows::Skip,
+            texts: Vec::new(),
+            counts: Counts::default(),
+        };
+        let fatal = |(line, what): Wrong| DataError::Row { path: path.clone(), line, what };
+        match block.contents {
+            Contents::Texts { mut texts, begins } => {
+                if texts.is_empty() {
+                    texts.push(String::new());
+                }
+                let mut counts = Counts { whole: u64::from(begins), ..Counts::default() };
+                if block.is_damaged {
+                    counts.not_utf8 = texts.len() as u64;
+                    texts.clear();
+                }
+                return Ok((texts, counts));
+            }
+            Contents::Lines { line, text } => {
+                for (line, object) in json::lines(line, &text) {
+                    rows.take(json::text(object, field).map_err(|what| (line, what)))?;
+                }
+            }
+            Contents::Document(text) => rows.texts = json::texts(&text, field).map_err(fatal)?,
+            Contents::Table { header, line, text } => {
+                let texts = header.texts(line, &text, field).map_err(fatal)?;
+                texts.map(|text| rows.take(text)).collect::<Result<(), _>>()?;
+                if header.dialect() == Dialect::Tsv {
+                    rows.counts.quoted = rows.texts.iter().filter(|text| is_quoted(text)).count() as u64;
+                }
+            }
+            Contents::Records { row, rows: records } => {
+                for (number, mut record) in (row..).zip(records) {
+                    match record.shift_remove(field) {
+                        Some(Value::String(text)) => rows.take(Ok(text))?,
+                        _ => {
+                            let what = format!(
+                                "no text in the field `{field}`; leave such rows out, or set data.text_field"
+                            );
+                            let (path, place) = (path.clone(), format!("row {number}"));
+                            rows.bad(place.clone(), what.clone(), DataError::BadRow { path, place, what })?;
+                        }
+                    }
+                }
+            }
+        }
+        let Rows { mut texts, mut counts, .. } = rows;
+        counts.rows = texts.len() as u64 + counts.bad;
+        if block.is_damaged {
+            let before = texts.len();
+            texts.retain(|text| !text.contains(char::REPLACEMENT_CHARACTER));
+            counts.not_utf8 = (before - texts.len()) as u64;
+        }
+        Ok((texts, counts))
+    }
+}
+
+/// The rows of a block.
+struct Rows<'a> {
+    path: &'a PathBuf,
+    /// Bad ones are left out.
+    skips: bool,
+    texts: Vec<String>,
+    counts: Counts,
+}
+
+impl Rows<'_> {
+    fn take(&mut self, row: Result<String, Wrong>) -> Result<(), DataError> {
+        match row {
+            Ok(text) => {
+                self.texts.push(text);
+                Ok(())
+            }
+            Err((line, what)) => {
+                let path = self.path.clone();
+                self.bad(format!("line {line}"), what.clone(), DataError::Row { path, line, what })
+            }
+        }
+    }
+
+    /// Counts a row that is wrong, or gives the error that it is.
+    fn bad(&mut self, place: String, what: String, error: DataError) -> Result<(), DataError> {
+        if !self.skips {
+            return Err(error);
+        }
+        self.counts.bad += 1;
+        self.counts.first_bad.get_or_insert_with(|| format!("{}, {place}: {what}", self.path.display()));
+        Ok(())
+    }
+}
+
+/// Refuses data without text.
+pub(crate) fn check(documents: u64, counts: &Counts, files: &[Input]) -> Result<(), DataError> {
+    if documents > 0 {
+        return Ok(());
+    }
+    let first = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
+    Err(DataError::Empty(match counts.cleaned_away {
+        0 => format!("the data hold no text ({} files, the first {first}); check data.path", files.len()),
+        n => format!("cleaning left nothing of {n} documents; lower data.clean.min_chars"),
+    }))
 }
 
 /// Whether a text is written as CSV writes one with quotes in it.
 fn is_quoted(text: &str) -> bool {
     let inside = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
     inside.is_some_and(|inside| inside.contains("\"\"") && !inside.replace("\"\"", "").contains('"'))
-}
-
-fn parse_file(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Parsed, DataError> {
-    let (kind, text) = text::read(path, bytes)?;
-    Ok(match kind {
-        Kind::Text | Kind::Gzip => Parsed::Whole(text),
-        Kind::Json => Parsed::Rows(json::texts(path, &text, field)?),
-        Kind::Csv => Parsed::Rows(table::texts(path, &text, field, Dialect::Csv)?),
-        Kind::Tsv => Parsed::Tsv(table::texts(path, &text, field, Dialect::Tsv)?),
-    })
 }
 
 /// What is wrong with a row or a header that has these fields.
@@ -195,15 +350,17 @@ pub(crate) fn chat_cure(field: &str) -> String {
     )
 }
 
-fn cut_all(documents: &[String]) -> Vec<String> {
-    let bytes: usize = documents.iter().map(String::len).sum();
-    let piece = (bytes / DOCUMENTS_MIN).clamp(PIECE_MIN, PIECE);
-    documents.iter().flat_map(|text| cut(text, piece)).map(str::to_owned).collect()
-}
-
 /// Pieces of `least..=2 * least` bytes, the last maybe shorter: to the first blank line from `least` on, else to the last end of a
 /// line, else in the middle. White space at the cuts is dropped.
-fn cut(text: &str, least: usize) -> Vec<&str> {
+pub(crate) fn cut(text: &str, least: usize) -> Vec<&str> {
+    let (mut pieces, rest) = cut_front(text, least);
+    pieces.push(rest.trim_end());
+    pieces.retain(|piece| !piece.is_empty());
+    pieces
+}
+
+/// The same as far as it does not hang on what follows, and the rest.
+pub(crate) fn cut_front(text: &str, least: usize) -> (Vec<&str>, &str) {
     let mut pieces = Vec::new();
     let mut rest = text;
     while rest.len() > 2 * least {
@@ -213,9 +370,8 @@ fn cut(text: &str, least: usize) -> Vec<&str> {
         pieces.push(rest[..end].trim_end());
         rest = rest[end..].trim_start_matches(['\n', '\r']);
     }
-    pieces.push(rest.trim_end());
     pieces.retain(|piece| !piece.is_empty());
-    pieces
+    (pieces, rest)
 }
 
 /// Where the first line ends that is followed by a line of nothing but white space.
@@ -231,14 +387,32 @@ mod tests {
     use super::*;
     use crate::files::tests::data;
     use proptest::prelude::*;
+    use sha2::{Digest, Sha256};
 
     fn read(files: &[(&str, &[u8])], more: fn(&mut Data)) -> Result<(Vec<String>, String), DataError> {
         let mut data = data(vec![], &[], &[]);
         more(&mut data);
-        let (names, contents) =
-            files.iter().map(|(name, bytes)| (PathBuf::from(name), bytes.to_vec())).unzip();
-        let names: Vec<PathBuf> = names;
-        parse(&names, contents, &data).map(|(documents, counts)| (documents, counts.told()))
+        let dir = tempfile::tempdir().unwrap();
+        let input = |(name, bytes): &(&str, &[u8])| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            Input { path, sha256: Sha256::digest(bytes).into(), weight: 1.0 }
+        };
+        let inputs: Vec<Input> = files.iter().map(input).collect();
+        let documents = Documents::of(&inputs, &data)?;
+        let mut counts = Counts { files: inputs.len() as u64, ..Counts::default() };
+        let mut all = Vec::new();
+        blocks::batches(&inputs, documents.reading(), 0, 0, &mut |batch| {
+            batch.into_iter().try_for_each(|(file, block)| {
+                let found = documents.found(file, block)?;
+                counts.add(found.counts);
+                all.extend(found.texts);
+                Ok(())
+            })
+        })?;
+        counts.settle();
+        check(all.len() as u64, &counts, &inputs)?;
+        Ok((all, counts.told()))
     }
 
     fn documents(name: &str, bytes: &[u8]) -> Result<Vec<String>, DataError> {
@@ -248,7 +422,7 @@ mod tests {
     #[test]
     fn a_row_is_a_document_and_the_rows_are_counted() {
         let rows = b"{\"text\":\"one\",\"id\":1}\n\n{\"text\":\"two\\nlines\"}\n{\"text\":\" \"}";
-        let zipped = crate::text::tests::gzip(b"\xef\xbb\xbfid,text\n1,\"a, \"\"b\"\"\nc\"\n2,plain\n");
+        let zipped = crate::unpack::tests::gzip(b"\xef\xbb\xbfid,text\n1,\"a, \"\"b\"\"\nc\"\n2,plain\n");
         let (texts, told) = read(&[("a.jsonl", rows)], |_| ()).unwrap();
         assert_eq!((texts.len(), told.as_str()), (2, "read 3 rows of 1 file, 1 without text"));
         let all: [(&str, &[u8]); 4] =
@@ -304,8 +478,8 @@ mod tests {
     #[test]
     fn the_first_file_that_is_wrong_is_the_one_told() {
         for _ in 0..20 {
-            let files: [(&str, &[u8]); 3] = [("a.txt", b"x"), ("b.txt", b"PAR1"), ("c.txt", b"\xff")];
-            assert!(read(&files, |_| ()).unwrap_err().to_string().contains("b.txt is a Parquet file"));
+            let files: [(&str, &[u8]); 3] = [("a.txt", b"x"), ("b.txt", b"ARROW1"), ("c.txt", b"\xff")];
+            assert!(read(&files, |_| ()).unwrap_err().to_string().contains("b.txt is an Arrow file"));
         }
         assert!(documents("a.txt", b" \n ").unwrap_err().to_string().contains("hold no text"));
     }
@@ -320,6 +494,32 @@ mod tests {
             assert!((1000..4096).contains(&piece.len()), "{} bytes", piece.len());
             assert!(piece.starts_with("Speech") && piece.ends_with("Second line."));
         }
+    }
+
+    #[test]
+    fn large_files_are_read_as_if_they_were_whole() {
+        let text: String = (0..90_000)
+            .map(|i| format!("Line {i} of a caf\u{e9}.{}", ["\n", "\n\n", "\r\n"][i % 3]))
+            .collect();
+        assert!(text.len() > 2 * crate::chunks::CHUNK);
+        assert_eq!(documents("a.txt", text.as_bytes()).unwrap(), cut(&text, PIECE));
+
+        let line = |i: usize| format!("row {i} with \"quotes\",\nand lines");
+        let rows: String =
+            (0..60_000).map(|i| format!("{}\n", serde_json::json!({"text": line(i), "id": i}))).collect();
+        assert!(rows.len() > 2 * crate::chunks::CHUNK);
+        let wanted: Vec<String> = (0..60_000).map(line).collect();
+        assert_eq!(documents("a.jsonl", rows.as_bytes()).unwrap(), wanted);
+        let error = documents("a.jsonl", (rows + "{}").as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("a.jsonl, line 60001: no field `text`"), "{error}");
+
+        let quoted = |i: usize| format!("\"{}\"", line(i).replace('"', "\"\""));
+        let table: String = (0..60_000).map(|i| format!("{i},{}\r\n", quoted(i))).collect();
+        let table = format!("id,text\r\n{table}");
+        assert!(table.len() > 2 * crate::chunks::CHUNK);
+        assert_eq!(documents("a.csv", table.as_bytes()).unwrap(), wanted);
+        let error = documents("a.csv", (table + "1\r\n").as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("a.csv, line 120002: 1 fields"), "{error}");
     }
 
     proptest! {

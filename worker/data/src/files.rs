@@ -1,13 +1,16 @@
 //! Which files a job's data are, in an order that depends on their names alone.
 
-use crate::formats::{is_data_by_name, is_documentation};
+use crate::blocks::Input;
+use crate::formats::{HEAD, is_data_by_name, is_documentation};
 use crate::left_out::{LeftOut, Reason};
-use crate::{DataError, Note};
+use crate::{DataError, Note, text};
 use fleet_common::job::{Data, Job};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use std::collections::HashSet;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use walkdir::{DirEntry, WalkDir};
 
@@ -15,6 +18,8 @@ use walkdir::{DirEntry, WalkDir};
 #[derive(Debug)]
 pub struct DataFiles {
     pub(crate) files: Vec<PathBuf>,
+    /// Of each file, how often what it has is trained on in an epoch.
+    pub(crate) weights: Vec<f64>,
     /// What was seen in the folders and not taken.
     pub(crate) left_out: LeftOut,
 }
@@ -28,6 +33,23 @@ impl DataFiles {
         let (count, s) = (found.files.len(), if found.files.len() == 1 { "" } else { "s" });
         progress(Note::info(format!("reading {count} file{s}")));
         Ok(found)
+    }
+
+    /// With the SHA-256 of each. What cannot be read by its first bytes is refused before the rest of it is looked at.
+    pub(crate) fn hashed(&self) -> Result<Vec<Input>, DataError> {
+        let hash = |(path, weight): (&PathBuf, &f64)| {
+            let read = |source| DataError::Read { path: path.clone(), source };
+            let mut file = File::open(path).map_err(read)?;
+            let mut head = Vec::with_capacity(HEAD);
+            (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(read)?;
+            text::known(path, &head)?;
+            let mut hasher = Sha256::new_with_prefix(&head);
+            io::copy(&mut file, &mut hasher).map_err(read)?;
+            Ok(Input { path: path.clone(), sha256: hasher.finalize().into(), weight: *weight })
+        };
+        let inputs: Vec<Result<Input, DataError>> =
+            self.files.par_iter().zip(&self.weights).map(hash).collect();
+        inputs.into_iter().collect() // the first error in the order of the files
     }
 }
 
@@ -51,9 +73,11 @@ pub(crate) fn find(data: &Data, output: &Path) -> Result<DataFiles, DataError> {
         include: globs("include", &data.include)?,
         exclude: globs("exclude", &data.exclude)?,
         seen: HashSet::new(),
-        found: DataFiles { files: Vec::new(), left_out: LeftOut::default() },
+        weight: 1.0,
+        found: DataFiles { files: Vec::new(), weights: Vec::new(), left_out: LeftOut::default() },
     };
-    for path in &data.paths {
+    for (number, path) in data.paths.iter().enumerate() {
+        search.weight = data.weights.get(number).copied().unwrap_or(1.0);
         let meta = fs::metadata(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => nowhere(path).unwrap_or_else(|| DataError::Missing(path.clone())),
             _ => DataError::Read { path: path.clone(), source },
@@ -85,6 +109,8 @@ struct Search {
     exclude: GlobSet,
     /// Real paths of the files that were taken.
     seen: HashSet<PathBuf>,
+    /// Of the files that are found next.
+    weight: f64,
     found: DataFiles,
 }
 
@@ -178,7 +204,10 @@ impl Search {
         let real =
             fs::canonicalize(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
         match self.seen.insert(real) {
-            true => self.found.files.push(path.to_owned()),
+            true => {
+                self.found.files.push(path.to_owned());
+                self.found.weights.push(self.weight);
+            }
             false => self.found.left_out.add(Reason::Again, told_as),
         }
         Ok(())
@@ -252,6 +281,8 @@ pub(crate) mod tests {
             text_field: "text".into(),
             validation_fraction: 0.1,
             clean: Default::default(),
+            weights: Vec::new(),
+            bad_rows: Default::default(),
             rows: None,
         }
     }
@@ -339,10 +370,10 @@ pub(crate) mod tests {
                 [dir.path().to_owned()].into_iter().chain(named.iter().map(|name| dir.path().join(name)));
             find(&data(paths.collect(), include, &[]), Path::new("out"))
         };
-        let set = ["README.md", "LICENSE.txt", "data/train-0.parquet", "data/train-1.parquet"];
+        let set = ["README.md", "LICENSE.txt", "data/train-0.arrow", "data/train-1.arrow"];
         let said = find(&set, &default, &[]).unwrap_err().to_string();
         assert!(
-            said.contains("(2, such as data/train-0.parquet)") && said.contains("LICENSE.txt, README.md"),
+            said.contains("(2, such as data/train-0.arrow)") && said.contains("LICENSE.txt, README.md"),
             "{said}"
         );
         assert_eq!(find(&set, &["*.md"], &[]).unwrap().files.len(), 1, "who names it has it");

@@ -15,8 +15,16 @@ pub(crate) enum Kind {
     Csv,
     /// The same with tabs, and without quotes.
     Tsv,
-    /// Any of the others, compressed.
+    /// Rows in columns, with types.
+    Parquet,
+    /// Any of those that are text, compressed.
+    Packed(Packing),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
     Gzip,
+    Zstd,
 }
 
 /// A format that is not read.
@@ -33,7 +41,10 @@ pub(crate) struct Foreign {
 /// As much of a file's beginning as `Kind::of` looks at.
 pub(crate) const HEAD: usize = 4096;
 
-pub(crate) const GZIP: &[u8] = b"\x1f\x8b\x08";
+const PACKED: [(&[u8], Packing); 2] =
+    [(b"\x1f\x8b\x08", Packing::Gzip), (b"\x28\xb5\x2f\xfd", Packing::Zstd)];
+
+const PARQUET: &[u8] = b"PAR1";
 
 impl Kind {
     /// The kind of a file of this name that begins with `head` (`HEAD` bytes, or all that it has).
@@ -41,8 +52,11 @@ impl Kind {
         if let Some(pointer) = stand_in(head) {
             return Err(foreign(pointer.name, pointer.cure, &[]));
         }
-        if head.starts_with(GZIP) {
-            return Ok(Kind::Gzip);
+        if let Some((_, packing)) = PACKED.iter().find(|(magic, _)| head.starts_with(magic)) {
+            return Ok(Kind::Packed(*packing));
+        }
+        if head.starts_with(PARQUET) {
+            return Ok(Kind::Parquet);
         }
         if let Some(format) = office(head) {
             return Err(format);
@@ -50,18 +64,22 @@ impl Kind {
         let is = |(at, bytes): &(usize, &[u8])| head.get(*at..).is_some_and(|rest| rest.starts_with(bytes));
         match FOREIGN.iter().find(|format| format.magic.iter().all(is)) {
             Some(format) => Err(*format),
+            None if Kind::by_name(path) == Kind::Parquet => {
+                Err(foreign("no Parquet file, although it is called one", "fetch it again", &[]))
+            }
             None => Ok(Kind::by_name(path)),
         }
     }
 
-    /// What the name alone says; a compressed file is called after what is in it, with `.gz` at the end.
+    /// What the name alone says; a compressed file is called after what is in it, with `.gz` or `.zst` at the end.
     pub fn by_name(path: &Path) -> Kind {
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        let name = name.strip_suffix(".gz").unwrap_or(&name);
+        let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
         match name.rsplit_once('.').map(|(_, extension)| extension) {
             Some("json" | "jsonl" | "ndjson") => Kind::Json,
             Some("csv") => Kind::Csv,
             Some("tsv" | "tab") => Kind::Tsv,
+            Some("parquet") => Kind::Parquet,
             _ => Kind::Text,
         }
     }
@@ -133,13 +151,12 @@ const fn foreign(
 }
 
 #[rustfmt::skip]
-static FOREIGN: [Foreign; 44] = [
+static FOREIGN: [Foreign; 42] = [
     // Compressed files and archives.
-    foreign("compressed with zstd", "unpack it with `zstd -d`, or compress it with gzip", &[(0, b"\x28\xb5\x2f\xfd")]),
-    foreign("compressed with bzip2", "unpack it with `bunzip2`, or compress it with gzip", &[(0, b"BZh"), (4, b"1AY&SY")]),
-    foreign("compressed with bzip2", "unpack it with `bunzip2`, or compress it with gzip", &[(0, b"BZh"), (4, b"\x17\x72\x45\x38\x50\x90")]),
-    foreign("compressed with xz", "unpack it with `unxz`, or compress it with gzip", &[(0, b"\xfd7zXZ\x00")]),
-    foreign("compressed with lz4", "unpack it with `unlz4`, or compress it with gzip", &[(0, b"\x04\x22\x4d\x18")]),
+    foreign("compressed with bzip2", "unpack it with `bunzip2`, or compress it with zstd", &[(0, b"BZh"), (4, b"1AY&SY")]),
+    foreign("compressed with bzip2", "unpack it with `bunzip2`, or compress it with zstd", &[(0, b"BZh"), (4, b"\x17\x72\x45\x38\x50\x90")]),
+    foreign("compressed with xz", "unpack it with `unxz`, or compress it with zstd", &[(0, b"\xfd7zXZ\x00")]),
+    foreign("compressed with lz4", "unpack it with `unlz4`, or compress it with zstd", &[(0, b"\x04\x22\x4d\x18")]),
     foreign("compressed with `compress`", "unpack it with `uncompress`", &[(0, b"\x1f\x9d")]),
     foreign("compressed with Snappy", UNPACK, &[(0, b"\xff\x06\x00\x00sNaPpY")]),
     foreign("a NumPy archive", ROWS, &[(0, b"PK\x03\x04"), (30, b"arr_0.npy")]),
@@ -153,7 +170,6 @@ static FOREIGN: [Foreign; 44] = [
     foreign("a 7z archive", UNPACK, &[(0, b"7z\xbc\xaf\x27\x1c")]),
     foreign("a RAR archive", UNPACK, &[(0, b"Rar!\x1a\x07")]),
     // Tables.
-    foreign("a Parquet file", ROWS, &[(0, b"PAR1")]),
     foreign("an encrypted Parquet file", ROWS, &[(0, b"PARE")]),
     foreign("an Arrow file", ROWS, &[(0, b"ARROW1")]),
     foreign("an Arrow stream", ROWS, &[(0, b"\xff\xff\xff\xff")]),
@@ -200,9 +216,20 @@ mod tests {
             ("A.CSV.GZ", Kind::Csv),
             ("a.tsv", Kind::Tsv),
             ("a.gz", Kind::Text),
+            ("a.csv.zst", Kind::Csv),
         ] {
             assert_eq!(Kind::of(Path::new(name), b"text"), Ok(kind), "{name}");
-            assert_eq!(Kind::of(Path::new(name), b"\x1f\x8b\x08\x00"), Ok(Kind::Gzip), "{name}");
+            assert_eq!(
+                Kind::of(Path::new(name), b"\x1f\x8b\x08\x00"),
+                Ok(Kind::Packed(Packing::Gzip)),
+                "{name}"
+            );
+            assert_eq!(
+                Kind::of(Path::new(name), b"\x28\xb5\x2f\xfd\x04"),
+                Ok(Kind::Packed(Packing::Zstd)),
+                "{name}"
+            );
+            assert_eq!(Kind::of(Path::new(name), b"PAR1\x15\x04"), Ok(Kind::Parquet), "{name}");
         }
     }
 
@@ -210,14 +237,12 @@ mod tests {
     fn the_first_bytes_win_over_every_name() {
         let mut tar = vec![b'x'; 257];
         tar.extend(b"ustar\x0000");
-        let cases: [(&[u8], &str); 14] = [
+        let cases: [(&[u8], &str); 12] = [
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
-            (b"\x28\xb5\x2f\xfd\x04", "zstd"),
             (b"BZh91AY&SY\x12", "bzip2"),
             (b"\xfd7zXZ\x00\x00", "xz"),
             (b"PK\x03\x04\x14\x00", "zip archive"),
             (&tar, "tar archive"),
-            (b"PAR1\x15\x04", "Parquet"),
             (b"ARROW1\0\0\xff", "Arrow file"),
             (b"\xff\xff\xff\xff\x88\x01\0\0", "Arrow stream"),
             (b"\x58\x01\0\0\0\0\0\0{\"__metadata__\"", "safetensors"),

@@ -1,33 +1,36 @@
 //! Rows of JSON, in the shapes that people have them: an object per line, an array of objects, and an object of columns.
 //! The contents decide which it is. Only the text field is kept; the rest is skipped as it is parsed.
 
-use crate::DataError;
 use crate::documents::{chat_cure, is_chat, no_field};
+use crate::table::Wrong;
 use serde::de::{
     DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
 };
 use std::fmt;
-use std::path::Path;
 
 /// Names of fields that a refusal lists.
 const NAMES_MAX: usize = 12;
 
-/// The text field of every row.
-pub(crate) fn texts(path: &Path, text: &str, field: &str) -> Result<Vec<String>, DataError> {
-    let bad = |line: u64, what: String| DataError::Row { path: path.to_owned(), line, what };
-    let mut out = Vec::new();
+/// Lines with something in them, with their numbers, of which `first` is the first one's.
+pub(crate) fn lines(first: u64, text: &str) -> impl Iterator<Item = (u64, &str)> {
     let newline = if text.contains('\n') { '\n' } else { '\r' };
-    let lines = || (1..).zip(text.split(newline)).filter(|(_, line)| !line.trim().is_empty());
-    if is_one_document(lines().map(|(_, line)| line.trim())) {
-        parse(text, Rows { field, whole: true, out: &mut out })
-            .map_err(|e| bad(e.line() as u64, what_is_wrong(text, &e)))?;
-    } else {
-        for (number, line) in lines() {
-            parse(line, Rows { field, whole: false, out: &mut out })
-                .map_err(|e| bad(number, what_is_wrong(line, &e)))?;
-        }
+    (first..).zip(text.split(newline)).filter(|(_, line)| !line.trim().is_empty())
+}
+
+/// The text field of the object in a line.
+pub(crate) fn text(line: &str, field: &str) -> Result<String, String> {
+    let mut out = Vec::new();
+    parse(line, Rows { field, whole: false, out: &mut out }).map_err(|e| what_is_wrong(line, &e))?;
+    out.pop().ok_or_else(|| "no text".to_owned())
+}
+
+/// That of all rows of a file which is one value, or what is wrong in which line.
+pub(crate) fn texts(text: &str, field: &str) -> Result<Vec<String>, Wrong> {
+    let mut out = Vec::new();
+    match parse(text, Rows { field, whole: true, out: &mut out }) {
+        Ok(()) => Ok(out),
+        Err(e) => Err((e.line() as u64, what_is_wrong(text, &e))),
     }
-    Ok(out)
 }
 
 /// Whether the file is one value rather than one per line: there is a single line, or the first is no value by itself and the
@@ -340,8 +343,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn read(text: &str) -> Result<Vec<String>, String> {
-        texts(Path::new("a.json"), text, "text").map_err(|e| e.to_string())
+    fn read(all: &str) -> Result<Vec<String>, String> {
+        let told = |(line, what): Wrong| format!("line {line}: {what}");
+        match is_one_document(lines(1, all).map(|(_, line)| line.trim())) {
+            true => texts(all, "text").map_err(told),
+            false => {
+                lines(1, all).map(|(n, line)| text(line, "text").map_err(|what| told((n, what)))).collect()
+            }
+        }
     }
 
     #[test]

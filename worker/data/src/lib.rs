@@ -4,9 +4,11 @@
 //! alone which windows are its own. Nothing here knows of tensors or of the cluster.
 
 mod added;
+mod blocks;
 mod build;
 mod cache;
 pub mod chat;
+mod chunks;
 mod clean;
 mod coverage;
 mod documents;
@@ -16,20 +18,27 @@ mod formats;
 mod json;
 mod left_out;
 pub mod model_dir;
+mod near;
 mod note;
 mod order;
+mod parquet;
 mod permutation;
 mod prefix_space;
 mod rows;
 mod split;
 mod splits;
 mod stream;
+mod survey;
 mod table;
 mod text;
+mod tokenise;
 mod tokenizer;
+mod unpack;
+mod weights;
 mod windows;
 
 pub use cache::{Meta, RowMeta, TokenCache};
+pub use clean::{Pipeline, Processor, TextCleaning};
 pub use coverage::Coverage;
 pub use documents::Counts;
 pub use error::DataError;

@@ -51,12 +51,12 @@ mod tests {
     #[test]
     fn digits_stand_alone_and_letters_are_composed() {
         let text = "in 1234 and 1234 he'd say caf\u{e9}, it's 1234\n".repeat(20);
-        let encoder = Encoder::train(&[&text], 270, Splits::ByDigit).unwrap();
+        let encoder = Encoder::train([&text].into_iter(), 270, Splits::ByDigit).unwrap();
         let tokens = |text: &str| encoder.encode(&[text]).unwrap()[0].ids.len();
         assert_eq!(tokens("1234"), 4);
         assert_eq!(encoder.encode(&["caf\u{e9}"]).unwrap(), encoder.encode(&["cafe\u{301}"]).unwrap());
         assert_eq!(super::warning(&encoder.json, Splits::ByDigit), None);
-        let other = Encoder::train(&[&text], 270, Splits::AsWritten).unwrap();
+        let other = Encoder::train([&text].into_iter(), 270, Splits::AsWritten).unwrap();
         assert!(other.encode(&[" 1234"]).unwrap()[0].ids.len() < 4);
         assert!(super::warning(&other.json, Splits::ByDigit).unwrap().contains("PreTrainedTokenizerFast"));
         assert_eq!(super::warning(&other.json, Splits::AsWritten), None);

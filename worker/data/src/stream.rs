@@ -1,8 +1,10 @@
 //! Data as one stream of tokens in memory, in the order of the files: what a cache would train on if nothing were held out.
 
+use crate::documents::{self, Documents, Found};
 use crate::tokenizer::{Encoder, ModelIds, guarded};
-use crate::{DataError, DataFiles, Note, build, cache, documents};
+use crate::{Counts, Coverage, DataError, DataFiles, Note, blocks, build};
 use fleet_common::job::{Job, Tokenizer};
+use rayon::prelude::*;
 
 /// Every document with what the tokenizer puts around it, and its end.
 #[derive(Debug)]
@@ -20,7 +22,7 @@ impl Stream {
     }
 
     fn tokenised(job: &Job, progress: &dyn Fn(Note)) -> Result<Stream, DataError> {
-        let files = DataFiles::find(job, progress)?.files;
+        let files = DataFiles::find(job, progress)?.hashed()?;
         let Tokenizer::File(path) = &job.tokenizer else {
             return Err(DataError::Vocabulary(
                 "a stream of tokens needs a tokenizer that is there; set tokenizer.path".into(),
@@ -29,17 +31,30 @@ impl Stream {
         let ids = ModelIds::of(&job.model)?;
         let encoder = Encoder::open(path, &ids)?;
         ids.check_holds(encoder.vocab_size)?;
-        let hashes = cache::hash_files(&files)?;
-        let (texts, counts) = documents::parse(&files, build::read_files(&files, &hashes)?, &job.data)?;
-        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let (documents, coverage) = build::tokens(&encoder, &texts, true)?;
+        let documents = Documents::of(&files, &job.data)?;
+        let mut counts = Counts { files: files.len() as u64, ..Counts::default() };
+        let mut stream = Stream { ids: Vec::new(), documents: 0, bytes: 0 };
+        let mut coverage = Coverage::default();
+        blocks::batches(&files, documents.reading(), 0, 0, &mut |batch| {
+            let one = |(file, block)| {
+                let Found { texts, counts } = documents.found(file, block)?;
+                let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+                Ok((build::tokens(&encoder, &texts)?, counts))
+            };
+            let made: Vec<Result<_, DataError>> = batch.into_par_iter().map(one).collect();
+            for made in made {
+                let ((documents, more), read) = made?;
+                stream.documents += documents.len() as u64;
+                stream.ids.extend(documents.into_iter().flatten());
+                coverage = coverage.and(&more);
+                counts.add(read);
+            }
+            Ok(())
+        })?;
+        counts.settle();
+        documents::check(stream.documents, &counts, &files)?;
         coverage.check()?;
         counts.notes().into_iter().chain(coverage.notes()).for_each(progress);
-        let count = documents.len() as u64;
-        Ok(Stream {
-            ids: documents.into_iter().flatten().collect(),
-            documents: count,
-            bytes: coverage.said_bytes(),
-        })
+        Ok(Stream { bytes: coverage.said_bytes(), ..stream })
     }
 }

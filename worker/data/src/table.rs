@@ -3,11 +3,10 @@
 //! CSV is RFC 4180 in UTF-8. TSV is what people write: tabs and line ends separate, and a quote is a character like others. Rows
 //! end with `\n` or `\r\n`, or with `\r` where the first row does; empty lines are skipped.
 
-use crate::DataError;
+use crate::chunks::Ends;
 use crate::documents::no_field;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
-use std::path::Path;
 
 /// How the fields of a row stand beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,66 +36,135 @@ fn named_separator(text: &str, newline: char) -> Option<(char, &str)> {
     }
 }
 
-/// The text field of every row; the first row has the names of the columns.
-pub(crate) fn texts(
-    path: &Path,
-    text: &str,
-    field: &str,
+/// The first row of a table, which names the fields of the others.
+#[derive(Debug)]
+pub(crate) struct Header {
+    names: Vec<String>,
+    line: u64,
+    separator: char,
+    newline: char,
     dialect: Dialect,
-) -> Result<Vec<String>, DataError> {
-    let bad = |(line, what): (u64, String)| DataError::Row { path: path.to_owned(), line, what };
-    let mut rows = Rows::new(text, dialect);
-    let Some(header) = rows.next().transpose().map_err(bad)? else { return Ok(Vec::new()) };
-    let column = column(&header, field, dialect).map_err(bad)?;
-    let mut texts = Vec::new();
-    for row in rows {
-        let mut row = row.map_err(bad)?;
-        if row.fields.len() != header.fields.len() {
-            return Err(bad((row.line, wrong_length(row.fields.len(), header.fields.len(), dialect))));
-        }
-        texts.push(row.fields.swap_remove(column).into_owned());
-    }
-    Ok(texts)
 }
 
-/// A row by the names of its fields, or what is wrong with it.
-pub(crate) type Object = Result<Map<String, Value>, String>;
+/// What is wrong in which line, from 1.
+pub(crate) type Wrong = (u64, String);
 
-/// Gives every row as an object of texts, by the names in the first row, or what is wrong with it.
-pub(crate) fn objects(
-    path: &Path,
-    text: &str,
+impl Header {
+    /// That of a file which begins with `text`, the rows behind it, and the line of the first of them. `None`: there are no rows.
+    pub fn read(text: &str, dialect: Dialect) -> Result<Option<(Header, &str, u64)>, Wrong> {
+        let mut rows = Rows::new(text, dialect);
+        let Some(Row { line, fields }) = rows.next().transpose()? else { return Ok(None) };
+        let names = fields.iter().map(|name| name.trim().to_owned()).collect();
+        let Rows { separator, newline, .. } = rows;
+        Ok(Some((Header { names, line, separator, newline, dialect }, rows.rest, rows.line)))
+    }
+
+    pub fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    /// Line ends of rows behind it.
+    pub fn lines(&self, text: &str) -> u64 {
+        text.matches(self.newline).count() as u64
+    }
+
+    /// Rows of `text`, which begins with this line, each with its own line, or what is wrong with one.
+    fn rows<'t>(&self, line: u64, text: &'t str) -> impl Iterator<Item = Result<Row<'t>, Wrong>> + use<'t> {
+        let &Header { separator, newline, dialect, .. } = self;
+        let wanted = self.names.len();
+        let rows = Rows { rest: text, line, newline, separator, dialect, goes_on: false };
+        rows.map(move |row| {
+            let row = row?;
+            match row.fields.len() {
+                found if found == wanted => Ok(row),
+                found => Err((row.line, wrong_length(found, wanted, dialect))),
+            }
+        })
+    }
+
+    /// The text field of every row, or what is wrong with one; as a whole where there is no such field.
+    pub fn texts<'t>(
+        &self,
+        line: u64,
+        text: &'t str,
+        field: &str,
+    ) -> Result<impl Iterator<Item = Result<String, Wrong>> + use<'t>, Wrong> {
+        let column = column(self, field)?;
+        Ok(self.rows(line, text).map(move |row| Ok(row?.fields.swap_remove(column).into_owned())))
+    }
+
+    /// Every row as an object of texts, or what is wrong with one; as a whole where two fields have one name.
+    pub fn objects(
+        &self,
+        line: u64,
+        text: &str,
+    ) -> Result<impl Iterator<Item = Result<(u64, Map<String, Value>), Wrong>>, Wrong> {
+        let names = &self.names;
+        if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
+            let what = format!(
+                "there are two columns `{twice}` (the second is number {}); rename one of them",
+                at + 1
+            );
+            return Err((self.line, what));
+        }
+        Ok(self.rows(line, text).map(move |row| {
+            let row = row?;
+            let values = row.fields.into_iter().map(|field| Value::String(field.into_owned()));
+            Ok((row.line, names.iter().cloned().zip(values).collect()))
+        }))
+    }
+}
+
+/// Finds where rows end in the bytes of a table.
+pub(crate) struct RowEnds {
+    separator: u8,
+    newline: u8,
     dialect: Dialect,
-    take: &mut dyn FnMut(u64, Object) -> Result<(), DataError>,
-) -> Result<(), DataError> {
-    let bad = |(line, what): (u64, String)| DataError::Row { path: path.to_owned(), line, what };
-    let mut rows = Rows::new(text, dialect);
-    let Some(header) = rows.next().transpose().map_err(bad)? else { return Ok(()) };
-    let names: Vec<&str> = header.fields.iter().map(|name| name.trim()).collect();
-    if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
-        let what =
-            format!("there are two columns `{twice}` (the second is number {}); rename one of them", at + 1);
-        return Err(bad((header.line, what)));
+    at: Place,
+}
+
+/// What the next byte is in.
+#[derive(Clone, Copy)]
+enum Place {
+    Begin,
+    Field,
+    Quoted,
+    /// Behind a quote in a quoted field: its last one, or the first of two.
+    Quote,
+}
+
+impl RowEnds {
+    /// Of a file that begins with `head`.
+    pub fn of(head: &str, dialect: Dialect) -> RowEnds {
+        let Rows { separator, newline, .. } = Rows::new(head, dialect);
+        RowEnds { separator: separator as u8, newline: newline as u8, dialect, at: Place::Begin }
     }
-    for row in rows {
-        let (line, row) = match row {
-            Err((line, what)) => (line, Err(what)),
-            Ok(row) if row.fields.len() != names.len() => {
-                (row.line, Err(wrong_length(row.fields.len(), names.len(), dialect)))
-            }
-            Ok(row) => {
-                let values = row.fields.into_iter().map(|field| Value::String(field.into_owned()));
-                (row.line, Ok(names.iter().map(|name| (*name).to_owned()).zip(values).collect()))
-            }
-        };
-        take(line, row)?;
+}
+
+impl Ends for RowEnds {
+    fn last(&mut self, bytes: &[u8]) -> Option<usize> {
+        let mut last = None;
+        for (at, &byte) in bytes.iter().enumerate() {
+            self.at = match self.at {
+                Place::Begin if byte == b'"' && self.dialect == Dialect::Csv => Place::Quoted,
+                Place::Quoted if byte == b'"' => Place::Quote,
+                Place::Quoted => Place::Quoted,
+                Place::Quote if byte == b'"' => Place::Quoted,
+                _ if byte == self.separator => Place::Begin,
+                _ if byte == self.newline => {
+                    last = Some(at + 1);
+                    Place::Begin
+                }
+                _ => Place::Field,
+            };
+        }
+        last
     }
-    Ok(())
 }
 
 /// Where the text field stands.
-fn column(header: &Row, field: &str, dialect: Dialect) -> Result<usize, (u64, String)> {
-    let names = || header.fields.iter().map(|name| name.trim());
+fn column(header: &Header, field: &str) -> Result<usize, Wrong> {
+    let names = || header.names.iter().map(String::as_str);
     let refused = |what| Err((header.line, what));
     let mut found = names().enumerate().filter(|(_, name)| *name == field).map(|(at, _)| at);
     match (found.next(), found.next()) {
@@ -104,8 +172,8 @@ fn column(header: &Row, field: &str, dialect: Dialect) -> Result<usize, (u64, St
         (Some(at), None) => Ok(at),
         (None, _) => {
             let other = [(',', ".csv"), ('\t', ".tsv"), (';', ""), ('|', "")];
-            let own = dialect.separator();
-            let one = if header.fields.len() == 1 { header.fields[0].as_ref() } else { "" };
+            let own = header.dialect.separator();
+            let one = if header.names.len() == 1 { header.names[0].as_str() } else { "" };
             match other.into_iter().find(|(separator, _)| *separator != own && one.contains(*separator)) {
                 Some((separator, "")) => refused(format!(
                     "no field `{field}`: its fields seem to be separated by `{separator}`; separate them by commas (.csv) or tabs (.tsv)"
@@ -142,14 +210,28 @@ struct Rows<'t> {
     newline: char,
     separator: char,
     dialect: Dialect,
+    /// Whether the row goes on behind the field that was read last.
+    goes_on: bool,
 }
 
 impl<'t> Rows<'t> {
     fn new(text: &'t str, dialect: Dialect) -> Rows<'t> {
         let newline = newline(text, dialect);
         match named_separator(text, newline).filter(|_| dialect == Dialect::Csv) {
-            Some((separator, rest)) => Rows { rest, line: 2, newline, separator, dialect },
-            None => Rows { rest: text, line: 1, newline, separator: dialect.separator(), dialect },
+            Some((separator, rest)) => Rows { rest, line: 2, newline, separator, dialect, goes_on: false },
+            None => {
+                let separator = dialect.separator();
+                Rows { rest: text, line: 1, newline, separator, dialect, goes_on: false }
+            }
+        }
+    }
+
+    /// Goes to the end of a row with something wrong in it.
+    fn skip(&mut self) {
+        if std::mem::take(&mut self.goes_on) {
+            let end = self.rest.find(self.newline).map_or(self.rest.len(), |at| at + 1);
+            self.rest = &self.rest[end..];
+            self.line += 1;
         }
     }
 
@@ -166,6 +248,8 @@ impl<'t> Rows<'t> {
         let end = self.rest.find([separator, self.newline]).unwrap_or(self.rest.len());
         let field = &self.rest[..end];
         let goes_on = self.rest[end..].starts_with(separator);
+        self.goes_on = goes_on;
+        self.line += u64::from(!goes_on);
         self.rest = self.rest.get(end + 1..).unwrap_or_default();
         let field = if goes_on { field } else { field.strip_suffix('\r').unwrap_or(field) };
         // Of a row that ends so the next one would be a part.
@@ -181,7 +265,6 @@ impl<'t> Rows<'t> {
                 self.newline
             ));
         }
-        self.line += u64::from(!goes_on);
         Ok((field.into(), goes_on))
     }
 
@@ -191,6 +274,7 @@ impl<'t> Rows<'t> {
         let mut doubled = false;
         loop {
             let Some(quote) = inside[end..].find('"') else {
+                (self.rest, self.goes_on) = ("", false);
                 return Err("a quote is opened and never closed".into());
             };
             end += quote;
@@ -246,7 +330,7 @@ impl<'t> Iterator for Rows<'t> {
                         }
                     }
                     Err(what) => {
-                        self.rest = "";
+                        self.skip();
                         return Some(Err((line, what)));
                     }
                 }
@@ -265,7 +349,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn read(dialect: Dialect, text: &str) -> Result<Vec<String>, String> {
-        texts(Path::new("a"), text, "text", dialect).map_err(|e| e.to_string())
+        let told = |(line, what): Wrong| format!("line {line}: {what}");
+        let Some((header, rest, line)) = Header::read(text, dialect).map_err(told)? else {
+            return Ok(Vec::new());
+        };
+        let texts = header.texts(line, rest, "text").map_err(told)?;
+        texts.map(|text| text.map_err(told)).collect()
     }
 
     fn csv(text: &str) -> Result<Vec<String>, String> {
@@ -286,7 +375,7 @@ mod tests {
     #[test]
     fn rows_of_another_length_are_named() {
         let error = tsv("id\ttext\n1\ta\n\n2\n").unwrap_err();
-        assert!(error.contains("a, line 4: 1 fields where the first row has 2"), "{error}");
+        assert!(error.contains("line 4: 1 fields where the first row has 2"), "{error}");
         assert!(tsv("id\ttext\n1\ta\tb\n").unwrap_err().contains("line 2: 3 fields"));
         assert!(tsv("text\tid\n\"a\nb\"\t1\n").unwrap_err().contains("JSON Lines"));
         assert!(csv("id,text\n1,a, b\n").unwrap_err().contains("line 2: 3 fields"));
@@ -333,6 +422,15 @@ mod tests {
     }
 
     #[test]
+    fn rows_behind_a_wrong_one_are_read() {
+        let rows = "text,id\na,1\n\"b\"x,2\nc\rd,3\ne\nf,4\n";
+        let (header, rest, line) = Header::read(rows, Dialect::Csv).unwrap().unwrap();
+        let found: Vec<Result<String, u64>> =
+            header.texts(line, rest, "text").unwrap().map(|text| text.map_err(|(line, _)| line)).collect();
+        assert_eq!(found, [Ok("a".into()), Err(3), Err(4), Err(5), Ok("f".into())]);
+    }
+
+    #[test]
     fn a_header_that_does_not_fit_says_why() {
         let error = |dialect, text| read(dialect, text).unwrap_err();
         assert!(
@@ -362,6 +460,33 @@ mod tests {
             prop_assert_eq!(csv(&written).unwrap(), texts);
         }
 
+        /// Wherever a table is cut that way its rows stay whole.
+        #[test]
+        fn parts_that_end_with_rows_have_the_same_rows(texts in proptest::collection::vec("[a,\"\n]{0,6}", 0..8), size in 1usize..20) {
+            let mut writer = ::csv::Writer::from_writer(Vec::new());
+            writer.write_record(["text", "id"]).unwrap();
+            for text in &texts {
+                writer.write_record([text.as_str(), "1"]).unwrap();
+            }
+            let written = String::from_utf8(writer.into_inner().unwrap()).unwrap();
+            let (header, rest, mut line) = Header::read(&written, Dialect::Csv).unwrap().unwrap();
+            let mut ends = RowEnds::of(&written, Dialect::Csv);
+            let (mut found, mut part, mut end) = (Vec::new(), Vec::new(), None);
+            for bytes in rest.as_bytes().chunks(size) {
+                let seen = part.len();
+                part.extend(bytes);
+                end = ends.last(bytes).map(|at| seen + at).or(end);
+                if let Some(end) = end.take() {
+                    let later = part.split_off(end);
+                    let text = String::from_utf8(std::mem::replace(&mut part, later)).unwrap();
+                    found.extend(header.texts(line, &text, "text").unwrap().map(Result::unwrap));
+                    line += header.lines(&text);
+                }
+            }
+            prop_assert!(part.is_empty());
+            prop_assert_eq!(found, texts);
+        }
+
         #[test]
         fn a_tsv_loses_nothing(texts in proptest::collection::vec("[a,\"' é\\\\]{0,12}", 0..8)) {
             let rows: String = texts.iter().map(|text| format!("1\t{text}\n")).collect();
@@ -376,8 +501,7 @@ mod tests {
 
     #[test]
     fn a_first_line_that_names_the_separator_is_none_of_the_rows() {
-        let read =
-            |text: &str| texts(Path::new("a.csv"), text, "text", Dialect::Csv).map_err(|e| e.to_string());
+        let read = csv;
         assert_eq!(read("sep=,\ntext,n\n\"a, b\",1\nc,2\n").unwrap(), ["a, b", "c"]);
         assert_eq!(read("sep=;\r\nn;text\r\n1;\"a; b\"\r\n").unwrap(), ["a; b"]);
         assert_eq!(read("\"sep=\t\"\nn\ttext\n1\ta, b\n").unwrap(), ["a, b"]);

@@ -1,9 +1,9 @@
 //! From the bytes of a file to its text: unpacked, known by its first bytes, and decoded.
 
 use crate::DataError;
-use crate::formats::{GZIP, HEAD, Kind};
-use flate2::bufread::GzDecoder;
-use std::io::Read;
+use crate::formats::{HEAD, Kind};
+use crate::unpack::{damage, unpack};
+use std::io::{self, Cursor, Read};
 use std::path::Path;
 
 /// A compressed file may unpack to this much, or to `RATIO_MAX` times its size where that is more.
@@ -12,39 +12,84 @@ const UNPACKED_MIN: u64 = 256 << 20;
 /// Text seldom shrinks to less than a twentieth; a bomb does to a thousandth.
 const RATIO_MAX: u64 = 100;
 
-/// The text of a file and how it is to be cut; never `Kind::Gzip`.
-pub(crate) fn read(path: &Path, bytes: Vec<u8>) -> Result<(Kind, String), DataError> {
-    let (kind, bytes) = unpacked(path, bytes)?;
-    Ok((kind, decode(path, bytes)?))
+const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// A file that is open: how it is to be cut, never `Kind::Packed`, and its bytes. Of text these are unpacked, in UTF-8 as far as the file is
+/// right, and without a byte order mark.
+pub(crate) struct Opened<'r> {
+    pub kind: Kind,
+    pub bytes: Box<dyn Read + 'r>,
 }
 
-/// The same of a file that may have bytes that are not UTF-8: in their place stands U+FFFD. Tells whether there are such.
-pub(crate) fn read_damaged(path: &Path, bytes: Vec<u8>) -> Result<(Kind, String, bool), DataError> {
-    let (kind, bytes) = unpacked(path, bytes)?;
-    let is_utf16 = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
-    match std::str::from_utf8(&bytes) {
-        Err(_) if !is_utf16 && !bytes.contains(&0) => {
-            let text = String::from_utf8_lossy(&bytes);
-            Ok((kind, text.trim_start_matches('\u{feff}').to_owned(), true))
+/// Opens what `file` gives, of which there are `len` bytes. UTF-16 is held as a whole.
+pub(crate) fn open<'r>(path: &Path, mut file: impl Read + 'r, len: u64) -> Result<Opened<'r>, DataError> {
+    let failed = |e| unreadable(path, e);
+    let mut head = first_bytes(&mut file).map_err(failed)?;
+    let mut kind = known(path, &head)?;
+    let mut bytes: Box<dyn Read + 'r> = Box::new(Cursor::new(head.clone()).chain(file));
+    if let Kind::Packed(packing) = kind {
+        bytes = unpack(packing, bytes, UNPACKED_MIN.max(len.saturating_mul(RATIO_MAX))).map_err(failed)?;
+        head = first_bytes(&mut bytes).map_err(failed)?;
+        kind = known(path, &head)?;
+        match kind {
+            Kind::Packed(_) => return Err(not_text(path, "it is compressed twice; unpack it".into())),
+            Kind::Parquet => {
+                return Err(not_text(
+                    path,
+                    "it is a Parquet file that is compressed as a whole; unpack it".into(),
+                ));
+            }
+            _ => bytes = Box::new(Cursor::new(head.clone()).chain(bytes)),
         }
-        _ => Ok((kind, decode(path, bytes)?, false)),
     }
-}
-
-fn unpacked(path: &Path, bytes: Vec<u8>) -> Result<(Kind, Vec<u8>), DataError> {
-    let kind = known(path, &bytes)?;
-    let (kind, bytes) = match kind {
-        Kind::Gzip => {
-            let limit = UNPACKED_MIN.max(bytes.len() as u64 * RATIO_MAX);
-            let bytes = gunzip(&bytes, limit).map_err(|what| not_text(path, what))?;
-            (known(path, &bytes)?, bytes)
-        }
-        kind => (kind, bytes),
+    let unit: Option<fn([u8; 2]) -> u16> = match head.as_slice() {
+        _ if kind == Kind::Parquet => None,
+        [0xff, 0xfe, ..] => Some(u16::from_le_bytes),
+        [0xfe, 0xff, ..] => Some(u16::from_be_bytes),
+        _ => None,
     };
-    if kind == Kind::Gzip {
-        return Err(not_text(path, "it is compressed twice; unpack it".into()));
+    if let Some(unit) = unit {
+        let mut all = Vec::new();
+        bytes.read_to_end(&mut all).map_err(failed)?;
+        let text = utf16(&all[2..], unit).map_err(|what| not_text(path, what))?;
+        bytes = Box::new(Cursor::new(text.into_bytes()));
+    } else if head.starts_with(UTF8_MARK) {
+        bytes.read_exact(&mut [0; UTF8_MARK.len()]).map_err(failed)?;
     }
-    Ok((kind, bytes))
+    Ok(Opened { kind, bytes })
+}
+
+fn first_bytes(file: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(HEAD);
+    file.take(HEAD as u64).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+/// The error of a file that cannot be read: damaged, or on a disk that fails.
+pub(crate) fn unreadable(path: &Path, error: io::Error) -> DataError {
+    match damage(&error) {
+        Some(what) => not_text(path, what),
+        None => DataError::Read { path: path.to_owned(), source: error },
+    }
+}
+
+/// The text of bytes that begin at `offset`; with `damaged_too` U+FFFD stands for what is not UTF-8. Tells whether there was such.
+pub(crate) fn decode(
+    path: &Path,
+    offset: usize,
+    bytes: Vec<u8>,
+    damaged_too: bool,
+) -> Result<(String, bool), DataError> {
+    if bytes.contains(&0) {
+        return Err(not_text(path, nul(&bytes, offset)));
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok((text, false)),
+        Err(e) if damaged_too => Ok((String::from_utf8_lossy(e.as_bytes()).into_owned(), true)),
+        Err(e) => {
+            Err(DataError::NotUtf8 { path: path.to_owned(), offset: offset + e.utf8_error().valid_up_to() })
+        }
+    }
 }
 
 /// The kind of a file that begins so, or the refusal of its format.
@@ -54,54 +99,6 @@ pub(crate) fn known(path: &Path, bytes: &[u8]) -> Result<Kind, DataError> {
         name: format.name,
         cure: format.cure,
     })
-}
-
-fn gunzip(bytes: &[u8], limit: u64) -> Result<Vec<u8>, String> {
-    let (mut text, mut rest) = (Vec::new(), bytes);
-    // Members follow each other, and maybe zeros, with which tapes and archives fill their blocks.
-    while rest.iter().any(|byte| *byte != 0) {
-        if !text.is_empty() && !rest.starts_with(GZIP) {
-            return Err(format!(
-                "its gzip data end {} bytes before the file does, and what follows is not gzip; cut that off, or fetch it again",
-                rest.len()
-            ));
-        }
-        let mut member = GzDecoder::new(rest);
-        (&mut member)
-            .take(limit + 1 - text.len() as u64)
-            .read_to_end(&mut text)
-            .map_err(|e| format!("its gzip data are damaged or cut off ({e}); fetch it again"))?;
-        if text.len() as u64 > limit {
-            return Err(format!(
-                "it unpacks to more than {limit} bytes; unpack it yourself if it is meant so"
-            ));
-        }
-        rest = member.into_inner();
-    }
-    Ok(text)
-}
-
-/// UTF-8, or UTF-16 where a byte order mark says so. The mark is no part of the text.
-fn decode(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
-    let text = match bytes.as_slice() {
-        [0xff, 0xfe, rest @ ..] => utf16(rest, u16::from_le_bytes).map_err(|what| not_text(path, what))?,
-        [0xfe, 0xff, rest @ ..] => utf16(rest, u16::from_be_bytes).map_err(|what| not_text(path, what))?,
-        _ if bytes.contains(&0) => return Err(not_text(path, nul(&bytes))),
-        _ => {
-            let mut text = String::from_utf8(bytes).map_err(|e| DataError::NotUtf8 {
-                path: path.to_owned(),
-                offset: e.utf8_error().valid_up_to(),
-            })?;
-            if text.starts_with('\u{feff}') {
-                text.drain(..'\u{feff}'.len_utf8());
-            }
-            text
-        }
-    };
-    match text.as_bytes().contains(&0) {
-        true => Err(not_text(path, nul(text.as_bytes()))),
-        false => Ok(text),
-    }
 }
 
 fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Result<String, String> {
@@ -114,8 +111,8 @@ fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Result<String, String> {
 }
 
 /// What is wrong where a byte is 0.
-fn nul(bytes: &[u8]) -> String {
-    let at = bytes.iter().position(|&byte| byte == 0).unwrap_or_default();
+fn nul(bytes: &[u8], offset: usize) -> String {
+    let at = offset + bytes.iter().position(|&byte| byte == 0).unwrap_or_default();
     let (pairs, _) = bytes[..bytes.len().min(HEAD)].as_chunks::<2>();
     let every_second =
         |i: usize| pairs.len() > 1 && pairs.iter().filter(|p| p[i] == 0).count() * 10 > pairs.len() * 6;
@@ -128,25 +125,24 @@ fn nul(bytes: &[u8]) -> String {
     }
 }
 
-fn not_text(path: &Path, what: String) -> DataError {
+pub(crate) fn not_text(path: &Path, what: String) -> DataError {
     DataError::NotText { path: path.to_owned(), what }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use flate2::Compression;
-    use flate2::write::GzEncoder;
-    use std::io::Write;
-
-    pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
-        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-        encoder.write_all(bytes).unwrap();
-        encoder.finish().unwrap()
-    }
+    use crate::unpack::tests::{gzip, zstd};
 
     fn text(name: &str, bytes: &[u8]) -> Result<(Kind, String), String> {
-        read(Path::new(name), bytes.to_vec()).map_err(|e| e.to_string())
+        let path = Path::new(name);
+        let read = || {
+            let mut opened = open(path, bytes, bytes.len() as u64)?;
+            let mut all = Vec::new();
+            opened.bytes.read_to_end(&mut all).map_err(|e| unreadable(path, e))?;
+            Ok((opened.kind, decode(path, 0, all, false)?.0))
+        };
+        read().map_err(|e: DataError| e.to_string())
     }
 
     fn utf16(text: &str, bytes: fn(u16) -> [u8; 2]) -> Vec<u8> {
@@ -179,33 +175,36 @@ pub(crate) mod tests {
                 .contains("a.txt is not text: it is binary (a NUL byte at offset 3)")
         );
         assert!(text("a.txt", b"caf\xe9").unwrap_err().contains("bad byte at offset 3"));
-        assert!(text("a.txt", b"PAR1").unwrap_err().contains("a.txt is a Parquet file"));
+        assert!(text("a.txt", b"ARROW1").unwrap_err().contains("a.txt is an Arrow file"));
+        assert!(text("a.parquet", b"PAR").unwrap_err().contains("a.parquet is no Parquet file, although"));
+        assert_eq!(
+            decode(Path::new("a"), 9, b"caf\xe9".to_vec(), true).unwrap(),
+            ("caf\u{fffd}".into(), true)
+        );
+        assert!(
+            decode(Path::new("a"), 9, b"caf\xe9".to_vec(), false)
+                .unwrap_err()
+                .to_string()
+                .contains("offset 12")
+        );
     }
 
     #[test]
-    fn gzip_is_unpacked_whatever_the_file_is_called() {
+    fn what_is_compressed_is_unpacked_whatever_the_file_is_called() {
         let rows = b"{\"text\":\"a\"}\n";
-        for name in ["a.jsonl.gz", "a.jsonl", "a.json.GZ"] {
-            assert_eq!(text(name, &gzip(rows)).unwrap(), (Kind::Json, "{\"text\":\"a\"}\n".into()), "{name}");
+        for name in ["a.jsonl.gz", "a.jsonl", "a.json.GZ", "a.jsonl.zst"] {
+            for packed in [gzip(rows), zstd(rows)] {
+                assert_eq!(text(name, &packed).unwrap(), (Kind::Json, "{\"text\":\"a\"}\n".into()), "{name}");
+            }
         }
-        let two = [gzip(b"one "), gzip(b"two")].concat();
-        assert_eq!(text("a.gz", &two).unwrap(), (Kind::Text, "one two".into()), "members follow each other");
-        assert!(text("a.gz", &gzip(&gzip(b"x"))).unwrap_err().contains("compressed twice"));
-        assert!(text("a.gz", &gzip(b"PAR1")).unwrap_err().contains("is a Parquet file"));
-        let padded = [gzip(b"one"), vec![0; 700]].concat();
-        assert_eq!(text("a.gz", &padded).unwrap(), (Kind::Text, "one".into()), "as tape drives leave it");
-        let followed = text("a.gz", &[gzip(b"one"), vec![0; 3], gzip(b"two")].concat()).unwrap_err();
-        assert!(followed.contains("what follows is not gzip"), "{followed}");
-        let followed = text("a.gz", &[gzip(b"one"), b"<html>".to_vec()].concat()).unwrap_err();
-        assert!(followed.contains("end 6 bytes before the file does"), "{followed}");
+        assert!(text("a.gz", &gzip(&zstd(b"x"))).unwrap_err().contains("compressed twice"));
+        assert!(text("a.gz", &gzip(b"ARROW1")).unwrap_err().contains("is an Arrow file"));
+        assert!(text("a.gz", &zstd(b"PAR1")).unwrap_err().contains("compressed as a whole"));
         let whole = gzip(&b"some text ".repeat(100));
-        assert!(text("a.gz", &whole[..whole.len() - 9]).unwrap_err().contains("damaged or cut off"));
-    }
-
-    #[test]
-    fn a_bomb_is_refused_before_it_is_unpacked_whole() {
-        let bomb = gzip(&[b' '; 10_000]);
-        assert_eq!(gunzip(&bomb, 10_000).unwrap().len(), 10_000);
-        assert!(gunzip(&bomb, 9_999).unwrap_err().contains("more than 9999 bytes"));
+        assert!(
+            text("a.gz", &whole[..whole.len() - 9])
+                .unwrap_err()
+                .contains("a.gz is not text: its gzip data are damaged")
+        );
     }
 }

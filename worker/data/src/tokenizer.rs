@@ -49,13 +49,21 @@ pub(crate) struct Encoder {
     pub vocab_size: u32,
     pub eos_id: u32,
     frame: Frame,
+    /// Whether it can say every text as it stands.
+    pub says_all: bool,
+    /// What stands for what it does not know.
+    unknown: Option<u32>,
     /// How it is taken otherwise than early fleets took it; empty where it is not.
     taken: String,
 }
 
 impl Encoder {
     /// Trains as Hugging Face's `ByteLevelBPETokenizer` does. The same texts give the same bytes.
-    pub fn train(texts: &[&str], vocab_size: u32, splits: Splits) -> Result<Encoder, DataError> {
+    pub fn train<T: AsRef<str>>(
+        texts: impl Iterator<Item = T> + Send,
+        vocab_size: u32,
+        splits: Splits,
+    ) -> Result<Encoder, DataError> {
         if vocab_size < VOCABULARY_MIN {
             return Err(DataError::Vocabulary(format!(
                 "vocab_size is {vocab_size}; a byte-level tokenizer needs at least {VOCABULARY_MIN} (256 bytes and {END_OF_TEXT})"
@@ -73,7 +81,7 @@ impl Encoder {
         let json = trained
             .to_string(false)
             .map_err(|e| DataError::Vocabulary(format!("training the tokenizer: {e}")))?;
-        Encoder::from_json(json.into_bytes())
+        Encoder::trained(json.into_bytes())
             .map_err(|what| DataError::Vocabulary(format!("training the tokenizer: {what}")))
     }
 
@@ -94,7 +102,8 @@ impl Encoder {
         Ok(encoder)
     }
 
-    fn from_json(json: Vec<u8>) -> Result<Encoder, String> {
+    /// One that was trained here.
+    pub fn trained(json: Vec<u8>) -> Result<Encoder, String> {
         let mut tokenizer = Tokenizer::from_bytes(&json).map_err(|e| format!("not a tokenizer.json: {e}"))?;
         tokenizer.set_encode_special_tokens(true); // in data, `<|endoftext|>` is thirteen characters and no end
         Encoder::new(tokenizer, json, &[], None)
@@ -117,7 +126,10 @@ impl Encoder {
                 )
             })?;
         let frame = Frame::of(&tokenizer).map_err(|e| e.to_string())?;
-        Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame, taken: String::new() })
+        let settings = serde_json::from_slice(&json).unwrap_or_default();
+        let says_all = has_every_byte(&settings, &tokenizer);
+        let unknown = unknown(&settings, &tokenizer);
+        Ok(Encoder { tokenizer, json, vocab_size, eos_id, frame, says_all, unknown, taken: String::new() })
     }
 
     /// Whether the post-processor ends a text, so that nobody else has to.
@@ -153,23 +165,12 @@ impl Encoder {
         !(ids.last() == Some(&self.eos_id) && is_special(&self.tokenizer, self.eos_id))
     }
 
-    fn has_every_byte(&self, json: &serde_json::Value) -> bool {
-        let known = |c: char| self.tokenizer.token_to_id(c.encode_utf8(&mut [0; 4])).is_some();
-        is_byte_level(json) && ByteLevel::alphabet().into_iter().all(known)
-    }
-
-    /// Whether it can say every text as it stands.
-    pub fn says_all(&self) -> bool {
-        self.has_every_byte(&serde_json::from_slice(&self.json).unwrap_or_default())
-    }
-
     /// How much of the texts is in their tokens, which `encode` gave.
     pub fn coverage(&self, texts: &[&str], encoded: &[Encoded]) -> Result<Coverage, DataError> {
-        let json: serde_json::Value = serde_json::from_slice(&self.json).unwrap_or_default();
-        if self.has_every_byte(&json) {
-            return Ok(Coverage::whole(texts));
+        match self.says_all {
+            true => Ok(Coverage::whole(texts)),
+            false => Coverage::measure(&self.tokenizer, self.unknown, texts, encoded),
         }
-        Coverage::measure(&self.tokenizer, unknown(&json, &self.tokenizer), texts, encoded)
     }
 }
 
@@ -185,6 +186,11 @@ impl GivenTokenizer {
     pub fn encode(&self, text: &str) -> tokenizers::Result<Encoded> {
         Frame::of(&self.tokenizer)?.encode(&self.tokenizer, text)
     }
+}
+
+fn has_every_byte(json: &serde_json::Value, tokenizer: &Tokenizer) -> bool {
+    let known = |c: char| tokenizer.token_to_id(c.encode_utf8(&mut [0; 4])).is_some();
+    is_byte_level(json) && ByteLevel::alphabet().into_iter().all(known)
 }
 
 /// What stands for what the tokenizer does not know.
@@ -326,7 +332,11 @@ fn is_byte_level(json: &serde_json::Value) -> bool {
     byte_level && is(&json["model"], "BPE") && keeps
 }
 
-fn train(texts: &[&str], vocab_size: u32, splits: Splits) -> tokenizers::Result<Tokenizer> {
+fn train<T: AsRef<str>>(
+    texts: impl Iterator<Item = T> + Send,
+    vocab_size: u32,
+    splits: Splits,
+) -> tokenizers::Result<Tokenizer> {
     let mut tokenizer = Tokenizer::new(BPE::default());
     splits::put(&mut tokenizer, splits)?;
     tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
@@ -338,7 +348,8 @@ fn train(texts: &[&str], vocab_size: u32, splits: Splits) -> tokenizers::Result<
         .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect::<HashSet<char>>())
         .build();
-    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter().flat_map(|text| pieces(text)))?;
+    let pieces = texts.flat_map(|text| pieces(text.as_ref()).map(str::to_owned).collect::<Vec<String>>());
+    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), pieces)?;
     Ok(tokenizer)
 }
 
@@ -442,7 +453,7 @@ mod tests {
 
     #[test]
     fn a_trained_tokenizer_reads_back_what_it_wrote() {
-        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280, Splits::AsWritten).unwrap();
+        let encoder = Encoder::train([TEXT.repeat(3)].iter(), 280, Splits::AsWritten).unwrap();
         assert_eq!((encoder.vocab_size, encoder.eos_id), (280, 0));
         let text = "the cat\u{1F600} é\n<|endoftext|>";
         let ids = encoder.encode(&[text]).unwrap().remove(0).ids;
@@ -468,12 +479,12 @@ mod tests {
 
     #[test]
     fn a_vocabulary_larger_than_the_data_allows_names_what_it_gave() {
-        let error = Encoder::train(&[TEXT], 4096, Splits::AsWritten).err().unwrap().to_string();
+        let error = Encoder::train([TEXT].iter(), 4096, Splits::AsWritten).err().unwrap().to_string();
         let found: u32 = error.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
         assert!((258..400).contains(&found) && error.contains("asks for 4096"), "{error}");
-        assert_eq!(Encoder::train(&[TEXT], found, Splits::AsWritten).unwrap().vocab_size, found);
+        assert_eq!(Encoder::train([TEXT].iter(), found, Splits::AsWritten).unwrap().vocab_size, found);
         assert!(
-            Encoder::train(&[TEXT], 256, Splits::AsWritten)
+            Encoder::train([TEXT].iter(), 256, Splits::AsWritten)
                 .err()
                 .unwrap()
                 .to_string()
@@ -483,9 +494,9 @@ mod tests {
 
     #[test]
     fn only_a_whole_byte_level_tokenizer_is_taken_to_lose_nothing() {
-        let encoder = Encoder::train(&[&TEXT.repeat(3)], 280, Splits::AsWritten).unwrap();
+        let encoder = Encoder::train([TEXT.repeat(3)].iter(), 280, Splits::AsWritten).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&encoder.json).unwrap();
-        assert!(encoder.has_every_byte(&json));
+        assert!(has_every_byte(&json, &encoder.tokenizer));
         let mut lowering = json.clone();
         lowering["normalizer"] = serde_json::json!({"type": "Lowercase"});
         let mut splitting = json.clone();
@@ -494,11 +505,13 @@ mod tests {
         let removed = serde_json::json!({"type": "Split", "behavior": "Removed"});
         dropping["pre_tokenizer"] =
             serde_json::json!({"type": "Sequence", "pretokenizers": [removed, {"type": "ByteLevel"}]});
-        assert!([lowering, splitting, dropping].iter().all(|other| !encoder.has_every_byte(other)));
+        assert!(
+            [lowering, splitting, dropping].iter().all(|other| !has_every_byte(other, &encoder.tokenizer))
+        );
         let mut fewer = json.clone();
         fewer["model"]["vocab"].as_object_mut().unwrap().remove("\u{e9}");
-        let fewer = Encoder::from_json(fewer.to_string().into_bytes()).unwrap();
-        assert!(!fewer.has_every_byte(&json));
+        let fewer = Encoder::trained(fewer.to_string().into_bytes()).unwrap();
+        assert!(!has_every_byte(&json, &fewer.tokenizer));
     }
 
     #[test]
@@ -546,7 +559,7 @@ mod tests {
             let json = serde_json::json!({"version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")],
                 "post_processor": {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens},
                 "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2}, "unk_token": "a"}});
-            Encoder::from_json(json.to_string().into_bytes()).unwrap()
+            Encoder::trained(json.to_string().into_bytes()).unwrap()
         };
         let ids =
             ModelIds { vocab_size: 3, ends: vec![2], chosen: false, given: None, splits: Splits::AsWritten };

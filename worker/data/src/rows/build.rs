@@ -8,12 +8,15 @@ use super::source::{self, Place};
 use super::templates::{self, Chosen};
 use super::write::{Span, Writer, index};
 use super::{Report, Row, Unused};
-use crate::build::{appear, put, read_file};
+use crate::blocks::{self, Block, Input, Reading};
+use crate::build::{TEMPORARY, appear, put};
 use crate::cache::{FORMAT, LOSS, META, Meta, ROW_TOKENS, RowMeta, TOKENIZER, TRAIN_INDEX, VALIDATION_INDEX};
 use crate::model_dir::GivenTokenizer;
+use crate::near::{Signature, Signatures};
 use crate::tokenizer::{Encoder, ModelIds};
+use crate::weights::times;
 use crate::windows::Width;
-use crate::{Counts, Coverage, DataError, Note, text};
+use crate::{Counts, Coverage, DataError, Note};
 use fleet_common::job::{self, BadRows, ChatTemplate, Job, RowFormat, Rows};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -22,12 +25,14 @@ use std::path::{Path, PathBuf};
 /// Rows that are tokenised at once.
 const BATCH: usize = 1024;
 
+/// Where signatures are while the cache is built.
+const SIGNATURES: &str = "signatures";
+
 /// Builds `target`, replacing a damaged one. The caller holds the lock and has hashed the files.
 pub(crate) fn build(
     job: &Job,
     rows: &Rows,
-    files: &[PathBuf],
-    hashes: &[[u8; 32]],
+    files: &[Input],
     ids: &ModelIds,
     target: &Path,
     progress: &dyn Fn(Note),
@@ -41,11 +46,13 @@ pub(crate) fn build(
     let maker = Maker { templates: Chosen::of(rows, path)?, given, encoder, loss_on: rows.loss_on };
     let s = if files.len() == 1 { "" } else { "s" };
     progress(Note::info(format!("tokenising the rows of {} file{s}", files.len())));
-    appear(target, |dir| {
+    appear(target, TEMPORARY, |dir| {
         let mut builder = Builder::new(job, rows, &maker, dir)?;
-        for (file, hash) in files.iter().zip(hashes) {
-            builder.file(file, hash)?;
-        }
+        builder.counts.files = files.len() as u64;
+        let reading = Reading { damaged_too: rows.bad_rows == BadRows::Skip, ..Reading::default() };
+        blocks::batches(files, reading, 0, 0, &mut |batch| {
+            batch.into_iter().try_for_each(|(number, block)| builder.block(&files[number], block))
+        })?;
         builder.finish(dir, target)
     })
 }
@@ -58,6 +65,8 @@ struct Kept {
     loss_tokens: u64,
     /// Bytes of text in them.
     said: u64,
+    /// How often it is trained on in an epoch.
+    times: u8,
 }
 
 impl Kept {
@@ -70,8 +79,9 @@ struct Builder<'a> {
     job: &'a Job,
     rows: &'a Rows,
     maker: &'a Maker,
-    says_all: bool,
     writer: Writer,
+    /// Of the examples, where near ones are left out.
+    signatures: Option<Signatures>,
     kept: Vec<Kept>,
     counts: Counts,
     report: Report,
@@ -79,7 +89,8 @@ struct Builder<'a> {
     is_templated: bool,
     coverage: Coverage,
     file: PathBuf,
-    /// It holds bytes that are not UTF-8.
+    weight: f64,
+    /// The block holds bytes that are not UTF-8.
     is_damaged: bool,
     format: Option<RowFormat>,
     batch: Vec<(Place, Result<Row, String>)>,
@@ -92,7 +103,10 @@ impl<'a> Builder<'a> {
             job,
             rows,
             maker,
-            says_all: maker.encoder.says_all(),
+            signatures: match job.data.clean.near_duplicates {
+                Some(_) => Some(Signatures::create(&dir.join(SIGNATURES))?),
+                None => None,
+            },
             writer: Writer::create(&dir.join(ROW_TOKENS), &dir.join(LOSS), width)?,
             kept: Vec::new(),
             counts: Counts::default(),
@@ -100,21 +114,19 @@ impl<'a> Builder<'a> {
             is_templated: false,
             coverage: Coverage::default(),
             file: PathBuf::new(),
+            weight: 1.0,
             is_damaged: false,
             format: None,
             batch: Vec::new(),
         })
     }
 
-    fn file(&mut self, path: &Path, hash: &[u8; 32]) -> Result<(), DataError> {
-        let bytes = read_file(path, hash)?;
-        let (kind, text, is_damaged) = match self.rows.bad_rows {
-            BadRows::Skip => text::read_damaged(path, bytes)?,
-            BadRows::Stop => text::read(path, bytes).map(|(kind, text)| (kind, text, false))?,
-        };
-        (self.file, self.is_damaged, self.format) = (path.to_owned(), is_damaged, None);
-        self.counts.files += 1;
-        source::each(path, kind, &text, &mut |place, row| {
+    fn block(&mut self, input: &Input, block: Block) -> Result<(), DataError> {
+        if self.file != input.path {
+            (self.file, self.weight, self.format) = (input.path.clone(), input.weight, None);
+        }
+        self.is_damaged = block.is_damaged;
+        source::each(&input.path, block, &mut |place, row| {
             self.batch.push((place, row));
             if self.batch.len() == BATCH { self.flush() } else { Ok(()) }
         })?;
@@ -138,15 +150,19 @@ impl<'a> Builder<'a> {
         let one = |(place, row): (Place, Result<Row, String>)| {
             let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);
             let made = row.map_err(Unused::Bad).and_then(|row| reader.read(format, &row));
-            (place, is_damaged, made.and_then(|example| self.maker.make(&example)))
+            let made = made.and_then(|example| self.maker.make(&example));
+            let is_compared = self.signatures.is_some();
+            let signature = made.as_ref().ok().filter(|_| is_compared).map(Made::signature);
+            (place, is_damaged, made, signature)
         };
-        let made: Vec<(Place, bool, Result<Made, Unused>)> = batch.into_par_iter().map(one).collect();
-        self.measure(made.iter().filter_map(|(.., made)| made.as_ref().ok()))?;
-        for (place, is_damaged, made) in made {
+        let made: Vec<(Place, bool, Result<Made, Unused>, Option<Signature>)> =
+            batch.into_par_iter().map(one).collect();
+        self.measure(made.iter().filter_map(|(_, _, made, _)| made.as_ref().ok()))?;
+        for (place, is_damaged, made, signature) in made {
             self.counts.rows += 1;
             match made {
                 _ if is_damaged => self.report.not_utf8 += 1,
-                Ok(made) => self.keep(place, made)?,
+                Ok(made) => self.keep(place, made, signature)?,
                 Err(Unused::Empty) => self.report.empty += 1,
                 Err(Unused::Same) => self.report.same += 1,
                 Err(Unused::NoTemplate) => return Err(templates::missing()),
@@ -190,7 +206,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn keep(&mut self, place: Place, made: Made) -> Result<(), DataError> {
+    fn keep(&mut self, place: Place, made: Made, signature: Option<Signature>) -> Result<(), DataError> {
         let Made { mut sequences, is_joined, is_templated, .. } = made;
         self.is_templated |= is_templated;
         if !is_joined {
@@ -220,8 +236,13 @@ impl<'a> Builder<'a> {
         let spans = sequences.iter().map(|sequence| self.writer.add(&sequence.ids, &sequence.learnt));
         let mut hash = [0; 16];
         hash.copy_from_slice(&hasher.finalize()[..16]);
+        if let (Some(signatures), Some(signature)) = (&mut self.signatures, signature) {
+            signatures.add(&[signature])?;
+        }
+        let half = u64::from_le_bytes(*hash.last_chunk().expect("sixteen bytes"));
         self.kept.push(Kept {
             hash,
+            times: times(self.weight, half),
             spans: spans.collect::<Result<_, _>>()?,
             loss_tokens: sequences.iter().map(|sequence| sequence.loss_tokens()).sum(),
             said: sequences.iter().map(|sequence| sequence.said).sum(),
@@ -233,15 +254,23 @@ impl<'a> Builder<'a> {
     fn measure<'m>(&mut self, made: impl Iterator<Item = &'m Made>) -> Result<(), DataError> {
         let (texts, encoded): (Vec<&str>, Vec<_>) =
             made.flat_map(|made| &made.texts).map(|(text, encoded)| (text.as_str(), encoded.clone())).unzip();
-        let coverage = match self.says_all {
-            true => Coverage::whole(&texts),
-            false => self.maker.encoder.coverage(&texts, &encoded)?,
-        };
+        let coverage = self.maker.encoder.coverage(&texts, &encoded)?;
         self.coverage = self.coverage.and(&coverage);
         Ok(())
     }
 
     fn finish(mut self, dir: &Path, target: &Path) -> Result<(), DataError> {
+        let mut dropped_tokens = 0;
+        if let (Some(signatures), Some(similar)) =
+            (self.signatures.take(), self.job.data.clean.near_duplicates)
+        {
+            let mut is_dropped = signatures.duplicates(similar)?.into_iter();
+            let (dropped, kept): (Vec<Kept>, Vec<Kept>) =
+                std::mem::take(&mut self.kept).into_iter().partition(|_| is_dropped.next() == Some(true));
+            self.kept = kept;
+            self.report.near_duplicates = dropped.len() as u64;
+            dropped_tokens = dropped.iter().map(Kept::tokens).sum();
+        }
         let template = self.maker.templates.as_ref().filter(|_| self.is_templated);
         let report = &mut self.report;
         report.template = template.map(|chosen| self.maker.misfits(chosen)).unwrap_or_default();
@@ -255,7 +284,11 @@ impl<'a> Builder<'a> {
         report.duplicates = duplicates;
         let is_packed = self.rows.packing && self.rows.format != Some(RowFormat::Preference);
         let most = is_packed.then_some(self.job.max_seq_len);
-        let [train_items, validation_items] = [&train, &validation].map(|part| items(&self.kept, part, most));
+        let repeated =
+            train.iter().flat_map(|at| std::iter::repeat_n(*at, usize::from(self.kept[*at].times)));
+        let repeated: Vec<usize> = repeated.collect();
+        let [train_items, validation_items] =
+            [&repeated, &validation].map(|part| items(&self.kept, part, most));
         let [train_index, validation_index] = [&train_items, &validation_items].map(|items| index(items));
         put(dir, TRAIN_INDEX, &train_index)?;
         put(dir, VALIDATION_INDEX, &validation_index)?;
@@ -288,6 +321,7 @@ impl<'a> Builder<'a> {
                 tokens_sha256,
                 loss_sha256,
                 chat_template: template.and_then(Chosen::carried).map(str::to_owned),
+                dropped_tokens,
                 report: self.report,
             }),
         };

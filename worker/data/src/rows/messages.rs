@@ -52,7 +52,10 @@ fn message(rows: &Rows, field: &str, index: usize, turn: &Value) -> Result<Value
     let Some(Value::String(said)) = turn.get(&role_key) else {
         return bad(format!("{at} has no `{role_key}`, which says who speaks"));
     };
-    let content = turn.get(&content_key).cloned().unwrap_or_default();
+    let content = match turn.get(&content_key) {
+        Some(Value::Array(parts)) => joined(&at, &content_key, parts)?.into(),
+        other => other.cloned().unwrap_or_default(),
+    };
     let Some(role) = known_role(said) else {
         let short: String = said.chars().take(40).flat_map(char::escape_debug).collect();
         return bad(format!(
@@ -69,6 +72,25 @@ fn message(rows: &Rows, field: &str, index: usize, turn: &Value) -> Result<Value
     let others = turn.iter().filter(|(key, _)| **key != role_key && **key != content_key);
     message.extend(others.map(|(key, value)| (key.clone(), value.clone())));
     Ok(Value::Object(message))
+}
+
+/// The text of a content in parts, as OpenAI has it: those of text, one behind the other.
+fn joined(at: &str, key: &str, parts: &[Value]) -> Result<String, Unused> {
+    let text = |(number, part): (usize, &Value)| {
+        let kind = part.get("type").and_then(Value::as_str).unwrap_or("text");
+        match (kind, part.get("text"), part) {
+            ("text" | "input_text" | "output_text", Some(Value::String(text)), _) => Ok(text.clone()),
+            ("text", None, Value::String(text)) => Ok(text.clone()),
+            ("text" | "input_text" | "output_text", ..) => {
+                bad(format!("{at}.{key}[{number}] is a part without `text`"))
+            }
+            _ => {
+                let short: String = kind.chars().take(40).flat_map(char::escape_debug).collect();
+                bad(format!("{at}.{key}[{number}] is a part of type `{short}`, and only text is learnt"))
+            }
+        }
+    };
+    parts.iter().enumerate().map(text).collect()
 }
 
 /// What a role is called by the templates, of all that people call it.
@@ -152,6 +174,9 @@ mod tests {
             json!([{"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"}]);
         let calls = json!([{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]);
         assert_eq!(read(call).unwrap(), json!([{"role": "assistant", "tool_calls": calls}]));
+        let parts = json!([{"type": "text", "text": "a"}]);
+        let in_parts = json!([{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": ""}, "b"], "weight": 0}]);
+        assert_eq!(read(in_parts).unwrap(), wanted, "texts in parts are joined");
         let named = Rows {
             fields: [("role", "who"), ("content", "what")].map(|(a, b)| (a.into(), b.into())).into(),
             ..Rows::default()
@@ -169,6 +194,11 @@ mod tests {
             (json!([{"content": "a"}]), "`messages`[0] has no `role`"),
             (json!([{"role": "narrator", "content": "a"}]), "the role `narrator`; known are system"),
             (json!([{"from": "function_call", "value": "f(1)"}]), "without the JSON of a call"),
+            (
+                json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}]),
+                "`messages`[0].content[1] is a part of type `image_url`, and only text is learnt",
+            ),
+            (json!([{"role": "user", "content": [{"type": "text"}]}]), "content[0] is a part without `text`"),
         ] {
             let said = read(value.clone());
             assert!(matches!(&said, Err(Unused::Bad(said)) if said.contains(what)), "{value}: {said:?}");

@@ -22,6 +22,9 @@ pub struct Report {
     pub same: u64,
     /// Examples that were there before, token for token.
     pub duplicates: u64,
+    /// Left out, because an example before them is nearly the same.
+    #[serde(default)]
+    pub near_duplicates: u64,
     /// Left out, because they cannot be read.
     pub bad: u64,
     /// Left out, because they hold bytes that are not UTF-8.
@@ -123,6 +126,7 @@ impl Report {
         for (count, what) in [
             (self.empty, "without text or answer"),
             (self.same, "whose answers are the same"),
+            (self.near_duplicates, "left out as near duplicates"),
             (self.duplicates, "that were there before"),
         ] {
             if count > 0 {

@@ -6,6 +6,7 @@ use super::templates::Chosen;
 use crate::Encoded;
 use crate::chat::{Conversation, Ending, Rendered, Template};
 use crate::model_dir::GivenTokenizer;
+use crate::near::{self, Signature};
 use crate::tokenizer::Encoder;
 use fleet_common::job::LossOn;
 use serde_json::Value;
@@ -52,6 +53,14 @@ pub(super) struct Made {
     pub is_templated: bool,
     /// What was tokenised.
     pub texts: Vec<(String, Encoded)>,
+}
+
+impl Made {
+    /// Of all that it says.
+    pub fn signature(&self) -> Signature {
+        let texts: Vec<&str> = self.texts.iter().map(|(text, _)| text.as_str()).collect();
+        near::signature(&texts.join("\n"))
+    }
 }
 
 /// Writes rows in the tokens of a model.

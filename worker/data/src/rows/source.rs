@@ -1,8 +1,8 @@
 //! The rows of a file, one after the other, each with its place.
 
 use super::Row;
-use crate::formats::Kind;
-use crate::table::{self, Dialect};
+use crate::blocks::{Block, Contents};
+use crate::table::Wrong;
 use crate::{DataError, json};
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
@@ -30,34 +30,37 @@ impl fmt::Display for Place {
 /// Takes rows, or what is wrong with one; an error ends the reading.
 pub(super) type Take<'a> = &'a mut dyn FnMut(Place, Result<Row, String>) -> Result<(), DataError>;
 
-/// Reads the text of a file. Behind a row that spoils the rest of its file nothing more is taken, and that is an error.
-pub(super) fn each(path: &Path, kind: Kind, text: &str, take: Take) -> Result<(), DataError> {
-    match kind {
-        Kind::Json => json_rows(path, text, take),
-        Kind::Csv => table::objects(path, text, Dialect::Csv, &mut |line, row| take(Place::Line(line), row)),
-        Kind::Tsv => table::objects(path, text, Dialect::Tsv, &mut |line, row| take(Place::Line(line), row)),
-        Kind::Text | Kind::Gzip => Err(DataError::Rows(format!(
-            "{} is a text, and this job learns rows of instructions, which are JSON, CSV or TSV; leave it out with data.exclude, or write \
-             `task_name` = \"lm\"",
-            path.display()
-        ))),
-    }
-}
-
-fn json_rows(path: &Path, text: &str, take: Take) -> Result<(), DataError> {
-    let newline = if text.contains('\n') { '\n' } else { '\r' };
-    let lines = || (1..).zip(text.split(newline)).filter(|(_, line)| !line.trim().is_empty());
-    if !json::is_one_document(lines().map(|(_, line)| line.trim())) {
-        for (number, line) in lines() {
+/// Gives the rows of a block. Behind a row that spoils the rest of its file nothing more is taken, and that is an error.
+pub(super) fn each(path: &Path, block: Block, take: Take) -> Result<(), DataError> {
+    let bad = |(line, what): Wrong| DataError::Row { path: path.to_owned(), line, what };
+    match block.contents {
+        Contents::Lines { line, text } => json::lines(line, &text).try_for_each(|(number, line)| {
             let row = match serde_json::from_str(line) {
                 Ok(Value::Object(row)) => Ok(row),
                 Ok(_) => Err(NO_OBJECT.to_owned()),
                 Err(e) => Err(json::what_is_wrong(line, &e)),
             };
-            take(Place::Line(number), row)?;
+            take(Place::Line(number), row)
+        }),
+        Contents::Document(text) => document(path, &text, take),
+        Contents::Table { header, line, text } => {
+            header.objects(line, &text).map_err(bad)?.try_for_each(|row| match row {
+                Ok((line, row)) => take(Place::Line(line), Ok(row)),
+                Err((line, what)) => take(Place::Line(line), Err(what)),
+            })
         }
-        return Ok(());
+        Contents::Records { row, rows } => {
+            (row..).zip(rows).try_for_each(|(number, row)| take(Place::Row(number), Ok(row)))
+        }
+        Contents::Texts { .. } => Err(DataError::Rows(format!(
+            "{} is a text, and this job learns rows of instructions, which are JSON, CSV, TSV or Parquet; leave it out with data.exclude, \
+             or write `task_name` = \"lm\"",
+            path.display()
+        ))),
     }
+}
+
+fn document(path: &Path, text: &str, take: Take) -> Result<(), DataError> {
     if text.trim().is_empty() {
         return Ok(());
     }
@@ -180,9 +183,18 @@ fn columns(object: Row) -> Result<Table, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blocks::{Reading, text_blocks};
+    use crate::formats::Kind;
+    use crate::text::open;
     use proptest::prelude::*;
 
     fn read(kind: Kind, text: &str) -> Result<Vec<String>, String> {
+        let path = Path::new(match kind {
+            Kind::Json => "a.json",
+            Kind::Csv => "a.csv",
+            Kind::Tsv => "a.tsv",
+            _ => "a",
+        });
         let mut rows = Vec::new();
         let mut take = |place: Place, row: Result<Row, String>| {
             rows.push(match row {
@@ -191,7 +203,9 @@ mod tests {
             });
             Ok(())
         };
-        each(Path::new("a"), kind, text, &mut take).map_err(|e| e.to_string())?;
+        let opened = open(path, text.as_bytes(), text.len() as u64).map_err(|e| e.to_string())?;
+        let mut give = |block| each(Path::new("a"), block, &mut take).map(|()| true);
+        text_blocks(path, opened, Reading::default(), &mut give).map_err(|e| e.to_string())?;
         Ok(rows)
     }
 
@@ -254,7 +268,7 @@ mod tests {
         assert!(read(Kind::Csv, "p,c\n\"a,1\n").unwrap()[0].contains("bad: a quote is opened"));
         assert!(read(Kind::Text, "a").unwrap_err().contains("`task_name` = \"lm\""));
         let mut one = |_: Place, _: Result<Row, String>| Err(DataError::Rows("enough".into()));
-        let error = each(Path::new("a"), Kind::Json, "[{},{}]", &mut one).unwrap_err();
+        let error = document(Path::new("a"), "[{},{}]", &mut one).unwrap_err();
         assert_eq!(error.to_string(), "enough");
     }
 }
