@@ -48,7 +48,8 @@ pub struct Adapter {
     pub path: Option<PathBuf>,
 }
 
-/// Four bits for each number, one scale in eight bits for 64 of them, as bitsandbytes has it with `bnb_4bit_use_double_quant`.
+/// How the matrices of a model are kept that stays as it is. Those in four bits have one scale in eight bits for 64 numbers, as bitsandbytes has
+/// it with `bnb_4bit_use_double_quant`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantization {
@@ -56,6 +57,32 @@ pub enum Quantization {
     Nf4,
     /// Floating-point numbers.
     Fp4,
+    /// Eight bits, a scale for each row, as bitsandbytes has them.
+    Int8,
+    /// Half-quadratic quantisation as the package hqq has it, in so many bits, with a scale and a zero for 64 numbers.
+    Hqq8,
+    Hqq4,
+    Hqq3,
+    Hqq2,
+    Hqq1,
+}
+
+impl Quantization {
+    const ALL: [(&str, Quantization); 8] = [
+        ("nf4", Quantization::Nf4),
+        ("fp4", Quantization::Fp4),
+        ("int8", Quantization::Int8),
+        ("hqq8", Quantization::Hqq8),
+        ("hqq4", Quantization::Hqq4),
+        ("hqq3", Quantization::Hqq3),
+        ("hqq2", Quantization::Hqq2),
+        ("hqq1", Quantization::Hqq1),
+    ];
+
+    /// As a job names it.
+    pub fn name(self) -> &'static str {
+        Quantization::ALL.iter().find(|(_, kind)| *kind == self).expect("all are listed").0
+    }
 }
 
 /// Modules of a model by their names in its files.
@@ -250,11 +277,14 @@ pub(super) fn quantization(
     f: &Fields,
     adapter: Option<&Adapter>,
 ) -> Result<Option<Quantization>, JobFileError> {
-    let words = [("none", None), ("nf4", Some(Quantization::Nf4)), ("fp4", Some(Quantization::Fp4))];
+    let words: Vec<_> = [("none", None)]
+        .into_iter()
+        .chain(Quantization::ALL.map(|(name, kind)| (name, Some(kind))))
+        .collect();
     let quantization = f.word("quantization", &words)?.flatten();
     if quantization.is_some() && adapter.is_none() {
         let message = format!(
-            "`{}` is for a model that stays as it is: weights that are trained need more than four bits; give the job an `[adapter]`, or leave it out",
+            "`{}` is for a model that stays as it is: weights that are trained need more bits; give the job an `[adapter]`, or leave it out",
             f.spelling("quantization")
         );
         return Err(f.refuse(&["quantization"], message));

@@ -209,7 +209,7 @@ pub fn keys() -> impl Iterator<Item = &'static str> {
 
 const ADAPTERS: &str =
     "write an `[adapter]` with `type` = \"lora\", `r`, `alpha`, `dropout`, `target_modules`";
-const PACKED: &str = "write `quantization` = \"nf4\", which quantises the model as it is read";
+const PACKED: &str = "write `quantization` = \"nf4\" or \"int8\", which quantises the model as it is read";
 const EXPORT: &str = "it writes Hugging Face safetensors with every checkpoint; other formats come later";
 const TIERS: &str = "checks in tiers come later; take the key out";
 const MODELS: &str = "describe a new one in [model], or give a Hugging Face directory as `model.path`";

@@ -211,11 +211,7 @@ impl TrainerState {
             notes.push(format!("from here on adapter.dropout is {is}, and was {was}"));
         }
         if self.quantization != job.quantization {
-            let word = |quantization: Option<Quantization>| match quantization {
-                None => "none",
-                Some(Quantization::Nf4) => "nf4",
-                Some(Quantization::Fp4) => "fp4",
-            };
+            let word = |quantization: Option<Quantization>| quantization.map_or("none", Quantization::name);
             let (is, was) = (word(job.quantization), word(self.quantization));
             notes.push(format!("from here on quantization is {is}, and was {was}: the model beside the adapter computes something else"));
         }

@@ -47,7 +47,7 @@ pub struct Frozen<E> {
     /// In bf16.
     narrow: Places,
     narrow_numbers: SharedSlice<bf16>,
-    /// In four bits.
+    /// In few bits.
     packed: Option<Packed>,
     kind: PhantomData<E>,
 }
@@ -114,7 +114,8 @@ impl<E: HostNumber> Frozen<E> {
 /// Bytes of what is not trained, on each host.
 pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> usize {
     let [exact, narrow] = places(layout, trained, kept, quantization);
-    let packed = quantization.map_or(0, |_| packed_bytes(packed_parameters(layout, trained)));
+    let packed =
+        quantization.map_or(0, |quantization| packed_bytes(quantization, packed_parameters(layout, trained)));
     exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + packed
 }
 

@@ -4,6 +4,7 @@
 
 mod config;
 mod files;
+mod form;
 mod frozen;
 mod merge;
 mod packed;

@@ -1,5 +1,6 @@
-//! The matrices of a frozen model's blocks in four bits, once on each host: codes, and scales in eight bits, as bitsandbytes quantises them.
+//! The matrices of a frozen model's blocks in few bits, once on each host.
 
+use super::form::{Form, Of, Parts, PartsMut};
 use crate::error::Result;
 use crate::shim::buffers::SharedSlice;
 use crate::workers::Workers;
@@ -8,76 +9,71 @@ use fleet_collectives::SharedHost;
 use fleet_common::job::Quantization;
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels::Element;
-use fleet_kernels::quant::{
-    Codes, Double, FourBit, FourBitMap, NESTED_BLOCK, Quantised, Scales, dequantise, double_quantise,
-    dynamic_map, quantise_four_bit,
-};
+use fleet_kernels::quant::{Quantised, dequantise};
 use std::ops::Range;
 
-/// Numbers that share a scale.
-const BLOCK: usize = 64;
-
-/// Which parameters are in four bits: the matrices of blocks.
+/// Which parameters are in few bits: the matrices of blocks.
 pub fn is_packed(p: &Parameter, layout: &Layout) -> bool {
     p.role == Role::Weight && p.unit > 0 && p.unit + 1 < layout.units.len()
 }
 
 pub struct Packed {
-    map: FourBitMap,
+    form: Form,
     /// In the order of the model's flat buffer.
     matrices: Vec<PackedMatrix>,
     codes: SharedSlice<u8>,
+    signed: SharedSlice<i8>,
     scales: SharedSlice<u8>,
-    largest: SharedSlice<f32>,
-    /// Of each matrix.
-    offsets: SharedSlice<f32>,
+    floats: SharedSlice<f32>,
 }
 
-/// Where a matrix lies in each of these.
+/// Where a matrix lies.
 #[derive(Debug)]
 struct PackedMatrix {
     /// In the model's flat buffer.
     range: Range<usize>,
     shape: [usize; 2],
-    codes: Range<usize>,
-    scales: Range<usize>,
-    largest: Range<usize>,
+    /// In each of the buffers.
+    at: Of<Range<usize>>,
 }
 
 /// Reads a parameter's numbers.
 pub type ReadOne<'a> = dyn FnMut(&Parameter, &mut [f32]) -> Result<()> + 'a;
 
-fn matrices<'a>(parameters: impl Iterator<Item = &'a Parameter>) -> Vec<PackedMatrix> {
+/// And what all take together.
+fn matrices<'a>(
+    form: Form,
+    parameters: impl Iterator<Item = &'a Parameter>,
+) -> (Vec<PackedMatrix>, Of<usize>) {
     let mut parameters: Vec<&Parameter> = parameters.collect();
     parameters.sort_by_key(|p| p.range.start);
-    let (mut codes, mut scales, mut largest) = (0, 0, 0);
-    let next = |at: &mut usize, count: usize| {
-        *at += count;
-        *at - count..*at
+    let mut end = Of::<usize>::default();
+    let next = |end: &mut usize, count: usize| {
+        *end += count;
+        *end - count..*end
     };
-    let matrix = |p: &Parameter| {
-        let blocks = p.range.len().div_ceil(BLOCK);
-        PackedMatrix {
-            range: p.range.clone(),
-            shape: [p.shape[0], p.shape[1]],
-            codes: next(&mut codes, p.range.len().div_ceil(2)),
-            scales: next(&mut scales, blocks),
-            largest: next(&mut largest, blocks.div_ceil(NESTED_BLOCK)),
-        }
+    let mut matrix = |p: &Parameter| {
+        let shape = [p.shape[0], p.shape[1]];
+        let lengths = form.lengths(shape[0], shape[1]);
+        let at = Of {
+            codes: next(&mut end.codes, lengths.codes),
+            signed: next(&mut end.signed, lengths.signed),
+            scales: next(&mut end.scales, lengths.scales),
+            floats: next(&mut end.floats, lengths.floats),
+        };
+        PackedMatrix { range: p.range.clone(), shape, at }
     };
-    parameters.into_iter().map(matrix).collect()
-}
-
-/// Of all: codes, scales, scales of the scales.
-fn lengths(matrices: &[PackedMatrix]) -> [usize; 3] {
-    matrices.last().map_or([0; 3], |last| [last.codes.end, last.scales.end, last.largest.end])
+    let matrices = parameters.into_iter().map(&mut matrix).collect();
+    (matrices, end)
 }
 
 /// Bytes of these parameters on each host.
-pub fn packed_bytes<'a>(parameters: impl Iterator<Item = &'a Parameter>) -> usize {
-    let matrices = matrices(parameters);
-    let [codes, scales, largest] = lengths(&matrices);
-    codes + scales + size_of::<f32>() * (largest + matrices.len())
+pub fn packed_bytes<'a>(
+    quantization: Quantization,
+    parameters: impl Iterator<Item = &'a Parameter>,
+) -> usize {
+    let (_, all) = matrices(Form::of(quantization), parameters);
+    all.codes + all.signed + all.scales + size_of::<f32>() * all.floats
 }
 
 impl Packed {
@@ -88,41 +84,33 @@ impl Packed {
         gang: &mut dyn SharedHost,
         read: &mut ReadOne,
     ) -> Result<Packed> {
-        let matrices = matrices(parameters.iter().copied());
-        let [codes, scales, largest] = lengths(&matrices);
+        let form = Form::of(quantization);
+        parameters.iter().try_for_each(|p| form.check(p))?;
+        let (matrices, all) = matrices(form, parameters.iter().copied());
         let mut packed = Packed {
-            map: match quantization {
-                Quantization::Nf4 => FourBitMap::Nf4,
-                Quantization::Fp4 => FourBitMap::Fp4,
-            },
-            codes: SharedSlice::new(gang.allocate_common(codes)?),
-            scales: SharedSlice::new(gang.allocate_common(scales)?),
-            largest: SharedSlice::new(gang.allocate_common(largest * size_of::<f32>())?),
-            offsets: SharedSlice::new(gang.allocate_common(matrices.len() * size_of::<f32>())?),
+            form,
             matrices,
+            codes: SharedSlice::new(gang.allocate_common(all.codes)?),
+            signed: SharedSlice::new(gang.allocate_common(all.signed)?),
+            scales: SharedSlice::new(gang.allocate_common(all.scales)?),
+            floats: SharedSlice::new(gang.allocate_common(all.floats * size_of::<f32>())?),
         };
         let (rank, ranks) = (gang.local_rank(), gang.local_size());
         let mut wide = Vec::new();
-        for (number, matrix) in
-            packed.matrices.iter().enumerate().filter(|(number, _)| number % ranks == rank)
-        {
+        for matrix in packed.matrices.iter().skip(rank).step_by(ranks) {
             let p = parameters.iter().find(|p| p.range == matrix.range).expect("it was made of these");
             if wide.len() < p.range.len() {
                 wide = zeros(p.range.len(), Part::Weights)?;
             }
             let wide = &mut wide[..p.range.len()];
             read(p, wide)?;
-            let mut scales = vec![0.0; matrix.scales.len()];
-            quantise_four_bit(
-                wide,
-                packed.map,
-                BLOCK,
-                packed.codes.part_mut(matrix.codes.clone()),
-                &mut scales,
-            );
-            let largest = packed.largest.part_mut(matrix.largest.clone());
-            let offset = double_quantise(&scales, packed.scales.part_mut(matrix.scales.clone()), largest);
-            packed.offsets.part_mut(number..number + 1)[0] = offset;
+            let to = PartsMut {
+                codes: packed.codes.part_mut(matrix.at.codes.clone()),
+                signed: packed.signed.part_mut(matrix.at.signed.clone()),
+                scales: packed.scales.part_mut(matrix.at.scales.clone()),
+                floats: packed.floats.part_mut(matrix.at.floats.clone()),
+            };
+            form.quantise(wide, matrix.shape[1], to);
         }
         Ok(packed)
     }
@@ -137,12 +125,12 @@ impl Packed {
         assert_eq!(to.len(), weight.len(), "a product's weight");
         let mut rest = to;
         let mut pieces = Vec::new();
-        for (number, matrix) in self.within(weight) {
+        for matrix in self.within(weight) {
             let [rows, columns] = matrix.shape;
             let (now, later) = std::mem::take(&mut rest).split_at_mut(rows * columns);
             rest = later;
             let share = workers.share(rows, 1);
-            let quantised = self.quantised(number, matrix);
+            let quantised = self.quantised(matrix);
             pieces.extend(now.chunks_mut(share * columns).enumerate().map(move |(piece, to)| {
                 let first = piece * share;
                 (quantised, first..first + to.len() / columns, to)
@@ -151,27 +139,25 @@ impl Packed {
         workers.each(pieces.into_iter(), |(quantised, rows, to)| dequantise(quantised, rows, to));
     }
 
-    fn within<'a>(&'a self, weight: &'a Range<usize>) -> impl Iterator<Item = (usize, &'a PackedMatrix)> {
+    fn within<'a>(&'a self, weight: &'a Range<usize>) -> impl Iterator<Item = &'a PackedMatrix> {
         let first = self.matrices.partition_point(|matrix| matrix.range.start < weight.start);
-        let from = self.matrices.iter().enumerate().skip(first);
-        from.take_while(|(_, matrix)| matrix.range.end <= weight.end)
+        let from = self.matrices.iter().skip(first);
+        from.take_while(|matrix| matrix.range.end <= weight.end)
     }
 
-    fn quantised(&self, number: usize, matrix: &PackedMatrix) -> Quantised<'_> {
-        let scales = Scales::Double(Double {
-            codes: self.scales.part(matrix.scales.clone()),
-            largest: self.largest.part(matrix.largest.clone()),
-            map: dynamic_map(),
-            offset: self.offsets.part(number..number + 1)[0],
-        });
-        let codes = self.codes.part(matrix.codes.clone());
-        let codes = Codes::FourBit(FourBit { map: self.map, block: BLOCK, codes, scales });
-        Quantised::new(codes, matrix.shape[0], matrix.shape[1])
+    fn quantised(&self, matrix: &PackedMatrix) -> Quantised<'_> {
+        let from = Parts {
+            codes: self.codes.part(matrix.at.codes.clone()),
+            signed: self.signed.part(matrix.at.signed.clone()),
+            scales: self.scales.part(matrix.at.scales.clone()),
+            floats: self.floats.part(matrix.at.floats.clone()),
+        };
+        self.form.quantised(matrix.shape, from)
     }
 }
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Packed").field("map", &self.map).field("matrices", &self.matrices.len()).finish()
+        f.debug_struct("Packed").field("form", &self.form).field("matrices", &self.matrices.len()).finish()
     }
 }

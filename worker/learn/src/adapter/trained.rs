@@ -75,11 +75,10 @@ impl TrainedAdapter {
             "an adapter of {modules} modules with {} parameters{and} is trained beside {} parameters that stay as they are, once on each node{}",
             counted(self.trained.layout.count() - whole as u64),
             counted(model.layout().count() - whole as u64),
-            match self.quantization {
-                None => "",
-                Some(Quantization::Nf4) => ", the matrices of blocks in NF4",
-                Some(Quantization::Fp4) => ", the matrices of blocks in FP4",
-            }
+            self.quantization.map_or(String::new(), |kind| format!(
+                ", the matrices of blocks in {}",
+                kind.name().to_uppercase()
+            ))
         )
     }
 }

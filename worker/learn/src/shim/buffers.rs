@@ -14,6 +14,7 @@ mod number {
     /// Types of which every bit pattern is a value.
     pub trait Number: Copy + Send + Sync + 'static {}
     impl Number for u8 {}
+    impl Number for i8 {}
     impl Number for f32 {}
     impl Number for half::bf16 {}
 }
