@@ -70,6 +70,17 @@ fn ranks_and_strategies_train_the_same_adapter_with_the_same_dropout() {
             assert!((a.1 - b.1).abs() <= 1e-4 * a.1, "{name}, step {}: {} and {}", a.0, a.1, b.1);
         }
     }
+    // And one whose rows have lengths, beside a model in four bits.
+    let dora =
+        ["--set", "adapter.use_dora=true", "--set", "quantization=nf4", "--set", "precision=bf16-mixed"];
+    let one = losses("1", "dora", &dora);
+    assert!(one.last().unwrap().1 < one[0].1 - 0.02, "{one:?}");
+    for strategy in ["ddp", "fsdp", "hsdp"] {
+        let with = format!("strategy={strategy}");
+        for (a, b) in one.iter().zip(losses("2", &with, &[&dora[..], &["--set", &with]].concat())) {
+            assert!((a.1 - b.1).abs() <= 1e-2 * a.1, "{strategy}, step {}: {} and {}", a.0, a.1, b.1);
+        }
+    }
 }
 
 #[test]
@@ -90,6 +101,19 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     let merged: Value = serde_json::from_str(&world.run("fleet", &merge).expect(0).stdout.concat()).unwrap();
     assert!(merged["difference"].as_f64().unwrap() < 1e-5, "{merged}");
     assert!((loss(&["--model", "made"]) - with).abs() < 1e-4);
+
+    let unmerge = ["adapter", "unmerge", "--model", "made", "--adapter", &adapter, "--output", "back"];
+    let unmerged = world.run("fleet", &unmerge).expect(0);
+    assert!(unmerged.all().contains("parameters changed"), "{}", unmerged.all());
+    assert!((loss(&["--model", "back"]) - of_base).abs() < 1e-5);
+    let (half, twice) = (format!("{adapter}=0.5"), format!("{adapter}=2"));
+    let combine = ["adapter", "combine", "--adapter", &half, "--adapter", &half, "--output", "sum", "--json"];
+    let combined: Value =
+        serde_json::from_str(&world.run("fleet", &combine).expect(0).stdout.concat()).unwrap();
+    assert!(combined["difference"].as_f64().unwrap() < 1e-6, "{combined}");
+    assert!((loss(&["--model", &base, "--adapter", "sum"]) - with).abs() < 1e-5);
+    let wrong = ["adapter", "combine", "--adapter", &twice, "--adapter", "x=y", "--output", "other"];
+    assert!(world.run("fleet", &wrong).expect(2).all().contains("is no weight; write DIR=0.7"));
 
     let generate = |more: &[&str]| {
         let args = [

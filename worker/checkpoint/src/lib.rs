@@ -68,7 +68,7 @@ pub use part::{PartWriter, TensorRef};
 pub use quantised::{FourBitForm, FourBitKind, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight};
 pub use reading::{Reading, read_numbers};
 pub use resume::take_what_is_gone;
-pub use rewrite::rewrite;
+pub use rewrite::{new_directory, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};

@@ -15,6 +15,14 @@ use zerocopy::IntoBytes;
 /// Writes `model` to the new directory `to`: the parameters of `changed` with what `flat` has of them, in the type that they had, the other tensors
 /// and all other files as they are. What is there of a run, its state and manifest, stays behind. Holds one file of weights in memory.
 pub fn rewrite(model: &ModelDir, changed: &[usize], flat: &[f32], to: &Path) -> Result<(), CheckpointError> {
+    new_directory(to, |part| write(model, changed, flat, part))
+}
+
+/// Makes the directory `to`, which is not there, with what `write` puts into it: all of that, or nothing.
+pub fn new_directory(
+    to: &Path,
+    write: impl FnOnce(&mut PartWriter) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
     let failed = |source| CheckpointError::Copy { path: to.to_owned(), source };
     if fs::symlink_metadata(to).is_ok() {
         return Err(failed(io::Error::from(io::ErrorKind::AlreadyExists)));
@@ -23,7 +31,7 @@ pub fn rewrite(model: &ModelDir, changed: &[usize], flat: &[f32], to: &Path) -> 
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let temporary = parent.join(format!("{TEMPORARY}{}-{}", name.to_string_lossy(), std::process::id()));
     fs::create_dir(&temporary).map_err(failed)?;
-    let written = write(model, changed, flat, &temporary).and_then(|()| {
+    let written = write(&mut PartWriter::new(temporary.clone(), 0, 0)).and_then(|()| {
         sync_dir(&temporary)
             .and_then(|()| fs::rename(&temporary, to))
             .and_then(|()| sync_dir(parent))
@@ -35,8 +43,12 @@ pub fn rewrite(model: &ModelDir, changed: &[usize], flat: &[f32], to: &Path) -> 
     written
 }
 
-fn write(model: &ModelDir, changed: &[usize], flat: &[f32], to: &Path) -> Result<(), CheckpointError> {
-    let mut part = PartWriter::new(to.to_owned(), 0, 0);
+fn write(
+    model: &ModelDir,
+    changed: &[usize],
+    flat: &[f32],
+    part: &mut PartWriter,
+) -> Result<(), CheckpointError> {
     let mut numbers: BTreeMap<&str, &[f32]> = BTreeMap::new();
     let mut ordered = Vec::new();
     for p in changed.iter().map(|number| &model.layout.parameters[*number]) {

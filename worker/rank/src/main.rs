@@ -13,9 +13,10 @@ use fleet_common::link::{Latency, Rate};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
+use fleet_learn::adapter::{Combination, combine};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
-use fleet_rank::merge::merge;
+use fleet_rank::merge::{merge, unmerge};
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
 use generating::GenerateArgs;
@@ -50,6 +51,10 @@ enum Command {
     Eval(EvalArgs),
     /// Make one model of a model and its adapters.
     Merge(MergeArgs),
+    /// Take adapters out of a model of which they have become a part.
+    Unmerge(MergeArgs),
+    /// Make one adapter of several.
+    Combine(CombineArgs),
     /// Say what a job needs and how fast it will be, before it runs.
     Plan(PlanArgs),
     /// Time training steps on made-up data.
@@ -99,10 +104,36 @@ struct MergeArgs {
     json: bool,
 }
 
-fn run_merge(args: &MergeArgs) -> Result<(), Error> {
-    let merged = merge(&args.model, &args.adapters, &args.output)?;
-    let text = if args.json { serde_json::json!(merged).to_string() } else { merged.to_string() };
+fn said<T: serde::Serialize + std::fmt::Display>(made: &T, json: bool) -> Result<(), Error> {
+    let text = if json { serde_json::json!(made).to_string() } else { made.to_string() };
     told(writeln!(std::io::stdout(), "{text}"))
+}
+
+#[derive(clap::Args)]
+struct CombineArgs {
+    /// A directory as PEFT writes it, and what counts of it: DIR=WEIGHT.
+    #[arg(long = "adapter", required = true, value_parser = weighted)]
+    adapters: Vec<(PathBuf, f64)>,
+    #[arg(long, default_value = "cat", value_parser = ["cat", "linear"])]
+    r#type: String,
+    /// A directory that is not there yet.
+    #[arg(long)]
+    output: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
+    let (dir, weight) = text.rsplit_once('=').unwrap_or((text, "1"));
+    let number = weight.parse().ok().filter(|weight: &f64| weight.is_finite() && *weight != 0.0);
+    let number = number.ok_or_else(|| format!("{weight:?} is no weight; write DIR=0.7"))?;
+    Ok((dir.into(), number))
+}
+
+fn run_combine(args: &CombineArgs) -> Result<(), Error> {
+    let how = if args.r#type == "linear" { Combination::Linear } else { Combination::Cat };
+    said(&combine(&args.adapters, how, &args.output)?, args.json)
 }
 
 #[derive(clap::Args)]
@@ -230,7 +261,13 @@ fn main() -> ExitCode {
         Some(Command::Serve(args)) => report(serving::run(&args)),
         Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
-        Some(Command::Merge(args)) => report(run_merge(&args)),
+        Some(Command::Merge(args)) => {
+            report(merge(&args.model, &args.adapters, &args.output).and_then(|made| said(&made, args.json)))
+        }
+        Some(Command::Unmerge(args)) => {
+            report(unmerge(&args.model, &args.adapters, &args.output).and_then(|made| said(&made, args.json)))
+        }
+        Some(Command::Combine(args)) => report(run_combine(&args)),
         Some(Command::Plan(args)) => report(run_plan(&args)),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };

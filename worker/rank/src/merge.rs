@@ -1,7 +1,7 @@
-//! `fleet-rank merge`: one model of a model and its adapters.
+//! `fleet-rank merge` and `unmerge`: one model of a model and its adapters, and back.
 
 use crate::host_model::{HostModel, read_weights};
-use fleet_checkpoint::{Dtype, Tensors, rewrite};
+use fleet_checkpoint::{Dtype, ModelDir, Tensors, rewrite};
 use fleet_data::chat::CHAT_TEMPLATE;
 use fleet_learn::adapter::Adapter;
 use fleet_learn::{Error, Result};
@@ -18,46 +18,95 @@ pub struct Merged {
     pub output: PathBuf,
     /// Parameters that are others than in the model.
     pub changed: usize,
-    /// Between the logits of the model with its adapters, in fp32, and those of what was written, as a share of the largest.
+    /// Between the logits of the model with its adapters, in fp32, and those of what is one, as a share of the largest.
     pub difference: f64,
 }
 
 /// Writes `model` with `adapters` in its weights, in the types that these have, to the new directory `output`. Reads it again and computes with it: where it computes
 /// something else than the model with its adapters does, more than its numbers' type explains, nothing is left.
 pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged> {
-    if output.symlink_metadata().is_ok() {
-        return Err(Error::Input(format!(
-            "--output {} is there already; name a new directory",
-            output.display()
-        )));
-    }
+    is_new(output)?;
     let (given, flat) = read_weights(model, adapters)?;
+    let changed = changed(&given, adapters)?;
+    rewrite(&given, &changed, &flat, output)?;
+    checked(output, changed.len(), || {
+        take_template(adapters, output)?;
+        Ok([Model::Given(given, flat), Model::Read(output, &[])])
+    })
+}
+
+/// Writes what `model` was before `adapters` became part of its weights to the new directory `output`, and checks it as `merge` does: with the adapters it has to compute
+/// what `model` computes.
+pub fn unmerge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged> {
+    is_new(output)?;
+    let (given, mut flat) = read_weights(model, &[])?;
+    for adapter in adapters {
+        Adapter::open(adapter, &given)?.take_out(&given.layout, &mut flat)?;
+    }
+    let changed = changed(&given, adapters)?;
+    rewrite(&given, &changed, &flat, output)?;
+    drop((given, flat));
+    checked(output, changed.len(), || Ok([Model::Read(model, &[]), Model::Read(output, adapters)]))
+}
+
+fn is_new(output: &Path) -> Result<()> {
+    match output.symlink_metadata().is_ok() {
+        true => {
+            Err(Error::Input(format!("--output {} is there already; name a new directory", output.display())))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Of the layout, the numbers of what adapters change.
+fn changed(model: &ModelDir, adapters: &[PathBuf]) -> Result<Vec<usize>> {
     let mut changed = BTreeSet::new();
     for adapter in adapters {
-        changed.extend(Adapter::open(adapter, &given)?.changed());
+        changed.extend(Adapter::open(adapter, model)?.changed());
     }
-    let changed: Vec<usize> = changed.into_iter().collect();
-    rewrite(&given, &changed, &flat, output)?;
-    let checked = (|| {
-        take_template(adapters, output)?;
-        let positions = PROBE.min(given.decoder.max_positions);
-        let vocab = given.decoder.vocab_size as i64;
+    Ok(changed.into_iter().collect())
+}
+
+/// One of the two that are compared.
+enum Model<'a> {
+    Given(ModelDir, Vec<f32>),
+    Read(&'a Path, &'a [PathBuf]),
+}
+
+impl Model<'_> {
+    fn logits(self) -> Result<Vec<f32>> {
+        let (model, flat) = match self {
+            Model::Given(model, flat) => (model, flat),
+            Model::Read(dir, adapters) => read_weights(dir, adapters)?,
+        };
+        let positions = PROBE.min(model.decoder.max_positions);
+        let vocab = model.decoder.vocab_size as i64;
         let ids: Vec<i64> = (0..positions as i64).map(|at| (at * 7919 + 13) % vocab).collect();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        let before = HostModel::new(given, flat, threads, positions)?.logits(&ids, ids.len())?;
-        let after = HostModel::open(output, threads)?.logits(&ids, ids.len())?;
-        let (difference, bound) = (difference(&before, &after), bound(&Tensors::of_model(output)?));
+        HostModel::new(model, flat, threads, positions)?.logits(&ids, ids.len())
+    }
+}
+
+/// Of what was written to `output`; where both models differ by more than the type of its numbers explains, it is removed.
+fn checked<'a>(
+    output: &Path,
+    changed: usize,
+    models: impl FnOnce() -> Result<[Model<'a>; 2]>,
+) -> Result<Merged> {
+    let compared = (|| {
+        let [before, after] = models()?;
+        let (difference, bound) =
+            (difference(&before.logits()?, &after.logits()?), bound(&Tensors::of_model(output)?));
         match difference <= bound {
             true => Ok(difference),
             false => Err(Error::Input(format!(
-                "the model that was made of {} and its adapters computes something else: its logits differ by {difference:.1e} of the largest, and {bound:.0e} \
-                 is what its numbers' type explains; use them apart, with --adapter, or a model in fp32",
-                model.display()
+                "what was made computes something else than what it was made of: logits differ by {difference:.1e} of the largest, and {bound:.0e} is what its numbers' type \
+                 explains; use model and adapters apart, with --adapter, or a model in fp32"
             ))),
         }
     })();
-    match checked {
-        Ok(difference) => Ok(Merged { output: output.to_owned(), changed: changed.len(), difference }),
+    match compared {
+        Ok(difference) => Ok(Merged { output: output.to_owned(), changed, difference }),
         Err(error) => {
             // It was just made here, of nothing but what it was made of.
             drop(std::fs::remove_dir_all(output));
@@ -103,7 +152,7 @@ impl fmt::Display for Merged {
         let Merged { output, changed, difference } = self;
         write!(
             f,
-            "{}: {changed} parameters changed; its logits are those of the model with its adapters within {difference:.1e} of the largest",
+            "{}: {changed} parameters changed; the logits of what is one are those of the model with its adapters within {difference:.1e} of the largest",
             output.display()
         )
     }

@@ -12,8 +12,8 @@ use fleet_common::job::{self, Job, Precision};
 use fleet_common::model::{Parameter, Role};
 use fleet_cpu::{CpuExecutor, Network, workers};
 use fleet_kernels::quant::{
-    Codes, Double, FourBit, FourBitMap, Quantised, Scales, dequantise, double_quantise, dynamic_map,
-    quantise_four_bit,
+    Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Scales,
+    dequantise, double_quantise, dynamic_map, quantise_four_bit, quantise_hqq, quantise_int8,
 };
 use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
 use fleet_learn::model::Model;
@@ -342,16 +342,55 @@ fn what_an_adapter_cannot_be_is_refused() {
     }
 }
 
-/// Beside a model whose matrices are in four bits, and beside one that has what these stand for.
+/// Puts in the place of a matrix what its codes stand for.
+fn stand_for(word: &str, numbers: &mut [f32], [rows, cols]: [usize; 2]) {
+    let blocks = numbers.len().div_ceil(64);
+    let (mut scales, mut zeros) = (vec![0.0; blocks], vec![0.0; blocks]);
+    let (mut of_scales, mut largest) = (vec![0; blocks], vec![0.0; blocks.div_ceil(256)]);
+    let (mut codes, mut signed) = (Vec::new(), vec![0; numbers.len()]);
+    let codes = match word {
+        "int8" => {
+            scales.resize(rows, 0.0);
+            quantise_int8(numbers, cols, &mut signed, &mut scales);
+            Codes::Int8(Int8 { codes: &signed, scales: &scales })
+        }
+        "nf4" | "fp4" => {
+            let map = if word == "nf4" { FourBitMap::Nf4 } else { FourBitMap::Fp4 };
+            codes.resize(numbers.len().div_ceil(2), 0);
+            quantise_four_bit(numbers, map, 64, &mut codes, &mut scales);
+            let offset = double_quantise(&scales, &mut of_scales, &mut largest);
+            let double = Double { codes: &of_scales, largest: &largest, map: dynamic_map(), offset };
+            Codes::FourBit(FourBit { map, block: 64, codes: &codes, scales: Scales::Double(double) })
+        }
+        hqq => {
+            let bits = HqqBits::of(hqq[3..].parse().unwrap()).unwrap();
+            let groups = HqqGroups { bits, axis: HqqAxis::One, size: 64 };
+            codes.resize(groups.bytes(numbers.len()), 0);
+            quantise_hqq(numbers, groups, &mut codes, &mut scales, &mut zeros);
+            Codes::Hqq(Hqq { groups, codes: &codes, scales: &scales, zeros: &zeros })
+        }
+    };
+    let mut wide = vec![0.0; numbers.len()];
+    dequantise(Quantised::new(codes, rows, cols), 0..rows, &mut wide);
+    numbers.copy_from_slice(&wide);
+}
+
+/// Beside a model whose matrices are in few bits, and beside one that has what these stand for.
 #[test]
 fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
     let golden = cases::golden();
-    for (name, word, map, kind) in [
-        ("llama", "nf4", FourBitMap::Nf4, "lora"),
-        ("qwen2", "fp4", FourBitMap::Fp4, "lora"),
-        ("gpt2", "nf4", FourBitMap::Nf4, "lora"),
-        ("llama", "nf4", FourBitMap::Nf4, "dora"),
-        ("gpt2", "fp4", FourBitMap::Fp4, "dora"),
+    for (name, word, kind) in [
+        ("llama", "nf4", "lora"),
+        ("qwen2", "fp4", "lora"),
+        ("gpt2", "nf4", "lora"),
+        ("llama", "nf4", "dora"),
+        ("gpt2", "fp4", "dora"),
+        ("gpt2", "int8", "lora"),
+        ("qwen2", "hqq8", "lora"),
+        ("llama", "hqq4", "lora"),
+        ("llama", "hqq3", "dora"),
+        ("gpt2", "hqq2", "lora"),
+        ("gpt2", "hqq1", "lora"),
     ] {
         let base = golden.join(name);
         let dir = ModelDir::open(&base).unwrap();
@@ -359,17 +398,7 @@ fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
         dir.read(&mut flat).unwrap();
         let blocks = 1..dir.layout.units.len() - 1;
         for p in dir.layout.parameters.iter().filter(|p| p.role == Role::Weight && blocks.contains(&p.unit)) {
-            let numbers = &mut flat[p.range.clone()];
-            let blocks = numbers.len().div_ceil(64);
-            let (mut codes, mut scales) = (vec![0; numbers.len().div_ceil(2)], vec![0.0; blocks]);
-            quantise_four_bit(numbers, map, 64, &mut codes, &mut scales);
-            let (mut of_scales, mut largest) = (vec![0; blocks], vec![0.0; blocks.div_ceil(256)]);
-            let offset = double_quantise(&scales, &mut of_scales, &mut largest);
-            let double = Double { codes: &of_scales, largest: &largest, map: dynamic_map(), offset };
-            let codes =
-                Codes::FourBit(FourBit { map, block: 64, codes: &codes, scales: Scales::Double(double) });
-            let quantised = Quantised::new(codes, p.shape[0], p.shape[1]);
-            dequantise(quantised, 0..p.shape[0], &mut flat[p.range.clone()]);
+            stand_for(word, &mut flat[p.range.clone()], [p.shape[0], p.shape[1]]);
         }
         let made = tempfile::tempdir().unwrap();
         std::fs::copy(base.join("config.json"), made.path().join("config.json")).unwrap();

@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 use fleet_checkpoint::{ModelDir, Tensors};
-use fleet_learn::adapter::Adapter;
+use fleet_learn::adapter::{Adapter, Combination, combine};
 use fleet_rank::host_model::{HostModel, read_weights};
-use fleet_rank::merge::merge;
+use fleet_rank::merge::{merge, unmerge};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -73,6 +73,86 @@ fn a_model_computes_with_an_adapter_as_peft_does_and_keeps_it_when_both_are_made
         seen += 1;
     }
     assert_eq!(seen, 10, "the golden files were not found");
+}
+
+/// As PEFT's `add_weighted_adapter`.
+#[test]
+fn adapters_are_combined_as_peft_combines_them() {
+    let (first, combined) = (golden().join("adapters/lora"), golden().join("combined"));
+    let weighted = [(first.clone(), 0.7), (combined.join("other"), 0.3)];
+    let dir = tempfile::tempdir().unwrap();
+    for (name, how) in [("cat", Combination::Cat), ("linear", Combination::Linear)] {
+        let made = dir.path().join(name);
+        let said = combine(&weighted, how, &made).unwrap();
+        assert_eq!(said.difference.is_some(), how == Combination::Cat);
+        let file = "adapter_model.safetensors";
+        let open = |dir: &Path| Tensors::open(&dir.join(file)).unwrap();
+        let (is, wanted) = (open(&made), open(&combined.join(name)));
+        assert!(is.names().eq(wanted.names()));
+        for tensor in wanted.names() {
+            assert_eq!(is.get(tensor).unwrap().shape, wanted.get(tensor).unwrap().shape);
+            let off = difference(&numbers(&is, tensor), &numbers(&wanted, tensor));
+            assert!(off < 1e-6, "{name}: {tensor} is {off} off");
+        }
+        let config = |dir: &Path| -> Value {
+            serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap()).unwrap()
+        };
+        for key in ["r", "rank_pattern", "alpha_pattern", "use_rslora"] {
+            assert_eq!(config(&made)[key], config(&combined.join(name))[key], "{name}: {key}");
+        }
+        assert_eq!(config(&made)["lora_alpha"], config(&made)["r"]);
+    }
+    // With the weights of another sign nothing is left.
+    let none = [(first.clone(), 1.0), (first.clone(), -1.0)];
+    let taken = dir.path().join("none");
+    combine(&none, Combination::Cat, &taken).unwrap();
+    let base = base(&first);
+    let flat = |adapters: &[PathBuf]| read_weights(&base, adapters).unwrap().1;
+    assert!(difference(&flat(&[taken]), &flat(&[])) < 1e-6);
+
+    let refused = |given: &[(PathBuf, f64)], how| {
+        let output = dir.path().join("refused");
+        let error = combine(given, how, &output).unwrap_err().to_string();
+        assert!(!output.exists() && !error.contains('\n'), "{error}");
+        error
+    };
+    let of = |name: &str| (golden().join("adapters").join(name), 1.0);
+    for (given, how, wanted) in [
+        ([of("dora"), of("dora")], Combination::Cat, "it has magnitudes"),
+        ([of("saved_modules"), of("lora")], Combination::Cat, "takes the place of the model's own"),
+        ([of("lora"), of("dora")], Combination::Linear, "it has magnitudes"),
+    ] {
+        let error = refused(&given, how);
+        assert!(error.contains(wanted), "{error}");
+    }
+    assert!(refused(&none, Combination::Linear).contains("--type cat"));
+    assert!(refused(&[of("lora"), of("some_layers")], Combination::Cat).contains("different models"));
+    assert!(refused(&[of("lora"), (dir.path().join("cat"), 1.0)], Combination::Linear).contains("have 4, 8"));
+    let over = combine(&weighted, Combination::Cat, &dir.path().join("cat")).unwrap_err().to_string();
+    assert!(over.contains("exist"), "{over}");
+}
+
+#[test]
+fn an_adapter_is_taken_out_again_and_what_is_lost_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["lora", "transposed", "by_head", "embedding"] {
+        let adapter = golden().join("adapters").join(name);
+        let (base, made, back) =
+            (base(&adapter), dir.path().join(format!("{name}-1")), dir.path().join(name));
+        merge(&base, std::slice::from_ref(&adapter), &made).unwrap();
+        let unmerged = unmerge(&made, std::slice::from_ref(&adapter), &back).unwrap();
+        assert!(unmerged.difference < 1e-5, "{name}: {unmerged:?}");
+        let flat = |dir: &Path| read_weights(dir, &[]).unwrap().1;
+        let off = difference(&flat(&back), &flat(&base));
+        assert!(off < 1e-6, "{name}: {off}");
+    }
+    for (name, wanted) in
+        [("dora", "magnitudes (DoRA)"), ("saved_modules", "taken the place of the model's own")]
+    {
+        let adapter = golden().join("adapters").join(name);
+        let error = unmerge(&base(&adapter), &[adapter], &dir.path().join("lost")).unwrap_err().to_string();
+        assert!(error.contains(wanted) && error.contains("take the base model"), "{error}");
+    }
 }
 
 /// A copy of an adapter of the golden files, changed.

@@ -148,6 +148,11 @@ impl AdapterConfig {
         first(&self.rank_pattern, module).map_or(self.r, |rank| rank as usize)
     }
 
+    /// Of all modules that there may be.
+    pub(super) fn largest_rank(&self) -> usize {
+        self.rank_pattern.iter().map(|(_, rank)| *rank as usize).fold(self.r, usize::max)
+    }
+
     /// By how much what the two matrices give is multiplied before it is added.
     pub fn scale(&self, module: &str) -> f64 {
         let alpha = first(&self.alpha_pattern, module).unwrap_or(self.lora_alpha);

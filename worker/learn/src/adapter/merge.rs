@@ -30,6 +30,33 @@ impl Adapter {
     }
 }
 
+impl Adapter {
+    /// Takes out of `flat` what `merge` has added. Of what took the place of the model's own nothing is left.
+    pub fn take_out(&self, layout: &Layout, flat: &mut [f32]) -> Result<()> {
+        let mut scratch = Scratch::new();
+        for Change { parameter, whole, added } in &self.changes {
+            let p = &layout.parameters[*parameter];
+            let lost = match added {
+                Some(Added { magnitude: None, .. }) => None,
+                Some(_) => Some("it has magnitudes (DoRA), which leave nothing of the lengths that rows had"),
+                None => whole.as_ref().map(|_| "it has taken the place of the model's own"),
+            };
+            if let Some(lost) = lost {
+                return Err(Error::Input(format!(
+                    "{}: {} cannot be taken out again: {lost}; take the base model",
+                    self.path.display(),
+                    p.name
+                )));
+            }
+            if let Some(added) = added {
+                let less = Added { scale: -added.scale, ..added.clone() };
+                less.add_to(&mut flat[p.range.clone()], &p.shape, &mut scratch);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Added {
     fn add_to(&self, weights: &mut [f32], shape: &[usize], scratch: &mut Scratch) {
         let (rows, columns) = (shape[0], shape[1]);

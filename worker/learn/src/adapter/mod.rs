@@ -2,6 +2,7 @@
 //! Those of files become part of the weights (`merge.rs`). One that is trained (`trained.rs`) is a layout of its own beside a model that is
 //! frozen (`frozen.rs`): a strategy keeps its numbers as those of any model, and an executor computes with both.
 
+mod combine;
 mod config;
 mod files;
 mod form;
@@ -11,6 +12,7 @@ mod packed;
 mod targets;
 mod trained;
 
+pub use combine::{Combination, Combined, combine};
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
 pub(crate) use files::plain as plain_name;
@@ -50,7 +52,7 @@ struct Change {
 }
 
 /// `b a` times `scale`, `[rows, columns]` as the flat buffer has the parameter.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Added {
     rank: usize,
     scale: f32,
@@ -111,16 +113,7 @@ impl Adapter {
         let config = AdapterConfig::read(dir)?;
         let path = dir.join(ADAPTER_MODEL);
         let refuse = |what: String| Error::Input(format!("{}: {what}", path.display()));
-        if !path.exists() {
-            let is_pickled = dir.join("adapter_model.bin").exists();
-            let what = if is_pickled {
-                "there is only adapter_model.bin, a pickle; save the adapter again with safe_serialization=True"
-            } else {
-                "there is no such file"
-            };
-            return Err(refuse(what.into()));
-        }
-        let tensors = Tensors::open(&path)?;
+        let tensors = tensors_of(dir)?;
         let (mut modules, mut misplaced) = (BTreeMap::new(), Vec::new());
         for name in tensors.names() {
             match Found::place(&mut modules, name) {
@@ -182,6 +175,21 @@ impl Adapter {
     pub fn changed(&self) -> impl Iterator<Item = usize> {
         self.changes.iter().map(|change| change.parameter)
     }
+}
+
+/// What the adapter in `dir` has.
+fn tensors_of(dir: &Path) -> Result<Tensors> {
+    let path = dir.join(ADAPTER_MODEL);
+    if path.exists() {
+        return Ok(Tensors::open(&path)?);
+    }
+    let what = match dir.join("adapter_model.bin").exists() {
+        true => {
+            "there is only adapter_model.bin, a pickle; save the adapter again with safe_serialization=True"
+        }
+        false => "there is no such file",
+    };
+    Err(Error::Input(format!("{}: {what}", path.display())))
 }
 
 /// Whether what becomes of `parameter` is said for both of its names, and alike.
