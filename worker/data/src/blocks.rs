@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 
 /// A text of more bytes than this is cut.
-const WHOLE_MAX: usize = 16 << 20;
+pub(crate) const WHOLE_MAX: usize = 16 << 20;
 
 /// Rows or texts that follow each other in a file.
 #[derive(Debug)]

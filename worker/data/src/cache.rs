@@ -12,7 +12,7 @@
 //! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build of text that was
 //! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs).
 
-use crate::blocks::Input;
+use crate::blocks::{Input, WHOLE_MAX};
 use crate::files::DataFiles;
 use crate::formats::Kind;
 use crate::rows::{self, Report};
@@ -324,6 +324,10 @@ fn cache_hash(job: &Job, files: &[Input], ids: &ModelIds) -> Result<String, Data
         };
         hasher.update([kind]);
         hasher.update(sha256);
+        // It is read in pieces, as it was not at first.
+        if kind == b't' && fs::metadata(path).is_ok_and(|file| file.len() > WHOLE_MAX as u64) {
+            hasher.update("in pieces\n");
+        }
         if *weight != 1.0 {
             hasher.update(format!(" x {weight}\n"));
         }
