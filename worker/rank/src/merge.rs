@@ -117,8 +117,8 @@ fn checked<'a>(
 
 /// The chat template of the last adapter that has one: the model was asked with it.
 fn take_template(adapters: &[PathBuf], output: &Path) -> Result<()> {
-    let templates = adapters.iter().rev().map(|adapter| adapter.join(CHAT_TEMPLATE));
-    let Some(template) = templates.into_iter().find(|template| template.is_file()) else { return Ok(()) };
+    let mut templates = adapters.iter().rev().map(|adapter| adapter.join(CHAT_TEMPLATE));
+    let Some(template) = templates.find(|template| template.is_file()) else { return Ok(()) };
     std::fs::copy(&template, output.join(CHAT_TEMPLATE)).map_err(|e| {
         Error::Environment(format!("cannot copy {} to {}: {e}", template.display(), output.display()))
     })?;

@@ -28,8 +28,8 @@ impl Rendered {
             spans.first().is_some_and(|span| span.start < *end)
         };
         let assistant = encoding.get_offsets().iter().map(&mut is_inside).collect();
-        let turns = self.assistant.iter().filter(|span| !span.is_empty());
-        let is_joined = turns.into_iter().all(|span| self.is_boundary(span.start, &encoding, given));
+        let mut turns = self.assistant.iter().filter(|span| !span.is_empty());
+        let is_joined = turns.all(|span| self.is_boundary(span.start, &encoding, given));
         Ok(Tokens { encoded: Encoded::bare(encoding.get_ids().to_vec()), assistant, is_joined })
     }
 

@@ -43,9 +43,9 @@ impl<'a> StopStrings<'a> {
     fn beginning(&self) -> usize {
         let most = self.stops.iter().map(|stop| stop.len() - 1).max().unwrap_or(0).min(self.held.len());
         let first = self.held.len() - most;
-        let starts = (first..self.held.len()).filter(|at| self.held.is_char_boundary(*at));
+        let mut starts = (first..self.held.len()).filter(|at| self.held.is_char_boundary(*at));
         let begins = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
-        starts.into_iter().find(begins).map_or(0, |at| self.held.len() - at)
+        starts.find(begins).map_or(0, |at| self.held.len() - at)
     }
 }
 
