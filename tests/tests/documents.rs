@@ -42,13 +42,16 @@ fn the_jobs_of_the_documents_run() {
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity/golden/foreign/byte_level");
     let base = format!("model.path={}", base.canonicalize().unwrap().display());
     let mut ran = 0;
-    for (document, (kind, job)) in DOCUMENTS.into_iter().flat_map(|d| jobs(d).into_iter().map(move |job| (d, job))) {
+    for (document, (kind, job)) in
+        DOCUMENTS.into_iter().flat_map(|d| jobs(d).into_iter().map(move |job| (d, job)))
+    {
         ran += 1;
         world.write("data.jsonl", rows(&kind));
         let file = world.write(&format!("job-{ran}.toml"), job).display().to_string();
         let sets = [base.as_str(), "data.path=data.jsonl", "max_steps=2", "max_seq_len=96", "device=cpu"];
         let sets: Vec<&str> = sets.into_iter().flat_map(|set| ["--set", set]).collect();
-        let done = world.start("fleet", &[&["launch", "-n", "1", "--json", &file], &sets[..]].concat()).finish();
+        let done =
+            world.start("fleet", &[&["launch", "-n", "1", "--json", &file], &sets[..]].concat()).finish();
         assert_eq!(done.status.code(), Some(0), "{document}, job {ran}: {}", done.all());
         assert_eq!(done.losses().last().unwrap().0, 2, "{document}, job {ran}");
     }

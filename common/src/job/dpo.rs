@@ -135,7 +135,8 @@ pub(super) fn dpo(
         return Err(f.refuse(&["dpo.ref_model"], message.to_owned()));
     }
     let usual = Dpo::default();
-    let beta = f.float("dpo.beta", "a number above 0", |x| x > 0.0)?.unwrap_or(usual.beta);
+    let beta =
+        f.float("dpo.beta", "a number above 0, at most 1000", |x| x > 0.0 && x <= 1e3)?.unwrap_or(usual.beta);
     let precompute_ref_log_probs = precompute.unwrap_or(usual.precompute_ref_log_probs);
     Ok(Some(Dpo { beta, loss_type, label_smoothing, ref_model, precompute_ref_log_probs }))
 }
@@ -170,7 +171,10 @@ mod tests {
         for (text, wanted) in [
             ("dpo.ref_model = \"r\"\nlora_r = 1", "`dpo.ref_model` is for a whole model"),
             ("task_name = \"orpo\"\ndpo.ref_model = \"r\"", "\"orpo\" has none"),
-            ("task_name = \"dpo\"\nlora_r = 1\ndpo.beta = 0", "`dpo.beta` is 0; a number above 0"),
+            (
+                "task_name = \"dpo\"\nlora_r = 1\ndpo.beta = 0",
+                "`dpo.beta` is 0; a number above 0, at most 1000",
+            ),
             ("lora_r = 1\ndpo.loss_type = \"ipo\"\ndpo.label_smoothing = 0.1", "leave it out"),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.packing = true", "`data.packing`"),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.format = \"alpaca\"", "`data.format`"),

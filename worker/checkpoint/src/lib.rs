@@ -72,7 +72,7 @@ pub use rewrite::{new_directory, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};
-pub use state::{Best, LossScale, TrainerState};
+pub use state::{Best, LossScale, Patience, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
 pub use verify::{inspect, verify};

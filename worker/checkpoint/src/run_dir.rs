@@ -187,9 +187,12 @@ impl RunDir {
         free_bytes(&self.owner.dir)
     }
 
-    /// Keeps the checkpoint of this step, whatever else goes.
+    /// Keeps the checkpoint of this step, whatever else goes, and lets the one go that was kept before. Where it is not there, nothing changes.
     pub fn spare(&mut self, step: u64) {
-        self.spared = Some(step);
+        let found = search::by_age(&self.owner.dir).unwrap_or_default();
+        if found.iter().any(|found| found.step() == step && self.owns(found) && found.seems_whole()) {
+            self.spared = Some(step);
+        }
     }
 
     /// Removes the oldest checkpoints of this run so that `keep` whole ones remain, counting up to and including the one of `committed`,

@@ -1,7 +1,7 @@
 //! `trainer_state.json`: where a run stands and what it was made of, so that another one is not continued by mistake.
 
 use crate::{CheckpointError, STATE_FILE};
-use fleet_common::job::{Optimizer, Precision, Quantization};
+use fleet_common::job::{Dpo, Optimizer, Precision, Quantization};
 use fleet_common::model::{Family, Object};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -62,9 +62,15 @@ pub struct TrainerState {
     /// Of the weights of that model, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_sha256: Option<String>,
-    /// Where the run looks for one.
+    /// Of the evaluations, where the run keeps the best checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<Best>,
+    /// Where the run ends when it gets no better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience: Option<Patience>,
+    /// Of a run that learns preferences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dpo: Option<Dpo>,
 }
 
 /// The best loss so far.
@@ -76,6 +82,14 @@ pub struct Best {
     /// NaN where none was a number.
     #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
+}
+
+/// How long a run has got no better.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Patience {
+    /// From which others have to differ by enough.
+    pub best: Best,
     /// At worse losses since then.
     pub looks_since: u32,
 }
@@ -215,25 +229,25 @@ impl TrainerState {
             let (is, was) = (word(job.quantization), word(self.quantization));
             notes.push(format!("from here on quantization is {is}, and was {was}: the model beside the adapter computes something else"));
         }
-        notes.extend(self.optimizer_notes(job));
+        match (&self.dpo, &job.dpo) {
+            (Some(_), None) => notes.push("from here on rows are learnt as instructions, and were as preferences".into()),
+            (None, Some(_)) => notes.push("from here on preferences are learnt, and instructions or texts were".into()),
+            (Some(was), Some(is)) if was.ref_model != is.ref_model => notes.push(
+                "dpo.ref_model is another one now and is not read: with what the model is compared stands in the checkpoint; begin a new run for another".into(),
+            ),
+            _ => {}
+        }
+        notes.extend(changed("dpo", &self.dpo, &job.dpo).into_iter().filter(|note| !note.contains("ref_")));
+        notes.extend(changed("optimizer", &self.optimizer, &job.optimizer));
         Ok(notes)
     }
 
-    /// Of each setting of the optimizer that is another one from here on.
-    fn optimizer_notes(&self, job: &TrainerState) -> Vec<String> {
-        let settings = |state: &TrainerState| match serde_json::to_value(&state.optimizer) {
-            Ok(Value::Object(settings)) => settings,
-            _ => Object::new(),
+    /// Whether its losses are of the same kind as those of `job`.
+    pub fn has_losses_of(&self, job: &TrainerState) -> bool {
+        let kind = |state: &TrainerState| {
+            state.dpo.as_ref().map(|dpo| (dpo.beta, dpo.loss_type, dpo.label_smoothing))
         };
-        let (was, is) = (settings(self), settings(job));
-        let changed =
-            was.iter().filter_map(|(key, was)| Some((key, was, is.get(key).filter(|is| *is != was)?)));
-        let word = |value: &Value| if value.is_null() { "left out".to_owned() } else { value.to_string() };
-        changed
-            .map(|(key, was, is)| {
-                format!("from here on optimizer.{key} is {}, and was {}", word(is), word(was))
-            })
-            .collect()
+        kind(self) == kind(job)
     }
 
     /// What a job of another precision makes of the checkpoint's numbers.
@@ -252,6 +266,20 @@ impl TrainerState {
 /// As a job file has it.
 fn word(precision: Precision) -> String {
     serde_json::to_value(precision).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// Of each setting of a table that is another one from here on.
+fn changed<T: Serialize>(table: &str, was: &Option<T>, is: &Option<T>) -> Vec<String> {
+    let settings = |table: &Option<T>| match serde_json::to_value(table) {
+        Ok(Value::Object(settings)) => settings,
+        _ => Object::new(),
+    };
+    let (was, is) = (settings(was), settings(is));
+    let changed = was.iter().filter_map(|(key, was)| Some((key, was, is.get(key).filter(|is| *is != was)?)));
+    let word = |value: &Value| if value.is_null() { "left out".to_owned() } else { value.to_string() };
+    changed
+        .map(|(key, was, is)| format!("from here on {table}.{key} is {}, and was {}", word(is), word(was)))
+        .collect()
 }
 
 fn number_or_null<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
@@ -338,6 +366,8 @@ mod tests {
             quantization: None,
             base_sha256: None,
             best: None,
+            patience: None,
+            dpo: None,
         }
     }
 

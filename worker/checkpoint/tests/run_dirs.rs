@@ -56,9 +56,13 @@ fn the_one_that_is_spared_stays_until_another_is() {
     assert_eq!(run.make_room(u64::MAX, Some(5)).unwrap(), [step_dir(dir.path(), 4)]);
     assert_eq!(steps(dir.path()), pairs(&[(2, "a"), (5, "a")]));
     save(&run, 6);
-    run.spare(5);
+    run.spare(7); // which is not there
     run.rotate(1, 6, false).unwrap();
-    assert_eq!(steps(dir.path()), pairs(&[(5, "a"), (6, "a")]));
+    assert_eq!(steps(dir.path()), pairs(&[(2, "a"), (6, "a")]));
+    save(&run, 7);
+    run.spare(6);
+    run.rotate(1, 7, false).unwrap();
+    assert_eq!(steps(dir.path()), pairs(&[(6, "a"), (7, "a")]));
 }
 
 #[test]

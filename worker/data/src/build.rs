@@ -187,6 +187,11 @@ pub(crate) fn tokens(encoder: &Encoder, texts: &[&str]) -> Result<(Vec<Vec<u32>>
 
 fn check_windows(job: &Job, train_tokens: u64, validation_tokens: u64) -> Result<(), DataError> {
     let length = u64::from(job.max_seq_len);
+    if train_tokens == 0 && validation_tokens > 0 {
+        return Err(DataError::TooLittle(
+            "all of the data is held out, and nothing is left to train on; add data, or set data.validation_fraction = 0".into(),
+        ));
+    }
     if train_tokens < length {
         return Err(DataError::TooLittle(format!(
             "a sequence is longer than the data: max_seq_len is {length} and the training part has {train_tokens} tokens; lower \

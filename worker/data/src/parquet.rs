@@ -18,10 +18,11 @@ use std::sync::Arc;
 /// Gives the rows of a file: the wanted field of them, or all but those that hold bytes. False where no more are wanted.
 pub(crate) fn blocks(path: &Path, file: &File, field: Option<&str>, take: Take) -> Result<bool, DataError> {
     let damaged = |what: String| {
-        let what = format!(
-            "its Parquet data cannot be read ({}); fetch it again, or write its rows as JSON Lines",
-            what.replace('\n', " ")
-        );
+        let cure = match what.contains("Disabled feature") {
+            true => "write it with the compression snappy, zstd, gzip or none",
+            false => "fetch it again, or write its rows as JSON Lines",
+        };
+        let what = format!("its Parquet data cannot be read ({}); {cure}", what.replace('\n', " "));
         crate::text::not_text(path, what)
     };
     let read = |source| DataError::Read { path: path.to_owned(), source };

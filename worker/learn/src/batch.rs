@@ -115,19 +115,21 @@ impl TokenBatch {
         TokenBatch { lengths: Some(lengths), ..batch }
     }
 
-    /// With a sequence behind the others that predicts nothing, so that the number of all tokens is a round one: libraries make code
-    /// for every shape that they meet, and keep it. Sequences of one length stay as they are.
+    /// With sequences behind the others that predict nothing and are no longer than these, so that the number of all tokens is a round one: libraries
+    /// make code for every shape that they meet, and keep it. Sequences of one length stay as they are.
     pub fn filled(mut self) -> TokenBatch {
-        let more = self.ids.len().next_multiple_of(FILLED) - self.ids.len();
-        if let Some(lengths) = self.lengths.as_mut().filter(|_| more > 0) {
-            lengths.push(more);
-            self.seq = self.seq.max(more);
-            let all = self.ids.len() + more;
-            self.ids.resize(all, 0);
-            self.targets.resize(all, IGNORED);
-            self.weights.iter_mut().for_each(|weights| weights.resize(all, 0.0));
+        let Some(lengths) = &mut self.lengths else { return self };
+        let mut more = self.ids.len().next_multiple_of(FILLED) - self.ids.len();
+        let all = self.ids.len() + more;
+        while more > 0 {
+            let length = more.min(self.seq);
+            lengths.push(length);
             self.noise.iter_mut().for_each(|noise| noise.push(0));
+            more -= length;
         }
+        self.ids.resize(all, 0);
+        self.targets.resize(all, IGNORED);
+        self.weights.iter_mut().for_each(|weights| weights.resize(all, 0.0));
         self
     }
 
@@ -184,8 +186,8 @@ mod tests {
         assert_eq!(padded.targets, [2, 3, IGNORED, 5, IGNORED, IGNORED]);
         assert_eq!((padded.view().sequences(), padded.view().weight()), (2, 7.0));
         let filled = ragged.filled();
-        assert_eq!((filled.view().sequences(), filled.ids.len(), filled.view().weight()), (3, 64, 7.0));
-        assert_eq!((filled.lengths.clone(), filled.seq), (Some(vec![3, 1, 60]), 60));
+        assert_eq!((filled.view().sequences(), filled.ids.len(), filled.view().weight()), (22, 64, 7.0));
+        assert_eq!((filled.lengths.clone().unwrap()[..3].to_vec(), filled.seq), (vec![3, 1, 3], 3));
         assert_eq!(filled.clone().filled(), filled);
     }
 }

@@ -125,7 +125,8 @@ struct CombineArgs {
 }
 
 fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
-    let (dir, weight) = text.rsplit_once('=').unwrap_or((text, "1"));
+    let is_whole = PathBuf::from(text).is_dir();
+    let (dir, weight) = text.rsplit_once('=').filter(|_| !is_whole).unwrap_or((text, "1"));
     let number = weight.parse().ok().filter(|weight: &f64| weight.is_finite() && *weight != 0.0);
     let number = number.ok_or_else(|| format!("{weight:?} is no weight; write DIR=0.7"))?;
     Ok((dir.into(), number))

@@ -75,8 +75,12 @@ impl Run {
         let beside = if is_measured {
             let share = Share { rank: 0, world: 1, batch_size: 3 };
             let mut told = Vec::new();
-            let tell = &mut |done, of| told.push((done, of));
-            let reference = Reference::measure(&mut *learner, Which::Trained, &cache, &share, tell).unwrap();
+            let tell = &mut |done, of| {
+                told.push((done, of));
+                true
+            };
+            let reference =
+                Reference::measure(&mut *learner, Which::Trained, &cache, &share, tell).unwrap().unwrap();
             assert_eq!(told.last(), Some(&(cache.train().len(), cache.train().len())));
             std::fs::write(dir.path().join(REFERENCE_FILE), reference.to_bytes()).unwrap();
             assert_eq!(Reference::read(dir.path(), &cache).unwrap(), Some(reference.clone()));

@@ -59,8 +59,8 @@ impl Template {
         if !letters.is_empty() {
             let named: Vec<&str> = letters.iter().take(NAMED).copied().collect();
             lines.push(format!(
-                "chat template {name}: {} {} no token of the model's tokenizer, so the model reads such a marker piece by piece; take the \
-                 template with which the model was trained, or train it on this one",
+                "chat template {name}: {} {} no token of the model's tokenizer, so the model reads such a marker piece by piece, and programs that end at tokens alone \
+                 do not end an answer there; take the template with which the model was trained, or train it on this one",
                 named.join(", "),
                 if letters.len() == 1 { "is" } else { "are" }
             ));

@@ -280,7 +280,8 @@ impl<'a> Builder<'a> {
         report.loss_tokens = self.kept.iter().map(|kept| kept.loss_tokens).sum();
         report.check(self.job.max_seq_len)?;
         self.coverage.check()?;
-        let (train, validation, duplicates) = split(&self.kept, self.job.data.validation_fraction)?;
+        let left_out = report.rows.saturating_sub(report.examples);
+        let (train, validation, duplicates) = split(&self.kept, self.job.data.validation_fraction, left_out)?;
         report.duplicates = duplicates;
         let is_packed = self.rows.packing && self.rows.format != Some(RowFormat::Preference);
         let most = is_packed.then_some(self.job.max_seq_len);
@@ -337,7 +338,8 @@ fn holds_damage(row: &Row) -> bool {
 
 /// Which examples are trained on, in the order of the data, and which are held out, in that of their hashes, so that the first of them are a
 /// fair sample; and how many were there before. Examples that are the same are on the same side.
-fn split(kept: &[Kept], fraction: f64) -> Result<(Vec<usize>, Vec<usize>, u64), DataError> {
+/// `left_out`: rows that are no examples.
+fn split(kept: &[Kept], fraction: f64, left_out: u64) -> Result<(Vec<usize>, Vec<usize>, u64), DataError> {
     let mut by_hash: Vec<usize> = (0..kept.len()).collect();
     by_hash.sort_by_key(|at| (kept[*at].hash, *at));
     let is_again = |at: usize| at > 0 && kept[by_hash[at - 1]].hash == kept[by_hash[at]].hash;
@@ -351,7 +353,7 @@ fn split(kept: &[Kept], fraction: f64) -> Result<(Vec<usize>, Vec<usize>, u64), 
     }
     if count >= by_hash.len() {
         return Err(DataError::TooLittle(format!(
-            "of {} examples {count} would be held out, and none is left to train on; add rows, or set data.validation_fraction = 0",
+            "of {} examples {count} would be held out, and none is left to train on ({left_out} rows teach nothing or cannot be read); add rows, or set data.validation_fraction = 0",
             by_hash.len()
         )));
     }

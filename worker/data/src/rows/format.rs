@@ -42,7 +42,7 @@ fn preferences(present: &BTreeSet<&str>) -> String {
     let prompt = ["conversations", "instruction"].into_iter().find(|name| present.contains(name));
     let prompt = prompt.map(|name| format!("data.fields.prompt = \"{name}\" and ")).unwrap_or_default();
     format!(
-        "rows with chosen and rejected answers are for training on preferences, which is not in this version; to learn what is chosen, set \
+        "rows with chosen and rejected answers are learnt with task_name = \"dpo\"; to learn alone what is chosen, set \
          {prompt}data.fields.completion = \"chosen\""
     )
 }
@@ -59,7 +59,7 @@ const PAIRS: [(&str, &str, &str, &str); 7] = [
 ];
 
 fn unknown(present: &BTreeSet<&str>) -> String {
-    let known = "messages | conversations | prompt and completion | instruction, input and output | text";
+    let known = "messages | conversations | prompt and completion | instruction, input and output | text | chosen and rejected (task_name = \"dpo\")";
     let pair =
         PAIRS.iter().find(|(question, answer, ..)| present.contains(question) && present.contains(answer));
     if let Some((question, answer, first, second)) = pair {

@@ -65,6 +65,11 @@ impl Report {
             .filter(|(count, _)| *count > 0)
             .map(|(count, what)| format!("{count} {what}"))
             .collect();
+        if self.rows == 0 && why.is_empty() {
+            return Err(DataError::Rows(
+                "there is no row in any file of the data; see what data.path names".into(),
+            ));
+        }
         let why = if why.is_empty() { "there are none".to_owned() } else { why.join(", ") };
         Err(DataError::Rows(format!(
             "no token of the rows carries loss, so there is nothing to learn: of {} rows {why}",

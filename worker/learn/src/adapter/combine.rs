@@ -130,6 +130,11 @@ impl Given {
             let pair = match (found.a.zip(found.b), found.embedding_a.zip(found.embedding_b), found.bias) {
                 (Some(pair), None, None) | (None, Some(pair), None) => pair,
                 (None, None, None) => continue,
+                (_, _, Some(_)) => {
+                    return Err(self.refuse(&format!(
+                        "{module} has a bias, which has no sum; merge the adapter into the model instead"
+                    )));
+                }
                 _ => return Err(self.refuse(&format!("{module} has more than two matrices, or one alone"))),
             };
             let pair = Pair::read(pair, self.config.rank(module)).map_err(|why| self.refuse(&why))?;

@@ -37,15 +37,15 @@ pub struct Share {
 }
 
 impl Reference {
-    /// Of the learner's weights as they are now, or of the model beside which it trains an adapter. `told` hears of how many pairs how many are
-    /// measured. A collective call.
+    /// Of the learner's weights as they are now, or of the model beside which it trains an adapter. `goes_on` hears of how many pairs how many are
+    /// measured, and says whether to go on; none where any rank does not. A collective call.
     pub fn measure(
         learner: &mut dyn Learner,
         which: Which,
         cache: &TokenCache,
         share: &Share,
-        told: &mut dyn FnMut(u64, u64),
-    ) -> Result<Reference> {
+        goes_on: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Option<Reference>> {
         let all = cache.train().len() + cache.validation().len();
         let mut part = |windows: &Windows, before: u64| {
             let mut measured = vec![[0.0; 2]; windows.len() as usize];
@@ -67,16 +67,21 @@ impl Reference {
                         measured[pair as usize] = [losses[0], losses[1]];
                     }
                 }
-                told(before + windows.len() * (round + 1) / most, all);
+                let stops = !goes_on(before + windows.len() * (round + 1) / most, all);
+                let mut any = [f64::from(u8::from(stops))];
+                learner.gang().all_reduce_f64(&mut any, Op::Max)?;
+                if any[0] > 0.0 {
+                    return Ok(None);
+                }
             }
             for numbers in measured.as_flattened_mut().chunks_mut(SUM_MAX) {
                 learner.gang().all_reduce_f64(numbers, Op::Sum)?;
             }
-            Ok::<_, Error>(measured)
+            Ok::<_, Error>(Some(measured))
         };
-        let train = part(cache.train(), 0)?;
+        let Some(train) = part(cache.train(), 0)? else { return Ok(None) };
         let validation = part(cache.validation(), cache.train().len())?;
-        Ok(Reference { train, validation })
+        Ok(validation.map(|validation| Reference { train, validation }))
     }
 
     /// What a checkpoint has of it; nothing where it has none.

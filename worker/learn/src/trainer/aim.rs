@@ -26,7 +26,7 @@ pub(super) struct Aim {
 
 impl Aim {
     /// Of a job. Measures the reference where one is needed and `start` goes on from no checkpoint that has it; what the learner's weights are
-    /// then is not said. A collective call.
+    /// then is not said. None where the run was told to stop meanwhile. A collective call.
     pub fn of(
         job: &Job,
         start: &RankStart,
@@ -34,16 +34,18 @@ impl Aim {
         cache: &TokenCache,
         learner: &mut dyn Learner,
         link: &mut AgentLink,
-    ) -> Result<Aim> {
+    ) -> Result<Option<Aim>> {
         let Some(dpo) = job.dpo.clone() else {
-            return Ok(Aim { objective: Box::new(NextToken), reference: None });
+            return Ok(Some(Aim { objective: Box::new(NextToken), reference: None }));
         };
-        let beside = Origin::of(&dpo, job, model).beside(job, start, cache, learner, link)?;
+        let Some(beside) = Origin::of(&dpo, job, model).beside(job, start, cache, learner, link)? else {
+            return Ok(None);
+        };
         let reference = match &beside {
             Beside::Reference(reference) if start.rank == 0 => Some(reference.to_bytes()),
             _ => None,
         };
-        Ok(Aim { objective: Box::new(Preferences { dpo, beside }), reference })
+        Ok(Some(Aim { objective: Box::new(Preferences { dpo, beside }), reference }))
     }
 }
 
@@ -81,16 +83,15 @@ impl<'a> Origin<'a> {
         cache: &TokenCache,
         learner: &mut dyn Learner,
         link: &mut AgentLink,
-    ) -> Result<Beside> {
+    ) -> Result<Option<Beside>> {
         let which = match self {
-            Origin::None => return Ok(Beside::Nothing),
-            Origin::Base { is_measured: false } => return Ok(Beside::Base),
-            Origin::Base { is_measured: true } => Which::Base,
+            Origin::None => return Ok(Some(Beside::Nothing)),
+            Origin::Base { .. } => Which::Base,
             Origin::Weights(_) => Which::Trained,
         };
         if let Some(checkpoint) = start.resume.as_deref().map(Path::new) {
             if let Some(reference) = Reference::read(checkpoint, cache)? {
-                return Ok(Beside::Reference(reference));
+                return Ok(Some(Beside::Reference(reference)));
             }
             if which == Which::Trained {
                 return Err(Error::Input(format!(
@@ -99,8 +100,10 @@ impl<'a> Origin<'a> {
                 )));
             }
         }
-        if let Origin::Weights(dir) = self {
-            learner.load_weights(dir)?;
+        match self {
+            Origin::Base { is_measured: false } => return Ok(Some(Beside::Base)),
+            Origin::Weights(dir) => learner.load_weights(dir)?,
+            Origin::Base { .. } | Origin::None => {}
         }
         learner.gang().note(Activity::Evaluating);
         let share = Share {
@@ -114,7 +117,8 @@ impl<'a> Origin<'a> {
                 told = Instant::now();
                 link.log(Level::Info, format!("the reference: {done} of {of} pairs are measured"));
             }
+            !link.stop_asked()
         })?;
-        Ok(Beside::Reference(reference))
+        Ok(reference.map(Beside::Reference))
     }
 }

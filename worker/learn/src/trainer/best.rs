@@ -3,7 +3,7 @@
 use super::Trainer;
 use super::saving::Lead;
 use crate::agent_link::AgentLink;
-use fleet_checkpoint::Best;
+use fleet_checkpoint::{Best, Patience};
 use fleet_common::events::Level;
 use fleet_common::job::{EarlyStopping, Watched};
 
@@ -16,96 +16,114 @@ pub(super) struct Judged {
     pub is_kept: bool,
 }
 
-/// What a look at a loss has found.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Look {
-    best: Best,
-    is_better: bool,
-    is_over: bool,
-}
-
 impl Trainer {
-    /// Before the first step.
-    pub(super) fn begin_to_judge(&mut self, link: &mut AgentLink) {
-        self.spare_best();
+    /// Before the first step: whether the run was over already.
+    pub(super) fn begin_to_judge(&mut self, link: &mut AgentLink) -> bool {
         let (stopping, keeps) = (self.job.early_stopping, self.job.checkpoint.keep_best);
         let evaluates = keeps || stopping.is_some_and(|stopping| stopping.metric == Watched::EvalLoss);
         if self.rank == 0 && evaluates && self.cache.validation().is_empty() {
             let line = "there is nothing to evaluate, so that no step is found the best (keep_best, early_stopping): raise data.validation_fraction";
             link.log(Level::Warn, line.to_owned());
         }
+        let is_over = stopping
+            .zip(self.state.patience)
+            .is_some_and(|(stopping, patience)| patience.looks_since >= stopping.patience);
+        if is_over && self.rank == 0 {
+            let line = format!(
+                "the run was ended at step {} by early_stopping: nothing is left to do; raise early_stopping.patience to train on",
+                self.state.step
+            );
+            link.log(Level::Warn, line);
+        }
+        is_over
     }
 
-    fn spare_best(&mut self) {
+    /// From here on the best checkpoint stays, as soon as it is there: until then the one before it does.
+    pub(super) fn spare_best(&mut self) {
         let best = self.state.best.filter(|_| self.job.checkpoint.keep_best);
         if let (Some(best), Some(Lead { dir, .. })) = (best, &mut self.saving.lead) {
             dir.spare(best.step);
         }
     }
 
-    /// Looks at the loss that the job has chosen, where there is a new one. All ranks find the same.
+    /// Looks at new losses. All ranks find the same.
     pub(super) fn judge(&mut self, evaluated: bool, is_due: bool, link: &mut AgentLink) -> Judged {
-        let (stopping, keeps) = (self.job.early_stopping, self.job.checkpoint.keep_best);
-        let watched = stopping.map_or(Watched::EvalLoss, |stopping| stopping.metric);
-        let loss = match watched {
-            Watched::EvalLoss => self.state.eval_loss.filter(|_| evaluated),
+        let step = self.state.step;
+        let eval_loss = self.state.eval_loss.filter(|_| evaluated);
+        let mut judged = Judged::default();
+        if let Some(loss) = eval_loss.filter(|_| self.job.checkpoint.keep_best)
+            && is_better(self.state.best, loss, 0.0)
+        {
+            self.state.best = Some(Best { step, loss });
+            judged.is_kept = true;
+        }
+        let Some(stopping) = self.job.early_stopping else { return judged };
+        let loss = match stopping.metric {
+            Watched::EvalLoss => eval_loss,
             Watched::TrainLoss => Some(self.state.loss).filter(|_| is_due),
         };
-        let Some(loss) = loss.filter(|_| stopping.is_some() || keeps) else { return Judged::default() };
-        let Look { best, is_better, is_over } =
-            look(self.state.best, self.state.step, loss, stopping.as_ref());
-        self.state.best = Some(best);
-        if is_over && self.rank == 0 && self.state.step < self.total_steps {
+        let Some(loss) = loss else { return judged };
+        let patience = look(self.state.patience, Best { step, loss }, &stopping);
+        self.state.patience = Some(patience);
+        judged.is_over = patience.looks_since >= stopping.patience;
+        if judged.is_over && self.rank == 0 && step < self.total_steps {
+            let Patience { best, looks_since } = patience;
             let line = format!(
-                "the run ends at step {}: its loss was not better than {:.4}, that of step {}, {} times in a row (early_stopping.patience)",
-                self.state.step, best.loss, best.step, best.looks_since
+                "the run ends at step {step}: its loss was not better than {:.4}, that of step {}, by more than {}, {looks_since} times in a row (early_stopping.patience)",
+                best.loss, best.step, stopping.min_delta
             );
             link.log(Level::Info, line);
         }
-        self.spare_best();
-        Judged { is_over, is_kept: keeps && is_better }
+        judged
     }
 }
 
-/// `best` is what earlier looks have found. A loss that is no number is never better.
-fn look(best: Option<Best>, step: u64, loss: f64, stopping: Option<&EarlyStopping>) -> Look {
-    let least = stopping.map_or(0.0, |stopping| stopping.min_delta);
-    let was = best.map(|best| best.loss).filter(|loss| loss.is_finite()).unwrap_or(f64::INFINITY);
-    let is_better = loss < was - least;
-    let best = match best {
-        _ if is_better => Best { step, loss, looks_since: 0 },
-        Some(best) => Best { looks_since: best.looks_since + 1, ..best },
-        None => Best { step, loss: f64::NAN, looks_since: 1 },
-    };
-    let is_over = stopping.is_some_and(|stopping| best.looks_since >= stopping.patience);
-    Look { best, is_better, is_over }
+/// A loss that is no number is never better.
+fn is_better(than: Option<Best>, loss: f64, least: f64) -> bool {
+    let was = than.map(|best| best.loss).filter(|loss| loss.is_finite()).unwrap_or(f64::INFINITY);
+    loss < was - least
+}
+
+/// `was` is what earlier looks have found.
+fn look(was: Option<Patience>, now: Best, stopping: &EarlyStopping) -> Patience {
+    match was {
+        _ if is_better(was.map(|was| was.best), now.loss, stopping.min_delta) => {
+            Patience { best: now, looks_since: 0 }
+        }
+        Some(was) => Patience { looks_since: was.looks_since + 1, ..was },
+        None => Patience { best: now, looks_since: 1 },
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fleet_common::job::Watched;
 
     #[test]
     fn patience_ends_after_so_many_looks_in_a_row() {
         let stopping = EarlyStopping { patience: 2, min_delta: 0.1, metric: Watched::EvalLoss };
         let losses = [f64::NAN, 3.0, 2.95, 2.5, 2.45, f64::NAN];
-        let mut best = None;
+        let mut patience = None;
         let mut found = Vec::new();
         for (step, loss) in losses.into_iter().enumerate() {
-            let look = look(best, step as u64, loss, Some(&stopping));
-            best = Some(look.best);
-            found.push((look.is_better, look.is_over));
+            let now = look(patience, Best { step: step as u64, loss }, &stopping);
+            patience = Some(now);
+            found.push(now.looks_since);
         }
-        let (better, over) = ((true, false), (false, true));
-        assert_eq!(found, [(false, false), better, (false, false), better, (false, false), over]);
-        assert_eq!(best, Some(Best { step: 3, loss: 2.5, looks_since: 2 }));
+        assert_eq!(found, [1, 0, 1, 0, 1, 2]);
+        assert_eq!(patience.map(|patience| patience.best), Some(Best { step: 3, loss: 2.5 }));
     }
 
     #[test]
-    fn without_patience_a_run_is_never_over() {
-        let first = look(None, 0, 1.0, None).best;
-        let later = (0..100).fold(first, |best, step| look(Some(best), step, 1.0, None).best);
-        assert!(!look(Some(later), 9, 1.0, None).is_over && look(Some(later), 9, 0.999, None).is_better);
+    fn a_loss_that_is_no_number_is_never_the_best() {
+        let of = |loss| Some(Best { step: 1, loss });
+        assert!(
+            is_better(None, 1.0, 0.0) && is_better(of(f64::NAN), 1.0, 0.0) && is_better(of(1.0), 0.999, 0.0)
+        );
+        assert!(
+            !is_better(of(1.0), 1.0, 0.0)
+                && !is_better(of(1.0), f64::NAN, 0.0)
+                && !is_better(None, f64::NAN, 0.0)
+        );
     }
 }

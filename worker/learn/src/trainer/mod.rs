@@ -71,7 +71,11 @@ pub fn run(start: &RankStart, link: &mut AgentLink, learner: MakeLearner) -> Res
     if let Some(checkpoint) = &start.resume {
         fleet_checkpoint::take_what_is_gone(&mut job, Path::new(checkpoint));
     }
-    let mut trainer = Trainer::new(start, job, began, link, learner)?;
+    let Some(mut trainer) = Trainer::new(start, job, began, link, learner)? else {
+        let checkpoint = start.resume.as_deref().map(Path::new);
+        let was = checkpoint.map(TrainerState::read).transpose()?;
+        return Ok(Outcome::Stopped { steps: was.map_or(0, |was| was.step) });
+    };
     let tracing = trainer.begin_trace(start)?;
     let outcome = trainer.train(link);
     tracing.into_iter().for_each(|tracing| tracing.end(link));
@@ -114,13 +118,14 @@ struct Trainer {
 }
 
 impl Trainer {
+    /// None where the run was told to stop before it had begun.
     fn new(
         start: &RankStart,
         job: Job,
         began: Instant,
         link: &mut AgentLink,
         make: MakeLearner,
-    ) -> Result<Self> {
+    ) -> Result<Option<Self>> {
         let dir = match start.rank {
             0 => Some(claim(start, &job)?),
             _ => None,
@@ -185,10 +190,15 @@ impl Trainer {
             quantization: job.quantization,
             base_sha256: None,
             best: None,
+            patience: None,
+            dpo: job.dpo.clone(),
         };
         let of_adapter = model.adapter.as_ref().filter(|_| start.rank == 0);
         let mut base = BaseHash::of(of_adapter.map(|adapter| adapter.base.as_path()))?;
-        let Aim { objective, reference } = Aim::of(&job, start, &model, &cache, &mut *learner, link)?;
+        let Some(Aim { objective, reference }) = Aim::of(&job, start, &model, &cache, &mut *learner, link)?
+        else {
+            return Ok(None);
+        };
         match (resumed.zip(was), &pretrained) {
             (Some((checkpoint, was)), _) => {
                 let trained = matches!(job.tokenizer, Tokenizer::Train { .. });
@@ -200,6 +210,7 @@ impl Trainer {
                 learner.load_weights(checkpoint)?;
                 learner.load_optimizer(checkpoint)?;
                 was.loss_scale.into_iter().for_each(|scale| learner.set_loss_scale(scale));
+                let is_alike = was.has_losses_of(&state);
                 state = TrainerState {
                     step: was.step,
                     epoch: was.epoch,
@@ -208,7 +219,8 @@ impl Trainer {
                     tokens_seen: was.tokens_seen,
                     loss: was.loss,
                     eval_loss: was.eval_loss,
-                    best: was.best,
+                    best: was.best.filter(|_| is_alike),
+                    patience: was.patience.filter(|_| is_alike),
                     ..state
                 };
             }
@@ -244,7 +256,7 @@ impl Trainer {
         let meter = Meter::default();
         let watch = learner.watch().clone();
         let resumed = resumed.map(|_| state.step);
-        Ok(Self {
+        Ok(Some(Self {
             job,
             rank: rank as u64,
             world,
@@ -268,7 +280,7 @@ impl Trainer {
             saved: None,
             rotated: None,
             stopped_at: None,
-        })
+        }))
     }
 
     fn train(mut self, link: &mut AgentLink) -> Result<Outcome> {
@@ -301,7 +313,7 @@ impl Trainer {
             }
         }
         self.warn_of_a_small_disk(link);
-        self.begin_to_judge(link);
+        let is_over = self.begin_to_judge(link);
         if self.state.step == 0 && self.total_steps > 0 {
             self.evaluate(link)?;
         }
@@ -316,7 +328,7 @@ impl Trainer {
         let first = self.state.step + 1;
         self.breakdown.begin(self.watch.sums(), self.state.step);
         let mut stopped = false;
-        while self.state.step < self.total_steps && !stopped {
+        while self.state.step < self.total_steps && !stopped && !is_over {
             let votes = self.step(link)?;
             let step = self.state.step;
             if let Some(line) = self.learner.without_gradient().filter(|_| self.rank == 0) {

@@ -60,6 +60,7 @@ impl Trainer {
     /// Whether there is room now that there was not.
     pub(super) fn make_room(&mut self, link: &mut AgentLink) -> bool {
         self.await_record(link, RECORD_WAIT);
+        self.spare_best();
         let (bytes, step) = (self.bytes_here(), self.state.step);
         let good = self.recorded(link).or(self.resumed);
         let place = self.saving.place();
@@ -86,9 +87,11 @@ impl Trainer {
     /// Removes from this disk what `save_total_limit` leaves no room for, once a newer checkpoint is recorded.
     pub(super) fn rotate(&mut self, link: &mut AgentLink) {
         let (committed, place) = (self.recorded(link), self.saving.place());
-        let Some(Lead { dir, .. }) = self.saving.lead.as_mut().filter(|_| committed != self.rotated) else {
+        if committed == self.rotated {
             return;
-        };
+        }
+        self.spare_best();
+        let Some(Lead { dir, .. }) = &mut self.saving.lead else { return };
         self.rotated = committed;
         let stopped = committed.is_some() && committed == self.stopped_at;
         if let Err(e) = dir.rotate(self.job.checkpoint.save_total_limit, committed.unwrap_or(0), stopped) {
