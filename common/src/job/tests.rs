@@ -276,7 +276,7 @@ fn a_bad_file_gets_one_line_with_place_key_and_cure() {
         ("num_nodes = 0", "job:1: `num_nodes` is 0; a whole number from 1 to 1024 is wanted"),
         (
             "load_in_4bit = true",
-            "job:1: `load_in_4bit` is not in this version of fleet: write `quantization` = \"nf4\", which quantises the model as it is read",
+            "job:1: `load_in_4bit` is not in this version of fleet: write `quantization` = \"nf4\" or \"int8\", which quantises the model as it is read",
         ),
         (
             "warmup_ratio = 0.1",

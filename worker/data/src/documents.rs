@@ -222,8 +222,8 @@ impl<'a> Documents<'a> {
             }
             Contents::Document(text) => rows.texts = json::texts(&text, field).map_err(fatal)?,
             Contents::Table { header, line, text } => {
-                let texts = header.texts(line, &text, field).map_err(fatal)?;
-                texts.map(|text| rows.take(text)).collect::<Result<(), _>>()?;
+                let mut texts = header.texts(line, &text, field).map_err(fatal)?;
+                texts.try_for_each(|text| rows.take(text))?;
                 if header.dialect() == Dialect::Tsv {
                     rows.counts.quoted = rows.texts.iter().filter(|text| is_quoted(text)).count() as u64;
                 }

@@ -15,6 +15,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
+/// A row, and about how many bytes it takes.
+type Measured = (Map<String, Value>, usize);
+
 /// Gives the rows of a file: the wanted field of them, or all but those that hold bytes. False where no more are wanted.
 pub(crate) fn blocks(path: &Path, file: &File, field: Option<&str>, take: Take) -> Result<bool, DataError> {
     let damaged = |what: String| {
@@ -29,8 +32,7 @@ pub(crate) fn blocks(path: &Path, file: &File, field: Option<&str>, take: Take) 
     let mut file = file.try_clone().map_err(read)?;
     file.rewind().map_err(read)?;
     // What is damaged makes the reader panic at times.
-    let guarded = |work: &mut dyn FnMut()
-        -> ::parquet::errors::Result<Option<(Map<String, Value>, usize)>>| {
+    let guarded = |work: &mut dyn FnMut() -> ::parquet::errors::Result<Option<Measured>>| {
         catch_unwind(AssertUnwindSafe(work))
             .map_err(|_| damaged("its reader fails".into()))?
             .map_err(|e| damaged(e.to_string()))

@@ -49,6 +49,9 @@ pub(crate) struct Header {
 /// What is wrong in which line, from 1.
 pub(crate) type Wrong = (u64, String);
 
+/// A row and its line.
+type Object = (u64, Map<String, Value>);
+
 impl Header {
     /// That of a file which begins with `text`, the rows behind it, and the line of the first of them. `None`: there are no rows.
     pub fn read(text: &str, dialect: Dialect) -> Result<Option<(Header, &str, u64)>, Wrong> {
@@ -98,7 +101,7 @@ impl Header {
         &self,
         line: u64,
         text: &str,
-    ) -> Result<impl Iterator<Item = Result<(u64, Map<String, Value>), Wrong>>, Wrong> {
+    ) -> Result<impl Iterator<Item = Result<Object, Wrong>>, Wrong> {
         let names = &self.names;
         if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
             let what = format!(

@@ -31,7 +31,7 @@ pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged
     rewrite(&given, &changed, &flat, output)?;
     checked(output, changed.len(), || {
         take_template(adapters, output)?;
-        Ok([Model::Given(given, flat), Model::Read(output, &[])])
+        Ok([Model::Given(Box::new(given), flat), Model::Read(output, &[])])
     })
 }
 
@@ -69,14 +69,14 @@ fn changed(model: &ModelDir, adapters: &[PathBuf]) -> Result<Vec<usize>> {
 
 /// One of the two that are compared.
 enum Model<'a> {
-    Given(ModelDir, Vec<f32>),
+    Given(Box<ModelDir>, Vec<f32>),
     Read(&'a Path, &'a [PathBuf]),
 }
 
 impl Model<'_> {
     fn logits(self) -> Result<Vec<f32>> {
         let (model, flat) = match self {
-            Model::Given(model, flat) => (model, flat),
+            Model::Given(model, flat) => (*model, flat),
             Model::Read(dir, adapters) => read_weights(dir, adapters)?,
         };
         let positions = PROBE.min(model.decoder.max_positions);

@@ -155,8 +155,7 @@ impl<'a> Builder<'a> {
             let signature = made.as_ref().ok().filter(|_| is_compared).map(Made::signature);
             (place, is_damaged, made, signature)
         };
-        let made: Vec<(Place, bool, Result<Made, Unused>, Option<Signature>)> =
-            batch.into_par_iter().map(one).collect();
+        let made: Vec<_> = batch.into_par_iter().map(one).collect();
         self.measure(made.iter().filter_map(|(_, _, made, _)| made.as_ref().ok()))?;
         for (place, is_damaged, made, signature) in made {
             self.counts.rows += 1;

@@ -171,10 +171,12 @@ async fn read(mut body: Incoming) -> Result<Vec<u8>, Refusal> {
         let frame = frame.map_err(|e| Refusal::new(400, format!("the body cannot be read: {e}")))?;
         let Ok(bytes) = frame.into_data() else { continue };
         length += bytes.len();
-        match length {
-            ..=BODY_MAX => kept.extend_from_slice(&bytes),
-            ..=THROWN_MAX => kept = Vec::new(),
-            _ => break,
+        if length <= BODY_MAX {
+            kept.extend_from_slice(&bytes);
+        } else if length <= THROWN_MAX {
+            kept = Vec::new();
+        } else {
+            break;
         }
     }
     match length <= BODY_MAX {
