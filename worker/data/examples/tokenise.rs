@@ -1,4 +1,4 @@
-//! Builds the token cache of a job and prints what it took, for `bench/data.py`: `tokenise JOB.toml`.
+//! Builds the token cache of a job and prints what it took, for `bench/tokenising.py`: `tokenise JOB.toml`.
 
 use fleet_common::job::load;
 use fleet_data::{DataFiles, TokenCache};

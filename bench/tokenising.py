@@ -2,7 +2,7 @@
 
     cargo build -p fleet-data --example tokenise
     bench/.venv/bin/pip install datasets tokenizers
-    bench/.venv/bin/python bench/data.py [--mb 300] [--runs 3] [--processes 2]
+    bench/.venv/bin/python bench/tokenising.py [--mb 300] [--runs 3] [--processes 2]
 
 Both begin with a file of JSON Lines and end with tokens on disk, without anything cached. Memory is what all processes of a side have together,
 each page that several share once (PSS), sampled twenty times a second. `--only fleet` runs that side alone, with files of any size.
