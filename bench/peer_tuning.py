@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 SEQUENCE, BATCH, PAIRS = 512, 2, 2
@@ -61,6 +61,7 @@ def train(arguments):
         train_dataset=Dataset.from_list(json.loads((work / f"{'pairs' if dpo else 'rows'}.json").read_text())),
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    trainer.remove_callback(PrinterCallback)  # its lines are no JSON
     trainer.model.register_forward_pre_hook(told.count, with_kwargs=True)
     trainer.train()
 

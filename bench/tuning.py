@@ -70,7 +70,8 @@ def fleet(arguments, work, kind):
 def peer(arguments, work, kind):
     command = [sys.executable, str(run.HERE / "peer_tuning.py"), kind, str(work), "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     command += ["--bf16"] if arguments.precision == "bf16" else []
-    start, lines, memory = run.run(command, 1, "peer_tuning.py")
+    # The sampler looks at descendants of what it starts.
+    start, lines, memory = run.run(["sh", "-c", '"$@"; exit $?', "sh", *command], 1, "peer_tuning.py", "exit")
     steps = [line for line in lines if "tokens" in line]
     gaps = [(b["time"] - a["time"], b["tokens"] - a["tokens"]) for a, b in zip(steps, steps[1:])][UNSTEADY_STEPS - 1:]
     speed = statistics.median(tokens / seconds for seconds, tokens in gaps)
