@@ -32,6 +32,10 @@ const HEAD_MAX: usize = 32 << 10;
 /// Bytes of a request's body that are kept, and of one that is too long those that are thrown away, so that its client reads the answer.
 const BODY_MAX: usize = 4 << 20;
 const THROWN_MAX: usize = 64 << 20;
+/// Bytes of a request that one token can be, and of all that is no prompt: what is longer than that for each token that the model takes is not
+/// even tokenised.
+const TOKEN_MAX: usize = 128;
+const SETTINGS_MAX: usize = 64 << 10;
 /// For a head to arrive, also the next one of a connection that is kept open; for a body; for what is sent to be taken.
 const HEAD_TIME: Duration = Duration::from_secs(15);
 const BODY_TIME: Duration = Duration::from_secs(30);
@@ -119,6 +123,14 @@ async fn complete(
     check_content(request.headers())?;
     let body = timeout(BODY_TIME, read(request.into_body())).await;
     let body = body.map_err(|_| Refusal::new(408, "the body did not arrive in time"))??;
+    if body.len() > SETTINGS_MAX + shared.context * TOKEN_MAX {
+        let message = format!(
+            "the request has {} bytes, and the model takes {} tokens; shorten it",
+            body.len(),
+            shared.context
+        );
+        return Err(Refusal::new(400, message).coded("context_length_exceeded"));
+    }
     let asked = api::asked(kind, &body)?;
     let variant = match &asked.model {
         Some(name) => shared.variant(name)?,
