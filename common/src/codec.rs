@@ -296,7 +296,7 @@ mod tests {
     /// A change of these bytes is a change of the protocol: raise `PROTOCOL_VERSION`.
     #[test]
     fn messages_have_the_bytes_they_always_had() {
-        golden(ClientFrame::change(ClientId(300), 2, Request::Job(JobId(7))), "09fb2c01020200000607");
+        golden(ClientFrame::change(ClientId(300), 2, Request::Job(JobId(7))), "0afb2c01020200000607");
         golden(Reply::Submitted { job: JobId(251) }, "00fbfb00");
         golden(ToAgent::Welcome { node: NodeId(1) }, "0001");
         golden(ToRank::CheckpointCommitted { step: 100 }, "0264");

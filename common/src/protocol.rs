@@ -36,7 +36,7 @@ pub use records::*;
 pub use views::*;
 
 /// Raised when a message changes its shape; both sides refuse another one.
-pub const PROTOCOL_VERSION: u32 = 9;
+pub const PROTOCOL_VERSION: u32 = 10;
 
 /// The first message of each stream between coordinators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
