@@ -27,6 +27,9 @@ const SPACE_TICKS: u64 = 5;
 /// Between two times that the same alarm is written.
 const ALARM_EVERY: Duration = Duration::from_secs(10);
 
+/// How long the others have to take why this coordinator stops.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
 /// Ends a start or a run, in words for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
@@ -109,6 +112,9 @@ pub fn spawn<D: Disk>(
         }
         driver.members();
         let result = driver.run(&publish);
+        if result.is_err() {
+            driver.around.peers.finish(LAST_WORDS);
+        }
         inbox.close();
         // The disk is closed before anybody hears of the end.
         drop(driver);

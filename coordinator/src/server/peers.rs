@@ -16,7 +16,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -35,6 +35,8 @@ const RETRY: Duration = Duration::from_millis(100);
 const SAY_EVERY: u32 = 300;
 /// Raft's messages first.
 const RAFT_PRIORITY: i32 = 1;
+/// Between looks at whether last words have arrived.
+const FINISHED_EVERY: Duration = Duration::from_millis(5);
 /// Bytes taken from a stream at once.
 const READ_MAX: usize = 256 << 10;
 
@@ -85,6 +87,8 @@ struct Link {
     bulk: mpsc::Sender<PeerMessage>,
     up: Arc<AtomicBool>,
     address: watch::Sender<String>,
+    /// Last words were sent: the task ends when they have arrived.
+    is_last: bool,
     task: AbortHandle,
 }
 
@@ -166,7 +170,7 @@ impl Peers {
             means: self.means.clone(),
         };
         let task = self.means.runtime.spawn(keeper.run()).abort_handle();
-        Link { raft, bulk, up, address, task }
+        Link { raft, bulk, up, address, is_last: false, task }
     }
 
     /// Says who the coordinators are. Whoever connects later is told then.
@@ -176,17 +180,29 @@ impl Peers {
         }
     }
 
-    /// Sends if it can. What is lost is sent again by who needs it.
+    /// Sends if it can. What is lost is sent again by who needs it, but for last words, which wait for a connection: see [`Self::finish`].
     pub fn send(&mut self, to: ReplicaId, message: PeerMessage) {
-        let Some(link) = self.links.get(&to) else { return };
+        let Some(link) = self.links.get_mut(&to) else { return };
+        let last = matches!(message, PeerMessage::Stops { .. });
+        link.is_last |= last;
         // Raft's messages to one that is not there are stale when it comes.
-        if !link.up.load(Ordering::Relaxed) {
+        if !link.up.load(Ordering::Relaxed) && !last {
             return;
         }
         let bulky =
             matches!(message, PeerMessage::Chunk(_) | PeerMessage::Rows(_) | PeerMessage::Output { .. });
         let queue = if bulky { &link.bulk } else { &link.raft };
         let _ = queue.try_send(message);
+    }
+
+    /// Makes the calling thread wait until the others have this coordinator's last words, if it has said any, and no longer than
+    /// `patience`.
+    pub fn finish(&mut self, patience: Duration) {
+        self.links.retain(|_, link| link.is_last);
+        let end = Instant::now() + patience;
+        while Instant::now() < end && !self.links.values().all(|link| link.task.is_finished()) {
+            std::thread::sleep(FINISHED_EVERY);
+        }
     }
 }
 
@@ -216,9 +232,10 @@ impl Keeper {
                 Ok(connection) => {
                     info!("connected to {} at {address}", self.to);
                     failures = 0;
-                    let why = self.serve(&connection).await;
+                    let ended = self.serve(&connection).await;
                     self.up.store(false, Ordering::Relaxed);
                     connection.close(net::DONE, b"");
+                    let Err(why) = ended else { return };
                     info!("lost the connection to {}: {why}", self.to);
                     let _ = self.means.inbox.offer(vec![Event::Input(Input::PeerLost(self.to))]);
                 }
@@ -243,8 +260,8 @@ impl Keeper {
         }
     }
 
-    /// Writes what is to be sent until the connection ends, and says why it did.
-    async fn serve(&mut self, connection: &Connection) -> String {
+    /// Writes what is to be sent until the last words have arrived, or the connection ends, and says why it did.
+    async fn serve(&mut self, connection: &Connection) -> Result<(), String> {
         let streams = async {
             let (raft, bulk) = (connection.open_uni().await?, connection.open_uni().await?);
             let _ = raft.set_priority(RAFT_PRIORITY); // only a closed stream has none
@@ -252,20 +269,22 @@ impl Keeper {
         };
         let (raft, bulk) = match streams.await {
             Ok(streams) => streams,
-            Err(error) => return net::describe(&error),
+            Err(error) => return Err(net::describe(&error)),
         };
-        // Of an earlier connection.
-        while self.raft.try_recv().is_ok() {}
+        let mut first = vec![PeerMessage::Coordinators(self.means.gate.roster())];
+        // What waits is of an earlier connection.
+        while let Ok(message) = self.raft.try_recv() {
+            first.extend(matches!(message, PeerMessage::Stops { .. }).then_some(message));
+        }
         while self.bulk.try_recv().is_ok() {}
         self.up.store(true, Ordering::Relaxed);
-        let first = PeerMessage::Coordinators(self.means.gate.roster());
         let mut address = self.at.clone();
         tokio::select! {
-            error = pump(Some(first), &mut self.raft, raft, self.means.process) => error,
-            error = pump(None, &mut self.bulk, bulk, self.means.process) => error,
-            () = self.knock.anew.notified() => "its process has started anew".to_owned(),
-            error = connection.closed() => net::describe(&error),
-            _ = address.changed() => "it has moved".to_owned(),
+            ended = pump(first, &mut self.raft, raft, self.means.process) => ended,
+            ended = pump(Vec::new(), &mut self.bulk, bulk, self.means.process) => ended,
+            () = self.knock.anew.notified() => Err("its process has started anew".to_owned()),
+            error = connection.closed() => Err(net::describe(&error)),
+            _ = address.changed() => Err("it has moved".to_owned()),
         }
     }
 }
@@ -297,32 +316,34 @@ async fn connect(address: &str, to: ReplicaId, means: &Means, attempt: u32) -> R
     }
 }
 
-/// Writes messages, as many at once as wait.
+/// Writes messages, as many at once as wait, until last words have arrived.
 async fn pump(
-    first: Option<PeerMessage>,
+    first: Vec<PeerMessage>,
     queue: &mut mpsc::Receiver<PeerMessage>,
     mut stream: SendStream,
     process: u64,
-) -> String {
-    let (mut messages, mut bytes) = (Vec::from_iter(first), Vec::new());
-    if let Err(error) =
-        codec::write_frame(&mut stream, &PeerHello { version: PROTOCOL_VERSION, process }).await
-    {
-        return error.to_string();
-    }
+) -> Result<(), String> {
+    let (mut messages, mut bytes) = (first, Vec::new());
+    let hello = PeerHello { version: PROTOCOL_VERSION, process };
+    codec::write_frame(&mut stream, &hello).await.map_err(|error| error.to_string())?;
     while !messages.is_empty() || queue.recv_many(&mut messages, WRITE_MAX).await > 0 {
+        let mut last = false;
         for message in messages.drain(..) {
+            last |= matches!(message, PeerMessage::Stops { .. });
             if let Err(error) = codec::append_frame(&message, &mut bytes) {
                 warn!("a message to another coordinator cannot be sent: {error}");
             }
         }
-        if let Err(error) = stream.write_all(&bytes).await {
-            return error.to_string();
+        stream.write_all(&bytes).await.map_err(|error| error.to_string())?;
+        if last {
+            stream.finish().map_err(|error| error.to_string())?;
+            stream.stopped().await.map_err(|error| error.to_string())?;
+            return Ok(());
         }
         bytes.clear();
         bytes.shrink_to(READ_MAX);
     }
-    "this coordinator stops".to_owned()
+    Err("this coordinator stops".to_owned())
 }
 
 /// Serves a connection that another coordinator made to this one, until it ends.
@@ -346,6 +367,8 @@ pub async fn serve(
             }
         });
     }
+    // What came before the end is read to its end.
+    while streams.join_next().await.is_some() {}
 }
 
 /// Hands in what comes. Where there is no room it is dropped, as a network would.
