@@ -136,7 +136,6 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["train_micro_batch_size_per_gpu"], "write `batch_size`, the sequences of one rank"),
     (&["steps_per_print"], "write `logging_steps`"),
     (&["tensorboard", "csv_monitor"], RECORD),
-    (&["neftune_noise_alpha"], "embeddings are trained without noise; take the key out"),
     (&["mask_history", "roles_to_train", "train_on_eos"], "`data.loss_on` says which tokens are learnt: every turn of the assistant with its end, or all; take the key out"),
 ];
 
@@ -159,7 +158,7 @@ mod tests {
         ("report_to", "take the key out"), ("eval_strategy", "`eval_steps`"), ("save_strategy", "`save_steps`"), ("logging_strategy", "`logging_steps`"),
         ("dataloader_num_workers", "take the key out"), ("ddp_find_unused_parameters", "`strategy`"),
         ("push_to_hub", "take the key out|upload"), ("group_by_length", "`max_seq_len`"), ("auto_find_batch_size", "`batch_size`"),
-        ("eval_accumulation_steps", "take the key out"), ("torch_compile", "take the key out"), ("neftune_noise_alpha", "take the key out"),
+        ("eval_accumulation_steps", "take the key out"), ("torch_compile", "take the key out"),
         ("deepspeed", "`strategy`"), ("fsdp_config", "`strategy`"), ("use_cpu", "`device`"),
         // TRL
         ("max_length", "`max_seq_len`"), ("padding_free", "nothing is padded"), ("roles_to_train", "`data.loss_on`"), ("dataset_text_field", "`data.text_field`"),

@@ -45,6 +45,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["batch_size", "per_device_train_batch_size", "per_device_batch_size"],
     &["accumulate_grad_batches", "gradient_accumulation_steps"],
     &["activation_checkpointing", "gradient_checkpointing"],
+    &["neftune_noise_alpha"],
     &["reshard_after_forward"],
     &["offload_optimizer"],
     &["transport"],

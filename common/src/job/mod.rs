@@ -62,6 +62,10 @@ pub struct Job {
     pub accumulate_grad_batches: u32,
     #[serde(default)]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// How far embeddings are moved at random in training (NEFTune, arXiv:2310.05914): each number by at most this, divided by the square root of
+    /// all numbers of its sequence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neftune_noise_alpha: Option<f64>,
     /// Under fsdp, where weights are gathered: a block's go after its forward and are gathered again for its backward. Else they stay for the step.
     #[serde(default = "yes")]
     pub reshard_after_forward: bool,

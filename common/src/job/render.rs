@@ -29,6 +29,7 @@ impl Job {
                 ActivationCheckpointing::Blocks => json!("blocks"),
                 ActivationCheckpointing::First(count) => json!(count),
             },
+            "neftune_noise_alpha": self.neftune_noise_alpha,
             "reshard_after_forward": self.reshard_after_forward,
             "offload_optimizer": self.offload_optimizer,
             "transport": self.transport,

@@ -63,6 +63,8 @@ fn every_spelling_reaches_its_field() {
         ("per_device_batch_size = 3", |j| j.batch_size == 3),
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
+        ("", |j| j.neftune_noise_alpha.is_none()),
+        ("neftune_noise_alpha = 5", |j| j.neftune_noise_alpha == Some(5.0)),
         ("strategy = \"fsdp_native\"", |j| j.strategy == Strategy::Fsdp),
         ("", |j| j.transport == Transport::Tcp && j.transport_encryption && j.trace_of(0).is_none()),
         ("transport = \"quic\"", |j| j.transport == Transport::Quic && j.transport_encryption),

@@ -71,6 +71,9 @@ pub struct TrainerState {
     /// Of a run that learns preferences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dpo: Option<Dpo>,
+    /// Where embeddings are moved at random in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neftune_noise_alpha: Option<f64>,
 }
 
 /// The best loss so far.
@@ -224,6 +227,11 @@ impl TrainerState {
         {
             notes.push(format!("from here on adapter.dropout is {is}, and was {was}"));
         }
+        if self.neftune_noise_alpha != job.neftune_noise_alpha {
+            let word = |alpha: Option<f64>| alpha.map_or("left out".to_owned(), |alpha| alpha.to_string());
+            let (is, was) = (word(job.neftune_noise_alpha), word(self.neftune_noise_alpha));
+            notes.push(format!("from here on neftune_noise_alpha is {is}, and was {was}"));
+        }
         if self.quantization != job.quantization {
             let word = |quantization: Option<Quantization>| quantization.map_or("none", Quantization::name);
             let (is, was) = (word(job.quantization), word(self.quantization));
@@ -237,8 +245,8 @@ impl TrainerState {
             ),
             _ => {}
         }
-        notes.extend(changed("dpo", &self.dpo, &job.dpo).into_iter().filter(|note| !note.contains("ref_")));
-        notes.extend(changed("optimizer", &self.optimizer, &job.optimizer));
+        notes.extend(changed("dpo", &self.dpo, &job.dpo, &["ref_model", "precompute_ref_log_probs"]));
+        notes.extend(changed("optimizer", &self.optimizer, &job.optimizer, &[]));
         Ok(notes)
     }
 
@@ -268,14 +276,15 @@ fn word(precision: Precision) -> String {
     serde_json::to_value(precision).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Of each setting of a table that is another one from here on.
-fn changed<T: Serialize>(table: &str, was: &Option<T>, is: &Option<T>) -> Vec<String> {
+/// Of each setting of a table that is another one from here on, but of those in `silent`.
+fn changed<T: Serialize>(table: &str, was: &Option<T>, is: &Option<T>, silent: &[&str]) -> Vec<String> {
     let settings = |table: &Option<T>| match serde_json::to_value(table) {
         Ok(Value::Object(settings)) => settings,
         _ => Object::new(),
     };
     let (was, is) = (settings(was), settings(is));
-    let changed = was.iter().filter_map(|(key, was)| Some((key, was, is.get(key).filter(|is| *is != was)?)));
+    let changed = was.iter().filter(|(key, _)| !silent.contains(&key.as_str()));
+    let changed = changed.filter_map(|(key, was)| Some((key, was, is.get(key).filter(|is| *is != was)?)));
     let word = |value: &Value| if value.is_null() { "left out".to_owned() } else { value.to_string() };
     changed
         .map(|(key, was, is)| format!("from here on {table}.{key} is {}, and was {}", word(is), word(was)))
@@ -368,6 +377,7 @@ mod tests {
             best: None,
             patience: None,
             dpo: None,
+            neftune_noise_alpha: None,
         }
     }
 

@@ -156,7 +156,7 @@ impl<'a, E: Storage> Pass<'a, E> {
 
     /// The share that is dropped, and what decides of what, where something is.
     pub(crate) fn dropping(&self) -> Option<(f32, &'a [u64])> {
-        self.weights.dropout().zip(self.noise)
+        self.weights.dropout().zip(self.noise.sequences)
     }
 
     /// Adds to `out`, the embedding's rows of `ids`, what an adapter adds to them. Nothing is dropped there.

@@ -8,8 +8,23 @@ use crate::product::{Out, Products, Storage};
 use crate::workspace::{Saved, Scratch};
 use fleet_common::model::{Affine, Block, Form};
 use fleet_kernels::{Heads, Store};
-use fleet_learn::{Gradients, HostWeights, Workers};
+use fleet_learn::{Batch, Gradients, HostWeights, Workers};
 use std::ops::Range;
+
+/// What training changes at random.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Noise<'a> {
+    /// For each sequence what decides which of its numbers adapters do not see, and where its embeddings are moved to.
+    pub sequences: Option<&'a [u64]>,
+    /// How far they are; 0: not at all.
+    pub neftune: f32,
+}
+
+impl<'a> Noise<'a> {
+    pub fn of(batch: &Batch<'a>) -> Noise<'a> {
+        Noise { sequences: batch.noise, neftune: batch.neftune }
+    }
+}
 
 /// One way through the network: what computes, with which weights, on sequences of which shape.
 pub(crate) struct Pass<'a, E> {
@@ -22,8 +37,7 @@ pub(crate) struct Pass<'a, E> {
     pub slice: Option<Range<usize>>,
     /// Of the first token of each sequence.
     pub position: usize,
-    /// For each sequence what decides which of its numbers adapters do not see.
-    pub noise: Option<&'a [u64]>,
+    pub noise: Noise<'a>,
     pub products: &'a mut Products,
     pub low: &'a mut LowRank<E>,
 }

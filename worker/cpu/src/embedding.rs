@@ -6,7 +6,7 @@ use crate::product::{Out, Storage};
 use crate::workspace::{Embedded, Scratch};
 use fleet_common::model::Positions;
 use fleet_kernels::{self as kernels, Store};
-use fleet_learn::Gradients;
+use fleet_learn::{Gradients, neftune};
 
 impl<E: Storage> Pass<'_, E> {
     /// `x_th` of the ids.
@@ -29,12 +29,14 @@ impl<E: Storage> Pass<'_, E> {
                 let rows = &mut kept.rows[..t * e];
                 table.rows(e, ids, rows);
                 self.adapter_rows(ids, rows);
+                self.move_rows(e, rows);
                 let narrow = E::narrow(rows, &mut scratch.g_narrow, self.products.workers());
                 self.times(narrow, &project.weight, Out::Set(target), (t, e, h));
             }
             None => {
                 table.rows(h, ids, target);
                 self.adapter_rows(ids, target);
+                self.move_rows(h, target);
             }
         }
         if let Some(table) = &wiring.positions {
@@ -46,6 +48,19 @@ impl<E: Storage> Pass<'_, E> {
         if let Some(affine) = &wiring.embedding_norm {
             self.norm(&kept.before_norm[..t * h], affine, &mut x[..t * h], &mut scratch.norms);
         }
+    }
+
+    /// Noise on the embeddings `rows_te`, through which gradients flow unchanged.
+    fn move_rows(&self, e: usize, rows: &mut [f32]) {
+        let Some(noise) = self.noise.sequences.filter(|_| self.noise.neftune > 0.0) else { return };
+        let pieces = self.workers().share(self.tokens(), 1);
+        self.workers().pieces(rows, pieces * e, |piece, rows| {
+            for (at, row) in rows.chunks_exact_mut(e).enumerate() {
+                let (sequence, position) = self.place(piece * pieces + at);
+                let length = self.lengths.map_or(self.heads.seq, |lengths| lengths[sequence]);
+                neftune::apply(noise[sequence], self.noise.neftune, (position, length), row);
+            }
+        });
     }
 
     /// The gradients of the embedding, of positions and of what lies behind them, for `scratch.g`.

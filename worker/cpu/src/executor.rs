@@ -2,14 +2,14 @@
 //! keeps them awake from product to product.
 
 use crate::decode::Cache;
-use crate::network::Network;
+use crate::network::{Network, Way};
 use crate::product::{Products, Storage};
 use crate::workspace::Workspace;
 use fleet_common::model::Layout;
 use fleet_kernels as kernels;
 use fleet_learn::adapter::{Frozen, Trained};
 use fleet_learn::{
-    Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Which, Workers,
+    Batch, Executor, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Weigh, Which, Workers,
 };
 use std::ops::Range;
 use std::sync::Arc;
@@ -149,11 +149,17 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
         format!("{} threads, {}", self.products.workers().count(), self.products.describe::<E>())
     }
 
-    fn forward_backward(&mut self, units: &mut dyn Units<Host<E>>, batch: &Batch, scale: f32) -> Result<()> {
-        let how = (scale, self.again);
+    fn forward_weigh_backward(
+        &mut self,
+        units: &mut dyn Units<Host<E>>,
+        batch: &Batch,
+        scale: f32,
+        weigh: Option<&mut Weigh>,
+    ) -> Result<()> {
+        let way = Way { scale, again: self.again, weigh };
         self.loss += self.pass_beside(|network, products, work, base| match base {
-            None => network.forward_backward(units, batch, how, products, work),
-            Some(base) => network.forward_backward(&mut Beside { units, base }, batch, how, products, work),
+            None => network.forward_backward(units, batch, way, products, work),
+            Some(base) => network.forward_backward(&mut Beside { units, base }, batch, way, products, work),
         })?;
         Ok(())
     }
@@ -192,7 +198,10 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
             (Some(base), Which::Trained) => {
                 network.losses(&mut Beside { units, base }, batch, products, work)
             }
-            (Some(base), Which::Base) => network.losses(&mut base.frozen.weights(), batch, products, work),
+            (Some(base), Which::Base) => {
+                let batch = Batch { noise: None, ..*batch };
+                network.losses(&mut base.frozen.weights(), &batch, products, work)
+            }
         })
     }
 

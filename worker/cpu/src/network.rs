@@ -1,12 +1,12 @@
 //! A decoder's shape and tables. It owns no weights and makes no decisions about training; it computes on slices that it is given.
 
 use crate::adapter::{LowRank, Wide};
-use crate::block::Pass;
+use crate::block::{Noise, Pass};
 use crate::product::{Out, Products, Storage, grown};
 use crate::workspace::{Keep, Saved, Workspace};
 use fleet_common::model::{Decoder, Linear, Positions, Wiring};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
-use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units};
+use fleet_learn::{Batch, Gradients, Host, HostWeights, Result, Tally, UnitWeights, Units, Weigh};
 use std::ops::Range;
 
 /// Shape and tables of a model.
@@ -16,6 +16,15 @@ pub struct Network {
     rope: Option<RopeTable>,
     /// For each head, where positions are told by slopes.
     slopes: Vec<f32>,
+}
+
+/// How forward and backward are computed.
+pub struct Way<'a, 'w> {
+    /// Of the loss, for gradients.
+    pub scale: f32,
+    /// Of so many blocks the forward is computed a second time.
+    pub again: usize,
+    pub weigh: Option<&'a mut Weigh<'w>>,
 }
 
 /// How the tokens of a pass are cut into sequences.
@@ -139,17 +148,17 @@ impl Network {
             Texts::Equal { batch, seq } => (self.heads(batch, seq), None),
             Texts::Of(lengths) => (self.heads(1, lengths.iter().sum()), Some(lengths)),
         };
-        Pass { network: self, weights, heads, lengths, slice: None, position: 0, noise: None, products, low }
+        Pass { network: self, weights, heads, lengths, slice: None, position: 0, noise: Noise::default(), products, low }
     }
 
-    /// The same in training, where some of what adapters read is dropped.
+    /// The same in training, where some of what is read is changed at random.
     fn training_pass<'a, E: Storage>(
         &'a self,
         weights: HostWeights<'a, E>,
         texts: Texts<'a>,
         products: &'a mut Products,
         low: &'a mut LowRank<E>,
-        noise: Option<&'a [u64]>,
+        noise: Noise<'a>,
     ) -> Pass<'a, E> {
         Pass { noise, ..self.pass(weights, texts, products, low) }
     }
@@ -161,16 +170,16 @@ impl Network {
     }
 
     /// The summed loss; the gradients of `scale` times it go to the units, from the head to the embedding. Of the first `again` blocks nothing
-    /// is kept but their inputs: they are computed a second time on the way back.
+    /// is kept but their inputs: they are computed a second time on the way back. `weigh` is asked between the two.
     pub fn forward_backward<E: Storage>(
         &self,
         units: &mut dyn Units<Host<E>>,
         batch: &Batch,
-        (scale, again): (f32, usize),
+        Way { scale, again, weigh }: Way,
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<f64> {
-        let texts = Texts::of(batch);
+        let (texts, noise) = (Texts::of(batch), Noise::of(batch));
         let blocks = self.wiring.blocks.len();
         let again = again.min(blocks);
         let kept = |number: usize| if again == 0 { number } else { (number + 1).saturating_sub(again) };
@@ -178,7 +187,7 @@ impl Network {
         let Workspace { stream, saved, embedded, scratch, low } = work;
 
         units.need(0)?;
-        self.training_pass(units.weights(), texts, products, low, batch.noise).embed(
+        self.training_pass(units.weights(), texts, products, low, noise).embed(
             batch.ids,
             &mut stream[0],
             embedded,
@@ -189,16 +198,21 @@ impl Network {
             let (x, out) = stream[number..].split_at_mut(1);
             let saved = &mut saved[kept(number)];
             units.need(number + 1)?;
-            let mut pass = self.training_pass(units.weights(), texts, products, low, batch.noise);
+            let mut pass = self.training_pass(units.weights(), texts, products, low, noise);
             pass.block_forward(number, &x[0], saved, Some(&mut out[0]), scratch, None);
             units.release(number + 1);
         }
 
         self.head_units().try_for_each(|unit| units.need(unit))?;
+        let (mut batch, counts) = (*batch, weigh.map(|weigh| {
+            let mut pass = self.training_pass(units.weights(), texts, products, low, noise);
+            batch.spread(&weigh(&pass.head_losses(&stream[blocks], batch, scratch)))
+        }));
+        batch.weights = counts.as_deref().or(batch.weights);
         let (weights, sink) = units.numbers();
-        let loss = self.training_pass(weights, texts, products, low, batch.noise).head_forward_backward(
+        let loss = self.training_pass(weights, texts, products, low, noise).head_forward_backward(
             &stream[blocks],
-            batch,
+            &batch,
             scale,
             scratch,
             sink,
@@ -214,7 +228,7 @@ impl Network {
             units.need(number + 1)?;
             let (weights, sink) = units.numbers();
             let (mut pass, saved) =
-                (self.training_pass(weights, texts, products, low, batch.noise), &mut saved[kept(number)]);
+                (self.training_pass(weights, texts, products, low, noise), &mut saved[kept(number)]);
             if number < again {
                 pass.block_forward(number, &stream[number], saved, None, scratch, None);
             }
@@ -225,7 +239,7 @@ impl Network {
         if lowest == 0 {
             units.need(0)?;
             let (weights, sink) = units.numbers();
-            let mut pass = self.training_pass(weights, texts, products, low, batch.noise);
+            let mut pass = self.training_pass(weights, texts, products, low, noise);
             pass.embed_backward(batch.ids, embedded, scratch, sink);
             units.release(0);
         }
@@ -249,7 +263,7 @@ impl Network {
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits })
     }
 
-    /// Of each sequence the summed loss of its targets. What adapters do not see in training they do not see here, where the batch has noise.
+    /// Of each sequence the summed loss of its targets, with what training changes at random where the batch has noise.
     pub fn losses<E: Storage>(
         &self,
         units: &mut dyn UnitWeights<Host<E>>,
@@ -257,10 +271,10 @@ impl Network {
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<Vec<f64>> {
-        let texts = Texts::of(batch);
-        self.hidden_states_with(units, (batch.ids, batch.noise), texts, products, work, &mut |_, _| {})?;
+        let (texts, noise) = (Texts::of(batch), Noise::of(batch));
+        self.hidden_states_with(units, (batch.ids, noise), texts, products, work, &mut |_, _| {})?;
         self.head_units().try_for_each(|unit| units.need(unit))?;
-        let mut pass = self.pass(units.weights(), texts, products, &mut work.low);
+        let mut pass = self.training_pass(units.weights(), texts, products, &mut work.low, noise);
         let losses = pass.head_losses(&work.stream[0], batch, &mut work.scratch);
         self.head_units().for_each(|unit| units.release(unit));
         Ok(losses)
@@ -277,13 +291,13 @@ impl Network {
         work: &mut Workspace<E>,
         layer_done: &mut dyn FnMut(usize, &[E]),
     ) -> Result<()> {
-        self.hidden_states_with(units, (ids, None), texts, products, work, layer_done)
+        self.hidden_states_with(units, (ids, Noise::default()), texts, products, work, layer_done)
     }
 
     fn hidden_states_with<E: Storage>(
         &self,
         units: &mut dyn UnitWeights<Host<E>>,
-        (ids, noise): (&[i64], Option<&[u64]>),
+        (ids, noise): (&[i64], Noise),
         texts: Texts,
         products: &mut Products,
         work: &mut Workspace<E>,
@@ -293,7 +307,7 @@ impl Network {
         let Workspace { stream, saved, embedded, scratch, low } = work;
         let (x, out, saved) = two(stream, saved);
         units.need(0)?;
-        self.pass(units.weights(), texts, products, low).embed(ids, x, embedded, scratch);
+        self.training_pass(units.weights(), texts, products, low, noise).embed(ids, x, embedded, scratch);
         units.release(0);
         for number in 0..self.wiring.blocks.len() {
             units.need(number + 1)?;
@@ -321,7 +335,7 @@ impl Network {
             lengths: None,
             slice: None,
             position,
-            noise: None,
+            noise: Noise::default(),
             products,
             low,
         }

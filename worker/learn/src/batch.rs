@@ -19,6 +19,8 @@ pub struct Batch<'a> {
     pub counts: Option<f64>,
     /// `[b]`: for each sequence a number that decides what of it is dropped. `None`: nothing is.
     pub noise: Option<&'a [u64]>,
+    /// How far the embeddings of sequences with `noise` are moved; 0: not at all. See [`crate::neftune`].
+    pub neftune: f32,
 }
 
 /// Sequences of different lengths are together a multiple of so many tokens.
@@ -28,6 +30,12 @@ impl<'a> Batch<'a> {
     /// Tokens of each sequence.
     pub fn sequence_lengths(self) -> impl Iterator<Item = usize> + 'a {
         (0..self.sequences()).map(move |at| self.lengths.map_or(self.seq, |lengths| lengths[at]))
+    }
+
+    /// `[t]`: what each target counts where all of a sequence count alike, `counts` `[b]`.
+    pub fn spread(self, counts: &[f64]) -> Vec<f32> {
+        let of_sequences = self.sequence_lengths().zip(counts);
+        of_sequences.flat_map(|(length, count)| std::iter::repeat_n(*count as f32, length)).collect()
     }
 
     pub fn sequences(&self) -> usize {
@@ -53,6 +61,7 @@ impl<'a> Batch<'a> {
         }
         padded.counts = self.counts;
         padded.noise = self.noise.map(<[u64]>::to_vec);
+        padded.neftune = self.neftune;
         padded
     }
 
@@ -88,6 +97,7 @@ pub struct TokenBatch {
     pub counts: Option<f64>,
     /// `[b]`.
     pub noise: Option<Vec<u64>>,
+    pub neftune: f32,
     /// The items of the data that it is made of, by their numbers.
     pub items: Vec<u64>,
 }
@@ -147,6 +157,7 @@ impl TokenBatch {
             lengths: self.lengths.as_deref(),
             counts: self.counts,
             noise: self.noise.as_deref(),
+            neftune: self.neftune,
         }
     }
 }

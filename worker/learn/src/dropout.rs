@@ -31,7 +31,7 @@ pub fn apply<E: Element>(seed: u64, share: f32, row: &mut [E]) {
 }
 
 /// The finaliser of splitmix64.
-fn mix(mut z: u64) -> u64 {
+pub(crate) fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

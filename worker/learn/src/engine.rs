@@ -3,8 +3,9 @@
 use crate::adapter::{ADAPTER_MODEL, AdapterFile, MAGNITUDE, plain_name};
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
-use crate::executor::{Executor, Tally, Which};
+use crate::executor::{Executor, Tally, Weigh, Which};
 use crate::model::{Model, init};
+use crate::objective::Weighing;
 use crate::optimizer::Update;
 use crate::reached::Reached;
 use crate::scaler::Scaler;
@@ -13,7 +14,7 @@ use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::{Micro, Report, Slot, Strategy, Votes};
 use crate::suspects;
 use crate::timed::Pass;
-use crate::units::Memory;
+use crate::units::{Memory, Units};
 use crate::watched::Watched;
 use fleet_checkpoint::{Disks, Dtype, LossScale, ModelDir, Reading, Tensor, Tensors};
 use fleet_collectives::{Activity, Gang, Op};
@@ -46,7 +47,17 @@ pub trait Learner {
 
     /// One step of the optimizer over `micro_batches`, this rank's share of the global batch. `votes` are this rank's. The loss is that for
     /// each target that counts, over all ranks.
-    fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report>;
+    fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report> {
+        self.weighed_step(micro_batches, None, update, votes)
+    }
+    /// The same. What targets count is asked of `weigh`, where there is one, as soon as the losses of a micro-batch are known.
+    fn weighed_step(
+        &mut self,
+        micro_batches: &[TokenBatch],
+        weigh: Option<&mut dyn Weighing>,
+        update: &Update,
+        votes: Votes,
+    ) -> Result<Report>;
     /// What to tell of parameters that no gradient of the first step has reached; once, behind it.
     fn without_gradient(&mut self) -> Option<String>;
     /// Of each sequence of this rank's batches the summed loss of its targets. A rank may have no batch. A collective call.
@@ -270,7 +281,13 @@ impl<M: Memory> Learner for Engine<M> {
         Ok(())
     }
 
-    fn step(&mut self, micro_batches: &[TokenBatch], update: &Update, votes: Votes) -> Result<Report> {
+    fn weighed_step(
+        &mut self,
+        micro_batches: &[TokenBatch],
+        mut weigh: Option<&mut dyn Weighing>,
+        update: &Update,
+        votes: Votes,
+    ) -> Result<Report> {
         let mut weight = [micro_batches.iter().map(|batch| batch.view().weight()).sum()];
         self.strategy.gang().all_reduce_f64(&mut weight, Op::Sum)?;
         let [weight] = weight;
@@ -292,13 +309,17 @@ impl<M: Memory> Learner for Engine<M> {
             let micro = Micro { first: number == 0, last: number == last };
             self.watch.switch(Phase::Forward);
             let mut units = Watched { units: self.strategy.units(micro), by: Pass::new(&self.watch, head) };
-            match &mut self.reached {
+            let mut looked_at;
+            let units: &mut dyn Units<M> = match &mut self.reached {
                 Some(reached) => {
-                    let mut looked_at = Watched { units: &mut units, by: reached.look(&self.layout) };
-                    self.executor.forward_backward(&mut looked_at, &batch.view(), scale)?;
+                    looked_at = Watched { units: &mut units, by: reached.look(&self.layout) };
+                    &mut looked_at
                 }
-                None => self.executor.forward_backward(&mut units, &batch.view(), scale)?,
-            }
+                None => &mut units,
+            };
+            let mut weigh = weigh.as_deref_mut().map(|weigh| move |losses: &[f64]| weigh.weigh(number, losses));
+            let weigh = weigh.as_mut().map(|weigh| weigh as &mut Weigh);
+            self.executor.forward_weigh_backward(units, &batch.view(), scale, weigh)?;
         }
         self.watch.switch(Phase::Optimizer);
         // Steps that were left out are none to the optimizer.
@@ -323,7 +344,7 @@ impl<M: Memory> Learner for Engine<M> {
             }
             Err(error @ Error::NoNumber { .. }) => {
                 let step = suspects::Step { micro_batches, scale, number: update.step };
-                let error = suspects::named(&mut *self.executor, &mut *self.strategy, &step, error)?;
+                let error = suspects::named(&mut *self.executor, &mut *self.strategy, &step, weigh, error)?;
                 Err(match &self.scaler {
                     Some(scaler) if scaler.is_spent() => error.with_reason(&format!(
                         "a loss scale below 1 helps no more (steps skipped so far: {skipped}): use precision = \"bf16-mixed\" or \"32\""

@@ -19,7 +19,17 @@ pub trait Executor<M: Memory> {
 
     /// The gradients of `scale` times the summed loss of `batch`, unit by unit from the head to the embedding. The loss itself is
     /// added to what `take_loss` gives.
-    fn forward_backward(&mut self, units: &mut dyn Units<M>, batch: &Batch, scale: f32) -> Result<()>;
+    fn forward_backward(&mut self, units: &mut dyn Units<M>, batch: &Batch, scale: f32) -> Result<()> {
+        self.forward_weigh_backward(units, batch, scale, None)
+    }
+    /// The same. What the targets of each sequence count is asked of `weigh`, where there is one, between forward and backward.
+    fn forward_weigh_backward(
+        &mut self,
+        units: &mut dyn Units<M>,
+        batch: &Batch,
+        scale: f32,
+        weigh: Option<&mut Weigh>,
+    ) -> Result<()>;
     /// The losses that were summed since it was asked last, not waited for.
     fn take_loss(&mut self) -> Result<M::Number>;
     /// Of each sequence the summed loss of its targets, whatever they count, which is minus its log-probability. `noise` of the batch is heeded.
@@ -31,6 +41,9 @@ pub trait Executor<M: Memory> {
     /// The loss alone.
     fn evaluate(&mut self, units: &mut dyn UnitWeights<M>, batch: &Batch) -> Result<Tally>;
 }
+
+/// From the summed loss of each sequence's targets, whatever they count, to what each of them counts; both `[b]`.
+pub type Weigh<'a> = dyn FnMut(&[f64]) -> Vec<f64> + Send + 'a;
 
 /// Whose losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,14 +5,20 @@ use crate::batch::{IGNORED, TokenBatch};
 use crate::engine::Learner;
 use crate::error::Result;
 use crate::executor::Tally;
+use fleet_collectives::Gang;
 use fleet_data::{Item, Windows};
 
 pub trait Objective {
     /// The items with these numbers, as the model takes them. `noise` is of each sequence a number that no other one of the data has.
     fn batch(&self, items: &Windows, indices: &mut dyn Iterator<Item = u64>) -> TokenBatch;
 
-    /// Says what the targets of a step count, where that hangs on the model as it is now; what the step's loss is then. A collective call.
-    fn weigh(&self, _learner: &mut dyn Learner, _batches: &mut [TokenBatch]) -> Result<Option<Measured>> {
+    /// Readies a step of these batches, of which it says what they count together: who weighs their targets, where what these count hangs on the
+    /// model as it is. A collective call.
+    fn weighing<'a>(
+        &'a self,
+        _learner: &mut dyn Learner,
+        _batches: &mut [TokenBatch],
+    ) -> Result<Option<Box<dyn Weighing + 'a>>> {
         Ok(None)
     }
 
@@ -22,6 +28,15 @@ pub trait Objective {
         let accuracy = tally.hits as f64 / tally.tokens.max(1) as f64;
         Ok(Measured { loss: tally.mean(), tally, metrics: vec![("mean_token_accuracy", accuracy)] })
     }
+}
+
+/// Weighs the targets of a step's batches, as soon as their losses are known.
+pub trait Weighing: Send {
+    /// For the summed losses of the sequences of batch `number`, `[b]`: what each of their targets counts, `[b]`. A batch that is asked for again
+    /// counts once.
+    fn weigh(&mut self, number: usize, losses: &[f64]) -> Vec<f64>;
+    /// What was found of the batches of all ranks, after the step. A collective call.
+    fn measured(&self, gang: &mut dyn Gang) -> Result<Measured>;
 }
 
 /// What was found of batches of all ranks.

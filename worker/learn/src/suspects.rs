@@ -3,7 +3,8 @@
 
 use crate::batch::TokenBatch;
 use crate::error::{Error, Result};
-use crate::executor::Executor;
+use crate::executor::{Executor, Weigh};
+use crate::objective::Weighing;
 use crate::strategy::{Micro, Strategy};
 use crate::units::{Memory, Units};
 use crate::watched::{Watch, Watched};
@@ -64,15 +65,18 @@ pub(crate) fn named<M: Memory>(
     executor: &mut dyn Executor<M>,
     strategy: &mut dyn Strategy<M>,
     step: &Step,
+    mut weigh: Option<&mut dyn Weighing>,
     error: Error,
 ) -> Result<Error> {
     strategy.gang().note(Activity::Forward);
     let layout = executor.layout().clone();
     let mut mine = None;
-    for batch in step.micro_batches {
+    for (number, batch) in step.micro_batches.iter().enumerate() {
         let units = strategy.units(Micro { first: true, last: false });
         let mut searched = Watched { units, by: Search { layout: &layout, found: None } };
-        executor.forward_backward(&mut searched, &batch.view(), step.scale)?;
+        let mut weigh = weigh.as_deref_mut().map(|weigh| move |losses: &[f64]| weigh.weigh(number, losses));
+        let weigh = weigh.as_mut().map(|weigh| weigh as &mut Weigh);
+        executor.forward_weigh_backward(&mut searched, &batch.view(), step.scale, weigh)?;
         let found = searched.by.found.map(Found::Gradients);
         let loss = M::value(executor.take_loss()?)?;
         let found = if loss.is_finite() { found } else { Some(Found::Loss(loss)) };

@@ -7,7 +7,7 @@ use fleet_common::model::{Decoder, Layout, Object, Positions};
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
 use fleet_learn::model::{Model, init};
 use fleet_learn::testing::{Whole, tiny_with, token_ids};
-use fleet_learn::{Batch, Executor};
+use fleet_learn::{Batch, Executor, neftune};
 use half::bf16;
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -58,7 +58,7 @@ fn oracle(
     let mask = Tensor::full([s, s], f64::NEG_INFINITY, (Kind::Double, tch::Device::Cpu)).triu(1);
 
     let ids = Tensor::from_slice(batch.ids);
-    let mut x = get("model.embed_tokens.weight").index_select(0, &ids).reshape([b, s, h]);
+    let mut x = get("model.embed_tokens.weight").index_select(0, &ids).reshape([b, s, h]) + moved(batch, h);
     for layer in 0..decoder.layers {
         let get = |part: &str| get(&format!("model.layers.{layer}.{part}.weight"));
         let n = norm(&x, get("input_layernorm"));
@@ -83,19 +83,30 @@ fn oracle(
     (loss.double_value(&[]), grads)
 }
 
+/// By what the embeddings of `h` numbers are moved, `[b, s, h]`.
+fn moved(batch: Batch, h: i64) -> Tensor {
+    let mut rows = vec![0.0f32; batch.ids.len() * h as usize];
+    for (at, row) in rows.chunks_exact_mut(h as usize).enumerate() {
+        let (sequence, token) = (at / batch.seq, at % batch.seq);
+        let Some(noise) = batch.noise else { break };
+        neftune::apply(noise[sequence], batch.neftune, (token, batch.seq), row);
+    }
+    Tensor::from_slice(&rows).to_kind(Kind::Double).reshape([-1, batch.seq as i64, h])
+}
+
 /// Relative distance of two vectors.
 fn distance(got: &[f32], want: &[f64]) -> f64 {
     let norm = want.iter().map(|v| v * v).sum::<f64>().sqrt();
     got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt() / norm.max(1e-12)
 }
 
-fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
+fn check<E: Storage>(config: Object, threads: u32, tolerance: f64, neftune: f32) {
     let seq = 13;
     let ids = token_ids(3 * seq, 97, 1);
     let mut targets = token_ids(3 * seq, 97, 2);
     targets[5] = -100;
     targets[12] = -100;
-    let batch = Batch { ids: &ids, targets: &targets, seq, ..Default::default() };
+    let batch = Batch { ids: &ids, targets: &targets, seq, noise: Some(&[7, 8, 9]), neftune, ..Default::default() };
     let model = Model::new(&config).unwrap();
     let decoder = model.decoder.clone();
     let layout = model.layout();
@@ -134,14 +145,16 @@ fn check<E: Storage>(config: Object, threads: u32, tolerance: f64) {
     }
     let evaluated = executor.evaluate(&mut whole, &batch).unwrap();
     assert_eq!(evaluated.tokens, 37);
-    assert!((evaluated.loss - loss).abs() < 1e-3 * loss, "{} {loss}", evaluated.loss);
+    assert_eq!((evaluated.loss - loss).abs() < 1e-3 * loss, neftune == 0.0, "{} {loss}", evaluated.loss);
 }
 
 #[test]
 fn fp32_gradients_are_autograds() {
     for tied in [false, true] {
         for threads in [1, 2] {
-            check::<f32>(tiny_with(json!({"tie_word_embeddings": tied})), threads, 2e-5);
+            for neftune in [0.0, 20.0] {
+                check::<f32>(tiny_with(json!({"tie_word_embeddings": tied})), threads, 2e-5, neftune);
+            }
         }
     }
 }
@@ -149,6 +162,6 @@ fn fp32_gradients_are_autograds() {
 #[test]
 fn bf16_gradients_are_autograds_within_bf16() {
     for tied in [false, true] {
-        check::<bf16>(tiny_with(json!({"tie_word_embeddings": tied})), 1, 3e-2);
+        check::<bf16>(tiny_with(json!({"tie_word_embeddings": tied})), 1, 3e-2, 0.0);
     }
 }

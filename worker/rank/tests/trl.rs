@@ -7,7 +7,7 @@ use fleet_data::{DataFiles, TokenCache};
 use fleet_learn::model::Model;
 use fleet_learn::preference::{Beside, Preferences, REFERENCE_FILE, Reference, Share};
 use fleet_learn::trainer::learning_rate;
-use fleet_learn::{AdamW, Learner, NextToken, Objective, TokenBatch, Update, Votes, Which};
+use fleet_learn::{AdamW, Learner, NextToken, Objective, TokenBatch, Update, Votes, Weighing, Which};
 use fleet_rank::assemble::{Threads, alone};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -58,6 +58,8 @@ struct Run {
     /// The items that were taken.
     taken: u64,
     step: u64,
+    /// How far embeddings are moved.
+    neftune: f32,
     _dir: tempfile::TempDir,
 }
 
@@ -92,7 +94,7 @@ impl Run {
             None => Box::new(NextToken),
             Some(dpo) => Box::new(Preferences { dpo, beside }),
         };
-        Run { job, cache, learner, objective, taken: 0, step: 0, _dir: dir }
+        Run { job, cache, learner, objective, taken: 0, step: 0, neftune: 0.0, _dir: dir }
     }
 
     /// The next step, of so many micro-batches of so many items: what is known of it by TRL's names.
@@ -101,14 +103,16 @@ impl Run {
             let mut numbers = self.taken..self.taken + items;
             self.taken += items;
             let batch = self.objective.batch(self.cache.train(), &mut numbers);
-            TokenBatch { noise: None, ..batch }.filled()
+            TokenBatch { neftune: self.neftune, ..batch }.filled()
         };
         let mut batches: Vec<TokenBatch> = (0..micro_batches).map(|_| batch()).collect();
-        let measured = self.objective.weigh(&mut *self.learner, &mut batches).unwrap();
+        let mut weighing = self.objective.weighing(&mut *self.learner, &mut batches).unwrap();
         let lr = learning_rate(&self.job.optimizer, self.step, STEPS);
         self.step += 1;
         let update = Update { adamw: AdamW::from(&self.job.optimizer), lr, step: self.step };
-        let report = self.learner.step(&batches, &update, Votes::default()).unwrap();
+        let weigh = weighing.as_deref_mut().map(|weighing| weighing as &mut dyn Weighing);
+        let report = self.learner.weighed_step(&batches, weigh, &update, Votes::default()).unwrap();
+        let measured = weighing.map(|weighing| weighing.measured(self.learner.gang()).unwrap());
         let (loss, more) = measured.map_or((report.loss, Vec::new()), |of| (of.loss, of.metrics));
         [("learning_rate", lr), ("loss", loss), ("grad_norm", report.grad_norm)]
             .into_iter()
@@ -149,12 +153,21 @@ fn eight_at_once_are_eight_one_after_the_other() {
     let expected = expected();
     for name in ["sft_answers", "sft_completions", "dpo_sigmoid"] {
         let case = &expected["cases"][name];
-        let mut runs = [(1, 8), (8, 1), (2, 4)].map(|how| (how, Run::new(case, &expected["rows"], false)));
-        for _ in 0..5 {
-            let found = runs.each_mut().map(|((micro_batches, items), run)| run.step(*micro_batches, *items));
-            for ((key, is), (_, wanted)) in found[1..].iter().flatten().zip(found[0].iter().cycle()) {
-                assert!((is - wanted).abs() < 1e-5 * wanted.abs().max(1.0), "{name}: {key} {is} {wanted}");
+        let mut first = Vec::new();
+        for neftune in [0.0, 10.0] {
+            let run = || Run { neftune, ..Run::new(case, &expected["rows"], false) };
+            let mut runs = [(1, 8), (8, 1), (2, 4)].map(|how| (how, run()));
+            for step in 0..5 {
+                let found =
+                    runs.each_mut().map(|((micro_batches, items), run)| run.step(*micro_batches, *items));
+                for ((key, is), (_, wanted)) in found[1..].iter().flatten().zip(found[0].iter().cycle()) {
+                    assert!((is - wanted).abs() < 1e-5 * wanted.abs().max(1.0), "{name}: {key} {is} {wanted}");
+                }
+                if step == 0 {
+                    first.push(found[0].iter().find(|(key, _)| *key == "grad_norm").unwrap().1);
+                }
             }
         }
+        assert!((first[0] - first[1]).abs() > 1e-4 * first[0], "{name}: noise moves something: {first:?}");
     }
 }

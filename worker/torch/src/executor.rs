@@ -6,7 +6,7 @@ use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout, Wiring};
-use fleet_learn::{Batch, Executor, IGNORED, Tally, TokenBatch, UnitWeights, Units, Which};
+use fleet_learn::{Batch, Executor, IGNORED, Tally, TokenBatch, UnitWeights, Units, Weigh, Which};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -135,8 +135,9 @@ impl TorchExecutor {
     fn step(
         &mut self,
         units: &mut dyn Units<Tensors>,
-        batch: &OnDevice,
+        mut batch: OnDevice,
         scale: f64,
+        weigh: Option<&mut Weigh>,
     ) -> fleet_learn::Result<()> {
         let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
@@ -156,7 +157,12 @@ impl TorchExecutor {
         self.doing = Doing::Head;
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let (weights, grads) = units.numbers();
-        let mut seed = self.head_step(weights, &grads, &saved[last_unit - 1].output, batch, scale)?;
+        let hidden = &saved[last_unit - 1].output;
+        if let Some(weigh) = weigh {
+            let counts = weigh(&self.sequence_losses(weights, hidden, &batch)?);
+            batch.weights = self.spread(&batch, &counts)?;
+        }
+        let mut seed = self.head_step(weights, &grads, hidden, &batch, scale)?;
         self.head_units().for_each(|unit| units.release(unit));
         units.ready(last_unit)?;
         while let Some(mut kept) = saved.pop() {
@@ -239,6 +245,39 @@ impl TorchExecutor {
         self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)
     }
 
+    /// Of each sequence the summed loss of its targets, for `x`, the last block's output.
+    fn sequence_losses(&self, weights: Weights, x: &Tensor, batch: &OnDevice) -> Result<Vec<f64>> {
+        let _guard = tch::no_grad_guard();
+        let last = self.network.last(&mut Leaves::new(&self.network, weights, false), &x.f_detach()?)?;
+        let (matrix, bias) = self.head(weights)?;
+        let read = last.f_view([-1, self.network.wiring.head.inputs as i64])?;
+        let is_target = batch.weights.f_ne(0.0)?.f_to_kind(Kind::Float)?;
+        let rows = self.logit_rows(read.size()[0]);
+        let of_slice = |start: i64| {
+            let cut = |tensor: &Tensor| tensor.f_narrow(0, start, rows.min(read.size()[0] - start));
+            let logits = cut(&read)?.f_linear(&matrix, bias.as_ref())?;
+            Ok(self.cross_entropy(logits, &cut(&batch.targets)?, &cut(&is_target)?, None)?.0)
+        };
+        let slices = (0..read.size()[0]).step_by(rows as usize).map(of_slice).collect::<Result<Vec<_>>>()?;
+        let losses = Tensor::f_cat(&slices, 0)?.f_view(batch.ids.size().as_slice())?;
+        let sums = losses.f_sum_dim_intlist([1i64].as_slice(), false, self.loss_kind())?;
+        Ok(Vec::<f64>::try_from(sums.f_to_kind(Kind::Double)?)?)
+    }
+
+    /// What each target counts, where all of a sequence count alike.
+    fn spread(&self, batch: &OnDevice, counts: &[f64]) -> Result<Tensor> {
+        let counts: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
+        let of_sequences = device::to(&Tensor::f_from_slice(&counts)?, self.network.device)?;
+        let is_target = batch.weights.f_ne(0.0)?.f_to_kind(Kind::Float)?.f_view(batch.ids.size().as_slice())?;
+        Ok(is_target.f_mul(&of_sequences.f_unsqueeze(1)?)?.f_view([-1])?)
+    }
+
+    /// Tokens whose logits exist at once, of `tokens`.
+    fn logit_rows(&self, tokens: i64) -> i64 {
+        let rows = self.logits_max / self.network.wiring.head.outputs;
+        (rows as i64).clamp(LOGIT_ROWS_MIN as i64, tokens.max(LOGIT_ROWS_MIN as i64))
+    }
+
     fn add_loss(&mut self, loss: Tensor) -> Result<()> {
         self.loss = Some(match self.loss.take() {
             Some(sum) => sum.f_add(&loss)?,
@@ -258,12 +297,11 @@ impl TorchExecutor {
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let _guard = tch::no_grad_guard();
         let wiring = &self.network.wiring;
-        let (v, e) = (wiring.head.outputs as i64, wiring.head.inputs as i64);
+        let e = wiring.head.inputs as i64;
         let (matrix, bias) = self.head(weights)?;
         let x = last.f_detach()?.f_view([-1, e])?;
         let tokens = x.size()[0];
-        let rows =
-            (self.logits_max as i64 / v).clamp(LOGIT_ROWS_MIN as i64, tokens.max(LOGIT_ROWS_MIN as i64));
+        let rows = self.logit_rows(tokens);
         let seed = x.f_empty_like()?;
         // Of a head whose gradients are kept in 16 bits, slices of tokens are added in fp32 and rounded once.
         let is_summed = self.network.numbers.kept != Kind::Float && rows < tokens;
@@ -415,15 +453,16 @@ impl Executor<Tensors> for TorchExecutor {
         format!("{kind} products by libtorch on {}{slow}{own}", device::describe(self.network.device))
     }
 
-    fn forward_backward(
+    fn forward_weigh_backward(
         &mut self,
         units: &mut dyn Units<Tensors>,
         batch: &Batch,
         scale: f32,
+        weigh: Option<&mut Weigh>,
     ) -> fleet_learn::Result<()> {
         self.doing = Doing::Forward(0);
         let result = self.on_device(batch).map_err(Into::into);
-        let result = result.and_then(|batch| self.step(units, &batch, f64::from(scale)));
+        let result = result.and_then(|batch| self.step(units, batch, f64::from(scale), weigh));
         result.map_err(|error| self.explained(error))
     }
 

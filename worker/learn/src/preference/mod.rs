@@ -1,6 +1,6 @@
 //! Training on preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one, beside a reference (DPO) or without
-//! one (ORPO). The loss of a pair hangs on log-probabilities of whole answers, so a step measures these first; what flows back is then that of a
-//! weighted sum over tokens.
+//! one (ORPO). The loss of a pair hangs on log-probabilities of whole answers, which are known after the forward; what flows back is then that of a weighted
+//! sum over tokens.
 
 mod loss;
 mod reference;
@@ -11,8 +11,8 @@ use crate::batch::{IGNORED, TokenBatch};
 use crate::engine::Learner;
 use crate::error::Result;
 use crate::executor::{Tally, Which};
-use crate::objective::{Measured, NextToken, Objective};
-use fleet_collectives::Op;
+use crate::objective::{Measured, NextToken, Objective, Weighing};
+use fleet_collectives::{Gang, Op};
 use fleet_common::job::Dpo;
 use fleet_data::Windows;
 use loss::{Answer, Pair};
@@ -40,6 +40,22 @@ enum Part {
     Validation,
 }
 
+/// Of the answers of a batch, chosen and rejected ones in turn, without the model that is trained.
+struct Known {
+    /// How many each has, and one where it has none.
+    tokens: Vec<f64>,
+    /// Their losses by the reference; perhaps more behind them.
+    reference: Vec<f64>,
+}
+
+impl Known {
+    fn of(batch: &TokenBatch, reference: Vec<f64>) -> Known {
+        let mut tokens = tokens(batch);
+        tokens.truncate(2 * batch.items.len());
+        Known { tokens, reference }
+    }
+}
+
 /// Sums over pairs.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sums {
@@ -56,38 +72,32 @@ struct Sums {
 }
 
 impl Preferences {
-    /// Measures all batches of all ranks: what each token of the answers counts, and the sums. A collective call.
-    fn measure(
-        &self,
-        learner: &mut dyn Learner,
-        batches: &[TokenBatch],
-        part: Part,
-    ) -> Result<(Vec<Vec<[f64; 2]>>, Sums)> {
-        let model = learner.losses(batches, Which::Trained)?;
-        let reference = match &self.beside {
-            Beside::Base => learner.losses(batches, Which::Base)?,
-            Beside::Reference(reference) => {
-                let known = match part {
-                    Part::Train => &reference.train,
-                    Part::Validation => &reference.validation,
-                };
-                let of =
-                    |batch: &TokenBatch| batch.items.iter().flat_map(|item| known[*item as usize]).collect();
-                batches.iter().map(of).collect()
+    /// What is known of each batch without the model. A collective call.
+    fn known(&self, learner: &mut dyn Learner, batches: &[TokenBatch], part: Part) -> Result<Vec<Known>> {
+        let measured = match (&self.beside, part) {
+            (Beside::Base, _) => {
+                let losses = learner.losses(batches, Which::Base)?;
+                return Ok(batches.iter().zip(losses).map(|(batch, losses)| Known::of(batch, losses)).collect());
             }
-            Beside::Nothing => model.iter().map(|losses| vec![0.0; losses.len()]).collect(),
+            (Beside::Nothing, _) => None,
+            (Beside::Reference(reference), Part::Train) => Some(&reference.train),
+            (Beside::Reference(reference), Part::Validation) => Some(&reference.validation),
         };
-        let (mut counts, mut sums) = (Vec::new(), Sums::default());
-        for ((batch, model), reference) in batches.iter().zip(&model).zip(&reference) {
-            let tokens = tokens(batch);
-            let answer =
-                |at: usize| Answer { model: model[at], reference: reference[at], tokens: tokens[at] };
-            let pair = |at: usize| Pair { chosen: answer(2 * at), rejected: answer(2 * at + 1) };
-            counts.push((0..batch.items.len()).map(|at| self.add(&pair(at), &mut sums)).collect());
+        let of = |item: &u64| measured.map_or([0.0; 2], |measured| measured[*item as usize]);
+        let known = |batch: &TokenBatch| Known::of(batch, batch.items.iter().flat_map(of).collect());
+        Ok(batches.iter().map(known).collect())
+    }
+
+    /// Of the pairs of a batch, whose sequences have the losses `model`: what each target of a sequence counts, and the sums.
+    fn weigh(&self, known: &Known, model: &[f64]) -> (Vec<f64>, Sums) {
+        let (mut sums, mut counts) = (Sums::default(), vec![0.0; model.len()]);
+        let answer =
+            |at: usize| Answer { model: model[at], reference: known.reference[at], tokens: known.tokens[at] };
+        for (pair, counts) in counts.chunks_exact_mut(2).take(known.tokens.len() / 2).enumerate() {
+            let pair = Pair { chosen: answer(2 * pair), rejected: answer(2 * pair + 1) };
+            counts.copy_from_slice(&self.add(&pair, &mut sums));
         }
-        let mut numbers = sums.numbers();
-        learner.gang().all_reduce_f64(&mut numbers, Op::Sum)?;
-        Ok((counts, Sums::of(numbers)))
+        (counts, sums)
     }
 
     /// Adds a pair to the sums; tells what its tokens count.
@@ -126,20 +136,42 @@ impl Objective for Preferences {
         NextToken.batch(items, indices)
     }
 
-    fn weigh(&self, learner: &mut dyn Learner, batches: &mut [TokenBatch]) -> Result<Option<Measured>> {
-        let (counts, sums) = self.measure(learner, batches, Part::Train)?;
-        for (batch, counts) in batches.iter_mut().zip(counts) {
-            let of_sequences = counts.iter().flatten().copied().chain(std::iter::repeat(0.0));
-            let of_tokens = batch.view().sequence_lengths().zip(of_sequences);
-            let weights = of_tokens.flat_map(|(length, count)| std::iter::repeat_n(count as f32, length));
-            (batch.weights, batch.counts) = (Some(weights.collect()), Some(counts.len() as f64));
-        }
-        Ok(Some(sums.measured()))
+    fn weighing<'a>(
+        &'a self,
+        learner: &mut dyn Learner,
+        batches: &mut [TokenBatch],
+    ) -> Result<Option<Box<dyn Weighing + 'a>>> {
+        let known = self.known(learner, batches, Part::Train)?;
+        batches.iter_mut().for_each(|batch| batch.counts = Some(batch.items.len() as f64));
+        let sums = vec![Sums::default(); known.len()];
+        Ok(Some(Box::new(Weighed { preferences: self, known, sums })))
     }
 
     fn evaluate(&self, learner: &mut dyn Learner, batches: &[TokenBatch]) -> Result<Measured> {
-        let (_, sums) = self.measure(learner, batches, Part::Validation)?;
-        Ok(sums.measured())
+        let model = learner.losses(batches, Which::Trained)?;
+        let known = self.known(learner, batches, Part::Validation)?;
+        let sums = known.iter().zip(&model).map(|(known, model)| self.weigh(known, model).1);
+        Sums::of_all(sums, learner.gang())
+    }
+}
+
+/// The batches of a step.
+struct Weighed<'a> {
+    preferences: &'a Preferences,
+    known: Vec<Known>,
+    /// Of the batches that were weighed.
+    sums: Vec<Sums>,
+}
+
+impl Weighing for Weighed<'_> {
+    fn weigh(&mut self, number: usize, losses: &[f64]) -> Vec<f64> {
+        let (counts, sums) = self.preferences.weigh(&self.known[number], losses);
+        self.sums[number] = sums;
+        counts
+    }
+
+    fn measured(&self, gang: &mut dyn Gang) -> Result<Measured> {
+        Sums::of_all(self.sums.iter().copied(), gang)
     }
 }
 
@@ -163,6 +195,15 @@ impl Sums {
     fn add(&mut self, other: &Sums) {
         let (one, two) = (self.numbers(), other.numbers());
         *self = Sums::of(std::array::from_fn(|n| one[n] + two[n]));
+    }
+
+    /// A collective call.
+    fn of_all(parts: impl Iterator<Item = Sums>, gang: &mut dyn Gang) -> Result<Measured> {
+        let mut sums = Sums::default();
+        parts.for_each(|part| sums.add(&part));
+        let mut numbers = sums.numbers();
+        gang.all_reduce_f64(&mut numbers, Op::Sum)?;
+        Ok(Sums::of(numbers).measured())
     }
 
     fn measured(&self) -> Measured {

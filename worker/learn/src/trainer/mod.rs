@@ -32,7 +32,7 @@ use crate::dropout;
 use crate::engine::Learner;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::objective::{Measured, Objective};
+use crate::objective::{Measured, Objective, Weighing};
 use crate::optimizer::{AdamW, Update};
 use crate::stopwatch::{Phase, Stopwatch};
 use crate::strategy::Votes;
@@ -192,6 +192,7 @@ impl Trainer {
             best: None,
             patience: None,
             dpo: job.dpo.clone(),
+            neftune_noise_alpha: job.neftune_noise_alpha,
         };
         let of_adapter = model.adapter.as_ref().filter(|_| start.rank == 0);
         let mut base = BaseHash::of(of_adapter.map(|adapter| adapter.base.as_path()))?;
@@ -391,17 +392,20 @@ impl Trainer {
                 let mut batch = self.objective.batch(self.cache.train(), &mut indices.into_iter());
                 let noise = batch.noise.iter_mut().flatten();
                 noise.for_each(|noise| *noise = dropout::of_sequence(self.job.seed, step, *noise));
+                batch.neftune = self.job.neftune_noise_alpha.unwrap_or_default() as f32;
                 batch.filled()
             })
             .collect();
-        let measured = self.objective.weigh(&mut *self.learner, &mut micro_batches)?;
+        let mut weighing = self.objective.weighing(&mut *self.learner, &mut micro_batches)?;
         let lr = learning_rate(&self.job.optimizer, step, self.total_steps);
         let mine = Votes {
             stop: link.stop_asked(),
             time: self.job.max_time_s.is_some_and(|limit| self.began.elapsed() >= Duration::from_secs(limit)),
         };
         let update = Update { adamw: self.adamw, lr, step: step + 1 };
-        let report = self.learner.step(&micro_batches, &update, mine)?;
+        let weigh = weighing.as_deref_mut().map(|weighing| weighing as &mut dyn Weighing);
+        let report = self.learner.weighed_step(&micro_batches, weigh, &update, mine)?;
+        let measured = weighing.map(|weighing| weighing.measured(self.learner.gang())).transpose()?;
         self.watch.end_step();
         self.breakdown.after_step(self.watch.sums(), step + 1);
 
