@@ -7,10 +7,19 @@ use crate::dropout::{mix, of_row};
 /// In the place of a product's weight: no weight begins there.
 const EMBEDDING: usize = usize::MAX;
 
+/// How far a number of an embedding of `width` numbers is moved at most, in a sequence of `length` tokens.
+pub fn most(alpha: f32, length: usize, width: usize) -> f32 {
+    alpha / ((length * width) as f32).sqrt()
+}
+
+/// Of token `token` of a sequence with `noise`.
+pub fn seed(noise: u64, token: usize) -> u64 {
+    of_row(noise, EMBEDDING, token)
+}
+
 /// Moves `row`, the embedding of token `token` of a sequence of `length` tokens with `noise`.
 pub fn apply(noise: u64, alpha: f32, (token, length): (usize, usize), row: &mut [f32]) {
-    let most = alpha / ((length * row.len()) as f32).sqrt();
-    let seed = of_row(noise, EMBEDDING, token);
+    let (most, seed) = (most(alpha, length, row.len()), seed(noise, token));
     for (number, two) in row.chunks_mut(2).enumerate() {
         let bits = mix(seed.wrapping_add((number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         for (x, bits) in two.iter_mut().zip([bits as i32, (bits >> 32) as i32]) {
