@@ -5,7 +5,7 @@ use crate::fetch::{self, Unfetched};
 use crate::gang::Prepared;
 use crate::panics;
 use crate::verdict::agent_error;
-use fleet_checkpoint::{CheckpointError, Claim, MANIFEST_FILE, Manifest, ModelDir, RunDir, Search};
+use fleet_checkpoint::{CheckpointError, Claim, Manifest, RunDir, can_begin, continued};
 use fleet_common::events::{FailureKind, JobError, Level};
 use fleet_common::exit::Fault;
 use fleet_common::ids::JobId;
@@ -83,15 +83,8 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
         notes.into_iter().for_each(|note| progress(Level::Warn, note));
     }
     if let (None, Model::Pretrained(dir)) = (&resume, &job.model) {
-        if dir.join(MANIFEST_FILE).exists() {
-            // A checkpoint is one whole, also where only its weights are wanted; of several disks, what one of them has.
-            match fleet_checkpoint::verify(dir) {
-                Ok(_) | Err(CheckpointError::Partial { .. }) => {}
-                Err(error) => return Err(failed(error).into()),
-            }
-        }
         // What cannot be run is told before the data are tokenised.
-        ModelDir::open(dir).map_err(failed)?;
+        can_begin(dir).map_err(failed)?;
     }
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {
@@ -111,12 +104,12 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
 /// The checkpoint that the job continues from, with every hash checked. What the cluster knows of and is not here is fetched.
 fn resume(job: &Job, place: &Place, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, Unprepared> {
     let failed = |error: CheckpointError| Unprepared::from(place.refused(error.fault(), &error));
-    let Some(point) = &place.resume else { return own(job, progress).map_err(failed) };
+    let Some(point) = &place.resume else { return continued(job, progress).map_err(failed) };
     // What this node has and no other can be as new only where all ranks are here: those of several nodes go on from the same one.
     let is_as_new = |dir: &Path| Manifest::read(dir).is_ok_and(|manifest| manifest.step >= point.step);
     if job.checkpoint.resume == Resume::Latest
         && place.alone
-        && let Ok(Some(dir)) = own(job, &|_, _| {})
+        && let Ok(Some(dir)) = continued(job, &|_, _| {})
         && is_as_new(&dir)
     {
         progress(Level::Info, format!("continuing from {}", dir.display()));
@@ -137,39 +130,6 @@ fn resume(job: &Job, place: &Place, progress: &dyn Fn(Level, String)) -> Result<
     }
     progress(Level::Info, format!("continuing from {}", dir.display()));
     Ok(Some(dir.to_owned()))
-}
-
-/// What the job itself says it continues from, as it lies on this node.
-fn own(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<PathBuf>, CheckpointError> {
-    let dir = match &job.checkpoint.resume {
-        Resume::No => return Ok(None),
-        Resume::Path(dir) => {
-            fleet_checkpoint::verify(dir)?;
-            dir.clone()
-        }
-        Resume::Latest => {
-            let place = job.checkpoint_dir();
-            let Search { newest, passed_over } = fleet_checkpoint::latest(&place)?;
-            for damage in &passed_over {
-                progress(Level::Warn, damage.to_string());
-            }
-            let count = passed_over.len();
-            match (newest, passed_over.into_iter().next()) {
-                (Some((dir, _)), _) => dir,
-                (None, Some(damage)) if !job.checkpoint.overwrite => {
-                    return Err(CheckpointError::NoneWhole { dir: place, count, newest: Box::new(damage) });
-                }
-                (None, _) => {
-                    let line =
-                        format!("no checkpoint in {} yet: starting from the beginning", place.display());
-                    progress(Level::Info, line);
-                    return Ok(None);
-                }
-            }
-        }
-    };
-    progress(Level::Info, format!("continuing from {}", dir.display()));
-    Ok(Some(dir))
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ pub use names::{
 pub use part::{PartWriter, TensorRef};
 pub use quantised::{FourBitForm, FourBitKind, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight};
 pub use reading::{Reading, read_numbers};
-pub use resume::take_what_is_gone;
+pub use resume::{can_begin, continued, take_what_is_gone};
 pub use rewrite::{new_directory, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;

@@ -5,6 +5,7 @@ use fleet_common::events::{Event, EventBody, Level};
 use fleet_common::ids::Rank;
 use fleet_common::protocol::{FromRank, RankStart, ToRank};
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -92,6 +93,13 @@ impl AgentLink {
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the reader, and tells the agent.
+impl Drop for AgentLink {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both); // an agent that is gone needs no telling
     }
 }
 

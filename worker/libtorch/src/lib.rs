@@ -45,4 +45,14 @@ impl Libtorch {
         }
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", self.lib.display());
     }
+
+    /// What cargo runs finds it too where `link` has no say: examples in documents, and programs of others that depend on the package. Cargo adds
+    /// folders of build scripts to the search path, but none outside of the target folder: it gets a link to the one.
+    pub fn show_to_cargo(&self) {
+        let out = std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts");
+        let link = Path::new(&out).join("libtorch");
+        let _ = std::fs::remove_file(&link); // of an earlier build, perhaps to another place
+        std::os::unix::fs::symlink(&self.lib, &link).expect("the folder of a build script can be written");
+        println!("cargo:rustc-link-search=native={}", link.display());
+    }
 }

@@ -59,6 +59,11 @@ impl HostModel {
         Cache::new(self.executor.network())
     }
 
+    /// From now on for sequences of at most `positions` tokens.
+    pub fn made_for(&mut self, positions: usize) {
+        self.executor.made_for(positions);
+    }
+
     /// `[t, v]` logits of whole sequences of `seq` tokens.
     pub fn logits(&mut self, ids: &[i64], seq: usize) -> Result<Vec<f32>> {
         self.executor.logits(HostWeights::flat(&self.weights, &[]), ids, seq)

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <dlfcn.h>
@@ -155,6 +156,24 @@ int fleet_torch_grad(at::Tensor *output, at::Tensor *seed, at::Tensor *const *in
                                                  /*create_graph=*/false, /*allow_unused=*/true);
         for (int i = 0; i < count; i++)
             grads[i] = found[i].defined() ? new at::Tensor(found[i]) : nullptr;
+    });
+}
+
+// Bytes of a CUDA device that tensors have, that libtorch keeps, and the most that tensors had.
+int fleet_torch_memory_in_use(int device, uint64_t *bytes, char *error, size_t error_len) {
+    return guarded(error, error_len, [&] {
+        const auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)->getDeviceStats((c10::DeviceIndex)device);
+        const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+        bytes[0] = (uint64_t)stats.allocated_bytes[all].current;
+        bytes[1] = (uint64_t)stats.reserved_bytes[all].current;
+        bytes[2] = (uint64_t)stats.allocated_bytes[all].peak;
+    });
+}
+
+// Gives back what libtorch keeps of devices of this kind and no tensor has: CUDA, or Metal.
+int fleet_torch_empty_cache(int is_cuda, char *error, size_t error_len) {
+    return guarded(error, error_len, [&] {
+        c10::getDeviceAllocator(is_cuda ? c10::DeviceType::CUDA : c10::DeviceType::MPS)->emptyCache();
     });
 }
 

@@ -60,6 +60,35 @@ pub fn memory(device: Device) -> Option<usize> {
     }
 }
 
+/// Bytes of a device that this process takes through libtorch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// By tensors.
+    pub allocated: u64,
+    /// With what libtorch keeps for the next ones.
+    pub cached: u64,
+    /// The most by tensors since the process began.
+    pub max_allocated: u64,
+}
+
+/// Of a CUDA device; others do not tell.
+pub fn in_use(device: Device) -> Result<InUse> {
+    let Device::Cuda(number) = device else {
+        return Err(crate::Error::of("memory in use is known of CUDA devices alone"));
+    };
+    let [allocated, cached, max_allocated] = shim::memory_in_use(number)?;
+    Ok(InUse { allocated, cached, max_allocated })
+}
+
+/// Gives back what libtorch keeps of the device's memory and no tensor has. The CPU keeps nothing.
+pub fn empty_cache(device: Device) -> Result<()> {
+    match device {
+        Device::Cuda(_) => shim::empty_cache(true),
+        Device::Mps => shim::empty_cache(false),
+        _ => Ok(()),
+    }
+}
+
 /// For the log.
 pub fn describe(device: Device) -> String {
     match device {
@@ -100,5 +129,23 @@ mod tests {
         if let Err(why) = cuda_devices() {
             assert_eq!(open("cuda:0").unwrap_err(), why);
         }
+    }
+
+    #[test]
+    fn memory_that_is_kept_is_known_of_cuda_and_given_back() {
+        empty_cache(Device::Cpu).unwrap();
+        assert!(in_use(Device::Cpu).is_err());
+        if cuda_devices().is_err() {
+            // An error, and no end of the process.
+            assert!(in_use(Device::Cuda(0)).is_err() && empty_cache(Device::Cuda(0)).is_err());
+            return;
+        }
+        let tensor = Tensor::ones([1 << 20], (Kind::Float, Device::Cuda(0)));
+        let before = in_use(Device::Cuda(0)).unwrap();
+        assert!(before.allocated >= 4 << 20 && before.max_allocated >= before.allocated, "{before:?}");
+        drop(tensor);
+        empty_cache(Device::Cuda(0)).unwrap();
+        let after = in_use(Device::Cuda(0)).unwrap();
+        assert!(after.allocated < before.allocated && after.cached < before.cached, "{before:?} {after:?}");
     }
 }

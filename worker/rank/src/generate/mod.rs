@@ -20,6 +20,12 @@ pub struct Settings {
     pub stop: Vec<String>,
 }
 
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { max_new_tokens: 128, sampling: Sampling::default(), stop: Vec::new() }
+    }
+}
+
 /// Why a text ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]

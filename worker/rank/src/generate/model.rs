@@ -202,6 +202,27 @@ impl TextModel {
         Ok(Generated { text, prompt_tokens: ids.len(), new_tokens, end, tokens_per_s, notes })
     }
 
+    /// Refuses tokens that the model does not take.
+    pub fn check(&self, ids: &[u32]) -> Result<()> {
+        let (len, context) = (ids.len(), self.context());
+        if len == 0 || len > context {
+            return Err(Error::Input(format!("{len} tokens are given, and the model takes 1 to {context}")));
+        }
+        let vocab = self.host.model.decoder.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            None => Ok(()),
+            Some(id) => Err(Error::Input(format!("token {id} is beyond the model's vocabulary of {vocab}"))),
+        }
+    }
+
+    /// `[t, v]` logits of the chosen variant for one sequence.
+    pub fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        self.check(ids)?;
+        let ids: Vec<i64> = ids.iter().copied().map(i64::from).collect();
+        self.host.made_for(ids.len());
+        self.host.logits(&ids, ids.len())
+    }
+
     /// Both, for one question.
     pub fn answer(
         &mut self,

@@ -12,6 +12,12 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling { temperature: 0.8, top_k: 50, top_p: 1.0, seed: 0 }
+    }
+}
+
 impl Sampling {
     /// The token number `position` of the text.
     pub fn pick(&self, logits: &[f32], position: u64) -> usize {

@@ -28,6 +28,13 @@ unsafe extern "C" {
         error: *mut c_char,
         error_len: usize,
     ) -> c_int;
+    fn fleet_torch_memory_in_use(
+        device: c_int,
+        bytes: *mut u64,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
+    fn fleet_torch_empty_cache(is_cuda: c_int, error: *mut c_char, error_len: usize) -> c_int;
     fn fleet_torch_pinned(
         x: *const at_tensor,
         out: *mut *mut at_tensor,
@@ -78,6 +85,22 @@ fn checked(call: impl FnOnce(*mut c_char) -> c_int) -> Result<()> {
 
 fn pointers<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<*const at_tensor> {
     tensors.into_iter().map(|tensor| tensor.as_ptr().cast()).collect()
+}
+
+/// Bytes of a CUDA device that tensors have, that libtorch keeps, and the most that tensors had.
+pub fn memory_in_use(device: usize) -> Result<[u64; 3]> {
+    let mut bytes = [0; 3];
+    // SAFETY: the shim writes three numbers.
+    checked(|error| unsafe {
+        fleet_torch_memory_in_use(device as c_int, bytes.as_mut_ptr(), error, ERROR_MAX)
+    })?;
+    Ok(bytes)
+}
+
+/// Gives back what libtorch keeps of CUDA's devices, or of Metal's, and no tensor has.
+pub fn empty_cache(is_cuda: bool) -> Result<()> {
+    // SAFETY: plain numbers.
+    checked(|error| unsafe { fleet_torch_empty_cache(c_int::from(is_cuda), error, ERROR_MAX) })
 }
 
 /// Gradients of `sum(output * seed)` for each of `inputs`; `None` for one that has no part in it. The graph is gone afterwards.

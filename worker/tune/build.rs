@@ -1,0 +1,5 @@
+fn main() {
+    let libtorch = fleet_libtorch::Libtorch::find();
+    libtorch.link();
+    libtorch.show_to_cargo();
+}
