@@ -1,12 +1,11 @@
 //! `[adapter]`: the model stays as it is, and small matrices beside it are trained (LoRA).
 
+use super::Model;
 use super::error::JobFileError;
 use super::fields::Fields;
 use super::load::absolute;
 use super::render::table;
 use super::value::{Kind, Value};
-use super::{Device, Executor, Model, Precision};
-use crate::capability::Wanted;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
@@ -68,7 +67,8 @@ pub enum Quantization {
 }
 
 impl Quantization {
-    const ALL: [(&str, Quantization); 8] = [
+    /// With the word that a job has for each.
+    pub const ALL: [(&str, Quantization); 8] = [
         ("nf4", Quantization::Nf4),
         ("fp4", Quantization::Fp4),
         ("int8", Quantization::Int8),
@@ -141,12 +141,7 @@ const OF_ADAPTERS: [&str; 17] = [
 ];
 
 /// The adapter that a job trains, if it does. Relative paths are taken from `dir`.
-pub(super) fn adapter(
-    f: &Fields,
-    dir: &Path,
-    model: &Model,
-    wanted: &Wanted,
-) -> Result<Option<Adapter>, JobFileError> {
+pub(super) fn adapter(f: &Fields, dir: &Path, model: &Model) -> Result<Option<Adapter>, JobFileError> {
     let Some(first) = OF_ADAPTERS.into_iter().find(|name| f.is_given(name)) else { return Ok(None) };
     let is_dora = f.word("adapter.type", &[("lora", false), ("dora", true)])?;
     f.word("adapter.task_type", &[("causal_lm", ())])?;
@@ -156,18 +151,6 @@ pub(super) fn adapter(
             "`{spelling}` asks for an adapter, which changes a model that is there; give its directory as `model.path`"
         );
         return Err(f.refuse(&[first], message));
-    }
-    let elsewhere = [
-        ("executor", wanted.executor == Executor::Torch),
-        ("device", !matches!(wanted.device, Device::Auto | Device::Cpu)),
-        ("precision", wanted.precision == Precision::Fp16Mixed),
-    ];
-    if let Some((key, _)) = elsewhere.into_iter().find(|(_, is)| *is) {
-        let message = format!(
-            "`{spelling}` and this `{}` do not go together in this version of fleet, which trains adapters on the CPU, in fp32 or bf16; leave it out",
-            f.spelling(key)
-        );
-        return Err(f.refuse(&[key], message));
     }
     let r = f.get("adapter.r", "a whole number", |v| v.int())?;
     if r.is_some_and(|r| r <= 0) {
@@ -409,9 +392,6 @@ mod tests {
                 "`adapter.bias` is the text \"some\"; one of \"none\", \"all\", \"lora_only\"",
             ),
             ("adapter.path = \"a\"\nlora_r = 4", "`lora_r` and `adapter.path` do not go together"),
-            ("lora_r = 4\nexecutor = \"torch\"", "`lora_r` and this `executor` do not go together"),
-            ("lora_r = 4\nprecision = \"16-mixed\"", "`lora_r` and this `precision` do not go together"),
-            ("lora_r = 4\ndevice = \"cuda\"", "`lora_r` and this `device` do not go together"),
             ("adapter = { }", "says nothing"),
             ("adapter.rank_pattern = 4", "`adapter.rank_pattern` is 4; a table from patterns"),
             ("[adapter.rank_pattern]\nq_proj = 0", "to a rank, a whole number of at least 1"),

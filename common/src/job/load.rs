@@ -98,7 +98,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let path = |key, wanted| f.text(key, wanted)?.map(|path| absolute(f, key, dir, &path)).transpose();
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
-    let adapter = super::adapter::adapter(f, dir, &model, &wanted)?;
+    let adapter = super::adapter::adapter(f, dir, &model)?;
     let rows = rows::rows(f, dir, &tokenizer)?;
     Ok(Job {
         task_name: task_name(f, &rows)?,

@@ -57,7 +57,8 @@ impl HqqBits {
         })
     }
 
-    fn count(self) -> usize {
+    /// How many they are.
+    pub fn count(self) -> usize {
         match self {
             HqqBits::One => 1,
             HqqBits::Two => 2,
@@ -68,7 +69,7 @@ impl HqqBits {
     }
 
     /// Codes in a cell, and its bytes.
-    fn cell(self) -> (usize, usize) {
+    pub fn cell(self) -> (usize, usize) {
         match self {
             HqqBits::Three => (10, 4),
             bits => (8 / bits.count(), 1),

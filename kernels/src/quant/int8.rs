@@ -12,7 +12,7 @@ pub struct Int8<'a> {
 }
 
 /// By which bitsandbytes multiplies instead of dividing by 127.
-const STEP: f32 = 7.874_016e-3;
+pub const INT8_STEP: f32 = 7.874_016e-3;
 
 impl Int8<'_> {
     pub(super) fn check(&self, rows: usize, cols: usize) {
@@ -21,7 +21,7 @@ impl Int8<'_> {
     }
 
     pub(super) fn number(&self, at: usize, cols: usize) -> f32 {
-        f32::from(self.codes[at]) * self.scales[at / cols] * STEP
+        f32::from(self.codes[at]) * self.scales[at / cols] * INT8_STEP
     }
 
     #[inline(always)]
@@ -32,7 +32,7 @@ impl Int8<'_> {
             let (piece, rest) = to.split_at_mut(left.min(to.len()));
             let scale = self.scales[at / cols];
             for (to, code) in piece.iter_mut().zip(&self.codes[at..]) {
-                *to = f32::from(*code) * scale * STEP;
+                *to = f32::from(*code) * scale * INT8_STEP;
             }
             at += left;
             to = rest;

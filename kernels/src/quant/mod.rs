@@ -19,7 +19,7 @@ mod panels;
 pub use double::{Double, NESTED_BLOCK, Scales, double_quantise, dynamic_map};
 pub use four_bit::{FourBit, FourBitMap, quantise_four_bit};
 pub use hqq::{Hqq, HqqAxis, HqqBits, HqqGroups, quantise_hqq};
-pub use int8::{Int8, quantise_int8};
+pub use int8::{INT8_STEP, Int8, quantise_int8};
 
 use crate::Element;
 use crate::element::{load, store};
@@ -57,6 +57,11 @@ impl<'a> Quantised<'a> {
             Codes::Hqq(hqq) => hqq.check(rows * cols),
         }
         Quantised { codes, start: 0, rows, cols, transposed: false }
+    }
+
+    /// What it is made of, for who widens it elsewhere.
+    pub fn codes(&self) -> Codes<'a> {
+        self.codes
     }
 
     /// The transpose of the same memory.

@@ -19,7 +19,7 @@ use fleet_learn::trainer::Made;
 use fleet_learn::units::Memory;
 use fleet_learn::{Engine, Error, Host, Learner, Result, Stopwatch, TimedGang, Workers};
 use fleet_torch::{
-    AloneTransport, Held, HostTransport, Keeping, NcclTransport, Numbers, TorchExecutor, Transport,
+    AloneTransport, Base, Held, HostTransport, Keeping, NcclTransport, Numbers, TorchExecutor, Transport,
 };
 use half::bf16;
 use std::sync::Arc;
@@ -30,14 +30,6 @@ type Peers = Option<Box<dyn SharedHost>>;
 
 /// What rank `start` trains for `job`, with weights that are still zero. A collective call.
 pub fn learner(start: &RankStart, job: &Job, model: &Model) -> Result<Made> {
-    if model.adapter.is_some() {
-        let note = (start.device != "cpu")
-            .then(|| format!("adapters are trained on the CPU: {} is not used", start.device));
-        return Ok(Made {
-            note,
-            ..on_host(start, job, model, gang::join(start, job.transport_encryption)?)?
-        });
-    }
     let is_open = job.device == job::Device::Auto;
     let found = match place::find(&start.device) {
         Err(why) if !is_open => {
@@ -77,23 +69,20 @@ fn on_device(
     (kind, device): (job::Device, Device),
 ) -> Result<Made> {
     Wanted::of(job, kind, start.world_size).executor().map_err(refused)?;
-    if model.adapter.is_some() {
-        return Err(Error::Input("adapters are trained by the CPU executor alone; leave executor, device and a precision of fp16 out".into()));
-    }
     let numbers = Numbers::from(job.precision);
     if device == Device::Cpu {
         tch::set_num_threads(start.threads as i32);
     }
-    let layout = model.layout();
-    let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers)
-        .for_texts(job.max_seq_len as usize)
-        .computing_again(job.activation_checkpointing.of(model.decoder.layers));
+    let layout = model.trained_layout();
     let settled = match device {
         Device::Cpu => {
             fits::settle(job, model, shape_of(start), gang.as_deref_mut().map(|gang| gang as &mut dyn Gang))?
         }
         _ => settle_on_device(start, job, model, (device, numbers), gang.as_deref_mut())?,
     };
+    let executor = torch(model, device, numbers, start.threads, gang.as_deref_mut())?
+        .for_texts(job.max_seq_len as usize)
+        .computing_again(job.activation_checkpointing.of(model.decoder.layers));
     let keeping = Keeping {
         held: Held::of(settled.strategy, job.reshard_after_forward),
         numbers,
@@ -117,12 +106,28 @@ fn on_device(
             Engine::new(executor, strategy).watched(watch)
         }
     }
+    .of(model)
     .read_by(start.threads);
     let learner: Box<dyn Learner> = match job.precision {
         Precision::Fp16Mixed => Box::new(engine.scaling_losses()),
         _ => Box::new(engine),
     };
     Ok(Made { learner, strategy: settled.reason, note: None })
+}
+
+/// With the model that stays as it is, where an adapter is trained. A collective call.
+fn torch(
+    model: &Model,
+    device: Device,
+    numbers: Numbers,
+    threads: u32,
+    gang: Option<&mut (dyn SharedHost + 'static)>,
+) -> Result<TorchExecutor> {
+    let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), device, numbers);
+    let Some(adapter) = &model.adapter else { return Ok(executor) };
+    let mut alone = fleet_collectives::Solo::new(0);
+    let gang = gang.map_or(&mut alone as &mut dyn SharedHost, |gang| gang);
+    Ok(executor.beside(Base::read(adapter, numbers, device, gang, threads as usize)?))
 }
 
 /// As `fits::settle` chooses, by the memory of the devices; refuses nothing. A collective call.
@@ -136,7 +141,8 @@ fn settle_on_device(
     let Some(gang) = gang.filter(|_| job.strategy == Strategy::Auto) else {
         return Ok(Settled { strategy: job.strategy, reason: None });
     };
-    let (layout, shape) = (model.layout(), shape_of(start));
+    let (layout, shape) = (model.trained_layout(), shape_of(start));
+    let beside = fits::beside_on_torch(model, numbers);
     let (bytes, from, program) = match fleet_torch::device::memory(device) {
         Some(bytes) => (bytes, Pool::Device, 0),
         None => {
@@ -147,11 +153,12 @@ fn settle_on_device(
     let [bytes, _, program] = fits::worst([bytes; 2], program, Some(gang as &mut dyn Gang))?;
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
     let again = job.activation_checkpointing.of(model.decoder.layers);
-    let activations = fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again);
+    let trained = model.adapter.as_ref().map(|adapter| &adapter.trained);
+    let activations = fleet_torch::activation_bytes(&model.decoder, trained, numbers, tokens, again);
     let needs = |strategy| {
         let held = Held::of(strategy, job.reshard_after_forward);
         let together = choice::together(strategy, shape);
-        fleet_torch::needs(&layout, held, numbers, together).total() + activations + program
+        fleet_torch::needs(&layout, held, numbers, together).total() + beside + activations + program
     };
     let chosen = choice::choose(shape, choice::Memory { bytes, from }, choice::in_order(shape), needs);
     Ok(Settled { strategy: chosen.strategy, reason: Some(format!("strategy: {}", chosen.reason)) })
@@ -295,10 +302,11 @@ pub fn alone(
     Ok(match (executor, precision) {
         (job::Executor::Torch, _) => {
             tch::set_num_threads(threads.count as i32);
-            let (numbers, layout) = (Numbers::from(precision), model.layout());
-            let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), Device::Cpu, numbers);
+            let (numbers, layout) = (Numbers::from(precision), model.trained_layout());
+            let executor =
+                torch(model, Device::Cpu, numbers, threads.count, None)?.computing_again(threads.again);
             let strategy = fleet_torch::Solo::new(layout, Device::Cpu, numbers, 0)?;
-            Box::new(Engine::new(executor.computing_again(threads.again), strategy).read_by(threads.count))
+            Box::new(Engine::new(executor, strategy).of(model).read_by(threads.count))
         }
         (_, Precision::Bf16True) => Box::new(solo_in_bf16(model, threads, positions)?),
         (_, Precision::Bf16Mixed) => Box::new(solo_with::<bf16>(model, threads, positions)?),

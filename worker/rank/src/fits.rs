@@ -10,7 +10,7 @@ use fleet_learn::machine;
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Keeping, Needs, Resident};
 use fleet_learn::{Error, Result};
-use fleet_torch::{Held, Numbers};
+use fleet_torch::{Base, Held, Numbers};
 use half::bf16;
 
 /// What decides how much memory a step takes for each rank of a machine.
@@ -71,15 +71,23 @@ impl Need {
         let again = setting.activation_checkpointing.of(model.decoder.layers);
         let tokens = setting.batch_size as usize * (max_seq_len as usize - 1);
         if setting.computed_by() == Ok(Executor::Torch) {
-            let (numbers, layout) = (Numbers::from(setting.precision), model.layout());
+            let (numbers, layout) = (Numbers::from(setting.precision), model.trained_layout());
+            let mut kept = fleet_torch::needs(
+                &layout,
+                Held::of(setting.strategy, setting.reshard_after_forward),
+                numbers,
+                choice::together(setting.strategy, setting.shape),
+            );
+            kept.weights += beside_on_torch(model, numbers);
             return Need {
-                kept: fleet_torch::needs(
-                    &layout,
-                    Held::of(setting.strategy, setting.reshard_after_forward),
+                kept,
+                activations: fleet_torch::activation_bytes(
+                    &model.decoder,
+                    model.adapter.as_ref().map(|adapter| &adapter.trained),
                     numbers,
-                    choice::together(setting.strategy, setting.shape),
+                    tokens,
+                    again,
                 ),
-                activations: fleet_torch::activation_bytes(&model.decoder, numbers, tokens, again),
             };
         }
         let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);
@@ -105,6 +113,14 @@ impl Need {
     pub fn total(&self) -> usize {
         self.kept.total() + self.activations
     }
+}
+
+/// Bytes of the model beside which an adapter is trained, which each rank of the torch executor has for itself.
+pub fn beside_on_torch(model: &Model, numbers: Numbers) -> usize {
+    model
+        .adapter
+        .as_ref()
+        .map_or(0, |adapter| Base::bytes(&model.layout(), &adapter.trained, numbers, adapter.quantization))
 }
 
 /// The copy that a checkpoint is written from, for each rank of the first node, which have the most: they write the weights, and all that keep

@@ -178,7 +178,8 @@ impl Run<'_> {
         let decoder = &self.model.decoder;
         let tokens = self.job.batch_size as usize * (self.job.max_seq_len as usize - 1);
         let again = setting.activation_checkpointing.of(decoder.layers);
-        fleet_torch::held_bytes(decoder, Numbers::from(setting.precision), tokens, again)
+        let trained = self.model.adapter.as_ref().map(|adapter| &adapter.trained);
+        fleet_torch::held_bytes(decoder, trained, Numbers::from(setting.precision), tokens, again)
     }
 
     fn tokens_per_s(&self, speeds: &Speeds, setting: &Setting, between: &mut Between) -> f64 {

@@ -9,7 +9,7 @@ use cases::{apart, hyper, largest, targets};
 use fleet_checkpoint::{Dtype, ModelDir, Reading, Tensors, read_parameter, stored, stored_shape};
 use fleet_collectives::Solo;
 use fleet_common::job::{self, Job, Precision};
-use fleet_common::model::{Parameter, Role};
+use fleet_common::model::{Layout, Parameter, Role};
 use fleet_cpu::{CpuExecutor, Network, workers};
 use fleet_kernels::quant::{
     Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Scales,
@@ -17,9 +17,11 @@ use fleet_kernels::quant::{
 };
 use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
 use fleet_learn::model::Model;
+use fleet_learn::strategy::{Micro, Slot, Strategy};
 use fleet_learn::testing::Whole;
 use fleet_learn::{AdamW, Executor, Learner, TokenBatch, Update, Votes};
 use fleet_rank::assemble::{Threads, alone, solo};
+use fleet_torch::{Base, Numbers, TorchExecutor};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -53,9 +55,67 @@ fn model_of(file: &Value) -> Result<Model, String> {
     Model::of_job(&job).map_err(|e| e.to_string())
 }
 
-fn learner(model: &Model, precision: Precision) -> Box<dyn Learner> {
+/// All that train adapters.
+const EXECUTORS: [job::Executor; 2] = [job::Executor::Cpu, job::Executor::Torch];
+
+fn learner(executor: job::Executor, model: &Model, precision: Precision) -> Box<dyn Learner> {
     let threads = Threads { count: 2, again: 0 };
-    alone(job::Executor::Cpu, precision, model, threads, 64).unwrap()
+    alone(executor, precision, model, threads, 64).unwrap()
+}
+
+/// The summed loss and the gradients of `scale` times it, for these flat weights of an adapter, of a batch that is taken so many times.
+type Gradients<'a> = dyn FnMut(&[f32], &TokenBatch, f32, usize) -> (f64, Vec<f32>) + 'a;
+
+/// Beside the model in `base`. Of `again` blocks the forward is computed a second time.
+fn gradients(executor: job::Executor, model: &Model, base: &Path, again: usize) -> Box<Gradients<'static>> {
+    let (dir, trained) = (ModelDir::open(base).unwrap(), model.adapter.clone().unwrap().trained.clone());
+    if executor == job::Executor::Torch {
+        let (cpu, numbers) = (tch::Device::Cpu, Numbers::FP32);
+        let adapter = model.adapter.as_ref().unwrap();
+        let beside = Base::read(adapter, numbers, cpu, &mut Solo::new(0), 1).unwrap();
+        let executor = TorchExecutor::new(model.decoder.clone(), model.wiring(), cpu, numbers);
+        let mut executor = executor.beside(beside).computing_again(again);
+        return Box::new(move |flat, batch, scale, times| {
+            let mut solo = fleet_torch::Solo::new(trained.layout.clone(), cpu, numbers, 0).unwrap();
+            let mut read = |range: std::ops::Range<usize>, out: &mut [f32]| {
+                out.copy_from_slice(&flat[range]);
+                Ok(())
+            };
+            solo.fill(Slot::Weights, &mut read).unwrap();
+            for time in 0..times {
+                let micro = Micro { first: time == 0, last: time + 1 == times };
+                executor.forward_backward(solo.units(micro), &batch.view(), scale).unwrap();
+            }
+            let loss = f64::try_from(&executor.take_loss().unwrap()).unwrap();
+            let (_, grads) = solo.units(Micro { first: true, last: true }).numbers();
+            (loss, Vec::<f32>::try_from(grads.numbers.flat).unwrap())
+        });
+    }
+    let frozen = Frozen::read(&dir, &trained, (Kept::Fp32, None), &mut Solo::new(0), 1).unwrap();
+    let network = Network::new(model.decoder.clone(), model.wiring(), 64);
+    let mut executor = CpuExecutor::<f32>::new(network, workers(1 + again as u32 % 3).unwrap())
+        .computing_again(again)
+        .beside(frozen, trained);
+    Box::new(move |flat, batch, scale, times| {
+        let mut whole = Whole::new(flat.to_vec());
+        for _ in 0..times {
+            executor.forward_backward(&mut whole, &batch.view(), scale).unwrap();
+            whole.grads.fresh = false;
+        }
+        (executor.take_loss().unwrap(), whole.grads.numbers)
+    })
+}
+
+/// The numbers of an adapter in a directory.
+fn flat(adapter: &Path, layout: &Layout) -> Vec<f32> {
+    let given = AdapterFile::open(adapter, layout).unwrap();
+    let mut flat = vec![0.0; layout.len];
+    for p in &layout.parameters {
+        let mut reading = Reading::default();
+        given.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
+        reading.run(1).unwrap();
+    }
+    flat
 }
 
 fn adamw() -> AdamW {
@@ -90,10 +150,11 @@ fn twenty_steps_are_those_of_peft() {
         let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
         let model = model(&base, &json!({"path": adapter})).unwrap();
         let (losses, norms) = (doubles(&expected, "losses"), doubles(&expected, "grad_norms"));
-        for (precision, tolerance) in
-            [(Precision::Fp32, 1e-4), (Precision::Bf16Mixed, 3e-2), (Precision::Bf16True, 5e-2)]
-        {
-            let mut learner = learner(&model, precision);
+        let precisions = [(Precision::Fp32, 1e-4), (Precision::Bf16Mixed, 3e-2), (Precision::Bf16True, 5e-2)];
+        let both = EXECUTORS.into_iter().flat_map(|executor| precisions.map(|how| (executor, how)));
+        for (executor, (precision, tolerance)) in both {
+            let name = format!("{name} by {executor:?}");
+            let mut learner = learner(executor, &model, precision);
             learner.load_weights(&adapter).unwrap();
             for (step, batch) in batches(&expected).into_iter().enumerate() {
                 let update = Update { adamw: adamw(), lr: hyper("learning_rate"), step: step as u64 + 1 };
@@ -122,37 +183,22 @@ fn gradients_are_those_of_peft() {
         let name = adapter.file_name().unwrap().to_string_lossy().into_owned();
         let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
         let model = model(&base, &json!({"path": adapter})).unwrap();
-        let trained = model.adapter.clone().unwrap().trained.clone();
-        let layout = trained.layout.clone();
-        let given = AdapterFile::open(&adapter, &layout).unwrap();
-        let mut flat = vec![0.0; layout.len];
-        for p in &layout.parameters {
-            let mut reading = Reading::default();
-            given.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
-            reading.run(1).unwrap();
-        }
+        let layout = model.trained_layout();
+        let flat = flat(&adapter, &layout);
         let batch = batches(&expected).remove(0);
         let scale = 1.0 / batch.view().weight() as f32;
-        for (threads, again) in [(1, 0), (2, 2)] {
-            let mut solo = Solo::new(0);
-            let dir = ModelDir::open(&base).unwrap();
-            let frozen = Frozen::read(&dir, &trained, (Kept::Fp32, None), &mut solo, 1).unwrap();
-            let network = Network::new(model.decoder.clone(), model.wiring(), 64);
-            let mut executor = CpuExecutor::<f32>::new(network, workers(threads).unwrap())
-                .computing_again(again)
-                .beside(frozen, trained.clone());
-            let mut whole = Whole::new(flat.clone());
-            for times in [1.0, 2.0] {
-                executor.forward_backward(&mut whole, &batch.view(), scale).unwrap();
-                whole.grads.fresh = false;
+        for (executor, again) in EXECUTORS.into_iter().flat_map(|executor| [(executor, 0), (executor, 2)]) {
+            let mut gradients = gradients(executor, &model, &base, again);
+            for times in [1, 2] {
+                let (_, found) = gradients(&flat, &batch, scale, times);
                 for p in &layout.parameters {
                     let tensor = expected.get(&format!("grad.{}", p.name)).unwrap();
                     let mut wanted = vec![0.0; p.range.len()];
                     read_parameter(p, &tensor, &mut wanted).unwrap();
                     assert!(largest(&wanted) > 0.0, "{name}: {}", p.name);
-                    wanted.iter_mut().for_each(|x| *x *= times);
-                    let far = apart(&whole.grads.numbers[p.range.clone()], &wanted, 0.0);
-                    assert!(far < 1e-4, "{name}: the gradient of {} is {far} away", p.name);
+                    wanted.iter_mut().for_each(|x| *x *= times as f32);
+                    let far = apart(&found[p.range.clone()], &wanted, 0.0);
+                    assert!(far < 1e-4, "{name} by {executor:?}: the gradient of {} is {far} away", p.name);
                 }
             }
         }
@@ -184,10 +230,12 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
         let saved = json!({"bias": "all", "target_modules": [last(names.out)], "modules_to_save": [last(names.down), last(names.final_norm)]});
         if name != "opt_last" && last(names.out) != last(names.down) {
             let model = self::model(&base, &saved).unwrap();
-            let mut learner = self::learner(&model, Precision::Fp32);
-            learner.fresh_weights(7).unwrap();
-            let with = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
-            assert!((with - of_base).abs() < 1e-6, "{name}: {with} {of_base}");
+            for executor in EXECUTORS {
+                let mut learner = self::learner(executor, &model, Precision::Fp32);
+                learner.fresh_weights(7).unwrap();
+                let with = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
+                assert!((with - of_base).abs() < 1e-6, "{name} by {executor:?}: {with} {of_base}");
+            }
         }
         let mut adapters = vec![
             json!({"type": "lora", "dropout": 0.5}),
@@ -202,21 +250,28 @@ fn a_new_adapter_changes_nothing_until_it_is_trained() {
         for adapter in adapters {
             let name = format!("{name} {adapter}");
             let model = self::model(&base, &adapter).unwrap();
-            let mut learner = self::learner(&model, Precision::Fp32);
-            learner.fresh_weights(7).unwrap();
-            let before = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
-            assert!((before - of_base).abs() < 1e-6, "{name}: {before} {of_base}");
-            let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
-            for step in 1..=20 {
-                let batch = TokenBatch {
-                    noise: Some((0..shape[1] as u64).map(|row| step << 8 | row).collect()),
-                    ..batch.clone()
-                };
-                learner.step(&[batch], &update(step), Votes::default()).unwrap();
-                assert_eq!(learner.without_gradient(), None, "{name}");
+            let curves = EXECUTORS.map(|executor| {
+                let mut learner = self::learner(executor, &model, Precision::Fp32);
+                learner.fresh_weights(7).unwrap();
+                let before = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
+                assert!((before - of_base).abs() < 1e-6, "{name} by {executor:?}: {before} {of_base}");
+                let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
+                let mut losses = Vec::new();
+                for step in 1..=20 {
+                    let batch = TokenBatch {
+                        noise: Some((0..shape[1] as u64).map(|row| step << 8 | row).collect()),
+                        ..batch.clone()
+                    };
+                    losses.push(learner.step(&[batch], &update(step), Votes::default()).unwrap().loss);
+                    assert_eq!(learner.without_gradient(), None, "{name}");
+                }
+                let after = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
+                assert!(after < before - 0.1, "{name} by {executor:?}: {before} {after}");
+                losses
+            });
+            for (step, (cpu, torch)) in curves[0].iter().zip(&curves[1]).enumerate() {
+                assert!((cpu - torch).abs() < 1e-5 * cpu, "{name}, step {step}: {cpu} {torch}");
             }
-            let after = learner.evaluate(std::slice::from_ref(&batch)).unwrap().mean();
-            assert!(after < before - 0.1, "{name}: {before} {after}");
         }
     }
 }
@@ -229,44 +284,32 @@ fn magnitudes_have_the_gradients_that_losses_show_with_dropout() {
         let (adapter, base) = (adapters.join(name), cases::golden().join(family));
         let expected = Tensors::open(&adapter.join("training.safetensors")).unwrap();
         let model = model(&base, &json!({"path": adapter, "dropout": 0.3})).unwrap();
-        let trained = model.adapter.clone().unwrap().trained.clone();
-        let mut flat = vec![0.0; trained.layout.len];
-        let given = AdapterFile::open(&adapter, &trained.layout).unwrap();
-        for p in &trained.layout.parameters {
-            let mut reading = Reading::default();
-            given.read_part(p, 0, &mut flat[p.range.clone()], &mut reading);
-            reading.run(1).unwrap();
-        }
+        let layout = model.trained_layout();
+        let flat = flat(&adapter, &layout);
         let batch = batches(&expected).remove(0);
         let batch = TokenBatch { noise: Some((0..16).collect()), ..batch };
-        let mut solo = Solo::new(0);
-        let frozen =
-            Frozen::read(&ModelDir::open(&base).unwrap(), &trained, (Kept::Fp32, None), &mut solo, 1);
-        let mut executor = CpuExecutor::<f32>::new(
-            Network::new(model.decoder.clone(), model.wiring(), 64),
-            workers(2).unwrap(),
-        )
-        .beside(frozen.unwrap(), trained.clone());
-        let mut at = |flat: &[f32]| {
-            let mut whole = Whole::new(flat.to_vec());
-            executor.forward_backward(&mut whole, &batch.view(), 1.0).unwrap();
-            (executor.take_loss().unwrap(), whole.grads.numbers)
-        };
-        let (_, gradients) = at(&flat);
-        let is_first = |p: &&Parameter| p.role == Role::Magnitude && p.name.contains(end);
-        let p = trained.layout.parameters.iter().find(is_first).unwrap();
-        let mut largest: Vec<usize> = p.range.clone().collect();
-        largest.sort_by(|a, b| gradients[*b].abs().total_cmp(&gradients[*a].abs()));
-        for number in &largest[..4] {
-            let mut moved = |by: f32| {
-                let mut flat = flat.clone();
-                flat[*number] += by;
-                at(&flat).0
-            };
-            let step = 0.05 * flat[*number];
-            let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
-            let off = (slope - f64::from(gradients[*number])).abs();
-            assert!(off < 1e-2 * slope.abs() + 1e-3, "{name}: {slope} {}", gradients[*number]);
+        for executor in EXECUTORS {
+            let mut of = gradients(executor, &model, &base, 0);
+            let (_, gradients) = of(&flat, &batch, 1.0, 1);
+            let is_first = |p: &&Parameter| p.role == Role::Magnitude && p.name.contains(end);
+            let p = layout.parameters.iter().find(is_first).unwrap();
+            let mut largest: Vec<usize> = p.range.clone().collect();
+            largest.sort_by(|a, b| gradients[*b].abs().total_cmp(&gradients[*a].abs()));
+            for number in &largest[..4] {
+                let mut moved = |by: f32| {
+                    let mut flat = flat.clone();
+                    flat[*number] += by;
+                    of(&flat, &batch, 1.0, 1).0
+                };
+                let step = 0.05 * flat[*number];
+                let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
+                let off = (slope - f64::from(gradients[*number])).abs();
+                assert!(
+                    off < 1e-2 * slope.abs() + 1e-3,
+                    "{name} by {executor:?}: {slope} {}",
+                    gradients[*number]
+                );
+            }
         }
     }
 }
@@ -430,21 +473,23 @@ fn a_quantised_base_is_the_model_that_its_codes_stand_for() {
             seq: shape[2],
             ..Default::default()
         };
-        let mut losses = [(with(&base, word)), with(made.path(), "none")].map(|model| {
-            let mut learner = learner(&model, Precision::Fp32);
+        let losses = |executor, model: Model| {
+            let mut learner = learner(executor, &model, Precision::Fp32);
             learner.fresh_weights(7).unwrap();
             let update = |step| Update { adamw: adamw(), lr: 1e-2, step };
             let step =
                 |step| learner.step(std::slice::from_ref(&batch), &update(step), Votes::default()).unwrap();
             (1..=8).map(step).map(|report| (report.loss, report.grad_norm)).collect::<Vec<_>>()
-        });
-        let wanted = losses[1].clone();
+        };
+        let wanted = losses(job::Executor::Cpu, with(made.path(), "none"));
         assert!(wanted[7].0 < wanted[0].0 - 0.05, "{name}: {wanted:?}");
-        for (is, wanted) in losses[0].iter_mut().zip(wanted) {
-            assert!(
-                (is.0 - wanted.0).abs() < 1e-5 && (is.1 - wanted.1).abs() < 1e-4,
-                "{name}: {is:?} {wanted:?}"
-            );
+        for executor in EXECUTORS {
+            for (is, wanted) in losses(executor, with(&base, word)).iter().zip(&wanted) {
+                assert!(
+                    (is.0 - wanted.0).abs() < 1e-5 && (is.1 - wanted.1).abs() < 1e-4,
+                    "{name} in {word} by {executor:?}: {is:?} {wanted:?}"
+                );
+            }
         }
     }
 }

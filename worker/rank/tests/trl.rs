@@ -64,14 +64,14 @@ struct Run {
 }
 
 impl Run {
-    fn new(case: &Value, rows: &Value, is_measured: bool) -> Run {
+    fn new(executor: job::Executor, case: &Value, rows: &Value, is_measured: bool) -> Run {
         let dir = tempfile::tempdir().unwrap();
         let job = job_of(case, &rows[case["rows"].as_str().unwrap()], dir.path());
         let files = DataFiles::find(&job, &|_| {}).unwrap();
         let (cache, _) = TokenCache::build_or_open(&job, &files, &|_| {}).unwrap();
         let model = Model::of_job(&job).unwrap();
         let threads = Threads { count: 2, again: 0 };
-        let mut learner = alone(job::Executor::Cpu, Precision::Fp32, &model, threads, 4096).unwrap();
+        let mut learner = alone(executor, Precision::Fp32, &model, threads, 4096).unwrap();
         // It changes nothing as it begins.
         learner.load_weights(&golden().join("trl/adapter")).unwrap();
         let beside = if is_measured {
@@ -127,11 +127,12 @@ fn twenty_steps_are_those_of_trl() {
     let cases = expected["cases"].as_object().unwrap();
     assert_eq!(cases.len(), 8);
     for (name, case) in cases {
-        for is_measured in [false, true] {
+        let executors = [job::Executor::Cpu, job::Executor::Torch];
+        for (executor, is_measured) in executors.into_iter().flat_map(|one| [(one, false), (one, true)]) {
             if is_measured && name != "dpo_sigmoid" {
                 continue;
             }
-            let mut run = Run::new(case, &expected["rows"], is_measured);
+            let mut run = Run::new(executor, case, &expected["rows"], is_measured);
             let (micro_batches, items) =
                 (u64::from(run.job.accumulate_grad_batches), u64::from(run.job.batch_size));
             for step in 0..STEPS {
@@ -140,7 +141,10 @@ fn twenty_steps_are_those_of_trl() {
                 for (key, is) in found {
                     let wanted = case[key][step as usize].as_f64().unwrap();
                     let off = (is - wanted).abs() / wanted.abs().max(1.0);
-                    assert!(off < 1e-4, "{name}, step {step}: {key} is {is}, of TRL {wanted}");
+                    assert!(
+                        off < 1e-4,
+                        "{name} by {executor:?}, step {step}: {key} is {is}, of TRL {wanted}"
+                    );
                 }
             }
         }
@@ -151,11 +155,16 @@ fn twenty_steps_are_those_of_trl() {
 #[test]
 fn eight_at_once_are_eight_one_after_the_other() {
     let expected = expected();
-    for name in ["sft_answers", "sft_completions", "dpo_sigmoid"] {
+    for (name, executor) in [
+        ("sft_answers", job::Executor::Cpu),
+        ("sft_completions", job::Executor::Cpu),
+        ("dpo_sigmoid", job::Executor::Cpu),
+        ("dpo_sigmoid", job::Executor::Torch),
+    ] {
         let case = &expected["cases"][name];
         let mut first = Vec::new();
         for neftune in [0.0, 10.0] {
-            let run = || Run { neftune, ..Run::new(case, &expected["rows"], false) };
+            let run = || Run { neftune, ..Run::new(executor, case, &expected["rows"], false) };
             let mut runs = [(1, 8), (8, 1), (2, 4)].map(|how| (how, run()));
             for step in 0..5 {
                 let found =

@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #include <cstring>
 #include <exception>
+#include <memory>
 
 namespace {
 
@@ -107,6 +108,32 @@ struct Rotary : public torch::autograd::Function<Rotary> {
     }
 };
 
+// Makes a matrix `[outputs, inputs]`, for the caller to delete, or null.
+using Widen = at::Tensor *(*)(const void *from, int64_t start, int64_t end);
+
+// `x w^T` with a `w` that has no gradient, and is made when it is read: in the forward, and again in the backward.
+struct Widened : public torch::autograd::Function<Widened> {
+    static at::Tensor matrix(Widen widen, const void *from, int64_t start, int64_t end) {
+        const std::unique_ptr<at::Tensor> made(widen(from, start, end));
+        TORCH_CHECK(made != nullptr, "a matrix in few bits could not be widened");
+        return *made;
+    }
+    static at::Tensor forward(torch::autograd::AutogradContext *ctx, const at::Tensor &x, const at::Tensor &owner, int64_t widen, int64_t start,
+                              int64_t end) {
+        ctx->saved_data["owner"] = owner;
+        ctx->saved_data["widen"] = widen;
+        ctx->saved_data["start"] = start;
+        ctx->saved_data["end"] = end;
+        return at::linear(x, matrix(reinterpret_cast<Widen>(widen), owner.data_ptr(), start, end));
+    }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx, torch::autograd::variable_list grads) {
+        const auto of = [&](const char *name) { return ctx->saved_data[name].toInt(); };
+        const auto owner = ctx->saved_data["owner"].toTensor();
+        const auto w = matrix(reinterpret_cast<Widen>(of("widen")), owner.data_ptr(), of("start"), of("end"));
+        return {grads[0].matmul(w), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    }
+};
+
 } // namespace
 
 extern "C" {
@@ -131,6 +158,15 @@ int fleet_torch_rotary(at::Tensor *x, at::Tensor *cosines, at::Tensor *sines, La
     return guarded(error, error_len, [&] {
         const Launcher launcher{launch, fused};
         *out = new at::Tensor(Rotary::apply(*x, *cosines, *sines, reinterpret_cast<int64_t>(&launcher)));
+    });
+}
+
+// `x w^T` as a new tensor in `out`, with its gradient for `x`; `widen` makes `w` of `from`, which `give_back` gets when no graph reads it any more.
+int fleet_torch_widened(at::Tensor *x, Widen widen, void (*give_back)(void *), void *from, int64_t start, int64_t end, at::Tensor **out,
+                        char *error, size_t error_len) {
+    return guarded(error, error_len, [&] {
+        const auto owner = at::from_blob(from, {1}, give_back, at::TensorOptions(at::kByte));
+        *out = new at::Tensor(Widened::apply(*x, owner, reinterpret_cast<int64_t>(widen), start, end));
     });
 }
 

@@ -1,8 +1,13 @@
 //! Forward and backward of a whole decoder, unit by unit: a unit's graph lives from its forward to its backward, and its gradients are
 //! complete when its turn is over, while the units before it still wait.
 
-use crate::memory::{Gradients, Tensors, Weights};
-use crate::needs::{LOGIT_ROWS_MIN, LOGITS_MAX};
+use crate::adapter::{Beside, View};
+use crate::base::Base;
+use crate::dropout::Rows;
+use crate::head::Scored;
+use crate::memory::{Gradients, Tensors, Weights, copy_out};
+use crate::needs::LOGITS_MAX;
+use crate::neftune::Moving;
 use crate::network::{Frame, Leaf, Leaves, Network, Numbers};
 use crate::{Error, Result, device, fused, shim};
 use fleet_common::model::{Decoder, Layout, Wiring};
@@ -13,8 +18,10 @@ use tch::{Device, Kind, Tensor};
 /// Computes; owns activations for as long as a step, never weights.
 pub struct TorchExecutor {
     pub network: Network,
+    /// What is not trained, where an adapter is.
+    base: Option<Base>,
     /// Most numbers of logits that exist at once.
-    logits_max: usize,
+    pub(crate) logits_max: usize,
     frame: Option<(usize, Frame)>,
     /// Of so many blocks, from the first on, the forward is computed a second time.
     again: usize,
@@ -35,12 +42,28 @@ enum Doing {
 }
 
 /// Token ids of `[b, s]` and what is to be predicted, on the executor's device.
-struct OnDevice {
-    ids: Tensor,
+pub(crate) struct OnDevice {
+    pub ids: Tensor,
     /// `[b * s]`.
-    targets: Tensor,
+    pub targets: Tensor,
     /// `[b * s]` in fp32: what each target counts; zero where there is none.
-    weights: Tensor,
+    pub weights: Tensor,
+    /// `[b]`, on the host: what decides what of each sequence is dropped, if anything is.
+    noise: Option<Vec<u64>>,
+    /// `[b]`, without what makes them a rectangle.
+    lengths: Vec<usize>,
+    /// How far embeddings of sequences with noise are moved.
+    neftune: f32,
+}
+
+impl OnDevice {
+    /// `[b * s]`: what each target counts, where all of a sequence count alike.
+    fn spread(&self, counts: &[f64]) -> Result<Tensor> {
+        let counts: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
+        let counts = device::to(&Tensor::f_from_slice(&counts)?, self.weights.device())?.f_unsqueeze(1)?;
+        let is_target = self.weights.f_ne(0.0)?.f_to_kind(Kind::Float)?.f_view(self.ids.size().as_slice())?;
+        Ok(is_target.f_mul(&counts)?.f_view([-1])?)
+    }
 }
 
 /// What is kept of a unit between its forward and its backward.
@@ -61,7 +84,13 @@ impl TorchExecutor {
         };
         let network = Network { decoder, wiring, device, numbers, text: 0, fused };
         let doing = Doing::Forward(0);
-        TorchExecutor { network, logits_max, frame: None, again: 0, loss: None, doing, unfused }
+        TorchExecutor { network, base: None, logits_max, frame: None, again: 0, loss: None, doing, unfused }
+    }
+
+    /// Trains an adapter beside a model that stays as it is.
+    pub fn beside(mut self, base: Base) -> TorchExecutor {
+        self.base = Some(base);
+        self
     }
 
     /// Of the first `blocks` blocks nothing is kept between forward and backward but what they read (activation checkpointing).
@@ -89,31 +118,37 @@ impl TorchExecutor {
         let len = ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
         let network = &self.network;
-        let mut leaves = Leaves::new(network, weights, false);
+        let mut leaves = Leaves::new(network, self.view(weights, Which::Trained, None), false);
         let mut x = network.embed(&mut leaves, ids)?;
         for number in 0..network.wiring.blocks.len() {
             x = network.block(&mut leaves, number, &x, &frame)?;
         }
         let last = network.last(&mut leaves, &x)?;
-        let (head, bias) = self.head(weights)?;
+        let logits = leaves.linear(&last, &network.wiring.head)?;
         self.frame = Some((len, frame));
-        Ok(last.f_linear(&head, bias.as_ref())?)
+        Ok(logits)
     }
 
-    /// The head's matrix and bias.
-    fn head(&self, weights: Weights) -> Result<(Tensor, Option<Tensor>)> {
-        let head = &self.network.wiring.head;
-        let matrix = weights.products.of(&head.weight)?.f_view([head.outputs as i64, head.inputs as i64])?;
-        Ok((matrix, head.bias.as_ref().map(|range| weights.products.of(range)).transpose()?))
+    /// What a pass over a batch reads.
+    fn view<'a>(&'a self, weights: Weights<'a>, which: Which, batch: Option<&'a OnDevice>) -> View<'a> {
+        let is_on = which == Which::Trained;
+        let rows = batch.filter(|_| is_on).and_then(|batch| {
+            let seq = batch.ids.size()[1] as usize;
+            Some(Rows { noise: batch.noise.as_deref()?, seq, first: 0 })
+        });
+        let moving = batch.filter(|batch| is_on && batch.neftune > 0.0).and_then(|batch| {
+            Some(Moving { noise: batch.noise.as_deref()?, lengths: &batch.lengths, alpha: batch.neftune })
+        });
+        View { weights, beside: self.base.as_ref().map(|base| Beside { base, is_on, rows }), moving }
     }
 
-    /// The units whose weights the head reads: its own, and that of the embedding where it is tied.
-    fn head_units(&self) -> impl Iterator<Item = usize> + use<> {
-        let layout = &self.network.wiring.layout;
-        layout.is_tied().then_some(0).into_iter().chain([layout.units.len() - 1])
+    /// The first unit of which anything is trained.
+    fn lowest(&self) -> usize {
+        self.base.as_ref().map_or(0, |base| base.trained.lowest())
     }
 
     fn on_device(&self, batch: &Batch) -> Result<OnDevice> {
+        let lengths = batch.sequence_lengths().collect();
         // What libtorch attends to is a rectangle.
         let padded = batch.lengths.map(|_| batch.padded());
         let batch = padded.as_ref().map_or(*batch, TokenBatch::view);
@@ -129,6 +164,9 @@ impl TorchExecutor {
             ids: to(Tensor::f_from_slice(batch.ids)?)?.f_view([-1, seq])?,
             targets: to(Tensor::f_from_slice(&targets)?)?,
             weights: to(Tensor::f_from_slice(&weights)?)?,
+            noise: batch.noise.map(<[u64]>::to_vec),
+            lengths,
+            neftune: batch.neftune,
         })
     }
 
@@ -142,41 +180,52 @@ impl TorchExecutor {
         let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
         let last_unit = self.network.wiring.layout.units.len() - 1;
+        let lowest = self.lowest();
         let mut saved: Vec<Saved> = Vec::with_capacity(last_unit);
+        let mut x = batch.ids.shallow_clone();
         for unit in 0..last_unit {
             self.doing = Doing::Forward(unit);
             units.need(unit)?;
-            let input = match saved.last() {
-                None => batch.ids.shallow_clone(),
-                Some(before) => before.output.f_detach().map_err(Error::from)?,
-            };
-            let keeps = unit == 0 || unit > self.again;
-            saved.push(self.unit_forward(units.weights(), unit, input, keeps, &frame)?);
+            let keeps = unit >= lowest && (unit == 0 || unit > self.again);
+            let view = self.view(units.weights(), Which::Trained, Some(&batch));
+            let one = self.unit_forward(view, unit, x, keeps, &frame)?;
             units.release(unit);
+            x = one.output.f_detach().map_err(Error::from)?;
+            if unit >= lowest {
+                saved.push(one);
+            }
         }
         self.doing = Doing::Head;
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let (weights, grads) = units.numbers();
-        let hidden = &saved[last_unit - 1].output;
         if let Some(weigh) = weigh {
-            let counts = weigh(&self.sequence_losses(weights, hidden, &batch)?);
-            batch.weights = self.spread(&batch, &counts)?;
+            let view = self.view(weights, Which::Trained, Some(&batch));
+            let last = self.network.last(&mut Leaves::new(&self.network, view, false), &x)?;
+            let losses = self.score(view, None, &last, &batch)?.losses;
+            batch.weights = batch.spread(&weigh(&self.of_sequences(&losses, len)?))?;
         }
-        let mut seed = self.head_step(weights, &grads, hidden, &batch, scale)?;
+        let view = self.view(weights, Which::Trained, Some(&batch));
+        let (loss, mut seed) = self.head_step(view, &grads, &x, &batch, scale)?;
+        drop(x);
+        self.add_loss(loss)?;
         self.head_units().for_each(|unit| units.release(unit));
         units.ready(last_unit)?;
-        while let Some(mut kept) = saved.pop() {
-            let unit = saved.len();
+        for unit in (0..last_unit).rev() {
             self.doing = Doing::Backward(unit);
+            let Some(mut kept) = saved.pop() else {
+                units.ready(unit)?;
+                continue;
+            };
             units.need(unit)?;
             let (weights, grads) = units.numbers();
             if kept.leaves.is_none() {
-                kept = self.unit_forward(weights, unit, kept.input, true, &frame)?;
+                let view = self.view(weights, Which::Trained, Some(&batch));
+                kept = self.unit_forward(view, unit, kept.input, true, &frame)?;
             }
             let Saved { input, output, leaves } = kept;
             let given = seed.take().ok_or_else(|| Error::of("a unit has no part in the one after it"))?;
-            // What the first unit reads are ids.
-            let input = (unit > 0).then_some(&input);
+            // Below it nothing is trained, and what the first unit reads are ids.
+            let input = (unit > lowest).then_some(&input);
             seed = self.unit_backward(&grads, (&output, &given), input, leaves.as_deref().unwrap_or(&[]))?;
             units.release(unit);
             units.ready(unit)?;
@@ -185,18 +234,33 @@ impl TorchExecutor {
         Ok(())
     }
 
+    /// The sums of each sequence's `losses`, `[b * s]`.
+    fn of_sequences(&self, losses: &Tensor, seq: usize) -> Result<Vec<f64>> {
+        let each = losses.f_view([-1, seq as i64])?;
+        let sums = each.f_sum_dim_intlist([1].as_slice(), false, self.loss_kind())?;
+        Ok(Vec::<f64>::try_from(&sums.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)?)
+    }
+
+    fn add_loss(&mut self, loss: Tensor) -> Result<()> {
+        self.loss = Some(match self.loss.take() {
+            Some(sum) => sum.f_add(&loss)?,
+            None => loss,
+        });
+        Ok(())
+    }
+
     /// The forward of the embedding or of a block for its `input`: ids, or what the unit before it gave. `keeps` its graph, or nothing of it.
     fn unit_forward(
         &self,
-        weights: Weights,
+        view: View,
         unit: usize,
         input: Tensor,
         keeps: bool,
         frame: &Frame,
     ) -> Result<Saved> {
         let _guard = (!keeps).then(tch::no_grad_guard);
-        let input = if unit > 0 { input.set_requires_grad(keeps) } else { input };
-        let mut leaves = Leaves::new(&self.network, weights, keeps);
+        let input = if unit > self.lowest() { input.set_requires_grad(keeps) } else { input };
+        let mut leaves = Leaves::new(&self.network, view, keeps);
         let output = match unit {
             0 => self.network.embed(&mut leaves, &input)?,
             _ => self.network.block(&mut leaves, unit - 1, &input, frame)?,
@@ -205,7 +269,7 @@ impl TorchExecutor {
     }
 
     /// The gradients of a unit's parameters; what flows back to its input.
-    fn unit_backward(
+    pub(crate) fn unit_backward(
         &self,
         grads: &Gradients,
         (output, seed): (&Tensor, &Tensor),
@@ -223,178 +287,37 @@ impl TorchExecutor {
 
     /// A head that is the embedding has written there already when the embedding's turn comes.
     fn head_wrote(&self, input: Option<&Tensor>, range: &Range<usize>) -> bool {
-        let wiring = &self.network.wiring;
-        input.is_none() && *range == wiring.embedding && wiring.layout.is_tied()
+        input.is_none() && self.layout().is_tied() && *range == self.network.wiring.embedding
     }
 
-    /// The head's forward and backward at once; what flows back to `x`, the last block's output.
-    fn head_step(
-        &mut self,
-        weights: Weights,
-        grads: &Gradients,
-        x: &Tensor,
-        batch: &OnDevice,
-        scale: f64,
-    ) -> Result<Option<Tensor>> {
-        let input = x.f_detach()?.set_requires_grad(true);
-        let mut leaves = Leaves::new(&self.network, weights, true);
-        let last = self.network.last(&mut leaves, &input)?;
-        let leaves = leaves.into_taken();
-        let (loss, seed, _) = self.score(weights, Some((grads, scale)), &last, batch)?;
-        self.add_loss(loss)?;
-        self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)
-    }
-
-    /// Of each sequence the summed loss of its targets, for `x`, the last block's output.
-    fn sequence_losses(&self, weights: Weights, x: &Tensor, batch: &OnDevice) -> Result<Vec<f64>> {
-        let _guard = tch::no_grad_guard();
-        let last = self.network.last(&mut Leaves::new(&self.network, weights, false), &x.f_detach()?)?;
-        let (matrix, bias) = self.head(weights)?;
-        let read = last.f_view([-1, self.network.wiring.head.inputs as i64])?;
-        let is_target = batch.weights.f_ne(0.0)?.f_to_kind(Kind::Float)?;
-        let rows = self.logit_rows(read.size()[0]);
-        let of_slice = |start: i64| {
-            let cut = |tensor: &Tensor| tensor.f_narrow(0, start, rows.min(read.size()[0] - start));
-            let logits = cut(&read)?.f_linear(&matrix, bias.as_ref())?;
-            Ok(self.cross_entropy(logits, &cut(&batch.targets)?, &cut(&is_target)?, None)?.0)
-        };
-        let slices = (0..read.size()[0]).step_by(rows as usize).map(of_slice).collect::<Result<Vec<_>>>()?;
-        let losses = Tensor::f_cat(&slices, 0)?.f_view(batch.ids.size().as_slice())?;
-        let sums = losses.f_sum_dim_intlist([1i64].as_slice(), false, self.loss_kind())?;
-        Ok(Vec::<f64>::try_from(sums.f_to_kind(Kind::Double)?)?)
-    }
-
-    /// What each target counts, where all of a sequence count alike.
-    fn spread(&self, batch: &OnDevice, counts: &[f64]) -> Result<Tensor> {
-        let counts: Vec<f32> = counts.iter().map(|count| *count as f32).collect();
-        let of_sequences = device::to(&Tensor::f_from_slice(&counts)?, self.network.device)?;
-        let is_target = batch.weights.f_ne(0.0)?.f_to_kind(Kind::Float)?.f_view(batch.ids.size().as_slice())?;
-        Ok(is_target.f_mul(&of_sequences.f_unsqueeze(1)?)?.f_view([-1])?)
-    }
-
-    /// Tokens whose logits exist at once, of `tokens`.
-    fn logit_rows(&self, tokens: i64) -> i64 {
-        let rows = self.logits_max / self.network.wiring.head.outputs;
-        (rows as i64).clamp(LOGIT_ROWS_MIN as i64, tokens.max(LOGIT_ROWS_MIN as i64))
-    }
-
-    fn add_loss(&mut self, loss: Tensor) -> Result<()> {
-        self.loss = Some(match self.loss.take() {
-            Some(sum) => sum.f_add(&loss)?,
-            None => loss,
-        });
-        Ok(())
-    }
-
-    /// The summed loss and, with `grads`, the head's gradients for `scale` times it and what flows back to `last`, `[b, s, e]`; without them, how
-    /// many targets are the likeliest token. Works in slices of tokens, so that logits never exist all at once.
-    fn score(
-        &self,
-        weights: Weights,
-        grads: Option<(&Gradients, f64)>,
-        last: &Tensor,
-        batch: &OnDevice,
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        let _guard = tch::no_grad_guard();
-        let wiring = &self.network.wiring;
-        let e = wiring.head.inputs as i64;
-        let (matrix, bias) = self.head(weights)?;
-        let x = last.f_detach()?.f_view([-1, e])?;
-        let tokens = x.size()[0];
-        let rows = self.logit_rows(tokens);
-        let seed = x.f_empty_like()?;
-        // Of a head whose gradients are kept in 16 bits, slices of tokens are added in fp32 and rounded once.
-        let is_summed = self.network.numbers.kept != Kind::Float && rows < tokens;
-        let mut sum: Option<Tensor> = None;
-        let mut loss = Tensor::f_zeros([1], (self.loss_kind(), self.network.device))?;
-        let mut hits = Tensor::f_zeros([1], (Kind::Int64, self.network.device))?;
-        for start in (0..tokens).step_by(rows as usize) {
-            let count = rows.min(tokens - start);
-            let cut = |tensor: &Tensor| tensor.f_narrow(0, start, count);
-            let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?, cut(&batch.weights)?);
-            let logits = x.f_linear(&matrix, bias.as_ref())?;
-            if grads.is_none() {
-                let hit = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?;
-                hits = hits.f_add(&hit.f_logical_and(&counts.f_gt(0.0)?)?.f_sum(Kind::Int64)?)?;
-            }
-            let scale = grads.map(|(_, scale)| scale);
-            let (losses, flow) = self.cross_entropy(logits, &targets, &counts, scale)?;
-            loss = loss.f_add(&losses.f_sum(self.loss_kind())?)?;
-            let (Some((grads, _)), Some(flow)) = (grads, flow) else { continue };
-            let _ = Tensor::f_matmul_out(&flow, &cut(&seed)?, &matrix)?;
-            let set = grads.fresh && start == 0;
-            let product = flow.f_transpose(0, 1)?.f_matmul(&x)?;
-            match &mut sum {
-                Some(sum) => sum.f_add_(&product).map(|_| ())?,
-                None if is_summed => sum = Some(product.f_to_kind(Kind::Float)?),
-                None => grads.store(&wiring.head.weight, Some(&product), set)?,
-            }
-            if let Some(range) = &wiring.head.bias {
-                let sum = flow.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-                grads.store(range, Some(&sum), set)?;
-            }
-        }
-        if let (Some((grads, _)), Some(sum)) = (grads, &sum) {
-            grads.store(&wiring.head.weight, Some(sum), grads.fresh)?;
-        }
-        Ok((loss, seed.f_view(last.size().as_slice())?, hits))
-    }
-
-    /// Losses of `[n, v]` logits, each times its weight, `[n]`; with `scale` also their gradients times that, in the type of products.
-    fn cross_entropy(
-        &self,
-        logits: Tensor,
-        targets: &Tensor,
-        weights: &Tensor,
-        scale: Option<f64>,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        if let Some(fused) = &self.network.fused {
-            let losses = fused.cross_entropy(&logits, targets, weights, scale)?;
-            return Ok((losses, scale.map(|_| logits)));
-        }
-        let logs = logits.f_log_softmax(-1, Kind::Float)?;
-        drop(logits);
-        let at = targets.f_unsqueeze(1)?;
-        let losses = logs.f_gather(1, &at, false)?.f_squeeze_dim(1)?.f_mul(weights)?.f_neg()?;
-        let Some(scale) = scale else { return Ok((losses, None)) };
-        let mut flow = logs.f_exp()?;
-        drop(logs);
-        let minus = Tensor::f_full([targets.size()[0], 1], -1.0, (Kind::Float, self.network.device))?;
-        let _ = flow.f_scatter_add_(1, &at, &minus)?;
-        let flow = flow.f_mul(&weights.f_mul_scalar(scale)?.f_unsqueeze(1)?)?;
-        Ok((losses, Some(flow.f_to_kind(self.network.numbers.products)?)))
-    }
-
-    /// Metal has no fp64.
-    fn loss_kind(&self) -> Kind {
-        if self.network.device == Device::Mps { Kind::Float } else { Kind::Double }
-    }
-
-    /// The summed loss alone, and how many targets are the likeliest token, as tensors of one number on the device.
-    fn loss(
+    /// A pass without gradients.
+    fn scored(
         &mut self,
         units: &mut dyn UnitWeights<Tensors>,
-        batch: &OnDevice,
-    ) -> fleet_learn::Result<(Tensor, Tensor)> {
+        batch: &Batch,
+        which: Which,
+    ) -> fleet_learn::Result<Scored> {
         let _guard = tch::no_grad_guard();
+        self.doing = Doing::Forward(0);
+        let batch = &self.on_device(batch)?;
         let len = batch.ids.size()[1] as usize;
         let frame = self.take_frame(len)?;
-        let network = &self.network;
-        units.need(0)?;
-        let mut x = network.embed(&mut Leaves::new(network, units.weights(), false), &batch.ids)?;
-        units.release(0);
-        for number in 0..network.wiring.blocks.len() {
-            units.need(number + 1)?;
-            x = network.block(&mut Leaves::new(network, units.weights(), false), number, &x, &frame)?;
-            units.release(number + 1);
+        let mut x = batch.ids.shallow_clone();
+        for unit in 0..=self.network.wiring.blocks.len() {
+            self.doing = Doing::Forward(unit);
+            units.need(unit)?;
+            let view = self.view(units.weights(), which, Some(batch));
+            x = self.unit_forward(view, unit, x, false, &frame)?.output;
+            units.release(unit);
         }
+        self.doing = Doing::Head;
         self.head_units().try_for_each(|unit| units.need(unit))?;
-        let weights = units.weights();
-        let last = network.last(&mut Leaves::new(network, weights, false), &x)?;
-        let (loss, _, hits) = self.score(weights, None, &last, batch)?;
+        let view = self.view(units.weights(), which, Some(batch));
+        let last = self.network.last(&mut Leaves::new(&self.network, view, false), &x)?;
+        let scored = self.score(view, None, &last, batch)?;
         self.head_units().for_each(|unit| units.release(unit));
         self.frame = Some((len, frame));
-        Ok((loss, hits))
+        Ok(scored)
     }
 
     /// What went wrong, with the part of the model and, where memory is short, what to do.
@@ -423,7 +346,7 @@ impl TorchExecutor {
 
 impl Executor<Tensors> for TorchExecutor {
     fn layout(&self) -> &Layout {
-        &self.network.wiring.layout
+        self.base.as_ref().map_or(&self.network.wiring.layout, |base| &base.trained.layout)
     }
 
     fn name(&self) -> &'static str {
@@ -473,17 +396,24 @@ impl Executor<Tensors> for TorchExecutor {
         }
     }
 
-    /// One sequence at a time: only an adapter has a base, and those this executor does not train.
     fn losses(
         &mut self,
         units: &mut dyn UnitWeights<Tensors>,
         batch: &Batch,
-        _which: Which,
+        which: Which,
     ) -> fleet_learn::Result<Vec<f64>> {
-        let padded = batch.padded();
-        let (ids, targets) = (padded.ids.chunks(padded.seq), padded.targets.chunks(padded.seq));
-        let one = |(ids, targets)| Batch { ids, targets, seq: padded.seq, ..Batch::default() };
-        ids.zip(targets).map(|both| Ok(self.evaluate(units, &one(both))?.loss)).collect()
+        let result = self.scored(units, &Batch { weights: None, ..*batch }, which).and_then(|scored| {
+            Ok(self.of_sequences(&scored.losses, batch.seq)?)
+        });
+        result.map_err(|error| self.explained(error))
+    }
+
+    fn row_lengths(&self, weight: &Range<usize>, first: usize, out: &mut [f32]) {
+        let base = self.base.as_ref().expect("an adapter is trained beside a model");
+        let p = self.network.wiring.layout.parameters.iter().find(|p| p.range == *weight);
+        let lengths = base.lengths(weight, p.expect("a matrix of the model").shape[1]);
+        let some = lengths.and_then(|lengths| copy_out(&lengths, first, out));
+        some.expect("a matrix of the model is read");
     }
 
     fn evaluate(
@@ -491,14 +421,13 @@ impl Executor<Tensors> for TorchExecutor {
         units: &mut dyn UnitWeights<Tensors>,
         batch: &Batch,
     ) -> fleet_learn::Result<Tally> {
-        self.doing = Doing::Forward(0);
-        let result = self.on_device(batch).map_err(Into::into);
-        let result = result.and_then(|batch| {
-            let (loss, hits) = self.loss(units, &batch)?;
-            let hits = i64::try_from(&hits).map_err(Error::from)?;
-            Ok((f64::try_from(&loss).map_err(Error::from)?, hits))
+        let quiet = Batch { noise: None, ..*batch };
+        let result = self.scored(units, &quiet, Which::Trained).and_then(|scored| {
+            let loss = scored.losses.f_sum(self.loss_kind()).and_then(|loss| f64::try_from(&loss));
+            let hits = i64::try_from(&scored.hits);
+            Ok((loss.map_err(Error::from)?, hits.map_err(Error::from)?))
         });
-        let (loss, hits) = result.map_err(|error: fleet_learn::Error| self.explained(error))?;
+        let (loss, hits) = result.map_err(|error| self.explained(error))?;
         Ok(Tally { loss, weight: batch.weight(), tokens: batch.tokens(), hits: hits as u64 })
     }
 }

@@ -1,21 +1,28 @@
 //! The torch executor: a decoder, as `fleet_common::model` describes it, built of libtorch's tensors with autograd unit by unit. The same
 //! code runs on CUDA, Metal and the CPU; on the CPU it is the test of what runs on the others.
 
+mod adapter;
+mod base;
 pub mod device;
+mod dropout;
 mod exact;
 mod executor;
 mod fused;
 mod gathered;
+mod head;
 mod memory;
 mod needs;
+mod neftune;
 mod network;
 mod optimizer;
+mod packed;
 mod parts;
 mod sharded;
 mod shim;
 mod solo;
 mod transport;
 
+pub use base::Base;
 pub use executor::TorchExecutor;
 pub use memory::{FlatWeights, Gradients, Stored, Tensors, Weights};
 pub use needs::{PROGRAM, activation_bytes, held_bytes, needs};

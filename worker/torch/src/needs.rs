@@ -4,6 +4,7 @@ use crate::gathered::Gathered;
 use crate::network::Numbers;
 use crate::parts::{Held, Parts, Seat};
 use fleet_common::model::{Activation, Decoder, Form, Layout, NormKind, Positions};
+use fleet_learn::adapter::{AddedProduct, Trained};
 use fleet_learn::strategy::Needs;
 use tch::Kind;
 
@@ -32,9 +33,19 @@ pub fn needs(layout: &Layout, held: Held, numbers: Numbers, ranks: usize) -> Nee
 pub const PROGRAM: usize = 72 << 20;
 
 /// Bytes that a step on the CPU takes for `tokens` tokens: what autograd keeps, of which the forward of `again` blocks is computed a second time, and what
-/// the widest operations take on the way.
-pub fn activation_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, again: usize) -> usize {
+/// the widest operations take on the way. Of a model beside which `trained` is.
+pub fn activation_bytes(
+    decoder: &Decoder,
+    trained: Option<&Trained>,
+    numbers: Numbers,
+    tokens: usize,
+    again: usize,
+) -> usize {
     let step = Step::of(decoder, numbers);
+    let step = match trained {
+        Some(trained) => step.beside(trained, decoder.layers, numbers),
+        None => step,
+    };
     let inputs = again * tokens * step.stream;
     let block = tokens * step.block;
     // The block whose backward it is has its gradients beside what is kept of it; that of the head begins when all blocks are kept.
@@ -46,9 +57,15 @@ pub fn activation_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, agai
 
 /// Bytes that the process holds for such a step: between tensors that come and go the C library's allocator leaves holes, the more the more
 /// sizes there are. Measured with models of 64 to 768 numbers for each token (`tests/memory.rs`).
-pub fn held_bytes(decoder: &Decoder, numbers: Numbers, tokens: usize, again: usize) -> usize {
+pub fn held_bytes(
+    decoder: &Decoder,
+    trained: Option<&Trained>,
+    numbers: Numbers,
+    tokens: usize,
+    again: usize,
+) -> usize {
     let percent = if is_turned(decoder) && !is_copied(decoder, numbers) { 34 } else { 17 };
-    activation_bytes(decoder, numbers, tokens, again) / 100 * (100 + percent)
+    activation_bytes(decoder, trained, numbers, tokens, again) / 100 * (100 + percent)
 }
 
 fn is_turned(decoder: &Decoder) -> bool {
@@ -116,6 +133,24 @@ impl Step {
         }
     }
 
+    /// Where an adapter is trained: the model's own parameters have no gradients, but for those that are trained themselves, and changed products keep more.
+    fn beside(mut self, trained: &Trained, layers: usize, numbers: Numbers) -> Step {
+        let (p, is_dropping) = (Kind::elt_size_in_bytes(numbers.products), trained.dropout > 0.0);
+        let of_product = |added: &AddedProduct| {
+            let (inputs, outputs) = (added.a.len() / added.rank, added.parts.iter().map(|p| p.outputs.len()));
+            // What is seen, and of which numbers it is; of DoRA what factors multiply.
+            let seen = if is_dropping { inputs * (p + 1) } else { 0 };
+            let multiplied = if added.is_dora() { p * outputs.sum::<usize>() } else { 0 };
+            added.rank * p + seen + multiplied
+        };
+        self.block += trained.products().map(of_product).sum::<usize>().div_ceil(layers);
+        let all = trained.layout.len * Kind::elt_size_in_bytes(numbers.residual);
+        self.block_gradients = self.block_gradients.min(all);
+        self.table_gradients = self.table_gradients.min(all);
+        self.head_gradients = self.head_gradients.min(all);
+        self
+    }
+
     fn head(&self, tokens: usize) -> usize {
         let rows = (LOGITS_MAX / self.vocab).max(LOGIT_ROWS_MIN).min(tokens);
         tokens * self.last + rows * self.logits + self.head_gradients
@@ -152,7 +187,7 @@ mod tests {
     #[test]
     fn blocks_that_are_computed_again_keep_what_they_read() {
         let decoder = model().decoder;
-        let of = |numbers, again| activation_bytes(&decoder, numbers, 1024, again);
+        let of = |numbers, again| activation_bytes(&decoder, None, numbers, 1024, again);
         assert!(of(Numbers::FP32, 20) * 4 < of(Numbers::FP32, 0));
         assert!(of(Numbers::FP32, 10) < of(Numbers::FP32, 0));
         assert!(of(Numbers::BF16_MIXED, 0) < of(Numbers::FP32, 0));

@@ -1,8 +1,10 @@
 //! The forward pass of each unit, in libtorch's operations. `[b, s, h]` throughout.
 
-use crate::Result;
-use crate::memory::Weights;
+use crate::adapter::View;
+use crate::base::Matrix;
+use crate::memory::{Stored, Weights};
 use crate::shim::fused::Fused;
+use crate::{Result, neftune};
 use fleet_common::job::Precision;
 use fleet_common::model::{Activation, Affine, Block, Decoder, Form, Linear, NormKind, Positions, Wiring};
 use std::ops::Range;
@@ -64,10 +66,10 @@ pub struct Network {
     pub(crate) fused: Option<&'static Fused>,
 }
 
-/// The parameters of one unit as tensors that gradients are asked for, in the order in which they were taken.
+/// The parameters of one unit as tensors: of those that are trained, gradients are asked for, in the order in which they were taken.
 pub struct Leaves<'a> {
     network: &'a Network,
-    weights: Weights<'a>,
+    view: View<'a>,
     wants_grad: bool,
     taken: Vec<Leaf>,
 }
@@ -75,7 +77,7 @@ pub struct Leaves<'a> {
 /// A parameter, or several that lie side by side, in a graph.
 pub struct Leaf {
     pub tensor: Tensor,
-    /// In the flat buffer.
+    /// In the flat buffer of what is trained.
     pub range: Range<usize>,
 }
 
@@ -91,45 +93,81 @@ pub struct Frame {
 }
 
 impl<'a> Leaves<'a> {
-    pub fn new(network: &'a Network, weights: Weights<'a>, wants_grad: bool) -> Self {
-        Self { network, weights, wants_grad, taken: Vec::new() }
+    pub fn new(network: &'a Network, view: View<'a>, wants_grad: bool) -> Self {
+        Self { network, view, wants_grad, taken: Vec::new() }
     }
 
     pub fn into_taken(self) -> Vec<Leaf> {
         self.taken
     }
 
-    fn take(&mut self, numbers: Tensor, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
+    pub(crate) fn network(&self) -> &'a Network {
+        self.network
+    }
+
+    pub(crate) fn view(&self) -> View<'a> {
+        self.view
+    }
+
+    /// Numbers that are trained.
+    pub(crate) fn leaf(&mut self, numbers: Tensor, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
         let tensor = numbers.f_view(shape)?;
         let tensor = if self.wants_grad { tensor.set_requires_grad(true) } else { tensor };
         self.taken.push(Leaf { tensor: tensor.shallow_clone(), range: range.clone() });
         Ok(tensor)
     }
 
-    fn matrix(&mut self, range: &Range<usize>, outputs: usize, inputs: usize) -> Result<Tensor> {
-        self.take(self.weights.products.of(range)?, range, &[outputs as i64, inputs as i64])
+    /// A range of the model, of which `stored` has the numbers.
+    fn take(
+        &mut self,
+        range: &Range<usize>,
+        shape: &[i64],
+        stored: impl Fn(Weights<'a>) -> Stored<'a>,
+    ) -> Result<Tensor> {
+        let (weights, at) = self.view.find(range);
+        let numbers = stored(weights).of(&at)?;
+        match self.view.place(range) {
+            Some(place) => self.leaf(numbers, &place, shape),
+            None => Ok(numbers.f_view(shape)?),
+        }
+    }
+
+    fn matrix(&mut self, linear: &Linear) -> Result<Matrix> {
+        let shape = [linear.outputs as i64, linear.inputs as i64];
+        match (self.view.place(&linear.weight), self.view.beside) {
+            (None, Some(beside)) => beside.base.matrix(&linear.weight, &shape),
+            _ => Ok(Matrix::Wide(self.take(&linear.weight, &shape, |weights| weights.products)?)),
+        }
     }
 
     /// A bias of products.
     fn bias(&mut self, range: Option<&Range<usize>>) -> Result<Option<Tensor>> {
-        range
-            .map(|range| self.take(self.weights.products.of(range)?, range, &[range.len() as i64]))
-            .transpose()
+        range.map(|range| self.take(range, &[range.len() as i64], |weights| weights.products)).transpose()
     }
 
     /// Of a norm or a table of the residual stream.
     fn residual(&mut self, range: &Range<usize>, shape: &[i64]) -> Result<Tensor> {
-        let numbers = match self.network.numbers.residual == Kind::Float {
-            true => self.weights.exact.of(range)?,
-            false => self.weights.products.of(range)?,
-        };
-        self.take(numbers, range, shape)
+        let network = self.network;
+        self.take(range, shape, |weights| network.residual_of(weights))
     }
 
-    fn linear(&mut self, x: &Tensor, linear: &Linear) -> Result<Tensor> {
-        let weight = self.matrix(&linear.weight, linear.outputs, linear.inputs)?;
+    pub(crate) fn linear(&mut self, x: &Tensor, linear: &Linear) -> Result<Tensor> {
+        let weight = self.matrix(linear)?;
         let bias = self.bias(linear.bias.as_ref())?;
-        Ok(x.f_linear(&weight, bias.as_ref())?)
+        let Some(added) = self.added(linear, &weight)? else { return weight.product(x, bias.as_ref()) };
+        // Of a product that is multiplied with factors the bias is none.
+        let (now, later) = if added.changes.is_some() { (None, bias) } else { (bias, None) };
+        let own = weight.product(x, now.as_ref())?;
+        let sum = own.f_add(&self.addition(&added, x, &weight, Some(&own))?)?;
+        match later {
+            Some(bias) => Ok(sum.f_add(&bias)?),
+            None => Ok(sum),
+        }
+    }
+
+    /// Of a product that is computed elsewhere.
+    pub(crate) fn matrix_and_bias(&mut self, linear: &Linear) -> Result<(Matrix, Option<Tensor>)> {
+        Ok((self.matrix(linear)?, self.bias(linear.bias.as_ref())?))
     }
 
     fn norm(&mut self, x: &Tensor, affine: &Affine) -> Result<Tensor> {
@@ -150,6 +188,11 @@ impl<'a> Leaves<'a> {
 impl Network {
     fn kind(&self) -> Kind {
         self.numbers.products
+    }
+
+    /// Where the numbers of the residual stream and of norms are.
+    pub(crate) fn residual_of<'a>(&self, weights: Weights<'a>) -> Stored<'a> {
+        if self.numbers.residual == Kind::Float { weights.exact } else { weights.products }
     }
 
     /// What the blocks need for sequences of `len` tokens.
@@ -208,6 +251,12 @@ impl Network {
         let (d, l) = (&self.decoder, &self.wiring);
         let table = leaves.residual(&l.embedding, &[d.vocab_size as i64, d.embedding_size as i64])?;
         let mut x = Tensor::f_embedding(&table, ids, -1, false, false)?;
+        if let Some(rows) = leaves.added_rows(ids)? {
+            x = x.f_add(&rows)?;
+        }
+        if let Some(moving) = leaves.view().moving {
+            x = neftune::moved(&x, &moving)?;
+        }
         if let Some(project) = &l.project_in {
             x = leaves.linear(&x.f_to_kind(self.kind())?, project)?.f_to_kind(self.numbers.residual)?;
         }

@@ -32,8 +32,16 @@ pub fn norm(numbers: &Tensor, ranges: impl Iterator<Item = Range<usize>>) -> Res
 pub struct Optimizer {
     pub moment1: Tensor,
     pub moment2: Tensor,
-    /// Runs of the flat buffer that decay, and those that do not: start and length.
-    runs: [Vec<(i64, i64)>; 2],
+    groups: Vec<Group>,
+}
+
+/// Parameters with the same constants.
+struct Group {
+    decays: bool,
+    /// What the learning rate is multiplied with.
+    rate: f64,
+    /// Of the flat buffer: start and length.
+    runs: Vec<(i64, i64)>,
 }
 
 impl Optimizer {
@@ -44,12 +52,20 @@ impl Optimizer {
         options: (Kind, Device),
     ) -> Result<Optimizer> {
         let zeros = || Tensor::f_zeros([len as i64], options);
-        let (decaying, others): (Vec<_>, Vec<_>) = parameters.partition(|(p, _)| p.role.decays());
-        let runs = [decaying, others].map(|list| {
-            let runs = merged(list.into_iter().map(|(_, range)| range));
-            runs.into_iter().map(|run| (run.start as i64, run.len() as i64)).collect()
-        });
-        Ok(Optimizer { moment1: zeros()?, moment2: zeros()?, runs })
+        let mut of_group: Vec<(bool, f64, Vec<Range<usize>>)> = Vec::new();
+        for (p, range) in parameters {
+            let (decays, rate) = (p.role.decays(), p.rate);
+            match of_group.iter_mut().find(|group| (group.0, group.1) == (decays, rate)) {
+                Some((_, _, ranges)) => ranges.push(range),
+                None => of_group.push((decays, rate, vec![range])),
+            }
+        }
+        let group = |(decays, rate, ranges): (bool, f64, Vec<Range<usize>>)| {
+            let runs = merged(ranges.into_iter());
+            Group { decays, rate, runs: runs.into_iter().map(|r| (r.start as i64, r.len() as i64)).collect() }
+        };
+        let groups = of_group.into_iter().map(group).collect();
+        Ok(Optimizer { moment1: zeros()?, moment2: zeros()?, groups })
     }
 
     /// One step over `master`, each number computed in fp32 and rounded once to the type in which it is kept. Where the norm of the gradients is
@@ -64,14 +80,13 @@ impl Optimizer {
         };
         let divisor = divisor.f_mul_scalar(*scale)?;
         let skip = norm.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
-        for (group, decay) in self.runs.iter().zip([weight_decay, 0.0]).filter(|(group, _)| !group.is_empty())
-        {
+        for Group { decays, rate, runs } in &self.groups {
             let views = |flat: &Tensor| -> Result<Vec<Tensor>> {
-                group.iter().map(|(start, len)| Ok(flat.f_narrow(0, *start, *len)?)).collect()
+                runs.iter().map(|(start, len)| Ok(flat.f_narrow(0, *start, *len)?)).collect()
             };
             // The kernel takes the step from a tensor each; one serves all.
             let count = Tensor::f_full([1], update.step as f64, (Kind::Float, norm.device()))?;
-            let steps: Vec<Tensor> = group.iter().map(|_| count.shallow_clone()).collect();
+            let steps: Vec<Tensor> = runs.iter().map(|_| count.shallow_clone()).collect();
             let tensors = AdamWTensors {
                 params: &views(master)?,
                 grads: &views(grads)?,
@@ -81,7 +96,8 @@ impl Optimizer {
                 divisor: &divisor,
                 skip: &skip,
             };
-            shim::adamw(&tensors, AdamWNumbers { lr: update.lr, beta1, beta2, decay, eps })?;
+            let decay = if *decays { weight_decay } else { 0.0 };
+            shim::adamw(&tensors, AdamWNumbers { lr: update.lr * rate, beta1, beta2, decay, eps })?;
         }
         Ok(())
     }

@@ -97,7 +97,7 @@ fn a_step_takes_what_was_estimated() {
         let found = found.unwrap_or_else(|| panic!("{said}"));
         let decoder = Model::new(case.config.as_object().unwrap()).unwrap().decoder;
         let tokens = case.sequences * case.seq;
-        let estimated = held_bytes(&decoder, case.numbers, tokens, case.again) as f64;
+        let estimated = held_bytes(&decoder, None, case.numbers, tokens, case.again) as f64;
         let ratio = estimated / found.parse::<f64>().unwrap();
         println!("case {number}: {ratio:.2} of {found}");
         // What glibc keeps of what was freed before counts as there already: then a step seems to take less.

@@ -67,7 +67,7 @@ impl<E: HostNumber> Frozen<E> {
         let packed = quantization.map(|quantization| {
             let parameters: Vec<&Parameter> = packed_parameters(&dir.layout, trained).collect();
             Packed::read(&parameters, quantization, gang, &mut |p, out| {
-                read(dir, p.range.start, out, threads)
+                read_numbers(dir, p.range.start, out, threads)
             })
         });
         let packed = packed.transpose();
@@ -85,7 +85,7 @@ impl<E: HostNumber> Frozen<E> {
             let part = part_on_host(range, gang);
             let start = place + part.start - range.start;
             let numbers = self.exact_numbers.part_mut(start..start + part.len());
-            read(dir, part.start, numbers, threads)?;
+            read_numbers(dir, part.start, numbers, threads)?;
         }
         let mut wide = Vec::new();
         for (range, place) in self.narrow.iter() {
@@ -95,7 +95,7 @@ impl<E: HostNumber> Frozen<E> {
                 if wide.len() < len {
                     wide = zeros(len, Part::Weights)?;
                 }
-                read(dir, first, &mut wide[..len], threads)?;
+                read_numbers(dir, first, &mut wide[..len], threads)?;
                 let start = place + first - range.start;
                 kernels::convert(&wide[..len], self.narrow_numbers.part_mut(start..start + len));
             }
@@ -119,8 +119,11 @@ pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept, quantization: Optio
     exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + packed
 }
 
-/// Those of which nothing is trained.
-fn packed_parameters<'a>(layout: &'a Layout, trained: &'a Trained) -> impl Iterator<Item = &'a Parameter> {
+/// What is kept in few bits where anything is: matrices of which nothing is trained.
+pub fn packed_parameters<'a>(
+    layout: &'a Layout,
+    trained: &'a Trained,
+) -> impl Iterator<Item = &'a Parameter> {
     layout.parameters.iter().filter(|p| is_packed(p, layout) && trained.place(&p.range).is_none())
 }
 
@@ -139,8 +142,8 @@ fn places(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Q
     }
 }
 
-/// Numbers of the flat buffer from `first` on, which have to be numbers.
-fn read(dir: &ModelDir, first: usize, out: &mut [f32], threads: usize) -> Result<()> {
+/// Numbers of the flat buffer of a model that is not trained from `first` on, read by so many threads. All have to be finite.
+pub fn read_numbers(dir: &ModelDir, first: usize, out: &mut [f32], threads: usize) -> Result<()> {
     let range = first..first + out.len();
     let mut reading = Reading::default();
     for (p, first, numbers) in by_parameter(&dir.layout, &range, out) {

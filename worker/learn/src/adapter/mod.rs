@@ -16,8 +16,8 @@ pub use combine::{Combination, Combined, combine};
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
 pub(crate) use files::plain as plain_name;
-pub use frozen::{Frozen, Kept, bytes as frozen_bytes};
-pub use packed::Packed;
+pub use frozen::{Frozen, Kept, bytes as frozen_bytes, packed_parameters, read_numbers};
+pub use packed::{Packed, packed_bytes};
 pub use trained::{AddedPart, AddedProduct, AddedTable, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};

@@ -9,7 +9,7 @@ use fleet_collectives::SharedHost;
 use fleet_common::job::Quantization;
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels::Element;
-use fleet_kernels::quant::{Quantised, dequantise};
+use fleet_kernels::quant::{Codes, Quantised, dequantise};
 use std::ops::Range;
 
 /// Which parameters are in few bits: the matrices of blocks.
@@ -113,6 +113,11 @@ impl Packed {
             form.quantise(wide, matrix.shape[1], to);
         }
         Ok(packed)
+    }
+
+    /// All matrices: where each is in the model's flat buffer, its rows and columns, and what it is kept as.
+    pub fn matrices(&self) -> impl Iterator<Item = (&Range<usize>, [usize; 2], Codes<'_>)> {
+        self.matrices.iter().map(|matrix| (&matrix.range, matrix.shape, self.quantised(matrix).codes()))
     }
 
     /// Whether a product's weight is here.

@@ -186,6 +186,11 @@ impl Trained {
         Some(&self.added[at])
     }
 
+    /// What is added to products, in the order of their weights.
+    pub fn products(&self) -> impl Iterator<Item = &AddedProduct> {
+        self.added.iter()
+    }
+
     /// What is added to the embedding's rows, if anything is.
     pub fn embedding(&self) -> Option<&AddedTable> {
         self.embedding.as_ref()

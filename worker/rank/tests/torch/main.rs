@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
+mod adapters;
 #[path = "../batches/mod.rs"]
 mod batches;
 #[path = "../gang/mod.rs"]

@@ -7,6 +7,7 @@ pub mod cuda;
 mod emulated;
 pub mod fused;
 pub mod nccl;
+pub mod widened;
 
 use crate::{Error, Result, first_line};
 use fleet_collectives::PerRank;
