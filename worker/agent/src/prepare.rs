@@ -91,7 +91,7 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
             }
         }
         // What cannot be run is told before the data are tokenised.
-        ModelDir::open(dir).map_err(failed)?;
+        ModelDir::of_job(dir, &job).map_err(failed)?;
     }
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {

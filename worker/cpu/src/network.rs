@@ -334,6 +334,9 @@ impl<'a, E: Storage> Pass<'a, E> {
         if let Some(compact) = self.weights.compact(w).filter(|_| t == 1) {
             return self.products.single(x, compact, out, (i, o));
         }
+        if let Some(packed) = self.weights.packed(w).filter(|_| t == 1 || w.len() > self.products.widened) {
+            return self.packed_times(packed, x, w, out, (t, i, o));
+        }
         let mut wide = std::mem::take(&mut self.low.wide);
         let weight = self.weight(w, &mut wide);
         self.products.forward(x, weight, out, (t, i, o));
@@ -347,7 +350,10 @@ impl<'a, E: Storage> Pass<'a, E> {
     {
         let Some(packed) = self.weights.packed(weight) else { return self.weights.of(weight) };
         if wide.of != *weight {
-            packed.widen(weight, grown(&mut wide.numbers, weight.len()), self.workers());
+            let plain = |range: &Range<usize>| self.weights.of(range);
+            let outputs = packed.outputs(weight);
+            let to = grown(&mut wide.numbers, weight.len());
+            packed.widen((weight, &outputs), plain, to, self.workers());
             wide.of = weight.clone();
         }
         &wide.numbers[..weight.len()]

@@ -87,9 +87,9 @@ impl Need {
         if let Some(adapter) = &model.adapter {
             let frozen = frozen_bytes(
                 &model.layout(),
-                &adapter.trained,
+                adapter.trained.whole(),
                 Kept::of(setting.precision),
-                adapter.quantization,
+                &adapter.few_bits,
             );
             kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
         }

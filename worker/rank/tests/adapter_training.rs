@@ -12,10 +12,10 @@ use fleet_common::job::{self, Job, Precision};
 use fleet_common::model::{Parameter, Role};
 use fleet_cpu::{CpuExecutor, Network, workers};
 use fleet_kernels::quant::{
-    Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Scales,
+    Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Rounds, Scales,
     dequantise, double_quantise, dynamic_map, quantise_four_bit, quantise_hqq, quantise_int8,
 };
-use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
+use fleet_learn::adapter::{AdapterFile, FewBits, Frozen, Kept};
 use fleet_learn::model::Model;
 use fleet_learn::testing::Whole;
 use fleet_learn::{AdamW, Executor, Learner, TokenBatch, Update, Votes};
@@ -136,7 +136,8 @@ fn gradients_are_those_of_peft() {
         for (threads, again) in [(1, 0), (2, 2)] {
             let mut solo = Solo::new(0);
             let dir = ModelDir::open(&base).unwrap();
-            let frozen = Frozen::read(&dir, &trained, (Kept::Fp32, None), &mut solo, 1).unwrap();
+            let frozen =
+                Frozen::read(&dir, trained.whole(), (Kept::Fp32, &FewBits::default()), &mut solo, 1).unwrap();
             let network = Network::new(model.decoder.clone(), model.wiring(), 64);
             let mut executor = CpuExecutor::<f32>::new(network, workers(threads).unwrap())
                 .computing_again(again)
@@ -239,9 +240,8 @@ fn magnitudes_have_the_gradients_that_losses_show_with_dropout() {
         }
         let batch = batches(&expected).remove(0);
         let batch = TokenBatch { noise: Some((0..16).collect()), ..batch };
-        let mut solo = Solo::new(0);
-        let frozen =
-            Frozen::read(&ModelDir::open(&base).unwrap(), &trained, (Kept::Fp32, None), &mut solo, 1);
+        let (mut solo, dir) = (Solo::new(0), ModelDir::open(&base).unwrap());
+        let frozen = Frozen::read(&dir, trained.whole(), (Kept::Fp32, &FewBits::default()), &mut solo, 1);
         let mut executor = CpuExecutor::<f32>::new(
             Network::new(model.decoder.clone(), model.wiring(), 64),
             workers(2).unwrap(),
@@ -351,6 +351,7 @@ fn stand_for(word: &str, numbers: &mut [f32], [rows, cols]: [usize; 2]) {
     let codes = match word {
         "int8" => {
             scales.resize(rows, 0.0);
+            Rounds::F16.all(numbers);
             quantise_int8(numbers, cols, &mut signed, &mut scales);
             Codes::Int8(Int8 { codes: &signed, scales: &scales })
         }
