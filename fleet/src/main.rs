@@ -63,6 +63,8 @@ enum Command {
     Login(commands::login::Args),
     #[command(subcommand)]
     Adapter(commands::adapter::Command),
+    #[command(alias = "quantize")]
+    Quantise(commands::quantise::Args),
     Generate(commands::generate::Args),
     Serve(commands::serve::Args),
     Logits(commands::logits::Args),
@@ -104,6 +106,7 @@ fn main() -> ExitCode {
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),
         Command::Adapter(command) => commands::adapter::run(command),
+        Command::Quantise(args) => commands::quantise::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Serve(args) => commands::serve::run(args),
         Command::Logits(args) => commands::logits::run(args),

@@ -85,6 +85,18 @@ impl Quantization {
     }
 }
 
+impl std::str::FromStr for Quantization {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Quantization, String> {
+        let found = Quantization::ALL.into_iter().find(|(name, _)| *name == word);
+        found.map(|(_, kind)| kind).ok_or_else(|| {
+            let all = Quantization::ALL.map(|(name, _)| name).join(", ");
+            format!("{word:?} is none of {all}")
+        })
+    }
+}
+
 /// Modules of a model by their names in its files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -2,11 +2,13 @@
 //! lie, and [`families`] alone knows how each kind of model spells it.
 
 pub mod families;
+mod few_bits;
 mod layout;
 mod rotary;
 mod settings;
 
 pub use families::{Family, Splits};
+pub use few_bits::{Packer, QUANTIZATION_CONFIG};
 pub use layout::{Affine, Block, Fresh, Layout, Linear, Parameter, Role, Stored, Wiring};
 pub use rotary::{Rotary, Scaling};
 pub use settings::{Object, Settings, parse_object};

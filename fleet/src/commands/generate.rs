@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::programs;
+use fleet_common::job::Quantization;
 use std::path::PathBuf;
 
 /// Generate text from a checkpoint or any Hugging Face directory of a family that fleet knows
@@ -44,6 +45,9 @@ pub struct Args {
     top_p: Option<f64>,
     #[arg(long)]
     seed: Option<u64>,
+    /// Keep the matrices of its blocks in few bits: nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2 or hqq1
+    #[arg(long, value_name = "KIND")]
+    quantization: Option<Quantization>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -55,6 +59,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--model", Some(args.model.into())),
         ("--prompts", args.file.map(Into::into)),
         ("--system", args.system.map(Into::into)),
+        ("--quantization", args.quantization.map(|kind| kind.name().into())),
         ("--chat-template", args.chat_template.map(Into::into)),
         ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
         ("--temperature", args.temperature.map(|x| x.to_string().into())),

@@ -19,6 +19,7 @@ pub mod members;
 pub mod nodes;
 pub mod plan;
 pub mod profiles;
+pub mod quantise;
 pub mod retention;
 pub mod revoke;
 pub mod runs;

@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::programs;
+use fleet_common::job::Quantization;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -21,6 +22,9 @@ pub struct Args {
     /// A chat template by its name, of the model or built in, such as chatml, or a .jinja file
     #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
+    /// Keep the matrices of its blocks in few bits: nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2 or hqq1
+    #[arg(long, value_name = "KIND")]
+    quantization: Option<Quantization>,
     /// Address to listen on, by default 127.0.0.1. There is no key: on another one whoever reaches it can use the model
     #[arg(long, value_name = "IP")]
     host: Option<IpAddr>,
@@ -34,6 +38,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
     let mut options = vec![
         ("--model", Some(args.model.into())),
         ("--name", args.name.map(Into::into)),
+        ("--quantization", args.quantization.map(|kind| kind.name().into())),
         ("--chat-template", args.chat_template.map(Into::into)),
         ("--host", args.host.map(|host| host.to_string().into())),
         ("--port", args.port.map(|port| port.to_string().into())),

@@ -1,6 +1,7 @@
 //! Half-quadratic quantisation as the package `hqq` has it: a scale and a zero for each group, zeros fitted so that few large errors remain
 //! rather than many small ones.
 
+use super::Rounds;
 use super::double::{cascade_mean, mean};
 use crate::Element;
 
@@ -131,14 +132,16 @@ impl Hqq<'_> {
         assert_eq!(self.codes.len(), self.groups.bytes(numbers), "codes of {numbers} numbers");
     }
 
-    pub(super) fn number(&self, at: usize) -> f32 {
+    pub(super) fn number(&self, at: usize, rounds: Option<Rounds>) -> f32 {
         let mut number = [0.0];
-        self.decode(at, &mut number);
+        self.decode(at, rounds, &mut number);
         number[0]
     }
 
+    /// The difference is rounded; the product is left to be.
     #[inline(always)]
-    pub(super) fn decode(&self, at: usize, to: &mut [f32]) {
+    pub(super) fn decode(&self, at: usize, rounds: Option<Rounds>, to: &mut [f32]) {
+        let less = |code: f32, zero: f32| rounds.map_or(code - zero, |rounds| rounds.one(code - zero));
         let HqqGroups { bits, axis, size } = self.groups;
         let line_len = if axis == HqqAxis::One { size } else { self.scales.len() };
         let (per_cell, bytes) = bits.cell();
@@ -152,11 +155,11 @@ impl Hqq<'_> {
             match axis {
                 HqqAxis::One => {
                     let (scale, zero) = (self.scales[line], self.zeros[line]);
-                    piece.iter_mut().for_each(|v| *v = (*v - zero) * scale);
+                    piece.iter_mut().for_each(|v| *v = less(*v, zero) * scale);
                 }
                 HqqAxis::Zero => {
                     let groups = self.scales[col..].iter().zip(&self.zeros[col..]);
-                    piece.iter_mut().zip(groups).for_each(|(v, (scale, zero))| *v = (*v - zero) * scale);
+                    piece.iter_mut().zip(groups).for_each(|(v, (scale, zero))| *v = less(*v, *zero) * scale);
                 }
             }
             (to, line, row, col) = (rest, line + 1, row + 1, 0);

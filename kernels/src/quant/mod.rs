@@ -7,7 +7,7 @@
 //! | [`Int8`] | a signed byte | one for each row |
 //! | [`Hqq`] | 1, 2, 3, 4 or 8 bits | a scale and a zero for each group |
 //!
-//! A code stands for an f32, and products are computed with that f32: `gemm(x, w.t(), ...)` is `y = x W^T`, `gemm(dy, w, ...)` is
+//! A code stands for an f32, or for a number of a narrower type ([`Rounds`]), and products are computed with that: `gemm(x, w.t(), ...)` is `y = x W^T`, `gemm(dy, w, ...)` is
 //! `dx = dy W`, and [`Sheet::pack`](crate::Sheet::pack) takes either side, too.
 
 mod double;
@@ -15,11 +15,13 @@ mod four_bit;
 mod hqq;
 mod int8;
 mod panels;
+mod rounds;
 
 pub use double::{Double, NESTED_BLOCK, Scales, double_quantise, dynamic_map};
 pub use four_bit::{FourBit, FourBitMap, quantise_four_bit};
 pub use hqq::{Hqq, HqqAxis, HqqBits, HqqGroups, quantise_hqq};
 pub use int8::{INT8_STEP, Int8, quantise_int8};
+pub use rounds::Rounds;
 
 use crate::Element;
 use crate::element::{load, store};
@@ -35,6 +37,7 @@ pub struct Quantised<'a> {
     rows: usize,
     cols: usize,
     transposed: bool,
+    rounds: Option<Rounds>,
 }
 
 /// What a [`Quantised`] matrix is made of.
@@ -56,12 +59,22 @@ impl<'a> Quantised<'a> {
             Codes::Int8(int8) => int8.check(rows, cols),
             Codes::Hqq(hqq) => hqq.check(rows * cols),
         }
-        Quantised { codes, start: 0, rows, cols, transposed: false }
+        Quantised { codes, start: 0, rows, cols, transposed: false, rounds: None }
+    }
+
+    /// A code stands for a number of this type: what is computed with it is rounded to that, as whoever packed the matrix computes.
+    pub fn rounded(self, rounds: Option<Rounds>) -> Quantised<'a> {
+        Quantised { rounds, ..self }
     }
 
     /// What it is made of, for who widens it elsewhere.
     pub fn codes(&self) -> Codes<'a> {
         self.codes
+    }
+
+    /// Of which type the numbers are that its codes stand for, where that is not f32.
+    pub fn rounds(&self) -> Option<Rounds> {
+        self.rounds
     }
 
     /// The transpose of the same memory.
@@ -79,11 +92,20 @@ impl<'a> Quantised<'a> {
     pub fn number(&self, row: usize, col: usize) -> f32 {
         assert!(row < self.rows && col < self.cols);
         let at = self.start + row * self.cols + col;
-        match &self.codes {
+        let number = match &self.codes {
             Codes::FourBit(four) => four.number(at),
             Codes::Int8(int8) => int8.number(at, self.cols),
-            Codes::Hqq(hqq) => hqq.number(at),
-        }
+            Codes::Hqq(hqq) => hqq.number(at, self.rounds),
+        };
+        self.rounds.map_or(number, |rounds| rounds.one(number))
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
     }
 
     /// The numbers of the flat matrix from the `at`th on.
@@ -93,7 +115,10 @@ impl<'a> Quantised<'a> {
         match &self.codes {
             Codes::FourBit(four) => four.decode::<V>(at, to),
             Codes::Int8(int8) => int8.decode(at, self.cols, to),
-            Codes::Hqq(hqq) => hqq.decode(at, to),
+            Codes::Hqq(hqq) => hqq.decode(at, self.rounds, to),
+        }
+        if let Some(rounds) = self.rounds {
+            rounds.all(to);
         }
     }
 }

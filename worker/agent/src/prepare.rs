@@ -84,7 +84,7 @@ pub fn prepare(job: &Job, place: Place, progress: &dyn Fn(Level, String)) -> Res
     }
     if let (None, Model::Pretrained(dir)) = (&resume, &job.model) {
         // What cannot be run is told before the data are tokenised.
-        can_begin(dir).map_err(failed)?;
+        can_begin(dir, &job).map_err(failed)?;
     }
     let files = DataFiles::find(&job, &tell).map_err(no_data)?;
     let claim = Claim {

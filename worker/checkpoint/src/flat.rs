@@ -2,11 +2,14 @@
 //! names the tensor.
 
 use crate::reading::{Reading, read_numbers, size_of_one, widen};
-use crate::{CONFIG_FILE, CheckpointError, Dtype, Tensor, Tensors};
+use crate::{CONFIG_FILE, CheckpointError, Dtype, QuantisedWeight, Tensor, Tensors};
 use fleet_common::files::stand_in;
-use fleet_common::model::{Decoder, Family, Layout, Object, Parameter, Stored, Wiring};
+use fleet_common::job::Job;
+use fleet_common::model::{
+    Decoder, Family, Layout, Object, Packer, Parameter, QUANTIZATION_CONFIG, Role, Stored, Wiring,
+};
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Tensors that are named in a refusal; the rest is counted.
@@ -21,6 +24,8 @@ pub struct ModelDir {
     pub layout: Layout,
     pub family: &'static Family,
     tensors: Tensors,
+    /// What the files have in few bits, by where it begins in the flat buffer.
+    quantised: BTreeMap<usize, QuantisedWeight>,
 }
 
 impl ModelDir {
@@ -50,7 +55,10 @@ impl ModelDir {
         }
         let config = fleet_common::model::parse_object(&bytes)
             .map_err(|e| refuse(&file, format!("is not a JSON object ({e})")))?;
-        let (family, mut decoder) = Family::of_config(&config).map_err(|what| refuse(&file, what))?;
+        let packer = Packer::of_config(&config).map_err(|what| refuse(&file, what))?;
+        let mut described = config.clone();
+        described.remove(QUANTIZATION_CONFIG);
+        let (family, mut decoder) = Family::of_config(&described).map_err(|what| refuse(&file, what))?;
         let tensors = Tensors::of_model(path)?;
         let mut model = ModelDir {
             path: path.to_owned(),
@@ -59,6 +67,7 @@ impl ModelDir {
             decoder: decoder.clone(),
             tensors,
             family,
+            quantised: BTreeMap::new(),
         };
         if decoder.tied
             && let (Some(a), Some(b)) = (model.get(&model.embedding()), model.get(&model.head()))
@@ -68,8 +77,73 @@ impl ModelDir {
             model.layout = Wiring::new(&decoder, family).layout;
             model.decoder = decoder;
         }
+        if packer.is_some() {
+            model.quantised = model.find_quantised()?;
+            if model.quantised.is_empty() {
+                let what = format!(
+                    "{QUANTIZATION_CONFIG} says that the weights are quantised, and none of them is; take the key out of the file"
+                );
+                return Err(refuse(&file, what));
+            }
+        }
         model.check()?;
         Ok(model)
+    }
+
+    /// That of a job in `path`. Refused where the job asks for what weights in few bits do not allow.
+    pub fn of_job(path: &Path, job: &Job) -> Result<ModelDir, CheckpointError> {
+        let model = ModelDir::open(path)?;
+        let what = match (model.is_quantised(), &job.adapter, job.quantization) {
+            (true, None, _) => {
+                "its weights are quantised, and training them needs more bits than they have: a step of the optimizer is smaller than the distance from one code to the next; train an                  adapter beside them (give the job an `[adapter]`), or take the model as it was before"
+            }
+            (true, _, Some(_)) => {
+                "its weights are quantised already, and are taken as they are; leave `quantization` out of the job, or take the model as it was before"
+            }
+            _ => return Ok(model),
+        };
+        Err(CheckpointError::Model { path: path.to_owned(), what: what.into() })
+    }
+
+    fn find_quantised(&self) -> Result<BTreeMap<usize, QuantisedWeight>, CheckpointError> {
+        let mut found = BTreeMap::new();
+        for p in self.layout.parameters.iter().filter(|p| p.role == Role::Weight) {
+            let names = [Some(p.name.as_str()), p.name.strip_prefix(self.family.prefix)];
+            for name in names.into_iter().flatten() {
+                if let Some(weight) = QuantisedWeight::find(&self.tensors, name)? {
+                    found.insert(p.range.start, weight);
+                    break;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether the files have any weight in few bits.
+    pub fn is_quantised(&self) -> bool {
+        !self.quantised.is_empty()
+    }
+
+    /// How the files have a parameter in few bits, if they do. Its rows are ordered as they are in files, and a row has what goes into one output,
+    /// also where files of this family else have such matrices transposed.
+    pub fn quantised(&self, p: &Parameter) -> Option<&QuantisedWeight> {
+        self.quantised.get(&p.range.start)
+    }
+
+    /// One of the tensors that stand for a weight in few bits.
+    ///
+    /// # Panics
+    /// If it is not there: all of them were when the directory was opened.
+    pub fn part(&self, name: &str) -> Tensor<'_> {
+        self.tensors.get(name).expect("it was found when the directory was opened")
+    }
+
+    /// The type in which the files have a parameter, or in which what stands for it is meant.
+    pub fn dtype(&self, p: &Parameter) -> Option<Dtype> {
+        match self.quantised(p) {
+            Some(weight) => weight.dtype(),
+            None => self.find(p).map(|tensor| tensor.dtype),
+        }
     }
 
     /// What each part of the decoder reads of the flat buffer.
@@ -100,7 +174,7 @@ impl ModelDir {
     }
 
     /// The tensors that have the parameter's numbers: of a tied pair some writers keep both.
-    pub(crate) fn tensors_of(&self, p: &Parameter) -> impl Iterator<Item = Tensor<'_>> {
+    pub fn tensors_of(&self, p: &Parameter) -> impl Iterator<Item = Tensor<'_>> {
         let is_tied = self.decoder.tied && p.name == self.embedding();
         [self.get(&p.name), is_tied.then(|| self.get(&self.head())).flatten()].into_iter().flatten()
     }
@@ -124,6 +198,17 @@ impl ModelDir {
     fn check(&self) -> Result<(), CheckpointError> {
         let (mut wrong, mut missing) = (Vec::new(), Vec::new());
         for p in &self.layout.parameters {
+            if let Some(weight) = self.quantised(p) {
+                if p.shape != [weight.rows, weight.cols] {
+                    let is = [weight.rows, weight.cols];
+                    wrong.push(format!(
+                        "{} stands for {is:?}, config.json asks for {:?}",
+                        weight.codes(),
+                        p.shape
+                    ));
+                }
+                continue;
+            }
             let wanted = stored_shape(p);
             match self.find(p) {
                 None if p.name == self.head() => wrong.push(format!(
@@ -173,12 +258,14 @@ impl ModelDir {
         let before_number = self.family.names.layer.split("{}").next().unwrap_or_default();
         let head = self.head();
         let of_head = format!("{}.", self.family.names.head);
+        let parts: BTreeSet<String> =
+            self.quantised.values().flat_map(QuantisedWeight::parts).map(|part| part.name).collect();
         self.tensors.names().filter(move |name| {
             let whole = match name.starts_with(self.family.prefix) || name.starts_with(&of_head) {
                 true => (*name).to_owned(),
                 false => format!("{}{name}", self.family.prefix),
             };
-            if known.contains(whole.as_str()) || whole == head {
+            if known.contains(whole.as_str()) || whole == head || parts.contains(*name) {
                 return false;
             }
             let number = whole
@@ -199,6 +286,11 @@ impl ModelDir {
         out: &'a mut [f32],
         reading: &mut Reading<'a>,
     ) {
+        if self.quantised(p).is_some() {
+            let what =
+                format!("{} is quantised, and cannot be trained itself; train an adapter beside it", p.name);
+            return reading.job(move || Err(CheckpointError::Model { path: self.path.clone(), what }));
+        }
         read_part(p, self.find(p).expect("it was found when the directory was opened"), first, out, reading);
     }
 

@@ -65,10 +65,12 @@ pub use names::{
     TOKENIZER_FILE, model_file, optimizer_file, writers,
 };
 pub use part::{PartWriter, TensorRef};
-pub use quantised::{FourBitForm, FourBitKind, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight};
+pub use quantised::{
+    FourBitForm, FourBitKind, HqqForm, NestedScales, QuantisedForm, QuantisedPart, QuantisedWeight,
+};
 pub use reading::{Reading, read_numbers};
 pub use resume::{can_begin, continued, take_what_is_gone};
-pub use rewrite::{new_directory, rewrite};
+pub use rewrite::{NewTensor, new_directory, remake, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
 pub use search::{Search, latest};

@@ -40,14 +40,14 @@ pub fn continued(job: &Job, progress: &dyn Fn(Level, String)) -> Result<Option<P
 
 /// Refuses a model from which no run can begin. A checkpoint is one whole, also where only its weights are wanted; of several disks, what one of
 /// them has.
-pub fn can_begin(model: &Path) -> Result<(), CheckpointError> {
+pub fn can_begin(model: &Path, job: &Job) -> Result<(), CheckpointError> {
     if model.join(MANIFEST_FILE).exists() {
         match verify(model) {
             Ok(_) | Err(CheckpointError::Partial { .. }) => {}
             Err(error) => return Err(error),
         }
     }
-    ModelDir::open(model).map(drop)
+    ModelDir::of_job(model, job).map(drop)
 }
 
 /// Puts the checkpoint in the place of a `model.path` or `tokenizer.path` that is not there any more. Returns a note for each.

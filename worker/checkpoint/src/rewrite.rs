@@ -1,11 +1,13 @@
 //! A model directory with other numbers in some of its tensors, and everything else as it was.
 
-use crate::flat::{ModelDir, stored};
+use crate::flat::{ModelDir, stored, stored_shape};
 use crate::names::{is_of_model, is_of_optimizer};
 use crate::part::{PartWriter, TensorRef};
 use crate::writer::{TEMPORARY, sync_dir};
-use crate::{CheckpointError, Dtype, MANIFEST_FILE, STATE_FILE};
+use crate::{CONFIG_FILE, CheckpointError, Dtype, MANIFEST_FILE, MODEL_INDEX_FILE, STATE_FILE, Tensor};
+use fleet_common::model::{Object, Parameter, QUANTIZATION_CONFIG};
 use half::{bf16, f16};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -13,75 +15,161 @@ use std::path::Path;
 use zerocopy::IntoBytes;
 
 /// Writes `model` to the new directory `to`: the parameters of `changed` with what `flat` has of them, in the type that they had, the other tensors
-/// and all other files as they are. What is there of a run, its state and manifest, stays behind. Holds one file of weights in memory.
+/// and all other files as they are. What is in few bits is widened, to the type of what codes stand for. What is there of a run, its state and manifest,
+/// stays behind. Holds one file of weights in memory.
 pub fn rewrite(model: &ModelDir, changed: &[usize], flat: &[f32], to: &Path) -> Result<(), CheckpointError> {
-    new_directory(to, |part| write(model, changed, flat, part))
+    let mut places: BTreeMap<String, Option<(String, &Parameter)>> = BTreeMap::new();
+    for (number, p) in model.layout.parameters.iter().enumerate() {
+        if let Some(weight) = model.quantised(p) {
+            places.extend(weight.parts().into_iter().map(|part| (part.name, None)));
+            places.insert(weight.codes(), Some((weight.name.clone(), p)));
+        } else if changed.contains(&number) {
+            places.extend(model.tensors_of(p).map(|t| (t.name.to_owned(), Some((t.name.to_owned(), p)))));
+        }
+    }
+    let config = model.is_quantised().then(|| {
+        let mut config = model.config.clone();
+        config.remove(QUANTIZATION_CONFIG);
+        config
+    });
+    remake(model, config.as_ref(), to, &mut |tensor| {
+        Ok(places.get(tensor.name).map(|place| {
+            let made = place.as_ref().map(|(name, p)| {
+                let dtype = model.dtype(p).unwrap_or_else(|| said_dtype(&model.config));
+                let data = narrowed(dtype, &stored(p, &flat[p.range.clone()]));
+                NewTensor { name: name.clone(), dtype, shape: stored_shape(p), data }
+            });
+            made.into_iter().collect()
+        }))
+    })
+}
+
+/// The type of a model's weights, by its configuration.
+fn said_dtype(config: &Object) -> Dtype {
+    let said = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(*key)?.as_str());
+    match said {
+        Some("bfloat16") => Dtype::BF16,
+        Some("float16") => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+/// A tensor that takes the place of another one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewTensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Little-endian.
+    pub data: Vec<u8>,
+}
+
+/// What comes in the place of a tensor; `None`: it stays as it is.
+pub type Replace<'a, E> = dyn FnMut(&Tensor) -> Result<Option<Vec<NewTensor>>, E> + 'a;
+
+/// Writes `model` to the new directory `to` with other tensors in the place of some, and another `config.json` where one is given. Holds one file of
+/// weights in memory.
+pub fn remake<E: From<CheckpointError>>(
+    model: &ModelDir,
+    config: Option<&Object>,
+    to: &Path,
+    replace: &mut Replace<E>,
+) -> Result<(), E> {
+    new_directory(to, |part| {
+        let mut index = Index::default();
+        for (file, tensors) in model.tensors_by_file() {
+            let mut written = Vec::new();
+            for tensor in &tensors {
+                let same = || -> Result<_, CheckpointError> {
+                    let (name, shape) = (tensor.name.to_owned(), tensor.shape.to_vec());
+                    Ok(NewTensor { name, dtype: tensor.dtype, shape, data: tensor.data()? })
+                };
+                match replace(tensor)? {
+                    None => written.push(same()?),
+                    Some(others) => written.extend(others),
+                }
+            }
+            let refs = written.iter().map(|t| {
+                let NewTensor { name, dtype, shape, data } = t;
+                TensorRef { name, dtype: *dtype, shape, first: 0, data }
+            });
+            part.write_safetensors(&file, &refs.collect::<Vec<_>>())?;
+            index.add(&file, &written);
+        }
+        companions(model, config, index, part)?;
+        Ok(())
+    })
+}
+
+/// Which file has which tensor, as transformers writes it.
+#[derive(Default)]
+struct Index {
+    files: usize,
+    bytes: usize,
+    map: BTreeMap<String, String>,
+}
+
+impl Index {
+    fn add(&mut self, file: &str, tensors: &[NewTensor]) {
+        self.files += 1;
+        self.bytes += tensors.iter().map(|t| t.data.len()).sum::<usize>();
+        self.map.extend(tensors.iter().map(|t| (t.name.clone(), file.to_owned())));
+    }
+
+    fn json(&self) -> Vec<u8> {
+        let json = json!({"metadata": {"total_size": self.bytes}, "weight_map": self.map});
+        format!("{json:#}\n").into_bytes()
+    }
+}
+
+/// All that belongs to a model beside its weights.
+fn companions(
+    model: &ModelDir,
+    config: Option<&Object>,
+    index: Index,
+    part: &mut PartWriter,
+) -> Result<(), CheckpointError> {
+    for entry in fs::read_dir(model.path()).map_err(|e| CheckpointError::read(model.path(), e))? {
+        let entry = entry.map_err(|e| CheckpointError::read(model.path(), e))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| is_companion(name)) else { continue };
+        if !entry.path().is_file() {
+            continue;
+        }
+        let bytes = match (name, config) {
+            (CONFIG_FILE, Some(config)) => format!("{:#}\n", json!(config)).into_bytes(),
+            (MODEL_INDEX_FILE, Some(_)) => index.json(),
+            _ => fs::read(entry.path()).map_err(|e| CheckpointError::read(&entry.path(), e))?,
+        };
+        part.write_bytes(name, &bytes)?;
+    }
+    Ok(())
 }
 
 /// Makes the directory `to`, which is not there, with what `write` puts into it: all of that, or nothing.
-pub fn new_directory(
+pub fn new_directory<E: From<CheckpointError>>(
     to: &Path,
-    write: impl FnOnce(&mut PartWriter) -> Result<(), CheckpointError>,
-) -> Result<(), CheckpointError> {
+    write: impl FnOnce(&mut PartWriter) -> Result<(), E>,
+) -> Result<(), E> {
     let failed = |source| CheckpointError::Copy { path: to.to_owned(), source };
     if fs::symlink_metadata(to).is_ok() {
-        return Err(failed(io::Error::from(io::ErrorKind::AlreadyExists)));
+        return Err(failed(io::Error::from(io::ErrorKind::AlreadyExists)).into());
     }
-    let Some(name) = to.file_name() else { return Err(failed(io::Error::from(io::ErrorKind::InvalidInput))) };
+    let Some(name) = to.file_name() else {
+        return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)).into());
+    };
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let temporary = parent.join(format!("{TEMPORARY}{}-{}", name.to_string_lossy(), std::process::id()));
     fs::create_dir(&temporary).map_err(failed)?;
     let written = write(&mut PartWriter::new(temporary.clone(), 0, 0)).and_then(|()| {
-        sync_dir(&temporary)
-            .and_then(|()| fs::rename(&temporary, to))
-            .and_then(|()| sync_dir(parent))
-            .map_err(failed)
+        let placed =
+            sync_dir(&temporary).and_then(|()| fs::rename(&temporary, to)).and_then(|()| sync_dir(parent));
+        Ok(placed.map_err(failed)?)
     });
     if written.is_err() {
         let _ = fs::remove_dir_all(&temporary); // the error says why it is of no use
     }
     written
-}
-
-fn write(
-    model: &ModelDir,
-    changed: &[usize],
-    flat: &[f32],
-    part: &mut PartWriter,
-) -> Result<(), CheckpointError> {
-    let mut numbers: BTreeMap<&str, &[f32]> = BTreeMap::new();
-    let mut ordered = Vec::new();
-    for p in changed.iter().map(|number| &model.layout.parameters[*number]) {
-        ordered.push((p, stored(p, &flat[p.range.clone()])));
-    }
-    for (p, values) in &ordered {
-        numbers.extend(model.tensors_of(p).map(|tensor| (tensor.name, &values[..])));
-    }
-    for (file, tensors) in model.tensors_by_file() {
-        let data = tensors.iter().map(|tensor| match numbers.get(tensor.name) {
-            Some(values) => Ok(narrowed(tensor.dtype, values)),
-            None => tensor.data(),
-        });
-        let data: Vec<Vec<u8>> = data.collect::<Result<_, _>>()?;
-        let refs = tensors.iter().zip(&data).map(|(tensor, data)| TensorRef {
-            name: tensor.name,
-            dtype: tensor.dtype,
-            shape: tensor.shape,
-            first: 0,
-            data,
-        });
-        part.write_safetensors(&file, &refs.collect::<Vec<_>>())?;
-    }
-    for entry in fs::read_dir(model.path()).map_err(|e| CheckpointError::read(model.path(), e))? {
-        let entry = entry.map_err(|e| CheckpointError::read(model.path(), e))?;
-        let name = entry.file_name();
-        let Some(name) = name.to_str().filter(|name| is_companion(name)) else { continue };
-        if entry.path().is_file() {
-            let bytes = fs::read(entry.path()).map_err(|e| CheckpointError::read(&entry.path(), e))?;
-            part.write_bytes(name, &bytes)?;
-        }
-    }
-    Ok(())
 }
 
 /// What belongs to a model beside its weights: not those in other formats, nor what is of a run.

@@ -105,6 +105,17 @@ impl<E: Storage> CpuExecutor<E> {
         workers.inside(|| work(&self.network, &mut self.products, &mut self.work, self.base.as_ref()))
     }
 
+    /// Of weights in few bits at most so many numbers are widened at a time, where nothing is trained: the memory of long products is spared.
+    pub fn widening(mut self, numbers: usize) -> CpuExecutor<E> {
+        self.products.widened = numbers;
+        self
+    }
+
+    /// The weights are others from now on: nothing of them is kept.
+    pub fn forget(&mut self) {
+        self.work = Workspace::new();
+    }
+
     /// From now on for texts that begin with so many tokens.
     pub fn made_for(&mut self, positions: usize) {
         self.network.turn(positions);
@@ -181,7 +192,9 @@ impl<E: Storage> Executor<Host<E>> for CpuExecutor<E> {
             None => of(weights.of(weight)),
             Some(packed) => {
                 let mut wide = vec![E::default(); weight.len()];
-                packed.widen(weight, &mut wide, self.products.workers());
+                let outputs = packed.outputs(weight);
+                let plain = |range: &Range<usize>| weights.of(range);
+                packed.widen((weight, &outputs), plain, &mut wide, self.products.workers());
                 of(&wide);
             }
         }

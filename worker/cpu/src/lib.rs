@@ -15,6 +15,7 @@ mod head;
 mod mlp;
 mod network;
 mod norm;
+mod packed;
 pub mod product;
 pub mod shim;
 mod workspace;

@@ -148,7 +148,17 @@ impl Network {
             Texts::Equal { batch, seq } => (self.heads(batch, seq), None),
             Texts::Of(lengths) => (self.heads(1, lengths.iter().sum()), Some(lengths)),
         };
-        Pass { network: self, weights, heads, lengths, slice: None, position: 0, noise: Noise::default(), products, low }
+        Pass {
+            network: self,
+            weights,
+            heads,
+            lengths,
+            slice: None,
+            position: 0,
+            noise: Noise::default(),
+            products,
+            low,
+        }
     }
 
     /// The same in training, where some of what is read is changed at random.
@@ -204,10 +214,13 @@ impl Network {
         }
 
         self.head_units().try_for_each(|unit| units.need(unit))?;
-        let (mut batch, counts) = (*batch, weigh.map(|weigh| {
-            let mut pass = self.training_pass(units.weights(), texts, products, low, noise);
-            batch.spread(&weigh(&pass.head_losses(&stream[blocks], batch, scratch)))
-        }));
+        let (mut batch, counts) = (
+            *batch,
+            weigh.map(|weigh| {
+                let mut pass = self.training_pass(units.weights(), texts, products, low, noise);
+                batch.spread(&weigh(&pass.head_losses(&stream[blocks], batch, scratch)))
+            }),
+        );
         batch.weights = counts.as_deref().or(batch.weights);
         let (weights, sink) = units.numbers();
         let loss = self.training_pass(weights, texts, products, low, noise).head_forward_backward(
@@ -348,6 +361,9 @@ impl<'a, E: Storage> Pass<'a, E> {
         if let Some(compact) = self.weights.compact(w).filter(|_| t == 1) {
             return self.products.single(x, compact, out, (i, o));
         }
+        if let Some(packed) = self.weights.packed(w).filter(|_| t == 1 || w.len() > self.products.widened) {
+            return self.packed_times(packed, x, w, out, (t, i, o));
+        }
         let mut wide = std::mem::take(&mut self.low.wide);
         let weight = self.weight(w, &mut wide);
         self.products.forward(x, weight, out, (t, i, o));
@@ -361,7 +377,10 @@ impl<'a, E: Storage> Pass<'a, E> {
     {
         let Some(packed) = self.weights.packed(weight) else { return self.weights.of(weight) };
         if wide.of != *weight {
-            packed.widen(weight, grown(&mut wide.numbers, weight.len()), self.workers());
+            let plain = |range: &Range<usize>| self.weights.of(range);
+            let outputs = packed.outputs(weight);
+            let to = grown(&mut wide.numbers, weight.len());
+            packed.widen((weight, &outputs), plain, to, self.workers());
             wide.of = weight.clone();
         }
         &wide.numbers[..weight.len()]

@@ -8,6 +8,7 @@
 
 use crate::shim::{Matrix, dnn_matmul, mkl_matmul};
 use fleet_kernels::{self as kernels, Element, Scratch, Store};
+use fleet_learn::adapter::PackedRows;
 use fleet_learn::{HostNumber, Workers};
 use half::bf16;
 use std::sync::Arc;
@@ -43,7 +44,7 @@ pub enum Out<'a, E> {
     More(&'a mut [E]),
 }
 
-impl<E: Storage> Out<'_, E> {
+impl<'a, E: Storage> Out<'a, E> {
     /// The same place, to go on with.
     pub fn again(&mut self) -> Out<'_, E> {
         match self {
@@ -59,6 +60,33 @@ impl<E: Storage> Out<'_, E> {
         match self {
             Out::Store(out) | Out::More(out) => Out::More(out),
             Out::Set(out) | Out::Add(out) => Out::Add(out),
+        }
+    }
+
+    /// The outputs from `first` on, of a single row.
+    pub fn from(self, first: usize) -> Out<'a, E> {
+        match self {
+            Out::Store(out) => Out::Store(&mut out[first..]),
+            Out::Set(out) => Out::Set(&mut out[first..]),
+            Out::Add(out) => Out::Add(&mut out[first..]),
+            Out::More(out) => Out::More(&mut out[first..]),
+        }
+    }
+
+    /// Writes rows that were computed elsewhere to columns from `first` on of rows that are `width` long.
+    pub fn columns(self, from: &[f32], (first, columns, width): (usize, usize, usize)) {
+        fn place<C: Element>(from: &[f32], out: &mut [C], columns: (usize, usize, usize), adds: bool) {
+            let (first, columns, width) = columns;
+            for (from, out) in from.chunks_exact(columns).zip(out.chunks_exact_mut(width)) {
+                let out = &mut out[first..first + columns];
+                if adds { kernels::add(out, from) } else { kernels::convert(from, out) }
+            }
+        }
+        match self {
+            Out::Store(out) => place(from, out, (first, columns, width), false),
+            Out::Set(out) => place(from, out, (first, columns, width), false),
+            Out::Add(out) => place(from, out, (first, columns, width), true),
+            Out::More(out) => place(from, out, (first, columns, width), true),
         }
     }
 
@@ -141,6 +169,8 @@ pub struct Products {
     wide_a: Vec<f32>,
     wide_b: Vec<f32>,
     wide_out: Vec<f32>,
+    /// So many numbers of a weight in few bits are widened at a time where that is left to choose.
+    pub(crate) widened: usize,
 }
 
 impl Products {
@@ -156,6 +186,7 @@ impl Products {
             wide_a: Vec::new(),
             wide_b: Vec::new(),
             wide_out: Vec::new(),
+            widened: usize::MAX,
         }
     }
 
@@ -205,6 +236,31 @@ impl Products {
             Out::Add(out) => self.vector(x, w, &mut out[..o], Store::Add),
             Out::More(out) => self.vector(x, w, &mut out[..o], Store::Add),
         }
+    }
+
+    /// `forward` of a single row, of the outputs that `rows` make.
+    pub fn single_packed<E: Storage>(&mut self, x: &[E], rows: Vec<PackedRows>, out: Out<E>) {
+        match out {
+            Out::Store(out) => self.few_bits(x, rows, out, Store::Set),
+            Out::Set(out) => self.few_bits(x, rows, out, Store::Set),
+            Out::Add(out) => self.few_bits(x, rows, out, Store::Add),
+            Out::More(out) => self.few_bits(x, rows, out, Store::Add),
+        }
+    }
+
+    fn few_bits<A: Element, C: Element>(&self, x: &[A], rows: Vec<PackedRows>, out: &mut [C], mode: Store) {
+        let (mut rest, mut at, mut pieces) = (out, 0, Vec::new());
+        for PackedRows { outputs, rows } in rows {
+            let (_, later) = rest.split_at_mut(outputs.start - at);
+            let (now, later) = later.split_at_mut(outputs.len());
+            (rest, at) = (later, outputs.end);
+            pieces.push((rows, now));
+        }
+        self.workers.each(pieces.into_iter(), |(rows, out)| {
+            let a = matrix(&x[..rows.cols()], rows.cols(), false, (1, rows.cols()));
+            // A product with one row needs no room.
+            kernels::gemm(a, rows.t(), mode, out, &mut Scratch::new());
+        });
     }
 
     /// `out_ti = dy_to w_oi`.

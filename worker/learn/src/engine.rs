@@ -317,7 +317,8 @@ impl<M: Memory> Learner for Engine<M> {
                 }
                 None => &mut units,
             };
-            let mut weigh = weigh.as_deref_mut().map(|weigh| move |losses: &[f64]| weigh.weigh(number, losses));
+            let mut weigh =
+                weigh.as_deref_mut().map(|weigh| move |losses: &[f64]| weigh.weigh(number, losses));
             let weigh = weigh.as_mut().map(|weigh| weigh as &mut Weigh);
             self.executor.forward_weigh_backward(units, &batch.view(), scale, weigh)?;
         }

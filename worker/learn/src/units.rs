@@ -274,7 +274,7 @@ impl<'a, E: HostNumber> HostWeights<'a, E> {
 
     /// A product's weight, where it is in few bits and has to be widened.
     pub fn packed(&self, weight: &Range<usize>) -> Option<&'a Packed> {
-        self.packed.filter(|packed| packed.has(weight))
+        self.packed.filter(|packed| packed.has(weight) && self.of_adapter(weight).is_none())
     }
 
     /// These are of an adapter, which is trained beside a `base`: what is asked for is the base's, whatever of it is trained.

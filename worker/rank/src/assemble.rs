@@ -246,7 +246,8 @@ fn beside<E: Storage>(
         None => &mut alone,
     };
     let base = ModelDir::open(&adapter.base)?;
-    let frozen = Frozen::read(&base, &adapter.trained, (kept, adapter.quantization), gang, threads as usize)?;
+    let (trained, few_bits) = (adapter.trained.whole(), &adapter.few_bits);
+    let frozen = Frozen::read(&base, trained, (kept, few_bits), gang, threads as usize)?;
     Ok(executor.beside(frozen, adapter.trained.clone()))
 }
 

@@ -95,9 +95,9 @@ impl Need {
         if let Some(adapter) = &model.adapter {
             let frozen = frozen_bytes(
                 &model.layout(),
-                &adapter.trained,
+                adapter.trained.whole(),
                 Kept::of(setting.precision),
-                adapter.quantization,
+                &adapter.few_bits,
             );
             kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
         }
@@ -117,10 +117,7 @@ impl Need {
 
 /// Bytes of the model beside which an adapter is trained, which each rank of the torch executor has for itself.
 pub fn beside_on_torch(model: &Model, numbers: Numbers) -> usize {
-    model
-        .adapter
-        .as_ref()
-        .map_or(0, |adapter| Base::bytes(&model.layout(), &adapter.trained, numbers, adapter.quantization))
+    model.adapter.as_ref().map_or(0, |adapter| Base::bytes(&model.layout(), adapter, numbers))
 }
 
 /// The copy that a checkpoint is written from, for each rank of the first node, which have the most: they write the weights, and all that keep

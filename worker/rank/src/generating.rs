@@ -1,6 +1,7 @@
 //! `fleet-rank generate`: texts from the command line.
 
 use crate::{caught, told};
+use fleet_common::job::Quantization;
 use fleet_data::chat::Conversation;
 use fleet_learn::Error;
 use fleet_rank::generate::{Ask, Chat, Generated, Prompt, Sampling, Settings, TextModel};
@@ -46,6 +47,9 @@ pub struct GenerateArgs {
     /// Choose among the likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
+    /// Keep matrices in few bits: nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2, hqq1.
+    #[arg(long)]
+    quantization: Option<Quantization>,
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -85,7 +89,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Error> {
 fn write(args: &GenerateArgs, settings: &Settings) -> Result<(), Error> {
     let asked = asked(args)?;
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let mut model = TextModel::open(&args.model, &args.adapters, threads)?;
+    let mut model = TextModel::open(&args.model, &args.adapters, args.quantization, threads)?;
     // Nothing is computed where one of them cannot be asked.
     let prompts = prompts(args, &model, &asked)?;
     let mut out = std::io::stdout().lock();

@@ -15,4 +15,5 @@ pub mod logits;
 pub mod merge;
 mod place;
 pub mod plan;
+pub mod quantise;
 pub mod serve;

@@ -115,7 +115,7 @@ fn prepare(job: &Job, seen: &mut Watched) -> Result<Ready> {
             let notes = fleet_checkpoint::take_what_is_gone(&mut job, checkpoint);
             notes.into_iter().for_each(|note| log(Level::Warn, note));
         }
-        (None, Model::Pretrained(dir)) => can_begin(dir)?,
+        (None, Model::Pretrained(dir)) => can_begin(dir, &job)?,
         (None, Model::New(_)) => {}
     }
     let run = name_of_run();

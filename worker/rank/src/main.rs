@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
-use fleet_common::job::{Job, Shape};
+use fleet_common::job::{Job, Quantization, Shape};
 use fleet_common::link::{Latency, Rate};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_common::{arguments, signals};
@@ -17,6 +17,7 @@ use fleet_learn::adapter::{Combination, combine};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
 use fleet_rank::merge::{merge, unmerge};
+use fleet_rank::quantise::quantise;
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
 use generating::GenerateArgs;
@@ -55,6 +56,8 @@ enum Command {
     Unmerge(MergeArgs),
     /// Make one adapter of several.
     Combine(CombineArgs),
+    /// Write a model with matrices in few bits.
+    Quantise(QuantiseArgs),
     /// Say what a job needs and how fast it will be, before it runs.
     Plan(PlanArgs),
     /// Time training steps on made-up data.
@@ -135,6 +138,21 @@ fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
 fn run_combine(args: &CombineArgs) -> Result<(), Error> {
     let how = if args.r#type == "linear" { Combination::Linear } else { Combination::Cat };
     said(&combine(&args.adapters, how, &args.output)?, args.json)
+}
+
+#[derive(clap::Args)]
+struct QuantiseArgs {
+    #[arg(long)]
+    model: PathBuf,
+    /// nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2, hqq1.
+    #[arg(long)]
+    to: Quantization,
+    /// A directory that is not there yet.
+    #[arg(long)]
+    output: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -269,6 +287,9 @@ fn main() -> ExitCode {
             report(unmerge(&args.model, &args.adapters, &args.output).and_then(|made| said(&made, args.json)))
         }
         Some(Command::Combine(args)) => report(run_combine(&args)),
+        Some(Command::Quantise(args)) => {
+            report(quantise(&args.model, args.to, &args.output).and_then(|written| said(&written, args.json)))
+        }
         Some(Command::Plan(args)) => report(run_plan(&args)),
         Some(Command::Bench(args)) => report(bench::run(&args)),
     };

@@ -22,7 +22,8 @@ pub struct Merged {
     pub difference: f64,
 }
 
-/// Writes `model` with `adapters` in its weights, in the types that these have, to the new directory `output`. Reads it again and computes with it: where it computes
+/// Writes `model` with `adapters` in its weights, in the types that these have, to the new directory `output`. What is in few bits is widened: PEFT packs the sum again, which
+/// loses most of what the adapter added. Reads it again and computes with it: where it computes
 /// something else than the model with its adapters does, more than its numbers' type explains, nothing is left.
 pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged> {
     is_new(output)?;
@@ -40,6 +41,12 @@ pub fn merge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged
 pub fn unmerge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merged> {
     is_new(output)?;
     let (given, mut flat) = read_weights(model, &[])?;
+    if given.is_quantised() {
+        return Err(Error::Input(format!(
+            "{}: its weights are quantised, and fleet adapter merge makes no such model of one; take the base model",
+            model.display()
+        )));
+    }
     for adapter in adapters {
         Adapter::open(adapter, &given)?.take_out(&given.layout, &mut flat)?;
     }
@@ -49,7 +56,7 @@ pub fn unmerge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merg
     checked(output, changed.len(), || Ok([Model::Read(model, &[]), Model::Read(output, adapters)]))
 }
 
-fn is_new(output: &Path) -> Result<()> {
+pub(crate) fn is_new(output: &Path) -> Result<()> {
     match output.symlink_metadata().is_ok() {
         true => {
             Err(Error::Input(format!("--output {} is there already; name a new directory", output.display())))

@@ -1,6 +1,7 @@
 //! `fleet-rank serve`: a model behind HTTP, from the command line.
 
 use crate::caught;
+use fleet_common::job::Quantization;
 use fleet_learn::Error;
 use fleet_rank::serve::{Wanted, serve};
 use std::net::{IpAddr, SocketAddr};
@@ -20,6 +21,9 @@ pub struct ServeArgs {
     /// A chat template by its name, of the model or built in, or a .jinja file.
     #[arg(long)]
     chat_template: Option<String>,
+    /// Keep matrices in few bits: nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2, hqq1.
+    #[arg(long)]
+    quantization: Option<Quantization>,
     #[arg(long, default_value = "127.0.0.1")]
     host: IpAddr,
     /// 0 takes a free one.
@@ -41,6 +45,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Error> {
         named: named.into_iter().filter_map(|(name, dir)| Some((name?, dir))).collect(),
         chat_template: args.chat_template.clone(),
         listen: SocketAddr::new(args.host, args.port),
+        quantization: args.quantization,
         threads: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
     };
     caught(|| serve(&wanted))

@@ -12,10 +12,10 @@ use fleet_common::job::{self, Job, Precision};
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_cpu::{CpuExecutor, Network, workers};
 use fleet_kernels::quant::{
-    Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Scales,
+    Codes, Double, FourBit, FourBitMap, Hqq, HqqAxis, HqqBits, HqqGroups, Int8, Quantised, Rounds, Scales,
     dequantise, double_quantise, dynamic_map, quantise_four_bit, quantise_hqq, quantise_int8,
 };
-use fleet_learn::adapter::{AdapterFile, Frozen, Kept};
+use fleet_learn::adapter::{AdapterFile, FewBits, Frozen, Kept};
 use fleet_learn::model::Model;
 use fleet_learn::strategy::{Micro, Slot, Strategy};
 use fleet_learn::testing::Whole;
@@ -91,7 +91,8 @@ fn gradients(executor: job::Executor, model: &Model, base: &Path, again: usize) 
             (loss, Vec::<f32>::try_from(grads.numbers.flat).unwrap())
         });
     }
-    let frozen = Frozen::read(&dir, &trained, (Kept::Fp32, None), &mut Solo::new(0), 1).unwrap();
+    let frozen =
+        Frozen::read(&dir, trained.whole(), (Kept::Fp32, &FewBits::default()), &mut Solo::new(0), 1).unwrap();
     let network = Network::new(model.decoder.clone(), model.wiring(), 64);
     let mut executor = CpuExecutor::<f32>::new(network, workers(1 + again as u32 % 3).unwrap())
         .computing_again(again)
@@ -394,6 +395,7 @@ fn stand_for(word: &str, numbers: &mut [f32], [rows, cols]: [usize; 2]) {
     let codes = match word {
         "int8" => {
             scales.resize(rows, 0.0);
+            Rounds::F16.all(numbers);
             quantise_int8(numbers, cols, &mut signed, &mut scales);
             Codes::Int8(Int8 { codes: &signed, scales: &scales })
         }

@@ -56,7 +56,7 @@ fn greedy(dir: &Path, prompt: &str) -> Result<Generated, fleet_learn::Error> {
         pieces.push_str(piece);
         true
     };
-    let generated = TextModel::open(dir, &[], 1)?.answer(&prompt.into(), &settings, &mut emit)?;
+    let generated = TextModel::open(dir, &[], None, 1)?.answer(&prompt.into(), &settings, &mut emit)?;
     assert_eq!(generated.text, pieces);
     Ok(generated)
 }

@@ -106,7 +106,8 @@ fn check<E: Storage>(config: Object, threads: u32, tolerance: f64, neftune: f32)
     let mut targets = token_ids(3 * seq, 97, 2);
     targets[5] = -100;
     targets[12] = -100;
-    let batch = Batch { ids: &ids, targets: &targets, seq, noise: Some(&[7, 8, 9]), neftune, ..Default::default() };
+    let batch =
+        Batch { ids: &ids, targets: &targets, seq, noise: Some(&[7, 8, 9]), neftune, ..Default::default() };
     let model = Model::new(&config).unwrap();
     let decoder = model.decoder.clone();
     let layout = model.layout();

@@ -345,7 +345,7 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
             true
         };
         let settings = Settings { max_new_tokens: 12, sampling, stop: Vec::new() };
-        let mut model = TextModel::open(checkpoint, &[], 1).unwrap();
+        let mut model = TextModel::open(checkpoint, &[], None, 1).unwrap();
         let generated = model.answer(&"the".into(), &settings, &mut emit).unwrap();
         assert_eq!(generated.text, pieces);
         generated.text
@@ -357,7 +357,7 @@ fn a_checkpoint_generates_the_same_text_from_the_same_seed_and_is_checked_first(
     let mut bytes = std::fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&weights, bytes).unwrap();
-    let error = TextModel::open(checkpoint, &[], 1).err().unwrap();
+    let error = TextModel::open(checkpoint, &[], None, 1).err().unwrap();
     assert_eq!(error.fault(), Fault::Input);
     assert!(error.to_string().contains("model.safetensors"), "{error}");
 }

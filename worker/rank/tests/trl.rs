@@ -170,7 +170,10 @@ fn eight_at_once_are_eight_one_after_the_other() {
                 let found =
                     runs.each_mut().map(|((micro_batches, items), run)| run.step(*micro_batches, *items));
                 for ((key, is), (_, wanted)) in found[1..].iter().flatten().zip(found[0].iter().cycle()) {
-                    assert!((is - wanted).abs() < 1e-5 * wanted.abs().max(1.0), "{name}: {key} {is} {wanted}");
+                    assert!(
+                        (is - wanted).abs() < 1e-5 * wanted.abs().max(1.0),
+                        "{name}: {key} {is} {wanted}"
+                    );
                 }
                 if step == 0 {
                     first.push(found[0].iter().find(|(key, _)| *key == "grad_norm").unwrap().1);

@@ -7,12 +7,11 @@ use crate::shim::widened;
 use crate::{Error, Result};
 use fleet_checkpoint::ModelDir;
 use fleet_collectives::SharedHost;
-use fleet_common::job::Quantization;
 use fleet_common::model::{Layout, Linear, Parameter, Role, Wiring};
 use fleet_learn::Places;
-use fleet_learn::adapter::{self, Trained, TrainedAdapter, packed_bytes, packed_parameters, read_numbers};
+use fleet_learn::adapter::{self, FewBits, Trained, TrainedAdapter, read_numbers};
 use fleet_learn::zeros::{Part, zeros};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -77,16 +76,15 @@ impl Base {
         threads: usize,
     ) -> fleet_learn::Result<Base> {
         let dir = ModelDir::open(&adapter.base)?;
-        let TrainedAdapter { trained, quantization, .. } = adapter;
-        let packed = quantization.map(|quantization| {
-            let parameters: Vec<&Parameter> = packed_parameters(&dir.layout, trained).collect();
+        let (trained, few) = (&adapter.trained, of_frozen(&adapter.few_bits, &adapter.trained));
+        let [products, exact] = places(&dir.layout, numbers, &few);
+        let packed = (!few.is_empty()).then(|| {
             let read = &mut |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, threads);
-            let host = adapter::Packed::read(&parameters, quantization, gang, read);
+            let host = adapter::Packed::read(&dir, few, gang, read);
             gang.barrier()?;
             Ok::<_, fleet_learn::Error>(Arc::new(Packed::new(&host?, numbers.products, device)?))
         });
         let packed = packed.transpose()?;
-        let [products, exact] = places(&dir.layout, trained, numbers, *quantization);
         let buffer = |places: Places, kind| -> fleet_learn::Result<Buffer> {
             let numbers = Tensor::f_zeros([places.end() as i64], (kind, device)).map_err(Error::from)?;
             let mut wide = Vec::new();
@@ -146,17 +144,12 @@ impl Base {
     }
 
     /// Bytes on each device.
-    pub fn bytes(
-        layout: &Layout,
-        trained: &Trained,
-        numbers: Numbers,
-        quantization: Option<Quantization>,
-    ) -> usize {
-        let [products, exact] = places(layout, trained, numbers, quantization);
+    pub fn bytes(layout: &Layout, adapter: &TrainedAdapter, numbers: Numbers) -> usize {
+        let few = of_frozen(&adapter.few_bits, &adapter.trained);
+        let [products, exact] = places(layout, numbers, &few);
         let size = Kind::elt_size_in_bytes;
         let exact = numbers.copied().map_or(0, |_| exact.end() * size(numbers.kept));
-        let packed = quantization.map_or(0, |kind| packed_bytes(kind, packed_parameters(layout, trained)));
-        exact + products.end() * size(numbers.products) + packed
+        exact + products.end() * size(numbers.products) + few.bytes()
     }
 }
 
@@ -166,18 +159,15 @@ impl Buffer {
     }
 }
 
+/// What is not trained itself.
+fn of_frozen(few: &FewBits, trained: &Trained) -> FewBits {
+    few.only(|range| trained.whole().find(range).is_none())
+}
+
 /// What products read, and what is read as it is kept. Where both are of one type, the first has all. What has few bits is in neither.
-fn places(
-    layout: &Layout,
-    trained: &Trained,
-    numbers: Numbers,
-    quantization: Option<Quantization>,
-) -> [Places; 2] {
-    let packed = quantization.into_iter().flat_map(|_| packed_parameters(layout, trained));
-    let packed: BTreeSet<usize> = packed.map(|p| p.range.start).collect();
-    let of = |wanted: &dyn Fn(&Parameter) -> bool| {
-        Places::in_a_row(layout.ranges(|p| wanted(p) && !packed.contains(&p.range.start)))
-    };
+fn places(layout: &Layout, numbers: Numbers, few: &FewBits) -> [Places; 2] {
+    let of =
+        |wanted: &dyn Fn(&Parameter) -> bool| Places::in_a_row(layout.ranges(|p| wanted(p) && !few.has(p)));
     match numbers.copied() {
         None => [of(&|_| true), Places::default()],
         Some(_) => [

@@ -402,9 +402,9 @@ impl Executor<Tensors> for TorchExecutor {
         batch: &Batch,
         which: Which,
     ) -> fleet_learn::Result<Vec<f64>> {
-        let result = self.scored(units, &Batch { weights: None, ..*batch }, which).and_then(|scored| {
-            Ok(self.of_sequences(&scored.losses, batch.seq)?)
-        });
+        let result = self
+            .scored(units, &Batch { weights: None, ..*batch }, which)
+            .and_then(|scored| Ok(self.of_sequences(&scored.losses, batch.seq)?));
         result.map_err(|error| self.explained(error))
     }
 

@@ -31,8 +31,8 @@ pub fn moved(x: &Tensor, moving: &Moving) -> Result<Tensor> {
     let seeds = on_device(Tensor::f_from_slice(&seeds)?)?;
     let most = on_device(Tensor::f_from_slice(&most)?)?.f_view([b, 1, 1])?;
     let draws = (e + LANES - 1) / LANES;
-    let steps = Tensor::f_arange(draws, (Kind::Int64, x.device()))?
-        .f_mul_scalar(0x9e37_79b9_7f4a_7c15_u64 as i64)?;
+    let steps =
+        Tensor::f_arange(draws, (Kind::Int64, x.device()))?.f_mul_scalar(0x9e37_79b9_7f4a_7c15_u64 as i64)?;
     let bits = mixed(&seeds.f_unsqueeze(1)?.f_add(&steps.f_unsqueeze(0)?)?)?;
     // Both keep the sign.
     let low = bits.f_bitwise_left_shift_tensor_scalar(BITS)?.f_bitwise_right_shift_tensor_scalar(BITS)?;

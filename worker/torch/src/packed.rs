@@ -3,8 +3,9 @@
 
 use crate::{Error, Result};
 use fleet_kernels::quant::{
-    Codes, Double, FourBit, Hqq, HqqAxis, HqqBits, INT8_STEP, Int8, NESTED_BLOCK, Scales,
+    Codes, Double, FourBit, Hqq, HqqAxis, HqqBits, INT8_STEP, Int8, NESTED_BLOCK, Rounds, Scales,
 };
+use fleet_learn::adapter::PackedMatrix;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +21,10 @@ struct Matrix {
     range: Range<usize>,
     rows: i64,
     form: Form,
+    /// The type that codes stand for a number of, where that is not fp32.
+    rounds: Option<Kind>,
+    /// Of each row its number in `form`, where that is another.
+    order: Option<Tensor>,
 }
 
 /// How a matrix is kept, and its numbers.
@@ -55,8 +60,17 @@ enum Nested {
 impl Packed {
     /// A copy on `device` of what is in the memory of the host.
     pub fn new(host: &fleet_learn::adapter::Packed, kind: Kind, device: Device) -> Result<Packed> {
-        let matrix = |(range, [rows, _], codes): (&Range<usize>, [usize; 2], Codes)| {
-            Ok(Matrix { range: range.clone(), rows: rows as i64, form: Form::new(codes, device)? })
+        let matrix = |PackedMatrix { range, rows, order }: PackedMatrix| {
+            let rounds = rows.rounds().map(|rounds| match rounds {
+                Rounds::Bf16 => Kind::BFloat16,
+                Rounds::F16 => Kind::Half,
+            });
+            let order = order.map(|order| -> Result<Tensor> {
+                let order: Vec<i64> = order.into_iter().map(|row| row as i64).collect();
+                Ok(Tensor::f_from_slice(&order)?.f_to_device(device)?)
+            });
+            let form = Form::new(rows.codes(), device)?;
+            Ok(Matrix { range, rows: rows.rows() as i64, form, rounds, order: order.transpose()? })
         };
         Ok(Packed { matrices: host.matrices().map(matrix).collect::<Result<_>>()?, kind })
     }
@@ -71,9 +85,19 @@ impl Packed {
         let _guard = tch::no_grad_guard();
         let wide = |matrix: &Matrix| -> Result<Tensor> {
             let columns = matrix.range.len() as i64 / matrix.rows;
-            let wide = matrix.form.widen(matrix.range.len() as i64, matrix.rows)?;
-            Ok(wide.f_view([matrix.rows, columns])?.f_to_kind(self.kind)?)
+            let wide = matrix.form.widen(matrix.range.len() as i64, matrix.rows, matrix.rounds)?;
+            let wide = matrix.rounds.map_or(Ok(wide.shallow_clone()), |kind| wide.f_to_kind(kind))?;
+            let wide = wide.f_view([matrix.rows, columns])?.f_to_kind(self.kind)?;
+            Ok(matrix
+                .order
+                .as_ref()
+                .map_or(Ok(wide.shallow_clone()), |order| wide.f_index_select(0, order))?)
         };
+        if self.within(weight).map(|matrix| matrix.range.len()).sum::<usize>() < weight.len() {
+            return Err(Error::of(
+                "a product is in few bits in part, which executor = \"cpu\" alone computes; set it",
+            ));
+        }
         let all = self.within(weight).map(wide).collect::<Result<Vec<Tensor>>>()?;
         match &all[..] {
             [] => Err(Error::of("a matrix in few bits is not there")),
@@ -117,7 +141,9 @@ impl Form {
             },
             Codes::Hqq(Hqq { groups, codes, scales, zeros }) => {
                 if groups.axis != HqqAxis::One {
-                    return Err(Error::of("groups of HQQ do not lie side by side"));
+                    return Err(Error::of(
+                        "groups of HQQ lie one below the other, which executor = \"cpu\" alone computes; set it",
+                    ));
                 }
                 let cells = match groups.bits.cell() {
                     (_, 1) => bytes(codes)?,
@@ -136,8 +162,8 @@ impl Form {
         })
     }
 
-    /// All `len` numbers in fp32.
-    fn widen(&self, len: i64, rows: i64) -> Result<Tensor> {
+    /// All `len` numbers in fp32. What is computed before the last product is rounded to `rounds`.
+    fn widen(&self, len: i64, rows: i64, rounds: Option<Kind>) -> Result<Tensor> {
         match self {
             Form::FourBit { pairs, codes, block, scales } => {
                 let numbers = pairs.f_index_select(0, &codes.f_to_kind(Kind::Int)?)?.f_view([-1])?;
@@ -158,7 +184,11 @@ impl Form {
                     Ok(shifted.f_bitwise_and((1 << count) - 1)?.f_to_kind(Kind::Float)?)
                 };
                 let all = Tensor::f_cat(&(0..lines).map(line).collect::<Result<Vec<Tensor>>>()?, 0)?;
-                Ok(all.f_narrow(0, 0, scales.size()[0])?.f_sub(zeros)?.f_mul(scales)?)
+                let mut less = all.f_narrow(0, 0, scales.size()[0])?.f_sub(zeros)?;
+                if let Some(kind) = rounds {
+                    less = less.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
+                }
+                Ok(less.f_mul(scales)?)
             }
         }
     }
@@ -180,42 +210,43 @@ impl Nested {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fleet_checkpoint::ModelDir;
     use fleet_common::job::Quantization;
     use fleet_common::model::Parameter;
     use fleet_learn::Workers;
-    use fleet_learn::adapter;
-    use fleet_learn::model::Model;
-    use fleet_learn::testing::tiny_with;
-    use serde_json::json;
+    use fleet_learn::adapter::{self, FewBits, read_numbers};
+    use std::path::Path;
     use std::sync::Arc;
 
-    /// Three matrices that are one product, of which each has blocks that end in the middle of a row.
+    /// Also three matrices that are one product, and one whose rows files have in another order.
     #[test]
     fn what_is_widened_is_what_the_host_widens() {
-        let sizes =
-            json!({"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8});
-        let wiring = Model::new(&tiny_with(sizes)).unwrap().wiring();
-        let product = &wiring.blocks[1].qkv;
-        let within =
-            |p: &&Parameter| product.weight.start <= p.range.start && p.range.end <= product.weight.end;
-        let parameters: Vec<&Parameter> = wiring.layout.parameters.iter().filter(within).collect();
-        assert_eq!(parameters.len(), 3);
-        let number = |at: usize| ((at * 37 % 101) as f32 - 50.0).powi(3) * 1e-5;
-        for (word, quantization) in Quantization::ALL {
-            let mut read = |p: &Parameter, out: &mut [f32]| {
-                p.range.clone().zip(out).for_each(|(at, out)| *out = number(at));
-                Ok(())
-            };
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden/families");
+        for (family, (word, quantization)) in
+            ["llama", "bloom"].into_iter().flat_map(|family| Quantization::ALL.map(|kind| (family, kind)))
+        {
+            let name = format!("{family} {word}");
+            let dir = ModelDir::open(&golden.join(family)).unwrap();
+            let wiring = dir.wiring();
+            let product = &wiring.blocks[1].qkv;
+            let few = FewBits::of(&dir, Some(quantization)).unwrap();
             let mut gang = fleet_collectives::Solo::new(0);
-            let host = adapter::Packed::read(&parameters, quantization, &mut gang, &mut read).unwrap();
+            let mut read = |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, 1);
+            let host = adapter::Packed::read(&dir, few, &mut gang, &mut read).unwrap();
             let mut wanted = vec![0.0f32; product.weight.len()];
-            host.widen(&product.weight, &mut wanted, &Workers::new(1, || ()).unwrap());
+            let (all, plain) =
+                (host.outputs(&product.weight), |_: &Range<usize>| unreachable!("all is packed"));
+            let workers = Workers::new(1, || ()).unwrap();
+            host.widen((&product.weight, &all), plain, &mut wanted, &workers);
             let packed = Arc::new(Packed::new(&host, Kind::Float, Device::Cpu).unwrap());
             let wide = packed.widen(&product.weight).unwrap();
-            assert_eq!(wide.size(), [product.outputs as i64, product.inputs as i64], "{word}");
-            assert_eq!(Vec::<f32>::try_from(&wide.view([-1])).unwrap(), wanted, "{word}");
-            let far = wanted.iter().enumerate().map(|(at, x)| (x - number(product.weight.start + at)).abs());
-            assert!(far.fold(0.0, f32::max) < 1.0, "{word}");
+            assert_eq!(wide.size(), [product.outputs as i64, product.inputs as i64], "{name}");
+            assert_eq!(Vec::<f32>::try_from(&wide.view([-1])).unwrap(), wanted, "{name}");
+            let mut plain = vec![0.0; wanted.len()];
+            read_numbers(&dir, product.weight.start, &mut plain, 1).unwrap();
+            let largest = plain.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            let far = wanted.iter().zip(&plain).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+            assert!(far < largest, "{name}: {far} of {largest}");
 
             // What a graph has of it is another hand on it, until it is gone.
             let x =
@@ -225,7 +256,7 @@ mod tests {
             assert_eq!(Arc::strong_count(&packed), 2);
             let seed = Tensor::ones_like(&y.detach());
             let grad = crate::shim::grad(&y, &seed, &[&x]).unwrap().remove(0).unwrap();
-            assert!(grad.allclose(&seed.matmul(&wide), 1e-4, 1e-4, false), "{word}");
+            assert!(grad.allclose(&seed.matmul(&wide), 1e-4, 1e-4, false), "{name}");
             drop(y);
             assert_eq!(Arc::strong_count(&packed), 1);
         }

@@ -137,7 +137,7 @@ impl AdapterManager {
         let variant = self.variant();
         if self.text.is_none() {
             let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-            let mut text = TextModel::open(&self.base, &[], cores)?;
+            let mut text = TextModel::open(&self.base, &[], None, cores)?;
             for (_, path) in &self.named {
                 text.add(std::slice::from_ref(path))?;
             }

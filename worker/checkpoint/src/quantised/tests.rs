@@ -43,7 +43,7 @@ fn layers_of_bitsandbytes_are_read_and_would_be_written_as_they_are() {
         }
     }
     let QuantisedForm::FourBit(form) = find(&tensors, "double.weight").form else { panic!() };
-    assert_eq!((form.kind, form.block, form.dtype.as_str()), (FourBitKind::Nf4, 64, "bfloat16"));
+    assert_eq!((form.kind, form.block, form.dtype), (FourBitKind::Nf4, 64, Dtype::BF16));
     assert_eq!(form.nested.unwrap().offset, 2.589_583_4);
     assert_eq!(find(&tensors, "int8.weight").form, QuantisedForm::Int8);
 }
@@ -55,9 +55,62 @@ fn what_is_not_quantised_is_none_of_these() {
     assert_eq!(QuantisedWeight::find(&tensors, "no.weight").unwrap(), None);
 }
 
+fn golden_hqq(name: &str) -> PathBuf {
+    golden().with_file_name("../packed").join(name).join("model.safetensors")
+}
+
+#[test]
+fn layers_of_hqq_are_read_and_would_be_written_as_they_are() {
+    for (name, bits, axis) in [("hqq4", 4, 1), ("hqq3", 3, 0)] {
+        let tensors = Tensors::open(&golden_hqq(name)).unwrap();
+        let weight = find(&tensors, "model.layers.0.mlp.up_proj.weight");
+        let form = HqqForm { bits, group: 16, axis, dtype: Dtype::F32 };
+        assert_eq!((weight.rows, weight.cols, &weight.form), (56, 32, &QuantisedForm::Hqq(form)));
+        let stem = "model.layers.0.mlp.up_proj.";
+        let written: Vec<String> = weight.parts().into_iter().map(|part| part.name).collect();
+        let there = tensors.names().filter(|name| name.starts_with(stem));
+        assert!(there.eq(written.iter().map(String::as_str)), "{written:?}");
+        // transformers has zeros of four bits rounded.
+        for part in weight.parts().into_iter().filter(|part| !part.name.ends_with("round_zero")) {
+            let there = tensors.get(&part.name).unwrap();
+            assert_eq!((there.dtype, there.shape), (part.dtype, &part.shape[..]), "{}", part.name);
+            assert!(part.data.is_none_or(|data| there.data().unwrap() == data), "{}", part.name);
+        }
+    }
+}
+
+#[test]
+fn what_hqq_may_have_and_fleet_does_not_read_is_refused() {
+    let said = |key: &str, dtype: Dtype, data: &[u8]| {
+        let (dir, name) = (golden_hqq("hqq4"), "model.layers.0.mlp.up_proj");
+        let shape = if dtype == Dtype::U8 && data.len() > 1 { vec![data.len()] } else { vec![] };
+        refusal_of(&dir, name, |all| {
+            all.insert(format!("{name}.{key}"), (dtype, shape.clone(), data.to_vec()));
+        })
+    };
+    for (key, dtype, data, what) in [
+        ("packing", Dtype::U8, &b"5bit_u8"[..], "codes are packed as \"5bit_u8\""),
+        ("quant_zero", Dtype::U8, &[1], "zeros that are quantised (quant_zero)"),
+        ("channel_wise", Dtype::U8, &[0], "one scale for the whole matrix"),
+        ("group_size", Dtype::I32, &[48, 0, 0, 0], "groups of 48 along axis 1"),
+        ("axis", Dtype::I32, &[2, 0, 0, 0], "along axis 2"),
+    ] {
+        let error = said(key, dtype, data);
+        assert!(error.contains(what) && error.contains("up_proj.W_q"), "{error}");
+    }
+}
+
 /// What is said of the layer `double` (or `int8`) after a change to its tensors.
 fn refusal(layer: &str, change: impl Fn(&mut BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>)) -> String {
-    let bytes = std::fs::read(golden()).unwrap();
+    refusal_of(&golden(), layer, change)
+}
+
+fn refusal_of(
+    path: &Path,
+    layer: &str,
+    change: impl Fn(&mut BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>),
+) -> String {
+    let bytes = std::fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let copied =
         tensors.iter().map(|(name, t)| (name.to_owned(), (t.dtype(), t.shape().to_vec(), t.data().to_vec())));
@@ -76,7 +129,10 @@ fn refusal(layer: &str, change: impl Fn(&mut BTreeMap<String, (Dtype, Vec<usize>
 fn with_state(state: &str) -> String {
     refusal("double", |all| {
         let state = state.as_bytes().to_vec();
-        all.insert(state_name("double.weight", FourBitKind::Nf4), (Dtype::U8, vec![state.len()], state));
+        all.insert(
+            "double.weight.quant_state.bitsandbytes__nf4".into(),
+            (Dtype::U8, vec![state.len()], state),
+        );
     })
 }
 
@@ -117,6 +173,10 @@ fn states_that_say_something_else_are_refused() {
         (
             r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [20, 50]}"#,
             "is U8 [480, 1], not",
+        ),
+        (
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float64", "shape": [20, 48]}"#,
+            "numbers in \"float64\"",
         ),
     ] {
         let said = with_state(state);

@@ -3,7 +3,7 @@
 use super::config::{ADAPTER_CONFIG, AdapterConfig};
 use super::{ADAPTER_MODEL, Found, tensors_of};
 use crate::error::{Error, Result};
-use fleet_checkpoint::{Dtype, Tensor, TensorRef, Tensors, new_directory, read_numbers};
+use fleet_checkpoint::{CheckpointError, Dtype, Tensor, TensorRef, Tensors, new_directory, read_numbers};
 use fleet_common::model::Object;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -271,7 +271,7 @@ fn write(
         .map(|(name, (dtype, shape, data))| TensorRef { name, dtype: *dtype, shape, first: 0, data })
         .collect();
     let text = serde_json::to_vec_pretty(config).expect("an object of JSON has a text");
-    Ok(new_directory(output, |part| {
+    Ok(new_directory::<CheckpointError>(output, |part| {
         part.write_safetensors(ADAPTER_MODEL, &refs)?;
         part.write_bytes(ADAPTER_CONFIG, &text)
     })?)

@@ -1,7 +1,6 @@
 //! A model that is not trained: its numbers once on each host, in memory that the host's ranks share, as products read them.
 
-use super::Trained;
-use super::packed::{Packed, is_packed, packed_bytes};
+use super::packed::{FewBits, Packed};
 use crate::engine::by_parameter;
 use crate::error::{Error, Result};
 use crate::shim::buffers::SharedSlice;
@@ -10,7 +9,7 @@ use crate::units::{HostNumber, HostWeights, Pieces, Places};
 use crate::zeros::{Part, zeros};
 use fleet_checkpoint::{ModelDir, Reading};
 use fleet_collectives::SharedHost;
-use fleet_common::job::{Precision, Quantization};
+use fleet_common::job::Precision;
 use fleet_common::model::{Layout, Parameter, Role};
 use fleet_kernels as kernels;
 use half::bf16;
@@ -53,23 +52,20 @@ pub struct Frozen<E> {
 }
 
 impl<E: HostNumber> Frozen<E> {
-    /// What of the model in `dir` is not trained itself, read by all ranks of the host. A collective call.
+    /// What of the model in `dir` is not trained itself, as `trained` says, read by all ranks of the host. A collective call.
     pub fn read(
         dir: &ModelDir,
-        trained: &Trained,
-        (kept, quantization): (Kept, Option<Quantization>),
+        trained: &Places,
+        (kept, few): (Kept, &FewBits),
         gang: &mut dyn SharedHost,
         threads: usize,
     ) -> Result<Frozen<E>> {
-        let [exact, narrow] = places(&dir.layout, trained, kept, quantization);
+        let [exact, narrow] = places(&dir.layout, trained, kept, few);
         let exact_numbers = SharedSlice::new(gang.allocate_common(exact.end() * size_of::<f32>())?);
         let narrow_numbers = SharedSlice::new(gang.allocate_common(narrow.end() * size_of::<bf16>())?);
-        let packed = quantization.map(|quantization| {
-            let parameters: Vec<&Parameter> = packed_parameters(&dir.layout, trained).collect();
-            Packed::read(&parameters, quantization, gang, &mut |p, out| {
-                read_numbers(dir, p.range.start, out, threads)
-            })
-        });
+        let few = few.only(|range| trained.find(range).is_none());
+        let read = &mut |p: &Parameter, out: &mut [f32]| read_numbers(dir, p.range.start, out, threads);
+        let packed = (!few.is_empty()).then(|| Packed::read(dir, few, gang, read));
         let packed = packed.transpose();
         let mut frozen =
             Frozen { kept, exact, exact_numbers, narrow, narrow_numbers, packed: None, kind: PhantomData };
@@ -112,26 +108,16 @@ impl<E: HostNumber> Frozen<E> {
 }
 
 /// Bytes of what is not trained, on each host.
-pub fn bytes(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> usize {
-    let [exact, narrow] = places(layout, trained, kept, quantization);
-    let packed =
-        quantization.map_or(0, |quantization| packed_bytes(quantization, packed_parameters(layout, trained)));
+pub fn bytes(layout: &Layout, trained: &Places, kept: Kept, few: &FewBits) -> usize {
+    let [exact, narrow] = places(layout, trained, kept, few);
+    let packed = few.only(|range| trained.find(range).is_none()).bytes();
     exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + packed
 }
 
-/// What is kept in few bits where anything is: matrices of which nothing is trained.
-pub fn packed_parameters<'a>(
-    layout: &'a Layout,
-    trained: &'a Trained,
-) -> impl Iterator<Item = &'a Parameter> {
-    layout.parameters.iter().filter(|p| is_packed(p, layout) && trained.place(&p.range).is_none())
-}
-
 /// What is kept in fp32, and what in bf16.
-fn places(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> [Places; 2] {
+fn places(layout: &Layout, trained: &Places, kept: Kept, few: &FewBits) -> [Places; 2] {
     let of = |wanted: &dyn Fn(Role) -> bool| {
-        let is_here = |p: &Parameter| quantization.is_none() || !is_packed(p, layout);
-        let is = |p: &Parameter| wanted(p.role) && trained.place(&p.range).is_none() && is_here(p);
+        let is = |p: &Parameter| wanted(p.role) && trained.find(&p.range).is_none() && !few.has(p);
         Places::in_a_row(layout.ranges(is))
     };
     let is_read_by_products = |role| matches!(role, Role::Weight | Role::TiedTable);

@@ -6,18 +6,22 @@ mod combine;
 mod config;
 mod files;
 mod form;
+mod from_files;
 mod frozen;
 mod merge;
 mod packed;
 mod targets;
+mod to_files;
 mod trained;
 
 pub use combine::{Combination, Combined, combine};
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
 pub(crate) use files::plain as plain_name;
-pub use frozen::{Frozen, Kept, bytes as frozen_bytes, packed_parameters, read_numbers};
-pub use packed::{Packed, packed_bytes};
+pub use from_files::read_wide;
+pub use frozen::{Frozen, Kept, bytes as frozen_bytes, read_numbers};
+pub use packed::{FewBits, Packed, PackedMatrix, PackedRows};
+pub use to_files::quantise_for_files;
 pub use trained::{AddedPart, AddedProduct, AddedTable, Trained, TrainedAdapter};
 
 use crate::error::{Error, Result};

@@ -1,12 +1,12 @@
 //! What is trained of an adapter: a layout of its own, and where its numbers act in the model.
 
 use super::targets::Targets;
-use super::{Adapter, AdapterConfig, MAGNITUDE};
+use super::{Adapter, AdapterConfig, FewBits, MAGNITUDE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::units::Places;
 use fleet_checkpoint::ModelDir;
-use fleet_common::job::{self, Quantization};
+use fleet_common::job;
 use fleet_common::model::{Fresh, Layout, Linear, Parameter, Role, Stored, Wiring};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -37,28 +37,23 @@ pub struct TrainedAdapter {
     pub config: AdapterConfig,
     /// The directory of the model.
     pub base: PathBuf,
-    /// Of the model's matrices, while it is trained beside.
-    pub quantization: Option<Quantization>,
+    /// How the model's matrices are kept while it is trained beside.
+    pub few_bits: FewBits,
     /// An adapter whose numbers it begins with.
     pub from: Option<PathBuf>,
 }
 
 impl TrainedAdapter {
-    /// As `adapter` asks for it, beside the model in `base`.
+    /// As `adapter` asks for it, beside the model in `base`, whose matrices are kept so.
     pub fn new(
         adapter: &job::Adapter,
-        quantization: Option<Quantization>,
+        few_bits: FewBits,
         model: &Model,
-        base: &Path,
+        base: &ModelDir,
     ) -> Result<TrainedAdapter> {
         let (trained, config) = Trained::new(adapter, model, base)?;
-        Ok(TrainedAdapter {
-            trained,
-            config,
-            base: base.to_owned(),
-            quantization,
-            from: adapter.path.clone(),
-        })
+        let (base, from) = (base.path().to_owned(), adapter.path.clone());
+        Ok(TrainedAdapter { trained, config, base, few_bits, from })
     }
 
     /// For the log.
@@ -75,10 +70,10 @@ impl TrainedAdapter {
             "an adapter of {modules} modules with {} parameters{and} is trained beside {} parameters that stay as they are, once on each node{}",
             counted(self.trained.layout.count() - whole as u64),
             counted(model.layout().count() - whole as u64),
-            self.quantization.map_or(String::new(), |kind| format!(
-                ", the matrices of blocks in {}",
-                kind.name().to_uppercase()
-            ))
+            match self.few_bits.is_empty() {
+                true => String::new(),
+                false => format!(", the matrices of blocks in {}", self.few_bits.names()),
+            }
         )
     }
 }
@@ -139,35 +134,49 @@ pub struct AddedTable {
 
 impl Trained {
     /// As `adapter` asks for it, for the model in `base`.
-    fn new(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<(Trained, AdapterConfig)> {
+    fn new(adapter: &job::Adapter, model: &Model, base: &ModelDir) -> Result<(Trained, AdapterConfig)> {
+        if let Some(dir) = &adapter.path {
+            return Trained::of_dir(dir, (adapter.dropout, adapter.loraplus_lr_ratio), model, base);
+        }
+        let mut config = AdapterConfig::of_job(adapter, model, base.path())?;
+        let targets = Targets::of(adapter, &config, model)?;
+        targets.spell_out(adapter, model, &mut config.json);
+        Ok((Trained::of_targets(&targets, &config, model)?, config))
+    }
+
+    /// As the adapter in `dir` was made, with another share that is dropped, where one is given.
+    fn of_dir(
+        dir: &Path,
+        (dropout, rate_of_b): (Option<f64>, f64),
+        model: &Model,
+        base: &ModelDir,
+    ) -> Result<(Trained, AdapterConfig)> {
+        let mut config = AdapterConfig::read(dir)?;
+        config.dropout = dropout.unwrap_or(config.dropout);
+        config.json.insert("lora_dropout".into(), config.dropout.into());
+        let given = Adapter::open(dir, base)?;
+        let targets = Targets::found((&given, base), &config, rate_of_b, model)?;
+        Ok((Trained::of_targets(&targets, &config, model)?, config))
+    }
+
+    /// What the adapter in `dir` adds to the model in `base`, to compute with it.
+    pub fn of_file(dir: &Path, model: &Model, base: &ModelDir) -> Result<Trained> {
+        Ok(Trained::of_dir(dir, (None, 1.0), model, base)?.0)
+    }
+
+    fn of_targets(targets: &Targets, config: &AdapterConfig, model: &Model) -> Result<Trained> {
         let wiring = model.wiring();
-        let (targets, config) = match &adapter.path {
-            None => {
-                let mut config = AdapterConfig::of_job(adapter, model, base)?;
-                let targets = Targets::of(adapter, &config, model)?;
-                targets.spell_out(adapter, model, &mut config.json);
-                (targets, config)
-            }
-            Some(dir) => {
-                let mut config = AdapterConfig::read(dir)?;
-                config.dropout = adapter.dropout.unwrap_or(config.dropout);
-                config.json.insert("lora_dropout".into(), config.dropout.into());
-                let base = ModelDir::open(base)?;
-                let given = Adapter::open(dir, &base)?;
-                (Targets::found((&given, &base), &config, adapter.loraplus_lr_ratio, model)?, config)
-            }
-        };
         let mut made = Maker::default();
         let unit_of = |number: usize| wiring.layout.units[number].clone();
-        made.embedding(&wiring, &targets);
+        made.embedding(&wiring, targets);
         for (number, _) in wiring.layout.units.iter().enumerate() {
             for linear in products(&wiring, number) {
-                made.product(linear, &wiring.layout, &targets);
+                made.product(linear, &wiring.layout, targets);
             }
-            made.wholes(number, &unit_of(number), &wiring.layout, &targets);
+            made.wholes(number, &unit_of(number), &wiring.layout, targets);
             made.end_unit();
         }
-        Ok((made.done(&config)?, config))
+        made.done(config)
     }
 
     /// Where a range of the model's flat buffer is, if it is trained itself. A range of which only a part is trained is an executor's mistake.

@@ -5,7 +5,7 @@ pub mod init;
 
 pub use config::with_end;
 
-use crate::adapter::TrainedAdapter;
+use crate::adapter::{FewBits, TrainedAdapter};
 use crate::error::{Error, Result};
 use fleet_checkpoint::ModelDir;
 use fleet_common::job::{self, Job};
@@ -64,9 +64,11 @@ impl Model {
             job::Model::New(config) => return Model::new(config),
             job::Model::Pretrained(dir) => dir,
         };
-        let mut model = Model::read(dir)?;
+        let dir = ModelDir::of_job(dir, job)?;
+        let mut model = Model::of_dir(&dir);
         if let Some(adapter) = &job.adapter {
-            model.adapter = Some(Arc::new(TrainedAdapter::new(adapter, job.quantization, &model, dir)?));
+            let few_bits = FewBits::of(&dir, job.quantization)?;
+            model.adapter = Some(Arc::new(TrainedAdapter::new(adapter, few_bits, &model, &dir)?));
         }
         Ok(model)
     }

@@ -77,7 +77,11 @@ impl Preferences {
         let measured = match (&self.beside, part) {
             (Beside::Base, _) => {
                 let losses = learner.losses(batches, Which::Base)?;
-                return Ok(batches.iter().zip(losses).map(|(batch, losses)| Known::of(batch, losses)).collect());
+                return Ok(batches
+                    .iter()
+                    .zip(losses)
+                    .map(|(batch, losses)| Known::of(batch, losses))
+                    .collect());
             }
             (Beside::Nothing, _) => None,
             (Beside::Reference(reference), Part::Train) => Some(&reference.train),

@@ -3,15 +3,14 @@
 use super::prompt::{Ask, Prompt};
 use super::stop::StopStrings;
 use super::{End, Generated, Settings, TextStream};
-use crate::host_model::{HostModel, open_adapter, read_weights};
+use crate::host_model::{Changes, HostModel};
 use fleet_checkpoint::TOKENIZER_FILE;
-use fleet_common::job::Tokenizer;
+use fleet_common::job::{Quantization, Tokenizer};
 use fleet_common::model::{Decoder, Positions, Scaling};
 use fleet_data::chat::{Template, Templates, TurnEnd};
 use fleet_data::guarded;
 use fleet_data::model_dir::{self, GivenTokenizer, SpecialTokens};
 use fleet_kernels::all_finite;
-use fleet_learn::adapter::Adapter;
 use fleet_learn::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -36,23 +35,29 @@ pub struct TextModel {
 
 /// The model with the adapters that change it.
 struct Variant {
-    adapters: Vec<Adapter>,
+    adapters: Changes,
     templates: Templates,
     /// Tokens that end a text.
     ends: Vec<u32>,
 }
 
 impl TextModel {
-    /// The model in `dir`, changed by adapters one after the other. This is its first variant.
-    pub fn open(dir: &Path, adapters: &[PathBuf], threads: u32) -> Result<TextModel> {
-        let (model, weights) = read_weights(dir, &[])?;
+    /// The model in `dir`, changed by adapters one after the other. This is its first variant. Its matrices are in few bits where the files have them so,
+    /// or where `quantization` says so.
+    pub fn open(
+        dir: &Path,
+        adapters: &[PathBuf],
+        quantization: Option<Quantization>,
+        threads: u32,
+    ) -> Result<TextModel> {
+        let host = HostModel::packed(dir, quantization, threads, 1)?;
         let file = dir.join(TOKENIZER_FILE);
-        let tokenizer = GivenTokenizer::open(&file, model.decoder.vocab_size as u32).map_err(input)?;
-        let host = HostModel::new(model, weights, threads, 1)?;
+        let tokenizer = GivenTokenizer::open(&file, host.model.decoder.vocab_size as u32).map_err(input)?;
         let dir = dir.to_owned();
         let mut model = TextModel { dir, file, tokenizer, host, variants: Vec::new(), current: 0 };
         model.add(adapters)?;
-        model.host.change(&[], &model.variants[0].adapters)?;
+        let nothing = model.host.adapters(&[])?;
+        model.host.change(&nothing, &model.variants[0].adapters)?;
         Ok(model)
     }
 
@@ -64,9 +69,8 @@ impl TextModel {
             let special = SpecialTokens::beside(&adapter.join(TOKENIZER_FILE)).map_err(input)?;
             ends.extend(special.eos.and_then(|end| self.tokenizer.tokenizer.token_to_id(&end)));
         }
-        let opened = adapters.iter().map(|adapter| open_adapter(adapter, self.host.dir()));
         self.variants.push(Variant {
-            adapters: opened.collect::<Result<_>>()?,
+            adapters: self.host.adapters(adapters)?,
             templates: Templates::of_changed(&self.dir, adapters).map_err(input)?,
             ends,
         });
@@ -76,7 +80,7 @@ impl TextModel {
     /// From now on this variant is asked.
     pub fn choose(&mut self, variant: usize) -> Result<()> {
         if variant != self.current {
-            let [from, to] = [self.current, variant].map(|at| &self.variants[at].adapters[..]);
+            let [from, to] = [self.current, variant].map(|at| &self.variants[at].adapters);
             self.host.change(from, to)?;
             self.current = variant;
         }

@@ -16,6 +16,7 @@ mod refusal;
 use refusal::Refusal;
 
 use crate::generate::TextModel;
+use fleet_common::job::Quantization;
 use fleet_learn::{Error, Result};
 use http::Shared;
 use queue::{Queue, Served};
@@ -44,6 +45,8 @@ pub struct Wanted {
     pub chat_template: Option<String>,
     pub listen: SocketAddr,
     pub threads: u32,
+    /// Of matrices that the files have whole.
+    pub quantization: Option<Quantization>,
 }
 
 /// Serves until it is told to end by SIGINT or SIGTERM. Says on stdout where it listens.
@@ -62,7 +65,7 @@ pub fn serve(wanted: &Wanted) -> Result<()> {
             "cannot listen on {listen}: {e}; stop what uses that port or choose another with --port"
         ))
     })?;
-    let mut model = TextModel::open(&wanted.model, &wanted.adapters, wanted.threads)?;
+    let mut model = TextModel::open(&wanted.model, &wanted.adapters, wanted.quantization, wanted.threads)?;
     for (_, adapter) in &wanted.named {
         model.add(&[&wanted.adapters[..], std::slice::from_ref(adapter)].concat())?;
     }
