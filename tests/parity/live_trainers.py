@@ -15,8 +15,6 @@ datasets.disable_progress_bars()
 ROWS, LONGEST = 8, 512
 CASES = {
     **{name: ("sft", settings, of, job) for name, (settings, of, job) in trainers.SFT.items()},
-    # Of those of the golden files each holds one talk.
-    "sft_packs": ("sft", dict(trainers.SFT["sft_packed"][0], max_length=288), "messages", {"packing": True}),
     **{name: ("dpo", settings, "preferences", {}) for name, settings in trainers.DPO.items()},
     "orpo": ("orpo", dict(max_length=LONGEST), "preferences", {}),
 }

@@ -34,7 +34,7 @@ WORDS = "the a river stone, bird sings; blue wind over far hills 12 and (never) 
 SFT = {
     "sft_answers": (dict(assistant_only_loss=True), "messages", {}),
     "sft_completions": (dict(), "pairs", {}),
-    "sft_packed": (dict(packing=True, max_length=96, assistant_only_loss=True), "messages", {"packing": True}),
+    "sft_packed": (dict(packing=True, max_length=288, assistant_only_loss=True), "messages", {"packing": True}),
 }
 DPO = {
     "dpo_sigmoid": dict(loss_type="sigmoid"),
@@ -73,7 +73,7 @@ def rows(seed, count):
     text = lambda most: " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
     talk = lambda turns: [{"role": ("user", "assistant")[turn % 2], "content": text(5)} for turn in range(turns)]
     return {
-        # Packs take several, and a talk has to fit into one.
+        # A pack takes several.
         "messages": [{"messages": talk(2 if n % 3 else 4)} for n in range(3 * count)],
         "pairs": [{"prompt": text(9) + ":", "completion": " " + text(9)} for _ in range(count)],
         "preferences": [{"prompt": text(9) + ":", "chosen": " " + text(7), "rejected": " no " + text(7)} for _ in range(count)],
@@ -130,7 +130,7 @@ def main():
     with tempfile.TemporaryDirectory() as out:
         log = lambda kind, settings, of: trained(trainer_of(kind, settings, data[of], Place(MODEL, GOLDEN / "adapter", out)))
         for name, (settings, of, job) in SFT.items():
-            cases[name] = {"rows": of, "job": job, **log("sft", settings, of)}
+            cases[name] = {"rows": of, "job": job, "max_length": settings.get("max_length"), **log("sft", settings, of)}
         for name, settings in DPO.items():
             cases[name] = {"rows": "preferences", "dpo": settings, **log("dpo", settings, "preferences")}
     golden = json.dumps({"trl": trl.__version__, "rows": data, "cases": cases}, ensure_ascii=False) + "\n"
