@@ -37,7 +37,7 @@ chaos: build
 bench: programs
 	bench/run.sh $(BIN)
 
-# fleet against transformers and PyTorch, on fresh random models of every family. PYTHON is one that has torch, transformers and safetensors.
+# fleet against transformers, PEFT and TRL, on fresh random models, adapters and rows. PYTHON is one that has what tests/parity/requirements-live.txt names.
 PYTHON ?= python3
 parity: programs
 	@$(PYTHON) tests/parity/live.py --bin $(BIN)

@@ -12,7 +12,7 @@ import shutil
 
 import families
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -39,77 +39,92 @@ CASES = {
 }
 
 
-def make(name, seed, out):
-    family, settings = CASES[name]
-    model = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager").double()
-    expected = load_file(FAMILIES / family / "expected.safetensors")
-    ids = expected["ids"][:1, :24].contiguous()
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-    whole = expected["logits"][:1, :24].double()
-    assert (before - whole).abs().max() < 1e-4 * whole.abs().max(), f"{name}: {family} is read as another model"
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+def opened(base):
+    return AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double()
+
+
+def draw(base, settings, seed, folder):
+    """An adapter of the model in `base`, away from where adapters begin, which changes nothing."""
     torch.manual_seed(seed)
-    with torch.no_grad():  # away from where they begin, which changes nothing
+    model = get_peft_model(opened(base), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter)).add_(torch.randn_like(parameter) * 0.1)
-    folder = out / name
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({key: value.float().contiguous() for key, value in weights.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model = get_peft_model_again(family, folder)
+
+
+def make(name, seed, out):
+    family, settings = CASES[name]
+    base, folder = FAMILIES / family, out / name
+    expected = load_file(base / "expected.safetensors")
+    ids = expected["ids"][:1, :24].contiguous()
+    with torch.no_grad():
+        before = opened(base)(input_ids=ids).logits
+    whole = expected["logits"][:1, :24].double()
+    assert (before - whole).abs().max() < 1e-4 * whole.abs().max(), f"{name}: {family} is read as another model"
+    draw(base, settings, seed, folder)
+    model = loaded(base, folder)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         merged = model.merge_and_unload()(input_ids=ids).logits
     assert (logits - before).abs().max() > 1e-2, f"{name}: the adapter changes nothing"
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = family
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    name_base(folder, family)
     if name != "tied_embedding":
-        train(family, folder)
+        save_file(of_training(base, folder, expected["batches"]), folder / "training.safetensors")
     save_file(dict(ids=ids, logits=logits.float().contiguous(), merged=merged.float().contiguous()), folder / "expected.safetensors")
 
 
-def get_peft_model_again(family, folder, **settings):
+def name_base(folder, family):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = family
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def loaded(base, folder, **settings):
     """As a user loads it: from the file, in fp64."""
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager").double()
-    return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False, **settings).double().eval()
+    return PeftModel.from_pretrained(opened(base), folder, autocast_adapter_dtype=False, **settings).double().eval()
 
 
-def train(family, folder):
-    """Twenty steps from there, with what the file has, and the gradients of the first one."""
-    model = get_peft_model_again(family, folder, is_trainable=True)
+def parameters(model):
+    """By the names that they have in files."""
+    plain = lambda name: name.replace(".default", "").replace(".modules_to_save", "").replace("magnitude_vector.weight", "magnitude_vector")
+    return {plain(name): parameter for name, parameter in model.named_parameters()}
+
+
+def train(base, folder, batches, with_gradients=lambda trained: None):
+    """The model, losses and norms of a step with each batch, on from what the file has. Gradients are told by the names in it."""
+    model = loaded(base, folder, is_trainable=True)
     in_file = load_file(folder / "adapter_model.safetensors")
-    trained = {}
-    for name, parameter in model.named_parameters():
-        plain = name.replace(".default", "").replace(".modules_to_save", "").replace("magnitude_vector.weight", "magnitude_vector")
-        parameter.requires_grad_(parameter.requires_grad and plain in in_file)
-        if parameter.requires_grad:
-            trained[plain] = parameter
+    for name, parameter in parameters(model).items():
+        parameter.requires_grad_(parameter.requires_grad and name in in_file)
+    trained = {name: parameter for name, parameter in parameters(model).items() if parameter.requires_grad}
     # PEFT writes an embedding that is changed, and the head, as they were, too.
-    assert trained.keys() == {key for key in in_file if "base_layer" not in key}, folder
-    batches = load_file(FAMILIES / family / "expected.safetensors")["batches"]
+    assert trained.keys() == {key for key in in_file if not key.endswith("base_layer.weight")}, folder
+    # As transformers' Trainer has it: biases and norms do not decay, magnitudes do.
+    decaying = [p for name, p in trained.items() if p.dim() > 1 or "magnitude" in name]
+    losses, norms = families.train(model, batches, list(trained.values()), lambda: with_gradients(trained), decaying)
+    return model, losses, norms
+
+
+def of_training(base, folder, batches):
+    """Twenty steps from there, and the gradients of the first one."""
     grads = {}
 
-    def keep_first():
+    def keep_first(trained):
         if not grads:
             grads.update({f"grad.{name}": p.grad.float().contiguous() for name, p in trained.items()})
 
-    # As transformers' Trainer has it: biases and norms do not decay, magnitudes do.
-    decaying = [p for name, p in trained.items() if p.dim() > 1 or "magnitude" in name]
-    losses, norms = families.train(model, batches, list(trained.values()), keep_first, decaying)
+    _, losses, norms = train(base, folder, batches, keep_first)
     of_steps = dict(losses=torch.tensor(losses, dtype=torch.float64), grad_norms=torch.tensor(norms, dtype=torch.float64))
-    save_file(dict(batches=batches, **of_steps, **grads), folder / "training.safetensors")
+    return dict(batches=batches, **of_steps, **grads)
 
 
 def combine(seed, adapters, out):
     """A second adapter of the base of "lora", and what PEFT makes of both."""
-    from peft import PeftModel
-
     family, first = CASES["lora"][0], adapters / "lora"
     base = AutoModelForCausalLM.from_pretrained(FAMILIES / family, attn_implementation="eager")
     torch.manual_seed(seed)
@@ -124,9 +139,7 @@ def combine(seed, adapters, out):
     (out / "README.md").unlink(missing_ok=True)
     for folder in out.iterdir():
         (folder / "README.md").unlink(missing_ok=True)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = family
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        name_base(folder, family)
 
 
 def main():

@@ -5,6 +5,7 @@
 
 mod client;
 mod coordinators;
+pub mod documents;
 pub mod fine_tuning;
 pub mod fuzz;
 pub mod http;

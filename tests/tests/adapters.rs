@@ -2,44 +2,39 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::fine_tuning::{checkpoint, job, with_a_base};
+use fleet_tests::fine_tuning::{
+    are_close, checkpoint, instructions, job, launch, whole_and_resumed, with_a_base,
+};
 use fleet_tests::{Finished, World};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
-const LORA: &[&str] =
-    &["--set", "adapter.r=4", "--set", "adapter.dropout=0.1", "--set", "lr=1e-2", "--set", "eval_steps=10"];
-
-fn launch(world: &World, ranks: &str, job: &str, more: &[&str]) -> fleet_tests::Running {
-    world.start("fleet", &[&["launch", "-n", ranks, "--json", job], LORA, more].concat())
-}
+const LORA: &[&str] = &["adapter.r=4", "adapter.dropout=0.1", "lr=1e-2", "eval_steps=10"];
+/// Answers of rows, several of which share a sequence.
+const SFT: &[&str] = &["task_name=sft", "data.path=rows.json", "data.packing=true", "max_seq_len=384"];
 
 #[test]
-fn a_killed_adapter_is_resumed_bit_for_bit_and_holds_no_more_than_itself() {
+fn a_killed_adapter_of_rows_is_resumed_bit_for_bit_and_holds_no_more_than_itself() {
     let (world, base) = with_a_base();
-    let whole = launch(&world, "2", &job(&world, &base, "whole"), &[]).finish().expect(0);
-    let file = job(&world, &base, "killed");
-    let mut killed = launch(&world, "2", &file, &[]);
-    killed.until("checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_string());
-    world.strike_all();
-    killed.finish().expect(128 + 9);
-    world.is_empty_soon();
-    let resume = ["--set", "resume_from_checkpoint=latest"];
-    let resumed = launch(&world, "2", &file, &resume).finish().expect(0);
-    let (losses, all) = (resumed.losses(), whole.losses());
-    let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", resumed.all())).0;
-    assert!([11, 21].contains(&first), "resumed at {first}");
-    assert_eq!(losses, all[first as usize - 1..]);
-    for file in ["adapter_model.safetensors", "adapter_config.json"] {
-        let read = |done: &Finished| fs::read(checkpoint(done).join(file)).unwrap();
-        assert!(read(&whole) == read(&resumed), "{file} differs");
+    world.write("rows.json", instructions(120));
+    let bytes = |path: &Path| fs::metadata(path).unwrap().len();
+    let of_base = bytes(&base.join("model-00001-of-00002.safetensors"));
+    for strategy in ["ddp", "fsdp"] {
+        let with = format!("strategy={strategy}");
+        let [whole, resumed] = whole_and_resumed(&world, |name, more| {
+            let file = job(&world, &base, &format!("{name}-{strategy}"));
+            launch(&world, "2", &file, &[LORA, SFT, &["batch_size=2", &with], more])
+        });
+        for file in ["adapter_model.safetensors", "adapter_config.json"] {
+            let read = |done: &Finished| fs::read(checkpoint(done).join(file)).unwrap();
+            assert!(read(&whole) == read(&resumed), "{strategy}: {file} differs");
+        }
+        let held: u64 =
+            fs::read_dir(checkpoint(&whole)).unwrap().map(|file| bytes(&file.unwrap().path())).sum();
+        assert!(held < of_base, "{held} bytes beside {of_base} of half the base");
+        assert!(!checkpoint(&whole).join("config.json").exists());
     }
-    let bytes: u64 =
-        fs::read_dir(checkpoint(&whole)).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
-    let of_base = fs::metadata(base.join("model-00001-of-00002.safetensors")).unwrap().len();
-    assert!(bytes < of_base, "{bytes} bytes beside {of_base} of half the base");
-    assert!(!checkpoint(&whole).join("config.json").exists());
 
     // Another base under the same path.
     let weights = base.join("model-00001-of-00002.safetensors");
@@ -47,8 +42,9 @@ fn a_killed_adapter_is_resumed_bit_for_bit_and_holds_no_more_than_itself() {
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&weights, bytes).unwrap();
     fs::remove_file(base.join("manifest.json")).unwrap();
-    let refused =
-        launch(&world, "2", &file, &[&resume[..], &["--set", "max_steps=40"]].concat()).finish().expect(2);
+    let more = ["batch_size=2", "resume_from_checkpoint=latest", "max_steps=40"];
+    let file = job(&world, &base, "killed-ddp");
+    let refused = launch(&world, "2", &file, &[LORA, SFT, &more]).finish().expect(2);
     assert!(refused.all().contains("its base was another model"), "{}", refused.all());
 }
 
@@ -57,36 +53,31 @@ fn ranks_and_strategies_train_the_same_adapter_with_the_same_dropout() {
     let (world, base) = with_a_base();
     let losses = |ranks: &str, name: &str, more: &[&str]| {
         let batch = format!("batch_size={}", 4 / ranks.parse::<u32>().unwrap());
-        let more = [&["--set", &batch], more].concat();
-        launch(&world, ranks, &job(&world, &base, name), &more).finish().expect(0).losses()
+        let file = job(&world, &base, name);
+        launch(&world, ranks, &file, &[LORA, &[&batch], more]).finish().expect(0).losses()
     };
     let one = losses("1", "one", &[]);
     for (ranks, name, more) in [
-        ("2", "ddp", &["--set", "strategy=ddp"][..]),
-        ("4", "fsdp", &["--set", "strategy=fsdp"]),
-        ("2", "again", &["--set", "strategy=fsdp", "--set", "activation_checkpointing=blocks"]),
+        ("2", "ddp", &["strategy=ddp"][..]),
+        ("4", "fsdp", &["strategy=fsdp"]),
+        ("2", "again", &["strategy=fsdp", "activation_checkpointing=blocks"]),
     ] {
-        for (a, b) in one.iter().zip(losses(ranks, name, more)) {
-            assert!((a.1 - b.1).abs() <= 1e-4 * a.1, "{name}, step {}: {} and {}", a.0, a.1, b.1);
-        }
+        are_close(&one, &losses(ranks, name, more), 1e-4, name);
     }
     // And one whose rows have lengths, beside a model in four bits.
-    let dora =
-        ["--set", "adapter.use_dora=true", "--set", "quantization=nf4", "--set", "precision=bf16-mixed"];
+    let dora = ["adapter.use_dora=true", "quantization=nf4", "precision=bf16-mixed"];
     let one = losses("1", "dora", &dora);
     assert!(one.last().unwrap().1 < one[0].1 - 0.02, "{one:?}");
     for strategy in ["ddp", "fsdp", "hsdp"] {
         let with = format!("strategy={strategy}");
-        for (a, b) in one.iter().zip(losses("2", &with, &[&dora[..], &["--set", &with]].concat())) {
-            assert!((a.1 - b.1).abs() <= 1e-2 * a.1, "{strategy}, step {}: {} and {}", a.0, a.1, b.1);
-        }
+        are_close(&one, &losses("2", &with, &[&dora[..], &[&with]].concat()), 1e-2, strategy);
     }
 }
 
 #[test]
 fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() {
     let (world, base) = with_a_base();
-    let trained = launch(&world, "1", &job(&world, &base, "trained"), &[]).finish().expect(0);
+    let trained = launch(&world, "1", &job(&world, &base, "trained"), &[LORA]).finish().expect(0);
     let (base, adapter) = (base.display().to_string(), checkpoint(&trained).display().to_string());
     let loss = |more: &[&str]| {
         let args = ["eval", "--data", "corpus.jsonl", "--json"];
@@ -152,20 +143,8 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     // On from there, as an adapter of its own.
     let next = job(&world, Path::new(&base), "next");
     let path = format!("adapter.path={adapter}");
-    let args = [
-        "launch",
-        "-n",
-        "1",
-        "--json",
-        &next,
-        "--set",
-        &path,
-        "--set",
-        "max_steps=1",
-        "--set",
-        "eval_steps=1",
-    ];
-    let done = world.run("fleet", &args).expect(0);
+    let more = [path.as_str(), "max_steps=1", "eval_steps=1"];
+    let done = launch(&world, "1", &next, &[&more]).finish().expect(0);
     let first = done.stdout.iter().find(|line| line.contains("\"eval\"")).unwrap();
     let first = serde_json::from_str::<Value>(first).unwrap()["loss"].as_f64().unwrap();
     let last = trained.stdout.iter().rfind(|line| line.contains("\"eval\"")).unwrap();
@@ -173,43 +152,23 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     assert!((first - last).abs() < 1e-6, "{first} {last}");
 }
 
-/// Rows of instructions whose answers follow a rule.
-fn rows(count: usize) -> String {
-    let words = ["harbour", "winter", "lantern", "river", "stone", "morning", "letters"];
-    let row = |n: usize| {
-        let (one, two) = (words[n % 7], words[n / 7 % 7]);
-        serde_json::json!({"instruction": format!("Write the {one} and the {two}."), "input": "", "output": format!("{two} {two}")})
-    };
-    serde_json::to_string(&(0..count).map(row).collect::<Vec<_>>()).unwrap()
-}
-
 #[test]
 fn instructions_are_learnt_beside_a_model_in_four_bits() {
     let (world, base) = with_a_base();
-    world.write("rows.json", rows(120));
-    let more = [
-        "task_name=sft",
-        "data.path=rows.json",
-        "data.packing=true",
-        "max_seq_len=384",
-        "quantization=nf4",
-        "max_steps=40",
-    ];
-    let sets: Vec<&str> = more.iter().flat_map(|set| ["--set", set]).collect();
+    world.write("rows.json", instructions(120));
+    let more = ["quantization=nf4", "max_steps=40"];
     let file = job(&world, &base, "sft");
     let evaluations = |done: &Finished| -> Vec<f64> {
         let events = done.stdout.iter().filter(|line| line.contains("\"event\":\"eval\""));
         events.map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect()
     };
-    let packed = launch(&world, "2", &file, &sets).finish().expect(0);
+    let packed = launch(&world, "2", &file, &[LORA, SFT, &more]).finish().expect(0);
     let losses = evaluations(&packed);
     assert!(losses.last().unwrap() < &(losses[0] - 0.2), "{losses:?}");
 
     // Row by row, on one rank, all gradients of a step are of as many tokens as they are.
-    let alone =
-        [&sets[..], &["--set", "data.packing=false", "--set", "run_name=alone", "--set", "strategy=fsdp"]]
-            .concat();
-    let losses = evaluations(&launch(&world, "4", &file, &alone).finish().expect(0));
+    let alone = ["data.packing=false", "run_name=alone", "strategy=fsdp"];
+    let losses = evaluations(&launch(&world, "4", &file, &[LORA, SFT, &more, &alone]).finish().expect(0));
     assert!(losses.last().unwrap() < &(losses[0] - 0.2), "{losses:?}");
 
     let (base, adapter) = (base.display().to_string(), checkpoint(&packed).display().to_string());
@@ -230,11 +189,8 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     assert!(untemplated.all().contains("has no chat template"), "{}", untemplated.all());
 
     // One that was trained with a template carries it.
-    let named = [
-        &sets[..],
-        &["--set", "data.chat_template=chatml", "--set", "run_name=named", "--set", "max_steps=2"],
-    ];
-    let named = launch(&world, "2", &file, &named.concat()).finish().expect(0);
+    let named = ["data.chat_template=chatml", "run_name=named", "max_steps=2"];
+    let named = launch(&world, "2", &file, &[LORA, SFT, &more, &named]).finish().expect(0);
     assert!(named.all().contains("<|im_end|>, <|im_start|> are no token"), "{}", named.all());
     let adapter = checkpoint(&named);
     let template = fs::read_to_string(adapter.join("chat_template.jinja")).unwrap();
@@ -251,7 +207,7 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     assert!(said(&[]).json()[0]["prompt_tokens"].as_u64() > Some(10));
 
     world.write("broken.json", r#"[{"instruction": "a", "output": "b"}, {"instruction": "a"}]"#);
-    let broken = [&sets[..], &["--set", "data.path=broken.json", "--set", "run_name=broken"]].concat();
-    let refused = launch(&world, "1", &file, &broken).finish();
+    let broken = ["data.path=broken.json", "run_name=broken"];
+    let refused = launch(&world, "1", &file, &[LORA, SFT, &more, &broken]).finish();
     assert!(refused.all().contains("row 2"), "{}", refused.all());
 }

@@ -6,6 +6,7 @@
 
 use fleet_common::ids::JobId;
 use fleet_common::protocol::{JobState, JobView, Reply, Request};
+use fleet_tests::fine_tuning::{are_close, instructions, job, pairs, sets, with_a_base};
 use fleet_tests::{Client, Coordinators, Network, TinyJob, World, eventually};
 
 fn ended(client: &mut Client, job: JobId) -> JobView {
@@ -49,6 +50,36 @@ fn a_job_on_two_nodes_trains_as_on_one_under_every_strategy() {
     for (name, more) in strategies {
         let (two, tolerance) = (loss("2", name, more), if name.contains("bf16") { 1e-2 } else { 1e-4 });
         assert!((one / two - 1.0).abs() < tolerance, "{name}: {one} on one node, {two} on two");
+    }
+}
+
+/// Of rows and of pairs, beside a model in four bits that lies once on each node.
+#[test]
+fn an_adapter_on_two_nodes_learns_as_on_one() {
+    let (world, base) = with_a_base();
+    world.write("rows.json", instructions(120));
+    world.write("pairs.json", pairs(120));
+    let Some(network) = Network::new(3) else { return };
+    let coordinators = Coordinators::on(&world, &network, 1);
+    let _nodes = [coordinators.worker(1, 4), coordinators.worker(2, 2)];
+    let cluster = coordinators.data_dir(0).display().to_string();
+    let losses = |nodes: &str, name: &str, more: &[&str]| {
+        let file = job(&world, &base, name);
+        let usual = ["adapter.r=4", "lr=5e-3", "batch_size=1", "max_steps=10", "quantization=nf4"];
+        let args = ["submit", "-n", "4", "--nodes", nodes, &file, "--wait", "--json", "--cluster", &cluster];
+        world.run("fleet", &[&args, &sets(&[&usual, more])[..]].concat()).expect(0).losses()
+    };
+    let sft = ["task_name=sft", "data.path=rows.json", "data.packing=true", "max_seq_len=384"];
+    let dpo = ["task_name=dpo", "data.path=pairs.json", "max_seq_len=128"];
+    for (task, of, strategies) in
+        [("sft", &sft[..], &["ddp", "fsdp", "hsdp"][..]), ("dpo", &dpo, &["ddp", "fsdp"])]
+    {
+        let one = losses("1", task, of);
+        assert!(one.len() == 10 && one[9].1 < one[0].1, "{task}: {one:?}");
+        for strategy in strategies {
+            let (name, with) = (format!("{task}-{strategy}"), format!("strategy={strategy}"));
+            are_close(&one, &losses("2", &name, &[of, &[&with]].concat()), 2e-4, &name);
+        }
     }
 }
 

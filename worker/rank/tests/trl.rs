@@ -32,7 +32,7 @@ fn job_of(case: &Value, rows: &Value, dir: &Path) -> Job {
         "adapter": {"path": golden().join("trl/adapter"), "dropout": 0.0},
         "data": {"path": "rows.json", "chat_template": if case["rows"] == "messages" { "chatml" } else { "none" }, "validation_fraction": 0},
         "output_dir": "out",
-        "max_seq_len": if is_packed { 96 } else { 4096 },
+        "max_seq_len": case["max_length"].as_u64().unwrap_or(4096),
         "batch_size": if is_packed { 1 } else { 2 },
         "accumulate_grad_batches": 2,
         "max_steps": STEPS,
