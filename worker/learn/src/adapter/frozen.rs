@@ -53,7 +53,7 @@ pub struct Frozen<E> {
 }
 
 impl<E: HostNumber> Frozen<E> {
-    /// What of the model in `dir` is not trained itself, read by all ranks of the host. A collective call.
+    /// The model in `dir`, read by all ranks of the host; also what of it is trained itself: that is compared with. A collective call.
     pub fn read(
         dir: &ModelDir,
         trained: &Trained,
@@ -130,8 +130,10 @@ pub fn packed_parameters<'a>(
 /// What is kept in fp32, and what in bf16.
 fn places(layout: &Layout, trained: &Trained, kept: Kept, quantization: Option<Quantization>) -> [Places; 2] {
     let of = |wanted: &dyn Fn(Role) -> bool| {
-        let is_here = |p: &Parameter| quantization.is_none() || !is_packed(p, layout);
-        let is = |p: &Parameter| wanted(p.role) && trained.place(&p.range).is_none() && is_here(p);
+        let is_wide = |p: &Parameter| {
+            quantization.is_none() || !is_packed(p, layout) || trained.place(&p.range).is_some()
+        };
+        let is = |p: &Parameter| wanted(p.role) && is_wide(p);
         Places::in_a_row(layout.ranges(is))
     };
     let is_read_by_products = |role| matches!(role, Role::Weight | Role::TiedTable);
