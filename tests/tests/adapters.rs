@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
+use fleet_tests::Finished;
 use fleet_tests::fine_tuning::{
     are_close, checkpoint, instructions, job, launch, whole_and_resumed, with_a_base,
 };
-use fleet_tests::{Finished, World};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;

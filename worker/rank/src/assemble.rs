@@ -246,8 +246,7 @@ fn beside<E: Storage>(
         None => &mut alone,
     };
     let base = ModelDir::open(&adapter.base)?;
-    let (trained, few_bits) = (adapter.trained.whole(), &adapter.few_bits);
-    let frozen = Frozen::read(&base, trained, (kept, few_bits), gang, threads as usize)?;
+    let frozen = Frozen::read(&base, kept, &adapter.few_bits, gang, threads as usize)?;
     Ok(executor.beside(frozen, adapter.trained.clone()))
 }
 

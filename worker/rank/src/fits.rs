@@ -93,12 +93,7 @@ impl Need {
         let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);
         let mut kept = Needs::of(&setting.keeping(), &layout);
         if let Some(adapter) = &model.adapter {
-            let frozen = frozen_bytes(
-                &model.layout(),
-                adapter.trained.whole(),
-                Kept::of(setting.precision),
-                &adapter.few_bits,
-            );
+            let frozen = frozen_bytes(&model.layout(), Kept::of(setting.precision), &adapter.few_bits);
             kept.weights += frozen.div_ceil(setting.shape.of_node() as usize);
         }
         Need {

@@ -7,7 +7,7 @@ use fleet_kernels::{self as kernels, all_finite};
 use fleet_learn::adapter::{Adapter, AdapterFile, FewBits, Frozen, Kept, Trained, read_wide};
 use fleet_learn::model::Model;
 use fleet_learn::zeros::{Part, zeros};
-use fleet_learn::{Error, HostWeights, Places, Result};
+use fleet_learn::{Error, HostWeights, Result};
 use half::bf16;
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
@@ -113,8 +113,7 @@ impl HostModel {
             return HostModel::new(given, weights, threads, positions);
         }
         let mut alone = fleet_collectives::Solo::new(0);
-        let nothing = Places::default();
-        let frozen = Frozen::read(&given, &nothing, (Kept::Fp32, &few), &mut alone, threads as usize)?;
+        let frozen = Frozen::read(&given, Kept::Fp32, &few, &mut alone, threads as usize)?;
         let numbers = Numbers::Packed { frozen: Box::new(frozen), beside: None };
         HostModel::of(given, numbers, threads, positions)
     }

@@ -76,11 +76,11 @@ impl Base {
         threads: usize,
     ) -> fleet_learn::Result<Base> {
         let dir = ModelDir::open(&adapter.base)?;
-        let (trained, few) = (&adapter.trained, of_frozen(&adapter.few_bits, &adapter.trained));
-        let [products, exact] = places(&dir.layout, numbers, &few);
+        let (trained, few) = (&adapter.trained, &adapter.few_bits);
+        let [products, exact] = places(&dir.layout, numbers, few);
         let packed = (!few.is_empty()).then(|| {
             let read = &mut |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, threads);
-            let host = adapter::Packed::read(&dir, few, gang, read);
+            let host = adapter::Packed::read(&dir, few.clone(), gang, read);
             gang.barrier()?;
             Ok::<_, fleet_learn::Error>(Arc::new(Packed::new(&host?, numbers.products, device)?))
         });
@@ -145,8 +145,8 @@ impl Base {
 
     /// Bytes on each device.
     pub fn bytes(layout: &Layout, adapter: &TrainedAdapter, numbers: Numbers) -> usize {
-        let few = of_frozen(&adapter.few_bits, &adapter.trained);
-        let [products, exact] = places(layout, numbers, &few);
+        let few = &adapter.few_bits;
+        let [products, exact] = places(layout, numbers, few);
         let size = Kind::elt_size_in_bytes;
         let exact = numbers.copied().map_or(0, |_| exact.end() * size(numbers.kept));
         exact + products.end() * size(numbers.products) + few.bytes()
@@ -157,11 +157,6 @@ impl Buffer {
     fn view(&self) -> Stored<'_> {
         Stored { flat: &self.numbers, places: Some(&self.places) }
     }
-}
-
-/// What is not trained itself.
-fn of_frozen(few: &FewBits, trained: &Trained) -> FewBits {
-    few.only(|range| trained.whole().find(range).is_none())
 }
 
 /// What products read, and what is read as it is kept. Where both are of one type, the first has all. What has few bits is in neither.

@@ -52,20 +52,20 @@ pub struct Frozen<E> {
 }
 
 impl<E: HostNumber> Frozen<E> {
-    /// What of the model in `dir` is not trained itself, as `trained` says, read by all ranks of the host. A collective call.
+    /// The model in `dir`, read by all ranks of the host, with `few` of its matrices in few bits; also what of it is trained itself: that is compared
+    /// with. A collective call.
     pub fn read(
         dir: &ModelDir,
-        trained: &Places,
-        (kept, few): (Kept, &FewBits),
+        kept: Kept,
+        few: &FewBits,
         gang: &mut dyn SharedHost,
         threads: usize,
     ) -> Result<Frozen<E>> {
-        let [exact, narrow] = places(&dir.layout, trained, kept, few);
+        let [exact, narrow] = places(&dir.layout, kept, few);
         let exact_numbers = SharedSlice::new(gang.allocate_common(exact.end() * size_of::<f32>())?);
         let narrow_numbers = SharedSlice::new(gang.allocate_common(narrow.end() * size_of::<bf16>())?);
-        let few = few.only(|range| trained.find(range).is_none());
         let read = &mut |p: &Parameter, out: &mut [f32]| read_numbers(dir, p.range.start, out, threads);
-        let packed = (!few.is_empty()).then(|| Packed::read(dir, few, gang, read));
+        let packed = (!few.is_empty()).then(|| Packed::read(dir, few.clone(), gang, read));
         let packed = packed.transpose();
         let mut frozen =
             Frozen { kept, exact, exact_numbers, narrow, narrow_numbers, packed: None, kind: PhantomData };
@@ -107,17 +107,16 @@ impl<E: HostNumber> Frozen<E> {
     }
 }
 
-/// Bytes of what is not trained, on each host.
-pub fn bytes(layout: &Layout, trained: &Places, kept: Kept, few: &FewBits) -> usize {
-    let [exact, narrow] = places(layout, trained, kept, few);
-    let packed = few.only(|range| trained.find(range).is_none()).bytes();
-    exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + packed
+/// Bytes of a frozen model, on each host.
+pub fn bytes(layout: &Layout, kept: Kept, few: &FewBits) -> usize {
+    let [exact, narrow] = places(layout, kept, few);
+    exact.end() * size_of::<f32>() + narrow.end() * size_of::<bf16>() + few.bytes()
 }
 
 /// What is kept in fp32, and what in bf16.
-fn places(layout: &Layout, trained: &Places, kept: Kept, few: &FewBits) -> [Places; 2] {
+fn places(layout: &Layout, kept: Kept, few: &FewBits) -> [Places; 2] {
     let of = |wanted: &dyn Fn(Role) -> bool| {
-        let is = |p: &Parameter| wanted(p.role) && trained.find(&p.range).is_none() && !few.has(p);
+        let is = |p: &Parameter| wanted(p.role) && !few.has(p);
         Places::in_a_row(layout.ranges(is))
     };
     let is_read_by_products = |role| matches!(role, Role::Weight | Role::TiedTable);

@@ -53,6 +53,8 @@ impl TrainedAdapter {
     ) -> Result<TrainedAdapter> {
         let (trained, config) = Trained::new(adapter, model, base)?;
         let (base, from) = (base.path().to_owned(), adapter.path.clone());
+        // What is trained itself needs more bits.
+        let few_bits = few_bits.only(|range| trained.whole.find(range).is_none());
         Ok(TrainedAdapter { trained, config, base, few_bits, from })
     }
 
@@ -182,11 +184,6 @@ impl Trained {
     /// Where a range of the model's flat buffer is, if it is trained itself. A range of which only a part is trained is an executor's mistake.
     pub fn place(&self, range: &Range<usize>) -> Option<Range<usize>> {
         self.whole.find(range)
-    }
-
-    /// Ranges of the model's flat buffer that are trained themselves.
-    pub fn whole(&self) -> &Places {
-        &self.whole
     }
 
     /// What is added to the product with this weight.
