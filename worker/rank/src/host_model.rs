@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Numbers of a matrix in few bits that are widened at a time for a prompt.
-const WIDENED: usize = 1 << 22;
+const WIDENED: usize = 1 << 20;
 
 pub struct HostModel {
     pub model: Model,
