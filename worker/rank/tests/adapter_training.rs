@@ -59,8 +59,9 @@ fn model_of(file: &Value) -> Result<Model, String> {
 const EXECUTORS: [job::Executor; 2] = [job::Executor::Cpu, job::Executor::Torch];
 
 fn learner(executor: job::Executor, model: &Model, precision: Precision) -> Box<dyn Learner> {
-    let threads = Threads { count: 2, again: 0 };
-    alone(executor, precision, model, threads, 64).unwrap()
+    // Of libtorch's threads several cost more than they do for models as small as these.
+    let count = if executor == job::Executor::Torch { 1 } else { 2 };
+    alone(executor, precision, model, Threads { count, again: 0 }, 64).unwrap()
 }
 
 /// The summed loss and the gradients of `scale` times it, for these flat weights of an adapter, of a batch that is taken so many times.
