@@ -84,8 +84,8 @@ fn one_object_trains_saves_and_answers() {
 
     // The job lies beside its checkpoints, for more ranks.
     let kept = dir.path().join("tuned/sft.toml");
-    let (job, warnings) = job::load(&kept, &[], Path::new("/")).unwrap();
-    assert_eq!((job.max_steps, warnings.len()), (Some(30), 0));
+    let (job, _) = job::load(&kept, &[], Path::new("/")).unwrap();
+    assert_eq!(job.max_steps, Some(30));
     assert_eq!(Job::from_json(&job.to_json()).unwrap().checkpoint_dir(), checkpoint.parent().unwrap());
 
     // Again it goes on, in a run and a folder of its own.
