@@ -56,7 +56,7 @@ pub fn tiny_model(dir: &Path) -> Result<PathBuf> {
         "data": {"path": "text", "validation_fraction": 0.0},
         "optimizer": {"learning_rate": 1e-2},
         "model": {
-            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "vocab_size": 280, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "max_position_embeddings": 128,
         },
     });
