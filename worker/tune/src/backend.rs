@@ -55,7 +55,7 @@ pub enum Dtype {
     #[default]
     Float32,
     Bfloat16,
-    /// With losses that are scaled. Not for adapters yet, which the trainer says.
+    /// With losses that are scaled. Where libtorch computes: on a CUDA device or Metal.
     Float16,
 }
 
@@ -103,7 +103,7 @@ impl Default for BackendConfig {
 
 /// A device that is there, with what is computed on it. Loads models and makes trainers.
 ///
-/// Adapters are trained on the CPU in this version, whatever the device; the trainer's listener is told so. Texts are written on the CPU.
+/// Adapters are trained on its device. Texts are written on the CPU.
 ///
 /// ```
 /// use fleet_tune::{Backend, Device};
