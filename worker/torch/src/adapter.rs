@@ -82,7 +82,7 @@ impl<'a> View<'a> {
     }
 
     /// The same for rows of a batch from `first` on.
-    pub fn from_row(self, first: usize) -> View<'a> {
+    pub fn at_row(self, first: usize) -> View<'a> {
         let rows = |rows: Rows<'a>| Rows { first, ..rows };
         View { beside: self.beside.map(|beside| Beside { rows: beside.rows.map(rows), ..beside }), ..self }
     }

@@ -49,7 +49,7 @@ impl TorchExecutor {
         let leaves = leaves.into_taken();
         let Scored { losses, seed, .. } = self.score(view, Some((grads, scale)), &last, batch)?;
         let flow = self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)?;
-        Ok((losses.f_sum(self.loss_kind())?, flow))
+        Ok((losses.f_sum(self.loss_kind())?.f_view([1])?, flow))
     }
 
     /// Losses and, with `grads`, the head's gradients for `scale` times their sum. `last` is `[b, s, e]`.
@@ -82,7 +82,7 @@ impl TorchExecutor {
             let cut = |tensor: &Tensor| tensor.f_narrow(0, start, count);
             let (x, targets, counts) = (cut(&x)?, cut(&batch.targets)?, cut(&batch.weights)?);
             let mut logits = x.f_linear(&matrix, bias.as_ref())?;
-            let added = self.added_logits(view.from_row(start as usize), &x, &weight, grads.is_some())?;
+            let added = self.added_logits(view.at_row(start as usize), &x, &weight, grads.is_some())?;
             if let Some(added) = &added {
                 logits = logits.f_add(&added.logits)?;
             }
