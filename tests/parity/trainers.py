@@ -98,6 +98,8 @@ def trainer_of(kind, settings, data, place, accumulate=ACCUMULATE):
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     tokenizer.chat_template = CHATML.read_text()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.model), place.adapter, is_trainable=True)
+    # In fp32 steps of one machine are not those of another.
+    model = model.double()
     usual = dict(
         output_dir=place.out, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, max_steps=STEPS, save_strategy="no",
         per_device_train_batch_size=1 if settings.get("packing") or kind == "orpo" else BATCH, gradient_accumulation_steps=accumulate, gradient_checkpointing=False,

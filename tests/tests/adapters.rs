@@ -184,8 +184,8 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
         "0",
     ];
     world.run("fleet", &[&ask[..], &["--max-new-tokens", "4"]].concat()).expect(0);
-    let more = ["--max-new-tokens", "4", "--chat", "--json"];
-    let untemplated = world.run("fleet", &[&ask[..], &more].concat()).expect(2);
+    let chat = ["--max-new-tokens", "4", "--chat", "--json"];
+    let untemplated = world.run("fleet", &[&ask[..], &chat].concat()).expect(2);
     assert!(untemplated.all().contains("has no chat template"), "{}", untemplated.all());
 
     // One that was trained with a template carries it.

@@ -164,8 +164,7 @@ fn what_packed_weights_do_not_allow_is_refused() {
     )
     .unwrap();
     let threads = Threads { count: 1, again: 0 };
-    let mut learner = alone(job::Executor::Cpu, Precision::Fp32, &model, threads, 64).unwrap();
-    let error = learner.fresh_weights(1).unwrap_err().to_string();
+    let error = alone(job::Executor::Cpu, Precision::Fp32, &model, threads, 64).err().unwrap().to_string();
     assert!(error.contains("o_proj.weight is quantised, and cannot be trained itself"), "{error}");
     let error = HostModel::packed(&base, Some(Quantization::Int8), 1, 8).err().unwrap().to_string();
     assert!(error.contains("leave --quantization out"), "{error}");
