@@ -2,8 +2,8 @@
 
     python live.py [--seed N] [--bin DIR] [NAME ...]
 
-What is compared is in live_families.py, live_adapters.py and live_trainers.py. PyTorch computes in fp64, so that the differences are fleet's own; TRL
-in fp32. Whatever fleet wrote has to load without a word. Prints the largest differences, and ends with 1 where one is beyond its bound.
+What is compared is in live_families.py, live_adapters.py and live_trainers.py. PyTorch and TRL compute in fp64, so that the differences are fleet's
+own. Whatever fleet wrote has to load without a word. Prints the largest differences, and ends with 1 where one is beyond its bound.
 """
 
 import argparse

@@ -221,15 +221,22 @@ mod tests {
     /// Also three matrices that are one product, and one whose rows files have in another order.
     #[test]
     fn what_is_widened_is_what_the_host_widens() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden/families");
-        for (family, (word, quantization)) in
-            ["llama", "bloom"].into_iter().flat_map(|family| Quantization::ALL.map(|kind| (family, kind)))
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden");
+        for (model, (word, quantization)) in ["gqa", "families/bloom"]
+            .into_iter()
+            .flat_map(|model| Quantization::ALL.map(|kind| (model, kind)))
         {
-            let name = format!("{family} {word}");
-            let dir = ModelDir::open(&golden.join(family)).unwrap();
+            let name = format!("{model} {word}");
+            let dir = ModelDir::open(&golden.join(model)).unwrap();
             let wiring = dir.wiring();
             let product = &wiring.blocks[1].qkv;
-            let few = FewBits::of(&dir, Some(quantization)).unwrap();
+            let few = match FewBits::of(&dir, Some(quantization)) {
+                Err(error) if model != "gqa" && word.starts_with("hqq") => {
+                    assert!(error.to_string().contains("groups of 64"), "{name}: {error}");
+                    continue;
+                }
+                few => few.unwrap(),
+            };
             let mut gang = fleet_collectives::Solo::new(0);
             let mut read = |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, 1);
             let host = adapter::Packed::read(&dir, few, &mut gang, &mut read).unwrap();

@@ -55,7 +55,7 @@ pub enum Dtype {
     #[default]
     Float32,
     Bfloat16,
-    /// With losses that are scaled. For libtorch alone: on a CUDA device, or with the key `executor` set to "torch".
+    /// With losses that are scaled. By libtorch on every device.
     Float16,
 }
 

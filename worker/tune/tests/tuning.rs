@@ -271,8 +271,9 @@ fn a_run_is_ended_by_its_listener_and_one_that_fails_says_why() {
         ..BackendConfig::default()
     });
     let half = half.unwrap();
-    let mut trainer = half.create_sft_trainer(&model, sft(training)).unwrap();
-    assert!(trainer.train(rows("x")).unwrap_err().to_string().contains("precision"));
+    let brief = TrainingConfig { max_steps: 2, ..training };
+    let result = half.create_sft_trainer(&model, sft(brief)).unwrap().train(rows("the cat")).unwrap();
+    assert!(result.success && result.final_loss.is_finite(), "{result:?}");
     assert!(cpu().load_model(dir.path().join("nothing")).is_err());
 }
 
