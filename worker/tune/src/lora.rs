@@ -62,7 +62,9 @@ impl LoraConfig {
     pub fn check(&self) -> Result<()> {
         let wrong = match self {
             LoraConfig { r: 0, .. } => "r must be positive",
-            LoraConfig { lora_alpha, .. } if !(*lora_alpha > 0.0) => "lora_alpha must be positive",
+            LoraConfig { lora_alpha, .. } if lora_alpha.is_nan() || *lora_alpha <= 0.0 => {
+                "lora_alpha must be positive"
+            }
             LoraConfig { lora_dropout, .. } if !(0.0..=1.0).contains(lora_dropout) => {
                 "lora_dropout must be between 0 and 1"
             }
