@@ -116,7 +116,10 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         accumulate_grad_batches: f.int32("accumulate_grad_batches", 1, SIZE_MAX)?.unwrap_or(1),
         activation_checkpointing: activation_checkpointing(f)?,
         neftune_noise_alpha: f
-            .float("neftune_noise_alpha", "a number above 0, at most 1000", |x| x > 0.0 && x <= 1e3)?,
+            .float("neftune_noise_alpha", "a number from 0, which is none, to 1000", |x| {
+                (0.0..=1e3).contains(&x)
+            })?
+            .filter(|alpha| *alpha > 0.0),
         reshard_after_forward: f.flag("reshard_after_forward")?.unwrap_or(true),
         offload_optimizer: f.flag("offload_optimizer")?.unwrap_or(false),
         transport: transport(f)?,

@@ -64,6 +64,7 @@ fn every_spelling_reaches_its_field() {
         ("gradient_accumulation_steps = 5", |j| j.accumulate_grad_batches == 5),
         ("accumulate_grad_batches = 5", |j| j.accumulate_grad_batches == 5),
         ("", |j| j.neftune_noise_alpha.is_none()),
+        ("neftune_noise_alpha = 0", |j| j.neftune_noise_alpha.is_none()),
         ("neftune_noise_alpha = 5", |j| j.neftune_noise_alpha == Some(5.0)),
         ("strategy = \"fsdp_native\"", |j| j.strategy == Strategy::Fsdp),
         ("", |j| j.transport == Transport::Tcp && j.transport_encryption && j.trace_of(0).is_none()),

@@ -86,6 +86,14 @@ impl ModelDir {
                 return Err(refuse(&file, what));
             }
         }
+        if packer.is_none()
+            && let Some(part) = model.tensors.names().find(|name| is_of_codes(name))
+        {
+            let what = format!(
+                "{part} is in the weights, as bitsandbytes or hqq writes it beside codes, and config.json has no {QUANTIZATION_CONFIG}; put it back"
+            );
+            return Err(refuse(&file, what));
+        }
         model.check()?;
         Ok(model)
     }
@@ -95,7 +103,7 @@ impl ModelDir {
         let model = ModelDir::open(path)?;
         let what = match (model.is_quantised(), &job.adapter, job.quantization) {
             (true, None, _) => {
-                "its weights are quantised, and training them needs more bits than they have: a step of the optimizer is smaller than the distance from one code to the next; train an                  adapter beside them (give the job an `[adapter]`), or take the model as it was before"
+                "its weights are quantised, and training them needs more bits than they have: a step of the optimizer is smaller than the distance from one code to the next; train an adapter beside them (give the job an `[adapter]`), or take the model as it was before"
             }
             (true, _, Some(_)) => {
                 "its weights are quantised already, and are taken as they are; leave `quantization` out of the job, or take the model as it was before"
@@ -393,4 +401,8 @@ fn number(dtype: Dtype, data: &[u8], at: usize) -> f32 {
     let mut one = [0.0];
     widen(dtype, &data[size * at..][..size], &mut one);
     one[0]
+}
+/// Whether a tensor is what packers write beside codes, or hqq's codes.
+fn is_of_codes(name: &str) -> bool {
+    [".absmax", ".SCB", ".W_q"].into_iter().any(|end| name.ends_with(end))
 }

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 use zerocopy::IntoBytes;
 
 /// Writes `model` to the new directory `to`: the parameters of `changed` with what `flat` has of them, in the type that they had, the other tensors
@@ -159,7 +160,9 @@ pub fn new_directory<E: From<CheckpointError>>(
         return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)).into());
     };
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = parent.join(format!("{TEMPORARY}{}-{}", name.to_string_lossy(), std::process::id()));
+    let own = format!("{TEMPORARY}{}-", name.to_string_lossy());
+    remove_abandoned(parent, &own);
+    let temporary = parent.join(format!("{own}{}", std::process::id()));
     fs::create_dir(&temporary).map_err(failed)?;
     let written = write(&mut PartWriter::new(temporary.clone(), 0, 0)).and_then(|()| {
         let placed =
@@ -170,6 +173,23 @@ pub fn new_directory<E: From<CheckpointError>>(
         let _ = fs::remove_dir_all(&temporary); // the error says why it is of no use
     }
     written
+}
+
+/// Since when nothing was written to a directory that is taken for abandoned: its process may be another machine's.
+const ABANDONED: Duration = Duration::from_secs(60);
+
+/// Removes what processes that were killed have left of the same directory. What cannot be looked at or removed stays.
+fn remove_abandoned(parent: &Path, own: &str) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let is_own = entry.file_name().to_str().and_then(|name| name.strip_prefix(own)?.parse::<u32>().ok());
+        let written = entry.metadata().and_then(|meta| meta.modified());
+        let is_old = written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED));
+        let is_alive =
+            |pid: u32| !Path::new("/proc/self").exists() || Path::new(&format!("/proc/{pid}")).exists();
+        if is_own.is_some_and(|pid| is_old && !is_alive(pid)) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// What belongs to a model beside its weights: not those in other formats, nor what is of a run.

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 pub struct TrainingConfig {
     /// Where checkpoints, token caches and saved adapters lie.
     pub output_dir: PathBuf,
-    /// Of the run, whose files are called so; `None`: what it learns, with a number where that is taken.
+    /// Of the run, whose files are called so, with a number where that is taken; `None`: what it learns.
     pub run_name: Option<String>,
     /// Passes over the data, where `max_steps` is 0.
     pub num_train_epochs: u32,

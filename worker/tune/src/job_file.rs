@@ -81,13 +81,34 @@ impl Plan<'_> {
             "early_stopping": training.early_stopping,
             "dpo": self.dpo,
         });
+        let numbers = [
+            ("learning_rate", training.learning_rate),
+            ("validation_fraction", training.validation_fraction),
+            ("lora_dropout", self.lora.lora_dropout),
+        ];
+        if let Some((name, number)) = numbers.into_iter().find(|(_, number)| !number.is_finite()) {
+            return Err(Error::Input(format!("{name} is {number}; give it a number")));
+        }
         let mut file = without_nulls(file).as_object().cloned().unwrap_or_default();
         for (key, value) in &training.further {
+            if let Some((_, field)) = FIELDS.into_iter().find(|(own, _)| *own == key.as_str()) {
+                return Err(Error::Input(format!("{key} is not set by its key; it is {field}")));
+            }
             put(&mut file, key, value.clone())?;
         }
         Ok(file)
     }
 }
+
+/// Keys that the library's own objects have, which would not know of another value.
+const FIELDS: [(&str, &str); 6] = [
+    ("run_name", "`TrainingConfig::run_name`"),
+    ("output_dir", "`TrainingConfig::output_dir`"),
+    ("model.path", "the model that the trainer was made with"),
+    ("adapter.path", "the adapter that the model has switched on"),
+    ("device", "that of the backend"),
+    ("batch_size", "`TrainingConfig::per_device_train_batch_size`"),
+];
 
 /// TOML has no null.
 fn without_nulls(value: Value) -> Value {
@@ -217,6 +238,10 @@ mod tests {
         let line = refused("data.packing", true.into());
         assert!(line.starts_with("`data.packing` is for rows of instructions"), "{line}");
         assert!(refused("seed.x", 1.into()).contains("seed is no table"));
+        assert!(refused("run_name", "b".into()).contains("`TrainingConfig::run_name`"));
+        let wild = TrainingConfig { learning_rate: f64::NAN, ..TrainingConfig::default() };
+        let error = plan(&backend, &wild, &LoraConfig::default()).job(&"a.txt".into(), "a").unwrap_err();
+        assert!(error.to_string().contains("learning_rate is NaN"), "{error}");
     }
 
     #[test]

@@ -93,10 +93,8 @@ impl Trainer {
             (None, true) => "sft",
             (None, false) => "text",
         };
-        let name = match &self.training.run_name {
-            Some(name) => name.clone(),
-            None => free_name(&self.training.output_dir, usual),
-        };
+        let wanted = self.training.run_name.as_deref().unwrap_or(usual);
+        let name = free_name(&self.training.output_dir, wanted);
         self.run(&data, name)
     }
 

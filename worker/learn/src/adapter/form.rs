@@ -94,7 +94,7 @@ impl Form {
                     FourBitKind::Nf4 => FourBitMap::Nf4,
                     FourBitKind::Fp4 => FourBitMap::Fp4,
                 };
-                if map.values().iter().zip(&form.map).any(|(a, b)| (a - b).abs() > MAP_OFF) {
+                if map.values().iter().zip(&form.map).any(|(a, b)| !(a - b).abs().le(&MAP_OFF)) {
                     return Err(Error::Input(format!(
                         "{}: {}.quant_map has other numbers than bitsandbytes; quantise the model again",
                         dir.path().display(),

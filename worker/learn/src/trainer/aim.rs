@@ -7,6 +7,7 @@ use crate::executor::Which;
 use crate::model::Model;
 use crate::objective::{NextToken, Objective};
 use crate::preference::{Beside, Preferences, REFERENCE_FILE, Reference, Share};
+use fleet_checkpoint::ModelDir;
 use fleet_collectives::Activity;
 use fleet_common::events::Level;
 use fleet_common::job::{self, Dpo, Job};
@@ -102,7 +103,15 @@ impl<'a> Origin<'a> {
         }
         match self {
             Origin::Base { is_measured: false } => return Ok(Some(Beside::Base)),
-            Origin::Weights(dir) => learner.load_weights(dir)?,
+            Origin::Weights(dir) => {
+                if job.adapter.is_none() && ModelDir::open(dir)?.is_quantised() {
+                    return Err(Error::Input(format!(
+                        "{}: its weights are quantised, and a whole model is compared with one that is not; take the model as it was before as dpo.ref_model",
+                        dir.display()
+                    )));
+                }
+                learner.load_weights(dir)?;
+            }
             Origin::Base { .. } | Origin::None => {}
         }
         learner.gang().note(Activity::Evaluating);
