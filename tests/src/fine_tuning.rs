@@ -39,18 +39,29 @@ pub fn launch(world: &World, ranks: &str, file: &str, more: &[&[&str]]) -> Runni
     world.start("fleet", &[&["launch", "-n", ranks, "--json", file], &sets(more)[..]].concat())
 }
 
+/// Runs that are struck until one has steps left.
+const ATTEMPTS: usize = 5;
+/// So that the first one has many steps left.
+const OFTEN: &str = "save_steps=1";
+
 /// What a job came to in one piece, and once more, killed behind a checkpoint and resumed: the same losses. `launch` takes the run's name and
 /// settings.
 pub fn whole_and_resumed(world: &World, launch: impl Fn(&str, &[&str]) -> Running) -> [Finished; 2] {
     let whole = launch("whole", &[]).finish().expect(0);
-    let mut killed = launch("killed", &[]);
-    killed.until("checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_string());
-    world.strike_all();
-    killed.finish().expect(128 + 9);
-    world.is_empty_soon();
-    let resumed = launch("killed", &["resume_from_checkpoint=latest"]).finish().expect(0);
+    let attempt = |number: usize| {
+        let name = format!("killed-{number}");
+        let mut killed = launch(&name, &[OFTEN]);
+        killed.until("checkpoint", |line| line["event"] == "checkpoint" && line["path"].is_string());
+        world.strike_all();
+        let is_struck = killed.finish().code() == 128 + 9;
+        world.is_empty_soon();
+        is_struck.then(|| launch(&name, &[OFTEN, "resume_from_checkpoint=latest"]).finish().expect(0))
+    };
+    // A run may have taken its last step before it is struck.
+    let resumed = (0..ATTEMPTS).filter_map(attempt).find(|resumed| !resumed.losses().is_empty());
+    let resumed = resumed.expect("nothing was ever left to do");
     let (losses, all) = (resumed.losses(), whole.losses());
-    let first = losses.first().unwrap_or_else(|| panic!("nothing was left to do: {}", resumed.all())).0;
+    let first = losses[0].0;
     assert!(first > 1, "it began anew: {}", resumed.all());
     assert_eq!(losses, all[first as usize - 1..], "{}", resumed.what);
     [whole, resumed]

@@ -43,7 +43,7 @@ fn a_killed_adapter_of_rows_is_resumed_bit_for_bit_and_holds_no_more_than_itself
     fs::write(&weights, bytes).unwrap();
     fs::remove_file(base.join("manifest.json")).unwrap();
     let more = ["batch_size=2", "resume_from_checkpoint=latest", "max_steps=40"];
-    let file = job(&world, &base, "killed-ddp");
+    let file = job(&world, &base, "killed-0-ddp");
     let refused = launch(&world, "2", &file, &[LORA, SFT, &more]).finish().expect(2);
     assert!(refused.all().contains("its base was another model"), "{}", refused.all());
 }
@@ -196,6 +196,11 @@ fn instructions_are_learnt_beside_a_model_in_four_bits() {
     let template = fs::read_to_string(adapter.join("chat_template.jinja")).unwrap();
     assert!(template.contains("<|im_start|>") && adapter.join("tokenizer.json").exists());
     let adapter = adapter.display().to_string();
+    // Whoever goes on from it learns with that one, and carries it on.
+    let path = format!("adapter.path={adapter}");
+    let next = [path.as_str(), "run_name=next", "max_steps=1"];
+    let next = checkpoint(&launch(&world, "1", &file, &[SFT, &more, &next]).finish().expect(0));
+    assert_eq!(fs::read_to_string(next.join("chat_template.jinja")).unwrap(), template);
     let ask =
         ["generate", "--model", &base, "--adapter", &adapter, "--prompt", "Write.", "--temperature", "0"];
     let said = |more: &[&str]| {

@@ -308,8 +308,9 @@ fn cache_hash(job: &Job, files: &[Input], ids: &ModelIds) -> Result<String, Data
     let mut hasher = Sha256::new();
     let head = format!("{FORMAT}\n{tokenizer}\n{}\n{fraction:x}\n{clean}\n{field:?}\n", job.max_seq_len);
     hasher.update(head);
+    let adapter = job.adapter.as_ref().and_then(|adapter| adapter.path.as_deref());
     if let (Some(rows), Tokenizer::File(path)) = (&job.data.rows, &job.tokenizer) {
-        hasher.update(format!("{ROWS_FORMAT}\n{}\n", rows::described(rows, path)?));
+        hasher.update(format!("{ROWS_FORMAT}\n{}\n", rows::described(rows, path, adapter)?));
     }
     if job.data.bad_rows == BadRows::Skip {
         hasher.update("without bad rows\n");

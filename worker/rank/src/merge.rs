@@ -1,13 +1,17 @@
 //! `fleet-rank merge` and `unmerge`: one model of a model and its adapters, and back.
 
 use crate::host_model::{HostModel, read_weights};
-use fleet_checkpoint::{Dtype, ModelDir, Tensors, rewrite};
-use fleet_data::chat::CHAT_TEMPLATE;
+use fleet_checkpoint::{CONFIG_FILE, Dtype, ModelDir, TOKENIZER_FILE, Tensors, rewrite};
+use fleet_data::chat::{CHAT_TEMPLATE, end_token};
+use fleet_data::model_dir::{GENERATION_CONFIG, GivenTokenizer, read_object, token_ids};
 use fleet_learn::adapter::Adapter;
+use fleet_learn::model::with_end;
 use fleet_learn::{Error, Result};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
+
+const EOS: &str = "eos_token_id";
 
 /// Tokens on which both are compared.
 const PROBE: usize = 32;
@@ -122,14 +126,27 @@ fn checked<'a>(
     }
 }
 
-/// The chat template of the last adapter that has one: the model was asked with it.
+/// The chat template of the last adapter that has one: the model was asked with it. Transformers finds in the generation's settings where its answers end.
 fn take_template(adapters: &[PathBuf], output: &Path) -> Result<()> {
     let mut templates = adapters.iter().rev().map(|adapter| adapter.join(CHAT_TEMPLATE));
     let Some(template) = templates.find(|template| template.is_file()) else { return Ok(()) };
     std::fs::copy(&template, output.join(CHAT_TEMPLATE)).map_err(|e| {
         Error::Environment(format!("cannot copy {} to {}: {e}", template.display(), output.display()))
     })?;
-    Ok(())
+    let settings = |name: &str| read_object(&output.join(name)).map_err(|e| Error::Input(e.to_string()));
+    let config = settings(CONFIG_FILE)?.unwrap_or_default();
+    let mut generation = settings(GENERATION_CONFIG)?.unwrap_or_default();
+    let (source, tokenizer) = (std::fs::read_to_string(&template), output.join(TOKENIZER_FILE));
+    // Without a tokenizer of its own there is nothing to ask.
+    let (Ok(source), Ok(given)) = (source, GivenTokenizer::open(&tokenizer, u32::MAX)) else { return Ok(()) };
+    let Some(end) = end_token(&source, given.special.named.clone(), &given.tokenizer) else { return Ok(()) };
+    let known = if token_ids(&generation, EOS).is_empty() { &config } else { &generation };
+    let ends = with_end(known, Some(end));
+    generation.insert(EOS.into(), ends);
+    let path = output.join(GENERATION_CONFIG);
+    let bytes = serde_json::to_vec_pretty(&generation).expect("an object that was read can be written");
+    std::fs::write(&path, bytes)
+        .map_err(|e| Error::Environment(format!("cannot write {}: {e}", path.display())))
 }
 
 /// The largest, as a share of the largest number; one that is no number is beyond all bounds.

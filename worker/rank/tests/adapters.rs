@@ -6,7 +6,7 @@ use fleet_checkpoint::{ModelDir, Tensors};
 use fleet_learn::adapter::{Adapter, Combination, combine};
 use fleet_rank::host_model::{HostModel, read_weights};
 use fleet_rank::merge::{merge, unmerge};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 fn golden() -> PathBuf {
@@ -76,6 +76,28 @@ fn a_model_computes_with_an_adapter_as_peft_does_and_keeps_it_when_both_are_made
 }
 
 /// As PEFT's `add_weighted_adapter`.
+/// Transformers looks there for the end of what it writes.
+#[test]
+fn what_answers_end_with_that_an_adapter_learnt_by_its_template_is_an_end_of_the_merged_model() {
+    let (dir, golden) = (tempfile::tempdir().unwrap(), golden());
+    let (base, adapter) = (golden.join("foreign/byte_level"), dir.path().join("adapter"));
+    std::fs::create_dir(&adapter).unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(golden.join("trl/adapter").join(name), adapter.join(name)).unwrap();
+    }
+    let ends_of = |output: &str| {
+        let output = dir.path().join(output);
+        merge(&base, std::slice::from_ref(&adapter), &output).unwrap();
+        let settings = std::fs::read(output.join("generation_config.json")).unwrap();
+        serde_json::from_slice::<Value>(&settings).unwrap()["eos_token_id"].clone()
+    };
+    assert_eq!(ends_of("before"), json!([1, 2, 315]));
+    // A special token that is no end yet.
+    let template = "{% for m in messages %}{{ m['content'] }}<|begin_of_text|>{% endfor %}";
+    std::fs::write(adapter.join("chat_template.jinja"), template).unwrap();
+    assert_eq!(ends_of("after"), json!([1, 2, 315, 0]));
+}
+
 #[test]
 fn adapters_are_combined_as_peft_combines_them() {
     let (first, combined) = (golden().join("adapters/lora"), golden().join("combined"));

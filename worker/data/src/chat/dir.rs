@@ -55,6 +55,12 @@ impl Templates {
         self.found.contains_key(DEFAULT)
     }
 
+    /// Whether both take the same one where none is named.
+    pub(crate) fn has_usual_of(&self, other: &Templates) -> bool {
+        let source = |templates: &Templates| templates.found.get(DEFAULT).map(|(_, source)| source.clone());
+        source(self) == source(other)
+    }
+
     /// The template in a file, with the special tokens of this model.
     pub fn of_file(&self, path: &Path) -> Result<Template, DataError> {
         let missing = || DataError::Read { path: path.to_owned(), source: ErrorKind::NotFound.into() };

@@ -23,4 +23,4 @@ pub use dir::{CHAT_TEMPLATE, Templates};
 pub use error::ChatError;
 pub use template::{Ending, Rendered, Template};
 pub use tokens::Tokens;
-pub use turns::TurnEnd;
+pub use turns::{TurnEnd, end_token};

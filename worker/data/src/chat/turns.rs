@@ -2,8 +2,9 @@
 
 use super::{Conversation, Ending, Rendered, Template};
 use crate::model_dir::GivenTokenizer;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use time::OffsetDateTime;
+use tokenizers::Tokenizer;
 
 const QUESTION: &str = "what";
 const ANSWER: &str = "ok";
@@ -23,14 +24,24 @@ pub enum TurnEnd {
     Text(String),
 }
 
+/// The token with which the template of this text ends an answer, if it is one; `special` are the tokens that templates know by name.
+pub fn end_token(source: &str, special: BTreeMap<String, String>, tokenizer: &Tokenizer) -> Option<u32> {
+    let template = Template::parse("the chat template", source, special).ok()?;
+    // No template ends an answer with the time.
+    match template.turn_end(tokenizer, OffsetDateTime::UNIX_EPOCH)? {
+        TurnEnd::Token(id) => Some(id),
+        TurnEnd::Text(_) => None,
+    }
+}
+
 impl Template {
     /// What the template writes behind an answer and nobody says.
-    pub fn turn_end(&self, given: &GivenTokenizer, now: OffsetDateTime) -> Option<TurnEnd> {
+    pub fn turn_end(&self, tokenizer: &Tokenizer, now: OffsetDateTime) -> Option<TurnEnd> {
         let behind = self.behind_answer(now)?;
         let behind = behind.trim_start();
-        let id = *given.tokenizer.encode(behind, false).ok()?.get_ids().first()?;
-        let token = given.tokenizer.id_to_token(id)?;
-        if given.tokenizer.get_added_vocabulary().is_special_token(&token) {
+        let id = *tokenizer.encode(behind, false).ok()?.get_ids().first()?;
+        let token = tokenizer.id_to_token(id)?;
+        if tokenizer.get_added_vocabulary().is_special_token(&token) {
             return Some(TurnEnd::Token(id));
         }
         let marker = markers(behind).into_iter().next().filter(|marker| behind.starts_with(marker))?;
@@ -65,7 +76,7 @@ impl Template {
                 if letters.len() == 1 { "is" } else { "are" }
             ));
         }
-        if self.turn_end(given, now).is_none() && !self.ends_with_end(given, now) {
+        if self.turn_end(&given.tokenizer, now).is_none() && !self.ends_with_end(given, now) {
             lines.push(format!(
                 "chat template {name}: it writes no token behind an answer that ends a text, so an answer goes on until its length is reached"
             ));
@@ -155,15 +166,19 @@ mod tests {
         let chatml = built_in("chatml");
         let (_dir, known) = given(&["<|im_start|>", "<|im_end|>"]);
         let end = known.tokenizer.token_to_id("<|im_end|>").unwrap();
-        assert_eq!(chatml.turn_end(&known, NOW), Some(TurnEnd::Token(end)));
+        assert_eq!(chatml.turn_end(&known.tokenizer, NOW), Some(TurnEnd::Token(end)));
         assert_eq!(chatml.misfits(&known, NOW), Vec::<String>::new());
         let (_dir, letters) = given(&["</s>"]);
-        assert_eq!(chatml.turn_end(&letters, NOW), Some(TurnEnd::Text("<|im_end|>".into())));
+        assert_eq!(chatml.turn_end(&letters.tokenizer, NOW), Some(TurnEnd::Text("<|im_end|>".into())));
         let said = chatml.misfits(&letters, NOW);
         assert!(said.len() == 1 && said[0].contains("<|im_end|>, <|im_start|> are no token"), "{said:?}");
         let zephyr = built_in("zephyr");
         let end = letters.tokenizer.token_to_id("</s>").unwrap();
-        assert_eq!(zephyr.turn_end(&letters, NOW), Some(TurnEnd::Token(end)));
+        assert_eq!(zephyr.turn_end(&letters.tokenizer, NOW), Some(TurnEnd::Token(end)));
+        let source = super::super::builtin::find("chatml").unwrap();
+        let ends = |tokenizer| end_token(source, BTreeMap::new(), tokenizer);
+        assert_eq!(ends(&known.tokenizer), known.tokenizer.token_to_id("<|im_end|>"));
+        assert_eq!(ends(&letters.tokenizer), None);
     }
 
     #[test]

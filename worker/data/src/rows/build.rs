@@ -43,7 +43,8 @@ pub(crate) fn build(
     let given = GivenTokenizer::open(path, ids.vocab_size)?;
     let encoder = Encoder::of(&given, path, ids)?;
     ids.check_holds(encoder.vocab_size)?;
-    let maker = Maker { templates: Chosen::of(rows, path)?, given, encoder, loss_on: rows.loss_on };
+    let adapter = job.adapter.as_ref().and_then(|adapter| adapter.path.as_deref());
+    let maker = Maker { templates: Chosen::of(rows, path, adapter)?, given, encoder, loss_on: rows.loss_on };
     let s = if files.len() == 1 { "" } else { "s" };
     progress(Note::info(format!("tokenising the rows of {} file{s}", files.len())));
     appear(target, TEMPORARY, |dir| {
@@ -145,7 +146,8 @@ impl<'a> Builder<'a> {
                 .rows
                 .chat_template
                 .as_ref()
-                .is_some_and(|chosen| *chosen != ChatTemplate::None),
+                .is_some_and(|chosen| *chosen != ChatTemplate::None)
+                || self.maker.templates.as_ref().is_some_and(Chosen::is_other),
         };
         let one = |(place, row): (Place, Result<Row, String>)| {
             let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);

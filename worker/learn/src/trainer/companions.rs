@@ -8,6 +8,7 @@ use crate::preference::REFERENCE_FILE;
 use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
 use fleet_data::END_OF_TEXT;
 use fleet_data::chat::CHAT_TEMPLATE;
+use fleet_data::chat::end_token;
 use fleet_data::model_dir::{
     GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
 };
@@ -122,8 +123,11 @@ impl Companions {
         }
         files.push((TOKENIZER_CONFIG, pretty(&of_tokenizer)));
 
+        // With what answers end that were learnt by another template than the model's: transformers ends them there.
+        let learnt = from.chat_template.and_then(|text| end_token(text, special.named.clone(), &tokenizer));
         let generation = match from.model {
-            Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?,
+            Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?
+                .or_else(|| learnt.map(|_| Object::new())),
             None => Some(Object::new()),
         };
         if let Some(mut generation) = generation.filter(|_| model.adapter.is_none()) {
@@ -133,6 +137,7 @@ impl Companions {
                 generation.insert("bos_token_id".into(), json!(model.bos_token_id));
             }
             generation.insert(EOS.into(), ends);
+            generation.insert(EOS.into(), with_end(&generation, learnt));
             files.push((GENERATION_CONFIG, pretty(&generation)));
         }
         let config = match &model.adapter {

@@ -54,7 +54,7 @@ impl Prompt {
         }
         let tokens = rendered.tokens(given).map_err(|e| input(&e))?;
         let prompt = Prompt::known(given, &rendered.text, tokens.encoded)?;
-        Ok(Prompt { end: template.turn_end(given, now), ..prompt })
+        Ok(Prompt { end: template.turn_end(&given.tokenizer, now), ..prompt })
     }
 
     /// As documents are encoded for training.
