@@ -175,8 +175,8 @@ pub fn new_directory<E: From<CheckpointError>>(
     written
 }
 
-/// Since when nothing was written to a directory that is taken for abandoned: its process may be another machine's.
-const ABANDONED: Duration = Duration::from_secs(60);
+/// Since when no file was begun in a directory that is taken for abandoned. Long, as its process may be another machine's, which writes a large file.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// Removes what processes that were killed have left of the same directory. What cannot be looked at or removed stays.
 fn remove_abandoned(parent: &Path, own: &str) {
