@@ -1,6 +1,6 @@
 """Greedy generation token by token: `fleet-rank generate` beside transformers' `generate`, in turn; the README beside it says how.
 
-Both read the same directories, which are made here with random weights, in fp32 and in bf16, and compute in fp32 with as many threads as there are cores.
+One text, and several at once (`--batch`). Both read the same directories, which are made here with random weights, in fp32 and in bf16, and compute in fp32 with as many threads as there are cores.
 """
 
 import argparse
@@ -45,21 +45,28 @@ def make(model, dtype, path):
     return tokenizer
 
 
-def fleet(program, path, tokens):
-    command = [program, "generate", "--model", path, "--prompt", PROMPT, "--max-new-tokens", tokens, "--temperature", 0, "--json"]
-    done = json.loads(subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True).stdout)
-    assert done["new_tokens"] == tokens, done
-    return done["tokens_per_s"], done["text"]
+def prompts(count):
+    """Of equal length, so that the peer pads none."""
+    return [PROMPT[at:] + PROMPT[:at] for at in range(count)]
 
 
-def peer(model, tokenizer, tokens):
-    ids = torch.tensor([tokenizer.encode(PROMPT).ids])
+def fleet(program, path, tokens, count):
+    command = [program, "generate", "--model", path, "--max-new-tokens", tokens, "--temperature", 0, "--batch", count, "--json"]
+    command += [word for prompt in prompts(count) for word in ("--prompt", prompt)]
+    lines = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    done = list(map(json.loads, lines))
+    assert all(text["new_tokens"] == tokens for text in done), done
+    return sum(text["tokens_per_s"] for text in done), [text["text"] for text in done]
+
+
+def peer(model, tokenizer, tokens, count):
+    ids = torch.tensor([tokenizer.encode(prompt).ids for prompt in prompts(count)])
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True)
     elapsed = time.perf_counter() - start
     assert out.shape[1] == ids.shape[1] + tokens
-    return tokens / elapsed, tokenizer.decode(out[0, ids.shape[1]:].tolist())
+    return count * tokens / elapsed, [tokenizer.decode(text[ids.shape[1]:].tolist()) for text in out]
 
 
 def main():
@@ -67,23 +74,24 @@ def main():
     options.add_argument("--bin", type=Path, default=ROOT / "target/debug", help="folder of fleet's programs")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--tokens", type=int, default=100)
+    options.add_argument("--batch", type=int, default=8, help="texts at once, besides one alone")
     arguments = options.parse_args()
     torch.set_num_threads(os.cpu_count())
     print(f"{os.cpu_count()} threads, {arguments.tokens} tokens, {arguments.rounds} rounds in turn; load average {os.getloadavg()[0]:.1f}")
-    print("| model | written as | fleet tokens/s | transformers tokens/s | ratio, median (range) | same text |\n|---|---|---|---|---|---|")
-    for make_model, dtype in product((llama_13m, gpt2_124m), (torch.float32, torch.bfloat16)):
+    print("| model | written as | texts | fleet tokens/s | transformers tokens/s | ratio, median (range) | same texts |\n|---|---|---|---|---|---|---|")
+    for make_model, dtype, count in product((llama_13m, gpt2_124m), (torch.float32, torch.bfloat16), (1, arguments.batch)):
         torch.manual_seed(0)
         model = make_model().eval()
         with tempfile.TemporaryDirectory(prefix="fleet-decode-") as path:
             tokenizer = make(model, dtype, Path(path))
-            peer(model, tokenizer, 5)
-            rounds = [(fleet(arguments.bin / "fleet-rank", path, arguments.tokens), peer(model, tokenizer, arguments.tokens))
+            peer(model, tokenizer, 5, count)
+            rounds = [(fleet(arguments.bin / "fleet-rank", path, arguments.tokens, count), peer(model, tokenizer, arguments.tokens, count))
                       for _ in range(arguments.rounds)]
         ours, theirs = ([round[side][0] for round in rounds] for side in (0, 1))
         ratios = [a / b for a, b in zip(ours, theirs)]
-        same = all(a[1] == b[1] for a, b in rounds)
-        print(f"| {make_model.__name__} | {str(dtype)[6:]} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} "
-              f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {'yes' if same else 'no'} |", flush=True)
+        same = sum(a == b for a, b in zip(rounds[0][0][1], rounds[0][1][1]))
+        print(f"| {make_model.__name__} | {str(dtype)[6:]} | {count} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} "
+              f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {same} |", flush=True)
 
 
 if __name__ == "__main__":

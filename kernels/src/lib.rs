@@ -50,7 +50,7 @@ pub use elementwise::{
     sum_squares,
 };
 pub use embedding::{embedding, embedding_backward};
-pub use gemm::{Operand, Sheet, gemm, sheets};
+pub use gemm::{Operand, Sheet, gemm, gemm_by_row, sheets};
 pub use half::bf16;
 pub use layer_norm::{RowStats, layer_norm, layer_norm_backward};
 pub use rms_norm::{rms_norm, rms_norm_backward};

@@ -106,6 +106,36 @@ fn begun(at: &str) -> TcpStream {
 }
 
 #[test]
+fn texts_that_are_written_together_are_those_of_each_alone_in_the_order_of_the_prompts() {
+    let world = world();
+    let prompts = ["The river", "A", "Once upon a time there was", "The", "It is", "x y z"];
+    let asked: Vec<String> = prompts.iter().map(|prompt| json!({"prompt": prompt}).to_string()).collect();
+    fs::write(world.path("asked.jsonl"), asked.join("\n")).unwrap();
+    for sampling in ["0", "0.9"] {
+        let written = |more: &[&str]| {
+            let args = ["generate", "--model", "model", "--temperature", sampling, "--max-new-tokens", "24"];
+            world.run("fleet", &[&args, more].concat()).expect(0)
+        };
+        let together = written(&["--prompts", "asked.jsonl", "--batch", "4", "--json"]).json();
+        let after_another = written(&["--prompts", "asked.jsonl", "--batch", "1"]);
+        for (text, prompt) in together.iter().zip(prompts) {
+            let alone = &written(&["--prompt", prompt, "--json"]).json()[0];
+            for key in ["prompt", "text", "new_tokens", "prompt_tokens", "end"] {
+                assert_eq!(text[key], alone[key], "{prompt}: {key}");
+            }
+        }
+        let texts: Vec<String> = together
+            .iter()
+            .map(|text| {
+                format!("==> {} <==\n{}\n", text["prompt"].as_str().unwrap(), text["text"].as_str().unwrap())
+            })
+            .collect();
+        assert_eq!(after_another.stdout.join("\n") + "\n", texts.concat());
+        assert_eq!(written(&["--prompts", "asked.jsonl"]).stdout, after_another.stdout);
+    }
+}
+
+#[test]
 fn a_client_gets_what_the_command_line_writes_at_once_and_piece_by_piece() {
     let world = world();
     let served = serve(&world, &["--name", "mine"]);

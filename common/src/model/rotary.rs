@@ -150,6 +150,11 @@ impl Rotary {
         if ((head_dim as f64 * share) as usize) < self.width { share.next_up() } else { share }
     }
 
+    /// Whether the angles hang on how long a sequence is.
+    pub fn is_turned_by_length(&self) -> bool {
+        matches!(self.scaling, Scaling::Dynamic { .. })
+    }
+
     /// Angle per position of each pair, `[width / 2]`, in sequences of `len` tokens.
     pub fn frequencies(&self, len: usize) -> Vec<f64> {
         let dim = self.width as f64;

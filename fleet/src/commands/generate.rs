@@ -14,7 +14,7 @@ pub struct Args {
     /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
     #[arg(long = "adapter", value_name = "DIR")]
     adapters: Vec<PathBuf>,
-    /// The beginning of a text; with --chat a user's message. Several are answered one after the other
+    /// The beginning of a text; with --chat a user's message. Several may be given
     #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "file")]
     prompts: Vec<String>,
     /// More of them: a file of JSON, one a line: a text, {"prompt": TEXT}, or a conversation, {"messages": [...]}
@@ -29,6 +29,9 @@ pub struct Args {
     /// A chat template by its name, of the model or built in, such as chatml, or a .jinja file
     #[arg(long, value_name = "NAME|FILE")]
     chat_template: Option<String>,
+    /// Write up to N texts at the same time, 8 if not given: takes less time than one after the other, and gives the same texts
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    batch: Option<u32>,
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<u32>,
     /// A string before which the text ends; several may be given
@@ -61,6 +64,7 @@ pub fn run(args: Args) -> Result<u8, Failure> {
         ("--system", args.system.map(Into::into)),
         ("--quantization", args.quantization.map(|kind| kind.name().into())),
         ("--chat-template", args.chat_template.map(Into::into)),
+        ("--batch", args.batch.map(|n| n.to_string().into())),
         ("--max-new-tokens", args.max_new_tokens.map(|n| n.to_string().into())),
         ("--temperature", args.temperature.map(|x| x.to_string().into())),
         ("--top-k", args.top_k.map(|k| k.to_string().into())),

@@ -48,7 +48,7 @@ pub fn gemm<A: Element, B: Operand, C: Element>(
         return;
     }
     if a.rows <= NARROW && a.col_stride == 1 && b.has_whole_columns() {
-        return narrow(a, b, mode, c);
+        return narrow(a, b, mode, &mut c.chunks_exact_mut(columns).collect::<Vec<_>>());
     }
     // Sums of several blocks must not be rounded in between.
     let wide = if size_of::<C>() < size_of::<f32>() && Sheet::sums_in_c(a.cols) { c.len() } else { 0 };
@@ -72,10 +72,23 @@ pub fn gemm<A: Element, B: Operand, C: Element>(
 }
 
 /// Up to this many rows, copying `b` would cost more than the product.
-pub(crate) const NARROW: usize = 3;
+const NARROW: usize = 3;
+
+/// The product of each row by itself, `c[i] = a[i] * b` or `c[i] += a[i] * b`, with rows of `a` and columns of `b` that lie in one piece each: a row's
+/// bits are the same however many others there are, and `b` is read once for all of them. For a few rows, as when several texts are generated
+/// token by token.
+pub fn gemm_by_row<A: Element, B: Operand, C: Element>(a: Matrix<A>, b: B, mode: Store, c: &mut [&mut [C]]) {
+    a.check();
+    b.check();
+    let (terms, columns) = b.shape();
+    assert_eq!(a.cols, terms, "gemm_by_row: {} x {} times {terms} x {columns}", a.rows, a.cols);
+    assert!(a.col_stride == 1 && b.has_whole_columns(), "gemm_by_row: in one piece");
+    assert!(c.len() == a.rows && c.iter().all(|row| row.len() == columns), "gemm_by_row: length of c");
+    narrow(a, b, mode, c);
+}
 
 simd_fn! {
-    fn narrow<V, A: Element, B: Operand, C: Element>(a: Matrix<A>, b: B, mode: Store, c: &mut [C]) {
+    fn narrow<V, A: Element, B: Operand, C: Element>(a: Matrix<A>, b: B, mode: Store, c: &mut [&mut [C]]) {
         b.narrow::<V, A, C>(a, mode, c);
     }
 }
@@ -211,6 +224,30 @@ mod tests {
             }
         }
         assert_eq!(c, whole, "{m} x {n} x {k} by {threads} threads");
+    }
+
+    fn check_rows<A: Element, B: Element, C: Element>(m: usize, n: usize, k: usize, seed: u64) {
+        let (a, b) = (numbers::<A>(seed, m * k), numbers::<B>(seed ^ 1, k * n));
+        let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k).t());
+        let mut together = numbers::<C>(seed ^ 2, m * n);
+        let mut alone = together.clone();
+        gemm_by_row(a, b, Store::Add, &mut together.chunks_exact_mut(n).collect::<Vec<_>>());
+        for (row, c) in a.data.chunks_exact(k).zip(alone.chunks_exact_mut(n)) {
+            gemm(Matrix::new(row, 1, k), b, Store::Add, c, &mut Scratch::new());
+        }
+        assert!(together == alone, "{m} x {n} x {k}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn a_row_is_the_same_among_others(m in 1usize..20, n in 1usize..40, k in 1usize..90, seed: u64) {
+            at_every_level(|| {
+                check_rows::<f32, f32, f32>(m, n, k, seed);
+                check_rows::<f32, bf16, f32>(m, n, k, seed);
+                check_rows::<bf16, bf16, bf16>(m, n, k, seed);
+            });
+        }
     }
 
     proptest! {

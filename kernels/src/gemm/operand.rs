@@ -25,9 +25,9 @@ pub(crate) mod columns {
         fn has_whole_columns(&self) -> bool;
         /// Copies a block into panels; see [`pack`].
         fn pack<V: Vector, const W: usize>(&self, terms: Range<usize>, columns: Range<usize>, to: &mut [f32]);
-        /// A few rows (up to `NARROW`) times whole columns, as when generating token by token: reads this side once, in place and in order,
-        /// as memory gives it fastest.
-        fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [C]);
+        /// A few rows times whole columns, as when generating token by token: reads this side once, in place and in order, as memory gives it
+        /// fastest. The bits of a row do not hang on the others.
+        fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [&mut [C]]);
     }
 }
 
@@ -50,13 +50,13 @@ impl<T: Element> Columns for Matrix<'_, T> {
     }
 
     #[inline(always)]
-    fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [C]) {
+    fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [&mut [C]]) {
         for j in 0..self.cols {
             let column = &self.data[j * self.col_stride..][..self.rows];
-            for i in 0..a.rows {
+            for (i, c) in c.iter_mut().enumerate() {
                 let mut sums = [V::splat(0.0); SUMS];
                 add_products(&a.data[i * a.row_stride..][..self.rows], column, &mut sums);
-                write_sum(sums, mode, &mut c[i * self.cols + j]);
+                write_sum(sums, mode, &mut c[j]);
             }
         }
     }

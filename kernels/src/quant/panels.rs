@@ -1,7 +1,6 @@
 //! Quantised matrices as the right side of a product: widened piece by piece on their way into its panels.
 
 use super::{CHUNK, Quantised};
-use crate::gemm::NARROW;
 use crate::gemm::operand::{Operand, SUMS, add_products, columns::Columns, write_sum};
 use crate::gemm::pack::{SIDE_BY_SIDE, turn};
 use crate::simd::Vector;
@@ -31,24 +30,30 @@ impl Columns for Quantised<'_> {
     }
 
     #[inline(always)]
-    fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [C]) {
+    fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [&mut [C]]) {
         let (k, n) = self.shape();
         let mut wide = [0.0f32; CHUNK];
-        for j in 0..n {
-            let mut sums = [[V::splat(0.0); SUMS]; NARROW];
-            for first in (0..k).step_by(CHUNK) {
-                let wide = &mut wide[..CHUNK.min(k - first)];
-                self.decode::<V>(j * k + first, wide);
-                for (i, sums) in sums.iter_mut().enumerate().take(a.rows) {
-                    add_products(&a.data[i * a.row_stride + first..][..wide.len()], wide, sums);
+        for (rows, c) in c.chunks_mut(ROWS).enumerate() {
+            let (row_stride, a) = (a.row_stride, &a.data[rows * ROWS * a.row_stride..]);
+            for j in 0..n {
+                let mut sums = [[V::splat(0.0); SUMS]; ROWS];
+                for first in (0..k).step_by(CHUNK) {
+                    let wide = &mut wide[..CHUNK.min(k - first)];
+                    self.decode::<V>(j * k + first, wide);
+                    for (i, sums) in sums.iter_mut().enumerate().take(c.len()) {
+                        add_products(&a[i * row_stride + first..][..wide.len()], wide, sums);
+                    }
                 }
-            }
-            for (i, sums) in sums.into_iter().enumerate().take(a.rows) {
-                write_sum(sums, mode, &mut c[i * n + j]);
+                for (sums, c) in sums.into_iter().zip(&mut *c) {
+                    write_sum(sums, mode, &mut c[j]);
+                }
             }
         }
     }
 }
+
+/// Rows that are multiplied with what is widened once.
+const ROWS: usize = 8;
 
 /// Terms that are widened at a time for the lines of a panel: a block of the usual size.
 const TERMS: usize = 64;

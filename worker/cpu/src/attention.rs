@@ -1,7 +1,7 @@
 //! The attention of a block: turning and attending, sequence by sequence.
 
 use crate::block::Pass;
-use crate::decode::Layer;
+use crate::decode::Cache;
 use crate::norm::NormScratch;
 use crate::product::Storage;
 use crate::workspace::Saved;
@@ -9,15 +9,15 @@ use fleet_kernels::{self as kernels, Heads};
 use fleet_learn::Gradients;
 
 impl<E: Storage> Pass<'_, E> {
-    /// `saved.attention` of `x_th`; keeps queries, keys and values as they were attended with. With a cache `x` is one token, which is added to
-    /// it and attends over all.
+    /// `saved.attention` of `x_th`; keeps queries, keys and values as they were attended with. With caches `x` is one token of each
+    /// sequence, which is added to its own and attends over all there.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn attend(
         &mut self,
         number: usize,
         x: &[E],
         saved: &mut Saved<E>,
-        cache: Option<&mut Layer<E>>,
+        caches: Option<&mut [&mut Cache<E>]>,
         norms: &mut NormScratch,
         scratch: &mut Vec<kernels::Scratch>,
     ) {
@@ -27,23 +27,24 @@ impl<E: Storage> Pass<'_, E> {
         let qkv = &mut saved.qkv[..heads.qkv_len()];
         self.norm_heads(number, qkv, &mut saved.raw, norms);
         let (rope, sight) = (self.network.rope(), self.network.sight(number));
-        if let Some(layer) = cache {
-            if let Some(rope) = rope {
-                kernels::rope(qkv, &heads, rope, self.position);
-            }
-            layer.push(qkv, &heads);
-            let (q, len) = (&qkv[..heads.out_width()], self.position + 1);
-            let out = &mut saved.attention[..heads.out_len()];
-            return kernels::attention_decode(
-                q,
-                &layer.keys,
-                &layer.values,
-                len,
-                &heads,
-                &sight,
-                out,
-                first(scratch),
-            );
+        if let Some(caches) = caches {
+            let one = Heads { batch: 1, seq: 1, ..heads };
+            scratch.resize_with(caches.len().max(scratch.len()), kernels::Scratch::new);
+            let texts = qkv
+                .chunks_exact_mut(one.qkv_len())
+                .zip(saved.attention.chunks_exact_mut(one.out_len()))
+                .zip(caches)
+                .zip(self.before)
+                .zip(scratch.iter_mut());
+            return self.workers().each(texts, |((((qkv, out), cache), before), scratch)| {
+                if let Some(rope) = rope {
+                    kernels::rope(qkv, &one, rope, *before);
+                }
+                let layer = &mut cache.layers[number];
+                layer.push(qkv, &one);
+                let (q, keys, values) = (&qkv[..one.out_width()], &layer.keys, &layer.values);
+                kernels::attention_decode(q, keys, values, before + 1, &one, &sight, out, scratch);
+            });
         }
         let shares = self.shares();
         scratch.resize_with(shares.len().max(scratch.len()), kernels::Scratch::new);
@@ -130,13 +131,6 @@ impl<E: Storage> Pass<'_, E> {
 
 /// Tokens whose attention costs a token as much as its own products there.
 const PLAIN: usize = 128;
-
-fn first(scratch: &mut Vec<kernels::Scratch>) -> &mut kernels::Scratch {
-    if scratch.is_empty() {
-        scratch.push(kernels::Scratch::new());
-    }
-    &mut scratch[0]
-}
 
 /// The numbers of each share.
 fn cut<'a, T>(

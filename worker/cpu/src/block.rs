@@ -2,7 +2,7 @@
 //! than keeping them.
 
 use crate::adapter::LowRank;
-use crate::decode::Layer;
+use crate::decode::Cache;
 use crate::network::Network;
 use crate::product::{Out, Products, Storage};
 use crate::workspace::{Saved, Scratch};
@@ -35,8 +35,8 @@ pub(crate) struct Pass<'a, E> {
     pub lengths: Option<&'a [usize]>,
     /// The tokens that products work on, where these are not all: the head takes them slice by slice.
     pub slice: Option<Range<usize>>,
-    /// Of the first token of each sequence.
-    pub position: usize,
+    /// Of each sequence the tokens that came before; empty where there are none.
+    pub before: &'a [usize],
     pub noise: Noise<'a>,
     pub products: &'a mut Products,
     pub low: &'a mut LowRank<E>,
@@ -69,11 +69,15 @@ impl<'a, E: Storage> Pass<'a, E> {
         unreachable!("a token of the pass")
     }
 
+    pub fn before(&self, sequence: usize) -> usize {
+        self.before.get(sequence).copied().unwrap_or(0)
+    }
+
     fn layout(&self, number: usize) -> &'a Block {
         &self.network.wiring.blocks[number]
     }
 
-    /// `out_th` from `x_th`; where it is not wanted, as much as `block_backward` looks at. With a cache there is one token.
+    /// `out_th` from `x_th`; where it is not wanted, as much as `block_backward` looks at. With caches there is one token of each sequence.
     pub fn block_forward(
         &mut self,
         number: usize,
@@ -81,7 +85,7 @@ impl<'a, E: Storage> Pass<'a, E> {
         saved: &mut Saved<E>,
         out: Option<&mut [f32]>,
         scratch: &mut Scratch<E>,
-        cache: Option<&mut Layer<E>>,
+        caches: Option<&mut [&mut Cache<E>]>,
     ) {
         let block = self.layout(number);
         let len = self.tokens() * self.network.hidden();
@@ -91,7 +95,7 @@ impl<'a, E: Storage> Pass<'a, E> {
         match self.network.decoder.form {
             Form::NormFirst => {
                 self.norm(x, &block.norm1, normed, norms);
-                self.attend(number, normed, saved, cache, norms, kernels);
+                self.attend(number, normed, saved, caches, norms, kernels);
                 let mut middle = std::mem::take(&mut saved.middle);
                 middle[..len].copy_from_slice(x);
                 self.linear_add(&saved.attention[..out_len], &block.out, &mut middle[..len]);
@@ -105,7 +109,7 @@ impl<'a, E: Storage> Pass<'a, E> {
             }
             Form::Parallel => {
                 self.norm(x, &block.norm1, normed, norms);
-                self.attend(number, normed, saved, cache, norms, kernels);
+                self.attend(number, normed, saved, caches, norms, kernels);
                 self.mlp_up(number, normed, &mut saved.up);
                 if let Some(out) = out {
                     out.copy_from_slice(x);
@@ -115,7 +119,7 @@ impl<'a, E: Storage> Pass<'a, E> {
             }
             Form::NormLast => {
                 let narrow = E::narrow(x, g_narrow, self.products.workers());
-                self.attend(number, narrow, saved, cache, norms, kernels);
+                self.attend(number, narrow, saved, caches, norms, kernels);
                 let (mut middle, mut last) =
                     (std::mem::take(&mut saved.middle), std::mem::take(&mut saved.last));
                 middle[..len].copy_from_slice(x);

@@ -1,5 +1,6 @@
-//! Logits: of whole sequences, and of one token at a time with a cache of keys and values.
+//! Logits: of whole sequences, and of one token of each at a time with caches of keys and values.
 
+use crate::block::Pass;
 use crate::network::{Network, Texts, two};
 use crate::product::{Products, Storage};
 use crate::workspace::{Keep, Workspace};
@@ -9,7 +10,7 @@ use fleet_learn::{HostWeights, Result};
 
 /// Keys and values of the tokens so far, of every layer.
 pub struct Cache<E> {
-    layers: Vec<Layer<E>>,
+    pub(crate) layers: Vec<Layer<E>>,
     len: usize,
 }
 
@@ -91,30 +92,37 @@ impl Network {
         cache.len = ids.len();
         let h = self.hidden();
         let last = (ids.len() - 1) * h;
-        let mut pass = self.one_token(weights, ids.len() - 1, products, &mut work.low);
+        let mut pass = self.pass(weights, Texts::Equal { batch: 1, seq: 1 }, products, &mut work.low);
         pass.head_logits(&work.stream[0][last..last + h], &mut work.scratch)
     }
 
-    /// `[v]` logits of the token after `id`, which is added to the cache.
+    /// `[n, v]` logits of the tokens after `ids`, which are added to their caches. Those of a text are the same bits whatever others there are.
     pub fn decode<E: Storage>(
         &self,
         weights: HostWeights<E>,
-        id: i64,
-        cache: &mut Cache<E>,
+        ids: &[i64],
+        caches: &mut [&mut Cache<E>],
         products: &mut Products,
         work: &mut Workspace<E>,
     ) -> Result<Vec<f32>> {
-        work.resize(&self.decoder, Keep::for_forward(1))?;
-        cache.reserve(1, &self.heads(1, 1))?;
+        assert_eq!(ids.len(), caches.len(), "a cache for each token");
+        work.resize(&self.decoder, Keep::for_forward(ids.len()))?;
+        let one = self.heads(1, 1);
+        caches.iter_mut().try_for_each(|cache| cache.reserve(1, &one))?;
+        let before: Vec<usize> = caches.iter().map(|cache| cache.len).collect();
         let Workspace { stream, saved, embedded, scratch, low } = work;
-        let mut pass = self.one_token(weights, cache.len, products, low);
         let (x, out, saved) = two(stream, saved);
-        pass.embed(&[id], x, embedded, scratch);
-        for (number, layer) in cache.layers.iter_mut().enumerate() {
-            pass.block_forward(number, x, saved, Some(out), scratch, Some(layer));
+        products.each_alone = true;
+        let texts = Texts::Equal { batch: ids.len(), seq: 1 };
+        let mut pass = Pass { before: &before, ..self.pass(weights, texts, products, low) };
+        pass.embed(ids, x, embedded, scratch);
+        for number in 0..self.wiring.blocks.len() {
+            pass.block_forward(number, x, saved, Some(out), scratch, Some(caches));
             std::mem::swap(x, out);
         }
-        cache.len += 1;
-        pass.head_logits(&x[..self.hidden()], scratch)
+        caches.iter_mut().for_each(|cache| cache.len += 1);
+        let logits = pass.head_logits(&x[..ids.len() * self.hidden()], scratch);
+        products.each_alone = false;
+        logits
     }
 }

@@ -132,7 +132,8 @@ impl<E: Storage> Pass<'_, E> {
     /// The row of the positions' table for token `at` of the pass.
     fn position_row(&self, at: usize) -> usize {
         let Positions::Learned { offset } = self.network.decoder.positions else { return 0 };
-        offset + self.position + self.place(at).1
+        let (sequence, position) = self.place(at);
+        offset + self.before(sequence) + position
     }
 }
 

@@ -118,7 +118,7 @@ impl<E: Storage> CpuExecutor<E> {
 
     /// From now on for texts that begin with so many tokens.
     pub fn made_for(&mut self, positions: usize) {
-        self.network.turn(positions);
+        self.network.made_for(positions);
     }
 
     /// `[t, v]` logits of whole sequences of `seq` tokens.
@@ -136,10 +136,15 @@ impl<E: Storage> CpuExecutor<E> {
         self.pass(|network, products, work| network.prefill(weights, ids, cache, products, work))
     }
 
-    /// `[v]` logits of the token after `id`, which is added to the cache.
-    pub fn decode(&mut self, weights: HostWeights<E>, id: i64, cache: &mut Cache<E>) -> Result<Vec<f32>> {
-        self.network.reach(cache.len() + 1);
-        self.pass(|network, products, work| network.decode(weights, id, cache, products, work))
+    /// `[n, v]` logits of the tokens after `ids`, which are added to their caches: each text's bits are the same whatever others there are.
+    pub fn decode(
+        &mut self,
+        weights: HostWeights<E>,
+        ids: &[i64],
+        caches: &mut [&mut Cache<E>],
+    ) -> Result<Vec<f32>> {
+        self.network.reach(caches.iter().map(|cache| cache.len() + 1).max().unwrap_or(0));
+        self.pass(|network, products, work| network.decode(weights, ids, caches, products, work))
     }
 }
 

@@ -99,7 +99,14 @@ impl Network {
     }
 
     /// Makes it one for sequences of at most `positions` tokens.
-    pub(crate) fn turn(&mut self, positions: usize) {
+    pub(crate) fn made_for(&mut self, positions: usize) {
+        match &self.decoder.positions {
+            Positions::Rotary(rotary) if rotary.is_turned_by_length() => self.turn(positions),
+            _ => self.reach(positions),
+        }
+    }
+
+    fn turn(&mut self, positions: usize) {
         if let Positions::Rotary(rotary) = &self.decoder.positions {
             let (frequencies, amplitude) = (rotary.frequencies(positions), rotary.amplitude());
             self.rope = Some(RopeTable::from_frequencies(positions, &frequencies, amplitude));
@@ -154,7 +161,7 @@ impl Network {
             heads,
             lengths,
             slice: None,
-            position: 0,
+            before: &[],
             noise: Noise::default(),
             products,
             low,
@@ -332,36 +339,16 @@ impl Network {
         }
         Ok(())
     }
-
-    /// One token after `position` others.
-    pub(crate) fn one_token<'a, E: Storage>(
-        &'a self,
-        weights: HostWeights<'a, E>,
-        position: usize,
-        products: &'a mut Products,
-        low: &'a mut LowRank<E>,
-    ) -> Pass<'a, E> {
-        Pass {
-            network: self,
-            weights,
-            heads: self.heads(1, 1),
-            lengths: None,
-            slice: None,
-            position,
-            noise: Noise::default(),
-            products,
-            low,
-        }
-    }
 }
 
 impl<'a, E: Storage> Pass<'a, E> {
-    /// `out_to = x_ti w^T`. For a single row the time goes into reading `w`: where there is that in half the bytes, it is taken.
+    /// `out_to = x_ti w^T`. For a row of each text the time goes into reading `w`: where there is that in half the bytes, it is taken.
     pub(crate) fn times(&mut self, x: &[E], w: &Range<usize>, out: Out<E>, (t, i, o): (usize, usize, usize)) {
-        if let Some(compact) = self.weights.compact(w).filter(|_| t == 1) {
-            return self.products.single(x, compact, out, (i, o));
+        let by_rows = self.products.is_by_rows(t);
+        if let Some(compact) = self.weights.compact(w).filter(|_| by_rows) {
+            return self.products.by_rows(x, compact, out, (t, i, o));
         }
-        if let Some(packed) = self.weights.packed(w).filter(|_| t == 1 || w.len() > self.products.widened) {
+        if let Some(packed) = self.weights.packed(w).filter(|_| by_rows || w.len() > self.products.widened) {
             return self.packed_times(packed, x, w, out, (t, i, o));
         }
         let mut wide = std::mem::take(&mut self.low.wide);

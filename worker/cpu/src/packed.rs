@@ -1,5 +1,5 @@
-//! Products by weights in few bits that need not be widened whole: of a single row, whose time goes into reading them, and piece by piece, where
-//! memory is to be spared.
+//! Products by weights in few bits that need not be widened whole: of a row for each text, whose time goes into reading them, and piece by piece,
+//! where memory is to be spared.
 
 use crate::block::Pass;
 use crate::product::{Out, Storage, grown};
@@ -19,27 +19,28 @@ impl<E: Storage> Pass<'_, E> {
         out: Out<E>,
         shape: (usize, usize, usize),
     ) {
-        match shape.0 {
-            1 => self.single_row(packed, x, w, out, shape),
-            _ => self.piecewise(packed, x, w, out, shape),
+        match self.products.is_by_rows(shape.0) {
+            true => self.by_rows(packed, x, w, out, shape),
+            false => self.piecewise(packed, x, w, out, shape),
         }
     }
 
-    fn single_row(
+    fn by_rows(
         &mut self,
         packed: &Packed,
         x: &[E],
         w: &Range<usize>,
         mut out: Out<E>,
-        (_, i, o): (usize, usize, usize),
+        (t, i, o): (usize, usize, usize),
     ) {
         let (rows, others) = packed.rows(w, &(0..o), self.workers().share(o, GRANULE));
         for outputs in others {
             let weight = self.weights.of(&(w.start + outputs.start * i..w.start + outputs.end * i));
-            let shape = (1, i, outputs.len());
-            self.products.forward(&x[..i], weight, out.again().from(outputs.start), shape);
+            let made = grown(&mut self.low.own, t * outputs.len());
+            self.products.forward(x, weight, Out::Set(made), (t, i, outputs.len()));
+            out.again().columns(made, (outputs.start, outputs.len(), o));
         }
-        self.products.single_packed(x, rows, out);
+        self.products.by_rows_packed(x, rows, out, (t, i, o));
     }
 
     fn piecewise(

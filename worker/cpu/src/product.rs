@@ -2,7 +2,7 @@
 //!
 //! Weights and activations are stored as `E`: f32, or bf16 under `bf16-mixed`. Sums are kept in fp32. bf16 operands are multiplied by
 //! bf16 instructions where the CPU has them, else widened first, which gives the same products. A single row, as when generating token by
-//! token, always goes to our own kernel, which reads the weights once and in place.
+//! token, always goes to our own kernel, which reads the weights once and in place; so do the rows of several texts, each as if it were alone.
 //!
 //! Legend: t rows (tokens), i inputs, o outputs; x_ti activations, w_oi weights, dy_to gradients of outputs.
 
@@ -11,6 +11,7 @@ use fleet_kernels::{self as kernels, Element, Scratch, Store};
 use fleet_learn::adapter::PackedRows;
 use fleet_learn::{HostNumber, Workers};
 use half::bf16;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows of a product that one thread takes at least: below, the libraries lose more than threads win.
@@ -60,16 +61,6 @@ impl<'a, E: Storage> Out<'a, E> {
         match self {
             Out::Store(out) | Out::More(out) => Out::More(out),
             Out::Set(out) | Out::Add(out) => Out::Add(out),
-        }
-    }
-
-    /// The outputs from `first` on, of a single row.
-    pub fn from(self, first: usize) -> Out<'a, E> {
-        match self {
-            Out::Store(out) => Out::Store(&mut out[first..]),
-            Out::Set(out) => Out::Set(&mut out[first..]),
-            Out::Add(out) => Out::Add(&mut out[first..]),
-            Out::More(out) => Out::More(&mut out[first..]),
         }
     }
 
@@ -139,9 +130,13 @@ impl<'a, E> Job<'a, E> {
         }
     }
 
-    /// One row times the transpose of rows that lie in one piece.
-    fn is_vector(&self) -> bool {
-        self.m == 1 && !self.a_transposed && self.b_transposed
+    /// Rows times the transpose of rows that lie in one piece.
+    fn is_by_rows(&self) -> bool {
+        !self.a_transposed && self.b_transposed
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (self.m, self.k, self.n)
     }
 }
 
@@ -171,6 +166,8 @@ pub struct Products {
     wide_out: Vec<f32>,
     /// So many numbers of a weight in few bits are widened at a time where that is left to choose.
     pub(crate) widened: usize,
+    /// Rows are of texts of their own: each is computed as if it were alone.
+    pub(crate) each_alone: bool,
 }
 
 impl Products {
@@ -187,6 +184,7 @@ impl Products {
             wide_b: Vec::new(),
             wide_out: Vec::new(),
             widened: usize::MAX,
+            each_alone: false,
         }
     }
 
@@ -227,39 +225,48 @@ impl Products {
         E::product(self, job, out);
     }
 
-    /// `forward` of a single row, by weights that need not be of its type.
-    pub fn single<E: Storage>(&mut self, x: &[E], w: &[bf16], out: Out<E>, (i, o): (usize, usize)) {
-        let x = &x[..i];
+    /// Whether a product of so many rows goes to the kernel that reads weights once and in place.
+    pub fn is_by_rows(&self, rows: usize) -> bool {
+        rows == 1 || self.each_alone
+    }
+
+    /// `forward`, each row as if it were alone, by weights that need not be of its type.
+    pub fn by_rows<E: Storage>(&mut self, x: &[E], w: &[bf16], out: Out<E>, shape: (usize, usize, usize)) {
         match out {
-            Out::Store(out) => self.vector(x, w, &mut out[..o], Store::Set),
-            Out::Set(out) => self.vector(x, w, &mut out[..o], Store::Set),
-            Out::Add(out) => self.vector(x, w, &mut out[..o], Store::Add),
-            Out::More(out) => self.vector(x, w, &mut out[..o], Store::Add),
+            Out::Store(out) => self.rows(x, w, out, Store::Set, shape),
+            Out::Set(out) => self.rows(x, w, out, Store::Set, shape),
+            Out::Add(out) => self.rows(x, w, out, Store::Add, shape),
+            Out::More(out) => self.rows(x, w, out, Store::Add, shape),
         }
     }
 
-    /// `forward` of a single row, of the outputs that `rows` make.
-    pub fn single_packed<E: Storage>(&mut self, x: &[E], rows: Vec<PackedRows>, out: Out<E>) {
+    /// `forward`, each row as if it were alone, of the outputs that `packed` makes.
+    pub fn by_rows_packed<E: Storage>(
+        &self,
+        x: &[E],
+        packed: Vec<PackedRows>,
+        out: Out<E>,
+        shape: (usize, usize, usize),
+    ) {
         match out {
-            Out::Store(out) => self.few_bits(x, rows, out, Store::Set),
-            Out::Set(out) => self.few_bits(x, rows, out, Store::Set),
-            Out::Add(out) => self.few_bits(x, rows, out, Store::Add),
-            Out::More(out) => self.few_bits(x, rows, out, Store::Add),
+            Out::Store(out) => self.few_bits(x, packed, out, Store::Set, shape),
+            Out::Set(out) => self.few_bits(x, packed, out, Store::Set, shape),
+            Out::Add(out) => self.few_bits(x, packed, out, Store::Add, shape),
+            Out::More(out) => self.few_bits(x, packed, out, Store::Add, shape),
         }
     }
 
-    fn few_bits<A: Element, C: Element>(&self, x: &[A], rows: Vec<PackedRows>, out: &mut [C], mode: Store) {
-        let (mut rest, mut at, mut pieces) = (out, 0, Vec::new());
-        for PackedRows { outputs, rows } in rows {
-            let (_, later) = rest.split_at_mut(outputs.start - at);
-            let (now, later) = later.split_at_mut(outputs.len());
-            (rest, at) = (later, outputs.end);
-            pieces.push((rows, now));
-        }
-        self.workers.each(pieces.into_iter(), |(rows, out)| {
-            let a = matrix(&x[..rows.cols()], rows.cols(), false, (1, rows.cols()));
-            // A product with one row needs no room.
-            kernels::gemm(a, rows.t(), mode, out, &mut Scratch::new());
+    fn few_bits<A: Element, C: Element>(
+        &self,
+        x: &[A],
+        packed: Vec<PackedRows>,
+        out: &mut [C],
+        mode: Store,
+        (t, i, o): (usize, usize, usize),
+    ) {
+        let pieces = columns(&mut out[..t * o], o, packed.iter().map(|piece| piece.outputs.clone()));
+        self.workers.each(packed.into_iter().zip(pieces), |(piece, mut out)| {
+            kernels::gemm_by_row(matrix(x, i, false, (t, i)), piece.rows.t(), mode, &mut out);
         });
     }
 
@@ -308,7 +315,10 @@ impl Products {
     }
 
     fn fp32(&mut self, job: Job<f32>, out: &mut [f32], mode: Store) {
-        if self.fp32 == Library::Own || job.is_vector() {
+        if job.is_by_rows() && self.is_by_rows(job.m) {
+            return self.rows(job.a, job.b, out, mode, job.shape());
+        }
+        if self.fp32 == Library::Own {
             return self.own(job, out, mode);
         }
         let rows = self.workers.share(job.m, GRANULE);
@@ -327,9 +337,6 @@ impl Products {
     /// By our own kernel. Several threads copy each sheet of B together, then each of them multiplies rows of A by it.
     fn own<E: Element, C: Element>(&mut self, job: Job<E>, out: &mut [C], mode: Store) {
         let out = &mut out[..job.m * job.n];
-        if job.is_vector() {
-            return self.vector(&job.a[..job.k], job.b, out, mode);
-        }
         let b = matrix(job.b, job.b_stride, job.b_transposed, (job.k, job.n));
         let share = self.workers.share(job.m, GRANULE);
         if share >= job.m {
@@ -352,18 +359,39 @@ impl Products {
         }
     }
 
-    /// A single row, `out_o = x_i w_oi^T`, by our own kernel, cut by its columns.
-    fn vector<A: Element, B: Element, C: Element>(&mut self, x: &[A], w: &[B], out: &mut [C], mode: Store) {
-        let (k, n) = (x.len(), out.len());
-        let granule = if n * k < VECTOR_MIN { n } else { GRANULE };
-        let columns = self.workers.share(n, granule);
-        let pieces = out.chunks_mut(columns).zip(&mut self.scratch).enumerate();
-        self.workers.each(pieces, |(number, (out, scratch))| {
-            let a = matrix(x, k, false, (1, k));
-            let b = matrix(&w[number * columns * k..], k, true, (k, out.len()));
-            kernels::gemm(a, b, mode, out, scratch);
+    /// `out_to = x_ti w_oi^T` row by row, cut by its columns.
+    fn rows<A: Element, B: Element, C: Element>(
+        &self,
+        x: &[A],
+        w: &[B],
+        out: &mut [C],
+        mode: Store,
+        (t, i, o): (usize, usize, usize),
+    ) {
+        let share = self.workers.share(o, if o * i < VECTOR_MIN { o } else { GRANULE });
+        let shares = (0..o).step_by(share).map(|first| first..o.min(first + share));
+        let pieces = shares.clone().zip(columns(&mut out[..t * o], o, shares));
+        self.workers.each(pieces, |(share, mut out)| {
+            let w = matrix(&w[share.start * i..], i, true, (i, share.len()));
+            kernels::gemm_by_row(matrix(x, i, false, (t, i)), w, mode, &mut out);
         });
     }
+}
+
+/// Of rows that are `width` long, these columns, which rise: for each range all rows' part.
+fn columns<C>(out: &mut [C], width: usize, ranges: impl Iterator<Item = Range<usize>>) -> Vec<Vec<&mut [C]>> {
+    let mut rest: Vec<&mut [C]> = out.chunks_exact_mut(width).collect();
+    let mut at = 0;
+    let cut = ranges.map(|range| {
+        let before = std::mem::replace(&mut at, range.end);
+        let parts = rest.iter_mut().map(|row| {
+            let (part, later) = std::mem::take(row)[range.start - before..].split_at_mut(range.len());
+            *row = later;
+            part
+        });
+        parts.collect()
+    });
+    cut.collect()
 }
 
 impl Storage for f32 {
@@ -391,8 +419,8 @@ impl Storage for bf16 {
 
     fn product(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
         let own = products.fp32 == Library::Own && !products.bf16;
-        match (job.is_vector(), products.bf16) {
-            (true, _) => products.single(job.a, job.b, out, (job.k, job.n)),
+        match (job.is_by_rows() && products.is_by_rows(job.m), products.bf16) {
+            (true, _) => products.by_rows(job.a, job.b, out, job.shape()),
             (false, true) => native(products, job, out),
             (false, false) if own => match out {
                 Out::Store(out) if !kernels::Sheet::sums_in_c(job.k) => products.own(job, out, Store::Set),

@@ -106,7 +106,7 @@ fn greedy_tokens_come_one_by_one_as_from_whole_sequences() {
         let mut logits = executor.prefill(model.flat(), &greedy[..8], &mut cache).unwrap();
         for want in &greedy[8..] {
             assert_eq!(likeliest(&logits), *want, "{} after {} tokens", case.name, cache.len());
-            logits = executor.decode(model.flat(), *want, &mut cache).unwrap();
+            logits = executor.decode(model.flat(), &[*want], &mut [&mut cache]).unwrap();
         }
     }
 }
@@ -121,7 +121,7 @@ fn weights_in_half_the_bytes_give_the_same_token() {
             let mut executor = executor::<f32>(&case, 8, threads);
             let mut cache = Cache::new(executor.network());
             executor.prefill(model.flat(), &ids[..8], &mut cache).unwrap();
-            executor.decode(model.flat().with_compact(compact), ids[8], &mut cache).unwrap()
+            executor.decode(model.flat().with_compact(compact), &ids[8..9], &mut [&mut cache]).unwrap()
         };
         let plain = decoded(None, 1);
         for threads in [1, 2] {

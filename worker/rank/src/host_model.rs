@@ -187,14 +187,14 @@ impl HostModel {
         self.executor.prefill(self.numbers.weights(), ids, cache)
     }
 
-    /// `[v]` logits of the token after `id`.
-    pub fn decode(&mut self, id: i64, cache: &mut Cache<f32>) -> Result<Vec<f32>> {
+    /// `[n, v]` logits of the tokens after `ids`, one of each text: the same bits as each alone would have.
+    pub fn decode(&mut self, ids: &[i64], caches: &mut [&mut Cache<f32>]) -> Result<Vec<f32>> {
         let weights = self.numbers.weights();
         let compact = match &self.numbers {
             Numbers::Wide { weights, compact: made } => made.get_or_init(|| compact(weights)).as_deref(),
             Numbers::Packed { .. } => None,
         };
-        self.executor.decode(weights.with_compact(compact), id, cache)
+        self.executor.decode(weights.with_compact(compact), ids, caches)
     }
 }
 

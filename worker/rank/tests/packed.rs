@@ -61,7 +61,7 @@ fn both_ways(host: &mut HostModel, ids: &[i64]) -> [Vec<f32>; 2] {
     let mut all = whole[..4 * vocab].to_vec();
     for id in &ids[5..] {
         all.append(&mut one_by_one);
-        one_by_one = host.decode(*id, &mut cache).unwrap();
+        one_by_one = host.decode(&[*id], &mut [&mut cache]).unwrap();
     }
     all.append(&mut one_by_one);
     [whole, all]

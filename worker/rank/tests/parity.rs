@@ -65,7 +65,7 @@ fn greedy_generation_with_a_cache_is_hugging_faces() {
         let mut got = want[..8].to_vec();
         while got.len() < want.len() {
             got.push(greedy.pick(&logits, 0) as i64);
-            logits = host.decode(got[got.len() - 1], &mut cache).unwrap();
+            logits = host.decode(&[got[got.len() - 1]], &mut [&mut cache]).unwrap();
         }
         assert_eq!(got, want, "{model}");
         // The cache holds what a whole forward computes.

@@ -5,6 +5,7 @@ mod prompt;
 mod sampler;
 mod stop;
 mod text;
+mod writing;
 
 pub use model::TextModel;
 pub use prompt::{Ask, Chat, Prompt};
@@ -37,6 +38,13 @@ pub enum End {
     Context,
     /// Whoever read it has gone.
     Unread,
+}
+
+/// What becomes of a text as it is written.
+pub enum Said<'a> {
+    /// More of it, whole UTF-8.
+    Piece(&'a str),
+    Whole(Generated),
 }
 
 /// What was generated.

@@ -1,19 +1,19 @@
 //! A model that writes texts: its weights, its tokenizer, its chat templates.
 
 use super::prompt::{Ask, Prompt};
-use super::stop::StopStrings;
-use super::{End, Generated, Settings, TextStream};
+use super::writing::{Manner, Writing};
+use super::{End, Generated, Said, Settings};
 use crate::host_model::{Changes, HostModel};
 use fleet_checkpoint::TOKENIZER_FILE;
 use fleet_common::job::{Quantization, Tokenizer};
 use fleet_common::model::{Decoder, Positions, Scaling};
-use fleet_data::chat::{Template, Templates, TurnEnd};
+use fleet_cpu::Cache;
+use fleet_data::chat::{Template, Templates};
 use fleet_data::guarded;
 use fleet_data::model_dir::{self, GivenTokenizer, SpecialTokens};
-use fleet_kernels::all_finite;
 use fleet_learn::{Error, Result};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 /// Of a text whose model sets no limit: its tokens' keys and values are kept.
 const POSITIONS_MAX: usize = 1 << 20;
@@ -24,13 +24,40 @@ const TEMPLATE_FILE: &str = ".jinja";
 /// A model directory, and what may change it.
 pub struct TextModel {
     dir: PathBuf,
-    /// Its `tokenizer.json`.
-    file: PathBuf,
     tokenizer: GivenTokenizer,
     host: HostModel,
     variants: Vec<Variant>,
     /// That of which the weights are.
     current: usize,
+}
+
+/// A text that is being written.
+struct Open<'a> {
+    number: usize,
+    writing: Writing<'a>,
+    cache: Cache<f32>,
+    /// The token that the model reads next.
+    next: i64,
+}
+
+impl Open<'_> {
+    /// Takes the logits of the next token. Why the text ends, if it does.
+    fn read(&mut self, logits: &[f32], say: &mut dyn FnMut(usize, Said) -> bool) -> Result<Option<End>> {
+        let next = self.writing.next(logits, self.cache.len(), &mut |said| say(self.number, said))?;
+        Ok(match next {
+            ControlFlow::Continue(id) => {
+                self.next = i64::from(id);
+                None
+            }
+            ControlFlow::Break(end) => Some(end),
+        })
+    }
+
+    /// Whether more texts are wanted.
+    fn close(self, end: End, say: &mut dyn FnMut(usize, Said) -> bool) -> Result<bool> {
+        let whole = self.writing.end(end, &mut |said| say(self.number, said))?;
+        Ok(say(self.number, Said::Whole(whole)))
+    }
 }
 
 /// The model with the adapters that change it.
@@ -51,10 +78,10 @@ impl TextModel {
         threads: u32,
     ) -> Result<TextModel> {
         let host = HostModel::packed(dir, quantization, threads, 1)?;
-        let file = dir.join(TOKENIZER_FILE);
-        let tokenizer = GivenTokenizer::open(&file, host.model.decoder.vocab_size as u32).map_err(input)?;
+        let vocab = host.model.decoder.vocab_size as u32;
+        let tokenizer = GivenTokenizer::open(&dir.join(TOKENIZER_FILE), vocab).map_err(input)?;
         let dir = dir.to_owned();
-        let mut model = TextModel { dir, file, tokenizer, host, variants: Vec::new(), current: 0 };
+        let mut model = TextModel { dir, tokenizer, host, variants: Vec::new(), current: 0 };
         model.add(adapters)?;
         let nothing = model.host.adapters(&[])?;
         model.host.change(&nothing, &model.variants[0].adapters)?;
@@ -109,7 +136,7 @@ impl TextModel {
 
     /// What is asked in the tokens of the model, for which there is room.
     pub fn prompt(&self, ask: &Ask) -> Result<Prompt> {
-        let file = Tokenizer::File(self.file.clone());
+        let file = Tokenizer::File(self.dir.join(TOKENIZER_FILE));
         let mut prompt = guarded(&file, || Ok(Prompt::of(ask, &self.tokenizer))).map_err(input).flatten()?;
         let model = &self.host.model;
         if prompt.ids.is_empty() {
@@ -131,79 +158,80 @@ impl TextModel {
         Ok(prompt)
     }
 
-    /// Writes what comes after a prompt; `emit` gets the text piece by piece, each whole UTF-8, and ends it by giving `false`.
+    /// Writes what comes after each prompt, `at_once` of them at a time: the weights are read once for all of these. Each text is that which the prompt
+    /// has alone. `say` gets the texts, by their numbers, piece by piece; `false` for a piece ends its text, for a whole text all of them.
+    pub fn write_all(
+        &mut self,
+        prompts: &[Prompt],
+        settings: &Settings,
+        at_once: usize,
+        say: &mut dyn FnMut(usize, Said) -> bool,
+    ) -> Result<()> {
+        let context = self.context();
+        let TextModel { dir, tokenizer, host, variants, current } = self;
+        let decoder = &host.model.decoder;
+        // There one table of angles serves texts of one length only.
+        let turned_by_length =
+            matches!(&decoder.positions, Positions::Rotary(rotary) if rotary.is_turned_by_length());
+        let at_once = if turned_by_length { 1 } else { at_once.max(1) };
+        let (ends, made_for) = (&variants[*current].ends[..], decoder.max_positions);
+        let manner = Manner { settings, dir, tokenizer, ends, context, made_for };
+        let mut waiting = prompts.iter().enumerate();
+        let mut open: Vec<Open> = Vec::new();
+        loop {
+            while open.len() < at_once
+                && let Some((number, prompt)) = waiting.next()
+            {
+                let writing = Writing::begin(manner, prompt)?;
+                let mut text = Open { number, writing, cache: host.cache(), next: 0 };
+                let end = match settings.max_new_tokens {
+                    0 => Some(End::MaxNewTokens),
+                    _ => {
+                        let ids: Vec<i64> = prompt.ids.iter().copied().map(i64::from).collect();
+                        let logits = host.prefill(&ids, &mut text.cache)?;
+                        text.read(&logits, say)?
+                    }
+                };
+                match end {
+                    None => open.push(text),
+                    Some(end) if !text.close(end, say)? => return Ok(()),
+                    Some(_) => {}
+                }
+            }
+            if open.is_empty() {
+                return Ok(());
+            }
+            let ids: Vec<i64> = open.iter().map(|text| text.next).collect();
+            let logits =
+                host.decode(&ids, &mut open.iter_mut().map(|text| &mut text.cache).collect::<Vec<_>>())?;
+            let all = std::mem::take(&mut open);
+            let vocab = logits.len() / ids.len();
+            for (mut text, logits) in all.into_iter().zip(logits.chunks_exact(vocab)) {
+                match text.read(logits, say)? {
+                    None => open.push(text),
+                    Some(end) if !text.close(end, say)? => return Ok(()),
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+
+    /// Writes what comes after one prompt; `emit` gets the text piece by piece, each whole UTF-8, and ends it by giving `false`.
     pub fn write(
         &mut self,
         prompt: &Prompt,
         settings: &Settings,
         emit: &mut dyn FnMut(&str) -> bool,
     ) -> Result<Generated> {
-        let (context, made_for) = (self.context(), self.host.model.decoder.max_positions);
-        let turn_end = match &prompt.end {
-            Some(TurnEnd::Text(marker)) => Some(marker.as_str()),
-            _ => None,
-        };
-        let of_stop = |stop: &str| if Some(stop) == turn_end { End::EndOfText } else { End::StopString };
-        let ends_text = |id: u32| {
-            self.variants[self.current].ends.contains(&id) || prompt.end == Some(TurnEnd::Token(id))
-        };
-        let file = self.file.display();
-        let undecoded =
-            |what: &str, e: tokenizers::Error| Error::Input(format!("{file}: cannot decode {what}: {e}"));
-        let guard = Tokenizer::File(self.file.clone());
-        let stream = guarded(&guard, || Ok(TextStream::new(&self.tokenizer.tokenizer, &prompt.ids)));
-        let mut stream = stream.map_err(input)?.map_err(|e| undecoded("the prompt", e))?;
-        let mut stops = StopStrings::new(settings.stop.iter().map(String::as_str).chain(turn_end));
-        let mut cache = self.host.cache();
-        let mut text = String::new();
-        let mut new_tokens = 0;
-        let began = Instant::now();
-        let ids: Vec<i64> = prompt.ids.iter().copied().map(i64::from).collect();
-        let mut logits =
-            if settings.max_new_tokens > 0 { self.host.prefill(&ids, &mut cache)? } else { Vec::new() };
-        let mut end = loop {
-            if new_tokens == settings.max_new_tokens {
-                break End::MaxNewTokens;
+        let mut generated = None;
+        self.write_all(std::slice::from_ref(prompt), settings, 1, &mut |_, said| match said {
+            Said::Piece(piece) => emit(piece),
+            Said::Whole(text) => {
+                generated = Some(text);
+                true
             }
-            if !all_finite(&logits) {
-                return Err(Error::Input(format!(
-                    "{}: the model computes NaN or infinite logits for token {}; its weights cannot be used",
-                    self.dir.display(),
-                    cache.len() + 1
-                )));
-            }
-            let id = settings.sampling.pick(&logits, new_tokens as u64) as u32;
-            if ends_text(id) {
-                break End::EndOfText;
-            }
-            new_tokens += 1;
-            let piece = stream.push(id).map_err(|e| undecoded(&format!("token {id}"), e))?;
-            let (piece, stop) = stops.push(&piece);
-            text.push_str(&piece);
-            if !emit(&piece) {
-                break End::Unread;
-            }
-            if let Some(stop) = stop {
-                break of_stop(stop);
-            }
-            if cache.len() == context {
-                break End::Context;
-            }
-            if new_tokens < settings.max_new_tokens {
-                logits = self.host.decode(i64::from(id), &mut cache)?;
-            }
-        };
-        let rest = stream.finish().map_err(|e| undecoded("the end", e))?;
-        let (rest, stop) = stops.finish(&rest);
-        end = stop.map_or(end, of_stop);
-        emit(&rest);
-        text.push_str(&rest);
-        let mut notes = prompt.notes.clone();
-        if cache.len() > made_for {
-            notes.push(format!("the text goes beyond the {made_for} positions that the model was made for"));
-        }
-        let tokens_per_s = new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-        Ok(Generated { text, prompt_tokens: ids.len(), new_tokens, end, tokens_per_s, notes })
+        })?;
+        Ok(generated.expect("each text ends, or there is an error"))
     }
 
     /// Refuses tokens that the model does not take.
@@ -227,7 +255,7 @@ impl TextModel {
         self.host.logits(&ids, ids.len())
     }
 
-    /// Both, for one question.
+    /// Writes the answer to one question.
     pub fn answer(
         &mut self,
         ask: &Ask,
@@ -239,7 +267,7 @@ impl TextModel {
     }
 
     fn refuse(&self, what: String) -> Error {
-        Error::Input(format!("{}: {what}", self.file.display()))
+        Error::Input(format!("{}: {what}", self.dir.join(TOKENIZER_FILE).display()))
     }
 }
 
