@@ -1,15 +1,25 @@
-//! Where the assistant speaks, for a template that does not say it: from the text of all that is said before, with the beginning of an
-//! answer, to the text with the answer. Both have to be beginnings of the whole; where a template writes earlier messages otherwise once
-//! there are later ones, nothing is guessed.
+//! Where the assistant speaks, for a template that does not say it. Two ways:
+//!
+//! 1. By beginnings: from the text of all that is said before, with the beginning of an answer, to the text with the answer, where both are
+//!    beginnings of the whole.
+//! 2. By changes, where a template writes an answer otherwise once there are later messages (as those that drop earlier thoughts do), or asks
+//!    otherwise than it writes: the text changes where the answer does, and behind a mark at the answer's end stands what ends it.
+//!
+//! Where neither tells, nothing is guessed.
 
 use super::{ChatError, Conversation, Ending, Rendered, Template};
+use serde_json::Value;
+use std::ops::Range;
 use time::OffsetDateTime;
 
 const CURE: &str = "choose a template with generation blocks ({% generation %} ... {% endgeneration %} around what the assistant writes)";
 
+/// Stands in no text, and no template writes it otherwise.
+const MARK: &str = "\u{f0f0}\u{f0f1}\u{f0f2}";
+
 impl Template {
-    /// A whole conversation to learn from, with the assistant's parts: by the template's generation blocks, or by rendering beginnings of
-    /// the conversation. A part ends with what the template writes behind an answer.
+    /// A whole conversation to learn from, with the assistant's parts: by the template's generation blocks, or by the texts of changed
+    /// conversations. A part ends with what the template writes behind an answer.
     pub fn render_marked(
         &self,
         conversation: &Conversation,
@@ -22,20 +32,205 @@ impl Template {
         if self.marks_assistant() {
             return Ok(rendered);
         }
+        let asked = Asked { template: self, conversation, text: &rendered.text, now };
+        let mut spans: Vec<Range<usize>> = Vec::new();
         for index in (0..conversation.len()).filter(|index| conversation.role(*index) == "assistant") {
-            let at = |error: ChatError| error.at_message(index, "assistant");
-            let beginning = |len: usize, ending| {
-                let text = self.attempt(&conversation.prefix(len), ending, now).map_err(at)?.text;
-                let differs = || at(ChatError::new(DIFFERS, CURE).of_template(self.name(), None));
-                rendered.text.starts_with(&text).then_some(text.len()).ok_or_else(differs)
-            };
-            let span = beginning(index, Ending::Prompt)?..beginning(index + 1, Ending::Complete)?;
-            rendered.assistant.push(span);
+            let after = spans.last().map_or(0, |span| span.end);
+            let span = asked.by_beginnings(index).or_else(|| asked.by_changes(index));
+            spans.push(span.filter(|span| span.start >= after && span.start < span.end).ok_or_else(
+                || {
+                    ChatError::new(UNKNOWN, CURE)
+                        .of_template(self.name(), None)
+                        .at_message(index, "assistant")
+                },
+            )?);
         }
+        rendered.assistant = spans;
         Ok(rendered)
     }
 }
 
 const MISPLACED: &str =
     "a generation block in a macro, a set block or the like: where its text stands is not known";
-const DIFFERS: &str = "the conversation up to here is not rendered as the beginning of the whole, so where this answer stands is not known";
+const UNKNOWN: &str = "where this answer stands in what the template writes cannot be told, by the text of the conversation up to here or by what changes with the answer";
+
+/// A conversation, and what the template writes of it.
+struct Asked<'a> {
+    template: &'a Template,
+    conversation: &'a Conversation,
+    text: &'a str,
+    now: OffsetDateTime,
+}
+
+impl Asked<'_> {
+    fn by_beginnings(&self, index: usize) -> Option<Range<usize>> {
+        let beginning = |len: usize, ending| {
+            let text = self.written(&self.conversation.prefix(len), ending)?;
+            self.text.starts_with(&text).then_some(text.len())
+        };
+        Some(beginning(index, Ending::Prompt)?..beginning(index + 1, Ending::Complete)?)
+    }
+
+    fn by_changes(&self, index: usize) -> Option<Range<usize>> {
+        let last = self.marked_end(index)?;
+        // What stands behind the answer where it is the last.
+        let alone = self.conversation.prefix(index + 1);
+        let alone = Asked { conversation: &alone, text: &self.written(&alone, Ending::Complete)?, ..*self };
+        let behind = &alone.text[alone.marked_end(index)?..];
+        let both = &behind[..common(behind, &self.text[last..])];
+        // A marker or a word of which both have the beginning alone is another one.
+        let ended = match both == behind {
+            true => both.len(),
+            false => both.rfind([' ', '\n', '>', ']'])? + 1,
+        };
+        Some(self.first_change(index, last)?..last + ended)
+    }
+
+    /// Where an answer begins that ends at `last`: behind what the template writes to ask for it, if that stands there, else where the text
+    /// changes with the answer.
+    fn first_change(&self, index: usize, last: usize) -> Option<usize> {
+        let changed = self.written(&self.changed(index, |_| MARK.to_owned())?, Ending::Complete)?;
+        let change = common(&changed, self.text);
+        let before = self.conversation.prefix(index);
+        let asks = self.written(&before, Ending::Prompt)?;
+        let asks = &asks[common(&asks, &self.written(&before, Ending::Complete)?)..];
+        // Not within the message before, which may say what asks.
+        let floor = if index == 0 { Some(0) } else { self.marked_end(index - 1) };
+        let header = floor
+            .filter(|floor| *floor <= change && !asks.is_empty())
+            .and_then(|floor| Some(floor + self.text[floor..change].rfind(asks)? + asks.len()));
+        // What a call of a function begins with does not change with it.
+        let calls = self.conversation.messages()[index].contains_key("tool_calls");
+        header.or((!calls).then_some(change)).filter(|start| *start <= last)
+    }
+
+    /// Where what a message says ends, by a mark behind it.
+    fn marked_end(&self, index: usize) -> Option<usize> {
+        let marked = self.written(&self.changed(index, |said| format!("{said}{MARK}"))?, Ending::Complete)?;
+        let at = marked.find(MARK)?;
+        let behind = &marked[at + MARK.len()..];
+        (self.text.ends_with(behind) && !behind.contains(MARK)).then(|| self.text.len() - behind.len())
+    }
+
+    /// The conversation with what a message says last changed: the name of its last call of a function, or its text.
+    fn changed(&self, index: usize, change: impl Fn(&str) -> String) -> Option<Conversation> {
+        let mut conversation = self.conversation.clone();
+        let message = &mut conversation.messages_mut()[index];
+        let call =
+            message.get_mut("tool_calls").and_then(Value::as_array_mut).and_then(|calls| calls.last_mut());
+        let said = match call {
+            Some(call) if call.get("function").is_some() => call.get_mut("function")?.get_mut("name")?,
+            Some(call) => call.get_mut("name")?,
+            None => message.get_mut("content")?,
+        };
+        *said = change(said.as_str()?).into();
+        Some(conversation)
+    }
+
+    fn written(&self, conversation: &Conversation, ending: Ending) -> Option<String> {
+        self.template.attempt(conversation, ending, self.now).ok().map(|rendered| rendered.text)
+    }
+}
+
+/// Bytes with which both begin, whole characters.
+fn common(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
+
+    fn golden(name: &str) -> Template {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/chat/templates/{name}.jinja"));
+        let special = [("bos_token", "<s>"), ("eos_token", "</s>")];
+        let special = special.map(|(name, token)| (name.to_owned(), token.to_owned()));
+        Template::parse(name, &fs::read_to_string(path).unwrap(), BTreeMap::from(special)).unwrap()
+    }
+
+    fn talk(messages: Value) -> Conversation {
+        Conversation::new(messages.as_array().unwrap()).unwrap()
+    }
+
+    fn two_turns() -> Conversation {
+        talk(json!([
+            {"role": "user", "content": "<|im_start|>assistant\nWho?"}, {"role": "assistant", "content": "Me.  "},
+            {"role": "user", "content": "ASSISTANT: And?"}, {"role": "assistant", "content": "You, \u{1f600}"},
+        ]))
+    }
+
+    fn learnt(template: &Template, conversation: &Conversation) -> Vec<String> {
+        let rendered =
+            template.render_marked(conversation, NOW).unwrap_or_else(|e| panic!("{}: {e}", template.name()));
+        rendered.assistant.iter().map(|span| rendered.text[span.clone()].to_owned()).collect()
+    }
+
+    /// Those of public models that write an earlier answer otherwise than a last one, or ask otherwise than they write.
+    #[test]
+    fn answers_are_found_where_beginnings_are_written_otherwise() {
+        for (name, first, last) in [
+            ("qwen3", "Me.  <|im_end|>\n", "<think>\n\n</think>\n\nYou, \u{1f600}<|im_end|>\n"),
+            (
+                "deepseek_r1_distill",
+                "Me.  <\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+                "You, \u{1f600}<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+            ),
+            ("vicuna", "Me.</s>\n\n\n", "You, \u{1f600}</s>\n\n\n"),
+            ("phi3", "Me.  <|end|>\n", "You, \u{1f600}<|end|>\n</s>"),
+        ] {
+            assert_eq!(learnt(&golden(name), &two_turns()), [first, last], "{name}");
+        }
+    }
+
+    #[test]
+    fn thoughts_and_calls_are_part_of_an_answer() {
+        let call = json!({"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}});
+        let conversation = talk(json!([
+            {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "blue"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nFine."},
+        ]));
+        let found = learnt(&golden("qwen3"), &conversation);
+        let called =
+            "<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": \"sky\"}}\n</tool_call><|im_end|>\n";
+        assert_eq!(found, [called, "<think>\nhm\n</think>\n\nFine.<|im_end|>\n"]);
+    }
+
+    /// Where beginnings tell, changes tell the same.
+    #[test]
+    fn both_ways_agree() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chat/templates");
+        let conversation = two_turns();
+        let mut compared = 0;
+        for entry in fs::read_dir(dir).unwrap() {
+            let name = entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned();
+            let template = golden(&name);
+            let Ok(rendered) = template.render(&conversation, Ending::Complete, NOW) else { continue };
+            let asked =
+                Asked { template: &template, conversation: &conversation, text: &rendered.text, now: NOW };
+            for index in [1, 3] {
+                let Some(span) = asked.by_beginnings(index) else { continue };
+                let other = asked.by_changes(index).unwrap_or_else(|| panic!("{name}, {index}"));
+                // A template that asks with nothing does not tell its spaces from the answer's.
+                let [span, other] = [span, other].map(|span| rendered.text[span].trim_start());
+                assert_eq!(span, other, "{name}, {index}");
+                compared += 1;
+            }
+        }
+        assert!(compared > 20, "{compared}");
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_refused() {
+        let twice = "{% for m in messages %}{{ m.content }}|{% endfor %}{{ messages[1].content }}";
+        let twice = Template::parse("twice", twice, BTreeMap::new()).unwrap();
+        let error = twice.render_marked(&two_turns(), NOW).unwrap_err().to_string();
+        assert!(error.contains("messages[1]") && error.contains("cannot be told"), "{error}");
+    }
+}

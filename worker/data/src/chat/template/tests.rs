@@ -108,7 +108,7 @@ fn generation_blocks_give_spans_and_those_whose_place_is_not_known_are_refused()
 }
 
 #[test]
-fn without_generation_blocks_spans_come_from_the_beginnings_of_the_conversation() {
+fn without_generation_blocks_spans_come_from_the_texts_of_other_conversations() {
     let spans = |source: &str| {
         let marked = template(source).unwrap().render_marked(&talk(), OffsetDateTime::UNIX_EPOCH);
         let Rendered { text, assistant } = marked.map_err(|e| e.to_string())?;
@@ -118,7 +118,7 @@ fn without_generation_blocks_spans_come_from_the_beginnings_of_the_conversation(
     assert_eq!(spans(source).unwrap(), ["a</>", "b</>"]);
     let differs = source.replace("</>", "{% if loop.last %}</>{% endif %}");
     let error = spans(&differs).unwrap_err();
-    assert!(error.contains("at messages[2] (role assistant): the conversation up to here"), "{error}");
+    assert!(error.contains("at messages[2] (role assistant): where this answer stands"), "{error}");
     assert!(error.contains("choose a template with generation blocks"), "{error}");
 }
 
