@@ -94,6 +94,12 @@ fn of_task(f: &Fields) -> Result<Option<PreferenceLoss>, JobFileError> {
     })
 }
 
+/// Whether the job's task is by its name one without preferences.
+fn says_otherwise(f: &Fields) -> bool {
+    let name = f.text("task_name", "a name").ok().flatten();
+    name.is_some_and(|name| ["sft", "lm"].contains(&name.to_lowercase().as_str()))
+}
+
 /// Whether the job learns preferences.
 pub(super) fn is_wanted(f: &Fields) -> Result<bool, JobFileError> {
     Ok(of_task(f)?.is_some() || SETTINGS.into_iter().any(|name| f.is_given(name)))
@@ -112,6 +118,12 @@ pub(super) fn dpo(
     if matches!(model, Model::New(_)) {
         let message = "preferences are learnt by a model that can speak already, and this job makes a new one; give a directory as `model.path`";
         return Err(f.refuse(&["task_name", "dpo.beta", "dpo.loss_type"], message.to_owned()));
+    }
+    if let Some(key) = SETTINGS.into_iter().find(|key| f.is_given(key)).filter(|_| says_otherwise(f)) {
+        let message = format!(
+            "`task_name` says that no preferences are learnt, and `{key}` is for those; leave it out, or write task_name = \"dpo\""
+        );
+        return Err(f.refuse(&[key], message));
     }
     let of_task = of_task(f)?.unwrap_or_default();
     let loss_type = f.word("dpo.loss_type", &LOSSES)?.unwrap_or(of_task);
@@ -176,6 +188,11 @@ mod tests {
                 "`dpo.beta` is 0; a number above 0, at most 1000",
             ),
             ("lora_r = 1\ndpo.loss_type = \"ipo\"\ndpo.label_smoothing = 0.1", "leave it out"),
+            (
+                "task_name = \"sft\"\nlora_r = 1\nlabel_smoothing = 0.1",
+                "`dpo.label_smoothing` is for those; leave it out",
+            ),
+            ("task_name = \"lm\"\nlora_r = 1\ndpo.beta = 0.1", "write task_name = \"dpo\""),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.packing = true", "`data.packing`"),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.format = \"alpaca\"", "`data.format`"),
         ] {

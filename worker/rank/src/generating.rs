@@ -115,7 +115,8 @@ fn prompts(args: &GenerateArgs, model: &TextModel, asked: &[Asked]) -> Result<Ve
             (Asked::Chat(conversation), Some(template)) => Ask::Chat(Chat { conversation, template, now }),
             _ => Ask::Text(asked.text()),
         };
-        model.prompt(&ask).map_err(|error| match error {
+        let prompt = model.prompt(&ask).and_then(|prompt| model.check_room(&prompt).map(|()| prompt));
+        prompt.map_err(|error| match error {
             Error::Input(what) if args.prompts.len() + usize::from(args.file.is_some()) > 1 => {
                 Error::Input(format!("prompt {}: {what}", number + 1))
             }

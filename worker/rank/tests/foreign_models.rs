@@ -7,7 +7,7 @@ mod gang;
 
 use fleet_checkpoint::{ModelDir, Tensors};
 use fleet_common::exit::Fault;
-use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
+use fleet_common::job::{Job, Model, Rows, Tokenizer, parse_toml};
 use fleet_rank::generate::{End, Generated, Sampling, Settings, TextModel};
 use gang::{job, launch};
 use serde_json::{Value, json};
@@ -312,6 +312,31 @@ fn a_tuned_model_keeps_what_it_came_with_and_so_does_a_run_that_is_continued() {
     assert_eq!(again, full);
     for name in ["tokenizer.model", "chat_template.jinja", "generation_config.json", "config.json"] {
         assert_eq!(fs::read(again.join(name)).unwrap(), fs::read(kept.join(name)).unwrap(), "{name}");
+    }
+}
+
+/// An answer ends with what the model's own template writes behind it, which transformers has to know to end there.
+#[test]
+fn a_model_that_learnt_answers_ends_where_its_template_does() {
+    for is_rows in [true, false] {
+        let (data, dir) = (tempfile::tempdir().unwrap(), copy_of("byte_level"));
+        let template = "{% for m in messages %}{{ m['content'] }}<|begin_of_text|>{% endfor %}";
+        fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        change(&dir.path().join("generation_config.json"), json!({"eos_token_id": [2]}));
+        let mut job = tuned(data.path(), dir.path());
+        if is_rows {
+            let talk = |at: usize| json!({"messages": [{"role": "user", "content": format!("river {at}")}, {"role": "assistant", "content": "runs"}]});
+            let path = data.path().join("rows.jsonl");
+            fs::write(&path, (0..16).map(|at| format!("{}\n", talk(at))).collect::<String>()).unwrap();
+            job.data.paths = vec![path];
+            job.data.rows = Some(Rows::default());
+        }
+        let last = PathBuf::from(&launch(&job, 1, None, None).checkpoints().pop().unwrap().path);
+        assert_eq!(
+            read(&last.join("generation_config.json"))["eos_token_id"],
+            ends,
+            "rows: {is_rows}"
+        );
     }
 }
 

@@ -57,6 +57,8 @@ pub(super) struct Origins<'a> {
     pub used: &'a Path,
     /// The text of the chat template by which the run's data were written, where the model has another one.
     pub chat_template: Option<&'a str>,
+    /// Whether the run's data are rows, whose answers end as the template says.
+    pub learns_rows: bool,
     /// How checkpoints have weights.
     pub weights: Dtype,
     /// With what the model is compared while it learns preferences.
@@ -99,6 +101,7 @@ impl Companions {
             None => tokenizer_config(&tokenizer, &model),
         };
         for_both_versions(&mut of_tokenizer);
+        let own = usual_template(&of_tokenizer, &files);
         if let Some(text) = from.chat_template {
             files.retain(|(name, _)| *name != CHAT_TEMPLATE);
             files.push((CHAT_TEMPLATE, text.as_bytes().to_vec()));
@@ -123,8 +126,10 @@ impl Companions {
         }
         files.push((TOKENIZER_CONFIG, pretty(&of_tokenizer)));
 
-        // With what answers end that were learnt by another template than the model's: transformers ends them there.
-        let learnt = from.chat_template.and_then(|text| end_token(text, special.named.clone(), &tokenizer));
+        // With what answers end that were learnt by a template: transformers ends them there.
+        let own = own.as_deref().filter(|_| from.learns_rows);
+        let learnt = from.chat_template.or(own);
+        let learnt = learnt.and_then(|text| end_token(text, special.named.clone(), &tokenizer));
         let generation = match from.model {
             Some(dir) => first_object(GENERATION_CONFIG, [from.resume, Some(dir)])?
                 .or_else(|| learnt.map(|_| Object::new())),
@@ -234,6 +239,18 @@ fn with_templates(
     let all = all.map(|(name, template)| json!({"name": name, "template": template})).collect();
     settings.insert("chat_template".into(), all);
     Ok(())
+}
+
+/// The text of the template by which a conversation is written where none is named.
+fn usual_template(settings: &Object, files: &[(&str, Vec<u8>)]) -> Option<String> {
+    if let Some((_, bytes)) = files.iter().find(|(name, _)| *name == CHAT_TEMPLATE) {
+        return String::from_utf8(bytes.clone()).ok();
+    }
+    let text = match settings.get("chat_template")? {
+        Value::Array(all) => all.iter().find(|template| template["name"] == "default")?.get("template")?,
+        text => text,
+    };
+    text.as_str().map(str::to_owned)
 }
 
 /// The settings say no other usual template than the file: where they have several, it is one of them.

@@ -247,6 +247,7 @@ impl Trainer {
                 },
                 used: &cache.tokenizer_path(),
                 chat_template: cache.chat_template(),
+                learns_rows: job.data.rows.is_some(),
                 weights: learner.dtype(),
                 reference: reference.as_deref(),
             };

@@ -134,7 +134,7 @@ impl TextModel {
         if is_stretched(decoder) { made_for.max(POSITIONS_MAX) } else { made_for }
     }
 
-    /// What is asked in the tokens of the model, for which there is room.
+    /// What is asked in the tokens of the model. Whether it has room for them is asked by `check_room`.
     pub fn prompt(&self, ask: &Ask) -> Result<Prompt> {
         let file = Tokenizer::File(self.dir.join(TOKENIZER_FILE));
         let mut prompt = guarded(&file, || Ok(Prompt::of(ask, &self.tokenizer))).map_err(input).flatten()?;
@@ -149,13 +149,18 @@ impl TextModel {
                 "gives token {id}, but the model knows {vocab}; it belongs to another model"
             )));
         }
-        let (len, context) = (prompt.ids.len(), self.context());
-        if len >= context {
-            return Err(Error::Input(format!(
-                "the prompt has {len} tokens and the model takes {context}; shorten it"
-            )));
-        }
         Ok(prompt)
+    }
+
+    /// Refuses a prompt that leaves no room for a token.
+    pub fn check_room(&self, prompt: &Prompt) -> Result<()> {
+        let (len, context) = (prompt.ids.len(), self.context());
+        match len < context {
+            true => Ok(()),
+            false => Err(Error::Input(format!(
+                "the prompt has {len} tokens and the model takes {context}; shorten it"
+            ))),
+        }
     }
 
     /// Writes what comes after each prompt, `at_once` of them at a time: the weights are read once for all of these. Each text is that which the prompt
@@ -263,6 +268,7 @@ impl TextModel {
         emit: &mut dyn FnMut(&str) -> bool,
     ) -> Result<Generated> {
         let prompt = self.prompt(ask)?;
+        self.check_room(&prompt)?;
         self.write(&prompt, settings, emit)
     }
 

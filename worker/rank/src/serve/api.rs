@@ -84,36 +84,77 @@ pub fn asked(kind: Kind, body: &[u8]) -> Result<Asked, Refusal> {
     })
 }
 
+/// The values with which a key that is not served changes no answer. Keys of OpenAI, and those of vLLM, llama.cpp and others that clients send.
+fn neutral(key: &str) -> Option<Vec<Value>> {
+    Some(match key {
+        "n" | "best_of" | "num_beams" | "length_penalty" | "repetition_penalty" | "repeat_penalty"
+        | "typical_p" | "tfs_z" => vec![json!(1)],
+        "frequency_penalty"
+        | "presence_penalty"
+        | "min_p"
+        | "top_logprobs"
+        | "min_tokens"
+        | "mirostat"
+        | "no_repeat_ngram_size"
+        | "epsilon_cutoff"
+        | "eta_cutoff"
+        | "xtc_probability"
+        | "dry_multiplier" => {
+            vec![json!(0)]
+        }
+        "logprobs"
+        | "echo"
+        | "ignore_eos"
+        | "use_beam_search"
+        | "include_stop_str_in_output"
+        | "continue_final_message"
+        | "return_tokens_as_token_ids"
+        | "return_token_ids" => vec![json!(false)],
+        "do_sample" | "add_generation_prompt" | "skip_special_tokens" => vec![json!(true)],
+        "logit_bias" => vec![json!({})],
+        "suffix" => vec![json!("")],
+        "tools" | "functions" | "documents" | "stop_token_ids" | "bad_words" | "allowed_token_ids" => {
+            vec![json!([])]
+        }
+        "tool_choice" | "function_call" => vec![json!("none"), json!("auto")],
+        "response_format" => vec![json!({"type": "text"})],
+        "modalities" => vec![json!(["text"])],
+        "audio"
+        | "prediction"
+        | "web_search_options"
+        | "reasoning"
+        | "reasoning_effort"
+        | "thinking"
+        | "chat_template"
+        | "enable_thinking"
+        | "guided_choice"
+        | "guided_json"
+        | "guided_regex"
+        | "guided_grammar"
+        | "structured_outputs"
+        | "grammar"
+        | "json_schema"
+        | "truncate_prompt_tokens"
+        | "prompt_logprobs" => vec![],
+        _ => return None,
+    })
+}
+
 /// The keys of a request, without nulls.
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
     /// What changes an answer, and is not served, where it is wanted.
     fn refuse_what_there_is_not(&self) -> Result<(), Refusal> {
-        let neutral: [(&str, &[Value]); 18] = [
-            ("n", &[json!(1)]),
-            ("best_of", &[json!(1)]),
-            ("frequency_penalty", &[json!(0), json!(0.0)]),
-            ("presence_penalty", &[json!(0), json!(0.0)]),
-            ("repetition_penalty", &[json!(1), json!(1.0)]),
-            ("min_p", &[json!(0), json!(0.0)]),
-            ("logprobs", &[json!(false)]),
-            ("top_logprobs", &[json!(0)]),
-            ("logit_bias", &[json!({})]),
-            ("echo", &[json!(false)]),
-            ("suffix", &[json!("")]),
-            ("tools", &[json!([])]),
-            ("functions", &[json!([])]),
-            ("tool_choice", &[json!("none"), json!("auto")]),
-            ("function_call", &[json!("none"), json!("auto")]),
-            ("response_format", &[json!({"type": "text"})]),
-            ("modalities", &[json!(["text"])]),
-            ("audio", &[]),
-        ];
-        let wanted = |(key, neutral): &&(&str, &[Value])| {
-            self.0.get(*key).is_some_and(|value| !neutral.contains(value))
+        let is_wanted = |key: &str, value: &Value| {
+            let nothing = neutral(key)?;
+            let is_same = |other: &Value| match (value.as_f64(), other.as_f64()) {
+                (Some(value), Some(other)) => value == other,
+                _ => value == other,
+            };
+            Some(!nothing.iter().any(is_same))
         };
-        match neutral.iter().find(wanted) {
+        match self.0.iter().find(|(key, value)| is_wanted(key, value) == Some(true)) {
             None => Ok(()),
             Some((key, _)) => {
                 let message = format!("`{key}` is not served with this value by fleet; leave it out");
@@ -259,7 +300,7 @@ mod tests {
         assert_eq!((plain.max_tokens, plain.stop, plain.seed), (16, vec!["b".to_owned()], Some(u64::MAX)));
         assert_eq!(chat(json!({"max_tokens": 3, "max_completion_tokens": 4})).unwrap().max_tokens, 4);
         let neutral = json!({"n": 1, "logprobs": false, "presence_penalty": 0.0, "tools": [], "top_k": -1,
-            "response_format": {"type": "text"}});
+            "response_format": {"type": "text"}, "repetition_penalty": 1.0, "ignore_eos": false});
         assert!(chat(neutral).is_ok());
     }
 
@@ -297,6 +338,9 @@ mod tests {
             (json!({"tools": [{}]}), "tools"),
             (json!({"response_format": {"type": "json_object"}}), "response_format"),
             (json!({"logprobs": true}), "logprobs"),
+            (json!({"continue_final_message": true}), "continue_final_message"),
+            (json!({"guided_choice": ["yes", "no"]}), "guided_choice"),
+            (json!({"min_p": 0.1}), "min_p"),
         ] {
             let refused = chat(wrong.clone()).expect_err(&wrong.to_string());
             assert_eq!((refused.status, refused.param.as_deref()), (400, Some(key)), "{refused:?}");

@@ -127,6 +127,9 @@ fn answer(model: &mut TextModel, served: &Served, order: &Order) -> Result<Gener
     };
     let param = if matches!(ask, Ask::Text(_)) { "prompt" } else { "messages" };
     let prompt = model.prompt(&ask).map_err(|error| Refusal::of(param, error.to_string()))?;
+    model
+        .check_room(&prompt)
+        .map_err(|error| Refusal::of(param, error.to_string()).coded("context_length_exceeded"))?;
     let settings = Settings {
         max_new_tokens: asked.max_tokens,
         sampling: Sampling {
