@@ -224,6 +224,11 @@ fn main() {
     report.bytes("bf16 product of one row", 2 * w.len(), || {
         gemm(Matrix::new(&x, 1, F), Matrix::new(&w, 2 * F, F).t(), Store::Set, &mut y, &mut scratch)
     });
+    let (x, mut y) = (numbers::<bf16>(8 * F), vec![bf16::ZERO; 16 * F]);
+    report.bytes("bf16 product of eight rows, each by itself", 2 * w.len(), || {
+        let mut rows: Vec<&mut [bf16]> = y.chunks_exact_mut(2 * F).collect();
+        gemm_by_row(Matrix::new(&x, 8, F), Matrix::new(&w, 2 * F, F).t(), Store::Set, &mut rows)
+    });
     products::<f32>(&report, "f32");
     products::<bf16>(&report, "bf16");
     attentions::<f32>(&report, "f32");

@@ -53,10 +53,14 @@ impl<T: Element> Columns for Matrix<'_, T> {
     fn narrow<V: Vector, A: Element, C: Element>(&self, a: Matrix<A>, mode: Store, c: &mut [&mut [C]]) {
         for j in 0..self.cols {
             let column = &self.data[j * self.col_stride..][..self.rows];
-            for (i, c) in c.iter_mut().enumerate() {
-                let mut sums = [V::splat(0.0); SUMS];
-                add_products(&a.data[i * a.row_stride..][..self.rows], column, &mut sums);
-                write_sum(sums, mode, &mut c[j]);
+            let mut sums = [[V::splat(0.0); SUMS]; ROWS];
+            for (rows, c) in c.chunks_mut(ROWS).enumerate() {
+                sums[..c.len()].fill([V::splat(0.0); SUMS]);
+                let a = Matrix { data: &a.data[rows * ROWS * a.row_stride..], rows: c.len(), ..a };
+                add_all_products(a, 0, column, &mut sums);
+                for (sums, c) in sums.into_iter().zip(c) {
+                    write_sum(sums, mode, &mut c[j]);
+                }
             }
         }
     }
@@ -65,23 +69,68 @@ impl<T: Element> Columns for Matrix<'_, T> {
 /// Sums that a narrow product has on the way: enough to hide the time that an addition takes.
 pub(crate) const SUMS: usize = 4;
 
-/// Adds the products of two pieces of equal length.
+/// Rows whose sums a narrow product has at once.
+pub(crate) const ROWS: usize = 8;
+
+/// Adds the products of a piece of a column with the same terms, from `first` on, of at most `ROWS` rows. Several rows share what is read of the
+/// column, as many as registers hold the sums of; the sums of each are those of one alone.
 #[inline(always)]
-pub(crate) fn add_products<V: Vector, A: Element, B: Element>(row: &[A], column: &[B], sums: &mut [V; SUMS]) {
-    assert_eq!(row.len(), column.len());
-    let k = row.len();
+pub(crate) fn add_all_products<V: Vector, A: Element, B: Element>(
+    a: Matrix<A>,
+    first: usize,
+    column: &[B],
+    sums: &mut [[V; SUMS]; ROWS],
+) {
+    let row = |i: usize| &a.data[i * a.row_stride + first..][..column.len()];
+    let mut i = 0;
+    while i < a.rows {
+        match a.rows - i {
+            4.. if V::LANES == 16 => {
+                add_products([row(i), row(i + 1), row(i + 2), row(i + 3)], column, &mut sums[i..]);
+                i += 4;
+            }
+            2.. => {
+                add_products([row(i), row(i + 1)], column, &mut sums[i..]);
+                i += 2;
+            }
+            _ => {
+                add_products([row(i)], column, &mut sums[i..]);
+                i += 1;
+            }
+        }
+    }
+}
+
+/// Adds the products of a piece of a column with pieces of equal length.
+#[inline(always)]
+fn add_products<V: Vector, A: Element, B: Element, const R: usize>(
+    rows: [&[A]; R],
+    column: &[B],
+    to: &mut [[V; SUMS]],
+) {
+    let k = column.len();
+    assert!(rows.iter().all(|row| row.len() == k));
     let whole = k - k % (SUMS * V::LANES);
+    let mut sums: [[V; SUMS]; R] = std::array::from_fn(|r| to[r]);
     for t in (0..whole).step_by(SUMS * V::LANES) {
-        for (s, sum) in sums.iter_mut().enumerate() {
+        for s in 0..SUMS {
             let at = t + s * V::LANES;
-            // SAFETY: both slices have `k` numbers, at least `SUMS` vectors from `t` on.
-            let (x, w): (V, V) = unsafe { (A::load(row.as_ptr().add(at)), B::load(column.as_ptr().add(at))) };
-            *sum = x.mul_add(w, *sum);
+            // SAFETY: all slices have `k` numbers, at least `SUMS` vectors from `t` on.
+            let w: V = unsafe { B::load(column.as_ptr().add(at)) };
+            for (row, sums) in rows.iter().zip(&mut sums) {
+                // SAFETY: as above.
+                let x: V = unsafe { A::load(row.as_ptr().add(at)) };
+                sums[s] = x.mul_add(w, sums[s]);
+            }
         }
     }
     for t in (whole..k).step_by(V::LANES) {
-        sums[0] = load::<V, A>(&row[t..]).mul_add(load(&column[t..]), sums[0]);
+        let w: V = load(&column[t..]);
+        for (row, sums) in rows.iter().zip(&mut sums) {
+            sums[0] = load::<V, A>(&row[t..]).mul_add(w, sums[0]);
+        }
     }
+    to[..R].copy_from_slice(&sums);
 }
 
 /// The result of a narrow product to its place.

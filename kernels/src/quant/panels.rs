@@ -1,7 +1,7 @@
 //! Quantised matrices as the right side of a product: widened piece by piece on their way into its panels.
 
 use super::{CHUNK, Quantised};
-use crate::gemm::operand::{Operand, SUMS, add_products, columns::Columns, write_sum};
+use crate::gemm::operand::{Operand, ROWS, SUMS, add_all_products, columns::Columns, write_sum};
 use crate::gemm::pack::{SIDE_BY_SIDE, turn};
 use crate::simd::Vector;
 use crate::{Element, Matrix, Store};
@@ -34,15 +34,13 @@ impl Columns for Quantised<'_> {
         let (k, n) = self.shape();
         let mut wide = [0.0f32; CHUNK];
         for (rows, c) in c.chunks_mut(ROWS).enumerate() {
-            let (row_stride, a) = (a.row_stride, &a.data[rows * ROWS * a.row_stride..]);
+            let a = Matrix { data: &a.data[rows * ROWS * a.row_stride..], rows: c.len(), ..a };
             for j in 0..n {
                 let mut sums = [[V::splat(0.0); SUMS]; ROWS];
                 for first in (0..k).step_by(CHUNK) {
                     let wide = &mut wide[..CHUNK.min(k - first)];
                     self.decode::<V>(j * k + first, wide);
-                    for (i, sums) in sums.iter_mut().enumerate().take(c.len()) {
-                        add_products(&a[i * row_stride + first..][..wide.len()], wide, sums);
-                    }
+                    add_all_products(a, first, wide, &mut sums);
                 }
                 for (sums, c) in sums.into_iter().zip(&mut *c) {
                     write_sum(sums, mode, &mut c[j]);
@@ -51,9 +49,6 @@ impl Columns for Quantised<'_> {
         }
     }
 }
-
-/// Rows that are multiplied with what is widened once.
-const ROWS: usize = 8;
 
 /// Terms that are widened at a time for the lines of a panel: a block of the usual size.
 const TERMS: usize = 64;

@@ -62,6 +62,18 @@ impl Order {
         self.windows / self.global_batch
     }
 
+    /// What is said where an epoch leaves out a tenth of the data or more, because they fill no batch.
+    pub fn leaves_out(&self) -> Option<String> {
+        let (rest, windows, batch) = (self.windows % self.global_batch, self.windows, self.global_batch);
+        (rest * 10 >= windows).then(|| {
+            format!(
+                "an epoch learns {} of the {windows} sequences: a step takes {batch} (batch_size x ranks x accumulate_grad_batches), and {rest} fill none; \
+                 other ones are left out in each epoch; lower batch_size or accumulate_grad_batches to learn more of them",
+                windows - rest
+            )
+        })
+    }
+
     /// Steps from where batches have this size to the end of that epoch.
     fn first_steps(&self) -> u64 {
         self.windows.saturating_sub(self.before.1.windows) / self.global_batch
@@ -255,6 +267,9 @@ mod tests {
         assert_eq!(order.total_steps(3, None), 30);
         assert_eq!(order.total_steps(3, Some(7)), 7);
         assert_eq!(order.predictions_per_step(256), 2550);
+        assert_eq!(order.leaves_out(), None, "3 of 103 are few");
+        let said = Order::new(1, 100, 64, 8).unwrap().leaves_out().unwrap();
+        assert!(said.contains("learns 64 of the 100") && said.contains("36 fill none"), "{said}");
         // After 25 steps 53 windows of the third epoch are left, for two batches of 20.
         let wider = Order::new(1, 103, 20, 1).unwrap().from(25, order.cursor(25));
         assert_eq!(wider.cursor(26), Cursor { epoch: 2, step: 6, windows: 70 });

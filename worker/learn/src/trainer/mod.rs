@@ -305,6 +305,9 @@ impl Trainer {
                 );
                 link.log(Level::Warn, line);
             }
+            if let Some(line) = self.order.leaves_out().filter(|_| self.job.max_steps.is_none()) {
+                link.log(Level::Warn, line);
+            }
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
                 let cut = warmup_steps(&self.job.optimizer, self.total_steps);
                 let line = format!(
