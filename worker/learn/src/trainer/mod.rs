@@ -24,7 +24,7 @@ mod tracing;
 use aim::Aim;
 use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
 
-pub use schedule::{learning_rate, warmup_steps};
+pub use schedule::learning_rate;
 
 use crate::agent_link::AgentLink;
 use crate::batch::TokenBatch;
@@ -305,7 +305,7 @@ impl Trainer {
                 link.log(Level::Warn, line);
             }
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
-                let cut = warmup_steps(&self.job.optimizer, self.total_steps);
+                let cut = self.job.optimizer.warmup(self.total_steps);
                 let line = format!(
                     "warmup_steps ({given}) is more than the {} steps of the run: cut to {cut}",
                     self.total_steps
