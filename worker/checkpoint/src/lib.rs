@@ -28,6 +28,7 @@
 //! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
+mod adapter_base;
 mod arrival;
 mod consolidate;
 mod diff;
@@ -47,10 +48,12 @@ mod shard;
 mod state;
 mod stock;
 mod tensors;
+mod unfinished;
 mod verify;
 mod weights_hash;
 mod writer;
 
+pub use adapter_base::{ADAPTER_BASE_FILE, AdapterBase, of_another_base};
 pub use arrival::{Arrival, ArrivingFile, Unfit};
 pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
@@ -77,6 +80,7 @@ pub use search::{Search, latest};
 pub use state::{Best, LossScale, Patience, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
+pub use unfinished::{Unfinished, remove_unfinished};
 pub use verify::{inspect, verify};
 pub use weights_hash::{weights_sample_sha256, weights_sha256};
 pub use writer::{Ticket, Writer, step_dir};

@@ -147,7 +147,8 @@ impl TrainerState {
                 if let Some(key) = differing {
                     let word = |adapter: &Object| adapter.get(key).cloned().unwrap_or_default();
                     return refuse(format!(
-                        "its adapter has {key} = {} and the job's {}; restore it, or begin a new run with adapter.path set to the checkpoint",
+                        "its adapter has {key} = {} and the job's {}; restore it, or begin a new run, under another run_name: with adapter.path set to the checkpoint and \
+                         nothing else of what an adapter is, to go on with this one, or with a new one beside a model that has this one in it (fleet adapter merge)",
                         word(was),
                         word(is)
                     ));

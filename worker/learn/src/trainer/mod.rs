@@ -39,7 +39,7 @@ use crate::strategy::Votes;
 use base::BaseHash;
 use breakdown::Breakdown;
 use companions::{Companions, Origins};
-use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
+use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState, of_another_base};
 use fleet_collectives::{Activity, Pace};
 use fleet_common::events::{Evaluation, EventBody, Level, Metrics, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
@@ -228,6 +228,12 @@ impl Trainer {
             (None, from) => {
                 // Of an adapter the model is there already.
                 let from = model.adapter.as_ref().map_or(*from, |adapter| adapter.from.as_deref());
+                if let Some(adapter) = model.adapter.as_ref().filter(|_| start.rank == 0)
+                    && let Some(dir) = &adapter.from
+                    && let Some(line) = of_another_base(dir, &adapter.base)?
+                {
+                    link.log(Level::Warn, line);
+                }
                 match from {
                     Some(dir) => learner.load_weights(dir)?,
                     None => learner.fresh_weights(job.seed)?,
