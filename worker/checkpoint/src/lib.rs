@@ -76,7 +76,7 @@ pub use resume::{can_begin, continued, take_what_is_gone};
 pub use rewrite::{NewTensor, new_directory, remake, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
-pub use search::{Search, latest};
+pub use search::{Search, latest, steps as checkpoint_steps};
 pub use state::{Best, LossScale, Patience, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
