@@ -140,7 +140,7 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     let shown: Value = serde_json::from_str(&world.run("fleet", &config).expect(0).stdout.concat()).unwrap();
     let said = |table: &str, key: &str| shown[table][key].clone();
     assert_eq!((said("adapter", "r"), said("adapter", "alpha")), (16.into(), 32.0.into()), "{shown}");
-    assert_eq!((said("adapter", "dropout"), said("optimizer", "warmup_steps")), (0.05.into(), 3.into()));
+    assert_eq!((said("adapter", "dropout"), said("adapter", "use_dora")), (0.05.into(), false.into()));
     assert_eq!(said("adapter", "target_modules")[6], "down_proj", "{shown}");
     let runs = world.run("fleet", &["runs", "ls", "--local", "out", "--json"]).expect(0);
     let runs: Value = serde_json::from_str(&runs.stdout.concat()).unwrap();

@@ -428,6 +428,24 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_of_another_rank_is_refused_with_what_can_be_done() {
+        let with = |r: u32| {
+            let adapter = [("r".to_owned(), r.into())].into_iter().collect();
+            TrainerState { adapter: Some(adapter), ..state() }
+        };
+        let said = with(8).check_compatible(&with(16), false).unwrap_err().to_string();
+        for what in [
+            "r = 8 and the job's 16",
+            "restore it",
+            "nothing else of what an adapter is",
+            "fleet adapter merge",
+        ] {
+            assert!(said.contains(what), "{said}");
+        }
+        assert!(with(8).check_compatible(&with(8), false).is_ok());
+    }
+
+    #[test]
     fn a_tokenizer_that_is_made_of_the_data_is_no_cause_of_its_own() {
         let job = TrainerState { tokenizer_sha256: "ee".into(), cache_hash: "fedc".into(), ..state() };
         let said = |trained| state().check_compatible(&job, trained).unwrap_err().to_string();

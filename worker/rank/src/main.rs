@@ -27,6 +27,7 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -302,7 +303,10 @@ fn main() -> ExitCode {
     let args: Args = arguments::parse();
     match &args.command {
         Some(Command::Merge(_) | Command::Unmerge(_) | Command::Combine(_) | Command::Quantise(_)) => {
-            signals::before_the_end(remove_unfinished);
+            signals::before_the_end(|| {
+                IS_ENDING.store(true, Ordering::SeqCst);
+                remove_unfinished();
+            });
         }
         Some(Command::Generate(GenerateArgs { model, adapters, .. })) => warn_of_other_bases(model, adapters),
         Some(Command::Eval(EvalArgs { model, adapters, .. })) => warn_of_other_bases(model, adapters),
@@ -335,6 +339,10 @@ fn report(result: Result<(), Error>) -> u8 {
     match result {
         Ok(()) => exit::SUCCEEDED,
         Err(e) => {
+            // What was removed under it is no error: the signal ends this process.
+            while IS_ENDING.load(Ordering::SeqCst) {
+                std::thread::park();
+            }
             eprintln!("error: {e}");
             e.fault().exit_code()
         }
@@ -359,6 +367,9 @@ fn caught(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
     record_panics(false);
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::Job(panic_line())))
 }
+
+/// A signal is about to end this process.
+static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
 /// The message of the last panic, in one line.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);

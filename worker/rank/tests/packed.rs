@@ -170,6 +170,9 @@ fn what_packed_weights_do_not_allow_is_refused() {
         json!({"adapter": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["o_proj"]}}),
     )
     .unwrap();
+    let tied = golden().join("../tied");
+    let error = model_of(&tied, json!({"adapter": {"target_modules": ["q_proj", "lm_head"]}})).unwrap_err();
+    assert!(error.contains("names lm_head, which is the embedding and the head at once"), "{error}");
     let threads = Threads { count: 1, again: 0 };
     let error = alone(job::Executor::Cpu, Precision::Fp32, &model, threads, 64).err().unwrap().to_string();
     assert!(error.contains("o_proj.weight is quantised, and cannot be trained itself"), "{error}");
