@@ -1,6 +1,6 @@
 //! What signals mean to fleet's own programs.
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, raise};
 use std::time::Duration;
 
 /// One that follows another within this time says nothing new: GNU `timeout` strikes its child and then the whole process group, and a
@@ -16,6 +16,23 @@ pub fn mind_no_file_limit() {
 /// For a process that becomes somebody else's program: the limit strikes it as it would in a shell.
 pub fn mind_the_file_limit() {
     let _ = file_limit().thread_unblock();
+}
+
+/// A signal that ends this process (SIGINT, SIGTERM, SIGHUP) first does `last`. For the first lines of `main`: threads that start later have from it that
+/// they are not struck.
+pub fn before_the_end(last: impl FnOnce() + Send + 'static) {
+    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    let _ = ends.thread_block(); // fails for no valid set
+    let wait = move || {
+        let Ok(signal) = ends.wait() else { return };
+        last();
+        // So that who waits for this process hears of which signal it died.
+        let _ = ends.thread_unblock();
+        let _ = raise(signal);
+    };
+    if std::thread::Builder::new().name("signals".into()).spawn(wait).is_err() {
+        let _ = ends.thread_unblock(); // they strike as they always do
+    }
 }
 
 fn file_limit() -> SigSet {

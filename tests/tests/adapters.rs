@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::Finished;
 use fleet_tests::fine_tuning::{
     are_close, checkpoint, instructions, job, launch, whole_and_resumed, with_a_base,
 };
+use fleet_tests::{Finished, Running, World};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const LORA: &[&str] = &["adapter.r=4", "adapter.dropout=0.1", "lr=1e-2", "eval_steps=10"];
 /// Answers of rows, several of which share a sequence.
@@ -48,6 +49,56 @@ fn a_killed_adapter_of_rows_is_resumed_bit_for_bit_and_holds_no_more_than_itself
     assert!(refused.all().contains("its base was another model"), "{}", refused.all());
 }
 
+/// A copy of the model in `base` with another number.
+fn another(world: &World, base: &Path) -> PathBuf {
+    let other = world.path("other");
+    fs::create_dir(&other).unwrap();
+    for file in fs::read_dir(base).unwrap().map(|file| file.unwrap().path()) {
+        let name = file.file_name().unwrap();
+        if file.is_file() && name != "manifest.json" {
+            let mut bytes = fs::read(&file).unwrap();
+            if name == "model-00001-of-00002.safetensors" {
+                *bytes.last_mut().unwrap() ^= 1;
+            }
+            fs::write(other.join(name), bytes).unwrap();
+        }
+    }
+    other
+}
+
+/// What is made of a model is there as a whole or not at all.
+#[test]
+fn what_is_stopped_or_has_no_room_leaves_nothing() {
+    let (world, base) = with_a_base();
+    // Something that takes a while to copy.
+    fs::File::create(base.join("notes.txt")).unwrap().set_len(256 << 20).unwrap();
+    fs::remove_file(base.join("manifest.json")).unwrap();
+    let place = world.path("place");
+    fs::create_dir(&place).unwrap();
+    let names =
+        || -> Vec<_> { fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().file_name()).collect() };
+    let output = place.join("few").display().to_string();
+    let base = base.display().to_string();
+    let quantise = ["quantise", "--model", &base, "--to", "nf4", "--output", &output];
+    for (signal, code) in [(Signal::SIGTERM, 128 + 15), (Signal::SIGINT, 128 + 2)] {
+        let mut running = world.start("fleet", &quantise);
+        while names().is_empty() && !running.has_ended() {
+            std::thread::yield_now();
+        }
+        running.signal(signal);
+        running.finish().expect(code);
+        assert!(names().is_empty(), "{:?}", names());
+    }
+    let script = format!("\"$@\"; code=$?; ls -A {} >&2; exit $code", place.display());
+    let fleet = world.command("fleet").get_program().to_str().unwrap().to_owned();
+    let args = [&[&fleet[..]], &quantise[..]].concat();
+    let Some(command) = world.on_a_disk_of("8M", &place, &script, &args) else { return };
+    let full = Running::start(command).finish().expect(4);
+    let line = full.says("cannot write");
+    assert!(line.contains("make room") && !line.contains("checkpoint"), "{line}");
+    assert!(!full.all().lines().any(|line| line.starts_with(".tmp-") || line == "few"), "{}", full.all());
+}
+
 #[test]
 fn ranks_and_strategies_train_the_same_adapter_with_the_same_dropout() {
     let (world, base) = with_a_base();
@@ -84,6 +135,22 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
         let done = world.run("fleet", &[&args, more].concat()).expect(0);
         serde_json::from_str::<Value>(&done.stdout.concat()).unwrap()["loss"].as_f64().unwrap()
     };
+    let file = job(&world, Path::new(&base), "shown");
+    let config = ["config", &file, "--set", "adapter.type=lora", "--json"];
+    let shown: Value = serde_json::from_str(&world.run("fleet", &config).expect(0).stdout.concat()).unwrap();
+    let said = |table: &str, key: &str| shown[table][key].clone();
+    assert_eq!((said("adapter", "r"), said("adapter", "alpha")), (16.into(), 32.0.into()), "{shown}");
+    assert_eq!((said("adapter", "dropout"), said("adapter", "use_dora")), (0.05.into(), false.into()));
+    assert_eq!(said("adapter", "target_modules")[6], "down_proj", "{shown}");
+    let runs = world.run("fleet", &["runs", "ls", "--local", "out", "--json"]).expect(0);
+    let runs: Value = serde_json::from_str(&runs.stdout.concat()).unwrap();
+    let names: Vec<&str> =
+        runs.as_array().unwrap().iter().map(|run| run["run_name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["trained", "base"]);
+    assert_eq!((&runs[0]["step"], &runs[0]["path"]), (&30.into(), &Value::from(adapter.as_str())));
+    let nothing = world.run("fleet", &["runs", "ls", "--local", "nothing"]).expect(2);
+    nothing.says("name the output_dir of the jobs");
+
     let of_base = loss(&["--model", &base]);
     let with = loss(&["--model", &base, "--adapter", &adapter]);
     assert!(with < of_base - 0.02, "{with} {of_base}");
@@ -95,7 +162,7 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
 
     let unmerge = ["adapter", "unmerge", "--model", "made", "--adapter", &adapter, "--output", "back"];
     let unmerged = world.run("fleet", &unmerge).expect(0);
-    assert!(unmerged.all().contains("parameters changed"), "{}", unmerged.all());
+    assert!(unmerged.all().contains("of the model that they were taken out of"), "{}", unmerged.all());
     assert!((loss(&["--model", "back"]) - of_base).abs() < 1e-5);
     let (half, twice) = (format!("{adapter}=0.5"), format!("{adapter}=2"));
     let combine = ["adapter", "combine", "--adapter", &half, "--adapter", &half, "--output", "sum", "--json"];
@@ -105,6 +172,23 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     assert!((loss(&["--model", &base, "--adapter", "sum"]) - with).abs() < 1e-5);
     let wrong = ["adapter", "combine", "--adapter", &twice, "--adapter", "x=y", "--output", "other"];
     assert!(world.run("fleet", &wrong).expect(2).all().contains("is no weight; write DIR=0.7"));
+
+    // Beside another model of the same shapes that is told, and refused where it would stay.
+    let other = another(&world, Path::new(&base)).display().to_string();
+    let eval = ["eval", "--data", "corpus.jsonl", "--adapter", &adapter, "--model"];
+    assert!(!world.run("fleet", &[&eval[..], &[&base]].concat()).expect(0).all().contains("another model"));
+    let told = world.run("fleet", &[&eval[..], &[&other]].concat()).expect(0);
+    told.says("was trained beside another model");
+    let merge = ["adapter", "merge", "--model", &other, "--adapter", &adapter, "--output", "forced"];
+    world.run("fleet", &merge).expect(2).says("--force");
+    assert!(!world.path("forced").exists());
+    world.run("fleet", &[&merge[..], &["--force"]].concat()).expect(0);
+    // What was combined knows it, too; a run that goes on from it is told.
+    let combined = ["adapter", "merge", "--model", &other, "--adapter", "sum", "--output", "again"];
+    world.run("fleet", &combined).expect(2).says("was trained beside another model");
+    let on = [&format!("adapter.path={adapter}")[..], "max_steps=2"];
+    let on = launch(&world, "1", &job(&world, Path::new(&other), "on-another"), &[&on]).finish().expect(0);
+    assert!(on.all().contains("was trained beside another model"), "{}", on.all());
 
     let generate = |more: &[&str]| {
         let args = [

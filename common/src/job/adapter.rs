@@ -6,6 +6,7 @@ use super::fields::Fields;
 use super::load::absolute;
 use super::render::table;
 use super::value::{Kind, Value};
+use crate::model::Family;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
@@ -45,6 +46,43 @@ pub struct Adapter {
     pub init: Init,
     /// An adapter to go on from, with what its own configuration says. Absolute.
     pub path: Option<PathBuf>,
+}
+
+impl Adapter {
+    /// Where nobody says it.
+    const DROPOUT: f64 = 0.05;
+
+    pub fn rank(&self, family: &Family) -> u32 {
+        self.r.unwrap_or(family.lora.1)
+    }
+
+    pub fn alpha(&self, family: &Family) -> f64 {
+        self.alpha.unwrap_or(2.0 * f64::from(self.rank(family)))
+    }
+
+    /// Of a new adapter.
+    pub fn dropout(&self) -> f64 {
+        self.dropout.unwrap_or(Adapter::DROPOUT)
+    }
+
+    pub fn targets(&self, family: &Family) -> Targets {
+        let usual = || Targets::Names(family.lora.0.iter().map(|&name| name.to_owned()).collect());
+        self.target_modules.clone().unwrap_or_else(usual)
+    }
+
+    /// With what is taken for a model of `family` where the job says nothing. One that goes on from another is as that says.
+    pub fn spelled_out(&self, family: &Family) -> Adapter {
+        if self.path.is_some() {
+            return self.clone();
+        }
+        Adapter {
+            r: Some(self.rank(family)),
+            alpha: Some(self.alpha(family)),
+            dropout: Some(self.dropout()),
+            target_modules: Some(self.targets(family)),
+            ..self.clone()
+        }
+    }
 }
 
 /// How the matrices of a model are kept that stays as it is. Those in four bits have one scale in eight bits for 64 numbers, as bitsandbytes has
@@ -391,6 +429,36 @@ mod tests {
         assert_eq!(adapter.exclude_modules, Some(Targets::Pattern(".*\\.1\\..*".into())));
         assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
         assert_eq!(parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0, job);
+    }
+
+    #[test]
+    fn what_is_taken_where_nothing_is_said_can_be_spelled_out() {
+        let spelled = |text: &str, family: &str| {
+            let job = of(&format!("model.path = \"m\"\n{text}")).unwrap();
+            let spelled = job.spelled_out(Family::find(family));
+            let again = parse_toml(&spelled.to_toml(), "/work/dir".as_ref()).unwrap().0;
+            assert_eq!(
+                (&again, spelled.spelled_out(Family::find("opt"))),
+                (&spelled, spelled.clone()),
+                "{text}"
+            );
+            spelled
+        };
+        let job = spelled("adapter.type = \"lora\"\nmax_steps = 200", "gpt2");
+        let adapter = job.adapter.unwrap();
+        assert_eq!((adapter.r, adapter.alpha, adapter.dropout), (Some(12), Some(24.0), Some(0.05)));
+        let names = ["c_attn", "c_proj"].map(str::to_owned).to_vec();
+        assert_eq!(
+            (adapter.target_modules, job.optimizer.warmup_steps),
+            (Some(Targets::Names(names)), Some(20))
+        );
+        let job =
+            spelled("lora_r = 4\ntarget_modules = \"all-linear\"\nwarmup_steps = 7\nmax_steps = 20", "llama");
+        let adapter = job.adapter.unwrap();
+        assert_eq!((adapter.r, adapter.alpha), (Some(4), Some(8.0)));
+        assert_eq!((adapter.target_modules, job.optimizer.warmup_steps), (Some(Targets::AllLinear), Some(7)));
+        let going_on = spelled("adapter.path = \"a\"", "llama");
+        assert_eq!((going_on.adapter.unwrap().r, going_on.optimizer.warmup_steps), (None, None));
     }
 
     #[test]

@@ -169,7 +169,9 @@ mod tests {
         let job = of("task_name = \"dpo\"\nlora_r = 1").unwrap();
         assert_eq!(job.dpo, Some(Dpo::default()));
         assert_eq!(job.data.rows.as_ref().unwrap().format, Some(RowFormat::Preference));
-        assert_eq!(job.optimizer.learning_rate, 5e-7);
+        assert_eq!(job.optimizer.learning_rate, 1e-5);
+        assert_eq!(of("task_name = \"dpo\"").unwrap().optimizer.learning_rate, 5e-7, "of a whole model");
+        assert_eq!(of("lora_r = 1").unwrap().optimizer.learning_rate, 5e-4, "of texts");
         assert_eq!(job.adapter.as_ref().unwrap().dropout, Some(0.0));
         assert_eq!(Job::from_json(&job.to_json()).unwrap(), job);
         assert_eq!(parse_toml(&job.to_toml(), "/work/dir".as_ref()).unwrap().0, job);

@@ -99,6 +99,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
     let (model, tokenizer) = super::model::model(f, dir, max_seq_len)?;
     let wanted = wanted(f)?;
     let adapter = super::adapter::adapter(f, dir, &model)?;
+    let is_of_adapter = adapter.is_some();
     let rows = rows::rows(f, dir, &tokenizer)?;
     Ok(Job {
         task_name: task_name(f, &rows)?,
@@ -138,7 +139,7 @@ fn job(f: &Fields, file_stem: &OsStr, dir: &Path, warnings: &mut Vec<Warning>) -
         model,
         tokenizer,
         data: data(f, dir, rows)?,
-        optimizer: optimizer(f, max_steps, warnings)?,
+        optimizer: optimizer(f, is_of_adapter, max_steps, warnings)?,
         early_stopping: super::early_stopping::early_stopping(f, eval.eval_steps)?,
         checkpoint: checkpoint(f, dir, eval.eval_steps)?,
         eval,
@@ -433,11 +434,17 @@ fn weights(f: &Fields, paths: usize) -> Result<Vec<f64>, JobFileError> {
 
 fn optimizer(
     f: &Fields,
+    is_of_adapter: bool,
     max_steps: Option<u64>,
     warnings: &mut Vec<Warning>,
 ) -> Result<Optimizer, JobFileError> {
     let share = |x: f64| (0.0..1.0).contains(&x);
-    let usual_rate = if super::dpo::is_wanted(f)? { 5e-7 } else { 5e-4 };
+    let usual_rate = match (super::dpo::is_wanted(f)?, is_of_adapter) {
+        (false, _) => 5e-4,
+        // A whole model moves far by small steps; the few numbers of an adapter take larger ones.
+        (true, false) => 5e-7,
+        (true, true) => 1e-5,
+    };
     let schedules =
         [("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
     let as_transformers = [("constant_with_warmup", Schedule::Constant)];

@@ -33,7 +33,7 @@ pub use ranks::{Asked, RanksError, Shape};
 pub use rows::{BadRows, ChatTemplate, LossOn, ROW_FIELDS, RowFormat, Rows};
 
 use crate::ids::Rank;
-use crate::model::Object;
+use crate::model::{Family, Object};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -289,6 +289,20 @@ pub struct Optimizer {
     pub max_grad_norm: f64,
 }
 
+impl Optimizer {
+    /// The warm-up of a job that says nothing, in a run that is long enough.
+    pub const WARMUP_STEPS: u64 = 50;
+
+    /// Steps of the warm-up in a run of `total`. Below ten steps a tenth is none: the first step of a warm-up has rate 0 and would be lost.
+    pub fn warmup(&self, total: u64) -> u64 {
+        match self.warmup_steps {
+            Some(steps) if steps <= total => steps,
+            Some(_) => total / 10,
+            None => Optimizer::WARMUP_STEPS.min(total / 10),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
@@ -344,6 +358,23 @@ impl Job {
     /// Reads what `to_json` wrote. Numbers of up to 15 digits come back bit for bit, longer ones to the last bit but one.
     pub fn from_json(text: &str) -> Result<Job, serde_json::Error> {
         serde_json::from_str(text)
+    }
+
+    /// With what is taken where the job says nothing, as far as that hangs on no data: loading it runs the same. What an adapter is follows from its
+    /// model's `family`.
+    pub fn spelled_out(&self, family: Option<&Family>) -> Job {
+        let warmup = self.max_steps.map(|steps| self.optimizer.warmup(steps));
+        Job {
+            adapter: match (&self.adapter, family) {
+                (Some(adapter), Some(family)) => Some(adapter.spelled_out(family)),
+                (adapter, _) => adapter.clone(),
+            },
+            optimizer: Optimizer {
+                warmup_steps: self.optimizer.warmup_steps.or(warmup),
+                ..self.optimizer.clone()
+            },
+            ..self.clone()
+        }
     }
 
     /// The files and directories that it reads.

@@ -1,6 +1,7 @@
 //! What `quantization_config` of a `config.json` says of how the weights are kept.
 
 use super::{Object, Settings};
+use std::fmt;
 
 /// The key of a `config.json`.
 pub const QUANTIZATION_CONFIG: &str = "quantization_config";
@@ -8,8 +9,13 @@ pub const QUANTIZATION_CONFIG: &str = "quantization_config";
 /// Who packed the weights. What each matrix is made of its tensors say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packer {
-    Bitsandbytes,
-    Hqq,
+    /// With the bits of a code, where they are said.
+    Bitsandbytes {
+        bits: Option<u64>,
+    },
+    Hqq {
+        bits: Option<u64>,
+    },
 }
 
 impl Packer {
@@ -17,18 +23,56 @@ impl Packer {
     pub fn of_config(config: &Object) -> Result<Option<Packer>, String> {
         let Some(said) = Settings::new(config).object(QUANTIZATION_CONFIG)? else { return Ok(None) };
         let is_set = |key| said.get(key).is_some_and(|value| value.as_bool() == Some(true));
-        let bits = is_set("load_in_4bit") || is_set("load_in_8bit");
+        let loaded = match (is_set("load_in_4bit"), is_set("load_in_8bit")) {
+            (true, true) => {
+                return Err(format!(
+                    "{QUANTIZATION_CONFIG} has load_in_4bit and load_in_8bit at once; keep the one that the weights are in"
+                ));
+            }
+            (true, false) => Some(4),
+            (false, true) => Some(8),
+            (false, false) => None,
+        };
         match said.text("quant_method")? {
-            Some("bitsandbytes") => Ok(Some(Packer::Bitsandbytes)),
+            Some("bitsandbytes") => Ok(Some(Packer::Bitsandbytes { bits: loaded })),
             // As older versions of transformers wrote it.
-            None if bits => Ok(Some(Packer::Bitsandbytes)),
-            Some("hqq") => Ok(Some(Packer::Hqq)),
+            None if loaded.is_some() => Ok(Some(Packer::Bitsandbytes { bits: loaded })),
+            Some("hqq") if loaded.is_some() => Err(format!(
+                "{QUANTIZATION_CONFIG} has quant_method \"hqq\" and load_in_{}bit, which is of bitsandbytes; keep the one that the weights are of",
+                loaded.unwrap_or_default()
+            )),
+            Some("hqq") => {
+                let weights = said.get("quant_config").and_then(|said| said.get("weight_quant_params"));
+                Ok(Some(Packer::Hqq { bits: weights.and_then(|said| said.get("nbits")?.as_u64()) }))
+            }
             other => Err(format!(
                 "{QUANTIZATION_CONFIG} has {}; fleet reads weights as bitsandbytes and hqq keep them: take the model as it was before it was quantised, and let fleet do that \
                  (quantization = \"nf4\", or fleet quantise)",
                 other.map_or("no quant_method".to_owned(), |method| format!("quant_method {method:?}"))
             )),
         }
+    }
+}
+
+impl Packer {
+    /// Whether a weight may be one of which this was said.
+    pub fn fits(self, weight: Packer) -> bool {
+        match (self, weight) {
+            (Packer::Bitsandbytes { bits: said }, Packer::Bitsandbytes { bits })
+            | (Packer::Hqq { bits: said }, Packer::Hqq { bits }) => said.is_none() || said == bits,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Packer {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (name, bits) = match self {
+            Packer::Bitsandbytes { bits } => ("bitsandbytes", bits),
+            Packer::Hqq { bits } => ("hqq", bits),
+        };
+        bits.map_or(Ok(()), |bits| write!(f, "{bits} bits of "))?;
+        f.write_str(name)
     }
 }
 
@@ -43,15 +87,23 @@ mod tests {
             Packer::of_config(json!({"quantization_config": said}).as_object().unwrap())
         };
         assert_eq!(packer(json!(null)), Ok(None));
-        let bitsandbytes = Ok(Some(Packer::Bitsandbytes));
-        assert_eq!(packer(json!({"quant_method": "bitsandbytes", "load_in_8bit": true})), bitsandbytes);
-        assert_eq!(packer(json!({"load_in_4bit": true})), bitsandbytes);
-        assert_eq!(packer(json!({"quant_method": "hqq"})), Ok(Some(Packer::Hqq)));
+        let bitsandbytes = |bits| Ok(Some(Packer::Bitsandbytes { bits }));
+        assert_eq!(
+            packer(json!({"quant_method": "bitsandbytes", "load_in_8bit": true})),
+            bitsandbytes(Some(8))
+        );
+        assert_eq!(packer(json!({"load_in_4bit": true, "load_in_8bit": false})), bitsandbytes(Some(4)));
+        assert_eq!(packer(json!({"quant_method": "bitsandbytes"})), bitsandbytes(None));
+        assert_eq!(packer(json!({"quant_method": "hqq"})), Ok(Some(Packer::Hqq { bits: None })));
+        let hqq = json!({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 3}}});
+        assert_eq!(packer(hqq), Ok(Some(Packer::Hqq { bits: Some(3) })));
         for (said, what) in [
             (json!({"quant_method": "gptq", "bits": 4}), "quant_method \"gptq\"; fleet reads"),
             (json!({"quant_method": "awq"}), "quant_method \"awq\""),
             (json!({"bits": 4}), "no quant_method"),
             (json!("nf4"), "not an object"),
+            (json!({"load_in_4bit": true, "load_in_8bit": true}), "load_in_4bit and load_in_8bit at once"),
+            (json!({"quant_method": "hqq", "load_in_4bit": true}), "keep the one that the weights are of"),
         ] {
             let error = packer(said.clone()).unwrap_err();
             assert!(error.contains(what), "{said}: {error}");

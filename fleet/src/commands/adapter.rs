@@ -25,6 +25,9 @@ pub struct MergeArgs {
     /// Where to write it: a new directory, with all that lies beside the model
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Merge also an adapter that was trained beside another model
+    #[arg(long)]
+    force: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -59,24 +62,33 @@ pub struct CombineArgs {
     /// Where to write it: a new directory
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Combine also adapters that were trained beside different models
+    #[arg(long)]
+    force: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(command: Command) -> Result<u8, Failure> {
-    let (name, model, adapters, output, json) = match command {
-        Command::Merge(args) => ("merge", args.model, args.adapters, args.output, args.json),
-        Command::Unmerge(args) => ("unmerge", args.model, args.adapters, args.output, args.json),
+    let (name, model, adapters, output, flags) = match command {
+        Command::Merge(args) => {
+            let flags = [args.force.then_some("--force"), args.json.then_some("--json")];
+            ("merge", args.model, args.adapters, args.output, flags)
+        }
+        Command::Unmerge(args) => {
+            ("unmerge", args.model, args.adapters, args.output, [args.json.then_some("--json"), None])
+        }
         Command::Combine(args) => {
             let mut options =
                 vec![("--type", Some(args.r#type.into())), ("--output", Some(args.output.into()))];
             options.extend(args.adapters.into_iter().map(|adapter| ("--adapter", Some(adapter))));
-            return Err(programs::become_rank("combine", options, args.json.then_some("--json")));
+            let flags = [args.force.then_some("--force"), args.json.then_some("--json")];
+            return Err(programs::become_rank("combine", options, flags.into_iter().flatten()));
         }
     };
     programs::check_model(&model)?;
     let mut options = vec![("--model", Some(model.into())), ("--output", Some(output.into()))];
     options.extend(adapters.into_iter().map(|dir| ("--adapter", Some(dir.into()))));
-    Err(programs::become_rank(name, options, json.then_some("--json")))
+    Err(programs::become_rank(name, options, flags.into_iter().flatten()))
 }

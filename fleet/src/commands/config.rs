@@ -3,7 +3,9 @@
 use super::{JobArgs, load_job};
 use crate::failure::Failure;
 use crate::out;
+use fleet_checkpoint::ModelDir;
 use fleet_common::exit;
+use fleet_common::job::{Job, Model, Optimizer};
 
 /// Print a job as fleet understands it, with every default
 #[derive(clap::Args)]
@@ -16,10 +18,37 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<u8, Failure> {
-    let job = load_job(&args.job.job, &args.job.sets)?;
+    let job = spelled_out(load_job(&args.job.job, &args.job.sets)?);
     match args.json {
         true => out::json(&job.to_file().into()),
         false => out::lines(job.to_toml().trim_end()),
     }
     Ok(exit::SUCCEEDED)
+}
+
+/// With what follows from the model, which has to be there for that, and notes of what follows from the data.
+fn spelled_out(job: Job) -> Job {
+    let dir = match &job.model {
+        Model::Pretrained(dir) => Some(dir),
+        Model::New(_) => None,
+    };
+    if let Some(path) = job.adapter.as_ref().and_then(|adapter| adapter.path.as_ref()) {
+        out::note(&format!("what the adapter is stands in {}", path.join("adapter_config.json").display()));
+    }
+    let opened = dir.filter(|_| job.adapter.is_some()).map(|dir| ModelDir::open(dir));
+    let family = opened.and_then(|opened| match opened {
+        Ok(dir) => Some(dir.family),
+        Err(error) => {
+            out::note(&format!("warning: what of the adapter is not said hangs on the model: {error}"));
+            None
+        }
+    });
+    let job = job.spelled_out(family);
+    if job.optimizer.warmup_steps.is_none() {
+        let steps = Optimizer::WARMUP_STEPS;
+        out::note(&format!(
+            "optimizer.warmup_steps: {steps}, and at most a tenth of the run, whose length follows from the data"
+        ));
+    }
+    job
 }

@@ -12,6 +12,7 @@ pub mod events;
 pub mod exports;
 pub mod generate;
 pub mod jobs;
+pub mod local_runs;
 pub mod login;
 pub mod logits;
 pub mod logs;

@@ -1,12 +1,13 @@
 //! `fleet runs`: runs that clients recorded, and the series of any run.
 
-use super::{ListArgs, OutputArgs, Target, connect, list};
+use super::{ListArgs, OutputArgs, Target, connect, list, local_runs};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
 use fleet_common::exit;
 use fleet_common::protocol::{Point, Reply, Request, RunKey, RunState, RunView};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 /// List recorded runs, or show one with its series
 #[derive(clap::Args)]
@@ -17,8 +18,14 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Action {
-    /// List runs that clients recorded, newest first; training jobs are runs too and are listed by `fleet jobs`
-    Ls(ListArgs),
+    /// List runs that clients recorded, newest first; training jobs are runs too and are listed by `fleet jobs`, those of `fleet launch` with --local
+    Ls {
+        /// Instead those whose checkpoints lie on this machine, in this output_dir of jobs
+        #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "training_output")]
+        local: Option<PathBuf>,
+        #[command(flatten)]
+        list: ListArgs,
+    },
     /// Show a run: its newest values, and with --points all of them
     Show {
         /// Such as run-3 or job-7
@@ -32,9 +39,13 @@ enum Action {
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
+    if let Action::Ls { local: Some(dir), list } = &args.action {
+        local_runs::list(dir, list.lines, list.output.json)?;
+        return Ok(exit::SUCCEEDED);
+    }
     let mut client = connect(cluster)?;
     match args.action {
-        Action::Ls(args) => {
+        Action::Ls { list: args, .. } => {
             let take = |reply| match reply {
                 Reply::Runs(listing) => Ok(listing),
                 other => Err(other),
@@ -42,7 +53,9 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
             list(&mut client, &args, Request::Runs, take, json::run, |runs| {
                 print(runs);
                 if runs.is_empty() {
-                    out::note("no client has recorded a run; training jobs are listed by `fleet jobs`");
+                    out::note(
+                        "no client has recorded a run; training jobs are listed by `fleet jobs`, and those of `fleet launch` by `fleet runs ls --local`",
+                    );
                 }
             })?;
         }

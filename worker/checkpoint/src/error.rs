@@ -24,6 +24,13 @@ pub enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// A model or an adapter that is made of others. Nothing is left behind.
+    #[error("cannot write {path}: {source}{}; nothing is left of it", full_disk_hint(source))]
+    New {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// Another rank did not write its part. Nothing is left behind, older checkpoints are untouched.
     #[error("checkpoint of step {step} was not saved by rank {rank}: {line}")]
     Peer { step: u64, rank: u32, is_full: bool, line: String },
@@ -68,6 +75,11 @@ pub enum CheckpointError {
     Partial { path: PathBuf, what: String },
     #[error("{path} is not a usable safetensors file: {what}")]
     Tensors { path: PathBuf, what: String },
+    /// Weights in few bits that do not say what they should.
+    #[error(
+        "{path} is not a usable file of weights in few bits: {what}; copy it again, or quantise the model as it was before (fleet quantise)"
+    )]
+    Quantised { path: PathBuf, what: String },
     /// A model directory that fleet cannot run, or whose weights do not fit its description.
     #[error("{path}: {what}")]
     Model { path: PathBuf, what: String },
@@ -129,6 +141,7 @@ impl CheckpointError {
         match self {
             CheckpointError::Write { .. }
             | CheckpointError::Copy { .. }
+            | CheckpointError::New { .. }
             | CheckpointError::Peer { .. }
             | CheckpointError::Device(_)
             | CheckpointError::Unwritable { .. }

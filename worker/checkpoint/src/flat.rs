@@ -77,8 +77,16 @@ impl ModelDir {
             model.layout = Wiring::new(&decoder, family).layout;
             model.decoder = decoder;
         }
-        if packer.is_some() {
+        if let Some(packer) = packer {
             model.quantised = model.find_quantised()?;
+            if let Some(other) = model.quantised.values().find(|weight| !packer.fits(weight.packer())) {
+                let what = format!(
+                    "{QUANTIZATION_CONFIG} says {packer}, and {} is in {}; put back the file that belongs to these weights",
+                    other.name,
+                    other.packer()
+                );
+                return Err(refuse(&file, what));
+            }
             if model.quantised.is_empty() {
                 let what = format!(
                     "{QUANTIZATION_CONFIG} says that the weights are quantised, and none of them is; take the key out of the file"

@@ -28,6 +28,7 @@
 //! `<checkpoint_dir>/.lock` is held by the process that writes there. A directory `step-*` appears by one rename, after everything in it was synced. It never speaks to the cluster: that a
 //! checkpoint counts is decided elsewhere, when its record is committed.
 
+mod adapter_base;
 mod arrival;
 mod consolidate;
 mod diff;
@@ -47,10 +48,12 @@ mod shard;
 mod state;
 mod stock;
 mod tensors;
+mod unfinished;
 mod verify;
 mod weights_hash;
 mod writer;
 
+pub use adapter_base::{ADAPTER_BASE_FILE, AdapterBase, of_another_base};
 pub use arrival::{Arrival, ArrivingFile, Unfit};
 pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};
@@ -73,10 +76,11 @@ pub use resume::{can_begin, continued, take_what_is_gone};
 pub use rewrite::{NewTensor, new_directory, remake, rewrite};
 pub use run_dir::{Claim, RunDir};
 pub use safetensors::Dtype;
-pub use search::{Search, latest};
+pub use search::{Search, latest, steps as checkpoint_steps};
 pub use state::{Best, LossScale, Patience, TrainerState};
 pub use stock::Stock;
 pub use tensors::{Tensor, Tensors};
+pub use unfinished::{Unfinished, remove_unfinished};
 pub use verify::{inspect, verify};
 pub use weights_hash::{weights_sample_sha256, weights_sha256};
 pub use writer::{Ticket, Writer, step_dir};

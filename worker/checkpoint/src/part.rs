@@ -78,7 +78,8 @@ pub(crate) enum HandedIn {
 #[derive(Debug)]
 pub struct PartWriter {
     dir: PathBuf,
-    step: u64,
+    /// Of the checkpoint; none where it is none that is written.
+    step: Option<u64>,
     writer: u32,
     pub(crate) part: Part,
 }
@@ -89,8 +90,8 @@ impl PartWriter {
         PartWriter::new(temporary_dir(checkpoint_dir, step, ticket), step, writer)
     }
 
-    pub(crate) fn new(dir: PathBuf, step: u64, writer: u32) -> PartWriter {
-        PartWriter { dir, step, writer, part: Part::default() }
+    pub(crate) fn new(dir: PathBuf, step: impl Into<Option<u64>>, writer: u32) -> PartWriter {
+        PartWriter { dir, step: step.into(), writer, part: Part::default() }
     }
 
     /// Writes tensors as a safetensors file, straight from their memory, hashing on a second thread.
@@ -219,8 +220,12 @@ impl PartWriter {
     }
 }
 
-pub(crate) fn failed(step: u64, path: &Path, source: io::Error) -> CheckpointError {
-    CheckpointError::Write { step, path: path.to_owned(), source }
+pub(crate) fn failed(step: impl Into<Option<u64>>, path: &Path, source: io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    match step.into() {
+        Some(step) => CheckpointError::Write { step, path, source },
+        None => CheckpointError::New { path, source },
+    }
 }
 
 /// What `writer` has handed in.

@@ -3,6 +3,7 @@
 use crate::flat::{ModelDir, stored, stored_shape};
 use crate::names::{is_of_model, is_of_optimizer};
 use crate::part::{PartWriter, TensorRef};
+use crate::unfinished::Unfinished;
 use crate::writer::{TEMPORARY, sync_dir};
 use crate::{CONFIG_FILE, CheckpointError, Dtype, MANIFEST_FILE, MODEL_INDEX_FILE, STATE_FILE, Tensor};
 use fleet_common::model::{Object, Parameter, QUANTIZATION_CONFIG};
@@ -152,7 +153,7 @@ pub fn new_directory<E: From<CheckpointError>>(
     to: &Path,
     write: impl FnOnce(&mut PartWriter) -> Result<(), E>,
 ) -> Result<(), E> {
-    let failed = |source| CheckpointError::Copy { path: to.to_owned(), source };
+    let failed = |source| CheckpointError::New { path: to.to_owned(), source };
     if fs::symlink_metadata(to).is_ok() {
         return Err(failed(io::Error::from(io::ErrorKind::AlreadyExists)).into());
     }
@@ -164,13 +165,14 @@ pub fn new_directory<E: From<CheckpointError>>(
     remove_abandoned(parent, &own);
     let temporary = parent.join(format!("{own}{}", std::process::id()));
     fs::create_dir(&temporary).map_err(failed)?;
-    let written = write(&mut PartWriter::new(temporary.clone(), 0, 0)).and_then(|()| {
+    let unfinished = Unfinished::new(&temporary);
+    let written = write(&mut PartWriter::new(temporary.clone(), None, 0)).and_then(|()| {
         let placed =
             sync_dir(&temporary).and_then(|()| fs::rename(&temporary, to)).and_then(|()| sync_dir(parent));
         Ok(placed.map_err(failed)?)
     });
-    if written.is_err() {
-        let _ = fs::remove_dir_all(&temporary); // the error says why it is of no use
+    if written.is_ok() {
+        unfinished.whole();
     }
     written
 }

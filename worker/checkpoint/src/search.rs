@@ -34,8 +34,8 @@ pub fn latest(checkpoint_dir: &Path) -> Result<Search, CheckpointError> {
     Ok(Search { newest: None, passed_over })
 }
 
-/// What is called `step-*`, by step. Empty where `dir` does not exist.
-fn steps(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+/// What is called `step-*`, by step, whole or not. Empty where `dir` does not exist.
+pub fn steps(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,

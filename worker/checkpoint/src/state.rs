@@ -147,7 +147,8 @@ impl TrainerState {
                 if let Some(key) = differing {
                     let word = |adapter: &Object| adapter.get(key).cloned().unwrap_or_default();
                     return refuse(format!(
-                        "its adapter has {key} = {} and the job's {}; restore it, or begin a new run with adapter.path set to the checkpoint",
+                        "its adapter has {key} = {} and the job's {}; restore it, or begin a new run, under another run_name: with adapter.path set to the checkpoint and \
+                         nothing else of what an adapter is, to go on with this one, or with a new one beside a model that has this one in it (fleet adapter merge)",
                         word(was),
                         word(is)
                     ));
@@ -424,6 +425,24 @@ mod tests {
         assert!(refusal(|j| j.seed = 2).contains("its seed was 1 and the job's is 2"));
         assert!(refusal(|j| j.train_windows = 63).contains("restore the data"));
         assert!(refusal(|j| j.total_steps = 9).contains("has done 10 steps, more than"));
+    }
+
+    #[test]
+    fn an_adapter_of_another_rank_is_refused_with_what_can_be_done() {
+        let with = |r: u32| {
+            let adapter = [("r".to_owned(), r.into())].into_iter().collect();
+            TrainerState { adapter: Some(adapter), ..state() }
+        };
+        let said = with(8).check_compatible(&with(16), false).unwrap_err().to_string();
+        for what in [
+            "r = 8 and the job's 16",
+            "restore it",
+            "nothing else of what an adapter is",
+            "fleet adapter merge",
+        ] {
+            assert!(said.contains(what), "{said}");
+        }
+        assert!(with(8).check_compatible(&with(8), false).is_ok());
     }
 
     #[test]

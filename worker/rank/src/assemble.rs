@@ -154,7 +154,9 @@ fn settle_on_device(
     let tokens = job.batch_size as usize * (job.max_seq_len as usize - 1);
     let again = job.activation_checkpointing.of(model.decoder.layers);
     let trained = model.adapter.as_ref().map(|adapter| &adapter.trained);
-    let activations = fleet_torch::activation_bytes(&model.decoder, trained, numbers, tokens, again);
+    let decoder = &model.decoder;
+    let pass = fleet_torch::Pass { decoder, trained, numbers, tokens, again };
+    let activations = fleet_torch::activation_bytes(pass);
     let needs = |strategy| {
         let held = Held::of(strategy, job.reshard_after_forward);
         let together = choice::together(strategy, shape);

@@ -81,13 +81,13 @@ impl Need {
             kept.weights += beside_on_torch(model, numbers);
             return Need {
                 kept,
-                activations: fleet_torch::activation_bytes(
-                    &model.decoder,
-                    model.adapter.as_ref().map(|adapter| &adapter.trained),
+                activations: fleet_torch::activation_bytes(fleet_torch::Pass {
+                    decoder: &model.decoder,
+                    trained: model.adapter.as_ref().map(|adapter| &adapter.trained),
                     numbers,
                     tokens,
                     again,
-                ),
+                }),
             };
         }
         let (layout, is_bf16) = (model.trained_layout(), setting.precision != Precision::Fp32);

@@ -17,10 +17,10 @@ use time::OffsetDateTime;
 pub struct GenerateArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
-    model: PathBuf,
+    pub model: PathBuf,
     /// A directory with adapter_config.json and adapter_model.safetensors, as PEFT writes them, that changes the model; several add up.
     #[arg(long = "adapter")]
-    adapters: Vec<PathBuf>,
+    pub adapters: Vec<PathBuf>,
     /// The beginning of a text; with --chat a user's message. Several may be given.
     #[arg(long = "prompt", required_unless_present = "file")]
     prompts: Vec<String>,

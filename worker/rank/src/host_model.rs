@@ -4,7 +4,7 @@ use fleet_checkpoint::{CheckpointError, MANIFEST_FILE, ModelDir, Reading};
 use fleet_common::job::Quantization;
 use fleet_cpu::{Cache, CpuExecutor, Network, workers};
 use fleet_kernels::{self as kernels, all_finite};
-use fleet_learn::adapter::{Adapter, AdapterFile, FewBits, Frozen, Kept, Trained, read_wide};
+use fleet_learn::adapter::{Adapter, AdapterConfig, AdapterFile, FewBits, Frozen, Kept, Trained, read_wide};
 use fleet_learn::model::Model;
 use fleet_learn::zeros::{Part, zeros};
 use fleet_learn::{Error, HostWeights, Result};
@@ -138,8 +138,15 @@ impl HostModel {
                 Some(Arc::new(Beside::open(dir, &self.model, &self.given)?))
             }
             [_, second, ..] => {
+                let is_dora = |dir: &PathBuf| AdapterConfig::read(dir).is_ok_and(|config| config.use_dora);
+                let cure = match dirs.iter().any(is_dora) {
+                    true => {
+                        "one of them has magnitudes (DoRA), which have no sum: make one model of all with fleet adapter merge"
+                    }
+                    false => "make one of them with fleet adapter combine",
+                };
                 return Err(Error::Input(format!(
-                    "{}: one adapter computes beside weights in few bits, and this is another one; make one of them with fleet adapter combine",
+                    "{}: one adapter computes beside weights in few bits, and this is another one; {cure}",
                     second.display()
                 )));
             }

@@ -5,6 +5,7 @@ mod generating;
 mod serving;
 
 use clap::{Parser, Subcommand};
+use fleet_checkpoint::{of_another_base, remove_unfinished};
 use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
@@ -13,10 +14,10 @@ use fleet_common::link::{Latency, Rate};
 use fleet_common::protocol::{FromRank, RANK_SOCKET_ENV};
 use fleet_common::{arguments, signals};
 use fleet_cpu::{product, shim as libtorch};
-use fleet_learn::adapter::{Combination, combine};
+use fleet_learn::adapter::{Combination, can_combine, combine};
 use fleet_learn::agent_link::AgentLink;
 use fleet_learn::{Error, shim, trainer};
-use fleet_rank::merge::{merge, unmerge};
+use fleet_rank::merge::{belong_together, merge, unmerge};
 use fleet_rank::quantise::quantise;
 use fleet_rank::{assemble, eval, logits, plan};
 use fleet_torch::device;
@@ -24,8 +25,9 @@ use generating::GenerateArgs;
 use serving::ServeArgs;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -102,9 +104,29 @@ struct MergeArgs {
     /// A directory that is not there yet.
     #[arg(long)]
     output: PathBuf,
+    /// Also adapters that were trained beside another model.
+    #[arg(long)]
+    force: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+fn run_merge(args: &MergeArgs) -> Result<(), Error> {
+    if !args.force {
+        belong_together(&args.model, &args.adapters)?;
+    }
+    said(&merge(&args.model, &args.adapters, &args.output)?, args.json)
+}
+
+/// Says which adapters were trained beside another model.
+fn warn_of_other_bases<'a>(model: &Path, adapters: impl IntoIterator<Item = &'a PathBuf>) {
+    for adapter in adapters {
+        // What cannot be read is told by who computes with it.
+        if let Ok(Some(line)) = of_another_base(adapter, model) {
+            eprintln!("warning: {line}");
+        }
+    }
 }
 
 fn said<T: serde::Serialize + std::fmt::Display>(made: &T, json: bool) -> Result<(), Error> {
@@ -122,6 +144,9 @@ struct CombineArgs {
     /// A directory that is not there yet.
     #[arg(long)]
     output: PathBuf,
+    /// Also adapters that were trained beside different models.
+    #[arg(long)]
+    force: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -136,6 +161,9 @@ fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
 }
 
 fn run_combine(args: &CombineArgs) -> Result<(), Error> {
+    if !args.force {
+        can_combine(&args.adapters)?;
+    }
     let how = if args.r#type == "linear" { Combination::Linear } else { Combination::Cat };
     said(&combine(&args.adapters, how, &args.output)?, args.json)
 }
@@ -273,6 +301,19 @@ impl From<LogitsArgs> for logits::Wanted {
 fn main() -> ExitCode {
     signals::mind_no_file_limit();
     let args: Args = arguments::parse();
+    match &args.command {
+        Some(Command::Merge(_) | Command::Unmerge(_) | Command::Combine(_) | Command::Quantise(_)) => {
+            signals::before_the_end(|| {
+                IS_ENDING.store(true, Ordering::SeqCst);
+                remove_unfinished();
+            });
+        }
+        Some(Command::Generate(GenerateArgs { model, adapters, .. })) => warn_of_other_bases(model, adapters),
+        Some(Command::Eval(EvalArgs { model, adapters, .. })) => warn_of_other_bases(model, adapters),
+        Some(Command::Logits(LogitsArgs { model, adapters, .. })) => warn_of_other_bases(model, adapters),
+        Some(Command::Serve(args)) => warn_of_other_bases(&args.model, &args.adapter_dirs()),
+        _ => {}
+    }
     let code = match args.command {
         None if args.probe => probe(),
         None => be_a_rank(),
@@ -280,9 +321,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(args)) => report(serving::run(&args)),
         Some(Command::Eval(args)) => report(run_eval(args)),
         Some(Command::Logits(args)) => report(logits::write(&args.into())),
-        Some(Command::Merge(args)) => {
-            report(merge(&args.model, &args.adapters, &args.output).and_then(|made| said(&made, args.json)))
-        }
+        Some(Command::Merge(args)) => report(run_merge(&args)),
         Some(Command::Unmerge(args)) => {
             report(unmerge(&args.model, &args.adapters, &args.output).and_then(|made| said(&made, args.json)))
         }
@@ -300,6 +339,10 @@ fn report(result: Result<(), Error>) -> u8 {
     match result {
         Ok(()) => exit::SUCCEEDED,
         Err(e) => {
+            // What was removed under it is no error: the signal ends this process.
+            while IS_ENDING.load(Ordering::SeqCst) {
+                std::thread::park();
+            }
             eprintln!("error: {e}");
             e.fault().exit_code()
         }
@@ -324,6 +367,9 @@ fn caught(work: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
     record_panics(false);
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::Job(panic_line())))
 }
+
+/// A signal is about to end this process.
+static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
 /// The message of the last panic, in one line.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);

@@ -1,17 +1,17 @@
 //! `fleet-rank merge` and `unmerge`: one model of a model and its adapters, and back.
 
 use crate::host_model::{HostModel, read_weights};
-use fleet_checkpoint::{CONFIG_FILE, Dtype, ModelDir, TOKENIZER_FILE, Tensors, rewrite};
+use fleet_checkpoint::{
+    CONFIG_FILE, Dtype, ModelDir, TOKENIZER_FILE, Tensors, Unfinished, of_another_base, rewrite,
+};
 use fleet_data::chat::{CHAT_TEMPLATE, end_token};
-use fleet_data::model_dir::{GENERATION_CONFIG, GivenTokenizer, read_object, token_ids};
+use fleet_data::model_dir::{GENERATION_CONFIG, GivenTokenizer, read_object};
 use fleet_learn::adapter::Adapter;
-use fleet_learn::model::with_end;
+use fleet_learn::model::ending_with;
 use fleet_learn::{Error, Result};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
-
-const EOS: &str = "eos_token_id";
 
 /// Tokens on which both are compared.
 const PROBE: usize = 32;
@@ -24,6 +24,8 @@ pub struct Merged {
     pub changed: usize,
     /// Between the logits of the model with its adapters, in fp32, and those of what is one, as a share of the largest.
     pub difference: f64,
+    #[serde(skip)]
+    is_undone: bool,
 }
 
 /// Writes `model` with `adapters` in its weights, in the types that these have, to the new directory `output`. What is in few bits is widened: PEFT packs the sum again, which
@@ -57,7 +59,18 @@ pub fn unmerge(model: &Path, adapters: &[PathBuf], output: &Path) -> Result<Merg
     let changed = changed(&given, adapters)?;
     rewrite(&given, &changed, &flat, output)?;
     drop((given, flat));
-    checked(output, changed.len(), || Ok([Model::Read(model, &[]), Model::Read(output, adapters)]))
+    let models = || Ok([Model::Read(model, &[]), Model::Read(output, adapters)]);
+    Ok(Merged { is_undone: true, ..checked(output, changed.len(), models)? })
+}
+
+/// Refuses an adapter that says that it was trained beside another model: merged into this one it would be lost without a word.
+pub fn belong_together(model: &Path, adapters: &[PathBuf]) -> Result<()> {
+    for adapter in adapters {
+        if let Some(line) = of_another_base(adapter, model)? {
+            return Err(Error::Input(format!("{line} (--force)")));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn is_new(output: &Path) -> Result<()> {
@@ -104,6 +117,7 @@ fn checked<'a>(
     changed: usize,
     models: impl FnOnce() -> Result<[Model<'a>; 2]>,
 ) -> Result<Merged> {
+    let unfinished = Unfinished::new(output);
     let compared = (|| {
         let [before, after] = models()?;
         let (difference, bound) =
@@ -116,14 +130,9 @@ fn checked<'a>(
             ))),
         }
     })();
-    match compared {
-        Ok(difference) => Ok(Merged { output: output.to_owned(), changed, difference }),
-        Err(error) => {
-            // It was just made here, of nothing but what it was made of.
-            drop(std::fs::remove_dir_all(output));
-            Err(error)
-        }
-    }
+    let difference = compared?;
+    unfinished.whole();
+    Ok(Merged { output: output.to_owned(), changed, difference, is_undone: false })
 }
 
 /// The chat template of the last adapter that has one: the model was asked with it. Transformers finds in the generation's settings where its answers end.
@@ -135,14 +144,12 @@ fn take_template(adapters: &[PathBuf], output: &Path) -> Result<()> {
     })?;
     let settings = |name: &str| read_object(&output.join(name)).map_err(|e| Error::Input(e.to_string()));
     let config = settings(CONFIG_FILE)?.unwrap_or_default();
-    let mut generation = settings(GENERATION_CONFIG)?.unwrap_or_default();
+    let generation = settings(GENERATION_CONFIG)?.unwrap_or_default();
     let (source, tokenizer) = (std::fs::read_to_string(&template), output.join(TOKENIZER_FILE));
     // Without a tokenizer of its own there is nothing to ask.
     let (Ok(source), Ok(given)) = (source, GivenTokenizer::open(&tokenizer, u32::MAX)) else { return Ok(()) };
     let Some(end) = end_token(&source, given.special.named.clone(), &given.tokenizer) else { return Ok(()) };
-    let known = if token_ids(&generation, EOS).is_empty() { &config } else { &generation };
-    let ends = with_end(known, Some(end));
-    generation.insert(EOS.into(), ends);
+    let generation = ending_with(generation, &config, &[Some(end)]);
     let path = output.join(GENERATION_CONFIG);
     let bytes = serde_json::to_vec_pretty(&generation).expect("an object that was read can be written");
     std::fs::write(&path, bytes)
@@ -173,10 +180,16 @@ fn bound(tensors: &Tensors) -> f64 {
 
 impl fmt::Display for Merged {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Merged { output, changed, difference } = self;
+        let Merged { output, changed, difference, is_undone } = self;
+        let same = match is_undone {
+            false => "the logits of what is one are those of the model with its adapters",
+            true => {
+                "with the adapters beside it its logits are those of the model that they were taken out of"
+            }
+        };
         write!(
             f,
-            "{}: {changed} parameters changed; the logits of what is one are those of the model with its adapters within {difference:.1e} of the largest",
+            "{}: {changed} parameters changed; {same} within {difference:.1e} of the largest",
             output.display()
         )
     }

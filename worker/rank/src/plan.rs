@@ -179,7 +179,8 @@ impl Run<'_> {
         let tokens = self.job.batch_size as usize * (self.job.max_seq_len as usize - 1);
         let again = setting.activation_checkpointing.of(decoder.layers);
         let trained = self.model.adapter.as_ref().map(|adapter| &adapter.trained);
-        fleet_torch::held_bytes(decoder, trained, Numbers::from(setting.precision), tokens, again)
+        let numbers = Numbers::from(setting.precision);
+        fleet_torch::held_bytes(fleet_torch::Pass { decoder, trained, numbers, tokens, again })
     }
 
     fn tokens_per_s(&self, speeds: &Speeds, setting: &Setting, between: &mut Between) -> f64 {

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 pub struct ServeArgs {
     /// A model directory: config.json, model.safetensors, tokenizer.json. A checkpoint is one.
     #[arg(long)]
-    model: PathBuf,
+    pub model: PathBuf,
     /// The name by which it is asked; else that of its directory.
     #[arg(long)]
     name: Option<String>,
@@ -29,6 +29,13 @@ pub struct ServeArgs {
     /// 0 takes a free one.
     #[arg(long, default_value_t = 8000)]
     port: u16,
+}
+
+impl ServeArgs {
+    /// Where all adapters lie.
+    pub fn adapter_dirs(&self) -> Vec<PathBuf> {
+        self.adapters.iter().map(|given| split(given).1).collect()
+    }
 }
 
 pub fn run(args: &ServeArgs) -> Result<(), Error> {

@@ -138,6 +138,13 @@ fn an_adapter_computes_beside_packed_weights_and_becomes_part_of_wide_ones() {
     assert_eq!(host.logits(&ids, ids.len()).unwrap(), without);
     let refused = host.adapters(&[adapter.clone(), adapter.clone()]).err().unwrap().to_string();
     assert!(refused.contains("fleet adapter combine"), "{refused}");
+    let dora = tempfile::tempdir().unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(adapter.join("adapter_config.json")).unwrap()).unwrap();
+    config["use_dora"] = true.into();
+    std::fs::write(dora.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let refused = host.adapters(&[adapter.clone(), dora.path().into()]).err().unwrap().to_string();
+    assert!(refused.contains("(DoRA)") && refused.contains("fleet adapter merge"), "{refused}");
 
     let dir = tempfile::tempdir().unwrap();
     let made = dir.path().join("made");
@@ -163,6 +170,9 @@ fn what_packed_weights_do_not_allow_is_refused() {
         json!({"adapter": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["o_proj"]}}),
     )
     .unwrap();
+    let tied = golden().join("../tied");
+    let error = model_of(&tied, json!({"adapter": {"target_modules": ["q_proj", "lm_head"]}})).unwrap_err();
+    assert!(error.contains("names lm_head, which is the embedding and the head at once"), "{error}");
     let threads = Threads { count: 1, again: 0 };
     let error = alone(job::Executor::Cpu, Precision::Fp32, &model, threads, 64).err().unwrap().to_string();
     assert!(error.contains("o_proj.weight is quantised, and cannot be trained itself"), "{error}");
@@ -193,10 +203,45 @@ fn damaged_and_foreign_directories_say_what_is_wrong() {
     let gptq =
         opened_with("nf4", Some(&|json| json["quantization_config"]["quant_method"] = "gptq".into()), 0);
     assert!(gptq.contains("config.json: quantization_config has quant_method \"gptq\""), "{gptq}");
+    for (name, change, what) in [
+        ("nf4", json!({"load_in_8bit": true}), "load_in_4bit and load_in_8bit at once"),
+        ("nf4", json!({"load_in_8bit": true, "load_in_4bit": false}), "says 8 bits of bitsandbytes, and"),
+        (
+            "int8",
+            json!({"load_in_8bit": false, "load_in_4bit": true}),
+            "is in 8 bits of bitsandbytes; put back",
+        ),
+        ("hqq4", json!({"quant_method": "bitsandbytes"}), "says bitsandbytes, and"),
+        ("hqq3", json!({"quant_config": {"weight_quant_params": {"nbits": 4}}}), "says 4 bits of hqq, and"),
+    ] {
+        let change = |json: &mut Value| {
+            let said = json["quantization_config"].as_object_mut().unwrap();
+            said.extend(change.as_object().unwrap().clone());
+        };
+        let error = opened_with(name, Some(&change), 0);
+        assert!(error.contains("config.json") && error.contains(what), "{name}: {error}");
+    }
     let none = opened_with("nf4", Some(&|json| json["quantization_config"] = Value::Null), 0);
     assert!(none.contains("absmax is in the weights") && none.contains("put it back"), "{none}");
     let wide = opened_with("nf4", Some(&|json| json["intermediate_size"] = 48.into()), 0);
     assert!(wide.contains("gate_proj.weight stands for [56, 64], config.json asks for [48, 64]"), "{wide}");
+}
+
+#[test]
+fn scales_below_zero_are_refused() {
+    let (from, dir) = (golden().join("int8"), tempfile::tempdir().unwrap());
+    std::fs::copy(from.join("config.json"), dir.path().join("config.json")).unwrap();
+    let mut bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    let (_, scales) = header.as_object().unwrap().iter().find(|(name, _)| name.ends_with("SCB")).unwrap();
+    let first = start + scales["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[first..first + 4].copy_from_slice(&(-1.0f32).to_le_bytes());
+    std::fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    for host in [HostModel::open(dir.path(), 1), HostModel::packed(dir.path(), None, 1, 8)] {
+        let error = host.err().unwrap().to_string();
+        assert!(error.contains("SCB holds scales below 0") && error.contains("fleet quantise"), "{error}");
+    }
 }
 
 /// Quantised while it is read, a model is what it would be from files.

@@ -82,7 +82,7 @@ impl Base {
             let read = &mut |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, threads);
             let host = adapter::Packed::read(&dir, few.clone(), gang, read);
             gang.barrier()?;
-            Ok::<_, fleet_learn::Error>(Arc::new(Packed::new(&host?, numbers.products, device)?))
+            Ok::<_, fleet_learn::Error>(Arc::new(Packed::new(host?, numbers.products, device, threads)?))
         });
         let packed = packed.transpose()?;
         let buffer = |places: Places, kind| -> fleet_learn::Result<Buffer> {

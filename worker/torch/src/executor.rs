@@ -4,7 +4,7 @@
 use crate::adapter::{Beside, View};
 use crate::base::Base;
 use crate::dropout::Rows;
-use crate::head::Scored;
+use crate::head::{Scored, Sought};
 use crate::memory::{Gradients, Tensors, Weights, copy_out};
 use crate::needs::LOGITS_MAX;
 use crate::neftune::Moving;
@@ -201,7 +201,7 @@ impl TorchExecutor {
         if let Some(weigh) = weigh {
             let view = self.view(weights, Which::Trained, Some(&batch));
             let last = self.network.last(&mut Leaves::new(&self.network, view, false), &x)?;
-            let losses = self.score(view, None, &last, &batch)?.losses;
+            let losses = self.score(view, Sought::Losses, &last, &batch)?.losses;
             batch.weights = batch.spread(&weigh(&self.of_sequences(&losses, len)?))?;
         }
         let view = self.view(weights, Which::Trained, Some(&batch));
@@ -296,6 +296,7 @@ impl TorchExecutor {
         units: &mut dyn UnitWeights<Tensors>,
         batch: &Batch,
         which: Which,
+        sought: Sought,
     ) -> fleet_learn::Result<Scored> {
         let _guard = tch::no_grad_guard();
         self.doing = Doing::Forward(0);
@@ -314,7 +315,7 @@ impl TorchExecutor {
         self.head_units().try_for_each(|unit| units.need(unit))?;
         let view = self.view(units.weights(), which, Some(batch));
         let last = self.network.last(&mut Leaves::new(&self.network, view, false), &x)?;
-        let scored = self.score(view, None, &last, batch)?;
+        let scored = self.score(view, sought, &last, batch)?;
         self.head_units().for_each(|unit| units.release(unit));
         self.frame = Some((len, frame));
         Ok(scored)
@@ -403,7 +404,7 @@ impl Executor<Tensors> for TorchExecutor {
         which: Which,
     ) -> fleet_learn::Result<Vec<f64>> {
         let result = self
-            .scored(units, &Batch { weights: None, ..*batch }, which)
+            .scored(units, &Batch { weights: None, ..*batch }, which, Sought::Losses)
             .and_then(|scored| Ok(self.of_sequences(&scored.losses, batch.seq)?));
         result.map_err(|error| self.explained(error))
     }
@@ -422,7 +423,7 @@ impl Executor<Tensors> for TorchExecutor {
         batch: &Batch,
     ) -> fleet_learn::Result<Tally> {
         let quiet = Batch { noise: None, ..*batch };
-        let result = self.scored(units, &quiet, Which::Trained).and_then(|scored| {
+        let result = self.scored(units, &quiet, Which::Trained, Sought::Hits).and_then(|scored| {
             let loss = scored.losses.f_sum(self.loss_kind()).and_then(|loss| f64::try_from(&loss));
             let hits = i64::try_from(&scored.hits);
             Ok((loss.map_err(Error::from)?, hits.map_err(Error::from)?))

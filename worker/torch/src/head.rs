@@ -16,8 +16,18 @@ pub(crate) struct Scored {
     pub losses: Tensor,
     /// `[b, s, e]`: what flows back to what the head reads, where gradients are asked for.
     pub seed: Tensor,
-    /// Of one number: how many targets are the likeliest token, where they are not.
+    /// Of one number: how many targets are the likeliest token, where that is asked for.
     pub hits: Tensor,
+}
+
+/// What a pass over the head is for.
+#[derive(Clone, Copy)]
+pub(crate) enum Sought<'a> {
+    Losses,
+    /// And how many targets are the likeliest token.
+    Hits,
+    /// And the gradients of so many times their sum.
+    Gradients(&'a Gradients<'a>, f64),
 }
 
 /// What an adapter adds to a slice of logits, as a graph of its own.
@@ -47,20 +57,24 @@ impl TorchExecutor {
         let mut leaves = Leaves::new(&self.network, view, true);
         let last = self.network.last(&mut leaves, &input)?;
         let leaves = leaves.into_taken();
-        let Scored { losses, seed, .. } = self.score(view, Some((grads, scale)), &last, batch)?;
+        let Scored { losses, seed, .. } = self.score(view, Sought::Gradients(grads, scale), &last, batch)?;
         let flow = self.unit_backward(grads, (&last, &seed), Some(&input), &leaves)?;
         Ok((losses.f_sum(self.loss_kind())?.f_view([1])?, flow))
     }
 
-    /// Losses and, with `grads`, the head's gradients for `scale` times their sum. `last` is `[b, s, e]`.
+    /// Losses and what else is sought. `last` is `[b, s, e]`.
     pub(crate) fn score(
         &self,
         view: View,
-        grads: Option<(&Gradients, f64)>,
+        sought: Sought,
         last: &Tensor,
         batch: &OnDevice,
     ) -> Result<Scored> {
         let _guard = tch::no_grad_guard();
+        let grads = match sought {
+            Sought::Gradients(grads, scale) => Some((grads, scale)),
+            Sought::Losses | Sought::Hits => None,
+        };
         let head = &self.network.wiring.head;
         let (v, e) = (head.outputs as i64, head.inputs as i64);
         let (weight, bias) = Leaves::new(&self.network, view, false).matrix_and_bias(head)?;
@@ -86,7 +100,7 @@ impl TorchExecutor {
             if let Some(added) = &added {
                 logits = logits.f_add(&added.logits)?;
             }
-            if grads.is_none() {
+            if matches!(sought, Sought::Hits) {
                 let hit = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?;
                 hits = hits.f_add(&hit.f_logical_and(&counts.f_gt(0.0)?)?.f_sum(Kind::Int64)?)?;
             }

@@ -25,7 +25,7 @@ mod transport;
 pub use base::Base;
 pub use executor::TorchExecutor;
 pub use memory::{FlatWeights, Gradients, Stored, Tensors, Weights};
-pub use needs::{PROGRAM, activation_bytes, held_bytes, needs};
+pub use needs::{PROGRAM, Pass, activation_bytes, held_bytes, needs};
 pub use network::{Network, Numbers};
 pub use parts::{Held, Parts, Rooms, Seat};
 pub use sharded::{Keeping, Sharded};

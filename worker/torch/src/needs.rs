@@ -32,15 +32,21 @@ pub fn needs(layout: &Layout, held: Held, numbers: Numbers, ranks: usize) -> Nee
 /// What the first step adds to the program: pages of libtorch's libraries, and the buffers of their products.
 pub const PROGRAM: usize = 72 << 20;
 
-/// Bytes that a step on the CPU takes for `tokens` tokens: what autograd keeps, of which the forward of `again` blocks is computed a second time, and what
-/// the widest operations take on the way. Of a model beside which `trained` is.
-pub fn activation_bytes(
-    decoder: &Decoder,
-    trained: Option<&Trained>,
-    numbers: Numbers,
-    tokens: usize,
-    again: usize,
-) -> usize {
+/// A step, by all that its memory hangs on.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub decoder: &'a Decoder,
+    /// An adapter that is trained beside it.
+    pub trained: Option<&'a Trained>,
+    pub numbers: Numbers,
+    pub tokens: usize,
+    /// Blocks whose forward is computed a second time.
+    pub again: usize,
+}
+
+/// Bytes that a step on the CPU takes: what autograd keeps, and what the widest operations take on the way.
+pub fn activation_bytes(pass: Pass) -> usize {
+    let Pass { decoder, trained, numbers, tokens, again } = pass;
     let step = Step::of(decoder, numbers);
     let step = match trained {
         Some(trained) => step.beside(trained, decoder.layers, numbers),
@@ -57,15 +63,9 @@ pub fn activation_bytes(
 
 /// Bytes that the process holds for such a step: between tensors that come and go the C library's allocator leaves holes, the more the more
 /// sizes there are. Measured with models of 64 to 768 numbers for each token (`tests/memory.rs`).
-pub fn held_bytes(
-    decoder: &Decoder,
-    trained: Option<&Trained>,
-    numbers: Numbers,
-    tokens: usize,
-    again: usize,
-) -> usize {
-    let percent = if is_turned(decoder) && !is_copied(decoder, numbers) { 34 } else { 17 };
-    activation_bytes(decoder, trained, numbers, tokens, again) / 100 * (100 + percent)
+pub fn held_bytes(pass: Pass) -> usize {
+    let percent = if is_turned(pass.decoder) && !is_copied(pass.decoder, pass.numbers) { 34 } else { 17 };
+    activation_bytes(pass) / 100 * (100 + percent)
 }
 
 fn is_turned(decoder: &Decoder) -> bool {
@@ -187,7 +187,9 @@ mod tests {
     #[test]
     fn blocks_that_are_computed_again_keep_what_they_read() {
         let decoder = model().decoder;
-        let of = |numbers, again| activation_bytes(&decoder, None, numbers, 1024, again);
+        let of = |numbers, again| {
+            activation_bytes(Pass { decoder: &decoder, trained: None, numbers, tokens: 1024, again })
+        };
         assert!(of(Numbers::FP32, 20) * 4 < of(Numbers::FP32, 0));
         assert!(of(Numbers::FP32, 10) < of(Numbers::FP32, 0));
         assert!(of(Numbers::BF16_MIXED, 0) < of(Numbers::FP32, 0));

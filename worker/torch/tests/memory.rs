@@ -7,7 +7,7 @@ use fleet_learn::model::Model;
 use fleet_learn::strategy::{Micro, Slot, Strategy};
 use fleet_learn::testing::token_ids;
 use fleet_learn::{Executor, TokenBatch};
-use fleet_torch::{Numbers, Solo, TorchExecutor, held_bytes};
+use fleet_torch::{Numbers, Pass, Solo, TorchExecutor, held_bytes};
 use serde_json::{Value, json};
 use std::process::Command;
 use tch::Device;
@@ -97,7 +97,13 @@ fn a_step_takes_what_was_estimated() {
         let found = found.unwrap_or_else(|| panic!("{said}"));
         let decoder = Model::new(case.config.as_object().unwrap()).unwrap().decoder;
         let tokens = case.sequences * case.seq;
-        let estimated = held_bytes(&decoder, None, case.numbers, tokens, case.again) as f64;
+        let estimated = held_bytes(Pass {
+            decoder: &decoder,
+            trained: None,
+            numbers: case.numbers,
+            tokens,
+            again: case.again,
+        }) as f64;
         let ratio = estimated / found.parse::<f64>().unwrap();
         println!("case {number}: {ratio:.2} of {found}");
         // What glibc keeps of what was freed before counts as there already: then a step seems to take less. Where it leaves holes the same step takes a

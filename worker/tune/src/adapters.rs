@@ -1,11 +1,11 @@
 //! Adapters of one model: named, switched on and off, made one with it, made one of several.
 
 use fleet_checkpoint::{MANIFEST_FILE, ModelDir, STATE_FILE, new_directory};
-use fleet_learn::adapter::{Combination, Combined, combine};
+use fleet_learn::adapter::{Combination, Combined, can_combine, combine};
 use fleet_learn::{Error, Result};
 use fleet_rank::generate::TextModel;
 use fleet_rank::host_model::open_adapter;
-use fleet_rank::merge::{Merged, merge, unmerge};
+use fleet_rank::merge::{Merged, belong_together, merge, unmerge};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -48,9 +48,7 @@ impl AdapterManager {
     /// Takes the adapter in `path` up as `name`, switched off. Refused where it is for another model.
     pub fn load(&mut self, name: &str, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        if self.named.iter().any(|(known, _)| known == name) {
-            return Err(Error::Input(format!("there is an adapter {name} already; take another name")));
-        }
+        self.is_free(name)?;
         match &mut self.text {
             Some(text) => drop(text.add(&[path.to_owned()])?),
             None => drop(open_adapter(path, &ModelDir::open(&self.base)?)?),
@@ -89,7 +87,9 @@ impl AdapterManager {
         let Some(adapter) = self.active_dir() else {
             return Err(Error::Input("no adapter is switched on that could be merged".into()));
         };
-        merge(&self.base, &[adapter.to_owned()], output.as_ref())
+        let adapters = [adapter.to_owned()];
+        belong_together(&self.base, &adapters)?;
+        merge(&self.base, &adapters, output.as_ref())
     }
 
     /// Takes the adapter `name` out of this model, into which it was merged before, and writes what is left to the new directory `output`.
@@ -108,6 +108,8 @@ impl AdapterManager {
     ) -> Result<Combined> {
         let part = |(name, weight): &(&str, f64)| Ok((self.named[self.number(name)?].1.clone(), *weight));
         let parts: Vec<(PathBuf, f64)> = weights.iter().map(part).collect::<Result<_>>()?;
+        self.is_free(name)?;
+        can_combine(&parts)?;
         let combined = combine(&parts, how, output.as_ref())?;
         self.load(name, output)?;
         Ok(combined)
@@ -116,6 +118,13 @@ impl AdapterManager {
     /// Copies the adapter `name` to the new directory `path`.
     pub fn save(&self, name: &str, path: impl AsRef<Path>) -> Result<PathBuf> {
         copy_adapter(&self.named[self.number(name)?].1, path.as_ref())
+    }
+
+    fn is_free(&self, name: &str) -> Result<()> {
+        match self.named.iter().any(|(known, _)| known == name) {
+            false => Ok(()),
+            true => Err(Error::Input(format!("there is an adapter {name} already; take another name"))),
+        }
     }
 
     fn number(&self, name: &str) -> Result<usize> {

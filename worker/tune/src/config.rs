@@ -68,7 +68,7 @@ impl Default for TrainingConfig {
             save_steps: 250,
             save_total_limit: 2,
             max_seq_len: 256,
-            validation_fraction: 0.0,
+            validation_fraction: 0.05,
             early_stopping: None,
             further: Map::new(),
         }
@@ -167,6 +167,7 @@ mod tests {
         assert_eq!((usual.per_device_train_batch_size, usual.gradient_accumulation_steps), (1, 8));
         assert_eq!((usual.learning_rate, usual.effective_batch_size()), (2e-4, 8));
         assert_eq!((usual.logging_steps, usual.save_steps, usual.save_total_limit), (10, 250, 2));
+        assert_eq!(usual.validation_fraction, 0.05);
 
         let SftConfig { training: sft, lora } = SftConfig::default();
         assert_eq!((sft.learning_rate, sft.num_train_epochs, sft.max_steps), (3e-4, 3, 0));

@@ -26,6 +26,7 @@
 
 mod adapters;
 mod backend;
+mod chats;
 mod config;
 mod curriculum;
 mod dataset;
@@ -54,6 +55,7 @@ pub use smolora::SmoLora;
 pub use trainer::Trainer;
 
 pub use fleet_common::events::{EventBody, Level};
+pub use fleet_common::exit::Fault;
 pub use fleet_common::job::{Bias, Dpo, EarlyStopping, PreferenceLoss, Schedule, Watched};
 pub use fleet_data::{Pipeline, Processor, Report, TextCleaning};
 pub use fleet_learn::adapter::{Combination, Combined};

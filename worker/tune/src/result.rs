@@ -1,6 +1,7 @@
 //! How a run went.
 
 use fleet_common::events::{EventBody, Outcome};
+use fleet_common::exit::Fault;
 use fleet_learn::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -21,6 +22,9 @@ pub struct TrainingResult {
     pub adapter_path: Option<PathBuf>,
     /// Why it failed, in one line.
     pub error_message: Option<String>,
+    /// What is at fault then: the job that ran, what it was given, or the machine.
+    #[serde(default)]
+    pub error_fault: Option<Fault>,
     /// Of the last step: `train_loss`, `learning_rate`, `grad_norm`, `epoch`, `steps`, `tokens_per_s`, and of preferences what TRL calls
     /// `rewards/accuracies` and so on; of the last evaluation the same with `eval_` before it, and of the one before the first step
     /// `initial_eval_loss`.
@@ -30,6 +34,8 @@ pub struct TrainingResult {
 /// What the events of a run have told so far.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
+    /// Steps of the run that it goes on from.
+    before: u64,
     steps: u64,
     loss: f64,
     adapter: Option<PathBuf>,
@@ -37,6 +43,11 @@ pub(crate) struct Told {
 }
 
 impl Told {
+    /// Of a run that goes on after so many steps.
+    pub fn after(before: u64) -> Told {
+        Told { before, ..Told::default() }
+    }
+
     pub fn take(&mut self, event: &EventBody) {
         let metrics = &mut self.metrics;
         let mut put = |name: &str, value: f64| {
@@ -69,17 +80,18 @@ impl Told {
     pub fn result(self, outcome: Result<Outcome>, took: Duration, batch: u64) -> Result<TrainingResult> {
         let (steps, error) = match outcome {
             Ok(Outcome::Succeeded { steps, .. } | Outcome::Stopped { steps }) => (steps, None),
-            Ok(Outcome::Failed(error)) => (self.steps, Some(Error::Job(error.message))),
+            Ok(Outcome::Failed(error)) => (self.steps, Some(of_fault(error.fault, error.message))),
             Err(error) => (self.steps, Some(error)),
         };
         match error {
-            Some(error) if steps == 0 => Err(error),
+            Some(error) if steps <= self.before => Err(error),
             error => Ok(TrainingResult {
                 success: error.is_none(),
                 final_loss: self.loss,
                 training_time_seconds: took.as_secs_f64(),
-                samples_trained: steps * batch,
+                samples_trained: steps.saturating_sub(self.before) * batch,
                 adapter_path: self.adapter,
+                error_fault: error.as_ref().map(Error::fault),
                 error_message: error.map(|error| error.to_string()),
                 metrics: self.metrics,
             }),
@@ -87,11 +99,20 @@ impl Told {
     }
 }
 
+/// The error that says this, by what is at fault.
+pub(crate) fn of_fault(fault: Fault, message: String) -> Error {
+    match fault {
+        Fault::Job => Error::Job(message),
+        Fault::Input => Error::Input(message),
+        Fault::Environment => Error::Environment(message),
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
-    use fleet_common::events::{Evaluation, Metrics, Step};
+    use fleet_common::events::{Evaluation, FailureKind, JobError, Metrics, Step};
 
     fn told() -> Told {
         let mut told = Told::default();
@@ -134,6 +155,32 @@ mod tests {
         let result = told().result(why(), Duration::ZERO, 8).unwrap();
         assert_eq!((result.success, result.samples_trained), (false, 32));
         assert_eq!(result.error_message.as_deref(), Some("the loss is NaN at step 5"));
+        assert_eq!(result.error_fault, Some(Fault::Job));
         assert!(Told::default().result(why(), Duration::ZERO, 8).is_err());
+    }
+
+    #[test]
+    fn a_failure_keeps_what_is_at_fault_and_steps_before_count_for_nothing() {
+        let failed = |fault| {
+            let message = "the disk is full".to_owned();
+            Ok(Outcome::Failed(JobError {
+                kind: FailureKind::Rank,
+                fault,
+                rank: None,
+                node: None,
+                signal: None,
+                exit_code: None,
+                message,
+                last_lines: Vec::new(),
+            }))
+        };
+        let error = Told::default().result(failed(Fault::Environment), Duration::ZERO, 8).unwrap_err();
+        assert!(matches!(error, Error::Environment(_)), "{error:?}");
+        let result = told().result(failed(Fault::Input), Duration::ZERO, 8).unwrap();
+        assert_eq!(result.error_fault, Some(Fault::Input));
+        let resumed = Told { before: 3, ..told() };
+        let done = Outcome::Succeeded { steps: 4, final_loss: Some(1.5), tokens_per_s: 9.0 };
+        assert_eq!(resumed.result(Ok(done), Duration::ZERO, 8).unwrap().samples_trained, 8);
+        assert!(Told { before: 4, ..told() }.result(failed(Fault::Job), Duration::ZERO, 8).is_err());
     }
 }

@@ -1,7 +1,8 @@
 //! One object for everything: a model, data, training, saving, asking.
 
+use crate::result::of_fault;
 use crate::{
-    Backend, BackendConfig, Dataset, LoraConfig, Model, Settings, SftConfig, Trainer, TrainingConfig,
+    Backend, BackendConfig, Dataset, Fault, LoraConfig, Model, Settings, SftConfig, Trainer, TrainingConfig,
     TrainingResult,
 };
 use fleet_learn::{Error, Result};
@@ -85,7 +86,7 @@ impl SmoLora {
         };
         let result = trainer.train(self.data.clone())?;
         if let Some(why) = &result.error_message {
-            return Err(Error::Job(why.clone()));
+            return Err(of_fault(result.error_fault.unwrap_or(Fault::Job), why.clone()));
         }
         self.model = trainer.model()?;
         (self.trainer, self.result, self.saved) = (Some(trainer), Some(result), None);
@@ -114,9 +115,14 @@ impl SmoLora {
         self.result.as_ref()
     }
 
-    /// What the model writes after `prompt`.
+    /// What the model writes after `prompt`: where a chat template has written what it has learnt, its answer to that as a message.
     pub fn inference(&mut self, prompt: &str) -> Result<String> {
-        Ok(self.model.generate(prompt, &self.settings)?.text)
+        let is_chat = self.trainer.as_ref().is_some_and(Trainer::learns_chats);
+        let generated = match is_chat {
+            true => self.model.chat(None, prompt, &self.settings)?,
+            false => self.model.generate(prompt, &self.settings)?,
+        };
+        Ok(generated.text)
     }
 
     /// The model as it is asked: for chats, adapters and whole copies.

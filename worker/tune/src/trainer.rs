@@ -1,10 +1,12 @@
 //! Trains an adapter beside a model: on texts and rows, or on preferences.
 
 use crate::adapters::copy_adapter;
+use crate::chats;
 use crate::dataset::Quality;
 use crate::job_file::{Plan, free_name, keep};
 use crate::result::Told;
 use crate::{Backend, Dataset, LoraConfig, Model, TrainingConfig, TrainingResult};
+use fleet_checkpoint::{TrainerState, continued};
 use fleet_common::events::{EventBody, Level};
 use fleet_common::job::{Dpo, Job, Warning};
 use fleet_data::{DataFiles, Note, TokenCache};
@@ -48,6 +50,7 @@ pub struct Trainer {
     dpo: Option<Dpo>,
     listener: Listener,
     run: Option<String>,
+    learns_chats: bool,
 }
 
 impl Trainer {
@@ -72,6 +75,7 @@ impl Trainer {
             dpo,
             listener: Box::new(|_| ControlFlow::Continue(())),
             run: None,
+            learns_chats: false,
         })
     }
 
@@ -112,12 +116,14 @@ impl Trainer {
             // A run that has not begun cannot be ended.
             let _ = (self.listener)(&EventBody::Log { rank: None, level: Level::Warn, line });
         }
-        let (began, mut told) = (Instant::now(), Told::default());
+        let (began, mut told) = (Instant::now(), Told::after(steps_before(&job)?));
         let outcome = local::train(&job, self.backend.device().of_a_rank(), &mut |event| {
             told.take(event);
             (self.listener)(event)
         });
-        let result = told.result(outcome, began.elapsed(), self.training.effective_batch_size())?;
+        let batch = u64::from(job.batch_size) * u64::from(job.accumulate_grad_batches);
+        let result = told.result(outcome, began.elapsed(), batch)?;
+        self.learns_chats = result.success && chats::are_learnt(&job)?;
         if let Some(adapter) = &result.adapter_path {
             self.adapter = Some(adapter.clone());
         }
@@ -151,6 +157,11 @@ impl Trainer {
         self.adapter.as_deref()
     }
 
+    /// Whether a chat template has written what the last run has learnt: `Model::chat` asks so.
+    pub fn learns_chats(&self) -> bool {
+        self.learns_chats
+    }
+
     /// Of the last run: its checkpoints and its job file are called so.
     pub fn run_name(&self) -> Option<&str> {
         self.run.as_deref()
@@ -178,4 +189,10 @@ impl Trainer {
         }
         Ok(model)
     }
+}
+
+/// Steps of the checkpoint that a job goes on from.
+fn steps_before(job: &Job) -> Result<u64> {
+    let resumed = continued(job, &|_, _| ())?;
+    Ok(resumed.map(|dir| TrainerState::read(&dir)).transpose()?.map_or(0, |state| state.step))
 }

@@ -150,9 +150,30 @@ fn adapters_are_switched_made_one_with_the_model_and_taken_out_again() {
     assert!(
         refused(model.adapters().merge(dir.path().join("x")).map(drop)).contains("no adapter is switched on")
     );
+    let (taken, output) = ([("a", 1.0)], dir.path().join("taken"));
+    let error = refused(model.adapters_mut().combine(&taken, Combination::Cat, "a", &output).map(drop));
+    assert!(error.contains("there is an adapter a already") && !output.exists(), "{error}");
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden/families/gpt2");
     assert!(cpu().load_model(golden).unwrap().load_adapter(&adapter).is_err());
     assert!(model.forward(&[280], None).unwrap_err().to_string().contains("beyond the model's vocabulary"));
+}
+
+#[test]
+fn who_has_learnt_by_a_template_is_asked_by_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = tiny_model(dir.path()).unwrap();
+    let talk = |n| json!({"messages": [{"role": "user", "content": format!("say {n}")}, {"role": "assistant", "content": "the cat"}]});
+    let likeliest = Sampling { temperature: 0.0, ..Sampling::default() };
+    let settings = Settings { max_new_tokens: 6, sampling: likeliest, ..Settings::default() };
+    let mut training = TrainingConfig { max_steps: 20, ..short(dir.path()) };
+    training.set("data.chat_template", "chatml").set("accumulate_grad_batches", 2);
+    let tuned = SmoLora::new(&base, (0..24).map(talk).collect::<Vec<_>>()).unwrap().on(&cpu()).unwrap();
+    let mut tuned = tuned.with_config(training).with_settings(settings.clone()).train().unwrap();
+    assert_eq!(tuned.result().unwrap().samples_trained, 80, "what a key sets counts");
+    let answer = tuned.inference("say 3").unwrap();
+    let chat = tuned.model().chat(None, "say 3", &settings).unwrap().text;
+    let text = tuned.model().generate("say 3", &settings).unwrap().text;
+    assert!(answer == chat && answer != text, "{answer:?} {chat:?} {text:?}");
 }
 
 #[test]
@@ -198,7 +219,7 @@ fn preferences_are_learnt_and_measured_on_what_is_held_out() {
 fn topics_are_learnt_and_evaluated_one_after_the_other() {
     let dir = tempfile::tempdir().unwrap();
     let base = tiny_model(dir.path()).unwrap();
-    let training = TrainingConfig { max_steps: 10, validation_fraction: 0.2, ..short(dir.path()) };
+    let training = TrainingConfig { max_steps: 10, ..short(dir.path()) };
     let model = cpu().load_model(&base).unwrap();
     let config = SftConfig { training, ..SftConfig::default() };
     let mut trainer = cpu().create_sft_trainer(&model, config).unwrap();

@@ -20,6 +20,7 @@ mod bitsandbytes;
 mod hqq;
 
 use crate::{CheckpointError, Dtype, Tensor, Tensors};
+use fleet_common::model::Packer;
 
 /// A weight `[rows, cols]` in few bits.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,7 +105,7 @@ impl QuantisedWeight {
     pub fn find(tensors: &Tensors, name: &str) -> Result<Option<QuantisedWeight>, CheckpointError> {
         let codes = [Some(name.to_owned()), hqq::codes(name)];
         let Some(codes) = codes.iter().flatten().find_map(|name| tensors.get(name)) else { return Ok(None) };
-        let refuse = |what: String| CheckpointError::Tensors { path: codes.path(), what };
+        let refuse = |what: String| CheckpointError::Quantised { path: codes.path(), what };
         let found = match codes.name == name {
             true => bitsandbytes::find(tensors, &codes),
             false => hqq::find(tensors, name, &codes),
@@ -144,6 +145,15 @@ impl QuantisedWeight {
             }
             true => None,
         })
+    }
+
+    /// Who packed it, with the bits of a code.
+    pub fn packer(&self) -> Packer {
+        match &self.form {
+            QuantisedForm::FourBit(_) => Packer::Bitsandbytes { bits: Some(4) },
+            QuantisedForm::Int8 => Packer::Bitsandbytes { bits: Some(8) },
+            QuantisedForm::Hqq(form) => Packer::Hqq { bits: Some(form.bits as u64) },
+        }
     }
 
     /// All tensors that stand for the weight, by name.

@@ -140,6 +140,7 @@ fn with_state(state: &str) -> String {
 fn refusals_name_the_tensor() {
     let gone = |name: &str| refusal("double", |all| drop(all.remove(name)));
     assert!(gone("double.weight.nested_absmax").contains("double.weight.nested_absmax is not there"));
+    assert!(gone("double.weight.absmax").contains("copy it again, or quantise the model"), "a cure");
     assert!(gone("double.weight.quant_map").contains("double.weight.quant_map is not there"));
     let short = refusal("double", |all| {
         all.insert("double.weight.absmax".into(), (Dtype::U8, vec![14], vec![0; 14]));

@@ -3,7 +3,10 @@
 use super::config::{ADAPTER_CONFIG, AdapterConfig};
 use super::{ADAPTER_MODEL, Found, tensors_of};
 use crate::error::{Error, Result};
-use fleet_checkpoint::{CheckpointError, Dtype, Tensor, TensorRef, Tensors, new_directory, read_numbers};
+use fleet_checkpoint::{
+    ADAPTER_BASE_FILE, AdapterBase, CheckpointError, Dtype, Tensor, TensorRef, Tensors, Unfinished,
+    new_directory, read_numbers,
+};
 use fleet_common::model::Object;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,13 +80,38 @@ pub fn combine(adapters: &[(PathBuf, f64)], how: Combination, output: &Path) -> 
             Pair::of(parts, how, rank).map_err(|why| first.refuse(&format!("{module}: {why}")))?,
         );
     }
-    write(&config(&given, rank, pairs.keys()), &pairs, &kept, rank, output)?;
-    let checked = check(&modules, &pairs, how, output);
-    if checked.is_err() {
-        // It was just made here, of nothing but what it was made of.
-        drop(std::fs::remove_dir_all(output));
+    write(&config(&given, rank, pairs.keys()), &pairs, &kept, rank, same_base(adapters), output)?;
+    let unfinished = Unfinished::new(output);
+    let difference = check(&modules, &pairs, how, output)?;
+    unfinished.whole();
+    Ok(Combined { output: output.to_owned(), modules: pairs.len(), rank, difference })
+}
+
+/// The model beside which all of these were trained, where they say so and it is one.
+fn same_base(adapters: &[(PathBuf, f64)]) -> Option<AdapterBase> {
+    let mut bases = adapters.iter().map(|(dir, _)| AdapterBase::read(dir));
+    let first = bases.next()??;
+    let is_same = |base: AdapterBase| base.weights_sample_sha256 == first.weights_sample_sha256;
+    bases.all(|base| base.is_some_and(is_same)).then_some(first)
+}
+
+/// Refuses adapters that say that they were trained beside different models.
+pub fn can_combine(adapters: &[(PathBuf, f64)]) -> Result<()> {
+    let bases: Vec<(&PathBuf, AdapterBase)> =
+        adapters.iter().filter_map(|(dir, _)| Some((dir, AdapterBase::read(dir)?))).collect();
+    let differs =
+        |(_, base): &&(&PathBuf, AdapterBase)| base.weights_sample_sha256 != bases[0].1.weights_sample_sha256;
+    match bases.iter().find(differs) {
+        None => Ok(()),
+        Some((dir, base)) => Err(Error::Input(format!(
+            "the adapters {} and {} were trained beside different models ({} and {}), and the sum would suit none; combine those of one model, unless these are the same one \
+             quantised or in another type (--force)",
+            bases[0].0.display(),
+            dir.display(),
+            bases[0].1.path,
+            base.path
+        ))),
     }
-    Ok(Combined { output: output.to_owned(), modules: pairs.len(), rank, difference: checked? })
 }
 
 impl Given {
@@ -254,6 +282,7 @@ fn write(
     pairs: &BTreeMap<String, Pair>,
     kept: &BTreeMap<String, Tensor>,
     rank: usize,
+    base: Option<AdapterBase>,
     output: &Path,
 ) -> Result<()> {
     let bytes = |numbers: &[f32]| numbers.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
@@ -273,7 +302,8 @@ fn write(
     let text = serde_json::to_vec_pretty(config).expect("an object of JSON has a text");
     Ok(new_directory::<CheckpointError>(output, |part| {
         part.write_safetensors(ADAPTER_MODEL, &refs)?;
-        part.write_bytes(ADAPTER_CONFIG, &text)
+        part.write_bytes(ADAPTER_CONFIG, &text)?;
+        base.map_or(Ok(()), |base| part.write_bytes(ADAPTER_BASE_FILE, &base.to_bytes()))
     })?)
 }
 

@@ -11,8 +11,6 @@ use serde_json::{Value, json};
 use std::path::Path;
 
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// Where nobody says it.
-const DROPOUT: f64 = 0.05;
 
 /// Settings that change what an adapter computes, each with the values under which fleet computes it.
 #[rustfmt::skip]
@@ -56,8 +54,6 @@ impl AdapterConfig {
 
     /// Of an adapter that a job begins.
     pub fn of_job(adapter: &job::Adapter, model: &Model, base: &Path) -> Result<AdapterConfig> {
-        let (targets, rank) = model.family.lora;
-        let rank = adapter.r.unwrap_or(rank);
         let some = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
         let modules = |targets: &job::Targets| match targets {
             job::Targets::AllLinear => json!(linear_names(model)),
@@ -70,12 +66,12 @@ impl AdapterConfig {
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "inference_mode": true,
-            "r": rank,
-            "lora_alpha": adapter.alpha.unwrap_or(2.0 * f64::from(rank)),
-            "lora_dropout": adapter.dropout.unwrap_or(DROPOUT),
+            "r": adapter.rank(model.family),
+            "lora_alpha": adapter.alpha(model.family),
+            "lora_dropout": adapter.dropout(),
             "use_rslora": adapter.use_rslora,
             "use_dora": adapter.use_dora,
-            "target_modules": adapter.target_modules.as_ref().map_or_else(|| json!(targets), modules),
+            "target_modules": modules(&adapter.targets(model.family)),
             "exclude_modules": adapter.exclude_modules.as_ref().map(modules),
             "layers_to_transform": if layers.is_empty() { Value::Null } else { json!(layers) },
             "layers_pattern": null,

@@ -13,13 +13,18 @@ pub(super) fn copy(dir: &ModelDir, weight: &QuantisedWeight, to: PartsMut) -> Re
     let floats = |name: String, to: &mut [f32]| {
         let tensor = dir.part(&name);
         read_numbers(&tensor, 0, to)?;
-        match all_finite(to) {
-            true => Ok(()),
-            false => Err(Error::Input(format!(
-                "{}: {name} holds values that are NaN or infinite; restore the weights, or use another model",
-                dir.path().display()
-            ))),
-        }
+        let wrong = match &weight.form {
+            _ if !all_finite(to) => "values that are NaN or infinite",
+            // They are the largest of absolute values.
+            QuantisedForm::FourBit(_) | QuantisedForm::Int8 if to.iter().any(|scale| *scale < 0.0) => {
+                "scales below 0"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Input(format!(
+            "{}: {name} holds {wrong}; restore the weights, or quantise the model as it was before (fleet quantise)",
+            dir.path().display()
+        )))
     };
     match &weight.form {
         QuantisedForm::FourBit(form) => {

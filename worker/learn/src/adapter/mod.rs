@@ -14,7 +14,7 @@ mod targets;
 mod to_files;
 mod trained;
 
-pub use combine::{Combination, Combined, combine};
+pub use combine::{Combination, Combined, can_combine, combine};
 pub use config::{ADAPTER_CONFIG, AdapterConfig};
 pub use files::AdapterFile;
 pub(crate) use files::plain as plain_name;

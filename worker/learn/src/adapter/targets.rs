@@ -62,8 +62,14 @@ impl Targets {
         let excluded = adapter.exclude_modules.as_ref();
         let excluded = excluded.map(|targets| Wanted::of(targets, "exclude_modules")).transpose()?;
         for (key, wanted) in [("target_modules", Some(&wanted)), ("exclude_modules", excluded.as_ref())] {
-            if let Some(Wanted::Names(names)) = wanted {
-                names.iter().try_for_each(|name| known(name, key, modules()))?;
+            let Some(Wanted::Names(names)) = wanted else { continue };
+            for name in names {
+                if layout.is_tied() && ends_with(model.family.names.head, name) && key == "target_modules" {
+                    return Err(refuse(format!(
+                        "target_modules names {name}, which is the embedding and the head at once in this model (tie_word_embeddings), and one adapter cannot change both alike; take it out"
+                    )));
+                }
+                known(name, key, modules())?;
             }
         }
         let layers = &adapter.layers_to_transform;

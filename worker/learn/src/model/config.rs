@@ -41,7 +41,7 @@ impl Model {
         if self.before.is_empty() {
             json.insert("bos_token_id".into(), json!(self.bos_token_id));
         }
-        json.insert(EOS.into(), with_end(&self.before, self.eos_token_id));
+        json.insert(EOS.into(), with_ends(&self.before, &[self.eos_token_id]));
         json
     }
 }
@@ -53,15 +53,26 @@ fn scaling_of_rope(config: &Object) -> Option<Object> {
     rope.get("rope_type").filter(|kind| *kind != "default").is_some().then_some(rope)
 }
 
-/// The ends of a text that `before` names, and `end`, as `config.json` and `generation_config.json` have them.
-pub fn with_end(before: &Object, end: Option<u32>) -> Value {
-    let mut ends = token_ids(before, EOS);
-    ends.extend(end.filter(|end| !ends.contains(end)));
-    match ends.as_slice() {
+/// The ends of a text that `before` names, and `ends`, as `config.json` and `generation_config.json` have them.
+fn with_ends(before: &Object, ends: &[Option<u32>]) -> Value {
+    let mut all = token_ids(before, EOS);
+    for end in ends.iter().flatten() {
+        all.extend((!all.contains(end)).then_some(*end));
+    }
+    match all.as_slice() {
         [] => Value::Null,
         [end] => json!(end),
         ends => json!(ends),
     }
+}
+
+/// Settings of texts (`generation_config.json`) in which `ends` end one, too: behind the ends that they name themselves, or else those of the model's
+/// `config`.
+pub fn ending_with(mut generation: Object, config: &Object, ends: &[Option<u32>]) -> Object {
+    let known = if token_ids(&generation, EOS).is_empty() { config } else { &generation };
+    let all = with_ends(known, ends);
+    generation.insert(EOS.into(), all);
+    generation
 }
 
 #[cfg(test)]

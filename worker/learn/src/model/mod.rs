@@ -3,7 +3,7 @@
 mod config;
 pub mod init;
 
-pub use config::with_end;
+pub use config::ending_with;
 
 use crate::adapter::{FewBits, TrainedAdapter};
 use crate::error::{Error, Result};

@@ -3,14 +3,16 @@
 
 use crate::adapter::ADAPTER_CONFIG;
 use crate::error::{Error, Result};
-use crate::model::{Model, with_end};
+use crate::model::{Model, ending_with};
 use crate::preference::REFERENCE_FILE;
-use fleet_checkpoint::{CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer};
+use fleet_checkpoint::{
+    ADAPTER_BASE_FILE, AdapterBase, CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer,
+};
 use fleet_data::END_OF_TEXT;
 use fleet_data::chat::CHAT_TEMPLATE;
 use fleet_data::chat::end_token;
 use fleet_data::model_dir::{
-    GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object, token_ids,
+    GENERATION_CONFIG, Object, SPECIAL_TOKENS_MAP, SpecialTokens, TOKENIZER_CONFIG, read_object,
 };
 use serde_json::{Value, json};
 use std::fs::File;
@@ -42,8 +44,6 @@ const GENERAL_CLASS: &str = "PreTrainedTokenizerFast";
 /// What a tokenizer gives to a model. By itself transformers 4 gives one of the general class `token_type_ids` too, which most models refuse and GPT-2 adds
 /// to its embedding.
 const INPUTS: [&str; 2] = ["input_ids", "attention_mask"];
-
-const EOS: &str = "eos_token_id";
 
 /// Where a run's model comes from.
 pub(super) struct Origins<'a> {
@@ -136,14 +136,14 @@ impl Companions {
             None => Some(Object::new()),
         };
         if let Some(mut generation) = generation.filter(|_| model.adapter.is_none()) {
-            let known = if token_ids(&generation, EOS).is_empty() { &model.before } else { &generation };
-            let ends = with_end(known, model.eos_token_id);
             if from.model.is_none() {
                 generation.insert("bos_token_id".into(), json!(model.bos_token_id));
             }
-            generation.insert(EOS.into(), ends);
-            generation.insert(EOS.into(), with_end(&generation, learnt));
+            let generation = ending_with(generation, &model.before, &[model.eos_token_id, learnt]);
             files.push((GENERATION_CONFIG, pretty(&generation)));
+        }
+        if let Some(adapter) = &model.adapter {
+            files.push((ADAPTER_BASE_FILE, AdapterBase::of(&adapter.base)?.to_bytes()));
         }
         let config = match &model.adapter {
             Some(adapter) => (ADAPTER_CONFIG, adapter.config.json.clone()),

@@ -24,7 +24,7 @@ mod tracing;
 use aim::Aim;
 use saving::{Lead, RECORD_WAIT, STOPPED_WAIT, Saving};
 
-pub use schedule::{learning_rate, warmup_steps};
+pub use schedule::learning_rate;
 
 use crate::agent_link::AgentLink;
 use crate::batch::TokenBatch;
@@ -39,7 +39,7 @@ use crate::strategy::Votes;
 use base::BaseHash;
 use breakdown::Breakdown;
 use companions::{Companions, Origins};
-use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState};
+use fleet_checkpoint::{Claim, LossScale, RunDir, TrainerState, of_another_base};
 use fleet_collectives::{Activity, Pace};
 use fleet_common::events::{Evaluation, EventBody, Level, Metrics, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
@@ -228,6 +228,12 @@ impl Trainer {
             (None, from) => {
                 // Of an adapter the model is there already.
                 let from = model.adapter.as_ref().map_or(*from, |adapter| adapter.from.as_deref());
+                if let Some(adapter) = model.adapter.as_ref().filter(|_| start.rank == 0)
+                    && let Some(dir) = &adapter.from
+                    && let Some(line) = of_another_base(dir, &adapter.base)?
+                {
+                    link.log(Level::Warn, line);
+                }
                 match from {
                     Some(dir) => learner.load_weights(dir)?,
                     None => learner.fresh_weights(job.seed)?,
@@ -309,7 +315,7 @@ impl Trainer {
                 link.log(Level::Warn, line);
             }
             if let Some(given) = self.job.optimizer.warmup_steps.filter(|given| *given > self.total_steps) {
-                let cut = warmup_steps(&self.job.optimizer, self.total_steps);
+                let cut = self.job.optimizer.warmup(self.total_steps);
                 let line = format!(
                     "warmup_steps ({given}) is more than the {} steps of the run: cut to {cut}",
                     self.total_steps

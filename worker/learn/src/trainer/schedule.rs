@@ -3,21 +3,9 @@
 
 use fleet_common::job::{Optimizer, Schedule};
 
-/// The warm-up of a job that says nothing, in a run that is long enough.
-const WARMUP_STEPS: u64 = 50;
-
-/// Steps of the warm-up in a run of `total`. Below ten steps a tenth is none: the first step of a warm-up has rate 0 and would be lost.
-pub fn warmup_steps(o: &Optimizer, total: u64) -> u64 {
-    match o.warmup_steps {
-        Some(steps) if steps <= total => steps,
-        Some(_) => total / 10,
-        None => WARMUP_STEPS.min(total / 10),
-    }
-}
-
 /// Rate of optimizer step `step`, which counts from 0, of `total`.
 pub fn learning_rate(o: &Optimizer, step: u64, total: u64) -> f64 {
-    let warmup = warmup_steps(o, total);
+    let warmup = o.warmup(total);
     if step < warmup {
         return o.learning_rate * step as f64 / warmup as f64;
     }
@@ -61,7 +49,7 @@ mod tests {
         ];
         for (given, total, wanted) in table {
             o.warmup_steps = given;
-            assert_eq!(warmup_steps(&o, total), wanted, "{given:?} of {total}");
+            assert_eq!(o.warmup(total), wanted, "{given:?} of {total}");
         }
     }
 

@@ -11,7 +11,9 @@ pub mod widened;
 
 use crate::{Error, Result, first_line};
 use fleet_collectives::PerRank;
+use half::bf16;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// tch does not name the type that its pointers point to.
@@ -155,6 +157,34 @@ pub fn over(memory: PerRank, kind: Kind) -> Result<Tensor> {
     // once, from whichever thread, and never where the call fails (the mapping then stays until the process ends).
     checked(|error| unsafe {
         fleet_torch_over(data.cast(), len as i64, number, give_back, owner.cast(), &mut out, error, ERROR_MAX)
+    })?;
+    // SAFETY: made with `new` for the caller, and taken over once.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
+}
+
+/// Numbers in memory of the host.
+pub enum Wide {
+    Fp32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+/// The first `len` of them as a flat tensor of the CPU, which keeps them alive. It is read alone.
+pub fn lent(numbers: Arc<Wide>, len: usize) -> Result<Tensor> {
+    unsafe extern "C" fn give_back(owner: *mut c_void) {
+        // SAFETY: made with `Arc::into_raw` below, and given back once.
+        drop(unsafe { Arc::from_raw(owner.cast_const().cast::<Wide>()) });
+    }
+    let (data, number, there) = match &*numbers {
+        Wide::Fp32(numbers) => (numbers.as_ptr().cast::<c_void>(), 0, numbers.len()),
+        Wide::Bf16(numbers) => (numbers.as_ptr().cast(), 1, numbers.len()),
+    };
+    assert!(len <= there, "{len} of {there} numbers");
+    let owner = Arc::into_raw(numbers).cast_mut().cast();
+    let mut out = std::ptr::null_mut();
+    // SAFETY: there are `len` numbers, which live, where they are, until libtorch gives the owner back: that is once, from whichever thread, and never
+    // where the call fails. Nobody writes to the tensor.
+    checked(|error| unsafe {
+        fleet_torch_over(data.cast_mut(), len as i64, number, give_back, owner, &mut out, error, ERROR_MAX)
     })?;
     // SAFETY: made with `new` for the caller, and taken over once.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })

@@ -1,5 +1,4 @@
-//! Matrices of a model that is not trained in few bits, on the device: codes and scales as `fleet_kernels::quant` has them, widened there by libtorch's
-//! operations to the same numbers.
+//! Codes and scales on a device, as `fleet_kernels::quant` has them, widened there by libtorch's operations to the same numbers.
 
 use crate::{Error, Result};
 use fleet_kernels::quant::{
@@ -9,7 +8,7 @@ use fleet_learn::adapter::PackedMatrix;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-pub struct Packed {
+pub(super) struct OnDevice {
     /// In the order of the model's flat buffer.
     matrices: Vec<Matrix>,
     /// To which they are widened.
@@ -57,9 +56,9 @@ enum Nested {
     Double { map: Tensor, codes: Tensor, largest: Tensor, offset: f64 },
 }
 
-impl Packed {
+impl OnDevice {
     /// A copy on `device` of what is in the memory of the host.
-    pub fn new(host: &fleet_learn::adapter::Packed, kind: Kind, device: Device) -> Result<Packed> {
+    pub fn new(host: &fleet_learn::adapter::Packed, kind: Kind, device: Device) -> Result<OnDevice> {
         let matrix = |PackedMatrix { range, rows, order }: PackedMatrix| {
             let rounds = rows.rounds().map(|rounds| match rounds {
                 Rounds::Bf16 => Kind::BFloat16,
@@ -72,7 +71,7 @@ impl Packed {
             let form = Form::new(rows.codes(), device)?;
             Ok(Matrix { range, rows: rows.rows() as i64, form, rounds, order: order.transpose()? })
         };
-        Ok(Packed { matrices: host.matrices().map(matrix).collect::<Result<_>>()?, kind })
+        Ok(OnDevice { matrices: host.matrices().map(matrix).collect::<Result<_>>()?, kind })
     }
 
     /// Whether a product's weight is here.
@@ -94,9 +93,7 @@ impl Packed {
                 .map_or(Ok(wide.shallow_clone()), |order| wide.f_index_select(0, order))?)
         };
         if self.within(weight).map(|matrix| matrix.range.len()).sum::<usize>() < weight.len() {
-            return Err(Error::of(
-                "a product is in few bits in part, which executor = \"cpu\" alone computes; set it",
-            ));
+            return Err(super::in_part());
         }
         let all = self.within(weight).map(wide).collect::<Result<Vec<Tensor>>>()?;
         match &all[..] {
@@ -203,64 +200,6 @@ impl Nested {
                 let of_scales = largest.f_repeat_interleave_self_int(NESTED_BLOCK as i64, 0, None::<i64>)?;
                 Ok(numbers.f_mul(&of_scales.f_narrow(0, 0, blocks)?)?.f_add_scalar(*offset)?)
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use fleet_checkpoint::ModelDir;
-    use fleet_common::job::Quantization;
-    use fleet_common::model::Parameter;
-    use fleet_learn::Workers;
-    use fleet_learn::adapter::{self, FewBits, read_numbers};
-    use std::path::Path;
-    use std::sync::Arc;
-
-    /// Also three matrices that are one product, and one whose rows files have in another order.
-    #[test]
-    fn what_is_widened_is_what_the_host_widens() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden");
-        for (model, (word, quantization)) in ["gqa", "families/bloom"]
-            .into_iter()
-            .flat_map(|model| Quantization::ALL.map(|kind| (model, kind)))
-        {
-            let name = format!("{model} {word}");
-            let dir = ModelDir::open(&golden.join(model)).unwrap();
-            let wiring = dir.wiring();
-            let product = &wiring.blocks[1].qkv;
-            let few = match FewBits::of(&dir, Some(quantization)) {
-                Err(error) if model != "gqa" && word.starts_with("hqq") => {
-                    assert!(error.to_string().contains("groups of 64"), "{name}: {error}");
-                    continue;
-                }
-                few => few.unwrap(),
-            };
-            let mut gang = fleet_collectives::Solo::new(0);
-            let mut read = |p: &Parameter, out: &mut [f32]| read_numbers(&dir, p.range.start, out, 1);
-            let host = adapter::Packed::read(&dir, few, &mut gang, &mut read).unwrap();
-            let mut wanted = vec![0.0f32; product.weight.len()];
-            let (all, plain) =
-                (host.outputs(&product.weight), |_: &Range<usize>| unreachable!("all is packed"));
-            let workers = Workers::new(1, || ()).unwrap();
-            host.widen((&product.weight, &all), plain, &mut wanted, &workers);
-            let packed = Arc::new(Packed::new(&host, Kind::Float, Device::Cpu).unwrap());
-            let wide = packed.widen(&product.weight).unwrap();
-            assert_eq!(wide.size(), [product.outputs as i64, product.inputs as i64], "{name}");
-            assert_eq!(Vec::<f32>::try_from(&wide.view([-1])).unwrap(), wanted, "{name}");
-
-            // What a graph has of it is another hand on it, until it is gone.
-            let x =
-                Tensor::ones([2, product.inputs as i64], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-            let y = crate::shim::widened::product(&x, &packed, &product.weight).unwrap();
-            assert!(y.allclose(&x.linear::<&Tensor>(&wide, None), 1e-5, 1e-5, false));
-            assert_eq!(Arc::strong_count(&packed), 2);
-            let seed = Tensor::ones_like(&y.detach());
-            let grad = crate::shim::grad(&y, &seed, &[&x]).unwrap().remove(0).unwrap();
-            assert!(grad.allclose(&seed.matmul(&wide), 1e-4, 1e-4, false), "{name}");
-            drop(y);
-            assert_eq!(Arc::strong_count(&packed), 1);
         }
     }
 }
