@@ -34,7 +34,7 @@ use std::time::Instant;
 pub(crate) const FORMAT: &str = "fleet-tokens/2";
 
 /// The same for rows alone.
-const ROWS_FORMAT: &str = "rows/2";
+const ROWS_FORMAT: &str = "rows/3";
 
 pub(crate) const TRAIN: &str = "train.bin";
 pub(crate) const VALIDATION: &str = "validation.bin";

@@ -45,7 +45,7 @@ pub use error::DataError;
 pub use files::DataFiles;
 pub use note::Note;
 pub use order::{Cursor, Order, evaluation_part};
-pub use rows::Report;
+pub use rows::{Report, holds_rows};
 pub use stream::Stream;
 pub use tokenizer::{END_OF_TEXT, Encoded, decode, guarded};
 pub use windows::{Item, Windows};

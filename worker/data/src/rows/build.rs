@@ -1,6 +1,7 @@
 //! Builds a cache of rows: reads file by file, tokenises row by row, holds out, packs, and writes.
 
 use super::example::Reader;
+use super::fields::Fields;
 use super::format;
 use super::pack::best_fit;
 use super::sequence::{Made, Maker};
@@ -20,6 +21,7 @@ use crate::{Counts, Coverage, DataError, Note};
 use fleet_common::job::{self, BadRows, ChatTemplate, Job, RowFormat, Rows};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Rows that are tokenised at once.
@@ -151,16 +153,22 @@ impl<'a> Builder<'a> {
         };
         let one = |(place, row): (Place, Result<Row, String>)| {
             let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);
-            let made = row.map_err(Unused::Bad).and_then(|row| reader.read(format, &row));
-            let made = made.and_then(|example| self.maker.make(&example));
+            let mut unread = Vec::new();
+            let made = row.map_err(Unused::Bad).and_then(|row| {
+                let fields = Fields::of(&row);
+                let made = self.maker.make(&reader.read(format, &fields)?)?;
+                unread = fields.unread();
+                Ok(made)
+            });
             let is_compared = self.signatures.is_some();
             let signature = made.as_ref().ok().filter(|_| is_compared).map(Made::signature);
-            (place, is_damaged, made, signature)
+            (place, is_damaged, unread, made, signature)
         };
         let made: Vec<_> = batch.into_par_iter().map(one).collect();
-        self.measure(made.iter().filter_map(|(_, _, made, _)| made.as_ref().ok()))?;
-        for (place, is_damaged, made, signature) in made {
+        self.measure(made.iter().filter_map(|(.., made, _)| made.as_ref().ok()))?;
+        for (place, is_damaged, unread, made, signature) in made {
             self.counts.rows += 1;
+            self.report.count_unread(unread);
             match made {
                 _ if is_damaged => self.report.not_utf8 += 1,
                 Ok(made) => self.keep(place, made, signature)?,
@@ -208,8 +216,12 @@ impl<'a> Builder<'a> {
     }
 
     fn keep(&mut self, place: Place, made: Made, signature: Option<Signature>) -> Result<(), DataError> {
-        let Made { mut sequences, is_joined, is_templated, .. } = made;
+        let Made { mut sequences, is_joined, is_templated, left_out, has_silent_turn, .. } = made;
         self.is_templated |= is_templated;
+        self.report.silent_turns += u64::from(has_silent_turn);
+        for name in BTreeSet::from_iter(left_out) {
+            *self.report.left_out.entry(name.to_owned()).or_default() += 1;
+        }
         if !is_joined {
             self.report.unjoined += 1;
             self.report.first_unjoined.get_or_insert_with(|| format!("{}, {place}", self.file.display()));

@@ -8,9 +8,11 @@
 
 mod build;
 mod example;
+mod fields;
 mod format;
 mod messages;
 mod pack;
+mod peek;
 mod report;
 mod sequence;
 mod source;
@@ -18,6 +20,7 @@ mod templates;
 mod write;
 
 pub(crate) use build::build;
+pub use peek::holds_rows;
 pub use report::Report;
 pub(crate) use templates::described;
 
