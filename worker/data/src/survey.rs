@@ -2,7 +2,8 @@
 
 use crate::DataError;
 use crate::blocks::{self, Input};
-use crate::documents::{Counts, Documents, Found};
+use crate::Counts;
+use crate::documents::{Documents, Found};
 use crate::near::{self, Signatures};
 use crate::split::{Record, held_out};
 use crate::weights;
