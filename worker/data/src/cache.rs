@@ -9,8 +9,8 @@
 //!   meta.json                  counts and SHA-256 of the others
 //! ```
 //!
-//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build of text that was
-//! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs).
+//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build that was
+//! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs, rows/done.rs).
 
 use crate::blocks::{Input, WHOLE_MAX};
 use crate::files::DataFiles;

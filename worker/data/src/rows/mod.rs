@@ -7,6 +7,7 @@
 //! Nothing is padded, and of a file no more is held than its bytes and a batch of rows.
 
 mod build;
+mod done;
 mod example;
 mod fields;
 mod format;
