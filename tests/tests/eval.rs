@@ -130,7 +130,7 @@ fn rows_are_evaluated_as_the_trainer_does_it() {
     assert_eq!((&both["documents"], &both["windows"], &both["rows"]), (&json!(2), &json!(2), &json!(true)));
 
     let refused = |more: &[&str]| eval(&world, &[&["--data"][..], more].concat()).expect(2).stderr;
-    assert!(refused(&["rows.jsonl"]).contains("need a chat template"));
+    assert!(refused(&["rows.jsonl", "--set", "data.chat_template=none"]).contains("need a chat template"));
     world.write("pairs.jsonl", json!({"prompt": "a", "chosen": "b", "rejected": "c"}).to_string());
     assert!(refused(&["pairs.jsonl"]).contains("data.fields.completion"));
     let sets = ["pairs.jsonl", "--set", "data.fields.completion=chosen", "--json"];

@@ -1,8 +1,8 @@
 //! What a build of rows has done, from where one goes on that comes after a kill.
 
-use super::write::Written;
 use super::Report;
 use super::build::Kept;
+use super::write::Written;
 use crate::build::replace;
 use crate::tokenise::Appended;
 use crate::{Counts, Coverage, DataError};
