@@ -94,6 +94,49 @@ fn it_is_told_as_a_table_and_how_text_is_found_can_be_said() {
     assert_eq!(done.json()[0]["bytes"], 30 * "The river".len());
 }
 
+/// Two rows, of which a job holds one out: its first evaluation is that of the model as it is.
+#[test]
+fn rows_are_evaluated_as_the_trainer_does_it() {
+    let world = world("byte_level");
+    let row = |asked: &str, said: &str| {
+        json!({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+            .to_string()
+            + "\n"
+    };
+    let rows = [
+        row("How quiet was it?", "The river."),
+        row("Who counts?", "A machine that learned to count lanterns."),
+    ];
+    world.write("rows.jsonl", rows.concat());
+    world.write("job.toml", "task_name = \"sft\"\nbatch_size = 1\nmax_seq_len = 96\nmax_steps = 1\nmodel.path = \"model\"\ndevice = \"cpu\"\n\
+        data = { path = \"rows.jsonl\", chat_template = \"chatml\", validation_fraction = 0.5 }\n");
+    let done = world.run("fleet", &["launch", "job.toml", "--json"]).expect(0);
+    let trained = done.events("eval")[0]["loss"].as_f64().unwrap();
+    let set = ["--set", "data.chat_template=chatml", "--device", "cpu", "--json"];
+    let evaluated = |file: &str, row: &str| {
+        world.write(file, row);
+        eval(&world, &[&["--data", file][..], &set].concat()).expect(0).json()[0].clone()
+    };
+    let alone = [evaluated("one.jsonl", &rows[0]), evaluated("two.jsonl", &rows[1])];
+    let loss = |found: &Value| found["loss"].as_f64().unwrap();
+    assert!(alone.iter().any(|found| (loss(found) - trained).abs() < 1e-6), "{alone:?}, {trained}");
+    assert!((loss(&alone[0]) - loss(&alone[1])).abs() > 1e-3, "{alone:?}");
+    // Of both together every token counts alike, however many are computed at once.
+    let weight = |found: &Value| found["tokens"].as_f64().unwrap();
+    let mean = alone.iter().map(|found| loss(found) * weight(found)).sum::<f64>()
+        / alone.iter().map(weight).sum::<f64>();
+    let both = eval(&world, &[&["--data", "rows.jsonl"][..], &set].concat()).expect(0).json()[0].clone();
+    assert!((loss(&both) - mean).abs() < 1e-6, "{both}, {mean}");
+    assert_eq!((&both["documents"], &both["windows"], &both["rows"]), (&json!(2), &json!(2), &json!(true)));
+
+    let refused = |more: &[&str]| eval(&world, &[&["--data"][..], more].concat()).expect(2).stderr;
+    assert!(refused(&["rows.jsonl", "--set", "data.chat_template=none"]).contains("need a chat template"));
+    world.write("pairs.jsonl", json!({"prompt": "a", "chosen": "b", "rejected": "c"}).to_string());
+    assert!(refused(&["pairs.jsonl"]).contains("data.fields.completion"));
+    let sets = ["pairs.jsonl", "--set", "data.fields.completion=chosen", "--json"];
+    assert_eq!(eval(&world, &[&["--data"][..], &sets].concat()).expect(0).json()[0]["rows"], true);
+}
+
 #[test]
 fn what_is_wrong_is_told_in_one_line_by_its_name() {
     let world = world("byte_level");

@@ -178,6 +178,7 @@ mod tests {
         let ipo = of("lora_r = 1\nbeta = 0.5\ndpo.loss_type = \"ipo\"").unwrap().dpo.unwrap();
         assert_eq!((ipo.beta, ipo.loss_type), (0.5, PreferenceLoss::Ipo));
         assert_eq!(of("lora_r = 1").unwrap().dpo, None);
+        assert!(of("task_name = \"dpo\"\ndata.loss_on = \"answers\"").is_ok(), "which is what it does");
     }
 
     #[test]
@@ -197,6 +198,8 @@ mod tests {
             ("task_name = \"lm\"\nlora_r = 1\ndpo.beta = 0.1", "write task_name = \"dpo\""),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.packing = true", "`data.packing`"),
             ("task_name = \"dpo\"\nlora_r = 1\ndata.format = \"alpaca\"", "`data.format`"),
+            ("task_name = \"dpo\"\ndata.loss_on = \"all\"", "`data.loss_on` is for rows of one answer"),
+            ("task_name = \"dpo\"\ntrain_on_inputs = true", "`train_on_inputs` is for rows of one answer"),
         ] {
             let error = of(text).unwrap_err();
             assert!(error.contains(wanted), "{text}: {error}");

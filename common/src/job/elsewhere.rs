@@ -1,14 +1,15 @@
 //! Names that other tools (transformers, TRL, axolotl, Lightning, DeepSpeed, nanoGPT, litgpt, Megatron) have for what fleet calls otherwise, always does, or
-//! leaves out.
+//! leaves out; those of the tools for fine-tuning are in `tuning.rs`.
+
+mod tuning;
 
 /// What to do instead of a key of another tool: as it stands, in whichever table, or with all of its table.
 pub(super) fn instead(key: &str) -> Option<&'static str> {
     let name = key.rsplit('.').next().unwrap_or(key);
     let table = key.split('.').next().unwrap_or(key);
-    let find =
-        |name: &str| NAMES.iter().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
+    let find = |name: &str| all_names().find(|(names, _)| names.contains(&name)).map(|(_, instead)| *instead);
     let begins =
-        |name: &str| FAMILIES.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead);
+        |name: &str| all_families().find(|(begin, _)| name.starts_with(begin)).map(|(_, instead)| *instead);
     [key, name, table].into_iter().find_map(find).or_else(|| [name, table].into_iter().find_map(begins))
 }
 
@@ -17,7 +18,15 @@ pub(super) fn misspelt(key: &str) -> Option<(&'static str, &'static str)> {
     let name = key.rsplit('.').next().unwrap_or(key).to_lowercase();
     let is_near =
         |known: &&&str| known.len() >= 6 && strsim::damerau_levenshtein(&name, known) <= known.len() / 6;
-    NAMES.iter().find_map(|(names, instead)| Some((*names.iter().find(is_near)?, *instead)))
+    all_names().find_map(|(names, instead)| Some((*names.iter().find(is_near)?, *instead)))
+}
+
+fn all_names() -> impl Iterator<Item = &'static (&'static [&'static str], &'static str)> {
+    NAMES.iter().chain(tuning::NAMES)
+}
+
+fn all_families() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    FAMILIES.iter().chain(tuning::FAMILIES)
 }
 
 const RECORD: &str = "losses are kept in the cluster (`fleet runs show`) and printed by `fleet launch --json`; take the key out";
@@ -103,7 +112,7 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["gradient_checkpointing_kwargs", "attn_implementation", "flash_attention", "xformers_attention", "use_liger_kernel"],
         "there is one way to compute, and nothing to choose; take the key out"),
     (&["num_workers", "dataset_num_proc", "preprocessing_num_workers", "dataset_prepared_path", "overwrite_cache"], PREPARED),
-    (&["deepspeed", "fsdp", "local_rank", "num_processes", "accelerator_config", "tensor_model_parallel_size",
+    (&["deepspeed", "fsdp", "accelerator_config", "tensor_model_parallel_size",
         "pipeline_model_parallel_size"], SPREAD),
     (&["push_to_hub"], HUB),
     (&["use_cpu", "no_cuda", "use_mps_device", "accelerator"], "write `device`"),
@@ -163,6 +172,24 @@ mod tests {
         // TRL
         ("max_length", "`max_seq_len`"), ("padding_free", "nothing is padded"), ("roles_to_train", "`data.loss_on`"), ("dataset_text_field", "`data.text_field`"),
         ("eos_token", "`tokenizer.path`"), ("model_init_kwargs", "`model.path`"), ("loss_type", "cross-entropy"), ("activation_offloading", "`activation_checkpointing`"),
+        // PEFT, bitsandbytes, Unsloth
+        ("bnb_4bit_compute_dtype", "`precision`"), ("bnb_4bit_use_double_quant", "`quantization`"), ("device_map", "take the key out"),
+        ("full_finetuning", "`adapter.type`"), ("use_gradient_checkpointing", "`activation_checkpointing`"), ("random_state", "`seed`"), ("fan_in_fan_out", "take the key out"),
+        ("loftq_config", "`adapter.init`"), ("max_prompt_length", "`max_seq_len`"), ("truncation_mode", "`max_seq_len`"), ("response_template", "`data.loss_on`"),
+        ("rpo_alpha", "`dpo.loss_type`"), ("desirable_weight", "KTO"), ("sync_ref_model", "`dpo.ref_model`"), ("padding_value", "`data.packing`"),
+        // axolotl
+        ("base_model", "`model.path`"), ("sequence_len", "`max_seq_len`"), ("micro_batch_size", "`batch_size`"), ("val_set_size", "`data.validation_fraction`"),
+        ("datasets", "`data.path`"), ("rl", "`task_name`"), ("rl_beta", "`dpo.beta`"), ("lora_target_linear", "\"all-linear\""), ("lora_model_dir", "`adapter.path`"),
+        ("peft_use_dora", "`adapter.use_dora`"), ("special_tokens", "`tokenizer.path`"), ("trust_remote_code", "take the key out"), ("strict", "take the key out"),
+        ("tokenizer_type", "`tokenizer.path`"), ("default_system_message", "`data.fields.system`"), ("excess_length_strategy", "`max_seq_len`"),
+        ("eval_batch_size", "`eval.batch_size`"), ("noisy_embedding_alpha", "`neftune_noise_alpha`"), ("liger_rope", "take the key out"), ("sdp_attention", "take the key out"),
+        ("chat_template_jinja", "`data.chat_template`"), ("loss_watchdog_patience", "`early_stopping.patience`"),
+        // LLaMA-Factory
+        ("stage", "`task_name`"), ("finetuning_type", "`adapter.type`"), ("template", "`data.chat_template`"), ("cutoff_len", "`max_seq_len`"), ("dataset_dir", "`data.path`"),
+        ("val_size", "`data.validation_fraction`"), ("quantization_bit", "`quantization`"), ("pref_beta", "`dpo.beta`"), ("pref_loss", "`dpo.loss_type`"),
+        ("flash_attn", "take the key out"), ("plot_loss", "take the key out"), ("additional_target", "`adapter.modules_to_save`"), ("neat_packing", "`data.packing`"),
+        ("resize_vocab", "take the key out"), ("interleave_probs", "`data.weights`"), ("pure_bf16", "`precision`"), ("galore_rank", "AdamW"),
+        ("model_type", "`model.model_type`"), ("rope_scaling", "config.json"),
         // Lightning
         ("max_epochs", "`epochs`"), ("min_steps", "take the key out"), ("trainer", "`max_steps`"), ("accelerator", "`device`"),
         ("gradient_clip_val", "`max_grad_norm`"), ("limit_val_batches", "`max_eval_examples`"), ("fast_dev_run", "`max_steps`"),
@@ -206,10 +233,15 @@ mod tests {
     fn no_key_of_fleets_is_called_anothers_and_every_key_that_is_named_exists() {
         let known: Vec<&str> = super::super::keys().collect();
         for key in &known {
-            let is_whole = NAMES.iter().any(|(names, _)| names.contains(key));
-            assert!(!is_whole && !FAMILIES.iter().any(|(begin, _)| key.starts_with(begin)), "{key}");
+            let is_whole = all_names().any(|(names, _)| names.contains(key));
+            assert!(!is_whole && !all_families().any(|(begin, _)| key.starts_with(begin)), "{key}");
         }
-        let texts = NAMES.iter().map(|(_, text)| *text).chain(FAMILIES.iter().map(|(_, text)| *text));
+        let mut names: Vec<&str> = all_names().flat_map(|(names, _)| names.iter().copied()).collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all, "no name stands twice");
+        let texts = all_names().map(|(_, text)| *text).chain(all_families().map(|(_, text)| *text));
         for instead in texts {
             let named = instead.split('`').skip(1).step_by(2);
             for name in named.filter(|name| !name.starts_with("fleet ") && !name.starts_with('-')) {

@@ -43,13 +43,15 @@ pub fn of_data(
     data: &[PathBuf],
     sets: &[String],
     working_dir: &Path,
+    is_rows: bool,
 ) -> Result<Job, JobFileError> {
     const SAID_ELSEWHERE: [&str; 3] = ["data.path", "data.paths", "data.validation_fraction"];
     for set in sets {
         let (key, value) = super::set::parse(set)?;
         if !key.starts_with("data.") || SAID_ELSEWHERE.contains(&key.as_str()) {
             let message = format!(
-                "`{key}` says nothing of how text is read; data.text_field, data.include, data.exclude and those of data.clean do"
+                "`{key}` says nothing of how text is read; data.text_field, data.include, data.exclude and those of data.clean do, and of rows \
+                 data.format, data.fields, data.chat_template and data.loss_on"
             );
             return Err(JobFileError::Refused { place: value.place, message });
         }
@@ -62,7 +64,9 @@ pub fn of_data(
             .ok_or_else(|| JobFileError::Refused { place: "--data".into(), message: message() })
     };
     let data = data.iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?;
-    let file = serde_json::json!({"model": {"path": text(model)?}, "data": {"path": data}});
+    let task = is_rows.then_some("sft");
+    let file =
+        serde_json::json!({"task_name": task, "model": {"path": text(model)?}, "data": {"path": data}});
     let job = parse(&file.to_string(), Format::Json, "--data", "data".as_ref(), sets, working_dir)?;
     Ok(job.0)
 }

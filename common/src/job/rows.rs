@@ -169,10 +169,19 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
         let message = "`data.packing` is for rows of one answer; leave it out".to_owned();
         return Err(f.refuse(&["data.packing"], message));
     }
+    let loss_on = loss_on(f)?;
+    if loss_on == LossOn::All && format == Some(RowFormat::Preference) {
+        let keys = ["data.loss_on", "data.completion_only_loss", "data.train_on_inputs"];
+        let said = keys.into_iter().find(|key| f.is_given(key)).map_or("data.loss_on", |key| f.spelling(key));
+        let message = format!(
+            "`{said}` is for rows of one answer: of preferences two answers to the same prompt are compared, and nothing else; leave it out"
+        );
+        return Err(f.refuse(&keys, message));
+    }
     Ok(Some(Rows {
         format,
         fields: given.collect(),
-        loss_on: loss_on(f)?,
+        loss_on,
         chat_template: chat_template(f, dir)?,
         packing,
         bad_rows: bad_rows(f)?,

@@ -1,10 +1,10 @@
-//! `fleet eval`: how well a model predicts texts. `fleet-rank` does it; this process becomes it.
+//! `fleet eval`: how well a model predicts texts, or the answers of rows. `fleet-rank` does it; this process becomes it.
 
 use crate::failure::Failure;
 use crate::programs;
 use std::path::PathBuf;
 
-/// Measure how well a model predicts texts: loss, perplexity, token accuracy, bits per byte
+/// Measure how well a model predicts texts, or the answers in rows of instructions: loss, perplexity, token accuracy, bits per byte
 #[derive(clap::Args)]
 pub struct Args {
     /// Directory with config.json, model.safetensors and tokenizer.json: a checkpoint, or any Hugging Face directory of a family that
@@ -14,13 +14,13 @@ pub struct Args {
     /// Adapter of PEFT that changes the model, a directory with adapter_config.json and adapter_model.safetensors; several add up
     #[arg(long = "adapter", value_name = "DIR")]
     adapters: Vec<PathBuf>,
-    /// Files and folders of text, read as a job reads its `data.path`; the whole of them counts
+    /// Files and folders of text or of rows of instructions, read as a job reads its `data.path`; the whole of them counts, of rows the answers
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
     /// More of them
     #[arg(value_name = "FILE")]
     more: Vec<PathBuf>,
-    /// A setting of how text is found in them, as in a job: data.text_field=body, data.clean.remove_html=true
+    /// A setting of how text is found in them, as in a job: data.text_field=body, data.clean.remove_html=true, data.chat_template=chatml
     #[arg(long = "set", value_name = "K=V")]
     sets: Vec<String>,
     /// auto, cpu or cuda

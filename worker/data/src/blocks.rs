@@ -1,7 +1,8 @@
 //! A file as blocks: whole rows or texts, about a megabyte at a time, so that data of any size pass through the same memory. The same
 //! file gives the same blocks.
 
-use crate::chunks::{CHUNK, Characters, Chunks, Lines};
+use crate::array::{self, Elements};
+use crate::chunks::{CHUNK, Characters, Chunks, Ends, Lines};
 use crate::documents::{PIECE_LARGE, cut, cut_front};
 use crate::formats::Kind;
 use crate::table::{Dialect, Header, RowEnds};
@@ -18,6 +19,10 @@ use std::sync::{Arc, mpsc};
 /// A text of more bytes than this is cut.
 pub(crate) const WHOLE_MAX: usize = 16 << 20;
 
+/// What is held as a whole of JSON.
+const COLUMNS: &str =
+    "it is JSON of one object, which is held as a whole; write its rows as JSON Lines (.jsonl)";
+
 /// Rows or texts that follow each other in a file.
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -32,8 +37,8 @@ pub(crate) enum Contents {
     Texts { texts: Vec<String>, begins: bool },
     /// Objects, one per line, from this line on.
     Lines { line: u64, text: String },
-    /// A file of JSON that is one value.
-    Document(String),
+    /// A file of JSON that is one value, or rows of one that is an array, from this row and line on.
+    Document { row: u64, line: u64, text: String },
     /// Rows of a table, from this line on.
     Table { header: Arc<Header>, line: u64, text: String },
     /// Rows of Parquet, from this row on.
@@ -168,6 +173,10 @@ impl<'a> Reader<'a> {
     }
 
     fn json(self, bytes: Box<dyn Read + 'a>) -> Result<bool, DataError> {
+        let (head, bytes) = self.head(bytes)?;
+        if array::is_array(&head) {
+            return self.array(bytes);
+        }
         let mut chunks = Chunks::new(self.path, bytes, Lines);
         let Some((_, mut first)) = chunks.next()? else { return Ok(true) };
         // Two lines show what the file is.
@@ -179,9 +188,9 @@ impl<'a> Reader<'a> {
         let (text, is_damaged) = self.decode((0, first))?;
         if json::is_one_document(json::lines(1, &text).map(|(_, line)| line.trim())) {
             let behind = text.len();
-            let (rest, damaged) = self.decode((behind, chunks.all(Vec::new())?))?;
-            let is_damaged = is_damaged || damaged;
-            return (self.take)(Block { contents: Contents::Document(text + &rest), is_damaged });
+            let (rest, damaged) = self.decode((behind, chunks.all(COLUMNS)?))?;
+            let contents = Contents::Document { row: 1, line: 1, text: text + &rest };
+            return (self.take)(Block { contents, is_damaged: is_damaged || damaged });
         }
         let mut line = 1;
         let mut next = Some((text, is_damaged));
@@ -196,13 +205,45 @@ impl<'a> Reader<'a> {
         Ok(true)
     }
 
-    fn table(self, mut bytes: Box<dyn Read + 'a>, dialect: Dialect) -> Result<bool, DataError> {
-        let bad = |(line, what)| DataError::Row { path: self.path.to_owned(), line, what };
+    /// As much as a chunk has of the beginning, and all.
+    fn head(&self, mut bytes: Box<dyn Read + 'a>) -> Result<(Vec<u8>, Box<dyn Read + 'a>), DataError> {
         let mut head = Vec::new();
         let failed = |e| crate::text::unreadable(self.path, e);
         (&mut bytes).take(CHUNK as u64).read_to_end(&mut head).map_err(failed)?;
+        Ok((head.clone(), Box::new(io::Cursor::new(head).chain(bytes))))
+    }
+
+    /// An array of rows.
+    fn array(self, bytes: Box<dyn Read + 'a>) -> Result<bool, DataError> {
+        let mut chunks = Chunks::new(self.path, bytes, Elements::default());
+        let (mut seen, mut line) = (Elements::default(), 1);
+        let mut next = chunks.next()?;
+        while let Some((offset, bytes)) = next {
+            let row = seen.ended() + 1;
+            seen.last(&bytes);
+            let is_behind_comma = row > 1 && bytes.trim_ascii_start().starts_with(b"]");
+            next = chunks.next()?;
+            let is_last = next.is_none();
+            let (text, is_damaged) = self.decode((offset, bytes))?;
+            let lines = text.matches('\n').count() as u64;
+            if is_behind_comma {
+                let what = "not JSON: a comma without a row behind it; take it out".to_owned();
+                return Err(DataError::Row { path: self.path.to_owned(), line, what });
+            }
+            let contents = Contents::Document { row, line, text: array::closed(text, offset == 0, is_last) };
+            if !(self.take)(Block { contents, is_damaged })? {
+                return Ok(false);
+            }
+            line += lines;
+        }
+        Ok(true)
+    }
+
+    fn table(self, bytes: Box<dyn Read + 'a>, dialect: Dialect) -> Result<bool, DataError> {
+        let bad = |(line, what)| DataError::Row { path: self.path.to_owned(), line, what };
+        let (head, bytes) = self.head(bytes)?;
         let ends = RowEnds::of(&String::from_utf8_lossy(&head), dialect);
-        let mut chunks = Chunks::new(self.path, Box::new(io::Cursor::new(head).chain(bytes)), ends);
+        let mut chunks = Chunks::new(self.path, bytes, ends);
         let Some(first) = chunks.next()? else { return Ok(true) };
         let (first, mut is_damaged) = self.decode(first)?;
         let Some((header, rest, mut line)) = Header::read(&first, dialect).map_err(bad)? else {

@@ -17,9 +17,10 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::mpsc;
 
-/// What is being built begins with one of these; no reader looks at it. The second is gone on from.
-pub(crate) const TEMPORARY: &str = ".tmp-";
+/// What is being built begins with this; no reader looks at it. It is gone on from.
 const PART: &str = ".part-";
+/// What earlier versions were building, from which nothing goes on.
+const TEMPORARY: &str = ".tmp-";
 
 /// Held while building below this directory of caches. Gone with its process.
 pub(crate) struct Lock(#[expect(dead_code, reason = "the lock lasts as long as the open file")] File);
@@ -52,7 +53,7 @@ pub(crate) fn build(
     target: &Path,
     progress: &dyn Fn(Note),
 ) -> Result<(), DataError> {
-    appear(target, PART, |dir| {
+    appear(target, |dir| {
         let documents = Documents::of(files, &job.data)?;
         let survey = Survey::of(&documents, job, dir)?;
         let encoder = encoder(job, &documents, &survey, ids, dir, progress)?;
@@ -207,16 +208,15 @@ fn check_windows(job: &Job, train_tokens: u64, validation_tokens: u64) -> Result
     Ok(())
 }
 
-/// Lets `fill` write synced files into a hidden directory, whose name begins so, and renames it to `target`.
+/// Lets `fill` write synced files into a hidden directory, and renames it to `target`.
 pub(crate) fn appear(
     target: &Path,
-    hidden: &str,
     fill: impl FnOnce(&Path) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
     let failed = |source| DataError::Write { path: target.to_owned(), source };
     let parent = target.parent().unwrap_or(Path::new("."));
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = parent.join(format!("{hidden}{name}"));
+    let temporary = parent.join(format!("{PART}{name}"));
     let rename = || {
         File::open(&temporary)?.sync_all()?;
         if target.exists() {

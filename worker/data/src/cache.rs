@@ -9,8 +9,8 @@
 //!   meta.json                  counts and SHA-256 of the others
 //! ```
 //!
-//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build of text that was
-//! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs).
+//! It is built in a hidden directory, synced and renamed, under a lock; what appears under a hash is whole. What a build that was
+//! killed leaves in `.part-<hash>` the next one goes on with (tokenise.rs, rows/done.rs).
 
 use crate::blocks::{Input, WHOLE_MAX};
 use crate::files::DataFiles;
@@ -34,7 +34,7 @@ use std::time::Instant;
 pub(crate) const FORMAT: &str = "fleet-tokens/2";
 
 /// The same for rows alone.
-const ROWS_FORMAT: &str = "rows/2";
+const ROWS_FORMAT: &str = "rows/3";
 
 pub(crate) const TRAIN: &str = "train.bin";
 pub(crate) const VALIDATION: &str = "validation.bin";

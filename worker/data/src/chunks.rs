@@ -2,7 +2,7 @@
 
 use crate::DataError;
 use crate::text::{not_text, unreadable};
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
 /// The least bytes of a chunk, where there are so many.
@@ -76,17 +76,42 @@ impl<'r, E: Ends> Chunks<'r, E> {
         Ok((!chunk.is_empty()).then_some((offset, chunk)))
     }
 
-    /// All that has not been given yet, behind `chunk`.
-    pub fn all(&mut self, mut chunk: Vec<u8>) -> Result<Vec<u8>, DataError> {
-        chunk.append(&mut self.rest);
-        self.bytes.read_to_end(&mut chunk).map_err(|e| unreadable(self.path, e))?;
-        Ok(chunk)
+    /// All that has not been given yet, if that can be held; `what` says why it must be, and what to do instead.
+    pub fn all(&mut self, what: &'static str) -> Result<Vec<u8>, DataError> {
+        let rest = io::Cursor::new(std::mem::take(&mut self.rest));
+        held(self.path, rest.chain(&mut self.bytes), HELD_MAX, what)
+    }
+}
+
+/// What is held as a whole has at most so many bytes.
+pub(crate) const HELD_MAX: usize = 1 << 30;
+
+/// All of `bytes`, of which there are at most `most`, else `what` is wrong.
+pub(crate) fn held(
+    path: &Path,
+    bytes: impl Read,
+    most: usize,
+    what: &'static str,
+) -> Result<Vec<u8>, DataError> {
+    let mut all = Vec::new();
+    bytes.take(most as u64 + 1).read_to_end(&mut all).map_err(|e| unreadable(path, e))?;
+    match all.len() <= most {
+        true => Ok(all),
+        false => Err(DataError::TooLarge { path: path.to_owned(), most, what }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_too_large_to_hold_is_refused_with_what_to_do() {
+        assert_eq!(held(Path::new("a"), &b"abc"[..], 3, "").unwrap(), b"abc");
+        let error =
+            held(Path::new("a"), &b"abcd"[..], 3, "it is UTF-16; convert it").unwrap_err().to_string();
+        assert!(error.contains("more than 3 bytes, and it is UTF-16; convert it"), "{error}");
+    }
 
     #[test]
     fn chunks_end_with_rows_and_are_all_of_the_file() {

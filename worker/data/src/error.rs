@@ -29,6 +29,9 @@ pub enum DataError {
     Foreign { path: PathBuf, name: &'static str, cure: &'static str },
     #[error("{path} is not text: {what}")]
     NotText { path: PathBuf, what: String },
+    /// Of what is held as a whole.
+    #[error("{path} has more than {most} bytes, and {what}")]
+    TooLarge { path: PathBuf, most: usize, what: &'static str },
     #[error(
         "{path} is not UTF-8 text: bad byte at offset {offset}; convert it (`iconv -f WINDOWS-1252 -t UTF-8`, if it is older text \
          of Western Europe), or leave it out with data.exclude"

@@ -20,16 +20,16 @@ pub(crate) fn lines(first: u64, text: &str) -> impl Iterator<Item = (u64, &str)>
 /// The text field of the object in a line.
 pub(crate) fn text(line: &str, field: &str) -> Result<String, String> {
     let mut out = Vec::new();
-    parse(line, Rows { field, whole: false, out: &mut out }).map_err(|e| what_is_wrong(line, &e))?;
+    parse(line, Rows { field, whole: None, out: &mut out }).map_err(|e| what_is_wrong(line, &e))?;
     out.pop().ok_or_else(|| "no text".to_owned())
 }
 
-/// That of all rows of a file which is one value, or what is wrong in which line.
-pub(crate) fn texts(text: &str, field: &str) -> Result<Vec<String>, Wrong> {
+/// That of all rows of a value that is a file, or a part of an array from this row and line on; or what is wrong in which line.
+pub(crate) fn texts(row: u64, line: u64, text: &str, field: &str) -> Result<Vec<String>, Wrong> {
     let mut out = Vec::new();
-    match parse(text, Rows { field, whole: true, out: &mut out }) {
+    match parse(text, Rows { field, whole: Some(row), out: &mut out }) {
         Ok(()) => Ok(out),
-        Err(e) => Err((e.line() as u64, what_is_wrong(text, &e))),
+        Err(e) => Err((line - 1 + e.line() as u64, what_is_wrong(text, &e))),
     }
 }
 
@@ -111,10 +111,10 @@ fn without_place(error: &impl fmt::Display) -> String {
     what.rfind(" at line ").map_or(what.as_str(), |at| &what[..at]).to_owned()
 }
 
-/// Appends the text of a row to `out`; with `whole`, of all rows of an array or of a column.
+/// Appends the text of a row to `out`; with `whole`, of all rows of an array, of which that is the first one's number, or of a column.
 struct Rows<'a> {
     field: &'a str,
-    whole: bool,
+    whole: Option<u64>,
     out: &'a mut Vec<String>,
 }
 
@@ -147,7 +147,7 @@ impl<'de> Visitor<'de> for Rows<'_> {
                 }
                 found = Some(map.next_value_seed(Text {
                     field: self.field,
-                    column: self.whole,
+                    column: self.whole.is_some(),
                     out: self.out,
                 })?);
                 continue;
@@ -173,7 +173,7 @@ impl<'de> Visitor<'de> for Rows<'_> {
                 None => Ok(()),
             };
         }
-        let deeper = match self.whole {
+        let deeper = match self.whole.is_some() {
             true => {
                 "; rows below one of them go to JSON Lines (`jq -c '.NAME[]'`); no rows at all: leave it out with data.exclude"
             }
@@ -183,13 +183,12 @@ impl<'de> Visitor<'de> for Rows<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
-        if !self.whole {
+        let Some(mut number) = self.whole else {
             let array = Unexpected::Other("an array");
             return Err(A::Error::invalid_type(array, &self));
-        }
-        let mut number = 1u64;
+        };
         loop {
-            let row = Rows { field: self.field, whole: false, out: self.out };
+            let row = Rows { field: self.field, whole: None, out: self.out };
             match rows.next_element_seed(row) {
                 Ok(Some(())) => number += 1,
                 Ok(None) => return Ok(()),
@@ -346,7 +345,7 @@ mod tests {
     fn read(all: &str) -> Result<Vec<String>, String> {
         let told = |(line, what): Wrong| format!("line {line}: {what}");
         match is_one_document(lines(1, all).map(|(_, line)| line.trim())) {
-            true => texts(all, "text").map_err(told),
+            true => texts(1, 1, all, "text").map_err(told),
             false => {
                 lines(1, all).map(|(n, line)| text(line, "text").map_err(|what| told((n, what)))).collect()
             }

@@ -4,12 +4,14 @@
 //! alone which windows are its own. Nothing here knows of tensors or of the cluster.
 
 mod added;
+mod array;
 mod blocks;
 mod build;
 mod cache;
 pub mod chat;
 mod chunks;
 mod clean;
+mod counts;
 mod coverage;
 mod documents;
 mod error;
@@ -25,6 +27,7 @@ mod parquet;
 mod permutation;
 mod prefix_space;
 mod rows;
+mod separator;
 mod split;
 mod splits;
 mod stream;
@@ -39,13 +42,13 @@ mod windows;
 
 pub use cache::{Meta, RowMeta, TokenCache};
 pub use clean::{Pipeline, Processor, TextCleaning};
+pub use counts::Counts;
 pub use coverage::Coverage;
-pub use documents::Counts;
 pub use error::DataError;
 pub use files::DataFiles;
 pub use note::Note;
 pub use order::{Cursor, Order, evaluation_part};
-pub use rows::Report;
+pub use rows::{Report, holds_rows};
 pub use stream::Stream;
 pub use tokenizer::{END_OF_TEXT, Encoded, decode, guarded};
 pub use windows::{Item, Windows};

@@ -76,6 +76,11 @@ fn rows(similar: f64) -> usize {
     (1..=NUMBERS).rev().find(|rows| found(*rows) >= 0.95).unwrap_or(1)
 }
 
+/// Of so many signatures on the disk.
+pub(crate) fn bytes(count: usize) -> u64 {
+    (count * BYTES) as u64
+}
+
 /// The signatures of documents, in their order, in a file that goes with this.
 pub(crate) struct Signatures {
     path: PathBuf,
@@ -84,8 +89,23 @@ pub(crate) struct Signatures {
 
 impl Signatures {
     pub fn create(path: &Path) -> Result<Signatures, DataError> {
-        let file = File::create(path).map_err(|source| failed(path, source))?;
+        Signatures::with(path, 0)
+    }
+
+    /// With the first `count` of those that are there.
+    pub fn with(path: &Path, count: usize) -> Result<Signatures, DataError> {
+        let opened = File::options().create(true).append(true).open(path).and_then(|file| {
+            file.set_len(bytes(count))?;
+            Ok(file)
+        });
+        let file = opened.map_err(|source| failed(path, source))?;
         Ok(Signatures { path: path.to_owned(), file: BufWriter::new(file) })
+    }
+
+    /// All are on the disk then.
+    pub fn sync(&mut self) -> Result<(), DataError> {
+        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        synced.map_err(|source| failed(&self.path, source))
     }
 
     pub fn add(&mut self, signatures: &[Signature]) -> Result<(), DataError> {

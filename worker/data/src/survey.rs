@@ -1,8 +1,9 @@
 //! A first look at all documents, before any is tokenised: how many there are, which of them are nearly the same, and what becomes of each.
 
+use crate::Counts;
 use crate::DataError;
 use crate::blocks::{self, Input};
-use crate::documents::{Counts, Documents, Found};
+use crate::documents::{Documents, Found};
 use crate::near::{self, Signatures};
 use crate::split::{Record, held_out};
 use crate::weights;

@@ -1,10 +1,11 @@
 //! Rows of tables, strictly: what is not as the format says is refused, because a lenient reader loses rows without a word.
 //!
-//! CSV is RFC 4180 in UTF-8. TSV is what people write: tabs and line ends separate, and a quote is a character like others. Rows
+//! CSV is RFC 4180 in UTF-8, with another separator where its first rows show one. TSV is what people write: tabs and line ends separate, and a quote is a character like others. Rows
 //! end with `\n` or `\r\n`, or with `\r` where the first row does; empty lines are skipped.
 
 use crate::chunks::Ends;
 use crate::documents::no_field;
+use crate::separator;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 
@@ -21,18 +22,6 @@ impl Dialect {
             Dialect::Csv => ',',
             Dialect::Tsv => '\t',
         }
-    }
-}
-
-/// The character that a first line `sep=;` names, as Excel reads and writes it, and what follows that line.
-fn named_separator(text: &str, newline: char) -> Option<(char, &str)> {
-    let (line, rest) = text.split_once(newline)?;
-    let line = line.trim_end_matches('\r').trim_matches('"');
-    let named = line.strip_prefix("sep=").or_else(|| line.strip_prefix("SEP="))?;
-    let mut characters = named.chars();
-    match (characters.next(), characters.next()) {
-        (Some(separator), None) if separator.is_ascii() && separator != '"' => Some((separator, rest)),
-        _ => None,
     }
 }
 
@@ -80,7 +69,7 @@ impl Header {
             let row = row?;
             match row.fields.len() {
                 found if found == wanted => Ok(row),
-                found => Err((row.line, wrong_length(found, wanted, dialect))),
+                found => Err((row.line, wrong_length(found, wanted, dialect, separator))),
             }
         })
     }
@@ -103,6 +92,9 @@ impl Header {
         text: &str,
     ) -> Result<impl Iterator<Item = Result<Object, Wrong>>, Wrong> {
         let names = &self.names;
+        if let Some(what) = other_separator(self, "a table of one field") {
+            return Err((self.line, what));
+        }
         if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
             let what = format!(
                 "there are two columns `{twice}` (the second is number {}); rename one of them",
@@ -173,26 +165,36 @@ fn column(header: &Header, field: &str) -> Result<usize, Wrong> {
     match (found.next(), found.next()) {
         (Some(_), Some(_)) => refused(format!("there are two columns `{field}`; rename one of them")),
         (Some(at), None) => Ok(at),
-        (None, _) => {
-            let other = [(',', ".csv"), ('\t', ".tsv"), (';', ""), ('|', "")];
-            let own = header.dialect.separator();
-            let one = if header.names.len() == 1 { header.names[0].as_str() } else { "" };
-            match other.into_iter().find(|(separator, _)| *separator != own && one.contains(*separator)) {
-                Some((separator, "")) => refused(format!(
-                    "no field `{field}`: its fields seem to be separated by `{separator}`; separate them by commas (.csv) or tabs (.tsv)"
-                )),
-                Some((separator, extension)) => refused(format!(
-                    "no field `{field}`: its fields seem to be separated by {separator:?}; name such a file {extension}"
-                )),
-                None => refused(format!("{} (the first row names the fields)", no_field(field, names()))),
-            }
-        }
+        (None, _) => refused(
+            other_separator(header, &format!("no field `{field}`"))
+                .unwrap_or_else(|| format!("{} (the first row names the fields)", no_field(field, names()))),
+        ),
     }
 }
 
-fn wrong_length(found: usize, wanted: usize, dialect: Dialect) -> String {
+/// What is wrong with a header of one field that seems to be several.
+fn other_separator(header: &Header, what: &str) -> Option<String> {
+    let [one] = header.names.as_slice() else { return None };
+    let others = [(',', ".csv"), ('\t', ".tsv"), (';', ""), ('|', "")];
+    let is_other = |(separator, _): &(char, &str)| *separator != header.separator && one.contains(*separator);
+    let (separator, extension) = others.into_iter().find(is_other)?;
+    Some(match (separator, header.dialect) {
+        (';' | '|', _) => format!(
+            "{what}: its fields seem to be separated by `{separator}`, and not all of its first rows have as many; put texts with one in quotes, \
+             or separate fields by commas (.csv) or tabs (.tsv)"
+        ),
+        (_, Dialect::Csv) => format!(
+            "{what}: its fields seem to be separated by {separator:?}, and not all of its first rows have as many; name such a file {extension}"
+        ),
+        (_, Dialect::Tsv) => {
+            format!("{what}: its fields seem to be separated by {separator:?}; name such a file {extension}")
+        }
+    })
+}
+
+fn wrong_length(found: usize, wanted: usize, dialect: Dialect, separator: char) -> String {
     let why = match dialect {
-        Dialect::Csv => "a field with commas or line ends stands in quotes",
+        Dialect::Csv => &format!("a field with {separator:?} or line ends stands in quotes"),
         Dialect::Tsv => {
             "a field of a TSV has no tabs or line ends, and quotes do not change that; such text goes to CSV or JSON Lines"
         }
@@ -220,13 +222,13 @@ struct Rows<'t> {
 impl<'t> Rows<'t> {
     fn new(text: &'t str, dialect: Dialect) -> Rows<'t> {
         let newline = newline(text, dialect);
-        match named_separator(text, newline).filter(|_| dialect == Dialect::Csv) {
-            Some((separator, rest)) => Rows { rest, line: 2, newline, separator, dialect, goes_on: false },
-            None => {
-                let separator = dialect.separator();
-                Rows { rest: text, line: 1, newline, separator, dialect, goes_on: false }
-            }
+        let is_csv = dialect == Dialect::Csv;
+        if let Some((separator, rest)) = separator::named(text, newline).filter(|_| is_csv) {
+            return Rows { rest, line: 2, newline, separator, dialect, goes_on: false };
         }
+        let shown = separator::shown(text, newline).filter(|_| is_csv);
+        let separator = shown.unwrap_or(dialect.separator());
+        Rows { rest: text, line: 1, newline, separator, dialect, goes_on: false }
     }
 
     /// Goes to the end of a row with something wrong in it.
@@ -397,6 +399,7 @@ mod tests {
         );
         assert_eq!(csv("\"te\nxt\",text\r1,a\r").unwrap(), ["a"]);
         assert_eq!(csv("").unwrap(), [] as [&str; 0]);
+        assert_eq!(csv("id;text\n1;\"a; b\"\n2;c, d\n").unwrap(), ["a; b", "c, d"], "with another separator");
         assert_eq!(csv(" id , text \n1, a \n").unwrap(), [" a "], "white space belongs to a field");
     }
 
@@ -439,10 +442,12 @@ mod tests {
         assert!(
             error(Dialect::Csv, "text,id,text\na,1,b\n").contains("line 1: there are two columns `text`")
         );
-        assert!(error(Dialect::Csv, "id;text\n1;a\n").contains("separated by `;`; separate them by commas"));
-        assert!(
-            error(Dialect::Csv, "id\ttext\n1\ta\n").contains("separated by '\\t'; name such a file .tsv")
-        );
+        let ragged = error(Dialect::Csv, "id;text\n1;a;b\n");
+        assert!(ragged.contains("separated by `;`, and not all of its first rows have as many"), "{ragged}");
+        assert!(error(Dialect::Csv, "id\ttext\n1\ta\tb\n").contains("name such a file .tsv"));
+        let header = Header::read("id,text\n1,a\n", Dialect::Tsv).unwrap().unwrap().0;
+        let rows = header.objects(1, "").err().unwrap().1;
+        assert!(rows.contains("a table of one field: its fields seem to be separated by ','"), "{rows}");
         assert!(error(Dialect::Tsv, "id,text\n1,a\n").contains("name such a file .csv"));
         assert!(error(Dialect::Csv, "id,body\n1,x\n").contains("set data.text_field to one of: id, body"));
         let long = error(Dialect::Csv, &format!("\"a\nb\",{}\n", "x".repeat(1000)));

@@ -1,6 +1,7 @@
 //! From the bytes of a file to its text: unpacked, known by its first bytes, and decoded.
 
 use crate::DataError;
+use crate::chunks::{HELD_MAX, held};
 use crate::formats::{HEAD, Kind};
 use crate::unpack::{damage, unpack};
 use std::io::{self, Cursor, Read};
@@ -12,6 +13,8 @@ const UNPACKED_MIN: u64 = 256 << 20;
 /// Text seldom shrinks to less than a twentieth; a bomb does to a thousandth.
 const RATIO_MAX: u64 = 100;
 
+const UTF16: &str = "it is UTF-16, which is held as a whole; convert it with `iconv -f UTF-16 -t UTF-8`";
+
 const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// A file that is open: how it is to be cut, never `Kind::Packed`, and its bytes. Of text these are unpacked, in UTF-8 as far as the file is
@@ -21,7 +24,7 @@ pub(crate) struct Opened<'r> {
     pub bytes: Box<dyn Read + 'r>,
 }
 
-/// Opens what `file` gives, of which there are `len` bytes. UTF-16 is held as a whole.
+/// Opens what `file` gives, of which there are `len` bytes. UTF-16 is held as a whole, if it can be.
 pub(crate) fn open<'r>(path: &Path, mut file: impl Read + 'r, len: u64) -> Result<Opened<'r>, DataError> {
     let failed = |e| unreadable(path, e);
     let mut head = first_bytes(&mut file).map_err(failed)?;
@@ -49,8 +52,7 @@ pub(crate) fn open<'r>(path: &Path, mut file: impl Read + 'r, len: u64) -> Resul
         _ => None,
     };
     if let Some(unit) = unit {
-        let mut all = Vec::new();
-        bytes.read_to_end(&mut all).map_err(failed)?;
+        let all = held(path, bytes, HELD_MAX, UTF16)?;
         let text = utf16(&all[2..], unit).map_err(|what| not_text(path, what))?;
         bytes = Box::new(Cursor::new(text.into_bytes()));
     } else if head.starts_with(UTF8_MARK) {

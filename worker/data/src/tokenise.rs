@@ -123,15 +123,15 @@ fn left(dir: &Path, train: &Path, held_out: &Path) -> Option<Done> {
 }
 
 /// A file that is written at its end.
-struct Appended {
+pub(crate) struct Appended {
     path: PathBuf,
     file: File,
     len: u64,
 }
 
 impl Appended {
-    /// With its first bytes.
-    fn open(path: PathBuf, len: u64) -> Result<Appended, DataError> {
+    /// With its first `len` bytes.
+    pub fn open(path: PathBuf, len: u64) -> Result<Appended, DataError> {
         let opened = OpenOptions::new().create(true).append(true).open(&path).and_then(|file| {
             file.set_len(len)?;
             Ok(file)
@@ -140,12 +140,13 @@ impl Appended {
         Ok(Appended { path, file, len })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {
         self.len += bytes.len() as u64;
         self.file.write_all(bytes).map_err(|source| failed(&self.path, source))
     }
 
-    fn sync(&mut self) -> Result<u64, DataError> {
+    /// How many bytes are on the disk then.
+    pub fn sync(&mut self) -> Result<u64, DataError> {
         self.file.sync_all().map_err(|source| failed(&self.path, source))?;
         Ok(self.len)
     }

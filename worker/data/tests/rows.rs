@@ -353,3 +353,75 @@ fn answers_that_begin_within_a_token_are_counted() {
         assert_eq!(told(&notes).contains("do not join at a token boundary"), unjoined > 0);
     }
 }
+
+/// A conversation in which a function is called, and nothing is said beside.
+const CALLS: &str = r#"{"tools": [{"type": "function", "function": {"name": "rain"}}], "messages": [{"role": "user", "content": "q"},
+    {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {}}}]},
+    {"role": "tool", "content": "3 mm"}, {"role": "assistant", "content": "some", "reasoning_content": "hm"}]}"#;
+
+#[test]
+fn what_a_template_does_not_write_is_told() {
+    let rows = CALLS.replace('\n', " ") + "\n";
+    let (_dir, chatml) = job("a.jsonl", &rows.repeat(2), "chat_template = \"chatml\"");
+    let (cache, notes) = build(&chatml).unwrap();
+    let report = &cache.meta().rows.as_ref().unwrap().report;
+    let expected = ["reasoning_content", "tool_calls", "tools"].map(|name| (name.to_owned(), 2));
+    assert_eq!(report.left_out, expected.into());
+    for name in ["tools", "tool_calls", "reasoning_content"] {
+        let line = format!("the chat template does not write the `{name}` of 2 rows");
+        let note = notes.iter().find(|note| note.line.starts_with(&line));
+        assert!(note.is_some_and(|note| note.level == Level::Warn), "{name}: {}", told(&notes));
+    }
+    let source = "{{ tools | tojson }}{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and m.tool_calls %}{% generation %}\
+        {{ m.tool_calls[0].function.name }}<|endoftext|>{% endgeneration %}{% elif m.role == 'assistant' %}{% generation %}{{ m.reasoning_content }}{{ m.content }}\
+        <|endoftext|>{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    let (dir, mut own) = job("a.jsonl", &rows, "");
+    let template = dir.path().join("own.jinja");
+    fs::write(&template, source).unwrap();
+    own.data.rows.as_mut().unwrap().chat_template = Some(fleet_common::job::ChatTemplate::File(template));
+    let (cache, notes) = build(&own).unwrap();
+    assert!(!told(&notes).contains("does not write"), "{}", told(&notes));
+    let item = &read(cache.train())[0];
+    let model = here().join("../../tests/parity/golden/foreign/byte_level/tokenizer.json");
+    let ids: Vec<u32> = item.ids.iter().map(|id| *id as u32).collect();
+    let given = fleet_data::model_dir::GivenTokenizer::open(&model, u32::MAX).unwrap();
+    let text = fleet_data::decode(&given.tokenizer, &ids, false).unwrap();
+    assert!(text.contains("assistant:rain") && text.contains("assistant:hmsome"), "{text}");
+    assert!(text.starts_with("[{\"type\": \"function\""), "{text}");
+}
+
+#[test]
+fn fields_that_nothing_reads_are_named() {
+    let notes = |lines: &str| {
+        let row = "{\"prompt\": \"a\", \"completion\": \" b\", \"system\": \"be kind\", \"id\": \"7\", \"score\": 3}\n";
+        let (_dir, job) = job("a.jsonl", &row.repeat(3), lines);
+        build(&job).unwrap().1
+    };
+    let plain = notes("");
+    let line = plain.iter().find(|note| note.line.starts_with("fields that are not read")).unwrap();
+    assert!(
+        line.level == Level::Warn && line.line.contains("`id` (3 rows), `system` (3 rows)"),
+        "{}",
+        line.line
+    );
+    let told = told(&notes("chat_template = \"chatml\""));
+    assert!(told.contains("learnt: `id` (3 rows); data.fields says what a field is"), "{told}");
+}
+
+#[test]
+fn a_turn_that_says_nothing_is_counted_where_its_end_is_learnt() {
+    let row = |weight: u8| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"a\"}}, {{\"role\": \"assistant\", \"content\": \"\", \"weight\": {weight}}}, \
+             {{\"role\": \"user\", \"content\": \"b\"}}, {{\"role\": \"assistant\", \"content\": \"c\"}}]}}\n"
+        )
+    };
+    let (_dir, job) = job("a.jsonl", &(row(1) + &row(0)), "chat_template = \"chatml\"");
+    let (cache, notes) = build(&job).unwrap();
+    assert_eq!(cache.meta().rows.as_ref().unwrap().report.silent_turns, 1);
+    assert!(
+        told(&notes).contains("1 row with a turn of the assistant that says nothing"),
+        "{}",
+        told(&notes)
+    );
+}

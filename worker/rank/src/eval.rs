@@ -1,15 +1,17 @@
-//! `fleet-rank eval`: how well a model predicts texts, which are read, tokenised and joined as training reads them.
+//! `fleet-rank eval`: how well a model predicts texts, which are read, tokenised and joined as training reads them; of rows of instructions their
+//! answers, with the template and the masks of training.
 
 use crate::host_model::read_weights;
 use crate::logits::device_of;
 use fleet_checkpoint::ModelDir;
 use fleet_common::events::Level;
-use fleet_common::job::{Job, of_data};
+use fleet_common::job::{ChatTemplate, Job, of_data};
 use fleet_common::model::Positions;
 use fleet_cpu::{CpuExecutor, Network, Storage, workers};
-use fleet_data::{Note, Stream};
+use fleet_data::chat::CHAT_TEMPLATE;
+use fleet_data::{DataFiles, Note, Stream, TokenCache, Windows, holds_rows};
 use fleet_learn::zeros::{Part, zeros};
-use fleet_learn::{Error, Executor, HostWeights, IGNORED, Result, Tally, TokenBatch};
+use fleet_learn::{Error, Executor, HostWeights, IGNORED, NextToken, Objective, Result, Tally, TokenBatch};
 use fleet_torch::{FlatWeights, Numbers, TorchExecutor};
 use half::bf16;
 use std::io::{IsTerminal, Write};
@@ -51,13 +53,17 @@ pub struct Evaluation {
     pub accuracy: f64,
     /// Of the text that is in the tokens, ends of documents included.
     pub bits_per_byte: f64,
-    /// Predicted ones: all of a window but its first.
+    /// Predicted ones: all of a window but its first; of rows those of the answers.
     pub tokens: u64,
     /// Of the text that is in the tokens.
     pub bytes: u64,
+    /// Documents, or rows.
     pub documents: u64,
+    /// Windows, or sequences of rows.
     pub windows: u64,
     pub max_seq_len: usize,
+    /// The data are rows of instructions.
+    pub rows: bool,
     pub device: String,
     pub seconds: f64,
 }
@@ -67,34 +73,29 @@ pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
     let here = std::env::current_dir()
         .map_err(|e| Error::Environment(format!("there is no directory to work in: {e}")))?;
     let input = |e: &dyn std::fmt::Display| Error::Input(e.to_string());
-    let job = of_data(&wanted.model, &wanted.data, &wanted.sets, &here).map_err(|e| input(&e))?;
+    let job =
+        |is_rows| of_data(&wanted.model, &wanted.data, &wanted.sets, &here, is_rows).map_err(|e| input(&e));
+    let of_rows = job(true)?;
+    let is_rows = holds_rows(&of_rows);
+    let job = if is_rows { of_rows } else { job(false)? };
     let (model, flat) = read_weights(&wanted.model, &wanted.adapters)?;
     let window = window(wanted, &model)?;
     let device = device_of(&wanted.device)?;
-    let stream = read(&job)?;
-    let vocab = model.decoder.vocab_size;
-    if let Some(id) = stream.ids.iter().find(|id| **id as usize >= vocab) {
-        return Err(Error::Input(format!(
-            "{}: its tokenizer gives token {id}, and the model knows {vocab}; put the model's own tokenizer.json there",
-            wanted.model.display()
-        )));
-    }
-    if stream.ids.len() < 2 {
-        return Err(Error::Input(format!(
-            "the data have {} token, and at least two are needed, one to predict the other; add text",
-            stream.ids.len()
-        )));
-    }
-    let ids: Vec<i64> = stream.ids.iter().map(|id| i64::from(*id)).collect();
-    let total = predicted(ids.len(), window);
-    let mut progress = Progress::new(total);
-    let batches = batches(&ids, window, wanted.batch);
+    let data = match is_rows {
+        true => Told::rows(job, wanted, window)?,
+        false => Told::text(&job, wanted, &model, window)?,
+    };
+    let mut progress = Progress::new(data.tokens);
+    let batches = data.batches(wanted.batch);
+    let positions = is_rows.then_some(window);
     let sums = match (device, wanted.bf16) {
-        (Device::Cpu, false) => on_cpu::<f32>(&model, HostWeights::flat(&flat, &[]), batches, &mut progress)?,
+        (Device::Cpu, false) => {
+            on_cpu::<f32>(&model, HostWeights::flat(&flat, &[]), positions, batches, &mut progress)?
+        }
         (Device::Cpu, true) => {
             let mut copy: Vec<bf16> = zeros(flat.len(), Part::Weights)?;
             fleet_kernels::convert(&flat, &mut copy);
-            on_cpu::<bf16>(&model, HostWeights::flat(&flat, &copy), batches, &mut progress)?
+            on_cpu::<bf16>(&model, HostWeights::flat(&flat, &copy), positions, batches, &mut progress)?
         }
         (device, bf16) => {
             let numbers = if bf16 { Numbers::BF16_MIXED } else { Numbers::FP32 };
@@ -114,15 +115,97 @@ pub fn evaluate(wanted: &Wanted) -> Result<Evaluation> {
         loss,
         perplexity: loss.exp(),
         accuracy: sums.hits as f64 / sums.tokens as f64,
-        bits_per_byte: loss / std::f64::consts::LN_2 * ids.len() as f64 / stream.bytes.max(1) as f64,
+        bits_per_byte: loss / std::f64::consts::LN_2 * data.said as f64 / data.bytes.max(1) as f64,
         tokens: sums.tokens,
-        bytes: stream.bytes,
-        documents: stream.documents,
-        windows: ids.chunks(window).filter(|window| window.len() > 1).count() as u64,
+        bytes: data.bytes,
+        documents: data.documents,
+        windows: data.windows,
         max_seq_len: window,
+        rows: is_rows,
         device: if device == Device::Cpu { "cpu".into() } else { "cuda".into() },
         seconds: began.elapsed().as_secs_f64(),
     })
+}
+
+/// The data in tokens.
+struct Told {
+    tokenised: Tokenised,
+    /// Tokens that are predicted.
+    tokens: u64,
+    /// Tokens that say the bytes.
+    said: u64,
+    bytes: u64,
+    documents: u64,
+    windows: u64,
+}
+
+enum Tokenised {
+    /// Documents one after the other, in windows of so many tokens.
+    Text { ids: Vec<i64>, window: usize },
+    /// The cache that training has of rows, of which nothing is held out.
+    Rows(Box<TokenCache>),
+}
+
+impl Told {
+    fn text(job: &Job, wanted: &Wanted, model: &ModelDir, window: usize) -> Result<Told> {
+        let stream = Stream::read(job, &tell)?;
+        let vocab = model.decoder.vocab_size;
+        if let Some(id) = stream.ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::Input(format!(
+                "{}: its tokenizer gives token {id}, and the model knows {vocab}; put the model's own tokenizer.json there",
+                wanted.model.display()
+            )));
+        }
+        if stream.ids.len() < 2 {
+            return Err(Error::Input(format!(
+                "the data have {} token, and at least two are needed, one to predict the other; add text",
+                stream.ids.len()
+            )));
+        }
+        let ids: Vec<i64> = stream.ids.iter().map(|id| i64::from(*id)).collect();
+        Ok(Told {
+            tokens: predicted(ids.len(), window),
+            said: ids.len() as u64,
+            bytes: stream.bytes,
+            documents: stream.documents,
+            windows: ids.chunks(window).filter(|window| window.len() > 1).count() as u64,
+            tokenised: Tokenised::Text { ids, window },
+        })
+    }
+
+    fn rows(mut job: Job, wanted: &Wanted, window: usize) -> Result<Told> {
+        let files = DataFiles::find(&job, &tell)?;
+        let room = tempfile::tempdir()
+            .map_err(|e| Error::Environment(format!("there is no room for the tokens of the rows: {e}")))?;
+        (job.output_dir, job.max_seq_len) = (room.path().to_owned(), window as u32);
+        job.data.validation_fraction = 0.0;
+        if let Some(rows) = &mut job.data.rows {
+            // With the last one that an adapter brings the model was trained.
+            let brought = wanted.adapters.iter().rev().map(|dir| dir.join(CHAT_TEMPLATE));
+            let brought = brought.filter(|file| file.is_file()).map(ChatTemplate::File).next();
+            rows.chat_template = rows.chat_template.take().or(brought);
+        }
+        // Its files stay mapped when the directory is gone.
+        let (cache, _) = TokenCache::build_or_open(&job, &files, &tell)?;
+        let meta = cache.meta();
+        let report = meta.rows.as_ref().map(|rows| &rows.report);
+        let (tokens, documents) = report.map_or((0, 0), |report| (report.loss_tokens, report.examples));
+        Ok(Told {
+            tokens,
+            said: tokens,
+            bytes: (meta.validation_bytes_per_token * tokens as f64).round() as u64,
+            documents,
+            windows: cache.train().len(),
+            tokenised: Tokenised::Rows(Box::new(cache)),
+        })
+    }
+
+    fn batches(&self, batch: usize) -> Box<dyn Iterator<Item = TokenBatch> + '_> {
+        match &self.tokenised {
+            Tokenised::Text { ids, window } => Box::new(batches(ids, *window, batch)),
+            Tokenised::Rows(cache) => Box::new(of_rows(cache.train(), batch as u64)),
+        }
+    }
 }
 
 /// Tokens of a window: as asked, else as many as the model was made for, up to a limit.
@@ -141,14 +224,12 @@ fn window(wanted: &Wanted, model: &ModelDir) -> Result<usize> {
     Ok(window)
 }
 
-fn read(job: &Job) -> Result<Stream> {
-    let shows = std::io::stderr().is_terminal();
-    let tell = |note: Note| match note.level {
-        Level::Info if shows => eprintln!("{}", note.line),
+fn tell(note: Note) {
+    match note.level {
+        Level::Info if std::io::stderr().is_terminal() => eprintln!("{}", note.line),
         Level::Info => {}
         _ => eprintln!("warning: {}", note.line),
-    };
-    Ok(Stream::read(job, &tell)?)
+    }
 }
 
 /// How many tokens of a stream are predicted, in windows that follow each other: all of a window but its first.
@@ -170,9 +251,17 @@ fn batches(ids: &[i64], window: usize, batch: usize) -> impl Iterator<Item = Tok
     full.chunks(window * batch).map(move |ids| whole(ids, window)).chain(rest)
 }
 
+/// Batches of examples, as training evaluates them.
+fn of_rows(items: &Windows, batch: u64) -> impl Iterator<Item = TokenBatch> {
+    let first = (0..items.len()).step_by(batch.max(1) as usize);
+    first.map(move |first| NextToken.batch(items, &mut (first..items.len().min(first + batch))))
+}
+
+/// `positions`: what sequences are made for, where that is not their length.
 fn on_cpu<E: Storage>(
     model: &ModelDir,
     mut weights: HostWeights<E>,
+    positions: Option<usize>,
     batches: impl Iterator<Item = TokenBatch>,
     progress: &mut Progress,
 ) -> Result<Tally> {
@@ -184,8 +273,9 @@ fn on_cpu<E: Storage>(
     };
     let (mut tally, mut seq, mut executor) = (Tally::default(), 0, made(1));
     for batch in batches {
-        if batch.seq != seq {
-            (seq, executor) = (batch.seq, made(batch.seq));
+        let wanted = positions.unwrap_or(batch.seq);
+        if wanted != seq {
+            (seq, executor) = (wanted, made(wanted));
         }
         tally.add(executor.evaluate(&mut weights, &batch.view())?);
         progress.tell(&tally);
@@ -247,8 +337,9 @@ impl Progress {
 impl Evaluation {
     /// As people read it.
     pub fn table(&self) -> String {
+        let (windows, documents) = if self.rows { ("sequences", "rows") } else { ("windows", "documents") };
         let rest = format!(
-            "{} in {} windows of at most {}, of {} documents",
+            "{} in {} {windows} of at most {}, of {} {documents}",
             self.tokens, self.windows, self.max_seq_len, self.documents
         );
         let rows = [

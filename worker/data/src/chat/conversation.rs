@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 type Object = Map<String, Value>;
 
 /// Names under which the thoughts of an answer are known, the standard one first.
-const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 const SHAPE: &str = "a message is an object such as {\"role\": \"user\", \"content\": \"...\"}";
 

@@ -10,6 +10,7 @@ mod dir;
 mod error;
 mod generation;
 mod json;
+mod left_out;
 mod python;
 mod spans;
 mod strftime;
@@ -19,6 +20,7 @@ mod turns;
 
 pub(crate) use builtin::names as built_in;
 pub use conversation::Conversation;
+pub(crate) use conversation::REASONING;
 pub use dir::{CHAT_TEMPLATE, Templates};
 pub use error::ChatError;
 pub use template::{Ending, Rendered, Template};

@@ -1,25 +1,29 @@
 //! Builds a cache of rows: reads file by file, tokenises row by row, holds out, packs, and writes.
 
+use super::done::Done;
 use super::example::Reader;
+use super::fields::Fields;
 use super::format;
 use super::pack::best_fit;
 use super::sequence::{Made, Maker};
 use super::source::{self, Place};
 use super::templates::{self, Chosen};
 use super::write::{Span, Writer, index};
-use super::{Report, Row, Unused};
+use super::{Row, Unused};
 use crate::blocks::{self, Block, Input, Reading};
-use crate::build::{TEMPORARY, appear, put};
-use crate::cache::{FORMAT, LOSS, META, Meta, ROW_TOKENS, RowMeta, TOKENIZER, TRAIN_INDEX, VALIDATION_INDEX};
+use crate::build::{appear, put};
+use crate::cache::{FORMAT, META, Meta, RowMeta, TOKENIZER, TRAIN_INDEX, VALIDATION_INDEX};
 use crate::model_dir::GivenTokenizer;
-use crate::near::{Signature, Signatures};
+use crate::near::{self, Signature, Signatures};
 use crate::tokenizer::{Encoder, ModelIds};
 use crate::weights::times;
 use crate::windows::Width;
-use crate::{Counts, Coverage, DataError, Note};
+use crate::{DataError, Note};
 use fleet_common::job::{self, BadRows, ChatTemplate, Job, RowFormat, Rows};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Rows that are tokenised at once.
@@ -47,19 +51,19 @@ pub(crate) fn build(
     let maker = Maker { templates: Chosen::of(rows, path, adapter)?, given, encoder, loss_on: rows.loss_on };
     let s = if files.len() == 1 { "" } else { "s" };
     progress(Note::info(format!("tokenising the rows of {} file{s}", files.len())));
-    appear(target, TEMPORARY, |dir| {
-        let mut builder = Builder::new(job, rows, &maker, dir)?;
-        builder.counts.files = files.len() as u64;
-        let reading = Reading { damaged_too: rows.bad_rows == BadRows::Skip, ..Reading::default() };
-        blocks::batches(files, reading, 0, 0, &mut |batch| {
-            batch.into_iter().try_for_each(|(number, block)| builder.block(&files[number], block))
-        })?;
-        builder.finish(dir, target)
+    appear(target, |dir| {
+        let mut builder = Builder::open(job, rows, &maker, dir)?;
+        builder.read(files, SAVED_BLOCKS, progress)?;
+        builder.finish(target)
     })
 }
 
+/// Blocks of about a megabyte after which it is noted what is done.
+const SAVED_BLOCKS: usize = 16;
+
 /// An example that is written: what it is, and where.
-struct Kept {
+#[derive(Serialize, Deserialize)]
+pub(super) struct Kept {
     /// Of its tokens and which of them are learnt, before any was cut off.
     hash: [u8; 16],
     spans: Vec<Span>,
@@ -80,58 +84,72 @@ struct Builder<'a> {
     job: &'a Job,
     rows: &'a Rows,
     maker: &'a Maker,
+    dir: &'a Path,
     writer: Writer,
     /// Of the examples, where near ones are left out.
     signatures: Option<Signatures>,
     kept: Vec<Kept>,
-    counts: Counts,
-    report: Report,
-    /// A chat template has written some of the rows.
-    is_templated: bool,
-    coverage: Coverage,
+    done: Done,
     file: PathBuf,
     weight: f64,
     /// The block holds bytes that are not UTF-8.
     is_damaged: bool,
-    format: Option<RowFormat>,
     batch: Vec<(Place, Result<Row, String>)>,
 }
 
 impl<'a> Builder<'a> {
-    fn new(job: &'a Job, rows: &'a Rows, maker: &'a Maker, dir: &Path) -> Result<Builder<'a>, DataError> {
+    /// Goes on from what a build before has left in `dir`.
+    fn open(job: &'a Job, rows: &'a Rows, maker: &'a Maker, dir: &'a Path) -> Result<Builder<'a>, DataError> {
         let width = Width::of_vocabulary(maker.encoder.vocab_size);
-        Ok(Builder {
-            job,
-            rows,
-            maker,
-            signatures: match job.data.clean.near_duplicates {
-                Some(_) => Some(Signatures::create(&dir.join(SIGNATURES))?),
-                None => None,
-            },
-            writer: Writer::create(&dir.join(ROW_TOKENS), &dir.join(LOSS), width)?,
-            kept: Vec::new(),
-            counts: Counts::default(),
-            report: Report::default(),
-            is_templated: false,
-            coverage: Coverage::default(),
-            file: PathBuf::new(),
-            weight: 1.0,
-            is_damaged: false,
-            format: None,
-            batch: Vec::new(),
+        let near = job.data.clean.near_duplicates;
+        let (done, kept) = Done::left(dir, |done| {
+            let signatures = near.map(|_| (SIGNATURES, near::bytes(done.kept)));
+            done.written.files(width).into_iter().chain(signatures).collect()
+        });
+        let writer = Writer::open(dir, width, done.written)?;
+        let signatures = near.map(|_| Signatures::with(&dir.join(SIGNATURES), kept.len())).transpose()?;
+        let (file, weight, is_damaged, batch) = (PathBuf::new(), 1.0, false, Vec::new());
+        Ok(Builder { job, rows, maker, dir, writer, signatures, kept, done, file, weight, is_damaged, batch })
+    }
+
+    /// Reads what is not done yet. `every`: blocks after which it is noted what is.
+    fn read(&mut self, files: &[Input], every: usize, progress: &dyn Fn(Note)) -> Result<(), DataError> {
+        self.done.counts.files = files.len() as u64;
+        let (first, skipped) = (self.done.file, self.done.blocks);
+        let rows = |done: &Done| format!("{} rows", done.counts.rows);
+        if first + skipped > 0 {
+            let line = format!("going on where a build before ended, after {}", rows(&self.done));
+            progress(Note::info(line));
+        }
+        let reading = Reading { damaged_too: self.rows.bad_rows == BadRows::Skip, ..Reading::default() };
+        let mut blocks = 0;
+        blocks::batches(files, reading, first, skipped, &mut |batch| {
+            blocks += batch.len();
+            batch.into_iter().try_for_each(|(number, block)| self.block(number, &files[number], block))?;
+            if blocks >= every {
+                blocks = 0;
+                self.done.written = self.writer.sync()?;
+                self.signatures.as_mut().map_or(Ok(()), Signatures::sync)?;
+                self.done.note(self.dir, &self.kept)?;
+                progress(Note::info(format!("tokenised {}", rows(&self.done))));
+            }
+            Ok(())
         })
     }
 
-    fn block(&mut self, input: &Input, block: Block) -> Result<(), DataError> {
-        if self.file != input.path {
-            (self.file, self.weight, self.format) = (input.path.clone(), input.weight, None);
+    fn block(&mut self, number: usize, input: &Input, block: Block) -> Result<(), DataError> {
+        if self.done.file != number {
+            (self.done.file, self.done.blocks, self.done.format) = (number, 0, None);
         }
+        (self.file, self.weight) = (input.path.clone(), input.weight);
         self.is_damaged = block.is_damaged;
         source::each(&input.path, block, &mut |place, row| {
             self.batch.push((place, row));
             if self.batch.len() == BATCH { self.flush() } else { Ok(()) }
         })?;
-        self.flush()
+        self.flush()?;
+        self.done.blocks += 1;
+        Ok(())
     }
 
     /// Tokenises what has been read, and writes it in its order.
@@ -151,21 +169,27 @@ impl<'a> Builder<'a> {
         };
         let one = |(place, row): (Place, Result<Row, String>)| {
             let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);
-            let made = row.map_err(Unused::Bad).and_then(|row| reader.read(format, &row));
-            let made = made.and_then(|example| self.maker.make(&example));
+            let mut unread = Vec::new();
+            let made = row.map_err(Unused::Bad).and_then(|row| {
+                let fields = Fields::of(&row);
+                let made = self.maker.make(&reader.read(format, &fields)?)?;
+                unread = fields.unread();
+                Ok(made)
+            });
             let is_compared = self.signatures.is_some();
             let signature = made.as_ref().ok().filter(|_| is_compared).map(Made::signature);
-            (place, is_damaged, made, signature)
+            (place, is_damaged, unread, made, signature)
         };
         let made: Vec<_> = batch.into_par_iter().map(one).collect();
-        self.measure(made.iter().filter_map(|(_, _, made, _)| made.as_ref().ok()))?;
-        for (place, is_damaged, made, signature) in made {
-            self.counts.rows += 1;
+        self.measure(made.iter().filter_map(|(.., made, _)| made.as_ref().ok()))?;
+        for (place, is_damaged, unread, made, signature) in made {
+            self.done.counts.rows += 1;
+            self.done.report.count_unread(unread);
             match made {
-                _ if is_damaged => self.report.not_utf8 += 1,
+                _ if is_damaged => self.done.report.not_utf8 += 1,
                 Ok(made) => self.keep(place, made, signature)?,
-                Err(Unused::Empty) => self.report.empty += 1,
-                Err(Unused::Same) => self.report.same += 1,
+                Err(Unused::Empty) => self.done.report.empty += 1,
+                Err(Unused::Same) => self.done.report.same += 1,
                 Err(Unused::NoTemplate) => return Err(templates::missing()),
                 Err(Unused::Bad(what)) => self.bad(place, what)?,
             }
@@ -177,21 +201,21 @@ impl<'a> Builder<'a> {
     fn format_of(&mut self, batch: &[(Place, Result<Row, String>)]) -> Result<Option<RowFormat>, DataError> {
         let first: Vec<&Row> =
             batch.iter().filter_map(|(_, row)| row.as_ref().ok()).take(format::FIRST).collect();
-        if self.format.is_none() && !first.is_empty() {
+        if self.done.format.is_none() && !first.is_empty() {
             let found = format::of(&self.job.data, self.rows, &first);
             let found = found.map_err(|why| DataError::Rows(format!("{}: {why}", self.file.display())))?;
             let name = format::name(found).to_owned();
-            if !self.report.formats.contains(&name) {
-                self.report.formats.push(name);
+            if !self.done.report.formats.contains(&name) {
+                self.done.report.formats.push(name);
             }
-            self.format = Some(found);
+            self.done.format = Some(found);
         }
-        Ok(self.format)
+        Ok(self.done.format)
     }
 
     fn all_bad(&mut self, batch: Vec<(Place, Result<Row, String>)>) -> Result<(), DataError> {
         for (place, row) in batch {
-            self.counts.rows += 1;
+            self.done.counts.rows += 1;
             self.bad(place, row.err().unwrap_or_default())?;
         }
         Ok(())
@@ -202,17 +226,24 @@ impl<'a> Builder<'a> {
         if self.rows.bad_rows == BadRows::Stop {
             return Err(DataError::BadRow { path, place, what });
         }
-        self.report.bad += 1;
-        self.report.first_bad.get_or_insert_with(|| format!("{}, {place}: {what}", path.display()));
+        self.done.report.bad += 1;
+        self.done.report.first_bad.get_or_insert_with(|| format!("{}, {place}: {what}", path.display()));
         Ok(())
     }
 
     fn keep(&mut self, place: Place, made: Made, signature: Option<Signature>) -> Result<(), DataError> {
-        let Made { mut sequences, is_joined, is_templated, .. } = made;
-        self.is_templated |= is_templated;
+        let Made { mut sequences, is_joined, is_templated, left_out, has_silent_turn, .. } = made;
+        self.done.is_templated |= is_templated;
+        self.done.report.silent_turns += u64::from(has_silent_turn);
+        for name in BTreeSet::from_iter(left_out) {
+            *self.done.report.left_out.entry(name.to_owned()).or_default() += 1;
+        }
         if !is_joined {
-            self.report.unjoined += 1;
-            self.report.first_unjoined.get_or_insert_with(|| format!("{}, {place}", self.file.display()));
+            self.done.report.unjoined += 1;
+            self.done
+                .report
+                .first_unjoined
+                .get_or_insert_with(|| format!("{}, {place}", self.file.display()));
         }
         let mut hasher = Sha256::new();
         for sequence in &sequences {
@@ -220,18 +251,18 @@ impl<'a> Builder<'a> {
             sequence.learnt.iter().for_each(|learnt| hasher.update([u8::from(*learnt)]));
         }
         if sequences.iter().any(|sequence| sequence.loss_tokens() == 0) {
-            self.report.masked += 1;
+            self.done.report.masked += 1;
             return Ok(());
         }
         let cut: u64 = sequences.iter_mut().map(|sequence| sequence.cut(self.job.max_seq_len as usize)).sum();
         if cut > 0 {
-            self.report.truncated += 1;
-            self.report.truncated_tokens += cut;
+            self.done.report.truncated += 1;
+            self.done.report.truncated_tokens += cut;
         }
         if sequences.iter().any(|sequence| sequence.loss_tokens() == 0) {
-            self.report.cut_off += 1;
+            self.done.report.cut_off += 1;
             let left: usize = sequences.iter().map(|sequence| sequence.ids.len()).sum();
-            self.report.truncated_tokens += left as u64;
+            self.done.report.truncated_tokens += left as u64;
             return Ok(());
         }
         let spans = sequences.iter().map(|sequence| self.writer.add(&sequence.ids, &sequence.learnt));
@@ -256,12 +287,12 @@ impl<'a> Builder<'a> {
         let (texts, encoded): (Vec<&str>, Vec<_>) =
             made.flat_map(|made| &made.texts).map(|(text, encoded)| (text.as_str(), encoded.clone())).unzip();
         let coverage = self.maker.encoder.coverage(&texts, &encoded)?;
-        self.coverage = self.coverage.and(&coverage);
+        self.done.coverage = self.done.coverage.and(&coverage);
         Ok(())
     }
 
-    fn finish(mut self, dir: &Path, target: &Path) -> Result<(), DataError> {
-        let mut dropped_tokens = 0;
+    fn finish(mut self, target: &Path) -> Result<(), DataError> {
+        let (dir, mut dropped_tokens) = (self.dir, 0);
         if let (Some(signatures), Some(similar)) =
             (self.signatures.take(), self.job.data.clean.near_duplicates)
         {
@@ -269,18 +300,18 @@ impl<'a> Builder<'a> {
             let (dropped, kept): (Vec<Kept>, Vec<Kept>) =
                 std::mem::take(&mut self.kept).into_iter().partition(|_| is_dropped.next() == Some(true));
             self.kept = kept;
-            self.report.near_duplicates = dropped.len() as u64;
+            self.done.report.near_duplicates = dropped.len() as u64;
             dropped_tokens = dropped.iter().map(Kept::tokens).sum();
         }
-        let template = self.maker.templates.as_ref().filter(|_| self.is_templated);
-        let report = &mut self.report;
+        let template = self.maker.templates.as_ref().filter(|_| self.done.is_templated);
+        let report = &mut self.done.report;
         report.template = template.map(|chosen| self.maker.misfits(chosen)).unwrap_or_default();
-        report.rows = self.counts.rows;
+        report.rows = self.done.counts.rows;
         report.examples = self.kept.len() as u64;
         report.tokens = self.kept.iter().map(Kept::tokens).sum();
         report.loss_tokens = self.kept.iter().map(|kept| kept.loss_tokens).sum();
         report.check(self.job.max_seq_len)?;
-        self.coverage.check()?;
+        self.done.coverage.check()?;
         let left_out = report.rows.saturating_sub(report.examples);
         let (train, validation, duplicates) = split(&self.kept, self.job.data.validation_fraction, left_out)?;
         report.duplicates = duplicates;
@@ -311,8 +342,8 @@ impl<'a> Builder<'a> {
             train_tokens: sum(&train, Kept::tokens),
             validation_tokens: sum(&validation, Kept::tokens),
             validation_bytes_per_token: bytes / sum(measured, |kept| kept.loss_tokens) as f64,
-            read: self.counts,
-            coverage: self.coverage,
+            read: self.done.counts,
+            coverage: self.done.coverage,
             tokenizer_sha256: hex::encode(Sha256::digest(&encoder.json)),
             train_sha256: hex::encode(Sha256::digest(&train_index)),
             validation_sha256: hex::encode(Sha256::digest(&validation_index)),
@@ -324,10 +355,11 @@ impl<'a> Builder<'a> {
                 loss_sha256,
                 chat_template: template.and_then(Chosen::carried).map(str::to_owned),
                 dropped_tokens,
-                report: self.report,
+                report: self.done.report,
             }),
         };
         put(dir, TOKENIZER, &encoder.json)?;
+        Done::forget(dir)?;
         put(dir, META, &serde_json::to_vec_pretty(&meta).expect("counts and hashes are plain data"))
     }
 }
@@ -370,4 +402,84 @@ fn items(kept: &[Kept], part: &[usize], most: Option<u32>) -> Vec<Vec<Span>> {
     let spans =
         |pack: &Vec<u32>| pack.iter().flat_map(|at| &kept[part[*at as usize]].spans).copied().collect();
     best_fit(&lengths, most).iter().map(spans).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::{LOSS, ROW_TOKENS};
+    use fleet_common::job::parse_toml;
+    use std::fs::{self, OpenOptions};
+    use std::io::Write;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// A build that ends at a random place is gone on with, to the same bytes.
+    #[test]
+    fn what_a_build_that_was_killed_has_done_is_not_done_again() {
+        let room = tempfile::tempdir().unwrap();
+        let row = |n: usize| {
+            format!(
+                "{{\"prompt\":\"question {n} of the sea\",\"completion\":\" answer {}\"}}\n",
+                n * 7919 % 997
+            )
+        };
+        let rows = |from: usize| (from..from + 18_000).map(row).collect::<String>();
+        let input = |(name, text): (&str, String)| {
+            let path = room.path().join(name);
+            fs::write(&path, &text).unwrap();
+            Input { path, sha256: Sha256::digest(&text).into(), weight: 1.0 }
+        };
+        let array = format!("[{}]", rows(40_000).trim_end().replace('\n', ","));
+        let files: Vec<Input> = [("a.jsonl", rows(0)), ("b.json", array)].into_iter().map(input).collect();
+        let model =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/parity/golden/foreign/byte_level");
+        let text = format!(
+            "task_name = \"sft\"\nmax_seq_len = 64\nmodel.path = {model:?}\n[data]\npath = \"x\"\nclean.near_duplicates = 1.0"
+        );
+        let job = parse_toml(&text, room.path()).unwrap().0;
+        let of_rows = job.data.rows.as_ref().unwrap();
+        let job::Tokenizer::File(path) = &job.tokenizer else { panic!("the model's") };
+        let ids = ModelIds::of(&job.model).unwrap();
+        let given = GivenTokenizer::open(path, ids.vocab_size).unwrap();
+        let encoder = Encoder::of(&given, path, &ids).unwrap();
+        let maker = Maker { templates: None, given, encoder, loss_on: of_rows.loss_on };
+        let build = |dir: &Path, progress: &dyn Fn(Note)| {
+            fs::create_dir_all(dir).unwrap();
+            let mut builder = Builder::open(&job, of_rows, &maker, dir).unwrap();
+            builder.read(&files, 1, progress).unwrap();
+            builder.finish(dir).unwrap();
+        };
+        let (whole, part) = (room.path().join("whole"), room.path().join("part"));
+        build(&whole, &|_| {});
+        let mut killed = 0;
+        let told = std::cell::RefCell::new(Vec::new());
+        while killed < 2 {
+            let tell = |note: Note| {
+                assert!(!note.line.starts_with("tokenised"), "killed");
+                told.borrow_mut().push(note.line);
+            };
+            if catch_unwind(AssertUnwindSafe(|| build(&part, &tell))).is_ok() {
+                break;
+            }
+            killed += 1;
+            // What was written behind the last note is not counted on.
+            for name in [ROW_TOKENS, LOSS, SIGNATURES] {
+                OpenOptions::new().append(true).open(part.join(name)).unwrap().write_all(b"garbage").unwrap();
+            }
+        }
+        build(&part, &|note| told.borrow_mut().push(note.line));
+        assert!(killed > 0);
+        let told = told.into_inner().join("\n");
+        assert!(told.contains("going on where a build before ended, after"), "{told}");
+        for name in [ROW_TOKENS, LOSS, TRAIN_INDEX, VALIDATION_INDEX] {
+            assert!(fs::read(whole.join(name)).unwrap() == fs::read(part.join(name)).unwrap(), "{name}");
+        }
+        let meta = |dir: &Path| {
+            let text = fs::read_to_string(dir.join(META)).unwrap();
+            serde_json::from_str::<Meta>(&text).unwrap()
+        };
+        assert_eq!(Meta { hash: "whole".into(), ..meta(&part) }, meta(&whole));
+        let names: Vec<_> = fs::read_dir(&part).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 6, "{names:?}");
+    }
 }

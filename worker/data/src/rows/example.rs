@@ -1,7 +1,8 @@
 //! What a row teaches.
 
+use super::fields::Fields;
 use super::messages::{self, is_list};
-use super::{Row, Unused, bad};
+use super::{Unused, bad};
 use fleet_common::job::{Data, RowFormat, Rows};
 use serde_json::{Map, Value};
 
@@ -34,6 +35,14 @@ pub(super) enum Said {
     Messages(Vec<Value>),
 }
 
+impl Said {
+    /// Whether the assistant has a turn in it and says nothing there.
+    pub fn has_silent_turn(&self) -> bool {
+        let Said::Messages(messages) = self else { return false };
+        messages.iter().any(|message| messages::is_answer(message) && messages::is_silent(message))
+    }
+}
+
 /// How rows are read.
 #[derive(Clone, Copy)]
 pub(super) struct Reader<'a> {
@@ -46,7 +55,7 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    pub fn read(&self, format: RowFormat, row: &Row) -> Result<Example, Unused> {
+    pub fn read(&self, format: RowFormat, row: &Fields) -> Result<Example, Unused> {
         match format {
             RowFormat::Text => Ok(Example::Text(self.filled(row, &self.data.text_field)?)),
             RowFormat::Messages => self.turns(row, self.rows.field("messages")),
@@ -60,31 +69,34 @@ impl Reader<'_> {
         }
     }
 
-    fn turns(&self, row: &Row, field: &str) -> Result<Example, Unused> {
+    fn turns(&self, row: &Fields, field: &str) -> Result<Example, Unused> {
         let found = messages::of(self.rows, field, self.value(row, field)?)?;
         if found.is_empty() {
             return Err(Unused::Empty);
         }
         let messages = messages::with_system(self.rows, row, found)?;
         messages::check_beginning(&messages)?;
-        if !messages.iter().any(|message| messages::role(message) == "assistant") {
+        if !messages.iter().any(messages::is_answer) {
             return bad(format!("no message in `{field}` is the assistant's, so there is nothing to learn"));
+        }
+        if messages.iter().filter(|message| messages::is_answer(message)).all(messages::is_silent) {
+            return Err(Unused::Empty);
         }
         Ok(Example::Turns(Talk { messages, given: self.given(row)? }))
     }
 
-    fn pair(&self, row: &Row) -> Result<Example, Unused> {
+    fn pair(&self, row: &Fields) -> Result<Example, Unused> {
         let prompt = self.said(row, self.rows.field("prompt"))?;
         let answer = self.answer(row, self.rows.field("completion"))?;
         self.answers(row, prompt, vec![answer])
     }
 
-    fn alpaca(&self, row: &Row) -> Result<Example, Unused> {
+    fn alpaca(&self, row: &Fields) -> Result<Example, Unused> {
         let (instruction, input) = self.instruction(row)?;
         let output = self.filled(row, self.rows.field("output"))?;
         if !self.has_template {
             let beside = ["system", "history"].map(|usual| self.rows.field(usual));
-            if let Some(name) = beside.into_iter().find(|name| row.get(*name).is_some_and(is_filled)) {
+            if let Some(name) = beside.into_iter().find(|name| row.peek(name).is_some_and(is_filled)) {
                 return bad(format!(
                     "`{name}` needs a chat template, and the model has none: name one in data.chat_template"
                 ));
@@ -103,16 +115,16 @@ impl Reader<'_> {
         Ok(Example::Turns(Talk { messages, given: self.given(row)? }))
     }
 
-    fn preference(&self, row: &Row) -> Result<Example, Unused> {
+    fn preference(&self, row: &Fields) -> Result<Example, Unused> {
         let [chosen, rejected] = ["chosen", "rejected"].map(|usual| self.rows.field(usual));
         let chosen = self.answer(row, chosen)?;
         let rejected = self.answer(row, rejected)?;
         if chosen == rejected {
             return Err(Unused::Same);
         }
-        let has = |usual: &str| row.get(self.rows.field(usual)).is_some_and(|value| !value.is_null());
+        let has = |usual: &str| row.peek(self.rows.field(usual)).is_some_and(|value| !value.is_null());
         let conversation = ["conversations", self.rows.field("messages")];
-        let conversation = conversation.into_iter().find(|name| row.get(*name).is_some_and(is_list));
+        let conversation = conversation.into_iter().find(|name| row.peek(name).is_some_and(is_list));
         let (prompt, answers) = match conversation {
             _ if has("prompt") => {
                 let prompt = self.said(row, self.rows.field("prompt"))?;
@@ -140,7 +152,7 @@ impl Reader<'_> {
     }
 
     /// Prompt and answers in one form: all texts, or all messages.
-    fn answers(&self, row: &Row, prompt: Said, answers: Vec<Said>) -> Result<Example, Unused> {
+    fn answers(&self, row: &Fields, prompt: Said, answers: Vec<Said>) -> Result<Example, Unused> {
         let all_text = answers.iter().chain([&prompt]).all(|said| matches!(said, Said::Text(_)));
         if all_text && !self.is_templated {
             return Ok(Example::Answers { prompt, answers, given: Given::default() });
@@ -160,14 +172,14 @@ impl Reader<'_> {
         }
         let answers: Vec<Vec<Value>> =
             answers.into_iter().map(|answer| as_messages(answer, "assistant")).collect();
-        if !answers.iter().flatten().any(|message| messages::role(message) == "assistant") {
+        if !answers.iter().flatten().any(messages::is_answer) {
             return bad("no message of the answer is the assistant's");
         }
         let answers = answers.into_iter().map(Said::Messages).collect();
         Ok(Example::Answers { prompt: Said::Messages(prompt), answers, given: self.given(row)? })
     }
 
-    fn given(&self, row: &Row) -> Result<Given, Unused> {
+    fn given(&self, row: &Fields) -> Result<Given, Unused> {
         let field = self.rows.field("tools");
         let tools = match row.get(field) {
             None | Some(Value::Null) => None,
@@ -184,7 +196,7 @@ impl Reader<'_> {
         Ok(Given { tools: tools.filter(|tools| !tools.is_empty()), variables })
     }
 
-    fn instruction(&self, row: &Row) -> Result<(String, String), Unused> {
+    fn instruction(&self, row: &Fields) -> Result<(String, String), Unused> {
         let instruction = self.filled(row, self.rows.field("instruction"))?;
         let input = match row.get(self.rows.field("input")) {
             None | Some(Value::Null) => String::new(),
@@ -195,11 +207,14 @@ impl Reader<'_> {
     }
 
     /// Earlier turns: pairs of what was asked and answered.
-    fn history(&self, row: &Row) -> Result<Vec<Value>, Unused> {
+    fn history(&self, row: &Fields) -> Result<Vec<Value>, Unused> {
         let field = self.rows.field("history");
-        let Some(history) = row.get(field).filter(|history| !history.is_null()) else {
+        let Some(history) = row.get(field).filter(|history| is_filled(history)) else {
             return Ok(Vec::new());
         };
+        // As JSON in a text, as in a CSV.
+        let parsed = history.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
+        let history = parsed.as_ref().unwrap_or(history);
         let pair =
             |pair: &Value| Some((pair.get(0)?.as_str()?.to_owned(), pair.get(1)?.as_str()?.to_owned()));
         let pairs: Option<Vec<_>> = history.as_array().and_then(|pairs| pairs.iter().map(pair).collect());
@@ -212,14 +227,14 @@ impl Reader<'_> {
         Ok(turns.collect())
     }
 
-    fn value<'r>(&self, row: &'r Row, field: &str) -> Result<&'r Value, Unused> {
+    fn value<'r>(&self, row: &Fields<'r>, field: &str) -> Result<&'r Value, Unused> {
         row.get(field).ok_or_else(|| {
-            let names: Vec<&str> = row.keys().take(12).map(String::as_str).collect();
+            let names: Vec<&str> = row.names().take(12).collect();
             Unused::Bad(format!("no field `{field}` (it has {})", names.join(", ")))
         })
     }
 
-    fn said(&self, row: &Row, field: &str) -> Result<Said, Unused> {
+    fn said(&self, row: &Fields, field: &str) -> Result<Said, Unused> {
         match self.value(row, field)? {
             Value::String(text) => Ok(Said::Text(text.clone())),
             list if is_list(list) => Ok(Said::Messages(messages::of(self.rows, field, list)?)),
@@ -228,15 +243,15 @@ impl Reader<'_> {
     }
 
     /// What is said in answer; without anything in it the row teaches nothing.
-    fn answer(&self, row: &Row, field: &str) -> Result<Said, Unused> {
+    fn answer(&self, row: &Fields, field: &str) -> Result<Said, Unused> {
         match self.said(row, field)? {
             Said::Text(text) if text.trim().is_empty() => Err(Unused::Empty),
-            Said::Messages(messages) if messages.is_empty() => Err(Unused::Empty),
+            Said::Messages(messages) if messages.iter().all(messages::is_silent) => Err(Unused::Empty),
             said => Ok(said),
         }
     }
 
-    fn filled(&self, row: &Row, field: &str) -> Result<String, Unused> {
+    fn filled(&self, row: &Fields, field: &str) -> Result<String, Unused> {
         match self.value(row, field)? {
             Value::String(text) if text.trim().is_empty() => Err(Unused::Empty),
             Value::String(text) => Ok(text.clone()),

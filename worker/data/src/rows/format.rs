@@ -2,6 +2,7 @@
 
 use super::Row;
 use fleet_common::job::{Data, RowFormat, Rows};
+use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// Rows of a file that are looked at.
@@ -13,28 +14,62 @@ const NAMES_MAX: usize = 12;
 /// The format of rows that begin so. Preferences are such only where the job says it.
 pub(super) fn of(data: &Data, rows: &Rows, first: &[&Row]) -> Result<RowFormat, String> {
     use RowFormat::{Alpaca, Conversations, Messages, PromptCompletion, Text};
-    if let Some(format) = rows.format {
+    if let Some(format) = rows.format.filter(|format| *format != RowFormat::Preference) {
         return Ok(format);
     }
-    let present: BTreeSet<&str> = first
-        .iter()
-        .flat_map(|row| row.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str()))
-        .collect();
+    let present = present(first.iter().copied());
     let has = |usual: &str| present.contains(rows.field(usual));
-    let is_label =
-        |row: &&Row| row.get("label").or_else(|| row.get("kto_tag")).is_some_and(|label| label.is_boolean());
     match () {
+        () if rows.format.is_some() => match first.iter().any(|row| is_labelled(row)) && !has("rejected") {
+            true => Err(format!(
+                "{KTO}; task_name = \"dpo\" wants pairs, {PAIR}: put a good and a bad answer to the same prompt into one row"
+            )),
+            false => Ok(RowFormat::Preference),
+        },
+        () if first.iter().any(|row| is_labelled(row)) => Err(format!(
+            "{KTO}; take those with a good answer, without the label, or say with data.format that all are learnt"
+        )),
         () if has("messages") => Ok(Messages),
-        () if first.iter().any(is_label) => Err(
-            "rows with a label for each answer (KTO) are not learnt in this version; take those with a good one as prompt and completion"
-                .to_owned(),
-        ),
         () if has("prompt") && has("completion") => Ok(PromptCompletion),
         () if has("chosen") && has("rejected") => Err(preferences(&present)),
         () if present.contains("conversations") => Ok(Conversations),
         () if has("instruction") && has("output") => Ok(Alpaca),
         () if present.contains(data.text_field.as_str()) => Ok(Text),
         () => Err(unknown(&present)),
+    }
+}
+
+/// Names of the fields in which something stands.
+fn present<'r>(rows: impl Iterator<Item = &'r Row>) -> BTreeSet<&'r str> {
+    let names =
+        |row: &'r Row| row.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str());
+    rows.flat_map(names).collect()
+}
+
+/// Whether rows that begin so are those of instructions rather than texts, be they of a kind that is learnt or not.
+pub(super) fn are_instructions(data: &Data, rows: &Rows, first: &[Row]) -> bool {
+    let present = present(first.iter());
+    let has = |name: &&str| present.contains(name);
+    let is_pair = || PAIRS.iter().any(|(question, answer, ..)| has(question) && has(answer));
+    let is_preference = || has(&"chosen") && has(&"rejected");
+    let is_known = || of(data, rows, &first.iter().collect::<Vec<_>>()).is_ok();
+    !has(&data.text_field.as_str()) && (is_known() || is_preference() || is_pair())
+}
+
+const KTO: &str = "rows with a label for each answer (KTO) are not learnt in this version";
+const PAIR: &str = "{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}";
+
+/// Whether a row says of its answer whether it is a good one: by a truth value, of a table also as a text or a number.
+fn is_labelled(row: &Row) -> bool {
+    let has_answer =
+        || ["completion", "messages", "conversations"].iter().any(|name| row.contains_key(*name));
+    match row.get("label").or_else(|| row.get("kto_tag")) {
+        Some(Value::Bool(_)) => true,
+        Some(Value::String(label)) => {
+            has_answer() && ["true", "false"].contains(&label.trim().to_lowercase().as_str())
+        }
+        Some(Value::Number(label)) => has_answer() && matches!(label.as_u64(), Some(0 | 1)),
+        _ => false,
     }
 }
 
@@ -65,7 +100,11 @@ fn unknown(present: &BTreeSet<&str>) -> String {
     if let Some((question, answer, first, second)) = pair {
         let name =
             |field: &str, name: &str| (field != name).then(|| format!("data.fields.{field} = \"{name}\""));
-        let set: Vec<String> = [name(first, question), name(second, answer)].into_iter().flatten().collect();
+        // As in Dolly, where what is asked has a text beside it.
+        let context =
+            (*first == "instruction" && present.contains("context")).then(|| name("input", "context"));
+        let set = [name(first, question), context.flatten(), name(second, answer)];
+        let set: Vec<String> = set.into_iter().flatten().collect();
         return format!("its rows have `{question}` and `{answer}`; set {}", set.join(" and "));
     }
     let short = |name: &&str| name.chars().take(40).flat_map(char::escape_debug).collect::<String>();
@@ -128,10 +167,47 @@ mod tests {
     }
 
     #[test]
+    fn instructions_are_told_from_texts() {
+        let are = |row: serde_json::Value| {
+            let first: Vec<Row> = serde_json::from_value(json!([row])).unwrap();
+            are_instructions(&data(vec![], &[], &[]), &Rows::default(), &first)
+        };
+        for row in [
+            json!({"messages": []}),
+            json!({"instruction": "a", "output": "b"}),
+            json!({"question": "a", "answer": "b"}),
+            json!({"chosen": "a", "rejected": "b"}),
+        ] {
+            assert!(are(row.clone()), "{row}");
+        }
+        for row in [json!({"text": "a", "messages": []}), json!({"body": "a"}), json!({})] {
+            assert!(!are(row.clone()), "{row}");
+        }
+    }
+
+    #[test]
     fn what_is_not_known_is_said_with_what_to_do() {
         let said = |row: serde_json::Value| told(&Rows::default(), json!([row])).unwrap_err();
         assert!(said(json!({"prompt": "", "completion": "", "label": true})).contains("(KTO)"));
         assert!(said(json!({"messages_": [], "kto_tag": false})).contains("(KTO)"));
+        for label in [json!(true), json!("False"), json!(1)] {
+            assert!(
+                said(json!({"messages": [], "label": label})).contains("(KTO)"),
+                "as LLaMA-Factory has them"
+            );
+        }
+        let dpo = Rows { format: Some(RowFormat::Preference), ..Rows::default() };
+        let labelled = told(&dpo, json!([{"prompt": "", "completion": "", "label": false}])).unwrap_err();
+        assert!(
+            labelled.contains("(KTO)") && labelled.contains("\"chosen\": ..., \"rejected\": ..."),
+            "{labelled}"
+        );
+        let pair = json!([{"chosen": "", "rejected": "", "label": true}]);
+        assert_eq!(told(&dpo, pair), Ok(RowFormat::Preference));
+        assert!(
+            said(json!({"instruction": "", "context": "", "response": ""}))
+                .ends_with("set data.fields.input = \"context\" and data.fields.output = \"response\"")
+        );
         assert!(
             said(json!({"chosen": [], "rejected": []})).ends_with("set data.fields.completion = \"chosen\"")
         );

@@ -1,6 +1,8 @@
 //! Messages in the form of OpenAI, whichever form a row has them in.
 
-use super::{Row, Unused, bad};
+use super::fields::Fields;
+use super::{Unused, bad};
+use crate::chat::REASONING;
 use fleet_common::job::Rows;
 use serde_json::{Map, Value, json};
 
@@ -37,6 +39,24 @@ pub(super) fn role(message: &Value) -> &str {
     message.get("role").and_then(Value::as_str).unwrap_or_default()
 }
 
+/// Whether a message is what is to be learnt.
+pub(super) fn is_answer(message: &Value) -> bool {
+    role(message) == "assistant"
+}
+
+/// Whether a message says nothing, and neither thinks nor calls a function.
+pub(super) fn is_silent(message: &Value) -> bool {
+    let text = |name: &str| message.get(name).and_then(Value::as_str).unwrap_or_default();
+    let says = ["content"].iter().chain(&REASONING).any(|name| !text(name).trim().is_empty());
+    !says && !message.as_object().is_some_and(calls)
+}
+
+/// Whether a message calls a function, also as OpenAI had it before there were tools.
+fn calls(message: &Map<String, Value>) -> bool {
+    let has_list = message.get("tool_calls").and_then(Value::as_array).is_some_and(|list| !list.is_empty());
+    has_list || message.get("function_call").is_some_and(Value::is_object)
+}
+
 /// With the keys `role` and `content` and a role that templates know.
 fn message(rows: &Rows, field: &str, index: usize, turn: &Value) -> Result<Value, Unused> {
     let at = format!("`{field}`[{index}]");
@@ -53,8 +73,8 @@ fn message(rows: &Rows, field: &str, index: usize, turn: &Value) -> Result<Value
         return bad(format!("{at} has no `{role_key}`, which says who speaks"));
     };
     let content = match turn.get(&content_key) {
-        Some(Value::Array(parts)) => joined(&at, &content_key, parts)?.into(),
-        other => other.cloned().unwrap_or_default(),
+        Some(Value::Array(parts)) => Some(joined(&at, &content_key, parts)?.into()),
+        other => other.cloned(),
     };
     let Some(role) = known_role(said) else {
         let short: String = said.chars().take(40).flat_map(char::escape_debug).collect();
@@ -64,10 +84,23 @@ fn message(rows: &Rows, field: &str, index: usize, turn: &Value) -> Result<Value
     };
     let mut message = Map::new();
     message.insert("role".into(), role.into());
-    if said == "function_call" {
-        message.insert("tool_calls".into(), tool_calls(&at, &content)?);
-    } else {
-        message.insert("content".into(), content);
+    match content {
+        content if said == "function_call" => {
+            let calls = tool_calls(&at, &content.unwrap_or_default())?;
+            message.insert("tool_calls".into(), calls);
+        }
+        Some(Value::String(text)) => drop(message.insert("content".into(), text.into())),
+        // What calls functions need not say anything.
+        None if calls(turn) => {}
+        Some(Value::Null) if calls(turn) => drop(message.insert("content".into(), Value::Null)),
+        None | Some(Value::Null) => {
+            return bad(format!(
+                "{at} has no `{content_key}`; what an assistant says may be missing where it has `tool_calls`"
+            ));
+        }
+        Some(_) => {
+            return bad(format!("{at}.{content_key} is neither a text nor a list of parts with texts"));
+        }
     }
     let others = turn.iter().filter(|(key, _)| **key != role_key && **key != content_key);
     message.extend(others.map(|(key, value)| (key.clone(), value.clone())));
@@ -129,7 +162,7 @@ fn tool_calls(at: &str, content: &Value) -> Result<Value, Unused> {
 }
 
 /// The row's `system` text before its messages, where these have none.
-pub(super) fn with_system(rows: &Rows, row: &Row, mut messages: Vec<Value>) -> Result<Vec<Value>, Unused> {
+pub(super) fn with_system(rows: &Rows, row: &Fields, mut messages: Vec<Value>) -> Result<Vec<Value>, Unused> {
     let system = match row.get(rows.field("system")) {
         None | Some(Value::Null) => return Ok(messages),
         Some(Value::String(text)) => text,
@@ -199,6 +232,10 @@ mod tests {
                 "`messages`[0].content[1] is a part of type `image_url`, and only text is learnt",
             ),
             (json!([{"role": "user", "content": [{"type": "text"}]}]), "content[0] is a part without `text`"),
+            (json!([{"role": "user", "content": null}]), "`messages`[0] has no `content`"),
+            (json!([{"from": "gpt"}]), "`messages`[0] has no `content`"),
+            (json!([{"role": "assistant", "tool_calls": []}]), "`messages`[0] has no `content`"),
+            (json!([{"role": "user", "content": 3}]), "`messages`[0].content is neither a text nor a list"),
         ] {
             let said = read(value.clone());
             assert!(matches!(&said, Err(Unused::Bad(said)) if said.contains(what)), "{value}: {said:?}");

@@ -7,10 +7,13 @@
 //! Nothing is padded, and of a file no more is held than its bytes and a batch of rows.
 
 mod build;
+mod done;
 mod example;
+mod fields;
 mod format;
 mod messages;
 mod pack;
+mod peek;
 mod report;
 mod sequence;
 mod source;
@@ -18,6 +21,7 @@ mod templates;
 mod write;
 
 pub(crate) use build::build;
+pub use peek::holds_rows;
 pub use report::Report;
 pub(crate) use templates::described;
 

@@ -1,7 +1,29 @@
 //! What became of the rows of a job: told before it trains, and with every start.
 
 use crate::{DataError, Note};
+use fleet_common::events::Level;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Names of fields that are counted.
+const NAMES_MAX: usize = 64;
+
+/// Of those the ones that a line names.
+const NAMED_MAX: usize = 8;
+
+/// Fields that belong to what is asked, by the names that people have for them.
+const OF_PROMPTS: [&str; 10] = [
+    "system",
+    "history",
+    "tools",
+    "input",
+    "context",
+    "instruction",
+    "question",
+    "documents",
+    "images",
+    "functions",
+];
 
 /// Counts of rows, unless tokens are said.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +60,15 @@ pub struct Report {
     pub masked: u64,
     /// Whose prompt has other tokens alone than with the answer behind it, or of whose turns of the assistant one begins within a token.
     pub unjoined: u64,
+    /// By what they have and the chat template does not write, such as `tool_calls`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left_out: BTreeMap<String, u64>,
+    /// With a turn of the assistant that says nothing, of which the end is learnt.
+    #[serde(default)]
+    pub silent_turns: u64,
+    /// By a field with something in it that is not read.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unread: BTreeMap<String, u64>,
     /// What of the chat template does not fit the model's tokenizer, a line each.
     pub template: Vec<String>,
     /// The first bad row and the first unjoined one: where, and what is wrong.
@@ -46,6 +77,15 @@ pub struct Report {
 }
 
 impl Report {
+    /// Counts the fields of a row that were not read, whose names are taken as long as there are few.
+    pub(super) fn count_unread(&mut self, fields: Vec<String>) {
+        for name in fields {
+            if self.unread.len() < NAMES_MAX || self.unread.contains_key(&name) {
+                *self.unread.entry(name).or_default() += 1;
+            }
+        }
+    }
+
     /// Refuses data from which nothing can be learnt.
     pub(super) fn check(&self, max_seq_len: u32) -> Result<(), DataError> {
         if self.examples > 0 {
@@ -113,8 +153,49 @@ impl Report {
                 first(&self.first_unjoined)
             ),
         );
+        warn(
+            self.silent_turns,
+            format!(
+                "{} with a turn of the assistant that says nothing: its end is learnt, so that the model answers nothing; give it a text, or a `weight` of 0",
+                rows(self.silent_turns)
+            ),
+        );
+        for (name, count) in &self.left_out {
+            warn(
+                *count,
+                format!(
+                    "the chat template does not write the `{name}` of {}, so nothing of it is learnt; name a template that does in \
+                     data.chat_template, or say it in the texts of the messages",
+                    rows(*count)
+                ),
+            );
+        }
         notes.extend(self.template.iter().map(Note::warning));
+        notes.extend(self.unread());
         notes
+    }
+
+    /// The fields that are not read, the most frequent first.
+    fn unread(&self) -> Option<Note> {
+        let mut fields: Vec<(&String, &u64)> = self.unread.iter().collect();
+        fields.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let short = |name: &str| name.chars().take(40).flat_map(char::escape_debug).collect::<String>();
+        let named = fields.iter().take(NAMED_MAX);
+        let named: Vec<String> =
+            named.map(|(name, count)| format!("`{}` ({})", short(name), rows(**count))).collect();
+        let more = fields.len().saturating_sub(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let is_asked = fields.iter().any(|(name, _)| OF_PROMPTS.contains(&name.as_str()));
+        let cure = match self.unread.contains_key("system") || self.unread.contains_key("tools") {
+            true => "name a template in data.chat_template, with which `system` and `tools` are written",
+            false => "data.fields says what a field is",
+        };
+        let line = format!(
+            "fields that are not read, so nothing of them is learnt: {}{more}; {cure}",
+            named.join(", ")
+        );
+        let level = if is_asked { Level::Warn } else { Level::Info };
+        (!fields.is_empty()).then_some(Note { level, line })
     }
 
     fn told(&self, packs: Option<u64>) -> String {
@@ -186,6 +267,35 @@ mod tests {
             ]
         );
         assert!(notes[0].level == Level::Info && notes[1].level == Level::Warn);
+    }
+
+    #[test]
+    fn what_is_lost_on_the_way_is_named() {
+        let counts = |list: &[(&str, u64)]| list.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect();
+        let mut report = Report {
+            left_out: counts(&[("tool_calls", 3)]),
+            silent_turns: 1,
+            unread: counts(&[("id", 9), ("context", 2)]),
+            ..Report::default()
+        };
+        let told = |report: &Report| {
+            let notes = report.notes(64, None);
+            notes[1..].iter().map(|note| (note.level, note.line.clone())).collect::<Vec<_>>()
+        };
+        let lines = told(&report);
+        assert!(lines[0].1.starts_with("1 row with a turn of the assistant that says nothing"), "{lines:?}");
+        assert!(
+            lines[1].1.starts_with("the chat template does not write the `tool_calls` of 3 rows"),
+            "{lines:?}"
+        );
+        let unread = "fields that are not read, so nothing of them is learnt: `id` (9 rows), `context` (2 rows); data.fields says what a field is";
+        assert_eq!(lines[2], (Level::Warn, unread.to_owned()));
+        report.unread = counts(&[("id", 9)]);
+        assert_eq!(told(&report)[2].0, Level::Info, "a name of a row is seldom missed");
+        report.unread = (0..100).map(|n| (format!("f{n}"), 1)).collect();
+        assert!(told(&report)[2].1.contains("and 92 more"));
+        report.count_unread(vec!["another".into(), "f1".into()]);
+        assert_eq!((report.unread.len(), report.unread["f1"]), (100, 2));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::Unused;
 use super::example::{Example, Given, Said, Talk};
+use super::messages;
 use super::templates::Chosen;
 use crate::Encoded;
 use crate::chat::{Conversation, Ending, Rendered, Template};
@@ -45,6 +46,7 @@ impl Sequence {
 }
 
 /// The sequences of a row: one, or one for each answer.
+#[derive(Default)]
 pub(super) struct Made {
     pub sequences: Vec<Sequence>,
     /// The tokens of each prompt are the first ones of its sequence; of messages, each turn of the assistant begins with a token.
@@ -53,6 +55,10 @@ pub(super) struct Made {
     pub is_templated: bool,
     /// What was tokenised.
     pub texts: Vec<(String, Encoded)>,
+    /// What the row has and the chat template does not write.
+    pub left_out: Vec<&'static str>,
+    /// A turn of the assistant says nothing, and its end is learnt.
+    pub has_silent_turn: bool,
 }
 
 impl Made {
@@ -73,8 +79,7 @@ pub(super) struct Maker {
 
 impl Maker {
     pub fn make(&self, example: &Example) -> Result<Made, Unused> {
-        let mut made =
-            Made { sequences: Vec::new(), is_joined: true, is_templated: false, texts: Vec::new() };
+        let mut made = Made { is_joined: true, ..Made::default() };
         match example {
             Example::Text(text) => {
                 let encoded = self.ended(text)?;
@@ -88,6 +93,8 @@ impl Maker {
                 made.is_templated = matches!(prompt, Said::Messages(_));
                 let joined = answers.iter().map(|answer| self.joined(prompt, answer, given));
                 let joined = joined.collect::<Result<Vec<Joined>, Unused>>()?;
+                made.left_out = joined.iter().flat_map(|joined| joined.left_out.iter().copied()).collect();
+                made.has_silent_turn = answers.iter().any(Said::has_silent_turn);
                 // An answer begins where its tokens are no longer those of the prompt alone; all of a row begin at the same token.
                 let same = joined
                     .iter()
@@ -96,7 +103,7 @@ impl Maker {
                     .unwrap_or(0);
                 let is_all = self.loss_on == LossOn::All && answers.len() == 1;
                 let first = if is_all { 0 } else { same };
-                for Joined { prompt, prompt_bytes, text, encoded } in joined {
+                for Joined { prompt, prompt_bytes, text, encoded, .. } in joined {
                     made.is_joined &= same == prompt.len();
                     let bytes = text.len().saturating_sub(if is_all { 0 } else { prompt_bytes });
                     made.add(text, encoded, |ids| (0..ids).map(|at| at >= first).collect(), bytes);
@@ -114,13 +121,19 @@ impl Maker {
     fn turns(&self, talk: &Talk, made: &mut Made) -> Result<(), Unused> {
         let (conversation, silent) = conversation(&talk.messages, &talk.given)?;
         let template = self.template(&talk.given)?;
+        let learnt = talk.messages.iter().filter(|message| messages::is_answer(message)).zip(&silent);
+        made.has_silent_turn =
+            learnt.filter(|(_, silent)| !**silent).any(|(message, _)| messages::is_silent(message));
         if self.loss_on == LossOn::All {
-            let text = template.render(&conversation, Ending::Complete, today())?.text;
+            let rendered = template.render(&conversation, Ending::Complete, today())?;
+            made.left_out = template.left_out(&conversation, &rendered, today());
+            let text = rendered.text;
             let (encoded, bytes) = (self.bare(&text)?, text.len());
             made.add(text, encoded, |ids| vec![true; ids], bytes);
             return Ok(());
         }
         let mut rendered = template.render_marked(&conversation, today())?;
+        made.left_out = template.left_out(&conversation, &rendered, today());
         leave_out(&mut rendered, &silent)?;
         let tokens = rendered.tokens(&self.given).map_err(|e| Unused::Bad(e.to_string()))?;
         let bytes = rendered.assistant.iter().map(ExactSizeIterator::len).sum();
@@ -134,16 +147,18 @@ impl Maker {
             (Said::Text(prompt), Said::Text(answer)) => {
                 let text = format!("{prompt}{answer}");
                 let (asked, encoded) = (self.plain(prompt)?.open().to_vec(), self.ended(&text)?);
-                Ok(Joined { prompt: asked, prompt_bytes: prompt.len(), text, encoded })
+                Ok(Joined { prompt: asked, prompt_bytes: prompt.len(), text, encoded, left_out: Vec::new() })
             }
             (Said::Messages(prompt), Said::Messages(answer)) => {
                 let template = self.template(given)?;
                 let (asked, _) = conversation(prompt, given)?;
                 let (whole, _) = conversation(&[prompt.as_slice(), answer].concat(), given)?;
                 let asked = template.render(&asked, Ending::Prompt, today())?.text;
-                let text = template.render(&whole, Ending::Complete, today())?.text;
+                let rendered = template.render(&whole, Ending::Complete, today())?;
+                let left_out = template.left_out(&whole, &rendered, today());
+                let text = rendered.text;
                 let (prompt, encoded) = (self.bare(&asked)?.ids, self.bare(&text)?);
-                Ok(Joined { prompt, prompt_bytes: asked.len(), text, encoded })
+                Ok(Joined { prompt, prompt_bytes: asked.len(), text, encoded, left_out })
             }
             _ => super::bad("one of prompt and answer is a text, and the other one messages"),
         }
@@ -183,6 +198,7 @@ struct Joined {
     prompt_bytes: usize,
     text: String,
     encoded: Encoded,
+    left_out: Vec<&'static str>,
 }
 
 /// How many tokens both begin with.

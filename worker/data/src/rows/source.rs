@@ -42,7 +42,7 @@ pub(super) fn each(path: &Path, block: Block, take: Take) -> Result<(), DataErro
             };
             take(Place::Line(number), row)
         }),
-        Contents::Document(text) => document(path, &text, take),
+        Contents::Document { row, line, text } => document(path, (row, line), &text, take),
         Contents::Table { header, line, text } => {
             header.objects(line, &text).map_err(bad)?.try_for_each(|row| match row {
                 Ok((line, row)) => take(Place::Line(line), Ok(row)),
@@ -60,19 +60,22 @@ pub(super) fn each(path: &Path, block: Block, take: Take) -> Result<(), DataErro
     }
 }
 
-fn document(path: &Path, text: &str, take: Take) -> Result<(), DataError> {
+/// `text` begins with this row and line of its file.
+fn document(path: &Path, (row, line): (u64, u64), text: &str, take: Take) -> Result<(), DataError> {
     if text.trim().is_empty() {
         return Ok(());
     }
     let mut stopped = None;
     let mut parser = serde_json::Deserializer::from_str(text);
-    let read = Document { take, stopped: &mut stopped }.deserialize(&mut parser).and_then(|()| parser.end());
+    let read = Document { take, before: row - 1, stopped: &mut stopped }
+        .deserialize(&mut parser)
+        .and_then(|()| parser.end());
     match (stopped, read) {
         (Some(error), _) => Err(error),
         (None, Ok(())) => Ok(()),
         (None, Err(e)) => Err(DataError::Row {
             path: path.to_owned(),
-            line: e.line() as u64,
+            line: line - 1 + e.line() as u64,
             what: json::what_is_wrong(text, &e),
         }),
     }
@@ -83,13 +86,15 @@ const NO_OBJECT: &str = "a row is an object such as {\"prompt\": \"...\", \"comp
 /// A file that is one value: an array of rows, an object of columns, or one row.
 struct Document<'a> {
     take: Take<'a>,
+    /// Rows of the file that stand before it.
+    before: u64,
     /// Why the taker wants no more.
     stopped: &'a mut Option<DataError>,
 }
 
 impl Document<'_> {
     fn give<E: Error>(&mut self, number: u64, row: Result<Row, String>) -> Result<(), E> {
-        (self.take)(Place::Row(number), row).map_err(|error| {
+        (self.take)(Place::Row(self.before + number), row).map_err(|error| {
             *self.stopped = Some(error);
             E::custom("stopped")
         })
@@ -231,6 +236,31 @@ mod tests {
     }
 
     #[test]
+    fn large_arrays_are_read_in_parts_and_rows_keep_their_places() {
+        let row = |n: usize| format!("{{\"p\":\"{n} [,]\",\"c\":\"{}\"}}", "x".repeat(100));
+        let all: Vec<String> = (1..=30_000).map(row).collect();
+        let wanted: Vec<String> = all.iter().zip(1..).map(|(row, n)| format!("row {n} {row}")).collect();
+        for between in [",", ",\n", "\n  , "] {
+            let text = format!("[{}]\n", all.join(between));
+            assert!(text.len() > 3 << 20);
+            assert!(read(Kind::Json, &text).unwrap() == wanted, "{between:?}");
+        }
+        let lines = all.join(",\n");
+        let error = read(Kind::Json, &format!("[{lines},\n{{\"p\":nul}}]")).unwrap_err();
+        assert!(error.contains("a, line 30001: not JSON"), "{error}");
+        let error = read(Kind::Json, &format!("[{lines},")).unwrap_err();
+        assert!(error.contains("line 30000: not JSON: EOF"), "{error}");
+        for behind in [",]", "] 3"] {
+            assert!(
+                read(Kind::Json, &format!("[{lines}{behind}")).unwrap_err().contains("not JSON"),
+                "{behind}"
+            );
+        }
+        let last = read(Kind::Json, &format!("[{lines}, 3]")).unwrap().pop().unwrap();
+        assert!(last.starts_with("row 30001 bad: a row is an object"), "{last}");
+    }
+
+    #[test]
     fn a_row_that_is_wrong_has_its_place_and_the_others_are_read() {
         let rows = read(Kind::Json, "{\"p\":1}\n{\"p\":\n[1]\n{\"p\":2}").unwrap();
         assert!(
@@ -268,7 +298,7 @@ mod tests {
         assert!(read(Kind::Csv, "p,c\n\"a,1\n").unwrap()[0].contains("bad: a quote is opened"));
         assert!(read(Kind::Text, "a").unwrap_err().contains("`task_name` = \"lm\""));
         let mut one = |_: Place, _: Result<Row, String>| Err(DataError::Rows("enough".into()));
-        let error = document(Path::new("a"), "[{},{}]", &mut one).unwrap_err();
+        let error = document(Path::new("a"), (1, 1), "[{},{}]", &mut one).unwrap_err();
         assert_eq!(error.to_string(), "enough");
     }
 }

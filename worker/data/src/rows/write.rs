@@ -2,17 +2,34 @@
 //! index of its items.
 
 use crate::DataError;
+use crate::cache::{LOSS, ROW_TOKENS};
 use crate::windows::Width;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// Where a sequence stands: its first token, and how many there are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Span {
     pub start: u64,
     pub len: u32,
+}
+
+/// How much is written.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Written {
+    tokens: u64,
+    /// Bits of the byte that is not full yet.
+    bits: u8,
+}
+
+impl Written {
+    /// How many bytes of each file that are.
+    pub fn files(self, width: Width) -> [(&'static str, u64); 2] {
+        [(ROW_TOKENS, self.tokens * width.bytes() as u64), (LOSS, self.tokens / 8)]
+    }
 }
 
 /// Writes sequences as they come.
@@ -20,20 +37,21 @@ pub(super) struct Writer {
     tokens: Hashed,
     loss: Hashed,
     width: Width,
-    written: u64,
-    /// Bits of the byte that is not full yet.
-    bits: u8,
+    written: Written,
 }
 
 impl Writer {
-    pub fn create(tokens: &Path, loss: &Path, width: Width) -> Result<Writer, DataError> {
-        Ok(Writer {
-            tokens: Hashed::create(tokens)?,
-            loss: Hashed::create(loss)?,
-            width,
-            written: 0,
-            bits: 0,
-        })
+    /// Goes on behind what is written, of which all must be there.
+    pub fn open(dir: &Path, width: Width, written: Written) -> Result<Writer, DataError> {
+        let [tokens, loss] = written.files(width).map(|(name, bytes)| Hashed::open(&dir.join(name), bytes));
+        Ok(Writer { tokens: tokens?, loss: loss?, width, written })
+    }
+
+    /// What is on the disk then.
+    pub fn sync(&mut self) -> Result<Written, DataError> {
+        self.tokens.sync()?;
+        self.loss.sync()?;
+        Ok(self.written)
     }
 
     pub fn add(&mut self, ids: &[u32], learnt: &[bool]) -> Result<Span, DataError> {
@@ -41,12 +59,13 @@ impl Writer {
         self.width.encode(ids, &mut bytes);
         self.tokens.write(&bytes)?;
         bytes.clear();
-        let start = self.written;
+        let Written { tokens, bits } = &mut self.written;
+        let start = *tokens;
         for learnt in learnt {
-            self.bits |= u8::from(*learnt) << (self.written % 8);
-            self.written += 1;
-            if self.written.is_multiple_of(8) {
-                bytes.push(std::mem::take(&mut self.bits));
+            *bits |= u8::from(*learnt) << (*tokens % 8);
+            *tokens += 1;
+            if tokens.is_multiple_of(8) {
+                bytes.push(std::mem::take(bits));
             }
         }
         self.loss.write(&bytes)?;
@@ -55,8 +74,8 @@ impl Writer {
 
     /// SHA-256 of both files, which are on the disk then.
     pub fn finish(mut self) -> Result<(String, String), DataError> {
-        if !self.written.is_multiple_of(8) {
-            self.loss.write(&[self.bits])?;
+        if !self.written.tokens.is_multiple_of(8) {
+            self.loss.write(&[self.written.bits])?;
         }
         Ok((self.tokens.finish()?, self.loss.finish()?))
     }
@@ -69,9 +88,21 @@ struct Hashed {
 }
 
 impl Hashed {
-    fn create(path: &Path) -> Result<Hashed, DataError> {
-        let file = File::create_new(path).map_err(|source| failed(path, source))?;
-        Ok(Hashed { path: path.to_owned(), file: BufWriter::new(file), hasher: Sha256::new() })
+    /// With its first `len` bytes.
+    fn open(path: &Path, len: u64) -> Result<Hashed, DataError> {
+        let open = || {
+            let mut file = File::options().create(true).read(true).append(true).open(path)?;
+            file.set_len(len)?;
+            let mut hasher = Sha256::new();
+            io::copy(&mut file, &mut hasher)?;
+            Ok(Hashed { path: path.to_owned(), file: BufWriter::new(file), hasher })
+        };
+        open().map_err(|source| failed(path, source))
+    }
+
+    fn sync(&mut self) -> Result<(), DataError> {
+        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        synced.map_err(|source| failed(&self.path, source))
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::files::tests::data;
+use crate::rows::Row;
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -7,7 +8,7 @@ use serde_json::json;
 fn read(format: RowFormat, template: u8, row: Value) -> Result<Example, Unused> {
     let (data, rows) = (data(vec![], &[], &[]), Rows::default());
     let reader = Reader { data: &data, rows: &rows, has_template: template > 0, is_templated: template > 1 };
-    reader.read(format, row.as_object().unwrap())
+    reader.read(format, &Fields::of(row.as_object().unwrap()))
 }
 
 fn text(text: &str) -> Said {
@@ -133,6 +134,32 @@ fn preferences_that_say_nothing_are_named() {
     assert!(said(of(shorter)).contains("the beginning of the other"));
     let ends = json!({"prompt": [user("q"), assistant("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]});
     assert!(said(of(ends)).contains("ends with the assistant"));
+}
+
+#[test]
+fn answers_that_say_nothing_are_none_and_calls_are_answers() {
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]});
+    let of = |turns: Value| read(RowFormat::Messages, 1, json!({"messages": turns}));
+    let Ok(Example::Turns(talk)) = of(json!([user("a"), call])) else { panic!("a call is an answer") };
+    assert_eq!(talk.messages[1], call);
+    assert_eq!(of(json!([user("a"), assistant(" ")])), Err(Unused::Empty));
+    let no_content = said(of(json!([user("a"), {"role": "assistant", "content": null}])));
+    assert!(no_content.contains("`messages`[1] has no `content`"), "{no_content}");
+    assert!(of(json!([user("a"), assistant(""), user("b"), assistant("c")])).is_ok());
+    let pair = json!({"prompt": [user("q")], "chosen": [assistant("yes")], "rejected": [assistant("")]});
+    assert_eq!(read(RowFormat::Preference, 1, pair), Err(Unused::Empty));
+    let Said::Messages(some) = turns(json!([user("a"), assistant("")])) else { unreachable!() };
+    assert!(Said::Messages(some).has_silent_turn() && !text("").has_silent_turn());
+}
+
+#[test]
+fn a_history_may_be_json_in_a_text() {
+    let row = |history: &str| json!({"instruction": "i", "output": "o", "history": history});
+    for (history, turns) in [("[[\"q\", \"a\"]]", 4), (" ", 2), ("[]", 2)] {
+        let Ok(Example::Turns(talk)) = read(RowFormat::Alpaca, 1, row(history)) else { panic!("{history}") };
+        assert_eq!(talk.messages.len(), turns, "{history}");
+    }
+    assert!(said(read(RowFormat::Alpaca, 1, row("q"))).contains("no list of pairs"));
 }
 
 /// Values as people put them where others belong.
