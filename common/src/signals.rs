@@ -18,10 +18,10 @@ pub fn mind_the_file_limit() {
     let _ = file_limit().thread_unblock();
 }
 
-/// A signal that ends this process (SIGINT, SIGTERM, SIGHUP) first does `last`. For the first lines of `main`: threads that start later have from it that
+/// A signal that ends this process (SIGINT, SIGTERM) first does `last`. For the first lines of `main`: threads that start later have from it that
 /// they are not struck.
 pub fn before_the_end(last: impl FnOnce() + Send + 'static) {
-    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     let _ = ends.thread_block(); // fails for no valid set
     let wait = move || {
         let Ok(signal) = ends.wait() else { return };
@@ -29,6 +29,8 @@ pub fn before_the_end(last: impl FnOnce() + Send + 'static) {
         // So that who waits for this process hears of which signal it died.
         let _ = ends.thread_unblock();
         let _ = raise(signal);
+        // It is ignored here, and what this process was at is gone.
+        std::process::exit(128 + signal as i32);
     };
     if std::thread::Builder::new().name("signals".into()).spawn(wait).is_err() {
         let _ = ends.thread_unblock(); // they strike as they always do
