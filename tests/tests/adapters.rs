@@ -142,7 +142,8 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     assert_eq!((said("adapter", "r"), said("adapter", "alpha")), (16.into(), 32.0.into()), "{shown}");
     assert_eq!((said("adapter", "dropout"), said("adapter", "use_dora")), (0.05.into(), false.into()));
     assert_eq!(said("adapter", "target_modules")[6], "down_proj", "{shown}");
-    let runs = world.run("fleet", &["runs", "ls", "--local", "out", "--json"]).expect(0);
+    let out = world.path("out").display().to_string();
+    let runs = world.run("fleet", &["runs", "ls", "--local", &out, "--json"]).expect(0);
     let runs: Value = serde_json::from_str(&runs.stdout.concat()).unwrap();
     let names: Vec<&str> =
         runs.as_array().unwrap().iter().map(|run| run["run_name"].as_str().unwrap()).collect();

@@ -351,11 +351,15 @@ fn modules(f: &Fields, name: &'static str, wanted: &str) -> Result<Option<Target
         let is_list = matches!(v.kind, Kind::List(_));
         let texts =
             v.texts().filter(|all| !all.is_empty() && all.iter().all(|text| !text.trim().is_empty()))?;
+        let is_name = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
         Some(match &texts[..] {
-            // As PEFT takes a single text; a plain name is how names end.
-            [one] if !is_list && !one.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c)) => {
-                Targets::Pattern(one.clone())
+            [one] if is_list || is_name(one) => Targets::Names(texts),
+            // As LLaMA-Factory writes several; no module's name has a comma.
+            [one] if one.split(',').all(|name| !name.trim().is_empty() && is_name(name.trim())) => {
+                Targets::Names(one.split(',').map(|name| name.trim().to_owned()).collect())
             }
+            // As PEFT takes a single text; a plain name is how names end.
+            [one] => Targets::Pattern(one.clone()),
             _ => Targets::Names(texts),
         })
     })
@@ -417,6 +421,7 @@ mod tests {
         assert_eq!(targets("\"all-linear\""), Some(Targets::AllLinear));
         assert_eq!(targets("\"q_proj\""), Some(Targets::Names(vec!["q_proj".into()])));
         assert_eq!(targets("'.*\\.(q|v)_proj'"), Some(Targets::Pattern(".*\\.(q|v)_proj".into())));
+        assert_eq!(targets("'q_proj, v_proj'"), targets("['q_proj', 'v_proj']"), "as others write it");
 
         let dora = |text: &str| adapter(text).unwrap().use_dora;
         assert!(dora("[adapter]\ntype = \"dora\"") && dora("use_dora = true") && !dora("adapter = \"lora\""));

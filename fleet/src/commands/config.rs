@@ -18,22 +18,24 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<u8, Failure> {
-    let job = spelled_out(load_job(&args.job.job, &args.job.sets)?);
+    let (job, comments) = spelled_out(load_job(&args.job.job, &args.job.sets)?);
     match args.json {
         true => out::json(&job.to_file().into()),
-        false => out::lines(job.to_toml().trim_end()),
+        false => out::lines((job.to_toml() + &comments).trim_end()),
     }
     Ok(exit::SUCCEEDED)
 }
 
-/// With what follows from the model, which has to be there for that, and notes of what follows from the data.
-fn spelled_out(job: Job) -> Job {
+/// With what follows from the model, which has to be there for that, and what no job file says, in comments.
+fn spelled_out(job: Job) -> (Job, String) {
+    let mut comments = String::new();
     let dir = match &job.model {
         Model::Pretrained(dir) => Some(dir),
         Model::New(_) => None,
     };
     if let Some(path) = job.adapter.as_ref().and_then(|adapter| adapter.path.as_ref()) {
-        out::note(&format!("what the adapter is stands in {}", path.join("adapter_config.json").display()));
+        comments +=
+            &format!("# What the adapter is stands in {}.\n", path.join("adapter_config.json").display());
     }
     let opened = dir.filter(|_| job.adapter.is_some()).map(|dir| ModelDir::open(dir));
     let family = opened.and_then(|opened| match opened {
@@ -46,9 +48,9 @@ fn spelled_out(job: Job) -> Job {
     let job = job.spelled_out(family);
     if job.optimizer.warmup_steps.is_none() {
         let steps = Optimizer::WARMUP_STEPS;
-        out::note(&format!(
-            "optimizer.warmup_steps: {steps}, and at most a tenth of the run, whose length follows from the data"
-        ));
+        comments += &format!(
+            "# optimizer.warmup_steps: {steps}, and at most a tenth of the run, whose length follows from the data.\n"
+        );
     }
-    job
+    (job, comments)
 }

@@ -37,7 +37,7 @@ impl Order {
         if windows < global_batch {
             return Err(DataError::TooLittle(format!(
                 "the training data fills {windows} sequences, and one optimizer step takes {global_batch} (ranks x batch_size x \
-                 accumulate_grad_batches); lower one of these or max_seq_len, or add data"
+                 accumulate_grad_batches); lower one of these, or max_seq_len where text is cut into sequences, or add data"
             )));
         }
         Ok(Order { seed, windows, global_batch, micro_batches, before: (0, Cursor::default()) })

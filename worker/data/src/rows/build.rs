@@ -48,7 +48,7 @@ pub(crate) fn build(
     let encoder = Encoder::of(&given, path, ids)?;
     ids.check_holds(encoder.vocab_size)?;
     let adapter = job.adapter.as_ref().and_then(|adapter| adapter.path.as_deref());
-    let maker = Maker { templates: Chosen::of(rows, path, adapter)?, given, encoder, loss_on: rows.loss_on };
+    let maker = Maker::new(given, encoder, Chosen::of(rows, path, adapter)?, rows.loss_on);
     let s = if files.len() == 1 { "" } else { "s" };
     progress(Note::info(format!("tokenising the rows of {} file{s}", files.len())));
     appear(target, |dir| {
@@ -442,7 +442,7 @@ mod tests {
         let ids = ModelIds::of(&job.model).unwrap();
         let given = GivenTokenizer::open(path, ids.vocab_size).unwrap();
         let encoder = Encoder::of(&given, path, &ids).unwrap();
-        let maker = Maker { templates: None, given, encoder, loss_on: of_rows.loss_on };
+        let maker = Maker::new(given, encoder, None, of_rows.loss_on);
         let build = |dir: &Path, progress: &dyn Fn(Note)| {
             fs::create_dir_all(dir).unwrap();
             let mut builder = Builder::open(&job, of_rows, &maker, dir).unwrap();

@@ -146,7 +146,17 @@ impl Reader<'_> {
                     false => (Said::Text(alpaca_text(&instruction, &input)), [chosen, rejected]),
                 }
             }
-            None => common_prompt(chosen, rejected)?,
+            None => {
+                let is_text = [&chosen, &rejected].iter().all(|said| matches!(said, Said::Text(_)));
+                let asks = |name: &&str| is_text && row.peek(name).is_some_and(is_filled);
+                if let Some(name) = ASKS.into_iter().find(asks) {
+                    return bad(format!(
+                        "there is no `{}` beside chosen and rejected, and `{name}` may be what was asked; set data.fields.prompt = \"{name}\"",
+                        self.rows.field("prompt")
+                    ));
+                }
+                common_prompt(chosen, rejected)?
+            }
         };
         self.answers(row, prompt, answers.into())
     }
@@ -197,13 +207,17 @@ impl Reader<'_> {
     }
 
     fn instruction(&self, row: &Fields) -> Result<(String, String), Unused> {
-        let instruction = self.filled(row, self.rows.field("instruction"))?;
+        let instruction = self.filled(row, self.rows.field("instruction"));
         let input = match row.get(self.rows.field("input")) {
             None | Some(Value::Null) => String::new(),
             Some(Value::String(text)) => text.clone(),
             Some(_) => return bad(format!("`{}` is no text", self.rows.field("input"))),
         };
-        Ok((instruction, input))
+        match instruction {
+            // All that is asked stands in the input.
+            Err(Unused::Empty) if !input.trim().is_empty() => Ok((input, String::new())),
+            instruction => Ok((instruction?, input)),
+        }
     }
 
     /// Earlier turns: pairs of what was asked and answered.
@@ -301,6 +315,9 @@ fn without_prompt(answer: Said, prompt: &Said) -> Said {
         false => Said::Messages(messages),
     }
 }
+
+/// How others call what was asked.
+const ASKS: [&str; 7] = ["question", "input", "query", "instruction", "problem", "user", "context"];
 
 /// The prompt that both begin with, as TRL finds it: of texts up to the space before what differs.
 fn common_prompt(chosen: Said, rejected: Said) -> Result<(Said, [Said; 2]), Unused> {

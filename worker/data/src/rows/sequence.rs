@@ -11,6 +11,7 @@ use crate::near::{self, Signature};
 use crate::tokenizer::Encoder;
 use fleet_common::job::LossOn;
 use serde_json::Value;
+use std::collections::HashMap;
 use time::OffsetDateTime;
 
 /// What templates write as the present day, so that a row gives the same tokens on every day and host: 26 July 2024, which those of Llama
@@ -75,9 +76,18 @@ pub(super) struct Maker {
     pub encoder: Encoder,
     pub templates: Option<Chosen>,
     pub loss_on: LossOn,
+    /// Bytes of the special tokens' names, which templates write and nobody says.
+    markers: HashMap<u32, u64>,
 }
 
 impl Maker {
+    pub fn new(given: GivenTokenizer, encoder: Encoder, templates: Option<Chosen>, loss_on: LossOn) -> Maker {
+        let added = given.tokenizer.get_added_tokens_decoder();
+        let special = added.into_iter().filter(|(_, token)| token.special);
+        let markers = special.map(|(id, token)| (id, token.content.len() as u64)).collect();
+        Maker { given, encoder, templates, loss_on, markers }
+    }
+
     pub fn make(&self, example: &Example) -> Result<Made, Unused> {
         let mut made = Made { is_joined: true, ..Made::default() };
         match example {
@@ -108,6 +118,13 @@ impl Maker {
                     let bytes = text.len().saturating_sub(if is_all { 0 } else { prompt_bytes });
                     made.add(text, encoded, |ids| (0..ids).map(|at| at >= first).collect(), bytes);
                 }
+            }
+        }
+        if made.is_templated {
+            for Sequence { ids, learnt, said } in &mut made.sequences {
+                let learnt = ids.iter().zip(learnt).filter(|(_, learnt)| **learnt);
+                let marked: u64 = learnt.filter_map(|(id, _)| self.markers.get(id)).sum();
+                *said = said.saturating_sub(marked);
             }
         }
         Ok(made)
@@ -218,14 +235,44 @@ fn today() -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp(TODAY).expect("a day of this century")
 }
 
-/// Messages for a template, and which turns of the assistant are not to be learnt, as OpenAI's `weight` says it.
+/// What says in a message whether it is learnt: OpenAI's name, and those of axolotl and others.
+const LEARNS: [&str; 5] = ["weight", "train", "training", "loss", "loss_weight"];
+
+/// Whether a message is learnt, as far as it says that, which is taken from it.
+fn is_learnt(index: usize, message: &mut serde_json::Map<String, Value>) -> Result<bool, Unused> {
+    let mut is_learnt = true;
+    for name in LEARNS {
+        let Some(value) = message.remove(name) else { continue };
+        let said = match &value {
+            Value::Null => continue,
+            Value::Bool(said) => Some(*said),
+            Value::String(text) => match text.trim().to_lowercase().as_str() {
+                "0" | "false" => Some(false),
+                "1" | "true" => Some(true),
+                _ => None,
+            },
+            value => value.as_f64().filter(|number| [0.0, 1.0].contains(number)).map(|number| number == 1.0),
+        };
+        match said {
+            Some(said) => is_learnt &= said,
+            None => {
+                return super::bad(format!(
+                    "message {index} has a `{name}` of {value}; a turn is learnt (1, true) or not (0, false)"
+                ));
+            }
+        }
+    }
+    Ok(is_learnt)
+}
+
+/// Messages for a template, and which turns of the assistant are not to be learnt.
 fn conversation(messages: &[Value], given: &Given) -> Result<(Conversation, Vec<bool>), Unused> {
     let mut messages = messages.to_vec();
     let mut silent = Vec::new();
-    for message in messages.iter_mut().filter_map(Value::as_object_mut) {
-        let weight = message.remove("weight").unwrap_or_default();
+    for (index, message) in messages.iter_mut().filter_map(Value::as_object_mut).enumerate() {
+        let is_learnt = is_learnt(index, message)?;
         if message.get("role").is_some_and(|role| role == "assistant") {
-            silent.push(weight.as_f64() == Some(0.0));
+            silent.push(!is_learnt);
         }
     }
     let mut conversation = Conversation::new(&messages)?;
@@ -252,6 +299,24 @@ fn leave_out(rendered: &mut Rendered, silent: &[bool]) -> Result<(), Unused> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_turn_is_learnt_or_not_by_the_names_that_there_are() {
+        let said =
+            |json: Value| is_learnt(1, &mut json.as_object().unwrap().clone()).map_err(|e| format!("{e:?}"));
+        for no in [json!(0), json!(0.0), json!(false), json!("0"), json!("false")] {
+            for name in LEARNS {
+                assert_eq!(said(json!({name: no})), Ok(false), "{name}: {no}");
+            }
+        }
+        for yes in [json!(1), json!(true), json!("1"), json!(null)] {
+            assert_eq!(said(json!({"train": yes})), Ok(true), "{yes}");
+        }
+        assert_eq!(said(json!({"content": "a"})), Ok(true));
+        let refused = said(json!({"weight": 0.5})).unwrap_err();
+        assert!(refused.contains("message 1 has a `weight` of 0.5"), "{refused}");
+    }
 
     #[test]
     fn a_cut_sequence_counts_what_is_left() {

@@ -208,7 +208,18 @@ fn are_one(changes: &[Change], parameter: Option<usize>) -> bool {
 
 /// A parameter's numbers, all of them others.
 fn whole(p: &Parameter, tensor: &Tensor) -> std::result::Result<Vec<f32>, String> {
-    has_shape(tensor, &stored_shape(p), &p.name)?;
+    let wanted = stored_shape(p);
+    if let ([rows, width], [given, of]) = (&wanted[..], &tensor.shape[..])
+        && given > rows
+        && of == width
+    {
+        return Err(format!(
+            "{} has {given} rows, and the model's {} has {rows}: it was trained with tokens that had been added, and fleet adds none; give the model as it \
+             was then, resized and saved by transformers (resize_token_embeddings)",
+            tensor.name, p.name
+        ));
+    }
+    has_shape(tensor, &wanted, &p.name)?;
     numbers(p, tensor)
 }
 

@@ -130,6 +130,12 @@ fn preferences_that_say_nothing_are_named() {
     );
     assert_eq!(of(json!({"prompt": "q", "chosen": "a", "rejected": "a"})), Err(Unused::Same));
     assert!(said(of(json!({"chosen": "a", "rejected": "b"}))).contains("no beginning in common"));
+    // The answers' first words are no prompt where there is a better one.
+    for name in ASKS.into_iter().filter(|name| *name != "instruction") {
+        let row =
+            json!({name: "Capital?", "chosen": "The capital is Paris.", "rejected": "The capital is Rome."});
+        assert!(said(of(row)).contains(&format!("set data.fields.prompt = \"{name}\"")), "{name}");
+    }
     let shorter = json!({"chosen": [user("q")], "rejected": [user("q"), assistant("a")]});
     assert!(said(of(shorter)).contains("the beginning of the other"));
     let ends = json!({"prompt": [user("q"), assistant("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]});
