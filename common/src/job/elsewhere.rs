@@ -242,11 +242,9 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), all, "no name stands twice");
         let texts = all_names().map(|(_, text)| *text).chain(all_families().map(|(_, text)| *text));
-        for instead in texts {
-            let named = instead.split('`').skip(1).step_by(2);
-            for name in named.filter(|name| !name.starts_with("fleet ") && !name.starts_with('-')) {
-                assert!(known.contains(&name), "{name}");
-            }
-        }
+        let named = texts.flat_map(|instead| instead.split('`').skip(1).step_by(2));
+        let named = named.filter(|name| !name.starts_with("fleet ") && !name.starts_with('-'));
+        let unknown: Vec<&str> = named.filter(|name| !known.contains(name)).collect();
+        assert_eq!(unknown, [""; 0]);
     }
 }

@@ -15,9 +15,14 @@ pub(super) fn warnings(f: &Fields, job: &Job) -> Vec<Warning> {
         }));
     }
     if job.data.rows.is_some() {
-        let cleaning = ["data.clean.remove_html", "data.clean.normalize_whitespace", "data.clean.min_chars"];
-        let given = cleaning.into_iter().find(|name| f.is_given(name));
-        all.extend(given.map(|name| {
+        let clean = &job.data.clean;
+        let cleaning = [
+            ("data.clean.remove_html", clean.remove_html),
+            ("data.clean.normalize_whitespace", clean.normalize_whitespace),
+            ("data.clean.min_chars", clean.min_chars > 0),
+        ];
+        let wanted = cleaning.into_iter().find(|(_, is_wanted)| *is_wanted);
+        all.extend(wanted.map(|(name, _)| {
             let spelling = f.spelling(name);
             format!("`{spelling}` counts for nothing: texts are cleaned, and the rows of this job are taken as they stand")
         }));

@@ -206,7 +206,8 @@ fn length(f: &Fields, warnings: &mut Vec<Warning>) -> Result<(Option<u64>, u32),
     let given = f.get("max_steps", wanted, |v| v.int().filter(|n| *n >= -1))?;
     let max_steps = given.and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0);
     let epochs = f.int32("epochs", 1, 1_000_000)?;
-    if let (Some(steps), Some(epochs)) = (max_steps, epochs) {
+    // What `fleet config` writes where nothing was said is no mistake.
+    if let (Some(steps), Some(epochs)) = (max_steps, epochs.filter(|epochs| *epochs != 1)) {
         let spelling = f.spelling("epochs");
         warnings.push(Warning(format!(
             "`max_steps` ({steps}) decides how long the run is, and `{spelling}` ({epochs}) counts for nothing: leave one of them out"

@@ -117,9 +117,7 @@ fn prompts(args: &GenerateArgs, model: &TextModel, asked: &[Asked]) -> Result<Ve
         };
         let prompt = model.prompt(&ask).and_then(|prompt| model.check_room(&prompt).map(|()| prompt));
         prompt.map_err(|error| match error {
-            Error::Input(what) if args.prompts.len() + usize::from(args.file.is_some()) > 1 => {
-                Error::Input(format!("prompt {}: {what}", number + 1))
-            }
+            Error::Input(what) if asked.len() > 1 => Error::Input(format!("prompt {}: {what}", number + 1)),
             error => error,
         })
     };
@@ -135,7 +133,9 @@ fn asked(args: &GenerateArgs) -> Result<Vec<Asked>, Error> {
     let mut all: Vec<Asked> = args.prompts.iter().map(|text| of_text(text)).collect();
     let Some(path) = &args.file else { return Ok(all) };
     let text = read(path)?;
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+    for (number, line) in
+        text.trim_start_matches('\u{feff}').lines().enumerate().filter(|(_, line)| !line.trim().is_empty())
+    {
         let wrong =
             |what: &str| Error::Input(format!("--prompts {}, line {}: {what}", path.display(), number + 1));
         let value: Value = serde_json::from_str(line).map_err(|e| wrong(&format!("not JSON ({e})")))?;

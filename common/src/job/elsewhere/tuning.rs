@@ -56,7 +56,7 @@ pub(super) const NAMES: &[(&[&str], &str)] = &[
     (&["tool_format", "enable_thinking", "chat_template_kwargs"], "what a template wants beside messages is in the rows, in their field chat_template_kwargs; take the key out"),
     (&["default_system", "default_system_message"], SYSTEM),
     (&["response_template", "instruction_template", "train_on_responses_only"], "write `data.loss_on`; where an answer begins is found by the chat template"),
-    (&["formatting_func"], "write `data.format` and `data.fields`, which say what the rows are"),
+    (&["formatting_func"], "write `data.format` and [data.fields], which say what the rows are"),
     (&["max_prompt_length", "max_completion_length", "max_target_length", "truncation_mode", "excess_length_strategy", "truncation_side"], CUT),
     (&["min_sample_len"], "short rows are learnt as others are; take the key out"),
     (&["special_tokens", "tokens", "new_special_tokens", "added_tokens_overrides", "bos_token", "split_special_tokens"], TOKENS),

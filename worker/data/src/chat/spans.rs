@@ -96,9 +96,11 @@ impl Asked<'_> {
         let asks = &asks[common(&asks, &self.written(&before, Ending::Complete)?)..];
         // Not within the message before, which may say what asks.
         let floor = if index == 0 { Some(0) } else { self.marked_end(index - 1) };
-        let header = floor
-            .filter(|floor| *floor <= change && !asks.is_empty())
-            .and_then(|floor| Some(floor + self.text[floor..change].rfind(asks)? + asks.len()));
+        let header = floor.filter(|floor| *floor <= change).and_then(|floor| {
+            // As much of it as stands there: some ask with the beginning of a thought, and write none where there is none.
+            let found = |asks: &str| self.text[floor..change].rfind(asks).map(|at| floor + at + asks.len());
+            parts(asks).find_map(found)
+        });
         // What a call of a function begins with does not change with it.
         let calls = self.conversation.messages()[index].contains_key("tool_calls");
         header.or((!calls).then_some(change)).filter(|start| *start <= last)
@@ -130,6 +132,12 @@ impl Asked<'_> {
     fn written(&self, conversation: &Conversation, ending: Ending) -> Option<String> {
         self.template.attempt(conversation, ending, self.now).ok().map(|rendered| rendered.text)
     }
+}
+
+/// A text, and its beginnings that end behind a line or a marker, the longest first.
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    let ends = text.rmatch_indices(['\n', '>', ']']).map(|(at, end)| at + end.len());
+    [text.len()].into_iter().chain(ends).filter(|end| *end > 0).map(|end| &text[..end])
 }
 
 /// Bytes with which both begin, whole characters.
@@ -200,6 +208,29 @@ mod tests {
         let called =
             "<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": \"sky\"}}\n</tool_call><|im_end|>\n";
         assert_eq!(found, [called, "<think>\nhm\n</think>\n\nFine.<|im_end|>\n"]);
+    }
+
+    #[test]
+    fn an_answer_begins_behind_as_much_of_what_asks_as_stands_there() {
+        let call = json!({"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}});
+        let conversation = talk(json!([
+            {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "blue"}, {"role": "assistant", "content": "Fine."},
+            {"role": "user", "content": "And?"}, {"role": "assistant", "content": "<p>", "reasoning_content": "hm"},
+        ]));
+        for name in ["qwen3_5_think", "nemotron_3_nano"] {
+            let found = learnt(&golden(name), &conversation);
+            assert!(
+                found.len() == 3 && found.iter().all(|said| said.ends_with("<|im_end|>\n")),
+                "{name}: {found:?}"
+            );
+            assert!(found[0].contains("look") && found[0].contains("<tool_call>"), "{name}: {found:?}");
+            assert!(
+                !found.concat().contains("assistant") && !found.concat().contains("blue"),
+                "{name}: {found:?}"
+            );
+            assert!(found[2].contains("hm") && found[2].contains("<p>"), "{name}: {found:?}");
+        }
     }
 
     /// Where beginnings tell, changes tell the same.

@@ -66,7 +66,8 @@ fn is_labelled(row: &Row) -> bool {
     match row.get("label").or_else(|| row.get("kto_tag")) {
         Some(Value::Bool(_)) => true,
         Some(Value::String(label)) => {
-            has_answer() && ["true", "false"].contains(&label.trim().to_lowercase().as_str())
+            let words = ["true", "false", "1", "0", "desirable", "undesirable", "good", "bad"];
+            has_answer() && words.contains(&label.trim().to_lowercase().as_str())
         }
         Some(Value::Number(label)) => has_answer() && matches!(label.as_u64(), Some(0 | 1)),
         _ => false,
@@ -190,7 +191,7 @@ mod tests {
         let said = |row: serde_json::Value| told(&Rows::default(), json!([row])).unwrap_err();
         assert!(said(json!({"prompt": "", "completion": "", "label": true})).contains("(KTO)"));
         assert!(said(json!({"messages_": [], "kto_tag": false})).contains("(KTO)"));
-        for label in [json!(true), json!("False"), json!(1)] {
+        for label in [json!(true), json!("False"), json!(1), json!("0"), json!("undesirable")] {
             assert!(
                 said(json!({"messages": [], "label": label})).contains("(KTO)"),
                 "as LLaMA-Factory has them"
