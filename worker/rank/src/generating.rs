@@ -110,6 +110,7 @@ fn prompts(args: &GenerateArgs, model: &TextModel, asked: &[Asked]) -> Result<Ve
     for misfit in template.iter().flat_map(|template| template.misfits(model.tokenizer(), now)) {
         eprintln!("warning: {misfit}");
     }
+    let all = asked.len();
     let prompt = |(number, asked): (usize, &Asked)| {
         let ask = match (asked, &template) {
             (Asked::Chat(conversation), Some(template)) => Ask::Chat(Chat { conversation, template, now }),
@@ -117,7 +118,7 @@ fn prompts(args: &GenerateArgs, model: &TextModel, asked: &[Asked]) -> Result<Ve
         };
         let prompt = model.prompt(&ask).and_then(|prompt| model.check_room(&prompt).map(|()| prompt));
         prompt.map_err(|error| match error {
-            Error::Input(what) if asked.len() > 1 => Error::Input(format!("prompt {}: {what}", number + 1)),
+            Error::Input(what) if all > 1 => Error::Input(format!("prompt {}: {what}", number + 1)),
             error => error,
         })
     };
