@@ -59,9 +59,7 @@ pub fn with_the_rule(command: Command) -> Command {
 }
 
 fn takes_what_follows(arg: Arg) -> Arg {
-    // An option that may stand alone takes no other one for its value.
-    let may_stand_alone = arg.get_num_args().is_some_and(|values| values.min_values() == 0);
-    if arg.is_positional() || !arg.get_action().takes_values() || may_stand_alone {
+    if arg.is_positional() || !arg.get_action().takes_values() {
         return arg;
     }
     let is_path = arg.get_value_parser().type_id() == TypeId::of::<PathBuf>();

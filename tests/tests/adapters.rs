@@ -143,13 +143,13 @@ fn an_adapter_is_evaluated_talked_to_gone_on_from_and_made_one_with_its_model() 
     assert_eq!((said("adapter", "dropout"), said("adapter", "use_dora")), (0.05.into(), false.into()));
     assert_eq!(said("adapter", "target_modules")[6], "down_proj", "{shown}");
     let out = world.path("out").display().to_string();
-    let runs = world.run("fleet", &["runs", "ls", "--local", &out, "--json"]).expect(0);
+    let runs = world.run("fleet", &["runs", "ls", "--local", "--dir", &out, "--json"]).expect(0);
     let runs: Value = serde_json::from_str(&runs.stdout.concat()).unwrap();
     let names: Vec<&str> =
         runs.as_array().unwrap().iter().map(|run| run["run_name"].as_str().unwrap()).collect();
     assert_eq!(names, ["trained", "base"]);
     assert_eq!((&runs[0]["step"], &runs[0]["path"]), (&30.into(), &Value::from(adapter.as_str())));
-    let nothing = world.run("fleet", &["runs", "ls", "--local", "nothing"]).expect(2);
+    let nothing = world.run("fleet", &["runs", "ls", "--local", "--dir", "nothing"]).expect(2);
     nothing.says("name the output_dir of the jobs");
 
     let of_base = loss(&["--model", &base]);

@@ -21,7 +21,7 @@ struct Run {
 pub fn list(dir: &Path, count: usize, as_json: bool) -> Result<(), Failure> {
     let folder = dir.join("checkpoints");
     let entries = fs::read_dir(&folder).map_err(|e| {
-        let why = format!("{}: {e}; name the output_dir of the jobs: --local DIR", folder.display());
+        let why = format!("{}: {e}; name the output_dir of the jobs: --dir DIR", folder.display());
         Failure::input(why)
     })?;
     let mut runs: Vec<Run> = entries.flatten().filter_map(|entry| Run::of(&entry.path())).collect();

@@ -20,9 +20,12 @@ pub struct Args {
 enum Action {
     /// List runs that clients recorded, newest first; training jobs are runs too and are listed by `fleet jobs`, those of `fleet launch` with --local
     Ls {
-        /// Instead those whose checkpoints lie on this machine, in this output_dir of jobs
-        #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "training_output")]
-        local: Option<PathBuf>,
+        /// Instead those whose checkpoints lie on this machine
+        #[arg(long)]
+        local: bool,
+        /// The output_dir of the jobs whose runs these are
+        #[arg(long, value_name = "DIR", requires = "local", default_value = "training_output")]
+        dir: PathBuf,
         #[command(flatten)]
         list: ListArgs,
     },
@@ -39,7 +42,7 @@ enum Action {
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
-    if let Action::Ls { local: Some(dir), list } = &args.action {
+    if let Action::Ls { local: true, dir, list } = &args.action {
         local_runs::list(dir, list.lines, list.output.json)?;
         return Ok(exit::SUCCEEDED);
     }

@@ -7,8 +7,7 @@ const PREPARED: &str =
     "the data are prepared on all cores, in little memory, before the first step; take the key out";
 const TASK: &str =
     "write `task_name`: \"sft\" learns rows of instructions, \"dpo\", \"ipo\" and \"orpo\" preferences";
-const ADAPTER: &str =
-    "write an [adapter] with `adapter.type` = \"lora\" or \"dora\"; without one the whole model is trained";
+const ADAPTER: &str = "write `adapter.type` = \"lora\" or \"dora\"; without one the whole model is trained";
 const QUANTIZED: &str = "write `quantization`, such as \"nf4\" or \"int8\"; scales of four bits have eight bits themselves (double quantisation)";
 const EMBEDDINGS: &str = "the vocabulary stays as it is in the model; add tokens to model and tokenizer before, or take the key out";
 const TOKENS: &str = "the tokenizer says which tokens are special, and it is that of the model or of `tokenizer.path`; take the key out";
