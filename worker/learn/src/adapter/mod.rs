@@ -209,7 +209,7 @@ fn are_one(changes: &[Change], parameter: Option<usize>) -> bool {
 /// A parameter's numbers, all of them others.
 fn whole(p: &Parameter, tensor: &Tensor) -> std::result::Result<Vec<f32>, String> {
     let wanted = stored_shape(p);
-    if let ([rows, width], [given, of]) = (&wanted[..], &tensor.shape[..])
+    if let ([rows, width], [given, of]) = (&wanted[..], tensor.shape)
         && given > rows
         && of == width
     {
