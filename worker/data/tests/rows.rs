@@ -298,6 +298,9 @@ fn data_that_teach_nothing_are_refused_with_the_reason() {
     assert!(masked.contains("of 1 rows 1 have no token that carries loss"), "{masked}");
     let kto = refused("{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}", "");
     assert!(kto.contains("KTO"), "{kto}");
+    let good = "{\"prompt\": \"a\", \"completion\": \" b\"}\n".repeat(20);
+    let later = refused(&(good + "{\"prompt\": \"a\", \"completion\": \" c\", \"label\": false}\n"), "");
+    assert!(later.contains("line 21") && later.contains("KTO"), "{later}");
     let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}";
     let none = refused(chat, "chat_template = \"none\"");
     assert!(none.contains("need a chat template") && none.contains("chatml, llama3"), "{none}");

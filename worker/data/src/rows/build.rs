@@ -171,6 +171,9 @@ impl<'a> Builder<'a> {
             let is_damaged = self.is_damaged && row.as_ref().is_ok_and(holds_damage);
             let mut unread = Vec::new();
             let made = row.map_err(Unused::Bad).and_then(|row| {
+                if let Some(why) = format::labelled(self.rows, format, &row) {
+                    return Err(Unused::Bad(why));
+                }
                 let fields = Fields::of(&row);
                 let made = self.maker.make(&reader.read(format, &fields)?)?;
                 unread = fields.unread();

@@ -59,6 +59,14 @@ pub(super) fn are_instructions(data: &Data, rows: &Rows, first: &[Row]) -> bool 
 const KTO: &str = "rows with a label for each answer (KTO) are not learnt in this version";
 const PAIR: &str = "{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}";
 
+/// Why a row of a file whose first rows are of this format is none: it has a label, which the first ones have not.
+pub(super) fn labelled(rows: &Rows, format: RowFormat, row: &Row) -> Option<String> {
+    let is_of_answers = !matches!(format, RowFormat::Preference | RowFormat::Text);
+    (rows.format.is_none() && is_of_answers && is_labelled(row)).then(|| {
+        format!("it has a label; {KTO}; say with data.format that all are learnt, if that is wanted")
+    })
+}
+
 /// Whether a row says of its answer whether it is a good one: by a truth value, of a table also as a text or a number.
 fn is_labelled(row: &Row) -> bool {
     let has_answer =
