@@ -24,12 +24,14 @@ use tracing::debug;
 
 /// Between attempts to accept when the process has too many files open.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Between looks whether one of so many connections has been answered.
+const ROOM_RETRY: Duration = Duration::from_millis(20);
 
 /// What a listener grants.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at once. Where one more comes, the oldest that has asked nothing yet makes room, else the oldest that waits for its next
-    /// request, else the oldest of all.
+    /// request; while all are being answered it waits.
     pub connections: usize,
     /// Bytes of a request line and its headers.
     pub head: usize,
@@ -53,7 +55,9 @@ where
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
-                make_room(&mut connections, limits.connections);
+                while !make_room(&mut connections, limits.connections) {
+                    tokio::time::sleep(ROOM_RETRY).await;
+                }
                 let use_ = Arc::new(Use::default());
                 let connection = Connection { limits, use_: use_.clone(), from, answer: answer.clone() };
                 let task = tasks.spawn(connection.accept(stream, tls.clone()));
@@ -81,15 +85,16 @@ struct Open {
     use_: Arc<Use>,
 }
 
-/// For one more. They are in the order in which they came.
-fn make_room(connections: &mut Vec<Open>, most: usize) {
+/// For one more, if there is any to be had. They are in the order in which they came.
+fn make_room(connections: &mut Vec<Open>, most: usize) -> bool {
     connections.retain(|connection| !connection.task.is_finished());
-    if connections.len() >= most {
-        let first = |is: fn(&Use) -> bool| connections.iter().position(|connection| is(&connection.use_));
-        let silent = first(|of| !of.has_asked.load(Ordering::Relaxed));
-        let oldest = silent.or_else(|| first(|of| of.open.load(Ordering::Relaxed) == 0)).unwrap_or(0);
-        connections.remove(oldest).task.abort();
+    if connections.len() < most {
+        return true;
     }
+    let first = |is: fn(&Use) -> bool| connections.iter().position(|connection| is(&connection.use_));
+    let silent = first(|of| !of.has_asked.load(Ordering::Relaxed));
+    let idle = silent.or_else(|| first(|of| of.open.load(Ordering::Relaxed) == 0));
+    idle.map(|at| connections.remove(at).task.abort()).is_some()
 }
 
 struct Connection<A> {
@@ -175,5 +180,109 @@ impl<B: Body + Unpin> Body for Sent<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::Body as Bytes;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const LIMITS: Limits = Limits {
+        connections: 2,
+        head: 8 << 10,
+        asking: Duration::from_millis(200),
+        taking: Duration::from_millis(200),
+    };
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Answers `/large` with more than a socket holds, `/never` with what does not end, and everything else with `ok`.
+    async fn start() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, LIMITS, None, async |request: Request<Incoming>| {
+            assert!(request.extensions().get::<SocketAddr>().is_some());
+            match request.uri().path() {
+                "/large" => Response::new(Bytes::from(vec![b'x'; 64 << 20])),
+                "/never" => {
+                    let (feed, body) = Bytes::growing(4);
+                    feed.send("begun").unwrap();
+                    tokio::spawn(async move { feed.left().await });
+                    Response::new(body)
+                }
+                _ => Response::new(Bytes::from("ok")),
+            }
+        }));
+        at
+    }
+
+    async fn ask(at: SocketAddr, path: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream
+    }
+
+    /// Until a part of what is said was heard.
+    async fn hear(stream: &mut TcpStream, wanted: &str) {
+        let mut heard = Vec::new();
+        while !String::from_utf8_lossy(&heard).contains(wanted) {
+            assert_ne!(stream.read_buf(&mut heard).await.unwrap(), 0, "{}", String::from_utf8_lossy(&heard));
+        }
+    }
+
+    async fn is_ended(mut stream: TcpStream) {
+        let mut rest = Vec::new();
+        // A connection that is reset has ended as well.
+        let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("it ends");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_take_what_is_sent_is_cut_off() {
+        let at = start().await;
+        let (one, other) = (ask(at, "/large").await, ask(at, "/large").await);
+        // There is room for two more when both are given up, who read nothing till then.
+        let mut stays = ask(at, "/never").await;
+        hear(&mut stays, "begun").await;
+        hear(&mut ask(at, "/").await, "ok").await;
+        for mut stream in [one, other] {
+            let mut taken = 0;
+            let mut piece = vec![0; 1 << 20];
+            while let Ok(read @ 1..) = stream.read(&mut piece).await {
+                taken += read;
+            }
+            assert!(taken < 64 << 20, "{taken}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_cut_off_and_makes_room_before() {
+        let at = start().await;
+        is_ended(TcpStream::connect(at).await.unwrap()).await;
+        let (mut kept, silent) = (ask(at, "/").await, TcpStream::connect(at).await.unwrap());
+        hear(&mut kept, "ok").await;
+        hear(&mut ask(at, "/").await, "ok").await;
+        is_ended(silent).await;
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_grows_is_not_cut_off_for_one_more() {
+        let at = start().await;
+        let mut growing = ask(at, "/never").await;
+        hear(&mut growing, "begun").await;
+        for _ in 0..4 {
+            hear(&mut ask(at, "/").await, "ok").await;
+        }
+        let ends = timeout(LIMITS.taking * 2, growing.read_u8()).await;
+        assert!(ends.is_err(), "nothing more comes, and it does not end: {ends:?}");
+    }
+
+    #[tokio::test]
+    async fn a_reader_for_whom_too_much_waits_is_given_up() {
+        let (feed, body) = Bytes::growing(2);
+        assert_eq!([feed.send("a"), feed.send("b"), feed.send("c")].map(|sent| sent.is_ok()), [true, true, false]);
+        drop(body);
+        timeout(PATIENCE, feed.left()).await.expect("it has left");
     }
 }
