@@ -3,6 +3,10 @@
 //! GET only. The Host header must name this machine's loopback or an address that was configured, so that a web page that a browser on
 //! this machine shows cannot read the cluster through a name of its own (DNS rebinding).
 
+mod change;
+
+pub use change::change;
+
 use fleet_common::http::{host_of, is_of_this_machine};
 use fleet_common::protocol::{Page, Request};
 use std::str::FromStr;
@@ -38,11 +42,7 @@ pub struct Question<'a> {
 
 /// Understands a request. `hosts` are served besides loopback.
 pub fn asked(question: &Question, hosts: &[String]) -> Result<Asked, Unserved> {
-    let host = question.host.ok_or_else(|| unserved(400, "a request has exactly one Host"))?;
-    if !host_allowed(host, hosts) {
-        let why = "this Host is not served here; ask by the coordinator's address";
-        return Err(unserved(421, why));
-    }
+    check_host(question, hosts)?;
     if question.method != "GET" {
         return Err(unserved(405, "only GET is served here"));
     }
@@ -71,6 +71,15 @@ pub fn asked(question: &Question, hosts: &[String]) -> Result<Asked, Unserved> {
         ["profiles", profile] => Request::Profile(id(profile)?),
         _ => return Err(unserved(404, PATHS)),
     }))
+}
+
+/// Refuses who asks by a name that is not this coordinator's.
+pub fn check_host(question: &Question, hosts: &[String]) -> Result<(), Unserved> {
+    let host = question.host.ok_or_else(|| unserved(400, "a request has exactly one Host"))?;
+    match host_allowed(host, hosts) {
+        true => Ok(()),
+        false => Err(unserved(421, "this Host is not served here; ask by the coordinator's address")),
+    }
 }
 
 fn unserved(status: u16, message: impl Into<String>) -> Unserved {

@@ -122,9 +122,16 @@ struct Run {
     /// [default: as at the last start].
     #[arg(long, value_name = "HOST:PORT")]
     member_advertise: Option<String>,
-    /// Where people and Prometheus look (HTTP); port 0 takes a free one [default: as at the last start, at first 127.0.0.1:7080].
+    /// Where people and Prometheus look (HTTP); port 0 takes a free one [default: as at the last start, at first 127.0.0.1:7080]. On other
+    /// addresses than loopback it is served over TLS, to whoever has a login of `fleet web token` or a certificate of the cluster.
     #[arg(long, value_name = "ADDR")]
     http: Option<SocketAddr>,
+    /// A certificate for it in PEM, with those that lead to its CA [default: one that the cluster's CA makes].
+    #[arg(long, value_name = "FILE", requires = "http_key")]
+    http_cert: Option<PathBuf>,
+    /// The key of --http-cert, in PEM.
+    #[arg(long, value_name = "FILE", requires = "http_cert")]
+    http_key: Option<PathBuf>,
     /// Name of this coordinator in listings.
     #[arg(long)]
     name: Option<String>,
@@ -268,6 +275,8 @@ fn run(run: Run, expect_existing: bool, join: Option<(Vec<String>, JoinToken)>) 
             http: run.http,
             advertise: run.advertise,
             member_advertise: run.member_advertise,
+            http_cert: run.http_cert,
+            http_key: run.http_key,
         },
         expect_existing,
         name: run.name,

@@ -69,7 +69,8 @@ pub fn change(request: Request) -> Result<Change, Refusal> {
         | Request::Authority
         | Request::Output { .. }
         | Request::Retention
-        | Request::Members => return Err(invalid("this is a question and changes nothing")),
+        | Request::Members
+        | Request::WebLogin { .. } => return Err(invalid("this is a question and changes nothing")),
     })
 }
 
@@ -170,6 +171,7 @@ pub fn name(request: &Request) -> &'static str {
         Request::RotateCa => "rotate_ca",
         Request::FinishCa { .. } => "finish_ca",
         Request::Authority => "authority",
+        Request::WebLogin { .. } => "web_login",
         Request::Output { .. } => "output",
         Request::Retention => "retention",
         Request::Members => "members",

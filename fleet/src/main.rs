@@ -61,6 +61,7 @@ enum Command {
     Members(commands::members::Args),
     Revoke(commands::revoke::Args),
     Login(commands::login::Args),
+    Web(commands::web::Args),
     #[command(subcommand)]
     Adapter(commands::adapter::Command),
     #[command(alias = "quantize")]
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
         Command::Revoke(args) => commands::revoke::run(args, cluster),
         Command::Token(args) => commands::token::run(args, cluster),
         Command::Login(args) => commands::login::run(args),
+        Command::Web(args) => commands::web::run(args, cluster),
         Command::Adapter(command) => commands::adapter::run(command),
         Command::Quantise(args) => commands::quantise::run(args),
         Command::Generate(args) => commands::generate::run(args),

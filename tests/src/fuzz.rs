@@ -60,7 +60,8 @@ pub fn http(data: &[u8]) {
     let mut lines = text.split('\n');
     let mut next = || lines.next().unwrap_or_default();
     let question = Question { method: next(), path: next(), query: next(), host: Some(next()) };
-    if let Err(why) = http::asked(&question, &hosts) {
+    let unserved = [http::asked(&question, &hosts).err(), http::change(&question).err()];
+    for why in unserved.into_iter().flatten() {
         assert!((400..500).contains(&why.status) && !why.message.contains('\n'), "{why:?}");
     }
 }

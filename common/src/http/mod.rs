@@ -8,8 +8,9 @@ mod server;
 pub use body::{Body, Feed};
 pub use hosts::{host_of, is_of_this_machine};
 pub use request::{Unread, host, is_own_origin, read};
-pub use server::{Limits, serve};
+pub use server::{Caller, Limits, Tls, serve};
 
 /// Requests and responses as `serve` takes them.
 pub use hyper::body::Incoming;
 pub use hyper::{HeaderMap, Method, Request, Response, StatusCode, header};
+pub use rustls::ServerConfig as TlsConfig;

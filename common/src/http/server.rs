@@ -41,16 +41,26 @@ pub struct Limits {
     pub taking: Duration,
 }
 
-/// Serves until it is dropped, which ends all connections. With `tls` it speaks nothing else. `answer` finds the address of who asks among the
-/// request's extensions.
-pub async fn serve<A, F, B>(listener: TcpListener, limits: Limits, tls: Option<Arc<ServerConfig>>, answer: A)
+/// What is shown to the next one who connects. Certificates change while a server runs.
+pub type Tls = Arc<dyn Fn() -> Arc<ServerConfig> + Send + Sync>;
+
+/// Who asks, among the extensions of every request.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub address: SocketAddr,
+    /// The certificate that TLS has checked, where one was shown.
+    pub certificate_der: Option<Arc<[u8]>>,
+}
+
+/// Serves until it is dropped, which ends all connections. With `tls` it speaks nothing else. `answer` finds the `Caller` among the request's
+/// extensions.
+pub async fn serve<A, F, B>(listener: TcpListener, limits: Limits, tls: Option<Tls>, answer: A)
 where
     A: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
     B: Body<Error = Infallible> + Send + Unpin + 'static,
     B::Data: Send,
 {
-    let tls = tls.map(TlsAcceptor::from);
     let (mut tasks, mut connections) = (JoinSet::new(), Vec::new());
     loop {
         match listener.accept().await {
@@ -60,7 +70,8 @@ where
                 }
                 let use_ = Arc::new(Use::default());
                 let connection = Connection { limits, use_: use_.clone(), from, answer: answer.clone() };
-                let task = tasks.spawn(connection.accept(stream, tls.clone()));
+                let tls = tls.as_ref().map(|tls| TlsAcceptor::from(tls()));
+                let task = tasks.spawn(connection.accept(stream, tls));
                 connections.push(Open { task, use_ });
             }
             Err(error) => {
@@ -117,18 +128,27 @@ where
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(self.limits.taking));
         let stream = Box::pin(stream);
-        let Some(tls) = tls else { return self.drive(stream).await };
+        let Some(tls) = tls else { return self.drive(stream, None).await };
         match timeout(self.limits.asking, tls.accept(stream)).await {
-            Ok(Ok(stream)) => self.drive(stream).await,
+            Ok(Ok(stream)) => {
+                let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+                let shown = shown.map(|certificate| Arc::from(certificate.as_ref()));
+                self.drive(stream, shown).await;
+            }
             Ok(Err(error)) => debug!("HTTP: {}: no TLS: {error}", self.from),
             Err(_) => debug!("HTTP: {}: no handshake in time", self.from),
         }
     }
 
-    async fn drive(self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) {
-        let Connection { limits, use_, from, answer } = self;
+    async fn drive(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        certificate_der: Option<Arc<[u8]>>,
+    ) {
+        let Connection { limits, use_, from: address, answer } = self;
+        let caller = Caller { address, certificate_der };
         let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(from);
+            request.extensions_mut().insert(caller.clone());
             use_.has_asked.store(true, Ordering::Relaxed);
             let counted = Counted::new(&use_);
             let answer = answer(request);
@@ -202,7 +222,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, LIMITS, None, async |request: Request<Incoming>| {
-            assert!(request.extensions().get::<SocketAddr>().is_some());
+            assert!(
+                request.extensions().get::<Caller>().is_some_and(|caller| caller.address.ip().is_loopback())
+            );
             match request.uri().path() {
                 "/large" => Response::new(Bytes::from(vec![b'x'; 64 << 20])),
                 "/never" => {
@@ -281,7 +303,10 @@ mod tests {
     #[tokio::test]
     async fn a_reader_for_whom_too_much_waits_is_given_up() {
         let (feed, body) = Bytes::growing(2);
-        assert_eq!([feed.send("a"), feed.send("b"), feed.send("c")].map(|sent| sent.is_ok()), [true, true, false]);
+        assert_eq!(
+            [feed.send("a"), feed.send("b"), feed.send("c")].map(|sent| sent.is_ok()),
+            [true, true, false]
+        );
         drop(body);
         timeout(PATIENCE, feed.left()).await.expect("it has left");
     }

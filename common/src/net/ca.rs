@@ -4,6 +4,7 @@ use super::authorities::Authorities;
 use super::identity::{self, Identity};
 use super::peer::{KeyHash, Peer};
 use super::secret::{PrivateKey, wipe};
+use super::web::Seal;
 use crate::files;
 use crate::protocol::{Member, Role};
 use rcgen::{
@@ -188,6 +189,30 @@ impl ClusterCa {
         Ok(Identity { certificate_der, authorities, ..old.clone() })
     }
 
+    /// A certificate for browsers, of a server with these names and addresses, and its key.
+    pub(super) fn for_hosts(
+        &self,
+        hosts: &[String],
+        now: SystemTime,
+        life: Duration,
+    ) -> Result<(Vec<u8>, PrivateKey), CaError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut params = CertificateParams::new(hosts)?;
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "fleet");
+        (params.not_before, params.not_after) = ((now - CLOCK_SKEW).into(), (now + life).into());
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        let der = params.signed_by(&key, &self.issuer)?.der().to_vec();
+        Ok((der, PrivateKey::new(key.serialize_der())))
+    }
+
+    /// By which logins are known.
+    pub fn seal(&self) -> Seal {
+        Seal::of(&self.issuer.key().serialize_der())
+    }
+
     fn peer(&self, member: Member, name: &str) -> Peer {
         Peer { member, name: name.to_owned(), cluster_id: self.cluster_id.clone() }
     }
@@ -203,10 +228,10 @@ impl ClusterCa {
         (params.not_before, params.not_after) = (from.into(), to.into());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match peer.member.role() {
-            Role::Coordinator => {
+            Role::Coordinator | Role::Worker => {
                 vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
             }
-            Role::Worker | Role::Client | Role::Admin => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Client | Role::Admin => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         params.use_authority_key_identifier_extension = true;
         Ok(params.signed_by(key, &self.issuer)?.der().to_vec())

@@ -17,6 +17,7 @@ mod secret;
 mod tls;
 mod token;
 mod verdict;
+mod web;
 
 pub use agents::{accept_agent, connect_agent, renew_agents, serve_agents};
 pub use authorities::Authorities;
@@ -30,6 +31,7 @@ pub use peer::{KeyHash, NAME_MAX, Peer, key_hash};
 pub use secret::PrivateKey;
 pub use token::{JoinToken, TOKEN_ENV, TokenError, secret_matches};
 pub use verdict::{BUSY, DONE, REFUSED, REVOKED, describe};
+pub use web::{LOGIN_MAX, Login, LoginError, Seal, Shown};
 
 use crate::exit;
 use std::net::SocketAddr;

@@ -35,6 +35,9 @@ const CLUSTER_ID_MAX: usize = 64;
 /// The DNS name that every coordinator's certificate has, and no other: whoever connects asks for it.
 pub(super) const COORDINATOR_DNS: &str = "coordinator.fleet";
 
+/// The DNS name that every worker's certificate has, and no other: whoever reads their pages asks for it.
+const WORKER_DNS: &str = "worker.fleet";
+
 const SCHEME: &str = "fleet://";
 
 impl Peer {
@@ -53,15 +56,20 @@ impl Peer {
         params.distinguished_name.push(DnType::CommonName, self.name.as_str());
         let uri = self.uri().try_into().map_err(|error| format!("{error}"))?;
         params.subject_alt_names.push(SanType::URI(uri));
-        if self.member.role() == Role::Coordinator {
-            let dns = COORDINATOR_DNS.try_into().map_err(|error| format!("{error}"))?;
+        let dns = match self.member.role() {
+            Role::Coordinator => Some(COORDINATOR_DNS),
+            Role::Worker => Some(WORKER_DNS),
+            Role::Client | Role::Admin => None,
+        };
+        if let Some(dns) = dns {
+            let dns = dns.try_into().map_err(|error| format!("{error}"))?;
             params.subject_alt_names.push(SanType::DnsName(dns));
         }
         Ok(params)
     }
 
     /// Reads what `certificate_params` wrote.
-    pub(super) fn from_certificate(der: &[u8]) -> Result<Peer, String> {
+    pub fn from_certificate(der: &[u8]) -> Result<Peer, String> {
         let (_, certificate) = X509Certificate::from_der(der).map_err(|error| error.to_string())?;
         let name = certificate.subject().iter_common_name().next().and_then(|cn| cn.as_str().ok());
         let name = name.ok_or("the certificate has no name")?.to_owned();

@@ -19,6 +19,8 @@ use std::sync::{Arc, OnceLock};
 pub(super) const FLEET: &[u8] = b"fleet/1";
 /// Protocol (ALPN) between agents.
 pub(super) const AGENTS: &[u8] = b"fleet-agent/1";
+/// Protocol (ALPN) of pages.
+const HTTP: &[u8] = b"http/1.1";
 /// Protocol (ALPN) of those who want to become one.
 pub(super) const JOIN: &[u8] = b"fleet-join/1";
 
@@ -48,17 +50,34 @@ fn key(identity: &Identity) -> PrivateKeyDer<'static> {
 
 /// For a listener: offers both protocols. A certificate may be absent here; `classify` demands it for `fleet/1`.
 pub(super) fn server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
-    let members = WebPkiClientVerifier::builder_with_provider(roots(&identity.authorities)?, provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(|error| rustls::Error::General(error.to_string()))?;
-    listening(members, (chain(identity), key(identity)), &[FLEET, JOIN])
+    listening(optional(&identity.authorities)?, (chain(identity), key(identity)), &[FLEET, JOIN])
 }
 
 /// For an agent that others call. A certificate is demanded.
 pub(super) fn agents_server(identity: &Identity) -> Result<ServerConfig, rustls::Error> {
     let own = vec![identity.certificate_der.clone().into()];
     listening(members(&identity.authorities)?, (own, key(identity)), &[AGENTS])
+}
+
+/// For pages: offers HTTP/1.1. With `demanded` everybody shows a member's certificate, else who has one may.
+pub(super) fn page(
+    authorities: &Authorities,
+    shown: (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>),
+    demanded: bool,
+) -> Result<ServerConfig, rustls::Error> {
+    let verifier = match demanded {
+        true => members(authorities)?,
+        false => optional(authorities)?,
+    };
+    listening(verifier, shown, &[HTTP])
+}
+
+/// Trusts the certificates of members, and lets in who shows none.
+fn optional(authorities: &Authorities) -> Result<Arc<dyn ClientCertVerifier>, rustls::Error> {
+    WebPkiClientVerifier::builder_with_provider(roots(authorities)?, provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))
 }
 
 fn listening(

@@ -181,6 +181,11 @@ pub enum Request {
         age_s: Option<u64>,
         bytes: Option<u64>,
     },
+    /// A login for the page, which lets its holder look as this client for so long, and with `operates` cancel jobs and drain nodes.
+    WebLogin {
+        ttl_s: u64,
+        operates: bool,
+    },
 }
 
 /// Changes that one client may have under way at once: as many as the streams of a connection.
@@ -236,7 +241,8 @@ impl Request {
             | Request::Authority
             | Request::Output { .. }
             | Request::Retention
-            | Request::Members => false,
+            | Request::Members
+            | Request::WebLogin { .. } => false,
         }
     }
 }

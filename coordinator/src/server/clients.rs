@@ -9,12 +9,12 @@ use crate::control::Input;
 use crate::requests;
 use fleet_common::codec::{self, CodecError, FRAME_MAX, Frames};
 use fleet_common::ids::UserId;
-use fleet_common::net;
+use fleet_common::net::{self, LOGIN_MAX, Login};
 use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply, Request, Role};
 use quinn::{Connection, RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
 
@@ -192,12 +192,28 @@ impl Stream {
                 let (certificate_der, authorities) = signed.map_err(invalid)?;
                 Ok(Reply::Certificate { certificate_der, authorities })
             }
+            Request::WebLogin { ttl_s, operates } => self.web_login(ttl_s, operates),
             Request::RotateCa => {
                 let stamp = crate::control::stamp(&frame);
                 self.rotate(stamp).await
             }
             _ => Ok(shared.calls.ask(self.caller, frame).await),
         }
+    }
+
+    fn web_login(&self, ttl_s: u64, operates: bool) -> Result<Reply, Refusal> {
+        if ttl_s == 0 || ttl_s > LOGIN_MAX.as_secs() {
+            return Err(invalid("a login for the page holds for 90 days at most"));
+        }
+        let user = self.user()?;
+        let admitted = self.shared.gate.known(self.caller).ok_or_else(|| Refusal {
+            kind: RefusalKind::Forbidden,
+            message: format!("{user} was revoked"),
+        })?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let login = Login { user, expires: now.saturating_add(ttl_s), operates };
+        info!("{user} made a login for the page, which holds for {ttl_s} s (operates: {operates})");
+        Ok(Reply::Token { text: self.shared.trust.log_in(&login, &admitted.key) })
     }
 
     fn user(&self) -> Result<UserId, Refusal> {

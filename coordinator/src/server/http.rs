@@ -1,6 +1,6 @@
 //! HTTP for people and Prometheus: no secrets. What is served is decided by `crate::http`.
 
-use super::Shared;
+use super::{Shared, entrance};
 use crate::control::READER;
 use crate::http::{self, Asked, Question, Unserved};
 use bytes::Bytes;
@@ -18,7 +18,8 @@ const LIMITS: Limits =
     Limits { connections: 64, head: 8 << 10, asking: Duration::from_secs(5), taking: Duration::from_secs(5) };
 
 pub async fn run(shared: Arc<Shared>, listener: TcpListener) {
-    serve(listener, LIMITS, None, move |request| respond(shared.clone(), request)).await;
+    let tls = shared.door.tls();
+    serve(listener, LIMITS, tls, move |request| respond(shared.clone(), request)).await;
 }
 
 async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Body> {
@@ -27,6 +28,11 @@ async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Bod
         path: request.uri().path(),
         query: request.uri().query().unwrap_or_default(),
         host: host(request.headers()),
+    };
+    let visitor = match entrance::enter(&shared, question, &request).await {
+        Ok(Some(visitor)) => visitor,
+        Ok(None) => return entrance::log_in(&shared, request).await,
+        Err(answer) => return answer,
     };
     let asked = match http::asked(&question, &shared.hosts) {
         Ok(Asked::Health) => return health(&shared),
@@ -94,7 +100,7 @@ async fn metrics(shared: &Shared) -> Response<Body> {
     }
 }
 
-fn text(status: u16, line: impl Into<String>) -> Response<Body> {
+pub(super) fn text(status: u16, line: impl Into<String>) -> Response<Body> {
     let mut body: String = line.into();
     body.push('\n');
     response(status, "text/plain; charset=utf-8", body)
@@ -107,7 +113,7 @@ fn json_of(value: &impl Serialize) -> Response<Body> {
     }
 }
 
-fn refused(refusal: Refusal) -> Response<Body> {
+pub(super) fn refused(refusal: Refusal) -> Response<Body> {
     let status = match refusal.kind {
         RefusalKind::Invalid | RefusalKind::Spent => 400,
         RefusalKind::Forbidden => 403,
@@ -119,7 +125,7 @@ fn refused(refusal: Refusal) -> Response<Body> {
     text(status, refusal.message)
 }
 
-fn response(status: u16, kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
+pub(super) fn response(status: u16, kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();

@@ -7,11 +7,14 @@ mod agents;
 pub mod backup;
 pub mod behind;
 mod calls;
+mod changes;
 mod clients;
 mod credentials;
 mod custody;
 mod desk;
+mod door;
 mod driver;
+mod entrance;
 mod gate;
 mod http;
 mod inbox;
@@ -33,6 +36,7 @@ use crate::control::{Control, Myself, Status};
 use crate::raft::history::History;
 use anyhow::{Context, Result, bail};
 use calls::Calls;
+use door::Door;
 use driver::{Surroundings, Thread};
 use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
@@ -106,6 +110,7 @@ pub(crate) struct Shared {
     large: Arc<Semaphore>,
     /// Host names under which HTTP may be asked, besides loopback.
     hosts: Vec<String>,
+    door: Door,
 }
 
 /// A running coordinator. Dropping it without `stop` is like a crash, which is safe.
@@ -210,8 +215,11 @@ impl Coordinator {
         let (status, thread) =
             driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
-        let hosts =
-            [&endpoint.quic, &endpoint.http].map(|address| fleet_common::http::host_of(address).to_owned());
+        let hosts = places.hosts(&endpoint);
+        let door = match sockets.http.local_addr()?.ip().is_loopback() {
+            true => Door::Loopback,
+            false => Door::guarded(trust.clone(), gate.clone(), hosts.clone(), places.certificate())?,
+        };
         let shared = Arc::new(Shared {
             me,
             calls: Calls::new(inbox.clone()),
@@ -222,7 +230,8 @@ impl Coordinator {
             status: status.clone(),
             metrics: Metrics::new()?,
             large: Arc::new(Semaphore::new(LARGE_BYTES)),
-            hosts: hosts.into(),
+            hosts,
+            door,
         });
         let both = [(Socket::Clients, sockets.clients.clone()), (Socket::Members, sockets.members.clone())];
         members.handle().spawn(accept(shared.clone(), Socket::Members, sockets.members.clone()));

@@ -2,10 +2,12 @@
 //! start, so that one without options listens where it listened before.
 
 use anyhow::{Context, Result, bail};
+use fleet_common::endpoint::Endpoint;
 use fleet_common::files;
+use fleet_common::http::host_of;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7070);
 pub const DEFAULT_HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7080);
@@ -26,6 +28,9 @@ pub struct Places {
     pub advertise: Option<String>,
     /// `None`: the host of `advertise`.
     pub member_advertise: Option<String>,
+    /// PEM files of the user's own certificate and key for HTTP on other addresses than loopback; `None`: the cluster's CA makes them.
+    pub http_cert: Option<PathBuf>,
+    pub http_key: Option<PathBuf>,
 }
 
 impl Places {
@@ -44,6 +49,8 @@ impl Places {
             http: now.http.or(before.http),
             advertise: now.advertise.or(before.advertise),
             member_advertise: now.member_advertise.or(before.member_advertise),
+            http_cert: now.http_cert.or(before.http_cert),
+            http_key: now.http_key.or(before.http_key),
         })
     }
 
@@ -64,6 +71,9 @@ impl Places {
                 bail!("{option} {address} is no address; write it as HOST:PORT");
             }
         }
+        if self.http_cert.is_some() != self.http_key.is_some() {
+            bail!("--http-cert and --http-key belong together: give both");
+        }
         let listen = self.listen.unwrap_or(DEFAULT_LISTEN);
         let member = self.member_listen.unwrap_or(listen);
         for (listen, recorded) in
@@ -80,6 +90,23 @@ impl Places {
             }
         }
         Ok(())
+    }
+
+    /// Names and addresses of this machine under which its page is asked for.
+    pub fn hosts(&self, endpoint: &Endpoint) -> Vec<String> {
+        let told = [&endpoint.quic, &endpoint.http].map(|address| host_of(address).to_owned());
+        let name =
+            nix::sys::utsname::uname().ok().and_then(|uname| Some(uname.nodename().to_str()?.to_owned()));
+        let mut hosts: Vec<String> = told.into_iter().chain(name).collect();
+        hosts.retain(|host| !host.is_empty() && !host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified()));
+        hosts.sort();
+        hosts.dedup();
+        hosts
+    }
+
+    /// Files of a certificate and key for HTTP.
+    pub fn certificate(&self) -> Option<(PathBuf, PathBuf)> {
+        self.http_cert.clone().zip(self.http_key.clone())
     }
 
     /// As clients find it.

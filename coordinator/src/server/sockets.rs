@@ -11,7 +11,6 @@ use std::path::Path;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tracing::warn;
 
 /// A runtime on a thread of its own; ends when dropped.
 pub struct Lane {
@@ -82,11 +81,6 @@ pub async fn listen(
     let member_at = members.local_addr()?;
     let http_listen = places.http.unwrap_or(DEFAULT_HTTP);
     let http = http(http_listen, before(|e| &e.http, false)).await?;
-    if !http_listen.ip().is_loopback() {
-        warn!(
-            "HTTP is open to other machines on {http_listen}: anyone who reaches it can read what the cluster does"
-        );
-    }
     Ok(Sockets {
         client_address: places.client_address(client_at),
         member_address: places.member_address(member_at),

@@ -4,8 +4,8 @@ use super::custody::Custody;
 use crate::cluster::authorities::Cas;
 use anyhow::{Context, Result, bail};
 use fleet_common::net::{
-    Applicant, Authorities, ClusterCa, Identity, IdentityError, KeyHash, PrivateKey, requested_key,
-    store_authorities,
+    Applicant, Authorities, ClusterCa, Identity, IdentityError, KeyHash, Login, PrivateKey, Seal, Shown,
+    requested_key, store_authorities,
 };
 use fleet_common::protocol::Member;
 use std::path::{Path, PathBuf};
@@ -112,6 +112,24 @@ impl Trust {
         let next = moving.and_then(|next| inner.custody.of(&next.der));
         let all = std::iter::once(inner.custody.present()).chain(next);
         all.map(|ca| (ca.der().to_vec(), ca.key())).collect()
+    }
+
+    /// By which logins of the page are known.
+    pub fn seals(&self) -> Vec<Seal> {
+        let inner = self.lock();
+        let others = inner.custody.next().map(|ca| ca.seal());
+        std::iter::once(inner.custody.present().seal()).chain(others).collect()
+    }
+
+    /// What a client may show a browser as a login.
+    pub fn log_in(&self, login: &Login, key: &KeyHash) -> String {
+        login.seal(&self.lock().issuing().seal(), key)
+    }
+
+    /// A certificate for browsers, and how long it is to be shown.
+    pub fn show(&self, hosts: &[String]) -> Result<(Shown, Duration)> {
+        let issuing = self.lock().issuing();
+        Ok((Shown::made(&issuing, hosts, SystemTime::now(), self.life)?, self.life * 2 / 3))
     }
 
     /// The key of this CA, for another coordinator.

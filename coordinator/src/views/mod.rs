@@ -95,7 +95,8 @@ impl<D: Disk + ?Sized> View<'_, D> {
             | Request::GiveSecrets { .. }
             | Request::RemoveSecrets(_)
             | Request::RotateCa
-            | Request::FinishCa { .. } => {
+            | Request::FinishCa { .. }
+            | Request::WebLogin { .. } => {
                 let message = "this is no question with one answer".to_owned();
                 return Err(Refusal { kind: RefusalKind::Invalid, message });
             }

@@ -30,6 +30,7 @@ pub mod status;
 pub mod submit;
 pub mod token;
 pub mod top;
+pub mod web;
 
 use crate::client::{Client, block_on, unexpected};
 use crate::cluster::Cluster;
