@@ -70,6 +70,7 @@ enum Command {
     Logits(commands::logits::Args),
     Eval(commands::eval::Args),
     Config(commands::config::Args),
+    Fields(commands::fields::Args),
     Plan(commands::plan::Args),
 }
 
@@ -112,6 +113,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),
+        Command::Fields(args) => commands::fields::run(args),
         Command::Plan(args) => commands::plan::run(args),
     };
     match (done, out::lost()) {
