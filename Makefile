@@ -3,7 +3,7 @@
 
 BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
-.PHONY: demo test build programs setup lint chaos bench parity gpu-bundle clean
+.PHONY: demo test build programs setup lint chaos bench parity gpu-bundle wheel tarball reference clean
 
 # With CUDA=1 also the libraries that train on an NVIDIA GPU.
 setup:
@@ -45,6 +45,18 @@ parity: programs
 # One archive that runs the GPU tests and the GPU benchmark on a machine with a driver and a Python that has torch 2.11.0.
 gpu-bundle: setup
 	deploy/gpu_bundle.sh
+
+# For pip: `pip install dist/fleet_train-*.whl` brings torch along, whose libraries the programs load.
+wheel: programs
+	@deploy/wheel/pack.py wheel --programs $(BIN) --out dist
+
+# For those who have a libtorch.
+tarball: programs
+	@deploy/wheel/pack.py tarball --programs $(BIN) --out dist
+
+# docs/reference, from the definitions of commands and job fields.
+reference: programs
+	@deploy/reference.sh $(BIN)
 
 clean:
 	cargo clean

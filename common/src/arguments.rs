@@ -1,8 +1,8 @@
 //! Command lines, read by one rule: an option takes whatever follows it. A prompt may begin with a hyphen, and so may a name, a secret or a
 //! number. Only of paths there is a doubt, since what they name is often made: one that reads as another option is refused.
 
-use crate::exit;
 use crate::terminal::plain;
+use crate::{exit, manual};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Arg, Command, Parser};
@@ -18,8 +18,8 @@ pub fn parse<P: Parser>() -> P {
 
 /// The same. Where `cure` knows what was meant with this line that could not be read, that is the error.
 pub fn parse_or<P: Parser>(cure: impl Fn(&clap::Error, &[OsString]) -> Option<String>) -> P {
-    let read = with_the_rule(P::command()).try_get_matches();
-    let mut matches = read.unwrap_or_else(|error| {
+    let command = manual::with_commands(with_the_rule(P::command()));
+    let mut matches = command.clone().try_get_matches().unwrap_or_else(|error| {
         let line: Vec<OsString> = std::env::args_os().collect();
         let Some(cure) = cure(&error, &line) else {
             end(named(error, P::command(), line.into_iter()));
@@ -27,6 +27,9 @@ pub fn parse_or<P: Parser>(cure: impl Fn(&clap::Error, &[OsString]) -> Option<St
         eprintln!("error: {}", plain(&cure));
         std::process::exit(exit::REFUSED_INPUT.into())
     });
+    if let Some(answer) = manual::answer(&command, &matches) {
+        say(answer);
+    }
     P::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| end(error.format(&mut P::command())))
 }
 
@@ -39,6 +42,19 @@ fn end(error: clap::Error) -> ! {
             std::process::exit(exit::ENVIRONMENT.into())
         }
         _ => std::process::exit(code),
+    }
+}
+
+/// Prints what was asked for, and ends the process.
+fn say(text: std::io::Result<String>) -> ! {
+    let mut out = std::io::stdout().lock();
+    let said = text.and_then(|text| out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+    match said {
+        Err(why) if why.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("error: what was asked for could not be written: {why}");
+            std::process::exit(exit::ENVIRONMENT.into())
+        }
+        _ => std::process::exit(exit::SUCCEEDED.into()),
     }
 }
 

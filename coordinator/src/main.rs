@@ -18,7 +18,7 @@ use tracing::info;
 
 /// The control plane of a fleet cluster.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "coordinator", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

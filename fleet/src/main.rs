@@ -71,6 +71,7 @@ enum Command {
     Logits(commands::logits::Args),
     Eval(commands::eval::Args),
     Config(commands::config::Args),
+    Fields(commands::fields::Args),
     Plan(commands::plan::Args),
 }
 
@@ -114,6 +115,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Config(args) => commands::config::run(args),
+        Command::Fields(args) => commands::fields::run(args),
         Command::Plan(args) => commands::plan::run(args),
     };
     match (done, out::lost()) {

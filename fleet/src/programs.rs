@@ -1,6 +1,7 @@
 //! The other programs of fleet, which lie beside this one.
 
 use crate::failure::Failure;
+use fleet_common::libtorch;
 use fleet_common::model::no_such_model;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -40,6 +41,9 @@ pub fn become_rank<'a>(
         Ok(program) => program,
         Err(failure) => return failure,
     };
+    if let Some(flaw) = libtorch::flaw(&program) {
+        return Failure::environment(flaw);
+    }
     let mut process = Command::new(program);
     process.arg(command);
     for (name, value) in options {

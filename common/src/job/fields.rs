@@ -1,8 +1,9 @@
-//! The names: every setting with all its spellings, those of other tools that belong to later versions, and the flat view of a
+//! The names: those of other tools that belong to later versions, and the flat view of a
 //! job file in which each setting has one name and one value.
 
 use super::elsewhere;
 use super::error::JobFileError;
+use super::settings::SETTINGS;
 use super::suggest::nearest;
 use super::value::{Kind, Place, Value};
 use crate::model::Family;
@@ -24,149 +25,6 @@ const TABLES: [&str; 13] = [
     "checkpoint",
     "eval",
     "early_stopping",
-];
-
-/// Each setting: the name under which the parser asks for it, then its other spellings, which PyTorch Lightning, Hugging Face and older
-/// tools use. A dotted name is a key in a table.
-#[rustfmt::skip]
-pub(super) const SETTINGS: &[&[&str]] = &[
-    &["task_name"],
-    &["run_name"],
-    &["output_dir"],
-    &["seed"],
-    &["strategy"],
-    &["devices"],
-    &["num_nodes"],
-    &["device"],
-    &["use_gpu"],
-    &["executor"],
-    &["precision", "dtype"],
-    &["use_amp"],
-    &["batch_size", "per_device_train_batch_size", "per_device_batch_size"],
-    &["accumulate_grad_batches", "gradient_accumulation_steps"],
-    &["activation_checkpointing", "gradient_checkpointing"],
-    &["neftune_noise_alpha"],
-    &["reshard_after_forward"],
-    &["offload_optimizer"],
-    &["transport"],
-    &["transport_encryption"],
-    &["max_seq_len", "max_seq_length"],
-    &["epochs", "num_train_epochs", "num_epochs"],
-    &["max_steps"],
-    &["logging_steps"],
-    &["log_to_db"],
-    &["max_time_s"],
-    &["threads_per_rank"],
-    &["trace"],
-
-    &["vocab_size", "model.vocab_size", "tokenizer.vocab_size"],
-    &["model.path"],
-    &["model.model_type"],
-    &["model.architectures"],
-    &["model.bos_token_id"],
-    &["model.eos_token_id"],
-    &["model.attention_dropout"],
-    &["model.hidden_dropout"],
-    &["model.attn_pdrop"],
-    &["model.embd_pdrop"],
-    &["model.resid_pdrop"],
-    &["model.dropout"],
-    &["model.rope_theta", "model.rope_parameters.rope_theta", "model.rope_scaling.rope_theta"],
-    &["model.partial_rotary_factor", "model.rope_parameters.partial_rotary_factor", "model.rope_scaling.partial_rotary_factor"],
-    &["model.rope_parameters.rope_type", "model.rope_parameters.type", "model.rope_scaling.rope_type", "model.rope_scaling.type"],
-    &["model.rope_parameters.factor", "model.rope_scaling.factor"],
-    &["model.rope_parameters.original_max_position_embeddings", "model.rope_scaling.original_max_position_embeddings"],
-    &["model.rope_parameters.low_freq_factor", "model.rope_scaling.low_freq_factor"],
-    &["model.rope_parameters.high_freq_factor", "model.rope_scaling.high_freq_factor"],
-    &["model.rope_parameters.attention_factor", "model.rope_scaling.attention_factor"],
-    &["model.rope_parameters.mscale", "model.rope_scaling.mscale"],
-    &["model.rope_parameters.mscale_all_dim", "model.rope_scaling.mscale_all_dim"],
-    &["model.rope_parameters.beta_fast", "model.rope_scaling.beta_fast"],
-    &["model.rope_parameters.beta_slow", "model.rope_scaling.beta_slow"],
-    &["model.rope_parameters.truncate", "model.rope_scaling.truncate"],
-
-    &["quantization", "bnb_4bit_quant_type"],
-    &["adapter.type", "peft_type", "adapter.peft_type", "adapter.method"],
-    &["adapter.r", "lora_r", "lora_rank", "r", "adapter.lora_r", "adapter.rank"],
-    &["adapter.alpha", "lora_alpha", "adapter.lora_alpha"],
-    &["adapter.use_rslora", "use_rslora"],
-    &["adapter.use_dora", "use_dora"],
-    &["adapter.rank_pattern", "rank_pattern"],
-    &["adapter.alpha_pattern", "alpha_pattern"],
-    &["adapter.dropout", "lora_dropout", "adapter.lora_dropout"],
-    &["adapter.target_modules", "target_modules", "lora_target_modules", "lora_target"],
-    &["adapter.exclude_modules", "exclude_modules"],
-    &["adapter.layers_to_transform", "layers_to_transform"],
-    &["adapter.modules_to_save", "modules_to_save", "lora_modules_to_save"],
-    &["adapter.bias", "bias"],
-    &["adapter.loraplus_lr_ratio", "loraplus_lr_ratio"],
-    &["adapter.init", "init_lora_weights", "adapter.init_lora_weights"],
-    &["adapter.path", "adapter_path", "adapter_name_or_path"],
-    &["adapter.task_type", "task_type"],
-
-    &["dpo.beta", "beta"],
-    &["dpo.loss_type"],
-    &["dpo.label_smoothing", "label_smoothing"],
-    &["dpo.ref_model", "ref_model"],
-    &["dpo.precompute_ref_log_probs", "precompute_ref_log_probs"],
-
-    &["tokenizer.path"],
-
-    &["data.path", "data.paths"],
-    &["data.include"],
-    &["data.exclude"],
-    &["data.text_field"],
-    &["data.validation_fraction"],
-    &["data.clean.remove_html", "data.remove_html"],
-    &["data.clean.normalize_whitespace", "data.normalize_whitespace"],
-    &["data.clean.min_chars", "data.min_chars"],
-    &["data.clean.near_duplicates", "data.near_duplicates"],
-    &["data.weights", "data.weight"],
-    &["data.format", "data.formatting", "data.type"],
-    &["data.loss_on", "loss_on"],
-    &["data.completion_only_loss", "completion_only_loss", "assistant_only_loss", "data.assistant_only_loss"],
-    &["data.train_on_inputs", "train_on_inputs", "train_on_prompt", "data.train_on_prompt"],
-    &["data.chat_template", "chat_template", "chat_template_path", "data.chat_template_path"],
-    &["data.packing", "packing", "sample_packing", "data.sample_packing"],
-    &["data.bad_rows", "bad_rows"],
-    &["data.fields.messages", "data.field_messages"],
-    &["data.fields.role", "data.message_field_role"],
-    &["data.fields.content", "data.message_field_content"],
-    &["data.fields.prompt", "data.field_prompt"],
-    &["data.fields.completion", "data.field_completion"],
-    &["data.fields.instruction", "data.field_instruction"],
-    &["data.fields.input", "data.field_input"],
-    &["data.fields.output", "data.field_output"],
-    &["data.fields.system", "data.field_system"],
-    &["data.fields.history", "data.field_history"],
-    &["data.fields.tools", "data.field_tools"],
-    &["data.fields.chosen", "data.field_chosen"],
-    &["data.fields.rejected", "data.field_rejected"],
-
-    &["optimizer.learning_rate", "learning_rate", "lr", "optimizer.lr"],
-    &["optimizer.schedule", "lr_scheduler_type", "optimizer.lr_scheduler_type"],
-    &["optimizer.warmup_steps", "warmup_steps"],
-    &["optimizer.min_lr_ratio", "min_lr_ratio"],
-    &["optimizer.weight_decay", "weight_decay"],
-    &["optimizer.beta1", "adam_beta1", "optimizer.adam_beta1"],
-    &["optimizer.beta2", "adam_beta2", "optimizer.adam_beta2"],
-    &["optimizer.eps", "adam_epsilon", "optimizer.adam_epsilon"],
-    &["optimizer.max_grad_norm", "max_grad_norm"],
-
-    &["checkpoint.save_steps", "save_steps"],
-    &["checkpoint.save_total_limit", "save_total_limit"],
-    &["checkpoint.resume", "resume_from_checkpoint", "checkpoint.resume_from_checkpoint"],
-    &["checkpoint.overwrite", "overwrite", "overwrite_output_dir"],
-    &["checkpoint.keep_best", "keep_best", "load_best_model_at_end"],
-
-    &["eval.eval_steps", "eval_steps"],
-    &["eval.batch_size", "per_device_eval_batch_size", "eval.per_device_eval_batch_size"],
-    &["eval.max_eval_examples", "max_eval_examples"],
-    &["eval.split"],
-
-    &["early_stopping.patience", "early_stopping_patience"],
-    &["early_stopping.min_delta", "early_stopping_threshold", "early_stopping_min_delta"],
-    &["early_stopping.metric", "metric_for_best_model", "early_stopping.monitor"],
 ];
 
 /// What describes a new model beside these: `model.KEY` for every key of every family, which have one spelling.
@@ -205,7 +63,7 @@ pub(super) const DROPOUTS: [&str; 6] = [
 /// Every key that a job file may have, in all spellings; a key in a table as `table.key`.
 pub fn keys() -> impl Iterator<Item = &'static str> {
     let described = DESCRIPTIONS.iter().flat_map(|(_, names)| names).map(String::as_str);
-    SETTINGS.iter().copied().flatten().copied().chain(described)
+    SETTINGS.iter().flat_map(|(names, _)| *names).copied().chain(described)
 }
 
 const ADAPTERS: &str =
@@ -265,7 +123,7 @@ impl Fields {
             }
             let name = known(&key, &value, described)?;
             // of a model's shape a null may say what nothing else does
-            if matches!(value.kind, Kind::Null) && SETTINGS.iter().any(|names| names[0] == name) {
+            if matches!(value.kind, Kind::Null) && SETTINGS.iter().any(|(names, _)| names[0] == name) {
                 continue;
             }
             match fields.given.get(name) {
@@ -299,7 +157,7 @@ impl Fields {
         wanted: &str,
         read: impl FnOnce(&Value) -> Option<T>,
     ) -> Result<Option<T>, JobFileError> {
-        debug_assert!(SETTINGS.iter().any(|names| names[0] == name), "{name} is not in SETTINGS");
+        debug_assert!(SETTINGS.iter().any(|(names, _)| names[0] == name), "{name} is not in SETTINGS");
         let Some((spelling, value)) = self.given.get(name) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| JobFileError::Value {
             place: value.place.clone(),
@@ -501,7 +359,7 @@ fn family<'a>(given: impl Iterator<Item = &'a (String, Value)>) -> Result<&'stat
 
 /// The first name of a setting, in a job whose model is a new one of this family, or one that is there.
 fn known(key: &str, value: &Value, family: Option<&Family>) -> Result<&'static str, JobFileError> {
-    let setting = SETTINGS.iter().find(|names| names.contains(&key)).map(|names| names[0]);
+    let setting = SETTINGS.iter().find(|(names, _)| names.contains(&key)).map(|(names, _)| names[0]);
     let described = || DESCRIPTIONS.iter().flat_map(|(_, names)| names).find(|name| *name == key);
     let name = setting.or_else(|| described().map(String::as_str));
     let (place, key) = (value.place.clone(), key.to_owned());
@@ -552,7 +410,7 @@ fn has(family: &Family, name: &str) -> bool {
     described_by(family).iter().any(|known| is(known))
 }
 
-fn described_by(family: &Family) -> &'static [String] {
+pub(super) fn described_by(family: &Family) -> &'static [String] {
     let found = DESCRIPTIONS.iter().find(|(known, _)| known.model_type == family.model_type);
     found.map_or(&[], |(_, names)| names)
 }

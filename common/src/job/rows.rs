@@ -107,7 +107,7 @@ pub(super) const READABLE: [&str; 2] =
 /// What people call the task of learning from rows.
 const TASKS: [&str; 5] = ["sft", "instruction", "instruction-tuning", "instruct", "chat"];
 
-/// The settings that only rows have, beside `data.format`, in the order of `fields::SETTINGS`.
+/// The settings that only rows have, beside `data.format`, in the order of `settings::SETTINGS`.
 const SETTINGS: [&str; 5] = [
     "data.loss_on",
     "data.completion_only_loss",

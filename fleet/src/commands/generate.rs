@@ -32,6 +32,7 @@ pub struct Args {
     /// Write up to N texts at the same time, 8 if not given: takes less time than one after the other, and gives the same texts
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     batch: Option<u32>,
+    /// The most tokens that a text gets, 128 if not given
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<u32>,
     /// A string before which the text ends; several may be given
@@ -46,6 +47,7 @@ pub struct Args {
     /// Choose among the likeliest tokens that together have probability P
     #[arg(long, value_name = "P")]
     top_p: Option<f64>,
+    /// The same seed gives the same text; 0 if not given
     #[arg(long)]
     seed: Option<u64>,
     /// Keep the matrices of its blocks in few bits: nf4, fp4, int8, hqq8, hqq4, hqq3, hqq2 or hqq1

@@ -10,6 +10,7 @@ pub mod drain;
 pub mod eval;
 pub mod events;
 pub mod exports;
+pub mod fields;
 pub mod generate;
 pub mod jobs;
 pub mod local_runs;

@@ -5,6 +5,7 @@ use crate::join::DeviceWish;
 use crate::ranks::{Launcher, Probe};
 use crate::spawn::Exited;
 use fleet_common::capability::CUDA_DRIVER;
+use fleet_common::libtorch;
 use std::path::Path;
 use tokio::signal::unix::Signal;
 use tokio::sync::mpsc;
@@ -25,6 +26,10 @@ pub async fn accelerator(
     child: &mut Signal,
 ) -> Result<Found, String> {
     let plain = Found { accelerator: Accelerator::Cpu, unfit: None, no_cuda: None };
+    if let Some(flaw) = libtorch::flaw(&launcher.fleet_rank) {
+        tracing::warn!("{flaw}");
+        return Ok(Found { unfit: Some(flaw), ..plain });
+    }
     let worth_a_look = match wish {
         DeviceWish::Cpu => false,
         DeviceWish::Auto => cfg!(target_os = "macos") || Path::new(CUDA_DRIVER).exists(),

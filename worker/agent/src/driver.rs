@@ -439,7 +439,7 @@ impl Driver {
             return None;
         }
         let warm = self.warm.take_if(|warm| warm.contains(exited.pid))?;
-        let reason = warm.died(exited, &self.launcher.spawner)?;
+        let reason = warm.died(exited, &self.launcher)?;
         tracing::warn!("{reason}");
         Some(Input::Probed(Err(reason)))
     }

@@ -12,6 +12,7 @@ use anyhow::Context;
 use fleet_collectives::Segment;
 use fleet_common::events::Endpoint;
 use fleet_common::job::Job;
+use fleet_common::libtorch;
 use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{Gang, Program, RANK_SOCKET_ENV, Work};
 use serde::Deserialize;
@@ -230,12 +231,24 @@ impl Launcher {
         };
         let output = read_all(started.stdout);
         if exit.map(|exited| exited.exit) != Some(Exit::Code(0)) {
-            return Err(unfit(started.stderr));
+            return Err(self.unfit(started.stderr));
         }
         let line = output.lines().next().unwrap_or_default();
         serde_json::from_str(line).map_err(|error| {
             format!("fleet-rank --probe said `{line}`: {error}; install one version of fleet")
         })
+    }
+
+    /// Why no rank can run, from what one said that ended at once.
+    pub fn unfit(&self, stderr: Option<ChildStderr>) -> String {
+        let stderr = stderr.map(read_all).unwrap_or_default();
+        let line = stderr
+            .lines()
+            .rev()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or("fleet-rank ended without a word");
+        let line = line.trim().trim_start_matches("error: ");
+        format!("ranks cannot run on this node: {line}; {}", libtorch::cure(&self.fleet_rank))
     }
 
     /// Starts a full set of ranks before any job asks for them.
@@ -294,17 +307,17 @@ impl Warm {
     }
 
     /// One of them is gone before its first job. Says why no rank can run here, if that is the reason.
-    pub fn died(self, exited: Exited, spawner: &Spawner) -> Option<String> {
+    pub fn died(self, exited: Exited, launcher: &Launcher) -> Option<String> {
         let mut reason = None;
         let remains = Remains::from(&self.gang.container);
         for rank in self.gang.ranks.into_iter().flatten() {
             if rank.started.pid != exited.pid {
-                spawner.strike(rank.started.pid, Blow::Kill);
+                launcher.spawner.strike(rank.started.pid, Blow::Kill);
             } else if let Exit::Code(4 | 126 | 127) = exited.exit {
-                reason = Some(unfit(rank.started.stderr));
+                reason = Some(launcher.unfit(rank.started.stderr));
             }
         }
-        drop(spawner.sweep(Sweep { remains, adopted: false }));
+        drop(launcher.spawner.sweep(Sweep { remains, adopted: false }));
         reason
     }
 
@@ -318,15 +331,4 @@ fn read_all(pipe: impl Read) -> String {
     let mut bytes = Vec::new();
     let _ = pipe.take(64 << 10).read_to_end(&mut bytes); // what could be read is what there is to show
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn unfit(stderr: Option<ChildStderr>) -> String {
-    let stderr = stderr.map(read_all).unwrap_or_default();
-    let line = stderr
-        .lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("fleet-rank ended without a word");
-    let line = line.trim().trim_start_matches("error: ");
-    format!("ranks cannot run on this node: {line}; is libtorch in place (`make setup`)?")
 }

@@ -7,6 +7,9 @@
 #include <cstring>
 #include <exception>
 
+// Since libtorch 2.9, in no header that a program is meant to include.
+extern "C" __attribute__((weak)) uint64_t aoti_torch_abi_version();
+
 namespace at::native {
 // Exported by libtorch_cpu.so, declared in none of its public headers: a libtorch without it runs too, with other products.
 __attribute__((weak)) void mkldnn_matmul(const Tensor &a, const Tensor &b, const Tensor &out, float beta, float alpha);
@@ -56,11 +59,14 @@ void fleet_set_threads(int threads) {
     }
 }
 
-// The version of the headers; the library loaded is the same by its rpath.
-#define FLEET_TEXT(x) FLEET_TEXT_(x)
-#define FLEET_TEXT_(x) #x
-const char *fleet_libtorch_version() {
-    return FLEET_TEXT(TORCH_VERSION_MAJOR) "." FLEET_TEXT(TORCH_VERSION_MINOR) "." FLEET_TEXT(TORCH_VERSION_PATCH);
+// The library that was loaded, as TORCH_ABI_VERSION has it; 0 of one that does not say it.
+uint64_t fleet_libtorch_loaded() {
+    return aoti_torch_abi_version == nullptr ? 0 : aoti_torch_abi_version();
+}
+
+// The version of the headers.
+uint64_t fleet_libtorch_compiled() {
+    return TORCH_ABI_VERSION;
 }
 
 } // extern "C"

@@ -27,7 +27,8 @@ unsafe extern "C" {
         error_len: usize,
     ) -> c_int;
     fn fleet_set_threads(threads: c_int);
-    fn fleet_libtorch_version() -> *const c_char;
+    fn fleet_libtorch_loaded() -> u64;
+    fn fleet_libtorch_compiled() -> u64;
 }
 
 #[link(name = "torch_cpu", kind = "dylib")]
@@ -179,6 +180,22 @@ pub fn set_threads(threads: u32) {
 
 /// The libtorch that this program was built for.
 pub fn libtorch_version() -> String {
-    // SAFETY: a constant that ends with a zero.
-    unsafe { CStr::from_ptr(fleet_libtorch_version()) }.to_string_lossy().into_owned()
+    // SAFETY: returns a number.
+    version(unsafe { fleet_libtorch_compiled() })
+}
+
+/// The libtorch that was loaded, where it is another one than this program was built for: nothing may be asked of it then.
+pub fn other_libtorch() -> Option<String> {
+    // SAFETY: both return a number, and the first one asks a function without arguments, where there is such a one.
+    let (loaded, compiled) = unsafe { (fleet_libtorch_loaded(), fleet_libtorch_compiled()) };
+    match loaded {
+        0 => Some("older than 2.9".to_owned()),
+        _ => (loaded != compiled).then(|| version(loaded)),
+    }
+}
+
+/// One byte each for major, minor and patch, from the highest on.
+fn version(number: u64) -> String {
+    let [major, minor, patch, ..] = number.to_be_bytes();
+    format!("{major}.{minor}.{patch}")
 }

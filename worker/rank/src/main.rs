@@ -301,6 +301,13 @@ impl From<LogitsArgs> for logits::Wanted {
 fn main() -> ExitCode {
     signals::mind_no_file_limit();
     let args: Args = arguments::parse();
+    if let Some(other) = libtorch::other_libtorch() {
+        let needed = libtorch::libtorch_version();
+        eprintln!(
+            "error: the libtorch that was loaded is {other}, and fleet needs {needed}, for which it was compiled; `pip install torch=={needed}` mends that, or LD_LIBRARY_PATH=LIBTORCH/lib of such a one"
+        );
+        return ExitCode::from(exit::ENVIRONMENT);
+    }
     match &args.command {
         Some(Command::Merge(_) | Command::Unmerge(_) | Command::Combine(_) | Command::Quantise(_)) => {
             signals::before_the_end(|| {

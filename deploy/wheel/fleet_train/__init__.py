@@ -1,0 +1,1 @@
+"""The programs of fleet, in the folder `bin`: they train neural networks, and need no Python for it."""
