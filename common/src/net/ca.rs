@@ -228,10 +228,10 @@ impl ClusterCa {
         (params.not_before, params.not_after) = (from.into(), to.into());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match peer.member.role() {
-            Role::Coordinator | Role::Worker => {
+            Role::Coordinator => {
                 vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
             }
-            Role::Client | Role::Admin => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Role::Worker | Role::Client | Role::Admin => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         params.use_authority_key_identifier_extension = true;
         Ok(params.signed_by(key, &self.issuer)?.der().to_vec())

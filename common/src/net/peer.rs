@@ -35,9 +35,6 @@ const CLUSTER_ID_MAX: usize = 64;
 /// The DNS name that every coordinator's certificate has, and no other: whoever connects asks for it.
 pub(super) const COORDINATOR_DNS: &str = "coordinator.fleet";
 
-/// The DNS name that every worker's certificate has, and no other: whoever reads their pages asks for it.
-const WORKER_DNS: &str = "worker.fleet";
-
 const SCHEME: &str = "fleet://";
 
 impl Peer {
@@ -56,13 +53,8 @@ impl Peer {
         params.distinguished_name.push(DnType::CommonName, self.name.as_str());
         let uri = self.uri().try_into().map_err(|error| format!("{error}"))?;
         params.subject_alt_names.push(SanType::URI(uri));
-        let dns = match self.member.role() {
-            Role::Coordinator => Some(COORDINATOR_DNS),
-            Role::Worker => Some(WORKER_DNS),
-            Role::Client | Role::Admin => None,
-        };
-        if let Some(dns) = dns {
-            let dns = dns.try_into().map_err(|error| format!("{error}"))?;
+        if self.member.role() == Role::Coordinator {
+            let dns = COORDINATOR_DNS.try_into().map_err(|error| format!("{error}"))?;
             params.subject_alt_names.push(SanType::DnsName(dns));
         }
         Ok(params)

@@ -59,17 +59,12 @@ pub(super) fn agents_server(identity: &Identity) -> Result<ServerConfig, rustls:
     listening(members(&identity.authorities)?, (own, key(identity)), &[AGENTS])
 }
 
-/// For pages: offers HTTP/1.1. With `demanded` everybody shows a member's certificate, else who has one may.
+/// For pages: offers HTTP/1.1. Who has a member's certificate may show it.
 pub(super) fn page(
     authorities: &Authorities,
     shown: (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>),
-    demanded: bool,
 ) -> Result<ServerConfig, rustls::Error> {
-    let verifier = match demanded {
-        true => members(authorities)?,
-        false => optional(authorities)?,
-    };
-    listening(verifier, shown, &[HTTP])
+    listening(optional(authorities)?, shown, &[HTTP])
 }
 
 /// Trusts the certificates of members, and lets in who shows none.

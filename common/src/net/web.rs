@@ -6,7 +6,6 @@
 
 use super::authorities::Authorities;
 use super::ca::ClusterCa;
-use super::identity::Identity;
 use super::peer::KeyHash;
 use super::tls;
 use crate::ids::UserId;
@@ -117,12 +116,6 @@ impl Shown {
         Ok(Shown { chain: vec![der.into(), ca.der().to_vec().into()], key: key.into() })
     }
 
-    /// A worker's own, which names it `worker.fleet`.
-    pub fn own(identity: &Identity) -> Shown {
-        let key = PrivatePkcs8KeyDer::from(identity.key_pkcs8_der.secret_der().to_vec());
-        Shown { chain: vec![identity.certificate_der.clone().into()], key: key.into() }
-    }
-
     /// From PEM files: the certificate first, then those that lead to its CA.
     pub fn read(certificate: &Path, key: &Path) -> Result<Shown> {
         let chain = CertificateDer::pem_file_iter(certificate)
@@ -138,12 +131,7 @@ impl Shown {
 
     /// For HTTP over TLS, where members of these CAs may show who they are, and others need not.
     pub fn server(self, members: &Authorities) -> Result<Arc<ServerConfig>> {
-        Ok(Arc::new(tls::page(members, (self.chain, self.key), false)?))
-    }
-
-    /// The same where everybody must.
-    pub fn members_only(self, members: &Authorities) -> Result<Arc<ServerConfig>> {
-        Ok(Arc::new(tls::page(members, (self.chain, self.key), true)?))
+        Ok(Arc::new(tls::page(members, (self.chain, self.key))?))
     }
 }
 
