@@ -55,7 +55,7 @@ define! { ALL;
     QUEUE_OLDEST_SECONDS: Gauge, Coordinator, "fleet_queue_oldest_seconds", "For how long the job has waited that waits longest; 0 where none does";
     QUEUE_WAIT_SECONDS: LONG, Coordinator, "fleet_queue_wait_seconds", "For how long jobs had waited when they got a place, as this replica has applied it";
 
-    JOB_STEP: Gauge, Coordinator, "fleet_job_step" {"job"}, "Last step of an unfinished job that has started; of these and what follows there are the newest thousand jobs";
+    JOB_STEP: Gauge, Coordinator, "fleet_job_step" {"job"}, "Last step of an unfinished job that has started";
     JOB_TOTAL_STEPS: Gauge, Coordinator, "fleet_job_total_steps" {"job"}, "Steps that the job will have made at its end";
     JOB_LOSS: Gauge, Coordinator, "fleet_job_loss" {"job"}, "Loss of the last step";
     JOB_EVAL_LOSS: Gauge, Coordinator, "fleet_job_eval_loss" {"job"}, "Loss of the last evaluation";

@@ -8,16 +8,17 @@ define! { ALL;
     WORKER_CONNECTED: Gauge, Worker, "fleet_worker_connected", "1 while a coordinator holds this worker";
     WORKER_RECONNECTS: Counter, Worker, "fleet_worker_reconnects_total", "Connections to coordinators after the first";
     WORKER_SLOTS: Gauge, Worker, "fleet_worker_slots", "Slots that the node offers";
-    WORKER_SLOTS_USED: Gauge, Worker, "fleet_worker_slots_used", "Ranks that run here, or are being started or ended";
+    WORKER_RANKS: Gauge, Worker, "fleet_worker_ranks", "Ranks that run here, or are being started or ended";
     WORKER_OUTPUT_LINES: Counter, Worker, "fleet_worker_output_lines_total", "Lines that ranks have printed, or the worker for them";
     WORKER_OUTPUT_LINES_LEFT_OUT: Counter, Worker, "fleet_worker_output_lines_left_out_total", "Lines that the coordinators do not get because there are too many; they are in the ranks' files";
 
-    RANK_STEP: Gauge, Worker, "fleet_rank_step" {"job", "rank"}, "Last step that the job's rank 0 told; only where that runs here, or the ranks tell what they do";
+    RANK_STEP: Gauge, Worker, "fleet_rank_step" {"job", "rank"}, "Step that the rank works on or has done last; of a rank that is alone on its node only if it is rank 0";
     RANK_RESIDENT_BYTES: Gauge, Worker, "fleet_rank_resident_bytes" {"job", "rank"}, "Resident memory of the rank's process";
     RANK_PROPORTIONAL_BYTES: Gauge, Worker, "fleet_rank_proportional_bytes" {"job", "rank"}, "Resident memory of the rank's process, shared pages counted in parts";
     RANK_DEVICE_BYTES: Gauge, Worker, "fleet_rank_device_bytes" {"job", "rank"}, "Memory of CUDA devices that the rank's process holds, as NVML says";
     RANK_CPU_SECONDS: Counter, Worker, "fleet_rank_cpu_seconds_total" {"job", "rank"}, "CPU time of the rank's process";
-    RANK_COLLECTIVES: Counter, Worker, "fleet_rank_collectives_total" {"job", "rank"}, "Collective calls that the rank has begun with those of its host";
+    RANK_COLLECTIVE_BYTES: Counter, Worker, "fleet_rank_collective_bytes_total" {"job", "rank"}, "Bytes that the rank gave to collective calls over the memory of its host; not there for a rank that is alone on it";
+    RANK_COLLECTIVE_SECONDS: Counter, Worker, "fleet_rank_collective_seconds_total" {"job", "rank"}, "Time that the rank was in such calls, waiting and copying";
     RANK_RESTARTS: Counter, Worker, "fleet_rank_restarts_total" {"job", "rank"}, "Starts of the job after its first";
 
     JOB_LOSS: Gauge, Worker, "fleet_worker_job_loss" {"job"}, "Loss of the last step of a job whose rank 0 runs here";

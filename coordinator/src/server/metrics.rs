@@ -17,6 +17,21 @@ pub enum Refused {
     Later,
 }
 
+impl Refused {
+    const ALL: [Refused; 5] =
+        [Refused::Busy, Refused::Handshake, Refused::Refused, Refused::Revoked, Refused::Later];
+
+    fn name(self) -> &'static str {
+        match self {
+            Refused::Busy => "busy",
+            Refused::Handshake => "handshake",
+            Refused::Refused => "refused",
+            Refused::Revoked => "revoked",
+            Refused::Later => "later",
+        }
+    }
+}
+
 pub struct Metrics {
     /// Of the disk's synced writes.
     fsync: Histogram,
@@ -34,12 +49,16 @@ pub struct Metrics {
 impl Metrics {
     /// `fsync` is what the disk measures, `room` looks at its file system.
     pub fn new(fsync: Histogram, room: Probe) -> Metrics {
+        let refused = QUIC_REFUSED.counters();
+        for why in Refused::ALL {
+            refused.with_label_values(&[why.name()]);
+        }
         Metrics {
             fsync,
             round: RAFT_ROUND_SECONDS.histogram(),
             commit: COMMIT_SECONDS.histogram(),
             requests: REQUESTS.counters(),
-            refused: QUIC_REFUSED.counters(),
+            refused,
             http_requests: HTTP_REQUESTS.counters(),
             streams: HTTP_STREAMS.gauge(),
             room,
@@ -56,14 +75,7 @@ impl Metrics {
     }
 
     pub fn refused(&self, why: Refused) {
-        let reason = match why {
-            Refused::Busy => "busy",
-            Refused::Handshake => "handshake",
-            Refused::Refused => "refused",
-            Refused::Revoked => "revoked",
-            Refused::Later => "later",
-        };
-        self.refused.with_label_values(&[reason]).inc();
+        self.refused.with_label_values(&[why.name()]).inc();
     }
 
     /// An HTTP request to a path of this pattern was answered.

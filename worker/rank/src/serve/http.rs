@@ -6,29 +6,23 @@ use super::api::{self, Kind};
 use super::body::{Body, Events};
 use super::queue::{Queue, Told};
 use bytes::Bytes;
-use fleet_common::http::is_of_this_machine;
-use hyper::body::{Body as _, Incoming};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
+use fleet_common::http::{self, Limits, Unread, is_of_this_machine};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use socket2::SockRef;
-use std::convert::Infallible;
-use std::future::poll_fn;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 
-/// Connections at once; more wait.
-const CONNECTIONS_MAX: usize = 64;
-/// Bytes of a request line and its headers.
-const HEAD_MAX: usize = 32 << 10;
+const LIMITS: Limits = Limits {
+    connections: 64,
+    head: 32 << 10,
+    asking: Duration::from_secs(15),
+    taking: Duration::from_secs(30),
+};
 /// Bytes of a request's body that are kept, and of one that is too long those that are thrown away, so that its client reads the answer.
 const BODY_MAX: usize = 4 << 20;
 const THROWN_MAX: usize = 64 << 20;
@@ -36,12 +30,8 @@ const THROWN_MAX: usize = 64 << 20;
 /// even tokenised.
 const TOKEN_MAX: usize = 128;
 const SETTINGS_MAX: usize = 64 << 10;
-/// For a head to arrive, also the next one of a connection that is kept open; for a body; for what is sent to be taken.
-const HEAD_TIME: Duration = Duration::from_secs(15);
+/// For a body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
-const SEND_TIME: Duration = Duration::from_secs(30);
-/// Between attempts to accept when the process has too many files open.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What all requests need.
 pub struct Shared {
@@ -58,38 +48,15 @@ pub struct Shared {
 
 /// Until it is dropped.
 pub async fn run(shared: Arc<Shared>, listener: TcpListener) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let place = room.clone().acquire_owned().await;
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let shared = shared.clone();
-                tokio::task::spawn_local(async move {
-                    connection(shared, stream).await;
-                    drop(place);
-                });
-            }
-            Err(_) => tokio::time::sleep(ACCEPT_RETRY).await,
-        }
-    }
-}
-
-async fn connection(shared: Arc<Shared>, stream: TcpStream) {
-    // Where it is not granted, a client that never reads keeps its connection, no more.
-    let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(SEND_TIME));
-    let _ = stream.set_nodelay(true);
-    let serve = service_fn(move |request: Request<Incoming>| {
+    let answer = move |request: Request<Incoming>| {
         let shared = shared.clone();
-        async move { Ok::<_, Infallible>(respond(&shared, request).await.unwrap_or_else(refused)) }
-    });
-    let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_MAX);
-    // What is wrong with a connection concerns its client.
-    let _ = builder.serve_connection(TokioIo::new(stream), serve).await;
+        async move { respond(&shared, request).await.unwrap_or_else(refused) }
+    };
+    http::serve(listener, LIMITS, None, answer).await;
 }
 
 async fn respond(shared: &Shared, request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
-    if shared.only_local && !is_of_this_machine(host(&request)?) {
+    if shared.only_local && !is_of_this_machine(host(request.headers())?) {
         let message = "this Host is not served; ask by the address that fleet serve listens on";
         return Err(Refusal::new(421, message));
     }
@@ -121,8 +88,8 @@ async fn complete(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Refusal> {
     check_content(request.headers())?;
-    let body = timeout(BODY_TIME, read(request.into_body())).await;
-    let body = body.map_err(|_| Refusal::new(408, "the body did not arrive in time"))??;
+    let body = timeout(BODY_TIME, http::read(request.into_body(), BODY_MAX, THROWN_MAX)).await;
+    let body = body.map_err(|_| Refusal::new(408, "the body did not arrive in time"))?.map_err(unread)?;
     if body.len() > SETTINGS_MAX + shared.context * TOKEN_MAX {
         let message = format!(
             "the request has {} bytes, and the model takes {} tokens; shorten it",
@@ -159,6 +126,11 @@ async fn complete(
     }
 }
 
+fn unread(why: Unread) -> Refusal {
+    let status = if matches!(why, Unread::TooLong(_)) { 413 } else { 400 };
+    Refusal::new(status, why.to_string())
+}
+
 /// A page of another site may send what it likes to this machine as long as it is no JSON.
 fn check_content(headers: &HeaderMap) -> Result<(), Refusal> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
@@ -169,32 +141,8 @@ fn check_content(headers: &HeaderMap) -> Result<(), Refusal> {
     }
 }
 
-fn host(request: &Request<Incoming>) -> Result<&str, Refusal> {
-    let mut hosts = request.headers().get_all(HOST).iter();
-    match (hosts.next().and_then(|host| host.to_str().ok()), hosts.next()) {
-        (Some(host), None) => Ok(host),
-        _ => Err(Refusal::new(400, "a request has exactly one Host")),
-    }
-}
-
-async fn read(mut body: Incoming) -> Result<Vec<u8>, Refusal> {
-    let (mut kept, mut length) = (Vec::new(), 0);
-    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
-        let frame = frame.map_err(|e| Refusal::new(400, format!("the body cannot be read: {e}")))?;
-        let Ok(bytes) = frame.into_data() else { continue };
-        length += bytes.len();
-        if length <= BODY_MAX {
-            kept.extend_from_slice(&bytes);
-        } else if length <= THROWN_MAX {
-            kept = Vec::new();
-        } else {
-            break;
-        }
-    }
-    match length <= BODY_MAX {
-        true => Ok(kept),
-        false => Err(Refusal::new(413, format!("the body has more than {BODY_MAX} bytes"))),
-    }
+fn host(headers: &HeaderMap) -> Result<&str, Refusal> {
+    http::host(headers).ok_or_else(|| Refusal::new(400, "a request has exactly one Host"))
 }
 
 impl Shared {

@@ -29,7 +29,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::LocalSet;
 
 /// What to serve, and where.
 #[derive(Clone, Debug)]
@@ -81,7 +80,7 @@ pub fn serve(wanted: &Wanted) -> Result<()> {
         started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         asked: AtomicU64::new(0),
     });
-    let ended = runtime.block_on(LocalSet::new().run_until(until_told(shared.clone(), listener)));
+    let ended = runtime.block_on(until_told(shared.clone(), listener));
     // With the connections their requests are gone, so the model stops at its next token.
     drop(runtime);
     if let Some(shared) = Arc::into_inner(shared) {
