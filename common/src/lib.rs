@@ -17,6 +17,7 @@ pub mod lines;
 pub mod link;
 pub mod manual;
 pub mod mapped;
+pub mod metrics;
 pub mod model;
 pub mod net;
 pub mod parent;

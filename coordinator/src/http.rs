@@ -16,8 +16,46 @@ use std::str::FromStr;
 pub enum Asked {
     Health,
     Metrics,
+    /// Answered as Prometheus' service discovery reads it.
+    Targets(Targets),
     /// Answered in JSON.
     Api(Request),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Targets {
+    Coordinators,
+    Workers,
+}
+
+impl Asked {
+    /// What its path looks like, without numbers.
+    pub fn pattern(&self) -> &'static str {
+        match self {
+            Asked::Health => "/healthz",
+            Asked::Metrics => "/metrics",
+            Asked::Targets(Targets::Coordinators) => "/api/v1/targets/coordinators",
+            Asked::Targets(Targets::Workers) => "/api/v1/targets/workers",
+            Asked::Api(request) => match request {
+                Request::ClusterStatus => "/api/v1/cluster",
+                Request::Coordinators => "/api/v1/coordinators",
+                Request::Nodes => "/api/v1/nodes",
+                Request::Decisions(_) => "/api/v1/events",
+                Request::Jobs { .. } => "/api/v1/jobs",
+                Request::Job(_) => "/api/v1/jobs/ID",
+                Request::Checkpoints { .. } => "/api/v1/checkpoints",
+                Request::Checkpoint { .. } => "/api/v1/checkpoints/JOB/STEP",
+                Request::Runs(_) => "/api/v1/runs",
+                Request::Run(_) => "/api/v1/runs/ID",
+                Request::RunMetrics { .. } => "/api/v1/runs/ID/points",
+                Request::Exports(_) => "/api/v1/exports",
+                Request::Export(_) => "/api/v1/exports/ID",
+                Request::Profiles(_) => "/api/v1/profiles",
+                Request::Profile(_) => "/api/v1/profiles/ID",
+                _ => "other",
+            },
+        }
+    }
 }
 
 /// A request that is not, and the status that says why.
@@ -27,7 +65,7 @@ pub struct Unserved {
     pub message: String,
 }
 
-const PATHS: &str = "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,jobs,jobs/ID,checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/points,exports,exports/ID,profiles,profiles/ID}";
+const PATHS: &str = "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,jobs,jobs/ID,checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/points,exports,exports/ID,profiles,profiles/ID,targets/coordinators,targets/workers}";
 
 /// What a request says of what it wants.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +92,8 @@ pub fn asked(question: &Question, hosts: &[String]) -> Result<Asked, Unserved> {
     let page = Page::default();
     let words: Vec<&str> = api.split('/').collect();
     Ok(Asked::Api(match words[..] {
+        ["targets", "coordinators"] => return Ok(Asked::Targets(Targets::Coordinators)),
+        ["targets", "workers"] => return Ok(Asked::Targets(Targets::Workers)),
         ["cluster"] => Request::ClusterStatus,
         ["coordinators"] => Request::Coordinators,
         ["nodes"] => Request::Nodes,

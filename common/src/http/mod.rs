@@ -3,11 +3,13 @@
 mod body;
 mod hosts;
 mod request;
+mod response;
 mod server;
 
 pub use body::{Body, Feed};
 pub use hosts::{host_of, is_of_this_machine};
-pub use request::{Unread, host, is_own_origin, read};
+pub use request::{Unread, accept, host, is_own_origin, read};
+pub use response::plain;
 pub use server::{Caller, Limits, Tls, serve};
 
 /// Requests and responses as `serve` takes them.

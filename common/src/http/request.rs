@@ -3,13 +3,18 @@
 use super::hosts::host_of;
 use hyper::HeaderMap;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{HOST, HeaderName, ORIGIN};
+use hyper::header::{ACCEPT, HOST, HeaderName, ORIGIN};
 use std::future::poll_fn;
 use std::pin::Pin;
 
 /// Of the one Host header that a request must have; `None` where there is none, or several.
 pub fn host(headers: &HeaderMap) -> Option<&str> {
     only(headers, HOST)
+}
+
+/// What is wanted, in the words of the one Accept header that there is; empty where there is none, or several.
+pub fn accept(headers: &HeaderMap) -> &str {
+    only(headers, ACCEPT).unwrap_or_default()
 }
 
 /// Whether a request that changes something comes from a page of this server, or from no page: a browser says on every such request which

@@ -1,11 +1,13 @@
 //! What comes before a question is looked at: who asks, the form that lets a browser in, and what a visitor may change.
 
 use super::door::{Door, Visitor};
-use super::http::{refused, response, text};
+use super::http::{refused, text};
 use super::{Shared, changes};
 use crate::http::{self, Question, Unserved};
 use bytes::Bytes;
-use fleet_common::http::{Body, Caller, HeaderMap, Incoming, Request, Response, header, is_own_origin, read};
+use fleet_common::http::{
+    Body, Caller, HeaderMap, Incoming, Request, Response, header, is_own_origin, plain, read,
+};
 use fleet_common::net::LoginError;
 
 /// Bytes of a form with a login.
@@ -93,14 +95,14 @@ fn unauthorized(error: LoginError) -> Response<Body> {
 /// `message` is a text of ours.
 fn login_page(status: u16, message: &str) -> Response<Body> {
     let body = LOGIN.replace("{message}", &message.replace('<', "&lt;"));
-    let mut response = response(status, "text/html; charset=utf-8", body);
+    let mut response = plain(status, "text/html; charset=utf-8", body);
     let policy = header::HeaderValue::from_static(LOGIN_POLICY);
     response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
     response
 }
 
 fn moved(to: &'static str, cookie: &str) -> Response<Body> {
-    let mut response = response(303, "text/plain; charset=utf-8", Bytes::new());
+    let mut response = plain(303, "text/plain; charset=utf-8", Bytes::new());
     let headers = response.headers_mut();
     headers.insert(header::LOCATION, header::HeaderValue::from_static(to));
     if let Ok(cookie) = header::HeaderValue::from_str(cookie)

@@ -2,11 +2,10 @@
 
 use super::{Shared, entrance};
 use crate::control::READER;
-use crate::http::{self, Asked, Question, Unserved};
-use bytes::Bytes;
-use fleet_common::http::{
-    Body, Incoming, Limits, Request as Asking, Response, StatusCode, header, host, serve,
-};
+use crate::http::{self, Asked, Question, Targets, Unserved};
+use crate::targets;
+use fleet_common::http::{Body, Incoming, Limits, Request as Asking, Response, accept, host, plain, serve};
+use fleet_common::metrics::Format;
 use fleet_common::protocol::{ClientFrame, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
 use serde_json::json;
@@ -31,16 +30,29 @@ async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Bod
     };
     let visitor = match entrance::enter(&shared, question, &request).await {
         Ok(Some(visitor)) => visitor,
-        Ok(None) => return entrance::log_in(&shared, request).await,
-        Err(answer) => return answer,
+        Ok(None) => return counted(&shared, "/login", entrance::log_in(&shared, request).await),
+        Err(answer) => return counted(&shared, "other", answer),
     };
-    let asked = match http::asked(&question, &shared.hosts) {
-        Ok(Asked::Health) => return health(&shared),
-        Ok(Asked::Metrics) => return metrics(&shared).await,
-        Ok(Asked::Api(request)) => request,
-        Err(Unserved { status, message }) => return text(status, message),
+    let format = Format::wanted(accept(request.headers()));
+    match http::asked(&question, &shared.hosts) {
+        Ok(asked) => counted(&shared, asked.pattern(), answer(&shared, asked, format).await),
+        Err(Unserved { status, message }) => counted(&shared, "other", text(status, message)),
+    }
+}
+
+fn counted(shared: &Shared, pattern: &'static str, response: Response<Body>) -> Response<Body> {
+    shared.metrics.served(pattern, response.status().as_u16());
+    response
+}
+
+async fn answer(shared: &Shared, asked: Asked, format: Format) -> Response<Body> {
+    let question = match asked {
+        Asked::Health => return health(shared),
+        Asked::Metrics => return metrics(shared, format).await,
+        Asked::Targets(kind) => return targets(shared, kind).await,
+        Asked::Api(question) => question,
     };
-    match ask(&shared, asked, false).await {
+    match ask(shared, question, false).await {
         Reply::Cluster(view) => json_of(&view),
         Reply::Coordinators(views) => json_of(&views),
         Reply::Nodes(views) => json_of(&views),
@@ -85,30 +97,42 @@ fn health(shared: &Shared) -> Response<Body> {
 }
 
 /// What this coordinator itself knows, with or without a leader.
-async fn metrics(shared: &Shared) -> Response<Body> {
-    let (cluster, nodes) =
-        (ask(shared, Request::ClusterStatus, true).await, ask(shared, Request::Nodes, true).await);
-    let (cluster, nodes) = match (cluster, nodes) {
-        (Reply::Cluster(cluster), Reply::Nodes(nodes)) => (cluster, nodes),
-        (Reply::Refused(refusal), _) | (_, Reply::Refused(refusal)) => return refused(refusal),
-        _ => return text(500, "the cluster gave an answer that does not fit"),
+async fn metrics(shared: &Shared, format: Format) -> Response<Body> {
+    match shared.calls.measure().await {
+        Ok(mut page) => {
+            shared.metrics.add_to(&mut page, &shared.gate);
+            plain(200, format.content_type(), page.write(format))
+        }
+        Err(refusal) => refused(refusal),
+    }
+}
+
+/// What Prometheus shall scrape, as far as this coordinator knows.
+async fn targets(shared: &Shared, kind: Targets) -> Response<Body> {
+    let question = match kind {
+        Targets::Coordinators => Request::Coordinators,
+        Targets::Workers => Request::Nodes,
     };
-    let status = shared.status.borrow().clone();
-    match shared.metrics.render(&cluster, &status, &nodes) {
-        Ok(body) => response(200, "text/plain; version=0.0.4", body),
-        Err(error) => text(500, error.to_string()),
+    match ask(shared, question, true).await {
+        Reply::Coordinators(views) => {
+            let known = shared.status.borrow().http.clone();
+            json_of(&targets::coordinators(&shared.asked, &views, &known))
+        }
+        Reply::Nodes(nodes) => json_of(&targets::workers(&shared.asked, &nodes)),
+        Reply::Refused(refusal) => refused(refusal),
+        _ => text(500, "the cluster gave an answer that does not fit"),
     }
 }
 
 pub(super) fn text(status: u16, line: impl Into<String>) -> Response<Body> {
     let mut body: String = line.into();
     body.push('\n');
-    response(status, "text/plain; charset=utf-8", body)
+    plain(status, "text/plain; charset=utf-8", body)
 }
 
 fn json_of(value: &impl Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
-        Ok(body) => response(200, "application/json", body),
+        Ok(body) => plain(200, "application/json", body),
         Err(error) => text(500, error.to_string()),
     }
 }
@@ -123,18 +147,4 @@ pub(super) fn refused(refusal: Refusal) -> Response<Body> {
         }
     };
     text(status, refusal.message)
-}
-
-pub(super) fn response(status: u16, kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
-    let mut response = Response::new(Body::from(body));
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let headers = response.headers_mut();
-    let mut say = |name, value| headers.insert(name, header::HeaderValue::from_static(value));
-    say(header::CONTENT_TYPE, kind);
-    say(header::CACHE_CONTROL, "no-store");
-    say(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
-    if status == 405 {
-        say(header::ALLOW, "GET");
-    }
-    response
 }

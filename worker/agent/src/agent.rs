@@ -2,13 +2,16 @@
 //! draws no random numbers; `driver` does what it says. The simulator runs this same code.
 
 use crate::budget::Rates;
+use crate::figures::Counts;
 use crate::gang::{Blow, Fate, GangId, GangInput, Stop, Supervised};
 use crate::verdict;
 use fleet_common::capability::Wanted;
-use fleet_common::events::FailureKind;
+use fleet_common::events::{FailureKind, Times};
 use fleet_common::exit::Fault;
 use fleet_common::ids::{NodeId, Rank};
 use fleet_common::job::{Device, Devices, Job};
+use fleet_common::metrics::Page;
+use fleet_common::metrics::worker::*;
 use fleet_common::protocol::{
     AgentHello, FromAgent, Gang, Loan, OutputWish, PROTOCOL_VERSION, Peer, ResumePoint, Superseded, ToAgent,
     ToRank,
@@ -275,6 +278,10 @@ pub struct Agent {
     unfit: Option<String>,
     /// Other nodes may read checkpoints here.
     lends: bool,
+    /// Greetings that a coordinator has answered.
+    welcomes: u64,
+    /// Of gangs that are forgotten.
+    counts: Counts,
     /// When it was first told to end.
     stopping: Option<Duration>,
     /// Set when an ending agent has no living gang any more.
@@ -296,6 +303,8 @@ impl Agent {
             heard_at: Duration::ZERO,
             unfit: None,
             lends: false,
+            welcomes: 0,
+            counts: Counts::default(),
             stopping: None,
             leave_at: None,
         }
@@ -350,6 +359,42 @@ impl Agent {
         out
     }
 
+    pub fn is_connected(&self) -> bool {
+        self.link == Link::Up
+    }
+
+    /// Gangs that are not over, of each job the newest.
+    pub fn present(&self) -> impl Iterator<Item = (GangId, &Supervised)> {
+        let mut seen = None;
+        let mut newest = move |id: &GangId| seen.replace(id.job) != Some(id.job);
+        let gangs = self.gangs.iter().rev().filter(move |(id, _)| newest(id));
+        gangs.filter(|(_, gang)| !gang.is_finished()).map(|(id, gang)| (*id, gang))
+    }
+
+    /// What it knows, in numbers.
+    pub fn measure(&self, page: &mut Page) {
+        page.put_flag(&WORKER_CONNECTED, &[], self.is_connected());
+        page.put(&WORKER_RECONNECTS, &[], self.welcomes.saturating_sub(1) as f64);
+        page.put(&WORKER_SLOTS, &[], f64::from(self.config.slots));
+        let ranks: usize =
+            self.gangs.values().filter(|gang| !gang.is_finished()).map(Supervised::ranks).sum();
+        page.put(&WORKER_RANKS, &[], ranks as f64);
+        let mut counts = self.counts;
+        self.gangs.values().for_each(|gang| counts += gang.figures().counts);
+        page.put(&WORKER_OUTPUT_LINES, &[], counts.lines as f64);
+        page.put(&WORKER_OUTPUT_LINES_LEFT_OUT, &[], counts.lines_left_out as f64);
+        page.put(&CHECKPOINT_BYTES, &[], counts.checkpoint_bytes as f64);
+        page.put(&CHECKPOINT_SECONDS, &[], counts.checkpoint_seconds);
+        for (id, gang) in self.present() {
+            let (job, figures) = (id.job.to_string(), gang.figures());
+            page.put_some(&JOB_LOSS, &[&job], figures.step.map(|step| step.loss));
+            page.put_some(&JOB_TOKENS_PER_SECOND, &[&job], figures.step.map(|step| step.tokens_per_s));
+            for (part, seconds) in figures.times.iter().flat_map(Times::parts) {
+                page.put(&JOB_STEP_SECONDS, &[&job, part], seconds);
+            }
+        }
+    }
+
     /// When `Input::Tick` is wanted next.
     pub fn deadline(&self) -> Option<Duration> {
         let heartbeat = (self.link == Link::Up).then_some(self.heartbeat_at);
@@ -390,6 +435,7 @@ impl Agent {
         match message {
             ToAgent::Welcome { node } => {
                 self.link = Link::Up;
+                self.welcomes += 1;
                 self.heartbeat_at = now.mono;
                 for known in std::mem::take(&mut self.told) {
                     self.lost.remove(&known);
@@ -473,7 +519,7 @@ impl Agent {
     }
 
     fn forget_what_is_done(&mut self, out: &mut Vec<Action>) {
-        let lost = &mut self.lost;
+        let (lost, counts) = (&mut self.lost, &mut self.counts);
         self.gangs.retain(|&id, gang| {
             match gang.fate() {
                 None => return true,
@@ -483,6 +529,7 @@ impl Agent {
                     out.push(Action::Reconnect);
                 }
             }
+            *counts += gang.figures().counts;
             false
         });
     }

@@ -1,8 +1,11 @@
 //! The agent's driver: brings what happens to `Agent` in one queue and does what it says. It decides nothing itself.
 
+mod told;
+
 use crate::agent::{Action, Agent, Config, Input, Now, Past};
 use crate::container::{Container, Leader, Remains};
 use crate::gang::{Blow, GangId, GangInput};
+use crate::http;
 use crate::lend::Lender;
 use crate::link::{self, LinkEvent};
 use crate::memory;
@@ -27,6 +30,7 @@ use nix::sys::signal::Signal as Number;
 use rand::SeedableRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::Signal;
@@ -52,6 +56,7 @@ pub(crate) struct Ready {
     /// Of checkpoints, to other nodes.
     pub lender: Option<Lender>,
     pub relay: Option<Relay>,
+    pub http: Option<http::Server>,
     /// Why no rank can run here.
     pub unfit: Option<String>,
     pub node: link::Node,
@@ -63,7 +68,7 @@ pub(crate) struct Ready {
 impl Ready {
     /// Takes part until the agent is told to end; returns the exit code.
     pub async fn drive(self) -> anyhow::Result<u8> {
-        let Ready { config, launcher, unfit, relay, signals, child, exits, .. } = self;
+        let Ready { config, launcher, unfit, relay, http, signals, child, exits, .. } = self;
         let (events_sender, link_events) = mpsc::channel(MESSAGES_MAX);
         let cluster_id = self.node.identity.cluster_id.clone();
         let link = tokio::spawn(link::keep(self.node, events_sender, rand::rngs::StdRng::from_os_rng()));
@@ -71,10 +76,16 @@ impl Ready {
         let warm = if trains { launcher.warm(config.slots).await } else { None };
         let (messages_sender, messages) = mpsc::channel(MESSAGES_MAX);
         let (lines_sender, lines) = mpsc::channel(LINES_MAX);
+        let (asker, scrapes) = mpsc::channel(http::WAITING_MAX);
+        let http_at = http.as_ref().map(|server| server.at);
+        if let Some(server) = http {
+            tokio::spawn(server.run(asker));
+        }
         let driver = Driver {
             agent: Agent::new(config.clone(), self.past),
             name: config.name,
             cluster_id,
+            http_at,
             begin: Instant::now(),
             launcher,
             records: self.records,
@@ -89,7 +100,7 @@ impl Ready {
             lines_sender,
             relay,
         };
-        driver.run(Sources { signals, child, exits, link_events, messages, lines, link }).await
+        driver.run(Sources { signals, child, exits, link_events, messages, lines, scrapes, link }).await
     }
 }
 
@@ -101,6 +112,7 @@ struct Sources {
     link_events: mpsc::Receiver<LinkEvent>,
     messages: mpsc::Receiver<(GangId, GangInput)>,
     lines: mpsc::Receiver<(GangId, GangInput)>,
+    scrapes: mpsc::Receiver<oneshot::Sender<http::Told>>,
     link: JoinHandle<()>,
 }
 
@@ -124,6 +136,8 @@ struct Driver {
     agent: Agent,
     name: String,
     cluster_id: String,
+    /// Where its metrics are.
+    http_at: Option<SocketAddr>,
     begin: Instant,
     launcher: Launcher,
     records: Records,
@@ -159,6 +173,10 @@ impl Driver {
                             None
                         }
                         Some(exited) = sources.exits.recv() => self.on_exit(exited),
+                        Some(asks) = sources.scrapes.recv() => {
+                            let _ = asks.send(self.told()); // whoever asked may be gone
+                            None
+                        }
                         event = sources.link_events.recv() => match event {
                             None => {
                                 let why = sources.link.await.map_or_else(panics::said, |()| "it ended".to_owned());
@@ -247,7 +265,7 @@ impl Driver {
             }
             Action::Registered(node) => {
                 self.records.settled();
-                announce(node);
+                announce(node, self.http_at);
             }
             Action::Spawn(gang) => self.spawn(&gang).await,
             Action::Prepare { gang, job, resume, leads, alone } => {
@@ -504,9 +522,12 @@ async fn sleep_until(deadline: Option<Instant>) {
 }
 
 /// The first line on stdout, for whoever started the agent.
-fn announce(node: NodeId) {
+fn announce(node: NodeId, http: Option<SocketAddr>) {
     use std::io::Write;
-    let line = serde_json::json!({ "node": node.to_string(), "pid": std::process::id() });
+    let mut line = serde_json::json!({ "node": node.to_string(), "pid": std::process::id() });
+    if let Some(at) = http {
+        line["http"] = at.to_string().into();
+    }
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush()); // a closed stdout does not matter to the cluster
     tracing::info!(%node, "registered");

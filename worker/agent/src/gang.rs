@@ -11,6 +11,7 @@ mod meeting;
 mod refusal;
 
 use crate::agent::{Action, Config, Now, Place, Room};
+use crate::figures::Figures;
 use crate::last_lines::LastLines;
 use crate::stall::{LOOK_PERIOD, Sight, Standing, Standings, Told, Watch};
 use crate::straggler::Straggler;
@@ -461,6 +462,16 @@ impl Supervised {
         &mut self.stream
     }
 
+    /// What its events told.
+    pub fn figures(&self) -> &Figures {
+        self.stream.figures()
+    }
+
+    /// Its ranks on this node.
+    pub fn ranks(&self) -> usize {
+        self.ranks.len()
+    }
+
     pub fn is_crowded(&self) -> bool {
         self.stream.is_crowded()
     }
@@ -658,7 +669,7 @@ impl Supervised {
     }
 
     /// The number of a rank of this node within the job.
-    fn global(&self, rank: Rank) -> Rank {
+    pub fn global(&self, rank: Rank) -> Rank {
         self.first_rank.saturating_add(rank)
     }
 

@@ -8,6 +8,7 @@ use crate::container::{Containers, Remains};
 use crate::coordinators::Coordinators;
 use crate::doors::Ports;
 use crate::driver::Ready;
+use crate::http::Server;
 use crate::lend::Lender;
 use crate::link;
 use crate::program::Base;
@@ -17,10 +18,11 @@ use crate::relay::{Relay, Streams};
 use crate::signals::Signals;
 use crate::spawn::Spawner;
 use anyhow::Context;
+use fleet_common::metrics::target;
 use fleet_common::net::Identity;
 use fleet_common::{exit, files};
 use std::collections::BTreeMap;
-use std::net::{ToSocketAddrs, UdpSocket};
+use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,6 +47,8 @@ pub struct Options {
     pub rank_ports: Ports,
     /// Of UDP, where other nodes fetch checkpoints; `None`: any that is free.
     pub checkpoint_port: Option<u16>,
+    /// Where metrics are served.
+    pub http: Option<SocketAddr>,
     /// What programs find in their environment before what their job sets.
     pub programs: Base,
     /// How much of a gang's output goes to the coordinators.
@@ -105,6 +109,13 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         Accelerator::Cuda { devices } => devices.max(1),
         Accelerator::Cpu | Accelerator::Mps => 1,
     });
+    let http = match options.http {
+        Some(at) => Some(Server::listen(at, &host, &options.data_dir).await?),
+        None => None,
+    };
+    let mut labels = options.labels;
+    labels.remove(target::LABEL);
+    labels.extend(http.as_ref().map(|server| (target::LABEL.to_owned(), target::label_of(server.at))));
     let (shown, newest) = watch::channel(identity.clone());
     let lender = match &relay {
         Some(_) => None,
@@ -117,7 +128,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         no_cuda,
         cores,
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
-        labels: options.labels,
+        labels,
         host,
         checkpoint_port: lender.as_ref().map_or(0, |lender| lender.port),
         process,
@@ -138,6 +149,7 @@ pub async fn run(options: Options, identity: Identity) -> anyhow::Result<u8> {
         identity: newest,
         lender,
         relay,
+        http,
         unfit,
         node,
         signals,

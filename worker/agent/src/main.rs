@@ -6,6 +6,7 @@ use fleet_agent::budget::Rates;
 use fleet_agent::coordinators::{Coordinators, with_the_way_out};
 use fleet_agent::doors::Ports;
 use fleet_agent::exec_rank;
+use fleet_agent::http;
 use fleet_agent::join::{self, DeviceWish, Options};
 use fleet_agent::program::Base;
 use fleet_agent::relay::Streams;
@@ -16,6 +17,7 @@ use fleet_common::telemetry::{self, LogFormat};
 use fleet_common::{arguments, exit, home, signals, terminal};
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
@@ -68,6 +70,9 @@ struct Join {
     /// UDP port on which other nodes fetch checkpoints that lie here [default: one that is free, and the same one again].
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     checkpoint_port: Option<u16>,
+    /// Serve metrics for Prometheus and /healthz here: an address, or a port on loopback [default: nowhere].
+    #[arg(long, value_name = "ADDR", value_parser = http::address)]
+    http: Option<SocketAddr>,
     /// Bytes of one job's output each second that this node sends to the coordinators, which keep it; 0 for all. What is over it is in
     /// the ranks' files here, and shown by `fleet logs JOB --full`.
     #[arg(long, value_name = "BYTES", default_value_t = Rates::USUAL.per_s)]
@@ -136,6 +141,7 @@ fn run(join: Join) -> Result<u8, Failure> {
             host: join.host,
             rank_ports: join.rank_ports.unwrap_or_default(),
             checkpoint_port: join.checkpoint_port,
+            http: join.http,
             programs: if join.inherit_env { Base::Worker } else { Base::Node },
             lines: Rates::of(join.log_rate),
             relay: join.relay,

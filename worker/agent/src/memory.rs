@@ -18,7 +18,7 @@ pub fn of_process(pid: u32) -> Option<Memory> {
 }
 
 /// The number of the line `Name:   123 kB`.
-fn kib(text: &str, name: &str) -> Option<u64> {
+pub fn kib(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
 }

@@ -368,7 +368,7 @@ fn names(sights: &[&Sight], first_rank: usize) -> String {
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
-    use fleet_collectives::Computed;
+    use fleet_collectives::{Computed, Exchanged};
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
@@ -382,6 +382,7 @@ mod tests {
             step: 12,
             last_step: Some(ms(500)),
             computed: Computed::default(),
+            exchanged: Exchanged::default(),
         };
         Sight { report, pid: 100 + rank as u32, stopped: false, cpu: 0 }
     }

@@ -136,7 +136,7 @@ fn means(before: &[Computed], now: &[Computed]) -> Option<Vec<f64>> {
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
     use super::*;
-    use fleet_collectives::{Doing, RankReport};
+    use fleet_collectives::{Doing, Exchanged, RankReport};
 
     /// Steps take as long as the slowest rank computes, in milliseconds; so much of them each rank computes.
     struct Gang {
@@ -171,6 +171,7 @@ mod tests {
                         step: self.step,
                         last_step: Some(takes),
                         computed: Computed { steps: self.step - 1, time: *time },
+                        exchanged: Exchanged::default(),
                     },
                     pid: 1,
                     stopped: false,

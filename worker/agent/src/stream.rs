@@ -5,6 +5,7 @@
 //! Steps, evaluations, checkpoints and the outcome never are. Knows nothing of connections beyond "there is a new one".
 
 use crate::budget::{Budget, Rates};
+use crate::figures::Figures;
 use fleet_common::events::{Event, EventBatch, EventBody, line_cost};
 use fleet_common::ids::{Generation, JobId};
 use std::collections::VecDeque;
@@ -84,6 +85,7 @@ pub struct EventStream {
     held_cost: u64,
     /// When it was said last, or there was something to say again.
     told_at: Duration,
+    figures: Figures,
 }
 
 impl EventStream {
@@ -103,11 +105,13 @@ impl EventStream {
             held: VecDeque::new(),
             held_cost: 0,
             told_at: Duration::ZERO,
+            figures: Figures::default(),
         }
     }
 
     /// Takes an event that happened at `now` of the agent's clock.
     pub fn push(&mut self, event: Event, now: Duration) {
+        self.figures.note(&event.body);
         match &event.body {
             EventBody::Log { rank, line, .. } => {
                 if rank.is_some() && !self.budget.admits(line_cost(line), now) {
@@ -166,6 +170,7 @@ impl EventStream {
             }
             self.held_cost -= cost(&event);
             self.left_out.add(1, line_bytes(&event) as u64);
+            self.figures.counts.lines_left_out += 1;
         }
     }
 
@@ -180,6 +185,11 @@ impl EventStream {
             self.told_at = now;
             self.waiting.push_back(Waiting::Event(std::mem::take(&mut self.left_out).event(unix_ms)));
         }
+    }
+
+    /// What went by.
+    pub fn figures(&self) -> &Figures {
+        &self.figures
     }
 
     /// Whether the backlog is so long that more lines would soon cause a drop.
@@ -266,6 +276,7 @@ impl EventStream {
                 Waiting::Event(Event { unix_ms, body: EventBody::Log { line, .. } }) if to_drop > 0 => {
                     to_drop -= 1;
                     dropped.add(1, line.len() as u64);
+                    self.figures.counts.lines_left_out += 1;
                     since = unix_ms;
                     place.get_or_insert(kept.len());
                     self.waiting_lines -= 1;

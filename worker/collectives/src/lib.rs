@@ -30,5 +30,5 @@ pub use error::{CollectiveError, Result};
 pub use host::{HostAbortHandle, HostCollective};
 pub use memory::{Common, PerRank};
 #[cfg(target_os = "linux")]
-pub use shm::{AbortHandle, Computed, Doing, RANKS_MAX, RankReport, Segment, ShmCollective};
+pub use shm::{AbortHandle, Computed, Doing, Exchanged, RANKS_MAX, RankReport, Segment, ShmCollective};
 pub use solo::Solo;

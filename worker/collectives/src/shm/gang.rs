@@ -173,7 +173,8 @@ impl ShmCollective {
     /// Numbers a call and records that the rank is in it.
     pub(super) fn enter(&mut self, call: Call, bytes: usize, place: u64) -> Signature {
         self.sequence += 1;
-        self.slot().history.enter(self.sequence);
+        let exchanged = if matches!(call, Call::Allocate { .. }) { 0 } else { bytes as u64 };
+        self.slot().history.enter(self.sequence, exchanged);
         Signature { sequence: self.sequence, word: call.word(), bytes: bytes as u64, place }
     }
 

@@ -24,4 +24,4 @@ pub use gang::{AbortHandle, ShmCollective};
 #[cfg(target_os = "linux")]
 pub use segment::{RANKS_MAX, Segment};
 #[cfg(target_os = "linux")]
-pub use trace::{Computed, Doing, RankReport};
+pub use trace::{Computed, Doing, Exchanged, RankReport};

@@ -31,6 +31,9 @@ pub(super) struct History {
     /// Steps of which is known how they went, and how long the rank computed for them.
     steps: AtomicU64,
     computed_ns: AtomicU64,
+    /// Of all calls, and how long the rank was in them.
+    exchanged_bytes: AtomicU64,
+    inside_ns: AtomicU64,
 }
 
 /// Nanoseconds of the clock that all processes of the machine share.
@@ -60,8 +63,10 @@ impl History {
         self.step.store(step, Relaxed);
     }
 
-    pub fn enter(&self, sequence: u64) {
+    /// A call that exchanges so many bytes.
+    pub fn enter(&self, sequence: u64, bytes: u64) {
         self.calls.store(sequence, Relaxed);
+        self.exchanged_bytes.fetch_add(bytes, Relaxed);
     }
 
     /// The rank waits in this call, from now on.
@@ -74,6 +79,8 @@ impl History {
     /// It waits no more.
     pub fn go_on(&self) {
         self.inside.store(0, Relaxed);
+        let since = self.inside_since_ns.load(Relaxed);
+        self.inside_ns.fetch_add(now_ns().saturating_sub(since), Relaxed);
     }
 
     pub fn leave(&self) {
@@ -127,6 +134,10 @@ impl History {
                 steps: self.steps.load(Relaxed),
                 time: Duration::from_nanos(self.computed_ns.load(Relaxed)),
             },
+            exchanged: Exchanged {
+                bytes: self.exchanged_bytes.load(Relaxed),
+                time: Duration::from_nanos(self.inside_ns.load(Relaxed)),
+            },
         }
     }
 }
@@ -170,6 +181,16 @@ pub struct RankReport {
     /// How long the step before that took, if that tells how long steps take.
     pub last_step: Option<Duration>,
     pub computed: Computed,
+    pub exchanged: Exchanged,
+}
+
+/// What a rank has exchanged with the others of its host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exchanged {
+    /// That it gave to its calls.
+    pub bytes: u64,
+    /// In calls: waiting, and copying what they bring. What is done of posted calls while the rank computes is not in it.
+    pub time: Duration,
 }
 
 /// What a rank has done by itself in all steps so far that tell how steps go.

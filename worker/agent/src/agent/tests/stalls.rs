@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::stall::Sight;
-use fleet_collectives::{Activity, Computed, Doing, RankReport};
+use fleet_collectives::{Activity, Computed, Doing, Exchanged, RankReport};
 use fleet_common::events::{JobError, Outcome};
 
 /// The outcome among these actions.
@@ -84,6 +84,7 @@ fn a_stall_is_an_event_of_the_job() {
                 step: 3,
                 last_step: None,
                 computed: Computed::default(),
+                exchanged: Exchanged::default(),
             };
             Sight { report, pid: 100 + rank as u32, stopped, cpu: 0 }
         };
