@@ -1,7 +1,7 @@
 //! A series that grows while it is watched, in bounded memory.
 
 /// Points of a curve at most. Beyond that neighbours are drawn together, so that what stays has the extremes of what was.
-const POINTS_MAX: usize = 32_768;
+const POINTS_MAX: usize = 8_192;
 
 /// Points in the order in which they were recorded. One that lies before the last one takes back what came from there on: a run that went
 /// back to a checkpoint goes on from it.

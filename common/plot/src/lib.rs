@@ -8,11 +8,13 @@ mod escape;
 mod glyphs;
 mod layout;
 mod png;
+mod run;
 mod shapes;
 mod svg;
 
 pub use curve::Curve;
 pub use escape::escape;
+pub use run::{Run, STEP_TIMES, chart};
 pub use svg::STYLE;
 
 /// What is drawn: lines over common axes.
