@@ -406,6 +406,7 @@ async fn a_lost_log_is_not_replaced_by_an_empty_one() {
 
 async fn get(coordinator: &Coordinator, request: &str) -> (u16, String) {
     let mut stream = tokio::net::TcpStream::connect(&coordinator.endpoint().http).await.unwrap();
+    let request = request.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();

@@ -138,7 +138,8 @@ async fn only_the_leader_counts_the_nodes_that_are_connected() {
         let leads = coordinator.endpoint().replica == leader;
         until("the metrics of this one are right", async || {
             let mut stream = tokio::net::TcpStream::connect(&coordinator.endpoint().http).await.unwrap();
-            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+            let request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+            stream.write_all(request).await.unwrap();
             let mut text = String::new();
             stream.read_to_string(&mut text).await.unwrap();
             let known = text.contains("\nfleet_nodes_connected 1\n") && text.contains("\nfleet_slots 4\n");

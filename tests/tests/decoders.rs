@@ -263,8 +263,9 @@ fn damaged_messages_are_refused_or_understood() {
 
 #[test]
 fn damaged_requests_over_http_are_refused_or_understood() {
-    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").into_bytes();
-    try_all(fuzz::http, ["/metrics", "/api/v1/runs/run-3/points?from=9", "/api/v1/jobs/7"].map(get).to_vec());
+    let get = |path: &str| format!("GET\n{path}\nlocalhost:7080").into_bytes();
+    let paths = ["/metrics\n", "/api/v1/runs/run-3/points\nfrom=9", "/api/v1/jobs/7\n"];
+    try_all(fuzz::http, paths.map(get).to_vec());
 }
 
 /// As `fuzz::raft` reads it: the replica works after it.
