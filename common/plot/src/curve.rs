@@ -13,7 +13,9 @@ pub struct Curve {
 
 impl Curve {
     pub fn push(&mut self, x: f64, y: f64) {
-        if !x.is_finite() {
+        // The same one again is no new one: it was read twice.
+        let is_last = self.points.last().is_some_and(|(at, last)| *at == x && last.to_bits() == y.to_bits());
+        if !x.is_finite() || is_last {
             return;
         }
         if self.points.last().is_some_and(|(last, _)| *last > x) {

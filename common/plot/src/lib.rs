@@ -6,6 +6,7 @@ mod axis;
 mod curve;
 mod escape;
 mod glyphs;
+mod histogram;
 mod layout;
 mod png;
 mod run;
@@ -14,6 +15,7 @@ mod svg;
 
 pub use curve::Curve;
 pub use escape::escape;
+pub use histogram::{Bins, histogram};
 pub use run::{Run, STEP_TIMES, chart};
 pub use svg::STYLE;
 

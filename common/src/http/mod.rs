@@ -5,7 +5,7 @@ mod hosts;
 mod request;
 mod server;
 
-pub use body::{Body, Feed};
+pub use body::{Body, Feed, Left};
 pub use hosts::{host_of, is_of_this_machine};
 pub use request::{Unread, host, is_own_origin, read};
 pub use server::{Limits, serve};

@@ -7,9 +7,9 @@ const PAUSE_MS = 1_000;
 
 /** A figure with one picture, made anew when it is wanted, at most once in a while and only while it is on the screen. */
 export class Chart {
-  /** `query()` gives what is drawn, as URLSearchParams, or null for nothing. */
-  constructor(title, query, height = 220) {
-    Object.assign(this, { title, query, height, wanted: true, seen: false, busy: false });
+  /** `query()` gives what is drawn, as URLSearchParams, or null for nothing; `of` is "runs" or "profiles". */
+  constructor(title, query, height = 220, of = "runs") {
+    Object.assign(this, { title, query, height, of, wanted: true, seen: false, busy: false });
     this.note = h("p", { class: "empty" });
     this.place = h("div", { class: "picture" });
     this.element = h("figure", { "aria-label": title }, this.place, this.note);
@@ -53,7 +53,7 @@ export class Chart {
     query.set("in", "page");
     query.set("width", Math.max(280, Math.min(1600, Math.round(this.width))));
     query.set("height", this.height);
-    const answer = await fetch(`/api/v1/runs/plot.svg?${query}`);
+    const answer = await fetch(`/api/v1/${this.of}/plot.svg?${query}`);
     const text = await answer.text();
     if (!answer.ok) throw new Error(text.trim());
     const picture = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;

@@ -47,13 +47,14 @@ export class Facts {
 export class Table {
   constructor(caption, columns, key, empty) {
     Object.assign(this, { columns, key, rows: new Map() });
-    const heads = columns.map(({ head, number, wide }) => h("th", { scope: "col", class: kind(number, wide) }, head));
-    this.body = h("tbody");
-    this.table = h("table", {}, h("caption", { class: "unseen" }, caption), h("thead", {}, h("tr", {}, heads)), this.body);
+    const heads = columns.map(({ head, number, wide }) => h("th", { scope: "col", role: "columnheader", class: kind(number, wide) }, head));
+    this.body = h("tbody", { role: "rowgroup" });
+    const head = h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads));
+    this.table = h("table", { role: "table", "aria-label": caption }, head, this.body);
     this.empty = h("p", { class: "empty" }, empty);
     this.more = h("p", { class: "empty", hidden: true });
     const scroll = h("div", { class: "scroll", role: "region", "aria-label": caption, tabindex: "0" }, this.table);
-    this.element = h("div", {}, scroll, this.empty, this.more);
+    this.element = h("div", { class: caption.toLowerCase().replace(/[^a-z]+/g, "-") }, scroll, this.empty, this.more);
   }
 
   /** `more`: what is said below of those that are left out. */
@@ -62,10 +63,10 @@ export class Table {
     this.rows = new Map();
     const order = items.map((item) => {
       const key = String(this.key(item));
-      const row = before.get(key) ?? this.columns.map(({ number, wide }, at) => h(at === 0 ? "th" : "td", { scope: at === 0 ? "row" : null, class: kind(number, wide) }));
+      const row = before.get(key) ?? this.columns.map(({ number, wide }, at) => h(at === 0 ? "th" : "td", { scope: at === 0 ? "row" : null, role: at === 0 ? "rowheader" : "cell", class: kind(number, wide) }));
       this.rows.set(key, row);
       this.columns.forEach(({ cell }, at) => fill(row[at], cell(item)));
-      return row[0].parentElement ?? h("tr", {}, row);
+      return row[0].parentElement ?? h("tr", { role: "row" }, row);
     });
     const same = order.length === this.body.children.length && order.every((row, at) => row === this.body.children[at]);
     if (!same) this.body.replaceChildren(...order);

@@ -4,7 +4,7 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 export const count = (n) => (n == null ? "-" : whole.format(n));
 export const loss = (x) => (x == null ? "-" : x.toFixed(4));
-export const short = (x) => (x == null ? "-" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
+export const short = (x) => (x == null ? "-" : x === 0 ? "0" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
 
 export function bytes(n) {
   const units = ["B", "kB", "MB", "GB", "TB"];

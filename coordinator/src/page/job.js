@@ -3,7 +3,7 @@
 import { action } from "./actions.js";
 import { Chart } from "./chart.js";
 import { Facts, h, say, section, Table } from "./dom.js";
-import { ago, bytes, count, isFinal, loss, short, span, state } from "./format.js";
+import { ago, bytes, count, loss, short, span, state } from "./format.js";
 import { ask, Stream } from "./live.js";
 import { Log } from "./log.js";
 
@@ -84,6 +84,8 @@ export class JobView {
       this.first = Math.max(1, job.events - EVENTS + 1);
       this.show({ job, stale: false, may: [] });
       this.set(job.job_json);
+      // A program records no curves of its own.
+      this.training.hidden = job.job_json === "";
       this.log.older.hidden = this.first === 1;
     } catch (error) {
       say(this.reason, error.message);
@@ -112,6 +114,25 @@ export class JobView {
     say(this.reason, `${this.title}: ${job.reason}`);
     this.progress.hidden = !(job.total_steps > 0);
     this.progress.value = job.total_steps > 0 ? job.step / job.total_steps : 0;
+    this.numbers();
+    this.stall.hidden = !job.stall;
+    if (job.stall) {
+      say(this.stall, `stands still for ${span(Date.now() - job.stall.since_unix_ms)}: ${job.stall.what}`);
+      if (job.stall.what !== this.waited) this.waitsFor(job.stall.since_unix_ms, job.stall.what);
+    }
+    this.waited = job.stall?.what;
+    this.error.hidden = !job.error;
+    if (job.error && !this.error.firstChild) this.error.append(h("p", {}, job.error.message), h("pre", {}, job.error.last_lines.join("\n")));
+    this.places();
+    if (!this.offered && may.length > 0) {
+      this.offered = true;
+      this.actions.replaceChildren(...[action(may, "cancel", `cancel ${this.title}`, `/api/v1/jobs/${this.id}/cancel`)].filter(Boolean));
+    }
+  }
+
+  /** Its numbers, of the job and of its newest events. */
+  numbers() {
+    const { job } = this;
     this.facts.update({
       Step: job.total_steps > 0 ? `${count(job.step)} of ${count(job.total_steps)}` : null,
       Loss: job.loss == null ? null : loss(job.loss),
@@ -121,24 +142,10 @@ export class JobView {
       Memory: job.memory_mib == null ? null : `${count(job.memory_mib)} MiB`,
       Ranks: count(job.world_size),
       Nodes: job.parts.map((part) => part.name).join(", ") || null,
-      Start: job.generation > 1 ? `the ${job.generation}th` : null,
+      Start: job.generation > 1 ? `no. ${job.generation}` : null,
       Submitted: ago(job.submitted_unix_ms),
       Ended: job.finished_unix_ms == null ? null : ago(job.finished_unix_ms),
     });
-    this.stall.hidden = !job.stall;
-    if (job.stall) {
-      say(this.stall, `stands still for ${span(Date.now() - job.stall.since_unix_ms)}: ${job.stall.what}`);
-      if (job.stall.what !== this.waited) this.waitsFor(job.stall.since_unix_ms, job.stall.what);
-    }
-    this.waited = job.stall?.what;
-    this.error.hidden = !job.error;
-    if (job.error && !this.error.firstChild) this.error.append(h("p", {}, job.error.message), h("pre", {}, job.error.last_lines.join("\n")));
-    this.training.hidden = job.total_steps === 0 && isFinal(job.state) && this.names.size === 0;
-    this.places();
-    if (!this.offered && may.length > 0) {
-      this.offered = true;
-      this.actions.replaceChildren(...[action(may, "cancel", `cancel ${this.title}`, `/api/v1/jobs/${this.id}/cancel`)].filter(Boolean));
-    }
   }
 
   /** Which rank is where, and what it needs. */
@@ -169,7 +176,10 @@ export class JobView {
       moved ||= ["Step", "Eval", "Times", "Metrics", "Memory"].includes(kind);
     }
     this.log.add(lines);
-    if (moved) this.charts.forEach((chart) => chart.want());
+    if (!moved) return;
+    this.numbers();
+    this.places();
+    this.charts.forEach((chart) => chart.want());
   }
 
   /** What this job records besides has a picture of its own. */

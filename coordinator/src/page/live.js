@@ -4,7 +4,7 @@
 const SILENCE_MS = 30_000;
 const PAUSE_MS = 1_500;
 
-/** Follows `address(lastId)`. `handlers` take parsed data by the name of the event, `link` hears "live" or "lost". */
+/** Follows `address(lastId)`. `handlers` take parsed data by the name of the event, `link` hears "lost" when it has to begin anew. */
 export class Stream {
   constructor(address, handlers, link) {
     Object.assign(this, { address, handlers, link, last: null, ended: false });
@@ -20,7 +20,6 @@ export class Stream {
     const heard = () => {
       clearTimeout(this.silence);
       this.silence = setTimeout(() => this.retry(), SILENCE_MS);
-      this.link("live");
     };
     this.source.addEventListener("open", heard);
     this.source.addEventListener("beat", heard);

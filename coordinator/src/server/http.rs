@@ -1,11 +1,12 @@
 //! HTTP for people and Prometheus: no secrets. What is served is decided by `crate::http`.
 
-use super::Shared;
+use super::{Shared, curves, streams};
 use crate::control::READER;
-use crate::http::{self, Asked, Question, Unserved};
+use crate::http::{self, Asked, Followed, Question, Unserved};
+use crate::page::{self, File};
 use bytes::Bytes;
 use fleet_common::http::{
-    Body, Incoming, Limits, Request as Asking, Response, StatusCode, header, host, serve,
+    Body, HeaderMap, Incoming, Limits, Request as Asking, Response, StatusCode, header, host, serve,
 };
 use fleet_common::protocol::{ClientFrame, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
@@ -32,6 +33,12 @@ async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Bod
         Ok(Asked::Health) => return health(&shared),
         Ok(Asked::Metrics) => return metrics(&shared).await,
         Ok(Asked::Api(request)) => request,
+        Ok(Asked::File(File { kind, text, .. })) => return response(200, kind, *text),
+        Ok(Asked::Picture(picture)) => return drawn(curves::picture(&shared, picture).await),
+        Ok(Asked::Distributions(of)) => return drawn(curves::distributions(&shared, of).await),
+        Ok(Asked::Series(run)) => return answered(curves::series(&shared, run).await),
+        Ok(Asked::Events { job, from }) => return answered(streams::events(&shared, job, from).await),
+        Ok(Asked::Stream(followed)) => return stream(&shared, followed, request.headers()),
         Err(Unserved { status, message }) => return text(status, message),
     };
     match ask(&shared, asked, false).await {
@@ -55,8 +62,43 @@ async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Bod
     }
 }
 
+/// A browser that was cut off says how far it had come.
+fn stream(shared: &Arc<Shared>, followed: Followed, headers: &HeaderMap) -> Response<Body> {
+    let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let body = match followed {
+        Followed::Cluster => streams::cluster(shared),
+        Followed::Job { job, from } => {
+            streams::job(shared, job, seen.map_or(from, |seen| seen.saturating_add(1)))
+        }
+    };
+    match body {
+        Ok(body) => with(200, "text/event-stream", body),
+        Err(refusal) => refused(refusal),
+    }
+}
+
+/// A picture brings a style of its own, for whoever opens it by itself.
+fn drawn(picture: Result<String, Refusal>) -> Response<Body> {
+    match picture {
+        Ok(svg) => {
+            let mut response = response(200, "image/svg+xml", svg);
+            let policy = header::HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+            response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
+            response
+        }
+        Err(refusal) => refused(refusal),
+    }
+}
+
+fn answered(answer: Result<impl Serialize, Refusal>) -> Response<Body> {
+    match answer {
+        Ok(value) => json_of(&value),
+        Err(refusal) => refused(refusal),
+    }
+}
+
 /// A question from this machine.
-async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
+pub(super) async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
     let frame = ClientFrame { stale, ..ClientFrame::query(request) };
     shared.calls.ask(READER, frame).await
 }
@@ -120,13 +162,20 @@ fn refused(refusal: Refusal) -> Response<Body> {
 }
 
 fn response(status: u16, kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
-    let mut response = Response::new(Body::from(body));
+    with(status, kind, Body::from(body))
+}
+
+fn with(status: u16, kind: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     let mut say = |name, value| headers.insert(name, header::HeaderValue::from_static(value));
     say(header::CONTENT_TYPE, kind);
     say(header::CACHE_CONTROL, "no-store");
     say(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+    say(header::CONTENT_SECURITY_POLICY, page::POLICY);
+    say(header::REFERRER_POLICY, "no-referrer");
+    say(header::HeaderName::from_static("cross-origin-resource-policy"), "same-origin");
     if status == 405 {
         say(header::ALLOW, "GET");
     }

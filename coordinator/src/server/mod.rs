@@ -9,6 +9,7 @@ pub mod behind;
 mod calls;
 mod clients;
 mod credentials;
+mod curves;
 mod custody;
 mod desk;
 mod driver;
@@ -25,6 +26,7 @@ mod rotation;
 mod setup;
 mod sockets;
 mod space;
+mod streams;
 mod tokens;
 mod trust;
 
@@ -103,6 +105,8 @@ pub(crate) struct Shared {
     addresses: watch::Receiver<Vec<CoordinatorAddress>>,
     status: watch::Receiver<Status>,
     metrics: Metrics,
+    curves: curves::Curves,
+    streams: streams::Streams,
     large: Arc<Semaphore>,
     /// Host names under which HTTP may be asked, besides loopback.
     hosts: Vec<String>,
@@ -221,6 +225,8 @@ impl Coordinator {
             addresses,
             status: status.clone(),
             metrics: Metrics::new()?,
+            curves: curves::Curves::default(),
+            streams: streams::Streams::default(),
             large: Arc::new(Semaphore::new(LARGE_BYTES)),
             hosts: hosts.into(),
         });
@@ -229,6 +235,7 @@ impl Coordinator {
         clients.handle().spawn(accept(shared.clone(), Socket::Clients, sockets.clients.clone()));
         let http = sockets.http.into_std()?;
         clients.handle().spawn(rotation::follow(shared.clone(), cas.clone(), both, dir.clone()));
+        clients.handle().spawn(streams::look_out(shared.clone()));
         let serving = shared.clone();
         clients.handle().spawn(async move {
             match tokio::net::TcpListener::from_std(http) {
