@@ -35,8 +35,6 @@ await run(async (open) => {
   for (const title of ["learning rate", "tokens per second"]) await until(`a curve of ${title}`, () => curve(page, title), ({ places }) => places > 2);
   tell("saw the curve grow", { from: first.says, to: (await curve(page, "loss")).says });
 
-  const log = page.getByRole("log", { name: "Log lines" });
-  await until("lines of the log", () => log.locator("li").count(), (count) => count > 0);
   await until("a part of a step", () => page.getByRole("table", { name: "Parts of a step" }).getByText("backward").count(), (count) => count > 0);
   await page.getByRole("table", { name: "Checkpoints" }).getByRole("row").nth(1).waitFor();
   await page.evaluate(() => scrollTo(0, document.body.scrollHeight));

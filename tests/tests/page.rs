@@ -100,7 +100,14 @@ fn a_page_shows_a_job_while_it_trains_and_nothing_comes_of_hostile_names() {
     let cluster = world.coordinator(&world.path("cluster"), "127.0.0.1:0");
     let _workers = [worker(&world, &cluster, "left", 2), worker(&world, &cluster, "right", 1)];
     let file = world.job(&long()).display().to_string();
-    let set = ["--set", "checkpoint.save_total_limit=2", "--set", "eval.eval_steps=100"];
+    let set = [
+        "--set",
+        "logging_steps=5",
+        "--set",
+        "checkpoint.save_total_limit=2",
+        "--set",
+        "eval.eval_steps=100",
+    ];
     let job = submit(&world, cluster.cluster(), &[&["-n", "2", &file], &set[..]].concat());
     let name = "<img src=x onerror=document.title='taken'>";
     let program = world

@@ -9,6 +9,8 @@ import { Log } from "./log.js";
 
 /** Events before the newest that are read when a job is opened, and at once for earlier lines. */
 const EVENTS = 500;
+/** Looks for earlier lines at once. */
+const LOOKS_MAX = 40;
 const PARTS = ["data", "forward", "backward", "communication", "waiting", "optimizer", "checkpoint"];
 /** Pictures that every training job has; what else it records has one each. */
 const USUAL = [
@@ -93,7 +95,8 @@ export class JobView {
       return;
     }
     if (this.closed) return;
-    const address = (last) => `/api/v1/jobs/${this.id}/stream?from=${last == null ? this.first : last + 1}`;
+    const begin = this.first;
+    const address = (last) => `/api/v1/jobs/${this.id}/stream?from=${last == null ? begin : last + 1}`;
     this.stream = new Stream(address, {
       job: (seen) => this.show(seen),
       events: (events) => this.take(events),
@@ -101,6 +104,8 @@ export class JobView {
       end: () => (this.look(), this.stream.end(), this.link("ended")),
     }, (how) => this.link(how));
     this.look();
+    // Where the newest events have no line.
+    setTimeout(() => this.log.count === 0 && this.log.older.click(), 1_500);
   }
 
   show({ job, stale, may }) {
@@ -201,14 +206,14 @@ export class JobView {
     if (this.waits.children.length > 50) this.waits.lastChild.remove();
   }
 
-  /** Lines before the first one that is shown. */
+  /** Lines before the first one that is shown: a fast job has many steps between two of them. */
   async older() {
-    const from = Math.max(1, this.first - EVENTS);
-    if (from < this.first) {
+    for (let looks = 0, found = 0; looks < LOOKS_MAX && found === 0 && this.first > 1 && !this.closed; looks += 1) {
+      const from = Math.max(1, this.first - EVENTS);
       const { events } = await ask(`/api/v1/jobs/${this.id}/events?from=${from}`);
       const lines = events.filter(({ index, body }) => index < this.first && body.Log);
       this.log.add(lines.map(({ unix_ms, body }) => ({ unix_ms, ...body.Log })), true);
-      this.first = from;
+      [this.first, found] = [from, lines.length];
     }
     return this.first > 1;
   }

@@ -33,7 +33,7 @@ export class Log {
     while (this.list.children.length > LINES_MAX) (before ? this.list.lastChild : this.list.firstChild).remove();
     this.count += lines.length;
     say(this.note, `${this.list.children.length} lines`);
-    if (this.follow.checked && !before) this.list.scrollTop = this.list.scrollHeight;
+    if (this.follow.checked && (!before || this.count === lines.length)) this.list.scrollTop = this.list.scrollHeight;
   }
 
   filter() {

@@ -1,7 +1,7 @@
 //! `fleet report`: a run as one page of HTML, to be kept or sent.
 
 use super::{Target, checkpoints, connect, pages, plot, submit};
-use crate::client::{Client, block_on, unexpected};
+use crate::client::{Client, block_on};
 use crate::failure::Failure;
 use crate::html::Html;
 use crate::{out, places, text};
