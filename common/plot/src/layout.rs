@@ -148,21 +148,30 @@ fn lines(points: &[Place], ink: Ink, at: impl Fn(&Place) -> Option<Place>, out: 
     }
 }
 
-/// The upper and the lower line of each part: means over some pixels, so that all have them at the same places.
+/// The upper and the lower line of each part: means over stretches of some pixels, so that all have them at the same places.
 fn stack(series: &[Series], width: f64) -> Vec<(Vec<Place>, Vec<Place>)> {
     let bins = (width / 4.0).max(1.0) as usize;
-    let count = series.iter().map(|of| of.points.len()).min().unwrap_or(0);
-    let chunk = count.div_ceil(bins).max(1);
-    let mut below: Vec<f64> = vec![0.0; count.div_ceil(chunk)];
+    let all = || series.iter().flat_map(|of| of.points.iter().map(|(x, _)| *x));
+    let (first, last) =
+        all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+    let wide = (last - first).max(f64::MIN_POSITIVE);
+    let bin = |x: f64| (((x - first) / wide * bins as f64) as usize).min(bins - 1);
+    let mut filled = vec![false; bins];
+    all().for_each(|x| filled[bin(x)] = true);
+    let mut below = vec![0.0; bins];
     let part = |of: &Series| {
+        let mut sums = vec![(0.0, 0u32); bins];
+        for (x, y) in of.points.iter().filter(|(_, y)| y.is_finite() && *y >= 0.0) {
+            let (sum, count) = &mut sums[bin(*x)];
+            (*sum, *count) = (*sum + y, *count + 1);
+        }
         let (mut upper, mut lower) = (Vec::new(), Vec::new());
-        for (points, base) in of.points[..count].chunks(chunk).zip(&mut below) {
-            let x = points[0].0;
-            let sound = || points.iter().map(|(_, y)| *y).filter(|y| y.is_finite() && *y >= 0.0);
-            let mean = sound().sum::<f64>() / sound().count().max(1) as f64;
-            lower.push((x, *base));
-            *base += mean;
-            upper.push((x, *base));
+        for at in (0..bins).filter(|at| filled[*at]) {
+            // From the first place to the last, so that the areas are as wide as the axis.
+            let x = if at + 1 == bins { last } else { first + wide * at as f64 / bins as f64 };
+            lower.push((x, below[at]));
+            below[at] += sums[at].0 / f64::from(sums[at].1.max(1));
+            upper.push((x, below[at]));
         }
         (upper, lower)
     };
@@ -233,5 +242,12 @@ mod tests {
         let parts = stack(&chart.series, 720.0);
         assert_eq!(parts[1].1, parts[0].0);
         assert_eq!(parts[1].0, [(1.0, 4.0), (2.0, 4.0)]);
+        // Also where one has fewer points than the other, as after they were thinned out.
+        let chart = Chart {
+            series: vec![part("a", 1.0), Series { points: vec![(2.0, 3.0)], ..part("b", 3.0) }],
+            ..chart
+        };
+        let parts = stack(&chart.series, 720.0);
+        assert_eq!(parts[1].0, [(1.0, 1.0), (2.0, 4.0)]);
     }
 }

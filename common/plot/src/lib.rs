@@ -30,7 +30,7 @@ pub struct Chart {
     pub log: bool,
     /// Each value is the mean of so many points up to it; 0 and 1 draw them as they are. What they were is drawn faintly below.
     pub smooth: usize,
-    /// The series are parts of a whole, one on top of the other. They have the same `x`.
+    /// The series are parts of a whole, one on top of the other.
     pub stacked: bool,
     /// In pixels.
     pub width: u32,

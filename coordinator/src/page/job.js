@@ -16,7 +16,7 @@ const PARTS = ["data", "forward", "backward", "communication", "waiting", "optim
 const USUAL = [
   ["loss", ["loss", "eval_loss"]],
   ["learning rate", ["lr"]],
-  ["tokens per second", ["tokens_per_s"]],
+  ["tokens per second", ["tokens_per_s"], 25],
   ["memory in MiB", ["memory_mib"]],
 ];
 const isUsual = (name) => name.endsWith("_s") || name.startsWith("memory_mib[") || ["loss", "eval_loss", "lr"].includes(name);
@@ -32,7 +32,7 @@ export class JobView {
     this.facts = new Facts(["Step", "Loss", "Evaluation loss", "Learning rate", "Tokens/s", "Memory", "Ranks", "Nodes", "Start", "Submitted", "Ended"]);
     this.error = h("div", { class: "alarms", hidden: true });
     this.figures = h("div", { class: "figures" });
-    this.times = this.chart("seconds of a step", ["step_times"], 240);
+    this.times = this.chart("seconds of a step", ["step_times"], { height: 240 });
     this.now = new Table("Parts of a step", [
       { head: "Part", cell: ({ name }) => ({ text: name, class: `part s${PARTS.indexOf(name)}` }) },
       { head: "Seconds", number: true, cell: ({ seconds }) => short(seconds) },
@@ -70,12 +70,13 @@ export class JobView {
       section("Log", this.log.element),
       h("div", { class: "two" }, section("Checkpoints", this.checkpoints.element), section("Exports", this.exports.element)),
       section("Settings", h("details", {}, h("summary", {}, "All settings of this job"), this.settings)));
-    USUAL.forEach(([title, metrics]) => this.figures.append(this.chart(title, metrics).element));
+    USUAL.forEach(([title, metrics, smooth = 0]) => this.figures.append(this.chart(title, metrics, { smooth }).element));
     this.begin();
   }
 
-  chart(title, metrics, height) {
-    const chart = new Chart(title, () => new URLSearchParams([["run", `job-${this.id}`], ...metrics.map((metric) => ["metric", metric])]), height);
+  chart(title, metrics, { height, smooth = 0 } = {}) {
+    const query = [["run", `job-${this.id}`], ...metrics.map((metric) => ["metric", metric]), ["smooth", smooth]];
+    const chart = new Chart(title, () => new URLSearchParams(query), height);
     this.charts.push(chart);
     return chart;
   }
