@@ -22,7 +22,7 @@ await run(async (open) => {
   await shot(again, "compare-dark");
   await page.getByRole("checkbox", { name: runs[0] }).uncheck();
   await until("a line less", () => page.locator("path.faint").count(), (count) => count === runs.length - 1);
-  const saved = await page.request.get(await page.getByRole("link", { name: "Save as SVG" }).getAttribute("href"));
+  const saved = await page.request.get(new URL(await page.getByRole("link", { name: "Save as SVG" }).getAttribute("href"), page.url()).href);
   assert.match(await saved.text(), /^<svg .*prefers-color-scheme/s);
 
   const phone = await open(new URL(page.url()).hash, { viewport: { width: 360, height: 740 }, isMobile: true, hasTouch: true });
