@@ -149,6 +149,6 @@ async fn a_picture_grows_with_its_run_and_a_name_in_it_is_text() {
     assert_eq!(client.ask(Request::RecordMetrics { run, points }).await, Reply::Done);
     assert!(get(&coordinator, &path).await.contains("to 0.2500 at 20,"));
     let series = get(&coordinator, &format!("/api/v1/runs/{run}/series")).await;
-    assert!(series.ends_with("[{\"name\":\"loss\",\"points\":20,\"step\":20.0,\"value\":0.25}]"), "{series}");
+    assert!(series.ends_with("[{\"name\":\"loss\",\"step\":20.0,\"value\":0.25}]"), "{series}");
     assert!(get(&coordinator, "/api/v1/runs/plot.svg?run=run-99").await.starts_with("HTTP/1.1 404"));
 }

@@ -31,7 +31,7 @@ await run(async (open) => {
   await shot(phone, "compare-phone");
 
   const models = await open("#/models");
-  await models.getByRole("cell", { name: "onnx" }).waitFor();
+  await models.getByRole("cell", { name: "onnx", exact: true }).waitFor();
   await models.getByRole("link", { name: "profile-2" }).click();
   await models.getByRole("table", { name: "Features" }).getByText("much").waitFor();
   await until("both distributions", () => models.locator("figure[aria-label='length'] path.line").count(), (count) => count === 4);

@@ -8,7 +8,6 @@ const POINTS_MAX: usize = 8_192;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curve {
     points: Vec<(f64, f64)>,
-    pushed: u64,
 }
 
 impl Curve {
@@ -22,7 +21,6 @@ impl Curve {
             self.points.truncate(self.points.partition_point(|(at, _)| *at < x));
         }
         self.points.push((x, y));
-        self.pushed += 1;
         if self.points.len() >= 2 * POINTS_MAX {
             self.points = extremes(&self.points, POINTS_MAX / 4);
         }
@@ -30,11 +28,6 @@ impl Curve {
 
     pub fn points(&self) -> &[(f64, f64)] {
         &self.points
-    }
-
-    /// How many were recorded.
-    pub fn pushed(&self) -> u64 {
-        self.pushed
     }
 }
 
@@ -91,7 +84,6 @@ mod tests {
             curve.push(x, y);
         }
         assert_eq!(curve.points(), [(1.0, 5.0), (2.0, 4.5), (3.0, 3.5)]);
-        assert_eq!(curve.pushed(), 5);
     }
 
     #[test]

@@ -27,7 +27,6 @@ struct Kept {
 #[derive(Debug, Serialize)]
 pub struct SeriesView {
     name: String,
-    points: u64,
     /// Of its newest point.
     step: f64,
     value: f64,
@@ -80,7 +79,7 @@ pub async fn series(shared: &Shared, run: RunKey) -> Result<Vec<SeriesView>, Ref
     let (_, run) = read(shared, run).await?;
     let view = |(name, curve): (&str, &fleet_plot::Curve)| {
         let (step, value) = curve.points().last().copied()?;
-        Some(SeriesView { name: name.to_owned(), points: curve.pushed(), step, value })
+        Some(SeriesView { name: name.to_owned(), step, value })
     };
     Ok(run.curves().filter_map(view).collect())
 }
