@@ -37,6 +37,31 @@ test_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null || say "no ${missing[*]}: tests of networks will skip"
 }
 
+# A browser and what drives it, for tests of the page. Node comes with the machine.
+PLAYWRIGHT=1.65.1
+PLAYWRIGHT_SHA512=86a3e9cfb6e548c3f1595768784d728814b35ec2a254e77693e9230af994cb00f618f3b60ddf477dc5a7abd34dd061db3590c5819f497c116bf97e7f04ba34ab
+browser() {
+    local tools="${CARGO_TARGET_DIR:-$PWD/target}/tools"
+    if ! command -v chromium >/dev/null && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        say "installing Debian packages for tests: chromium"
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null || say "no chromium: tests of the page will skip"
+    fi
+    [ -e "$tools/playwright-core/complete-$PLAYWRIGHT" ] && return
+    command -v npm >/dev/null || { say "no npm: tests of the page will skip"; return; }
+    say "fetching playwright-core $PLAYWRIGHT (3 MB) into target/tools/"
+    mkdir -p "$tools"
+    rm -rf "$tools/playwright-core" "$tools/package"
+    if (cd "$tools" && npm pack --silent "playwright-core@$PLAYWRIGHT" >/dev/null) &&
+        echo "$PLAYWRIGHT_SHA512  $tools/playwright-core-$PLAYWRIGHT.tgz" | sha512sum --quiet --check; then
+        tar -C "$tools" -xzf "$tools/playwright-core-$PLAYWRIGHT.tgz"
+        mv "$tools/package" "$tools/playwright-core"
+        touch "$tools/playwright-core/complete-$PLAYWRIGHT"
+    else
+        say "playwright-core $PLAYWRIGHT cannot be had, or is another one: tests of the page will skip"
+    fi
+    rm -f "$tools/playwright-core-$PLAYWRIGHT.tgz"
+}
+
 libtorch() {
     if [ -n "${LIBTORCH:-}" ]; then
         [ -e "$LIBTORCH/lib/libtorch_cpu.so" ] || die "LIBTORCH=$LIBTORCH has no lib/libtorch_cpu.so; unset it to let setup fetch libtorch $TORCH"
@@ -86,7 +111,10 @@ debian_packages
 libtorch
 for option in "$@"; do
     case $option in
-        --tests) test_packages ;;
+        --tests)
+            test_packages
+            browser
+            ;;
         --cuda) cuda ;;
         *) die "unknown option $option" ;;
     esac

@@ -4,11 +4,15 @@
 //! this machine shows cannot read the cluster through a name of its own (DNS rebinding).
 
 mod change;
+mod query;
 
 pub use change::change;
+pub use query::{Distributions, Picture};
 
+use crate::page::{self, File};
 use fleet_common::http::{host_of, is_of_this_machine};
-use fleet_common::protocol::{Page, Request};
+use fleet_common::ids::JobId;
+use fleet_common::protocol::{Page, Request, RunKey};
 use std::str::FromStr;
 
 /// A request that is served.
@@ -20,6 +24,32 @@ pub enum Asked {
     Targets(Targets),
     /// Answered in JSON.
     Api(Request),
+    /// What the visitor may change.
+    Visitor,
+    /// A file of the page.
+    File(&'static File),
+    /// Curves as SVG.
+    Picture(Picture),
+    /// Distributions as SVG.
+    Distributions(Distributions),
+    /// Which series a run has.
+    Series(RunKey),
+    /// Recorded events of a job from this one on, some of them.
+    Events {
+        job: JobId,
+        from: u64,
+    },
+    /// What happens, as server-sent events.
+    Stream(Followed),
+}
+
+/// What a stream tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// The cluster and its queue.
+    Cluster,
+    /// A job, and its events from this one on.
+    Job { job: JobId, from: u64 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +66,14 @@ impl Asked {
             Asked::Metrics => "/metrics",
             Asked::Targets(Targets::Coordinators) => "/api/v1/targets/coordinators",
             Asked::Targets(Targets::Workers) => "/api/v1/targets/workers",
+            Asked::Visitor => "/api/v1/visitor",
+            Asked::File(_) => "/",
+            Asked::Picture(_) => "/api/v1/runs/plot.svg",
+            Asked::Distributions(_) => "/api/v1/profiles/plot.svg",
+            Asked::Series(_) => "/api/v1/runs/ID/series",
+            Asked::Events { .. } => "/api/v1/jobs/ID/events",
+            Asked::Stream(Followed::Cluster) => "/api/v1/stream",
+            Asked::Stream(Followed::Job { .. }) => "/api/v1/jobs/ID/stream",
             Asked::Api(request) => match request {
                 Request::ClusterStatus => "/api/v1/cluster",
                 Request::Coordinators => "/api/v1/coordinators",
@@ -65,7 +103,7 @@ pub struct Unserved {
     pub message: String,
 }
 
-const PATHS: &str = "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,jobs,jobs/ID,checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/points,exports,exports/ID,profiles,profiles/ID,targets/coordinators,targets/workers}";
+const PATHS: &str = "there is /, /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,stream,visitor,jobs,jobs/ID,jobs/ID/{checkpoints,events,stream},checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/{points,series},runs/plot.svg,exports,exports/ID,profiles,profiles/ID,profiles/plot.svg,targets/coordinators,targets/workers}";
 
 /// What a request says of what it wants.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +122,9 @@ pub fn asked(question: &Question, hosts: &[String]) -> Result<Asked, Unserved> {
     if question.method != "GET" {
         return Err(unserved(405, "only GET is served here"));
     }
+    if let Some(file) = page::file(question.path) {
+        return Ok(Asked::File(file));
+    }
     let api = match question.path.trim_end_matches('/') {
         "/healthz" => return Ok(Asked::Health),
         "/metrics" => return Ok(Asked::Metrics),
@@ -100,14 +141,26 @@ pub fn asked(question: &Question, hosts: &[String]) -> Result<Asked, Unserved> {
         ["events"] => Request::Decisions(page),
         ["jobs"] => Request::Jobs { all: None },
         ["jobs", job] => Request::Job(id(job)?),
+        ["jobs", job, "checkpoints"] => Request::Checkpoints { job: Some(id(job)?), page },
+        ["jobs", job, "events"] => {
+            return Ok(Asked::Events { job: id(job)?, from: from(question.query)? });
+        }
+        ["jobs", job, "stream"] => {
+            return Ok(Asked::Stream(Followed::Job { job: id(job)?, from: from(question.query)? }));
+        }
+        ["visitor"] => return Ok(Asked::Visitor),
+        ["stream"] => return Ok(Asked::Stream(Followed::Cluster)),
         ["checkpoints"] => Request::Checkpoints { job: None, page },
         ["checkpoints", job, step] => Request::Checkpoint { job: id(job)?, step: id(step)? },
         ["runs"] => Request::Runs(page),
+        ["runs", "plot.svg"] => return Picture::of(question.query).map(Asked::Picture),
         ["runs", run] => Request::Run(id(run)?),
+        ["runs", run, "series"] => return Ok(Asked::Series(id(run)?)),
         ["runs", run, "points"] => Request::RunMetrics { run: id(run)?, from: from(question.query)? },
         ["exports"] => Request::Exports(page),
         ["exports", export] => Request::Export(id(export)?),
         ["profiles"] => Request::Profiles(page),
+        ["profiles", "plot.svg"] => return Distributions::of(question.query).map(Asked::Distributions),
         ["profiles", profile] => Request::Profile(id(profile)?),
         _ => return Err(unserved(404, PATHS)),
     }))
@@ -142,8 +195,7 @@ fn host_allowed(header: &str, hosts: &[String]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fleet_common::ids::{ExportId, JobId, RunId};
-    use fleet_common::protocol::RunKey;
+    use fleet_common::ids::{ExportId, RunId};
 
     fn get<'a>(target: &'a str) -> Question<'a> {
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
@@ -155,6 +207,10 @@ mod tests {
         let run = RunKey::Own(RunId(3));
         for (target, wanted) in [
             ("/api/v1/jobs/7", Request::Job(JobId(7))),
+            (
+                "/api/v1/jobs/7/checkpoints",
+                Request::Checkpoints { job: Some(JobId(7)), page: Page::default() },
+            ),
             ("/api/v1/checkpoints/job-7/50", Request::Checkpoint { job: JobId(7), step: 50 }),
             ("/api/v1/runs/run-3/", Request::Run(run)),
             ("/api/v1/runs/run-3/points", Request::RunMetrics { run, from: 1 }),
@@ -164,6 +220,16 @@ mod tests {
         ] {
             assert_eq!(asked(&get(target), &[]), Ok(Asked::Api(wanted)), "{target}");
         }
+        let of_job = |from| Followed::Job { job: JobId(7), from };
+        for (target, followed) in [
+            ("/api/v1/stream", Followed::Cluster),
+            ("/api/v1/jobs/job-7/stream", of_job(1)),
+            ("/api/v1/jobs/job-7/stream?from=12", of_job(12)),
+        ] {
+            assert_eq!(asked(&get(target), &[]), Ok(Asked::Stream(followed)), "{target}");
+        }
+        assert!(matches!(asked(&get("/"), &[]), Ok(Asked::File(_))));
+        assert!(matches!(asked(&get("/main.js"), &[]), Ok(Asked::File(_))));
         for (target, status) in
             [("/api/v1/jobs/x", 400), ("/api/v1/runs/3/points?from=x", 400), ("/etc", 404)]
         {

@@ -1,12 +1,13 @@
 //! A replica of the control plane.
 //!
-//! `cluster` decides (pure), `archive` is the file of a backup (pure), `raft` makes decisions durable and agreed, `control` is a whole coordinator without the world (pure), `server`
+//! `cluster` decides (pure), `archive` is the file of a backup, `http` what is asked for there, `page` what people see of it (pure), `raft` makes decisions durable and agreed, `control` is a whole coordinator without the world (pure), `server`
 //! talks to the world.
 
 pub mod archive;
 pub mod cluster;
 pub mod control;
 pub mod http;
+pub mod page;
 pub mod planner;
 pub mod raft;
 pub mod requests;

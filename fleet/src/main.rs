@@ -6,6 +6,7 @@ mod commands;
 mod doubt;
 mod environment;
 mod failure;
+mod html;
 mod json;
 mod launch;
 mod meant;
@@ -44,12 +45,14 @@ enum Command {
     Jobs(commands::jobs::Args),
     Nodes(commands::nodes::Args),
     Top(commands::top::Args),
+    Dashboard(commands::dashboard::Args),
     Logs(commands::logs::Args),
     Cancel(commands::cancel::Args),
     Events(commands::events::Args),
     Drain(commands::drain::Args),
     Undrain(commands::drain::UndrainArgs),
     Runs(commands::runs::Args),
+    Report(commands::report::Args),
     Checkpoint(commands::checkpoint::Args),
     Checkpoints(commands::checkpoints::Args),
     Exports(commands::exports::Args),
@@ -90,12 +93,14 @@ fn main() -> ExitCode {
         Command::Jobs(args) => commands::jobs::run(args, cluster),
         Command::Nodes(args) => commands::nodes::run(args, cluster),
         Command::Top(args) => commands::top::run(args, cluster),
+        Command::Dashboard(args) => commands::dashboard::run(args, cluster),
         Command::Logs(args) => commands::logs::run(args, cluster),
         Command::Cancel(args) => commands::cancel::run(args, cluster),
         Command::Events(args) => commands::events::run(args, cluster),
         Command::Drain(args) => commands::drain::run(args, cluster),
         Command::Undrain(args) => commands::drain::undo(args, cluster),
         Command::Runs(args) => commands::runs::run(args, cluster),
+        Command::Report(args) => commands::report::run(args, cluster),
         Command::Checkpoint(args) => commands::checkpoint::run(args),
         Command::Checkpoints(args) => commands::checkpoints::run(args, cluster),
         Command::Exports(args) => commands::exports::run(args, cluster),
@@ -170,6 +175,7 @@ mod tests {
             "config job.toml --set X",
             "login host:1 --token X",
             "login host:1 --name X",
+            "runs plot job-1 --metric X",
         ] {
             let words: Vec<&str> = takes.split(' ').collect();
             assert!(read(&words).is_ok(), "{takes}: {:?}", read(&words).err());
@@ -178,6 +184,8 @@ mod tests {
             "generate --model X --prompt p",
             "eval --model m --data a --data X",
             "launch job.toml --data-dir X",
+            "runs plot job-1 --out X",
+            "report job-1 --out X",
             "status --data-dir X",
             "submit --env-file X -- program",
             "login host:1 --token-file X",

@@ -1,5 +1,7 @@
 //! Numbers for people.
 
+use time::OffsetDateTime;
+
 /// `1234567` as `1,234,567`.
 pub fn thousands(n: u64) -> String {
     let digits = n.to_string();
@@ -49,6 +51,13 @@ pub fn age(ms: u64) -> String {
     }
 }
 
+/// `2026-03-01 14:05:09 UTC`, of milliseconds since 1970.
+pub fn date(unix_ms: u64) -> String {
+    let Ok(at) = OffsetDateTime::from_unix_timestamp((unix_ms / 1000) as i64) else { return "-".to_owned() };
+    let (day, clock) = (at.date(), at.time());
+    format!("{day} {:02}:{:02}:{:02} UTC", clock.hour(), clock.minute(), clock.second())
+}
+
 /// A loss with four decimals, `-` where there is none.
 pub fn loss(x: Option<f64>) -> String {
     x.map_or("-".to_owned(), |x| format!("{x:.4}"))
@@ -73,6 +82,7 @@ mod tests {
             [age(1500), age(180_000), age(7_200_000), age(200_000_000)],
             ["1 s", "3 min", "2 h", "2 d"]
         );
+        assert_eq!(date(1_772_373_909_500), "2026-03-01 14:05:09 UTC");
         assert_eq!(loss(Some(f64::NAN)), "NaN");
         assert_eq!(small(0.0005), "5.00e-4");
     }

@@ -159,6 +159,11 @@ impl<'a> Coordinators<'a> {
         Client::new(&self.data_dir(0).join("client"), self.addresses())
     }
 
+    /// Where it serves HTTP.
+    pub fn http(&self, n: usize) -> &str {
+        &self.listen[n][2]
+    }
+
     /// What it wrote to stderr since its last start.
     pub fn complaints(&self, n: usize) -> String {
         self.members[n].as_ref().map(|member| member.process.complaints()).unwrap_or_default()

@@ -39,6 +39,11 @@ impl Feed {
         self.0.try_send(piece.into()).map_err(|_| Left)
     }
 
+    /// The same of a piece that may wait until the reader has room for it.
+    pub async fn give(&self, piece: impl Into<Bytes>) -> Result<(), Left> {
+        self.0.send(piece.into()).await.map_err(|_| Left)
+    }
+
     /// Returns when the reader has left.
     pub async fn left(&self) {
         self.0.closed().await;

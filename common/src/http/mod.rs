@@ -6,10 +6,10 @@ mod request;
 mod response;
 mod server;
 
-pub use body::{Body, Feed};
+pub use body::{Body, Feed, Left};
 pub use hosts::{host_of, is_of_this_machine};
 pub use request::{Unread, accept, host, is_own_origin, read};
-pub use response::plain;
+pub use response::{plain, with};
 pub use server::{Caller, Limits, Tls, serve};
 
 /// Requests and responses as `serve` takes them.

@@ -1,10 +1,14 @@
 //! HTTP for people and Prometheus: no secrets. What is served is decided by `crate::http`.
 
-use super::{Shared, entrance};
+use super::door::Visitor;
+use super::{Shared, curves, entrance, streams};
 use crate::control::READER;
-use crate::http::{self, Asked, Question, Targets, Unserved};
+use crate::http::{self, Asked, Followed, Question, Targets, Unserved};
+use crate::page::{self, File};
 use crate::targets;
-use fleet_common::http::{Body, Incoming, Limits, Request as Asking, Response, accept, host, plain, serve};
+use fleet_common::http::{
+    Body, HeaderMap, Incoming, Limits, Request as Asking, Response, accept, header, host, plain, serve, with,
+};
 use fleet_common::metrics::Format;
 use fleet_common::protocol::{ClientFrame, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
@@ -30,26 +34,42 @@ async fn respond(shared: Arc<Shared>, request: Asking<Incoming>) -> Response<Bod
     };
     let visitor = match entrance::enter(&shared, question, &request).await {
         Ok(Some(visitor)) => visitor,
-        Ok(None) => return counted(&shared, "/login", entrance::log_in(&shared, request).await),
-        Err(answer) => return counted(&shared, "other", answer),
+        Ok(None) => return finished(&shared, "/login", entrance::log_in(&shared, request).await),
+        Err(answer) => return finished(&shared, "other", answer),
     };
-    let format = Format::wanted(accept(request.headers()));
     match http::asked(&question, &shared.hosts) {
-        Ok(asked) => counted(&shared, asked.pattern(), answer(&shared, asked, format).await),
-        Err(Unserved { status, message }) => counted(&shared, "other", text(status, message)),
+        Ok(asked) => {
+            let pattern = asked.pattern();
+            finished(&shared, pattern, answer(&shared, asked, visitor, request.headers()).await)
+        }
+        Err(Unserved { status, message }) => finished(&shared, "other", text(status, message)),
     }
 }
 
-fn counted(shared: &Shared, pattern: &'static str, response: Response<Body>) -> Response<Body> {
+/// Counts an answer, and says what a browser may do with it.
+fn finished(shared: &Shared, pattern: &'static str, mut response: Response<Body>) -> Response<Body> {
     shared.metrics.served(pattern, response.status().as_u16());
+    let headers = response.headers_mut();
+    let policy = header::HeaderValue::from_static(page::POLICY);
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(policy);
+    headers.insert(header::REFERRER_POLICY, header::HeaderValue::from_static("no-referrer"));
+    let own = header::HeaderName::from_static("cross-origin-resource-policy");
+    headers.insert(own, header::HeaderValue::from_static("same-origin"));
     response
 }
 
-async fn answer(shared: &Shared, asked: Asked, format: Format) -> Response<Body> {
+async fn answer(shared: &Arc<Shared>, asked: Asked, visitor: Visitor, headers: &HeaderMap) -> Response<Body> {
     let question = match asked {
         Asked::Health => return health(shared),
-        Asked::Metrics => return metrics(shared, format).await,
+        Asked::Metrics => return metrics(shared, Format::wanted(accept(headers))).await,
         Asked::Targets(kind) => return targets(shared, kind).await,
+        Asked::Visitor => return json_of(&json!({"may": visitor.may()})),
+        Asked::File(File { kind, text, .. }) => return plain(200, kind, *text),
+        Asked::Picture(picture) => return drawn(curves::picture(shared, picture).await),
+        Asked::Distributions(of) => return drawn(curves::distributions(shared, of).await),
+        Asked::Series(run) => return answered(curves::series(shared, run).await),
+        Asked::Events { job, from } => return answered(streams::events(shared, job, from).await),
+        Asked::Stream(followed) => return stream(shared, followed, headers),
         Asked::Api(question) => question,
     };
     match ask(shared, question, false).await {
@@ -73,8 +93,43 @@ async fn answer(shared: &Shared, asked: Asked, format: Format) -> Response<Body>
     }
 }
 
+/// A browser that was cut off says how far it had come.
+fn stream(shared: &Arc<Shared>, followed: Followed, headers: &HeaderMap) -> Response<Body> {
+    let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let body = match followed {
+        Followed::Cluster => streams::cluster(shared),
+        Followed::Job { job, from } => {
+            streams::job(shared, job, seen.map_or(from, |seen| seen.saturating_add(1)))
+        }
+    };
+    match body {
+        Ok(body) => with(200, "text/event-stream", body),
+        Err(refusal) => refused(refusal),
+    }
+}
+
+/// A picture brings a style of its own, for whoever opens it by itself.
+fn drawn(picture: Result<String, Refusal>) -> Response<Body> {
+    match picture {
+        Ok(svg) => {
+            let mut response = plain(200, "image/svg+xml", svg);
+            let policy = header::HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+            response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
+            response
+        }
+        Err(refusal) => refused(refusal),
+    }
+}
+
+fn answered(answer: Result<impl Serialize, Refusal>) -> Response<Body> {
+    match answer {
+        Ok(value) => json_of(&value),
+        Err(refusal) => refused(refusal),
+    }
+}
+
 /// A question from this machine.
-async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
+pub(super) async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
     let frame = ClientFrame { stale, ..ClientFrame::query(request) };
     shared.calls.ask(READER, frame).await
 }
@@ -100,6 +155,7 @@ fn health(shared: &Shared) -> Response<Body> {
 async fn metrics(shared: &Shared, format: Format) -> Response<Body> {
     match shared.calls.measure().await {
         Ok(mut page) => {
+            shared.metrics.streams.set(shared.streams.open() as i64);
             shared.metrics.add_to(&mut page, &shared.gate);
             plain(200, format.content_type(), page.write(format))
         }

@@ -10,6 +10,7 @@ mod calls;
 mod changes;
 mod clients;
 mod credentials;
+mod curves;
 mod custody;
 mod desk;
 mod door;
@@ -28,6 +29,7 @@ mod rotation;
 mod setup;
 mod sockets;
 mod space;
+mod streams;
 mod tokens;
 mod trust;
 
@@ -110,6 +112,8 @@ pub(crate) struct Shared {
     addresses: watch::Receiver<Vec<CoordinatorAddress>>,
     status: watch::Receiver<Status>,
     metrics: Metrics,
+    curves: curves::Curves,
+    streams: streams::Streams,
     large: Arc<Semaphore>,
     /// Host names under which HTTP may be asked, besides loopback.
     hosts: Vec<String>,
@@ -237,6 +241,8 @@ impl Coordinator {
             addresses,
             status: status.clone(),
             metrics,
+            curves: curves::Curves::default(),
+            streams: streams::Streams::default(),
             large: Arc::new(Semaphore::new(LARGE_BYTES)),
             hosts,
             door,
@@ -247,6 +253,7 @@ impl Coordinator {
         clients.handle().spawn(accept(shared.clone(), Socket::Clients, sockets.clients.clone()));
         let http = sockets.http.into_std()?;
         clients.handle().spawn(rotation::follow(shared.clone(), cas.clone(), both, dir.clone()));
+        clients.handle().spawn(streams::look_out(shared.clone()));
         let serving = shared.clone();
         clients.handle().spawn(async move {
             match tokio::net::TcpListener::from_std(http) {

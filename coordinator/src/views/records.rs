@@ -15,6 +15,8 @@ use std::ops::Range;
 
 /// Events of a job that are looked through for one answer.
 const EVENTS_MAX: usize = 2_000;
+/// Events before those that are looked through for the step to which the first of them belongs.
+const BEFORE_MAX: u64 = 64;
 
 impl<D: Disk + ?Sized> View<'_, D> {
     pub(super) fn decisions(&self, page: Page) -> Result<Listing<DecisionView>, Refusal> {
@@ -62,7 +64,12 @@ impl<D: Disk + ?Sized> View<'_, D> {
                 let events = self.history.events(id, from, EVENTS_MAX).map_err(unreadable)?;
                 // Behind the last one there is one more look, which finds nothing.
                 let next = events.last().map(|(index, _)| index + 1);
-                Ok((events.into_iter().flat_map(|(_, event)| points_of(&event)).collect(), next))
+                let mut step = self.step_before(id, from)?;
+                let points = events.into_iter().flat_map(|(_, event)| {
+                    step = step_of(&event).or(step);
+                    points_of(&event, step)
+                });
+                Ok((points.collect(), next))
             }
             RunKey::Own(id) => {
                 let mut points = Vec::new();
@@ -76,6 +83,16 @@ impl<D: Disk + ?Sized> View<'_, D> {
                 Ok((points, Some(next)))
             }
         }
+    }
+
+    /// Of the step that was told last before this event.
+    fn step_before(&self, id: JobId, event: u64) -> Result<Option<u64>, Refusal> {
+        let begin = event.saturating_sub(BEFORE_MAX).max(1);
+        if begin == event {
+            return Ok(None);
+        }
+        let events = self.history.events(id, begin, (event - begin) as usize).map_err(unreadable)?;
+        Ok(events.iter().rev().find_map(|(_, event)| step_of(event)))
     }
 
     pub(super) fn exports(&self, page: Page) -> Result<Listing<ExportView>, Refusal> {
@@ -148,7 +165,16 @@ fn job_run(id: JobId, job: &JobRecord) -> RunView {
     }
 }
 
-fn points_of(event: &Event) -> Vec<Point> {
+fn step_of(event: &Event) -> Option<u64> {
+    match &event.body {
+        EventBody::Step(at) => Some(at.step),
+        EventBody::Started { step, .. } => Some(*step),
+        _ => None,
+    }
+}
+
+/// `step`: that of which was told last.
+fn points_of(event: &Event, step: Option<u64>) -> Vec<Point> {
     let point =
         |series: &str, step, value| Point { series: series.into(), step, value, unix_ms: event.unix_ms };
     match &event.body {
@@ -166,6 +192,12 @@ fn points_of(event: &Event) -> Vec<Point> {
         }
         EventBody::Metrics(at) => {
             at.values.iter().map(|(name, value)| point(name, at.step, *value)).collect()
+        }
+        // Of the ranks of one node, shared pages counted once.
+        EventBody::Memory { first_rank, pss_mib, .. } => {
+            let name = format!("memory_mib[{first_rank}..{}]", u64::from(*first_rank) + pss_mib.len() as u64);
+            let mib = pss_mib.iter().fold(0u64, |sum, of| sum.saturating_add(*of));
+            step.map(|step| point(&name, step, mib as f64)).into_iter().collect()
         }
         _ => Vec::new(),
     }

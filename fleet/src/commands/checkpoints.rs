@@ -58,7 +58,7 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     Ok(exit::SUCCEEDED)
 }
 
-async fn list(client: &mut Client, job: Option<JobId>) -> Result<Vec<CheckpointView>, Failure> {
+pub async fn list(client: &mut Client, job: Option<JobId>) -> Result<Vec<CheckpointView>, Failure> {
     let (mut all, mut page) = (Vec::new(), Page::default());
     loop {
         match client.ask(Request::Checkpoints { job, page }).await? {

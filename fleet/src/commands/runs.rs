@@ -1,6 +1,6 @@
 //! `fleet runs`: runs that clients recorded, and the series of any run.
 
-use super::{ListArgs, OutputArgs, Target, connect, list, local_runs};
+use super::{ListArgs, OutputArgs, Target, connect, list, local_runs, plot};
 use crate::client::{Client, block_on, unexpected};
 use crate::failure::Failure;
 use crate::{json, out, places, text};
@@ -39,6 +39,8 @@ enum Action {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Draw series of runs as curves in one picture
+    Plot(plot::Args),
 }
 
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
@@ -62,30 +64,21 @@ pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
                 }
             })?;
         }
+        Action::Plot(args) => block_on(plot::draw(&mut client, &args))?,
         Action::Show { run, points, output } => block_on(show(&mut client, run, points, &output))?,
     }
     Ok(exit::SUCCEEDED)
 }
 
 async fn show(client: &mut Client, run: RunKey, points: bool, output: &OutputArgs) -> Result<(), Failure> {
-    let view = match client.ask(Request::Run(run)).await? {
-        Reply::Run(view) => *view,
-        other => return Err(unexpected(&other)),
-    };
+    let view = view(client, run).await?;
     if !output.json {
         print(std::slice::from_ref(&view));
         view.last.iter().for_each(|(series, value)| out::line(&format!("{series}: {value}")));
     }
     let mut all: Vec<Point> = Vec::new();
-    let mut from = points.then_some(1);
-    while let Some(next) = from {
-        match client.ask(Request::RunMetrics { run, from: next }).await? {
-            Reply::Points { points, next } => {
-                all.extend(points);
-                from = next;
-            }
-            other => return Err(unexpected(&other)),
-        }
+    if points {
+        each_points(client, run, |points| all.extend(points)).await?;
     }
     if output.json {
         let mut value = json::run(&view);
@@ -96,6 +89,32 @@ async fn show(client: &mut Client, run: RunKey, points: bool, output: &OutputArg
     } else if points {
         let row = |point: &Point| vec![point.series.clone(), point.step.to_string(), point.value.to_string()];
         out::table(&["SERIES", "STEP", "VALUE"], &all.iter().map(row).collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+pub async fn view(client: &mut Client, run: RunKey) -> Result<RunView, Failure> {
+    match client.ask(Request::Run(run)).await? {
+        Reply::Run(view) => Ok(*view),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// Hands over all points of a run, in pieces.
+pub async fn each_points(
+    client: &mut Client,
+    run: RunKey,
+    mut take: impl FnMut(Vec<Point>),
+) -> Result<(), Failure> {
+    let mut from = Some(1);
+    while let Some(next) = from {
+        match client.ask(Request::RunMetrics { run, from: next }).await? {
+            Reply::Points { points, next } => {
+                take(points);
+                from = next;
+            }
+            other => return Err(unexpected(&other)),
+        }
     }
     Ok(())
 }
