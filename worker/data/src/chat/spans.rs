@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 const CURE: &str = "choose a template with generation blocks ({% generation %} ... {% endgeneration %} around what the assistant writes)";
 
 /// Stands in no text, and no template writes it otherwise.
-const MARK: &str = "\u{f0f0}\u{f0f1}\u{f0f2}";
+pub(super) const MARK: &str = "\u{f0f0}\u{f0f1}\u{f0f2}";
 
 impl Template {
     /// A whole conversation to learn from, with the assistant's parts: by the template's generation blocks, or by the texts of changed

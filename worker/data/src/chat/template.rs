@@ -1,7 +1,7 @@
 //! A template, and what it makes of a conversation.
 
-use super::generation::{self, Marked};
 use super::conversation::Object;
+use super::generation::{self, Marked};
 use super::{ChatError, Conversation, python, strftime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value};
