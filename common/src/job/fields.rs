@@ -128,6 +128,7 @@ pub(super) const SETTINGS: &[&[&str]] = &[
     &["data.train_on_inputs", "train_on_inputs", "train_on_prompt", "data.train_on_prompt"],
     &["data.chat_template", "chat_template", "chat_template_path", "data.chat_template_path"],
     &["data.packing", "packing", "sample_packing", "data.sample_packing"],
+    &["data.drop_last", "drop_last", "dataloader_drop_last", "data.dataloader_drop_last"],
     &["data.bad_rows", "bad_rows"],
     &["data.fields.messages", "data.field_messages"],
     &["data.fields.role", "data.message_field_role"],
