@@ -257,6 +257,7 @@ impl Trainer {
                 chat_template: cache.chat_template(),
                 learns_rows: job.data.rows.is_some(),
                 weights: learner.dtype(),
+                quantization: job.quantization,
                 reference: reference.as_deref(),
             };
             let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;
