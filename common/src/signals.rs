@@ -18,10 +18,21 @@ pub fn mind_the_file_limit() {
     let _ = file_limit().thread_unblock();
 }
 
-/// A signal that ends this process (SIGINT, SIGTERM) first does `last`. For the first lines of `main`: threads that start later have from it that
-/// they are not struck.
+/// Whether this process was started with a signal ignored, as `nohup` does it with SIGHUP and a shell without job control with SIGINT for what runs
+/// in the background. Only Linux says so.
+pub fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let bit = 1 << (signal as u32 - 1);
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & bit != 0)
+}
+
+/// A signal that ends this process (SIGINT, SIGTERM) first does `last`; one that is ignored stays so. For the first lines of `main`: threads that
+/// start later have from it that they are not struck.
 pub fn before_the_end(last: impl FnOnce() + Send + 'static) {
-    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    // One that is blocked would be waited for, ignored or not.
+    let ends = [Signal::SIGINT, Signal::SIGTERM].into_iter().filter(|signal| !is_ignored(*signal));
+    let ends: SigSet = ends.collect();
     let _ = ends.thread_block(); // fails for no valid set
     let wait = move || {
         let Ok(signal) = ends.wait() else { return };

@@ -40,6 +40,8 @@ pub struct Report {
     bar: Option<ProgressBar>,
     summary: Summary,
     first_eval: Option<f64>,
+    /// The run had made steps before.
+    goes_on: bool,
     /// The summary's times are those of the first step.
     first_step_alone: bool,
     /// When the process started, in milliseconds since 1970: what `first_step_s` counts from.
@@ -57,6 +59,7 @@ impl Report {
             bar: None,
             summary: Summary { status: "failed", ..Summary::default() },
             first_eval: None,
+            goes_on: false,
             first_step_alone: false,
             started_unix_ms,
             training_since: None,
@@ -140,7 +143,10 @@ impl Report {
                 }
             }
             EventBody::Eval(eval) => {
-                self.first_eval.get_or_insert(eval.loss);
+                // Of a run that goes on the first one was told before.
+                if !self.goes_on {
+                    self.first_eval.get_or_insert(eval.loss);
+                }
                 summary.steps = summary.steps.max(eval.step);
                 summary.eval_loss = Some(eval.loss);
             }
@@ -169,7 +175,10 @@ impl Report {
                 self.first_step_alone = summary.times.is_none() && times.steps == 1;
                 summary.times = Some(before.map_or(*times, |before| before.and(times)));
             }
-            EventBody::Started { step, .. } => self.steps_since = *step,
+            EventBody::Started { step, .. } => {
+                self.steps_since = *step;
+                self.goes_on |= *step > 0;
+            }
             _ => {}
         }
     }
@@ -507,6 +516,17 @@ mod tests {
         assert_eq!(
             report.line(&second).unwrap(),
             "evaluation at step 5: loss 4.0000 (50% of the first), 2.000 bits per byte over 1,000 tokens"
+        );
+        let mut later = Report::new(Style::Lines, None);
+        later.gather(&event(0, EventBody::Started { step: 4, parameters: 1, device: "cpu".into() }));
+        later.gather(&event(
+            0,
+            EventBody::Eval(Evaluation { step: 5, loss: 5.0, bits_per_byte: 2.0, tokens: 1000 }),
+        ));
+        assert_eq!(
+            later.line(&second).unwrap(),
+            "evaluation at step 5: loss 4.0000, 2.000 bits per byte over 1,000 tokens",
+            "of a run that goes on the first one is not known"
         );
         assert_eq!(
             report.line(&step(3, 7.25)).unwrap(),

@@ -89,8 +89,22 @@ fn what_is_stopped_or_has_no_room_leaves_nothing() {
         running.finish().expect(code);
         assert!(names().is_empty(), "{:?}", names());
     }
-    let script = format!("\"$@\"; code=$?; ls -A {} >&2; exit $code", place.display());
+    // What runs in the background of a shell is not to hear of its Ctrl-C.
     let fleet = world.command("fleet").get_program().to_str().unwrap().to_owned();
+    let kept = place.join("kept").display().to_string();
+    let mut command = world.enter(std::process::Command::new("sh"));
+    command
+        .args(["-c", "trap '' INT; exec \"$@\"", "sh", &fleet])
+        .args(&quantise[..5])
+        .args(["--output", &kept]);
+    let mut running = Running::start(command);
+    while names().is_empty() && !running.has_ended() {
+        std::thread::yield_now();
+    }
+    running.signal(Signal::SIGINT);
+    running.finish().expect(0);
+    fs::remove_dir_all(&kept).unwrap();
+    let script = format!("\"$@\"; code=$?; ls -A {} >&2; exit $code", place.display());
     let args = [&[&fleet[..]], &quantise[..]].concat();
     let Some(command) = world.on_a_disk_of("8M", &place, &script, &args) else { return };
     let full = Running::start(command).finish().expect(4);

@@ -79,7 +79,6 @@ const NAMES: &[(&[&str], &str)] = &[
     (&["ddp_timeout", "timeout"], "a gang ends when a rank dies or stands still for 15 minutes, and names it; take the key out"),
     (&["nccl", "gloo", "dist_backend", "ddp_backend"], "ranks exchange through shared memory, TCP or QUIC, and NCCL on CUDA; `transport` chooses between nodes"),
     (&["deterministic", "cudnn_deterministic", "full_determinism"], "a run with as many ranks gives the same bits again on the CPU; take the key out"),
-    (&["drop_last", "dataloader_drop_last"], "the last step of an epoch that is not full is left out; take the key out"),
     (&["report_to", "logging_dir", "logger", "log_level", "use_wandb", "use_tensorboard"], RECORD),
     (&["max_length", "sequence_len", "seq_len", "seq_length", "block_size", "cutoff_len", "context_length"], "write `max_seq_len`"),
     (&["micro_batch_size", "per_gpu_train_batch_size"], "write `batch_size`, the sequences of one rank"),

@@ -22,6 +22,9 @@ pub struct Rows {
     pub chat_template: Option<ChatTemplate>,
     /// Several whole examples share a sequence; none of them sees the others.
     pub packing: bool,
+    /// The sequences at the end of an epoch that are too few for a step are left out; else they make a smaller one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drop_last: bool,
     pub bad_rows: BadRows,
 }
 
@@ -108,12 +111,13 @@ pub(super) const READABLE: [&str; 2] =
 const TASKS: [&str; 5] = ["sft", "instruction", "instruction-tuning", "instruct", "chat"];
 
 /// The settings that only rows have, beside `data.format`, in the order of `settings::SETTINGS`.
-const SETTINGS: [&str; 5] = [
+const SETTINGS: [&str; 6] = [
     "data.loss_on",
     "data.completion_only_loss",
     "data.train_on_inputs",
     "data.chat_template",
     "data.packing",
+    "data.drop_last",
 ];
 
 const FIELDS: [&str; ROW_FIELDS.len()] = [
@@ -149,7 +153,7 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
             Some(name) => {
                 let spelling = f.spelling(name);
                 let message = format!(
-                    "`{spelling}` is for rows of instructions, and this job learns plain text, which is always packed; write `task_name` = \"sft\" for \
+                    "`{spelling}` is for rows of instructions, and this job learns plain text, which is always packed, in full steps; write `task_name` = \"sft\" for \
                      rows, or take the key out"
                 );
                 Err(f.refuse(&[name], message))
@@ -184,6 +188,7 @@ pub(super) fn rows(f: &Fields, dir: &Path, tokenizer: &Tokenizer) -> Result<Opti
         loss_on,
         chat_template: chat_template(f, dir)?,
         packing,
+        drop_last: f.flag("data.drop_last")?.unwrap_or(false),
         bad_rows: bad_rows(f)?,
     }))
 }
@@ -278,6 +283,7 @@ impl Rows {
             "loss_on": self.loss_on,
             "chat_template": template,
             "packing": self.packing,
+            "drop_last": self.drop_last,
             "bad_rows": self.bad_rows,
             "fields": (!self.fields.is_empty()).then_some(&self.fields),
         });
@@ -328,6 +334,7 @@ mod tests {
     fn the_words_of_other_tools_are_understood() {
         let sft = |top: &str, lines: &str| rows(&format!("task_name = \"sft\"\n{top}"), lines).unwrap();
         assert!(sft("packing = true", "").packing && sft("", "sample_packing = true").packing);
+        assert!(sft("dataloader_drop_last = true", "").drop_last && !sft("", "drop_last = false").drop_last);
         for all in ["completion_only_loss = false", "train_on_inputs = true", "train_on_prompt = true"] {
             assert_eq!(sft(all, "").loss_on, LossOn::All, "{all}");
         }

@@ -187,6 +187,8 @@ pub(super) const SETTINGS: &[(&[&str], &str)] = &[
         "How messages become a text; without it as the model has it"),
     (&["data.packing", "packing", "sample_packing", "data.sample_packing"],
         "Several examples share a sequence, and do not see each other"),
+    (&["data.drop_last", "drop_last", "dataloader_drop_last", "data.dataloader_drop_last"],
+        "What is left at the end of an epoch and is too little for a step is left out; else it makes a smaller one"),
     (&["data.bad_rows", "bad_rows"],
         "What happens at a row that cannot be read: the job ends, or it is left out and counted"),
     (&["data.clean.remove_html", "data.remove_html"],

@@ -1,7 +1,7 @@
 //! The signals that a launch minds: those that ask it to end, in the order in which they come, and those that are its program's.
 
 use crate::failure::Failure;
-use fleet_common::signals::AGAIN_AFTER;
+use fleet_common::signals::{AGAIN_AFTER, is_ignored};
 pub use nix::sys::signal::Signal;
 use std::time::Instant;
 use tokio::signal::unix::{self, SignalKind};
@@ -24,7 +24,7 @@ pub struct Signals {
 
 impl Signals {
     pub fn listen() -> Result<Signals, Failure> {
-        let hang_up = if hang_up_is_ignored() { None } else { Some(on(SignalKind::hangup())?) };
+        let hang_up = if is_ignored(Signal::SIGHUP) { None } else { Some(on(SignalKind::hangup())?) };
         Ok(Signals {
             interrupt: on(SignalKind::interrupt())?,
             terminate: on(SignalKind::terminate())?,
@@ -90,13 +90,6 @@ fn is_new(counted: &mut Option<Instant>, now: Instant) -> bool {
         *counted = Some(now);
     }
     !echo
-}
-
-/// Whether this process was started with SIGHUP ignored. Only Linux says so.
-fn hang_up_is_ignored() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
 }
 
 #[cfg(test)]

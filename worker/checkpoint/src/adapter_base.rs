@@ -15,13 +15,20 @@ pub struct AdapterBase {
     pub path: String,
     /// `weights_sample_sha256`: it is asked at every start, where the hash of all weights would take as long as reading them.
     pub weights_sample_sha256: String,
+    /// In how few bits it was, where the job made it so: `nf4` and the like.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<String>,
 }
 
 impl AdapterBase {
     /// That of an adapter which is trained beside the model in `dir`.
     pub fn of(dir: &Path) -> Result<AdapterBase, CheckpointError> {
         let weights_sample_sha256 = weights_sample_sha256(dir)?;
-        Ok(AdapterBase { path: dir.to_string_lossy().into_owned(), weights_sample_sha256 })
+        Ok(AdapterBase {
+            path: dir.to_string_lossy().into_owned(),
+            weights_sample_sha256,
+            quantization: None,
+        })
     }
 
     /// What the adapter in `dir` says; `None` where it says nothing, as those of other programs.
@@ -52,6 +59,17 @@ pub fn of_another_base(adapter: &Path, model: &Path) -> Result<Option<String>, C
     )))
 }
 
+/// Says of the adapter in `adapter` that it was trained beside fewer bits than its model's files have, where it knows.
+pub fn of_fewer_bits(adapter: &Path) -> Option<String> {
+    let AdapterBase { path, quantization, .. } = AdapterBase::read(adapter)?;
+    let bits = quantization?;
+    Some(format!(
+        "the adapter {} was trained beside {path} in {bits}, and made up for what that rounds: with the model as its files have it, it computes something else than \
+         in training; compare both by `fleet eval`, or keep them apart and generate with --quantization {bits}",
+        adapter.display()
+    ))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 mod tests {
@@ -78,6 +96,10 @@ mod tests {
         assert_eq!([&one, &same].map(|model| of_another_base(&adapter, model).unwrap()), [None, None]);
         let said = of_another_base(&adapter, &other).unwrap().unwrap();
         assert!(said.contains("/one)") && said.contains("/other,"), "{said}");
+        assert_eq!(of_fewer_bits(&adapter), None);
+        let packed = AdapterBase { quantization: Some("nf4".into()), ..AdapterBase::of(&one).unwrap() };
+        std::fs::write(adapter.join(ADAPTER_BASE_FILE), packed.to_bytes()).unwrap();
+        assert!(of_fewer_bits(&adapter).unwrap().contains("/one in nf4,"));
         std::fs::write(adapter.join(ADAPTER_BASE_FILE), "{").unwrap();
         assert_eq!(AdapterBase::read(&adapter), None);
     }

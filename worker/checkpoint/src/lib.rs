@@ -53,7 +53,7 @@ mod verify;
 mod weights_hash;
 mod writer;
 
-pub use adapter_base::{ADAPTER_BASE_FILE, AdapterBase, of_another_base};
+pub use adapter_base::{ADAPTER_BASE_FILE, AdapterBase, of_another_base, of_fewer_bits};
 pub use arrival::{Arrival, ArrivingFile, Unfit};
 pub use consolidate::consolidate;
 pub use diff::{Difference, Differs, diff};

@@ -112,17 +112,15 @@ impl Network {
         let before: Vec<usize> = caches.iter().map(|cache| cache.len).collect();
         let Workspace { stream, saved, embedded, scratch, low } = work;
         let (x, out, saved) = two(stream, saved);
-        products.each_alone = true;
+        let mut products = products.each_alone();
         let texts = Texts::Equal { batch: ids.len(), seq: 1 };
-        let mut pass = Pass { before: &before, ..self.pass(weights, texts, products, low) };
+        let mut pass = Pass { before: &before, ..self.pass(weights, texts, &mut products, low) };
         pass.embed(ids, x, embedded, scratch);
         for number in 0..self.wiring.blocks.len() {
             pass.block_forward(number, x, saved, Some(out), scratch, Some(caches));
             std::mem::swap(x, out);
         }
         caches.iter_mut().for_each(|cache| cache.len += 1);
-        let logits = pass.head_logits(&x[..ids.len() * self.hidden()], scratch);
-        products.each_alone = false;
-        logits
+        pass.head_logits(&x[..ids.len() * self.hidden()], scratch)
     }
 }

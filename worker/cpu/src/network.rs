@@ -2,7 +2,7 @@
 
 use crate::adapter::{LowRank, Wide};
 use crate::block::{Noise, Pass};
-use crate::product::{Out, Products, Storage, grown};
+use crate::product::{Out, Products, RowWeights, Storage, grown};
 use crate::workspace::{Keep, Saved, Workspace};
 use fleet_common::model::{Decoder, Linear, Positions, Wiring};
 use fleet_kernels::{self as kernels, Heads, RopeTable, Sight};
@@ -346,7 +346,7 @@ impl<'a, E: Storage> Pass<'a, E> {
     pub(crate) fn times(&mut self, x: &[E], w: &Range<usize>, out: Out<E>, (t, i, o): (usize, usize, usize)) {
         let by_rows = self.products.is_by_rows(t);
         if let Some(compact) = self.weights.compact(w).filter(|_| by_rows) {
-            return self.products.by_rows(x, compact, out, (t, i, o));
+            return self.products.by_rows(x, RowWeights::Bf16(compact), out, (t, i, o));
         }
         if let Some(packed) = self.weights.packed(w).filter(|_| by_rows || w.len() > self.products.widened) {
             return self.packed_times(packed, x, w, out, (t, i, o));

@@ -2,7 +2,7 @@
 //! where memory is to be spared.
 
 use crate::block::Pass;
-use crate::product::{Out, Storage, grown};
+use crate::product::{Out, RowWeights, Storage, grown};
 use fleet_learn::adapter::Packed;
 use std::ops::Range;
 
@@ -40,7 +40,7 @@ impl<E: Storage> Pass<'_, E> {
             self.products.forward(x, weight, Out::Set(made), (t, i, outputs.len()));
             out.again().columns(made, (outputs.start, outputs.len(), o));
         }
-        self.products.by_rows_packed(x, rows, out, (t, i, o));
+        self.products.by_rows(x, RowWeights::FewBits(rows), out, (t, i, o));
     }
 
     fn piecewise(

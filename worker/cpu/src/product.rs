@@ -11,7 +11,7 @@ use fleet_kernels::{self as kernels, Element, Scratch, Store};
 use fleet_learn::adapter::PackedRows;
 use fleet_learn::{HostNumber, Workers};
 use half::bf16;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
 /// Rows of a product that one thread takes at least: below, the libraries lose more than threads win.
@@ -167,7 +167,37 @@ pub struct Products {
     /// So many numbers of a weight in few bits are widened at a time where that is left to choose.
     pub(crate) widened: usize,
     /// Rows are of texts of their own: each is computed as if it were alone.
-    pub(crate) each_alone: bool,
+    each_alone: bool,
+}
+
+/// Weights that are read for one row at a time, `[outputs, inputs]`.
+pub enum RowWeights<'w> {
+    Bf16(&'w [bf16]),
+    /// For each piece the outputs that it makes.
+    FewBits(Vec<PackedRows<'w>>),
+}
+
+/// Products whose rows are each computed as if they were alone, until this is dropped, in a panic too.
+pub(crate) struct EachAlone<'a>(&'a mut Products);
+
+impl Drop for EachAlone<'_> {
+    fn drop(&mut self) {
+        self.0.each_alone = false;
+    }
+}
+
+impl Deref for EachAlone<'_> {
+    type Target = Products;
+
+    fn deref(&self) -> &Products {
+        self.0
+    }
+}
+
+impl DerefMut for EachAlone<'_> {
+    fn deref_mut(&mut self) -> &mut Products {
+        self.0
+    }
 }
 
 impl Products {
@@ -225,34 +255,37 @@ impl Products {
         E::product(self, job, out);
     }
 
+    pub(crate) fn each_alone(&mut self) -> EachAlone<'_> {
+        self.each_alone = true;
+        EachAlone(self)
+    }
+
     /// Whether a product of so many rows goes to the kernel that reads weights once and in place.
     pub fn is_by_rows(&self, rows: usize) -> bool {
         rows == 1 || self.each_alone
     }
 
     /// `forward`, each row as if it were alone, by weights that need not be of its type.
-    pub fn by_rows<E: Storage>(&mut self, x: &[E], w: &[bf16], out: Out<E>, shape: (usize, usize, usize)) {
+    pub fn by_rows<E: Storage>(&self, x: &[E], w: RowWeights, out: Out<E>, shape: (usize, usize, usize)) {
         match out {
-            Out::Store(out) => self.rows(x, w, out, Store::Set, shape),
-            Out::Set(out) => self.rows(x, w, out, Store::Set, shape),
-            Out::Add(out) => self.rows(x, w, out, Store::Add, shape),
-            Out::More(out) => self.rows(x, w, out, Store::Add, shape),
+            Out::Store(out) => self.each_row(x, w, out, Store::Set, shape),
+            Out::Set(out) => self.each_row(x, w, out, Store::Set, shape),
+            Out::Add(out) => self.each_row(x, w, out, Store::Add, shape),
+            Out::More(out) => self.each_row(x, w, out, Store::Add, shape),
         }
     }
 
-    /// `forward`, each row as if it were alone, of the outputs that `packed` makes.
-    pub fn by_rows_packed<E: Storage>(
+    fn each_row<A: Element, C: Element>(
         &self,
-        x: &[E],
-        packed: Vec<PackedRows>,
-        out: Out<E>,
+        x: &[A],
+        w: RowWeights,
+        out: &mut [C],
+        mode: Store,
         shape: (usize, usize, usize),
     ) {
-        match out {
-            Out::Store(out) => self.few_bits(x, packed, out, Store::Set, shape),
-            Out::Set(out) => self.few_bits(x, packed, out, Store::Set, shape),
-            Out::Add(out) => self.few_bits(x, packed, out, Store::Add, shape),
-            Out::More(out) => self.few_bits(x, packed, out, Store::Add, shape),
+        match w {
+            RowWeights::Bf16(w) => self.rows(x, w, out, mode, shape),
+            RowWeights::FewBits(packed) => self.few_bits(x, packed, out, mode, shape),
         }
     }
 
@@ -420,7 +453,7 @@ impl Storage for bf16 {
     fn product(products: &mut Products, job: Job<bf16>, out: Out<bf16>) {
         let own = products.fp32 == Library::Own && !products.bf16;
         match (job.is_by_rows() && products.is_by_rows(job.m), products.bf16) {
-            (true, _) => products.by_rows(job.a, job.b, out, job.shape()),
+            (true, _) => products.by_rows(job.a, RowWeights::Bf16(job.b), out, job.shape()),
             (false, true) => native(products, job, out),
             (false, false) if own => match out {
                 Out::Store(out) if !kernels::Sheet::sums_in_c(job.k) => products.own(job, out, Store::Set),

@@ -47,7 +47,7 @@ pub use coverage::Coverage;
 pub use error::DataError;
 pub use files::DataFiles;
 pub use note::Note;
-pub use order::{Cursor, Order, evaluation_part};
+pub use order::{Cursor, Order, Rest, evaluation_part};
 pub use rows::{Report, holds_rows};
 pub use stream::Stream;
 pub use tokenizer::{END_OF_TEXT, Encoded, decode, guarded};

@@ -20,14 +20,15 @@ pub(crate) fn named(text: &str, newline: char) -> Option<(char, &str)> {
     }
 }
 
-/// Another character than a comma that separates: the first row has it and no comma, and those behind it have as many of it. Of a file no more
-/// counts than a chunk, so that whoever sees more of it finds the same.
+/// Another character than a comma that separates: the first row has it and no comma, and at least half of those behind it have as many of it:
+/// the others are rows of another length. Of a file no more counts than a chunk, so that whoever sees more of it finds the same.
 pub(crate) fn shown(text: &str, newline: char) -> Option<char> {
     let counts = counts(text, newline);
     let (first, behind) = counts.split_first()?;
-    let is_same = |at: &usize| first[*at] > 0 && behind.iter().all(|row| row[*at] == first[*at]);
-    let found = (0..OTHERS.len()).find(is_same).map(|at| OTHERS[at]);
-    found.filter(|_| first[OTHERS.len()] == 0 && !behind.is_empty())
+    let same = |at: usize| behind.iter().filter(|row| row[at] == first[at]).count();
+    let separates = |at: &usize| first[*at] > 0 && 2 * same(*at) >= behind.len();
+    let found = (0..OTHERS.len()).find(separates).map(|at| OTHERS[at]);
+    found.filter(|_| first[OTHERS.len()] == 0)
 }
 
 /// Of each of the first rows how many of `OTHERS`, and commas, stand outside of quotes.
@@ -70,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_separator_is_found_where_all_rows_have_it() {
+    fn another_separator_is_found_where_most_rows_have_it() {
         for (text, separator) in [
             ("id;text\n1;a\n2;b, c", Some(';')),
             ("id\ttext\n1\ta, b\n", Some('\t')),
@@ -78,8 +79,11 @@ mod tests {
             ("id;text\n1;\"a\nb;c\"\n", Some(';')),
             ("price;text\n1,5;a\n2,5;b\n", Some(';')),
             ("id;text\n1;a;b\n", None),
+            ("id;text\n1;a\n2;b;c\n3;d\n", Some(';')),
+            ("id;text\n1;a;b\n2;c\n", Some(';')),
+            ("id;text\n1\n2\n3;a\n", None),
             ("id,text;x\n1,a;b\n", None),
-            ("id;text\n", None),
+            ("id;text\n", Some(';')),
             ("text\na; b\n", None),
             ("", None),
         ] {

@@ -180,11 +180,11 @@ fn other_separator(header: &Header, what: &str) -> Option<String> {
     let (separator, extension) = others.into_iter().find(is_other)?;
     Some(match (separator, header.dialect) {
         (';' | '|', _) => format!(
-            "{what}: its fields seem to be separated by `{separator}`, and not all of its first rows have as many; put texts with one in quotes, \
+            "{what}: its fields seem to be separated by `{separator}`, and few of its first rows have as many; put texts with one in quotes, \
              or separate fields by commas (.csv) or tabs (.tsv)"
         ),
         (_, Dialect::Csv) => format!(
-            "{what}: its fields seem to be separated by {separator:?}, and not all of its first rows have as many; name such a file {extension}"
+            "{what}: its fields seem to be separated by {separator:?}, and few of its first rows have as many; name such a file {extension}"
         ),
         (_, Dialect::Tsv) => {
             format!("{what}: its fields seem to be separated by {separator:?}; name such a file {extension}")
@@ -443,7 +443,7 @@ mod tests {
             error(Dialect::Csv, "text,id,text\na,1,b\n").contains("line 1: there are two columns `text`")
         );
         let ragged = error(Dialect::Csv, "id;text\n1;a;b\n");
-        assert!(ragged.contains("separated by `;`, and not all of its first rows have as many"), "{ragged}");
+        assert!(ragged.contains("separated by `;`, and few of its first rows have as many"), "{ragged}");
         assert!(error(Dialect::Csv, "id\ttext\n1\ta\tb\n").contains("name such a file .tsv"));
         let header = Header::read("id,text\n1,a\n", Dialect::Tsv).unwrap().unwrap().0;
         let rows = header.objects(1, "").err().unwrap().1;

@@ -409,7 +409,8 @@ impl ModelIds {
         let cure = match &self.given {
             None => format!("set vocab_size = {tokenizer_size} in [model], or choose a smaller tokenizer"),
             Some(dir) => format!(
-                "a given model has no more; use its own tokenizer.json, which belongs in {}, without tokens that were added later",
+                "a given model has no more; use its own tokenizer.json, which belongs in {}, without tokens that were added later, or make the model larger with \
+                 transformers: model.resize_token_embeddings({tokenizer_size}), then save_pretrained",
                 dir.display()
             ),
         };

@@ -5,7 +5,7 @@
 use fleet_common::events::Level;
 use fleet_common::exit::Fault;
 use fleet_common::job::{Job, Model, Tokenizer, parse_toml};
-use fleet_data::{DataError, DataFiles, Note, Order, TokenCache};
+use fleet_data::{DataError, DataFiles, Note, Order, Rest, TokenCache};
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
@@ -79,7 +79,7 @@ fn a_cache_is_built_once_and_found_again() {
     let opened = TokenCache::open(cache.dir()).unwrap();
     let mut tokens = vec![0; 32];
     let mut seen = 0;
-    for window in Order::new(1, opened.train().len(), 8, 1).unwrap().batch(3) {
+    for window in Order::new(1, opened.train().len(), 8, 1, Rest::LeftOut).unwrap().batch(3) {
         opened.train().read(window, &mut tokens);
         assert!(tokens.iter().all(|&id| (0..300).contains(&id)));
         seen += 1;

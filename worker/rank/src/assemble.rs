@@ -142,7 +142,8 @@ fn settle_on_device(
         return Ok(Settled { strategy: job.strategy, reason: None });
     };
     let (layout, shape) = (model.trained_layout(), shape_of(start));
-    let beside = fits::beside_on_torch(model, numbers);
+    let sharing = if device == Device::Cpu { shape.of_node() as usize } else { 1 };
+    let beside = fits::beside_on_torch(model, numbers, sharing);
     let (bytes, from, program) = match fleet_torch::device::memory(device) {
         Some(bytes) => (bytes, Pool::Device, 0),
         None => {

@@ -152,7 +152,8 @@ impl Told {
         let vocab = model.decoder.vocab_size;
         if let Some(id) = stream.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(Error::Input(format!(
-                "{}: its tokenizer gives token {id}, and the model knows {vocab}; put the model's own tokenizer.json there",
+                "{}: its tokenizer gives token {id}, and the model knows {vocab}; put the model's own tokenizer.json there, or make the model larger with transformers: \
+                 model.resize_token_embeddings",
                 wanted.model.display()
             )));
         }

@@ -78,7 +78,7 @@ impl Need {
                 numbers,
                 choice::together(setting.strategy, setting.shape),
             );
-            kept.weights += beside_on_torch(model, numbers);
+            kept.weights += beside_on_torch(model, numbers, setting.shape.of_node() as usize);
             return Need {
                 kept,
                 activations: fleet_torch::activation_bytes(fleet_torch::Pass {
@@ -110,9 +110,10 @@ impl Need {
     }
 }
 
-/// Bytes of the model beside which an adapter is trained, which each rank of the torch executor has for itself.
-pub fn beside_on_torch(model: &Model, numbers: Numbers) -> usize {
-    model.adapter.as_ref().map_or(0, |adapter| Base::bytes(&model.layout(), adapter, numbers))
+/// Bytes of the model beside which an adapter is trained, which each rank of the torch executor has for itself, but for what of it is in few bits:
+/// `sharing` ranks have that together.
+pub fn beside_on_torch(model: &Model, numbers: Numbers, sharing: usize) -> usize {
+    model.adapter.as_ref().map_or(0, |adapter| Base::bytes(&model.layout(), adapter, numbers, sharing))
 }
 
 /// The copy that a checkpoint is written from, for each rank of the first node, which have the most: they write the weights, and all that keep
@@ -336,6 +337,21 @@ mod tests {
                 .unwrap()
                 .ends_with("no setting makes it fit: take a smaller model, or a machine with more memory")
         );
+    }
+
+    /// On the CPU codes and scales lie once on each host, whichever executor reads them.
+    #[test]
+    fn a_model_in_few_bits_counts_once_for_the_ranks_of_a_host() {
+        let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/parity/golden/foreign/byte_level");
+        let text = format!(
+            "quantization = \"nf4\"\nmodel.path = \"{base}\"\nadapter = {{ r = 2 }}\ndata.path = \"x.txt\""
+        );
+        let job = fleet_common::job::parse_toml(&text, "/work".as_ref()).unwrap().0;
+        let model = Model::of_job(&job).unwrap();
+        let few = model.adapter.as_ref().unwrap().few_bits.bytes();
+        let beside = |sharing| beside_on_torch(&model, Numbers::FP32, sharing);
+        assert!(few > 0 && beside(1) > few);
+        assert_eq!(beside(1) - beside(4), few - few.div_ceil(4));
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod generating;
 mod serving;
 
 use clap::{Parser, Subcommand};
-use fleet_checkpoint::{of_another_base, remove_unfinished};
+use fleet_checkpoint::{of_another_base, of_fewer_bits, remove_unfinished};
 use fleet_common::events::{FailureKind, JobError, Outcome};
 use fleet_common::exit::{self, Fault};
 use fleet_common::ids::Rank;
@@ -115,6 +115,9 @@ struct MergeArgs {
 fn run_merge(args: &MergeArgs) -> Result<(), Error> {
     if !args.force {
         belong_together(&args.model, &args.adapters)?;
+    }
+    for line in args.adapters.iter().filter_map(|adapter| of_fewer_bits(adapter)) {
+        eprintln!("warning: {line}");
     }
     said(&merge(&args.model, &args.adapters, &args.output)?, args.json)
 }

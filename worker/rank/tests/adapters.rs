@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use fleet_checkpoint::{ModelDir, Tensors};
+use fleet_checkpoint::{ADAPTER_BASE_FILE, AdapterBase, ModelDir, Tensors};
 use fleet_learn::adapter::{Adapter, Combination, combine};
 use fleet_rank::host_model::{HostModel, read_weights};
 use fleet_rank::merge::{merge, unmerge};
@@ -123,6 +123,19 @@ fn adapters_are_combined_as_peft_combines_them() {
             assert_eq!(config(&made)[key], config(&combined.join(name))[key], "{name}: {key}");
         }
         assert_eq!(config(&made)["lora_alpha"], config(&made)["r"]);
+    }
+    // What one of them says of its model is said of both.
+    let known = dir.path().join("known");
+    std::fs::create_dir(&known).unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(first.join(name), known.join(name)).unwrap();
+    }
+    let of_base = AdapterBase::of(&base(&first)).unwrap();
+    std::fs::write(known.join(ADAPTER_BASE_FILE), of_base.to_bytes()).unwrap();
+    for (number, parts) in [[&known, &first], [&first, &known]].into_iter().enumerate() {
+        let made = dir.path().join(format!("known-{number}"));
+        combine(&parts.map(|part| (part.clone(), 0.5)), Combination::Cat, &made).unwrap();
+        assert_eq!(AdapterBase::read(&made), Some(of_base.clone()));
     }
     // With the weights of another sign nothing is left.
     let none = [(first.clone(), 1.0), (first.clone(), -1.0)];

@@ -143,13 +143,13 @@ impl Base {
         Weights { products: self.products.view(), exact: exact.view() }
     }
 
-    /// Bytes on each device.
-    pub fn bytes(layout: &Layout, adapter: &TrainedAdapter, numbers: Numbers) -> usize {
+    /// Bytes for each of `sharing` ranks that read the same codes and scales: those of a host, on the CPU; each device has its own.
+    pub fn bytes(layout: &Layout, adapter: &TrainedAdapter, numbers: Numbers, sharing: usize) -> usize {
         let few = &adapter.few_bits;
         let [products, exact] = places(layout, numbers, few);
         let size = Kind::elt_size_in_bytes;
         let exact = numbers.copied().map_or(0, |_| exact.end() * size(numbers.kept));
-        exact + products.end() * size(numbers.products) + few.bytes()
+        exact + products.end() * size(numbers.products) + few.bytes().div_ceil(sharing)
     }
 }
 

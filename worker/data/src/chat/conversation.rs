@@ -3,7 +3,7 @@
 use super::ChatError;
 use serde_json::{Map, Value};
 
-type Object = Map<String, Value>;
+pub(super) type Object = Map<String, Value>;
 
 /// Names under which the thoughts of an answer are known, the standard one first.
 pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];

@@ -23,6 +23,7 @@ pub use conversation::Conversation;
 pub(crate) use conversation::REASONING;
 pub use dir::{CHAT_TEMPLATE, Templates};
 pub use error::ChatError;
+pub(crate) use left_out::LeftOut;
 pub use template::{Ending, Rendered, Template};
 pub use tokens::Tokens;
 pub use turns::{TurnEnd, end_token};

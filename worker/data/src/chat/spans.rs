@@ -8,14 +8,13 @@
 //! Where neither tells, nothing is guessed.
 
 use super::{ChatError, Conversation, Ending, Rendered, Template};
-use serde_json::Value;
 use std::ops::Range;
 use time::OffsetDateTime;
 
 const CURE: &str = "choose a template with generation blocks ({% generation %} ... {% endgeneration %} around what the assistant writes)";
 
 /// Stands in no text, and no template writes it otherwise.
-const MARK: &str = "\u{f0f0}\u{f0f1}\u{f0f2}";
+pub(super) const MARK: &str = "\u{f0f0}\u{f0f1}\u{f0f2}";
 
 impl Template {
     /// A whole conversation to learn from, with the assistant's parts: by the template's generation blocks, or by the texts of changed
@@ -32,7 +31,8 @@ impl Template {
         if self.marks_assistant() {
             return Ok(rendered);
         }
-        let asked = Asked { template: self, conversation, text: &rendered.text, now };
+        let text = &rendered.text;
+        let asked = Asked { template: self, conversation, text, ending: Ending::Complete, now };
         let mut spans: Vec<Range<usize>> = Vec::new();
         for index in (0..conversation.len()).filter(|index| conversation.role(*index) == "assistant") {
             let after = spans.last().map_or(0, |span| span.end);
@@ -59,7 +59,15 @@ struct Asked<'a> {
     template: &'a Template,
     conversation: &'a Conversation,
     text: &'a str,
+    ending: Ending,
     now: OffsetDateTime,
+}
+
+/// What a message says: its text, or the name of its last call of a function.
+#[derive(Clone, Copy)]
+enum Said {
+    Text,
+    Call,
 }
 
 impl Asked<'_> {
@@ -73,27 +81,44 @@ impl Asked<'_> {
 
     fn by_changes(&self, index: usize) -> Option<Range<usize>> {
         let last = self.marked_end(index)?;
-        // What stands behind the answer where it is the last.
-        let alone = self.conversation.prefix(index + 1);
-        let alone = Asked { conversation: &alone, text: &self.written(&alone, Ending::Complete)?, ..*self };
-        let behind = &alone.text[alone.marked_end(index)?..];
-        let both = &behind[..common(behind, &self.text[last..])];
-        // A marker or a word of which both have the beginning alone is another one.
-        let ended = match both == behind {
-            true => both.len(),
-            false => both.rfind([' ', '\n', '>', ']'])? + 1,
+        let asks = self.asks(index)?;
+        let behind = &self.text[last..];
+        // What ends the answer where it is the last message, or else (some end a last one otherwise) where another answer is asked for.
+        let as_last = self.behind(index, Ending::Complete)?;
+        let as_earlier = || Some(self.behind(index, Ending::Prompt)?.strip_suffix(asks.as_str())?.to_owned());
+        let len = match behind.starts_with(&as_last) {
+            true => as_last.len(),
+            false => {
+                [Some(as_last), as_earlier()].iter().flatten().filter_map(|end| both(end, behind)).max()?
+            }
         };
-        Some(self.first_change(index, last)?..last + ended)
+        Some(self.first_change(index, last, &asks)?..last + len)
     }
 
-    /// Where an answer begins that ends at `last`: behind what the template writes to ask for it, if that stands there, else where the text
-    /// changes with the answer.
-    fn first_change(&self, index: usize, last: usize) -> Option<usize> {
-        let changed = self.written(&self.changed(index, |_| MARK.to_owned())?, Ending::Complete)?;
-        let change = common(&changed, self.text);
+    /// What the template writes behind an answer, where the conversation goes no further.
+    fn behind(&self, index: usize, ending: Ending) -> Option<String> {
+        let alone = self.conversation.prefix(index + 1);
+        let text = self.written(&alone, ending)?;
+        let alone = Asked { conversation: &alone, text: &text, ending, ..*self };
+        Some(text[alone.marked_end(index)?..].to_owned())
+    }
+
+    /// What the template writes to ask for an answer.
+    fn asks(&self, index: usize) -> Option<String> {
         let before = self.conversation.prefix(index);
         let asks = self.written(&before, Ending::Prompt)?;
-        let asks = &asks[common(&asks, &self.written(&before, Ending::Complete)?)..];
+        Some(asks[common(&asks, &self.written(&before, Ending::Complete)?)..].to_owned())
+    }
+
+    /// Where an answer begins that ends at `last`: behind what `asks` for it, if that stands there, else where the text changes with the
+    /// answer.
+    fn first_change(&self, index: usize, last: usize, asks: &str) -> Option<usize> {
+        let change = |said| {
+            let changed = self.written(&self.changed(index, said, |_| MARK.to_owned())?, self.ending)?;
+            changed.contains(MARK).then(|| common(&changed, self.text))
+        };
+        let (text, call) = (change(Said::Text), change(Said::Call));
+        let change = text.into_iter().chain(call).min()?;
         // Not within the message before, which may say what asks.
         let floor = if index == 0 { Some(0) } else { self.marked_end(index - 1) };
         let header = floor.filter(|floor| *floor <= change).and_then(|floor| {
@@ -102,28 +127,36 @@ impl Asked<'_> {
             parts(asks).find_map(found)
         });
         // What a call of a function begins with does not change with it.
-        let calls = self.conversation.messages()[index].contains_key("tool_calls");
-        header.or((!calls).then_some(change)).filter(|start| *start <= last)
+        header.or(text).filter(|start| *start <= last)
     }
 
-    /// Where what a message says ends, by a mark behind it.
+    /// Where what a message says ends, by a mark behind it: behind its last call where the template writes that.
     fn marked_end(&self, index: usize) -> Option<usize> {
-        let marked = self.written(&self.changed(index, |said| format!("{said}{MARK}"))?, Ending::Complete)?;
-        let at = marked.find(MARK)?;
-        let behind = &marked[at + MARK.len()..];
-        (self.text.ends_with(behind) && !behind.contains(MARK)).then(|| self.text.len() - behind.len())
+        let marked_end = |said| {
+            let marked = self.changed(index, said, |text| format!("{text}{MARK}"))?;
+            let marked = self.written(&marked, self.ending)?;
+            let (_, behind) = marked.split_once(MARK)?;
+            // What a function answers may have its name, too.
+            let behind = if let Said::Call = said { behind.replace(MARK, "") } else { behind.to_owned() };
+            let is_end = self.text.ends_with(&behind) && !behind.contains(MARK);
+            is_end.then(|| self.text.len() - behind.len())
+        };
+        [Said::Call, Said::Text].into_iter().find_map(marked_end)
     }
 
-    /// The conversation with what a message says last changed: the name of its last call of a function, or its text.
-    fn changed(&self, index: usize, change: impl Fn(&str) -> String) -> Option<Conversation> {
+    /// The conversation with something changed that a message says.
+    fn changed(&self, index: usize, said: Said, change: impl Fn(&str) -> String) -> Option<Conversation> {
         let mut conversation = self.conversation.clone();
         let message = &mut conversation.messages_mut()[index];
-        let call =
-            message.get_mut("tool_calls").and_then(Value::as_array_mut).and_then(|calls| calls.last_mut());
-        let said = match call {
-            Some(call) if call.get("function").is_some() => call.get_mut("function")?.get_mut("name")?,
-            Some(call) => call.get_mut("name")?,
-            None => message.get_mut("content")?,
+        let said = match said {
+            Said::Call => {
+                let call = message.get_mut("tool_calls")?.as_array_mut()?.last_mut()?;
+                match call.get("function").is_some() {
+                    true => call.get_mut("function")?.get_mut("name")?,
+                    false => call.get_mut("name")?,
+                }
+            }
+            Said::Text => message.get_mut("content")?,
         };
         *said = change(said.as_str()?).into();
         Some(conversation)
@@ -132,6 +165,11 @@ impl Asked<'_> {
     fn written(&self, conversation: &Conversation, ending: Ending) -> Option<String> {
         self.template.attempt(conversation, ending, self.now).ok().map(|rendered| rendered.text)
     }
+}
+
+/// How much of what may end an answer stands behind one. A marker or a word of which both have the beginning alone is another one.
+fn both(end: &str, behind: &str) -> Option<usize> {
+    Some(end[..common(end, behind)].rfind([' ', '\n', '>', ']'])? + 1)
 }
 
 /// A text, and its beginnings that end behind a line or a marker, the longest first.
@@ -148,7 +186,7 @@ fn common(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
     use std::collections::BTreeMap;
     use std::fs;
     use std::path::Path;
@@ -233,6 +271,53 @@ mod tests {
         }
     }
 
+    /// Ends of an earlier answer that a last one has otherwise are those that the makers of a template with generation blocks mark.
+    #[test]
+    fn a_last_answer_may_end_otherwise_than_earlier_ones() {
+        let call = json!({"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}});
+        let calls = talk(json!([
+            {"role": "user", "content": "Weather?"}, {"role": "assistant", "thinking": "hm", "tool_calls": [call]},
+            {"role": "tool", "content": "blue"}, {"role": "assistant", "content": "Fine."},
+            {"role": "user", "content": "And?"}, {"role": "assistant", "content": "More.", "thinking": "so"},
+        ]));
+        for conversation in [two_turns(), calls] {
+            let marked = golden("gptoss_training").render_marked(&conversation, NOW).unwrap();
+            assert_eq!(learnt(&golden("gptoss"), &conversation).len(), marked.assistant.len());
+            let found = golden("gptoss").render_marked(&conversation, NOW).unwrap();
+            let said =
+                |span: &Range<usize>| marked.text[span.clone()].trim_start_matches("<|start|>assistant");
+            let expected: Vec<&str> = marked.assistant.iter().map(said).collect();
+            assert_eq!(learnt(&golden("gptoss"), &conversation), expected, "{}", found.text);
+        }
+    }
+
+    /// DeepSeek's templates ask whether the content is none.
+    #[test]
+    fn a_call_with_a_text_and_one_without_are_learnt() {
+        let call =
+            json!({"type": "function", "function": {"name": "look", "arguments": "{\"at\": \"sky\"}"}});
+        let (calls, end) =
+            ("tool\u{2581}calls\u{2581}begin", "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>");
+        for said in [json!({}), json!({"content": null}), json!({"content": "I look."})] {
+            let mut answer = json!({"role": "assistant", "tool_calls": [call]});
+            answer.as_object_mut().unwrap().extend(said.as_object().unwrap().clone());
+            let talk = |answer: &Value| {
+                talk(json!([
+                    {"role": "user", "content": "Weather?"}, answer, {"role": "tool", "content": "blue"},
+                    {"role": "assistant", "content": "Fine."},
+                ]))
+            };
+            let found = learnt(&golden("deepseekv3"), &talk(&answer));
+            assert!(found[0].contains(calls) && found[0].ends_with(end), "{said}: {found:?}");
+            assert!(said["content"].is_null() || found[0].starts_with("I look."), "{found:?}");
+            assert_eq!(found[1], format!("Fine.{end}"));
+            // The other one writes calls alone or the text alone, and ends no turn with one call.
+            let found = learnt(&golden("deepseek_r1_distill"), &talk(&answer));
+            assert_eq!(found[0].contains(calls), said["content"].is_null(), "{found:?}");
+            assert_eq!(found[1], format!("Fine.{end}"));
+        }
+    }
+
     /// Where beginnings tell, changes tell the same.
     #[test]
     fn both_ways_agree() {
@@ -243,8 +328,8 @@ mod tests {
             let name = entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned();
             let template = golden(&name);
             let Ok(rendered) = template.render(&conversation, Ending::Complete, NOW) else { continue };
-            let asked =
-                Asked { template: &template, conversation: &conversation, text: &rendered.text, now: NOW };
+            let (template, conversation, text) = (&template, &conversation, &rendered.text);
+            let asked = Asked { template, conversation, text, ending: Ending::Complete, now: NOW };
             for index in [1, 3] {
                 let Some(span) = asked.by_beginnings(index) else { continue };
                 let other = asked.by_changes(index).unwrap_or_else(|| panic!("{name}, {index}"));

@@ -1,10 +1,12 @@
 //! A template, and what it makes of a conversation.
 
+use super::conversation::Object;
 use super::generation::{self, Marked};
 use super::{ChatError, Conversation, python, strftime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -39,6 +41,8 @@ pub struct Template {
     env: Environment<'static>,
     source: String,
     has_blocks: bool,
+    /// It asks whether the `content` of a message is none.
+    asks_for_null: bool,
     /// The line of a generation block whose place in the text is not known.
     misplaced: Option<usize>,
     special: BTreeMap<String, String>,
@@ -83,8 +87,10 @@ impl Template {
         env.remove_global("debug");
         env.set_debug(true); // names what is undefined
         let empty = Environment::empty();
-        let template = Template { name: name.to_owned(), env: empty, source, has_blocks, misplaced, special };
-        env.add_template_owned(name.to_owned(), engines).map_err(|e| template.failed(&e))?;
+        let (name, asks_for_null) = (name.to_owned(), tests_for_null(&source));
+        let template = Template { name, env: empty, source, has_blocks, asks_for_null, misplaced, special };
+        let name = template.name.clone();
+        env.add_template_owned(name, engines).map_err(|e| template.failed(&e))?;
         Ok(Template { env, ..template })
     }
 
@@ -162,7 +168,8 @@ impl Template {
         let variables = conversation.variables.iter();
         context.extend(variables.map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
         let mut add = |name: &str, value: Value| context.insert(name.to_owned(), value);
-        add("messages", Value::from(Serde(conversation.messages())));
+        let messages = self.with_nulls(conversation);
+        add("messages", Value::from(Serde(&messages)));
         add("tools", Value::from(Serde(&conversation.tools)));
         add("documents", Value::from(Serde(&conversation.documents)));
         add("add_generation_prompt", Value::from(ending == Ending::Prompt));
@@ -180,6 +187,21 @@ impl Template {
         let text = String::from_utf8(writer.text).expect("templates write texts");
         let assistant = std::mem::take(&mut *spans.lock().unwrap_or_else(PoisonError::into_inner));
         Ok(Rendered { text, assistant })
+    }
+
+    /// The messages of a conversation. A message that says nothing has no `content`, as transformers 5.24 has it, whose templates write it
+    /// as it is; but one that asks whether `content` is none has null there, as it was before.
+    fn with_nulls<'a>(&self, conversation: &'a Conversation) -> Cow<'a, [Object]> {
+        let messages = conversation.messages();
+        let lacks = |message: &Object| !message.contains_key("content");
+        if !self.asks_for_null || !messages.iter().any(lacks) {
+            return messages.into();
+        }
+        let mut messages = messages.to_vec();
+        for message in messages.iter_mut().filter(|message| lacks(message)) {
+            message.insert("content".into(), serde_json::Value::Null);
+        }
+        messages.into()
     }
 
     /// The text up to what the last message says, found by a mark behind it, as transformers does it.
@@ -275,6 +297,16 @@ impl Template {
         };
         ChatError::new(what, cure).of_template(&self.name, error.line())
     }
+}
+
+/// Whether a template has `content is none`, also of a key in brackets and with `not`.
+fn tests_for_null(source: &str) -> bool {
+    let is_asked = |(at, name): (usize, &str)| {
+        let behind = source[at + name.len()..].trim_start_matches(['\'', '"', ']']).trim_start();
+        let test = behind.strip_prefix("is ").map(str::trim_start);
+        test.is_some_and(|test| test.strip_prefix("not ").unwrap_or(test).trim_start().starts_with("none"))
+    };
+    source.match_indices("content").any(is_asked)
 }
 
 /// Of the beginnings of a conversation that are looked at for the message at which a template fails.

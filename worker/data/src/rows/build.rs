@@ -238,8 +238,8 @@ impl<'a> Builder<'a> {
         let Made { mut sequences, is_joined, is_templated, left_out, has_silent_turn, .. } = made;
         self.done.is_templated |= is_templated;
         self.done.report.silent_turns += u64::from(has_silent_turn);
-        for name in BTreeSet::from_iter(left_out) {
-            *self.done.report.left_out.entry(name.to_owned()).or_default() += 1;
+        for what in BTreeSet::from_iter(left_out) {
+            self.done.report.count_left_out(what, || format!("{}, {place}", self.file.display()));
         }
         if !is_joined {
             self.done.report.unjoined += 1;

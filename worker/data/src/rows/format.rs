@@ -53,7 +53,8 @@ pub(super) fn are_instructions(data: &Data, rows: &Rows, first: &[Row]) -> bool 
     let is_pair = || PAIRS.iter().any(|(question, answer, ..)| has(question) && has(answer));
     let is_preference = || has(&"chosen") && has(&"rejected");
     let is_known = || of(data, rows, &first.iter().collect::<Vec<_>>()).is_ok();
-    !has(&data.text_field.as_str()) && (is_known() || is_preference() || is_pair())
+    let is_labelled = || first.iter().any(is_labelled);
+    !has(&data.text_field.as_str()) && (is_known() || is_preference() || is_pair() || is_labelled())
 }
 
 const KTO: &str = "rows with a label for each answer (KTO) are not learnt in this version";

@@ -1,5 +1,6 @@
 //! What became of the rows of a job: told before it trains, and with every start.
 
+use crate::chat::LeftOut;
 use crate::{DataError, Note};
 use fleet_common::events::Level;
 use serde::{Deserialize, Serialize};
@@ -60,9 +61,12 @@ pub struct Report {
     pub masked: u64,
     /// Whose prompt has other tokens alone than with the answer behind it, or of whose turns of the assistant one begins within a token.
     pub unjoined: u64,
-    /// By what they have and the chat template does not write, such as `tool_calls`.
+    /// By what they have and the chat template does not write, such as "the `tool_calls`".
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub left_out: BTreeMap<String, u64>,
+    /// By the same the first of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub first_left_out: BTreeMap<String, String>,
     /// With a turn of the assistant that says nothing, of which the end is learnt.
     #[serde(default)]
     pub silent_turns: u64,
@@ -86,6 +90,18 @@ impl Report {
         }
     }
 
+    /// Counts a row of which a chat template does not write everything.
+    pub(super) fn count_left_out(&mut self, what: LeftOut, place: impl FnOnce() -> String) {
+        let what = match what {
+            LeftOut::Every(name) => format!("the `{name}`"),
+            LeftOut::Some(name) => format!("the `{name}` of every answer"),
+            LeftOut::Thoughts => "the thoughts (<think>) in the text of every answer".to_owned(),
+            LeftOut::BesideCall => "the text beside every call of a function".to_owned(),
+        };
+        *self.left_out.entry(what.clone()).or_default() += 1;
+        self.first_left_out.entry(what).or_insert_with(place);
+    }
+
     /// Refuses data from which nothing can be learnt.
     pub(super) fn check(&self, max_seq_len: u32) -> Result<(), DataError> {
         if self.examples > 0 {
@@ -107,7 +123,7 @@ impl Report {
             .collect();
         if self.rows == 0 && why.is_empty() {
             return Err(DataError::Rows(
-                "there is no row in any file of the data; see what data.path names".into(),
+                "there is no row in any file of the data (the first row of a table names its fields); see what data.path names".into(),
             ));
         }
         let why = if why.is_empty() { "there are none".to_owned() } else { why.join(", ") };
@@ -160,13 +176,19 @@ impl Report {
                 rows(self.silent_turns)
             ),
         );
-        for (name, count) in &self.left_out {
+        for (what, count) in &self.left_out {
+            // Most leave out what was thought before the last question.
+            let cure = match what.ends_with("of every answer") {
+                true => "make a row of each answer, which is the last one there",
+                false => "say it in the texts of the messages",
+            };
             warn(
                 *count,
                 format!(
-                    "the chat template does not write the `{name}` of {}, so nothing of it is learnt; name a template that does in \
-                     data.chat_template, or say it in the texts of the messages",
-                    rows(*count)
+                    "the chat template does not write {what} of {}{}, so what is left out is not learnt; name a template that does in \
+                     data.chat_template, or {cure}",
+                    rows(*count),
+                    first(&self.first_left_out.get(what).cloned())
                 ),
             );
         }
@@ -272,12 +294,12 @@ mod tests {
     #[test]
     fn what_is_lost_on_the_way_is_named() {
         let counts = |list: &[(&str, u64)]| list.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect();
-        let mut report = Report {
-            left_out: counts(&[("tool_calls", 3)]),
-            silent_turns: 1,
-            unread: counts(&[("id", 9), ("context", 2)]),
-            ..Report::default()
-        };
+        let mut report =
+            Report { silent_turns: 1, unread: counts(&[("id", 9), ("context", 2)]), ..Report::default() };
+        for line in [4, 7, 9] {
+            report.count_left_out(LeftOut::Every("tool_calls"), || format!("a.jsonl, line {line}"));
+        }
+        report.count_left_out(LeftOut::Some("reasoning_content"), || "a.jsonl, line 2".into());
         let told = |report: &Report| {
             let notes = report.notes(64, None);
             notes[1..].iter().map(|note| (note.level, note.line.clone())).collect::<Vec<_>>()
@@ -285,15 +307,25 @@ mod tests {
         let lines = told(&report);
         assert!(lines[0].1.starts_with("1 row with a turn of the assistant that says nothing"), "{lines:?}");
         assert!(
-            lines[1].1.starts_with("the chat template does not write the `tool_calls` of 3 rows"),
+            lines[1].1.starts_with("the chat template does not write the `reasoning_content` of every answer of 1 row (the first: a.jsonl, line 2), so"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[1].1.ends_with("or make a row of each answer, which is the last one there"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[2].1.starts_with(
+                "the chat template does not write the `tool_calls` of 3 rows (the first: a.jsonl, line 4), so"
+            ),
             "{lines:?}"
         );
         let unread = "fields that are not read, so nothing of them is learnt: `id` (9 rows), `context` (2 rows); data.fields says what a field is";
-        assert_eq!(lines[2], (Level::Warn, unread.to_owned()));
+        assert_eq!(lines[3], (Level::Warn, unread.to_owned()));
         report.unread = counts(&[("id", 9)]);
-        assert_eq!(told(&report)[2].0, Level::Info, "a name of a row is seldom missed");
+        assert_eq!(told(&report)[3].0, Level::Info, "a name of a row is seldom missed");
         report.unread = (0..100).map(|n| (format!("f{n}"), 1)).collect();
-        assert!(told(&report)[2].1.contains("and 92 more"));
+        assert!(told(&report)[3].1.contains("and 92 more"));
         report.count_unread(vec!["another".into(), "f1".into()]);
         assert_eq!((report.unread.len(), report.unread["f1"]), (100, 2));
     }

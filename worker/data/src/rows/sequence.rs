@@ -5,7 +5,7 @@ use super::example::{Example, Given, Said, Talk};
 use super::messages;
 use super::templates::Chosen;
 use crate::Encoded;
-use crate::chat::{Conversation, Ending, Rendered, Template};
+use crate::chat::{Conversation, Ending, LeftOut, Rendered, Template};
 use crate::model_dir::GivenTokenizer;
 use crate::near::{self, Signature};
 use crate::tokenizer::Encoder;
@@ -57,7 +57,7 @@ pub(super) struct Made {
     /// What was tokenised.
     pub texts: Vec<(String, Encoded)>,
     /// What the row has and the chat template does not write.
-    pub left_out: Vec<&'static str>,
+    pub left_out: Vec<LeftOut>,
     /// A turn of the assistant says nothing, and its end is learnt.
     pub has_silent_turn: bool,
 }
@@ -143,14 +143,14 @@ impl Maker {
             learnt.filter(|(_, silent)| !**silent).any(|(message, _)| messages::is_silent(message));
         if self.loss_on == LossOn::All {
             let rendered = template.render(&conversation, Ending::Complete, today())?;
-            made.left_out = template.left_out(&conversation, &rendered, today());
+            made.left_out = template.left_out(&conversation, &rendered, 0, today());
             let text = rendered.text;
             let (encoded, bytes) = (self.bare(&text)?, text.len());
             made.add(text, encoded, |ids| vec![true; ids], bytes);
             return Ok(());
         }
         let mut rendered = template.render_marked(&conversation, today())?;
-        made.left_out = template.left_out(&conversation, &rendered, today());
+        made.left_out = template.left_out(&conversation, &rendered, 0, today());
         leave_out(&mut rendered, &silent)?;
         let tokens = rendered.tokens(&self.given).map_err(|e| Unused::Bad(e.to_string()))?;
         let bytes = rendered.assistant.iter().map(ExactSizeIterator::len).sum();
@@ -172,7 +172,7 @@ impl Maker {
                 let (whole, _) = conversation(&[prompt.as_slice(), answer].concat(), given)?;
                 let asked = template.render(&asked, Ending::Prompt, today())?.text;
                 let rendered = template.render(&whole, Ending::Complete, today())?;
-                let left_out = template.left_out(&whole, &rendered, today());
+                let left_out = template.left_out(&whole, &rendered, prompt.len(), today());
                 let text = rendered.text;
                 let (prompt, encoded) = (self.bare(&asked)?.ids, self.bare(&text)?);
                 Ok(Joined { prompt, prompt_bytes: asked.len(), text, encoded, left_out })
@@ -215,7 +215,7 @@ struct Joined {
     prompt_bytes: usize,
     text: String,
     encoded: Encoded,
-    left_out: Vec<&'static str>,
+    left_out: Vec<LeftOut>,
 }
 
 /// How many tokens both begin with.

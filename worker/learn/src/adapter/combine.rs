@@ -87,12 +87,11 @@ pub fn combine(adapters: &[(PathBuf, f64)], how: Combination, output: &Path) -> 
     Ok(Combined { output: output.to_owned(), modules: pairs.len(), rank, difference })
 }
 
-/// The model beside which all of these were trained, where they say so and it is one.
+/// The model beside which these were trained, as far as they say so (those of PEFT do not), where it is one.
 fn same_base(adapters: &[(PathBuf, f64)]) -> Option<AdapterBase> {
-    let mut bases = adapters.iter().map(|(dir, _)| AdapterBase::read(dir));
-    let first = bases.next()??;
-    let is_same = |base: AdapterBase| base.weights_sample_sha256 == first.weights_sample_sha256;
-    bases.all(|base| base.is_some_and(is_same)).then_some(first)
+    let mut bases = adapters.iter().filter_map(|(dir, _)| AdapterBase::read(dir));
+    let first = bases.next()?;
+    bases.all(|base| base.weights_sample_sha256 == first.weights_sample_sha256).then_some(first)
 }
 
 /// Refuses adapters that say that they were trained beside different models.

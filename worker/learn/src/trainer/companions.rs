@@ -8,6 +8,7 @@ use crate::preference::REFERENCE_FILE;
 use fleet_checkpoint::{
     ADAPTER_BASE_FILE, AdapterBase, CONFIG_FILE, CheckpointError, Dtype, TOKENIZER_FILE, Writer,
 };
+use fleet_common::job::Quantization;
 use fleet_data::END_OF_TEXT;
 use fleet_data::chat::CHAT_TEMPLATE;
 use fleet_data::chat::end_token;
@@ -61,6 +62,8 @@ pub(super) struct Origins<'a> {
     pub learns_rows: bool,
     /// How checkpoints have weights.
     pub weights: Dtype,
+    /// Of the model beside an adapter.
+    pub quantization: Option<Quantization>,
     /// With what the model is compared while it learns preferences.
     pub reference: Option<&'a [u8]>,
 }
@@ -143,7 +146,9 @@ impl Companions {
             files.push((GENERATION_CONFIG, pretty(&generation)));
         }
         if let Some(adapter) = &model.adapter {
-            files.push((ADAPTER_BASE_FILE, AdapterBase::of(&adapter.base)?.to_bytes()));
+            let quantization = from.quantization.map(|it| it.name().to_owned());
+            let base = AdapterBase { quantization, ..AdapterBase::of(&adapter.base)? };
+            files.push((ADAPTER_BASE_FILE, base.to_bytes()));
         }
         let config = match &model.adapter {
             Some(adapter) => (ADAPTER_CONFIG, adapter.config.json.clone()),

@@ -45,7 +45,7 @@ use fleet_common::events::{Evaluation, EventBody, Level, Metrics, Outcome};
 use fleet_common::job::{self, Job, Tokenizer};
 use fleet_common::model::Positions;
 use fleet_common::protocol::RankStart;
-use fleet_data::{Cursor, Order, TokenCache, evaluation_part};
+use fleet_data::{Cursor, Order, Rest, TokenCache, evaluation_part};
 use meter::Meter;
 use std::path::Path;
 use std::sync::Arc;
@@ -138,7 +138,9 @@ impl Trainer {
         let global_batch = world * u64::from(job.batch_size) * micro_batches;
         let resumed = start.resume.as_deref().map(Path::new);
         let was = resumed.map(TrainerState::read).transpose()?;
-        let mut order = Order::new(job.seed, cache.train().len(), global_batch, micro_batches)
+        let takes_rest = job.data.rows.as_ref().is_some_and(|rows| !rows.drop_last);
+        let rest = if takes_rest { Rest::Taken } else { Rest::LeftOut };
+        let mut order = Order::new(job.seed, cache.train().len(), global_batch, micro_batches, rest)
             .map_err(|e| Error::Input(e.to_string()))?;
         if let Some(was) = &was {
             let position = Cursor { epoch: was.epoch, step: was.epoch_step, windows: was.windows_taken() };
@@ -255,6 +257,7 @@ impl Trainer {
                 chat_template: cache.chat_template(),
                 learns_rows: job.data.rows.is_some(),
                 weights: learner.dtype(),
+                quantization: job.quantization,
                 reference: reference.as_deref(),
             };
             let companions = (rank == 0).then(|| Companions::gather(&origins, &model)).transpose()?;

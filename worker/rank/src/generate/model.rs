@@ -146,7 +146,8 @@ impl TextModel {
         let vocab = model.decoder.vocab_size;
         if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(self.refuse(format!(
-                "gives token {id}, but the model knows {vocab}; it belongs to another model"
+                "gives token {id}, but the model knows {vocab}; put the model's own tokenizer.json there, or make the model larger with transformers: \
+                 model.resize_token_embeddings"
             )));
         }
         Ok(prompt)

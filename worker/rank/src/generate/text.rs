@@ -1,7 +1,7 @@
 //! Tokens to text as they come. The pieces together are what the prompt and the new tokens, decoded at once, have beyond the prompt.
 //!
 //! A piece is decoded behind the tokens before it, because decoders treat the beginning of a text in their own way: those of SentencePiece
-//! drop a space there. Only the last piece is kept for that, so the work grows with the text and not with its square.
+//! drop a space there. Bytes at the end that are no character, as of one that is cut where the last token is, are left out. Only the last piece is kept for that, so the work grows with the text and not with its square.
 
 use std::collections::HashSet;
 use tokenizers::Tokenizer;
@@ -59,10 +59,15 @@ impl<'a> TextStream<'a> {
         }
     }
 
-    /// What is left; bytes that never became a character appear as U+FFFD.
+    /// What is left, without bytes at its end of which no character came: a text never ends within one.
     pub fn finish(mut self) -> tokenizers::Result<String> {
-        let text = self.decode(&self.window)?;
-        self.settle(self.window.len(), text)
+        for end in (self.settled..=self.window.len()).rev() {
+            let text = self.decode(&self.window[..end])?;
+            if !text.ends_with('\u{fffd}') {
+                return self.settle(end, text);
+            }
+        }
+        Ok(String::new())
     }
 
     /// Gives out as much as may be without cutting a character whose rest may still come.
@@ -162,7 +167,9 @@ mod tests {
         let mut stream = TextStream::new(tokenizer, prompt).unwrap();
         let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
         pieces.push(stream.finish().unwrap());
-        let whole = tokenizer.decode(&[prompt, ids].concat(), true).unwrap();
+        let mut wholes =
+            (0..=ids.len()).rev().map(|end| tokenizer.decode(&[prompt, &ids[..end]].concat(), true).unwrap());
+        let whole = wholes.find(|text| !text.ends_with('\u{fffd}')).unwrap();
         let before = tokenizer.decode(prompt, true).unwrap();
         assert_eq!(Some(pieces.concat().as_str()), whole.strip_prefix(&before), "{prompt:?} {ids:?}");
         pieces
@@ -180,10 +187,19 @@ mod tests {
     }
 
     #[test]
-    fn a_character_that_never_ends_is_shown_as_such() {
+    fn a_text_never_ends_within_a_character() {
         let tokenizer = bytes();
-        let ids = tokenizer.encode("\u{20ac}", false).unwrap().get_ids().to_vec();
-        assert_eq!(pieces(&tokenizer, &[], &ids[..1]), ["", "\u{fffd}"]);
+        let ids = tokenizer.encode("z\u{20ac}z", false).unwrap().get_ids().to_vec();
+        assert_eq!(pieces(&tokenizer, &[], &ids[..3]), ["z", "", "", ""]);
+        let broken = [&ids[..3], &ids[4..]].concat();
+        assert_eq!(pieces(&tokenizer, &[], &broken)[3], "\u{fffd}z", "within a text it is shown");
+        let tokenizer = sentence_piece();
+        let euros: Vec<u32> = "\u{20ac}\u{20ac}".bytes().map(|byte| 3 + u32::from(byte)).collect();
+        assert_eq!(
+            pieces(&tokenizer, &[THE], &euros[..5])[5],
+            "\u{20ac}",
+            "nor does a cut one spoil those before it"
+        );
     }
 
     #[test]
