@@ -8,7 +8,7 @@
 #   FLEET_NAME              its name in listings
 # of a coordinator:
 #   FLEET_LISTEN, FLEET_MEMBER_LISTEN, FLEET_ADVERTISE, FLEET_MEMBER_ADVERTISE    as the options of these names
-#   FLEET_FOUNDS            `yes` for the one that may make the cluster
+#   FLEET_FOUNDER           FLEET_NAME of the one that may make the cluster
 #   FLEET_PEERS             HOST:PORT,... for clients, of the other coordinators
 #   FLEET_PEERS_HTTP        HOST:PORT,... for HTTP, of the same
 # of a worker:
@@ -44,7 +44,7 @@ option() {
 }
 
 founds() {
-    [ "${FLEET_FOUNDS:-no}" = yes ] || return 1
+    [ -n "${FLEET_FOUNDER:-}" ] && [ "$FLEET_FOUNDER" = "${FLEET_NAME:-}" ] || return 1
     # Tokens are made by a cluster: where there is one, there is a cluster.
     if [ -n "${FLEET_TOKEN_FILE:-}" ] && [ -s "$FLEET_TOKEN_FILE" ]; then return 1; fi
     local peer
