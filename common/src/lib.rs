@@ -15,6 +15,7 @@ pub mod job;
 pub mod lines;
 pub mod link;
 pub mod mapped;
+pub mod metrics;
 pub mod model;
 pub mod net;
 pub mod parent;

@@ -4,6 +4,7 @@
 //! this machine shows cannot read the cluster through a name of its own (DNS rebinding).
 
 use fleet_common::http::{host_of, is_of_this_machine};
+use fleet_common::metrics::Format;
 use fleet_common::protocol::{Page, Request};
 use std::str::FromStr;
 
@@ -11,9 +12,47 @@ use std::str::FromStr;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Asked {
     Health,
-    Metrics,
+    Metrics(Format),
+    /// Answered as Prometheus' service discovery reads it.
+    Targets(Targets),
     /// Answered in JSON.
     Api(Request),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Targets {
+    Coordinators,
+    Workers,
+}
+
+impl Asked {
+    /// What its path looks like, without numbers.
+    pub fn pattern(&self) -> &'static str {
+        match self {
+            Asked::Health => "/healthz",
+            Asked::Metrics(_) => "/metrics",
+            Asked::Targets(Targets::Coordinators) => "/api/v1/targets/coordinators",
+            Asked::Targets(Targets::Workers) => "/api/v1/targets/workers",
+            Asked::Api(request) => match request {
+                Request::ClusterStatus => "/api/v1/cluster",
+                Request::Coordinators => "/api/v1/coordinators",
+                Request::Nodes => "/api/v1/nodes",
+                Request::Decisions(_) => "/api/v1/events",
+                Request::Jobs { .. } => "/api/v1/jobs",
+                Request::Job(_) => "/api/v1/jobs/ID",
+                Request::Checkpoints { .. } => "/api/v1/checkpoints",
+                Request::Checkpoint { .. } => "/api/v1/checkpoints/JOB/STEP",
+                Request::Runs(_) => "/api/v1/runs",
+                Request::Run(_) => "/api/v1/runs/ID",
+                Request::RunMetrics { .. } => "/api/v1/runs/ID/points",
+                Request::Exports(_) => "/api/v1/exports",
+                Request::Export(_) => "/api/v1/exports/ID",
+                Request::Profiles(_) => "/api/v1/profiles",
+                Request::Profile(_) => "/api/v1/profiles/ID",
+                _ => "other",
+            },
+        }
+    }
 }
 
 /// A request that is not, and the status that says why.
@@ -23,7 +62,7 @@ pub struct Unserved {
     pub message: String,
 }
 
-const PATHS: &str = "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,jobs,jobs/ID,checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/points,exports,exports/ID,profiles,profiles/ID}";
+const PATHS: &str = "there is /healthz, /metrics and /api/v1/{cluster,coordinators,nodes,events,jobs,jobs/ID,checkpoints,checkpoints/JOB/STEP,runs,runs/ID,runs/ID/points,exports,exports/ID,profiles,profiles/ID,targets/coordinators,targets/workers}";
 
 /// Understands the head of a request, up to its empty line. `hosts` are served besides loopback.
 pub fn asked(head: &str, hosts: &[String]) -> Result<Asked, Unserved> {
@@ -37,12 +76,14 @@ pub fn asked(head: &str, hosts: &[String]) -> Result<Asked, Unserved> {
     }
     let api = match request.path.trim_end_matches('/') {
         "/healthz" => return Ok(Asked::Health),
-        "/metrics" => return Ok(Asked::Metrics),
+        "/metrics" => return Ok(Asked::Metrics(Format::wanted(request.accept))),
         path => path.strip_prefix("/api/v1/").ok_or_else(|| unserved(404, PATHS))?,
     };
     let page = Page::default();
     let words: Vec<&str> = api.split('/').collect();
     Ok(Asked::Api(match words[..] {
+        ["targets", "coordinators"] => return Ok(Asked::Targets(Targets::Coordinators)),
+        ["targets", "workers"] => return Ok(Asked::Targets(Targets::Workers)),
         ["cluster"] => Request::ClusterStatus,
         ["coordinators"] => Request::Coordinators,
         ["nodes"] => Request::Nodes,
@@ -81,11 +122,11 @@ struct HttpRequest<'a> {
     path: &'a str,
     query: &'a str,
     host: &'a str,
+    accept: &'a str,
 }
 
 fn parse(head: &str) -> Result<HttpRequest<'_>, &'static str> {
-    let mut lines = head.split("\r\n");
-    let mut words = lines.next().unwrap_or_default().split(' ');
+    let mut words = head.split("\r\n").next().unwrap_or_default().split(' ');
     let (Some(method), Some(target), Some(version), None) =
         (words.next(), words.next(), words.next(), words.next())
     else {
@@ -94,12 +135,15 @@ fn parse(head: &str) -> Result<HttpRequest<'_>, &'static str> {
     if !version.starts_with("HTTP/1.") || !target.starts_with('/') || target.contains(char::is_control) {
         return Err("this is not an HTTP/1.1 request for a path");
     }
-    let mut hosts =
-        lines.filter_map(|line| line.split_once(':')).filter(|(name, _)| name.eq_ignore_ascii_case("host"));
-    match (hosts.next(), hosts.next()) {
-        (Some((_, host)), None) => {
+    let headers = || head.split("\r\n").skip(1).filter_map(|line| line.split_once(':'));
+    let all = |wanted: &'static str| {
+        headers().filter(move |(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.trim())
+    };
+    match (all("host").next(), all("host").nth(1)) {
+        (Some(host), None) => {
             let (path, query) = target.split_once('?').unwrap_or((target, ""));
-            Ok(HttpRequest { method, path, query, host: host.trim() })
+            let accept = all("accept").next().unwrap_or_default();
+            Ok(HttpRequest { method, path, query, host, accept })
         }
         _ => Err("a request has exactly one Host"),
     }
@@ -120,7 +164,13 @@ mod tests {
         let head = "GET /api/v1/jobs?x=1 HTTP/1.1\r\nAccept: */*\r\nhOST: localhost:7080\r\n\r\n";
         assert_eq!(
             parse(head),
-            Ok(HttpRequest { method: "GET", path: "/api/v1/jobs", query: "x=1", host: "localhost:7080" })
+            Ok(HttpRequest {
+                method: "GET",
+                path: "/api/v1/jobs",
+                query: "x=1",
+                host: "localhost:7080",
+                accept: "*/*"
+            })
         );
         for bad in [
             "",

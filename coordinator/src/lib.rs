@@ -12,4 +12,5 @@ pub mod raft;
 pub mod requests;
 #[cfg(feature = "rocksdb")]
 pub mod server;
+pub mod targets;
 pub mod views;

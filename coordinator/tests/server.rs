@@ -468,7 +468,7 @@ async fn http_answers_people_and_nobody_else() {
     let (status, body) = get(&coordinator, &path("/metrics")).await;
     assert!(
         status == 200
-            && body.contains("\nfleet_jobs_queued 1\n")
+            && body.contains("\nfleet_jobs{state=\"queued\"} 1\n")
             && body.contains("fleet_commit_seconds_count 1"),
         "{body}"
     );

@@ -192,7 +192,7 @@ fn one_bad_block_in_the_history_of_a_lone_coordinator_costs_its_rows_and_nothing
         submit(&world, &cluster, "small");
         get(&cluster, "/healthz").contains("degraded: rows of works cannot be read")
     });
-    assert!(get(&cluster, "/metrics").contains("\nfleet_history_damaged 1\n"));
+    assert!(get(&cluster, "/metrics").contains("\nfleet_history_damaged_tables 1\n"));
     cluster.process.until_it_says("the history is damaged: rows of works cannot be read");
     submit(&world, &cluster, "last");
     cluster.process.must_live();

@@ -100,7 +100,7 @@ fn what_nobody_could_know_is_said_as_soon_as_one_comes_back_who_does() {
     assert!(said.contains("is committed here") && said.contains("put back to an older state"), "{said}");
     let metric = |n: usize| {
         let text = all.metrics(n).unwrap_or_default();
-        text.lines().any(|line| line.starts_with("fleet_raft_contradictions ") && !line.ends_with(" 0"))
+        text.lines().any(|line| line.starts_with("fleet_raft_contradictions_total ") && !line.ends_with(" 0"))
     };
     eventually("the others' alarm", || metric(paused));
 }

@@ -145,13 +145,13 @@ pub async fn accept<F: Future<Output = Result<(), Turned>>>(
             Ok((connection, accepted))
         }
         Err(turned) => {
-            let (code, message) = match turned {
-                Turned::Away(message) => (REFUSED, message),
-                Turned::Later(message) => (BUSY, message),
-                Turned::Forever(message) => (REVOKED, message),
+            let (code, error, message): (_, fn(String) -> NetError, _) = match turned {
+                Turned::Away(message) => (REFUSED, NetError::Refused, message),
+                Turned::Later(message) => (BUSY, NetError::Later, message),
+                Turned::Forever(message) => (REVOKED, NetError::Revoked, message),
             };
             connection.close(code, message.as_bytes());
-            Err(NetError::Refused(message))
+            Err(error(message))
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod runs;
 pub mod session;
 pub mod submissions;
 pub mod superseded;
+pub mod tally;
 
 use admitted::Admitted;
 use authorities::Cas;

@@ -114,6 +114,16 @@ impl Retention {
         }
     }
 
+    /// Exports that are kept.
+    pub fn exports(&self) -> usize {
+        self.ended.iter().filter(|ended| matches!(ended.unit, Unit::Export(_))).count()
+    }
+
+    /// Profiles that are kept.
+    pub fn profiles(&self) -> usize {
+        self.ended.iter().filter(|ended| matches!(ended.unit, Unit::Profile(_))).count()
+    }
+
     /// There is so much of what has not ended that lines of output are not recorded until something was removed.
     pub(super) fn is_overfull(&self) -> bool {
         self.bytes >= self.limits.bytes.saturating_add(self.limits.bytes / 4)

@@ -9,6 +9,8 @@ use crate::raft::replica::ReplicaError;
 use fleet_common::ids::{NodeId, ReplicaId, UserId};
 use fleet_common::net::PrivateKey;
 use fleet_common::protocol::{ClientFrame, CoordinatorAddress, FromAgent, Member, Refusal, Reply, ToAgent};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Between two `Input::Tick`: raft's unit of time. Elections take 10 to 20 of them.
 pub const TICK_MS: u64 = 50;
@@ -39,6 +41,8 @@ pub struct Myself {
     pub name: String,
     /// Of the program.
     pub version: String,
+    /// Where it is asked over HTTP, as HOST:PORT.
+    pub http: String,
     /// Other coordinators that were known when this one started; asked while nobody can reach this one: to be let in, and with its address.
     pub seeds: Vec<ReplicaId>,
 }
@@ -226,6 +230,8 @@ pub struct Status {
     pub unreadable_snapshot: Option<String>,
     /// What one of the coordinators did of that kind and is still in the cluster.
     pub contradicting: Option<String>,
+    /// Where each coordinator is asked over HTTP, as far as it has said so since this one started.
+    pub http: Arc<BTreeMap<ReplicaId, String>>,
     pub agents: usize,
     pub calls: usize,
 }

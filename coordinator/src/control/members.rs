@@ -2,7 +2,7 @@
 //! goes to. One change at a time, and none that would leave fewer than a majority of those that are heard.
 
 use super::asks::{Asker, Outcome, Unproposed, What, invalid, unavailable};
-use super::{Action, Control, Now};
+use super::{Action, Control, Now, PeerMessage, SERVES_LEVEL};
 use crate::cluster::Answer;
 use crate::cluster::Command;
 use crate::cluster::admitted::Membership;
@@ -13,6 +13,7 @@ use crate::raft::disk::Disk;
 use crate::raft::replica::{self, Declined, Ticket};
 use fleet_common::ids::ReplicaId;
 use fleet_common::protocol::{Member, Refusal, RefusalKind};
+use std::sync::Arc;
 
 /// Between attempts to have this coordinator's record set right.
 const DESCRIBE_EVERY_MS: u64 = 1_000;
@@ -71,6 +72,29 @@ impl<D: Disk> Control<D> {
         };
         self.describing = true;
         self.ask(now, Asker::Myself, What::change(None, change));
+    }
+
+    /// Every coordinator can say where all of them are scraped.
+    pub(super) fn tell_where_i_serve(&mut self) {
+        let me = self.me();
+        let others = self.replica.state().replicas().iter();
+        let others = others.filter(|(id, record)| **id != me && record.level >= SERVES_LEVEL);
+        for to in others.map(|(id, _)| *id).collect::<Vec<_>>() {
+            let http = self.myself.http.clone();
+            self.out.push(Action::ToPeer { to, message: PeerMessage::Serves { http } });
+        }
+    }
+
+    pub(super) fn serves(&mut self, from: ReplicaId, http: &str) {
+        let http = clip(http);
+        if self.http.get(&from) != Some(&http) {
+            let known = Arc::make_mut(&mut self.http);
+            known.insert(from, http);
+            let state = self.replica.state();
+            known.retain(|id, _| {
+                *id == from || *id == ReplicaId(self.replica.id()) || state.replicas().contains_key(id)
+            });
+        }
     }
 
     pub(super) fn described(&mut self) {

@@ -22,6 +22,7 @@ mod custody;
 mod greeting;
 mod io;
 mod leaving;
+mod measures;
 mod members;
 mod observations;
 mod outputs;
@@ -41,7 +42,7 @@ pub use io::{
     AGENT_BATCHES_MAX, Action, Admission, Call, ControlError, Input, Myself, Now, REPLIES_MAX, Room, Session,
     Status, TICK_MS,
 };
-pub use peer::{PeerMessage, Report, SIGHTINGS_MAX, Sighting, Told};
+pub use peer::{PeerMessage, Report, SERVES_LEVEL, SIGHTINGS_MAX, Sighting, Told};
 
 use crate::cluster::admitted::Membership;
 use crate::cluster::members::clip;
@@ -66,6 +67,7 @@ use reads::Reads;
 use repairs::Repairs;
 use retention::Forgets;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use transfers::Transfers;
 use watches::Watches;
 
@@ -126,6 +128,11 @@ pub struct Control<D: Disk> {
     recovered_ms: u64,
     /// Who led, and in which term, when it was looked last.
     followed: (Option<u64>, u64),
+    /// Who led last, and in which term; and how often that has become another.
+    led: Option<(u64, u64)>,
+    leader_changes: u64,
+    /// Where each coordinator is asked over HTTP.
+    http: Arc<BTreeMap<ReplicaId, String>>,
     /// Something was handed to raft since its last round.
     raft_touched: bool,
     out: Vec<Action>,
@@ -141,6 +148,7 @@ impl<D: Disk> Control<D> {
     /// `seed` makes the tickets of this life of the coordinator: it must be another one at every start.
     pub fn new(replica: Replica<D>, history: History<D>, myself: Myself, seed: u64, now: Now) -> Self {
         // Tickets are in the log: one of another coordinator or of an earlier life must not be taken for one of this.
+        let http = Arc::new(BTreeMap::from([(ReplicaId(replica.id()), myself.http.clone())]));
         let last_ticket = spread(seed ^ replica.id().rotate_left(32));
         Control {
             replica,
@@ -178,6 +186,9 @@ impl<D: Disk> Control<D> {
             housekeeping_ms: now.mono_ms,
             recovered_ms: now.mono_ms,
             followed: (None, 0),
+            led: None,
+            leader_changes: 0,
+            http,
             raft_touched: true,
             out: Vec::new(),
         }
@@ -227,6 +238,7 @@ impl<D: Disk> Control<D> {
             self.look_after_watches(now);
             self.look_after_joins(now);
             self.look_after_ca(now);
+            self.tell_where_i_serve();
             self.look_after_outputs(now);
             self.look_after_retention(now);
             self.observations.forget(now);
@@ -267,6 +279,7 @@ impl<D: Disk> Control<D> {
             PeerMessage::Chunk(chunk) => self.transfers.arrived(from, *chunk),
             PeerMessage::FetchRows(wanted) => self.repairs.want(from, wanted),
             PeerMessage::Rows(told) => self.repairs.arrived(from, *told),
+            PeerMessage::Serves { http } => self.serves(from, &http),
             PeerMessage::WantCa { der } => self.ca_is_wanted(from, der),
             PeerMessage::Ca { der, key } => self.ca_came(der, key),
             // The driver's own: it has the links, and holds certificates against them.
@@ -369,6 +382,11 @@ impl<D: Disk> Control<D> {
         let follows = (self.replica.leader(), term);
         if self.followed != follows {
             self.followed = follows;
+            if let Some(leads) = self.replica.leader().map(|leader| (leader, term))
+                && let Some(before) = self.led.replace(leads)
+            {
+                self.leader_changes += u64::from(before != leads);
+            }
             // First who is there, then what they want.
             self.report(now);
             self.look_after_asks(now);
@@ -462,6 +480,7 @@ impl<D: Disk> Control<D> {
             contradictions: self.contradictions,
             unreadable_snapshot: self.replica.unreadable_snapshot().map(str::to_owned),
             contradicting: self.contradicting.values().next().cloned(),
+            http: self.http.clone(),
             agents: self.agents.len(),
             calls: self.calls.len(),
         }

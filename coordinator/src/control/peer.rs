@@ -76,7 +76,14 @@ pub enum PeerMessage {
         ticket: Ticket,
         said: OutputSaid,
     },
+    /// The sender is asked over HTTP at this address. Said to those of whom the cluster's record has at least `SERVES_LEVEL`.
+    Serves {
+        http: String,
+    },
 }
+
+/// Of the coordinators that understand `PeerMessage::Serves`.
+pub const SERVES_LEVEL: u32 = 6;
 
 /// What coordinators say to each other of ranks' output.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -18,6 +18,7 @@ use super::marks::{Mark, Marks};
 use super::shape::{BadMessage, Fits};
 use super::transfer::{Announced, Incoming, Unfit};
 use crate::cluster::retention::Removal;
+use crate::cluster::tally::Tally;
 use crate::cluster::{Answer, Command, Effect, State};
 use fleet_common::codec;
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Message, MessageType};
@@ -200,6 +201,9 @@ pub struct Replica<D: Disk> {
     outgoing: BTreeMap<u64, u64>,
     /// The snapshot's state while somebody fetches it.
     outgoing_state: Option<Vec<u8>>,
+    tally: Tally,
+    /// Commands put into the log so far.
+    proposals: u64,
 }
 
 impl<D: Disk> Replica<D> {
@@ -252,6 +256,7 @@ impl<D: Disk> Replica<D> {
     fn start(log: LogStore<D>, state: State, seed: u64) -> Result<Self, ReplicaError> {
         let id = log.replica();
         let (applied, conf) = (log.snapshot_position(), log.conf().clone());
+        let tally = Tally::new(log.hard_state().commit);
         let marks = log.marks().inspect_err(|error| log.mark(error))?;
         let config = Config {
             id,
@@ -294,6 +299,8 @@ impl<D: Disk> Replica<D> {
             unreadable: None,
             outgoing: BTreeMap::new(),
             outgoing_state: None,
+            tally,
+            proposals: 0,
         })
     }
 
@@ -324,6 +331,25 @@ impl<D: Disk> Replica<D> {
 
     pub fn applied_index(&self) -> u64 {
         self.applied.index
+    }
+
+    /// What it has applied since it was opened.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    pub fn proposals(&self) -> u64 {
+        self.proposals
+    }
+
+    /// Bytes of the state in the last snapshot.
+    pub fn state_bytes(&self) -> u64 {
+        self.node.store().state_bytes()
+    }
+
+    /// Bytes of the entries that are in the log.
+    pub fn log_bytes(&self) -> u64 {
+        self.node.store().bytes()
     }
 
     /// Leads, and a quorum has confirmed it by committing an entry of this term.
@@ -517,13 +543,20 @@ impl<D: Disk> Replica<D> {
         }
         let mut entry = ConfChange { node_id, context, ..ConfChange::default() };
         entry.set_change_type(kind);
-        self.node.propose_conf_change(ticket.to_be_bytes().to_vec(), entry).map_err(|_| Declined::Busy)
+        let proposed = self.node.propose_conf_change(ticket.to_be_bytes().to_vec(), entry);
+        self.proposed(proposed)
     }
 
     /// Proposes a command; its answer comes out of `process` under this ticket, or never if leadership is lost.
     pub fn propose(&mut self, ticket: Ticket, command: &Command) -> Result<(), Declined> {
         let data = self.admit(command)?;
-        self.node.propose(ticket.to_be_bytes().to_vec(), data).map_err(|_| Declined::Busy)
+        let proposed = self.node.propose(ticket.to_be_bytes().to_vec(), data);
+        self.proposed(proposed)
+    }
+
+    fn proposed(&mut self, proposed: raft::Result<()>) -> Result<(), Declined> {
+        self.proposals += u64::from(proposed.is_ok());
+        proposed.map_err(|_| Declined::Busy)
     }
 
     /// The command's bytes, if anything can be proposed here and now.

@@ -6,6 +6,8 @@
 use super::disk::{Batch, Disk, DiskError, Durability, Op, Renewal, Table};
 use super::disk_mark::Mark;
 use super::seal;
+use fleet_common::metrics::coordinator::RAFT_FSYNC_SECONDS;
+use prometheus::Histogram;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, Error,
     IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
@@ -14,6 +16,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Instant;
 
 /// Memory for writes that are not yet in a sorted file, over all tables.
 const WRITE_BUFFERS: usize = 8 << 20;
@@ -47,6 +50,7 @@ pub struct RocksDisk {
     lost: Option<String>,
     /// Tables of the history whose files RocksDB came upon as damaged when it merged them, which it must not try again.
     damaged: Mutex<BTreeMap<Table, String>>,
+    syncs: Histogram,
 }
 
 /// An open database.
@@ -119,7 +123,14 @@ impl RocksDisk {
 
     fn of(path: &Path, db: Open, mark: Option<Mark>, lost: Option<String>) -> RocksDisk {
         let (db, mark) = (RwLock::new(Some(db)), Mutex::new(mark));
-        RocksDisk { path: path.to_owned(), db, mark, lost, damaged: Mutex::default() }
+        RocksDisk {
+            path: path.to_owned(),
+            db,
+            mark,
+            lost,
+            damaged: Mutex::default(),
+            syncs: RAFT_FSYNC_SECONDS.histogram(),
+        }
     }
 
     /// A look at the database as it is at this moment. Another process may have it open and go on writing.
@@ -154,6 +165,11 @@ impl RocksDisk {
         let open = Open { db, generations, renewed: None, cache };
         let lost = lost(&open.writes(), &beside, reached.as_ref().copied());
         Ok(RocksDisk::of(path, open, None, lost))
+    }
+
+    /// How long synced writes took.
+    pub fn syncs(&self) -> &Histogram {
+        &self.syncs
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Option<Open>> {
@@ -225,8 +241,12 @@ impl RocksDisk {
                 let count = (mark.reached() + 1).to_le_bytes().to_vec();
                 native.put(WRITES_KEY, seal::seal(Table::Meta, WRITES_KEY, count));
             }
+            let begun = Instant::now();
             open.db.write_opt(native, &options).map_err(|error| self.error(error))?;
             let kept = mark.map_or(Ok(()), |mark| mark.advance(mark.reached() + 1));
+            if durability == Durability::Synced {
+                self.syncs.observe(begun.elapsed().as_secs_f64());
+            }
             kept.map_err(|error| unmarked(&Mark::path(&self.path), &error))
         })
     }

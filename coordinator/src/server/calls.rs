@@ -7,6 +7,7 @@ use crate::cluster::commands::{Change, RedeemToken};
 use crate::cluster::session::{RequestId, Stamp};
 use crate::control::{Admission, Call, Input, Session};
 use fleet_common::ids::UserId;
+use fleet_common::metrics::Page;
 use fleet_common::protocol::{ClientFrame, Member, Refusal, RefusalKind, Reply};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -124,6 +125,14 @@ impl Calls {
     pub async fn look(&self) -> Result<(), Refusal> {
         let (sink, answer) = oneshot::channel();
         self.answered(Input::Look, CallSink::Look(sink), answer).await?
+    }
+
+    /// What this coordinator knows, in numbers.
+    pub async fn measure(&self) -> Result<Page, Refusal> {
+        let (sink, page) = oneshot::channel();
+        let offered = self.inbox.offer(vec![Event::Measure(sink)]);
+        offered.map_err(|_| unavailable("this coordinator has too much to do; try again"))?;
+        page.await.map_err(|_| unavailable("this coordinator is stopping"))
     }
 
     async fn answered<T>(

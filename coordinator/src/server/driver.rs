@@ -14,6 +14,7 @@ use crate::control::{Action, Control, ControlError, Input, Now, PeerMessage, Sta
 use crate::raft::disk::Disk;
 use anyhow::anyhow;
 use fleet_common::protocol::{CoordinatorAddress, Member, ToAgent};
+use prometheus::Histogram;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -50,6 +51,8 @@ pub struct Surroundings {
     pub trust: Arc<Trust>,
     /// How the cluster's CAs stand, whenever that changes.
     pub cas: watch::Sender<Cas>,
+    /// Times of the turns.
+    pub round: Histogram,
 }
 
 pub struct Driver<D: Disk> {
@@ -152,11 +155,15 @@ impl<D: Disk> Driver<D> {
                         self.desk.connect(session, sink);
                         self.control.handle(now, Input::AgentConnected { session, node });
                     }
+                    // Whoever asked may be gone.
+                    Event::Measure(sink) => drop(sink.send(self.control.measure(now))),
                     Event::Stop => return Ok(()),
                 }
             }
             let peers = &mut self.around.peers;
+            let begun = Instant::now();
             let actions = self.control.process(now, &mut |to, message| peers.send(to, message))?;
+            self.around.round.observe(begun.elapsed().as_secs_f64());
             for action in actions {
                 self.perform(action);
             }

@@ -291,6 +291,16 @@ impl Gate {
         }
     }
 
+    /// Connections that are here, by who made them.
+    pub fn connections_by_kind(&self) -> [(&'static str, usize); 3] {
+        let inner = self.lock();
+        let of = |role: Role| {
+            let held = inner.held.iter().filter(|(member, _)| member.role() == role);
+            held.map(|(_, held)| held.len()).sum()
+        };
+        [("client", of(Role::Client)), ("worker", of(Role::Worker)), ("coordinator", of(Role::Coordinator))]
+    }
+
     /// Connections of the workers and clients that are here.
     pub fn connections(&self) -> Vec<Connection> {
         let inner = self.lock();

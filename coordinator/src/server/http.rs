@@ -2,7 +2,9 @@
 
 use super::Shared;
 use crate::control::READER;
-use crate::http::{self, Asked, Unserved};
+use crate::http::{self, Asked, Targets, Unserved};
+use crate::targets;
+use fleet_common::metrics::Format;
 use fleet_common::protocol::{ClientFrame, Refusal, RefusalKind, Reply, Request};
 use serde::Serialize;
 use serde_json::json;
@@ -96,13 +98,22 @@ async fn read_head(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
 }
 
 async fn respond(shared: &Shared, head: &str) -> Response {
-    let asked = match http::asked(head, &shared.hosts) {
-        Ok(Asked::Health) => return health(shared),
-        Ok(Asked::Metrics) => return metrics(shared).await,
-        Ok(Asked::Api(request)) => request,
-        Err(Unserved { status, message }) => return Response::text(status, message),
+    let (pattern, response) = match http::asked(head, &shared.hosts) {
+        Ok(asked) => (asked.pattern(), answer(shared, asked).await),
+        Err(Unserved { status, message }) => ("other", Response::text(status, message)),
     };
-    match ask(shared, asked, false).await {
+    shared.metrics.served(pattern, response.status);
+    response
+}
+
+async fn answer(shared: &Shared, asked: Asked) -> Response {
+    let request = match asked {
+        Asked::Health => return health(shared),
+        Asked::Metrics(format) => return metrics(shared, format).await,
+        Asked::Targets(kind) => return targets(shared, kind).await,
+        Asked::Api(request) => request,
+    };
+    match ask(shared, request).await {
         Reply::Cluster(view) => Response::json(&view),
         Reply::Coordinators(views) => Response::json(&views),
         Reply::Nodes(views) => Response::json(&views),
@@ -124,9 +135,26 @@ async fn respond(shared: &Shared, head: &str) -> Response {
 }
 
 /// A question from this machine.
-async fn ask(shared: &Shared, request: Request, stale: bool) -> Reply {
-    let frame = ClientFrame { stale, ..ClientFrame::query(request) };
-    shared.calls.ask(READER, frame).await
+async fn ask(shared: &Shared, request: Request) -> Reply {
+    shared.calls.ask(READER, ClientFrame::query(request)).await
+}
+
+/// What Prometheus shall scrape, as far as this coordinator knows.
+async fn targets(shared: &Shared, kind: Targets) -> Response {
+    let request = match kind {
+        Targets::Coordinators => Request::Coordinators,
+        Targets::Workers => Request::Nodes,
+    };
+    let frame = ClientFrame { stale: true, ..ClientFrame::query(request) };
+    match shared.calls.ask(READER, frame).await {
+        Reply::Coordinators(views) => {
+            let known = shared.status.borrow().http.clone();
+            Response::json(&targets::coordinators(&shared.asked, &views, &known))
+        }
+        Reply::Nodes(nodes) => Response::json(&targets::workers(&shared.asked, &nodes)),
+        Reply::Refused(refusal) => Response::refused(refusal),
+        _ => Response::text(500, "the cluster gave an answer that does not fit"),
+    }
 }
 
 /// Whether this coordinator can serve, which it can by any leader.
@@ -147,18 +175,13 @@ fn health(shared: &Shared) -> Response {
 }
 
 /// What this coordinator itself knows, with or without a leader.
-async fn metrics(shared: &Shared) -> Response {
-    let (cluster, nodes) =
-        (ask(shared, Request::ClusterStatus, true).await, ask(shared, Request::Nodes, true).await);
-    let (cluster, nodes) = match (cluster, nodes) {
-        (Reply::Cluster(cluster), Reply::Nodes(nodes)) => (cluster, nodes),
-        (Reply::Refused(refusal), _) | (_, Reply::Refused(refusal)) => return Response::refused(refusal),
-        _ => return Response::text(500, "the cluster gave an answer that does not fit"),
-    };
-    let status = shared.status.borrow().clone();
-    match shared.metrics.render(&cluster, &status, &nodes) {
-        Ok(body) => Response { status: 200, kind: "text/plain; version=0.0.4", body },
-        Err(error) => Response::text(500, error.to_string()),
+async fn metrics(shared: &Shared, format: Format) -> Response {
+    match shared.calls.measure().await {
+        Ok(mut page) => {
+            shared.metrics.add_to(&mut page, &shared.gate);
+            Response { status: 200, kind: format.content_type(), body: page.write(format).into_bytes() }
+        }
+        Err(refusal) => Response::refused(refusal),
     }
 }
 

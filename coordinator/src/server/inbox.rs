@@ -5,10 +5,11 @@
 use super::desk::{CallSink, SessionSink};
 use crate::control::{Call, Input, Session};
 use fleet_common::ids::NodeId;
+use fleet_common::metrics::Page;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 /// What waits for the raft thread: a thousand clients with some requests each, and as much from the others.
 const ITEMS_MAX: usize = 16_384;
@@ -22,6 +23,8 @@ pub enum Event {
     Call(Call, Input, CallSink),
     /// An agent's connection and where its messages go.
     Agent(Session, NodeId, SessionSink),
+    /// What is known here shall go there, in numbers.
+    Measure(oneshot::Sender<Page>),
     Stop,
 }
 

@@ -31,20 +31,23 @@ mod trust;
 use crate::cluster::authorities::Cas;
 use crate::control::{Control, Myself, Status};
 use crate::raft::history::History;
+use crate::targets;
 use anyhow::{Context, Result, bail};
 use calls::Calls;
 use driver::{Surroundings, Thread};
 use fleet_common::codec::FRAME_MAX;
 use fleet_common::endpoint::Endpoint;
+use fleet_common::http::host_of;
 use fleet_common::ids::ReplicaId;
+use fleet_common::metrics::target;
 use fleet_common::net::{
-    self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, KeyHash, Peer, Socket, Turned,
+    self, Accepted, CERTIFICATE_LIFE, Identity, JoinToken, KeyHash, NetError, Peer, Socket, Turned,
 };
 use fleet_common::process;
 use fleet_common::protocol::{CoordinatorAddress, Member, Role};
 use gate::{Gate, Verdict};
 use inbox::Inbox;
-use metrics::Metrics;
+use metrics::{Metrics, Refused};
 use peers::{Knocks, Peers};
 pub use places::Places;
 use sockets::Lane;
@@ -106,6 +109,7 @@ pub(crate) struct Shared {
     large: Arc<Semaphore>,
     /// Host names under which HTTP may be asked, besides loopback.
     hosts: Vec<String>,
+    asked: targets::Asked,
 }
 
 /// A running coordinator. Dropping it without `stop` is like a crash, which is safe.
@@ -161,9 +165,11 @@ impl Coordinator {
         let name = setup::name(&options, me);
         let seeds = opened.coordinators.clone();
         let history = History::new(opened.disk.clone());
+        let metrics = Metrics::new(opened.disk.syncs().clone(), space::probe(&options.data_dir));
         let (lock, custody, identity, replica) = opened.begin(&address, &name)?;
         let ca = custody.present().clone();
 
+        let http = reached_at(sockets.http.local_addr()?, &address.client);
         let endpoint = Endpoint {
             pid: std::process::id(),
             pid_start: process::started(std::process::id()),
@@ -197,6 +203,7 @@ impl Coordinator {
             addresses: publish_addresses,
             trust: trust.clone(),
             cas: publish_cas,
+            round: metrics.round.clone(),
         };
         let is_alone = replica.is_alone();
         let begun = Instant::now();
@@ -204,14 +211,14 @@ impl Coordinator {
             address,
             name,
             version: setup::VERSION.to_owned(),
+            http: http.clone(),
             seeds: seeds.iter().map(|seed| seed.replica).filter(|seed| *seed != me).collect(),
         };
         let control = Control::new(replica, history, myself, rand::random(), driver::now(begun));
         let (status, thread) =
             driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
-        let hosts =
-            [&endpoint.quic, &endpoint.http].map(|address| fleet_common::http::host_of(address).to_owned());
+        let hosts = [&endpoint.quic, &endpoint.http].map(|address| host_of(address).to_owned());
         let shared = Arc::new(Shared {
             me,
             calls: Calls::new(inbox.clone()),
@@ -220,9 +227,10 @@ impl Coordinator {
             knocks,
             addresses,
             status: status.clone(),
-            metrics: Metrics::new()?,
+            metrics,
             large: Arc::new(Semaphore::new(LARGE_BYTES)),
             hosts: hosts.into(),
+            asked: targets::Asked { host: host_of(&endpoint.quic).to_owned(), http },
         });
         let both = [(Socket::Clients, sockets.clients.clone()), (Socket::Members, sockets.members.clone())];
         members.handle().spawn(accept(shared.clone(), Socket::Members, sockets.members.clone()));
@@ -388,7 +396,10 @@ async fn accept(shared: Arc<Shared>, socket: Socket, endpoint: quinn::Endpoint) 
             Verdict::Shake(pass) => drop(tokio::spawn(serve(shared.clone(), socket, incoming, pass))),
             // One that cannot be asked to prove itself has done so.
             Verdict::Prove => drop(incoming.retry()),
-            Verdict::Refuse => incoming.refuse(),
+            Verdict::Refuse => {
+                shared.metrics.refused(Refused::Busy);
+                incoming.refuse();
+            }
         }
     }
 }
@@ -401,18 +412,26 @@ async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, s
     drop(shaking);
     let (connection, accepted) = match accepted {
         Ok(accepted) => accepted,
-        Err(error) => return debug!("{from} did not get in: {error}"),
+        Err(error) => {
+            shared.metrics.refused(why_refused(&error));
+            return debug!("{from} did not get in: {error}");
+        }
     };
     let peer = match accepted {
         Accepted::Join => {
             return match shared.gate.joiner(from.ip()) {
                 Some(pass) => joins::serve(&shared, &connection, pass).await,
-                None => connection.close(net::BUSY, b"too many are joining at once; try again"),
+                None => {
+                    shared.metrics.refused(Refused::Busy);
+                    connection.close(net::BUSY, b"too many are joining at once; try again");
+                }
             };
         }
         Accepted::Peer(peer) => peer,
     };
-    let Some((_pass, open)) = shared.gate.enter(socket, peer.member, &connection) else { return };
+    let Some((_pass, open)) = shared.gate.enter(socket, peer.member, &connection) else {
+        return shared.metrics.refused(Refused::Busy);
+    };
     rotation::note(&shared, peer.member, &connection);
     match (socket, peer.member) {
         (Socket::Clients, member) => {
@@ -427,6 +446,23 @@ async fn serve(shared: Arc<Shared>, socket: Socket, incoming: quinn::Incoming, s
         }
         // The gate lets none in.
         (Socket::Members, Member::Client(_)) => connection.close(net::REFUSED, b"not here"),
+    }
+}
+
+/// Where others reach what listens here; `client` is where they reach its other socket.
+fn reached_at(listening: SocketAddr, client: &str) -> String {
+    match listening.ip().is_unspecified() {
+        true => target::join(host_of(client), listening.port()),
+        false => listening.to_string(),
+    }
+}
+
+fn why_refused(error: &NetError) -> Refused {
+    match error {
+        NetError::Lost(_) => Refused::Handshake,
+        NetError::Later(_) => Refused::Later,
+        NetError::Revoked(_) => Refused::Revoked,
+        _ => Refused::Refused,
     }
 }
 

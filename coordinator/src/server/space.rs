@@ -26,7 +26,7 @@ pub struct Found {
 }
 
 /// Looks at the file system that holds a directory; `None` when it does not say.
-pub type Probe = Box<dyn Fn() -> Option<Found> + Send>;
+pub type Probe = Box<dyn Fn() -> Option<Found> + Send + Sync>;
 
 pub fn probe(dir: &Path) -> Probe {
     let dir = dir.to_owned();

@@ -151,6 +151,7 @@ impl World {
             address: address_of(id, number),
             name: format!("host-{number}"),
             version: VERSION.into(),
+            http: String::new(),
             seeds: self.addresses.keys().copied().filter(|known| *known != id).collect(),
         };
         let history = History::new(host.disk.clone());

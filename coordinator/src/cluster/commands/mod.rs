@@ -74,8 +74,8 @@ pub use undrain_node::UndrainNode;
 use super::{Answer, Context, State};
 use serde::{Deserialize, Serialize};
 
-/// The newest commands that this program knows.
-pub const COMMAND_LEVEL: u32 = 5;
+/// The newest commands that this program knows. At 6 there is none: coordinators tell each other where they are asked over HTTP.
+pub const COMMAND_LEVEL: u32 = 6;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {

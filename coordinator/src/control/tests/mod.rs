@@ -5,6 +5,7 @@ mod calls;
 mod custody;
 mod greeting;
 mod growth;
+mod measures;
 mod members;
 mod net;
 mod repairs;

@@ -91,7 +91,13 @@ pub(super) fn events(job: JobId, first_seq: u64, bodies: Vec<EventBody>) -> From
 
 fn myself(id: u64, seeds: &[u64]) -> Myself {
     let seeds = seeds.iter().map(|id| ReplicaId(*id)).collect();
-    Myself { address: address(id), name: format!("c{id}"), version: "0".into(), seeds }
+    Myself {
+        address: address(id),
+        name: format!("c{id}"),
+        version: "0".into(),
+        http: format!("c{id}:3"),
+        seeds,
+    }
 }
 
 impl Net {

@@ -5,6 +5,7 @@ use super::{
 };
 use crate::cluster::history::key;
 use crate::cluster::retention::Removal;
+use crate::cluster::tally::Intent;
 use crate::cluster::{Answer, Command};
 use crate::raft::disk::{Batch, Disk, DiskError, Durability};
 use crate::raft::history;
@@ -141,6 +142,7 @@ impl<D: Disk> Replica<D> {
         let snapshot = ready.snapshot();
         let metadata = snapshot.get_metadata();
         self.state = image::decode(&snapshot.data)?;
+        self.tally.replaced(&self.state);
         self.applied = Position { index: metadata.index, term: metadata.term };
         self.unreadable = None;
         self.conf = metadata.get_conf_state().clone();
@@ -196,7 +198,9 @@ impl<D: Disk> Replica<D> {
         output: &mut Output,
     ) -> Result<bool, ReplicaError> {
         let command: Command = codec::decode(data).map_err(|error| unknown(index, error))?;
+        let intent = Intent::of(command.unix_ms, &command.change);
         let applied = self.state.apply(index, command);
+        self.tally.note(index, &intent, &applied, &self.state);
         for row in &applied.history {
             history::stage(row, &mut self.rows)?;
         }
