@@ -14,6 +14,13 @@ pub fn get(at: &str, path: &str) -> io::Result<String> {
     Ok(answer)
 }
 
+/// The same, taken apart.
+pub fn answer(at: &str, path: &str) -> io::Result<Answer> {
+    let mut stream = TcpStream::connect(at)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n")?;
+    Answer::read(stream)
+}
+
 /// An answer, taken apart.
 #[derive(Clone, Debug)]
 pub struct Answer {
