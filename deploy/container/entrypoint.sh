@@ -47,8 +47,8 @@ founds() {
     [ -n "${FLEET_FOUNDER:-}" ] && [ "$FLEET_FOUNDER" = "${FLEET_NAME:-}" ] || return 1
     # Tokens are made by a cluster: where there is one, there is a cluster.
     if [ -n "${FLEET_TOKEN_FILE:-}" ] && [ -s "$FLEET_TOKEN_FILE" ]; then return 1; fi
-    local peer
-    for peer in ${FLEET_PEERS_HTTP//,/ }; do
+    local peer peers="${FLEET_PEERS_HTTP:-}"
+    for peer in ${peers//,/ }; do
         if answers "$peer"; then
             say "$peer answers, so there is a cluster already; this coordinator joins it"
             return 1
