@@ -114,7 +114,10 @@ mod tests {
     #[test]
     fn series_are_found_in_a_query_and_nothing_else() {
         let query = r#"max by (job) (fleet_job_loss{job="fleet-x"}) / on () job:fleet_job_step:leader > up"#;
-        assert_eq!(series_in(query).into_iter().collect::<Vec<_>>(), ["fleet_job_loss", "job:fleet_job_step:leader"]);
+        assert_eq!(
+            series_in(query).into_iter().collect::<Vec<_>>(),
+            ["fleet_job_loss", "job:fleet_job_step:leader"]
+        );
         assert_eq!(metric_of("fleet_commit_seconds_bucket"), "fleet_commit_seconds");
     }
 }

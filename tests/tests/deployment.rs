@@ -3,9 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // in a test an unwrap is an assertion
 
-use fleet_tests::shipped::{
-    dashboards, items, metric_of, metrics, read, rules, series_in, yaml,
-};
+use fleet_tests::shipped::{dashboards, items, metric_of, metrics, read, rules, series_in, yaml};
 use fleet_tests::source::root;
 use fleet_tests::{Running, World, eventually, http, program};
 use serde_json::Value;
@@ -19,7 +17,8 @@ fn dashboards_have_the_shape_that_grafana_loads() {
     let mut uids = BTreeSet::new();
     for board in dashboards() {
         let what = &board.name;
-        let word = |key: &str| board.json[key].as_str().unwrap_or_else(|| panic!("{what} has no {key}")).to_owned();
+        let word =
+            |key: &str| board.json[key].as_str().unwrap_or_else(|| panic!("{what} has no {key}")).to_owned();
         assert_eq!(word("uid"), format!("fleet-{what}"));
         assert!(uids.insert(word("uid")) && !word("title").is_empty() && !word("description").is_empty());
         assert!(board.json["schemaVersion"].as_u64() >= Some(36), "{what}");
@@ -38,15 +37,23 @@ fn dashboards_have_the_shape_that_grafana_loads() {
         }
         for panel in board.panels() {
             let title = panel["title"].as_str().unwrap();
-            assert!(!panel["description"].as_str().unwrap_or_default().is_empty(), "{what}: {title} is not described");
+            assert!(
+                !panel["description"].as_str().unwrap_or_default().is_empty(),
+                "{what}: {title} is not described"
+            );
             assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{what}: {title} has no unit");
             let mut letters = BTreeSet::new();
             for target in items(&panel["targets"]) {
                 assert!(letters.insert(target["refId"].as_str().unwrap()), "{what}: {title}");
                 assert_eq!(target["datasource"]["uid"], "${datasource}", "{what}: {title}");
                 let names = target["expr"].as_str().unwrap().split('$').skip(1);
-                for name in names.map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap()) {
-                    assert!(variables.contains(name) || name == "__rate_interval", "{what}: {title}: ${name}");
+                for name in
+                    names.map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap())
+                {
+                    assert!(
+                        variables.contains(name) || name == "__rate_interval",
+                        "{what}: {title}: ${name}"
+                    );
                 }
             }
             assert!(!letters.is_empty(), "{what}: {title} asks for nothing");
@@ -88,11 +95,15 @@ fn dashboards_and_rules_name_metrics_that_there_are() {
 fn every_alert_says_what_it_means_and_what_to_do_and_is_tested() {
     let (alerts, document) = (rules("alerts"), read("docs/operating.md"));
     let tests = yaml("deploy/prometheus/rules/alerts_test.yml");
-    let tests: Vec<&Value> = items(&tests["tests"]).flat_map(|test| items(&test["alert_rule_test"])).collect();
+    let tests: Vec<&Value> =
+        items(&tests["tests"]).flat_map(|test| items(&test["alert_rule_test"])).collect();
     assert!(alerts.len() > 20);
     for alert in alerts {
         let name = &alert.name;
-        assert!(alert.is_alert && ["critical", "warning"].contains(&alert.json["labels"]["severity"].as_str().unwrap()));
+        assert!(
+            alert.is_alert
+                && ["critical", "warning"].contains(&alert.json["labels"]["severity"].as_str().unwrap())
+        );
         for note in ["summary", "description"] {
             assert!(alert.json["annotations"][note].is_string(), "{name} has no {note}");
         }
@@ -101,7 +112,10 @@ fn every_alert_says_what_it_means_and_what_to_do_and_is_tested() {
         assert!(document.contains(&format!("\n### {name}\n")), "docs/operating.md has no section {name}");
         let of_it = || tests.iter().filter(|test| test["alertname"] == name.as_str());
         assert!(of_it().any(|test| items(&test["exp_alerts"]).next().is_some()), "no test sees {name} fire");
-        assert!(of_it().any(|test| items(&test["exp_alerts"]).next().is_none()), "no test sees {name} stay silent");
+        assert!(
+            of_it().any(|test| items(&test["exp_alerts"]).next().is_none()),
+            "no test sees {name} stay silent"
+        );
     }
 }
 
@@ -198,7 +212,7 @@ fn a_set_of_containers_founds_joins_restarts_and_never_founds_twice() {
     lone.until_it_says("so there is a cluster already");
     lone.until_it_says("waiting for a token");
     let gone = set.coordinators(1).into_iter().find(|view| view["name"] == "pod-0").unwrap();
-    let gone = format!("replica-{}", gone["id"].as_u64().unwrap());
+    let gone = gone["replica"].as_str().unwrap().to_owned();
     let cluster = format!("{}/", set.dir(1).display());
     set.world.run("fleet", &["--cluster", &cluster, "coordinators", "remove", &gone]).expect(0);
     set.token(1, "1");

@@ -40,10 +40,14 @@ impl Prometheus {
         }
         let shipped = read("deploy/prometheus/prometheus.yml");
         assert!(shipped.contains("interval: 15s") && shipped.contains("refresh_interval: 30s"));
-        let mut config = shipped.replace("interval: 15s", "interval: 1s").replace("refresh_interval: 30s", "refresh_interval: 1s");
+        let mut config = shipped
+            .replace("interval: 15s", "interval: 1s")
+            .replace("refresh_interval: 30s", "refresh_interval: 1s");
         // Each source of targets once for each coordinator, as the comment there says.
         for kind in ["coordinators", "workers"] {
-            let source = format!("      - url: http://127.0.0.1:7080/api/v1/targets/{kind}\n        refresh_interval: 1s\n");
+            let source = format!(
+                "      - url: http://127.0.0.1:7080/api/v1/targets/{kind}\n        refresh_interval: 1s\n"
+            );
             assert!(config.contains(&source), "{config}");
             let all: String = coordinators.iter().map(|at| source.replace("127.0.0.1:7080", at)).collect();
             config = config.replace(&source, &all);
@@ -139,7 +143,13 @@ fn prometheus_as_shipped_sees_all_that_there_is_and_tells_of_a_node_that_is_gone
             assert!(!series_in(query).is_empty() || query.starts_with("count(ALERTS"), "{title}: {query}");
         }
         for (_, query) in board.variables().into_iter().filter(|(_, query)| !query.is_empty()) {
-            let (metric, label) = query.strip_prefix("label_values(").unwrap().strip_suffix(')').unwrap().split_once(", ").unwrap();
+            let (metric, label) = query
+                .strip_prefix("label_values(")
+                .unwrap()
+                .strip_suffix(')')
+                .unwrap()
+                .split_once(", ")
+                .unwrap();
             asked.insert(format!("count by ({label}) ({metric}{{{label}!=\"\"}})"));
         }
     }
@@ -151,7 +161,8 @@ fn prometheus_as_shipped_sees_all_that_there_is_and_tells_of_a_node_that_is_gone
         let groups = prometheus.api("/api/v1/rules");
         let loaded: Vec<Value> =
             items(&groups["groups"]).flat_map(|group| items(&group["rules"])).cloned().collect();
-        let ill = loaded.iter().find(|rule| rule["lastError"].as_str().is_some_and(|error| !error.is_empty()));
+        let ill =
+            loaded.iter().find(|rule| rule["lastError"].as_str().is_some_and(|error| !error.is_empty()));
         assert_eq!(ill, None);
         loaded.len() == shipped && loaded.iter().all(|rule| rule["health"] == "ok")
     });
@@ -161,7 +172,17 @@ fn prometheus_as_shipped_sees_all_that_there_is_and_tells_of_a_node_that_is_gone
 
     // Not what depends on the machine that runs this: its disk, its memory, how it shares its cores.
     let firing = prometheus.firing();
-    for quiet in ["FleetLeaderMissing", "FleetTwoLeaders", "FleetQuorumAtRisk", "FleetCoordinatorDown", "FleetNodeOutOfTouch", "FleetWorkerCutOff", "FleetJobLossNotANumber", "FleetVersionsDiffer", "FleetCheckpointsFail"] {
+    for quiet in [
+        "FleetLeaderMissing",
+        "FleetTwoLeaders",
+        "FleetQuorumAtRisk",
+        "FleetCoordinatorDown",
+        "FleetNodeOutOfTouch",
+        "FleetWorkerCutOff",
+        "FleetJobLossNotANumber",
+        "FleetVersionsDiffer",
+        "FleetCheckpointsFail",
+    ] {
         assert!(!firing.contains(quiet), "{quiet} fires on a cluster that works");
     }
     drop(worker);
