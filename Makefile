@@ -3,7 +3,7 @@
 
 BIN := $(or $(CARGO_TARGET_DIR),target)/debug
 
-.PHONY: demo test build programs setup lint chaos bench parity gpu-bundle wheel tarball reference clean
+.PHONY: demo test build programs setup lint check-deploy chaos bench parity gpu-bundle wheel tarball reference clean
 
 # With CUDA=1 also the libraries that train on an NVIDIA GPU.
 setup:
@@ -28,6 +28,10 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	deploy/deny.sh
+
+# What deploy/ ships, by the tools it is for. STRICT=1 fails where one of them is missing.
+check-deploy:
+	deploy/check.sh $(if $(STRICT),--strict)
 
 # Trains while coordinators are killed and stopped, for some minutes; prints its seed.
 chaos: build

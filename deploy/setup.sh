@@ -25,16 +25,22 @@ debian_packages() {
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq "${missing[@]}" >/dev/null
 }
 
-# Networks of their own for tests: namespaces, cuts, slow links.
+# Networks of their own for tests (namespaces, cuts, slow links), and Prometheus.
 test_packages() {
-    local missing=()
+    local missing=() prometheus=""
     command -v ip >/dev/null && command -v tc >/dev/null || missing+=(iproute2)
     command -v nft >/dev/null || missing+=(nftables)
+    command -v prometheus >/dev/null || { missing+=(prometheus); prometheus=1; }
     [ ${#missing[@]} -eq 0 ] && return
     # Tests that need them say that they skip.
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then return; fi
     say "installing Debian packages for tests: ${missing[*]}"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null || say "no ${missing[*]}: tests of networks will skip"
+    local quiet=(-y -qq --no-install-recommends)
+    { DEBIAN_FRONTEND=noninteractive apt-get install "${quiet[@]}" "${missing[@]}" ||
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install "${quiet[@]}" "${missing[@]}"; }; } >/dev/null 2>&1 ||
+        say "no ${missing[*]}: tests of networks and of Prometheus will skip"
+    # Tests start their own; a service of the system that this has brought is not wanted.
+    if [ -n "$prometheus" ] && [ -d /run/systemd/system ]; then systemctl disable --quiet --now prometheus || true; fi
 }
 
 # A browser and what drives it, for tests of the page. Node comes with the machine.

@@ -149,6 +149,11 @@ impl<'a> Coordinators<'a> {
         self.listen.iter().map(|[client, ..]| client.clone()).collect()
     }
 
+    /// Addresses for HTTP of all of them.
+    pub fn http(&self) -> Vec<String> {
+        self.listen.iter().map(|[.., http]| http.clone()).collect()
+    }
+
     /// Talks to one of them only.
     pub fn client(&self, n: usize) -> Client {
         Client::new(&self.data_dir(0).join("client"), vec![self.listen[n][0].clone()])
@@ -205,6 +210,13 @@ impl<'a> Coordinators<'a> {
     /// A worker that knows all of them, once it is registered.
     pub fn worker(&self, host: usize, slots: u32) -> Running {
         self.registered(self.placed(host, self.join_worker(host, slots)))
+    }
+
+    /// The same with more options.
+    pub fn worker_with(&self, host: usize, slots: u32, more: &[&str]) -> Running {
+        let mut command = self.join_worker(host, slots);
+        command.args(more);
+        self.registered(self.placed(host, command))
     }
 
     /// The same on a network, with a disk of its own: what is written to `out` lies in `disk-HOST`, and no other worker sees it.

@@ -14,6 +14,11 @@ pub fn get(at: &str, path: &str) -> io::Result<String> {
     Ok(answer)
 }
 
+/// The same, taken apart.
+pub fn answer(at: &str, path: &str) -> io::Result<Answer> {
+    ask_as(at, path, "*/*")
+}
+
 /// The answer to a reader that wants this kind of it.
 pub fn ask_as(at: &str, path: &str, accept: &str) -> io::Result<Answer> {
     let mut stream = TcpStream::connect(at)?;

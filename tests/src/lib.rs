@@ -12,6 +12,7 @@ pub mod http;
 mod jobs;
 mod network;
 mod process;
+pub mod shipped;
 pub mod sim;
 pub mod source;
 pub mod submits;
