@@ -39,6 +39,13 @@ fn is_local(host: &str) -> bool {
     is_of_this_machine(&target::join(host, 0))
 }
 
+const TLS: &str = "https://";
+
+/// What a coordinator says of where it serves HTTP.
+pub fn said(at: &str, over_tls: bool) -> String {
+    if over_tls { format!("{TLS}{at}") } else { at.to_owned() }
+}
+
 /// `http` has what each coordinator said of itself.
 pub fn coordinators(
     asked: &Asked,
@@ -46,13 +53,18 @@ pub fn coordinators(
     http: &BTreeMap<ReplicaId, String>,
 ) -> Vec<Target> {
     let of = |view: &CoordinatorView| {
-        let at = http.get(&view.address.replica)?;
-        let labels = BTreeMap::from([
+        let said = http.get(&view.address.replica)?;
+        let (at, over_tls) = said.strip_prefix(TLS).map_or((said.as_str(), false), |at| (at, true));
+        let mut labels = BTreeMap::from([
             ("coordinator", view.address.replica.to_string()),
             ("__meta_fleet_name", view.name.clone()),
         ]);
-        let found = asked.finds(host_of(at), host_of(&view.address.client));
-        found.then(|| Target { targets: [at.clone()], labels })
+        if over_tls {
+            labels.insert("__scheme__", "https".to_owned());
+        }
+        // Who speaks TLS is reached from elsewhere, whatever its address looks like.
+        let found = over_tls || asked.finds(host_of(at), host_of(&view.address.client));
+        found.then(|| Target { targets: [at.to_owned()], labels })
     };
     views.iter().filter_map(of).collect()
 }
@@ -152,5 +164,9 @@ mod tests {
             ["127.0.0.1:7080", "c2:7080"]
         );
         assert_eq!(found(coordinators(&asked("c2", "c2:7080"), &views, &http)), ["c2:7080"]);
+        let http = [(ReplicaId(3), said("c3:7080", true))].into();
+        let over_tls = coordinators(&asked("c2", "c2:7080"), &views, &http);
+        assert_eq!(serde_json::to_value(&over_tls).unwrap()[0]["labels"]["__scheme__"], "https");
+        assert_eq!(found(over_tls), ["c3:7080"]);
     }
 }

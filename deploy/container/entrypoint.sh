@@ -93,11 +93,16 @@ worker() {
     exec worker join "${FLEET_COORDINATORS:?is to name coordinators, HOST:PORT,...}" "${options[@]}" "$@"
 }
 
-# Asks /healthz on this machine.
+# Asks /healthz on this machine. A coordinator speaks TLS on other addresses than loopback, which a shell cannot: that it listens is all that
+# is asked there (Kubernetes asks by itself).
 health() {
     local at="${FLEET_HTTP:-127.0.0.1:7080}" status
     local host="${at%:*}" port="${at##*:}"
     case $host in 0.0.0.0 | '[::]') host=127.0.0.1 ;; esac
+    if [ -n "${FLEET_LISTEN:-}" ] && [ "${at%:*}" != 127.0.0.1 ]; then
+        answers "$host:$port"
+        return
+    fi
     exec 3<>"/dev/tcp/$host/$port" || exit 1
     printf 'GET /healthz HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n' "$host:$port" >&3
     read -t 5 -r _ status _ <&3 || exit 1

@@ -150,7 +150,7 @@ impl<'a> Coordinators<'a> {
     }
 
     /// Addresses for HTTP of all of them.
-    pub fn http(&self) -> Vec<String> {
+    pub fn pages(&self) -> Vec<String> {
         self.listen.iter().map(|[.., http]| http.clone()).collect()
     }
 

@@ -117,7 +117,7 @@ fn is_of_gpus(query: &str) -> bool {
 fn prometheus_as_shipped_sees_all_that_there_is_and_tells_of_a_node_that_is_gone() {
     let world = World::new();
     let coordinators = Coordinators::start(&world, 3);
-    let Some(prometheus) = Prometheus::start(&world, &coordinators.http()) else { return };
+    let Some(prometheus) = Prometheus::start(&world, &coordinators.pages()) else { return };
     let worker = coordinators.worker_with(0, 3, &["--http", "127.0.0.1:0"]);
     let job = TinyJob { max_steps: 1_000_000, save_steps: 200, ..TinyJob::default() };
     let file = world.write("job.toml", job.toml().replace("eval_steps = 0", "eval_steps = 100"));

@@ -178,14 +178,16 @@ impl Coordinator {
         let (lock, custody, identity, replica) = opened.begin(&address, &name)?;
         let ca = custody.present().clone();
 
-        let http = reached_at(sockets.http.local_addr()?, &address.client);
+        let http_at = sockets.http.local_addr()?;
+        let is_guarded = !http_at.ip().is_loopback();
+        let http = targets::said(&reached_at(http_at, &address.client), is_guarded);
         let endpoint = Endpoint {
             pid: std::process::id(),
             pid_start: process::started(std::process::id()),
             replica: me,
             quic: address.client.clone(),
             member: address.member.clone(),
-            http: sockets.http.local_addr()?.to_string(),
+            http: http_at.to_string(),
             cluster_id: ca.cluster_id().to_owned(),
             ca_fingerprint: ca.fingerprint(),
             coordinators: seeds.iter().map(|seed| seed.client.clone()).collect(),
@@ -228,9 +230,9 @@ impl Coordinator {
             driver::spawn(control, begun, around).context("cannot start the raft thread")?;
 
         let hosts = places.hosts(&endpoint);
-        let door = match sockets.http.local_addr()?.ip().is_loopback() {
-            true => Door::Loopback,
-            false => Door::guarded(trust.clone(), gate.clone(), hosts.clone(), places.certificate())?,
+        let door = match is_guarded {
+            false => Door::Loopback,
+            true => Door::guarded(trust.clone(), gate.clone(), hosts.clone(), places.certificate())?,
         };
         let shared = Arc::new(Shared {
             me,
