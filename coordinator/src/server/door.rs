@@ -155,7 +155,10 @@ impl Guarded {
         }
         let (shown, life) = match &self.files {
             Some((certificate, key)) => (Shown::read(certificate, key)?, FILES_LOOK),
-            None => self.trust.show(&self.hosts)?,
+            None => {
+                let here = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
+                self.trust.show(&[&here[..], &self.hosts].concat())?
+            }
         };
         let config = shown.server(&members)?;
         *present = Some(Present { config: config.clone(), source, until: now + life });

@@ -27,7 +27,7 @@ const OPENER: &str = "xdg-open";
 pub fn run(args: Args, cluster: Target<'_>) -> Result<u8, Failure> {
     let cluster = Cluster::find(cluster.name)?;
     let dir = cluster.data_dir().ok_or_else(|| elsewhere(&cluster))?;
-    let page = format!("http://{}/", address(dir)?);
+    let page = address(dir)?;
     out::line(&page);
     if !args.print {
         let opened = Command::new(OPENER)
@@ -56,9 +56,10 @@ fn address(dir: &Path) -> Result<String, Failure> {
     Ok(reachable(&endpoint.http))
 }
 
-/// An address for this machine where the coordinator listens on all of them.
+/// As this machine reaches it; on other addresses than loopback a coordinator speaks TLS.
 fn reachable(http: &str) -> String {
-    match http.parse::<SocketAddr>() {
+    let scheme = if http.parse::<SocketAddr>().is_ok_and(|at| !at.ip().is_loopback()) { "https" } else { "http" };
+    let at = match http.parse::<SocketAddr>() {
         Ok(at) if at.ip().is_unspecified() => {
             let loopback = if at.is_ipv4() {
                 IpAddr::from([127, 0, 0, 1])
@@ -68,7 +69,8 @@ fn reachable(http: &str) -> String {
             SocketAddr::new(loopback, at.port()).to_string()
         }
         _ => http.to_owned(),
-    }
+    };
+    format!("{scheme}://{at}/")
 }
 
 fn elsewhere(cluster: &Cluster) -> Failure {
@@ -85,8 +87,9 @@ mod tests {
 
     #[test]
     fn a_page_is_opened_where_this_machine_reaches_it() {
-        assert_eq!(reachable("0.0.0.0:7080"), "127.0.0.1:7080");
-        assert_eq!(reachable("[::]:7080"), "[::1]:7080");
-        assert_eq!(reachable("10.0.0.1:7080"), "10.0.0.1:7080");
+        assert_eq!(reachable("0.0.0.0:7080"), "https://127.0.0.1:7080/");
+        assert_eq!(reachable("[::]:7080"), "https://[::1]:7080/");
+        assert_eq!(reachable("127.0.0.1:7080"), "http://127.0.0.1:7080/");
+        assert_eq!(reachable("10.0.0.1:7080"), "https://10.0.0.1:7080/");
     }
 }
