@@ -60,4 +60,4 @@ reference: programs
 
 clean:
 	cargo clean
-	rm -rf .libtorch training_output
+	rm -rf .libtorch training_output dist
