@@ -64,4 +64,4 @@ reference: programs
 
 clean:
 	cargo clean
-	rm -rf .libtorch training_output
+	rm -rf .libtorch training_output dist

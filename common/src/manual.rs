@@ -24,9 +24,10 @@ pub fn with_commands(command: Command) -> Command {
         )
         .arg(shell);
     let pages = Arg::new("man").long("man").value_name("DIR").value_parser(value_parser!(PathBuf));
-    let manual = Command::new(MANUAL)
-        .about("Print all commands and options of this program in Markdown")
-        .arg(pages.help("Write a page for `man` of each command into this directory instead"));
+    let manual =
+        Command::new(MANUAL).about("Print all commands and options of this program in Markdown").arg(
+            pages.help("Write a page for `man` of each command into this directory, which is there, instead"),
+        );
     command.subcommand(completions).subcommand(manual)
 }
 
@@ -41,9 +42,7 @@ pub fn answer(command: &Command, matches: &ArgMatches) -> Option<io::Result<Stri
             Some(Ok(completions(command, shell)))
         }
         MANUAL => Some(match matches.get_one::<PathBuf>("man") {
-            Some(dir) => std::fs::create_dir_all(dir)
-                .and_then(|()| clap_mangen::generate_to(command, dir))
-                .map(|()| String::new()),
+            Some(dir) => clap_mangen::generate_to(command, dir).map(|()| String::new()),
             None => Ok(markdown(command)),
         }),
         _ => None,

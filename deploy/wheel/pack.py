@@ -137,6 +137,7 @@ def wheel(programs, out):
     for example, content in examples():
         entries.append((f"{name}.data/data/share/fleet/examples/{example}", content, False))
     info = f"{name}.dist-info"
+    entries.append((f"{info}/LICENSE.txt", (HERE / "LICENSE.txt").read_bytes(), False))
     entries.append((f"{info}/METADATA", metadata(fleet).encode(), False))
     entries.append((f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: fleet\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(), False))
 

@@ -66,7 +66,9 @@ fn a_wheel_trains_where_pip_puts_it_and_tells_another_torch_in_one_line() {
 
     // As a virtual environment has it, beside other packages; the way there has spaces in it.
     install(&world, &wheel, &["--prefix", "of a user"]);
-    let prefix = world.path("of a user");
+    // Debian's Python installs into a folder below.
+    let prefix = [world.path("of a user/local"), world.path("of a user")];
+    let prefix = prefix.into_iter().find(|dir| dir.join("bin").is_dir()).unwrap();
     let fleet = prefix.join("bin/fleet");
     assert_eq!(
         run(&world, &fleet, &["--version"]).expect(0).stdout,

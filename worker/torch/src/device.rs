@@ -13,7 +13,7 @@ pub fn cuda_devices() -> Result<usize, String> {
 fn find_cuda() -> Result<usize, String> {
     shim::cuda::load_nvrtc(); // cuDNN wants it for attention
     shim::load("libtorch_cuda.so")
-        .map_err(|why| format!("libtorch's CUDA part cannot be loaded ({why}); run `make setup CUDA=1`"))?;
+        .map_err(|why| format!("libtorch's CUDA part cannot be loaded ({why}); run `make setup CUDA=1`, or `pip install` torch for CUDA"))?;
     match tch::Cuda::device_count() {
         count @ 1.. => Ok(count as usize),
         _ => Err("libtorch finds no CUDA device; look at `nvidia-smi`".into()),

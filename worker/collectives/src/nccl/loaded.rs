@@ -73,7 +73,7 @@ impl Functions {
         let handle = unsafe { libc::dlopen(c"libnccl.so.2".as_ptr(), libc::RTLD_NOW) };
         if handle.is_null() {
             return Err(
-                "NCCL (libnccl.so.2) cannot be loaded; run `make setup CUDA=1`, or train with one rank"
+                "NCCL (libnccl.so.2) cannot be loaded; run `make setup CUDA=1`, or `pip install` torch for CUDA, or train with one rank"
                     .into(),
             );
         }

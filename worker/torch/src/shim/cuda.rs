@@ -47,7 +47,9 @@ impl Module {
     /// Compiles `source` with the type of its elements for CUDA device `number`, or says why that cannot be.
     pub fn compile(source: &str, element: &str, number: usize) -> Result<Module, String> {
         if !load_nvrtc() {
-            return Err("NVRTC cannot be loaded; run `make setup CUDA=1`".into());
+            return Err(
+                "NVRTC cannot be loaded; run `make setup CUDA=1`, or `pip install` torch for CUDA".into()
+            );
         }
         // SAFETY: only looks for a library.
         if !unsafe { sys::is_culib_present() } {
