@@ -58,7 +58,8 @@ fn address(dir: &Path) -> Result<String, Failure> {
 
 /// As this machine reaches it; on other addresses than loopback a coordinator speaks TLS.
 fn reachable(http: &str) -> String {
-    let scheme = if http.parse::<SocketAddr>().is_ok_and(|at| !at.ip().is_loopback()) { "https" } else { "http" };
+    let scheme =
+        if http.parse::<SocketAddr>().is_ok_and(|at| !at.ip().is_loopback()) { "https" } else { "http" };
     let at = match http.parse::<SocketAddr>() {
         Ok(at) if at.ip().is_unspecified() => {
             let loopback = if at.is_ipv4() {

@@ -38,7 +38,7 @@ fn only_who_leads_tells_what_only_it_sees_and_a_scrape_needs_no_leader() {
         };
         only_leader("fleet_raft_members_reachable", 3.0);
         only_leader("fleet_nodes_connected", 1.0);
-        only_leader("fleet_slots", 4.0);
+        only_leader("fleet_slots", 8.0);
         only_leader(&of_nodes, 1.0);
         assert_eq!(value(&text, "fleet_raft_is_leader"), Some(f64::from(at == leader)));
         assert_eq!(value(&text, "fleet_raft_members{role=\"voter\"}"), Some(3.0));
