@@ -145,7 +145,7 @@ async fn a_login_lets_look_and_one_to_operate_changes_something() {
     }
     // The head is in small letters here, as a login is.
     let cookie = cookie.split(';').next().unwrap().replace("__host-fleet", "Cookie: a=b; __Host-fleet");
-    let (status, _, body) = browser.ask("GET /api/v1/jobs", &[cookie.clone()], "").await;
+    let (status, _, body) = browser.ask("GET /api/v1/jobs", std::slice::from_ref(&cookie), "").await;
     assert!(status == 200 && body.contains(&format!("\"job\":{}", job.0)), "{body}");
     assert_eq!(browser.status("GET /metrics", &[bearer(&reads)]).await, 200);
 

@@ -30,7 +30,7 @@ impl Axis {
     }
 
     /// The same from zero on, where the numbers are not below it.
-    pub fn from_zero(self) -> Axis {
+    pub fn with_zero(self) -> Axis {
         if self.log { self } else { Axis { low: self.low.min(0.0), ..self } }
     }
 
@@ -91,7 +91,7 @@ pub fn words(value: f64, step: f64) -> String {
     }
     let scale = |unit: f64, name: &str| format!("{}{name}", decimals(value / unit, step / unit));
     match size.max(step) {
-        size if size >= 1e15 || size < 1e-3 => exponent(value),
+        size if !(1e-3..1e15).contains(&size) => exponent(value),
         size if size >= 1e12 => scale(1e12, "T"),
         size if size >= 1e9 => scale(1e9, "G"),
         size if size >= 1e6 => scale(1e6, "M"),

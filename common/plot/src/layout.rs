@@ -35,7 +35,7 @@ pub fn shapes(chart: &Chart) -> Vec<Shape> {
         None => Box::new(chart.series.iter().flat_map(|of| of.points.iter().map(|(_, y)| *y))),
     };
     let log = chart.log && !chart.stacked;
-    let y = Axis::over(values, log, 0.05).map(|axis| if chart.stacked { axis.from_zero() } else { axis });
+    let y = Axis::over(values, log, 0.05).map(|axis| if chart.stacked { axis.with_zero() } else { axis });
     let x = Axis::over(chart.series.iter().flat_map(|of| of.points.iter().map(|(x, _)| *x)), false, 0.0);
     let (Some(x), Some(y)) = (x, y) else {
         let some = chart.series.iter().any(|of| !of.points.is_empty());

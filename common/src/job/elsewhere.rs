@@ -232,8 +232,8 @@ mod tests {
     fn no_key_of_fleets_is_called_anothers_and_every_key_that_is_named_exists() {
         let known: Vec<&str> = super::super::keys().collect();
         for key in &known {
-            let is_whole = all_names().any(|(names, _)| names.contains(key));
-            assert!(!is_whole && !all_families().any(|(begin, _)| key.starts_with(begin)), "{key}");
+            // A family may begin like one of ours, which is never looked for here.
+            assert!(!all_names().any(|(names, _)| names.contains(key)), "{key}");
         }
         let mut names: Vec<&str> = all_names().flat_map(|(names, _)| names.iter().copied()).collect();
         let all = names.len();

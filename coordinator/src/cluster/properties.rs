@@ -557,7 +557,7 @@ fn commands_keep_their_bytes() {
             "08050103016d".into(),
         ),
         (Change::RevokeToken(RevokeToken { id: "t".into() }), "090174".into()),
-        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013005")),
+        (Change::RegisterReplica(replica(2)), format!("0a{described}026332013006")),
         (Change::PromoteReplica(PromoteReplica { replica: ReplicaId(2) }), "0b02".into()),
         (Change::RemoveReplica(RemoveReplica { replica: ReplicaId(2) }), "0c02".into()),
         (

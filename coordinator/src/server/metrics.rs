@@ -12,20 +12,20 @@ use std::time::Duration;
 pub enum Refused {
     Busy,
     Handshake,
-    Refused,
+    Forbidden,
     Revoked,
     Later,
 }
 
 impl Refused {
     const ALL: [Refused; 5] =
-        [Refused::Busy, Refused::Handshake, Refused::Refused, Refused::Revoked, Refused::Later];
+        [Refused::Busy, Refused::Handshake, Refused::Forbidden, Refused::Revoked, Refused::Later];
 
     fn name(self) -> &'static str {
         match self {
             Refused::Busy => "busy",
             Refused::Handshake => "handshake",
-            Refused::Refused => "refused",
+            Refused::Forbidden => "refused",
             Refused::Revoked => "revoked",
             Refused::Later => "later",
         }

@@ -481,7 +481,7 @@ fn why_refused(error: &NetError) -> Refused {
         NetError::Lost(_) => Refused::Handshake,
         NetError::Later(_) => Refused::Later,
         NetError::Revoked(_) => Refused::Revoked,
-        _ => Refused::Refused,
+        _ => Refused::Forbidden,
     }
 }
 

@@ -54,7 +54,10 @@ fn difference(
 ) -> Option<String> {
     let rendered = template.render(&conversation(given), ending(case.split(' ').nth(1)?), now());
     let Some(text) = expected["text"].as_str() else {
-        return rendered.ok().map(|_| format!("transformers fails ({})", expected["error"]));
+        let error = expected["error"].as_str().unwrap();
+        // A template that asks whether content is none is told so, as by transformers before 5.24; that one leaves the key out, and it fails.
+        let asks_for_none = error.contains("no attribute 'content'");
+        return rendered.ok().filter(|_| !asks_for_none).map(|_| format!("transformers fails ({error})"));
     };
     let rendered = match rendered {
         Ok(rendered) => rendered,

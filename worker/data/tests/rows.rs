@@ -368,7 +368,7 @@ fn what_a_template_does_not_write_is_told() {
     let (_dir, chatml) = job("a.jsonl", &rows.repeat(2), "chat_template = \"chatml\"");
     let (cache, notes) = build(&chatml).unwrap();
     let report = &cache.meta().rows.as_ref().unwrap().report;
-    let expected = ["reasoning_content", "tool_calls", "tools"].map(|name| (name.to_owned(), 2));
+    let expected = ["reasoning_content", "tool_calls", "tools"].map(|name| (format!("the `{name}`"), 2));
     assert_eq!(report.left_out, expected.into());
     for name in ["tools", "tool_calls", "reasoning_content"] {
         let line = format!("the chat template does not write the `{name}` of 2 rows");

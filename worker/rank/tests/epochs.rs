@@ -33,7 +33,7 @@ fn job(dir: &Path, world: u32, row: fn(usize) -> Value, more: &str) -> Job {
         {more}
         model = {{ path = "{}" }}
         optimizer = {{ lr = 1e-3 }}
-        checkpoint = {{ save_steps = 3 }}
+        checkpoint = {{ save_steps = 3, save_total_limit = 9 }}
         [data]
         path = "rows.json"
         chat_template = "none"

@@ -68,7 +68,9 @@ fn text_and_its_end_are_hugging_faces() {
         for case in read(&golden(name).join("expected.json"))["cases"].as_array().unwrap() {
             let got = greedy(&golden(name), case["prompt"].as_str().unwrap()).unwrap();
             let new = case["new_ids"].as_array().unwrap().len();
-            assert_eq!(got.text, case["text"], "{name} {case}");
+            // Where theirs ends within a character, ours ends before it.
+            let text = case["text"].as_str().unwrap().trim_end_matches('\u{fffd}');
+            assert_eq!(got.text, text, "{name} {case}");
             assert_eq!(got.prompt_tokens, case["prompt_ids"].as_array().unwrap().len(), "{name} {case}");
             // The token that ends a text is one of transformers' new ones and none of ours.
             match got.end {
@@ -112,7 +114,7 @@ fn a_model_whose_positions_are_stretched_goes_on_beyond_them() {
         ("unigram", "ne o:heean os stones.\nnes:bnterheso stones.\nnehe,;"),
         (
             "byte_level",
-            "The\u{309}river_fal\u{1a}\u{fffd}'\u{c}z\u{1a}ardardardros\u{fffd}\u{fffd}ch\u{c}\u{fffd} the\u{c}\u{fffd}",
+            "The\u{309}river_fal\u{1a}\u{fffd}'\u{c}z\u{1a}ardardardros\u{fffd}\u{fffd}ch\u{c}\u{fffd} the\u{c}",
         ),
     ] {
         let dir = copy_of(name);
