@@ -44,7 +44,9 @@ fn text_comes_as_transformers_writes_it_and_a_tuned_model_keeps_its_companions()
     let world = world("byte_level");
     for case in read(&golden("byte_level").join("expected.json"))["cases"].as_array().unwrap() {
         let done = generate(&world, "model", case["prompt"].as_str().unwrap(), &["--json"]).expect(0);
-        assert_eq!(done.json()[0]["text"], case["text"]);
+        // Where theirs ends within a character, ours ends before it.
+        let text = case["text"].as_str().unwrap().trim_end_matches('\u{fffd}');
+        assert_eq!(done.json()[0]["text"], text);
     }
     let done = world.start("fleet", &["launch", "-n", "2", "--json", "tune.toml"]).finish().expect(0);
     let checkpoint = PathBuf::from(done.summary()["checkpoint"].as_str().unwrap());
