@@ -46,8 +46,10 @@ fn flaw_beside(packages: &Path) -> Option<String> {
             "fleet lies in {place} without torch {VERSION}, whose libraries it needs; {mends} puts it there"
         ));
     }
-    let version =
-        text.lines().find_map(|line| line.strip_prefix("__version__ = "))?.trim_matches(['\'', '"', ' ']);
+    let version = text
+        .lines()
+        .find_map(|line| line.strip_prefix("__version__")?.trim_start().strip_prefix('='))?
+        .trim_matches(['\'', '"', ' ']);
     // What follows is how it was built: +cpu, +cu130.
     let is_ours = version.split('+').next() == Some(VERSION);
     let differs = || {

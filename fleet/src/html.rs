@@ -7,15 +7,7 @@ pub struct Html {
     text: String,
 }
 
-const LOOK: &str = "\
-:root{color-scheme:light dark;--paper:#fff;--ink:#1c2128;--mute:#59636e;--rule:#d9dee3}
-@media (prefers-color-scheme:dark){:root{--paper:#14181d;--ink:#e4e8ec;--mute:#95a0ab;--rule:#2b323a}}
-body{margin:0 auto;padding:1.5rem 1rem 3rem;max-width:60rem;background:var(--paper);color:var(--ink);font:14px/1.45 system-ui,-apple-system,\"Segoe UI\",sans-serif}
-h1{font-size:1.4rem;margin:0 0 .25rem}h2{font-size:1.05rem;margin:2rem 0 .5rem}p{margin:.25rem 0;color:var(--mute);overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:.25rem .75rem .25rem 0;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}
-th{color:var(--mute);font-weight:500}figure{margin:0 0 1rem}svg{max-width:100%;height:auto}pre{overflow-x:auto;border:1px solid var(--rule);padding:.5rem}
-@media print{svg{break-inside:avoid}}
-";
+const LOOK: &str = include_str!("html.css");
 
 impl Html {
     /// With a title and a line below it.

@@ -410,7 +410,7 @@ impl ModelIds {
             None => format!("set vocab_size = {tokenizer_size} in [model], or choose a smaller tokenizer"),
             Some(dir) => format!(
                 "a given model has no more; use its own tokenizer.json, which belongs in {}, without tokens that were added later, or make the model larger with \
-                 transformers: model.resize_token_embeddings({tokenizer_size}), then save_pretrained",
+                 transformers: resize_token_embeddings({tokenizer_size}), then save_pretrained",
                 dir.display()
             ),
         };

@@ -153,7 +153,7 @@ impl Told {
         if let Some(id) = stream.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(Error::Input(format!(
                 "{}: its tokenizer gives token {id}, and the model knows {vocab}; put the model's own tokenizer.json there, or make the model larger with transformers: \
-                 model.resize_token_embeddings",
+                 resize_token_embeddings",
                 wanted.model.display()
             )));
         }

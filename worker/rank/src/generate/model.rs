@@ -147,7 +147,7 @@ impl TextModel {
         if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= vocab) {
             return Err(self.refuse(format!(
                 "gives token {id}, but the model knows {vocab}; put the model's own tokenizer.json there, or make the model larger with transformers: \
-                 model.resize_token_embeddings"
+                 resize_token_embeddings"
             )));
         }
         Ok(prompt)
