@@ -98,7 +98,7 @@ fn an_ordinary_client_cannot_do_an_operators_work_and_an_admin_can() {
     }
     for path in ["/metrics", "/api/v1/jobs"] {
         let answer = fleet_tests::http::get(&cluster.endpoint.http, path).unwrap();
-        assert!(!answer.contains("revoked"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 }
 

@@ -40,12 +40,17 @@ fn row(text: &mut String, definition: &Definition) {
     let _ = writeln!(text, "| `{name}` | {kind} | {} | {help}{leader} |", labels.join(", "));
 }
 
-#[test]
-fn the_document_is_what_the_definitions_say() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
-    if std::env::var_os(RENEW).is_some() {
-        std::fs::write(&path, document()).unwrap();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_is_what_the_definitions_say() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+        if std::env::var_os(RENEW).is_some() {
+            std::fs::write(&path, document()).unwrap();
+        }
+        let known = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(known == document(), "docs/metrics.md is stale: run this test again with {RENEW}=1");
     }
-    let known = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(known == document(), "docs/metrics.md is stale: run this test again with {RENEW}=1");
 }
