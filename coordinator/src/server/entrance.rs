@@ -9,9 +9,13 @@ use fleet_common::http::{
     Body, Caller, HeaderMap, Incoming, Request, Response, header, is_own_origin, plain, read,
 };
 use fleet_common::net::LoginError;
+use std::time::Duration;
+use tokio::time::timeout;
 
 /// Bytes of a form with a login.
 const FORM_MAX: usize = 4 << 10;
+/// For it to arrive: whoever sends it has shown nothing yet.
+const FORM_TIME: Duration = Duration::from_secs(5);
 
 const LOGIN: &str = include_str!("../page/login.html");
 const LOGIN_POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
@@ -54,9 +58,10 @@ pub async fn enter(
 
 /// Answers the form.
 pub async fn log_in(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
-    let form = match read(request.into_body(), FORM_MAX, FORM_MAX).await {
-        Ok(form) => String::from_utf8_lossy(&form).into_owned(),
-        Err(unread) => return text(400, unread.to_string()),
+    let form = match timeout(FORM_TIME, read(request.into_body(), FORM_MAX, FORM_MAX)).await {
+        Ok(Ok(form)) => String::from_utf8_lossy(&form).into_owned(),
+        Ok(Err(unread)) => return text(400, unread.to_string()),
+        Err(_) => return text(408, "the form did not arrive in time"),
     };
     // A login has no signs that a form would write otherwise, but for blanks around it.
     let login = form.strip_prefix("login=").unwrap_or_default().trim_matches('+');
